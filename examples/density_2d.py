@@ -1,0 +1,224 @@
+"""Learn a two-dimensional density: a classic toy data set, or your own two-column CSV file.
+
+    python examples/density_2d.py --data pinwheel
+    python examples/density_2d.py --data path/to/points.csv
+
+Writes a picture with the data, the learned density, samples and trajectories. About a minute on two
+cores.
+"""
+
+import argparse
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from sklearn import datasets
+
+import jaxode
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def eight_gaussians(rng, n):
+    angle = 2 * np.pi * rng.integers(0, 8, n) / 8
+    centers = 2.8 * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return centers + 0.3 * rng.standard_normal((n, 2))
+
+
+def moons(rng, n):
+    points, _ = datasets.make_moons(n, noise=0.08, random_state=int(rng.integers(2**31)))
+    return 2 * (points - np.array([0.5, 0.25]))
+
+
+def checkerboard(rng, n):
+    x = rng.uniform(-2, 2, n)
+    y = rng.uniform(0, 1, n) + 2 * rng.integers(-1, 1, n) + np.floor(x) % 2
+    return 1.5 * np.stack([x, y], 1)
+
+
+def pinwheel(rng, n):
+    arm = rng.integers(0, 5, n)
+    radius, tangent = 1 + 0.3 * rng.standard_normal(n), 0.05 * rng.standard_normal(n)
+    angle = 2 * np.pi * arm / 5 + 0.25 * np.exp(radius)
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1)
+    points = np.stack([radius, tangent], 1)
+    return 2 * np.einsum("ni,nij->nj", points, turn.reshape(n, 2, 2))
+
+
+def rings(rng, n):
+    radius = np.array([0.75, 1.5, 2.25, 3.0])[rng.integers(0, 4, n)]
+    angle = rng.uniform(0, 2 * np.pi, n)
+    points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return points + 0.08 * rng.standard_normal((n, 2))
+
+
+TOYS = {
+    "8gaussians": eight_gaussians,
+    "moons": moons,
+    "checkerboard": checkerboard,
+    "pinwheel": pinwheel,
+    "rings": rings,
+}
+
+
+def read_csv(path: Path) -> np.ndarray:
+    """Two numeric columns, `[points, 2]`; a first line that is not numeric is a header."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [
+                (i, row) for i, row in enumerate(csv.reader(file), 1) if any(map(str.strip, row))
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if rows and not _is_number(rows[0][1][0]):
+        rows = rows[1:]
+    if len(rows) < 10:
+        raise ValueError(f"{path}: at least 10 points are needed; got {len(rows)}")
+    for line, row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {line}: two columns are needed; got {len(row)}")
+        for cell in row:
+            if not _is_number(cell) or not math.isfinite(float(cell)):
+                raise ValueError(f"{path}, line {line}: {cell!r} is not a finite number")
+    points = np.array([[float(cell) for cell in row] for _, row in rows])
+    if np.any(points.std(0) == 0):
+        raise ValueError(f"{path}: a column is constant, so the points have no density")
+    return points
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def load(name: str, rng: np.random.Generator) -> np.ndarray:
+    if name in TOYS:
+        return TOYS[name](rng, 20_000)
+    if not Path(name).is_file():
+        raise ValueError(f"{name} is neither one of {', '.join(TOYS)} nor a file")
+    return read_csv(Path(name))
+
+
+def train(flow, params, data, steps, batch, rng):
+    """Maximum likelihood with Adam. Ends early on Ctrl-C. Returns parameters and the losses."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(5.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+    )
+
+    @jax.jit
+    def step(params, state, x):
+        (loss, aux), grads = jax.value_and_grad(flow.nll_and_stats, has_aux=True)(params, x)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss, aux
+
+    state, losses = optimizer.init(params), []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("compiling", total=steps)
+        try:
+            for _ in range(steps):
+                x = data[rng.integers(0, len(data), batch)]
+                new_params, state, loss, aux = step(params, state, x)
+                if not math.isfinite(loss):
+                    print(
+                        f"Stopped: the loss is {loss}; solve: {jaxode.Result(int(aux.result)).name}"
+                    )
+                    break
+                params = new_params
+                losses.append(float(loss))
+                evals = int(aux.stats.num_evals)
+                text = f"loss {np.mean(losses[-50:]):.3f} nats, {evals} evaluations"
+                progress.update(task, advance=1, description=text)
+        except KeyboardInterrupt:
+            print(f"Stopped after {len(losses)} steps; going on with what there is.")
+    return params, losses
+
+
+def draw(flow, params, data, losses, mean, scale, path, key):
+    """Data, learned density, samples, and the way of samples from noise to data."""
+    low, high = np.quantile(data, 0.002, axis=0), np.quantile(data, 0.998, axis=0)
+    (x0, y0), (x1, y1) = low - 0.15 * (high - low), high + 0.15 * (high - low)
+    grid = np.stack(np.meshgrid(np.linspace(x0, x1, 160), np.linspace(y0, y1, 160)), -1)
+    standardized = jnp.asarray((grid.reshape(-1, 2) - mean) / scale, jnp.float32)
+    density = np.exp(jax.jit(flow.log_prob)(params, standardized)).reshape(160, 160) / scale.prod()
+    path_key, sample_key = jax.random.split(key)
+    samples = flow.sample(params, sample_key, 3000) * scale + mean
+    z, times = flow.base.sample(path_key, (60,)), jnp.linspace(flow.t0, flow.t1, 50)
+    paths = jaxode.flow(flow.f, z, flow.t0, flow.t1, params, ts=times, return_solution=True).ys
+    paths = paths * scale + mean
+
+    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), constrained_layout=True)
+    axes[0].scatter(*data[:3000].T, s=2, alpha=0.5)
+    axes[1].imshow(density, origin="lower", extent=(x0, x1, y0, y1), aspect="auto", cmap="magma")
+    axes[2].scatter(*samples.T, s=2, alpha=0.5, color="tab:orange")
+    axes[3].plot(paths[:, :, 0], paths[:, :, 1], color="gray", lw=0.6)
+    axes[3].scatter(*paths[0].T, s=8, label="noise", zorder=3)
+    axes[3].scatter(*paths[-1].T, s=8, label="sample", zorder=3)
+    axes[3].legend(loc="upper right")
+    axes[4].plot(losses, lw=0.6)
+    axes[4].set_xlabel("step")
+    axes[4].set_ylabel("nats")
+    titles = ("data", "learned density", "samples", "trajectories", "training loss")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+    for axis in axes[:3]:
+        axis.set(xlim=(x0, x1), ylim=(y0, y1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--batch", type=int, default=256, help="points in a training step")
+    parser.add_argument("--out", type=Path, default=Path("out/density_2d.png"), help="the picture")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if options.steps < 1 or options.batch < 1:
+        parser.error("--steps and --batch must be at least 1")
+    rng = np.random.default_rng(options.seed)
+    try:
+        data = load(options.data, rng)
+    except ValueError as error:
+        print(f"density_2d: {error}", file=sys.stderr)
+        return 2
+
+    data = rng.permutation(data)
+    mean, scale = data.mean(0), data.std(0)
+    standardized = jnp.asarray((data - mean) / scale, jnp.float32)
+    held_out, training = jnp.split(standardized, [min(len(data) // 10, 2000)])
+    network_key, draw_key = jax.random.split(jax.random.key(options.seed))
+    params = jaxode.nn.ConcatSquash(2, (64, 64), key=network_key)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-4, atol=1e-4)
+    start = time.perf_counter()
+    params, losses = train(flow, params, training, options.steps, options.batch, rng)
+    if not losses:
+        return 130
+    print(f"{len(losses)} steps in {time.perf_counter() - start:.0f} s")
+    tight = jaxode.cnf(jaxode.nn.field, flow.base, rtol=1e-6, atol=1e-6)
+    # In the units of the data, which standardizing stretched by `scale`.
+    log_prob = tight.log_prob(params, held_out) - np.log(scale).sum()
+    print(f"held-out log-density: {log_prob.mean():.3f} nats ({len(held_out)} points)")
+    draw(flow, params, data, losses, mean, scale, options.out, draw_key)
+    print(f"picture: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

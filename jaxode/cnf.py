@@ -1,0 +1,268 @@
+"""Continuous normalizing flows: log-density, sampling, and the maximum-likelihood loss.
+
+A sample is `x = z(t1)` with `dz/dt = f(t, z, params)` and `z(t0)` from the base density. Along a
+trajectory `d/dt log p(z(t)) = -div f`, so
+
+    log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
+
+Every sign and time direction of the library is chosen in this file.
+
+References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from jaxode.distributions import BaseDensity
+from jaxode.divergence import Divergence, auto
+from jaxode.results import Solution, Stats, raise_on_failure
+from jaxode.solve import VectorField, solve_batch
+
+
+class NLLStats(NamedTuple):
+    """What `nll_and_stats` reports beside the loss."""
+
+    log_prob: Float[Array, " batch"]
+    """Log-density of each sample, in nats."""
+    log_det: Float[Array, " batch"]
+    """The part of it that is the change of volume: `log_prob - log p_base(z(t0))`."""
+    stats: Stats
+    """Work of the forward solve."""
+    result: Int[Array, "*rows"]
+    """`jaxode.Result` code of the forward solve."""
+
+
+@dataclass(frozen=True, eq=False)
+class CNF:
+    """A continuous normalizing flow, made by `jaxode.cnf`. All methods are pure functions.
+
+    Shapes: `x` and `z` are `[batch, *event]`, log-densities are `[batch]` in nats. `params` is
+    passed to the vector field as `args`; with a `context`, whose leaves are `[batch, ...]`, the
+    field gets `args = (params, context_row)`. `key` draws one probe for each sample and solve, a
+    function of the key and the sample's index alone; exact divergences need none.
+    """
+
+    f: VectorField
+    base: BaseDensity
+    t0: float
+    t1: float
+    divergence: Divergence
+    throw: bool | None
+    solve_options: dict[str, Any] = field(default_factory=dict)
+
+    def log_prob(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch *event"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+    ) -> Float[Array, " batch"]:
+        """Log-density of the samples; the error control covers the change of volume, too.
+
+        Raises:
+            ValueError: if the shapes do not fit, or if `key` is missing.
+            SolveError: at run time, if the solve fails.
+        """
+        solution = self._to_base_with_log_det("log_prob", params, x, key, context)
+        solution = self._raise(solution, "log_prob")
+        z, log_det = solution.y1
+        return self.base.log_prob(z) + log_det
+
+    def nll(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch *event"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+        weights: Float[Array, " batch"] | None = None,
+    ) -> Float[Array, ""]:
+        """The training loss: mean negative log-density, in nats.
+
+        Args:
+            weights: of the samples in the mean; equal by default.
+
+        If the solve fails, the loss and its gradient are NaN; `throw=True` raises instead.
+        """
+        return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
+
+    def nll_and_stats(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch *event"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+        weights: Float[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, ""], NLLStats]:
+        """`nll` and an `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`."""
+        solution = self._to_base_with_log_det("nll", params, x, key, context)
+        if self.throw or (self.throw is None and not isinstance(solution.result, jax.core.Tracer)):
+            solution = raise_on_failure(solution, "nll")
+        z, log_det = solution.y1
+        log_prob = self.base.log_prob(z) + log_det
+        aux = NLLStats(log_prob, log_det, solution.stats, solution.result)
+        if weights is None:
+            return -jnp.mean(log_prob), aux
+        if jnp.shape(weights) != log_prob.shape:
+            raise ValueError(
+                f"nll(weights=...): must have one weight a sample, shape {log_prob.shape}; "
+                f"got {jnp.shape(weights)}."
+            )
+        weights = jnp.asarray(weights, log_prob.dtype)
+        return -jnp.sum(weights * log_prob) / jnp.sum(weights), aux
+
+    def to_base(
+        self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
+    ) -> Float[Array, "batch *event"]:
+        """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
+        return self._carry("to_base", "x", params, x, self.t1, self.t0, context)
+
+    def from_base(
+        self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
+    ) -> Float[Array, "batch *event"]:
+        """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
+        return self._carry("from_base", "z", params, z, self.t0, self.t1, context)
+
+    def sample(
+        self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
+    ) -> Float[Array, "n *event"]:
+        """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`."""
+        return self.from_base(params, self._base_sample("sample", key, n), context=context)
+
+    def sample_and_log_prob(
+        self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
+    ) -> tuple[Float[Array, "n *event"], Float[Array, " n"]]:
+        """Draw `n` samples and return their log-densities from the same solve."""
+        base_key, probe_key = jax.random.split(key)
+        z = self._base_sample("sample_and_log_prob", base_key, n)
+        probes = self._probes(probe_key, z)
+        rows = (probes, _check_context("sample_and_log_prob", context, n))
+
+        solution = solve_batch(
+            "sample_and_log_prob", self._density_field, (z, self.base.log_prob(z)),
+            self.t0, self.t1, params, rows, **self.solve_options,
+        )  # fmt: skip
+        return self._raise(solution, "sample_and_log_prob").y1
+
+    def _to_base_with_log_det(
+        self, where: str, params: PyTree, x: Array, key: PRNGKeyArray | None, context: PyTree
+    ) -> Solution:
+        """Solve from data to base. The second state ends at the log-determinant of `to_base`:
+
+        it starts at zero at `t1` and has derivative `div f`, so it is `-integral of div f` at `t0`.
+        """
+        x = self._check_samples(where, "x", x)
+        rows = (self._probes(key, x), _check_context(where, context, x.shape[0]))
+        state = (x, jnp.zeros(x.shape[:1], x.dtype))
+        return solve_batch(
+            where, self._volume_field, state, self.t1, self.t0, params, rows, **self.solve_options
+        )
+
+    def _carry(self, where, name, params, z, start, end, context) -> Float[Array, "batch *event"]:
+        z = self._check_samples(where, name, z)
+        rows = _check_context(where, context, z.shape[0])
+        solution = solve_batch(
+            where, self._field, z, start, end, params, rows, **self.solve_options
+        )
+        return self._raise(solution, where).y1
+
+    def _field(self, t, z, params, context):
+        return self.f(t, z, params if context is None else (params, context))
+
+    def _volume_field(self, t, state, params, row):
+        """Derivative of `(z, integral of div f)`."""
+        probe, context = row
+        return self.divergence.apply(lambda z: self._field(t, z, params, context), state[0], probe)
+
+    def _density_field(self, t, state, params, row):
+        """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
+        dz, div = self._volume_field(t, state, params, row)
+        return dz, -div
+
+    def _probes(self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"]) -> Array | None:
+        """One probe a sample, from the key and the sample's index, whatever the batch around it."""
+        if key is None:
+            return self.divergence.init(None, x[0] if x.shape[0] else jnp.zeros(x.shape[1:]))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(x.shape[0]))
+        return jax.vmap(self.divergence.init)(keys, x)
+
+    def _base_sample(self, where: str, key: PRNGKeyArray, n: int) -> Float[Array, "n *event"]:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"{where}(n=...): must be a number of samples; got {n!r}.")
+        return self.base.sample(key, (n,))
+
+    def _check_samples(self, where: str, name: str, x: Any) -> Float[Array, "batch *event"]:
+        event = tuple(self.base.event_shape)
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{where}({name}=...): must have a floating dtype; got {dtype}. Integer-valued "
+                "data has no density: dequantize it and convert with .astype(jnp.float32)."
+            )
+        if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
+            raise ValueError(
+                f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
+                f"got {jnp.shape(x)}."
+            )
+        return jnp.asarray(x)
+
+    def _raise(self, solution: Solution, where: str) -> Solution:
+        return solution if self.throw is False else raise_on_failure(solution, where)
+
+
+def _check_context(where: str, context: PyTree, batch: int) -> PyTree:
+    for leaf in jax.tree.leaves(context):
+        if jnp.shape(leaf)[:1] != (batch,):
+            raise ValueError(
+                f"{where}(context=...): leaves must have a leading axis of {batch}, one row a "
+                f"sample; got shape {jnp.shape(leaf)}."
+            )
+    return context
+
+
+def cnf(
+    f: VectorField,
+    base: BaseDensity,
+    *,
+    t0: float = 0.0,
+    t1: float = 1.0,
+    divergence: Divergence = auto(),
+    throw: bool | None = None,
+    **solve_options: Any,
+) -> CNF:
+    """A continuous normalizing flow with vector field `f` from the density `base` to the data.
+
+    Args:
+        f: vector field of one sample, `f(t, z, params)`, or `f(t, z, (params, context_row))`.
+        base: base density at time `t0`: an object with `event_shape`, `log_prob` and `sample`.
+        t0: time of the base density.
+        t1: time of the data.
+        divergence: how to compute `div f`, from `jaxode.divergence`.
+        throw: raise `jaxode.SolveError` when a solve fails. By default all methods do, but for the
+            training loss under `jit`, which turns NaN together with its gradient: the host
+            callback that raises would keep the training step out of the persistent compilation
+            cache.
+        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_steps`,
+            `axis_name` and `step_control`, as for `jaxode.flow`.
+
+    Returns:
+        A `CNF` with methods `log_prob`, `nll`, `nll_and_stats`, `sample`, `sample_and_log_prob`,
+        `to_base` and `from_base`.
+
+    Raises:
+        TypeError: for an unknown option.
+    """
+    parameters = inspect.signature(solve_batch).parameters.values()
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"ts"}
+    unknown = sorted(set(solve_options) - known)
+    if unknown:
+        raise TypeError(f"cnf: unknown options {unknown}. The solve options are {sorted(known)}.")
+    return CNF(f, base, t0, t1, divergence, throw, solve_options)

@@ -1,0 +1,301 @@
+"""The forward loop: explicit Runge-Kutta steps on rows, with or without error control.
+
+The state is `[rows, n]`. `solve` and joint batches use one row; per-sample steps use one row per
+sample, each with its own time, step size and accept flag. A row that waits for the others takes
+steps of size zero. Nothing here knows about differentiation.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxode.checkpoints import Checkpoints
+from jaxode.results import Result, Stats
+from jaxode.step_size import error_ratio, first_step, propose
+from jaxode.tableau import Tableau
+
+# The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
+Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
+
+
+class Method(eqx.Module):
+    """How to step: a tableau, and either tolerances or a number of equal steps."""
+
+    tableau: Tableau = eqx.field(static=True)
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+    first_step: Float[Array, ""] | None
+    steps: int | None = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+    axis_name: str | None = eqx.field(static=True)
+
+    @property
+    def tape_length(self) -> int:
+        return self.max_steps if self.steps is None else self.steps
+
+
+class Tape(NamedTuple):
+    """What a backward pass needs to replay the accepted steps."""
+
+    times: Float[Array, "steps+1 rows"]
+    """Step `i` of a row went from `times[i]` to `times[i + 1]`."""
+    num_steps: Int[Array, ""]
+    checkpoints: Checkpoints
+
+
+class Integration(NamedTuple):
+    """What the loop returns. `y1` and `ys` are NaN in the rows whose `result` is a failure."""
+
+    y1: Float[Array, "rows n"]
+    ys: Float[Array, "times rows n"] | None
+    stats: Stats
+    result: Int[Array, " rows"]
+    t_reached: Float[Array, " rows"]
+
+
+class _State(NamedTuple):
+    t: Float[Array, " rows"]
+    h: Float[Array, " rows"]
+    y: Float[Array, "rows n"]
+    slope: Float[Array, "rows n"] | None
+    """`f(t, y)` if the last stage of a step is the first of the next."""
+    done: Bool[Array, " rows"]
+    """Whether the end time is reached. Compilers may round the time twice, so it cannot tell."""
+    result: Int[Array, " rows"]
+    accepted: Int[Array, " rows"]
+    rejected: Int[Array, " rows"]
+    saved: Int[Array, " rows"]
+    ys: Float[Array, "times rows n"] | None
+    tape: Tape | None
+
+
+def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages rows n"]):
+    """`sum_i weights_i k_i`."""
+    return jnp.tensordot(weights, k, axes=1)
+
+
+def stages(
+    field: Field,
+    tableau: Tableau,
+    t: Float[Array, " rows"],
+    h: Float[Array, " rows"],
+    y: Float[Array, "rows n"],
+    slope: Float[Array, "rows n"] | None,
+    count: int,
+) -> Float[Array, "stages rows n"]:
+    """The first `count` stage derivatives of one step, in a loop with one copy of `field`.
+
+    If `slope` is given it is the first of them and is not evaluated again.
+    """
+    A, c = jnp.asarray(tableau.A[:count, :count], y.dtype), jnp.asarray(tableau.c, t.dtype)
+    k = jnp.zeros((count, *y.shape), y.dtype)
+    if slope is not None:
+        k = k.at[0].set(slope)
+
+    def stage(i, k):
+        z = y + h[:, None] * weighted_sum(A[i], k)
+        return k.at[i].set(field(t + c[i] * h, z))
+
+    return jax.lax.fori_loop(0 if slope is None else 1, count, stage, k)
+
+
+def dense_output(
+    tableau: Tableau,
+    t: Float[Array, " rows"],
+    h: Float[Array, " rows"],
+    y: Float[Array, "rows n"],
+    k: Float[Array, "stages rows n"],
+    time: Float[Array, " rows"],
+) -> Float[Array, "rows n"]:
+    """The solver's interpolant of the step `t -> t + h`, at one `time` per row."""
+    theta = jnp.where(h == 0, 0.0, (time - t) / jnp.where(h == 0, 1.0, h)).astype(y.dtype)
+    weights = jax.vmap(tableau.dense_weights)(theta)
+    return y + h[:, None] * jnp.einsum("rs,srn->rn", weights, k)
+
+
+def save_times_at(ts: Float[Array, " times"], index: Int[Array, " rows"]) -> Float[Array, " rows"]:
+    return ts[jnp.clip(index, 0, ts.shape[0] - 1)]
+
+
+def _save(
+    tableau: Tableau,
+    ts: Float[Array, " times"],
+    sign: Float[Array, " rows"],
+    state: _State,
+    ys: Float[Array, "times rows n"],
+    k: Float[Array, "stages rows n"],
+    t_next: Float[Array, " rows"],
+    accept: Bool[Array, " rows"],
+    last: Bool[Array, " rows"],
+) -> tuple[Float[Array, "times rows n"], Int[Array, " rows"]]:
+    """Write the dense output at every time of `ts` that the step has reached."""
+    rows = jnp.arange(state.t.shape[0], dtype=jnp.int32)
+    h = t_next - state.t
+
+    def pending(saved):
+        reached = last | (sign * (save_times_at(ts, saved) - t_next) <= 0)
+        return accept & (saved < ts.shape[0]) & reached
+
+    def write(carry):
+        ys, saved = carry
+        due = pending(saved)
+        value = dense_output(tableau, state.t, h, state.y, k, save_times_at(ts, saved))
+        ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
+        return ys, saved + due.astype(jnp.int32)
+
+    return jax.lax.while_loop(lambda carry: pending(carry[1]).any(), write, (ys, state.saved))
+
+
+def integrate(
+    field: Field,
+    method: Method,
+    y0: Float[Array, "rows n"],
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    ts: Float[Array, " times"] | None,
+    checkpoints: int | None = None,
+) -> tuple[Integration, Tape | None]:
+    """Solve `dy/dt = field(t, y)` from `t0` to `t1`, in either direction.
+
+    With `checkpoints` it also returns a tape: the time of every accepted step, and at most that
+    many states from which the steps in between can be replayed.
+    """
+    tableau, rows = method.tableau, y0.shape[0]
+    start, end = jnp.broadcast_to(t0, (rows,)), jnp.broadcast_to(t1, (rows,))
+    sign = jnp.sign(end - start)
+    slope, h, first_evals = _start(field, method, start, y0, end - start)
+    tape = None
+    if checkpoints is not None:
+        times = jnp.broadcast_to(t0, (method.tape_length + 1, rows)).astype(t0.dtype)
+        zero = jnp.zeros((), jnp.int32)
+        tape = Tape(times, zero, Checkpoints.start(checkpoints, y0))
+    none_yet = jnp.zeros(rows, jnp.int32)
+    ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
+    result = jnp.where(_valid_times(t0, t1, ts), Result.SUCCESS, Result.INVALID_TIMES)
+    result = jnp.broadcast_to(result, (rows,)).astype(jnp.int32)
+    done = start == end
+    state = _State(start, h, y0, slope, done, result, none_yet, none_yet, none_yet, ys, tape)
+
+    def active(state):
+        return ~state.done & (state.result == Result.SUCCESS)
+
+    def step(state: _State) -> _State:
+        running = active(state)
+        t_next, last = _next_time(method, state, start, end)
+        t_next = jnp.where(running, t_next, state.t)
+        h = t_next - state.t
+        k = stages(field, tableau, state.t, h, state.y, state.slope, tableau.stages)
+        y_next = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, y0.dtype), k)
+        accept, h_next, result = _judge(method, state, running, t_next, last, y_next, k)
+        t = jnp.where(accept, t_next, state.t)
+        y = jnp.where(accept[:, None], y_next, state.y)
+        slope = state.slope
+        if slope is not None:
+            slope = jnp.where(accept[:, None], k[-1], slope)
+        ys, saved = state.ys, state.saved
+        if ts is not None and ys is not None:
+            ys, saved = _save(tableau, ts, sign, state, ys, k, t_next, accept, last)
+        tape = None if state.tape is None else _record(state.tape, t, y, accept.any())
+        accepted = state.accepted + accept.astype(jnp.int32)
+        rejected = state.rejected + (running & ~accept).astype(jnp.int32)
+        done = state.done | (accept & last)
+        return _State(t, h_next, y, slope, done, result, accepted, rejected, saved, ys, tape)
+
+    final = jax.lax.while_loop(lambda state: active(state).any(), step, state)
+    attempts = final.accepted + final.rejected
+    evals_per_step = tableau.stages - tableau.first_same_as_last
+    stats = Stats(
+        num_steps=attempts,
+        num_accepted=final.accepted,
+        num_rejected=final.rejected,
+        num_evals=first_evals + evals_per_step * attempts,
+    )
+    ok = final.result == Result.SUCCESS
+    y1 = jnp.where(ok[:, None], final.y, jnp.nan)
+    ys = None if final.ys is None else jnp.where(ok[:, None], final.ys, jnp.nan)
+    t_reached = jnp.where(final.done, end, final.t)
+    return Integration(y1, ys, stats, final.result, t_reached), final.tape
+
+
+def _valid_times(t0, t1, ts) -> Bool[Array, ""]:
+    """The rules for times that are known only at run time."""
+    valid = jnp.isfinite(t0) & jnp.isfinite(t1)
+    if ts is None:
+        return valid
+    path = jnp.concatenate([t0[None], ts, t1[None]])
+    return (
+        valid & jnp.all(jnp.sign(t1 - t0) * jnp.diff(path) >= 0) & ((t0 != t1) | (ts == t0).all())
+    )
+
+
+def _start(
+    field: Field,
+    method: Method,
+    t0: Float[Array, " rows"],
+    y0: Float[Array, "rows n"],
+    span: Float[Array, " rows"],
+) -> tuple[Float[Array, "rows n"] | None, Float[Array, " rows"], int]:
+    """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
+    tableau = method.tableau
+    if method.steps is None and method.first_step is None:
+        h, slope = first_step(
+            field, t0, y0, span, tableau.order, method.rtol, method.atol, method.axis_name
+        )
+        return (slope if tableau.first_same_as_last else None), h, 2
+    h = jnp.zeros_like(t0)
+    if method.steps is None and method.first_step is not None:
+        h = jnp.sign(span) * jnp.minimum(method.first_step.astype(t0.dtype), jnp.abs(span))
+    if tableau.first_same_as_last:
+        return field(t0, y0), h, 1
+    return None, h, 0
+
+
+def _next_time(method: Method, state: _State, start, end):
+    """Where the next step of each row ends, and whether that is the end time."""
+    if method.steps is None:
+        # Hairer's rule: a step that nearly reaches the end is stretched or cut to reach it.
+        last = 1.01 * jnp.abs(state.h) >= jnp.abs(end - state.t)
+        return jnp.where(last, end, state.t + state.h), last
+    count = state.accepted + 1
+    last = count == method.steps
+    fraction = count.astype(end.dtype) / method.steps
+    return jnp.where(last, end, start + fraction * (end - start)), last
+
+
+def _judge(method: Method, state: _State, running, t_next, last, y_next, k):
+    """Whether each row accepts its step, its next step size, and its result code."""
+    finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
+    if method.steps is not None:
+        result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
+        return running & finite, state.h, result.astype(jnp.int32)
+    h = t_next - state.t
+    error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
+    ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
+    finite &= jnp.isfinite(ratio)
+    accept, factor = propose(
+        jnp.where(finite, ratio, jnp.nan).astype(h.dtype), method.tableau.order
+    )
+    h_next = jnp.where(running, h * factor, state.h)
+    # Underflow: a step that does not move the time, or a shorter one that would end there again.
+    retry = state.t + h_next
+    stuck = (t_next == state.t) | (~accept & ((retry == state.t) | (retry == t_next)))
+    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
+    accept &= running
+    attempts = state.accepted + state.rejected + 1
+    exhausted = running & (attempts >= method.max_steps) & ~(accept & last)
+    result = jnp.where(exhausted, Result.MAX_STEPS_REACHED, state.result)
+    return accept, h_next, jnp.where(running & stuck, cause, result).astype(jnp.int32)
+
+
+def _record(
+    tape: Tape, t: Float[Array, " rows"], y: Float[Array, "rows n"], advanced: Bool[Array, ""]
+) -> Tape:
+    """Append the time and perhaps the state; a step that no row accepted is overwritten later."""
+    index = tape.num_steps + 1
+    times = jax.lax.dynamic_update_index_in_dim(tape.times, t, index, 0)
+    checkpoints = tape.checkpoints.offer(index, y, advanced)
+    return Tape(times, tape.num_steps + advanced.astype(jnp.int32), checkpoints)

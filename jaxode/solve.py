@@ -1,0 +1,247 @@
+"""`solve` and `flow`: validation, composition, and the one place that raises at run time."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jaxode.adjoints import DiscreteAdjoint
+from jaxode.results import Solution, raise_on_failure
+from jaxode.validation import (
+    Time,
+    check_adjoint,
+    check_batch,
+    check_derivative,
+    check_state,
+    check_times,
+    make_method,
+    state_dtype,
+)
+
+VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
+
+
+def solve(
+    f: VectorField,
+    y0: PyTree[Float[Array, "..."]],
+    t0: Time,
+    t1: Time,
+    args: PyTree = None,
+    *,
+    ts: Float[Array, " times"] | None = None,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    rtol: float | Float[Array, ""] = 1e-5,
+    atol: float | Float[Array, ""] = 1e-5,
+    steps: int | None = None,
+    adjoint: DiscreteAdjoint = DiscreteAdjoint(),
+    first_step: float | Float[Array, ""] | None = None,
+    max_steps: int = 4096,
+    axis_name: str | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Solve the initial value problem `dy/dt = f(t, y, args)`, `y(t0) = y0`, up to `t1`.
+
+    Args:
+        f: vector field `f(t, y, args) -> dy/dt`, with `t` a scalar and `dy/dt` shaped like `y`.
+        y0: initial state, any pytree of floating arrays. The solve runs in their common dtype,
+            at least float32, and so does the time.
+        t0: start time, a scalar.
+        t1: end time, a scalar; smaller than `t0` to solve backwards in time.
+        args: any pytree, passed to `f`.
+        ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
+            between steps come from the solver's own dense output.
+        solver: an explicit Runge-Kutta solver of diffrax.
+        rtol: relative tolerance of the error of a step.
+        atol: absolute tolerance of the error of a step. A step is accepted if the root mean square
+            of `error / (atol + rtol max(|y before|, |y after|))` is at most one.
+        steps: take this many equal steps, without error control.
+        adjoint: the gradient method.
+        first_step: size of the first step to try, positive; chosen automatically by default.
+        max_steps: attempted steps allowed before the solve fails.
+        axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
+            state is split: the error norm is then taken over all of it.
+        throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
+            `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
+            state and all gradients are NaN.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        TypeError, ValueError: at trace time, if an argument breaks a rule above.
+        SolveError: at run time, with `throw`, if the steps run out, the step size underflows or the
+            vector field is not finite.
+
+    Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over.
+
+    References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
+    """
+    y0 = check_state("solve", "y0", y0)
+    times = check_times("solve", t0, t1, ts, state_dtype(y0))
+    method = make_method("solve", solver, rtol, atol, steps, first_step, max_steps, axis_name, y0)
+    check_adjoint("solve", adjoint)
+    one_row = jax.tree.map(lambda x: x[None], y0)
+    solution = _solve_rows(
+        _Unconditional(f), "solve", "single", one_row, times, args, None, method, adjoint
+    )
+    return raise_on_failure(solution, "solve") if throw else solution
+
+
+def flow(
+    f: VectorField,
+    z: PyTree[Float[Array, "batch ..."]],
+    s: Time,
+    t: Time,
+    args: PyTree = None,
+    *,
+    step_control: Literal["joint", "per_sample"] = "joint",
+    return_solution: bool = False,
+    throw: bool = True,
+    **solve_options: Any,
+) -> PyTree[Float[Array, "batch ..."]] | Solution:
+    """The flow operator `F^{s,t}` on a batch: where each sample of `z` at time `s` is at time `t`.
+
+    Args:
+        f: vector field of one sample, as for `solve`.
+        z: batch of states, any pytree of floating arrays with a common leading axis.
+        s: start time, a scalar.
+        t: end time, a scalar; `s > t` runs backwards.
+        args: any pytree, passed to `f`, the same for all samples.
+        step_control: "joint" takes one sequence of steps for the batch, its error norm the root
+            mean square over all of it; "per_sample" gives each sample steps of its own, so that
+            its result does not depend on the batch around it.
+        return_solution: return a `Solution`; with "per_sample" its `stats` and `result` have one
+            entry per sample.
+        throw: as for `solve`.
+        **solve_options: `ts`, `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`,
+            `max_steps` and `axis_name` of `solve`.
+
+    Returns:
+        `z` at time `t`, or a `Solution` in which `ys` has axes `[times, batch, ...]`.
+
+    Raises:
+        TypeError, ValueError, SolveError: as `solve`.
+
+    Differentiation: with respect to `z`, `args`, `s`, `t`, `ts` and values that `f` closes over.
+    """
+    z = check_batch("flow", "z", z)
+    solution = solve_batch(
+        "flow", _Unconditional(f), z, s, t, args, None, step_control=step_control, **solve_options
+    )
+    if throw:
+        solution = raise_on_failure(solution, "flow")
+    return solution if return_solution else solution.y1
+
+
+def solve_batch(
+    where: str,
+    f: Callable[[Float[Array, ""], PyTree, PyTree, PyTree], PyTree],
+    y0: PyTree[Float[Array, "batch ..."]],
+    t0: Time,
+    t1: Time,
+    shared: PyTree,
+    rows: PyTree,
+    *,
+    step_control: Literal["joint", "per_sample"] = "joint",
+    ts: Float[Array, " times"] | None = None,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    rtol: float | Float[Array, ""] = 1e-5,
+    atol: float | Float[Array, ""] = 1e-5,
+    steps: int | None = None,
+    adjoint: DiscreteAdjoint = DiscreteAdjoint(),
+    first_step: float | Float[Array, ""] | None = None,
+    max_steps: int = 4096,
+    axis_name: str | None = None,
+) -> Solution:
+    """Solve a batch of systems `f(t, y, shared, row)`, one row of `rows` each, without raising."""
+    dtype = state_dtype(y0)
+    times = check_times(where, t0, t1, ts, dtype)
+    method = make_method(where, solver, rtol, atol, steps, first_step, max_steps, axis_name, y0)
+    check_adjoint(where, adjoint)
+    if step_control not in ("joint", "per_sample"):
+        raise ValueError(
+            f"{where}(step_control=...): must be 'joint' or 'per_sample'; got {step_control!r}."
+        )
+    if step_control == "joint":
+        y0 = jax.tree.map(lambda x: x[None], y0)
+    return _solve_rows(f, where, step_control, y0, times, shared, rows, method, adjoint)
+
+
+class _Unconditional(eqx.Module):
+    """A vector field without rows of its own, comparable so that `jit` recognizes it."""
+
+    f: VectorField
+
+    def __call__(self, t, y, shared, row):
+        del row
+        return self.f(t, y, shared)
+
+
+def _rows_field(f, where: str, step_control: str):
+    """The field on rows of the solver: one system, one batch, or one row for each sample."""
+
+    def checked(t, y, shared, row):
+        dy = f(t, y, shared, row)
+        check_derivative(where, y, dy)
+        return dy
+
+    def single(t, y, shared, rows):
+        return _one_row(checked)(t, y, shared, rows)
+
+    def joint(t, y, shared, rows):
+        return _one_row(jax.vmap(checked, in_axes=(None, 0, None, 0)))(t, y, shared, rows)
+
+    per_sample = jax.vmap(checked, in_axes=(0, 0, None, 0))
+    return {"single": single, "joint": joint, "per_sample": per_sample}[step_control]
+
+
+def _one_row(f):
+    def one_row(t, y, shared, rows):
+        dy = f(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
+        return jax.tree.map(lambda x: x[None], dy)
+
+    return one_row
+
+
+@eqx.filter_jit
+def _solve_rows(f, where, step_control, y0, times, shared, rows, method, adjoint) -> Solution:
+    """Ravel the state once, move closed-over values into arguments, and integrate."""
+    t0, t1, ts = times
+    dtype = state_dtype(y0)
+    field = _rows_field(f, where, step_control)
+    leaves, structure = jax.tree.flatten(y0)
+    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
+
+    def ravel_rows(y):
+        each = zip(jax.tree.leaves(y), sizes, strict=True)
+        parts = [leaf.reshape(leaf.shape[0], size).astype(dtype) for leaf, size in each]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+    def unravel_rows(y):
+        parts = jnp.split(y, np.cumsum(sizes)[:-1], axis=1)
+        like = zip(parts, leaves, strict=True)
+        parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
+        return jax.tree.unflatten(structure, parts)
+
+    def raveled(t, y, args):
+        shared, rows = args
+        return ravel_rows(field(t, unravel_rows(y), shared, rows))
+
+    y0 = ravel_rows(y0)
+    with jax.default_matmul_precision("highest"):
+        t = jnp.broadcast_to(t0, y0.shape[:1])
+        closed = eqx.filter_closure_convert(raveled, t, y0, (shared, rows))
+        out = adjoint.integrate(closed, (shared, rows), y0, t0, t1, ts, method)
+    y1 = unravel_rows(out.y1)
+    ys = None if out.ys is None else jax.vmap(unravel_rows)(out.ys)
+    stats, result, t_reached = out.stats, out.result, out.t_reached
+    if step_control != "per_sample":
+        y1, stats, result, t_reached = jax.tree.map(lambda x: x[0], (y1, stats, result, t_reached))
+        ys = jax.tree.map(lambda x: x[:, 0], ys)
+    return Solution(y1, ts, ys, stats, result, t_reached)

@@ -1,0 +1,94 @@
+"""Step-size control: error norm, first step, accept and propose.
+
+All functions work on rows: times and step sizes are `[rows]`, states are `[rows, n]`, and each row
+has its own step. References: Hairer, Norsett and Wanner, "Solving Ordinary Differential
+Equations I" (1993), section II.4.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+SAFETY = 0.9
+MIN_FACTOR = 0.2
+MAX_FACTOR = 10.0
+
+
+def rms_norm(x: Float[Array, "rows n"], axis_name: str | None) -> Float[Array, " rows"]:
+    """Root mean square of each row, over all devices along `axis_name` if there is one."""
+    mean_square = jnp.sum(x * x, axis=1) / max(x.shape[1], 1)
+    if axis_name is not None:
+        mean_square = jax.lax.pmean(mean_square, axis_name)
+    return jnp.sqrt(mean_square)
+
+
+def error_ratio(
+    error: Float[Array, "rows n"],
+    y0: Float[Array, "rows n"],
+    y1: Float[Array, "rows n"],
+    rtol: Float[Array, ""],
+    atol: Float[Array, ""],
+    axis_name: str | None,
+) -> Float[Array, " rows"]:
+    """RMS of `error / (atol + rtol max(|y0|, |y1|))`: at most one when the step is good enough."""
+    scale = atol + rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+    return rms_norm(error / scale, axis_name)
+
+
+def propose(
+    ratio: Float[Array, " rows"], order: int
+) -> tuple[Bool[Array, " rows"], Float[Array, " rows"]]:
+    """Whether to accept a step of this error ratio, and the factor for the next step size."""
+    accept = ratio <= 1.0
+    floor = jnp.where(accept, 1.0, MIN_FACTOR).astype(ratio.dtype)
+    # The tiny keeps a zero error finite; a NaN ratio is a rejection with the smallest factor.
+    factor = SAFETY * jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny) ** (-1.0 / order)
+    return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), floor, MAX_FACTOR)
+
+
+def first_step(
+    field: Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]],
+    t0: Float[Array, " rows"],
+    y0: Float[Array, "rows n"],
+    span: Float[Array, " rows"],
+    order: int,
+    rtol: Float[Array, ""],
+    atol: Float[Array, ""],
+    axis_name: str | None,
+) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
+    """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
+
+    Both evaluations are iterations of one loop, so that the compiled program holds one copy of `f`.
+    """
+    scale = atol + rtol * jnp.abs(y0)
+    d0 = rms_norm(y0 / scale, axis_name)
+    sign = jnp.sign(span)
+
+    def slope(f):
+        return rms_norm(f / scale, axis_name)
+
+    def trial_step(f0):
+        d1 = slope(f0)
+        h0 = jnp.where((d0 < 1e-5) | ~(d1 >= 1e-5), 1e-6, 0.01 * d0 / jnp.maximum(d1, 1e-5))
+        return jnp.minimum(h0.astype(t0.dtype), jnp.abs(span))
+
+    def evaluate(i, carry):
+        f0, h0, _ = carry
+        k = field(t0 + sign * h0, y0 + (sign * h0)[:, None] * f0)
+        return jnp.where(i == 0, k, f0), jnp.where(i == 0, trial_step(k), h0), k
+
+    zero = jnp.zeros_like(y0)
+    f0, h0, f1 = jax.lax.fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
+    d1, d2 = slope(f0), slope(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
+    d_max = jnp.maximum(d1, d2)
+    h1 = jnp.where(
+        d_max <= 1e-15,
+        jnp.maximum(1e-6, h0 * 1e-3),
+        (0.01 / jnp.maximum(d_max, 1e-15)) ** (1.0 / (order + 1)),
+    )
+    h = jnp.minimum(100.0 * h0, h1)
+    # A non-finite slope must not poison the step: the first attempt will be rejected with a cause.
+    h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
+    return sign * jnp.minimum(h, jnp.abs(span)), f0

@@ -1,0 +1,84 @@
+"""A diffrax explicit Runge-Kutta solver seen as numpy arrays."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffrax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True, eq=False)
+class Tableau:
+    """The Butcher tableau of an explicit Runge-Kutta method with `stages` stages.
+
+    Stage `i` is `k_i = f(t + c_i h, y + h sum_j A_ij k_j)`, the step ends at `y + h sum_i b_i k_i`,
+    and `h sum_i b_error_i k_i` estimates its error. Instances are compared by identity, and
+    `tableau_of` returns the same one each time, so that they serve as static arguments of `jit`.
+    """
+
+    name: str
+    order: int
+    A: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    b_error: np.ndarray | None
+    """None for a method without an error estimate, which needs fixed steps."""
+    first_same_as_last: bool
+    """Whether the last stage of a step is the first stage of the next."""
+    interpolation: Callable[..., Any]
+    """Makes the solver's dense output from `t0, t1, y0, y1` and, but for linear ones, `k`."""
+
+    @property
+    def stages(self) -> int:
+        return len(self.b)
+
+    @property
+    def advancing_stages(self) -> int:
+        """Stages that the end state depends on: all but trailing ones of weight zero."""
+        return int(np.flatnonzero(self.b)[-1]) + 1
+
+    def dense_weights(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:
+        """Weights `w` of the solver's own dense output, `y(t + theta h) = y + h sum_i w_i k_i`.
+
+        diffrax's interpolants are linear in `(y0, y1, k)`, so one of them fed with the identity
+        in place of the stages returns the weights.
+        """
+        dtype = theta.dtype
+        y0, y1 = jnp.zeros(self.stages, dtype), jnp.asarray(self.b, dtype)
+        if self.interpolation is diffrax.LocalLinearInterpolation:
+            return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1).evaluate(theta)
+        stages = jnp.eye(self.stages, dtype=dtype)
+        return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1, k=stages).evaluate(theta)
+
+
+@functools.cache
+def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
+    if issubclass(cls, diffrax.Euler):
+        one, zero = np.ones(1), np.zeros(1)
+        linear = diffrax.LocalLinearInterpolation
+        return Tableau(cls.__name__, 1, np.zeros((1, 1)), one, zero, None, False, linear)
+    table = getattr(cls, "tableau", None)
+    if not issubclass(cls, diffrax.AbstractERK) or not isinstance(table, diffrax.ButcherTableau):
+        return None
+    A = np.zeros((table.num_stages, table.num_stages))
+    for i, row in enumerate(table.a_lower, start=1):
+        A[i, :i] = row
+    return Tableau(
+        name=cls.__name__,
+        order=int(cls().order(diffrax.ODETerm(lambda t, y, args: y)) or 1),
+        A=A,
+        b=np.asarray(table.b_sol),
+        c=np.concatenate([[0.0], table.c]),
+        b_error=np.asarray(table.b_error),
+        first_same_as_last=table.fsal,
+        interpolation=cls.interpolation_cls,
+    )
+
+
+def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
+    """The tableau of an explicit Runge-Kutta solver, or None for any other kind of solver."""
+    return _tableau_of_class(type(solver))

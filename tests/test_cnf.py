@@ -1,0 +1,220 @@
+"""Continuous normalizing flows against closed forms."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+
+import jaxode
+from jaxode import divergence
+from jaxode.nn import ConcatSquash, field
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def module(size, key=0):
+    """A flow that is far from the identity: its output weights are larger than at the start."""
+    m = ConcatSquash(size, (16, 16), key=jax.random.key(key))
+    return eqx.tree_at(lambda m: m.weight, m, 20 * m.weight)
+
+
+def linear(t, z, A):
+    return A @ z
+
+
+A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_linear_flow_is_a_gaussian(control):
+    """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
+    flow = jaxode.cnf(linear, jaxode.standard_normal(3), step_control=control, **TIGHT)
+    E = scipy.linalg.expm(np.asarray(A))
+    x = jax.random.normal(jax.random.key(0), (20, 3)) * 2
+    exact = scipy.stats.multivariate_normal(np.zeros(3), E @ E.T).logpdf(x)
+    np.testing.assert_allclose(flow.log_prob(A, x), exact, rtol=1e-7)
+    np.testing.assert_allclose(flow.nll(A, x), -exact.mean(), rtol=1e-7)
+    np.testing.assert_allclose(flow.from_base(A, x), x @ E.T, atol=1e-7)
+    np.testing.assert_allclose(flow.to_base(A, x), x @ np.linalg.inv(E).T, atol=1e-7)
+
+
+def test_linear_flow_gradient_is_that_of_the_gaussian():
+    flow = jaxode.cnf(linear, jaxode.standard_normal(3), **TIGHT)
+    x = jax.random.normal(jax.random.key(0), (20, 3)) * 2
+
+    def exact(A, x):
+        E = jax.scipy.linalg.expm(A)
+        z = jnp.linalg.solve(E, x.T)
+        return (
+            jnp.mean(jnp.sum(z * z, 0)) / 2 + jnp.linalg.slogdet(E)[1] + 1.5 * jnp.log(2 * jnp.pi)
+        )
+
+    for actual, expected in zip(
+        jax.grad(flow.nll, (0, 1))(A, x), jax.grad(exact, (0, 1))(A, x), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (-2.0, 0.5)], ids=str)
+def test_density_of_one_dimension_integrates_to_one(times):
+    t0, t1 = times
+    flow = jaxode.cnf(field, jaxode.standard_normal(1), t0=t0, t1=t1)
+    m = module(1)
+    grid = jnp.linspace(-30.0, 30.0, 6001)
+    density = jnp.exp(flow.log_prob(m, grid[:, None]))
+    assert abs(jnp.trapezoid(density, grid) - 1) < 1e-4
+    assert jnp.abs(density - jax.scipy.stats.norm.pdf(grid)).max() > 0.05  # not the base density
+
+
+def test_density_of_two_dimensions_integrates_to_one():
+    flow = jaxode.cnf(field, jaxode.standard_normal(2))
+    m = module(2)
+    edge = jnp.linspace(-14.0, 14.0, 281)
+    x = jnp.stack(jnp.meshgrid(edge, edge), -1).reshape(-1, 2)
+    density = np.exp(flow.log_prob(m, x)).reshape(281, 281)
+    assert abs(np.trapezoid(np.trapezoid(density, edge), edge) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("event", [(2,), (2, 3), (1, 2, 2)], ids=str)
+def test_from_base_inverts_to_base_for_any_event_shape(event):
+    flow = jaxode.cnf(field, jaxode.standard_normal(event), **TIGHT)
+    m = ConcatSquash(event, (8,), key=jax.random.key(3))
+    m = jax.tree.map(lambda x: 3 * x, m)
+    x = jax.random.normal(jax.random.key(1), (5, *event))
+    z = flow.to_base(m, x)
+    assert z.shape == x.shape
+    assert jnp.abs(z - x).max() > 0.05
+    np.testing.assert_allclose(flow.from_base(m, z), x, atol=1e-7)
+
+
+def test_log_prob_is_the_change_of_variables_of_the_whole_flow():
+    """`log p(x) = log p_base(z) + log |det dz/dx|`, with the Jacobian of the solve by autodiff."""
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), **TIGHT)
+    m, x = module(2), jnp.array([[0.5, -1.0], [2.0, 0.3]])
+    jacobian = jax.vmap(jax.jacrev(lambda x: flow.to_base(m, x[None])[0]))(x)
+    expected = flow.base.log_prob(flow.to_base(m, x)) + jnp.linalg.slogdet(jacobian)[1]
+    np.testing.assert_allclose(flow.log_prob(m, x), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", [divergence.exact(), divergence.exact(chunk=1)])
+def test_sample_and_log_prob_agrees_with_log_prob(estimator):
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=estimator, **TIGHT)
+    m = module(2)
+    x, log_prob = flow.sample_and_log_prob(m, jax.random.key(5), 50)
+    assert x.shape == (50, 2)
+    np.testing.assert_allclose(flow.log_prob(m, x), log_prob, atol=1e-6)
+
+
+def test_samples_follow_the_density():
+    """The linear flow's samples have the covariance `E E^T`."""
+    flow = jaxode.cnf(linear, jaxode.standard_normal(3))
+    x = flow.sample(A, jax.random.key(0), 40_000)
+    E = scipy.linalg.expm(np.asarray(A))
+    # The standard error of a covariance entry is at most about sqrt(2 / n) times the variances.
+    np.testing.assert_allclose(np.cov(x.T), E @ E.T, atol=5 * np.sqrt(2 / 40_000) * 12)
+
+
+def test_hutchinson_log_prob_is_unbiased():
+    m, x = module(2), jnp.array([[0.5, -1.0], [2.0, 0.3]])
+    exact = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.exact())
+    noisy = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.hutchinson())
+    keys = jax.random.split(jax.random.key(7), 4000)
+    samples = jax.jit(jax.vmap(lambda key: noisy.log_prob(m, x, key=key)))(keys)
+    error = jnp.abs(samples.mean(0) - exact.log_prob(m, x))
+    # 1e-4: tolerance of the two solves, beside the sampling error.
+    assert (error < 4 * samples.std(0) / np.sqrt(len(keys)) + 1e-4).all()
+    assert (samples.std(0) > 1e-2).all()
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_noise_depends_on_the_key_and_the_index_alone(control):
+    """Same key, same value: with or without jit, whatever the rest of the batch."""
+    flow = jaxode.cnf(
+        field, jaxode.standard_normal(3), divergence=divergence.hutchinson(),
+        step_control=control, **TIGHT,
+    )  # fmt: skip
+    m, key = module(3), jax.random.key(11)
+    x = jax.random.normal(jax.random.key(1), (6, 3))
+    values = flow.log_prob(m, x, key=key)
+    np.testing.assert_allclose(jax.jit(flow.log_prob)(m, x, key=key), values, rtol=1e-12)
+    np.testing.assert_allclose(flow.log_prob(m, x[:2], key=key), values[:2], rtol=1e-7)
+    other = x.at[2:].set(0.0)
+    np.testing.assert_allclose(flow.log_prob(m, other, key=key)[:2], values[:2], rtol=1e-7)
+    assert jnp.abs(flow.log_prob(m, x, key=jax.random.key(12)) - values).max() > 1e-3
+
+
+def test_probe_is_held_fixed_through_the_solve():
+    """With a fixed probe the estimate of a linear flow is `-v . A v` times the time span."""
+    flow = jaxode.cnf(
+        linear, jaxode.standard_normal(3), divergence=divergence.hutchinson(), **TIGHT
+    )
+    x, key = jnp.ones((4, 3)), jax.random.key(3)
+    _, aux = flow.nll_and_stats(A, x, key=key)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(4))
+    probes = jax.vmap(flow.divergence.init)(keys, x)[:, 0]
+    np.testing.assert_allclose(
+        aux.log_det, -jnp.einsum("bi,ij,bj->b", probes, A, probes), rtol=1e-7
+    )
+
+
+def test_context_selects_the_density():
+    """A field that shifts by its context makes a Gaussian with that mean."""
+    shift = lambda t, z, args: args[0] * args[1]
+    flow = jaxode.cnf(shift, jaxode.standard_normal(2), **TIGHT)
+    context = jnp.array([[1.0, -1.0], [3.0, 0.5]])
+    x = jnp.array([[0.2, 0.1], [2.0, 1.0]])
+    exact = scipy.stats.norm.logpdf(x, loc=2 * context).sum(1)
+    np.testing.assert_allclose(flow.log_prob(2.0, x, context=context), exact, rtol=1e-7)
+    np.testing.assert_allclose(flow.nll(2.0, x, context=context), -exact.mean(), rtol=1e-7)
+    np.testing.assert_allclose(flow.to_base(2.0, x, context=context), x - 2 * context, atol=1e-7)
+    sample, log_prob = flow.sample_and_log_prob(2.0, jax.random.key(0), 2, context=context)
+    np.testing.assert_allclose(
+        log_prob, scipy.stats.norm.logpdf(sample, loc=2 * context).sum(1), rtol=1e-7
+    )
+
+
+def test_weights_of_the_loss():
+    flow = jaxode.cnf(field, jaxode.standard_normal(2))
+    m, x = module(2), jax.random.normal(jax.random.key(0), (4, 2))
+    weights = jnp.array([1.0, 0.0, 3.0, 0.0])
+    log_prob = flow.log_prob(m, x)
+    expected = -(log_prob[0] + 3 * log_prob[2]) / 4
+    np.testing.assert_allclose(flow.nll(m, x, weights=weights), expected, rtol=1e-12)
+
+
+def test_nll_and_stats_reports_the_forward_solve():
+    flow = jaxode.cnf(field, jaxode.standard_normal(2))
+    m, x = module(2), jax.random.normal(jax.random.key(0), (4, 2))
+    (loss, aux), gradient = jax.value_and_grad(flow.nll_and_stats, has_aux=True)(m, x)
+    np.testing.assert_allclose(loss, -aux.log_prob.mean(), rtol=1e-14)
+    np.testing.assert_allclose(
+        aux.log_prob, flow.base.log_prob(flow.to_base(m, x)) + aux.log_det, atol=1e-4
+    )
+    assert aux.stats.num_evals > 6
+    assert aux.result == jaxode.Result.SUCCESS
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_training_loss_gradient_in_float32_matches_float64():
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.hutchinson())
+    m, x = module(2), jax.random.normal(jax.random.key(0), (16, 2))
+    single = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    # The probes of the two dtypes are the same signs.
+    double = jax.grad(flow.nll)(m, x, key=jax.random.key(4))
+    gradient = jax.grad(flow.nll)(single(m), single(x), key=jax.random.key(4))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(double), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_standard_normal(shape):
+    base = jaxode.standard_normal(shape)
+    z = base.sample(jax.random.key(0), (5, 4))
+    assert z.shape == (5, 4, *shape)
+    exact = scipy.stats.norm.logpdf(z).reshape(5, 4, -1).sum(-1)
+    np.testing.assert_allclose(base.log_prob(z), exact, rtol=1e-13)
+    assert jaxode.standard_normal(3) == jaxode.standard_normal((3,))

@@ -1,0 +1,311 @@
+"""DiscreteAdjoint: exact for the computed solution, in bounded memory."""
+
+import itertools
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from problems import SOLVERS, solver_name
+
+import jaxode
+from jaxode.integrate import integrate
+from jaxode.tableau import tableau_of
+from jaxode.validation import make_method
+
+
+def pendulum(t, y, args):
+    """A damped, driven pendulum: nonlinear, and it depends on the time."""
+    stiffness, damping = args
+    return jnp.stack([y[1], -stiffness * jnp.sin(y[0]) - damping * y[1] + jnp.cos(t)])
+
+
+ARGS = (jnp.array(2.0), jnp.array(0.3))
+Y0 = jnp.array([1.0, 0.5])
+TS = jnp.array([0.0, 0.2, 0.21, 1.0, 2.7, 3.0])
+
+
+def recorded_times(solver, ts, tolerance):
+    """The mesh that `solve` chooses."""
+    method = make_method("", solver, tolerance, tolerance, None, None, 4096, None, Y0)
+    field = lambda t, y: pendulum(t[0], y[0], ARGS)[None]
+    _, tape = integrate(field, method, Y0[None], jnp.array(0.0), jnp.array(3.0), ts, 64)
+    return tape.times[: int(tape.num_steps) + 1, 0]
+
+
+def unrolled(solver, mesh, y0, t0, t1, args, ts):
+    """The same Runge-Kutta steps as straight-line code, for plain autodiff."""
+    tableau = tableau_of(solver)
+    mesh = (mesh - mesh[0]) / (mesh[-1] - mesh[0])
+    y, ys = y0, []
+    for i, (s, s_next) in enumerate(itertools.pairwise(mesh)):
+        t, h = t0 + s * (t1 - t0), (s_next - s) * (t1 - t0)
+        k = []
+        for row, c in zip(tableau.A, tableau.c, strict=True):
+            z = y + h * sum((a * kj for a, kj in zip(row, k, strict=False)), jnp.zeros_like(y))
+            k.append(pendulum(t + c * h, z, args))
+        for time in [] if ts is None else ts:
+            if (t < time <= t + h + 1e-12) or (i == 0 and time == t0):
+                weights = tableau.dense_weights((time - t) / h)
+                ys.append(y + h * sum(w * kj for w, kj in zip(weights, k, strict=True)))
+        y = y + h * sum(b * kj for b, kj in zip(tableau.b, k, strict=True))
+    return y, (jnp.zeros(0) if ts is None else jnp.stack(ys))
+
+
+def scalar(y1, ys):
+    """A loss that weighs every output differently."""
+    return y1 @ jnp.array([1.0, -2.0]) + jnp.sum(
+        jnp.sin(ys) * jnp.arange(1.0, ys.size + 1).reshape(ys.shape)
+    )
+
+
+# Low orders get a loose tolerance, so that straight-line code of their steps stays short.
+CASES = [(s, 64, 1e-5 if order > 3 else 1e-2) for s, order, adaptive in SOLVERS if adaptive]
+CASES += [(diffrax.Tsit5(), checkpoints, 1e-5) for checkpoints in (2, 3, 7)]
+
+
+@pytest.mark.parametrize("ts", [None, TS], ids=["end", "ts"])
+@pytest.mark.parametrize(("solver", "checkpoints", "tolerance"), CASES, ids=solver_name)
+def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, tolerance, ts):
+    mesh = recorded_times(solver, ts, tolerance)
+    assert 4 < len(mesh) < 60
+
+    def ours(y0, t0, t1, args, ts):
+        solution = jaxode.solve(
+            pendulum, y0, t0, t1, args, ts=ts, solver=solver,
+            adjoint=jaxode.DiscreteAdjoint(checkpoints), rtol=tolerance, atol=tolerance,
+        )  # fmt: skip
+        return scalar(solution.y1, jnp.zeros(0) if ts is None else solution.ys)
+
+    def reference(y0, t0, t1, args, ts):
+        return scalar(*unrolled(solver, mesh, y0, t0, t1, args, ts))
+
+    inputs = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS)
+    argnums = (0, 1, 2, 3)
+    expected = jax.value_and_grad(reference, argnums)(*inputs, ts)
+    actual = jax.value_and_grad(ours, argnums)(*inputs, ts)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), actual, expected
+    )
+    if ts is not None:
+        expected_ts = jax.grad(reference, 4)(*inputs, ts)
+        actual_ts = jax.grad(ours, 4)(*inputs, ts)
+        np.testing.assert_allclose(actual_ts, expected_ts, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
+def test_check_grads_on_fixed_steps(solver, order, adaptive):
+    """With equal steps the discrete solution is a smooth function of everything."""
+    del order, adaptive
+
+    def loss(y0, t0, t1, args, ts):
+        solution = jaxode.solve(pendulum, y0, t0, t1, args, ts=ts, solver=solver, steps=6)
+        return scalar(solution.y1, solution.ys)
+
+    inputs = (Y0, jnp.array(0.1), jnp.array(2.0), ARGS, jnp.array([0.2, 0.9, 1.3, 1.9]))
+    check_grads(loss, inputs, order=1, modes=("rev",), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_check_grads_adaptive(backwards):
+    times = (jnp.array(2.0), jnp.array(0.1)) if backwards else (jnp.array(0.1), jnp.array(2.0))
+
+    def loss(y0, t0, t1, args):
+        return jnp.sum(jaxode.solve(pendulum, y0, t0, t1, args, rtol=1e-9, atol=1e-9).y1 ** 2)
+
+    # The mesh moves with the inputs within the tolerance, which finite differences see.
+    check_grads(loss, (Y0, *times, ARGS), order=1, modes=("rev",), rtol=1e-5)
+
+
+def test_hessian_by_forward_over_reverse():
+    def loss(p):
+        return jnp.sum(jaxode.solve(pendulum, p[:2], 0.0, 1.0, (p[2], p[3]), steps=8).y1 ** 2)
+
+    p = jnp.array([1.0, 0.5, 2.0, 0.3])
+    hessian = jax.jacfwd(jax.grad(loss))(p)
+    eps = 1e-5
+    columns = [
+        (jax.grad(loss)(p.at[i].add(eps)) - jax.grad(loss)(p.at[i].add(-eps))) / (2 * eps)
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(hessian, jnp.stack(columns, 1), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
+
+
+def test_closed_over_values_get_gradients():
+    def explicit(a, y0):
+        return jaxode.solve(lambda t, y, a: -a * y, y0, 0.0, 1.0, a).y1.sum()
+
+    def closed_over(a, y0):
+        return jaxode.solve(lambda t, y, _: -a * y, y0, 0.0, 1.0).y1.sum()
+
+    inputs = (jnp.array(0.7), jnp.array([1.0, 2.0]))
+    for transform in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+        np.testing.assert_allclose(
+            transform(explicit)(*inputs), transform(closed_over)(*inputs), rtol=1e-14
+        )
+
+
+def test_module_as_vector_field_gets_gradients():
+    class Field(eqx.Module):
+        rate: jax.Array
+        label: str = "any static thing"
+
+        def __call__(self, t, y, args):
+            return -self.rate * y
+
+    loss = lambda field: jaxode.solve(field, jnp.ones(2), 0.0, 1.0).y1.sum()
+    gradient = eqx.filter_grad(loss)(Field(jnp.array(0.5)))
+    np.testing.assert_allclose(gradient.rate, -2 * np.exp(-0.5), rtol=1e-4)
+
+
+def test_integer_and_static_leaves_in_args_break_nothing():
+    def f(t, y, args):
+        return jnp.where(args["mask"], -args["rate"] * y ** args["power"], 0.0)
+
+    def loss(rate, y0):
+        args = {"rate": rate, "power": jnp.array(2), "mask": jnp.array([True, False]), "name": "x"}
+        return jaxode.solve(f, y0, 0.0, 1.0, args, rtol=1e-7, atol=1e-7).y1.sum()
+
+    # y' = -r y^2 has y(1) = y0 / (1 + r y0), so dy/dr = -y0^2 / (1 + r y0)^2.
+    gradient = jax.grad(loss)(jnp.array(0.5), jnp.array([2.0, 1.0]))
+    np.testing.assert_allclose(gradient, -1.0, rtol=1e-4)
+
+
+def test_gradient_at_zero_span():
+    """`dy1/dt1 = f` and `dy1/dt0 = -f` hold even where no step is taken."""
+    loss = lambda y0, t0, t1: jaxode.solve(lambda t, y, _: t * y, y0, t0, t1).y1.sum()
+    y0, t = jnp.array([3.0]), jnp.array(2.0)
+    dy0, dt0, dt1 = jax.grad(loss, (0, 1, 2))(y0, t, t)
+    np.testing.assert_allclose((dy0[0], dt0, dt1), (1.0, -6.0, 6.0))
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_flow_gradient_matches_single_solves(control):
+    """With equal steps a batch is so many single solves, and parameter gradients add up."""
+    z = jnp.array([[0.1, 1.0], [2.0, -1.0], [0.5, 0.0]])
+
+    def batched(z, args):
+        return jnp.sum(
+            jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, steps=9, step_control=control))
+        )
+
+    def one_by_one(z, args):
+        return sum(
+            jnp.sum(jnp.sin(jaxode.solve(pendulum, y, 2.0, 0.0, args, steps=9).y1)) for y in z
+        )
+
+    for actual, expected in zip(
+        jax.tree.leaves(jax.grad(batched, (0, 1))(z, ARGS)),
+        jax.tree.leaves(jax.grad(one_by_one, (0, 1))(z, ARGS)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_per_sample_gradient_of_a_row_does_not_depend_on_its_neighbours():
+    f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])
+    z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
+    loss = lambda z: jnp.sum(jaxode.flow(f, z, 0.0, 2.0, 1.3, step_control="per_sample"))
+    together = jax.grad(loss)(z)
+    for i in range(3):
+        alone = jax.grad(lambda y: jnp.sum(jaxode.solve(f, y, 0.0, 2.0, 1.3).y1))(z[i])
+        np.testing.assert_allclose(together[i], alone, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("transform", ["vmap of grad", "grad of vmap"])
+def test_under_vmap(transform):
+    """Lanes of `vmap` take steps of their own and agree with single solves."""
+    rates = jnp.array([0.5, 6.0, 3.0])
+    one = lambda rate: jaxode.solve(lambda t, y, r: -r * y, jnp.ones(2), 0.0, 1.0, rate).y1[0]
+    expected = jnp.stack([jax.grad(one)(rate) for rate in rates])
+    if transform == "vmap of grad":
+        actual = jax.vmap(jax.grad(one))(rates)
+    else:
+        actual = jax.grad(lambda rates: jnp.sum(jax.vmap(one)(rates)))(rates)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def temporary_bytes(loss, *inputs):
+    memory = jax.jit(jax.grad(loss)).lower(*inputs).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def test_memory_grows_with_checkpoints_only():
+    size = 10_000
+    y0, state = jnp.ones(size), size * 8
+
+    def measure(checkpoints=16, max_steps=100):
+        adjoint = jaxode.DiscreteAdjoint(checkpoints)
+        solve = lambda y0: jaxode.solve(
+            lambda t, y, _: -jnp.sin(y),
+            y0,
+            0.0,
+            1.0,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+        return temporary_bytes(lambda y0: jnp.sum(solve(y0).y1), y0)
+
+    base = measure()
+    # Ten thousand more steps cost their times (8 bytes each, in at most four buffers) and no state.
+    assert measure(max_steps=10_100) - base < 4 * 8 * 10_000
+    grown = measure(checkpoints=32) - base
+    assert 16 * state * 0.9 < grown < 3 * 16 * state
+
+
+@pytest.mark.parametrize("checkpoints", [8, 64])
+def test_many_steps_within_few_checkpoints(checkpoints):
+    """5,000 Euler steps of `y' = -a y` have the closed form `(1 - a h) ** 5000`."""
+
+    def loss(a):
+        return jaxode.solve(
+            lambda t, y, a: -a * y, jnp.ones(1), 0.0, 1.0, a, solver=diffrax.Euler(), steps=5000,
+            adjoint=jaxode.DiscreteAdjoint(checkpoints),
+        ).y1[0]  # fmt: skip
+
+    expected = jax.grad(lambda a: (1 - a / 5000) ** 5000)(2.0)
+    np.testing.assert_allclose(jax.grad(loss)(2.0), expected, rtol=1e-11)
+
+
+def test_float32():
+    y0 = Y0.astype(jnp.float32)
+    args = jax.tree.map(lambda x: x.astype(jnp.float32), ARGS)
+    loss = lambda y0, args: jnp.sum(jaxode.solve(pendulum, y0, 0.0, 3.0, args).y1)
+    single = jax.grad(loss, (0, 1))(y0, args)
+    double = jax.grad(loss, (0, 1))(Y0, ARGS)
+    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(double), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+
+
+def test_failed_solve_has_nan_gradients():
+    def loss(y0, rate, **options):
+        solution = jaxode.solve(
+            lambda t, y, r: r * y**2, y0, 0.0, 3.0, rate, throw=False, max_steps=200, **options
+        )
+        return jnp.sum(solution.y1)
+
+    gradients = jax.grad(loss, (0, 1))(jnp.array([1.0, 0.1]), jnp.array(1.0))
+    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_failed_row_leaves_the_gradients_of_the_others():
+    """Per sample, `y' = y^2` explodes at `t = 1 / y0`: only that row is lost."""
+
+    def loss(z):
+        solution = jaxode.flow(
+            lambda t, y, _: y**2, z, 0.0, 1.0, step_control="per_sample", throw=False,
+            return_solution=True, max_steps=200,
+        )  # fmt: skip
+        return jnp.sum(solution.y1), solution
+
+    gradient, solution = jax.grad(loss, has_aux=True)(jnp.array([[0.5], [2.0]]))
+    assert solution.ok.tolist() == [True, False]
+    np.testing.assert_allclose(gradient[0], 4.0, rtol=1e-4)  # y1 = y0 / (1 - y0)
+    assert jnp.isnan(gradient[1]).all()
+    assert jnp.isnan(solution.y1[1]).all()

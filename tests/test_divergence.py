@@ -1,0 +1,101 @@
+"""Divergence estimators: exact ones agree with the Jacobian, random ones are unbiased."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxode import divergence
+from jaxode.nn import ConcatSquash
+
+D = 6
+MODULE = ConcatSquash(D, (7, 5), key=jax.random.key(0))
+# Larger output weights than at initialization, so that the divergence is not small.
+MODULE = jax.tree.map(lambda x: 3 * x, MODULE)
+Z = jnp.linspace(-1.0, 1.0, D)
+
+
+def g(z):
+    return MODULE(jnp.array(0.4), z)
+
+
+def trace(g, z):
+    size = z.size
+    return jnp.trace(
+        jax.jacfwd(lambda flat: g(flat.reshape(z.shape)).reshape(-1))(z.reshape(-1)).reshape(
+            size, size
+        )
+    )
+
+
+# Estimators that give the trace itself. A new one is one row.
+EXACT = {
+    "exact": divergence.exact(),
+    "exact in chunks": divergence.exact(chunk=4),
+    "exact one by one": divergence.exact(chunk=1),
+    "as many orthogonal probes as dimensions": divergence.hutchinson(D, "orthogonal"),
+    "auto for a small event": divergence.auto(),
+}
+# Estimators whose mean is the trace.
+RANDOM = {
+    "rademacher": divergence.hutchinson(),
+    "gaussian": divergence.hutchinson(distribution="gaussian"),
+    "orthogonal": divergence.hutchinson(2, "orthogonal"),
+    "three rademacher probes": divergence.hutchinson(3),
+}
+
+
+@pytest.mark.parametrize("shape", [(D,), (2, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_equals_the_trace_of_the_jacobian(name, shape):
+    z = Z.reshape(shape)
+    estimator = EXACT[name]
+    probe = estimator.init(jax.random.key(1), z)
+    dz, div = estimator.apply(g, z, probe)
+    assert dz.shape == shape
+    np.testing.assert_allclose(dz, g(z), rtol=1e-14)
+    np.testing.assert_allclose(div, trace(g, z), rtol=1e-12)
+    gradient = jax.grad(lambda z: estimator.apply(g, z, probe)[1])(z)
+    np.testing.assert_allclose(gradient, jax.grad(lambda z: trace(g, z))(z), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_probes_are_unbiased(name):
+    estimator = RANDOM[name]
+    keys = jax.random.split(jax.random.key(2), 20_000)
+    samples = jax.jit(jax.vmap(lambda key: estimator.apply(g, Z, estimator.init(key, Z))[1]))(keys)
+    error = np.abs(samples.mean() - trace(g, Z))
+    assert error < 4 * samples.std() / np.sqrt(samples.size)
+    assert samples.std() > 1e-3  # random at all
+
+
+def test_rademacher_mean_over_all_signs_is_the_trace():
+    """The average over all `2 ** D` sign vectors is exact, not only in expectation."""
+    signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=D)))
+    apply = divergence.hutchinson().apply
+    values = jax.vmap(lambda sign: apply(g, Z, sign[None])[1])(signs)
+    np.testing.assert_allclose(values.mean(), trace(g, Z), rtol=1e-13)
+
+
+def test_probes_share_one_linearization():
+    """More probes evaluate the field no more often."""
+    calls = []
+
+    def counted(z):
+        calls.append(1)
+        return g(z)
+
+    estimator = divergence.hutchinson(5)
+    estimator.apply(counted, Z, estimator.init(jax.random.key(0), Z))
+    assert len(calls) == 1
+
+
+def test_auto_switches_to_hutchinson_for_large_events():
+    small, large = jnp.ones(divergence.EXACT_UP_TO), jnp.ones(divergence.EXACT_UP_TO + 1)
+    auto = divergence.auto()
+    assert auto.init(None, small) is None
+    assert auto.init(jax.random.key(0), large).shape == (1, large.size)
+    with pytest.raises(ValueError, match=r"needs random numbers; got key=None"):
+        auto.init(None, large)

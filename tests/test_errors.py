@@ -1,0 +1,326 @@
+"""Every wrong input gets one clear message, and every failed solve says so."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode import divergence
+
+ONE = jnp.ones(2)
+
+
+def decay(t, y, args):
+    return -y
+
+
+def solve(f=decay, y0=ONE, t0=0.0, t1=1.0, **options):
+    return jaxode.solve(f, y0, t0, t1, **options)
+
+
+def flow(z=None, f=decay, **options):
+    return jaxode.flow(f, jnp.ones((3, 2)) if z is None else z, 0.0, 1.0, **options)
+
+
+def cnf(event=2, **options):
+    return jaxode.cnf(lambda t, z, p: -z, jaxode.standard_normal(event), **options)
+
+
+X = jnp.ones((4, 2))
+KEY = jax.random.key(0)
+
+# (call, exception, message). A new rule is one row.
+BAD_INPUT = [
+    (
+        lambda: solve(y0=jnp.array([1, 2])), TypeError,
+        "solve(y0=...): leaves must have a floating dtype; got int64. "
+        "Convert with .astype(jnp.float32).",
+    ),
+    (
+        lambda: solve(y0=jnp.array([1j])), TypeError,
+        "solve(y0=...): leaves must have a floating dtype; got complex128. "
+        "Convert with .astype(jnp.float32).",
+    ),
+    (
+        lambda: solve(y0={"a": "text"}), TypeError,
+        "solve(y0=...): leaves must be floating arrays; got str. "
+        "Pass things that are not part of the state in args.",
+    ),
+    (
+        lambda: solve(y0=()), ValueError,
+        "solve(y0=...): must hold at least one array; got ().",
+    ),
+    (
+        lambda: solve(f=lambda t, y, args: y[0]), ValueError,
+        "solve(f=...): f(t, y, args) must return the shapes of y; got () where y has (2,). "
+        "f sees one sample of a batch.",
+    ),
+    (
+        lambda: solve(f=lambda t, y, args: (y, y)), ValueError,
+        "solve(f=...): f(t, y, args) must return the structure of y, PyTreeDef(*); "
+        "got PyTreeDef((*, *)).",
+    ),
+    (
+        lambda: solve(f=lambda t, y, args: jnp.array([1, 2])), TypeError,
+        "solve(f=...): f(t, y, args) must return floating arrays; got int64.",
+    ),
+    (
+        lambda: solve(ts=jnp.array([0.5, 0.2])), ValueError,
+        "solve(ts=...): times must increase from t0=0 to t1=1; got [0.5 0.2]. "
+        "Sort them in the direction of the solve.",
+    ),
+    (
+        lambda: solve(t0=1.0, t1=0.0, ts=jnp.array([0.2, 0.5])), ValueError,
+        "solve(ts=...): times must decrease from t0=1 to t1=0; got [0.2 0.5]. "
+        "Sort them in the direction of the solve.",
+    ),
+    (
+        lambda: solve(ts=jnp.array([0.5, 1.5])), ValueError,
+        "solve(ts=...): times must lie between t0=0 and t1=1; got [0.5 1.5]. "
+        "Extend the solve or drop the times outside it.",
+    ),
+    (
+        lambda: solve(ts=jnp.ones((2, 2))), ValueError,
+        "solve(ts=...): must be a vector of at least one time; got shape (2, 2).",
+    ),
+    (
+        lambda: solve(t0=jnp.ones(2)), ValueError,
+        "solve(t0=...): must be a scalar time; got shape (2,).",
+    ),
+    (
+        lambda: solve(t1=float("inf")), ValueError,
+        "solve(t1=...): must be a finite time; got inf.",
+    ),
+    (
+        lambda: solve(t1=1j), TypeError,
+        "solve(t1=...): must be a real time; got a complex number.",
+    ),
+    (
+        lambda: solve(solver="dopri5"), TypeError,
+        "solve(solver=...): must be an explicit Runge-Kutta solver of diffrax, such as "
+        "diffrax.Tsit5(); got 'dopri5'.",
+    ),
+    (
+        lambda: solve(solver=diffrax.Euler()), ValueError,
+        "solve(solver=...): Euler has no error estimate; got steps=None. "
+        "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5().",
+    ),
+    (
+        lambda: solve(steps=0), ValueError,
+        "solve(steps=...): must be a positive integer; got 0.",
+    ),
+    (
+        lambda: solve(max_steps=2.5), ValueError,
+        "solve(max_steps=...): must be a positive integer; got 2.5.",
+    ),
+    (
+        lambda: solve(rtol=-1.0), ValueError,
+        "solve(rtol=...): must be a finite tolerance of at least 0; got -1.0.",
+    ),
+    (
+        lambda: solve(rtol=0.0, atol=0.0), ValueError,
+        "solve(rtol=0, atol=0): at least one tolerance must be positive.",
+    ),
+    (
+        lambda: solve(first_step=0.0), ValueError,
+        "solve(first_step=...): must be positive; got 0.0.",
+    ),
+    (
+        lambda: jaxode.DiscreteAdjoint(1), ValueError,
+        "DiscreteAdjoint(checkpoints=...): must be an integer of at least 2; got 1. "
+        "The default is 64.",
+    ),
+    (
+        lambda: solve(adjoint="backsolve"), TypeError,
+        "solve(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); "
+        "got 'backsolve'.",
+    ),
+    (
+        lambda: flow(z=jnp.ones(())), ValueError,
+        "flow(z=...): leaves must share a leading batch axis; got shapes [()]. "
+        "Use solve for a single system.",
+    ),
+    (
+        lambda: flow(z=(jnp.ones((2, 1)), jnp.ones((3, 1)))), ValueError,
+        "flow(z=...): leaves must share a leading batch axis; got shapes [(2, 1), (3, 1)]. "
+        "Use solve for a single system.",
+    ),
+    (
+        lambda: flow(step_control="each"), ValueError,
+        "flow(step_control=...): must be 'joint' or 'per_sample'; got 'each'.",
+    ),
+    (
+        lambda: flow(f=lambda t, y, args: jnp.ones((3, 2))), ValueError,
+        "flow(f=...): f(t, y, args) must return the shapes of y; got (3, 2) where y has (2,). "
+        "f sees one sample of a batch.",
+    ),
+    (
+        lambda: cnf(divergence=divergence.hutchinson()).nll(None, X), ValueError,
+        "hutchinson: a stochastic divergence needs random numbers; got key=None. "
+        "Pass key=jax.random.key(...), or use divergence=jaxode.divergence.exact().",
+    ),
+    (
+        lambda: cnf().log_prob(None, jnp.ones((4, 3))), ValueError,
+        "log_prob(x=...): must have shape (batch, *event) with event (2,); got (4, 3).",
+    ),
+    (
+        lambda: cnf().nll(None, jnp.ones(2)), ValueError,
+        "nll(x=...): must have shape (batch, *event) with event (2,); got (2,).",
+    ),
+    (
+        lambda: cnf().nll(None, jnp.ones((4, 2), int)), TypeError,
+        "nll(x=...): must have a floating dtype; got int64. Integer-valued data has no density: "
+        "dequantize it and convert with .astype(jnp.float32).",
+    ),
+    (
+        lambda: cnf().nll(None, X, weights=jnp.ones(3)), ValueError,
+        "nll(weights=...): must have one weight a sample, shape (4,); got (3,).",
+    ),
+    (
+        lambda: cnf().nll(None, X, context=jnp.ones(3)), ValueError,
+        "nll(context=...): leaves must have a leading axis of 4, one row a sample; "
+        "got shape (3,).",
+    ),
+    (
+        lambda: cnf().sample(None, KEY, -1), ValueError,
+        "sample(n=...): must be a number of samples; got -1.",
+    ),
+    (
+        lambda: cnf(tolerance=1e-3), TypeError,
+        "cnf: unknown options ['tolerance']. The solve options are ['adjoint', 'atol', "
+        "'axis_name', 'first_step', 'max_steps', 'rtol', 'solver', 'step_control', 'steps'].",
+    ),
+    (
+        lambda: jaxode.standard_normal((2, 0)), ValueError,
+        "standard_normal(event_shape=...): must be positive integers; got (2, 0).",
+    ),
+    (
+        lambda: divergence.hutchinson(distribution="uniform"), ValueError,
+        "hutchinson(distribution=...): must be one of ['gaussian', 'orthogonal', 'rademacher']; "
+        "got 'uniform'.",
+    ),
+    (
+        lambda: divergence.hutchinson(0), ValueError,
+        "hutchinson(probes=...): must be a positive integer; got 0.",
+    ),
+    (
+        lambda: cnf(divergence=divergence.hutchinson(3, "orthogonal")).nll(None, X, key=KEY),
+        ValueError,
+        "hutchinson(probes=..., distribution='orthogonal'): at most one probe a dimension; "
+        "got 3 for 2 dimensions. Use divergence=jaxode.divergence.exact().",
+    ),
+    (
+        lambda: divergence.exact(chunk=0), ValueError,
+        "exact(chunk=...): must be a positive integer; got 0.",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"), BAD_INPUT, ids=[row[2][:60] for row in BAD_INPUT]
+)
+def test_bad_input(call, exception, message):
+    with pytest.raises(exception) as info:
+        call()
+    assert str(info.value) == message
+
+
+def blow_up(t, y, args):
+    return y**2  # reaches infinity at t = 1 / y0
+
+
+def nan_after(t, y, args):
+    return jnp.where(t > 0.5, jnp.nan, -y)
+
+
+# (vector field, options, code, start of the message). The times are where the mathematics fails.
+FAILURES = [
+    (decay, {"max_steps": 2}, 1, r"the steps ran out at t=0\.\d+\. Raise max_steps, "),
+    (blow_up, {}, 2, r"the step size fell below the resolution of the time at t=1\.00001\. Loosen"),
+    (nan_after, {}, 3, r"the vector field or the state is not finite at t=0\.5\. Check the vector"),
+    (
+        nan_after, {"steps": 8}, 3,
+        r"the vector field or the state is not finite at t=0\.5\. Check the vector",
+    ),
+]  # fmt: skip
+IDS = ["max_steps", "underflow", "nan", "nan with fixed steps"]
+
+
+@pytest.mark.parametrize(("f", "options", "code", "message"), FAILURES, ids=IDS)
+def test_failed_solve_raises(f, options, code, message):
+    del code
+    with pytest.raises(jaxode.SolveError, match="^solve: " + message):
+        solve(f, t1=2.0, **options)
+
+
+@pytest.mark.parametrize(("f", "options", "code", "message"), FAILURES, ids=IDS)
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, lambda f: jax.jit(jax.vmap(f))])
+def test_failed_solve_raises_when_compiled(f, options, code, message, transform):
+    del code
+    run = transform(lambda y0: solve(f, y0, t1=2.0, **options).y1)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="SolveError: solve: " + message.split(r" at")[0]
+    ):
+        jax.block_until_ready(run(jnp.ones((3, 2))))
+
+
+@pytest.mark.parametrize(("f", "options", "code", "message"), FAILURES, ids=IDS)
+def test_failed_solve_without_throw_is_nan_with_a_code(f, options, code, message):
+    del message
+    ts = jnp.array([0.1, 2.0])
+    solution = solve(f, t1=2.0, throw=False, ts=ts, **options)
+    assert int(solution.result) == code
+    assert not solution.ok
+    assert jnp.isnan(solution.y1).all()
+    assert jnp.isnan(solution.ys).all()
+    assert 0.1 < solution.t_reached < 1.1
+
+
+def test_failed_rows_are_named():
+    z = jnp.array([[0.1], [2.0], [0.2], [5.0]])
+    with pytest.raises(
+        jaxode.SolveError,
+        match=r"^flow: the step size fell below .* at t=0\.500003 in 2 of 4 rows, first in row 1\.",
+    ):
+        jaxode.flow(blow_up, z, 0.0, 1.0, step_control="per_sample")
+
+
+def test_times_known_only_at_run_time():
+    run = jax.jit(lambda ts: solve(ts=ts, throw=False))
+    good, bad = run(jnp.array([0.2, 0.5])), run(jnp.array([0.5, 0.2]))
+    assert good.ok
+    assert bad.result == jaxode.Result.INVALID_TIMES
+    assert jnp.isnan(bad.ys).all()
+    assert run(jnp.array([0.5, 1.5])).result == jaxode.Result.INVALID_TIMES
+    assert run(jnp.array([jnp.nan, 1.0])).result == jaxode.Result.INVALID_TIMES
+
+
+def test_training_loss_of_a_failed_solve():
+    """At once when it runs outside jit, NaN under jit, and an error there with throw=True."""
+    unstable = lambda t, z, p: -p * z**3
+    make = lambda **options: jaxode.cnf(
+        unstable, jaxode.standard_normal(2), max_steps=50, **options
+    )
+    x = 3 * X
+    with pytest.raises(jaxode.SolveError, match=r"^nll: the steps ran out at t="):
+        make().nll(1.0, x)
+    loss, gradient = jax.jit(jax.value_and_grad(make().nll))(1.0, x)
+    assert np.isnan(loss)
+    assert np.isnan(gradient)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="SolveError: nll: the steps ran out at t="
+    ):
+        jax.block_until_ready(jax.jit(jax.value_and_grad(make(throw=True).nll))(1.0, x))
+    assert np.isnan(make(throw=False).nll(1.0, x))
+    with pytest.raises(jaxode.SolveError, match=r"^log_prob: the steps ran out at t="):
+        make().log_prob(1.0, x)
+
+
+def test_compiled_training_step_has_no_host_callback():
+    """So that it can be stored in the persistent compilation cache."""
+    step = jax.jit(jax.value_and_grad(cnf().nll, argnums=1))
+    assert "callback(" not in step.lower(None, X).as_text()
+    raising = jax.jit(jax.value_and_grad(cnf(throw=True).nll, argnums=1))
+    assert "callback(" in raising.lower(None, X).as_text()

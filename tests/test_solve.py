@@ -1,0 +1,232 @@
+"""The forward solve: orders, agreement with others, directions, output times, statistics."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+from problems import ADAPTIVE, PROBLEMS, SOLVERS, solver_name
+
+import jaxode
+
+
+@pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
+def test_convergence_order(solver, order, adaptive):
+    """The error of N equal steps falls like `N ** -order`."""
+    del adaptive
+    problem = PROBLEMS[4]
+    steps = {1: 4000, 2: 200, 3: 100, 5: 40, 8: 12}[order] * np.array([1, 2, 4])
+    errors = []
+    for n in steps:
+        y1 = jaxode.solve(
+            problem.f, problem.y0, 0.0, 2.0, problem.args, solver=solver, steps=int(n)
+        ).y1
+        errors.append(np.linalg.norm(y1 - problem.exact(2.0)))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    # The leading error term of the high-order pairs is so small that the next order shows through.
+    assert order - 0.3 < slope < order + 1.1
+    assert errors[-1] > 1e-14  # above rounding, so that the slope means something
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
+def test_exact_solution_at_tolerance(solver, problem):
+    tolerance = 1e-6 if solver.order(None) < 4 else 1e-9
+    solution = jaxode.solve(
+        problem.f, problem.y0, problem.t0, problem.t1, problem.args,
+        solver=solver, rtol=tolerance, atol=tolerance, max_steps=100_000,
+    )  # fmt: skip
+    assert solution.ok
+    # The tolerance bounds the error of one step; these problems amplify it by less than 50.
+    np.testing.assert_allclose(solution.y1, problem.exact(problem.t1), atol=50 * tolerance)
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
+def test_agrees_with_diffrax_and_scipy(solver):
+    """Pendulum, which has no elementary solution."""
+    f = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])])
+    y0, tolerance = np.array([1.0, 0.3]), 1e-7 if solver.order(None) > 3 else 1e-5
+    ours = jaxode.solve(f, y0, 0.0, 5.0, solver=solver, rtol=tolerance, atol=tolerance)
+    theirs = diffrax.diffeqsolve(
+        diffrax.ODETerm(f), solver, 0.0, 5.0, None, jnp.asarray(y0), max_steps=None,
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+    )  # fmt: skip
+    reference = scipy.integrate.solve_ivp(
+        lambda t, y: [y[1], -np.sin(y[0])], (0.0, 5.0), y0, method="DOP853", rtol=1e-12, atol=1e-12
+    ).y[:, -1]
+    # As accurate as diffrax at the same tolerance, to within a factor of 5 plus rounding.
+    error, their_error = np.abs(ours.y1 - reference).max(), np.abs(theirs.ys[0] - reference).max()
+    assert error < 5 * their_error + 1e-9
+    np.testing.assert_allclose(ours.y1, theirs.ys[0], atol=100 * tolerance)
+
+
+@pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
+def test_same_steps_as_diffrax_give_the_same_numbers(solver, order, adaptive):
+    """On an equal mesh both compute the same discrete solution, dense output included."""
+    del order, adaptive
+    f = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0]) * (1 + t)])
+    y0, ts = jnp.array([1.0, 0.3]), jnp.linspace(0.0, 2.0, 13)
+    ours = jaxode.solve(f, y0, 0.0, 2.0, solver=solver, steps=5, ts=ts)
+    theirs = diffrax.diffeqsolve(
+        diffrax.ODETerm(f), solver, 0.0, 2.0, 0.4, y0, saveat=diffrax.SaveAt(ts=ts)
+    )
+    np.testing.assert_allclose(ours.ys, theirs.ys, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
+def test_output_times(solver):
+    """Saved states follow the exact solution, also at both ends, and backwards in time."""
+    problem = PROBLEMS[1]
+    ts = np.array([0.0, 0.0, 0.1, 0.11, 0.5, 1.7, 2.9, 3.0, 3.0])
+    exact = np.stack([problem.exact(t) for t in ts])
+    options = {"solver": solver, "rtol": 1e-7, "atol": 1e-7, "max_steps": 50_000}
+    forward = jaxode.solve(problem.f, problem.y0, 0.0, 3.0, problem.args, ts=ts, **options)
+    tolerance = 1e-5 if solver.order(None) > 4 else 1e-4
+    np.testing.assert_allclose(forward.ys, exact, atol=tolerance)
+    np.testing.assert_array_equal(forward.ys[0], problem.y0)
+    np.testing.assert_allclose(forward.ys[-1], forward.y1, rtol=1e-13)
+    y1 = problem.exact(3.0)
+    backward = jaxode.solve(problem.f, y1, 3.0, 0.0, problem.args, ts=ts[::-1], **options)
+    np.testing.assert_allclose(backward.ys, exact[::-1], atol=tolerance)
+
+
+def test_output_times_change_no_step():
+    problem = PROBLEMS[1]
+    solve = lambda ts: jaxode.solve(problem.f, problem.y0, 0.0, 3.0, problem.args, ts=ts)
+    with_ts, without = solve(np.linspace(0.0, 3.0, 50)), solve(None)
+    assert with_ts.stats.num_evals == without.stats.num_evals
+    np.testing.assert_array_equal(with_ts.y1, without.y1)
+    assert without.ys is None
+    assert without.ts is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_pytree_state_keeps_structure_and_dtype(dtype):
+    y0 = {"a": jnp.ones((2, 3), dtype), "b": (jnp.zeros((), dtype), jnp.full((1,), 2.0, dtype))}
+    f = lambda t, y, rate: jax.tree.map(lambda x: rate * x, y)
+    rate = jnp.asarray(-0.5, dtype)
+    solution = jaxode.solve(f, y0, 0.0, 2.0, rate, ts=jnp.array([1.0, 2.0], dtype))
+    assert jax.tree.structure(solution.y1) == jax.tree.structure(y0)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves((solution.y1, solution.ys)))
+    assert solution.ys["a"].shape == (2, 2, 3)
+    np.testing.assert_allclose(solution.y1["a"], np.exp(-1.0), rtol=1e-4)
+    np.testing.assert_allclose(solution.ys["b"][1][0], 2 * np.exp(-0.5), rtol=1e-4)
+
+
+def test_mixed_dtypes_keep_their_own():
+    y0 = {"single": jnp.ones(2, jnp.float32), "double": jnp.ones(3, jnp.float64)}
+    f = lambda t, y, args: jax.tree.map(jnp.negative, y)
+    y1 = jaxode.solve(f, y0, 0.0, 1.0).y1
+    assert (y1["single"].dtype, y1["double"].dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(y1["single"], np.exp(-1.0), rtol=1e-4)
+    np.testing.assert_allclose(y1["double"], np.exp(-1.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 7}, {"first_step": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "solver", [diffrax.Heun(), diffrax.Tsit5(), diffrax.Dopri8()], ids=solver_name
+)
+def test_num_evals_is_the_true_number(solver, options):
+    calls = []
+
+    def f(t, y, args):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.sin(20 * t) * y
+
+    stats = jaxode.solve(f, jnp.ones(2), 0.0, 3.0, solver=solver, rtol=1e-3, **options).stats
+    jax.effects_barrier()
+    assert stats.num_evals == len(calls)
+    assert stats.num_steps == stats.num_accepted + stats.num_rejected
+    if "steps" in options:
+        assert (stats.num_accepted, stats.num_rejected) == (7, 0)
+    else:
+        assert stats.num_accepted > 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 10, 49])
+def test_equal_steps_end_exactly_when_compiled(steps, dtype):
+    """Also where XLA's fused multiply-add rounds the end time differently."""
+    ts = jnp.array([1.0, 0.25, 0.0], dtype)
+    run = lambda y0: jaxode.solve(lambda t, y, _: -y, y0, 1.0, 0.0, steps=steps, ts=ts, throw=False)
+    solution = jax.jit(run)(jnp.ones(2, dtype))
+    assert solution.ok
+    assert solution.t_reached == 0.0
+    assert solution.stats.num_steps == steps
+    np.testing.assert_allclose(solution.ys[:, 0], np.exp([0, 0.75, 1]), rtol=3e-3)
+    np.testing.assert_allclose(solution.ys[-1], solution.y1, rtol=1e-5)
+
+
+def test_zero_span_returns_the_initial_state():
+    f = lambda t, y, args: y / jnp.zeros(())  # never evaluated for an accepted step
+    ts = jnp.array([1.0, 1.0])
+    solution = jaxode.solve(f, jnp.array([3.0]), 1.0, 1.0, ts=ts)
+    assert solution.ok
+    assert solution.stats.num_steps == 0
+    np.testing.assert_array_equal(solution.y1, [3.0])
+    np.testing.assert_array_equal(solution.ys, [[3.0], [3.0]])
+
+
+def test_flow_composes_and_inverts():
+    """`F^{s,t}` composed from `F^{s,r}` and `F^{r,t}`; `F^{t,s}` undoes `F^{s,t}`."""
+    f = lambda t, y, a: jnp.stack([y[1], -a * jnp.sin(y[0])])
+    z = jnp.array([[0.1, 1.0], [2.0, -1.0], [0.5, 0.0]])
+    run = lambda z, s, t: jaxode.flow(f, z, s, t, 2.0, rtol=1e-10, atol=1e-10)
+    end = run(z, 0.0, 3.0)
+    np.testing.assert_allclose(run(run(z, 0.0, 1.3), 1.3, 3.0), end, atol=1e-8)
+    np.testing.assert_allclose(run(end, 3.0, 0.0), z, atol=1e-8)
+    single = jaxode.solve(f, z[1], 0.0, 3.0, 2.0, rtol=1e-10, atol=1e-10).y1
+    np.testing.assert_allclose(end[1], single, atol=1e-8)
+
+
+def test_per_sample_rows_do_not_see_each_other():
+    """Each row takes the steps that it takes alone, whatever the stiffness of its neighbours."""
+    f = lambda t, y, args: jnp.stack([jnp.zeros(()), -y[0] * y[1]])
+    z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
+    ts = jnp.array([0.3, 1.0, 2.0])
+    run = lambda z: jaxode.flow(
+        f, z, 0.0, 2.0, ts=ts, step_control="per_sample", return_solution=True
+    )
+    together = run(z)
+    assert together.stats.num_steps.shape == (3,)
+    assert together.stats.num_steps[1] > 3 * together.stats.num_steps[2]
+    for i in range(3):
+        alone = jaxode.solve(f, z[i], 0.0, 2.0, ts=ts)
+        np.testing.assert_allclose(together.y1[i], alone.y1, rtol=1e-12)
+        np.testing.assert_allclose(together.ys[:, i], alone.ys, rtol=1e-12)
+        assert together.stats.num_evals[i] == alone.stats.num_evals
+
+
+def test_tolerance_is_not_a_compile_time_constant():
+    traces = []
+
+    def f(t, y, args):
+        traces.append(1)
+        return -y
+
+    for tolerance in (1e-4, 1e-5, 1e-6):
+        jaxode.solve(f, jnp.ones(1), 0.0, 1.0, rtol=tolerance, atol=tolerance)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_empty_and_single_batches(batch):
+    f = lambda t, y, args: -y
+    for control in ("joint", "per_sample"):
+        y1 = jaxode.flow(f, jnp.ones((batch, 3)), 0.0, 1.0, step_control=control)
+        assert y1.shape == (batch, 3)
+        np.testing.assert_allclose(y1, np.exp(-1.0), rtol=1e-4)
+
+
+def test_joint_control_over_devices_takes_the_norm_over_the_whole_batch():
+    """With `axis_name`, split halves take the steps of the whole batch."""
+    f = lambda t, y, args: jnp.stack([jnp.zeros(()), -y[0] * y[1]])
+    z = jnp.array([[1.0, 1.0], [30.0, 1.0], [0.1, 1.0], [2.0, 1.0]])
+    whole = jaxode.flow(f, z, 0.0, 1.0, return_solution=True)
+    halves = jax.vmap(
+        lambda z: jaxode.flow(f, z, 0.0, 1.0, axis_name="half", return_solution=True),
+        axis_name="half",
+    )(z.reshape(2, 2, 2))
+    assert (halves.stats.num_steps == whole.stats.num_steps).all()
+    np.testing.assert_allclose(halves.y1.reshape(4, 2), whole.y1, rtol=1e-12)
