@@ -3,8 +3,8 @@
     python examples/digits.py
 
 1797 real images of 8x8 pixels with 17 grey levels. Prints train and held-out bits per dimension
-beside a Gaussian with full covariance, and writes one picture. About two minutes on two cores;
-Ctrl-C ends it early with what it has.
+beside a Gaussian with full covariance, and writes one picture. About a minute on two cores; Ctrl-C
+ends it early with what it has.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -90,7 +91,9 @@ def evaluate(flow, params, whitening, x, key) -> tuple[float, float]:
 
 def train(flow, params, whitening, data, options, key):
     """Maximum likelihood with Adam; Ctrl-C ends it early. Returns parameters and losses."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 50, options.steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, 4e-3, min(50, options.steps // 2), options.steps
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(10.0), optax.adamw(schedule, weight_decay=0.01)
     )
@@ -142,7 +145,7 @@ def draw(flow, params, whitening, data, losses, scores, path, key):
         axis.imshow(grid[:-1, :-1], cmap="gray", interpolation="nearest")
         axis.set(xticks=[], yticks=[], title=title)
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 7), constrained_layout=True)
     tile(axes[0, 0], data[:40], 4, "real digits")
     tile(axes[0, 1], samples, 4, "samples")
     tile(axes[1, 0], frames, 4, "from noise (left) to a digit (right)")
@@ -175,12 +178,14 @@ def main(argv: list[str] | None = None) -> int:
     images = jnp.asarray(pixels, jnp.float32)
     held_out, data = jnp.split(jax.random.permutation(next(keys), images), [HELD_OUT])
     whitening = fit_whitening(next(keys), data)
+    # A loose tolerance trains as well as a tight one here, in a fraction of the time.
     flow = jaxode.cnf(
         jaxode.nn.field,
         jaxode.standard_normal(PIXELS),
         divergence=hutchinson(),
-        rtol=1e-3,
-        atol=1e-3,
+        solver=diffrax.Bosh3(),
+        rtol=1e-2,
+        atol=1e-2,
     )
     widths = (options.width, options.width)
     params = jaxode.nn.ConcatSquash(PIXELS, widths, key=next(keys))

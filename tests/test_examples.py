@@ -1,0 +1,128 @@
+"""The examples run on tiny settings, write their picture, and answer wrong input in one line."""
+
+import importlib.util
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+PNG = b"\x89PNG"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def single_precision():
+    """The examples run in JAX's default settings, as a user has them."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
+
+
+def test_digits(tmp_path, capsys, single_precision):
+    picture = tmp_path / "digits.png"
+    arguments = ["--steps", "3", "--batch", "8", "--width", "4", "--out", str(picture)]
+    assert load("digits").main(arguments) == 0
+    assert picture.read_bytes().startswith(PNG)
+    output = capsys.readouterr().out
+    gaussian, flow = (
+        [float(word) for word in line.split()[-2:]]
+        for line in output.splitlines()
+        if line.startswith(("full-covariance Gaussian", "flow "))
+    )
+    # The Gaussian needs no training; after three steps the flow is still close to it.
+    assert 2.3 < gaussian[0] < gaussian[1] < 2.6
+    np.testing.assert_allclose(flow, gaussian, atol=0.05)
+
+
+def test_digits_preprocessing_is_invertible_and_its_log_determinant_is_right(single_precision):
+    digits = load("digits")
+    x = jax.numpy.asarray(digits.load_digits(return_X_y=True)[0][:200], "float32")
+    whitening = digits.fit_whitening(jax.random.key(0), x)
+    key = jax.random.key(1)
+    z, log_det = digits.whiten(whitening, key, x[:3])
+    np.testing.assert_array_equal(digits.to_images(whitening, z), x[:3])
+    jacobian = jax.jacfwd(lambda row: digits.whiten(whitening, key, row[None])[0][0])(x[0])
+    expected = jax.numpy.linalg.slogdet(jacobian)[1]
+    one, log_det = digits.whiten(whitening, key, x[:1])
+    np.testing.assert_allclose(log_det[0], expected, rtol=1e-3)
+    assert one.shape == (1, 64)
+
+
+@pytest.mark.parametrize("data", ["8gaussians", "moons", "checkerboard", "pinwheel", "rings"])
+def test_toy_densities(data):
+    points = load("density_2d").load(data, np.random.default_rng(0))
+    assert points.shape == (20_000, 2)
+    assert np.isfinite(points).all()
+    assert 1 < np.abs(points).max() < 7
+
+
+def test_density_of_a_csv_file(tmp_path, capsys, single_precision):
+    rng, file, picture = np.random.default_rng(0), tmp_path / "points.csv", tmp_path / "a" / "b.png"
+    points = rng.normal([100.0, -3.0], [20.0, 0.1], (3000, 2))
+    np.savetxt(file, points, delimiter=",", header="x,y", comments="")
+    arguments = ["--data", str(file), "--steps", "2", "--batch", "16", "--out", str(picture)]
+    assert load("density_2d").main(arguments) == 0
+    assert picture.read_bytes().startswith(PNG)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "held-out" in line)
+    # In the units of the data: a Gaussian of these widths has -3.53 nats; the flow starts near one.
+    assert abs(float(line.split()[2]) + 3.53) < 0.3
+
+
+BAD_FILES = {
+    "missing": (
+        None,
+        "is neither one of 8gaussians, moons, checkerboard, pinwheel, rings nor a file",
+    ),
+    "three columns": ("1,2,3\n" * 20, "line 1: two columns are needed; got 3"),
+    "one column": ("1\n" * 20, "line 1: two columns are needed; got 1"),
+    "text": ("1,2\n" * 15 + "1,two\n", "line 16: 'two' is not a finite number"),
+    "nan": ("1,2\n" * 15 + "nan,2\n", "line 16: 'nan' is not a finite number"),
+    "empty": ("", "at least 10 points are needed; got 0"),
+    "header only": ("x,y\n", "at least 10 points are needed; got 0"),
+    "constant": ("1,2\n" * 20, "a column is constant, so the points have no density"),
+    "binary": (b"\xff\xfe\x00\x01" * 20, "cannot read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_wrong_file_gets_one_clear_line(name, tmp_path, capsys):
+    content, message = BAD_FILES[name]
+    file = tmp_path / "points.csv"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert load("density_2d").main(["--data", str(file)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert str(file) in error
+    assert "\n" not in error
+
+
+@pytest.mark.slow
+def test_interrupted_training_ends_cleanly_with_a_picture(tmp_path):
+    picture = tmp_path / "digits.png"
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--width", "4", "--out", str(picture)]
+    process = subprocess.Popen(
+        [*command, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output
+    assert "going on with what there is" in output
+    assert process.returncode == 0
+    assert picture.read_bytes().startswith(PNG)
