@@ -22,18 +22,7 @@ def load(name):
     return module
 
 
-@pytest.fixture
-def single_precision():
-    """The examples run in JAX's default settings, as a user has them."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_rank_promotion("allow"),
-        jax.numpy_dtype_promotion("standard"),
-    ):
-        yield
-
-
-def test_digits(tmp_path, capsys, single_precision):
+def test_digits(tmp_path, capsys, default_settings):
     picture = tmp_path / "digits.png"
     arguments = ["--steps", "3", "--batch", "8", "--width", "4", "--out", str(picture)]
     assert load("digits").main(arguments) == 0
@@ -49,7 +38,7 @@ def test_digits(tmp_path, capsys, single_precision):
     np.testing.assert_allclose(flow, gaussian, atol=0.05)
 
 
-def test_digits_preprocessing_is_invertible_and_its_log_determinant_is_right(single_precision):
+def test_digits_preprocessing_is_invertible_and_its_log_determinant_is_right(default_settings):
     digits = load("digits")
     x = jax.numpy.asarray(digits.load_digits(return_X_y=True)[0][:200], "float32")
     whitening = digits.fit_whitening(jax.random.key(0), x)
@@ -71,7 +60,7 @@ def test_toy_densities(data):
     assert 1 < np.abs(points).max() < 7
 
 
-def test_density_of_a_csv_file(tmp_path, capsys, single_precision):
+def test_density_of_a_csv_file(tmp_path, capsys, default_settings):
     rng, file, picture = np.random.default_rng(0), tmp_path / "points.csv", tmp_path / "a" / "b.png"
     points = rng.normal([100.0, -3.0], [20.0, 0.1], (3000, 2))
     np.savetxt(file, points, delimiter=",", header="x,y", comments="")
