@@ -67,3 +67,11 @@ class Checkpoints(NamedTuple):
         """Keep the replayed state after `step` in a slot that steps before `stop` do not need."""
         free = (self.step < 0) | (self.step >= stop)
         return self._write(jnp.argmax(free), step, y, keep & free.any())
+
+
+def check_checkpoints(where: str, checkpoints: int) -> None:
+    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 2:
+        raise ValueError(
+            f"{where}(checkpoints=...): must be an integer of at least 2; got {checkpoints!r}. "
+            "The default is 64."
+        )

@@ -6,7 +6,7 @@ steps of size zero. Nothing here knows about differentiation.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -55,6 +55,8 @@ class Integration(NamedTuple):
     stats: Stats
     result: Int[Array, " rows"]
     t_reached: Float[Array, " rows"]
+    h: Float[Array, " rows"]
+    """The step size that the controller would try next."""
 
 
 class _State(NamedTuple):
@@ -185,12 +187,12 @@ def integrate(
 
     def step(state: _State) -> _State:
         running = active(state)
-        t_next, last = _next_time(method, state, start, end)
-        t_next = jnp.where(running, t_next, state.t)
+        t_next, last = next_time(method.steps, state, state.accepted, start, end)
+        t_next = _on_mesh(jnp.where(running, t_next, state.t), start, end)
         h = t_next - state.t
         k = stages(field, tableau, state.t, h, state.y, state.slope, tableau.stages)
         y_next = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, y0.dtype), k)
-        accept, h_next, result = _judge(method, state, running, t_next, last, y_next, k)
+        accept, h_next, result = judge(method, state, running, t_next, last, y_next, k)
         t = jnp.where(accept, t_next, state.t)
         y = jnp.where(accept[:, None], y_next, state.y)
         slope = state.slope
@@ -203,6 +205,7 @@ def integrate(
         accepted = state.accepted + accept.astype(jnp.int32)
         rejected = state.rejected + (running & ~accept).astype(jnp.int32)
         done = state.done | (accept & last)
+        h_next = jax.lax.stop_gradient(h_next)
         return _State(t, h_next, y, slope, done, result, accepted, rejected, saved, ys, tape)
 
     final = jax.lax.while_loop(lambda state: active(state).any(), step, state)
@@ -215,10 +218,11 @@ def integrate(
         num_evals=first_evals + evals_per_step * attempts,
     )
     ok = final.result == Result.SUCCESS
-    y1 = jnp.where(ok[:, None], final.y, jnp.nan)
-    ys = None if final.ys is None else jnp.where(ok[:, None], final.ys, jnp.nan)
+    # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
+    y1 = jnp.where(ok[:, None], final.y, final.y * jnp.nan)
+    ys = None if final.ys is None else jnp.where(ok[:, None], final.ys, final.ys * jnp.nan)
     t_reached = jnp.where(final.done, end, final.t)
-    return Integration(y1, ys, stats, final.result, t_reached), final.tape
+    return Integration(y1, ys, stats, final.result, t_reached, final.h), final.tape
 
 
 def _valid_times(t0, t1, ts) -> Bool[Array, ""]:
@@ -254,19 +258,42 @@ def _start(
     return None, h, 0
 
 
-def _next_time(method: Method, state: _State, start, end):
-    """Where the next step of each row ends, and whether that is the end time."""
-    if method.steps is None:
+@jax.custom_jvp
+def _on_mesh(t, start, end):
+    """The time `t`, which for differentiation stays where it is relative to `start` and `end`.
+
+    The error control is not differentiated: the mesh is a constant but for its two ends.
+    """
+    del start, end
+    return t
+
+
+@_on_mesh.defjvp
+def _on_mesh_jvp(primals, tangents):
+    t, (_, start, end) = _on_mesh(*primals), primals
+    _, start_dot, end_dot = tangents
+    span = end - start
+    s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
+    return t, (1 - s) * start_dot + s * end_dot
+
+
+def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
+    """Where the next step of each row ends, and whether that is the end time.
+
+    `steps` is None with error control, else the number of equal steps from `start` to `end`, of
+    which `taken` are done.
+    """
+    if steps is None:
         # Hairer's rule: a step that nearly reaches the end is stretched or cut to reach it.
         last = 1.01 * jnp.abs(state.h) >= jnp.abs(end - state.t)
         return jnp.where(last, end, state.t + state.h), last
-    count = state.accepted + 1
-    last = count == method.steps
-    fraction = count.astype(end.dtype) / method.steps
+    count = taken + 1
+    last = count == steps
+    fraction = count.astype(end.dtype) / steps
     return jnp.where(last, end, start + fraction * (end - start)), last
 
 
-def _judge(method: Method, state: _State, running, t_next, last, y_next, k):
+def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     """Whether each row accepts its step, its next step size, and its result code."""
     finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
     if method.steps is not None:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode.checkpoints import Checkpoints
+from jaxode.adjoints.replay import interval, once_only, replay
+from jaxode.checkpoints import Checkpoints, check_checkpoints
 from jaxode.integrate import (
     Integration,
     Method,
@@ -17,7 +18,6 @@ from jaxode.integrate import (
     dense_output,
     integrate,
     save_times_at,
-    stages,
     weighted_sum,
 )
 from jaxode.results import Result
@@ -45,11 +45,7 @@ class DiscreteAdjoint:
     checkpoints: int = 64
 
     def __post_init__(self):
-        if not isinstance(self.checkpoints, int) or self.checkpoints < 2:
-            raise ValueError(
-                "DiscreteAdjoint(checkpoints=...): must be an integer of at least 2; got "
-                f"{self.checkpoints!r}. The default is 64."
-            )
+        check_checkpoints("DiscreteAdjoint", self.checkpoints)
 
     def integrate(
         self,
@@ -142,10 +138,11 @@ def _backward(residuals, out, perturbed, inputs, method, checkpoints):
 
     params_bar = jax.tree.map(poison, cotangents.params)
     y0_bar = jnp.where(ok[:, None], cotangents.y, jnp.nan) if perturbed[2] else None
-    if not timed:
-        return (*params_bar, y0_bar, None, None, None)
-    t0_bar, t1_bar, ts_bar = map(poison, (cotangents.t0, cotangents.t1, cotangents.ts))
-    return (*params_bar, y0_bar, t0_bar, t1_bar, None if ts is None else ts_bar)
+    times_bar: tuple = (None, None, None)
+    if timed:
+        t0_bar, t1_bar, ts_bar = map(poison, (cotangents.t0, cotangents.t1, cotangents.ts))
+        times_bar = t0_bar, t1_bar, None if ts is None else ts_bar
+    return once_only("DiscreteAdjoint", (*params_bar, y0_bar, *times_bar))
 
 
 class _Backward(NamedTuple):
@@ -176,41 +173,14 @@ class _Backward(NamedTuple):
             cotangents = cotangents._replace(y=cotangents.y + initial)
         return cotangents
 
-    def replay(self, state: _State):
-        """The start and the stages of step number `state.step`, from the last checkpoint."""
+    def step(self, state: _State) -> _State:
         tableau = self.method.tableau
         count = tableau.advancing_stages if self.outputs is None else tableau.stages
-        start, y = state.checkpoints.latest_before(state.step)
-        spacing = state.checkpoints.spacing(start, state.step)
-        b = jnp.asarray(tableau.b[:count], y.dtype)
-
-        def advance(carry):
-            index, y, k, checkpoints = carry
-            # The stages of the step before: the first iteration has none and stays where it is.
-            t, h = self.interval(jnp.maximum(index - 1, 0))
-            moved = (index > start) & (h[:, None] != 0)
-            y = jnp.where(moved, y + h[:, None] * weighted_sum(b, k), y)
-            keep = (index > start) & ((index - start) % spacing == 0)
-            checkpoints = checkpoints.keep_replayed(index, y, state.step, keep)
-            t, h = self.interval(index)
-            field = lambda t, y: self.apply(self.params, t, y)
-            k = stages(field, tableau, t, h, y, None, count)
-            return index + 1, y, k, checkpoints
-
-        k = jnp.zeros((count, *y.shape), y.dtype)
-        carry = (start, y, k, state.checkpoints)
-        _, y, k, checkpoints = jax.lax.while_loop(lambda c: c[0] < state.step, advance, carry)
-        return y, k, checkpoints
-
-    def interval(self, index: Int[Array, ""]):
-        """Start and size of a recorded step, per row; size zero for a row that waited."""
-        t = jax.lax.dynamic_index_in_dim(self.tape.times, index, 0, keepdims=False)
-        t_next = jax.lax.dynamic_index_in_dim(self.tape.times, index + 1, 0, keepdims=False)
-        return t, t_next - t
-
-    def step(self, state: _State) -> _State:
-        y, k, checkpoints = self.replay(state)
-        t, h = self.interval(state.step - 1)
+        field = lambda t, y: self.apply(self.params, t, y)
+        y, k, checkpoints = replay(
+            field, tableau, count, self.tape.times, state.checkpoints, state.step
+        )
+        t, h = interval(self.tape.times, state.step - 1)
         bar, k_bar, saved, ts_bar = self.dense_cotangents(state, t, h, y, k)
         bar, params_bar = self.step_cotangents(state.cotangents, bar, k_bar, t, h, y, k)
         t0_bar, t1_bar = state.cotangents.t0, state.cotangents.t1

@@ -1,0 +1,207 @@
+"""The adjoint ODE: its right-hand side, and a solver that keeps the parameters out of the state.
+
+With `a(t)` the cotangent of `y(t)`, the adjoint theorem reads
+
+    da/dt = -a df/dy,    db/dt = -a df/dparams,    b = 0 at the end,
+
+and the gradients are `a` and `b` at the start (Pontryagin 1962; Chen et al. 2018, arXiv:1806.07366).
+`b` does not feed back, so it is a quadrature: one accumulator of the parameters' own size, which is
+neither part of the state nor of the error norm.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxode.integrate import Method, judge, next_time, weighted_sum
+from jaxode.results import Result, Stats
+
+# (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
+AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]
+
+
+def adjoint_product(
+    apply: Callable[..., Float[Array, "rows n"]],
+    params: PyTree,
+    t: Float[Array, " rows"],
+    y: Float[Array, "rows n"],
+    a: Float[Array, "rows n"],
+    weight: Float[Array, " rows"],
+):
+    """`f`, `-a df/dy` and `-sum over rows of weight a df/dparams`, from one `jax.vjp`.
+
+    Rows are independent, so scaling a row's cotangent by its weight scales its part of both
+    products; the first is scaled back.
+    """
+    f, vjp = jax.vjp(lambda params, y: apply(params, t, y), params, y)
+    params_bar, y_bar = vjp(-weight[:, None] * a)
+    moving = (weight != 0)[:, None]
+    return f, jnp.where(moving, y_bar / jnp.where(moving, weight[:, None], 1.0), 0.0), params_bar
+
+
+class Segment(NamedTuple):
+    """An adjoint solve, between two times or at the end of one. `h` is the next step to try."""
+
+    t: Float[Array, " rows"]
+    h: Float[Array, " rows"]
+    y: Float[Array, "rows n"]
+    quadrature: PyTree
+    done: Bool[Array, " rows"]
+    result: Int[Array, " rows"]
+    accepted: Int[Array, " rows"]
+    rejected: Int[Array, " rows"]
+
+    @classmethod
+    def start(cls, t, h, y, quadrature) -> "Segment":
+        zero = jnp.zeros(t.shape, jnp.int32)
+        return cls(t, h, y, quadrature, jnp.zeros(t.shape, bool), zero, zero, zero)
+
+    def stats(self, method: Method) -> Stats:
+        steps = self.accepted + self.rejected
+        return Stats(steps, self.accepted, self.rejected, method.tableau.stages * steps)
+
+
+def solve_segment(
+    field: AdjointField,
+    method: Method,
+    segment: Segment,
+    end: Float[Array, " rows"],
+    span: Float[Array, ""],
+) -> Segment:
+    """Carry an adjoint solve on to the time `end`; a row that has failed stays where it is.
+
+    With equal steps, the segment takes its share of the steps that the whole `span` has.
+    """
+    tableau = method.tableau
+    A, c = jnp.asarray(tableau.A, segment.y.dtype), jnp.asarray(tableau.c, segment.t.dtype)
+    b = jnp.asarray(tableau.b, segment.y.dtype)
+    start, before = segment.t, segment.accepted
+    one_row = segment.t.shape[0] == 1
+    steps = None
+    if method.steps is not None:
+        share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
+        # 1e-4: the share of one step comes with rounding.
+        steps = jnp.maximum(jnp.ceil(share * method.steps - 1e-4), 1).astype(jnp.int32)
+
+    def active(state: Segment):
+        return ~state.done & (state.result == Result.SUCCESS)
+
+    def step(state: Segment) -> Segment:
+        running = active(state)
+        t_next, last = next_time(steps, state, state.accepted - before, start, end)
+        t_next = jnp.where(running, t_next, state.t)
+        h = t_next - state.t
+
+        def stage(i, carry):
+            k, quadrature = carry
+            k_i, integrand = evaluate(i, k, jnp.where(b[i] != 0, h * b[i], h))
+            if one_row:
+                quadrature = add_used(i, quadrature, integrand)
+            return k.at[i].set(k_i), quadrature
+
+        def evaluate(i, k, weight):
+            z = state.y + h[:, None] * weighted_sum(A[i], k)
+            return field(state.t + c[i] * h, z, weight)
+
+        def add_used(i, quadrature, integrand):
+            # A stage of weight zero was given another weight for the sake of its derivative.
+            used = b[i] != 0
+            return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
+
+        k = jnp.zeros((tableau.stages, *state.y.shape), state.y.dtype)
+        k, quadrature = jax.lax.fori_loop(0, tableau.stages, stage, (k, state.quadrature))
+        y_next = state.y + h[:, None] * weighted_sum(b, k)
+        accept, h_next, result = judge(method, state, running, t_next, last, y_next, k)
+        if one_row:
+            keep = lambda new, old: jnp.where(accept[0], new, old)
+            quadrature = jax.tree.map(keep, quadrature, state.quadrature)
+        else:
+            # Rows are summed, so what a rejected row would add must be known beforehand.
+            weight = jnp.where(accept, h, 0.0)
+            again = lambda i, q: add_used(i, q, evaluate(i, k, weight * b[i])[1])
+            quadrature = jax.lax.fori_loop(0, tableau.stages, again, state.quadrature)
+        # A step that was cut short to reach the end says little about the next one.
+        longer = jnp.abs(h_next) > jnp.abs(state.h)
+        return Segment(
+            t=jnp.where(accept, t_next, state.t),
+            h=jnp.where(accept & last & ~longer, state.h, h_next),
+            y=jnp.where(accept[:, None], y_next, state.y),
+            quadrature=quadrature,
+            done=state.done | (accept & last),
+            result=result,
+            accepted=state.accepted + accept.astype(jnp.int32),
+            rejected=state.rejected + (running & ~accept).astype(jnp.int32),
+        )
+
+    segment = segment._replace(done=start == end)
+    return jax.lax.while_loop(lambda state: active(state).any(), step, segment)
+
+
+def with_tolerances(method: Method, rtol, atol) -> Method:
+    """The method of the adjoint solve: its own tolerances where they are given."""
+    dtype = method.rtol.dtype
+    return Method(
+        tableau=method.tableau,
+        rtol=method.rtol if rtol is None else jnp.asarray(rtol, dtype),
+        atol=method.atol if atol is None else jnp.asarray(atol, dtype),
+        first_step=method.first_step,
+        steps=method.steps,
+        max_steps=method.max_steps,
+        axis_name=method.axis_name,
+    )
+
+
+def time_cotangents(
+    apply: Callable[..., Float[Array, "rows n"]],
+    params: PyTree,
+    times: Float[Array, " points"],
+    states: Float[Array, "points rows n"],
+    cotangents: Float[Array, "points rows n"],
+) -> Float[Array, " points"]:
+    """`sum of cotangent . f(t, y)` at each point: the gradient with respect to its time.
+
+    Moving the time of an output moves it along its trajectory, and moving the start time moves the
+    trajectory against it.
+    """
+    rows = states.shape[1]
+
+    def at(point):
+        t, y, cotangent = point
+        return jnp.sum(cotangent * apply(params, jnp.broadcast_to(t, (rows,)), y))
+
+    return jax.lax.map(at, (times, states, cotangents))
+
+
+def finish(apply, params, perturbed, inputs, integration, out, y0_bar, segment: Segment):
+    """The cotangents of all inputs of a solve, NaN where the forward or the backward solve failed."""
+    _, _, y0, t0, t1, ts = inputs
+    ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS)
+
+    def poison(leaf):
+        return jnp.where(ok.all(), leaf, jnp.nan)
+
+    params_bar = jax.tree.map(poison, segment.quadrature)
+    y0_bar = jnp.where(ok[:, None], y0_bar, jnp.nan)
+    if not any(jax.tree.leaves(perturbed[3:])):
+        return (*params_bar, y0_bar if perturbed[2] else None, None, None, None)
+    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
+    times, states, cotangents = [t0[None]], [y0[None]], [-y0_bar[None]]
+    if out.ys is not None:
+        times, states, cotangents = [*times, ts], [*states, integration.ys], [*cotangents, out.ys]
+    points = [*times, t1[None]], [*states, integration.y1[None]], [*cotangents, y1_bar[None]]
+    bars = time_cotangents(apply, params, *map(jnp.concatenate, points))
+    ts_bar = None if ts is None else bars[1:-1] if out.ys is not None else jnp.zeros_like(ts)
+    bars, ts_bar = poison(bars), None if ts_bar is None else poison(ts_bar)
+    return (*params_bar, y0_bar if perturbed[2] else None, bars[0], bars[-1], ts_bar)
+
+
+def check_tolerances(where: str, rtol, atol) -> None:
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            raise ValueError(
+                f"{where}({name}=...): must be None or a finite tolerance of at least 0; "
+                f"got {value!r}."
+            )

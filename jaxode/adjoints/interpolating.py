@@ -1,0 +1,138 @@
+"""The adjoint ODE on the stored trajectory of the forward solve."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxode.adjoints.continuous import (
+    Segment,
+    adjoint_product,
+    check_tolerances,
+    finish,
+    solve_segment,
+    with_tolerances,
+)
+from jaxode.adjoints.replay import interval, once_only, replay
+from jaxode.checkpoints import check_checkpoints
+from jaxode.integrate import Integration, Method, dense_output, integrate, save_times_at
+
+
+@dataclass(frozen=True)
+class InterpolatingAdjoint:
+    """Solve the adjoint ODE backwards, on the dense output of the forward solve.
+
+    The error control covers the cotangent alone. Unlike `BacksolveAdjoint` it does not recompute the
+    state backwards, so it is as stable as the forward solve. The trajectory is kept as `checkpoints`
+    states, between which the steps are replayed. The gradient is that of the continuous problem,
+    exact up to the tolerances and the interpolation, not that of the computed solution.
+
+    Args:
+        rtol: relative tolerance of the backward solve; that of the forward solve by default.
+        atol: absolute tolerance of the backward solve; that of the forward solve by default.
+        checkpoints: number of states kept, at least 2.
+
+    References: Chen et al. (2018), arXiv:1806.07366.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    checkpoints: int = 64
+
+    def __post_init__(self):
+        check_tolerances("InterpolatingAdjoint", self.rtol, self.atol)
+        check_checkpoints("InterpolatingAdjoint", self.checkpoints)
+
+    def integrate(
+        self,
+        field: Callable[..., Float[Array, "rows n"]],
+        args: PyTree,
+        y0: Float[Array, "rows n"],
+        t0: Float[Array, ""],
+        t1: Float[Array, ""],
+        ts: Float[Array, " times"] | None,
+        method: Method,
+    ) -> Integration:
+        """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
+        return _integrate((field, args, y0, t0, t1, ts), method, self)
+
+
+@eqx.filter_custom_vjp
+def _integrate(inputs, method, adjoint):
+    del adjoint
+    field, args, y0, t0, t1, ts = inputs
+    return integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts)[0]
+
+
+@_integrate.def_fwd
+def _forward(perturbed, inputs, method, adjoint):
+    del perturbed
+    field, args, y0, t0, t1, ts = inputs
+    integration, tape = integrate(
+        lambda t, y: field(t, y, args), method, y0, t0, t1, ts, adjoint.checkpoints
+    )
+    return integration, (integration, tape)
+
+
+@_integrate.def_bwd
+def _backward(residuals, out, perturbed, inputs, method, adjoint):
+    integration, tape = residuals
+    field, args, y0, t0, t1, ts = inputs
+    params, rest = eqx.partition((field, args), perturbed[:2])
+    tableau, sign = method.tableau, jnp.sign(t1 - t0)
+    rows = jnp.arange(y0.shape[0], dtype=jnp.int32)
+    method = with_tolerances(method, adjoint.rtol, adjoint.atol)
+
+    def apply(params, t, y):
+        field, args = eqx.combine(params, rest)
+        return field(t, y, args)
+
+    def step(carry):
+        """Carry the cotangent over one recorded step of the forward solve."""
+        stop, saved, segment, checkpoints = carry
+        forward = lambda t, y: apply(params, t, y)
+        y, k, checkpoints = replay(forward, tableau, tableau.stages, tape.times, checkpoints, stop)
+        t, h = interval(tape.times, stop - 1)
+
+        def adjoint_field(time, a, weight):
+            state = dense_output(tableau, t, h, y, k, time)
+            _, da, integrand = adjoint_product(apply, params, time, state, a, weight)
+            return da, integrand
+
+        def outputs_left(saved):
+            """Rows that have yet to pass an output of this step."""
+            if ts is None or out.ys is None:
+                return jnp.zeros(rows.shape, bool)
+            inside = sign * (save_times_at(ts, saved - 1) - t) > 0
+            return (saved > 0) & (inside | (stop == 1))
+
+        def pieces(carry):
+            saved, segment, _ = carry
+            left = outputs_left(saved)
+            if ts is None or out.ys is None:
+                segment = solve_segment(adjoint_field, method, segment, t, t1 - t0)
+                return saved, segment, left
+            end = jnp.where(left, save_times_at(ts, saved - 1), t)
+            segment = solve_segment(adjoint_field, method, segment, end, t1 - t0)
+            jump = out.ys[jnp.clip(saved - 1, 0), rows]
+            segment = segment._replace(y=segment.y + jnp.where(left[:, None], jump, 0.0))
+            return saved - left.astype(jnp.int32), segment, left
+
+        carry = (saved, segment, jnp.ones(rows.shape, bool))
+        saved, segment, _ = jax.lax.while_loop(lambda c: c[2].any(), pieces, carry)
+        return stop - 1, saved, segment, checkpoints
+
+    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start = jnp.broadcast_to(t1, y0.shape[:1])
+    segment = Segment.start(start, -integration.h, y1_bar, zeros)
+    count = 0 if ts is None or out.ys is None else ts.shape[0]
+    saved = jnp.full(rows.shape, count, jnp.int32)
+    # At least one step, of size zero over an empty span, so that its outputs are passed.
+    carry = (jnp.maximum(tape.num_steps, 1), saved, segment, tape.checkpoints)
+    _, _, segment, _ = jax.lax.while_loop(lambda carry: carry[0] > 0, step, carry)
+    bars = finish(apply, params, perturbed, inputs, integration, out, segment.y, segment)
+    return once_only("InterpolatingAdjoint", bars)
