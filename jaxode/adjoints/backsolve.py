@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints.continuous import (
@@ -24,8 +26,9 @@ class BacksolveAdjoint:
     """Solve the adjoint ODE backwards together with the state itself, from its end.
 
     Memory is that of one state, whatever the number of steps; nothing of the forward solve is kept
-    but its end and the states at `ts`, from which the recomputed state is restarted. The gradient is
-    that of the continuous problem, exact up to the tolerances, not that of the computed solution.
+    but its end and the states at `ts`, from which the recomputed state is restarted. The gradient
+    is that of the continuous problem, exact up to the tolerances, not that of the computed
+    solution.
 
     The recomputed state is wrong where the ODE is unstable backwards in time, as for stiff decay:
     then the gradient is wrong, too, without a sign of it. `DiscreteAdjoint` has no such weakness.
@@ -67,9 +70,9 @@ def _integrate(inputs, method, rtol, atol):
 
 @_integrate.def_fwd
 def _forward(perturbed, inputs, method, rtol, atol):
-    del perturbed, rtol, atol
-    field, args, y0, t0, t1, ts = inputs
-    integration, _ = integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts)
+    del perturbed
+    # By the differentiable function, for the sake of second derivatives.
+    integration = _integrate(inputs, method, rtol, atol)
     return integration, integration
 
 
@@ -77,42 +80,123 @@ def _forward(perturbed, inputs, method, rtol, atol):
 def _backward(integration, out, perturbed, inputs, method, rtol, atol):
     field, args, y0, t0, t1, ts = inputs
     params, rest = eqx.partition((field, args), perturbed[:2])
+    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
+    ys_bar = None if ts is None or out.ys is None else out.ys
+    end = _End(integration.y1, y1_bar, integration.ys, ys_bar, t0, t1, ts, integration.h)
+    segment = _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
+    apply = lambda params, t, y: _apply(params, rest, t, y)
+    y0_bar = segment.y[:, y0.shape[1] :]
+    return finish(apply, params, perturbed, inputs, integration, out, y0_bar, segment)
 
-    def apply(params, t, y):
-        field, args = eqx.combine(params, rest)
-        return field(t, y, args)
+
+class _End(NamedTuple):
+    """Where the backward solve starts, and what it meets on the way."""
+
+    y1: Float[Array, "rows n"]
+    y1_bar: Float[Array, "rows n"]
+    ys: Float[Array, "times rows n"] | None
+    ys_bar: Float[Array, "times rows n"] | None
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    ts: Float[Array, " times"] | None
+    h: Float[Array, " rows"]
+
+
+def _apply(params, rest, t, y):
+    field, args = eqx.combine(params, rest)
+    return field(t, y, args)
+
+
+@eqx.filter_custom_vjp
+def _solve_back(inputs, method):
+    """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
+    params, rest, end = inputs
+    rows, n = end.y1.shape
 
     def adjoint_field(t, state, weight):
-        y, a = jnp.split(state, 2, axis=1)
+        y, a = state[:, :n], state[:, n:]
+        apply = lambda params, t, y: _apply(params, rest, t, y)
         f, da, integrand = adjoint_product(apply, params, t, y, a, weight)
         return jnp.concatenate([f, da], axis=1), integrand
 
-    method = with_tolerances(method, rtol, atol)
-    n = y0.shape[1]
-    y1, ys = integration.y1, integration.ys
-    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
-    start = jnp.broadcast_to(t1, y0.shape[:1])
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    segment = Segment.start(start, -integration.h, jnp.concatenate([y1, y1_bar], axis=1), zeros)
-    solve = lambda segment, end: solve_segment(
-        adjoint_field, method, segment, jnp.broadcast_to(end, y0.shape[:1]), t1 - t0
-    )
-    if out.ys is None:
-        segment = solve(segment, t0)
-    else:
-        # One loop for all segments: to each saved time, where the state is restarted from what the
-        # forward solve saved and the cotangent jumps, and last to the start.
-        count = ts.shape[0]
+    def solve(segment, to):
+        to = jnp.broadcast_to(to, (rows,))
+        return solve_segment(adjoint_field, method, segment, to, end.t1 - end.t0)
 
-        def body(i, segment):
-            j = count - 1 - i
-            at_output = j >= 0
-            segment = solve(segment, jnp.where(at_output, ts[jnp.maximum(j, 0)], t0))
-            y, a = jnp.split(segment.y, 2, axis=1)
-            y = jnp.where(at_output, ys[jnp.maximum(j, 0)], y)
-            a = a + jnp.where(at_output, out.ys[jnp.maximum(j, 0)], 0.0)
-            return segment._replace(y=jnp.concatenate([y, a], axis=1))
+    start = jnp.broadcast_to(end.t1, (rows,))
+    state = jnp.concatenate([end.y1, end.y1_bar], axis=1)
+    segment = Segment.start(start, -end.h, state, jax.tree.map(jnp.zeros_like, params))
+    if end.ts is None or end.ys is None or end.ys_bar is None:
+        return solve(segment, end.t0)
+    # One loop for all segments, so that the program holds one copy: to each saved time, where the
+    # state is restarted from what was saved and the cotangent jumps, and last to the start.
+    ts, ys, ys_bar = end.ts, end.ys, end.ys_bar
 
-        segment = jax.lax.fori_loop(0, count + 1, body, segment)
-    y0_bar = segment.y[:, n:]
-    return finish(apply, params, perturbed, inputs, integration, out, y0_bar, segment)
+    def body(i, segment):
+        j = ts.shape[0] - 1 - i
+        at_output, j = j >= 0, jnp.maximum(j, 0)
+        segment = solve(segment, jnp.where(at_output, ts[j], end.t0))
+        y = jnp.where(at_output, ys[j], segment.y[:, :n])
+        a = segment.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
+        return segment._replace(y=jnp.concatenate([y, a], axis=1))
+
+    return jax.lax.fori_loop(0, ts.shape[0] + 1, body, segment)
+
+
+@_solve_back.def_fwd
+def _solve_back_forward(perturbed, inputs, method):
+    del perturbed
+    return _solve_back(inputs, method), None
+
+
+@_solve_back.def_bwd
+def _solve_back_backward(residuals, out, perturbed, inputs, method):
+    """Reverse over reverse: the adjoint of the adjoint ODE, `b` now part of its state."""
+    del residuals
+    params, _, end = inputs
+    diff, fixed = eqx.partition(inputs, perturbed)
+    method = eqx.tree_at(lambda m: m.first_step, method, None, is_leaf=lambda x: x is None)
+    shape, size = end.y1.shape, end.y1.size
+    _, unravel = ravel_pytree(params)
+
+    def pack(y, a, b):
+        return jnp.concatenate([y.reshape(-1), a.reshape(-1), b])[None]
+
+    def unpack(state):
+        y, a, b = jnp.split(state[0], [size, 2 * size])
+        return y.reshape(shape), a.reshape(shape), b
+
+    def adjoint_ode(t, state, args):
+        params, rest = args
+        y, a, _ = unpack(state)
+        t = jnp.broadcast_to(t, shape[:1])
+        f, vjp = jax.vjp(lambda params, y: _apply(params, rest, t, y), params, y)
+        params_bar, y_bar = vjp(-a)
+        return pack(f, y_bar, ravel_pytree(params_bar)[0])
+
+    def reference(diff):
+        params, rest, end = eqx.combine(diff, fixed)
+
+        def solve(state, start, to):
+            inputs = (adjoint_ode, (params, rest), state, start, to, None)
+            return _integrate(inputs, method, None, None).y1
+
+        b = jnp.zeros_like(ravel_pytree(params)[0])
+        state, time = pack(end.y1, end.y1_bar, b), end.t1
+        if end.ts is not None and end.ys is not None and end.ys_bar is not None:
+
+            def segment(carry, output):
+                state, start = carry
+                time, y, y_bar = output
+                _, a, b = unpack(solve(state, start, time))
+                return (pack(y, a + y_bar, b), time), None
+
+            outputs = (end.ts, end.ys, end.ys_bar)
+            (state, time), _ = jax.lax.scan(segment, (state, time), outputs, reverse=True)
+        y, a, b = unpack(solve(state, time, end.t0))
+        return jnp.concatenate([y, a], axis=1), unravel(b)
+
+    values, vjp = jax.vjp(reference, diff)
+    fill = lambda value, bar: jnp.zeros_like(value) if bar is None else bar
+    cotangents = jax.tree.map(fill, values, (out.y, out.quadrature))
+    return vjp(cotangents)[0]

@@ -4,9 +4,9 @@ With `a(t)` the cotangent of `y(t)`, the adjoint theorem reads
 
     da/dt = -a df/dy,    db/dt = -a df/dparams,    b = 0 at the end,
 
-and the gradients are `a` and `b` at the start (Pontryagin 1962; Chen et al. 2018, arXiv:1806.07366).
-`b` does not feed back, so it is a quadrature: one accumulator of the parameters' own size, which is
-neither part of the state nor of the error norm.
+and the gradients are `a` and `b` at the start (Pontryagin 1962; Chen et al. 2018,
+arXiv:1806.07366). `b` does not feed back, so it is a quadrature: one accumulator of the parameters'
+own size, which is neither part of the state nor of the error norm.
 """
 
 from collections.abc import Callable
@@ -176,7 +176,7 @@ def time_cotangents(
 
 
 def finish(apply, params, perturbed, inputs, integration, out, y0_bar, segment: Segment):
-    """The cotangents of all inputs of a solve, NaN where the forward or the backward solve failed."""
+    """The cotangents of all inputs, NaN where the forward or the backward solve failed."""
     _, _, y0, t0, t1, ts = inputs
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS)
 

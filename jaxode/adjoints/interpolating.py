@@ -25,10 +25,11 @@ from jaxode.integrate import Integration, Method, dense_output, integrate, save_
 class InterpolatingAdjoint:
     """Solve the adjoint ODE backwards, on the dense output of the forward solve.
 
-    The error control covers the cotangent alone. Unlike `BacksolveAdjoint` it does not recompute the
-    state backwards, so it is as stable as the forward solve. The trajectory is kept as `checkpoints`
-    states, between which the steps are replayed. The gradient is that of the continuous problem,
-    exact up to the tolerances and the interpolation, not that of the computed solution.
+    The error control covers the cotangent alone. Unlike `BacksolveAdjoint` it does not recompute
+    the state backwards, so it is as stable as the forward solve. The trajectory is kept as
+    `checkpoints` states, between which the steps are replayed. The gradient is that of the
+    continuous problem, exact up to the tolerances and the interpolation, not that of the computed
+    solution.
 
     Args:
         rtol: relative tolerance of the backward solve; that of the forward solve by default.
