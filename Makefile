@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo density test format lint typecheck clean
+.PHONY: demo density test test-lowest constraints format lint typecheck clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -13,6 +13,19 @@ density: .venv/ready  ## Train a density on two moons; the picture is out/densit
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2
+
+test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproject.toml allows
+	JAXODE_TEST_CACHE=.venv-lowest/cache .venv-lowest/bin/python -m pytest -n 2
+
+.venv-lowest/ready: pyproject.toml .ci/lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint .ci/lowest.txt --editable '.[examples,tests]'
+	touch $@
+
+constraints: .venv/ready  ## Renew constraints.txt with the newest versions
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[examples,tests,dev]'
+	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > constraints.new
+	mv constraints.new constraints.txt
 
 format: .venv/ready
 	$(BIN)/ruff format .
@@ -29,4 +42,4 @@ typecheck: .venv/ready
 	PYTHON="$(PYTHON)" sh .ci/setup
 
 clean:
-	rm -rf .venv .jax_cache .pytest_cache .ruff_cache .hypothesis out dist
+	rm -rf .venv .venv-lowest .jax_cache .pytest_cache .ruff_cache .hypothesis out dist

@@ -79,28 +79,34 @@ def read_csv(path: Path) -> np.ndarray:
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if rows and not _is_number(rows[0][1][0]):
+    if rows and not any(map(_is_number, rows[0][1])):
         rows = rows[1:]
     if len(rows) < 10:
         raise ValueError(f"{path}: at least 10 points are needed; got {len(rows)}")
     for line, row in rows:
         if len(row) != 2:
-            raise ValueError(f"{path}, line {line}: two columns are needed; got {len(row)}")
+            raise ValueError(
+                f"{path}, line {line}: two columns separated by a comma are needed; got {len(row)}"
+            )
         for cell in row:
-            if not _is_number(cell) or not math.isfinite(float(cell)):
+            if not _is_number(cell):
                 raise ValueError(f"{path}, line {line}: {cell!r} is not a finite number")
     points = np.array([[float(cell) for cell in row] for _, row in rows])
-    if np.any(points.std(0) == 0):
+    if np.abs(points).max() > 1e30:
+        raise ValueError(f"{path}: numbers beyond 1e30 are too large for single precision")
+    if np.any(np.ptp(points, axis=0) <= 1e-12 * np.abs(points).max(0)):
         raise ValueError(f"{path}: a column is constant, so the points have no density")
+    # A correlation this close to one is rounding.
+    if abs(np.corrcoef(points.T)[0, 1]) > 1 - 1e-9:
+        raise ValueError(f"{path}: the points lie on a line, so they have no density")
     return points
 
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        return math.isfinite(float(cell)) and "_" not in cell
     except ValueError:
         return False
-    return True
 
 
 def load(name: str, rng: np.random.Generator) -> np.ndarray:
@@ -123,7 +129,7 @@ def train(flow, params, data, steps, batch, rng):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, aux
 
-    state, losses = optimizer.init(params), []
+    state, losses, start = optimizer.init(params), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("compiling", total=steps)
@@ -138,10 +144,15 @@ def train(flow, params, data, steps, batch, rng):
                     break
                 params = new_params
                 losses.append(float(loss))
+                if len(losses) == 1:
+                    first = time.perf_counter() - start
+                    print(f"first step, compilation included: {first:.1f} s", flush=True)
                 evals = int(aux.stats.num_evals)
                 text = f"loss {np.mean(losses[-50:]):.3f} nats, {evals} evaluations"
                 progress.update(task, advance=1, description=text)
         except KeyboardInterrupt:
+            if not losses:
+                raise
             print(f"Stopped after {len(losses)} steps; going on with what there is.")
     return params, losses
 
@@ -188,10 +199,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--batch", type=int, default=256, help="points in a training step")
     parser.add_argument("--out", type=Path, default=Path("out/density_2d.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
     options = parser.parse_args(argv)
     if options.steps < 1 or options.batch < 1:
         parser.error("--steps and --batch must be at least 1")
+    if not 0 <= options.seed < 2**31:
+        parser.error("--seed must be at least 0 and below 2**31")
+    if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
+        parser.error(f"--out must name a .png, .pdf or .svg file; got {options.out}")
     rng = np.random.default_rng(options.seed)
     try:
         data = load(options.data, rng)
@@ -200,16 +215,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     data = rng.permutation(data)
-    mean, scale = data.mean(0), data.std(0)
+    split = min(len(data) // 10, 2000)
+    mean, scale = data[split:].mean(0), data[split:].std(0)
     standardized = jnp.asarray((data - mean) / scale, jnp.float32)
-    held_out, training = jnp.split(standardized, [min(len(data) // 10, 2000)])
+    held_out, training = jnp.split(standardized, [split])
     network_key, draw_key = jax.random.split(jax.random.key(options.seed))
     params = jaxode.nn.ConcatSquash(2, (64, 64), key=network_key)
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-4, atol=1e-4)
     start = time.perf_counter()
     params, losses = train(flow, params, training, options.steps, options.batch, rng)
     if not losses:
-        return 130
+        return 1
     print(f"{len(losses)} steps in {time.perf_counter() - start:.0f} s")
     tight = jaxode.cnf(jaxode.nn.field, flow.base, rtol=1e-6, atol=1e-6)
     # In the units of the data, which standardizing stretched by `scale`.
@@ -221,4 +237,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.")
+        sys.exit(130)

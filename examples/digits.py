@@ -109,7 +109,7 @@ def train(flow, params, whitening, data, options, key):
         bits = -jnp.mean(aux.log_prob + log_det) / (PIXELS * jnp.log(2.0))
         return optax.apply_updates(params, updates), state, bits, aux
 
-    state, losses = optimizer.init(params), []
+    state, losses, start = optimizer.init(params), [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("compiling", total=options.steps)
@@ -123,10 +123,15 @@ def train(flow, params, whitening, data, options, key):
                     break
                 params = new_params
                 losses.append(float(bits))
+                if len(losses) == 1:
+                    first = time.perf_counter() - start
+                    print(f"first step, compilation included: {first:.1f} s", flush=True)
                 evals = int(aux.stats.num_evals)
                 text = f"{np.mean(losses[-50:]):.3f} bits/dim, {evals} evaluations"
                 progress.update(task, advance=1, description=text)
         except KeyboardInterrupt:
+            if not losses:
+                raise
             print(f"Stopped after {len(losses)} steps; going on with what there is.")
     return params, losses
 
@@ -167,10 +172,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256, help="images in a training step")
     parser.add_argument("--width", type=int, default=128, help="size of the two hidden layers")
     parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.width) < 1:
         parser.error("--steps, --batch and --width must be at least 1")
+    if not 0 <= options.seed < 2**31:
+        parser.error("--seed must be at least 0 and below 2**31")
+    if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
+        parser.error(f"--out must name a .png, .pdf or .svg file; got {options.out}")
 
     start = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
@@ -189,10 +198,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     widths = (options.width, options.width)
     params = jaxode.nn.ConcatSquash(PIXELS, widths, key=next(keys))
-    print(f"{len(data)} digits to train on, {len(held_out)} held out")
+    print(f"{len(data)} digits to train on, {len(held_out)} held out", flush=True)
     params, losses = train(flow, params, whitening, data, options, next(keys))
     if not losses:
-        return 130
+        return 1
     print(f"{len(losses)} steps, {time.perf_counter() - start:.0f} s so far; evaluating")
 
     train_key, test_key = next(keys), next(keys)
@@ -208,4 +217,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.")
+        sys.exit(130)

@@ -10,19 +10,20 @@ Every sign and time direction of the library is chosen in this file.
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
-import inspect
+import operator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode.distributions import BaseDensity
 from jaxode.divergence import Divergence, auto
 from jaxode.results import Solution, Stats, raise_on_failure
-from jaxode.solve import VectorField, solve_batch
+from jaxode.solve import VectorField, check_options, solve_batch
 
 
 class NLLStats(NamedTuple):
@@ -53,6 +54,7 @@ class CNF:
     t0: float
     t1: float
     divergence: Divergence
+    step_control: Literal["joint", "per_sample"]
     throw: bool | None
     solve_options: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +67,8 @@ class CNF:
         context: PyTree = None,
     ) -> Float[Array, " batch"]:
         """Log-density of the samples; the error control covers the change of volume, too.
+
+        With a stochastic divergence it is an unbiased estimate of it.
 
         Raises:
             ValueError: if the shapes do not fit, or if `key` is missing.
@@ -89,7 +93,8 @@ class CNF:
         Args:
             weights: of the samples in the mean; equal by default.
 
-        If the solve fails, the loss and its gradient are NaN; `throw=True` raises instead.
+        If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN;
+        `throw=True` raises there, too.
         """
         return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
 
@@ -140,7 +145,10 @@ class CNF:
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> tuple[Float[Array, "n *event"], Float[Array, " n"]]:
-        """Draw `n` samples and return their log-densities from the same solve."""
+        """Draw `n` samples and return their log-densities from the same solve.
+
+        With a stochastic divergence the log-densities are unbiased estimates.
+        """
         base_key, probe_key = jax.random.split(key)
         z = self._base_sample("sample_and_log_prob", base_key, n)
         probes = self._probes(probe_key, z)
@@ -148,7 +156,7 @@ class CNF:
 
         solution = solve_batch(
             "sample_and_log_prob", self._density_field, (z, self.base.log_prob(z)),
-            self.t0, self.t1, params, rows, **self.solve_options,
+            self.t0, self.t1, params, rows, self.solve_options, self.step_control,
         )  # fmt: skip
         return self._raise(solution, "sample_and_log_prob").y1
 
@@ -163,14 +171,22 @@ class CNF:
         rows = (self._probes(key, x), _check_context(where, context, x.shape[0]))
         state = (x, jnp.zeros(x.shape[:1], x.dtype))
         return solve_batch(
-            where, self._volume_field, state, self.t1, self.t0, params, rows, **self.solve_options
+            where,
+            self._volume_field,
+            state,
+            self.t1,
+            self.t0,
+            params,
+            rows,
+            self.solve_options,
+            self.step_control,
         )
 
     def _carry(self, where, name, params, z, start, end, context) -> Float[Array, "batch *event"]:
         z = self._check_samples(where, name, z)
         rows = _check_context(where, context, z.shape[0])
         solution = solve_batch(
-            where, self._field, z, start, end, params, rows, **self.solve_options
+            where, self._field, z, start, end, params, rows, self.solve_options, self.step_control
         )
         return self._raise(solution, where).y1
 
@@ -190,16 +206,22 @@ class CNF:
     def _probes(self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"]) -> Array | None:
         """One probe a sample, from the key and the sample's index, whatever the batch around it."""
         if key is None:
-            return self.divergence.init(None, x[0] if x.shape[0] else jnp.zeros(x.shape[1:]))
+            return jax.vmap(lambda x: self.divergence.init(None, x))(x)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(x.shape[0]))
         return jax.vmap(self.divergence.init)(keys, x)
 
     def _base_sample(self, where: str, key: PRNGKeyArray, n: int) -> Float[Array, "n *event"]:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        try:
+            count = operator.index(n)
+        except TypeError:
+            count = -1
+        if count < 0:
             raise ValueError(f"{where}(n=...): must be a number of samples; got {n!r}.")
-        return self.base.sample(key, (n,))
+        return self.base.sample(key, (count,))
 
     def _check_samples(self, where: str, name: str, x: Any) -> Float[Array, "batch *event"]:
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{where}({name}=...): must be an array; got {type(x).__name__}.")
         event = tuple(self.base.event_shape)
         dtype = jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -235,6 +257,7 @@ def cnf(
     t0: float = 0.0,
     t1: float = 1.0,
     divergence: Divergence = auto(),
+    step_control: Literal["joint", "per_sample"] = "joint",
     throw: bool | None = None,
     **solve_options: Any,
 ) -> CNF:
@@ -246,23 +269,32 @@ def cnf(
         t0: time of the base density.
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
+        step_control: "joint" or "per_sample", as for `jaxode.flow`.
         throw: raise `jaxode.SolveError` when a solve fails. By default all methods do, but for the
-            training loss under `jit`, which turns NaN together with its gradient: the host
-            callback that raises would keep the training step out of the persistent compilation
-            cache.
-        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_steps`,
-            `axis_name` and `step_control`, as for `jaxode.flow`.
+            training loss inside a transformation (`jit`, `vmap`), which turns NaN together with
+            its gradient: the host callback that raises would keep the training step out of the
+            persistent compilation cache.
+        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_steps` and
+            `axis_name`, as for `jaxode.solve`.
 
     Returns:
         A `CNF` with methods `log_prob`, `nll`, `nll_and_stats`, `sample`, `sample_and_log_prob`,
         `to_base` and `from_base`.
 
     Raises:
-        TypeError: for an unknown option.
+        TypeError: for an unknown option, or an argument that is not what it should be.
     """
-    parameters = inspect.signature(solve_batch).parameters.values()
-    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"ts"}
-    unknown = sorted(set(solve_options) - known)
-    if unknown:
-        raise TypeError(f"cnf: unknown options {unknown}. The solve options are {sorted(known)}.")
-    return CNF(f, base, t0, t1, divergence, throw, solve_options)
+    check_options("cnf", solve_options, without=("ts",))
+    if not callable(f):
+        raise TypeError(f"cnf(f=...): must be a function f(t, z, params); got {f!r}.")
+    if not all(hasattr(base, name) for name in ("event_shape", "log_prob", "sample")):
+        raise TypeError(
+            f"cnf(base=...): must have event_shape, log_prob and sample; got {base!r}. "
+            "Use jaxode.standard_normal(event_shape)."
+        )
+    if not all(callable(getattr(divergence, name, None)) for name in ("init", "apply")):
+        raise TypeError(
+            f"cnf(divergence=...): must have init and apply; got {divergence!r}. "
+            "Use a function of jaxode.divergence, called: jaxode.divergence.exact()."
+        )
+    return CNF(f, base, t0, t1, divergence, step_control, throw, solve_options)

@@ -1,11 +1,13 @@
 """Base densities. Anything with `event_shape`, `log_prob` and `sample` serves as one."""
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -43,8 +45,11 @@ def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
     Raises:
         ValueError: if a dimension is not a positive integer.
     """
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-    if not all(isinstance(size, int) and size > 0 for size in shape):
+    try:
+        shape = tuple(map(operator.index, np.atleast_1d(event_shape))) if event_shape != () else ()
+    except TypeError:
+        shape = (0,)
+    if not all(size > 0 for size in shape):
         raise ValueError(
             f"standard_normal(event_shape=...): must be positive integers; got {event_shape!r}."
         )

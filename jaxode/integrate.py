@@ -77,7 +77,7 @@ class _State(NamedTuple):
 
 def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages rows n"]):
     """`sum_i weights_i k_i`."""
-    return jnp.tensordot(weights, k, axes=1)
+    return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
 def stages(
@@ -114,9 +114,13 @@ def dense_output(
     time: Float[Array, " rows"],
 ) -> Float[Array, "rows n"]:
     """The solver's interpolant of the step `t -> t + h`, at one `time` per row."""
-    theta = jnp.where(h == 0, 0.0, (time - t) / jnp.where(h == 0, 1.0, h)).astype(y.dtype)
+    waited = h == 0
+    theta = jnp.where(waited, 0.0, (time - t) / jnp.where(waited, 1.0, h)).astype(y.dtype)
     weights = jax.vmap(tableau.dense_weights)(theta)
-    return y + h[:, None] * jnp.einsum("rs,srn->rn", weights, k)
+    precision = jax.lax.Precision.HIGHEST
+    inside = y + h[:, None] * jnp.einsum("rs,srn->rn", weights, k, precision=precision)
+    # A step of size zero has one output, its start; its derivative by the time is the slope.
+    return jnp.where(waited[:, None], y + (time - t)[:, None] * k[0], inside)
 
 
 def save_times_at(ts: Float[Array, " times"], index: Int[Array, " rows"]) -> Float[Array, " rows"]:
@@ -177,7 +181,7 @@ def integrate(
         tape = Tape(times, zero, Checkpoints.start(checkpoints, y0))
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    result = jnp.where(_valid_times(t0, t1, ts), Result.SUCCESS, Result.INVALID_TIMES)
+    result = jnp.where(_valid(method, t0, t1, ts), Result.SUCCESS, Result.INVALID_ARGUMENT)
     result = jnp.broadcast_to(result, (rows,)).astype(jnp.int32)
     done = start == end
     state = _State(start, h, y0, slope, done, result, none_yet, none_yet, none_yet, ys, tape)
@@ -225,9 +229,9 @@ def integrate(
     return Integration(y1, ys, stats, final.result, t_reached, final.h), final.tape
 
 
-def _valid_times(t0, t1, ts) -> Bool[Array, ""]:
-    """The rules for times that are known only at run time."""
-    valid = jnp.isfinite(t0) & jnp.isfinite(t1)
+def _valid(method: Method, t0, t1, ts) -> Bool[Array, ""]:
+    """The rules for values that are known only at run time."""
+    valid = jnp.isfinite(t0) & jnp.isfinite(t1) & (method.rtol >= 0) & (method.atol >= 0)
     if ts is None:
         return valid
     path = jnp.concatenate([t0[None], ts, t1[None]])
@@ -295,17 +299,15 @@ def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
 
 def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     """Whether each row accepts its step, its next step size, and its result code."""
-    finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
     if method.steps is not None:
+        finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
         result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
         return running & finite, state.h, result.astype(jnp.int32)
     h = t_next - state.t
     error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
     ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
-    finite &= jnp.isfinite(ratio)
-    accept, factor = propose(
-        jnp.where(finite, ratio, jnp.nan).astype(h.dtype), method.tableau.order
-    )
+    finite = jnp.isfinite(ratio)
+    accept, factor = propose(ratio.astype(h.dtype), method.tableau.order)
     h_next = jnp.where(running, h * factor, state.h)
     # Underflow: a step that does not move the time, or a shorter one that would end there again.
     retry = state.t + h_next
@@ -314,8 +316,9 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     accept &= running
     attempts = state.accepted + state.rejected + 1
     exhausted = running & (attempts >= method.max_steps) & ~(accept & last)
-    result = jnp.where(exhausted, Result.MAX_STEPS_REACHED, state.result)
-    return accept, h_next, jnp.where(running & stuck, cause, result).astype(jnp.int32)
+    result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
+    failed = running & (stuck | (exhausted & ~finite))
+    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32)
 
 
 def _record(

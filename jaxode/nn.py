@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -66,7 +67,7 @@ class ConcatSquash(eqx.Module):
         key: PRNGKeyArray,
         activation: Callable[[Array], Array] = jnp.tanh,
     ):
-        size = event_shape if isinstance(event_shape, int) else math.prod(event_shape)
+        size = math.prod(np.atleast_1d(event_shape).tolist())
         sizes = [size, *widths]
         *keys, last = jax.random.split(key, len(sizes))
         self.hidden = tuple(map(_ConcatSquash, sizes[:-1], sizes[1:], keys))

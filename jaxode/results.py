@@ -18,7 +18,7 @@ class Result(enum.IntEnum):
     MAX_STEPS_REACHED = 1
     STEP_SIZE_UNDERFLOW = 2
     NON_FINITE = 3
-    INVALID_TIMES = 4
+    INVALID_ARGUMENT = 4
 
 
 _EXPLANATIONS = {
@@ -34,9 +34,9 @@ _EXPLANATIONS = {
         "the vector field or the state is not finite",
         "Check the vector field and its parameters for NaN, inf and overflow at this time.",
     ),
-    Result.INVALID_TIMES: (
-        "t0, t1 or ts is not finite, or ts is not monotone from t0 to t1",
-        "Sort ts in the direction of the solve and keep it between t0 and t1.",
+    Result.INVALID_ARGUMENT: (
+        "a time is not finite, ts is not monotone from t0 to t1, or a tolerance is negative",
+        "Check t0, t1, rtol and atol; sort ts in the direction of the solve, between t0 and t1.",
     ),
 }
 
@@ -118,6 +118,7 @@ def raise_on_failure(solution: Solution, where: str) -> Solution:
         del codes
         return jnp.full_like(times, jnp.nan)
 
+    # Unbatched, or `vmap` would turn the `cond` into a `select` that always calls back.
     any_failed = eqx.internal.unvmap_any(result != Result.SUCCESS)
     # The state depends on the callback's value, so the callback cannot be eliminated as dead code.
     nan = jax.lax.cond(any_failed, fail, succeed, result, t_reached)

@@ -1,5 +1,6 @@
 """`solve` and `flow`: validation, composition, and the one place that raises at run time."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints import DiscreteAdjoint
+from jaxode.closure import close_field
 from jaxode.results import Solution, raise_on_failure
 from jaxode.validation import (
     Time,
-    check_adjoint,
     check_batch,
     check_derivative,
     check_state,
@@ -62,10 +63,11 @@ def solve(
             of `error / (atol + rtol max(|y before|, |y after|))` is at most one.
         steps: take this many equal steps, without error control.
         adjoint: the gradient method.
-        first_step: size of the first step to try, positive; chosen automatically by default.
-        max_steps: attempted steps allowed before the solve fails.
-        axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
-            state is split: the error norm is then taken over all of it.
+        first_step: size of the first step to try, positive; chosen automatically by default. Not
+            used with `steps`.
+        max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
+        axis_name: inside `jax.vmap`, or `jax.shard_map` with `check_vma=False`, the name of a
+            mapped axis over which the state is split: the error norm is then taken over all of it.
         throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
             `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
             state and all gradients are NaN.
@@ -83,13 +85,12 @@ def solve(
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
     y0 = check_state("solve", "y0", y0)
-    times = check_times("solve", t0, t1, ts, state_dtype(y0))
-    method = make_method("solve", solver, rtol, atol, steps, first_step, max_steps, axis_name, y0)
-    check_adjoint("solve", adjoint)
+    options = {
+        "ts": ts, "solver": solver, "rtol": rtol, "atol": atol, "steps": steps, "adjoint": adjoint,
+        "first_step": first_step, "max_steps": max_steps, "axis_name": axis_name,
+    }  # fmt: skip
     one_row = jax.tree.map(lambda x: x[None], y0)
-    solution = _solve_rows(
-        _Unconditional(f), "solve", "single", one_row, times, args, None, method, adjoint
-    )
+    solution = _solve_rows("solve", _Unconditional(f), one_row, t0, t1, args, None, None, options)
     return raise_on_failure(solution, "solve") if throw else solution
 
 
@@ -132,11 +133,26 @@ def flow(
     """
     z = check_batch("flow", "z", z)
     solution = solve_batch(
-        "flow", _Unconditional(f), z, s, t, args, None, step_control=step_control, **solve_options
+        "flow", _Unconditional(f), z, s, t, args, None, solve_options, step_control
     )
     if throw:
         solution = raise_on_failure(solution, "flow")
     return solution if return_solution else solution.y1
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(solve).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "throw"
+}
+
+
+def check_options(where: str, options: dict[str, Any], *, without: tuple[str, ...] = ()) -> None:
+    """Raise for a name that is not an option of `solve`."""
+    known = sorted(set(_DEFAULTS) - set(without))
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"{where}: unknown options {unknown}. The solve options are {known}.")
 
 
 def solve_batch(
@@ -147,30 +163,19 @@ def solve_batch(
     t1: Time,
     shared: PyTree,
     rows: PyTree,
-    *,
-    step_control: Literal["joint", "per_sample"] = "joint",
-    ts: Float[Array, " times"] | None = None,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
-    rtol: float | Float[Array, ""] = 1e-5,
-    atol: float | Float[Array, ""] = 1e-5,
-    steps: int | None = None,
-    adjoint: DiscreteAdjoint = DiscreteAdjoint(),
-    first_step: float | Float[Array, ""] | None = None,
-    max_steps: int = 4096,
-    axis_name: str | None = None,
+    options: dict[str, Any],
+    step_control: Literal["joint", "per_sample"],
 ) -> Solution:
     """Solve a batch of systems `f(t, y, shared, row)`, one row of `rows` each, without raising."""
-    dtype = state_dtype(y0)
-    times = check_times(where, t0, t1, ts, dtype)
-    method = make_method(where, solver, rtol, atol, steps, first_step, max_steps, axis_name, y0)
-    check_adjoint(where, adjoint)
+    check_options(where, options)
     if step_control not in ("joint", "per_sample"):
         raise ValueError(
             f"{where}(step_control=...): must be 'joint' or 'per_sample'; got {step_control!r}."
         )
     if step_control == "joint":
         y0 = jax.tree.map(lambda x: x[None], y0)
-    return _solve_rows(f, where, step_control, y0, times, shared, rows, method, adjoint)
+    options = {**_DEFAULTS, **options}
+    return _solve_rows(where, f, y0, t0, t1, shared, rows, step_control, options)
 
 
 class _Unconditional(eqx.Module):
@@ -183,38 +188,34 @@ class _Unconditional(eqx.Module):
         return self.f(t, y, shared)
 
 
-def _rows_field(f, where: str, step_control: str):
+def _rows_field(f, where: str, step_control: str | None):
     """The field on rows of the solver: one system, one batch, or one row for each sample."""
 
     def checked(t, y, shared, row):
         dy = f(t, y, shared, row)
         check_derivative(where, y, dy)
-        return dy
+        return jax.tree.map(jnp.asarray, dy)
 
-    def single(t, y, shared, rows):
-        return _one_row(checked)(t, y, shared, rows)
+    if step_control == "per_sample":
+        return jax.vmap(checked, in_axes=(0, 0, None, 0))
+    batched = checked
+    if step_control == "joint":
+        batched = jax.vmap(checked, in_axes=(None, 0, None, 0))
 
-    def joint(t, y, shared, rows):
-        return _one_row(jax.vmap(checked, in_axes=(None, 0, None, 0)))(t, y, shared, rows)
-
-    per_sample = jax.vmap(checked, in_axes=(0, 0, None, 0))
-    return {"single": single, "joint": joint, "per_sample": per_sample}[step_control]
-
-
-def _one_row(f):
     def one_row(t, y, shared, rows):
-        dy = f(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
+        dy = batched(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
         return jax.tree.map(lambda x: x[None], dy)
 
     return one_row
 
 
-@eqx.filter_jit
-def _solve_rows(f, where, step_control, y0, times, shared, rows, method, adjoint) -> Solution:
-    """Ravel the state once, move closed-over values into arguments, and integrate."""
-    t0, t1, ts = times
+def _solve_rows(
+    where: str, f, y0: PyTree, t0: Time, t1: Time, shared, rows, step_control, options
+) -> Solution:
+    """Check the arguments, ravel the state once, and integrate."""
     dtype = state_dtype(y0)
-    field = _rows_field(f, where, step_control)
+    t0, t1, ts = check_times(where, t0, t1, options["ts"], dtype)
+    method = make_method(where, f.f if isinstance(f, _Unconditional) else f, y0, options)
     leaves, structure = jax.tree.flatten(y0)
     sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
 
@@ -229,15 +230,16 @@ def _solve_rows(f, where, step_control, y0, times, shared, rows, method, adjoint
         parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
         return jax.tree.unflatten(structure, parts)
 
-    def raveled(t, y, args):
-        shared, rows = args
-        return ravel_rows(field(t, unravel_rows(y), shared, rows))
-
-    y0 = ravel_rows(y0)
+    field = _rows_field(f, where, step_control)
+    raveled = lambda t, y, args: ravel_rows(field(t, unravel_rows(y), *args))
+    # A float among the arguments is a value like any other, not a reason to compile again.
+    as_array = lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x
+    args = jax.tree.map(as_array, (shared, rows))
+    start = ravel_rows(y0)
     with jax.default_matmul_precision("highest"):
-        t = jnp.broadcast_to(t0, y0.shape[:1])
-        closed = eqx.filter_closure_convert(raveled, t, y0, (shared, rows))
-        out = adjoint.integrate(closed, (shared, rows), y0, t0, t1, ts, method)
+        t = jnp.broadcast_to(t0, start.shape[:1])
+        closed, arrays = close_field(raveled, (f, where, step_control), t, start, args)
+    out = _integrate(options["adjoint"], closed, arrays, start, t0, t1, ts, method)
     y1 = unravel_rows(out.y1)
     ys = None if out.ys is None else jax.vmap(unravel_rows)(out.ys)
     stats, result, t_reached = out.stats, out.result, out.t_reached
@@ -245,3 +247,8 @@ def _solve_rows(f, where, step_control, y0, times, shared, rows, method, adjoint
         y1, stats, result, t_reached = jax.tree.map(lambda x: x[0], (y1, stats, result, t_reached))
         ys = jax.tree.map(lambda x: x[:, 0], ys)
     return Solution(y1, ts, ys, stats, result, t_reached)
+
+
+@eqx.filter_jit
+def _integrate(adjoint, closed, arrays, y0, t0, t1, ts, method):
+    return adjoint.integrate(closed, arrays, y0, t0, t1, ts, method)

@@ -32,9 +32,17 @@ def error_ratio(
     atol: Float[Array, ""],
     axis_name: str | None,
 ) -> Float[Array, " rows"]:
-    """RMS of `error / (atol + rtol max(|y0|, |y1|))`: at most one when the step is good enough."""
+    """RMS of `error / (atol + rtol max(|y0|, |y1|))`: at most one when the step is good enough.
+
+    NaN if `y1` is not finite, whose infinite scale would hide the error; on all devices alike.
+    """
     scale = atol + rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-    return rms_norm(error / scale, axis_name)
+    return rms_norm(jnp.where(jnp.isfinite(y1), _relative(error, scale), jnp.nan), axis_name)
+
+
+def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+    """`x / scale`, and zero where both are: `atol=0` asks nothing of what stays zero."""
+    return jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
 
 
 def propose(
@@ -60,14 +68,14 @@ def first_step(
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
-    Both evaluations are iterations of one loop, so that the compiled program holds one copy of `f`.
+    Both evaluations are iterations of one loop, which holds one copy of `f`.
     """
     scale = atol + rtol * jnp.abs(y0)
-    d0 = rms_norm(y0 / scale, axis_name)
+    d0 = rms_norm(_relative(y0, scale), axis_name)
     sign = jnp.sign(span)
 
     def slope(f):
-        return rms_norm(f / scale, axis_name)
+        return rms_norm(_relative(f, scale), axis_name)
 
     def trial_step(f0):
         d1 = slope(f0)
@@ -91,4 +99,7 @@ def first_step(
     h = jnp.minimum(100.0 * h0, h1)
     # A non-finite slope must not poison the step: the first attempt will be rejected with a cause.
     h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
+    # Nor may it vanish beside the time: the error control makes it smaller where it must.
+    resolution = jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(t0 + span))
+    h = jnp.maximum(h, 100 * resolution)
     return sign * jnp.minimum(h, jnp.abs(span)), f0

@@ -1,5 +1,6 @@
 """Checks at trace time: each error names the function, the argument, the rule and the remedy."""
 
+import operator
 from typing import Any
 
 import diffrax
@@ -17,7 +18,8 @@ Time = float | Real[Array, ""]
 
 def state_dtype(y0: PyTree) -> jnp.dtype:
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *jax.tree.leaves(y0))
+        # By dtype: a weakly typed float64 would otherwise give way to float32.
+        return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(y0)))
 
 
 def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
@@ -57,29 +59,48 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
             f"{jax.tree.structure(y)}; got {jax.tree.structure(dy)}."
         )
     for expected, actual in zip(jax.tree.leaves(y), jax.tree.leaves(dy), strict=True):
+        if not isinstance(actual, jax.Array | np.ndarray | np.generic | float | int | complex):
+            raise TypeError(
+                f"{where}(f=...): f(t, y, args) must return arrays; got {type(actual).__name__}."
+            )
         if expected.shape != jnp.shape(actual):
             raise ValueError(
                 f"{where}(f=...): f(t, y, args) must return the shapes of y; got "
                 f"{jnp.shape(actual)} where y has {expected.shape}. f sees one sample of a batch."
             )
-        if not jnp.issubdtype(jnp.result_type(actual), jnp.floating):
+        dtype = jnp.result_type(actual)
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{where}(f=...): f(t, y, args) must return floating arrays; "
-                f"got {jnp.result_type(actual)}."
+                f"{where}(f=...): f(t, y, args) must return floating arrays; got {dtype}."
+            )
+        if jnp.finfo(dtype).bits > max(jnp.finfo(expected.dtype).bits, 32):
+            raise TypeError(
+                f"{where}(f=...): f(t, y, args) must not return more precision than y has; got "
+                f"{dtype} where y is {expected.dtype}. Convert args, or y, to the other dtype."
             )
 
 
 def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
     for name, value in (("t0", t0), ("t1", t1)):
+        kind = _numeric_dtype(value)
+        if kind is None or not jnp.issubdtype(kind, jnp.number):
+            raise TypeError(f"{where}({name}=...): must be a real time; got {value!r}.")
+        if jnp.issubdtype(kind, jnp.complexfloating):
+            raise TypeError(f"{where}({name}=...): must be a real time; got a complex number.")
         if jnp.shape(value) != ():
             raise ValueError(
                 f"{where}({name}=...): must be a scalar time; got shape {jnp.shape(value)}."
             )
-        if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-            raise TypeError(f"{where}({name}=...): must be a real time; got a complex number.")
         if _known(value) and not np.isfinite(float(value)):
             raise ValueError(f"{where}({name}=...): must be a finite time; got {value}.")
+    if _known(t0) and _known(t1):
+        _check_span(where, float(t0), float(t1), dtype)
     if ts is not None:
+        kind = _numeric_dtype(ts)
+        if kind is None or not (
+            jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+        ):
+            raise TypeError(f"{where}(ts=...): must be a vector of real times; got {ts!r}.")
         ts = jnp.asarray(ts, dtype)
         if ts.ndim != 1 or ts.shape[0] == 0:
             raise ValueError(
@@ -88,6 +109,24 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
         if all(map(_known, (t0, t1, ts))):
             _check_order(where, float(t0), float(t1), np.asarray(ts))
     return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), ts
+
+
+def _numeric_dtype(value: Any) -> Any:
+    try:
+        return jnp.result_type(jnp.asarray(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_span(where: str, t0: float, t1: float, dtype: jnp.dtype) -> None:
+    """Times are rounded to the precision of the state, which must leave the span what it is."""
+    rounded = float(np.asarray(t1, dtype)) - float(np.asarray(t0, dtype))
+    # A thousandth: far above the rounding of a span that is worth solving over.
+    if abs(rounded - (t1 - t0)) > 1e-3 * abs(t1 - t0):
+        raise ValueError(
+            f"{where}(t0=..., t1=...): the span from {t0!r} to {t1!r} is lost in the precision of "
+            f"{dtype}, in which the state is solved. Shift the time, or use float64 for the state."
+        )
 
 
 def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
@@ -111,50 +150,63 @@ def _known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def check_adjoint(where: str, adjoint: Any) -> None:
+def _positive_integer(where: str, name: str, value: Any) -> int:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{where}({name}=...): must be a positive integer; got {value!r}.")
+    return number
+
+
+def _scalar(where: str, name: str, value: Any, rule: str, holds, dtype: jnp.dtype) -> Array:
+    """A real scalar for which `holds`, as far as it is known at trace time."""
+    if jnp.shape(value) != ():
+        raise ValueError(f"{where}({name}=...): must be a scalar; got shape {jnp.shape(value)}.")
+    if _known(value) and not holds(float(value)):
+        raise ValueError(f"{where}({name}=...): must be {rule}; got {value}.")
+    return jax.lax.stop_gradient(jnp.asarray(value, dtype))
+
+
+def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any]) -> Method:
+    """The solver and its settings, checked."""
+    dtype = state_dtype(y0)
+    if not callable(f):
+        raise TypeError(f"{where}(f=...): must be a function f(t, y, args); got {f!r}.")
+    solver, steps, first_step = options["solver"], options["steps"], options["first_step"]
+    adjoint = options["adjoint"]
     if not hasattr(adjoint, "integrate"):
         raise TypeError(
             f"{where}(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); "
             f"got {adjoint!r}."
         )
-
-
-def make_method(
-    where: str, solver, rtol, atol, steps, first_step, max_steps, axis_name, y0: PyTree
-) -> Method:
-    dtype = state_dtype(y0)
     tableau = tableau_of(solver) if isinstance(solver, diffrax.AbstractSolver) else None
     if tableau is None:
         raise TypeError(
             f"{where}(solver=...): must be an explicit Runge-Kutta solver of diffrax, such as "
             f"diffrax.Tsit5(); got {solver!r}."
         )
-    for name, value in (("steps", steps), ("max_steps", max_steps)):
-        optional = name == "steps" and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{where}({name}=...): must be a positive integer; got {value!r}.")
     if tableau.b_error is None and steps is None:
         raise ValueError(
             f"{where}(solver=...): {tableau.name} has no error estimate; got steps=None. "
             "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
         )
-    if first_step is not None and _known(first_step) and not float(first_step) > 0:
-        raise ValueError(f"{where}(first_step=...): must be positive; got {first_step}.")
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if _known(value) and not (np.isfinite(float(value)) and float(value) >= 0):
-            raise ValueError(
-                f"{where}({name}=...): must be a finite tolerance of at least 0; got {value}."
-            )
+    positive = lambda value: 0 < value < np.inf
+    tolerance = lambda value: 0 <= value < np.inf
+    rule = "a finite tolerance of at least 0"
+    rtol = _scalar(where, "rtol", options["rtol"], rule, tolerance, dtype)
+    atol = _scalar(where, "atol", options["atol"], rule, tolerance, dtype)
     if _known(rtol) and _known(atol) and float(rtol) == float(atol) == 0:
         raise ValueError(f"{where}(rtol=0, atol=0): at least one tolerance must be positive.")
+    if first_step is not None:
+        first_step = _scalar(where, "first_step", first_step, "positive", positive, dtype)
     return Method(
         tableau=tableau,
-        rtol=jax.lax.stop_gradient(jnp.asarray(rtol, dtype)),
-        atol=jax.lax.stop_gradient(jnp.asarray(atol, dtype)),
-        first_step=None
-        if first_step is None
-        else jax.lax.stop_gradient(jnp.asarray(first_step, dtype)),
-        steps=steps,
-        max_steps=max_steps,
-        axis_name=axis_name,
+        rtol=rtol,
+        atol=atol,
+        first_step=first_step,
+        steps=None if steps is None else _positive_integer(where, "steps", steps),
+        max_steps=_positive_integer(where, "max_steps", options["max_steps"]),
+        axis_name=options["axis_name"],
     )

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 from problems import SOLVERS, solver_name
 
 import jaxode
 from jaxode.integrate import integrate
+from jaxode.solve import _DEFAULTS
 from jaxode.tableau import tableau_of
 from jaxode.validation import make_method
 
@@ -30,7 +32,8 @@ TS = jnp.array([0.0, 0.2, 0.21, 1.0, 2.7, 3.0])
 
 def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
-    method = make_method("", solver, tolerance, tolerance, None, None, 4096, None, Y0)
+    options = {**_DEFAULTS, "solver": solver, "rtol": tolerance, "atol": tolerance}
+    method = make_method("", pendulum, Y0, options)
     field = lambda t, y: pendulum(t[0], y[0], ARGS)[None]
     _, tape = integrate(field, method, Y0[None], jnp.array(0.0), jnp.array(3.0), ts, 64)
     return tape.times[: int(tape.num_steps) + 1, 0]
@@ -181,6 +184,32 @@ def test_gradient_at_zero_span():
     y0, t = jnp.array([3.0]), jnp.array(2.0)
     dy0, dt0, dt1 = jax.grad(loss, (0, 1, 2))(y0, t, t)
     np.testing.assert_allclose((dy0[0], dt0, dt1), (1.0, -6.0, 6.0))
+    # 3 t = 6 is the slope; an output moves with its own time, and against the start.
+    output = lambda t: jaxode.solve(lambda t, y, _: t * y, y0, t[0], t[1], ts=t[2:]).ys.sum()
+    np.testing.assert_allclose(jax.grad(output)(jnp.full(3, 2.0)), [-6.0, 0.0, 6.0])
+
+
+def test_gradient_of_an_output_at_the_start_when_a_row_was_rejected():
+    """`y' = -y^2`: the time derivative at the start is `-y0^2`, whatever the other rows do."""
+    z = jnp.array([[1.0], [1000.0]])
+
+    def start(t, control):
+        solution = jaxode.flow(
+            lambda t, y, _: -y * y, z, 0.0, 1.0, step_control=control, return_solution=True,
+            ts=jnp.stack([t, 1.0]), first_step=0.1,
+        )  # fmt: skip
+        return solution.ys[0].sum(), solution.stats.num_rejected
+
+    for control in ("joint", "per_sample"):
+        gradient, rejected = jax.grad(start, has_aux=True)(0.0, control)
+        np.testing.assert_allclose(gradient, -1_000_001.0, rtol=1e-12)
+    assert rejected.tolist()[1] > 0
+
+
+def test_hessian_where_the_error_estimate_is_zero():
+    """`y1 = 1 + 2 a^3` has the second derivative `12 a`; the error control has no part in it."""
+    y1 = lambda a: jaxode.solve(lambda t, y, a: a**3 * jnp.ones(1), jnp.ones(1), 0.0, 2.0, a).y1[0]
+    np.testing.assert_allclose(jax.jacfwd(jax.grad(y1))(1.3), 12 * 1.3, rtol=1e-12)
 
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
@@ -227,6 +256,48 @@ def test_under_vmap(transform):
     else:
         actual = jax.grad(lambda rates: jnp.sum(jax.vmap(one)(rates)))(rates)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_changed_field_is_not_taken_for_what_it_was(transform):
+    """A field that reads a mutable value is traced again, and the value gets its gradient."""
+
+    class Decay:
+        rate = 1.0
+
+        def __call__(self, t, y, args):
+            return -self.rate * y
+
+    f = Decay()
+
+    def run(rate):
+        f.rate = rate
+        return jaxode.solve(f, jnp.ones(1), 0.0, 1.0, rtol=1e-8, atol=1e-8).y1[0]
+
+    for rate in (1.0, 2.0):
+        np.testing.assert_allclose(transform(run)(rate), np.exp(-rate), rtol=1e-6)
+        np.testing.assert_allclose(transform(jax.grad(run))(rate), -np.exp(-rate), rtol=1e-6)
+
+
+def test_products_of_the_solver_run_at_full_precision():
+    """Accelerators would otherwise round the stages of a float32 solve to 10 or 7 bits."""
+    found = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(equation.params["precision"])
+            for sub in jaxprs_in_params(equation.params):
+                visit(sub)
+
+    def loss(y0, A):
+        ts = jnp.array([0.5, 1.0])
+        return jaxode.solve(lambda t, y, A: A @ y, y0, 0.0, 1.0, A, ts=ts).ys.sum()
+
+    visit(jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones(3), jnp.eye(3)).jaxpr)
+    highest = jax.lax.Precision.HIGHEST
+    assert len(found) > 10
+    assert all(precision == (highest, highest) for precision in found)
 
 
 def temporary_bytes(loss, *inputs):

@@ -99,3 +99,16 @@ def test_auto_switches_to_hutchinson_for_large_events():
     assert auto.init(jax.random.key(0), large).shape == (1, large.size)
     with pytest.raises(ValueError, match=r"needs random numbers; got key=None"):
         auto.init(None, large)
+
+
+def test_chunks_bound_the_memory_of_a_gradient():
+    size = 96
+    m = ConcatSquash(size, (128, 128), key=jax.random.key(0))
+
+    def temporary_bytes(chunk):
+        apply = divergence.exact(chunk).apply
+        loss = lambda z: jnp.sum(jax.vmap(lambda z: apply(lambda z: m(0.3, z), z, None)[1])(z))
+        lowered = jax.jit(jax.grad(loss)).lower(jnp.ones((16, size)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4) < temporary_bytes(None) / 4

@@ -1,6 +1,5 @@
 """What importing the package gives and costs."""
 
-import importlib.metadata
 import subprocess
 import sys
 
@@ -36,7 +35,3 @@ def test_import_loads_nothing_that_diffrax_does_not():
         "print(sorted(m for m in set(sys.modules) - before if not m.startswith('jaxode')))"
     )
     assert run(code) == "[]"
-
-
-def test_installed_version():
-    assert importlib.metadata.version("jaxode") == "0.1.0"

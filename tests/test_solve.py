@@ -198,16 +198,38 @@ def test_per_sample_rows_do_not_see_each_other():
         assert together.stats.num_evals[i] == alone.stats.num_evals
 
 
-def test_tolerance_is_not_a_compile_time_constant():
-    traces = []
+def test_values_are_no_reason_to_compile_again():
+    """Tolerances, times, arguments and the initial state may change from call to call."""
+    f = lambda t, y, args: -args["rate"] * y
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, duration, **_: compiled.append(name) if "backend_compile" in name else None
+    )
 
-    def f(t, y, args):
-        traces.append(1)
-        return -y
+    def run(value):
+        return jaxode.solve(
+            f, value * jnp.ones(1), value, 2.0, {"rate": value, "name": "decay"},
+            rtol=1e-5 * value, atol=1e-6 * value, ts=jnp.array([value, 2.0]),
+        )  # fmt: skip
 
-    for tolerance in (1e-4, 1e-5, 1e-6):
-        jaxode.solve(f, jnp.ones(1), 0.0, 1.0, rtol=tolerance, atol=tolerance)
-    assert len(traces) == 1
+    try:
+        run(0.5)
+        assert compiled
+        compiled.clear()
+        run(0.7)
+        run(0.9)
+        assert not compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_first_step_far_from_time_zero_in_single_precision():
+    """A first step below the resolution of the time must not be taken for an underflow."""
+    t0 = jnp.asarray(1e4, jnp.float32)
+    solution = jaxode.solve(
+        lambda t, y, _: jnp.ones_like(y), jnp.zeros(1, jnp.float32), t0, t0 + 10
+    )
+    np.testing.assert_allclose(solution.y1, 10.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -230,3 +252,21 @@ def test_joint_control_over_devices_takes_the_norm_over_the_whole_batch():
     )(z.reshape(2, 2, 2))
     assert (halves.stats.num_steps == whole.stats.num_steps).all()
     np.testing.assert_allclose(halves.y1.reshape(4, 2), whole.y1, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "y0", [2.0, jnp.asarray(2.0), jnp.full((), 2.0)], ids=["float", "weak", "full"]
+)
+def test_weakly_typed_state_is_solved_in_double_precision(y0):
+    solution = jaxode.solve(lambda t, y, _: -y, y0, 0.0, 1.0, rtol=1e-12, atol=1e-12)
+    assert solution.t_reached.dtype == jnp.float64
+    np.testing.assert_allclose(solution.y1, 2 * np.exp(-1), rtol=1e-11)
+
+
+def test_field_may_return_a_python_float():
+    np.testing.assert_allclose(jaxode.solve(lambda t, y, _: 1.0, jnp.array(0.0), 0.0, 2.0).y1, 2.0)
+
+
+def test_relative_tolerance_alone_with_a_component_that_stays_zero():
+    y1 = jaxode.solve(lambda t, y, _: -y, jnp.array([1.0, 0.0]), 0.0, 1.0, atol=0.0).y1
+    np.testing.assert_allclose(y1, [np.exp(-1), 0.0], rtol=1e-4)
