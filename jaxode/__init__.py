@@ -1,14 +1,23 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
 from jaxode import divergence, nn
-from jaxode.adjoints import DiscreteAdjoint
+from jaxode.adjoints import (
+    BacksolveAdjoint,
+    DiscreteAdjoint,
+    ForwardMode,
+    InterpolatingAdjoint,
+)
 from jaxode.cnf import cnf
 from jaxode.distributions import standard_normal
+from jaxode.odeint import odeint
 from jaxode.results import Result, Solution, SolveError, Stats
 from jaxode.solve import flow, solve
 
 __all__ = [
+    "BacksolveAdjoint",
     "DiscreteAdjoint",
+    "ForwardMode",
+    "InterpolatingAdjoint",
     "Result",
     "Solution",
     "SolveError",
@@ -17,6 +26,7 @@ __all__ = [
     "divergence",
     "flow",
     "nn",
+    "odeint",
     "solve",
     "standard_normal",
 ]

@@ -274,8 +274,8 @@ def cnf(
             training loss inside a transformation (`jit`, `vmap`), which turns NaN together with
             its gradient: the host callback that raises would keep the training step out of the
             persistent compilation cache.
-        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_steps` and
-            `axis_name`, as for `jaxode.solve`.
+        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
+            `max_steps` and `axis_name`, as for `jaxode.solve`.
 
     Returns:
         A `CNF` with methods `log_prob`, `nll`, `nll_and_stats`, `sample`, `sample_and_log_prob`,

@@ -25,13 +25,15 @@ Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "
 class Method(eqx.Module):
     """How to step: a tableau, and either tolerances or a number of equal steps."""
 
-    tableau: Tableau = eqx.field(static=True)
+    tableau: Any = eqx.field(static=True)
+    """A `Tableau`; None for a solver that is not an explicit Runge-Kutta method."""
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
     first_step: Float[Array, ""] | None
     steps: int | None = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     axis_name: str | None = eqx.field(static=True)
+    max_step: Float[Array, ""] | None = None
 
     @property
     def tape_length(self) -> int:
@@ -223,8 +225,8 @@ def integrate(
     )
     ok = final.result == Result.SUCCESS
     # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
-    y1 = jnp.where(ok[:, None], final.y, final.y * jnp.nan)
-    ys = None if final.ys is None else jnp.where(ok[:, None], final.ys, final.ys * jnp.nan)
+    valid = jnp.where(ok, 1.0, jnp.nan).astype(y0.dtype)[:, None]
+    y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
     t_reached = jnp.where(final.done, end, final.t)
     return Integration(y1, ys, stats, final.result, t_reached, final.h), final.tape
 
@@ -253,7 +255,7 @@ def _start(
         h, slope = first_step(
             field, t0, y0, span, tableau.order, method.rtol, method.atol, method.axis_name
         )
-        return (slope if tableau.first_same_as_last else None), h, 2
+        return (slope if tableau.first_same_as_last else None), _limit(method, h), 2
     h = jnp.zeros_like(t0)
     if method.steps is None and method.first_step is not None:
         h = jnp.sign(span) * jnp.minimum(method.first_step.astype(t0.dtype), jnp.abs(span))
@@ -293,7 +295,7 @@ def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
         return jnp.where(last, end, state.t + state.h), last
     count = taken + 1
     last = count == steps
-    fraction = count.astype(end.dtype) / steps
+    fraction = count.astype(end.dtype) / jnp.asarray(steps, end.dtype)
     return jnp.where(last, end, start + fraction * (end - start)), last
 
 
@@ -308,7 +310,7 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
     finite = jnp.isfinite(ratio)
     accept, factor = propose(ratio.astype(h.dtype), method.tableau.order)
-    h_next = jnp.where(running, h * factor, state.h)
+    h_next = jnp.where(running, _limit(method, h * factor), state.h)
     # Underflow: a step that does not move the time, or a shorter one that would end there again.
     retry = state.t + h_next
     stuck = (t_next == state.t) | (~accept & ((retry == state.t) | (retry == t_next)))
@@ -319,6 +321,10 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
     failed = running & (stuck | (exhausted & ~finite))
     return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32)
+
+
+def _limit(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)
 
 
 def _record(

@@ -19,6 +19,7 @@ class Result(enum.IntEnum):
     STEP_SIZE_UNDERFLOW = 2
     NON_FINITE = 3
     INVALID_ARGUMENT = 4
+    IMPLICIT_SOLVE_FAILED = 5
 
 
 _EXPLANATIONS = {
@@ -37,6 +38,10 @@ _EXPLANATIONS = {
     Result.INVALID_ARGUMENT: (
         "a time is not finite, ts is not monotone from t0 to t1, or a tolerance is negative",
         "Check t0, t1, rtol and atol; sort ts in the direction of the solve, between t0 and t1.",
+    ),
+    Result.IMPLICIT_SOLVE_FAILED: (
+        "the implicit equations of a step could not be solved",
+        "Loosen rtol and atol, or check the vector field for NaN, inf and discontinuities.",
     ),
 }
 
@@ -59,7 +64,7 @@ class Stats(eqx.Module):
     num_rejected: Int[Array, "*rows"]
     """Steps discarded because their error estimate was too large."""
     num_evals: Int[Array, "*rows"]
-    """Evaluations of the vector field."""
+    """Evaluations of the vector field; -1 for an implicit solver, whose number is not known."""
 
 
 class Solution(eqx.Module):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints import DiscreteAdjoint
+from jaxode.adjoints import Adjoint, BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.closure import close_field
+from jaxode.implicit import DiffraxSolve
 from jaxode.results import Solution, raise_on_failure
 from jaxode.validation import (
     Time,
@@ -40,8 +41,9 @@ def solve(
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
     steps: int | None = None,
-    adjoint: DiscreteAdjoint = DiscreteAdjoint(),
+    adjoint: Adjoint = DiscreteAdjoint(),
     first_step: float | Float[Array, ""] | None = None,
+    max_step: float | Float[Array, ""] | None = None,
     max_steps: int = 4096,
     axis_name: str | None = None,
     throw: bool = True,
@@ -57,14 +59,18 @@ def solve(
         args: any pytree, passed to `f`.
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
             between steps come from the solver's own dense output.
-        solver: an explicit Runge-Kutta solver of diffrax.
+        solver: an ODE solver of diffrax. Explicit Runge-Kutta solvers run in jaxode's own loop;
+            others, such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax,
+            with `DiscreteAdjoint`, `BacksolveAdjoint` or `ForwardMode`.
         rtol: relative tolerance of the error of a step.
         atol: absolute tolerance of the error of a step. A step is accepted if the root mean square
             of `error / (atol + rtol max(|y before|, |y after|))` is at most one.
         steps: take this many equal steps, without error control.
-        adjoint: the gradient method.
+        adjoint: the gradient method: `DiscreteAdjoint`, `BacksolveAdjoint`,
+            `InterpolatingAdjoint` or `ForwardMode`.
         first_step: size of the first step to try, positive; chosen automatically by default. Not
             used with `steps`.
+        max_step: largest size of a step, positive; unlimited by default. Not used with `steps`.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
         axis_name: inside `jax.vmap`, or `jax.shard_map` with `check_vma=False`, the name of a
             mapped axis over which the state is split: the error norm is then taken over all of it.
@@ -87,7 +93,8 @@ def solve(
     y0 = check_state("solve", "y0", y0)
     options = {
         "ts": ts, "solver": solver, "rtol": rtol, "atol": atol, "steps": steps, "adjoint": adjoint,
-        "first_step": first_step, "max_steps": max_steps, "axis_name": axis_name,
+        "first_step": first_step, "max_step": max_step, "max_steps": max_steps,
+        "axis_name": axis_name,
     }  # fmt: skip
     one_row = jax.tree.map(lambda x: x[None], y0)
     solution = _solve_rows("solve", _Unconditional(f), one_row, t0, t1, args, None, None, options)
@@ -121,7 +128,7 @@ def flow(
             entry per sample.
         throw: as for `solve`.
         **solve_options: `ts`, `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`,
-            `max_steps` and `axis_name` of `solve`.
+            `max_step`, `max_steps` and `axis_name` of `solve`.
 
     Returns:
         `z` at time `t`, or a `Solution` in which `ys` has axes `[times, batch, ...]`.
@@ -239,7 +246,10 @@ def _solve_rows(
     with jax.default_matmul_precision("highest"):
         t = jnp.broadcast_to(t0, start.shape[:1])
         closed, arrays = close_field(raveled, (f, where, step_control), t, start, args)
-    out = _integrate(options["adjoint"], closed, arrays, start, t0, t1, ts, method)
+    adjoint = options["adjoint"]
+    if method.tableau is None:
+        adjoint = _by_diffrax(where, options["solver"], adjoint, step_control)
+    out = _integrate(adjoint, closed, arrays, start, t0, t1, ts, method)
     y1 = unravel_rows(out.y1)
     ys = None if out.ys is None else jax.vmap(unravel_rows)(out.ys)
     stats, result, t_reached = out.stats, out.result, out.t_reached
@@ -247,6 +257,21 @@ def _solve_rows(
         y1, stats, result, t_reached = jax.tree.map(lambda x: x[0], (y1, stats, result, t_reached))
         ys = jax.tree.map(lambda x: x[:, 0], ys)
     return Solution(y1, ts, ys, stats, result, t_reached)
+
+
+def _by_diffrax(where: str, solver, adjoint, step_control) -> DiffraxSolve:
+    name = type(solver).__name__
+    if step_control == "per_sample":
+        raise ValueError(
+            f"{where}(step_control='per_sample'): needs an explicit Runge-Kutta solver; got "
+            f"{name}. Use step_control='joint', or jax.vmap over jaxode.solve."
+        )
+    if not isinstance(adjoint, DiscreteAdjoint | BacksolveAdjoint | ForwardMode):
+        raise ValueError(
+            f"{where}(adjoint=...): {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
+            f"got {name}. Use jaxode.DiscreteAdjoint()."
+        )
+    return DiffraxSolve(solver, adjoint)
 
 
 @eqx.filter_jit

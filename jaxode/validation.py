@@ -91,9 +91,9 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
             raise ValueError(
                 f"{where}({name}=...): must be a scalar time; got shape {jnp.shape(value)}."
             )
-        if _known(value) and not np.isfinite(float(value)):
+        if is_known(value) and not np.isfinite(float(value)):
             raise ValueError(f"{where}({name}=...): must be a finite time; got {value}.")
-    if _known(t0) and _known(t1):
+    if is_known(t0) and is_known(t1):
         _check_span(where, float(t0), float(t1), dtype)
     if ts is not None:
         kind = _numeric_dtype(ts)
@@ -106,7 +106,7 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
             raise ValueError(
                 f"{where}(ts=...): must be a vector of at least one time; got shape {ts.shape}."
             )
-        if all(map(_known, (t0, t1, ts))):
+        if all(map(is_known, (t0, t1, ts))):
             _check_order(where, float(t0), float(t1), np.asarray(ts))
     return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), ts
 
@@ -146,7 +146,7 @@ def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
         )
 
 
-def _known(value: Any) -> bool:
+def is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
@@ -164,7 +164,7 @@ def _scalar(where: str, name: str, value: Any, rule: str, holds, dtype: jnp.dtyp
     """A real scalar for which `holds`, as far as it is known at trace time."""
     if jnp.shape(value) != ():
         raise ValueError(f"{where}({name}=...): must be a scalar; got shape {jnp.shape(value)}.")
-    if _known(value) and not holds(float(value)):
+    if is_known(value) and not holds(float(value)):
         raise ValueError(f"{where}({name}=...): must be {rule}; got {value}.")
     return jax.lax.stop_gradient(jnp.asarray(value, dtype))
 
@@ -181,13 +181,13 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any]) -> Meth
             f"{where}(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); "
             f"got {adjoint!r}."
         )
-    tableau = tableau_of(solver) if isinstance(solver, diffrax.AbstractSolver) else None
-    if tableau is None:
+    if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(
-            f"{where}(solver=...): must be an explicit Runge-Kutta solver of diffrax, such as "
-            f"diffrax.Tsit5(); got {solver!r}."
+            f"{where}(solver=...): must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
+            f"got {solver!r}."
         )
-    if tableau.b_error is None and steps is None:
+    tableau = tableau_of(solver)
+    if tableau is not None and tableau.b_error is None and steps is None:
         raise ValueError(
             f"{where}(solver=...): {tableau.name} has no error estimate; got steps=None. "
             "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
@@ -197,8 +197,11 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any]) -> Meth
     rule = "a finite tolerance of at least 0"
     rtol = _scalar(where, "rtol", options["rtol"], rule, tolerance, dtype)
     atol = _scalar(where, "atol", options["atol"], rule, tolerance, dtype)
-    if _known(rtol) and _known(atol) and float(rtol) == float(atol) == 0:
+    if is_known(rtol) and is_known(atol) and float(rtol) == float(atol) == 0:
         raise ValueError(f"{where}(rtol=0, atol=0): at least one tolerance must be positive.")
+    max_step = options["max_step"]
+    if max_step is not None:
+        max_step = _scalar(where, "max_step", max_step, "positive", positive, dtype)
     if first_step is not None:
         first_step = _scalar(where, "first_step", first_step, "positive", positive, dtype)
     return Method(
@@ -209,4 +212,5 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any]) -> Meth
         steps=None if steps is None else _positive_integer(where, "steps", steps),
         max_steps=_positive_integer(where, "max_steps", options["max_steps"]),
         axis_name=options["axis_name"],
+        max_step=max_step,
     )

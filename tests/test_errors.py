@@ -133,8 +133,30 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(solver="dopri5"), TypeError,
-        "solve(solver=...): must be an explicit Runge-Kutta solver of diffrax, such as "
-        "diffrax.Tsit5(); got 'dopri5'.",
+        "solve(solver=...): must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
+        "got 'dopri5'.",
+    ),
+    (
+        lambda: solve(solver=diffrax.Kvaerno3(), adjoint=jaxode.InterpolatingAdjoint()), ValueError,
+        "solve(adjoint=...): InterpolatingAdjoint needs an explicit Runge-Kutta solver; "
+        "got Kvaerno3. Use jaxode.DiscreteAdjoint().",
+    ),
+    (
+        lambda: flow(solver=diffrax.Kvaerno3(), step_control="per_sample"), ValueError,
+        "flow(step_control='per_sample'): needs an explicit Runge-Kutta solver; got Kvaerno3. "
+        "Use step_control='joint', or jax.vmap over jaxode.solve.",
+    ),
+    (
+        lambda: jaxode.BacksolveAdjoint(rtol=-1), ValueError,
+        "BacksolveAdjoint(rtol=...): must be None or a finite tolerance of at least 0; got -1.",
+    ),
+    (
+        lambda: jaxode.odeint(lambda y, t: -y, ONE, jnp.array([0, 1])), TypeError,
+        "odeint(t=...): must be an array of floats; got int64.",
+    ),
+    (
+        lambda: jaxode.odeint(lambda y, t: -y, ONE, jnp.array([0.0, 1.0]), hmax=0), ValueError,
+        "odeint(hmax=...): must be a positive number; got 0.",
     ),
     (
         lambda: solve(solver=diffrax.Euler()), ValueError,
@@ -224,12 +246,12 @@ BAD_INPUT = [
     (
         lambda: cnf(tolerance=1e-3), TypeError,
         "cnf: unknown options ['tolerance']. The solve options are ['adjoint', 'atol', "
-        "'axis_name', 'first_step', 'max_steps', 'rtol', 'solver', 'steps'].",
+        "'axis_name', 'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps'].",
     ),
     (
         lambda: flow(tol=1e-3), TypeError,
         "flow: unknown options ['tol']. The solve options are ['adjoint', 'atol', 'axis_name', "
-        "'first_step', 'max_steps', 'rtol', 'solver', 'steps', 'ts'].",
+        "'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps', 'ts'].",
     ),
     (
         lambda: solve(rtol=jnp.ones(2)), ValueError,

@@ -1,7 +1,31 @@
 """Gradient methods: each wraps the forward solve and knows how to differentiate it."""
 
+from collections.abc import Callable
+from typing import Protocol
+
+from jaxtyping import Array, Float, PyTree
+
 from jaxode.adjoints.backsolve import BacksolveAdjoint
 from jaxode.adjoints.discrete import DiscreteAdjoint
+from jaxode.adjoints.forward import ForwardMode
 from jaxode.adjoints.interpolating import InterpolatingAdjoint
+from jaxode.integrate import Integration, Method
 
-__all__ = ["BacksolveAdjoint", "DiscreteAdjoint", "InterpolatingAdjoint"]
+__all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode", "InterpolatingAdjoint"]
+
+
+class Adjoint(Protocol):
+    """A gradient method."""
+
+    def integrate(
+        self,
+        field: Callable[..., Float[Array, "rows n"]],
+        args: PyTree,
+        y0: Float[Array, "rows n"],
+        t0: Float[Array, ""],
+        t1: Float[Array, ""],
+        ts: Float[Array, " times"] | None,
+        method: Method,
+    ) -> Integration:
+        """Solve `dy/dt = field(t, y, args)` on rows, with derivatives by this method."""
+        ...

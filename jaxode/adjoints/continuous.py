@@ -151,6 +151,7 @@ def with_tolerances(method: Method, rtol, atol) -> Method:
         steps=method.steps,
         max_steps=method.max_steps,
         axis_name=method.axis_name,
+        max_step=method.max_step,
     )
 
 

@@ -30,8 +30,8 @@ class DiscreteAdjoint:
     The forward solve keeps the times of its accepted steps and at most `checkpoints` states; the
     backward pass replays the steps between them and applies the chain rule to each Runge-Kutta
     step, last to first. With Euler steps of size one this is backpropagation through a residual
-    network. Memory is `checkpoints` states, whatever the number of steps, and one scalar for each of
-    `max_steps` (and row, with per-sample steps).
+    network. Memory is `checkpoints` states, whatever the number of steps, and one scalar for each
+    of `max_steps` (and row, with per-sample steps).
 
     The mesh is a constant of differentiation: relative to `t0` and `t1` the steps stay where they
     are, and the error control is not differentiated.

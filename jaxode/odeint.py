@@ -1,0 +1,76 @@
+"""A drop-in replacement for `jax.experimental.ode.odeint`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxode.adjoints import BacksolveAdjoint
+from jaxode.solve import solve
+from jaxode.validation import is_known
+
+_NO_LIMIT = 2**31 - 1
+
+
+class _TimeFirst(eqx.Module):
+    """`func(y, t, *args)` as `f(t, y, args)`."""
+
+    func: Callable[..., PyTree]
+
+    def __call__(self, t, y, args):
+        return self.func(y, t, *args)
+
+
+def odeint(
+    func: Callable[..., PyTree],
+    y0: PyTree[Float[Array, "..."]],
+    t: Float[Array, " times"],
+    *args: Any,
+    rtol: float = 1.4e-8,
+    atol: float = 1.4e-8,
+    mxstep: float = jnp.inf,
+    hmax: float = jnp.inf,
+) -> PyTree[Float[Array, "times ..."]]:
+    """The solution of `dy/dt = func(y, t, *args)`, `y(t[0]) = y0`, at the times `t`.
+
+    It differs from the original in the solver (Tsit5 for Dormand-Prince), in that a failed solve is
+    NaN instead of an unfinished result, and in that the parameters are not part of the error norm
+    of the gradient. Use `jaxode.solve` for errors that say what failed, and for other gradients.
+
+    Args:
+        func: time derivative of `y` at time `t`, with the structure and shapes of `y0`.
+        y0: initial state, any pytree of floating arrays.
+        t: times, `[times]`, monotone; `t[0]` is the start.
+        *args: more arguments of `func`.
+        rtol: relative tolerance of the error of a step.
+        atol: absolute tolerance of the error of a step.
+        mxstep: steps allowed between two times, on average.
+        hmax: largest step.
+
+    Returns:
+        `y` at the times `t`: leaves `[times, ...]`. NaN if the solve fails.
+
+    Raises:
+        TypeError, ValueError: at trace time, for arguments of the wrong kind.
+
+    Differentiation: in reverse mode with respect to `y0`, `t`, `args` and values that `func` closes
+        over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
+    """
+    t = jnp.asarray(t)
+    if not jnp.issubdtype(t.dtype, jnp.floating):
+        raise TypeError(f"odeint(t=...): must be an array of floats; got {t.dtype}.")
+    if t.ndim != 1 or t.shape[0] == 0:
+        raise ValueError(f"odeint(t=...): must be a vector of times; got shape {t.shape}.")
+    for name, value in (("mxstep", mxstep), ("hmax", hmax)):
+        if not is_known(value) or not value > 0:
+            raise ValueError(f"odeint({name}=...): must be a positive number; got {value}.")
+    steps = min(mxstep * max(t.shape[0] - 1, 1), _NO_LIMIT)
+    solution = solve(
+        _TimeFirst(func), y0, t[0], t[-1], args, ts=t, solver=diffrax.Tsit5(), rtol=rtol, atol=atol,
+        max_steps=int(steps), adjoint=BacksolveAdjoint(), throw=False,
+        max_step=None if hmax == jnp.inf else hmax,
+    )  # fmt: skip
+    return solution.ys

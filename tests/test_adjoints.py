@@ -1,0 +1,292 @@
+"""What every gradient method promises, over a table of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from test_discrete import ARGS, TS, Y0, pendulum, scalar, temporary_bytes
+
+import jaxode
+
+# Reverse-mode methods. A new one is one row.
+ADJOINTS = {
+    "discrete": jaxode.DiscreteAdjoint(),
+    "backsolve": jaxode.BacksolveAdjoint(),
+    "interpolating": jaxode.InterpolatingAdjoint(),
+    "interpolating from few checkpoints": jaxode.InterpolatingAdjoint(checkpoints=3),
+}
+CONTINUOUS = {name: adjoint for name, adjoint in ADJOINTS.items() if name != "discrete"}
+INPUTS = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS)
+
+A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
+V, W = jnp.array([1.0, 2.0, -1.0]), jnp.array([0.5, -1.0, 2.0])
+
+
+def linear(t, y, A):
+    return A @ y
+
+
+def loss(adjoint, tolerance=1e-10, **options):
+    def loss(y0, t0, t1, args, ts=None):
+        solution = jaxode.solve(
+            pendulum, y0, t0, t1, args, ts=ts, adjoint=adjoint, rtol=tolerance, atol=tolerance,
+            **options,
+        )  # fmt: skip
+        return scalar(solution.y1, jnp.zeros(0) if ts is None else solution.ys)
+
+    return loss
+
+
+def assert_close(actual, expected, rtol):
+    """Relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_linear_system_against_the_matrix_exponential(name):
+    """`y(1) = expm(A) y(0)`, whose derivatives are known in closed form."""
+    run = lambda tolerance: jax.grad(
+        lambda y0, A: W @ jaxode.solve(
+            linear, y0, 0.0, 1.0, A, adjoint=ADJOINTS[name], rtol=tolerance, atol=tolerance
+        ).y1,
+        (0, 1),
+    )(V, A)  # fmt: skip
+    E, n = scipy.linalg.expm(np.asarray(A)), 3
+    y0_bar = E.T @ W
+    # Van Loan (1978): the block above the diagonal of this exponential is the integral over s of
+    # expm(A^T (1 - s)) W (expm(A s) V)^T, which is the gradient with respect to A.
+    block = np.block([[np.asarray(A.T), np.outer(W, V)], [np.zeros((n, n)), np.asarray(A.T)]])
+    A_bar = scipy.linalg.expm(block)[:n, n:]
+    errors = []
+    for tolerance in (1e-4, 1e-7, 1e-10):
+        actual = run(tolerance)
+        errors.append(
+            max(np.abs(actual[0] - y0_bar).max() / np.abs(y0_bar).max(),
+                np.abs(actual[1] - A_bar).max() / np.abs(A_bar).max())
+        )  # fmt: skip
+    assert errors[2] < 1e-7
+    # A thousandfold tighter tolerance gives at least a hundredfold smaller error.
+    assert errors[1] < errors[0] / 100
+    assert errors[2] < errors[1] / 100
+
+
+@pytest.mark.parametrize("ts", [None, TS], ids=["end", "ts"])
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_agrees_with_discrete_with_respect_to_everything(name, ts):
+    argnums = (0, 1, 2, 3) if ts is None else (0, 1, 2, 3, 4)
+    inputs = INPUTS if ts is None else (*INPUTS, ts)
+    expected = jax.grad(loss(ADJOINTS["discrete"]), argnums)(*inputs)
+    actual = jax.grad(loss(ADJOINTS[name]), argnums)(*inputs)
+    # 1e-7: the tolerance of 1e-10, amplified by the flow and by the interpolation.
+    assert_close(actual, expected, 1e-7)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_backwards_in_time(name):
+    inputs = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 1.0, 0.5]))
+    expected = jax.grad(loss(ADJOINTS["discrete"], steps=400), (0, 1, 2, 3, 4))(*inputs)
+    assert_close(jax.grad(loss(ADJOINTS[name]), (0, 1, 2, 3, 4))(*inputs), expected, 1e-7)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_equal_steps_converge_to_the_gradient(name):
+    """The error of 20 and 40 steps of Tsit5 falls by about 2 ** 5."""
+    exact = jax.grad(loss(ADJOINTS["discrete"], 1e-12), (0, 3))(*INPUTS)
+    errors = []
+    for steps in (20, 40):
+        actual = jax.grad(loss(ADJOINTS[name], steps=steps), (0, 3))(*INPUTS)
+        difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), actual, exact)
+        errors.append(max(map(float, jax.tree.leaves(difference))))
+    assert errors[1] < errors[0] / 15
+    assert errors[1] < 1e-4
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_closed_over_values(name):
+    def run(a):
+        f = lambda t, y, _: -a * y
+        return jaxode.solve(f, jnp.ones(1), 0.0, 1.0, adjoint=ADJOINTS[name], rtol=1e-9).y1[0]
+
+    np.testing.assert_allclose(jax.grad(run)(0.7), -np.exp(-0.7), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_batches(name, control):
+    """Parameter gradients add up over the rows."""
+    z = jnp.array([[0.1, 1.0], [2.0, -1.0], [0.5, 0.0]])
+
+    def run(adjoint, tolerance):
+        options = {"rtol": tolerance, "atol": tolerance, "step_control": control}
+        loss = lambda z, args: jnp.sum(
+            jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, adjoint=adjoint, **options))
+        )
+        return jax.grad(loss, (0, 1))(z, ARGS)
+
+    assert_close(run(ADJOINTS[name], 1e-9), run(ADJOINTS["discrete"], 1e-11), 1e-6)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+@pytest.mark.parametrize(
+    "transform", ["jit", "vmap of grad", "grad of vmap", "scan", "checkpoint", "grad of scan"]
+)
+def test_under_transformations(name, transform):
+    adjoint, values = ADJOINTS[name], jnp.array([0.5, 1.0, 3.0])
+
+    def one(a):
+        f = lambda t, y, a: -a * jnp.sin(y)
+        solution = jaxode.solve(
+            f, jnp.ones(2), 0.0, 1.0, a, adjoint=adjoint, rtol=1e-9, atol=1e-9, throw=False
+        )
+        return solution.y1[0]
+
+    # y' = -a sin y with y(0) = 1 has tan(y / 2) = tan(1 / 2) exp(-a t).
+    exact = jax.vmap(jax.grad(lambda a: 2 * jnp.arctan(jnp.tan(0.5) * jnp.exp(-a))))(values)
+    over_scan = lambda f: jax.lax.scan(lambda carry, a: (carry, f(a)), 0.0, values)[1]
+    gradients = {
+        "jit": lambda: jnp.stack([jax.jit(jax.grad(one))(a) for a in values]),
+        "vmap of grad": lambda: jax.vmap(jax.grad(one))(values),
+        "grad of vmap": lambda: jax.grad(lambda values: jnp.sum(jax.vmap(one)(values)))(values),
+        "scan": lambda: over_scan(jax.grad(one)),
+        "checkpoint": lambda: jnp.stack([jax.grad(jax.checkpoint(one))(a) for a in values]),
+        "grad of scan": lambda: jax.grad(
+            lambda values: jnp.sum(jax.lax.scan(lambda c, a: (c, one(a)), 0.0, values)[1])
+        )(values),
+    }
+    np.testing.assert_allclose(gradients[transform](), exact, rtol=1e-6)
+
+
+def test_forward_mode_equals_discrete():
+    """Both differentiate the same steps on the same mesh, with respect to everything."""
+    inputs = (*INPUTS, TS)
+    forward = jax.jacfwd(loss(jaxode.ForwardMode(), 1e-6), (0, 1, 2, 3, 4))(*inputs)
+    reverse = jax.grad(loss(jaxode.DiscreteAdjoint(), 1e-6), (0, 1, 2, 3, 4))(*inputs)
+    assert_close(forward, reverse, 1e-11)
+
+
+def test_forward_mode_of_a_failed_solve_is_nan():
+    run = lambda y0: (
+        jaxode.solve(
+            lambda t, y, _: y**2, y0, 0.0, 3.0, adjoint=jaxode.ForwardMode(), throw=False
+        ).y1
+    )
+    assert jnp.isnan(jax.jacfwd(run)(jnp.ones(2))).all()
+
+
+@pytest.mark.parametrize("ts", [None, TS], ids=["end", "ts"])
+def test_second_derivatives(ts):
+    """Forward over reverse for Discrete and Interpolating, reverse over reverse for Backsolve."""
+
+    def of(adjoint):
+        pack = lambda p: (p[:2], 0.0, 3.0, (p[2], p[3]), ts)
+        return lambda p: loss(adjoint, 1e-10)(*pack(p))
+
+    p = jnp.array([1.0, 0.5, 2.0, 0.3])
+    expected = jax.jacfwd(jax.jacfwd(of(jaxode.ForwardMode())))(p)
+    discrete = jax.jacfwd(jax.grad(of(jaxode.DiscreteAdjoint())))(p)
+    assert_close(discrete, expected, 1e-10)
+    interpolating = jax.jacfwd(jax.grad(of(jaxode.InterpolatingAdjoint())))(p)
+    assert_close(interpolating, expected, 1e-6)
+    backsolve = jax.jacrev(jax.grad(of(jaxode.BacksolveAdjoint())))(p)
+    assert_close(backsolve, expected, 1e-6)
+
+
+UNSUPPORTED = {
+    "reverse mode of ForwardMode": (
+        lambda: jax.grad(loss(jaxode.ForwardMode()))(*INPUTS),
+        "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
+        "jax.jacfwd). Use adjoint=jaxode.DiscreteAdjoint() for jax.grad and jax.vjp.",
+    ),
+    **{
+        f"reverse over reverse of {name}": (
+            lambda adjoint=adjoint: jax.jacrev(jax.grad(loss(adjoint)))(*INPUTS),
+            f"{type(adjoint).__name__}: the gradient of a solve can be differentiated in forward "
+            "mode only, as in jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for "
+            "reverse over reverse.",
+        )
+        for name, adjoint in ADJOINTS.items()
+        if name in ("discrete", "interpolating")
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_a_method_cannot_do_names_the_one_that_can(name):
+    call, message = UNSUPPORTED[name]
+    with pytest.raises(RuntimeError) as info:
+        call()
+    assert str(info.value) == message
+
+
+def test_backsolve_is_wrong_where_the_docs_say_so():
+    """Decay by e^-100 is growth by e^100 backwards: the recomputed state is noise, then inf."""
+
+    def from_the_end(adjoint):
+        f = lambda t, y, k: -100.0 * (y - k * jnp.cos(t))
+        run = lambda k: (
+            jaxode.solve(
+                f, jnp.array([2.0]), 0.0, 1.0, k, adjoint=adjoint, throw=False, max_steps=20_000
+            ).y1[0]
+            ** 2
+        )
+        return jax.grad(run)(1.0)
+
+    # y(1) is k times (100^2 cos 1 + 100 sin 1) / (100^2 + 1), up to e^-100.
+    slope = (1e4 * np.cos(1.0) + 1e2 * np.sin(1.0)) / (1e4 + 1)
+    for name in ("discrete", "interpolating"):
+        np.testing.assert_allclose(from_the_end(ADJOINTS[name]), 2 * slope**2, rtol=1e-3)
+    nonlinear = lambda adjoint: jax.grad(
+        lambda k: jaxode.solve(
+            lambda t, y, k: -100.0 * k * (y**3 - jnp.cos(t)), jnp.array([2.0]), 0.0, 1.0, k,
+            adjoint=adjoint, throw=False, max_steps=20_000,
+        ).y1[0]
+    )(1.0)  # fmt: skip
+    right, wrong = nonlinear(ADJOINTS["discrete"]), nonlinear(ADJOINTS["backsolve"])
+    assert jnp.isfinite(right)
+    assert not abs(wrong - right) < 0.1 * abs(right)
+
+
+def test_failure_of_the_backward_solve_is_nan():
+    """The backward solve runs out of steps where the forward one does not."""
+    run = lambda y0: jaxode.solve(
+        lambda t, y, _: -y, y0, 0.0, 1.0, max_steps=20, throw=False,
+        adjoint=jaxode.BacksolveAdjoint(rtol=1e-13, atol=1e-13),
+    )  # fmt: skip
+    assert run(jnp.ones(2)).ok
+    assert jnp.isnan(jax.grad(lambda y0: run(y0).y1.sum())(jnp.ones(2))).all()
+
+
+def test_memory_of_backsolve_does_not_grow_with_steps():
+    def measure(max_steps):
+        f = lambda t, y, _: -jnp.sin(y)
+        run = lambda y0: jaxode.solve(
+            f, y0, 0.0, 1.0, adjoint=jaxode.BacksolveAdjoint(), max_steps=max_steps, throw=False
+        )
+        return temporary_bytes(lambda y0: jnp.sum(run(y0).y1), jnp.ones(10_000))
+
+    assert measure(100) == measure(1_000_000)
+
+
+@pytest.mark.parametrize("name", ["discrete", "backsolve", "interpolating"])
+def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
+    """1.5 million parameters, batch 1000, steps of its own for each sample."""
+    m = jaxode.nn.ConcatSquash(4, (1220, 1220), key=jax.random.key(0))
+    m = jax.tree.map(lambda x: x.astype(jnp.float32), m)
+    size = sum(leaf.size for leaf in jax.tree.leaves(m)) * 4
+    assert size > 1.49e6 * 4
+
+    def run(m, z):
+        return jnp.sum(
+            jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, m, step_control="per_sample", throw=False,
+                        adjoint=ADJOINTS[name], max_steps=64)
+        )  # fmt: skip
+
+    small, large = (
+        temporary_bytes(run, m, jnp.ones((batch, 4), jnp.float32)) for batch in (10, 1000)
+    )
+    activations = 1000 * 1220 * 4
+    # The batch adds activations of a few layers, not 990 gradients of 6 MB each.
+    assert large - small < 12 * activations
+    assert small < 12 * size
