@@ -22,6 +22,9 @@ from jaxode.integrate import (
 )
 from jaxode.results import Result
 
+# Parameters for each number of the state from which their gradient is gathered once a step.
+PARAMETERS_PER_STATE = 256
+
 
 @dataclass(frozen=True)
 class DiscreteAdjoint:
@@ -236,27 +239,41 @@ class _Backward(NamedTuple):
         A = jnp.asarray(tableau.A[:count, :count], y.dtype)
         b, c = jnp.asarray(tableau.b[:count], y.dtype), jnp.asarray(tableau.c, t.dtype)
 
+        # Where the parameters outweigh the state, writing and adding their gradient costs more than
+        # the products: then once a step, from all stages as one batch, instead of at every stage.
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
+        per_step = sum(sizes) > PARAMETERS_PER_STATE * y.size
+        varied = None if per_step else self.params
+
         def stage(j, carry):
-            z_bars, params_bar, t_bar, h_bar = carry
+            z_bars, k_bar, params_bar, t_bar, h_bar = carry
             i = count - 1 - j
             increment = weighted_sum(A[i], k)
-            z = y + h[:, None] * increment
             stage_bar = b[i] * after.y + weighted_sum(A[:, i], z_bars)
             stage_bar = k_bar[i] + h[:, None] * stage_bar
-            time = t + c[i] * h
+            z, time = y + h[:, None] * increment, t + c[i] * h
+            apply = lambda params, t, z: self.apply(self.params if per_step else params, t, z)
             if self.timed:
-                _, vjp = jax.vjp(self.apply, self.params, time, z)
+                _, vjp = jax.vjp(apply, varied, time, z)
                 dparams, dtime, z_bar = vjp(stage_bar)
                 t_bar = t_bar + dtime
                 h_bar = h_bar + c[i] * dtime + jnp.sum(z_bar * increment, axis=1)
             else:
-                _, vjp = jax.vjp(lambda params, z: self.apply(params, time, z), self.params, z)
+                _, vjp = jax.vjp(lambda params, z: apply(params, time, z), varied, z)
                 dparams, z_bar = vjp(stage_bar)
-            params_bar = jax.tree.map(jnp.add, params_bar, dparams)
-            return z_bars.at[i].set(z_bar), params_bar, t_bar, h_bar
+            if not per_step:
+                params_bar = jax.tree.map(jnp.add, params_bar, dparams)
+            return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
 
-        carry = (jnp.zeros_like(k), after.params, bar.t, bar.h)
-        z_bars, params_bar, t_bar, h_bar = jax.lax.fori_loop(0, count, stage, carry)
+        carry = (jnp.zeros_like(k), k_bar, after.params, bar.t, bar.h)
+        carry = jax.lax.fori_loop(0, count, stage, carry)
+        z_bars, k_bar, params_bar, t_bar, h_bar = carry
+        if per_step:
+            z = y[None] + h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, k)
+            times = t[None] + c[:count, None] * h[None]
+            stages = lambda params: jax.vmap(self.apply, (None, 0, 0))(params, times, z)
+            (dparams,) = jax.vjp(stages, self.params)[1](k_bar)
+            params_bar = jax.tree.map(jnp.add, params_bar, dparams)
         if self.timed:
             h_bar = h_bar + jnp.sum(after.y * weighted_sum(b, k), axis=1)
         y_bar = after.y + bar.y + jnp.sum(z_bars, axis=0)
