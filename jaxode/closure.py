@@ -1,5 +1,6 @@
 """A vector field as a program and the values that it closes over."""
 
+import math
 import re
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -37,6 +38,12 @@ class ClosedField(eqx.Module):
 
     program: _Program = eqx.field(static=True)
     consts: list[Array]
+
+    @property
+    def work_size(self) -> int:
+        """How many numbers one evaluation computes on its way."""
+        outputs = (v.aval for equation in self.program.jaxpr.eqns for v in equation.outvars)
+        return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 
     def __call__(
         self, t: Float[Array, " rows"], y: Float[Array, "rows n"], args: PyTree

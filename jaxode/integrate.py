@@ -180,7 +180,7 @@ def integrate(
     if checkpoints is not None:
         times = jnp.broadcast_to(t0, (method.tape_length + 1, rows)).astype(t0.dtype)
         zero = jnp.zeros((), jnp.int32)
-        tape = Tape(times, zero, Checkpoints.start(checkpoints, y0))
+        tape = Tape(times, zero, Checkpoints.start(checkpoints, tableau.stages, y0))
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
     result = jnp.where(_valid(method, t0, t1, ts), Result.SUCCESS, Result.INVALID_ARGUMENT)
@@ -207,7 +207,7 @@ def integrate(
         ys, saved = state.ys, state.saved
         if ts is not None and ys is not None:
             ys, saved = _save(tableau, ts, sign, state, ys, k, t_next, accept, last)
-        tape = None if state.tape is None else _record(state.tape, t, y, accept.any())
+        tape = None if state.tape is None else _record(state.tape, t, y, k, accept.any())
         accepted = state.accepted + accept.astype(jnp.int32)
         rejected = state.rejected + (running & ~accept).astype(jnp.int32)
         done = state.done | (accept & last)
@@ -327,11 +327,9 @@ def _limit(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
     return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)
 
 
-def _record(
-    tape: Tape, t: Float[Array, " rows"], y: Float[Array, "rows n"], advanced: Bool[Array, ""]
-) -> Tape:
+def _record(tape: Tape, t, y, k, advanced: Bool[Array, ""]) -> Tape:
     """Append the time and perhaps the state; a step that no row accepted is overwritten later."""
     index = tape.num_steps + 1
     times = jax.lax.dynamic_update_index_in_dim(tape.times, t, index, 0)
-    checkpoints = tape.checkpoints.offer(index, y, advanced)
+    checkpoints = tape.checkpoints.attach(tape.num_steps, k, advanced).offer(index, y, advanced)
     return Tape(times, tape.num_steps + advanced.astype(jnp.int32), checkpoints)

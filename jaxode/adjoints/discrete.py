@@ -22,8 +22,9 @@ from jaxode.integrate import (
 )
 from jaxode.results import Result
 
-# Parameters for each number of the state from which their gradient is gathered once a step.
-PARAMETERS_PER_STATE = 256
+# How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
+# once a step. Measured at batch 8: 0.8 of the time with 1.2 million parameters and 0.1 of the work.
+PARAMETERS_PER_WORK = 4
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def _backward(residuals, out, perturbed, inputs, method, checkpoints):
     ts_bar = jnp.zeros(0 if ts is None else ts.shape[0], t0.dtype)
     cotangents = _Cotangents(y1_bar, jax.tree.map(jnp.zeros_like, params), zero, zero, ts_bar)
     outputs = None if ts is None or out.ys is None else _Outputs(ts, out.ys)
-    backward = _Backward(apply, params, method, tape, t0, t1, outputs, timed)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    per_step = size > PARAMETERS_PER_WORK * field.work_size
+    backward = _Backward(apply, params, method, tape, t0, t1, outputs, timed, per_step)
     cotangents = backward.run(cotangents, y0.shape[0])
 
     # A failed solve has no gradient: NaN, not a plausible number.
@@ -160,6 +163,9 @@ class _Backward(NamedTuple):
     t1: Float[Array, ""]
     outputs: _Outputs | None
     timed: bool
+    per_step: bool
+    """Whether the parameter gradient is gathered from all stages of a step as one batch, because
+    to write and add it at every stage would cost more than the products themselves."""
 
     def run(self, cotangents: _Cotangents, rows: int) -> _Cotangents:
         count = 0 if self.outputs is None else self.outputs.ts.shape[0]
@@ -239,10 +245,7 @@ class _Backward(NamedTuple):
         A = jnp.asarray(tableau.A[:count, :count], y.dtype)
         b, c = jnp.asarray(tableau.b[:count], y.dtype), jnp.asarray(tableau.c, t.dtype)
 
-        # Where the parameters outweigh the state, writing and adding their gradient costs more than
-        # the products: then once a step, from all stages as one batch, instead of at every stage.
-        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
-        per_step = sum(sizes) > PARAMETERS_PER_STATE * y.size
+        per_step = self.per_step
         varied = None if per_step else self.params
 
         def stage(j, carry):

@@ -29,23 +29,30 @@ def replay(
 
     Steps are taken again from the latest checkpoint, and states on the way are kept as slots allow.
     """
-    start, y = checkpoints.latest_before(stop)
+    start, y, k, known = checkpoints.latest_before(stop)
+    k = jnp.zeros((count, *y.shape), y.dtype) if k is None else k[:count]
     spacing = checkpoints.spacing(start, stop)
     b = jnp.asarray(tableau.b[:count], y.dtype)
 
     def advance(carry):
-        index, y, k, checkpoints = carry
-        # The stages of the step before: the first iteration has none and stays where it is.
-        t, h = interval(times, jnp.maximum(index - 1, 0))
-        moved = (index > start) & (h[:, None] != 0)
+        """To the next step, unless its stages are still unknown, and evaluate them."""
+        index, y, k, known, checkpoints = carry
+        t, h = interval(times, index)
+        moved = known & (h[:, None] != 0)
         y = jnp.where(moved, y + h[:, None] * weighted_sum(b, k), y)
+        index = index + known.astype(jnp.int32)
+        t, h = interval(times, index)
+        k = stages(field, tableau, t, h, y, None, count)
         keep = (index > start) & ((index - start) % spacing == 0)
         checkpoints = checkpoints.keep_replayed(index, y, stop, keep)
-        t, h = interval(times, index)
-        return index + 1, y, stages(field, tableau, t, h, y, None, count), checkpoints
+        return index, y, k, jnp.ones((), bool), checkpoints
 
-    carry = (start, y, jnp.zeros((count, *y.shape), y.dtype), checkpoints)
-    _, y, k, checkpoints = jax.lax.while_loop(lambda c: c[0] < stop, advance, carry)
+    def unfinished(carry):
+        index, _, _, known, _ = carry
+        return (index < stop - 1) | ~known
+
+    carry = (start, y, k, known, checkpoints)
+    _, y, k, _, checkpoints = jax.lax.while_loop(unfinished, advance, carry)
     return y, k, checkpoints
 
 
