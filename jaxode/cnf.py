@@ -75,7 +75,6 @@ class CNF:
             SolveError: at run time, if the solve fails.
         """
         solution = self._to_base_with_log_det("log_prob", params, x, key, context)
-        solution = self._raise(solution, "log_prob")
         z, log_det = solution.y1
         return self.base.log_prob(z) + log_det
 
@@ -109,8 +108,6 @@ class CNF:
     ) -> tuple[Float[Array, ""], NLLStats]:
         """`nll` and an `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`."""
         solution = self._to_base_with_log_det("nll", params, x, key, context)
-        if self.throw or (self.throw is None and not isinstance(solution.result, jax.core.Tracer)):
-            solution = raise_on_failure(solution, "nll")
         z, log_det = solution.y1
         log_prob = self.base.log_prob(z) + log_det
         aux = NLLStats(log_prob, log_det, solution.stats, solution.result)
@@ -154,11 +151,10 @@ class CNF:
         probes = self._probes(probe_key, z)
         rows = (probes, _check_context("sample_and_log_prob", context, n))
 
-        solution = solve_batch(
-            "sample_and_log_prob", self._density_field, (z, self.base.log_prob(z)),
-            self.t0, self.t1, params, rows, self.solve_options, self.step_control,
-        )  # fmt: skip
-        return self._raise(solution, "sample_and_log_prob").y1
+        state = (z, self.base.log_prob(z))
+        return self._solve(
+            "sample_and_log_prob", self._density_field, state, self.t0, self.t1, params, rows
+        ).y1
 
     def _to_base_with_log_det(
         self, where: str, params: PyTree, x: Array, key: PRNGKeyArray | None, context: PyTree
@@ -170,25 +166,24 @@ class CNF:
         x = self._check_samples(where, "x", x)
         rows = (self._probes(key, x), _check_context(where, context, x.shape[0]))
         state = (x, jnp.zeros(x.shape[:1], x.dtype))
-        return solve_batch(
-            where,
-            self._volume_field,
-            state,
-            self.t1,
-            self.t0,
-            params,
-            rows,
-            self.solve_options,
-            self.step_control,
-        )
+        return self._solve(where, self._volume_field, state, self.t1, self.t0, params, rows)
 
     def _carry(self, where, name, params, z, start, end, context) -> Float[Array, "batch *event"]:
         z = self._check_samples(where, name, z)
         rows = _check_context(where, context, z.shape[0])
+        return self._solve(where, self._field, z, start, end, params, rows).y1
+
+    def _solve(self, where: str, field, state, start, end, params, rows) -> Solution:
+        loss = where == "nll"
+        throw = not loss if self.throw is None else self.throw
         solution = solve_batch(
-            where, self._field, z, start, end, params, rows, self.solve_options, self.step_control
-        )
-        return self._raise(solution, where).y1
+            where, field, state, start, end, params, rows, self.solve_options, self.step_control,
+            throw,
+        )  # fmt: skip
+        # Outside of a transformation the loss can raise at no cost.
+        if loss and self.throw is None and not isinstance(solution.result, jax.core.Tracer):
+            solution = raise_on_failure(solution, where)
+        return solution
 
     def _field(self, t, z, params, context):
         return self.f(t, z, params if context is None else (params, context))
@@ -235,9 +230,6 @@ class CNF:
                 f"got {jnp.shape(x)}."
             )
         return jnp.asarray(x)
-
-    def _raise(self, solution: Solution, where: str) -> Solution:
-        return solution if self.throw is False else raise_on_failure(solution, where)
 
 
 def _check_context(where: str, context: PyTree, batch: int) -> PyTree:

@@ -34,6 +34,8 @@ class Method(eqx.Module):
     max_steps: int = eqx.field(static=True)
     axis_name: str | None = eqx.field(static=True)
     max_step: Float[Array, ""] | None = None
+    raises: str | None = eqx.field(static=True, default=None)
+    """The function to name in the error of a failed backward solve; None if it must not raise."""
 
     @property
     def tape_length(self) -> int:

@@ -99,18 +99,13 @@ def failure_message(where: str, result: Any, t_reached: Any) -> str:
     return f"{where}: {cause} at t={float(times[first]):.6g}{rows}. {remedy}"
 
 
-def raise_on_failure(solution: Solution, where: str) -> Solution:
-    """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
-
-    Under `jit` the check is a host callback behind a `lax.cond`, so it costs nothing until it
-    fires; it does keep the compiled program out of JAX's persistent compilation cache.
-    """
-    result = jax.lax.stop_gradient(solution.result)
-    t_reached = jax.lax.stop_gradient(solution.t_reached)
+def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], where: str):
+    """NaN for each row, unless a solve failed: then it raises, at once or when it runs."""
+    result, t_reached = jax.lax.stop_gradient((result, t_reached))
     if not isinstance(result, jax.core.Tracer):
         if np.any(np.asarray(result)):
             raise SolveError(failure_message(where, result, t_reached))
-        return solution
+        return jnp.full_like(t_reached, jnp.nan)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray) -> np.ndarray:
         raise SolveError(failure_message(where, codes, times))
@@ -125,8 +120,18 @@ def raise_on_failure(solution: Solution, where: str) -> Solution:
 
     # Unbatched, or `vmap` would turn the `cond` into a `select` that always calls back.
     any_failed = eqx.internal.unvmap_any(result != Result.SUCCESS)
-    # The state depends on the callback's value, so the callback cannot be eliminated as dead code.
-    nan = jax.lax.cond(any_failed, fail, succeed, result, t_reached)
+    return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
+
+
+def raise_on_failure(solution: Solution, where: str) -> Solution:
+    """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
+
+    Under `jit` the check is a host callback behind a `lax.cond`, so it costs nothing until it
+    fires; it does keep the compiled program out of JAX's persistent compilation cache.
+    """
+    nan = nan_or_raise(solution.result, solution.t_reached, where)
+    result = solution.result
+    # The state depends on the callback's value, so it cannot be eliminated as dead code.
     ok = result == Result.SUCCESS
 
     def guard(leaf, axis):

@@ -97,7 +97,9 @@ def solve(
         "axis_name": axis_name,
     }  # fmt: skip
     one_row = jax.tree.map(lambda x: x[None], y0)
-    solution = _solve_rows("solve", _Unconditional(f), one_row, t0, t1, args, None, None, options)
+    solution = _solve_rows(
+        "solve", _Unconditional(f), one_row, t0, t1, args, None, None, options, throw
+    )
     return raise_on_failure(solution, "solve") if throw else solution
 
 
@@ -140,10 +142,8 @@ def flow(
     """
     z = check_batch("flow", "z", z)
     solution = solve_batch(
-        "flow", _Unconditional(f), z, s, t, args, None, solve_options, step_control
+        "flow", _Unconditional(f), z, s, t, args, None, solve_options, step_control, throw
     )
-    if throw:
-        solution = raise_on_failure(solution, "flow")
     return solution if return_solution else solution.y1
 
 
@@ -172,8 +172,9 @@ def solve_batch(
     rows: PyTree,
     options: dict[str, Any],
     step_control: Literal["joint", "per_sample"],
+    throw: bool,
 ) -> Solution:
-    """Solve a batch of systems `f(t, y, shared, row)`, one row of `rows` each, without raising."""
+    """Solve a batch of systems `f(t, y, shared, row)`, one row of `rows` each."""
     check_options(where, options)
     if step_control not in ("joint", "per_sample"):
         raise ValueError(
@@ -182,7 +183,8 @@ def solve_batch(
     if step_control == "joint":
         y0 = jax.tree.map(lambda x: x[None], y0)
     options = {**_DEFAULTS, **options}
-    return _solve_rows(where, f, y0, t0, t1, shared, rows, step_control, options)
+    solution = _solve_rows(where, f, y0, t0, t1, shared, rows, step_control, options, throw)
+    return raise_on_failure(solution, where) if throw else solution
 
 
 class _Unconditional(eqx.Module):
@@ -217,12 +219,12 @@ def _rows_field(f, where: str, step_control: str | None):
 
 
 def _solve_rows(
-    where: str, f, y0: PyTree, t0: Time, t1: Time, shared, rows, step_control, options
+    where: str, f, y0: PyTree, t0: Time, t1: Time, shared, rows, step_control, options, throw
 ) -> Solution:
     """Check the arguments, ravel the state once, and integrate."""
     dtype = state_dtype(y0)
     t0, t1, ts = check_times(where, t0, t1, options["ts"], dtype)
-    method = make_method(where, f.f if isinstance(f, _Unconditional) else f, y0, options)
+    method = make_method(where, f.f if isinstance(f, _Unconditional) else f, y0, options, throw)
     leaves, structure = jax.tree.flatten(y0)
     sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
 

@@ -169,7 +169,7 @@ def _scalar(where: str, name: str, value: Any, rule: str, holds, dtype: jnp.dtyp
     return jax.lax.stop_gradient(jnp.asarray(value, dtype))
 
 
-def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any]) -> Method:
+def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any], throw: bool) -> Method:
     """The solver and its settings, checked."""
     dtype = state_dtype(y0)
     if not callable(f):
@@ -213,4 +213,5 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any]) -> Meth
         max_steps=_positive_integer(where, "max_steps", options["max_steps"]),
         axis_name=options["axis_name"],
         max_step=max_step,
+        raises=where if throw else None,
     )

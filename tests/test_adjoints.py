@@ -255,6 +255,15 @@ def test_failure_of_the_backward_solve_is_nan():
         adjoint=jaxode.BacksolveAdjoint(rtol=1e-13, atol=1e-13),
     )  # fmt: skip
     assert run(jnp.ones(2)).ok
+    raising = lambda y0: jaxode.solve(
+        lambda t, y, _: -y, y0, 0.0, 1.0, max_steps=20,
+        adjoint=jaxode.BacksolveAdjoint(rtol=1e-13, atol=1e-13),
+    ).y1.sum()  # fmt: skip
+    message = (
+        r"SolveError: solve \(backward solve\): the steps ran out at t=0\.\d+\. Raise max_steps"
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(jax.grad(raising)(jnp.ones(2)))
     assert jnp.isnan(jax.grad(lambda y0: run(y0).y1.sum())(jnp.ones(2))).all()
 
 

@@ -86,7 +86,7 @@ def _backward(integration, out, perturbed, inputs, method, rtol, atol):
     segment = _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
     apply = lambda params, t, y: _apply(params, rest, t, y)
     y0_bar = segment.y[:, y0.shape[1] :]
-    return finish(apply, params, perturbed, inputs, integration, out, y0_bar, segment)
+    return finish(apply, params, perturbed, inputs, method, integration, out, y0_bar, segment)
 
 
 class _End(NamedTuple):

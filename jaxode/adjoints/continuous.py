@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.integrate import Method, judge, next_time, weighted_sum
-from jaxode.results import Result, Stats
+from jaxode.results import Result, Stats, nan_or_raise
 
 # (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
 AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]
@@ -152,6 +152,7 @@ def with_tolerances(method: Method, rtol, atol) -> Method:
         max_steps=method.max_steps,
         axis_name=method.axis_name,
         max_step=method.max_step,
+        raises=method.raises,
     )
 
 
@@ -176,16 +177,22 @@ def time_cotangents(
     return jax.lax.map(at, (times, states, cotangents))
 
 
-def finish(apply, params, perturbed, inputs, integration, out, y0_bar, segment: Segment):
+def finish(
+    apply, params, perturbed, inputs, method: Method, integration, out, y0_bar, segment: Segment
+):
     """The cotangents of all inputs, NaN where the forward or the backward solve failed."""
     _, _, y0, t0, t1, ts = inputs
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS)
 
+    nan = jnp.full_like(segment.t, jnp.nan)
+    if method.raises is not None:
+        nan = nan_or_raise(segment.result, segment.t, f"{method.raises} (backward solve)")
+
     def poison(leaf):
-        return jnp.where(ok.all(), leaf, jnp.nan)
+        return jnp.where(ok.all(), leaf, nan[0].astype(leaf.dtype))
 
     params_bar = jax.tree.map(poison, segment.quadrature)
-    y0_bar = jnp.where(ok[:, None], y0_bar, jnp.nan)
+    y0_bar = jnp.where(ok[:, None], y0_bar, nan[:, None])
     if not any(jax.tree.leaves(perturbed[3:])):
         return (*params_bar, y0_bar if perturbed[2] else None, None, None, None)
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1

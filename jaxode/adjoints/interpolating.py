@@ -135,5 +135,5 @@ def _backward(residuals, out, perturbed, inputs, method, adjoint):
     # At least one step, of size zero over an empty span, so that its outputs are passed.
     carry = (jnp.maximum(tape.num_steps, 1), saved, segment, tape.checkpoints)
     _, _, segment, _ = jax.lax.while_loop(lambda carry: carry[0] > 0, step, carry)
-    bars = finish(apply, params, perturbed, inputs, integration, out, segment.y, segment)
+    bars = finish(apply, params, perturbed, inputs, method, integration, out, segment.y, segment)
     return once_only("InterpolatingAdjoint", bars)
