@@ -98,6 +98,7 @@ def _set(buffer, slot, value, keep: Bool[Array, ""]):
 
 
 def check_checkpoints(where: str, checkpoints: int) -> None:
+    """Raise unless it is a number of checkpoints."""
     if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 2:
         raise ValueError(
             f"{where}(checkpoints=...): must be an integer of at least 2; got {checkpoints!r}. "

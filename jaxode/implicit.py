@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints import DiscreteAdjoint, ForwardMode
-from jaxode.integrate import Integration, Method
+from jaxode.integrate import Integration
+from jaxode.method import Method
 from jaxode.results import Result, Stats
 
 

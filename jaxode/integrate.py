@@ -6,40 +6,20 @@ steps of size zero. Nothing here knows about differentiation.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode.checkpoints import Checkpoints
+from jaxode.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
 from jaxode.results import Result, Stats
-from jaxode.step_size import error_ratio, first_step, propose
+from jaxode.step_size import first_step
 from jaxode.tableau import Tableau
 
 # The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
-
-
-class Method(eqx.Module):
-    """How to step: a tableau, and either tolerances or a number of equal steps."""
-
-    tableau: Any = eqx.field(static=True)
-    """A `Tableau`; None for a solver that is not an explicit Runge-Kutta method."""
-    rtol: Float[Array, ""]
-    atol: Float[Array, ""]
-    first_step: Float[Array, ""] | None
-    steps: int | None = eqx.field(static=True)
-    max_steps: int = eqx.field(static=True)
-    axis_name: str | None = eqx.field(static=True)
-    max_step: Float[Array, ""] | None = None
-    raises: str | None = eqx.field(static=True, default=None)
-    """The function to name in the error of a failed backward solve; None if it must not raise."""
-
-    @property
-    def tape_length(self) -> int:
-        return self.max_steps if self.steps is None else self.steps
 
 
 class Tape(NamedTuple):
@@ -77,11 +57,6 @@ class _State(NamedTuple):
     saved: Int[Array, " rows"]
     ys: Float[Array, "times rows n"] | None
     tape: Tape | None
-
-
-def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages rows n"]):
-    """`sum_i weights_i k_i`."""
-    return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
 def stages(
@@ -128,6 +103,7 @@ def dense_output(
 
 
 def save_times_at(ts: Float[Array, " times"], index: Int[Array, " rows"]) -> Float[Array, " rows"]:
+    """The output time with this index, per row; any of them for an index out of range."""
     return ts[jnp.clip(index, 0, ts.shape[0] - 1)]
 
 
@@ -196,7 +172,7 @@ def integrate(
     def step(state: _State) -> _State:
         running = active(state)
         t_next, last = next_time(method.steps, state, state.accepted, start, end)
-        t_next = _on_mesh(jnp.where(running, t_next, state.t), start, end)
+        t_next = on_mesh(jnp.where(running, t_next, state.t), start, end)
         h = t_next - state.t
         k = stages(field, tableau, state.t, h, state.y, state.slope, tableau.stages)
         y_next = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, y0.dtype), k)
@@ -257,76 +233,13 @@ def _start(
         h, slope = first_step(
             field, t0, y0, span, tableau.order, method.rtol, method.atol, method.axis_name
         )
-        return (slope if tableau.first_same_as_last else None), _limit(method, h), 2
+        return (slope if tableau.first_same_as_last else None), limit_step(method, h), 2
     h = jnp.zeros_like(t0)
     if method.steps is None and method.first_step is not None:
         h = jnp.sign(span) * jnp.minimum(method.first_step.astype(t0.dtype), jnp.abs(span))
     if tableau.first_same_as_last:
         return field(t0, y0), h, 1
     return None, h, 0
-
-
-@jax.custom_jvp
-def _on_mesh(t, start, end):
-    """The time `t`, which for differentiation stays where it is relative to `start` and `end`.
-
-    The error control is not differentiated: the mesh is a constant but for its two ends.
-    """
-    del start, end
-    return t
-
-
-@_on_mesh.defjvp
-def _on_mesh_jvp(primals, tangents):
-    t, (_, start, end) = _on_mesh(*primals), primals
-    _, start_dot, end_dot = tangents
-    span = end - start
-    s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
-    return t, (1 - s) * start_dot + s * end_dot
-
-
-def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
-    """Where the next step of each row ends, and whether that is the end time.
-
-    `steps` is None with error control, else the number of equal steps from `start` to `end`, of
-    which `taken` are done.
-    """
-    if steps is None:
-        # Hairer's rule: a step that nearly reaches the end is stretched or cut to reach it.
-        last = 1.01 * jnp.abs(state.h) >= jnp.abs(end - state.t)
-        return jnp.where(last, end, state.t + state.h), last
-    count = taken + 1
-    last = count == steps
-    fraction = count.astype(end.dtype) / jnp.asarray(steps, end.dtype)
-    return jnp.where(last, end, start + fraction * (end - start)), last
-
-
-def judge(method: Method, state: Any, running, t_next, last, y_next, k):
-    """Whether each row accepts its step, its next step size, and its result code."""
-    if method.steps is not None:
-        finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
-        result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
-        return running & finite, state.h, result.astype(jnp.int32)
-    h = t_next - state.t
-    error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
-    ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
-    finite = jnp.isfinite(ratio)
-    accept, factor = propose(ratio.astype(h.dtype), method.tableau.order)
-    h_next = jnp.where(running, _limit(method, h * factor), state.h)
-    # Underflow: a step that does not move the time, or a shorter one that would end there again.
-    retry = state.t + h_next
-    stuck = (t_next == state.t) | (~accept & ((retry == state.t) | (retry == t_next)))
-    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
-    accept &= running
-    attempts = state.accepted + state.rejected + 1
-    exhausted = running & (attempts >= method.max_steps) & ~(accept & last)
-    result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
-    failed = running & (stuck | (exhausted & ~finite))
-    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32)
-
-
-def _limit(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)
 
 
 def _record(tape: Tape, t, y, k, advanced: Bool[Array, ""]) -> Tape:

@@ -10,19 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
-from jaxode.integrate import Method
+from jaxode.method import Method
 from jaxode.tableau import tableau_of
 
 Time = float | Real[Array, ""]
 
 
 def state_dtype(y0: PyTree) -> jnp.dtype:
+    """The dtype that a state is solved in: the common one of its leaves, at least float32."""
     with jax.numpy_dtype_promotion("standard"):
         # By dtype: a weakly typed float64 would otherwise give way to float32.
         return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(y0)))
 
 
 def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
+    """The state as arrays, of a floating dtype."""
     leaves = jax.tree.leaves(y0)
     if not leaves:
         raise ValueError(f"{where}({name}=...): must hold at least one array; got {y0!r}.")
@@ -42,6 +44,7 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
 
 
 def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
+    """The states as arrays with a common leading axis."""
     z = check_state(where, name, z)
     shapes = [leaf.shape for leaf in jax.tree.leaves(z)]
     if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
@@ -53,6 +56,7 @@ def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
 
 
 def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
+    """Raise unless the derivative is shaped like the state."""
     if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
             f"{where}(f=...): f(t, y, args) must return the structure of y, "
@@ -81,6 +85,7 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
 
 
 def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
+    """The start, the end and the output times as arrays of the dtype of the state."""
     for name, value in (("t0", t0), ("t1", t1)):
         kind = _numeric_dtype(value)
         if kind is None or not jnp.issubdtype(kind, jnp.number):
@@ -147,6 +152,7 @@ def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
 
 
 def is_known(value: Any) -> bool:
+    """Whether a value is known at trace time."""
     return not isinstance(value, jax.core.Tracer)
 
 

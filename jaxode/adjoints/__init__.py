@@ -9,7 +9,8 @@ from jaxode.adjoints.backsolve import BacksolveAdjoint
 from jaxode.adjoints.discrete import DiscreteAdjoint
 from jaxode.adjoints.forward import ForwardMode
 from jaxode.adjoints.interpolating import InterpolatingAdjoint
-from jaxode.integrate import Integration, Method
+from jaxode.integrate import Integration
+from jaxode.method import Method
 
 __all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode", "InterpolatingAdjoint"]
 

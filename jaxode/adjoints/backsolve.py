@@ -18,7 +18,8 @@ from jaxode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.integrate import Integration, Method, integrate
+from jaxode.integrate import Integration, integrate
+from jaxode.method import Method
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode.integrate import Method, judge, next_time, weighted_sum
+from jaxode.method import Method, judge, next_time, weighted_sum
 from jaxode.results import Result, Stats, nan_or_raise
 
 # (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
@@ -207,6 +207,7 @@ def finish(
 
 
 def check_tolerances(where: str, rtol, atol) -> None:
+    """Raise unless the tolerances of a backward solve are such, or None."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
             raise ValueError(

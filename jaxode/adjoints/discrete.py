@@ -11,15 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode.adjoints.replay import interval, once_only, replay
 from jaxode.checkpoints import Checkpoints, check_checkpoints
-from jaxode.integrate import (
-    Integration,
-    Method,
-    Tape,
-    dense_output,
-    integrate,
-    save_times_at,
-    weighted_sum,
-)
+from jaxode.integrate import Integration, Tape, dense_output, integrate, save_times_at
+from jaxode.method import Method, weighted_sum
 from jaxode.results import Result
 
 # How far the parameters must outnumber the work of an evaluation for their gradient to be gathered

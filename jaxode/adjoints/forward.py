@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.integrate import Integration, Method, integrate
+from jaxode.integrate import Integration, integrate
+from jaxode.method import Method
 
 
 @dataclass(frozen=True)

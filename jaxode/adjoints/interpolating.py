@@ -18,7 +18,8 @@ from jaxode.adjoints.continuous import (
 )
 from jaxode.adjoints.replay import interval, once_only, replay
 from jaxode.checkpoints import check_checkpoints
-from jaxode.integrate import Integration, Method, dense_output, integrate, save_times_at
+from jaxode.integrate import Integration, dense_output, integrate, save_times_at
+from jaxode.method import Method
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode.checkpoints import Checkpoints
-from jaxode.integrate import Field, stages, weighted_sum
+from jaxode.integrate import Field, stages
+from jaxode.method import weighted_sum
 from jaxode.tableau import Tableau
 
 

@@ -1,0 +1,99 @@
+"""The settings of a solve, and what they decide about a step: its end, its fate, the next one."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxode.results import Result
+from jaxode.step_size import error_ratio, propose
+
+
+class Method(eqx.Module):
+    """How to step: a tableau, and either tolerances or a number of equal steps."""
+
+    tableau: Any = eqx.field(static=True)
+    """A `Tableau`; None for a solver that is not an explicit Runge-Kutta method."""
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+    first_step: Float[Array, ""] | None
+    steps: int | None = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+    axis_name: str | None = eqx.field(static=True)
+    max_step: Float[Array, ""] | None = None
+    raises: str | None = eqx.field(static=True, default=None)
+    """The function to name in the error of a failed backward solve; None if it must not raise."""
+
+    @property
+    def tape_length(self) -> int:
+        return self.max_steps if self.steps is None else self.steps
+
+
+def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages rows n"]):
+    """`sum_i weights_i k_i`."""
+    return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def on_mesh(t, start, end):
+    """The time `t`, which for differentiation stays where it is relative to `start` and `end`.
+
+    The error control is not differentiated: the mesh is a constant but for its two ends.
+    """
+    del start, end
+    return t
+
+
+@on_mesh.defjvp
+def on_mesh_jvp(primals, tangents):
+    t, (_, start, end) = on_mesh(*primals), primals
+    _, start_dot, end_dot = tangents
+    span = end - start
+    s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
+    return t, (1 - s) * start_dot + s * end_dot
+
+
+def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
+    """Where the next step of each row ends, and whether that is the end time.
+
+    `steps` is None with error control, else the number of equal steps from `start` to `end`, of
+    which `taken` are done.
+    """
+    if steps is None:
+        # Hairer's rule: a step that nearly reaches the end is stretched or cut to reach it.
+        last = 1.01 * jnp.abs(state.h) >= jnp.abs(end - state.t)
+        return jnp.where(last, end, state.t + state.h), last
+    count = taken + 1
+    last = count == steps
+    fraction = count.astype(end.dtype) / jnp.asarray(steps, end.dtype)
+    return jnp.where(last, end, start + fraction * (end - start)), last
+
+
+def judge(method: Method, state: Any, running, t_next, last, y_next, k):
+    """Whether each row accepts its step, its next step size, and its result code."""
+    if method.steps is not None:
+        finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
+        result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
+        return running & finite, state.h, result.astype(jnp.int32)
+    h = t_next - state.t
+    error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
+    ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
+    finite = jnp.isfinite(ratio)
+    accept, factor = propose(ratio.astype(h.dtype), method.tableau.order)
+    h_next = jnp.where(running, limit_step(method, h * factor), state.h)
+    # Underflow: a step that does not move the time, or a shorter one that would end there again.
+    retry = state.t + h_next
+    stuck = (t_next == state.t) | (~accept & ((retry == state.t) | (retry == t_next)))
+    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
+    accept &= running
+    attempts = state.accepted + state.rejected + 1
+    exhausted = running & (attempts >= method.max_steps) & ~(accept & last)
+    result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
+    failed = running & (stuck | (exhausted & ~finite))
+    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32)
+
+
+def limit_step(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)
