@@ -96,4 +96,5 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
 
 
 def limit_step(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """The step size, cut to the largest one allowed."""
     return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)

@@ -66,6 +66,13 @@ def test_failure_is_nan():
     assert jnp.isnan(ys).all()
 
 
+def test_gradient_of_a_failed_solve_ends_and_is_nan():
+    """Steps are unlimited, so a backward solve from nowhere would never end."""
+    run = lambda y0, t: jaxode.odeint(lambda y, t: -y, y0, t).sum()
+    gradient = jax.jit(jax.grad(run))(jnp.ones(1), jnp.array([0.0, 0.5, jnp.nan]))
+    assert jnp.isnan(gradient).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_defaults_in_both_precisions(dtype):
     ys = jaxode.odeint(lambda y, t: -y, jnp.ones(1, dtype), jnp.array([0.0, 1.0], dtype))

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode.adjoints.continuous import (
     Segment,
@@ -20,6 +20,7 @@ from jaxode.adjoints.continuous import (
 )
 from jaxode.integrate import Integration, integrate
 from jaxode.method import Method
+from jaxode.results import Result
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _backward(integration, out, perturbed, inputs, method, rtol, atol):
     params, rest = eqx.partition((field, args), perturbed[:2])
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
     ys_bar = None if ts is None or out.ys is None else out.ys
-    end = _End(integration.y1, y1_bar, integration.ys, ys_bar, t0, t1, ts, integration.h)
+    failed = integration.result != Result.SUCCESS
+    end = _End(integration.y1, y1_bar, integration.ys, ys_bar, t0, t1, ts, integration.h, failed)
     segment = _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
     apply = lambda params, t, y: _apply(params, rest, t, y)
     y0_bar = segment.y[:, y0.shape[1] :]
@@ -101,6 +103,7 @@ class _End(NamedTuple):
     t1: Float[Array, ""]
     ts: Float[Array, " times"] | None
     h: Float[Array, " rows"]
+    failed: Bool[Array, " rows"]
 
 
 def _apply(params, rest, t, y):
@@ -126,7 +129,7 @@ def _solve_back(inputs, method):
 
     start = jnp.broadcast_to(end.t1, (rows,))
     state = jnp.concatenate([end.y1, end.y1_bar], axis=1)
-    segment = Segment.start(start, -end.h, state, jax.tree.map(jnp.zeros_like, params))
+    segment = Segment.start(start, -end.h, state, jax.tree.map(jnp.zeros_like, params), end.failed)
     if end.ts is None or end.ys is None or end.ys_bar is None:
         return solve(segment, end.t0)
     # One loop for all segments, so that the program holds one copy: to each saved time, where the

@@ -9,6 +9,7 @@ arXiv:1806.07366). `b` does not feed back, so it is a quadrature: one accumulato
 own size, which is neither part of the state nor of the error norm.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.method import Method, judge, next_time, weighted_sum
-from jaxode.results import Result, Stats, nan_or_raise
+from jaxode.results import Result, nan_or_raise
 
 # (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
 AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]
@@ -55,13 +56,11 @@ class Segment(NamedTuple):
     rejected: Int[Array, " rows"]
 
     @classmethod
-    def start(cls, t, h, y, quadrature) -> "Segment":
+    def start(cls, t, h, y, quadrature, failed) -> "Segment":
+        """At the end of a forward solve; rows in which that failed stay there."""
         zero = jnp.zeros(t.shape, jnp.int32)
-        return cls(t, h, y, quadrature, jnp.zeros(t.shape, bool), zero, zero, zero)
-
-    def stats(self, method: Method) -> Stats:
-        steps = self.accepted + self.rejected
-        return Stats(steps, self.accepted, self.rejected, method.tableau.stages * steps)
+        result = jnp.where(failed, Result.NON_FINITE, Result.SUCCESS).astype(jnp.int32)
+        return cls(t, h, y, quadrature, jnp.zeros(t.shape, bool), result, zero, zero)
 
 
 def solve_segment(
@@ -143,17 +142,9 @@ def solve_segment(
 def with_tolerances(method: Method, rtol, atol) -> Method:
     """The method of the adjoint solve: its own tolerances where they are given."""
     dtype = method.rtol.dtype
-    return Method(
-        tableau=method.tableau,
-        rtol=method.rtol if rtol is None else jnp.asarray(rtol, dtype),
-        atol=method.atol if atol is None else jnp.asarray(atol, dtype),
-        first_step=method.first_step,
-        steps=method.steps,
-        max_steps=method.max_steps,
-        axis_name=method.axis_name,
-        max_step=method.max_step,
-        raises=method.raises,
-    )
+    given = {"rtol": rtol, "atol": atol}
+    given = {name: jnp.asarray(value, dtype) for name, value in given.items() if value is not None}
+    return dataclasses.replace(method, **given)
 
 
 def time_cotangents(
@@ -186,7 +177,9 @@ def finish(
 
     nan = jnp.full_like(segment.t, jnp.nan)
     if method.raises is not None:
-        nan = nan_or_raise(segment.result, segment.t, f"{method.raises} (backward solve)")
+        # What failed forward has raised there.
+        result = jnp.where(integration.result == Result.SUCCESS, segment.result, Result.SUCCESS)
+        nan = nan_or_raise(result, segment.t, f"{method.raises} (backward solve)")
 
     def poison(leaf):
         return jnp.where(ok.all(), leaf, nan[0].astype(leaf.dtype))

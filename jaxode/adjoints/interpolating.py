@@ -20,6 +20,7 @@ from jaxode.adjoints.replay import interval, once_only, replay
 from jaxode.checkpoints import check_checkpoints
 from jaxode.integrate import Integration, dense_output, integrate, save_times_at
 from jaxode.method import Method
+from jaxode.results import Result
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _backward(residuals, out, perturbed, inputs, method, adjoint):
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
     zeros = jax.tree.map(jnp.zeros_like, params)
     start = jnp.broadcast_to(t1, y0.shape[:1])
-    segment = Segment.start(start, -integration.h, y1_bar, zeros)
+    failed = integration.result != Result.SUCCESS
+    segment = Segment.start(start, -integration.h, y1_bar, zeros, failed)
     count = 0 if ts is None or out.ys is None else ts.shape[0]
     saved = jnp.full(rows.shape, count, jnp.int32)
     # At least one step, of size zero over an empty span, so that its outputs are passed.
