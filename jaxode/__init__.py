@@ -8,6 +8,7 @@ from jaxode.adjoints import (
     InterpolatingAdjoint,
 )
 from jaxode.cnf import cnf
+from jaxode.debugging import backward_stats
 from jaxode.distributions import standard_normal
 from jaxode.odeint import odeint
 from jaxode.results import Result, Solution, SolveError, Stats
@@ -22,6 +23,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "backward_stats",
     "cnf",
     "divergence",
     "flow",

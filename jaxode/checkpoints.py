@@ -1,4 +1,4 @@
-"""A bounded set of states along a solve, from which any step can be replayed."""
+"""A bounded set of steps of a solve, from which any other step can be replayed."""
 
 from typing import NamedTuple
 
@@ -11,90 +11,90 @@ STAGE_BYTES = 8 * 2**20
 
 
 class Checkpoints(NamedTuple):
-    """States `y` after the accepted steps numbered `step`; an unused slot has `step == -1`.
+    """The states `y` at which the steps numbered `step` start; an unused slot has `step == -1`.
 
-    While a solve runs its length is unknown, so every `stride`-th state is kept, and when the slots
-    run out the stride doubles: the slots that no longer fit it are the ones to be reused. A quarter
-    of the slots is left for the backward pass, which refines the stretch that it replays.
+    While a solve runs its length is unknown, so every `stride`-th step is kept, and when the slots
+    are full the stride doubles: the slots that no longer fit it are the ones to be reused. A
+    quarter of the slots is left for the backward pass, which refines the stretch that it replays.
 
-    If they are small, the stages of the step that starts at a state are kept with it, which saves
-    evaluating them again.
+    If they are small, the stages of a step are kept with its state, which saves evaluating them
+    again.
     """
 
     step: Int[Array, " slots"]
     y: Float[Array, "slots+1 rows n"]
     """The last place takes what is not kept, so that writing never reads, and copies nothing."""
     k: Float[Array, "slots+1 stages rows n"] | None
-    has_k: Bool[Array, " slots"]
     stride: Int[Array, ""]
+    """A power of two."""
 
     @classmethod
     def start(cls, slots: int, stages: int, y0: Float[Array, "rows n"]) -> "Checkpoints":
-        step = jnp.full(slots, -1, jnp.int32).at[0].set(0)
         y = jnp.zeros((slots + 1, *y0.shape), y0.dtype).at[0].set(y0)
         k = None
         if slots * stages * y0.size * y0.dtype.itemsize <= STAGE_BYTES:
             k = jnp.zeros((slots + 1, stages, *y0.shape), y0.dtype)
-        return cls(step, y, k, jnp.zeros(slots, bool), jnp.ones((), jnp.int32))
+        return cls(jnp.full(slots, -1, jnp.int32), y, k, jnp.ones((), jnp.int32))
 
-    def _write(self, slot, step, y, keep: Bool[Array, ""]) -> "Checkpoints":
-        step = self.step.at[slot].set(jnp.where(keep, step, self.step[slot]))
-        has_k = self.has_k.at[slot].set(self.has_k[slot] & ~keep)
-        return self._replace(step=step, y=_set(self.y, slot, y, keep), has_k=has_k)
-
-    def attach(
-        self, step: Int[Array, ""], k: Float[Array, "stages rows n"], keep: Bool[Array, ""]
-    ) -> "Checkpoints":
-        """Keep the stages of the step that starts at the state after `step`, if that is kept."""
-        if self.k is None:
-            return self
-        slot = jnp.argmax(self.step == step)
-        keep &= self.step[slot] == step
-        has_k = self.has_k.at[slot].set(self.has_k[slot] | keep)
-        return self._replace(k=_set(self.k, slot, k, keep), has_k=has_k)
+    def _write(self, free: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
+        """Keep a step in the first free slot, if it is to be kept."""
+        slots = self.step.shape[0]
+        slot = jnp.where(keep, _first(free, slots), slots)
+        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+        number = jnp.where(jnp.arange(slots, dtype=jnp.int32) == slot, step, self.step)
+        buffer = self.k
+        if buffer is not None:
+            buffer = write(buffer, jnp.concatenate([k, jnp.zeros_like(buffer[0, len(k) :])]))
+        return self._replace(step=number, y=write(self.y, y), k=buffer)
 
     def offer(
-        self, step: Int[Array, ""], y: Float[Array, "rows n"], advanced: Bool[Array, ""]
+        self,
+        step: Int[Array, ""],
+        y: Float[Array, "rows n"],
+        k: Float[Array, "stages rows n"],
+        advanced: Bool[Array, ""],
     ) -> "Checkpoints":
-        """Keep the state after `step` if the stride says so, while the solve runs forward."""
+        """Keep a step if the stride says so, while the solve runs forward."""
         slots = self.step.shape[0]
-        usable = slots - slots // 4
-        free = (self.step[:usable] < 0) | (self.step[:usable] % self.stride != 0)
-        due = advanced & (step % self.stride == 0)
-        stride = jnp.where(due & ~free.any(), 2 * self.stride, self.stride)
-        free |= self.step[:usable] % stride != 0
-        keep = due & (step % stride == 0) & free.any()
-        return self._write(jnp.argmax(free), step, y, keep)._replace(stride=stride)
+        used = self.step[: slots - slots // 4]
+        free = (used < 0) | (used & (self.stride - 1) != 0)
+        keep = advanced & (step & (self.stride - 1) == 0)
+        last_slot = keep & (jnp.sum(free, dtype=jnp.int32) == 1)
+        stride = jnp.where(last_slot, 2 * self.stride, self.stride)
+        return self._write(free, step, y, k, keep)._replace(stride=stride)
 
-    def latest_before(self, step: Int[Array, ""]):
-        """The last checkpoint before `step`: step number, state, stages, whether they are known."""
-        earlier = jnp.where(self.step < step, self.step, -1)
-        slot = jnp.argmax(earlier)
+    def latest_before(self, stop: Int[Array, ""]):
+        """The last kept step before number `stop`: its number, state and stages.
+
+        If a solve has taken no step, it is step -1 with the initial state.
+        """
+        earlier = jnp.where(self.step < stop, self.step, -1)
+        start = jnp.max(earlier)
+        slot = _first(earlier == start, self.step.shape[0])
         get = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
-        return earlier[slot], get(self.y), None if self.k is None else get(self.k), get(self.has_k)
+        return start, get(self.y), None if self.k is None else get(self.k)
 
     def spacing(self, start: Int[Array, ""], stop: Int[Array, ""]) -> Int[Array, ""]:
-        """How far apart to keep states when replaying from `start` to the step before `stop`.
+        """How far apart to keep steps when replaying from `start` to the step before `stop`.
 
-        Slots of steps from `stop` on are free. If they hold the whole stretch, every state is kept;
+        Slots of steps from `stop` on are free. If they hold the whole stretch, every step is kept;
         otherwise half of them split it, and the other half is left for the next level.
         """
         free = jnp.sum((self.step < 0) | (self.step >= stop), dtype=jnp.int32)
         length = stop - start
         used = jnp.maximum(free // 2, jnp.minimum(free, 1))
-        return jnp.where(length - 1 <= free, 1, -(-length // (used + 1)))
+        return jnp.where(length - 1 <= free, 1, jax.lax.div(length + used, used + 1))
 
-    def keep_replayed(
-        self, step: Int[Array, ""], y: Float[Array, "rows n"], stop: Int[Array, ""], keep
-    ) -> "Checkpoints":
-        """Keep the replayed state after `step` in a slot that steps before `stop` do not need."""
+    def keep_replayed(self, step: Int[Array, ""], y, k, stop: Int[Array, ""], keep):
+        """Keep a replayed step in a slot that the steps before `stop` do not need."""
         free = (self.step < 0) | (self.step >= stop)
-        return self._write(jnp.argmax(free), step, y, keep & free.any())
+        return self._write(free, step, y, k, keep & free.any())
 
 
-def _set(buffer, slot, value, keep: Bool[Array, ""]):
-    place = jnp.where(keep, slot, buffer.shape[0] - 1)
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, place, 0)
+def _first(mask: Bool[Array, " places"], otherwise: int) -> Int[Array, ""]:
+    """The index of the first true entry, by a plain reduction, unlike `argmax`."""
+    index = jnp.arange(mask.shape[0], dtype=jnp.int32)
+    return jnp.min(jnp.where(mask, index, jnp.int32(otherwise)))
 
 
 def check_checkpoints(where: str, checkpoints: int) -> None:

@@ -2,13 +2,28 @@
 
 import math
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.core
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float, PyTree
+
+
+class _Same:
+    """Equal to nothing but itself: an object whose content is not compared."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class _Program:
@@ -18,16 +33,69 @@ class _Program:
     is not taken for what it was before.
     """
 
-    def __init__(self, jaxpr: Any, source: Hashable):
-        self.jaxpr = jaxpr
-        # Addresses of Python objects differ from one trace to the next.
-        self.key = (source, re.sub(r"0x[0-9a-f]+", "", str(jaxpr)))
+    def __init__(self, closed: ClosedJaxpr, source: Hashable, arguments: list[Array]):
+        self.jaxpr = closed.jaxpr
+        # Its constants are leaves of a `ClosedField`.
+        self.key = (source, _fingerprint(closed.jaxpr, []))
+        if _has_custom_rules(closed.jaxpr):
+            gradient = _gradient_program(closed, arguments)
+            self.key = (*self.key, _fingerprint(gradient.jaxpr, gradient.consts))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Program) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+def _fingerprint(jaxpr: Jaxpr, consts: Sequence[Any]) -> Hashable:
+    """What tells a program from others: its text, and what the text does not show."""
+    hidden = list(map(_constant, consts))
+    for equation, values in _equations(jaxpr):
+        for value in values:
+            if isinstance(value, ClosedJaxpr):
+                hidden += map(_constant, value.consts)
+            elif "callback" in equation.primitive.name and callable(value):
+                hidden.append(_Same(getattr(value, "callback_func", value)))
+    # Addresses of Python objects differ from one trace to the next.
+    return re.sub(r"0x[0-9a-f]+", "", str(jaxpr)), *hidden
+
+
+def _constant(value: Any) -> Hashable:
+    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else _Same(value)
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[tuple[Any, list[Any]]]:
+    """All equations, inner ones included, with their parameters."""
+    for equation in jaxpr.eqns:
+        values = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+        )
+        yield equation, values
+        for value in values:
+            if isinstance(value, Jaxpr | ClosedJaxpr):
+                yield from _equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def _has_custom_rules(jaxpr: Jaxpr) -> bool:
+    return any(equation.primitive.name.startswith("custom_") for equation, _ in _equations(jaxpr))
+
+
+def _gradient_program(closed: ClosedJaxpr, arguments: list[Array]) -> ClosedJaxpr:
+    """The program of the gradient: custom rules of differentiation show only there."""
+    inputs = [*closed.consts, *arguments]
+    diff, rest = eqx.partition(inputs, eqx.is_inexact_array)
+
+    def run(diff):
+        inputs = eqx.combine(diff, rest)
+        count = len(closed.consts)
+        return jax.core.eval_jaxpr(closed.jaxpr, inputs[:count], *inputs[count:])
+
+    def gradient(diff):
+        dy, vjp = jax.vjp(run, diff)
+        return vjp(dy)
+
+    return jax.make_jaxpr(gradient)(diff)
 
 
 class ClosedField(eqx.Module):
@@ -42,7 +110,8 @@ class ClosedField(eqx.Module):
     @property
     def work_size(self) -> int:
         """How many numbers one evaluation computes on its way."""
-        outputs = (v.aval for equation in self.program.jaxpr.eqns for v in equation.outvars)
+        equations = _equations(self.program.jaxpr)
+        outputs = (v.aval for equation, _ in equations for v in equation.outvars)
         return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 
     def __call__(
@@ -74,4 +143,5 @@ def close_field(
         hash(origin)
     except TypeError:
         origin = id(source)
-    return ClosedField(_Program(closed.jaxpr, origin), list(closed.consts)), arrays
+    program = _Program(closed, origin, [t, y, *jax.tree.leaves(arrays)])
+    return ClosedField(program, list(closed.consts)), arrays

@@ -29,6 +29,8 @@ class Tape(NamedTuple):
     """Step `i` of a row went from `times[i]` to `times[i + 1]`."""
     num_steps: Int[Array, ""]
     checkpoints: Checkpoints
+    slope: Float[Array, "rows n"] | None
+    """At the end of the last step, if the solver knows it."""
 
 
 class Integration(NamedTuple):
@@ -158,12 +160,13 @@ def integrate(
     if checkpoints is not None:
         times = jnp.broadcast_to(t0, (method.tape_length + 1, rows)).astype(t0.dtype)
         zero = jnp.zeros((), jnp.int32)
-        tape = Tape(times, zero, Checkpoints.start(checkpoints, tableau.stages, y0))
+        tape = Tape(times, zero, Checkpoints.start(checkpoints, tableau.stages, y0), slope)
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
     result = jnp.where(_valid(method, t0, t1, ts), Result.SUCCESS, Result.INVALID_ARGUMENT)
     result = jnp.broadcast_to(result, (rows,)).astype(jnp.int32)
-    done = start == end
+    # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
+    done = jnp.zeros(rows, bool)
     state = _State(start, h, y0, slope, done, result, none_yet, none_yet, none_yet, ys, tape)
 
     def active(state):
@@ -172,7 +175,8 @@ def integrate(
     def step(state: _State) -> _State:
         running = active(state)
         t_next, last = next_time(method.steps, state, state.accepted, start, end)
-        t_next = on_mesh(jnp.where(running, t_next, state.t), start, end)
+        t_next = jnp.where(last, t_next, on_mesh(t_next, start, end))
+        t_next = jnp.where(running, t_next, state.t)
         h = t_next - state.t
         k = stages(field, tableau, state.t, h, state.y, state.slope, tableau.stages)
         y_next = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, y0.dtype), k)
@@ -185,7 +189,9 @@ def integrate(
         ys, saved = state.ys, state.saved
         if ts is not None and ys is not None:
             ys, saved = _save(tableau, ts, sign, state, ys, k, t_next, accept, last)
-        tape = None if state.tape is None else _record(state.tape, t, y, k, accept.any())
+        tape = None
+        if state.tape is not None:
+            tape = _record(state.tape, t, state.y, k, slope, accept.any())
         accepted = state.accepted + accept.astype(jnp.int32)
         rejected = state.rejected + (running & ~accept).astype(jnp.int32)
         done = state.done | (accept & last)
@@ -201,12 +207,15 @@ def integrate(
         num_rejected=final.rejected,
         num_evals=first_evals + evals_per_step * attempts,
     )
-    ok = final.result == Result.SUCCESS
+    # Over an empty span a vector field that is not finite changes nothing.
+    harmless = (start == end) & (final.result == Result.NON_FINITE)
+    result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
+    ok = result == Result.SUCCESS
     # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(y0.dtype)[:, None]
     y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
     t_reached = jnp.where(final.done, end, final.t)
-    return Integration(y1, ys, stats, final.result, t_reached, final.h), final.tape
+    return Integration(y1, ys, stats, result, t_reached, final.h), final.tape
 
 
 def _valid(method: Method, t0, t1, ts) -> Bool[Array, ""]:
@@ -242,9 +251,9 @@ def _start(
     return None, h, 0
 
 
-def _record(tape: Tape, t, y, k, advanced: Bool[Array, ""]) -> Tape:
-    """Append the time and perhaps the state; a step that no row accepted is overwritten later."""
+def _record(tape: Tape, t, y, k, slope, advanced: Bool[Array, ""]) -> Tape:
+    """Append a step from `y` to the time `t`; one that no row accepted is overwritten later."""
     index = tape.num_steps + 1
     times = jax.lax.dynamic_update_index_in_dim(tape.times, t, index, 0)
-    checkpoints = tape.checkpoints.attach(tape.num_steps, k, advanced).offer(index, y, advanced)
-    return Tape(times, tape.num_steps + advanced.astype(jnp.int32), checkpoints)
+    checkpoints = tape.checkpoints.offer(tape.num_steps, y, k, advanced)
+    return Tape(times, tape.num_steps + advanced.astype(jnp.int32), checkpoints, slope)

@@ -85,7 +85,7 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     h_next = jnp.where(running, limit_step(method, h * factor), state.h)
     # Underflow: a step that does not move the time, or a shorter one that would end there again.
     retry = state.t + h_next
-    stuck = (t_next == state.t) | (~accept & ((retry == state.t) | (retry == t_next)))
+    stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))
     cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
     accept &= running
     attempts = state.accepted + state.rejected + 1

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints import Adjoint, BacksolveAdjoint, DiscreteAdjoint, ForwardMode
-from jaxode.closure import close_field
+from jaxode.closure import ClosedField, close_field
 from jaxode.implicit import DiffraxSolve
+from jaxode.integrate import Integration
+from jaxode.method import Method
 from jaxode.results import Solution, raise_on_failure
 from jaxode.validation import (
     Time,
@@ -98,7 +100,7 @@ def solve(
     }  # fmt: skip
     one_row = jax.tree.map(lambda x: x[None], y0)
     solution = _solve_rows(
-        "solve", _Unconditional(f), one_row, t0, t1, args, None, None, options, throw
+        "solve", Unconditional(f), one_row, t0, t1, args, None, None, options, throw
     )
     return raise_on_failure(solution, "solve") if throw else solution
 
@@ -142,12 +144,12 @@ def flow(
     """
     z = check_batch("flow", "z", z)
     solution = solve_batch(
-        "flow", _Unconditional(f), z, s, t, args, None, solve_options, step_control, throw
+        "flow", Unconditional(f), z, s, t, args, None, solve_options, step_control, throw
     )
     return solution if return_solution else solution.y1
 
 
-_DEFAULTS = {
+DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(solve).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name != "throw"
@@ -156,7 +158,7 @@ _DEFAULTS = {
 
 def check_options(where: str, options: dict[str, Any], *, without: tuple[str, ...] = ()) -> None:
     """Raise for a name that is not an option of `solve`."""
-    known = sorted(set(_DEFAULTS) - set(without))
+    known = sorted(set(DEFAULTS) - set(without))
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"{where}: unknown options {unknown}. The solve options are {known}.")
@@ -182,12 +184,12 @@ def solve_batch(
         )
     if step_control == "joint":
         y0 = jax.tree.map(lambda x: x[None], y0)
-    options = {**_DEFAULTS, **options}
+    options = {**DEFAULTS, **options}
     solution = _solve_rows(where, f, y0, t0, t1, shared, rows, step_control, options, throw)
     return raise_on_failure(solution, where) if throw else solution
 
 
-class _Unconditional(eqx.Module):
+class Unconditional(eqx.Module):
     """A vector field without rows of its own, comparable so that `jit` recognizes it."""
 
     f: VectorField
@@ -218,47 +220,82 @@ def _rows_field(f, where: str, step_control: str | None):
     return one_row
 
 
-def _solve_rows(
-    where: str, f, y0: PyTree, t0: Time, t1: Time, shared, rows, step_control, options, throw
-) -> Solution:
-    """Check the arguments, ravel the state once, and integrate."""
-    dtype = state_dtype(y0)
-    t0, t1, ts = check_times(where, t0, t1, options["ts"], dtype)
-    method = make_method(where, f.f if isinstance(f, _Unconditional) else f, y0, options, throw)
-    leaves, structure = jax.tree.flatten(y0)
-    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
+class _Ravel:
+    """The state as rows of numbers, `[rows, n]`, and back."""
 
-    def ravel_rows(y):
-        each = zip(jax.tree.leaves(y), sizes, strict=True)
-        parts = [leaf.reshape(leaf.shape[0], size).astype(dtype) for leaf, size in each]
+    def __init__(self, y0: PyTree):
+        self.leaves, self.structure = jax.tree.flatten(y0)
+        self.sizes = [math.prod(leaf.shape[1:]) for leaf in self.leaves]
+        self.dtype = state_dtype(y0)
+
+    def __call__(self, y: PyTree) -> Float[Array, "rows n"]:
+        each = zip(jax.tree.leaves(y), self.sizes, strict=True)
+        parts = [leaf.reshape(leaf.shape[0], size).astype(self.dtype) for leaf, size in each]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
-    def unravel_rows(y):
-        parts = jnp.split(y, np.cumsum(sizes)[:-1], axis=1)
-        like = zip(parts, leaves, strict=True)
+    def back(self, y: Float[Array, "rows n"]) -> PyTree:
+        parts = jnp.split(y, np.cumsum(self.sizes)[:-1], axis=1)
+        like = zip(parts, self.leaves, strict=True)
         parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
-        return jax.tree.unflatten(structure, parts)
+        return jax.tree.unflatten(self.structure, parts)
 
+
+class Problem(NamedTuple):
+    """What `Adjoint.integrate` needs, checked and on rows."""
+
+    field: ClosedField
+    args: PyTree
+    y0: Float[Array, "rows n"]
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    ts: Float[Array, " times"] | None
+    method: Method
+
+
+def pose(
+    where: str, f, y0: PyTree, t0: Time, t1: Time, shared, rows, step_control, options, throw
+) -> tuple[Problem, _Ravel]:
+    """Check the arguments, ravel the state once, and trace the vector field."""
+    ravel = _Ravel(y0)
+    t0, t1, ts = check_times(where, t0, t1, options["ts"], ravel.dtype)
+    method = make_method(where, f.f if isinstance(f, Unconditional) else f, y0, options, throw)
     field = _rows_field(f, where, step_control)
-    raveled = lambda t, y, args: ravel_rows(field(t, unravel_rows(y), *args))
+    raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
     # A float among the arguments is a value like any other, not a reason to compile again.
-    as_array = lambda x: jnp.asarray(x, dtype) if isinstance(x, float) else x
+    as_array = lambda x: jnp.asarray(x, ravel.dtype) if isinstance(x, float) else x
     args = jax.tree.map(as_array, (shared, rows))
-    start = ravel_rows(y0)
+    start = ravel(y0)
     with jax.default_matmul_precision("highest"):
         t = jnp.broadcast_to(t0, start.shape[:1])
         closed, arrays = close_field(raveled, (f, where, step_control), t, start, args)
+    return Problem(closed, arrays, start, t0, t1, ts, method), ravel
+
+
+def _solve_rows(
+    where: str, f, y0: PyTree, t0: Time, t1: Time, shared, rows, step_control, options, throw
+) -> Solution:
+    """Pose the problem and integrate."""
+    problem, ravel = pose(where, f, y0, t0, t1, shared, rows, step_control, options, throw)
     adjoint = options["adjoint"]
-    if method.tableau is None:
+    if problem.method.tableau is None:
         adjoint = _by_diffrax(where, options["solver"], adjoint, step_control)
-    out = _integrate(adjoint, closed, arrays, start, t0, t1, ts, method)
-    y1 = unravel_rows(out.y1)
-    ys = None if out.ys is None else jax.vmap(unravel_rows)(out.ys)
+    try:
+        out = _integrate(adjoint, problem)
+    except TypeError as error:
+        if "custom_vjp" not in str(error) or isinstance(adjoint, ForwardMode):
+            raise
+        raise TypeError(
+            f"{where}(adjoint=...): {type(options['adjoint']).__name__} has reverse-mode "
+            "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd) of the "
+            "solve itself. Use adjoint=jaxode.ForwardMode()."
+        ) from error
+    y1 = ravel.back(out.y1)
+    ys = None if out.ys is None else jax.vmap(ravel.back)(out.ys)
     stats, result, t_reached = out.stats, out.result, out.t_reached
     if step_control != "per_sample":
         y1, stats, result, t_reached = jax.tree.map(lambda x: x[0], (y1, stats, result, t_reached))
         ys = jax.tree.map(lambda x: x[:, 0], ys)
-    return Solution(y1, ts, ys, stats, result, t_reached)
+    return Solution(y1, problem.ts, ys, stats, result, t_reached)
 
 
 def _by_diffrax(where: str, solver, adjoint, step_control) -> DiffraxSolve:
@@ -277,5 +314,5 @@ def _by_diffrax(where: str, solver, adjoint, step_control) -> DiffraxSolve:
 
 
 @eqx.filter_jit
-def _integrate(adjoint, closed, arrays, y0, t0, t1, ts, method):
-    return adjoint.integrate(closed, arrays, y0, t0, t1, ts, method)
+def _integrate(adjoint: Adjoint, problem: Problem) -> Integration:
+    return adjoint.integrate(*problem)

@@ -13,7 +13,7 @@ from problems import SOLVERS, solver_name
 
 import jaxode
 from jaxode.integrate import integrate
-from jaxode.solve import _DEFAULTS
+from jaxode.solve import DEFAULTS
 from jaxode.tableau import tableau_of
 from jaxode.validation import make_method
 
@@ -31,7 +31,7 @@ TS = jnp.array([0.0, 0.2, 0.21, 1.0, 2.7, 3.0])
 
 def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
-    options = {**_DEFAULTS, "solver": solver, "rtol": tolerance, "atol": tolerance}
+    options = {**DEFAULTS, "solver": solver, "rtol": tolerance, "atol": tolerance}
     method = make_method("", pendulum, Y0, options, False)
     field = lambda t, y: pendulum(t[0], y[0], ARGS)[None]
     _, tape = integrate(field, method, Y0[None], jnp.array(0.0), jnp.array(3.0), ts, 64)

@@ -18,9 +18,10 @@ from jaxode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.integrate import Integration, integrate
+from jaxode.adjoints.replay import run, split
+from jaxode.integrate import Integration
 from jaxode.method import Method
-from jaxode.results import Result
+from jaxode.results import Result, Stats
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,20 @@ class BacksolveAdjoint:
         """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
         return _integrate((field, args, y0, t0, t1, ts), method, self.rtol, self.atol)
 
+    def backward_stats(self, field, args, y0, t0, t1, ts, method, y1_bar, ys_bar) -> Stats:
+        """The work of the backward solve from these cotangents of the end state and the outputs."""
+        inputs = field, args, y0, t0, t1, ts
+        inexact = jax.tree.map(eqx.is_inexact_array, inputs)
+        integration = run(inputs, method)[0]
+        out = integration._replace(y1=y1_bar, ys=ys_bar)
+        segment = _run_back(integration, out, inexact, inputs, method, self.rtol, self.atol)
+        return segment.stats(method.tableau)
+
 
 @eqx.filter_custom_vjp
 def _integrate(inputs, method, rtol, atol):
     del rtol, atol
-    field, args, y0, t0, t1, ts = inputs
-    return integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts)[0]
+    return run(inputs, method)[0]
 
 
 @_integrate.def_fwd
@@ -80,16 +89,21 @@ def _forward(perturbed, inputs, method, rtol, atol):
 
 @_integrate.def_bwd
 def _backward(integration, out, perturbed, inputs, method, rtol, atol):
-    field, args, y0, t0, t1, ts = inputs
-    params, rest = eqx.partition((field, args), perturbed[:2])
+    params, apply = split(inputs, perturbed)
+    segment = _run_back(integration, out, perturbed, inputs, method, rtol, atol)
+    y0_bar = segment.y[:, inputs[2].shape[1] :]
+    return finish(apply, params, perturbed, inputs, method, integration, out, y0_bar, segment)
+
+
+def _run_back(integration, out, perturbed, inputs, method, rtol, atol) -> Segment:
+    """The backward solve from the cotangents `out`."""
+    _, _, y0, t0, t1, ts = inputs
+    params, rest = eqx.partition(inputs[:2], perturbed[:2])
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
     ys_bar = None if ts is None or out.ys is None else out.ys
     failed = integration.result != Result.SUCCESS
     end = _End(integration.y1, y1_bar, integration.ys, ys_bar, t0, t1, ts, integration.h, failed)
-    segment = _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
-    apply = lambda params, t, y: _apply(params, rest, t, y)
-    y0_bar = segment.y[:, y0.shape[1] :]
-    return finish(apply, params, perturbed, inputs, method, integration, out, y0_bar, segment)
+    return _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
 
 
 class _End(NamedTuple):

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxode.adjoints.replay import nan_unless
 from jaxode.method import Method, judge, next_time, weighted_sum
-from jaxode.results import Result, nan_or_raise
+from jaxode.results import Result, Stats, nan_or_raise
+from jaxode.tableau import Tableau
 
 # (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
 AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]
@@ -54,6 +56,13 @@ class Segment(NamedTuple):
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
+
+    def stats(self, tableau: Tableau) -> Stats:
+        """The work done."""
+        steps = self.accepted + self.rejected
+        # With several rows the stages are evaluated once more, when it is known who accepts.
+        passes = 1 if self.t.shape[0] == 1 else 2
+        return Stats(steps, self.accepted, self.rejected, passes * tableau.stages * steps)
 
     @classmethod
     def start(cls, t, h, y, quadrature, failed) -> "Segment":
@@ -174,29 +183,26 @@ def finish(
     """The cotangents of all inputs, NaN where the forward or the backward solve failed."""
     _, _, y0, t0, t1, ts = inputs
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS)
-
-    nan = jnp.full_like(segment.t, jnp.nan)
+    valid = nan_unless(ok, y0.dtype)
     if method.raises is not None:
         # What failed forward has raised there.
         result = jnp.where(integration.result == Result.SUCCESS, segment.result, Result.SUCCESS)
         nan = nan_or_raise(result, segment.t, f"{method.raises} (backward solve)")
-
-    def poison(leaf):
-        return jnp.where(ok.all(), leaf, nan[0].astype(leaf.dtype))
-
-    params_bar = jax.tree.map(poison, segment.quadrature)
-    y0_bar = jnp.where(ok[:, None], y0_bar, nan[:, None])
-    if not any(jax.tree.leaves(perturbed[3:])):
-        return (*params_bar, y0_bar if perturbed[2] else None, None, None, None)
+        valid = jnp.where(ok, 1.0, nan.astype(y0.dtype))
+    y0_bar = y0_bar * valid[:, None]
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
-    times, states, cotangents = [t0[None]], [y0[None]], [-y0_bar[None]]
-    if out.ys is not None:
-        times, states, cotangents = [*times, ts], [*states, integration.ys], [*cotangents, out.ys]
-    points = [*times, t1[None]], [*states, integration.y1[None]], [*cotangents, y1_bar[None]]
-    bars = time_cotangents(apply, params, *map(jnp.concatenate, points))
-    ts_bar = None if ts is None else bars[1:-1] if out.ys is not None else jnp.zeros_like(ts)
-    bars, ts_bar = poison(bars), None if ts_bar is None else poison(ts_bar)
-    return (*params_bar, y0_bar if perturbed[2] else None, bars[0], bars[-1], ts_bar)
+    # The time of the start and of each output, the state there, and its cotangent.
+    points = [
+        (t0[None], y0[None], -y0_bar[None]) if perturbed[3] else None,
+        (t1[None], integration.y1[None], y1_bar[None]) if perturbed[4] else None,
+        (ts, integration.ys, out.ys) if perturbed[5] and out.ys is not None else None,
+    ]
+    times_bar = [None if p is None else time_cotangents(apply, params, *p) for p in points]
+    t0_bar, t1_bar = (None if bar is None else bar[0] for bar in times_bar[:2])
+    ts_bar = jnp.zeros_like(ts) if perturbed[5] and out.ys is None else times_bar[2]
+    shared_bar = (*segment.quadrature, t0_bar, t1_bar, ts_bar)
+    shared_bar = jax.tree.map(lambda leaf: leaf * jnp.prod(valid).astype(leaf.dtype), shared_bar)
+    return (*shared_bar[:2], y0_bar if perturbed[2] else None, *shared_bar[2:])
 
 
 def check_tolerances(where: str, rtol, atol) -> None:

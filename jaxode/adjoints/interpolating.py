@@ -16,11 +16,11 @@ from jaxode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.adjoints.replay import interval, once_only, replay
+from jaxode.adjoints.replay import interval, once_only, output_is_inside, replay, run, split
 from jaxode.checkpoints import check_checkpoints
-from jaxode.integrate import Integration, dense_output, integrate, save_times_at
+from jaxode.integrate import Integration, dense_output, save_times_at
 from jaxode.method import Method
-from jaxode.results import Result
+from jaxode.results import Result, Stats
 
 
 @dataclass(frozen=True)
@@ -62,36 +62,45 @@ class InterpolatingAdjoint:
         """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
         return _integrate((field, args, y0, t0, t1, ts), method, self)
 
+    def backward_stats(self, field, args, y0, t0, t1, ts, method, y1_bar, ys_bar) -> Stats:
+        """The work of the backward solve from these cotangents of the end state and the outputs."""
+        inputs = field, args, y0, t0, t1, ts
+        inexact = jax.tree.map(eqx.is_inexact_array, inputs)
+        integration, tape = run(inputs, method, self.checkpoints)
+        out = integration._replace(y1=y1_bar, ys=ys_bar)
+        segment = _solve_back(integration, tape, out, inexact, inputs, method, self)
+        return segment.stats(method.tableau)
+
 
 @eqx.filter_custom_vjp
 def _integrate(inputs, method, adjoint):
     del adjoint
-    field, args, y0, t0, t1, ts = inputs
-    return integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts)[0]
+    return run(inputs, method)[0]
 
 
 @_integrate.def_fwd
 def _forward(perturbed, inputs, method, adjoint):
     del perturbed
-    field, args, y0, t0, t1, ts = inputs
-    integration, tape = integrate(
-        lambda t, y: field(t, y, args), method, y0, t0, t1, ts, adjoint.checkpoints
-    )
+    integration, tape = run(inputs, method, adjoint.checkpoints)
     return integration, (integration, tape)
 
 
 @_integrate.def_bwd
 def _backward(residuals, out, perturbed, inputs, method, adjoint):
     integration, tape = residuals
-    field, args, y0, t0, t1, ts = inputs
-    params, rest = eqx.partition((field, args), perturbed[:2])
+    params, apply = split(inputs, perturbed)
+    segment = _solve_back(integration, tape, out, perturbed, inputs, method, adjoint)
+    bars = finish(apply, params, perturbed, inputs, method, integration, out, segment.y, segment)
+    return once_only("InterpolatingAdjoint", bars)
+
+
+def _solve_back(integration, tape, out, perturbed, inputs, method, adjoint) -> Segment:
+    """The adjoint solve from the cotangents `out`."""
+    _, _, y0, t0, t1, ts = inputs
+    params, apply = split(inputs, perturbed)
     tableau, sign = method.tableau, jnp.sign(t1 - t0)
     rows = jnp.arange(y0.shape[0], dtype=jnp.int32)
     method = with_tolerances(method, adjoint.rtol, adjoint.atol)
-
-    def apply(params, t, y):
-        field, args = eqx.combine(params, rest)
-        return field(t, y, args)
 
     def step(carry):
         """Carry the cotangent over one recorded step of the forward solve."""
@@ -109,8 +118,7 @@ def _backward(residuals, out, perturbed, inputs, method, adjoint):
             """Rows that have yet to pass an output of this step."""
             if ts is None or out.ys is None:
                 return jnp.zeros(rows.shape, bool)
-            inside = sign * (save_times_at(ts, saved - 1) - t) > 0
-            return (saved > 0) & (inside | (stop == 1))
+            return output_is_inside(ts, saved, t, stop, sign)
 
         def pieces(carry):
             saved, segment, _ = carry
@@ -131,12 +139,10 @@ def _backward(residuals, out, perturbed, inputs, method, adjoint):
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
     zeros = jax.tree.map(jnp.zeros_like, params)
     start = jnp.broadcast_to(t1, y0.shape[:1])
-    failed = integration.result != Result.SUCCESS
+    failed = (integration.result != Result.SUCCESS) | (tape.num_steps == 0)
     segment = Segment.start(start, -integration.h, y1_bar, zeros, failed)
     count = 0 if ts is None or out.ys is None else ts.shape[0]
     saved = jnp.full(rows.shape, count, jnp.int32)
-    # At least one step, of size zero over an empty span, so that its outputs are passed.
-    carry = (jnp.maximum(tape.num_steps, 1), saved, segment, tape.checkpoints)
+    carry = (tape.num_steps, saved, segment, tape.checkpoints)
     _, _, segment, _ = jax.lax.while_loop(lambda carry: carry[0] > 0, step, carry)
-    bars = finish(apply, params, perturbed, inputs, method, integration, out, segment.y, segment)
-    return once_only("InterpolatingAdjoint", bars)
+    return segment

@@ -1,14 +1,45 @@
-"""The recorded steps of a forward solve, one by one, from bounded memory."""
+"""What the gradient methods share: the forward solve, its recorded steps, and its failure."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox.internal import nondifferentiable_backward
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.checkpoints import Checkpoints
-from jaxode.integrate import Field, stages
-from jaxode.method import weighted_sum
+from jaxode.integrate import Field, integrate, save_times_at, stages
+from jaxode.method import Method, weighted_sum
 from jaxode.tableau import Tableau
+
+
+def run(inputs, method: Method, checkpoints: int | None = None):
+    """The forward solve and, with a number of checkpoints, the tape of its steps."""
+    field, args, y0, t0, t1, ts = inputs
+    return integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts, checkpoints)
+
+
+def split(inputs, perturbed):
+    """The differentiated leaves of `(field, args)`, and the field as a function of them."""
+    params, rest = eqx.partition(inputs[:2], perturbed[:2])
+
+    def apply(params, t, y):
+        field, args = eqx.combine(params, rest)
+        return field(t, y, args)
+
+    return params, apply
+
+
+def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
+    """The factor of a gradient: one, or NaN, of which the tangents are NaN as well."""
+    return jnp.where(ok, 1.0, jnp.nan).astype(dtype)
+
+
+def output_is_inside(ts, saved, t, number, sign) -> Bool[Array, " rows"]:
+    """Whether the last of the `saved` outputs lies in step `number` (from 1), which starts at `t`.
+
+    All that are left belong to the first step.
+    """
+    return (saved > 0) & ((sign * (save_times_at(ts, saved - 1) - t) > 0) | (number == 1))
 
 
 def interval(times: Float[Array, "steps+1 rows"], index: Int[Array, ""]):
@@ -26,34 +57,33 @@ def replay(
     checkpoints: Checkpoints,
     stop: Int[Array, ""],
 ) -> tuple[Float[Array, "rows n"], Float[Array, "stages rows n"], Checkpoints]:
-    """The start and the first `count` stages of the last recorded step before number `stop`.
+    """The start and the stages of the last recorded step before number `stop`.
 
-    Steps are taken again from the latest checkpoint, and states on the way are kept as slots allow.
+    Steps are taken again from the latest checkpoint, with their first `count` stages, and those on
+    the way are kept as slots allow.
     """
-    start, y, k, known = checkpoints.latest_before(stop)
-    k = jnp.zeros((count, *y.shape), y.dtype) if k is None else k[:count]
+    start, y, k = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
+    index = start
+    if k is None:
+        # With stages of zero, the step before leads to this state; the first loop evaluates them.
+        k, index = jnp.zeros((count, *y.shape), y.dtype), start - 1
+    k = k[:count]
     b = jnp.asarray(tableau.b[:count], y.dtype)
 
     def advance(carry):
-        """To the next step, unless its stages are still unknown, and evaluate them."""
-        index, y, k, known, checkpoints = carry
-        t, h = interval(times, index)
-        moved = known & (h[:, None] != 0)
-        y = jnp.where(moved, y + h[:, None] * weighted_sum(b, k), y)
-        index = index + known.astype(jnp.int32)
+        """To the next step, whose stages are evaluated."""
+        index, y, k, checkpoints = carry
+        _, h = interval(times, index)
+        y = jnp.where(h[:, None] == 0, y, y + h[:, None] * weighted_sum(b, k))
+        index = index + 1
         t, h = interval(times, index)
         k = stages(field, tableau, t, h, y, None, count)
-        keep = (index > start) & ((index - start) % spacing == 0)
-        checkpoints = checkpoints.keep_replayed(index, y, stop, keep)
-        return index, y, k, jnp.ones((), bool), checkpoints
+        keep = (index > start) & (jax.lax.rem(index - start, spacing) == 0)
+        return index, y, k, checkpoints.keep_replayed(index, y, k, stop, keep)
 
-    def unfinished(carry):
-        index, _, _, known, _ = carry
-        return (index < stop - 1) | ~known
-
-    carry = (start, y, k, known, checkpoints)
-    _, y, k, _, checkpoints = jax.lax.while_loop(unfinished, advance, carry)
+    carry = (index, y, k, checkpoints)
+    _, y, k, checkpoints = jax.lax.while_loop(lambda carry: carry[0] < stop - 1, advance, carry)
     return y, k, checkpoints
 
 

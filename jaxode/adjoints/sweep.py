@@ -1,0 +1,187 @@
+"""The chain rule through the recorded steps of a forward solve, last to first.
+
+With `y_bar` the cotangent of a step's end and `z_bar_i` that of stage `i`'s state,
+
+    k_bar_i = h (b_i y_bar + sum_{j > i} A_ji z_bar_j),
+
+and `z_bar_i` is the vjp of the vector field at stage `i` applied to `k_bar_i`. The cotangent of the
+step's start is `y_bar + sum_i z_bar_i`.
+
+What depends on the inside of a step, such as a saved output, adds to the cotangents of its stages.
+If the last stage is the first of the next step, it waits for what that step had to add, and is
+pulled back once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxode.adjoints.replay import interval, replay
+from jaxode.checkpoints import Checkpoints
+from jaxode.integrate import Tape
+from jaxode.method import weighted_sum
+from jaxode.tableau import Tableau
+
+
+class Step(NamedTuple):
+    """A recorded step, or the cotangents of one: start, size, state at the start, and stages."""
+
+    t: Float[Array, " rows"]
+    h: Float[Array, " rows"]
+    y: Float[Array, "rows n"]
+    k: Float[Array, "stages rows n"]
+
+
+class Swept(NamedTuple):
+    """Cotangents at the start of a step, and of what all steps share."""
+
+    y: Float[Array, "rows n"]
+    slope: Float[Array, "rows n"] | None
+    """Of the first stage, if it waits for the step before."""
+    params: PyTree
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    inside: Any
+    """Whatever `Sweep.inside` carries from step to step."""
+
+
+class _State(NamedTuple):
+    stop: Int[Array, ""]
+    slope: Float[Array, "rows n"] | None
+    """The vector field at the end of the step."""
+    checkpoints: Checkpoints
+    swept: Swept
+
+
+class Sweep(NamedTuple):
+    """How to go back over the steps."""
+
+    apply: Callable[..., Float[Array, "rows n"]]
+    """The vector field as a function of `(params, t, y)`."""
+    params: PyTree
+    tableau: Tableau
+    tape: Tape
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    timed: bool
+    """Whether the times are differentiated."""
+    per_step: bool
+    """Whether the parameter gradient is gathered from all stages of a step as one batch, because
+    to write and add it at every stage would cost more than the products themselves."""
+    inside: Callable[..., tuple[Step, PyTree, Any]] | None = None
+    """`(step, number, params_bar, carry) -> (cotangents of the step, params_bar, carry)`, for what
+    depends on the inside of a step. `number` counts from 1; number 0 is the start of the solve, a
+    step of size zero that has nothing inside."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last stage of a step is left to the next: nothing else depends on it."""
+        return self.inside is not None and self.tableau.first_same_as_last
+
+    @property
+    def count(self) -> int:
+        """How many stages of a step matter."""
+        tableau = self.tableau
+        return tableau.advancing_stages if self.inside is None else tableau.stages
+
+    def run(self, y1_bar: Float[Array, "rows n"], params_bar: PyTree, carry: Any = None) -> Swept:
+        """From the cotangent of the end state to the cotangents at the start."""
+        zero = jnp.zeros_like(self.t0)
+        slope_bar = jnp.zeros_like(y1_bar) if self.waits else None
+        swept = Swept(y1_bar, slope_bar, params_bar, zero, zero, carry)
+        slope = self.tape.slope if self.waits else None
+        state = _State(self.tape.num_steps, slope, self.tape.checkpoints, swept)
+        first = 0 if self.waits else 1
+        return jax.lax.while_loop(lambda state: state.stop >= first, self._step, state).swept
+
+    def _step(self, state: _State) -> _State:
+        step, checkpoints = self._replay(state)
+        swept, zeros = state.swept, jax.tree.map(jnp.zeros_like, step)
+        bar, params_bar, carry = zeros, swept.params, swept.inside
+        if self.inside is not None:
+            bar, params_bar, carry = self.inside(step, state.stop, params_bar, carry)
+        if swept.slope is not None:
+            bar = bar._replace(k=bar.k.at[-1].add(swept.slope))
+        # Before the first step only its first stage is left, as the last one of step number 0.
+        lowest = jnp.where(state.stop == 0, self.count - 1, 1) if self.waits else 0
+        bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
+        t0_bar, t1_bar = swept.t0, swept.t1
+        if self.timed:
+            # The mesh is fixed relative to the span: t = t0 + s (t1 - t0).
+            span = self.t1 - self.t0
+            safe = jnp.where(span == 0, 1.0, span)
+            s = jnp.where(span == 0, 0.0, (step.t - self.t0) / safe)
+            ds = jnp.where((span == 0) & (state.stop > 0), 1.0, step.h / safe)
+            t0_bar = t0_bar + jnp.sum(bar.t * (1 - s) - bar.h * ds)
+            t1_bar = t1_bar + jnp.sum(bar.t * s + bar.h * ds)
+        slope, slope_bar = (step.k[0], bar.k[0]) if self.waits else (None, None)
+        swept = Swept(bar.y, slope_bar, params_bar, t0_bar, t1_bar, carry)
+        return _State(state.stop - 1, slope, checkpoints, swept)
+
+    def _replay(self, state: _State) -> tuple[Step, Checkpoints]:
+        field = lambda t, y: self.apply(self.params, t, y)
+        count = self.tableau.advancing_stages if self.waits else self.count
+        y, k, checkpoints = replay(
+            field, self.tableau, count, self.tape.times, state.checkpoints, state.stop
+        )
+        if state.slope is not None:
+            k = jnp.concatenate([k, state.slope[None]])
+        t, h = interval(self.tape.times, jnp.maximum(state.stop - 1, 0))
+        if self.waits:
+            h = jnp.where(state.stop == 0, 0.0, h)
+        return Step(t, h, y, k), checkpoints
+
+    def _pull(self, step: Step, bar: Step, y_bar: Float[Array, "rows n"], params_bar, lowest):
+        """The cotangents of a step, given those of its end, and of its stages from elsewhere.
+
+        The stages below `lowest` are left, with the cotangents that they wait with.
+        """
+        t, h, y, k = step
+        A = jnp.asarray(self.tableau.A[: self.count, : self.count], y.dtype)
+        b = jnp.asarray(self.tableau.b[: self.count], y.dtype)
+        c = jnp.asarray(self.tableau.c, t.dtype)
+        varied = None if self.per_step else self.params
+
+        def k_bar_of(i, z_bars, k_bar):
+            return k_bar[i] + h[:, None] * (b[i] * y_bar + weighted_sum(A[:, i], z_bars))
+
+        def stage(j, carry):
+            z_bars, k_bar, params_bar, t_bar, h_bar = carry
+            i = self.count - 1 - j
+            increment, stage_bar = weighted_sum(A[i], k), k_bar_of(i, z_bars, k_bar)
+            z, time = y + h[:, None] * increment, t + c[i] * h
+            apply = lambda params, t, z: self.apply(self.params if self.per_step else params, t, z)
+            if self.timed:
+                _, vjp = jax.vjp(apply, varied, time, z)
+                dparams, dtime, z_bar = vjp(stage_bar)
+                t_bar = t_bar + dtime
+                h_bar = h_bar + c[i] * dtime + jnp.sum(z_bar * increment, axis=1)
+            else:
+                _, vjp = jax.vjp(lambda params, z: apply(params, time, z), varied, z)
+                dparams, z_bar = vjp(stage_bar)
+            if not self.per_step:
+                params_bar = jax.tree.map(jnp.add, params_bar, dparams)
+            return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
+
+        carry = (jnp.zeros_like(k), bar.k, params_bar, bar.t, bar.h)
+        carry = jax.lax.fori_loop(0, self.count - lowest, stage, carry)
+        z_bars, k_bar, params_bar, t_bar, h_bar = carry
+        if self.waits:
+            k_bar = k_bar.at[0].set(k_bar_of(0, z_bars, k_bar))
+        if self.per_step:
+            params_bar = self._gather(step, A, c, k_bar, params_bar)
+        if self.timed:
+            h_bar = h_bar + jnp.sum(y_bar * weighted_sum(b, k), axis=1)
+        return Step(t_bar, h_bar, y_bar + bar.y + jnp.sum(z_bars, axis=0), k_bar), params_bar
+
+    def _gather(self, step: Step, A, c, k_bar, params_bar):
+        """Add the parameter gradient of all stages of a step, but for one that waits."""
+        first = 1 if self.waits else 0
+        z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
+        times = step.t[None] + c[: self.count, None] * step.h[None]
+        stages = lambda params: jax.vmap(self.apply, (None, 0, 0))(params, times[first:], z[first:])
+        (dparams,) = jax.vjp(stages, self.params)[1](k_bar[first:])
+        return jax.tree.map(jnp.add, params_bar, dparams)
