@@ -1,43 +1,39 @@
 """Solvers that are not explicit Runge-Kutta methods, such as implicit ones: solved by diffrax."""
 
+import dataclasses
 from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from equinox.internal import nondifferentiable, nondifferentiable_backward
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode.adjoints import DiscreteAdjoint, ForwardMode
-from jaxode.integrate import Integration
+from jaxode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
+from jaxode.adjoints.continuous import with_tolerances
+from jaxode.integrate import Integration, valid_arguments
 from jaxode.method import Method
-from jaxode.results import Result, Stats
+from jaxode.results import Result, Stats, nan_or_raise
 
 
 class DiffraxSolve(eqx.Module):
     """A gradient method of jaxode for a solver of diffrax, by the like method of diffrax.
 
-    `DiscreteAdjoint` is diffrax's recursive checkpointing, the other two are what their names say.
+    `DiscreteAdjoint` is diffrax's recursive checkpointing, with as many checkpoints. With
+    `BacksolveAdjoint` the cotangents of the parameters are part of the backward solve's state, and
+    so of its error norm and its implicit equations. It has error control whatever the forward solve
+    has, because diffrax cannot take equal steps over several segments. As with explicit solvers, it
+    is of no use for stiff decay, which explodes backwards in time. `ForwardMode` is what its name
+    says.
+
+    Differentiation: with respect to everything but `method`; first derivatives only, but for
+    `ForwardMode` over itself. Derivatives by times are those of the ODE with `BacksolveAdjoint` and
+    over an empty span, where diffrax has none, otherwise those of the computed solution.
     """
 
     solver: diffrax.AbstractSolver
     adjoint: Any = eqx.field(static=True)
-
-    def _controller(self, method: Method) -> diffrax.AbstractStepSizeController:
-        if method.steps is not None:
-            return diffrax.ConstantStepSize()
-        return diffrax.PIDController(rtol=method.rtol, atol=method.atol, dtmax=method.max_step)
-
-    def _adjoint(self, controller) -> diffrax.AbstractAdjoint:
-        if isinstance(self.adjoint, DiscreteAdjoint):
-            return diffrax.RecursiveCheckpointAdjoint()
-        if isinstance(self.adjoint, ForwardMode):
-            return diffrax.ForwardMode()
-        if self.adjoint.rtol is not None or self.adjoint.atol is not None:
-            rtol = controller.rtol if self.adjoint.rtol is None else self.adjoint.rtol
-            atol = controller.atol if self.adjoint.atol is None else self.adjoint.atol
-            controller = diffrax.PIDController(rtol=rtol, atol=atol)
-        return diffrax.BacksolveAdjoint(solver=self.solver, stepsize_controller=controller)
 
     def integrate(
         self,
@@ -50,37 +46,31 @@ class DiffraxSolve(eqx.Module):
         method: Method,
     ) -> Integration:
         """Solve `dy/dt = field(t, y, args)` on one row."""
-        controller = self._controller(method)
-        first_step = method.first_step
-        if first_step is not None:
-            first_step = first_step * jnp.sign(t1 - t0)
-        if method.steps is not None:
-            first_step = (t1 - t0) / method.steps
-        vector_field = lambda t, y, inputs: inputs[0](t[None], y[None], inputs[1])[0]
-        # The end is one more output time: diffrax's backsolve takes no other form.
+        if method.axis_name is not None:
+            raise ValueError(
+                f"{method.raises or 'solve'}(axis_name=...): needs an explicit Runge-Kutta solver, "
+                f"such as diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit "
+                "equations couple the whole state, so do not split it, or use such a solver."
+            )
+        inputs = (field, args, y0, t0, t1, ts)
+        valid = valid_arguments(method, t0, t1, ts)
+        # An empty span in place of times that diffrax would raise for.
+        t0, t1, ts = jax.tree.map(lambda t: jnp.where(valid, t, 0.0), (t0, t1, ts))
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(vector_field),
-            self.solver,
-            t0,
-            t1,
-            first_step,
-            y0[0],
-            args=(field, args),
-            saveat=diffrax.SaveAt(ts=times),
-            stepsize_controller=controller,
-            adjoint=self._adjoint(controller),
-            max_steps=method.tape_length + (method.steps is not None),
-            throw=False,
-        )
+        ode = _Field(field, args)
+        moves = (t0 == t1) | isinstance(self.adjoint, BacksolveAdjoint)
+        y = _along(y0[0], t0, ode, jnp.where(moves, -1.0, 0.0))
+        solution = self._solve(ode, y, t0, t1, ts, method)
         states = solution.ys
         assert states is not None
-        result = _result(solution.result, states)
-        # NaN times all inputs, so that every gradient of a failed solve is NaN as well.
-        inputs = jax.tree.leaves(eqx.filter((field, args, y0, t0, t1, ts), eqx.is_inexact_array))
-        total = sum(jnp.sum(leaf).astype(states.dtype) for leaf in inputs)
-        failed = jnp.where(result == Result.SUCCESS, 0.0, jnp.nan).astype(states.dtype)
-        states = states + failed * total
+        assert solution.ts is not None
+        states = _along(states, times, ode, jnp.where(moves, 1.0, 0.0))
+        result, reached = _result(ode, solution, states, t0, t1, method)
+        result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
+        reached = jnp.where(valid, reached, inputs[3])
+        failed = result != Result.SUCCESS
+        states = states * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
+        states = _nan_tangents(states, failed, inputs)
         count = solution.stats
         stats = Stats(
             count["num_steps"][None],
@@ -88,16 +78,231 @@ class DiffraxSolve(eqx.Module):
             count["num_rejected_steps"][None],
             jnp.full(1, -1),
         )
-        reached = jnp.where(result == Result.SUCCESS, t1, jnp.nan)[None]
         ys = None if ts is None else states[:-1, None]
-        return Integration(states[-1:], ys, stats, result[None], reached, jnp.zeros_like(reached))
+        reached = jax.lax.stop_gradient(jnp.where(failed, reached, t1))[None]
+        out = Integration(states[-1:], ys, stats, result[None], reached, jnp.zeros_like(reached))
+        if not isinstance(self.adjoint, ForwardMode):
+            return out
+        message = (
+            "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
+            "jax.jacfwd). Use adjoint=jaxode.DiscreteAdjoint() for jax.grad and jax.vjp."
+        )
+        return nondifferentiable_backward(out, msg=message)
+
+    def _solve(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
+        """By diffrax; the end is the last of the saved states."""
+        if not isinstance(self.adjoint, ForwardMode):
+            name = type(self.adjoint).__name__
+            ode, y0, t0, t1, ts = _first_derivatives_only((ode, y0, t0, t1, ts), name)
+        if isinstance(self.adjoint, BacksolveAdjoint):
+            t0, t1, ts = jax.lax.stop_gradient((t0, t1, ts))
+        first_step = method.first_step
+        if first_step is not None:
+            first_step = first_step * jnp.sign(t1 - t0)
+        if method.steps is not None:
+            first_step = (t1 - t0) / method.steps
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, ode: ode(t, y)),
+            _with_root_finder_tolerances(self.solver, method),
+            t0,
+            t1,
+            first_step,
+            y0,
+            args=ode,
+            saveat=diffrax.SaveAt(ts=ts, t1=True),
+            stepsize_controller=_controller(method),
+            adjoint=self._adjoint(method, jnp.sign(t1 - t0)),
+            max_steps=method.tape_length + (method.steps is not None),
+            throw=False,
+        )
+
+    def _adjoint(self, method: Method, sign: Float[Array, ""]) -> diffrax.AbstractAdjoint:
+        if isinstance(self.adjoint, DiscreteAdjoint):
+            return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.adjoint.checkpoints)
+        if isinstance(self.adjoint, ForwardMode):
+            return diffrax.ForwardMode()
+        method = with_tolerances(method, self.adjoint.rtol, self.adjoint.atol)
+        controller = _controller(dataclasses.replace(method, steps=None))
+        return _Backsolve(
+            sign,
+            method.raises,
+            solver=self.solver,
+            stepsize_controller=controller,
+            max_steps=method.max_steps,
+        )
 
 
-def _result(result: diffrax.RESULTS, states: Float[Array, "times n"]):
-    failed = jnp.where(
-        result == diffrax.RESULTS.max_steps_reached,
-        Result.MAX_STEPS_REACHED,
-        Result.IMPLICIT_SOLVE_FAILED,
+class _Field(eqx.Module):
+    """The vector field on one row and its arguments."""
+
+    field: Any
+    args: PyTree
+
+    def __call__(self, t: Float[Array, ""], y: Float[Array, " n"]) -> Float[Array, " n"]:
+        return self.field(t[None], y[None], self.args)[0]
+
+
+def _controller(method: Method) -> diffrax.AbstractStepSizeController:
+    if method.steps is not None:
+        return diffrax.ConstantStepSize()
+    # The least step stops a solve whose steps no longer move the time: they are rounded to zero.
+    dtmin = jnp.finfo(method.rtol.dtype).tiny
+    return diffrax.PIDController(
+        rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
     )
-    finite = jnp.where(jnp.isfinite(states).all(), Result.SUCCESS, Result.NON_FINITE)
-    return jnp.where(result == diffrax.RESULTS.successful, finite, failed).astype(jnp.int32)
+
+
+def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
+    """The solver, its implicit equations solved to the call's tolerances unless it has its own.
+
+    diffrax itself does so with error control only.
+    """
+    if method.steps is None or not isinstance(solver, diffrax.AbstractImplicitSolver):
+        return solver
+    unset: Any = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)()
+    finder: Any = solver.root_finder
+    names = [n for n in ("rtol", "atol", "norm") if getattr(finder, n) is getattr(unset, n)]
+    given = diffrax.PIDController(rtol=method.rtol, atol=method.atol)
+    fields = lambda of: [getattr(of, name) for name in names]
+    return eqx.tree_at(lambda s: fields(s.root_finder), solver, fields(given))
+
+
+class _Backsolve(diffrax.BacksolveAdjoint):
+    """diffrax's method, but a backward solve that fails raises or gives NaN, never a number."""
+
+    sign: Float[Array, ""]
+    raises: str | None = eqx.field(static=True)
+
+    def __init__(self, sign, raises, **options):
+        super().__init__(**options)
+        self.sign = sign
+        self.raises = raises
+
+    @property
+    def _diffeqsolve(self):
+        def solve(**options):
+            solution = diffrax.diffeqsolve(**options)
+            result = _code(solution.result)
+            # diffrax solves forward in time, and gives the adjoint the negative of time if need be.
+            reached = solution.ts[-1] * self.sign
+            nan = jnp.full_like(reached, jnp.nan)
+            if self.raises is not None:
+                nan = nan_or_raise(result, reached, f"{self.raises} (backward solve)")
+            guard = lambda y: jnp.where(result == Result.SUCCESS, y, nan.astype(y.dtype))
+            return eqx.tree_at(lambda s: s.ys, solution, jax.tree.map(guard, solution.ys))
+
+        return solve
+
+
+@eqx.filter_custom_jvp
+def _along(y: Float[Array, "*times n"], t: Float[Array, "*times"], ode: _Field, speed):
+    """The state `y` at time `t`, whose derivative by `t` is `speed` times the field."""
+    del t, ode, speed
+    return y
+
+
+@_along.def_jvp
+def _along_jvp(primals, tangents):
+    y, t, ode, speed = primals
+    y_dot, t_dot, _, _ = tangents
+    if t_dot is not None:
+        slope = jax.lax.map(lambda point: ode(*point), (t, y)) if t.ndim else ode(t, y)
+        slope = jnp.where(speed == 0, 0.0, speed.astype(y.dtype) * slope)
+        moved = t_dot.astype(y.dtype)[..., None] * slope
+        y_dot = moved if y_dot is None else y_dot + moved
+    return _along(*primals), y_dot
+
+
+@eqx.filter_custom_jvp
+def _nan_tangents(states: Float[Array, "times n"], failed: Bool[Array, ""], inputs: PyTree):
+    """The states, whose derivatives by all inputs are NaN if the solve failed."""
+    del failed, inputs
+    return states
+
+
+@_nan_tangents.def_jvp
+def _nan_tangents_jvp(primals, tangents):
+    states, failed, inputs = primals
+    states_dot, _, dots = tangents
+    states_dot = jnp.zeros_like(states) if states_dot is None else states_dot
+    total = sum(
+        (jnp.sum(dot.real).astype(states.dtype) for dot in jax.tree.leaves(dots)),
+        jnp.zeros((), states.dtype),
+    )
+    # Not one product with NaN or zero: it would be NaN for an infinite tangent.
+    nan = jnp.where(failed, total, 0.0) * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
+    return _nan_tangents(*primals), _nan_tangents(states_dot + nan, failed, inputs)
+
+
+def _first_derivatives_only(inputs: PyTree, name: str) -> PyTree:
+    """The inputs of a solve, with an error if its gradient is differentiated."""
+    arrays, rest = eqx.partition(inputs, eqx.is_inexact_array)
+    return eqx.combine(_once(arrays, name), rest)
+
+
+@eqx.filter_custom_vjp
+def _once(arrays, name):
+    del name
+    return arrays
+
+
+@_once.def_fwd
+def _once_forward(perturbed, arrays, name):
+    del perturbed
+    # This runs for a gradient, so a tangent that it sees is that of a second derivative.
+    message = (
+        f"{name}: with an implicit solver, the gradient of a solve cannot be differentiated. Use "
+        "adjoint=jaxode.ForwardMode() for forward over forward, or an explicit solver."
+    )
+    return nondifferentiable(arrays, msg=message), None
+
+
+@_once.def_bwd
+def _once_backward(residuals, out, perturbed, arrays, name):
+    del residuals, perturbed, arrays, name
+    return out
+
+
+def _code(result: diffrax.RESULTS) -> Int[Array, ""]:
+    """The code for how diffrax says that a solve ended."""
+    codes = [
+        (diffrax.RESULTS.successful, Result.SUCCESS),
+        (diffrax.RESULTS.max_steps_reached, Result.MAX_STEPS_REACHED),
+        (diffrax.RESULTS.dt_min_reached, Result.STEP_SIZE_UNDERFLOW),
+    ]
+    code: Any = Result.IMPLICIT_SOLVE_FAILED
+    for theirs, ours in codes:
+        code = jnp.where(result == theirs, ours, code)
+    return jnp.asarray(code, jnp.int32)
+
+
+def _result(
+    ode: _Field, solution: diffrax.Solution, states: Float[Array, "times n"], t0, t1, method: Method
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """How a solve ended, and the time it reached; NaN if that is not known.
+
+    diffrax takes a step with a NaN for one with a large error. So the field is looked at where a
+    failed solve stopped: if it is not finite just beyond, that is the cause.
+    """
+    ode, states, t0, t1 = jax.lax.stop_gradient((ode, states, t0, t1))
+    code = _code(solution.result)
+    # What diffrax has not saved has an infinite time; the last it saves is where it stopped.
+    saved = jax.lax.stop_gradient(solution.ts)
+    last = jnp.sum(jnp.isfinite(saved)) - 1
+    t, y = saved[last], states[last]
+    limits = jnp.finfo(t.dtype)
+    # 8: the steps before the last that moved the time have left less than this.
+    h = jnp.sign(t1 - t0) * jnp.maximum(8 * limits.eps * jnp.abs(t), 8 * limits.tiny)
+
+    def finite_beyond():
+        return jnp.isfinite(ode(t + h, y + h.astype(y.dtype) * ode(t, y))).all()
+
+    failed = code != Result.SUCCESS
+    finite = jax.lax.cond(failed, finite_beyond, lambda: jnp.isfinite(states).all())
+    code = jnp.where(finite, code, Result.NON_FINITE)
+    if method.steps is not None:
+        # Without error control a step that fails is taken nevertheless.
+        taken = solution.stats["num_steps"].astype(t.dtype) - 1
+        t = t0 + taken / method.steps * (t1 - t0)
+    # A state that became infinite or NaN unnoticed did so at some time before the end.
+    return code, jnp.where(failed, t, jnp.nan)

@@ -163,7 +163,7 @@ def integrate(
         tape = Tape(times, zero, Checkpoints.start(checkpoints, tableau.stages, y0), slope)
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    result = jnp.where(_valid(method, t0, t1, ts), Result.SUCCESS, Result.INVALID_ARGUMENT)
+    result = jnp.where(valid_arguments(method, t0, t1, ts), Result.SUCCESS, Result.INVALID_ARGUMENT)
     result = jnp.broadcast_to(result, (rows,)).astype(jnp.int32)
     # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
     done = jnp.zeros(rows, bool)
@@ -218,7 +218,7 @@ def integrate(
     return Integration(y1, ys, stats, result, t_reached, final.h), final.tape
 
 
-def _valid(method: Method, t0, t1, ts) -> Bool[Array, ""]:
+def valid_arguments(method: Method, t0, t1, ts) -> Bool[Array, ""]:
     """The rules for values that are known only at run time."""
     valid = jnp.isfinite(t0) & jnp.isfinite(t1) & (method.rtol >= 0) & (method.atol >= 0)
     if ts is None:

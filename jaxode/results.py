@@ -81,7 +81,8 @@ class Solution(eqx.Module):
     result: Int[Array, "*rows"]
     """A `Result` code; with per-sample steps, one per row."""
     t_reached: Float[Array, "*rows"]
-    """The time at which the solve stopped: the end time unless it failed."""
+    """The time at which the solve stopped: the end time unless it failed. NaN if not known, which
+    can only be where a solver of diffrax without error control went on with a NaN."""
 
     @property
     def ok(self) -> Bool[Array, "*rows"]:
@@ -90,13 +91,18 @@ class Solution(eqx.Module):
 
 
 def failure_message(where: str, result: Any, t_reached: Any) -> str:
-    """One sentence for the first failure among `result` (any shape), reached at `t_reached`."""
+    """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
+
+    A time that is not finite, such as one that is not known, is left out.
+    """
     codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
     failed = np.flatnonzero(codes)
     first = int(failed[0])
     cause, remedy = _EXPLANATIONS[Result(int(codes[first]))]
     rows = f" in {failed.size} of {codes.size} rows, first in row {first}" if codes.size > 1 else ""
-    return f"{where}: {cause} at t={float(times[first]):.6g}{rows}. {remedy}"
+    time = float(times[first])
+    at = f" at t={time:.6g}" if np.isfinite(time) else ""
+    return f"{where}: {cause}{at}{rows}. {remedy}"
 
 
 def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], where: str):

@@ -1,13 +1,18 @@
 """Stiff problems by diffrax's implicit solvers, behind the same call."""
 
+import re
+
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from problems import solver_name
 
 import jaxode
+
+ADJOINTS = [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint(), jaxode.ForwardMode()]
 
 
 def van_der_pol(t, y, mu):
@@ -83,6 +88,194 @@ def test_failed_implicit_solve():
         run(jnp.ones(1))
     assert jnp.isnan(run(jnp.ones(1), throw=False).y1).all()
     assert jnp.isnan(jax.grad(lambda y0: run(y0, throw=False).y1.sum())(jnp.ones(1))).all()
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_infinite_argument_that_does_not_matter(adjoint):
+    f = lambda t, y, a: -jnp.minimum(y, a)
+    run = lambda y0: jaxode.solve(
+        f, y0, 0.0, 1.0, jnp.array(jnp.inf), solver=diffrax.Kvaerno5(), adjoint=adjoint
+    ).y1.sum()
+    derivative = jax.jacfwd if isinstance(adjoint, jaxode.ForwardMode) else jax.grad
+    # 1e-4: an order above the default tolerance.
+    np.testing.assert_allclose(run(jnp.ones(2)), 2 * np.exp(-1.0), rtol=1e-4)
+    np.testing.assert_allclose(derivative(run)(jnp.ones(2)), np.exp(-1.0) * np.ones(2), rtol=1e-4)
+
+
+def test_every_gradient_of_a_failed_solve_is_nan():
+    """Also by what the solve does not depend on."""
+
+    def run(y0, args, t0, t1, ts):
+        f = lambda t, y, args: y**2 + 0.0 * args["used"]
+        solution = jaxode.solve(
+            f, y0, t0, t1, args, ts=ts, solver=diffrax.Kvaerno3(), max_steps=20, throw=False
+        )
+        return solution.y1.sum()
+
+    args = {"used": jnp.ones(1), "not": jnp.array(jnp.inf)}
+    inputs = (jnp.ones(1), args, 0.0, 3.0, jnp.array([0.5]))
+    for gradient in jax.tree.leaves(jax.grad(run, argnums=(0, 1, 2, 3, 4))(*inputs)):
+        assert jnp.isnan(gradient).all()
+
+
+def linear(t, y, a):
+    return -a * t * y
+
+
+def outputs(a, y0, t0, t1, ts, **options):
+    options = {"solver": diffrax.Kvaerno5(), "rtol": 1e-8, "atol": 1e-8, **options}
+    solution = jaxode.solve(linear, y0, t0, t1, a, ts=ts, **options)
+    return solution.y1.sum() + jnp.sum(jnp.array([[1.0], [2.0]]) * solution.ys)
+
+
+def exact(a, y0, t0, t1, ts):
+    flow = lambda t: y0 * jnp.exp(-0.5 * a * (t**2 - t0**2))
+    return flow(t1).sum() + flow(ts[0]).sum() + 2.0 * flow(ts[1]).sum()
+
+
+POINTS = {
+    "forward": (2.0, jnp.ones(2), 0.3, 1.5, jnp.array([0.7, 1.2])),
+    "backward": (2.0, jnp.ones(2), 1.5, 0.3, jnp.array([1.2, 0.7])),
+    "empty": (2.0, jnp.ones(2), 0.3, 0.3, jnp.array([0.3, 0.3])),
+}
+# Equal steps are differentiated at a looser tolerance: diffrax's root finder gives up on one that
+# it cannot reach, and cannot take a shorter step.
+EQUAL_STEPS = {"steps": 60, "rtol": 1e-6, "atol": 1e-6}
+CASES = [("forward", {}), ("forward", EQUAL_STEPS), ("backward", {"max_step": 0.1}), ("empty", {})]
+
+
+@pytest.mark.parametrize(("point", "options"), CASES, ids=str)
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, jaxode.BacksolveAdjoint(rtol=1e-9)], ids=str)
+def test_derivatives_by_everything(adjoint, options, point):
+    derivative = jax.jacfwd if isinstance(adjoint, jaxode.ForwardMode) else jax.grad
+    run = lambda *inputs: outputs(*inputs, adjoint=adjoint, **options)
+    actual = derivative(run, argnums=(0, 1, 2, 3, 4))(*POINTS[point])
+    expected = jax.grad(exact, argnums=(0, 1, 2, 3, 4))(*POINTS[point])
+    for mine, theirs in zip(actual, expected, strict=True):
+        # 1e-5: the tolerance, and that of an interpolant's derivative by the time.
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_adjoint_settings_reach_diffrax(monkeypatch):
+    seen = []
+    solve = diffrax.diffeqsolve
+    monkeypatch.setattr(
+        diffrax, "diffeqsolve", lambda *args, **kw: (seen.append(kw), solve(*args, **kw))[1]
+    )
+    run = lambda adjoint: jax.grad(lambda a: jaxode.solve(
+        linear, jnp.ones(1), 0.0, 1.0, a, solver=diffrax.Kvaerno3(), adjoint=adjoint, max_step=0.1
+    ).y1.sum())(2.0)  # fmt: skip
+    run(jaxode.DiscreteAdjoint(checkpoints=5))
+    assert seen[0]["adjoint"].checkpoints == 5
+    run(jaxode.BacksolveAdjoint(rtol=1e-9))
+    backward = seen[-1]["stepsize_controller"]
+    assert backward.dtmax is not None
+
+
+@pytest.mark.parametrize("solver", [diffrax.ImplicitEuler(), diffrax.Kvaerno4()], ids=solver_name)
+def test_equal_steps_solve_to_the_tolerances_of_the_call(solver):
+    """Implicit Euler has the solution `y / (1 + h a)` per step."""
+    run = lambda a, **options: jaxode.solve(
+        lambda t, y, a: -a * y, jnp.ones(1), 0.0, 1.0, a, solver=solver, steps=20, **options
+    )
+    solution = run(2.0)
+    expected = 1.1**-20 if isinstance(solver, diffrax.ImplicitEuler) else np.exp(-2.0)
+    np.testing.assert_allclose(solution.y1, expected, rtol=1e-4)
+    assert solution.stats.num_steps == 20
+    gradient = jax.grad(lambda a: run(a).y1[0])(2.0)
+    slope = -(1.1**-21) if isinstance(solver, diffrax.ImplicitEuler) else -np.exp(-2.0)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4)
+
+
+def root(t, y, a):
+    return -y * a * jnp.sqrt(0.5 - t)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("ts", [None, np.array([0.2, 0.9])])
+def test_a_field_that_becomes_nan(ts, adjoint):
+    cause = r"^solve: the vector field or the state is not finite at t=0\.5\."
+    with pytest.raises(jaxode.SolveError, match=cause):
+        jaxode.solve(
+            root, jnp.ones(2), 0.0, 1.0, 2.0, ts=ts, solver=diffrax.Kvaerno5(), adjoint=adjoint
+        )
+
+
+@pytest.mark.parametrize(
+    ("f", "t1", "options", "message"),
+    [
+        (root, 1.0, {"steps": 100}, "the vector field or the state is not finite at t=0.49"),
+        (root, 1.0, {"max_steps": 30}, "the steps ran out at t=0.49"),
+        (lambda t, y, a: -a * jnp.sqrt(y) - 0.1, 9.0, {}, "the vector field or the state is not"),
+        (lambda t, y, a: y * jnp.sqrt(t + 0.5), -1.0, {}, "the vector field or the state is not"),
+        (lambda t, y, a: y * jnp.nan, 1.0, {}, "the vector field or the state is not"),
+    ],
+)
+def test_cause_and_time_of_a_failure(f, t1, options, message):
+    with pytest.raises(jaxode.SolveError, match=re.escape(message)) as error:
+        jaxode.solve(f, jnp.ones(2), 0.0, t1, 2.0, solver=diffrax.Kvaerno5(), **options)
+    assert "t=nan" not in str(error.value)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize(
+    ("t1", "ts"),
+    [(1.0, [0.7, 0.2]), (1.0, [0.7, 1.2]), (1.0, [0.7, np.nan]), (np.inf, [0.2, 0.7])],
+)
+def test_times_that_are_invalid_at_run_time(t1, ts, adjoint):
+    run = jax.jit(lambda t1, ts, a: jaxode.solve(
+        linear, jnp.ones(2), 0.0, t1, a, ts=ts, solver=diffrax.Kvaerno3(), throw=False,
+        adjoint=adjoint,
+    ))  # fmt: skip
+    solution = run(t1, jnp.array(ts), 2.0)
+    assert solution.result == jaxode.Result.INVALID_ARGUMENT
+    assert jnp.isnan(solution.y1).all()
+    assert jnp.isnan(solution.ys).all()
+    assert solution.t_reached == 0.0
+    derivative = jax.jacfwd if isinstance(adjoint, jaxode.ForwardMode) else jax.grad
+    assert jnp.isnan(derivative(lambda a: run(t1, jnp.array(ts), a).y1.sum())(2.0))
+
+
+def test_derivatives_that_implicit_solvers_do_not_have():
+    run = lambda a, adjoint: jaxode.solve(
+        linear, jnp.ones(1), 0.0, 1.0, a, solver=diffrax.Kvaerno3(), adjoint=adjoint
+    ).y1[0]
+    with pytest.raises(RuntimeError, match=r"^ForwardMode: a solve with this adjoint has forward"):
+        jax.grad(run)(2.0, jaxode.ForwardMode())
+    for adjoint in (jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()):
+        message = f"^{type(adjoint).__name__}: with an implicit solver, the gradient of a solve"
+        for second in (jax.jacrev, jax.jacfwd):
+            with pytest.raises(RuntimeError, match=message):
+                second(jax.grad(run))(2.0, adjoint)
+    second = jax.jacfwd(jax.jacfwd(run))(2.0, jaxode.ForwardMode())
+    # `exp(-a / 2)` twice; 1e-3: two orders above the default tolerance.
+    np.testing.assert_allclose(second, np.exp(-1.0) / 4, rtol=1e-3)
+
+
+def test_split_states_need_an_explicit_solver():
+    run = lambda y: (
+        jaxode.solve(linear, y, 0.0, 1.0, 1.0, solver=diffrax.Kvaerno3(), axis_name="i").y1
+    )
+    with pytest.raises(ValueError, match=r"^solve\(axis_name=...\): needs an explicit Runge-Kutta"):
+        jax.vmap(run, axis_name="i")(jnp.ones((2, 2)))
+
+
+def test_backsolve_of_stiff_decay_fails_and_says_so():
+    """Backwards in time the decay explodes: no gradient, where the discrete adjoint has one."""
+    f = lambda t, y, a: -a * (y - jnp.cos(t))
+    run = lambda a, adjoint, throw: jaxode.solve(
+        f, jnp.ones(1), 0.0, 1.0, a, solver=diffrax.Kvaerno5(), adjoint=adjoint, throw=throw,
+        rtol=1e-8, atol=1e-8,
+    ).y1[0]  # fmt: skip
+    a = 1000.0
+    # y = (a^2 cos t + a sin t) / (a^2 + 1) once the transient is over.
+    solution = lambda a: (a**2 * jnp.cos(1.0) + a * jnp.sin(1.0)) / (a**2 + 1)
+    gradient = jax.grad(run)(a, jaxode.DiscreteAdjoint(), True)
+    # 1e-2: of a gradient of 1e-6 at a tolerance of 1e-8.
+    np.testing.assert_allclose(gradient, jax.grad(solution)(a), rtol=1e-2)
+    assert jnp.isnan(jax.grad(run)(a, jaxode.BacksolveAdjoint(), False))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"solve \(backward solve\): "):
+        jax.grad(run)(a, jaxode.BacksolveAdjoint(), True)
 
 
 def test_batch_with_joint_steps():
