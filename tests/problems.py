@@ -7,6 +7,7 @@ from typing import Any
 import diffrax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ PROBLEMS = [
         lambda t: np.exp(np.array([np.sin(t * t), np.cos(t * t)])),
     ),
 ]
+
+
+def linear_gradients(A, v, w):
+    """The gradients of `w . y(1)` with respect to `v` and `A`, where `y' = A y`, `y(0) = v`."""
+    A, n = np.asarray(A), len(v)
+    # Van Loan (1978): the block above the diagonal of this exponential is the integral over s of
+    # expm(A^T (1 - s)) w (expm(A s) v)^T, which is the gradient with respect to A.
+    block = np.block([[A.T, np.outer(w, v)], [np.zeros((n, n)), A.T]])
+    return scipy.linalg.expm(A).T @ w, scipy.linalg.expm(block)[:n, n:]
+
 
 # Every explicit Runge-Kutta solver of diffrax: (solver, order, adaptive). A new one is one row.
 SOLVERS = [

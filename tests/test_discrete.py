@@ -98,6 +98,23 @@ def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, toleran
         np.testing.assert_allclose(actual_ts, expected_ts, rtol=1e-11, atol=1e-12)
 
 
+def test_outputs_on_and_beside_the_ends_of_steps_equal_autodiff():
+    """Four steps on [0, 2]; the loops of both save an output on a knot from the step before it."""
+    ts = jnp.array([0.0, 0.5 - 1e-9, 0.5, 0.5 + 1e-9, 1.0, 1.5, 1.5 + 1e-3, 2.0])
+    inputs = (Y0, jnp.array(0.0), jnp.array(2.0), ARGS, ts)
+    mesh = jnp.linspace(0.0, 1.0, 5)
+
+    def ours(y0, t0, t1, args, ts):
+        solution = jaxode.solve(pendulum, y0, t0, t1, args, ts=ts, steps=4)
+        return scalar(solution.y1, solution.ys)
+
+    reference = lambda *inputs: scalar(*unrolled(diffrax.Tsit5(), mesh, *inputs))
+    argnums = (0, 1, 2, 3, 4)
+    expected = jax.value_and_grad(reference, argnums)(*inputs)
+    actual = jax.value_and_grad(ours, argnums)(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), actual, expected)
+
+
 @pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
 def test_check_grads_on_fixed_steps(solver, order, adaptive):
     """With equal steps the discrete solution is a smooth function of everything."""

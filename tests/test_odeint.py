@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import ode
 from jax.test_util import check_grads
+from scipy.integrate import solve_ivp
 
 import jaxode
 
@@ -40,6 +41,78 @@ def test_values_and_gradients_agree_with_the_original():
     ):
         # Both at the default tolerance of 1.4e-8, amplified by the weights.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# The fields of the upstream test suite: (func, y0, t, args).
+RANDOM = np.random.default_rng(0).normal(size=(3, 3))
+UPSTREAM = {
+    "pendulum near the top": (
+        lambda y, t, m, g: jnp.stack([y[1], -m * y[1] - g * jnp.sin(y[0])]),
+        [np.pi - 0.1, 0.0], np.linspace(0.0, 1.0, 11), (0.25, 9.8),
+    ),
+    "weird time": (
+        lambda y, t: jnp.stack([y[1] * -t, -y[1] - 9.8 * jnp.sin(y[0])]),
+        [np.pi - 0.1, 0.0], np.linspace(0.0, 1.0, 11), (),
+    ),
+    "decay with arrays": (
+        lambda y, t, a, b: -jnp.sqrt(t) - y + a - jnp.mean((y + b) ** 2),
+        RANDOM[0], np.linspace(0.1, 0.2, 4), (RANDOM[1], RANDOM[2]),
+    ),
+    "swoop": (
+        lambda y, t, a, b: y - jnp.sin(t) - jnp.cos(t) * a + b,
+        np.linspace(1.1, 10.9, 10), np.array([0.1, 0.2]), (0.1, 0.3),
+    ),
+    "backwards": (
+        lambda y, t, a: -a * jnp.sin(y) * t, [0.3, -1.0], np.array([2.0, 0.7, 0.1]), (0.5,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_upstream_fields_against_scipy_and_differences(name):
+    func, y0, t, args = jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | float) else x,
+        (UPSTREAM[name][0], np.array(UPSTREAM[name][1]), *UPSTREAM[name][2:]),
+    )
+    run = jax.jit(lambda y0, t, args: jaxode.odeint(func, y0, t, *args, rtol=1e-10, atol=1e-10))
+    scipy = solve_ivp(
+        lambda t, y: np.asarray(func(jnp.asarray(y), jnp.asarray(t), *args)),
+        (t[0], t[-1]), y0, "DOP853", t, rtol=1e-9, atol=1e-9,
+    )  # fmt: skip
+    np.testing.assert_allclose(run(y0, t, args), scipy.y.T, rtol=1e-6)
+    check_grads(run, (y0, t, args), order=1, modes=("rev",), rtol=1e-5)
+
+
+def test_state_of_leaves_of_any_rank():
+    y0 = (jnp.array(-0.1), jnp.array([[[0.1]]]))
+    run = lambda a: jaxode.odeint(
+        lambda y, t, a: jax.tree.map(lambda x: -a * x, y), y0, jnp.array([0.0, 1.0]), a
+    )
+    scalar, cube = run(0.5)
+    np.testing.assert_allclose(scalar[-1], -0.1 * np.exp(-0.5), rtol=1e-7)
+    np.testing.assert_allclose(cube[-1], 0.1 * np.exp(-0.5).reshape(1, 1, 1), rtol=1e-7)
+    gradient = jax.grad(lambda a: run(a)[1][-1, 0, 0, 0])(0.5)
+    np.testing.assert_allclose(gradient, -0.1 * np.exp(-0.5), rtol=1e-6)
+
+
+def test_gradients_of_third_order():
+    """`y(1) = exp(-a)` has the third derivative `-exp(-a)`."""
+    run = lambda a: jaxode.odeint(
+        lambda y, t, a: -a * y, jnp.ones(()), jnp.array([0.0, 1.0]), a, rtol=1e-9, atol=1e-9
+    )[-1]
+    third = jax.jit(jax.grad(jax.grad(jax.grad(run))))(0.7)
+    np.testing.assert_allclose(third, -np.exp(-0.7), rtol=1e-6)
+
+
+def test_without_jit():
+    """Upstream issue 2598: `vmap` of a solve, step by step in Python."""
+    run = lambda y0: jaxode.odeint(
+        lambda y, t: y, y0, jnp.array([0.0, 1.0]), rtol=1e-3, atol=1e-3
+    )[-1]  # fmt: skip
+    y0 = jnp.array([[1.0, 2.0], [0.0, -1.0]])
+    # Without jit, JAX takes the members of an enum for int64, which strict promotion forbids.
+    with jax.disable_jit(), jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(jax.vmap(run)(y0), np.e * y0, rtol=1e-2)
 
 
 def test_gradients_of_second_order():
