@@ -108,7 +108,7 @@ def test_outputs_on_and_beside_the_ends_of_steps(name):
     assert_close(gradient(name)(ours, argnums)(*inputs), jax.grad(exact, argnums)(*inputs), 1e-7)
 
 
-@pytest.mark.parametrize("name", ADJOINTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_zero_span(name):
     """`y1 = y0`, and the derivatives of `y1` and of an output by the times are `-+f`."""
 
@@ -248,14 +248,57 @@ def test_second_derivatives(ts):
     assert_close(backsolve, expected, 1e-6)
 
 
+@pytest.mark.parametrize("name", [*AGAIN, "forward"])
+def test_second_derivatives_of_a_failed_solve_are_nan(name):
+    """The solution of `y' = r y^2` ends at `t = 1 / (r y0)`."""
+
+    def run(y0, rate):
+        return jaxode.solve(
+            lambda t, y, r: r * y**2, y0, 0.0, 3.0, rate, adjoint=EVERY[name], throw=False,
+            max_steps=200,
+        ).y1[0]  # fmt: skip
+
+    again = AGAIN.get(name, jax.jacfwd)
+    second = again(gradient(name)(run, (0, 1)), (0, 1))(jnp.ones(1), jnp.array(1.0))
+    assert [bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(second)] == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["discrete", "forward"])
+def test_hessian_at_zero_span(name):
+    """`y1 = y0 exp(-2 (t1 - t0))`, which has curvature where no step is taken, too."""
+    run = lambda t: jaxode.solve(
+        lambda t, y, _: -2 * y, jnp.array([3.0]), t[0], t[1], adjoint=EVERY[name]
+    ).y1[0]  # fmt: skip
+    hessian = jax.jacfwd(gradient(name)(run))(jnp.ones(2))
+    np.testing.assert_allclose(hessian, 3 * np.array([[4.0, -4.0], [-4.0, 4.0]]), rtol=1e-12)
+
+
 UNSUPPORTED = {
     "reverse mode of ForwardMode": (
+        RuntimeError,
         lambda: jax.grad(loss(jaxode.ForwardMode()))(*INPUTS),
         "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
         "jax.jacfwd). Use adjoint=jaxode.DiscreteAdjoint() for jax.grad and jax.vjp.",
     ),
     **{
+        f"{mode} of {name}": (
+            TypeError,
+            lambda call=call, adjoint=ADJOINTS[name]: call(
+                lambda y0: loss(adjoint)(y0, *INPUTS[1:])
+            ),
+            f"{type(ADJOINTS[name]).__name__} has reverse-mode derivatives (jax.grad, jax.vjp), "
+            "but no forward mode (jax.jvp, jax.jacfwd) of the solve itself. Use "
+            "adjoint=jaxode.ForwardMode().",
+        )
+        for name in AGAIN
+        for mode, call in {
+            "jvp": lambda f: jax.jvp(f, (Y0,), (Y0,)),
+            "jacfwd": lambda f: jax.jacfwd(f)(Y0),
+        }.items()
+    },
+    **{
         f"reverse over reverse of {name}": (
+            RuntimeError,
             lambda adjoint=adjoint: jax.jacrev(jax.grad(loss(adjoint)))(*INPUTS),
             f"{type(adjoint).__name__}: the gradient of a solve can be differentiated in forward "
             "mode only, as in jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for "
@@ -269,10 +312,10 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_a_method_cannot_do_names_the_one_that_can(name):
-    call, message = UNSUPPORTED[name]
-    with pytest.raises(RuntimeError) as info:
+    exception, call, message = UNSUPPORTED[name]
+    with pytest.raises(exception) as info:
         call()
-    assert str(info.value) == message
+    assert str(info.value).removeprefix("solve(adjoint=...): ") == message
 
 
 def test_backsolve_is_wrong_where_the_docs_say_so():

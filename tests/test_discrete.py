@@ -295,6 +295,87 @@ def test_changed_field_is_not_taken_for_what_it_was(transform):
         np.testing.assert_allclose(transform(jax.grad(run))(rate), -np.exp(-rate), rtol=1e-6)
 
 
+class Inner(eqx.Module):
+    """A field whose program hides a constant in the jaxpr of an inner `jit`."""
+
+    table: jax.Array
+
+    def __call__(self, t, y, args):
+        return jax.jit(lambda y: -self.table * y)(y)
+
+
+def inner_jit_of_mutable(table):
+    """One field whose table is replaced; `jit` within it holds it as a constant."""
+
+    def field(t, y, args):
+        return jax.jit(lambda y: -table[0] * y)(y)
+
+    def use(rate):
+        table[0] = rate
+        return field
+
+    return use
+
+
+def callback(current):
+    def field(t, y, args):
+        rate = lambda t: np.full(np.shape(t), current[0])
+        t = jax.lax.stop_gradient(t)
+        shape = jax.ShapeDtypeStruct(t.shape, t.dtype)
+        return -jax.pure_callback(rate, shape, t, vmap_method="broadcast_all") * y
+
+    def use(rate):
+        current[0] = rate
+        return field
+
+    return use
+
+
+# From a rate to the field -rate y. The field is the same one whose rate changes, or a new one.
+CHANGING = {
+    "inner jit of numpy": (lambda use: lambda r: use(np.array([r])))(inner_jit_of_mutable([None])),
+    "inner jit of jax": (lambda use: lambda r: use(jnp.array([r])))(inner_jit_of_mutable([None])),
+    "inner jit in a module": lambda r: Inner(jnp.array([r])),
+    "callback": callback([None]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_values_hidden_in_a_field_are_followed(name):
+    for rate in (1.0, 2.0, 1.0):
+        f = CHANGING[name](rate)
+        run = lambda y0, f=f: jaxode.solve(f, y0, 0.0, 1.0, rtol=1e-8, atol=1e-8).y1[0]
+        value, gradient = jax.value_and_grad(run)(jnp.ones(1))
+        np.testing.assert_allclose((value, gradient[0]), np.exp(-rate), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["custom_jvp", "custom_vjp"])
+@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()])
+def test_rules_of_differentiation_in_a_field_are_followed(kind, adjoint):
+    """`y' = -y`, whose rule says that the slope is `-rate`: the cotangent decays by that."""
+    current = [1.0]
+
+    @jax.custom_jvp
+    def forward(y):
+        return -y
+
+    forward.defjvp(lambda primals, tangents: (-primals[0], -current[0] * tangents[0]))
+
+    @jax.custom_vjp
+    def reverse(y):
+        return -y
+
+    reverse.defvjp(lambda y: (-y, None), lambda _, bar: (-current[0] * bar,))
+    g = forward if kind == "custom_jvp" else reverse
+    run = lambda y0: jaxode.solve(
+        lambda t, y, _: g(y), y0, 0.0, 1.0, rtol=1e-8, atol=1e-8, adjoint=adjoint
+    ).y1[0]  # fmt: skip
+    for rate in (1.0, 2.0, 1.0):
+        current[0] = rate
+        value, gradient = jax.value_and_grad(run)(jnp.ones(1))
+        np.testing.assert_allclose((value, gradient[0]), np.exp([-1.0, -rate]), rtol=1e-6)
+
+
 def test_products_of_the_solver_run_at_full_precision():
     """Accelerators would otherwise round the stages of a float32 solve to 10 or 7 bits."""
 
