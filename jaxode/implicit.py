@@ -146,7 +146,7 @@ def _controller(method: Method) -> diffrax.AbstractStepSizeController:
     if method.steps is not None:
         return diffrax.ConstantStepSize()
     # The least step stops a solve whose steps no longer move the time: they are rounded to zero.
-    dtmin = jnp.finfo(method.rtol.dtype).tiny
+    dtmin = float(jnp.finfo(method.rtol.dtype).tiny)
     return diffrax.PIDController(
         rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
     )
@@ -181,7 +181,7 @@ class _Backsolve(diffrax.BacksolveAdjoint):
     @property
     def _diffeqsolve(self):
         def solve(**options):
-            solution = diffrax.diffeqsolve(**options)
+            solution: Any = diffrax.diffeqsolve(**options)
             result = _code(solution.result)
             # diffrax solves forward in time, and gives the adjoint the negative of time if need be.
             reached = solution.ts[-1] * self.sign
@@ -287,7 +287,7 @@ def _result(
     ode, states, t0, t1 = jax.lax.stop_gradient((ode, states, t0, t1))
     code = _code(solution.result)
     # What diffrax has not saved has an infinite time; the last it saves is where it stopped.
-    saved = jax.lax.stop_gradient(solution.ts)
+    saved: Any = jax.lax.stop_gradient(solution.ts)
     last = jnp.sum(jnp.isfinite(saved)) - 1
     t, y = saved[last], states[last]
     limits = jnp.finfo(t.dtype)
