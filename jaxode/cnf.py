@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode.distributions import BaseDensity
-from jaxode.divergence import Divergence, auto
+from jaxode.divergence import Divergence, FieldAt, auto
 from jaxode.results import Solution, Stats, raise_on_failure
 from jaxode.solve import VectorField, check_options, solve_batch
 
@@ -148,7 +148,7 @@ class CNF:
         """
         base_key, probe_key = jax.random.split(key)
         z = self._base_sample("sample_and_log_prob", base_key, n)
-        probes = self._probes(probe_key, z)
+        probes = self._probes(probe_key, z, params, context)
         rows = (probes, _check_context("sample_and_log_prob", context, n))
 
         state = (z, self.base.log_prob(z))
@@ -164,7 +164,8 @@ class CNF:
         it starts at zero at `t1` and has derivative `div f`, so it is `-integral of div f` at `t0`.
         """
         x = self._check_samples(where, "x", x)
-        rows = (self._probes(key, x), _check_context(where, context, x.shape[0]))
+        context = _check_context(where, context, x.shape[0])
+        rows = (self._probes(key, x, params, context), context)
         state = (x, jnp.zeros(x.shape[:1], x.dtype))
         return self._solve(where, self._volume_field, state, self.t1, self.t0, params, rows)
 
@@ -185,25 +186,40 @@ class CNF:
             solution = raise_on_failure(solution, where)
         return solution
 
+    def _field_at(self, t, params, context) -> FieldAt:
+        return FieldAt(self.f, t, params if context is None else (params, context))
+
     def _field(self, t, z, params, context):
-        return self.f(t, z, params if context is None else (params, context))
+        return self._field_at(t, params, context)(z)
 
     def _volume_field(self, t, state, params, row):
         """Derivative of `(z, integral of div f)`."""
         probe, context = row
-        return self.divergence.apply(lambda z: self._field(t, z, params, context), state[0], probe)
+        return self.divergence.apply(self._field_at(t, params, context), state[0], probe)
 
     def _density_field(self, t, state, params, row):
         """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
         dz, div = self._volume_field(t, state, params, row)
         return dz, -div
 
-    def _probes(self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"]) -> Array | None:
+    def _probes(
+        self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"], params, context
+    ) -> Array | None:
         """One probe a sample, from the key and the sample's index, whatever the batch around it."""
+        divergence = self._chosen_divergence(x, params, context)
         if key is None:
-            return jax.vmap(lambda x: self.divergence.init(None, x))(x)
+            return jax.vmap(lambda x: divergence.init(None, x))(x)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(x.shape[0]))
-        return jax.vmap(self.divergence.init)(keys, x)
+        return jax.vmap(divergence.init)(keys, x)
+
+    def _chosen_divergence(self, x: Float[Array, "batch *event"], params, context) -> Divergence:
+        """The divergence that `auto()` stands for, so that a closed form needs no key."""
+        choose = getattr(self.divergence, "choose", None)
+        if choose is None:
+            return self.divergence
+        of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+        t = jnp.zeros((), x.dtype)
+        return choose(self._field_at(t, params, jax.tree.map(of_row, context)), of_row(x))
 
     def _base_sample(self, where: str, key: PRNGKeyArray, n: int) -> Float[Array, "n *event"]:
         try:

@@ -1,11 +1,13 @@
 """The divergence of a vector field: exact, or estimated without bias.
 
 Each estimator is a function that returns a `Divergence`, and works on one sample: `g` maps
-`z [*event]` to `dz [*event]`.
+`z [*event]` to `dz [*event]`. A flow passes `FieldAt` as `g`, so that an estimator can ask it for a
+closed form.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,40 @@ EXACT_UP_TO = 8
 Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
 
 
+@dataclass(frozen=True, eq=False)
+class FieldAt:
+    """A vector field at one time and for its arguments: `g(z) = f(t, z, args)`."""
+
+    f: Callable[..., Any]
+    t: Float[Array, ""]
+    args: Any
+
+    def __call__(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
+        return self.f(self.t, z, self.args)
+
+    def value_and_divergence(self, z: Float[Array, " *event"]) -> Any:
+        """`(g(z), div g)` in the closed form that `f` offers, or `NotImplemented`."""
+        if not hasattr(self.f, "value_and_divergence"):
+            return NotImplemented
+        return self.f.value_and_divergence(self.t, z, self.args)
+
+
 class Divergence(NamedTuple):
-    """A divergence as two pure functions, for one sample."""
+    """A divergence as two pure functions, for one sample. The other fields are optional."""
 
     init: Callable[[PRNGKeyArray | None, Float[Array, " *event"]], Array | None]
     """`init(key, z) -> probe`: the noise of one solve, or None. Drawn once, then held fixed."""
     apply: Callable[[Field, Float[Array, " *event"], Array | None], tuple[Array, Array]]
     """`apply(g, z, probe) -> (g(z), divergence of g at z)`."""
+    name: str = "a divergence of your own"
+    """For `describe`."""
+    choose: Callable[[Field, Any], "Divergence"] | None = None
+    """`choose(g, z)`: the divergence that this one stands for, by the shape and dtype of `z`."""
+
+    def describe(self, f: Callable[..., Any], z: Float[Array, " *event"], args: Any = None) -> str:
+        """Which divergence this is for the vector field `f(t, z, args)`, and why."""
+        g = FieldAt(f, jnp.zeros((), z.dtype), args)
+        return self.name if self.choose is None else self.choose(g, z).name
 
 
 def _push(g: Field, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
@@ -45,10 +74,6 @@ def exact(chunk: int | None = None) -> Divergence:
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"exact(chunk=...): must be a positive integer; got {chunk!r}.")
 
-    def init(key, z):
-        del key, z
-        return None
-
     def apply(g, z, probe):
         del probe
         if chunk is None or chunk >= z.size:
@@ -65,7 +90,11 @@ def exact(chunk: int | None = None) -> Divergence:
 
         return dz, jnp.sum(jax.lax.map(diagonal, jnp.arange(z.size), batch_size=chunk))
 
-    return Divergence(init, apply)
+    return Divergence(_no_probe, apply, f"exact(chunk={chunk})")
+
+
+def _no_probe(key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> None:
+    del key, z
 
 
 def hutchinson(
@@ -110,7 +139,7 @@ def hutchinson(
         dz, terms = _push(g, z, probe)
         return dz, jnp.mean(terms)
 
-    return Divergence(init, apply)
+    return Divergence(init, apply, f"hutchinson(probes={probes}, distribution={distribution!r})")
 
 
 def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
@@ -123,16 +152,65 @@ def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
     return rows.reshape(probes, *z.shape) * np.sqrt(z.size).astype(z.dtype)
 
 
-def auto() -> Divergence:
-    """`exact()` for events of at most `EXACT_UP_TO` dimensions, `hutchinson()` for larger ones."""
+def closed_form() -> Divergence:
+    """The exact divergence that the vector field itself offers.
 
-    def choose(z):
-        return exact() if z.size <= EXACT_UP_TO else hutchinson()
+    A field offers one with a method `value_and_divergence(t, z, args) -> (dz, div)`, which may
+    return `NotImplemented` for arguments without a closed form. `jaxode.nn.field` has it, for the
+    networks of `jaxode.nn` with one or two hidden layers.
 
-    def init(key, z):
-        return choose(z).init(key, z)
+    Raises:
+        ValueError: at trace time, if the field does not offer one.
+    """
 
     def apply(g, z, probe):
-        return choose(z).apply(g, z, probe)
+        del probe
+        out = _closed_form(g, z)
+        if out is NotImplemented:
+            raise ValueError(
+                "closed_form: the vector field offers no value_and_divergence(t, z, args) for "
+                "these arguments. Use divergence=jaxode.divergence.exact() or hutchinson()."
+            )
+        return out
 
-    return Divergence(init, apply)
+    return Divergence(_no_probe, apply, "closed form")
+
+
+def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
+    """What `g` offers, checked, or `NotImplemented`."""
+    if not hasattr(g, "value_and_divergence"):
+        return NotImplemented
+    out = g.value_and_divergence(z)
+    if out is not NotImplemented and (len(out) != 2 or jnp.shape(out[1]) != ()):
+        raise ValueError(
+            "value_and_divergence(t, z, args): must return the derivative and a scalar divergence "
+            f"of one sample; got shapes {jax.tree.map(jnp.shape, out)}."
+        )
+    return out
+
+
+def auto() -> Divergence:
+    """The closed form if the field offers one, else exact if the event is small, else estimated.
+
+    Small is at most `EXACT_UP_TO` dimensions, and larger events get `hutchinson()`.
+    `auto().describe(f, z, args)` says which it is.
+    """
+
+    def by_size(z):
+        if z.size <= EXACT_UP_TO:
+            return exact()._replace(name=f"exact(), for at most {EXACT_UP_TO} dimensions")
+        return hutchinson()
+
+    def choose(g, z):
+        offered = []
+        jax.eval_shape(lambda z: offered.append(_closed_form(g, z) is not NotImplemented), z)
+        return closed_form() if offered[0] else by_size(z)
+
+    def init(key, z):
+        return by_size(z).init(key, z)
+
+    def apply(g, z, probe):
+        out = _closed_form(g, z)
+        return by_size(z).apply(g, z, probe) if out is NotImplemented else out
+
+    return Divergence(init, apply, "auto()", choose)

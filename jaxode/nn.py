@@ -1,7 +1,13 @@
-"""Networks for vector fields: Equinox modules `m`, called as `m(t, y)` on one sample."""
+"""Networks for vector fields: Equinox modules `m`, called as `m(t, y)` on one sample.
+
+A fresh network is small, so that its flow is close to the identity. With one or two hidden layers
+(for `PotentialGradient`: one) a network also returns its exact divergence in closed form,
+`m.value_and_divergence(t, y)`, for one matrix-vector product more than its value.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -10,54 +16,98 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
-def field(
-    t: Float[Array, ""], y: Float[Array, " *event"], m: Callable[..., Float[Array, " *event"]]
-) -> Float[Array, " *event"]:
-    """The vector field of a module: `f(t, y, m) = m(t, y)`."""
-    return m(t, y)
+class _ModuleField(eqx.Module):
+    """The vector field of a module: `field(t, y, m) = m(t, y)`.
+
+    With a context it is `field(t, y, (m, context)) = m(t, y, context)`. It offers a closed form of
+    its divergence to `jaxode.divergence` if the module does.
+    """
+
+    def __call__(
+        self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any
+    ) -> Float[Array, " *event"]:
+        m, *context = args if isinstance(args, tuple) else (args,)
+        return m(t, y, *context)
+
+    def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
+        """`(f, div f)`, or `NotImplemented` if the module has no closed form of it."""
+        m, *context = args if isinstance(args, tuple) else (args,)
+        if not hasattr(m, "value_and_divergence"):
+            return NotImplemented
+        return m.value_and_divergence(t, y, *context)
 
 
-class _ConcatSquash(eqx.Module):
-    """`(W x + b) sigmoid(t u + v) + t w`: an affine layer gated and shifted by the time."""
+field = _ModuleField()
+
+
+@jax.custom_jvp
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`log(1 + exp(x))`, with the sigmoid as its derivative: cheaper than `jax.nn.softplus`."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@softplus.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return softplus(x), jax.nn.sigmoid(x) * dx
+
+
+def _value_and_slope(activation, u: Float[Array, " n"]):
+    """An elementwise function and its derivative."""
+    return jax.jvp(activation, (u,), (jnp.ones_like(u),))
+
+
+def _affine(rows: Float[Array, "k n"], t: Float[Array, ""], context: Float[Array, " c"] | None):
+    """`t rows[0] + context . rows[1:]`."""
+    if context is None:
+        return t * rows[0]
+    return t * rows[0] + context @ rows[1:]
+
+
+class _Layer(eqx.Module):
+    """`(W x + b) sigmoid(gate(t, context)) + shift(t, context)`, without what is None."""
 
     weight: Float[Array, "out in"]
     bias: Float[Array, " out"]
-    gate: Float[Array, "2 out"]
-    shift: Float[Array, " out"]
+    gate: Float[Array, "2+context out"] | None  # time, context, bias
+    shift: Float[Array, "1+context out"] | None  # time, context
 
-    def __init__(self, size_in: int, size_out: int, key: PRNGKeyArray):
+    def __init__(
+        self, size_in: int, size_out: int, context: int, gated: bool, timed: bool, key: PRNGKeyArray
+    ):
         weight_key, gate_key, shift_key = jax.random.split(key, 3)
         bound = 1 / math.sqrt(size_in)
         self.weight = jax.random.uniform(
             weight_key, (size_out, size_in), minval=-bound, maxval=bound
         )
         self.bias = jnp.zeros(size_out)
-        self.gate = jax.random.uniform(gate_key, (2, size_out), minval=-1.0, maxval=1.0)
-        self.shift = jax.random.uniform(shift_key, (size_out,), minval=-1.0, maxval=1.0)
+        rows = lambda key, n: jax.random.uniform(key, (n, size_out), minval=-1.0, maxval=1.0)
+        self.gate = rows(gate_key, 2 + context) if gated else None
+        self.shift = rows(shift_key, 1 + context) if timed else None
 
-    def __call__(self, t: Float[Array, ""], x: Float[Array, " in"]) -> Float[Array, " out"]:
-        gate = jax.nn.sigmoid(t * self.gate[0] + self.gate[1])
-        return (self.weight @ x + self.bias) * gate + t * self.shift
+    def __call__(self, t, x, context) -> tuple[Float[Array, " out"], Float[Array, " out"] | None]:
+        """The output, and the gate: `W` scaled by it is the Jacobian in `x`."""
+        u, gate = self.weight @ x + self.bias, None
+        if self.gate is not None:
+            gate = jax.nn.sigmoid(_affine(self.gate[:-1], t, context) + self.gate[-1])
+            u = u * gate
+        return u if self.shift is None else u + _affine(self.shift, t, context), gate
 
 
-class ConcatSquash(eqx.Module):
-    """A multilayer perceptron whose hidden layers are gated and shifted by the time.
+class _Network(eqx.Module):
+    """What the networks share. They differ in where the time enters, and in being gated."""
 
-    The output layer is affine with small initial weights, so a fresh flow is close to the identity.
-
-    Args:
-        event_shape: shape of one sample; an integer stands for a vector.
-        widths: sizes of the hidden layers.
-        key: for the initial weights.
-        activation: elementwise, after each hidden layer; smooth, since it is differentiated twice.
-
-    References: Grathwohl et al. (2019), arXiv:1810.01367.
-    """
-
-    hidden: tuple[_ConcatSquash, ...]
-    weight: Float[Array, "size hidden"]
-    bias: Float[Array, " size"]
+    hidden: tuple[_Layer, ...]
+    weight: Float[Array, "outputs hidden"]
+    bias: Float[Array, " outputs"]
+    shift: Float[Array, "1+context outputs"] | None
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    context_size: int = eqx.field(static=True)
+
+    gated: ClassVar[bool] = False
+    time_in_every_layer: ClassVar[bool] = True
+    time_in_output: ClassVar[bool] = False
+    scalar_output: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -66,18 +116,151 @@ class ConcatSquash(eqx.Module):
         *,
         key: PRNGKeyArray,
         activation: Callable[[Array], Array] = jnp.tanh,
+        context_size: int = 0,
     ):
-        size = math.prod(np.atleast_1d(event_shape).tolist())
+        size = math.prod(np.atleast_1d(event_shape).astype(int).tolist())
+        outputs = 1 if self.scalar_output else size
         sizes = [size, *widths]
         *keys, last = jax.random.split(key, len(sizes))
-        self.hidden = tuple(map(_ConcatSquash, sizes[:-1], sizes[1:], keys))
-        bound = 0.1 / math.sqrt(sizes[-1])
-        self.weight = jax.random.uniform(last, (size, sizes[-1]), minval=-bound, maxval=bound)
-        self.bias = jnp.zeros(size)
+        self.hidden = tuple(
+            _Layer(
+                a, b, context_size, self.gated, self.time_in_every_layer or index == 0, layer_key
+            )
+            for index, (a, b, layer_key) in enumerate(zip(sizes[:-1], sizes[1:], keys, strict=True))
+        )
+        bound = 0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1])
+        self.weight = jax.random.uniform(last, (outputs, sizes[-1]), minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(outputs)
+        self.shift = jnp.zeros((1 + context_size, outputs)) if self.time_in_output else None
         self.activation = activation
+        self.context_size = context_size
 
-    def __call__(self, t: Float[Array, ""], y: Float[Array, " *event"]) -> Float[Array, " *event"]:
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " *event"]:
+        context = self._check(context)
         x = y.reshape(-1)
         for layer in self.hidden:
-            x = self.activation(layer(t, x))
-        return (self.weight @ x + self.bias).reshape(y.shape)
+            x = self.activation(layer(t, x, context)[0])
+        return self._output(t, x, context).reshape(y.shape)
+
+    def value_and_divergence(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Any:
+        """`(m(t, y), div m)` in closed form, or `NotImplemented` with over two hidden layers.
+
+        With hidden layers of slopes `s1`, `s2` (of the activation, times the gate), the Jacobian
+        is `W3 diag(s2) W2 diag(s1) W1`, and its trace `s2 . M s1` with `M = W2 * (W1 W3)^T`, which
+        depends on the parameters alone: a batch shares it.
+        """
+        if len(self.hidden) > 2:
+            return NotImplemented
+        context = self._check(context)
+        x, slopes = y.reshape(-1), []
+        for layer in self.hidden:
+            u, gate = layer(t, x, context)
+            x, slope = _value_and_slope(self.activation, u)
+            slopes.append(slope if gate is None else slope * gate)
+        match [layer.weight for layer in self.hidden]:
+            case []:
+                div = jnp.trace(self.weight)
+            case [w1]:
+                div = jnp.sum(w1 * self.weight.T, axis=1) @ slopes[0]
+            case [w1, w2]:
+                div = slopes[1] @ ((w2 * (w1 @ self.weight).T) @ slopes[0])
+        return self._output(t, x, context).reshape(y.shape), div
+
+    def _output(self, t, x, context) -> Float[Array, " outputs"]:
+        out = self.weight @ x + self.bias
+        return out if self.shift is None else out + _affine(self.shift, t, context)
+
+    def _check(self, context):
+        shape = None if context is None else jnp.shape(context)
+        if shape != ((self.context_size,) if self.context_size else None):
+            raise ValueError(
+                f"{type(self).__name__}(context_size={self.context_size}): the context of a sample "
+                f"must be a vector of this size, and None for size 0; got shape {shape}."
+            )
+        return context
+
+
+class MLP(_Network):
+    """A multilayer perceptron that the time enters with the first layer.
+
+    Args:
+        event_shape: shape of one sample; an integer stands for a vector.
+        widths: sizes of the hidden layers.
+        key: for the initial weights.
+        activation: elementwise, after each hidden layer; smooth, since it is differentiated twice.
+        context_size: size of the vector that conditions the field, `m(t, y, context)`. It enters
+            wherever the time does.
+    """
+
+    time_in_every_layer = False
+    __init__ = _Network.__init__
+
+
+class Concat(_Network):
+    """A multilayer perceptron with the time concatenated to the input of every layer.
+
+    Args: those of `MLP`.
+    References: Chen et al. (2018), arXiv:1806.07366.
+    """
+
+    time_in_output = True
+    __init__ = _Network.__init__
+
+
+class ConcatSquash(_Network):
+    """A multilayer perceptron whose hidden layers are gated and shifted by the time.
+
+    Args: those of `MLP`.
+    References: Grathwohl et al. (2019), arXiv:1810.01367.
+    """
+
+    gated = True
+    __init__ = _Network.__init__
+
+
+class PotentialGradient(_Network):
+    """The gradient in `y` of a scalar network with the time in every hidden layer.
+
+    Its Jacobian is symmetric.
+
+    Args: those of `MLP`; the activation is differentiated three times.
+    References: Onken et al. (2021), arXiv:2006.00104.
+    """
+
+    scalar_output = True
+    __init__ = _Network.__init__
+
+    def __call__(self, t, y, context=None):
+        context = self._check(context)
+
+        def potential(y):
+            x = y.reshape(-1)
+            for layer in self.hidden:
+                x = self.activation(layer(t, x, context)[0])
+            return self._output(t, x, context)[0]
+
+        return jax.grad(potential)(y)
+
+    def value_and_divergence(self, t, y, context=None):
+        """`(m(t, y), div m)` in closed form, or `NotImplemented` unless there is one hidden layer.
+
+        With the output weights `w` the gradient is `W1^T (w a'(u))`, and its divergence
+        `sum_j w_j a''(u_j) |W1_j|^2`.
+        """
+        if len(self.hidden) != 1:
+            return NotImplemented
+        (layer,), (w,) = self.hidden, self.weight
+        u, _ = layer(t, y.reshape(-1), self._check(context))
+        slope, curvature = _value_and_slope(lambda u: _value_and_slope(self.activation, u)[1], u)
+        dy = layer.weight.T @ (w * slope)
+        return dy.reshape(y.shape), (w * jnp.sum(layer.weight**2, axis=1)) @ curvature

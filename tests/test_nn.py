@@ -1,0 +1,198 @@
+"""Networks: shapes, size at the start, and the closed form of their divergence."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode import divergence, nn
+
+T, Y = jnp.array(0.3), jnp.linspace(-1.0, 1.5, 6)
+CONTEXT = jnp.array([0.4, -1.1])
+
+# Networks with a closed form of their divergence. A new one is one row.
+CLOSED_FORM = {
+    f"{make.__name__}, {len(widths)} hidden": (make, widths)
+    for make in (nn.MLP, nn.Concat, nn.ConcatSquash)
+    for widths in ((), (7,), (7, 9))
+} | {"PotentialGradient, 1 hidden": (nn.PotentialGradient, (7,))}
+ACTIVATIONS = {
+    "jax.nn.softplus": jax.nn.softplus,
+    "nn.softplus": nn.softplus,
+    "gelu": jax.nn.gelu,
+    "sin": jnp.sin,
+}
+
+
+def network(make, widths, activation=jnp.tanh, event=6, **options):
+    """With larger output weights than at the start, and times that matter in every layer."""
+    m = make(event, widths, key=jax.random.key(0), activation=activation, **options)
+    m = jax.tree.map(lambda x: 2 * x + 0.1, m)
+    return eqx.tree_at(lambda m: m.weight, m, 5 * m.weight)
+
+
+def close(actual, expected, rtol):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(initial=0))
+
+
+def check_closed_form(m, *context):
+    def exact(m, t, y):
+        return divergence.exact().apply(lambda y: m(t, y, *context), y, None)
+
+    def closed(m, t, y):
+        return m.value_and_divergence(t, y, *context)
+
+    close(closed(m, T, Y), exact(m, T, Y), 1e-12)
+    gradient = lambda f: eqx.filter_grad(lambda a: f(*a)[1] + jnp.sum(jnp.sin(f(*a)[0])))
+    close(gradient(closed)((m, T, Y)), gradient(exact)((m, T, Y)), 1e-12)
+
+
+@pytest.mark.parametrize("context", [(), (CONTEXT,)], ids=["no context", "context"])
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_closed_form_equals_the_exact_divergence(name, context):
+    check_closed_form(network(*CLOSED_FORM[name], context_size=2 * len(context)), *context)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_closed_form_with_any_activation(activation):
+    check_closed_form(network(nn.ConcatSquash, (7, 9), ACTIVATIONS[activation]))
+
+
+def test_the_parameters_product_is_formed_once_for_a_batch():
+    """Under `vmap` nothing but one more product of `[batch, hidden]` with a matrix is added."""
+    m = network(nn.ConcatSquash, (7, 9))
+    y = jnp.ones((5, 6))
+
+    def products(f):
+        jaxpr = jax.make_jaxpr(jax.vmap(f, (None, 0)))(T, y)
+        return [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+
+    plain, closed = products(m), products(m.value_and_divergence)
+    assert plain == [(7, 5), (9, 5), (6, 5)]
+    extra = list(closed)
+    for shape in plain:
+        extra.remove(shape)
+    # W1 W3, then M s1, then the inner product with s2.
+    assert extra == [(7, 9), (9, 5), (5,)]
+
+
+@pytest.mark.parametrize("make", [nn.MLP, nn.Concat, nn.ConcatSquash])
+def test_deeper_networks_offer_no_closed_form(make):
+    m = make(6, (4, 4, 4), key=jax.random.key(0))
+    assert m.value_and_divergence(T, Y) is NotImplemented
+    assert nn.field.value_and_divergence(T, Y, m) is NotImplemented
+    assert nn.field.value_and_divergence(T, Y, lambda t, y: y) is NotImplemented
+    with pytest.raises(ValueError, match="offers no value_and_divergence"):
+        jaxode.cnf(
+            nn.field, jaxode.standard_normal(6), divergence=divergence.closed_form()
+        ).log_prob(m, Y[None])
+
+
+@pytest.mark.parametrize("make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient])
+@pytest.mark.parametrize("event", [(), 1, (2, 3), 64], ids=str)
+def test_a_fresh_flow_is_close_to_the_identity(make, event):
+    m = make(event, (64, 64), key=jax.random.key(0))
+    flow = jaxode.cnf(nn.field, jaxode.standard_normal(event), rtol=1e-8, atol=1e-8)
+    x = flow.base.sample(jax.random.key(1), (20,))
+    z = flow.to_base(m, x)
+    assert z.shape == x.shape
+    moved = jnp.sqrt(jnp.mean((z - x) ** 2))
+    assert 1e-4 < moved < 0.15
+
+
+@pytest.mark.parametrize("make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient])
+def test_fields_depend_on_the_time_and_the_context(make):
+    m = network(make, (8,), context_size=2)
+    base = m(T, Y, CONTEXT)
+    assert jnp.abs(m(T + 1, Y, CONTEXT) - base).max() > 1e-2
+    assert jnp.abs(m(T, Y, CONTEXT + 1) - base).max() > 1e-2
+    with pytest.raises(ValueError, match=r"context_size=2.*got shape None"):
+        m(T, Y)
+    with pytest.raises(ValueError, match=r"context_size=2.*got shape \(3,\)"):
+        m(T, Y, jnp.ones(3))
+
+
+def test_time_enters_the_first_layer_of_mlp_and_all_of_concat():
+    for make, timed in ((nn.MLP, [True, False]), (nn.Concat, [True, True])):
+        m = make(3, (4, 4), key=jax.random.key(0))
+        assert [layer.shift is not None for layer in m.hidden] == timed
+        assert (m.shift is not None) == (make is nn.Concat)
+
+
+def test_potential_gradient_has_a_symmetric_jacobian():
+    m = network(nn.PotentialGradient, (8, 8))
+    jacobian = jax.jacfwd(lambda y: m(T, y))(Y)
+    np.testing.assert_allclose(jacobian, jacobian.T, atol=1e-14)
+    assert jnp.abs(jacobian - jnp.diag(jnp.diag(jacobian))).max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+def test_softplus_is_that_of_jax(dtype):
+    x = jnp.array([-800.0, -30.0, -1.0, 0.0, 1.0, 30.0, 800.0], dtype)
+    # Both round `exp` and `log1p` a few times, and the sigmoid near one in its derivative.
+    rounding = 16 * float(jnp.finfo(dtype).eps)
+    derivatives = [lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))]
+    for derivative in derivatives:
+        actual = jax.vmap(derivative(nn.softplus))(x)
+        assert actual.dtype == dtype
+        expected = jax.vmap(derivative(jax.nn.softplus))(x)
+        np.testing.assert_allclose(actual, expected, rtol=rounding, atol=rounding)
+    assert jnp.isnan(nn.softplus(jnp.array(jnp.nan, dtype)))
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("context_size", [0, 2])
+def test_flow_uses_the_closed_form_without_a_key(context_size, control):
+    """For events that are large enough to be estimated without one."""
+    size = divergence.EXACT_UP_TO + 4
+    m = network(nn.ConcatSquash, (8, 8), event=size, context_size=context_size)
+    x = jax.random.normal(jax.random.key(1), (5, size))
+    context = jax.random.normal(jax.random.key(2), (5, 2)) if context_size else None
+    options = {"rtol": 1e-9, "atol": 1e-9, "step_control": control}
+    make = lambda **kw: jaxode.cnf(nn.field, jaxode.standard_normal(size), **options, **kw)
+    flow, exact = make(), make(divergence=divergence.exact())
+    value = flow.log_prob(m, x, context=context)
+    close(value, exact.log_prob(m, x, context=context), 1e-9)
+    close(flow.log_prob(m, x, context=context, key=jax.random.key(0)), value, 1e-12)
+    gradients = [jax.grad(f.nll)(m, x, context=context) for f in (flow, exact)]
+    close(*gradients, 1e-7)
+    samples, log_prob = flow.sample_and_log_prob(m, jax.random.key(3), 5, context=context)
+    close(flow.log_prob(m, samples, context=context), log_prob, 1e-6)
+
+
+def test_own_field_offers_a_closed_form():
+    """The protocol is one method; it may decline for some arguments."""
+
+    class Linear:
+        def __call__(self, t, z, A):
+            return A @ z
+
+        def value_and_divergence(self, t, z, A):
+            return (A @ z, jnp.trace(A)) if A.shape[0] > 3 else NotImplemented
+
+    A = jax.random.normal(jax.random.key(0), (12, 12)) / 4
+    flow = jaxode.cnf(Linear(), jaxode.standard_normal(12), rtol=1e-8, atol=1e-8)
+    _, aux = flow.nll_and_stats(A, jnp.ones((2, 12)))
+    np.testing.assert_allclose(aux.log_det, -jnp.trace(A), rtol=1e-7)
+    auto = divergence.auto()
+    assert auto.describe(Linear(), jnp.ones(12), A) == "closed form"
+    assert auto.describe(Linear(), jnp.ones(3), A[:3, :3]).startswith("exact()")
+    large = divergence.EXACT_UP_TO + 1
+    assert auto.describe(lambda t, z, args: z, jnp.ones(large)).startswith("hutchinson(probes=1")
+    assert divergence.exact(chunk=3).describe(Linear(), jnp.ones(12), A) == "exact(chunk=3)"
+
+
+def test_closed_form_of_a_wrong_shape_is_an_error():
+    class Wrong:
+        def __call__(self, t, z, args):
+            return z
+
+        def value_and_divergence(self, t, z, args):
+            return z, z
+
+    flow = jaxode.cnf(Wrong(), jaxode.standard_normal(3))
+    with pytest.raises(ValueError, match="a scalar divergence of one sample; got shapes"):
+        flow.log_prob(None, jnp.ones((2, 3)))
