@@ -78,6 +78,44 @@ class CNF:
         z, log_det = solution.y1
         return self.base.log_prob(z) + log_det
 
+    def log_prob_and_error(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch *event"],
+        *,
+        key: PRNGKeyArray | None = None,
+        context: PyTree = None,
+    ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+        """`log_prob`, and the standard error that the noise of the divergence gives each sample.
+
+        The probes of a sample share one linearization, and each has an integral of its own; so it
+        takes `hutchinson(probes=K)` with at least two. The error of an exact divergence is zero.
+
+        Raises:
+            ValueError: as `log_prob`, and if the divergence has one probe, or no `standard_error`.
+        """
+        where = "log_prob_and_error"
+        x = self._check_samples(where, "x", x)
+        context = _check_context(where, context, x.shape[0])
+        probes = self._probes(key, x, params, context)
+        if probes is None:
+            log_prob = self.log_prob(params, x, context=context)
+            return log_prob, jnp.zeros_like(log_prob)
+        standard_error = self._chosen_divergence(x, params, context).standard_error
+        if standard_error is None or probes.shape[1] < 2:
+            raise ValueError(
+                f"{where}: needs a divergence with at least two probes and a standard_error; got "
+                f"probes of shape {probes.shape[1:]} from {self.divergence}. "
+                "Pass divergence=jaxode.divergence.hutchinson(probes=8) to cnf."
+            )
+        state = (x, jnp.zeros(probes.shape[:2], x.dtype))
+        rows = (probes, context)
+        z, log_dets = self._solve(
+            where, self._volume_field_of_each_probe, state, self.t1, self.t0, params, rows
+        ).y1
+        error = jax.vmap(lambda estimates: standard_error(estimates, x[0].size))(log_dets)
+        return self.base.log_prob(z) + jnp.mean(log_dets, axis=1), error
+
     def nll(
         self,
         params: PyTree,
@@ -197,6 +235,13 @@ class CNF:
         probe, context = row
         return self.divergence.apply(self._field_at(t, params, context), state[0], probe)
 
+    def _volume_field_of_each_probe(self, t, state, params, row):
+        """Derivative of `(z, integrals of the estimates of div f)`, on one linearization."""
+        probe, context = row
+        g = self._field_at(t, params, context)
+        one = lambda v: self.divergence.apply(g, state[0], v[None])
+        return jax.vmap(one, out_axes=(None, 0))(probe)
+
     def _density_field(self, t, state, params, row):
         """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
         dz, div = self._volume_field(t, state, params, row)
@@ -286,8 +331,8 @@ def cnf(
             `max_steps` and `axis_name`, as for `jaxode.solve`.
 
     Returns:
-        A `CNF` with methods `log_prob`, `nll`, `nll_and_stats`, `sample`, `sample_and_log_prob`,
-        `to_base` and `from_base`.
+        A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`, `sample`,
+        `sample_and_log_prob`, `to_base` and `from_base`.
 
     Raises:
         TypeError: for an unknown option, or an argument that is not what it should be.

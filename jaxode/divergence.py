@@ -49,6 +49,9 @@ class Divergence(NamedTuple):
     """For `describe`."""
     choose: Callable[[Field, Any], "Divergence"] | None = None
     """`choose(g, z)`: the divergence that this one stands for, by the shape and dtype of `z`."""
+    standard_error: Callable[[Float[Array, " probes"], int], Array] | None = None
+    """`standard_error(estimates, size)` of the mean of one estimate for each probe, in `size`
+    dimensions. For divergences whose probes are `[probes, *event]` and have one estimate each."""
 
     def describe(self, f: Callable[..., Any], z: Float[Array, " *event"], args: Any = None) -> str:
         """Which divergence this is for the vector field `f(t, z, args)`, and why."""
@@ -66,7 +69,10 @@ def exact(chunk: int | None = None) -> Divergence:
     """The trace of the Jacobian, `sum_i e_i . (dg/dz e_i)`, one product for each dimension.
 
     Args:
-        chunk: push this many of them at a time, which bounds the memory; all by default.
+        chunk: push this many of them at a time, which bounds the memory; all by default. For a
+            network it is below `3 (chunk + 1)` times its input, output and hidden layers, for the
+            value and for its gradient: 8 MB in place of 780 MB for 32 samples of 784 dimensions,
+            two hidden layers of 256, and chunks of 4, in float64.
 
     Raises:
         ValueError: if `chunk` is not a positive integer.
@@ -139,7 +145,14 @@ def hutchinson(
         dz, terms = _push(g, z, probe)
         return dz, jnp.mean(terms)
 
-    return Divergence(init, apply, f"hutchinson(probes={probes}, distribution={distribution!r})")
+    def standard_error(estimates, size):
+        variance = jnp.var(estimates, ddof=1) / probes
+        # Orthogonal probes are drawn without replacement: the mean over all `size` is exact.
+        left = 1 - probes / size if distribution == "orthogonal" else 1.0
+        return jnp.sqrt(variance * left)
+
+    name = f"hutchinson(probes={probes}, distribution={distribution!r})"
+    return Divergence(init, apply, name, standard_error=standard_error)
 
 
 def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
@@ -148,8 +161,9 @@ def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
             f"hutchinson(probes=..., distribution='orthogonal'): at most one probe a dimension; "
             f"got {probes} for {z.size} dimensions. Use divergence=jaxode.divergence.exact()."
         )
-    rows = jax.random.orthogonal(key, z.size, dtype=z.dtype)[:probes]
-    return rows.reshape(probes, *z.shape) * np.sqrt(z.size).astype(z.dtype)
+    # `probes` columns of one cost less than a whole matrix.
+    columns = jax.random.orthogonal(key, z.size, dtype=z.dtype, m=probes)
+    return columns.T.reshape(probes, *z.shape) * np.sqrt(z.size).astype(z.dtype)
 
 
 def closed_form() -> Divergence:
