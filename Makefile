@@ -23,7 +23,7 @@ test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproj
 	touch $@
 
 constraints: .venv/ready  ## Renew constraints.txt with the newest versions
-	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[examples,tests,dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[examples,tests,interop,dev]'
 	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > constraints.new
 	mv constraints.new constraints.txt
 

@@ -9,7 +9,7 @@ from jaxode.adjoints import (
 )
 from jaxode.cnf import cnf
 from jaxode.debugging import backward_stats
-from jaxode.distributions import standard_normal
+from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.odeint import odeint
 from jaxode.results import Result, Solution, SolveError, Stats
 from jaxode.solve import flow, solve
@@ -25,6 +25,7 @@ __all__ = [
     "Stats",
     "backward_stats",
     "cnf",
+    "diagonal_normal",
     "divergence",
     "flow",
     "nn",

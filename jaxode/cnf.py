@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode.distributions import BaseDensity
+from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, FieldAt, auto
 from jaxode.results import Solution, Stats, raise_on_failure
 from jaxode.solve import VectorField, check_options, solve_batch
@@ -318,7 +318,9 @@ def cnf(
 
     Args:
         f: vector field of one sample, `f(t, z, params)`, or `f(t, z, (params, context_row))`.
-        base: base density at time `t0`: an object with `event_shape`, `log_prob` and `sample`.
+        base: base density at time `t0`: an object with `event_shape`, `log_prob` and `sample`, such
+            as those of `jaxode.distributions`, or of numpyro, distrax and flowjax. To learn its
+            parameters, call `cnf` inside the loss with a density made from them.
         t0: time of the base density.
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
@@ -340,14 +342,9 @@ def cnf(
     check_options("cnf", solve_options, without=("ts",))
     if not callable(f):
         raise TypeError(f"cnf(f=...): must be a function f(t, z, params); got {f!r}.")
-    if not all(hasattr(base, name) for name in ("event_shape", "log_prob", "sample")):
-        raise TypeError(
-            f"cnf(base=...): must have event_shape, log_prob and sample; got {base!r}. "
-            "Use jaxode.standard_normal(event_shape)."
-        )
     if not all(callable(getattr(divergence, name, None)) for name in ("init", "apply")):
         raise TypeError(
             f"cnf(divergence=...): must have init and apply; got {divergence!r}. "
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact()."
         )
-    return CNF(f, base, t0, t1, divergence, step_control, throw, solve_options)
+    return CNF(f, as_base(base), t0, t1, divergence, step_control, throw, solve_options)

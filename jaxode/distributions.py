@@ -1,10 +1,20 @@
-"""Base densities. Anything with `event_shape`, `log_prob` and `sample` serves as one."""
+"""Base densities. Anything with `event_shape`, `log_prob` and `sample` serves as one.
 
+So do the distributions of numpyro, distrax, TensorFlow Probability and flowjax. A density with
+parameters to learn is made inside the loss, from them: `cnf` costs nothing at run time.
+
+    def loss(params, x):
+        field_params, base = params  # base: a jaxode.diagonal_normal, a flowjax distribution, ...
+        return jaxode.cnf(f, base).nll(field_params, x)
+"""
+
+import inspect
 import math
 import operator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,18 +49,96 @@ class StandardNormal:
         return jax.random.normal(key, (*sample_shape, *self.event_shape))
 
 
+class DiagonalNormal(eqx.Module):
+    """Independent normals. Its leaves can be trained: the mean, and the log of the scale."""
+
+    mean: Float[Array, " *event"]
+    log_scale: Float[Array, " *event"]
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.mean.shape
+
+    def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Log-density in nats."""
+        spread = lambda leaf: leaf.reshape((1,) * (z.ndim - leaf.ndim) + leaf.shape)
+        standard = (z - spread(self.mean)) * jnp.exp(-spread(self.log_scale))
+        return StandardNormal(self.event_shape).log_prob(standard) - jnp.sum(self.log_scale)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+        """Independent draws in the dtype of the mean."""
+        shape = (*sample_shape, *self.event_shape)
+        spread = lambda leaf: jnp.broadcast_to(leaf, shape)
+        noise = jax.random.normal(key, shape, self.mean.dtype)
+        return spread(self.mean) + spread(jnp.exp(self.log_scale)) * noise
+
+
+def diagonal_normal(event_shape: int | tuple[int, ...]) -> DiagonalNormal:
+    """Independent normals with means and scales to learn, at first the standard normal.
+
+    It is a pytree of its parameters: hand it to the optimizer together with those of the field,
+    and call `cnf` inside the loss.
+
+    Raises:
+        ValueError: if a dimension is not a positive integer.
+    """
+    shape = _event_shape("diagonal_normal", event_shape)
+    return DiagonalNormal(jnp.zeros(shape), jnp.zeros(shape))
+
+
 def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
     """The standard normal density on events of this shape; an integer stands for a vector.
 
     Raises:
         ValueError: if a dimension is not a positive integer.
     """
+    return StandardNormal(_event_shape("standard_normal", event_shape))
+
+
+def _event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
     try:
         shape = tuple(map(operator.index, np.atleast_1d(event_shape))) if event_shape != () else ()
     except TypeError:
         shape = (0,)
     if not all(size > 0 for size in shape):
         raise ValueError(
-            f"standard_normal(event_shape=...): must be positive integers; got {event_shape!r}."
+            f"{where}(event_shape=...): must be positive integers; got {event_shape!r}."
         )
-    return StandardNormal(shape)
+    return shape
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A density of another library: flowjax's `shape`, or distrax's `sample(seed=...)`."""
+
+    density: Any
+    event_shape: tuple[int, ...]
+    seed: bool
+
+    def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.density.log_prob(z)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+        if self.seed:
+            return self.density.sample(seed=key, sample_shape=sample_shape)
+        return self.density.sample(key, sample_shape)
+
+
+def as_base(density: Any) -> BaseDensity:
+    """The density itself, or under the names of `BaseDensity` if it is from another library."""
+    event_shape = getattr(density, "event_shape", getattr(density, "shape", None))
+    if event_shape is None or not all(hasattr(density, name) for name in ("log_prob", "sample")):
+        raise TypeError(
+            f"cnf(base=...): must have event_shape, log_prob and sample; got {density!r}. "
+            "Use jaxode.standard_normal(event_shape)."
+        )
+    batch_shape = tuple(getattr(density, "batch_shape", ()))
+    if batch_shape:
+        raise ValueError(
+            f"cnf(base=...): must be the density of one event; got a batch of shape {batch_shape}. "
+            "Make its axes part of the event: .to_event() in numpyro, Independent in distrax."
+        )
+    seed = "seed" in inspect.signature(density.sample).parameters
+    if hasattr(density, "event_shape") and not seed:
+        return density
+    return _Adapted(density, tuple(event_shape), seed)

@@ -1,0 +1,122 @@
+"""Base densities: the library's own, and those of other libraries."""
+
+import importlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+
+import jaxode
+from jaxode.nn import ConcatSquash, field
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_diagonal_normal(shape):
+    base = jaxode.diagonal_normal(shape)
+    assert base.event_shape == shape
+    z = 2 * jax.random.normal(jax.random.key(0), (5, 4, *shape))
+    standard = jaxode.standard_normal(shape)
+    np.testing.assert_allclose(base.log_prob(z), standard.log_prob(z), rtol=1e-13)
+    np.testing.assert_array_equal(
+        base.sample(jax.random.key(1), (5, 4)), standard.sample(jax.random.key(1), (5, 4))
+    )
+    mean, log_scale = jax.random.normal(jax.random.key(2), (2, *shape))
+    base = type(base)(mean, log_scale)
+    scale = np.exp(log_scale)
+    exact = scipy.stats.norm.logpdf(z, mean, scale).reshape(5, 4, -1).sum(-1)
+    np.testing.assert_allclose(base.log_prob(z), exact, rtol=1e-12)
+    draws = np.asarray(base.sample(jax.random.key(3), (20_000,)))
+    assert (np.abs(draws.mean(0) - mean) < 5 * scale / np.sqrt(20_000)).all()
+    assert (np.abs(draws.std(0) / scale - 1) < 5 / np.sqrt(2 * 20_000)).all()
+    with pytest.raises(ValueError, match=r"diagonal_normal\(event_shape=...\)"):
+        jaxode.diagonal_normal(-1)
+
+
+def test_a_base_density_is_learned_together_with_the_field():
+    """Its gradient is that of the closed form, and training finds the data's mean and scale."""
+
+    def loss(params, x):
+        m, base = params
+        return jaxode.cnf(field, base, rtol=1e-9, atol=1e-9).nll(m, x)
+
+    still = jax.tree.map(jnp.zeros_like, ConcatSquash(2, (4,), key=jax.random.key(0)))
+    noise = jax.random.normal(jax.random.key(1), (500, 2))
+    x = jnp.array([[5.0, -1.0]]) + jnp.array([[0.5, 3.0]]) * noise
+    base = jaxode.diagonal_normal(2)
+    gradient = jax.grad(loss)((still, base), x)[1]
+    np.testing.assert_allclose(gradient.mean, -x.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(gradient.log_scale, 1 - (x**2).mean(0), rtol=1e-7)
+
+    # The maximum of the likelihood is the data's own mean and scale.
+    best = jaxode.distributions.DiagonalNormal(x.mean(0), jnp.log(x.std(0)))
+    for leaf in jax.tree.leaves(jax.grad(loss)((still, best), x)[1]):
+        np.testing.assert_allclose(leaf, jnp.zeros(2), atol=1e-7)
+
+    params, optimizer = (ConcatSquash(2, (4,), key=jax.random.key(0)), base), optax.sgd(0.01)
+    updates, _ = optimizer.update(jax.grad(loss)(params, x), optimizer.init(params))
+    assert loss(optax.apply_updates(params, updates), x) < loss(params, x) - 0.1
+    sample = jax.jit(lambda base: jaxode.cnf(field, base).sample(still, jax.random.key(0), 3))
+    assert sample(base).shape == (3, 2)
+
+
+def numpyro_normal(mean, scale):
+    return importlib.import_module("numpyro.distributions").Normal(mean, scale).to_event(1)
+
+
+def distrax_normal(mean, scale):
+    return importlib.import_module("distrax").MultivariateNormalDiag(mean, scale)
+
+
+def flowjax_normal(mean, scale):
+    return importlib.import_module("flowjax.distributions").Normal(mean, scale)
+
+
+# Independent normals of each library. A new one is one row.
+LIBRARIES = {"numpyro": numpyro_normal, "distrax": distrax_normal, "flowjax": flowjax_normal}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_densities_of_other_libraries(library, default_settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their imports warn of what they should change
+        pytest.importorskip(library, reason="a test dependency that is not installed")
+        mean, scale = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
+        make = LIBRARIES[library]
+        make(mean, scale)
+    m = ConcatSquash(2, (8,), key=jax.random.key(0))
+    own = jaxode.cnf(field, jaxode.distributions.DiagonalNormal(mean, jnp.log(scale)))
+
+    @jax.jit
+    def loss(params, x):
+        mean, scale = params
+        return jaxode.cnf(field, make(mean, scale)).nll(m, x)
+
+    flow = jaxode.cnf(field, make(mean, scale))
+    assert flow.base.event_shape == (2,)
+    x, log_prob = flow.sample_and_log_prob(m, jax.random.key(1), 1000)
+    assert x.shape == (1000, 2)
+    np.testing.assert_allclose(log_prob, own.log_prob(m, x), atol=1e-3)
+    np.testing.assert_allclose(flow.log_prob(m, x), own.log_prob(m, x), atol=1e-5)
+    z = flow.base.sample(jax.random.key(2), (1000,))
+    assert (jnp.abs(z.mean(0) - mean) < 5 * scale / np.sqrt(1000)).all()
+    gradient = jax.grad(loss)((mean, scale), x)
+    expected = -(flow.to_base(m, x) - mean).mean(0) / scale**2
+    np.testing.assert_allclose(gradient[0], expected, atol=1e-4)
+
+
+def test_a_batch_of_densities_is_not_one_density():
+    class Batched:
+        event_shape, batch_shape = (), (3,)
+
+        def log_prob(self, z):
+            return z
+
+        def sample(self, key, sample_shape):
+            return key
+
+    with pytest.raises(ValueError, match=r"got a batch of shape \(3,\)"):
+        jaxode.cnf(field, Batched())
