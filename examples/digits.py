@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
 
 import jaxode
+from jaxode import images
 from jaxode.divergence import exact, hutchinson
 
 matplotlib.use("Agg")
@@ -43,10 +44,9 @@ class Whitening(NamedTuple):
 
 def to_logit(key: PRNGKeyArray, x: Float[Array, "batch pixels"]):
     """Dequantized images on the real line, and the log-determinant `[batch]` of the map."""
-    u = (x + jax.random.uniform(key, x.shape)) / LEVELS
-    v = MARGIN + (1 - 2 * MARGIN) * u
-    slope = (1 - 2 * MARGIN) / (LEVELS * v * (1 - v))
-    return jnp.log(v) - jnp.log1p(-v), jnp.sum(jnp.log(slope), axis=1)
+    u, levels_log_det = images.dequantize(key, x, LEVELS)
+    y, log_det = images.logit(u, MARGIN)
+    return y, levels_log_det + log_det
 
 
 def whiten(whitening: Whitening, key: PRNGKeyArray, x: Float[Array, "batch pixels"]):
@@ -58,8 +58,8 @@ def whiten(whitening: Whitening, key: PRNGKeyArray, x: Float[Array, "batch pixel
 
 def to_images(whitening: Whitening, z: Float[Array, "... pixels"]) -> Float[Array, "... pixels"]:
     """Back to grey levels from 0 to 16."""
-    v = jax.nn.sigmoid(z @ whitening.factor.T + whitening.mean)
-    return jnp.clip(jnp.floor((v - MARGIN) / (1 - 2 * MARGIN) * LEVELS), 0, LEVELS - 1)
+    u = images.inverse_logit(z @ whitening.factor.T + whitening.mean, MARGIN)
+    return images.quantize(u, LEVELS)
 
 
 def fit_whitening(key: PRNGKeyArray, x: Float[Array, "batch pixels"]) -> Whitening:
@@ -68,11 +68,6 @@ def fit_whitening(key: PRNGKeyArray, x: Float[Array, "batch pixels"]) -> Whiteni
     # Pixels that are always black would make the covariance nearly singular.
     covariance = jnp.cov(y.T) + 1e-4 * jnp.eye(PIXELS)
     return Whitening(y.mean(0), jnp.linalg.cholesky(covariance))
-
-
-def bits_per_dimension(log_prob: Float[Array, " batch"], log_det: Float[Array, " batch"]) -> float:
-    """Mean of `-log2 p` a pixel, for images with grey levels of width one."""
-    return float(-jnp.mean(log_prob + log_det) / (PIXELS * math.log(2)))
 
 
 def evaluate(flow, params, whitening, x, key) -> tuple[float, float]:
@@ -85,8 +80,9 @@ def evaluate(flow, params, whitening, x, key) -> tuple[float, float]:
     z, log_det = whiten(whitening, key, x)
     parts = [log_prob(params, part) for part in jnp.array_split(z, -(-len(z) // 300))]
     # On whitened images the base density is that Gaussian.
-    gaussian = bits_per_dimension(flow.base.log_prob(z), log_det)
-    return bits_per_dimension(jnp.concatenate(parts), log_det), gaussian
+    scores = (jnp.concatenate(parts), flow.base.log_prob(z))
+    learned, gaussian = (images.bits_per_dimension(s + log_det, PIXELS).mean() for s in scores)
+    return float(learned), float(gaussian)
 
 
 def train(flow, params, whitening, data, options, key):
@@ -106,7 +102,7 @@ def train(flow, params, whitening, data, options, key):
         loss = lambda params: flow.nll_and_stats(params, z, key=probe_key)
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
-        bits = -jnp.mean(aux.log_prob + log_det) / (PIXELS * jnp.log(2.0))
+        bits = images.bits_per_dimension(aux.log_prob + log_det, PIXELS).mean()
         return optax.apply_updates(params, updates), state, bits, aux
 
     state, losses, start = optimizer.init(params), [], time.perf_counter()
@@ -144,8 +140,8 @@ def draw(flow, params, whitening, data, losses, scores, path, key):
     frames = jaxode.flow(flow.f, z, flow.t0, flow.t1, params, ts=times, return_solution=True).ys
     frames = to_images(whitening, frames).swapaxes(0, 1)
 
-    def tile(axis, images, rows, title):
-        grid = np.pad(np.asarray(images).reshape(-1, 8, 8), ((0, 0), (0, 1), (0, 1)))
+    def tile(axis, digits, rows, title):
+        grid = np.pad(np.asarray(digits).reshape(-1, 8, 8), ((0, 0), (0, 1), (0, 1)))
         grid = grid.reshape(rows, -1, 9, 9).swapaxes(1, 2).reshape(rows * 9, -1)
         axis.imshow(grid[:-1, :-1], cmap="gray", interpolation="nearest")
         axis.set(xticks=[], yticks=[], title=title)
@@ -184,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     pixels, _ = load_digits(return_X_y=True)
-    images = jnp.asarray(pixels, jnp.float32)
-    held_out, data = jnp.split(jax.random.permutation(next(keys), images), [HELD_OUT])
+    pixels = jax.random.permutation(next(keys), jnp.asarray(pixels, jnp.float32))
+    held_out, data = jnp.split(pixels, [HELD_OUT])
     whitening = fit_whitening(next(keys), data)
     # A loose tolerance trains as well as a tight one here, in a fraction of the time.
     flow = jaxode.cnf(

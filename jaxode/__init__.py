@@ -1,6 +1,6 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import divergence, nn
+from jaxode import divergence, images, nn
 from jaxode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,
@@ -28,6 +28,7 @@ __all__ = [
     "diagonal_normal",
     "divergence",
     "flow",
+    "images",
     "nn",
     "odeint",
     "solve",

@@ -1,0 +1,82 @@
+"""Images as continuous data: dequantization, the logit, and bits per dimension.
+
+Each map works on a batch `[batch, *event]` and returns its log-determinant `[batch]`, in nats, with
+its value. The log-density of images with integer levels is that of the flow plus all of them:
+
+    u, log_det_1 = dequantize(key, x, 256)
+    y, log_det_2 = logit(u)
+    bits = bits_per_dimension(flow.log_prob(params, y) + log_det_1 + log_det_2, x[0].size)
+
+References: Dinh et al. (2017), arXiv:1605.08803; Theis et al. (2016), arXiv:1511.01844.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Real
+
+
+def dequantize(
+    key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int
+) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
+    """`u = (x + noise) / levels` in `[0, 1)`, with uniform noise in `[0, 1)`.
+
+    Args:
+        key: for the noise; a new one for each look at the data.
+        x: levels `0, 1, ..., levels - 1`, integers of any dtype.
+        levels: how many there are, such as 256.
+
+    Returns:
+        `u [batch, *event]` in the dtype of `x` if that is floating, else in the default one; and
+        the log-determinant `[batch]`, `-size log(levels)`. A density of `u` so corrected is a
+        density of `x + noise`, whose integral over a unit cell is the probability of a level.
+    """
+    _check_levels("dequantize", levels)
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
+    noise = jax.random.uniform(key, x.shape, dtype)
+    log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
+    return (x.astype(dtype) + noise) / levels, log_det
+
+
+def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
+    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`."""
+    _check_levels("quantize", levels)
+    return jnp.clip(jnp.floor(u * levels), 0, levels - 1)
+
+
+def logit(
+    u: Float[Array, "batch *event"], margin: float = 0.05
+) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
+    """`y = log(v / (1 - v))` with `v = margin + (1 - 2 margin) u`, and its log-determinant.
+
+    Args:
+        u: values in `[0, 1]`.
+        margin: keeps `y` finite at the ends; at least 0 and below 1/2.
+    """
+    _check_margin("logit", margin)
+    v = margin + (1 - 2 * margin) * u
+    y = jnp.log(v) - jnp.log1p(-v)
+    slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log1p(-v)
+    return y, jnp.sum(slope, axis=tuple(range(1, u.ndim)))
+
+
+def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, "..."]:
+    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled."""
+    _check_margin("inverse_logit", margin)
+    return (jax.nn.sigmoid(y) - margin) / (1 - 2 * margin)
+
+
+def bits_per_dimension(log_prob: Float[Array, "..."], size: int) -> Float[Array, "..."]:
+    """`-log_prob / (size log 2)`: nats of an event of `size` numbers as bits for each of them."""
+    return -log_prob / (size * math.log(2))
+
+
+def _check_levels(where: str, levels: int) -> None:
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"{where}(levels=...): must be an integer of at least 2; got {levels!r}.")
+
+
+def _check_margin(where: str, margin: float) -> None:
+    if not 0 <= margin < 0.5:
+        raise ValueError(f"{where}(margin=...): must be at least 0 and below 0.5; got {margin!r}.")

@@ -1,0 +1,118 @@
+"""Images: the maps invert, their log-determinants are right, and flows take images as they are."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode import divergence, images
+
+SHAPES = {"vector": (6,), "matrix": (2, 3), "channels": (1, 2, 3)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_maps_invert_and_have_their_log_determinants(shape):
+    x = jax.random.randint(jax.random.key(0), (4, *shape), 0, 17)
+    key, size = jax.random.key(1), 6
+    u, log_det = images.dequantize(key, x, 17)
+    assert u.shape == x.shape
+    assert u.dtype == jnp.float64
+    assert ((u >= 0) & (u < 1)).all()
+    np.testing.assert_array_equal(images.quantize(u, 17), x)
+    np.testing.assert_allclose(log_det, -size * np.log(17), rtol=1e-14)
+
+    y, log_det = images.logit(u, 0.05)
+    np.testing.assert_allclose(images.inverse_logit(y, 0.05), u, atol=1e-14)
+    flat = lambda row: images.logit(row.reshape(1, *shape), 0.05)[0].reshape(-1)
+    jacobians = jax.vmap(jax.jacfwd(flat))(u.reshape(4, size))
+    np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobians)[1], rtol=1e-12)
+
+
+def test_dequantization_keeps_the_dtype_and_needs_its_key():
+    x = jnp.array([[0.0, 3.0]], jnp.float32)
+    u, log_det = images.dequantize(jax.random.key(0), x, 4)
+    assert u.dtype == log_det.dtype == jnp.float32
+    assert (u != images.dequantize(jax.random.key(1), x, 4)[0]).all()
+
+
+def test_bits_of_uniform_levels_are_their_logarithm():
+    """The uniform density on `[0, 1]` codes each of 16 equally likely levels with 4 bits."""
+    x = jax.random.randint(jax.random.key(0), (5, 3), 0, 16)
+    _, log_det = images.dequantize(jax.random.key(1), x, 16)
+    np.testing.assert_allclose(images.bits_per_dimension(log_det, 3), 4.0, rtol=1e-14)
+
+
+def test_probabilities_of_levels_add_up_to_one():
+    """Of a logistic density on the logit: the mean density of a cell is its level's probability."""
+    levels, margin = 8, 0.02
+    x = jnp.repeat(jnp.arange(levels), 4000)[:, None]
+    u, log_det = images.dequantize(jax.random.key(0), x, levels)
+    y, logit_log_det = images.logit(u, margin)
+    log_prob = jax.scipy.stats.logistic.logpdf(y[:, 0]) + log_det + logit_log_det
+    probability = jnp.exp(log_prob).reshape(levels, 4000).mean(1)
+    # The logistic density makes `v` uniform, so each level has (1 - 2 margin) / levels.
+    np.testing.assert_allclose(probability, (1 - 2 * margin) / levels, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: images.dequantize(jax.random.key(0), jnp.zeros((1, 2)), 1), "dequantize(levels="),
+        (lambda: images.quantize(jnp.zeros(2), 2.5), "quantize(levels="),
+        (lambda: images.logit(jnp.zeros((1, 2)), 0.5), "logit(margin="),
+        (lambda: images.inverse_logit(jnp.zeros(2), -0.1), "inverse_logit(margin="),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        call()
+
+
+class Convolutional(eqx.Module):
+    """Two convolutions on `[channels, height, width]`, with the time as one more channel."""
+
+    first: eqx.nn.Conv2d
+    second: eqx.nn.Conv2d
+
+    def __init__(self, channels: int, hidden: int, key):
+        keys = jax.random.split(key)
+        self.first = eqx.nn.Conv2d(channels + 1, hidden, 3, padding=1, key=keys[0])
+        self.second = eqx.nn.Conv2d(hidden, channels, 3, padding=1, key=keys[1])
+
+    def __call__(self, t, y):
+        time = jnp.full((1, *y.shape[1:]), t)
+        return self.second(jnp.tanh(self.first(jnp.concatenate([y, time]))))
+
+
+@pytest.mark.parametrize("event", [(1, 4, 4), (2, 3, 3), (4, 4)], ids=str)
+def test_convolutional_flow_on_images(event):
+    """Exact, estimated, and by the change of variables of the whole flow."""
+    net = Convolutional(1 if len(event) == 2 else event[0], 4, jax.random.key(0))
+
+    def f(t, y, m):
+        return m(t, y.reshape(-1, *event[-2:])).reshape(event)
+
+    def flow(estimator):
+        return jaxode.cnf(
+            f, jaxode.standard_normal(event), divergence=estimator, rtol=1e-8, atol=1e-8
+        )
+
+    x = jax.random.normal(jax.random.key(1), (3, *event))
+    exact = flow(divergence.exact())
+    z = exact.to_base(net, x)
+    np.testing.assert_allclose(exact.from_base(net, z), x, atol=1e-6)
+    size = x[0].size
+    flat = lambda row: exact.to_base(net, row.reshape(1, *event)).reshape(-1)
+    jacobians = jax.vmap(jax.jacrev(flat))(x.reshape(3, size))
+    log_det = jnp.linalg.slogdet(jacobians)[1]
+    log_prob = exact.log_prob(net, x)
+    np.testing.assert_allclose(log_prob, exact.base.log_prob(z) + log_det, atol=1e-6)
+    assert (jnp.abs(log_det) > 1e-2).all()
+    orthogonal = flow(divergence.hutchinson(size, "orthogonal"))
+    np.testing.assert_allclose(orthogonal.log_prob(net, x, key=jax.random.key(2)), log_prob, 1e-6)
+    samples = exact.sample(net, jax.random.key(3), 2)
+    assert samples.shape == (2, *event)
+    gradient = jax.grad(flow(divergence.hutchinson()).nll)(net, x, key=jax.random.key(2))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
