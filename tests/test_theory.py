@@ -1,13 +1,17 @@
 """From the equations to the code: one small test for each, which could fail."""
 
+import itertools
+
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy.linalg
 from problems import linear_gradients
 
 import jaxode
+from jaxode.divergence import exact, hutchinson
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -182,3 +186,250 @@ def test_10_vector_jacobian_products_without_a_jacobian():
         # A itself is the only matrix of this size: no product of matrices has it as a result.
         assert f"f64[{D},{D}] = dot_general" not in program
         assert f"f64[{D}] = dot_general" in program
+
+
+# Rows 11 to 20: a flow model, `x = z(1)` with `z(0)` from the density `p_Z`.
+
+P_Z = jaxode.standard_normal(3)
+KEY = jax.random.key(7)
+
+
+def flow_model(divergence, **options):
+    return jaxode.cnf(f, P_Z, divergence=divergence, **{**TIGHT, **options})
+
+
+def jacobian(s, z, theta=THETA):
+    return jax.jacfwd(lambda z: f(s, z, theta))(z)
+
+
+def divergence_of_f(s, z):
+    return jnp.trace(jacobian(s, z))
+
+
+def probes_of(divergence, x=X):
+    """The probes that a flow draws: one a sample, from the key and its index."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(len(x)))
+    return jax.vmap(divergence.init)(keys, x)
+
+
+def along_the_trajectory(integrand, x):
+    """Integral over `[0, 1]` of `integrand(s, z(s))` with `z(1) = x`, by Gauss-Legendre nodes."""
+    nodes, weights = np.polynomial.legendre.leggauss(14)
+    ts = jnp.asarray((nodes + 1) / 2)
+    z = jaxode.solve(f, x, 1.0, 0.0, THETA, ts=ts[::-1], **TIGHT).ys[::-1]
+    return jnp.sum(weights / 2 * jax.vmap(integrand)(ts, z))
+
+
+def test_11_flow_model_samples():
+    """`Z ~ p_Z`, then `X = F^{0,1}(Z)`."""
+    samples = flow_model(exact()).sample(THETA, KEY, 4)
+    z = P_Z.sample(KEY, (4,))
+    one = lambda z: jaxode.solve(f, z, 0.0, 1.0, THETA, **TIGHT).y1
+    close(samples, jax.vmap(one)(z), 1e-8)
+
+
+def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
+    """`d|I + e A|/de = tr A`, `p_X(x) = p_Z(z) / |dh/dz|`, `d/ds log p_s(z(s)) = -div f`."""
+    A = jacobian(0.2, X[0])
+    determinant = lambda e: jnp.linalg.det(jnp.eye(3) + e * A)
+    close(jax.grad(determinant)(0.0), jnp.trace(A))
+
+    flow = flow_model(exact())
+    h = lambda z: flow.from_base(THETA, z[None])[0]
+    z = flow.to_base(THETA, X)
+    log_det = jnp.linalg.slogdet(jax.vmap(jax.jacrev(h))(z))[1]
+    close(flow.log_prob(THETA, X), P_Z.log_prob(z) - log_det, 1e-8)
+
+    fixed = {"steps": 12}  # of order five, from a start that is smooth: an error below 1e-7
+
+    @jax.jit
+    @jax.grad
+    def slope(s, z0):
+        """Of `log p_s(z(s))` in `s`, through both solves."""
+        z = jaxode.flow(f, z0[None], 0.0, s, THETA, **fixed)
+        return jaxode.cnf(f, P_Z, t1=s, **fixed).log_prob(THETA, z)[0]
+
+    s = 0.6
+    z_s = jaxode.solve(f, z[0], 0.0, s, THETA, **TIGHT).y1
+    close(slope(s, z[0]), -divergence_of_f(s, z_s), 1e-6)
+
+
+def test_13_log_likelihood_in_forward_and_backward_form():
+    """`l' = -div f` from `l(0) = log p_Z(z(0))` forwards, or from `l(1) = 0` backwards."""
+    x, flow = X[0], flow_model(exact())
+
+    def augmented(s, state, theta):
+        return f(s, state[0], theta), -divergence_of_f(s, state[0])
+
+    z0, l0 = jaxode.solve(augmented, (x, jnp.array(0.0)), 1.0, 0.0, THETA, **TIGHT).y1
+    backward = P_Z.log_prob(z0) - l0
+    z1, forward = jaxode.solve(augmented, (z0, P_Z.log_prob(z0)), 0.0, 1.0, THETA, **TIGHT).y1
+    close(z1, x, 1e-8)
+    close(backward, flow.log_prob(THETA, x[None])[0], 1e-8)
+    close(forward, backward, 1e-8)
+    samples, log_prob = flow.sample_and_log_prob(THETA, KEY, 3)
+    close(flow.log_prob(THETA, samples), log_prob, 1e-8)
+
+
+def test_14_exact_log_likelihood_on_the_stored_trajectory_and_in_one_solve():
+    """v.1 integrates `div f` on a stored `z(s)`; v.2, `log_prob`, solves for both together."""
+    z0 = jaxode.flow(f, X, 1.0, 0.0, THETA, **TIGHT)
+    v1 = P_Z.log_prob(z0) - jnp.stack([along_the_trajectory(divergence_of_f, x) for x in X])
+    close(flow_model(exact()).log_prob(THETA, X), v1, 1e-7)
+    close(flow_model(exact(chunk=2)).log_prob(THETA, X), v1, 1e-7)
+
+
+def test_15_hutchinson_is_unbiased_and_fixed_through_a_solve():
+    """`E[v^T A v] = tr A`: the mean of all signs, and Gaussian within 4 standard errors."""
+    g = lambda z: f(0.3, z, THETA)
+    estimate = lambda v: hutchinson().apply(g, X[0], v[None])[1]
+    signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+    close(jax.vmap(estimate)(signs).mean(), divergence_of_f(0.3, X[0]))
+    values = jax.vmap(estimate)(jax.random.normal(KEY, (40_000, 3)))
+    error = jnp.abs(values.mean() - divergence_of_f(0.3, X[0]))
+    assert error < 4 * values.std() / np.sqrt(len(values))
+
+    # One and the same probe at all times of a solve.
+    for distribution in ("rademacher", "gaussian"):
+        flow = flow_model(hutchinson(distribution=distribution))
+        _, aux = flow.nll_and_stats(THETA, X[:2], key=KEY)
+        for x, log_det, (v,) in zip(X, aux.log_det, probes_of(flow.divergence)[:2], strict=False):
+            quadratic = lambda s, z, v=v: v @ jacobian(s, z) @ v
+            close(log_det, -along_the_trajectory(quadratic, x), 1e-7)
+
+
+def test_16_directional_derivative_by_one_product():
+    """`v^T (df/dz) v` as a vjp with `v`, as the gradient of `v . f`, and as a jvp."""
+    z, v = X[0], X[1]
+    g = lambda z: f(0.3, z, THETA)
+    expected = v @ jacobian(0.3, z) @ v
+    close(jax.vjp(g, z)[1](v)[0] @ v, expected)
+    close(jax.grad(lambda z: v @ g(z))(z) @ v, expected)
+    close(v @ jax.jvp(g, (z,), (v,))[1], expected)
+    close(hutchinson().apply(g, z, v[None])[1], expected)
+
+
+def test_17_stochastic_log_likelihood_is_unbiased():
+    """Its mean over all sign vectors is the log-likelihood, on any fixed sequence of steps."""
+    signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+    fixed = {"steps": 5}
+
+    def estimate(v):
+        one = jaxode.divergence.Divergence(lambda key, z: v[None], hutchinson().apply)
+        return flow_model(one, **fixed).log_prob(THETA, X)
+
+    estimates = jax.jit(jax.vmap(estimate))(signs)
+    close(estimates.mean(0), flow_model(exact(), **fixed).log_prob(THETA, X))
+    assert (estimates.std(0) > 1e-2).all()
+
+
+def test_18_stochastic_gradient_of_the_log_likelihood():
+    """`a' = -a df/dz - d(v^T df/dz v)/dz`, `b'` with `d/dtheta`: the gradient is `b(1)`.
+
+    v.1 takes `z(s)` from the solve from the data, v.2 recomputes it from `z(0)`. Both agree with
+    autodiff of the discretized likelihood, and with the adjoint methods that are named so.
+    """
+    x, flow = X[0], flow_model(hutchinson())
+    v = probes_of(flow.divergence)[0, 0]
+
+    def h(s, z, theta):
+        return jax.jvp(lambda z: f(s, z, theta), (z,), (v,))
+
+    def derivatives(s, z, a, theta):
+        """`f`, and minus the vector-Jacobian products with `(a, 1)`."""
+        scalars = lambda z, theta: (h(s, z, theta)[0], v @ h(s, z, theta)[1])
+        (dz, _), vjp = jax.vjp(scalars, z, theta)
+        return dz, *vjp((-a, jnp.array(-1.0)))
+
+    z0 = jaxode.solve(f, x, 1.0, 0.0, THETA, **TIGHT).y1
+    a0, b0 = jax.grad(P_Z.log_prob)(z0), jax.tree.map(jnp.zeros_like, THETA)
+
+    def stored(s, state, theta):
+        z = jaxode.solve(f, x, 1.0, s, THETA, **TIGHT).y1
+        return derivatives(s, z, state[0], theta)[1:]
+
+    def recomputed(s, state, theta):
+        return derivatives(s, state[0], state[1], theta)
+
+    _, v1 = jaxode.solve(stored, (a0, b0), 0.0, 1.0, THETA, steps=20).y1
+    _, _, v2 = jaxode.solve(recomputed, (z0, a0, b0), 0.0, 1.0, THETA, **TIGHT).y1
+
+    def gradient(adjoint):
+        log_prob = flow_model(hutchinson(), adjoint=adjoint).log_prob
+        return jax.grad(lambda theta: log_prob(theta, x[None], key=KEY)[0])(THETA)
+
+    discrete = gradient(jaxode.DiscreteAdjoint())
+    close(v1, discrete, 1e-7)
+    close(v2, discrete, 1e-7)
+    close(gradient(jaxode.InterpolatingAdjoint()), discrete, 1e-7)
+    close(gradient(jaxode.BacksolveAdjoint()), discrete, 1e-7)
+
+
+def test_19_mixed_partial_derivatives():
+    """`d(v^T df/dz v)/dz` and `/dtheta` by reverse over forward, without second derivatives."""
+    z, v = X[0], X[1]
+
+    def by_estimator(z, theta):
+        return hutchinson().apply(lambda z: f(0.3, z, theta), z, v[None])[1]
+
+    second = jax.jacfwd(jax.jacfwd(lambda z: f(0.3, z, THETA)))(z)
+    mixed = jax.jacfwd(lambda theta: jacobian(0.3, z, theta))(THETA)
+    expected = (
+        jnp.einsum("i,ijk,j->k", v, second, v),
+        jax.tree.map(lambda m: jnp.einsum("i,ij...,j->...", v, m, v), mixed),
+    )
+    close(jax.grad(by_estimator, (0, 1))(z, THETA), expected)
+
+
+def test_20_training_sums_over_probes_and_samples():
+    """`g += b(1)` for each of `K` probes: one solve with `K` probes has the mean gradient."""
+    K, fixed = 3, {"steps": 6}
+    several = flow_model(hutchinson(K, "gaussian"), **fixed)
+    probes = probes_of(several.divergence)
+
+    def loss(theta, x, v):
+        one = jaxode.divergence.Divergence(lambda key, z: v[None], hutchinson().apply)
+        return -flow_model(one, **fixed).log_prob(theta, x[None])[0]
+
+    each = jax.vmap(jax.vmap(jax.grad(loss), (None, None, 0)), (None, 0, 0))(THETA, X, probes)
+    expected = jax.tree.map(lambda g: g.mean((0, 1)), each)
+    close(jax.grad(several.nll)(THETA, X, key=KEY), expected)
+
+
+def test_20_ffjord_learns_a_mixture_of_three_normals(default_settings):
+    """Maximum likelihood reaches the true density to 0.02 nats of Kullback-Leibler divergence."""
+    means, scale = jnp.array([-2.8, -0.9, 2.0]), 0.4
+    grid = jnp.linspace(-6.0, 6.0, 2401)
+    true = jax.scipy.stats.norm.pdf(grid[:, None], means, scale).mean(1)
+    # Data without sampling error: the quantiles of the mixture.
+    mass = jnp.cumsum(true) / true.sum()
+    data = jnp.interp((jnp.arange(512) + 0.5) / 512, mass, grid)[:, None]
+
+    options = {"rtol": 1e-4, "atol": 1e-4}
+    flow = jaxode.cnf(
+        jaxode.nn.field, jaxode.standard_normal(1), divergence=hutchinson(2), **options
+    )
+    params = jaxode.nn.ConcatSquash(1, (32, 32), key=jax.random.key(0))
+    steps = 500
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, steps))
+
+    @jax.jit
+    def train(params, key):
+        def step(carry, key):
+            params, state = carry
+            index_key, probe_key = jax.random.split(key)
+            x = jax.random.choice(index_key, data, (256,), replace=False)
+            gradient = jax.grad(flow.nll)(params, x, key=probe_key)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = (params, optimizer.init(params))
+        return jax.lax.scan(step, start, jax.random.split(key, steps))[0][0]
+
+    def divergence(params):
+        log_prob = jaxode.cnf(jaxode.nn.field, flow.base).log_prob(params, grid[:, None])
+        return jnp.trapezoid(true * (jnp.log(true) - log_prob), grid)
+
+    assert divergence(params) > 0.3
+    params = train(params, jax.random.key(1))
+    assert 0 < divergence(params) < 0.02
