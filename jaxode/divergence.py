@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-# Up to this many dimensions `auto` takes the exact trace: one Jacobian-vector product a dimension.
+# Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
+# it costs 2.4 times a probe, and less than the 8 probes that still leave 5% of noise in a gradient;
+# at 16 dimensions 3.8 times, and more.
 EXACT_UP_TO = 8
 
 Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
