@@ -181,10 +181,10 @@ def draw(rows, path: Path) -> None:
     panels = {"ms": "milliseconds", "bytes": "temporary memory, bytes",
               "gradient_std": "gradient: std over the probe / norm"}  # fmt: skip
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for name in ESTIMATORS:
+        for color, name in enumerate(ESTIMATORS):
             points = [(r["dimension"], r[key]) for r in rows if r["divergence"] == name]
-            noisy = key != "gradient_std" or name.startswith("hutchinson")
-            axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=name) if noisy else None
+            if key != "gradient_std" or name.startswith("hutchinson"):
+                axis.plot(*zip(*points, strict=True), f"C{color}o-", ms=3, label=name)
         axis.set(xscale="log", yscale="log", xlabel="dimension", title=title)
     axes[0].axvline(divergence.EXACT_UP_TO, color="gray", lw=0.8, ls="--", label="EXACT_UP_TO")
     axes[0].legend(fontsize=8)
