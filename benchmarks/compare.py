@@ -1,0 +1,38 @@
+"""The regression guard: are the ratios to peers still those of the committed results?"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+LOSS = 1.25  # a ratio that is larger by more than this has regressed
+
+
+def regressions(
+    committed: dict[str, Any], measured: dict[str, Any], modules: Sequence[str]
+) -> list[tuple[str, float, float | None]]:
+    """What got slower: its name, the committed ratio and the new one, None if it is missing."""
+    found = []
+    for module in modules:
+        for case, before in committed["benchmarks"].get(module, {}).items():
+            after = measured["benchmarks"].get(module, {}).get(case, {}).get("ratios", {})
+            for peer, old in before.get("ratios", {}).items():
+                new = after.get(peer)
+                if new is None or not new <= LOSS * old:
+                    found.append((f"{module}, {case}: {peer}", old, new))
+    return found
+
+
+def check(
+    committed: dict[str, Any], measured: dict[str, Any], modules: Sequence[str],
+    say: Callable[[str], Any],
+) -> int:  # fmt: skip
+    """The exit status: 1 after a regression, or if there is nothing to compare with."""
+    if not any(committed["benchmarks"].get(module) for module in modules):
+        say("There are no committed results of this machine for these benchmarks: run make bench.")
+        return 1
+    found = regressions(committed, measured, modules)
+    for name, old, new in found:
+        after = "has no ratio now" if new is None else f"is {new:.2f} now"
+        say(f"{name}: the ratio was {old:.2f} and {after}")
+    if not found:
+        say("No ratio to a peer has grown by more than 25%.")
+    return int(bool(found))

@@ -1,0 +1,259 @@
+"""What makes a comparison fair. Every benchmark takes its times and its errors from here.
+
+- Contenders get the same weights, data and probe; their mathematics is compared in float64 first.
+- Their calls are alternated in one process, in another order each round, with a pause in between
+  for the thread pool of the one before to fall asleep. The first call is not among the times.
+- Times are medians with minimum and maximum; a ratio is the median of the ratios of each round.
+- Two contenders are compared at equal error of the gradient, on their work-precision curves.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+PAUSE = 0.003  # seconds between two calls
+PACKAGES = ("jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko")
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def check_equal(values: Mapping[str, Any], relative: float = 1e-12) -> None:
+    """Raise unless the float64 arrays of all contenders are equal to rounding."""
+    (first, expected), *others = ((name, np.asarray(value)) for name, value in values.items())
+    for name, value in others:
+        if value.dtype != np.float64 or expected.dtype != np.float64:
+            raise TypeError(f"{first} and {name} must be float64 to be compared")
+        error = np.abs(value - expected).max() / np.abs(expected).max()
+        if not error <= relative:
+            raise AssertionError(f"{name} differs from {first} by {error:.1e}, relative")
+
+
+def gradient_error(gradient: Sequence[Any], reference: Sequence[np.ndarray]) -> float:
+    """`|gradient - reference| / |reference|`, over all leaves together."""
+    pairs = [
+        (np.asarray(g, np.float64), np.asarray(r)) for g, r in zip(gradient, reference, strict=True)
+    ]
+    if any(g.shape != r.shape for g, r in pairs):
+        raise ValueError(f"shapes {[(g.shape, r.shape) for g, r in pairs]} differ")
+    squares = sum(((g - r) ** 2).sum() for g, r in pairs)
+    return float(np.sqrt(squares / sum((r**2).sum() for _, r in pairs)))
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the result of a call is there, and the result."""
+    start = time.perf_counter()
+    value = jax.block_until_ready(call())
+    return time.perf_counter() - start, value
+
+
+def alternate(
+    calls: Mapping[Any, Callable[[], Any]], seconds: float, least: int = 5, most: int = 30
+) -> dict[Any, list[float]]:
+    """Times of each call, round by round, until `seconds` are over. All must have run before."""
+    times = {name: [] for name in calls}
+    names, start = list(calls), time.perf_counter()
+    for count in range(most):
+        if count >= least and time.perf_counter() - start > seconds:
+            break
+        shift = count % len(names)
+        for name in names[shift:] + names[:shift]:
+            time.sleep(PAUSE)
+            times[name].append(timed(calls[name])[0])
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": float(np.median(times)), "min": float(np.min(times)), "max": float(np.max(times)),
+        "rounds": len(times),
+    }  # fmt: skip
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the rounds of our time over theirs."""
+    return float(np.median(np.asarray(ours) / np.asarray(theirs)))
+
+
+class AtError(NamedTuple):
+    """The place of a contender's work-precision curve at a given error."""
+
+    times: np.ndarray | None
+    """Time in each round; None if no measured point is that accurate."""
+    note: str
+    """Empty when the error lies between two measured points; else what is meant instead."""
+
+
+def at_error(errors: Sequence[float], times: Sequence[Sequence[float]], target: float) -> AtError:
+    """The time at which a contender reaches the error `target`; `times` is [points, rounds].
+
+    Linear in logarithms between the measured points that no other beats in both error and median
+    time. Never beyond them: a curve that is more accurate everywhere counts with its fastest point.
+    """
+    medians = [np.median(row) for row in times]
+    best: list[int] = []
+    for i in np.lexsort((medians, errors)):
+        if not best or medians[i] < medians[best[-1]]:
+            best.append(int(i))
+    if not best or errors[best[0]] > target:
+        return AtError(None, "not as accurate")
+    if errors[best[-1]] <= target:
+        note = "" if errors[best[-1]] == target else "more accurate"
+        return AtError(np.asarray(times[best[-1]]), note)
+    after = next(i for i, point in enumerate(best) if errors[point] > target)
+    low, high = best[after - 1], best[after]
+    weight = np.log(target / errors[low]) / np.log(errors[high] / errors[low])
+    logs = (1 - weight) * np.log(times[low]) + weight * np.log(times[high])
+    return AtError(np.exp(logs), "")
+
+
+Step = Callable[[float], tuple[Any, Sequence[Any]]]
+"""A training step at a tolerance: the loss, and the leaves of the gradient."""
+
+
+class Bench(NamedTuple):
+    """What the runner tells a benchmark, and how it hears from it."""
+
+    seconds: float = 20.0
+    """Time for the alternated calls of one case."""
+    skip: Mapping[str, str] = {}
+    """Contenders that ended the process before, and how."""
+    announce: Callable[[str], None] = lambda name: None
+    """Called with the name of the contender that is next."""
+
+
+def attempt(bench: Bench, failed: dict[str, str], name: str, call: Callable[[], Any]) -> Any:
+    """The result of a call, or None, with the reason in `failed`: the others carry on."""
+    if name in bench.skip:
+        failed[name] = bench.skip[name]
+        return None
+    bench.announce(name)
+    try:
+        return call()
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"[:300]
+        return None
+
+
+def work_precision(
+    bench: Bench,
+    makers: Mapping[str, Callable[[], Step]],
+    references: Mapping[str, Sequence[np.ndarray]],
+    tolerances: Sequence[float] | Mapping[str, Sequence[float]],
+    target: float,
+    groups: Mapping[str, Sequence[str]],
+    ours: str = "jaxode",
+) -> dict[str, Any]:
+    """Error and time of each contender at each tolerance, and their times at equal error.
+
+    Args:
+        references: the exact gradient by contender; `references[""]` is that of all others.
+        tolerances: the same for all, or by contender, where `tolerances[""]` is that of all others.
+        target: the error at which times are compared.
+        groups: peers by name of group. For each group, and `ours`, the ratio to its fastest member.
+    """
+    failed, firsts, calls, errors = {}, {}, {}, {}
+    for name, make in makers.items():
+        step = attempt(bench, failed, name, make)
+        if step is None:
+            continue
+        listed = (
+            tolerances.get(name, tolerances[""]) if isinstance(tolerances, Mapping) else tolerances
+        )
+        for tolerance in listed:
+            call = lambda step=step, tolerance=tolerance: step(tolerance)
+            outcome = attempt(bench, failed, name, lambda call=call: timed(call))
+            if outcome is None:
+                break
+            first, (_, gradient) = outcome
+            firsts.setdefault(name, first)
+            error = gradient_error(gradient, references.get(name, references[""]))
+            if np.isfinite(error):
+                calls[name, tolerance], errors[name, tolerance] = call, error
+        else:
+            if not any(key[0] == name for key in calls):
+                failed[name] = "the gradient is not finite"
+    bench.announce("timing all")
+    times = alternate(calls, bench.seconds)
+    places, curves = {}, {}
+    for name in dict.fromkeys(name for name, _ in calls):
+        keys = [key for key in calls if key[0] == name]
+        places[name] = at_error([errors[k] for k in keys], [times[k] for k in keys], target)
+        curves[name] = [{"tolerance": k[1], "error": errors[k], **summary(times[k])} for k in keys]
+    return {
+        "target_error": target, "first_call": firsts, "failed": failed, "curves": curves,
+        "at_target": {
+            name: {**(summary(place.times) if place.times is not None else {}), "note": place.note}
+            for name, place in places.items()
+        },
+        **ratios_at_error(places, groups, ours),
+    }  # fmt: skip
+
+
+def ratios_at_error(
+    places: Mapping[str, AtError], groups: Mapping[str, Sequence[str]], ours: str
+) -> dict[str, dict[str, Any]]:
+    """`ratios` and `best` by group: our time over that of the fastest peer that is accurate."""
+    ratios, best = {}, {}
+    our_times = places[ours].times if ours in places else None
+    for group, names in groups.items():
+        reached = {n: places[n].times for n in names if n in places and places[n].times is not None}
+        if our_times is None or not reached:
+            continue
+        best[group] = min(reached, key=lambda n: float(np.median(reached[n])))
+        ratios[group] = ratio(our_times, reached[best[group]])
+    return {"ratios": ratios, "best": best}
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, threads and versions. `BENCH_MACHINE` in the environment overrides the name."""
+    device, cores = jax.devices()[0], len(os.sched_getaffinity(0))
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = f"{_cpu_model()} {cores} cores"
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "name": os.environ.get("BENCH_MACHINE") or slug(kind), "device": kind, "cores": cores,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "platform": platform.platform(), "versions": versions,
+        "threads": {"jax": cores, "torch": _torch_threads()},
+    }  # fmt: skip
+
+
+def slug(text: str) -> str:
+    text = re.sub(r"\((r|tm|c)\)|cpu|@.*ghz", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _torch_threads() -> int | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.get_num_threads()

@@ -1,0 +1,152 @@
+"""What a solver's loop costs beside the vector field.
+
+A field of about a millisecond, a solve with a known number of evaluations, and the same number of
+evaluations in a bare loop: the difference is overhead. For a training step the bare loops are of
+the work that the algorithm needs at least: the evaluations of the forward solve, and for each
+accepted step six stages differentiated backwards and three nodes of the divergence differentiated.
+"""
+
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+
+import jaxode
+from benchmarks import flows, report
+from benchmarks.fairness import Bench, alternate, attempt, ratio, summary, timed
+
+TITLE = "Loop overhead"
+TOLERANCE, COUNT = 1e-5, 50
+CASES: dict[str, dict[str, Any]] = {
+    "solve, a field of about 1 ms": {"workload": flows.Workload(64, 256, (256, 256))},
+    "training step, 8 Gaussians": {
+        "workload": flows.Workload(2, 512, (64, 64, 64), trained=True), "step": True,
+    },
+}  # fmt: skip
+
+
+def run(case: str, bench: Bench) -> dict[str, Any]:
+    p = flows.problem(CASES[case]["workload"])
+    stats = forward_stats(p)
+    evaluations, accepted = int(stats.num_evals), int(stats.num_accepted)
+    work = {"field": evaluations}
+    calls = {"field": tight_field(p)}
+    if CASES[case].get("step"):
+        step = flows.jaxode_step(p)
+        calls |= {"jaxode": lambda: step(TOLERANCE), "stage": tight_stage(p), "node": tight_node(p)}
+        work |= {"stage": 6 * accepted, "node": 3 * accepted}
+    else:
+        calls |= {"jaxode": jaxode_solve(p), "diffrax": diffrax_solve(p)}
+    failed: dict[str, str] = {}
+    calls = {n: c for n, c in calls.items() if attempt(bench, failed, n, lambda c=c: timed(c))}
+    times = alternate(calls, bench.seconds)
+    limit = [sum(times[n][i] * work[n] / COUNT for n in work) for i in range(len(times["field"]))]
+    contenders = {n: times[n] for n in ("jaxode", "diffrax") if n in times}
+    return {
+        "failed": failed, "evaluations": evaluations, "accepted": accepted,
+        "rejected": int(stats.num_rejected),
+        "evaluation": summary([t / COUNT for t in times["field"]]),
+        "times": {"bare loops": summary(limit)} | {n: summary(t) for n, t in contenders.items()},
+        "over_limit": {n: ratio(t, limit) for n, t in contenders.items()},
+        "ratios": {"bare loops": ratio(times["jaxode"], limit)},
+    }  # fmt: skip
+
+
+def field(t, z, params):
+    return jax.vmap(lambda z: params(t, z))(z)
+
+
+def forward_stats(p: flows.Problem):
+    solve = lambda m, x: jaxode.flow(
+        jaxode.nn.field, x, p.span, 0.0, m, rtol=TOLERANCE, atol=TOLERANCE, throw=False,
+        return_solution=True,
+    ).stats  # fmt: skip
+    return jax.jit(solve)(p.params, p.x)
+
+
+def jaxode_solve(p: flows.Problem):
+    solve = lambda m, x: jaxode.flow(
+        jaxode.nn.field, x, p.span, 0.0, m, rtol=TOLERANCE, atol=TOLERANCE, throw=False
+    )
+    return lambda solve=jax.jit(solve): solve(p.params, p.x)
+
+
+def diffrax_solve(p: flows.Problem):
+    """The same method and tolerance, so about the same evaluations; diffrax does not count."""
+    solve = lambda m, x: diffrax.diffeqsolve(
+        diffrax.ODETerm(field), diffrax.Tsit5(), p.span, 0.0, None, x, args=m,
+        stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE),
+    ).ys  # fmt: skip
+    return lambda solve=jax.jit(solve): solve(p.params, p.x)
+
+
+def repeated(body, p: flows.Problem):
+    """`COUNT` times `z <- z + 1e-3 body(t, z)`, in one compiled loop that cannot be shortened."""
+
+    def loop(m, x, probe):
+        def one(i, carry):
+            z, total = carry
+            dz, extra = body(i / COUNT, z, m, probe)
+            return z + 1e-3 * dz, jax.tree.map(jnp.add, total, extra)
+
+        extra = jax.eval_shape(body, jnp.float32(0), x, m, probe)[1]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), extra)
+        return jax.lax.fori_loop(0, COUNT, one, (x, zeros))
+
+    return lambda loop=jax.jit(loop): loop(p.params, p.x, p.probe)
+
+
+def tight_field(p: flows.Problem):
+    return repeated(lambda t, z, m, probe: (field(t, z, m), ()), p)
+
+
+def tight_stage(p: flows.Problem):
+    """The product of a cotangent with the Jacobian of the field, for state and parameters."""
+
+    def body(t, z, m, probe):
+        _, vjp = jax.vjp(lambda m, z: field(t, z, m), m, z)
+        parameters, state = vjp(probe)
+        return state, parameters
+
+    return repeated(body, p)
+
+
+def tight_node(p: flows.Problem):
+    """The estimate of the divergence and its gradient, for state and parameters."""
+
+    def body(t, z, m, probe):
+        total = lambda m, z: jnp.sum(flows.augmented(t, (z,), m, probe)[1])
+        value, (parameters, state) = jax.value_and_grad(total, (0, 1))(m, z)
+        return state, (value, parameters)
+
+    return repeated(body, p)
+
+
+def table(cases: dict[str, Any]) -> str:
+    rows = []
+    for case, result in cases.items():
+        for name, time in result["times"].items():
+            over = result["over_limit"].get(name, 1.0)
+            spread = (
+                f"{report.ms(time['median'])} ({report.ms(time['min'])}-{report.ms(time['max'])})"
+            )
+            rows.append([case, name, spread, f"{over:.2f}", str(result["evaluations"])])
+    header = ["", "", "ms, median (min-max)", "over the bare loops", "evaluations of jaxode"]
+    return report.markdown(header, rows)
+
+
+def draw(cases: dict[str, Any], path: str) -> None:
+    report.draw_bars(
+        {case: {n: 1e3 * t["median"] for n, t in r["times"].items()} for case, r in cases.items()},
+        path, TITLE, "ms",
+    )  # fmt: skip
+
+
+def sentence(cases: dict[str, Any]) -> str:
+    parts = [
+        f"{name} takes {over:.2f} of the time of the bare loops ({case})"
+        for case, result in cases.items()
+        for name, over in result["over_limit"].items()
+    ]
+    return "; ".join(parts) + "."

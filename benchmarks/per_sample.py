@@ -1,0 +1,60 @@
+"""The training step when every sample has its own steps, as diffrax under vmap and torchode."""
+
+from typing import Any
+
+import diffrax
+
+from benchmarks import flows, report
+from benchmarks.fairness import Bench, attempt, work_precision
+
+TITLE = "Training step with steps of its own for each sample"
+CASES: dict[str, dict[str, Any]] = {
+    "8 Gaussians, 512 x 2, 64-64-64": {
+        "workload": flows.Workload(2, 512, (64, 64, 64), trained=True),
+        "tolerances": (1e-3, 1e-4, 1e-5, 1e-6),
+    },
+}
+TARGET = 1e-3
+DIFFRAX = {
+    "diffrax vmap Tsit5 checkpointed": diffrax.RecursiveCheckpointAdjoint(),
+    "diffrax vmap Tsit5 backsolve": diffrax.BacksolveAdjoint(),
+}
+GROUPS = {
+    "best of diffrax": list(DIFFRAX),
+    "torchode": ["torchode"],
+    "jaxode with joint steps": ["jaxode joint"],
+}
+
+
+def run(case: str, bench: Bench) -> dict[str, Any]:
+    settings = CASES[case]
+    p, failed = flows.problem(settings["workload"]), {}
+    attempt(bench, failed, "the same network in PyTorch", lambda: flows.check_networks(p))
+    makers = {
+        "jaxode": lambda: flows.jaxode_step(p, step_control="per_sample"),
+        "jaxode joint": lambda: flows.jaxode_step(p),
+        **{
+            name: lambda adjoint=adjoint: flows.diffrax_step(
+                p, diffrax.Tsit5(), adjoint, per_sample=True
+            )
+            for name, adjoint in DIFFRAX.items()
+        },
+        "torchode": lambda: flows.torchode_step(p),
+    }
+    bench.announce("reference")
+    references = {"": flows.reference(p)}
+    result = work_precision(bench, makers, references, settings["tolerances"], TARGET, GROUPS)
+    result["failed"] |= failed
+    return result
+
+
+def table(cases: dict[str, Any]) -> str:
+    return report.work_precision_tables(cases)
+
+
+def draw(cases: dict[str, Any], path: str) -> None:
+    report.draw_work_precision(cases, path, TITLE)
+
+
+def sentence(cases: dict[str, Any]) -> str:
+    return report.work_precision_sentence(cases)

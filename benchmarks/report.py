@@ -1,0 +1,185 @@
+"""Markdown tables, pictures and sentences from a results file."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# One color and marker for a library, everywhere; its variants differ in the line.
+COLORS = {
+    "jaxode": "#c2185b", "diffrax": "#1565c0", "jax": "#2e7d32", "torchdiffeq": "#ef6c00",
+    "zuko": "#6a1b9a", "torchode": "#5d4037",
+}  # fmt: skip
+LINES = ("-", "--", ":", "-.")
+
+
+def styles(names) -> dict[str, dict[str, Any]]:
+    seen: dict[str, int] = {}
+    result = {}
+    for name in names:
+        library = re.match(r"[a-z]+", name)
+        key = library.group() if library else name
+        line = LINES[seen.get(key, 0) % len(LINES)]
+        seen[key] = seen.get(key, 0) + 1
+        width = 2.2 if key == "jaxode" else 1.3
+        result[name] = {"color": COLORS.get(key, "#555555"), "linestyle": line, "linewidth": width}
+    return result
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def ratio_line(case: dict[str, Any]) -> str:
+    best = case.get("best", {})
+    parts = [
+        f"{name}{f' ({best[name]})' if best.get(name, name) != name else ''}: **{value:.2f}**"
+        for name, value in case.get("ratios", {}).items()
+    ]
+    return "Time of jaxode over that of " + "; ".join(parts) + "." if parts else ""
+
+
+def failures(case: dict[str, Any]) -> str:
+    return "".join(f"\n\n{name} failed: {why}" for name, why in case.get("failed", {}).items())
+
+
+def work_precision_tables(cases: dict[str, Any]) -> str:
+    parts = []
+    for case, result in cases.items():
+        target, rows = result["target_error"], []
+        for name, curve in result["curves"].items():
+            at = result["at_target"][name]
+            shown = "not reached"
+            if "median" in at:
+                spread = f"{ms(at['median'])} ({ms(at['min'])}-{ms(at['max'])})"
+                shown = f"at most {spread}" if at["note"] else spread
+            points = ", ".join(f"{ms(row['median'])} / {row['error']:.0e}" for row in curve)
+            first = result["first_call"].get(name)
+            rows.append([name, shown, f"{first:.2f}" if first else "", points])
+        header = [
+            "", f"ms at gradient error {target:.0e}, median (min-max)", "first call, s",
+            "ms / gradient error at each tolerance",
+        ]  # fmt: skip
+        parts.append(
+            f"**{case}**\n\n{markdown(header, rows)}\n\n{ratio_line(result)}{failures(result)}"
+        )
+    return "\n\n".join(parts)
+
+
+def draw_work_precision(cases: dict[str, Any], path: str, title: str) -> None:
+    columns = min(len(cases), 2)
+    rows = -(-len(cases) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(max(7.0, 4.6 * columns), 0.8 + 3.3 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    style = styles(dict.fromkeys(n for result in cases.values() for n in result["curves"]))
+    handles = {}
+    for axis, (case, result) in zip(axes.flat, cases.items(), strict=False):
+        for name, curve in result["curves"].items():
+            xs, ys = [row["error"] for row in curve], [1e3 * row["median"] for row in curve]
+            (handles[name],) = axis.loglog(xs, ys, marker="o", markersize=3.5, **style[name])
+            low, high = ([1e3 * row[end] for row in curve] for end in ("min", "max"))
+            axis.vlines(xs, low, high, color=style[name]["color"], linewidth=0.8, alpha=0.6)
+        axis.axvline(result["target_error"], color="#999999", linewidth=0.8, zorder=0)
+        axis.set(title=case, xlabel="relative error of the gradient", ylabel="ms a step")
+        axis.invert_xaxis()
+    for axis in axes.flat[len(cases) :]:
+        axis.axis("off")
+    finish(figure, axes, title, path, handles)
+
+
+def finish(figure, axes, title: str, path: str, handles: dict[str, Any]) -> None:
+    for axis in axes.flat:
+        axis.grid(which="major", color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(9)
+        axis.tick_params(which="both", labelsize=8)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
+    figure.suptitle(title, fontsize=11)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8,
+        frameon=False,
+    )  # fmt: skip
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_bars(groups: dict[str, dict[str, float]], path: str, title: str, unit: str) -> None:
+    """Horizontal bars with their values, one panel for each group."""
+    sizes = [max(len(bars), 2) for bars in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(7.0, 0.6 + 0.75 * len(groups) + 0.26 * sum(sizes)), squeeze=False,
+        layout="constrained", height_ratios=sizes,
+    )  # fmt: skip
+    for axis, (group, bars) in zip(axes.flat, groups.items(), strict=True):
+        style = styles(bars)
+        colors = [style[name]["color"] for name in bars]
+        drawn = axis.barh(list(bars), list(bars.values()), color=colors, height=0.7)
+        axis.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set(title=group, xlabel=unit)
+    finish(figure, axes, title, path, {})
+
+
+def work_precision_sentence(cases: dict[str, Any]) -> str:
+    """Where jaxode wins and where it loses, against the fastest peer that is as accurate."""
+    parts = []
+    for case, result in cases.items():
+        at = {n: a for n, a in result["at_target"].items() if "median" in a}
+        peers = {n: a for n, a in at.items() if not n.startswith("jaxode")}
+        mine = at.get("jaxode")
+        if mine is None:
+            parts.append(f"jaxode does not reach the error ({case})")
+        elif not peers:
+            parts.append(f"no peer reaches the error ({case})")
+        else:
+            best = min(peers, key=lambda n: peers[n]["median"])
+            parts.append(f"{against(mine['median'], peers[best]['median'], best)} ({case})")
+    return "; ".join(parts) + "."
+
+
+def against(ours: float, theirs: float, peer: str) -> str:
+    """ "jaxode takes 0.61 of the time of ..., and wins", or loses."""
+    value = ours / theirs
+    verdict = "wins" if value < 0.97 else "loses" if value > 1.03 else "draws"
+    return f"jaxode {verdict} with {value:.2f} of the time of {peer}"
+
+
+def write(results: dict[str, Any], path: Path, images: Path) -> None:
+    """RESULTS.md and the pictures, for all the benchmarks in the results."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    hardware = f"{machine['device']}, {machine['memory_gib']} GiB"
+    parts = [
+        "# Results",
+        "Generated by `make bench`; [fairness.py](fairness.py) says how they are measured.",
+        f"{hardware}; threads {machine['threads']}; {versions}.",
+    ]
+    images.mkdir(parents=True, exist_ok=True)
+    for name, cases in results["benchmarks"].items():
+        module = importlib.import_module(f"benchmarks.{name}")
+        done = {case: result for case, result in cases.items() if "crashed" not in result}
+        broken = [f"{c} crashed: {r['crashed']}" for c, r in cases.items() if "crashed" in r]
+        if done:
+            picture = images / f"bench_{name}.png"
+            module.draw(done, str(picture))
+            shown = f"{module.sentence(done)}\n\n![{module.TITLE}](../docs/images/{picture.name})"
+            parts.append(f"## {module.TITLE}\n\n{shown}\n\n{module.table(done)}")
+        parts += broken
+    path.write_text("\n\n".join(parts) + "\n")

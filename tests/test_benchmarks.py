@@ -1,0 +1,165 @@
+"""The parts of the benchmarks that decide what is fair, and what counts as a regression."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jaxode
+from benchmarks import compare, fairness, flows
+
+TINY = flows.Workload(3, 4, (5, 6))
+
+
+def test_gradient_error_is_over_all_leaves_together():
+    reference = [np.array([3.0, 0.0]), np.array([[4.0]])]
+    gradient = [jnp.array([3.0, 0.3]), jnp.array([[4.4]])]
+    assert fairness.gradient_error(gradient, reference) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="differ"):
+        fairness.gradient_error([np.zeros(3), np.zeros((1, 1))], reference)
+
+
+def test_time_at_an_error_is_linear_in_logarithms():
+    times = [[10.0, 20.0], [1.0, 2.0]]
+    place = fairness.at_error([1e-4, 1e-2], times, 1e-3)
+    np.testing.assert_allclose(place.times, [10**0.5, 2 * 10**0.5])
+    assert place.note == ""
+
+
+def test_time_at_an_error_is_never_extrapolated():
+    errors, times = [1e-4, 1e-2], [[10.0], [1.0]]
+    assert fairness.at_error(errors, times, 1e-5) == (None, "not as accurate")
+    beyond = fairness.at_error(errors, times, 1.0)
+    assert (beyond.times, beyond.note) == ([1.0], "more accurate")
+
+
+def test_a_point_that_another_beats_in_error_and_time_is_not_on_the_curve():
+    errors, times = [1e-4, 1e-3, 1e-2], [[2.0], [50.0], [1.0]]
+    place = fairness.at_error(errors, times, 1e-3)
+    np.testing.assert_allclose(place.times, [2**0.5])
+
+
+def test_calls_alternate_in_another_order_each_round():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = fairness.alternate(calls, seconds=0.0, least=3, most=5)
+    assert "".join(order) == "abcbcacab"
+    assert {name: len(row) for name, row in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_each_round():
+    assert fairness.ratio([1.0, 2.0, 30.0], [2.0, 4.0, 3.0]) == 0.5
+
+
+def test_one_that_fails_is_recorded_and_the_rest_carried_on():
+    exact = [np.array([1.0])]
+    works = lambda error: lambda: lambda tolerance: (0.0, [np.array([1 + error * tolerance])])
+
+    def breaks():
+        raise ValueError("no such thing\nmore")
+
+    makers = {
+        "jaxode": works(0.1), "broken": breaks, "killed": works(1.0), "peer": works(0.2),
+        "not finite": works(np.nan),
+    }  # fmt: skip
+    announced = []
+    bench = fairness.Bench(0.0, {"killed": "ended the process"}, announced.append)
+    groups = {"best": ["broken", "killed", "peer"]}
+    result = fairness.work_precision(bench, makers, {"": exact}, (1e-2, 1e-3), 1e-3, groups)
+    assert set(result["curves"]) == {"jaxode", "peer"}
+    assert set(result["failed"]) == {"broken", "killed", "not finite"}
+    assert "no such thing" in result["failed"]["broken"]
+    assert "killed" not in announced
+    assert result["best"] == {"best": "peer"}
+    assert result["ratios"]["best"] > 0
+    json.dumps(result)
+
+
+def test_unequal_mathematics_is_found():
+    x = np.linspace(1.0, 2.0, 5)
+    fairness.check_equal({"one": x, "other": x * (1 + 1e-15)})
+    with pytest.raises(AssertionError, match="other differs from one"):
+        fairness.check_equal({"one": x, "other": x * (1 + 1e-9)})
+    with pytest.raises(TypeError, match="float64"):
+        fairness.check_equal({"one": x, "other": x.astype(np.float32)})
+
+
+@pytest.mark.parametrize("platform", ["Intel(R) Xeon(R) CPU E5 @ 2.20GHz 2 cores", "NVIDIA H100"])
+def test_machine_names_are_file_names(platform):
+    assert fairness.slug(platform) in ("intel-xeon-e5-2-cores", "nvidia-h100")
+
+
+def test_the_machine_can_be_named(monkeypatch):
+    monkeypatch.setenv("BENCH_MACHINE", "mine")
+    described = fairness.machine()
+    assert described["name"] == "mine"
+    assert described["versions"]["jax"] == jax.__version__
+
+
+def test_the_probe_is_the_one_that_jaxode_draws(default_settings):
+    """With it, the estimate written out here gives jaxode's own loss on another field."""
+    p = flows.problem(TINY)
+    step = flows.jaxode_step(p, steps=2)
+    field = lambda t, y, args: flows.augmented(t, y, *args)
+    start = (p.x, jnp.zeros(4))
+    arguments = (p.params, p.probe)
+    z, log_det = jaxode.solve(field, start, 1.0, 0.0, arguments, steps=2).y1
+    expected = flows.negative_log_likelihood(z, log_det)
+    np.testing.assert_allclose(step(1e-3)[0], expected, rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        flows.jaxode_step,
+        lambda p: flows.jaxode_step(p, step_control="per_sample"),
+        flows.odeint_step,
+    ],
+    ids=["jaxode", "jaxode per sample", "jax odeint"],
+)
+def test_contenders_in_jax_have_the_gradient_of_the_reference(make, default_settings):
+    p = flows.problem(TINY)
+    error = fairness.gradient_error(make(p)(1e-6)[1], flows.reference(p))
+    assert error < 1e-4  # float32, and a tolerance of 1e-6
+
+
+@pytest.mark.parametrize("name", ["torchdiffeq", "zuko", "torchode"])
+def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, default_settings):
+    pytest.importorskip(name, reason=f"{name} is installed for benchmarks only: make bench")
+    p = flows.problem(TINY)
+    flows.check_networks(p)
+    step = getattr(flows, f"{name}_step")(p)
+    assert fairness.gradient_error(step(1e-5)[1], flows.reference(p)) < 1e-3  # float32
+
+
+def results(**ratios):
+    return {"benchmarks": {"step": {"case": {"ratios": ratios}}}}
+
+
+@pytest.mark.parametrize(
+    ("measured", "status", "said"),
+    [
+        (results(diffrax=0.5), 0, "No ratio"),
+        (results(diffrax=0.62), 0, "No ratio"),
+        (results(diffrax=0.63), 1, "step, case: diffrax: the ratio was 0.50 and is 0.63 now"),
+        (results(diffrax=float("nan")), 1, "is nan now"),
+        (results(), 1, "has no ratio now"),
+        ({"benchmarks": {}}, 1, "has no ratio now"),
+    ],
+)
+def test_a_loss_of_more_than_a_quarter_fails_the_check(measured, status, said):
+    lines = []
+    assert compare.check(results(diffrax=0.5), measured, ["step"], lines.append) == status
+    assert said in "\n".join(lines)
+
+
+def test_nothing_to_compare_with_fails_the_check():
+    lines = []
+    assert compare.check({"benchmarks": {}}, results(diffrax=0.5), ["step"], lines.append) == 1
+    assert "make bench" in lines[0]
