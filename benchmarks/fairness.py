@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 PAUSE = 0.003  # seconds between two calls
 PACKAGES = ("jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko")
@@ -78,14 +79,15 @@ def alternate(
     return times
 
 
-def summary(times: Sequence[float]) -> dict[str, float]:
+def summary(times: ArrayLike) -> dict[str, float]:
+    times = np.asarray(times, float)
     return {
         "median": float(np.median(times)), "min": float(np.min(times)), "max": float(np.max(times)),
-        "rounds": len(times),
+        "rounds": times.size,
     }  # fmt: skip
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def ratio(ours: ArrayLike, theirs: ArrayLike) -> float:
     """Median over the rounds of our time over theirs."""
     return float(np.median(np.asarray(ours) / np.asarray(theirs)))
 
@@ -209,14 +211,13 @@ def ratios_at_error(
     places: Mapping[str, AtError], groups: Mapping[str, Sequence[str]], ours: str
 ) -> dict[str, dict[str, Any]]:
     """`ratios` and `best` by group: our time over that of the fastest peer that is accurate."""
+    reached = {name: place.times for name, place in places.items() if place.times is not None}
     ratios, best = {}, {}
-    our_times = places[ours].times if ours in places else None
     for group, names in groups.items():
-        reached = {n: places[n].times for n in names if n in places and places[n].times is not None}
-        if our_times is None or not reached:
-            continue
-        best[group] = min(reached, key=lambda n: float(np.median(reached[n])))
-        ratios[group] = ratio(our_times, reached[best[group]])
+        peers = [name for name in names if name in reached]
+        if ours in reached and peers:
+            best[group] = min(peers, key=lambda name: float(np.median(reached[name])))
+            ratios[group] = ratio(reached[ours], reached[best[group]])
     return {"ratios": ratios, "best": best}
 
 

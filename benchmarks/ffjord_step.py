@@ -44,10 +44,16 @@ GROUPS = {
 CLOSED_FORM, EXACT_PEER = "jaxode exact, closed form", "diffrax Tsit5 exact trace"
 
 
+def in_torch():
+    from benchmarks import torch_flows
+
+    return torch_flows
+
+
 def run(case: str, bench: Bench) -> dict[str, Any]:
     settings = CASES[case]
     p, failed = flows.problem(settings["workload"]), {}
-    attempt(bench, failed, "the same network in PyTorch", lambda: flows.check_networks(p))
+    attempt(bench, failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
         "jaxode": lambda: flows.jaxode_step(p),
         "jaxode 8 probes": lambda: flows.jaxode_step(p, jaxode.divergence.hutchinson(8)),
@@ -56,8 +62,8 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
             for name, choice in DIFFRAX.items()
         },
         "jax odeint": lambda: flows.odeint_step(p),
-        "torchdiffeq adjoint": lambda: flows.torchdiffeq_step(p),
-        "zuko": lambda: flows.zuko_step(p),
+        "torchdiffeq adjoint": lambda: in_torch().torchdiffeq_step(p),
+        "zuko": lambda: in_torch().zuko_step(p),
     }
     bench.announce("reference")
     references = {"": flows.reference(p)}

@@ -1,34 +1,48 @@
-"""The training step of a Neural ODE, against diffrax and jax.experimental.ode.
+"""The training step of a Neural ODE: value and gradient of a loss on the states at given times."""
 
-    python benchmarks/neural_ode_step.py
-
-Time is compared at equal gradient error: each contender runs at several tolerances, its error is
-measured against a float64 solve at 1e-11, and the last column is the time that its work-precision
-curve has at the error that jaxode reaches at tolerance 1e-5. Calls are alternated in one process;
-times are medians, without the first call. Prints a Markdown table, and writes results as JSON.
-"""
-
-import argparse
-import json
-import platform
-import time
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.ode import odeint
-from rich.progress import track
 
 import jaxode
+from benchmarks import report
+from benchmarks.fairness import Bench, attempt, check_equal, double_precision, work_precision
 
-WORKLOADS = {  # state, width, batch, outputs
-    "MLP 64-64, state 4, batch 256, 20 outputs": (4, 64, 256, 20),
-    "MLP 64-64, state 64, batch 256, 20 outputs": (64, 64, 256, 20),
-    "MLP 1024-1024, state 64, batch 8, 1 output": (64, 1024, 8, 1),
-}
+TITLE = "Training step of a Neural ODE"
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
+CASES: dict[str, dict[str, int]] = {
+    "64-64, state 4, batch 256, 20 times": {"state": 4, "width": 64, "batch": 256, "times": 20},
+    "64-64, state 64, batch 256, 20 times": {"state": 64, "width": 64, "batch": 256, "times": 20},
+    "1024-1024, state 64, batch 8, 1 time": {"state": 64, "width": 1024, "batch": 8, "times": 1},
+}
+TARGET = 1e-4  # the error of the gradient at which times are compared
+JAX_PEERS = ["diffrax checkpointed", "diffrax backsolve", "jax odeint"]
+GROUPS = {
+    "best JAX peer": JAX_PEERS,
+    "diffrax checkpointed": ["diffrax checkpointed"],
+    "jax odeint": ["jax odeint"],
+    "torchdiffeq": ["torchdiffeq adjoint"],
+}
+
+
+class Problem(NamedTuple):
+    params: Any
+    y0: Any
+    ts: Any
+
+
+def problem(state: int, width: int, batch: int, times: int) -> Problem:
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = [(state, width), (width, width), (width, state)]
+    layer = lambda key, m, n: (1.5 * jax.random.normal(key, (n, m)) / np.sqrt(m), jnp.zeros(n))
+    params = [layer(key, *size) for key, size in zip(keys[:3], sizes, strict=True)]
+    return Problem(
+        params, jax.random.normal(keys[3], (batch, state)), jnp.linspace(0.0, 1.0, times + 1)
+    )
 
 
 def field(t, y, params):
@@ -40,146 +54,128 @@ def batched(t, y, params):
     return jax.vmap(lambda y: field(t, y, params))(y)
 
 
-def make_problem(state, width, batch, outputs):
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = [state, width, width, state]
-    layer = lambda key, m, n: (1.5 * jax.random.normal(key, (n, m)) / np.sqrt(m), jnp.zeros(n))
-    params = [layer(*arguments) for arguments in zip(keys, sizes[:-1], sizes[1:], strict=False)]
-    ts = jnp.linspace(0.0, 1.0, outputs + 1)
-    return params, jax.random.normal(keys[3], (batch, state)), ts
+def loss_of(ys):
+    target = jnp.sin(jnp.arange(ys.shape[0], dtype=ys.dtype))[:, None, None]
+    return jnp.mean((ys - target) ** 2)
 
 
-def contenders(tolerance):
-    """Functions `(params, y0, ts) -> ys` without the initial time."""
+def step_of(p: Problem, ys, static: bool = False):
+    """A step from `ys(params, y0, ts, tolerance)`, the states at `ts[1:]`."""
+    loss = lambda params, y0, ts, tolerance: loss_of(ys(params, y0, ts, tolerance))
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=3 if static else ())
 
-    def ours(adjoint):
-        return lambda params, y0, ts: jaxode.flow(
-            field, y0, ts[0], ts[-1], params, ts=ts[1:], adjoint=adjoint, rtol=tolerance,
-            atol=tolerance, throw=False, return_solution=True,
-        ).ys  # fmt: skip
+    def run(tolerance):
+        value, gradient = step(*p, tolerance)
+        return value, jax.tree.leaves(gradient)
 
-    def theirs(adjoint):
-        return lambda params, y0, ts: diffrax.diffeqsolve(
-            diffrax.ODETerm(batched), diffrax.Tsit5(), ts[0], ts[-1], None, y0, args=params,
-            saveat=diffrax.SaveAt(ts=ts[1:]), adjoint=adjoint,
-            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-        ).ys  # fmt: skip
-
-    swapped = lambda y, t, params: batched(t, y, params)
-    options = {"rtol": tolerance, "atol": tolerance}
-    return {
-        "jaxode DiscreteAdjoint": ours(jaxode.DiscreteAdjoint()),
-        "jaxode BacksolveAdjoint": ours(jaxode.BacksolveAdjoint()),
-        "jaxode.odeint": lambda params, y0, ts: jaxode.odeint(swapped, y0, ts, params, **options)[
-            1:
-        ],
-        "diffrax RecursiveCheckpointAdjoint": theirs(diffrax.RecursiveCheckpointAdjoint()),
-        "diffrax BacksolveAdjoint": theirs(diffrax.BacksolveAdjoint()),
-        "jax.experimental.ode": lambda params, y0, ts: odeint(swapped, y0, ts, params, **options)[
-            1:
-        ],
-    }
+    return run
 
 
-def loss(run):
-    def value(params, y0, ts):
-        ys = run(params, y0, ts)
-        target = jnp.sin(jnp.arange(ys.shape[0], dtype=ys.dtype))[:, None, None]
-        return jnp.mean((ys - target) ** 2)
-
-    return value
-
-
-def reference(problem):
-    """The gradient in float64, as numpy arrays."""
-    jax.config.update("jax_enable_x64", True)
-    exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), problem)
-    run = lambda params, y0, ts: jaxode.flow(
-        field, y0, ts[0], ts[-1], params, ts=ts[1:], solver=diffrax.Dopri8(), rtol=1e-11,
-        atol=1e-11, return_solution=True,
+def jaxode_step(p: Problem, adjoint):
+    ys = lambda params, y0, ts, tolerance: jaxode.flow(
+        field, y0, ts[0], ts[-1], params, ts=ts[1:], adjoint=adjoint, rtol=tolerance,
+        atol=tolerance, throw=False, return_solution=True,
     ).ys  # fmt: skip
-    gradient = jax.tree.map(np.asarray, jax.grad(loss(run))(*exact))
-    jax.config.update("jax_enable_x64", False)
-    return jax.tree.leaves(gradient)
+    return step_of(p, ys)
 
 
-def measure(problem, repeats):
-    exact, norm = reference(problem), lambda leaves: np.sqrt(sum((x**2).sum() for x in leaves))
-    rows, steps = {}, {}
-    for tolerance in TOLERANCES:
-        for name, run in contenders(tolerance).items():
-            step = jax.jit(jax.value_and_grad(loss(run)))
-            start = time.perf_counter()
-            _, gradient = jax.block_until_ready(step(*problem))
-            first = time.perf_counter() - start
-            difference = [
-                np.asarray(g) - e for g, e in zip(jax.tree.leaves(gradient), exact, strict=True)
-            ]
-            steps[name, tolerance] = step
-            rows[name, tolerance] = {
-                "first": first, "error": float(norm(difference) / norm(exact)), "times": [],
-            }  # fmt: skip
-    for _ in track(range(repeats), description="timing"):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(*problem))
-            rows[key]["times"].append(time.perf_counter() - start)
-    return rows
+def diffrax_step(p: Problem, adjoint, solver: Any = diffrax.Tsit5()):
+    ys = lambda params, y0, ts, tolerance: diffrax.diffeqsolve(
+        diffrax.ODETerm(batched), solver, ts[0], ts[-1], None, y0, args=params,
+        saveat=diffrax.SaveAt(ts=ts[1:]), adjoint=adjoint,
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+    ).ys  # fmt: skip
+    return step_of(p, ys)
 
 
-def at_equal_error(rows, name, error):
-    """Time on the work-precision curve of `name` at this error: linear between the measured points
-    in logarithms; None where its curve does not reach."""
-    curve = sorted(
-        (row["error"], float(np.median(row["times"]))) for (n, _), row in rows.items() if n == name
-    )
-    errors, times = np.log(np.array(curve).T)
-    if not errors[0] <= np.log(error) <= errors[-1]:
-        return None
-    return float(np.exp(np.interp(np.log(error), errors, times)))
+def odeint_step(p: Problem, solve):
+    swapped = lambda y, t, params: batched(t, y, params)
+    ys = lambda params, y0, ts, tolerance: solve(
+        swapped, y0, ts, params, rtol=tolerance, atol=tolerance
+    )[1:]
+    return step_of(p, ys, static=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/neural_ode_step.json"))
-    options = parser.parse_args()
-    results = {
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-        "versions": {"jax": jax.__version__, "diffrax": diffrax.__version__},
+class TorchField:
+    def __init__(self, params):
+        import torch
+
+        tensor = lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True)
+        self.leaves = [tensor(leaf) for leaf in jax.tree.leaves(params)]
+
+    def __call__(self, t, y):
+        from torch.nn.functional import linear
+
+        w1, b1, w2, b2, w3, b3 = self.leaves
+        return linear(linear(linear(y, w1, b1 + t).tanh(), w2, b2).tanh(), w3, b3)
+
+
+def torchdiffeq_step(p: Problem):
+    import torch
+    import torchdiffeq
+
+    f = TorchField(p.params)
+    y0, ts = (torch.tensor(np.asarray(a)) for a in (p.y0, p.ts))
+    target = torch.sin(torch.arange(len(ts) - 1, dtype=y0.dtype))[:, None, None]
+
+    def run(tolerance):
+        ys: Any = torchdiffeq.odeint_adjoint(
+            f, y0, ts, rtol=tolerance, atol=tolerance, method="dopri5",
+            adjoint_params=tuple(f.leaves),
+        )  # fmt: skip
+        loss = ((ys[1:] - target) ** 2).mean()
+        return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, f.leaves)]
+
+    return run
+
+
+def double(p: Problem) -> Problem:
+    return Problem(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tuple(p)))
+
+
+def check_fields(p: Problem) -> None:
+    """Raise unless the field in PyTorch equals that in JAX, in float64."""
+    import torch
+
+    with double_precision():
+        q = double(p)
+        theirs = TorchField(q.params)(0.37, torch.tensor(np.asarray(q.y0)))
+        check_equal({"JAX": batched(0.37, q.y0, q.params), "PyTorch": theirs.detach().numpy()})
+
+
+def reference(p: Problem) -> list[np.ndarray]:
+    """The gradient in float64, by diffrax's Dopri8 at 1e-11."""
+    with double_precision():
+        step = diffrax_step(double(p), diffrax.RecursiveCheckpointAdjoint(), diffrax.Dopri8())
+        return [np.asarray(leaf) for leaf in step(1e-11)[1]]
+
+
+def run(case: str, bench: Bench) -> dict[str, Any]:
+    p, failed = problem(**CASES[case]), {}
+    attempt(bench, failed, "the same field in PyTorch", lambda: check_fields(p))
+    bench.announce("reference")
+    references = {"": reference(p)}
+    makers = {
+        "jaxode": lambda: jaxode_step(p, jaxode.DiscreteAdjoint()),
+        "jaxode backsolve": lambda: jaxode_step(p, jaxode.BacksolveAdjoint()),
+        "jaxode.odeint": lambda: odeint_step(p, jaxode.odeint),
+        "diffrax checkpointed": lambda: diffrax_step(p, diffrax.RecursiveCheckpointAdjoint()),
+        "diffrax backsolve": lambda: diffrax_step(p, diffrax.BacksolveAdjoint()),
+        "jax odeint": lambda: odeint_step(p, odeint),
+        "torchdiffeq adjoint": lambda: torchdiffeq_step(p),
     }
-    for workload, shape in WORKLOADS.items():
-        rows = measure(make_problem(*shape), options.repeats)
-        error = rows["jaxode DiscreteAdjoint", 1e-5]["error"]
-        print(f"\n{workload}; gradient error {error:.0e}\n")
-        columns = [
-            "",
-            "first call, s",
-            "step at 1e-5, ms",
-            "its gradient error",
-            "at equal error, ms",
-        ]
-        print(f"| {' | '.join(columns)} |")
-        print("|---|---|---|---|---|")
-        table = {}
-        for name in dict.fromkeys(name for name, _ in rows):
-            row = rows[name, 1e-5]
-            first = float(np.median([rows[name, tolerance]["first"] for tolerance in TOLERANCES]))
-            equal = at_equal_error(rows, name, error)
-            table[name] = {
-                "first_s": first, "median_s": float(np.median(row["times"])),
-                "min_s": min(row["times"]), "max_s": max(row["times"]), "error": row["error"],
-                "equal_error_s": equal,
-            }  # fmt: skip
-            shown = "out of its range" if equal is None else f"{equal * 1e3:.1f}"
-            middle = f"{table[name]['median_s'] * 1e3:.1f} | {row['error']:.0e}"
-            print(f"| {name} | {first:.2f} | {middle} | {shown} |")
-        results[workload] = table
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    result = work_precision(bench, makers, references, TOLERANCES, TARGET, GROUPS)
+    result["failed"] |= failed
+    return result
 
 
-if __name__ == "__main__":
-    main()
+def table(cases: dict[str, Any]) -> str:
+    return report.work_precision_tables(cases)
+
+
+def draw(cases: dict[str, Any], path: str) -> None:
+    report.draw_work_precision(cases, path, TITLE)
+
+
+def sentence(cases: dict[str, Any]) -> str:
+    return report.work_precision_sentence(cases)

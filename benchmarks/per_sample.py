@@ -6,6 +6,7 @@ import diffrax
 
 from benchmarks import flows, report
 from benchmarks.fairness import Bench, attempt, work_precision
+from benchmarks.ffjord_step import in_torch
 
 TITLE = "Training step with steps of its own for each sample"
 CASES: dict[str, dict[str, Any]] = {
@@ -29,7 +30,7 @@ GROUPS = {
 def run(case: str, bench: Bench) -> dict[str, Any]:
     settings = CASES[case]
     p, failed = flows.problem(settings["workload"]), {}
-    attempt(bench, failed, "the same network in PyTorch", lambda: flows.check_networks(p))
+    attempt(bench, failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
         "jaxode": lambda: flows.jaxode_step(p, step_control="per_sample"),
         "jaxode joint": lambda: flows.jaxode_step(p),
@@ -39,7 +40,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
             )
             for name, adjoint in DIFFRAX.items()
         },
-        "torchode": lambda: flows.torchode_step(p),
+        "torchode": lambda: in_torch().torchode_step(p),
     }
     bench.announce("reference")
     references = {"": flows.reference(p)}

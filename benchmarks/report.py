@@ -119,6 +119,26 @@ def finish(figure, axes, title: str, path: str, handles: dict[str, Any]) -> None
     plt.close(figure)
 
 
+def draw_curves(
+    panels: dict[str, dict[str, list[tuple[float, float]]]], path: str, title: str, unit: str
+) -> None:
+    """Points `(x, y)` by contender, on logarithmic axes; one panel for each quantity `x`."""
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(9.2, 0.8 + 2.7 * rows), squeeze=False, layout="constrained"
+    )
+    style = styles(dict.fromkeys(name for curves in panels.values() for name in curves))
+    handles = {}
+    for axis, (label, curves) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in curves.items():
+            xs, ys = zip(*points, strict=True)
+            (handles[name],) = axis.loglog(xs, ys, marker="o", markersize=3.5, **style[name])
+        axis.set(xlabel=label, ylabel=unit)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    finish(figure, axes, title, path, handles)
+
+
 def draw_bars(groups: dict[str, dict[str, float]], path: str, title: str, unit: str) -> None:
     """Horizontal bars with their values, one panel for each group."""
     sizes = [max(len(bars), 2) for bars in groups.values()]

@@ -17,6 +17,18 @@ from benchmarks import compare, fairness, flows
 TINY = flows.Workload(3, 4, (5, 6))
 
 
+_cache = {}
+
+
+@pytest.fixture
+def tiny(default_settings):
+    """A flow in float32, and its exact gradient: the same for every test."""
+    if not _cache:
+        p = flows.problem(TINY)
+        _cache["tiny"] = p, flows.reference(p)
+    return _cache["tiny"]
+
+
 def test_gradient_error_is_over_all_leaves_together():
     reference = [np.array([3.0, 0.0]), np.array([[4.0]])]
     gradient = [jnp.array([3.0, 0.3]), jnp.array([[4.4]])]
@@ -28,6 +40,7 @@ def test_gradient_error_is_over_all_leaves_together():
 def test_time_at_an_error_is_linear_in_logarithms():
     times = [[10.0, 20.0], [1.0, 2.0]]
     place = fairness.at_error([1e-4, 1e-2], times, 1e-3)
+    assert place.times is not None
     np.testing.assert_allclose(place.times, [10**0.5, 2 * 10**0.5])
     assert place.note == ""
 
@@ -42,6 +55,7 @@ def test_time_at_an_error_is_never_extrapolated():
 def test_a_point_that_another_beats_in_error_and_time_is_not_on_the_curve():
     errors, times = [1e-4, 1e-3, 1e-2], [[2.0], [50.0], [1.0]]
     place = fairness.at_error(errors, times, 1e-3)
+    assert place.times is not None
     np.testing.assert_allclose(place.times, [2**0.5])
 
 
@@ -102,9 +116,9 @@ def test_the_machine_can_be_named(monkeypatch):
     assert described["versions"]["jax"] == jax.__version__
 
 
-def test_the_probe_is_the_one_that_jaxode_draws(default_settings):
-    """With it, the estimate written out here gives jaxode's own loss on another field."""
-    p = flows.problem(TINY)
+def test_the_probe_is_the_one_that_jaxode_draws(tiny):
+    """With it, the estimate written out for peers gives jaxode's own loss, step for step."""
+    p, _ = tiny
     step = flows.jaxode_step(p, steps=2)
     field = lambda t, y, args: flows.augmented(t, y, *args)
     start = (p.x, jnp.zeros(4))
@@ -123,19 +137,21 @@ def test_the_probe_is_the_one_that_jaxode_draws(default_settings):
     ],
     ids=["jaxode", "jaxode per sample", "jax odeint"],
 )
-def test_contenders_in_jax_have_the_gradient_of_the_reference(make, default_settings):
-    p = flows.problem(TINY)
-    error = fairness.gradient_error(make(p)(1e-6)[1], flows.reference(p))
+def test_contenders_in_jax_have_the_gradient_of_the_reference(make, tiny):
+    p, exact = tiny
+    error = fairness.gradient_error(make(p)(1e-6)[1], exact)
     assert error < 1e-4  # float32, and a tolerance of 1e-6
 
 
 @pytest.mark.parametrize("name", ["torchdiffeq", "zuko", "torchode"])
-def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, default_settings):
+def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, tiny):
     pytest.importorskip(name, reason=f"{name} is installed for benchmarks only: make bench")
-    p = flows.problem(TINY)
-    flows.check_networks(p)
-    step = getattr(flows, f"{name}_step")(p)
-    assert fairness.gradient_error(step(1e-5)[1], flows.reference(p)) < 1e-3  # float32
+    from benchmarks import torch_flows
+
+    p, exact = tiny
+    torch_flows.check_networks(p)
+    step = getattr(torch_flows, f"{name}_step")(p)
+    assert fairness.gradient_error(step(1e-5)[1], exact) < 1e-3  # float32
 
 
 def results(**ratios):

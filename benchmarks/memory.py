@@ -1,0 +1,118 @@
+"""Temporary memory of a training step, as the compiler allots it, against what it could grow with.
+
+Nothing runs: `memory_analysis()` of the compiled value and gradient of the likelihood.
+"""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import jaxode
+from benchmarks import flows, report
+from benchmarks.fairness import Bench, attempt
+
+TITLE = "Temporary memory of a training step"
+BASE = {"max_steps": 4096, "width": 64, "batch": 64, "dim": 8}
+CASES: dict[str, tuple[int, ...]] = {  # what varies, the rest as in BASE
+    "max_steps": (256, 4096, 65536),
+    "width": (64, 256, 1024),
+    "batch": (64, 512, 4096),
+    "dim": (8, 64, 512),
+}
+
+
+def contenders(p: flows.Problem, max_steps: int) -> dict[str, tuple[Any, Any, bool]]:
+    """The loss, its noise, and whether its tolerance is known to the compiler."""
+    checkpointed, backsolve = diffrax.RecursiveCheckpointAdjoint(), diffrax.BacksolveAdjoint()
+    jaxode_loss = lambda **options: flows.jaxode_loss(p, max_steps=max_steps, **options)
+    diffrax_loss = lambda adjoint, **options: flows.diffrax_loss(
+        p, diffrax.Tsit5(), adjoint, max_steps=max_steps, **options
+    )
+    return {
+        "jaxode": (jaxode_loss(), p.key, False),
+        "jaxode per sample": (jaxode_loss(step_control="per_sample"), p.key, False),
+        "jaxode backsolve": (jaxode_loss(adjoint=jaxode.BacksolveAdjoint()), p.key, False),
+        "diffrax checkpointed": (diffrax_loss(checkpointed), p.probe, False),
+        "diffrax vmap checkpointed": (diffrax_loss(checkpointed, per_sample=True), p.probe, False),
+        "diffrax backsolve": (diffrax_loss(backsolve), p.probe, False),
+        "jax odeint": (flows.odeint_loss(p), p.probe, True),
+    }
+
+
+def temporary(p: flows.Problem, loss, noise, static: bool) -> int:
+    """Bytes."""
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=3 if static else ())
+    compiled = step.lower(p.params, p.x, noise, 1e-5).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotImplementedError("this backend does not analyze memory")
+    return int(analysis.temp_size_in_bytes)
+
+
+def run(case: str, bench: Bench) -> dict[str, Any]:
+    failed: dict[str, str] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for value in CASES[case]:
+        settings = BASE | {case: value}
+        workload = flows.Workload(settings["dim"], settings["batch"], 2 * (settings["width"],))
+        blank = jnp.zeros((workload.batch, workload.dim))
+        p = flows.Problem(flows.network(workload), blank, blank, jax.random.key(0), 1.0)
+        at = value
+        if case == "width":  # what matters is the number of parameters
+            at = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(p.params, eqx.is_array)))
+        for name, choice in contenders(p, settings["max_steps"]).items():
+            size = attempt(bench, failed, name, lambda choice=choice, p=p: temporary(p, *choice))
+            if size is not None:
+                curves.setdefault(name, []).append([at, size])
+    mine, peers = curves["jaxode"][-1][1], [n for n in curves if not n.startswith("jaxode")]
+    ratios = {f"memory, {peer}": mine / curves[peer][-1][1] for peer in peers}
+    return {"failed": failed, "curves": curves, "ratios": ratios}
+
+
+LABELS = {"width": "parameters"}
+
+
+def table(cases: dict[str, Any]) -> str:
+    parts = []
+    for case, result in cases.items():
+        label = LABELS.get(case, case)
+        values = [point[0] for point in result["curves"]["jaxode"]]
+        header = ["MiB", *(f"{label} {value}" for value in values)]
+        rows = [
+            [name, *(f"{size / 2**20:.2f}" for _, size in curve)]
+            for name, curve in result["curves"].items()
+        ]
+        parts.append(report.markdown(header, rows) + report.failures(result))
+    return "\n\n".join(parts)
+
+
+def draw(cases: dict[str, Any], path: str) -> None:
+    panels = {
+        LABELS.get(case, case): {
+            name: [(x, size / 2**20) for x, size in curve]
+            for name, curve in result["curves"].items()
+        }
+        for case, result in cases.items()
+    }
+    report.draw_curves(panels, path, TITLE, "MiB")
+
+
+def sentence(cases: dict[str, Any]) -> str:
+    """Growth over the whole range, of jaxode and of the smallest peer at its end."""
+    parts = []
+    for case, result in cases.items():
+        growth = lambda curve: curve[-1][1] / curve[0][1]
+        curves = result["curves"]
+        best = min(
+            (n for n in curves if not n.startswith("jaxode")), key=lambda n: curves[n][-1][1]
+        )
+        start, end = curves["jaxode"][0][0], curves["jaxode"][-1][0]
+        smaller = curves["jaxode"][-1][1] / curves[best][-1][1]
+        parts.append(
+            f"from {start} to {end} {LABELS.get(case, case)}, jaxode's memory grows "
+            f"{growth(curves['jaxode']):.1f} times and ends at {smaller:.2f} of that of {best}"
+        )
+    return "; ".join(parts) + "."

@@ -1,0 +1,140 @@
+"""The same flows in PyTorch: torchdiffeq with FFJORD's dynamics, zuko and torchode.
+
+Imported where it is used, so that the other benchmarks run without PyTorch.
+"""
+
+# torchode and zuko annotate what they take more narrowly than they work.
+# pyright: reportArgumentType=false
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks.fairness import check_equal, double_precision
+from benchmarks.flows import Problem, augmented
+
+
+class TorchField:
+    """The network and FFJORD's dynamics on tensors, with the leaves of the JAX module in order."""
+
+    def __init__(self, params):
+        tensor = lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True)
+        self.leaves = [tensor(leaf) for leaf in jax.tree.leaves(params)]
+        names = [
+            jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+        ]
+        named = dict(zip(names, self.leaves, strict=True))
+        each = ("weight", "bias", "gate", "shift")
+        hidden = range(len(params.hidden))
+        self.hidden = [[named[f".hidden[{i}].{name}"] for name in each] for i in hidden]
+        self.last = named[".weight"], named[".bias"]
+
+    def __call__(self, t, z):
+        """`t` is a scalar, or `[batch, 1]`."""
+        for weight, bias, gate, shift in self.hidden:
+            gated = torch.nn.functional.linear(z, weight, bias) * torch.sigmoid(
+                t * gate[0] + gate[1]
+            )
+            z = torch.nn.functional.softplus(gated + t * shift, threshold=1e9)
+        return torch.nn.functional.linear(z, *self.last)
+
+    def augmented(self, t, z, probe):
+        """FFJORD's `divergence_approx`: a vector-Jacobian product, kept for differentiation."""
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.requires_grad_(True)
+            dz = self(t, z)
+            vjp = torch.autograd.grad(dz, z, probe, create_graph=True)[0]
+        return dz, (vjp * probe).sum(1)
+
+
+def torch_problem(p: Problem):
+    tensor = lambda leaf: torch.tensor(np.asarray(leaf))
+    return TorchField(p.params), tensor(p.x), tensor(p.probe)
+
+
+def torch_step(field: TorchField, end):
+    """A step from `end(tolerance) -> (z, log_det)` at the time of the base density."""
+
+    def step(tolerance):
+        z, log_det = end(tolerance)
+        log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
+        loss = -(log_base + log_det).mean()
+        gradient = torch.autograd.grad(loss, field.leaves, allow_unused=True)
+        pairs = zip(gradient, field.leaves, strict=True)
+        gradient = [torch.zeros_like(w) if g is None else g for g, w in pairs]
+        return loss.item(), [g.numpy() for g in gradient]
+
+    return step
+
+
+def torchdiffeq_step(p: Problem):
+    import torchdiffeq
+
+    field, x, probe = torch_problem(p)
+
+    class Dynamics(torch.nn.Module):
+        def forward(self, t, state):
+            return field.augmented(t, state[0], probe)
+
+    def end(tolerance):
+        start = (x, torch.zeros(x.shape[0], dtype=x.dtype))
+        z, log_det = torchdiffeq.odeint_adjoint(
+            Dynamics(), start, torch.tensor([p.span, 0.0], dtype=x.dtype), rtol=tolerance,
+            atol=tolerance, method="dopri5", adjoint_params=tuple(field.leaves),
+        )  # fmt: skip
+        return z[-1], log_det[-1]
+
+    return torch_step(field, end)
+
+
+def zuko_step(p: Problem):
+    import zuko
+
+    field, x, probe = torch_problem(p)
+
+    def end(tolerance):
+        start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
+        dynamics = lambda t, z, log_det: field.augmented(t, z, probe)
+        return zuko.utils.odeint(
+            dynamics, start, p.span, 0.0, field.leaves, atol=tolerance, rtol=tolerance
+        )
+
+    return torch_step(field, end)
+
+
+def torchode_step(p: Problem):
+    """torchode steps each sample by itself, and differentiates through the steps."""
+    import torchode
+
+    field, x, probe = torch_problem(p)
+
+    def dynamics(t, state):
+        dz, divergence = field.augmented(t[:, None], state[:, :-1], probe)
+        return torch.cat([dz, divergence[:, None]], 1)
+
+    term = torchode.ODETerm(dynamics)
+
+    def end(tolerance):
+        controller = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
+        solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term=term), controller)
+        times = torch.tensor([p.span, 0.0], dtype=x.dtype).expand(x.shape[0], 2)
+        start = torch.cat([x, torch.zeros(x.shape[0], 1, dtype=x.dtype)], 1)
+        start_end = {"t_start": times[:, 0], "t_end": times[:, 1]}
+        ys = solver.solve(torchode.InitialValueProblem(y0=start, t_eval=times, **start_end)).ys
+        return ys[:, -1, :-1], ys[:, -1, -1]
+
+    return torch_step(field, end)
+
+
+def check_networks(p: Problem) -> None:
+    """Raise unless field and estimate in PyTorch equal those in JAX, in float64."""
+    with double_precision():
+        q = p.double()
+        field, x, probe = torch_problem(q)
+        for t in (0.0, 0.37, 1.0):
+            dz, divergence = augmented(jnp.asarray(t), (q.x,), q.params, q.probe)
+            # FFJORD's vector-Jacobian product and ours the other way are the same number.
+            other, estimate = field.augmented(torch.tensor(t, dtype=x.dtype), x.clone(), probe)
+            check_equal({"JAX": dz, "PyTorch": other.detach().numpy()})
+            check_equal({"JAX": divergence, "PyTorch": estimate.detach().numpy()})
