@@ -148,7 +148,8 @@ def attempt(bench: Bench, failed: dict[str, str], name: str, call: Callable[[], 
     try:
         return call()
     except Exception as error:
-        failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"[:300]
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        failed[name] = f"{type(error).__name__}: {first_line}"[:300]
         return None
 
 

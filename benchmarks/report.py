@@ -120,9 +120,10 @@ def finish(figure, axes, title: str, path: str, handles: dict[str, Any]) -> None
 
 
 def draw_curves(
-    panels: dict[str, dict[str, list[tuple[float, float]]]], path: str, title: str, unit: str
-) -> None:
-    """Points `(x, y)` by contender, on logarithmic axes; one panel for each quantity `x`."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]], path: str, title: str, unit: str,
+    log_y: bool = True,
+) -> None:  # fmt: skip
+    """Points `(x, y)` by contender, the axes logarithmic; one panel for each quantity `x`."""
     rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(
         rows, 2, figsize=(9.2, 0.8 + 2.7 * rows), squeeze=False, layout="constrained"
@@ -133,7 +134,7 @@ def draw_curves(
         for name, points in curves.items():
             xs, ys = zip(*points, strict=True)
             (handles[name],) = axis.loglog(xs, ys, marker="o", markersize=3.5, **style[name])
-        axis.set(xlabel=label, ylabel=unit)
+        axis.set(xlabel=label, ylabel=unit, yscale="log" if log_y else "linear")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     finish(figure, axes, title, path, handles)

@@ -53,13 +53,16 @@ def torch_problem(p: Problem):
     return TorchField(p.params), tensor(p.x), tensor(p.probe)
 
 
+def negative_log_likelihood(z, log_det):
+    log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
+    return -(log_base + log_det).mean()
+
+
 def torch_step(field: TorchField, end):
     """A step from `end(tolerance) -> (z, log_det)` at the time of the base density."""
 
     def step(tolerance):
-        z, log_det = end(tolerance)
-        log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
-        loss = -(log_base + log_det).mean()
+        loss = negative_log_likelihood(*end(tolerance))
         gradient = torch.autograd.grad(loss, field.leaves, allow_unused=True)
         pairs = zip(gradient, field.leaves, strict=True)
         gradient = [torch.zeros_like(w) if g is None else g for g, w in pairs]
@@ -68,39 +71,38 @@ def torch_step(field: TorchField, end):
     return step
 
 
-def torchdiffeq_step(p: Problem):
+def torchdiffeq_end(field: TorchField, x, probe, span, rtol, atol):
+    """FFJORD's solve: dopri5 and the adjoint ODE of torchdiffeq, on `(z, log_det)`."""
     import torchdiffeq
-
-    field, x, probe = torch_problem(p)
 
     class Dynamics(torch.nn.Module):
         def forward(self, t, state):
             return field.augmented(t, state[0], probe)
 
-    def end(tolerance):
-        start = (x, torch.zeros(x.shape[0], dtype=x.dtype))
-        z, log_det = torchdiffeq.odeint_adjoint(
-            Dynamics(), start, torch.tensor([p.span, 0.0], dtype=x.dtype), rtol=tolerance,
-            atol=tolerance, method="dopri5", adjoint_params=tuple(field.leaves),
-        )  # fmt: skip
-        return z[-1], log_det[-1]
+    start = (x, torch.zeros(x.shape[0], dtype=x.dtype))
+    z, log_det = torchdiffeq.odeint_adjoint(
+        Dynamics(), start, torch.tensor([span, 0.0], dtype=x.dtype), rtol=rtol, atol=atol,
+        method="dopri5", adjoint_params=tuple(field.leaves),
+    )  # fmt: skip
+    return z[-1], log_det[-1]
 
-    return torch_step(field, end)
+
+def zuko_end(field: TorchField, x, probe, span, rtol, atol):
+    import zuko
+
+    start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
+    dynamics = lambda t, z, log_det: field.augmented(t, z, probe)
+    return zuko.utils.odeint(dynamics, start, span, 0.0, field.leaves, atol=atol, rtol=rtol)
+
+
+def torchdiffeq_step(p: Problem):
+    field, x, probe = torch_problem(p)
+    return torch_step(field, lambda tol: torchdiffeq_end(field, x, probe, p.span, tol, tol))
 
 
 def zuko_step(p: Problem):
-    import zuko
-
     field, x, probe = torch_problem(p)
-
-    def end(tolerance):
-        start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
-        dynamics = lambda t, z, log_det: field.augmented(t, z, probe)
-        return zuko.utils.odeint(
-            dynamics, start, p.span, 0.0, field.leaves, atol=tolerance, rtol=tolerance
-        )
-
-    return torch_step(field, end)
+    return torch_step(field, lambda tol: zuko_end(field, x, probe, p.span, tol, tol))
 
 
 def torchode_step(p: Problem):

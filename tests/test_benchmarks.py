@@ -11,8 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import jaxode
-from benchmarks import compare, fairness, flows
+from benchmarks import compare, fairness, flows, sharding
 
 TINY = flows.Workload(3, 4, (5, 6))
 
@@ -116,18 +115,6 @@ def test_the_machine_can_be_named(monkeypatch):
     assert described["versions"]["jax"] == jax.__version__
 
 
-def test_the_probe_is_the_one_that_jaxode_draws(tiny):
-    """With it, the estimate written out for peers gives jaxode's own loss, step for step."""
-    p, _ = tiny
-    step = flows.jaxode_step(p, steps=2)
-    field = lambda t, y, args: flows.augmented(t, y, *args)
-    start = (p.x, jnp.zeros(4))
-    arguments = (p.params, p.probe)
-    z, log_det = jaxode.solve(field, start, 1.0, 0.0, arguments, steps=2).y1
-    expected = flows.negative_log_likelihood(z, log_det)
-    np.testing.assert_allclose(step(1e-3)[0], expected, rtol=1e-5)  # float32
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -138,6 +125,7 @@ def test_the_probe_is_the_one_that_jaxode_draws(tiny):
     ids=["jaxode", "jaxode per sample", "jax odeint"],
 )
 def test_contenders_in_jax_have_the_gradient_of_the_reference(make, tiny):
+    """For jaxode that needs the probe which the reference was given, too."""
     p, exact = tiny
     error = fairness.gradient_error(make(p)(1e-6)[1], exact)
     assert error < 1e-4  # float32, and a tolerance of 1e-6
@@ -179,3 +167,30 @@ def test_nothing_to_compare_with_fails_the_check():
     lines = []
     assert compare.check({"benchmarks": {}}, results(diffrax=0.5), ["step"], lines.append) == 1
     assert "make bench" in lines[0]
+
+
+def test_collectives_are_found_with_their_bytes_and_loops():
+    hlo = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(f32[] %a, f32[] %b)
+}
+
+%body (state: (f32[8,2], s32[])) -> (f32[8,2], s32[]) {
+  %all-reduce.1 = f32[8,2]{1,0} all-reduce(f32[8,2]{1,0} %x), to_apply=%add
+  ROOT %out = (f32[8,2]{1,0}, s32[]) tuple(%all-reduce.1, %i)
+}
+
+%condition (state: (f32[8,2], s32[])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8,2]) -> f32[8,2] {
+  %loop = (f32[8,2]{1,0}, s32[]) while(%start), condition=%condition, body=%body
+  ROOT %all-reduce.2 = (f32[3]{0}, f32[]) all-reduce(%a, %b), to_apply=%add
+}
+"""
+    assert sharding.collectives(hlo) == [
+        {"kind": "all-reduce", "bytes": 64, "depth": 1},
+        {"kind": "all-reduce", "bytes": 16, "depth": 0},
+    ]

@@ -1,0 +1,188 @@
+"""What crosses between devices in a training step of a flow with a sharded batch.
+
+Read from the compiled HLO on virtual CPU devices; nothing is timed. A collective inside a loop is
+paid at every iteration: of the loop over steps at depth 1, of the loop over stages at depth 2.
+"""
+
+import re
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import flows, report
+from benchmarks.fairness import Bench, attempt
+
+TITLE = "What crosses between devices"
+CASES = {f"{n} devices": n for n in (1, 2, 4, 8)}
+WORKLOAD = flows.Workload(8, 512, (256, 256))
+AXIS = "batch"
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+
+
+def collectives(hlo: str) -> list[dict[str, Any]]:
+    """The collectives of a compiled program: `{"kind", "bytes", "depth"}`, depth in loops."""
+    bodies: dict[str, list[str]] = {}
+    current, entry = "", ""
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            current = head.group(2)
+            bodies[current] = []
+            entry = current if head.group(1) else entry
+        elif current:
+            bodies[current].append(line)
+    found = []
+
+    def walk(name: str, depth: int) -> None:
+        for line in bodies.get(name, []):
+            made = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+)\(", line)
+            kind = made.group(2).removesuffix("-start") if made else ""
+            if made and kind in COLLECTIVES:
+                found.append({"kind": kind, "bytes": size(made.group(1)), "depth": depth})
+                continue  # what it applies to two numbers is no program of its own
+            inner = depth + (kind == "while")
+            for called in re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)", line):
+                walk(called, inner)
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                for called in branches.split(","):
+                    walk(called.strip().lstrip("%"), depth)
+
+    walk(entry, 0)
+    return found
+
+
+def size(shapes: str) -> int:
+    """Bytes of a shape such as `f32[8,2]{1,0}`, or of a tuple of them."""
+    total = 0
+    for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
+        count = 1
+        for dim in filter(None, dims.split(",")):
+            count *= int(dim)
+        total += BYTES.get(dtype, 4) * count
+    return total
+
+
+def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Any]:
+    """Compiled training steps."""
+    batch, all_devices = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
+    params = jax.device_put(p.params, all_devices)
+    x, probe = jax.device_put((p.x, p.probe), batch)
+
+    def shard_mapped(**options):
+        def local(params, x):
+            step = jax.value_and_grad(flows.jaxode_loss(p, **options))
+            return jax.lax.pmean(step(params, x, p.key, 1e-5), AXIS)
+
+        step = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False
+        )
+        return jax.jit(step).lower(params, x)
+
+    def sharded(loss, noise):
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=all_devices)
+        return step.lower(params, x, noise, 1e-5)
+
+    adjoint = diffrax.RecursiveCheckpointAdjoint()
+    diffrax_loss = flows.diffrax_loss(p, diffrax.Tsit5(), adjoint)
+    return {
+        "jaxode, shard_map, each device its own steps": lambda: shard_mapped(),
+        "jaxode, shard_map, joint steps": lambda: shard_mapped(axis_name=AXIS),
+        "jaxode, jit": lambda: sharded(flows.jaxode_loss(p), p.key),
+        "diffrax, jit": lambda: sharded(diffrax_loss, probe),
+    }
+
+
+def run(case: str, bench: Bench) -> dict[str, Any]:
+    # `jax_num_cpu_devices` counts only before the first use of a device.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", CASES[case])
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    shape = (WORKLOAD.batch, WORKLOAD.dim)
+    blank = jnp.zeros(shape)
+    p = flows.Problem(flows.network(WORKLOAD), blank, blank, jax.random.key(0), 1.0)
+    failed: dict[str, str] = {}
+    found = {}
+    for name, lower in contenders(p, mesh).items():
+        text = attempt(bench, failed, name, lambda lower=lower: lower().compile().as_text())
+        if text is not None:
+            found[name] = [c for c in collectives(text) if CASES[case] > 1]
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(p.params))
+    return {"failed": failed, "collectives": found, "parameter_bytes": parameters}
+
+
+def in_loops(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [c for c in found if c["depth"] > 0]
+
+
+def table(cases: dict[str, Any]) -> str:
+    rows = []
+    for case, result in cases.items():
+        for name, found in result["collectives"].items():
+            outside = [c for c in found if c["depth"] == 0]
+            rows.append(
+                [case, name]
+                + [f"{len(part)}, {sum(c['bytes'] for c in part):,} bytes"
+                   for part in (outside, in_loops(found))]
+            )  # fmt: skip
+    header = ["", "", "once a training step", "at every iteration of a loop"]
+    failed = "".join(report.failures(result) for result in cases.values())
+    return f"{report.markdown(header, rows)}\n\n{on_paper(cases)}{failed}"
+
+
+STEPS, STAGES = 10, 6  # of a backward solve, for the figures on paper
+
+
+def crossing(found: list[dict[str, Any]], devices: int) -> float:
+    """Bytes that each device sends in a training step, all collectives as rings."""
+    trips = {0: 1, 1: STEPS}
+    return sum(
+        2 * (devices - 1) / devices * c["bytes"] * trips.get(c["depth"], STEPS * STAGES)
+        for c in found
+    )
+
+
+def on_paper(cases: dict[str, Any]) -> str:
+    last = list(cases.values())[-1]
+    parts = [
+        f"{name}: {crossing(found, 8) / 2**20:.1f} MiB on 8 and "
+        f"{crossing(found, 256) / 2**20:.1f} MiB on 256, in {sum_trips(found)} collectives"
+        for name, found in last["collectives"].items()
+    ]
+    return (
+        f"On paper, a device sends in a training step with {STEPS} steps of {STAGES} stages, by "
+        f"ring all-reduce ({last['parameter_bytes'] / 2**20:.1f} MiB of parameters): "
+        + "; ".join(parts) + "."
+    )  # fmt: skip
+
+
+def sum_trips(found: list[dict[str, Any]]) -> int:
+    return sum({0: 1, 1: STEPS}.get(c["depth"], STEPS * STAGES) for c in found)
+
+
+def draw(cases: dict[str, Any], path: str) -> None:
+    last, result = list(cases.items())[-1]
+    bars = {
+        f"sent by a device in a training step on {n} devices": {
+            name: crossing(found, n) / 2**20 for name, found in result["collectives"].items()
+        }
+        for n in (8, 256)
+    }
+    report.draw_bars(bars, path, f"{TITLE} (program for {last})", "MiB")
+
+
+def sentence(cases: dict[str, Any]) -> str:
+    last, result = list(cases.items())[-1]
+    parts = []
+    for name, found in result["collectives"].items():
+        loops = in_loops(found)
+        parts.append(
+            f"{name} has {len(loops)} collectives of {sum(c['bytes'] for c in loops):,} bytes "
+            f"inside loops"
+        )
+    return f"On {last}, " + "; ".join(parts) + "."
