@@ -64,7 +64,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def alternate(
-    calls: Mapping[Any, Callable[[], Any]], seconds: float, least: int = 5, most: int = 30
+    calls: Mapping[Any, Callable[[], Any]], seconds: float, least: int = 3, most: int = 30
 ) -> dict[Any, list[float]]:
     """Times of each call, round by round, until `seconds` are over. All must have run before."""
     times = {name: [] for name in calls}
@@ -131,7 +131,7 @@ Step = Callable[[float], tuple[Any, Sequence[Any]]]
 class Bench(NamedTuple):
     """What the runner tells a benchmark, and how it hears from it."""
 
-    seconds: float = 20.0
+    seconds: float = 12.0
     """Time for the alternated calls of one case."""
     skip: Mapping[str, str] = {}
     """Contenders that ended the process before, and how."""
@@ -233,11 +233,15 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {
-        "name": os.environ.get("BENCH_MACHINE") or slug(kind), "device": kind, "cores": cores,
+        "name": os.environ.get("BENCH_MACHINE") or slug(kind),
+        "kind": device.platform,
+        "device": kind,
+        "cores": cores,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "platform": platform.platform(), "versions": versions,
+        "platform": platform.platform(),
+        "versions": versions,
         "threads": {"jax": cores, "torch": _torch_threads()},
-    }  # fmt: skip
+    }
 
 
 def slug(text: str) -> str:

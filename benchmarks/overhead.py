@@ -19,7 +19,7 @@ from benchmarks.fairness import Bench, alternate, attempt, ratio, summary, timed
 TITLE = "Loop overhead"
 TOLERANCE, COUNT = 1e-5, 50
 CASES: dict[str, dict[str, Any]] = {
-    "solve, a field of about 1 ms": {"workload": flows.Workload(64, 256, (256, 256))},
+    "solve, a field of about 1 ms": {"workload": flows.Workload(64, 256, (352, 352))},
     "training step, 8 Gaussians": {
         "workload": flows.Workload(2, 512, (64, 64, 64), trained=True), "step": True,
     },

@@ -1,6 +1,7 @@
 """The parts of the benchmarks that decide what is fair, and what counts as a regression."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import __main__ as runner
 from benchmarks import compare, fairness, flows, sharding
 
 TINY = flows.Workload(3, 4, (5, 6))
@@ -194,3 +196,52 @@ ENTRY %main (x: f32[8,2]) -> f32[8,2] {
         {"kind": "all-reduce", "bytes": 64, "depth": 1},
         {"kind": "all-reduce", "bytes": 16, "depth": 0},
     ]
+
+
+WORKER = """
+import json, os, signal, sys
+report, options = sys.argv[1], json.loads(sys.argv[2])
+def say(**message):
+    with open(report, "a") as file:
+        file.write(json.dumps(message) + chr(10))
+say(next="good")
+say(next="bad")
+if "bad" not in options["skip"]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+say(result={"failed": options["skip"]})
+"""
+
+
+def test_a_contender_that_ends_the_process_is_left_out_of_the_next_try(monkeypatch, tmp_path):
+    def worker(module, case, report, options, log):
+        assert (module, case) == ("step", "case")
+        return subprocess.Popen([sys.executable, "-c", WORKER, report, options])
+
+    monkeypatch.setattr(runner, "worker", worker)
+    result = runner.measure("step", "case", 1.0, tmp_path / "log", lambda peer: None)
+    assert result["failed"] == {"bad": "ended the process, exit status -11"}
+
+
+def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
+    measured = []
+
+    def measure(module, case, seconds, log, tell):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((module, case))
+        return {}
+
+    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "describe_machine", lambda: {"name": "mine"})
+    path, modules = tmp_path / "mine.json", ["compile_time", "per_sample"]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(modules, path, False, None, tmp_path / "log")
+    assert runner.read(path)["benchmarks"] == {
+        "compile_time": {"flow, 8 Gaussians": {}, "Neural ODE, state 4": {}}
+    }
+    measured.clear()
+    runner.run(modules, path, False, None, tmp_path / "log")
+    assert measured == [("per_sample", "8 Gaussians, 512 x 2, 64-64-64")]
+    measured.clear()
+    runner.run(["per_sample"], path, True, None, tmp_path / "log")
+    assert measured == [("per_sample", "8 Gaussians, 512 x 2, 64-64-64")]
