@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 # One color and marker for a library, everywhere; its variants differ in the line.
 COLORS = {
@@ -106,6 +107,11 @@ def draw_work_precision(cases: dict[str, Any], path: str, title: str) -> None:
 def finish(figure, axes, title: str, path: str, handles: dict[str, Any]) -> None:
     for axis in axes.flat:
         axis.grid(which="major", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        if axis.get_yscale() == "log":  # less than a decade is common: label 1, 2, 5
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(9)
         axis.tick_params(which="both", labelsize=8)
