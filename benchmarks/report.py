@@ -198,7 +198,7 @@ def write(folder: Path, path: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text())
-        if "machine" in results:
+        if "benchmarks" in results:
             parts += sections(results, images)
     path.write_text("\n\n".join(parts) + "\n")
 

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as runner
-from benchmarks import compare, fairness, flows, sharding
+from benchmarks import compare, fairness, flows, report, sharding
 
 TINY = flows.Workload(3, 4, (5, 6))
 
@@ -245,3 +245,21 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     measured.clear()
     runner.run(["per_sample"], path, True, None, tmp_path / "log")
     assert measured == [("per_sample", "8 Gaussians, 512 x 2, 64-64-64")]
+
+
+def test_results_are_reported_with_failures_and_crashes(tmp_path):
+    case = {
+        "failed": {"diffrax, jit": "ValueError: no"},
+        "collectives": {"jaxode, jit": [{"kind": "all-reduce", "bytes": 64, "depth": 1}]},
+        "parameter_bytes": 64,
+    }
+    cases = {"2 devices": case, "8 devices": {"crashed": "start: ended the process"}}
+    results = {"machine": fairness.machine(), "benchmarks": {"sharding": cases}}
+    (tmp_path / "mine.json").write_text(json.dumps(results))
+    (tmp_path / "other.json").write_text(json.dumps({"machine": "of another kind"}))
+    report.write(tmp_path, tmp_path / "RESULTS.md", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "has 1 collectives of 64 bytes inside loops" in text
+    assert "diffrax, jit failed: ValueError: no" in text
+    assert "8 devices crashed: start: ended the process" in text
+    assert (tmp_path / "bench_sharding.png").read_bytes().startswith(b"\x89PNG")
