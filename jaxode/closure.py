@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float, PyTree
@@ -133,10 +134,12 @@ def close_field(
 
     `source` is what the field was made from: fields of different sources are different programs.
     """
-    arrays, static = eqx.partition(args, eqx.is_array)
-    closed = jax.make_jaxpr(lambda t, y, arrays: field(t, y, eqx.combine(arrays, static)))(
-        t, y, arrays
-    )
+    # A float among the arguments is a value like any other, not a reason to compile again.
+    as_array = lambda x: jnp.asarray(x, y.dtype) if isinstance(x, float) else x
+    arrays, static = eqx.partition(jax.tree.map(as_array, args), eqx.is_array)
+    run = lambda t, y, arrays: field(t, y, eqx.combine(arrays, static))
+    with jax.default_matmul_precision("highest"):
+        closed = jax.make_jaxpr(run)(t, y, arrays)
     leaves, structure = jax.tree.flatten(eqx.filter(source, eqx.is_array, inverse=True))
     origin = (structure, *leaves)
     try:

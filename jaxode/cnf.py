@@ -20,10 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from jaxode.adjoints import DiscreteAdjoint
+from jaxode.closure import close_field
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, FieldAt, auto
-from jaxode.results import Solution, Stats, raise_on_failure
-from jaxode.solve import VectorField, check_options, solve_batch
+from jaxode.likelihood import Inputs, Settings, objective
+from jaxode.results import Result, Solution, Stats, nan_or_raise, raise_on_failure
+from jaxode.solve import DEFAULTS, VectorField, check_options, pose, solve_batch
+from jaxode.tableau import tableau_of
 
 
 class NLLStats(NamedTuple):
@@ -145,19 +149,84 @@ class CNF:
         weights: Float[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, ""], NLLStats]:
         """`nll` and an `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`."""
-        solution = self._to_base_with_log_det("nll", params, x, key, context)
+        where = "nll"
+        x = self._check_samples(where, "x", x)
+        context = _check_context(where, context, x.shape[0])
+        weights = self._weights(x, weights)
+        if self._fused:
+            return self._fused_nll(params, x, key, context, weights)
+        solution = self._to_base_with_log_det(where, params, x, key, context)
         z, log_det = solution.y1
         log_prob = self.base.log_prob(z) + log_det
         aux = NLLStats(log_prob, log_det, solution.stats, solution.result)
+        return -jnp.sum(weights * log_prob), aux
+
+    @property
+    def _fused(self) -> bool:
+        """Whether the loss can have its value and gradient in one sweep over recorded steps."""
+        options = {**DEFAULTS, **self.solve_options}
+        explicit = tableau_of(options["solver"]) is not None
+        return isinstance(options["adjoint"], DiscreteAdjoint) and explicit
+
+    def _fused_nll(self, params, x, key, context, weights):
+        options = {**DEFAULTS, **self.solve_options}
+        joint = self.step_control == "joint"
+        problem, ravel = pose(
+            "nll", self._field, x[None] if joint else x, self.t1, self.t0, params, context,
+            self.step_control, options, False,
+        )  # fmt: skip
+        probes = self._probes(key, x)
+        phase = None
+        per_row = not joint or phase is not None
+
+        def costs(t, y, args):
+            shared, (probes, context) = args
+            z = y.reshape(x.shape).astype(x.dtype)
+            times, axis = (t, 0) if per_row else (t[0], None)
+            return jax.vmap(self._costs, (axis, 0, None, 0))(times, z, shared, (probes, context))
+
+        like = x.reshape(x.shape[0], -1).astype(ravel.dtype) if per_row else problem.y0
+        t = jnp.broadcast_to(problem.t0, like.shape[:1])
+        rows = (probes, context)
+        source = (self._costs, per_row)
+        closed_costs, (_, (probes, _)) = close_field(costs, source, t, like, (params, rows))
+        base, _ = close_field(
+            lambda t, y, args: self.base.log_prob(y.reshape(x.shape).astype(x.dtype)),
+            self.base, jnp.broadcast_to(problem.t0, problem.y0.shape[:1]), problem.y0, (),
+        )  # fmt: skip
+        inputs = Inputs(
+            problem.field, problem.args, closed_costs, probes, base, problem.y0, problem.t0,
+            problem.t1, weights.astype(ravel.dtype),
+        )  # fmt: skip
+        none = jnp.zeros(0, ravel.dtype)
+        settings = Settings(problem.method, options["adjoint"].checkpoints, none, phase)
+        out = objective(inputs, settings)
+        loss, result, stats, t_reached = out.loss, out.result, out.stats, out.t_reached
+        throw = self.throw if self.throw is not None else not isinstance(result, jax.core.Tracer)
+        if throw:
+            nan = nan_or_raise(result, t_reached, "nll")
+            loss = jnp.where((result == Result.SUCCESS).all(), loss, nan[0].astype(loss.dtype))
+        if joint:
+            stats, result = jax.tree.map(lambda leaf: leaf[0], (stats, result))
+        return loss, NLLStats(out.log_prob, out.log_det, stats, result)
+
+    def _costs(self, t, z, params, row) -> Float[Array, " costs"]:
+        """What is integrated along the trajectory of one sample."""
+        probe, context = row
+        _, div = self.divergence.apply(lambda z: self._field(t, z, params, context), z, probe)
+        return div[None]
+
+    def _weights(self, x, weights) -> Float[Array, " batch"]:
+        batch = x.shape[0]
         if weights is None:
-            return -jnp.mean(log_prob), aux
-        if jnp.shape(weights) != log_prob.shape:
+            return jnp.full(batch, 1 / max(batch, 1), x.dtype)
+        if jnp.shape(weights) != (batch,):
             raise ValueError(
-                f"nll(weights=...): must have one weight a sample, shape {log_prob.shape}; "
+                f"nll(weights=...): must have one weight a sample, shape {(batch,)}; "
                 f"got {jnp.shape(weights)}."
             )
-        weights = jnp.asarray(weights, log_prob.dtype)
-        return -jnp.sum(weights * log_prob) / jnp.sum(weights), aux
+        weights = jnp.asarray(weights, x.dtype)
+        return weights / jnp.sum(weights)
 
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None

@@ -261,13 +261,9 @@ def pose(
     method = make_method(where, f.f if isinstance(f, Unconditional) else f, y0, options, throw)
     field = _rows_field(f, where, step_control)
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
-    # A float among the arguments is a value like any other, not a reason to compile again.
-    as_array = lambda x: jnp.asarray(x, ravel.dtype) if isinstance(x, float) else x
-    args = jax.tree.map(as_array, (shared, rows))
     start = ravel(y0)
-    with jax.default_matmul_precision("highest"):
-        t = jnp.broadcast_to(t0, start.shape[:1])
-        closed, arrays = close_field(raveled, (f, where, step_control), t, start, args)
+    t = jnp.broadcast_to(t0, start.shape[:1])
+    closed, arrays = close_field(raveled, (f, where, step_control), t, start, (shared, rows))
     return Problem(closed, arrays, start, t0, t1, ts, method), ravel
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.adjoints.replay import nan_unless, once_only, output_is_inside, run, split
 from jaxode.adjoints.sweep import Step, Sweep
 from jaxode.checkpoints import check_checkpoints
+from jaxode.closure import ClosedField
 from jaxode.integrate import Integration, dense_output, save_times_at
 from jaxode.method import Method
 from jaxode.results import Result
@@ -87,8 +88,7 @@ def _backward(residuals, out, perturbed, inputs, method, checkpoints):
         inside = _saved_outputs(method.tableau, ts, out.ys, jnp.sign(t1 - t0))
         saved = jnp.full(y0.shape[0], ts.shape[0], jnp.int32)
         carry = saved, jnp.zeros_like(ts)
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    per_step = size > PARAMETERS_PER_WORK * field.work_size
+    per_step = per_step_gradient(params, field)
     sweep = Sweep(apply, params, method.tableau, tape, t0, t1, timed, per_step, inside)
     swept = sweep.run(y1_bar, params_bar, carry)
     ts_bar = None if ts is None else jnp.zeros_like(ts) if inside is None else swept.inside[1]
@@ -100,6 +100,12 @@ def _backward(residuals, out, perturbed, inputs, method, checkpoints):
     shared_bar = jax.tree.map(lambda leaf: leaf * jnp.prod(valid).astype(leaf.dtype), shared_bar)
     params_bar, times_bar = shared_bar[:2], shared_bar[2:]
     return once_only("DiscreteAdjoint", (*params_bar, y0_bar, *times_bar))
+
+
+def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
+    """Whether to gather the parameter gradient once a step, and not at each stage."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return size > PARAMETERS_PER_WORK * field.work_size
 
 
 def _saved_outputs(tableau, ts, ys_bar, sign):

@@ -1,5 +1,7 @@
 """What the gradient methods share: the forward solve, its recorded steps, and its failure."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,12 @@ from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.checkpoints import Checkpoints
-from jaxode.integrate import Field, integrate, save_times_at, stages
+from jaxode.integrate import Field, Integration, integrate, save_times_at, stages
 from jaxode.method import Method, weighted_sum
 from jaxode.tableau import Tableau
 
 
-def run(inputs, method: Method, checkpoints: int | None = None):
+def run(inputs, method: Method, checkpoints: int | None = None) -> tuple[Integration, Any]:
     """The forward solve and, with a number of checkpoints, the tape of its steps."""
     field, args, y0, t0, t1, ts = inputs
     return integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts, checkpoints)
