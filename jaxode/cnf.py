@@ -21,13 +21,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode.adjoints import DiscreteAdjoint
-from jaxode.closure import close_field
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, FieldAt, auto
-from jaxode.likelihood import Inputs, Settings, objective
+from jaxode.likelihood import Solve, objective
+from jaxode.regularizers import Regularizer
 from jaxode.results import Result, Solution, Stats, nan_or_raise, raise_on_failure
-from jaxode.solve import DEFAULTS, VectorField, check_options, pose, solve_batch
-from jaxode.tableau import tableau_of
+from jaxode.solve import DEFAULTS, VectorField, check_options, solve_batch
+from jaxode.tableau import is_explicit
 
 
 class NLLStats(NamedTuple):
@@ -41,6 +41,8 @@ class NLLStats(NamedTuple):
     """Work of the forward solve."""
     result: Int[Array, "*rows"]
     """`jaxode.Result` code of the forward solve."""
+    running: dict[str, Float[Array, " batch"]]
+    """The integral of each regularizer's cost along each sample's trajectory, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,8 @@ class CNF:
     t1: float
     divergence: Divergence
     step_control: Literal["joint", "per_sample"]
+    quadrature: Literal["gauss", "stochastic"]
+    regularizers: tuple[Regularizer, ...]
     throw: bool | None
     solve_options: dict[str, Any] = field(default_factory=dict)
 
@@ -78,8 +82,10 @@ class CNF:
             ValueError: if the shapes do not fit, or if `key` is missing.
             SolveError: at run time, if the solve fails.
         """
-        solution = self._to_base_with_log_det("log_prob", params, x, key, context)
-        z, log_det = solution.y1
+        x = self._check_samples("log_prob", "x", x)
+        zero = jnp.zeros(x.shape[:1], x.dtype)
+        field = self._volume_field
+        z, log_det = self._to_base("log_prob", params, x, zero, key, context, field).y1
         return self.base.log_prob(z) + log_det
 
     def log_prob_and_error(
@@ -155,66 +161,84 @@ class CNF:
         weights = self._weights(x, weights)
         if self._fused:
             return self._fused_nll(params, x, key, context, weights)
-        solution = self._to_base_with_log_det(where, params, x, key, context)
-        z, log_det = solution.y1
+        zeros = jnp.zeros((x.shape[0], 1 + len(self.regularizers)), x.dtype)
+        solution = self._to_base(where, params, x, zeros, key, context, self._costs_field)
+        z, costs = solution.y1
+        log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(self.t0 - self.t1)
         log_prob = self.base.log_prob(z) + log_det
-        aux = NLLStats(log_prob, log_det, solution.stats, solution.result)
-        return -jnp.sum(weights * log_prob), aux
+        loss = jnp.sum(weights * (self._penalty(running) - log_prob))
+        return loss, NLLStats(
+            log_prob, log_det, solution.stats, solution.result, self._named(running)
+        )
+
+    def _penalty(self, running: Float[Array, "batch regularizers"]) -> Float[Array, " batch"]:
+        weights = [regularizer.weight for regularizer in self.regularizers]
+        return running @ jnp.asarray(weights, running.dtype)
+
+    def _named(self, running: Float[Array, "batch regularizers"]) -> dict[str, Array]:
+        return {r.name: running[:, i] for i, r in enumerate(self.regularizers)}
 
     @property
     def _fused(self) -> bool:
         """Whether the loss can have its value and gradient in one sweep over recorded steps."""
         options = {**DEFAULTS, **self.solve_options}
-        explicit = tableau_of(options["solver"]) is not None
-        return isinstance(options["adjoint"], DiscreteAdjoint) and explicit
+        return isinstance(options["adjoint"], DiscreteAdjoint) and is_explicit(options["solver"])
 
     def _fused_nll(self, params, x, key, context, weights):
-        options = {**DEFAULTS, **self.solve_options}
-        joint = self.step_control == "joint"
-        problem, ravel = pose(
-            "nll", self._field, x[None] if joint else x, self.t1, self.t0, params, context,
-            self.step_control, options, False,
+        where = "nll"
+        solve = Solve(
+            self._field, x, self.t1, self.t0, params, context, self.step_control, self.solve_options
+        )
+        out = objective(
+            where, solve, self._costs, self._probes(key, x, params, context), self.base, weights,
+            tuple(regularizer.weight for regularizer in self.regularizers), self._phase(key, x),
         )  # fmt: skip
-        probes = self._probes(key, x)
-        phase = None
-        per_row = not joint or phase is not None
-
-        def costs(t, y, args):
-            shared, (probes, context) = args
-            z = y.reshape(x.shape).astype(x.dtype)
-            times, axis = (t, 0) if per_row else (t[0], None)
-            return jax.vmap(self._costs, (axis, 0, None, 0))(times, z, shared, (probes, context))
-
-        like = x.reshape(x.shape[0], -1).astype(ravel.dtype) if per_row else problem.y0
-        t = jnp.broadcast_to(problem.t0, like.shape[:1])
-        rows = (probes, context)
-        source = (self._costs, per_row)
-        closed_costs, (_, (probes, _)) = close_field(costs, source, t, like, (params, rows))
-        base, _ = close_field(
-            lambda t, y, args: self.base.log_prob(y.reshape(x.shape).astype(x.dtype)),
-            self.base, jnp.broadcast_to(problem.t0, problem.y0.shape[:1]), problem.y0, (),
-        )  # fmt: skip
-        inputs = Inputs(
-            problem.field, problem.args, closed_costs, probes, base, problem.y0, problem.t0,
-            problem.t1, weights.astype(ravel.dtype),
-        )  # fmt: skip
-        none = jnp.zeros(0, ravel.dtype)
-        settings = Settings(problem.method, options["adjoint"].checkpoints, none, phase)
-        out = objective(inputs, settings)
-        loss, result, stats, t_reached = out.loss, out.result, out.stats, out.t_reached
+        loss, result = out.loss, out.result
         throw = self.throw if self.throw is not None else not isinstance(result, jax.core.Tracer)
         if throw:
-            nan = nan_or_raise(result, t_reached, "nll")
-            loss = jnp.where((result == Result.SUCCESS).all(), loss, nan[0].astype(loss.dtype))
-        if joint:
+            nan = nan_or_raise(result, out.t_reached, where)
+            loss = jnp.where(
+                (result == Result.SUCCESS).all(), loss, jnp.sum(nan).astype(loss.dtype)
+            )
+        stats = out.stats
+        if self.step_control == "joint":
             stats, result = jax.tree.map(lambda leaf: leaf[0], (stats, result))
-        return loss, NLLStats(out.log_prob, out.log_det, stats, result)
+        running = self._named(out.running)
+        return loss, NLLStats(out.log_prob, out.log_det, stats, result, running)
 
     def _costs(self, t, z, params, row) -> Float[Array, " costs"]:
-        """What is integrated along the trajectory of one sample."""
+        """What is integrated along the trajectory of one sample: divergence, running costs."""
+        return self._field_and_costs(t, z, params, row)[1]
+
+    def _field_and_costs(self, t, z, params, row):
         probe, context = row
-        _, div = self.divergence.apply(lambda z: self._field(t, z, params, context), z, probe)
-        return div[None]
+        g, norm = self._field_at(t, params, context), None
+        if any(regularizer.needs_norm for regularizer in self.regularizers):
+            divergence = self._choose(g, z)
+            with_norm = getattr(divergence, "with_norm", None)
+            if with_norm is None:
+                raise ValueError(
+                    "nll: a regularizer needs the norm of the Jacobian, which the divergence "
+                    f"{divergence.name} does not give. "
+                    "Pass divergence=jaxode.divergence.hutchinson() to cnf."
+                )
+            dz, div, norm = with_norm(g, z, probe)
+        else:
+            dz, div = self.divergence.apply(g, z, probe)
+        costs = [regularizer.cost(dz, norm) for regularizer in self.regularizers]
+        return dz, jnp.stack([div, *costs])
+
+    def _phase(self, key, x) -> Float[Array, " batch"] | None:
+        """Uniform random numbers for the random nodes of the quadrature, one a sample."""
+        if self.quadrature == "gauss":
+            return None
+        if key is None:
+            raise ValueError(
+                "nll: quadrature='stochastic' needs random numbers; got key=None. "
+                "Pass key=jax.random.key(...)."
+            )
+        one = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), 1))
+        return jax.vmap(one)(jnp.arange(x.shape[0]))
 
     def _weights(self, x, weights) -> Float[Array, " batch"]:
         batch = x.shape[0]
@@ -263,18 +287,14 @@ class CNF:
             "sample_and_log_prob", self._density_field, state, self.t0, self.t1, params, rows
         ).y1
 
-    def _to_base_with_log_det(
-        self, where: str, params: PyTree, x: Array, key: PRNGKeyArray | None, context: PyTree
-    ) -> Solution:
-        """Solve from data to base. The second state ends at the log-determinant of `to_base`:
+    def _to_base(self, where: str, params, x, zero, key, context, field) -> Solution:
+        """Solve from data to base, together with integrals that start at zero.
 
-        it starts at zero at `t1` and has derivative `div f`, so it is `-integral of div f` at `t0`.
+        The divergence has the integral `-integral over [t0, t1] of div f`: the log-determinant.
         """
-        x = self._check_samples(where, "x", x)
         context = _check_context(where, context, x.shape[0])
         rows = (self._probes(key, x, params, context), context)
-        state = (x, jnp.zeros(x.shape[:1], x.dtype))
-        return self._solve(where, self._volume_field, state, self.t1, self.t0, params, rows)
+        return self._solve(where, field, (x, zero), self.t1, self.t0, params, rows)
 
     def _carry(self, where, name, params, z, start, end, context) -> Float[Array, "batch *event"]:
         z = self._check_samples(where, name, z)
@@ -304,6 +324,10 @@ class CNF:
         probe, context = row
         return self.divergence.apply(self._field_at(t, params, context), state[0], probe)
 
+    def _costs_field(self, t, state, params, row):
+        """Derivative of `(z, integrals of the costs)`."""
+        return self._field_and_costs(t, state[0], params, row)
+
     def _volume_field_of_each_probe(self, t, state, params, row):
         """Derivative of `(z, integrals of the estimates of div f)`, on one linearization."""
         probe, context = row
@@ -328,12 +352,13 @@ class CNF:
 
     def _chosen_divergence(self, x: Float[Array, "batch *event"], params, context) -> Divergence:
         """The divergence that `auto()` stands for, so that a closed form needs no key."""
-        choose = getattr(self.divergence, "choose", None)
-        if choose is None:
-            return self.divergence
         of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
         t = jnp.zeros((), x.dtype)
-        return choose(self._field_at(t, params, jax.tree.map(of_row, context)), of_row(x))
+        return self._choose(self._field_at(t, params, jax.tree.map(of_row, context)), of_row(x))
+
+    def _choose(self, g: FieldAt, z: Float[Array, " *event"]) -> Divergence:
+        choose = getattr(self.divergence, "choose", None)
+        return self.divergence if choose is None else choose(g, z)
 
     def _base_sample(self, where: str, key: PRNGKeyArray, n: int) -> Float[Array, "n *event"]:
         try:
@@ -380,6 +405,8 @@ def cnf(
     t1: float = 1.0,
     divergence: Divergence = auto(),
     step_control: Literal["joint", "per_sample"] = "joint",
+    quadrature: Literal["gauss", "stochastic"] = "gauss",
+    regularizers: tuple[Regularizer, ...] = (),
     throw: bool | None = None,
     **solve_options: Any,
 ) -> CNF:
@@ -394,6 +421,9 @@ def cnf(
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
         step_control: "joint" or "per_sample", as for `jaxode.flow`.
+        quadrature: how `nll` integrates the divergence over a step: "gauss" by Gauss-Legendre
+            nodes, or "stochastic" at one random time for each sample: unbiased, and cheaper.
+        regularizers: running costs to add to `nll`, from `jaxode.regularizers`.
         throw: raise `jaxode.SolveError` when a solve fails. By default all methods do, but for the
             training loss inside a transformation (`jit`, `vmap`), which turns NaN together with
             its gradient: the host callback that raises would keep the training step out of the
@@ -416,4 +446,21 @@ def cnf(
             f"cnf(divergence=...): must have init and apply; got {divergence!r}. "
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact()."
         )
-    return CNF(f, as_base(base), t0, t1, divergence, step_control, throw, solve_options)
+    if quadrature not in ("gauss", "stochastic"):
+        raise ValueError(
+            f"cnf(quadrature=...): must be 'gauss' or 'stochastic'; got {quadrature!r}."
+        )
+    if not all(isinstance(regularizer, Regularizer) for regularizer in regularizers):
+        raise TypeError(
+            f"cnf(regularizers=...): must be a tuple of jaxode.regularizers; got {regularizers!r}."
+        )
+    flow = CNF(
+        f, as_base(base), t0, t1, divergence, step_control, quadrature, tuple(regularizers), throw,
+        solve_options,
+    )  # fmt: skip
+    if quadrature == "stochastic" and not flow._fused:
+        raise ValueError(
+            "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "
+            "Runge-Kutta solver. Use quadrature='gauss'."
+        )
+    return flow

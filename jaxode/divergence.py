@@ -40,6 +40,9 @@ class FieldAt:
         return self.f.value_and_divergence(self.t, z, self.args)
 
 
+WithNorm = Callable[[Field, Array, Array | None], tuple[Array, Array, Array]]
+
+
 class Divergence(NamedTuple):
     """A divergence as two pure functions, for one sample. The other fields are optional."""
 
@@ -54,6 +57,8 @@ class Divergence(NamedTuple):
     standard_error: Callable[[Float[Array, " probes"], int], Array] | None = None
     """`standard_error(estimates, size)` of the mean of one estimate for each probe, in `size`
     dimensions. For divergences whose probes are `[probes, *event]` and have one estimate each."""
+    with_norm: WithNorm | None = None
+    """`with_norm(g, z, probe)`: as `apply`, and the squared Frobenius norm of `dg/dz`."""
 
     def describe(self, f: Callable[..., Any], z: Float[Array, " *event"], args: Any = None) -> str:
         """Which divergence this is for the vector field `f(t, z, args)`, and why."""
@@ -62,9 +67,22 @@ class Divergence(NamedTuple):
 
 
 def _push(g: Field, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
-    """`g(z)` and the inner products `v . (dg/dz v)` for every tangent, on one linearization."""
+    """`g(z)`, and `v . (dg/dz v)` and `|dg/dz v|^2` for every tangent, on one linearization."""
     dz, jvp = jax.linearize(g, z)
-    return dz, jax.vmap(lambda v: jnp.sum(v * jvp(v)))(tangents)
+    terms, squares = jax.vmap(lambda v: _products(v, jvp(v)))(tangents)
+    return dz, terms, squares
+
+
+def _products(v: Float[Array, " *event"], jv: Float[Array, " *event"]):
+    return jnp.sum(v * jv), jnp.sum(jv * jv)
+
+
+def _without_norm(with_norm: WithNorm) -> Callable[[Field, Array, Array | None], Any]:
+    def apply(g, z, probe):
+        dz, div, _ = with_norm(g, z, probe)
+        return dz, div
+
+    return apply
 
 
 def exact(chunk: int | None = None) -> Divergence:
@@ -82,23 +100,25 @@ def exact(chunk: int | None = None) -> Divergence:
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"exact(chunk=...): must be a positive integer; got {chunk!r}.")
 
-    def apply(g, z, probe):
+    def with_norm(g, z, probe):
         del probe
         if chunk is None or chunk >= z.size:
             basis = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
-            dz, terms = _push(g, z, basis)
-            return dz, jnp.sum(terms)
+            dz, terms, squares = _push(g, z, basis)
+            return dz, jnp.sum(terms), jnp.sum(squares)
         dz, jvp = jax.linearize(g, z)
 
         # Recomputed rather than stored for a gradient, or the chunks would not bound its memory.
         @jax.checkpoint
-        def diagonal(i):
+        def column(i):
             v = (jnp.arange(z.size) == i).astype(z.dtype).reshape(z.shape)
-            return jnp.sum(v * jvp(v))
+            return _products(v, jvp(v))
 
-        return dz, jnp.sum(jax.lax.map(diagonal, jnp.arange(z.size), batch_size=chunk))
+        terms, squares = jax.lax.map(column, jnp.arange(z.size), batch_size=chunk)
+        return dz, jnp.sum(terms), jnp.sum(squares)
 
-    return Divergence(_no_probe, apply, f"exact(chunk={chunk})")
+    apply = _without_norm(with_norm)
+    return Divergence(_no_probe, apply, f"exact(chunk={chunk})", with_norm=with_norm)
 
 
 def _no_probe(key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> None:
@@ -143,9 +163,9 @@ def hutchinson(
             )
         return draws[distribution](key, z)
 
-    def apply(g, z, probe):
-        dz, terms = _push(g, z, probe)
-        return dz, jnp.mean(terms)
+    def with_norm(g, z, probe):
+        dz, terms, squares = _push(g, z, probe)
+        return dz, jnp.mean(terms), jnp.mean(squares)
 
     def standard_error(estimates, size):
         variance = jnp.var(estimates, ddof=1) / probes
@@ -154,7 +174,8 @@ def hutchinson(
         return jnp.sqrt(variance * left)
 
     name = f"hutchinson(probes={probes}, distribution={distribution!r})"
-    return Divergence(init, apply, name, standard_error=standard_error)
+    apply = _without_norm(with_norm)
+    return Divergence(init, apply, name, standard_error=standard_error, with_norm=with_norm)
 
 
 def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):

@@ -9,25 +9,24 @@ References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode.adjoints.discrete import per_step_gradient
 from jaxode.adjoints.replay import interval, nan_unless, once_only, replay, run
 from jaxode.adjoints.sweep import Step, Sweep
-from jaxode.closure import ClosedField
+from jaxode.closure import ClosedField, close_field
+from jaxode.distributions import BaseDensity
 from jaxode.integrate import Tape
 from jaxode.method import Method
+from jaxode.quadrature import Nodes
 from jaxode.results import Result, Stats
-from jaxode.tableau import Tableau
-
-# The golden ratio: its multiples are spread evenly over the unit interval.
-GOLDEN = (5**0.5 - 1) / 2
+from jaxode.solve import DEFAULTS, pose
+from jaxode.validation import Time
 
 
 class Inputs(NamedTuple):
@@ -72,14 +71,87 @@ class Objective(NamedTuple):
     t_reached: Float[Array, " rows"]
 
 
-@eqx.filter_jit
-def objective(inputs: Inputs, settings: Settings) -> Objective:
+class Solve(NamedTuple):
+    """What carries the samples to the base density, as for `solve_batch`."""
+
+    field: Callable[..., Float[Array, " *event"]]
+    x: Float[Array, "batch *event"]
+    t0: Time
+    """The time of the data, where the solve starts."""
+    t1: Time
+    params: PyTree
+    context: PyTree
+    step_control: Literal["joint", "per_sample"]
+    options: dict[str, Any]
+
+
+def objective(
+    where: str,
+    solve: Solve,
+    costs: Callable[..., Float[Array, " costs"]],
+    probes: PyTree,
+    base: BaseDensity,
+    weights: Float[Array, " batch"],
+    coefficients: tuple[float, ...],
+    phase: Float[Array, " batch"] | None,
+) -> Objective:
     """The mean negative log-likelihood and running costs of a batch.
 
-    Differentiable are the loss, with respect to `inputs`, and nothing else of it.
+    Differentiable is the loss alone. `costs(t, z, params, (probe, context))` are those of one
+    sample: the divergence, and one running cost for each of the `coefficients`.
     """
-    loss, rest = _objective(inputs, settings)
+    field, x, t0, t1, params, context, step_control, options = solve
+    options = {**DEFAULTS, **options}
+    joint = step_control == "joint"
+    start = x[None] if joint else x
+    problem, ravel = pose(
+        where, field, start, t0, t1, params, context, step_control, options, False
+    )
+    per_row = not joint or phase is not None
+
+    def rows(y):
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def costs_of_rows(t, y, args):
+        params, rest = args
+        time, axis = (t, 0) if per_row else (t[0], None)
+        return jax.vmap(costs, (axis, 0, None, 0))(time, rows(y), params, rest)
+
+    y0 = problem.y0
+    like = y0.reshape(x.shape[0], -1) if per_row else y0
+    times = lambda y: jnp.broadcast_to(problem.t0, y.shape[:1])
+    closed_costs, (_, (probes, _)) = close_field(
+        costs_of_rows, (costs, per_row), times(like), like, (params, (probes, context))
+    )
+    log_prob = lambda t, y, args: base.log_prob(rows(y))
+    closed_base, _ = close_field(log_prob, base, times(y0), y0, ())
+    inputs = Inputs(
+        problem.field, problem.args, closed_costs, probes, closed_base, y0, problem.t0, problem.t1,
+        weights.astype(ravel.dtype),
+    )  # fmt: skip
+    settings = Settings(
+        problem.method, options["adjoint"].checkpoints,
+        jnp.asarray(coefficients, ravel.dtype), phase,
+    )  # fmt: skip
+    loss, rest = _jitted(inputs, settings)
     return Objective(loss, *jax.lax.stop_gradient(rest))
+
+
+@eqx.filter_jit
+def _jitted(inputs: Inputs, settings: Settings):
+    return _objective(inputs, settings)
+
+
+def _nodes(params, rest, inputs: Inputs, settings: Settings) -> Nodes:
+    """The quadrature of the costs, as a function of the differentiated leaves."""
+
+    def apply(params, t, y):
+        _, (shared, context), costs, probes = eqx.combine(params, rest)
+        return costs(t, y, (shared, (probes, context)))
+
+    of_costs = jnp.concatenate([-jnp.ones(1, inputs.x.dtype), settings.coefficients])
+    bars = jnp.outer(inputs.weights, of_costs)
+    return Nodes(apply, params, settings.method.tableau, settings.phase, bars)
 
 
 @eqx.filter_custom_vjp
@@ -87,7 +159,7 @@ def _objective(inputs: Inputs, settings: Settings):
     integration, tape = _solve(inputs, settings)
     everything = (inputs.field, inputs.args, inputs.costs, inputs.probes)
     params, rest = eqx.partition(everything, eqx.is_array)
-    nodes = _Nodes.of(params, rest, inputs, settings)
+    nodes = _nodes(params, rest, inputs, settings)
     integrals = _integrals(nodes, inputs, settings, tape)
     return _assemble(inputs, settings, integration, integrals)
 
@@ -98,7 +170,7 @@ def _forward(perturbed, inputs: Inputs, settings: Settings):
     everything = (inputs.field, inputs.args, inputs.costs, inputs.probes)
     wanted = (perturbed.field, perturbed.args, perturbed.costs, perturbed.probes)
     params, rest = eqx.partition(everything, wanted)
-    nodes = _Nodes.of(params, rest, inputs, settings)
+    nodes = _nodes(params, rest, inputs, settings)
     timed = perturbed.t0 or perturbed.t1
 
     def apply(params, t, y):
@@ -159,7 +231,7 @@ def _assemble(inputs: Inputs, settings: Settings, integration, integrals):
     return loss, (*rest, integration.t_reached)
 
 
-def _integrals(nodes: "_Nodes", inputs: Inputs, settings: Settings, tape: Tape):
+def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
     """The integrals along the recorded steps, in the order in which the sweep adds them."""
     tableau = settings.method.tableau
 
@@ -175,135 +247,3 @@ def _integrals(nodes: "_Nodes", inputs: Inputs, settings: Settings, tape: Tape):
 
     carry = (tape.num_steps, nodes.zero(), tape.checkpoints)
     return jax.lax.while_loop(lambda carry: carry[0] > 0, step, carry)[1]
-
-
-def gauss_legendre(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on the unit interval, as many as the order of the solver can use."""
-    nodes, weights = np.polynomial.legendre.leggauss((tableau.order + 2) // 2)
-    return (nodes + 1) / 2, weights / 2
-
-
-class _Nodes(NamedTuple):
-    """The quadrature of the costs within a step."""
-
-    apply: Callable[..., Float[Array, "batch costs"]]
-    """The costs as a function of `(params, t, y)`."""
-    params: PyTree
-    tableau: Tableau
-    phase: Float[Array, " batch"] | None
-    bars: Float[Array, "batch costs"]
-    """The cotangents of the integrals."""
-
-    @classmethod
-    def of(cls, params, rest, inputs: Inputs, settings: Settings) -> "_Nodes":
-        def apply(params, t, y):
-            _, (shared, context), costs, probes = eqx.combine(params, rest)
-            return costs(t, y, (shared, (probes, context)))
-
-        of_costs = jnp.concatenate([-jnp.ones(1), settings.coefficients]).astype(inputs.x.dtype)
-        bars = inputs.weights[:, None] * of_costs
-        return cls(apply, params, settings.method.tableau, settings.phase, bars)
-
-    @property
-    def count(self) -> int:
-        """Nodes in a step."""
-        return len(gauss_legendre(self.tableau)[0]) if self.phase is None else 1
-
-    def zero(self) -> Float[Array, "batch costs"]:
-        """The integrals over nothing."""
-        return jnp.zeros_like(self.bars)
-
-    def _split(self, step: Step) -> Step:
-        """One row a sample, if the samples have nodes of their own."""
-        if self.phase is None:
-            return step
-        batch = self.phase.shape[0]
-        time = lambda t: jnp.broadcast_to(t, (batch,))
-        y, k = step.y.reshape(batch, -1), step.k.reshape(step.k.shape[0], batch, -1)
-        return Step(time(step.t), time(step.h), y, k)
-
-    def _place(self, step: Step, number, first, group: int):
-        """Where a group of nodes lies in the step, and its weights: `[group, rows]`, `[group]`."""
-        rows = step.t.shape[0]
-        if self.phase is not None:
-            theta = jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0)
-            return theta[None], jnp.ones(1, step.y.dtype)
-        theta, weights = (jnp.asarray(x, step.t.dtype) for x in gauss_legendre(self.tableau))
-        theta, weights = (jax.lax.dynamic_slice_in_dim(x, first, group) for x in (theta, weights))
-        return jnp.broadcast_to(theta[:, None], (group, rows)), weights.astype(step.y.dtype)
-
-    def _states(self, step: Step, theta):
-        """The times, the states and the dense output's weights of the stages at some nodes."""
-        beta = jax.vmap(jax.vmap(self.tableau.dense_weights))(theta.astype(step.y.dtype))
-        beta = jnp.moveaxis(beta, -1, 1)[..., None]
-        slope = jnp.sum(beta * step.k[None], axis=1)
-        return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
-
-    def _scale(self, step: Step):
-        """What a cost is multiplied by for its integral over the step, `[batch, costs]`.
-
-        The divergence is integrated in the direction of the solve, running costs in forward time.
-        """
-        batch, costs = self.bars.shape
-        signed = [step.h] + [jnp.abs(step.h)] * (costs - 1)
-        return jnp.broadcast_to(jnp.stack(signed, axis=-1).astype(step.y.dtype), (batch, costs))
-
-    def evaluate(self, step: Step, number, first, group: int) -> Float[Array, "batch costs"]:
-        """What a group of nodes adds to the integrals."""
-        step = self._split(step)
-        theta, weights = self._place(step, number, first, group)
-        times, states, _, _ = self._states(step, theta)
-        costs = jax.vmap(self.apply, (None, 0, 0))(self.params, times, states)
-        return self._scale(step) * jnp.tensordot(weights, costs, 1)
-
-    def inside(self, timed: bool, together: bool):
-        """For `Sweep.inside`. `together`: evaluate all nodes of a step as one batch."""
-        group = self.count if together else 1
-
-        def inside(whole: Step, number, params_bar, integrals):
-            step = self._split(whole)
-            scale = self._scale(step)
-
-            def add(i, carry):
-                bar, params_bar, integrals = carry
-                theta, weights = self._place(step, number, i * group, group)
-                times, states, slope, beta = self._states(step, theta)
-                apply = lambda params, times, states: jax.vmap(self.apply, (None, 0, 0))(
-                    params, times, states
-                )
-                if timed:
-                    costs, vjp = jax.vjp(apply, self.params, times, states)
-                else:
-                    fixed = lambda params, states: apply(params, times, states)
-                    costs, vjp = jax.vjp(fixed, self.params, states)
-                costs_bar = weights[:, None, None] * (scale * self.bars)
-                dparams, *dtimes, dstates = vjp(costs_bar)
-                params_bar = jax.tree.map(jnp.add, params_bar, dparams)
-                y_bar, k_bar = jnp.sum(dstates, 0), jnp.sum(beta * dstates[:, None], 0)
-                t_bar, h_bar = bar.t, bar.h
-                if timed:
-                    by_size = jnp.where(step.h == 0, 0.0, 1 / jnp.where(step.h == 0, 1.0, step.h))
-                    direct = _to_rows(jnp.sum(costs_bar * costs, axis=(0, 2)), step.t)
-                    t_bar = t_bar + jnp.sum(dtimes[0], axis=0)
-                    h_bar = h_bar + jnp.sum(theta * dtimes[0], axis=0) + direct * by_size
-                    h_bar = h_bar + jnp.sum(dstates * slope, axis=(0, 2))
-                bar = Step(t_bar, h_bar, bar.y + y_bar, bar.k + step.h[:, None] * k_bar)
-                integrals = integrals + scale * jnp.tensordot(weights, costs, 1)
-                return bar, params_bar, integrals
-
-            carry = (jax.tree.map(jnp.zeros_like, step), params_bar, integrals)
-            groups = jnp.where(number == 0, 0, self.count // group)
-            bar, params_bar, integrals = jax.lax.fori_loop(0, groups, add, carry)
-            if self.phase is not None:
-                bar = Step(
-                    _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
-                    bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),
-                )  # fmt: skip
-            return bar, params_bar, integrals
-
-        return inside
-
-
-def _to_rows(x: Float[Array, " batch"], like: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """Summed over the samples of each row."""
-    return jnp.sum(x.reshape(like.shape[0], -1), axis=1).astype(like.dtype)

@@ -1,0 +1,62 @@
+"""Running costs along the trajectories of a flow, which make it easier to solve.
+
+Pass them to `jaxode.cnf(regularizers=...)`; they are added to the training loss `nll` and read off
+the evaluations that the divergence needs anyway.
+
+Reference: Finlay et al. (2020), arXiv:2002.02798 ("RNODE").
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Regularizer(NamedTuple):
+    """A running cost: `weight` times the mean over samples of its integral over time."""
+
+    name: str
+    """Of its integrals in `NLLStats.running`."""
+    weight: float
+    cost: Callable[[Float[Array, " *event"], Array | None], Float[Array, ""]]
+    """`cost(dz, norm)` from `dz = f(t, z)` and the squared Frobenius norm of `df/dz`."""
+    needs_norm: bool = False
+    """Whether it uses `norm`, which is None otherwise."""
+
+
+def kinetic_energy(weight: float) -> Regularizer:
+    """`weight` times the integral of `|f(t, z)|^2`: straight trajectories of even speed.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+    """
+    check_weight("kinetic_energy", weight)
+    return Regularizer("kinetic_energy", weight, lambda dz, norm: jnp.sum(dz * dz))
+
+
+def jacobian_frobenius(weight: float) -> Regularizer:
+    """`weight` times the integral of `|df/dz|_F^2`: a field that is nearly the same
+    everywhere.
+
+    It is estimated without bias from the probes of the divergence, `E |df/dz v|^2`, and exact with
+    `jaxode.divergence.exact()`.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+    """
+    check_weight("jacobian_frobenius", weight)
+    return Regularizer("jacobian_frobenius", weight, _norm, needs_norm=True)
+
+
+def _norm(dz: Array, norm: Array | None) -> Array:
+    del dz
+    assert norm is not None
+    return norm
+
+
+def check_weight(where: str, weight: float) -> None:
+    """Raise unless it is a finite number of at least zero."""
+    if not isinstance(weight, int | float | np.number) or not 0 <= weight < float("inf"):
+        raise ValueError(f"{where}(weight=...): must be finite and at least 0; got {weight!r}.")

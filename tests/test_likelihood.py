@@ -1,0 +1,378 @@
+"""The fused objective against plain autodiff through the recorded steps, and what it promises."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode.adjoints import discrete
+from jaxode.integrate import integrate
+from jaxode.quadrature import GOLDEN, gauss_legendre
+from jaxode.solve import DEFAULTS, pose
+from jaxode.tableau import tableau_of
+
+BATCH, DIM = 5, 2
+KEY = jax.random.key(3)
+BASE = jaxode.standard_normal(DIM)
+
+
+def field(t, z, args):
+    """Nonlinear in everything; with or without a context."""
+    params, context = args if len(args) == 2 else (args, jnp.zeros(DIM))
+    w1, w2, b = params
+    return w2 @ jnp.tanh(w1 @ (z + context) + b * t) + 0.3 * jnp.sin(z) * t
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+PARAMS = (normal(0, 4, DIM), normal(1, DIM, 4), normal(2, 4))
+X, CONTEXT = normal(4, BATCH, DIM), 0.3 * normal(5, BATCH, DIM)
+WEIGHTS = jnp.array([1.0, 2.0, 0.5, 1.5, 3.0])
+
+ESTIMATORS = {
+    "exact": jaxode.divergence.exact(),
+    "hutchinson": jaxode.divergence.hutchinson(),
+    "three probes": jaxode.divergence.hutchinson(3, "gaussian"),
+}
+
+REGULARIZERS = (
+    jaxode.regularizers.kinetic_energy(0.7), jaxode.regularizers.jacobian_frobenius(0.2),
+)  # fmt: skip
+
+
+def make(**options):
+    tolerances = {"rtol": 1e-4, "atol": 1e-4}
+    return jaxode.cnf(field, BASE, **{**tolerances, **options})
+
+
+def probes_of(flow, x):
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(len(x)))
+    return jax.vmap(flow.divergence.init)(keys, x)
+
+
+def recorded_times(flow, params, x, context):
+    """The mesh of the forward solve, `[steps + 1, rows]`."""
+    joint = flow.step_control == "joint"
+    options = {**DEFAULTS, **flow.solve_options}
+    problem, _ = pose(
+        "", flow._field, x[None] if joint else x, flow.t1, flow.t0, params, context,
+        flow.step_control, options, False,
+    )  # fmt: skip
+    closed = lambda t, y: problem.field(t, y, problem.args)
+    _, tape = integrate(closed, problem.method, problem.y0, problem.t0, problem.t1, None, 2)
+    return tape.times[: int(tape.num_steps) + 1]
+
+
+def reference(flow, times):
+    """The objective as a plain function, step by step and stage by stage, for autodiff."""
+    tableau = tableau_of({**DEFAULTS, **flow.solve_options}["solver"])
+    A, b, c = (jnp.asarray(x) for x in (tableau.A, tableau.b, tableau.c))
+    theta, weight = map(jnp.asarray, gauss_legendre(tableau))
+    meshes = jnp.broadcast_to(times.T, (BATCH, len(times)))
+
+    def one(params, x, context, probe, phase, mesh):
+        args = params if context is None else (params, context)
+
+        def costs(t, z):
+            """The divergence, and what the loss adds for the regularizers, in forward time."""
+            g = lambda z: field(t, z, args)
+            J = jax.jacfwd(g)(z)
+            squares = jnp.sum(J**2) if probe is None else jnp.mean(jnp.sum((probe @ J.T) ** 2, 1))
+            values = {"kinetic_energy": jnp.sum(g(z) ** 2), "jacobian_frobenius": squares}
+            running = sum(r.weight * values[r.name] for r in flow.regularizers)
+            return flow.divergence.apply(g, z, probe)[1], running
+
+        def step(carry, interval):
+            z, log_det, running = carry
+            number, t, h = interval
+            k = jnp.zeros((tableau.stages, DIM))
+            for i in range(tableau.stages):
+                k = k.at[i].set(field(t + c[i] * h, z + h * A[i] @ k, args))
+            random = jnp.mod(phase + number * GOLDEN, 1.0)[None]
+            nodes = (theta, weight) if flow.quadrature == "gauss" else (random, jnp.ones(1))
+            for s, w in zip(*nodes, strict=True):
+                state = z + h * tableau.dense_weights(s) @ k
+                div, cost = costs(t + s * h, state)
+                log_det, running = log_det + w * h * div, running + w * jnp.abs(h) * cost
+            return (z + h * b @ k, log_det, running), None
+
+        count = len(times) - 1
+        intervals = (jnp.arange(1.0, count + 1), mesh[:-1], jnp.diff(mesh))
+        start = (x, jnp.zeros(()), jnp.zeros(()))
+        (z, log_det, running), _ = jax.lax.scan(step, start, intervals)
+        return BASE.log_prob(z) + log_det - running
+
+    def loss(params, x, context, weights):
+        probes = probes_of(flow, x)
+        draw = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(KEY, i), 1))
+        phase = jax.vmap(draw)(jnp.arange(BATCH))
+        axes = (None, 0, None if context is None else 0, None if probes is None else 0, 0, 0)
+        log_prob = jax.vmap(one, axes)(params, x, context, probes, phase, meshes)
+        return -jnp.sum(weights * log_prob) / jnp.sum(weights)
+
+    return loss
+
+
+CASES = {
+    **{name: {"divergence": estimator} for name, estimator in ESTIMATORS.items()},
+    "per-sample steps": {"step_control": "per_sample", "divergence": ESTIMATORS["hutchinson"]},
+    "random nodes": {"quadrature": "stochastic", "divergence": ESTIMATORS["hutchinson"]},
+    "random nodes, per-sample steps": {"quadrature": "stochastic", "step_control": "per_sample"},
+    "few checkpoints": {"adjoint": jaxode.DiscreteAdjoint(2), "rtol": 1e-6, "atol": 1e-6},
+    "Dopri8": {"solver": diffrax.Dopri8()},
+    "a solver without a shared stage": {"solver": diffrax.Heun(), "rtol": 1e-2, "atol": 1e-2},
+    "equal steps": {"solver": diffrax.Euler(), "steps": 7},
+    "regularized": {"regularizers": REGULARIZERS, "divergence": ESTIMATORS["exact"]},
+    "regularized, three probes, per-sample steps": {
+        "regularizers": REGULARIZERS,
+        "divergence": ESTIMATORS["three probes"],
+        "step_control": "per_sample",
+    },
+    "regularized, random nodes": {
+        "regularizers": REGULARIZERS,
+        "divergence": ESTIMATORS["hutchinson"],
+        "quadrature": "stochastic",
+    },
+}
+
+
+def assert_close(actual, expected, rtol):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["by stage", "by step"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
+    """Value and gradient by parameters, samples, context and weights."""
+    if gathered:
+        if name not in ("hutchinson", "random nodes", "a solver without a shared stage"):
+            pytest.skip("gathering is tested on three cases")
+        monkeypatch.setattr(discrete, "PARAMETERS_PER_WORK", 0)
+        jax.clear_caches()
+    flow = make(**CASES[name])
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
+    expected = jax.jit(jax.value_and_grad(
+        reference(flow, recorded_times(flow, PARAMS, X, CONTEXT)), (0, 1, 2, 3)
+    ))(*inputs)  # fmt: skip
+
+    def loss(params, x, context, weights):
+        return flow.nll(params, x, key=KEY, context=context, weights=weights)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*inputs)
+    assert_close((value, gradient), expected, 1e-11)
+    np.testing.assert_allclose(jax.jit(loss)(*inputs), value, rtol=1e-13)
+
+
+def test_without_context_or_weights():
+    flow = make(divergence=ESTIMATORS["exact"])
+    times = recorded_times(flow, PARAMS, X, None)
+    plain = lambda params, x: reference(flow, times)(params, x, None, jnp.ones(BATCH))
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(PARAMS, X)
+    actual = jax.value_and_grad(lambda params, x: flow.nll(params, x), (0, 1))(PARAMS, X)
+    assert_close(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("quadrature", ["gauss", "stochastic"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_gradient_by_the_times(control, quadrature):
+    """The mesh stays where it is relative to its two ends."""
+    make_at = lambda t0, t1: make(
+        t0=t0, t1=t1, step_control=control, quadrature=quadrature,
+        divergence=ESTIMATORS["exact"],
+    )  # fmt: skip
+    inputs = (jnp.array(0.1), jnp.array(0.9))
+    flow = make_at(*inputs)
+    mesh = (recorded_times(flow, PARAMS, X, CONTEXT) - inputs[1]) / (inputs[0] - inputs[1])
+
+    def plain(t0, t1):
+        times = t1 + mesh * (t0 - t1)
+        return reference(flow, times)(PARAMS, X, CONTEXT, WEIGHTS)
+
+    def fused(t0, t1):
+        return make_at(t0, t1).nll(PARAMS, X, key=KEY, context=CONTEXT, weights=WEIGHTS)
+
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(*inputs)
+    assert_close(jax.jit(jax.value_and_grad(fused, (0, 1)))(*inputs), expected, 1e-11)
+
+
+def test_converges_to_the_tight_gradient():
+    """As the tolerance falls, at the order of the solver or better."""
+    divergence = ESTIMATORS["hutchinson"]
+
+    @jax.jit
+    def gradient(tolerance):
+        flow = make(divergence=divergence, rtol=tolerance, atol=tolerance)
+        return jax.grad(lambda params: flow.nll(params, X, key=KEY))(PARAMS)
+
+    tight = make(divergence=divergence, rtol=1e-11, atol=1e-11, adjoint=jaxode.BacksolveAdjoint())
+    expected = jax.jit(jax.grad(lambda params: tight.nll(params, X, key=KEY)))(PARAMS)
+    error = []
+    for tolerance in (1e-4, 1e-6, 1e-8):
+        pairs = zip(gradient(tolerance), expected, strict=True)
+        error.append(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs))
+    assert error[1] < error[0] / 20
+    assert error[2] < error[1] / 20
+    assert error[2] < 1e-7
+
+
+def test_random_nodes_are_unbiased():
+    """The mean of 10,000 draws is within 4 standard errors of the converged value and gradient."""
+    x, draws = X[:2], 10_000
+    options = {"divergence": ESTIMATORS["exact"], "rtol": 1e-3, "atol": 1e-3}
+    flow = make(quadrature="stochastic", **options)
+    losses, gradients = jax.jit(jax.vmap(
+        lambda key: jax.value_and_grad(lambda b: flow.nll((*PARAMS[:2], b), x, key=key))(PARAMS[2])
+    ))(jax.random.split(KEY, draws))  # fmt: skip
+    # Of the same steps, with so many nodes that the quadrature is exact.
+    times = recorded_times(flow, PARAMS, x, None)
+    fine = jnp.linspace(0, 1, 201)
+    fine = (fine[1:] + fine[:-1]) / 2
+    tableau = tableau_of(diffrax.Tsit5())
+
+    def converged(b):
+        params = (*PARAMS[:2], b)
+
+        def one(z):
+            log_det = 0.0
+            for t, h in zip(times[:-1, 0], jnp.diff(times[:, 0]), strict=True):
+                k = jnp.zeros((7, DIM))
+                for i in range(7):
+                    z_i = z + h * jnp.asarray(tableau.A[i]) @ k
+                    k = k.at[i].set(field(t + tableau.c[i] * h, z_i, params))
+                divergence = lambda s, z=z, k=k, t=t, h=h: jnp.trace(jax.jacfwd(
+                    lambda z: field(t + s * h, z, params)
+                )(z + h * tableau.dense_weights(s) @ k))  # fmt: skip
+                log_det = log_det + h * jnp.mean(jax.vmap(divergence)(fine))
+                z = z + h * jnp.asarray(tableau.b) @ k
+            return BASE.log_prob(z) + log_det
+
+        return -jnp.mean(jax.vmap(one)(x))
+
+    value, gradient = jax.jit(jax.value_and_grad(converged))(PARAMS[2])
+    samples = np.column_stack([losses, gradients])
+    error = samples.std(axis=0, ddof=1) / np.sqrt(draws)
+    difference = samples.mean(axis=0) - np.concatenate([[value], gradient])
+    assert np.all(samples.std(axis=0) > 0)
+    # 1e-6: what is left of the midpoint rule.
+    assert np.all(np.abs(difference) < 4 * error + 1e-6)
+
+
+def test_under_transformations():
+    flow = make(divergence=ESTIMATORS["hutchinson"])
+    loss = lambda params, x, key: flow.nll(params, x, key=key)
+    gradient = jax.grad(loss)
+    expected = gradient(PARAMS, X, KEY)
+    assert_close(jax.jit(gradient)(PARAMS, X, KEY), expected, 1e-12)
+    checkpointed = jax.jit(jax.grad(jax.checkpoint(loss)))
+    assert_close(checkpointed(PARAMS, X, KEY), expected, 1e-12)
+    assert_close(eqx.filter_value_and_grad(loss)(PARAMS, X, KEY)[1], expected, 1e-12)
+    two = jnp.stack([X, X[::-1]])
+    keys = jnp.stack([KEY, KEY])
+    batched = jax.jit(jax.vmap(gradient, (None, 0, 0)))(PARAMS, two, keys)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], batched), expected, 1e-12)
+    _, scanned = jax.jit(lambda: jax.lax.scan(
+        lambda carry, inputs: (carry, gradient(PARAMS, *inputs)), 0, (two, keys)
+    ))()  # fmt: skip
+    assert_close(jax.tree.map(lambda leaf: leaf[0], scanned), expected, 1e-12)
+
+
+def test_hessian_forward_over_reverse():
+    flow = make(divergence=ESTIMATORS["exact"])
+    times = recorded_times(flow, PARAMS, X, None)
+    plain = lambda b: reference(flow, times)((*PARAMS[:2], b), X, None, jnp.ones(BATCH))
+    fused = lambda b: flow.nll((*PARAMS[:2], b), X)
+    expected = jax.jit(jax.jacfwd(jax.grad(plain)))(PARAMS[2])
+    assert_close(jax.jit(jax.jacfwd(jax.grad(fused)))(PARAMS[2]), expected, 1e-10)
+    with pytest.raises(Exception, match="nll: the gradient of a solve can be differentiated in"):
+        jax.jacrev(jax.grad(fused))(PARAMS[2])
+
+
+def test_values_that_the_field_and_the_base_close_over_get_gradients():
+    flow = make(divergence=ESTIMATORS["exact"])
+
+    def closed(params, mean):
+        class Base:
+            event_shape = (DIM,)
+            log_prob = staticmethod(lambda z: BASE.log_prob(z - mean[None]))
+            sample = staticmethod(BASE.sample)
+
+        return jaxode.cnf(
+            lambda t, z, _: field(t, z, params), Base, rtol=1e-4, atol=1e-4,
+            divergence=ESTIMATORS["exact"],
+        ).nll(None, X)  # fmt: skip
+
+    mean = jnp.array([0.2, -0.1])
+    by_params, by_mean = jax.grad(closed, (0, 1))(PARAMS, mean)
+    shifted = lambda params, mean: (
+        -jnp.mean(
+            BASE.log_prob(flow.to_base(params, X) - mean[None])
+            - BASE.log_prob(flow.to_base(params, X))
+        )
+    )
+    expected = jax.grad(lambda p: flow.nll(p, X) + shifted(p, mean))(PARAMS)
+    assert_close(by_params, expected, 1e-11)
+    assert_close(by_mean, jax.grad(shifted, 1)(PARAMS, mean), 1e-11)
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_a_failed_solve_is_nan(control):
+    """Loss and gradients; also the other way round, with an error."""
+    flow = make(step_control=control, divergence=ESTIMATORS["exact"], max_steps=2, rtol=1e-9)
+    loss = lambda params, x: flow.nll(params, x)
+    value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))(PARAMS, X)
+    assert np.isnan(value)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(gradient))
+    with pytest.raises(jaxode.SolveError, match="nll: the steps ran out"):
+        flow.nll(PARAMS, X)
+
+
+@pytest.mark.parametrize("adjoint", [jaxode.BacksolveAdjoint(), jaxode.InterpolatingAdjoint()])
+def test_other_gradient_methods_agree(adjoint):
+    """They solve the augmented ODE: the lecture's own algorithms."""
+    tight = {"rtol": 1e-10, "atol": 1e-10, "regularizers": REGULARIZERS}
+    tight["divergence"] = ESTIMATORS["hutchinson"]
+    inputs = (PARAMS, X, CONTEXT)
+
+    def loss(flow):
+        return lambda params, x, context: flow.nll_and_stats(params, x, key=KEY, context=context)
+
+    run = lambda flow: jax.jit(jax.value_and_grad(loss(flow), (0, 1, 2), has_aux=True))(*inputs)
+    (value, stats), gradient = run(make(**tight))
+    (other, other_stats), other_gradient = run(make(**tight, adjoint=adjoint))
+    np.testing.assert_allclose(other, value, rtol=1e-8)
+    assert_close(other_gradient, gradient, 1e-6)
+    for name in ("kinetic_energy", "jacobian_frobenius"):
+        np.testing.assert_allclose(other_stats.running[name], stats.running[name], rtol=1e-7)
+    np.testing.assert_allclose(other_stats.log_det, stats.log_det, atol=1e-7)
+
+
+def test_a_regularizer_needs_what_the_divergence_can_give():
+    class Field:
+        def __call__(self, t, z, args):
+            return -z
+
+        def value_and_divergence(self, t, z, args):
+            return -z, jnp.array(-2.0)
+
+    norm = jaxode.regularizers.jacobian_frobenius(1.0)
+    flow = jaxode.cnf(Field(), BASE, regularizers=(norm,))
+    with pytest.raises(ValueError, match="norm of the Jacobian, which the divergence closed form"):
+        flow.nll(None, X)
+    with pytest.raises(
+        ValueError, match=r"kinetic_energy\(weight=...\): must be finite and at lea"
+    ):
+        jaxode.regularizers.kinetic_energy(-1.0)
+    with pytest.raises(TypeError, match=r"must be a tuple of jaxode\.regularizers"):
+        jaxode.cnf(field, BASE, regularizers=(lambda dz: 0.0,))
+    with pytest.raises(ValueError, match="nll: quadrature='stochastic' needs random numbers"):
+        make(quadrature="stochastic").nll(PARAMS, X)
+    with pytest.raises(ValueError, match=r"needs adjoint=jaxode\.DiscreteAdjoint"):
+        make(quadrature="stochastic", adjoint=jaxode.BacksolveAdjoint())
+    with pytest.raises(ValueError, match="must be 'gauss' or 'stochastic'; got 'simpson'"):
+        make(quadrature="simpson")
