@@ -69,7 +69,8 @@ class DiffraxSolve(eqx.Module):
         result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
         reached = jnp.where(valid, reached, inputs[3])
         failed = result != Result.SUCCESS
-        states = states * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
+        # Not by a product: a NaN cotangent would raise in the linear solves of the backward pass.
+        states = jnp.where(failed, jnp.nan, states)
         states = _nan_tangents(states, failed, inputs)
         count = solution.stats
         stats = Stats(

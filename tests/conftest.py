@@ -16,6 +16,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each compiled program holds memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def default_settings():
     """JAX as a user finds it, for the examples and the README."""

@@ -110,9 +110,12 @@ def test_interruption_ends_cleanly(tmp_path, moment):
     """Ctrl-C before the first step just ends; later it goes on with what there is."""
     picture = tmp_path / "digits.png"
     command = [sys.executable, str(EXAMPLES / "digits.py"), "--width", "4", "--out", str(picture)]
+    # The tests may run in the background of a shell, where interrupts are ignored.
+    interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        [*command, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [*command, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, preexec_fn=interruptible,
+    )  # fmt: skip
     output = ""
     while moment not in output:
         line = process.stdout.readline()
