@@ -135,7 +135,12 @@ class CNF:
         context: PyTree = None,
         weights: Float[Array, " batch"] | None = None,
     ) -> Float[Array, ""]:
-        """The training loss: mean negative log-density, in nats.
+        """The training loss: mean negative log-density, in nats, and the regularizers.
+
+        The error control covers the samples alone. The change of volume is integrated by a
+        quadrature on the dense output of their solve, and `jax.value_and_grad` has value and
+        gradient from one sweep back over its steps. With another gradient method than
+        `DiscreteAdjoint`, or an implicit solver, the loss is that of the augmented ODE.
 
         Args:
             weights: of the samples in the mean; equal by default.
@@ -154,7 +159,10 @@ class CNF:
         context: PyTree = None,
         weights: Float[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, ""], NLLStats]:
-        """`nll` and an `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`."""
+        """`nll` and an `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`.
+
+        The statistics have no gradient.
+        """
         where = "nll"
         x = self._check_samples(where, "x", x)
         context = _check_context(where, context, x.shape[0])
@@ -167,9 +175,8 @@ class CNF:
         log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(self.t0 - self.t1)
         log_prob = self.base.log_prob(z) + log_det
         loss = jnp.sum(weights * (self._penalty(running) - log_prob))
-        return loss, NLLStats(
-            log_prob, log_det, solution.stats, solution.result, self._named(running)
-        )
+        aux = NLLStats(log_prob, log_det, solution.stats, solution.result, self._named(running))
+        return loss, jax.lax.stop_gradient(aux)
 
     def _penalty(self, running: Float[Array, "batch regularizers"]) -> Float[Array, " batch"]:
         weights = [regularizer.weight for regularizer in self.regularizers]

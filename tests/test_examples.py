@@ -109,12 +109,15 @@ def test_a_wrong_file_gets_one_clear_line(name, tmp_path, capsys):
 def test_interruption_ends_cleanly(tmp_path, moment):
     """Ctrl-C before the first step just ends; later it goes on with what there is."""
     picture = tmp_path / "digits.png"
-    command = [sys.executable, str(EXAMPLES / "digits.py"), "--width", "4", "--out", str(picture)]
     # The tests may run in the background of a shell, where interrupts are ignored.
-    interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    interruptible = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", interruptible, str(EXAMPLES / "digits.py"), "--width", "4"]
     process = subprocess.Popen(
-        [*command, "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, preexec_fn=interruptible,
+        [*command, "--out", str(picture), "--steps", "100000"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     output = ""
     while moment not in output:

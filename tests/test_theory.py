@@ -389,7 +389,7 @@ def test_20_training_sums_over_probes_and_samples():
 
     def loss(theta, x, v):
         one = jaxode.divergence.Divergence(lambda key, z: v[None], hutchinson().apply)
-        return -flow_model(one, **fixed).log_prob(theta, x[None])[0]
+        return flow_model(one, **fixed).nll(theta, x[None])
 
     each = jax.vmap(jax.vmap(jax.grad(loss), (None, None, 0)), (None, 0, 0))(THETA, X, probes)
     expected = jax.tree.map(lambda g: g.mean((0, 1)), each)

@@ -33,8 +33,11 @@ class BacksolveAdjoint:
     is that of the continuous problem, exact up to the tolerances, not that of the computed
     solution.
 
-    The recomputed state is wrong where the ODE is unstable backwards in time, as for stiff decay:
-    then the gradient is wrong, too, without a sign of it. `DiscreteAdjoint` has no such weakness.
+    Where the ODE contracts by more than the tolerance over the span, as in stiff decay, the state
+    recomputed backwards leaves the trajectory. A linear field then overflows and the backward solve
+    fails; a nonlinear one can settle on another trajectory and give a finite gradient that is wrong
+    by any factor, with no sign of it. More times in `ts` restart the state and help.
+    `DiscreteAdjoint` and `InterpolatingAdjoint` have no such weakness.
 
     Args:
         rtol: relative tolerance of the backward solve; that of the forward solve by default.
