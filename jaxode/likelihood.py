@@ -188,7 +188,7 @@ def _forward(perturbed, inputs: Inputs, settings: Settings):
     per_step = per_step_gradient(params, inputs.field)
     sweep = Sweep(
         apply, params, settings.method.tableau, tape, inputs.t0, inputs.t1, timed, per_step,
-        nodes.inside(timed, per_step),
+        nodes.inside(timed),
     )  # fmt: skip
     zeros = jax.tree.map(jnp.zeros_like, params)
     swept = sweep.run(z_bar, zeros, nodes.zero())
@@ -241,7 +241,7 @@ def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
         y, k, checkpoints = replay(field, tableau, tableau.stages, tape.times, checkpoints, stop)
         recorded = Step(*interval(tape.times, stop - 1), y, k)
         integrals = jax.lax.fori_loop(
-            0, nodes.count, lambda i, total: total + nodes.evaluate(recorded, stop, i, 1), integrals
+            0, nodes.count, lambda i, total: total + nodes.evaluate(recorded, stop, i), integrals
         )
         return stop - 1, integrals, checkpoints
 
