@@ -153,6 +153,17 @@ def attempt(bench: Bench, failed: dict[str, str], name: str, call: Callable[[], 
         return None
 
 
+def check_same(failed: dict[str, str], name: str, check: Callable[[], None]) -> None:
+    """Check before timing that all libraries compute the same; one that is missing is recorded.
+
+    A difference ends the case: its times would mean nothing.
+    """
+    try:
+        check()
+    except ImportError as error:
+        failed[name] = f"{type(error).__name__}: {error}"
+
+
 def work_precision(
     bench: Bench,
     makers: Mapping[str, Callable[[], Step]],

@@ -7,7 +7,7 @@ import jax
 
 import jaxode
 from benchmarks import flows, report
-from benchmarks.fairness import Bench, attempt, work_precision
+from benchmarks.fairness import Bench, check_same, work_precision
 
 TITLE = "Training step of a continuous normalizing flow"
 SMALL = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -53,7 +53,7 @@ def in_torch():
 def run(case: str, bench: Bench) -> dict[str, Any]:
     settings = CASES[case]
     p, failed = flows.problem(settings["workload"]), {}
-    attempt(bench, failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
+    check_same(failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
         "jaxode": lambda: flows.jaxode_step(p),
         "jaxode 8 probes": lambda: flows.jaxode_step(p, jaxode.divergence.hutchinson(8)),

@@ -59,6 +59,9 @@ def network(workload: Workload):
     paths, structure = jax.tree_util.tree_flatten_with_path(m)
     with np.load(WEIGHTS) as saved:
         leaves = [jnp.asarray(saved[jax.tree_util.keystr(path)]) for path, _ in paths]
+    for leaf, (path, like) in zip(leaves, paths, strict=True):
+        if leaf.shape != like.shape:
+            raise ValueError(f"{WEIGHTS}: {jax.tree_util.keystr(path)} has shape {leaf.shape}.")
     return jax.tree.unflatten(structure, leaves)
 
 

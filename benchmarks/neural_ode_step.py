@@ -10,7 +10,7 @@ from jax.experimental.ode import odeint
 
 import jaxode
 from benchmarks import report
-from benchmarks.fairness import Bench, attempt, check_equal, double_precision, work_precision
+from benchmarks.fairness import Bench, check_equal, check_same, double_precision, work_precision
 
 TITLE = "Training step of a Neural ODE"
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -152,7 +152,7 @@ def reference(p: Problem) -> list[np.ndarray]:
 
 def run(case: str, bench: Bench) -> dict[str, Any]:
     p, failed = problem(**CASES[case]), {}
-    attempt(bench, failed, "the same field in PyTorch", lambda: check_fields(p))
+    check_same(failed, "the same field in PyTorch", lambda: check_fields(p))
     bench.announce("reference")
     references = {"": reference(p)}
     makers = {

@@ -5,7 +5,7 @@ from typing import Any
 import diffrax
 
 from benchmarks import flows, report
-from benchmarks.fairness import Bench, attempt, work_precision
+from benchmarks.fairness import Bench, check_same, work_precision
 from benchmarks.ffjord_step import in_torch
 
 TITLE = "Training step with steps of its own for each sample"
@@ -30,7 +30,7 @@ GROUPS = {
 def run(case: str, bench: Bench) -> dict[str, Any]:
     settings = CASES[case]
     p, failed = flows.problem(settings["workload"]), {}
-    attempt(bench, failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
+    check_same(failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
         "jaxode": lambda: flows.jaxode_step(p, step_control="per_sample"),
         "jaxode joint": lambda: flows.jaxode_step(p),
