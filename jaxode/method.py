@@ -48,6 +48,7 @@ def on_mesh(t, start, end):
 
 @on_mesh.defjvp
 def on_mesh_jvp(primals, tangents):
+    """Linear between the tangents of the two ends."""
     t, (_, start, end) = on_mesh(*primals), primals
     _, start_dot, end_dot = tangents
     span = end - start

@@ -146,13 +146,15 @@ def assert_close(actual, expected, rtol):
         np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max(), rtol=0)
 
 
-@pytest.mark.parametrize("gathered", [False, True], ids=["by stage", "by step"])
-@pytest.mark.parametrize("name", CASES)
+GATHERED = ("hutchinson", "random nodes", "a solver without a shared stage")
+
+
+@pytest.mark.parametrize(
+    ("name", "gathered"), [(name, False) for name in CASES] + [(name, True) for name in GATHERED]
+)
 def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
-    """Value and gradient by parameters, samples, context and weights."""
+    """Value and gradient, the parameters' by stage or gathered by step."""
     if gathered:
-        if name not in ("hutchinson", "random nodes", "a solver without a shared stage"):
-            pytest.skip("gathering is tested on three cases")
         monkeypatch.setattr(discrete, "PARAMETERS_PER_WORK", 0)
         jax.clear_caches()
     flow = make(**CASES[name])
