@@ -13,6 +13,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float, PyTree
 
+from jaxode.mesh import axes_of
+
 
 class _Same:
     """Equal to nothing but itself: an object whose content is not compared."""
@@ -121,6 +123,21 @@ class ClosedField(eqx.Module):
         leaves = jax.tree.leaves(args)
         (dy,) = jax.core.eval_jaxpr(self.program.jaxpr, self.consts, t, y, *leaves)
         return dy
+
+    def check_closed_over(self, perturbed: "ClosedField", like: Array) -> None:
+        """Raise if a closed-over value is differentiated that varies less than the array `like`.
+
+        Its gradient would cross between devices at every evaluation, in loops whose lengths differ.
+        """
+        for const, wanted in zip(self.consts, perturbed.consts, strict=True):
+            missing = sorted(axes_of(like) - axes_of(const))
+            if wanted and missing:
+                raise ValueError(
+                    "the vector field or the base density closes over a differentiated array of "
+                    f"shape {const.shape} that is the same on all devices along {missing}, inside "
+                    "jax.shard_map. Pass it as params or args, or make it vary beforehand: "
+                    f"jax.lax.pcast(x, {tuple(missing)}, to='varying')."
+                )
 
 
 def close_field(

@@ -24,6 +24,7 @@ from jaxode.adjoints import DiscreteAdjoint
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, FieldAt, auto
 from jaxode.likelihood import Solve, objective
+from jaxode.mesh import row_numbers
 from jaxode.regularizers import Regularizer
 from jaxode.results import Result, Solution, Stats, nan_or_raise, raise_on_failure
 from jaxode.solve import DEFAULTS, VectorField, check_options, solve_batch
@@ -145,6 +146,11 @@ class CNF:
         Args:
             weights: of the samples in the mean; equal by default.
 
+        With a batch split over devices by `jax.shard_map` it is the mean over the rows of this
+        device: differentiate `jax.lax.pmean(flow.nll(params, x), axis)`, and the gradient of the
+        parameters crosses between devices once. `weights` are relative to their mean over all
+        devices if the flow has an `axis_name`.
+
         If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN;
         `throw=True` raises there, too.
         """
@@ -245,7 +251,7 @@ class CNF:
                 "Pass key=jax.random.key(...)."
             )
         one = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), 1))
-        return jax.vmap(one)(jnp.arange(x.shape[0]))
+        return jax.vmap(one)(row_numbers(x, key, self.solve_options.get("axis_name")))
 
     def _weights(self, x, weights) -> Float[Array, " batch"]:
         batch = x.shape[0]
@@ -257,7 +263,8 @@ class CNF:
                 f"got {jnp.shape(weights)}."
             )
         weights = jnp.asarray(weights, x.dtype)
-        return weights / jnp.sum(weights)
+        total, axis_name = jnp.sum(weights), self.solve_options.get("axis_name")
+        return weights / (total if axis_name is None else jax.lax.pmean(total, axis_name))
 
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
@@ -354,7 +361,8 @@ class CNF:
         divergence = self._chosen_divergence(x, params, context)
         if key is None:
             return jax.vmap(lambda x: divergence.init(None, x))(x)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(x.shape[0]))
+        numbers = row_numbers(x, key, self.solve_options.get("axis_name"))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         return jax.vmap(divergence.init)(keys, x)
 
     def _chosen_divergence(self, x: Float[Array, "batch *event"], params, context) -> Divergence:
@@ -435,8 +443,10 @@ def cnf(
             training loss inside a transformation (`jit`, `vmap`), which turns NaN together with
             its gradient: the host callback that raises would keep the training step out of the
             persistent compilation cache.
-        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
-            `max_steps` and `axis_name`, as for `jaxode.solve`.
+        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step` and
+            `max_steps`, as for `jaxode.solve`, and `axis_name`: with a batch split over devices by
+            `jax.shard_map`, the devices take the same steps, those of the whole batch. Without it
+            each device steps for itself.
 
     Returns:
         A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`, `sample`,
@@ -465,6 +475,12 @@ def cnf(
         f, as_base(base), t0, t1, divergence, step_control, quadrature, tuple(regularizers), throw,
         solve_options,
     )  # fmt: skip
+    if step_control == "per_sample" and solve_options.get("axis_name") is not None:
+        raise ValueError(
+            f"cnf(axis_name={solve_options['axis_name']!r}): joins the steps of a batch that is "
+            "split over devices; with step_control='per_sample' each sample has its own. Leave it "
+            "out."
+        )
     if quadrature == "stochastic" and not flow._fused:
         raise ValueError(
             "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "

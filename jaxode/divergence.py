@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode.mesh import axes_of, vary
+
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
 # it costs 2.4 times a probe, and less than the 8 probes that still leave 5% of noise in a gradient;
 # at 16 dimensions 3.8 times, and more.
@@ -69,6 +71,7 @@ class Divergence(NamedTuple):
 def _push(g: Field, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
     """`g(z)`, and `v . (dg/dz v)` and `|dg/dz v|^2` for every tangent, on one linearization."""
     dz, jvp = jax.linearize(g, z)
+    tangents = vary(tangents, axes_of(z))
     terms, squares = jax.vmap(lambda v: _products(v, jvp(v)))(tangents)
     return dz, terms, squares
 
@@ -112,6 +115,7 @@ def exact(chunk: int | None = None) -> Divergence:
         @jax.checkpoint
         def column(i):
             v = (jnp.arange(z.size) == i).astype(z.dtype).reshape(z.shape)
+            v = vary(v, axes_of(z))
             return _products(v, jvp(v))
 
         terms, squares = jax.lax.map(column, jnp.arange(z.size), batch_size=chunk)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode.checkpoints import Checkpoints
+from jaxode.mesh import fori_loop, while_loop
 from jaxode.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
 from jaxode.results import Result, Stats
 from jaxode.step_size import first_step
@@ -75,7 +76,7 @@ def stages(
     If `slope` is given it is the first of them and is not evaluated again.
     """
     A, c = jnp.asarray(tableau.A[:count, :count], y.dtype), jnp.asarray(tableau.c, t.dtype)
-    k = jnp.zeros((count, *y.shape), y.dtype)
+    k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
     if slope is not None:
         k = k.at[0].set(slope)
 
@@ -83,7 +84,7 @@ def stages(
         z = y + h[:, None] * weighted_sum(A[i], k)
         return k.at[i].set(field(t + c[i] * h, z))
 
-    return jax.lax.fori_loop(0 if slope is None else 1, count, stage, k)
+    return fori_loop(0 if slope is None else 1, count, stage, k)
 
 
 def dense_output(
@@ -135,7 +136,7 @@ def _save(
         ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
         return ys, saved + due.astype(jnp.int32)
 
-    return jax.lax.while_loop(lambda carry: pending(carry[1]).any(), write, (ys, state.saved))
+    return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, state.saved))
 
 
 def integrate(
@@ -198,7 +199,7 @@ def integrate(
         h_next = jax.lax.stop_gradient(h_next)
         return _State(t, h_next, y, slope, done, result, accepted, rejected, saved, ys, tape)
 
-    final = jax.lax.while_loop(lambda state: active(state).any(), step, state)
+    final = while_loop(lambda state: active(state).any(), step, state)
     attempts = final.accepted + final.rejected
     evals_per_step = tableau.stages - tableau.first_same_as_last
     stats = Stats(

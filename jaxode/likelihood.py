@@ -22,6 +22,7 @@ from jaxode.adjoints.sweep import Step, Sweep
 from jaxode.closure import ClosedField, close_field
 from jaxode.distributions import BaseDensity
 from jaxode.integrate import Tape
+from jaxode.mesh import fori_loop, vary_alike, while_loop
 from jaxode.method import Method
 from jaxode.quadrature import Nodes
 from jaxode.results import Result, Stats
@@ -100,6 +101,7 @@ def objective(
     Differentiable is the loss alone. `costs(t, z, params, (probe, context))` are those of one
     sample: the divergence, and one running cost for each of the `coefficients`.
     """
+    solve, probes, weights, phase = vary_alike((solve, probes, weights, phase))
     field, x, t0, t1, params, context, step_control, options = solve
     options = {**DEFAULTS, **options}
     joint = step_control == "joint"
@@ -166,6 +168,8 @@ def _objective(inputs: Inputs, settings: Settings):
 
 @_objective.def_fwd
 def _forward(perturbed, inputs: Inputs, settings: Settings):
+    for closed in ("field", "costs", "base"):
+        getattr(inputs, closed).check_closed_over(getattr(perturbed, closed), inputs.x)
     integration, tape = _solve(inputs, settings)
     everything = (inputs.field, inputs.args, inputs.costs, inputs.probes)
     wanted = (perturbed.field, perturbed.args, perturbed.costs, perturbed.probes)
@@ -240,10 +244,10 @@ def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
         field = lambda t, y: inputs.field(t, y, inputs.args)
         y, k, checkpoints = replay(field, tableau, tableau.stages, tape.times, checkpoints, stop)
         recorded = Step(*interval(tape.times, stop - 1), y, k)
-        integrals = jax.lax.fori_loop(
+        integrals = fori_loop(
             0, nodes.count, lambda i, total: total + nodes.evaluate(recorded, stop, i), integrals
         )
         return stop - 1, integrals, checkpoints
 
     carry = (tape.num_steps, nodes.zero(), tape.checkpoints)
-    return jax.lax.while_loop(lambda carry: carry[0] > 0, step, carry)[1]
+    return while_loop(lambda carry: carry[0] > 0, step, carry)[1]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints.sweep import Step
+from jaxode.mesh import fori_loop
 from jaxode.tableau import Tableau
 
 # The golden ratio: its multiples are spread evenly over the unit interval.
@@ -92,7 +93,7 @@ class Nodes(NamedTuple):
             add = lambda index, carry: self._add(step, number, index, timed, carry)
             carry = (jax.tree.map(jnp.zeros_like, step), params_bar, integrals)
             nodes = jnp.where(number == 0, 0, self.count)
-            bar, params_bar, integrals = jax.lax.fori_loop(0, nodes, add, carry)
+            bar, params_bar, integrals = fori_loop(0, nodes, add, carry)
             bar = Step(
                 _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
                 bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),

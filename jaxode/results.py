@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxode.mesh import axes_of, vary
+
 
 class Result(enum.IntEnum):
     """How a solve ended."""
@@ -118,7 +120,8 @@ def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], 
 
     def fail(codes, times):
         shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
-        return jax.pure_callback(raise_on_host, shape, codes, times, vmap_method="expand_dims")
+        nan = jax.pure_callback(raise_on_host, shape, codes, times, vmap_method="expand_dims")
+        return vary(nan, axes_of((codes, times)))
 
     def succeed(codes, times):
         del codes

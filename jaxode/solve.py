@@ -16,6 +16,7 @@ from jaxode.adjoints import Adjoint, BacksolveAdjoint, DiscreteAdjoint, ForwardM
 from jaxode.closure import ClosedField, close_field
 from jaxode.implicit import DiffraxSolve
 from jaxode.integrate import Integration
+from jaxode.mesh import vary_alike
 from jaxode.method import Method
 from jaxode.results import Solution, raise_on_failure
 from jaxode.validation import (
@@ -74,8 +75,9 @@ def solve(
             used with `steps`.
         max_step: largest size of a step, positive; unlimited by default. Not used with `steps`.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
-        axis_name: inside `jax.vmap`, or `jax.shard_map` with `check_vma=False`, the name of a
-            mapped axis over which the state is split: the error norm is then taken over all of it.
+        axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
+            state is split: the error norm is then taken over all of it, at the price of one number
+            that crosses between devices in each attempted step.
         throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
             `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
             state and all gradients are NaN.
@@ -262,6 +264,7 @@ def pose(
     field = _rows_field(f, where, step_control)
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
     start = ravel(y0)
+    start, t0, t1, ts, shared, rows, method = vary_alike((start, t0, t1, ts, shared, rows, method))
     t = jnp.broadcast_to(t0, start.shape[:1])
     closed, arrays = close_field(raveled, (f, where, step_control), t, start, (shared, rows))
     return Problem(closed, arrays, start, t0, t1, ts, method), ravel

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxode.mesh import axes_of, fori_loop, vary
+
 SAFETY = 0.9
 MIN_FACTOR = 0.2
 MAX_FACTOR = 10.0
@@ -20,7 +22,7 @@ def rms_norm(x: Float[Array, "rows n"], axis_name: str | None) -> Float[Array, "
     """Root mean square of each row, over all devices along `axis_name` if there is one."""
     mean_square = jnp.sum(x * x, axis=1) / max(x.shape[1], 1)
     if axis_name is not None:
-        mean_square = jax.lax.pmean(mean_square, axis_name)
+        mean_square = vary(jax.lax.pmean(mean_square, axis_name), axes_of(mean_square))
     return jnp.sqrt(mean_square)
 
 
@@ -88,7 +90,7 @@ def first_step(
         return jnp.where(i == 0, k, f0), jnp.where(i == 0, trial_step(k), h0), k
 
     zero = jnp.zeros_like(y0)
-    f0, h0, f1 = jax.lax.fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
+    f0, h0, f1 = fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
     d1, d2 = slope(f0), slope(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
     d_max = jnp.maximum(d1, d2)
     h1 = jnp.where(

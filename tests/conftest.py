@@ -7,6 +7,8 @@ import jax
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
+# Devices to split a batch over; whatever does not ask for them runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -249,6 +249,11 @@ BAD_INPUT = [
         "'axis_name', 'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps'].",
     ),
     (
+        lambda: cnf(axis_name="batch", step_control="per_sample"), ValueError,
+        "cnf(axis_name='batch'): joins the steps of a batch that is split over devices; with "
+        "step_control='per_sample' each sample has its own. Leave it out.",
+    ),
+    (
         lambda: flow(tol=1e-3), TypeError,
         "flow: unknown options ['tol']. The solve options are ['adjoint', 'atol', 'axis_name', "
         "'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps', 'ts'].",

@@ -20,6 +20,7 @@ from jaxode.adjoints.continuous import (
 )
 from jaxode.adjoints.replay import run, split
 from jaxode.integrate import Integration
+from jaxode.mesh import fori_loop
 from jaxode.method import Method
 from jaxode.results import Result, Stats
 
@@ -161,7 +162,7 @@ def _solve_back(inputs, method):
         a = segment.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
         return segment._replace(y=jnp.concatenate([y, a], axis=1))
 
-    return jax.lax.fori_loop(0, ts.shape[0] + 1, body, segment)
+    return fori_loop(0, ts.shape[0] + 1, body, segment)
 
 
 @_solve_back.def_fwd

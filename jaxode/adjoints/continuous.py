@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.adjoints.replay import nan_unless
+from jaxode.mesh import fori_loop, while_loop
 from jaxode.method import Method, judge, next_time, weighted_sum
 from jaxode.results import Result, Stats, nan_or_raise
 from jaxode.tableau import Tableau
@@ -119,8 +120,8 @@ def solve_segment(
             used = b[i] != 0
             return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
 
-        k = jnp.zeros((tableau.stages, *state.y.shape), state.y.dtype)
-        k, quadrature = jax.lax.fori_loop(0, tableau.stages, stage, (k, state.quadrature))
+        k = jax.lax.full_like(state.y, 0, shape=(tableau.stages, *state.y.shape))
+        k, quadrature = fori_loop(0, tableau.stages, stage, (k, state.quadrature))
         y_next = state.y + h[:, None] * weighted_sum(b, k)
         accept, h_next, result = judge(method, state, running, t_next, last, y_next, k)
         if one_row:
@@ -130,7 +131,7 @@ def solve_segment(
             # Rows are summed, so what a rejected row would add must be known beforehand.
             weight = jnp.where(accept, h, 0.0)
             again = lambda i, q: add_used(i, q, evaluate(i, k, weight * b[i])[1])
-            quadrature = jax.lax.fori_loop(0, tableau.stages, again, state.quadrature)
+            quadrature = fori_loop(0, tableau.stages, again, state.quadrature)
         # A step that was cut short to reach the end says little about the next one.
         longer = jnp.abs(h_next) > jnp.abs(state.h)
         return Segment(
@@ -145,7 +146,7 @@ def solve_segment(
         )
 
     segment = segment._replace(done=start == end)
-    return jax.lax.while_loop(lambda state: active(state).any(), step, segment)
+    return while_loop(lambda state: active(state).any(), step, segment)
 
 
 def with_tolerances(method: Method, rtol, atol) -> Method:

@@ -14,6 +14,7 @@ from jaxode.adjoints.sweep import Step, Sweep
 from jaxode.checkpoints import check_checkpoints
 from jaxode.closure import ClosedField
 from jaxode.integrate import Integration, dense_output, save_times_at
+from jaxode.mesh import while_loop
 from jaxode.method import Method
 from jaxode.results import Result
 
@@ -128,7 +129,7 @@ def _saved_outputs(tableau, ts, ys_bar, sign):
             return bar, saved - now.astype(jnp.int32), ts_bar.at[index].add(time_bar)
 
         carry = jax.tree.map(jnp.zeros_like, step), *carry
-        bar, *carry = jax.lax.while_loop(lambda carry: due(carry[1]).any(), pull, carry)
+        bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)
         return bar, params_bar, tuple(carry)
 
     return inside

@@ -19,6 +19,7 @@ from jaxode.adjoints.continuous import (
 from jaxode.adjoints.replay import interval, once_only, output_is_inside, replay, run, split
 from jaxode.checkpoints import check_checkpoints
 from jaxode.integrate import Integration, dense_output, save_times_at
+from jaxode.mesh import while_loop
 from jaxode.method import Method
 from jaxode.results import Result, Stats
 
@@ -117,7 +118,7 @@ def _solve_back(integration, tape, out, perturbed, inputs, method, adjoint) -> S
         def outputs_left(saved):
             """Rows that have yet to pass an output of this step."""
             if ts is None or out.ys is None:
-                return jnp.zeros(rows.shape, bool)
+                return jnp.zeros_like(t, bool)
             return output_is_inside(ts, saved, t, stop, sign)
 
         def pieces(carry):
@@ -133,7 +134,7 @@ def _solve_back(integration, tape, out, perturbed, inputs, method, adjoint) -> S
             return saved - left.astype(jnp.int32), segment, left
 
         carry = (saved, segment, jnp.ones(rows.shape, bool))
-        saved, segment, _ = jax.lax.while_loop(lambda c: c[2].any(), pieces, carry)
+        saved, segment, _ = while_loop(lambda c: c[2].any(), pieces, carry)
         return stop - 1, saved, segment, checkpoints
 
     y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
@@ -144,5 +145,5 @@ def _solve_back(integration, tape, out, perturbed, inputs, method, adjoint) -> S
     count = 0 if ts is None or out.ys is None else ts.shape[0]
     saved = jnp.full(rows.shape, count, jnp.int32)
     carry = (tape.num_steps, saved, segment, tape.checkpoints)
-    _, _, segment, _ = jax.lax.while_loop(lambda carry: carry[0] > 0, step, carry)
+    _, _, segment, _ = while_loop(lambda carry: carry[0] > 0, step, carry)
     return segment

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.checkpoints import Checkpoints
 from jaxode.integrate import Field, Integration, integrate, save_times_at, stages
+from jaxode.mesh import while_loop
 from jaxode.method import Method, weighted_sum
 from jaxode.tableau import Tableau
 
@@ -22,6 +23,7 @@ def run(inputs, method: Method, checkpoints: int | None = None) -> tuple[Integra
 
 def split(inputs, perturbed):
     """The differentiated leaves of `(field, args)`, and the field as a function of them."""
+    inputs[0].check_closed_over(perturbed[0], inputs[2])
     params, rest = eqx.partition(inputs[:2], perturbed[:2])
 
     def apply(params, t, y):
@@ -85,7 +87,7 @@ def replay(
         return index, y, k, checkpoints.keep_replayed(index, y, k, stop, keep)
 
     carry = (index, y, k, checkpoints)
-    _, y, k, checkpoints = jax.lax.while_loop(lambda carry: carry[0] < stop - 1, advance, carry)
+    _, y, k, checkpoints = while_loop(lambda carry: carry[0] < stop - 1, advance, carry)
     return y, k, checkpoints
 
 

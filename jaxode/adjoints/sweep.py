@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxode.adjoints.replay import interval, replay
 from jaxode.checkpoints import Checkpoints
 from jaxode.integrate import Tape
+from jaxode.mesh import fori_loop, while_loop
 from jaxode.method import weighted_sum
 from jaxode.tableau import Tableau
 
@@ -95,7 +96,7 @@ class Sweep(NamedTuple):
         slope = self.tape.slope if self.waits else None
         state = _State(self.tape.num_steps, slope, self.tape.checkpoints, swept)
         first = 0 if self.waits else 1
-        return jax.lax.while_loop(lambda state: state.stop >= first, self._step, state).swept
+        return while_loop(lambda state: state.stop >= first, self._step, state).swept
 
     def _step(self, state: _State) -> _State:
         step, checkpoints = self._replay(state)
@@ -167,7 +168,7 @@ class Sweep(NamedTuple):
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
 
         carry = (jnp.zeros_like(k), bar.k, params_bar, bar.t, bar.h)
-        carry = jax.lax.fori_loop(0, self.count - lowest, stage, carry)
+        carry = fori_loop(0, self.count - lowest, stage, carry)
         z_bars, k_bar, params_bar, t_bar, h_bar = carry
         if self.waits:
             k_bar = k_bar.at[0].set(k_bar_of(0, z_bars, k_bar))

@@ -1,0 +1,76 @@
+"""Inside `jax.shard_map`: over which axes of the device mesh an array varies.
+
+JAX keeps that in the type of an array. It wants the same of what a loop carries before and after
+each iteration, and it sums the gradient of an array over the devices at the place where it first
+meets one that varies: at every stage of a solve, if the parameters came as they are. So all that
+enters a solve is made to vary alike beforehand, and what crosses between devices then crosses once.
+Outside `shard_map`, or with its `check_vma=False`, nothing varies and nothing is done here.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
+
+T = TypeVar("T")
+
+
+def axes_of(tree: PyTree) -> frozenset[Any]:
+    """The mesh axes over which any array of `tree` varies."""
+    return frozenset().union(*map(_varying, filter(eqx.is_array, jax.tree.leaves(tree))))
+
+
+def _varying(x) -> frozenset[Any]:
+    type_of_x = jax.typeof(x)
+    if hasattr(type_of_x, "manual_axis_type"):
+        return type_of_x.manual_axis_type.varying
+    return type_of_x.vma  # JAX before 0.10
+
+
+def vary(tree: T, axes: frozenset[Any]) -> T:
+    """The same arrays, varying over these `axes` at least."""
+
+    def one(x):
+        missing = tuple(axes - _varying(x)) if eqx.is_array(x) else ()
+        return _pcast(x, missing) if missing else x
+
+    return jax.tree.map(one, tree) if axes else tree
+
+
+def _pcast(x, axes):
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue], JAX before 0.8
+
+
+def vary_alike(tree: T) -> T:
+    """The same arrays, each varying over the axes over which any of them does."""
+    return vary(tree, axes_of(tree))
+
+
+def while_loop(proceed: Callable[[T], Any], body: Callable[[T], T], carry: T) -> T:
+    """`jax.lax.while_loop` of arrays that vary alike."""
+    return jax.lax.while_loop(proceed, body, vary_alike(carry))
+
+
+def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> T:
+    """`jax.lax.fori_loop` of arrays that vary alike."""
+    return jax.lax.fori_loop(lower, upper, body, vary_alike(carry))
+
+
+def row_numbers(
+    x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: str | None
+) -> Int[Array, " batch"]:
+    """The number of each row in the whole batch, of which this device has a part.
+
+    So that a key that all devices share does not give them the same noise. A key that varies over
+    the devices gives each its own, whatever the numbers.
+    """
+    axes = axes_of(x) - axes_of(key)
+    if not axes_of(x) and axis_name is not None:
+        axes = {axis_name}
+    first = jax.lax.axis_index(tuple(sorted(axes))) * x.shape[0] if axes else 0
+    return first + jnp.arange(x.shape[0], dtype=jnp.int32)

@@ -1,0 +1,189 @@
+"""A batch over eight devices, under `jax.shard_map`: the numbers of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxode
+from benchmarks.sharding import collectives
+
+AXIS, DEVICES, BATCH, DIM = "batch", 8, 16, 2
+EVERYWHERE, SPLIT = P(), P(AXIS)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+PARAMS = (normal(0, 16, DIM), normal(1, DIM, 16), normal(2, 16))
+X, CONTEXT, KEY = normal(4, BATCH, DIM), 0.3 * normal(5, BATCH, DIM), jax.random.key(3)
+WEIGHTS = jnp.linspace(0.1, 2.0, BATCH)
+
+
+def field(t, z, args):
+    (w1, w2, b), context = args
+    return w2 @ jnp.tanh(w1 @ (z + context) + b * t) + 0.3 * jnp.sin(z) * t
+
+
+def loss_of(axis_name, key=KEY, **options):
+    options = {"divergence": jaxode.divergence.hutchinson(), "rtol": 1e-4, "atol": 1e-4, **options}
+    flow = jaxode.cnf(field, jaxode.standard_normal(DIM), axis_name=axis_name, **options)
+    return lambda params, x, context, weights: flow.nll(
+        params, x, key=key, context=context, weights=weights
+    )
+
+
+def sharded(loss, check_vma=True):
+    """Value and gradient of the mean over the devices."""
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+
+    def mean(*inputs):
+        return jax.lax.pmean(loss(*inputs), AXIS)
+
+    def step(*inputs):
+        return jax.value_and_grad(mean, (0, 1))(*inputs)
+
+    specs = (EVERYWHERE, SPLIT, SPLIT, SPLIT)
+    return jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=specs, out_specs=(EVERYWHERE, (EVERYWHERE, SPLIT)),
+            check_vma=check_vma,
+        )
+    )  # fmt: skip
+
+
+def assert_same(actual, expected, rtol=1e-12):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * np.abs(e).max())
+
+
+JOINT = {
+    "hutchinson": {},
+    "exact": {"divergence": jaxode.divergence.exact()},
+    "exact in chunks": {"divergence": jaxode.divergence.exact(chunk=1)},
+    "orthogonal probes": {"divergence": jaxode.divergence.hutchinson(2, "orthogonal")},
+    "random nodes": {"quadrature": "stochastic"},
+    "regularizers": {
+        "regularizers": (
+            jaxode.regularizers.kinetic_energy(0.7), jaxode.regularizers.jacobian_frobenius(0.2),
+        )
+    },
+    "backsolve": {"adjoint": jaxode.BacksolveAdjoint()},
+    "interpolating": {"adjoint": jaxode.InterpolatingAdjoint()},
+    "two checkpoints": {"adjoint": jaxode.DiscreteAdjoint(2)},
+    "raising": {"throw": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_steps_over_devices_are_those_of_one(name):
+    # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
+    rtol = 1e-10 if name in ("backsolve", "interpolating") else 1e-12
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
+    expected = jax.jit(jax.value_and_grad(loss_of(None, **JOINT[name]), (0, 1)))(*inputs)
+    assert_same(sharded(loss_of(AXIS, **JOINT[name]))(*inputs), expected, rtol)
+
+
+@pytest.mark.parametrize("options", [{"steps": 6}, {"step_control": "per_sample"}], ids=str)
+def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
+    inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
+    expected = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))(*inputs)
+    assert_same(sharded(loss_of(None, **options))(*inputs), expected)
+
+
+@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()], ids=str)
+def test_closed_over_parameters_must_vary(adjoint):
+    def loss(params, x, context, weights, vary=lambda params: params):
+        params = vary(params)
+        flow = jaxode.cnf(
+            lambda t, z, args: field(t, z, (params, args[1])), jaxode.standard_normal(DIM),
+            steps=6, divergence=jaxode.divergence.exact(), adjoint=adjoint,
+        )  # fmt: skip
+        return flow.nll(None, x, context=context, weights=weights)
+
+    inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
+    with pytest.raises(ValueError, match="closes over a differentiated array of shape"):
+        sharded(loss)(*inputs)
+    vary = lambda params: jax.lax.pcast(params, AXIS, to="varying")
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*inputs)
+    assert_same(sharded(lambda *inputs: loss(*inputs, vary))(*inputs), expected)
+
+
+def crossing(axis_name, **options):
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
+    compiled = sharded(loss_of(axis_name, **options)).lower(*inputs).compile()
+    return collectives(compiled.as_text())
+
+
+PARAMETER_BYTES = sum(leaf.nbytes for leaf in PARAMS)
+
+
+def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_each():
+    found = crossing(AXIS)
+    inside = [c for c in found if c["depth"] > 0]
+    # One in the loop over steps, and one in the two evaluations of the first step.
+    assert [c["bytes"] for c in inside] == [8, 8]
+    assert {c["kind"] for c in found} == {"all-reduce"}
+    outside = [c["bytes"] for c in found if c["depth"] == 0]
+    assert sum(size >= PARAMETER_BYTES for size in outside) == 1
+    assert sum(outside) <= PARAMETER_BYTES + 8 * 8
+
+
+def test_devices_that_step_for_themselves_reduce_the_gradient_and_the_loss_alone():
+    found = crossing(None)
+    assert [c["depth"] for c in found] == [0]
+    assert sum(c["bytes"] for c in found) == PARAMETER_BYTES + 8
+
+
+def test_each_device_draws_its_own_noise_from_a_key_that_all_share():
+    """With the same points on all devices, equal noise would give equal losses."""
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+    x = jnp.tile(X[:2], (DEVICES, 1))
+    loss = loss_of(None, steps=3, divergence=jaxode.divergence.hutchinson(1, "gaussian"))
+    local = lambda x: loss(PARAMS, x, jnp.zeros_like(x), None)[None]
+    losses = jax.shard_map(local, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT)(x)
+    assert len(np.unique(losses)) == DEVICES
+
+
+def test_without_the_types_of_shard_map():
+    """With `check_vma=False` the name of the axis says which rows are whose."""
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
+    expected = jax.jit(loss_of(None))(*inputs)
+    assert_same(sharded(loss_of(AXIS), check_vma=False)(*inputs)[0], expected)
+
+
+def test_flow_and_its_gradient_over_devices():
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+
+    def ends(params, x, axis_name):
+        f = lambda t, z, params: field(t, z, (params, jnp.zeros(DIM)))
+        out = jaxode.flow(
+            f, x, 0.0, 1.0, params, ts=jnp.array([0.3, 0.9]), axis_name=axis_name,
+            return_solution=True,
+        )  # fmt: skip
+        return jnp.sum(out.y1**2) + jnp.sum(jnp.cos(out.ys))
+
+    expected = jax.jit(jax.value_and_grad(lambda p: ends(p, X, None)))(PARAMS)
+    total = lambda p, x: jax.lax.psum(ends(p, x, AXIS), AXIS)
+    step = jax.shard_map(
+        jax.value_and_grad(total), mesh=mesh, in_specs=(EVERYWHERE, SPLIT), out_specs=EVERYWHERE
+    )
+    assert_same(jax.jit(step)(PARAMS, X), expected)
+
+
+def test_a_failure_on_one_device():
+    """The loss is NaN, and `log_prob` raises."""
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+    x = X.at[3].set(jnp.nan)
+    inputs = (PARAMS, x, CONTEXT, WEIGHTS)
+    value, (gradient, _) = sharded(loss_of(AXIS))(*inputs)
+    assert np.isnan(value)
+    assert np.isnan(gradient[0]).all()
+    flow = jaxode.cnf(field, jaxode.standard_normal(DIM), divergence=jaxode.divergence.exact())
+    log_prob = lambda x, context: flow.log_prob(PARAMS, x, context=context)
+    run = jax.jit(jax.shard_map(log_prob, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="log_prob"):
+        jax.block_until_ready(run(x, CONTEXT))
