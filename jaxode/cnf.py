@@ -10,40 +10,26 @@ Every sign and time direction of the library is chosen in this file.
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
-import operator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.adjoints import DiscreteAdjoint
 from jaxode.distributions import BaseDensity, as_base
-from jaxode.divergence import Divergence, FieldAt, auto
+from jaxode.divergence import Divergence, auto
+from jaxode.integrands import Integrands
 from jaxode.likelihood import Solve, objective
 from jaxode.mesh import row_numbers
 from jaxode.regularizers import Regularizer
-from jaxode.results import Result, Solution, Stats, nan_or_raise, raise_on_failure
+from jaxode.results import NLLStats, Result, Solution, nan_or_raise, raise_on_failure
 from jaxode.solve import DEFAULTS, VectorField, check_options, solve_batch
 from jaxode.tableau import is_explicit
-
-
-class NLLStats(NamedTuple):
-    """What `nll_and_stats` reports beside the loss."""
-
-    log_prob: Float[Array, " batch"]
-    """Log-density of each sample, in nats."""
-    log_det: Float[Array, " batch"]
-    """The part of it that is the change of volume: `log_prob - log p_base(z(t0))`."""
-    stats: Stats
-    """Work of the forward solve."""
-    result: Int[Array, "*rows"]
-    """`jaxode.Result` code of the forward solve."""
-    running: dict[str, Float[Array, " batch"]]
-    """The integral of each regularizer's cost along each sample's trajectory, by name."""
+from jaxode.validation import check_context, check_count, check_samples, check_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +53,15 @@ class CNF:
     throw: bool | None
     solve_options: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def _integrands(self) -> Integrands:
+        # One object, by which compiled programs are found again.
+        axis_name = self.solve_options.get("axis_name")
+        return Integrands(self.f, self.divergence, self.regularizers, axis_name)
+
+    def _samples(self, where: str, name: str, x: Any) -> Float[Array, "batch *event"]:
+        return check_samples(where, name, x, tuple(self.base.event_shape))
+
     def log_prob(
         self,
         params: PyTree,
@@ -83,9 +78,9 @@ class CNF:
             ValueError: if the shapes do not fit, or if `key` is missing.
             SolveError: at run time, if the solve fails.
         """
-        x = self._check_samples("log_prob", "x", x)
+        x = self._samples("log_prob", "x", x)
         zero = jnp.zeros(x.shape[:1], x.dtype)
-        field = self._volume_field
+        field = self._integrands.volume
         z, log_det = self._to_base("log_prob", params, x, zero, key, context, field).y1
         return self.base.log_prob(z) + log_det
 
@@ -106,13 +101,13 @@ class CNF:
             ValueError: as `log_prob`, and if the divergence has one probe, or no `standard_error`.
         """
         where = "log_prob_and_error"
-        x = self._check_samples(where, "x", x)
-        context = _check_context(where, context, x.shape[0])
-        probes = self._probes(key, x, params, context)
+        x = self._samples(where, "x", x)
+        context = check_context(where, context, x.shape[0])
+        probes = self._integrands.probes(key, x, params, context)
         if probes is None:
             log_prob = self.log_prob(params, x, context=context)
             return log_prob, jnp.zeros_like(log_prob)
-        standard_error = self._chosen_divergence(x, params, context).standard_error
+        standard_error = self._integrands.chosen_divergence(x, params, context).standard_error
         if standard_error is None or probes.shape[1] < 2:
             raise ValueError(
                 f"{where}: needs a divergence with at least two probes and a standard_error; got "
@@ -122,7 +117,7 @@ class CNF:
         state = (x, jnp.zeros(probes.shape[:2], x.dtype))
         rows = (probes, context)
         z, log_dets = self._solve(
-            where, self._volume_field_of_each_probe, state, self.t1, self.t0, params, rows
+            where, self._integrands.volume_of_each_probe, state, self.t1, self.t0, params, rows
         ).y1
         error = jax.vmap(lambda estimates: standard_error(estimates, x[0].size))(log_dets)
         return self.base.log_prob(z) + jnp.mean(log_dets, axis=1), error
@@ -170,13 +165,14 @@ class CNF:
         The statistics have no gradient.
         """
         where = "nll"
-        x = self._check_samples(where, "x", x)
-        context = _check_context(where, context, x.shape[0])
-        weights = self._weights(x, weights)
+        x = self._samples(where, "x", x)
+        context = check_context(where, context, x.shape[0])
+        weights = check_weights(where, weights, x, self.solve_options.get("axis_name"))
         if self._fused:
             return self._fused_nll(params, x, key, context, weights)
         zeros = jnp.zeros((x.shape[0], 1 + len(self.regularizers)), x.dtype)
-        solution = self._to_base(where, params, x, zeros, key, context, self._costs_field)
+        field = self._integrands.field_and_costs
+        solution = self._to_base(where, params, x, zeros, key, context, field)
         z, costs = solution.y1
         log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(self.t0 - self.t1)
         log_prob = self.base.log_prob(z) + log_det
@@ -199,12 +195,15 @@ class CNF:
 
     def _fused_nll(self, params, x, key, context, weights):
         where = "nll"
+        integrands = self._integrands
         solve = Solve(
-            self._field, x, self.t1, self.t0, params, context, self.step_control, self.solve_options
-        )
+            integrands.field, x, self.t1, self.t0, params, context, self.step_control,
+            self.solve_options,
+        )  # fmt: skip
         out = objective(
-            where, solve, self._costs, self._probes(key, x, params, context), self.base, weights,
-            tuple(regularizer.weight for regularizer in self.regularizers), self._phase(key, x),
+            where, solve, integrands.costs, integrands.probes(key, x, params, context), self.base,
+            weights, tuple(regularizer.weight for regularizer in self.regularizers),
+            self._phase(key, x),
         )  # fmt: skip
         loss, result = out.loss, out.result
         throw = self.throw if self.throw is not None else not isinstance(result, jax.core.Tracer)
@@ -219,28 +218,6 @@ class CNF:
         running = self._named(out.running)
         return loss, NLLStats(out.log_prob, out.log_det, stats, result, running)
 
-    def _costs(self, t, z, params, row) -> Float[Array, " costs"]:
-        """What is integrated along the trajectory of one sample: divergence, running costs."""
-        return self._field_and_costs(t, z, params, row)[1]
-
-    def _field_and_costs(self, t, z, params, row):
-        probe, context = row
-        g, norm = self._field_at(t, params, context), None
-        if any(regularizer.needs_norm for regularizer in self.regularizers):
-            divergence = self._choose(g, z)
-            with_norm = getattr(divergence, "with_norm", None)
-            if with_norm is None:
-                raise ValueError(
-                    "nll: a regularizer needs the norm of the Jacobian, which the divergence "
-                    f"{divergence.name} does not give. "
-                    "Pass divergence=jaxode.divergence.hutchinson() to cnf."
-                )
-            dz, div, norm = with_norm(g, z, probe)
-        else:
-            dz, div = self.divergence.apply(g, z, probe)
-        costs = [regularizer.cost(dz, norm) for regularizer in self.regularizers]
-        return dz, jnp.stack([div, *costs])
-
     def _phase(self, key, x) -> Float[Array, " batch"] | None:
         """Uniform random numbers for the random nodes of the quadrature, one a sample."""
         if self.quadrature == "gauss":
@@ -252,19 +229,6 @@ class CNF:
             )
         one = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), 1))
         return jax.vmap(one)(row_numbers(x, key, self.solve_options.get("axis_name")))
-
-    def _weights(self, x, weights) -> Float[Array, " batch"]:
-        batch = x.shape[0]
-        if weights is None:
-            return jnp.full(batch, 1 / max(batch, 1), x.dtype)
-        if jnp.shape(weights) != (batch,):
-            raise ValueError(
-                f"nll(weights=...): must have one weight a sample, shape {(batch,)}; "
-                f"got {jnp.shape(weights)}."
-            )
-        weights = jnp.asarray(weights, x.dtype)
-        total, axis_name = jnp.sum(weights), self.solve_options.get("axis_name")
-        return weights / (total if axis_name is None else jax.lax.pmean(total, axis_name))
 
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
@@ -282,7 +246,8 @@ class CNF:
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`."""
-        return self.from_base(params, self._base_sample("sample", key, n), context=context)
+        z = self.base.sample(key, (check_count("sample", n),))
+        return self.from_base(params, z, context=context)
 
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -292,28 +257,26 @@ class CNF:
         With a stochastic divergence the log-densities are unbiased estimates.
         """
         base_key, probe_key = jax.random.split(key)
-        z = self._base_sample("sample_and_log_prob", base_key, n)
-        probes = self._probes(probe_key, z, params, context)
-        rows = (probes, _check_context("sample_and_log_prob", context, n))
-
+        where = "sample_and_log_prob"
+        z = self.base.sample(base_key, (check_count(where, n),))
+        context = check_context(where, context, z.shape[0])
+        rows = (self._integrands.probes(probe_key, z, params, context), context)
         state = (z, self.base.log_prob(z))
-        return self._solve(
-            "sample_and_log_prob", self._density_field, state, self.t0, self.t1, params, rows
-        ).y1
+        return self._solve(where, self._density_field, state, self.t0, self.t1, params, rows).y1
 
     def _to_base(self, where: str, params, x, zero, key, context, field) -> Solution:
         """Solve from data to base, together with integrals that start at zero.
 
         The divergence has the integral `-integral over [t0, t1] of div f`: the log-determinant.
         """
-        context = _check_context(where, context, x.shape[0])
-        rows = (self._probes(key, x, params, context), context)
+        context = check_context(where, context, x.shape[0])
+        rows = (self._integrands.probes(key, x, params, context), context)
         return self._solve(where, field, (x, zero), self.t1, self.t0, params, rows)
 
     def _carry(self, where, name, params, z, start, end, context) -> Float[Array, "batch *event"]:
-        z = self._check_samples(where, name, z)
-        rows = _check_context(where, context, z.shape[0])
-        return self._solve(where, self._field, z, start, end, params, rows).y1
+        z = self._samples(where, name, z)
+        rows = check_context(where, context, z.shape[0])
+        return self._solve(where, self._integrands.field, z, start, end, params, rows).y1
 
     def _solve(self, where: str, field, state, start, end, params, rows) -> Solution:
         loss = where == "nll"
@@ -327,89 +290,10 @@ class CNF:
             solution = raise_on_failure(solution, where)
         return solution
 
-    def _field_at(self, t, params, context) -> FieldAt:
-        return FieldAt(self.f, t, params if context is None else (params, context))
-
-    def _field(self, t, z, params, context):
-        return self._field_at(t, params, context)(z)
-
-    def _volume_field(self, t, state, params, row):
-        """Derivative of `(z, integral of div f)`."""
-        probe, context = row
-        return self.divergence.apply(self._field_at(t, params, context), state[0], probe)
-
-    def _costs_field(self, t, state, params, row):
-        """Derivative of `(z, integrals of the costs)`."""
-        return self._field_and_costs(t, state[0], params, row)
-
-    def _volume_field_of_each_probe(self, t, state, params, row):
-        """Derivative of `(z, integrals of the estimates of div f)`, on one linearization."""
-        probe, context = row
-        g = self._field_at(t, params, context)
-        one = lambda v: self.divergence.apply(g, state[0], v[None])
-        return jax.vmap(one, out_axes=(None, 0))(probe)
-
     def _density_field(self, t, state, params, row):
         """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
-        dz, div = self._volume_field(t, state, params, row)
+        dz, div = self._integrands.volume(t, state, params, row)
         return dz, -div
-
-    def _probes(
-        self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"], params, context
-    ) -> Array | None:
-        """One probe a sample, from the key and the sample's index, whatever the batch around it."""
-        divergence = self._chosen_divergence(x, params, context)
-        if key is None:
-            return jax.vmap(lambda x: divergence.init(None, x))(x)
-        numbers = row_numbers(x, key, self.solve_options.get("axis_name"))
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-        return jax.vmap(divergence.init)(keys, x)
-
-    def _chosen_divergence(self, x: Float[Array, "batch *event"], params, context) -> Divergence:
-        """The divergence that `auto()` stands for, so that a closed form needs no key."""
-        of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
-        t = jnp.zeros((), x.dtype)
-        return self._choose(self._field_at(t, params, jax.tree.map(of_row, context)), of_row(x))
-
-    def _choose(self, g: FieldAt, z: Float[Array, " *event"]) -> Divergence:
-        choose = getattr(self.divergence, "choose", None)
-        return self.divergence if choose is None else choose(g, z)
-
-    def _base_sample(self, where: str, key: PRNGKeyArray, n: int) -> Float[Array, "n *event"]:
-        try:
-            count = operator.index(n)
-        except TypeError:
-            count = -1
-        if count < 0:
-            raise ValueError(f"{where}(n=...): must be a number of samples; got {n!r}.")
-        return self.base.sample(key, (count,))
-
-    def _check_samples(self, where: str, name: str, x: Any) -> Float[Array, "batch *event"]:
-        if not isinstance(x, jax.Array | np.ndarray):
-            raise TypeError(f"{where}({name}=...): must be an array; got {type(x).__name__}.")
-        event = tuple(self.base.event_shape)
-        dtype = jnp.result_type(x)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{where}({name}=...): must have a floating dtype; got {dtype}. Integer-valued "
-                "data has no density: dequantize it and convert with .astype(jnp.float32)."
-            )
-        if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
-            raise ValueError(
-                f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
-                f"got {jnp.shape(x)}."
-            )
-        return jnp.asarray(x)
-
-
-def _check_context(where: str, context: PyTree, batch: int) -> PyTree:
-    for leaf in jax.tree.leaves(context):
-        if jnp.shape(leaf)[:1] != (batch,):
-            raise ValueError(
-                f"{where}(context=...): leaves must have a leading axis of {batch}, one row a "
-                f"sample; got shape {jnp.shape(leaf)}."
-            )
-    return context
 
 
 def cnf(

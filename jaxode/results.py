@@ -1,7 +1,7 @@
 """What a solve returns, and the words used when one fails."""
 
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -67,6 +67,21 @@ class Stats(eqx.Module):
     """Steps discarded because their error estimate was too large."""
     num_evals: Int[Array, "*rows"]
     """Evaluations of the vector field; -1 for an implicit solver, whose number is not known."""
+
+
+class NLLStats(NamedTuple):
+    """What `nll_and_stats` reports beside the loss."""
+
+    log_prob: Float[Array, " batch"]
+    """Log-density of each sample, in nats."""
+    log_det: Float[Array, " batch"]
+    """The part of it that is the change of volume: `log_prob - log p_base(z(t0))`."""
+    stats: Stats
+    """Work of the forward solve."""
+    result: Int[Array, "*rows"]
+    """`Result` code of the forward solve."""
+    running: dict[str, Float[Array, " batch"]]
+    """The integral of each regularizer's cost along each sample's trajectory, by name."""
 
 
 class Solution(eqx.Module):

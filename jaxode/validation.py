@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from jaxode.method import Method
 from jaxode.tableau import tableau_of
@@ -53,6 +53,68 @@ def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
             "Use solve for a single system."
         )
     return z
+
+
+def check_samples(
+    where: str, name: str, x: Any, event: tuple[int, ...]
+) -> Float[Array, "batch *event"]:
+    """The samples of a density as an array."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"{where}({name}=...): must be an array; got {type(x).__name__}.")
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{where}({name}=...): must have a floating dtype; got {dtype}. Integer-valued "
+            "data has no density: dequantize it and convert with .astype(jnp.float32)."
+        )
+    if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
+        raise ValueError(
+            f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
+            f"got {jnp.shape(x)}."
+        )
+    return jnp.asarray(x)
+
+
+def check_context(where: str, context: PyTree, batch: int) -> PyTree:
+    """The context, which has one row for each sample."""
+    for leaf in jax.tree.leaves(context):
+        if jnp.shape(leaf)[:1] != (batch,):
+            raise ValueError(
+                f"{where}(context=...): leaves must have a leading axis of {batch}, one row a "
+                f"sample; got shape {jnp.shape(leaf)}."
+            )
+    return context
+
+
+def check_weights(
+    where: str, weights: Any, x: Float[Array, "batch *event"], axis_name: str | None
+) -> Float[Array, " batch"]:
+    """Weights of the samples in a mean; they sum to one, on average over devices along `axis_name`.
+
+    They are equal by default.
+    """
+    batch = x.shape[0]
+    if weights is None:
+        return jnp.full(batch, 1 / max(batch, 1), x.dtype)
+    if jnp.shape(weights) != (batch,):
+        raise ValueError(
+            f"{where}(weights=...): must have one weight a sample, shape {(batch,)}; "
+            f"got {jnp.shape(weights)}."
+        )
+    weights = jnp.asarray(weights, x.dtype)
+    total = jnp.sum(weights)
+    return weights / (total if axis_name is None else jax.lax.pmean(total, axis_name))
+
+
+def check_count(where: str, n: Any) -> int:
+    """A number of samples."""
+    try:
+        count = operator.index(n)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{where}(n=...): must be a number of samples; got {n!r}.")
+    return count
 
 
 def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:

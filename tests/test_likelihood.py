@@ -60,7 +60,7 @@ def recorded_times(flow, params, x, context):
     joint = flow.step_control == "joint"
     options = {**DEFAULTS, **flow.solve_options}
     problem, _ = pose(
-        "", flow._field, x[None] if joint else x, flow.t1, flow.t0, params, context,
+        "", flow._integrands.field, x[None] if joint else x, flow.t1, flow.t0, params, context,
         flow.step_control, options, False,
     )  # fmt: skip
     closed = lambda t, y: problem.field(t, y, problem.args)

@@ -1,0 +1,90 @@
+"""What a flow integrates along the trajectory of a sample: the field, its divergence, its costs.
+
+All functions are those of one sample and of increasing time; `cnf` chooses the direction.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jaxode.divergence import Divergence, FieldAt
+from jaxode.mesh import row_numbers
+from jaxode.regularizers import Regularizer
+from jaxode.solve import VectorField
+
+
+@dataclass(frozen=True, eq=False)
+class Integrands:
+    """Functions `(t, state, params, row)` of one sample, where `row` is `(probe, context)`."""
+
+    f: VectorField
+    divergence: Divergence
+    regularizers: tuple[Regularizer, ...]
+    axis_name: str | None = None
+    """Of the devices that a batch is split over."""
+
+    def at(self, t: Float[Array, ""], params: PyTree, context: PyTree) -> FieldAt:
+        """The vector field at one time."""
+        return FieldAt(self.f, t, params if context is None else (params, context))
+
+    def field(self, t, z: Float[Array, " *event"], params, context) -> Float[Array, " *event"]:
+        """The vector field; its `row` is the context alone."""
+        return self.at(t, params, context)(z)
+
+    def volume(self, t, state, params, row):
+        """Derivative of `(z, integral of div f)`."""
+        probe, context = row
+        return self.divergence.apply(self.at(t, params, context), state[0], probe)
+
+    def volume_of_each_probe(self, t, state, params, row):
+        """Derivative of `(z, integrals of the estimates of div f)`, on one linearization."""
+        probe, context = row
+        g = self.at(t, params, context)
+        one = lambda v: self.divergence.apply(g, state[0], v[None])
+        return jax.vmap(one, out_axes=(None, 0))(probe)
+
+    def costs(self, t, z, params, row) -> Float[Array, " costs"]:
+        """The divergence and the running cost of each regularizer."""
+        return self.field_and_costs(t, (z, None), params, row)[1]
+
+    def field_and_costs(self, t, state, params, row):
+        """Derivative of `(z, integrals of the costs)`."""
+        (z, _), (probe, context) = state, row
+        g, norm = self.at(t, params, context), None
+        if any(regularizer.needs_norm for regularizer in self.regularizers):
+            divergence = self._chosen(g, z)
+            with_norm = getattr(divergence, "with_norm", None)
+            if with_norm is None:
+                raise ValueError(
+                    "nll: a regularizer needs the norm of the Jacobian, which the divergence "
+                    f"{divergence.name} does not give. "
+                    "Pass divergence=jaxode.divergence.hutchinson() to cnf."
+                )
+            dz, div, norm = with_norm(g, z, probe)
+        else:
+            dz, div = self.divergence.apply(g, z, probe)
+        costs = [regularizer.cost(dz, norm) for regularizer in self.regularizers]
+        return dz, jnp.stack([div, *costs])
+
+    def probes(
+        self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"], params, context
+    ) -> Array | None:
+        """One probe a sample, from the key and the sample's index, whatever the batch around it."""
+        divergence = self.chosen_divergence(x, params, context)
+        if key is None:
+            return jax.vmap(lambda x: divergence.init(None, x))(x)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, self.axis_name))
+        return jax.vmap(divergence.init)(keys, x)
+
+    def chosen_divergence(self, x: Float[Array, "batch *event"], params, context) -> Divergence:
+        """The divergence that `auto()` stands for, so that a closed form needs no key."""
+        of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+        t = jnp.zeros((), x.dtype)
+        return self._chosen(self.at(t, params, jax.tree.map(of_row, context)), of_row(x))
+
+    def _chosen(self, g: FieldAt, z: Any) -> Divergence:
+        choose = getattr(self.divergence, "choose", None)
+        return self.divergence if choose is None else choose(g, z)
