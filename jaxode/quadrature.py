@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.adjoints.sweep import Step
-from jaxode.mesh import fori_loop
+from jaxode.mesh import fori_loop, row_numbers
 from jaxode.tableau import Tableau
 
 # The golden ratio: its multiples are spread evenly over the unit interval.
@@ -23,6 +23,19 @@ def gauss_legendre(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights on the unit interval, as many as the order of the solver can use."""
     nodes, weights = np.polynomial.legendre.leggauss((tableau.order + 2) // 2)
     return (nodes + 1) / 2, weights / 2
+
+
+def random_phases(
+    key: PRNGKeyArray | None, x: Float[Array, "batch *event"], axis_name: str | None
+) -> Float[Array, " batch"]:
+    """Uniform random numbers for the random nodes, one a sample, from the key and its index."""
+    if key is None:
+        raise ValueError(
+            "nll: quadrature='stochastic' needs random numbers; got key=None. "
+            "Pass key=jax.random.key(...)."
+        )
+    one = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), 1))
+    return jax.vmap(one)(row_numbers(x, key, axis_name))
 
 
 class Nodes(NamedTuple):

@@ -117,6 +117,19 @@ def check_count(where: str, n: Any) -> int:
     return count
 
 
+def check_steer(steer: Any, t0: Time, t1: Time) -> float:
+    """How far a random end time may be from `t0`, without reaching `t1`."""
+    number = isinstance(steer, int | float | np.number) and not isinstance(steer, bool)
+    if not number or not 0 <= steer < np.inf:
+        raise ValueError(f"cnf(steer=...): must be finite and at least 0; got {steer!r}.")
+    if is_known(t0) and is_known(t1) and steer > 0 and not steer < abs(float(t1) - float(t0)):
+        raise ValueError(
+            f"cnf(steer=...): must be less than the span |t1 - t0| = {abs(float(t1) - float(t0))}; "
+            f"got {steer!r}. A tenth of the span is a start."
+        )
+    return float(steer)
+
+
 def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
     """Raise unless the derivative is shaped like the state."""
     if jax.tree.structure(dy) != jax.tree.structure(y):

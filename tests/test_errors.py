@@ -240,6 +240,23 @@ BAD_INPUT = [
         "got shape (3,).",
     ),
     (
+        lambda: cnf(steer=0.1).nll(None, X), ValueError,
+        "nll: steer=0.1 needs random numbers; got key=None. Pass key=jax.random.key(...).",
+    ),
+    (
+        lambda: cnf(steer=-0.1), ValueError,
+        "cnf(steer=...): must be finite and at least 0; got -0.1.",
+    ),
+    (
+        lambda: cnf(steer="a little"), ValueError,
+        "cnf(steer=...): must be finite and at least 0; got 'a little'.",
+    ),
+    (
+        lambda: cnf(t0=1.0, t1=-1.0, steer=2), ValueError,
+        "cnf(steer=...): must be less than the span |t1 - t0| = 2.0; got 2. "
+        "A tenth of the span is a start.",
+    ),
+    (
         lambda: cnf().sample(None, KEY, -1), ValueError,
         "sample(n=...): must be a number of samples; got -1.",
     ),

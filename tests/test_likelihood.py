@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import jaxode
 from jaxode.adjoints import discrete
@@ -201,6 +202,61 @@ def test_gradient_by_the_times(control, quadrature):
 
     expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(*inputs)
     assert_close(jax.jit(jax.value_and_grad(fused, (0, 1)))(*inputs), expected, 1e-11)
+
+
+def end_time(key, batch=2, **options):
+    """Where a solve of the loss ends: for `f = 1` it carries `x` to `x - t1 + end`."""
+    ones = lambda t, z, args: jnp.ones_like(z)
+    flow = jaxode.cnf(ones, jaxode.standard_normal(1), **options)
+    x = jnp.arange(float(batch))[:, None]
+    log_prob = flow.nll_and_stats(None, x, key=key)[1].log_prob
+    return log_prob[0] - log_prob[1] - 0.5 + flow.t1
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (2.0, -1.0)], ids=str)
+def test_steer_ends_at_a_uniform_random_time(times):
+    (t0, t1), steer = times, 0.4
+    keys = jax.random.split(KEY, 2000)
+    ends = jax.jit(jax.vmap(lambda key: end_time(key, t0=t0, t1=t1, steer=steer)))(keys)
+    uniform = scipy.stats.uniform(t0 - steer, 2 * steer)
+    # The keys are fixed, and the ends are those of 2000 draws that no test of size 1% rejects.
+    assert scipy.stats.kstest(ends, uniform.cdf).pvalue > 0.01
+    np.testing.assert_allclose(end_time(keys[0], 5, t0=t0, t1=t1, steer=steer), ends[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"step_control": "per_sample"}, {"regularizers": REGULARIZERS}, {"t0": 1.0, "t1": -0.5}],
+    ids=["joint", "per_sample", "regularized", "from one"],
+)
+def test_steer_is_the_loss_of_a_flow_that_ends_there(options):
+    """Value and gradient by autodiff of that flow, with the same noise; `log_prob` is untouched."""
+    options = {"divergence": ESTIMATORS["hutchinson"], **options}
+    flow, plain = make(steer=0.3, **options), make(**options)
+    end = end_time(KEY, t0=flow.t0, t1=flow.t1, steer=0.3)
+    assert abs(end - flow.t0) > 0.05
+    there = make(**{**options, "t0": end})
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
+    times = recorded_times(there, PARAMS, X, CONTEXT)
+    expected = jax.jit(jax.value_and_grad(reference(there, times), (0, 1, 2, 3)))(*inputs)
+
+    def loss(params, x, context, weights):
+        return flow.nll(params, x, key=KEY, context=context, weights=weights)
+
+    actual = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*inputs)
+    assert_close(actual, expected, 1e-11)
+    np.testing.assert_allclose(loss(*inputs), actual[0], rtol=1e-13)
+    np.testing.assert_array_equal(
+        flow.log_prob(PARAMS, X, key=KEY), plain.log_prob(PARAMS, X, key=KEY)
+    )
+    np.testing.assert_array_equal(flow.to_base(PARAMS, X), plain.to_base(PARAMS, X))
+
+
+def test_steer_with_another_gradient_method():
+    tight = {"rtol": 1e-10, "atol": 1e-10, "divergence": ESTIMATORS["hutchinson"], "steer": 0.3}
+    gradient = lambda flow: jax.jit(jax.grad(lambda params: flow.nll(params, X, key=KEY)))(PARAMS)
+    by_adjoint = gradient(make(adjoint=jaxode.BacksolveAdjoint(), **tight))
+    assert_close(by_adjoint, gradient(make(**tight)), 1e-6)
 
 
 def test_converges_to_the_tight_gradient():

@@ -9,6 +9,7 @@ from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.checkpoints import Checkpoints
+from jaxode.closure import ClosedField
 from jaxode.integrate import Field, Integration, integrate, save_times_at, stages
 from jaxode.mesh import while_loop
 from jaxode.method import Method, weighted_sum
@@ -23,7 +24,8 @@ def run(inputs, method: Method, checkpoints: int | None = None) -> tuple[Integra
 
 def split(inputs, perturbed):
     """The differentiated leaves of `(field, args)`, and the field as a function of them."""
-    inputs[0].check_closed_over(perturbed[0], inputs[2])
+    if isinstance(inputs[0], ClosedField):
+        inputs[0].check_closed_over(perturbed[0], inputs[2])
     params, rest = eqx.partition(inputs[:2], perturbed[:2])
 
     def apply(params, t, y):
