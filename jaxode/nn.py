@@ -38,6 +38,9 @@ class _ModuleField(eqx.Module):
 
 
 field = _ModuleField()
+"""The vector field of a module: `field(t, y, m) = m(t, y)`, and with a context
+`field(t, y, (m, context)) = m(t, y, context)`. It offers the closed form of the divergence that `m`
+has."""
 
 
 @jax.custom_jvp

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as runner
-from benchmarks import compare, fairness, flows, report, sharding
+from benchmarks import adjoints, compare, fairness, flows, report, sharding, tolerance
 
 TINY = flows.Workload(3, 4, (5, 6))
 
@@ -263,3 +263,21 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     assert "diffrax, jit failed: ValueError: no" in text
     assert "8 devices crashed: start: ended the process" in text
     assert (tmp_path / "bench_sharding.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_scripts_behind_the_pictures_of_the_documentation(tmp_path, default_settings):
+    """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
+    workload = flows.Workload(2, 4, (5,), span=4.0)
+    rows = tolerance.measure(workload, (1e-1, 1e-5), ("Tsit5",))
+    assert rows[1]["gradient"] < rows[0]["gradient"]
+    assert rows[1]["evaluations"] > rows[0]["evaluations"]
+    tolerance.draw({"rows": rows}, tmp_path / "tolerance.png")
+    measured = {"memory": adjoints.memory((4,)), "contraction": adjoints.contraction((1,))}
+    states = {row["adjoint"]: row["states"] for row in measured["memory"]}
+    assert states["BacksolveAdjoint()"] < states["DiscreteAdjoint()"]
+    # The tolerance is 1e-5; the gradient multiplies the error by less than a hundred.
+    assert all(row["error"] < 1e-3 for row in measured["contraction"])
+    adjoints.draw(measured, tmp_path / "adjoints.png")
+    assert (tmp_path / "tolerance.png").stat().st_size > 0
+    assert (tmp_path / "adjoints.png").stat().st_size > 0
