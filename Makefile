@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo density test test-lowest constraints format lint typecheck bench bench-check time-to-nll clean
+.PHONY: demo density test test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
+	bench-check time-to-nll clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -22,6 +23,23 @@ test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproj
 	.venv-lowest/bin/python -m pip install --quiet --constraint .ci/lowest.txt --editable '.[examples,tests]'
 	touch $@
 
+test-newest: .venv-newest/ready  ## The tests at the newest versions that exist
+	JAXODE_TEST_CACHE=.venv-newest/cache .venv-newest/bin/python -m pytest -n 2
+
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable '.[examples,tests]'
+	touch $@
+
+docs: .venv/ready  ## Build the documentation; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/ready  ## Show the documentation, and build it again on every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+dist: .venv/ready  ## Build wheel and sdist, install each in an environment of its own, and test them
+	sh .ci/dist
+
 bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FRESH=1 to measure again
 	.venv-bench/bin/python -m benchmarks $(ONLY) $(if $(FRESH),--fresh)
 
@@ -39,7 +57,7 @@ time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes ho
 	touch $@
 
 constraints: .venv/ready  ## Renew constraints.txt with the newest versions
-	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[examples,tests,interop,dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[examples,tests,interop,docs,dev]'
 	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > constraints.new
 	mv constraints.new constraints.txt
 
@@ -58,4 +76,4 @@ typecheck: .venv/ready
 	PYTHON="$(PYTHON)" sh .ci/setup
 
 clean:
-	rm -rf .venv .venv-lowest .venv-bench .jax_cache .pytest_cache .ruff_cache .hypothesis out dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-bench .venv-dist .jax_cache .pytest_cache .ruff_cache .hypothesis out dist site
