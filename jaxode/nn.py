@@ -37,7 +37,7 @@ class _ModuleField(eqx.Module):
         return m.value_and_divergence(t, y, *context)
 
 
-field = _ModuleField()
+field: _ModuleField = _ModuleField()
 """The vector field of a module: `field(t, y, m) = m(t, y)`, and with a context
 `field(t, y, (m, context)) = m(t, y, context)`. It offers the closed form of the divergence that `m`
 has."""
@@ -243,7 +243,12 @@ class PotentialGradient(_Network):
     scalar_output = True
     __init__ = _Network.__init__
 
-    def __call__(self, t, y, context=None):
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " *event"]:
         context = self._check(context)
 
         def potential(y):
@@ -254,7 +259,12 @@ class PotentialGradient(_Network):
 
         return jax.grad(potential)(y)
 
-    def value_and_divergence(self, t, y, context=None):
+    def value_and_divergence(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Any:
         """`(m(t, y), div m)` in closed form, or `NotImplemented` unless there is one hidden layer.
 
         With the output weights `w` the gradient is `W1^T (w a'(u))`, and its divergence

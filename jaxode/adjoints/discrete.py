@@ -45,7 +45,7 @@ class DiscreteAdjoint:
 
     checkpoints: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_checkpoints("DiscreteAdjoint", self.checkpoints)
 
     def integrate(

@@ -46,7 +46,7 @@ class InterpolatingAdjoint:
     atol: float | None = None
     checkpoints: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_tolerances("InterpolatingAdjoint", self.rtol, self.atol)
         check_checkpoints("InterpolatingAdjoint", self.checkpoints)
 
@@ -63,7 +63,18 @@ class InterpolatingAdjoint:
         """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
         return _integrate((field, args, y0, t0, t1, ts), method, self)
 
-    def backward_stats(self, field, args, y0, t0, t1, ts, method, y1_bar, ys_bar) -> Stats:
+    def backward_stats(
+        self,
+        field: Callable[..., Float[Array, "rows n"]],
+        args: PyTree,
+        y0: Float[Array, "rows n"],
+        t0: Float[Array, ""],
+        t1: Float[Array, ""],
+        ts: Float[Array, " times"] | None,
+        method: Method,
+        y1_bar: Float[Array, "rows n"],
+        ys_bar: Float[Array, "times rows n"] | None,
+    ) -> Stats:
         """The work of the backward solve from these cotangents of the end state and the outputs."""
         inputs = field, args, y0, t0, t1, ts
         inexact = jax.tree.map(eqx.is_inexact_array, inputs)
