@@ -3,15 +3,17 @@
     python examples/density_2d.py --data pinwheel
     python examples/density_2d.py --data path/to/points.csv
 
-Writes a picture with the data, the learned density, samples and trajectories. About a minute on two
-cores.
+Writes a picture with the data, the learned density, samples and trajectories, and an animation of
+the flow from noise to data. About a minute on two cores.
 """
 
 import argparse
 import csv
+import dataclasses
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,9 +25,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn import datasets
 
 import jaxode
+from jaxode import plot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.animation import FuncAnimation, PillowWriter
 
 
 def eight_gaussians(rng, n):
@@ -118,7 +122,7 @@ def load(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def train(flow, params, data, steps, batch, rng):
-    """Maximum likelihood with Adam. Ends early on Ctrl-C. Returns parameters and the losses."""
+    """Maximum likelihood with Adam. Ends early on Ctrl-C. Returns parameters, losses, and work."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(5.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))
     )
@@ -129,7 +133,7 @@ def train(flow, params, data, steps, batch, rng):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, aux
 
-    state, losses, start = optimizer.init(params), [], time.perf_counter()
+    state, losses, evals, start = optimizer.init(params), [], [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("compiling", total=steps)
@@ -147,47 +151,87 @@ def train(flow, params, data, steps, batch, rng):
                 if len(losses) == 1:
                     first = time.perf_counter() - start
                     print(f"first step, compilation included: {first:.1f} s", flush=True)
-                evals = int(aux.stats.num_evals)
-                text = f"loss {np.mean(losses[-50:]):.3f} nats, {evals} evaluations"
+                evals.append(int(aux.stats.num_evals))
+                text = f"loss {np.mean(losses[-50:]):.3f} nats, {evals[-1]} evaluations"
                 progress.update(task, advance=1, description=text)
         except KeyboardInterrupt:
             if not losses:
                 raise
             print(f"Stopped after {len(losses)} steps; going on with what there is.")
-    return params, losses
+    return params, losses, evals
 
 
-def draw(flow, params, data, losses, mean, scale, path, key):
+def draw(flow, params, data, losses, evals, mean, scale, path, key):
     """Data, learned density, samples, and the way of samples from noise to data."""
-    low, high = np.quantile(data, 0.002, axis=0), np.quantile(data, 0.998, axis=0)
-    (x0, y0), (x1, y1) = low - 0.15 * (high - low), high + 0.15 * (high - low)
-    grid = np.stack(np.meshgrid(np.linspace(x0, x1, 160), np.linspace(y0, y1, 160)), -1)
-    standardized = jnp.asarray((grid.reshape(-1, 2) - mean) / scale, jnp.float32)
-    density = np.exp(jax.jit(flow.log_prob)(params, standardized)).reshape(160, 160) / scale.prod()
     path_key, sample_key = jax.random.split(key)
     samples = flow.sample(params, sample_key, 3000) * scale + mean
     z, times = flow.base.sample(path_key, (60,)), jnp.linspace(flow.t0, flow.t1, 50)
     paths = jaxode.flow(flow.f, z, flow.t0, flow.t1, params, ts=times, return_solution=True).ys
-    paths = paths * scale + mean
 
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), constrained_layout=True)
-    axes[0].scatter(*data[:3000].T, s=2, alpha=0.5)
-    axes[1].imshow(density, origin="lower", extent=(x0, x1, y0, y1), aspect="auto", cmap="magma")
-    axes[2].scatter(*samples.T, s=2, alpha=0.5, color="tab:orange")
-    axes[3].plot(paths[:, :, 0], paths[:, :, 1], color="gray", lw=0.6)
-    axes[3].scatter(*paths[0].T, s=8, label="noise", zorder=3)
-    axes[3].scatter(*paths[-1].T, s=8, label="sample", zorder=3)
-    axes[3].legend(loc="upper right")
-    axes[4].plot(losses, lw=0.6)
-    axes[4].set_xlabel("step")
-    axes[4].set_ylabel("nats")
-    titles = ("data", "learned density", "samples", "trajectories", "training loss")
-    for axis, title in zip(axes, titles, strict=True):
+    def log_prob(x):  # in the units of the data
+        return jax.jit(flow.log_prob)(params, (x - mean) / scale) - np.log(scale).sum()
+
+    low, high = picture_limits(data)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), constrained_layout=True)
+    plot.samples(data[:3000], ax=axes[0, 0])
+    plot.density(log_prob, (low[0], high[0], low[1], high[1]), ax=axes[0, 1])
+    plot.samples(samples, ax=axes[0, 2], color="tab:orange")
+    plot.trajectories(paths * scale + mean, ax=axes[1, 0], start="noise", end="sample")
+    plot.history(losses, ax=axes[1, 1])
+    plot.evaluations(evals, ax=axes[1, 2])
+    titles = ("data", "learned density", "samples", "trajectories", "loss in nats", "work")
+    for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
-    for axis in axes[:3]:
-        axis.set(xlim=(x0, x1), ylim=(y0, y1))
+    for axis in axes[0]:
+        axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    axes[1, 0].legend(loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def picture_limits(data):
+    low, high = np.quantile(data, 0.002, axis=0), np.quantile(data, 0.998, axis=0)
+    return low - 0.15 * (high - low), high + 0.15 * (high - low)
+
+
+def animate(flow, params, limits, frames, path, key):
+    """The flow at work: density and samples at each time, from noise to the data.
+
+    The density at time `t` is that of a flow which ends there.
+    """
+    (left, bottom), (right, top) = limits
+    times = np.linspace(flow.t0, flow.t1, frames)
+    z = flow.base.sample(key, (1500,))
+    samples = jaxode.flow(
+        flow.f, z, flow.t0, flow.t1, params, ts=jnp.asarray(times), return_solution=True
+    ).ys
+
+    @jax.jit
+    def log_prob_at(t, x):
+        return dataclasses.replace(flow, t1=t).log_prob(params, x)
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), constrained_layout=True)
+
+    def frame(i):
+        for axis in axes:
+            axis.clear()
+        extent = (left, right, bottom, top)
+        plot.density(partial(log_prob_at, times[i]), extent, ax=axes[0], points=100)
+        plot.samples(samples[i], ax=axes[1], color="tab:orange")
+        axes[0].set_title(f"density at time {times[i]:.2f}")
+        axes[1].set(xlim=(left, right), ylim=(bottom, top), title="samples")
+
+    order = [*range(frames), *[frames - 1] * (frames // 3)]  # rest at the end
+    with Progress() as progress:
+        task = progress.add_task("animation", total=len(order))
+        movie = FuncAnimation(figure, frame, frames=order, init_func=lambda: None)
+        movie.save(
+            path,
+            PillowWriter(fps=12),
+            dpi=70,
+            progress_callback=lambda *_: progress.advance(task),
+        )
     plt.close(figure)
 
 
@@ -199,10 +243,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--batch", type=int, default=256, help="points in a training step")
     parser.add_argument("--out", type=Path, default=Path("out/density_2d.png"), help="the picture")
+    parser.add_argument("--frames", type=int, default=36, help="of the animation")
     parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
     options = parser.parse_args(argv)
-    if options.steps < 1 or options.batch < 1:
-        parser.error("--steps and --batch must be at least 1")
+    if min(options.steps, options.batch, options.frames) < 1:
+        parser.error("--steps, --batch and --frames must be at least 1")
     if not 0 <= options.seed < 2**31:
         parser.error("--seed must be at least 0 and below 2**31")
     if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
@@ -223,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     params = jaxode.nn.ConcatSquash(2, (64, 64), key=network_key)
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-4, atol=1e-4)
     start = time.perf_counter()
-    params, losses = train(flow, params, training, options.steps, options.batch, rng)
+    params, losses, evals = train(flow, params, training, options.steps, options.batch, rng)
     if not losses:
         return 1
     print(f"{len(losses)} steps in {time.perf_counter() - start:.0f} s")
@@ -231,8 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     # In the units of the data, which standardizing stretched by `scale`.
     log_prob = tight.log_prob(params, held_out) - np.log(scale).sum()
     print(f"held-out log-density: {log_prob.mean():.3f} nats ({len(held_out)} points)")
-    draw(flow, params, data, losses, mean, scale, options.out, draw_key)
-    print(f"picture: {options.out}")
+    draw(flow, params, data, losses, evals, mean, scale, options.out, draw_key)
+    movie = options.out.with_suffix(".gif")
+    animate(flow, params, picture_limits(standardized), options.frames, movie, draw_key)
+    print(f"picture: {options.out}   animation: {movie}")
     return 0
 
 

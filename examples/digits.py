@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
 
 import jaxode
-from jaxode import images
+from jaxode import images, plot
 from jaxode.divergence import exact, hutchinson
 
 matplotlib.use("Agg")
@@ -151,10 +151,10 @@ def draw(flow, params, whitening, data, losses, scores, path, key):
     tile(axes[0, 1], samples, 4, "samples")
     tile(axes[1, 0], frames, 4, "from noise (left) to a digit (right)")
     curve = axes[1, 1]
-    curve.plot(losses, lw=0.5, alpha=0.5, label="training loss (one batch, one probe)")
+    plot.history(losses, ax=curve, label="training (mean of 50 batches, one probe)")
     for (label, value), color in zip(scores.items(), ("tab:red", "tab:green"), strict=True):
         curve.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
-    curve.set(xlabel="step", ylabel="bits per dimension", title="training")
+    curve.set(ylabel="bits per dimension", title="training")
     curve.set_ylim(min(losses) - 0.05, np.quantile(losses, 0.99) + 0.1)
     curve.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import divergence, images, nn, regularizers
+from jaxode import divergence, images, nn, plot, regularizers
 from jaxode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,
@@ -31,6 +31,7 @@ __all__ = [
     "images",
     "nn",
     "odeint",
+    "plot",
     "regularizers",
     "solve",
     "standard_normal",

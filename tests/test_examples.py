@@ -63,9 +63,10 @@ def test_density_of_a_csv_file(tmp_path, capsys, default_settings):
     rng, file, picture = np.random.default_rng(0), tmp_path / "points.csv", tmp_path / "a" / "b.png"
     points = rng.normal([100.0, -3.0], [20.0, 0.1], (3000, 2))
     np.savetxt(file, points, delimiter=",", header="x,y", comments="")
-    arguments = ["--data", str(file), "--steps", "2", "--batch", "16", "--out", str(picture)]
-    assert load("density_2d").main(arguments) == 0
+    arguments = ["--data", str(file), "--steps", "2", "--batch", "16", "--frames", "2"]
+    assert load("density_2d").main([*arguments, "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(PNG)
+    assert picture.with_suffix(".gif").read_bytes().startswith(b"GIF89a")
     line = next(line for line in capsys.readouterr().out.splitlines() if "held-out" in line)
     # In the units of the data: a Gaussian of these widths has -3.53 nats; the flow starts near one.
     assert abs(float(line.split()[2]) + 3.53) < 0.3

@@ -1,0 +1,152 @@
+"""Pictures of flows, solves and training, with matplotlib, which is not a dependency of jaxode.
+
+Every function draws on `ax`, by default matplotlib's current axes, and returns it. Titles, limits
+and colors stay yours: set them on the axes, or pass matplotlib's own keywords.
+
+    figure, axes = plt.subplots(1, 2)
+    jaxode.plot.density(partial(flow.log_prob, params), (-4, 4, -4, 4), ax=axes[0])
+    jaxode.plot.history(losses, ax=axes[1])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def density(
+    log_prob: Callable[[Float[Array, "points 2"]], Float[Array, " points"]],
+    extent: tuple[float, float, float, float],
+    *,
+    ax: Axes | None = None,
+    points: int = 160,
+    **style: Any,
+) -> Axes:
+    """The density of two-dimensional events, `exp(log_prob)`, on a grid.
+
+    Args:
+        log_prob: log-density in nats, `[points, 2] -> [points]`.
+        extent: `(left, right, bottom, top)`.
+        points: of the grid along each axis, at the centers of its cells.
+        **style: for `Axes.imshow`.
+    """
+    left, right, bottom, top = extent
+    centers = (np.arange(points) + 0.5) / points
+    x, y = np.meshgrid(left + (right - left) * centers, bottom + (top - bottom) * centers)
+    grid = jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=1))
+    values = np.exp(np.asarray(log_prob(grid))).reshape(points, points)
+    ax = _axes(ax)
+    ax.imshow(
+        values, **{"origin": "lower", "extent": extent, "aspect": "auto", "cmap": "magma", **style}
+    )
+    return ax
+
+
+def samples(x: Float[Array, "n 2"], *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Points in the plane, small and translucent.
+
+    Args:
+        x: `[n, 2]`.
+        **style: for `Axes.scatter`.
+    """
+    points = _plane("samples", "x", x, 2)
+    ax = _axes(ax)
+    ax.scatter(*points.T, **{"s": 4, "alpha": 0.5, "linewidths": 0, **style})
+    return ax
+
+
+def trajectories(
+    ys: Float[Array, "times n 2"], *, ax: Axes | None = None, start="start", end="end", **style: Any
+) -> Axes:
+    """The ways of states through the plane, with their starts and ends marked.
+
+    Args:
+        ys: `[times, n, 2]`, as in `Solution.ys` of `jaxode.flow(..., return_solution=True)`.
+        start: label of the first points.
+        end: label of the last points.
+        **style: of the lines, for `Axes.plot`.
+    """
+    paths = _plane("trajectories", "ys", ys, 3)
+    ax = _axes(ax)
+    ax.plot(paths[:, :, 0], paths[:, :, 1], **{"color": "gray", "lw": 0.6, **style})
+    for points, label in ((paths[0], start), (paths[-1], end)):
+        ax.scatter(*points.T, s=10, label=label, zorder=3)
+    return ax
+
+
+def history(
+    losses: Float[Array, " steps"], *, ax: Axes | None = None, window: int = 50, **style: Any
+) -> Axes:
+    """A training history: each loss, faint, and the mean of the last `window`.
+
+    Args:
+        losses: one a training step, `[steps]`.
+        window: steps in the mean; 1 draws the losses alone.
+        **style: of the mean, for `Axes.plot`.
+    """
+    return _curve("history", "losses", losses, window, "loss", ax, style)
+
+
+def evaluations(
+    num_evals: Int[Array, " steps"], *, ax: Axes | None = None, window: int = 1, **style: Any
+) -> Axes:
+    """Evaluations of the vector field in each training step: how hard the field is to solve.
+
+    Args:
+        num_evals: `Stats.num_evals` of each training step, `[steps]`.
+        window: steps in the mean; 1 draws the numbers alone.
+        **style: of the mean, for `Axes.plot`.
+    """
+    return _curve(
+        "evaluations", "num_evals", num_evals, window, "evaluations of the field", ax, style
+    )
+
+
+def _curve(where: str, name: str, values, window: int, ylabel: str, ax, style) -> Axes:
+    values = np.asarray(values, float)
+    if values.ndim != 1:
+        raise ValueError(f"plot.{where}({name}=...): must have shape (steps,); got {values.shape}.")
+    ax = _axes(ax)
+    window = min(window, max(values.size, 1))
+    if window > 1:
+        (line,) = ax.plot(np.arange(window, values.size + 1), _mean(values, window), **style)
+        ax.plot(np.arange(1, values.size + 1), values, color=line.get_color(), lw=0.5, alpha=0.35)
+    else:
+        ax.plot(np.arange(1, values.size + 1), values, **{"lw": 0.8, **style})
+    ax.set(xlabel="step", ylabel=ylabel)
+    return ax
+
+
+def _mean(values: np.ndarray, window: int) -> np.ndarray:
+    return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1)
+
+
+def _plane(where: str, name: str, x: Any, ndim: int) -> np.ndarray:
+    x = np.asarray(x)
+    if x.ndim != ndim or x.shape[-1] != 2:
+        axes = ("times, n, 2", "n, 2")[ndim == 2]
+        raise ValueError(
+            f"plot.{where}({name}=...): must have shape ({axes}); got {x.shape}. "
+            "Choose two coordinates of larger events."
+        )
+    return x
+
+
+def _axes(ax: Axes | None) -> Axes:
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "jaxode.plot needs matplotlib, which is not installed. Run: pip install matplotlib",
+            name="matplotlib",
+        ) from None
+    return pyplot.gca() if ax is None else ax

@@ -1,0 +1,98 @@
+"""What the pictures show is what they were given."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+import jaxode
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def test_density_is_that_of_the_function_at_the_centers_of_cells(ax):
+    base = jaxode.standard_normal(2)
+    shift = jnp.array([[1.0, -2.0]])
+    jaxode.plot.density(lambda x: base.log_prob(x - shift), (-5, 7, -8, 4), ax=ax, points=60)
+    (image,) = ax.images
+    values = np.asarray(image.get_array())
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    # Cells are 0.2 wide; the peak lies on the corner of four of them.
+    np.testing.assert_allclose(
+        [-5 + 0.2 * (column + 0.5), -8 + 0.2 * (row + 0.5)], [1, -2], atol=0.11
+    )
+    assert image.get_extent() == [-5, 7, -8, 4] or image.get_extent() == (-5, 7, -8, 4)
+    # The midpoint rule on a Gaussian that ends within the picture is exact to its tails.
+    np.testing.assert_allclose(values.sum() * 0.2**2, 1.0, atol=1e-6)
+
+
+def test_samples_and_trajectories_show_the_points(ax):
+    x = np.random.default_rng(0).normal(size=(7, 2))
+    assert jaxode.plot.samples(x, ax=ax, color="red") is ax
+    np.testing.assert_array_equal(np.asarray(ax.collections[0].get_offsets()), x)
+    ys = np.random.default_rng(1).normal(size=(5, 3, 2))
+    jaxode.plot.trajectories(ys, ax=ax, start="noise", end="data")
+    for i, line in enumerate(ax.lines):
+        np.testing.assert_array_equal(line.get_xydata(), ys[:, i])
+    first, last = ax.collections[1:]
+    np.testing.assert_array_equal(np.asarray(first.get_offsets()), ys[0])
+    np.testing.assert_array_equal(np.asarray(last.get_offsets()), ys[-1])
+    assert [first.get_label(), last.get_label()] == ["noise", "data"]
+
+
+def test_curves_show_each_step_and_the_mean_of_the_last(ax):
+    losses = jnp.arange(10.0) ** 2
+    jaxode.plot.history(losses, ax=ax, window=4)
+    mean, each = ax.lines
+    np.testing.assert_array_equal(each.get_xydata(), np.stack([np.arange(1, 11), losses], 1))
+    assert mean.get_xydata()[0].tolist() == [4, 3.5]  # of 0, 1, 4 and 9
+    assert mean.get_xydata()[-1].tolist() == [10, (36 + 49 + 64 + 81) / 4]
+    jaxode.plot.evaluations([14, 20, 26], ax=ax)
+    assert ax.lines[-1].get_ydata().tolist() == [14, 20, 26]
+    assert ax.get_ylabel() == "evaluations of the field"
+
+
+def test_a_short_history_and_the_current_axes(ax):
+    assert jaxode.plot.history([3.0]) is ax
+    assert jaxode.plot.history([]) is ax
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (
+            lambda: jaxode.plot.samples(np.zeros((4, 3))),
+            r"samples\(x=...\): must have shape \(n, 2",
+        ),
+        (lambda: jaxode.plot.trajectories(np.zeros((4, 2))), r"must have shape \(times, n, 2\)"),
+        (
+            lambda: jaxode.plot.history(np.zeros((4, 2))),
+            r"must have shape \(steps,\); got \(4, 2\)",
+        ),
+    ],
+)
+def test_wrong_shapes(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_without_matplotlib_the_library_works_and_a_picture_says_what_to_install():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import jaxode\n"
+        "try: jaxode.plot.history([1.0])\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install matplotlib" in run.stdout
