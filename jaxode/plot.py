@@ -10,7 +10,7 @@ and colors stay yours: set them on the axes, or pass matplotlib's own keywords.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def density(
     return ax
 
 
-def samples(x: Float[Array, "n 2"], *, ax: Axes | None = None, **style: Any) -> Axes:
+def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **style: Any) -> Axes:
     """Points in the plane, small and translucent.
 
     Args:
@@ -63,7 +63,12 @@ def samples(x: Float[Array, "n 2"], *, ax: Axes | None = None, **style: Any) -> 
 
 
 def trajectories(
-    ys: Float[Array, "times n 2"], *, ax: Axes | None = None, start="start", end="end", **style: Any
+    ys: Float[Array | np.ndarray, "times n 2"],
+    *,
+    ax: Axes | None = None,
+    start="start",
+    end="end",
+    **style: Any,
 ) -> Axes:
     """The ways of states through the plane, with their starts and ends marked.
 
@@ -82,7 +87,11 @@ def trajectories(
 
 
 def history(
-    losses: Float[Array, " steps"], *, ax: Axes | None = None, window: int = 50, **style: Any
+    losses: Float[Array | np.ndarray, " steps"] | Sequence[float],
+    *,
+    ax: Axes | None = None,
+    window: int = 50,
+    **style: Any,
 ) -> Axes:
     """A training history: each loss, faint, and the mean of the last `window`.
 
@@ -95,7 +104,11 @@ def history(
 
 
 def evaluations(
-    num_evals: Int[Array, " steps"], *, ax: Axes | None = None, window: int = 1, **style: Any
+    num_evals: Int[Array | np.ndarray, " steps"] | Sequence[int],
+    *,
+    ax: Axes | None = None,
+    window: int = 50,
+    **style: Any,
 ) -> Axes:
     """Evaluations of the vector field in each training step: how hard the field is to solve.
 

@@ -58,7 +58,7 @@ def test_curves_show_each_step_and_the_mean_of_the_last(ax):
     np.testing.assert_array_equal(each.get_xydata(), np.stack([np.arange(1, 11), losses], 1))
     assert mean.get_xydata()[0].tolist() == [4, 3.5]  # of 0, 1, 4 and 9
     assert mean.get_xydata()[-1].tolist() == [10, (36 + 49 + 64 + 81) / 4]
-    jaxode.plot.evaluations([14, 20, 26], ax=ax)
+    jaxode.plot.evaluations([14, 20, 26], ax=ax, window=1)
     assert ax.lines[-1].get_ydata().tolist() == [14, 20, 26]
     assert ax.get_ylabel() == "evaluations of the field"
 
