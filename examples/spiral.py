@@ -1,0 +1,163 @@
+"""Learn a dynamical system from a few noisy observations at irregular times.
+
+    python examples/spiral.py
+
+The system is a cubic spiral, dy/dt = A y^3. Each of 32 series is seen at 16 random times of its
+own, with noise, and its starting point is not known: it is learned with the network. Prints the
+error on the series and from new starting points, and continues them for three times as long as
+anything observed. About a minute on two cores.
+
+Reference: Chen et al. (2018), arXiv:1806.07366.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from rich.progress import Progress
+
+import jaxode
+from jaxode import plot
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SERIES, OBSERVED, SPAN, NOISE = 32, 16, 2.0, 0.05
+
+
+def truth(t, y, args):
+    del t, args
+    x, y = y**3
+    return jnp.stack([-0.1 * x + 2.0 * y, -2.0 * x - 0.1 * y])
+
+
+def learned(t, y, network):
+    return network(jnp.zeros_like(t), y)  # the system has no clock, so neither has the network
+
+
+def paths(f, args, y0, ts, **options):
+    """All series in one solve: `[times, series, 2]`."""
+    return jaxode.flow(f, y0, 0.0, ts[-1], args, ts=ts, return_solution=True, **options).ys
+
+
+def observe(f, args, y0, times, **options):
+    """Each series at times of its own, `[series, observed]`: one solve with all of the times."""
+    order = jnp.argsort(times.ravel())
+    ys = paths(f, args, y0, times.ravel()[order], **options)
+    when = jnp.argsort(order).reshape(times.shape)
+    return ys[when, jnp.arange(len(y0))[:, None]]
+
+
+def train(params, times, observed, steps, rate):
+    """Least squares with Adam. The horizon grows: far predictions of a raw network only mislead."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    @jax.jit
+    def step(params, state, horizon):
+        def loss(params):
+            network, y0 = params
+            error = observe(learned, network, y0, times, throw=False) - observed
+            seen = times <= horizon
+            return jnp.sum(jnp.where(seen[..., None], error**2, 0.0)) / (2 * jnp.sum(seen))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    with Progress() as progress:
+        task = progress.add_task("compiling", total=steps)
+        for i in range(steps):
+            horizon = SPAN * min(1.0, 0.1 + 1.5 * i / steps)
+            params, state, loss = step(params, state, horizon)
+            losses.append(float(loss) ** 0.5)
+            progress.update(task, advance=1, description=f"error {losses[-1]:.3f}")
+            if not np.isfinite(losses[-1]):
+                raise FloatingPointError(f"the solve failed in step {i}: lower --rate")
+    return params, losses
+
+
+def draw(network, y0, new, times, observed, losses, path):
+    """Observations, fit, a continuation from new starting points, and the training curve."""
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4.3), constrained_layout=True)
+    plot.samples(observed.reshape(-1, 2), ax=axes[0], s=10)
+    plot.trajectories(paths(learned, network, y0, jnp.linspace(0, SPAN, 400)), ax=axes[1])
+    plot.samples(observed.reshape(-1, 2), ax=axes[1], color="black", s=8, zorder=4)
+    ts = jnp.linspace(0, 3 * SPAN, 1200)
+    for f, args, label, style in (
+        (truth, None, "truth", {"color": "black", "lw": 2.5, "alpha": 0.3}),
+        (learned, network, "learned", {"color": "tab:red", "lw": 1}),
+    ):
+        ys = paths(f, args, new[:1], ts)
+        axes[2].plot(ts, ys[:, 0], label=[label, None], **style)
+    axes[2].axvspan(0, SPAN, color="tab:blue", alpha=0.08, label="span of the observations")
+    axes[2].set(xlabel="time", ylabel="both coordinates", ylim=(-2.6, 1.8))
+    axes[2].legend(loc="lower right")
+    plot.history(losses, ax=axes[3], window=1)
+    axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")
+    axes[3].set(yscale="log", ylabel="root mean square error, as the horizon grows")
+    axes[3].legend()
+    titles = ("noisy observations", "the fit", "from a new starting point", "training")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=1200, help="training steps")
+    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate")
+    parser.add_argument("--width", type=int, default=64, help="size of the two hidden layers")
+    parser.add_argument("--out", type=Path, default=Path("out/spiral.png"), help="the picture")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if min(options.steps, options.width) < 1:
+        parser.error("--steps and --width must be at least 1")
+
+    keys = iter(jax.random.split(jax.random.key(options.seed), 5))
+    start, new = jax.random.uniform(next(keys), (2, SERIES, 2), minval=-1.6, maxval=1.6)
+    times = jnp.sort(jax.random.uniform(next(keys), (SERIES, OBSERVED), maxval=SPAN), axis=1)
+    exact = observe(truth, None, start, times)
+    observed = exact + NOISE * jax.random.normal(next(keys), exact.shape)
+
+    network: Any = jaxode.nn.MLP(2, (options.width,) * 2, key=next(keys))
+    begin = time.perf_counter()
+    try:
+        (network, y0), losses = train(
+            (network, observed[:, 0]), times, observed, options.steps, options.rate
+        )
+    except FloatingPointError as error:
+        print(f"spiral: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.steps} steps in {time.perf_counter() - begin:.0f} s")
+
+    ts = jnp.linspace(0, 3 * SPAN, 300)
+    errors = paths(learned, network, new, ts) - paths(truth, None, new, ts)
+    rms = lambda error: float(jnp.sqrt(jnp.mean(error**2)))
+    seen = rms(observe(learned, network, y0, times) - exact)
+    print(f"root mean square error (noise {NOISE}, size of the data {rms(exact):.2f})")
+    print(f"  at the observations, without their noise   {seen:.3f}")
+    print(f"  from new starting points, same span        {rms(errors[ts <= SPAN]):.3f}")
+    print(f"  from new starting points, three times it   {rms(errors):.3f}")
+    draw(network, y0, new, times, observed, losses, options.out)
+    print(f"picture: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.")
+        sys.exit(130)
