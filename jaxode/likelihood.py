@@ -8,6 +8,7 @@ for the divergence, and the value costs nothing beside the gradient.
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -120,7 +121,7 @@ def objective(
         return jax.vmap(costs, (axis, 0, None, 0))(time, rows(y), params, rest)
 
     y0 = problem.y0
-    like = y0.reshape(x.shape[0], -1) if per_row else y0
+    like = y0.reshape(x.shape[0], math.prod(x.shape[1:])) if per_row else y0
     times = lambda y: jnp.broadcast_to(problem.t0, y.shape[:1])
     closed_costs, (_, (probes, _)) = close_field(
         costs_of_rows, (costs, per_row), times(like), like, (params, (probes, context))

@@ -64,7 +64,8 @@ class Nodes(NamedTuple):
             return step
         batch = self.phase.shape[0]
         time = lambda t: jnp.broadcast_to(t, (batch,))
-        y, k = step.y.reshape(batch, -1), step.k.reshape(step.k.shape[0], batch, -1)
+        size = step.y.size // max(batch, 1)
+        y, k = step.y.reshape(batch, size), step.k.reshape(step.k.shape[0], batch, size)
         return Step(time(step.t), time(step.h), y, k)
 
     def _place(self, step: Step, number, index):
@@ -142,4 +143,5 @@ class Nodes(NamedTuple):
 
 def _to_rows(x: Float[Array, " batch"], like: Float[Array, " rows"]) -> Float[Array, " rows"]:
     """Summed over the samples of each row."""
-    return jnp.sum(x.reshape(like.shape[0], -1), axis=1).astype(like.dtype)
+    samples = x.shape[0] // max(like.shape[0], 1)
+    return jnp.sum(x.reshape(like.shape[0], samples), axis=1).astype(like.dtype)
