@@ -7,6 +7,7 @@ from jaxode.adjoints import (
     ForwardMode,
     InterpolatingAdjoint,
 )
+from jaxode.auditing import audit
 from jaxode.cnf import cnf
 from jaxode.debugging import backward_stats
 from jaxode.distributions import diagonal_normal, standard_normal
@@ -23,6 +24,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "audit",
     "backward_stats",
     "cnf",
     "diagonal_normal",

@@ -1,0 +1,134 @@
+"""Is this flow accurate where it is used? One table of checks against a tight solve."""
+
+import dataclasses
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jaxode.adjoints import DiscreteAdjoint
+from jaxode.checks import CHECKS, Row, Subject, cast, tight_dtype
+from jaxode.cnf import CNF
+from jaxode.divergence import EXACT_UP_TO, Divergence, exact
+from jaxode.solve import DEFAULTS
+from jaxode.tableau import is_explicit
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `jaxode.audit` returns; `print` shows it as a table."""
+
+    reference: str
+    """What errors are measured against."""
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is in range."""
+        return not self.advice
+
+    @property
+    def advice(self) -> dict[str, str]:
+        """One sentence for each check that is out of range, by its name."""
+        return {row.name: row.advice for row in self.rows if row.advice}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What was measured, by the name of the check."""
+        return {row.name: row.value for row in self.rows}
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'check':{width}}  {'value':>9}    in range"]
+        for row in self.rows:
+            mark = "!" if row.advice else " "
+            lines.append(f"{row.name:{width}}  {row.value:9.3g}  {mark} {row.limit}")
+        lines.append(f"Errors are against {self.reference}.")
+        lines += [f"! {name}: {advice}" for name, advice in self.advice.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def audit(
+    flow: CNF,
+    params: PyTree,
+    x: Float[Array, "batch *event"],
+    key: PRNGKeyArray,
+    *,
+    context: PyTree = None,
+) -> Report:
+    """Check the accuracy of a flow on a batch, and say what to do about what is out of range.
+
+    Errors are those against a tight solve with the same probes, in float64 if `jax_enable_x64` is
+    set, else in the dtype of `x`; the report says which. The total probability is that of flows of
+    up to two dimensions, for the first row of the context. `quadrature="stochastic"` is audited as
+    "gauss", since it has the same mean, and without `axis_name`.
+
+    It runs outside of `jit`, and compiles about ten programs; a few hundred samples are enough.
+
+    Args:
+        flow: made by `jaxode.cnf`.
+        params: as for the methods of the flow.
+        x: samples, `[batch, *event]`: data that the flow is used on.
+        key: for the probes, and for samples of the flow.
+        context: as for the methods of the flow.
+
+    Returns:
+        A `Report`: `print` shows it as a table, `report.ok` says whether all is in range,
+        `report.values` and `report.advice` are by the name of a check. A solve that fails is part
+        of the report, and what it keeps from being measured is NaN.
+
+    Raises:
+        TypeError, ValueError: as the methods of the flow, for wrong arguments.
+    """
+    x = flow._check_samples("audit", "x", x)
+    as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
+    floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
+    params, context = jax.tree.map(floats, (params, context))
+    options = {k: v for k, v in flow.solve_options.items() if k != "axis_name"}
+    flow = dataclasses.replace(flow, throw=False, quadrature="gauss", solve_options=options)
+    subject = Subject(flow, flow, params, x, key, context)
+    subject.tight, reference = _tighten(flow, x, stochastic=subject.probes is not None)
+    rows = [check(subject) for check in CHECKS]
+    return Report(reference, tuple(row for row in rows if row is not None))
+
+
+def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
+    """The flow with a tight solve, and what to call it."""
+    dtype = tight_dtype(x)
+    tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
+    solver = flow.solve_options.get("solver", DEFAULTS["solver"])
+    if is_explicit(solver):
+        solver = diffrax.Dopri8()
+    divergence = flow.divergence
+    if stochastic:
+        divergence = _same_probes(divergence, x.dtype)
+    elif x[0:1].size <= EXACT_UP_TO:
+        divergence = exact()  # so that a wrong closed form is found
+    options = {
+        "solver": solver, "rtol": tolerance, "atol": tolerance, "max_steps": 10_000,
+        "adjoint": DiscreteAdjoint(),
+    }  # fmt: skip
+    f, base = cast((flow.f, flow.base), dtype)
+    tight = dataclasses.replace(
+        flow, f=f, base=base, divergence=divergence, step_control="joint", solve_options=options
+    )
+    name = f"{type(solver).__name__} in {jnp.dtype(dtype).name} at tolerance {tolerance:.1g}"
+    return tight, name
+
+
+def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
+    """With probes drawn in this dtype, whatever that of the solve."""
+
+    def init(key, z):
+        return divergence.init(key, z.astype(dtype)).astype(z.dtype)
+
+    choose = getattr(divergence, "choose", None)
+    changed: dict[str, Any] = {"init": init}
+    if choose is not None:
+        changed["choose"] = lambda g, z: _same_probes(choose(g, z), dtype)
+    return divergence._replace(**changed)

@@ -1,0 +1,148 @@
+"""The audit finds what is wrong with a flow, and nothing where nothing is."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode import divergence
+
+KEY = jax.random.key(0)
+
+
+def wave(t, z, p):
+    """A smooth field, of as many dimensions as `z`."""
+    return p * jnp.sin(2 * jnp.roll(z, 1) + 3 * t)
+
+
+def swirl(t, z, p):
+    """Its Jacobian has a large part off the diagonal, which makes probes noisy."""
+    return p * (jnp.roll(z, 1) + jnp.roll(z, -1))
+
+
+def jump(t, z, p):
+    """All samples pass several jumps on their way."""
+    return p * (1.5 + jnp.sign(jnp.sin(3 * z)))
+
+
+def root(t, z, p):
+    """Not Lipschitz at zero: samples end there in finite time, and cannot be carried back."""
+    return -p * jnp.sign(z) * jnp.sqrt(jnp.abs(z))
+
+
+def stiff(t, z, p):
+    return -p * (z - jnp.sin(5 * t))
+
+
+class WrongDivergence:
+    """A closed form that forgets half of the divergence."""
+
+    def __call__(self, t, z, p):
+        return p * jnp.sin(z)
+
+    def value_and_divergence(self, t, z, p):
+        return p * jnp.sin(z), 0.5 * jnp.sum(p * jnp.cos(z))
+
+
+def audit(f, event=1, p=1.0, **options):
+    flow = jaxode.cnf(f, jaxode.standard_normal(event), **options)
+    x = jax.random.normal(jax.random.key(1), (16, event))
+    return jaxode.audit(flow, jnp.asarray(p), x, KEY)
+
+
+HEALTHY = {
+    "joint": lambda: audit(wave),
+    "two dimensions, per sample": lambda: audit(wave, 2, step_control="per_sample"),
+    "probes": lambda: audit(swirl, 4, 0.03, divergence=divergence.hutchinson(16)),
+}
+
+
+@pytest.mark.parametrize("run", HEALTHY.values(), ids=HEALTHY)
+def test_healthy_flow_gets_no_advice(run):
+    report = run()
+    assert report.advice == {}
+    assert report.ok
+    assert np.isfinite(list(report.values.values())).all()
+    assert report.reference == "Dopri8 in float64 at tolerance 1e-10"
+
+
+# (flow broken on purpose, what must be found, a word of the advice)
+BROKEN = {
+    "too loose a tolerance": (
+        lambda: audit(wave, p=4.0, rtol=0.3, atol=0.3),
+        {"round-trip error", "log-density error", "loss error", "gradient error"},
+        "Tighten rtol and atol",
+    ),
+    "too few probes": (
+        lambda: audit(swirl, 4, 0.5, divergence=divergence.hutchinson()),
+        {"probe standard error"},
+        "times as many probes",
+    ),
+    "a field that jumps": (
+        lambda: audit(jump),
+        {"part of steps rejected", "round-trip error"},
+        "Look for a kink, a jump or a singularity",
+    ),
+    "a field that is not Lipschitz": (
+        lambda: audit(root, p=2.0),
+        {"total probability"},
+        "the field is not smooth",
+    ),
+    "too small max_steps": (
+        lambda: audit(wave, p=4.0, max_steps=3),
+        {"solves that fail"},
+        "the steps ran out at t=",
+    ),
+    "nearly too small max_steps": (
+        lambda: audit(wave, p=4.0, max_steps=23),
+        {"part of max_steps used"},
+        "Raise max_steps from 23",
+    ),
+    "a wrong divergence": (
+        lambda: audit(WrongDivergence()),
+        {"log-density error", "loss error", "gradient error", "total probability"},
+        "divergence of the vector field is wrong",
+    ),
+    "a stiff field": (
+        lambda: audit(stiff, p=300.0, t1=0.5, solver=diffrax.Dopri8()),
+        {"stiffness"},
+        "Kvaerno5",
+    ),
+    "a field that is not finite": (
+        lambda: audit(lambda t, z, p: jnp.where(t < 0.5, jnp.nan, p) * z),
+        {"solves that fail", "tight solves that fail"},
+        "the vector field or the state is not finite at t=0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize(("run", "found", "word"), BROKEN.values(), ids=BROKEN)
+def test_broken_flow_is_found(run, found, word):
+    report = run()
+    assert found <= set(report.advice)
+    assert not report.ok
+    assert any(word in sentence for sentence in report.advice.values())
+
+
+def test_report_is_a_table():
+    report = audit(wave, p=4.0, max_steps=3)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["check", "value", "in", "range"]
+    assert [line.split("  ")[0] for line in lines[1 : 1 + len(report.rows)]] == list(report.values)
+    assert "Errors are against Dopri8 in float64 at tolerance 1e-10." in lines
+    advice = lines[-len(report.advice)]
+    assert advice.startswith("! solves that fail: to_base: the steps ran out at t=")
+    # What the failure keeps from being measured is NaN, and no advice of its own.
+    assert np.isnan(report.values["gradient error"])
+
+
+def test_single_precision_is_named(default_settings):
+    assert audit(wave, p=0.5).reference == "Dopri8 in float32 at tolerance 1e-06"
+
+
+def test_wrong_arguments_raise():
+    flow = jaxode.cnf(wave, jaxode.standard_normal(2))
+    with pytest.raises(ValueError, match=r"audit\(x=...\): must have shape"):
+        jaxode.audit(flow, 1.0, jnp.ones((3, 1)), KEY)
