@@ -125,7 +125,8 @@ def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
     """With probes drawn in this dtype, whatever that of the solve."""
 
     def init(key, z):
-        return divergence.init(key, z.astype(dtype)).astype(z.dtype)
+        probe = divergence.init(key, z.astype(dtype))
+        return None if probe is None else probe.astype(z.dtype)
 
     choose = getattr(divergence, "choose", None)
     changed: dict[str, Any] = {"init": init}
