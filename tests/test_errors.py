@@ -31,6 +31,19 @@ def cnf(event=2, **options):
 X = jnp.ones((4, 2))
 KEY = jax.random.key(0)
 
+OWN_DIVERGENCE = divergence.Divergence(lambda key, z: None, divergence.exact().apply)
+
+
+class WrongShape:
+    """A field whose divergence is not a scalar."""
+
+    def __call__(self, t, z, args):
+        return -z
+
+    def value_and_divergence(self, t, z, args):
+        return -z, -jnp.ones(2)
+
+
 # (call, exception, message). A new rule is one row.
 BAD_INPUT = [
     (
@@ -308,6 +321,76 @@ BAD_INPUT = [
         lambda: divergence.exact(chunk=0), ValueError,
         "exact(chunk=...): must be a positive integer; got 0.",
     ),
+    (
+        lambda: solve(solver=diffrax.Kvaerno3(), axis_name="batch"), ValueError,
+        "solve(axis_name=...): needs an explicit Runge-Kutta solver, such as diffrax.Tsit5(); got "
+        "Kvaerno3. The implicit equations couple the whole state, so do not split it, or use such "
+        "a solver.",
+    ),
+    (
+        lambda: jaxode.odeint(lambda y, t: -y, ONE, jnp.array(1.0)), ValueError,
+        "odeint(t=...): must be a vector of times; got shape ().",
+    ),
+    (
+        lambda: jaxode.cnf(None, jaxode.standard_normal(2)), TypeError,
+        "cnf(f=...): must be a function f(t, z, params); got None.",
+    ),
+    (
+        lambda: cnf(quadrature="simpson"), ValueError,
+        "cnf(quadrature=...): must be 'gauss' or 'stochastic'; got 'simpson'.",
+    ),
+    (
+        lambda: cnf(quadrature="stochastic", adjoint=jaxode.BacksolveAdjoint()), ValueError,
+        "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "
+        "Runge-Kutta solver. Use quadrature='gauss'.",
+    ),
+    (
+        lambda: cnf(quadrature="stochastic").nll(None, X), ValueError,
+        "nll: quadrature='stochastic' needs random numbers; got key=None. "
+        "Pass key=jax.random.key(...).",
+    ),
+    (
+        lambda: cnf(regularizers=("kinetic",)), TypeError,
+        "cnf(regularizers=...): must be a tuple of jaxode.regularizers; got ('kinetic',).",
+    ),
+    (
+        lambda: jaxode.regularizers.kinetic_energy(-1.0), ValueError,
+        "kinetic_energy(weight=...): must be finite and at least 0; got -1.0.",
+    ),
+    (
+        lambda: cnf(
+            divergence=OWN_DIVERGENCE, regularizers=(jaxode.regularizers.jacobian_frobenius(0.1),)
+        ).nll(None, X),
+        ValueError,
+        "nll: a regularizer needs the norm of the Jacobian, which the divergence a divergence of "
+        "your own does not give. Pass divergence=jaxode.divergence.hutchinson() to cnf.",
+    ),
+    (
+        lambda: cnf(divergence=divergence.closed_form()).nll(None, X), ValueError,
+        "closed_form: the vector field offers no value_and_divergence(t, z, args) for these "
+        "arguments. Use divergence=jaxode.divergence.exact() or hutchinson().",
+    ),
+    (
+        lambda: jaxode.cnf(WrongShape(), jaxode.standard_normal(2)).nll(None, X), ValueError,
+        "value_and_divergence(t, z, args): must return the derivative and a scalar divergence of "
+        "one sample; got shapes ((2,), (2,)).",
+    ),
+    (
+        lambda: jaxode.backward_stats(decay, ONE, 0.0, 1.0, adjoint=jaxode.DiscreteAdjoint()),
+        TypeError,
+        "backward_stats(adjoint=...): must have a backward solve; got "
+        "DiscreteAdjoint(checkpoints=64). Use jaxode.BacksolveAdjoint() or "
+        "jaxode.InterpolatingAdjoint().",
+    ),
+    (
+        lambda: jaxode.nn.MLP(2, key=KEY)(0.0, ONE, ONE), ValueError,
+        "MLP(context_size=0): the context of a sample must be a vector of this size, and None for "
+        "size 0; got shape (2,).",
+    ),
+    (
+        lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,
+        "audit(x=...): must have shape (batch, *event) with event (2,); got (4, 3).",
+    ),
 ]  # fmt: skip
 
 
@@ -396,6 +479,13 @@ def test_times_known_only_at_run_time():
     assert jnp.isnan(bad.ys).all()
     assert run(jnp.array([0.5, 1.5])).result == jaxode.Result.INVALID_ARGUMENT
     assert run(jnp.array([jnp.nan, 1.0])).result == jaxode.Result.INVALID_ARGUMENT
+    loud = jax.jit(lambda ts: solve(ts=ts).ys)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match="SolveError: solve: a time is not finite, ts is not monotone from t0 to t1, or a "
+        r"tolerance is negative at t=0\. Check t0, t1, rtol and atol; sort ts",
+    ):
+        jax.block_until_ready(loud(jnp.array([0.5, 0.2])))
     negative = jax.jit(lambda rtol: solve(rtol=rtol, throw=False).result)(-1e-3)
     assert negative == jaxode.Result.INVALID_ARGUMENT
 
