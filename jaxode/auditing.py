@@ -85,7 +85,7 @@ def audit(
     Raises:
         TypeError, ValueError: as the methods of the flow, for wrong arguments.
     """
-    x = flow._check_samples("audit", "x", x)
+    x = flow._samples("audit", "x", x)
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
     params, context = jax.tree.map(floats, (params, context))

@@ -121,7 +121,7 @@ class Subject:
     @cached_property
     def probes(self) -> Any:
         """The noise of the divergence; None if it is exact."""
-        return self.flow._probes(self.key, self.x, self.params, self.context)
+        return self.flow._integrands.probes(self.key, self.x, self.params, self.context)
 
     def judge(self, name: str, value: Any, limit: float, text: str, advice: str) -> Row:
         """In range is what is at most the limit."""
@@ -322,13 +322,13 @@ def _stiffness(s: Subject) -> Row:
     times = jnp.linspace(start, end, 9, dtype=s.x.dtype)
     options = {**flow.solve_options, "ts": times}
     solution = solve_batch(
-        "audit", flow._field, s.x, start, end, s.params, s.context, options, flow.step_control,
+        "audit", flow._integrands.field, s.x, start, end, s.params, s.context, options, flow.step_control,
         False,
     )  # fmt: skip
     v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
 
     def of_sample(t, z, context):
-        return _spectral_radius(lambda z: flow._field(t, z, s.params, context), z, v)
+        return _spectral_radius(lambda z: flow._integrands.field(t, z, s.params, context), z, v)
 
     over_batch = jax.vmap(of_sample, (None, 0, 0))
     radius = jax.vmap(over_batch, (0, 0, None))(times, solution.ys, s.context)
