@@ -1,7 +1,9 @@
 """The examples run on tiny settings, write their picture, and answer wrong input in one line."""
 
 import importlib.util
+import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 PNG = b"\x89PNG"
+sys.path.insert(0, str(EXAMPLES))  # as for a script there: one example imports from another
 
 
 def load(name):
@@ -130,3 +133,169 @@ def test_interruption_ends_cleanly(tmp_path, moment):
     assert "Traceback" not in output
     assert picture.exists() == (moment == "first step")
     assert process.returncode == (0 if moment == "first step" else 130)
+
+
+def run(name, capsys, *arguments, code=0):
+    """What the example prints, to standard output and standard error."""
+    assert load(name).main([str(argument) for argument in arguments]) == code
+    return capsys.readouterr()
+
+
+def numbers(text):
+    return [float(word) for word in re.findall(r"-?\d+\.?\d*(?:e[+-]\d+)?", text)]
+
+
+def test_spiral(tmp_path, capsys, default_settings):
+    picture = tmp_path / "spiral.png"
+    output = run("spiral", capsys, "--steps", 2, "--width", 4, "--out", picture).out
+    assert picture.read_bytes().startswith(PNG)
+    seen, new, _ = (numbers(line)[-1] for line in output.splitlines() if line.startswith("  "))
+    assert 0 < seen < new < 3
+
+
+def test_spiral_observes_each_series_at_its_own_times(default_settings):
+    spiral = load("spiral")
+    y0 = jax.numpy.array([[1.0, 0.5], [-0.3, 1.2]])
+    times = jax.numpy.array([[0.1, 0.7, 1.9], [0.2, 0.3, 0.8]])
+    seen = spiral.observe(spiral.truth, None, y0, times, rtol=1e-6, atol=1e-6)
+    one = lambda y0, t: spiral.jaxode.solve(spiral.truth, y0, 0.0, t, rtol=1e-6, atol=1e-6).y1
+    expected = jax.vmap(jax.vmap(one, in_axes=(None, 0)))(y0, times)
+    np.testing.assert_allclose(seen, expected, atol=2e-5)  # float32, tolerance 1e-6
+
+
+def test_resnet_to_ode(tmp_path, capsys, default_settings):
+    picture = tmp_path / "resnet.png"
+    arguments = ["--depths", 2, 8, 32, "--steps", 3, "--width", 8, "--batch", 32]
+    output = run("resnet_to_ode", capsys, *arguments, "--out", picture).out
+    assert picture.read_bytes().startswith(PNG)
+    rows = [numbers(line) for line in output.splitlines() if re.match(r" +\d+ ", line)]
+    assert [row[0] for row in rows] == [2, 8, 32]
+    states, gradients = np.array(rows)[:, -2:].T
+    for differences in (states, gradients):  # of first order in 1/L
+        np.testing.assert_allclose(differences[:-1] / differences[1:], 4, rtol=0.25)
+    apart = next(line for line in output.splitlines() if "by hand" in line)
+    assert numbers(apart)[-1] < 1e-5  # rounding, in float32
+
+
+def test_conditional(tmp_path, capsys, default_settings):
+    picture = tmp_path / "conditional.png"
+    arguments = ["--steps", 2, "--batch", 8, "--width", 4, "--out", picture]
+    output = run("conditional", capsys, *arguments).out
+    assert picture.read_bytes().startswith(PNG)
+    known, either = (numbers(line)[-1] for line in output.splitlines() if "bits per" in line)
+    # The untrained flow is close to the Gaussian, and does not yet know the classes.
+    np.testing.assert_allclose([known, either], 2.44, atol=0.05)
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_flax_field(tmp_path, capsys, default_settings, api):
+    pytest.importorskip("flax")
+    picture = tmp_path / "flax.png"
+    arguments = ["--api", api, "--steps", 2, "--batch", 16, "--width", 4, "--out", picture]
+    output = run("flax_field", capsys, *arguments).out
+    assert picture.read_bytes().startswith(PNG)
+    score = next(line for line in output.splitlines() if line.startswith("held-out"))
+    assert -8 < numbers(score)[0] < -1
+
+
+@pytest.mark.slow
+def test_numpyro_guide(tmp_path, capsys, default_settings):
+    pytest.importorskip("numpyro")
+    picture = tmp_path / "guide.png"
+    output = run("numpyro_guide", capsys, "--steps", 3, "--samples", 50, "--out", picture).out
+    assert picture.read_bytes().startswith(PNG)
+    assert re.search(r"^flow  .*\d$", output, re.MULTILINE)
+
+
+def small_table(path, rows=200):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 3)) @ np.array([[1.0, 2, 0], [0, 0.3, 1], [0, 0, 5]]) + 7
+    lines = [f"r{i},{a},{b},{c}" for i, (a, b, c) in enumerate(x)]
+    path.write_text("\n".join(["name,a,b,c", *lines]))
+    return path
+
+
+def tabular(tmp_path, *more):
+    arguments = ["--data", small_table(tmp_path / "table.csv"), "--width", 8, "--batch", 16]
+    arguments += ["--checkpoint", tmp_path / "state", "--out", tmp_path / "a.png", "--rows", 20]
+    return [str(argument) for argument in (*arguments, *more)]
+
+
+def test_tabular(tmp_path, capsys, default_settings):
+    output = run("tabular", capsys, *tabular(tmp_path, "--steps", 3)).out
+    assert "160 rows to train on, 40 held out, 3 columns: a, b, c" in output
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    table = np.genfromtxt(tmp_path / "a.csv", delimiter=",", names=True)
+    assert table.dtype.names == ("a", "b", "c")
+    assert table.shape == (20,)
+    again = run("tabular", capsys, *tabular(tmp_path, "--steps", 3, "--evaluate")).out
+    assert "continuing from step 3" in again
+    result = lambda text: [line for line in text.splitlines() if line.startswith(("flow", "full"))]
+    assert result(again) == result(output)
+
+
+def test_a_checkpoint_that_cannot_be_used_gets_one_clear_line(tmp_path, capsys, default_settings):
+    state = tmp_path / "state"
+    arguments = tabular(tmp_path, "--steps", 2)
+    assert (
+        "cannot read the checkpoint" in run("tabular", capsys, *arguments, "--evaluate", code=2).err
+    )
+    run("tabular", capsys, *arguments)
+    good = state.read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    for bad in (b"", b"\n", b"{}\n", good[:-1], good[:100], flipped, b"no checkpoint"):
+        state.write_bytes(bad)
+        error = run("tabular", capsys, *arguments, code=2).err
+        assert "is damaged, or not a checkpoint" in error
+        assert state.read_bytes() == bad  # left for its owner to look at
+    state.write_bytes(good)
+    error = run("tabular", capsys, *arguments, "--width", 4, code=2).err
+    assert "was saved with other settings: width 8" in error
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
+    tmp_path, capsys, default_settings
+):
+    arguments = tabular(tmp_path, "--steps", 60, "--rate", 1e30)
+    error = run("tabular", capsys, *arguments, code=1).err
+    assert re.search(r"in step \d+ the loss \(.*\) or its gradient is not finite", error)
+    assert "its solve ended with: " in error
+    good = int(re.search(r"the last good state, before step (\d+)", error)[1])
+    assert 0 < good < 60
+    output = run("tabular", capsys, *arguments, "--evaluate").out
+    assert f"continuing from step {good} " in output
+    score = next(line for line in output.splitlines() if line.startswith("flow"))
+    assert np.isfinite(numbers(score)[0])
+
+
+@pytest.mark.slow
+def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
+    """SIGKILL, three times, while it saves at every step; then bit for bit the same file."""
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+
+    def start(where):
+        command = [sys.executable, str(EXAMPLES / "tabular.py")]
+        command += tabular(tmp_path / where, "--steps", 300, "--every", 1)
+        output = subprocess.DEVNULL
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def step_of(file):
+        header, _, _ = file.read_bytes().partition(b"\n")
+        return json.loads(header)["step"]
+
+    state = tmp_path / "killed" / "state"
+    for moment in (1, 90, 200):
+        process = start("killed")
+        while process.poll() is None and not (state.exists() and step_of(state) >= moment):
+            pass
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert moment <= step_of(state) < 300
+    for where in ("killed", "whole"):
+        assert start(where).wait(timeout=200) == 0
+    assert state.read_bytes() == (tmp_path / "whole" / "state").read_bytes()
+    assert (tmp_path / "killed" / "a.csv").read_bytes() == (
+        tmp_path / "whole" / "a.csv"
+    ).read_bytes()
