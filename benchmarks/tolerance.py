@@ -68,8 +68,8 @@ def measure(workload: flows.Workload, tolerances=TOLERANCES, solvers=tuple(SOLVE
 
 def make(p: flows.Problem, solver, tolerance):
     return jaxode.cnf(
-        jaxode.nn.field, jaxode.standard_normal(p.x.shape[1]), solver=solver, rtol=tolerance,
-        atol=tolerance, divergence=jaxode.divergence.hutchinson(), throw=False,
+        jaxode.nn.field, jaxode.standard_normal(p.x.shape[1]), t1=p.span, solver=solver,
+        rtol=tolerance, atol=tolerance, divergence=jaxode.divergence.hutchinson(), throw=False,
     )  # fmt: skip
 
 
