@@ -27,8 +27,8 @@ from benchmarks import compare
 
 HERE = Path(__file__).parent
 BENCHMARKS = (
-    "ffjord_step", "neural_ode_step", "per_sample", "overhead", "divergence", "compile_time",
-    "memory", "scaling", "sharding",
+    "ffjord_step", "neural_ode_step", "per_sample", "overhead", "divergence", "regularizers",
+    "compile_time", "memory", "scaling", "sharding",
 )  # fmt: skip
 ON_ITS_OWN = ("time_to_nll",)
 SECONDS = 12.0  # of alternated calls in one case; a module may have a SECONDS of its own
