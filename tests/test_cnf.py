@@ -134,16 +134,16 @@ def test_hutchinson_log_prob_is_unbiased():
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_noise_depends_on_the_key_and_the_index_alone(control):
-    """Same key, same value: with or without jit, whatever the rest of the batch."""
-    flow = jaxode.cnf(
-        field, jaxode.standard_normal(3), divergence=divergence.hutchinson(),
-        step_control=control, **TIGHT,
-    )  # fmt: skip
+    """Same key, same value: with or without jit, with joint or own steps, whatever the batch."""
+    noisy = {"divergence": divergence.hutchinson(), **TIGHT}
+    flow = jaxode.cnf(field, jaxode.standard_normal(3), step_control=control, **noisy)
     m, key = module(3), jax.random.key(11)
     x = jax.random.normal(jax.random.key(1), (6, 3))
     values = flow.log_prob(m, x, key=key)
     np.testing.assert_allclose(jax.jit(flow.log_prob)(m, x, key=key), values, rtol=1e-12)
     np.testing.assert_allclose(flow.log_prob(m, x[:2], key=key), values[:2], rtol=1e-7)
+    joint = jaxode.cnf(field, jaxode.standard_normal(3), step_control="joint", **noisy)
+    np.testing.assert_allclose(joint.log_prob(m, x, key=key), values, rtol=1e-7)
     other = x.at[2:].set(0.0)
     np.testing.assert_allclose(flow.log_prob(m, other, key=key)[:2], values[:2], rtol=1e-7)
     assert jnp.abs(flow.log_prob(m, x, key=jax.random.key(12)) - values).max() > 1e-3
@@ -220,6 +220,9 @@ def test_context_selects_the_density():
     np.testing.assert_allclose(flow.log_prob(2.0, x, context=context), exact, rtol=1e-7)
     np.testing.assert_allclose(flow.nll(2.0, x, context=context), -exact.mean(), rtol=1e-7)
     np.testing.assert_allclose(flow.to_base(2.0, x, context=context), x - 2 * context, atol=1e-7)
+    sample = flow.sample(2.0, jax.random.key(1), 2, context=context)
+    z = flow.base.sample(jax.random.key(1), (2,))
+    np.testing.assert_allclose(sample, z + 2 * context, atol=1e-7)
     sample, log_prob = flow.sample_and_log_prob(2.0, jax.random.key(0), 2, context=context)
     np.testing.assert_allclose(
         log_prob, scipy.stats.norm.logpdf(sample, loc=2 * context).sum(1), rtol=1e-7

@@ -79,15 +79,16 @@ def test_rademacher_mean_over_all_signs_is_the_trace():
     np.testing.assert_allclose(values.mean(), trace(g, Z), rtol=1e-13)
 
 
-def test_probes_share_one_linearization():
-    """More probes evaluate the field no more often."""
+@pytest.mark.parametrize("name", EXACT | RANDOM | {"five probes": None})
+def test_all_products_share_one_linearization(name):
+    """More probes, or more dimensions, evaluate the field no more often."""
     calls = []
 
     def counted(z):
         calls.append(1)
         return g(z)
 
-    estimator = divergence.hutchinson(5)
+    estimator = (EXACT | RANDOM | {"five probes": divergence.hutchinson(5)})[name]
     estimator.apply(counted, Z, estimator.init(jax.random.key(0), Z))
     assert len(calls) == 1
 

@@ -79,7 +79,7 @@ def test_the_parameters_product_is_formed_once_for_a_batch():
     assert extra == [(7, 9), (9, 5), (5,)]
 
 
-@pytest.mark.parametrize("make", [nn.MLP, nn.Concat, nn.ConcatSquash])
+@pytest.mark.parametrize("make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient])
 def test_deeper_networks_offer_no_closed_form(make):
     m = make(6, (4, 4, 4), key=jax.random.key(0))
     assert m.value_and_divergence(T, Y) is NotImplemented

@@ -364,6 +364,20 @@ def test_18_stochastic_gradient_of_the_log_likelihood():
     close(gradient(jaxode.InterpolatingAdjoint()), discrete, 1e-7)
     close(gradient(jaxode.BacksolveAdjoint()), discrete, 1e-7)
 
+    # Of a likelihood discretized by hand, here in Euler's steps: plain autodiff.
+    steps = 5
+
+    def discretized(theta):
+        z, log_det = x, 0.0
+        for s in 1 - jnp.arange(steps) / steps:
+            dz, jvp = h(s, z, theta)
+            z, log_det = z - dz / steps, log_det - v @ jvp / steps
+        return P_Z.log_prob(z) + log_det
+
+    euler = flow_model(hutchinson(), solver=diffrax.Euler(), steps=steps)
+    log_prob = lambda theta: euler.log_prob(theta, x[None], key=KEY)[0]
+    close(jax.grad(log_prob)(THETA), jax.grad(discretized)(THETA))
+
 
 def test_19_mixed_partial_derivatives():
     """`d(v^T df/dz v)/dz` and `/dtheta` by reverse over forward, without second derivatives."""
