@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode.mesh import axes_of, vary
 
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
-# it costs 2.4 times a probe, and less than the 8 probes that still leave 5% of noise in a gradient;
-# at 16 dimensions 3.8 times, and more.
+# it costs less than the 8 probes that still leave 5% of noise in a gradient, at 16 more.
 EXACT_UP_TO = 8
 
 Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
@@ -233,8 +232,8 @@ def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
 def auto() -> Divergence:
     """The closed form if the field offers one, else exact if the event is small, else estimated.
 
-    Small is at most `EXACT_UP_TO` dimensions, and larger events get `hutchinson()`.
-    `auto().describe(f, z, args)` says which it is.
+    Small is at most `EXACT_UP_TO` dimensions, as measured in docs/divergence.md, and larger events
+    get `hutchinson()`. `auto().describe(f, z, args)` says which it is.
     """
 
     def by_size(z):

@@ -268,7 +268,8 @@ class PotentialGradient(_Network):
         """`(m(t, y), div m)` in closed form, or `NotImplemented` unless there is one hidden layer.
 
         With the output weights `w` the gradient is `W1^T (w a'(u))`, and its divergence
-        `sum_j w_j a''(u_j) |W1_j|^2`.
+        `sum_j w_j a''(u_j) |W1_j|^2`. A second one would need a product of matrices for each
+        sample, which costs more than the exact trace of a small event (docs/divergence.md).
         """
         if len(self.hidden) != 1:
             return NotImplemented
