@@ -322,7 +322,8 @@ def _stiffness(s: Subject) -> Row:
     times = jnp.linspace(start, end, 9, dtype=s.x.dtype)
     options = {**flow.solve_options, "ts": times}
     solution = solve_batch(
-        "audit", flow._integrands.field, s.x, start, end, s.params, s.context, options, flow.step_control,
+        "audit", flow._integrands.field, s.x, start, end, s.params, s.context, options,
+        flow.step_control,
         False,
     )  # fmt: skip
     v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
