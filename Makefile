@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo density test test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
+.PHONY: demo density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
 	bench-check time-to-nll clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
@@ -12,7 +12,10 @@ demo: .venv/ready  ## Train a density on real handwritten digits; the picture is
 density: .venv/ready  ## Train a density on two moons; the picture is out/density_2d.png
 	$(BIN)/python examples/density_2d.py --data moons
 
-test: .venv/ready
+test: .venv/ready  ## But for the slow tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: .venv/ready  ## All tests, as CI runs them
 	$(BIN)/python -m pytest -n 2
 
 test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproject.toml allows

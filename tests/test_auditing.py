@@ -9,6 +9,7 @@ import pytest
 import jaxode
 from jaxode import divergence
 
+pytestmark = pytest.mark.slow
 KEY = jax.random.key(0)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import jaxode
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

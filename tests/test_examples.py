@@ -145,6 +145,7 @@ def numbers(text):
     return [float(word) for word in re.findall(r"-?\d+\.?\d*(?:e[+-]\d+)?", text)]
 
 
+@pytest.mark.slow
 def test_spiral(tmp_path, capsys, default_settings):
     picture = tmp_path / "spiral.png"
     output = run("spiral", capsys, "--steps", 2, "--width", 4, "--out", picture).out
@@ -163,6 +164,7 @@ def test_spiral_observes_each_series_at_its_own_times(default_settings):
     np.testing.assert_allclose(seen, expected, atol=2e-5)  # float32, tolerance 1e-6
 
 
+@pytest.mark.slow
 def test_resnet_to_ode(tmp_path, capsys, default_settings):
     picture = tmp_path / "resnet.png"
     arguments = ["--depths", 2, 8, 32, "--steps", 3, "--width", 8, "--batch", 32]
@@ -177,6 +179,7 @@ def test_resnet_to_ode(tmp_path, capsys, default_settings):
     assert numbers(apart)[-1] < 1e-5  # rounding, in float32
 
 
+@pytest.mark.slow
 def test_conditional(tmp_path, capsys, default_settings):
     picture = tmp_path / "conditional.png"
     arguments = ["--steps", 2, "--batch", 8, "--width", 4, "--out", picture]
@@ -221,6 +224,7 @@ def tabular(tmp_path, *more):
     return [str(argument) for argument in (*arguments, *more)]
 
 
+@pytest.mark.slow
 def test_tabular(tmp_path, capsys, default_settings):
     output = run("tabular", capsys, *tabular(tmp_path, "--steps", 3)).out
     assert "160 rows to train on, 40 held out, 3 columns: a, b, c" in output
@@ -299,3 +303,19 @@ def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
     assert (tmp_path / "killed" / "a.csv").read_bytes() == (
         tmp_path / "whole" / "a.csv"
     ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sharded_training_has_the_numbers_of_one_device(tmp_path, processes):
+    picture = tmp_path / "sharded.png"
+    command = [sys.executable, EXAMPLES / "sharded.py", "--steps", "3", "--batch", "32"]
+    command += ["--processes", str(processes), "--out", picture]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert picture.read_bytes().startswith(PNG)
+    losses, parameters = (
+        float(re.search(rf"largest difference of a {name} (\S+)", output).group(1))
+        for name in ("loss", "parameter")
+    )
+    assert losses < 1e-12
+    assert parameters < 1e-12

@@ -12,6 +12,9 @@ from problems import solver_name
 
 import jaxode
 
+pytestmark = pytest.mark.slow
+
+
 ADJOINTS = [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint(), jaxode.ForwardMode()]
 
 

@@ -340,6 +340,29 @@ def test_under_transformations():
     assert_close(jax.tree.map(lambda leaf: leaf[0], scanned), expected, 1e-12)
 
 
+def test_gradients_accumulate_over_parts_of_a_batch():
+    """With the same steps, the mean over equal parts is the gradient of the whole."""
+    flow = make(divergence=ESTIMATORS["exact"], steps=4)
+    x = normal(7, 8, DIM)
+    gradient = jax.jit(jax.grad(flow.nll))
+    parts = [gradient(PARAMS, part) for part in jnp.split(x, 2)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    assert_close(mean, gradient(PARAMS, x), 1e-12)
+
+
+def test_parameters_of_flax():
+    linen = pytest.importorskip("flax.linen")
+    module = linen.Dense(DIM, param_dtype=jnp.float64)
+    params = module.init(KEY, jnp.zeros(DIM))
+    flow = jaxode.cnf(lambda t, z, p: jnp.tanh(module.apply(p, z)), BASE, rtol=1e-9, atol=1e-9)
+    gradient = jax.jit(jax.grad(flow.nll))(params, X)
+    direction = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), params)
+    moved = lambda e: flow.nll(jax.tree.map(lambda p, d: p + e * d, params, direction), X)
+    slope = (moved(1e-4) - moved(-1e-4)) / 2e-4
+    products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=1e-6)
+
+
 def test_hessian_forward_over_reverse():
     flow = make(divergence=ESTIMATORS["exact"])
     times = recorded_times(flow, PARAMS, X, None)

@@ -1,0 +1,157 @@
+"""Train a flow on several devices: the numbers of one device, and one exchange a training step.
+
+    python examples/sharded.py                  # eight virtual devices of this computer
+    python examples/sharded.py --processes 2    # four in each of two processes
+    python examples/sharded.py --own-steps      # each device with steps of its own
+
+Each device has a part of the batch and all parameters. With axis_name= the devices take the
+solver's steps for the whole batch, which costs one number a step; without, each steps for itself
+and they meet only once a training step, for the gradient. The same training then runs on one
+device, and the losses are compared. Virtual devices share the cores, so this is about numbers, not
+about speed. A minute on two cores.
+"""
+
+import argparse
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.progress import Progress
+from sklearn.datasets import make_moons
+
+import jaxode
+from jaxode import plot
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+AXIS = "batch"
+
+
+def start(options) -> None:
+    """Make the virtual devices, and meet the other processes if there are any."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", options.devices // options.processes)
+    jax.config.update("jax_enable_x64", True)
+    if options.processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            f"localhost:{options.port}", options.processes, options.process_id
+        )
+
+
+def start_processes(options) -> int:
+    """This script once for each process; a free port is where they meet."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, __file__, *sys.argv[1:], "--port", str(port)]
+    processes = [
+        subprocess.Popen([*command, "--process-id", str(i)]) for i in range(options.processes)
+    ]
+    return max(process.wait() for process in processes)
+
+
+def training_step(mesh, optimizer, axis_name):
+    """`step(params, state, x, seed)` with the rows of `x` over the devices of `mesh`."""
+    flow = jaxode.cnf(
+        jaxode.nn.field, jaxode.standard_normal(2), divergence=jaxode.divergence.hutchinson(),
+        axis_name=axis_name,
+    )  # fmt: skip
+
+    def loss(params, x, key):
+        return jax.lax.pmean(flow.nll(params, x, key=key), AXIS)
+
+    def step(params, state, x, seed):
+        value, gradient = jax.value_and_grad(loss)(params, x, jax.random.key(seed))
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    specs = (P(), P(), P(AXIS), P())
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P()))
+
+
+def train(devices, axis_name, data, options, label: str):
+    """The losses and the parameters of a training on these devices."""
+    mesh, optimizer = Mesh(np.array(devices), (AXIS,)), optax.adam(3e-3)
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    step = training_step(mesh, optimizer, axis_name)
+    params = jaxode.nn.ConcatSquash(2, (32, 32), key=jax.random.key(0))
+    params, state = jax.device_put((params, optimizer.init(params)), everywhere)
+    rng, losses = np.random.default_rng(0), []
+    with Progress(disable=options.process_id > 0) as progress:
+        task = progress.add_task(f"{label}: compiling", total=options.steps)
+        for i in range(options.steps):
+            batch = data[rng.integers(0, len(data), options.batch)]
+            # Each process gives its devices their rows of the batch.
+            x = jax.make_array_from_callback(
+                batch.shape, split, lambda rows, batch=batch: batch[rows]
+            )
+            params, state, loss = step(params, state, x, np.uint32(i))
+            losses.append(float(loss))
+            progress.update(task, advance=1, description=f"{label}: loss {losses[-1]:.3f} nats")
+    return np.array(losses), jax.tree.map(np.asarray, params)
+
+
+def draw(losses, one, label, path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    plot.history(one, ax=left, label="one device")
+    plot.history(losses, ax=left, label=label)
+    left.legend()
+    right.semilogy(np.maximum(np.abs(losses - one), 1e-17))
+    right.set(xlabel="training step", ylabel="difference of the losses, nats")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--batch", type=int, default=256, help="points in a training step")
+    parser.add_argument("--devices", type=int, default=8, help="over all processes")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--own-steps", action="store_true", help="each device steps for itself")
+    parser.add_argument("--out", type=Path, default=Path("out/sharded.png"))
+    parser.add_argument("--process-id", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.steps < 1 or options.processes < 1:
+        parser.error("--steps and --processes must be at least 1")
+    if options.devices % options.processes or options.devices < 1:
+        parser.error(f"--devices {options.devices} must be a multiple of --processes")
+    if options.batch % options.devices or options.batch < 1:
+        parser.error(f"--batch {options.batch} must be a multiple of --devices {options.devices}")
+    if options.processes > 1 and options.port is None:
+        return start_processes(options)
+    start(options)
+    data = make_moons(20_000, noise=0.08, random_state=0)[0]
+    axis_name = None if options.own_steps else AXIS
+    label = f"{options.devices} devices"
+    losses, params = train(jax.devices(), axis_name, data, options, label)
+    one, params_of_one = train(jax.local_devices()[:1], None, data, options, "one device")
+    if options.process_id == 0:
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(params_of_one), strict=True)
+        apart = max(float(np.abs(a - b).max()) for a, b in pairs)
+        draw(losses, one, label, options.out)
+        print(
+            f"{label} in {options.processes} processes, last loss {losses[-1]:.6f} nats, "
+            f"on one device {one[-1]:.6f}"
+        )
+        print(f"largest difference of a loss {np.abs(losses - one).max():.1e} nats")
+        print(f"largest difference of a parameter {apart:.1e}")
+        print(f"picture: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
