@@ -11,6 +11,7 @@ References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv
 Ghosh et al. (2020), arXiv:2006.10711 ("STEER").
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -21,12 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.adjoints import DiscreteAdjoint
-from jaxode.distributions import BaseDensity, as_base
+from jaxode.distributions import BaseDensity, as_base, log_prob_of
 from jaxode.divergence import Divergence, auto
 from jaxode.integrands import Integrands
 from jaxode.likelihood import Solve, objective
 from jaxode.quadrature import random_phases
-from jaxode.regularizers import Regularizer
+from jaxode.regularizers import Regularizer, check_regularizers
 from jaxode.results import NLLStats, Result, Solution, nan_or_raise, raise_on_failure
 from jaxode.solve import DEFAULTS, VectorField, check_options, solve_batch
 from jaxode.tableau import is_explicit
@@ -36,12 +37,13 @@ from jaxode.validation import (
     check_count,
     check_samples,
     check_steer,
+    check_step_control,
     check_weights,
     state_dtype,
 )
 
 # Folded into the key for the end time: the index of no sample.
-END_TIME = 2**32 - 1
+END_TIME = 2**32 - 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,7 @@ class CNF:
         zero = jnp.zeros(x.shape[:1], x.dtype)
         field = self._integrands.volume
         z, log_det = self._to_base("log_prob", params, x, zero, key, context, field).y1
-        return self.base.log_prob(z) + log_det
+        return log_prob_of(self.base, z) + log_det
 
     def log_prob_and_error(
         self,
@@ -120,11 +122,12 @@ class CNF:
         if probes is None:
             log_prob = self.log_prob(params, x, context=context)
             return log_prob, jnp.zeros_like(log_prob)
-        standard_error = self._integrands.chosen_divergence(x, params, context).standard_error
+        chosen = self._integrands.chosen_divergence(x, params, context)
+        standard_error = chosen.standard_error
         if standard_error is None or probes.shape[1] < 2:
             raise ValueError(
                 f"{where}: needs a divergence with at least two probes and a standard_error; got "
-                f"probes of shape {probes.shape[1:]} from {self.divergence}. "
+                f"probes of shape {probes.shape[1:]} from {chosen.name}. "
                 "Pass divergence=jaxode.divergence.hutchinson(probes=8) to cnf."
             )
         state = (x, jnp.zeros(probes.shape[:2], x.dtype))
@@ -132,8 +135,9 @@ class CNF:
         z, log_dets = self._solve(
             where, self._integrands.volume_of_each_probe, state, self.t1, self.t0, params, rows
         ).y1
-        error = jax.vmap(lambda estimates: standard_error(estimates, x[0].size))(log_dets)
-        return self.base.log_prob(z) + jnp.mean(log_dets, axis=1), error
+        size = math.prod(x.shape[1:])
+        error = jax.vmap(lambda estimates: standard_error(estimates, size))(log_dets)
+        return log_prob_of(self.base, z) + jnp.mean(log_dets, axis=1), error
 
     def nll(
         self,
@@ -189,8 +193,8 @@ class CNF:
         solution = self._to_base(where, params, x, zeros, key, context, field, end)
         z, costs = solution.y1
         log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(self.t0 - self.t1)
-        log_prob = self.base.log_prob(z) + log_det
-        loss = jnp.sum(weights * (self._penalty(running) - log_prob))
+        log_prob = log_prob_of(self.base, z) + log_det
+        loss = jnp.sum(weights * (self._penalty(running) - log_prob).astype(weights.dtype))
         aux = NLLStats(log_prob, log_det, solution.stats, solution.result, self._named(running))
         return loss, jax.lax.stop_gradient(aux)
 
@@ -216,11 +220,11 @@ class CNF:
             integrands.field, x, self.t1, end, params, context, self.step_control,
             self.solve_options,
         )  # fmt: skip
+        probes = integrands.probes(key, x, params, context, of_costs=True)
+        coefficients = tuple(regularizer.weight for regularizer in self.regularizers)
         out = objective(
-            where, solve, integrands.costs, integrands.probes(key, x, params, context), self.base,
-            weights, tuple(regularizer.weight for regularizer in self.regularizers),
-            phase,
-        )  # fmt: skip
+            where, solve, integrands.costs, probes, self.base, weights, coefficients, phase
+        )
         loss, result = out.loss, out.result
         throw = self.throw if self.throw is not None else not isinstance(result, jax.core.Tracer)
         if throw:
@@ -243,8 +247,9 @@ class CNF:
                 f"nll: steer={self.steer!r} needs random numbers; got key=None. "
                 "Pass key=jax.random.key(...)."
             )
-        dtype = state_dtype(x)
-        uniform = jax.random.uniform(jax.random.fold_in(key, END_TIME), (), dtype, -1.0, 1.0)
+        # Drawn in float32 whatever the samples are, so that it is a function of the key alone.
+        key, dtype = jax.random.fold_in(key, END_TIME), state_dtype(x)
+        uniform = jax.random.uniform(key, (), jnp.float32, -1.0, 1.0).astype(dtype)
         return jnp.asarray(self.t0, dtype) + self.steer * uniform
 
     def to_base(
@@ -278,7 +283,7 @@ class CNF:
         z = self.base.sample(base_key, (check_count(where, n),))
         context = check_context(where, context, z.shape[0])
         rows = (self._integrands.probes(probe_key, z, params, context), context)
-        state = (z, self.base.log_prob(z))
+        state = (z, log_prob_of(self.base, z))
         return self._solve(where, self._density_field, state, self.t0, self.t1, params, rows).y1
 
     def _to_base(self, where: str, params, x, zero, key, context, field, end=None) -> Solution:
@@ -287,7 +292,8 @@ class CNF:
         The divergence has the integral `-integral over [t0, t1] of div f`: the log-determinant.
         """
         context = check_context(where, context, x.shape[0])
-        rows = (self._integrands.probes(key, x, params, context), context)
+        probes = self._integrands.probes(key, x, params, context, of_costs=where == "nll")
+        rows = (probes, context)
         end = self.t0 if end is None else end
         return self._solve(where, field, (x, zero), self.t1, end, params, rows)
 
@@ -370,16 +376,14 @@ def cnf(
             f"cnf(divergence=...): must have init and apply; got {divergence!r}. "
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact()."
         )
+    check_step_control("cnf", step_control)
     if quadrature not in ("gauss", "stochastic"):
         raise ValueError(
             f"cnf(quadrature=...): must be 'gauss' or 'stochastic'; got {quadrature!r}."
         )
-    if not all(isinstance(regularizer, Regularizer) for regularizer in regularizers):
-        raise TypeError(
-            f"cnf(regularizers=...): must be a tuple of jaxode.regularizers; got {regularizers!r}."
-        )
+    regularizers = check_regularizers("cnf", regularizers)
     flow = CNF(
-        f, as_base(base), t0, t1, divergence, step_control, quadrature, tuple(regularizers),
+        f, as_base(base), t0, t1, divergence, step_control, quadrature, regularizers,
         check_steer(steer, t0, t1), throw, solve_options,
     )  # fmt: skip
     if step_control == "per_sample" and solve_options.get("axis_name") is not None:

@@ -142,3 +142,14 @@ def as_base(density: Any) -> BaseDensity:
     if hasattr(density, "event_shape") and not seed:
         return density
     return _Adapted(density, tuple(event_shape), seed)
+
+
+def log_prob_of(base: BaseDensity, z: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
+    """The log-density of the base, one number a sample."""
+    log_prob = base.log_prob(z)
+    if jnp.shape(log_prob) != z.shape[:1]:
+        raise ValueError(
+            f"cnf(base=...): log_prob must have one number a sample, shape {z.shape[:1]}; got "
+            f"{jnp.shape(log_prob)} for samples of shape {z.shape}. Sum over the event."
+        )
+    return log_prob

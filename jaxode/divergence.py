@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.mesh import axes_of, vary
+from jaxode.validation import positive_integer
 
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
 # it costs less than the 8 probes that still leave 5% of noise in a gradient, at 16 more.
@@ -99,8 +100,7 @@ def exact(chunk: int | None = None) -> Divergence:
     Raises:
         ValueError: if `chunk` is not a positive integer.
     """
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"exact(chunk=...): must be a positive integer; got {chunk!r}.")
+    chunk = None if chunk is None else positive_integer("exact", "chunk", chunk)
 
     def with_norm(g, z, probe):
         del probe
@@ -155,8 +155,7 @@ def hutchinson(
         raise ValueError(
             f"hutchinson(distribution=...): must be one of {sorted(draws)}; got {distribution!r}."
         )
-    if not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"hutchinson(probes=...): must be a positive integer; got {probes!r}.")
+    probes = positive_integer("hutchinson", "probes", probes)
 
     def init(key, z):
         if key is None:
@@ -233,7 +232,8 @@ def auto() -> Divergence:
     """The closed form if the field offers one, else exact if the event is small, else estimated.
 
     Small is at most `EXACT_UP_TO` dimensions, as measured in docs/divergence.md, and larger events
-    get `hutchinson()`. `auto().describe(f, z, args)` says which it is.
+    get `hutchinson()`. `auto().describe(f, z, args)` says which it is. A regularizer that needs the
+    norm of the Jacobian has it from the last two, since a closed form of the divergence has none.
     """
 
     def by_size(z):
@@ -253,4 +253,9 @@ def auto() -> Divergence:
         out = _closed_form(g, z)
         return by_size(z).apply(g, z, probe) if out is NotImplemented else out
 
-    return Divergence(init, apply, "auto()", choose)
+    def with_norm(g, z, probe):
+        of_size = by_size(z).with_norm
+        assert of_size is not None
+        return of_size(g, z, probe)
+
+    return Divergence(init, apply, "auto()", choose, with_norm=with_norm)

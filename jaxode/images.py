@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 
@@ -33,6 +34,7 @@ def dequantize(
         density of `x + noise`, whose integral over a unit cell is the probability of a level.
     """
     _check_levels("dequantize", levels)
+    x = jnp.asarray(x)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     noise = jax.random.uniform(key, x.shape, dtype)
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
@@ -73,7 +75,7 @@ def bits_per_dimension(log_prob: Float[Array, "..."], size: int) -> Float[Array,
 
 
 def _check_levels(where: str, levels: int) -> None:
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+    if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or levels < 2:
         raise ValueError(f"{where}(levels=...): must be an integer of at least 2; got {levels!r}.")
 
 

@@ -54,8 +54,8 @@ class Integrands:
         """Derivative of `(z, integrals of the costs)`."""
         (z, _), (probe, context) = state, row
         g, norm = self.at(t, params, context), None
-        if any(regularizer.needs_norm for regularizer in self.regularizers):
-            divergence = self._chosen(g, z)
+        if self._needs_norm:
+            divergence = self._chosen(g, z, True)
             with_norm = getattr(divergence, "with_norm", None)
             if with_norm is None:
                 raise ValueError(
@@ -70,21 +70,40 @@ class Integrands:
         return dz, jnp.stack([div, *costs])
 
     def probes(
-        self, key: PRNGKeyArray | None, x: Float[Array, "batch *event"], params, context
+        self,
+        key: PRNGKeyArray | None,
+        x: Float[Array, "batch *event"],
+        params,
+        context,
+        *,
+        of_costs: bool = False,
     ) -> Array | None:
-        """One probe a sample, from the key and the sample's index, whatever the batch around it."""
-        divergence = self.chosen_divergence(x, params, context)
+        """One probe a sample, from the key and the sample's index, whatever the batch around it.
+
+        `of_costs`: for the costs, and not for the divergence alone.
+        """
+        norm = of_costs and self._needs_norm
+        divergence = self.chosen_divergence(x, params, context, norm=norm)
         if key is None:
             return jax.vmap(lambda x: divergence.init(None, x))(x)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, self.axis_name))
         return jax.vmap(divergence.init)(keys, x)
 
-    def chosen_divergence(self, x: Float[Array, "batch *event"], params, context) -> Divergence:
+    @property
+    def _needs_norm(self) -> bool:
+        return any(regularizer.needs_norm for regularizer in self.regularizers)
+
+    def chosen_divergence(
+        self, x: Float[Array, "batch *event"], params, context, *, norm: bool = False
+    ) -> Divergence:
         """The divergence that `auto()` stands for, so that a closed form needs no key."""
         of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
         t = jnp.zeros((), x.dtype)
-        return self._chosen(self.at(t, params, jax.tree.map(of_row, context)), of_row(x))
+        return self._chosen(self.at(t, params, jax.tree.map(of_row, context)), of_row(x), norm)
 
-    def _chosen(self, g: FieldAt, z: Any) -> Divergence:
+    def _chosen(self, g: FieldAt, z: Any, norm: bool) -> Divergence:
+        """With the norm of the Jacobian, `auto()` leaves out the closed form, which has none."""
         choose = getattr(self.divergence, "choose", None)
-        return self.divergence if choose is None else choose(g, z)
+        if choose is None or (norm and getattr(self.divergence, "with_norm", None) is not None):
+            return self.divergence
+        return choose(g, z)

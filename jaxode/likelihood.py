@@ -21,7 +21,7 @@ from jaxode.adjoints.discrete import per_step_gradient
 from jaxode.adjoints.replay import interval, nan_unless, once_only, replay, run
 from jaxode.adjoints.sweep import Step, Sweep
 from jaxode.closure import ClosedField, close_field
-from jaxode.distributions import BaseDensity
+from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.integrate import Tape
 from jaxode.mesh import fori_loop, vary_alike, while_loop
 from jaxode.method import Method
@@ -126,7 +126,7 @@ def objective(
     closed_costs, (_, (probes, _)) = close_field(
         costs_of_rows, (costs, per_row), times(like), like, (params, (probes, context))
     )
-    log_prob = lambda t, y, args: base.log_prob(rows(y))
+    log_prob = lambda t, y, args: log_prob_of(base, rows(y))
     closed_base, _ = close_field(log_prob, base, times(y0), y0, ())
     inputs = Inputs(
         problem.field, problem.args, closed_costs, probes, closed_base, y0, problem.t0, problem.t1,

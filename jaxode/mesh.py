@@ -61,6 +61,11 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> 
     return jax.lax.fori_loop(lower, upper, body, vary_alike(carry))
 
 
+def _in_mesh_order(axes) -> tuple[Any, ...]:
+    ordered = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
+    return tuple(ordered) or tuple(axes)
+
+
 def row_numbers(
     x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: str | None
 ) -> Int[Array, " batch"]:
@@ -72,5 +77,5 @@ def row_numbers(
     axes = axes_of(x) - axes_of(key)
     if not axes_of(x) and axis_name is not None:
         axes = {axis_name}
-    first = jax.lax.axis_index(tuple(sorted(axes))) * x.shape[0] if axes else 0
+    first = jax.lax.axis_index(_in_mesh_order(axes)) * x.shape[0] if axes else 0
     return first + jnp.arange(x.shape[0], dtype=jnp.int32)

@@ -6,7 +6,7 @@ the evaluations that the divergence needs anyway.
 Reference: Finlay et al. (2020), arXiv:2002.02798 ("RNODE").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -59,4 +59,20 @@ def _norm(dz: Array, norm: Array | None) -> Array:
 def check_weight(where: str, weight: float) -> None:
     """Raise unless it is a finite number of at least zero."""
     if not isinstance(weight, int | float | np.number) or not 0 <= weight < float("inf"):
-        raise ValueError(f"{where}(weight=...): must be finite and at least 0; got {weight!r}.")
+        raise ValueError(
+            f"{where}(weight=...): must be a Python number, finite and at least 0; got {weight!r}."
+        )
+
+
+def check_regularizers(where: str, regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:
+    """The regularizers, whose names differ."""
+    given = tuple(regularizers) if isinstance(regularizers, Iterable) else (regularizers,)
+    if isinstance(regularizers, Regularizer) or not all(isinstance(r, Regularizer) for r in given):
+        raise TypeError(
+            f"{where}(regularizers=...): must be a tuple of jaxode.regularizers; "
+            f"got {regularizers!r}."
+        )
+    names = [regularizer.name for regularizer in given]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}(regularizers=...): their names must differ; got {names}.")
+    return given

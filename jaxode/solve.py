@@ -23,7 +23,9 @@ from jaxode.validation import (
     Time,
     check_batch,
     check_derivative,
+    check_same_times,
     check_state,
+    check_step_control,
     check_times,
     make_method,
     state_dtype,
@@ -180,10 +182,7 @@ def solve_batch(
 ) -> Solution:
     """Solve a batch of systems `f(t, y, shared, row)`, one row of `rows` each."""
     check_options(where, options)
-    if step_control not in ("joint", "per_sample"):
-        raise ValueError(
-            f"{where}(step_control=...): must be 'joint' or 'per_sample'; got {step_control!r}."
-        )
+    check_step_control(where, step_control)
     if step_control == "joint":
         y0 = jax.tree.map(lambda x: x[None], y0)
     options = {**DEFAULTS, **options}
@@ -264,6 +263,7 @@ def pose(
     field = _rows_field(f, where, step_control)
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
     start = ravel(y0)
+    check_same_times(where, (t0, t1, ts), method.axis_name)
     start, t0, t1, ts, shared, rows, method = vary_alike((start, t0, t1, ts, shared, rows, method))
     t = jnp.broadcast_to(t0, start.shape[:1])
     closed, arrays = close_field(raveled, (f, where, step_control), t, start, (shared, rows))

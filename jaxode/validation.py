@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
+from jaxode.mesh import axes_of
 from jaxode.method import Method
 from jaxode.tableau import tableau_of
 
@@ -86,6 +87,25 @@ def check_context(where: str, context: PyTree, batch: int) -> PyTree:
     return context
 
 
+def check_same_times(where: str, times: PyTree, axis_name: Any) -> None:
+    """Raise if devices that are to take the same steps have times of their own."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    differ = sorted(axes_of(times).intersection(names))
+    if differ:
+        raise ValueError(
+            f"{where}(axis_name={axis_name!r}): the devices take the same steps, so the times must "
+            f"be the same on all; got times that vary over {differ}. With steer=, pass a key that "
+            "all devices share."
+        )
+
+
+def check_step_control(where: str, step_control: Any) -> None:
+    if step_control not in ("joint", "per_sample"):
+        raise ValueError(
+            f"{where}(step_control=...): must be 'joint' or 'per_sample'; got {step_control!r}."
+        )
+
+
 def check_weights(
     where: str, weights: Any, x: Float[Array, "batch *event"], axis_name: str | None
 ) -> Float[Array, " batch"]:
@@ -95,13 +115,13 @@ def check_weights(
     """
     batch = x.shape[0]
     if weights is None:
-        return jnp.full(batch, 1 / max(batch, 1), x.dtype)
+        return jnp.full(batch, 1 / max(batch, 1), state_dtype(x))
     if jnp.shape(weights) != (batch,):
         raise ValueError(
             f"{where}(weights=...): must have one weight a sample, shape {(batch,)}; "
             f"got {jnp.shape(weights)}."
         )
-    weights = jnp.asarray(weights, x.dtype)
+    weights = jnp.asarray(weights, state_dtype(x))
     total = jnp.sum(weights)
     return weights / (total if axis_name is None else jax.lax.pmean(total, axis_name))
 
@@ -231,7 +251,7 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _positive_integer(where: str, name: str, value: Any) -> int:
+def positive_integer(where: str, name: str, value: Any) -> int:
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -290,8 +310,8 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any], throw: 
         rtol=rtol,
         atol=atol,
         first_step=first_step,
-        steps=None if steps is None else _positive_integer(where, "steps", steps),
-        max_steps=_positive_integer(where, "max_steps", options["max_steps"]),
+        steps=None if steps is None else positive_integer(where, "steps", steps),
+        max_steps=positive_integer(where, "max_steps", options["max_steps"]),
         axis_name=options["axis_name"],
         max_step=max_step,
         raises=where if throw else None,

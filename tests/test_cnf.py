@@ -181,6 +181,12 @@ def test_standard_error_of_an_exact_divergence_is_zero():
     np.testing.assert_array_equal(error, jnp.zeros(3))
 
 
+def test_standard_error_of_an_empty_batch():
+    flow = jaxode.cnf(linear, jaxode.standard_normal(3), divergence=divergence.hutchinson(2))
+    log_prob, error = flow.log_prob_and_error(A, jnp.zeros((0, 3)), key=jax.random.key(0))
+    assert log_prob.shape == error.shape == (0,)
+
+
 def test_standard_error_needs_two_probes():
     flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.hutchinson())
     with pytest.raises(ValueError, match="needs a divergence with at least two probes"):

@@ -120,3 +120,19 @@ def test_a_batch_of_densities_is_not_one_density():
 
     with pytest.raises(ValueError, match=r"got a batch of shape \(3,\)"):
         jaxode.cnf(field, Batched())
+
+
+def test_a_density_of_each_coordinate_is_refused():
+    class Coordinates:
+        event_shape = (3,)
+
+        def log_prob(self, z):
+            return -(z**2) / 2
+
+        def sample(self, key, shape):
+            return jax.random.normal(key, (*shape, 3))
+
+    flow = jaxode.cnf(lambda t, z, a: a * z, Coordinates())
+    for method in (flow.nll, flow.log_prob):
+        with pytest.raises(ValueError, match=r"one number a sample, shape \(3,\); got \(3, 3\)"):
+            method(0.1, jnp.ones((3, 3)))

@@ -279,6 +279,18 @@ BAD_INPUT = [
         "'axis_name', 'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps'].",
     ),
     (
+        lambda: cnf(step_control="per-sample"), ValueError,
+        "cnf(step_control=...): must be 'joint' or 'per_sample'; got 'per-sample'.",
+    ),
+    (
+        lambda: cnf(regularizers=2 * (jaxode.regularizers.kinetic_energy(0.1),)), ValueError,
+        "cnf(regularizers=...): their names must differ; got ['kinetic_energy', 'kinetic_energy'].",
+    ),
+    (
+        lambda: divergence.hutchinson(True), ValueError,
+        "hutchinson(probes=...): must be a positive integer; got True.",
+    ),
+    (
         lambda: cnf(axis_name="batch", step_control="per_sample"), ValueError,
         "cnf(axis_name='batch'): joins the steps of a batch that is split over devices; with "
         "step_control='per_sample' each sample has its own. Leave it out.",
@@ -355,7 +367,7 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.regularizers.kinetic_energy(-1.0), ValueError,
-        "kinetic_energy(weight=...): must be finite and at least 0; got -1.0.",
+        "kinetic_energy(weight=...): must be a Python number, finite and at least 0; got -1.0.",
     ),
     (
         lambda: cnf(

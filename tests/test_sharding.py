@@ -187,3 +187,24 @@ def test_a_failure_on_one_device():
     run = jax.jit(jax.shard_map(log_prob, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT))
     with pytest.raises(jax.errors.JaxRuntimeError, match="log_prob"):
         jax.block_until_ready(run(x, CONTEXT))
+
+
+def test_devices_with_end_times_of_their_own_cannot_take_the_same_steps():
+    loss = lambda key: loss_of(AXIS, key=key, steer=0.5)
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+    local = lambda x, keys: loss(keys[0])(PARAMS, x, jnp.zeros_like(x), None)[None]
+    run = jax.shard_map(local, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT)
+    with pytest.raises(ValueError, match=r"axis_name='batch'.*pass a key that all devices share"):
+        run(X, jax.random.split(KEY, DEVICES))
+
+
+def test_rows_of_a_batch_over_two_axes_are_numbered_in_the_order_of_the_mesh():
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))
+    loss = loss_of(None, steps=3)
+
+    def mean(x):
+        return jax.lax.pmean(loss(PARAMS, x, jnp.zeros_like(x), None), ("x", "a"))
+
+    sharded = jax.shard_map(mean, mesh=mesh, in_specs=P(("x", "a")), out_specs=P())
+    alone = loss(PARAMS, X, jnp.zeros_like(X), None)
+    np.testing.assert_allclose(jax.jit(sharded)(X), alone, rtol=1e-12)
