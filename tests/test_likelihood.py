@@ -446,9 +446,7 @@ def test_a_regularizer_needs_what_the_divergence_can_give():
     flow = jaxode.cnf(Field(), BASE, divergence=closed_form, regularizers=(norm,))
     with pytest.raises(ValueError, match="norm of the Jacobian, which the divergence closed form"):
         flow.nll(None, X)
-    with pytest.raises(
-        ValueError, match=r"kinetic_energy\(weight=...\): must be a Python number"
-    ):
+    with pytest.raises(ValueError, match=r"kinetic_energy\(weight=...\): must be a Python number"):
         jaxode.regularizers.kinetic_energy(-1.0)
     with pytest.raises(TypeError, match=r"must be a tuple of jaxode\.regularizers"):
         jaxode.cnf(field, BASE, regularizers=(lambda dz: 0.0,))
