@@ -100,6 +100,7 @@ def check_same_times(where: str, times: PyTree, axis_name: Any) -> None:
 
 
 def check_step_control(where: str, step_control: Any) -> None:
+    """Raise unless it is one of the two."""
     if step_control not in ("joint", "per_sample"):
         raise ValueError(
             f"{where}(step_control=...): must be 'joint' or 'per_sample'; got {step_control!r}."
@@ -252,6 +253,7 @@ def is_known(value: Any) -> bool:
 
 
 def positive_integer(where: str, name: str, value: Any) -> int:
+    """The value as an `int`; NumPy's integers are such, too."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
