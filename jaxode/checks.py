@@ -150,6 +150,7 @@ def _loss_and_gradient(flow: CNF, params, x, key, context):
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """The tree with its floating arrays in this dtype."""
     convert = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
     return jax.tree.map(convert, tree)
 

@@ -76,6 +76,6 @@ def row_numbers(
     """
     axes = axes_of(x) - axes_of(key)
     if not axes_of(x) and axis_name is not None:
-        axes = {axis_name}
+        axes = frozenset(axis_name if isinstance(axis_name, tuple) else (axis_name,))
     first = jax.lax.axis_index(_in_mesh_order(axes)) * x.shape[0] if axes else 0
     return first + jnp.arange(x.shape[0], dtype=jnp.int32)
