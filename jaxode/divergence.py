@@ -70,8 +70,13 @@ class Divergence(NamedTuple):
 
 def _push(g: Field, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
     """`g(z)`, and `v . (dg/dz v)` and `|dg/dz v|^2` for every tangent, on one linearization."""
-    dz, jvp = jax.linearize(g, z)
     tangents = vary(tangents, axes_of(z))
+    if len(tangents) == 1:
+        # An axis of size one would cost transposes around the matrix products.
+        dz, jv = jax.jvp(g, (z,), (tangents[0],))
+        term, square = _products(tangents[0], jv)
+        return dz, term[None], square[None]
+    dz, jvp = jax.linearize(g, z)
     terms, squares = jax.vmap(lambda v: _products(v, jvp(v)))(tangents)
     return dz, terms, squares
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.adjoints.sweep import Step
 from jaxode.mesh import fori_loop, row_numbers
+from jaxode.pullback import vjp
 from jaxode.tableau import Tableau
 
 # The golden ratio: its multiples are spread evenly over the unit interval.
@@ -79,8 +80,11 @@ class Nodes(NamedTuple):
 
     def _state(self, step: Step, theta: Float[Array, " rows"]):
         """The time and the state at a node, with the mean slope up to there and its weights."""
-        beta = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype)).T[..., None]
-        slope = jnp.sum(beta * step.k, axis=0)
+        weights = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype))
+        # As a product: XLA's sum over the first axis takes as long as a node of a small network.
+        precision = jax.lax.Precision.HIGHEST
+        slope = jnp.einsum("rs,srn->rn", weights, step.k, precision=precision)
+        beta = weights.T[..., None]
         return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
 
     def _scale(self, step: Step) -> Float[Array, "batch costs"]:
@@ -125,16 +129,16 @@ class Nodes(NamedTuple):
         costs_bar = weight * (scale * self.bars)
         t_bar, h_bar = bar.t, bar.h
         if timed:
-            costs, vjp = jax.vjp(self.apply, self.params, time, state)
-            dparams, dtime, dstate = vjp(costs_bar)
+            costs, pull = vjp(self.apply, self.params, time, state)
+            dparams, dtime, dstate = pull(costs_bar)
             by_size = jnp.where(step.h == 0, 0.0, 1 / jnp.where(step.h == 0, 1.0, step.h))
             direct = _to_rows(jnp.sum(costs_bar * costs, axis=1), step.t) * by_size
             t_bar = t_bar + dtime
             h_bar = h_bar + theta * dtime + direct + jnp.sum(dstate * slope, axis=1)
         else:
             apply = lambda params, state: self.apply(params, time, state)
-            costs, vjp = jax.vjp(apply, self.params, state)
-            dparams, dstate = vjp(costs_bar)
+            costs, pull = vjp(apply, self.params, state)
+            dparams, dstate = pull(costs_bar)
         k_bar = bar.k + step.h[None, :, None] * (beta * dstate[None])
         params_bar = jax.tree.map(jnp.add, params_bar, dparams)
         integrals = integrals + scale * (weight * costs)

@@ -22,6 +22,7 @@ from jaxode.adjoints.replay import run, split
 from jaxode.integrate import Integration
 from jaxode.mesh import fori_loop
 from jaxode.method import Method
+from jaxode.pullback import vjp
 from jaxode.results import Result, Stats
 
 
@@ -203,8 +204,8 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         params, rest = args
         y, a, _ = unpack(state)
         t = jnp.broadcast_to(t, shape[:1])
-        f, vjp = jax.vjp(lambda params, y: _apply(params, rest, t, y), params, y)
-        params_bar, y_bar = vjp(-a)
+        f, pull = vjp(lambda params, y: _apply(params, rest, t, y), params, y)
+        params_bar, y_bar = pull(-a)
         return pack(f, y_bar, ravel_pytree(params_bar)[0])
 
     def reference(diff):
@@ -229,7 +230,7 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         y, a, b = unpack(solve(state, time, end.t0))
         return jnp.concatenate([y, a], axis=1), unravel(b)
 
-    values, vjp = jax.vjp(reference, diff)
+    values, pull = jax.vjp(reference, diff)
     fill = lambda value, bar: jnp.zeros_like(value) if bar is None else bar
     cotangents = jax.tree.map(fill, values, (out.y, out.quadrature))
-    return vjp(cotangents)[0]
+    return pull(cotangents)[0]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxode.adjoints.replay import nan_unless
 from jaxode.mesh import fori_loop, while_loop
 from jaxode.method import Method, judge, next_time, weighted_sum
+from jaxode.pullback import vjp
 from jaxode.results import Result, Stats, nan_or_raise
 from jaxode.tableau import Tableau
 
@@ -35,13 +36,13 @@ def adjoint_product(
     a: Float[Array, "rows n"],
     weight: Float[Array, " rows"],
 ):
-    """`f`, `-a df/dy` and `-sum over rows of weight a df/dparams`, from one `jax.vjp`.
+    """`f`, `-a df/dy` and `-sum over rows of weight a df/dparams`, from one `vjp`.
 
     Rows are independent, so scaling a row's cotangent by its weight scales its part of both
     products; the first is scaled back.
     """
-    f, vjp = jax.vjp(lambda params, y: apply(params, t, y), params, y)
-    params_bar, y_bar = vjp(-weight[:, None] * a)
+    f, pull = vjp(lambda params, y: apply(params, t, y), params, y)
+    params_bar, y_bar = pull(-weight[:, None] * a)
     moving = (weight != 0)[:, None]
     return f, jnp.where(moving, y_bar / jnp.where(moving, weight[:, None], 1.0), 0.0), params_bar
 

@@ -24,6 +24,7 @@ from jaxode.checkpoints import Checkpoints
 from jaxode.integrate import Tape
 from jaxode.mesh import fori_loop, while_loop
 from jaxode.method import weighted_sum
+from jaxode.pullback import vjp
 from jaxode.tableau import Tableau
 
 
@@ -156,13 +157,13 @@ class Sweep(NamedTuple):
             z, time = y + h[:, None] * increment, t + c[i] * h
             apply = lambda params, t, z: self.apply(self.params if self.per_step else params, t, z)
             if self.timed:
-                _, vjp = jax.vjp(apply, varied, time, z)
-                dparams, dtime, z_bar = vjp(stage_bar)
+                _, pull = vjp(apply, varied, time, z)
+                dparams, dtime, z_bar = pull(stage_bar)
                 t_bar = t_bar + dtime
                 h_bar = h_bar + c[i] * dtime + jnp.sum(z_bar * increment, axis=1)
             else:
-                _, vjp = jax.vjp(lambda params, z: apply(params, time, z), varied, z)
-                dparams, z_bar = vjp(stage_bar)
+                _, pull = vjp(lambda params, z: apply(params, time, z), varied, z)
+                dparams, z_bar = pull(stage_bar)
             if not self.per_step:
                 params_bar = jax.tree.map(jnp.add, params_bar, dparams)
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
@@ -184,5 +185,5 @@ class Sweep(NamedTuple):
         z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
         times = step.t[None] + c[: self.count, None] * step.h[None]
         stages = lambda params: jax.vmap(self.apply, (None, 0, 0))(params, times[first:], z[first:])
-        (dparams,) = jax.vjp(stages, self.params)[1](k_bar[first:])
+        (dparams,) = vjp(stages, self.params)[1](k_bar[first:])
         return jax.tree.map(jnp.add, params_bar, dparams)
