@@ -34,12 +34,19 @@ DIFFRAX = {
     "diffrax Tsit5 backsolve": (diffrax.Tsit5(), BACKSOLVE),
     "diffrax Dopri5 backsolve": (diffrax.Dopri5(), BACKSOLVE),
 }
+# All get the network of jaxode.nn with its softplus; what most people write is jax.nn.softplus.
+OWN = "jax.nn.softplus"
+PEERS_OF_THEIR_OWN = {
+    "diffrax Tsit5 checkpointed": lambda p: flows.diffrax_step(p, diffrax.Tsit5(), RECURSIVE),
+    "jax odeint": flows.odeint_step,
+}
 GROUPS = {
     "best of diffrax": list(DIFFRAX),
     "jax odeint": ["jax odeint"],
     "best JAX peer": [*DIFFRAX, "jax odeint"],
     "torchdiffeq": ["torchdiffeq adjoint"],
     "zuko": ["zuko"],
+    f"peers with {OWN}": [f"{name}, {OWN}" for name in PEERS_OF_THEIR_OWN],
 }
 CLOSED_FORM, EXACT_PEER = "jaxode exact, closed form", "diffrax Tsit5 exact trace"
 
@@ -53,6 +60,7 @@ def in_torch():
 def run(case: str, bench: Bench) -> dict[str, Any]:
     settings = CASES[case]
     p, failed = flows.problem(settings["workload"]), {}
+    own = p._replace(params=flows.network(settings["workload"], jax.nn.softplus))
     check_same(failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
         "jaxode": lambda: flows.jaxode_step(p),
@@ -62,6 +70,10 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
             for name, choice in DIFFRAX.items()
         },
         "jax odeint": lambda: flows.odeint_step(p),
+        **{
+            f"{name}, {OWN}": lambda step=step: step(own)
+            for name, step in PEERS_OF_THEIR_OWN.items()
+        },
         "torchdiffeq adjoint": lambda: in_torch().torchdiffeq_step(p),
         "zuko": lambda: in_torch().zuko_step(p),
     }

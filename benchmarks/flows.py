@@ -53,7 +53,9 @@ def eight_gaussians(rng: np.random.Generator, n: int) -> np.ndarray:
 
 def network(workload: Workload):
     key = jax.random.key(0)
-    m = jaxode.nn.ConcatSquash(workload.dim, workload.widths, key=key, activation=jax.nn.softplus)
+    m = jaxode.nn.ConcatSquash(
+        workload.dim, workload.widths, key=key, activation=jaxode.nn.softplus
+    )
     if not workload.trained:
         return eqx.tree_at(lambda m: m.weight, m, 10 * m.weight)
     paths, structure = jax.tree_util.tree_flatten_with_path(m)
@@ -202,7 +204,7 @@ def train(steps: int = 1500) -> None:
     import optax
 
     m: Any = jaxode.nn.ConcatSquash(
-        2, (64, 64, 64), key=jax.random.key(0), activation=jax.nn.softplus
+        2, (64, 64, 64), key=jax.random.key(0), activation=jaxode.nn.softplus
     )
     flow = jaxode.cnf(
         jaxode.nn.field, jaxode.standard_normal(2), divergence=jaxode.divergence.exact()

@@ -143,6 +143,17 @@ def test_softplus_is_that_of_jax(dtype):
     assert jnp.isnan(nn.softplus(jnp.array(jnp.nan, dtype)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+def test_softplus_is_accurate_relative_to_its_value(dtype):
+    """Also where it is tiny, and over the whole range of its series."""
+    # From -80 on, the exponential is a normal number in float32.
+    x = np.linspace(-80, 80, 4001).astype(dtype)
+    expected = np.logaddexp(x.astype(np.longdouble), 0)
+    error = np.abs(np.asarray(nn.softplus(jnp.asarray(x))) - expected) / expected
+    # The exponential, the quotient and the product round once or twice each.
+    assert error.max() < 6 * jnp.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize("context_size", [0, 2])
 def test_flow_uses_the_closed_form_without_a_key(context_size, control):
