@@ -222,9 +222,8 @@ class CNF:
         )  # fmt: skip
         probes = integrands.probes(key, x, params, context, of_costs=True)
         coefficients = tuple(regularizer.weight for regularizer in self.regularizers)
-        out = objective(
-            where, solve, integrands.costs, probes, self.base, weights, coefficients, phase
-        )
+        costs = integrands.field_and_costs
+        out = objective(where, solve, costs, probes, self.base, weights, coefficients, phase)
         loss, result = out.loss, out.result
         throw = self.throw if self.throw is not None else not isinstance(result, jax.core.Tracer)
         if throw:

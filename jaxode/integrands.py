@@ -46,10 +46,6 @@ class Integrands:
         one = lambda v: self.divergence.apply(g, state[0], v[None])
         return jax.vmap(one, out_axes=(None, 0))(probe)
 
-    def costs(self, t, z, params, row) -> Float[Array, " costs"]:
-        """The divergence and the running cost of each regularizer."""
-        return self.field_and_costs(t, (z, None), params, row)[1]
-
     def field_and_costs(self, t, state, params, row):
         """Derivative of `(z, integrals of the costs)`."""
         (z, _), (probe, context) = state, row

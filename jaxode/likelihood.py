@@ -38,7 +38,8 @@ class Inputs(NamedTuple):
     args: PyTree
     """`(params, context)`."""
     costs: ClosedField
-    """`(t, y, (params, (probes, context))) -> [batch, costs]`, the divergence first."""
+    """`(t, y, (params, (probes, context))) -> [batch, costs]`, the divergence first; with the
+    vector field after them, `[batch, costs + n]`, if the quadrature has nodes at stages."""
     probes: PyTree
     base: ClosedField
     """Log-density of the base, `[batch]`."""
@@ -90,7 +91,7 @@ class Solve(NamedTuple):
 def objective(
     where: str,
     solve: Solve,
-    costs: Callable[..., Float[Array, " costs"]],
+    field_and_costs: Callable[..., tuple[Float[Array, " *event"], Float[Array, " costs"]]],
     probes: PyTree,
     base: BaseDensity,
     weights: Float[Array, " batch"],
@@ -99,8 +100,9 @@ def objective(
 ) -> Objective:
     """The mean negative log-likelihood and running costs of a batch.
 
-    Differentiable is the loss alone. `costs(t, z, params, (probe, context))` are those of one
-    sample: the divergence, and one running cost for each of the `coefficients`.
+    Differentiable is the loss alone. `field_and_costs(t, (z, None), params, (probe, context))` is
+    the vector field of one sample, and its costs: the divergence, and one running cost for each of
+    the `coefficients`.
     """
     solve, probes, weights, phase = vary_alike((solve, probes, weights, phase))
     field, x, t0, t1, params, context, step_control, options = solve
@@ -115,16 +117,23 @@ def objective(
     def rows(y):
         return y.reshape(x.shape).astype(x.dtype)
 
+    with_field = problem.method.tableau.first_same_as_last and phase is None
+
     def costs_of_rows(t, y, args):
+        def one(t, z, params, row):
+            dz, costs = field_and_costs(t, (z, None), params, row)
+            parts = [costs, dz.reshape(-1).astype(costs.dtype)]
+            return jnp.concatenate(parts) if with_field else costs
+
         params, rest = args
         time, axis = (t, 0) if per_row else (t[0], None)
-        return jax.vmap(costs, (axis, 0, None, 0))(time, rows(y), params, rest)
+        return jax.vmap(one, (axis, 0, None, 0))(time, rows(y), params, rest)
 
     y0 = problem.y0
     like = y0.reshape(x.shape[0], math.prod(x.shape[1:])) if per_row else y0
     times = lambda y: jnp.broadcast_to(problem.t0, y.shape[:1])
     closed_costs, (_, (probes, _)) = close_field(
-        costs_of_rows, (costs, per_row), times(like), like, (params, (probes, context))
+        costs_of_rows, (field_and_costs, per_row), times(like), like, (params, (probes, context))
     )
     log_prob = lambda t, y, args: log_prob_of(base, rows(y))
     closed_base, _ = close_field(log_prob, base, times(y0), y0, ())
@@ -193,17 +202,19 @@ def _forward(perturbed, inputs: Inputs, settings: Settings):
     per_step = per_step_gradient(params, inputs.field)
     sweep = Sweep(
         apply, params, settings.method.tableau, tape, inputs.t0, inputs.t1, timed, per_step,
-        nodes.inside(timed),
+        nodes.inside(timed), nodes.shared,
     )  # fmt: skip
     zeros = jax.tree.map(jnp.zeros_like, params)
-    swept = sweep.run(z_bar, zeros, nodes.zero())
-    out = _assemble(inputs, settings, integration, swept.inside)
+    swept = sweep.run(z_bar, zeros, (nodes.zero(), _no_step(tape)))
+    integrals, _ = swept.inside
+    out = _assemble(inputs, settings, integration, integrals)
+    by_span = nodes.by_span(integrals, inputs.t1 - inputs.t0)
     _, (log_prob, _, running, *_) = out
     weights_bar = running @ settings.coefficients - log_prob
     field_bar, args_bar, costs_bar, probes_bar = swept.params
     bars = Inputs(
-        field_bar, args_bar, costs_bar, probes_bar, base_bar, swept.y, swept.t0, swept.t1,
-        weights_bar,
+        field_bar, args_bar, costs_bar, probes_bar, base_bar, swept.y, swept.t0 - by_span,
+        swept.t1 + by_span, weights_bar,
     )  # fmt: skip
     # A failed solve has no gradient: NaN, not a plausible number.
     valid = jnp.prod(nan_unless(integration.result == Result.SUCCESS, inputs.x.dtype))
@@ -236,19 +247,25 @@ def _assemble(inputs: Inputs, settings: Settings, integration, integrals):
     return loss, (*rest, integration.t_reached)
 
 
+def _no_step(tape: Tape) -> Float[Array, " rows"]:
+    """The size of the step after the last one."""
+    return jnp.zeros_like(tape.times[0])
+
+
 def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
     """The integrals along the recorded steps, in the order in which the sweep adds them."""
     tableau = settings.method.tableau
 
     def step(carry):
-        stop, integrals, checkpoints = carry
+        stop, integrals, after, checkpoints = carry
         field = lambda t, y: inputs.field(t, y, inputs.args)
         y, k, checkpoints = replay(field, tableau, tableau.stages, tape.times, checkpoints, stop)
-        recorded = Step(*interval(tape.times, stop - 1), y, k)
-        integrals = fori_loop(
-            0, nodes.count, lambda i, total: total + nodes.evaluate(recorded, stop, i), integrals
-        )
-        return stop - 1, integrals, checkpoints
+        t, h = interval(tape.times, jnp.maximum(stop - 1, 0))
+        recorded = Step(t, jnp.where(stop == 0, 0.0, h), y, k)
+        add = lambda i, total: total + nodes.evaluate(recorded, after, stop, i)
+        integrals = fori_loop(*nodes.numbers(stop), add, integrals)
+        return stop - 1, integrals, recorded.h, checkpoints
 
-    carry = (tape.num_steps, nodes.zero(), tape.checkpoints)
-    return while_loop(lambda carry: carry[0] > 0, step, carry)[1]
+    carry = (tape.num_steps, nodes.zero(), _no_step(tape), tape.checkpoints)
+    first = 0 if nodes.shared else 1
+    return while_loop(lambda carry: carry[0] >= first, step, carry)[1]

@@ -1,15 +1,18 @@
 """The quadrature of costs along the recorded steps, on the solver's dense output.
 
-Gauss-Legendre nodes, or one random node for each step and sample, which is unbiased.
+Gauss nodes, or one random node for each step and sample, which is unbiased.
+
+If the last stage of a step is the first of the next, both steps have a node there: a Lobatto rule.
+The costs are then evaluated together with the stage, whose vector field they need anyway.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode.adjoints.sweep import Step
 from jaxode.mesh import fori_loop, row_numbers
@@ -20,10 +23,19 @@ from jaxode.tableau import Tableau
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def gauss_legendre(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on the unit interval, as many as the order of the solver can use."""
-    nodes, weights = np.polynomial.legendre.leggauss((tableau.order + 2) // 2)
-    return (nodes + 1) / 2, weights / 2
+def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on the unit interval, as many as the order of the solver can use.
+
+    With the first and the last node at the ends (Lobatto) if a stage of the solver is there.
+    """
+    count = (tableau.order + 2) // 2
+    if not tableau.first_same_as_last:
+        nodes, weights = np.polynomial.legendre.leggauss(count)
+        return (nodes + 1) / 2, weights / 2
+    # One node more has the same order, 2 count.
+    legendre = np.polynomial.Legendre.basis(count)
+    nodes = np.concatenate([[-1.0], legendre.deriv().roots(), [1.0]])
+    return (nodes + 1) / 2, 1 / (count * (count + 1) * legendre(nodes) ** 2)
 
 
 def random_phases(
@@ -42,8 +54,8 @@ def random_phases(
 class Nodes(NamedTuple):
     """The quadrature of the costs within a step."""
 
-    apply: Callable[..., Float[Array, "batch costs"]]
-    """The costs as a function of `(params, t, y)`."""
+    apply: Callable[..., Float[Array, "batch values"]]
+    """The costs as a function of `(params, t, y)`; then the vector field, if nodes are `shared`."""
     params: PyTree
     tableau: Tableau
     phase: Float[Array, " batch"] | None
@@ -51,9 +63,21 @@ class Nodes(NamedTuple):
     """The cotangents of the integrals."""
 
     @property
-    def count(self) -> int:
-        """Nodes in a step."""
-        return len(gauss_legendre(self.tableau)[0]) if self.phase is None else 1
+    def shared(self) -> bool:
+        """Whether a step ends at a node that is a stage of the solver."""
+        return self.phase is None and self.tableau.first_same_as_last
+
+    @property
+    def inner(self) -> int:
+        """Nodes inside of a step."""
+        if self.phase is not None:
+            return 1
+        return len(gauss(self.tableau)[0]) - (2 if self.shared else 0)
+
+    def numbers(self, step: Int[Array, ""]) -> tuple[Any, int]:
+        """From which node to which one a step goes. Number 0, the start, has its end alone."""
+        first = jnp.where(step == 0, self.inner, 0)
+        return first, self.inner + 1 if self.shared else self.inner
 
     def zero(self) -> Float[Array, "batch costs"]:
         """The integrals over nothing."""
@@ -69,14 +93,19 @@ class Nodes(NamedTuple):
         y, k = step.y.reshape(batch, size), step.k.reshape(step.k.shape[0], batch, size)
         return Step(time(step.t), time(step.h), y, k)
 
-    def _place(self, step: Step, number, index):
-        """Where a node lies in the step, `[rows]` in the unit interval, and its weight."""
+    def _place(self, step: Step, after: Float[Array, " rows"], number, index):
+        """Where a node lies, `[rows]` in the unit interval, and its weight times step size.
+
+        `after` is the size of the step after this one, which has a node at the same place.
+        """
         if self.phase is not None:
-            theta = jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0)
-            return theta, jnp.ones((), step.y.dtype)
-        theta, weights = map(jnp.asarray, gauss_legendre(self.tableau))
-        theta = jnp.broadcast_to(theta[index], step.t.shape).astype(step.t.dtype)
-        return theta, weights[index].astype(step.y.dtype)
+            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0), step.h
+        nodes, weights = gauss(self.tableau)
+        # The node at the start belongs to the step before.
+        start = 1 if self.shared else 0
+        theta, weight = (jnp.asarray(x[start:], step.t.dtype)[index] for x in (nodes, weights))
+        h = jnp.where(index == self.inner, step.h + after, step.h) if self.shared else step.h
+        return jnp.broadcast_to(theta, step.t.shape), weight * h
 
     def _state(self, step: Step, theta: Float[Array, " rows"]):
         """The time and the state at a node, with the mean slope up to there and its weights."""
@@ -87,62 +116,75 @@ class Nodes(NamedTuple):
         beta = weights.T[..., None]
         return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
 
-    def _scale(self, step: Step) -> Float[Array, "batch costs"]:
-        """What a cost is multiplied by for its integral over the step.
+    def _scale(self, weight: Float[Array, " rows"]) -> Float[Array, "batch costs"]:
+        """What the costs at a node are multiplied by for their integrals.
 
         The divergence is integrated in the direction of the solve, running costs in forward time.
         """
         batch, costs = self.bars.shape
-        signed = [step.h] + [jnp.abs(step.h)] * (costs - 1)
-        return jnp.broadcast_to(jnp.stack(signed, axis=-1).astype(step.y.dtype), (batch, costs))
+        signed = [weight] + [jnp.abs(weight)] * (costs - 1)
+        return jnp.broadcast_to(jnp.stack(signed, -1).astype(self.bars.dtype), (batch, costs))
 
-    def evaluate(self, step: Step, number, index) -> Float[Array, "batch costs"]:
+    def evaluate(self, step: Step, after, number, index) -> Float[Array, "batch costs"]:
         """What a node adds to the integrals."""
         step = self._split(step)
-        theta, weight = self._place(step, number, index)
+        theta, weight = self._place(step, after, number, index)
         time, state, _, _ = self._state(step, theta)
-        return self._scale(step) * (weight * self.apply(self.params, time, state))
+        values = self.apply(self.params, time, state)
+        return self._scale(weight) * values[:, : self.bars.shape[1]]
 
     def inside(self, timed: bool):
-        """For `Sweep.inside`."""
+        """For `Sweep.inside`. It carries the integrals, and the size of the step after."""
 
-        def inside(whole: Step, number, params_bar, integrals):
+        def inside(whole: Step, number, bar: Step, params_bar, carry):
+            integrals, after = carry
             step = self._split(whole)
-            add = lambda index, carry: self._add(step, number, index, timed, carry)
-            carry = (jax.tree.map(jnp.zeros_like, step), params_bar, integrals)
-            nodes = jnp.where(number == 0, 0, self.count)
-            bar, params_bar, integrals = fori_loop(0, nodes, add, carry)
+            add = lambda index, carry: self._add(step, after, number, index, timed, carry)
+            first, last = self.numbers(number)
+            bar, params_bar, integrals = fori_loop(
+                first, last, add, (self._split(bar), params_bar, integrals)
+            )
             bar = Step(
                 _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
                 bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),
             )  # fmt: skip
-            return bar, params_bar, integrals
+            return bar, params_bar, (integrals, whole.h)
 
         return inside
 
-    def _add(self, step: Step, number, index, timed: bool, carry):
+    def by_span(self, integrals: Float[Array, "batch costs"], span: Float[Array, ""]):
+        """The derivative by the span of the solve through the step sizes, which all scale with it.
+
+        That through the places of the nodes is in the cotangents of the steps.
+        """
+        safe = jnp.where(span == 0, 1.0, span)
+        return jnp.where(span == 0, 0.0, jnp.sum(self.bars * integrals).astype(span.dtype) / safe)
+
+    def _add(self, step: Step, after, number, index, timed: bool, carry):
         """Add the integrals of one node, and pull their cotangents back to the step."""
         bar, params_bar, integrals = carry
-        scale = self._scale(step)
-        theta, weight = self._place(step, number, index)
+        theta, weight = self._place(step, after, number, index)
+        scale = self._scale(weight)
         time, state, slope, beta = self._state(step, theta)
-        costs_bar = weight * (scale * self.bars)
-        t_bar, h_bar = bar.t, bar.h
+        values_bar = scale * self.bars
+        if self.shared:
+            # What waits for the stage at the end of the step: it is the vector field there.
+            waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
+            waiting = waiting.reshape(values_bar.shape[0], -1)
+            values_bar = jnp.concatenate([values_bar, waiting], axis=1)
         if timed:
-            costs, pull = vjp(self.apply, self.params, time, state)
-            dparams, dtime, dstate = pull(costs_bar)
-            by_size = jnp.where(step.h == 0, 0.0, 1 / jnp.where(step.h == 0, 1.0, step.h))
-            direct = _to_rows(jnp.sum(costs_bar * costs, axis=1), step.t) * by_size
-            t_bar = t_bar + dtime
-            h_bar = h_bar + theta * dtime + direct + jnp.sum(dstate * slope, axis=1)
+            values, pull = vjp(self.apply, self.params, time, state)
+            dparams, dtime, dstate = pull(values_bar)
+            along = theta * dtime + jnp.sum(dstate * slope, axis=1)
+            bar = bar._replace(t=bar.t + dtime, h=bar.h + along)
         else:
             apply = lambda params, state: self.apply(params, time, state)
-            costs, pull = vjp(apply, self.params, state)
-            dparams, dstate = pull(costs_bar)
+            values, pull = vjp(apply, self.params, state)
+            dparams, dstate = pull(values_bar)
         k_bar = bar.k + step.h[None, :, None] * (beta * dstate[None])
         params_bar = jax.tree.map(jnp.add, params_bar, dparams)
-        integrals = integrals + scale * (weight * costs)
-        return Step(t_bar, h_bar, bar.y + dstate, k_bar), params_bar, integrals
+        integrals = integrals + scale * values[:, : self.bars.shape[1]]
+        return bar._replace(y=bar.y + dstate, k=k_bar), params_bar, integrals
 
 
 def _to_rows(x: Float[Array, " batch"], like: Float[Array, " rows"]) -> Float[Array, " rows"]:

@@ -11,7 +11,7 @@ import scipy.stats
 import jaxode
 from jaxode.adjoints import discrete
 from jaxode.integrate import integrate
-from jaxode.quadrature import GOLDEN, gauss_legendre
+from jaxode.quadrature import GOLDEN, gauss
 from jaxode.solve import DEFAULTS, pose
 from jaxode.tableau import tableau_of
 
@@ -73,7 +73,7 @@ def reference(flow, times):
     """The objective as a plain function, step by step and stage by stage, for autodiff."""
     tableau = tableau_of({**DEFAULTS, **flow.solve_options}["solver"])
     A, b, c = (jnp.asarray(x) for x in (tableau.A, tableau.b, tableau.c))
-    theta, weight = map(jnp.asarray, gauss_legendre(tableau))
+    theta, weight = map(jnp.asarray, gauss(tableau))
     meshes = jnp.broadcast_to(times.T, (BATCH, len(times)))
 
     def one(params, x, context, probe, phase, mesh):

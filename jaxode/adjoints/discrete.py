@@ -113,7 +113,7 @@ def _saved_outputs(tableau, ts, ys_bar, sign):
     """Pulls the cotangents of the outputs saved within a step back to its start and stages."""
     output = partial(dense_output, tableau)
 
-    def inside(step: Step, number, params_bar, carry):
+    def inside(step: Step, number, bar: Step, params_bar, carry):
         rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
 
         def due(saved):
@@ -128,7 +128,7 @@ def _saved_outputs(tableau, ts, ys_bar, sign):
             bar = jax.tree.map(jnp.add, bar, Step(*step_bar))
             return bar, saved - now.astype(jnp.int32), ts_bar.at[index].add(time_bar)
 
-        carry = jax.tree.map(jnp.zeros_like, step), *carry
+        carry = bar, *carry
         bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)
         return bar, params_bar, tuple(carry)
 

@@ -74,9 +74,11 @@ class Sweep(NamedTuple):
     """Whether the parameter gradient is gathered from all stages of a step as one batch, because
     to write and add it at every stage would cost more than the products themselves."""
     inside: Callable[..., tuple[Step, PyTree, Any]] | None = None
-    """`(step, number, params_bar, carry) -> (cotangents of the step, params_bar, carry)`, for what
-    depends on the inside of a step. `number` counts from 1; number 0 is the start of the solve, a
-    step of size zero that has nothing inside."""
+    """`(step, number, bar, params_bar, carry) -> (bar, params_bar, carry)`, which adds what depends
+    on the inside of a step to its cotangents `bar`. `number` counts from 1; number 0 is the start
+    of the solve, a step of size zero that has nothing inside."""
+    inside_pulls_last: bool = False
+    """Whether `inside` also pulls back what waits for the last stage."""
 
     @property
     def waits(self) -> bool:
@@ -88,6 +90,11 @@ class Sweep(NamedTuple):
         """How many stages of a step matter."""
         tableau = self.tableau
         return tableau.advancing_stages if self.inside is None else tableau.stages
+
+    @property
+    def pulled(self) -> int:
+        """How many of them are pulled back here."""
+        return self.count - 1 if self.inside_pulls_last else self.count
 
     def run(self, y1_bar: Float[Array, "rows n"], params_bar: PyTree, carry: Any = None) -> Swept:
         """From the cotangent of the end state to the cotangents at the start."""
@@ -103,12 +110,13 @@ class Sweep(NamedTuple):
         step, checkpoints = self._replay(state)
         swept, zeros = state.swept, jax.tree.map(jnp.zeros_like, step)
         bar, params_bar, carry = zeros, swept.params, swept.inside
-        if self.inside is not None:
-            bar, params_bar, carry = self.inside(step, state.stop, params_bar, carry)
         if swept.slope is not None:
-            bar = bar._replace(k=bar.k.at[-1].add(swept.slope))
+            bar = bar._replace(k=bar.k.at[-1].set(swept.slope))
+        if self.inside is not None:
+            bar, params_bar, carry = self.inside(step, state.stop, bar, params_bar, carry)
         # Before the first step only its first stage is left, as the last one of step number 0.
-        lowest = jnp.where(state.stop == 0, self.count - 1, 1) if self.waits else 0
+        start = self.pulled if self.inside_pulls_last else self.pulled - 1
+        lowest = jnp.where(state.stop == 0, start, 1) if self.waits else 0
         bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.timed:
@@ -152,7 +160,7 @@ class Sweep(NamedTuple):
 
         def stage(j, carry):
             z_bars, k_bar, params_bar, t_bar, h_bar = carry
-            i = self.count - 1 - j
+            i = self.pulled - 1 - j
             increment, stage_bar = weighted_sum(A[i], k), k_bar_of(i, z_bars, k_bar)
             z, time = y + h[:, None] * increment, t + c[i] * h
             apply = lambda params, t, z: self.apply(self.params if self.per_step else params, t, z)
@@ -169,7 +177,7 @@ class Sweep(NamedTuple):
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
 
         carry = (jnp.zeros_like(k), bar.k, params_bar, bar.t, bar.h)
-        carry = fori_loop(0, self.count - lowest, stage, carry)
+        carry = fori_loop(0, self.pulled - lowest, stage, carry)
         z_bars, k_bar, params_bar, t_bar, h_bar = carry
         if self.waits:
             k_bar = k_bar.at[0].set(k_bar_of(0, z_bars, k_bar))
@@ -181,9 +189,9 @@ class Sweep(NamedTuple):
 
     def _gather(self, step: Step, A, c, k_bar, params_bar):
         """Add the parameter gradient of all stages of a step, but for one that waits."""
-        first = 1 if self.waits else 0
+        own = slice(1 if self.waits else 0, self.pulled)
         z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
         times = step.t[None] + c[: self.count, None] * step.h[None]
-        stages = lambda params: jax.vmap(self.apply, (None, 0, 0))(params, times[first:], z[first:])
-        (dparams,) = vjp(stages, self.params)[1](k_bar[first:])
+        stages = lambda params: jax.vmap(self.apply, (None, 0, 0))(params, times[own], z[own])
+        (dparams,) = vjp(stages, self.params)[1](k_bar[own])
         return jax.tree.map(jnp.add, params_bar, dparams)
