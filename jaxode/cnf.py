@@ -344,8 +344,9 @@ def cnf(
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
         step_control: "joint" or "per_sample", as for `jaxode.flow`.
-        quadrature: how `nll` integrates the divergence over a step: "gauss" by Gauss-Legendre
-            nodes, or "stochastic" at one random time for each sample: unbiased, and cheaper.
+        quadrature: how `nll` integrates the divergence over a step: "gauss" at the nodes of
+            a Gauss rule, two of which are at the ends of the step if stages of the solver are there
+            (Lobatto), or "stochastic" at one random time for each sample: unbiased, and cheaper.
         regularizers: running costs to add to `nll`, from `jaxode.regularizers`.
         steer: let the solve of `nll` end at a random time instead of `t0`, uniform between
             `t0 - steer` and `t0 + steer`: one draw a call, from `key`, for the whole batch. A flow

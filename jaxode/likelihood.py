@@ -59,7 +59,7 @@ class Settings(eqx.Module):
     coefficients: Float[Array, " costs-1"]
     """Of the running costs after the divergence."""
     phase: Float[Array, " batch"] | None
-    """Uniform random numbers for one random node a step and sample; None for Gauss-Legendre."""
+    """Uniform random numbers for one random node a step and sample; None for Gauss nodes."""
 
 
 class Objective(NamedTuple):

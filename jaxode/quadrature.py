@@ -160,27 +160,31 @@ class Nodes(NamedTuple):
         safe = jnp.where(span == 0, 1.0, span)
         return jnp.where(span == 0, 0.0, jnp.sum(self.bars * integrals).astype(span.dtype) / safe)
 
+    def _values_bar(self, values, scale, bar: Step, index) -> Float[Array, "batch values"]:
+        """The cotangents of what a node evaluates."""
+        values_bar = scale * self.bars
+        if not self.shared:
+            return values_bar
+        # What waits for the stage at the end of the step: it is the vector field there.
+        waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
+        waiting = waiting.reshape(values.shape[0], values.shape[1] - values_bar.shape[1])
+        return jnp.concatenate([values_bar, waiting], axis=1)
+
     def _add(self, step: Step, after, number, index, timed: bool, carry):
         """Add the integrals of one node, and pull their cotangents back to the step."""
         bar, params_bar, integrals = carry
         theta, weight = self._place(step, after, number, index)
         scale = self._scale(weight)
         time, state, slope, beta = self._state(step, theta)
-        values_bar = scale * self.bars
-        if self.shared:
-            # What waits for the stage at the end of the step: it is the vector field there.
-            waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
-            waiting = waiting.reshape(values_bar.shape[0], -1)
-            values_bar = jnp.concatenate([values_bar, waiting], axis=1)
         if timed:
             values, pull = vjp(self.apply, self.params, time, state)
-            dparams, dtime, dstate = pull(values_bar)
+            dparams, dtime, dstate = pull(self._values_bar(values, scale, bar, index))
             along = theta * dtime + jnp.sum(dstate * slope, axis=1)
             bar = bar._replace(t=bar.t + dtime, h=bar.h + along)
         else:
             apply = lambda params, state: self.apply(params, time, state)
             values, pull = vjp(apply, self.params, state)
-            dparams, dstate = pull(values_bar)
+            dparams, dstate = pull(self._values_bar(values, scale, bar, index))
         k_bar = bar.k + step.h[None, :, None] * (beta * dstate[None])
         params_bar = jax.tree.map(jnp.add, params_bar, dparams)
         integrals = integrals + scale * values[:, : self.bars.shape[1]]
