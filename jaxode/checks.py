@@ -20,6 +20,7 @@ from jaxode.cnf import CNF
 from jaxode.divergence import exact
 from jaxode.results import SolveError
 from jaxode.solve import DEFAULTS, solve_batch
+from jaxode.tableau import is_explicit
 
 # What is out of range. Errors of densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3
@@ -87,6 +88,11 @@ class Subject:
         except SolveError as error:
             return str(error)
         return ""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether each step solves equations."""
+        return not is_explicit(self.flow.solve_options.get("solver", DEFAULTS["solver"]))
 
     @cached_property
     def z(self) -> Float[Array, "batch *event"]:
@@ -245,10 +251,13 @@ def _total_probability(s: Subject) -> Row | None:
     context = lambda n: jax.tree.map(lambda leaf: of_first(leaf, n), s.context)
     # Noise in the log-density would not average out in the density.
     flow = s.flow if s.probes is None else dataclasses.replace(s.flow, divergence=exact())
-    samples = flow.sample(s.params, s.key, 4096, context=context(4096)).reshape(-1, size)
+    to_data = lambda z: flow.from_base(s.params, z, context=context(z.shape[0]))
+    log_prob = lambda x: flow.log_prob(s.params, x, context=context(x.shape[0]))
+    if s.implicit:
+        to_data, log_prob = _row_by_row(to_data), _row_by_row(log_prob)
+    samples = to_data(flow.base.sample(s.key, (4096,))).reshape(-1, size)
     low, high = jnp.min(samples, axis=0), jnp.max(samples, axis=0)
     low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
-    log_prob = lambda x: flow.log_prob(s.params, x, context=context(x.shape[0]))
     value, change = np.nan, np.nan
     for points in GRIDS[size]:
         axes = [jnp.linspace(a, b, points, dtype=s.x.dtype) for a, b in zip(low, high, strict=True)]
@@ -266,6 +275,11 @@ def _total_probability(s: Subject) -> Row | None:
         "divergence of the vector field is wrong, or the field is not smooth.",
     )  # fmt: skip
     return row._replace(value=value)
+
+
+def _row_by_row(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An implicit solver takes a batch as one system, whose Jacobian grows with its square."""
+    return jax.vmap(lambda row: f(row[None])[0])
 
 
 def _in_chunks(log_prob: Callable[[Array], Array], x: Float[Array, "points *event"]) -> Array:
@@ -306,8 +320,10 @@ def _steps(s: Subject) -> Row | None:
     )  # fmt: skip
 
 
-def _rejected(s: Subject) -> Row:
+def _rejected(s: Subject) -> Row | None:
     """Rejected of the attempted steps. The first few are the search for a step size."""
+    if s.implicit:
+        return None  # Its equations may need a smaller step than the field does.
     stats = s.loss[0][1].stats
     rejected, steps = float(jnp.sum(stats.num_rejected)), float(jnp.sum(stats.num_steps))
     return s.judge(
@@ -317,8 +333,10 @@ def _rejected(s: Subject) -> Row:
     )  # fmt: skip
 
 
-def _stiffness(s: Subject) -> Row:
+def _stiffness(s: Subject) -> Row | None:
     """The time span times the largest |eigenvalue| of `df/dz` on the trajectories."""
+    if s.implicit:
+        return None  # Its steps are not bound by stability.
     flow, start, end = s.flow, s.flow.t1, s.flow.t0
     times = jnp.linspace(start, end, 9, dtype=s.x.dtype)
     options = {**flow.solve_options, "ts": times}
