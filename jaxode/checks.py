@@ -268,9 +268,13 @@ def _total_probability(s: Subject) -> Row | None:
         change = abs(value - _integral(density[coarse], [axis[::2] for axis in axes]))
         if not change > 0.1 * PROBABILITY:
             break
-    limit = PROBABILITY + change  # what the grid does not resolve is no fault of the flow
+    name = "total probability"
+    if change > PROBABILITY:
+        # No fault of the flow, but nothing is known.
+        return Row(name, np.nan, f"not resolved by {points} points a side")
+    limit = PROBABILITY + change
     row = s.judge(
-        "total probability", abs(value - 1), limit, f"1 within {limit:.2g}",
+        name, abs(value - 1), limit, f"1 within {limit:.2g}",
         "The density does not integrate to one: tighten rtol and atol; if that does not help, the "
         "divergence of the vector field is wrong, or the field is not smooth.",
     )  # fmt: skip

@@ -37,6 +37,11 @@ def stiff(t, z, p):
     return -p * (z - jnp.sin(5 * t))
 
 
+def stretch(t, z, p):
+    """The density becomes a ridge along a diagonal, e^(2 p) times as long as it is wide."""
+    return p * z[::-1]
+
+
 class WrongDivergence:
     """A closed form that forgets half of the divergence."""
 
@@ -131,6 +136,14 @@ def test_broken_flow_is_found(run, found, word):
     assert found <= set(report.advice)
     assert not report.ok
     assert any(word in sentence for sentence in report.advice.values())
+
+
+def test_total_probability_that_the_grid_does_not_resolve_is_not_in_range():
+    report = audit(stretch, 2, 5.0)
+    row = next(row for row in report.rows if row.name == "total probability")
+    assert np.isnan(row.value)
+    assert row.limit == "not resolved by 513 points a side"
+    assert row.advice == ""
 
 
 def test_report_is_a_table():
