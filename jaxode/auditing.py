@@ -83,9 +83,16 @@ def audit(
         of the report, and what it keeps from being measured is NaN.
 
     Raises:
-        TypeError, ValueError: as the methods of the flow, for wrong arguments.
+        TypeError, ValueError: as the methods of the flow, for wrong arguments; and for samples that
+            are not finite.
     """
     x = flow._samples("audit", "x", x)
+    bad = int(jnp.sum(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))))
+    if bad:
+        raise ValueError(
+            f"audit(x=...): must be finite; got NaN or inf in {bad} of {x.shape[0]} samples. "
+            "Leave those out."
+        )
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
     params, context = jax.tree.map(floats, (params, context))

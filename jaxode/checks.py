@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode.adjoints import ForwardMode
+from jaxode.adjoints import DiscreteAdjoint, ForwardMode
 from jaxode.cnf import CNF
 from jaxode.divergence import exact
 from jaxode.results import SolveError
@@ -93,6 +93,12 @@ class Subject:
     def implicit(self) -> bool:
         """Whether each step solves equations."""
         return not is_explicit(self.flow.solve_options.get("solver", DEFAULTS["solver"]))
+
+    @property
+    def solve_finer(self) -> str:
+        """The first words of advice against errors of the solve."""
+        steps = self.flow.solve_options.get("steps")
+        return "Tighten rtol and atol" if steps is None else f"Raise steps from {steps}"
 
     @cached_property
     def z(self) -> Float[Array, "batch *event"]:
@@ -173,9 +179,14 @@ def _solves(s: Subject) -> Row:
 
 def _reference(s: Subject) -> Row:
     """Whether there is anything to compare with."""
+    where = (
+        "mend the solves that fail first."
+        if s.failure
+        else "look for a kink, a jump or a singularity of the vector field."
+    )
     advice = s.tight_failure and (
         f"A tight solve fails ({s.tight_failure.split('. ')[0]}), so errors cannot be measured: "
-        "look for a kink, a jump or a singularity of the vector field."
+        f"{where}"
     )
     return Row("tight solves that fail", float(bool(advice)), "0", advice)
 
@@ -186,7 +197,7 @@ def _round_trip(s: Subject) -> Row:
     value = jnp.max(jnp.abs(back - s.x) / (1 + jnp.abs(s.x)), initial=0.0)
     return s.judge(
         "round-trip error", value, ROUND_TRIP, f"at most {ROUND_TRIP:g} of 1 + |x|",
-        "Tighten rtol and atol: samples and densities are not those of one flow; if that does "
+        f"{s.solve_finer}: samples and densities are not those of one flow; if that does "
         "not help, the flow contracts too much to be inverted.",
     )  # fmt: skip
 
@@ -197,7 +208,7 @@ def _log_density(s: Subject) -> Row:
     return s.judge(
         "log-density error", jnp.max(error, initial=0.0), LOG_DENSITY,
         f"at most {LOG_DENSITY:g} nats",
-        "Tighten rtol and atol of log_prob; if that does not help, the divergence of the vector "
+        f"{s.solve_finer} of log_prob; if that does not help, the divergence of the vector "
         "field is wrong or not smooth.",
     )  # fmt: skip
 
@@ -208,7 +219,7 @@ def _loss(s: Subject) -> Row:
     return s.judge(
         "loss error", jnp.abs(own.astype(tight.dtype) - tight), LOG_DENSITY,
         f"at most {LOG_DENSITY:g} nats",
-        "Tighten rtol and atol for training: the loss is not that of the flow.",
+        f"{s.solve_finer} for training: the loss is not that of the flow.",
     )  # fmt: skip
 
 
@@ -218,10 +229,12 @@ def _gradient(s: Subject) -> Row:
     norm = lambda leaves: math.sqrt(sum(float(jnp.sum(leaf * leaf)) for leaf in leaves))
     difference = norm([a.astype(b.dtype) - b for a, b in zip(own, tight, strict=True)])
     value = difference / norm(tight) if difference else 0.0
+    adjoint = s.flow.solve_options.get("adjoint", DEFAULTS["adjoint"])
+    exact = isinstance(adjoint, DiscreteAdjoint)
     return s.judge(
         "gradient error", value, GRADIENT, f"at most {GRADIENT:g} of its norm",
-        "Tighten rtol and atol for training, or use adjoint=jaxode.DiscreteAdjoint() if it is "
-        "another one.",
+        f"{s.solve_finer} for training"
+        + ("." if exact else f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."),
     )  # fmt: skip
 
 
@@ -275,7 +288,7 @@ def _total_probability(s: Subject) -> Row | None:
     limit = PROBABILITY + change
     row = s.judge(
         name, abs(value - 1), limit, f"1 within {limit:.2g}",
-        "The density does not integrate to one: tighten rtol and atol; if that does not help, the "
+        f"{s.solve_finer}: the density does not integrate to one; if that does not help, the "
         "divergence of the vector field is wrong, or the field is not smooth.",
     )  # fmt: skip
     return row._replace(value=value)
@@ -330,8 +343,10 @@ def _rejected(s: Subject) -> Row | None:
         return None  # Its equations may need a smaller step than the field does.
     stats = s.loss[0][1].stats
     rejected, steps = float(jnp.sum(stats.num_rejected)), float(jnp.sum(stats.num_steps))
+    # A solve that fails says why, and may reject all steps after that.
+    value = np.nan if s.failure else rejected / max(steps, 1.0)
     return s.judge(
-        "part of steps rejected", rejected / max(steps, 1.0), REJECTED, f"at most {REJECTED:g}",
+        "part of steps rejected", value, REJECTED, f"at most {REJECTED:g}",
         "Look for a kink, a jump or a singularity of the vector field: the step size finds nothing "
         "to hold on to.",
     )  # fmt: skip

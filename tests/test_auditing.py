@@ -138,6 +138,22 @@ def test_broken_flow_is_found(run, found, word):
     assert any(word in sentence for sentence in report.advice.values())
 
 
+def test_advice_is_for_the_options_that_the_flow_has():
+    by_steps = " ".join(audit(wave, p=2.0, solver=diffrax.Euler(), steps=4).advice.values())
+    assert "Raise steps from 4" in by_steps
+    assert "rtol" not in by_steps
+    assert "DiscreteAdjoint" not in by_steps
+    loose = {"rtol": 0.3, "atol": 0.3, "adjoint": jaxode.BacksolveAdjoint()}
+    gradient = audit(wave, p=4.0, **loose).advice["gradient error"]
+    assert "jaxode.DiscreteAdjoint() instead of BacksolveAdjoint(" in gradient
+
+
+def test_no_kink_is_looked_for_where_the_cause_is_known():
+    report = audit(lambda t, z, p: jnp.where(t < 0.5, jnp.nan, p) * z)
+    assert "kink" not in " ".join(report.advice.values())
+    assert "mend the solves that fail first" in report.advice["tight solves that fail"]
+
+
 def test_total_probability_that_the_grid_does_not_resolve_is_not_in_range():
     report = audit(stretch, 2, 5.0)
     row = next(row for row in report.rows if row.name == "total probability")
@@ -166,3 +182,6 @@ def test_wrong_arguments_raise():
     flow = jaxode.cnf(wave, jaxode.standard_normal(2))
     with pytest.raises(ValueError, match=r"audit\(x=...\): must have shape"):
         jaxode.audit(flow, 1.0, jnp.ones((3, 1)), KEY)
+    message = r"audit\(x=...\): must be finite; got NaN or inf in 2 of 3 samples. Leave those out."
+    with pytest.raises(ValueError, match=message):
+        jaxode.audit(flow, 1.0, jnp.ones((3, 2)).at[:2, 1].set(jnp.inf), KEY)
