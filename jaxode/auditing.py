@@ -135,7 +135,7 @@ def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
         probe = divergence.init(key, z.astype(dtype))
         return None if probe is None else probe.astype(z.dtype)
 
-    choose = getattr(divergence, "choose", None)
+    choose = divergence.choose
     changed: dict[str, Any] = {"init": init}
     if choose is not None:
         changed["choose"] = lambda g, z: _same_probes(choose(g, z), dtype)

@@ -371,10 +371,11 @@ def cnf(
     check_options("cnf", solve_options, without=("ts",))
     if not callable(f):
         raise TypeError(f"cnf(f=...): must be a function f(t, z, params); got {f!r}.")
-    if not all(callable(getattr(divergence, name, None)) for name in ("init", "apply")):
+    if not isinstance(divergence, Divergence):
         raise TypeError(
-            f"cnf(divergence=...): must have init and apply; got {divergence!r}. "
-            "Use a function of jaxode.divergence, called: jaxode.divergence.exact()."
+            f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "
+            "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your "
+            "own, jaxode.divergence.Divergence(init, apply)."
         )
     check_step_control("cnf", step_control)
     if quadrature not in ("gauss", "stochastic"):

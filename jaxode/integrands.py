@@ -52,7 +52,7 @@ class Integrands:
         g, norm = self.at(t, params, context), None
         if self._needs_norm:
             divergence = self._chosen(g, z, True)
-            with_norm = getattr(divergence, "with_norm", None)
+            with_norm = divergence.with_norm
             if with_norm is None:
                 raise ValueError(
                     "nll: a regularizer needs the norm of the Jacobian, which the divergence "
@@ -99,7 +99,7 @@ class Integrands:
 
     def _chosen(self, g: FieldAt, z: Any, norm: bool) -> Divergence:
         """With the norm of the Jacobian, `auto()` leaves out the closed form, which has none."""
-        choose = getattr(self.divergence, "choose", None)
-        if choose is None or (norm and getattr(self.divergence, "with_norm", None) is not None):
+        choose = self.divergence.choose
+        if choose is None or (norm and self.divergence.with_norm is not None):
             return self.divergence
         return choose(g, z)

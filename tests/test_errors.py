@@ -1,5 +1,7 @@
 """Every wrong input gets one clear message, and every failed solve says so."""
 
+from types import SimpleNamespace
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,8 @@ X = jnp.ones((4, 2))
 KEY = jax.random.key(0)
 
 OWN_DIVERGENCE = divergence.Divergence(lambda key, z: None, divergence.exact().apply)
+# Other methods than nll look at more than these two.
+INIT_AND_APPLY = SimpleNamespace(init=OWN_DIVERGENCE.init, apply=OWN_DIVERGENCE.apply)
 
 
 class WrongShape:
@@ -137,8 +141,15 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf(divergence="exact"), TypeError,
-        "cnf(divergence=...): must have init and apply; got 'exact'. "
-        "Use a function of jaxode.divergence, called: jaxode.divergence.exact().",
+        "cnf(divergence=...): must be a Divergence; got 'exact'. "
+        "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your own, "
+        "jaxode.divergence.Divergence(init, apply).",
+    ),
+    (
+        lambda: cnf(divergence=INIT_AND_APPLY), TypeError,
+        f"cnf(divergence=...): must be a Divergence; got {INIT_AND_APPLY!r}. "
+        "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your own, "
+        "jaxode.divergence.Divergence(init, apply).",
     ),
     (
         lambda: cnf().log_prob(None, [[0.0, 1.0]]), TypeError,
