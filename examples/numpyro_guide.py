@@ -20,14 +20,18 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
-from numpyro.handlers import reparam
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
-from numpyro.infer.autoguide import AutoContinuous, AutoNormal
-from numpyro.infer.reparam import LocScaleReparam
 from rich.progress import Progress
+
+try:
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.handlers import reparam
+    from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
+    from numpyro.infer.autoguide import AutoContinuous, AutoNormal
+    from numpyro.infer.reparam import LocScaleReparam
+except ModuleNotFoundError:
+    sys.exit("numpyro_guide: numpyro is not installed. Run: pip install numpyro")
 
 import jaxode
 from jaxode import plot

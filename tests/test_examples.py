@@ -210,6 +210,15 @@ def test_numpyro_guide(tmp_path, capsys, default_settings):
     assert re.search(r"^flow  .*\d$", output, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("name", "package"), [("flax_field", "flax"), ("numpyro_guide", "numpyro")]
+)
+def test_a_package_that_is_not_installed_gets_one_clear_line(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"^{name}: .* is not installed. Run: pip install"):
+        load(name)
+
+
 def small_table(path, rows=200):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 3)) @ np.array([[1.0, 2, 0], [0, 0.3, 1], [0, 0, 5]]) + 7
