@@ -1,10 +1,14 @@
 """What holds for every state, time, direction, tolerance, tableau and pytree.
 
 The examples of a test share their compiled programs: what varies is data, or comes from a short
-list.
+list. They are the same in each run; the weekly run of CI draws other ones, as does
+`JAXODE_TEST_EXAMPLES=random`.
 """
 
 import functools
+import os
+import re
+from pathlib import Path
 
 import diffrax
 import jax
@@ -17,7 +21,11 @@ from problems import SOLVERS
 import jaxode
 
 settings.register_profile("few", max_examples=12, deadline=None, derandomize=True)
-settings.load_profile("few")
+# Under CI the defaults of hypothesis are not random. `print_blob` says how to repeat a failure.
+settings.register_profile(
+    "random", max_examples=50, deadline=None, derandomize=False, print_blob=True
+)
+settings.load_profile(os.environ.get("JAXODE_TEST_EXAMPLES") or "few")
 
 SIZE = 3
 seeds = st.integers(0, 2**31 - 1)
@@ -49,6 +57,13 @@ def run(f, y0, t0, t1, A, tolerance=1e-6, solver=diffrax.Tsit5(), steps=None, co
     return jaxode.flow(
         f, y0, t0, t1, A, step_control=control, return_solution=True, throw=False, **options
     )
+
+
+def test_weekly_run_of_ci_draws_other_examples():
+    ci = (Path(__file__).parent.parent / ".github/workflows/ci.yml").read_text()
+    weekly, other = re.findall(r"JAXODE_TEST_EXAMPLES: .*'schedule' && '(.*)' \|\| '(.*)'", ci)[0]
+    assert not settings.get_profile(weekly).derandomize
+    assert settings.get_profile(other).derandomize
 
 
 @given(seeds, times, times, exponents, embedded, dtypes)
