@@ -56,6 +56,18 @@ def test_every_public_name_is_in_the_reference():
     reference = "\n".join(text for page, text in PAGES.items() if page.startswith("api/"))
     documented = re.findall(r"^::: jaxode\.(?:\w+\.)*(\w+)$", reference, re.MULTILINE)
     assert set(jaxode.__all__) <= set(documented)
+    assert {"Report", "Row"} <= set(documented)  # what jaxode.audit returns
+
+
+def test_every_example_is_listed():
+    names = {path.name for path in (ROOT / "examples").glob("*.py")}
+    for text in ((ROOT / "README.md").read_text(), PAGES["index.md"]):
+        assert names == set(re.findall(r"`(\w+\.py)`", text))
+
+
+@pytest.mark.parametrize("page", ["index.md", "start.md", "failure.md", "tolerance.md"])
+def test_the_audit_is_named_where_it_is_needed(page):
+    assert "jaxode.audit" in PAGES[page]
 
 
 def test_every_equation_names_its_test():
