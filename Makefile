@@ -72,7 +72,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-typecheck: .venv/ready
+typecheck: .venv/ready  ## The package, the examples, and ordinary use in tests/typed_use.py
 	$(BIN)/pyright
 
 .venv/ready: pyproject.toml constraints.txt .ci/setup

@@ -1,9 +1,9 @@
-"""`solve` and `flow`: validation, composition, and the one place that raises at run time."""
+"""`solve` and `flow`: check the arguments, pose the problem on rows, integrate, report failures."""
 
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import diffrax
 import equinox as eqx
@@ -107,6 +107,51 @@ def solve(
         "solve", Unconditional(f), one_row, t0, t1, args, None, None, options, throw
     )
     return raise_on_failure(solution, "solve") if throw else solution
+
+
+@overload
+def flow(
+    f: VectorField,
+    z: PyTree[Float[Array, "batch ..."]],
+    s: Time,
+    t: Time,
+    args: PyTree = None,
+    *,
+    step_control: Literal["joint", "per_sample"] = "joint",
+    return_solution: Literal[False] = False,
+    throw: bool = True,
+    **solve_options: Any,
+) -> PyTree[Float[Array, "batch ..."]]: ...
+
+
+@overload
+def flow(
+    f: VectorField,
+    z: PyTree[Float[Array, "batch ..."]],
+    s: Time,
+    t: Time,
+    args: PyTree = None,
+    *,
+    step_control: Literal["joint", "per_sample"] = "joint",
+    return_solution: Literal[True],
+    throw: bool = True,
+    **solve_options: Any,
+) -> Solution: ...
+
+
+@overload
+def flow(
+    f: VectorField,
+    z: PyTree[Float[Array, "batch ..."]],
+    s: Time,
+    t: Time,
+    args: PyTree = None,
+    *,
+    step_control: Literal["joint", "per_sample"] = "joint",
+    return_solution: bool,
+    throw: bool = True,
+    **solve_options: Any,
+) -> PyTree[Float[Array, "batch ..."]] | Solution: ...
 
 
 def flow(
