@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.adjoints.continuous import with_tolerances
+from jaxode.adjoints.forward import FORWARD_ONLY
 from jaxode.integrate import Integration, valid_arguments
 from jaxode.method import Method
 from jaxode.results import Result, Stats, nan_or_raise
@@ -84,11 +85,7 @@ class DiffraxSolve(eqx.Module):
         out = Integration(states[-1:], ys, stats, result[None], reached, jnp.zeros_like(reached))
         if not isinstance(self.adjoint, ForwardMode):
             return out
-        message = (
-            "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
-            "jax.jacfwd). Use adjoint=jaxode.DiscreteAdjoint() for jax.grad and jax.vjp."
-        )
-        return nondifferentiable_backward(out, msg=message)
+        return nondifferentiable_backward(out, msg=FORWARD_ONLY)
 
     def _solve(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
         """By diffrax; the end is the last of the saved states."""

@@ -9,6 +9,11 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.integrate import Integration, integrate
 from jaxode.method import Method
 
+FORWARD_ONLY = (
+    "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
+    "jax.jacfwd). Use adjoint=jaxode.DiscreteAdjoint() for jax.grad and jax.vjp."
+)
+
 
 @dataclass(frozen=True)
 class ForwardMode:
@@ -31,8 +36,4 @@ class ForwardMode:
     ) -> Integration:
         """Solve `dy/dt = field(t, y, args)`, with a forward-mode derivative in everything."""
         integration, _ = integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts)
-        message = (
-            "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
-            "jax.jacfwd). Use adjoint=jaxode.DiscreteAdjoint() for jax.grad and jax.vjp."
-        )
-        return nondifferentiable_backward(integration, msg=message)
+        return nondifferentiable_backward(integration, msg=FORWARD_ONLY)
