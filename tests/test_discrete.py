@@ -484,3 +484,18 @@ def test_failed_row_leaves_the_gradients_of_the_others():
     np.testing.assert_allclose(gradient[0], 4.0, rtol=1e-4)  # y1 = y0 / (1 - y0)
     assert jnp.isnan(gradient[1]).all()
     assert jnp.isnan(solution.y1[1]).all()
+
+
+def test_with_per_sample_steps_the_memory_is_that_of_the_times_of_max_steps_for_each_sample():
+    def memory(max_steps, batch=256):
+        loss = lambda z: jnp.sum(
+            jaxode.flow(
+                lambda t, y, args: -y, z, 0.0, 1.0, step_control="per_sample", throw=False,
+                max_steps=max_steps,
+            )
+        )  # fmt: skip
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((batch, 2))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (8 * batch)
+
+    # In numbers a sample; the compiler may move a few.
+    np.testing.assert_allclose(memory(4096) - memory(256), 4096 - 256, rtol=0.01)
