@@ -17,6 +17,9 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
 T = TypeVar("T")
 
+# A mapped axis, or several: `("x", "y")`.
+AxisName = str | tuple[str, ...]
+
 
 def axes_of(tree: PyTree) -> frozenset[Any]:
     """The mesh axes over which any array of `tree` varies."""
@@ -67,7 +70,7 @@ def _in_mesh_order(axes) -> tuple[Any, ...]:
 
 
 def row_numbers(
-    x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: str | None
+    x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None
 ) -> Int[Array, " batch"]:
     """The number of each row in the whole batch, of which this device has a part.
 

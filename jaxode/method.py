@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxode.mesh import AxisName
 from jaxode.results import Result
 from jaxode.step_size import error_ratio, propose
 
@@ -21,7 +22,7 @@ class Method(eqx.Module):
     first_step: Float[Array, ""] | None
     steps: int | None = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
-    axis_name: str | None = eqx.field(static=True)
+    axis_name: AxisName | None = eqx.field(static=True)
     max_step: Float[Array, ""] | None = None
     raises: str | None = eqx.field(static=True, default=None)
     """The function to name in the error of a failed backward solve; None if it must not raise."""

@@ -50,7 +50,7 @@ def solve(
     first_step: float | Float[Array, ""] | None = None,
     max_step: float | Float[Array, ""] | None = None,
     max_steps: int = 4096,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     throw: bool = True,
 ) -> Solution:
     """Solve the initial value problem `dy/dt = f(t, y, args)`, `y(t0) = y0`, up to `t1`.
@@ -78,8 +78,8 @@ def solve(
         max_step: largest size of a step, positive; unlimited by default. Not used with `steps`.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
-            state is split: the error norm is then taken over all of it, at the price of one number
-            that crosses between devices in each attempted step.
+            state is split, or a tuple of such names: the error norm is then taken over all of it,
+            at the price of one number that crosses between devices in each attempted step.
         throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
             `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
             state and all gradients are NaN.

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxode.mesh import axes_of, fori_loop, vary
+from jaxode.mesh import AxisName, axes_of, fori_loop, vary
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2
 MAX_FACTOR = 10.0
 
 
-def rms_norm(x: Float[Array, "rows n"], axis_name: str | None) -> Float[Array, " rows"]:
+def rms_norm(x: Float[Array, "rows n"], axis_name: AxisName | None) -> Float[Array, " rows"]:
     """Root mean square of each row, over all devices along `axis_name` if there is one."""
     mean_square = jnp.sum(x * x, axis=1) / max(x.shape[1], 1)
     if axis_name is not None:
@@ -32,7 +32,7 @@ def error_ratio(
     y1: Float[Array, "rows n"],
     rtol: Float[Array, ""],
     atol: Float[Array, ""],
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> Float[Array, " rows"]:
     """RMS of `error / (atol + rtol max(|y0|, |y1|))`: at most one when the step is good enough.
 
@@ -66,7 +66,7 @@ def first_step(
     order: int,
     rtol: Float[Array, ""],
     atol: Float[Array, ""],
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from jaxode.mesh import axes_of
+from jaxode.mesh import AxisName, axes_of
 from jaxode.method import Method
 from jaxode.tableau import tableau_of
 
@@ -87,7 +87,7 @@ def check_context(where: str, context: PyTree, batch: int) -> PyTree:
     return context
 
 
-def check_same_times(where: str, times: PyTree, axis_name: Any) -> None:
+def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> None:
     """Raise if devices that are to take the same steps have times of their own."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     differ = sorted(axes_of(times).intersection(names))
@@ -108,7 +108,7 @@ def check_step_control(where: str, step_control: Any) -> None:
 
 
 def check_weights(
-    where: str, weights: Any, x: Float[Array, "batch *event"], axis_name: str | None
+    where: str, weights: Any, x: Float[Array, "batch *event"], axis_name: AxisName | None
 ) -> Float[Array, " batch"]:
     """Weights of the samples in a mean; they sum to one, on average over devices along `axis_name`.
 

@@ -316,16 +316,18 @@ def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sharded_training_has_the_numbers_of_one_device(tmp_path, processes):
+@pytest.mark.parametrize(("processes", "own_steps"), [(1, False), (2, False), (1, True)])
+def test_sharded_training_has_the_numbers_of_one_device(tmp_path, processes, own_steps):
     picture = tmp_path / "sharded.png"
     command = [sys.executable, EXAMPLES / "sharded.py", "--steps", "3", "--batch", "32"]
-    command += ["--processes", str(processes), "--out", picture]
+    command += ["--processes", str(processes), "--out", picture, *["--own-steps"] * own_steps]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert picture.read_bytes().startswith(PNG)
     losses, parameters = (
         float(re.search(rf"largest difference of a {name} (\S+)", output).group(1))
         for name in ("loss", "parameter")
     )
-    assert losses < 1e-12
-    assert parameters < 1e-12
+    # Other steps have other errors, each of about the tolerance of 1e-5.
+    limit = 1e-4 if own_steps else 1e-12
+    assert losses < limit
+    assert parameters < limit

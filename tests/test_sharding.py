@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -100,6 +100,24 @@ def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
     inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
     expected = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))(*inputs)
     assert_same(sharded(loss_of(None, **options))(*inputs), expected)
+
+
+@typed
+@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()], ids=str)
+def test_each_device_takes_the_joint_steps_of_its_own_rows(adjoint):
+    """With error control a part of the batch has other steps than the whole."""
+    options = {"divergence": jaxode.divergence.exact(), "adjoint": adjoint}
+    inputs, loss = (PARAMS, X, CONTEXT, WEIGHTS), loss_of(None, **options)
+    # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
+    rtol = 1e-12 if isinstance(adjoint, jaxode.DiscreteAdjoint) else 1e-10
+    # Its part of the mean, since an adjoint ODE has an absolute tolerance.
+    alone = jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs) / DEVICES, (0, 1)))
+    rows = [slice(i, i + BATCH // DEVICES) for i in range(0, BATCH, BATCH // DEVICES)]
+    each = [alone(PARAMS, X[row], CONTEXT[row], WEIGHTS[row]) for row in rows]
+    value, by_params = jax.tree.map(lambda *parts: sum(parts), *[(v, bars[0]) for v, bars in each])
+    by_x = jnp.concatenate([bars[1] for _, bars in each])
+    expected = (value, (by_params, by_x))
+    assert_same(sharded(loss_of(None, **options))(*inputs), expected, rtol)
 
 
 @typed
@@ -239,3 +257,36 @@ def test_rows_of_a_batch_over_two_axes_are_numbered_in_the_order_of_the_mesh():
     sharded = jax.shard_map(mean, mesh=mesh, in_specs=P(("x", "a")), out_specs=P())
     alone = loss(PARAMS, X, jnp.zeros_like(X), None)
     np.testing.assert_allclose(jax.jit(sharded)(X), alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("check_vma", [pytest.param(True, marks=typed), False])
+def test_joint_steps_of_a_batch_over_two_axes(check_vma):
+    """`axis_name` as a tuple: for the error norm, the noise and the mean of the weights."""
+    axes = ("x", "a")
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), axes)
+    mean = lambda *inputs: jax.lax.pmean(loss_of(axes)(*inputs), axes)
+    run = jax.shard_map(
+        mean, mesh=mesh, in_specs=(P(), P(axes), P(axes), P(axes)), out_specs=P(),
+        check_vma=check_vma,
+    )  # fmt: skip
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
+    assert_same(jax.jit(run)(*inputs), loss_of(None)(*inputs))
+
+
+def test_steps_over_two_axes_need_the_same_times_on_all():
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))
+    ends = lambda z, t: jaxode.flow(lambda t, y, a: -y, z, 0.0, t[0], axis_name=("x", "a"))
+    run = jax.shard_map(ends, mesh=mesh, in_specs=(P(("x", "a")), P("a")), out_specs=P(("x", "a")))
+    with pytest.raises(ValueError, match=r"axis_name=\('x', 'a'\).*times that vary over \['a'\]"):
+        run(X, jnp.ones(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"step_control": "per_sample"}], ids=str)
+def test_a_sharded_batch_under_plain_jit(options):
+    """XLA splits the program itself, and the numbers are those of one device."""
+    split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)
+    run = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))
+    expected = run(PARAMS, X, CONTEXT, WEIGHTS)
+    actual = run(PARAMS, *(jax.device_put(rows, split) for rows in (X, CONTEXT, WEIGHTS)))
+    assert actual[1][1].sharding.device_set == split.device_set
+    assert_same(actual, expected)
