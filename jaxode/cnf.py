@@ -5,7 +5,8 @@ trajectory `d/dt log p(z(t)) = -div f`, so
 
     log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
 
-Every sign and time direction of the library is chosen in this file.
+This file chooses in which direction of time each method solves, and this sign. The costs of the
+training loss have theirs in `jaxode/likelihood.py` and `jaxode/quadrature.py`.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367;
 Ghosh et al. (2020), arXiv:2006.10711 ("STEER").

@@ -3,9 +3,11 @@
 So do the distributions of numpyro, distrax, TensorFlow Probability and flowjax. A density with
 parameters to learn is made inside the loss, from them: `cnf` costs nothing at run time.
 
-    def loss(params, x):
-        field_params, base = params  # base: a jaxode.diagonal_normal, a flowjax distribution, ...
-        return jaxode.cnf(f, base).nll(field_params, x)
+```python
+def loss(params, x):
+    field_params, base = params  # base: a jaxode.diagonal_normal, a flowjax distribution, ...
+    return jaxode.cnf(f, base).nll(field_params, x)
+```
 """
 
 import inspect

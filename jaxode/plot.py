@@ -3,9 +3,11 @@
 Every function draws on `ax`, by default matplotlib's current axes, and returns it. Titles, limits
 and colors stay yours: set them on the axes, or pass matplotlib's own keywords.
 
-    figure, axes = plt.subplots(1, 2)
-    jaxode.plot.density(partial(flow.log_prob, params), (-4, 4, -4, 4), ax=axes[0])
-    jaxode.plot.history(losses, ax=axes[1])
+```python
+figure, axes = plt.subplots(1, 2)
+jaxode.plot.density(partial(flow.log_prob, params), (-4, 4, -4, 4), ax=axes[0])
+jaxode.plot.history(losses, ax=axes[1])
+```
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """What importing the package gives and costs."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jaxode
 
@@ -37,3 +39,21 @@ def test_import_loads_nothing_that_diffrax_does_not():
         "print(sorted(m for m in set(sys.modules) - before if not m.startswith('jaxode')))"
     )
     assert run(code) == "[]"
+
+
+def test_every_module_has_its_place_and_imports_only_what_stands_above_it():
+    root = Path(__file__).parent.parent
+    table = re.findall(
+        r"^\| (`jaxode/.*?) \|", (root / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    names = [re.findall(r"jaxode/(\w+)", row) for row in table]
+    place = {name: index for index, row in enumerate(names) for name in row}
+    sources = {}
+    for path in (root / "jaxode").rglob("*.py"):
+        relative = path.relative_to(root / "jaxode")
+        if relative.name != "__init__.py":
+            sources.setdefault(Path(relative.parts[0]).stem, []).append(path.read_text())
+    assert set(sources) <= set(place)
+    for name, texts in sources.items():
+        for other in re.findall(r"^from jaxode\.(\w+)", "\n".join(texts), re.MULTILINE):
+            assert place[other] <= place[name], f"{name} imports {other}"
