@@ -51,11 +51,9 @@ def eight_gaussians(rng: np.random.Generator, n: int) -> np.ndarray:
     return (centers + 0.3 * rng.standard_normal((n, 2))).astype(np.float32)
 
 
-def network(workload: Workload):
+def network(workload: Workload, activation=jaxode.nn.softplus):
     key = jax.random.key(0)
-    m = jaxode.nn.ConcatSquash(
-        workload.dim, workload.widths, key=key, activation=jaxode.nn.softplus
-    )
+    m = jaxode.nn.ConcatSquash(workload.dim, workload.widths, key=key, activation=activation)
     if not workload.trained:
         return eqx.tree_at(lambda m: m.weight, m, 10 * m.weight)
     paths, structure = jax.tree_util.tree_flatten_with_path(m)
