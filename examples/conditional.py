@@ -10,7 +10,6 @@ its accuracy on held-out digits beside their bits per dimension. About a minute 
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import diffrax
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from digits import HELD_OUT, PIXELS, fit_whitening, to_images, whiten
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
     parser.add_argument("--batch", type=int, default=256, help="images in a training step")
     parser.add_argument("--width", type=int, default=128, help="size of the two hidden layers")
-    parser.add_argument("--out", type=Path, default=Path("out/conditional.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=picture, default="out/conditional.png")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.width) < 1:
         parser.error("--steps, --batch and --width must be at least 1")

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn import datasets
 
@@ -242,16 +243,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
     parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--batch", type=int, default=256, help="points in a training step")
-    parser.add_argument("--out", type=Path, default=Path("out/density_2d.png"), help="the picture")
+    parser.add_argument("--out", type=picture, default="out/density_2d.png", help="the picture")
     parser.add_argument("--frames", type=int, default=36, help="of the animation")
-    parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.frames) < 1:
         parser.error("--steps, --batch and --frames must be at least 1")
-    if not 0 <= options.seed < 2**31:
-        parser.error("--seed must be at least 0 and below 2**31")
-    if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
-        parser.error(f"--out must name a .png, .pdf or .svg file; got {options.out}")
     rng = np.random.default_rng(options.seed)
     try:
         data = load(options.data, rng)

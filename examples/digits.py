@@ -11,7 +11,6 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import diffrax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from jaxtyping import Array, Float, PRNGKeyArray
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
@@ -167,15 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch", type=int, default=256, help="images in a training step")
     parser.add_argument("--width", type=int, default=128, help="size of the two hidden layers")
-    parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
+    parser.add_argument("--out", type=picture, default="out/digits.png", help="the picture")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.width) < 1:
         parser.error("--steps, --batch and --width must be at least 1")
-    if not 0 <= options.seed < 2**31:
-        parser.error("--seed must be at least 0 and below 2**31")
-    if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
-        parser.error(f"--out must name a .png, .pdf or .svg file; got {options.out}")
 
     start = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from rich.progress import Progress
 from sklearn.datasets import make_moons
 
@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--batch", type=int, default=256, help="points in a training step")
     parser.add_argument("--width", type=int, default=64, help="size of the two hidden layers")
-    parser.add_argument("--out", type=Path, default=Path("out/flax_field.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=picture, default="out/flax_field.png")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.width) < 1:
         parser.error("--steps, --batch and --width must be at least 1")

@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from rich.progress import Progress
 
 try:
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=2000, help="training steps of each guide")
     parser.add_argument("--samples", type=int, default=8000, help="draws from each posterior")
-    parser.add_argument("--out", type=Path, default=Path("out/numpyro_guide.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=picture, default="out/numpyro_guide.png")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.samples) < 1:
         parser.error("--steps and --samples must be at least 1")

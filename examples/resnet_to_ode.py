@@ -11,7 +11,6 @@ residual networks: they differ by O(1/L). About a minute on two cores.
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import diffrax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from jax.flatten_util import ravel_pytree
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400, help="training steps of each network")
     parser.add_argument("--batch", type=int, default=128, help="digits in a training step")
     parser.add_argument("--width", type=int, default=96, help="size of the hidden layer of f")
-    parser.add_argument("--out", type=Path, default=Path("out/resnet_to_ode.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=picture, default="out/resnet_to_ode.png")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.width, *options.depths) < 1:
         parser.error("--depths, --steps, --batch and --width must be at least 1")

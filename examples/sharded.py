@@ -15,12 +15,12 @@ import argparse
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
@@ -53,10 +53,16 @@ def start_processes(options) -> int:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     command = [sys.executable, __file__, *sys.argv[1:], "--port", str(port)]
+    # In a session of their own, Ctrl-C reaches this process alone, which then ends them.
     processes = [
-        subprocess.Popen([*command, "--process-id", str(i)]) for i in range(options.processes)
+        subprocess.Popen([*command, "--process-id", str(i)], start_new_session=True)
+        for i in range(options.processes)
     ]
-    return max(process.wait() for process in processes)
+    try:
+        return max(process.wait() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def training_step(mesh, optimizer, axis_name):
@@ -121,7 +127,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=8, help="over all processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--own-steps", action="store_true", help="each device steps for itself")
-    parser.add_argument("--out", type=Path, default=Path("out/sharded.png"))
+    parser.add_argument("--out", type=picture, default="out/sharded.png")
     parser.add_argument("--process-id", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,6 +143,8 @@ def main() -> int:
     data = make_moons(20_000, noise=0.08, random_state=0)[0]
     axis_name = None if options.own_steps else AXIS
     label = f"{options.devices} devices"
+    if options.process_id == 0:
+        print(f"training on {label}, then on one", flush=True)
     losses, params = train(jax.devices(), axis_name, data, options, label)
     one, params_of_one = train(jax.local_devices()[:1], None, data, options, "one device")
     if options.process_id == 0:
@@ -154,4 +162,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.")
+        sys.exit(130)

@@ -13,7 +13,6 @@ Reference: Chen et al. (2018), arXiv:1806.07366.
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed
 from rich.progress import Progress
 
 import jaxode
@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1200, help="training steps")
     parser.add_argument("--rate", type=float, default=5e-3, help="learning rate")
     parser.add_argument("--width", type=int, default=64, help="size of the two hidden layers")
-    parser.add_argument("--out", type=Path, default=Path("out/spiral.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=picture, default="out/spiral.png", help="the picture")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     if min(options.steps, options.width) < 1:
         parser.error("--steps and --width must be at least 1")

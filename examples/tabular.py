@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from arguments import picture, seed, writable
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from rich.progress import Progress
@@ -167,10 +168,13 @@ def train(flow, state: State, x, settings, options) -> State:
             new, loss, finite, result = advance(state)
             if not finite:
                 save(options.checkpoint, good, settings)
-                cause = jaxode.Result(int(result)).name.lower().replace("_", " ")
+                cause = ""
+                if result != jaxode.Result.SUCCESS:
+                    name = jaxode.Result(int(result)).name.lower().replace("_", " ")
+                    cause = f"; its solve ended with: {name}"
                 raise FloatingPointError(
-                    f"in step {state.step} the loss ({loss:.3g}) or its gradient is not finite; "
-                    f"its solve ended with: {cause}. Saved: the last good state, before step "
+                    f"in step {state.step} the loss ({loss:.3g}) or its gradient is not finite"
+                    f"{cause}. Saved: the last good state, before step "
                     f"{good.step}. Continue from it with a lower --rate"
                 )
             good, state = state, new
@@ -236,17 +240,15 @@ def parse(argv):
     parser.add_argument("--batch", type=int, default=512, help="rows in a training step")
     parser.add_argument("--width", type=int, default=128, help="size of the two hidden layers")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="at least 0, below 2**31")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--rows", type=int, default=5000, help="new rows to sample")
     parser.add_argument("--every", type=int, default=50, help="steps from one save to the next")
-    parser.add_argument("--checkpoint", type=Path, default=Path("out/tabular.checkpoint"))
+    parser.add_argument("--checkpoint", type=writable, default="out/tabular.checkpoint")
     parser.add_argument("--evaluate", action="store_true", help="use the checkpoint, do not train")
-    parser.add_argument("--out", type=Path, default=Path("out/tabular.png"), help="the picture")
+    parser.add_argument("--out", type=picture, default="out/tabular.png", help="the picture")
     options = parser.parse_args(argv)
     if min(options.steps, options.batch, options.width, options.rows, options.every) < 1:
         parser.error("--steps, --batch, --width, --rows and --every must be at least 1")
-    if not 0 <= options.seed < 2**31:
-        parser.error("--seed must be at least 0 and below 2**31")
     if not 0 < options.rate < math.inf:
         parser.error("--rate must be positive")
     return options

@@ -12,8 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+import jaxode
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 PNG = b"\x89PNG"
+WITH_A_PACKAGE = {"flax_field": "flax", "numpyro_guide": "numpyro"}
 sys.path.insert(0, str(EXAMPLES))  # as for a script there: one example imports from another
 
 
@@ -108,19 +111,43 @@ def test_a_wrong_file_gets_one_clear_line(name, tmp_path, capsys):
     assert "\n" not in error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["digits to train on", "first step"])
-def test_interruption_ends_cleanly(tmp_path, moment):
-    """Ctrl-C before the first step just ends; later it goes on with what there is."""
-    picture = tmp_path / "digits.png"
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--out", "file/a.png", "argument --out: cannot make the folder of "),
+        ("--out", "folder.png", "argument --out: cannot write "),
+        ("--out", "a.txt", "argument --out: must name a .png, .pdf or .svg file; got "),
+        ("--seed", "-1", "argument --seed: must be at least 0 and below 2**31; got -1"),
+        ("--seed", str(2**31), "argument --seed: must be at least 0 and below 2**31; got 2147"),
+    ],
+)
+@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {"arguments"}))
+def test_a_wrong_argument_gets_one_clear_line_before_training(
+    name, option, value, message, tmp_path, capsys, monkeypatch
+):
+    if name in WITH_A_PACKAGE:
+        pytest.importorskip(WITH_A_PACKAGE[name])
+    if name == "sharded" and option == "--seed":
+        pytest.skip("has no --seed")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    value = str(tmp_path / value) if option == "--out" else value
+    monkeypatch.setattr(sys, "argv", [name, option, value])
+    with pytest.raises(SystemExit, match="2"):
+        load(name).main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def interrupt(moment, name, *arguments):
+    """Ctrl-C when the example has printed `moment`: its output and exit code."""
     # The tests may run in the background of a shell, where interrupts are ignored.
     interruptible = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
-    command = [sys.executable, "-c", interruptible, str(EXAMPLES / "digits.py"), "--width", "4"]
+    command = [sys.executable, "-c", interruptible, str(EXAMPLES / f"{name}.py")]
     process = subprocess.Popen(
-        [*command, "--out", str(picture), "--steps", "100000"], stdout=subprocess.PIPE,
+        [*command, *map(str, arguments), "--steps", "100000"], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     output = ""
@@ -131,8 +158,28 @@ def test_interruption_ends_cleanly(tmp_path, moment):
     process.send_signal(signal.SIGINT)
     output += process.communicate(timeout=200)[0]
     assert "Traceback" not in output
+    return output, process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["digits to train on", "first step"])
+def test_interruption_ends_cleanly(tmp_path, moment):
+    """Ctrl-C before the first step just ends; later it goes on with what there is."""
+    picture = tmp_path / "digits.png"
+    _, code = interrupt(moment, "digits", "--width", 4, "--out", picture)
     assert picture.exists() == (moment == "first step")
-    assert process.returncode == (0 if moment == "first step" else 130)
+    assert code == (0 if moment == "first step" else 130)
+
+
+@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interruption_ends_all_processes(tmp_path, processes):
+    """The output ends only when the last process has."""
+    arguments = ["--processes", processes, "--out", tmp_path / "sharded.png"]
+    output, code = interrupt("training on 8 devices", "sharded", *arguments)
+    assert output.count("Stopped.") == 1
+    assert code == 130
 
 
 def run(name, capsys, *arguments, code=0):
@@ -210,9 +257,7 @@ def test_numpyro_guide(tmp_path, capsys, default_settings):
     assert re.search(r"^flow  .*\d$", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("flax_field", "flax"), ("numpyro_guide", "numpyro")]
-)
+@pytest.mark.parametrize(("name", "package"), WITH_A_PACKAGE.items())
 def test_a_package_that_is_not_installed_gets_one_clear_line(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=f"^{name}: .* is not installed. Run: pip install"):
@@ -280,6 +325,22 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
     assert f"continuing from step {good} " in output
     score = next(line for line in output.splitlines() if line.startswith("flow"))
     assert np.isfinite(numbers(score)[0])
+
+
+def test_a_gradient_that_is_not_finite_is_not_blamed_on_a_solve_that_succeeds(
+    tmp_path, default_settings
+):
+    table = load("tabular")
+    options = table.parse(tabular(tmp_path, "--steps", 1))
+    # The loss does not depend on p, but its derivative at zero is infinite times zero.
+    field = lambda t, z, p: -z + 0 * jax.numpy.sqrt(p)
+    flow = jaxode.cnf(field, jaxode.standard_normal(3))
+    params = jax.numpy.zeros(())
+    state = table.State(
+        params, table.make_optimizer(options).init(params), jax.numpy.array(0), jax.numpy.zeros(1)
+    )
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite\. Saved"):
+        table.train(flow, state, jax.numpy.ones((20, 3)), {}, options)
 
 
 @pytest.mark.slow

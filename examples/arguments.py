@@ -1,0 +1,30 @@
+"""What the examples ask of their arguments, before they train: a wrong one gets one clear line."""
+
+import os
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+
+def writable(text: str) -> Path:
+    """A file to write; its folder is made."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentTypeError(f"cannot make the folder of {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ArgumentTypeError(f"cannot write {path}")
+    return path
+
+
+def picture(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".pdf", ".svg"):
+        raise ArgumentTypeError(f"must name a .png, .pdf or .svg file; got {text}")
+    return writable(text)
+
+
+def seed(text: str) -> int:
+    """One that JAX and numpy both take."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise ArgumentTypeError(f"must be at least 0 and below 2**31; got {text}")
+    return int(text)
