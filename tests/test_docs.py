@@ -164,3 +164,28 @@ def test_tables_are_those_of_the_results(name):
     page = PAGES[{"adjoints": "adjoint.md"}.get(name, f"{name}.md")]
     for table in module.tables(results(name)):
         assert table in page
+
+
+@pytest.mark.parametrize("name", ["divergence", "regularizers"])
+def test_tables_are_those_of_make_bench(name):
+    cases = results("intel-xeon-processor-2-cores")["benchmarks"][name]
+    module = importlib.import_module(f"benchmarks.{name}")
+    first = next(part for part in module.table(cases).split("\n\n") if part.startswith("|"))
+    assert first.strip() in PAGES[f"{name}.md"]
+
+
+def test_the_table_at_equal_noise_is_that_of_make_bench():
+    from benchmarks import divergence, report
+
+    cases = results("intel-xeon-processor-2-cores")["benchmarks"]["divergence"]
+    _, noisy = divergence.split(cases)
+    for case, result in noisy.items():
+        row = re.search(
+            rf"^\| {case.removeprefix('noise, ')} \|(.*)\|$", PAGES["divergence.md"], re.MULTILINE
+        )
+        cells = [re.sub(" with .*", "", cell.strip(" *")) for cell in row[1].split("|")]
+        expected = [
+            report.ms(at["median"]) if "median" in at else "not reached"
+            for at in result["at_target"].values()
+        ]
+        assert cells == [*expected, f"{result['exact_ms']:.1f}"]
