@@ -34,6 +34,9 @@ def dequantize(
         `u [batch, *event]` in the dtype of `x` if that is floating, else in the default one; and
         the log-determinant `[batch]`, `-size log(levels)`. A density of `u` so corrected is a
         density of `x + noise`, whose integral over a unit cell is the probability of a level.
+
+    Raises:
+        ValueError: if `levels` is not an integer of at least 2.
     """
     _check_levels("dequantize", levels)
     x = jnp.asarray(x)
@@ -44,7 +47,11 @@ def dequantize(
 
 
 def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
-    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`."""
+    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`.
+
+    Raises:
+        ValueError: if `levels` is not an integer of at least 2.
+    """
     _check_levels("quantize", levels)
     return jnp.clip(jnp.floor(u * levels), 0, levels - 1)
 
@@ -57,6 +64,9 @@ def logit(
     Args:
         u: values in `[0, 1]`.
         margin: keeps `y` finite at the ends; at least 0 and below 1/2.
+
+    Raises:
+        ValueError: if `margin` is not.
     """
     _check_margin("logit", margin)
     v = margin + (1 - 2 * margin) * u
@@ -66,7 +76,11 @@ def logit(
 
 
 def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, "..."]:
-    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled."""
+    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled.
+
+    Raises:
+        ValueError: if `margin` is not at least 0 and below 1/2.
+    """
     _check_margin("inverse_logit", margin)
     return (jax.nn.sigmoid(y) - margin) / (1 - 2 * margin)
 

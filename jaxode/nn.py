@@ -214,6 +214,9 @@ class MLP(_Network):
         activation: elementwise, after each hidden layer; smooth, since it is differentiated twice.
         context_size: size of the vector that conditions the field, `m(t, y, context)`. It enters
             wherever the time does.
+
+    Raises:
+        ValueError: when called with a context of another shape, or without one that it needs.
     """
 
     time_in_every_layer = False

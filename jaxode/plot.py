@@ -2,6 +2,7 @@
 
 Every function draws on `ax`, by default matplotlib's current axes, and returns it. Titles, limits
 and colors stay yours: set them on the axes, or pass matplotlib's own keywords.
+Without matplotlib every function raises a `ModuleNotFoundError`.
 
 ```python
 figure, axes = plt.subplots(1, 2)
@@ -57,6 +58,9 @@ def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **st
     Args:
         x: `[n, 2]`.
         **style: for `Axes.scatter`.
+
+    Raises:
+        ValueError: if the points are not two-dimensional.
     """
     points = _plane("samples", "x", x, 2)
     ax = _axes(ax)
@@ -79,6 +83,9 @@ def trajectories(
         start: label of the first points.
         end: label of the last points.
         **style: of the lines, for `Axes.plot`.
+
+    Raises:
+        ValueError: if the states are not two-dimensional.
     """
     paths = _plane("trajectories", "ys", ys, 3)
     ax = _axes(ax)
@@ -101,6 +108,9 @@ def history(
         losses: one a training step, `[steps]`.
         window: steps in the mean; 1 draws the losses alone.
         **style: of the mean, for `Axes.plot`.
+
+    Raises:
+        ValueError: if there is not one number a step.
     """
     return _curve("history", "losses", losses, window, "loss", ax, style)
 
@@ -118,6 +128,9 @@ def evaluations(
         num_evals: `Stats.num_evals` of each training step, `[steps]`.
         window: steps in the mean; 1 draws the numbers alone.
         **style: of the mean, for `Axes.plot`.
+
+    Raises:
+        ValueError: if there is not one number a step.
     """
     return _curve(
         "evaluations", "num_evals", num_evals, window, "evaluations of the field", ax, style
