@@ -39,6 +39,7 @@ from jaxode.validation import (
     check_samples,
     check_steer,
     check_step_control,
+    check_time,
     check_weights,
     state_dtype,
 )
@@ -157,7 +158,8 @@ class CNF:
         `DiscreteAdjoint`, or an implicit solver, the loss is that of the augmented ODE.
 
         Args:
-            weights: of the samples in the mean; equal by default.
+            weights: of the samples in the mean; equal by default. They are divided by their sum:
+                if that is zero, the loss and its gradient are NaN.
 
         With a batch split over devices by `jax.shard_map` it is the mean over the rows of this
         device: differentiate `jax.lax.pmean(flow.nll(params, x), axis)`, and the gradient of the
@@ -166,6 +168,12 @@ class CNF:
 
         If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN;
         `throw=True` raises there, too.
+
+        Raises:
+            TypeError, ValueError: if `x` is not a floating array, the shapes do not fit, or `key`
+                is missing.
+            SolveError: at run time, if the solve fails outside a transformation, or anywhere with
+                `throw=True`.
         """
         return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
 
@@ -255,19 +263,33 @@ class CNF:
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
-        """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
+        """Carry data to the base density: `z(t0)` for `z(t1) = x`.
+
+        Raises:
+            TypeError, ValueError: if `x` is not a floating array, or the shapes do not fit.
+            SolveError: at run time, if the solve fails.
+        """
         return self._carry("to_base", "x", params, x, self.t1, self.t0, context)
 
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
-        """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
+        """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`.
+
+        Raises:
+            TypeError, ValueError, SolveError: as `to_base`.
+        """
         return self._carry("from_base", "z", params, z, self.t0, self.t1, context)
 
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
-        """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`."""
+        """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`.
+
+        Raises:
+            ValueError: if `n` is not a number of samples, or the context has other rows.
+            SolveError: at run time, if the solve fails.
+        """
         z = self.base.sample(key, (check_count("sample", n),))
         return self.from_base(params, z, context=context)
 
@@ -277,6 +299,9 @@ class CNF:
         """Draw `n` samples and return their log-densities from the same solve.
 
         With a stochastic divergence the log-densities are unbiased estimates.
+
+        Raises:
+            ValueError, SolveError: as `sample`.
         """
         base_key, probe_key = jax.random.split(key)
         where = "sample_and_log_prob"
@@ -378,6 +403,8 @@ def cnf(
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your "
             "own, jaxode.divergence.Divergence(init, apply)."
         )
+    check_time("cnf", "t0", t0)
+    check_time("cnf", "t1", t1)
     check_step_control("cnf", step_control)
     if quadrature not in ("gauss", "stochastic"):
         raise ValueError(

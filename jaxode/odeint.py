@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints import BacksolveAdjoint
-from jaxode.solve import solve
+from jaxode.solve import solve_system
 from jaxode.validation import is_known
 
 _NO_LIMIT = 2**31 - 1
@@ -59,6 +59,8 @@ def odeint(
     Differentiation: in reverse mode with respect to `y0`, `t`, `args` and values that `func` closes
         over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
     """
+    if not callable(func):
+        raise TypeError(f"odeint(func=...): must be a function func(y, t, *args); got {func!r}.")
     t = jnp.asarray(t)
     if not jnp.issubdtype(t.dtype, jnp.floating):
         raise TypeError(f"odeint(t=...): must be an array of floats; got {t.dtype}.")
@@ -67,10 +69,12 @@ def odeint(
     for name, value in (("mxstep", mxstep), ("hmax", hmax)):
         if not is_known(value) or not value > 0:
             raise ValueError(f"odeint({name}=...): must be a positive number; got {value}.")
-    steps = min(mxstep * max(t.shape[0] - 1, 1), _NO_LIMIT)
-    solution = solve(
-        _TimeFirst(func), y0, t[0], t[-1], args, ts=t, solver=diffrax.Tsit5(), rtol=rtol, atol=atol,
-        max_steps=int(steps), adjoint=BacksolveAdjoint(), throw=False,
-        max_step=None if hmax == jnp.inf else hmax,
-    )  # fmt: skip
+    steps = int(min(mxstep * max(t.shape[0] - 1, 1), _NO_LIMIT))
+    if steps < 1:
+        raise ValueError(f"odeint(mxstep=...): must allow at least one step; got {mxstep}.")
+    options = {
+        "ts": t, "solver": diffrax.Tsit5(), "rtol": rtol, "atol": atol, "max_steps": steps,
+        "adjoint": BacksolveAdjoint(), "max_step": None if hmax == jnp.inf else hmax,
+    }  # fmt: skip
+    solution = solve_system("odeint", _TimeFirst(func), y0, t[0], t[-1], args, options, throw=False)
     return solution.ys

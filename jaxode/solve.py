@@ -96,17 +96,12 @@ def solve(
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
-    y0 = check_state("solve", "y0", y0)
     options = {
         "ts": ts, "solver": solver, "rtol": rtol, "atol": atol, "steps": steps, "adjoint": adjoint,
         "first_step": first_step, "max_step": max_step, "max_steps": max_steps,
         "axis_name": axis_name,
     }  # fmt: skip
-    one_row = jax.tree.map(lambda x: x[None], y0)
-    solution = _solve_rows(
-        "solve", Unconditional(f), one_row, t0, t1, args, None, None, options, throw
-    )
-    return raise_on_failure(solution, "solve") if throw else solution
+    return solve_system("solve", f, y0, t0, t1, args, options, throw)
 
 
 @overload
@@ -211,6 +206,25 @@ def check_options(where: str, options: dict[str, Any], *, without: tuple[str, ..
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"{where}: unknown options {unknown}. The solve options are {known}.")
+
+
+def solve_system(
+    where: str,
+    f: VectorField,
+    y0: PyTree,
+    t0: Time,
+    t1: Time,
+    args: PyTree,
+    options: dict[str, Any],
+    throw: bool,
+) -> Solution:
+    """`solve`, for a function of the name `where`, with the other `options` at their defaults."""
+    one_row = jax.tree.map(lambda x: x[None], check_state(where, "y0", y0))
+    options = {**DEFAULTS, **options}
+    solution = _solve_rows(
+        where, Unconditional(f), one_row, t0, t1, args, None, None, options, throw
+    )
+    return raise_on_failure(solution, where) if throw else solution
 
 
 def solve_batch(

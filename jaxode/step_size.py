@@ -43,8 +43,15 @@ def error_ratio(
 
 
 def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
-    """`x / scale`, and zero where both are: `atol=0` asks nothing of what stays zero."""
-    return jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
+    """`x / scale`, and zero where both are: `atol=0` asks nothing of what stays zero.
+
+    What is finite stays so, and so does its square: a tolerance out of reach is an error that is
+    too large, not a field that is not finite.
+    """
+    ratio = jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
+    # The sum over the row does not overflow either; the thousandth leaves room for many devices.
+    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / max(x.shape[1], 1)) ** 0.5
+    return jnp.where(jnp.isfinite(x), jnp.clip(ratio, -limit, limit), ratio)
 
 
 def propose(

@@ -180,20 +180,25 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
             )
 
 
+def check_time(where: str, name: str, value: Any) -> None:
+    """Raise unless the value is a time, and finite as far as it is known at trace time."""
+    kind = _numeric_dtype(value)
+    if kind is None or not jnp.issubdtype(kind, jnp.number):
+        raise TypeError(f"{where}({name}=...): must be a real time; got {value!r}.")
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        raise TypeError(f"{where}({name}=...): must be a real time; got a complex number.")
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{where}({name}=...): must be a scalar time; got shape {jnp.shape(value)}."
+        )
+    if is_known(value) and not np.isfinite(float(value)):
+        raise ValueError(f"{where}({name}=...): must be a finite time; got {value}.")
+
+
 def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
     """The start, the end and the output times as arrays of the dtype of the state."""
-    for name, value in (("t0", t0), ("t1", t1)):
-        kind = _numeric_dtype(value)
-        if kind is None or not jnp.issubdtype(kind, jnp.number):
-            raise TypeError(f"{where}({name}=...): must be a real time; got {value!r}.")
-        if jnp.issubdtype(kind, jnp.complexfloating):
-            raise TypeError(f"{where}({name}=...): must be a real time; got a complex number.")
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"{where}({name}=...): must be a scalar time; got shape {jnp.shape(value)}."
-            )
-        if is_known(value) and not np.isfinite(float(value)):
-            raise ValueError(f"{where}({name}=...): must be a finite time; got {value}.")
+    check_time(where, "t0", t0)
+    check_time(where, "t1", t1)
     if is_known(t0) and is_known(t1):
         _check_span(where, float(t0), float(t1), dtype)
     if ts is not None:
@@ -213,6 +218,8 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
 
 
 def _numeric_dtype(value: Any) -> Any:
+    if isinstance(value, str):
+        return None  # JAX would take it for the name of a dtype
     try:
         return jnp.result_type(jnp.asarray(value))
     except (TypeError, ValueError):
@@ -265,6 +272,11 @@ def positive_integer(where: str, name: str, value: Any) -> int:
 
 def _scalar(where: str, name: str, value: Any, rule: str, holds, dtype: jnp.dtype) -> Array:
     """A real scalar for which `holds`, as far as it is known at trace time."""
+    kind = _numeric_dtype(value)
+    if kind is None or not jnp.issubdtype(kind, jnp.number):
+        raise TypeError(f"{where}({name}=...): must be a real number; got {value!r}.")
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        raise TypeError(f"{where}({name}=...): must be a real number; got a complex number.")
     if jnp.shape(value) != ():
         raise ValueError(f"{where}({name}=...): must be a scalar; got shape {jnp.shape(value)}.")
     if is_known(value) and not holds(float(value)):
@@ -301,7 +313,9 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any], throw: 
     rtol = _scalar(where, "rtol", options["rtol"], rule, tolerance, dtype)
     atol = _scalar(where, "atol", options["atol"], rule, tolerance, dtype)
     if is_known(rtol) and is_known(atol) and float(rtol) == float(atol) == 0:
-        raise ValueError(f"{where}(rtol=0, atol=0): at least one tolerance must be positive.")
+        given = f"rtol={float(options['rtol']):g}, atol={float(options['atol']):g}"
+        lost = "" if given == "rtol=0, atol=0" else f" in {dtype}, in which the state is solved"
+        raise ValueError(f"{where}({given}): at least one tolerance must be positive{lost}.")
     max_step = options["max_step"]
     if max_step is not None:
         max_step = _scalar(where, "max_step", max_step, "positive", positive, dtype)

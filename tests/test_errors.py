@@ -30,6 +30,10 @@ def cnf(event=2, **options):
     return jaxode.cnf(lambda t, z, p: -z, jaxode.standard_normal(event), **options)
 
 
+def odeint(func=lambda y, t: -y, **options):
+    return jaxode.odeint(func, ONE, jnp.array([0.0, 1.0]), **options)
+
+
 X = jnp.ones((4, 2))
 KEY = jax.random.key(0)
 
@@ -411,6 +415,36 @@ BAD_INPUT = [
         "size 0; got shape (2,).",
     ),
     (
+        lambda: cnf(t0=float("nan")), ValueError, "cnf(t0=...): must be a finite time; got nan.",
+    ),
+    (
+        lambda: cnf(t1=float("inf")), ValueError, "cnf(t1=...): must be a finite time; got inf.",
+    ),
+    (
+        lambda: solve(rtol="a"), TypeError, "solve(rtol=...): must be a real number; got 'a'.",
+    ),
+    (
+        lambda: solve(atol=1j), TypeError,
+        "solve(atol=...): must be a real number; got a complex number.",
+    ),
+    (
+        lambda: solve(y0=jnp.ones(2, jnp.float32), rtol=0, atol=1e-300), ValueError,
+        "solve(rtol=0, atol=1e-300): at least one tolerance must be positive in float32, in which "
+        "the state is solved.",
+    ),
+    (
+        lambda: odeint(mxstep=0.5), ValueError,
+        "odeint(mxstep=...): must allow at least one step; got 0.5.",
+    ),
+    (
+        lambda: odeint(rtol=-1), ValueError,
+        "odeint(rtol=...): must be a finite tolerance of at least 0; got -1.",
+    ),
+    (
+        lambda: odeint(func=None), TypeError,
+        "odeint(func=...): must be a function func(y, t, *args); got None.",
+    ),
+    (
         lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,
         "audit(x=...): must have shape (batch, *event) with event (2,); got (4, 3).",
     ),
@@ -483,6 +517,16 @@ def test_failed_solve_without_throw_is_nan_with_a_code(f, options, code, message
     assert jnp.isnan(solution.y1).all()
     assert jnp.isnan(solution.ys).all()
     assert 0 <= solution.t_reached < 1.1
+
+
+@pytest.mark.parametrize(
+    ("size", "rtol", "atol"), [(1.0, 1e-20, 0.0), (1e30, 0.0, 1e-5)], ids=["rtol", "atol"]
+)
+def test_a_tolerance_out_of_reach_is_not_taken_for_a_field_that_is_not_finite(size, rtol, atol):
+    """In float32, where the square of such an error is not finite."""
+    y0 = jnp.full(2, size, jnp.float32)
+    solution = solve(y0=y0, rtol=rtol, atol=atol, throw=False)
+    assert solution.result == jaxode.Result.MAX_STEPS_REACHED
 
 
 def test_failed_rows_are_named():
