@@ -99,12 +99,18 @@ def read_csv(path: Path) -> np.ndarray:
     points = np.array([[float(cell) for cell in row] for _, row in rows])
     if np.abs(points).max() > 1e30:
         raise ValueError(f"{path}: numbers beyond 1e30 are too large for single precision")
+    return points
+
+
+def check_density(name: str, points: np.ndarray) -> None:
+    """Raise `ValueError` if the points to train on lie on a line, where they have no density."""
     if np.any(np.ptp(points, axis=0) <= 1e-12 * np.abs(points).max(0)):
-        raise ValueError(f"{path}: a column is constant, so the points have no density")
+        raise ValueError(
+            f"{name}: a column is constant in the points to train on, so they have no density"
+        )
     # A correlation this close to one is rounding.
     if abs(np.corrcoef(points.T)[0, 1]) > 1 - 1e-9:
-        raise ValueError(f"{path}: the points lie on a line, so they have no density")
-    return points
+        raise ValueError(f"{name}: the points to train on lie on a line, so they have no density")
 
 
 def _is_number(cell: str) -> bool:
@@ -251,13 +257,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--steps, --batch and --frames must be at least 1")
     rng = np.random.default_rng(options.seed)
     try:
-        data = load(options.data, rng)
+        data = rng.permutation(load(options.data, rng))
+        split = min(len(data) // 10, 2000)
+        check_density(options.data, data[split:])
     except ValueError as error:
         print(f"density_2d: {error}", file=sys.stderr)
         return 2
 
-    data = rng.permutation(data)
-    split = min(len(data) // 10, 2000)
     mean, scale = data[split:].mean(0), data[split:].std(0)
     standardized = jnp.asarray((data - mean) / scale, jnp.float32)
     held_out, training = jnp.split(standardized, [split])

@@ -95,29 +95,63 @@ def load(path: Path, like: State, settings: dict[str, Any]) -> State:
 
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and values of the columns whose first cell is a number; a header is optional."""
+    """Names and values of the numeric columns; a header is optional."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if row]
+            rows = [
+                (i, row) for i, row in enumerate(csv.reader(file), 1) if any(map(str.strip, row))
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if len(rows) < 21:
+    columns = numeric_columns([row for _, row in rows[1:]])
+    header = split_header(path, rows, columns)
+    if len(rows) < 20:
         raise ValueError(f"{path}: at least 20 rows are needed; got {len(rows)}")
-    header = None if any(map(is_number, rows[0][1])) else rows.pop(0)[1]
-    columns = [i for i, cell in enumerate(rows[0][1]) if is_number(cell)]
-    names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in columns]
     if len(columns) < 2:
-        raise ValueError(f"{path}: two numeric columns are needed; got {len(columns)}")
+        marks = [mark for mark in ";\t|" if any(mark in cell for cell in rows[0][1])]
+        hint = f". Its cells seem to be separated by {marks[0]!r}" if marks else ""
+        raise ValueError(
+            f"{path}: two numeric columns separated by a comma are needed; got {len(columns)}{hint}"
+        )
+    names = [header.get(i, "").strip() or f"column {i + 1}" for i in columns]
     for line, row in rows:
         for i, name in zip(columns, names, strict=True):
             if i >= len(row) or not is_number(row[i]):
                 cell = repr(row[i]) if i < len(row) else "nothing"
                 raise ValueError(f"{path}, line {line}: {name} must be a finite number; got {cell}")
     values = np.array([[float(row[i]) for i in columns] for _, row in rows])
-    for name, column in zip(names, values.T, strict=True):
-        if np.ptp(column) <= 1e-12 * np.abs(column).max():
-            raise ValueError(f"{path}: {name} is constant, so the rows have no density")
+    if np.abs(values).max() > 1e30:
+        raise ValueError(f"{path}: numbers beyond 1e30 are too large for single precision")
     return names, values
+
+
+def numeric_columns(rows: list[list[str]]) -> list[int]:
+    """Those with more numbers than other text. Empty cells do not count: they are errors later."""
+    columns = []
+    for i in range(max(map(len, rows), default=0)):
+        cells = [row[i] for row in rows if i < len(row) and row[i].strip()]
+        if 2 * sum(map(is_number, cells)) > len(cells):
+            columns.append(i)
+    return columns
+
+
+def split_header(path: Path, rows: list[tuple[int, list[str]]], columns) -> dict[int, str]:
+    """Take the first row from `rows` if it has no number above the columns of numbers."""
+    if not rows or not columns:
+        return {}
+    line, first = rows[0]
+    cells = {i: first[i] if i < len(first) else "" for i in columns}
+    numbers = [cell for cell in cells.values() if is_number(cell)]
+    if not numbers:
+        del rows[0]
+        return cells
+    if len(numbers) < len(cells):
+        other = next(cell for cell in cells.values() if not is_number(cell))
+        raise ValueError(
+            f"{path}, line {line}: must have a name above each column of numbers, or a finite "
+            f"number in each; got {numbers[0]!r} and {other!r}"
+        )
+    return {}
 
 
 def is_number(cell: str) -> bool:
@@ -138,6 +172,32 @@ def read(data: Path | None) -> tuple[list[str], np.ndarray]:
         )
     _, values = read_csv(Path(spec.origin).parent / "data/balanced/raw/magic.dat")
     return list(MAGIC), values
+
+
+def check_density(names: list[str], x: np.ndarray) -> None:
+    """Raise `ValueError` if the rows lie on a plane, where they have no density."""
+    for name, column in zip(names, x.T, strict=True):
+        if np.ptp(column) <= 1e-12 * np.abs(column).max():
+            raise ValueError(
+                f"{name} is constant in the rows to train on, so they have no density. Leave it out"
+            )
+    # Columns in proportion, as in c = 2 a: a direction in which there is nothing but rounding.
+    variances, directions = np.linalg.eigh(np.corrcoef(x.T))
+    if variances[0] < 1e-9:
+        weights = np.abs(directions[:, 0])
+        involved = [name for name, weight in zip(names, weights, strict=True) if weight > 0.01]
+        raise ValueError(
+            f"the columns {', '.join(involved)} depend linearly on each other, so the rows have no "
+            "density. Leave one of them out"
+        )
+
+
+def write_csv(path: Path, names: list[str], rows: np.ndarray) -> None:
+    """With all digits of each number, and quotes around names with a comma."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows.tolist())
 
 
 def train(flow, state: State, x, settings, options) -> State:
@@ -258,11 +318,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
         names, values = read(options.data)
+        values = np.random.default_rng(options.seed).permutation(values)
+        split = min(len(values) // 5, 2000)
+        check_density(names, values[split:])
     except ValueError as error:
         print(f"tabular: {error}", file=sys.stderr)
         return 2
-    values = np.random.default_rng(options.seed).permutation(values)
-    split = min(len(values) // 5, 2000)
     mean, scale = values[split:].mean(0), values[split:].std(0)
     held_out, x = jnp.split(jnp.asarray((values - mean) / scale, jnp.float32), [split])
     print(f"{len(x)} rows to train on, {split} held out, {len(names)} columns: {', '.join(names)}")
@@ -299,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     new = np.asarray(flow.sample(state.params, sample_key, options.rows)) * scale + mean
     table = options.out.with_suffix(".csv")
     table.parent.mkdir(parents=True, exist_ok=True)
-    np.savetxt(table, new, fmt="%.6g", delimiter=",", header=",".join(names), comments="")
+    write_csv(table, names, new)
     losses = np.asarray(state.losses)[: int(state.step)]
     scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}
     draw(names, values, new, losses, scores, options.out)

@@ -89,8 +89,13 @@ BAD_FILES = {
     "nan": ("1,2\n" * 15 + "nan,2\n", "line 16: 'nan' is not a finite number"),
     "empty": ("", "at least 10 points are needed; got 0"),
     "header only": ("x,y\n", "at least 10 points are needed; got 0"),
-    "constant": ("0.1,2\n" * 20, "a column is constant, so the points have no density"),
-    "line": ("".join(f"{i},{2 * i}\n" for i in range(20)), "the points lie on a line"),
+    "constant": ("0.1,2\n" * 20, "a column is constant in the points to train on"),
+    # Seed 0 holds out the points 4 and 19.
+    "constant part": (
+        "".join(f"{i},{int(i in (4, 19))}\n" for i in range(20)),
+        "a column is constant in the points to train on, so they have no density",
+    ),
+    "line": ("".join(f"{i},{2 * i}\n" for i in range(20)), "the points to train on lie on a line"),
     "huge": ("1e200,2\n" * 10 + "1,3\n", "numbers beyond 1e30 are too large"),
     "mistyped first line": ("1.0x,2\n" + "1,2\n" * 20, "line 1: '1.0x' is not a finite number"),
     "semicolons": ("1;2\n" * 20, "two columns separated by a comma are needed; got 1"),
@@ -270,6 +275,86 @@ def small_table(path, rows=200):
     lines = [f"r{i},{a},{b},{c}" for i, (a, b, c) in enumerate(x)]
     path.write_text("\n".join(["name,a,b,c", *lines]))
     return path
+
+
+def lines(*rows, header=""):
+    return header + "".join(f"{row}\n" for row in rows)
+
+
+# Tables of two columns that are not in proportion, and what is wrong with them.
+BAD_TABLES = {
+    "19 rows": (lines(*(f"{i},{i * i}" for i in range(19))), "at least 20 rows are needed; got 19"),
+    "19 rows with a header": (
+        lines(*(f"{i},{i * i}" for i in range(19)), header="a,b\n"),
+        "at least 20 rows are needed; got 19",
+    ),
+    "empty": ("", "at least 20 rows are needed; got 0"),
+    "text": (lines(*["x,y"] * 30), "two numeric columns separated by a comma are needed; got 0"),
+    "semicolons": (
+        lines(*(f"{i};{i * i}" for i in range(30))),
+        "two numeric columns separated by a comma are needed; got 0. Its cells seem to be "
+        "separated by ';'",
+    ),
+    "missing in the first row": (
+        lines(",7", *(f"{i},{i * i}" for i in range(30)), header="a,b\n"),
+        "line 2: a must be a finite number; got ''",
+    ),
+    "missing at the end": (
+        lines(*(f"{i},{i * i}" for i in range(30)), "7", header="a,b\n"),
+        "line 32: b must be a finite number; got nothing",
+    ),
+    "header with numbers": (
+        lines(*(f"{i},{i * i},7" for i in range(30)), header=",0,1\n"),
+        "line 1: must have a name above each column of numbers, or a finite number in each; got "
+        "'0' and ''",
+    ),
+    "huge": (lines(*(f"{i},{i * i}e300" for i in range(20))), "numbers beyond 1e30 are too large"),
+    # Seed 0 holds out the rows 2, 4, 6 and 19.
+    "constant part": (
+        lines(*(f"{i},{int(i in (2, 4, 6, 19))}" for i in range(20)), header="a,b\n"),
+        "b is constant in the rows to train on, so they have no density. Leave it out",
+    ),
+    "proportional": (
+        lines(*(f"{i % 7},{i * i % 11},{2 * (i % 7)}" for i in range(30)), header="a,b,c\n"),
+        "the columns a, c depend linearly on each other, so the rows have no density",
+    ),
+    "sum": (
+        lines(
+            *(f"{a},{b},{a + b},{c}" for a, b, c in np.random.default_rng(0).normal(size=(30, 3)))
+        ),
+        "the columns column 1, column 2, column 3 depend linearly on each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_table_that_cannot_be_learned_gets_one_clear_line(name, tmp_path, capsys):
+    content, message = BAD_TABLES[name]
+    table = tmp_path / "table.csv"
+    table.write_text(content)
+    output, error = run("tabular", capsys, "--data", table, code=2)
+    assert not output  # before it trains
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_table_is_read_with_its_header_and_without_its_text(tmp_path):
+    read_csv, table = load("tabular").read_csv, tmp_path / "table.csv"
+    rows = [f"r{i},{i},,{i * i}" for i in range(20)]
+    for header, expected in (("", ["column 2", "column 4"]), ("0,a,b,c\n", ["a", "c"])):
+        table.write_text(lines(*rows, header=header))
+        names, values = read_csv(table)
+        assert names == expected
+        np.testing.assert_array_equal(values, [[i, i * i] for i in range(20)])
+
+
+def test_new_rows_keep_their_digits_and_their_names(tmp_path):
+    example, table = load("tabular"), tmp_path / "table.csv"
+    rows = 1.7e9 + np.random.default_rng(0).normal(size=(20, 2))  # times in seconds
+    example.write_csv(table, ["height, cm", "température"], rows)
+    names, values = example.read_csv(table)
+    assert names == ["height, cm", "température"]
+    np.testing.assert_array_equal(values, rows)
 
 
 def tabular(tmp_path, *more):
