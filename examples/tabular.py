@@ -60,7 +60,6 @@ def save(path: Path, state: State, settings: dict[str, Any]) -> None:
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()
     header = {"step": int(state.step), "settings": settings, "sha256": digest}
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         file.write(json.dumps(header).encode() + b"\n" + content)
@@ -286,7 +285,6 @@ def draw(names, rows, new, losses, scores, path):
     axis.set_ylim(min(losses) - 0.5, np.quantile(losses, 0.98) + 0.5)
     axis.set(ylabel="negative log-density, nats")
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -311,7 +309,33 @@ def parse(argv):
         parser.error("--steps, --batch, --width, --rows and --every must be at least 1")
     if not 0 < options.rate < math.inf:
         parser.error("--rate must be positive")
+    if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
+        parser.error(f"--out must name a .png, .pdf or .svg file; got {options.out}")
+    written = (options.checkpoint, options.out, table_of(options))
+    files = [path.resolve() for path in (options.data, *written) if path is not None]
+    if len(set(files)) < len(files):
+        parser.error(
+            f"--data, --checkpoint, --out and {table_of(options)}, for the new rows, must be "
+            "different files"
+        )
+    for path in written:
+        make_folder(parser, path)
     return options
+
+
+def table_of(options) -> Path:
+    """Where the new rows go."""
+    return options.out.with_suffix(".csv")
+
+
+def make_folder(parser, path: Path) -> None:
+    """Before training, so that nothing is lost if it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write {path}: {error.strerror}")
+    if not os.access(path.parent, os.W_OK):
+        parser.error(f"cannot write {path}: its folder is read-only")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -358,8 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"full-covariance Gaussian   {gaussian:8.3f}")
     print(f"flow                       {learned:8.3f}")
     new = np.asarray(flow.sample(state.params, sample_key, options.rows)) * scale + mean
-    table = options.out.with_suffix(".csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
+    table = table_of(options)
     write_csv(table, names, new)
     losses = np.asarray(state.losses)[: int(state.step)]
     scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}

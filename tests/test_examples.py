@@ -363,6 +363,44 @@ def tabular(tmp_path, *more):
     return [str(argument) for argument in (*arguments, *more)]
 
 
+# (options, message); `d` is the folder of the table d/table.csv.
+BAD_PATHS = {
+    "not a picture": (["--out", "d/x.csv"], "--out must name a .png, .pdf or .svg file"),
+    "rows over the data": (
+        ["--out", "d/table.png"],
+        "d/table.csv, for the new rows, must be differ",
+    ),
+    "rows over the data by another name": (
+        ["--out", "d/new/../table.png"],
+        "must be different files",
+    ),
+    "checkpoint over the data": (["--checkpoint", "d/table.csv"], "must be different files"),
+    "checkpoint under the rows": (["--checkpoint", "d/a.csv"], "must be different files"),
+    "folder": (["--checkpoint", "d/table.csv/x"], "cannot write d/table.csv/x: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PATHS)
+def test_no_file_is_lost_or_found_unwritable_after_training(name, tmp_path, capsys):
+    more, message = BAD_PATHS[name]
+    arguments = tabular(tmp_path, *(word.replace("d/", f"{tmp_path}/") for word in more))
+    table = (tmp_path / "table.csv").read_bytes()
+    with pytest.raises(SystemExit) as info:
+        load("tabular").main(arguments)
+    assert info.value.code == 2
+    output, error = capsys.readouterr()
+    assert not output  # before it trains
+    assert message.replace("d/", f"{tmp_path}/") in error
+    assert (tmp_path / "table.csv").read_bytes() == table
+
+
+@pytest.mark.parametrize("name", ["conditional", "density_2d", "digits"])
+def test_a_picture_of_no_known_kind_is_refused_before_training(name, capsys):
+    with pytest.raises(SystemExit):
+        load(name).main(["--out", "picture.csv"])
+    assert "--out must name a .png, .pdf or .svg file; got picture.csv" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_tabular(tmp_path, capsys, default_settings):
     output = run("tabular", capsys, *tabular(tmp_path, "--steps", 3)).out
