@@ -223,7 +223,8 @@ def train(flow, state: State, x, settings, options) -> State:
     good = state  # the last whose loss was finite: what a step has made is not known yet
     with Progress() as progress:
         task = progress.add_task("compiling", total=options.steps, completed=int(state.step))
-        while state.step < options.steps:
+        while True:
+            # After the last step only for the loss of what it has made.
             new, loss, finite, result = advance(state)
             if not finite:
                 save(options.checkpoint, good, settings)
@@ -236,6 +237,8 @@ def train(flow, state: State, x, settings, options) -> State:
                     f"{cause}. Saved: the last good state, before step "
                     f"{good.step}. Continue from it with a lower --rate"
                 )
+            if state.step == options.steps:
+                break
             good, state = state, new
             progress.update(task, advance=1, description=f"loss {loss:.3f} nats")
             if state.step % options.every == 0:
@@ -287,6 +290,23 @@ def draw(names, rows, new, losses, scores, path):
     axis.legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def report(flow, state: State, x, held_out, names, values, mean, scale, key, options) -> None:
+    """Print the scores, and write the picture and the new rows."""
+    learned, gaussian = evaluate(flow, state.params, x, held_out)
+    print(f"held-out log-density, nats, standardized columns ({len(held_out)} rows)")
+    print(f"full-covariance Gaussian   {gaussian:8.3f}")
+    print(f"flow                       {learned:8.3f}")
+    new = np.asarray(flow.sample(state.params, key, options.rows)) * scale + mean
+    table = table_of(options)
+    write_csv(table, names, new)
+    losses = np.asarray(state.losses)[: int(state.step)]
+    scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}
+    draw(names, values, new, losses, scores, options.out)
+    print(
+        f"picture: {options.out}   {options.rows} new rows: {table}   saved: {options.checkpoint}"
+    )
 
 
 def parse(argv):
@@ -376,20 +396,11 @@ def main(argv: list[str] | None = None) -> int:
         print("Stopped. Start again to continue from what was last saved.")
         return 130
     print(f"trained to step {state.step}, {time.perf_counter() - begin:.0f} s; evaluating")
-
-    learned, gaussian = evaluate(flow, state.params, x, held_out)
-    print(f"held-out log-density, nats, standardized columns ({split} rows)")
-    print(f"full-covariance Gaussian   {gaussian:8.3f}")
-    print(f"flow                       {learned:8.3f}")
-    new = np.asarray(flow.sample(state.params, sample_key, options.rows)) * scale + mean
-    table = table_of(options)
-    write_csv(table, names, new)
-    losses = np.asarray(state.losses)[: int(state.step)]
-    scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}
-    draw(names, values, new, losses, scores, options.out)
-    print(
-        f"picture: {options.out}   {options.rows} new rows: {table}   saved: {options.checkpoint}"
-    )
+    try:
+        report(flow, state, x, held_out, names, values, mean, scale, sample_key, options)
+    except jaxode.SolveError as error:
+        print(f"tabular: the flow cannot be solved: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

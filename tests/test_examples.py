@@ -466,6 +466,29 @@ def test_a_gradient_that_is_not_finite_is_not_blamed_on_a_solve_that_succeeds(
         table.train(flow, state, jax.numpy.ones((20, 3)), {}, options)
 
 
+def test_what_the_last_step_has_made_is_not_saved_if_its_loss_is_not_finite(
+    tmp_path, capsys, default_settings
+):
+    arguments = tabular(tmp_path, "--steps", 1, "--rate", 1e30)
+    error = run("tabular", capsys, *arguments, code=1).err
+    assert "in step 1 the loss (" in error
+    assert "Saved: the last good state, before step 0" in error
+    assert "trained to step 1" in run("tabular", capsys, *tabular(tmp_path, "--steps", 1)).out
+
+
+def test_a_flow_that_cannot_be_solved_gets_one_clear_line(tmp_path, capsys, monkeypatch):
+    example = load("tabular")
+
+    def fail(*arguments):
+        raise example.jaxode.SolveError("log_prob: the steps ran out at t=0.5.")
+
+    monkeypatch.setattr(example, "evaluate", fail)
+    monkeypatch.setattr(example, "train", lambda flow, state, *rest: state)
+    assert example.main(tabular(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert error == "tabular: the flow cannot be solved: log_prob: the steps ran out at t=0.5.\n"
+
+
 @pytest.mark.slow
 def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
     """SIGKILL, three times, while it saves at every step; then bit for bit the same file."""
