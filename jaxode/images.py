@@ -3,21 +3,22 @@
 Each map works on a batch `[batch, *event]` and returns its log-determinant `[batch]`, in nats, with
 its value. The log-density of images with integer levels is that of the flow plus all of them:
 
-```python
-u, log_det_1 = dequantize(key, x, 256)
-y, log_det_2 = logit(u)
-bits = bits_per_dimension(flow.log_prob(params, y) + log_det_1 + log_det_2, x[0].size)
-```
+    u, log_det_1 = dequantize(key, x, 256)
+    y, log_det_2 = logit(u)
+    bits = bits_per_dimension(flow.log_prob(params, y) + log_det_1 + log_det_2, x[0].size)
 
 References: Dinh et al. (2017), arXiv:1605.08803; Theis et al. (2016), arXiv:1511.01844.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
+
+from jaxode.validation import is_known, positive_integer, state_dtype
 
 
 def dequantize(
@@ -27,31 +28,37 @@ def dequantize(
 
     Args:
         key: for the noise; a new one for each look at the data.
-        x: levels `0, 1, ..., levels - 1`, integers of any dtype.
+        x: levels `0, 1, ..., levels - 1`, integers of any dtype. Other values, such as those of
+            images scaled to `[0, 1]`, are refused outside of `jit`. Inside it nothing tells them
+            from levels, and the density of them is wrong.
         levels: how many there are, such as 256.
 
     Returns:
-        `u [batch, *event]` in the dtype of `x` if that is floating, else in the default one; and
-        the log-determinant `[batch]`, `-size log(levels)`. A density of `u` so corrected is a
-        density of `x + noise`, whose integral over a unit cell is the probability of a level.
+        `u [batch, *event]` in the dtype of `x` if that is floating, but at least float32, else in
+        the default one; and the log-determinant `[batch]`, `-size log(levels)`. A density of `u`
+        so corrected is a density of `x + noise`, whose integral over a unit cell is the
+        probability of a level.
 
     Raises:
-        ValueError: if `levels` is not an integer of at least 2.
+        ValueError: if a value that is known is not a level, or `levels` is not an integer of at
+            least 2.
     """
-    _check_levels("dequantize", levels)
+    where = "dequantize"
+    _check_levels(where, levels)
+    is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
+    rule = f"must be integers from 0 to {levels - 1}"
+    _check_values(where, "x", x, is_level, rule, "Pass the levels themselves, not scaled.")
     x = jnp.asarray(x)
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
-    noise = jax.random.uniform(key, x.shape, dtype)
+    dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
+    x, noise = x.astype(dtype), jax.random.uniform(key, x.shape, dtype)
+    # The sum may round up to the next level, where it is no longer in the cell of this one.
+    noisy = jnp.minimum(x + noise, jnp.nextafter(x + 1, x))
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
-    return (x.astype(dtype) + noise) / levels, log_det
+    return noisy / levels, log_det
 
 
 def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
-    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`.
-
-    Raises:
-        ValueError: if `levels` is not an integer of at least 2.
-    """
+    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`."""
     _check_levels("quantize", levels)
     return jnp.clip(jnp.floor(u * levels), 0, levels - 1)
 
@@ -62,13 +69,15 @@ def logit(
     """`y = log(v / (1 - v))` with `v = margin + (1 - 2 margin) u`, and its log-determinant.
 
     Args:
-        u: values in `[0, 1]`.
+        u: values in `[0, 1]`. Others are refused outside of `jit`.
         margin: keeps `y` finite at the ends; at least 0 and below 1/2.
 
     Raises:
-        ValueError: if `margin` is not.
+        ValueError: if a value that is known is not in `[0, 1]`, or `margin` not in `[0, 1/2)`.
     """
     _check_margin("logit", margin)
+    in_range = lambda u: (u >= 0) & (u <= 1)
+    _check_values("logit", "u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
     v = margin + (1 - 2 * margin) * u
     y = jnp.log(v) - jnp.log1p(-v)
     slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log1p(-v)
@@ -76,18 +85,25 @@ def logit(
 
 
 def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, "..."]:
-    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled.
-
-    Raises:
-        ValueError: if `margin` is not at least 0 and below 1/2.
-    """
+    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled."""
     _check_margin("inverse_logit", margin)
     return (jax.nn.sigmoid(y) - margin) / (1 - 2 * margin)
 
 
 def bits_per_dimension(log_prob: Float[Array, "..."], size: int) -> Float[Array, "..."]:
     """`-log_prob / (size log 2)`: nats of an event of `size` numbers as bits for each of them."""
+    size = positive_integer("bits_per_dimension", "size", size)
     return -log_prob / (size * math.log(2))
+
+
+def _check_values(where: str, name: str, x: Any, good, rule: str, remedy: str) -> None:
+    """Raise unless all values are good, as far as they are known on this host."""
+    if not is_known(x) or not getattr(x, "is_fully_addressable", True):
+        return
+    values = np.asarray(x)
+    bad = values[~good(values)]
+    if bad.size:
+        raise ValueError(f"{where}({name}=...): {rule}; got {bad[0]}. {remedy}")
 
 
 def _check_levels(where: str, levels: int) -> None:

@@ -1,5 +1,7 @@
 """Images: the maps invert, their log-determinants are right, and flows take images as they are."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,25 @@ def test_dequantization_keeps_the_dtype_and_needs_its_key():
     assert (u != images.dequantize(jax.random.key(1), x, 4)[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.uint8])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_the_largest_noise_stays_in_the_cell_of_its_level(levels, dtype, monkeypatch):
+    largest = lambda key, shape, dtype: jnp.full(shape, jnp.nextafter(*jnp.array([1, 0], dtype)))
+    monkeypatch.setattr(jax.random, "uniform", largest)
+    x = jnp.arange(levels).astype(dtype)[:, None]
+    u, _ = images.dequantize(jax.random.key(0), x, levels)
+    assert u.dtype == (jnp.float32 if dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else float)
+    assert (u < 1).all()
+    np.testing.assert_array_equal(images.quantize(u, levels), np.arange(levels)[:, None])
+
+
+def test_half_precision_levels_have_noise_of_single_precision():
+    x = jnp.full((1, 1000), 255, jnp.bfloat16)
+    u, _ = images.dequantize(jax.random.key(0), x, 256)
+    # Between 255 and 256 there are 2^16 numbers of float32: about 8 of 1000 draws coincide.
+    assert len(np.unique(u)) > 950
+
+
 def test_bits_of_uniform_levels_are_their_logarithm():
     """The uniform density on `[0, 1]` codes each of 16 equally likely levels with 4 bits."""
     x = jax.random.randint(jax.random.key(0), (5, 3), 0, 16)
@@ -60,14 +81,38 @@ def test_probabilities_of_levels_add_up_to_one():
     ("call", "message"),
     [
         (lambda: images.dequantize(jax.random.key(0), jnp.zeros((1, 2)), 1), "dequantize(levels="),
+        (
+            lambda: images.dequantize(jax.random.key(0), np.array([[0.0, 0.5]]), 256),
+            "dequantize(x=...): must be integers from 0 to 255; got 0.5. Pass the levels "
+            "themselves, not scaled.",
+        ),
+        (
+            lambda: images.dequantize(jax.random.key(0), jnp.array([[300]]), 256),
+            "dequantize(x=...): must be integers from 0 to 255; got 300.",
+        ),
+        (lambda: images.dequantize(jax.random.key(0), jnp.array([[-1]]), 2), "from 0 to 1; got -1"),
+        (lambda: images.dequantize(jax.random.key(0), jnp.array([[jnp.nan]]), 2), "got nan"),
         (lambda: images.quantize(jnp.zeros(2), 2.5), "quantize(levels="),
         (lambda: images.logit(jnp.zeros((1, 2)), 0.5), "logit(margin="),
+        (
+            lambda: images.logit(jnp.array([[0.5, 1.02]])),
+            "logit(u=...): must be in [0, 1]; got 1.02. Use dequantize for levels.",
+        ),
+        (lambda: images.logit(jnp.array([[-0.02]])), "logit(u=...): must be in [0, 1]; got -0.02."),
         (lambda: images.inverse_logit(jnp.zeros(2), -0.1), "inverse_logit(margin="),
+        (lambda: images.bits_per_dimension(jnp.zeros(2), 0), "bits_per_dimension(size="),
+        (lambda: images.bits_per_dimension(jnp.zeros(2), -3), "bits_per_dimension(size="),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_values_known_only_at_run_time_are_not_checked():
+    u, _ = jax.jit(images.dequantize, static_argnums=2)(jax.random.key(0), jnp.array([[300]]), 256)
+    assert u > 1
+    assert jnp.isfinite(jax.jit(images.logit)(jnp.array([[1.02]]))[0])
 
 
 class Convolutional(eqx.Module):
