@@ -42,6 +42,7 @@ class StandardNormal:
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats."""
+        _check_events(z, self.event_shape)
         axes = tuple(range(-len(self.event_shape), 0))
         size = math.prod(self.event_shape)
         return -0.5 * jnp.sum(z * z, axis=axes) - 0.5 * size * math.log(2 * math.pi)
@@ -63,6 +64,7 @@ class DiagonalNormal(eqx.Module):
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats."""
+        _check_events(z, self.event_shape)
         spread = lambda leaf: leaf.reshape((1,) * (z.ndim - leaf.ndim) + leaf.shape)
         standard = (z - spread(self.mean)) * jnp.exp(-spread(self.log_scale))
         return StandardNormal(self.event_shape).log_prob(standard) - jnp.sum(self.log_scale)
@@ -107,6 +109,14 @@ def _event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
             f"{where}(event_shape=...): must be positive integers; got {event_shape!r}."
         )
     return shape
+
+
+def _check_events(z: Float[Array, "..."], event: tuple[int, ...]) -> None:
+    shape = jnp.shape(z)
+    if shape[len(shape) - len(event) :] != event:
+        raise ValueError(
+            f"log_prob(z=...): must have shape (..., *event) with event {event}; got {shape}."
+        )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,15 @@ def test_diagonal_normal(shape):
         jaxode.diagonal_normal(-1)
 
 
+@pytest.mark.parametrize("density", [jaxode.standard_normal, jaxode.diagonal_normal])
+@pytest.mark.parametrize(
+    ("event", "shape"), [(3, (4, 2)), (1, (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 3, 2)), (1, ())]
+)
+def test_events_of_another_shape_have_no_density(density, event, shape):
+    with pytest.raises(ValueError, match=r"log_prob\(z=...\): must have shape \(..., \*event\)"):
+        density(event).log_prob(jnp.ones(shape))
+
+
 def test_a_base_density_is_learned_together_with_the_field():
     """Its gradient is that of the closed form, and training finds the data's mean and scale."""
 
