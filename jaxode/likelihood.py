@@ -135,7 +135,8 @@ def objective(
     closed_costs, (_, (probes, _)) = close_field(
         costs_of_rows, (field_and_costs, per_row), times(like), like, (params, (probes, context))
     )
-    log_prob = lambda t, y, args: log_prob_of(base, rows(y))
+    # The samples may be of lower precision than the solve, and their density with them.
+    log_prob = lambda t, y, args: log_prob_of(base, rows(y)).astype(ravel.dtype)
     closed_base, _ = close_field(log_prob, base, times(y0), y0, ())
     inputs = Inputs(
         problem.field, problem.args, closed_costs, probes, closed_base, y0, problem.t0, problem.t1,

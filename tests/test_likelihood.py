@@ -279,6 +279,22 @@ def test_converges_to_the_tight_gradient():
     assert error[2] < 1e-7
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_samples_of_half_precision(dtype, default_settings):
+    """They are solved in float32; the derivative and the base density see them as they are."""
+    flow = jaxode.cnf(jaxode.nn.field, BASE)
+    m = jaxode.nn.ConcatSquash(DIM, (8, 8), key=KEY)
+    x = jax.random.normal(jax.random.key(0), (8, DIM)).astype(dtype)
+    loss, gradient = jax.value_and_grad(flow.nll)(m, x)
+    expected, single = jax.value_and_grad(flow.nll)(m, x.astype(jnp.float32))
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(loss, expected, rtol=2 * eps)
+    for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(single), strict=True):
+        assert leaf.dtype == jnp.float32
+        # A few roundings of each sample, relative to the largest entry.
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=4 * eps * jnp.abs(other).max())
+
+
 def test_random_nodes_are_unbiased():
     """The mean of 10,000 draws is within 4 standard errors of the converged value and gradient."""
     x, draws = X[:2], 10_000
