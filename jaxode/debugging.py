@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.results import Solution, Stats
 from jaxode.solve import DEFAULTS, Problem, Unconditional, VectorField, pose, solve
+from jaxode.tableau import is_explicit
 from jaxode.validation import Time
 
 
@@ -44,6 +46,7 @@ def backward_stats(
 
     Raises:
         TypeError: if the gradient method has no backward solve.
+        ValueError: if the solver is implicit.
         TypeError, ValueError, SolveError: as `solve`.
     """
     where = "backward_stats"
@@ -52,7 +55,13 @@ def backward_stats(
             f"{where}(adjoint=...): must have a backward solve; got {adjoint!r}. Use "
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."
         )
-    options = {"adjoint": adjoint, **solve_options}
+    options = {**DEFAULTS, "adjoint": adjoint, **solve_options}
+    solver = options["solver"]
+    if isinstance(solver, diffrax.AbstractSolver) and not is_explicit(solver):
+        raise ValueError(
+            f"{where}(solver=...): must be an explicit Runge-Kutta solver; got "
+            f"{type(solver).__name__}, whose backward solve runs in diffrax. Use diffrax.Tsit5()."
+        )
     solution = solve(f, y0, t0, t1, args, **options)
     states = solution.y1, solution.ys
 
@@ -65,7 +74,6 @@ def backward_stats(
 
     y1_bar, ys_bar = jax.grad(total)(states)
     one_row = lambda y: jax.tree.map(lambda x: jnp.asarray(x)[None], y)
-    options = {**DEFAULTS, **options}
     problem, ravel = pose(
         where, Unconditional(f), one_row(y0), t0, t1, args, None, None, options, False
     )

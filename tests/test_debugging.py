@@ -1,5 +1,6 @@
 """`backward_stats`: the work of a backward solve."""
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import pytest
@@ -84,3 +85,13 @@ def test_the_backward_solve_starts_from_the_gradient_of_the_loss():
 def test_needs_a_backward_solve():
     with pytest.raises(TypeError, match=r"backward_stats\(adjoint=...\): must have a backward"):
         jaxode.backward_stats(decay, Y0, 0.0, 1.0, 2.0, adjoint=jaxode.DiscreteAdjoint())
+
+
+def test_needs_an_explicit_solver():
+    with pytest.raises(
+        ValueError, match=r"backward_stats\(solver=...\): must be an explicit .*no5"
+    ):
+        jaxode.backward_stats(
+            decay, Y0, 0.0, 1.0, 2.0,
+            adjoint=jaxode.BacksolveAdjoint(), solver=diffrax.Kvaerno5(),
+        )  # fmt: skip
