@@ -106,7 +106,7 @@ def history(
 
     Args:
         losses: one a training step, `[steps]`.
-        window: steps in the mean; 1 draws the losses alone.
+        window: steps in the mean, but at most half of them all; 1 draws the losses alone.
         **style: of the mean, for `Axes.plot`.
 
     Raises:
@@ -126,7 +126,7 @@ def evaluations(
 
     Args:
         num_evals: `Stats.num_evals` of each training step, `[steps]`.
-        window: steps in the mean; 1 draws the numbers alone.
+        window: steps in the mean, but at most half of them all; 1 draws the numbers alone.
         **style: of the mean, for `Axes.plot`.
 
     Raises:
@@ -142,7 +142,8 @@ def _curve(where: str, name: str, values, window: int, ylabel: str, ax, style) -
     if values.ndim != 1:
         raise ValueError(f"plot.{where}({name}=...): must have shape (steps,); got {values.shape}.")
     ax = _axes(ax)
-    window = min(window, max(values.size, 1))
+    # With a window as long as the curve, the mean would be a point, and nothing to see.
+    window = max(min(window, values.size // 2), 1)
     if window > 1:
         (line,) = ax.plot(np.arange(window, values.size + 1), _mean(values, window), **style)
         ax.plot(np.arange(1, values.size + 1), values, color=line.get_color(), lw=0.5, alpha=0.35)

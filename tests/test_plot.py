@@ -63,6 +63,14 @@ def test_curves_show_each_step_and_the_mean_of_the_last(ax):
     assert ax.get_ylabel() == "evaluations of the field"
 
 
+@pytest.mark.parametrize("size", [2, 3, 20, 50, 60])
+def test_a_curve_shorter_than_the_window_is_a_line(ax, size):
+    jaxode.plot.history(np.arange(size), ax=ax)
+    mean = ax.lines[0]
+    assert len(mean.get_xdata()) > size / 2
+    assert mean.get_linewidth() > 0.5
+
+
 def test_a_short_history_and_the_current_axes(ax):
     assert jaxode.plot.history([3.0]) is ax
     assert jaxode.plot.history([]) is ax
