@@ -120,6 +120,7 @@ class CNF:
         where = "log_prob_and_error"
         x = self._samples(where, "x", x)
         context = check_context(where, context, x.shape[0])
+        _check_key(where, key, optional=True)
         probes = self._integrands.probes(key, x, params, context)
         if probes is None:
             log_prob = self.log_prob(params, x, context=context)
@@ -194,6 +195,7 @@ class CNF:
         x = self._samples(where, "x", x)
         context = check_context(where, context, x.shape[0])
         weights = check_weights(where, weights, x, self.solve_options.get("axis_name"))
+        _check_key(where, key, optional=True)
         end = self._random_end(key, x)
         if self._fused:
             return self._fused_nll(params, x, end, key, context, weights)
@@ -290,8 +292,9 @@ class CNF:
             ValueError: if `n` is not a number of samples, or the context has other rows.
             SolveError: at run time, if the solve fails.
         """
-        z = self.base.sample(key, (check_count("sample", n),))
-        return self.from_base(params, z, context=context)
+        where = "sample"
+        z = self.base.sample(_check_key(where, key), (check_count(where, n),))
+        return self._carry(where, "z", params, z, self.t0, self.t1, context)
 
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -303,8 +306,8 @@ class CNF:
         Raises:
             ValueError, SolveError: as `sample`.
         """
-        base_key, probe_key = jax.random.split(key)
         where = "sample_and_log_prob"
+        base_key, probe_key = jax.random.split(_check_key(where, key))
         z = self.base.sample(base_key, (check_count(where, n),))
         context = check_context(where, context, z.shape[0])
         rows = (self._integrands.probes(probe_key, z, params, context), context)
@@ -317,6 +320,7 @@ class CNF:
         The divergence has the integral `-integral over [t0, t1] of div f`: the log-determinant.
         """
         context = check_context(where, context, x.shape[0])
+        _check_key(where, key, optional=True)
         probes = self._integrands.probes(key, x, params, context, of_costs=where == "nll")
         rows = (probes, context)
         end = self.t0 if end is None else end
@@ -343,6 +347,20 @@ class CNF:
         """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
         dz, div = self._integrands.volume(t, state, params, row)
         return dz, -div
+
+
+def _check_key(where: str, key: Any, optional: bool = False) -> Any:
+    """The key, if it is one: typed, or of the older kind, an array of uint32."""
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
+    )
+    if not is_key and not (key is None and optional):
+        raise TypeError(
+            f"{where}(key=...): must be a key of jax.random; got {type(key).__name__}. "
+            "Pass jax.random.key(0)."
+        )
+    return key
 
 
 def cnf(

@@ -86,7 +86,7 @@ def diagonal_normal(event_shape: int | tuple[int, ...]) -> DiagonalNormal:
     Raises:
         ValueError: if a dimension is not a positive integer.
     """
-    shape = _event_shape("diagonal_normal", event_shape)
+    shape = as_event_shape("diagonal_normal", event_shape)
     return DiagonalNormal(jnp.zeros(shape), jnp.zeros(shape))
 
 
@@ -96,10 +96,11 @@ def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
     Raises:
         ValueError: if a dimension is not a positive integer.
     """
-    return StandardNormal(_event_shape("standard_normal", event_shape))
+    return StandardNormal(as_event_shape("standard_normal", event_shape))
 
 
-def _event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
+def as_event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
+    """The shape of an event as a tuple; an integer stands for a vector."""
     try:
         shape = tuple(map(operator.index, np.atleast_1d(event_shape))) if event_shape != () else ()
     except TypeError:

@@ -146,7 +146,16 @@ def objective(
         problem.method, options["adjoint"].checkpoints,
         jnp.asarray(coefficients, ravel.dtype), phase,
     )  # fmt: skip
-    loss, rest = _jitted(inputs, settings)
+    try:
+        loss, rest = _jitted(inputs, settings)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f"{where}(adjoint=...): {type(options['adjoint']).__name__} has reverse-mode "
+            "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd) of the "
+            "loss itself. Pass adjoint=jaxode.ForwardMode() to cnf."
+        ) from error
     return Objective(loss, *jax.lax.stop_gradient(rest))
 
 

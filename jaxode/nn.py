@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode.distributions import as_event_shape
+from jaxode.validation import positive_integer
+
 
 class _ModuleField(eqx.Module):
     """The vector field of a module: `field(t, y, m) = m(t, y)`.
@@ -132,9 +135,23 @@ class _Network(eqx.Module):
         activation: Callable[[Array], Array] = jnp.tanh,
         context_size: int = 0,
     ):
-        size = math.prod(np.atleast_1d(event_shape).astype(int).tolist())
+        name = type(self).__name__
+        size = math.prod(as_event_shape(name, event_shape))
+        if not np.iterable(widths):
+            raise TypeError(
+                f"{name}(widths=...): must be a sequence, one size for each hidden layer; got "
+                f"{widths!r}. Pass widths=({widths!r},)."
+            )
+        if (
+            isinstance(context_size, bool)
+            or not isinstance(context_size, int | np.integer)
+            or context_size < 0
+        ):
+            raise ValueError(
+                f"{name}(context_size=...): must be an integer of at least 0; got {context_size!r}."
+            )
         outputs = 1 if self.scalar_output else size
-        sizes = [size, *widths]
+        sizes = [size, *(positive_integer(name, "widths", width) for width in widths)]
         *keys, last = jax.random.split(key, len(sizes))
         self.hidden = tuple(
             _Layer(
@@ -195,6 +212,12 @@ class _Network(eqx.Module):
         return out if self.shift is None else out + _affine(self.shift, t, context)
 
     def _check(self, context):
+        if isinstance(context, _Network):
+            raise TypeError(
+                f"{type(self).__name__}(t, y, context): the context must be a vector; got a "
+                "network. For a vector field whose params are the network, pass "
+                "f=jaxode.nn.field."
+            )
         shape = None if context is None else jnp.shape(context)
         if shape != ((self.context_size,) if self.context_size else None):
             raise ValueError(

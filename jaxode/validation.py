@@ -291,7 +291,7 @@ def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any], throw: 
         raise TypeError(f"{where}(f=...): must be a function f(t, y, args); got {f!r}.")
     solver, steps, first_step = options["solver"], options["steps"], options["first_step"]
     adjoint = options["adjoint"]
-    if not hasattr(adjoint, "integrate"):
+    if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
         raise TypeError(
             f"{where}(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); "
             f"got {adjoint!r}."

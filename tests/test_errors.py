@@ -37,6 +37,7 @@ def odeint(func=lambda y, t: -y, **options):
 X = jnp.ones((4, 2))
 KEY = jax.random.key(0)
 
+NETWORK = jaxode.nn.MLP(2, (4,), key=KEY)
 OWN_DIVERGENCE = divergence.Divergence(lambda key, z: None, divergence.exact().apply)
 # Other methods than nll look at more than these two.
 INIT_AND_APPLY = SimpleNamespace(init=OWN_DIVERGENCE.init, apply=OWN_DIVERGENCE.apply)
@@ -443,6 +444,74 @@ BAD_INPUT = [
     (
         lambda: odeint(func=None), TypeError,
         "odeint(func=...): must be a function func(y, t, *args); got None.",
+    ),
+    (
+        lambda: jaxode.nn.MLP(2, 8, key=KEY), TypeError,
+        "MLP(widths=...): must be a sequence, one size for each hidden layer; got 8. "
+        "Pass widths=(8,).",
+    ),
+    (
+        lambda: jaxode.nn.Concat(2, (4, 0), key=KEY), ValueError,
+        "Concat(widths=...): must be a positive integer; got 0.",
+    ),
+    (
+        lambda: jaxode.nn.MLP(0, key=KEY), ValueError,
+        "MLP(event_shape=...): must be positive integers; got 0.",
+    ),
+    (
+        lambda: jaxode.nn.MLP(2.7, key=KEY), ValueError,
+        "MLP(event_shape=...): must be positive integers; got 2.7.",
+    ),
+    (
+        lambda: jaxode.nn.MLP(2, key=KEY, context_size=-1), ValueError,
+        "MLP(context_size=...): must be an integer of at least 0; got -1.",
+    ),
+    (
+        lambda: jaxode.cnf(NETWORK, jaxode.standard_normal(2)).log_prob(NETWORK, X), TypeError,
+        "MLP(t, y, context): the context must be a vector; got a network. For a vector field "
+        "whose params are the network, pass f=jaxode.nn.field.",
+    ),
+    (
+        lambda: solve(adjoint=jaxode.DiscreteAdjoint), TypeError,
+        "solve(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); got "
+        "<class 'jaxode.adjoints.discrete.DiscreteAdjoint'>.",
+    ),
+    (
+        lambda: cnf().sample(None, KEY, 3, context=jnp.ones((4, 1))), ValueError,
+        "sample(context=...): leaves must have a leading axis of 3, one row a sample; got shape "
+        "(4, 1).",
+    ),
+    (
+        lambda: cnf().sample(None, None, 3), TypeError,
+        "sample(key=...): must be a key of jax.random; got NoneType. Pass jax.random.key(0).",
+    ),
+    (
+        lambda: cnf().sample(KEY, NETWORK, 3), TypeError,
+        "sample(key=...): must be a key of jax.random; got MLP. Pass jax.random.key(0).",
+    ),
+    (
+        lambda: cnf().sample_and_log_prob(KEY, ONE, 3), TypeError,
+        "sample_and_log_prob(key=...): must be a key of jax.random; got ArrayImpl. "
+        "Pass jax.random.key(0).",
+    ),
+    (
+        lambda: cnf().log_prob(None, X, key=3), TypeError,
+        "log_prob(key=...): must be a key of jax.random; got int. Pass jax.random.key(0).",
+    ),
+    (
+        lambda: cnf().log_prob_and_error(None, X, key=3), TypeError,
+        "log_prob_and_error(key=...): must be a key of jax.random; got int. "
+        "Pass jax.random.key(0).",
+    ),
+    (
+        lambda: cnf().nll(None, X, key=3), TypeError,
+        "nll(key=...): must be a key of jax.random; got int. Pass jax.random.key(0).",
+    ),
+    (
+        lambda: jax.jvp(lambda x: cnf().nll(None, x), (X,), (X,)), TypeError,
+        "nll(adjoint=...): DiscreteAdjoint has reverse-mode derivatives (jax.grad, jax.vjp), but "
+        "no forward mode (jax.jvp, jax.jacfwd) of the loss itself. Pass "
+        "adjoint=jaxode.ForwardMode() to cnf.",
     ),
     (
         lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,
