@@ -329,8 +329,6 @@ def parse(argv):
         parser.error("--steps, --batch, --width, --rows and --every must be at least 1")
     if not 0 < options.rate < math.inf:
         parser.error("--rate must be positive")
-    if options.out.suffix not in (".png", ".pdf", ".svg") or options.out.is_dir():
-        parser.error(f"--out must name a .png, .pdf or .svg file; got {options.out}")
     written = (options.checkpoint, options.out, table_of(options))
     files = [path.resolve() for path in (options.data, *written) if path is not None]
     if len(set(files)) < len(files):
@@ -338,24 +336,12 @@ def parse(argv):
             f"--data, --checkpoint, --out and {table_of(options)}, for the new rows, must be "
             "different files"
         )
-    for path in written:
-        make_folder(parser, path)
     return options
 
 
 def table_of(options) -> Path:
     """Where the new rows go."""
     return options.out.with_suffix(".csv")
-
-
-def make_folder(parser, path: Path) -> None:
-    """Before training, so that nothing is lost if it cannot be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot write {path}: {error.strerror}")
-    if not os.access(path.parent, os.W_OK):
-        parser.error(f"cannot write {path}: its folder is read-only")
 
 
 def main(argv: list[str] | None = None) -> int:

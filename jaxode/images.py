@@ -58,7 +58,11 @@ def dequantize(
 
 
 def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
-    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`."""
+    """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`.
+
+    Raises:
+        ValueError: if `levels` is not an integer of at least 2.
+    """
     _check_levels("quantize", levels)
     return jnp.clip(jnp.floor(u * levels), 0, levels - 1)
 
@@ -85,7 +89,11 @@ def logit(
 
 
 def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, "..."]:
-    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled."""
+    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled.
+
+    Raises:
+        ValueError: if `margin` is not at least 0 and below 1/2.
+    """
     _check_margin("inverse_logit", margin)
     return (jax.nn.sigmoid(y) - margin) / (1 - 2 * margin)
 
