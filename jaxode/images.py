@@ -3,9 +3,11 @@
 Each map works on a batch `[batch, *event]` and returns its log-determinant `[batch]`, in nats, with
 its value. The log-density of images with integer levels is that of the flow plus all of them:
 
-    u, log_det_1 = dequantize(key, x, 256)
-    y, log_det_2 = logit(u)
-    bits = bits_per_dimension(flow.log_prob(params, y) + log_det_1 + log_det_2, x[0].size)
+```python
+u, log_det_1 = dequantize(key, x, 256)
+y, log_det_2 = logit(u)
+bits = bits_per_dimension(flow.log_prob(params, y) + log_det_1 + log_det_2, x[0].size)
+```
 
 References: Dinh et al. (2017), arXiv:1605.08803; Theis et al. (2016), arXiv:1511.01844.
 """
@@ -52,7 +54,8 @@ def dequantize(
     dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     x, noise = x.astype(dtype), jax.random.uniform(key, x.shape, dtype)
     # The sum may round up to the next level, where it is no longer in the cell of this one.
-    noisy = jnp.minimum(x + noise, jnp.nextafter(x + 1, x))
+    end = jax.lax.stop_gradient(x)
+    noisy = jnp.minimum(x + noise, jnp.nextafter(end + 1, end))
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
     return noisy / levels, log_det
 
