@@ -25,7 +25,7 @@ from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.integrate import Tape
 from jaxode.mesh import fori_loop, vary_alike, while_loop
 from jaxode.method import Method
-from jaxode.quadrature import Nodes
+from jaxode.quadrature import Nodes, shares_stages
 from jaxode.results import Result, Stats
 from jaxode.solve import DEFAULTS, pose
 from jaxode.validation import Time
@@ -117,7 +117,7 @@ def objective(
     def rows(y):
         return y.reshape(x.shape).astype(x.dtype)
 
-    with_field = problem.method.tableau.first_same_as_last and phase is None
+    with_field = shares_stages(problem.method.tableau, phase)
 
     def costs_of_rows(t, y, args):
         def one(t, z, params, row):

@@ -51,6 +51,11 @@ def random_phases(
     return jax.vmap(one)(row_numbers(x, key, axis_name))
 
 
+def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> bool:
+    """Whether the nodes at the ends of a step are stages, and none is random."""
+    return phase is None and tableau.first_same_as_last
+
+
 class Nodes(NamedTuple):
     """The quadrature of the costs within a step."""
 
@@ -65,7 +70,7 @@ class Nodes(NamedTuple):
     @property
     def shared(self) -> bool:
         """Whether a step ends at a node that is a stage of the solver."""
-        return self.phase is None and self.tableau.first_same_as_last
+        return shares_stages(self.tableau, self.phase)
 
     @property
     def inner(self) -> int:
