@@ -241,7 +241,7 @@ def _start(
     tableau = method.tableau
     if method.steps is None and method.first_step is None:
         h, slope = first_step(
-            field, t0, y0, span, tableau.order, method.rtol, method.atol, method.axis_name
+            field, t0, y0, span, tableau, method.rtol, method.atol, method.axis_name
         )
         return (slope if tableau.first_same_as_last else None), limit_step(method, h), 2
     h = jnp.zeros_like(t0)

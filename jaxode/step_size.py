@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxode.mesh import AxisName, axes_of, fori_loop, vary
+from jaxode.tableau import Tableau
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2
@@ -70,14 +71,15 @@ def first_step(
     t0: Float[Array, " rows"],
     y0: Float[Array, "rows n"],
     span: Float[Array, " rows"],
-    order: int,
+    tableau: Tableau,
     rtol: Float[Array, ""],
     atol: Float[Array, ""],
     axis_name: AxisName | None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
-    Both evaluations are iterations of one loop, which holds one copy of `f`.
+    Both evaluations are iterations of one loop, which holds one copy of `f`. The step changes the
+    state by no more than its own size, roughly, and has an error of about the tolerance.
     """
     scale = atol + rtol * jnp.abs(y0)
     d0 = rms_norm(_relative(y0, scale), axis_name)
@@ -99,16 +101,28 @@ def first_step(
     zero = jnp.zeros_like(y0)
     f0, h0, f1 = fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
     d1, d2 = slope(f0), slope(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
-    d_max = jnp.maximum(d1, d2)
-    h1 = jnp.where(
-        d_max <= 1e-15,
-        jnp.maximum(1e-6, h0 * 1e-3),
-        (0.01 / jnp.maximum(d_max, 1e-15)) ** (1.0 / (order + 1)),
-    )
-    h = jnp.minimum(100.0 * h0, h1)
+    h = jnp.minimum(100.0 * h0, _first_step_of_slopes(tableau, d1, d2))
     # A non-finite slope must not poison the step: the first attempt will be rejected with a cause.
     h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
     # Nor may it vanish beside the time: the error control makes it smaller where it must.
     resolution = jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(t0 + span))
     h = jnp.maximum(h, 100 * resolution)
     return sign * jnp.minimum(h, jnp.abs(span)), f0
+
+
+def _first_step_of_slopes(
+    tableau: Tableau, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
+) -> Float[Array, " rows"]:
+    """A guess from the norms of the first and second derivative.
+
+    The step that the controller would take for `y' = L y`, `L = d2 / d1`, whose estimated error is
+    `error_constant d1 L^(order - 1) h^order`. Hairer's guess takes all higher derivatives to be as
+    large as these, whatever the unit of time, and is too careful for a smooth solution: each step
+    is pulled back, so one too many costs more than a rejection. It is left for a slope of zero.
+    """
+    order, tiny = tableau.order, 1e-15
+    hairer = (0.01 / jnp.maximum(d2, tiny)) ** (1 / (order + 1))
+    rate = jnp.maximum(d2 / jnp.maximum(d1, tiny), tiny)
+    error = jnp.maximum(tableau.error_constant * d1, tiny)
+    linear = SAFETY * error ** (-1 / order) * rate ** (1 / order - 1)
+    return jnp.where(d1 < 1e-5, hairer, linear)

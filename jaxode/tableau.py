@@ -41,6 +41,14 @@ class Tableau:
         """Stages that the end state depends on: all but trailing ones of weight zero."""
         return int(np.flatnonzero(self.b)[-1]) + 1
 
+    @property
+    def error_constant(self) -> float:
+        """`C` of the error estimate `C h^order` for the linear equation `y' = y`, `y(t) = 1`."""
+        slopes = np.ones(self.stages)
+        for _ in range(self.order - 1):
+            slopes = self.A @ slopes
+        return abs(float(self.b_error @ slopes))
+
     def dense_weights(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:
         """Weights `w` of the solver's own dense output, `y(t + theta h) = y + h sum_i w_i k_i`.
 

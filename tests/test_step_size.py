@@ -1,0 +1,66 @@
+"""The first step is neither timid nor rash: it meets the tolerance, and wastes little of it."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode.step_size import first_step
+from jaxode.tableau import tableau_of
+
+SOLVERS = [diffrax.Heun, diffrax.Bosh3, diffrax.Tsit5, diffrax.Dopri5, diffrax.Dopri8]
+
+
+def estimated_error(tableau, z: float) -> float:
+    """The error estimate of one step of `y' = y`, `y(0) = 1`, to the time `z`."""
+    A, b_error = tableau.A, tableau.b_error
+    k = np.linalg.solve(np.eye(tableau.stages) - z * A, np.ones(tableau.stages))
+    return abs(z * b_error @ k)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.__name__)
+def test_error_constant(solver):
+    tableau = tableau_of(solver())
+    z = 1e-2 if tableau.order < 8 else 1e-1
+    leading = tableau.error_constant * z**tableau.order
+    assert estimated_error(tableau, z) == pytest.approx(leading, rel=0.1)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3], ids=lambda u: f"time unit {u:g}")
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.__name__)
+def test_first_step_of_a_linear_equation_has_the_error_that_is_asked_for(solver, unit):
+    tableau, tol = tableau_of(solver()), 1e-10
+    h, _ = first_step(
+        lambda t, y: -y / unit, jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, 1e3 * unit),
+        tableau, jnp.asarray(tol), jnp.asarray(tol), None,
+    )  # fmt: skip
+    ratio = estimated_error(tableau, -float(h[0]) / unit) / (2 * tol)
+    assert 0.3 < ratio < 1
+
+
+def test_a_smooth_solution_takes_one_step():
+    solution = jaxode.solve(lambda t, y, a: 0.2 * jnp.sin(y), jnp.ones(3), 0.0, 1.0, rtol=1e-6)
+    assert (int(solution.stats.num_accepted), int(solution.stats.num_rejected)) == (1, 0)
+
+
+def test_first_step_reaches_the_end_and_no_further():
+    tableau = tableau_of(diffrax.Tsit5())
+    for span in (1e-9, -1e-9):
+        h, _ = first_step(
+            lambda t, y: -y, jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, span),
+            tableau, jnp.asarray(1e-6), jnp.asarray(1e-6), None,
+        )  # fmt: skip
+        assert float(h[0]) == pytest.approx(span)
+
+
+@pytest.mark.parametrize("slope", [jnp.inf, jnp.nan, 1e300, 0.0])
+def test_first_step_is_finite_for_any_slope(slope):
+    h, _ = jax.jit(
+        lambda slope: first_step(
+            lambda t, y: slope * y, jnp.zeros(1), jnp.ones((1, 3)), jnp.ones(1),
+            tableau_of(diffrax.Tsit5()), jnp.asarray(1e-6), jnp.asarray(1e-6), None,
+        )
+    )(slope)  # fmt: skip
+    assert 0 < float(h[0]) <= 1
