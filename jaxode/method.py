@@ -64,7 +64,7 @@ def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
     which `taken` are done.
     """
     if steps is None:
-        # A step that nearly reaches the end is stretched to it: by less than SAFETY leaves room for.
+        # A step that nearly reaches the end is stretched to it, by what SAFETY leaves room for.
         last = 1.1 * jnp.abs(state.h) >= jnp.abs(end - state.t)
         return jnp.where(last, end, state.t + state.h), last
     count = taken + 1
