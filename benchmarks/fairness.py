@@ -181,7 +181,7 @@ def work_precision(
         target: the error at which times are compared.
         groups: peers by name of group. For each group, and `ours`, the ratio to its fastest member.
     """
-    failed, firsts, calls, errors = {}, {}, {}, {}
+    failed, calls, errors = {}, {}, {}
     for name, make in makers.items():
         step = attempt(bench, failed, name, make)
         if step is None:
@@ -191,11 +191,10 @@ def work_precision(
         )
         for tolerance in listed:
             call = lambda step=step, tolerance=tolerance: step(tolerance)
-            outcome = attempt(bench, failed, name, lambda call=call: timed(call))
+            outcome = attempt(bench, failed, name, lambda call=call: jax.block_until_ready(call()))
             if outcome is None:
                 break
-            first, (_, gradient) = outcome
-            firsts.setdefault(name, first)
+            _, gradient = outcome
             error = gradient_error(gradient, references.get(name, references[""]))
             if np.isfinite(error):
                 calls[name, tolerance], errors[name, tolerance] = call, error
@@ -210,7 +209,7 @@ def work_precision(
         places[name] = at_error([errors[k] for k in keys], [times[k] for k in keys], target)
         curves[name] = [{"tolerance": k[1], "error": errors[k], **summary(times[k])} for k in keys]
     return {
-        "target_error": target, "first_call": firsts, "failed": failed, "curves": curves,
+        "target_error": target, "failed": failed, "curves": curves,
         "at_target": {
             name: {**(summary(place.times) if place.times is not None else {}), "note": place.note}
             for name, place in places.items()

@@ -101,12 +101,8 @@ def closed_form(t, state, params, probe):
 
 
 def add_ratios(result: dict[str, Any]) -> None:
-    """Ratios to peers that are not of equal error: the first call, 8 probes to one."""
-    first, ratios = result["first_call"], result["ratios"]
-    for peer in ("diffrax Tsit5 checkpointed", "jax odeint"):
-        if "jaxode" in first and peer in first:
-            ratios[f"first call, {peer}"] = first["jaxode"] / first[peer]
-    curves = result["curves"]
+    """Of 8 probes to one, at the same tolerance."""
+    curves, ratios = result["curves"], result["ratios"]
     if "jaxode 8 probes" in curves and "jaxode" in curves:
         eight = curves["jaxode 8 probes"][0]
         one = next(row for row in curves["jaxode"] if row["tolerance"] == eight["tolerance"])

@@ -66,10 +66,9 @@ def work_precision_tables(cases: dict[str, Any]) -> str:
                 spread = f"{ms(at['median'])} ({ms(at['min'])}-{ms(at['max'])})"
                 shown = f"at most {spread}" if at["note"] else spread
             points = ", ".join(f"{ms(row['median'])} / {row['error']:.0e}" for row in curve)
-            first = result["first_call"].get(name)
-            rows.append([name, shown, f"{first:.2f}" if first else "", points])
+            rows.append([name, shown, points])
         header = [
-            "", f"ms at gradient error {target:.0e}, median (min-max)", "first call, s",
+            "", f"ms at gradient error {target:.0e}, median (min-max)",
             "ms / gradient error at each tolerance",
         ]  # fmt: skip
         parts.append(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Stages are kept beside the states while all slots of them take no more than this.
+# Stages are kept beside as many states as this holds.
 STAGE_BYTES = 8 * 2**20
 
 
@@ -17,30 +17,30 @@ class Checkpoints(NamedTuple):
     are full the stride doubles: the slots that no longer fit it are the ones to be reused. A
     quarter of the slots is left for the backward pass, which refines the stretch that it replays.
 
-    If they are small, the stages of a step are kept with its state, which saves evaluating them
-    again.
+    The first slots keep the stages of a step with its state, which saves evaluating them again.
     """
 
     step: Int[Array, " slots"]
     y: Float[Array, "slots+1 rows n"]
     """The last place takes what is not kept, so that writing never reads, and copies nothing."""
-    k: Float[Array, "slots+1 stages rows n"] | None
+    k: Float[Array, "first_slots+1 stages rows n"] | None
     stride: Int[Array, ""]
     """A power of two."""
 
     @classmethod
     def start(cls, slots: int, stages: int, y0: Float[Array, "rows n"]) -> "Checkpoints":
         y = jnp.zeros((slots + 1, *y0.shape), y0.dtype).at[0].set(y0)
-        k = None
-        if slots * stages * y0.size * y0.dtype.itemsize <= STAGE_BYTES:
-            k = jnp.zeros((slots + 1, stages, *y0.shape), y0.dtype)
+        first = min(slots, STAGE_BYTES // max(stages * y0.size * y0.dtype.itemsize, 1))
+        k = jnp.zeros((first + 1, stages, *y0.shape), y0.dtype) if first else None
         return cls(jnp.full(slots, -1, jnp.int32), y, k, jnp.ones((), jnp.int32))
 
     def _write(self, free: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
         """Keep a step in the first free slot, if it is to be kept."""
         slots = self.step.shape[0]
         slot = jnp.where(keep, _first(free, slots), slots)
-        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
+            buffer, value, jnp.minimum(slot, len(buffer) - 1), 0
+        )
         number = jnp.where(jnp.arange(slots, dtype=jnp.int32) == slot, step, self.step)
         buffer = self.k
         if buffer is not None:
@@ -64,15 +64,18 @@ class Checkpoints(NamedTuple):
         return self._write(free, step, y, k, keep)._replace(stride=stride)
 
     def latest_before(self, stop: Int[Array, ""]):
-        """The last kept step before number `stop`: its number, state and stages.
+        """The last kept step before number `stop`: its number, state and, if kept, stages.
 
-        If a solve has taken no step, it is step -1 with the initial state.
+        Whether they are is told last. If a solve has taken no step, it is step -1 with the initial
+        state.
         """
         earlier = jnp.where(self.step < stop, self.step, -1)
         start = jnp.max(earlier)
         slot = _first(earlier == start, self.step.shape[0])
         get = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
-        return start, get(self.y), None if self.k is None else get(self.k)
+        if self.k is None:
+            return start, get(self.y), None, jnp.zeros((), bool)
+        return start, get(self.y), get(self.k), slot < len(self.k) - 1
 
     def spacing(self, start: Int[Array, ""], stop: Int[Array, ""]) -> Int[Array, ""]:
         """How far apart to keep steps when replaying from `start` to the step before `stop`.

@@ -6,7 +6,7 @@ steps of size zero. Nothing here knows about differentiation.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,23 @@ def stages(
     return fori_loop(0 if slope is None else 1, count, stage, k)
 
 
+def output_weights(
+    tableau: Tableau,
+    t: Float[Array, " rows"],
+    h: Float[Array, " rows"],
+    time: Float[Array, " rows"],
+    dtype: Any,
+) -> Float[Array, "stages rows"]:
+    """Weights `w` of the dense output of the step `t -> t + h` at `time`, `y + sum_i w_i k_i`."""
+    waited = h == 0
+    theta = jnp.where(waited, 0.0, (time - t) / jnp.where(waited, 1.0, h)).astype(dtype)
+    one_row = lambda h, theta: h * tableau.dense_weights(theta)
+    inside = jax.vmap(one_row, out_axes=1)(h.astype(dtype), theta)
+    # A step of size zero has one output, its start; its derivative by the time is the slope.
+    at_start = jnp.zeros_like(inside).at[0].set((time - t).astype(dtype))
+    return jnp.where(waited[None], at_start, inside)
+
+
 def dense_output(
     tableau: Tableau,
     t: Float[Array, " rows"],
@@ -96,13 +113,8 @@ def dense_output(
     time: Float[Array, " rows"],
 ) -> Float[Array, "rows n"]:
     """The solver's interpolant of the step `t -> t + h`, at one `time` per row."""
-    waited = h == 0
-    theta = jnp.where(waited, 0.0, (time - t) / jnp.where(waited, 1.0, h)).astype(y.dtype)
-    weights = jax.vmap(tableau.dense_weights)(theta)
-    precision = jax.lax.Precision.HIGHEST
-    inside = y + h[:, None] * jnp.einsum("rs,srn->rn", weights, k, precision=precision)
-    # A step of size zero has one output, its start; its derivative by the time is the slope.
-    return jnp.where(waited[:, None], y + (time - t)[:, None] * k[0], inside)
+    weights = output_weights(tableau, t, h, time, y.dtype)
+    return y + jnp.einsum("sr,srn->rn", weights, k, precision=jax.lax.Precision.HIGHEST)
 
 
 def save_times_at(ts: Float[Array, " times"], index: Int[Array, " rows"]) -> Float[Array, " rows"]:

@@ -44,9 +44,8 @@ class Tableau:
     @property
     def error_constant(self) -> float:
         """`C` of the error estimate `C h^order` for the linear equation `y' = y`, `y(t) = 1`."""
-        slopes = np.ones(self.stages)
-        for _ in range(self.order - 1):
-            slopes = self.A @ slopes
+        assert self.b_error is not None
+        slopes = np.linalg.matrix_power(self.A, self.order - 1) @ np.ones(self.stages)
         return abs(float(self.b_error @ slopes))
 
     def dense_weights(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:

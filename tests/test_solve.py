@@ -251,7 +251,7 @@ def test_joint_control_over_devices_takes_the_norm_over_the_whole_batch():
         axis_name="half",
     )(z.reshape(2, 2, 2))
     assert (halves.stats.num_steps == whole.stats.num_steps).all()
-    np.testing.assert_allclose(halves.y1.reshape(4, 2), whole.y1, rtol=1e-12)
+    np.testing.assert_allclose(halves.y1.reshape(4, 2), whole.y1, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -13,7 +12,7 @@ from jaxode.adjoints.replay import nan_unless, once_only, output_is_inside, run,
 from jaxode.adjoints.sweep import Step, Sweep
 from jaxode.checkpoints import check_checkpoints
 from jaxode.closure import ClosedField
-from jaxode.integrate import Integration, dense_output, save_times_at
+from jaxode.integrate import Integration, output_weights, save_times_at
 from jaxode.mesh import while_loop
 from jaxode.method import Method
 from jaxode.results import Result
@@ -86,7 +85,7 @@ def _backward(residuals, out, perturbed, inputs, method, checkpoints):
     params_bar = jax.tree.map(jnp.zeros_like, params)
     inside, carry = None, None
     if ts is not None and out.ys is not None:
-        inside = _saved_outputs(method.tableau, ts, out.ys, jnp.sign(t1 - t0))
+        inside = _saved_outputs(method.tableau, ts, out.ys, jnp.sign(t1 - t0), timed)
         saved = jnp.full(y0.shape[0], ts.shape[0], jnp.int32)
         carry = saved, jnp.zeros_like(ts)
     per_step = per_step_gradient(params, field)
@@ -109,12 +108,12 @@ def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
     return size > PARAMETERS_PER_WORK * field.work_size
 
 
-def _saved_outputs(tableau, ts, ys_bar, sign):
+def _saved_outputs(tableau, ts, ys_bar, sign, timed):
     """Pulls the cotangents of the outputs saved within a step back to its start and stages."""
-    output = partial(dense_output, tableau)
 
     def inside(step: Step, number, bar: Step, params_bar, carry):
         rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
+        weights_at = lambda t, h, time: output_weights(tableau, t, h, time, step.y.dtype)
 
         def due(saved):
             return output_is_inside(ts, saved, step.t, number, sign)
@@ -123,10 +122,13 @@ def _saved_outputs(tableau, ts, ys_bar, sign):
             bar, saved, ts_bar = carry
             now, index = due(saved), jnp.clip(saved - 1, 0)
             y_bar = jnp.where(now[:, None], ys_bar[index, rows], 0.0)
-            _, vjp = jax.vjp(output, *step, save_times_at(ts, index))
-            *step_bar, time_bar = vjp(y_bar)
-            bar = jax.tree.map(jnp.add, bar, Step(*step_bar))
-            return bar, saved - now.astype(jnp.int32), ts_bar.at[index].add(time_bar)
+            weights, vjp = jax.vjp(weights_at, step.t, step.h, save_times_at(ts, index))
+            bar = bar._replace(y=bar.y + y_bar, k=bar.k + weights[:, :, None] * y_bar[None])
+            if timed:
+                t_bar, h_bar, time_bar = vjp(jnp.einsum("srn,rn->sr", step.k, y_bar))
+                bar = bar._replace(t=bar.t + t_bar, h=bar.h + h_bar)
+                ts_bar = ts_bar.at[index].add(time_bar)
+            return bar, saved - now.astype(jnp.int32), ts_bar
 
         carry = bar, *carry
         bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)

@@ -68,13 +68,12 @@ def replay(
     Steps are taken again from the latest checkpoint, with their first `count` stages, and those on
     the way are kept as slots allow.
     """
-    start, y, k = checkpoints.latest_before(stop)
+    start, y, k, known = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
-    index = start
-    if k is None:
-        # With stages of zero, the step before leads to this state; the first loop evaluates them.
-        k, index = jnp.zeros((count, *y.shape), y.dtype), start - 1
-    k = k[:count]
+    # With stages of zero, the step before leads to this state; the first loop evaluates them.
+    index = start - 1 + known.astype(start.dtype)
+    none = jnp.zeros((count, *y.shape), y.dtype)
+    k = none if k is None else jnp.where(known, k[:count], none)
     b = jnp.asarray(tableau.b[:count], y.dtype)
 
     def advance(carry):

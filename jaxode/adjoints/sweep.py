@@ -185,7 +185,9 @@ class Sweep(NamedTuple):
             params_bar = self._gather(step, A, c, k_bar, params_bar)
         if self.timed:
             h_bar = h_bar + jnp.sum(y_bar * weighted_sum(b, k), axis=1)
-        return Step(t_bar, h_bar, y_bar + bar.y + jnp.sum(z_bars, axis=0), k_bar), params_bar
+        # XLA's sum over the first axis is slow on a CPU.
+        y_bar = y_bar + bar.y + weighted_sum(jnp.ones_like(b), z_bars)
+        return Step(t_bar, h_bar, y_bar, k_bar), params_bar
 
     def _gather(self, step: Step, A, c, k_bar, params_bar):
         """Add the parameter gradient of all stages of a step, but for one that waits."""
