@@ -23,14 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import compare
+from benchmarks import BENCHMARKS, ON_ITS_OWN, compare
 
 HERE = Path(__file__).parent
-BENCHMARKS = (
-    "ffjord_step", "neural_ode_step", "per_sample", "overhead", "divergence", "regularizers",
-    "compile_time", "memory", "scaling", "sharding",
-)  # fmt: skip
-ON_ITS_OWN = ("time_to_nll",)
 SECONDS = 12.0  # of alternated calls in one case; a module may have a SECONDS of its own
 LIMIT = 1200.0  # seconds beyond it, after which the contender at work counts as failed
 console = Console()
@@ -161,8 +156,8 @@ def main() -> int:
         return compare.check(read(committed), results, modules, console.print)
     from benchmarks import report
 
-    report.write(options.results, HERE / "RESULTS.md", HERE.parent / "docs" / "images")
-    console.print(f"Written: {committed}, benchmarks/RESULTS.md and docs/images/bench_*.png")
+    report.write(options.results, HERE.parent)
+    console.print(f"Written: {committed}, RESULTS.md, docs/images/bench_*.png, the README's list")
     return 0
 
 

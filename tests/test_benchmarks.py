@@ -257,12 +257,22 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     results = {"machine": fairness.machine(), "benchmarks": {"sharding": cases}}
     (tmp_path / "mine.json").write_text(json.dumps(results))
     (tmp_path / "other.json").write_text(json.dumps({"machine": "of another kind"}))
-    report.write(tmp_path, tmp_path / "RESULTS.md", tmp_path)
-    text = (tmp_path / "RESULTS.md").read_text()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "README.md").write_text(
+        "before <!-- benchmarks -->old<!-- end of benchmarks --> after"
+    )
+    report.write(tmp_path, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before <!-- benchmarks -->")
+    assert readme.endswith(" after")
+    assert "(docs/images/bench_sharding.png)" in readme
+    assert "old" not in readme
+    text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert "has 1 collectives of 64 bytes inside loops" in text
     assert "diffrax, jit failed: ValueError: no" in text
     assert "8 devices crashed: start: ended the process" in text
-    assert (tmp_path / "bench_sharding.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "docs" / "images" / "bench_sharding.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

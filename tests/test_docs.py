@@ -158,6 +158,24 @@ def results(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
+FILES = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+MACHINES = [file for file in FILES if "benchmarks" in file]
+(MACHINE,) = (file for file in MACHINES if file["machine"]["kind"] == "cpu")
+
+
+def test_the_benchmarks_of_the_readme_and_of_the_results_page_are_those_of_the_results():
+    from benchmarks import report
+
+    readme = (ROOT / "README.md").read_text()
+    listed = [part for machine in MACHINES for part in report.gallery(machine)]
+    assert report.with_gallery(readme, listed) == readme
+    page = (ROOT / "benchmarks/RESULTS.md").read_text()
+    for part in (part for machine in MACHINES for part in report.sections(machine)):
+        assert part in page
+    for image in re.findall(r"\(docs/(images/\S+)\)", readme):
+        assert (ROOT / "docs" / image).exists()
+
+
 @pytest.mark.parametrize("name", ["tolerance", "adjoints"])
 def test_tables_are_those_of_the_results(name):
     module = importlib.import_module(f"benchmarks.{name}")
@@ -168,7 +186,7 @@ def test_tables_are_those_of_the_results(name):
 
 @pytest.mark.parametrize("name", ["divergence", "regularizers"])
 def test_tables_are_those_of_make_bench(name):
-    cases = results("intel-xeon-processor-2-cores")["benchmarks"][name]
+    cases = MACHINE["benchmarks"][name]
     module = importlib.import_module(f"benchmarks.{name}")
     first = next(part for part in module.table(cases).split("\n\n") if part.startswith("|"))
     assert first.strip() in PAGES[f"{name}.md"]
@@ -177,7 +195,7 @@ def test_tables_are_those_of_make_bench(name):
 def test_the_table_at_equal_noise_is_that_of_make_bench():
     from benchmarks import divergence, report
 
-    cases = results("intel-xeon-processor-2-cores")["benchmarks"]["divergence"]
+    cases = MACHINE["benchmarks"]["divergence"]
     _, noisy = divergence.split(cases)
     for case, result in noisy.items():
         row = re.search(
