@@ -1,6 +1,6 @@
 """Run the benchmarks and write tables and pictures.
 
-    make bench                 all but time_to_nll, about 20 minutes on two cores
+    make bench                 all but time_to_nll, about 40 minutes on two cores
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
     make bench-check           measure again and compare with the results file
@@ -46,6 +46,15 @@ def describe_machine() -> dict[str, Any]:
         return json.loads(file.read_text())
 
 
+def code() -> str:
+    """The commit that is measured, so that a file with results of several says so."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"benchmarks": {}}
 
@@ -58,7 +67,9 @@ def save(path: Path, results: dict[str, Any]) -> None:
     os.replace(new, path)
 
 
-def measure(module: str, case: str, seconds: float, log: Path, tell) -> dict[str, Any]:
+def measure(
+    module: str, case: str, seconds: float, log: Path, tell, limit: float = LIMIT
+) -> dict[str, Any]:
     """The result of a case. A contender that ends the process is left out of the next try."""
     skip: dict[str, str] = {}
     start = time.monotonic()
@@ -73,7 +84,7 @@ def measure(module: str, case: str, seconds: float, log: Path, tell) -> dict[str
                 while process.poll() is None:
                     time.sleep(0.2)
                     tell(last_announced(report))
-                    if time.monotonic() - began > LIMIT + seconds:
+                    if time.monotonic() - began > limit + seconds:
                         process.kill()
             finally:
                 process.kill()
@@ -82,7 +93,7 @@ def measure(module: str, case: str, seconds: float, log: Path, tell) -> dict[str
             return {**lines[-1]["result"], "seconds": round(time.monotonic() - start)}
         culprit = lines[-1]["next"] if lines else ""
         reason = (
-            "took too long" if time.monotonic() - began > LIMIT + seconds else "ended the process"
+            "took too long" if time.monotonic() - began > limit + seconds else "ended the process"
         )
         reason = f"{reason}, exit status {process.returncode}"
         if not culprit or culprit in skip:
@@ -122,7 +133,8 @@ def run(
             label = f"{name}, {case}"
             tell = lambda peer, label=label: progress.update(task, description=f"{label}: {peer}")
             given = seconds or getattr(loaded[name], "SECONDS", SECONDS)
-            result = measure(name, case, given, log, tell)
+            limit = getattr(loaded[name], "LIMIT", LIMIT)
+            result = measure(name, case, given, log, tell, limit) | {"code": code()}
             results["benchmarks"].setdefault(name, {})[case] = result
             save(path, results)
             for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():

@@ -30,7 +30,7 @@ ADJOINTS = {
     "InterpolatingAdjoint()": jaxode.InterpolatingAdjoint(),
     "BacksolveAdjoint()": jaxode.BacksolveAdjoint(),
 }
-BATCH, SIZE = 512, 256  # large enough for the stages not to be kept beside the states
+BATCH, SIZE = 512, 256
 STATE_BYTES = 4 * BATCH * SIZE
 
 

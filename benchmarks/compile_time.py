@@ -23,6 +23,9 @@ def makers(case: str) -> dict[str, Any]:
         return {
             "jaxode": lambda: flows.jaxode_step(p),
             "diffrax checkpointed": lambda: flows.diffrax_step(p, diffrax.Tsit5(), checkpointed),
+            "diffrax checkpointed, dt0 given": lambda: flows.diffrax_step(
+                p, diffrax.Tsit5(), checkpointed, dt0=-0.1
+            ),
             "diffrax backsolve": lambda: flows.diffrax_step(p, diffrax.Tsit5(), backsolve),
             "jax odeint": lambda: flows.odeint_step(p),
         }

@@ -64,7 +64,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def alternate(
-    calls: Mapping[Any, Callable[[], Any]], seconds: float, least: int = 3, most: int = 30
+    calls: Mapping[Any, Callable[[], Any]], seconds: float, least: int = 5, most: int = 30
 ) -> dict[Any, list[float]]:
     """Times of each call, round by round, until `seconds` are over. All must have run before."""
     times = {name: [] for name in calls}
@@ -203,6 +203,7 @@ def work_precision(
                 failed[name] = "the gradient is not finite"
     bench.announce("timing all")
     times = alternate(calls, bench.seconds)
+    groups = {"all peers": [n for n in makers if not n.startswith("jaxode")], **groups}
     places, curves = {}, {}
     for name in dict.fromkeys(name for name, _ in calls):
         keys = [key for key in calls if key[0] == name]

@@ -131,16 +131,29 @@ def negative_log_likelihood(z, log_det):
     return -jnp.mean(log_base + log_det)
 
 
-def diffrax_loss(p: Problem, solver, adjoint, field=augmented, per_sample=False, max_steps=4096):
-    """`loss(params, x, probe, tolerance)`, with one step size or, by `jax.vmap`, one a sample."""
+def seminorm_backsolve(tolerance) -> diffrax.BacksolveAdjoint:
+    """As diffrax advises: its backward error control does not see the parameters."""
+    norm = diffrax.adjoint_rms_seminorm
+    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=norm)
+    return diffrax.BacksolveAdjoint(stepsize_controller=controller)
+
+
+def diffrax_loss(
+    p: Problem, solver, adjoint, field=augmented, per_sample=False, max_steps=4096, dt0=None
+):
+    """`loss(params, x, probe, tolerance)`, with one step size or, by `jax.vmap`, one a sample.
+
+    `adjoint` is an adjoint of diffrax, or makes one for a tolerance.
+    """
 
     def solve(params, x, probe, tolerance):
         term = diffrax.ODETerm(lambda t, state, args: field(t, state, *args))
         controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
         start = (x, jnp.zeros(x.shape[0], x.dtype))
         solution = diffrax.diffeqsolve(
-            term, solver, p.span, 0.0, None, start, args=(params, probe), adjoint=adjoint,
-            stepsize_controller=controller, max_steps=max_steps,
+            term, solver, p.span, 0.0, dt0, start, args=(params, probe),
+            adjoint=adjoint(tolerance) if callable(adjoint) else adjoint,
+            stepsize_controller=controller, max_steps=max_steps, throw=False,
         )  # fmt: skip
         return jax.tree.map(lambda leaf: leaf[0], solution.ys)
 

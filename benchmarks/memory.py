@@ -81,8 +81,9 @@ def table(cases: dict[str, Any]) -> str:
         label = LABELS.get(case, case)
         values = [point[0] for point in result["curves"]["jaxode"]]
         header = ["MiB", *(f"{label} {value}" for value in values)]
+        size = lambda curve, value: f"{curve[value] / 2**20:.2f}" if value in curve else ""
         rows = [
-            [name, *(f"{size / 2**20:.2f}" for _, size in curve)]
+            [name, *(size(dict(curve), value) for value in values)]
             for name, curve in result["curves"].items()
         ]
         parts.append(report.markdown(header, rows) + report.failures(result))
@@ -101,18 +102,16 @@ def draw(cases: dict[str, Any], path: str) -> None:
 
 
 def sentence(cases: dict[str, Any]) -> str:
-    """Growth over the whole range, of jaxode and of the smallest peer at its end."""
+    """Growth over the whole range, and the ratio to the smallest peer at both ends."""
     parts = []
     for case, result in cases.items():
-        growth = lambda curve: curve[-1][1] / curve[0][1]
-        curves = result["curves"]
-        best = min(
-            (n for n in curves if not n.startswith("jaxode")), key=lambda n: curves[n][-1][1]
-        )
-        start, end = curves["jaxode"][0][0], curves["jaxode"][-1][0]
-        smaller = curves["jaxode"][-1][1] / curves[best][-1][1]
+        mine = dict(result["curves"]["jaxode"])
+        peers = [dict(c) for n, c in result["curves"].items() if not n.startswith("jaxode")]
+        start, end = min(mine), max(mine)
+        first, last = (mine[x] / min(peer[x] for peer in peers if x in peer) for x in (start, end))
         parts.append(
             f"from {start} to {end} {LABELS.get(case, case)}, jaxode's memory grows "
-            f"{growth(curves['jaxode']):.1f} times and ends at {smaller:.2f} of that of {best}"
+            f"{mine[end] / mine[start]:.1f} times, from {first:.2f} to {last:.2f} of that of the "
+            "smallest JAX peer"
         )
     return "; ".join(parts) + "."

@@ -20,7 +20,7 @@ COLORS = {
     "zuko": "#6a1b9a", "torchode": "#5d4037",
 }  # fmt: skip
 AT_A_GLANCE = ("ffjord_step", "neural_ode_step", "time_to_nll")  # open in the README
-LINES = ("-", "--", ":", "-.")
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def styles(names) -> dict[str, dict[str, Any]]:
@@ -179,16 +179,19 @@ def work_precision_sentence(cases: dict[str, Any]) -> str:
         elif not peers:
             parts.append(f"no peer reaches the error ({case})")
         else:
-            best = min(peers, key=lambda n: peers[n]["median"])
-            parts.append(f"{against(mine['median'], peers[best]['median'], best)} ({case})")
+            ratio, best = result["ratios"]["all peers"], result["best"]["all peers"]
+            parts.append(f"{verdict(ratio, best)} ({case})")
     return "; ".join(parts) + "."
 
 
 def against(ours: float, theirs: float, peer: str) -> str:
-    """ "jaxode takes 0.61 of the time of ..., and wins", or loses."""
-    value = ours / theirs
-    verdict = "wins" if value < 0.97 else "loses" if value > 1.03 else "draws"
-    return f"jaxode {verdict} with {value:.2f} of the time of {peer}"
+    return verdict(ours / theirs, peer)
+
+
+def verdict(ratio: float, peer: str) -> str:
+    """ "jaxode wins with 0.61 of the time of ...", or loses; within 5% it is a draw."""
+    word = "wins" if ratio < 0.95 else "loses" if ratio > 1.05 else "draws"
+    return f"jaxode {word} with {ratio:.2f} of the time of {peer}"
 
 
 def write(folder: Path, root: Path) -> None:
@@ -257,6 +260,7 @@ def gallery(results: dict[str, Any]) -> list[str]:
             told.append(f"**{module.TITLE}.** {module.sentence(done)}")
             if all("at_target" in result for result in done.values()):
                 told.append(times_at_error(done))
+            told += [failures(r).strip() for r in done.values() if r.get("failed")]
             told.append(f"![{module.TITLE}](docs/images/{picture_of(results, name)})")
     device = results["machine"]["device"]
     more = f"<details><summary>All other benchmarks on {device}</summary>"

@@ -58,9 +58,11 @@ def table(cases: dict[str, Any]) -> str:
     parts = []
     for case, result in cases.items():
         header = ["ms / gradient error", *(f"{case} {value:g}" for value in CASES[case])]
+        shown = lambda row: f"{report.ms(row['median'])} / {row['error']:.0e}" if row else ""
         rows = [
-            [name, *(f"{report.ms(row['median'])} / {row['error']:.0e}" for row in curve)]
+            [name, *(shown(at.get(value)) for value in CASES[case])]
             for name, curve in result["curves"].items()
+            for at in ({row["value"]: row for row in curve},)
         ]
         parts.append(report.markdown(header, rows) + report.failures(result))
     return "\n\n".join(parts)
@@ -85,5 +87,14 @@ def sentence(cases: dict[str, Any]) -> str:
             for name, curve in result["curves"].items()
         ]
         start, end = CASES[case][0], CASES[case][-1]
-        parts.append(f"from {case} {start:g} to {end:g} the time grows " + ", ".join(grown))
+        curves = result["curves"]
+        first, last = (
+            curves["jaxode"][i]["median"]
+            / min(c[i]["median"] for n, c in curves.items() if n != "jaxode")
+            for i in (0, -1)
+        )
+        parts.append(
+            f"from {case} {start:g} to {end:g} the time grows {', '.join(grown)}; at the same "
+            f"tolerance jaxode takes {first:.2f}, then {last:.2f} of that of the fastest peer"
+        )
     return "; ".join(parts) + "."

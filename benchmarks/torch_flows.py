@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.fairness import check_equal, double_precision
-from benchmarks.flows import Problem, augmented
+from benchmarks.flows import Problem, augmented, augmented_exact
 
 
 class TorchField:
@@ -40,12 +40,17 @@ class TorchField:
         return torch.nn.functional.linear(z, *self.last)
 
     def augmented(self, t, z, probe):
-        """FFJORD's `divergence_approx`: a vector-Jacobian product, kept for differentiation."""
+        """FFJORD's `divergence_approx`: a vector-Jacobian product, kept for differentiation.
+
+        Without a probe its `divergence_bf`, the exact trace, row by row.
+        """
         with torch.enable_grad():
             z = z if z.requires_grad else z.requires_grad_(True)
             dz = self(t, z)
-            vjp = torch.autograd.grad(dz, z, probe, create_graph=True)[0]
-        return dz, (vjp * probe).sum(1)
+            grad = lambda output, v: torch.autograd.grad(output, z, v, create_graph=True)[0]
+            if probe is not None:
+                return dz, (grad(dz, probe) * probe).sum(1)
+            return dz, sum(grad(dz[:, i].sum(), None)[:, i] for i in range(z.shape[1]))
 
 
 def torch_problem(p: Problem):
@@ -71,7 +76,7 @@ def torch_step(field: TorchField, end):
     return step
 
 
-def torchdiffeq_end(field: TorchField, x, probe, span, rtol, atol):
+def torchdiffeq_end(field: TorchField, x, probe, span, rtol, atol, adjoint=True):
     """FFJORD's solve: dopri5 and the adjoint ODE of torchdiffeq, on `(z, log_det)`."""
     import torchdiffeq
 
@@ -80,24 +85,33 @@ def torchdiffeq_end(field: TorchField, x, probe, span, rtol, atol):
             return field.augmented(t, state[0], probe)
 
     start = (x, torch.zeros(x.shape[0], dtype=x.dtype))
-    z, log_det = torchdiffeq.odeint_adjoint(
+    solve = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
+    options = {"adjoint_params": tuple(field.leaves)} if adjoint else {}
+    z, log_det = solve(
         Dynamics(), start, torch.tensor([span, 0.0], dtype=x.dtype), rtol=rtol, atol=atol,
-        method="dopri5", adjoint_params=tuple(field.leaves),
+        method="dopri5", **options,
     )  # fmt: skip
     return z[-1], log_det[-1]
 
 
 def zuko_end(field: TorchField, x, probe, span, rtol, atol):
+    """As its `FreeFormJacobianTransform`, whose error control sees a hundredth of the trace."""
     import zuko
 
+    def dynamics(t, z, log_det):
+        dz, divergence = field.augmented(t, z, probe)
+        return dz, 1e-2 * divergence
+
     start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
-    dynamics = lambda t, z, log_det: field.augmented(t, z, probe)
-    return zuko.utils.odeint(dynamics, start, span, 0.0, field.leaves, atol=atol, rtol=rtol)
+    z, scaled = zuko.utils.odeint(dynamics, start, span, 0.0, field.leaves, atol=atol, rtol=rtol)
+    return z, 1e2 * scaled
 
 
-def torchdiffeq_step(p: Problem):
+def torchdiffeq_step(p: Problem, adjoint: bool = True):
     field, x, probe = torch_problem(p)
-    return torch_step(field, lambda tol: torchdiffeq_end(field, x, probe, p.span, tol, tol))
+    return torch_step(
+        field, lambda tol: torchdiffeq_end(field, x, probe, p.span, tol, tol, adjoint)
+    )
 
 
 def zuko_step(p: Problem):
@@ -140,3 +154,5 @@ def check_networks(p: Problem) -> None:
             other, estimate = field.augmented(torch.tensor(t, dtype=x.dtype), x.clone(), probe)
             check_equal({"JAX": dz, "PyTorch": other.detach().numpy()})
             check_equal({"JAX": divergence, "PyTorch": estimate.detach().numpy()})
+            _, exact = augmented_exact(jnp.asarray(t), (q.x,), q.params, None)
+            check_equal({"JAX": exact, "PyTorch": field.augmented(t, x, None)[1].detach().numpy()})

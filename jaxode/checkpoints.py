@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Stages are kept beside as many states as this holds.
+# Stages are kept beside as many states as this holds, less one place for what is not kept.
 STAGE_BYTES = 8 * 2**20
 
 
@@ -30,8 +30,9 @@ class Checkpoints(NamedTuple):
     @classmethod
     def start(cls, slots: int, stages: int, y0: Float[Array, "rows n"]) -> "Checkpoints":
         y = jnp.zeros((slots + 1, *y0.shape), y0.dtype).at[0].set(y0)
-        first = min(slots, STAGE_BYTES // max(stages * y0.size * y0.dtype.itemsize, 1))
-        k = jnp.zeros((first + 1, stages, *y0.shape), y0.dtype) if first else None
+        places = STAGE_BYTES // max(stages * y0.size * y0.dtype.itemsize, 1)
+        first = min(slots, places - 1)
+        k = jnp.zeros((first + 1, stages, *y0.shape), y0.dtype) if first > 0 else None
         return cls(jnp.full(slots, -1, jnp.int32), y, k, jnp.ones((), jnp.int32))
 
     def _write(self, free: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
@@ -66,15 +67,15 @@ class Checkpoints(NamedTuple):
     def latest_before(self, stop: Int[Array, ""]):
         """The last kept step before number `stop`: its number, state and, if kept, stages.
 
-        Whether they are is told last. If a solve has taken no step, it is step -1 with the initial
-        state.
+        Whether the stages are those is told last. If there is no such step, it is step -1 with the
+        initial state, for which nothing has to be evaluated.
         """
         earlier = jnp.where(self.step < stop, self.step, -1)
         start = jnp.max(earlier)
         slot = _first(earlier == start, self.step.shape[0])
         get = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
         if self.k is None:
-            return start, get(self.y), None, jnp.zeros((), bool)
+            return start, get(self.y), None, start < 0
         return start, get(self.y), get(self.k), slot < len(self.k) - 1
 
     def spacing(self, start: Int[Array, ""], stop: Int[Array, ""]) -> Int[Array, ""]:

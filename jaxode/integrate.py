@@ -187,7 +187,7 @@ def integrate(
 
     def step(state: _State) -> _State:
         running = active(state)
-        t_next, last = next_time(method.steps, state, state.accepted, start, end)
+        t_next, last = next_time(method.steps, method.max_step, state, state.accepted, start, end)
         t_next = jnp.where(last, t_next, on_mesh(t_next, start, end))
         t_next = jnp.where(running, t_next, state.t)
         h = t_next - state.t
@@ -204,7 +204,10 @@ def integrate(
             ys, saved = _save(tableau, ts, sign, state, ys, k, t_next, accept, last)
         tape = None
         if state.tape is not None:
-            tape = _record(state.tape, t, state.y, k, slope, accept.any())
+            # A row that waits has a step of size zero, whose stages are all at its start: not those
+            # of the attempt that failed, which may be NaN.
+            kept = k if rows == 1 else jnp.where(accept[None, :, None], k, k[:1])
+            tape = _record(state.tape, t, state.y, kept, slope, accept.any())
         accepted = state.accepted + accept.astype(jnp.int32)
         rejected = state.rejected + (running & ~accept).astype(jnp.int32)
         done = state.done | (accept & last)

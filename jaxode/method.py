@@ -57,7 +57,7 @@ def on_mesh_jvp(primals, tangents):
     return t, (1 - s) * start_dot + s * end_dot
 
 
-def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
+def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"], start, end):
     """Where the next step of each row ends, and whether that is the end time.
 
     `steps` is None with error control, else the number of equal steps from `start` to `end`, of
@@ -65,7 +65,10 @@ def next_time(steps: Any, state: Any, taken: Int[Array, " rows"], start, end):
     """
     if steps is None:
         # A step that nearly reaches the end is stretched to it, by what SAFETY leaves room for.
-        last = 1.1 * jnp.abs(state.h) >= jnp.abs(end - state.t)
+        left = jnp.abs(end - state.t)
+        last = 1.1 * jnp.abs(state.h) >= left
+        if max_step is not None:
+            last &= left <= 1.01 * max_step
         return jnp.where(last, end, state.t + state.h), last
     count = taken + 1
     last = count == steps

@@ -78,8 +78,9 @@ def first_step(
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
-    Both evaluations are iterations of one loop, which holds one copy of `f`. The step changes the
-    state by no more than its own size, roughly, and has an error of about the tolerance.
+    Both evaluations are iterations of one loop, which holds one copy of `f`. The step has an error
+    of about the tolerance, and changes the state by no more than its own size, roughly; it is 1e-4
+    at most where state or slope are zero.
     """
     scale = atol + rtol * jnp.abs(y0)
     d0 = rms_norm(_relative(y0, scale), axis_name)
@@ -113,16 +114,15 @@ def first_step(
 def _first_step_of_slopes(
     tableau: Tableau, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
-    """A guess from the norms of the first and second derivative.
+    """A guess from the norms of the first and second derivative; infinite for a slope of zero.
 
     The step that the controller would take for `y' = L y`, `L = d2 / d1`, whose estimated error is
     `error_constant d1 L^(order - 1) h^order`. Hairer's guess takes all higher derivatives to be as
     large as these, whatever the unit of time, and is too careful for a smooth solution: each step
-    is pulled back, so one too many costs more than a rejection. It is left for a slope of zero.
+    is pulled back, so one too many costs more than a rejection.
     """
     order, tiny = tableau.order, 1e-15
-    hairer = (0.01 / jnp.maximum(d2, tiny)) ** (1 / (order + 1))
     rate = jnp.maximum(d2 / jnp.maximum(d1, tiny), tiny)
     error = jnp.maximum(tableau.error_constant * d1, tiny)
-    linear = SAFETY * error ** (-1 / order) * rate ** (1 / order - 1)
-    return jnp.where(d1 < 1e-5, hairer, linear)
+    h = SAFETY * error ** (-1 / order) * rate ** (1 / order - 1)
+    return jnp.where(d1 < 1e-5, jnp.inf, h)

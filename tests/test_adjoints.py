@@ -497,3 +497,21 @@ def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     assert large - small < 11 * activations
     # No room for a second copy beside the gradient, nor in the loop.
     assert small < 1.5 * size
+
+
+@pytest.mark.parametrize("name", ["discrete", "interpolating"])
+def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that_waits(name):
+    """Its stages are not finite, and are of a step that another row has taken alone."""
+    z = jnp.array([[0.1], [1000.0]])
+
+    def loss(z, a):
+        y1 = jaxode.flow(
+            lambda t, y, a: -a * y**3, z, 0.0, 1.0, a, step_control="per_sample", first_step=0.1,
+            adjoint=ADJOINTS[name], rtol=1e-8, atol=1e-8,
+        )  # fmt: skip
+        return jnp.sum(y1)
+
+    gradient = jax.grad(loss, (0, 1))(z, jnp.array(1.0))
+    exact = jax.grad(lambda z, a: jnp.sum(z / jnp.sqrt(1 + 2 * a * z**2)), (0, 1))(z, 1.0)
+    for ours, theirs in zip(gradient, exact, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)

@@ -225,7 +225,7 @@ def test_a_contender_that_ends_the_process_is_left_out_of_the_next_try(monkeypat
 def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     measured = []
 
-    def measure(module, case, seconds, log, tell):
+    def measure(module, case, seconds, log, tell, limit):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append((module, case))

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 from problems import SOLVERS, solver_name
 
 import jaxode
+from jaxode import checkpoints
 from jaxode.integrate import integrate
 from jaxode.solve import DEFAULTS
 from jaxode.tableau import tableau_of
@@ -377,14 +378,39 @@ def test_rules_of_differentiation_in_a_field_are_followed(kind, adjoint):
         np.testing.assert_allclose((value, gradient[0]), np.exp([-1.0, -rate]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("sets", [0, 1, 3])
+def test_stages_may_be_kept_beside_some_of_the_states_only(sets, monkeypatch):
+    """With those of all states, of two, of none: the same gradient."""
+    bar = lambda y0: scalar(*_ends(y0))
+
+    def _ends(y0):
+        solution = jaxode.solve(
+            pendulum, y0, 0.0, 3.0, ARGS, ts=TS, adjoint=jaxode.DiscreteAdjoint(6), rtol=1e-7
+        )
+        return solution.y1, solution.ys
+
+    expected = jax.grad(bar)(Y0)
+    monkeypatch.setattr(checkpoints, "STAGE_BYTES", sets * 7 * Y0.nbytes)
+    jax.clear_caches()
+    np.testing.assert_allclose(jax.grad(bar)(Y0), expected, rtol=1e-13)
+    jax.clear_caches()
+
+
+def test_a_largest_step_is_not_exceeded_at_the_end():
+    solution = jaxode.solve(
+        lambda t, y, _: -y, jnp.ones(1), 0.0, 0.109, max_step=0.1, first_step=0.1
+    )
+    assert int(solution.stats.num_accepted) == 2
+
+
 def test_products_of_the_solver_run_at_full_precision():
     """Accelerators would otherwise round the stages of a float32 solve to 10 or 7 bits."""
 
-    def loss(y0, A):
-        ts = jnp.array([0.5, 1.0])
-        return jaxode.solve(lambda t, y, A: A @ y, y0, 0.0, 1.0, A, ts=ts).ys.sum()
+    def loss(y0, A, t0, ts):
+        return jaxode.solve(lambda t, y, A: A @ y, y0, t0, 1.0, A, ts=ts).ys.sum()
 
-    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones(3), jnp.eye(3)))
+    inputs = jnp.ones(3), jnp.eye(3), jnp.zeros(()), jnp.array([0.5, 1.0])
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2, 3)))(*inputs))
     products = program.count("dot_general[")
     assert products > 10
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
@@ -396,7 +422,7 @@ def temporary_bytes(loss, *inputs):
 
 
 def test_memory_grows_with_checkpoints_only():
-    size = 50_000  # too large for the stages to be kept as well
+    size = 50_000
     y0, state = jnp.ones(size), size * 8
 
     def measure(checkpoints=16, max_steps=100):

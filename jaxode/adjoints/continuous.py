@@ -101,7 +101,8 @@ def solve_segment(
 
     def step(state: Segment) -> Segment:
         running = active(state)
-        t_next, last = next_time(steps, state, state.accepted - before, start, end)
+        taken = state.accepted - before
+        t_next, last = next_time(steps, method.max_step, state, taken, start, end)
         t_next = jnp.where(running, t_next, state.t)
         h = t_next - state.t
 

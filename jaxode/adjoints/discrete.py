@@ -29,8 +29,9 @@ class DiscreteAdjoint:
     The forward solve keeps the times of its accepted steps and at most `checkpoints` states; the
     backward pass replays the steps between them and applies the chain rule to each Runge-Kutta
     step, last to first. With Euler steps of size one this is backpropagation through a residual
-    network. Memory is `checkpoints` states, whatever the number of steps, and one scalar for each
-    of `max_steps` (and row, with per-sample steps).
+    network. Memory is `checkpoints` states and the stages of a few steps, whatever the number of
+    steps, and one scalar for each of `max_steps` (and row, with per-sample steps). To save time,
+    stages are kept beside the first states, in at most 8 MiB.
 
     The mesh is a constant of differentiation: relative to `t0` and `t1` the steps stay where they
     are, and the error control is not differentiated.
@@ -122,10 +123,12 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
             bar, saved, ts_bar = carry
             now, index = due(saved), jnp.clip(saved - 1, 0)
             y_bar = jnp.where(now[:, None], ys_bar[index, rows], 0.0)
-            weights, vjp = jax.vjp(weights_at, step.t, step.h, save_times_at(ts, index))
+            time = jnp.where(now, save_times_at(ts, index), step.t)
+            weights, vjp = jax.vjp(weights_at, step.t, step.h, time)
             bar = bar._replace(y=bar.y + y_bar, k=bar.k + weights[:, :, None] * y_bar[None])
             if timed:
-                t_bar, h_bar, time_bar = vjp(jnp.einsum("srn,rn->sr", step.k, y_bar))
+                products = jnp.einsum("srn,rn->sr", step.k, y_bar, precision="highest")
+                t_bar, h_bar, time_bar = vjp(products)
                 bar = bar._replace(t=bar.t + t_bar, h=bar.h + h_bar)
                 ts_bar = ts_bar.at[index].add(time_bar)
             return bar, saved - now.astype(jnp.int32), ts_bar
