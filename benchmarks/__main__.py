@@ -48,7 +48,7 @@ def describe_machine() -> dict[str, Any]:
 
 def code() -> str:
     """The commit that is measured, so that a file with results of several says so."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
