@@ -86,7 +86,8 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
     ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
     finite = jnp.isfinite(ratio)
-    accept, factor = propose(ratio.astype(h.dtype), method.tableau.order)
+    guessed = state.accepted == 0
+    accept, factor = propose(ratio.astype(h.dtype), method.tableau.order, guessed)
     h_next = jnp.where(running, limit_step(method, h * factor), state.h)
     # Underflow: a step that does not move the time, or a shorter one that would end there again.
     retry = state.t + h_next

@@ -56,13 +56,18 @@ def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float
 
 
 def propose(
-    ratio: Float[Array, " rows"], order: int
+    ratio: Float[Array, " rows"], order: int, guessed: Bool[Array, " rows"]
 ) -> tuple[Bool[Array, " rows"], Float[Array, " rows"]]:
-    """Whether to accept a step of this error ratio, and the factor for the next step size."""
+    """Whether to accept a step of this error ratio, and the factor for the next step size.
+
+    A first step is `guessed` from two slopes. Where it is rejected, they did not tell what a high
+    order meets within it, so it shrinks as that of a lower order would: by more.
+    """
     accept = ratio <= 1.0
     floor = jnp.where(accept, 1.0, MIN_FACTOR).astype(ratio.dtype)
+    power = jnp.where(guessed & ~accept, -1.0 / min(order, 5), -1.0 / order).astype(ratio.dtype)
     # The tiny keeps a zero error finite; a NaN ratio is a rejection with the smallest factor.
-    factor = SAFETY * jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny) ** (-1.0 / order)
+    factor = SAFETY * jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny) ** power
     return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), floor, MAX_FACTOR)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxode
-from jaxode.step_size import first_step
+from jaxode.step_size import first_step, propose
 from jaxode.tableau import tableau_of
 
 SOLVERS = [diffrax.Heun, diffrax.Bosh3, diffrax.Tsit5, diffrax.Dopri5, diffrax.Dopri8]
@@ -53,6 +53,22 @@ def test_first_step_reaches_the_end_and_no_further():
             tableau, jnp.asarray(1e-6), jnp.asarray(1e-6), None,
         )  # fmt: skip
         assert float(h[0]) == pytest.approx(span)
+
+
+@pytest.mark.parametrize(
+    ("order", "guessed", "ratio", "factor"),
+    [
+        (8, True, 100.0, 0.9 * 100 ** (-1 / 5)),
+        (8, False, 100.0, 0.9 * 100 ** (-1 / 8)),
+        (8, True, 0.1, 0.9 * 0.1 ** (-1 / 8)),
+        (3, True, 8.0, 0.45),
+        (3, False, 8.0, 0.45),
+    ],
+)
+def test_a_guess_that_is_rejected_shrinks_by_more_in_high_order(order, guessed, ratio, factor):
+    accept, by = propose(jnp.full(1, ratio), order, jnp.full(1, guessed))
+    assert bool(accept[0]) == (ratio <= 1)
+    assert float(by[0]) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("slope", [jnp.inf, jnp.nan, 1e300, 0.0])
