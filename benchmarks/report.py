@@ -110,10 +110,13 @@ def finish(figure, axes, title: str, path: str, handles: dict[str, Any]) -> None
     for axis in axes.flat:
         axis.grid(which="major", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-        if axis.get_yscale() == "log":  # less than a decade is common: label 1, 2, 5
-            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        for scale in (axis.xaxis, axis.yaxis):
+            low, high = sorted(scale.get_view_interval())
+            # A decade or two are common: label 1, 2, 5.
+            if scale.get_scale() == "log" and high < 300 * low:
+                scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                scale.set_major_formatter(ticker.FormatStrFormatter("%g"))
+                scale.set_minor_formatter(ticker.NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(9)
         axis.tick_params(which="both", labelsize=8)
