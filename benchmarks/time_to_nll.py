@@ -10,8 +10,9 @@ example, zuko and FFJORD's toy data do; beyond, one probe, as FFJORD's tables do
 would cost them as many products as there are dimensions. The clock stands still during the
 evaluations, which are diffrax's, with exact trace at 1e-6; compilation counts.
 
-The levels are nats that jaxode reaches in about 20 seconds on two cores. They were chosen from its
-trainings, before any peer had run.
+The levels are nats that jaxode reaches within a minute on two cores. They were chosen from its
+trainings, before any peer had run. The seeds come one after the other: an interrupted run has the
+first of them, for all.
 """
 
 import functools
@@ -272,5 +273,6 @@ def sentence(cases: dict[str, Any]) -> str:
             recipe = times.get(PEERS[0], math.inf)
             if math.isfinite(recipe):
                 told += f", and with {times['jaxode'] / recipe:.2f} of that of FFJORD's recipe"
-            parts.append(f"{told} ({task}, {len(contenders['jaxode'])} seeds)")
+            seeds = len(contenders["jaxode"])
+            parts.append(f"{told} ({task}, {seeds} seed{'s' * (seeds > 1)})")
     return "; ".join(parts) + "."
