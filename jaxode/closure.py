@@ -1,6 +1,5 @@
 """A vector field as a program and the values that it closes over."""
 
-import functools
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -39,21 +38,14 @@ class _Program:
 
     def __init__(self, closed: ClosedJaxpr, source: Hashable, arguments: list[Array]):
         self.jaxpr = closed.jaxpr
-        self._known_by = closed, source, arguments
-
-    @functools.cached_property
-    def key(self) -> Hashable:
-        """Made when it is asked for: inside of another `jit` nothing does."""
-        closed, source, arguments = self._known_by
-        # The constants are leaves of a `ClosedField`.
-        key = (source, _fingerprint(closed.jaxpr, []))
+        # Its constants are leaves of a `ClosedField`.
+        self.key = (source, _fingerprint(closed.jaxpr, []))
         if _has_custom_rules(closed.jaxpr):
             gradient = _gradient_program(closed, arguments)
-            key = (*key, _fingerprint(gradient.jaxpr, gradient.consts))
-        return key
+            self.key = (*self.key, _fingerprint(gradient.jaxpr, gradient.consts))
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Program) and self.key == other.key)
+        return isinstance(other, _Program) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)

@@ -21,7 +21,6 @@ from jaxode.adjoints.discrete import per_step_gradient
 from jaxode.adjoints.replay import interval, nan_unless, once_only, replay, run
 from jaxode.adjoints.sweep import Step, Sweep
 from jaxode.closure import ClosedField, close_field
-from jaxode.compiling import compiled
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.integrate import Tape
 from jaxode.mesh import fori_loop, vary_alike, while_loop
@@ -160,7 +159,7 @@ def objective(
     return Objective(loss, *jax.lax.stop_gradient(rest))
 
 
-@compiled
+@eqx.filter_jit
 def _jitted(inputs: Inputs, settings: Settings):
     return _objective(inputs, settings)
 

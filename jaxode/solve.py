@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode.adjoints import Adjoint, BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.closure import ClosedField, close_field
-from jaxode.compiling import compiled
 from jaxode.implicit import DiffraxSolve
 from jaxode.integrate import Integration
 from jaxode.mesh import vary_alike
@@ -372,6 +371,6 @@ def _by_diffrax(where: str, solver, adjoint, step_control) -> DiffraxSolve:
     return DiffraxSolve(solver, adjoint)
 
 
-@compiled
+@eqx.filter_jit
 def _integrate(adjoint: Adjoint, problem: Problem) -> Integration:
     return adjoint.integrate(*problem)

@@ -60,8 +60,8 @@ def propose(
 ) -> tuple[Bool[Array, " rows"], Float[Array, " rows"]]:
     """Whether to accept a step of this error ratio, and the factor for the next step size.
 
-    A first step is `guessed` from two slopes. Where it is rejected, they did not tell what a high
-    order meets within it, so it shrinks as that of a lower order would: by more.
+    A first step is `guessed`, from two slopes or by the user. Where it is rejected, nobody knows
+    what a high order meets within it, so it shrinks as that of a lower order would: by more.
     """
     accept = ratio <= 1.0
     floor = jnp.where(accept, 1.0, MIN_FACTOR).astype(ratio.dtype)

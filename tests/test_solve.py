@@ -1,5 +1,7 @@
 """The forward solve: orders, agreement with others, directions, output times, statistics."""
 
+import gc
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -270,3 +272,50 @@ def test_field_may_return_a_python_float():
 def test_relative_tolerance_alone_with_a_component_that_stays_zero():
     y1 = jaxode.solve(lambda t, y, _: -y, jnp.array([1.0, 0.0]), 0.0, 1.0, atol=0.0).y1
     np.testing.assert_allclose(y1, [np.exp(-1), 0.0], rtol=1e-4)
+
+
+def test_a_field_that_solves_is_solved_again():
+    inner = lambda t, y, a: -a * y
+    outer = lambda t, y, a: -jaxode.solve(inner, y, 0.0, 1.0, a, throw=False).y1
+    end = lambda a: jaxode.solve(outer, jnp.ones(2), 0.0, 1.0, a).y1.sum()
+    a = jnp.array(0.7)
+    assert end(a) == end(a)
+    # y' = -exp(-a) y
+    exact = lambda a: 2 * jnp.exp(-jnp.exp(-a))
+    np.testing.assert_allclose(end(a), exact(a), rtol=1e-4)
+    np.testing.assert_allclose(jax.grad(end)(a), jax.grad(exact)(a), rtol=1e-4)
+
+
+def test_gradient_by_a_python_number_inside_of_jit():
+    end = lambda a: jaxode.solve(lambda t, y, a: -a * y, jnp.ones(2), 0.0, 1.0, a).y1.sum()
+    gradient = jax.jit(lambda: jax.grad(end)(1.0))()
+    np.testing.assert_allclose(gradient, -2 * np.exp(-1.0), rtol=1e-4)
+
+
+def test_no_array_is_kept_after_a_solve():
+    size = 12_347
+
+    def run():
+        args = jnp.full(size, 0.5)
+        end = lambda a: jaxode.solve(lambda t, y, a: -a * y, jnp.ones(size), 0.0, 1.0, a).y1.sum()
+        end(args)
+        jax.grad(end)(args)
+
+    run()
+    gc.collect()
+    assert not [x for x in jax.live_arrays() if x.size >= size]
+
+
+def test_an_eager_checkpoint_compiles_once(caplog):
+    end = lambda a: jaxode.solve(lambda t, y, a: -a * y, jnp.ones(3), 0.0, 1.0, a).y1.sum()
+    params = jaxode.nn.MLP(2, (4,), key=jax.random.key(0))
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+    for loss, at in ((end, jnp.array(0.5)), (lambda p: flow.nll(p, jnp.ones((3, 2))), params)):
+        gradient = jax.grad(jax.checkpoint(loss))
+        caplog.clear()
+        with jax.log_compiles():
+            gradient(at)
+            assert any("Compiling" in record.message for record in caplog.records)
+            caplog.clear()
+            gradient(at)
+        assert not [record for record in caplog.records if "Compiling" in record.message]
