@@ -304,18 +304,3 @@ def test_no_array_is_kept_after_a_solve():
     run()
     gc.collect()
     assert not [x for x in jax.live_arrays() if x.size >= size]
-
-
-def test_an_eager_checkpoint_compiles_once(caplog):
-    end = lambda a: jaxode.solve(lambda t, y, a: -a * y, jnp.ones(3), 0.0, 1.0, a).y1.sum()
-    params = jaxode.nn.MLP(2, (4,), key=jax.random.key(0))
-    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
-    for loss, at in ((end, jnp.array(0.5)), (lambda p: flow.nll(p, jnp.ones((3, 2))), params)):
-        gradient = jax.grad(jax.checkpoint(loss))
-        caplog.clear()
-        with jax.log_compiles():
-            gradient(at)
-            assert any("Compiling" in record.message for record in caplog.records)
-            caplog.clear()
-            gradient(at)
-        assert not [record for record in caplog.records if "Compiling" in record.message]
