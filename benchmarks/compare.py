@@ -33,7 +33,9 @@ def check(
 ) -> int:  # fmt: skip
     """The exit status: 1 after a regression, or if there is nothing to compare with."""
     if not any(committed["benchmarks"].get(module) for module in modules):
-        say("There are no committed results of this machine for these benchmarks: run make bench.")
+        say(
+            "There are no committed ratios of this machine for these benchmarks: make bench measures them."
+        )
         return 1
     found = regressions(committed, measured, modules)
     for name, old, new in found:

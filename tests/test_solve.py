@@ -303,4 +303,5 @@ def test_no_array_is_kept_after_a_solve():
 
     run()
     gc.collect()
-    assert not [x for x in jax.live_arrays() if x.size >= size]
+    # Other tests of this process keep arrays of other sizes.
+    assert not [x for x in jax.live_arrays() if size in x.shape]
