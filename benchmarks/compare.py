@@ -33,9 +33,7 @@ def check(
 ) -> int:  # fmt: skip
     """The exit status: 1 after a regression, or if there is nothing to compare with."""
     if not any(committed["benchmarks"].get(module) for module in modules):
-        say(
-            "There are no committed ratios of this machine for these benchmarks: make bench measures them."
-        )
+        say("There are no committed ratios of this machine for these benchmarks; see make bench.")
         return 1
     found = regressions(committed, measured, modules)
     for name, old, new in found:
