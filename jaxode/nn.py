@@ -46,21 +46,33 @@ field: _ModuleField = _ModuleField()
 has."""
 
 
+def _log1p_series(degree: int) -> list[float]:
+    """Coefficients of a polynomial `log(1 + e) / e` for `0 <= e <= 1`, the constant first."""
+    points = np.polynomial.Chebyshev.interpolate(
+        lambda e: np.log1p(e) / np.maximum(e, 1e-300), degree, domain=[0, 1]
+    )
+    return points.convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+
+# To 3e-8, less than float32 resolves.
+_LOG1P = _log1p_series(8)
+
+
 @jax.custom_jvp
 def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log(1 + exp(x))` to rounding, with the sigmoid as its derivative.
 
-    A quarter of the time of `jax.nn.softplus` on a CPU, where the logarithm of a compiler is most
-    of the cost of a small network. This one is `log(1 + e) = 2 artanh(e / (2 + e))`, as a series.
+    Faster than `jax.nn.softplus` on a CPU, where the logarithm of a compiler is most of the cost of
+    a small network. Up to float32 this one is a polynomial, and no division, which would split the
+    kernel in two.
     """
     e = jnp.exp(-jnp.abs(x))
-    s = e / (2 + e)
-    # At most 1/3, so that the term of order n is below 9^-n / (2n + 1) relative to the first.
-    terms = 7 if jnp.finfo(e.dtype).eps > 1e-8 else 16
-    series = jnp.zeros_like(s)
-    for n in reversed(range(terms)):
-        series = series * (s * s) + 1 / (2 * n + 1)
-    return jnp.maximum(x, 0) + 2 * s * series
+    if jnp.finfo(e.dtype).eps < 1e-8:
+        return jnp.maximum(x, 0) + jnp.log1p(e)
+    series = jnp.full_like(e, _LOG1P[-1])
+    for coefficient in _LOG1P[-2::-1]:
+        series = series * e + coefficient
+    return jnp.maximum(x, 0) + e * series
 
 
 @softplus.defjvp

@@ -64,11 +64,10 @@ def propose(
     what a high order meets within it, so it shrinks as that of a lower order would: by more.
     """
     accept = ratio <= 1.0
-    floor = jnp.where(accept, 1.0, MIN_FACTOR).astype(ratio.dtype)
     power = jnp.where(guessed & ~accept, -1.0 / min(order, 5), -1.0 / order).astype(ratio.dtype)
     # The tiny keeps a zero error finite; a NaN ratio is a rejection with the smallest factor.
     factor = SAFETY * jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny) ** power
-    return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), floor, MAX_FACTOR)
+    return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), MIN_FACTOR, MAX_FACTOR)
 
 
 def first_step(
