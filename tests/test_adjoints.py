@@ -64,17 +64,16 @@ def test_linear_system_against_the_matrix_exponential(name):
         (0, 1),
     )(V, A)  # fmt: skip
     y0_bar, A_bar = linear_gradients(A, V, W)
-    errors = []
-    for tolerance in (1e-4, 1e-7, 1e-10):
+    errors, tolerances = [], (1e-4, 1e-7, 1e-10)
+    for tolerance in tolerances:
         actual = run(tolerance)
         errors.append(
             max(np.abs(actual[0] - y0_bar).max() / np.abs(y0_bar).max(),
                 np.abs(actual[1] - A_bar).max() / np.abs(A_bar).max())
         )  # fmt: skip
-    assert errors[2] < 1e-7
-    # A thousandfold tighter tolerance gives at least a hundredfold smaller error.
-    assert errors[1] < errors[0] / 100
-    assert errors[2] < errors[1] / 100
+    assert all(error < 10 * tol for error, tol in zip(errors, tolerances, strict=True))
+    # A tolerance a million times tighter gives an error at least ten thousand times smaller.
+    assert errors[2] < errors[0] / 1e4
 
 
 @pytest.mark.parametrize("ts", [None, TS], ids=["end", "ts"])

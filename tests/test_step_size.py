@@ -1,4 +1,6 @@
-"""The first step is neither timid nor rash: it meets the tolerance, and wastes little of it."""
+"""The first step is neither timid nor rash, and the last ones are as long as each other."""
+
+from types import SimpleNamespace
 
 import diffrax
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxode
+from jaxode.method import next_time
 from jaxode.step_size import first_step, propose
 from jaxode.tableau import tableau_of
 
@@ -63,12 +66,39 @@ def test_first_step_reaches_the_end_and_no_further():
         (8, True, 0.1, 0.9 * 0.1 ** (-1 / 8)),
         (3, True, 8.0, 0.45),
         (3, False, 8.0, 0.45),
+        (5, False, 0.95, 0.9 * 0.95 ** (-1 / 5)),
     ],
 )
 def test_a_guess_that_is_rejected_shrinks_by_more_in_high_order(order, guessed, ratio, factor):
     accept, by = propose(jnp.full(1, ratio), order, jnp.full(1, guessed))
     assert bool(accept[0]) == (ratio <= 1)
     assert float(by[0]) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("h", "max_step", "end", "steps"),
+    [
+        (1.0, None, 0.2, [0.2]),
+        (1.0, None, 1.1, [1.1]),
+        (1.0, None, 1.2, [0.6, 0.6]),
+        (1.0, None, 3.2, [3.2 / 3] * 3),
+        (1.0, None, 3.4, [1.0, 0.8, 0.8, 0.8]),
+        (-1.0, None, -2.5, [-2.5 / 3] * 3),
+        (0.0, None, 0.0, [0.0]),
+        (jnp.inf, None, 3.0, [3.0]),
+        (1.0, 1.0, 2.0, [1.0, 1.0]),
+        (1.0, 1.0, 2.1, [0.7, 0.7, 0.7]),
+    ],
+)
+def test_the_last_steps_are_equally_long(h, max_step, end, steps):
+    t, last, taken = jnp.zeros(1), [False], []
+    while not last[0]:
+        state = SimpleNamespace(t=t, h=jnp.full(1, h))
+        t_next, last = next_time(None, max_step, state, 0, jnp.zeros(1), jnp.full(1, end))
+        taken.append(float(t_next[0] - t[0]))
+        t = t_next
+    assert float(t[0]) == pytest.approx(end)
+    assert taken == pytest.approx(steps, rel=1e-5)
 
 
 @pytest.mark.parametrize("slope", [jnp.inf, jnp.nan, 1e300, 0.0])
