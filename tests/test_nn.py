@@ -150,7 +150,7 @@ def test_softplus_is_accurate_relative_to_its_value(dtype):
     x = np.linspace(-80, 80, 4001).astype(dtype)
     expected = np.logaddexp(x.astype(np.longdouble), 0)
     error = np.abs(np.asarray(nn.softplus(jnp.asarray(x))) - expected) / expected
-    # The exponential, the quotient and the product round once or twice each.
+    # The exponential, the series and the product round once or twice each.
     assert error.max() < 6 * jnp.finfo(dtype).eps
 
 
