@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "workload": flows.Workload(64, 8, (1024, 1024)), "tolerances": LARGE,
     },
 }  # fmt: skip
+SECONDS = 30.0
 TARGET = 1e-3  # the error of the gradient at which times are compared
 RECURSIVE, BACKSOLVE = diffrax.RecursiveCheckpointAdjoint(), flows.seminorm_backsolve
 DIFFRAX = {

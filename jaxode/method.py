@@ -72,10 +72,13 @@ def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"],
         reach, left = 1.1 * jnp.abs(state.h), end - state.t
         if max_step is not None:
             reach = jnp.minimum(reach, 1.01 * max_step)
-        tiny = jnp.finfo(reach.dtype).tiny
-        count = jnp.maximum(jnp.ceil(jnp.abs(left) / jnp.maximum(reach, tiny)), 1.0)
-        step = jnp.where(count <= LAST_STEPS, left / count, state.h)
-        last = count == 1
+        info = jnp.finfo(reach.dtype)
+        count = jnp.maximum(jnp.ceil(jnp.abs(left) / jnp.maximum(reach, info.tiny)), 1.0)
+        # Where the times are so close that rounding makes a step longer, a rejected step would be
+        # divided into itself again.
+        resolved = jnp.abs(left) > 200 * info.eps * jnp.maximum(jnp.abs(state.t), jnp.abs(end))
+        step = jnp.where((count <= LAST_STEPS) & resolved, left / count, state.h)
+        last = (count == 1) | (state.t + step == end)
         return jnp.where(last, end, state.t + step), last
     count = taken + 1
     last = count == steps

@@ -75,7 +75,8 @@ def solve(
             `InterpolatingAdjoint` or `ForwardMode`.
         first_step: size of the first step to try, positive; chosen automatically by default. Not
             used with `steps`.
-        max_step: largest size of a step, positive; unlimited by default. Not used with `steps`.
+        max_step: largest size of a step, to a hundredth, positive; unlimited by default. Not used
+            with `steps`.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
             state is split, or a tuple of such names: the error norm is then taken over all of it,

@@ -101,6 +101,15 @@ def test_the_last_steps_are_equally_long(h, max_step, end, steps):
     assert taken == pytest.approx(steps, rel=1e-5)
 
 
+def test_a_rejected_step_is_not_tried_again_where_times_are_coarse():
+    t0 = np.float32(1e5)
+    y0, t1 = jnp.ones(1, jnp.float32), t0 + 5 * np.spacing(t0)
+    solution = jaxode.solve(
+        lambda t, y, a: a * y, y0, t0, t1, jnp.float32(-58), rtol=1e-4, atol=0.0, throw=False
+    )
+    assert int(solution.stats.num_rejected) < 50
+
+
 @pytest.mark.parametrize("slope", [jnp.inf, jnp.nan, 1e300, 0.0])
 def test_first_step_is_finite_for_any_slope(slope):
     h, _ = jax.jit(
