@@ -2,6 +2,6 @@
 
 BENCHMARKS = (
     "ffjord_step", "neural_ode_step", "per_sample", "overhead", "divergence", "regularizers",
-    "compile_time", "memory", "scaling", "sharding",
+    "compile_time", "memory", "scaling", "sharding", "cores",
 )  # fmt: skip
 ON_ITS_OWN = ("time_to_nll",)
