@@ -1,8 +1,10 @@
 """What makes a comparison fair. Every benchmark takes its times and its errors from here.
 
 - Contenders get the same weights, data and probe; their mathematics is compared in float64 first.
-- Their calls are alternated in one process, in another order each round, with a pause in between
-  for the thread pool of the one before to fall asleep. The first call is not among the times.
+- They take turns in one process, in another order each round, with a pause in between for the
+  thread pool of the one before to fall asleep. The first call is not among the times.
+- A turn is a call, or the median of as many as take 20 ms: training steps follow each other, and
+  the first millisecond after a pause is one of cold caches.
 - Times are medians with minimum and maximum; a ratio is the median of the ratios of each round.
 - Two contenders are compared at equal error of the gradient, on their work-precision curves.
 """
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-PAUSE = 0.003  # seconds between two calls
+PAUSE, TURN = 0.003, 0.02  # seconds between two turns, and that a turn takes at least
 PACKAGES = ("jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko")
 
 
@@ -64,7 +66,11 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def alternate(
-    calls: Mapping[Any, Callable[[], Any]], seconds: float, least: int = 5, most: int = 30
+    calls: Mapping[Any, Callable[[], Any]],
+    seconds: float,
+    least: int = 5,
+    most: int = 30,
+    turn: float = TURN,
 ) -> dict[Any, list[float]]:
     """Times of each call, round by round, until `seconds` are over. All must have run before."""
     times = {name: [] for name in calls}
@@ -75,7 +81,10 @@ def alternate(
         shift = count % len(names)
         for name in names[shift:] + names[:shift]:
             time.sleep(PAUSE)
-            times[name].append(timed(calls[name])[0])
+            taken = [timed(calls[name])[0]]
+            while sum(taken) < turn:
+                taken.append(timed(calls[name])[0])
+            times[name].append(float(np.median(taken)))
     return times
 
 

@@ -63,9 +63,17 @@ def test_a_point_that_another_beats_in_error_and_time_is_not_on_the_curve():
 def test_calls_alternate_in_another_order_each_round():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = fairness.alternate(calls, seconds=0.0, least=3, most=5)
+    times = fairness.alternate(calls, seconds=0.0, least=3, most=5, turn=0.0)
     assert "".join(order) == "abcbcacab"
     assert {name: len(row) for name, row in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_short_call_is_timed_among_others_of_its_own(monkeypatch):
+    seconds = {"short": iter([9.0, 1.0, 2.0, 8.0] * 2), "long": iter([30.0, 40.0])}
+    monkeypatch.setattr(fairness, "timed", lambda call: (next(seconds[call()]), None))
+    calls = {name: lambda name=name: name for name in seconds}
+    times = fairness.alternate(calls, seconds=0.0, least=2, most=2, turn=20.0)
+    assert times == {"short": [5.0, 5.0], "long": [30.0, 40.0]}
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_each_round():
