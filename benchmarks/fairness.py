@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-PAUSE, TURN = 0.003, 0.02  # seconds between two turns, and that a turn takes at least
+PAUSE, TURN = 0.003, 0.02  # seconds between two turns, and the least that a turn takes
 PACKAGES = ("jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko")
 
 

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.ode import odeint
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxode
 from benchmarks.fairness import double_precision
 
+AXIS = "batch"  # of devices
 WEIGHTS = Path(__file__).parent / "data" / "eight_gaussians.npz"
 
 
@@ -194,6 +197,31 @@ def odeint_loss(p: Problem):
 def odeint_step(p: Problem):
     step = jax.jit(jax.value_and_grad(odeint_loss(p)), static_argnums=3)
     return lambda tolerance: _leaves(step(p.params, p.x, p.probe, tolerance))
+
+
+def over_devices(p: Problem, mesh: Mesh) -> Problem:
+    """The samples split over the devices, and all else on each."""
+    split, replicated = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
+    params, key = jax.device_put((p.params, p.key), replicated)
+    x, probe = jax.device_put((p.x, p.probe), split)
+    return Problem(params, x, probe, key, p.span)
+
+
+def shard_mapped(loss, mesh: Mesh, *specs):
+    """Value and gradient of the mean of a loss over the devices; `specs` of its arguments."""
+    mean = lambda *args: jax.lax.pmean(loss(*args), AXIS)
+    return jax.shard_map(jax.value_and_grad(mean), mesh=mesh, in_specs=specs, out_specs=P())
+
+
+def shard_mapped_untyped(loss, mesh: Mesh, *specs):
+    """The same for the loops of peers, which do not know over which axes an array varies."""
+    local = lambda *args: jax.lax.pmean(jax.value_and_grad(loss)(*args), AXIS)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+
+
+def partitioned(loss, mesh: Mesh):
+    """Value and gradient, divided by `jit` as the samples are."""
+    return jax.jit(jax.value_and_grad(loss), out_shardings=NamedSharding(mesh, P()))
 
 
 def _leaves(outcome):

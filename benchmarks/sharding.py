@@ -12,7 +12,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import flows, report
@@ -21,7 +21,7 @@ from benchmarks.fairness import Bench, attempt
 TITLE = "What crosses between devices"
 CASES = {"1 device": 1, "2 devices": 2, "4 devices": 4, "8 devices": 8}
 WORKLOAD = flows.Workload(8, 512, (256, 256))
-AXIS = "batch"
+TOLERANCE = 1e-5
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
@@ -71,43 +71,33 @@ def size(shapes: str) -> int:
 
 def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Any]:
     """Compiled training steps."""
-    batch, all_devices = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
-    params = jax.device_put(p.params, all_devices)
-    x, probe = jax.device_put((p.x, p.probe), batch)
+    p = flows.over_devices(p, mesh)
 
     def shard_mapped(loss):
-        def mean(params, x, key):
-            return jax.lax.pmean(loss(params, x, key, 1e-5), AXIS)
-
-        step = jax.shard_map(
-            jax.value_and_grad(mean), mesh=mesh, in_specs=(P(), P(AXIS), P()), out_specs=P()
+        step = flows.shard_mapped(
+            lambda *args: loss(*args, TOLERANCE), mesh, P(), P(flows.AXIS), P()
         )
-        return jax.jit(step).lower(params, x, p.key)
+        return jax.jit(step).lower(p.params, p.x, p.key)
 
-    def shard_mapped_diffrax(loss):
-        # Fails: https://github.com/patrick-kidger/diffrax/issues/765. With the types of
-        # `shard_map`, its loops would not know over which axes an array varies.
-        def local(params, x, probe):
-            return jax.lax.pmean(jax.value_and_grad(loss)(params, x, probe, 1e-5), AXIS)
-
-        step = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False
+    def shard_mapped_diffrax(loss):  # https://github.com/patrick-kidger/diffrax/issues/765
+        split = P(flows.AXIS)
+        step = flows.shard_mapped_untyped(
+            lambda *args: loss(*args, TOLERANCE), mesh, P(), split, split
         )
-        return jax.jit(step).lower(params, x, probe)
+        return jax.jit(step).lower(p.params, p.x, p.probe)
 
-    def sharded(loss, noise):
-        step = jax.jit(jax.value_and_grad(loss), out_shardings=all_devices)
-        return step.lower(params, x, noise, 1e-5)
+    def partitioned(loss, noise):
+        return flows.partitioned(loss, mesh).lower(p.params, p.x, noise, TOLERANCE)
 
     adjoint = diffrax.RecursiveCheckpointAdjoint()
     diffrax_loss = flows.diffrax_loss(p, diffrax.Tsit5(), adjoint)
-    own, joint = flows.jaxode_loss(p), flows.jaxode_loss(p, axis_name=AXIS)
+    own, joint = flows.jaxode_loss(p), flows.jaxode_loss(p, axis_name=flows.AXIS)
     return {
         "jaxode, shard_map": lambda: shard_mapped(own),
         "jaxode, shard_map, joint steps": lambda: shard_mapped(joint),
         "diffrax, shard_map": lambda: shard_mapped_diffrax(diffrax_loss),
-        "jaxode, jit": lambda: sharded(own, p.key),
-        "diffrax, jit": lambda: sharded(diffrax_loss, probe),
+        "jaxode, jit": lambda: partitioned(own, p.key),
+        "diffrax, jit": lambda: partitioned(diffrax_loss, p.probe),
     }
 
 
@@ -115,7 +105,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     # `jax_num_cpu_devices` counts only before the first use of a device.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", CASES[case])
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    mesh = Mesh(np.array(jax.devices()), (flows.AXIS,))
     shape = (WORKLOAD.batch, WORKLOAD.dim)
     blank = jnp.zeros(shape)
     p = flows.Problem(flows.network(WORKLOAD), blank, blank, jax.random.key(0), 1.0)

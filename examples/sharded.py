@@ -8,7 +8,7 @@ Each device has a part of the batch and all parameters. With axis_name= the devi
 solver's steps for the whole batch, which costs one number a step; without, each steps for itself
 and they meet only once a training step, for the gradient. The same training then runs on one
 device, and the losses are compared. Eight devices share the cores, so this is about numbers, not
-about speed; a device on each core is faster than a single one. A minute on two cores.
+about speed; a device on each core can be faster than a single one. A minute on two cores.
 """
 
 import argparse

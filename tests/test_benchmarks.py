@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as runner
-from benchmarks import adjoints, compare, fairness, flows, report, sharding, tolerance
+from benchmarks import adjoints, compare, cores, fairness, flows, report, sharding, tolerance
 
 TINY = flows.Workload(3, 4, (5, 6))
 
@@ -138,6 +138,17 @@ def test_contenders_in_jax_have_the_gradient_of_the_reference(make, tiny):
     """For jaxode that needs the probe which the reference was given, too."""
     p, exact = tiny
     error = fairness.gradient_error(make(p)(1e-6)[1], exact)
+    assert error < 1e-4  # float32, and a tolerance of 1e-6
+
+
+@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+@pytest.mark.parametrize(
+    "name", ["jaxode", "jaxode, joint steps", "diffrax, jit", "jax odeint, shard_map"]
+)
+def test_contenders_on_several_devices_have_the_gradient_of_the_reference(name, tiny):
+    p, exact = tiny
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (flows.AXIS,))
+    error = fairness.gradient_error(cores.contenders(p, mesh)[name]()(1e-6)[1], exact)
     assert error < 1e-4  # float32, and a tolerance of 1e-6
 
 
