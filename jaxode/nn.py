@@ -46,11 +46,11 @@ field: _ModuleField = _ModuleField()
 has."""
 
 
-# Of a polynomial in `e`, the constant first, that is `log(1 + e) / e` to 3e-8 for `0 <= e <= 1`:
+# Of a polynomial in `e`, the constant last, that is `log(1 + e) / e` to 3e-8 for `0 <= e <= 1`:
 # without the constant and divided by `e`, interpolated at 9 Chebyshev points.
 _LOG1P = (
-    1.0, -0.4999999698, 0.3333284189, -0.2498652617, 0.1985410623, -0.1584756572, 0.1156184544,
-    -0.06675772501, 0.02522405431, -0.004466211593,
+    -0.004466211593, 0.02522405431, -0.06675772501, 0.1156184544, -0.1584756572, 0.1985410623,
+    -0.2498652617, 0.3333284189, -0.4999999698, 1.0,
 )  # fmt: skip
 
 
@@ -65,10 +65,7 @@ def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     e = jnp.exp(-jnp.abs(x))
     if jnp.finfo(e.dtype).eps < 1e-8:
         return jnp.maximum(x, 0) + jnp.log1p(e)
-    series = jnp.full_like(e, _LOG1P[-1])
-    for coefficient in _LOG1P[-2::-1]:
-        series = series * e + coefficient
-    return jnp.maximum(x, 0) + e * series
+    return jnp.maximum(x, 0) + e * jnp.polyval(jnp.array(_LOG1P, e.dtype), e)
 
 
 @softplus.defjvp
