@@ -43,7 +43,7 @@ def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Any]:
 
         return call
 
-    def jaxode(**options):
+    def own(**options):
         loss = flows.jaxode_loss(p, **options)
         return stepper(jax.jit(flows.shard_mapped(loss, mesh, P(), split, P(), P())), q.key)
 
@@ -58,8 +58,8 @@ def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Any]:
 
     diffrax_loss = flows.diffrax_loss(p, diffrax.Tsit5(), ADJOINT)
     return {
-        "jaxode": jaxode,
-        "jaxode, joint steps": lambda: jaxode(axis_name=flows.AXIS),
+        "jaxode": own,
+        "jaxode, joint steps": lambda: own(axis_name=flows.AXIS),
         SINGLE: lambda: flows.jaxode_step(p),
         "diffrax, jit": lambda: stepper(flows.partitioned(diffrax_loss, mesh), q.probe),
         "diffrax, one device": lambda: flows.diffrax_step(p, diffrax.Tsit5(), ADJOINT),
