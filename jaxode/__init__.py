@@ -1,19 +1,19 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
 from jaxode import divergence, images, nn, plot, regularizers
-from jaxode.adjoints import (
+from jaxode.distributions import diagonal_normal, standard_normal
+from jaxode.flows.audit import audit
+from jaxode.flows.cnf import cnf
+from jaxode.ode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,
     ForwardMode,
     InterpolatingAdjoint,
 )
-from jaxode.auditing import audit
-from jaxode.cnf import cnf
-from jaxode.debugging import backward_stats
-from jaxode.distributions import diagonal_normal, standard_normal
-from jaxode.odeint import odeint
-from jaxode.results import Result, Solution, SolveError, Stats
-from jaxode.solve import flow, solve
+from jaxode.ode.backward_stats import backward_stats
+from jaxode.ode.odeint import odeint
+from jaxode.ode.results import Result, Solution, SolveError, Stats
+from jaxode.ode.solve import flow, solve
 
 __all__ = [
     "BacksolveAdjoint",

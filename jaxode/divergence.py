@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode.mesh import axes_of, vary
-from jaxode.validation import positive_integer
+from jaxode._jax.sharding import axes_of, vary
+from jaxode.ode.validation import positive_integer
 
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
 # it costs less than the 8 probes that still leave 5% of noise in a gradient, at 16 more.

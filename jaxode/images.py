@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode.validation import is_known, positive_integer, state_dtype
+from jaxode.ode.validation import is_known, positive_integer, state_dtype
 
 
 def dequantize(

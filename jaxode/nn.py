@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.distributions import as_event_shape
-from jaxode.validation import positive_integer
+from jaxode.ode.validation import positive_integer
 
 
 class _ModuleField(eqx.Module):

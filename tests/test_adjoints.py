@@ -9,7 +9,7 @@ from problems import linear_gradients
 from test_discrete import ARGS, TS, Y0, pendulum, scalar, temporary_bytes
 
 import jaxode
-from jaxode.checkpoints import STAGE_BYTES
+from jaxode.ode.loop.checkpoints import STAGE_BYTES
 
 # Reverse-mode methods. A new one is one row.
 ADJOINTS = {

@@ -12,11 +12,11 @@ from jax.test_util import check_grads
 from problems import SOLVERS, solver_name
 
 import jaxode
-from jaxode import checkpoints
-from jaxode.integrate import integrate
-from jaxode.solve import DEFAULTS
-from jaxode.tableau import tableau_of
-from jaxode.validation import make_method
+from jaxode.ode.loop import checkpoints
+from jaxode.ode.loop.integrate import integrate
+from jaxode.ode.loop.tableau import tableau_of
+from jaxode.ode.solve import DEFAULTS
+from jaxode.ode.validation import make_method
 
 
 def pendulum(t, y, args):
@@ -452,7 +452,7 @@ def test_gathering_the_parameter_gradient_once_a_step_changes_nothing(monkeypatc
     run = lambda A, t1: jaxode.solve(f, jnp.ones(40), 0.0, t1, A, steps=5).y1.sum()
     inputs = (A, jnp.array(1.0))
     gathered = jax.grad(run, (0, 1))(*inputs)
-    monkeypatch.setattr("jaxode.adjoints.discrete.PARAMETERS_PER_WORK", 1e9)
+    monkeypatch.setattr("jaxode.ode.adjoints.discrete.PARAMETERS_PER_WORK", 1e9)
     jax.clear_caches()
     expected = jax.grad(run, (0, 1))(*inputs)
     for a, b in zip(gathered, expected, strict=True):

@@ -145,7 +145,7 @@ def test_every_equation_names_its_test():
 
 
 def test_every_result_has_its_cause_and_remedy_on_the_page_on_failure():
-    from jaxode.results import _EXPLANATIONS
+    from jaxode.ode.results import _EXPLANATIONS
 
     for result in jaxode.Result:
         assert f"`{result.name}`" in PAGES["failure.md"]

@@ -474,7 +474,7 @@ BAD_INPUT = [
     (
         lambda: solve(adjoint=jaxode.DiscreteAdjoint), TypeError,
         "solve(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); got "
-        "<class 'jaxode.adjoints.discrete.DiscreteAdjoint'>.",
+        "<class 'jaxode.ode.adjoints.discrete.DiscreteAdjoint'>.",
     ),
     (
         lambda: cnf().sample(None, KEY, 3, context=jnp.ones((4, 1))), ValueError,

@@ -9,11 +9,11 @@ import pytest
 import scipy.stats
 
 import jaxode
-from jaxode.adjoints import discrete
-from jaxode.integrate import integrate
-from jaxode.quadrature import GOLDEN, gauss
-from jaxode.solve import DEFAULTS, pose
-from jaxode.tableau import tableau_of
+from jaxode.flows.quadrature import GOLDEN, gauss
+from jaxode.ode.adjoints import discrete
+from jaxode.ode.loop.integrate import integrate
+from jaxode.ode.loop.tableau import tableau_of
+from jaxode.ode.solve import DEFAULTS, pose
 
 BATCH, DIM = 5, 2
 KEY = jax.random.key(3)

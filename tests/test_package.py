@@ -1,5 +1,10 @@
 """What importing the package gives and costs."""
 
+import ast
+import graphlib
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -41,19 +46,56 @@ def test_import_loads_nothing_that_diffrax_does_not():
     assert run(code) == "[]"
 
 
-def test_every_module_has_its_place_and_imports_only_what_stands_above_it():
-    root = Path(__file__).parent.parent
-    table = re.findall(
-        r"^\| (`jaxode/.*?) \|", (root / "CONTRIBUTING.md").read_text(), re.MULTILINE
-    )
-    names = [re.findall(r"jaxode/(\w+)", row) for row in table]
-    place = {name: index for index, row in enumerate(names) for name in row}
-    sources = {}
-    for path in (root / "jaxode").rglob("*.py"):
-        relative = path.relative_to(root / "jaxode")
-        if relative.name != "__init__.py":
-            sources.setdefault(Path(relative.parts[0]).stem, []).append(path.read_text())
-    assert set(sources) <= set(place)
-    for name, texts in sources.items():
-        for other in re.findall(r"^from jaxode\.(\w+)", "\n".join(texts), re.MULTILINE):
-            assert place[other] <= place[name], f"{name} imports {other}"
+# From the ground up. A module may import from its own floor, without circles, and from those below.
+FLOORS = (
+    r"_jax\.",
+    r"ode\.(loop\.|results$)",
+    r"ode\.(adjoints($|\.)|validation$)",
+    r"ode\.",
+    r"(distributions|divergence|images|nn|plot|regularizers)$",
+    r"flows\.",
+)
+
+
+def imports():
+    """The modules of the package, and which of them each one imports."""
+    found = {}
+    for path in (Path(__file__).parent.parent / "jaxode").rglob("*.py"):
+        root = Path(__file__).parent.parent / "jaxode"
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        found[name] = [
+            (node.module.removeprefix("jaxode").removeprefix("."), alias.name)
+            for node in nodes
+            for alias in node.names
+            if (node.module or "").split(".")[0] == "jaxode"
+        ]
+    return found
+
+
+def test_imports_only_downwards():
+    modules = imports()
+    floor = lambda name: next(i for i, rule in enumerate(FLOORS) if re.match(rule, name))
+    names = set(modules)
+    graph = {}
+    for name, imported in modules.items():
+        used = {f"{module}.{what}".lstrip(".") for module, what in imported}
+        used = {u if u in names else u.rpartition(".")[0] for u in used}
+        graph[name] = used
+        if name != "__init__" and not name.endswith(("_jax", "ode", "loop", "flows")):
+            assert all(floor(u) <= floor(name) for u in used), (name, used)
+        if name.startswith("_jax."):
+            assert all(u.startswith("_jax.") for u in used), (name, used)
+    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
+
+
+def test_no_private_name_is_imported_from_another_folder():
+    for name, imported in imports().items():
+        for module, what in imported:
+            assert not what.startswith("_"), (name, module, what)
+
+
+def test_no_function_shadows_its_module():
+    for info in pkgutil.walk_packages(jaxode.__path__, "jaxode."):
+        package, _, name = importlib.import_module(info.name).__name__.rpartition(".")
+        assert inspect.ismodule(getattr(sys.modules[package], name)), info.name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxode import nn
-from jaxode.pullback import vjp
+from jaxode._jax.pullback import vjp
 
 M = nn.ConcatSquash(3, (5, 4), key=jax.random.key(0))
 X = jax.random.normal(jax.random.key(1), (6, 3))

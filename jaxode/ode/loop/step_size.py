@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxode.mesh import AxisName, axes_of, fori_loop, vary
-from jaxode.tableau import Tableau
+from jaxode._jax.sharding import AxisName, axes_of, fori_loop, vary
+from jaxode.ode.loop.tableau import Tableau
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2

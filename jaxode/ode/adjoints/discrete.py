@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints.replay import nan_unless, once_only, output_is_inside, run, split
-from jaxode.adjoints.sweep import Step, Sweep
-from jaxode.checkpoints import check_checkpoints
-from jaxode.closure import ClosedField
-from jaxode.integrate import Integration, output_weights, save_times_at
-from jaxode.mesh import while_loop
-from jaxode.method import Method
-from jaxode.results import Result
+from jaxode._jax.closure import ClosedField
+from jaxode._jax.sharding import while_loop
+from jaxode.ode.adjoints.replay import nan_unless, once_only, output_is_inside, run, split
+from jaxode.ode.adjoints.sweep import Step, Sweep
+from jaxode.ode.loop.checkpoints import check_checkpoints
+from jaxode.ode.loop.integrate import Integration, output_weights, save_times_at
+from jaxode.ode.loop.method import Method
+from jaxode.ode.results import Result
 
 # How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
 # once a step. Measured at batch 8: 0.8 of the time with 1.2 million parameters and 0.1 of the work.

@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode.adjoints.discrete import per_step_gradient
-from jaxode.adjoints.replay import interval, nan_unless, once_only, replay, run
-from jaxode.adjoints.sweep import Step, Sweep
-from jaxode.closure import ClosedField, close_field
+from jaxode._jax.closure import ClosedField, close_field
+from jaxode._jax.sharding import fori_loop, vary_alike, while_loop
 from jaxode.distributions import BaseDensity, log_prob_of
-from jaxode.integrate import Tape
-from jaxode.mesh import fori_loop, vary_alike, while_loop
-from jaxode.method import Method
-from jaxode.quadrature import Nodes, shares_stages
-from jaxode.results import Result, Stats
-from jaxode.solve import DEFAULTS, pose
-from jaxode.validation import Time
+from jaxode.flows.quadrature import Nodes, shares_stages
+from jaxode.ode.adjoints.discrete import per_step_gradient
+from jaxode.ode.adjoints.replay import interval, nan_unless, once_only, replay, run
+from jaxode.ode.adjoints.sweep import Step, Sweep
+from jaxode.ode.loop.integrate import Tape
+from jaxode.ode.loop.method import Method
+from jaxode.ode.results import Result, Stats
+from jaxode.ode.solve import DEFAULTS, pose
+from jaxode.ode.validation import Time
 
 
 class Inputs(NamedTuple):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from equinox.internal import nondifferentiable, nondifferentiable_backward
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
-from jaxode.adjoints.continuous import with_tolerances
-from jaxode.adjoints.forward import FORWARD_ONLY
-from jaxode.integrate import Integration, valid_arguments
-from jaxode.method import Method
-from jaxode.results import Result, Stats, nan_or_raise
+from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
+from jaxode.ode.adjoints.continuous import with_tolerances
+from jaxode.ode.adjoints.forward import FORWARD_ONLY
+from jaxode.ode.loop.integrate import Integration, valid_arguments
+from jaxode.ode.loop.method import Method
+from jaxode.ode.results import Result, Stats, nan_or_raise
 
 
 class DiffraxSolve(eqx.Module):

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode.adjoints.continuous import (
+from jaxode._jax.pullback import vjp
+from jaxode._jax.sharding import fori_loop
+from jaxode.ode.adjoints.continuous import (
     Segment,
     adjoint_product,
     check_tolerances,
@@ -18,12 +20,10 @@ from jaxode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.adjoints.replay import run, split
-from jaxode.integrate import Integration
-from jaxode.mesh import fori_loop
-from jaxode.method import Method
-from jaxode.pullback import vjp
-from jaxode.results import Result, Stats
+from jaxode.ode.adjoints.replay import run, split
+from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.method import Method
+from jaxode.ode.results import Result, Stats
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxode.checkpoints import Checkpoints
-from jaxode.mesh import fori_loop, while_loop
-from jaxode.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
-from jaxode.results import Result, Stats
-from jaxode.step_size import first_step
-from jaxode.tableau import Tableau
+from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode.ode.loop.checkpoints import Checkpoints
+from jaxode.ode.loop.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
+from jaxode.ode.loop.step_size import first_step
+from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.results import Result, Stats
 
 # The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.mesh import axes_of
+from jaxode._jax.sharding import axes_of
 
 
 class _Same:

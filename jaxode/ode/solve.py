@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints import Adjoint, BacksolveAdjoint, DiscreteAdjoint, ForwardMode
-from jaxode.closure import ClosedField, close_field
-from jaxode.implicit import DiffraxSolve
-from jaxode.integrate import Integration
-from jaxode.mesh import vary_alike
-from jaxode.method import Method
-from jaxode.results import Solution, raise_on_failure
-from jaxode.validation import (
+from jaxode._jax.closure import ClosedField, close_field
+from jaxode._jax.sharding import vary_alike
+from jaxode.ode.adjoints import Adjoint, BacksolveAdjoint, DiscreteAdjoint, ForwardMode
+from jaxode.ode.implicit import DiffraxSolve
+from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.method import Method
+from jaxode.ode.results import Solution, raise_on_failure
+from jaxode.ode.validation import (
     Time,
     check_batch,
     check_derivative,

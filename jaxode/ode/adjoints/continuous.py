@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode.adjoints.replay import nan_unless
-from jaxode.mesh import fori_loop, while_loop
-from jaxode.method import Method, judge, next_time, weighted_sum
-from jaxode.pullback import vjp
-from jaxode.results import Result, Stats, nan_or_raise
-from jaxode.tableau import Tableau
+from jaxode._jax.pullback import vjp
+from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode.ode.adjoints.replay import nan_unless
+from jaxode.ode.loop.method import Method, judge, next_time, weighted_sum
+from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.results import Result, Stats, nan_or_raise
 
 # (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
 AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]

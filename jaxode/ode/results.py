@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxode.mesh import axes_of, vary
+from jaxode._jax.sharding import axes_of, vary
 
 
 class Result(enum.IntEnum):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints.continuous import (
+from jaxode._jax.sharding import while_loop
+from jaxode.ode.adjoints.continuous import (
     Segment,
     adjoint_product,
     check_tolerances,
@@ -16,12 +17,11 @@ from jaxode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.adjoints.replay import interval, once_only, output_is_inside, replay, run, split
-from jaxode.checkpoints import check_checkpoints
-from jaxode.integrate import Integration, dense_output, save_times_at
-from jaxode.mesh import while_loop
-from jaxode.method import Method
-from jaxode.results import Result, Stats
+from jaxode.ode.adjoints.replay import interval, once_only, output_is_inside, replay, run, split
+from jaxode.ode.loop.checkpoints import check_checkpoints
+from jaxode.ode.loop.integrate import Integration, dense_output, save_times_at
+from jaxode.ode.loop.method import Method
+from jaxode.ode.results import Result, Stats
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ trajectory `d/dt log p(z(t)) = -div f`, so
     log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
 
 This file chooses in which direction of time each method solves, and this sign. The costs of the
-training loss have theirs in `jaxode/likelihood.py` and `jaxode/quadrature.py`.
+training loss have theirs in `jaxode/flows/objective.py` and `jaxode/flows/quadrature.py`.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367;
 Ghosh et al. (2020), arXiv:2006.10711 ("STEER").
@@ -22,17 +22,16 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode.adjoints import DiscreteAdjoint
 from jaxode.distributions import BaseDensity, as_base, log_prob_of
 from jaxode.divergence import Divergence, auto
-from jaxode.integrands import Integrands
-from jaxode.likelihood import Solve, objective
-from jaxode.quadrature import random_phases
-from jaxode.regularizers import Regularizer, check_regularizers
-from jaxode.results import NLLStats, Result, Solution, nan_or_raise, raise_on_failure
-from jaxode.solve import DEFAULTS, VectorField, check_options, solve_batch
-from jaxode.tableau import is_explicit
-from jaxode.validation import (
+from jaxode.flows.integrands import Integrands
+from jaxode.flows.objective import Solve, objective
+from jaxode.flows.quadrature import random_phases
+from jaxode.ode.adjoints import DiscreteAdjoint
+from jaxode.ode.loop.tableau import is_explicit
+from jaxode.ode.results import NLLStats, Result, Solution, nan_or_raise, raise_on_failure
+from jaxode.ode.solve import DEFAULTS, VectorField, check_options, solve_batch
+from jaxode.ode.validation import (
     Time,
     check_context,
     check_count,
@@ -43,6 +42,7 @@ from jaxode.validation import (
     check_weights,
     state_dtype,
 )
+from jaxode.regularizers import Regularizer, check_regularizers
 
 # Folded into the key for the end time: the index of no sample.
 END_TIME = 2**32 - 2

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode.adjoints.sweep import Step
-from jaxode.mesh import fori_loop, row_numbers
-from jaxode.pullback import vjp
-from jaxode.tableau import Tableau
+from jaxode._jax.pullback import vjp
+from jaxode._jax.sharding import fori_loop, row_numbers
+from jaxode.ode.adjoints.sweep import Step
+from jaxode.ode.loop.tableau import Tableau
 
 # The golden ratio: its multiples are spread evenly over the unit interval.
 GOLDEN = (5**0.5 - 1) / 2

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode.adjoints import DiscreteAdjoint, ForwardMode
-from jaxode.cnf import CNF
 from jaxode.divergence import exact
-from jaxode.results import SolveError
-from jaxode.solve import DEFAULTS, solve_batch
-from jaxode.tableau import is_explicit
+from jaxode.flows.cnf import CNF
+from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
+from jaxode.ode.loop.tableau import is_explicit
+from jaxode.ode.results import SolveError
+from jaxode.ode.solve import DEFAULTS, solve_batch
 
 # What is out of range. Errors of densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
-from jaxode.results import Solution, Stats
-from jaxode.solve import DEFAULTS, Problem, Unconditional, VectorField, pose, solve
-from jaxode.tableau import is_explicit
-from jaxode.validation import Time
+from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
+from jaxode.ode.loop.tableau import is_explicit
+from jaxode.ode.results import Solution, Stats
+from jaxode.ode.solve import DEFAULTS, Problem, Unconditional, VectorField, pose, solve
+from jaxode.ode.validation import Time
 
 
 def backward_stats(

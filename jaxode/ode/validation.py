@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from jaxode.mesh import AxisName, axes_of
-from jaxode.method import Method
-from jaxode.tableau import tableau_of
+from jaxode._jax.sharding import AxisName, axes_of
+from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.tableau import tableau_of
 
 Time = float | Real[Array, ""]
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from jaxode._jax.sharding import row_numbers
 from jaxode.divergence import Divergence, FieldAt
-from jaxode.mesh import row_numbers
+from jaxode.ode.solve import VectorField
 from jaxode.regularizers import Regularizer
-from jaxode.solve import VectorField
 
 
 @dataclass(frozen=True, eq=False)

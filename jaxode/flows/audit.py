@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode.adjoints import DiscreteAdjoint
-from jaxode.checks import CHECKS, Row, Subject, cast, tight_dtype
-from jaxode.cnf import CNF
 from jaxode.divergence import EXACT_UP_TO, Divergence, exact
-from jaxode.solve import DEFAULTS
-from jaxode.tableau import is_explicit
+from jaxode.flows.audit_checks import CHECKS, Row, Subject, cast, tight_dtype
+from jaxode.flows.cnf import CNF
+from jaxode.ode.adjoints import DiscreteAdjoint
+from jaxode.ode.loop.tableau import is_explicit
+from jaxode.ode.solve import DEFAULTS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.integrate import Integration, integrate
-from jaxode.method import Method
+from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode.ode.loop.method import Method
 
 FORWARD_ONLY = (
     "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "

@@ -5,12 +5,12 @@ from typing import Protocol
 
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints.backsolve import BacksolveAdjoint
-from jaxode.adjoints.discrete import DiscreteAdjoint
-from jaxode.adjoints.forward import ForwardMode
-from jaxode.adjoints.interpolating import InterpolatingAdjoint
-from jaxode.integrate import Integration
-from jaxode.method import Method
+from jaxode.ode.adjoints.backsolve import BacksolveAdjoint
+from jaxode.ode.adjoints.discrete import DiscreteAdjoint
+from jaxode.ode.adjoints.forward import ForwardMode
+from jaxode.ode.adjoints.interpolating import InterpolatingAdjoint
+from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.method import Method
 
 __all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode", "InterpolatingAdjoint"]
 

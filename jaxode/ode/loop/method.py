@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxode.mesh import AxisName
-from jaxode.results import Result
-from jaxode.step_size import error_ratio, propose
+from jaxode._jax.sharding import AxisName
+from jaxode.ode.loop.step_size import error_ratio, propose
+from jaxode.ode.results import Result
 
 # A rest of at most so many steps is divided into equal ones. Measured: benchmarks/NOTES.md.
 LAST_STEPS = 3

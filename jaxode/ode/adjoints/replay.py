@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode.checkpoints import Checkpoints
-from jaxode.closure import ClosedField
-from jaxode.integrate import Field, Integration, integrate, save_times_at, stages
-from jaxode.mesh import while_loop
-from jaxode.method import Method, weighted_sum
-from jaxode.tableau import Tableau
+from jaxode._jax.closure import ClosedField
+from jaxode._jax.sharding import while_loop
+from jaxode.ode.loop.checkpoints import Checkpoints
+from jaxode.ode.loop.integrate import Field, Integration, integrate, save_times_at, stages
+from jaxode.ode.loop.method import Method, weighted_sum
+from jaxode.ode.loop.tableau import Tableau
 
 
 def run(inputs, method: Method, checkpoints: int | None = None) -> tuple[Integration, Any]:

@@ -8,9 +8,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.adjoints import BacksolveAdjoint
-from jaxode.solve import solve_system
-from jaxode.validation import is_known
+from jaxode.ode.adjoints import BacksolveAdjoint
+from jaxode.ode.solve import solve_system
+from jaxode.ode.validation import is_known
 
 _NO_LIMIT = 2**31 - 1
 

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode.adjoints.replay import interval, replay
-from jaxode.checkpoints import Checkpoints
-from jaxode.integrate import Tape
-from jaxode.mesh import fori_loop, while_loop
-from jaxode.method import weighted_sum
-from jaxode.pullback import vjp
-from jaxode.tableau import Tableau
+from jaxode._jax.pullback import vjp
+from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode.ode.adjoints.replay import interval, replay
+from jaxode.ode.loop.checkpoints import Checkpoints
+from jaxode.ode.loop.integrate import Tape
+from jaxode.ode.loop.method import weighted_sum
+from jaxode.ode.loop.tableau import Tableau
 
 
 class Step(NamedTuple):
