@@ -73,9 +73,9 @@ def step_of(p: Problem, ys, static: bool = False):
 
 
 def jaxode_step(p: Problem, adjoint):
-    ys = lambda params, y0, ts, tolerance: jaxode.flow(
+    ys = lambda params, y0, ts, tolerance: jaxode.solve(
         field, y0, ts[0], ts[-1], params, ts=ts[1:], adjoint=adjoint, rtol=tolerance,
-        atol=tolerance, throw=False, return_solution=True,
+        atol=tolerance, throw=False, batch="joint",
     ).ys  # fmt: skip
     return step_of(p, ys)
 

@@ -66,15 +66,15 @@ def field(t, z, params):
 
 
 def forward_stats(p: flows.Problem):
-    solve = lambda m, x: jaxode.flow(
+    solve = lambda m, x: jaxode.solve(
         jaxode.nn.field, x, p.span, 0.0, m, rtol=TOLERANCE, atol=TOLERANCE, throw=False,
-        return_solution=True,
+        batch="joint",
     ).stats  # fmt: skip
     return jax.jit(solve)(p.params, p.x)
 
 
 def jaxode_solve(p: flows.Problem):
-    solve = lambda m, x: jaxode.flow(
+    solve = lambda m, x: jaxode.solve(
         jaxode.nn.field, x, p.span, 0.0, m, rtol=TOLERANCE, atol=TOLERANCE, throw=False
     )
     return lambda solve=jax.jit(solve): solve(p.params, p.x)

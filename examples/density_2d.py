@@ -173,7 +173,7 @@ def draw(flow, params, data, losses, evals, mean, scale, path, key):
     path_key, sample_key = jax.random.split(key)
     samples = flow.sample(params, sample_key, 3000) * scale + mean
     z, times = flow.base.sample(path_key, (60,)), jnp.linspace(flow.t0, flow.t1, 50)
-    paths = jaxode.flow(flow.f, z, flow.t0, flow.t1, params, ts=times, return_solution=True).ys
+    paths = jaxode.solve(flow.f, z, flow.t0, flow.t1, params, batch="joint", ts=times).ys
 
     def log_prob(x):  # in the units of the data
         return jax.jit(flow.log_prob)(params, (x - mean) / scale) - np.log(scale).sum()
@@ -210,9 +210,8 @@ def animate(flow, params, limits, frames, path, key):
     (left, bottom), (right, top) = limits
     times = np.linspace(flow.t0, flow.t1, frames)
     z = flow.base.sample(key, (1500,))
-    samples = jaxode.flow(
-        flow.f, z, flow.t0, flow.t1, params, ts=jnp.asarray(times), return_solution=True
-    ).ys
+    options = {"batch": "joint", "ts": jnp.asarray(times)}
+    samples = jaxode.solve(flow.f, z, flow.t0, flow.t1, params, **options).ys
 
     @jax.jit
     def log_prob_at(t, x):

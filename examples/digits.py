@@ -137,7 +137,7 @@ def draw(flow, params, whitening, data, losses, scores, path, key):
     samples = to_images(whitening, flow.sample(params, key, 40))
     z = flow.base.sample(jax.random.fold_in(key, 1), (4,))
     times = jnp.linspace(flow.t0, flow.t1, 12)
-    frames = jaxode.flow(flow.f, z, flow.t0, flow.t1, params, ts=times, return_solution=True).ys
+    frames = jaxode.solve(flow.f, z, flow.t0, flow.t1, params, batch="joint", ts=times).ys
     frames = to_images(whitening, frames).swapaxes(0, 1)
 
     def tile(axis, digits, rows, title):

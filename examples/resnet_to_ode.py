@@ -125,12 +125,12 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     # The plane in which the states at the end vary most.
     end = jnp.asarray(by_ode(model.field, x))
     plane = jnp.linalg.svd(end - end.mean(0), full_matrices=False)[2][:2].T
-    few, options = x[:30], {"return_solution": True, "ts": jnp.linspace(0.0, 1.0, 41)}
-    smooth = jaxode.flow(jaxode.nn.field, few, 0.0, 1.0, model.field, **options).ys
+    few, options = x[:30], {"batch": "joint", "ts": jnp.linspace(0.0, 1.0, 41)}
+    smooth = jaxode.solve(jaxode.nn.field, few, 0.0, 1.0, model.field, **options).ys
     plot.trajectories(smooth @ plane, ax=axes[2], start="digit", end="Neural ODE")
-    options = {"return_solution": True, "ts": jnp.linspace(0.0, 1.0, depths[1] + 1)}
+    options = {"batch": "joint", "ts": jnp.linspace(0.0, 1.0, depths[1] + 1)}
     options |= {"solver": diffrax.Euler(), "steps": depths[1]}
-    corners = jaxode.flow(jaxode.nn.field, few, 0.0, 1.0, model.field, **options).ys @ plane
+    corners = jaxode.solve(jaxode.nn.field, few, 0.0, 1.0, model.field, **options).ys @ plane
     axes[2].plot(corners[..., 0], corners[..., 1], color="tab:red", lw=0.7, alpha=0.6)
     axes[2].plot([], [], color="tab:red", lw=0.7, label=f"residual network, L = {depths[1]}")
     axes[2].set_title("30 digits through the layers (two principal axes)")

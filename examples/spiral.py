@@ -44,7 +44,7 @@ def learned(t, y, network):
 
 def paths(f, args, y0, ts, **options):
     """All series in one solve: `[times, series, 2]`."""
-    return jaxode.flow(f, y0, 0.0, ts[-1], args, ts=ts, return_solution=True, **options).ys
+    return jaxode.solve(f, y0, 0.0, ts[-1], args, batch="joint", ts=ts, **options).ys
 
 
 def observe(f, args, y0, times, **options):

@@ -11,8 +11,9 @@ from jaxode.ode.adjoints import (
     InterpolatingAdjoint,
 )
 from jaxode.ode.backward_stats import backward_stats
+from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.odeint import odeint
-from jaxode.ode.results import Result, Solution, SolveError, Stats
+from jaxode.ode.results import Solution, SolveError
 from jaxode.ode.solve import flow, solve
 
 __all__ = [

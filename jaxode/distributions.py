@@ -120,13 +120,12 @@ def _check_events(z: Float[Array, "..."], event: tuple[int, ...]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Adapted:
+class _Adapted(eqx.Module):
     """A density of another library: flowjax's `shape`, or distrax's `sample(seed=...)`."""
 
     density: Any
-    event_shape: tuple[int, ...]
-    seed: bool
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+    seed: bool = eqx.field(static=True)
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.density.log_prob(z)

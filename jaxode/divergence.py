@@ -5,6 +5,7 @@ Each estimator is a function that returns a `Divergence`, and works on one sampl
 closed form.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._jax.sharding import axes_of, vary
-from jaxode.ode.validation import positive_integer
+from jaxode.ode.validation import integer
 
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
 # it costs less than the 8 probes that still leave 5% of noise in a gradient, at 16 more.
@@ -46,7 +47,10 @@ WithNorm = Callable[[Field, Array, Array | None], tuple[Array, Array, Array]]
 
 
 class Divergence(NamedTuple):
-    """A divergence as two pure functions, for one sample. The other fields are optional."""
+    """A divergence as two pure functions, for one sample. The other fields are optional.
+
+    Equal if its functions are: make one of your own once, not at every call.
+    """
 
     init: Callable[[PRNGKeyArray | None, Float[Array, " *event"]], Array | None]
     """`init(key, z) -> probe`: the noise of one solve, or None. Drawn once, then held fixed."""
@@ -105,8 +109,11 @@ def exact(chunk: int | None = None) -> Divergence:
     Raises:
         ValueError: if `chunk` is not a positive integer.
     """
-    chunk = None if chunk is None else positive_integer("exact", "chunk", chunk)
+    return _exact(None if chunk is None else integer("exact", "chunk", chunk))
 
+
+@functools.cache
+def _exact(chunk: int | None) -> Divergence:
     def with_norm(g, z, probe):
         del probe
         if chunk is None or chunk >= z.size:
@@ -151,24 +158,22 @@ def hutchinson(
 
     References: Hutchinson (1990); Grathwohl et al. (2019), arXiv:1810.01367.
     """
-    draws = {
-        "rademacher": lambda key, z: jax.random.rademacher(key, (probes, *z.shape), z.dtype),
-        "gaussian": lambda key, z: jax.random.normal(key, (probes, *z.shape), z.dtype),
-        "orthogonal": lambda key, z: _orthogonal(key, z, probes),
-    }
-    if distribution not in draws:
+    if distribution not in _DRAWS:
         raise ValueError(
-            f"hutchinson(distribution=...): must be one of {sorted(draws)}; got {distribution!r}."
+            f"hutchinson(distribution=...): must be one of {sorted(_DRAWS)}; got {distribution!r}."
         )
-    probes = positive_integer("hutchinson", "probes", probes)
+    return _hutchinson(integer("hutchinson", "probes", probes), distribution)
 
+
+@functools.cache
+def _hutchinson(probes: int, distribution: str) -> Divergence:
     def init(key, z):
         if key is None:
             raise ValueError(
                 "hutchinson: a stochastic divergence needs random numbers; got key=None. "
                 "Pass key=jax.random.key(...), or use divergence=jaxode.divergence.exact()."
             )
-        return draws[distribution](key, z)
+        return _DRAWS[distribution](key, z, probes)
 
     def with_norm(g, z, probe):
         dz, terms, squares = _push(g, z, probe)
@@ -196,6 +201,14 @@ def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
     return columns.T.reshape(probes, *z.shape) * np.sqrt(z.size).astype(z.dtype)
 
 
+_DRAWS = {
+    "rademacher": lambda key, z, probes: jax.random.rademacher(key, (probes, *z.shape), z.dtype),
+    "gaussian": lambda key, z, probes: jax.random.normal(key, (probes, *z.shape), z.dtype),
+    "orthogonal": _orthogonal,
+}
+
+
+@functools.cache
 def closed_form() -> Divergence:
     """The exact divergence that the vector field itself offers.
 
@@ -233,6 +246,7 @@ def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
     return out
 
 
+@functools.cache
 def auto() -> Divergence:
     """The closed form if the field offers one, else exact if the event is small, else estimated.
 

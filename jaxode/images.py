@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode.ode.validation import is_known, positive_integer, state_dtype
+from jaxode.ode.validation import integer, is_known, state_dtype
 
 
 def dequantize(
@@ -103,7 +103,7 @@ def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, 
 
 def bits_per_dimension(log_prob: Float[Array, "..."], size: int) -> Float[Array, "..."]:
     """`-log_prob / (size log 2)`: nats of an event of `size` numbers as bits for each of them."""
-    size = positive_integer("bits_per_dimension", "size", size)
+    size = integer("bits_per_dimension", "size", size)
     return -log_prob / (size * math.log(2))
 
 
@@ -118,8 +118,7 @@ def _check_values(where: str, name: str, x: Any, good, rule: str, remedy: str) -
 
 
 def _check_levels(where: str, levels: int) -> None:
-    if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or levels < 2:
-        raise ValueError(f"{where}(levels=...): must be an integer of at least 2; got {levels!r}.")
+    integer(where, "levels", levels, least=2, rule="an integer of at least 2")
 
 
 def _check_margin(where: str, margin: float) -> None:

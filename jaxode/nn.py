@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.distributions import as_event_shape
-from jaxode.ode.validation import positive_integer
+from jaxode.ode.validation import integer
 
 
 class _ModuleField(eqx.Module):
@@ -147,16 +147,11 @@ class _Network(eqx.Module):
                 f"{name}(widths=...): must be a sequence, one size for each hidden layer; got "
                 f"{widths!r}. Pass widths=({widths!r},)."
             )
-        if (
-            isinstance(context_size, bool)
-            or not isinstance(context_size, int | np.integer)
-            or context_size < 0
-        ):
-            raise ValueError(
-                f"{name}(context_size=...): must be an integer of at least 0; got {context_size!r}."
-            )
+        context_size = integer(
+            name, "context_size", context_size, least=0, rule="an integer of at least 0"
+        )
         outputs = 1 if self.scalar_output else size
-        sizes = [size, *(positive_integer(name, "widths", width) for width in widths)]
+        sizes = [size, *(integer(name, "widths", width) for width in widths)]
         *keys, last = jax.random.split(key, len(sizes))
         self.hidden = tuple(
             _Layer(

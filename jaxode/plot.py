@@ -79,7 +79,7 @@ def trajectories(
     """The ways of states through the plane, with their starts and ends marked.
 
     Args:
-        ys: `[times, n, 2]`, as in `Solution.ys` of `jaxode.flow(..., return_solution=True)`.
+        ys: `[times, n, 2]`, as in `Solution.ys` of `jaxode.solve(..., batch="joint", ts=...)`.
         start: label of the first points.
         end: label of the last points.
         **style: of the lines, for `Axes.plot`.

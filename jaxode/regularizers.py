@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
+
+from jaxode.ode.validation import non_negative
 
 
 class Regularizer(NamedTuple):
@@ -32,8 +33,7 @@ def kinetic_energy(weight: float) -> Regularizer:
     Raises:
         ValueError: if the weight is negative or not finite.
     """
-    check_weight("kinetic_energy", weight)
-    return Regularizer("kinetic_energy", weight, lambda dz, norm: jnp.sum(dz * dz))
+    return Regularizer("kinetic_energy", _weight("kinetic_energy", weight), _square)
 
 
 def jacobian_frobenius(weight: float) -> Regularizer:
@@ -46,8 +46,13 @@ def jacobian_frobenius(weight: float) -> Regularizer:
     Raises:
         ValueError: if the weight is negative or not finite.
     """
-    check_weight("jacobian_frobenius", weight)
+    weight = _weight("jacobian_frobenius", weight)
     return Regularizer("jacobian_frobenius", weight, _norm, needs_norm=True)
+
+
+def _square(dz: Array, norm: Array | None) -> Array:
+    del norm
+    return jnp.sum(dz * dz)
 
 
 def _norm(dz: Array, norm: Array | None) -> Array:
@@ -56,12 +61,8 @@ def _norm(dz: Array, norm: Array | None) -> Array:
     return norm
 
 
-def check_weight(where: str, weight: float) -> None:
-    """Raise unless it is a finite number of at least zero."""
-    if not isinstance(weight, int | float | np.number) or not 0 <= weight < float("inf"):
-        raise ValueError(
-            f"{where}(weight=...): must be a Python number, finite and at least 0; got {weight!r}."
-        )
+def _weight(where: str, weight: float) -> float:
+    return non_negative(where, "weight", weight, "a Python number, finite and at least 0")
 
 
 def check_regularizers(where: str, regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:

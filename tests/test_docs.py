@@ -74,10 +74,28 @@ def test_every_code_block_is_run_or_says_that_it_is_not(page):
     assert not re.findall(r"^ {4,}(?:def|class|import|from|return) .*$", unfenced, re.MULTILINE)
 
 
-def test_the_estimator_of_the_page_on_contributing_is_unbiased(default_settings):
-    (block,) = [b for name, _, b in fences(PAGES["contributing.md"]) if name == "python"]
+def contributed(name):
+    """What the block of the page on contributing defines that has this name in it."""
+    blocks = [b for language, _, b in fences(PAGES["contributing.md"]) if language == "python"]
     scope = dict(vars(jaxode.divergence))
-    exec(block, scope)
+    exec(next(block for block in blocks if name in block), scope)
+    return scope
+
+
+def test_the_gradient_method_of_the_page_on_contributing_is_exact(default_settings):
+    f = lambda t, y, a: -a * y * y
+    inputs = (jnp.array([1.0, 2.0]), 0.0, 1.0, 0.7)
+    end = lambda *inputs, adjoint: jaxode.solve(f, *inputs, steps=8, adjoint=adjoint).y1.sum()
+    adjoint = contributed("StoredSteps")["StoredSteps"]()
+    own = jax.grad(partial(end, adjoint=adjoint), (0, 1, 2, 3))(*inputs)
+    exact = jax.grad(partial(end, adjoint=jaxode.DiscreteAdjoint()), (0, 1, 2, 3))(*inputs)
+    # The same steps, in float32.
+    for a, b in zip(own, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_the_estimator_of_the_page_on_contributing_is_unbiased(default_settings):
+    scope = contributed("uniform")
     matrix, z = jnp.arange(9.0).reshape(3, 3) / 3, jnp.ones(3)
     estimator = scope["uniform"](probes=4000)
     dz, div = estimator.apply(lambda z: matrix @ z, z, estimator.init(jax.random.key(0), z))
@@ -145,11 +163,11 @@ def test_every_equation_names_its_test():
 
 
 def test_every_result_has_its_cause_and_remedy_on_the_page_on_failure():
-    from jaxode.ode.results import _EXPLANATIONS
+    from jaxode.ode.results import EXPLANATIONS
 
     for result in jaxode.Result:
         assert f"`{result.name}`" in PAGES["failure.md"]
-    for cause, remedy in _EXPLANATIONS.values():
+    for cause, remedy in EXPLANATIONS.values():
         assert f"{cause[0].upper()}{cause[1:]}." in PAGES["failure.md"]
         assert remedy in PAGES["failure.md"]
 

@@ -171,6 +171,11 @@ BAD_INPUT = [
         "got Kvaerno3. Use jaxode.DiscreteAdjoint().",
     ),
     (
+        lambda: cnf(solver=diffrax.Kvaerno3(), adjoint=jaxode.BacksolveAdjoint()), ValueError,
+        "cnf(adjoint=...): BacksolveAdjoint needs an explicit Runge-Kutta solver; got Kvaerno3. "
+        "Use jaxode.DiscreteAdjoint().",
+    ),
+    (
         lambda: flow(solver=diffrax.Kvaerno3(), step_control="per_sample"), ValueError,
         "flow(step_control='per_sample'): needs an explicit Runge-Kutta solver; got Kvaerno3. "
         "Use step_control='joint', or jax.vmap over jaxode.solve.",
@@ -225,12 +230,12 @@ BAD_INPUT = [
     (
         lambda: flow(z=jnp.ones(())), ValueError,
         "flow(z=...): leaves must share a leading batch axis; got shapes [()]. "
-        "Use solve for a single system.",
+        "Use solve without batch for a single system.",
     ),
     (
         lambda: flow(z=(jnp.ones((2, 1)), jnp.ones((3, 1)))), ValueError,
         "flow(z=...): leaves must share a leading batch axis; got shapes [(2, 1), (3, 1)]. "
-        "Use solve for a single system.",
+        "Use solve without batch for a single system.",
     ),
     (
         lambda: flow(step_control="each"), ValueError,
@@ -314,7 +319,21 @@ BAD_INPUT = [
     (
         lambda: flow(tol=1e-3), TypeError,
         "flow: unknown options ['tol']. The solve options are ['adjoint', 'atol', 'axis_name', "
-        "'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps', 'ts'].",
+        "'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps'].",
+    ),
+    (
+        lambda: flow(return_solution=True), TypeError,
+        "flow(return_solution=...): it returns z at time t alone. Use "
+        "jaxode.solve(f, z, s, t, args, batch='joint'), which returns a Solution.",
+    ),
+    (
+        lambda: solve(batch="samples"), ValueError,
+        "solve(batch=...): must be None, 'joint' or 'per_sample'; got 'samples'.",
+    ),
+    (
+        lambda: solve(y0=jnp.ones(()), batch="joint"), ValueError,
+        "solve(y0=...): leaves must share a leading batch axis; got shapes [()]. Use solve without "
+        "batch for a single system.",
     ),
     (
         lambda: solve(rtol=jnp.ones(2)), ValueError,

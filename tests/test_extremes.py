@@ -18,9 +18,8 @@ ENTRIES = [
     *(
         (
             f"flow {control}",
-            lambda y0, control=control, **options: jaxode.flow(
-                decay, y0, 0.0, 1.0, 1.0, step_control=control, return_solution=True, throw=False,
-                **options,
+            lambda y0, control=control, **options: jaxode.solve(
+                decay, y0, 0.0, 1.0, 1.0, batch=control, throw=False, **options
             ),
         )
         for control in ("joint", "per_sample")

@@ -9,11 +9,12 @@ import pytest
 import scipy.stats
 
 import jaxode
+from jaxode.flows.integrands import Integrands
 from jaxode.flows.quadrature import GOLDEN, gauss
 from jaxode.ode.adjoints import discrete
 from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.loop.tableau import tableau_of
-from jaxode.ode.solve import DEFAULTS, pose
+from jaxode.ode.system import make_system, pose
 
 BATCH, DIM = 5, 2
 KEY = jax.random.key(3)
@@ -58,20 +59,18 @@ def probes_of(flow, x):
 
 def recorded_times(flow, params, x, context):
     """The mesh of the forward solve, `[steps + 1, rows]`."""
-    joint = flow.step_control == "joint"
-    options = {**DEFAULTS, **flow.solve_options}
-    problem, _ = pose(
-        "", flow._integrands.field, x[None] if joint else x, flow.t1, flow.t0, params, context,
-        flow.step_control, options, False,
-    )  # fmt: skip
-    closed = lambda t, y: problem.field(t, y, problem.args)
-    _, tape = integrate(closed, problem.method, problem.y0, problem.t0, problem.t1, None, 2)
+    carried, span = Integrands(flow.f, flow.divergence).field, (flow.t1, flow.t0)
+    system = make_system(
+        "", carried, x, span, params, flow.solve_options, rows=context, batch=flow.step_control
+    )
+    problem, method, _ = pose(system)
+    _, tape = integrate(problem, method, 2)
     return tape.times[: int(tape.num_steps) + 1]
 
 
 def reference(flow, times):
     """The objective as a plain function, step by step and stage by stage, for autodiff."""
-    tableau = tableau_of({**DEFAULTS, **flow.solve_options}["solver"])
+    tableau = flow.solve_options.tableau
     A, b, c = (jnp.asarray(x) for x in (tableau.A, tableau.b, tableau.c))
     theta, weight = map(jnp.asarray, gauss(tableau))
     meshes = jnp.broadcast_to(times.T, (BATCH, len(times)))

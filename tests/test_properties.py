@@ -52,10 +52,9 @@ def linear(t, y, A):
 @functools.partial(jax.jit, static_argnames=("f", "solver", "steps", "control"))
 def run(f, y0, t0, t1, A, tolerance=1e-6, solver=diffrax.Tsit5(), steps=None, control=None):
     options = {"solver": solver, "steps": steps, "rtol": tolerance, "atol": tolerance}
-    if control is None:
-        return jaxode.solve(f, y0, t0, t1, A, max_steps=20_000, throw=False, **options)
-    return jaxode.flow(
-        f, y0, t0, t1, A, step_control=control, return_solution=True, throw=False, **options
+    max_steps = 20_000 if control is None else 4096
+    return jaxode.solve(
+        f, y0, t0, t1, A, batch=control, max_steps=max_steps, throw=False, **options
     )
 
 

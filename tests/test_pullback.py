@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxode import nn
+from jaxode._jax import pullback
 from jaxode._jax.pullback import vjp
 
 M = nn.ConcatSquash(3, (5, 4), key=jax.random.key(0))
@@ -63,4 +64,19 @@ def test_batched():
 
 def test_keeps_the_transpose_of_each_weight_apart():
     program = str(jax.make_jaxpr(gradient(vjp, layers))(M, X, CT))
-    assert program.count("optimization_barrier") == 3
+    assert program.count("kept_apart") == 3
+
+
+@pytest.mark.parametrize(("platform", "copies"), [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_copies_are_for_the_platform_that_a_program_is_lowered_for(platform, copies):
+    traced = jax.jit(gradient(vjp, layers)).trace(M, X, CT)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == copies
+
+
+def test_what_it_does_not_know_is_left_to_jax(monkeypatch):
+    def unknown(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(pullback, "_evaluate", unknown)
+    close(gradient(vjp, layers)(M, X, CT), gradient(jax.vjp, layers)(M, X, CT))

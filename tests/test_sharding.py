@@ -191,10 +191,8 @@ def test_flow_and_its_gradient_over_devices():
 
     def ends(params, x, axis_name):
         f = lambda t, z, params: field(t, z, (params, jnp.zeros(DIM)))
-        out = jaxode.flow(
-            f, x, 0.0, 1.0, params, ts=jnp.array([0.3, 0.9]), axis_name=axis_name,
-            return_solution=True,
-        )  # fmt: skip
+        ts = jnp.array([0.3, 0.9])
+        out = jaxode.solve(f, x, 0.0, 1.0, params, batch="joint", ts=ts, axis_name=axis_name)
         return jnp.sum(out.y1**2) + jnp.sum(jnp.cos(out.ys))
 
     expected = jax.jit(jax.value_and_grad(lambda p: ends(p, X, None)))(PARAMS)

@@ -187,9 +187,7 @@ def test_per_sample_rows_do_not_see_each_other():
     f = lambda t, y, args: jnp.stack([jnp.zeros(()), -y[0] * y[1]])
     z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
     ts = jnp.array([0.3, 1.0, 2.0])
-    run = lambda z: jaxode.flow(
-        f, z, 0.0, 2.0, ts=ts, step_control="per_sample", return_solution=True
-    )
+    run = lambda z: jaxode.solve(f, z, 0.0, 2.0, ts=ts, batch="per_sample")
     together = run(z)
     assert together.stats.num_steps.shape == (3,)
     assert together.stats.num_steps[1] > 3 * together.stats.num_steps[2]
@@ -247,9 +245,9 @@ def test_joint_control_over_devices_takes_the_norm_over_the_whole_batch():
     """With `axis_name`, split halves take the steps of the whole batch."""
     f = lambda t, y, args: jnp.stack([jnp.zeros(()), -y[0] * y[1]])
     z = jnp.array([[1.0, 1.0], [30.0, 1.0], [0.1, 1.0], [2.0, 1.0]])
-    whole = jaxode.flow(f, z, 0.0, 1.0, return_solution=True)
+    whole = jaxode.solve(f, z, 0.0, 1.0, batch="joint")
     halves = jax.vmap(
-        lambda z: jaxode.flow(f, z, 0.0, 1.0, axis_name="half", return_solution=True),
+        lambda z: jaxode.solve(f, z, 0.0, 1.0, batch="joint", axis_name="half"),
         axis_name="half",
     )(z.reshape(2, 2, 2))
     assert (halves.stats.num_steps == whole.stats.num_steps).all()

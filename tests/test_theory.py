@@ -98,7 +98,7 @@ def test_05_flow_operator():
     close(F(z1, 1.0, 0.0), X, 1e-8)
     nodes, weights = np.polynomial.legendre.leggauss(12)
     ts = jnp.asarray((nodes + 1) / 2)
-    path = jaxode.flow(f, X, 0.0, 1.0, THETA, ts=ts, return_solution=True, **TIGHT).ys
+    path = jaxode.solve(f, X, 0.0, 1.0, THETA, batch="joint", ts=ts, **TIGHT).ys
     slopes = jax.vmap(jax.vmap(f, (None, 0, None)), (0, 0, None))(ts, path, THETA)
     close(X + jnp.tensordot(weights / 2, slopes, 1), z1, 1e-7)
 

@@ -14,7 +14,7 @@ def field(t: Array, y: Array, args: Array) -> Array:
 
 def of_flow(z: Float[Array, "batch 2"], scale: Array) -> Array:
     ends = jaxode.flow(field, z, 0.0, 1.0, scale, rtol=1e-3)
-    solution = jaxode.flow(field, z, 0.0, 1.0, scale, return_solution=True, step_control="joint")
+    solution = jaxode.solve(field, z, 0.0, 1.0, scale, batch="joint")
     assert ends.shape == z.shape
     return jnp.sum(ends**2) + ends[0, 0] + solution.y1.sum() + solution.stats.num_evals
 

@@ -7,6 +7,8 @@ import jax
 import jax.core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from jaxode._jax.primitives import kept_apart
+
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The value at `primals`, and the product of a cotangent with the Jacobian, as `jax.vjp`.
@@ -14,15 +16,17 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
     The gradient of a weight is a product `ct^T x` that sums over the batch. XLA folds the transpose
     into the product, and its library for products on a CPU takes none that sum over the rows of the
     first factor. So the transpose is kept apart: between 0.4 and 0.9 of the time for 64 to 860
-    units (benchmarks/NOTES.md). The numbers are the same to rounding.
+    units (benchmarks/NOTES.md). The numbers are the same to rounding. A program for another
+    platform is as of `jax.vjp`.
     """
     value, pull = jax.vjp(function, *primals)
-    if jax.default_backend() != "cpu":
-        return value, pull
 
     def pull_apart(cotangent):
-        closed, shape = jax.make_jaxpr(pull, return_shape=True)(cotangent)
-        out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(cotangent))
+        try:
+            closed, shape = jax.make_jaxpr(pull, return_shape=True)(cotangent)
+            out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(cotangent))
+        except Exception:  # A program that this does not know: an error of its own comes again.
+            return pull(cotangent)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return value, pull_apart
@@ -48,7 +52,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
             elif name == "dot_general" and equation.invars[0] in transposed:
                 (contracted, _), (batched, _) = equation.params["dimension_numbers"]
                 if contracted == (1,) and not batched:
-                    inputs[0] = jax.lax.optimization_barrier(inputs[0])
+                    inputs[0] = kept_apart(inputs[0])
             bound = equation.primitive.get_bind_params(equation.params)
             functions, params = bound if isinstance(bound, tuple) else ([], bound)
             outputs = equation.primitive.bind(*functions, *inputs, **params)

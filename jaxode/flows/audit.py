@@ -1,6 +1,7 @@
 """Is this flow accurate where it is used? One table of checks against a tight solve."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import diffrax
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.divergence import EXACT_UP_TO, Divergence, exact
-from jaxode.flows.audit_checks import CHECKS, Row, Subject, cast, tight_dtype
+from jaxode.flows.audit_checks import CHECKS
+from jaxode.flows.audit_subject import Row, Subject, cast, tight_dtype
 from jaxode.flows.cnf import CNF
-from jaxode.ode.adjoints import DiscreteAdjoint
-from jaxode.ode.loop.tableau import is_explicit
-from jaxode.ode.solve import DEFAULTS
+from jaxode.flows.validation import check_samples
+from jaxode.ode.options import SolveOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def audit(
         TypeError, ValueError: as the methods of the flow, for wrong arguments; and for samples that
             are not finite.
     """
-    x = flow._samples("audit", "x", x)
+    x = check_samples("audit", "x", x, tuple(flow.base.event_shape))
     bad = int(jnp.sum(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))))
     if bad:
         raise ValueError(
@@ -96,7 +97,7 @@ def audit(
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
     params, context = jax.tree.map(floats, (params, context))
-    options = {k: v for k, v in flow.solve_options.items() if k != "axis_name"}
+    options = dataclasses.replace(flow.solve_options, axis_name=None)
     flow = dataclasses.replace(flow, throw=False, quadrature="gauss", solve_options=options)
     subject = Subject(flow, flow, params, x, key, context)
     subject.tight, reference = _tighten(flow, x, stochastic=subject.probes is not None)
@@ -108,18 +109,14 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     """The flow with a tight solve, and what to call it."""
     dtype = tight_dtype(x)
     tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
-    solver = flow.solve_options.get("solver", DEFAULTS["solver"])
-    if is_explicit(solver):
-        solver = diffrax.Dopri8()
+    explicit = flow.solve_options.tableau is not None
+    solver = diffrax.Dopri8() if explicit else flow.solve_options.solver
     divergence = flow.divergence
     if stochastic:
         divergence = _same_probes(divergence, x.dtype)
     elif x[0:1].size <= EXACT_UP_TO:
         divergence = exact()  # so that a wrong closed form is found
-    options = {
-        "solver": solver, "rtol": tolerance, "atol": tolerance, "max_steps": 10_000,
-        "adjoint": DiscreteAdjoint(),
-    }  # fmt: skip
+    options = SolveOptions(solver, tolerance, tolerance, max_steps=10_000)
     f, base = cast((flow.f, flow.base), dtype)
     tight = dataclasses.replace(
         flow, f=f, base=base, divergence=divergence, step_control="joint", solve_options=options
@@ -128,6 +125,7 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     return tight, name
 
 
+@functools.cache
 def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
     """With probes drawn in this dtype, whatever that of the solve."""
 

@@ -6,21 +6,17 @@ A new check is a function and its place in `CHECKS`.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float
 
 from jaxode.divergence import exact
-from jaxode.flows.cnf import CNF
-from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
-from jaxode.ode.loop.tableau import is_explicit
-from jaxode.ode.results import SolveError
-from jaxode.ode.solve import DEFAULTS, solve_batch
+from jaxode.flows.audit_subject import Row, Subject
+from jaxode.flows.programs import carried
+from jaxode.ode.adjoints import DiscreteAdjoint
+from jaxode.ode.system import make_system
 
 # What is out of range. Errors of densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3
@@ -39,137 +35,6 @@ STIFFNESS = 100.0
 # Points a side of the grid for the total probability, by the number of dimensions.
 GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
 CHUNK = 2**14
-
-
-class Row(NamedTuple):
-    """The outcome of one check."""
-
-    name: str
-    value: float
-    """NaN if it could not be measured."""
-    limit: str
-    """What is in range, in words."""
-    advice: str = ""
-    """What to do; empty if the value is in range."""
-
-
-@dataclasses.dataclass
-class Subject:
-    """A flow with what it is audited on. What several checks need is computed once."""
-
-    flow: CNF
-    """It does not raise."""
-    tight: CNF
-    params: PyTree
-    x: Float[Array, "batch *event"]
-    key: PRNGKeyArray
-    context: PyTree
-
-    @cached_property
-    def failure(self) -> str:
-        """The message of the first solve that fails; empty if there is none.
-
-        `nll` solves what `to_base` solves.
-        """
-        flow = dataclasses.replace(self.flow, throw=True)
-        try:
-            z = flow.to_base(self.params, self.x, context=self.context)
-            flow.from_base(self.params, z, context=self.context)
-            flow.log_prob(self.params, self.x, key=self.key, context=self.context)
-        except SolveError as error:
-            return str(error)
-        return ""
-
-    @cached_property
-    def tight_failure(self) -> str:
-        """As `failure`, for the tight solve."""
-        try:
-            dataclasses.replace(self.tight, throw=True).log_prob(*self._tight_inputs, **self._noise)
-        except SolveError as error:
-            return str(error)
-        return ""
-
-    @property
-    def implicit(self) -> bool:
-        """Whether each step solves equations."""
-        return not is_explicit(self.flow.solve_options.get("solver", DEFAULTS["solver"]))
-
-    @property
-    def solve_finer(self) -> str:
-        """The first words of advice against errors of the solve."""
-        steps = self.flow.solve_options.get("steps")
-        return "Tighten rtol and atol" if steps is None else f"Raise steps from {steps}"
-
-    @cached_property
-    def z(self) -> Float[Array, "batch *event"]:
-        return self.flow.to_base(self.params, self.x, context=self.context)
-
-    @cached_property
-    def log_prob(self) -> Float[Array, " batch"]:
-        return self.flow.log_prob(self.params, self.x, key=self.key, context=self.context)
-
-    @cached_property
-    def loss(self):
-        """`((loss, NLLStats), gradient)`."""
-        return _loss_and_gradient(self.flow, self.params, self.x, self.key, self.context)
-
-    @property
-    def _tight_inputs(self):
-        dtype = tight_dtype(self.x)
-        return cast(self.params, dtype), self.x.astype(dtype)
-
-    @property
-    def _noise(self):
-        return {"key": self.key, "context": cast(self.context, tight_dtype(self.x))}
-
-    @cached_property
-    def tight_log_prob(self) -> Float[Array, " batch"]:
-        return self.tight.log_prob(*self._tight_inputs, **self._noise)
-
-    @cached_property
-    def tight_loss(self):
-        return _loss_and_gradient(self.tight, *self._tight_inputs, *self._noise.values())
-
-    @cached_property
-    def probes(self) -> Any:
-        """The noise of the divergence; None if it is exact."""
-        return self.flow._integrands.probes(self.key, self.x, self.params, self.context)
-
-    def judge(self, name: str, value: Any, limit: float, text: str, advice: str) -> Row:
-        """In range is what is at most the limit."""
-        value = float(value)
-        if np.isnan(value):
-            # A solve that fails has a row of its own.
-            explained = self.failure or self.tight_failure
-            advice = "" if explained else (
-                "It is not finite although the solves succeed: look for an operation of the vector "
-                "field with an infinite derivative, such as sqrt at 0, or for a backward solve "
-                "that fails."
-            )  # fmt: skip
-            return Row(name, value, text, advice)
-        return Row(name, value, text, "" if value <= limit else advice)
-
-
-def _loss_and_gradient(flow: CNF, params, x, key, context):
-    diff, rest = eqx.partition(params, eqx.is_inexact_array)
-
-    def loss(diff):
-        return flow.nll_and_stats(eqx.combine(diff, rest), x, key=key, context=context)
-
-    if isinstance(flow.solve_options.get("adjoint"), ForwardMode):
-        return loss(diff), jax.jacfwd(lambda diff: loss(diff)[0])(diff)
-    return jax.value_and_grad(loss, has_aux=True)(diff)
-
-
-def cast(tree: PyTree, dtype: Any) -> PyTree:
-    """The tree with its floating arrays in this dtype."""
-    convert = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
-    return jax.tree.map(convert, tree)
-
-
-def tight_dtype(x: Array) -> Any:
-    """Double precision where it is enabled."""
-    return jnp.float64 if jax.config.read("jax_enable_x64") else x.dtype
 
 
 def _solves(s: Subject) -> Row:
@@ -229,7 +94,7 @@ def _gradient(s: Subject) -> Row:
     norm = lambda leaves: math.sqrt(sum(float(jnp.sum(leaf * leaf)) for leaf in leaves))
     difference = norm([a.astype(b.dtype) - b for a, b in zip(own, tight, strict=True)])
     value = difference / norm(tight) if difference else 0.0
-    adjoint = s.flow.solve_options.get("adjoint", DEFAULTS["adjoint"])
+    adjoint = s.flow.solve_options.adjoint
     exact = isinstance(adjoint, DiscreteAdjoint)
     return s.judge(
         "gradient error", value, GRADIENT, f"at most {GRADIENT:g} of its norm",
@@ -327,9 +192,9 @@ def _evaluations(s: Subject) -> Row | None:
 
 def _steps(s: Subject) -> Row | None:
     """How much of `max_steps` is used; the most of all rows."""
-    if s.flow.solve_options.get("steps") is not None:
+    if s.flow.solve_options.steps is not None:
         return None
-    max_steps = s.flow.solve_options.get("max_steps", DEFAULTS["max_steps"])
+    max_steps = s.flow.solve_options.max_steps
     value = float(jnp.max(s.loss[0][1].stats.num_steps)) / max_steps
     return s.judge(
         "part of max_steps used", value, STEPS_USED, f"at most {STEPS_USED:g}",
@@ -358,16 +223,19 @@ def _stiffness(s: Subject) -> Row | None:
         return None  # Its steps are not bound by stability.
     flow, start, end = s.flow, s.flow.t1, s.flow.t0
     times = jnp.linspace(start, end, 9, dtype=s.x.dtype)
-    options = {**flow.solve_options, "ts": times}
-    solution = solve_batch(
-        "audit", flow._integrands.field, s.x, start, end, s.params, s.context, options,
-        flow.step_control,
-        False,
-    )  # fmt: skip
+    field, options = s.integrands.field, flow.solve_options
+    span, batch = (start, end), flow.step_control
+    solution = carried(
+        make_system(
+            "audit", field, s.x, span, s.params, options, ts=times, rows=s.context, batch=batch
+        ),
+        None,
+        None,
+    )
     v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
 
     def of_sample(t, z, context):
-        return _spectral_radius(lambda z: flow._integrands.field(t, z, s.params, context), z, v)
+        return _spectral_radius(lambda z: field(t, z, s.params, context), z, v)
 
     over_batch = jax.vmap(of_sample, (None, 0, 0))
     radius = jax.vmap(over_batch, (0, 0, None))(times, solution.ys, s.context)

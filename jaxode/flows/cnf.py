@@ -5,52 +5,50 @@ trajectory `d/dt log p(z(t)) = -div f`, so
 
     log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
 
-This file chooses in which direction of time each method solves, and this sign. The costs of the
-training loss have theirs in `jaxode/flows/objective.py` and `jaxode/flows/quadrature.py`.
+This file chooses in which direction of time each method solves, and this sign. The training loss is
+in `jaxode/flows/objective.py`.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367;
 Ghosh et al. (2020), arXiv:2006.10711 ("STEER").
 """
 
-import math
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode.distributions import BaseDensity, as_base, log_prob_of
+from jaxode._jax.closure import recognizable
+from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
+from jaxode.flows import programs
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.objective import Solve, objective
-from jaxode.flows.quadrature import random_phases
-from jaxode.ode.adjoints import DiscreteAdjoint
-from jaxode.ode.loop.tableau import is_explicit
-from jaxode.ode.results import NLLStats, Result, Solution, nan_or_raise, raise_on_failure
-from jaxode.ode.solve import DEFAULTS, VectorField, check_options, solve_batch
-from jaxode.ode.validation import (
-    Time,
+from jaxode.flows.objective import NLLStats
+from jaxode.flows.validation import (
     check_context,
     check_count,
+    check_key,
     check_samples,
     check_steer,
-    check_step_control,
-    check_time,
     check_weights,
-    state_dtype,
 )
+from jaxode.ode.adjoints import DiscreteAdjoint
+from jaxode.ode.options import SolveOptions
+from jaxode.ode.results import nan_or_raise, raise_on_failure
+from jaxode.ode.solve import VectorField, check_implicit
+from jaxode.ode.system import System, make_system
+from jaxode.ode.validation import Time, check_time, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
-# Folded into the key for the end time: the index of no sample.
-END_TIME = 2**32 - 2
+Direction = Literal["to base", "to data"]
 
 
-@dataclass(frozen=True, eq=False)
-class CNF:
+class CNF(eqx.Module):
     """A continuous normalizing flow, made by `jaxode.cnf`. All methods are pure functions.
+
+    It is an Equinox module: a pytree of the arrays in its parts, equal to a flow of equal parts.
 
     Shapes: `x` and `z` are `[batch, *event]`, log-densities are `[batch]` in nats. `params` is
     passed to the vector field as `args`; with a `context`, whose leaves are `[batch, ...]`, the
@@ -60,24 +58,15 @@ class CNF:
 
     f: VectorField
     base: BaseDensity
-    t0: float
-    t1: float
+    t0: Time
+    t1: Time
     divergence: Divergence
-    step_control: Literal["joint", "per_sample"]
-    quadrature: Literal["gauss", "stochastic"]
     regularizers: tuple[Regularizer, ...]
-    steer: float
-    throw: bool | None
-    solve_options: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def _integrands(self) -> Integrands:
-        # One object, by which compiled programs are found again.
-        axis_name = self.solve_options.get("axis_name")
-        return Integrands(self.f, self.divergence, self.regularizers, axis_name)
-
-    def _samples(self, where: str, name: str, x: Any) -> Float[Array, "batch *event"]:
-        return check_samples(where, name, x, tuple(self.base.event_shape))
+    solve_options: SolveOptions
+    step_control: Literal["joint", "per_sample"] = eqx.field(static=True)
+    quadrature: Literal["gauss", "stochastic"] = eqx.field(static=True)
+    steer: float = eqx.field(static=True)
+    throw: bool | None = eqx.field(static=True)
 
     def log_prob(
         self,
@@ -95,11 +84,7 @@ class CNF:
             ValueError: if the shapes do not fit, or if `key` is missing.
             SolveError: at run time, if the solve fails.
         """
-        x = self._samples("log_prob", "x", x)
-        zero = jnp.zeros(x.shape[:1], x.dtype)
-        field = self._integrands.volume
-        z, log_det = self._to_base("log_prob", params, x, zero, key, context, field).y1
-        return log_prob_of(self.base, z) + log_det
+        return self._solve(programs.log_prob, "log_prob", x, params, key, context)
 
     def log_prob_and_error(
         self,
@@ -117,30 +102,9 @@ class CNF:
         Raises:
             ValueError: as `log_prob`, and if the divergence has one probe, or no `standard_error`.
         """
-        where = "log_prob_and_error"
-        x = self._samples(where, "x", x)
-        context = check_context(where, context, x.shape[0])
-        _check_key(where, key, optional=True)
-        probes = self._integrands.probes(key, x, params, context)
-        if probes is None:
-            log_prob = self.log_prob(params, x, context=context)
-            return log_prob, jnp.zeros_like(log_prob)
-        chosen = self._integrands.chosen_divergence(x, params, context)
-        standard_error = chosen.standard_error
-        if standard_error is None or probes.shape[1] < 2:
-            raise ValueError(
-                f"{where}: needs a divergence with at least two probes and a standard_error; got "
-                f"probes of shape {probes.shape[1:]} from {chosen.name}. "
-                "Pass divergence=jaxode.divergence.hutchinson(probes=8) to cnf."
-            )
-        state = (x, jnp.zeros(probes.shape[:2], x.dtype))
-        rows = (probes, context)
-        z, log_dets = self._solve(
-            where, self._integrands.volume_of_each_probe, state, self.t1, self.t0, params, rows
-        ).y1
-        size = math.prod(x.shape[1:])
-        error = jax.vmap(lambda estimates: standard_error(estimates, size))(log_dets)
-        return log_prob_of(self.base, z) + jnp.mean(log_dets, axis=1), error
+        return self._solve(
+            programs.log_prob_and_error, "log_prob_and_error", x, params, key, context
+        )
 
     def nll(
         self,
@@ -192,75 +156,19 @@ class CNF:
         The statistics have no gradient.
         """
         where = "nll"
-        x = self._samples(where, "x", x)
-        context = check_context(where, context, x.shape[0])
-        weights = check_weights(where, weights, x, self.solve_options.get("axis_name"))
-        _check_key(where, key, optional=True)
-        end = self._random_end(key, x)
-        if self._fused:
-            return self._fused_nll(params, x, end, key, context, weights)
-        zeros = jnp.zeros((x.shape[0], 1 + len(self.regularizers)), x.dtype)
-        field = self._integrands.field_and_costs
-        solution = self._to_base(where, params, x, zeros, key, context, field, end)
-        z, costs = solution.y1
-        log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(self.t0 - self.t1)
-        log_prob = log_prob_of(self.base, z) + log_det
-        loss = jnp.sum(weights * (self._penalty(running) - log_prob).astype(weights.dtype))
-        aux = NLLStats(log_prob, log_det, solution.stats, solution.result, self._named(running))
-        return loss, jax.lax.stop_gradient(aux)
-
-    def _penalty(self, running: Float[Array, "batch regularizers"]) -> Float[Array, " batch"]:
-        weights = [regularizer.weight for regularizer in self.regularizers]
-        return running @ jnp.asarray(weights, running.dtype)
-
-    def _named(self, running: Float[Array, "batch regularizers"]) -> dict[str, Array]:
-        return {r.name: running[:, i] for i, r in enumerate(self.regularizers)}
-
-    @property
-    def _fused(self) -> bool:
-        """Whether the loss can have its value and gradient in one sweep over recorded steps."""
-        options = {**DEFAULTS, **self.solve_options}
-        return isinstance(options["adjoint"], DiscreteAdjoint) and is_explicit(options["solver"])
-
-    def _fused_nll(self, params, x, end, key, context, weights):
-        where = "nll"
-        integrands, phase = self._integrands, None
-        if self.quadrature == "stochastic":
-            phase = random_phases(key, x, integrands.axis_name)
-        solve = Solve(
-            integrands.field, x, self.t1, end, params, context, self.step_control,
-            self.solve_options,
-        )  # fmt: skip
-        probes = integrands.probes(key, x, params, context, of_costs=True)
-        coefficients = tuple(regularizer.weight for regularizer in self.regularizers)
-        costs = integrands.field_and_costs
-        out = objective(where, solve, costs, probes, self.base, weights, coefficients, phase)
-        loss, result = out.loss, out.result
-        throw = self.throw if self.throw is not None else not isinstance(result, jax.core.Tracer)
-        if throw:
-            nan = nan_or_raise(result, out.t_reached, where)
-            loss = jnp.where(
-                (result == Result.SUCCESS).all(), loss, jnp.sum(nan).astype(loss.dtype)
-            )
-        stats = out.stats
-        if self.step_control == "joint":
-            stats, result = jax.tree.map(lambda leaf: leaf[0], (stats, result))
-        running = self._named(out.running)
-        return loss, NLLStats(out.log_prob, out.log_det, stats, result, running)
-
-    def _random_end(self, key, x) -> Time:
-        """Where the solve of the training loss ends: `t0`, or a time around it, one for all."""
-        if self.steer == 0:
-            return self.t0
-        if key is None:
-            raise ValueError(
-                f"nll: steer={self.steer!r} needs random numbers; got key=None. "
-                "Pass key=jax.random.key(...)."
-            )
-        # Drawn in float32 whatever the samples are, so that it is a function of the key alone.
-        key, dtype = jax.random.fold_in(key, END_TIME), state_dtype(x)
-        uniform = jax.random.uniform(key, (), jnp.float32, -1.0, 1.0).astype(dtype)
-        return jnp.asarray(self.t0, dtype) + self.steer * uniform
+        system = self._system(where, x, params, context, "to base").raising(bool(self.throw))
+        check_weights(where, weights, system.y0.shape[0])
+        key = check_key(where, key, optional=True)
+        loss, stats, t_reached = programs.nll(
+            system, self._parts, key, weights, self.quadrature, self.steer
+        )
+        concrete = not isinstance(stats.result, jax.core.Tracer)
+        if concrete if self.throw is None else self.throw:
+            nan = nan_or_raise(stats.result, t_reached, where)
+            if not concrete:
+                failed = jnp.any(stats.result != 0)
+                loss = jnp.where(failed, jnp.sum(nan).astype(loss.dtype), loss)
+        return loss, stats
 
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
@@ -271,7 +179,7 @@ class CNF:
             TypeError, ValueError: if `x` is not a floating array, or the shapes do not fit.
             SolveError: at run time, if the solve fails.
         """
-        return self._carry("to_base", "x", params, x, self.t1, self.t0, context)
+        return self._solve(programs.carried, "to_base", x, params, None, context)
 
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
@@ -281,7 +189,7 @@ class CNF:
         Raises:
             TypeError, ValueError, SolveError: as `to_base`.
         """
-        return self._carry("from_base", "z", params, z, self.t0, self.t1, context)
+        return self._solve(programs.carried, "from_base", z, params, None, context, "to data")
 
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -292,9 +200,8 @@ class CNF:
             ValueError: if `n` is not a number of samples, or the context has other rows.
             SolveError: at run time, if the solve fails.
         """
-        where = "sample"
-        z = self.base.sample(_check_key(where, key), (check_count(where, n),))
-        return self._carry(where, "z", params, z, self.t0, self.t1, context)
+        z = self.base.sample(check_key("sample", key), (check_count("sample", n),))
+        return self._solve(programs.carried, "sample", z, params, None, context, "to data")
 
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -307,60 +214,36 @@ class CNF:
             ValueError, SolveError: as `sample`.
         """
         where = "sample_and_log_prob"
-        base_key, probe_key = jax.random.split(_check_key(where, key))
+        base_key, probe_key = jax.random.split(check_key(where, key))
         z = self.base.sample(base_key, (check_count(where, n),))
-        context = check_context(where, context, z.shape[0])
-        rows = (self._integrands.probes(probe_key, z, params, context), context)
-        state = (z, log_prob_of(self.base, z))
-        return self._solve(where, self._density_field, state, self.t0, self.t1, params, rows).y1
+        return self._solve(programs.sampled, where, z, params, probe_key, context, "to data")
 
-    def _to_base(self, where: str, params, x, zero, key, context, field, end=None) -> Solution:
-        """Solve from data to base, at `t0` or `end`, together with integrals that start at zero.
+    @property
+    def _parts(self) -> tuple[Integrands, BaseDensity]:
+        """What is integrated and the base density, as arguments of a compiled program."""
+        return recognizable((Integrands(self.f, self.divergence, self.regularizers), self.base))
 
-        The divergence has the integral `-integral over [t0, t1] of div f`: the log-determinant.
-        """
+    def _system(
+        self, where: str, x: Any, params: PyTree, context: PyTree, direction: Direction
+    ) -> System:
+        """The samples at the time where they are known, to be carried to the other end."""
+        name, span = "x", (self.t1, self.t0)
+        if direction == "to data":
+            name, span = "z", (self.t0, self.t1)
+        x = check_samples(where, name, x, tuple(self.base.event_shape))
         context = check_context(where, context, x.shape[0])
-        _check_key(where, key, optional=True)
-        probes = self._integrands.probes(key, x, params, context, of_costs=where == "nll")
-        rows = (probes, context)
-        end = self.t0 if end is None else end
-        return self._solve(where, field, (x, zero), self.t1, end, params, rows)
+        field = Integrands(self.f, self.divergence).field
+        options, batch = self.solve_options, self.step_control
+        return make_system(where, field, x, span, params, options, rows=context, batch=batch)
 
-    def _carry(self, where, name, params, z, start, end, context) -> Float[Array, "batch *event"]:
-        z = self._samples(where, name, z)
-        rows = check_context(where, context, z.shape[0])
-        return self._solve(where, self._integrands.field, z, start, end, params, rows).y1
-
-    def _solve(self, where: str, field, state, start, end, params, rows) -> Solution:
-        loss = where == "nll"
-        throw = not loss if self.throw is None else self.throw
-        solution = solve_batch(
-            where, field, state, start, end, params, rows, self.solve_options, self.step_control,
-            throw,
-        )  # fmt: skip
-        # Outside of a transformation the loss can raise at no cost.
-        if loss and self.throw is None and not isinstance(solution.result, jax.core.Tracer):
-            solution = raise_on_failure(solution, where)
-        return solution
-
-    def _density_field(self, t, state, params, row):
-        """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
-        dz, div = self._integrands.volume(t, state, params, row)
-        return dz, -div
-
-
-def _check_key(where: str, key: Any, optional: bool = False) -> Any:
-    """The key, if it is one: typed, or of the older kind, an array of uint32."""
-    dtype = getattr(key, "dtype", None)
-    is_key = dtype is not None and (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
-    )
-    if not is_key and not (key is None and optional):
-        raise TypeError(
-            f"{where}(key=...): must be a key of jax.random; got {type(key).__name__}. "
-            "Pass jax.random.key(0)."
-        )
-    return key
+    def _solve(
+        self, compute, where: str, x, params, key, context, direction: Direction = "to base"
+    ) -> Any:
+        """What the compiled function `compute(system, parts, key)` gives as the end state."""
+        throw = self.throw is None or self.throw
+        system = self._system(where, x, params, context, direction).raising(throw)
+        solution = compute(system, self._parts, check_key(where, key, optional=True))
+        return (raise_on_failure(solution, where) if throw else solution).y1
 
 
 def cnf(
@@ -412,7 +295,6 @@ def cnf(
     Raises:
         TypeError, ValueError: for an unknown option, or an argument that is not what it should be.
     """
-    check_options("cnf", solve_options, without=("ts",))
     if not callable(f):
         raise TypeError(f"cnf(f=...): must be a function f(t, z, params); got {f!r}.")
     if not isinstance(divergence, Divergence):
@@ -421,27 +303,33 @@ def cnf(
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your "
             "own, jaxode.divergence.Divergence(init, apply)."
         )
+    options = SolveOptions.make("cnf", solve_options)
     check_time("cnf", "t0", t0)
     check_time("cnf", "t1", t1)
-    check_step_control("cnf", step_control)
-    if quadrature not in ("gauss", "stochastic"):
+    one_of("cnf", "step_control", step_control, ("joint", "per_sample"))
+    one_of("cnf", "quadrature", quadrature, ("gauss", "stochastic"))
+    check_implicit("cnf", options, "step_control", step_control)
+    if step_control == "per_sample" and options.axis_name is not None:
         raise ValueError(
-            f"cnf(quadrature=...): must be 'gauss' or 'stochastic'; got {quadrature!r}."
+            f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
+            "devices; with step_control='per_sample' each sample has its own. Leave it out."
         )
-    regularizers = check_regularizers("cnf", regularizers)
-    flow = CNF(
-        f, as_base(base), t0, t1, divergence, step_control, quadrature, regularizers,
-        check_steer(steer, t0, t1), throw, solve_options,
-    )  # fmt: skip
-    if step_control == "per_sample" and solve_options.get("axis_name") is not None:
-        raise ValueError(
-            f"cnf(axis_name={solve_options['axis_name']!r}): joins the steps of a batch that is "
-            "split over devices; with step_control='per_sample' each sample has its own. Leave it "
-            "out."
-        )
-    if quadrature == "stochastic" and not flow._fused:
+    fused = isinstance(options.adjoint, DiscreteAdjoint) and options.tableau is not None
+    if quadrature == "stochastic" and not fused:
         raise ValueError(
             "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "
             "Runge-Kutta solver. Use quadrature='gauss'."
         )
-    return flow
+    return CNF(
+        f=f,
+        base=as_base(base),
+        t0=t0,
+        t1=t1,
+        divergence=divergence,
+        regularizers=check_regularizers("cnf", regularizers),
+        solve_options=options,
+        step_control=step_control,
+        quadrature=quadrature,
+        steer=check_steer(steer, t0, t1),
+        throw=throw,
+    )

@@ -3,28 +3,29 @@
 All functions are those of one sample and of increasing time; `cnf` chooses the direction.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._jax.sharding import row_numbers
+from jaxode._jax.sharding import AxisName
 from jaxode.divergence import Divergence, FieldAt
+from jaxode.flows.noise import of_each_row
 from jaxode.ode.solve import VectorField
 from jaxode.regularizers import Regularizer
 
 
-@dataclass(frozen=True, eq=False)
-class Integrands:
-    """Functions `(t, state, params, row)` of one sample, where `row` is `(probe, context)`."""
+class Integrands(eqx.Module):
+    """Functions `(t, state, params, row)` of one sample, where `row` is `(probe, context)`.
+
+    Equal to its like, so that compiled programs are found again.
+    """
 
     f: VectorField
     divergence: Divergence
-    regularizers: tuple[Regularizer, ...]
-    axis_name: str | None = None
-    """Of the devices that a batch is split over."""
+    regularizers: tuple[Regularizer, ...] = ()
 
     def at(self, t: Float[Array, ""], params: PyTree, context: PyTree) -> FieldAt:
         """The vector field at one time."""
@@ -38,6 +39,11 @@ class Integrands:
         """Derivative of `(z, integral of div f)`."""
         probe, context = row
         return self.divergence.apply(self.at(t, params, context), state[0], probe)
+
+    def density(self, t, state, params, row):
+        """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
+        dz, div = self.volume(t, state, params, row)
+        return dz, -div
 
     def volume_of_each_probe(self, t, state, params, row):
         """Derivative of `(z, integrals of the estimates of div f)`, on one linearization."""
@@ -71,6 +77,7 @@ class Integrands:
         x: Float[Array, "batch *event"],
         params,
         context,
+        axis_name: AxisName | None,
         *,
         of_costs: bool = False,
     ) -> Array | None:
@@ -80,10 +87,7 @@ class Integrands:
         """
         norm = of_costs and self._needs_norm
         divergence = self.chosen_divergence(x, params, context, norm=norm)
-        if key is None:
-            return jax.vmap(lambda x: divergence.init(None, x))(x)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, self.axis_name))
-        return jax.vmap(divergence.init)(keys, x)
+        return of_each_row(divergence.init, key, x, axis_name)
 
     @property
     def _needs_norm(self) -> bool:

@@ -1,127 +1,162 @@
-"""The training objective of a flow: its value and its gradient in one sweep.
+"""The training loss of a flow: the mean negative log-likelihood of a batch, and running costs.
 
-Solving forward carries the samples alone. Going back over the recorded steps, the costs that are
-integrated along the trajectory (the divergence first) are evaluated at the nodes of a quadrature on
-the solver's dense output, and pulled back to the step at once. So the forward solve does not pay
-for the divergence, and the value costs nothing beside the gradient.
+Fused, its value and its gradient come from one sweep. Solving forward carries the samples alone.
+Going back over the recorded steps, the costs that are integrated along the trajectory (the
+divergence first) are evaluated at the nodes of a quadrature on the solver's dense output, and
+pulled back to the step at once. So the forward solve does not pay for the divergence, and the value
+costs nothing beside the gradient.
+
+Other gradient methods and implicit solvers solve the augmented ODE, samples and costs together.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode._jax.closure import ClosedField, close_field
+from jaxode._jax.closure import ClosedField, close_field, recognized
+from jaxode._jax.primitives import reverse_only
 from jaxode._jax.sharding import fori_loop, vary_alike, while_loop
 from jaxode.distributions import BaseDensity, log_prob_of
+from jaxode.flows.integrands import Integrands
 from jaxode.flows.quadrature import Nodes, shares_stages
+from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.adjoints.discrete import per_step_gradient
-from jaxode.ode.adjoints.replay import interval, nan_unless, once_only, replay, run
+from jaxode.ode.adjoints.replay import interval, nan_unless, once_only, replay
 from jaxode.ode.adjoints.sweep import Step, Sweep
-from jaxode.ode.loop.integrate import Tape
+from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.method import Method
-from jaxode.ode.results import Result, Stats
-from jaxode.ode.solve import DEFAULTS, pose
-from jaxode.ode.validation import Time
+from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.solve import run
+from jaxode.ode.system import System, pose
+
+
+class NLLStats(NamedTuple):
+    """What `nll_and_stats` reports beside the loss."""
+
+    log_prob: Float[Array, " batch"]
+    """Log-density of each sample, in nats."""
+    log_det: Float[Array, " batch"]
+    """The part of it that is the change of volume: `log_prob - log p_base(z(t0))`."""
+    stats: Stats
+    """Work of the forward solve."""
+    result: Int[Array, "*rows"]
+    """`Result` code of the forward solve."""
+    running: dict[str, Float[Array, " batch"]]
+    """The integral of each regularizer's cost along each sample's trajectory, by name."""
+
+
+class Objective(NamedTuple):
+    """The loss of a batch, and what it is made of."""
+
+    system: System
+    """What carries the samples `y0 [batch, *event]` to the base density; its rows are the
+    context."""
+    integrands: Integrands
+    base: BaseDensity
+    probes: PyTree
+    """The noise of the divergence, a row a sample."""
+    phase: Float[Array, " batch"] | None
+    """Uniform random numbers for one random node a step and sample; None for Gauss nodes."""
+    weights: Float[Array, " batch"]
+    """Of the samples in the mean; they sum to one."""
+
+    def coefficients(self, dtype) -> Float[Array, " costs-1"]:
+        """Of the running costs after the divergence."""
+        return jnp.asarray([r.weight for r in self.integrands.regularizers], dtype)
+
+
+def is_fused(system: System) -> bool:
+    """Whether value and gradient come from one sweep over recorded steps."""
+    return isinstance(system.adjoint, DiscreteAdjoint) and system.implicit is None
+
+
+def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"]]:
+    """The loss, its statistics, and the time that the solve reached.
+
+    Differentiable is the loss alone.
+    """
+    objective = recognized(objective)
+    way = _fused if is_fused(objective.system) else _augmented
+    loss, rest = way(objective)
+    log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
+    names = [regularizer.name for regularizer in objective.integrands.regularizers]
+    by_name = {name: running[:, i] for i, name in enumerate(names)}
+    return loss, NLLStats(log_prob, log_det, stats, result, by_name), t_reached
+
+
+def _augmented(objective: Objective):
+    """By one solve of the samples together with the integrals of their costs."""
+    system, integrands = objective.system, objective.integrands
+    x = system.y0
+    zeros = jnp.zeros((x.shape[0], 1 + len(integrands.regularizers)), x.dtype)
+    solution = run(
+        system._replace(
+            field=integrands.field_and_costs,
+            y0=(x, zeros),
+            rows=(objective.probes, system.rows),
+        )
+    )
+    z, costs = solution.y1
+    # The divergence is integrated in the direction of the solve, running costs in forward time.
+    log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
+    log_prob = log_prob_of(objective.base, z) + log_det
+    penalty = running @ objective.coefficients(running.dtype)
+    weights = objective.weights
+    loss = jnp.sum(weights * (penalty - log_prob).astype(weights.dtype))
+    rest = (log_prob, log_det, running, solution.stats, solution.result, solution.t_reached)
+    return loss, rest
 
 
 class Inputs(NamedTuple):
-    """What the objective is differentiated by."""
+    """What the fused loss is differentiated by."""
 
-    field: ClosedField
-    args: PyTree
-    """`(params, context)`."""
+    problem: Problem
+    """Of the samples: `args` are `(params, context)`, the solve starts at the time of the data."""
     costs: ClosedField
     """`(t, y, (params, (probes, context))) -> [batch, costs]`, the divergence first; with the
     vector field after them, `[batch, costs + n]`, if the quadrature has nodes at stages."""
     probes: PyTree
     base: ClosedField
     """Log-density of the base, `[batch]`."""
-    x: Float[Array, "rows n"]
-    t0: Float[Array, ""]
-    """The time of the data, where the solve starts."""
-    t1: Float[Array, ""]
     weights: Float[Array, " batch"]
-    """Of the samples in the mean; they sum to one."""
+
+    @property
+    def integrated(self):
+        """What the solve and the costs depend on."""
+        problem = self.problem
+        return problem.field, problem.args, self.costs, self.probes
 
 
 class Settings(eqx.Module):
-    """How to compute the objective."""
+    """How to compute the fused loss."""
 
     method: Method
     checkpoints: int = eqx.field(static=True)
     coefficients: Float[Array, " costs-1"]
-    """Of the running costs after the divergence."""
     phase: Float[Array, " batch"] | None
-    """Uniform random numbers for one random node a step and sample; None for Gauss nodes."""
 
 
-class Objective(NamedTuple):
-    """The loss, and what it is made of, for each sample."""
-
-    loss: Float[Array, ""]
-    log_prob: Float[Array, " batch"]
-    log_det: Float[Array, " batch"]
-    running: Float[Array, "batch costs-1"]
-    stats: Stats
-    result: Int[Array, " rows"]
-    t_reached: Float[Array, " rows"]
-
-
-class Solve(NamedTuple):
-    """What carries the samples to the base density, as for `solve_batch`."""
-
-    field: Callable[..., Float[Array, " *event"]]
-    x: Float[Array, "batch *event"]
-    t0: Time
-    """The time of the data, where the solve starts."""
-    t1: Time
-    params: PyTree
-    context: PyTree
-    step_control: Literal["joint", "per_sample"]
-    options: dict[str, Any]
-
-
-def objective(
-    where: str,
-    solve: Solve,
-    field_and_costs: Callable[..., tuple[Float[Array, " *event"], Float[Array, " costs"]]],
-    probes: PyTree,
-    base: BaseDensity,
-    weights: Float[Array, " batch"],
-    coefficients: tuple[float, ...],
-    phase: Float[Array, " batch"] | None,
-) -> Objective:
-    """The mean negative log-likelihood and running costs of a batch.
-
-    Differentiable is the loss alone. `field_and_costs(t, (z, None), params, (probe, context))` is
-    the vector field of one sample, and its costs: the divergence, and one running cost for each of
-    the `coefficients`.
-    """
-    solve, probes, weights, phase = vary_alike((solve, probes, weights, phase))
-    field, x, t0, t1, params, context, step_control, options = solve
-    options = {**DEFAULTS, **options}
-    joint = step_control == "joint"
-    start = x[None] if joint else x
-    problem, ravel = pose(
-        where, field, start, t0, t1, params, context, step_control, options, False
-    )
+def _fused(objective: Objective):
+    objective = vary_alike(objective)
+    system, x = objective.system, objective.system.y0
+    problem, method, ravel = pose(system)
+    joint, phase = system.batch == "joint", objective.phase
     per_row = not joint or phase is not None
+    with_field = shares_stages(method.tableau, phase)
 
     def rows(y):
         return y.reshape(x.shape).astype(x.dtype)
 
-    with_field = shares_stages(problem.method.tableau, phase)
-
     def costs_of_rows(t, y, args):
         def one(t, z, params, row):
-            dz, costs = field_and_costs(t, (z, None), params, row)
+            dz, costs = objective.integrands.field_and_costs(t, (z, None), params, row)
             parts = [costs, dz.reshape(-1).astype(costs.dtype)]
             return jnp.concatenate(parts) if with_field else costs
 
@@ -132,36 +167,25 @@ def objective(
     y0 = problem.y0
     like = y0.reshape(x.shape[0], math.prod(x.shape[1:])) if per_row else y0
     times = lambda y: jnp.broadcast_to(problem.t0, y.shape[:1])
-    closed_costs, (_, (probes, _)) = close_field(
-        costs_of_rows, (field_and_costs, per_row), times(like), like, (params, (probes, context))
-    )
+    shared = (system.shared, (objective.probes, system.rows))
+    costs, (_, (probes, _)) = close_field(costs_of_rows, times(like), like, shared)
     # The samples may be of lower precision than the solve, and their density with them.
-    log_prob = lambda t, y, args: log_prob_of(base, rows(y)).astype(ravel.dtype)
-    closed_base, _ = close_field(log_prob, base, times(y0), y0, ())
-    inputs = Inputs(
-        problem.field, problem.args, closed_costs, probes, closed_base, y0, problem.t0, problem.t1,
-        weights.astype(ravel.dtype),
-    )  # fmt: skip
-    settings = Settings(
-        problem.method, options["adjoint"].checkpoints,
-        jnp.asarray(coefficients, ravel.dtype), phase,
-    )  # fmt: skip
-    try:
-        loss, rest = _jitted(inputs, settings)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            f"{where}(adjoint=...): {type(options['adjoint']).__name__} has reverse-mode "
-            "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd) of the "
-            "loss itself. Pass adjoint=jaxode.ForwardMode() to cnf."
-        ) from error
-    return Objective(loss, *jax.lax.stop_gradient(rest))
-
-
-@eqx.filter_jit
-def _jitted(inputs: Inputs, settings: Settings):
-    return _objective(inputs, settings)
+    log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
+    base, _ = close_field(log_prob, times(y0), y0, ())
+    inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
+    coefficients = objective.coefficients(ravel.dtype)
+    settings = Settings(method, system.adjoint.checkpoints, coefficients, phase)
+    inputs = reverse_only(
+        inputs,
+        f"{system.label.text}(adjoint=...): {type(system.adjoint).__name__} has reverse-mode "
+        "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd) of the "
+        "loss itself. Pass adjoint=jaxode.ForwardMode() to cnf.",
+    )
+    loss, rest = _loss(inputs, settings)
+    if joint:
+        *of_samples, stats, result, t_reached = rest
+        rest = (*of_samples, *jax.tree.map(lambda leaf: leaf[0], (stats, result, t_reached)))
+    return loss, rest
 
 
 def _nodes(params, rest, inputs: Inputs, settings: Settings) -> Nodes:
@@ -171,85 +195,97 @@ def _nodes(params, rest, inputs: Inputs, settings: Settings) -> Nodes:
         _, (shared, context), costs, probes = eqx.combine(params, rest)
         return costs(t, y, (shared, (probes, context)))
 
-    of_costs = jnp.concatenate([-jnp.ones(1, inputs.x.dtype), settings.coefficients])
+    of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
     return Nodes(apply, params, settings.method.tableau, settings.phase, bars)
 
 
 @eqx.filter_custom_vjp
-def _objective(inputs: Inputs, settings: Settings):
-    integration, tape = _solve(inputs, settings)
-    everything = (inputs.field, inputs.args, inputs.costs, inputs.probes)
-    params, rest = eqx.partition(everything, eqx.is_array)
-    nodes = _nodes(params, rest, inputs, settings)
+def _loss(inputs: Inputs, settings: Settings):
+    integration, tape = integrate(inputs.problem, settings.method, settings.checkpoints)
+    nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings)
     integrals = _integrals(nodes, inputs, settings, tape)
     return _assemble(inputs, settings, integration, integrals)
 
 
-@_objective.def_fwd
-def _forward(perturbed, inputs: Inputs, settings: Settings):
-    for closed in ("field", "costs", "base"):
-        getattr(inputs, closed).check_closed_over(getattr(perturbed, closed), inputs.x)
-    integration, tape = _solve(inputs, settings)
-    everything = (inputs.field, inputs.args, inputs.costs, inputs.probes)
-    wanted = (perturbed.field, perturbed.args, perturbed.costs, perturbed.probes)
-    params, rest = eqx.partition(everything, wanted)
+@_loss.def_fwd
+def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
+    problem, wanted = inputs.problem, perturbed.problem
+    for closed, wants in (
+        (problem.field, wanted.field),
+        (inputs.costs, perturbed.costs),
+        (inputs.base, perturbed.base),
+    ):
+        closed.check_closed_over(wants, problem.y0)
+    integration, tape = integrate(problem, settings.method, settings.checkpoints)
+    params, rest = eqx.partition(inputs.integrated, perturbed.integrated)
     nodes = _nodes(params, rest, inputs, settings)
-    timed = perturbed.t0 or perturbed.t1
+    timed = bool(wanted.t0 or wanted.t1)
 
     def apply(params, t, y):
         field, args, *_ = eqx.combine(params, rest)
         return field(t, y, args)
 
-    base_params, base_rest = eqx.partition(inputs.base, perturbed.base)
-
-    def base(base_params, z):
-        base = eqx.combine(base_params, base_rest)
-        return base(jnp.broadcast_to(inputs.t1, z.shape[:1]), z, ())
-
-    _, base_vjp = jax.vjp(base, base_params, integration.y1)
-    base_bar, z_bar = base_vjp(-inputs.weights)
-    per_step = per_step_gradient(params, inputs.field)
+    base_bar, z_bar = _pull_base(perturbed, inputs, integration)
     sweep = Sweep(
-        apply, params, settings.method.tableau, tape, inputs.t0, inputs.t1, timed, per_step,
-        nodes.inside(timed), nodes.shared,
-    )  # fmt: skip
+        apply=apply,
+        params=params,
+        tableau=settings.method.tableau,
+        tape=tape,
+        t0=problem.t0,
+        t1=problem.t1,
+        timed=timed,
+        per_step=per_step_gradient(params, problem.field),
+        inside=nodes.inside(timed),
+        inside_pulls_last=nodes.shared,
+    )
     zeros = jax.tree.map(jnp.zeros_like, params)
     swept = sweep.run(z_bar, zeros, (nodes.zero(), _no_step(tape)))
     integrals, _ = swept.inside
     out = _assemble(inputs, settings, integration, integrals)
-    by_span = nodes.by_span(integrals, inputs.t1 - inputs.t0)
+    by_span = nodes.by_span(integrals, problem.t1 - problem.t0)
     _, (log_prob, _, running, *_) = out
-    weights_bar = running @ settings.coefficients - log_prob
     field_bar, args_bar, costs_bar, probes_bar = swept.params
+    t0_bar, t1_bar = swept.t0 - by_span, swept.t1 + by_span
     bars = Inputs(
-        field_bar, args_bar, costs_bar, probes_bar, base_bar, swept.y, swept.t0 - by_span,
-        swept.t1 + by_span, weights_bar,
-    )  # fmt: skip
+        problem=Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None),
+        costs=costs_bar,
+        probes=probes_bar,
+        base=base_bar,
+        weights=running @ settings.coefficients - log_prob,
+    )
     # A failed solve has no gradient: NaN, not a plausible number.
-    valid = jnp.prod(nan_unless(integration.result == Result.SUCCESS, inputs.x.dtype))
+    valid = jnp.prod(nan_unless(integration.result == Result.SUCCESS, problem.y0.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
     return out, eqx.filter(bars, perturbed)
 
 
-@_objective.def_bwd
-def _backward(bars, out, perturbed, inputs, settings):
+@_loss.def_bwd
+def _loss_backward(bars, out, perturbed, inputs, settings):
     del perturbed, inputs, settings
     loss_bar, _ = out
     scaled = jax.tree.map(lambda bar: bar * loss_bar.astype(bar.dtype), bars)
     return once_only("nll", scaled)
 
 
-def _solve(inputs: Inputs, settings: Settings):
-    """The samples carried to the base density, and the tape of the steps."""
-    solve = (inputs.field, inputs.args, inputs.x, inputs.t0, inputs.t1, None)
-    return run(solve, settings.method, settings.checkpoints)
+def _pull_base(perturbed: Inputs, inputs: Inputs, integration: Integration):
+    """The cotangents of the base density, and of the state at its time."""
+    params, rest = eqx.partition(inputs.base, perturbed.base)
+
+    def base(params, z):
+        return _log_prob(eqx.combine(params, rest), inputs, z)
+
+    _, pull = jax.vjp(base, params, integration.y1)
+    return pull(-inputs.weights)
 
 
-def _assemble(inputs: Inputs, settings: Settings, integration, integrals):
-    t1 = jnp.broadcast_to(inputs.t1, integration.y1.shape[:1])
+def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "rows n"]):
+    return base(jnp.broadcast_to(inputs.problem.t1, z.shape[:1]), z, ())
+
+
+def _assemble(inputs: Inputs, settings: Settings, integration: Integration, integrals):
     log_det, running = integrals[:, 0], integrals[:, 1:]
-    log_prob = inputs.base(t1, integration.y1, ()) + log_det
+    log_prob = _log_prob(inputs.base, inputs, integration.y1) + log_det
     valid = nan_unless(integration.result == Result.SUCCESS, log_prob.dtype)
     log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
     loss = jnp.sum(inputs.weights * (running @ settings.coefficients - log_prob))
@@ -264,11 +300,10 @@ def _no_step(tape: Tape) -> Float[Array, " rows"]:
 
 def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
     """The integrals along the recorded steps, in the order in which the sweep adds them."""
-    tableau = settings.method.tableau
+    tableau, field = settings.method.tableau, inputs.problem.slope
 
     def step(carry):
         stop, integrals, after, checkpoints = carry
-        field = lambda t, y: inputs.field(t, y, inputs.args)
         y, k, checkpoints = replay(field, tableau, tableau.stages, tape.times, checkpoints, stop)
         t, h = interval(tape.times, jnp.maximum(stop - 1, 0))
         recorded = Step(t, jnp.where(stop == 0, 0.0, h), y, k)

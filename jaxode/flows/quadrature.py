@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
-from jaxode._jax.sharding import fori_loop, row_numbers
+from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.sweep import Step
 from jaxode.ode.loop.tableau import Tableau
 
@@ -36,19 +36,6 @@ def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
     legendre = np.polynomial.Legendre.basis(count)
     nodes = np.concatenate([[-1.0], legendre.deriv().roots(), [1.0]])
     return (nodes + 1) / 2, 1 / (count * (count + 1) * legendre(nodes) ** 2)
-
-
-def random_phases(
-    key: PRNGKeyArray | None, x: Float[Array, "batch *event"], axis_name: str | None
-) -> Float[Array, " batch"]:
-    """Uniform random numbers for the random nodes, one a sample, from the key and its index."""
-    if key is None:
-        raise ValueError(
-            "nll: quadrature='stochastic' needs random numbers; got key=None. "
-            "Pass key=jax.random.key(...)."
-        )
-    one = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), 1))
-    return jax.vmap(one)(row_numbers(x, key, axis_name))
 
 
 def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> bool:

@@ -4,17 +4,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
-from jaxode.ode.loop.tableau import is_explicit
-from jaxode.ode.results import Solution, Stats
-from jaxode.ode.solve import DEFAULTS, Problem, Unconditional, VectorField, pose, solve
-from jaxode.ode.validation import Time
+from jaxode.ode.loop.outcome import Stats
+from jaxode.ode.options import SolveOptions
+from jaxode.ode.results import Solution
+from jaxode.ode.solve import Unconditional, VectorField, solve_field
+from jaxode.ode.system import System, make_system, pose
+from jaxode.ode.validation import Time, check_state
 
 
 def backward_stats(
@@ -26,6 +27,7 @@ def backward_stats(
     *,
     adjoint: BacksolveAdjoint | InterpolatingAdjoint,
     loss: Callable[[Solution], Float[Array, ""]] | None = None,
+    ts: Float[Array, " times"] | None = None,
     **solve_options: Any,
 ) -> Stats:
     """The work of the backward solve behind a gradient, for debugging and for choosing tolerances.
@@ -38,7 +40,7 @@ def backward_stats(
         adjoint: a gradient method with a backward solve.
         loss: the function of the `Solution` whose gradient is meant; by default the sum of its end
             state. The adjoint solve starts from its gradient, which the step sizes depend on.
-        **solve_options: as for `solve`.
+        ts, **solve_options: as for `solve`.
 
     Returns:
         `Stats` of the adjoint solve. `num_evals` counts evaluations of its right-hand side, each a
@@ -55,33 +57,30 @@ def backward_stats(
             f"{where}(adjoint=...): must have a backward solve; got {adjoint!r}. Use "
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."
         )
-    options = {**DEFAULTS, "adjoint": adjoint, **solve_options}
-    solver = options["solver"]
-    if isinstance(solver, diffrax.AbstractSolver) and not is_explicit(solver):
+    options = SolveOptions.make(where, {**solve_options, "adjoint": adjoint})
+    if options.tableau is None:
         raise ValueError(
             f"{where}(solver=...): must be an explicit Runge-Kutta solver; got "
-            f"{type(solver).__name__}, whose backward solve runs in diffrax. Use diffrax.Tsit5()."
+            f"{type(options.solver).__name__}, which runs in diffrax. Use diffrax.Tsit5()."
         )
-    solution = solve(f, y0, t0, t1, args, **options)
-    states = solution.y1, solution.ys
+    y0 = check_state(where, "y0", y0)
+    solution = solve_field(where, f, y0, (t0, t1), args, options, ts=ts, throw=True)
 
     def total(states):
         y1, ys = states
         if loss is None:
             return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(y1))
-        replaced = dataclasses.replace(solution, y1=y1, ys=ys)
-        return loss(replaced)
+        return loss(dataclasses.replace(solution, y1=y1, ys=ys))
 
-    y1_bar, ys_bar = jax.grad(total)(states)
-    one_row = lambda y: jax.tree.map(lambda x: jnp.asarray(x)[None], y)
-    problem, ravel = pose(
-        where, Unconditional(f), one_row(y0), t0, t1, args, None, None, options, False
-    )
-    ys_bar = None if ys_bar is None else jax.vmap(lambda y: ravel(one_row(y)))(ys_bar)
-    stats = _backward_stats(adjoint, problem, ravel(one_row(y1_bar)), ys_bar)
-    return jax.tree.map(lambda x: x[0], stats)
+    bars = jax.grad(total)((solution.y1, solution.ys))
+    system = make_system(where, Unconditional(f), y0, (t0, t1), args, options, ts=ts)
+    return _backward_stats(system, *bars)
 
 
 @eqx.filter_jit
-def _backward_stats(adjoint, problem: Problem, y1_bar, ys_bar) -> Stats:
-    return adjoint.backward_stats(*problem, y1_bar, ys_bar)
+def _backward_stats(system: System, y1_bar: PyTree, ys_bar: PyTree) -> Stats:
+    problem, method, ravel = pose(system)
+    row = lambda y: ravel(jax.tree.map(lambda x: jnp.asarray(x)[None], y))
+    ys_bar = None if ys_bar is None else jax.vmap(row)(ys_bar)
+    stats = system.adjoint.backward_stats(problem, method, row(y1_bar), ys_bar)
+    return jax.tree.map(lambda x: x[0], stats)

@@ -1,65 +1,50 @@
 """Solvers that are not explicit Runge-Kutta methods, such as implicit ones: solved by diffrax."""
 
-import dataclasses
 from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.internal import nondifferentiable, nondifferentiable_backward
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
-from jaxode.ode.adjoints.continuous import with_tolerances
+from jaxode._jax.primitives import first_derivatives_only, nondifferentiable_backward
+from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
 from jaxode.ode.loop.integrate import Integration, valid_arguments
 from jaxode.ode.loop.method import Method
-from jaxode.ode.results import Result, Stats, nan_or_raise
+from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.problem import Problem
+
+FIRST_ONLY = (
+    "DiscreteAdjoint: with an implicit solver, the gradient of a solve cannot be differentiated. "
+    "Use adjoint=jaxode.ForwardMode() for forward over forward, or an explicit solver."
+)
 
 
 class DiffraxSolve(eqx.Module):
-    """A gradient method of jaxode for a solver of diffrax, by the like method of diffrax.
+    """Runs a diffrax solver with the diffrax adjoint that matches the jaxode one.
 
-    `DiscreteAdjoint` is diffrax's recursive checkpointing, with as many checkpoints. With
-    `BacksolveAdjoint` the cotangents of the parameters are part of the backward solve's state, and
-    so of its error norm and its implicit equations. It has error control whatever the forward solve
-    has, because diffrax cannot take equal steps over several segments. As with explicit solvers, it
-    is of no use for stiff decay, which explodes backwards in time. `ForwardMode` is what its name
-    says.
+    `DiscreteAdjoint` is diffrax's recursive checkpointing, with as many checkpoints. `ForwardMode`
+    is what its name says.
 
-    Differentiation: with respect to everything but `method`; first derivatives only, but for
-    `ForwardMode` over itself. Derivatives by times are those of the ODE with `BacksolveAdjoint` and
-    over an empty span, where diffrax has none, otherwise those of the computed solution.
+    Differentiation: with respect to everything but `method`; first derivatives only, except
+    `ForwardMode` over itself. Derivatives by times are those of the computed solution; over an
+    empty span, where diffrax has none, those of the ODE.
     """
 
     solver: diffrax.AbstractSolver
-    adjoint: Any = eqx.field(static=True)
+    adjoint: DiscreteAdjoint | ForwardMode = eqx.field(static=True)
 
-    def integrate(
-        self,
-        field,
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
-        method: Method,
-    ) -> Integration:
-        """Solve `dy/dt = field(t, y, args)` on one row."""
-        if method.axis_name is not None:
-            raise ValueError(
-                f"{method.raises or 'solve'}(axis_name=...): needs an explicit Runge-Kutta solver, "
-                f"such as diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit "
-                "equations couple the whole state, so do not split it, or use such a solver."
-            )
-        inputs = (field, args, y0, t0, t1, ts)
-        valid = valid_arguments(method, t0, t1, ts)
+    def integrate(self, problem: Problem, method: Method) -> Integration:
+        """Solve the problem on one row."""
+        y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
+        valid = valid_arguments(problem, method)
         # An empty span in place of times that diffrax would raise for.
         t0, t1, ts = jax.tree.map(lambda t: jnp.where(valid, t, 0.0), (t0, t1, ts))
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
-        ode = _Field(field, args)
-        moves = (t0 == t1) | isinstance(self.adjoint, BacksolveAdjoint)
+        ode = _Field(problem.field, problem.args)
+        moves = t0 == t1
         y = _along(y0[0], t0, ode, jnp.where(moves, -1.0, 0.0))
         solution = self._solve(ode, y, t0, t1, ts, method)
         states = solution.ys
@@ -68,11 +53,11 @@ class DiffraxSolve(eqx.Module):
         states = _along(states, times, ode, jnp.where(moves, 1.0, 0.0))
         result, reached = _result(ode, solution, states, t0, t1, method)
         result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
-        reached = jnp.where(valid, reached, inputs[3])
+        reached = jnp.where(valid, reached, problem.t0)
         failed = result != Result.SUCCESS
         # Not by a product: a NaN cotangent would raise in the linear solves of the backward pass.
         states = jnp.where(failed, jnp.nan, states)
-        states = _nan_tangents(states, failed, inputs)
+        states = _nan_tangents(states, failed, problem)
         count = solution.stats
         stats = Stats(
             count["num_steps"][None],
@@ -90,10 +75,7 @@ class DiffraxSolve(eqx.Module):
     def _solve(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
         """By diffrax; the end is the last of the saved states."""
         if not isinstance(self.adjoint, ForwardMode):
-            name = type(self.adjoint).__name__
-            ode, y0, t0, t1, ts = _first_derivatives_only((ode, y0, t0, t1, ts), name)
-        if isinstance(self.adjoint, BacksolveAdjoint):
-            t0, t1, ts = jax.lax.stop_gradient((t0, t1, ts))
+            ode, y0, t0, t1, ts = first_derivatives_only((ode, y0, t0, t1, ts), FIRST_ONLY)
         first_step = method.first_step
         if first_step is not None:
             first_step = first_step * jnp.sign(t1 - t0)
@@ -109,25 +91,16 @@ class DiffraxSolve(eqx.Module):
             args=ode,
             saveat=diffrax.SaveAt(ts=ts, t1=True),
             stepsize_controller=_controller(method),
-            adjoint=self._adjoint(method, jnp.sign(t1 - t0)),
+            adjoint=self._adjoint,
             max_steps=method.tape_length + (method.steps is not None),
             throw=False,
         )
 
-    def _adjoint(self, method: Method, sign: Float[Array, ""]) -> diffrax.AbstractAdjoint:
+    @property
+    def _adjoint(self) -> diffrax.AbstractAdjoint:
         if isinstance(self.adjoint, DiscreteAdjoint):
             return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.adjoint.checkpoints)
-        if isinstance(self.adjoint, ForwardMode):
-            return diffrax.ForwardMode()
-        method = with_tolerances(method, self.adjoint.rtol, self.adjoint.atol)
-        controller = _controller(dataclasses.replace(method, steps=None))
-        return _Backsolve(
-            sign,
-            method.raises,
-            solver=self.solver,
-            stepsize_controller=controller,
-            max_steps=method.max_steps,
-        )
+        return diffrax.ForwardMode()
 
 
 class _Field(eqx.Module):
@@ -163,33 +136,6 @@ def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
     given = diffrax.PIDController(rtol=method.rtol, atol=method.atol)
     fields = lambda of: [getattr(of, name) for name in names]
     return eqx.tree_at(lambda s: fields(s.root_finder), solver, fields(given))
-
-
-class _Backsolve(diffrax.BacksolveAdjoint):
-    """diffrax's method, but a backward solve that fails raises or gives NaN, never a number."""
-
-    sign: Float[Array, ""]
-    raises: str | None = eqx.field(static=True)
-
-    def __init__(self, sign, raises, **options):
-        super().__init__(**options)
-        self.sign = sign
-        self.raises = raises
-
-    @property
-    def _diffeqsolve(self):
-        def solve(**options):
-            solution: Any = diffrax.diffeqsolve(**options)
-            result = _code(solution.result)
-            # diffrax solves forward in time, and gives the adjoint the negative of time if need be.
-            reached = solution.ts[-1] * self.sign
-            nan = jnp.full_like(reached, jnp.nan)
-            if self.raises is not None:
-                nan = nan_or_raise(result, reached, f"{self.raises} (backward solve)")
-            guard = lambda y: jnp.where(result == Result.SUCCESS, y, nan.astype(y.dtype))
-            return eqx.tree_at(lambda s: s.ys, solution, jax.tree.map(guard, solution.ys))
-
-        return solve
 
 
 @eqx.filter_custom_jvp
@@ -230,35 +176,6 @@ def _nan_tangents_jvp(primals, tangents):
     # Not one product with NaN or zero: it would be NaN for an infinite tangent.
     nan = jnp.where(failed, total, 0.0) * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
     return _nan_tangents(*primals), _nan_tangents(states_dot + nan, failed, inputs)
-
-
-def _first_derivatives_only(inputs: PyTree, name: str) -> PyTree:
-    """The inputs of a solve, with an error if its gradient is differentiated."""
-    arrays, rest = eqx.partition(inputs, eqx.is_inexact_array)
-    return eqx.combine(_once(arrays, name), rest)
-
-
-@eqx.filter_custom_vjp
-def _once(arrays, name):
-    del name
-    return arrays
-
-
-@_once.def_fwd
-def _once_forward(perturbed, arrays, name):
-    del perturbed
-    # This runs for a gradient, so a tangent that it sees is that of a second derivative.
-    message = (
-        f"{name}: with an implicit solver, the gradient of a solve cannot be differentiated. Use "
-        "adjoint=jaxode.ForwardMode() for forward over forward, or an explicit solver."
-    )
-    return nondifferentiable(arrays, msg=message), None
-
-
-@_once.def_bwd
-def _once_backward(residuals, out, perturbed, arrays, name):
-    del residuals, perturbed, arrays, name
-    return out
 
 
 def _code(result: diffrax.RESULTS) -> Int[Array, ""]:

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.ode.adjoints import BacksolveAdjoint
-from jaxode.ode.solve import solve_system
-from jaxode.ode.validation import is_known
+from jaxode.ode.options import SolveOptions
+from jaxode.ode.solve import solve_field
+from jaxode.ode.validation import check_state, is_known
 
 _NO_LIMIT = 2**31 - 1
 
@@ -72,9 +72,15 @@ def odeint(
     steps = int(min(mxstep * max(t.shape[0] - 1, 1), _NO_LIMIT))
     if steps < 1:
         raise ValueError(f"odeint(mxstep=...): must allow at least one step; got {mxstep}.")
-    options = {
-        "ts": t, "solver": diffrax.Tsit5(), "rtol": rtol, "atol": atol, "max_steps": steps,
-        "adjoint": BacksolveAdjoint(), "max_step": None if hmax == jnp.inf else hmax,
-    }  # fmt: skip
-    solution = solve_system("odeint", _TimeFirst(func), y0, t[0], t[-1], args, options, throw=False)
-    return solution.ys
+    options = SolveOptions.make(
+        "odeint",
+        {
+            "rtol": rtol,
+            "atol": atol,
+            "max_steps": steps,
+            "adjoint": BacksolveAdjoint(),
+            "max_step": None if hmax == jnp.inf else hmax,
+        },
+    )
+    f, y0 = _TimeFirst(func), check_state("odeint", "y0", y0)
+    return solve_field("odeint", f, y0, (t[0], t[-1]), args, options, ts=t, throw=False).ys

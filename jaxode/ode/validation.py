@@ -3,18 +3,83 @@
 import operator
 from typing import Any
 
-import diffrax
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, PyTree, Real
 
 from jaxode._jax.sharding import AxisName, axes_of
-from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.tableau import tableau_of
 
 Time = float | Real[Array, ""]
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value, or each of several, is known at trace time."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def as_array(value: Any, dtype: jnp.dtype) -> Any:
+    """The number as an argument of a compiled program; NumPy makes one of Python's at no cost."""
+    return (np if isinstance(value, int | float) else jnp).asarray(value, dtype)
+
+
+def integer(
+    where: str,
+    name: str,
+    value: Any,
+    least: int = 1,
+    rule: str = "a positive integer",
+    cure: str = "",
+) -> int:
+    """The value as an `int` of at least `least`; NumPy's integers are such, too."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{where}({name}=...): must be {rule}; got {value!r}.{cure}")
+    return number
+
+
+def non_negative(where: str, name: str, value: Any, rule: str) -> float:
+    """The value, a Python number that is finite and at least zero."""
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf"):
+        raise ValueError(f"{where}({name}=...): must be {rule}; got {value!r}.")
+    return float(value)
+
+
+def one_of(where: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless the value is one of the choices."""
+    if not any(value is choice or value == choice for choice in choices):
+        *some, last = map(repr, choices)
+        raise ValueError(
+            f"{where}({name}=...): must be {', '.join(some)} or {last}; got {value!r}."
+        )
+
+
+def real_scalar(where: str, name: str, value: Any, rule: str, least: float | None = None) -> None:
+    """Raise unless it is a real scalar, and, as far as it is known, finite and `least` or more.
+
+    Without `least` it must be positive.
+    """
+    if isinstance(value, float):  # Most are, and need not become an array for it.
+        number = value
+    else:
+        kind = numeric_dtype(value)
+        if kind is None or not jnp.issubdtype(kind, jnp.number):
+            raise TypeError(f"{where}({name}=...): must be a real number; got {value!r}.")
+        if jnp.issubdtype(kind, jnp.complexfloating):
+            raise TypeError(f"{where}({name}=...): must be a real number; got a complex number.")
+        if jnp.shape(value) != ():
+            shape = jnp.shape(value)
+            raise ValueError(f"{where}({name}=...): must be a scalar; got shape {shape}.")
+        if not is_known(value):
+            return
+        number = float(value)
+    if not ((number > 0 if least is None else number >= least) and number < np.inf):
+        raise ValueError(f"{where}({name}=...): must be {rule}; got {value}.")
 
 
 def state_dtype(y0: PyTree) -> jnp.dtype:
@@ -51,40 +116,9 @@ def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
     if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             f"{where}({name}=...): leaves must share a leading batch axis; got shapes {shapes}. "
-            "Use solve for a single system."
+            "Use solve without batch for a single system."
         )
     return z
-
-
-def check_samples(
-    where: str, name: str, x: Any, event: tuple[int, ...]
-) -> Float[Array, "batch *event"]:
-    """The samples of a density as an array."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(f"{where}({name}=...): must be an array; got {type(x).__name__}.")
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{where}({name}=...): must have a floating dtype; got {dtype}. Integer-valued "
-            "data has no density: dequantize it and convert with .astype(jnp.float32)."
-        )
-    if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
-        raise ValueError(
-            f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
-            f"got {jnp.shape(x)}."
-        )
-    return jnp.asarray(x)
-
-
-def check_context(where: str, context: PyTree, batch: int) -> PyTree:
-    """The context, which has one row for each sample."""
-    for leaf in jax.tree.leaves(context):
-        if jnp.shape(leaf)[:1] != (batch,):
-            raise ValueError(
-                f"{where}(context=...): leaves must have a leading axis of {batch}, one row a "
-                f"sample; got shape {jnp.shape(leaf)}."
-            )
-    return context
 
 
 def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> None:
@@ -97,58 +131,6 @@ def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> N
             f"be the same on all; got times that vary over {differ}. With steer=, pass a key that "
             "all devices share."
         )
-
-
-def check_step_control(where: str, step_control: Any) -> None:
-    """Raise unless it is one of the two."""
-    if step_control not in ("joint", "per_sample"):
-        raise ValueError(
-            f"{where}(step_control=...): must be 'joint' or 'per_sample'; got {step_control!r}."
-        )
-
-
-def check_weights(
-    where: str, weights: Any, x: Float[Array, "batch *event"], axis_name: AxisName | None
-) -> Float[Array, " batch"]:
-    """Weights of the samples in a mean; they sum to one, on average over devices along `axis_name`.
-
-    They are equal by default.
-    """
-    batch = x.shape[0]
-    if weights is None:
-        return jnp.full(batch, 1 / max(batch, 1), state_dtype(x))
-    if jnp.shape(weights) != (batch,):
-        raise ValueError(
-            f"{where}(weights=...): must have one weight a sample, shape {(batch,)}; "
-            f"got {jnp.shape(weights)}."
-        )
-    weights = jnp.asarray(weights, state_dtype(x))
-    total = jnp.sum(weights)
-    return weights / (total if axis_name is None else jax.lax.pmean(total, axis_name))
-
-
-def check_count(where: str, n: Any) -> int:
-    """A number of samples."""
-    try:
-        count = operator.index(n)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"{where}(n=...): must be a number of samples; got {n!r}.")
-    return count
-
-
-def check_steer(steer: Any, t0: Time, t1: Time) -> float:
-    """How far a random end time may be from `t0`, without reaching `t1`."""
-    number = isinstance(steer, int | float | np.number) and not isinstance(steer, bool)
-    if not number or not 0 <= steer < np.inf:
-        raise ValueError(f"cnf(steer=...): must be finite and at least 0; got {steer!r}.")
-    if is_known(t0) and is_known(t1) and steer > 0 and not steer < abs(float(t1) - float(t0)):
-        raise ValueError(
-            f"cnf(steer=...): must be less than the span |t1 - t0| = {abs(float(t1) - float(t0))}; "
-            f"got {steer!r}. A tenth of the span is a start."
-        )
-    return float(steer)
 
 
 def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
@@ -182,7 +164,9 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
 
 def check_time(where: str, name: str, value: Any) -> None:
     """Raise unless the value is a time, and finite as far as it is known at trace time."""
-    kind = _numeric_dtype(value)
+    if isinstance(value, float) and np.isfinite(value):
+        return
+    kind = numeric_dtype(value)
     if kind is None or not jnp.issubdtype(kind, jnp.number):
         raise TypeError(f"{where}({name}=...): must be a real time; got {value!r}.")
     if jnp.issubdtype(kind, jnp.complexfloating):
@@ -199,10 +183,10 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
     """The start, the end and the output times as arrays of the dtype of the state."""
     check_time(where, "t0", t0)
     check_time(where, "t1", t1)
-    if is_known(t0) and is_known(t1):
+    if is_known((t0, t1)):
         _check_span(where, float(t0), float(t1), dtype)
     if ts is not None:
-        kind = _numeric_dtype(ts)
+        kind = numeric_dtype(ts)
         if kind is None or not (
             jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
         ):
@@ -212,12 +196,12 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
             raise ValueError(
                 f"{where}(ts=...): must be a vector of at least one time; got shape {ts.shape}."
             )
-        if all(map(is_known, (t0, t1, ts))):
+        if is_known((t0, t1, ts)):
             _check_order(where, float(t0), float(t1), np.asarray(ts))
-    return jnp.asarray(t0, dtype), jnp.asarray(t1, dtype), ts
+    return as_array(t0, dtype), as_array(t1, dtype), ts
 
 
-def _numeric_dtype(value: Any) -> Any:
+def numeric_dtype(value: Any) -> Any:
     if isinstance(value, str):
         return None  # JAX would take it for the name of a dtype
     try:
@@ -252,83 +236,3 @@ def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
             f"{where}(ts=...): times must lie between t0={t0:.6g} and t1={t1:.6g}; got {ts}. "
             "Extend the solve or drop the times outside it."
         )
-
-
-def is_known(value: Any) -> bool:
-    """Whether a value is known at trace time."""
-    return not isinstance(value, jax.core.Tracer)
-
-
-def positive_integer(where: str, name: str, value: Any) -> int:
-    """The value as an `int`; NumPy's integers are such, too."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{where}({name}=...): must be a positive integer; got {value!r}.")
-    return number
-
-
-def _scalar(where: str, name: str, value: Any, rule: str, holds, dtype: jnp.dtype) -> Array:
-    """A real scalar for which `holds`, as far as it is known at trace time."""
-    kind = _numeric_dtype(value)
-    if kind is None or not jnp.issubdtype(kind, jnp.number):
-        raise TypeError(f"{where}({name}=...): must be a real number; got {value!r}.")
-    if jnp.issubdtype(kind, jnp.complexfloating):
-        raise TypeError(f"{where}({name}=...): must be a real number; got a complex number.")
-    if jnp.shape(value) != ():
-        raise ValueError(f"{where}({name}=...): must be a scalar; got shape {jnp.shape(value)}.")
-    if is_known(value) and not holds(float(value)):
-        raise ValueError(f"{where}({name}=...): must be {rule}; got {value}.")
-    return jax.lax.stop_gradient(jnp.asarray(value, dtype))
-
-
-def make_method(where: str, f: Any, y0: PyTree, options: dict[str, Any], throw: bool) -> Method:
-    """The solver and its settings, checked."""
-    dtype = state_dtype(y0)
-    if not callable(f):
-        raise TypeError(f"{where}(f=...): must be a function f(t, y, args); got {f!r}.")
-    solver, steps, first_step = options["solver"], options["steps"], options["first_step"]
-    adjoint = options["adjoint"]
-    if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
-        raise TypeError(
-            f"{where}(adjoint=...): must be a gradient method such as jaxode.DiscreteAdjoint(); "
-            f"got {adjoint!r}."
-        )
-    if not isinstance(solver, diffrax.AbstractSolver):
-        raise TypeError(
-            f"{where}(solver=...): must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
-            f"got {solver!r}."
-        )
-    tableau = tableau_of(solver)
-    if tableau is not None and tableau.b_error is None and steps is None:
-        raise ValueError(
-            f"{where}(solver=...): {tableau.name} has no error estimate; got steps=None. "
-            "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
-        )
-    positive = lambda value: 0 < value < np.inf
-    tolerance = lambda value: 0 <= value < np.inf
-    rule = "a finite tolerance of at least 0"
-    rtol = _scalar(where, "rtol", options["rtol"], rule, tolerance, dtype)
-    atol = _scalar(where, "atol", options["atol"], rule, tolerance, dtype)
-    if is_known(rtol) and is_known(atol) and float(rtol) == float(atol) == 0:
-        given = f"rtol={float(options['rtol']):g}, atol={float(options['atol']):g}"
-        lost = "" if given == "rtol=0, atol=0" else f" in {dtype}, in which the state is solved"
-        raise ValueError(f"{where}({given}): at least one tolerance must be positive{lost}.")
-    max_step = options["max_step"]
-    if max_step is not None:
-        max_step = _scalar(where, "max_step", max_step, "positive", positive, dtype)
-    if first_step is not None:
-        first_step = _scalar(where, "first_step", first_step, "positive", positive, dtype)
-    return Method(
-        tableau=tableau,
-        rtol=rtol,
-        atol=atol,
-        first_step=first_step,
-        steps=None if steps is None else positive_integer(where, "steps", steps),
-        max_steps=positive_integer(where, "max_steps", options["max_steps"]),
-        axis_name=options["axis_name"],
-        max_step=max_step,
-        raises=where if throw else None,
-    )

@@ -1,6 +1,5 @@
 """The adjoint ODE with the state recomputed backwards: memory of one state."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
@@ -16,14 +15,15 @@ from jaxode.ode.adjoints.continuous import (
     Segment,
     adjoint_product,
     check_tolerances,
-    finish,
+    cotangents,
     solve_segment,
     with_tolerances,
 )
-from jaxode.ode.adjoints.replay import run, split
-from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.adjoints.replay import filled
+from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
-from jaxode.ode.results import Result, Stats
+from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -55,70 +55,61 @@ class BacksolveAdjoint:
     def __post_init__(self) -> None:
         check_tolerances("BacksolveAdjoint", self.rtol, self.atol)
 
-    def integrate(
-        self,
-        field: Callable[..., Float[Array, "rows n"]],
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
-        method: Method,
-    ) -> Integration:
-        """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
-        return _integrate((field, args, y0, t0, t1, ts), method, self.rtol, self.atol)
+    def integrate(self, problem: Problem, method: Method) -> Integration:
+        """Solve the problem, differentiable in all of it."""
+        return _integrate(problem, method, self.rtol, self.atol)
 
     def backward_stats(
         self,
-        field: Callable[..., Float[Array, "rows n"]],
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
+        problem: Problem,
         method: Method,
         y1_bar: Float[Array, "rows n"],
         ys_bar: Float[Array, "times rows n"] | None,
     ) -> Stats:
         """The work of the backward solve from these cotangents of the end state and the outputs."""
-        inputs = field, args, y0, t0, t1, ts
-        inexact = jax.tree.map(eqx.is_inexact_array, inputs)
-        integration = run(inputs, method)[0]
+        inexact = jax.tree.map(eqx.is_inexact_array, problem)
+        integration, _ = integrate(problem, method)
         out = integration._replace(y1=y1_bar, ys=ys_bar)
-        segment = _run_back(integration, out, inexact, inputs, method, self.rtol, self.atol)
+        segment = _run_back(integration, out, inexact, problem, method, self.rtol, self.atol)
         return segment.stats(method.tableau)
 
 
 @eqx.filter_custom_vjp
-def _integrate(inputs, method, rtol, atol):
+def _integrate(problem: Problem, method: Method, rtol, atol) -> Integration:
     del rtol, atol
-    return run(inputs, method)[0]
+    return integrate(problem, method)[0]
 
 
 @_integrate.def_fwd
-def _forward(perturbed, inputs, method, rtol, atol):
+def _forward(perturbed, problem, method, rtol, atol):
     del perturbed
     # By the differentiable function, for the sake of second derivatives.
-    integration = _integrate(inputs, method, rtol, atol)
+    integration = _integrate(problem, method, rtol, atol)
     return integration, integration
 
 
 @_integrate.def_bwd
-def _backward(integration, out, perturbed, inputs, method, rtol, atol):
-    params, apply = split(inputs, perturbed)
-    segment = _run_back(integration, out, perturbed, inputs, method, rtol, atol)
-    y0_bar = segment.y[:, inputs[2].shape[1] :]
-    return finish(apply, params, perturbed, inputs, method, integration, out, y0_bar, segment)
+def _backward(integration, out, perturbed, problem, method, rtol, atol):
+    segment = _run_back(integration, out, perturbed, problem, method, rtol, atol)
+    y0_bar = segment.y[:, problem.y0.shape[1] :]
+    return cotangents(problem, perturbed, method, integration, out, y0_bar, segment)
 
 
-def _run_back(integration, out, perturbed, inputs, method, rtol, atol) -> Segment:
+def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segment:
     """The backward solve from the cotangents `out`."""
-    _, _, y0, t0, t1, ts = inputs
-    params, rest = eqx.partition(inputs[:2], perturbed[:2])
-    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
-    ys_bar = None if ts is None or out.ys is None else out.ys
-    failed = integration.result != Result.SUCCESS
-    end = _End(integration.y1, y1_bar, integration.ys, ys_bar, t0, t1, ts, integration.h, failed)
+    parts = (problem.field, problem.args)
+    params, rest = eqx.partition(parts, (perturbed.field, perturbed.args))
+    end = _End(
+        y1=integration.y1,
+        y1_bar=filled(out.y1, problem.y0),
+        ys=integration.ys,
+        ys_bar=None if problem.ts is None else out.ys,
+        t0=problem.t0,
+        t1=problem.t1,
+        ts=problem.ts,
+        h=integration.h,
+        failed=integration.result != Result.SUCCESS,
+    )
     return _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
 
 
@@ -212,8 +203,8 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         params, rest, end = eqx.combine(diff, fixed)
 
         def solve(state, start, to):
-            inputs = (adjoint_ode, (params, rest), state, start, to, None)
-            return _integrate(inputs, method, None, None).y1
+            back = Problem(adjoint_ode, (params, rest), state, start, to, None)
+            return _integrate(back, method, None, None).y1
 
         b = jnp.zeros_like(ravel_pytree(params)[0])
         state, time = pack(end.y1, end.y1_bar, b), end.t1
@@ -231,6 +222,5 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         return jnp.concatenate([y, a], axis=1), unravel(b)
 
     values, pull = jax.vjp(reference, diff)
-    fill = lambda value, bar: jnp.zeros_like(value) if bar is None else bar
-    cotangents = jax.tree.map(fill, values, (out.y, out.quadrature))
-    return pull(cotangents)[0]
+    bars = jax.tree.map(lambda value, bar: filled(bar, value), values, (out.y, out.quadrature))
+    return pull(bars)[0]

@@ -19,10 +19,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.replay import nan_unless
+from jaxode.ode.adjoints.replay import bars_where, filled, nan_unless, split
+from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.method import Method, judge, next_time, weighted_sum
+from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import Tableau
-from jaxode.ode.results import Result, Stats, nan_or_raise
+from jaxode.ode.results import nan_or_raise
+from jaxode.ode.validation import non_negative
 
 # (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
 AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]
@@ -85,11 +89,7 @@ def solve_segment(
 
     With equal steps, the segment takes its share of the steps that the whole `span` has.
     """
-    tableau = method.tableau
-    A, c = jnp.asarray(tableau.A, segment.y.dtype), jnp.asarray(tableau.c, segment.t.dtype)
-    b = jnp.asarray(tableau.b, segment.y.dtype)
     start, before = segment.t, segment.accepted
-    one_row = segment.t.shape[0] == 1
     steps = None
     if method.steps is not None:
         share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
@@ -104,43 +104,15 @@ def solve_segment(
         taken = state.accepted - before
         t_next, last = next_time(steps, method.max_step, state, taken, start, end)
         t_next = jnp.where(running, t_next, state.t)
-        h = t_next - state.t
-
-        def stage(i, carry):
-            k, quadrature = carry
-            k_i, integrand = evaluate(i, k, jnp.where(b[i] != 0, h * b[i], h))
-            if one_row:
-                quadrature = add_used(i, quadrature, integrand)
-            return k.at[i].set(k_i), quadrature
-
-        def evaluate(i, k, weight):
-            z = state.y + h[:, None] * weighted_sum(A[i], k)
-            return field(state.t + c[i] * h, z, weight)
-
-        def add_used(i, quadrature, integrand):
-            # A stage of weight zero was given another weight for the sake of its derivative.
-            used = b[i] != 0
-            return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
-
-        k = jax.lax.full_like(state.y, 0, shape=(tableau.stages, *state.y.shape))
-        k, quadrature = fori_loop(0, tableau.stages, stage, (k, state.quadrature))
-        y_next = state.y + h[:, None] * weighted_sum(b, k)
+        y_next, k, quadrature_where = _stages(field, method, state, t_next - state.t)
         accept, h_next, result = judge(method, state, running, t_next, last, y_next, k)
-        if one_row:
-            keep = lambda new, old: jnp.where(accept[0], new, old)
-            quadrature = jax.tree.map(keep, quadrature, state.quadrature)
-        else:
-            # Rows are summed, so what a rejected row would add must be known beforehand.
-            weight = jnp.where(accept, h, 0.0)
-            again = lambda i, q: add_used(i, q, evaluate(i, k, weight * b[i])[1])
-            quadrature = fori_loop(0, tableau.stages, again, state.quadrature)
         # A step that was cut short to reach the end says little about the next one.
         longer = jnp.abs(h_next) > jnp.abs(state.h)
         return Segment(
             t=jnp.where(accept, t_next, state.t),
             h=jnp.where(accept & last & ~longer, state.h, h_next),
             y=jnp.where(accept[:, None], y_next, state.y),
-            quadrature=quadrature,
+            quadrature=quadrature_where(accept),
             done=state.done | (accept & last),
             result=result,
             accepted=state.accepted + accept.astype(jnp.int32),
@@ -149,6 +121,43 @@ def solve_segment(
 
     segment = segment._replace(done=start == end)
     return while_loop(lambda state: active(state).any(), step, segment)
+
+
+def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array, " rows"]):
+    """The end of a step, its stages, and the quadrature as a function of who accepts the step."""
+    tableau, one_row = method.tableau, len(state.t) == 1
+    A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
+    b = jnp.asarray(tableau.b, state.y.dtype)
+
+    def evaluate(i, k, weight):
+        z = state.y + h[:, None] * weighted_sum(A[i], k)
+        return field(state.t + c[i] * h, z, weight)
+
+    def add_used(i, quadrature, integrand):
+        # A stage of weight zero was given another weight for the sake of its derivative.
+        used = b[i] != 0
+        return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
+
+    def stage(i, carry):
+        k, quadrature = carry
+        k_i, integrand = evaluate(i, k, jnp.where(b[i] != 0, h * b[i], h))
+        if one_row:
+            quadrature = add_used(i, quadrature, integrand)
+        return k.at[i].set(k_i), quadrature
+
+    k = jax.lax.full_like(state.y, 0, shape=(tableau.stages, *state.y.shape))
+    k, quadrature = fori_loop(0, tableau.stages, stage, (k, state.quadrature))
+
+    def quadrature_where(accept):
+        if one_row:
+            keep = lambda new, old: jnp.where(accept[0], new, old)
+            return jax.tree.map(keep, quadrature, state.quadrature)
+        # Rows are summed, so what a rejected row would add must be known beforehand.
+        weight = jnp.where(accept, h, 0.0)
+        again = lambda i, q: add_used(i, q, evaluate(i, k, weight * b[i])[1])
+        return fori_loop(0, tableau.stages, again, state.quadrature)
+
+    return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 
 
 def with_tolerances(method: Method, rtol, atol) -> Method:
@@ -180,39 +189,46 @@ def time_cotangents(
     return jax.lax.map(at, (times, states, cotangents))
 
 
-def finish(
-    apply, params, perturbed, inputs, method: Method, integration, out, y0_bar, segment: Segment
-):
-    """The cotangents of all inputs, NaN where the forward or the backward solve failed."""
-    _, _, y0, t0, t1, ts = inputs
+def cotangents(
+    problem: Problem,
+    perturbed: Problem,
+    method: Method,
+    integration: Integration,
+    out: Integration,
+    y0_bar: Float[Array, "rows n"],
+    segment: Segment,
+) -> Problem:
+    """Those of a problem, from the cotangents `out` of its solution and the solve back.
+
+    They are NaN where the solve forward or the solve back failed.
+    """
+    y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
+    params, apply = split(problem, perturbed)
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS)
     valid = nan_unless(ok, y0.dtype)
-    if method.raises is not None:
+    if method.raises:
         # What failed forward has raised there.
         result = jnp.where(integration.result == Result.SUCCESS, segment.result, Result.SUCCESS)
-        nan = nan_or_raise(result, segment.t, f"{method.raises} (backward solve)")
+        nan = nan_or_raise(result, segment.t, "backward solve")
         valid = jnp.where(ok, 1.0, nan.astype(y0.dtype))
-    y0_bar = y0_bar * valid[:, None]
-    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
-    # The time of the start and of each output, the state there, and its cotangent.
-    points = [
-        (t0[None], y0[None], -y0_bar[None]) if perturbed[3] else None,
-        (t1[None], integration.y1[None], y1_bar[None]) if perturbed[4] else None,
-        (ts, integration.ys, out.ys) if perturbed[5] and out.ys is not None else None,
-    ]
-    times_bar = [None if p is None else time_cotangents(apply, params, *p) for p in points]
-    t0_bar, t1_bar = (None if bar is None else bar[0] for bar in times_bar[:2])
-    ts_bar = jnp.zeros_like(ts) if perturbed[5] and out.ys is None else times_bar[2]
-    shared_bar = (*segment.quadrature, t0_bar, t1_bar, ts_bar)
-    shared_bar = jax.tree.map(lambda leaf: leaf * jnp.prod(valid).astype(leaf.dtype), shared_bar)
-    return (*shared_bar[:2], y0_bar if perturbed[2] else None, *shared_bar[2:])
+
+    def by_time(times, states, bars):
+        return time_cotangents(apply, params, times, states, bars)
+
+    t0_bar = t1_bar = ts_bar = None
+    if perturbed.t0:
+        start_bar = -(y0_bar * valid[:, None])
+        t0_bar = by_time(t0[None], y0[None], start_bar[None])[0]
+    if perturbed.t1:
+        t1_bar = by_time(t1[None], integration.y1[None], filled(out.y1, y0)[None])[0]
+    if ts is not None and perturbed.ts:
+        ts_bar = jnp.zeros_like(ts) if out.ys is None else by_time(ts, integration.ys, out.ys)
+    bars = {"y0": y0_bar if perturbed.y0 else None, "t0": t0_bar, "t1": t1_bar, "ts": ts_bar}
+    return bars_where(valid, segment.quadrature, **bars)
 
 
 def check_tolerances(where: str, rtol, atol) -> None:
     """Raise unless the tolerances of a backward solve are such, or None."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
-            raise ValueError(
-                f"{where}({name}=...): must be None or a finite tolerance of at least 0; "
-                f"got {value!r}."
-            )
+        if value is not None:
+            non_negative(where, name, value, "None or a finite tolerance of at least 0")

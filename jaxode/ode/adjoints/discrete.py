@@ -1,21 +1,28 @@
 """The exact gradient of the computed solution, in bounded memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.sharding import while_loop
-from jaxode.ode.adjoints.replay import nan_unless, once_only, output_is_inside, run, split
+from jaxode.ode.adjoints.replay import (
+    bars_where,
+    check_checkpoints,
+    filled,
+    nan_unless,
+    once_only,
+    output_is_inside,
+    split,
+)
 from jaxode.ode.adjoints.sweep import Step, Sweep
-from jaxode.ode.loop.checkpoints import check_checkpoints
-from jaxode.ode.loop.integrate import Integration, output_weights, save_times_at
+from jaxode.ode.loop.integrate import Integration, integrate, output_weights, save_times_at
 from jaxode.ode.loop.method import Method
-from jaxode.ode.results import Result
+from jaxode.ode.loop.outcome import Result
+from jaxode.ode.loop.problem import Problem
 
 # How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
 # once a step. Measured at batch 8: 0.8 of the time with 1.2 million parameters and 0.1 of the work.
@@ -48,59 +55,46 @@ class DiscreteAdjoint:
     def __post_init__(self) -> None:
         check_checkpoints("DiscreteAdjoint", self.checkpoints)
 
-    def integrate(
-        self,
-        field: Callable[..., Float[Array, "rows n"]],
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
-        method: Method,
-    ) -> Integration:
-        """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
-        return _integrate((field, args, y0, t0, t1, ts), method, self.checkpoints)
+    def integrate(self, problem: Problem, method: Method) -> Integration:
+        """Solve the problem, differentiable in all of it."""
+        return _integrate(problem, method, self.checkpoints)
 
 
 @eqx.filter_custom_vjp
-def _integrate(inputs, method, checkpoints):
+def _integrate(problem: Problem, method: Method, checkpoints: int) -> Integration:
     del checkpoints
-    return run(inputs, method)[0]
+    return integrate(problem, method)[0]
 
 
 @_integrate.def_fwd
-def _forward(perturbed, inputs, method, checkpoints):
+def _forward(perturbed, problem: Problem, method: Method, checkpoints: int):
     del perturbed
-    integration, tape = run(inputs, method, checkpoints)
+    integration, tape = integrate(problem, method, checkpoints)
     return integration, (tape, integration.result)
 
 
 @_integrate.def_bwd
-def _backward(residuals, out, perturbed, inputs, method, checkpoints):
-    del checkpoints
+def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem, method, _):
     tape, result = residuals
-    field, _, y0, t0, t1, ts = inputs
-    params, apply = split(inputs, perturbed)
-    timed = any(jax.tree.leaves(perturbed[3:]))
-    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
+    y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
+    params, apply = split(problem, perturbed)
+    timed = bool(perturbed.t0 or perturbed.t1 or perturbed.ts)
     params_bar = jax.tree.map(jnp.zeros_like, params)
     inside, carry = None, None
     if ts is not None and out.ys is not None:
         inside = _saved_outputs(method.tableau, ts, out.ys, jnp.sign(t1 - t0), timed)
         saved = jnp.full(y0.shape[0], ts.shape[0], jnp.int32)
         carry = saved, jnp.zeros_like(ts)
-    per_step = per_step_gradient(params, field)
+    per_step = per_step_gradient(params, problem.field)
     sweep = Sweep(apply, params, method.tableau, tape, t0, t1, timed, per_step, inside)
-    swept = sweep.run(y1_bar, params_bar, carry)
+    swept = sweep.run(filled(out.y1, y0), params_bar, carry)
     ts_bar = None if ts is None else jnp.zeros_like(ts) if inside is None else swept.inside[1]
+    t0_bar, t1_bar, ts_bar = (swept.t0, swept.t1, ts_bar) if timed else (None, None, None)
     # A failed solve has no gradient: NaN, not a plausible number.
     valid = nan_unless((result == Result.SUCCESS) & (tape.num_steps > 0), y0.dtype)
-    y0_bar = swept.y * valid[:, None] if perturbed[2] else None
-    times_bar = (swept.t0, swept.t1, ts_bar) if timed else (None, None, None)
-    shared_bar = (*swept.params, *times_bar)
-    shared_bar = jax.tree.map(lambda leaf: leaf * jnp.prod(valid).astype(leaf.dtype), shared_bar)
-    params_bar, times_bar = shared_bar[:2], shared_bar[2:]
-    return once_only("DiscreteAdjoint", (*params_bar, y0_bar, *times_bar))
+    y0_bar = swept.y if perturbed.y0 else None
+    bars = bars_where(valid, swept.params, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar)
+    return once_only("DiscreteAdjoint", bars)
 
 
 def per_step_gradient(params: PyTree, field: ClosedField) -> bool:

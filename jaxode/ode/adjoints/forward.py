@@ -1,13 +1,11 @@
 """Forward-mode differentiation through the solve."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from equinox.internal import nondifferentiable_backward
-from jaxtyping import Array, Float, PyTree
-
+from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.problem import Problem
 
 FORWARD_ONLY = (
     "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
@@ -24,16 +22,7 @@ class ForwardMode:
     results of the two agree to rounding. Reverse mode raises an error.
     """
 
-    def integrate(
-        self,
-        field: Callable[..., Float[Array, "rows n"]],
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
-        method: Method,
-    ) -> Integration:
-        """Solve `dy/dt = field(t, y, args)`, with a forward-mode derivative in everything."""
-        integration, _ = integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts)
+    def integrate(self, problem: Problem, method: Method) -> Integration:
+        """Solve the problem, with forward-mode derivatives in all of it."""
+        integration, _ = integrate(problem, method)
         return nondifferentiable_backward(integration, msg=FORWARD_ONLY)

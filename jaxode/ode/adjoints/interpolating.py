@@ -1,27 +1,34 @@
 """The adjoint ODE on the stored trajectory of the forward solve."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.adjoints.continuous import (
     Segment,
     adjoint_product,
     check_tolerances,
-    finish,
+    cotangents,
     solve_segment,
     with_tolerances,
 )
-from jaxode.ode.adjoints.replay import interval, once_only, output_is_inside, replay, run, split
-from jaxode.ode.loop.checkpoints import check_checkpoints
-from jaxode.ode.loop.integrate import Integration, dense_output, save_times_at
+from jaxode.ode.adjoints.replay import (
+    check_checkpoints,
+    filled,
+    interval,
+    once_only,
+    output_is_inside,
+    replay,
+    split,
+)
+from jaxode.ode.loop.integrate import Integration, dense_output, integrate, save_times_at
 from jaxode.ode.loop.method import Method
-from jaxode.ode.results import Result, Stats
+from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -50,66 +57,50 @@ class InterpolatingAdjoint:
         check_tolerances("InterpolatingAdjoint", self.rtol, self.atol)
         check_checkpoints("InterpolatingAdjoint", self.checkpoints)
 
-    def integrate(
-        self,
-        field: Callable[..., Float[Array, "rows n"]],
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
-        method: Method,
-    ) -> Integration:
-        """Solve `dy/dt = field(t, y, args)`, differentiable in everything but `method`."""
-        return _integrate((field, args, y0, t0, t1, ts), method, self)
+    def integrate(self, problem: Problem, method: Method) -> Integration:
+        """Solve the problem, differentiable in all of it."""
+        return _integrate(problem, method, self)
 
     def backward_stats(
         self,
-        field: Callable[..., Float[Array, "rows n"]],
-        args: PyTree,
-        y0: Float[Array, "rows n"],
-        t0: Float[Array, ""],
-        t1: Float[Array, ""],
-        ts: Float[Array, " times"] | None,
+        problem: Problem,
         method: Method,
         y1_bar: Float[Array, "rows n"],
         ys_bar: Float[Array, "times rows n"] | None,
     ) -> Stats:
         """The work of the backward solve from these cotangents of the end state and the outputs."""
-        inputs = field, args, y0, t0, t1, ts
-        inexact = jax.tree.map(eqx.is_inexact_array, inputs)
-        integration, tape = run(inputs, method, self.checkpoints)
+        inexact = jax.tree.map(eqx.is_inexact_array, problem)
+        integration, tape = integrate(problem, method, self.checkpoints)
         out = integration._replace(y1=y1_bar, ys=ys_bar)
-        segment = _solve_back(integration, tape, out, inexact, inputs, method, self)
+        segment = _solve_back(integration, tape, out, inexact, problem, method, self)
         return segment.stats(method.tableau)
 
 
 @eqx.filter_custom_vjp
-def _integrate(inputs, method, adjoint):
+def _integrate(problem: Problem, method: Method, adjoint: InterpolatingAdjoint) -> Integration:
     del adjoint
-    return run(inputs, method)[0]
+    return integrate(problem, method)[0]
 
 
 @_integrate.def_fwd
-def _forward(perturbed, inputs, method, adjoint):
+def _forward(perturbed, problem, method, adjoint):
     del perturbed
-    integration, tape = run(inputs, method, adjoint.checkpoints)
+    integration, tape = integrate(problem, method, adjoint.checkpoints)
     return integration, (integration, tape)
 
 
 @_integrate.def_bwd
-def _backward(residuals, out, perturbed, inputs, method, adjoint):
+def _backward(residuals, out, perturbed, problem, method, adjoint):
     integration, tape = residuals
-    params, apply = split(inputs, perturbed)
-    segment = _solve_back(integration, tape, out, perturbed, inputs, method, adjoint)
-    bars = finish(apply, params, perturbed, inputs, method, integration, out, segment.y, segment)
+    segment = _solve_back(integration, tape, out, perturbed, problem, method, adjoint)
+    bars = cotangents(problem, perturbed, method, integration, out, segment.y, segment)
     return once_only("InterpolatingAdjoint", bars)
 
 
-def _solve_back(integration, tape, out, perturbed, inputs, method, adjoint) -> Segment:
+def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> Segment:
     """The adjoint solve from the cotangents `out`."""
-    _, _, y0, t0, t1, ts = inputs
-    params, apply = split(inputs, perturbed)
+    y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
+    params, apply = split(problem, perturbed)
     tableau, sign = method.tableau, jnp.sign(t1 - t0)
     rows = jnp.arange(y0.shape[0], dtype=jnp.int32)
     method = with_tolerances(method, adjoint.rtol, adjoint.atol)
@@ -148,11 +139,10 @@ def _solve_back(integration, tape, out, perturbed, inputs, method, adjoint) -> S
         saved, segment, _ = while_loop(lambda c: c[2].any(), pieces, carry)
         return stop - 1, saved, segment, checkpoints
 
-    y1_bar = jnp.zeros_like(y0) if out.y1 is None else out.y1
     zeros = jax.tree.map(jnp.zeros_like, params)
     start = jnp.broadcast_to(t1, y0.shape[:1])
     failed = (integration.result != Result.SUCCESS) | (tape.num_steps == 0)
-    segment = Segment.start(start, -integration.h, y1_bar, zeros, failed)
+    segment = Segment.start(start, -integration.h, filled(out.y1, y0), zeros, failed)
     count = 0 if ts is None or out.ys is None else ts.shape[0]
     saved = jnp.full(rows.shape, count, jnp.int32)
     carry = (tape.num_steps, saved, segment, tape.checkpoints)

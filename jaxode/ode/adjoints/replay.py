@@ -1,32 +1,30 @@
-"""What the gradient methods share: the forward solve, its recorded steps, and its failure."""
+"""What the gradient methods share: the recorded steps of a forward solve, and its failure."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.internal import nondifferentiable_backward
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.closure import ClosedField
+from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.integrate import Field, Integration, integrate, save_times_at, stages
-from jaxode.ode.loop.method import Method, weighted_sum
+from jaxode.ode.loop.integrate import Field, save_times_at, stages
+from jaxode.ode.loop.method import weighted_sum
+from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.validation import integer
 
 
-def run(inputs, method: Method, checkpoints: int | None = None) -> tuple[Integration, Any]:
-    """The forward solve and, with a number of checkpoints, the tape of its steps."""
-    field, args, y0, t0, t1, ts = inputs
-    return integrate(lambda t, y: field(t, y, args), method, y0, t0, t1, ts, checkpoints)
-
-
-def split(inputs, perturbed):
+def split(problem: Problem, perturbed: Problem) -> tuple[PyTree, Callable[..., Array]]:
     """The differentiated leaves of `(field, args)`, and the field as a function of them."""
-    if isinstance(inputs[0], ClosedField):
-        inputs[0].check_closed_over(perturbed[0], inputs[2])
-    params, rest = eqx.partition(inputs[:2], perturbed[:2])
+    if isinstance(problem.field, ClosedField):
+        problem.field.check_closed_over(perturbed.field, problem.y0)
+    parts = (problem.field, problem.args)
+    params, rest = eqx.partition(parts, (perturbed.field, perturbed.args))
 
     def apply(params, t, y):
         field, args = eqx.combine(params, rest)
@@ -35,9 +33,26 @@ def split(inputs, perturbed):
     return params, apply
 
 
+def filled(bar: Array | None, like: Array) -> Array:
+    """The cotangent of an output; zero where JAX knows that nothing depends on it."""
+    return jnp.zeros_like(like) if bar is None else bar
+
+
 def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
     """The factor of a gradient: one, or NaN, of which the tangents are NaN as well."""
     return jnp.where(ok, 1.0, jnp.nan).astype(dtype)
+
+
+def bars_where(
+    valid: Float[Array, " rows"], params: PyTree, *, y0: Any, t0: Any, t1: Any, ts: Any
+) -> Problem:
+    """The cotangents of a problem times `valid`: that of a row its own, the shared ones all."""
+    shared = jnp.prod(valid)
+    scale = lambda tree: jax.tree.map(lambda leaf: leaf * shared.astype(leaf.dtype), tree)
+    field, args = scale(params)
+    y0 = None if y0 is None else y0 * valid[:, None]
+    t0, t1, ts = scale((t0, t1, ts))
+    return Problem(field, args, y0=y0, t0=t0, t1=t1, ts=ts)
 
 
 def output_is_inside(ts, saved, t, number, sign) -> Bool[Array, " rows"]:
@@ -99,3 +114,9 @@ def once_only(name: str, cotangents: PyTree) -> PyTree:
         "jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for reverse over reverse."
     )
     return nondifferentiable_backward(cotangents, msg=message)
+
+
+def check_checkpoints(where: str, checkpoints: int) -> None:
+    """Raise unless it is a number of checkpoints."""
+    rule = "an integer of at least 2"
+    integer(where, "checkpoints", checkpoints, least=2, rule=rule, cure=" The default is 64.")

@@ -99,12 +99,3 @@ def _first(mask: Bool[Array, " places"], otherwise: int) -> Int[Array, ""]:
     """The index of the first true entry, by a plain reduction, unlike `argmax`."""
     index = jnp.arange(mask.shape[0], dtype=jnp.int32)
     return jnp.min(jnp.where(mask, index, jnp.int32(otherwise)))
-
-
-def check_checkpoints(where: str, checkpoints: int) -> None:
-    """Raise unless it is a number of checkpoints."""
-    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 2:
-        raise ValueError(
-            f"{where}(checkpoints=...): must be an integer of at least 2; got {checkpoints!r}. "
-            "The default is 64."
-        )

@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
+from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.tableau import Tableau
-from jaxode.ode.results import Result, Stats
 
 # The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
@@ -60,6 +61,18 @@ class _State(NamedTuple):
     saved: Int[Array, " rows"]
     ys: Float[Array, "times rows n"] | None
     tape: Tape | None
+
+
+class _Step(NamedTuple):
+    """An attempted step: its end and its stages, and what became of it."""
+
+    t: Float[Array, " rows"]
+    y: Float[Array, "rows n"]
+    k: Float[Array, "stages rows n"]
+    last: Bool[Array, " rows"]
+    accept: Bool[Array, " rows"]
+    h_next: Float[Array, " rows"]
+    result: Int[Array, " rows"]
 
 
 def stages(
@@ -122,120 +135,131 @@ def save_times_at(ts: Float[Array, " times"], index: Int[Array, " rows"]) -> Flo
     return ts[jnp.clip(index, 0, ts.shape[0] - 1)]
 
 
-def _save(
-    tableau: Tableau,
-    ts: Float[Array, " times"],
-    sign: Float[Array, " rows"],
-    state: _State,
-    ys: Float[Array, "times rows n"],
-    k: Float[Array, "stages rows n"],
-    t_next: Float[Array, " rows"],
-    accept: Bool[Array, " rows"],
-    last: Bool[Array, " rows"],
-) -> tuple[Float[Array, "times rows n"], Int[Array, " rows"]]:
-    """Write the dense output at every time of `ts` that the step has reached."""
+def _save(method: Method, ts: Float[Array, " times"], sign, state: _State, step: _Step):
+    """Write the dense output at every time of `ts` that an accepted step has reached."""
     rows = jnp.arange(state.t.shape[0], dtype=jnp.int32)
-    h = t_next - state.t
+    h = step.t - state.t
 
     def pending(saved):
-        reached = last | (sign * (save_times_at(ts, saved) - t_next) <= 0)
-        return accept & (saved < ts.shape[0]) & reached
+        reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)
+        return step.accept & (saved < ts.shape[0]) & reached
 
     def write(carry):
         ys, saved = carry
         due = pending(saved)
-        value = dense_output(tableau, state.t, h, state.y, k, save_times_at(ts, saved))
+        time = save_times_at(ts, saved)
+        value = dense_output(method.tableau, state.t, h, state.y, step.k, time)
         ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
         return ys, saved + due.astype(jnp.int32)
 
-    return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, state.saved))
+    carry = (state.ys, state.saved)
+    return while_loop(lambda carry: pending(carry[1]).any(), write, carry)
 
 
 def integrate(
-    field: Field,
-    method: Method,
-    y0: Float[Array, "rows n"],
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    ts: Float[Array, " times"] | None,
-    checkpoints: int | None = None,
-) -> tuple[Integration, Tape | None]:
-    """Solve `dy/dt = field(t, y)` from `t0` to `t1`, in either direction.
+    problem: Problem, method: Method, checkpoints: int | None = None
+) -> tuple[Integration, Any]:
+    """Solve from `t0` to `t1`, in either direction.
 
-    With `checkpoints` it also returns a tape: the time of every accepted step, and at most that
+    With `checkpoints` it also returns a `Tape`: the time of every accepted step, and at most that
     many states from which the steps in between can be replayed.
     """
-    tableau, rows = method.tableau, y0.shape[0]
-    start, end = jnp.broadcast_to(t0, (rows,)), jnp.broadcast_to(t1, (rows,))
+    rows, ts = problem.y0.shape[0], problem.ts
+    start, end = (jnp.broadcast_to(t, (rows,)) for t in (problem.t0, problem.t1))
     sign = jnp.sign(end - start)
-    slope, h, first_evals = _start(field, method, start, y0, end - start)
-    tape = None
-    if checkpoints is not None:
-        times = jnp.broadcast_to(t0, (method.tape_length + 1, rows)).astype(t0.dtype)
-        zero = jnp.zeros((), jnp.int32)
-        tape = Tape(times, zero, Checkpoints.start(checkpoints, tableau.stages, y0), slope)
-    none_yet = jnp.zeros(rows, jnp.int32)
-    ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    result = jnp.where(valid_arguments(method, t0, t1, ts), Result.SUCCESS, Result.INVALID_ARGUMENT)
-    result = jnp.broadcast_to(result, (rows,)).astype(jnp.int32)
-    # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
-    done = jnp.zeros(rows, bool)
-    state = _State(start, h, y0, slope, done, result, none_yet, none_yet, none_yet, ys, tape)
+    state, first_evals = _initial(problem, method, start, end, checkpoints)
 
     def active(state):
         return ~state.done & (state.result == Result.SUCCESS)
 
-    def step(state: _State) -> _State:
-        running = active(state)
-        t_next, last = next_time(method.steps, method.max_step, state, state.accepted, start, end)
-        t_next = jnp.where(last, t_next, on_mesh(t_next, start, end))
-        t_next = jnp.where(running, t_next, state.t)
-        h = t_next - state.t
-        k = stages(field, tableau, state.t, h, state.y, state.slope, tableau.stages)
-        y_next = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, y0.dtype), k)
-        accept, h_next, result = judge(method, state, running, t_next, last, y_next, k)
-        t = jnp.where(accept, t_next, state.t)
-        y = jnp.where(accept[:, None], y_next, state.y)
-        slope = state.slope
-        if slope is not None:
-            slope = jnp.where(accept[:, None], k[-1], slope)
+    def advance(state: _State) -> _State:
+        step = _attempt(problem, method, state, active(state), start, end)
         ys, saved = state.ys, state.saved
         if ts is not None and ys is not None:
-            ys, saved = _save(tableau, ts, sign, state, ys, k, t_next, accept, last)
-        tape = None
-        if state.tape is not None:
-            # A row that waits has a step of size zero, whose stages are all at its start: not those
-            # of the attempt that failed, which may be NaN.
-            kept = k if rows == 1 else jnp.where(accept[None, :, None], k, k[:1])
-            tape = _record(state.tape, t, state.y, kept, slope, accept.any())
-        accepted = state.accepted + accept.astype(jnp.int32)
-        rejected = state.rejected + (running & ~accept).astype(jnp.int32)
-        done = state.done | (accept & last)
-        h_next = jax.lax.stop_gradient(h_next)
-        return _State(t, h_next, y, slope, done, result, accepted, rejected, saved, ys, tape)
+            ys, saved = _save(method, ts, sign, state, step)
+        return _advanced(state, step, active(state), ys, saved)
 
-    final = while_loop(lambda state: active(state).any(), step, state)
+    final = while_loop(lambda state: active(state).any(), advance, state)
     attempts = final.accepted + final.rejected
-    evals_per_step = tableau.stages - tableau.first_same_as_last
-    stats = Stats(
-        num_steps=attempts,
-        num_accepted=final.accepted,
-        num_rejected=final.rejected,
-        num_evals=first_evals + evals_per_step * attempts,
-    )
+    tableau = method.tableau
+    evals = first_evals + (tableau.stages - tableau.first_same_as_last) * attempts
+    stats = Stats(attempts, final.accepted, final.rejected, evals)
     # Over an empty span a vector field that is not finite changes nothing.
     harmless = (start == end) & (final.result == Result.NON_FINITE)
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
     ok = result == Result.SUCCESS
     # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
-    valid = jnp.where(ok, 1.0, jnp.nan).astype(y0.dtype)[:, None]
+    valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
     t_reached = jnp.where(final.done, end, final.t)
     return Integration(y1, ys, stats, result, t_reached, final.h), final.tape
 
 
-def valid_arguments(method: Method, t0, t1, ts) -> Bool[Array, ""]:
+def _initial(
+    problem: Problem, method: Method, start, end, checkpoints: int | None
+) -> tuple[_State, int]:
+    """The state of the loop at the start, and the evaluations that it took."""
+    y0, ts, rows = problem.y0, problem.ts, problem.y0.shape[0]
+    slope, h, evals = _start(problem.slope, method, start, y0, end - start)
+    tape = None
+    if checkpoints is not None:
+        times = jnp.broadcast_to(start, (method.tape_length + 1, rows))
+        kept = Checkpoints.start(checkpoints, method.tableau.stages, y0)
+        tape = Tape(times, jnp.zeros((), jnp.int32), kept, slope)
+    none_yet = jnp.zeros(rows, jnp.int32)
+    ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
+    valid = valid_arguments(problem, method)
+    result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
+    # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
+    done = jnp.zeros(rows, bool)
+    result = jnp.broadcast_to(result, (rows,))
+    return _State(start, h, y0, slope, done, result, none_yet, none_yet, none_yet, ys, tape), evals
+
+
+def _attempt(problem: Problem, method: Method, state: _State, running, start, end) -> _Step:
+    """One step of each row that is `running`, judged."""
+    tableau = method.tableau
+    t, last = next_time(method.steps, method.max_step, state, state.accepted, start, end)
+    t = jnp.where(last, t, on_mesh(t, start, end))
+    t = jnp.where(running, t, state.t)
+    h = t - state.t
+    k = stages(problem.slope, tableau, state.t, h, state.y, state.slope, tableau.stages)
+    y = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, state.y.dtype), k)
+    accept, h_next, result = judge(method, state, running, t, last, y, k)
+    return _Step(t, y, k, last, accept, jax.lax.stop_gradient(h_next), result)
+
+
+def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
+    """The state of the loop after a step: where it was accepted, at its end."""
+    accept, k = step.accept, step.k
+    t = jnp.where(accept, step.t, state.t)
+    y = jnp.where(accept[:, None], step.y, state.y)
+    slope, tape = state.slope, state.tape
+    if slope is not None:
+        slope = jnp.where(accept[:, None], k[-1], slope)
+    if tape is not None:
+        # A row that waits has a step of size zero, whose stages are all at its start: not those
+        # of the attempt that failed, which may be NaN.
+        kept = k if len(t) == 1 else jnp.where(accept[None, :, None], k, k[:1])
+        tape = _record(tape, t, state.y, kept, slope, accept.any())
+    return _State(
+        t=t,
+        h=step.h_next,
+        y=y,
+        slope=slope,
+        done=state.done | (accept & step.last),
+        result=step.result,
+        accepted=state.accepted + accept.astype(jnp.int32),
+        rejected=state.rejected + (running & ~accept).astype(jnp.int32),
+        saved=saved,
+        ys=ys,
+        tape=tape,
+    )
+
+
+def valid_arguments(problem: Problem, method: Method) -> Bool[Array, ""]:
     """The rules for values that are known only at run time."""
+    t0, t1, ts = problem.t0, problem.t1, problem.ts
     valid = jnp.isfinite(t0) & jnp.isfinite(t1) & (method.rtol >= 0) & (method.atol >= 0)
     if ts is None:
         return valid

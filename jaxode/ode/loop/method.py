@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxode._jax.sharding import AxisName
+from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.step_size import error_ratio, propose
-from jaxode.ode.results import Result
 
 # A rest of at most so many steps is divided into equal ones. Measured: benchmarks/NOTES.md.
 LAST_STEPS = 3
@@ -27,8 +27,8 @@ class Method(eqx.Module):
     max_steps: int = eqx.field(static=True)
     axis_name: AxisName | None = eqx.field(static=True)
     max_step: Float[Array, ""] | None = None
-    raises: str | None = eqx.field(static=True, default=None)
-    """The function to name in the error of a failed backward solve; None if it must not raise."""
+    raises: bool = eqx.field(static=True, default=False)
+    """Whether a backward solve that fails raises."""
 
     @property
     def tape_length(self) -> int:

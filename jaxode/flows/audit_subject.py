@@ -1,0 +1,151 @@
+"""What is audited: a flow, a tight solve of it, and what several checks need of both."""
+
+import dataclasses
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jaxode.flows.cnf import CNF
+from jaxode.flows.integrands import Integrands
+from jaxode.ode.adjoints import ForwardMode
+from jaxode.ode.results import SolveError
+
+
+class Row(NamedTuple):
+    """The outcome of one check."""
+
+    name: str
+    value: float
+    """NaN if it could not be measured."""
+    limit: str
+    """What is in range, in words."""
+    advice: str = ""
+    """What to do; empty if the value is in range."""
+
+
+@dataclasses.dataclass
+class Subject:
+    """A flow with what it is audited on. What several checks need is computed once."""
+
+    flow: CNF
+    """It does not raise."""
+    tight: CNF
+    params: PyTree
+    x: Float[Array, "batch *event"]
+    key: PRNGKeyArray
+    context: PyTree
+
+    @cached_property
+    def failure(self) -> str:
+        """The message of the first solve that fails; empty if there is none.
+
+        `nll` solves what `to_base` solves.
+        """
+        flow = dataclasses.replace(self.flow, throw=True)
+        try:
+            z = flow.to_base(self.params, self.x, context=self.context)
+            flow.from_base(self.params, z, context=self.context)
+            flow.log_prob(self.params, self.x, key=self.key, context=self.context)
+        except SolveError as error:
+            return str(error)
+        return ""
+
+    @cached_property
+    def tight_failure(self) -> str:
+        """As `failure`, for the tight solve."""
+        try:
+            dataclasses.replace(self.tight, throw=True).log_prob(*self._tight_inputs, **self._noise)
+        except SolveError as error:
+            return str(error)
+        return ""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether each step solves equations."""
+        return self.flow.solve_options.tableau is None
+
+    @property
+    def solve_finer(self) -> str:
+        """The first words of advice against errors of the solve."""
+        steps = self.flow.solve_options.steps
+        return "Tighten rtol and atol" if steps is None else f"Raise steps from {steps}"
+
+    @cached_property
+    def z(self) -> Float[Array, "batch *event"]:
+        return self.flow.to_base(self.params, self.x, context=self.context)
+
+    @cached_property
+    def log_prob(self) -> Float[Array, " batch"]:
+        return self.flow.log_prob(self.params, self.x, key=self.key, context=self.context)
+
+    @cached_property
+    def loss(self):
+        """`((loss, NLLStats), gradient)`."""
+        return _loss_and_gradient(self.flow, self.params, self.x, self.key, self.context)
+
+    @property
+    def _tight_inputs(self):
+        dtype = tight_dtype(self.x)
+        return cast(self.params, dtype), self.x.astype(dtype)
+
+    @property
+    def _noise(self):
+        return {"key": self.key, "context": cast(self.context, tight_dtype(self.x))}
+
+    @cached_property
+    def tight_log_prob(self) -> Float[Array, " batch"]:
+        return self.tight.log_prob(*self._tight_inputs, **self._noise)
+
+    @cached_property
+    def tight_loss(self):
+        return _loss_and_gradient(self.tight, *self._tight_inputs, *self._noise.values())
+
+    @cached_property
+    def probes(self) -> Any:
+        """The noise of the divergence; None if it is exact."""
+        return self.integrands.probes(self.key, self.x, self.params, self.context, None)
+
+    @property
+    def integrands(self) -> Integrands:
+        return Integrands(self.flow.f, self.flow.divergence)
+
+    def judge(self, name: str, value: Any, limit: float, text: str, advice: str) -> Row:
+        """In range is what is at most the limit."""
+        value = float(value)
+        if np.isnan(value):
+            # A solve that fails has a row of its own.
+            explained = self.failure or self.tight_failure
+            advice = "" if explained else (
+                "It is not finite although the solves succeed: look for an operation of the vector "
+                "field with an infinite derivative, such as sqrt at 0, or for a backward solve "
+                "that fails."
+            )  # fmt: skip
+            return Row(name, value, text, advice)
+        return Row(name, value, text, "" if value <= limit else advice)
+
+
+def _loss_and_gradient(flow: CNF, params, x, key, context):
+    diff, rest = eqx.partition(params, eqx.is_inexact_array)
+
+    def loss(diff):
+        return flow.nll_and_stats(eqx.combine(diff, rest), x, key=key, context=context)
+
+    if isinstance(flow.solve_options.adjoint, ForwardMode):
+        return loss(diff), jax.jacfwd(lambda diff: loss(diff)[0])(diff)
+    return jax.value_and_grad(loss, has_aux=True)(diff)
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """The tree with its floating arrays in this dtype."""
+    convert = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
+    return jax.tree.map(convert, tree)
+
+
+def tight_dtype(x: Array) -> Any:
+    """Double precision where it is enabled."""
+    return jnp.float64 if jax.config.read("jax_enable_x64") else x.dtype

@@ -1,0 +1,54 @@
+"""From a key to random numbers: functions of the key and the number of a row in the whole batch.
+
+So the noise of a sample is the same under `jit`, alone or in a batch, and on one device or many.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode._jax.sharding import AxisName, row_numbers
+
+# Folded into the key for the end time: the number of no row.
+END_TIME = 2**32 - 2
+
+
+def of_each_row(
+    draw: Callable[[Any, Float[Array, " *event"]], Any],
+    key: PRNGKeyArray | None,
+    x: Float[Array, "batch *event"],
+    axis_name: AxisName | None,
+) -> Any:
+    """`draw(key, row)` for each row of `x`, each with a key of its own; None for no key."""
+    if key is None:
+        return jax.vmap(lambda row: draw(None, row))(x)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, axis_name))
+    return jax.vmap(draw)(keys, x)
+
+
+def random_phases(
+    key: PRNGKeyArray | None, x: Float[Array, "batch *event"], axis_name: AxisName | None
+) -> Float[Array, " batch"]:
+    """Uniform random numbers for the random nodes of `quadrature="stochastic"`, one a sample."""
+    if key is None:
+        raise ValueError(
+            "nll: quadrature='stochastic' needs random numbers; got key=None. "
+            "Pass key=jax.random.key(...)."
+        )
+    draw = lambda key, _: jax.random.uniform(jax.random.fold_in(key, 1))
+    return of_each_row(draw, key, x, axis_name)
+
+
+def random_end(key: PRNGKeyArray | None, t0: Float[Array, ""], steer: float) -> Float[Array, ""]:
+    """A time uniform between `t0 - steer` and `t0 + steer`, one for the whole batch."""
+    if key is None:
+        raise ValueError(
+            f"nll: steer={steer!r} needs random numbers; got key=None. "
+            "Pass key=jax.random.key(...)."
+        )
+    # Drawn in float32 whatever the samples are, so that it is a function of the key alone.
+    uniform = jax.random.uniform(jax.random.fold_in(key, END_TIME), (), jnp.float32, -1.0, 1.0)
+    return t0 + steer * uniform.astype(t0.dtype)

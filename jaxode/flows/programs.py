@@ -1,0 +1,104 @@
+"""The compiled programs behind the methods of a flow.
+
+A system carries the samples; what is integrated with them joins its state. `parts` are the
+integrands and the base density.
+"""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from jaxode._jax.closure import recognized
+from jaxode.distributions import log_prob_of
+from jaxode.flows.integrands import Integrands
+from jaxode.flows.noise import random_end, random_phases
+from jaxode.flows.objective import Objective, evaluate
+from jaxode.flows.validation import normalized
+from jaxode.ode.results import Solution
+from jaxode.ode.solve import run
+from jaxode.ode.system import System
+from jaxode.ode.validation import check_same_times
+
+
+@eqx.filter_jit
+def carried(system: System, parts, key) -> Solution:
+    del parts, key
+    return run(system)
+
+
+@eqx.filter_jit
+def log_prob(system: System, parts, key) -> Solution:
+    integrands, base = recognized(parts)
+    probes = _probes(system, integrands, key)
+    solution = _with_volume(system, integrands.volume, probes, ())
+    z, log_det = solution.y1
+    return _ending(solution, log_prob_of(base, z) + log_det)
+
+
+@eqx.filter_jit
+def log_prob_and_error(system: System, parts, key) -> Solution:
+    integrands, base = recognized(parts)
+    probes = _probes(system, integrands, key)
+    if probes is None:
+        solution = _with_volume(system, integrands.volume, probes, ())
+        z, log_det = solution.y1
+        return _ending(solution, (log_prob_of(base, z) + log_det, jnp.zeros_like(log_det)))
+    x, size = system.y0, math.prod(system.y0.shape[1:])
+    chosen = integrands.chosen_divergence(x, system.shared, system.rows)
+    standard_error = chosen.standard_error
+    if standard_error is None or probes.shape[1] < 2:
+        raise ValueError(
+            "log_prob_and_error: needs a divergence with at least two probes and a "
+            f"standard_error; got probes of shape {probes.shape[1:]} from {chosen.name}. "
+            "Pass divergence=jaxode.divergence.hutchinson(probes=8) to cnf."
+        )
+    field = integrands.volume_of_each_probe
+    solution = _with_volume(system, field, probes, probes.shape[1:2])
+    z, log_dets = solution.y1
+    error = jax.vmap(lambda estimates: standard_error(estimates, size))(log_dets)
+    return _ending(solution, (log_prob_of(base, z) + jnp.mean(log_dets, axis=1), error))
+
+
+@eqx.filter_jit
+def sampled(system: System, parts, key) -> Solution:
+    integrands, base = recognized(parts)
+    state = (system.y0, log_prob_of(base, system.y0))
+    rows = (_probes(system, integrands, key), system.rows)
+    return run(system._replace(field=integrands.density, y0=state, rows=rows))
+
+
+@eqx.filter_jit
+def nll(system: System, parts, key, weights, quadrature: str, steer: float):
+    integrands, base = recognized(parts)
+    axis_name, x, phase = system.method.axis_name, system.y0, None
+    if steer > 0:
+        system = system._replace(t1=random_end(key, system.t1, steer))
+        check_same_times(system.label.text, system.t1, axis_name)
+    if quadrature == "stochastic":
+        phase = random_phases(key, x, axis_name)
+    probes = _probes(system, integrands, key, of_costs=True)
+    weights = normalized(weights, x, axis_name)
+    return evaluate(Objective(system, integrands, base, probes, phase, weights))
+
+
+def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = False):
+    axis_name = system.method.axis_name
+    shared, rows = recognized((system.shared, system.rows))
+    return integrands.probes(key, system.y0, shared, rows, axis_name, of_costs=of_costs)
+
+
+def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Solution:
+    """From data to base, with the integral `-integral over [t0, t1] of div f`: the log-determinant.
+
+    It has a row of this shape for each sample.
+    """
+    x = system.y0
+    zeros = jnp.zeros((*x.shape[:1], *each), x.dtype)
+    return run(system._replace(field=field, y0=(x, zeros), rows=(probes, system.rows)))
+
+
+def _ending(solution: Solution, value: Any) -> Solution:
+    return eqx.tree_at(lambda s: s.y1, solution, value)

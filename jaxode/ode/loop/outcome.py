@@ -1,0 +1,34 @@
+"""How a solve ended, and the work that it did."""
+
+import enum
+
+import equinox as eqx
+from jaxtyping import Array, Int
+
+
+class Result(enum.IntEnum):
+    """How a solve ended."""
+
+    SUCCESS = 0
+    MAX_STEPS_REACHED = 1
+    STEP_SIZE_UNDERFLOW = 2
+    NON_FINITE = 3
+    INVALID_ARGUMENT = 4
+    IMPLICIT_SOLVE_FAILED = 5
+
+
+class Stats(eqx.Module):
+    """Work done by a forward solve. Scalars; with per-sample steps, one entry per row.
+
+    `num_steps == num_accepted + num_rejected`. `num_evals` counts every evaluation of the vector
+    field, those that choose the first step included.
+    """
+
+    num_steps: Int[Array, "*rows"]
+    """Attempted steps."""
+    num_accepted: Int[Array, "*rows"]
+    """Steps that advanced the solution."""
+    num_rejected: Int[Array, "*rows"]
+    """Steps discarded because their error estimate was too large."""
+    num_evals: Int[Array, "*rows"]
+    """Evaluations of the vector field; -1 for an implicit solver, whose number is not known."""

@@ -1,0 +1,25 @@
+"""What the loop solves."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, PyTree
+
+
+class Problem(NamedTuple):
+    """An initial value problem on rows: `dy/dt = field(t, y, args)`, `y(t0) = y0`, up to `t1`.
+
+    The cotangents of a problem, and which of its leaves are differentiated, are a `Problem`, too.
+    """
+
+    field: Any
+    """`(t [rows], y [rows, n], args) -> dy/dt [rows, n]`, without closed-over values."""
+    args: PyTree
+    y0: Float[Array, "rows n"]
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    ts: Float[Array, " times"] | None
+    """The times of the outputs."""
+
+    def slope(self, t: Float[Array, " rows"], y: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+        """The vector field at one time and state."""
+        return self.field(t, y, self.args)

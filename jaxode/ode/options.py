@@ -1,0 +1,102 @@
+"""The options of a solve: made and checked once, where a public function is entered."""
+
+import dataclasses
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxode._jax.sharding import AxisName
+from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
+from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.tableau import Tableau, tableau_of
+from jaxode.ode.validation import as_array, integer, is_known, real_scalar
+
+
+class SolveOptions(eqx.Module):
+    """How to solve, as explained at `jaxode.solve`. Equal to its like."""
+
+    solver: diffrax.AbstractSolver = diffrax.Tsit5()
+    rtol: float | Float[Array, ""] = 1e-5
+    atol: float | Float[Array, ""] = 1e-5
+    steps: int | None = eqx.field(static=True, default=None)
+    adjoint: Adjoint = DiscreteAdjoint()
+    first_step: float | Float[Array, ""] | None = None
+    max_step: float | Float[Array, ""] | None = None
+    max_steps: int = eqx.field(static=True, default=4096)
+    axis_name: AxisName | None = eqx.field(static=True, default=None)
+
+    @classmethod
+    def make(cls, where: str, given: dict[str, Any]) -> "SolveOptions":
+        """From what a user has passed to the function `where`.
+
+        Raises:
+            TypeError, ValueError: for a name that is no option, and for a value that is not what
+                it should be, as far as it is known.
+        """
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise TypeError(f"{where}: unknown options {unknown}. The solve options are {known}.")
+        counts = [name for name in ("steps", "max_steps") if given.get(name) is not None]
+        options = cls(**{**given, **{name: integer(where, name, given[name]) for name in counts}})
+        options._check(where)
+        return options
+
+    @property
+    def tableau(self) -> Tableau | None:
+        """Of the solver; None for one that is not an explicit Runge-Kutta method."""
+        return tableau_of(self.solver)
+
+    def _check(self, where: str) -> None:
+        if isinstance(self.adjoint, type) or not hasattr(self.adjoint, "integrate"):
+            raise TypeError(
+                f"{where}(adjoint=...): must be a gradient method such as "
+                f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."
+            )
+        if not isinstance(self.solver, diffrax.AbstractSolver):
+            raise TypeError(
+                f"{where}(solver=...): must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
+                f"got {self.solver!r}."
+            )
+        tableau = self.tableau
+        if tableau is not None and tableau.b_error is None and self.steps is None:
+            raise ValueError(
+                f"{where}(solver=...): {tableau.name} has no error estimate; got steps=None. "
+                "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
+            )
+        if tableau is None and self.axis_name is not None:
+            raise ValueError(
+                f"{where}(axis_name=...): needs an explicit Runge-Kutta solver, such as "
+                f"diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit equations couple "
+                "the whole state, so do not split it, or use such a solver."
+            )
+        rule = "a finite tolerance of at least 0"
+        real_scalar(where, "rtol", self.rtol, rule, least=0)
+        real_scalar(where, "atol", self.atol, rule, least=0)
+        for name in ("max_step", "first_step"):
+            if getattr(self, name) is not None:
+                real_scalar(where, name, getattr(self, name), "positive")
+
+    def method(self, where: str, dtype: jnp.dtype) -> Method:
+        """The settings of the loop, for a state of this dtype."""
+        value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
+        given = lambda x: None if x is None else value(x)
+        rtol, atol = value(self.rtol), value(self.atol)
+        if is_known((rtol, atol)) and float(rtol) == float(atol) == 0:
+            both = f"rtol={float(self.rtol):g}, atol={float(self.atol):g}"
+            lost = "" if both == "rtol=0, atol=0" else f" in {dtype}, in which the state is solved"
+            raise ValueError(f"{where}({both}): at least one tolerance must be positive{lost}.")
+        return Method(
+            tableau=self.tableau,
+            rtol=rtol,
+            atol=atol,
+            first_step=given(self.first_step),
+            steps=self.steps,
+            max_steps=self.max_steps,
+            axis_name=self.axis_name,
+            max_step=given(self.max_step),
+        )

@@ -1,0 +1,161 @@
+"""From the arguments of a user to a problem on rows.
+
+A `System` is made outside of the compiled program and is all that it gets. `pose` traces the vector
+field inside.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jaxode._jax.closure import close_field, recognizable, recognized
+from jaxode._jax.sharding import vary_alike
+from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
+from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.options import SolveOptions
+from jaxode.ode.validation import (
+    Time,
+    check_derivative,
+    check_same_times,
+    check_times,
+    state_dtype,
+)
+
+Batch = Literal["joint", "per_sample"] | None
+
+
+class Label:
+    """The name of the function that the user called, for messages.
+
+    All are equal, so that it never is a reason to compile again.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class System(NamedTuple):
+    """A system of ODEs, one for each row of a batch, or one alone."""
+
+    label: Label
+    field: Callable[..., PyTree]
+    """`f(t, y, shared, row)`, of one row."""
+    y0: PyTree[Float[Array, "..."]]
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    ts: Float[Array, " times"] | None
+    shared: PyTree
+    """What all rows have in common."""
+    rows: PyTree
+    """What each row has of its own: leaves `[batch, ...]`."""
+    batch: Batch
+    """None for a single system, without an axis for it."""
+    method: Method
+    adjoint: Any
+    implicit: diffrax.AbstractSolver | None
+    """The solver, if it is not an explicit Runge-Kutta method: diffrax runs it."""
+
+    def raising(self, throw: bool) -> "System":
+        """The same, with an error for a backward solve that fails, if the method has one."""
+        backward = isinstance(self.adjoint, BacksolveAdjoint | InterpolatingAdjoint)
+        return self._replace(method=dataclasses.replace(self.method, raises=throw and backward))
+
+
+def make_system(
+    where: str,
+    field: Callable[..., PyTree],
+    y0: PyTree[Array],
+    span: tuple[Time, Time],
+    shared: PyTree,
+    options: SolveOptions,
+    *,
+    ts: Any = None,
+    rows: PyTree = None,
+    batch: Batch = None,
+) -> System:
+    """Check the times, and make all that varies an array, so that nothing is compiled again."""
+    dtype = state_dtype(y0)
+    t0, t1, ts = check_times(where, *span, ts, dtype)
+    check_same_times(where, (t0, t1, ts), options.axis_name)
+    method = options.method(where, dtype)
+    field, adjoint = recognizable((field, options.adjoint))
+    shared, rows = recognizable((shared, rows), dtype)
+    implicit = None if method.tableau is not None else options.solver
+    return System(
+        Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint, implicit
+    )
+
+
+class Ravel:
+    """The state as rows of numbers, `[rows, n]`, and back."""
+
+    def __init__(self, y0: PyTree):
+        self.leaves, self.structure = jax.tree.flatten(y0)
+        self.sizes = [math.prod(leaf.shape[1:]) for leaf in self.leaves]
+        self.dtype = state_dtype(y0)
+
+    def __call__(self, y: PyTree) -> Float[Array, "rows n"]:
+        each = zip(jax.tree.leaves(y), self.sizes, strict=True)
+        parts = [leaf.reshape(leaf.shape[0], size).astype(self.dtype) for leaf, size in each]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+    def back(self, y: Float[Array, "rows n"]) -> PyTree:
+        parts = jnp.split(y, np.cumsum(self.sizes)[:-1], axis=1)
+        like = zip(parts, self.leaves, strict=True)
+        parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
+        return jax.tree.unflatten(self.structure, parts)
+
+
+def _rows_field(system: System):
+    """The field on rows of the solver: one system, one batch, or one row for each sample."""
+
+    def checked(t, y, shared, row):
+        dy = system.field(t, y, shared, row)
+        check_derivative(system.label.text, y, dy)
+        return jax.tree.map(jnp.asarray, dy)
+
+    if system.batch == "per_sample":
+        return jax.vmap(checked, in_axes=(0, 0, None, 0))
+    batched = checked
+    if system.batch == "joint":
+        batched = jax.vmap(checked, in_axes=(None, 0, None, 0))
+
+    def one_row(t, y, shared, rows):
+        dy = batched(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
+        return jax.tree.map(lambda x: x[None], dy)
+
+    return one_row
+
+
+def pose(system: System) -> tuple[Problem, Method, Ravel]:
+    """The problem on rows, its method, and how a state becomes rows; it traces the field once.
+
+    A batch with joint steps is one row, and so is a single system.
+    """
+    system = recognized(system)
+    y0 = system.y0
+    if system.batch != "per_sample":
+        y0 = jax.tree.map(lambda x: x[None], y0)
+    ravel, field = Ravel(y0), _rows_field(system)
+    raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
+    times = (system.t0, system.t1, system.ts)
+    start, times, args, method = vary_alike(
+        (ravel(y0), times, (system.shared, system.rows), system.method)
+    )
+    t = jnp.broadcast_to(times[0], start.shape[:1])
+    closed, arrays = close_field(raveled, t, start, args)
+    return Problem(closed, arrays, start, *times), method, ravel
