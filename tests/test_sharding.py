@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxode
 from benchmarks.sharding import collectives
-from jaxode import mesh
+from jaxode._jax import sharding
 
 # Before, an array of zeros made like another did not vary like it.
 typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
@@ -134,7 +134,7 @@ def test_closed_over_parameters_must_vary(adjoint):
     inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
     with pytest.raises(ValueError, match="closes over a differentiated array of shape"):
         sharded(loss)(*inputs)
-    vary = lambda params: mesh.vary(params, frozenset([AXIS]))
+    vary = lambda params: sharding.vary(params, frozenset([AXIS]))
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*inputs)
     assert_same(sharded(lambda *inputs: loss(*inputs, vary))(*inputs), expected)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._jax.sharding import AxisName, row_numbers
+from jaxode.ode.validation import state_dtype
 
 # Folded into the key for the end time: the number of no row.
 END_TIME = 2**32 - 2
@@ -38,7 +39,8 @@ def random_phases(
             "nll: quadrature='stochastic' needs random numbers; got key=None. "
             "Pass key=jax.random.key(...)."
         )
-    draw = lambda key, _: jax.random.uniform(jax.random.fold_in(key, 1))
+    dtype = state_dtype(x)
+    draw = lambda key, _: jax.random.uniform(jax.random.fold_in(key, 1), dtype=dtype)
     return of_each_row(draw, key, x, axis_name)
 
 

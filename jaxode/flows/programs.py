@@ -32,22 +32,17 @@ def carried(system: System, parts, key) -> Solution:
 @eqx.filter_jit
 def log_prob(system: System, parts, key) -> Solution:
     integrands, base = recognized(parts)
-    probes = _probes(system, integrands, key)
-    solution = _with_volume(system, integrands.volume, probes, ())
-    z, log_det = solution.y1
-    return _ending(solution, log_prob_of(base, z) + log_det)
+    return _log_prob(system, integrands, base, _probes(system, integrands, key))
 
 
 @eqx.filter_jit
 def log_prob_and_error(system: System, parts, key) -> Solution:
     integrands, base = recognized(parts)
-    probes = _probes(system, integrands, key)
+    probes, shape = _probes(system, integrands, key), system.y0.shape
     if probes is None:
-        solution = _with_volume(system, integrands.volume, probes, ())
-        z, log_det = solution.y1
-        return _ending(solution, (log_prob_of(base, z) + log_det, jnp.zeros_like(log_det)))
-    x, size = system.y0, math.prod(system.y0.shape[1:])
-    chosen = integrands.chosen_divergence(x, system.shared, system.rows)
+        solution = _log_prob(system, integrands, base, probes)
+        return _ending(solution, (solution.y1, jnp.zeros_like(solution.y1)))
+    chosen = integrands.chosen_divergence(system.y0, system.shared, system.rows)
     standard_error = chosen.standard_error
     if standard_error is None or probes.shape[1] < 2:
         raise ValueError(
@@ -55,10 +50,9 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
             f"standard_error; got probes of shape {probes.shape[1:]} from {chosen.name}. "
             "Pass divergence=jaxode.divergence.hutchinson(probes=8) to cnf."
         )
-    field = integrands.volume_of_each_probe
-    solution = _with_volume(system, field, probes, probes.shape[1:2])
+    solution = _with_volume(system, integrands.volume_of_each_probe, probes, probes.shape[1:2])
     z, log_dets = solution.y1
-    error = jax.vmap(lambda estimates: standard_error(estimates, size))(log_dets)
+    error = jax.vmap(lambda estimates: standard_error(estimates, math.prod(shape[1:])))(log_dets)
     return _ending(solution, (log_prob_of(base, z) + jnp.mean(log_dets, axis=1), error))
 
 
@@ -82,6 +76,12 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     probes = _probes(system, integrands, key, of_costs=True)
     weights = normalized(weights, x, axis_name)
     return evaluate(Objective(system, integrands, base, probes, phase, weights))
+
+
+def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
+    solution = _with_volume(system, integrands.volume, probes, ())
+    z, log_det = solution.y1
+    return _ending(solution, log_prob_of(base, z) + log_det)
 
 
 def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = False):

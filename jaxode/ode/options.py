@@ -13,7 +13,7 @@ from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.tableau import Tableau, tableau_of
-from jaxode.ode.validation import as_array, integer, is_known, real_scalar
+from jaxode.ode.validation import as_array, check_positive, check_tolerance, integer, is_known
 
 
 class SolveOptions(eqx.Module):
@@ -74,12 +74,11 @@ class SolveOptions(eqx.Module):
                 f"diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit equations couple "
                 "the whole state, so do not split it, or use such a solver."
             )
-        rule = "a finite tolerance of at least 0"
-        real_scalar(where, "rtol", self.rtol, rule, least=0)
-        real_scalar(where, "atol", self.atol, rule, least=0)
+        check_tolerance(where, "rtol", self.rtol)
+        check_tolerance(where, "atol", self.atol)
         for name in ("max_step", "first_step"):
             if getattr(self, name) is not None:
-                real_scalar(where, name, getattr(self, name), "positive")
+                check_positive(where, name, getattr(self, name))
 
     def method(self, where: str, dtype: jnp.dtype) -> Method:
         """The settings of the loop, for a state of this dtype."""

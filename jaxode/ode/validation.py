@@ -1,6 +1,7 @@
 """Checks at trace time: each error names the function, the argument, the rule and the remedy."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,27 +60,37 @@ def one_of(where: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
         )
 
 
-def real_scalar(where: str, name: str, value: Any, rule: str, least: float | None = None) -> None:
-    """Raise unless it is a real scalar, and, as far as it is known, finite and `least` or more.
-
-    Without `least` it must be positive.
-    """
-    if isinstance(value, float):  # Most are, and need not become an array for it.
-        number = value
-    else:
-        kind = numeric_dtype(value)
-        if kind is None or not jnp.issubdtype(kind, jnp.number):
-            raise TypeError(f"{where}({name}=...): must be a real number; got {value!r}.")
-        if jnp.issubdtype(kind, jnp.complexfloating):
-            raise TypeError(f"{where}({name}=...): must be a real number; got a complex number.")
+def real_scalar(
+    where: str, name: str, value: Any, rule: str, holds: Callable[[float], bool], kind: str
+) -> None:
+    """Raise unless it is a real scalar, of this kind, and `holds` as far as it is known."""
+    if not isinstance(value, float):  # Most are, and need not become an array for it.
+        dtype = numeric_dtype(value)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError(f"{where}({name}=...): must be a real {kind}; got {value!r}.")
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"{where}({name}=...): must be a real {kind}; got a complex number.")
         if jnp.shape(value) != ():
-            shape = jnp.shape(value)
-            raise ValueError(f"{where}({name}=...): must be a scalar; got shape {shape}.")
-        if not is_known(value):
-            return
-        number = float(value)
-    if not ((number > 0 if least is None else number >= least) and number < np.inf):
+            scalar, shape = f"scalar {kind}".removesuffix(" number"), jnp.shape(value)
+            raise ValueError(f"{where}({name}=...): must be a {scalar}; got shape {shape}.")
+    if is_known(value) and not holds(float(value)):
         raise ValueError(f"{where}({name}=...): must be {rule}; got {value}.")
+
+
+def check_tolerance(where: str, name: str, value: Any) -> None:
+    """Raise unless it is a tolerance, as far as it is known."""
+    rule = "a finite tolerance of at least 0"
+    real_scalar(where, name, value, rule, lambda x: 0 <= x < np.inf, "number")
+
+
+def check_positive(where: str, name: str, value: Any) -> None:
+    """Raise unless it is positive and finite, as far as it is known."""
+    real_scalar(where, name, value, "positive", lambda x: 0 < x < np.inf, "number")
+
+
+def check_time(where: str, name: str, value: Any) -> None:
+    """Raise unless it is a time, and finite as far as it is known."""
+    real_scalar(where, name, value, "a finite time", np.isfinite, "time")
 
 
 def state_dtype(y0: PyTree) -> jnp.dtype:
@@ -160,23 +171,6 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
                 f"{where}(f=...): f(t, y, args) must not return more precision than y has; got "
                 f"{dtype} where y is {expected.dtype}. Convert args, or y, to the other dtype."
             )
-
-
-def check_time(where: str, name: str, value: Any) -> None:
-    """Raise unless the value is a time, and finite as far as it is known at trace time."""
-    if isinstance(value, float) and np.isfinite(value):
-        return
-    kind = numeric_dtype(value)
-    if kind is None or not jnp.issubdtype(kind, jnp.number):
-        raise TypeError(f"{where}({name}=...): must be a real time; got {value!r}.")
-    if jnp.issubdtype(kind, jnp.complexfloating):
-        raise TypeError(f"{where}({name}=...): must be a real time; got a complex number.")
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"{where}({name}=...): must be a scalar time; got shape {jnp.shape(value)}."
-        )
-    if is_known(value) and not np.isfinite(float(value)):
-        raise ValueError(f"{where}({name}=...): must be a finite time; got {value}.")
 
 
 def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
@@ -99,32 +99,19 @@ def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segme
     """The backward solve from the cotangents `out`."""
     parts = (problem.field, problem.args)
     params, rest = eqx.partition(parts, (perturbed.field, perturbed.args))
-    end = _End(
-        y1=integration.y1,
-        y1_bar=filled(out.y1, problem.y0),
-        ys=integration.ys,
-        ys_bar=None if problem.ts is None else out.ys,
-        t0=problem.t0,
-        t1=problem.t1,
-        ts=problem.ts,
-        h=integration.h,
-        failed=integration.result != Result.SUCCESS,
-    )
-    return _solve_back((params, rest, end), with_tolerances(method, rtol, atol))
+    out = _Ends(filled(out.y1, problem.y0), None if problem.ts is None else out.ys)
+    failed = integration.result != Result.SUCCESS
+    # Without integers, which have no cotangent.
+    integration = integration._replace(stats=None, result=None, t_reached=None)
+    ends = problem._replace(field=None, args=None), integration, failed, out
+    return _solve_back((params, rest, *ends), with_tolerances(method, rtol, atol))
 
 
-class _End(NamedTuple):
-    """Where the backward solve starts, and what it meets on the way."""
+class _Ends(NamedTuple):
+    """The cotangents of the end state and of the outputs."""
 
     y1: Float[Array, "rows n"]
-    y1_bar: Float[Array, "rows n"]
     ys: Float[Array, "times rows n"] | None
-    ys_bar: Float[Array, "times rows n"] | None
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    ts: Float[Array, " times"] | None
-    h: Float[Array, " rows"]
-    failed: Bool[Array, " rows"]
 
 
 def _apply(params, rest, t, y):
@@ -135,8 +122,8 @@ def _apply(params, rest, t, y):
 @eqx.filter_custom_vjp
 def _solve_back(inputs, method):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
-    params, rest, end = inputs
-    rows, n = end.y1.shape
+    params, rest, problem, integration, failed, out = inputs
+    rows, n = problem.y0.shape
 
     def adjoint_field(t, state, weight):
         y, a = state[:, :n], state[:, n:]
@@ -146,21 +133,22 @@ def _solve_back(inputs, method):
 
     def solve(segment, to):
         to = jnp.broadcast_to(to, (rows,))
-        return solve_segment(adjoint_field, method, segment, to, end.t1 - end.t0)
+        return solve_segment(adjoint_field, method, segment, to, problem.t1 - problem.t0)
 
-    start = jnp.broadcast_to(end.t1, (rows,))
-    state = jnp.concatenate([end.y1, end.y1_bar], axis=1)
-    segment = Segment.start(start, -end.h, state, jax.tree.map(jnp.zeros_like, params), end.failed)
-    if end.ts is None or end.ys is None or end.ys_bar is None:
-        return solve(segment, end.t0)
+    start = jnp.broadcast_to(problem.t1, (rows,))
+    state = jnp.concatenate([integration.y1, out.y1], axis=1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    segment = Segment.start(start, -integration.h, state, zeros, failed)
+    ts, ys, ys_bar = problem.ts, integration.ys, out.ys
+    if ts is None or ys is None or ys_bar is None:
+        return solve(segment, problem.t0)
+
     # One loop for all segments, so that the program holds one copy: to each saved time, where the
     # state is restarted from what was saved and the cotangent jumps, and last to the start.
-    ts, ys, ys_bar = end.ts, end.ys, end.ys_bar
-
     def body(i, segment):
         j = ts.shape[0] - 1 - i
         at_output, j = j >= 0, jnp.maximum(j, 0)
-        segment = solve(segment, jnp.where(at_output, ts[j], end.t0))
+        segment = solve(segment, jnp.where(at_output, ts[j], problem.t0))
         y = jnp.where(at_output, ys[j], segment.y[:, :n])
         a = segment.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
         return segment._replace(y=jnp.concatenate([y, a], axis=1))
@@ -178,10 +166,10 @@ def _solve_back_forward(perturbed, inputs, method):
 def _solve_back_backward(residuals, out, perturbed, inputs, method):
     """Reverse over reverse: the adjoint of the adjoint ODE, `b` now part of its state."""
     del residuals
-    params, _, end = inputs
+    params, _, problem, *_ = inputs
     diff, fixed = eqx.partition(inputs, perturbed)
     method = eqx.tree_at(lambda m: m.first_step, method, None, is_leaf=lambda x: x is None)
-    shape, size = end.y1.shape, end.y1.size
+    shape, size = problem.y0.shape, problem.y0.size
     _, unravel = ravel_pytree(params)
 
     def pack(y, a, b):
@@ -200,25 +188,24 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         return pack(f, y_bar, ravel_pytree(params_bar)[0])
 
     def reference(diff):
-        params, rest, end = eqx.combine(diff, fixed)
+        params, rest, problem, integration, _, out = eqx.combine(diff, fixed)
 
         def solve(state, start, to):
             back = Problem(adjoint_ode, (params, rest), state, start, to, None)
             return _integrate(back, method, None, None).y1
 
+        def segment(carry, output):
+            state, start = carry
+            time, y, y_bar = output
+            _, a, b = unpack(solve(state, start, time))
+            return (pack(y, a + y_bar, b), time), None
+
         b = jnp.zeros_like(ravel_pytree(params)[0])
-        state, time = pack(end.y1, end.y1_bar, b), end.t1
-        if end.ts is not None and end.ys is not None and end.ys_bar is not None:
-
-            def segment(carry, output):
-                state, start = carry
-                time, y, y_bar = output
-                _, a, b = unpack(solve(state, start, time))
-                return (pack(y, a + y_bar, b), time), None
-
-            outputs = (end.ts, end.ys, end.ys_bar)
-            (state, time), _ = jax.lax.scan(segment, (state, time), outputs, reverse=True)
-        y, a, b = unpack(solve(state, time, end.t0))
+        carry = pack(integration.y1, out.y1, b), problem.t1
+        if problem.ts is not None and integration.ys is not None and out.ys is not None:
+            outputs = (problem.ts, integration.ys, out.ys)
+            carry, _ = jax.lax.scan(segment, carry, outputs, reverse=True)
+        y, a, b = unpack(solve(*carry, problem.t0))
         return jnp.concatenate([y, a], axis=1), unravel(b)
 
     values, pull = jax.vjp(reference, diff)
