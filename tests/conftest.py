@@ -3,6 +3,14 @@
 import os
 import pathlib
 
+# Tests compile far more than they compute, and XLA compiles three times as fast without
+# optimizations. JAXODE_TEST_OPTIMIZED=1 runs the programs that users run, as CI does weekly.
+if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+        "--xla_cpu_use_fusion_emitters=false"
+    )
+
 import jax
 import pytest
 
