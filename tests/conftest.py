@@ -1,5 +1,6 @@
 """Strict settings for every test: double precision, no silent dtype or rank promotion."""
 
+import gc
 import os
 import pathlib
 
@@ -24,6 +25,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE", str(_cache)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects and hardly any garbage in cycles."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+# Of `jax.jit` and `compile`, for tests of what the compiler makes of a program: see conftest.py.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -1,5 +1,7 @@
 """What every gradient method promises, over a table of them."""
 
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ ADJOINTS = {
 }
 CONTINUOUS = {name: adjoint for name, adjoint in ADJOINTS.items() if name != "discrete"}
 EVERY = {**ADJOINTS, "forward": jaxode.ForwardMode()}
+# One of each kind, where the number of checkpoints makes no other program.
+KINDS = [name for name in EVERY if name != "interpolating from few checkpoints"]
 # The mode in which the gradient of a method can be differentiated again.
 AGAIN = {"discrete": jax.jacfwd, "backsolve": jax.jacrev, "interpolating": jax.jacfwd}
 INPUTS = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS)
@@ -57,12 +61,12 @@ def assert_close(actual, expected, rtol):
 @pytest.mark.parametrize("name", EVERY)
 def test_linear_system_against_the_matrix_exponential(name):
     """`y(1) = expm(A) y(0)`, whose derivatives are known in closed form."""
-    run = lambda tolerance: gradient(name)(
+    run = jax.jit(lambda tolerance: gradient(name)(
         lambda y0, A: W @ jaxode.solve(
             linear, y0, 0.0, 1.0, A, adjoint=EVERY[name], rtol=tolerance, atol=tolerance
         ).y1,
         (0, 1),
-    )(V, A)  # fmt: skip
+    )(V, A))  # fmt: skip
     y0_bar, A_bar = linear_gradients(A, V, W)
     errors, tolerances = [], (1e-4, 1e-7, 1e-10)
     for tolerance in tolerances:
@@ -76,15 +80,17 @@ def test_linear_system_against_the_matrix_exponential(name):
     assert errors[2] < errors[0] / 1e4
 
 
-@pytest.mark.parametrize("ts", [None, TS], ids=["end", "ts"])
+@functools.cache
+def by_everything(name, outputs):
+    inputs = (*INPUTS, TS) if outputs else INPUTS
+    return jax.jit(jax.grad(loss(ADJOINTS[name]), range(len(inputs))))(*inputs)
+
+
+@pytest.mark.parametrize("outputs", [False, True], ids=["end", "ts"])
 @pytest.mark.parametrize("name", CONTINUOUS)
-def test_agrees_with_discrete_with_respect_to_everything(name, ts):
-    argnums = (0, 1, 2, 3) if ts is None else (0, 1, 2, 3, 4)
-    inputs = INPUTS if ts is None else (*INPUTS, ts)
-    expected = jax.grad(loss(ADJOINTS["discrete"]), argnums)(*inputs)
-    actual = jax.grad(loss(ADJOINTS[name]), argnums)(*inputs)
+def test_agrees_with_discrete_with_respect_to_everything(name, outputs):
     # 1e-7: the tolerance of 1e-10, amplified by the flow and by the interpolation.
-    assert_close(actual, expected, 1e-7)
+    assert_close(by_everything(name, outputs), by_everything("discrete", outputs), 1e-7)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -105,7 +111,8 @@ def test_outputs_on_and_beside_the_ends_of_steps(name):
 
     argnums = (0, 1, 2, 3, 4)
     # 1e-7: the dense output of 64 steps of Tsit5 has order 4.
-    assert_close(gradient(name)(ours, argnums)(*inputs), jax.grad(exact, argnums)(*inputs), 1e-7)
+    actual = jax.jit(gradient(name)(ours, argnums))(*inputs)
+    assert_close(actual, jax.jit(jax.grad(exact, argnums))(*inputs), 1e-7)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -119,25 +126,33 @@ def test_zero_span(name):
         return solution.y1[0] + 10 * solution.ys[0, 0]
 
     t = jnp.array(2.0)
-    dt0, dt1, dts = gradient(name)(run, (0, 1, 2))(t, t, t[None])
+    dt0, dt1, dts = jax.jit(gradient(name)(run, (0, 1, 2)))(t, t, t[None])
     np.testing.assert_allclose((dt0, dt1, dts[0]), (-66.0, 6.0, 60.0), rtol=1e-12)
+
+
+@functools.cache
+def backwards(name, **options):
+    inputs = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 1.0, 0.5]))
+    return jax.jit(gradient(name)(loss(EVERY[name], **options), (0, 1, 2, 3, 4)))(*inputs)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_backwards_in_time(name):
-    inputs = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 1.0, 0.5]))
-    expected = jax.grad(loss(ADJOINTS["discrete"], steps=400), (0, 1, 2, 3, 4))(*inputs)
-    actual = gradient(name)(loss(EVERY[name]), (0, 1, 2, 3, 4))(*inputs)
-    assert_close(actual, expected, 1e-7)
+    assert_close(backwards(name), backwards("discrete", steps=400), 1e-7)
+
+
+@functools.cache
+def by_state_and_args(name, tolerance=1e-10, **options):
+    return jax.jit(jax.grad(loss(ADJOINTS[name], tolerance, **options), (0, 3)))(*INPUTS)
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_equal_steps_converge_to_the_gradient(name):
     """The error of 20 and 40 steps of Tsit5 falls by about 2 ** 5."""
-    exact = jax.grad(loss(ADJOINTS["discrete"], 1e-12), (0, 3))(*INPUTS)
+    exact = by_state_and_args("discrete", 1e-12)
     errors = []
     for steps in (20, 40):
-        actual = jax.grad(loss(ADJOINTS[name], steps=steps), (0, 3))(*INPUTS)
+        actual = by_state_and_args(name, steps=steps)
         difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), actual, exact)
         errors.append(max(map(float, jax.tree.leaves(difference))))
     assert errors[1] < errors[0] / 15
@@ -153,23 +168,30 @@ def test_closed_over_values(name):
     np.testing.assert_allclose(gradient(name)(run)(0.7), -np.exp(-0.7), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ADJOINTS)
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
-def test_batches(name, control):
-    """Parameter gradients add up over the rows."""
+@functools.cache
+def of_a_batch(name, control):
+    """Its gradient as a function of the tolerance."""
     z = jnp.array([[0.1, 1.0], [2.0, -1.0], [0.5, 0.0]])
 
-    def run(adjoint, tolerance):
+    @jax.jit
+    def run(tolerance):
         options = {"rtol": tolerance, "atol": tolerance, "step_control": control}
         loss = lambda z, args: jnp.sum(
-            jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, adjoint=adjoint, **options))
+            jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, adjoint=ADJOINTS[name], **options))
         )
         return jax.grad(loss, (0, 1))(z, ARGS)
 
-    assert_close(run(ADJOINTS[name], 1e-9), run(ADJOINTS["discrete"], 1e-11), 1e-6)
+    return run
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_batches(name, control):
+    """Parameter gradients add up over the rows."""
+    assert_close(of_a_batch(name, control)(1e-9), of_a_batch("discrete", control)(1e-11), 1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     "transform", ["jit", "vmap of grad", "grad of vmap", "scan", "checkpoint", "grad of scan"]
 )
@@ -185,18 +207,21 @@ def test_under_transformations(name, transform):
 
     # y' = -a sin y with y(0) = 1 has tan(y / 2) = tan(1 / 2) exp(-a t).
     exact = jax.vmap(jax.grad(lambda a: 2 * jnp.arctan(jnp.tan(0.5) * jnp.exp(-a))))(values)
-    over_scan = lambda f: jax.lax.scan(lambda carry, a: (carry, f(a)), 0.0, values)[1]
+    over_scan = lambda f, values: jax.lax.scan(lambda c, a: (c, f(a)), 0.0, values)[1]
+
+    def one_by_one(f):
+        f = jax.jit(f)
+        return lambda values: jnp.stack([f(a) for a in values])
+
     gradients = {
-        "jit": lambda: jnp.stack([jax.jit(grad(one))(a) for a in values]),
-        "vmap of grad": lambda: jax.vmap(grad(one))(values),
-        "grad of vmap": lambda: grad(lambda values: jnp.sum(jax.vmap(one)(values)))(values),
-        "scan": lambda: over_scan(grad(one)),
-        "checkpoint": lambda: jnp.stack([grad(jax.checkpoint(one))(a) for a in values]),
-        "grad of scan": lambda: grad(
-            lambda values: jnp.sum(jax.lax.scan(lambda c, a: (c, one(a)), 0.0, values)[1])
-        )(values),
+        "jit": one_by_one(grad(one)),
+        "vmap of grad": jax.vmap(grad(one)),
+        "grad of vmap": jax.jit(grad(lambda values: jnp.sum(jax.vmap(one)(values)))),
+        "scan": lambda values: over_scan(grad(one), values),
+        "checkpoint": one_by_one(grad(jax.checkpoint(one))),
+        "grad of scan": jax.jit(grad(lambda values: jnp.sum(over_scan(one, values)))),
     }
-    np.testing.assert_allclose(gradients[transform](), exact, rtol=1e-6)
+    np.testing.assert_allclose(gradients[transform](values), exact, rtol=1e-6)
 
 
 def over_scan(f):
@@ -214,9 +239,9 @@ TRANSFORMS = {
 def test_forward_mode_equals_discrete(transform):
     """Both differentiate the same steps on the same mesh, with respect to everything."""
     y0 = Y0 if transform == "jit" else jnp.stack([Y0, 3 * Y0])
-    run = lambda grad, adjoint: TRANSFORMS[transform](grad(loss(adjoint, 1e-6), (0, 1, 2, 3, 4)))(
-        y0, *INPUTS[1:], TS
-    )
+    run = lambda grad, adjoint: jax.jit(
+        TRANSFORMS[transform](grad(loss(adjoint, 1e-6), (0, 1, 2, 3, 4)))
+    )(y0, *INPUTS[1:], TS)
     forward = run(jax.jacfwd, jaxode.ForwardMode())
     assert_close(forward, run(jax.grad, jaxode.DiscreteAdjoint()), 1e-12)
 
@@ -239,12 +264,12 @@ def test_second_derivatives(ts):
         return lambda p: loss(adjoint, 1e-10)(*pack(p))
 
     p = jnp.array([1.0, 0.5, 2.0, 0.3])
-    expected = jax.jacfwd(jax.jacfwd(of(jaxode.ForwardMode())))(p)
-    discrete = jax.jacfwd(jax.grad(of(jaxode.DiscreteAdjoint())))(p)
+    expected = jax.jit(jax.jacfwd(jax.jacfwd(of(jaxode.ForwardMode()))))(p)
+    discrete = jax.jit(jax.jacfwd(jax.grad(of(jaxode.DiscreteAdjoint()))))(p)
     assert_close(discrete, expected, 1e-10)
-    interpolating = jax.jacfwd(jax.grad(of(jaxode.InterpolatingAdjoint())))(p)
+    interpolating = jax.jit(jax.jacfwd(jax.grad(of(jaxode.InterpolatingAdjoint()))))(p)
     assert_close(interpolating, expected, 1e-6)
-    backsolve = jax.jacrev(jax.grad(of(jaxode.BacksolveAdjoint())))(p)
+    backsolve = jax.jit(jax.jacrev(jax.grad(of(jaxode.BacksolveAdjoint()))))(p)
     assert_close(backsolve, expected, 1e-6)
 
 
@@ -259,7 +284,7 @@ def test_second_derivatives_of_a_failed_solve_are_nan(name):
         ).y1[0]  # fmt: skip
 
     again = AGAIN.get(name, jax.jacfwd)
-    second = again(gradient(name)(run, (0, 1)), (0, 1))(jnp.ones(1), jnp.array(1.0))
+    second = jax.jit(again(gradient(name)(run, (0, 1)), (0, 1)))(jnp.ones(1), jnp.array(1.0))
     assert [bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(second)] == [True] * 4
 
 
@@ -269,7 +294,7 @@ def test_hessian_at_zero_span(name):
     run = lambda t: jaxode.solve(
         lambda t, y, _: -2 * y, jnp.array([3.0]), t[0], t[1], adjoint=EVERY[name]
     ).y1[0]  # fmt: skip
-    hessian = jax.jacfwd(gradient(name)(run))(jnp.ones(2))
+    hessian = jax.jit(jax.jacfwd(gradient(name)(run)))(jnp.ones(2))
     np.testing.assert_allclose(hessian, 3 * np.array([[4.0, -4.0], [-4.0, 4.0]]), rtol=1e-12)
 
 
@@ -324,6 +349,7 @@ def test_backsolve_is_wrong_where_the_docs_say_so():
     There `y = cos t + pi` attracts backwards, and the cotangent grows instead of falling.
     """
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(adjoint, tolerance=1e-5):
         f = lambda t, y, a: -a * jnp.sin(y - jnp.cos(t))
         y1 = lambda a: jaxode.solve(
@@ -419,6 +445,7 @@ def test_gradient_of_a_row_does_not_depend_on_its_neighbours(name):
     f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])
     z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
 
+    @jax.jit
     @jax.grad
     def run(z):
         solution = jaxode.solve(
@@ -507,7 +534,7 @@ def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that
         )  # fmt: skip
         return jnp.sum(y1)
 
-    gradient = jax.grad(loss, (0, 1))(z, jnp.array(1.0))
+    gradient = jax.jit(jax.grad(loss, (0, 1)))(z, jnp.array(1.0))
     exact = jax.grad(lambda z, a: jnp.sum(z / jnp.sqrt(1 + 2 * a * z**2)), (0, 1))(z, 1.0)
     for ours, theirs in zip(gradient, exact, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)

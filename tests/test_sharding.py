@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from problems import OPTIMIZED
 
 import jaxode
 from benchmarks.sharding import collectives
@@ -141,7 +142,7 @@ def test_closed_over_parameters_must_vary(adjoint):
 
 def crossing(axis_name, **options):
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    compiled = sharded(loss_of(axis_name, **options)).lower(*inputs).compile()
+    compiled = sharded(loss_of(axis_name, **options)).lower(*inputs).compile(OPTIMIZED)
     return collectives(compiled.as_text())
 
 
