@@ -528,9 +528,8 @@ BAD_INPUT = [
     ),
     (
         lambda: jax.jvp(lambda x: cnf().nll(None, x), (X,), (X,)), TypeError,
-        "nll(adjoint=...): DiscreteAdjoint has reverse-mode derivatives (jax.grad, jax.vjp), but "
-        "no forward mode (jax.jvp, jax.jacfwd) of the loss itself. Pass "
-        "adjoint=jaxode.ForwardMode() to cnf.",
+        "DiscreteAdjoint: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), "
+        "but no forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode().",
     ),
     (
         lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,

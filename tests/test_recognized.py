@@ -74,7 +74,8 @@ ONCE = {
     "module": lambda i: solve(Module(scaled(i))),
     "method of a module": lambda i: solve(Module(scaled(i)).__call__),
     "numbers among args": lambda i: solve(decay, {"rate": 1.0 + i, "power": 2}),
-    "unhashable among args": lambda i: solve(HELD, (1.0 + i, HELD)),
+    "unhashable among args": lambda i: solve(decay_first, (1.0 + i, {"a", "set"}, Unhashable(2.0))),
+    "dataclass made anew": lambda i: solve(Unhashable(2.0)),
     "log_prob": lambda i: flow().log_prob(NETWORK, X + i),
     "nll": lambda i: flow().nll(NETWORK, X + i, weights=jnp.ones(3)),
     "sample": lambda i: flow().sample(NETWORK, jax.random.key(i), 3),
@@ -88,6 +89,10 @@ ONCE = {
 
 def by_name(t, y, args, *, matrix):
     return linear(matrix, t, y, args)
+
+
+def decay_first(t, y, args):
+    return -args[0] * y
 
 
 def of_args(t, y, matrix):
@@ -109,6 +114,84 @@ def test_arrays_of_what_is_recognized_are_inputs():
         exact = Y0 * np.exp(-1.0 - i)
         np.testing.assert_allclose(ONCE["partial"](i), exact, rtol=1e-4)
         np.testing.assert_allclose(ONCE["NumPy array"](i), exact, rtol=1e-4)
+
+
+# Pairs of fields that `==` does not tell apart, or that are one object which has changed.
+def held(t, y, args):
+    return -args.rate * y
+
+
+def by_number(t, y, args, k):
+    return y * 0.0 + jnp.arctan2(jnp.asarray(k, float), -1.0)
+
+
+def by_type(t, y, args):
+    return y * 0.0 + (2.0 if args is True else 1.0)
+
+
+class Changing:
+    rate: object = 1.0
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
+def changed(rate, thing=Changing()):
+    thing.rate = rate
+    return thing
+
+
+def closure():
+    rate = None
+
+    def field(t, y, args):
+        return -rate * y
+
+    def use(value):
+        nonlocal rate
+        rate = value
+        return field
+
+    return use
+
+
+RATES = (1.0, 2.0, 1.0)
+use = closure()
+# Each gives `y' = -rate y` for a rate. A new one is one row.
+CHANGED = {
+    "attribute of a field": lambda rate: solve(changed(rate)),
+    "attribute of an argument": lambda rate: solve(held, changed(rate)),
+    "bound method": lambda rate: solve(changed(rate).__call__),
+    "variable of a closure": lambda rate: solve(use(rate)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_change_is_not_taken_for_what_it_was(name):
+    run = CHANGED[name]
+    for rate in RATES:
+        np.testing.assert_allclose(run(rate), Y0 * np.exp(-rate), rtol=1e-4)
+        gradient = jax.grad(lambda rate: run(rate).sum())(rate)
+        np.testing.assert_allclose(gradient, -3 * np.exp(-rate), rtol=1e-4)
+
+
+def test_numbers_that_are_equal_but_not_the_same():
+    for k in (0.0, -0.0):
+        end = solve(functools.partial(by_number, k=k))
+        np.testing.assert_allclose(end, Y0 + np.arctan2(k, -1.0), rtol=1e-6)
+    np.testing.assert_allclose(solve(by_type, 1), Y0 + 1.0, rtol=1e-6)
+    np.testing.assert_allclose(solve(by_type, True), Y0 + 2.0, rtol=1e-6)
+
+
+def test_arguments_are_given_back_as_they_came():
+    def f(t, y, args):
+        assert isinstance(args["net"], functools.partial)
+        assert args["names"] == {"a", "b"}
+        return args["net"](y, s=3.0)
+
+    net = functools.partial(lambda y, s=1.0: -s * y, s=1.0)
+    end = solve(f, {"net": net, "names": {"a", "b"}})
+    np.testing.assert_allclose(end, Y0 * np.exp(-3.0), rtol=1e-4)
 
 
 def test_solve_and_flow_share_a_program(compiled):
@@ -164,6 +247,19 @@ def test_equal_flows_are_equal_and_hashable(name):
     assert hash(make()) == hash(make())
     assert make() != make(atol=1e-7)
     assert make() != make(step_control="per_sample")
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        jaxode.cnf(field, jaxode.diagonal_normal(2), t1=np.float64(1.0)),
+        jaxode.cnf(Unhashable(1.0), jaxode.standard_normal(2), atol=np.array(1e-4)),
+        jaxode.cnf(Module(np.eye(2)), jaxode.standard_normal(2)),
+    ],
+    ids=["learned base", "dataclass", "module"],
+)
+def test_methods_of_any_flow_can_be_compiled(flow):
+    np.testing.assert_allclose(jax.jit(flow.nll)(NETWORK, X), flow.nll(NETWORK, X), rtol=1e-12)
 
 
 def test_a_flow_is_a_pytree():

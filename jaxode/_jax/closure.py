@@ -1,5 +1,6 @@
 """A vector field as a program and the values that it closes over, and what `jit` knows it by."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -10,55 +11,116 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.sharding import axes_of
 
+NUMBERS = (bool, int, float, complex, np.integer, np.bool_)
+
 
 class _Held:
-    """Something that cannot be hashed: equal to itself alone."""
+    """A static leaf, equal to its like by a key that tells more than `==`, or where that is none.
+
+    Numbers are compared by type and sign, too (`1 == True`, `0.0 == -0.0`), and an object that has
+    no equality of its own by its identity and by what it holds, so that a change is noticed.
+    """
 
     def __init__(self, value: Any):
         self.value = value
+        self.key, self.contents = _key(value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.value is other.value
+        return isinstance(other, _Held) and self.key == other.key
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return hash(self.key)
+
+
+def _key(value: Any) -> tuple[Any, Any]:
+    """What to compare, and what must be kept for as long as its identity counts."""
+    if isinstance(value, NUMBERS):
+        return (type(value), repr(value)), None
+    if isinstance(value, set):
+        return (set, frozenset(value)), None
+    contents = _contents(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        keys = [_key(content) if _is_held(content) else (content, None) for content in contents]
+        return (type(value), *(key for key, _ in keys)), [kept for _, kept in keys]
+    own = () if inspect.ismethod(value) else (id(value),)  # Methods are made anew at each access.
+    return (*own, *map(id, contents)), (value, contents)
+
+
+def _contents(value: Any) -> tuple[Any, ...]:
+    if inspect.ismethod(value):
+        return (value.__func__, value.__self__, *_contents(value.__self__))
+    if inspect.isfunction(value):
+        return tuple(map(_cell_contents, value.__closure__ or ()))
+    return tuple(getattr(value, "__dict__", {}).values())
+
+
+def _cell_contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # It is empty, as in a function that calls itself before it has a name.
+        return cell
+
+
+def _is_held(leaf: Any) -> bool:
+    """Whether `==` is not all there is to the equality of this leaf."""
+    if isinstance(leaf, type):
+        return False
+    if isinstance(leaf, NUMBERS) or inspect.ismethod(leaf):
+        return True
+    if inspect.isfunction(leaf):
+        return leaf.__closure__ is not None
+    try:
+        hash(leaf)
+    except TypeError:
+        return True
+    return type(leaf).__hash__ is object.__hash__
+
+
+class _Partial(eqx.Module):
+    """A `functools.partial` as a pytree."""
+
+    f: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
 
 
 def recognizable(tree: PyTree, dtype: Any = None) -> PyTree:
     """The tree as an argument of `eqx.filter_jit`, which compiles again for other static leaves.
 
-    A `functools.partial`, or a method of a pytree, becomes a pytree of its parts; what cannot be
-    hashed is known by its identity. With a `dtype`, a Python float is an array, and no reason to
-    compile again.
+    A `functools.partial`, or a method of a pytree, becomes a pytree of its parts. With a `dtype`, a
+    Python float is an array, and no reason to compile again.
     """
 
     def one(leaf):
         if isinstance(leaf, functools.partial):
-            f, args, keywords = recognizable((leaf.func, leaf.args, leaf.keywords))
-            return eqx.Partial(f, *args, **keywords)
+            return _Partial(*recognizable((leaf.func, leaf.args, leaf.keywords), dtype))
         if inspect.ismethod(leaf) and not jax.tree_util.all_leaves([leaf.__self__]):
-            return eqx.Partial(leaf.__func__, recognizable(leaf.__self__))
+            return _Partial(leaf.__func__, (recognizable(leaf.__self__, dtype),), {})
         if dtype is not None and isinstance(leaf, float):
             return jnp.asarray(leaf, dtype)
-        if eqx.is_array(leaf):
+        if eqx.is_array(leaf) and (dtype is not None or not isinstance(leaf, NUMBERS)):
             return leaf
-        try:
-            hash(leaf)
-        except TypeError:
-            return _Held(leaf)
-        return leaf
+        return _Held(leaf) if _is_held(leaf) else leaf
 
     return jax.tree.map(one, tree)
 
 
 def recognized(tree: PyTree) -> PyTree:
     """The inverse of `recognizable`, inside of the program."""
-    return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, _Held) else leaf, tree)
+
+    def one(leaf):
+        if isinstance(leaf, _Partial):
+            f, args, keywords = recognized((leaf.f, leaf.args, leaf.keywords))
+            return functools.partial(f, *args, **keywords)
+        return leaf.value if isinstance(leaf, _Held) else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, _Partial))
 
 
 class ClosedField(eqx.Module):

@@ -68,6 +68,11 @@ class CNF(eqx.Module):
     steer: float = eqx.field(static=True)
     throw: bool | None = eqx.field(static=True)
 
+    def __hash__(self) -> int:
+        """So that `jax.jit` takes a method of any flow: what has no hash counts by its identity."""
+        leaves, structure = jax.tree.flatten(self)
+        return hash((structure, *(x if type(x).__hash__ else id(x) for x in leaves)))
+
     def log_prob(
         self,
         params: PyTree,
@@ -159,6 +164,7 @@ class CNF(eqx.Module):
         system = self._system(where, x, params, context, "to base").raising(bool(self.throw))
         check_weights(where, weights, system.y0.shape[0])
         key = check_key(where, key, optional=True)
+        weights = None if weights is None else jnp.asarray(weights)
         loss, stats, t_reached = programs.nll(
             system, self._parts, key, weights, self.quadrature, self.steer
         )
@@ -303,7 +309,7 @@ def cnf(
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your "
             "own, jaxode.divergence.Divergence(init, apply)."
         )
-    options = SolveOptions.make("cnf", solve_options)
+    options = SolveOptions.make("cnf", **solve_options)
     check_time("cnf", "t0", t0)
     check_time("cnf", "t1", t1)
     one_of("cnf", "step_control", step_control, ("joint", "per_sample"))

@@ -20,14 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.closure import ClosedField, close_field, recognized
-from jaxode._jax.primitives import reverse_only
 from jaxode._jax.sharding import fori_loop, vary_alike, while_loop
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.quadrature import Nodes, shares_stages
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.adjoints.discrete import per_step_gradient
-from jaxode.ode.adjoints.replay import interval, nan_unless, once_only, replay
+from jaxode.ode.adjoints.replay import in_reverse, interval, nan_unless, once_only, replay
 from jaxode.ode.adjoints.sweep import Step, Sweep
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.method import Method
@@ -72,19 +71,14 @@ class Objective(NamedTuple):
         return jnp.asarray([r.weight for r in self.integrands.regularizers], dtype)
 
 
-def is_fused(system: System) -> bool:
-    """Whether value and gradient come from one sweep over recorded steps."""
-    return isinstance(system.adjoint, DiscreteAdjoint) and system.implicit is None
-
-
 def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"]]:
     """The loss, its statistics, and the time that the solve reached.
 
     Differentiable is the loss alone.
     """
     objective = recognized(objective)
-    way = _fused if is_fused(objective.system) else _augmented
-    loss, rest = way(objective)
+    fused = isinstance(objective.system.adjoint, DiscreteAdjoint)
+    loss, rest = _fused(objective) if fused else _augmented(objective)
     log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
     names = [regularizer.name for regularizer in objective.integrands.regularizers]
     by_name = {name: running[:, i] for i, name in enumerate(names)}
@@ -175,12 +169,7 @@ def _fused(objective: Objective):
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
     settings = Settings(method, system.adjoint.checkpoints, coefficients, phase)
-    inputs = reverse_only(
-        inputs,
-        f"{system.label.text}(adjoint=...): {type(system.adjoint).__name__} has reverse-mode "
-        "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd) of the "
-        "loss itself. Pass adjoint=jaxode.ForwardMode() to cnf.",
-    )
+    inputs = in_reverse(inputs, "DiscreteAdjoint")
     loss, rest = _loss(inputs, settings)
     if joint:
         *of_samples, stats, result, t_reached = rest
@@ -240,7 +229,7 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
         inside_pulls_last=nodes.shared,
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
-    swept = sweep.run(z_bar, zeros, (nodes.zero(), _no_step(tape)))
+    swept = sweep.run(z_bar, zeros, (nodes.zero(), jnp.zeros_like(tape.times[0])))
     integrals, _ = swept.inside
     out = _assemble(inputs, settings, integration, integrals)
     by_span = nodes.by_span(integrals, problem.t1 - problem.t0)
@@ -293,11 +282,6 @@ def _assemble(inputs: Inputs, settings: Settings, integration: Integration, inte
     return loss, (*rest, integration.t_reached)
 
 
-def _no_step(tape: Tape) -> Float[Array, " rows"]:
-    """The size of the step after the last one."""
-    return jnp.zeros_like(tape.times[0])
-
-
 def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
     """The integrals along the recorded steps, in the order in which the sweep adds them."""
     tableau, field = settings.method.tableau, inputs.problem.slope
@@ -311,6 +295,6 @@ def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
         integrals = fori_loop(*nodes.numbers(stop), add, integrals)
         return stop - 1, integrals, recorded.h, checkpoints
 
-    carry = (tape.num_steps, nodes.zero(), _no_step(tape), tape.checkpoints)
+    carry = (tape.num_steps, nodes.zero(), jnp.zeros_like(tape.times[0]), tape.checkpoints)
     first = 0 if nodes.shared else 1
     return while_loop(lambda carry: carry[0] >= first, step, carry)[1]

@@ -57,7 +57,7 @@ def backward_stats(
             f"{where}(adjoint=...): must have a backward solve; got {adjoint!r}. Use "
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."
         )
-    options = SolveOptions.make(where, {**solve_options, "adjoint": adjoint})
+    options = SolveOptions.make(where, adjoint=adjoint, **solve_options)
     if options.tableau is None:
         raise ValueError(
             f"{where}(solver=...): must be an explicit Runge-Kutta solver; got "

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxode._jax.primitives import first_derivatives_only, nondifferentiable_backward
 from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
+from jaxode.ode.adjoints.replay import in_reverse
 from jaxode.ode.loop.integrate import Integration, valid_arguments
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
@@ -34,10 +35,12 @@ class DiffraxSolve(eqx.Module):
     """
 
     solver: diffrax.AbstractSolver
-    adjoint: DiscreteAdjoint | ForwardMode = eqx.field(static=True)
+    adjoint: Any = eqx.field(static=True)
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
         """Solve the problem on one row."""
+        if isinstance(self.adjoint, DiscreteAdjoint):
+            problem = in_reverse(problem, "DiscreteAdjoint")
         y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
         valid = valid_arguments(problem, method)
         # An empty span in place of times that diffrax would raise for.

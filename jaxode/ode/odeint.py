@@ -72,15 +72,10 @@ def odeint(
     steps = int(min(mxstep * max(t.shape[0] - 1, 1), _NO_LIMIT))
     if steps < 1:
         raise ValueError(f"odeint(mxstep=...): must allow at least one step; got {mxstep}.")
+    max_step = None if hmax == jnp.inf else hmax
     options = SolveOptions.make(
-        "odeint",
-        {
-            "rtol": rtol,
-            "atol": atol,
-            "max_steps": steps,
-            "adjoint": BacksolveAdjoint(),
-            "max_step": None if hmax == jnp.inf else hmax,
-        },
-    )
+        "odeint", rtol=rtol, atol=atol, max_steps=steps, max_step=max_step,
+        adjoint=BacksolveAdjoint(),
+    )  # fmt: skip
     f, y0 = _TimeFirst(func), check_state("odeint", "y0", y0)
     return solve_field("odeint", f, y0, (t[0], t[-1]), args, options, ts=t, throw=False).ys

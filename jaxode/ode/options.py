@@ -30,7 +30,7 @@ class SolveOptions(eqx.Module):
     axis_name: AxisName | None = eqx.field(static=True, default=None)
 
     @classmethod
-    def make(cls, where: str, given: dict[str, Any]) -> "SolveOptions":
+    def make(cls, where: str, **given: Any) -> "SolveOptions":
         """From what a user has passed to the function `where`.
 
         Raises:

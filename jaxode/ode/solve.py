@@ -8,15 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.primitives import reverse_only
-from jaxode.ode.adjoints import (
-    Adjoint,
-    BacksolveAdjoint,
-    DiscreteAdjoint,
-    ForwardMode,
-    InterpolatingAdjoint,
-)
-from jaxode.ode.implicit import DiffraxSolve
+from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Solution, raise_on_failure
 from jaxode.ode.system import Batch, System, make_system, pose
@@ -49,8 +41,9 @@ def solve(
 
     Args:
         f: vector field `f(t, y, args) -> dy/dt`, with `t` a scalar and `dy/dt` shaped like `y`. It
-            must be pure: as by `equinox.filter_jit`, its arrays are inputs of the compiled program,
-            and all else about it is compared, not looked at again.
+            must be pure, as for `equinox.filter_jit`: arrays in it or in `args` are inputs of the
+            compiled program, all else is compared with what was compiled before. A change inside of
+            what a function closes over (an array of NumPy, a list, an object) is not seen.
         y0: initial state, any pytree of floating arrays. The solve runs in their common dtype,
             at least float32, and so does the time.
         t0: start time, a scalar.
@@ -97,17 +90,15 @@ def solve(
     """
     options = SolveOptions.make(
         "solve",
-        {
-            "solver": solver,
-            "rtol": rtol,
-            "atol": atol,
-            "steps": steps,
-            "adjoint": adjoint,
-            "first_step": first_step,
-            "max_step": max_step,
-            "max_steps": max_steps,
-            "axis_name": axis_name,
-        },
+        solver=solver,
+        rtol=rtol,
+        atol=atol,
+        steps=steps,
+        adjoint=adjoint,
+        first_step=first_step,
+        max_step=max_step,
+        max_steps=max_steps,
+        axis_name=axis_name,
     )
     one_of("solve", "batch", batch, (None, "joint", "per_sample"))
     check_implicit("solve", options, "batch", batch)
@@ -156,7 +147,7 @@ def flow(
             f"flow({moved[0]}=...): it returns z at time t alone. Use "
             f"jaxode.solve(f, z, s, t, args, batch={step_control!r}), which returns a Solution."
         )
-    options = SolveOptions.make("flow", solve_options)
+    options = SolveOptions.make("flow", **solve_options)
     one_of("flow", "step_control", step_control, ("joint", "per_sample"))
     check_implicit("flow", options, "step_control", step_control)
     z = check_batch("flow", "z", z)
@@ -210,23 +201,10 @@ def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batc
         )
 
 
-REVERSE = (DiscreteAdjoint, BacksolveAdjoint, InterpolatingAdjoint)
-
-
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     problem, method, ravel = pose(system)
-    adjoint: Any = system.adjoint
-    if isinstance(adjoint, REVERSE):
-        problem = reverse_only(
-            problem,
-            f"{system.label.text}(adjoint=...): {type(adjoint).__name__} has reverse-mode "
-            "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd) of the "
-            "solve itself. Use adjoint=jaxode.ForwardMode().",
-        )
-    if system.implicit is not None:
-        adjoint = DiffraxSolve(system.implicit, system.adjoint)
-    out = adjoint.integrate(problem, method)
+    out = system.adjoint.integrate(problem, method)
     y1 = ravel.back(out.y1)
     ys = None if out.ys is None else jax.vmap(ravel.back)(out.ys)
     stats, result, t_reached = out.stats, out.result, out.t_reached

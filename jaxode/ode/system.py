@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._jax.closure import close_field, recognizable, recognized
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
+from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.options import SolveOptions
@@ -66,8 +66,7 @@ class System(NamedTuple):
     """None for a single system, without an axis for it."""
     method: Method
     adjoint: Any
-    implicit: diffrax.AbstractSolver | None
-    """The solver, if it is not an explicit Runge-Kutta method: diffrax runs it."""
+    """The gradient method, which runs the loop, or diffrax for other solvers."""
 
     def raising(self, throw: bool) -> "System":
         """The same, with an error for a backward solve that fails, if the method has one."""
@@ -92,12 +91,12 @@ def make_system(
     t0, t1, ts = check_times(where, *span, ts, dtype)
     check_same_times(where, (t0, t1, ts), options.axis_name)
     method = options.method(where, dtype)
-    field, adjoint = recognizable((field, options.adjoint))
+    adjoint = options.adjoint
+    if options.tableau is None:
+        adjoint = DiffraxSolve(options.solver, adjoint)
+    field, adjoint = recognizable((field, adjoint))
     shared, rows = recognizable((shared, rows), dtype)
-    implicit = None if method.tableau is not None else options.solver
-    return System(
-        Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint, implicit
-    )
+    return System(Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint)
 
 
 class Ravel:

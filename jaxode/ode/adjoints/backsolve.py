@@ -19,7 +19,7 @@ from jaxode.ode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.ode.adjoints.replay import filled
+from jaxode.ode.adjoints.replay import filled, in_reverse
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
@@ -57,6 +57,7 @@ class BacksolveAdjoint:
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
         """Solve the problem, differentiable in all of it."""
+        problem = in_reverse(problem, "BacksolveAdjoint")
         return _integrate(problem, method, self.rtol, self.atol)
 
     def backward_stats(

@@ -13,6 +13,7 @@ from jaxode.ode.adjoints.replay import (
     bars_where,
     check_checkpoints,
     filled,
+    in_reverse,
     nan_unless,
     once_only,
     output_is_inside,
@@ -57,7 +58,7 @@ class DiscreteAdjoint:
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
         """Solve the problem, differentiable in all of it."""
-        return _integrate(problem, method, self.checkpoints)
+        return _integrate(in_reverse(problem, "DiscreteAdjoint"), method, self.checkpoints)
 
 
 @eqx.filter_custom_vjp

@@ -19,6 +19,7 @@ from jaxode.ode.adjoints.continuous import (
 from jaxode.ode.adjoints.replay import (
     check_checkpoints,
     filled,
+    in_reverse,
     interval,
     once_only,
     output_is_inside,
@@ -59,7 +60,7 @@ class InterpolatingAdjoint:
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
         """Solve the problem, differentiable in all of it."""
-        return _integrate(problem, method, self)
+        return _integrate(in_reverse(problem, "InterpolatingAdjoint"), method, self)
 
     def backward_stats(
         self,

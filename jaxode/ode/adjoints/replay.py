@@ -1,7 +1,7 @@
 """What the gradient methods share: the recorded steps of a forward solve, and its failure."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.closure import ClosedField
-from jaxode._jax.primitives import nondifferentiable_backward
+from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Field, save_times_at, stages
@@ -17,6 +17,8 @@ from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import Tableau
 from jaxode.ode.validation import integer
+
+T = TypeVar("T")
 
 
 def split(problem: Problem, perturbed: Problem) -> tuple[PyTree, Callable[..., Array]]:
@@ -105,6 +107,15 @@ def replay(
     carry = (index, y, k, checkpoints)
     _, y, k, checkpoints = while_loop(lambda carry: carry[0] < stop - 1, advance, carry)
     return y, k, checkpoints
+
+
+def in_reverse(inputs: T, name: str) -> T:
+    """What a gradient method differentiates, with an error for forward mode."""
+    message = (
+        f"{name}: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), but no "
+        "forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode()."
+    )
+    return reverse_only(inputs, message)
 
 
 def once_only(name: str, cotangents: PyTree) -> PyTree:

@@ -89,8 +89,3 @@ def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
 def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
     """The tableau of an explicit Runge-Kutta solver, or None for any other kind of solver."""
     return _tableau_of_class(type(solver))
-
-
-def is_explicit(solver: diffrax.AbstractSolver) -> bool:
-    """Whether it is an explicit Runge-Kutta solver, which jaxode's own loop can run."""
-    return isinstance(solver, diffrax.AbstractSolver) and tableau_of(solver) is not None
