@@ -102,7 +102,8 @@ def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
 def as_event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
     """The shape of an event as a tuple; an integer stands for a vector."""
     try:
-        shape = tuple(map(operator.index, np.atleast_1d(event_shape))) if event_shape != () else ()
+        sizes = np.atleast_1d(event_shape) if np.size(event_shape) else ()
+        shape = tuple(map(operator.index, sizes))
     except TypeError:
         shape = (0,)
     if not all(size > 0 for size in shape):

@@ -327,6 +327,10 @@ BAD_INPUT = [
         "jaxode.solve(f, z, s, t, args, batch='joint'), which returns a Solution.",
     ),
     (
+        lambda: solve(max_steps=None), ValueError,
+        "solve(max_steps=...): must be a positive integer; got None.",
+    ),
+    (
         lambda: solve(batch="samples"), ValueError,
         "solve(batch=...): must be None, 'joint' or 'per_sample'; got 'samples'.",
     ),

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 
 import jaxode
+from jaxode._jax.closure import recognized
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.quadrature import GOLDEN, gauss
 from jaxode.ode.adjoints import discrete
@@ -68,7 +69,7 @@ def recorded_times(flow, params, x, context):
 
     @eqx.filter_jit
     def solve(system):
-        problem, method, _ = pose(system)
+        problem, method, _ = pose(recognized(system))
         return integrate(problem, method, 2)[1]
 
     tape = solve(system)

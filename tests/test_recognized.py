@@ -58,7 +58,24 @@ class Unhashable:
         return self(t, y, args)
 
 
-HELD = Unhashable(2.0)
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    rate: float
+    array: object = dataclasses.field(default=1.0, compare=False)
+
+    def __call__(self, t, y, args):
+        return -self.rate * self.array * y
+
+
+class Counter:
+    calls = 0
+
+    def __call__(self, t, y, args):
+        self.calls += 1
+        return -y
+
+
+HELD, COUNTER = Unhashable(2.0), Counter()
 solve = lambda f, args=None: jaxode.solve(f, Y0, 0.0, 1.0, args).y1
 flow = lambda: jaxode.cnf(field, jaxode.standard_normal(2), rtol=1e-3, atol=1e-3)
 NETWORK = MLP(2, (4,), key=jax.random.key(0))
@@ -74,8 +91,9 @@ ONCE = {
     "module": lambda i: solve(Module(scaled(i))),
     "method of a module": lambda i: solve(Module(scaled(i)).__call__),
     "numbers among args": lambda i: solve(decay, {"rate": 1.0 + i, "power": 2}),
-    "unhashable among args": lambda i: solve(decay_first, (1.0 + i, {"a", "set"}, Unhashable(2.0))),
-    "dataclass made anew": lambda i: solve(Unhashable(2.0)),
+    "unhashable among args": lambda i: solve(decay_first, (1.0 + i, {"a", "set"}, HELD)),
+    "frozen dataclass made anew": lambda i: solve(Frozen(2.0)),
+    "counter of calls": lambda i: solve(COUNTER),
     "log_prob": lambda i: flow().log_prob(NETWORK, X + i),
     "nll": lambda i: flow().nll(NETWORK, X + i, weights=jnp.ones(3)),
     "sample": lambda i: flow().sample(NETWORK, jax.random.key(i), 3),
@@ -159,6 +177,7 @@ RATES = (1.0, 2.0, 1.0)
 use = closure()
 # Each gives `y' = -rate y` for a rate. A new one is one row.
 CHANGED = {
+    "field that is not compared": lambda rate: solve(Frozen(1.0, jnp.asarray(rate))),
     "attribute of a field": lambda rate: solve(changed(rate)),
     "attribute of an argument": lambda rate: solve(held, changed(rate)),
     "bound method": lambda rate: solve(changed(rate).__call__),

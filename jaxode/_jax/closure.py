@@ -1,6 +1,5 @@
 """A vector field as a program and the values that it closes over, and what `jit` knows it by."""
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -21,40 +20,54 @@ NUMBERS = (bool, int, float, complex, np.integer, np.bool_)
 
 
 class _Held:
-    """A static leaf, equal to its like by a key that tells more than `==`, or where that is none.
+    """A static leaf, equal to its like by more than `==`.
 
-    Numbers are compared by type and sign, too (`1 == True`, `0.0 == -0.0`), and an object that has
-    no equality of its own by its identity and by what it holds, so that a change is noticed.
+    Numbers are compared by type and sign, too (`1 == True`, `0.0 == -0.0`), frozen dataclasses by
+    all of their fields, and what has no equality of its own by its identity and that of what it
+    holds, so that a change is noticed.
     """
 
     def __init__(self, value: Any):
         self.value = value
-        self.key, self.contents = _key(value)
+        self.key, self.holds = _key(value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.key == other.key
+        if not isinstance(other, _Held) or self.key != other.key:
+            return False
+        return list(map(id, self.holds)) == list(map(id, other.holds))
 
     def __hash__(self) -> int:
         return hash(self.key)
 
 
-def _key(value: Any) -> tuple[Any, Any]:
-    """What to compare, and what must be kept for as long as its identity counts."""
+def settle(tree: PyTree) -> None:
+    """Take what tracing has changed in the leaves, such as a counter of calls, for no change."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, _Held):
+            leaf.holds = _key(leaf.value)[1]
+
+
+def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What is compared by `==`, and what by identity."""
     if isinstance(value, NUMBERS):
-        return (type(value), repr(value)), None
+        return (type(value), repr(value)), ()
     if isinstance(value, set):
-        return (set, frozenset(value)), None
-    contents = _contents(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        keys = [_key(content) if _is_held(content) else (content, None) for content in contents]
-        return (type(value), *(key for key, _ in keys)), [kept for _, kept in keys]
-    own = () if inspect.ismethod(value) else (id(value),)  # Methods are made anew at each access.
-    return (*own, *map(id, contents)), (value, contents)
+        return (set, frozenset(value)), ()
+    if _is_frozen(value):
+        fields = [_Held(x) if _is_held(x) else x for x in vars(value).values()]
+        return (type(value), *fields), ()
+    own = value.__func__ if inspect.ismethod(value) else value  # Methods are made at each access.
+    return id(own), (own, *_contents(value))
+
+
+def _is_frozen(value: Any) -> bool:
+    params = getattr(type(value), "__dataclass_params__", None)
+    return params is not None and params.frozen and hasattr(value, "__dict__")
 
 
 def _contents(value: Any) -> tuple[Any, ...]:
     if inspect.ismethod(value):
-        return (value.__func__, value.__self__, *_contents(value.__self__))
+        return (value.__self__, *_contents(value.__self__))
     if inspect.isfunction(value):
         return tuple(map(_cell_contents, value.__closure__ or ()))
     return tuple(getattr(value, "__dict__", {}).values())
@@ -71,7 +84,7 @@ def _is_held(leaf: Any) -> bool:
     """Whether `==` is not all there is to the equality of this leaf."""
     if isinstance(leaf, type):
         return False
-    if isinstance(leaf, NUMBERS) or inspect.ismethod(leaf):
+    if isinstance(leaf, NUMBERS) or inspect.ismethod(leaf) or _is_frozen(leaf):
         return True
     if inspect.isfunction(leaf):
         return leaf.__closure__ is not None

@@ -20,7 +20,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._jax.closure import recognizable
+from jaxode._jax.closure import recognizable, settle
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
@@ -165,9 +165,10 @@ class CNF(eqx.Module):
         check_weights(where, weights, system.y0.shape[0])
         key = check_key(where, key, optional=True)
         weights = None if weights is None else jnp.asarray(weights)
-        loss, stats, t_reached = programs.nll(
-            system, self._parts, key, weights, self.quadrature, self.steer
-        )
+        parts = self._parts
+        out = programs.nll(system, parts, key, weights, self.quadrature, self.steer)
+        settle((system, parts))
+        loss, stats, t_reached = out
         concrete = not isinstance(stats.result, jax.core.Tracer)
         if concrete if self.throw is None else self.throw:
             nan = nan_or_raise(stats.result, t_reached, where)
@@ -248,7 +249,9 @@ class CNF(eqx.Module):
         """What the compiled function `compute(system, parts, key)` gives as the end state."""
         throw = self.throw is None or self.throw
         system = self._system(where, x, params, context, direction).raising(throw)
-        solution = compute(system, self._parts, check_key(where, key, optional=True))
+        parts = self._parts
+        solution = compute(system, parts, check_key(where, key, optional=True))
+        settle((system, parts))
         return (raise_on_failure(solution, where) if throw else solution).y1
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._jax.closure import recognized
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.loop.outcome import Stats
 from jaxode.ode.options import SolveOptions
@@ -79,6 +80,7 @@ def backward_stats(
 
 @eqx.filter_jit
 def _backward_stats(system: System, y1_bar: PyTree, ys_bar: PyTree) -> Stats:
+    system = recognized(system)
     problem, method, ravel = pose(system)
     row = lambda y: ravel(jax.tree.map(lambda x: jnp.asarray(x)[None], y))
     ys_bar = None if ys_bar is None else jax.vmap(row)(ys_bar)

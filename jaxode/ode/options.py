@@ -41,8 +41,11 @@ class SolveOptions(eqx.Module):
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise TypeError(f"{where}: unknown options {unknown}. The solve options are {known}.")
-        counts = [name for name in ("steps", "max_steps") if given.get(name) is not None]
-        options = cls(**{**given, **{name: integer(where, name, given[name]) for name in counts}})
+        if given.get("steps") is not None:
+            given["steps"] = integer(where, "steps", given["steps"])
+        if "max_steps" in given:
+            given["max_steps"] = integer(where, "max_steps", given["max_steps"])
+        options = cls(**given)
         options._check(where)
         return options
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._jax.closure import recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Solution, raise_on_failure
@@ -181,6 +182,7 @@ def solve_field(
         raise TypeError(f"{where}(f=...): must be a function f(t, y, args); got {f!r}.")
     system = make_system(where, Unconditional(f), y0, span, args, options, ts=ts, batch=batch)
     solution = _run(system.raising(throw))
+    settle(system)
     return raise_on_failure(solution, where) if throw else solution
 
 
@@ -203,6 +205,7 @@ def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batc
 
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
+    system = recognized(system)
     problem, method, ravel = pose(system)
     out = system.adjoint.integrate(problem, method)
     y1 = ravel.back(out.y1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.closure import close_field, recognizable, recognized
+from jaxode._jax.closure import close_field, recognizable
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.implicit import DiffraxSolve
@@ -143,9 +143,8 @@ def _rows_field(system: System):
 def pose(system: System) -> tuple[Problem, Method, Ravel]:
     """The problem on rows, its method, and how a state becomes rows; it traces the field once.
 
-    A batch with joint steps is one row, and so is a single system.
+    A batch with joint steps is one row, and so is a single system. The system is `recognized`.
     """
-    system = recognized(system)
     y0 = system.y0
     if system.batch != "per_sample":
         y0 = jax.tree.map(lambda x: x[None], y0)

@@ -105,7 +105,8 @@ def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segme
     # Without integers, which have no cotangent.
     integration = integration._replace(stats=None, result=None, t_reached=None)
     ends = problem._replace(field=None, args=None), integration, failed, out
-    return _solve_back((params, rest, *ends), with_tolerances(method, rtol, atol))
+    inputs = in_reverse((params, rest, *ends), "BacksolveAdjoint")
+    return _solve_back(inputs, with_tolerances(method, rtol, atol))
 
 
 class _Ends(NamedTuple):
