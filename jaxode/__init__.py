@@ -1,6 +1,6 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import divergence, images, nn, plot, regularizers
+from jaxode import coupling, divergence, images, nn, plot, regularizers
 from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.flows.audit import audit
 from jaxode.flows.cnf import cnf
@@ -27,6 +27,7 @@ __all__ = [
     "audit",
     "backward_stats",
     "cnf",
+    "coupling",
     "diagonal_normal",
     "divergence",
     "flow",
