@@ -22,9 +22,11 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base, log_prob_of
 from jaxode.divergence import Divergence, auto
 from jaxode.flows.integrands import Integrands
+from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import Solve, objective
 from jaxode.flows.quadrature import random_phases
 from jaxode.ode.adjoints import DiscreteAdjoint
@@ -262,6 +264,51 @@ class CNF:
         uniform = jax.random.uniform(key, (), jnp.float32, -1.0, 1.0).astype(dtype)
         return jnp.asarray(self.t0, dtype) + self.steer * uniform
 
+    def matching_loss(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch *event"],
+        *,
+        key: PRNGKeyArray,
+        x0: Float[Array, "batch *event"] | None = None,
+        context: PyTree = None,
+        weights: Float[Array, " batch"] | None = None,
+        coupling: Coupling = independent(),
+    ) -> Float[Array, ""]:
+        """Flow matching: the loss of a regression that takes no solve and no divergence.
+
+        With base samples `z0`, and `u` uniform in [0, 1], the field is fitted to the velocity of
+        the straight path, `z_t = (1 - u) z0 + u x` at `t = t0 + u (t1 - t0)`:
+
+            mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
+
+        A field of least loss carries the base density to that of the data. `nll` on the same
+        parameters then sharpens it: docs/training.md.
+
+        Args:
+            key: draws base samples, times and the coupling. The times of a batch are stratified:
+                one in each of as many equal parts as there are rows.
+            x0: start samples to use in place of base samples, one for each row of `x`.
+            context: moves with the rows of `x`.
+            weights: of the rows in the mean, as for `nll`.
+            coupling: which base sample each row is matched with, from `jaxode.coupling`.
+
+        Base samples have no gradient: a learned base is trained by `nll`, not by matching. Under
+        `jax.shard_map` it is, as `nll`, the mean over the rows of this device, which are coupled
+        among themselves; a key that all devices share gives each row the noise that it has on one.
+
+        Raises:
+            TypeError, ValueError: if `x` or `x0` is not a floating array, the shapes do not fit,
+                `key` is no key, or the coupling does not return a permutation. Inside of a
+                transformation such as `jit` the loss is NaN instead if it is none.
+
+        References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
+        """
+        return matching_loss(
+            self, params, x, key=_check_key("matching_loss", key), x0=x0, context=context,
+            weights=weights, coupling=coupling, axis_name=self.solve_options.get("axis_name"),
+        )  # fmt: skip
+
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
@@ -406,8 +453,8 @@ def cnf(
             each device steps for itself. It is a name, or a tuple for a batch over several axes.
 
     Returns:
-        A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`, `sample`,
-        `sample_and_log_prob`, `to_base` and `from_base`.
+        A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
+        `matching_loss`, `sample`, `sample_and_log_prob`, `to_base` and `from_base`.
 
     Raises:
         TypeError, ValueError: for an unknown option, or an argument that is not what it should be.
