@@ -4,6 +4,11 @@ from jaxode import coupling, divergence, images, nn, plot, regularizers
 from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.flows.audit import audit
 from jaxode.flows.cnf import cnf
+from jaxode.flows.probability_flow import (
+    VarianceExploding,
+    VariancePreserving,
+    probability_flow,
+)
 from jaxode.ode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,
@@ -24,6 +29,8 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "VarianceExploding",
+    "VariancePreserving",
     "audit",
     "backward_stats",
     "cnf",
@@ -35,6 +42,7 @@ __all__ = [
     "nn",
     "odeint",
     "plot",
+    "probability_flow",
     "regularizers",
     "solve",
     "standard_normal",
