@@ -330,6 +330,16 @@ def loss(x=X, flow=None, **options):
     return flow.matching_loss(None, x, **{"key": KEY, **options})
 
 
+class PerBatch:
+    """A base whose samples are always a batch."""
+
+    event_shape = (2,)
+    log_prob = jaxode.standard_normal(2).log_prob
+
+    def sample(self, key, sample_shape):
+        return jax.random.normal(key, (3, 2))
+
+
 def pairing(rows):
     return Coupling(lambda key, z, x, context: rows)
 
@@ -377,6 +387,10 @@ BAD_INPUT = [
         "f sees one sample of a batch.",
     ),
     (
+        lambda: loss(flow=jaxode.cnf(lambda t, z, p: -z, PerBatch())), ValueError,
+        "cnf(base=...): sample(key, ()) must have the shape of an event, (2,); got (3, 2).",
+    ),
+    (
         lambda: loss(coupling=optimal_transport), TypeError,
         "matching_loss(coupling=...): must be a Coupling; got <function optimal_transport at ",
     ),
@@ -406,6 +420,12 @@ def test_bad_input(call, kind, message):
 
 @pytest.mark.parametrize("rows", [[0, 1, 1], [1, 2, 3], [-1, 0, 1]])
 def test_no_permutation_is_no_number(rows):
-    bad = jax.jit(lambda rows: loss(X[:3], coupling=pairing(rows)))
-    assert jnp.isnan(bad(jnp.array(rows)))
-    assert jnp.isfinite(bad(jnp.array([2, 0, 1])))
+    flow = flow_of(lambda t, z, p: p * z)
+
+    @jax.jit
+    def value_and_grad(rows):
+        loss = lambda p: flow.matching_loss(p, X[:3], key=KEY, coupling=pairing(rows))
+        return jax.value_and_grad(loss)(1.0)
+
+    assert np.isnan(value_and_grad(jnp.array(rows))).all()
+    assert np.isfinite(value_and_grad(jnp.array([2, 0, 1]))).all()

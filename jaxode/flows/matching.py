@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._jax.sharding import AxisName, row_count, row_numbers
+from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity
 from jaxode.ode.solve import VectorField
@@ -74,6 +74,8 @@ def matching_loss(
         z0 = _check_start(check_samples(WHERE, "x0", x0, event), x)
     z0, ok = _paired(coupling, pair_key, z0, x, context)
     u = _stratified(time_key, x, axis_name)
+    # Parameters that vary like the rows have a gradient that crosses between devices once.
+    params, x, z0 = vary_alike((params, x, z0))
     t0, t1 = (jnp.asarray(t, x.dtype) for t in (flow.t0, flow.t1))
     span = t1 - t0
 
@@ -84,7 +86,8 @@ def matching_loss(
         return jnp.mean((jnp.asarray(dz, x.dtype) - (x - z0) / span) ** 2)
 
     errors = jax.vmap(squared_error)(u, z0, x, context)
-    return jnp.where(ok, jnp.sum(weights * errors), jnp.nan)
+    # Through the weights, so that the gradient is NaN, too.
+    return jnp.sum(jnp.where(ok, weights, jnp.nan) * errors)
 
 
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
@@ -94,6 +97,11 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
     """
     draw = lambda i: base.sample(jax.random.fold_in(key, i), ())
     z0 = jax.vmap(draw)(row_numbers(x, key, axis_name))
+    if z0.shape != x.shape:
+        raise ValueError(
+            f"cnf(base=...): sample(key, ()) must have the shape of an event, {x.shape[1:]}; got "
+            f"{z0.shape[1:]}."
+        )
     return jax.lax.stop_gradient(jnp.asarray(z0, x.dtype))
 
 
