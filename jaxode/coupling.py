@@ -138,10 +138,8 @@ def _squared_distances(a: Float[Array, "groups n d"], b: Float[Array, "groups n 
     """Up to a constant for each row of `a` and each of `b`, which no assignment depends on."""
     dtype = state_dtype((a, b))
     center = lambda x: x.astype(dtype) - jnp.mean(x.astype(dtype), axis=1, keepdims=True)
-    product = jnp.einsum(
-        "gid,gjd->gij", center(a), center(b), precision=lax.Precision.HIGHEST
-    )  # fmt: skip
-    return -2 * product
+    highest = lax.Precision.HIGHEST
+    return -2 * jnp.einsum("gid,gjd->gij", center(a), center(b), precision=highest)
 
 
 def _entries_that_differ(a: Int[Array, "groups n d"], b: Int[Array, "groups n d"]):

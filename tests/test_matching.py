@@ -104,6 +104,23 @@ def test_the_shape_of_an_event_does_not_matter():
     assert jnp.isfinite(scalar)
 
 
+@pytest.mark.parametrize("coupling", [independent(), optimal_transport(8, 0.3)])
+def test_gradients_of_data_and_context_are_those_of_the_pairs(coupling):
+    rows = coupling.pair(KEY, START, X, CONTEXT)
+    paired = START if rows is None else START[rows]
+
+    def loss(rows, coupling, x0):
+        x, context = rows
+        return flow_of().matching_loss(
+            PARAMS, x, key=KEY, x0=x0, context=context, coupling=coupling
+        )  # fmt: skip
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)((X, CONTEXT), coupling, START)
+    expected = jax.jit(jax.grad(loss), static_argnums=1)((X, CONTEXT), independent(), paired)
+    for a, b in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_context_and_weights_stay_with_their_row():
     """The field is the context alone, so that the loss does not depend on the times."""
     flow = flow_of(lambda t, z, args: args[1], t0=0.5, t1=-1.5)

@@ -124,7 +124,7 @@ def _paired(
             "jaxode.coupling, called: jaxode.coupling.independent(); or, of your own, "
             "jaxode.coupling.Coupling(pair)."
         )
-    rows = coupling.pair(key, z0, x, context)
+    rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:
         return z0, True
     batch = x.shape[0]
