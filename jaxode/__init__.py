@@ -1,9 +1,14 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import divergence, images, nn, plot, regularizers
+from jaxode import coupling, divergence, images, nn, plot, regularizers
 from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.flows.audit import audit
 from jaxode.flows.cnf import cnf
+from jaxode.flows.probability_flow import (
+    VarianceExploding,
+    VariancePreserving,
+    probability_flow,
+)
 from jaxode.ode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,
@@ -25,9 +30,12 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "VarianceExploding",
+    "VariancePreserving",
     "audit",
     "backward_stats",
     "cnf",
+    "coupling",
     "diagonal_normal",
     "divergence",
     "flow",
@@ -35,6 +43,7 @@ __all__ = [
     "nn",
     "odeint",
     "plot",
+    "probability_flow",
     "regularizers",
     "solve",
     "standard_normal",

@@ -21,9 +21,14 @@ def run(code: str) -> str:
 def test_all_lists_the_public_names():
     public = {name for name in vars(jaxode) if not name.startswith("_")}
     modules = {name for name in public if type(getattr(jaxode, name)).__name__ == "module"}
-    assert public - modules | {"divergence", "images", "nn", "plot", "regularizers"} == set(
-        jaxode.__all__
-    )
+    assert public - modules | {
+        "coupling",
+        "divergence",
+        "images",
+        "nn",
+        "plot",
+        "regularizers",
+    } == set(jaxode.__all__)
     assert list(jaxode.__all__) == sorted(jaxode.__all__)
 
 
@@ -52,7 +57,7 @@ FLOORS = (
     r"ode\.(loop\.|results$)",
     r"ode\.(adjoints($|\.)|validation$)",
     r"ode\.",
-    r"(distributions|divergence|images|nn|plot|regularizers)$",
+    r"(coupling|distributions|divergence|images|nn|plot|regularizers)$",
     r"flows\.",
 )
 

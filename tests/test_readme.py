@@ -14,5 +14,5 @@ def test_code_blocks_run(default_settings):
     scope = {}
     exec("\n".join(blocks), scope)
     # The four Gaussians have 2.39 nats, the untrained flow about 4.2.
-    assert 2.2 < scope["loss"] < 3.0
+    assert 2.2 < scope["value"] < 3.0
     assert np.isfinite(scope["energy"]({"g": 9.81}))

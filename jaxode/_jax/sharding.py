@@ -77,8 +77,19 @@ def row_numbers(
     So that a key that all devices share does not give them the same noise. A key that varies over
     the devices gives each its own, whatever the numbers.
     """
+    axes = _split_axes(x, key, axis_name)
+    first = jax.lax.axis_index(_in_mesh_order(axes)) * x.shape[0] if axes else 0
+    return first + jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
+def row_count(x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None) -> int:
+    """How many rows `row_numbers` numbers: those of the whole batch."""
+    axes = _split_axes(x, key, axis_name)
+    return x.shape[0] * (jax.lax.psum(1, _in_mesh_order(axes)) if axes else 1)
+
+
+def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> frozenset[Any]:
     axes = axes_of(x) - axes_of(key)
     if not axes_of(x) and axis_name is not None:
         axes = frozenset(axis_name if isinstance(axis_name, tuple) else (axis_name,))
-    first = jax.lax.axis_index(_in_mesh_order(axes)) * x.shape[0] if axes else 0
-    return first + jnp.arange(x.shape[0], dtype=jnp.int32)
+    return axes

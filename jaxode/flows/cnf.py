@@ -21,10 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._jax.closure import recognizable, settle
+from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
 from jaxode.flows.integrands import Integrands
+from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import NLLStats
 from jaxode.flows.validation import (
     check_context,
@@ -54,6 +56,12 @@ class CNF(eqx.Module):
     passed to the vector field as `args`; with a `context`, whose leaves are `[batch, ...]`, the
     field gets `args = (params, context_row)`. `key` draws one probe for each sample and solve, a
     function of the key and the sample's index alone; exact divergences need none.
+
+    Raises:
+        TypeError, ValueError: all methods, at trace time, if samples are not floating arrays, the
+            shapes or rows do not fit, or a key is missing or none.
+        SolveError: all methods that solve, at run time, if the solve fails; `cnf(throw=...)` says
+            when the training loss does.
     """
 
     f: VectorField
@@ -84,10 +92,6 @@ class CNF(eqx.Module):
         """Log-density of the samples; the error control covers the change of volume, too.
 
         With a stochastic divergence it is an unbiased estimate of it.
-
-        Raises:
-            ValueError: if the shapes do not fit, or if `key` is missing.
-            SolveError: at run time, if the solve fails.
         """
         return self._solve(programs.log_prob, "log_prob", x, params, key, context)
 
@@ -105,7 +109,7 @@ class CNF(eqx.Module):
         takes `hutchinson(probes=K)` with at least two. The error of an exact divergence is zero.
 
         Raises:
-            ValueError: as `log_prob`, and if the divergence has one probe, or no `standard_error`.
+            ValueError: also if the divergence has one probe, or no `standard_error`.
         """
         return self._solve(
             programs.log_prob_and_error, "log_prob_and_error", x, params, key, context
@@ -138,12 +142,6 @@ class CNF(eqx.Module):
 
         If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN;
         `throw=True` raises there, too.
-
-        Raises:
-            TypeError, ValueError: if `x` is not a floating array, the shapes do not fit, or `key`
-                is missing.
-            SolveError: at run time, if the solve fails outside a transformation, or anywhere with
-                `throw=True`.
         """
         return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
 
@@ -177,36 +175,65 @@ class CNF(eqx.Module):
                 loss = jnp.where(failed, jnp.sum(nan).astype(loss.dtype), loss)
         return loss, stats
 
+    def matching_loss(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch *event"],
+        *,
+        key: PRNGKeyArray,
+        x0: Float[Array, "batch *event"] | None = None,
+        context: PyTree = None,
+        weights: Float[Array, " batch"] | None = None,
+        coupling: Coupling = independent(),
+    ) -> Float[Array, ""]:
+        """Flow matching: the loss of a regression that takes no solve and no divergence.
+
+        With base samples `z0`, and `u` uniform in [0, 1], the field is fitted to the velocity of
+        the straight path, `z_t = (1 - u) z0 + u x` at `t = t0 + u (t1 - t0)`:
+
+            mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
+
+        A field of least loss carries the base density to that of the data. `nll` on the same
+        parameters then sharpens it: docs/training.md.
+
+        Args:
+            key: draws base samples, times and the coupling. The times of a batch are stratified:
+                one in each of as many equal parts as there are rows.
+            x0: start samples to use in place of base samples, one for each row of `x`.
+            context: moves with the rows of `x`.
+            weights: of the rows in the mean, as for `nll`.
+            coupling: which base sample each row is matched with, from `jaxode.coupling`.
+
+        Base samples have no gradient: a learned base is trained by `nll`, not by matching. Under
+        `jax.shard_map` it is, as `nll`, the mean over the rows of this device, which are coupled
+        among themselves; a key that all devices share gives each row the noise that it has on one.
+
+        Raises:
+            ValueError: also if the coupling does not return a permutation. Inside of a
+                transformation such as `jit` the loss is NaN instead.
+
+        References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
+        """
+        key, axis_name = check_key("matching_loss", key), self.solve_options.axis_name
+        start = {"x0": x0, "context": context, "weights": weights, "coupling": coupling}
+        return matching_loss(self, params, x, key=key, axis_name=axis_name, **start)
+
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
-        """Carry data to the base density: `z(t0)` for `z(t1) = x`.
-
-        Raises:
-            TypeError, ValueError: if `x` is not a floating array, or the shapes do not fit.
-            SolveError: at run time, if the solve fails.
-        """
+        """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
         return self._solve(programs.carried, "to_base", x, params, None, context)
 
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
-        """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`.
-
-        Raises:
-            TypeError, ValueError, SolveError: as `to_base`.
-        """
+        """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
         return self._solve(programs.carried, "from_base", z, params, None, context, "to data")
 
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
-        """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`.
-
-        Raises:
-            ValueError: if `n` is not a number of samples, or the context has other rows.
-            SolveError: at run time, if the solve fails.
-        """
+        """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`."""
         z = self.base.sample(check_key("sample", key), (check_count("sample", n),))
         return self._solve(programs.carried, "sample", z, params, None, context, "to data")
 
@@ -216,9 +243,6 @@ class CNF(eqx.Module):
         """Draw `n` samples and return their log-densities from the same solve.
 
         With a stochastic divergence the log-densities are unbiased estimates.
-
-        Raises:
-            ValueError, SolveError: as `sample`.
         """
         where = "sample_and_log_prob"
         base_key, probe_key = jax.random.split(check_key(where, key))
@@ -298,8 +322,8 @@ def cnf(
             each device steps for itself. It is a name, or a tuple for a batch over several axes.
 
     Returns:
-        A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`, `sample`,
-        `sample_and_log_prob`, `to_base` and `from_base`.
+        A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
+        `matching_loss`, `sample`, `sample_and_log_prob`, `to_base` and `from_base`.
 
     Raises:
         TypeError, ValueError: for an unknown option, or an argument that is not what it should be.

@@ -1,0 +1,192 @@
+"""The ODE of a diffusion model: a vector field that carries its noise to its data.
+
+A diffusion `dz = drift(t) z dt + diffusion(t) dW` has, at every time, the densities of the ODE
+
+    dz/dt = drift(t) z - diffusion(t)^2 / 2 * score(t, z),    score = grad_z log p_t(z).
+
+Its times are those of the literature: data at `t = 0`, noise at `t = 1`.
+
+Reference: Song et al. (2021), arXiv:2011.13456, appendix D.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxode.distributions import DiagonalNormal, as_event_shape
+from jaxode.ode.solve import VectorField
+
+Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]
+Time = Float[Array, ""]
+
+
+class Path(Protocol):
+    """A diffusion from data at `t = 0` to noise at `t = 1`."""
+
+    def drift(self, t: Time) -> Time:
+        """The rate by which `z` grows."""
+        ...
+
+    def diffusion(self, t: Time) -> Time:
+        """The factor of the noise."""
+        ...
+
+    def mean_scale(self, t: Time) -> Time:
+        """The factor of a data sample in its mean at time `t`."""
+        ...
+
+    def std(self, t: Time) -> Time:
+        """The standard deviation, around that mean."""
+        ...
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """Data fades while noise grows, at the rate `beta_min + t (beta_max - beta_min)`.
+
+    The base density is `jaxode.standard_normal(event_shape)`.
+
+    References: Ho et al. (2020), arXiv:2006.11239; Song et al. (2021), arXiv:2011.13456.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self):
+        _check_order("VariancePreserving", self, zero=True)
+
+    def _beta(self, t: Time) -> Time:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def _log_mean_scale(self, t: Time) -> Time:
+        return -0.5 * t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def drift(self, t: Time) -> Time:
+        """`-beta(t) / 2`."""
+        return -0.5 * self._beta(t)
+
+    def diffusion(self, t: Time) -> Time:
+        """`sqrt(beta(t))`."""
+        return jnp.sqrt(self._beta(t))
+
+    def mean_scale(self, t: Time) -> Time:
+        """`exp(-integral of beta / 2)`."""
+        return jnp.exp(self._log_mean_scale(t))
+
+    def std(self, t: Time) -> Time:
+        """`sqrt(1 - mean_scale(t)^2)`."""
+        return jnp.sqrt(-jnp.expm1(2 * self._log_mean_scale(t)))
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    """Noise of standard deviation `sigma_min (sigma_max / sigma_min)^t` is added to the data.
+
+    The density at `t = 0` is that of the data with noise of `sigma_min`. The base density is
+    `path.base(event_shape)`, a normal of `sigma_max`, which must be well above the data's scale.
+
+    References: Song and Ermon (2020), arXiv:2006.09011; Song et al. (2021), arXiv:2011.13456.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self):
+        _check_order("VarianceExploding", self, zero=False)
+
+    def drift(self, t: Time) -> Time:
+        """Zero."""
+        return jnp.zeros_like(t)
+
+    def diffusion(self, t: Time) -> Time:
+        """The square root of the growth of the variance."""
+        return self.std(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+
+    def mean_scale(self, t: Time) -> Time:
+        """One."""
+        return jnp.ones_like(t)
+
+    def std(self, t: Time) -> Time:
+        """`sigma_min (sigma_max / sigma_min)^t`."""
+        return self.sigma_min * jnp.exp(t * math.log(self.sigma_max / self.sigma_min))
+
+    def base(self, event_shape: int | tuple[int, ...]) -> DiagonalNormal:
+        """The density at `t = 1` of data around zero that is small beside `sigma_max`."""
+        zero = jnp.zeros(as_event_shape("base", event_shape))
+        return DiagonalNormal(zero, zero + math.log(self.sigma_max))
+
+
+def _check_order(where: str, path: Any, zero: bool) -> None:
+    """Two finite numbers in rising order, the first of them above zero, or at least zero."""
+    (low, least), (high, most) = vars(path).items()
+    if not (0 <= least < most < math.inf) or (least == 0 and not zero):
+        rule = "at least 0" if zero else "positive"
+        raise ValueError(
+            f"{where}({low}=..., {high}=...): must be {rule}, finite and in rising order; got "
+            f"{least!r} and {most!r}."
+        )
+
+
+@dataclass(frozen=True)
+class _ProbabilityFlow:
+    """Equal, as a vector field, to one of the same model and path."""
+
+    model: Model
+    path: Path
+    predicts: Literal["score", "noise"]
+
+    def __call__(self, t: Time, z: Float[Array, " *event"], args: PyTree):
+        """The velocity of one sample."""
+        out = self.model(t, z, args)
+        score = out if self.predicts == "score" else -out / self.path.std(t)
+        return self.path.drift(t) * z - 0.5 * self.path.diffusion(t) ** 2 * score
+
+
+def probability_flow(
+    model: Model, path: Path, *, predicts: Literal["score", "noise"] = "score"
+) -> VectorField:
+    """The ODE of a diffusion model as a vector field, so that all of `jaxode.cnf` works on it.
+
+        dz/dt = drift(t) z - diffusion(t)^2 / 2 * score(t, z)
+
+    Time runs from data at 0 to noise at 1, so the time of the base is 1:
+    `flow = jaxode.cnf(jaxode.probability_flow(model, path), base, t0=1.0, t1=1e-5)`.
+
+    Args:
+        model: network of one sample, `model(t, z, args)`, in the place of a vector field: it gets
+            `params`, or `(params, context_row)`.
+        path: the diffusion that it was trained for: `jaxode.VariancePreserving()`,
+            `jaxode.VarianceExploding()`, or an object of your own with their four functions of
+            time, `drift`, `diffusion`, `mean_scale` and `std`.
+        predicts: what the model returns: the "score", or the "noise" `e` in
+            `z = mean_scale(t) x + std(t) e`, whose score is `-e / std(t)`. A variance preserving
+            path has `std(0) = 0`: with the noise, end at a `t1` above 0.
+
+    Raises:
+        TypeError, ValueError: if the model is no function, the path lacks one of the four, or
+            `predicts` is another word.
+
+    Reference: Song et al. (2021), arXiv:2011.13456, appendix D.
+    """
+    where = "probability_flow"
+    if not callable(model):
+        raise TypeError(f"{where}(model=...): must be a function model(t, z, args); got {model!r}.")
+    missing = [
+        name
+        for name in ("drift", "diffusion", "mean_scale", "std")
+        if not callable(getattr(path, name, None))
+    ]
+    if missing:
+        raise TypeError(
+            f"{where}(path=...): must have functions of time drift, diffusion, mean_scale and std; "
+            f"got {path!r} without {', '.join(missing)}. Use jaxode.VariancePreserving()."
+        )
+    if predicts not in ("score", "noise"):
+        raise ValueError(
+            f"{where}(predicts=...): must be 'score' or 'noise'; got {predicts!r}."
+        )  # fmt: skip
+    return _ProbabilityFlow(model, path, predicts)

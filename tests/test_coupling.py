@@ -1,0 +1,132 @@
+"""Couplings: a permutation, the exact optimum within each group, and the condition in the cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from jaxode import coupling
+from jaxode.coupling import independent, optimal_transport
+
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape, dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def rows_of(chosen, z, x, context=None):
+    return np.asarray(jax.jit(chosen.pair)(KEY, z, x, context))
+
+
+def squared_distances(a, b):
+    a, b = (np.asarray(c, np.float64).reshape(len(c), -1) for c in (a, b))
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
+
+
+def costs(cost, rows, size):
+    """Of the pairs within each block of `size` rows, and of SciPy's there."""
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        own, columns = cost[block, block], rows[block] - start
+        assert sorted(columns) == list(range(len(own)))
+        i, j = linear_sum_assignment(own)
+        yield own[np.arange(len(own)), columns].sum(), own[i, j].sum()
+
+
+# Batch, group, and the size that its groups then have.
+@pytest.mark.parametrize(
+    ("batch", "group", "size", "event"),
+    [(128, 64, 64, (2,)), (130, 64, 44, (2,)), (7, 3, 3, (3, 2)), (1, 64, 1, ())],
+)
+def test_exact_within_each_group(batch, group, size, event):
+    z, x = normal(1, batch, *event), 2 * normal(2, batch, *event) ** 3 + 5
+    rows = rows_of(optimal_transport(group), z, x)
+    for own, best in costs(squared_distances(x, z), rows, size):
+        np.testing.assert_allclose(own, best, rtol=1e-12)
+
+
+def test_exact_in_float32_far_from_the_origin():
+    z, x = (normal(seed, 64, 2, dtype=jnp.float32) + 1000 for seed in (1, 2))
+    ((own, best),) = costs(squared_distances(x, z), rows_of(optimal_transport(64), z, x), 64)
+    np.testing.assert_allclose(own, best, rtol=1e-5)
+
+
+def test_exact_with_ties():
+    z, x = (jax.random.randint(jax.random.key(seed), (64, 1), 0, 3) for seed in (1, 2))
+    z, x = z.astype(jnp.float64), x.astype(jnp.float64)
+    ((own, best),) = costs(squared_distances(x, z), rows_of(optimal_transport(64), z, x), 64)
+    np.testing.assert_allclose(own, best, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e300])
+def test_a_permutation_whatever_the_data(bad):
+    z, x = normal(1, 7, 2), normal(2, 7, 2).at[3, 0].set(bad)
+    assert sorted(rows_of(optimal_transport(3), z, x)) == list(range(7))
+
+
+def test_the_condition_counts_as_much_as_its_weight():
+    weight = 0.5
+    z, x, c = normal(1, 32, 2), normal(2, 32, 2), {"a": normal(3, 32, 3), "b": normal(4, 32)}
+    rows = rows_of(optimal_transport(64, weight), z, x, c)
+    condition = sum(squared_distances(leaf, leaf) for leaf in c.values())
+    ((own, best),) = costs(squared_distances(x, z) + weight * condition, rows, 32)
+    np.testing.assert_allclose(own, best, rtol=1e-12)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_a_large_weight_exchanges_only_within_a_condition(one_hot):
+    labels = jax.random.randint(KEY, (64,), 0, 3)
+    z, x = normal(1, 64, 2), normal(2, 64, 2) + 4 * labels[:, None].astype(jnp.float64)
+    context = jax.nn.one_hot(labels, 3, dtype=jnp.float64) if one_hot else labels
+    rows = rows_of(optimal_transport(64, 1e4), z, x, context)
+    assert (labels[rows] == labels).all()
+    plain = rows_of(optimal_transport(64), z, x, context)
+    assert (labels[plain] != labels).mean() > 0.3
+    for label in range(3):
+        own = np.flatnonzero(labels == label)
+        ((cost, best),) = costs(
+            squared_distances(x[own], z[own]), np.searchsorted(own, rows[own]), len(own)
+        )
+        np.testing.assert_allclose(cost, best, rtol=1e-9)
+
+
+def test_a_function_of_its_arguments_and_equal_to_its_like():
+    z, x = normal(1, 20, 2), normal(2, 20, 2)
+    assert (rows_of(optimal_transport(8), z, x) == rows_of(optimal_transport(8), z, x)).all()
+    assert independent() == independent()
+    assert optimal_transport(8, 0.5) == optimal_transport(np.int64(8), np.float32(0.5))
+    assert len({optimal_transport(), optimal_transport(64, 0), optimal_transport(32)}) == 2
+    assert independent() != optimal_transport()
+    assert independent().pair(KEY, z, x, None) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: optimal_transport(0), r"optimal_transport\(group=...\): must be a positive int"),
+        (lambda: optimal_transport(2.5), r"optimal_transport\(group=...\): must be a positive int"),
+        (
+            lambda: optimal_transport(condition_weight=-1),
+            r"optimal_transport\(condition_weight=...\): must be a finite .* at least 0; got -1",
+        ),
+        (
+            lambda: optimal_transport(condition_weight=float("nan")),
+            r"optimal_transport\(condition_weight=...\): must be a finite number, .* got nan",
+        ),
+        (
+            lambda: rows_of(optimal_transport(4, 1.0), jnp.ones((4, 2)), jnp.ones((4, 2))),
+            r"matching_loss\(context=...\): must be given where its distance counts; got None",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_assignment_of_any_costs():
+    cost = jax.random.uniform(KEY, (9, 9), jnp.float64)
+    ((own, best),) = costs(np.asarray(cost), np.asarray(coupling.assignment(cost)), 9)
+    np.testing.assert_allclose(own, best, rtol=1e-12)

@@ -1,0 +1,454 @@
+"""The loss of flow matching: its minimum, its noise, and what it must not depend on."""
+
+import importlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxode
+from benchmarks.sharding import collectives
+from jaxode.coupling import Coupling, independent, optimal_transport
+from jaxode.distributions import DiagonalNormal
+
+KEY = jax.random.key(0)
+BATCH = 16
+
+
+def normal(seed, *shape, dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+X, START, CONTEXT = normal(1, BATCH, 2) + 1, normal(2, BATCH, 2), normal(3, BATCH, 2)
+PARAMS = (normal(4, 8, 2), normal(5, 2, 8), normal(6, 8))
+
+
+def field(t, z, args):
+    (w1, w2, b), context = args
+    return w2 @ jnp.tanh(w1 @ (z + context) + b * t)
+
+
+def flow_of(f=field, event=2, **options):
+    return jaxode.cnf(f, jaxode.standard_normal(event), **options)
+
+
+# Two Gaussians, of which the best field is known.
+MEANS, SCALES = (jnp.array([1.0, -2.0]), jnp.array([3.0, 0.5])), (0.7, 0.4)
+
+
+def best_field(t0, t1):
+    """`E[x - z0 | z_t] / (t1 - t0)`, and what is to be added to it."""
+
+    def f(t, z, params):
+        u = (t - t0) / (t1 - t0)
+        mean = (1 - u) * MEANS[0] + u * MEANS[1]
+        variance = (1 - u) ** 2 * SCALES[0] ** 2 + u**2 * SCALES[1] ** 2
+        slope = (u * SCALES[1] ** 2 - (1 - u) * SCALES[0] ** 2) / variance
+        best = MEANS[1] - MEANS[0] + slope * (z - mean)
+        shift, by_time, by_state = params
+        return (best + shift + by_time * u + by_state * (z - mean)) / (t1 - t0)
+
+    return f
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (2.0, -1.0)])
+def test_the_best_field_between_two_gaussians(times):
+    t0, t1 = times
+    base = DiagonalNormal(MEANS[0], jnp.full(2, jnp.log(SCALES[0])))
+    flow = jaxode.cnf(best_field(t0, t1), base, t0=t0, t1=t1, rtol=1e-10, atol=1e-10)
+    still = tuple(jnp.zeros(2) for _ in range(3))
+
+    @jax.jit
+    @jax.vmap
+    def gradient(key):
+        x_key, key = jax.random.split(key)
+        x = MEANS[1][None] + SCALES[1] * jax.random.normal(x_key, (64, 2))
+        return jax.grad(flow.matching_loss)(still, x, key=key)
+
+    for samples in gradient(jax.random.split(KEY, 2000)):
+        # Five standard errors; 0.01 is what a field that is wrong by as much would have.
+        error = samples.std(0) / np.sqrt(len(samples))
+        assert (error < 0.002).all()
+        assert (np.abs(samples.mean(0)) < 5 * error).all()
+    log_prob = scipy.stats.norm(MEANS[1], SCALES[1]).logpdf(X).sum(1)
+    np.testing.assert_allclose(flow.log_prob(still, X), log_prob, atol=1e-6)
+
+
+def test_times_in_the_other_direction():
+    backward = lambda t, z, args: -field(1 - t, z, args)
+    flows = flow_of(), flow_of(backward, t0=1.0, t1=0.0)
+    losses = [flow.matching_loss(PARAMS, X, key=KEY, context=CONTEXT) for flow in flows]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-12)
+    densities = [flow.log_prob(PARAMS, X, context=CONTEXT) for flow in flows]
+    np.testing.assert_allclose(densities[1], densities[0], rtol=1e-10)
+
+
+def test_the_shape_of_an_event_does_not_matter():
+    w = normal(7, 16, 16)
+    flat = lambda t, z, w: jnp.tanh(w @ z) + t
+    shaped = lambda t, z, w: flat(t, z.reshape(16), w).reshape(4, 4, 1)
+    x = normal(8, BATCH, 16)
+    for coupling in (independent(), optimal_transport(8)):
+        expected = flow_of(flat, 16).matching_loss(w, x, key=KEY, coupling=coupling)
+        loss = flow_of(shaped, (4, 4, 1)).matching_loss(
+            w, x.reshape(BATCH, 4, 4, 1), key=KEY, coupling=coupling
+        )
+        np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    scalar = flow_of(lambda t, z, w: w * z, ()).matching_loss(1.0, x[:, 0], key=KEY)
+    assert scalar.shape == ()
+    assert jnp.isfinite(scalar)
+
+
+@pytest.mark.parametrize("coupling", [independent(), optimal_transport(8, 0.3)])
+def test_gradients_of_data_and_context_are_those_of_the_pairs(coupling):
+    rows = coupling.pair(KEY, START, X, CONTEXT)
+    paired = START if rows is None else START[rows]
+
+    def loss(rows, coupling, x0):
+        x, context = rows
+        return flow_of().matching_loss(
+            PARAMS, x, key=KEY, x0=x0, context=context, coupling=coupling
+        )  # fmt: skip
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)((X, CONTEXT), coupling, START)
+    expected = jax.jit(jax.grad(loss), static_argnums=1)((X, CONTEXT), independent(), paired)
+    for a, b in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_context_and_weights_stay_with_their_row():
+    """The field is the context alone, so that the loss does not depend on the times."""
+    flow = flow_of(lambda t, z, args: args[1], t0=0.5, t1=-1.5)
+    backwards = Coupling(lambda key, z, x, context: jnp.arange(BATCH)[::-1])
+    weights = jnp.linspace(0.0, 3.0, BATCH)
+    loss = lambda weights: flow.matching_loss(
+        None, X, key=KEY, x0=START, context=CONTEXT, weights=weights, coupling=backwards
+    )
+    errors = ((CONTEXT - (X - START[::-1]) / -2.0) ** 2).mean(1)
+    np.testing.assert_allclose(loss(weights), weights @ errors / weights.sum(), rtol=1e-12)
+    np.testing.assert_allclose(loss(7 * weights), loss(weights), rtol=1e-12)
+    np.testing.assert_allclose(loss(None), errors.mean(), rtol=1e-12)
+    assert jnp.isnan(loss(0 * weights))
+
+
+def times_of(key, x=jnp.zeros((BATCH, 1)), **options):
+    """Read off the gradient by the context `c` of the loss `mean (t c)^2`."""
+    flow = flow_of(lambda t, z, args: t * args[1], 1, **options)
+    loss = lambda c: flow.matching_loss(None, x, key=key, x0=x, context=c)
+    return jnp.sqrt(jax.grad(loss)(jnp.ones_like(x))[:, 0] * BATCH / 2)
+
+
+def test_times_are_one_in_each_part():
+    u = jax.vmap(times_of)(jax.random.split(KEY, 500))
+    strata = jnp.floor(u * BATCH)
+    assert (np.sort(strata, axis=1) == np.arange(BATCH)).all()
+    # Each row's time is uniform: five standard errors of the mean of 500.
+    np.testing.assert_allclose(u.mean(0), 0.5, atol=5 / np.sqrt(12 * 500))
+    np.testing.assert_allclose(u.var(0), 1 / 12, atol=0.02)
+    # Neighbors are far apart.
+    apart = np.abs(np.diff(strata, axis=1))
+    assert np.minimum(apart, BATCH - apart).min() >= BATCH // 4
+
+
+def test_no_solve_and_no_divergence():
+    def no_divergence(*args):
+        raise AssertionError
+
+    flow = flow_of(divergence=jaxode.divergence.Divergence(no_divergence, no_divergence))
+    loss = lambda params: flow.matching_loss(params, X, key=KEY, context=CONTEXT)
+    assert "while" not in str(jax.make_jaxpr(jax.value_and_grad(loss))(PARAMS))
+
+
+def test_transformations():
+    loss = lambda key, params: flow_of().matching_loss(
+        params, X, key=key, context=CONTEXT, coupling=optimal_transport(8)
+    )
+    keys = jax.random.split(KEY, 3)
+    each = jax.jit(jax.vmap(jax.value_and_grad(loss, 1), (0, None)))(keys, PARAMS)
+    _, scanned = jax.lax.scan(lambda c, key: (c, jax.value_and_grad(loss, 1)(key, PARAMS)), 0, keys)
+    for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(each[0][0], loss(keys[0], PARAMS), rtol=1e-12)
+    assert len(np.unique(np.asarray(each[0]))) == 3
+
+
+@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+@pytest.mark.parametrize("coupling", [independent(), optimal_transport(2)])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_batch_over_devices_has_the_noise_of_one(coupling, check_vma):
+    flow = flow_of(axis_name="batch")
+    alone = flow_of()
+
+    def loss(flow, params, x, context, weights):
+        return flow.matching_loss(
+            params, x, key=KEY, context=context, weights=weights, coupling=coupling
+        )
+
+    def sharded(params, *rows):
+        mean = lambda params: jax.lax.pmean(loss(flow, params, *rows), "batch")
+        value, gradient = jax.value_and_grad(mean)(params)
+        # Without types, each device has the gradient of its own part.
+        return value, gradient if check_vma else jax.lax.psum(gradient, "batch")
+
+    mesh = Mesh(np.array(jax.devices()[:8]), ("batch",))
+    specs = (P(), P("batch"), P("batch"), P("batch"))
+    inputs = (PARAMS, X, CONTEXT, jnp.linspace(0.1, 2.0, BATCH))
+    step = jax.jit(
+        jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    )
+    value, gradient = step(*inputs)
+    expected = jax.value_and_grad(lambda params, *rows: loss(alone, params, *rows))(*inputs)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-12)
+    if check_vma:
+        # All of the gradient crosses at once; beside it the loss, and the sum of the weights.
+        crossing = collectives(step.lower(*inputs).compile().as_text())
+        assert sum(c["bytes"] for c in crossing) <= sum(leaf.nbytes for leaf in PARAMS) + 16
+        for a, b in zip(gradient, expected[1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_precision(dtype):
+    def f(t, z, w):
+        return w @ z.astype(w.dtype) + t.astype(w.dtype)
+
+    x, w = X.astype(jnp.float32), jnp.array([[0.5, 1.0], [-1.0, 2.0]])
+    loss = lambda w: flow_of(f).matching_loss(w, x, key=KEY)
+    value, gradient = jax.value_and_grad(loss)(w.astype(dtype))
+    assert (value.dtype, gradient.dtype) == (jnp.float32, dtype)
+    exact, slope = jax.value_and_grad(loss)(w.astype(jnp.float32))
+    # bfloat16 has eight bits.
+    np.testing.assert_allclose(value, exact, rtol=1e-2)
+    np.testing.assert_allclose(gradient.astype(slope.dtype), slope, atol=3e-2)
+
+
+def numpyro_normal():
+    normal = importlib.import_module("numpyro.distributions").Normal
+    return normal(jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2])).to_event(1)
+
+
+def distrax_normal():
+    normal = importlib.import_module("distrax").MultivariateNormalDiag
+    return normal(jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2]))
+
+
+def flowjax_normal():
+    normal = importlib.import_module("flowjax.distributions").Normal
+    return normal(jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2]))
+
+
+def own_normal():
+    return DiagonalNormal(jnp.array([1.0, 5.0]), jnp.log(jnp.array([0.1, 0.2])))
+
+
+@pytest.mark.parametrize("library", ["own", "numpyro", "distrax", "flowjax"])
+def test_base_samples_are_those_of_the_base(library, default_settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their imports warn of what they should change
+        if library != "own":
+            pytest.importorskip(library, reason="a test dependency that is not installed")
+        base = globals()[f"{library}_normal"]()
+        flow = jaxode.cnf(lambda t, z, p: p - z * 0, base)
+        x = jnp.zeros((400, 2), jnp.float32)
+        # Its gradient by a constant field is the mean of `p - (x - z0)`.
+        gradient = jax.grad(lambda p: flow.matching_loss(p, x, key=KEY))(jnp.zeros(2))
+    np.testing.assert_allclose(gradient, jnp.array([1.0, 5.0]), atol=0.05)
+
+
+def test_a_learned_base_learns_nothing_from_matching():
+    def loss(base):
+        flow = jaxode.cnf(lambda t, z, p: jnp.sin(z), base)
+        return flow.matching_loss(None, X, key=KEY)
+
+    for leaf in jax.tree.leaves(jax.grad(loss)(own_normal())):
+        assert (leaf == 0).all()
+
+
+def train(loss, m, steps=600):
+    """Adam on `loss(m, key)`."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    def step(carry, key):
+        m, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(m, key), state)
+        return (optax.apply_updates(m, updates), state), None
+
+    keys = jax.random.split(KEY, steps)
+    return jax.jit(lambda m: jax.lax.scan(step, (m, optimizer.init(m)), keys)[0][0])(m)
+
+
+def conditional_data(key, rows):
+    """One normal at 3 and one at -3, by the condition."""
+    sign_key, key = jax.random.split(key)
+    sign = jax.random.rademacher(sign_key, (rows, 1), float)
+    return 3 * sign + 0.5 * jax.random.normal(key, (rows, 1)), sign
+
+
+def test_transport_that_ignores_the_condition_skews_and_its_weight_mends_it(default_settings):
+    x, sign = conditional_data(KEY, 512)
+    z = jax.random.normal(jax.random.key(9), (512, 1))
+    of_plus = lambda coupling: z[coupling.pair(KEY, z, x, sign)][sign > 0]
+    # All of the base belongs to each condition; plain transport gives it half.
+    assert of_plus(optimal_transport()).mean() > 0.6
+    assert np.abs(of_plus(optimal_transport(condition_weight=100.0)).mean()) < 0.2
+
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(1), rtol=1e-4, atol=1e-4)
+    m = jaxode.nn.ConcatSquash(1, (16, 16), key=KEY, context_size=1)
+
+    def worst(coupling):
+        """The largest distance of quantiles to those of the data, in its standard deviations."""
+
+        def loss(m, key):
+            x, sign = conditional_data(key, 128)
+            return flow.matching_loss(m, x, key=key, context=sign, coupling=coupling)
+
+        trained = train(loss, m)
+        ps = jnp.linspace(0.05, 0.95, 19)[:, None]
+        samples = flow.from_base(
+            trained, jax.scipy.stats.norm.ppf(ps), context=jnp.ones_like(ps)
+        )  # fmt: skip
+        return jnp.max(jnp.abs(samples - 3 - 0.5 * jax.scipy.stats.norm.ppf(ps))) / 0.5
+
+    assert worst(optimal_transport()) > 1.5
+    assert worst(optimal_transport(condition_weight=100.0)) < 0.6
+
+
+def test_straightening_lowers_the_evaluations(default_settings):
+    flow = jaxode.cnf(
+        jaxode.nn.field, jaxode.standard_normal(2), divergence=jaxode.divergence.exact(),
+        step_control="per_sample", rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+    m = jaxode.nn.ConcatSquash(2, (32, 32), key=KEY)
+
+    def data(key):
+        corner_key, key = jax.random.split(key)
+        corners = 2 * jax.random.rademacher(corner_key, (256, 2), float)
+        return corners + 0.2 * jax.random.normal(key, (256, 2))
+
+    m = train(lambda m, key: flow.matching_loss(m, data(key), key=key), m)
+    start = flow.base.sample(KEY, (2048,))
+    end = flow.from_base(m, start)
+
+    def on_pairs(m, key):
+        rows = jax.random.randint(key, (256,), 0, len(end))
+        return flow.matching_loss(m, end[rows], key=key, x0=start[rows])
+
+    evaluations, nll = [], []
+    for trained in (m, train(on_pairs, m)):
+        loss, aux = flow.nll_and_stats(trained, data(KEY))
+        evaluations.append(float(aux.stats.num_evals.mean()))
+        nll.append(float(loss))
+    assert evaluations[1] < 0.85 * evaluations[0]
+    assert nll[1] < nll[0] + 0.1
+
+
+def loss(x=X, flow=None, **options):
+    flow = flow_of(lambda t, z, p: -z) if flow is None else flow
+    return flow.matching_loss(None, x, **{"key": KEY, **options})
+
+
+class PerBatch:
+    """A base whose samples are always a batch."""
+
+    event_shape = (2,)
+    log_prob = jaxode.standard_normal(2).log_prob
+
+    def sample(self, key, sample_shape):
+        return jax.random.normal(key, (3, 2))
+
+
+def pairing(rows):
+    return Coupling(lambda key, z, x, context: rows)
+
+
+# (call, exception, message). A new rule is one row.
+BAD_INPUT = [
+    (
+        lambda: loss(X[:, 0]), ValueError,
+        "matching_loss(x=...): must have shape (batch, *event) with event (2,); got (16,).",
+    ),
+    (
+        lambda: loss(X[:0]), ValueError,
+        "matching_loss(x=...): must have at least one row; got shape (0, 2).",
+    ),
+    (
+        lambda: loss(jnp.ones((3, 2), jnp.int32)), TypeError,
+        "matching_loss(x=...): must have a floating dtype; got int32. Integer-valued data has no "
+        "density: dequantize it and convert with .astype(jnp.float32).",
+    ),
+    (
+        lambda: loss(key=None), TypeError,
+        "matching_loss(key=...): must be a key of jax.random; got NoneType. ",
+    ),
+    (
+        lambda: loss(x0=START[:3]), ValueError,
+        "matching_loss(x0=...): must have one start sample for each of the 16 rows of x; got 3. "
+        "Draw as many of each, with replacement if one set is smaller.",
+    ),
+    (
+        lambda: loss(x0=START[:, :1]), ValueError,
+        "matching_loss(x0=...): must have shape (batch, *event) with event (2,); got (16, 1).",
+    ),
+    (
+        lambda: loss(context=CONTEXT[:3]), ValueError,
+        "matching_loss(context=...): leaves must have a leading axis of 16, one row a sample; got "
+        "shape (3, 2).",
+    ),
+    (
+        lambda: loss(weights=jnp.ones(3)), ValueError,
+        "matching_loss(weights=...): must have one weight a sample, shape (16,); got (3,).",
+    ),
+    (
+        lambda: loss(flow=flow_of(lambda t, z, p: z[0])), ValueError,
+        "matching_loss(f=...): f(t, y, args) must return the shapes of y; got () where y has (2,). "
+        "f sees one sample of a batch.",
+    ),
+    (
+        lambda: loss(flow=jaxode.cnf(lambda t, z, p: -z, PerBatch())), ValueError,
+        "cnf(base=...): sample(key, ()) must have the shape of an event, (2,); got (3, 2).",
+    ),
+    (
+        lambda: loss(coupling=optimal_transport), TypeError,
+        "matching_loss(coupling=...): must be a Coupling; got <function optimal_transport at ",
+    ),
+    (
+        lambda: loss(coupling=pairing(jnp.arange(3))), ValueError,
+        "matching_loss(coupling=...): must return one row number a sample, integers of shape (16,)"
+        "; got int64 of shape (3,).",
+    ),
+    (
+        lambda: loss(coupling=pairing(jnp.ones(16))), ValueError,
+        "matching_loss(coupling=...): must return one row number a sample, integers of shape (16,)"
+        "; got float64 of shape (16,).",
+    ),
+    (
+        lambda: loss(X[:3], coupling=pairing(jnp.array([0, 1, 1]))), ValueError,
+        "matching_loss(coupling=...): must return a permutation of the 3 rows; got [0 1 1].",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD_INPUT)
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 1], [1, 2, 3], [-1, 0, 1]])
+def test_no_permutation_is_no_number(rows):
+    flow = flow_of(lambda t, z, p: p * z)
+
+    @jax.jit
+    def value_and_grad(rows):
+        loss = lambda p: flow.matching_loss(p, X[:3], key=KEY, coupling=pairing(rows))
+        return jax.value_and_grad(loss)(1.0)
+
+    assert np.isnan(value_and_grad(jnp.array(rows))).all()
+    assert np.isfinite(value_and_grad(jnp.array([2, 0, 1]))).all()
