@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.closure import close_field, recognizable
+from jaxode._jax.closure import close_field, recognizable, recognized
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.implicit import DiffraxSolve
@@ -70,7 +70,7 @@ class System(NamedTuple):
 
     def raising(self, throw: bool) -> "System":
         """The same, with an error for a backward solve that fails, if the method has one."""
-        backward = isinstance(self.adjoint, BacksolveAdjoint | InterpolatingAdjoint)
+        backward = isinstance(recognized(self.adjoint), BacksolveAdjoint | InterpolatingAdjoint)
         return self._replace(method=dataclasses.replace(self.method, raises=throw and backward))
 
 
