@@ -41,6 +41,17 @@ def forget_programs():
 
 
 @pytest.fixture
+def compiled():
+    """The names of what is compiled."""
+    names = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, duration, **_: names.append(name) if "backend_compile" in name else None
+    )
+    yield names
+    jax.monitoring.clear_event_listeners()
+
+
+@pytest.fixture
 def default_settings():
     """JAX as a user finds it, for the examples and the README."""
     settings = {

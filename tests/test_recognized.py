@@ -18,17 +18,6 @@ Y0 = jnp.array([1.0, 2.0])
 X = jnp.array([[0.3, -0.2], [1.0, 0.5], [-1.0, 0.1]])
 
 
-@pytest.fixture
-def compiled():
-    """The names of what is compiled."""
-    names = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, duration, **_: names.append(name) if "backend_compile" in name else None
-    )
-    yield names
-    jax.monitoring.clear_event_listeners()
-
-
 def decay(t, y, args):
     return -args["rate"] * y ** args["power"]
 

@@ -14,17 +14,6 @@ from jaxode import divergence
 from jaxode.nn import MLP, field
 
 
-@pytest.fixture
-def compiled():
-    """The names of what is compiled."""
-    names = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, duration, **_: names.append(name) if "backend_compile" in name else None
-    )
-    yield names
-    jax.monitoring.clear_event_listeners()
-
-
 def loss(m, x, key):
     flow = jaxode.cnf(
         field, jaxode.standard_normal(2), divergence=divergence.hutchinson(), rtol=1e-3, atol=1e-3

@@ -26,18 +26,21 @@ from jaxode.ode.validation import check_same_times
 
 @eqx.filter_jit
 def carried(system: System, parts, key) -> Solution:
+    """The samples at the other end."""
     del parts, key
     return run(system)
 
 
 @eqx.filter_jit
 def log_prob(system: System, parts, key) -> Solution:
+    """The log-density of data, as the end state."""
     integrands, base = recognized(parts)
     return _log_prob(system, integrands, base, _probes(system, integrands, key))
 
 
 @eqx.filter_jit
 def log_prob_and_error(system: System, parts, key) -> Solution:
+    """The log-density of data and its standard error, as the end state."""
     integrands, base = recognized(parts)
     probes, shape = _probes(system, integrands, key), system.y0.shape
     if probes is None:
@@ -59,6 +62,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 
 @eqx.filter_jit
 def sampled(system: System, parts, key) -> Solution:
+    """Base samples at the time of the data, with their log-density."""
     integrands, base = recognized(parts)
     state = (system.y0, log_prob_of(base, system.y0))
     rows = (_probes(system, integrands, key), system.rows)
@@ -67,6 +71,7 @@ def sampled(system: System, parts, key) -> Solution:
 
 @eqx.filter_jit
 def nll(system: System, parts, key, weights, quadrature: str, steer: float):
+    """The training loss, its statistics, and the time that the solve reached."""
     integrands, base = recognized(parts)
     axis_name, x, phase = system.method.axis_name, system.y0, None
     if steer > 0:

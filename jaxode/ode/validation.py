@@ -196,6 +196,7 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
 
 
 def numeric_dtype(value: Any) -> Any:
+    """The dtype of what JAX takes for an array; None for anything else."""
     if isinstance(value, str):
         return None  # JAX would take it for the name of a dtype
     try:
