@@ -34,7 +34,8 @@ def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
         return (nodes + 1) / 2, weights / 2
     # One node more has the same order, 2 count.
     legendre = np.polynomial.Legendre.basis(count)
-    nodes = np.concatenate([[-1.0], legendre.deriv().roots(), [1.0]])
+    # They are real, which NumPy 2.5 no longer says of them.
+    nodes = np.concatenate([[-1.0], np.real(legendre.deriv().roots()), [1.0]])
     return (nodes + 1) / 2, 1 / (count * (count + 1) * legendre(nodes) ** 2)
 
 
