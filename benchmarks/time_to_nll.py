@@ -9,8 +9,9 @@ Tsit5 of its example, or error control at 1e-5. In two dimensions peers take the
 diffrax's example, zuko and FFJORD's toy data do; beyond, one probe, as FFJORD's tables do: an exact
 trace would cost them as many products as there are dimensions. Some match: jaxode and torchcfm,
 with independent pairs or optimal transport. zuko has no loss for matching; the loop of its tutorial
-is torchcfm's with independent pairs. Some do one and then the other, by one rule for all data: see
-`MATCHING_STEPS`. Those that match evaluate the moving average of their parameters.
+is torchcfm's with independent pairs. Some do one and then the other, by one rule for all data: they
+match until the held-out likelihood no longer rises (`PATIENCE`), and go on from the best. Those
+that match evaluate the moving average of their parameters.
 
 The clock stands still during the evaluations, which have the exact trace at a tolerance of 1e-6;
 the last one of each run is repeated with diffrax. Compilation counts. Evaluations are 5% apart in
@@ -44,7 +45,10 @@ SECONDS = 600.0  # of training, after which a contender has not reached the leve
 BUDGET = 60.0  # seconds of training that all have with seed 0, whenever they reach it
 APART = 1.05  # ratio of the times of two evaluations
 RATE, RATE_AFTER = 2e-3, 1e-3  # of Adam; of the likelihood phase after matching, falling to zero
-MATCHING_STEPS, LIKELIHOOD_STEPS = 8000, 400  # of those that do both
+MATCHING_STEPS, LIKELIHOOD_STEPS = 20_000, 400  # of those that do both, at most
+PATIENCE = (
+    0.25  # matching ends when for this part of its steps, and 2,000 at least, nothing was won
+)
 AVERAGE = 0.005  # weight of a step in the moving average of the parameters
 
 
@@ -282,11 +286,13 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     clock, last, steps, curve, reached = 0.0, 0.0, 0, [], None
     for i, phase in enumerate(PHASES[contender]):
         falling = optax.cosine_decay_schedule(RATE_AFTER, LIKELIHOOD_STEPS)
-        done, current = 0, lambda params=params: params
+        done, best, best_at = 0, math.inf, 0
         start = time.perf_counter()
         train, current = phase.start(params, dim, falling if i else RATE)
         clock += time.perf_counter() - start
         while done != phase.steps and clock < (least if reached else bench.seconds):
+            if phase.steps == MATCHING_STEPS and done > best_at + max(PATIENCE * done, 2000):
+                break
             rows = rng.integers(0, len(data.train), (phase.block, task.batch))
             xs, seeds = data.train[rows], rng.integers(2**31, size=phase.block)
             start = time.perf_counter()
@@ -298,9 +304,11 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
                 curve.append([clock, nll])
                 if nll <= task.level and reached is None:
                     reached = clock
+                if nll < best:
+                    best, best_at, params = nll, done, current()
                 if not math.isfinite(nll):
                     return {"crashed": f"{contender}: {nll} after {clock:.1f} s"}
-        params, steps = current(), steps + done
+        steps += done
     check = {
         "exact": exact_nll(params, data.held_out),
         "diffrax": diffrax_nll(params, data.held_out),

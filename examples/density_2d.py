@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import math
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 from arguments import picture, seed
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from recipe import Phase, draw_scores, train
+from rich.progress import Progress
 from sklearn import datasets
 
 import jaxode
@@ -66,6 +65,7 @@ def rings(rng, n):
     return points + 0.08 * rng.standard_normal((n, 2))
 
 
+COUPLING = jaxode.coupling.optimal_transport(16)
 TOYS = {
     "8gaussians": eight_gaussians,
     "moons": moons,
@@ -128,48 +128,22 @@ def load(name: str, rng: np.random.Generator) -> np.ndarray:
     return read_csv(Path(name))
 
 
-def train(flow, params, data, steps, batch, rng):
-    """Maximum likelihood with Adam. Ends early on Ctrl-C. Returns parameters, losses, and work."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(5.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+def phases(flow, data, options) -> tuple[Phase, Phase]:
+    def batch(key):
+        return jax.random.choice(key, data, (options.batch,))
+
+    def matching(params, key):
+        batch_key, key = jax.random.split(key)
+        return flow.matching_loss(params, batch(batch_key), key=key, coupling=COUPLING)
+
+    return (
+        Phase("matching", matching, options.matching, 5e-3, every=250),
+        Phase("likelihood", lambda m, key: flow.nll(m, batch(key)), options.steps, 1e-3, every=10),
     )
 
-    @jax.jit
-    def step(params, state, x):
-        (loss, aux), grads = jax.value_and_grad(flow.nll_and_stats, has_aux=True)(params, x)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss, aux
 
-    state, losses, evals, start = optimizer.init(params), [], [], time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("compiling", total=steps)
-        try:
-            for _ in range(steps):
-                x = data[rng.integers(0, len(data), batch)]
-                new_params, state, loss, aux = step(params, state, x)
-                if not math.isfinite(loss):
-                    print(
-                        f"Stopped: the loss is {loss}; solve: {jaxode.Result(int(aux.result)).name}"
-                    )
-                    break
-                params = new_params
-                losses.append(float(loss))
-                if len(losses) == 1:
-                    first = time.perf_counter() - start
-                    print(f"first step, compilation included: {first:.1f} s", flush=True)
-                evals.append(int(aux.stats.num_evals))
-                text = f"loss {np.mean(losses[-50:]):.3f} nats, {evals[-1]} evaluations"
-                progress.update(task, advance=1, description=text)
-        except KeyboardInterrupt:
-            if not losses:
-                raise
-            print(f"Stopped after {len(losses)} steps; going on with what there is.")
-    return params, losses, evals
-
-
-def draw(flow, params, data, losses, evals, mean, scale, path, key):
-    """Data, learned density, samples, and the way of samples from noise to data."""
+def draw(flow, params, data, history, mean, scale, path, key):
+    """Data, learned density, samples, the way of samples from noise to data and back, scores."""
     path_key, sample_key = jax.random.split(key)
     samples = flow.sample(params, sample_key, 3000) * scale + mean
     z, times = flow.base.sample(path_key, (60,)), jnp.linspace(flow.t0, flow.t1, 50)
@@ -184,9 +158,13 @@ def draw(flow, params, data, losses, evals, mean, scale, path, key):
     plot.density(log_prob, (low[0], high[0], low[1], high[1]), ax=axes[0, 1])
     plot.samples(samples, ax=axes[0, 2], color="tab:orange")
     plot.trajectories(paths * scale + mean, ax=axes[1, 0], start="noise", end="sample")
-    plot.history(losses, ax=axes[1, 1])
-    plot.evaluations(evals, ax=axes[1, 2])
-    titles = ("data", "learned density", "samples", "trajectories", "loss in nats", "work")
+    standardized = jnp.asarray((data[:3000] - mean) / scale, jnp.float32)
+    plot.samples(flow.to_base(params, standardized), ax=axes[1, 1])
+    draw_scores(history, axes[1, 2])
+    axes[1, 2].set(ylabel="nats")
+    axes[1, 2].legend()
+    last = ("trajectories", "data carried to noise", "negative log-density of validation points")
+    titles = ("data", "learned density", "samples", *last)
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
     for axis in axes[0]:
@@ -246,14 +224,15 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--matching", type=int, default=6000, help="steps of matching")
+    parser.add_argument("--steps", type=int, default=100, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="points in a training step")
     parser.add_argument("--out", type=picture, default="out/density_2d.png", help="the picture")
     parser.add_argument("--frames", type=int, default=36, help="of the animation")
     parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
-    if min(options.steps, options.batch, options.frames) < 1:
-        parser.error("--steps, --batch and --frames must be at least 1")
+    if min(options.matching, options.steps, options.batch, options.frames) < 1:
+        parser.error("--matching, --steps, --batch and --frames must be at least 1")
     rng = np.random.default_rng(options.seed)
     try:
         data = rng.permutation(load(options.data, rng))
@@ -265,20 +244,23 @@ def main(argv: list[str] | None = None) -> int:
 
     mean, scale = data[split:].mean(0), data[split:].std(0)
     standardized = jnp.asarray((data - mean) / scale, jnp.float32)
-    held_out, training = jnp.split(standardized, [split])
-    network_key, draw_key = jax.random.split(jax.random.key(options.seed))
+    # Half of them say when to stop, and half how good the result is.
+    validation, held_out, training = jnp.split(standardized, [split // 2, split])
+    network_key, train_key, draw_key = jax.random.split(jax.random.key(options.seed), 3)
     params = jaxode.nn.ConcatSquash(2, (64, 64), key=network_key)
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-4, atol=1e-4)
-    start = time.perf_counter()
-    params, losses, evals = train(flow, params, training, options.steps, options.batch, rng)
-    if not losses:
+    nats = np.log(scale).sum()  # standardizing stretched the points
+    score = jax.jit(lambda params: flow.nll(params, validation) + nats)
+    params, history = train(
+        *phases(flow, training, options), params, lambda params: float(score(params)), train_key
+    )
+    if not history:
         return 1
-    print(f"{len(losses)} steps in {time.perf_counter() - start:.0f} s")
+    print(f"trained in {history[-1].seconds:.0f} s")
     tight = jaxode.cnf(jaxode.nn.field, flow.base, rtol=1e-6, atol=1e-6)
-    # In the units of the data, which standardizing stretched by `scale`.
-    log_prob = tight.log_prob(params, held_out) - np.log(scale).sum()
+    log_prob = tight.log_prob(params, held_out) - nats
     print(f"held-out log-density: {log_prob.mean():.3f} nats ({len(held_out)} points)")
-    draw(flow, params, data, losses, evals, mean, scale, options.out, draw_key)
+    draw(flow, params, data, history, mean, scale, options.out, draw_key)
     movie = options.out.with_suffix(".gif")
     animate(flow, params, picture_limits(standardized), options.frames, movie, draw_key)
     print(f"picture: {options.out}   animation: {movie}")

@@ -29,8 +29,8 @@ def load(name):
 
 def test_digits(tmp_path, capsys, default_settings):
     picture = tmp_path / "digits.png"
-    arguments = ["--steps", "3", "--batch", "8", "--width", "4", "--out", str(picture)]
-    assert load("digits").main(arguments) == 0
+    arguments = ["--matching", "2", "--steps", "2", "--batch", "8", "--width", "4"]
+    assert load("digits").main([*arguments, "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(PNG)
     output = capsys.readouterr().out
     gaussian, flow = (
@@ -69,7 +69,8 @@ def test_density_of_a_csv_file(tmp_path, capsys, default_settings):
     rng, file, picture = np.random.default_rng(0), tmp_path / "points.csv", tmp_path / "a" / "b.png"
     points = rng.normal([100.0, -3.0], [20.0, 0.1], (3000, 2))
     np.savetxt(file, points, delimiter=",", header="x,y", comments="")
-    arguments = ["--data", str(file), "--steps", "2", "--batch", "16", "--frames", "2"]
+    arguments = ["--data", str(file), "--matching", "2", "--steps", "2", "--batch", "16"]
+    arguments += ["--frames", "2"]
     assert load("density_2d").main([*arguments, "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(PNG)
     assert picture.with_suffix(".gif").read_bytes().startswith(b"GIF89a")
@@ -126,7 +127,9 @@ def test_a_wrong_file_gets_one_clear_line(name, tmp_path, capsys):
         ("--seed", str(2**31), "argument --seed: must be at least 0 and below 2**31; got 2147"),
     ],
 )
-@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {"arguments"}))
+@pytest.mark.parametrize(
+    "name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {"arguments", "recipe"})
+)
 def test_a_wrong_argument_gets_one_clear_line_before_training(
     name, option, value, message, tmp_path, capsys, monkeypatch
 ):
@@ -167,13 +170,13 @@ def interrupt(moment, name, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["digits to train on", "first step"])
+@pytest.mark.parametrize("moment", ["digits to train on", "first score"])
 def test_interruption_ends_cleanly(tmp_path, moment):
-    """Ctrl-C before the first step just ends; later it goes on with what there is."""
+    """Ctrl-C before the first score just ends; later it goes on with what there is."""
     picture = tmp_path / "digits.png"
-    _, code = interrupt(moment, "digits", "--width", 4, "--out", picture)
-    assert picture.exists() == (moment == "first step")
-    assert code == (0 if moment == "first step" else 130)
+    _, code = interrupt(moment, "digits", "--width", 4, "--matching", 100_000, "--out", picture)
+    assert picture.exists() == (moment == "first score")
+    assert code == (0 if moment == "first score" else 130)
 
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
@@ -234,7 +237,7 @@ def test_resnet_to_ode(tmp_path, capsys, default_settings):
 @pytest.mark.slow
 def test_conditional(tmp_path, capsys, default_settings):
     picture = tmp_path / "conditional.png"
-    arguments = ["--steps", 2, "--batch", 8, "--width", 4, "--out", picture]
+    arguments = ["--matching", 2, "--steps", 2, "--batch", 8, "--width", 4, "--out", picture]
     output = run("conditional", capsys, *arguments).out
     assert picture.read_bytes().startswith(PNG)
     known, either = (numbers(line)[-1] for line in output.splitlines() if "bits per" in line)
@@ -360,6 +363,7 @@ def test_new_rows_keep_their_digits_and_their_names(tmp_path):
 def tabular(tmp_path, *more):
     arguments = ["--data", small_table(tmp_path / "table.csv"), "--width", 8, "--batch", 16]
     arguments += ["--checkpoint", tmp_path / "state", "--out", tmp_path / "a.png", "--rows", 20]
+    arguments += ["--matching", 2]
     return [str(argument) for argument in (*arguments, *more)]
 
 
@@ -403,7 +407,7 @@ def test_tabular(tmp_path, capsys, default_settings):
     assert table.dtype.names == ("a", "b", "c")
     assert table.shape == (20,)
     again = run("tabular", capsys, *tabular(tmp_path, "--steps", 3, "--evaluate")).out
-    assert "continuing from step 3" in again
+    assert "continuing from step 5" in again
     result = lambda text: [line for line in text.splitlines() if line.startswith(("flow", "full"))]
     assert result(again) == result(output)
 
@@ -431,7 +435,7 @@ def test_a_checkpoint_that_cannot_be_used_gets_one_clear_line(tmp_path, capsys, 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
     tmp_path, capsys, default_settings
 ):
-    arguments = tabular(tmp_path, "--steps", 60, "--rate", 1e30)
+    arguments = tabular(tmp_path, "--matching", 0, "--steps", 60, "--rate", 1e30)
     error = run("tabular", capsys, *arguments, code=1).err
     assert re.search(r"in step \d+ the loss \(.*\) or its gradient is not finite", error)
     assert "its solve ended with: " in error
@@ -447,14 +451,13 @@ def test_a_gradient_that_is_not_finite_is_not_blamed_on_a_solve_that_succeeds(
     tmp_path, default_settings
 ):
     table = load("tabular")
-    options = table.parse(tabular(tmp_path, "--steps", 1))
+    options = table.parse(tabular(tmp_path, "--matching", 0, "--steps", 1))
     # The loss does not depend on p, but its derivative at zero is infinite times zero.
     field = lambda t, z, p: -z + 0 * jax.numpy.sqrt(p)
     flow = jaxode.cnf(field, jaxode.standard_normal(3))
     params = jax.numpy.zeros(())
-    state = table.State(
-        params, table.make_optimizer(options).init(params), jax.numpy.array(0), jax.numpy.zeros(1)
-    )
+    optimizer = table.make_optimizer(lambda count: 1.0).init(params)
+    state = table.State(params, params, optimizer, jax.numpy.array(0), jax.numpy.zeros(1))
     with pytest.raises(FloatingPointError, match=r"gradient is not finite\. Saved"):
         table.train(flow, state, jax.numpy.ones((20, 3)), {}, options)
 
@@ -462,11 +465,11 @@ def test_a_gradient_that_is_not_finite_is_not_blamed_on_a_solve_that_succeeds(
 def test_what_the_last_step_has_made_is_not_saved_if_its_loss_is_not_finite(
     tmp_path, capsys, default_settings
 ):
-    arguments = tabular(tmp_path, "--steps", 1, "--rate", 1e30)
-    error = run("tabular", capsys, *arguments, code=1).err
+    arguments = tabular(tmp_path, "--matching", 0, "--steps", 1)
+    error = run("tabular", capsys, *arguments, "--rate", 1e30, code=1).err
     assert "in step 1 the loss (" in error
     assert "Saved: the last good state, before step 0" in error
-    assert "trained to step 1" in run("tabular", capsys, *tabular(tmp_path, "--steps", 1)).out
+    assert "trained to step 1" in run("tabular", capsys, *arguments).out
 
 
 def test_a_flow_that_cannot_be_solved_gets_one_clear_line(tmp_path, capsys, monkeypatch):

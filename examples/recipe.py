@@ -1,0 +1,104 @@
+"""The training loop of the examples: flow matching first, maximum likelihood after, with Adam.
+
+docs/training.md says why. The loop keeps a moving average of the parameters, scores it on rows that
+are kept apart, and returns the best: neither phase overfits, and Ctrl-C ends it with what it has.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+AVERAGE = 0.01  # weight of a step in the moving average: the mean of about the last 100
+
+
+class Phase(NamedTuple):
+    name: str
+    loss: Callable[[Any, PRNGKeyArray], Float[Array, ""]]
+    steps: int
+    rate: float
+    every: int
+    """Steps in one compiled loop, from one score to the next."""
+
+
+class Point(NamedTuple):
+    phase: str
+    seconds: float
+    score: float
+
+
+def falling(phase: Phase) -> optax.Schedule:
+    return optax.cosine_decay_schedule(phase.rate, phase.steps)
+
+
+def train(
+    matching: Phase,
+    likelihood: Phase,
+    params: PyTree,
+    score: Callable[[PyTree], float],
+    key: PRNGKeyArray,
+    weight_decay: float = 0.0,
+) -> tuple[PyTree, list[Point]]:
+    """Parameters of the least `score`, and all scores.
+
+    Matching has a constant rate; that of the likelihood falls to zero. Each phase starts from the
+    best average so far, with a new optimizer: the gradients of the two have different scales.
+    """
+    best, history, start = params, [], time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        try:
+            for phase, rate in ((matching, matching.rate), (likelihood, falling(likelihood))):
+                task = progress.add_task(f"{phase.name}: compiling", total=phase.steps)
+                optimizer = optax.chain(
+                    optax.clip_by_global_norm(10.0), optax.adamw(rate, weight_decay=weight_decay)
+                )
+                run, carry = compiled(phase.loss, optimizer), (best, best, optimizer.init(best))
+                for done in range(0, phase.steps, phase.every):
+                    key, block_key = jax.random.split(key)
+                    steps = min(phase.every, phase.steps - done)
+                    carry = run(carry, jax.random.split(block_key, steps))
+                    value = score(carry[1])
+                    seconds = time.perf_counter() - start
+                    if not math.isfinite(value):
+                        print(f"Stopped {phase.name}: the score is {value}.", flush=True)
+                        break
+                    if not history:
+                        print(f"first score after {seconds:.1f} s, with compilation", flush=True)
+                    if value < min((point.score for point in history), default=math.inf):
+                        best = carry[1]
+                    history.append(Point(phase.name, seconds, value))
+                    text = f"{phase.name}: {value:.3f}"
+                    progress.update(task, advance=steps, description=text)
+        except KeyboardInterrupt:
+            if not history:
+                raise
+            print(f"Stopped after {history[-1].seconds:.0f} s; going on with what there is.")
+    return best, history
+
+
+def compiled(loss, optimizer):
+    """Steps of `optimizer` on `(params, average, state)`, one for each key, in one program."""
+
+    def step(carry, key):
+        params, average, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, key), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, optax.incremental_update(params, average, AVERAGE), state), None
+
+    return jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
+
+
+def draw_scores(history: list[Point], axis) -> None:
+    """Scores over seconds of training, a color for each phase."""
+    for name in dict.fromkeys(point.phase for point in history):
+        points = [(p.seconds, p.score) for p in history if p.phase == name]
+        axis.plot(*zip(*points, strict=True), ".-", ms=3, lw=1, label=name)
+    low, high = min(p.score for p in history), max(p.score for p in history[len(history) // 20 :])
+    axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axis.set(xlabel="seconds of training")
