@@ -137,10 +137,10 @@ def jaxode_likelihood(params, dim, rate, **options):
     return jax_trainer(lambda params, x, key: flow.nll(params, x, key=key), params, dim, rate)
 
 
-def jaxode_matching(params, dim, rate, **options):
+def jaxode_matching(params, dim, rate, average=AVERAGE, **options):
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim))
     loss = lambda params, x, key: flow.matching_loss(params, x, key=key, **options)
-    return jax_trainer(loss, params, dim, rate, AVERAGE)
+    return jax_trainer(loss, params, dim, rate, average)
 
 
 def diffrax_likelihood(params, dim, rate, **options):
