@@ -646,8 +646,7 @@ def test_times_known_only_at_run_time():
     loud = jax.jit(lambda ts: solve(ts=ts).ys)
     with pytest.raises(
         jax.errors.JaxRuntimeError,
-        match="SolveError: solve: a time is not finite, ts is not monotone from t0 to t1, or a "
-        r"tolerance is negative at t=0\. Check t0, t1, rtol and atol; sort ts",
+        match=r"SolveError: solve\(ts=...\): times must be in order from t0 to t1",
     ):
         jax.block_until_ready(loud(jnp.array([0.5, 0.2])))
     negative = jax.jit(lambda rtol: solve(rtol=rtol, throw=False).result)(-1e-3)

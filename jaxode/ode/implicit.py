@@ -12,10 +12,11 @@ from jaxode._jax.primitives import first_derivatives_only, nondifferentiable_bac
 from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
 from jaxode.ode.adjoints.replay import in_reverse
-from jaxode.ode.loop.integrate import Integration, valid_arguments
+from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rules import all_hold
 
 FIRST_ONLY = (
     "DiscreteAdjoint: with an implicit solver, the gradient of a solve cannot be differentiated. "
@@ -42,7 +43,7 @@ class DiffraxSolve(eqx.Module):
         if isinstance(self.adjoint, DiscreteAdjoint):
             problem = in_reverse(problem, "DiscreteAdjoint")
         y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-        valid = valid_arguments(problem, method)
+        valid = all_hold(problem, method)
         # An empty span in place of times that diffrax would raise for.
         t0, t1, ts = jax.tree.map(lambda t: jnp.where(valid, t, 0.0), (t0, t1, ts))
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
@@ -92,7 +93,7 @@ class DiffraxSolve(eqx.Module):
             first_step,
             y0,
             args=ode,
-            saveat=diffrax.SaveAt(ts=ts, t1=True),
+            saveat=diffrax.SaveAt(ts=ts, t1=True, controller_state=method.steps is None),
             stepsize_controller=_controller(method),
             adjoint=self._adjoint,
             max_steps=method.tape_length + (method.steps is not None),
@@ -121,9 +122,41 @@ def _controller(method: Method) -> diffrax.AbstractStepSizeController:
         return diffrax.ConstantStepSize()
     # The least step stops a solve whose steps no longer move the time: they are rounded to zero.
     dtmin = float(jnp.finfo(method.rtol.dtype).tiny)
-    return diffrax.PIDController(
+    control = diffrax.PIDController(
         rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
     )
+    return _Remembering(control)
+
+
+class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
+    """A controller whose state begins with the end of the last attempt that it has rejected."""
+
+    control: diffrax.PIDController
+
+    @property
+    def rtol(self):
+        return self.control.rtol
+
+    @property
+    def atol(self):
+        return self.control.atol
+
+    @property
+    def norm(self):
+        return self.control.norm
+
+    def wrap(self, direction):
+        return _Remembering(self.control.wrap(direction))
+
+    def init(self, terms, t0, *rest):
+        t1, state = self.control.init(terms, t0, *rest)
+        return t1, (t0, state)
+
+    def adapt_step_size(self, t0, t1, *rest):
+        *rest, (rejected, state) = rest
+        keep, *times, state, result = self.control.adapt_step_size(t0, t1, *rest, state)
+        rejected = jax.lax.stop_gradient(jnp.where(keep, rejected, t1))
+        return keep, *times, (rejected, state), result
 
 
 def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
@@ -200,7 +233,8 @@ def _result(
     """How a solve ended, and the time it reached; NaN if that is not known.
 
     diffrax takes a step with a NaN for one with a large error. So the field is looked at where a
-    failed solve stopped: if it is not finite just beyond, that is the cause.
+    failed solve stopped: if it is not finite just beyond, or at the end of an attempt that was
+    rejected and not made up for, that is the cause.
     """
     ode, states, t0, t1 = jax.lax.stop_gradient((ode, states, t0, t1))
     code = _code(solution.result)
@@ -210,10 +244,20 @@ def _result(
     t, y = saved[last], states[last]
     limits = jnp.finfo(t.dtype)
     # 8: the steps before the last that moved the time have left less than this.
-    h = jnp.sign(t1 - t0) * jnp.maximum(8 * limits.eps * jnp.abs(t), 8 * limits.tiny)
+    sign = jnp.sign(t1 - t0)
+    h = sign * jnp.maximum(8 * limits.eps * jnp.abs(t), 8 * limits.tiny)
+    attempt = t
+    if method.steps is None:
+        # diffrax solves forwards, in the time times the sign.
+        rejected = sign * jax.lax.stop_gradient(solution.controller_state[0])
+        attempt = jnp.where(sign * (rejected - t) > 0, rejected, t)
 
     def finite_beyond():
-        return jnp.isfinite(ode(t + h, y + h.astype(y.dtype) * ode(t, y))).all()
+        times, states = (
+            jnp.stack([t + h, attempt]),
+            jnp.stack([y + h.astype(y.dtype) * ode(t, y), y]),
+        )
+        return jnp.isfinite(jax.lax.map(lambda point: ode(*point), (times, states))).all()
 
     failed = code != Result.SUCCESS
     finite = jax.lax.cond(failed, finite_beyond, lambda: jnp.isfinite(states).all())

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solve import solve_field
-from jaxode.ode.validation import check_state, is_known
+from jaxode.ode.validation import check_state, is_known, numeric_dtype
 
 _NO_LIMIT = 2**31 - 1
 
@@ -61,9 +61,11 @@ def odeint(
     """
     if not callable(func):
         raise TypeError(f"odeint(func=...): must be a function func(y, t, *args); got {func!r}.")
+    dtype = numeric_dtype(t)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = repr(t) if dtype is None else dtype
+        raise TypeError(f"odeint(t=...): must be an array of floats; got {got}.")
     t = jnp.asarray(t)
-    if not jnp.issubdtype(t.dtype, jnp.floating):
-        raise TypeError(f"odeint(t=...): must be an array of floats; got {t.dtype}.")
     if t.ndim != 1 or t.shape[0] == 0:
         raise ValueError(f"odeint(t=...): must be a vector of times; got shape {t.shape}.")
     for name, value in (("mxstep", mxstep), ("hmax", hmax)):

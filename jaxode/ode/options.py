@@ -1,6 +1,8 @@
 """The options of a solve: made and checked once, where a public function is entered."""
 
 import dataclasses
+import functools
+from collections.abc import Collection
 from typing import Any
 
 import diffrax
@@ -83,15 +85,21 @@ class SolveOptions(eqx.Module):
             if getattr(self, name) is not None:
                 check_positive(where, name, getattr(self, name))
 
-    def method(self, where: str, dtype: jnp.dtype) -> Method:
-        """The settings of the loop, for a state of this dtype."""
+    def method(self, where: str, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Method:
+        """The settings of the loop, for a state of this dtype with leaves of these."""
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
         rtol, atol = value(self.rtol), value(self.atol)
-        if is_known((rtol, atol)) and float(rtol) == float(atol) == 0:
-            both = f"rtol={float(self.rtol):g}, atol={float(self.atol):g}"
-            lost = "" if both == "rtol=0, atol=0" else f" in {dtype}, in which the state is solved"
-            raise ValueError(f"{where}({both}): at least one tolerance must be positive{lost}.")
+        coarsest = max((dtype, *leaves), key=_least)
+        if is_known((rtol, atol)):
+            if max(float(rtol), float(atol)) <= _least(coarsest):
+                both = f"rtol={float(self.rtol):g}, atol={float(self.atol):g}"
+                of = "in which the state is solved" if coarsest == dtype else "a dtype of the state"
+                lost = "" if both == "rtol=0, atol=0" else f" in {coarsest}, {of}"
+                raise ValueError(f"{where}({both}): at least one tolerance must be positive{lost}.")
+        elif coarsest != dtype:
+            lost = jnp.maximum(rtol, atol) <= _least(coarsest)
+            rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
         return Method(
             tableau=self.tableau,
             rtol=rtol,
@@ -102,3 +110,10 @@ class SolveOptions(eqx.Module):
             axis_name=self.axis_name,
             max_step=given(self.max_step),
         )
+
+
+@functools.cache
+def _least(dtype: jnp.dtype) -> float:
+    """The largest number that rounds to zero in the dtype: half of the least denormal one."""
+    info = jnp.finfo(dtype)
+    return 0.5 * float(info.tiny) * float(info.eps)

@@ -12,8 +12,8 @@ from jaxode._jax.closure import recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Solution, raise_on_failure
-from jaxode.ode.system import Batch, System, make_system, pose
-from jaxode.ode.validation import Time, check_batch, check_state, one_of
+from jaxode.ode.system import Batch, System, argument_faults, make_system, pose
+from jaxode.ode.validation import Time, check_args, check_batch, check_bool, check_state, one_of
 
 VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
@@ -180,10 +180,12 @@ def solve_field(
     """`solve`, for a function of the name `where`, of a state that is checked."""
     if not callable(f):
         raise TypeError(f"{where}(f=...): must be a function f(t, y, args); got {f!r}.")
+    check_bool(where, "throw", throw)
+    check_args(where, "args", args)
     system = make_system(where, Unconditional(f), y0, span, args, options, ts=ts, batch=batch)
     solution = _run(system.raising(throw))
     settle(system)
-    return raise_on_failure(solution, where) if throw else solution
+    return raise_on_failure(solution, where, argument_faults(where, system)) if throw else solution
 
 
 def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batch) -> None:

@@ -20,7 +20,9 @@ from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rules import RULES
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.results import Faults
 from jaxode.ode.validation import (
     Time,
     check_derivative,
@@ -90,13 +92,19 @@ def make_system(
     dtype = state_dtype(y0)
     t0, t1, ts = check_times(where, *span, ts, dtype)
     check_same_times(where, (t0, t1, ts), options.axis_name)
-    method = options.method(where, dtype)
+    method = options.method(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)
     field, adjoint = recognizable((field, adjoint))
     shared, rows = recognizable((shared, rows), dtype)
     return System(Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint)
+
+
+def argument_faults(where: str, system: System) -> Faults:
+    """What could be wrong with the arguments of a system, for the message of a failure."""
+    broken = lambda holds: lambda: ~holds(system, system.method)
+    return {where + rule: broken(holds) for rule, holds in RULES.items()}
 
 
 class Ravel:

@@ -14,6 +14,8 @@ from jaxode._jax.sharding import AxisName, axes_of
 
 Time = float | Real[Array, ""]
 
+_PYTHON_NUMBERS = float | int | complex | bool
+
 
 def is_known(value: Any) -> bool:
     """Whether a value, or each of several, is known at trace time."""
@@ -93,6 +95,27 @@ def check_time(where: str, name: str, value: Any) -> None:
     real_scalar(where, name, value, "a finite time", np.isfinite, "time")
 
 
+def check_bool(where: str, name: str, value: Any) -> None:
+    """Raise unless it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{where}({name}=...): must be True or False; got {value!r}.")
+
+
+def check_args(where: str, name: str, args: PyTree) -> None:
+    """Raise for an array of NumPy that JAX has no dtype for."""
+    for leaf in jax.tree.leaves(args):
+        if _is_not_numeric(leaf):
+            raise TypeError(
+                f"{where}({name}=...): arrays must be numeric; got dtype {leaf.dtype}. "
+                "Encode it as numbers, or let the vector field close over it."
+            )
+
+
+def _is_not_numeric(leaf: Any) -> bool:
+    """Whether it is an array of NumPy of text, objects, dates or spans of time."""
+    return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "USOMm"
+
+
 def state_dtype(y0: PyTree) -> jnp.dtype:
     """The dtype that a state is solved in: the common one of its leaves, at least float32."""
     with jax.numpy_dtype_promotion("standard"):
@@ -105,10 +128,17 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
     leaves = jax.tree.leaves(y0)
     if not leaves:
         raise ValueError(f"{where}({name}=...): must hold at least one array; got {y0!r}.")
+    if isinstance(y0, list) and all(isinstance(leaf, _PYTHON_NUMBERS) for leaf in leaves):
+        raise TypeError(
+            f"{where}({name}=...): must be an array or a pytree of arrays; got a list of numbers, "
+            "which the vector field would get as a list. Pass jnp.array of it."
+        )
     for leaf in leaves:
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex | bool):
+        array = isinstance(leaf, jax.Array | np.ndarray | np.generic | _PYTHON_NUMBERS)
+        if not array or _is_not_numeric(leaf):
+            got = leaf.dtype if array else type(leaf).__name__
             raise TypeError(
-                f"{where}({name}=...): leaves must be floating arrays; got {type(leaf).__name__}. "
+                f"{where}({name}=...): leaves must be floating arrays; got {got}. "
                 "Pass things that are not part of the state in args."
             )
         dtype = jnp.result_type(leaf)
@@ -174,11 +204,13 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
 
 
 def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
-    """The start, the end and the output times as arrays of the dtype of the state."""
+    """The start, the end and the output times as arrays of the dtype of the state.
+
+    Those that are traced are NaN if they are lost in that dtype.
+    """
     check_time(where, "t0", t0)
     check_time(where, "t1", t1)
-    if is_known((t0, t1)):
-        _check_span(where, float(t0), float(t1), dtype)
+    given = ts
     if ts is not None:
         kind = numeric_dtype(ts)
         if kind is None or not (
@@ -190,8 +222,23 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
             raise ValueError(
                 f"{where}(ts=...): must be a vector of at least one time; got shape {ts.shape}."
             )
-        if is_known((t0, t1, ts)):
-            _check_order(where, float(t0), float(t1), np.asarray(ts))
+    span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
+    if not is_known((t0, t1, given)):
+        nan_if = lambda lost, t: t if lost is False else jnp.where(lost, jnp.nan, t)
+        return nan_if(span_lost, as_array(t0, dtype)), as_array(t1, dtype), nan_if(ts_lost, ts)
+    if span_lost:
+        raise ValueError(
+            f"{where}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in the "
+            f"precision of {dtype}, in which the state is solved. Shift the time, or use float64 "
+            "for the state."
+        )
+    if ts is not None:
+        _check_order(where, float(t0), float(t1), np.asarray(ts))
+    if ts_lost:
+        raise ValueError(
+            f"{where}(ts=...): times are lost in the precision of {dtype}, in which the state is "
+            f"solved; got {np.asarray(given)}. Shift the time, or use float64 for the state."
+        )
     return as_array(t0, dtype), as_array(t1, dtype), ts
 
 
@@ -205,15 +252,35 @@ def numeric_dtype(value: Any) -> Any:
         return None
 
 
-def _check_span(where: str, t0: float, t1: float, dtype: jnp.dtype) -> None:
-    """Times are rounded to the precision of the state, which must leave the span what it is."""
-    rounded = float(np.asarray(t1, dtype)) - float(np.asarray(t0, dtype))
-    # A thousandth: far above the rounding of a span that is worth solving over.
-    if abs(rounded - (t1 - t0)) > 1e-3 * abs(t1 - t0):
-        raise ValueError(
-            f"{where}(t0=..., t1=...): the span from {t0!r} to {t1!r} is lost in the precision of "
-            f"{dtype}, in which the state is solved. Shift the time, or use float64 for the state."
-        )
+def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """Whether the span, and some of the times `ts`, are lost in the precision of the state.
+
+    What is kept may move by a thousandth of the span: far above the rounding of a span that is
+    worth solving over. Times that differ stay so, unless they are one for the span, too.
+    """
+    known = is_known((t0, t1, ts))
+    exact = np.dtype(float) if known else jnp.result_type(float)
+    if dtype == exact:
+        return False, False
+    xp, info = np if known else jnp, jnp.finfo(dtype)
+
+    def rounded(t):
+        if known:
+            return t.astype(dtype).astype(exact)
+        return jax.lax.reduce_precision(t, info.nexp, info.nmant)
+
+    as_exact = lambda t: (
+        xp.asarray(t, exact) if known else jax.lax.stop_gradient(jnp.asarray(t, exact))
+    )
+    t0, t1, ts = (None if t is None else as_exact(t) for t in (t0, t1, ts))
+    span = abs(t1 - t0)
+    moved = lambda t: abs(rounded(t) - rounded(t0) - (t - t0)) > 1e-3 * span
+    with np.errstate(all="ignore"):
+        if ts is None:
+            return moved(t1), False
+        path = xp.concatenate([t0[None], ts, t1[None]])
+        merged = (xp.diff(rounded(path)) == 0) & (abs(xp.diff(path)) > float(info.eps) * span)
+        return moved(t1), moved(ts).any() | merged.any()
 
 
 def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:

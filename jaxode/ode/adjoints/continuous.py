@@ -62,6 +62,8 @@ class Segment(NamedTuple):
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
+    unfit: Float[Array, " rows"]
+    """What is ahead of the last attempt rejected, if it was not finite; else not positive."""
 
     def stats(self, tableau: Tableau) -> Stats:
         """The work done."""
@@ -75,7 +77,9 @@ class Segment(NamedTuple):
         """At the end of a forward solve; rows in which that failed stay there."""
         zero = jnp.zeros(t.shape, jnp.int32)
         result = jnp.where(failed, Result.NON_FINITE, Result.SUCCESS).astype(jnp.int32)
-        return cls(t, h, y, quadrature, jnp.zeros(t.shape, bool), result, zero, zero)
+        return cls(
+            t, h, y, quadrature, jnp.zeros(t.shape, bool), result, zero, zero, jnp.zeros_like(t)
+        )
 
 
 def solve_segment(
@@ -105,7 +109,7 @@ def solve_segment(
         t_next, last = next_time(steps, method.max_step, state, taken, start, end)
         t_next = jnp.where(running, t_next, state.t)
         y_next, k, quadrature_where = _stages(field, method, state, t_next - state.t)
-        accept, h_next, result = judge(method, state, running, t_next, last, y_next, k)
+        accept, h_next, result, unfit = judge(method, state, running, t_next, last, y_next, k)
         # A step that was cut short to reach the end says little about the next one.
         longer = jnp.abs(h_next) > jnp.abs(state.h)
         return Segment(
@@ -117,6 +121,7 @@ def solve_segment(
             result=result,
             accepted=state.accepted + accept.astype(jnp.int32),
             rejected=state.rejected + (running & ~accept).astype(jnp.int32),
+            unfit=unfit,
         )
 
     segment = segment._replace(done=start == end)
@@ -210,7 +215,8 @@ def cotangents(
         # What failed forward has raised there.
         result = jnp.where(integration.result == Result.SUCCESS, segment.result, Result.SUCCESS)
         nan = nan_or_raise(result, segment.t, "backward solve")
-        valid = jnp.where(ok, 1.0, nan.astype(y0.dtype))
+        # The check is a part of the value, so it cannot be eliminated as dead code.
+        valid = valid + nan.astype(y0.dtype)
 
     def by_time(times, states, bars):
         return time_cotangents(apply, params, times, states, bars)

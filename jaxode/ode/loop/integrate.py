@@ -17,6 +17,7 @@ from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.tableau import Tableau
 
@@ -58,6 +59,8 @@ class _State(NamedTuple):
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
+    unfit: Float[Array, " rows"]
+    """What is ahead of the last attempt rejected, if it was not finite; else not positive."""
     saved: Int[Array, " rows"]
     ys: Float[Array, "times rows n"] | None
     tape: Tape | None
@@ -73,6 +76,7 @@ class _Step(NamedTuple):
     accept: Bool[Array, " rows"]
     h_next: Float[Array, " rows"]
     result: Int[Array, " rows"]
+    unfit: Float[Array, " rows"]
 
 
 def stages(
@@ -208,12 +212,27 @@ def _initial(
         tape = Tape(times, jnp.zeros((), jnp.int32), kept, slope)
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    valid = valid_arguments(problem, method)
-    result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
+    result = jnp.where(all_hold(problem, method), Result.SUCCESS, Result.INVALID_ARGUMENT).astype(
+        jnp.int32
+    )
     # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
     done = jnp.zeros(rows, bool)
     result = jnp.broadcast_to(result, (rows,))
-    return _State(start, h, y0, slope, done, result, none_yet, none_yet, none_yet, ys, tape), evals
+    state = _State(
+        t=start,
+        h=h,
+        y=y0,
+        slope=slope,
+        done=done,
+        result=result,
+        accepted=none_yet,
+        rejected=none_yet,
+        unfit=jnp.zeros_like(start),
+        saved=none_yet,
+        ys=ys,
+        tape=tape,
+    )
+    return state, evals
 
 
 def _attempt(problem: Problem, method: Method, state: _State, running, start, end) -> _Step:
@@ -225,8 +244,8 @@ def _attempt(problem: Problem, method: Method, state: _State, running, start, en
     h = t - state.t
     k = stages(problem.slope, tableau, state.t, h, state.y, state.slope, tableau.stages)
     y = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, state.y.dtype), k)
-    accept, h_next, result = judge(method, state, running, t, last, y, k)
-    return _Step(t, y, k, last, accept, jax.lax.stop_gradient(h_next), result)
+    accept, h_next, result, unfit = judge(method, state, running, t, last, y, k)
+    return _Step(t, y, k, last, accept, jax.lax.stop_gradient(h_next), result, unfit)
 
 
 def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
@@ -251,21 +270,10 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
         result=step.result,
         accepted=state.accepted + accept.astype(jnp.int32),
         rejected=state.rejected + (running & ~accept).astype(jnp.int32),
+        unfit=step.unfit,
         saved=saved,
         ys=ys,
         tape=tape,
-    )
-
-
-def valid_arguments(problem: Problem, method: Method) -> Bool[Array, ""]:
-    """The rules for values that are known only at run time."""
-    t0, t1, ts = problem.t0, problem.t1, problem.ts
-    valid = jnp.isfinite(t0) & jnp.isfinite(t1) & (method.rtol >= 0) & (method.atol >= 0)
-    if ts is None:
-        return valid
-    path = jnp.concatenate([t0[None], ts, t1[None]])
-    return (
-        valid & jnp.all(jnp.sign(t1 - t0) * jnp.diff(path) >= 0) & ((t0 != t1) | (ts == t0).all())
     )
 
 

@@ -87,11 +87,15 @@ def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"],
 
 
 def judge(method: Method, state: Any, running, t_next, last, y_next, k):
-    """Whether each row accepts its step, its next step size, and its result code."""
+    """Whether each row accepts its step, its next step size, its result code, and what is `unfit`.
+
+    That is how far the last attempt that was rejected goes beyond the time that is reached, if it
+    was not finite. A solve that ends before it has passed there fails because of that.
+    """
     if method.steps is not None:
         finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
         result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
-        return running & finite, state.h, result.astype(jnp.int32)
+        return running & finite, state.h, result.astype(jnp.int32), state.unfit
     h = t_next - state.t
     error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
     ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
@@ -102,13 +106,17 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
     # Underflow: a step that does not move the time, or a shorter one that would end there again.
     retry = state.t + h_next
     stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))
-    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
     accept &= running
+    size = jax.lax.stop_gradient(jnp.abs(h))
+    rejected = jnp.where(running, jnp.where(finite, 0.0, size), state.unfit)
+    unfit = jnp.where(accept, state.unfit - size, rejected)
+    finite &= unfit <= 0
+    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
     attempts = state.accepted + state.rejected + 1
     exhausted = running & (attempts >= method.max_steps) & ~(accept & last)
     result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
     failed = running & (stuck | (exhausted & ~finite))
-    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32)
+    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32), unfit
 
 
 def limit_step(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:

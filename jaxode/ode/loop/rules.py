@@ -1,0 +1,58 @@
+"""The rules for arguments that are checked at run time, for they may be known only then."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxode.ode.loop.method import Method
+
+
+def _in_order(problem: Any) -> Bool[Array, ""]:
+    """From `t0` to `t1`; over an empty span all are the same."""
+    t0, t1, ts = problem.t0, problem.t1, problem.ts
+    if ts is None:
+        return jnp.ones_like(t0, bool)
+    path = jnp.concatenate([t0[None], ts, t1[None]])
+    sorted_ = jnp.all(jnp.sign(t1 - t0) * jnp.diff(path) >= 0)
+    return sorted_ & ((t0 != t1) | (ts == t0).all())
+
+
+def _tolerance(value) -> Bool[Array, ""]:
+    return (value >= 0) & (value < jnp.inf)
+
+
+def _size(value) -> Bool[Array, ""]:
+    return jnp.ones((), bool) if value is None else (value > 0) & (value < jnp.inf)
+
+
+# What is said of the arguments, and whether it holds for a problem (or whatever has its times) and
+# a method. Times that the dtype of the state cannot tell apart are NaN here.
+RULES: dict[str, Callable[[Any, Method], Bool[Array, ""]]] = {
+    "(t0=..., t1=...): must be finite times, whose span is not lost in the precision in which the "
+    "state is solved. Shift the time, or use float64 for the state.": (
+        lambda problem, _: jnp.isfinite(problem.t0) & jnp.isfinite(problem.t1)
+    ),
+    "(ts=...): times must be in order from t0 to t1, and not be lost in the precision in which the "
+    "state is solved. Sort them, or use float64 for the state.": (
+        lambda problem, _: _in_order(problem)
+    ),
+    "(rtol=...): must be a finite tolerance of at least 0.": (
+        lambda _, method: _tolerance(method.rtol)
+    ),
+    "(atol=...): must be a finite tolerance of at least 0.": (
+        lambda _, method: _tolerance(method.atol)
+    ),
+    "(rtol=..., atol=...): at least one tolerance must be positive in the dtype of each leaf of "
+    "the state.": (lambda _, method: (method.rtol != 0) | (method.atol != 0)),
+    "(first_step=...): must be positive and finite.": (lambda _, method: _size(method.first_step)),
+    "(max_step=...): must be positive and finite.": (lambda _, method: _size(method.max_step)),
+}
+
+
+def all_hold(problem: Any, method: Method) -> Bool[Array, ""]:
+    """Whether every rule holds."""
+    return functools.reduce(operator.and_, (holds(problem, method) for holds in RULES.values()))

@@ -1,0 +1,237 @@
+"""Arguments that are known only at run time keep the same rules, and a failure names its cause."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode import Result
+
+Y0 = jnp.ones(2, jnp.float32)
+
+
+def decay(t, y, args):
+    return -y
+
+
+def solve(given, y0=Y0, f=decay, **options):
+    return jaxode.solve(f, y0, args=None, **given, **options)
+
+
+GOOD = {
+    "t0": 0.0, "t1": 1.0, "ts": np.array([0.2, 0.5, 0.8]), "rtol": 1e-3, "atol": 1e-3,
+    "first_step": 0.1, "max_step": 0.5,
+}  # fmt: skip
+FAR = 1e8 + np.array([1.0, 2.0, 3.0])  # In float32, times there are 8 apart.
+
+# (the argument to be named, what differs from GOOD), with a state in float32 and times in float64.
+BROKEN = [
+    ("t0", {"t0": np.nan}),
+    ("t1", {"t1": np.inf}),
+    ("t1", {"t0": 1e9, "t1": 1e9 + 1, "ts": 1e9 + GOOD["ts"]}),
+    ("ts", {"t0": 1e8, "t1": 1e8 + 16, "ts": FAR}),
+    ("ts", {"t0": 1e8, "t1": 1e8 + 8000, "ts": FAR}),
+    ("ts", {"t0": 0.0, "t1": 1.0, "ts": np.array([0.5, 0.2, 0.8])}),
+    ("ts", {"t0": 0.0, "t1": -1.0}),
+    ("ts", {"t1": 0.7}),
+    ("ts", {"ts": np.array([0.2, np.nan, 0.8])}),
+    *(("rtol", {"rtol": value}) for value in (np.nan, -1e-3, np.inf)),
+    *(("atol", {"atol": value}) for value in (np.nan, -1e-3, np.inf)),
+    ("rtol", {"rtol": 0.0, "atol": 0.0}),
+    ("atol", {"rtol": 0.0, "atol": 1e-60}),
+    *(("first_step", {"first_step": value}) for value in (np.nan, -0.1, 0.0, np.inf)),
+    *(("max_step", {"max_step": value}) for value in (np.nan, -0.1, 0.0, np.inf)),
+]
+# What looks alike and is right.
+KEPT = [
+    {},
+    {"t1": -1.0, "ts": -GOOD["ts"]},
+    {"t0": 100.0, "t1": 101.0, "ts": 100 + GOOD["ts"]},
+    {"ts": np.array([0.5, 1 - 1e-9, 1.0])},
+    {"t1": 0.0, "ts": np.zeros(3)},
+    {"rtol": 0.0},
+    {"atol": 0.0},
+]
+
+
+def values(changes):
+    return {name: np.asarray(value) for name, value in (GOOD | changes).items()}
+
+
+def quiet(given):
+    return solve(given, throw=False)
+
+
+IMPLICIT = {"solver": diffrax.Kvaerno3()}
+RUN = jax.jit(quiet)
+RUN_TWO = jax.vmap(quiet)
+RUN_LOUD = jax.jit(lambda given: solve(given).y1)
+RUN_IMPLICIT = jax.jit(lambda given: solve(given, **IMPLICIT, throw=False))
+GRADIENT = jax.jit(jax.grad(lambda y0, given: solve(given, y0, throw=False).y1.sum()))
+
+
+def eager(given, argument):
+    with pytest.raises(ValueError, match=rf"^solve\([^)]*{argument}="):
+        solve({name: v if v.ndim else float(v) for name, v in given.items()})
+
+
+def jitted(given, argument):
+    solution = RUN(given)
+    assert solution.result == Result.INVALID_ARGUMENT
+    assert solution.stats.num_steps == 0
+    assert jnp.isnan(solution.y1).all()
+    assert jnp.isnan(solution.ys).all()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"SolveError: solve\([^)]*{argument}="):
+        jax.block_until_ready(RUN_LOUD(given))
+
+
+def vmapped(given, argument):
+    del argument
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), values({}), given)
+    solution = RUN_TWO(both)
+    np.testing.assert_array_equal(solution.result, [Result.SUCCESS, Result.INVALID_ARGUMENT])
+    # 1e-2: ten times the tolerance.
+    np.testing.assert_allclose(solution.y1[0], np.exp(-1.0), rtol=1e-2)
+    assert jnp.isnan(solution.y1[1]).all()
+
+
+def differentiated(given, argument):
+    del argument
+    assert jnp.isnan(GRADIENT(Y0, given)).all()
+
+
+def implicit(given, argument):
+    del argument
+    solution = RUN_IMPLICIT(given)
+    assert solution.result == Result.INVALID_ARGUMENT
+    assert jnp.isnan(solution.y1).all()
+
+
+@pytest.mark.parametrize("check", [eager, jitted, vmapped, differentiated, implicit])
+@pytest.mark.parametrize(("argument", "changes"), BROKEN, ids=str)
+def test_a_broken_rule_is_named(check, argument, changes):
+    check(values(changes), argument)
+
+
+@pytest.mark.parametrize("run", [quiet, RUN], ids=["eager", "jit"])
+@pytest.mark.parametrize("changes", KEPT, ids=str)
+def test_what_keeps_the_rules_is_solved(run, changes):
+    given = values(changes)
+    solution = run(given)
+    assert solution.ok
+    # 1e-2: ten times the tolerance.
+    expected = np.exp(-(given["ts"] - given["t0"]))
+    np.testing.assert_allclose(solution.ys[:, 0], expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("t", "rtol"), [(1e9 + np.arange(3.0), 1e-3), (np.arange(3.0), np.inf), (FAR, 1e-3)], ids=str
+)
+def test_odeint_is_nan_where_a_rule_is_broken(t, rtol):
+    run = jax.jit(lambda t, rtol: jaxode.odeint(lambda y, t: -y, Y0, t, rtol=rtol))
+    assert jnp.isnan(run(t, rtol)).all()
+    assert jnp.isfinite(run(np.arange(3.0), 1e-3)).all()
+
+
+def test_a_tolerance_that_a_leaf_of_the_state_does_not_resolve():
+    y0 = {"coarse": jnp.ones(1, jnp.float16), "fine": jnp.ones(1, jnp.float32)}
+    f = lambda t, y, args: jax.tree.map(jnp.negative, y)
+    run = lambda tol: jaxode.solve(f, y0, 0.0, 1.0, rtol=tol, atol=tol, throw=False)
+    with pytest.raises(ValueError, match=r"^solve\(rtol=1e-10, atol=1e-10\)"):
+        run(1e-10)
+    assert jax.jit(run)(1e-10).result == Result.INVALID_ARGUMENT
+    assert jax.jit(run)(1e-5).ok
+
+
+def nan_after(t, y, args):
+    return jnp.where(t > 0.5, jnp.nan, -y)
+
+
+@pytest.mark.parametrize("max_steps", [5, 8, 10])
+def test_steps_that_run_out_before_a_nan_are_not_the_cause(max_steps):
+    for t1 in (2.0, -2.0):
+        f = lambda t, y, args, t1=t1: nan_after(jnp.sign(t1) * t, y, args)
+        solution = jaxode.solve(f, jnp.ones(1), 0.0, t1, throw=False, max_steps=max_steps)
+        assert solution.stats.num_steps == max_steps
+        assert solution.result == Result.NON_FINITE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_steps", [12, 16])
+@pytest.mark.parametrize("t1", [2.0, -2.0])
+def test_steps_of_an_implicit_solver_that_run_out_before_a_nan(max_steps, t1):
+    f = lambda t, y, args: nan_after(jnp.sign(t1) * t, y, args)
+    options = {**IMPLICIT, "throw": False, "max_steps": max_steps, "first_step": 0.4}
+    solution = jaxode.solve(f, jnp.ones(1), 0.0, t1, **options)
+    assert solution.stats.num_steps == max_steps
+    assert solution.result == Result.NON_FINITE
+
+
+def test_a_nan_that_was_made_up_for_is_not_the_cause():
+    """A first step that is far too long overshoots to where the field is not finite."""
+    f = lambda t, y, args: jnp.where(y > 2, jnp.nan, -100 * y)
+    options = {"first_step": 1.0, "rtol": 1e-10, "atol": 1e-10, "max_steps": 60, "throw": False}
+    solution = jaxode.solve(f, jnp.ones(1), 0.0, 100.0, **options)
+    assert solution.stats.num_rejected > 0
+    assert solution.result == Result.MAX_STEPS_REACHED
+
+
+def scaled(t, y, rate):
+    return -rate * y
+
+
+def end(y0, **options):
+    return jaxode.solve(scaled, y0, 0.0, 1.0, 2.0, **options).y1.sum()
+
+
+FLOW = jaxode.cnf(scaled, jaxode.standard_normal(2))
+X = jnp.ones((3, 2))
+FINITE = {
+    "solve": lambda: end(jnp.ones(2)),
+    "vmap": lambda: jax.vmap(end)(X),
+    "gradient": lambda: jax.grad(end)(jnp.ones(2)),
+    "vmap of gradient": lambda: jax.vmap(jax.grad(end))(X),
+    "jit of vmap of gradient": lambda: jax.jit(jax.vmap(jax.grad(end)))(X),
+    "backsolve": lambda: jax.grad(lambda y0: end(y0, adjoint=jaxode.BacksolveAdjoint()))(Y0),
+    "nll": lambda: FLOW.nll(1.0, X),
+    "gradient of nll": lambda: jax.grad(FLOW.nll)(1.0, X),
+    "gradient of log_prob": lambda: jax.grad(lambda p: FLOW.log_prob(p, X).sum())(1.0),
+}
+
+
+@pytest.mark.parametrize("call", FINITE.values(), ids=FINITE)
+def test_a_solve_that_succeeds_passes_under_debug_nans(call):
+    with jax.debug_nans(True):
+        assert jnp.isfinite(call()).all()
+
+
+TIMES = jnp.array([0.0, 1.0])
+# (call, the start of the message)
+UNFIT = [
+    (lambda: jaxode.solve(decay, [1.0, 2.0], 0.0, 1.0), r"solve\(y0="),
+    (lambda: jaxode.flow(decay, [[1.0], [2.0]], 0.0, 1.0), r"flow\(z="),
+    (lambda: jaxode.solve(decay, np.array(["a"]), 0.0, 1.0), r"solve\(y0="),
+    (lambda: jaxode.odeint(lambda y, t: -y, Y0, None), r"odeint\(t="),
+    (lambda: jaxode.odeint(lambda y, t: -y, Y0, "ab"), r"odeint\(t="),
+    (lambda: jaxode.solve(decay, Y0, 0.0, 1.0, throw="x"), r"solve\(throw="),
+    (lambda: jaxode.flow(decay, X, 0.0, 1.0, throw=None), r"flow\(throw="),
+    (lambda: jaxode.solve(decay, Y0, 0.0, 1.0, np.array(["a", "b"])), r"solve\(args="),
+    (lambda: jaxode.solve(decay, Y0, 0.0, 1.0, {"a": np.array([None])}), r"solve\(args="),
+    (
+        lambda: jaxode.odeint(lambda y, t, a: -y, Y0, TIMES, np.array(["a", "b"])),
+        r"odeint\(args=",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "start"), UNFIT, ids=[start for _, start in UNFIT])
+def test_what_is_of_another_kind_is_named(call, start):
+    with pytest.raises(TypeError, match="^" + start):
+        call()
+
+
+def test_a_list_of_arrays_is_a_state():
+    y1 = jaxode.solve(lambda t, y, args: [-y[0], -y[1]], [Y0, 2 * Y0], 0.0, 1.0).y1
+    np.testing.assert_allclose(y1[1], 2 * np.exp(-1.0), rtol=1e-4)
