@@ -121,9 +121,12 @@ def _controller(method: Method) -> diffrax.AbstractStepSizeController:
         return diffrax.ConstantStepSize()
     # The least step stops a solve whose steps no longer move the time: they are rounded to zero.
     dtmin = float(jnp.finfo(method.rtol.dtype).tiny)
-    return diffrax.PIDController(
+    controller = diffrax.PIDController(
         rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
     )
+    if method.breakpoints is None:
+        return controller
+    return diffrax.ClipStepSizeController(controller, jump_ts=method.breakpoints)
 
 
 def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:

@@ -1,6 +1,7 @@
 """The options of a solve: made and checked once, where a public function is entered."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import diffrax
@@ -13,7 +14,14 @@ from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.tableau import Tableau, tableau_of
-from jaxode.ode.validation import as_array, check_positive, check_tolerance, integer, is_known
+from jaxode.ode.validation import (
+    as_array,
+    check_breakpoints,
+    check_positive,
+    check_tolerance,
+    integer,
+    is_known,
+)
 
 
 class SolveOptions(eqx.Module):
@@ -26,6 +34,7 @@ class SolveOptions(eqx.Module):
     adjoint: Adjoint = DiscreteAdjoint()
     first_step: float | Float[Array, ""] | None = None
     max_step: float | Float[Array, ""] | None = None
+    breakpoints: Sequence[float] | Float[Array, " points"] | None = None
     max_steps: int = eqx.field(static=True, default=4096)
     axis_name: AxisName | None = eqx.field(static=True, default=None)
 
@@ -82,6 +91,8 @@ class SolveOptions(eqx.Module):
         for name in ("max_step", "first_step"):
             if getattr(self, name) is not None:
                 check_positive(where, name, getattr(self, name))
+        if self.breakpoints is not None:
+            check_breakpoints(where, self.breakpoints, self.steps)
 
     def method(self, where: str, dtype: jnp.dtype) -> Method:
         """The settings of the loop, for a state of this dtype."""
@@ -92,6 +103,9 @@ class SolveOptions(eqx.Module):
             both = f"rtol={float(self.rtol):g}, atol={float(self.atol):g}"
             lost = "" if both == "rtol=0, atol=0" else f" in {dtype}, in which the state is solved"
             raise ValueError(f"{where}({both}): at least one tolerance must be positive{lost}.")
+        breakpoints = given(self.breakpoints)
+        if breakpoints is not None and breakpoints.size == 0:
+            breakpoints = None
         return Method(
             tableau=self.tableau,
             rtol=rtol,
@@ -101,4 +115,5 @@ class SolveOptions(eqx.Module):
             max_steps=self.max_steps,
             axis_name=self.axis_name,
             max_step=given(self.max_step),
+            breakpoints=breakpoints,
         )
