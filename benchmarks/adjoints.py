@@ -5,6 +5,8 @@
 1. Temporary memory of a gradient, as the compiler allots it, over the number of equal steps.
 2. Relative error of a gradient over the rate at which the ODE contracts, at tolerance 1e-5, in
    float32, against `DiscreteAdjoint` in float64 at 1e-11.
+3. The gradient over the tolerance, whose mesh is fixed, beside a finite difference of the computed
+   loss, whose mesh moves, in float64, for van der Pol's oscillator after ten units of time.
 
 Nothing is timed, so the numbers do not depend on the load of the machine. Prints the tables; writes
 benchmarks/results/adjoints.json and docs/images/adjoints.png.
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "adjoints.json"
 STEPS = (16, 64, 256, 1024, 4096)
 RATES = (1, 3, 10, 30, 100)
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ADJOINTS = {
     "DiscreteAdjoint()": jaxode.DiscreteAdjoint(),
     "DiscreteAdjoint(checkpoints=8)": jaxode.DiscreteAdjoint(checkpoints=8),
@@ -83,6 +86,42 @@ def contraction(rates=RATES) -> list[dict]:
     return rows
 
 
+def van_der_pol(t, y, mu):
+    """A limit cycle, which the time of ten units goes around one and a half times."""
+    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def moving_mesh(tolerances=TOLERANCES, step=1e-6) -> list[dict]:
+    """The derivative of the first component by `mu` at 1, and a central difference."""
+
+    @jax.jit
+    def at(mu, tolerance):
+        def loss(mu):
+            y0 = jnp.asarray([2.0, 0.0], mu.dtype)
+            options = {"rtol": tolerance, "atol": tolerance, "throw": False}
+            return jaxode.solve(van_der_pol, y0, 0.0, 10.0, mu, **options).y1[0]
+
+        return jax.value_and_grad(loss)(mu)
+
+    with double_precision():
+        mu = jnp.asarray(1.0)
+        exact, slope = at(mu, 1e-12)
+        rows = []
+        for tolerance in tolerances:
+            value, gradient = at(mu, tolerance)
+            difference = (at(mu + step, tolerance)[0] - at(mu - step, tolerance)[0]) / (2 * step)
+            rows.append(
+                {
+                    "tolerance": tolerance,
+                    "gradient": float(gradient),
+                    "finite difference of the computed loss": float(difference),
+                    "exact derivative": float(slope),
+                    "error of the loss": abs(float(value - exact)),
+                }
+            )
+    return rows
+
+
 def table(rows: list[dict], over: str, value: str, cell) -> str:
     values = list(dict.fromkeys(row[over] for row in rows))
     lines = [f"| {over} | " + " | ".join(map(str, values)) + " |", "|---" * (len(values) + 1) + "|"]
@@ -92,11 +131,21 @@ def table(rows: list[dict], over: str, value: str, cell) -> str:
     return "\n".join(lines)
 
 
+def mesh_table(rows: list[dict]) -> str:
+    lines = ["| tolerance | " + " | ".join(f"{row['tolerance']:.0e}" for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name in list(rows[0])[1:]:
+        digits = ".0e" if "error" in name else ".4f"
+        lines.append(f"| {name} | " + " | ".join(f"{row[name]:{digits}}" for row in rows) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: dict) -> list[str]:
     error = lambda e: "NaN" if np.isnan(e) else f"{e:.0e}"
     return [
         table(results["memory"], "steps", "states", lambda s: f"{s:.0f}"),
         table(results["contraction"], "rate", "error", error),
+        mesh_table(results["moving mesh"]),
     ]
 
 
@@ -126,7 +175,8 @@ def draw(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    results = {"jax": jax.__version__, "memory": memory(), "contraction": contraction()}
+    measured = {"memory": memory(), "contraction": contraction(), "moving mesh": moving_mesh()}
+    results = {"jax": jax.__version__} | measured
     print(*tables(results), sep="\n\n")
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, ROOT / "docs" / "images" / "adjoints.png")

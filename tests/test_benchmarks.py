@@ -315,6 +315,10 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(tmp_path, default_
     assert states["BacksolveAdjoint()"] < states["DiscreteAdjoint()"]
     # The tolerance is 1e-5; the gradient multiplies the error by less than a hundred.
     assert all(row["error"] < 1e-3 for row in measured["contraction"])
+    loose, tight = adjoints.moving_mesh((1e-2, 1e-6))
+    gap = lambda row: abs(row["gradient"] - row["finite difference of the computed loss"])
+    # What the page on gradients says: they agree as the tolerance is tightened, and not before.
+    assert gap(loose) > 1 > 1e-4 > gap(tight)
     adjoints.draw(measured, tmp_path / "adjoints.png")
     assert (tmp_path / "tolerance.png").stat().st_size > 0
     assert (tmp_path / "adjoints.png").stat().st_size > 0

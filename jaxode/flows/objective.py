@@ -29,6 +29,7 @@ from jaxode.ode.adjoints.discrete import per_step_gradient
 from jaxode.ode.adjoints.replay import in_reverse, interval, nan_unless, once_only, replay
 from jaxode.ode.adjoints.sweep import Step, Sweep
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
+from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
@@ -216,26 +217,27 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
         return field(t, y, args)
 
     base_bar, z_bar = _pull_base(perturbed, inputs, integration)
+    mesh = Mesh(problem.t0, problem.t1, settings.method.breakpoints)
     sweep = Sweep(
         apply=apply,
         params=params,
         tableau=settings.method.tableau,
         tape=tape,
-        t0=problem.t0,
-        t1=problem.t1,
+        mesh=mesh,
         timed=timed,
         per_step=per_step_gradient(params, problem.field),
-        inside=nodes.inside(timed),
+        inside=nodes.inside(mesh if timed else None),
         inside_pulls_last=nodes.shared,
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
-    swept = sweep.run(z_bar, zeros, (nodes.zero(), jnp.zeros_like(tape.times[0])))
-    integrals, _ = swept.inside
+    by_times = jnp.zeros(2, problem.t0.dtype)
+    carry = (nodes.zero(), by_times, jnp.zeros_like(tape.times[0]))
+    swept = sweep.run(z_bar, zeros, carry)
+    integrals, by_times, _ = swept.inside
     out = _assemble(inputs, settings, integration, integrals)
-    by_span = nodes.by_span(integrals, problem.t1 - problem.t0)
     _, (log_prob, _, running, *_) = out
     field_bar, args_bar, costs_bar, probes_bar = swept.params
-    t0_bar, t1_bar = swept.t0 - by_span, swept.t1 + by_span
+    t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
     bars = Inputs(
         problem=Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None),
         costs=costs_bar,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.sweep import Step
+from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.tableau import Tableau
 
 # The golden ratio: its multiples are spread evenly over the unit interval.
@@ -91,14 +92,25 @@ class Nodes(NamedTuple):
 
         `after` is the size of the step after this one, which has a node at the same place.
         """
+        weight = self._weight(index, step.h, after)
         if self.phase is not None:
-            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0), step.h
+            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0), weight
+        theta = jnp.asarray(self._rule[0], step.t.dtype)[index]
+        return jnp.broadcast_to(theta, step.t.shape), weight
+
+    @property
+    def _rule(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes and weights of a step; the node at its start may belong to the step before."""
         nodes, weights = gauss(self.tableau)
-        # The node at the start belongs to the step before.
         start = 1 if self.shared else 0
-        theta, weight = (jnp.asarray(x[start:], step.t.dtype)[index] for x in (nodes, weights))
-        h = jnp.where(index == self.inner, step.h + after, step.h) if self.shared else step.h
-        return jnp.broadcast_to(theta, step.t.shape), weight * h
+        return nodes[start:], weights[start:]
+
+    def _weight(self, index, h: Float[Array, " rows"], after: Float[Array, " rows"]):
+        """The weight of a node times step size, linear in the sizes `h` and `after`."""
+        if self.phase is not None:
+            return h
+        h = jnp.where(index == self.inner, h + after, h) if self.shared else h
+        return jnp.asarray(self._rule[1], h.dtype)[index] * h
 
     def _state(self, step: Step, theta: Float[Array, " rows"]):
         """The time and the state at a node, with the mean slope up to there and its weights."""
@@ -126,32 +138,32 @@ class Nodes(NamedTuple):
         values = self.apply(self.params, time, state)
         return self._scale(weight) * values[:, : self.bars.shape[1]]
 
-    def inside(self, timed: bool):
-        """For `Sweep.inside`. It carries the integrals, and the size of the step after."""
+    def inside(self, mesh: Mesh | None):
+        """For `Sweep.inside`; `mesh` is None if the times are not differentiated.
+
+        It carries the integrals, their cotangents by the two times through the step sizes, and the
+        size of the step after.
+        """
 
         def inside(whole: Step, number, bar: Step, params_bar, carry):
-            integrals, after = carry
-            step = self._split(whole)
-            add = lambda index, carry: self._add(step, after, number, index, timed, carry)
+            integrals, by_times, after = carry
+            step, speeds = self._split(whole), None
+            if mesh is not None:
+                own = mesh.speeds(whole.t, whole.h, number)
+                others = mesh.speeds(whole.t + whole.h, after, number + 1)
+                speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
+            add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
             first, last = self.numbers(number)
-            bar, params_bar, integrals = fori_loop(
-                first, last, add, (self._split(bar), params_bar, integrals)
+            bar, params_bar, integrals, by_times = fori_loop(
+                first, last, add, (self._split(bar), params_bar, integrals, by_times)
             )
             bar = Step(
                 _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
                 bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),
             )  # fmt: skip
-            return bar, params_bar, (integrals, whole.h)
+            return bar, params_bar, (integrals, by_times, whole.h)
 
         return inside
-
-    def by_span(self, integrals: Float[Array, "batch costs"], span: Float[Array, ""]):
-        """The derivative by the span of the solve through the step sizes, which all scale with it.
-
-        That through the places of the nodes is in the cotangents of the steps.
-        """
-        safe = jnp.where(span == 0, 1.0, span)
-        return jnp.where(span == 0, 0.0, jnp.sum(self.bars * integrals).astype(span.dtype) / safe)
 
     def _values_bar(self, values, scale, bar: Step, index) -> Float[Array, "batch values"]:
         """The cotangents of what a node evaluates."""
@@ -163,13 +175,16 @@ class Nodes(NamedTuple):
         waiting = waiting.reshape(values.shape[0], values.shape[1] - values_bar.shape[1])
         return jnp.concatenate([values_bar, waiting], axis=1)
 
-    def _add(self, step: Step, after, number, index, timed: bool, carry):
-        """Add the integrals of one node, and pull their cotangents back to the step."""
-        bar, params_bar, integrals = carry
+    def _add(self, step: Step, after, number, index, speeds, carry):
+        """Add the integrals of one node, and pull their cotangents back to the step.
+
+        `speeds` are those of the sizes of the step and the one after it, by each time.
+        """
+        bar, params_bar, integrals, by_times = carry
         theta, weight = self._place(step, after, number, index)
         scale = self._scale(weight)
         time, state, slope, beta = self._state(step, theta)
-        if timed:
+        if speeds is not None:
             values, pull = vjp(self.apply, self.params, time, state)
             dparams, dtime, dstate = pull(self._values_bar(values, scale, bar, index))
             along = theta * dtime + jnp.sum(dstate * slope, axis=1)
@@ -180,8 +195,13 @@ class Nodes(NamedTuple):
             dparams, dstate = pull(self._values_bar(values, scale, bar, index))
         k_bar = bar.k + step.h[None, :, None] * (beta * dstate[None])
         params_bar = jax.tree.map(jnp.add, params_bar, dparams)
-        integrals = integrals + scale * values[:, : self.bars.shape[1]]
-        return bar._replace(y=bar.y + dstate, k=k_bar), params_bar, integrals
+        added = scale * values[:, : self.bars.shape[1]]
+        if speeds is not None:
+            per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
+            per_size = per_size * jnp.sum(self.bars * added, axis=1).astype(weight.dtype)
+            moved = [jnp.sum(per_size * self._weight(index, *sizes)) for sizes in speeds]
+            by_times = by_times + jnp.stack(moved)
+        return bar._replace(y=bar.y + dstate, k=k_bar), params_bar, integrals + added, by_times
 
 
 def _to_rows(x: Float[Array, " batch"], like: Float[Array, " rows"]) -> Float[Array, " rows"]:

@@ -122,31 +122,35 @@ def _controller(method: Method) -> diffrax.AbstractStepSizeController:
         return diffrax.ConstantStepSize()
     # The least step stops a solve whose steps no longer move the time: they are rounded to zero.
     dtmin = float(jnp.finfo(method.rtol.dtype).tiny)
-    control = diffrax.PIDController(
+    tolerances = diffrax.PIDController(
         rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
     )
-    return _Remembering(control)
+    control = tolerances
+    if method.breakpoints is not None:
+        control = diffrax.ClipStepSizeController(control, jump_ts=method.breakpoints)
+    return _Remembering(tolerances, control)
 
 
 class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
     """A controller whose state begins with the end of the last attempt that it has rejected."""
 
-    control: diffrax.PIDController
+    tolerances: diffrax.PIDController
+    control: diffrax.AbstractStepSizeController
 
     @property
     def rtol(self):
-        return self.control.rtol
+        return self.tolerances.rtol
 
     @property
     def atol(self):
-        return self.control.atol
+        return self.tolerances.atol
 
     @property
     def norm(self):
-        return self.control.norm
+        return self.tolerances.norm
 
     def wrap(self, direction):
-        return _Remembering(self.control.wrap(direction))
+        return _Remembering(self.tolerances, self.control.wrap(direction))
 
     def init(self, terms, t0, *rest):
         t1, state = self.control.init(terms, t0, *rest)

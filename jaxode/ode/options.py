@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import diffrax
@@ -15,7 +15,14 @@ from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.tableau import Tableau, tableau_of
-from jaxode.ode.validation import as_array, check_positive, check_tolerance, integer, is_known
+from jaxode.ode.validation import (
+    as_array,
+    check_breakpoints,
+    check_positive,
+    check_tolerance,
+    integer,
+    is_known,
+)
 
 
 class SolveOptions(eqx.Module):
@@ -28,6 +35,7 @@ class SolveOptions(eqx.Module):
     adjoint: Adjoint = DiscreteAdjoint()
     first_step: float | Float[Array, ""] | None = None
     max_step: float | Float[Array, ""] | None = None
+    breakpoints: Sequence[float] | Float[Array, " points"] | None = None
     max_steps: int = eqx.field(static=True, default=4096)
     axis_name: AxisName | None = eqx.field(static=True, default=None)
 
@@ -84,6 +92,8 @@ class SolveOptions(eqx.Module):
         for name in ("max_step", "first_step"):
             if getattr(self, name) is not None:
                 check_positive(where, name, getattr(self, name))
+        if self.breakpoints is not None:
+            check_breakpoints(where, self.breakpoints, self.steps)
 
     def method(self, where: str, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Method:
         """The settings of the loop, for a state of this dtype with leaves of these."""
@@ -100,6 +110,9 @@ class SolveOptions(eqx.Module):
         elif coarsest != dtype:
             lost = jnp.maximum(rtol, atol) <= _least(coarsest)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
+        breakpoints = given(self.breakpoints)
+        if breakpoints is not None and breakpoints.size == 0:
+            breakpoints = None
         return Method(
             tableau=self.tableau,
             rtol=rtol,
@@ -109,6 +122,7 @@ class SolveOptions(eqx.Module):
             max_steps=self.max_steps,
             axis_name=self.axis_name,
             max_step=given(self.max_step),
+            breakpoints=breakpoints,
         )
 
 

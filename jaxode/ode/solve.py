@@ -1,6 +1,6 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import diffrax
@@ -34,6 +34,7 @@ def solve(
     adjoint: Adjoint = DiscreteAdjoint(),
     first_step: float | Float[Array, ""] | None = None,
     max_step: float | Float[Array, ""] | None = None,
+    breakpoints: Sequence[float] | Float[Array, " points"] | None = None,
     max_steps: int = 4096,
     axis_name: str | tuple[str, ...] | None = None,
     throw: bool = True,
@@ -69,6 +70,9 @@ def solve(
             used with `steps`.
         max_step: maximum step size, positive; may be exceeded by 1%. Unlimited by default, and not
             used with `steps`.
+        breakpoints: times at which `f` jumps or has a kink, in any order; those outside of the span
+            are ignored. Steps end on both sides of each, with one short step in between, so that
+            none has a jump inside. They are constants of differentiation. Not with `steps`.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
             state is split, or a tuple of such names: the error norm is then taken over all of it,
@@ -98,6 +102,7 @@ def solve(
         adjoint=adjoint,
         first_step=first_step,
         max_step=max_step,
+        breakpoints=breakpoints,
         max_steps=max_steps,
         axis_name=axis_name,
     )
@@ -132,7 +137,7 @@ def flow(
         step_control: "joint" or "per_sample", as `batch` of `solve`.
         throw: as for `solve`.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
-            `max_steps` and `axis_name` of `solve`.
+            `breakpoints`, `max_steps` and `axis_name` of `solve`.
 
     Returns:
         `z` at time `t`.

@@ -91,7 +91,7 @@ def make_system(
     """Check the times, and make all that varies an array, so that nothing is compiled again."""
     dtype = state_dtype(y0)
     t0, t1, ts = check_times(where, *span, ts, dtype)
-    check_same_times(where, (t0, t1, ts), options.axis_name)
+    check_same_times(where, (t0, t1, ts, options.breakpoints), options.axis_name)
     method = options.method(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     adjoint = options.adjoint
     if options.tableau is None:

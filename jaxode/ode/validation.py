@@ -212,11 +212,7 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
     check_time(where, "t1", t1)
     given = ts
     if ts is not None:
-        kind = numeric_dtype(ts)
-        if kind is None or not (
-            jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
-        ):
-            raise TypeError(f"{where}(ts=...): must be a vector of real times; got {ts!r}.")
+        check_real_times(where, "ts", ts)
         ts = jnp.asarray(ts, dtype)
         if ts.ndim != 1 or ts.shape[0] == 0:
             raise ValueError(
@@ -240,6 +236,30 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
             f"solved; got {np.asarray(given)}. Shift the time, or use float64 for the state."
         )
     return as_array(t0, dtype), as_array(t1, dtype), ts
+
+
+def check_real_times(where: str, name: str, value: Any) -> None:
+    """Raise unless JAX takes it for an array of real numbers."""
+    kind = numeric_dtype(value)
+    if kind is None or not (
+        jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    ):
+        raise TypeError(f"{where}({name}=...): must be a vector of real times; got {value!r}.")
+
+
+def check_breakpoints(where: str, value: Any, steps: int | None) -> None:
+    """Raise unless it is a vector of times, none NaN as far as it is known, with error control."""
+    check_real_times(where, "breakpoints", value)
+    shape = jnp.asarray(value).shape
+    if len(shape) != 1:
+        raise ValueError(f"{where}(breakpoints=...): must be a vector of times; got shape {shape}.")
+    if is_known(value) and np.isnan(np.asarray(value)).any():
+        raise ValueError(f"{where}(breakpoints=...): must not be NaN; got {value}.")
+    if steps is not None:
+        raise ValueError(
+            f"{where}(breakpoints=...): needs error control; got steps={steps}. Solve each piece "
+            "between two breakpoints by itself, with a number of steps of its own."
+        )
 
 
 def numeric_dtype(value: Any) -> Any:

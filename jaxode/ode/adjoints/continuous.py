@@ -21,7 +21,7 @@ from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.adjoints.replay import bars_where, filled, nan_unless, split
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.method import Method, judge, next_time, weighted_sum
+from jaxode.ode.loop.method import Method, aim, judge, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import Tableau
@@ -106,10 +106,11 @@ def solve_segment(
     def step(state: Segment) -> Segment:
         running = active(state)
         taken = state.accepted - before
-        t_next, last = next_time(steps, method.max_step, state, taken, start, end)
-        t_next = jnp.where(running, t_next, state.t)
+        ahead = aim(method, steps, state, taken, start, end)
+        t_next, last = jnp.where(running, ahead.t, state.t), ahead.last
         y_next, k, quadrature_where = _stages(field, method, state, t_next - state.t)
-        accept, h_next, result, unfit = judge(method, state, running, t_next, last, y_next, k)
+        aimed = ahead._replace(t=t_next)
+        accept, h_next, result, unfit = judge(method, state, running, aimed, y_next, k)
         # A step that was cut short to reach the end says little about the next one.
         longer = jnp.abs(h_next) > jnp.abs(state.h)
         return Segment(

@@ -21,6 +21,7 @@ from jaxode.ode.adjoints.replay import (
 )
 from jaxode.ode.adjoints.sweep import Step, Sweep
 from jaxode.ode.loop.integrate import Integration, integrate, output_weights, save_times_at
+from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.problem import Problem
@@ -87,7 +88,8 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
         saved = jnp.full(y0.shape[0], ts.shape[0], jnp.int32)
         carry = saved, jnp.zeros_like(ts)
     per_step = per_step_gradient(params, problem.field)
-    sweep = Sweep(apply, params, method.tableau, tape, t0, t1, timed, per_step, inside)
+    mesh = Mesh(t0, t1, method.breakpoints)
+    sweep = Sweep(apply, params, method.tableau, tape, mesh, timed, per_step, inside)
     swept = sweep.run(filled(out.y1, y0), params_bar, carry)
     ts_bar = None if ts is None else jnp.zeros_like(ts) if inside is None else swept.inside[1]
     t0_bar, t1_bar, ts_bar = (swept.t0, swept.t1, ts_bar) if timed else (None, None, None)

@@ -24,6 +24,7 @@ from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.adjoints.replay import interval, replay
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Tape
+from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
@@ -66,8 +67,7 @@ class Sweep(NamedTuple):
     params: PyTree
     tableau: Tableau
     tape: Tape
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
+    mesh: Mesh
     timed: bool
     """Whether the times are differentiated."""
     per_step: bool
@@ -98,7 +98,7 @@ class Sweep(NamedTuple):
 
     def run(self, y1_bar: Float[Array, "rows n"], params_bar: PyTree, carry: Any = None) -> Swept:
         """From the cotangent of the end state to the cotangents at the start."""
-        zero = jnp.zeros_like(self.t0)
+        zero = jnp.zeros_like(self.mesh.t0)
         slope_bar = jnp.zeros_like(y1_bar) if self.waits else None
         swept = Swept(y1_bar, slope_bar, params_bar, zero, zero, carry)
         slope = self.tape.slope if self.waits else None
@@ -120,13 +120,9 @@ class Sweep(NamedTuple):
         bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.timed:
-            # The mesh is fixed relative to the span: t = t0 + s (t1 - t0).
-            span = self.t1 - self.t0
-            safe = jnp.where(span == 0, 1.0, span)
-            s = jnp.where(span == 0, 0.0, (step.t - self.t0) / safe)
-            ds = jnp.where((span == 0) & (state.stop > 0), 1.0, step.h / safe)
-            t0_bar = t0_bar + jnp.sum(bar.t * (1 - s) - bar.h * ds)
-            t1_bar = t1_bar + jnp.sum(bar.t * s + bar.h * ds)
+            by_t0, by_t1 = self.mesh.speeds(step.t, step.h, state.stop)
+            t0_bar = t0_bar + jnp.sum(bar.t * by_t0.t + bar.h * by_t0.h)
+            t1_bar = t1_bar + jnp.sum(bar.t * by_t1.t + bar.h * by_t1.h)
         slope, slope_bar = (step.k[0], bar.k[0]) if self.waits else (None, None)
         swept = Swept(bar.y, slope_bar, params_bar, t0_bar, t1_bar, carry)
         return _State(state.stop - 1, slope, checkpoints, swept)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.method import Method, judge, limit_step, next_time, on_mesh, weighted_sum
+from jaxode.ode.loop.mesh import on_mesh
+from jaxode.ode.loop.method import Method, aim, judge, limit_step, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import all_hold
@@ -238,14 +239,14 @@ def _initial(
 def _attempt(problem: Problem, method: Method, state: _State, running, start, end) -> _Step:
     """One step of each row that is `running`, judged."""
     tableau = method.tableau
-    t, last = next_time(method.steps, method.max_step, state, state.accepted, start, end)
-    t = jnp.where(last, t, on_mesh(t, start, end))
+    ahead = aim(method, method.steps, state, state.accepted, start, end)
+    t = jnp.where(ahead.reached, ahead.t, on_mesh(ahead.t, ahead.piece.start, ahead.piece.end))
     t = jnp.where(running, t, state.t)
     h = t - state.t
     k = stages(problem.slope, tableau, state.t, h, state.y, state.slope, tableau.stages)
     y = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, state.y.dtype), k)
-    accept, h_next, result, unfit = judge(method, state, running, t, last, y, k)
-    return _Step(t, y, k, last, accept, jax.lax.stop_gradient(h_next), result, unfit)
+    accept, h_next, result, unfit = judge(method, state, running, ahead._replace(t=t), y, k)
+    return _Step(t, y, k, ahead.last, accept, jax.lax.stop_gradient(h_next), result, unfit)
 
 
 def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:

@@ -1,13 +1,14 @@
 """The settings of a solve, and what they decide about a step: its end, its fate, the next one."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.sharding import AxisName
+from jaxode.ode.loop.mesh import Piece, piece_at
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.step_size import error_ratio, propose
 
@@ -27,6 +28,8 @@ class Method(eqx.Module):
     max_steps: int = eqx.field(static=True)
     axis_name: AxisName | None = eqx.field(static=True)
     max_step: Float[Array, ""] | None = None
+    breakpoints: Float[Array, " points"] | None = None
+    """Times at which the vector field may jump."""
     raises: bool = eqx.field(static=True, default=False)
     """Whether a backward solve that fails raises."""
 
@@ -40,24 +43,25 @@ def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages rows 
     return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_jvp
-def on_mesh(t, start, end):
-    """The time `t`, which for differentiation stays where it is relative to `start` and `end`.
+class Aim(NamedTuple):
+    """Where the next step of each row ends."""
 
-    The error control is not differentiated: the mesh is a constant but for its two ends.
-    """
-    del start, end
-    return t
+    t: Float[Array, " rows"]
+    piece: Piece
+    reached: Bool[Array, " rows"]
+    """Whether that is the end of its piece."""
+
+    @property
+    def last(self) -> Bool[Array, " rows"]:
+        """Whether it is the end time."""
+        return self.reached & self.piece.last
 
 
-@on_mesh.defjvp
-def on_mesh_jvp(primals, tangents):
-    """Linear between the tangents of the two ends."""
-    t, (_, start, end) = on_mesh(*primals), primals
-    _, start_dot, end_dot = tangents
-    span = end - start
-    s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
-    return t, (1 - s) * start_dot + s * end_dot
+def aim(method: Method, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
+    """The next step from `state`; without error control one of so many `steps`."""
+    piece = piece_at(method.breakpoints, state.t, start, end)
+    t, reached = next_time(steps, method.max_step, state, taken, piece.start, piece.end)
+    return Aim(t, piece, reached)
 
 
 def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"], start, end):
@@ -86,7 +90,7 @@ def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"],
     return jnp.where(last, end, start + fraction * (end - start)), last
 
 
-def judge(method: Method, state: Any, running, t_next, last, y_next, k):
+def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
     """Whether each row accepts its step, its next step size, its result code, and what is `unfit`.
 
     That is how far the last attempt that was rejected goes beyond the time that is reached, if it
@@ -96,13 +100,20 @@ def judge(method: Method, state: Any, running, t_next, last, y_next, k):
         finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
         result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
         return running & finite, state.h, result.astype(jnp.int32), state.unfit
+    t_next, last = aim.t, aim.last
     h = t_next - state.t
     error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
     ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
     finite = jnp.isfinite(ratio)
     guessed = state.accepted == 0
     accept, factor = propose(ratio.astype(h.dtype), method.tableau.order, guessed)
-    h_next = jnp.where(running, limit_step(method, h * factor), state.h)
+    h_next = limit_step(method, h * factor)
+    if method.breakpoints is not None:
+        # A jump is crossed, whatever its error; and a step that was cut short says nothing.
+        accept |= finite & aim.piece.jump
+        shorter = jnp.abs(h_next) < jnp.abs(state.h)
+        h_next = jnp.where(accept & (aim.reached | aim.piece.jump) & shorter, state.h, h_next)
+    h_next = jnp.where(running, h_next, state.h)
     # Underflow: a step that does not move the time, or a shorter one that would end there again.
     retry = state.t + h_next
     stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))

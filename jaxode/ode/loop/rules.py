@@ -50,6 +50,13 @@ RULES: dict[str, Callable[[Any, Method], Bool[Array, ""]]] = {
     "the state.": (lambda _, method: (method.rtol != 0) | (method.atol != 0)),
     "(first_step=...): must be positive and finite.": (lambda _, method: _size(method.first_step)),
     "(max_step=...): must be positive and finite.": (lambda _, method: _size(method.max_step)),
+    "(breakpoints=...): must not be NaN.": (
+        lambda _, method: (
+            jnp.ones((), bool)
+            if method.breakpoints is None
+            else ~jnp.isnan(method.breakpoints).any()
+        )
+    ),
 }
 
 

@@ -1,0 +1,98 @@
+"""The mesh of a solve: its pieces between breakpoints, and how it moves with its two ends.
+
+The error control is not differentiated. The mesh is a constant of differentiation, but for the
+start and the end of the solve, with which the piece beside them is stretched.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Piece(NamedTuple):
+    """A stretch of a solve in which the vector field does not jump, or the jump itself."""
+
+    start: Float[Array, " rows"]
+    end: Float[Array, " rows"]
+    first: Bool[Array, " rows"] | bool
+    """Whether it starts where the solve does."""
+    last: Bool[Array, " rows"] | bool
+    """Whether it ends where the solve does."""
+    jump: Bool[Array, " rows"] | bool
+    """Whether it is no longer than the gap around a breakpoint."""
+
+
+def piece_at(breakpoints: Float[Array, " points"] | None, t, start, end) -> Piece:
+    """The piece that a step from the time `t` lies in.
+
+    A breakpoint is a gap of a few roundings of the time. A step ends where the gap begins, one
+    crosses it, and one starts where it ends: so each stage sees the field of its own side,
+    whichever of them the breakpoint itself belongs to.
+    """
+    if breakpoints is None:
+        return Piece(start, end, first=True, last=True, jump=False)
+    start, end = jnp.broadcast_to(start, t.shape), jnp.broadcast_to(end, t.shape)
+    t, low, high = jax.lax.stop_gradient((t, start, end))
+    # The last stage of a step is up to one and a half such roundings off the end of its piece.
+    gap = 2 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    points = jnp.broadcast_to(breakpoints[:, None], (len(breakpoints), *t.shape))
+    sides = jnp.concatenate([points - gap[None], points + gap[None]])
+    sign = jnp.sign(high - low)
+    beyond = lambda a, b: sign[None] * (a - b) > gap[None] / 2
+    inside = beyond(sides, low[None]) & beyond(high[None], sides)
+    ahead = inside & beyond(sides, t[None])
+    behind = inside & ~ahead
+    first, last = ~behind.any(axis=0), ~ahead.any(axis=0)
+    along = sign[None] * sides
+    before = sign * jnp.max(along, axis=0, where=behind, initial=-jnp.inf)
+    after = sign * jnp.min(along, axis=0, where=ahead, initial=jnp.inf)
+    start, end = jnp.where(first, start, before), jnp.where(last, end, after)
+    jump = jax.lax.stop_gradient(jnp.abs(end - start)) <= 3 * gap
+    return Piece(start, end, first, last, jump)
+
+
+@jax.custom_jvp
+def on_mesh(t, start, end):
+    """The time `t`, which for differentiation stays where it is relative to `start` and `end`."""
+    del start, end
+    return t
+
+
+@on_mesh.defjvp
+def on_mesh_jvp(primals, tangents):
+    """Linear between the tangents of the two ends."""
+    t, (_, start, end) = on_mesh(*primals), primals
+    _, start_dot, end_dot = tangents
+    span = end - start
+    s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
+    return t, (1 - s) * start_dot + s * end_dot
+
+
+class Speeds(NamedTuple):
+    """The derivatives of a step's start `t` and size `h`."""
+
+    t: Float[Array, " rows"]
+    h: Float[Array, " rows"]
+
+
+class Mesh(NamedTuple):
+    """What the mesh moves with, for gradient methods that go back over its steps."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    breakpoints: Float[Array, " points"] | None
+
+    def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Int[Array, ""]):
+        """The derivatives by `t0`, and by `t1`, of step `number` (from 1) of the mesh.
+
+        Number 0 is the start of the solve, a step of size zero that stays so.
+        """
+        piece = piece_at(self.breakpoints, t, self.t0, self.t1)
+        span = piece.end - piece.start
+        safe = jnp.where(span == 0, 1.0, span)
+        s = jnp.where(span == 0, 0.0, (t - piece.start) / safe)
+        ds = jnp.where((span == 0) & (number > 0), 1.0, h / safe)
+        first, last = (jnp.asarray(end, s.dtype) for end in (piece.first, piece.last))
+        return Speeds(first * (1 - s), -first * ds), Speeds(last * s, last * ds)

@@ -1,0 +1,250 @@
+"""Fields that jump, solved with `breakpoints`: no pulse is lost, nor in any gradient."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode import Result, divergence
+
+WIDTH = 0.02
+K = 0.7
+JUMPS = jnp.array([0.7, 0.3])
+NEVER = (9.0, -jnp.inf, jnp.inf, -4.0)
+
+
+def pulse(t, y, start):
+    return jnp.where((t >= start) & (t < start + WIDTH), 1.0, 0.0).astype(t.dtype) + 0 * y
+
+
+def linear(t, y, k):
+    """`y' = k c(t) y`, where `c` is 1, then -2, then 5."""
+    return k * jnp.where(t < 0.3, 1.0, jnp.where(t < 0.7, -2.0, 5.0)) * y
+
+
+def exponent(t):
+    """The integral of `c` from zero."""
+    return jnp.where(t < 0.3, t, jnp.where(t < 0.7, 0.9 - 2 * t, 5 * t - 4.0))
+
+
+def nonlinear(t, y, k):
+    """A field without closed form, on which the solver makes errors."""
+    return k * jnp.where(t < 0.3, jnp.cos(3 * y), jnp.where(t < 0.7, -2.0 * y**2, jnp.sin(t + y)))
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3()], ids=repr)
+def test_a_pulse_is_found_wherever_it_is(solver, span):
+    @jax.jit
+    @jax.vmap
+    def end(start):
+        points = jnp.stack([start + WIDTH, start])
+        return jaxode.solve(
+            pulse, jnp.zeros(1), *span, start, solver=solver, breakpoints=points, throw=False
+        )
+
+    places = jnp.linspace(0.0, 1.0 - WIDTH, 41)
+    solution = end(places)
+    # Rounding: piecewise constant slopes are integrated exactly.
+    np.testing.assert_allclose(solution.y1[:, 0], WIDTH * (span[1] - span[0]), rtol=1e-12)
+    assert (solution.stats.num_rejected == 0).all()
+
+
+def test_a_singularity_that_can_be_integrated():
+    f = lambda t, y, _: 1 / jnp.sqrt(jnp.abs(t - 0.5)) + 0 * y
+    ends = [
+        float(jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, breakpoints=points).y1[0])
+        for points in ((0.5,), ())
+    ]
+    # The error of some fifty steps at the default tolerance, 1e-5.
+    assert ends[0] == pytest.approx(8**0.5, abs=5e-4)
+    assert ends[1] != pytest.approx(8**0.5, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_stages_see_their_own_side_of_a_large_jump(dtype, side):
+    """Were one of them to see the other side, its step would be rejected."""
+
+    @jax.jit
+    @jax.vmap
+    def end(t0, t1, b):
+        def f(t, y, b):
+            before = t < b if side == "left" else t <= b
+            return jnp.where(before, -1.0, 1e6).astype(dtype) + 0 * y
+
+        return jaxode.solve(f, jnp.zeros(1, dtype), t0, t1, b, breakpoints=b[None], throw=False)
+
+    key = jax.random.split(jax.random.key(0), 3)
+    t0 = jax.random.uniform(key[0], (200,), dtype, -3, 3)
+    t1 = jax.random.uniform(key[1], (200,), dtype, -3, 3)
+    t0, t1 = t0.at[:4].set(0.0), t1.at[:2].set(1.0)
+    b = t0 + (t1 - t0) * jax.random.uniform(key[2], (200,), dtype)
+    b = b.at[:6].set(jnp.concatenate([t0[:2], t1[2:4], jnp.zeros(2, dtype)]))
+    solution = end(t0, t1, b)
+    assert solution.ok.all()
+    assert (solution.stats.num_rejected == 0).all()
+    integral = lambda t: jnp.where(t < b, -(t - b), 1e6 * (t - b))
+    # A few roundings of the time, of size three, times the slope.
+    atol = 1e6 * 3 * 10 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(solution.y1[:, 0], integral(t1) - integral(t0), atol=atol)
+
+
+@pytest.mark.parametrize("points", [(), NEVER], ids=["none", "outside"])
+def test_breakpoints_outside_of_the_span_change_nothing(points):
+    run = lambda points: jaxode.solve(
+        nonlinear, jnp.ones(2), 0.0, 0.25, jnp.asarray(K), breakpoints=points
+    )
+    plain, other = run(None), run(points)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), plain, other))
+
+
+def test_order_and_doubles_do_not_matter():
+    run = lambda *points: jaxode.solve(
+        linear, jnp.ones(2), 0.0, 1.0, K, breakpoints=jnp.array(points)
+    )
+    one, other = run(0.3, 0.7, 0.7, 0.3), run(0.7, 0.3, 0.7, 0.7)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, other))
+
+
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+def test_batches_and_outputs(batch):
+    y0, ts = jnp.array([[1.0], [-30.0]]), jnp.array([0.1, 0.3, 0.5, 0.7, 0.7, 1.0])
+    solution = jaxode.solve(
+        linear, y0, 0.0, 1.0, K, batch=batch, ts=ts, breakpoints=JUMPS, rtol=1e-9, atol=1e-9
+    )
+    exact = jnp.exp(K * exponent(ts))[:, None, None] * y0[None]
+    np.testing.assert_allclose(solution.ys, exact, rtol=1e-7)
+    np.testing.assert_allclose(solution.y1, exact[-1], rtol=1e-7)
+
+
+ADJOINTS = {
+    "discrete": jaxode.DiscreteAdjoint(),
+    "few checkpoints": jaxode.DiscreteAdjoint(checkpoints=2),
+    "backsolve": jaxode.BacksolveAdjoint(),
+    "interpolating": jaxode.InterpolatingAdjoint(),
+    "forward": jaxode.ForwardMode(),
+}
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_gradients_across_jumps(name):
+    """Also by the ends of the span: with a mesh that moved as one, they would be wrong by far."""
+    derivative = jax.jacfwd if name == "forward" else jax.grad
+
+    def end(y0, t0, t1, k):
+        return jaxode.solve(
+            linear, y0, t0, t1, k, adjoint=ADJOINTS[name], breakpoints=JUMPS, rtol=1e-9, atol=1e-9
+        ).y1[0]
+
+    closed = lambda y0, t0, t1, k: y0[0] * jnp.exp(k * (exponent(t1) - exponent(t0)))
+    compiled = jax.jit(derivative(end, (0, 1, 2, 3)))
+    for span in ((0.0, 1.0), (1.0, 0.0)):
+        inputs = (jnp.array([1.3]), *map(jnp.asarray, span), jnp.asarray(K))
+        exact = jax.grad(closed, (0, 1, 2, 3))(*inputs)
+        for a, b in zip(compiled(*inputs), exact, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+def test_the_gradient_is_exact_on_a_coarse_mesh(batch):
+    """Forward and reverse mode agree to rounding, where the solution is a rough one."""
+    y0, ts = jnp.array([[1.0, 0.2], [-0.4, 2.0]]), jnp.array([0.2, 0.3, 0.9])
+
+    def end(inputs, adjoint):
+        y0, t0, t1, k, ts = inputs
+        solution = jaxode.solve(
+            nonlinear, y0, t0, t1, k, batch=batch, ts=ts, adjoint=adjoint, breakpoints=JUMPS,
+            rtol=1e-2, atol=1e-2,
+        )  # fmt: skip
+        return jnp.sum(solution.y1**2) + jnp.sum(jnp.sin(solution.ys))
+
+    inputs = (y0, jnp.asarray(0.0), jnp.asarray(1.0), jnp.asarray(K), ts)
+    reverse = jax.jit(jax.grad(lambda x: end(x, jaxode.DiscreteAdjoint())))(inputs)
+    forward = jax.jit(jax.jacfwd(lambda x: end(x, jaxode.ForwardMode())))(inputs)
+    for a, b in zip(jax.tree.leaves(reverse), jax.tree.leaves(forward), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("solver", "tolerance", "error"),
+    [(diffrax.Tsit5(), 1e-8, 1e-6), (diffrax.Heun(), 1e-6, 1e-4)],
+    ids=["Tsit5", "Heun"],
+)
+@pytest.mark.parametrize("quadrature", ["gauss", "stochastic"])
+def test_the_training_loss_and_its_gradient_across_jumps(quadrature, solver, tolerance, error):
+    """`z` scales by a factor that is known, and the divergence is the same everywhere.
+
+    The errors of some hundred steps; Heun's stages are not shared between steps.
+    """
+    x = jnp.array([[0.5, -1.0], [2.0, 0.1], [0.3, 0.3]])
+
+    def loss(k, t0, t1):
+        flow = jaxode.cnf(
+            linear, jaxode.standard_normal(2), t0=t0, t1=t1, breakpoints=JUMPS, rtol=tolerance,
+            atol=tolerance, quadrature=quadrature, solver=solver, divergence=divergence.exact(),
+        )  # fmt: skip
+        return flow.nll(k, x, key=jax.random.key(0))
+
+    def closed(k, t0, t1):
+        growth = k * (exponent(t1) - exponent(t0))
+        z = x * jnp.exp(-growth)
+        return jnp.mean(0.5 * jnp.sum(z**2, axis=1) + jnp.log(2 * jnp.pi) + 2 * growth)
+
+    inputs = tuple(map(jnp.asarray, (K, 0.0, 1.0)))
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*inputs)
+    exact, exact_grads = jax.value_and_grad(closed, (0, 1, 2))(*inputs)
+    np.testing.assert_allclose(value, exact, rtol=error)
+    for a, b in zip(grads, exact_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=error)
+
+
+def test_log_prob_and_samples_across_jumps():
+    flow = jaxode.cnf(
+        linear, jaxode.standard_normal(2), breakpoints=(0.3, 0.7), rtol=1e-8, atol=1e-8
+    )
+    z = jnp.array([[0.5, -1.0]])
+    x = flow.from_base(jnp.asarray(K), z)
+    np.testing.assert_allclose(x, z * jnp.exp(K * exponent(1.0)), rtol=1e-6)
+    np.testing.assert_allclose(flow.to_base(jnp.asarray(K), x), z, rtol=1e-6)
+
+
+def test_implicit_solvers_take_breakpoints_too():
+    solution = jaxode.solve(
+        linear, jnp.ones(1), 0.0, 1.0, K, solver=diffrax.Kvaerno5(), breakpoints=JUMPS,
+        rtol=1e-7, atol=1e-7,
+    )  # fmt: skip
+    np.testing.assert_allclose(solution.y1, jnp.exp(K * exponent(1.0)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "error"),
+    [
+        ("0.5", {}, TypeError),
+        (jnp.array([0.5j]), {}, TypeError),
+        (0.5, {}, ValueError),
+        (jnp.ones((2, 1)), {}, ValueError),
+        ((0.5, jnp.nan), {}, ValueError),
+        ((0.5,), {"steps": 4}, ValueError),
+    ],
+)
+def test_what_is_no_breakpoint(points, options, error):
+    with pytest.raises(error, match=r"^solve\(breakpoints=\.\.\.\): "):
+        jaxode.solve(linear, jnp.ones(1), 0.0, 1.0, K, breakpoints=points, **options)
+
+
+def test_a_breakpoint_that_turns_out_to_be_nan():
+    run = jax.jit(
+        lambda b: jaxode.solve(linear, jnp.ones(1), 0.0, 1.0, K, breakpoints=(0.3, b), throw=False)
+    )
+    assert run(jnp.nan).result == Result.INVALID_ARGUMENT
+    assert run(0.7).result == Result.SUCCESS
+
+
+def test_a_field_that_is_not_finite_at_a_breakpoint_fails():
+    f = lambda t, y, _: jnp.where(t < 0.5, 1.0, jnp.nan) + 0 * y
+    solution = jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, breakpoints=(0.5,), throw=False)
+    assert solution.result == Result.NON_FINITE
+    assert float(solution.t_reached) == pytest.approx(0.5, abs=1e-12)
