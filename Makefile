@@ -1,6 +1,8 @@
 # `make demo` and `make test` set everything up in .venv the first time, and nothing after that.
 
 PYTHON ?= python3
+# The newest Python there is: the newest versions of JAX and NumPy may need it.
+NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c "import venv, sys; print(sys.executable)" 2>/dev/null && break; done)
 BIN := .venv/bin
 
 .PHONY: demo density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
@@ -26,11 +28,11 @@ test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproj
 	.venv-lowest/bin/python -m pip install --quiet --constraint .ci/lowest.txt --editable '.[examples,tests]'
 	touch $@
 
-test-newest: .venv-newest/ready  ## The tests at the newest versions that exist
-	JAXODE_TEST_CACHE=.venv-newest/cache .venv-newest/bin/python -m pytest -n 2
+test-newest: .venv-newest/ready  ## The tests at the newest versions that exist: TESTS="..." for some
+	JAXODE_TEST_CACHE=.venv-newest/cache .venv-newest/bin/python -m pytest -n 2 $(TESTS)
 
 .venv-newest/ready: pyproject.toml
-	$(PYTHON) -m venv --clear .venv-newest
+	$(NEWEST) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable '.[examples,tests]'
 	touch $@
 

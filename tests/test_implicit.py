@@ -169,7 +169,7 @@ def test_adjoint_settings_reach_diffrax(monkeypatch):
     ).y1.sum())(2.0)  # fmt: skip
     run(jaxode.DiscreteAdjoint(checkpoints=5))
     assert seen[0]["adjoint"].checkpoints == 5
-    assert seen[0]["stepsize_controller"].dtmax is not None
+    assert seen[0]["stepsize_controller"].control.dtmax is not None
 
 
 @pytest.mark.parametrize("solver", [diffrax.ImplicitEuler(), diffrax.Kvaerno4()], ids=solver_name)
