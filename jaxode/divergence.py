@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._jax.sharding import axes_of, vary
+from jaxode.ode.field import call_field
 from jaxode.ode.validation import integer
 
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
@@ -34,13 +35,13 @@ class FieldAt:
     args: Any
 
     def __call__(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
-        return self.f(self.t, z, self.args)
+        return call_field(self.f, self.t, z, self.args)
 
     def value_and_divergence(self, z: Float[Array, " *event"]) -> Any:
         """`(g(z), div g)` in the closed form that `f` offers, or `NotImplemented`."""
         if not hasattr(self.f, "value_and_divergence"):
             return NotImplemented
-        return self.f.value_and_divergence(self.t, z, self.args)
+        return call_field(self.f.value_and_divergence, self.t, z, self.args)
 
 
 WithNorm = Callable[[Field, Array, Array | None], tuple[Array, Array, Array]]
