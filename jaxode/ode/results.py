@@ -1,6 +1,7 @@
 """What a solve returns, and the words used when one fails."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -37,9 +38,16 @@ EXPLANATIONS = {
     ),
 }
 
+# What a solve shows that cannot be done with its arguments. The others are of the steps alone.
+OF_ARGUMENTS = (Result.NON_FINITE, Result.INVALID_ARGUMENT, Result.IMPLICIT_SOLVE_FAILED)
+
+# Sentences with a place for the rows, each with a function that finds the rows it is true of. They
+# are called after a failure, so that what they look for costs nothing before.
+Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
+
 
 class SolveError(RuntimeError):
-    """A solve did not reach its end time. The message names the cause and the time reached."""
+    """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
 class Solution(eqx.Module):
@@ -66,35 +74,52 @@ class Solution(eqx.Module):
         return self.result == Result.SUCCESS
 
 
-def failure_message(where: str, result: Any, t_reached: Any) -> str:
+def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
-    A time that is not finite, such as one that is not known, is left out.
+    A time that is not finite, such as one that is not known, is left out. Of an argument that is at
+    fault it is the sentence in `found`, with the rows.
     """
     codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
-    failed = np.flatnonzero(codes)
-    first = int(failed[0])
+    if np.isin(codes, OF_ARGUMENTS).any():
+        for sentence, rows in found.items():
+            if np.any(rows):
+                return sentence.format(rows=in_rows(rows))
+    first = int(np.flatnonzero(codes)[0])
     cause, remedy = EXPLANATIONS[Result(int(codes[first]))]
-    rows = f" in {failed.size} of {codes.size} rows, first in row {first}" if codes.size > 1 else ""
+    rows = f" in {in_rows(codes)}" if codes.size > 1 else ""
     time = float(times[first])
     at = f" at t={time:.6g}" if np.isfinite(time) else ""
     return f"{where}: {cause}{at}{rows}. {remedy}"
 
 
-def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], where: str):
+def in_rows(found: Any) -> str:
+    """In how many rows something is, and which is the first of them."""
+    found = np.ravel(found)
+    return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
+
+
+def nan_or_raise(
+    result: Int[Array, "*rows"],
+    t_reached: Float[Array, "*rows"],
+    where: str,
+    faults: Faults | None = None,
+):
     """NaN for each row, unless a solve failed: then it raises, at once or when it runs."""
+    find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
     if not isinstance(result, jax.core.Tracer):
         if np.any(np.asarray(result)):
-            raise SolveError(failure_message(where, result, t_reached))
+            raise SolveError(failure_message(where, result, t_reached, find()))
         return np.full(np.shape(t_reached), np.nan, t_reached.dtype)
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
 
-    def raise_on_host(codes: np.ndarray, times: np.ndarray) -> np.ndarray:
-        raise SolveError(failure_message(where, codes, times))
+    def raise_on_host(codes: np.ndarray, times: np.ndarray, found: dict[str, Any]) -> np.ndarray:
+        raise SolveError(failure_message(where, codes, times, found))
 
     def fail(codes, times):
         shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
-        nan = jax.pure_callback(raise_on_host, shape, codes, times, vmap_method="expand_dims")
+        given = (codes, times, find())
+        nan = jax.pure_callback(raise_on_host, shape, *given, vmap_method="expand_dims")
         return vary(nan, axes_of((codes, times)))
 
     def succeed(codes, times):
@@ -106,13 +131,13 @@ def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], 
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 
 
-def raise_on_failure(solution: Solution, where: str) -> Solution:
+def raise_on_failure(solution: Solution, where: str, faults: Faults | None = None) -> Solution:
     """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
 
     Under `jit` the check is a host callback behind a `lax.cond`, so it costs nothing until it
     fires; it does keep the compiled program out of JAX's persistent compilation cache.
     """
-    nan = nan_or_raise(solution.result, solution.t_reached, where)
+    nan = nan_or_raise(solution.result, solution.t_reached, where, faults)
     if not isinstance(solution.result, jax.core.Tracer):
         return solution
     ok = solution.ok
