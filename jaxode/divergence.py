@@ -5,7 +5,6 @@ Each estimator is a function that returns a `Divergence`, and works on one sampl
 closed form.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._jax.sharding import axes_of, vary
+from jaxode.ode.field import call_field
 from jaxode.ode.validation import integer
 
 # Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
@@ -34,13 +34,13 @@ class FieldAt:
     args: Any
 
     def __call__(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
-        return self.f(self.t, z, self.args)
+        return call_field(self.f, self.t, z, self.args)
 
     def value_and_divergence(self, z: Float[Array, " *event"]) -> Any:
         """`(g(z), div g)` in the closed form that `f` offers, or `NotImplemented`."""
         if not hasattr(self.f, "value_and_divergence"):
             return NotImplemented
-        return self.f.value_and_divergence(self.t, z, self.args)
+        return call_field(self.f.value_and_divergence, self.t, z, self.args)
 
 
 WithNorm = Callable[[Field, Array, Array | None], tuple[Array, Array, Array]]
@@ -89,12 +89,13 @@ def _products(v: Float[Array, " *event"], jv: Float[Array, " *event"]):
     return jnp.sum(v * jv), jnp.sum(jv * jv)
 
 
-def _without_norm(with_norm: WithNorm) -> Callable[[Field, Array, Array | None], Any]:
-    def apply(g, z, probe):
-        dz, div, _ = with_norm(g, z, probe)
-        return dz, div
+@dataclass(frozen=True)
+class _WithoutNorm:
+    with_norm: WithNorm
 
-    return apply
+    def __call__(self, g, z, probe):
+        dz, div, _ = self.with_norm(g, z, probe)
+        return dz, div
 
 
 def exact(chunk: int | None = None) -> Divergence:
@@ -109,14 +110,18 @@ def exact(chunk: int | None = None) -> Divergence:
     Raises:
         ValueError: if `chunk` is not a positive integer.
     """
-    return _exact(None if chunk is None else integer("exact", "chunk", chunk))
+    chunk = None if chunk is None else integer("exact", "chunk", chunk)
+    trace = _Trace(chunk)
+    return Divergence(_no_probe, _WithoutNorm(trace), f"exact(chunk={chunk})", with_norm=trace)
 
 
-@functools.cache
-def _exact(chunk: int | None) -> Divergence:
-    def with_norm(g, z, probe):
+@dataclass(frozen=True)
+class _Trace:
+    chunk: int | None
+
+    def __call__(self, g, z, probe):
         del probe
-        if chunk is None or chunk >= z.size:
+        if self.chunk is None or self.chunk >= z.size:
             basis = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
             dz, terms, squares = _push(g, z, basis)
             return dz, jnp.sum(terms), jnp.sum(squares)
@@ -129,11 +134,8 @@ def _exact(chunk: int | None) -> Divergence:
             v = vary(v, axes_of(z))
             return _products(v, jvp(v))
 
-        terms, squares = jax.lax.map(column, jnp.arange(z.size), batch_size=chunk)
+        terms, squares = jax.lax.map(column, jnp.arange(z.size), batch_size=self.chunk)
         return dz, jnp.sum(terms), jnp.sum(squares)
-
-    apply = _without_norm(with_norm)
-    return Divergence(_no_probe, apply, f"exact(chunk={chunk})", with_norm=with_norm)
 
 
 def _no_probe(key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> None:
@@ -162,32 +164,45 @@ def hutchinson(
         raise ValueError(
             f"hutchinson(distribution=...): must be one of {sorted(_DRAWS)}; got {distribution!r}."
         )
-    return _hutchinson(integer("hutchinson", "probes", probes), distribution)
+    probes = integer("hutchinson", "probes", probes)
+    return Divergence(
+        _Probes(probes, distribution),
+        _WithoutNorm(_mean_of_probes),
+        f"hutchinson(probes={probes}, distribution={distribution!r})",
+        standard_error=_StandardError(probes, distribution),
+        with_norm=_mean_of_probes,
+    )
 
 
-@functools.cache
-def _hutchinson(probes: int, distribution: str) -> Divergence:
-    def init(key, z):
+@dataclass(frozen=True)
+class _Probes:
+    probes: int
+    distribution: str
+
+    def __call__(self, key, z):
         if key is None:
             raise ValueError(
                 "hutchinson: a stochastic divergence needs random numbers; got key=None. "
                 "Pass key=jax.random.key(...), or use divergence=jaxode.divergence.exact()."
             )
-        return _DRAWS[distribution](key, z, probes)
+        return _DRAWS[self.distribution](key, z, self.probes)
 
-    def with_norm(g, z, probe):
-        dz, terms, squares = _push(g, z, probe)
-        return dz, jnp.mean(terms), jnp.mean(squares)
 
-    def standard_error(estimates, size):
-        variance = jnp.var(estimates, ddof=1) / probes
+def _mean_of_probes(g, z, probe):
+    dz, terms, squares = _push(g, z, probe)
+    return dz, jnp.mean(terms), jnp.mean(squares)
+
+
+@dataclass(frozen=True)
+class _StandardError:
+    probes: int
+    distribution: str
+
+    def __call__(self, estimates, size):
+        variance = jnp.var(estimates, ddof=1) / self.probes
         # Orthogonal probes are drawn without replacement: the mean over all `size` is exact.
-        left = 1 - probes / size if distribution == "orthogonal" else 1.0
+        left = 1 - self.probes / size if self.distribution == "orthogonal" else 1.0
         return jnp.sqrt(variance * left)
-
-    name = f"hutchinson(probes={probes}, distribution={distribution!r})"
-    apply = _without_norm(with_norm)
-    return Divergence(init, apply, name, standard_error=standard_error, with_norm=with_norm)
 
 
 def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
@@ -208,7 +223,6 @@ _DRAWS = {
 }
 
 
-@functools.cache
 def closed_form() -> Divergence:
     """The exact divergence that the vector field itself offers.
 
@@ -219,18 +233,18 @@ def closed_form() -> Divergence:
     Raises:
         ValueError: at trace time, if the field does not offer one.
     """
+    return Divergence(_no_probe, _apply_closed_form, "closed form")
 
-    def apply(g, z, probe):
-        del probe
-        out = _closed_form(g, z)
-        if out is NotImplemented:
-            raise ValueError(
-                "closed_form: the vector field offers no value_and_divergence(t, z, args) for "
-                "these arguments. Use divergence=jaxode.divergence.exact() or hutchinson()."
-            )
-        return out
 
-    return Divergence(_no_probe, apply, "closed form")
+def _apply_closed_form(g: Field, z: Float[Array, " *event"], probe: Array | None) -> Any:
+    del probe
+    out = _closed_form(g, z)
+    if out is NotImplemented:
+        raise ValueError(
+            "closed_form: the vector field offers no value_and_divergence(t, z, args) for "
+            "these arguments. Use divergence=jaxode.divergence.exact() or hutchinson()."
+        )
+    return out
 
 
 def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
@@ -246,7 +260,6 @@ def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
     return out
 
 
-@functools.cache
 def auto() -> Divergence:
     """The closed form if the field offers one, else exact if the event is small, else estimated.
 
@@ -254,27 +267,31 @@ def auto() -> Divergence:
     get `hutchinson()`. `auto().describe(f, z, args)` says which it is. A regularizer that needs the
     norm of the Jacobian has it from the last two, since a closed form of the divergence has none.
     """
+    return Divergence(_init_auto, _apply_auto, "auto()", _choose, with_norm=_auto_with_norm)
 
-    def by_size(z):
-        if z.size <= EXACT_UP_TO:
-            return exact()._replace(name=f"exact(), for at most {EXACT_UP_TO} dimensions")
-        return hutchinson()
 
-    def choose(g, z):
-        offered = []
-        jax.eval_shape(lambda z: offered.append(_closed_form(g, z) is not NotImplemented), z)
-        return closed_form() if offered[0] else by_size(z)
+def _by_size(z: Any) -> Divergence:
+    if z.size <= EXACT_UP_TO:
+        return exact()._replace(name=f"exact(), for at most {EXACT_UP_TO} dimensions")
+    return hutchinson()
 
-    def init(key, z):
-        return by_size(z).init(key, z)
 
-    def apply(g, z, probe):
-        out = _closed_form(g, z)
-        return by_size(z).apply(g, z, probe) if out is NotImplemented else out
+def _choose(g: Field, z: Any) -> Divergence:
+    offered = []
+    jax.eval_shape(lambda z: offered.append(_closed_form(g, z) is not NotImplemented), z)
+    return closed_form() if offered[0] else _by_size(z)
 
-    def with_norm(g, z, probe):
-        of_size = by_size(z).with_norm
-        assert of_size is not None
-        return of_size(g, z, probe)
 
-    return Divergence(init, apply, "auto()", choose, with_norm=with_norm)
+def _init_auto(key, z):
+    return _by_size(z).init(key, z)
+
+
+def _apply_auto(g, z, probe):
+    out = _closed_form(g, z)
+    return _by_size(z).apply(g, z, probe) if out is NotImplemented else out
+
+
+def _auto_with_norm(g, z, probe):
+    of_size = _by_size(z).with_norm
+    assert of_size is not None
+    return of_size(g, z, probe)

@@ -30,6 +30,7 @@ class _ModuleField(eqx.Module):
         self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any
     ) -> Float[Array, " *event"]:
         m, *context = args if isinstance(args, tuple) else (args,)
+        _check_network(m)
         return m(t, y, *context)
 
     def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
@@ -38,6 +39,14 @@ class _ModuleField(eqx.Module):
         if not hasattr(m, "value_and_divergence"):
             return NotImplemented
         return m.value_and_divergence(t, y, *context)
+
+
+def _check_network(m: Any) -> None:
+    if not callable(m):
+        raise TypeError(
+            "field(t, y, m): must be given a network, called as m(t, y); got "
+            f"{type(m).__name__}. Pass the network itself as params."
+        )
 
 
 field: _ModuleField = _ModuleField()

@@ -158,7 +158,7 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf().log_prob(None, [[0.0, 1.0]]), TypeError,
-        "log_prob(x=...): must be an array; got list.",
+        "log_prob(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
     ),
     (
         lambda: solve(solver="dopri5"), TypeError,
@@ -271,7 +271,8 @@ BAD_INPUT = [
     (
         lambda: cnf().nll(None, X, context=jnp.ones(3)), ValueError,
         "nll(context=...): leaves must have a leading axis of 4, one row a sample; "
-        "got shape (3,).",
+        "got shape (3,). To give all samples the same row, pass "
+        "jnp.broadcast_to(row, (4, *row.shape)).",
     ),
     (
         lambda: cnf(steer=0.1).nll(None, X), ValueError,
@@ -491,7 +492,7 @@ BAD_INPUT = [
         "MLP(context_size=...): must be an integer of at least 0; got -1.",
     ),
     (
-        lambda: jaxode.cnf(NETWORK, jaxode.standard_normal(2)).log_prob(NETWORK, X), TypeError,
+        lambda: NETWORK(0.0, ONE, NETWORK), TypeError,
         "MLP(t, y, context): the context must be a vector; got a network. For a vector field "
         "whose params are the network, pass f=jaxode.nn.field.",
     ),
@@ -503,7 +504,7 @@ BAD_INPUT = [
     (
         lambda: cnf().sample(None, KEY, 3, context=jnp.ones((4, 1))), ValueError,
         "sample(context=...): leaves must have a leading axis of 3, one row a sample; got shape "
-        "(4, 1).",
+        "(4, 1). To give all samples the same row, pass jnp.broadcast_to(row, (3, *row.shape)).",
     ),
     (
         lambda: cnf().sample(None, None, 3), TypeError,

@@ -134,7 +134,7 @@ def test_context_and_weights_stay_with_their_row():
     np.testing.assert_allclose(loss(weights), weights @ errors / weights.sum(), rtol=1e-12)
     np.testing.assert_allclose(loss(7 * weights), loss(weights), rtol=1e-12)
     np.testing.assert_allclose(loss(None), errors.mean(), rtol=1e-12)
-    assert jnp.isnan(loss(0 * weights))
+    assert jnp.isnan(jax.jit(loss)(0 * weights))
 
 
 def times_of(key, x=jnp.zeros((BATCH, 1)), **options):
@@ -398,7 +398,7 @@ BAD_INPUT = [
     (
         lambda: loss(context=CONTEXT[:3]), ValueError,
         "matching_loss(context=...): leaves must have a leading axis of 16, one row a sample; got "
-        "shape (3, 2).",
+        "shape (3, 2). To give all samples the same row, pass jnp.broadcast_to(row, (16, *row.s",
     ),
     (
         lambda: loss(weights=jnp.ones(3)), ValueError,

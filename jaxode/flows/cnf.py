@@ -16,8 +16,6 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.core
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._jax.closure import recognizable, settle
@@ -25,6 +23,7 @@ from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
+from jaxode.flows.failure import faults_of, loss_or_raise
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import NLLStats
@@ -32,19 +31,22 @@ from jaxode.flows.validation import (
     check_context,
     check_count,
     check_key,
+    check_not_empty,
     check_samples,
     check_steer,
     check_weights,
 )
 from jaxode.ode.adjoints import DiscreteAdjoint
+from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import nan_or_raise, raise_on_failure
-from jaxode.ode.solve import VectorField, check_implicit
+from jaxode.ode.results import raise_on_failure
+from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, make_system
 from jaxode.ode.validation import Time, check_time, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
-Direction = Literal["to base", "to data"]
+# What is carried to the other end: data, base samples of the user's, or those that are drawn here.
+Samples = Literal["data", "base", "drawn"]
 
 
 class CNF(eqx.Module):
@@ -61,7 +63,7 @@ class CNF(eqx.Module):
         TypeError, ValueError: all methods, at trace time, if samples are not floating arrays, the
             shapes or rows do not fit, or a key is missing or none.
         SolveError: all methods that solve, at run time, if the solve fails; `cnf(throw=...)` says
-            when the training loss does.
+            when the training loss does. It names the argument if that is NaN or infinite.
     """
 
     f: VectorField
@@ -132,8 +134,9 @@ class CNF(eqx.Module):
         `DiscreteAdjoint`, or an implicit solver, the loss is that of the augmented ODE.
 
         Args:
-            weights: of the samples in the mean; equal by default. They are divided by their sum:
-                if that is zero, the loss and its gradient are NaN.
+            weights: of the samples in the mean, at least 0 and not all 0; equal by default. They
+                are divided by their sum. Where wrong ones are not known at trace time, the loss
+                and its gradient are NaN.
 
         With a batch split over devices by `jax.shard_map` it is the mean over the rows of this
         device: differentiate `jax.lax.pmean(flow.nll(params, x), axis)`, and the gradient of the
@@ -159,20 +162,18 @@ class CNF(eqx.Module):
         The statistics have no gradient.
         """
         where = "nll"
-        system = self._system(where, x, params, context, "to base").raising(bool(self.throw))
-        check_weights(where, weights, system.y0.shape[0])
+        system = self._system(where, x, params, context, "data").raising(bool(self.throw))
+        check_not_empty(where, system.y0)
+        weights = check_weights(where, weights, system.y0)
         key = check_key(where, key, optional=True)
-        weights = None if weights is None else jnp.asarray(weights)
         parts = self._parts
         out = programs.nll(system, parts, key, weights, self.quadrature, self.steer)
         settle((system, parts))
         loss, stats, t_reached = out
-        concrete = not isinstance(stats.result, jax.core.Tracer)
-        if concrete if self.throw is None else self.throw:
-            nan = nan_or_raise(stats.result, t_reached, where)
-            if not concrete:
-                failed = jnp.any(stats.result != 0)
-                loss = jnp.where(failed, jnp.sum(nan).astype(loss.dtype), loss)
+        data = {"x": system.y0, "context": context}
+        axis_name = self.solve_options.axis_name
+        faults = faults_of(where, data, weights=weights, axis_name=axis_name)
+        loss = loss_or_raise(where, loss, stats.result, t_reached, self.throw, faults)
         return loss, stats
 
     def matching_loss(
@@ -211,6 +212,7 @@ class CNF(eqx.Module):
         Raises:
             ValueError: also if the coupling does not return a permutation. Inside of a
                 transformation such as `jit` the loss is NaN instead.
+            SolveError: if the loss is not finite, where `nll` raises for a solve that fails.
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
         """
@@ -228,14 +230,14 @@ class CNF(eqx.Module):
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
-        return self._solve(programs.carried, "from_base", z, params, None, context, "to data")
+        return self._solve(programs.carried, "from_base", z, params, None, context, "base")
 
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`."""
         z = self.base.sample(check_key("sample", key), (check_count("sample", n),))
-        return self._solve(programs.carried, "sample", z, params, None, context, "to data")
+        return self._solve(programs.carried, "sample", z, params, None, context, "drawn")
 
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -247,7 +249,7 @@ class CNF(eqx.Module):
         where = "sample_and_log_prob"
         base_key, probe_key = jax.random.split(check_key(where, key))
         z = self.base.sample(base_key, (check_count(where, n),))
-        return self._solve(programs.sampled, where, z, params, probe_key, context, "to data")
+        return self._solve(programs.sampled, where, z, params, probe_key, context, "drawn")
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
@@ -255,28 +257,35 @@ class CNF(eqx.Module):
         return recognizable((Integrands(self.f, self.divergence, self.regularizers), self.base))
 
     def _system(
-        self, where: str, x: Any, params: PyTree, context: PyTree, direction: Direction
+        self, where: str, x: Any, params: PyTree, context: PyTree, samples: Samples
     ) -> System:
         """The samples at the time where they are known, to be carried to the other end."""
-        name, span = "x", (self.t1, self.t0)
-        if direction == "to data":
-            name, span = "z", (self.t0, self.t1)
-        x = check_samples(where, name, x, tuple(self.base.event_shape))
+        span = (self.t1, self.t0) if samples == "data" else (self.t0, self.t1)
+        x = check_samples(*_source(where, samples), x, tuple(self.base.event_shape))
         context = check_context(where, context, x.shape[0])
         field = Integrands(self.f, self.divergence).field
         options, batch = self.solve_options, self.step_control
         return make_system(where, field, x, span, params, options, rows=context, batch=batch)
 
     def _solve(
-        self, compute, where: str, x, params, key, context, direction: Direction = "to base"
+        self, compute, where: str, x, params, key, context, samples: Samples = "data"
     ) -> Any:
         """What the compiled function `compute(system, parts, key)` gives as the end state."""
         throw = self.throw is None or self.throw
-        system = self._system(where, x, params, context, direction).raising(throw)
+        system = self._system(where, x, params, context, samples).raising(throw)
         parts = self._parts
         solution = compute(system, parts, check_key(where, key, optional=True))
         settle((system, parts))
-        return (raise_on_failure(solution, where) if throw else solution).y1
+        if not throw:
+            return solution.y1
+        function, name = _source(where, samples)
+        faults = faults_of(function, {name: system.y0}) | faults_of(where, {"context": context})
+        return raise_on_failure(solution, where, faults).y1
+
+
+def _source(where: str, samples: Samples) -> tuple[str, str]:
+    """The function and the argument that samples come from, for messages."""
+    return {"data": (where, "x"), "base": (where, "z"), "drawn": ("cnf", "base")}[samples]
 
 
 def cnf(
@@ -312,10 +321,10 @@ def cnf(
             `t0 - steer` and `t0 + steer`: one draw a call, from `key`, for the whole batch. A flow
             trained so takes fewer steps (STEER). At least 0, and less than `|t1 - t0|`. The field
             is evaluated up to `steer` beyond `t0`; all other methods end at `t0`.
-        throw: raise `jaxode.SolveError` when a solve fails. By default all methods do, but for the
-            training loss inside a transformation (`jit`, `vmap`), which turns NaN together with
-            its gradient: the host callback that raises would keep the training step out of the
-            persistent compilation cache.
+        throw: raise `jaxode.SolveError` when a solve fails, or the matching loss is not finite. By
+            default all methods do, but for the training losses inside a transformation (`jit`,
+            `vmap`), which turn NaN together with their gradients: the host callback that raises
+            would keep the training step out of the persistent compilation cache.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
             `breakpoints` and `max_steps`, as for `jaxode.solve`, and `axis_name`: with a batch
             split over devices by `jax.shard_map`, the devices take the same steps, those of the
@@ -329,8 +338,7 @@ def cnf(
     Raises:
         TypeError, ValueError: for an unknown option, or an argument that is not what it should be.
     """
-    if not callable(f):
-        raise TypeError(f"cnf(f=...): must be a function f(t, z, params); got {f!r}.")
+    check_field("cnf", "f", f, "f(t, z, params)")
     if not isinstance(divergence, Divergence):
         raise TypeError(
             f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode._jax.sharding import AxisName
 from jaxode.divergence import Divergence, FieldAt
 from jaxode.flows.noise import of_each_row
-from jaxode.ode.solve import VectorField
+from jaxode.ode.field import VectorField
 from jaxode.regularizers import Regularizer
 
 

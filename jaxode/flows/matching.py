@@ -22,9 +22,17 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity
+from jaxode.flows.failure import faults_of, loss_or_raise
 from jaxode.flows.quadrature import GOLDEN
-from jaxode.flows.validation import check_context, check_samples, check_weights, normalized
-from jaxode.ode.solve import VectorField
+from jaxode.flows.validation import (
+    check_context,
+    check_not_empty,
+    check_samples,
+    check_weights,
+    normalized,
+)
+from jaxode.ode.field import VectorField, call_field
+from jaxode.ode.loop.outcome import Result
 from jaxode.ode.validation import Time, check_derivative, is_known, state_dtype
 
 WHERE = "matching_loss"
@@ -41,6 +49,8 @@ class Flow(Protocol):
     def t0(self) -> Time: ...
     @property
     def t1(self) -> Time: ...
+    @property
+    def throw(self) -> bool | None: ...
 
 
 def matching_loss(
@@ -59,16 +69,25 @@ def matching_loss(
     event = tuple(flow.base.event_shape)
     x = check_samples(WHERE, "x", x, event)
     x = x.astype(state_dtype(x))
-    _check_batch(x)
+    check_not_empty(WHERE, x)
     context = check_context(WHERE, context, x.shape[0])
-    check_weights(WHERE, weights, x.shape[0])
-    weights = normalized(weights, x, axis_name)
+    weights = check_weights(WHERE, weights, x)
+    data = {"x": x, "x0": x0, "context": context}
+    faults = faults_of(WHERE, data, weights=weights, axis_name=axis_name)
+    weights, _ = normalized(weights, x, axis_name)
     base_key, time_key, pair_key = jax.random.split(key, 3)
     if x0 is None:
         z0 = _base_samples(flow.base, base_key, x, axis_name)
     else:
         z0 = _check_start(check_samples(WHERE, "x0", x0, event), x)
-    z0, ok = _paired(coupling, pair_key, z0, x, context)
+    z0, wrong = _paired(coupling, pair_key, z0, x, context)
+    if wrong is not None:
+        # Through the weights, so that the gradient is NaN, too.
+        weights = jnp.where(wrong.any(), jnp.nan, weights)
+        faults[
+            f"{WHERE}(coupling=...): must return a permutation of the rows; got something else in "
+            "{rows}. Return each row number once."
+        ] = lambda: wrong
     u = _stratified(time_key, x, axis_name)
     # Parameters that vary like the rows have a gradient that crosses between devices once.
     params, x, z0 = vary_alike((params, x, z0))
@@ -77,13 +96,17 @@ def matching_loss(
 
     def squared_error(u, z0, x, context):
         z = (1 - u) * z0 + u * x
-        dz = flow.f(t0 + u * span, z, params if context is None else (params, context))
+        args = params if context is None else (params, context)
+        dz = call_field(flow.f, t0 + u * span, z, args)
         check_derivative(WHERE, z, dz)
         return jnp.mean((jnp.asarray(dz, x.dtype) - (x - z0) / span) ** 2)
 
     errors = jax.vmap(squared_error)(u, z0, x, context)
-    # Through the weights, so that the gradient is NaN, too.
-    return jnp.sum(jnp.where(ok, weights, jnp.nan) * errors)
+    loss = jnp.sum(weights * errors)
+    finite = jnp.isfinite(jax.lax.stop_gradient(loss))
+    result = jnp.where(finite, int(Result.SUCCESS), int(Result.NON_FINITE))
+    no_time = jnp.where(finite, 0.0, jnp.nan).astype(loss.dtype)
+    return loss_or_raise(WHERE, loss, result, no_time, flow.throw, faults)
 
 
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
@@ -126,7 +149,7 @@ def _scattered(count: int) -> np.ndarray:
 def _paired(
     coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context
 ) -> tuple[Float[Array, "batch *event"], Any]:
-    """The base sample of each row of the data, and whether each was used once."""
+    """The base sample of each row of the data, and where this is not one for each."""
     if not isinstance(coupling, Coupling):
         raise TypeError(
             f"{WHERE}(coupling=...): must be a Coupling; got {coupling!r}. Use a function of "
@@ -135,7 +158,7 @@ def _paired(
         )
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:
-        return z0, True
+        return z0, None
     batch = x.shape[0]
     if jnp.shape(rows) != (batch,) or not jnp.issubdtype(jnp.result_type(rows), jnp.integer):
         raise ValueError(
@@ -143,18 +166,13 @@ def _paired(
             f"{(batch,)}; got {jnp.result_type(rows)} of shape {jnp.shape(rows)}."
         )
     rows = jnp.asarray(rows)
-    ok = jnp.all(jnp.sort(rows) == jnp.arange(batch, dtype=rows.dtype))
-    if is_known(ok) and not ok:
+    wrong = jnp.sort(rows) != jnp.arange(batch, dtype=rows.dtype)
+    if is_known(wrong) and np.any(wrong):
         raise ValueError(
             f"{WHERE}(coupling=...): must return a permutation of the {batch} rows; got "
             f"{np.asarray(rows)}."
         )
-    return z0[rows], ok
-
-
-def _check_batch(x: Float[Array, "batch *event"]) -> None:
-    if x.shape[0] == 0:
-        raise ValueError(f"{WHERE}(x=...): must have at least one row; got shape {x.shape}.")
+    return z0[rows], wrong
 
 
 def _check_start(

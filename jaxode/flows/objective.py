@@ -47,7 +47,7 @@ class NLLStats(NamedTuple):
     stats: Stats
     """Work of the forward solve."""
     result: Int[Array, "*rows"]
-    """`Result` code of the forward solve."""
+    """`Result` code of the forward solve; `INVALID_ARGUMENT` if the weights are wrong."""
     running: dict[str, Float[Array, " batch"]]
     """The integral of each regularizer's cost along each sample's trajectory, by name."""
 

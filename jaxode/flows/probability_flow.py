@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.distributions import DiagonalNormal, as_event_shape
-from jaxode.ode.solve import VectorField
+from jaxode.ode.field import VectorField
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]
 Time = Float[Array, ""]

@@ -18,6 +18,7 @@ from jaxode.flows.integrands import Integrands
 from jaxode.flows.noise import random_end, random_phases
 from jaxode.flows.objective import Objective, evaluate
 from jaxode.flows.validation import normalized
+from jaxode.ode.loop.outcome import Result
 from jaxode.ode.results import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
@@ -45,7 +46,8 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
     probes, shape = _probes(system, integrands, key), system.y0.shape
     if probes is None:
         solution = _log_prob(system, integrands, base, probes)
-        return _ending(solution, (solution.y1, jnp.zeros_like(solution.y1)))
+        no_error = jnp.where(jnp.isnan(solution.y1), solution.y1, 0.0)
+        return _ending(solution, (solution.y1, no_error))
     chosen = integrands.chosen_divergence(system.y0, system.shared, system.rows)
     standard_error = chosen.standard_error
     if standard_error is None or probes.shape[1] < 2:
@@ -80,8 +82,11 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     if quadrature == "stochastic":
         phase = random_phases(key, x, axis_name)
     probes = _probes(system, integrands, key, of_costs=True)
-    weights = normalized(weights, x, axis_name)
-    return evaluate(Objective(system, integrands, base, probes, phase, weights))
+    weights, valid = normalized(weights, x, axis_name)
+    loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, phase, weights))
+    failed = stats.result != Result.SUCCESS
+    result = jnp.where(valid | failed, stats.result, int(Result.INVALID_ARGUMENT))
+    return loss, stats._replace(result=result), t_reached
 
 
 def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:

@@ -8,7 +8,16 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.sharding import AxisName
-from jaxode.ode.validation import Time, integer, is_known, non_negative, state_dtype
+from jaxode.flows.failure import weights_rule, wrong_weights
+from jaxode.ode.results import in_rows
+from jaxode.ode.validation import (
+    Time,
+    integer,
+    is_known,
+    non_negative,
+    numeric_dtype,
+    state_dtype,
+)
 
 
 def check_samples(
@@ -16,13 +25,18 @@ def check_samples(
 ) -> Float[Array, "batch *event"]:
     """The samples of a density as an array."""
     if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(f"{where}({name}=...): must be an array; got {type(x).__name__}.")
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{where}({name}=...): must have a floating dtype; got {dtype}. Integer-valued "
-            "data has no density: dequantize it and convert with .astype(jnp.float32)."
+            f"{where}({name}=...): must be an array; got {type(x).__name__}. "
+            "Convert it with np.asarray(..., np.float32)."
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        cure = "Convert real numbers with .astype(np.float32)."
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            cure = (
+                "Integer-valued data has no density: dequantize it and convert with "
+                ".astype(jnp.float32)."
+            )
+        raise TypeError(f"{where}({name}=...): must have a floating dtype; got {x.dtype}. {cure}")
     if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
         raise ValueError(
             f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
@@ -31,39 +45,72 @@ def check_samples(
     return jnp.asarray(x)
 
 
+def check_not_empty(where: str, x: Float[Array, "batch *event"]) -> None:
+    """Raise for a batch that has no mean."""
+    if x.shape[0] == 0:
+        raise ValueError(f"{where}(x=...): must have at least one row; got shape {x.shape}.")
+
+
 def check_context(where: str, context: PyTree, batch: int) -> PyTree:
     """The context, which has one row for each sample."""
     for leaf in jax.tree.leaves(context):
-        if jnp.shape(leaf)[:1] != (batch,):
+        array = isinstance(leaf, jax.Array | np.ndarray)
+        if not array or leaf.dtype.kind in "OSU":
+            got = f"an array of {leaf.dtype}" if array else type(leaf).__name__
+            raise TypeError(
+                f"{where}(context=...): leaves must be arrays of numbers; got {got}. "
+                "Convert them with np.asarray(..., np.float32)."
+            )
+        if leaf.shape[:1] != (batch,):
             raise ValueError(
                 f"{where}(context=...): leaves must have a leading axis of {batch}, one row a "
-                f"sample; got shape {jnp.shape(leaf)}."
+                f"sample; got shape {leaf.shape}. To give all samples the same row, pass "
+                f"jnp.broadcast_to(row, ({batch}, *row.shape))."
             )
     return context
 
 
-def check_weights(where: str, weights: Any, batch: int) -> None:
-    """Raise unless there is one weight a sample."""
-    if weights is not None and jnp.shape(weights) != (batch,):
+def check_weights(
+    where: str, weights: Any, x: Float[Array, "batch *event"]
+) -> Float[Array, " batch"] | None:
+    """The weights as an array, if there are any: one for each sample."""
+    if weights is None:
+        return None
+    dtype, batch = numeric_dtype(weights), x.shape[:1]
+    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        got = type(weights).__name__ if dtype is None else dtype
+        raise TypeError(f"{where}(weights=...): must be real numbers; got {got}.")
+    array = jnp.asarray(weights, state_dtype(x))
+    if array.shape != batch:
         raise ValueError(
-            f"{where}(weights=...): must have one weight a sample, shape {(batch,)}; "
-            f"got {jnp.shape(weights)}."
+            f"{where}(weights=...): must have one weight a sample, shape {batch}; "
+            f"got {array.shape}."
         )
+    if is_known(weights):
+        with jax.ensure_compile_time_eval():
+            wrong = np.asarray(wrong_weights(jnp.asarray(weights, array.dtype)))
+        if wrong.any():
+            raise ValueError(weights_rule(where).format(rows=in_rows(wrong)))
+    return array
 
 
 def normalized(
-    weights: Any, x: Float[Array, "batch *event"], axis_name: AxisName | None
-) -> Float[Array, " batch"]:
-    """Weights of the samples in a mean; they sum to one, on average over devices along `axis_name`.
+    weights: Float[Array, " batch"] | None,
+    x: Float[Array, "batch *event"],
+    axis_name: AxisName | None,
+) -> tuple[Float[Array, " batch"], Any]:
+    """Weights of the samples in a mean, and whether they are such.
 
-    They are equal by default.
+    They sum to one, on average over devices along `axis_name`, of which all rows of one may weigh
+    nothing. They are equal by default, and NaN if they are wrong.
     """
     batch = x.shape[0]
     if weights is None:
-        return jnp.full(batch, 1 / max(batch, 1), state_dtype(x))
-    weights = jnp.asarray(weights, state_dtype(x))
-    total = jnp.sum(weights)
-    return weights / (total if axis_name is None else jax.lax.pmean(total, axis_name))
+        return jnp.full(batch, 1 / batch, state_dtype(x)), True
+    total = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+    total = total if axis_name is None else jax.lax.pmean(total, axis_name)
+    valid = (total > 0) & jnp.isfinite(total)
+    return weights / jnp.where(valid, total, jnp.nan), valid
 
 
 def check_count(where: str, n: Any) -> int:
@@ -85,13 +132,25 @@ def check_steer(steer: Any, t0: Time, t1: Time) -> float:
 
 def check_key(where: str, key: Any, optional: bool = False) -> Any:
     """The key, if it is one: typed, or of the older kind, an array of uint32."""
-    dtype = getattr(key, "dtype", None)
-    is_key = dtype is not None and (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
-    )
-    if not is_key and not (key is None and optional):
+    if key is None and optional:
+        return None
+    shape = _shape_of_keys(key)
+    if shape is None:
         raise TypeError(
             f"{where}(key=...): must be a key of jax.random; got {type(key).__name__}. "
             "Pass jax.random.key(0)."
         )
+    if shape:
+        raise ValueError(
+            f"{where}(key=...): must be one key; got keys of shape {shape}. "
+            "Pass one of them; each row has random numbers of its own from it."
+        )
     return key
+
+
+def _shape_of_keys(key: Any) -> tuple[int, ...] | None:
+    """The shape of an array of keys, `()` for one; None for what is none."""
+    try:
+        return jax.random.key_data(key).shape[:-1]
+    except TypeError:
+        return None

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.closure import recognized
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
+from jaxode.ode.field import VectorField
 from jaxode.ode.loop.outcome import Stats
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Solution
-from jaxode.ode.solve import Unconditional, VectorField, solve_field
+from jaxode.ode.solve import Unconditional, solve_field
 from jaxode.ode.system import System, make_system, pose
 from jaxode.ode.validation import Time, check_state
 

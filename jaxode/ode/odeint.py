@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.ode.adjoints import BacksolveAdjoint
+from jaxode.ode.field import check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solve import solve_field
 from jaxode.ode.validation import check_state, is_known, numeric_dtype
@@ -59,8 +60,7 @@ def odeint(
     Differentiation: in reverse mode with respect to `y0`, `t`, `args` and values that `func` closes
         over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
     """
-    if not callable(func):
-        raise TypeError(f"odeint(func=...): must be a function func(y, t, *args); got {func!r}.")
+    check_field("odeint", "func", func, "func(y, t, *args)")
     dtype = numeric_dtype(t)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = repr(t) if dtype is None else dtype

@@ -81,6 +81,12 @@ class SolveOptions(eqx.Module):
                 f"{where}(solver=...): {tableau.name} has no error estimate; got steps=None. "
                 "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
             )
+        names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        if self.axis_name is not None and not all(isinstance(n, str) for n in names):
+            raise TypeError(
+                f"{where}(axis_name=...): must be the name of a mapped axis, or a tuple of names; "
+                f"got {self.axis_name!r}. Pass the name that jax.shard_map has for it."
+            )
         if tableau is None and self.axis_name is not None:
             raise ValueError(
                 f"{where}(axis_name=...): needs an explicit Runge-Kutta solver, such as "

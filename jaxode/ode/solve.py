@@ -1,6 +1,6 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import diffrax
@@ -10,12 +10,11 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.closure import recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
+from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Solution, raise_on_failure
 from jaxode.ode.system import Batch, System, argument_faults, make_system, pose
 from jaxode.ode.validation import Time, check_args, check_batch, check_bool, check_state, one_of
-
-VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
 
 def solve(
@@ -167,7 +166,7 @@ class Unconditional(eqx.Module):
 
     def __call__(self, t, y, shared, row):
         del row
-        return self.f(t, y, shared)
+        return call_field(self.f, t, y, shared)
 
 
 def solve_field(
@@ -183,8 +182,7 @@ def solve_field(
     throw: bool,
 ) -> Solution:
     """`solve`, for a function of the name `where`, of a state that is checked."""
-    if not callable(f):
-        raise TypeError(f"{where}(f=...): must be a function f(t, y, args); got {f!r}.")
+    check_field(where, "f", f, "f(t, y, args)")
     check_bool(where, "throw", throw)
     check_args(where, "args", args)
     system = make_system(where, Unconditional(f), y0, span, args, options, ts=ts, batch=batch)

@@ -1,0 +1,44 @@
+"""The vector field of a user: what it may be, and where it is called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, PyTree
+
+VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
+
+# By which Python and JAX say that a function does not fit its arguments. Exceptions of another
+# type, also one derived from these, say more, and go on as they are.
+MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)
+
+
+def check_field(where: str, name: str, f: Any, call: str) -> None:
+    """Raise unless it is a function."""
+    if isinstance(f, type):
+        raise TypeError(
+            f"{where}({name}=...): must be a function {call}; got the class {f.__name__}. Pass an "
+            "instance of it, or jaxode.nn.field with the network as the parameters."
+        )
+    if not callable(f):
+        raise TypeError(f"{where}({name}=...): must be a function {call}; got {f!r}.")
+
+
+def call_field(f: Callable[..., Any], t: Float[Array, ""], y: PyTree, args: PyTree) -> Any:
+    """`f(t, y, args)`, with an error in it that says what it was called with."""
+    try:
+        return f(t, y, args)
+    except Exception as error:
+        if type(error) not in MISFITS:
+            raise
+        raise TypeError(
+            f"f(t, y, args): the vector field raised {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. It got y={_described(y)} and args={_described(args)}. Pass "
+            "args that fit f, or mend the line of f that the error above names."
+        ) from error
+
+
+def _described(tree: PyTree) -> str:
+    """Types and shapes, in one line of bounded length."""
+    text = eqx.tree_pformat(tree, width=10**6)
+    return text if len(text) <= 300 else f"{text[:300]}..."
