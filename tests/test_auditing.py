@@ -90,7 +90,7 @@ BROKEN = {
     "too few probes": (
         lambda: audit(swirl, 4, 0.5, divergence=divergence.hutchinson()),
         {"probe standard error"},
-        "times as many probes",
+        "use divergence=jaxode.divergence.exact()",
     ),
     "a field that jumps": (
         lambda: audit(jump),

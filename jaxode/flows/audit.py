@@ -14,8 +14,9 @@ from jaxode.divergence import EXACT_UP_TO, Divergence, exact
 from jaxode.flows.audit_checks import CHECKS
 from jaxode.flows.audit_subject import Row, Subject, cast, tight_dtype
 from jaxode.flows.cnf import CNF
-from jaxode.flows.validation import check_samples
+from jaxode.flows.validation import check_context, check_key, check_samples
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.validation import is_known, state_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,15 @@ def audit(
     """Check the accuracy of a flow on a batch, and say what to do about what is out of range.
 
     Errors are those against a tight solve with the same probes, in float64 if `jax_enable_x64` is
-    set, else in the dtype of `x`; the report says which. The total probability is that of flows of
-    up to two dimensions, for the first row of the context. `quadrature="stochastic"` is audited as
-    "gauss", since it has the same mean, and without `axis_name`.
+    set, else in the dtype of `x`, at least float32; the report says which. The divergence is
+    compared with the exact trace, in any dimension. The total probability is an integral on a grid
+    in up to two dimensions, by importance sampling in up to eight, for the first row of the
+    context; that of the base density is by importance sampling. Where the effective sample size is
+    too small to tell, the report says so. `quadrature="stochastic"` is audited as "gauss", since
+    it has the same mean, and without `axis_name`.
 
-    It runs outside of `jit`, and compiles about ten programs; a few hundred samples are enough.
+    It runs outside of `jit`; a few hundred samples are enough. It compiles about a dozen programs,
+    once for flows whose arrays differ alone: an audit of other parameters takes little time.
 
     Args:
         flow: made by `jaxode.cnf`.
@@ -85,9 +90,24 @@ def audit(
 
     Raises:
         TypeError, ValueError: as the methods of the flow, for wrong arguments; and for samples that
-            are not finite.
+            are not finite, for none, and inside of `jit`.
     """
+    if not isinstance(flow, CNF):
+        raise TypeError(
+            f"audit(flow=...): must be a flow made by jaxode.cnf; got {type(flow).__name__}. "
+            "Pass jaxode.cnf(f, base)."
+        )
+    if not is_known((flow, params, x, key, context)):
+        raise ValueError(
+            "audit: measures numbers, so it runs outside of jax.jit, jax.grad and jax.vmap; got "
+            "arguments that are traced. Call it between training steps."
+        )
     x = check_samples("audit", "x", x, tuple(flow.base.event_shape))
+    x = x.astype(state_dtype(x))
+    check_key("audit", key)
+    check_context("audit", context, x.shape[0])
+    if not x.shape[0]:
+        raise ValueError("audit(x=...): must have at least one sample; got none. Pass data.")
     bad = int(jnp.sum(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))))
     if bad:
         raise ValueError(

@@ -1,40 +1,25 @@
 """The checks of `jaxode.audit`: each measures one thing of a flow, and judges it.
 
-A new check is a function and its place in `CHECKS`.
+A new check is a function and its place in `CHECKS`. Here are those of the solve and its gradient.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import PyTree
 
-from jaxode.divergence import exact
+from jaxode.flows import audit_density, audit_work
 from jaxode.flows.audit_subject import Row, Subject
-from jaxode.flows.programs import carried
 from jaxode.ode.adjoints import DiscreteAdjoint
-from jaxode.ode.system import make_system
 
 # What is out of range. Errors of densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3
 LOG_DENSITY = 1e-2
 GRADIENT = 1e-2
-PROBE_ERROR = 0.1
-PROBABILITY = 1e-2
-STEPS_USED = 0.5
-EVALUATIONS = 1000
-# Error control that works rejects about one step in five; at every kink of a field it rejects
-# several in a row.
-REJECTED = 0.4
-# Explicit solvers are stable up to a step of about three time constants.
-STIFFNESS = 100.0
-
-# Points a side of the grid for the total probability, by the number of dimensions.
-GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
-CHUNK = 2**14
 
 
 def _solves(s: Subject) -> Row:
@@ -44,14 +29,10 @@ def _solves(s: Subject) -> Row:
 
 def _reference(s: Subject) -> Row:
     """Whether there is anything to compare with."""
-    where = (
-        "mend the solves that fail first."
-        if s.failure
-        else "look for a kink, a jump or a singularity of the vector field."
-    )
+    where = "mend the solves that fail first" if s.failure else s.smoother
     advice = s.tight_failure and (
         f"A tight solve fails ({s.tight_failure.split('. ')[0]}), so errors cannot be measured: "
-        f"{where}"
+        f"{where}."
     )
     return Row("tight solves that fail", float(bool(advice)), "0", advice)
 
@@ -67,11 +48,21 @@ def _round_trip(s: Subject) -> Row:
     )  # fmt: skip
 
 
+def _outside(s: Subject) -> Row | None:
+    """Samples of density zero by both solves, which have no error to measure."""
+    count, batch = int(jnp.sum(s.outside)), s.x.shape[0]
+    advice = "" if count < batch else (
+        "No sample is where the base density has a support, so there is nothing to measure."
+    )  # fmt: skip
+    text = f"left out of {batch} samples"
+    return Row("samples of density zero", float(count), text, advice) if count else None
+
+
 def _log_density(s: Subject) -> Row:
     """`log_prob` with the same probes."""
     error = jnp.abs(s.log_prob.astype(s.tight_log_prob.dtype) - s.tight_log_prob)
     return s.judge(
-        "log-density error", jnp.max(error, initial=0.0), LOG_DENSITY,
+        "log-density error", jnp.max(jnp.where(s.outside, 0, error)), LOG_DENSITY,
         f"at most {LOG_DENSITY:g} nats",
         f"{s.solve_finer} of log_prob; if that does not help, the divergence of the vector "
         "field is wrong or not smooth.",
@@ -89,182 +80,34 @@ def _loss(s: Subject) -> Row:
 
 
 def _gradient(s: Subject) -> Row:
-    """The gradient of `nll`, all parameters as one vector."""
-    own, tight = jax.tree.leaves(s.loss[1]), jax.tree.leaves(s.tight_loss[1])
-    norm = lambda leaves: math.sqrt(sum(float(jnp.sum(leaf * leaf)) for leaf in leaves))
-    difference = norm([a.astype(b.dtype) - b for a, b in zip(own, tight, strict=True)])
-    value = difference / norm(tight) if difference else 0.0
+    """The gradient of `nll`, all parameters as one vector.
+
+    Near a gradient of zero its errors count as those of the loss do: in nats, here for a change of
+    all parameters by as much as they are.
+    """
+    own, tight = s.loss[1], s.tight_loss[1]
+    error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, own, tight))
+    size, least = _norm(tight), 1 / (1 + _norm(s.tight_params))
     adjoint = s.flow.solve_options.adjoint
     exact = isinstance(adjoint, DiscreteAdjoint)
+    of = "its norm" if not size < least else "1 nat / (1 + norm of the parameters)"
     return s.judge(
-        "gradient error", value, GRADIENT, f"at most {GRADIENT:g} of its norm",
+        "gradient error", error / np.fmax(size, least), GRADIENT, f"at most {GRADIENT:g} of {of}",
         f"{s.solve_finer} for training"
         + ("." if exact else f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."),
     )  # fmt: skip
 
 
-def _probe_error(s: Subject) -> Row:
-    """The standard error of one estimate of `log_prob`, over fresh probes."""
-    value = 0.0
-    if s.probes is not None:
-        keys = jax.random.split(s.key, 8)
-        log_prob = lambda key: s.flow.log_prob(s.params, s.x, key=key, context=s.context)
-        variance = jnp.var(jax.lax.map(log_prob, keys), axis=0, ddof=1)
-        value = float(jnp.sqrt(jnp.mean(variance)))
-    times = math.ceil((value / PROBE_ERROR) ** 2) if math.isfinite(value) else 1
-    return s.judge(
-        "probe standard error", value, PROBE_ERROR, f"at most {PROBE_ERROR:g} nats",
-        f"For densities to report take {times} times as many probes, or "
-        "divergence=jaxode.divergence.exact(); training bears unbiased noise.",
-    )  # fmt: skip
-
-
-def _total_probability(s: Subject) -> Row | None:
-    """The integral of the density over a box around samples, on finer and finer grids."""
-    event = tuple(s.flow.base.event_shape)
-    size = math.prod(event)
-    if size not in GRIDS:
-        return None
-    of_first = lambda leaf, n: jnp.broadcast_to(leaf[:1], (n, *leaf.shape[1:]))
-    context = lambda n: jax.tree.map(lambda leaf: of_first(leaf, n), s.context)
-    # Noise in the log-density would not average out in the density.
-    flow = s.flow if s.probes is None else dataclasses.replace(s.flow, divergence=exact())
-    to_data = lambda z: flow.from_base(s.params, z, context=context(z.shape[0]))
-    log_prob = lambda x: flow.log_prob(s.params, x, context=context(x.shape[0]))
-    if s.implicit:
-        to_data, log_prob = _row_by_row(to_data), _row_by_row(log_prob)
-    samples = to_data(flow.base.sample(s.key, (4096,))).reshape(-1, size)
-    low, high = jnp.min(samples, axis=0), jnp.max(samples, axis=0)
-    low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
-    value, change = np.nan, np.nan
-    for points in GRIDS[size]:
-        axes = [jnp.linspace(a, b, points, dtype=s.x.dtype) for a, b in zip(low, high, strict=True)]
-        grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1).reshape(-1, *event)
-        density = np.exp(_in_chunks(log_prob, grid)).reshape((points,) * size)
-        value = _integral(density, axes)
-        coarse = (slice(None, None, 2),) * size
-        change = abs(value - _integral(density[coarse], [axis[::2] for axis in axes]))
-        if not change > 0.1 * PROBABILITY:
-            break
-    name = "total probability"
-    if change > PROBABILITY:
-        # No fault of the flow, but nothing is known.
-        return Row(name, np.nan, f"not resolved by {points} points a side")
-    limit = PROBABILITY + change
-    row = s.judge(
-        name, abs(value - 1), limit, f"1 within {limit:.2g}",
-        f"{s.solve_finer}: the density does not integrate to one; if that does not help, the "
-        "divergence of the vector field is wrong, or the field is not smooth.",
-    )  # fmt: skip
-    return row._replace(value=value)
-
-
-def _row_by_row(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """An implicit solver takes a batch as one system, whose Jacobian grows with its square."""
-    return jax.vmap(lambda row: f(row[None])[0])
-
-
-def _in_chunks(log_prob: Callable[[Array], Array], x: Float[Array, "points *event"]) -> Array:
-    """In chunks of one size, so that one program does for all of them."""
-    count = -(-x.shape[0] // CHUNK)
-    padding = jnp.broadcast_to(x[:1], (count * CHUNK - x.shape[0], *x.shape[1:]))
-    chunks = jnp.concatenate([x, padding]).reshape(count, CHUNK, *x.shape[1:])
-    return jax.lax.map(log_prob, chunks).reshape(-1)[: x.shape[0]]
-
-
-def _integral(values: np.ndarray, axes: list[Array]) -> float:
-    for axis in reversed(axes):
-        values = np.trapezoid(values, axis)
-    return float(values)
-
-
-def _evaluations(s: Subject) -> Row | None:
-    """Of the vector field, by the forward solve of `nll`; the largest number of all rows."""
-    value = int(jnp.max(s.loss[0][1].stats.num_evals))
-    if value < 0:
-        return None  # An implicit solver does not count them.
-    return s.judge(
-        "evaluations", value, EVALUATIONS, f"at most {EVALUATIONS}",
-        "Train with jaxode.regularizers.kinetic_energy or jacobian_frobenius, or use "
-        "solver=diffrax.Dopri8(): the field is expensive to follow.",
-    )  # fmt: skip
-
-
-def _steps(s: Subject) -> Row | None:
-    """How much of `max_steps` is used; the most of all rows."""
-    if s.flow.solve_options.steps is not None:
-        return None
-    max_steps = s.flow.solve_options.max_steps
-    value = float(jnp.max(s.loss[0][1].stats.num_steps)) / max_steps
-    return s.judge(
-        "part of max_steps used", value, STEPS_USED, f"at most {STEPS_USED:g}",
-        f"Raise max_steps from {max_steps}: another batch may need more.",
-    )  # fmt: skip
-
-
-def _rejected(s: Subject) -> Row | None:
-    """Rejected of the attempted steps. The first few are the search for a step size."""
-    if s.implicit:
-        return None  # Its equations may need a smaller step than the field does.
-    stats = s.loss[0][1].stats
-    rejected, steps = float(jnp.sum(stats.num_rejected)), float(jnp.sum(stats.num_steps))
-    # A solve that fails says why, and may reject all steps after that.
-    value = np.nan if s.failure else rejected / max(steps, 1.0)
-    return s.judge(
-        "part of steps rejected", value, REJECTED, f"at most {REJECTED:g}",
-        "Look for a kink, a jump or a singularity of the vector field: the step size finds nothing "
-        "to hold on to.",
-    )  # fmt: skip
-
-
-def _stiffness(s: Subject) -> Row | None:
-    """The time span times the largest |eigenvalue| of `df/dz` on the trajectories."""
-    if s.implicit:
-        return None  # Its steps are not bound by stability.
-    flow, start, end = s.flow, s.flow.t1, s.flow.t0
-    times = jnp.linspace(start, end, 9, dtype=s.x.dtype)
-    field, options = s.integrands.field, flow.solve_options
-    span, batch = (start, end), flow.step_control
-    solution = carried(
-        make_system(
-            "audit", field, s.x, span, s.params, options, ts=times, rows=s.context, batch=batch
-        ),
-        None,
-        None,
-    )
-    v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
-
-    def of_sample(t, z, context):
-        return _spectral_radius(lambda z: field(t, z, s.params, context), z, v)
-
-    over_batch = jax.vmap(of_sample, (None, 0, 0))
-    radius = jax.vmap(over_batch, (0, 0, None))(times, solution.ys, s.context)
-    return s.judge(
-        "stiffness", jnp.max(radius, initial=0.0) * abs(start - end), STIFFNESS,
-        f"at most {STIFFNESS:g} time constants",
-        "Explicit steps are bound by stability: train with jaxode.regularizers.jacobian_frobenius, "
-        "or try solver=diffrax.Kvaerno5().",
-    )  # fmt: skip
-
-
-def _spectral_radius(g, z, v, skip: int = 8, count: int = 16):
-    """The mean growth of a vector under powers of the Jacobian, after the first few.
-
-    A mean, because it swings under a pair of complex eigenvalues.
-    """
-    _, jvp = jax.linearize(g, z)
-
-    def grow(v, _):
-        w = jvp(v)
-        norm = jnp.sqrt(jnp.sum(w * w))
-        return jnp.where(norm == 0, w, w / jnp.where(norm == 0, 1.0, norm)), jnp.log(norm)
-
-    _, growth = jax.lax.scan(grow, v, None, length=skip + count)
-    return jnp.exp(jnp.mean(growth[skip:]))
+def _norm(tree: PyTree) -> float:
+    """Of all floating arrays as one vector."""
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return math.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in leaves))
 
 
 # None is a check that does not apply.
 CHECKS: tuple[Callable[[Subject], Row | None], ...] = (
-    _solves, _reference, _round_trip, _log_density, _loss, _gradient, _probe_error,
-    _total_probability, _evaluations, _steps, _rejected, _stiffness,
+    _solves, _reference, _outside, _round_trip, _log_density, _loss, _gradient,
+    audit_density.divergence, audit_density.probe_error, audit_density.base_probability,
+    audit_density.total_probability, audit_work.evaluations, audit_work.steps, audit_work.rejected,
+    audit_work.stiffness,
 )  # fmt: skip

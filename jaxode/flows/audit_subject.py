@@ -8,12 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
+from jaxode.flows.programs import carried
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.results import SolveError
+from jaxode.ode.system import make_system
+from jaxode.ode.validation import state_dtype
 
 
 class Row(NamedTuple):
@@ -73,7 +76,24 @@ class Subject:
     def solve_finer(self) -> str:
         """The first words of advice against errors of the solve."""
         steps = self.flow.solve_options.steps
+        if self.rounded:
+            return self.rounded.capitalize()
         return "Tighten rtol and atol" if steps is None else f"Raise steps from {steps}"
+
+    @property
+    def smoother(self) -> str:
+        """Advice where steps find no size."""
+        return self.rounded or "look for a kink, a jump or a singularity of the vector field"
+
+    @cached_property
+    def rounded(self) -> str:
+        """Advice if the vector field of the tight solve has less precision than a solve."""
+        first = jax.tree.map(lambda leaf: leaf[0], (self.x, self.context))
+        x, context = cast(first, tight_dtype(self.x))
+        field, t = Integrands(self.tight.f, self.tight.divergence).field, jnp.zeros((), x.dtype)
+        dtype = jax.eval_shape(lambda: field(t, x, self.tight_params, context)).dtype
+        low = jnp.finfo(dtype).bits < 32
+        return f"compute the vector field in float32, not {dtype}" if low else ""
 
     @cached_property
     def z(self) -> Float[Array, "batch *event"]:
@@ -84,14 +104,30 @@ class Subject:
         return self.flow.log_prob(self.params, self.x, key=self.key, context=self.context)
 
     @cached_property
+    def outside(self) -> Bool[Array, " batch"]:
+        """Which samples have density zero, by both solves, so that there is no error to measure."""
+        return (self.log_prob == -jnp.inf) & (self.tight_log_prob == -jnp.inf)
+
+    @cached_property
     def loss(self):
-        """`((loss, NLLStats), gradient)`."""
-        return _loss_and_gradient(self.flow, self.params, self.x, self.key, self.context)
+        """`((loss, NLLStats), gradient)` of the samples inside of the support."""
+        x, context = self._inside
+        return _loss_and_gradient(self.flow, self.params, x, self.key, context)
+
+    @property
+    def _inside(self):
+        """Samples and context, with the first one inside for each one outside."""
+        rows = jnp.arange(self.x.shape[0])
+        rows = jnp.where(self.outside, jnp.argmin(self.outside), rows)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (self.x, self.context))
+
+    @property
+    def tight_params(self) -> PyTree:
+        return cast(self.params, tight_dtype(self.x))
 
     @property
     def _tight_inputs(self):
-        dtype = tight_dtype(self.x)
-        return cast(self.params, dtype), self.x.astype(dtype)
+        return self.tight_params, self.x.astype(tight_dtype(self.x))
 
     @property
     def _noise(self):
@@ -103,7 +139,20 @@ class Subject:
 
     @cached_property
     def tight_loss(self):
-        return _loss_and_gradient(self.tight, *self._tight_inputs, *self._noise.values())
+        x, context = cast(self._inside, tight_dtype(self.x))
+        return _loss_and_gradient(self.tight, self.tight_params, x, self.key, context)
+
+    @cached_property
+    def trajectories(self) -> tuple[Float[Array, " times"], Float[Array, "times batch *event"]]:
+        """Where the samples are at times from the data to the base."""
+        flow, span = self.flow, (self.flow.t1, self.flow.t0)
+        times = jnp.linspace(*span, 9, dtype=self.x.dtype)
+        field, options, batch = self.integrands.field, flow.solve_options, flow.step_control
+        system = make_system(
+            "audit", field, self.x, span, self.params, options,
+            ts=times, rows=self.context, batch=batch,
+        )  # fmt: skip
+        return times, carried(system, None, None).ys
 
     @cached_property
     def probes(self) -> Any:
@@ -118,8 +167,8 @@ class Subject:
         """In range is what is at most the limit."""
         value = float(value)
         if np.isnan(value):
-            # A solve that fails has a row of its own.
-            explained = self.failure or self.tight_failure
+            # A solve that fails, and samples without a density, have a row of their own.
+            explained = self.failure or self.tight_failure or bool(self.outside.all())
             advice = "" if explained else (
                 "It is not finite although the solves succeed: look for an operation of the vector "
                 "field with an infinite derivative, such as sqrt at 0, or for a backward solve "
@@ -148,4 +197,4 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 def tight_dtype(x: Array) -> Any:
     """Double precision where it is enabled."""
-    return jnp.float64 if jax.config.read("jax_enable_x64") else x.dtype
+    return jnp.float64 if jax.config.read("jax_enable_x64") else state_dtype(x)

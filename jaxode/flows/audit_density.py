@@ -1,0 +1,216 @@
+"""Checks of `jaxode.audit` for a density: its divergence, its noise, and what it integrates to."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxode._jax.closure import recognizable, recognized, settle
+from jaxode.divergence import EXACT_UP_TO, exact
+from jaxode.flows.audit_importance import importance
+from jaxode.flows.audit_subject import Row, Subject, cast, tight_dtype
+from jaxode.flows.cnf import CNF
+
+DIVERGENCE = 2e-3
+PROBE_ERROR = 0.1
+PROBABILITY = 1e-2
+
+# Points a side of the grid for the total probability, by the number of dimensions.
+GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
+CHUNK = 2**14
+# Below this part of the proposals, an effective sample size decides nothing.
+EFFECTIVE = 0.1
+# Estimates of the trace a point, of a stochastic divergence.
+ESTIMATES = 64
+
+
+def divergence(s: Subject) -> Row:
+    """The divergence beside the exact trace of the Jacobian, at points of a few trajectories.
+
+    An error counts relative to the trace, and to a tenth of the norm of the Jacobian, since terms
+    that cancel leave their rounding. A stochastic divergence must have the trace as its mean.
+    """
+    dtype, (times, points) = tight_dtype(s.x), s.trajectories
+    few = cast((times[::4], points[::4, :4], jax.tree.map(lambda x: x[:4], s.context)), dtype)
+    integrands = dataclasses.replace(s.integrands, f=s.tight.f)
+    parts = recognizable((integrands, cast(s.params, dtype)))
+    keys = jax.random.split(s.key, ESTIMATES if s.probes is not None else 1)
+    field, own_field, trace, norm, estimates = _traces(parts, *few, keys)
+    settle(parts)
+    error = np.asarray(estimates, float) - np.asarray(trace, float)[..., None]
+    # A mean of random errors says nothing within five standard errors.
+    noise = 5 * np.std(error) / math.sqrt(error.size) if s.probes is not None else 0.0
+    of_trace = _rms(error) if s.probes is None else abs(np.mean(error)) - noise
+    of_trace = _relative(np.maximum(of_trace, 0.0), _rms(trace) + 0.1 * _rms(norm))
+    of_field = _relative(_rms(own_field - field), _rms(field))
+    name = s.integrands.chosen_divergence(s.x, s.params, s.context).name
+    what = "is not the trace of the Jacobian of the vector field"
+    if of_field > of_trace:
+        what = "comes with another derivative than that of the vector field"
+    # A field may compute in less precision than the solve.
+    limit = max(DIVERGENCE, 32 * float(jnp.finfo(field.dtype).eps))
+    return s.judge(
+        "divergence error", np.maximum(of_trace, of_field), limit,
+        f"at most {limit:.2g} of the exact trace",
+        f"The divergence ({name}) {what}: mend it, or use divergence=jaxode.divergence.exact().",
+    )  # fmt: skip
+
+
+def _rms(x) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, float)))))
+
+
+def _relative(error: float, size: float) -> float:
+    return error / size if error else 0.0
+
+
+@eqx.filter_jit
+def _traces(parts, times, points, context, keys):
+    """Derivative by the field and by the divergence, the trace, the Jacobian's norm, estimates."""
+    integrands, params = recognized(parts)
+    chosen = integrands.chosen_divergence(points[0], params, context)
+
+    def at(t, z, context):
+        g = integrands.at(t, params, context)
+        dz, trace, square = exact(chunk=16).with_norm(g, z, None)
+        own = lambda key: chosen.apply(g, z, chosen.init(key, z))
+        own_dz, estimates = jax.lax.map(own, keys)
+        return dz, own_dz[0], trace, jnp.sqrt(square), estimates
+
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(jax.vmap(at, (None, 0, 0)), (0, 0, None))(times, points, context)
+
+
+def probe_error(s: Subject) -> Row:
+    """The standard error of one estimate of `log_prob`, over fresh probes."""
+    value, probes = 0.0, s.probes
+    if probes is not None:
+        keys = jax.random.split(s.key, 8)
+        again = [s.flow.log_prob(s.params, s.x, key=key, context=s.context) for key in keys]
+        inside = jnp.stack(again)[:, ~s.outside]
+        value = float(jnp.sqrt(jnp.mean(jnp.var(inside, axis=0, ddof=1))))
+    times = math.ceil((value / PROBE_ERROR) ** 2) if math.isfinite(value) else 1
+    event = s.x.shape[1:]
+    drawn = probes.shape[1] if probes is not None and probes.shape[2:] == event else 1
+    advice = "divergence=jaxode.divergence.exact(); training bears unbiased noise."
+    if times * drawn < math.prod(event):
+        advice = f"take {times} times as many probes, or {advice}"
+    else:
+        advice = f"use {advice}"
+    return s.judge(
+        "probe standard error", value, PROBE_ERROR, f"at most {PROBE_ERROR:g} nats",
+        f"For densities to report {advice}",
+    )  # fmt: skip
+
+
+def base_probability(s: Subject) -> Row:
+    """The integral of the base density."""
+    base, key = s.flow.base, s.key
+    count = min(CHUNK, max(512, 2**22 // math.prod(base.event_shape)))
+    return _integrated(
+        s, "base probability", base.sample(key, (count,)), base.log_prob,
+        "Normalize the base density: it does not integrate to one, or not where its samples are.",
+    )  # fmt: skip
+
+
+def total_probability(s: Subject) -> Row:
+    """The integral of the density of the flow."""
+    name, size = "total probability", math.prod(s.flow.base.event_shape)
+    if s.failure or s.tight_failure or bool(s.outside.all()):
+        return Row(name, np.nan, f"1 within {PROBABILITY:g}")
+    if size > EXACT_UP_TO:
+        # No proposals are near enough to its samples.
+        return Row(name, np.nan, f"not resolved beyond {EXACT_UP_TO} dimensions")
+    # Noise in the log-density would not average out in the density.
+    flow = s.flow if s.probes is None else dataclasses.replace(s.flow, divergence=exact())
+    to_data = lambda flow, z, context: flow.from_base(s.params, z, context=context)
+    log_prob = lambda flow, x, context: flow.log_prob(s.params, x, context=context)
+    of_flow = lambda solve: lambda rows: _in_chunks(s, flow, solve, rows)
+    samples = of_flow(to_data)(flow.base.sample(s.key, (CHUNK,)))
+    samples = samples[np.isfinite(samples).reshape(CHUNK, -1).all(axis=1)]
+    if len(samples) < 2:
+        return s.judge(name, np.nan, PROBABILITY, f"1 within {PROBABILITY:g}", "")
+    advice = (
+        f"{s.solve_finer}: the density does not integrate to one; if that does not help, the "
+        "divergence of the vector field is wrong, or the field is not smooth."
+    )
+    measure = _on_grids if size in GRIDS else _integrated
+    return measure(s, name, samples, of_flow(log_prob), advice)
+
+
+def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.ndarray:
+    """In chunks of one size, so that one program does for all of them, for the first context.
+
+    A row that fails alone, such as a point that no sample reaches, is NaN.
+    """
+    chunk = lambda leaf: jnp.broadcast_to(leaf[:1], (CHUNK, *leaf.shape[1:]))
+    context = jax.tree.map(lambda leaf: chunk(jnp.asarray(leaf)), s.context)
+    alone = flow if s.implicit else dataclasses.replace(flow, step_control="per_sample")
+
+    def run(x):
+        if s.implicit:
+            # It takes a batch as one system, whose Jacobian grows with its square.
+            one = lambda x, c: solve(flow, x[None], jax.tree.map(lambda leaf: leaf[None], c))[0]
+            return jax.vmap(one)(x, context)
+        out = solve(flow, x, context)
+        return solve(alone, x, context) if jnp.isnan(out).any() else out
+
+    out = []
+    for i in range(0, len(rows), CHUNK):
+        part = jnp.asarray(rows[i : i + CHUNK], s.x.dtype)
+        padded = jnp.concatenate([part, chunk(part)[len(part) :]])
+        out.append(np.asarray(run(padded))[: len(part)])
+    return np.concatenate(out)
+
+
+def _on_grids(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
+    """The integral over a box around samples, on finer and finer grids."""
+    event, flat = samples.shape[1:], samples.reshape(len(samples), -1)
+    size, (low, high) = flat.shape[1], (np.min(flat, axis=0), np.max(flat, axis=0))
+    low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
+    value, change, points = np.nan, np.nan, 0
+    for points in GRIDS[size]:
+        axes = [np.linspace(a, b, points) for a, b in zip(low, high, strict=True)]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, *event)
+        density = _density(log_prob(grid)).reshape((points,) * size)
+        value = _integral(density, axes)
+        coarse = (slice(None, None, 2),) * size
+        change = abs(value - _integral(density[coarse], [axis[::2] for axis in axes]))
+        if not change > 0.1 * PROBABILITY:
+            break
+    if change > PROBABILITY:
+        # No fault of the flow, but nothing is known.
+        return Row(name, np.nan, f"not resolved by {points} points a side")
+    return _near_one(s, name, value, change, advice)
+
+
+def _integrated(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
+    """The integral by importance sampling, with proposals like the samples."""
+    density = lambda x: _density(log_prob(jnp.asarray(x, s.x.dtype)))
+    value, error, effective = importance(s.key, samples, density)
+    if not effective >= EFFECTIVE * len(samples):
+        text = f"not resolved: effective sample size {effective:.0f} of {len(samples)}"
+        return Row(name, np.nan, text)
+    return _near_one(s, name, value, 4 * error, advice)
+
+
+def _density(log_prob) -> np.ndarray:
+    """Where no solve arrives, there is none."""
+    return np.exp(np.nan_to_num(np.asarray(log_prob, float), nan=-np.inf, posinf=np.inf))
+
+
+def _near_one(s: Subject, name: str, value: float, uncertain: float, advice: str) -> Row:
+    limit = PROBABILITY + uncertain
+    row = s.judge(name, abs(value - 1), limit, f"1 within {limit:.2g}", advice)
+    return row._replace(value=value)
+
+
+def _integral(values: np.ndarray, axes: list[np.ndarray]) -> float:
+    for axis in reversed(axes):
+        values = np.trapezoid(values, axis)
+    return float(values)
