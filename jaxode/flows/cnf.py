@@ -38,7 +38,7 @@ from jaxode.flows.validation import (
 )
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import nan_or_raise, raise_on_failure
+from jaxode.ode.results import nan_or_raise, raise_on_failure, tied
 from jaxode.ode.solve import VectorField, check_implicit
 from jaxode.ode.system import System, make_system
 from jaxode.ode.validation import Time, check_time, one_of
@@ -171,8 +171,7 @@ class CNF(eqx.Module):
         if concrete if self.throw is None else self.throw:
             nan = nan_or_raise(stats.result, t_reached, where)
             if not concrete:
-                failed = jnp.any(stats.result != 0)
-                loss = jnp.where(failed, jnp.sum(nan).astype(loss.dtype), loss)
+                loss = tied(loss, jnp.all(stats.result == 0), jnp.sum(nan))
         return loss, stats
 
     def matching_loss(

@@ -83,11 +83,12 @@ def failure_message(where: str, result: Any, t_reached: Any) -> str:
 
 def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], where: str):
     """NaN for each row, unless a solve failed: then it raises, at once or when it runs."""
+    # The time of a solve that is being differentiated is traced where the result is not.
+    result, t_reached = jax.lax.stop_gradient((result, t_reached))
     if not isinstance(result, jax.core.Tracer):
         if np.any(np.asarray(result)):
             raise SolveError(failure_message(where, result, t_reached))
         return np.full(np.shape(t_reached), np.nan, t_reached.dtype)
-    result, t_reached = jax.lax.stop_gradient((result, t_reached))
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray) -> np.ndarray:
         raise SolveError(failure_message(where, codes, times))
@@ -106,6 +107,14 @@ def nan_or_raise(result: Int[Array, "*rows"], t_reached: Float[Array, "*rows"], 
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 
 
+def tied(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[Array, "..."]:
+    """The leaf where `ok`, else the value `nan` of `nan_or_raise`.
+
+    As a factor: so the derivatives depend on it, too, and a program that uses them alone raises.
+    """
+    return leaf * jnp.where(ok, 1.0, nan).astype(leaf.dtype)
+
+
 def raise_on_failure(solution: Solution, where: str) -> Solution:
     """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
 
@@ -117,10 +126,9 @@ def raise_on_failure(solution: Solution, where: str) -> Solution:
         return solution
     ok = solution.ok
 
-    # The state depends on the callback's value, so it cannot be eliminated as dead code.
     def guard(leaf, axis):
         shape = (1,) * axis + ok.shape + (1,) * (leaf.ndim - axis - ok.ndim)
-        return jnp.where(ok.reshape(shape), leaf, nan.reshape(shape).astype(leaf.dtype))
+        return tied(leaf, ok.reshape(shape), nan.reshape(shape))
 
     y1 = jax.tree.map(lambda leaf: guard(leaf, 0), solution.y1)
     ys = jax.tree.map(lambda leaf: guard(leaf, 1), solution.ys)
