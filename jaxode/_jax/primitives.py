@@ -18,12 +18,16 @@ from jaxtyping import Array
 T = TypeVar("T")
 
 
-def _identity(name: str) -> Primitive:
+def _identity(name: str, several: bool = False) -> Primitive:
     primitive = Primitive(name)
-    primitive.def_impl(lambda x, **_: x)
-    primitive.def_abstract_eval(lambda x, **_: x)
-    batching.defvectorized(primitive)
-    mlir.register_lowering(primitive, lambda _, x, **__: [x])
+    primitive.multiple_results = several
+    primitive.def_impl(lambda *x, **_: [*x] if several else x[0])
+    primitive.def_abstract_eval(lambda *x, **_: [*x] if several else x[0])
+    batching.primitive_batchers[primitive] = lambda x, axes, **params: (
+        primitive.bind(*x, **params),
+        [*axes] if several else axes[0],
+    )
+    mlir.register_lowering(primitive, lambda _, *x, **__: [*x])
     return primitive
 
 
@@ -39,32 +43,44 @@ def kept_apart(x: Array) -> Array:
     return _apart.bind(x)
 
 
-_reverse = _identity("reverse_only")
-_tangent = _identity("reverse_only_tangent")
+_reverse = _identity("reverse_only", several=True)
+_tangent = _identity("reverse_only_tangent", several=True)
 
 
-def _refuse(*_, message: str):
+def _refuse(*_, message: str, **__):
     raise TypeError(message)
 
 
 def _reverse_jvp(primals, tangents, *, message: str):
-    # The value leaves the guard, so that forward over reverse is not stopped.
-    (x,), (dx,) = primals, tangents
-    return x, dx if isinstance(dx, ad.Zero) else _tangent.bind(dx, message=message)
+    # The values leave the guard, so that forward over reverse is not stopped.
+    moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    moved = [tangent for tangent, moves in zip(tangents, moving, strict=True) if moves]
+    # With the values, or `vmap` would meet what comes after the guard before a tangent that it
+    # does not change.
+    moved = iter(_tangent.bind(*moved, *primals, message=message, count=len(moved)))
+    pairs = zip(tangents, moving, strict=True)
+    return [*primals], [next(moved) if moves else tangent for tangent, moves in pairs]
+
+
+def _tangent_transpose(bars, *inputs, message: str, count: int):
+    del message
+    return [*bars, *[None] * (len(inputs) - count)]
 
 
 ad.primitive_jvps[_reverse] = _reverse_jvp
 # A tangent may be recorded and transposed, but not computed.
 _tangent.def_impl(_refuse)
+_tangent.def_abstract_eval(lambda *inputs, count, **_: inputs[:count])
 batching.primitive_batchers[_tangent] = _refuse
 mlir.register_lowering(_tangent, _refuse)
-ad.deflinear2(_tangent, lambda bar, _, **__: [bar])
+ad.primitive_transposes[_tangent] = _tangent_transpose
 
 
 def reverse_only(tree: T, message: str) -> T:
     """The same arrays; a `TypeError` with this message if a tangent of them is computed."""
-    guard = lambda x: _reverse.bind(x, message=message) if eqx.is_inexact_array(x) else x
-    return jax.tree.map(guard, tree)
+    guarded, rest = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(guarded)
+    return eqx.combine(structure.unflatten(_reverse.bind(*leaves, message=message)), rest)
 
 
 def first_derivatives_only(tree: T, message: str) -> T:

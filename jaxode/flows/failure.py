@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.sharding import AxisName
-from jaxode.ode.results import Faults, nan_or_raise
+from jaxode.ode.results import Faults, nan_or_raise, tied
 
 
 def faults_of(
@@ -77,5 +77,4 @@ def loss_or_raise(
     nan = nan_or_raise(result, t_reached, where, faults)
     if concrete:
         return loss
-    # As a factor: so the gradient depends on it, too, and a program of the gradient alone raises.
-    return loss * jnp.where(jnp.all(result == 0), 1.0, jnp.sum(nan)).astype(loss.dtype)
+    return tied(loss, jnp.all(result == 0), jnp.sum(nan))

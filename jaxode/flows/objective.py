@@ -20,15 +20,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.closure import ClosedField, close_field, recognized
-from jaxode._jax.sharding import fori_loop, vary_alike, while_loop
+from jaxode._jax.sharding import vary_alike
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.quadrature import Nodes, shares_stages
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.adjoints.discrete import per_step_gradient
-from jaxode.ode.adjoints.replay import in_reverse, interval, nan_unless, once_only, replay
-from jaxode.ode.adjoints.sweep import Step, Sweep
-from jaxode.ode.loop.integrate import Integration, Tape, integrate
+from jaxode.ode.adjoints.replay import (
+    at_start,
+    in_reverse,
+    nan_unless,
+    once_only,
+    stand_in,
+    without_unused,
+)
+from jaxode.ode.adjoints.sweep import Sweep
+from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
@@ -99,12 +106,16 @@ def _augmented(objective: Objective):
         )
     )
     z, costs = solution.y1
+    unused = _unused(solution.result, objective.weights)
+    z, costs = stand_in((z, costs), unused, solution.result)
     # The divergence is integrated in the direction of the solve, running costs in forward time.
     log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
     log_prob = log_prob_of(objective.base, z) + log_det
-    penalty = running @ objective.coefficients(running.dtype)
+    penalty = _penalty(running, objective.coefficients(running.dtype))
     weights = objective.weights
-    loss = jnp.sum(weights * (penalty - log_prob).astype(weights.dtype))
+    loss = _mean(weights, (penalty - log_prob).astype(weights.dtype), unused)
+    valid = nan_unless(~unused, log_prob.dtype)
+    log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
     rest = (log_prob, log_det, running, solution.stats, solution.result, solution.t_reached)
     return loss, rest
 
@@ -178,12 +189,26 @@ def _fused(objective: Objective):
     return loss, rest
 
 
-def _nodes(params, rest, inputs: Inputs, settings: Settings) -> Nodes:
+def _unused(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
+    """Samples of weight zero whose own solve failed; `[rows]`, and none if it is one for all."""
+    failed = jnp.atleast_1d(result != Result.SUCCESS)
+    return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
+
+
+def _penalty(running: Float[Array, "batch costs-1"], coefficients: Float[Array, " costs-1"]):
+    return jnp.matmul(running, coefficients, precision=jax.lax.Precision.HIGHEST)
+
+
+def _mean(weights: Float[Array, " batch"], losses: Float[Array, " batch"], unused):
+    return jnp.sum(jnp.where(unused, 0.0, weights * losses))
+
+
+def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
     """The quadrature of the costs, as a function of the differentiated leaves."""
 
     def apply(params, t, y):
         _, (shared, context), costs, probes = eqx.combine(params, rest)
-        return costs(t, y, (shared, (probes, context)))
+        return costs(*at_start(inputs.problem, unused, t, y), (shared, (probes, context)))
 
     of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
@@ -193,9 +218,10 @@ def _nodes(params, rest, inputs: Inputs, settings: Settings) -> Nodes:
 @eqx.filter_custom_vjp
 def _loss(inputs: Inputs, settings: Settings):
     integration, tape = integrate(inputs.problem, settings.method, settings.checkpoints)
-    nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings)
-    integrals = _integrals(nodes, inputs, settings, tape)
-    return _assemble(inputs, settings, integration, integrals)
+    unused = _unused(integration.result, inputs.weights)
+    nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings, unused)
+    integrals = nodes.along(inputs.problem.slope, tape)
+    return _assemble(inputs, settings, integration, integrals, unused)
 
 
 @_loss.def_fwd
@@ -208,15 +234,19 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
     ):
         closed.check_closed_over(wants, problem.y0)
     integration, tape = integrate(problem, settings.method, settings.checkpoints)
+    unused = _unused(integration.result, inputs.weights)
+    problem = without_unused(problem, unused, integration.result)
+    inputs = inputs._replace(problem=problem)
     params, rest = eqx.partition(inputs.integrated, perturbed.integrated)
-    nodes = _nodes(params, rest, inputs, settings)
+    nodes = _nodes(params, rest, inputs, settings, unused)
     timed = bool(wanted.t0 or wanted.t1)
 
     def apply(params, t, y):
         field, args, *_ = eqx.combine(params, rest)
-        return field(t, y, args)
+        return field(*at_start(problem, unused, t, y), args)
 
-    base_bar, z_bar = _pull_base(perturbed, inputs, integration)
+    z = stand_in(integration.y1, unused, integration.result)
+    base_bar, z_bar = _pull_base(perturbed, inputs, z)
     mesh = Mesh(problem.t0, problem.t1, settings.method.breakpoints)
     sweep = Sweep(
         apply=apply,
@@ -225,6 +255,7 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
         tape=tape,
         mesh=mesh,
         timed=timed,
+        unused=unused,
         per_step=per_step_gradient(params, problem.field),
         inside=nodes.inside(mesh if timed else None),
         inside_pulls_last=nodes.shared,
@@ -234,7 +265,7 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
     carry = (nodes.zero(), by_times, jnp.zeros_like(tape.times[0]))
     swept = sweep.run(z_bar, zeros, carry)
     integrals, by_times, _ = swept.inside
-    out = _assemble(inputs, settings, integration, integrals)
+    out = _assemble(inputs, settings, integration, integrals, unused)
     _, (log_prob, _, running, *_) = out
     field_bar, args_bar, costs_bar, probes_bar = swept.params
     t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
@@ -243,10 +274,11 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
         costs=costs_bar,
         probes=probes_bar,
         base=base_bar,
-        weights=running @ settings.coefficients - log_prob,
+        weights=jnp.where(unused, 0, _penalty(running, settings.coefficients) - log_prob),
     )
     # A failed solve has no gradient: NaN, not a plausible number.
-    valid = jnp.prod(nan_unless(integration.result == Result.SUCCESS, problem.y0.dtype))
+    ok = (integration.result == Result.SUCCESS) | unused
+    valid = jnp.prod(nan_unless(ok, problem.y0.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
     return out, eqx.filter(bars, perturbed)
 
@@ -259,14 +291,14 @@ def _loss_backward(bars, out, perturbed, inputs, settings):
     return once_only("nll", scaled)
 
 
-def _pull_base(perturbed: Inputs, inputs: Inputs, integration: Integration):
+def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "rows n"]):
     """The cotangents of the base density, and of the state at its time."""
     params, rest = eqx.partition(inputs.base, perturbed.base)
 
     def base(params, z):
         return _log_prob(eqx.combine(params, rest), inputs, z)
 
-    _, pull = jax.vjp(base, params, integration.y1)
+    _, pull = jax.vjp(base, params, z)
     return pull(-inputs.weights)
 
 
@@ -274,29 +306,11 @@ def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "rows n"]):
     return base(jnp.broadcast_to(inputs.problem.t1, z.shape[:1]), z, ())
 
 
-def _assemble(inputs: Inputs, settings: Settings, integration: Integration, integrals):
+def _assemble(inputs: Inputs, settings: Settings, integration: Integration, integrals, unused):
     log_det, running = integrals[:, 0], integrals[:, 1:]
     log_prob = _log_prob(inputs.base, inputs, integration.y1) + log_det
     valid = nan_unless(integration.result == Result.SUCCESS, log_prob.dtype)
     log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
-    loss = jnp.sum(inputs.weights * (running @ settings.coefficients - log_prob))
+    loss = _mean(inputs.weights, _penalty(running, settings.coefficients) - log_prob, unused)
     rest = (log_prob, log_det, running, integration.stats, integration.result)
     return loss, (*rest, integration.t_reached)
-
-
-def _integrals(nodes: Nodes, inputs: Inputs, settings: Settings, tape: Tape):
-    """The integrals along the recorded steps, in the order in which the sweep adds them."""
-    tableau, field = settings.method.tableau, inputs.problem.slope
-
-    def step(carry):
-        stop, integrals, after, checkpoints = carry
-        y, k, checkpoints = replay(field, tableau, tableau.stages, tape.times, checkpoints, stop)
-        t, h = interval(tape.times, jnp.maximum(stop - 1, 0))
-        recorded = Step(t, jnp.where(stop == 0, 0.0, h), y, k)
-        add = lambda i, total: total + nodes.evaluate(recorded, after, stop, i)
-        integrals = fori_loop(*nodes.numbers(stop), add, integrals)
-        return stop - 1, integrals, recorded.h, checkpoints
-
-    carry = (tape.num_steps, nodes.zero(), jnp.zeros_like(tape.times[0]), tape.checkpoints)
-    first = 0 if nodes.shared else 1
-    return while_loop(lambda carry: carry[0] >= first, step, carry)[1]

@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
-from jaxode._jax.sharding import fori_loop
+from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode.ode.adjoints.replay import interval, replay
 from jaxode.ode.adjoints.sweep import Step
+from jaxode.ode.loop.integrate import Field, Tape
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.tableau import Tableau
 
@@ -137,6 +139,24 @@ class Nodes(NamedTuple):
         time, state, _, _ = self._state(step, theta)
         values = self.apply(self.params, time, state)
         return self._scale(weight) * values[:, : self.bars.shape[1]]
+
+    def along(self, field: Field, tape: Tape) -> Float[Array, "batch costs"]:
+        """The integrals along the recorded steps, in the order in which the sweep adds them."""
+
+        def step(carry):
+            stop, integrals, after, checkpoints = carry
+            y, k, checkpoints = replay(
+                field, self.tableau, self.tableau.stages, tape.times, checkpoints, stop
+            )
+            t, h = interval(tape.times, jnp.maximum(stop - 1, 0))
+            recorded = Step(t, jnp.where(stop == 0, 0.0, h), y, k)
+            add = lambda i, total: total + self.evaluate(recorded, after, stop, i)
+            integrals = fori_loop(*self.numbers(stop), add, integrals)
+            return stop - 1, integrals, recorded.h, checkpoints
+
+        carry = (tape.num_steps, self.zero(), jnp.zeros_like(tape.times[0]), tape.checkpoints)
+        first = 0 if self.shared else 1
+        return while_loop(lambda carry: carry[0] >= first, step, carry)[1]
 
     def inside(self, mesh: Mesh | None):
         """For `Sweep.inside`; `mesh` is None if the times are not differentiated.

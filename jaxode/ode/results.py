@@ -109,12 +109,13 @@ def nan_or_raise(
 
     A row that has failed would be NaN; without one, `jax.debug_nans` must not find any.
     """
+    # The time of a solve that is being differentiated is traced where the result is not.
+    result, t_reached = jax.lax.stop_gradient((result, t_reached))
     find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
     if not isinstance(result, jax.core.Tracer):
         if np.any(np.asarray(result)):
             raise SolveError(failure_message(where, result, t_reached, find()))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
-    result, t_reached = jax.lax.stop_gradient((result, t_reached))
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, found: dict[str, Any]) -> np.ndarray:
         raise SolveError(failure_message(where, codes, times, found))
@@ -133,6 +134,14 @@ def nan_or_raise(
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 
 
+def tied(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[Array, "..."]:
+    """The leaf where `ok`, else the value `nan` of `nan_or_raise`.
+
+    As a factor: so the derivatives depend on it, too, and a program that uses them alone raises.
+    """
+    return leaf * jnp.where(ok, 1.0, nan).astype(leaf.dtype)
+
+
 def raise_on_failure(solution: Solution, where: str, faults: Faults | None = None) -> Solution:
     """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
 
@@ -144,10 +153,9 @@ def raise_on_failure(solution: Solution, where: str, faults: Faults | None = Non
         return solution
     ok = solution.ok
 
-    # The state depends on the callback's value, so it cannot be eliminated as dead code.
     def guard(leaf, axis):
         shape = (1,) * axis + ok.shape + (1,) * (leaf.ndim - axis - ok.ndim)
-        return jnp.where(ok.reshape(shape), leaf, nan.reshape(shape).astype(leaf.dtype))
+        return tied(leaf, ok.reshape(shape), nan.reshape(shape))
 
     y1 = jax.tree.map(lambda leaf: guard(leaf, 0), solution.y1)
     ys = jax.tree.map(lambda leaf: guard(leaf, 1), solution.ys)

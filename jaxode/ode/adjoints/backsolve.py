@@ -19,7 +19,14 @@ from jaxode.ode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.ode.adjoints.replay import filled, in_reverse
+from jaxode.ode.adjoints.replay import (
+    filled,
+    in_reverse,
+    stand_in,
+    unused_rows,
+    without_cotangent,
+    without_unused,
+)
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
@@ -98,15 +105,25 @@ def _backward(integration, out, perturbed, problem, method, rtol, atol):
 
 def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segment:
     """The backward solve from the cotangents `out`."""
+    result = integration.result
+    unused = unused_rows(result, out)
+    idle = without_cotangent(jnp.ones_like(unused), out)
+    problem = without_unused(problem, unused, result)
+    fill = lambda y: stand_in(y, unused, result)
+    y1, ys = fill(integration.y1), jax.tree.map(jax.vmap(fill), integration.ys)
+    integration = integration._replace(y1=y1, ys=ys)
     parts = (problem.field, problem.args)
     params, rest = eqx.partition(parts, (perturbed.field, perturbed.args))
     out = _Ends(filled(out.y1, problem.y0), None if problem.ts is None else out.ys)
-    failed = integration.result != Result.SUCCESS
+    # A row on which nothing depends stays at the end, where its cotangent is zero, too.
+    resting = (result != Result.SUCCESS) | idle
     # Without integers, which have no cotangent.
     integration = integration._replace(stats=None, result=None, t_reached=None)
-    ends = problem._replace(field=None, args=None), integration, failed, out
+    ends = problem._replace(field=None, args=None), integration, resting, out
     inputs = in_reverse((params, rest, *ends), "BacksolveAdjoint")
-    return _solve_back(inputs, with_tolerances(method, rtol, atol))
+    segment = _solve_back(inputs, with_tolerances(method, rtol, atol))
+    result = jnp.where(idle, Result.SUCCESS, segment.result).astype(jnp.int32)
+    return segment._replace(result=result)
 
 
 class _Ends(NamedTuple):
@@ -124,7 +141,7 @@ def _apply(params, rest, t, y):
 @eqx.filter_custom_vjp
 def _solve_back(inputs, method):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
-    params, rest, problem, integration, failed, out = inputs
+    params, rest, problem, integration, resting, out = inputs
     rows, n = problem.y0.shape
 
     def adjoint_field(t, state, weight):
@@ -140,7 +157,7 @@ def _solve_back(inputs, method):
     start = jnp.broadcast_to(problem.t1, (rows,))
     state = jnp.concatenate([integration.y1, out.y1], axis=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    segment = Segment.start(start, -integration.h, state, zeros, failed)
+    segment = Segment.start(start, -integration.h, state, zeros, resting)
     ts, ys, ys_bar = problem.ts, integration.ys, out.ys
     if ts is None or ys is None or ys_bar is None:
         return solve(segment, problem.t0)
@@ -151,7 +168,7 @@ def _solve_back(inputs, method):
         j = ts.shape[0] - 1 - i
         at_output, j = j >= 0, jnp.maximum(j, 0)
         segment = solve(segment, jnp.where(at_output, ts[j], problem.t0))
-        y = jnp.where(at_output, ys[j], segment.y[:, :n])
+        y = jnp.where(at_output & ~resting[:, None], ys[j], segment.y[:, :n])
         a = segment.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
         return segment._replace(y=jnp.concatenate([y, a], axis=1))
 

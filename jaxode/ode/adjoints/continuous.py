@@ -19,7 +19,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.replay import bars_where, filled, nan_unless, split
+from jaxode.ode.adjoints.replay import (
+    bars_where,
+    filled,
+    nan_unless,
+    split,
+    unused_rows,
+    without_unused,
+)
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.method import Method, aim, judge, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
@@ -135,7 +142,7 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
     A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
     b = jnp.asarray(tableau.b, state.y.dtype)
 
-    def evaluate(i, k, weight):
+    def evaluate(i, k, h, weight):
         z = state.y + h[:, None] * weighted_sum(A[i], k)
         return field(state.t + c[i] * h, z, weight)
 
@@ -146,7 +153,7 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
 
     def stage(i, carry):
         k, quadrature = carry
-        k_i, integrand = evaluate(i, k, jnp.where(b[i] != 0, h * b[i], h))
+        k_i, integrand = evaluate(i, k, h, jnp.where(b[i] != 0, h * b[i], h))
         if one_row:
             quadrature = add_used(i, quadrature, integrand)
         return k.at[i].set(k_i), quadrature
@@ -158,9 +165,10 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
         if one_row:
             keep = lambda new, old: jnp.where(accept[0], new, old)
             return jax.tree.map(keep, quadrature, state.quadrature)
-        # Rows are summed, so what a rejected row would add must be known beforehand.
-        weight = jnp.where(accept, h, 0.0)
-        again = lambda i, q: add_used(i, q, evaluate(i, k, weight * b[i])[1])
+        # Rows are summed, so what a rejected row would add must be known beforehand. It is zero
+        # times an integrand that may not be finite where the step would have gone.
+        taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
+        again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
         return fori_loop(0, tableau.stages, again, state.quadrature)
 
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
@@ -208,9 +216,11 @@ def cotangents(
 
     They are NaN where the solve forward or the solve back failed.
     """
+    unused = unused_rows(integration.result, out)
+    problem = without_unused(problem, unused, integration.result)
     y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-    params, apply = split(problem, perturbed)
-    ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS)
+    params, apply = split(problem, perturbed, unused)
+    ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS) | unused
     valid = nan_unless(ok, y0.dtype)
     if method.raises:
         # What failed forward has raised there.
@@ -224,14 +234,14 @@ def cotangents(
 
     t0_bar = t1_bar = ts_bar = None
     if perturbed.t0:
-        start_bar = -(y0_bar * valid[:, None])
+        start_bar = -jnp.where(unused[:, None], 0, y0_bar * valid[:, None])
         t0_bar = by_time(t0[None], y0[None], start_bar[None])[0]
     if perturbed.t1:
         t1_bar = by_time(t1[None], integration.y1[None], filled(out.y1, y0)[None])[0]
     if ts is not None and perturbed.ts:
         ts_bar = jnp.zeros_like(ts) if out.ys is None else by_time(ts, integration.ys, out.ys)
     bars = {"y0": y0_bar if perturbed.y0 else None, "t0": t0_bar, "t1": t1_bar, "ts": ts_bar}
-    return bars_where(valid, segment.quadrature, **bars)
+    return bars_where(valid, unused, segment.quadrature, **bars)
 
 
 def check_tolerances(where: str, rtol, atol) -> None:

@@ -18,6 +18,8 @@ from jaxode.ode.adjoints.replay import (
     once_only,
     output_is_inside,
     split,
+    unused_rows,
+    without_unused,
 )
 from jaxode.ode.adjoints.sweep import Step, Sweep
 from jaxode.ode.loop.integrate import Integration, integrate, output_weights, save_times_at
@@ -78,8 +80,10 @@ def _forward(perturbed, problem: Problem, method: Method, checkpoints: int):
 @_integrate.def_bwd
 def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem, method, _):
     tape, result = residuals
+    unused = unused_rows(result, out)
+    problem = without_unused(problem, unused, result)
     y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-    params, apply = split(problem, perturbed)
+    params, apply = split(problem, perturbed, unused)
     timed = bool(perturbed.t0 or perturbed.t1 or perturbed.ts)
     params_bar = jax.tree.map(jnp.zeros_like, params)
     inside, carry = None, None
@@ -89,14 +93,15 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
         carry = saved, jnp.zeros_like(ts)
     per_step = per_step_gradient(params, problem.field)
     mesh = Mesh(t0, t1, method.breakpoints)
-    sweep = Sweep(apply, params, method.tableau, tape, mesh, timed, per_step, inside)
+    sweep = Sweep(apply, params, method.tableau, tape, mesh, timed, unused, per_step, inside)
     swept = sweep.run(filled(out.y1, y0), params_bar, carry)
     ts_bar = None if ts is None else jnp.zeros_like(ts) if inside is None else swept.inside[1]
     t0_bar, t1_bar, ts_bar = (swept.t0, swept.t1, ts_bar) if timed else (None, None, None)
     # A failed solve has no gradient: NaN, not a plausible number.
-    valid = nan_unless((result == Result.SUCCESS) & (tape.num_steps > 0), y0.dtype)
+    ok = (result == Result.SUCCESS) & (tape.num_steps > 0)
+    valid = nan_unless(ok | unused, y0.dtype)
     y0_bar = swept.y if perturbed.y0 else None
-    bars = bars_where(valid, swept.params, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar)
+    bars = bars_where(valid, unused, swept.params, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar)
     return once_only("DiscreteAdjoint", bars)
 
 

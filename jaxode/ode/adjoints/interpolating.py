@@ -25,6 +25,8 @@ from jaxode.ode.adjoints.replay import (
     output_is_inside,
     replay,
     split,
+    unused_rows,
+    without_unused,
 )
 from jaxode.ode.loop.integrate import Integration, dense_output, integrate, save_times_at
 from jaxode.ode.loop.method import Method
@@ -100,8 +102,10 @@ def _backward(residuals, out, perturbed, problem, method, adjoint):
 
 def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> Segment:
     """The adjoint solve from the cotangents `out`."""
+    unused = unused_rows(integration.result, out)
+    problem = without_unused(problem, unused, integration.result)
     y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-    params, apply = split(problem, perturbed)
+    params, apply = split(problem, perturbed, unused)
     tableau, sign = method.tableau, jnp.sign(t1 - t0)
     rows = jnp.arange(y0.shape[0], dtype=jnp.int32)
     method = with_tolerances(method, adjoint.rtol, adjoint.atol)

@@ -12,8 +12,9 @@ from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.integrate import Field, save_times_at, stages
+from jaxode.ode.loop.integrate import Field, Integration, save_times_at, stages
 from jaxode.ode.loop.method import weighted_sum
+from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import Tableau
 from jaxode.ode.validation import integer
@@ -21,7 +22,52 @@ from jaxode.ode.validation import integer
 T = TypeVar("T")
 
 
-def split(problem: Problem, perturbed: Problem) -> tuple[PyTree, Callable[..., Array]]:
+def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Array, " rows"]:
+    """Those of the `rows` whose states have cotangents `out` of zero: nothing depends on them."""
+    if out.y1 is not None:
+        rows &= (out.y1 == 0).all(axis=1)
+    if out.ys is not None:
+        rows &= (out.ys == 0).all(axis=(0, 2))
+    return rows
+
+
+def unused_rows(result: Int[Array, " rows"], out: Integration) -> Bool[Array, " rows"]:
+    """The rows that failed, and on which nothing depends: they have no part in any gradient."""
+    return without_cotangent(result != Result.SUCCESS, out)
+
+
+def stand_in(tree: T, unused: Bool[Array, " rows"], result: Int[Array, " rows"]) -> T:
+    """Leaves `[rows, ...]` with the first row that succeeded in place of those that are unused.
+
+    Zero times NaN is NaN: in a gradient that all rows share, a row must be finite to add nothing.
+    """
+    if len(unused) < 2:
+        return tree
+    other = jnp.argmax(result == Result.SUCCESS)
+    mask = lambda x: unused.reshape(-1, *(1,) * (x.ndim - 1))
+    return jax.tree.map(lambda x: jnp.where(mask(x), x[other], x), tree)
+
+
+def without_unused(
+    problem: Problem, unused: Bool[Array, " rows"], result: Int[Array, " rows"]
+) -> Problem:
+    """The problem, in which unused rows are as the first that succeeded."""
+    shared, rows = problem.args
+    y0, rows = stand_in((problem.y0, rows), unused, result)
+    return problem._replace(args=(shared, rows), y0=y0)
+
+
+def at_start(problem: Problem, unused: Bool[Array, " rows"], t, y):
+    """The time and the state; those of the start, where the field is known to be finite, of unused
+    rows of a problem `without_unused`."""
+    if len(unused) < 2:
+        return t, y
+    return jnp.where(unused, problem.t0, t), jnp.where(unused[:, None], problem.y0, y)
+
+
+def split(
+    problem: Problem, perturbed: Problem, unused: Bool[Array, " rows"]
+) -> tuple[PyTree, Callable[..., Array]]:
     """The differentiated leaves of `(field, args)`, and the field as a function of them."""
     if isinstance(problem.field, ClosedField):
         problem.field.check_closed_over(perturbed.field, problem.y0)
@@ -30,7 +76,7 @@ def split(problem: Problem, perturbed: Problem) -> tuple[PyTree, Callable[..., A
 
     def apply(params, t, y):
         field, args = eqx.combine(params, rest)
-        return field(t, y, args)
+        return field(*at_start(problem, unused, t, y), args)
 
     return params, apply
 
@@ -46,13 +92,24 @@ def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
 
 
 def bars_where(
-    valid: Float[Array, " rows"], params: PyTree, *, y0: Any, t0: Any, t1: Any, ts: Any
+    valid: Float[Array, " rows"],
+    unused: Bool[Array, " rows"],
+    params: PyTree,
+    *,
+    y0: Any,
+    t0: Any,
+    t1: Any,
+    ts: Any,
 ) -> Problem:
-    """The cotangents of a problem times `valid`: that of a row its own, the shared ones all."""
-    shared = jnp.prod(valid)
-    scale = lambda tree: jax.tree.map(lambda leaf: leaf * shared.astype(leaf.dtype), tree)
+    """The cotangents of a problem times `valid`: that of a row its own, the shared ones all.
+
+    Zero of `unused` rows, and the shared ones if no other is left.
+    """
+    shared, none = jnp.prod(valid), unused.all()
+    keep = lambda leaf: jnp.where(none, 0, leaf * shared.astype(leaf.dtype))
+    scale = lambda tree: jax.tree.map(keep, tree)
     field, args = scale(params)
-    y0 = None if y0 is None else y0 * valid[:, None]
+    y0 = None if y0 is None else jnp.where(unused[:, None], 0, y0 * valid[:, None])
     t0, t1, ts = scale((t0, t1, ts))
     return Problem(field, args, y0=y0, t0=t0, t1=t1, ts=ts)
 

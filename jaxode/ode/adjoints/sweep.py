@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
@@ -70,6 +70,8 @@ class Sweep(NamedTuple):
     mesh: Mesh
     timed: bool
     """Whether the times are differentiated."""
+    unused: Bool[Array, " rows"]
+    """Rows whose stages may be NaN, and which have no part in any gradient."""
     per_step: bool
     """Whether the parameter gradient is gathered from all stages of a step as one batch, because
     to write and add it at every stage would cost more than the products themselves."""
@@ -138,6 +140,9 @@ class Sweep(NamedTuple):
         t, h = interval(self.tape.times, jnp.maximum(state.stop - 1, 0))
         if self.waits:
             h = jnp.where(state.stop == 0, 0.0, h)
+        if self.timed and len(self.unused) > 1:
+            # The derivatives by the times are sums of products with the stages.
+            k = jnp.where(self.unused[:, None], 0.0, k)
         return Step(t, h, y, k), checkpoints
 
     def _pull(self, step: Step, bar: Step, y_bar: Float[Array, "rows n"], params_bar, lowest):

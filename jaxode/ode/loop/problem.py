@@ -14,6 +14,8 @@ class Problem(NamedTuple):
     field: Any
     """`(t [rows], y [rows, n], args) -> dy/dt [rows, n]`, without closed-over values."""
     args: PyTree
+    """`(shared, rows)`: what all rows have in common, and leaves `[rows, ...]` of their own; of its
+    samples, if the one row is a batch."""
     y0: Float[Array, "rows n"]
     t0: Float[Array, ""]
     t1: Float[Array, ""]
