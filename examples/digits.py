@@ -4,7 +4,7 @@
 
 1797 real images of 8x8 pixels with 17 grey levels. Matches first and maximizes the likelihood
 after. Prints train and held-out bits per dimension beside a Gaussian with full covariance, and
-writes one picture. About half a minute on two cores; Ctrl-C ends it early with what it has.
+writes one picture. Less than a minute on two cores; Ctrl-C ends it early with what it has.
 """
 
 import argparse
