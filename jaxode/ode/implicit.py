@@ -1,5 +1,6 @@
 """Solvers that are not explicit Runge-Kutta methods, such as implicit ones: solved by diffrax."""
 
+import dataclasses
 from typing import Any
 
 import diffrax
@@ -128,37 +129,29 @@ def _controller(method: Method) -> diffrax.AbstractStepSizeController:
     control = tolerances
     if method.breakpoints is not None:
         control = diffrax.ClipStepSizeController(control, jump_ts=method.breakpoints)
-    return _Remembering(tolerances, control)
+    return _Remembering(method.rtol, method.atol, tolerances.norm, control)
 
 
 class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
     """A controller whose state begins with the end of the last attempt that it has rejected."""
 
-    tolerances: diffrax.PIDController
+    rtol: Any
+    atol: Any
+    norm: Any
     control: diffrax.AbstractStepSizeController
 
-    @property
-    def rtol(self):
-        return self.tolerances.rtol
-
-    @property
-    def atol(self):
-        return self.tolerances.atol
-
-    @property
-    def norm(self):
-        return self.tolerances.norm
-
     def wrap(self, direction):
-        return _Remembering(self.tolerances, self.control.wrap(direction))
+        return dataclasses.replace(self, control=self.control.wrap(direction))
 
     def init(self, terms, t0, *rest):
         t1, state = self.control.init(terms, t0, *rest)
         return t1, (t0, state)
 
-    def adapt_step_size(self, t0, t1, *rest):
-        *rest, (rejected, state) = rest
-        keep, *times, state, result = self.control.adapt_step_size(t0, t1, *rest, state)
+    def adapt_step_size(self, t0, t1, y0, y1, args, error, order, controller_state):
+        rejected, state = controller_state
+        keep, *times, state, result = self.control.adapt_step_size(
+            t0, t1, y0, y1, args, error, order, state
+        )
         rejected = jax.lax.stop_gradient(jnp.where(keep, rejected, t1))
         return keep, *times, (rejected, state), result
 
@@ -253,7 +246,8 @@ def _result(
     attempt = t
     if method.steps is None:
         # diffrax solves forwards, in the time times the sign.
-        rejected = sign * jax.lax.stop_gradient(solution.controller_state[0])
+        state: Any = solution.controller_state
+        rejected = sign * jax.lax.stop_gradient(state[0])
         attempt = jnp.where(sign * (rejected - t) > 0, rejected, t)
 
     def finite_beyond():

@@ -136,7 +136,7 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
     for leaf in leaves:
         array = isinstance(leaf, jax.Array | np.ndarray | np.generic | _PYTHON_NUMBERS)
         if not array or _is_not_numeric(leaf):
-            got = leaf.dtype if array else type(leaf).__name__
+            got = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
                 f"{where}({name}=...): leaves must be floating arrays; got {got}. "
                 "Pass things that are not part of the state in args."
