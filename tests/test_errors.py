@@ -63,7 +63,7 @@ BAD_INPUT = [
     (
         lambda: solve(y0=jnp.array([1j])), TypeError,
         "solve(y0=...): leaves must have a floating dtype; got complex128. "
-        "Convert with .astype(jnp.float32).",
+        "Pass real and imaginary parts, such as (y.real, y.imag).",
     ),
     (
         lambda: solve(y0={"a": "text"}), TypeError,
@@ -100,7 +100,7 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(ts=jnp.array([0.5, 1.5])), ValueError,
-        "solve(ts=...): times must lie between t0=0 and t1=1; got [0.5 1.5]. "
+        "solve(ts=...): times must lie between t0=0.0 and t1=1.0; got 1.5. "
         "Extend the solve or drop the times outside it.",
     ),
     (

@@ -141,11 +141,15 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
                 f"{where}({name}=...): leaves must be floating arrays; got {got}. "
                 "Pass things that are not part of the state in args."
             )
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = numeric_dtype(leaf)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got, cure = dtype, "Convert with .astype(jnp.float32)."
+            if dtype is None:
+                got, cure = f"{type(leaf).__name__} of {leaf.dtype}", "Convert to a JAX array."
+            elif jnp.issubdtype(dtype, jnp.complexfloating):
+                cure = "Pass real and imaginary parts, such as (y.real, y.imag)."
             raise TypeError(
-                f"{where}({name}=...): leaves must have a floating dtype; got {dtype}. "
-                "Convert with .astype(jnp.float32)."
+                f"{where}({name}=...): leaves must have a floating dtype; got {got}. {cure}"
             )
     return jax.tree.map(jnp.asarray, y0)
 
@@ -267,8 +271,8 @@ def numeric_dtype(value: Any) -> Any:
     if isinstance(value, str):
         return None  # JAX would take it for the name of a dtype
     try:
-        return jnp.result_type(jnp.asarray(value))
-    except (TypeError, ValueError):
+        return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -304,6 +308,8 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
 
 
 def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
+    if not np.isfinite(ts).all():
+        raise ValueError(f"{where}(ts=...): times must be finite; got {ts}.")
     sign = 1.0 if t1 >= t0 else -1.0
     if not np.all(np.diff(sign * ts) >= 0):
         direction = "increase" if sign > 0 else "decrease"
@@ -313,8 +319,10 @@ def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
         )
     # t0 and t1 are compared in the precision of ts.
     low, high = sorted((ts.dtype.type(t0), ts.dtype.type(t1)))
-    if not (low <= ts.min() and ts.max() <= high):
+    outside = ts[(ts < low) | (ts > high)]
+    if outside.size:
+        # In full: what was rounded to another dtype may differ from an end in its last digits.
         raise ValueError(
-            f"{where}(ts=...): times must lie between t0={t0:.6g} and t1={t1:.6g}; got {ts}. "
+            f"{where}(ts=...): times must lie between t0={t0!r} and t1={t1!r}; got {outside[0]}. "
             "Extend the solve or drop the times outside it."
         )

@@ -223,8 +223,10 @@ def cotangents(
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS) | unused
     valid = nan_unless(ok, y0.dtype)
     if method.raises:
-        # What failed forward has raised there.
-        result = jnp.where(integration.result == Result.SUCCESS, segment.result, Result.SUCCESS)
+        # What failed forward has raised there. What took no step was not run: `vmap` evaluates
+        # both branches of a `cond`, the one that is not taken from zeros in place of its solve.
+        ran = (integration.result == Result.SUCCESS) & (integration.stats.num_steps > 0)
+        result = jnp.where(ran, segment.result, Result.SUCCESS)
         nan = nan_or_raise(result, segment.t, "backward solve")
         # The check is a part of the value, so it cannot be eliminated as dead code.
         valid = valid + nan.astype(y0.dtype)

@@ -1,0 +1,636 @@
+"""Textbook problems and everyday programs, against references that share no code with jaxode.
+
+The problems are those of DETEST: Hull, Enright, Fellen and Sedgwick (1972) for explicit solvers,
+and Enright, Hull and Lindberg (1975) for stiff ones. References are closed forms, or SciPy's.
+"""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+import scipy.stats
+
+import jaxode
+
+# The tolerance of solves, and the error allowed: it grows along an orbit, by less than this.
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+ALLOWED = 1e-7
+
+
+# Fields are lists of real functions that NumPy can evaluate at complex states, too.
+def masses(t, y):
+    """Class C5: five outer planets around the sun, moved out of the plane's symmetry."""
+    gravity, sun = 2.95912208286, 1.00000597682
+    mass = [
+        0.000954786104043,
+        0.000285583733151,
+        0.0000437273164546,
+        5.17759138449e-5,
+        2.7777778e-6,
+    ]
+    q = [[y[3 * i + j] for j in range(3)] for i in range(5)]
+    cubed = lambda v: (v[0] ** 2 + v[1] ** 2 + v[2] ** 2) ** 1.5
+    own = [cubed(v) for v in q]
+    pull = []
+    for i in range(5):
+        for j in range(3):
+            a = -(sun + mass[i]) * q[i][j] / own[i]
+            for k in (k for k in range(5) if k != i):
+                apart = [q[k][d] - q[i][d] for d in range(3)]
+                a = a + mass[k] * (apart[j] / cubed(apart) - q[k][j] / own[k])
+            pull.append(gravity * a)
+    return [y[15 + i] for i in range(15)] + pull
+
+
+PLANETS = [
+    3.42947415189, 3.35386959711, 1.35494901715, 6.64145542550, 5.97156957878, 2.18231499728,
+    11.2630437207, 14.6952576794, 6.27960525067, -30.1552268759, 1.65699966404, 1.43785752721,
+    -21.1238353380, 28.4465098142, 15.3882659679, -0.557160570446, 0.505696783289, 0.230578543901,
+    -0.415570776342, 0.365682722812, 0.169143213293, -0.325325669158, 0.189706021964,
+    0.0877265322780, -0.0240476254170, -0.287659532608, -0.117219543175, -0.176860753121,
+    -0.216393453025, -0.0148647893090,
+]  # fmt: skip
+
+
+def chain(n, rate_in, rate_out, back=0.0):
+    """Class C: each of `n` numbers feeds the next."""
+
+    def f(t, y):
+        into = [0.0, *(rate_in(i) * y[i - 1] for i in range(1, n))]
+        return [
+            into[i] - rate_out(i) * y[i] + (back * y[i + 1] if back and i + 1 < n else 0.0)
+            for i in range(n)
+        ]
+
+    return f, [1.0] + [0.0] * (n - 1)
+
+
+def orbit(e):
+    f = lambda t, y: [y[2], y[3], *(-y[i] / (y[0] ** 2 + y[1] ** 2) ** 1.5 for i in (0, 1))]
+    return f, [1 - e, 0.0, 0.0, ((1 + e) / (1 - e)) ** 0.5]
+
+
+def radius(y):
+    return (y[0] ** 2 + y[1] ** 2) ** 0.5
+
+
+cosine = lambda t: (np if isinstance(t, float) else jnp).cos(t)
+NON_STIFF = {
+    "A1": (lambda t, y: [-y[0]], [1.0]),
+    "A2": (lambda t, y: [-(y[0] ** 3) / 2], [1.0]),
+    "A3": (lambda t, y: [y[0] * cosine(t)], [1.0]),
+    "A4": (lambda t, y: [y[0] / 4 * (1 - y[0] / 20)], [1.0]),
+    "A5": (lambda t, y: [(y[0] - t) / (y[0] + t)], [4.0]),
+    "B1": (lambda t, y: [2 * (y[0] - y[0] * y[1]), -(y[1] - y[0] * y[1])], [1.0, 3.0]),
+    "B2": (lambda t, y: [-y[0] + y[1], y[0] - 2 * y[1] + y[2], y[1] - y[2]], [2.0, 0.0, 1.0]),
+    "B3": (lambda t, y: [-y[0], y[0] - y[1] ** 2, y[1] ** 2], [1.0, 0.0, 0.0]),
+    "B4": (
+        lambda t, y: [
+            -y[1] - y[0] * y[2] / radius(y), y[0] - y[1] * y[2] / radius(y), y[0] / radius(y)
+        ],
+        [3.0, 0.0, 0.0],
+    ),
+    "B5": (lambda t, y: [y[1] * y[2], -y[0] * y[2], -0.51 * y[0] * y[1]], [0.0, 1.0, 1.0]),
+    "C1": chain(10, lambda i: 1.0, lambda i: float(i < 9)),
+    "C2": chain(10, lambda i: float(i), lambda i: (i + 1.0) * (i < 9)),
+    "C3": chain(10, lambda i: 1.0, lambda i: 2.0, back=1.0),
+    "C4": chain(51, lambda i: 1.0, lambda i: 2.0, back=1.0),
+    "C5": (masses, PLANETS),
+    **{f"D{i + 1}": orbit(e) for i, e in enumerate((0.1, 0.3, 0.5, 0.7, 0.9))},
+    "E1": (
+        lambda t, y: [y[1], -(y[1] / (t + 1) + (1 - 0.25 / (t + 1) ** 2) * y[0])],
+        [0.671396707141803, 0.0954005144474746],
+    ),
+    "E2": (lambda t, y: [y[1], (1 - y[0] ** 2) * y[1] - y[0]], [2.0, 0.0]),
+    "E3": (
+        lambda t, y: [y[1], y[0] ** 3 / 6 - y[0] + 2 * cosine(2.78535 * t - np.pi / 2)],
+        [0.0, 0.0],
+    ),
+    "E4": (lambda t, y: [y[1], 0.032 - 0.4 * y[1] ** 2], [30.0, 0.0]),
+    "E5": (lambda t, y: [y[1], (1 + y[1] ** 2) ** 0.5 / (25 - t)], [0.0, 0.0]),
+}  # fmt: skip
+# (field, initial state, end time)
+STIFF = {
+    "A1": (lambda t, y: [-0.5 * y[0], -y[1], -100 * y[2], -90 * y[3]], [1.0] * 4, 20.0),
+    "B1": (
+        lambda t, y: [
+            -y[0] + y[1], -100 * y[0] - y[1], -100 * y[2] + y[3], -1e4 * y[2] - 100 * y[3]
+        ],
+        [1.0, 0.0, 1.0, 0.0], 2.0,
+    ),
+    "C1": (
+        lambda t, y: [
+            -y[0] + y[1] ** 2 + y[2] ** 2 + y[3] ** 2, -10 * y[1] + 10 * (y[2] ** 2 + y[3] ** 2),
+            -40 * y[2] + 40 * y[3] ** 2, -100 * y[3] + 2,
+        ],
+        [1.0] * 4, 20.0,
+    ),
+    "D1": (
+        lambda t, y: [
+            0.2 * (y[1] - y[0]), 10 * y[0] - (60 - 0.125 * y[2]) * y[1] + 0.125 * y[2], 1 + 0 * t
+        ],
+        [0.0] * 3, 400.0,
+    ),
+    "D2": (
+        lambda t, y: [
+            -0.04 * y[0] + 0.01 * y[1] * y[2],
+            400 * y[0] - 100 * y[1] * y[2] - 3000 * y[1] ** 2, 30 * y[1] ** 2,
+        ],
+        [1.0, 0.0, 0.0], 40.0,
+    ),
+    "D4": (
+        lambda t, y: [
+            -0.013 * y[0] - 1000 * y[0] * y[2], -2500 * y[1] * y[2],
+            -0.013 * y[0] - 1000 * y[0] * y[2] - 2500 * y[1] * y[2],
+        ],
+        [1.0, 1.0, 0.0], 50.0,
+    ),
+    "E2": (lambda t, y: [y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]], [2.0, 0.0], 1.0),
+}  # fmt: skip
+LARGE = [name for name in NON_STIFF if name[0] == "C"]
+GROUPS = {
+    "small": [NON_STIFF[name] for name in NON_STIFF if name not in LARGE],
+    "large": [NON_STIFF[name] for name in LARGE],
+    "stiff": list(STIFF.values()),
+}
+
+
+def padded(y, size):
+    return jnp.concatenate([jnp.stack(y), jnp.zeros(size - len(y))])
+
+
+def directions(n):
+    """Of the initial state in, and of the end state out: fixed, without zeros."""
+    return np.sin(1.0 + np.arange(n)), np.cos(1.0 + np.arange(n))
+
+
+def of_group(group, **options):
+    """One program for all fields of a group: the end, and the gradient of a sum of it."""
+    size = max(len(problem[1]) for problem in GROUPS[group])
+    branches = [
+        lambda t, y, f=f, n=len(y0): padded([jnp.asarray(x) for x in f(t, list(y[:n]))], size)
+        for f, y0, *_ in GROUPS[group]
+    ]
+    field = lambda t, y, number: jax.lax.switch(number, branches, t, y)
+
+    @jax.jit
+    def run(y0, t1, number, weights):
+        end = lambda y0: jaxode.solve(field, y0, 0.0, t1, number, **options).y1
+        y1, pull = jax.vjp(end, y0)
+        return y1, pull(weights)[0]
+
+    def solve(problem, t1):
+        n, number = len(problem[1]), GROUPS[group].index(problem)
+        y1, bar = run(
+            padded([jnp.asarray(x) for x in problem[1]], size), t1, number,
+            padded([jnp.asarray(x) for x in directions(n)[1]], size),
+        )  # fmt: skip
+        np.testing.assert_array_equal(y1[n:], 0.0)
+        return y1[:n], bar[:n] @ directions(n)[0]
+
+    return solve
+
+
+def reference(problem, t1, method):
+    """By SciPy, with the derivative along a direction by the variational equation.
+
+    The Jacobian's product is that of a complex step, which has no error.
+    """
+    f, y0, *_ = problem
+    n, tiny = len(y0), 1e-40
+
+    def both(t, state):
+        value = np.array(f(float(t), list(state[:n] + 1j * tiny * state[n:])), complex)
+        return np.concatenate([value.real, value.imag / tiny])
+
+    start = np.concatenate([y0, directions(n)[0]])
+    options = {"rtol": 1e-12, "atol": 1e-13, "method": method}
+    out = scipy.integrate.solve_ivp(both, (0.0, t1), start, **options).y[:, -1]
+    return out[:n], out[n:] @ directions(n)[1]
+
+
+DRIVERS = {}
+
+
+def driver(group, **options):
+    """Made once: compiling it is what a test costs."""
+    key = group, repr(options)
+    return DRIVERS.setdefault(key, of_group(group, **TIGHT, **options))
+
+
+def matches(group, problem, t1, method, **options):
+    y1, slope = driver(group, **options)(problem, t1)
+    expected, expected_slope = reference(problem, t1, method)
+    np.testing.assert_allclose(y1, expected, rtol=ALLOWED, atol=ALLOWED)
+    # Derivatives lose a digit more: they are sensitive to the state, and that to itself.
+    np.testing.assert_allclose(slope, expected_slope, rtol=10 * ALLOWED, atol=10 * ALLOWED)
+
+
+@pytest.mark.parametrize("name", NON_STIFF)
+def test_detest(name):
+    group = "large" if name in LARGE else "small"
+    matches(group, NON_STIFF[name], 20.0, "DOP853", solver=diffrax.Dopri8())
+
+
+@pytest.mark.parametrize("name", ["A1", "A4", "B1", "B4", "B5", "D1", "D5", "E2", "E3", "E5"])
+def test_detest_backwards(name):
+    """Not to where solutions explode or cross a singularity."""
+    t1 = -0.2 if name == "E2" else -1.0
+    matches("small", NON_STIFF[name], t1, "DOP853", solver=diffrax.Dopri8())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [diffrax.Kvaerno3(), diffrax.Kvaerno5()], ids=["3", "5"])
+@pytest.mark.parametrize("name", STIFF)
+def test_stiff_detest(name, solver):
+    problem = STIFF[name]
+    matches("stiff", problem, problem[2], "Radau", solver=solver, max_steps=40_000)
+
+
+# Programs around a solve of y' = -a y, whose end is y0 exp(-a t).
+Y0, A = jnp.array([1.0, 2.0]), jnp.array([0.5, 1.5])
+FINE = {"rtol": 1e-9, "atol": 1e-9}
+BACK, FORWARD = jaxode.BacksolveAdjoint(), jaxode.ForwardMode()
+
+
+def decay(t, y, a):
+    return -a * y
+
+
+def end(a, t1=1.0, y0=Y0, t0=0.0, f=decay, **options):
+    return jaxode.solve(f, y0, t0, t1, a, **FINE, **options).y1
+
+
+def total(a, *more, **options):
+    return end(a, *more, **options).sum()
+
+
+def exact(a, t1=1.0, y0=Y0):
+    return y0 * jnp.exp(-a * t1)
+
+
+def exact_total(a, *more):
+    return exact(a, *more).sum()
+
+
+def scanned(a):
+    body = lambda y, t: (end(a, t + 0.25, y, t), None)
+    return jax.lax.scan(body, Y0, jnp.array([0.0, 0.25, 0.5, 0.75]))[0].sum()
+
+
+def chosen(a, flag):
+    """A branch is a solve of its own, with a gradient method of its own."""
+    return jax.lax.cond(flag, lambda: total(a), lambda: total(a, 2.0, adjoint=BACK))
+
+
+@jax.custom_vjp
+def own_rule(y, a):
+    return -a * y
+
+
+own_rule.defvjp(lambda y, a: (own_rule(y, a), (y, a)), lambda r, g: (-r[1] * g, -r[0] * g))
+FLAGS = jnp.array([True, False])
+
+
+def solving(t, y, a):
+    rates = jnp.stack([a / 4, 3 * a / 4])
+    summed, _ = jax.lax.scan(lambda total, rate: (total - rate * y, None), 0 * y, rates)
+    return jnp.linalg.solve(jnp.diag(y), y * summed)
+
+
+AS = jnp.stack([A, 2 * A])
+THREE = jnp.array([-1.0, 0.0, 2.0])
+GRADIENT = jax.grad(exact_total)(A)
+
+
+def field_gradient(f):
+    return lambda: jax.grad(lambda a: total(a, f=f))(A)
+
+
+def donated():
+    y0 = jnp.array(Y0)
+    y1 = jax.jit(lambda y0: end(A, y0=y0), donate_argnums=0)(y0)
+    assert y0.is_deleted()
+    return y1
+
+
+def traced_settings(tolerance, first, largest, point):
+    options = {"rtol": tolerance, "atol": tolerance, "first_step": first, "max_step": largest}
+    return jaxode.solve(decay, Y0, 0.0, 1.0, A, breakpoints=point[None], **options).y1
+
+
+COMPLEX = jnp.array([1 + 1j, 0.5j])
+square = lambda c: (c * jnp.conj(c)).real
+of_square = lambda t, y, c: -square(c) * y
+PROGRAMS = {
+    "vmap of the end time": (
+        lambda: jax.vmap(lambda t: end(A, t))(THREE), jax.vmap(lambda t: exact(A, t))(THREE)
+    ),
+    "vmap of the settings": (
+        lambda: jax.vmap(traced_settings)(
+            jnp.array([1e-8, 1e-9, 1e-10]), jnp.array([0.1, 0.01, 0.5]),
+            jnp.array([1.0, 0.1, 0.05]), jnp.array([0.3, 0.5, 7.0]),
+        ),
+        jnp.stack([exact(A)] * 3),
+    ),
+    "jit of all jacobians": (
+        lambda: jax.jit(jax.jacrev(end, argnums=(0, 1, 2)))(A, 1.0, Y0),
+        jax.jacfwd(exact, argnums=(0, 1, 2))(A, 1.0, Y0),
+    ),
+    "jit of all jacobians forward": (
+        lambda: jax.jit(
+            jax.jacfwd(lambda a, t1, y0: end(a, t1, y0, adjoint=FORWARD), argnums=(0, 1, 2))
+        )(A, 1.0, Y0),
+        jax.jacfwd(exact, argnums=(0, 1, 2))(A, 1.0, Y0),
+    ),
+    "forward over reverse": (lambda: jax.hessian(total)(A), jax.hessian(exact_total)(A)),
+    "forward over forward, by time, too": (
+        lambda: jax.jacfwd(jax.jacfwd(lambda p: total(p[:2], p[2], adjoint=FORWARD)))(
+            jnp.array([0.5, 1.5, 1.0])
+        ),
+        jax.hessian(lambda p: exact_total(p[:2], p[2]))(jnp.array([0.5, 1.5, 1.0])),
+    ),
+    "vmap of reverse over reverse by time": (
+        lambda: jax.vmap(jax.grad(jax.grad(lambda t: total(A, t, adjoint=BACK))))(THREE),
+        jax.vmap(jax.grad(jax.grad(lambda t: exact_total(A, t))))(THREE),
+    ),
+    "donation": (donated, exact(A)),
+    "checkpoint": (lambda: jax.grad(jax.checkpoint(total))(A), GRADIENT),
+    "gradient of a scan": (lambda: jax.jit(jax.grad(scanned))(A), GRADIENT),
+    "a loop until the state is small": (
+        lambda: jax.lax.while_loop(lambda y: y.max() > 0.1, lambda y: end(A, y0=y), Y0),
+        exact(A, 5.0),
+    ),
+    "map": (
+        lambda: jax.lax.map(lambda y0: end(A, y0=y0), AS), jax.vmap(lambda y0: exact(A, y0=y0))(AS)
+    ),
+    "gradient of a cond": (
+        lambda: jnp.stack([jax.jit(jax.grad(chosen))(A, flag) for flag in FLAGS]),
+        jnp.stack([GRADIENT, jax.grad(exact_total)(A, 2.0)]),
+    ),
+    "vmap of the gradient of a cond": (
+        lambda: jax.vmap(jax.grad(chosen), (None, 0))(A, FLAGS),
+        jnp.stack([GRADIENT, jax.grad(exact_total)(A, 2.0)]),
+    ),
+    "gradient by what the field closes over": (
+        lambda: jax.vmap(jax.grad(lambda a: total(None, f=lambda t, y, _: -a * y)))(AS),
+        jax.vmap(jax.grad(exact_total))(AS),
+    ),
+    "linearize": (
+        lambda: jax.linearize(lambda a: end(a, adjoint=FORWARD), A)[1](jnp.ones(2)),
+        jax.jvp(exact, (A,), (jnp.ones(2),))[1],
+    ),
+    "checks of leaks": (
+        lambda: jax.checking_leaks()(lambda: jax.jit(jax.grad(total))(1.01 * A))(),
+        jax.grad(exact_total)(1.01 * A),
+    ),
+    "complex parameters": (
+        lambda: jax.grad(lambda c: total(c, f=of_square))(COMPLEX),
+        jax.grad(lambda c: exact_total(square(c)))(COMPLEX),
+    ),
+    "complex parameters, by the adjoint ODE": (
+        lambda: jax.grad(lambda c: total(c, f=of_square, adjoint=BACK))(COMPLEX),
+        jax.grad(lambda c: exact_total(square(c)))(COMPLEX),
+    ),
+    "a field with a rule of its own": (field_gradient(lambda t, y, a: own_rule(y, a)), GRADIENT),
+    "a field that is the gradient of an energy": (
+        field_gradient(lambda t, y, a: -jax.grad(lambda y: 0.5 * (a * y * y).sum())(y)), GRADIENT
+    ),
+    "a field that scans and solves equations": (field_gradient(solving), GRADIENT),
+    "a field with a branch that is NaN": (
+        field_gradient(lambda t, y, a: jax.lax.cond(t < 5.0, lambda: -a * y, lambda: jnp.nan * y)),
+        GRADIENT,
+    ),
+    "parameters that are no numbers": (
+        lambda: jax.grad(
+            lambda a: total({"a": a, "key": jax.random.key(0), "on": True, "name": "x", "no": None},
+                            f=lambda t, y, p: -p["a"] * y + 0 * jax.random.normal(p["key"], (2,)))
+        )(A),
+        GRADIENT,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "expected"), PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_around_a_solve(run, expected):
+    # 1e-7: a hundred times the tolerance, for derivatives of second order.
+    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
+
+
+def leafwise(t, y, args):
+    return jax.tree.map(jnp.negative, y)
+
+
+STATES = [
+    1.0, np.float64(1.0), np.ones(1), (1.0, np.ones((1, 2))),
+    {"a": [np.ones(2), (np.ones(()), None)]}, (np.ones((0, 3)), np.ones(2)),
+    (np.ones(2, np.float32), np.ones(1)), np.ones(2, np.float16), jnp.ones(2, jnp.bfloat16),
+    np.asfortranarray(np.ones((2, 3))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("y0", STATES, ids=str)
+def test_states(y0):
+    y1 = jaxode.solve(leafwise, y0, 0, 1).y1
+    assert jax.tree.structure(y1) == jax.tree.structure(y0)
+    for before, after in zip(jax.tree.leaves(y0), jax.tree.leaves(y1), strict=True):
+        assert after.dtype == jnp.result_type(before)
+        assert after.shape == np.shape(before)
+        # The tolerance is 1e-5; half a rounding of a leaf that is less precise.
+        precision = max(2e-5, float(jnp.finfo(after.dtype).eps))
+        np.testing.assert_allclose(np.asarray(after, float), np.exp(-1.0), rtol=precision)
+
+
+# (start, end, output times)
+TIMES = [
+    (0, 1, None), (np.int64(0), np.uint8(1), None), (np.uint8(1), np.uint8(0), None),
+    (jnp.array(0), np.float16(1), None), (0.0, 1.0, [0, 0, 0.5, 0.5, 1, 1]), (0, 2, range(3)),
+    (1.0, 0.0, (1.0, 0.5, 0.5, 0.0)), (0.0, 1.0, np.arange(11) * 0.1), (1.0, 1.0, [1.0, 1.0]),
+    (0.0, 1.0, np.float32([0.1, 0.7])), (0.0, 1e-12, [5e-13]), (-3, -1, [-2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("t0", "t1", "ts"), TIMES, ids=str)
+def test_times(t0, t1, ts):
+    solution = jaxode.solve(decay, Y0, t0, t1, A, ts=ts, **FINE)
+    assert solution.t_reached == float(t1)
+    np.testing.assert_allclose(solution.y1, exact(A, float(t1) - float(t0)), rtol=1e-7)
+    if ts is not None:
+        expected = [exact(A, float(t) - float(t0)) for t in ts]
+        np.testing.assert_allclose(solution.ys, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-14, 1e-7, 1e7, 1e14])
+def test_units_of_time(unit):
+    run = lambda unit: jaxode.solve(lambda t, y, a: -a * y / unit, Y0, 0.0, unit, A, **FINE)
+    solution, usual = run(unit), run(1.0)
+    np.testing.assert_allclose(solution.y1, exact(A), rtol=1e-7)
+    # Only the first step has an opinion on units.
+    assert abs(int(solution.stats.num_steps) - int(usual.stats.num_steps)) <= 12
+
+
+# (what is wrong, the kind of error, what its message begins with)
+WRONG = [
+    ({"y0": 1j}, TypeError, r"solve\(y0=...\).*complex128.*\(y.real, y.imag\)"),
+    ({"y0": np.ones(2, int)}, TypeError, r"solve\(y0=...\).*int64.*astype"),
+    ({"y0": True}, TypeError, r"solve\(y0=...\).*bool"),
+    ({"y0": np.ones(2, ">f8")}, TypeError, r"solve\(y0=...\).*ndarray of >f8"),
+    ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*MaskedArray"),
+    ({"y0": jax.random.key(0)}, TypeError, r"solve\(y0=...\).*key<fry>"),
+    ({"t1": 10**30}, TypeError, r"solve\(t1=...\)"),
+    ({"t0": False}, TypeError, r"solve\(t0=...\)"),
+    ({"t1": np.datetime64("2021")}, TypeError, r"solve\(t1=...\)"),
+    ({"rtol": 10**30}, TypeError, r"solve\(rtol=...\)"),
+    ({"ts": []}, ValueError, r"solve\(ts=...\).*shape \(0,\)"),
+    ({"ts": 0.5}, ValueError, r"solve\(ts=...\).*shape \(\)"),
+    ({"ts": [0.1, np.nan]}, ValueError, r"solve\(ts=...\): times must be finite"),
+    ({"t1": 0.1, "ts": np.float32([0.1])}, ValueError, r"solve\(ts=.*t1=0.1; got 0.10000000149"),
+    ({"t1": 0.0, "ts": [0.1]}, ValueError, r"solve\(ts=...\)"),
+    ({"ts": np.array([False, True])}, TypeError, r"solve\(ts=...\)"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "start"), WRONG, ids=[row[2] for row in WRONG])
+def test_what_is_wrong_is_named(given, kind, start):
+    given = {"y0": Y0, "t0": 0.0, "t1": 1.0, **given}
+    with pytest.raises(kind, match="^" + start):
+        jaxode.solve(leafwise, **given)
+
+
+def test_as_many_steps_as_needed_are_enough():
+    needed = int(jaxode.solve(decay, Y0, 0.0, 1.0, A, **FINE).stats.num_steps)
+    run = lambda n: jaxode.solve(decay, Y0, 0.0, 1.0, A, max_steps=n, throw=False, **FINE).result
+    assert run(needed) == jaxode.Result.SUCCESS
+    assert run(needed - 1) == jaxode.Result.MAX_STEPS_REACHED
+
+
+# Flows of z' = M z + c, which carry normals to normals.
+M = np.array([[0.3, 4.0, 0.0], [0.0, -0.5, 2.0], [0.1, 0.0, 0.2]])
+C = np.array([0.5, -1.0, 2.0])
+X = jax.random.normal(jax.random.key(1), (4, 3))
+W = np.array([1.0, 0.0, 3.0, 0.5])
+
+
+def affine(t, z, params):
+    return params[0] @ z + params[1]
+
+
+def normal(t1, t0=0.0, m=M):
+    """The density that SciPy has for the standard normal carried from `t0` to `t1`."""
+    block = np.zeros((4, 4))
+    block[:3] = np.column_stack([m, C]) * (t1 - t0)
+    exp = scipy.linalg.expm(block)
+    return scipy.stats.multivariate_normal(exp[:3, 3], exp[:3, :3] @ exp[:3, :3].T)
+
+
+def affine_flow(t1=1.0, t0=0.0, **options):
+    return jaxode.cnf(affine, jaxode.standard_normal(3), t0=t0, t1=t1, **FINE, **options)
+
+
+PARAMS = (jnp.asarray(M), jnp.asarray(C))
+
+
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (-0.5, -2.0)])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_nonnormal_flow_in_both_directions_of_time(control, t0, t1):
+    flow, expected = affine_flow(t1, t0, step_control=control), normal(t1, t0).logpdf(X)
+    np.testing.assert_allclose(flow.log_prob(PARAMS, X), expected, rtol=1e-7)
+    loss = flow.nll(PARAMS, X, weights=jnp.asarray(W))
+    np.testing.assert_allclose(loss, -(W @ expected) / W.sum(), rtol=1e-7)
+    back = flow.from_base(PARAMS, flow.to_base(PARAMS, X))
+    np.testing.assert_allclose(back, X, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_by_the_end_time_and_a_vmap_over_parameters():
+    h = 1e-5  # Its square is the error of the differences, with the noise of 1e-11.
+    slope = np.mean(normal(1 + h).logpdf(X) - normal(1 - h).logpdf(X)) / (2 * h)
+    by_time = lambda loss: jax.grad(lambda t1: loss(affine_flow(t1)))(1.0)
+    np.testing.assert_allclose(by_time(lambda f: f.log_prob(PARAMS, X).mean()), slope, rtol=1e-6)
+    np.testing.assert_allclose(by_time(lambda f: -f.nll(PARAMS, X)), slope, rtol=1e-6)
+    several = jax.vmap(lambda m: affine_flow().log_prob((m, C), X))(jnp.stack([M, 2 * M]))
+    np.testing.assert_allclose(several[1], normal(1.0, m=2 * M).logpdf(X), rtol=1e-6)
+
+
+def test_curvature_of_the_likelihood():
+    """By the shift `c`, of which the log-density is a quadratic form."""
+    exp = scipy.linalg.expm(np.block([[M, np.eye(3)], [np.zeros((3, 6))]]))
+    spread, shift = exp[:3, :3], exp[:3, 3:]
+    expected = shift.T @ np.linalg.inv(spread @ spread.T) @ shift
+    curvature = jax.hessian(lambda c: affine_flow().nll((PARAMS[0], c), X))(PARAMS[1])
+    np.testing.assert_allclose(curvature, expected, rtol=1e-6)
+
+
+def test_stochastic_divergence_is_unbiased():
+    keys = jax.random.split(jax.random.key(0), 512)
+    flow = affine_flow(divergence=jaxode.divergence.hutchinson())
+    drawn = jax.vmap(lambda key: flow.log_prob(PARAMS, X, key=key))(keys)
+    # Four standard errors of the mean, in four samples: one in 4,000 keys fails, and this does not.
+    error = 4 * drawn.std(axis=0) / len(keys) ** 0.5
+    assert (np.abs(drawn.mean(axis=0) - normal(1.0).logpdf(X)) < error).all()
+    assert (error > 0.01).all()
+
+
+@pytest.mark.parametrize("event", [(), (1,), (2, 3)], ids=str)
+def test_nonlinear_flow_of_each_number_by_itself(event):
+    """`z' = p sin z` carries `tan(z / 2)` to `exp(p) tan(z / 2)`."""
+    flow = jaxode.cnf(lambda t, z, p: p * jnp.sin(z), jaxode.standard_normal(event), **FINE)
+    x, p = np.array(jax.random.uniform(jax.random.key(2), (3, *event), minval=-3, maxval=3)), 0.7
+    tangent = np.exp(-p) * np.tan(x / 2)
+    stretch = np.exp(-p) / np.cos(x / 2) ** 2 / (1 + tangent**2)
+    each = scipy.stats.norm.logpdf(2 * np.arctan(tangent)) + np.log(stretch)
+    expected = each.reshape(3, -1).sum(axis=1)
+    np.testing.assert_allclose(flow.log_prob(p, x), expected, rtol=1e-7)
+    np.testing.assert_allclose(flow.nll(p, x), -expected.mean(), rtol=1e-6)
+    samples, density = flow.sample_and_log_prob(p, jax.random.key(0), 3)
+    assert samples.shape == (3, *event)
+    np.testing.assert_allclose(density, flow.log_prob(p, samples), rtol=1e-7)
+
+
+class Laplace:
+    event_shape = (3,)
+
+    def log_prob(self, z):
+        return -jnp.abs(z).sum(axis=-1) - 3 * np.log(2)
+
+    def sample(self, key, sample_shape=()):
+        return jax.random.laplace(key, (*sample_shape, 3))
+
+
+def test_base_of_a_users_own():
+    flow = jaxode.cnf(lambda t, z, p: p * z, Laplace(), **FINE)
+    expected = scipy.stats.laplace(scale=np.exp(0.7))
+    np.testing.assert_allclose(flow.log_prob(0.7, X), expected.logpdf(X).sum(axis=1), rtol=1e-7)
+    samples = np.ravel(flow.sample(0.7, jax.random.key(5), 2000))
+    assert scipy.stats.kstest(samples, expected.cdf).pvalue > 1e-3
+
+
+def test_gradients_by_the_condition_of_each_row():
+    """`z' = p k z` with a rate `k` of each row has the density of a scaled normal."""
+    rates, log_2pi = jnp.array([0.1, 0.5, -0.3, 1.0]), np.log(2 * np.pi)
+    flow = jaxode.cnf(lambda t, z, a: a[0] * a[1] * z, jaxode.standard_normal(3), **FINE)
+
+    def exact(p, k):
+        square = (X * jnp.exp(-p * k)[:, None]) ** 2
+        return -(0.5 * square.sum(axis=1) - 3 * (-p * k) + 1.5 * log_2pi).mean()
+
+    expected = jax.value_and_grad(exact, argnums=(0, 1))(0.8, rates)
+    for loss in (
+        lambda p, k: flow.log_prob(p, X, context=k).mean(),
+        lambda p, k: -flow.nll(p, X, context=k),
+    ):
+        actual = jax.value_and_grad(loss, argnums=(0, 1))(0.8, rates)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_single_precision():
+    single = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+    flow = jaxode.cnf(affine, jaxode.standard_normal(3))
+    values = flow.log_prob(single(PARAMS), single(X))
+    assert values.dtype == jnp.float32
+    # Ten times the tolerance of 1e-5, of numbers of about ten.
+    np.testing.assert_allclose(values, normal(1.0).logpdf(X), atol=1e-3)
