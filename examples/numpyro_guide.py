@@ -92,8 +92,9 @@ class FlowGuide(AutoContinuous):
         # The base density is learned, too: the latent variables have different scales.
         normal: Any = jaxode.diagonal_normal(size)
         base: Any = numpyro.param("base", normal)
-        control = {"rtol": self.tolerance, "atol": self.tolerance}
-        return Flow(jaxode.cnf(jaxode.nn.field, base, **control, throw=False), params)
+        rtol = atol = self.tolerance
+        flow = jaxode.cnf(jaxode.nn.field, base, rtol=rtol, atol=atol, throw=False)
+        return Flow(flow, params)
 
 
 def fit(guide, steps, key):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 from collections.abc import Callable
 
 import equinox as eqx
@@ -36,11 +37,12 @@ def divergence(s: Subject) -> Row:
     that cancel leave their rounding. A stochastic divergence must have the trace as its mean.
     """
     dtype, (times, points) = tight_dtype(s.x), s.trajectories
-    few = cast((times[::4], points[::4, :4], jax.tree.map(lambda x: x[:4], s.context)), dtype)
+    few = times[::4], points[::4, :4], jax.tree.map(lambda x: x[:4], s.context)
+    few_times, few_points, context = cast(few, dtype)
     integrands = dataclasses.replace(s.integrands, f=s.tight.f)
     parts = recognizable((integrands, cast(s.params, dtype)))
     keys = jax.random.split(s.key, ESTIMATES if s.probes is not None else 1)
-    field, own_field, trace, norm, estimates = _traces(parts, *few, keys)
+    field, own_field, trace, norm, estimates = _traces(parts, few_times, few_points, context, keys)
     settle(parts)
     error = np.asarray(estimates, float) - np.asarray(trace, float)[..., None]
     # A mean of random errors says nothing within five standard errors.
@@ -74,10 +76,11 @@ def _traces(parts, times, points, context, keys):
     """Derivative by the field and by the divergence, the trace, the Jacobian's norm, estimates."""
     integrands, params = recognized(parts)
     chosen = integrands.chosen_divergence(points[0], params, context)
+    with_norm: Any = exact(chunk=16).with_norm
 
     def at(t, z, context):
         g = integrands.at(t, params, context)
-        dz, trace, square = exact(chunk=16).with_norm(g, z, None)
+        dz, trace, square = with_norm(g, z, None)
         own = lambda key: chosen.apply(g, z, chosen.init(key, z))
         own_dz, estimates = jax.lax.map(own, keys)
         return dz, own_dz[0], trace, jnp.sqrt(square), estimates

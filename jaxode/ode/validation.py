@@ -145,7 +145,10 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             got, cure = dtype, "Convert with .astype(jnp.float32)."
             if dtype is None:
-                got, cure = f"{type(leaf).__name__} of {leaf.dtype}", "Convert to a JAX array."
+                got, cure = (
+                    f"{type(leaf).__name__} of {np.result_type(leaf)}",
+                    "Convert to a JAX array.",
+                )
             elif jnp.issubdtype(dtype, jnp.complexfloating):
                 cure = "Pass real and imaginary parts, such as (y.real, y.imag)."
             raise TypeError(
