@@ -307,7 +307,7 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.audit(FLOW, P, [[1.0, 2.0]], KEY), TypeError,
-        "audit(x=...): must be an array; got list.",
+        "audit(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
     ),
     (
         lambda: jaxode.audit(FLOW, P, X[:0], KEY), ValueError,
@@ -316,7 +316,7 @@ BAD_INPUT = [
     (
         lambda: jaxode.audit(FLOW, P, X, KEY, context=X[:2]), ValueError,
         "audit(context=...): leaves must have a leading axis of 3, one row a sample; got shape "
-        "(2, 2).",
+        "(2, 2). To give all samples the same row, pass jnp.broadcast_to(row, (3, *row.shape)).",
     ),
     (
         lambda: jax.jit(lambda p: jaxode.audit(FLOW, p, X, KEY).values)(P), ValueError,

@@ -146,7 +146,7 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
             got, cure = dtype, "Convert with .astype(jnp.float32)."
             if dtype is None:
                 got, cure = (
-                    f"{type(leaf).__name__} of {np.result_type(leaf)}",
+                    f"{type(leaf).__name__} of {np.asarray(leaf).dtype}",
                     "Convert to a JAX array.",
                 )
             elif jnp.issubdtype(dtype, jnp.complexfloating):
@@ -271,8 +271,9 @@ def check_breakpoints(where: str, value: Any, steps: int | None) -> None:
 
 def numeric_dtype(value: Any) -> Any:
     """The dtype of what JAX takes for an array; None for anything else."""
-    if isinstance(value, str):
-        return None  # JAX would take it for the name of a dtype
+    # JAX would take a string for the name of a dtype, and refuse what is masked.
+    if isinstance(value, str | np.ma.MaskedArray):
+        return None
     try:
         return jnp.result_type(value if hasattr(value, "dtype") else jnp.asarray(value))
     except (TypeError, ValueError, OverflowError):
