@@ -4,7 +4,7 @@
 
 The label enters the vector field as a context. The picture shows real digits, and samples in which
 each column has the same noise. One flow then has ten densities, so it is a classifier, too: prints
-its accuracy on held-out digits beside their bits per dimension. About a minute on two cores.
+its accuracy on held-out digits beside their bits per dimension. Half a minute on two cores.
 """
 
 import argparse
