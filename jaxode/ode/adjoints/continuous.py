@@ -223,8 +223,9 @@ def cotangents(
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS) | unused
     valid = nan_unless(ok, y0.dtype)
     if method.raises:
-        # What failed forward has raised there. What took no step was not run: `vmap` evaluates
-        # both branches of a `cond`, the one that is not taken from zeros in place of its solve.
+        # What failed forward has raised there. What took no step was not run: `vmap` goes back over
+        # both branches of a `cond`, from zeros in place of the solve of the one that is not taken
+        # (or from values of the other branch that have the same shape: that cannot be told).
         ran = (integration.result == Result.SUCCESS) & (integration.stats.num_steps > 0)
         result = jnp.where(ran, segment.result, Result.SUCCESS)
         nan = nan_or_raise(result, segment.t, "backward solve")
