@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -37,12 +36,13 @@ def divergence(s: Subject) -> Row:
     that cancel leave their rounding. A stochastic divergence must have the trace as its mean.
     """
     dtype, (times, points) = tight_dtype(s.x), s.trajectories
-    few = times[::4], points[::4, :4], jax.tree.map(lambda x: x[:4], s.context)
-    few_times, few_points, context = cast(few, dtype)
+    context = jax.tree.map(lambda leaf: leaf[:4], s.context)
+    times, points, context = cast((times[::4], points[::4, :4], context), dtype)
     integrands = dataclasses.replace(s.integrands, f=s.tight.f)
     parts = recognizable((integrands, cast(s.params, dtype)))
-    keys = jax.random.split(s.key, ESTIMATES if s.probes is not None else 1)
-    field, own_field, trace, norm, estimates = _traces(parts, few_times, few_points, context, keys)
+    shape = (*points.shape[:2], ESTIMATES if s.probes is not None else 1)
+    keys = jax.random.split(s.key, shape)
+    field, own_field, trace, norm, estimates = _traces(parts, times, points, context, keys)
     settle(parts)
     error = np.asarray(estimates, float) - np.asarray(trace, float)[..., None]
     # A mean of random errors says nothing within five standard errors.
@@ -76,17 +76,19 @@ def _traces(parts, times, points, context, keys):
     """Derivative by the field and by the divergence, the trace, the Jacobian's norm, estimates."""
     integrands, params = recognized(parts)
     chosen = integrands.chosen_divergence(points[0], params, context)
-    with_norm: Any = exact(chunk=16).with_norm
+    exact_with_norm = exact(chunk=16).with_norm
+    assert exact_with_norm is not None
 
-    def at(t, z, context):
+    def at(t, z, context, keys):
         g = integrands.at(t, params, context)
-        dz, trace, square = with_norm(g, z, None)
+        dz, trace, square = exact_with_norm(g, z, None)
         own = lambda key: chosen.apply(g, z, chosen.init(key, z))
         own_dz, estimates = jax.lax.map(own, keys)
         return dz, own_dz[0], trace, jnp.sqrt(square), estimates
 
     with jax.default_matmul_precision("highest"):
-        return jax.vmap(jax.vmap(at, (None, 0, 0)), (0, 0, None))(times, points, context)
+        over_batch = jax.vmap(at, (None, 0, 0, 0))
+        return jax.vmap(over_batch, (0, 0, None, 0))(times, points, context, keys)
 
 
 def probe_error(s: Subject) -> Row:
