@@ -138,7 +138,7 @@ def phases(flow, data, options) -> tuple[Phase, Phase]:
 
     return (
         Phase("matching", matching, options.matching, 5e-3, every=250),
-        Phase("likelihood", lambda m, key: flow.nll(m, batch(key)), options.steps, 1e-3, every=10),
+        Phase("likelihood", lambda m, key: flow.nll(m, batch(key)), options.steps, 3e-3, every=20),
     )
 
 
@@ -224,8 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
-    parser.add_argument("--matching", type=int, default=6000, help="steps of matching")
-    parser.add_argument("--steps", type=int, default=100, help="steps of likelihood after it")
+    parser.add_argument("--matching", type=int, default=10_000, help="steps of matching")
+    parser.add_argument("--steps", type=int, default=300, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="points in a training step")
     parser.add_argument("--out", type=picture, default="out/density_2d.png", help="the picture")
     parser.add_argument("--frames", type=int, default=36, help="of the animation")
