@@ -163,6 +163,7 @@ def _fused(objective: Objective):
     def costs_of_rows(t, y, args):
         def one(t, z, params, row):
             dz, costs = objective.integrands.field_and_costs(t, (z, None), params, row)
+            costs = costs.astype(ravel.dtype)
             parts = [costs, dz.reshape(-1).astype(costs.dtype)]
             return jnp.concatenate(parts) if with_field else costs
 
