@@ -26,7 +26,11 @@ def _tolerance(value) -> Bool[Array, ""]:
 
 
 def _size(value) -> Bool[Array, ""]:
-    return jnp.ones((), bool) if value is None else (value > 0) & (value < jnp.inf)
+    return (value > 0) & (value < jnp.inf)
+
+
+def _if_given(rule: Callable[[Array], Array], value: Array | None) -> Bool[Array, ""]:
+    return jnp.ones((), bool) if value is None else rule(value)
 
 
 # What is said of the arguments, and whether it holds for a problem (or whatever has its times) and
@@ -48,14 +52,14 @@ RULES: dict[str, Callable[[Any, Method], Bool[Array, ""]]] = {
     ),
     "(rtol=..., atol=...): at least one tolerance must be positive in the dtype of each leaf of "
     "the state.": (lambda _, method: (method.rtol != 0) | (method.atol != 0)),
-    "(first_step=...): must be positive and finite.": (lambda _, method: _size(method.first_step)),
-    "(max_step=...): must be positive and finite.": (lambda _, method: _size(method.max_step)),
+    "(first_step=...): must be positive and finite.": (
+        lambda _, method: _if_given(_size, method.first_step)
+    ),
+    "(max_step=...): must be positive and finite.": (
+        lambda _, method: _if_given(_size, method.max_step)
+    ),
     "(breakpoints=...): must not be NaN.": (
-        lambda _, method: (
-            jnp.ones((), bool)
-            if method.breakpoints is None
-            else ~jnp.isnan(method.breakpoints).any()
-        )
+        lambda _, method: _if_given(lambda points: ~jnp.isnan(points).any(), method.breakpoints)
     ),
 }
 
