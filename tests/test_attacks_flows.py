@@ -149,6 +149,29 @@ def test_weights_that_are_wrong_have_a_code():
     assert codes == [jaxode.Result.SUCCESS, *2 * [jaxode.Result.INVALID_ARGUMENT]]
 
 
+@pytest.mark.parametrize("method", ["nll", "log_prob"])
+def test_a_traced_option_that_is_wrong_is_named(method):
+    def run(rtol):
+        density = jaxode.cnf(
+            lambda t, z, rate: -rate * z, jaxode.standard_normal(2), rtol=rtol, throw=True
+        )
+        return getattr(density, method)(RATE, GOOD["x"])
+
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=rf"{method}\(rtol=\.\.\.\): must be a finite"
+    ):
+        jax.block_until_ready(jax.jit(run)(NAN))
+
+
+def test_data_and_parameters_in_half_precision_have_a_gradient():
+    """`z(t0) = x e^p` for the field `-p z`: the loss at x = 1 is e^2p - 2p + a constant."""
+    density = jaxode.cnf(lambda t, z, p: -p * z, jaxode.standard_normal(2))
+    loss = lambda p: density.nll(p, jnp.ones((4, 2), jnp.float16))
+    gradient = jax.grad(loss)(jnp.float16(1))
+    assert gradient.dtype == jnp.float16
+    np.testing.assert_allclose(gradient, 2 * np.exp(2) - 2, rtol=2e-3)  # twice the dtype's epsilon
+
+
 SOLVES = {
     "log_prob": (lambda f, x, c: f.log_prob(RATE, x, context=c), "log_prob", "x"),
     "log_prob_and_error": (

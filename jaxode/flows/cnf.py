@@ -41,7 +41,7 @@ from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import raise_on_failure
 from jaxode.ode.solve import check_implicit
-from jaxode.ode.system import System, make_system
+from jaxode.ode.system import System, argument_faults, make_system
 from jaxode.ode.validation import Time, check_time, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
@@ -173,6 +173,7 @@ class CNF(eqx.Module):
         data = {"x": system.y0, "context": context}
         axis_name = self.solve_options.axis_name
         faults = faults_of(where, data, weights=weights, axis_name=axis_name)
+        faults |= argument_faults(where, system)
         loss = loss_or_raise(where, loss, stats.result, t_reached, self.throw, faults)
         return loss, stats
 
@@ -280,6 +281,7 @@ class CNF(eqx.Module):
             return solution.y1
         function, name = _source(where, samples)
         faults = faults_of(function, {name: system.y0}) | faults_of(where, {"context": context})
+        faults |= argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 
 

@@ -30,7 +30,7 @@ EXPLANATIONS = {
     ),
     Result.INVALID_ARGUMENT: (
         "an argument known only at run time breaks its rule",
-        "Check t0, t1, ts, rtol, atol, first_step and max_step: an eager call names it.",
+        "Check t0, t1, ts, breakpoints, rtol, atol, first_step, max_step and weights.",
     ),
     Result.IMPLICIT_SOLVE_FAILED: (
         "the implicit equations of a step could not be solved",
