@@ -13,8 +13,9 @@ is torchcfm's with independent pairs. Some do one and then the other, by one rul
 `MATCHING_STEPS`. Those that match evaluate the moving average of their parameters.
 
 The clock stands still during the evaluations, which have the exact trace at a tolerance of 1e-6;
-the last one of each run is repeated with diffrax. Compilation counts. Evaluations are 5% apart in
-time. With seed 0 all train for at least a minute, for the table of what a minute brings.
+the last one of each run is repeated with diffrax. Compilation counts, imports do not. Evaluations
+are 5% apart in time. With seed 0 all train for at least a minute, for the table of what a minute
+brings.
 
 The levels are nats that jaxode reaches by likelihood alone within a minute on two cores. They were
 chosen from its trainings, before any peer had run. The seeds come one after the other: an
@@ -283,9 +284,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     for i, phase in enumerate(PHASES[contender]):
         falling = optax.cosine_decay_schedule(RATE_AFTER, LIKELIHOOD_STEPS)
         done = 0
-        start = time.perf_counter()
-        train, current = phase.start(params, dim, falling if i else RATE)
-        clock += time.perf_counter() - start
+        train, current = phase.start(params, dim, falling if i else RATE)  # imports PyTorch
         while done != phase.steps and clock < (least if reached else bench.seconds):
             rows = rng.integers(0, len(data.train), (phase.block, task.batch))
             xs, seeds = data.train[rows], rng.integers(2**31, size=phase.block)
