@@ -68,11 +68,11 @@ def train(
                     if not math.isfinite(value):
                         print(f"Stopped {phase.name}: the score is {value}.", flush=True)
                         break
-                    if not history:
-                        print(f"first score after {seconds:.1f} s, with compilation", flush=True)
                     if value < min((point.score for point in history), default=math.inf):
                         best = carry[1]
                     history.append(Point(phase.name, seconds, value))
+                    if len(history) == 1:
+                        print(f"first score after {seconds:.1f} s, with compilation", flush=True)
                     text = f"{phase.name}: {value:.3f}"
                     progress.update(task, advance=steps, description=text)
         except KeyboardInterrupt:

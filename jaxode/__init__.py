@@ -16,14 +16,17 @@ from jaxode.ode.adjoints import (
     InterpolatingAdjoint,
 )
 from jaxode.ode.backward_stats import backward_stats
+from jaxode.ode.events import Event
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.odeint import odeint
-from jaxode.ode.results import Solution, SolveError
+from jaxode.ode.results import SolveError
+from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 
 __all__ = [
     "BacksolveAdjoint",
     "DiscreteAdjoint",
+    "Event",
     "ForwardMode",
     "InterpolatingAdjoint",
     "Result",

@@ -32,7 +32,8 @@ def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
     method = SolveOptions(solver, tolerance, tolerance).method("", Y0.dtype)
     field = lambda t, y, args: pendulum(t[0], y[0], args)[None]
-    problem = Problem(field, ARGS, Y0[None], jnp.array(0.0), jnp.array(3.0), ts)
+    ts = None if ts is None else ts[:, None]
+    problem = Problem(field, ARGS, Y0[None], jnp.array([0.0]), jnp.array([3.0]), ts)
     _, tape = integrate(problem, method, 64)
     return tape.times[: int(tape.num_steps) + 1, 0]
 

@@ -109,7 +109,8 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(t0=jnp.ones(2)), ValueError,
-        "solve(t0=...): must be a scalar time; got shape (2,).",
+        "solve(t0=...): must be a scalar time; got shape (2,). Rows have their own times with "
+        "per-sample steps only.",
     ),
     (
         lambda: solve(t1=float("inf")), ValueError,

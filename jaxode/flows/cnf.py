@@ -39,7 +39,7 @@ from jaxode.flows.validation import (
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import raise_on_failure
+from jaxode.ode.solution import raise_on_failure
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
 from jaxode.ode.validation import Time, check_time, one_of

@@ -262,7 +262,7 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
         inside_pulls_last=nodes.shared,
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
-    by_times = jnp.zeros(2, problem.t0.dtype)
+    by_times = jnp.stack([jnp.zeros_like(problem.t0)] * 2)
     carry = (nodes.zero(), by_times, jnp.zeros_like(tape.times[0]))
     swept = sweep.run(z_bar, zeros, carry)
     integrals, by_times, _ = swept.inside

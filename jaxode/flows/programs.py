@@ -19,7 +19,7 @@ from jaxode.flows.noise import random_end, random_phases
 from jaxode.flows.objective import Objective, evaluate
 from jaxode.flows.validation import normalized
 from jaxode.ode.loop.outcome import Result
-from jaxode.ode.results import Solution
+from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
 from jaxode.ode.validation import check_same_times

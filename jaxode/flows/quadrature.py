@@ -219,7 +219,7 @@ class Nodes(NamedTuple):
         if speeds is not None:
             per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
             per_size = per_size * jnp.sum(self.bars * added, axis=1).astype(weight.dtype)
-            moved = [jnp.sum(per_size * self._weight(index, *sizes)) for sizes in speeds]
+            moved = [_to_rows(per_size * self._weight(index, *h), h[0]) for h in speeds]
             by_times = by_times + jnp.stack(moved)
         return bar._replace(y=bar.y + dstate, k=k_bar), params_bar, integrals + added, by_times
 

@@ -14,7 +14,7 @@ from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import VectorField
 from jaxode.ode.loop.outcome import Stats
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import Solution
+from jaxode.ode.solution import Solution
 from jaxode.ode.solve import Unconditional, solve_field
 from jaxode.ode.system import System, make_system, pose
 from jaxode.ode.validation import Time, check_state

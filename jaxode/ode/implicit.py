@@ -43,8 +43,9 @@ class DiffraxSolve(eqx.Module):
         """Solve the problem on one row."""
         if isinstance(self.adjoint, DiscreteAdjoint):
             problem = in_reverse(problem, "DiscreteAdjoint")
-        y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-        valid = all_hold(problem, method)
+        y0, t0, t1 = problem.y0, problem.t0[0], problem.t1[0]
+        ts = None if problem.ts is None else problem.ts[:, 0]
+        valid = all_hold(problem, method)[0]
         # An empty span in place of times that diffrax would raise for.
         t0, t1, ts = jax.tree.map(lambda t: jnp.where(valid, t, 0.0), (t0, t1, ts))
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
@@ -58,7 +59,7 @@ class DiffraxSolve(eqx.Module):
         states = _along(states, times, ode, jnp.where(moves, 1.0, 0.0))
         result, reached = _result(ode, solution, states, t0, t1, method)
         result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
-        reached = jnp.where(valid, reached, problem.t0)
+        reached = jnp.where(valid, reached, problem.t0[0])
         failed = result != Result.SUCCESS
         # Not by a product: a NaN cotangent would raise in the linear solves of the backward pass.
         states = jnp.where(failed, jnp.nan, states)
@@ -72,7 +73,10 @@ class DiffraxSolve(eqx.Module):
         )
         ys = None if ts is None else states[:-1, None]
         reached = jax.lax.stop_gradient(jnp.where(failed, reached, t1))[None]
-        out = Integration(states[-1:], ys, stats, result[None], reached, jnp.zeros_like(reached))
+        steps: Any = solution.interpolation
+        out = Integration(
+            states[-1:], ys, stats, result[None], reached, jnp.zeros_like(reached), steps
+        )
         if not isinstance(self.adjoint, ForwardMode):
             return out
         return nondifferentiable_backward(out, msg=FORWARD_ONLY)
@@ -94,7 +98,9 @@ class DiffraxSolve(eqx.Module):
             first_step,
             y0,
             args=ode,
-            saveat=diffrax.SaveAt(ts=ts, t1=True, controller_state=method.steps is None),
+            saveat=diffrax.SaveAt(
+                ts=ts, t1=True, dense=method.dense, controller_state=method.steps is None
+            ),
             stepsize_controller=_controller(method),
             adjoint=self._adjoint,
             max_steps=method.tape_length + (method.steps is not None),

@@ -1,10 +1,8 @@
-"""What a solve returns, and the words used when one fails."""
+"""The words used when a solve fails, and where it raises."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.sharding import axes_of, vary
-from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.outcome import Result
 
 EXPLANATIONS = {
     Result.MAX_STEPS_REACHED: (
@@ -50,30 +48,6 @@ class SolveError(RuntimeError):
     """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
-class Solution(eqx.Module):
-    """The result of `jaxode.solve`. With a batch, states have a leading axis `[batch, ...]`."""
-
-    y1: Any
-    """State at the end time: same structure and shapes as the initial state. NaN on failure."""
-    ts: Float[Array, " times"] | None
-    """The times asked for, or None."""
-    ys: Any
-    """States at `ts`: each leaf has a leading axis of length `len(ts)`, before that of a batch.
-    None without `ts`."""
-    stats: Stats
-    """Steps and evaluations of the forward solve."""
-    result: Int[Array, "*rows"]
-    """A `Result` code; with per-sample steps, one per row."""
-    t_reached: Float[Array, "*rows"]
-    """The time at which the solve stopped: the end time unless it failed. NaN if not known, which
-    can only be where a solver of diffrax without error control went on with a NaN."""
-
-    @property
-    def ok(self) -> Bool[Array, "*rows"]:
-        """Whether the solve reached its end time (per row with per-sample steps)."""
-        return self.result == Result.SUCCESS
-
-
 def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
@@ -84,7 +58,9 @@ def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, An
     if np.isin(codes, OF_ARGUMENTS).any():
         for sentence, rows in found.items():
             if np.any(rows):
-                return sentence.format(rows=in_rows(rows))
+                told = sentence.format(rows=in_rows(rows))
+                several = "{rows}" not in sentence and np.size(rows) > 1
+                return f"{told} This fails in {in_rows(rows)}." if several else told
     first = int(np.flatnonzero(codes)[0])
     cause, remedy = EXPLANATIONS[Result(int(codes[first]))]
     rows = f" in {in_rows(codes)}" if codes.size > 1 else ""
@@ -140,23 +116,3 @@ def tied(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[A
     As a factor: so the derivatives depend on it, too, and a program that uses them alone raises.
     """
     return leaf * jnp.where(ok, 1.0, nan).astype(leaf.dtype)
-
-
-def raise_on_failure(solution: Solution, where: str, faults: Faults | None = None) -> Solution:
-    """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
-
-    Under `jit` the check is a host callback behind a `lax.cond`, so it costs nothing until it
-    fires; it does keep the compiled program out of JAX's persistent compilation cache.
-    """
-    nan = nan_or_raise(solution.result, solution.t_reached, where, faults)
-    if not isinstance(solution.result, jax.core.Tracer):
-        return solution
-    ok = solution.ok
-
-    def guard(leaf, axis):
-        shape = (1,) * axis + ok.shape + (1,) * (leaf.ndim - axis - ok.ndim)
-        return tied(leaf, ok.reshape(shape), nan.reshape(shape))
-
-    y1 = jax.tree.map(lambda leaf: guard(leaf, 0), solution.y1)
-    ys = jax.tree.map(lambda leaf: guard(leaf, 1), solution.ys)
-    return dataclasses.replace(solution, y1=y1, ys=ys)

@@ -6,26 +6,40 @@ from typing import Any, Literal
 import diffrax
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.closure import recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
+from jaxode.ode.dense import Interpolant, OfDiffrax, OfSteps
+from jaxode.ode.events import Event, ending, find, land
 from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.outputs import Steps
+from jaxode.ode.loop.problem import Problem
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import Solution, raise_on_failure
-from jaxode.ode.system import Batch, System, argument_faults, make_system, pose
+from jaxode.ode.solution import Solution, raise_on_failure
+from jaxode.ode.system import (
+    Batch,
+    Ravel,
+    System,
+    argument_faults,
+    condition_on_rows,
+    make_system,
+    pose,
+)
 from jaxode.ode.validation import Time, check_args, check_batch, check_bool, check_state, one_of
 
 
 def solve(
     f: VectorField,
     y0: PyTree[Float[Array, "..."]],
-    t0: Time,
-    t1: Time,
+    t0: Time | Float[Array, " batch"],
+    t1: Time | Float[Array, " batch"],
     args: PyTree = None,
     *,
     batch: Literal["joint", "per_sample"] | None = None,
-    ts: Float[Array, " times"] | None = None,
+    ts: Float[Array, " times"] | Float[Array, "batch times"] | None = None,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
@@ -36,6 +50,8 @@ def solve(
     breakpoints: Sequence[float] | Float[Array, " points"] | None = None,
     max_steps: int = 4096,
     axis_name: str | tuple[str, ...] | None = None,
+    dense: bool = False,
+    event: Event | None = None,
     throw: bool = True,
 ) -> Solution:
     """Solve the initial value problem `dy/dt = f(t, y, args)`, `y(t0) = y0`, up to `t1`.
@@ -47,15 +63,17 @@ def solve(
             what a function closes over (an array of NumPy, a list, an object) is not seen.
         y0: initial state, any pytree of floating arrays. The solve runs in their common dtype,
             at least float32, and so does the time.
-        t0: start time, a scalar.
-        t1: end time, a scalar; smaller than `t0` to solve backwards in time.
+        t0: start time, a scalar; with "per_sample" steps also `[batch]`, a time for each sample.
+        t1: end time, a scalar or `[batch]` as `t0`; smaller than `t0` to solve backwards in time.
         args: any pytree, passed to `f`.
         batch: the leaves of `y0` have a common leading axis, and `f` is the vector field of one
             sample. "joint" takes one sequence of steps for the batch, its error norm the root mean
             square over all of it; "per_sample" gives each sample its own steps, so that its result
             does not depend on the batch around it.
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
-            between steps come from the solver's own dense output.
+            between steps come from the solver's own dense output. With "per_sample" steps also
+            `[batch, times]`: repeat the last time of a sample that has fewer of them, which costs
+            no evaluation. Samples whose times are out of order fail.
         solver: an ODE solver of diffrax. Explicit Runge-Kutta solvers run in jaxode's own loop;
             others, such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax,
             with `DiscreteAdjoint` or `ForwardMode`.
@@ -76,6 +94,13 @@ def solve(
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
             state is split, or a tuple of such names: the error norm is then taken over all of it,
             at the price of one number that crosses between devices in each attempted step.
+        dense: keep all accepted steps, for `Solution.evaluate` at any time between the ends. Memory
+            is that of `max_steps` times the stages of the solver and one, in states, so lower
+            `max_steps`. With `DiscreteAdjoint` or `ForwardMode`.
+        event: a `jaxode.Event`, at which the solve ends before `t1`; with "per_sample" steps for
+            each sample by itself, and not with "joint" ones. `Solution.t1` is its time. Outputs
+            beyond are the state at the event. It takes two solves: one finds the event, the other
+            ends there.
         throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
             `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
             state and all gradients are NaN.
@@ -88,7 +113,8 @@ def solve(
         SolveError: at run time, with `throw`, if the steps run out, the step size underflows or the
             vector field is not finite.
 
-    Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over.
+    Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over;
+        of the time of an event by the implicit function theorem.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
@@ -109,14 +135,25 @@ def solve(
     check_implicit("solve", options, "batch", batch)
     check = check_state if batch is None else check_batch
     y0 = check("solve", "y0", y0)
-    return solve_field("solve", f, y0, (t0, t1), args, options, ts=ts, batch=batch, throw=throw)
+    check_bool("solve", "dense", dense)
+    if dense and not isinstance(options.adjoint, DiscreteAdjoint | ForwardMode):
+        raise ValueError(
+            "solve(dense=True): needs DiscreteAdjoint or ForwardMode, which differentiate the "
+            f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
+            "jaxode.DiscreteAdjoint()."
+        )
+    check_event("solve", options, event, batch)
+    return solve_field(
+        "solve", f, y0, (t0, t1), args, options,
+        ts=ts, batch=batch, dense=dense, event=event, throw=throw,
+    )  # fmt: skip
 
 
 def flow(
     f: VectorField,
     z: PyTree[Float[Array, "batch ..."]],
-    s: Time,
-    t: Time,
+    s: Time | Float[Array, " batch"],
+    t: Time | Float[Array, " batch"],
     args: PyTree = None,
     *,
     step_control: Literal["joint", "per_sample"] = "joint",
@@ -130,8 +167,8 @@ def flow(
     Args:
         f: vector field of one sample, as for `solve`.
         z: batch of states, any pytree of floating arrays with a common leading axis.
-        s: start time, a scalar.
-        t: end time, a scalar; `s > t` runs backwards.
+        s: start time, a scalar; with "per_sample" steps also `[batch]`.
+        t: end time, a scalar or `[batch]` as `s`; `s > t` runs backwards.
         args: any pytree, passed to `f`, the same for all samples.
         step_control: "joint" or "per_sample", as `batch` of `solve`.
         throw: as for `solve`.
@@ -179,13 +216,18 @@ def solve_field(
     *,
     ts: Any = None,
     batch: Batch = None,
+    dense: bool = False,
+    event: Event | None = None,
     throw: bool,
 ) -> Solution:
     """`solve`, for a function of the name `where`, of a state that is checked."""
     check_field(where, "f", f, "f(t, y, args)")
     check_bool(where, "throw", throw)
     check_args(where, "args", args)
-    system = make_system(where, Unconditional(f), y0, span, args, options, ts=ts, batch=batch)
+    system = make_system(
+        where, Unconditional(f), y0, span, args, options,
+        ts=ts, batch=batch, dense=dense, event=event,
+    )  # fmt: skip
     solution = _run(system.raising(throw))
     settle(system)
     return raise_on_failure(solution, where, argument_faults(where, system)) if throw else solution
@@ -208,18 +250,69 @@ def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batc
         )
 
 
+def check_event(where: str, options: SolveOptions, event: Any, batch: Batch) -> None:
+    """Raise for what is no event, and where there is none."""
+    if event is None:
+        return
+    if not isinstance(event, Event):
+        raise TypeError(
+            f"{where}(event=...): must be a jaxode.Event; got {event!r}. Use "
+            "jaxode.Event(condition)."
+        )
+    if batch == "joint":
+        raise ValueError(
+            f"{where}(event=...): samples with joint steps end together; got batch='joint'. Use "
+            "batch='per_sample'."
+        )
+    if options.tableau is None:
+        raise ValueError(
+            f"{where}(event=...): needs an explicit Runge-Kutta solver; got "
+            f"{type(options.solver).__name__}. Use diffrax.diffeqsolve(event=...)."
+        )
+
+
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     system = recognized(system)
     problem, method, ravel = pose(system)
+    if system.event is None:
+        return _solution(system, problem, ravel, system.adjoint.integrate(problem, method))
+    condition = condition_on_rows(system, ravel)
+    found = find(system.event, condition, problem, method)
+    problem, beyond = ending(found, problem)
     out = system.adjoint.integrate(problem, method)
-    y1 = ravel.back(out.y1)
-    ys = None if out.ys is None else jax.vmap(ravel.back)(out.ys)
-    stats, result, t_reached = out.stats, out.result, out.t_reached
-    if system.batch != "per_sample":
-        y1, stats, result, t_reached = jax.tree.map(lambda x: x[0], (y1, stats, result, t_reached))
-        ys = jax.tree.map(lambda x: x[:, 0], ys)
-    return Solution(y1, problem.ts, ys, stats, result, t_reached)
+    t1, y1 = land(condition, found, problem, out)
+    stats = jax.tree.map(jnp.add, found.stats, out.stats)
+    ys, ts = out.ys, problem.ts
+    if ys is not None and ts is not None:
+        ys = jnp.where(beyond[..., None], y1[None], ys)
+        ts = jnp.where(beyond, t1[None], ts)
+    out = out._replace(y1=y1, ys=ys, stats=stats, stopped=found.came)
+    return _solution(system, problem._replace(t1=t1, ts=ts), ravel, out)
+
+
+def _solution(system: System, problem: Problem, ravel: Ravel, out: Integration) -> Solution:
+    per_sample = system.batch == "per_sample"
+    interpolant = None
+    if system.method.dense:
+        path = OfDiffrax(out.steps, jnp.ones_like(problem.t0))
+        if isinstance(out.steps, Steps):
+            path = OfSteps(out.steps, jnp.sign(problem.t1 - problem.t0), system.method.tableau)
+        interpolant = Interpolant(path, problem.t0, problem.t1, ravel, per_sample)
+    of_rows = (ravel.back(out.y1), out.stats, out.result, out.t_reached, problem.t1, out.stopped)
+    ts, ys = problem.ts, None if out.ys is None else jax.vmap(ravel.back)(out.ys)
+    own_times = system.rows_have_outputs or out.stopped is not None
+    if not per_sample:
+        of_rows = jax.tree.map(lambda x: x[0], of_rows)
+        ts, ys = jax.tree.map(lambda x: x[:, 0], (ts, ys))
+    elif own_times:
+        ts, ys = jax.tree.map(lambda x: x.swapaxes(0, 1), (ts, ys))
+    else:
+        ts = system.ts
+    y1, stats, result, t_reached, t1, event = of_rows
+    if out.stopped is None:
+        t1 = system.t1
+    return Solution(y1, ts, ys, stats, result, t_reached, t1, event, interpolant)
 
 
 _run = eqx.filter_jit(run)

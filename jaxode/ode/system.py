@@ -57,9 +57,10 @@ class System(NamedTuple):
     field: Callable[..., PyTree]
     """`f(t, y, shared, row)`, of one row."""
     y0: PyTree[Float[Array, "..."]]
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    ts: Float[Array, " times"] | None
+    t0: Float[Array, "*rows"]
+    """For all rows, or one for each, as the other times are."""
+    t1: Float[Array, "*rows"]
+    ts: Float[Array, "*rows times"] | None
     shared: PyTree
     """What all rows have in common."""
     rows: PyTree
@@ -69,6 +70,21 @@ class System(NamedTuple):
     method: Method
     adjoint: Any
     """The gradient method, which runs the loop, or diffrax for other solvers."""
+    event: Any = None
+    """Where it ends, if not at `t1`."""
+
+    @property
+    def rows_have_outputs(self) -> bool:
+        """Whether each row has its own output times."""
+        return self.ts is not None and self.ts.ndim == 2
+
+    def on_rows(self, rows: int) -> tuple[Array, Array, Array | None]:
+        """The start, end `[rows]` and output times `[times, rows]` of each row."""
+        t0, t1 = (jnp.broadcast_to(t, (rows,)) for t in (self.t0, self.t1))
+        ts = self.ts
+        if ts is not None:
+            ts = ts.T if ts.ndim == 2 else jnp.broadcast_to(ts[:, None], (len(ts), rows))
+        return t0, t1, ts
 
     def raising(self, throw: bool) -> "System":
         """The same, with an error for a backward solve that fails, if the method has one."""
@@ -87,33 +103,53 @@ def make_system(
     ts: Any = None,
     rows: PyTree = None,
     batch: Batch = None,
+    dense: bool = False,
+    event: Any = None,
 ) -> System:
     """Check the times, and make all that varies an array, so that nothing is compiled again."""
     dtype = state_dtype(y0)
-    t0, t1, ts = check_times(where, *span, ts, dtype)
+    count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
+    t0, t1, ts = check_times(where, *span, ts, dtype, count)
     check_same_times(where, (t0, t1, ts, options.breakpoints), options.axis_name)
     method = options.method(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
+    method = dataclasses.replace(method, dense=dense)
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)
-    field, adjoint = recognizable((field, adjoint))
+    field, adjoint, event = recognizable((field, adjoint, event))
     shared, rows = recognizable((shared, rows), dtype)
-    return System(Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint)
+    return System(Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint, event)
 
 
 def argument_faults(where: str, system: System) -> Faults:
     """What could be wrong with the arguments of a system, for the message of a failure."""
-    broken = lambda holds: lambda: ~holds(system, system.method)
+    times: Any = system
+    if system.t0.ndim or system.t1.ndim or system.rows_have_outputs:
+        t0, t1, ts = system.on_rows(jax.tree.leaves(system.y0)[0].shape[0])
+        times = Problem(None, None, system.y0, t0, t1, ts)
+    broken = lambda holds: lambda: ~holds(times, system.method)
     return {where + rule: broken(holds) for rule, holds in RULES.items()}
 
 
+@dataclasses.dataclass(frozen=True)
 class Ravel:
     """The state as rows of numbers, `[rows, n]`, and back."""
 
-    def __init__(self, y0: PyTree):
-        self.leaves, self.structure = jax.tree.flatten(y0)
-        self.sizes = [math.prod(leaf.shape[1:]) for leaf in self.leaves]
-        self.dtype = state_dtype(y0)
+    structure: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, y0: PyTree) -> "Ravel":
+        leaves, structure = jax.tree.flatten(y0)
+        return cls(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(leaf.shape[1:]) for leaf in self.leaves]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return state_dtype(self.leaves)
 
     def __call__(self, y: PyTree) -> Float[Array, "rows n"]:
         each = zip(jax.tree.leaves(y), self.sizes, strict=True)
@@ -125,6 +161,27 @@ class Ravel:
         like = zip(parts, self.leaves, strict=True)
         parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
         return jax.tree.unflatten(self.structure, parts)
+
+
+def condition_on_rows(system: System, ravel: Ravel):
+    """The condition of the event, on rows of the solver."""
+
+    def checked(t, y, shared):
+        value = jnp.asarray(system.event.condition(t, y, shared))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"{system.label.text}(event=...): the condition must return a floating scalar; got "
+                f"{value.dtype} of shape {value.shape}. It sees one sample of a batch."
+            )
+        return value
+
+    def condition(t, y):
+        state = ravel.back(y)
+        if system.batch == "per_sample":
+            return jax.vmap(checked, (0, 0, None))(t, state, system.shared)
+        return checked(t[0], jax.tree.map(lambda x: x[0], state), system.shared)[None]
+
+    return condition
 
 
 def _rows_field(system: System):
@@ -156,12 +213,11 @@ def pose(system: System) -> tuple[Problem, Method, Ravel]:
     y0 = system.y0
     if system.batch != "per_sample":
         y0 = jax.tree.map(lambda x: x[None], y0)
-    ravel, field = Ravel(y0), _rows_field(system)
+    ravel, field = Ravel.of(y0), _rows_field(system)
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
-    times = (system.t0, system.t1, system.ts)
+    start = ravel(y0)
     start, times, args, method = vary_alike(
-        (ravel(y0), times, (system.shared, system.rows), system.method)
+        (start, system.on_rows(len(start)), (system.shared, system.rows), system.method)
     )
-    t = jnp.broadcast_to(times[0], start.shape[:1])
-    closed, arrays = close_field(raveled, t, start, args)
+    closed, arrays = close_field(raveled, times[0], start, args)
     return Problem(closed, arrays, start, *times), method, ravel

@@ -210,25 +210,27 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
             )
 
 
-def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
+def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
     """The start, the end and the output times as arrays of the dtype of the state.
 
-    Those that are traced are NaN if they are lost in that dtype.
+    With a number of `rows` each may have its own. Then, and where they are traced, those that are
+    lost in that dtype are NaN.
     """
-    check_time(where, "t0", t0)
-    check_time(where, "t1", t1)
+    ragged = [_check_end(where, name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
     given = ts
     if ts is not None:
         check_real_times(where, "ts", ts)
         ts = jnp.asarray(ts, dtype)
-        if ts.ndim != 1 or ts.shape[0] == 0:
+        ragged.append(ts.ndim == 2 and ts.shape[0] == rows)
+        if not (ts.ndim == 1 or ragged[-1]) or ts.shape[-1] == 0:
+            of_rows = "" if rows is None else f", or one of the same length for each of {rows} rows"
             raise ValueError(
-                f"{where}(ts=...): must be a vector of at least one time; got shape {ts.shape}."
+                f"{where}(ts=...): must be a vector of at least one time{of_rows}; got shape "
+                f"{ts.shape}."
             )
     span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
-    if not is_known((t0, t1, given)):
-        nan_if = lambda lost, t: t if lost is False else jnp.where(lost, jnp.nan, t)
-        return nan_if(span_lost, as_array(t0, dtype)), as_array(t1, dtype), nan_if(ts_lost, ts)
+    if any(ragged) or not is_known((t0, t1, given)):
+        return _nan_if(span_lost, as_array(t0, dtype)), as_array(t1, dtype), _nan_if(ts_lost, ts)
     if span_lost:
         raise ValueError(
             f"{where}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in the "
@@ -243,6 +245,33 @@ def check_times(where: str, t0: Time, t1: Time, ts: Any, dtype: jnp.dtype):
             f"solved; got {np.asarray(given)}. Shift the time, or use float64 for the state."
         )
     return as_array(t0, dtype), as_array(t1, dtype), ts
+
+
+def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
+    """Whether it is the start or the end of each row, if not of all; raises if it is neither."""
+    shape = np.shape(value) if isinstance(value, jax.Array | np.ndarray | list | tuple) else ()
+    if shape == () or (rows is None and len(shape) != 1):
+        check_time(where, name, value)
+        return False
+    check_real_times(where, name, value)
+    if rows is None:
+        raise ValueError(
+            f"{where}({name}=...): must be a scalar time; got shape {shape}. Rows have their own "
+            "times with per-sample steps only."
+        )
+    if shape != (rows,):
+        raise ValueError(
+            f"{where}({name}=...): must be a scalar time, or one for each of {rows} rows; got "
+            f"shape {shape}."
+        )
+    return True
+
+
+def _nan_if(lost: Any, t: Any) -> Any:
+    """The time, or times `[..., times]`, with NaN in the rows that are lost."""
+    if lost is False or t is None:
+        return t
+    return jnp.where(lost[..., None] if t.ndim > lost.ndim else lost, jnp.nan, t)
 
 
 def check_real_times(where: str, name: str, value: Any) -> None:
@@ -284,7 +313,8 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     """Whether the span, and some of the times `ts`, are lost in the precision of the state.
 
     What is kept may move by a thousandth of the span: far above the rounding of a span that is
-    worth solving over. Times that differ stay so, unless they are one for the span, too.
+    worth solving over. Times that differ stay so, unless they are one for the span, too. For each
+    row, if any of them is.
     """
     known = is_known((t0, t1, ts))
     exact = np.dtype(float) if known else jnp.result_type(float)
@@ -302,13 +332,17 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     )
     t0, t1, ts = (None if t is None else as_exact(t) for t in (t0, t1, ts))
     span = abs(t1 - t0)
-    moved = lambda t: abs(rounded(t) - rounded(t0) - (t - t0)) > 1e-3 * span
+    moved = lambda t, t0, span: abs(rounded(t) - rounded(t0) - (t - t0)) > 1e-3 * span
     with np.errstate(all="ignore"):
+        span_lost = moved(t1, t0, span)
         if ts is None:
-            return moved(t1), False
-        path = xp.concatenate([t0[None], ts, t1[None]])
+            return span_lost, False
+        shape = np.broadcast_shapes(span.shape, ts.shape[:-1])
+        t0, t1, span = (xp.broadcast_to(t, shape)[..., None] for t in (t0, t1, span))
+        ts = xp.broadcast_to(ts, (*shape, ts.shape[-1]))
+        path = xp.concatenate([t0, ts, t1], axis=-1)
         merged = (xp.diff(rounded(path)) == 0) & (abs(xp.diff(path)) > float(info.eps) * span)
-        return moved(t1), moved(ts).any() | merged.any()
+        return span_lost, moved(ts, t0, span).any(axis=-1) | merged.any(axis=-1)
 
 
 def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:

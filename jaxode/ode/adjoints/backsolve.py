@@ -1,5 +1,6 @@
 """The adjoint ODE with the state recomputed backwards: memory of one state."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,7 +143,7 @@ def _apply(params, rest, t, y):
 def _solve_back(inputs, method):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
     params, rest, problem, integration, resting, out = inputs
-    rows, n = problem.y0.shape
+    n = problem.y0.shape[1]
 
     def adjoint_field(t, state, weight):
         y, a = state[:, :n], state[:, n:]
@@ -151,13 +152,11 @@ def _solve_back(inputs, method):
         return jnp.concatenate([f, da], axis=1), integrand
 
     def solve(segment, to):
-        to = jnp.broadcast_to(to, (rows,))
         return solve_segment(adjoint_field, method, segment, to, problem.t1 - problem.t0)
 
-    start = jnp.broadcast_to(problem.t1, (rows,))
     state = jnp.concatenate([integration.y1, out.y1], axis=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    segment = Segment.start(start, -integration.h, state, zeros, resting)
+    segment = Segment.start(problem.t1, -integration.h, state, zeros, resting)
     ts, ys, ys_bar = problem.ts, integration.ys, out.ys
     if ts is None or ys is None or ys_bar is None:
         return solve(segment, problem.t0)
@@ -198,20 +197,23 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         y, a, b = jnp.split(state[0], [size, 2 * size])
         return y.reshape(shape), a.reshape(shape), b
 
-    def adjoint_ode(t, state, args):
-        params, rest = args
+    def adjoint_ode(s, state, args):
+        (params, rest, start, span), _ = args
         y, a, _ = unpack(state)
-        t = jnp.broadcast_to(t, shape[:1])
+        t = start + s * span
         f, pull = vjp(lambda params, y: _apply(params, rest, t, y), params, y)
-        params_bar, y_bar = pull(-a)
-        return pack(f, y_bar, ravel_pytree(params_bar)[0])
+        params_bar, y_bar = pull(-a * span[:, None])
+        return pack(f * span[:, None], y_bar, ravel_pytree(params_bar)[0])
 
     def reference(diff):
         params, rest, problem, integration, _, out = eqx.combine(diff, fixed)
 
         def solve(state, start, to):
-            back = Problem(adjoint_ode, (params, rest), state, start, to, None)
-            return _integrate(back, method, None, None).y1
+            # All rows are one here, so its time `s` goes from 0 to 1 in each.
+            span, unit = to - start, jnp.ones_like(to[:1])
+            args = (params, rest, start, span), ()
+            back = Problem(adjoint_ode, args, state, 0 * unit, unit, None)
+            return _integrate(back, _over_unit(method, start, span), None, None).y1
 
         def segment(carry, output):
             state, start = carry
@@ -230,3 +232,16 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
     values, pull = jax.vjp(reference, diff)
     bars = jax.tree.map(lambda value, bar: filled(bar, value), values, (out.y, out.quadrature))
     return pull(bars)[0]
+
+
+def _over_unit(method: Method, start: Float[Array, " rows"], span: Float[Array, " rows"]) -> Method:
+    """The method for solves over the `span` of each row at once, as over the unit interval."""
+    start, span = jax.lax.stop_gradient((start, span))
+    longest, safe = jnp.max(jnp.abs(span)), jnp.where(span == 0, 1.0, span)
+    max_step, breakpoints = method.max_step, method.breakpoints
+    if max_step is not None:
+        max_step = max_step / jnp.where(longest == 0, 1.0, longest)
+    if breakpoints is not None:
+        points = (breakpoints[:, None] - start[None]) / safe[None]
+        breakpoints = jnp.where(span[None] == 0, 2.0, points).reshape(-1)
+    return dataclasses.replace(method, max_step=max_step, breakpoints=breakpoints)

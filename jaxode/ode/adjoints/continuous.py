@@ -94,7 +94,7 @@ def solve_segment(
     method: Method,
     segment: Segment,
     end: Float[Array, " rows"],
-    span: Float[Array, ""],
+    span: Float[Array, " rows"],
 ) -> Segment:
     """Carry an adjoint solve on to the time `end`; a row that has failed stays where it is.
 
@@ -185,20 +185,19 @@ def with_tolerances(method: Method, rtol, atol) -> Method:
 def time_cotangents(
     apply: Callable[..., Float[Array, "rows n"]],
     params: PyTree,
-    times: Float[Array, " points"],
+    times: Float[Array, "points rows"],
     states: Float[Array, "points rows n"],
     cotangents: Float[Array, "points rows n"],
-) -> Float[Array, " points"]:
-    """`sum of cotangent . f(t, y)` at each point: the gradient with respect to its time.
+) -> Float[Array, "points rows"]:
+    """`cotangent . f(t, y)` at each point: the gradient with respect to its time.
 
     Moving the time of an output moves it along its trajectory, and moving the start time moves the
     trajectory against it.
     """
-    rows = states.shape[1]
 
     def at(point):
         t, y, cotangent = point
-        return jnp.sum(cotangent * apply(params, jnp.broadcast_to(t, (rows,)), y))
+        return jnp.sum(cotangent * apply(params, t, y), axis=1)
 
     return jax.lax.map(at, (times, states, cotangents))
 

@@ -22,10 +22,11 @@ from jaxode.ode.adjoints.replay import (
     without_unused,
 )
 from jaxode.ode.adjoints.sweep import Step, Sweep
-from jaxode.ode.loop.integrate import Integration, integrate, output_weights, save_times_at
+from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result
+from jaxode.ode.loop.outputs import Steps, output_weights, save_times_at
 from jaxode.ode.loop.problem import Problem
 
 # How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
@@ -91,12 +92,15 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
         inside = _saved_outputs(method.tableau, ts, out.ys, jnp.sign(t1 - t0), timed)
         saved = jnp.full(y0.shape[0], ts.shape[0], jnp.int32)
         carry = saved, jnp.zeros_like(ts)
+    if out.steps is not None:
+        inside = _kept_steps(out.steps, inside)
     per_step = per_step_gradient(params, problem.field)
     mesh = Mesh(t0, t1, method.breakpoints)
     sweep = Sweep(apply, params, method.tableau, tape, mesh, timed, unused, per_step, inside)
     swept = sweep.run(filled(out.y1, y0), params_bar, carry)
-    ts_bar = None if ts is None else jnp.zeros_like(ts) if inside is None else swept.inside[1]
-    t0_bar, t1_bar, ts_bar = (swept.t0, swept.t1, ts_bar) if timed else (None, None, None)
+    ts_bar = None if ts is None else jnp.zeros_like(ts) if carry is None else swept.inside[1]
+    t0_bar, t1_bar = _moved(mesh, tape.times, out.steps, swept.t0, swept.t1)
+    t0_bar, t1_bar, ts_bar = (t0_bar, t1_bar, ts_bar) if timed else (None, None, None)
     # A failed solve has no gradient: NaN, not a plausible number.
     ok = (result == Result.SUCCESS) & (tape.num_steps > 0)
     valid = nan_unless(ok | unused, y0.dtype)
@@ -109,6 +113,40 @@ def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
     """Whether to gather the parameter gradient once a step, and not at each stage."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return size > PARAMETERS_PER_WORK * field.work_size
+
+
+def _moved(mesh: Mesh, times, steps_bar: Steps | None, t0_bar, t1_bar):
+    """With the cotangents of the times of the steps, which move with the two ends."""
+    if steps_bar is None or steps_bar.times is None:
+        return t0_bar, t1_bar
+
+    def add(carry, step):
+        t, bar = step
+        by_t0, by_t1 = mesh.speeds(t, jnp.zeros_like(t), jnp.int32(1))
+        return (carry[0] + bar * by_t0.t, carry[1] + bar * by_t1.t), None
+
+    return jax.lax.scan(add, (t0_bar, t1_bar), (times, steps_bar.times))[0]
+
+
+def _kept_steps(steps_bar: Steps, outputs):
+    """Adds the cotangents of the steps themselves to those of the `outputs` within."""
+
+    def inside(step: Step, number, bar: Step, params_bar, carry):
+        def add(bar, steps_bar):
+            own = steps_bar[jnp.maximum(number - 1, 0)]
+            return bar + jnp.where(number > 0, own, 0)
+
+        if steps_bar.y is not None:
+            bar = bar._replace(y=add(bar.y, steps_bar.y))
+        if steps_bar.k is not None:
+            bar = bar._replace(k=add(bar.k, steps_bar.k))
+        return (
+            (bar, params_bar, carry)
+            if outputs is None
+            else outputs(step, number, bar, params_bar, carry)
+        )
+
+    return inside
 
 
 def _saved_outputs(tableau, ts, ys_bar, sign, timed):
@@ -132,7 +170,7 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
                 products = jnp.einsum("srn,rn->sr", step.k, y_bar, precision="highest")
                 t_bar, h_bar, time_bar = vjp(products)
                 bar = bar._replace(t=bar.t + t_bar, h=bar.h + h_bar)
-                ts_bar = ts_bar.at[index].add(time_bar)
+                ts_bar = ts_bar.at[index, rows].add(time_bar)
             return bar, saved - now.astype(jnp.int32), ts_bar
 
         carry = bar, *carry

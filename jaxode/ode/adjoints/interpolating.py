@@ -28,9 +28,10 @@ from jaxode.ode.adjoints.replay import (
     unused_rows,
     without_unused,
 )
-from jaxode.ode.loop.integrate import Integration, dense_output, integrate, save_times_at
+from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.outputs import dense_output, save_times_at
 from jaxode.ode.loop.problem import Problem
 
 
@@ -145,9 +146,8 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
         return stop - 1, saved, segment, checkpoints
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    start = jnp.broadcast_to(t1, y0.shape[:1])
     failed = (integration.result != Result.SUCCESS) | (tape.num_steps == 0)
-    segment = Segment.start(start, -integration.h, filled(out.y1, y0), zeros, failed)
+    segment = Segment.start(t1, -integration.h, filled(out.y1, y0), zeros, failed)
     count = 0 if ts is None or out.ys is None else ts.shape[0]
     saved = jnp.full(rows.shape, count, jnp.int32)
     carry = (tape.num_steps, saved, segment, tape.checkpoints)

@@ -12,9 +12,10 @@ from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.integrate import Field, Integration, save_times_at, stages
+from jaxode.ode.loop.integrate import Field, Integration, stages
 from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.outcome import Result
+from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import Tableau
 from jaxode.ode.validation import integer
@@ -28,6 +29,9 @@ def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Arra
         rows &= (out.y1 == 0).all(axis=1)
     if out.ys is not None:
         rows &= (out.ys == 0).all(axis=(0, 2))
+    for bar in jax.tree.leaves(out.steps):
+        axis = tuple(i for i in range(bar.ndim) if i != bar.ndim - min(bar.ndim - 1, 2))
+        rows &= (bar == 0).all(axis=axis)
     return rows
 
 
@@ -53,8 +57,10 @@ def without_unused(
 ) -> Problem:
     """The problem, in which unused rows are as the first that succeeded."""
     shared, rows = problem.args
-    y0, rows = stand_in((problem.y0, rows), unused, result)
-    return problem._replace(args=(shared, rows), y0=y0)
+    own = problem._replace(field=None, args=rows, ts=None if problem.ts is None else problem.ts.T)
+    own = stand_in(own, unused, result)
+    ts = None if own.ts is None else own.ts.T
+    return own._replace(field=problem.field, args=(shared, own.args), ts=ts)
 
 
 def at_start(problem: Problem, unused: Bool[Array, " rows"], t, y):
@@ -107,10 +113,11 @@ def bars_where(
     """
     shared, none = jnp.prod(valid), unused.all()
     keep = lambda leaf: jnp.where(none, 0, leaf * shared.astype(leaf.dtype))
-    scale = lambda tree: jax.tree.map(keep, tree)
-    field, args = scale(params)
+    field, args = jax.tree.map(keep, params)
     y0 = None if y0 is None else jnp.where(unused[:, None], 0, y0 * valid[:, None])
-    t0, t1, ts = scale((t0, t1, ts))
+    own = lambda leaf: jnp.where(unused, 0, leaf * valid.astype(leaf.dtype))
+    t0, t1 = jax.tree.map(own, (t0, t1))
+    ts = None if ts is None else jax.vmap(own)(ts)
     return Problem(field, args, y0=y0, t0=t0, t1=t1, ts=ts)
 
 

@@ -45,8 +45,8 @@ class Swept(NamedTuple):
     slope: Float[Array, "rows n"] | None
     """Of the first stage, if it waits for the step before."""
     params: PyTree
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
+    t0: Float[Array, " rows"]
+    t1: Float[Array, " rows"]
     inside: Any
     """Whatever `Sweep.inside` carries from step to step."""
 
@@ -123,8 +123,8 @@ class Sweep(NamedTuple):
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.timed:
             by_t0, by_t1 = self.mesh.speeds(step.t, step.h, state.stop)
-            t0_bar = t0_bar + jnp.sum(bar.t * by_t0.t + bar.h * by_t0.h)
-            t1_bar = t1_bar + jnp.sum(bar.t * by_t1.t + bar.h * by_t1.h)
+            t0_bar = t0_bar + bar.t * by_t0.t + bar.h * by_t0.h
+            t1_bar = t1_bar + bar.t * by_t1.t + bar.h * by_t1.h
         slope, slope_bar = (step.k[0], bar.k[0]) if self.waits else (None, None)
         swept = Swept(bar.y, slope_bar, params_bar, t0_bar, t1_bar, carry)
         return _State(state.stop - 1, slope, checkpoints, swept)

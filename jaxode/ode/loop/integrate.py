@@ -17,6 +17,7 @@ from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
 from jaxode.ode.loop.method import Method, aim, judge, limit_step, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.outputs import Steps, save
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.step_size import first_step
@@ -24,6 +25,10 @@ from jaxode.ode.loop.tableau import Tableau
 
 # The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
+
+# (t [rows], h [rows], y [rows, n], k [stages, rows, n]) of a step -> whether it stops within, the
+# time, and the state there.
+Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "rows n"]]]
 
 
 class Tape(NamedTuple):
@@ -47,6 +52,10 @@ class Integration(NamedTuple):
     t_reached: Float[Array, " rows"]
     h: Float[Array, " rows"]
     """The step size that the controller would try next."""
+    steps: Any = None
+    """The accepted `Steps` if the method is dense, or what a solver of diffrax has for them."""
+    stopped: Bool[Array, " rows"] | None = None
+    """Whether a solve that may stop before `t1` has."""
 
 
 class _State(NamedTuple):
@@ -65,6 +74,8 @@ class _State(NamedTuple):
     saved: Int[Array, " rows"]
     ys: Float[Array, "times rows n"] | None
     tape: Tape | None
+    steps: Steps | None
+    stopped: Bool[Array, " rows"] | None
 
 
 class _Step(NamedTuple):
@@ -105,74 +116,22 @@ def stages(
     return fori_loop(0 if slope is None else 1, count, stage, k)
 
 
-def output_weights(
-    tableau: Tableau,
-    t: Float[Array, " rows"],
-    h: Float[Array, " rows"],
-    time: Float[Array, " rows"],
-    dtype: Any,
-) -> Float[Array, "stages rows"]:
-    """Weights `w` of the dense output of the step `t -> t + h` at `time`, `y + sum_i w_i k_i`."""
-    waited = h == 0
-    theta = jnp.where(waited, 0.0, (time - t) / jnp.where(waited, 1.0, h)).astype(dtype)
-    one_row = lambda h, theta: h * tableau.dense_weights(theta)
-    inside = jax.vmap(one_row, out_axes=1)(h.astype(dtype), theta)
-    # A step of size zero has one output, its start; its derivative by the time is the slope.
-    at_start = jnp.zeros_like(inside).at[0].set((time - t).astype(dtype))
-    return jnp.where(waited[None], at_start, inside)
-
-
-def dense_output(
-    tableau: Tableau,
-    t: Float[Array, " rows"],
-    h: Float[Array, " rows"],
-    y: Float[Array, "rows n"],
-    k: Float[Array, "stages rows n"],
-    time: Float[Array, " rows"],
-) -> Float[Array, "rows n"]:
-    """The solver's interpolant of the step `t -> t + h`, at one `time` per row."""
-    weights = output_weights(tableau, t, h, time, y.dtype)
-    return y + jnp.einsum("sr,srn->rn", weights, k, precision=jax.lax.Precision.HIGHEST)
-
-
-def save_times_at(ts: Float[Array, " times"], index: Int[Array, " rows"]) -> Float[Array, " rows"]:
-    """The output time with this index, per row; any of them for an index out of range."""
-    return ts[jnp.clip(index, 0, ts.shape[0] - 1)]
-
-
-def _save(method: Method, ts: Float[Array, " times"], sign, state: _State, step: _Step):
-    """Write the dense output at every time of `ts` that an accepted step has reached."""
-    rows = jnp.arange(state.t.shape[0], dtype=jnp.int32)
-    h = step.t - state.t
-
-    def pending(saved):
-        reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)
-        return step.accept & (saved < ts.shape[0]) & reached
-
-    def write(carry):
-        ys, saved = carry
-        due = pending(saved)
-        time = save_times_at(ts, saved)
-        value = dense_output(method.tableau, state.t, h, state.y, step.k, time)
-        ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
-        return ys, saved + due.astype(jnp.int32)
-
-    carry = (state.ys, state.saved)
-    return while_loop(lambda carry: pending(carry[1]).any(), write, carry)
-
-
 def integrate(
-    problem: Problem, method: Method, checkpoints: int | None = None
+    problem: Problem, method: Method, checkpoints: int | None = None, stop: Stop | None = None
 ) -> tuple[Integration, Any]:
     """Solve from `t0` to `t1`, in either direction.
 
     With `checkpoints` it also returns a `Tape`: the time of every accepted step, and at most that
-    many states from which the steps in between can be replayed.
+    many states from which the steps in between can be replayed. With `stop`, which is for problems
+    without outputs, a row ends where that says.
     """
-    rows, ts = problem.y0.shape[0], problem.ts
-    start, end = (jnp.broadcast_to(t, (rows,)) for t in (problem.t0, problem.t1))
+    # A row with a time that is NaN takes no step, and has no part in the gradients of the others.
+    start, end = (jnp.where(jnp.isnan(t), 0, t) for t in (problem.t0, problem.t1))
+    ts = problem.ts
     sign = jnp.sign(end - start)
     state, first_evals = _initial(problem, method, start, end, checkpoints)
+    if stop is not None:
+        state = state._replace(stopped=jnp.zeros_like(state.done))
 
     def active(state):
         return ~state.done & (state.result == Result.SUCCESS)
@@ -181,7 +140,14 @@ def integrate(
         step = _attempt(problem, method, state, active(state), start, end)
         ys, saved = state.ys, state.saved
         if ts is not None and ys is not None:
-            ys, saved = _save(method, ts, sign, state, step)
+            h = step.t - state.t
+            ys, saved = save(method.tableau, ts, sign, step, h, state, ys, saved)
+        if stop is not None and state.stopped is not None:
+            found, t, y = stop(state.t, step.t - state.t, state.y, step.k)
+            found &= step.accept
+            t, y = jnp.where(found, t, step.t), jnp.where(found[:, None], y, step.y)
+            step = step._replace(t=t, y=y, last=step.last | found)
+            state = state._replace(stopped=state.stopped | found)
         return _advanced(state, step, active(state), ys, saved)
 
     final = while_loop(lambda state: active(state).any(), advance, state)
@@ -196,8 +162,13 @@ def integrate(
     # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
-    t_reached = jnp.where(final.done, end, final.t)
-    return Integration(y1, ys, stats, result, t_reached, final.h), final.tape
+    at_end = final.done if final.stopped is None else final.done & ~final.stopped
+    t_reached = jnp.where(at_end, end, final.t)
+    steps = final.steps
+    if steps is not None:
+        steps = steps._replace(y=steps.y * valid[None])
+    out = Integration(y1, ys, stats, result, t_reached, final.h, steps, final.stopped)
+    return out, final.tape
 
 
 def _initial(
@@ -211,27 +182,29 @@ def _initial(
         times = jnp.broadcast_to(start, (method.tape_length + 1, rows))
         kept = Checkpoints.start(checkpoints, method.tableau.stages, y0)
         tape = Tape(times, jnp.zeros((), jnp.int32), kept, slope)
+    steps = None
+    if method.dense:
+        steps = Steps.none_yet(method.tape_length, method.tableau.stages, start, y0)
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    result = jnp.where(all_hold(problem, method), Result.SUCCESS, Result.INVALID_ARGUMENT).astype(
-        jnp.int32
-    )
+    result = jnp.where(all_hold(problem, method), Result.SUCCESS, Result.INVALID_ARGUMENT)
     # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
     done = jnp.zeros(rows, bool)
-    result = jnp.broadcast_to(result, (rows,))
     state = _State(
         t=start,
         h=h,
         y=y0,
         slope=slope,
         done=done,
-        result=result,
+        result=result.astype(jnp.int32),
         accepted=none_yet,
         rejected=none_yet,
         unfit=jnp.zeros_like(start),
         saved=none_yet,
         ys=ys,
         tape=tape,
+        steps=steps,
+        stopped=None,
     )
     return state, evals
 
@@ -254,14 +227,16 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
     accept, k = step.accept, step.k
     t = jnp.where(accept, step.t, state.t)
     y = jnp.where(accept[:, None], step.y, state.y)
-    slope, tape = state.slope, state.tape
+    slope, tape, steps = state.slope, state.tape, state.steps
     if slope is not None:
         slope = jnp.where(accept[:, None], k[-1], slope)
+    # A row that waits has a step of size zero, whose stages are all at its start: not those of the
+    # attempt that failed, which may be NaN.
+    kept = k if len(t) == 1 else jnp.where(accept[None, :, None], k, k[:1])
     if tape is not None:
-        # A row that waits has a step of size zero, whose stages are all at its start: not those
-        # of the attempt that failed, which may be NaN.
-        kept = k if len(t) == 1 else jnp.where(accept[None, :, None], k, k[:1])
         tape = _record(tape, t, state.y, kept, slope, accept.any())
+    if steps is not None:
+        steps = steps.append(t, state.y, kept, accept.any())
     return _State(
         t=t,
         h=step.h_next,
@@ -275,6 +250,8 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
         saved=saved,
         ys=ys,
         tape=tape,
+        steps=steps,
+        stopped=state.stopped,
     )
 
 

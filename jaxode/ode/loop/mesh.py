@@ -80,8 +80,8 @@ class Speeds(NamedTuple):
 class Mesh(NamedTuple):
     """What the mesh moves with, for gradient methods that go back over its steps."""
 
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
+    t0: Float[Array, " rows"]
+    t1: Float[Array, " rows"]
     breakpoints: Float[Array, " points"] | None
 
     def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Int[Array, ""]):
@@ -93,6 +93,6 @@ class Mesh(NamedTuple):
         span = piece.end - piece.start
         safe = jnp.where(span == 0, 1.0, span)
         s = jnp.where(span == 0, 0.0, (t - piece.start) / safe)
-        ds = jnp.where((span == 0) & (number > 0), 1.0, h / safe)
+        ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)
         first, last = (jnp.asarray(end, s.dtype) for end in (piece.first, piece.last))
         return Speeds(first * (1 - s), -first * ds), Speeds(last * s, last * ds)

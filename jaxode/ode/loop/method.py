@@ -30,6 +30,8 @@ class Method(eqx.Module):
     max_step: Float[Array, ""] | None = None
     breakpoints: Float[Array, " points"] | None = None
     """Times at which the vector field may jump."""
+    dense: bool = eqx.field(static=True, default=False)
+    """Whether all accepted steps are kept, so that the solution is known between the ends."""
     raises: bool = eqx.field(static=True, default=False)
     """Whether a backward solve that fails raises."""
 

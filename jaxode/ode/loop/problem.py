@@ -17,9 +17,9 @@ class Problem(NamedTuple):
     """`(shared, rows)`: what all rows have in common, and leaves `[rows, ...]` of their own; of its
     samples, if the one row is a batch."""
     y0: Float[Array, "rows n"]
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    ts: Float[Array, " times"] | None
+    t0: Float[Array, " rows"]
+    t1: Float[Array, " rows"]
+    ts: Float[Array, "times rows"] | None
     """The times of the outputs."""
 
     def slope(self, t: Float[Array, " rows"], y: Float[Array, "rows n"]) -> Float[Array, "rows n"]:

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.problem import Problem
 
 
-def _in_order(problem: Any) -> Bool[Array, ""]:
+def _in_order(problem: Problem) -> Bool[Array, " rows"]:
     """From `t0` to `t1`; over an empty span all are the same."""
     t0, t1, ts = problem.t0, problem.t1, problem.ts
     if ts is None:
         return jnp.ones_like(t0, bool)
     path = jnp.concatenate([t0[None], ts, t1[None]])
-    sorted_ = jnp.all(jnp.sign(t1 - t0) * jnp.diff(path) >= 0)
-    return sorted_ & ((t0 != t1) | (ts == t0).all())
+    sorted_ = (jnp.sign(t1 - t0)[None] * jnp.diff(path, axis=0) >= 0).all(axis=0)
+    return sorted_ & ((t0 != t1) | (ts == t0[None]).all(axis=0))
 
 
 def _tolerance(value) -> Bool[Array, ""]:
@@ -33,15 +34,15 @@ def _if_given(rule: Callable[[Array], Array], value: Array | None) -> Bool[Array
     return jnp.ones((), bool) if value is None else rule(value)
 
 
-# What is said of the arguments, and whether it holds for a problem (or whatever has its times) and
-# a method. Times that the dtype of the state cannot tell apart are NaN here.
-RULES: dict[str, Callable[[Any, Method], Bool[Array, ""]]] = {
+# What is said of the arguments, and whether it holds in the rows of a problem (or of whatever has
+# its times) and for a method. Times that the dtype of the state cannot tell apart are NaN here.
+RULES: dict[str, Callable[[Any, Method], Bool[Array, "*rows"]]] = {
     "(t0=..., t1=...): must be finite times, whose span is not lost in the precision in which the "
     "state is solved. Shift the time, or use float64 for the state.": (
         lambda problem, _: jnp.isfinite(problem.t0) & jnp.isfinite(problem.t1)
     ),
     "(ts=...): times must be in order from t0 to t1, and not be lost in the precision in which the "
-    "state is solved. Sort them, or use float64 for the state.": (
+    "state is solved. Sort them, or use float64 for the state. Pad a row with its last time.": (
         lambda problem, _: _in_order(problem)
     ),
     "(rtol=...): must be a finite tolerance of at least 0.": (
@@ -64,6 +65,6 @@ RULES: dict[str, Callable[[Any, Method], Bool[Array, ""]]] = {
 }
 
 
-def all_hold(problem: Any, method: Method) -> Bool[Array, ""]:
-    """Whether every rule holds."""
+def all_hold(problem: Problem, method: Method) -> Bool[Array, " rows"]:
+    """Whether every rule holds, in each row."""
     return functools.reduce(operator.and_, (holds(problem, method) for holds in RULES.values()))

@@ -1,0 +1,103 @@
+"""Values between the ends of steps, by the solver's own interpolant."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxode._jax.sharding import while_loop
+from jaxode.ode.loop.tableau import Tableau
+
+
+class Steps(NamedTuple):
+    """Accepted steps, as many as the loop can take; those after the last have no meaning."""
+
+    times: Float[Array, "steps+1 rows"]
+    """Step `i` of a row goes from `times[i]` to `times[i + 1]`: nowhere, where the row waits."""
+    y: Float[Array, "steps rows n"]
+    k: Float[Array, "steps stages rows n"]
+    count: Int[Array, ""]
+
+    @classmethod
+    def none_yet(cls, length: int, stages: int, t0: Float[Array, " rows"], y0) -> "Steps":
+        """Room for a number of steps from the start."""
+        times = jnp.broadcast_to(t0, (length + 1, *t0.shape))
+        y = jnp.broadcast_to(y0, (length, *y0.shape))
+        k = jax.lax.full_like(y0, 0, shape=(length, stages, *y0.shape))
+        return cls(times, y, k, jnp.zeros((), jnp.int32))
+
+    def append(self, t, y, k, advanced: Bool[Array, ""]) -> "Steps":
+        """A step from `y` to the time `t`; one that no row accepted is overwritten later."""
+        put = lambda into, x, at: jax.lax.dynamic_update_index_in_dim(into, x, at, 0)
+        times, count = put(self.times, t, self.count + 1), self.count + advanced.astype(jnp.int32)
+        return Steps(times, put(self.y, y, self.count), put(self.k, k, self.count), count)
+
+
+def output_weights(
+    tableau: Tableau,
+    t: Float[Array, " rows"],
+    h: Float[Array, " rows"],
+    time: Float[Array, " rows"],
+    dtype: Any,
+) -> Float[Array, "stages rows"]:
+    """Weights `w` of the dense output of the step `t -> t + h` at `time`, `y + sum_i w_i k_i`."""
+    waited = h == 0
+    theta = jnp.where(waited, 0.0, (time - t) / jnp.where(waited, 1.0, h)).astype(dtype)
+    one_row = lambda h, theta: h * tableau.dense_weights(theta)
+    inside = jax.vmap(one_row, out_axes=1)(h.astype(dtype), theta)
+    # A step of size zero has one output, its start; its derivative by the time is the slope.
+    at_start = jnp.zeros_like(inside).at[0].set((time - t).astype(dtype))
+    return jnp.where(waited[None], at_start, inside)
+
+
+def dense_output(
+    tableau: Tableau,
+    t: Float[Array, " rows"],
+    h: Float[Array, " rows"],
+    y: Float[Array, "rows n"],
+    k: Float[Array, "stages rows n"],
+    time: Float[Array, " rows"],
+) -> Float[Array, "rows n"]:
+    """The solver's interpolant of the step `t -> t + h`, at one `time` per row."""
+    weights = output_weights(tableau, t, h, time, y.dtype)
+    return y + jnp.einsum("sr,srn->rn", weights, k, precision=jax.lax.Precision.HIGHEST)
+
+
+def save_times_at(
+    ts: Float[Array, "times rows"], index: Int[Array, " rows"]
+) -> Float[Array, " rows"]:
+    """The output time with this index, per row; any of them for an index out of range."""
+    rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
+    return ts[jnp.clip(index, 0, ts.shape[0] - 1), rows]
+
+
+def save(
+    tableau: Tableau,
+    ts: Float[Array, "times rows"],
+    sign: Float[Array, " rows"],
+    step: Any,
+    h: Float[Array, " rows"],
+    start: Any,
+    ys: Float[Array, "times rows n"],
+    saved: Int[Array, " rows"],
+):
+    """Write the dense output at every time of `ts` that an accepted `step` has reached.
+
+    It goes from the state `start`; `saved` counts the outputs of each row before and after.
+    """
+    rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
+
+    def pending(saved):
+        reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)
+        return step.accept & (saved < ts.shape[0]) & reached
+
+    def write(carry):
+        ys, saved = carry
+        due = pending(saved)
+        time = save_times_at(ts, saved)
+        value = dense_output(tableau, start.t, h, start.y, step.k, time)
+        ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
+        return ys, saved + due.astype(jnp.int32)
+
+    return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))

@@ -1,0 +1,142 @@
+"""The solution between its ends."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+
+A = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+TIMES = jnp.linspace(0.1, 2.9, 7)
+
+
+def turn(t, y, a):
+    return a * (A @ y) + 0.1 * jnp.cos(t)
+
+
+def solved(y0, t0, t1, a, **options):
+    options = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 128, **options}
+    return jaxode.solve(turn, y0, t0, t1, a, **options)
+
+
+Y0, RATE = jnp.array([1.0, -0.5]), jnp.array(1.3)
+SOLVERS = [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3(), diffrax.Heun(), diffrax.Kvaerno5()]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_evaluate_is_what_is_saved(solver):
+    tolerance = 1e-3 if isinstance(solver, diffrax.Heun) else 1e-6
+    run = lambda: solved(
+        Y0, 0.0, 3.0, RATE, ts=TIMES, dense=True, solver=solver, rtol=tolerance, atol=tolerance
+    )
+    s = jax.jit(run)()
+    np.testing.assert_allclose(s.evaluate(TIMES), s.ys, rtol=1e-12)
+    np.testing.assert_allclose(s.evaluate(TIMES[2]), s.ys[2], rtol=1e-12)
+    np.testing.assert_allclose(s.evaluate(3.0), s.y1, rtol=1e-12)
+    np.testing.assert_allclose(s.evaluate(0), Y0, rtol=1e-12)
+    slopes = jax.vmap(turn, (0, 0, None))(TIMES, s.ys, RATE)
+    # The derivative of the interpolant is one order less precise than the solution; that of Heun
+    # is of a line.
+    atol = 5e-2 if isinstance(solver, diffrax.Heun) else 1e-3
+    np.testing.assert_allclose(s.derivative(TIMES), slopes, atol=atol)
+
+
+@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.DiscreteAdjoint(4)])
+def test_gradients_are_those_of_what_is_saved(adjoint):
+    """By everything: the saved outputs of the same times are tested against closed forms."""
+
+    def loss(dense):
+        def value(y0, t0, t1, a, ts):
+            s = solved(y0, t0, t1, a, ts=None if dense else ts, dense=dense, adjoint=adjoint)
+            ys = s.evaluate(ts) if dense else s.ys
+            return jnp.sum(jnp.sin(ys) * jnp.arange(14.0).reshape(7, 2)) + s.y1[0]
+
+        return value
+
+    inputs = (Y0, 0.0, 3.0, RATE, TIMES)
+    ours, saved = (jax.jit(jax.grad(loss(dense), range(5)))(*inputs) for dense in (True, False))
+    for a, b in zip(ours, saved, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    forward = jaxode.ForwardMode()
+    value = lambda a: jnp.sum(
+        solved(Y0, 0.0, 3.0, a, dense=True, adjoint=forward).evaluate(TIMES)[:, 0]
+    )
+    reverse = lambda a: jnp.sum(solved(Y0, 0.0, 3.0, a, dense=True).evaluate(TIMES)[:, 0])
+    forwards = jax.jit(jax.jacfwd(value))(RATE)
+    np.testing.assert_allclose(forwards, jax.jit(jax.grad(reverse))(RATE), rtol=1e-10)
+
+
+def test_implicit_solvers_by_the_interpolation_of_diffrax():
+    run = lambda dense: jax.jit(jax.grad(lambda a: jnp.sum(
+        (s.evaluate(TIMES) if dense else s.ys)[:, 0]
+        if (s := solved(Y0, 0.0, 3.0, a, ts=None if dense else TIMES, dense=dense,
+                        solver=diffrax.Kvaerno5(), rtol=1e-6, atol=1e-6)) else 0.0
+    )))(RATE)  # fmt: skip
+    np.testing.assert_allclose(run(True), run(False), rtol=1e-9)
+
+
+def test_rows_at_a_time_for_all_at_their_own_and_at_several():
+    y0, t1 = jnp.stack([Y0, 2 * Y0, -Y0]), jnp.array([3.0, -1.0, 2.0])
+    s = jax.jit(lambda: solved(y0, 0.0, t1, RATE, batch="per_sample", dense=True))()
+    times = jnp.linspace(0.0, 1.0, 5)[None] * t1[:, None]
+    several = s.evaluate(times)
+    assert several.shape == (3, 5, 2)
+    np.testing.assert_allclose(several[:, 0], y0, rtol=1e-12)
+    np.testing.assert_allclose(several[:, -1], s.y1, rtol=1e-12)
+    np.testing.assert_array_equal(s.evaluate(times[:, 2]), several[:, 2])
+    for i in range(3):
+        single = solved(y0[i], 0.0, t1[i], RATE, ts=times[i])
+        np.testing.assert_allclose(several[i], single.ys, rtol=1e-11)
+    np.testing.assert_array_equal(s.evaluate(0.0), s.evaluate(jnp.zeros(3)))
+    with pytest.raises(ValueError, match=r"evaluate\(t=...\): must be a scalar, \[batch\] or"):
+        s.evaluate(jnp.zeros(2))
+
+
+def test_a_joint_batch():
+    y0 = jnp.stack([Y0, 2 * Y0])
+    s = solved(y0, 0.0, 3.0, RATE, batch="joint", ts=TIMES, dense=True)
+    np.testing.assert_allclose(s.evaluate(TIMES), s.ys, rtol=1e-12)
+
+
+def test_outside_is_an_error_or_nan():
+    s = solved(Y0, 0.0, 3.0, RATE, dense=True)
+    with pytest.raises(ValueError, match=r"evaluate\(t=...\): must lie between .* got 3.5"):
+        s.evaluate(jnp.array([1.0, 3.5]))
+    inside, outside = jax.jit(lambda t: s.evaluate(t))(jnp.array([1.0, 3.5]))
+    assert np.isfinite(inside).all()
+    assert np.isnan(outside).all()
+    assert np.isnan(jax.jit(lambda t: s.derivative(t))(-0.1)).all()
+
+
+def test_without_dense():
+    with pytest.raises(ValueError, match=r"evaluate: needs a solve with dense=True"):
+        solved(Y0, 0.0, 3.0, RATE).evaluate(1.0)
+    with pytest.raises(ValueError, match=r"solve\(dense=True\): needs DiscreteAdjoint or"):
+        solved(Y0, 0.0, 3.0, RATE, dense=True, adjoint=jaxode.BacksolveAdjoint())
+
+
+def test_a_failed_row_can_be_masked():
+    f = lambda t, y, a: jnp.where(y > 5.0, jnp.nan, a * y)
+    y0 = jnp.array([[1.0], [4.0]])
+    run = lambda a, rows: jaxode.solve(
+        f, y0[:rows], 0.0, 1.0, a, batch="per_sample", dense=True, max_steps=32, throw=False
+    )
+    masked = lambda a, rows: jnp.sum(
+        jnp.where((s := run(a, rows)).ok[:, None], s.evaluate(0.7), 0.0)
+    )
+    grad = jax.jit(jax.grad(masked), static_argnums=1)
+    s = run(1.0, 2)
+    assert list(s.ok) == [True, False]
+    assert np.isnan(s.evaluate(0.1)[1]).all()
+    np.testing.assert_allclose(grad(1.0, 2), grad(1.0, 1), rtol=1e-12)
+    assert np.isnan(jax.jit(jax.grad(lambda a: jnp.sum(run(a, 2).evaluate(0.7))))(1.0))
+
+
+def test_a_failed_solve_raises_where_only_the_interpolant_is_used():
+    run = jax.jit(lambda a: jaxode.solve(
+        lambda t, y, a: a * y, 1.0, 0.0, 1.0, a, dense=True, max_steps=4
+    ).evaluate(0.01))  # fmt: skip
+    with pytest.raises(jax.errors.JaxRuntimeError, match="solve: the steps ran out"):
+        jax.block_until_ready(run(1e3))
