@@ -1,8 +1,11 @@
 """Full precision of matrix products, also in rules of differentiation that JAX traces later."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.experimental
 from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -60,3 +63,13 @@ def _of_equation(equation: Any) -> Any:
         params.update({name: wrap(params[name]) for name in names if name in params})
     changed = any(params[name] is not value for name, value in equation.params.items())
     return equation.replace(params=params) if changed else equation
+
+
+@contextlib.contextmanager
+def concrete_double_precision() -> Iterator[None]:
+    """Numbers are computed at once, also while a program is traced, and in float64."""
+    enable = getattr(jax, "enable_x64", None)
+    if enable is None:  # JAX before 0.8
+        enable = jax.experimental.enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    with jax.ensure_compile_time_eval(), enable(True):
+        yield

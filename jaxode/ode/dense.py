@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode.ode.loop.outputs import Steps, dense_output
+from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.tableau import Tableau
 from jaxode.ode.validation import check_real_times, is_known
 
@@ -32,7 +32,7 @@ class OfSteps(eqx.Module):
         index = jax.vmap(jnp.searchsorted)(ends.T, self.sign * along)
         start, end = steps.times[index, row], steps.times[index + 1, row]
         k = jnp.moveaxis(steps.k[index, :, row], 0, 1)
-        return dense_output(self.tableau, start, end - start, steps.y[index, row], k, t)
+        return Curve.of(self.tableau, start, end - start, steps.y[index, row], k).at(t)
 
     def scaled(self, factor: Float[Array, " rows"]) -> "OfSteps":
         """The path times a factor for each row, which is one or NaN."""

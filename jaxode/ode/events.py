@@ -25,7 +25,7 @@ from jaxode._jax.sharding import fori_loop
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Stats
-from jaxode.ode.loop.outputs import dense_output
+from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.validation import one_of
 
@@ -86,10 +86,11 @@ def find(event: Event, condition: Condition, problem: Problem, method: Method) -
     method = dataclasses.replace(method, dense=False)
 
     def stop(t, h, y, k):
+        curve = Curve.of(method.tableau, t, h, y, k)
+
         def look(theta):
             time = t + theta * h
-            state = dense_output(method.tableau, t, h, y, k, time)
-            return jax.lax.stop_gradient(condition(time, state))
+            return jax.lax.stop_gradient(condition(time, curve.at(time)))
 
         thetas = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype)
         values = jax.vmap(lambda theta: look(jnp.full_like(t, theta)))(thetas)
@@ -109,7 +110,7 @@ def find(event: Event, condition: Condition, problem: Problem, method: Method) -
         refined = lambda: fori_loop(0, bits, halve, bracket)[1]
         theta = jax.lax.cond(found.any(), refined, lambda: bracket[1])
         time = t + theta * h
-        return found, time, dense_output(method.tableau, t, h, y, k, time)
+        return found, time, curve.at(time)
 
     out, _ = integrate(problem._replace(ts=None), method, stop=stop)
     assert out.stopped is not None

@@ -26,7 +26,7 @@ from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result
-from jaxode.ode.loop.outputs import Steps, output_weights, save_times_at
+from jaxode.ode.loop.outputs import Curve, Steps, save_times_at
 from jaxode.ode.loop.problem import Problem
 
 # How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
@@ -154,27 +154,38 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
 
     def inside(step: Step, number, bar: Step, params_bar, carry):
         rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
-        weights_at = lambda t, h, time: output_weights(tableau, t, h, time, step.y.dtype)
+
+        whole = Curve.of(tableau, *step)
+
+        def moving(step: Step) -> Curve:
+            """What is differentiated of the curve: without the times, the state and stages."""
+            curve = Curve.of(tableau, *step)
+            return curve if timed else curve._replace(t=None, h=None, slope=None)
+
+        def at(curve: Curve, time):
+            return eqx.combine(curve, whole).at(time)
+
+        curve, pull_curve = jax.vjp(moving, step)
 
         def due(saved):
             return output_is_inside(ts, saved, step.t, number, sign)
 
         def pull(carry):
-            bar, saved, ts_bar = carry
+            curve_bar, saved, ts_bar = carry
             now, index = due(saved), jnp.clip(saved - 1, 0)
             y_bar = jnp.where(now[:, None], ys_bar[index, rows], 0.0)
             time = jnp.where(now, save_times_at(ts, index), step.t)
-            weights, vjp = jax.vjp(weights_at, step.t, step.h, time)
-            bar = bar._replace(y=bar.y + y_bar, k=bar.k + weights[:, :, None] * y_bar[None])
             if timed:
-                products = jnp.einsum("srn,rn->sr", step.k, y_bar, precision="highest")
-                t_bar, h_bar, time_bar = vjp(products)
-                bar = bar._replace(t=bar.t + t_bar, h=bar.h + h_bar)
+                added, time_bar = jax.vjp(at, curve, time)[1](y_bar)
                 ts_bar = ts_bar.at[index, rows].add(time_bar)
-            return bar, saved - now.astype(jnp.int32), ts_bar
+            else:
+                (added,) = jax.vjp(lambda curve: at(curve, time), curve)[1](y_bar)
+            curve_bar = jax.tree.map(jnp.add, curve_bar, added)
+            return curve_bar, saved - now.astype(jnp.int32), ts_bar
 
-        carry = bar, *carry
-        bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)
-        return bar, params_bar, tuple(carry)
+        carry = jax.tree.map(jnp.zeros_like, curve), *carry
+        curve_bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)
+        (added,) = pull_curve(curve_bar)
+        return jax.tree.map(jnp.add, bar, added), params_bar, tuple(carry)
 
     return inside

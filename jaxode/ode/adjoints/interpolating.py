@@ -31,7 +31,7 @@ from jaxode.ode.adjoints.replay import (
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
-from jaxode.ode.loop.outputs import dense_output, save_times_at
+from jaxode.ode.loop.outputs import Curve, save_times_at
 from jaxode.ode.loop.problem import Problem
 
 
@@ -118,9 +118,10 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
         y, k, checkpoints = replay(forward, tableau, tableau.stages, tape.times, checkpoints, stop)
         t, h = interval(tape.times, stop - 1)
 
+        curve = Curve.of(tableau, t, h, y, k)
+
         def adjoint_field(time, a, weight):
-            state = dense_output(tableau, t, h, y, k, time)
-            _, da, integrand = adjoint_product(apply, params, time, state, a, weight)
+            _, da, integrand = adjoint_product(apply, params, time, curve.at(time), a, weight)
             return da, integrand
 
         def outputs_left(saved):

@@ -34,34 +34,34 @@ class Steps(NamedTuple):
         return Steps(times, put(self.y, y, self.count), put(self.k, k, self.count), count)
 
 
-def output_weights(
-    tableau: Tableau,
-    t: Float[Array, " rows"],
-    h: Float[Array, " rows"],
-    time: Float[Array, " rows"],
-    dtype: Any,
-) -> Float[Array, "stages rows"]:
-    """Weights `w` of the dense output of the step `t -> t + h` at `time`, `y + sum_i w_i k_i`."""
-    waited = h == 0
-    theta = jnp.where(waited, 0.0, (time - t) / jnp.where(waited, 1.0, h)).astype(dtype)
-    one_row = lambda h, theta: h * tableau.dense_weights(theta)
-    inside = jax.vmap(one_row, out_axes=1)(h.astype(dtype), theta)
-    # A step of size zero has one output, its start; its derivative by the time is the slope.
-    at_start = jnp.zeros_like(inside).at[0].set((time - t).astype(dtype))
-    return jnp.where(waited[None], at_start, inside)
+class Curve(NamedTuple):
+    """The dense output of a step, a polynomial in `theta`, which goes from 0 to 1."""
 
+    t: Float[Array, " rows"]
+    h: Float[Array, " rows"]
+    y: Float[Array, "rows n"]
+    powers: Float[Array, "degree rows n"]
+    """The coefficients of `theta`, `theta^2` and so on."""
+    slope: Float[Array, "rows n"]
 
-def dense_output(
-    tableau: Tableau,
-    t: Float[Array, " rows"],
-    h: Float[Array, " rows"],
-    y: Float[Array, "rows n"],
-    k: Float[Array, "stages rows n"],
-    time: Float[Array, " rows"],
-) -> Float[Array, "rows n"]:
-    """The solver's interpolant of the step `t -> t + h`, at one `time` per row."""
-    weights = output_weights(tableau, t, h, time, y.dtype)
-    return y + jnp.einsum("sr,srn->rn", weights, k, precision=jax.lax.Precision.HIGHEST)
+    @classmethod
+    def of(cls, tableau: Tableau, t, h, y, k: Float[Array, "stages rows n"]) -> "Curve":
+        """Of the step `t -> t + h` with these stages."""
+        powers = jnp.tensordot(jnp.asarray(tableau.dense, y.dtype), k, axes=1, precision="highest")
+        return cls(t, h, y, h.astype(y.dtype)[None, :, None] * powers, k[0])
+
+    def at(self, time: Float[Array, " rows"]) -> Float[Array, "rows n"]:
+        """The state at one time per row."""
+        waited = self.h == 0
+        past = (time - self.t).astype(self.y.dtype)
+        h = jnp.where(waited, 1.0, self.h).astype(self.y.dtype)
+        theta = jnp.where(waited, 0.0, past / h)[:, None]
+        moved = self.powers[-1]
+        for power in self.powers[-2::-1]:
+            moved = power + theta * moved
+        # A step of size zero has one output, its start; its derivative by the time is the slope.
+        along = jnp.where(waited, past, 0.0)[:, None]
+        return self.y + theta * moved + along * self.slope
 
 
 def save_times_at(
@@ -87,6 +87,7 @@ def save(
     It goes from the state `start`; `saved` counts the outputs of each row before and after.
     """
     rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
+    curve = Curve.of(tableau, start.t, h, start.y, step.k)
 
     def pending(saved):
         reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)
@@ -96,7 +97,7 @@ def save(
         ys, saved = carry
         due = pending(saved)
         time = save_times_at(ts, saved)
-        value = dense_output(tableau, start.t, h, start.y, step.k, time)
+        value = curve.at(time)
         ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
         return ys, saved + due.astype(jnp.int32)
 

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffrax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from jaxode._jax.precision import concrete_double_precision
+
+MOST_DEGREE = 9  # of a dense output
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,18 +53,40 @@ class Tableau:
         slopes = np.linalg.matrix_power(self.A, self.order - 1) @ np.ones(self.stages)
         return abs(float(self.b_error @ slopes))
 
-    def dense_weights(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:
-        """Weights `w` of the solver's own dense output, `y(t + theta h) = y + h sum_i w_i k_i`.
+    @functools.cached_property
+    def dense(self) -> np.ndarray:
+        """Of the solver's own dense output, a polynomial in `theta` without a constant term:
+
+        `y(t + theta h) = y + h sum_i w_i k_i` with `w_i = sum_p dense[p, i] theta^(p + 1)`.
+        """
+        nodes = (1 - np.cos(np.linspace(0, np.pi, MOST_DEGREE + 2))) / 2
+        with concrete_double_precision():
+            weights = np.asarray(jax.jit(jax.vmap(self._interpolated))(jnp.asarray(nodes)))
+        for degree in range(1, MOST_DEGREE + 1):
+            powers = nodes[:, None] ** np.arange(1, degree + 1)
+            fitted, *_ = np.linalg.lstsq(powers, weights)
+            if np.abs(powers @ fitted - weights).max() < 1e-13 * max(np.abs(weights).max(), 1):
+                return fitted
+        raise NotImplementedError(f"{self.name} has a dense output that is no polynomial.")
+
+    def _interpolated(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:
+        """The weights at one place.
 
         diffrax's interpolants are linear in `(y0, y1, k)`, so one of them fed with the identity
         in place of the stages returns the weights.
         """
-        dtype = theta.dtype
-        y0, y1 = jnp.zeros(self.stages, dtype), jnp.asarray(self.b, dtype)
+        y0, y1, k = jnp.zeros(self.stages), jnp.asarray(self.b), jnp.eye(self.stages)
         if self.interpolation is diffrax.LocalLinearInterpolation:
             return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1).evaluate(theta)
-        stages = jnp.eye(self.stages, dtype=dtype)
-        return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1, k=stages).evaluate(theta)
+        return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1, k=k).evaluate(theta)
+
+    def dense_weights(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:
+        """The weights `w` of the dense output at `theta`."""
+        dense = jnp.asarray(self.dense, theta.dtype)
+        weights = dense[-1]
+        for row in dense[-2::-1]:
+            weights = row + theta * weights
+        return theta * weights
 
 
 @functools.cache
