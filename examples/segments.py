@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--segments", type=int, default=40, help="must divide the 400 intervals")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate")
     parser.add_argument("--out", type=picture, default="out/segments.png", help="the picture")
     parser.add_argument("--seed", type=seed, default=0)

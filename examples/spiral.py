@@ -90,6 +90,9 @@ def draw(network, y0, new, times, observed, losses, path):
     plot.samples(observed.reshape(-1, 2), ax=axes[0], s=10)
     plot.trajectories(paths(learned, network, y0, jnp.linspace(0, SPAN, 400)), ax=axes[1])
     plot.samples(observed.reshape(-1, 2), ax=axes[1], color="black", s=8, zorder=4)
+    for axis in axes[:2]:
+        axis.set(xlabel="first coordinate", ylabel="second coordinate")
+    axes[1].legend(loc="center", framealpha=0.8)
     ts = jnp.linspace(0, 3 * SPAN, 1200)
     for f, args, label, style in (
         (truth, None, "truth", {"color": "black", "lw": 2.5, "alpha": 0.3}),
@@ -97,6 +100,7 @@ def draw(network, y0, new, times, observed, losses, path):
     ):
         ys = paths(f, args, new[:1], ts)
         axes[2].plot(ts, ys[:, 0], label=[label, None], **style)
+    axes[2].plot([0, 0], new[0], "o", color="tab:red", ms=5, label="starting point")
     axes[2].axvspan(0, SPAN, color="tab:blue", alpha=0.08, label="span of the observations")
     axes[2].set(xlabel="time", ylabel="both coordinates", ylim=(-2.6, 1.8))
     axes[2].legend(loc="lower right")

@@ -248,3 +248,19 @@ def test_a_field_that_is_not_finite_at_a_breakpoint_fails():
     solution = jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, breakpoints=(0.5,), throw=False)
     assert solution.result == Result.NON_FINITE
     assert float(solution.t_reached) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_a_span_must_be_longer_than_the_steps_across_its_breakpoints():
+    """In float32 at 1e4 such a step is 5e-3 long, and no error control sees it."""
+    f = lambda t, y, _: jnp.where(t < 1e4 + 0.4, 1.0, 3.0).astype(y.dtype)
+    run = lambda t1, y0: jaxode.solve(f, y0, 1e4, t1, breakpoints=[1e4 + 0.4], throw=False)
+    with pytest.raises(
+        ValueError, match=r"solve\(breakpoints=...\): the span from .* must be longer"
+    ):
+        run(1e4 + 1, jnp.float32(0))
+    traced = jax.jit(run)(1e4 + 1, jnp.float32(0))
+    assert traced.result == Result.INVALID_ARGUMENT
+    np.testing.assert_allclose(run(1e4 + 1, jnp.float64(0)).y1, 2.2, rtol=1e-9)
+    # Far outside of the span they are ignored.
+    apart = jaxode.solve(f, jnp.float32(0), 1e4, 1e4 + 0.3, breakpoints=[2e4])
+    np.testing.assert_allclose(apart.y1, 0.3, rtol=1e-2)

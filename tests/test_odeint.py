@@ -165,3 +165,19 @@ def test_hmax_sees_a_pulse_that_longer_steps_would_miss():
 
 def test_one_time_returns_the_initial_state():
     np.testing.assert_array_equal(jaxode.odeint(lambda y, t: -y, jnp.ones(2), T[:1]), [[1.0, 1.0]])
+
+
+def test_times_that_float32_cannot_tell_apart(default_settings):
+    """Those of NumPy are looked at before JAX has made them float32."""
+    one = lambda y, t: jnp.ones_like(y)
+    for start in (1.7e9, 1e8, 1e7):
+        with pytest.raises(ValueError, match=r"odeint\(t0=..., t1=...\): the span .* is lost"):
+            jaxode.odeint(one, jnp.zeros(1), start + np.array([0.0, 0.3, 0.6, 1.4]))
+    f = lambda t, y, _: jnp.ones_like(y)
+    solve = lambda t1, ts: jaxode.solve(f, jnp.zeros(1), 1e8, t1, ts=ts, throw=False)
+    with pytest.raises(ValueError, match="the span .* is lost"):
+        jax.jit(lambda ts: solve(1e8 + 3, ts))(jnp.array([1e8]))
+    known = 1e8 + np.array([1.0, 2.0, 3.0])
+    assert jax.jit(lambda t1: solve(t1, known))(1e8 + 8).result == jaxode.Result.INVALID_ARGUMENT
+    late = jax.jit(lambda t1: jaxode.solve(f, jnp.zeros(1), 1e8 + 3, t1, throw=False).result)
+    assert late(np.float32(1e8 + 8)) == jaxode.Result.INVALID_ARGUMENT

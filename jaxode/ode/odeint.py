@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.ode.adjoints import BacksolveAdjoint
@@ -65,13 +66,16 @@ def odeint(
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = repr(t) if dtype is None else dtype
         raise TypeError(f"odeint(t=...): must be an array of floats; got {got}.")
-    t = jnp.asarray(t)
-    if t.ndim != 1 or t.shape[0] == 0:
-        raise ValueError(f"odeint(t=...): must be a vector of times; got shape {t.shape}.")
+    if jnp.ndim(t) != 1 or len(t) == 0:
+        raise ValueError(f"odeint(t=...): must be a vector of times; got shape {jnp.shape(t)}.")
+    # Not as an array of JAX, which may have lost times that NumPy has.
+    times: Any = np.asarray(t) if is_known(t) else t
+    if is_known(t) and not (np.isfinite(times).all() and _monotone(times)):
+        raise ValueError(f"odeint(t=...): times must be finite, and increase or decrease; got {t}.")
     for name, value in (("mxstep", mxstep), ("hmax", hmax)):
         if not is_known(value) or not value > 0:
             raise ValueError(f"odeint({name}=...): must be a positive number; got {value}.")
-    steps = int(min(mxstep * max(t.shape[0] - 1, 1), _NO_LIMIT))
+    steps = int(min(mxstep * max(len(t) - 1, 1), _NO_LIMIT))
     if steps < 1:
         raise ValueError(f"odeint(mxstep=...): must allow at least one step; got {mxstep}.")
     max_step = None if hmax == jnp.inf else hmax
@@ -80,4 +84,10 @@ def odeint(
         adjoint=BacksolveAdjoint(),
     )  # fmt: skip
     f, y0 = _TimeFirst(func), check_state("odeint", "y0", y0)
-    return solve_field("odeint", f, y0, (t[0], t[-1]), args, options, ts=t, throw=False).ys
+    span = times[0], times[-1]
+    return solve_field("odeint", f, y0, span, args, options, ts=times, throw=False).ys
+
+
+def _monotone(times: np.ndarray) -> bool:
+    steps = np.diff(times)
+    return bool((steps >= 0).all() or (steps <= 0).all())

@@ -23,13 +23,8 @@ from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import RULES
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Faults
-from jaxode.ode.validation import (
-    Time,
-    check_derivative,
-    check_same_times,
-    check_times,
-    state_dtype,
-)
+from jaxode.ode.times import check_times, kept_breakpoints
+from jaxode.ode.validation import Time, check_derivative, check_same_times, state_dtype
 
 Batch = Literal["joint", "per_sample"] | None
 
@@ -113,6 +108,9 @@ def make_system(
     check_same_times(where, (t0, t1, ts, options.breakpoints), options.axis_name)
     method = options.method(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     method = dataclasses.replace(method, dense=dense)
+    if method.breakpoints is not None:
+        points = kept_breakpoints(where, options.breakpoints, *span, method)
+        method = dataclasses.replace(method, breakpoints=points)
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)

@@ -59,7 +59,8 @@ RULES: dict[str, Callable[[Any, Method], Bool[Array, "*rows"]]] = {
     "(max_step=...): must be positive and finite.": (
         lambda _, method: _if_given(_size, method.max_step)
     ),
-    "(breakpoints=...): must not be NaN.": (
+    "(breakpoints=...): must not be NaN, and the span must be longer than 4,000 roundings of the "
+    "time. Shift the time, or use float64 for the state.": (
         lambda _, method: _if_given(lambda points: ~jnp.isnan(points).any(), method.breakpoints)
     ),
 }
