@@ -210,8 +210,8 @@ def draw(models, data: Series, losses, path):
                 data.times[i][seen], data.values[i, :, species][seen], marker, color=color, ms=4,
                 label=f"{label}, readings",
             )  # fmt: skip
-            axis.plot(times[i], curve[i, :, species], color=color, label="latent ODE")
-            axis.plot(data.times[i], steps[i, :, species], ":", color=color, label="GRU")
+            axis.plot(times[i], curve[i, :, species], color=color, label=f"{label}, latent ODE")
+            axis.plot(data.times[i], steps[i, :, species], ":", color=color, label=f"{label}, GRU")
         axis.set(xlabel="time", ylabel="logarithm of the number", title=f"held-out series {i + 1}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

@@ -209,6 +209,39 @@ def test_spiral(tmp_path, capsys, default_settings):
     assert 0 < seen < new < 3
 
 
+@pytest.mark.slow
+def test_latent_ode(tmp_path, capsys, default_settings):
+    picture = tmp_path / "latent.png"
+    output = run("latent_ode", capsys, "--steps", 2, "--batch", 4, "--out", picture).out
+    assert picture.read_bytes().startswith(PNG)
+    for name in ("latent ODE ", "GRU "):
+        (line,) = (line for line in output.splitlines() if line.startswith(name))
+        # Nothing is learned in two steps; the data have a size of about 0.8.
+        assert all(0.5 < error < 1.5 for error in numbers(line))
+
+
+def test_latent_ode_reads_one_species_at_a_time_and_pads_with_the_last(default_settings):
+    latent = load("latent_ode")
+    series = latent.simulate(jax.random.key(0), 5)
+    halves = np.asarray(series.times).reshape(5, 2, -1)
+    assert (np.diff(halves, axis=2) >= 0).all()
+    assert (halves[:, 0] <= latent.HALF).all()
+    assert (halves[:, 1] >= latent.HALF).all()
+    real = np.asarray(series.read).sum(2).reshape(5, 2, -1)
+    assert real.max() == 1
+    np.testing.assert_array_equal(halves[real == 0], np.repeat(halves[..., -1:], 24, 2)[real == 0])
+
+
+@pytest.mark.slow
+def test_segments(tmp_path, capsys, default_settings):
+    picture = tmp_path / "segments.png"
+    output = run("segments", capsys, "--steps", 300, "--out", picture).out
+    assert picture.read_bytes().startswith(PNG)
+    one, many = (numbers(line)[-2] for line in output.splitlines() if "trained by" in line)
+    # That of the mean is the size of the data, 0.64.
+    assert many < 0.8 * one < 0.8
+
+
 def test_spiral_observes_each_series_at_its_own_times(default_settings):
     spiral = load("spiral")
     y0 = jax.numpy.array([[1.0, 0.5], [-0.3, 1.2]])
