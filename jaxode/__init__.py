@@ -1,9 +1,10 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import coupling, divergence, images, nn, plot, regularizers
+from jaxode import coupling, divergence, images, interop, nn, plot, regularizers
 from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.flows.audit import audit
 from jaxode.flows.cnf import cnf
+from jaxode.flows.density import bind
 from jaxode.flows.probability_flow import (
     VarianceExploding,
     VariancePreserving,
@@ -37,12 +38,14 @@ __all__ = [
     "VariancePreserving",
     "audit",
     "backward_stats",
+    "bind",
     "cnf",
     "coupling",
     "diagonal_normal",
     "divergence",
     "flow",
     "images",
+    "interop",
     "nn",
     "odeint",
     "plot",

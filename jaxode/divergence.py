@@ -270,6 +270,21 @@ def auto() -> Divergence:
     return Divergence(_init_auto, _apply_auto, "auto()", _choose, with_norm=_auto_with_norm)
 
 
+def noiseless() -> Divergence:
+    """The closed form if the field offers one, else exact, whatever the size of the event."""
+    return Divergence(_no_probe, _apply_noiseless, "noiseless()", _choose_noiseless)
+
+
+def _choose_noiseless(g: Field, z: Any) -> Divergence:
+    chosen = _choose(g, z)
+    return chosen if chosen == closed_form() else exact()
+
+
+def _apply_noiseless(g, z, probe):
+    out = _closed_form(g, z)
+    return exact().apply(g, z, probe) if out is NotImplemented else out
+
+
 def _by_size(z: Any) -> Divergence:
     if z.size <= EXACT_UP_TO:
         return exact()._replace(name=f"exact(), for at most {EXACT_UP_TO} dimensions")

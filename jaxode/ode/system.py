@@ -78,7 +78,7 @@ class System(NamedTuple):
         t0, t1 = (jnp.broadcast_to(t, (rows,)) for t in (self.t0, self.t1))
         ts = self.ts
         if ts is not None:
-            ts = ts.T if ts.ndim == 2 else jnp.broadcast_to(ts[:, None], (len(ts), rows))
+            ts = ts.T if ts.ndim == 2 else jnp.broadcast_to(ts[:, None], (ts.shape[0], rows))
         return t0, t1, ts
 
     def raising(self, throw: bool) -> "System":
@@ -215,7 +215,7 @@ def pose(system: System) -> tuple[Problem, Method, Ravel]:
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
     start = ravel(y0)
     start, times, args, method = vary_alike(
-        (start, system.on_rows(len(start)), (system.shared, system.rows), system.method)
+        (start, system.on_rows(start.shape[0]), (system.shared, system.rows), system.method)
     )
     closed, arrays = close_field(raveled, times[0], start, args)
     return Problem(closed, arrays, start, *times), method, ravel

@@ -232,7 +232,7 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
         slope = jnp.where(accept[:, None], k[-1], slope)
     # A row that waits has a step of size zero, whose stages are all at its start: not those of the
     # attempt that failed, which may be NaN.
-    kept = k if len(t) == 1 else jnp.where(accept[None, :, None], k, k[:1])
+    kept = k if t.shape[0] == 1 else jnp.where(accept[None, :, None], k, k[:1])
     if tape is not None:
         tape = _record(tape, t, state.y, kept, slope, accept.any())
     if steps is not None:

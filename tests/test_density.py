@@ -1,0 +1,268 @@
+"""A flow as a distribution: units, support, contexts, batches, and where it goes."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode.flows.support import Box
+
+KEY = jax.random.key(0)
+OPTIONS = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def trained(context_size=0):
+    """A network far from the identity."""
+    m = jaxode.nn.ConcatSquash(2, (8,), key=KEY, context_size=context_size)
+    m = eqx.tree_at(lambda m: m.weight, m, 8 * m.weight)
+    return jax.tree.map(lambda x: x.astype(float), m)
+
+
+PARAMS, FLOW = trained(), jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
+DATA = np.random.default_rng(0).normal([5.0, -1.0], [3.0, 0.1], (40, 2))
+
+
+def test_units_move_the_density_by_their_logarithm_alone():
+    """`x -> 1000 x`: minus `d log 1000`, and samples in the new unit."""
+    one, other = (jaxode.bind(FLOW, PARAMS, standardize=s * DATA) for s in (1.0, 1000.0))
+    np.testing.assert_allclose(
+        other.log_prob(1000 * DATA), one.log_prob(DATA) - 2 * np.log(1000), rtol=1e-9
+    )
+    np.testing.assert_allclose(other.sample(KEY, (3,)), 1000 * one.sample(KEY, (3,)), rtol=1e-9)
+
+
+def test_standardized_data_have_mean_zero_and_scale_one():
+    z = jaxode.bind(FLOW, PARAMS, standardize=DATA).to_flow(DATA)
+    np.testing.assert_allclose([z.mean(0), z.std(0)], [[0, 0], [1, 1]], atol=1e-12)
+
+
+@pytest.mark.parametrize("given", ["data", "mean and scale"])
+def test_training_and_use_agree(given):
+    """The loss on data carried by the maps is minus the mean log-density, but for a constant."""
+    standardize = DATA if given == "data" else (DATA.mean(0), DATA.std(0))
+    density = jaxode.bind(FLOW, PARAMS, standardize=standardize)
+    loss = density.flow.nll(density.params, density.to_flow(DATA))
+    expected = -density.log_prob(DATA).mean() - np.log(DATA.std(0)).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-7)
+
+
+SUPPORTS = {
+    "box": ((np.array([0.0, -1.0]), np.array([2.0, 1.0])), [[0, 2], [-1, 1]]),
+    "half lines": ((np.array([0.0, -np.inf]), np.array([np.inf, 1.0])), [[0, 60], [-60, 1]]),
+    "one number": ((-2.0, 3.0), [[-2, 3], [-2, 3]]),
+}
+
+
+@functools.cache
+def bounded(name):
+    return jaxode.bind(FLOW, PARAMS, support=SUPPORTS[name][0])
+
+
+@pytest.mark.parametrize("name", ["box", "one number"])
+def test_the_density_on_a_box_integrates_to_one(name):
+    n = 201
+    sides = [np.linspace(a, b, n + 1) for a, b in SUPPORTS[name][1]]
+    middles = [(side[1:] + side[:-1]) / 2 for side in sides]
+    grid = jnp.asarray(np.stack(np.meshgrid(*middles, indexing="ij"), -1))
+    area = np.prod([side[1] - side[0] for side in sides])
+    total = jnp.exp(jax.jit(lambda x: bounded(name).log_prob(x))(grid)).sum() * area
+    np.testing.assert_allclose(total, 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_samples_are_in_the_support_with_their_density(name):
+    x, log_prob = bounded(name).sample_and_log_prob(KEY, (50,))
+    low, high = (jnp.broadcast_to(bound, 2) for bound in SUPPORTS[name][0])
+    assert ((low[None] < x) & (x < high[None])).all()
+    np.testing.assert_allclose(bounded(name).log_prob(x), log_prob, rtol=1e-6)
+    np.testing.assert_allclose(bounded(name).sample(KEY, (50,)), x, rtol=1e-6)
+
+
+def test_outside_of_the_support():
+    """Minus infinity, on the bounds, too, with a gradient of zero; what is NaN stays so."""
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    log_prob = bounded("box").log_prob(x)
+    assert np.isfinite(log_prob[0])
+    np.testing.assert_array_equal(log_prob[1:], -np.inf)
+    inside = lambda x: jnp.sum(jnp.where(jnp.isfinite(v := bounded("box").log_prob(x)), v, 0))
+    slopes = jax.jit(jax.grad(inside))(x)
+    assert (slopes[0] != 0).all()
+    np.testing.assert_array_equal(slopes[1:], 0)
+    nan = jax.jit(lambda x: bounded("box").log_prob(x))(x.at[1].set(jnp.nan))
+    assert list(np.isnan(nan)) == [False, True, False, False]
+    with pytest.raises(
+        jaxode.SolveError, match=r"log_prob\(x=...\): .* 1 of 4 rows, first in row 1"
+    ):
+        bounded("box").log_prob(x.at[1].set(jnp.nan))
+
+
+@pytest.mark.parametrize("value", [1e-30, 1.0 - 1e-7, 0.5])
+def test_bounds_in_float32(value):
+    """A sample next to a bound has the density that it has in float64."""
+    for dtype in (np.float32, np.float64):
+        box = Box(*(jnp.asarray([x], dtype) for x in (0.0, 1.0)))
+        u, log_det = box.inverse(jnp.asarray([value], dtype))
+        exact = np.longdouble(np.asarray(value, dtype))
+        np.testing.assert_allclose(u[0], np.log(exact / (1 - exact)), rtol=1e-5)
+        np.testing.assert_allclose(log_det, -np.log(exact * (1 - exact)), rtol=1e-5)
+        assert 0 < box.forward(jnp.asarray([200.0], dtype))[0] < 1
+        assert 0 < box.forward(jnp.asarray([-200.0], dtype))[0] < 1
+
+
+def test_a_sample_has_the_same_density_alone_and_in_any_batch():
+    density = jaxode.bind(
+        dataclasses.replace(FLOW, solve_options=jaxode.cnf(
+            jaxode.nn.field, FLOW.base, rtol=1e-3, atol=1e-3).solve_options), PARAMS,
+        standardize=DATA,
+    )  # fmt: skip
+    many = density.log_prob(DATA)
+    np.testing.assert_allclose(density.log_prob(DATA[3]), many[3], rtol=1e-13)
+    np.testing.assert_allclose(density.log_prob(DATA[None, 5:7])[0], many[5:7], rtol=1e-13)
+    assert density.sample(KEY).shape == (2,)
+    assert density.sample(KEY, (3, 4)).shape == (3, 4, 2)
+    assert density.event_shape == (2,)
+
+
+def test_one_context_for_all_samples_or_a_row_for_each():
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
+    contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    density = jaxode.bind(flow, trained(3), standardize=(DATA, contexts))
+    rows = density.log_prob(DATA[:4], context=contexts[:4])
+    for i in range(4):
+        one = density.log_prob(DATA[i], context=contexts[i])
+        np.testing.assert_allclose(one, rows[i], rtol=1e-12)
+    same = density.log_prob(DATA[:5], context=contexts[0])
+    np.testing.assert_allclose(same[0], rows[0], rtol=1e-12)
+    assert density.sample(KEY, (4,), context=contexts[:4]).shape == (4, 2)
+    z, context = density.to_flow(DATA, contexts)
+    np.testing.assert_allclose(context.mean(0), 0, atol=1e-12)
+    loss = flow.nll(density.params, z, context=context)
+    expected = -density.log_prob(DATA, context=contexts).mean() - np.log(DATA.std(0)).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-7)
+
+
+def test_labels_in_a_context_stay_as_they_are():
+    field = lambda t, z, args: z * args[0][args[1]["label"]] + args[1]["size"]
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)
+    context = {"label": np.arange(40) % 3, "size": np.linspace(5.0, 9.0, 40)}
+    density = jaxode.bind(flow, jnp.array([0.1, -0.2, 0.3]), standardize=(DATA, context))
+    _, carried = density.to_flow(DATA, context)
+    np.testing.assert_array_equal(carried["label"], context["label"])
+    np.testing.assert_allclose(carried["size"].std(), 1, rtol=1e-12)
+    assert np.isfinite(density.log_prob(DATA, context=context)).all()
+
+
+def test_without_a_key_the_divergence_is_exact():
+    """Also where that of the flow is an estimate."""
+    flow = dataclasses.replace(FLOW, divergence=jaxode.divergence.hutchinson())
+    exact, noisy = jaxode.bind(FLOW, PARAMS), jaxode.bind(flow, PARAMS)
+    np.testing.assert_allclose(noisy.log_prob(DATA[:4]), exact.log_prob(DATA[:4]), rtol=1e-9)
+    assert np.abs(noisy.log_prob(DATA[:4], key=KEY) - exact.log_prob(DATA[:4])).max() > 1e-3
+
+
+def test_it_is_a_pytree(tmp_path):
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    values = jax.jit(lambda density, x: density.log_prob(x))(density, DATA[:3])
+    np.testing.assert_allclose(values, density.log_prob(DATA[:3]), rtol=1e-12)
+    # An ensemble, and the mixture of its members.
+    both = jax.tree.map(
+        lambda a, b: jnp.stack([a, b]), PARAMS, jax.tree.map(lambda a: 0.5 * a, PARAMS)
+    )
+    member = lambda params: density.with_params(params).log_prob(DATA[:3])
+    each = jax.jit(jax.vmap(member))(both)
+    np.testing.assert_allclose(each[0], values, rtol=1e-9)
+    mixture = jax.nn.logsumexp(each, axis=0) - np.log(2)
+    assert (mixture < each.max(0)).all()
+    eqx.tree_serialise_leaves(tmp_path / "density.eqx", density)
+    zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "density.eqx", zeros)
+    np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
+
+
+def test_an_exported_density_needs_no_jaxode(tmp_path):
+    """For three platforms and any batch, with default settings: no callback, and no library."""
+    pytest.importorskip("flatbuffers")
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    batch = jax.export.symbolic_shape("batch, 2")
+    platforms = ("cpu", "cuda", "tpu")
+    log_prob = jax.export.export(jax.jit(lambda x: density.log_prob(x)), platforms=platforms)
+    sample = jax.export.export(
+        jax.jit(lambda data: density.sample(jax.random.wrap_key_data(data), (5,))),
+        platforms=platforms,
+    )
+    files = {
+        "log_prob": log_prob(jax.ShapeDtypeStruct(batch, float)),
+        "sample": sample(jax.ShapeDtypeStruct((2,), np.uint32)),
+    }
+    for name, exported in files.items():
+        assert "callback" not in exported.mlir_module()
+        (tmp_path / name).write_bytes(exported.serialize())
+    np.save(tmp_path / "x.npy", DATA[:7])
+    code = (
+        "import sys, jax, numpy as np; jax.config.update('jax_enable_x64', True)\n"
+        f"load = lambda name: jax.export.deserialize(open(r'{tmp_path}/' + name, 'rb').read()).call\n"
+        f"np.savez(r'{tmp_path}/out.npz', log_prob=load('log_prob')(np.load(r'{tmp_path}/x.npy')),\n"
+        "    sample=load('sample')(np.array([0, 0], np.uint32)))\n"
+        "assert 'jaxode' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    with np.load(tmp_path / "out.npz") as out:
+        np.testing.assert_allclose(out["log_prob"], density.log_prob(DATA[:7]), rtol=1e-9)
+        np.testing.assert_allclose(out["sample"], density.sample(KEY, (5,)), rtol=1e-9)
+
+
+def test_a_failed_row_is_nan_inside_of_jit_and_raises_outside():
+    field = lambda t, z, a: jnp.where(z > 3.0, jnp.nan, a * z)
+    density = jaxode.bind(jaxode.cnf(field, jaxode.standard_normal(2)), 0.1)
+    x = jnp.array([[1.0, 1.0], [4.0, 1.0]])
+    values = jax.jit(lambda x: density.log_prob(x))(x)
+    assert list(np.isnan(values)) == [False, True]
+    with pytest.raises(jaxode.SolveError, match="not finite"):
+        density.log_prob(x)
+
+
+CONSTANT = np.stack([DATA[:, 0], np.full(40, 2.0)], 1)
+WRONG = {
+    "a constant column": (
+        {"standardize": CONSTANT},
+        r"standardize=...\): x must vary; .* number 1",
+    ),
+    "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive; got 0.0"),
+    "data that leave": (
+        {"standardize": DATA, "support": (0.0, 9.0)},
+        r"support=...\): the data must lie strictly within; got others in 40 of 40 rows",
+    ),
+    "data with NaN": (
+        {"standardize": DATA * np.nan},
+        r"data of x must be finite; .* 40 of 40 rows",
+    ),
+    "data of another shape": ({"standardize": np.ones((4, 3))}, r"must have shape \(n, \*\(2,\)\)"),
+    "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
+    "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),
+    "a name": ({"support": "positive"}, r"support=...\): must be bounds \(low, high\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    given, message = WRONG[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaxode.bind(FLOW, PARAMS, **given)
+
+
+def test_wrong_events_and_contexts():
+    density = jaxode.bind(FLOW, PARAMS)
+    with pytest.raises(ValueError, match=r"log_prob\(x=...\): must have shape \(..., \*event\)"):
+        density.log_prob(jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match=r"bind\(flow=...\): must be made by jaxode.cnf"):
+        jaxode.bind(PARAMS, FLOW)
+    conditional = jaxode.bind(FLOW, trained(3))
+    with pytest.raises((TypeError, ValueError), match="context"):
+        conditional.log_prob(DATA[:4], context=np.ones((5, 3)))

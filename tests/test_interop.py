@@ -1,0 +1,116 @@
+"""Densities as distributions of other libraries, with the libraries themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_density import DATA, FLOW, PARAMS, trained
+
+import jaxode
+
+KEY = jax.random.key(0)
+BOX = (np.array([-200.0, -90.0]), np.array([200.0, 90.0]))
+
+
+@pytest.fixture
+def numpyro():
+    return pytest.importorskip("numpyro")
+
+
+@pytest.mark.parametrize("support", [None, BOX, (-jnp.inf, 60.0), (-90.0, jnp.inf)])
+def test_numpyro_has_the_same_density(numpyro, support):
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=support)
+    theirs = jaxode.interop.numpyro(density)
+    assert theirs.event_shape == (2,)
+    np.testing.assert_array_equal(theirs.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
+    np.testing.assert_array_equal(theirs.sample(KEY, (3,)), density.sample(KEY, (3,)))
+    assert theirs.expand([4]).sample(KEY).shape == (4, 2)
+    assert theirs.support(DATA).all()
+    # It is a pytree, as numpyro's own.
+    values = jax.jit(lambda d, x: d.log_prob(x))(theirs, DATA[:3])
+    np.testing.assert_allclose(values, density.log_prob(DATA[:3]), rtol=1e-12)
+    to_support = numpyro.distributions.biject_to(theirs.support)
+    assert theirs.support(to_support(jnp.ones(2)))
+
+
+@pytest.mark.slow
+def test_numpyro_takes_it_as_a_prior_and_in_a_plate(numpyro, default_settings):
+    """A field of zero has the base density: a normal, of which the posterior is known."""
+    dist = numpyro.distributions
+    flow = jaxode.cnf(lambda t, z, a: a * z, jaxode.standard_normal(2))
+    prior = jaxode.interop.numpyro(jaxode.bind(flow, 0.0, standardize=(1.0, 2.0)))
+    seen = jnp.array([[3.0, -1.0], [5.0, 1.0]])
+
+    def model():
+        x = numpyro.sample("x", prior)
+        with numpyro.plate("rows", 2):
+            z = numpyro.sample("z", prior)
+            numpyro.sample("seen", dist.Normal(x + 0 * z, 1.0).to_event(1), obs=seen)
+
+    kernel = numpyro.infer.NUTS(model)
+    mcmc = numpyro.infer.MCMC(kernel, num_warmup=200, num_samples=500, progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    samples = mcmc.get_samples()
+    # Precisions: 1/4 of the prior, and 1 of each of two rows; five standard errors of 500 samples.
+    mean, deviation = (0.25 * 1 + seen.sum(0)) / 2.25, 1 / 1.5
+    np.testing.assert_allclose(samples["x"].mean(0), mean, atol=5 * deviation / 500**0.5)
+    np.testing.assert_allclose(samples["x"].std(0), deviation, rtol=0.2)
+    np.testing.assert_allclose(samples["z"].mean((0, 1)), 1.0, atol=0.5)
+
+
+def test_numpyro_has_no_constraint_for_bounds_of_several_kinds(numpyro):
+    density = jaxode.bind(FLOW, PARAMS, support=(np.array([0.0, -np.inf]), np.array([1.0, 1.0])))
+    with pytest.raises(ValueError, match=r"interop.numpyro\(density=...\): .* same kind of bounds"):
+        jaxode.interop.numpyro(density)
+
+
+def test_constraints_of_numpyro_are_supports(numpyro):
+    constraints = numpyro.distributions.constraints
+    for constraint, bounds in (
+        (constraints.positive, (0.0, np.inf)),
+        (constraints.interval(-200.0, 200.0), (-200.0, 200.0)),
+        (constraints.real, (-np.inf, np.inf)),
+    ):
+        ours, theirs = (jaxode.bind(FLOW, PARAMS, support=s) for s in (bounds, constraint))
+        x = ours.sample(KEY, (5,))
+        np.testing.assert_allclose(theirs.sample(KEY, (5,)), x, rtol=1e-9)
+        np.testing.assert_allclose(theirs.log_prob(x), ours.log_prob(x), rtol=1e-7)
+    inside = jaxode.bind(FLOW, PARAMS, support=constraints.positive).log_prob(jnp.ones(2))
+    assert np.isfinite(inside)
+    assert jaxode.bind(FLOW, PARAMS, support=constraints.positive).log_prob(-jnp.ones(2)) == -np.inf
+
+
+def test_a_bijector_of_distrax_is_a_support():
+    distrax = pytest.importorskip("distrax")
+    ours = jaxode.bind(FLOW, PARAMS, support=(0.0, np.inf))
+    exp = distrax.Lambda(forward=jnp.exp, inverse=jnp.log,
+                         forward_log_det_jacobian=lambda u: u,
+                         inverse_log_det_jacobian=lambda x: -jnp.log(x))  # fmt: skip
+    theirs = jaxode.bind(FLOW, PARAMS, support=exp)
+    x = ours.sample(KEY, (5,))
+    np.testing.assert_allclose(theirs.sample(KEY, (5,)), x, rtol=1e-9)
+    np.testing.assert_allclose(theirs.log_prob(x), ours.log_prob(x), rtol=1e-9)
+    assert theirs.log_prob(-x[0]) == -np.inf
+
+
+def test_flowjax_has_the_same_density():
+    pytest.importorskip("flowjax")
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA)
+    theirs = jaxode.interop.flowjax(density)
+    assert theirs.shape == (2,)
+    assert theirs.cond_shape is None
+    np.testing.assert_allclose(theirs.log_prob(DATA[:3]), density.log_prob(DATA[:3]), rtol=1e-9)
+    x, log_prob = theirs.sample_and_log_prob(KEY, (4,))
+    np.testing.assert_allclose(density.log_prob(x), log_prob, rtol=1e-6)
+
+
+def test_flowjax_passes_a_condition():
+    pytest.importorskip("flowjax")
+    contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    density = jaxode.bind(FLOW, trained(3), standardize=(DATA, contexts))
+    theirs = jaxode.interop.flowjax(density)
+    assert theirs.cond_shape == (3,)
+    np.testing.assert_allclose(
+        theirs.log_prob(DATA[:3], contexts[:3]), density.log_prob(DATA[:3], context=contexts[:3]),
+        rtol=1e-9,
+    )  # fmt: skip
