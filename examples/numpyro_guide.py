@@ -11,7 +11,6 @@ Reference: Rubin (1981), doi:10.3102/10769986006004377.
 """
 
 import argparse
-import math
 import sys
 import time
 from typing import Any
@@ -56,30 +55,6 @@ def eight_schools():
 MODEL = reparam(eight_schools, config={"theta": LocScaleReparam(0)})
 
 
-class Flow(dist.Distribution):
-    """The distribution of a flow, for numpyro."""
-
-    support: Any = dist.constraints.real_vector
-
-    def __init__(self, flow, params):
-        self.flow, self.params = flow, params
-        super().__init__(event_shape=flow.base.event_shape)
-
-    def sample_with_intermediates(self, key, sample_shape=()):
-        """Samples and their log-densities from one solve."""
-        x, log_prob = self.flow.sample_and_log_prob(self.params, key, math.prod(sample_shape))
-        return x.reshape(*sample_shape, -1), [log_prob.reshape(sample_shape)]
-
-    def sample(self, key, sample_shape=()):
-        return self.sample_with_intermediates(key, sample_shape)[0]
-
-    def log_prob(self, value: Any, intermediates=None):
-        if intermediates:
-            return intermediates[0]
-        rows = value.reshape(-1, *self.event_shape)
-        return self.flow.log_prob(self.params, rows).reshape(value.shape[:-1])
-
-
 class FlowGuide(AutoContinuous):
     """All latent variables, unconstrained and in one vector, with the density of a flow."""
 
@@ -94,7 +69,7 @@ class FlowGuide(AutoContinuous):
         base: Any = numpyro.param("base", normal)
         rtol = atol = self.tolerance
         flow = jaxode.cnf(jaxode.nn.field, base, rtol=rtol, atol=atol, throw=False)
-        return Flow(flow, params)
+        return jaxode.interop.numpyro(jaxode.bind(flow, params))
 
 
 def fit(guide, steps, key):
