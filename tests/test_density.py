@@ -207,8 +207,8 @@ def test_an_exported_density_needs_no_jaxode(tmp_path):
     np.save(tmp_path / "x.npy", DATA[:7])
     code = (
         "import sys, jax, numpy as np; jax.config.update('jax_enable_x64', True)\n"
-        f"load = lambda name: jax.export.deserialize(open(r'{tmp_path}/' + name, 'rb').read()).call\n"
-        f"np.savez(r'{tmp_path}/out.npz', log_prob=load('log_prob')(np.load(r'{tmp_path}/x.npy')),\n"
+        "load = lambda name: jax.export.deserialize(open(name, 'rb').read()).call\n"
+        "np.savez('out.npz', log_prob=load('log_prob')(np.load('x.npy')),\n"
         "    sample=load('sample')(np.array([0, 0], np.uint32)))\n"
         "assert 'jaxode' not in sys.modules\n"
     )
