@@ -30,6 +30,10 @@ EXPLANATIONS = {
         "an argument known only at run time breaks its rule",
         "Check t0, t1, ts, breakpoints, rtol, atol, first_step, max_step and weights.",
     ),
+    Result.EVENT_NOT_FOUND: (
+        "the solves do not settle on the time of the event",
+        "Tighten rtol and atol, or use a condition that is smooth where it crosses zero.",
+    ),
     Result.IMPLICIT_SOLVE_FAILED: (
         "the implicit equations of a step could not be solved",
         "Loosen rtol and atol, or check the vector field for NaN, inf and discontinuities.",
