@@ -23,7 +23,7 @@ from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
-from jaxode.flows.failure import faults_of, loss_or_raise
+from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import NLLStats
@@ -136,7 +136,7 @@ class CNF(eqx.Module):
         Args:
             weights: of the samples in the mean, at least 0 and not all 0; equal by default. They
                 are divided by their sum. Where wrong ones are not known at trace time, the loss
-                and its gradient are NaN.
+                and its gradient are NaN. With per-sample steps a row of weight 0 may hold NaN.
 
         With a batch split over devices by `jax.shard_map` it is the mean over the rows of this
         device: differentiate `jax.lax.pmean(flow.nll(params, x), axis)`, and the gradient of the
@@ -169,12 +169,12 @@ class CNF(eqx.Module):
         parts = self._parts
         out = programs.nll(system, parts, key, weights, self.quadrature, self.steer)
         settle((system, parts))
-        loss, stats, t_reached = out
-        data = {"x": system.y0, "context": context}
-        axis_name = self.solve_options.axis_name
-        faults = faults_of(where, data, weights=weights, axis_name=axis_name)
+        loss, stats, result, t_reached = out
+        data, joint = {"x": system.y0, "context": context}, self.step_control == "joint"
+        faults = weights_faults(where, weights, self.solve_options.axis_name)
+        faults |= data_faults(where, data, weights, joint=joint)
         faults |= argument_faults(where, system)
-        loss = loss_or_raise(where, loss, stats.result, t_reached, self.throw, faults)
+        loss = loss_or_raise(where, loss, result, t_reached, self.throw, faults)
         return loss, stats
 
     def matching_loss(
@@ -203,7 +203,8 @@ class CNF(eqx.Module):
                 one in each of as many equal parts as there are rows.
             x0: start samples to use in place of base samples, one for each row of `x`.
             context: moves with the rows of `x`.
-            weights: of the rows in the mean, as for `nll`.
+            weights: of the rows in the mean, as for `nll`. Only with independent pairs: under a
+                coupling draw rows by their weights instead, or the trained density is skewed.
             coupling: which base sample each row is matched with, from `jaxode.coupling`.
 
         Base samples have no gradient: a learned base is trained by `nll`, not by matching. Under
@@ -211,8 +212,9 @@ class CNF(eqx.Module):
         among themselves; a key that all devices share gives each row the noise that it has on one.
 
         Raises:
-            ValueError: also if the coupling does not return a permutation. Inside of a
-                transformation such as `jit` the loss is NaN instead.
+            ValueError: also for weights with a coupling that pairs rows, and if the coupling does
+                not return a permutation. Inside of a transformation such as `jit` the loss is NaN
+                for the latter.
             SolveError: if the loss is not finite, where `nll` raises for a solve that fails.
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
@@ -280,8 +282,8 @@ class CNF(eqx.Module):
         if not throw:
             return solution.y1
         function, name = _source(where, samples)
-        faults = faults_of(function, {name: system.y0}) | faults_of(where, {"context": context})
-        faults |= argument_faults(where, system)
+        faults = data_faults(function, {name: system.y0})
+        faults |= data_faults(where, {"context": context}) | argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 
 

@@ -102,11 +102,16 @@ def normalized(
     """Weights of the samples in a mean, and whether they are such.
 
     They sum to one, on average over devices along `axis_name`, of which all rows of one may weigh
-    nothing. They are equal by default, and NaN if they are wrong.
+    nothing. They are equal by default, and NaN if they are wrong. Only their ratios count, so that
+    no sum of them overflows.
     """
     batch = x.shape[0]
     if weights is None:
         return jnp.full(batch, 1 / batch, state_dtype(x)), True
+    largest = jnp.max(jax.lax.stop_gradient(weights), initial=0, where=weights >= 0)
+    largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
+    # Dividing by what is near the largest number would flush its inverse to zero.
+    weights = weights * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
     total = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
     total = total if axis_name is None else jax.lax.pmean(total, axis_name)
     valid = (total > 0) & jnp.isfinite(total)
