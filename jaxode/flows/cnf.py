@@ -42,7 +42,7 @@ from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import raise_on_failure
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.ode.validation import Time, check_time, one_of
+from jaxode.ode.validation import Time, check_time, is_known, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
 # What is carried to the other end: data, base samples of the user's, or those that are drawn here.
@@ -352,6 +352,8 @@ def cnf(
     options = SolveOptions.make("cnf", **solve_options)
     check_time("cnf", "t0", t0)
     check_time("cnf", "t1", t1)
+    if hasattr(f, "check_span") and is_known((t0, t1)):
+        f.check_span(t0, t1)  # a field whose times have a meaning
     one_of("cnf", "step_control", step_control, ("joint", "per_sample"))
     one_of("cnf", "quadrature", quadrature, ("gauss", "stochastic"))
     check_implicit("cnf", options, "step_control", step_control)
