@@ -171,7 +171,8 @@ class _ProbabilityFlow:
         if t0 < t1:
             raise ValueError(
                 "cnf(t0=..., t1=...): the base of a probability flow is its noise, at the later "
-                f"time; got t0={float(t0)!r} and t1={float(t1)!r}. Pass t0=1.0, and a t1 at or near 0."
+                f"time; got t0={float(t0)!r} and t1={float(t1)!r}. Pass t0=1.0, and a t1 at or "
+                "near 0."
             )
 
 
