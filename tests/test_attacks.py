@@ -207,6 +207,42 @@ def test_a_solve_that_succeeds_passes_under_debug_nans(call):
         assert jnp.isfinite(call()).all()
 
 
+BAD_STATE = X.at[1, 0].set(jnp.nan)
+OF_ROWS = r"must be finite; got NaN or inf in 1 of 3 rows, first in row 1\. Leave those rows out, "
+OF_ONE = r"must be finite; got NaN or inf\. Mend what it comes from\."
+# (call of a state, the state, the message)
+NOT_FINITE = {
+    "solve": (lambda y0: end(y0), BAD_STATE, rf"solve\(y0=...\): {OF_ONE}"),
+    "a tree": (
+        lambda y0: jaxode.solve(lambda t, y, args: {"a": -y["a"]}, {"a": y0}, 0.0, 1.0).y1,
+        BAD_STATE, rf"solve\(y0=...\): {OF_ONE}",
+    ),
+    "joint": (lambda y0: end(y0, batch="joint"), BAD_STATE, rf"solve\(y0=...\): {OF_ROWS}"),
+    "per sample": (
+        lambda y0: end(y0, batch="per_sample"), BAD_STATE, rf"solve\(y0=...\): {OF_ROWS}",
+    ),
+    "implicit": (lambda y0: end(y0, **IMPLICIT), BAD_STATE, rf"solve\(y0=...\): {OF_ONE}"),
+    "vmap": (
+        jax.vmap(end), BAD_STATE,
+        rf"solve\(y0=...\): {OF_ONE} This fails in 1 of 3 rows, first in row 1\.",
+    ),
+    "flow": (
+        lambda z: jaxode.flow(scaled, z, 0.0, 1.0, 2.0), BAD_STATE, rf"flow\(z=...\): {OF_ROWS}",
+    ),
+    "a field": (
+        lambda y0: jaxode.solve(lambda t, y, args: y / 0, y0, 0.0, 1.0).y1, X,
+        "solve: the vector field or the state is not finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(("call", "state", "message"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_state_that_is_not_finite_is_named(call, state, message, compile):
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(compile(call)(state))
+
+
 TIMES = jnp.array([0.0, 1.0])
 # (call, the start of the message)
 UNFIT = [

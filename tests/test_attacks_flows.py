@@ -453,6 +453,45 @@ def test_bad_arguments(name):
         assert re.match(said, str(info.value))
 
 
+FOREIGN = {
+    "longdouble": np.ones((3, 2), np.longdouble),
+    "dates": np.zeros((3, 2), "datetime64[s]"),
+    "records": np.zeros((3, 2), [("a", float)]),
+    "masked": np.ma.masked_array(np.ones((3, 2)), np.eye(3, 2)),
+}
+TAKEN = {
+    "x": lambda value: flow(f=lambda t, z, p: -z).nll(None, value),
+    "z": lambda value: flow(f=lambda t, z, p: -z).from_base(None, value),
+    "x0": lambda value: flow(f=lambda t, z, p: -z).matching_loss(None, X, key=KEY, x0=value),
+    "context": lambda value: flow(f=lambda t, z, p: -z).nll(None, X, context=value),
+    "params": lambda value: flow(f=lambda t, z, p: -z).matching_loss(value, X, key=KEY),
+    "args": lambda value: jaxode.solve(lambda t, y, args: -y, X, 0.0, 1.0, {"a": value}),
+    "y0": lambda value: jaxode.solve(lambda t, y, args: -y, value, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("value", FOREIGN)
+def test_an_array_that_jax_has_no_dtype_for_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"^\w+\({name}=\.\.\.\): .*; got .*\. \w"):
+        TAKEN[name](FOREIGN[value])
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_array_in_another_byte_order_is_taken(name):
+    big, own = (TAKEN[name](np.asarray(X).astype(order + "f8")) for order in "><")
+    for a, b in zip(jax.tree.leaves(big), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_keys_are_no_context():
+    keys = jax.random.split(KEY, 3)
+    with pytest.raises(
+        TypeError, match=r"^nll\(context=...\).*; got an array of key<fry>\. Convert"
+    ):
+        TAKEN["context"](keys)
+
+
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0), np.zeros(2, np.uint32)], ids=str)
 def test_good_keys(key):
     keys = jax.random.split(KEY, 3) if key is KEY else jnp.stack([key] * 3)

@@ -42,7 +42,7 @@ from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import raise_on_failure
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.ode.validation import Time, check_time, is_known, one_of
+from jaxode.ode.validation import Time, check_args, check_time, is_known, native, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
 # What is carried to the other end: data, base samples of the user's, or those that are drawn here.
@@ -170,7 +170,7 @@ class CNF(eqx.Module):
         out = programs.nll(system, parts, key, weights, self.quadrature, self.steer)
         settle((system, parts))
         loss, stats, result, t_reached = out
-        data, joint = {"x": system.y0, "context": context}, self.step_control == "joint"
+        data, joint = {"x": system.y0, "context": native(context)}, self.step_control == "joint"
         faults = weights_faults(where, weights, self.solve_options.axis_name)
         faults |= data_faults(where, data, weights, joint=joint)
         faults |= argument_faults(where, system)
@@ -266,6 +266,7 @@ class CNF(eqx.Module):
         span = (self.t1, self.t0) if samples == "data" else (self.t0, self.t1)
         x = check_samples(*_source(where, samples), x, tuple(self.base.event_shape))
         context = check_context(where, context, x.shape[0])
+        params = check_args(where, "params", params)
         field = Integrands(self.f, self.divergence).field
         options, batch = self.solve_options, self.step_control
         return make_system(where, field, x, span, params, options, rows=context, batch=batch)
@@ -283,7 +284,7 @@ class CNF(eqx.Module):
             return solution.y1
         function, name = _source(where, samples)
         faults = data_faults(function, {name: system.y0})
-        faults |= data_faults(where, {"context": context}) | argument_faults(where, system)
+        faults |= data_faults(where, {"context": native(context)}) | argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 
 

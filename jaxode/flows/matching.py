@@ -36,7 +36,14 @@ from jaxode.flows.validation import (
 from jaxode.ode.field import VectorField, call_field
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.results import Faults, in_rows
-from jaxode.ode.validation import Time, check_derivative, check_times, is_known, state_dtype
+from jaxode.ode.validation import (
+    Time,
+    check_args,
+    check_derivative,
+    check_times,
+    is_known,
+    state_dtype,
+)
 
 WHERE = "matching_loss"
 _NO_PERMUTATION = (
@@ -78,6 +85,7 @@ def matching_loss(
     x = x.astype(state_dtype(x))
     check_not_empty(WHERE, x)
     context = check_context(WHERE, context, x.shape[0])
+    params = check_args(WHERE, "params", params)
     given = check_weights(WHERE, weights, x)
     weights, _ = normalized(given, x, axis_name)
     t0, span, faults = _span(flow, x.dtype)

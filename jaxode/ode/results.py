@@ -83,7 +83,7 @@ def not_finite(where: str, name: str, data: PyTree, *, batch: bool = True) -> Fa
     of_one = ". Mend what it comes from."
 
     def find():
-        finite = [jnp.isfinite(leaf).all(range(int(batch), leaf.ndim)) for leaf in leaves]
+        finite = [jnp.isfinite(leaf).all(tuple(range(int(batch), leaf.ndim))) for leaf in leaves]
         return ~functools.reduce(jnp.logical_and, finite)
 
     told = f"{where}({name}=...): must be finite; got NaN or inf{of_rows if batch else of_one}"
