@@ -217,19 +217,21 @@ def test_a_batch_over_devices_has_the_noise_of_one(coupling, check_vma):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_low_precision(dtype):
+# bfloat16 has eight bits.
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(jnp.float32, 1e-6, 1e-5), (jnp.bfloat16, 1e-2, 3e-2)]
+)
+def test_low_precision(dtype, rtol, atol):
     def f(t, z, w):
         return w @ z.astype(w.dtype) + t.astype(w.dtype)
 
     x, w = X.astype(jnp.float32), jnp.array([[0.5, 1.0], [-1.0, 2.0]])
-    loss = lambda w: flow_of(f).matching_loss(w, x, key=KEY)
+    loss = lambda w, x=x: flow_of(f).matching_loss(w, x, key=KEY)
     value, gradient = jax.value_and_grad(loss)(w.astype(dtype))
     assert (value.dtype, gradient.dtype) == (jnp.float32, dtype)
-    exact, slope = jax.value_and_grad(loss)(w.astype(jnp.float32))
-    # bfloat16 has eight bits.
-    np.testing.assert_allclose(value, exact, rtol=1e-2)
-    np.testing.assert_allclose(gradient.astype(slope.dtype), slope, atol=3e-2)
+    exact, slope = jax.value_and_grad(loss)(w, X)
+    np.testing.assert_allclose(value, exact, rtol=rtol)
+    np.testing.assert_allclose(gradient.astype(slope.dtype), slope, atol=atol)
 
 
 def numpyro_normal():
@@ -378,10 +380,6 @@ BAD_INPUT = [
         "matching_loss(x=...): must have shape (batch, *event) with event (2,); got (16,).",
     ),
     (
-        lambda: loss(X[:0]), ValueError,
-        "matching_loss(x=...): must have at least one row; got shape (0, 2).",
-    ),
-    (
         lambda: loss(jnp.ones((3, 2), jnp.int32)), TypeError,
         "matching_loss(x=...): must have a floating dtype; got int32. Integer-valued data has no "
         "density: dequantize it and convert with .astype(jnp.float32).",
@@ -398,15 +396,6 @@ BAD_INPUT = [
     (
         lambda: loss(x0=START[:, :1]), ValueError,
         "matching_loss(x0=...): must have shape (batch, *event) with event (2,); got (16, 1).",
-    ),
-    (
-        lambda: loss(context=CONTEXT[:3]), ValueError,
-        "matching_loss(context=...): leaves must have a leading axis of 16, one row a sample; got "
-        "shape (3, 2). To give all samples the same row, pass jnp.broadcast_to(row, (16, *row.s",
-    ),
-    (
-        lambda: loss(weights=jnp.ones(3)), ValueError,
-        "matching_loss(weights=...): must have one weight a sample, shape (16,); got (3,).",
     ),
     (
         lambda: loss(flow=flow_of(lambda t, z, p: z[0])), ValueError,
