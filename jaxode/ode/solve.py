@@ -17,6 +17,7 @@ from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.results import not_finite
 from jaxode.ode.solution import Solution, raise_on_failure
 from jaxode.ode.system import (
     Batch,
@@ -191,7 +192,9 @@ def flow(
     one_of("flow", "step_control", step_control, ("joint", "per_sample"))
     check_implicit("flow", options, "step_control", step_control)
     z = check_batch("flow", "z", z)
-    return solve_field("flow", f, z, (s, t), args, options, batch=step_control, throw=throw).y1
+    return solve_field(
+        "flow", f, z, (s, t), args, options, name="z", batch=step_control, throw=throw
+    ).y1
 
 
 class Unconditional(eqx.Module):
@@ -212,23 +215,27 @@ def solve_field(
     args: PyTree,
     options: SolveOptions,
     *,
+    name: str = "y0",
     ts: Any = None,
     batch: Batch = None,
     dense: bool = False,
     event: Event | None = None,
     throw: bool,
 ) -> Solution:
-    """`solve`, for a function of the name `where`, of a state that is checked."""
+    """`solve`, for a function of the name `where`, of a checked state, its argument `name`."""
     check_field(where, "f", f, "f(t, y, args)")
     check_bool(where, "throw", throw)
-    check_args(where, "args", args)
+    args = check_args(where, "args", args)
     system = make_system(
         where, Unconditional(f), y0, span, args, options,
         ts=ts, batch=batch, dense=dense, event=event,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     settle(system)
-    return raise_on_failure(solution, where, argument_faults(where, system)) if throw else solution
+    if not throw:
+        return solution
+    faults = not_finite(where, name, system.y0, batch=batch is not None)
+    return raise_on_failure(solution, where, faults | argument_faults(where, system))
 
 
 def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batch) -> None:
