@@ -82,7 +82,6 @@ def draw(flow, params, whitening, data, labels, history, path, key):
     draw_scores(history, axes["scores"])
     axes["scores"].set(ylabel="bits per dimension", title="validation images in training")
     axes["scores"].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

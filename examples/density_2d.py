@@ -8,9 +8,7 @@ the flow from noise to data. About a minute on two cores.
 """
 
 import argparse
-import csv
 import dataclasses
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from arguments import picture, seed
 from recipe import Phase, draw_scores, train
 from rich.progress import Progress
 from sklearn import datasets
+from tables import as_numbers, is_number, read_rows
 
 import jaxode
 from jaxode import plot
@@ -77,14 +76,8 @@ TOYS = {
 
 def read_csv(path: Path) -> np.ndarray:
     """Two numeric columns, `[points, 2]`; a first line that is not numeric is a header."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [
-                (i, row) for i, row in enumerate(csv.reader(file), 1) if any(map(str.strip, row))
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if rows and not any(map(_is_number, rows[0][1])):
+    rows = read_rows(path)
+    if rows and not any(map(is_number, rows[0][1])):
         rows = rows[1:]
     if len(rows) < 10:
         raise ValueError(f"{path}: at least 10 points are needed; got {len(rows)}")
@@ -94,12 +87,9 @@ def read_csv(path: Path) -> np.ndarray:
                 f"{path}, line {line}: two columns separated by a comma are needed; got {len(row)}"
             )
         for cell in row:
-            if not _is_number(cell):
+            if not is_number(cell):
                 raise ValueError(f"{path}, line {line}: {cell!r} is not a finite number")
-    points = np.array([[float(cell) for cell in row] for _, row in rows])
-    if np.abs(points).max() > 1e30:
-        raise ValueError(f"{path}: numbers beyond 1e30 are too large for single precision")
-    return points
+    return as_numbers(path, [row for _, row in rows])
 
 
 def check_density(name: str, points: np.ndarray) -> None:
@@ -111,13 +101,6 @@ def check_density(name: str, points: np.ndarray) -> None:
     # A correlation this close to one is rounding.
     if abs(np.corrcoef(points.T)[0, 1]) > 1 - 1e-9:
         raise ValueError(f"{name}: the points to train on lie on a line, so they have no density")
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell)) and "_" not in cell
-    except ValueError:
-        return False
 
 
 def load(name: str, rng: np.random.Generator) -> np.ndarray:
@@ -170,7 +153,6 @@ def draw(flow, params, data, history, mean, scale, path, key):
     for axis in axes[0]:
         axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes[1, 0].legend(loc="upper right")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -144,7 +144,6 @@ def draw(flow, params, whitening, data, history, scores, path, key):
         curve.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
     curve.set(ylabel="bits per dimension", title="validation images during training")
     curve.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -104,7 +104,6 @@ def draw(flow, params, data, losses, evals, path):
     for axis in axes[:3]:
         axis.set(xlim=(-3.5, 3.5), ylim=(-2.5, 2.5))
     plot.evaluations(evals, ax=axes[3].twinx(), color="tab:green")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

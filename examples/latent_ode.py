@@ -221,7 +221,6 @@ def draw(models, data: Series, losses, path):
     axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")
     axes[3].set(yscale="log", xlabel="step", ylabel="root mean square error", title="training")
     axes[3].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -126,7 +126,6 @@ def draw(posteriors, histories, path):
         plot.history(losses, ax=axes[4], color=colors[name], label=name)
     axes[4].set(ylim=(31, 34), ylabel="negative ELBO", title="training")
     axes[4].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=75)
     plt.close(figure)
 

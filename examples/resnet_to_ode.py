@@ -135,7 +135,6 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     axes[2].plot([], [], color="tab:red", lw=0.7, label=f"residual network, L = {depths[1]}")
     axes[2].set_title("30 digits through the layers (two principal axes)")
     axes[2].legend(loc="best", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

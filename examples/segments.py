@@ -104,7 +104,6 @@ def draw(exact, observed, fits, path):
         axis.set(ylabel="y", title=f"trained by {name}", ylim=(-1.6, 1.6))
     axes[-1].set(xlabel="time")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

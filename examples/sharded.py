@@ -113,7 +113,6 @@ def draw(losses, one, label, path) -> None:
     left.legend()
     right.semilogy(np.maximum(np.abs(losses - one), 1e-17))
     right.set(xlabel="training step", ylabel="difference of the losses, nats")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -111,7 +111,6 @@ def draw(network, y0, new, times, observed, losses, path):
     titles = ("noisy observations", "the fit", "from a new starting point", "training")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -36,6 +36,7 @@ from arguments import picture, seed, writable
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from rich.progress import Progress
+from tables import as_numbers, is_number, read_rows
 
 import jaxode
 from jaxode import plot
@@ -101,13 +102,7 @@ def load(path: Path, like: State, settings: dict[str, Any]) -> State:
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
     """Names and values of the numeric columns; a header is optional."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [
-                (i, row) for i, row in enumerate(csv.reader(file), 1) if any(map(str.strip, row))
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+    rows = read_rows(path)
     columns = numeric_columns([row for _, row in rows[1:]])
     header = split_header(path, rows, columns)
     if len(rows) < 20:
@@ -124,10 +119,7 @@ def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
             if i >= len(row) or not is_number(row[i]):
                 cell = repr(row[i]) if i < len(row) else "nothing"
                 raise ValueError(f"{path}, line {line}: {name} must be a finite number; got {cell}")
-    values = np.array([[float(row[i]) for i in columns] for _, row in rows])
-    if np.abs(values).max() > 1e30:
-        raise ValueError(f"{path}: numbers beyond 1e30 are too large for single precision")
-    return names, values
+    return names, as_numbers(path, [[row[i] for i in columns] for _, row in rows])
 
 
 def numeric_columns(rows: list[list[str]]) -> list[int]:
@@ -157,13 +149,6 @@ def split_header(path: Path, rows: list[tuple[int, list[str]]], columns) -> dict
             f"number in each; got {numbers[0]!r} and {other!r}"
         )
     return {}
-
-
-def is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell)) and "_" not in cell
-    except ValueError:
-        return False
 
 
 def read(data: Path | None) -> tuple[list[str], np.ndarray]:

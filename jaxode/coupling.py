@@ -1,7 +1,7 @@
 """Couplings: which base sample each row of a batch is matched with, for `flow.matching_loss`.
 
 A coupling is one function, which returns a permutation of the base samples. Rows of the data keep
-their place, and with them their contexts and weights.
+their place, and with them their contexts.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.validation import integer, non_negative, state_dtype
@@ -42,7 +43,7 @@ def _as_drawn(key: PRNGKeyArray, z: Samples, x: Samples, context: PyTree) -> Non
     del key, z, x, context
 
 
-def optimal_transport(group: int = 64, condition_weight: float = 0.0) -> Coupling:
+def optimal_transport(group: int = 64, condition_weight: float | None = None) -> Coupling:
     """The exact optimal transport within groups of consecutive rows.
 
     Among all permutations within a group, the one of the least sum over its rows `i` of
@@ -50,18 +51,20 @@ def optimal_transport(group: int = 64, condition_weight: float = 0.0) -> Couplin
         |x[i] - z[rows[i]]|^2 + condition_weight |c[i] - c[rows[i]]|^2.
 
     Trajectories become straighter, so that a solve takes fewer steps, and targets less noisy.
-    Shuffle the data: rows that are far apart in the batch are never exchanged.
+    Shuffle the data: rows that are far apart in the batch are never exchanged. Rows all count the
+    same: draw them by their weights, if they have any.
 
     Args:
         group: the largest number of rows in a group. A batch that is no multiple of it is divided
-            into as few groups, of nearly equal size. The work grows as its cube: more than some 512
-            rows are for large networks only.
+            into as few groups, whose sizes differ by at most one. The work grows as its cube: more
+            than some 512 rows are for large networks only.
         condition_weight: of the squared distance of conditions. A base sample has the condition of
-            the row that it was drawn for, or that its start sample `x0` has. With a context this
-            must be positive: transport that ignores the condition gives every condition the base
-            samples that are nearest to its data, not all of them, and the trained flow is skewed.
-            The larger it is, the smaller the skew, and the less is exchanged; one-hot conditions
-            that differ are 2 apart. Integers, such as labels, count 1 for every entry that differs.
+            the row that it was drawn for, or that its start sample `x0` has. To be given with a
+            context, and positive: with 0.0, transport ignores the condition and gives every
+            condition the base samples that are nearest to its data, not all of them, so that the
+            trained flow is skewed. The larger it is, the smaller the skew, and the less is
+            exchanged; one-hot conditions that differ are 2 apart. Integers, such as labels, count 1
+            for every entry that differs.
 
     It is compiled, on any device: the shortest augmenting paths of Jonker and Volgenant, for all
     groups at once, but step by step within one. On two CPU cores 8 groups of 64 rows take 1.5 to
@@ -72,21 +75,23 @@ def optimal_transport(group: int = 64, condition_weight: float = 0.0) -> Couplin
 
     Raises:
         ValueError: if `group` is not a positive integer, or `condition_weight` is negative or not
-            finite; at trace time, if conditions are to be weighed and there is no context.
+            finite; at trace time, if conditions are to be weighed and there is no context, or if
+            there is one and no `condition_weight`.
 
     References: Tong et al. (2023), arXiv:2302.00482; Cheng and Schwing (2025), arXiv:2503.10636;
     Crouse (2016), doi:10.1109/TAES.2016.140952.
     """
     where, rule = "optimal_transport", "a finite number, at least 0"
     group = integer(where, "group", group)
-    weight = non_negative(where, "condition_weight", condition_weight, rule)
-    return Coupling(_OptimalTransport(group, weight))
+    if condition_weight is not None:
+        condition_weight = non_negative(where, "condition_weight", condition_weight, rule)
+    return Coupling(_OptimalTransport(group, condition_weight))
 
 
 @dataclass(frozen=True)
 class _OptimalTransport:
     group: int
-    condition_weight: float
+    condition_weight: float | None
 
     def __call__(
         self, key: PRNGKeyArray, z: Samples, x: Samples, context: PyTree
@@ -94,45 +99,58 @@ class _OptimalTransport:
         del key
         batch = x.shape[0]
         groups = -(-batch // self.group)
-        size = -(-batch // groups)
-
-        def grouped(leaf):
-            flat = jnp.reshape(leaf, (batch, -1))
-            padded = jnp.pad(flat, ((0, groups * size - batch), (0, 0)))
-            return padded.reshape(groups, size, flat.shape[1])
-
-        cost = _squared_distances(grouped(x), grouped(z))
-        for leaf in self._conditions(context):
-            leaf = grouped(leaf)
-            distance = _squared_distances if _is_floating(leaf) else _entries_that_differ
-            cost = cost + (self.condition_weight * distance(leaf, leaf)).astype(cost.dtype)
-        # What was padded is paired with itself, at no cost.
-        real = jnp.arange(groups * size).reshape(groups, size, 1) < batch
-        alike = real == real.transpose(0, 2, 1)
-        cost = jnp.where(alike, jnp.where(real, cost, 0), jnp.inf)
-        rows = jax.vmap(assignment)(cost) + size * jnp.arange(groups, dtype=jnp.int32)[:, None]
-        return rows.reshape(-1)[:batch]
+        starts = np.arange(groups + 1) * batch // groups
+        own = starts[:-1, None] + np.arange(-(-batch // groups))
+        real = own < starts[1:, None]
+        # A group that is one short has the first row of the next one in its place, at no cost.
+        grouped = lambda leaf: jnp.reshape(leaf, (batch, -1))[np.minimum(own, batch - 1)]
+        cost = _squared_distances(grouped(x), grouped(z), real)
+        weight = self.condition_weight or 0.0
+        for leaf in map(grouped, self._conditions(context)):
+            distance = _entries_that_differ(leaf, leaf)
+            if _is_floating(leaf):
+                distance = _squared_distances(leaf, leaf, real)
+            cost = cost + (weight * distance).astype(cost.dtype)
+        # What fills a group is paired with itself.
+        both, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
+        cost = jnp.where(both, cost, np.where(alike, 0.0, np.inf).astype(cost.dtype))
+        rows = jax.vmap(assignment)(cost) + jnp.asarray(starts[:-1, None], jnp.int32)
+        return rows[real]
 
     def _conditions(self, context: PyTree) -> list[Any]:
         if self.condition_weight == 0:
             return []
-        if context is None:
+        conditions = jax.tree.leaves(context)
+        if self.condition_weight is None:
+            if conditions:
+                raise ValueError(
+                    "optimal_transport(condition_weight=...): must be given with a context; got "
+                    "None. Pass a positive weight of the squared distance of conditions, or 0.0 "
+                    "for transport that ignores them, which skews the trained flow."
+                )
+        elif not conditions:
             raise ValueError(
                 "matching_loss(context=...): must be given where its distance counts; got None "
                 f"with optimal_transport(condition_weight={self.condition_weight}). Pass the "
                 "context, or leave condition_weight out."
             )
-        return jax.tree.leaves(context)
+        return conditions
 
 
 def _is_floating(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
-def _squared_distances(a: Float[Array, "groups n d"], b: Float[Array, "groups n d"]):
+def _squared_distances(
+    a: Float[Array, "groups n d"], b: Float[Array, "groups n d"], real: Bool[np.ndarray, "groups n"]
+):
     """Up to a constant for each row of `a` and each of `b`, which no assignment depends on."""
-    dtype = state_dtype((a, b))
-    center = lambda x: x.astype(dtype) - jnp.mean(x.astype(dtype), axis=1, keepdims=True)
+    dtype, where = state_dtype((a, b)), real[:, :, None]
+
+    def center(x):
+        x = x.astype(dtype)
+        return x - jnp.mean(x, axis=1, keepdims=True, where=where)
+
     highest = lax.Precision.HIGHEST
     return -2 * jnp.einsum("gid,gjd->gij", center(a), center(b), precision=highest)
 

@@ -68,8 +68,16 @@ IMPLICIT = {"solver": diffrax.Kvaerno3()}
 RUN = jax.jit(quiet)
 RUN_TWO = jax.vmap(quiet)
 RUN_LOUD = jax.jit(lambda given: solve(given).y1)
+RUN_TWO_LOUD = jax.jit(jax.vmap(lambda given: solve(given).y1))
 RUN_IMPLICIT = jax.jit(lambda given: solve(given, **IMPLICIT, throw=False))
+RUN_IMPLICIT_LOUD = jax.jit(lambda given: solve(given, **IMPLICIT).y1)
 GRADIENT = jax.jit(jax.grad(lambda y0, given: solve(given, y0, throw=False).y1.sum()))
+GRADIENT_LOUD = jax.jit(jax.grad(lambda y0, given: solve(given, y0).y1.sum()))
+
+
+def raises(argument, run, *inputs):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"SolveError: solve\([^)]*{argument}="):
+        jax.block_until_ready(run(*inputs))
 
 
 def eager(given, argument):
@@ -83,30 +91,29 @@ def jitted(given, argument):
     assert solution.stats.num_steps == 0
     assert jnp.isnan(solution.y1).all()
     assert jnp.isnan(solution.ys).all()
-    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"SolveError: solve\([^)]*{argument}="):
-        jax.block_until_ready(RUN_LOUD(given))
+    raises(argument, RUN_LOUD, given)
 
 
 def vmapped(given, argument):
-    del argument
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), values({}), given)
     solution = RUN_TWO(both)
     np.testing.assert_array_equal(solution.result, [Result.SUCCESS, Result.INVALID_ARGUMENT])
     # 1e-2: ten times the tolerance.
     np.testing.assert_allclose(solution.y1[0], np.exp(-1.0), rtol=1e-2)
     assert jnp.isnan(solution.y1[1]).all()
+    raises(argument, RUN_TWO_LOUD, both)
 
 
 def differentiated(given, argument):
-    del argument
     assert jnp.isnan(GRADIENT(Y0, given)).all()
+    raises(argument, GRADIENT_LOUD, Y0, given)
 
 
 def implicit(given, argument):
-    del argument
     solution = RUN_IMPLICIT(given)
     assert solution.result == Result.INVALID_ARGUMENT
     assert jnp.isnan(solution.y1).all()
+    raises(argument, RUN_IMPLICIT_LOUD, given)
 
 
 @pytest.mark.parametrize("check", [eager, jitted, vmapped, differentiated, implicit])
@@ -124,6 +131,17 @@ def test_what_keeps_the_rules_is_solved(run, changes):
     # 1e-2: ten times the tolerance.
     expected = np.exp(-(given["ts"] - given["t0"]))
     np.testing.assert_allclose(solution.ys[:, 0], expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("run", [GRADIENT, GRADIENT_LOUD], ids=["quiet", "loud"])
+def test_what_keeps_the_rules_has_a_gradient(run):
+    # 1e-2: ten times the tolerance.
+    np.testing.assert_allclose(run(Y0, values({})), np.exp(-1.0), rtol=1e-2)
+
+
+@pytest.mark.parametrize("run", [RUN_IMPLICIT_LOUD, RUN_LOUD], ids=["implicit", "explicit"])
+def test_what_keeps_the_rules_does_not_raise(run):
+    np.testing.assert_allclose(run(values({})), np.exp(-1.0), rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +223,42 @@ FINITE = {
 def test_a_solve_that_succeeds_passes_under_debug_nans(call):
     with jax.debug_nans(True):
         assert jnp.isfinite(call()).all()
+
+
+BAD_STATE = X.at[1, 0].set(jnp.nan)
+OF_ROWS = r"must be finite; got NaN or inf in 1 of 3 rows, first in row 1\. Leave those rows out, "
+OF_ONE = r"must be finite; got NaN or inf\. Mend what it comes from\."
+# (call of a state, the state, the message)
+NOT_FINITE = {
+    "solve": (lambda y0: end(y0), BAD_STATE, rf"solve\(y0=...\): {OF_ONE}"),
+    "a tree": (
+        lambda y0: jaxode.solve(lambda t, y, args: {"a": -y["a"]}, {"a": y0}, 0.0, 1.0).y1,
+        BAD_STATE, rf"solve\(y0=...\): {OF_ONE}",
+    ),
+    "joint": (lambda y0: end(y0, batch="joint"), BAD_STATE, rf"solve\(y0=...\): {OF_ROWS}"),
+    "per sample": (
+        lambda y0: end(y0, batch="per_sample"), BAD_STATE, rf"solve\(y0=...\): {OF_ROWS}",
+    ),
+    "implicit": (lambda y0: end(y0, **IMPLICIT), BAD_STATE, rf"solve\(y0=...\): {OF_ONE}"),
+    "vmap": (
+        jax.vmap(end), BAD_STATE,
+        rf"solve\(y0=...\): {OF_ONE} This fails in 1 of 3 rows, first in row 1\.",
+    ),
+    "flow": (
+        lambda z: jaxode.flow(scaled, z, 0.0, 1.0, 2.0), BAD_STATE, rf"flow\(z=...\): {OF_ROWS}",
+    ),
+    "a field": (
+        lambda y0: jaxode.solve(lambda t, y, args: y / 0, y0, 0.0, 1.0).y1, X,
+        "solve: the vector field or the state is not finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(("call", "state", "message"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_state_that_is_not_finite_is_named(call, state, message, compile):
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(compile(call)(state))
 
 
 TIMES = jnp.array([0.0, 1.0])

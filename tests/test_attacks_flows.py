@@ -84,7 +84,6 @@ BAD_DATA = {
     "inf in weights": (changed("weights", 2, INF), 2, 1),
     "a negative weight": (changed("weights", 1, -1.0), 1, 1),
     "no weights": ({"weights": jnp.zeros(3)}, 0, 3),
-    "weights that sum to inf": ({"weights": jnp.full(3, 1e308)}, 0, 3),
 }
 MODES = ["eager", "jit", "jit(grad)", "vmap"]
 CASES = [
@@ -147,6 +146,31 @@ def test_weights_that_are_wrong_have_a_code():
     )[1].result)  # fmt: skip
     codes = [int(run(jnp.array(weights))) for weights in ([1.0, 0, 0], [0, 0, 0], [3.0, 1, -1])]
     assert codes == [jaxode.Result.SUCCESS, *2 * [jaxode.Result.INVALID_ARGUMENT]]
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scale", [1e308, 1e-307])
+def test_weights_count_by_their_ratios(loss, scale, compile):
+    """Their sum overflows, or is near the least number."""
+    of = lambda weights: LOSSES[loss]({}, RATE, **GOOD | {"weights": weights})
+    weights = jnp.array([1.0, 0.5, 0.9])
+    np.testing.assert_allclose(compile(of)(scale * weights), of(weights), rtol=1e-12)
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", ["x", "context"])
+def test_a_row_of_weight_zero_is_left_out_of_the_likelihood(name, compile):
+    unused = {"weights": jnp.array([1.0, 0.0, 2.0])}
+    of = lambda data, **options: compile(
+        lambda data: nll({"throw": True} | options, RATE, **GOOD | unused | data)
+    )(data)
+    alone = {"step_control": "per_sample"}
+    np.testing.assert_allclose(of(changed(name, 1, NAN), **alone), of({}, **alone), rtol=1e-12)
+    with pytest.raises(RuntimeError, match=rf"{name}=...\).* 1 of 3 rows, first in row 2\."):
+        jax.block_until_ready(of(changed(name, slice(1, 3), NAN), **alone))
+    with pytest.raises(RuntimeError, match=rf"{name}=...\).*with joint steps also .* in row 1\."):
+        jax.block_until_ready(of(changed(name, 1, NAN)))
 
 
 @pytest.mark.parametrize("method", ["nll", "log_prob"])
@@ -242,7 +266,9 @@ def test_a_coupling_that_is_no_permutation_is_named_when_compiled():
     loud = lambda x: flow(throw=True).matching_loss(
         RATE, x, key=KEY, context=GOOD["context"], coupling=twice
     )
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"coupling=\.\.\.\).* 1 of 3 rows"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"coupling=\.\.\.\).* 2 of 3 rows, first in row 1\."
+    ):
         jax.block_until_ready(jax.jit(loud)(GOOD["x"]))
 
 
@@ -425,6 +451,45 @@ def test_bad_arguments(name):
         with pytest.raises(exception) as info:
             run()
         assert re.match(said, str(info.value))
+
+
+FOREIGN = {
+    "longdouble": np.ones((3, 2), np.longdouble),
+    "dates": np.zeros((3, 2), "datetime64[s]"),
+    "records": np.zeros((3, 2), [("a", float)]),
+    "masked": np.ma.masked_array(np.ones((3, 2)), np.eye(3, 2)),
+}
+TAKEN = {
+    "x": lambda value: flow(f=lambda t, z, p: -z).nll(None, value),
+    "z": lambda value: flow(f=lambda t, z, p: -z).from_base(None, value),
+    "x0": lambda value: flow(f=lambda t, z, p: -z).matching_loss(None, X, key=KEY, x0=value),
+    "context": lambda value: flow(f=lambda t, z, p: -z).nll(None, X, context=value),
+    "params": lambda value: flow(f=lambda t, z, p: -z).matching_loss(value, X, key=KEY),
+    "args": lambda value: jaxode.solve(lambda t, y, args: -y, X, 0.0, 1.0, {"a": value}),
+    "y0": lambda value: jaxode.solve(lambda t, y, args: -y, value, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("value", FOREIGN)
+def test_an_array_that_jax_has_no_dtype_for_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"^\w+\({name}=\.\.\.\): .*; got .*\. \w"):
+        TAKEN[name](FOREIGN[value])
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_array_in_another_byte_order_is_taken(name):
+    big, own = (TAKEN[name](np.asarray(X).astype(order + "f8")) for order in "><")
+    for a, b in zip(jax.tree.leaves(big), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_keys_are_no_context():
+    keys = jax.random.split(KEY, 3)
+    with pytest.raises(
+        TypeError, match=r"^nll\(context=...\).*; got an array of key<fry>\. Convert"
+    ):
+        TAKEN["context"](keys)
 
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0), np.zeros(2, np.uint32)], ids=str)

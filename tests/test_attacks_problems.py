@@ -245,8 +245,14 @@ def test_detest_backwards(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [diffrax.Kvaerno3(), diffrax.Kvaerno5()], ids=["3", "5"])
-@pytest.mark.parametrize("name", STIFF)
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        *((name, diffrax.Kvaerno5()) for name in STIFF),
+        *((name, diffrax.Kvaerno3()) for name in ("C1", "D2", "E2")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
 def test_stiff_detest(name, solver):
     problem = STIFF[name]
     matches("stiff", problem, problem[2], "Radau", solver=solver, max_steps=40_000)
@@ -481,7 +487,6 @@ WRONG = [
     ({"y0": 1j}, TypeError, r"solve\(y0=...\).*complex128.*\(y.real, y.imag\)"),
     ({"y0": np.ones(2, int)}, TypeError, r"solve\(y0=...\).*int64.*astype"),
     ({"y0": True}, TypeError, r"solve\(y0=...\).*bool"),
-    ({"y0": np.ones(2, ">f8")}, TypeError, r"solve\(y0=...\).*ndarray of >f8"),
     ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*MaskedArray"),
     ({"y0": jax.random.key(0)}, TypeError, r"solve\(y0=...\).*key<fry>"),
     ({"t1": 10**30}, TypeError, r"solve\(t1=...\)"),

@@ -254,13 +254,17 @@ def test_a_span_must_be_longer_than_the_steps_across_its_breakpoints():
     """In float32 at 1e4 such a step is 5e-3 long, and no error control sees it."""
     f = lambda t, y, _: jnp.where(t < 1e4 + 0.4, 1.0, 3.0).astype(y.dtype)
     run = lambda t1, y0: jaxode.solve(f, y0, 1e4, t1, breakpoints=[1e4 + 0.4], throw=False)
-    with pytest.raises(
-        ValueError, match=r"solve\(breakpoints=...\): the span from .* must be longer"
-    ):
-        run(1e4 + 1, jnp.float32(0))
+    with pytest.raises(jaxode.SolveError, match=r"solve\(breakpoints=...\): .* must be longer"):
+        jaxode.solve(f, jnp.float32(0), 1e4, 1e4 + 1, breakpoints=[1e4 + 0.4])
     traced = jax.jit(run)(1e4 + 1, jnp.float32(0))
     assert traced.result == Result.INVALID_ARGUMENT
     np.testing.assert_allclose(run(1e4 + 1, jnp.float64(0)).y1, 2.2, rtol=1e-9)
     # Far outside of the span they are ignored.
     apart = jaxode.solve(f, jnp.float32(0), 1e4, 1e4 + 0.3, breakpoints=[2e4])
     np.testing.assert_allclose(apart.y1, 0.3, rtol=1e-2)
+    # With times of each row it is that row alone.
+    rows = jaxode.solve(
+        f, jnp.zeros((2, 1), jnp.float32), np.array([0.0, 1e4]), np.array([1.0, 1e4 + 1]),
+        breakpoints=[1e4 + 0.4], batch="per_sample", throw=False,
+    )  # fmt: skip
+    assert list(rows.result) == [Result.SUCCESS, Result.INVALID_ARGUMENT]

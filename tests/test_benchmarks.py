@@ -13,7 +13,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as runner
-from benchmarks import adjoints, compare, cores, fairness, flows, report, sharding, tolerance
+from benchmarks import (
+    adjoints,
+    compare,
+    cores,
+    fairness,
+    flows,
+    report,
+    sharding,
+    time_to_nll,
+    tolerance,
+)
 
 TINY = flows.Workload(3, 4, (5, 6))
 
@@ -303,6 +313,22 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
 
 
 @pytest.mark.slow
+def test_times_to_a_likelihood_say_of_which_seeds_they_are():
+    run = lambda reached, steps, last: {
+        "reached": reached, "steps": steps, "curve": [[reached, 2.5], [59.0, last]]
+    }  # fmt: skip
+    done = {
+        f"8 Gaussians: {time_to_nll.RECIPE}, seed 0": run(5.0, 8400, 2.7),
+        f"8 Gaussians: {time_to_nll.RECIPE}, seed 1": run(4.0, 4000, 2.5),
+        "8 Gaussians: torchcfm, matching, seed 0": run(9.0, 9000, 2.5),
+    }
+    assert time_to_nll.sentence(done) == (
+        "Matching and then likelihood reaches the level of 8 Gaussians: 4.5 s (median of 2 seeds), "
+        "while matching, 0.50x as long as the best peer that matches (seed 0)."
+    )
+    assert "| 5.0, 4.0 | 2.500 | 2.700 |" in time_to_nll.table(done)
+
+
 def test_the_scripts_behind_the_pictures_of_the_documentation(tmp_path, default_settings):
     """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
     workload = flows.Workload(2, 4, (5,), span=4.0)

@@ -25,9 +25,10 @@ def squared_distances(a, b):
     return ((a[:, None] - b[None]) ** 2).sum(-1)
 
 
-def costs(cost, rows, size):
-    """Of the pairs within each block of `size` rows, and of SciPy's there."""
-    for start in range(0, len(rows), size):
+def costs(cost, rows, sizes):
+    """Of the pairs within each block of rows, of these sizes, and of SciPy's there."""
+    assert sum(sizes) == len(rows)
+    for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
         block = slice(start, start + size)
         own, columns = cost[block, block], rows[block] - start
         assert sorted(columns) == list(range(len(own)))
@@ -35,28 +36,33 @@ def costs(cost, rows, size):
         yield own[np.arange(len(own)), columns].sum(), own[i, j].sum()
 
 
-# Batch, group, and the size that its groups then have.
+# Batch, group, and the sizes that its groups then have.
 @pytest.mark.parametrize(
-    ("batch", "group", "size", "event"),
-    [(128, 64, 64, (2,)), (130, 64, 44, (2,)), (7, 3, 3, (3, 2)), (1, 64, 1, ())],
-)
-def test_exact_within_each_group(batch, group, size, event):
+    ("batch", "group", "sizes", "event"),
+    [
+        (128, 64, (64, 64), (2,)), (130, 64, (43, 43, 44), (2,)), (7, 3, (2, 2, 3), (3, 2)),
+        (57, 8, (7, 7, 7, 7, 7, 7, 7, 8), (2,)), (1, 64, (1,), ()),
+    ],
+)  # fmt: skip
+def test_exact_within_each_group(batch, group, sizes, event):
     z, x = normal(1, batch, *event), 2 * normal(2, batch, *event) ** 3 + 5
     rows = rows_of(optimal_transport(group), z, x)
-    for own, best in costs(squared_distances(x, z), rows, size):
+    for own, best in costs(squared_distances(x, z), rows, sizes):
         np.testing.assert_allclose(own, best, rtol=1e-12)
 
 
-def test_exact_in_float32_far_from_the_origin():
-    z, x = (normal(seed, 64, 2, dtype=jnp.float32) + 1000 for seed in (1, 2))
-    ((own, best),) = costs(squared_distances(x, z), rows_of(optimal_transport(64), z, x), 64)
-    np.testing.assert_allclose(own, best, rtol=1e-5)
+@pytest.mark.parametrize("sizes", [(64,), (9, 9, 10)], ids=str)
+def test_exact_in_float32_far_from_the_origin(sizes):
+    z, x = (normal(seed, sum(sizes), 2, dtype=jnp.float32) + 10_000 for seed in (1, 2))
+    rows = rows_of(optimal_transport(max(sizes)), z, x)
+    for own, best in costs(squared_distances(x, z), rows, sizes):
+        np.testing.assert_allclose(own, best, rtol=1e-5)
 
 
 def test_exact_with_ties():
     z, x = (jax.random.randint(jax.random.key(seed), (64, 1), 0, 3) for seed in (1, 2))
     z, x = z.astype(jnp.float64), x.astype(jnp.float64)
-    ((own, best),) = costs(squared_distances(x, z), rows_of(optimal_transport(64), z, x), 64)
+    ((own, best),) = costs(squared_distances(x, z), rows_of(optimal_transport(64), z, x), [64])
     np.testing.assert_allclose(own, best, atol=1e-12)
 
 
@@ -71,7 +77,7 @@ def test_the_condition_counts_as_much_as_its_weight():
     z, x, c = normal(1, 32, 2), normal(2, 32, 2), {"a": normal(3, 32, 3), "b": normal(4, 32)}
     rows = rows_of(optimal_transport(64, weight), z, x, c)
     condition = sum(squared_distances(leaf, leaf) for leaf in c.values())
-    ((own, best),) = costs(squared_distances(x, z) + weight * condition, rows, 32)
+    ((own, best),) = costs(squared_distances(x, z) + weight * condition, rows, [32])
     np.testing.assert_allclose(own, best, rtol=1e-12)
 
 
@@ -82,12 +88,12 @@ def test_a_large_weight_exchanges_only_within_a_condition(one_hot):
     context = jax.nn.one_hot(labels, 3, dtype=jnp.float64) if one_hot else labels
     rows = rows_of(optimal_transport(64, 1e4), z, x, context)
     assert (labels[rows] == labels).all()
-    plain = rows_of(optimal_transport(64), z, x, context)
+    plain = rows_of(optimal_transport(64, 0.0), z, x, context)
     assert (labels[plain] != labels).mean() > 0.3
     for label in range(3):
         own = np.flatnonzero(labels == label)
         ((cost, best),) = costs(
-            squared_distances(x[own], z[own]), np.searchsorted(own, rows[own]), len(own)
+            squared_distances(x[own], z[own]), np.searchsorted(own, rows[own]), [len(own)]
         )
         np.testing.assert_allclose(cost, best, rtol=1e-9)
 
@@ -97,7 +103,7 @@ def test_a_function_of_its_arguments_and_equal_to_its_like():
     assert (rows_of(optimal_transport(8), z, x) == rows_of(optimal_transport(8), z, x)).all()
     assert independent() == independent()
     assert optimal_transport(8, 0.5) == optimal_transport(np.int64(8), np.float32(0.5))
-    assert len({optimal_transport(), optimal_transport(64, 0), optimal_transport(32)}) == 2
+    assert len({optimal_transport(64, 0.0), optimal_transport(64, 0), optimal_transport(32)}) == 2
     assert independent() != optimal_transport()
     assert independent().pair(KEY, z, x, None) is None
 
@@ -128,5 +134,5 @@ def test_bad_input(call, message):
 
 def test_the_assignment_of_any_costs():
     cost = jax.random.uniform(KEY, (9, 9), jnp.float64)
-    ((own, best),) = costs(np.asarray(cost), np.asarray(coupling.assignment(cost)), 9)
+    ((own, best),) = costs(np.asarray(cost), np.asarray(coupling.assignment(cost)), [9])
     np.testing.assert_allclose(own, best, rtol=1e-12)

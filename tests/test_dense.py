@@ -119,7 +119,8 @@ def test_without_dense():
 
 def test_a_failed_row_can_be_masked():
     f = lambda t, y, a: jnp.where(y > 5.0, jnp.nan, a * y)
-    y0 = jnp.array([[1.0], [4.0]])
+    # Of the others, one fails on its way, and one from the start.
+    y0 = jnp.array([[1.0], [4.0], [6.0]])
     run = lambda a, rows: jaxode.solve(
         f, y0[:rows], 0.0, 1.0, a, batch="per_sample", dense=True, max_steps=32, throw=False
     )
@@ -127,11 +128,11 @@ def test_a_failed_row_can_be_masked():
         jnp.where((s := run(a, rows)).ok[:, None], s.evaluate(0.7), 0.0)
     )
     grad = jax.jit(jax.grad(masked), static_argnums=1)
-    s = run(1.0, 2)
-    assert list(s.ok) == [True, False]
+    s = run(1.0, 3)
+    assert list(s.ok) == [True, False, False]
     assert np.isnan(s.evaluate(0.1)[1]).all()
-    np.testing.assert_allclose(grad(1.0, 2), grad(1.0, 1), rtol=1e-12)
-    assert np.isnan(jax.jit(jax.grad(lambda a: jnp.sum(run(a, 2).evaluate(0.7))))(1.0))
+    np.testing.assert_allclose(grad(1.0, 3), grad(1.0, 1), rtol=1e-12)
+    assert np.isnan(jax.jit(jax.grad(lambda a: jnp.sum(run(a, 3).evaluate(0.7))))(1.0))
 
 
 def test_a_failed_solve_raises_where_only_the_interpolant_is_used():

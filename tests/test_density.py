@@ -72,7 +72,8 @@ def test_the_density_on_a_box_integrates_to_one(name):
     middles = [(side[1:] + side[:-1]) / 2 for side in sides]
     grid = jnp.asarray(np.stack(np.meshgrid(*middles, indexing="ij"), -1))
     area = np.prod([side[1] - side[0] for side in sides])
-    total = jnp.exp(jax.jit(lambda x: bounded(name).log_prob(x))(grid)).sum() * area
+    density = bounded(name)
+    total = jnp.exp(jax.jit(lambda x: density.log_prob(x))(grid)).sum() * area
     np.testing.assert_allclose(total, 1, atol=1e-3)
 
 
@@ -88,19 +89,20 @@ def test_samples_are_in_the_support_with_their_density(name):
 def test_outside_of_the_support():
     """Minus infinity, on the bounds, too, with a gradient of zero; what is NaN stays so."""
     x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    log_prob = bounded("box").log_prob(x)
+    density = bounded("box")
+    log_prob = density.log_prob(x)
     assert np.isfinite(log_prob[0])
     np.testing.assert_array_equal(log_prob[1:], -np.inf)
-    inside = lambda x: jnp.sum(jnp.where(jnp.isfinite(v := bounded("box").log_prob(x)), v, 0))
+    inside = lambda x: jnp.sum(jnp.where(jnp.isfinite(v := density.log_prob(x)), v, 0))
     slopes = jax.jit(jax.grad(inside))(x)
     assert (slopes[0] != 0).all()
     np.testing.assert_array_equal(slopes[1:], 0)
-    nan = jax.jit(lambda x: bounded("box").log_prob(x))(x.at[1].set(jnp.nan))
+    nan = jax.jit(lambda x: density.log_prob(x))(x.at[1].set(jnp.nan))
     assert list(np.isnan(nan)) == [False, True, False, False]
     with pytest.raises(
         jaxode.SolveError, match=r"log_prob\(x=...\): .* 1 of 4 rows, first in row 1"
     ):
-        bounded("box").log_prob(x.at[1].set(jnp.nan))
+        density.log_prob(x.at[1].set(jnp.nan))
 
 
 @pytest.mark.parametrize("value", [1e-30, 1.0 - 1e-7, 0.5])

@@ -216,7 +216,7 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(first_step=0.0), ValueError,
-        "solve(first_step=...): must be positive; got 0.0.",
+        "solve(first_step=...): must be positive and finite; got 0.0.",
     ),
     (
         lambda: jaxode.DiscreteAdjoint(1), ValueError,

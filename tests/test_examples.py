@@ -128,7 +128,7 @@ def test_a_wrong_file_gets_one_clear_line(name, tmp_path, capsys):
     ],
 )
 @pytest.mark.parametrize(
-    "name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {"arguments", "recipe"})
+    "name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {"arguments", "recipe", "tables"})
 )
 def test_a_wrong_argument_gets_one_clear_line_before_training(
     name, option, value, message, tmp_path, capsys, monkeypatch

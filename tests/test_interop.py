@@ -83,9 +83,13 @@ def test_constraints_of_numpyro_are_supports(numpyro):
 def test_a_bijector_of_distrax_is_a_support():
     distrax = pytest.importorskip("distrax")
     ours = jaxode.bind(FLOW, PARAMS, support=(0.0, np.inf))
-    exp = distrax.Lambda(forward=jnp.exp, inverse=jnp.log,
-                         forward_log_det_jacobian=lambda u: u,
-                         inverse_log_det_jacobian=lambda x: -jnp.log(x), event_ndims_in=0)  # fmt: skip
+    exp = distrax.Lambda(
+        forward=jnp.exp,
+        inverse=jnp.log,
+        forward_log_det_jacobian=lambda u: u,
+        inverse_log_det_jacobian=lambda x: -jnp.log(x),
+        event_ndims_in=0,
+    )
     theirs = jaxode.bind(FLOW, PARAMS, support=exp)
     x = ours.sample(KEY, (5,))
     np.testing.assert_allclose(theirs.sample(KEY, (5,)), x, rtol=1e-9)

@@ -175,7 +175,7 @@ def test_times_that_float32_cannot_tell_apart(default_settings):
             jaxode.odeint(one, jnp.zeros(1), start + np.array([0.0, 0.3, 0.6, 1.4]))
     f = lambda t, y, _: jnp.ones_like(y)
     solve = lambda t1, ts: jaxode.solve(f, jnp.zeros(1), 1e8, t1, ts=ts, throw=False)
-    with pytest.raises(ValueError, match="the span .* is lost"):
+    with pytest.raises(ValueError, match=r"the span .* is lost"):
         jax.jit(lambda ts: solve(1e8 + 3, ts))(jnp.array([1e8]))
     known = 1e8 + np.array([1.0, 2.0, 3.0])
     assert jax.jit(lambda t1: solve(t1, known))(1e8 + 8).result == jaxode.Result.INVALID_ARGUMENT

@@ -25,6 +25,7 @@ def test_all_lists_the_public_names():
         "coupling",
         "divergence",
         "images",
+        "interop",
         "nn",
         "plot",
         "regularizers",
@@ -59,6 +60,7 @@ FLOORS = (
     r"ode\.",
     r"(coupling|distributions|divergence|images|nn|plot|regularizers)$",
     r"flows\.",
+    r"interop($|\.)",
 )
 
 

@@ -56,13 +56,83 @@ def test_a_path_solves_its_own_equations(path):
         np.testing.assert_allclose(variance, expected, rtol=1e-10)
 
 
+def test_a_path_starts_at_the_data():
+    """What the equations leave open."""
+    start = jnp.zeros(())
+    assert [float(path.mean_scale(start)) for path in PATHS] == [1.0, 1.0]
+    assert float(PATHS[0].std(start)) == 0.0
+    np.testing.assert_allclose(PATHS[1].std(start), 0.05, rtol=1e-12)
+
+
+@pytest.mark.parametrize("predicts", ["score", "noise"])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_a_closed_form_of_the_model_is_one_of_the_flow(path, predicts):
+    m = jaxode.nn.MLP(2, (8,), key=jax.random.key(2))
+    f = jaxode.probability_flow(jaxode.nn.field, path, predicts=predicts)
+    t = jnp.asarray(0.3)
+    dz, div = f.value_and_divergence(t, X[0], m)
+    np.testing.assert_allclose(dz, f(t, X[0], m), rtol=1e-12)
+    jacobian = jax.jacobian(lambda z: f(t, z, m))(X[0])
+    np.testing.assert_allclose(div, jnp.trace(jacobian), rtol=1e-10)
+    assert jaxode.divergence.auto().describe(f, X[0], m) == "closed form"
+    own = jaxode.probability_flow(lambda t, z, args: -z, path, predicts=predicts)
+    assert own.value_and_divergence(t, X[0], None) is NotImplemented
+
+
 def test_a_variance_exploding_path_ends_in_its_base():
     base = PATHS[1].base((2, 3))
     assert base.event_shape == (2, 3)
     np.testing.assert_allclose(jnp.exp(base.log_scale), 10.0)
 
 
+def flow_of(model=lambda t, z, p: -z, **times):
+    times = times or {"t0": 1.0, "t1": 1e-3}
+    return jaxode.cnf(
+        jaxode.probability_flow(model, PATHS[0]), jaxode.standard_normal(2), **times
+    )  # fmt: skip
+
+
+def test_times_in_an_order_that_is_not_known_are_not_checked():
+    run = jax.jit(lambda t0, t1: flow_of(t0=t0, t1=t1).log_prob(None, X))
+    np.testing.assert_allclose(run(1.0, 1e-3), flow_of().log_prob(None, X), rtol=1e-10)
+
+
 BAD_MODELS = [
+    *(
+        (
+            lambda times=times: flow_of(**times), ValueError,
+            "cnf(t0=..., t1=...): the base of a probability flow is its noise, at the later time; "
+            f"got t0={t0} and t1={t1}. Pass t0=1.0, and a t1 at or near 0.",
+        )
+        for t0, t1, times in ((0.0, 1.0, {"t1": 1.0}), (0.1, 0.9, {"t0": 0.1, "t1": 0.9}))
+    ),
+    *(
+        (
+            lambda method=method, cut=cut: getattr(flow_of(cut), method)(None, X), ValueError,
+            f"{method}(f=...): f(t, y, args) must return the shapes of y; got {got} where y has "
+            "(2,). f sees one sample of a batch.",
+        )
+        for method in ("nll", "to_base")
+        for cut, got in ((lambda t, z, p: z[:1], "(1,)"), (lambda t, z, p: z[0], "()"))
+    ),
+    (
+        lambda: jaxode.probability_flow(jaxode.nn.MLP, PATHS[0]), TypeError,
+        "probability_flow(model=...): must be a function model(t, z, args); got the class MLP. "
+        "Pass an instance of it, or jaxode.nn.field with the network as the parameters.",
+    ),
+    (
+        lambda: jaxode.probability_flow(lambda t, z, p: z, jaxode.VariancePreserving), TypeError,
+        "probability_flow(path=...): must be a path; got the class VariancePreserving. Pass an "
+        "instance of it.",
+    ),
+    *(
+        (
+            lambda least=least: jaxode.VariancePreserving(least, 1), ValueError,
+            "VariancePreserving(beta_min=..., beta_max=...): must be at least 0, finite and in "
+            f"rising order; got {least!r} and 1.",
+        )
+        for least in ("a", None)
+    ),
     (
         lambda: jaxode.probability_flow(None, PATHS[0]), TypeError,
         "probability_flow(model=...): must be a function model(t, z, args); got None.",

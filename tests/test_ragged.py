@@ -1,6 +1,7 @@
 """Start, end and output times of each row: against a Python loop of single solves."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,21 @@ def test_padding_changes_neither_results_nor_work():
     np.testing.assert_array_equal(a.ys, b.ys[:, :4])
     np.testing.assert_array_equal(b.ys[:, 4:], np.repeat(b.ys[:, 3:4], 3, axis=1))
     np.testing.assert_array_equal(a.stats.num_evals, b.stats.num_evals)
+
+
+def test_shared_times_with_ends_of_rows_under_jit(default_settings):
+    """In float32, with as many times as rows, and not."""
+    for times in (2, 3):
+        ts = np.linspace(0.1, 0.4, times, dtype=np.float32)
+        run = partial(
+            jaxode.solve, lambda t, y, _: -y, jnp.ones((3, 1)), 0.0, batch="per_sample", ts=ts,
+            throw=False,
+        )  # fmt: skip
+        for solution in (run(np.array([1.0, 2.0, 1e9])), jax.jit(run)(jnp.array([1.0, 2.0, 1e9]))):
+            assert solution.ys.shape == (times, 3, 1)
+            expected = np.broadcast_to(np.exp(-ts)[:, None], (times, 2))
+            np.testing.assert_allclose(solution.ys[:, :2, 0], expected, rtol=1e-4)
+            assert list(solution.ok) == [True, True, False]
 
 
 SHAPES = {

@@ -19,7 +19,7 @@ CORRELATED_UP_TO = 32
 def importance(
     key: PRNGKeyArray,
     samples: Float[np.ndarray, "count *event"],
-    density: Callable[[np.ndarray], np.ndarray],
+    log_density: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[float, float, float]:
     """The integral of a density, its standard error, and the effective sample size.
 
@@ -41,10 +41,11 @@ def importance(
     heavy *= np.sqrt(FREEDOM / rng.chisquare(FREEDOM, size=(sizes[2], 1)))
     proposals = np.concatenate([around, normal, heavy])
     back = None if axes is None else axes.T
-    values = density((_times(proposals * scale, back) + mean).reshape(-1, *event))
+    log_values = log_density((_times(proposals * scale, back) + mean).reshape(-1, *event))
     log_proposal = _log_mixture(proposals, centers, width) - np.sum(np.log(scale))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        weights = values * np.exp(-log_proposal)
+        # In many dimensions both are beyond the range of numbers, and their ratio is not.
+        weights = np.exp(log_values - log_proposal)
         effective = np.sum(weights) ** 2 / np.sum(weights**2)
         error = np.std(weights) / math.sqrt(len(weights))
     return float(np.mean(weights)), float(error), float(effective)

@@ -23,7 +23,7 @@ from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
-from jaxode.flows.failure import faults_of, loss_or_raise
+from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import NLLStats
@@ -42,7 +42,7 @@ from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import raise_on_failure
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.ode.validation import Time, check_time, one_of
+from jaxode.ode.validation import Time, check_args, check_time, is_known, native, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
 # What is carried to the other end: data, base samples of the user's, or those that are drawn here.
@@ -136,7 +136,7 @@ class CNF(eqx.Module):
         Args:
             weights: of the samples in the mean, at least 0 and not all 0; equal by default. They
                 are divided by their sum. Where wrong ones are not known at trace time, the loss
-                and its gradient are NaN.
+                and its gradient are NaN. With per-sample steps a row of weight 0 may hold NaN.
 
         With a batch split over devices by `jax.shard_map` it is the mean over the rows of this
         device: differentiate `jax.lax.pmean(flow.nll(params, x), axis)`, and the gradient of the
@@ -169,12 +169,12 @@ class CNF(eqx.Module):
         parts = self._parts
         out = programs.nll(system, parts, key, weights, self.quadrature, self.steer)
         settle((system, parts))
-        loss, stats, t_reached = out
-        data = {"x": system.y0, "context": context}
-        axis_name = self.solve_options.axis_name
-        faults = faults_of(where, data, weights=weights, axis_name=axis_name)
+        loss, stats, result, t_reached = out
+        data, joint = {"x": system.y0, "context": native(context)}, self.step_control == "joint"
+        faults = weights_faults(where, weights, self.solve_options.axis_name)
+        faults |= data_faults(where, data, weights, joint=joint)
         faults |= argument_faults(where, system)
-        loss = loss_or_raise(where, loss, stats.result, t_reached, self.throw, faults)
+        loss = loss_or_raise(where, loss, result, t_reached, self.throw, faults)
         return loss, stats
 
     def matching_loss(
@@ -203,7 +203,8 @@ class CNF(eqx.Module):
                 one in each of as many equal parts as there are rows.
             x0: start samples to use in place of base samples, one for each row of `x`.
             context: moves with the rows of `x`.
-            weights: of the rows in the mean, as for `nll`.
+            weights: of the rows in the mean, as for `nll`. Only with independent pairs: under a
+                coupling draw rows by their weights instead, or the trained density is skewed.
             coupling: which base sample each row is matched with, from `jaxode.coupling`.
 
         Base samples have no gradient: a learned base is trained by `nll`, not by matching. Under
@@ -211,8 +212,9 @@ class CNF(eqx.Module):
         among themselves; a key that all devices share gives each row the noise that it has on one.
 
         Raises:
-            ValueError: also if the coupling does not return a permutation. Inside of a
-                transformation such as `jit` the loss is NaN instead.
+            ValueError: also for weights with a coupling that pairs rows, and if the coupling does
+                not return a permutation. Inside of a transformation such as `jit` the loss is NaN
+                for the latter.
             SolveError: if the loss is not finite, where `nll` raises for a solve that fails.
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
@@ -264,6 +266,7 @@ class CNF(eqx.Module):
         span = (self.t1, self.t0) if samples == "data" else (self.t0, self.t1)
         x = check_samples(*_source(where, samples), x, tuple(self.base.event_shape))
         context = check_context(where, context, x.shape[0])
+        params = check_args(where, "params", params)
         field = Integrands(self.f, self.divergence).field
         options, batch = self.solve_options, self.step_control
         return make_system(where, field, x, span, params, options, rows=context, batch=batch)
@@ -280,8 +283,8 @@ class CNF(eqx.Module):
         if not throw:
             return solution.y1
         function, name = _source(where, samples)
-        faults = faults_of(function, {name: system.y0}) | faults_of(where, {"context": context})
-        faults |= argument_faults(where, system)
+        faults = data_faults(function, {name: system.y0})
+        faults |= data_faults(where, {"context": native(context)}) | argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 
 
@@ -350,6 +353,8 @@ def cnf(
     options = SolveOptions.make("cnf", **solve_options)
     check_time("cnf", "t0", t0)
     check_time("cnf", "t1", t1)
+    if hasattr(f, "check_span") and is_known((t0, t1)):
+        f.check_span(t0, t1)  # a field whose times have a meaning
     one_of("cnf", "step_control", step_control, ("joint", "per_sample"))
     one_of("cnf", "quadrature", quadrature, ("gauss", "stochastic"))
     check_implicit("cnf", options, "step_control", step_control)

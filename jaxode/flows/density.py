@@ -1,4 +1,4 @@
-"""A flow as a distribution: with its parameters, in the units and on the support of data.
+"""A flow as a distribution: with its parameters, in the units and the support of the data.
 
 With the bijection `u -> x` of the support and `u = mean + scale z`, a sample of the flow is `z`, and
 

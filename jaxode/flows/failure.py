@@ -2,44 +2,51 @@
 
 import functools
 
-import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.sharding import AxisName
-from jaxode.ode.results import Faults, nan_or_raise, tied
+from jaxode.ode.results import Faults, nan_or_raise, not_finite, tied
 
 
-def faults_of(
+def data_faults(
     where: str,
     data: dict[str, PyTree],
-    *,
     weights: Float[Array, " rows"] | None = None,
-    axis_name: AxisName | None = None,
+    *,
+    joint: bool = False,
 ) -> Faults:
-    """What can be wrong with the values of arguments by name; rows are along the leading axes.
+    """What can be wrong with data by the name of the argument; rows are along the leading axes.
 
-    With an `axis_name` the total of the weights is not that of these rows.
+    A row of weight 0 may hold anything, but where it shares its steps with the others.
     """
-    faults: Faults = {
-        f"{where}({name}=...): must be finite; got NaN or inf in {{rows}}. Leave those rows out, "
-        "or mend what they come from.": functools.partial(_not_finite, rows)
-        for name, rows in data.items()
-        if any(map(eqx.is_inexact_array, jax.tree.leaves(rows)))
-    }
-    if weights is not None:
-        find = wrong_weights if axis_name is None else wrong_each
-        faults[weights_rule(where)] = functools.partial(find, weights)
+    faults: Faults = {}
+    for name, rows in data.items():
+        for told, find in not_finite(where, name, rows).items():
+            if weights is None:
+                faults[told] = find
+                continue
+            unused = jax.lax.stop_gradient(weights) == 0
+            faults[told] = lambda find=find, unused=unused: find() & ~unused
+            if joint:
+                faults[
+                    f"{where}({name}=...): must be finite, with joint steps also in rows of weight "
+                    "0; got NaN or inf in {rows}. Leave those rows out, or pass "
+                    "step_control='per_sample' to cnf."
+                ] = lambda find=find, unused=unused: find() & unused
     return faults
 
 
-def _not_finite(data: PyTree) -> Bool[Array, " rows"]:
-    """Which rows hold a NaN or an infinity."""
-    leaves = jax.lax.stop_gradient(list(filter(eqx.is_inexact_array, jax.tree.leaves(data))))
-    finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-    return ~functools.reduce(jnp.logical_and, finite)
+def weights_faults(
+    where: str, weights: Float[Array, " rows"] | None, axis_name: AxisName | None
+) -> Faults:
+    """What can be wrong with weights; with an `axis_name` these rows alone may all have 0."""
+    if weights is None:
+        return {}
+    find = wrong_weights if axis_name is None else wrong_each
+    return {weights_rule(where): functools.partial(find, weights)}
 
 
 def weights_rule(where: str) -> str:
@@ -57,9 +64,9 @@ def wrong_each(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
 
 
 def wrong_weights(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-    """Which weights are wrong: all of them, if their sum is zero or not finite."""
-    wrong, total = wrong_each(weights), jnp.sum(jax.lax.stop_gradient(weights))
-    return wrong | ~(jnp.any(wrong) | ((total > 0) & jnp.isfinite(total)))
+    """Which weights are wrong: all of them, if all are zero."""
+    wrong = wrong_each(weights)
+    return wrong | (~jnp.any(wrong) & jnp.all(weights == 0))
 
 
 def loss_or_raise(

@@ -11,18 +11,20 @@ The least loss has the field that carries the base density to that of the data.
 References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
 """
 
+import functools
+import inspect
 import math
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity
-from jaxode.flows.failure import faults_of, loss_or_raise
+from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
 from jaxode.flows.quadrature import GOLDEN
 from jaxode.flows.validation import (
     check_context,
@@ -33,9 +35,15 @@ from jaxode.flows.validation import (
 )
 from jaxode.ode.field import VectorField, call_field
 from jaxode.ode.loop.outcome import Result
-from jaxode.ode.validation import Time, check_derivative, is_known, state_dtype
+from jaxode.ode.results import Faults, in_rows
+from jaxode.ode.times import check_times
+from jaxode.ode.validation import Time, check_args, check_derivative, is_known, state_dtype
 
 WHERE = "matching_loss"
+_NO_PERMUTATION = (
+    f"{WHERE}(coupling=...): must return a permutation of the rows; got numbers that are out of "
+    "range or there twice in {rows}. Return each row number once."
+)
 
 
 class Flow(Protocol):
@@ -71,42 +79,84 @@ def matching_loss(
     x = x.astype(state_dtype(x))
     check_not_empty(WHERE, x)
     context = check_context(WHERE, context, x.shape[0])
-    weights = check_weights(WHERE, weights, x)
-    data = {"x": x, "x0": x0, "context": context}
-    faults = faults_of(WHERE, data, weights=weights, axis_name=axis_name)
-    weights, _ = normalized(weights, x, axis_name)
+    params = check_args(WHERE, "params", params)
+    given = check_weights(WHERE, weights, x)
+    weights, _ = normalized(given, x, axis_name)
+    t0, span, faults = _span(flow, x.dtype)
+    faults |= weights_faults(WHERE, given, axis_name)
     base_key, time_key, pair_key = jax.random.split(key, 3)
     if x0 is None:
         z0 = _base_samples(flow.base, base_key, x, axis_name)
+        start = data_faults("cnf", {"base": z0})
     else:
         z0 = _check_start(check_samples(WHERE, "x0", x0, event), x)
-    z0, wrong = _paired(coupling, pair_key, z0, x, context)
-    if wrong is not None:
+        start = data_faults(WHERE, {"x0": z0}, given)
+    z0, permuted = _paired(coupling, pair_key, z0, x, context)
+    if permuted is not None:
+        if given is not None:
+            # A permutation gives each row one base sample, whatever the row weighs, so that rows
+            # that weigh little would keep those that the heavy ones need: a skewed density.
+            raise ValueError(
+                f"{WHERE}(weights=...): must be left out with a coupling that pairs rows, for "
+                f"which all rows count the same; got weights with {coupling.pair!r}. Draw rows by "
+                "their weights instead, or use jaxode.coupling.independent()."
+            )
         # Through the weights, so that the gradient is NaN, too.
-        weights = jnp.where(wrong.any(), jnp.nan, weights)
-        faults[
-            f"{WHERE}(coupling=...): must return a permutation of the rows; got something else in "
-            "{rows}. Return each row number once."
-        ] = lambda: wrong
+        wrong, faults[_NO_PERMUTATION] = permuted
+        weights = jnp.where(wrong, jnp.nan, weights)
+    faults |= data_faults(WHERE, {"x": x}, given) | start
+    of_context = data_faults(WHERE, {"context": context}, given)
+    if given is not None:
+        # Zero times NaN is NaN, so what weighs nothing is another row.
+        rows = jnp.where(weights == 0, jnp.argmax(weights), jnp.arange(x.shape[0]))
+        x, z0, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (x, z0, context))
     u = _stratified(time_key, x, axis_name)
     # Parameters that vary like the rows have a gradient that crosses between devices once.
     params, x, z0 = vary_alike((params, x, z0))
-    t0, t1 = (jnp.asarray(t, x.dtype) for t in (flow.t0, flow.t1))
-    span = t1 - t0
 
     def squared_error(u, z0, x, context):
         z = (1 - u) * z0 + u * x
         args = params if context is None else (params, context)
         dz = call_field(flow.f, t0 + u * span, z, args)
         check_derivative(WHERE, z, dz)
-        return jnp.mean((jnp.asarray(dz, x.dtype) - (x - z0) / span) ** 2)
+        finite = jnp.isfinite(jax.lax.stop_gradient(dz)).all()
+        return jnp.mean((jnp.asarray(dz, x.dtype) - (x - z0) / span) ** 2), finite
 
-    errors = jax.vmap(squared_error)(u, z0, x, context)
+    errors, finite = jax.vmap(squared_error)(u, z0, x, context)
+    failed = ~jnp.isfinite(jax.lax.stop_gradient(errors))
+    for told, find in of_context.items():
+        # A field may be made for a context that is NaN. Then other rows fail as well.
+        faults[told] = lambda find=find: find() & ~jnp.any(failed & ~find())
+    faults[
+        f"{WHERE}(x=...): squared differences to the vector field must be finite in {x.dtype}; got "
+        "an overflow in {rows}, where the field is finite. Scale the data, or look for a field "
+        "that explodes."
+    ] = lambda: failed & finite
     loss = jnp.sum(weights * errors)
-    finite = jnp.isfinite(jax.lax.stop_gradient(loss))
-    result = jnp.where(finite, int(Result.SUCCESS), int(Result.NON_FINITE))
-    no_time = jnp.where(finite, 0.0, jnp.nan).astype(loss.dtype)
+    ok = jnp.isfinite(jax.lax.stop_gradient(loss))
+    result = jnp.where(ok, int(Result.SUCCESS), int(Result.NON_FINITE))
+    no_time = jnp.where(ok, 0.0, jnp.nan).astype(loss.dtype)
     return loss_or_raise(WHERE, loss, result, no_time, flow.throw, faults)
+
+
+def _span(flow: Flow, dtype) -> tuple[Any, Any, Faults]:
+    """The time of the base, and that of the data less it, which is not zero; and what is wrong.
+
+    A wrong one is NaN where it is not known at trace time.
+    """
+    t0, t1, *_ = check_times(WHERE, flow.t0, flow.t1, None, dtype)
+    if is_known((t0, t1)) and t0 == t1:
+        raise ValueError(
+            f"{WHERE}(t0=..., t1=...): must differ; got {float(t0)!r} for both. Pass the time of "
+            "the base as t0 of cnf, and that of the data as t1."
+        )
+    span = jnp.asarray(t1 - t0)
+    span = jnp.where((span != 0) & jnp.isfinite(span), span, jnp.nan)
+    rule = (
+        f"{WHERE}(t0=..., t1=...): must be finite times that differ in {dtype}, the precision of "
+        "the samples. Shift the time, or use float64 for the samples."
+    )
+    return jnp.asarray(t0), span, {rule: lambda: jnp.isnan(jax.lax.stop_gradient(span))}
 
 
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
@@ -149,30 +199,53 @@ def _scattered(count: int) -> np.ndarray:
 def _paired(
     coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context
 ) -> tuple[Float[Array, "batch *event"], Any]:
-    """The base sample of each row of the data, and where this is not one for each."""
-    if not isinstance(coupling, Coupling):
+    """The base sample of each row of the data; whether there is not one for each, and where."""
+    if not isinstance(coupling, Coupling) or not _takes(coupling.pair, key, z0, x, context):
         raise TypeError(
             f"{WHERE}(coupling=...): must be a Coupling; got {coupling!r}. Use a function of "
             "jaxode.coupling, called: jaxode.coupling.independent(); or, of your own, "
-            "jaxode.coupling.Coupling(pair)."
+            "jaxode.coupling.Coupling(pair) with pair(key, z, x, context)."
         )
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:
         return z0, None
+    if not isinstance(rows, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{WHERE}(coupling=...): must return an array of row numbers, or None; got "
+            f"{type(rows).__name__}. Return jnp.array of it."
+        )
     batch = x.shape[0]
-    if jnp.shape(rows) != (batch,) or not jnp.issubdtype(jnp.result_type(rows), jnp.integer):
+    if rows.shape != (batch,) or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(
             f"{WHERE}(coupling=...): must return one row number a sample, integers of shape "
-            f"{(batch,)}; got {jnp.result_type(rows)} of shape {jnp.shape(rows)}."
+            f"{(batch,)}; got {rows.dtype} of shape {rows.shape}."
         )
     rows = jnp.asarray(rows)
-    wrong = jnp.sort(rows) != jnp.arange(batch, dtype=rows.dtype)
-    if is_known(wrong) and np.any(wrong):
-        raise ValueError(
-            f"{WHERE}(coupling=...): must return a permutation of the {batch} rows; got "
-            f"{np.asarray(rows)}."
-        )
-    return z0[rows], wrong
+    in_order = jnp.sort(rows)
+    wrong = (in_order != jnp.arange(batch, dtype=rows.dtype)).any()
+    find = functools.partial(_outside_or_twice, rows, in_order)
+    if is_known(wrong) and wrong:
+        raise ValueError(_NO_PERMUTATION.format(rows=in_rows(find())))
+    return z0[rows], (wrong, find)
+
+
+def _outside_or_twice(
+    rows: Int[Array, " batch"], in_order: Int[Array, " batch"]
+) -> Bool[Array, " batch"]:
+    """Which row numbers keep them from being a permutation."""
+    first, end = (jnp.searchsorted(in_order, rows, side=side) for side in ("left", "right"))
+    return (rows < 0) | (rows >= len(rows)) | (end - first > 1)
+
+
+def _takes(function: Any, *args: Any) -> bool:
+    """Whether it is a function that can be called so, as far as Python knows."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # not known
+    return True
 
 
 def _check_start(

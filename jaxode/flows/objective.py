@@ -106,7 +106,7 @@ def _augmented(objective: Objective):
         )
     )
     z, costs = solution.y1
-    unused = _unused(solution.result, objective.weights)
+    unused = unused_rows(solution.result, objective.weights)
     z, costs = stand_in((z, costs), unused, solution.result)
     # The divergence is integrated in the direction of the solve, running costs in forward time.
     log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
@@ -190,7 +190,7 @@ def _fused(objective: Objective):
     return loss, rest
 
 
-def _unused(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
+def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
     """Samples of weight zero whose own solve failed; `[rows]`, and none if it is one for all."""
     failed = jnp.atleast_1d(result != Result.SUCCESS)
     return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
@@ -219,7 +219,7 @@ def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
 @eqx.filter_custom_vjp
 def _loss(inputs: Inputs, settings: Settings):
     integration, tape = integrate(inputs.problem, settings.method, settings.checkpoints)
-    unused = _unused(integration.result, inputs.weights)
+    unused = unused_rows(integration.result, inputs.weights)
     nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings, unused)
     integrals = nodes.along(inputs.problem.slope, tape)
     return _assemble(inputs, settings, integration, integrals, unused)
@@ -235,7 +235,7 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
     ):
         closed.check_closed_over(wants, problem.y0)
     integration, tape = integrate(problem, settings.method, settings.checkpoints)
-    unused = _unused(integration.result, inputs.weights)
+    unused = unused_rows(integration.result, inputs.weights)
     problem = without_unused(problem, unused, integration.result)
     inputs = inputs._replace(problem=problem)
     params, rest = eqx.partition(inputs.integrated, perturbed.integrated)

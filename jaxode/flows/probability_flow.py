@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.distributions import DiagonalNormal, as_event_shape
-from jaxode.ode.field import VectorField
+from jaxode.ode.field import VectorField, check_field
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]
 Time = Float[Array, ""]
@@ -123,7 +125,8 @@ class VarianceExploding:
 def _check_order(where: str, path: Any, zero: bool) -> None:
     """Two finite numbers in rising order, the first of them above zero, or at least zero."""
     (low, least), (high, most) = vars(path).items()
-    if not (0 <= least < most < math.inf) or (least == 0 and not zero):
+    numbers = all(isinstance(x, int | float | np.number) for x in (least, most))
+    if not numbers or not (0 <= least < most < math.inf) or (least == 0 and not zero):
         rule = "at least 0" if zero else "positive"
         raise ValueError(
             f"{where}({low}=..., {high}=...): must be {rule}, finite and in rising order; got "
@@ -142,8 +145,35 @@ class _ProbabilityFlow:
     def __call__(self, t: Time, z: Float[Array, " *event"], args: PyTree):
         """The velocity of one sample."""
         out = self.model(t, z, args)
-        score = out if self.predicts == "score" else -out / self.path.std(t)
-        return self.path.drift(t) * z - 0.5 * self.path.diffusion(t) ** 2 * score
+        if jax.tree.structure(out) != jax.tree.structure(z) or jnp.shape(out) != z.shape:
+            return out  # not broadcast, so that it is named as that of any other field
+        return self.path.drift(t) * z + self._factor(t) * out
+
+    def value_and_divergence(self, t: Time, z: Float[Array, " *event"], args: PyTree):
+        """`(velocity, divergence)`, or `NotImplemented` if the model has no closed form of it."""
+        offered = getattr(self.model, "value_and_divergence", lambda *args: NotImplemented)
+        out = offered(t, z, args)
+        if out is NotImplemented:
+            return out
+        return jax.tree.map(
+            lambda own, x: self.path.drift(t) * x + self._factor(t) * own,
+            tuple(out),
+            (z, jnp.asarray(z.size, z.dtype)),
+        )
+
+    def _factor(self, t: Time) -> Time:
+        """Of what the model returns, in the velocity."""
+        of_score = -0.5 * self.path.diffusion(t) ** 2
+        return of_score if self.predicts == "score" else -of_score / self.path.std(t)
+
+    def check_span(self, t0: float, t1: float) -> None:
+        """For `cnf`: its base is at the time of the noise."""
+        if t0 < t1:
+            raise ValueError(
+                "cnf(t0=..., t1=...): the base of a probability flow is its noise, at the later "
+                f"time; got t0={float(t0)!r} and t1={float(t1)!r}. Pass t0=1.0, and a t1 at or "
+                "near 0."
+            )
 
 
 def probability_flow(
@@ -153,7 +183,8 @@ def probability_flow(
 
         dz/dt = drift(t) z - diffusion(t)^2 / 2 * score(t, z)
 
-    Time runs from data at 0 to noise at 1, so the time of the base is 1:
+    It offers the closed form of the divergence that the model has. Time runs from data at 0 to
+    noise at 1, so the time of the base is 1, and `cnf` takes no other order:
     `flow = jaxode.cnf(jaxode.probability_flow(model, path), base, t0=1.0, t1=1e-5)`.
 
     Args:
@@ -173,8 +204,12 @@ def probability_flow(
     Reference: Song et al. (2021), arXiv:2011.13456, appendix D.
     """
     where = "probability_flow"
-    if not callable(model):
-        raise TypeError(f"{where}(model=...): must be a function model(t, z, args); got {model!r}.")
+    check_field(where, "model", model, "model(t, z, args)")
+    if isinstance(path, type):
+        raise TypeError(
+            f"{where}(path=...): must be a path; got the class {path.__name__}. Pass an instance "
+            "of it."
+        )
     missing = [
         name
         for name in ("drift", "diffusion", "mean_scale", "std")

@@ -16,7 +16,7 @@ from jaxode._jax.closure import recognized
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.noise import random_end, random_phases
-from jaxode.flows.objective import Objective, evaluate
+from jaxode.flows.objective import Objective, evaluate, unused_rows
 from jaxode.flows.validation import normalized
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.solution import Solution
@@ -73,7 +73,7 @@ def sampled(system: System, parts, key) -> Solution:
 
 @eqx.filter_jit
 def nll(system: System, parts, key, weights, quadrature: str, steer: float):
-    """The training loss, its statistics, and the time that the solve reached."""
+    """The training loss, its statistics, what of their result counts, and the time reached."""
     integrands, base = recognized(parts)
     axis_name, x, phase = system.method.axis_name, system.y0, None
     if steer > 0:
@@ -86,7 +86,9 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, phase, weights))
     failed = stats.result != Result.SUCCESS
     result = jnp.where(valid | failed, stats.result, int(Result.INVALID_ARGUMENT))
-    return loss, stats._replace(result=result), t_reached
+    unused = unused_rows(result, weights).reshape(result.shape)
+    counts = jnp.where(unused, int(Result.SUCCESS), result)
+    return loss, stats._replace(result=result), counts, t_reached
 
 
 def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:

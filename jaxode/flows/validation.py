@@ -12,8 +12,10 @@ from jaxode.flows.failure import weights_rule, wrong_weights
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import (
     Time,
+    described,
     integer,
     is_known,
+    native,
     non_negative,
     numeric_dtype,
     state_dtype,
@@ -42,6 +44,12 @@ def check_samples(
             f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
             f"got {jnp.shape(x)}."
         )
+    x = native(x)
+    if numeric_dtype(x) is None:
+        raise TypeError(
+            f"{where}({name}=...): must be an array that JAX takes; got {described(x)}. Convert it "
+            "with .astype(np.float32), and fill what is masked."
+        )
     return jnp.asarray(x)
 
 
@@ -53,10 +61,14 @@ def check_not_empty(where: str, x: Float[Array, "batch *event"]) -> None:
 
 def check_context(where: str, context: PyTree, batch: int) -> PyTree:
     """The context, which has one row for each sample."""
+    context = native(context)
     for leaf in jax.tree.leaves(context):
         array = isinstance(leaf, jax.Array | np.ndarray)
-        if not array or leaf.dtype.kind in "OSU":
-            got = f"an array of {leaf.dtype}" if array else type(leaf).__name__
+        dtype = numeric_dtype(leaf) if array else None
+        if dtype is None or not any(
+            jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)
+        ):
+            got = described(leaf) if array else type(leaf).__name__
             raise TypeError(
                 f"{where}(context=...): leaves must be arrays of numbers; got {got}. "
                 "Convert them with np.asarray(..., np.float32)."
@@ -76,6 +88,7 @@ def check_weights(
     """The weights as an array, if there are any: one for each sample."""
     if weights is None:
         return None
+    weights = native(weights)
     dtype, batch = numeric_dtype(weights), x.shape[:1]
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         got = type(weights).__name__ if dtype is None else dtype
@@ -102,11 +115,16 @@ def normalized(
     """Weights of the samples in a mean, and whether they are such.
 
     They sum to one, on average over devices along `axis_name`, of which all rows of one may weigh
-    nothing. They are equal by default, and NaN if they are wrong.
+    nothing. They are equal by default, and NaN if they are wrong. Only their ratios count, so that
+    no sum of them overflows.
     """
     batch = x.shape[0]
     if weights is None:
         return jnp.full(batch, 1 / batch, state_dtype(x)), True
+    largest = jnp.max(jax.lax.stop_gradient(weights), initial=0, where=weights >= 0)
+    largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
+    # Dividing by what is near the largest number would flush its inverse to zero.
+    weights = weights * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
     total = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
     total = total if axis_name is None else jax.lax.pmean(total, axis_name)
     valid = (total > 0) & jnp.isfinite(total)

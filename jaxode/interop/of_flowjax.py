@@ -18,7 +18,7 @@ class FlowDistribution(AbstractDistribution):
     def of(cls, density: Density) -> "FlowDistribution":
         context = density.of_context
         condition = jax.numpy.shape(context.mean) if isinstance(context, Affine) else None
-        return cls(density, density.event_shape, condition)
+        return cls(density=density, shape=density.event_shape, cond_shape=condition)
 
     def _log_prob(self, x, condition=None):
         return self.density.log_prob(x, context=condition)

@@ -26,15 +26,15 @@ class FlowDistribution(dist.Distribution):
     def support(self):
         return self._support
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: Any, sample_shape=()):
         return self.density.sample(key, sample_shape, context=self.context)
 
-    def sample_with_intermediates(self, key, sample_shape=()):
+    def sample_with_intermediates(self, key: Any, sample_shape=()):
         """Samples, and their log-densities from the same solve."""
         x, log_prob = self.density.sample_and_log_prob(key, sample_shape, context=self.context)
         return x, [log_prob]
 
-    def log_prob(self, value, intermediates=None):
+    def log_prob(self, value: Any, intermediates=None):
         if intermediates:
             return intermediates[0]
         return self.density.log_prob(value, context=self.context)

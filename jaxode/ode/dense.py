@@ -1,6 +1,5 @@
 """The solution between its ends, by the solver's own interpolant."""
 
-import dataclasses
 from typing import Any
 
 import diffrax
@@ -34,25 +33,14 @@ class OfSteps(eqx.Module):
         k = jnp.moveaxis(steps.k[index, :, row], 0, 1)
         return Curve.of(self.tableau, start, end - start, steps.y[index, row], k).at(t)
 
-    def scaled(self, factor: Float[Array, " rows"]) -> "OfSteps":
-        """The path times a factor for each row, which is one or NaN."""
-        y = self.steps.y * factor[None, :, None].astype(self.steps.y.dtype)
-        return dataclasses.replace(self, steps=self.steps._replace(y=y))
-
 
 class OfDiffrax(eqx.Module):
     """The path of the one row that a solver of diffrax has."""
 
     path: diffrax.DenseInterpolation
-    factor: Float[Array, " 1"]
 
     def __call__(self, t: Float[Array, " 1"]) -> Float[Array, "1 n"]:
-        value = self.path.evaluate(t[0])[None]
-        return value * self.factor[:, None].astype(value.dtype)
-
-    def scaled(self, factor: Float[Array, " 1"]) -> "OfDiffrax":
-        """The path times a factor."""
-        return dataclasses.replace(self, factor=self.factor * factor)
+        return self.path.evaluate(t[0])[None]
 
 
 class Interpolant(eqx.Module):
@@ -62,6 +50,9 @@ class Interpolant(eqx.Module):
     """`OfSteps` or `OfDiffrax`."""
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
+    ok: Bool[Array, " rows"]
+    y1: Float[Array, "rows n"]
+    """The end state: NaN of a row that failed, which stands in for all of its path."""
     ravel: Any = eqx.field(static=True)
     """Its `back` goes from rows to states."""
     per_sample: bool = eqx.field(static=True)
@@ -69,43 +60,46 @@ class Interpolant(eqx.Module):
 
     def at(self, where: str, t: Any, derivative: bool = False) -> PyTree:
         """The state at a time or times, or its derivative; NaN outside."""
+        if self.t0.ndim != 1:
+            raise ValueError(
+                f"{where}: must be given a single solution; got one of jax.vmap. Use "
+                f"jax.vmap(lambda solution: solution.{where}(t))."
+            )
+        t, own = self._on_rows(where, t)
+        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
+        inside = (low[None] <= t) & (t <= high[None])
+        if not self.per_sample and is_known((t, self.t0, self.t1)) and not np.all(inside):
+            raise ValueError(
+                f"{where}(t=...): must lie between t0={float(self.t0[0])!r} and "
+                f"t1={float(self.t1[0])!r}; got {np.asarray(t)[~np.asarray(inside)][0]}. Extend "
+                "the solve."
+            )
+        values = jax.vmap(lambda t: self._value(t, derivative))(t)
+        values = jnp.where(inside[..., None], values, jnp.nan)
+        values = jnp.where(self.ok[None, :, None], values, self.y1[None])
+        states = jax.vmap(self.ravel.back)(values)
+        times = lambda x: x[0] if own == "one" else x
+        if not self.per_sample:
+            return jax.tree.map(lambda x: times(x[:, 0]), states)
+        if own == "several":
+            return jax.tree.map(lambda x: x.swapaxes(0, 1), states)
+        return jax.tree.map(times, states)
+
+    def _on_rows(self, where: str, t: Any) -> tuple[Float[Array, "times rows"], str]:
+        """The times of each row, and whether they were one or several."""
         rows = len(self.t0)
         check_real_times(where, "t", t)
         t = jnp.asarray(t, self.t0.dtype)
-        several = t.ndim == (2 if self.per_sample else 1)
+        if not self.per_sample and t.ndim <= 1:
+            return jnp.reshape(t, (-1, 1)), "several" if t.ndim else "one"
+        if self.per_sample and t.shape in ((), (rows,)):
+            return jnp.broadcast_to(t, (1, rows)), "one"
+        if self.per_sample and t.ndim == 2 and t.shape[0] == rows:
+            return t.T, "several"
+        shapes = "a scalar or a vector"
         if self.per_sample:
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"
-            fits = t.ndim == 0 or (t.ndim <= 2 and t.shape[0] == rows)
-        else:
-            shapes, fits = "a scalar or a vector", t.ndim <= 1
-        if not fits:
-            raise ValueError(f"{where}(t=...): must be {shapes}; got shape {t.shape}.")
-        if not self.per_sample:
-            t = t[..., None]
-        elif several:
-            t = t.T
-        else:
-            t = jnp.broadcast_to(t, (rows,))
-        inside = jax.vmap(self._inside)(t) if several else self._inside(t)
-        if is_known((inside, t)) and not np.all(inside):
-            ends = f"t0={np.min(self.t0):.6g} and t1={np.max(self.t1):.6g}"
-            outside = np.asarray(t)[~np.asarray(inside)][0]
-            raise ValueError(
-                f"{where}(t=...): must lie between the start and the end of the solve, {ends}; got "
-                f"{outside}. Extend the solve."
-            )
-        value = lambda t: self._value(t, derivative)
-        states = jax.vmap(value)(t) if several else value(t)
-        states = jnp.where(inside[..., None], states, jnp.nan)
-        back = jax.vmap(self.ravel.back) if several else self.ravel.back
-        states = back(states)
-        if not self.per_sample:
-            return jax.tree.map(lambda x: x[:, 0] if several else x[0], states)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1), states) if several else states
-
-    def _inside(self, t: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
-        return (low <= t) & (t <= high)
+        raise ValueError(f"{where}(t=...): must be {shapes}; got shape {t.shape}.")
 
     def _value(self, t: Float[Array, " rows"], derivative: bool) -> Float[Array, "rows n"]:
         if not derivative:

@@ -1,38 +1,39 @@
 """Events: a solve that ends where a condition crosses zero.
 
-The first solve looks for the time, on the dense output of its steps. The second ends there, and is
-differentiated like any other. With `g` the condition and `t*` its zero, the implicit function
-theorem gives
+The first solve looks for the time, on the dense output of its steps. Others end there, and Newton's
+method moves their end until the condition is zero at it. The last is differentiated like any other
+solve. With `g` the condition and `t*` its zero, the implicit function theorem gives
 
     dt* = -dg / (dg/dt + dg/dy f),
 
-with `dg` the change of `g` at the fixed time `t*`. One step of Newton's method has that derivative,
-and lands on the zero as precisely as the second solve is, not the interpolant of the first.
+with `dg` the change of `g` at the fixed time `t*`.
 
 References: Chen, Amos and Nickel (2021), arXiv:2011.03902.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.sharding import fori_loop
+from jaxode._jax.primitives import first_derivatives_only
+from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.outcome import Stats
+from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.validation import one_of
 
 # Within a step the condition is looked at so many times; two crossings between are not seen.
 LOOKS = 8
-# The longest step of Newton's method that is taken, in spans of the solve.
-LONGEST = 1e-3
+FIRST_ONLY = "Event: the time of an event, and what depends on it, has first derivatives only."
+# Solves that may be taken to land on the event.
+LANDINGS = 8
 
 # (t [rows], y [rows, n]) -> [rows]
 Condition = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, " rows"]]
@@ -45,8 +46,12 @@ class Event(eqx.Module):
         condition: a function of the time, the state (of one sample, with a batch) and `args`, that
             returns a floating scalar. A crossing is seen if its sign changes between two of eight
             equal parts of a step; use `max_step` for one that comes and goes faster.
-        direction: 1 for a condition that rises through zero, -1 for one that falls, 0 for both. One
-            that is zero at the start, and then moves in this direction, ends the solve there.
+        direction: 1 for a condition that rises through zero along the solve, -1 for one that
+            falls, 0 for both. One that is zero at the start, and then moves in this direction,
+            ends the solve there.
+
+    Where the condition has no slope as it crosses, the time is found and its derivative is not
+    finite. A condition that is NaN crosses nothing.
 
     Raises:
         ValueError: if the direction is another.
@@ -69,74 +74,136 @@ class Event(eqx.Module):
         return {1: rises, -1: falls, 0: rises | falls}[self.direction]
 
 
-class Found(NamedTuple):
-    """What the first solve has found."""
-
-    came: Bool[Array, " rows"]
-    t: Float[Array, " rows"]
-    """When; the end time in rows without an event."""
-    stats: Stats
-
-
-def find(event: Event, condition: Condition, problem: Problem, method: Method) -> Found:
-    """Where the condition first crosses zero. Without derivatives."""
-    problem = jax.tree.map(
+def solve_to_event(
+    event: Event, condition: Condition, problem: Problem, method: Method, adjoint: Any
+) -> tuple[Problem, Integration]:
+    """The problem up to the event of each row, and its solution."""
+    fixed = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, problem
     )
-    method = dataclasses.replace(method, dense=False)
+    look = lambda t, y: jax.lax.stop_gradient(condition(t, y))
+    first = _find(event, look, fixed, method)
+    came = first.stopped
+    assert came is not None
+    start = jnp.where(came, first.t_reached, fixed.t1)
+    t1, landed, stats = _land(condition, fixed, method, came, start, first.stats)
+    ts, beyond = problem.ts, None
+    if ts is not None:
+        beyond = came[None] & (jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0)
+        ts = jnp.where(beyond, t1[None], ts)
+    t1 = jnp.where(came, t1, problem.t1)
+    # A row whose event is not found fails, with all of its derivatives.
+    t1 = jnp.where(landed == Result.SUCCESS, t1, jnp.nan)
+    problem = problem._replace(t1=t1, ts=ts)
+    out = adjoint.integrate(problem, method)
+    result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
+    failed = result != Result.SUCCESS
+    t1, y1 = _moved(condition, came & ~failed, problem, out)
+    t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
+    ys = out.ys
+    if ys is not None and beyond is not None:
+        ys = jnp.where(beyond[..., None], y1[None], ys)
+    reached = jax.lax.stop_gradient(jnp.where(failed, out.t_reached, t1))
+    out = out._replace(y1=y1, ys=ys, result=result, t_reached=reached, stopped=came)
+    return problem._replace(t1=t1), out._replace(stats=jax.tree.map(jnp.add, stats, out.stats))
 
-    def stop(t, h, y, k):
-        curve = Curve.of(method.tableau, t, h, y, k)
 
-        def look(theta):
-            time = t + theta * h
-            return jax.lax.stop_gradient(condition(time, curve.at(time)))
+def _find(event: Event, look: Condition, problem: Problem, method: Method) -> Integration:
+    """Up to where the condition first crosses zero on the dense output."""
 
+    def stop(state, step):
+        t, h = state.t, step.t - state.t
+        curve = Curve.of(method.tableau, t, h, state.y, step.k)
+        inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
         thetas = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype)
-        values = jax.vmap(lambda theta: look(jnp.full_like(t, theta)))(thetas)
-        crossed = event.crosses(values[:-1], values[1:])
-        found, first = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
-        bracket = thetas[first], thetas[first + 1], values[first, jnp.arange(len(t))]
+        between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
+        # The ends are those of the steps beside, or a crossing could be lost to rounding.
+        ends = [look(t, state.y)[None], look(step.t, step.y)[None]]
+        values = jnp.concatenate([ends[0], between, ends[1]])
+        crossed = event.crosses(values[:-1], values[1:]) & step.accept[None]
+        found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
+        bracket = thetas[part], thetas[part + 1], values[part, jnp.arange(len(t))]
 
         def halve(_, bracket):
             low, high, at_low = bracket
             middle = (low + high) / 2
-            at_middle = look(middle)
+            at_middle = inside(middle)
             left = event.crosses(at_low, at_middle)
             where = lambda a, b: jnp.where(left, a, b)
             return where(low, middle), where(middle, high), where(at_low, at_middle)
 
         bits = jnp.finfo(t.dtype).nmant + 1
         refined = lambda: fori_loop(0, bits, halve, bracket)[1]
-        theta = jax.lax.cond(found.any(), refined, lambda: bracket[1])
-        time = t + theta * h
+        time = t + h * jax.lax.cond(found.any(), refined, lambda: bracket[1])
         return found, time, curve.at(time)
 
-    out, _ = integrate(problem._replace(ts=None), method, stop=stop)
-    assert out.stopped is not None
-    return Found(out.stopped, jnp.where(out.stopped, out.t_reached, problem.t1), out.stats)
+    method = dataclasses.replace(method, dense=False)
+    return integrate(problem._replace(ts=None), method, stop=stop)[0]
 
 
-def ending(found: Found, problem: Problem) -> tuple[Problem, Any]:
-    """The problem up to the events, and which of its outputs lie beyond."""
-    ts, beyond = problem.ts, None
-    t1 = jnp.where(found.came, jax.lax.stop_gradient(found.t), problem.t1)
-    if ts is not None:
-        beyond = jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0
-        beyond &= found.came[None]
-        ts = jnp.where(beyond, t1[None], ts)
-    return problem._replace(t1=t1, ts=ts), beyond
+def _rate(condition: Condition, problem: Problem, t, y):
+    """The condition, and its derivative along the trajectory."""
+    slope = jax.lax.stop_gradient(problem.slope(t, y))
+    value, rate = jax.jvp(condition, (t, y), (jnp.ones_like(t), slope))
+    return value, rate, slope
 
 
-def land(
-    condition: Condition, found: Found, problem: Problem, out: Integration
-) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
-    """The time of the event, or the end, and the state there, with their derivatives."""
-    t, y = problem.t1, jnp.where(found.came[:, None], out.y1, problem.y0)
-    speed = jax.lax.stop_gradient(problem.slope(t, y))
-    value, rate = jax.jvp(condition, (t, y), (jnp.ones_like(t), speed))
-    move = -value / jax.lax.stop_gradient(rate)
-    longest = LONGEST * jnp.abs(t - problem.t0)
-    taken = jax.lax.stop_gradient(jnp.where(jnp.abs(move) <= longest, move, 0))
-    move = jnp.where(found.came, taken + move - jax.lax.stop_gradient(move), 0)
-    return t + move.astype(t.dtype), out.y1 + move[:, None].astype(y.dtype) * speed
+def _land(condition: Condition, problem: Problem, method: Method, came, t1, stats: Stats):
+    """The times at which solves that end there have a condition of zero, the `Result` of each row,
+    and the work.
+
+    Newton's method; a condition without slope stays where the interpolant crosses zero.
+    """
+    method = dataclasses.replace(method, dense=False)
+    span = jnp.abs(problem.t1 - problem.t0)
+    info = jnp.finfo(t1.dtype)
+    close = jnp.maximum(100 * info.eps, 1e-4 * method.rtol.astype(t1.dtype)) * span
+
+    def solve(carry):
+        count, t1, _, stats = carry
+        out, _ = integrate(problem._replace(t1=t1, ts=None), method)
+        value, rate, _ = jax.lax.stop_gradient(_rate(condition, problem, t1, out.y1))
+        move = (-value / jnp.where(rate == 0, 1, rate)).astype(t1.dtype)
+        move = jnp.where(came & (rate != 0) & jnp.isfinite(move), move, 0)
+        moved = jnp.clip(
+            t1 + move, *(f(problem.t0, problem.t1) for f in (jnp.minimum, jnp.maximum))
+        )
+        far = jnp.abs(moved - t1) > close
+        return count + 1, moved, far, jax.tree.map(jnp.add, stats, out.stats)
+
+    def proceed(carry):
+        count, _, far, _ = carry
+        return (count < LANDINGS) & far.any()
+
+    carry = jnp.int32(0), t1, came, stats
+    _, t1, far, stats = while_loop(proceed, solve, carry)
+    return t1, jnp.where(far, Result.EVENT_NOT_FOUND, Result.SUCCESS), stats
+
+
+def _moved(condition: Condition, came, problem: Problem, out: Integration):
+    """The time of the event, or the end, and the state there, with the derivatives of both."""
+    # Rows without an event are as one that has it: zero times NaN is NaN.
+    other = jnp.argmax(jnp.where(came.any(), came, out.result == Result.SUCCESS))
+    stand_in = lambda x: jnp.where(came.reshape(-1, *(1,) * (x.ndim - 1)), x, x[other])
+    t, y = stand_in(problem.t1), stand_in(out.y1)
+    value, rate, slope = _rate(condition, problem, t, y)
+    value, rate = first_derivatives_only((value, rate), FIRST_ONLY)
+    move = jnp.where(came, _of_zero(value, rate, jnp.sum(y, axis=1)), 0)
+    return problem.t1 + move.astype(t.dtype), out.y1 + move[:, None].astype(y.dtype) * slope
+
+
+@jax.custom_jvp
+def _of_zero(value, rate, state):
+    """How far off the zero is: nowhere, and it moves as the implicit function theorem says.
+
+    Without a slope nothing is known of how it moves with the state.
+    """
+    del rate, state
+    return jnp.zeros_like(value)
+
+
+@_of_zero.defjvp
+def _of_zero_jvp(primals, tangents):
+    (value, rate, _), (moved, _, state) = primals, tangents
+    unknown = jnp.where(rate == 0, jnp.nan, 0).astype(value.dtype) * state.astype(value.dtype)
+    return jnp.zeros_like(value), -moved / jnp.where(rate == 0, 1, rate) + unknown

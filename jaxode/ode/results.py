@@ -1,13 +1,15 @@
 """The words used when a solve fails, and where it raises."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.sharding import axes_of, vary
@@ -29,6 +31,10 @@ EXPLANATIONS = {
     Result.INVALID_ARGUMENT: (
         "an argument known only at run time breaks its rule",
         "Check t0, t1, ts, breakpoints, rtol, atol, first_step, max_step and weights.",
+    ),
+    Result.EVENT_NOT_FOUND: (
+        "the solves do not settle on the time of the event",
+        "Tighten rtol and atol, or use a condition that is smooth where it crosses zero.",
     ),
     Result.IMPLICIT_SOLVE_FAILED: (
         "the implicit equations of a step could not be solved",
@@ -67,6 +73,25 @@ def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, An
     time = float(times[first])
     at = f" at t={time:.6g}" if np.isfinite(time) else ""
     return f"{where}: {cause}{at}{rows}. {remedy}"
+
+
+def not_finite(where: str, name: str, data: PyTree, *, batch: bool = True) -> Faults:
+    """What is wrong with an argument that holds a NaN or an infinity, if it can.
+
+    Rows are along the leading axes; without `batch` there are none.
+    """
+    leaves = jax.lax.stop_gradient(list(filter(eqx.is_inexact_array, jax.tree.leaves(data))))
+    if not leaves:
+        return {}
+    of_rows = " in {rows}. Leave those rows out, or mend what they come from."
+    of_one = ". Mend what it comes from."
+
+    def find():
+        finite = [jnp.isfinite(leaf).all(tuple(range(int(batch), leaf.ndim))) for leaf in leaves]
+        return ~functools.reduce(jnp.logical_and, finite)
+
+    told = f"{where}({name}=...): must be finite; got NaN or inf{of_rows if batch else of_one}"
+    return {told: find}
 
 
 def in_rows(found: Any) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.core
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode.ode.dense import Interpolant
@@ -32,9 +31,9 @@ class Solution(eqx.Module):
     """The time at which the solve stopped: the end time unless it failed. NaN if not known, which
     can only be where a solver of diffrax without error control went on with a NaN."""
     t1: Float[Array, "*rows"]
-    """The end time: as it was passed, or that of the event, with its derivatives."""
-    event: Bool[Array, "*rows"] | None = None
-    """Whether the event came; None without one."""
+    """The end time: as it was passed, or that of the event; per row with per-sample steps."""
+    event_came: Bool[Array, "*rows"] | None = None
+    """Whether there was an event; None if none was asked for."""
     interpolant: Interpolant | None = None
     """What `evaluate` needs; None without `dense`."""
 
@@ -52,11 +51,11 @@ class Solution(eqx.Module):
 
         Returns:
             The state; its leaves have the axes of `t` before those of the state or the sample. NaN
-            outside of the span.
+            outside of the span of a row.
 
         Raises:
             ValueError: without `dense=True`, for times of another shape, and for times that are
-                known to be outside.
+                known to be outside of the one span that there is without per-sample steps.
 
         Differentiation: with respect to `t`, and all that the solve is.
         """
@@ -90,8 +89,10 @@ def raise_on_failure(solution: Solution, where: str, faults: Faults | None = Non
     y1 = jax.tree.map(lambda leaf: guard(leaf, 0), solution.y1)
     rows_axis = 0 if solution.ts is None or solution.ts.ndim == 2 else 1
     ys = jax.tree.map(lambda leaf: guard(leaf, rows_axis), solution.ys)
-    inter = solution.interpolant
+    t1, inter = solution.t1, solution.interpolant
+    if solution.event_came is not None:
+        t1 = guard(t1, 0)
     if inter is not None:
-        factor = jnp.where(ok, 1.0, nan).astype(nan.dtype).reshape(-1)
-        inter = dataclasses.replace(inter, path=inter.path.scaled(factor))
-    return dataclasses.replace(solution, y1=y1, ys=ys, interpolant=inter)
+        end = tied(inter.y1, ok.reshape(-1, 1), nan.reshape(-1, 1))
+        inter = dataclasses.replace(inter, y1=end)
+    return dataclasses.replace(solution, y1=y1, ys=ys, t1=t1, interpolant=inter)

@@ -12,16 +12,15 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._jax.closure import recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.dense import Interpolant, OfDiffrax, OfSteps
-from jaxode.ode.events import Event, ending, find, land
+from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
-from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.outputs import Steps
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.outcome import Result
+from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.results import not_finite
 from jaxode.ode.solution import Solution, raise_on_failure
 from jaxode.ode.system import (
     Batch,
-    Ravel,
     System,
     argument_faults,
     condition_on_rows,
@@ -73,7 +72,7 @@ def solve(
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
             between steps come from the solver's own dense output. With "per_sample" steps also
             `[batch, times]`: repeat the last time of a sample that has fewer of them, which costs
-            no evaluation. Samples whose times are out of order fail.
+            nothing. Samples whose times are out of order fail.
         solver: an ODE solver of diffrax. Explicit Runge-Kutta solvers run in jaxode's own loop;
             others, such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax,
             with `DiscreteAdjoint` or `ForwardMode`.
@@ -98,9 +97,9 @@ def solve(
             is that of `max_steps` times the stages of the solver and one, in states, so lower
             `max_steps`. With `DiscreteAdjoint` or `ForwardMode`.
         event: a `jaxode.Event`, at which the solve ends before `t1`; with "per_sample" steps for
-            each sample by itself, and not with "joint" ones. `Solution.t1` is its time. Outputs
-            beyond are the state at the event. It takes two solves: one finds the event, the other
-            ends there.
+            each sample by itself, and not with "joint" ones. `Solution.t1` is its time, and
+            outputs beyond are the state there. One solve finds it, others end there: the last of
+            them is the solution. Not with `steps`.
         throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
             `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
             state and all gradients are NaN.
@@ -114,7 +113,7 @@ def solve(
             vector field is not finite.
 
     Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over;
-        of the time of an event by the implicit function theorem.
+        of an event, first derivatives by the implicit function theorem.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
@@ -193,7 +192,9 @@ def flow(
     one_of("flow", "step_control", step_control, ("joint", "per_sample"))
     check_implicit("flow", options, "step_control", step_control)
     z = check_batch("flow", "z", z)
-    return solve_field("flow", f, z, (s, t), args, options, batch=step_control, throw=throw).y1
+    return solve_field(
+        "flow", f, z, (s, t), args, options, name="z", batch=step_control, throw=throw
+    ).y1
 
 
 class Unconditional(eqx.Module):
@@ -214,23 +215,27 @@ def solve_field(
     args: PyTree,
     options: SolveOptions,
     *,
+    name: str = "y0",
     ts: Any = None,
     batch: Batch = None,
     dense: bool = False,
     event: Event | None = None,
     throw: bool,
 ) -> Solution:
-    """`solve`, for a function of the name `where`, of a state that is checked."""
+    """`solve`, for a function of the name `where`, of a checked state, its argument `name`."""
     check_field(where, "f", f, "f(t, y, args)")
     check_bool(where, "throw", throw)
-    check_args(where, "args", args)
+    args = check_args(where, "args", args)
     system = make_system(
         where, Unconditional(f), y0, span, args, options,
         ts=ts, batch=batch, dense=dense, event=event,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     settle(system)
-    return raise_on_failure(solution, where, argument_faults(where, system)) if throw else solution
+    if not throw:
+        return solution
+    faults = not_finite(where, name, system.y0, batch=batch is not None)
+    return raise_on_failure(solution, where, faults | argument_faults(where, system))
 
 
 def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batch) -> None:
@@ -264,6 +269,10 @@ def check_event(where: str, options: SolveOptions, event: Any, batch: Batch) -> 
             f"{where}(event=...): samples with joint steps end together; got batch='joint'. Use "
             "batch='per_sample'."
         )
+    if options.steps is not None:
+        raise ValueError(
+            f"{where}(event=...): needs error control; got steps={options.steps}. Leave steps out."
+        )
     if options.tableau is None:
         raise ValueError(
             f"{where}(event=...): needs an explicit Runge-Kutta solver; got "
@@ -275,44 +284,58 @@ def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     system = recognized(system)
     problem, method, ravel = pose(system)
-    if system.event is None:
-        return _solution(system, problem, ravel, system.adjoint.integrate(problem, method))
-    condition = condition_on_rows(system, ravel)
-    found = find(system.event, condition, problem, method)
-    problem, beyond = ending(found, problem)
-    out = system.adjoint.integrate(problem, method)
-    t1, y1 = land(condition, found, problem, out)
-    stats = jax.tree.map(jnp.add, found.stats, out.stats)
-    ys, ts = out.ys, problem.ts
-    if ys is not None and ts is not None:
-        ys = jnp.where(beyond[..., None], y1[None], ys)
-        ts = jnp.where(beyond, t1[None], ts)
-    out = out._replace(y1=y1, ys=ys, stats=stats, stopped=found.came)
-    return _solution(system, problem._replace(t1=t1, ts=ts), ravel, out)
-
-
-def _solution(system: System, problem: Problem, ravel: Ravel, out: Integration) -> Solution:
-    per_sample = system.batch == "per_sample"
-    interpolant = None
-    if system.method.dense:
-        path = OfDiffrax(out.steps, jnp.ones_like(problem.t0))
+    if system.event is not None:
+        condition = condition_on_rows(system, ravel)
+        problem, out = solve_to_event(system.event, condition, problem, method, system.adjoint)
+    else:
+        out = system.adjoint.integrate(problem, method)
+    per_sample, interpolant = system.batch == "per_sample", None
+    if method.dense:
+        path = OfDiffrax(out.steps)
         if isinstance(out.steps, Steps):
-            path = OfSteps(out.steps, jnp.sign(problem.t1 - problem.t0), system.method.tableau)
-        interpolant = Interpolant(path, problem.t0, problem.t1, ravel, per_sample)
+            path = OfSteps(out.steps, jnp.sign(problem.t1 - problem.t0), method.tableau)
+        interpolant = Interpolant(
+            path=path,
+            t0=problem.t0,
+            t1=problem.t1,
+            ok=out.result == Result.SUCCESS,
+            y1=out.y1,
+            ravel=ravel,
+            per_sample=per_sample,
+        )
+    ts, ys = problem.ts, out.ys
+    if ts is not None and ys is not None and problem.outputs is not None:
+        ys = padded(ys, problem.outputs)
+        ys = _at_padding(ys, ts - padded(ts, problem.outputs), problem)
+    ts, ys = system.ts, None if ys is None else jax.vmap(ravel.back)(ys)
     of_rows = (ravel.back(out.y1), out.stats, out.result, out.t_reached, problem.t1, out.stopped)
-    ts, ys = problem.ts, None if out.ys is None else jax.vmap(ravel.back)(out.ys)
-    own_times = system.rows_have_outputs or out.stopped is not None
     if not per_sample:
         of_rows = jax.tree.map(lambda x: x[0], of_rows)
-        ts, ys = jax.tree.map(lambda x: x[:, 0], (ts, ys))
-    elif own_times:
-        ts, ys = jax.tree.map(lambda x: x.swapaxes(0, 1), (ts, ys))
-    else:
-        ts = system.ts
-    y1, stats, result, t_reached, t1, event = of_rows
-    if out.stopped is None:
-        t1 = system.t1
-    return Solution(y1, ts, ys, stats, result, t_reached, t1, event, interpolant)
+        ys = jax.tree.map(lambda x: x[:, 0], ys)
+    elif system.rows_have_outputs:
+        ys = jax.tree.map(lambda x: x.swapaxes(0, 1), ys)
+    y1, stats, result, t_reached, t1, came = of_rows
+    return Solution(y1, ts, ys, stats, result, t_reached, t1, came, interpolant)
+
+
+@eqx.filter_custom_jvp
+def _at_padding(ys: Float[Array, "times rows n"], past: Float[Array, "times rows"], problem):
+    """The outputs, whose padding moves along the field if its times move `past` the last one."""
+    del past, problem
+    return ys
+
+
+@_at_padding.def_jvp
+def _at_padding_jvp(primals, tangents):
+    ys, past, problem = primals
+    ys_dot, past_dot, _ = tangents
+    if past_dot is not None:
+        slope = problem.slope(problem.ts[-1], ys[-1])
+        # Of a row that failed, whose outputs are NaN whatever their times.
+        slope = jnp.where(jnp.isfinite(slope), slope, 0)
+        moved = past_dot.astype(ys.dtype)[..., None] * slope[None]
+        ys_dot = moved if ys_dot is None else ys_dot + moved
+    return _at_padding(ys, past, problem), ys_dot
 
 
 _run = eqx.filter_jit(run)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._jax.closure import close_field, recognizable, recognized
 from jaxode._jax.sharding import vary_alike
@@ -23,8 +23,14 @@ from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import RULES
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.results import Faults
-from jaxode.ode.times import check_times, kept_breakpoints
-from jaxode.ode.validation import Time, check_derivative, check_same_times, state_dtype
+from jaxode.ode.times import check_times
+from jaxode.ode.validation import (
+    Time,
+    check_derivative,
+    check_same_times,
+    numeric_dtype,
+    state_dtype,
+)
 
 Batch = Literal["joint", "per_sample"] | None
 
@@ -56,6 +62,8 @@ class System(NamedTuple):
     """For all rows, or one for each, as the other times are."""
     t1: Float[Array, "*rows"]
     ts: Float[Array, "*rows times"] | None
+    ts_lost: Bool[Array, "*rows"]
+    """Whether the dtype of the state cannot tell them apart."""
     shared: PyTree
     """What all rows have in common."""
     rows: PyTree
@@ -79,6 +87,7 @@ class System(NamedTuple):
         ts = self.ts
         if ts is not None:
             ts = ts.T if ts.ndim == 2 else jnp.broadcast_to(ts[:, None], (ts.shape[0], rows))
+            ts = jnp.where(self.ts_lost, jnp.nan, ts)
         return t0, t1, ts
 
     def raising(self, throw: bool) -> "System":
@@ -104,27 +113,25 @@ def make_system(
     """Check the times, and make all that varies an array, so that nothing is compiled again."""
     dtype = state_dtype(y0)
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
-    t0, t1, ts = check_times(where, *span, ts, dtype, count)
+    t0, t1, ts, ts_lost = check_times(where, *span, ts, dtype, count)
     check_same_times(where, (t0, t1, ts, options.breakpoints), options.axis_name)
     method = options.method(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     method = dataclasses.replace(method, dense=dense)
-    if method.breakpoints is not None:
-        points = kept_breakpoints(where, options.breakpoints, *span, method)
-        method = dataclasses.replace(method, breakpoints=points)
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)
     field, adjoint, event = recognizable((field, adjoint, event))
     shared, rows = recognizable((shared, rows), dtype)
-    return System(Label(where), field, y0, t0, t1, ts, shared, rows, batch, method, adjoint, event)
+    return System(
+        Label(where), field, y0, t0, t1, ts, ts_lost, shared, rows, batch, method, adjoint, event
+    )
 
 
 def argument_faults(where: str, system: System) -> Faults:
     """What could be wrong with the arguments of a system, for the message of a failure."""
-    times: Any = system
-    if system.t0.ndim or system.t1.ndim or system.rows_have_outputs:
-        t0, t1, ts = system.on_rows(jax.tree.leaves(system.y0)[0].shape[0])
-        times = Problem(None, None, system.y0, t0, t1, ts)
+    ragged = system.t0.ndim or system.t1.ndim or system.rows_have_outputs
+    rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
+    times = Problem(None, None, system.y0, *system.on_rows(rows))
     broken = lambda holds: lambda: ~holds(times, system.method)
     return {where + rule: broken(holds) for rule, holds in RULES.items()}
 
@@ -165,13 +172,15 @@ def condition_on_rows(system: System, ravel: Ravel):
     """The condition of the event, on rows of the solver."""
 
     def checked(t, y, shared):
-        value = jnp.asarray(system.event.condition(t, y, shared))
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        value = system.event.condition(t, y, shared)
+        dtype = numeric_dtype(value)
+        if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
             raise ValueError(
                 f"{system.label.text}(event=...): the condition must return a floating scalar; got "
-                f"{value.dtype} of shape {value.shape}. It sees one sample of a batch."
+                f"{got}. It sees one sample of a batch."
             )
-        return value
+        return jnp.asarray(value)
 
     def condition(t, y):
         state = ravel.back(y)
@@ -218,4 +227,8 @@ def pose(system: System) -> tuple[Problem, Method, Ravel]:
         (start, system.on_rows(start.shape[0]), (system.shared, system.rows), system.method)
     )
     closed, arrays = close_field(raveled, times[0], start, args)
-    return Problem(closed, arrays, start, *times), method, ravel
+    outputs = None
+    if system.rows_have_outputs and times[2] is not None:
+        last = times[2] == times[2][-1:]
+        outputs = jnp.argmax(last, axis=0).astype(jnp.int32) + 1
+    return Problem(closed, arrays, start, *times, outputs), method, ravel

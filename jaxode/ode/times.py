@@ -10,10 +10,11 @@ from jaxode.ode.validation import as_array, check_real_times, check_time, is_kno
 
 
 def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
-    """The start, the end and the output times as arrays of the dtype of the state.
+    """The start, the end and the output times as arrays of the dtype of the state, and whether
+    output times are lost in it.
 
-    With a number of `rows` each may have its own. Then, and where they are traced, those that are
-    lost in that dtype are NaN: see `_lost_times`.
+    With a number of `rows` each may have its own. Then, and where times are traced, what is lost is
+    not raised for: the start is NaN where the span is. See `_lost_times`.
     """
     ragged = [_check_end(where, name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
     given = ts
@@ -28,8 +29,11 @@ def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: i
                 f"{ts.shape}."
             )
     span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
+    start, end = as_array(t0, dtype), as_array(t1, dtype)
+    if not is_known(span_lost) or np.ndim(span_lost):
+        start = jnp.where(span_lost, jnp.nan, start)
     if any(ragged):
-        return _nan_if(span_lost, as_array(t0, dtype)), as_array(t1, dtype), _nan_if(ts_lost, ts)
+        return start, end, ts, ts_lost
     if is_known(span_lost) and span_lost:
         raise ValueError(
             f"{where}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in the "
@@ -43,7 +47,7 @@ def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: i
             f"{where}(ts=...): times are lost in the precision of {dtype}, in which the state is "
             f"solved; got {given}. Shift the time, or use float64 for the state."
         )
-    return _nan_if(span_lost, as_array(t0, dtype)), as_array(t1, dtype), _nan_if(ts_lost, ts)
+    return start, end, ts, ts_lost
 
 
 def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
@@ -64,13 +68,6 @@ def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
             f"shape {shape}."
         )
     return True
-
-
-def _nan_if(lost: Any, t: Any) -> Any:
-    """The time, or times `[..., times]`, with NaN in the rows that are lost."""
-    if t is None or (is_known(lost) and not np.any(lost)):
-        return t
-    return jnp.where(lost[..., None] if t.ndim > lost.ndim else lost, jnp.nan, t)
 
 
 class _Stored(NamedTuple):
@@ -123,30 +120,6 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
         merged = (gaps + moved == 0) & (abs(gaps) > eps * span)
         far = abs(rows(outputs.moved) - start.moved) > 1e-3 * span
         return span_lost, far.any(axis=-1) | merged.any(axis=-1)
-
-
-def kept_breakpoints(where: str, points: Any, t0: Any, t1: Any, method: Any) -> Any:
-    """The breakpoints of a method; where times are traced, NaN if they are lost.
-
-    A step of a few roundings of the time crosses each, whatever its error. So these must be small
-    beside the span.
-    """
-    xp = np if is_known((points, t0, t1)) else jnp
-    points, start, end = (_Stored.of(t, method.breakpoints.dtype).value for t in (points, t0, t1))
-    span, largest = abs(end - start), xp.maximum(abs(start), abs(end))
-    wide = 4 * float(jnp.finfo(method.breakpoints.dtype).eps) * largest > 1e-3 * span
-    between = xp.minimum(start, end) < points[..., None]
-    between &= points[..., None] < xp.maximum(start, end)
-    lost = (wide & between).any()
-    if not is_known(lost):
-        return jnp.where(lost, jnp.nan, method.breakpoints)
-    if lost:
-        raise ValueError(
-            f"{where}(breakpoints=...): the span from {t0} to {t1} must be longer than 4,000 "
-            f"roundings of the time in {method.breakpoints.dtype}, in which the state is solved. "
-            "Shift the time, or use float64 for the state."
-        )
-    return method.breakpoints
 
 
 def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:

@@ -87,7 +87,7 @@ def check_tolerance(where: str, name: str, value: Any) -> None:
 
 def check_positive(where: str, name: str, value: Any) -> None:
     """Raise unless it is positive and finite, as far as it is known."""
-    real_scalar(where, name, value, "positive", lambda x: 0 < x < np.inf, "number")
+    real_scalar(where, name, value, "positive and finite", lambda x: 0 < x < np.inf, "number")
 
 
 def check_time(where: str, name: str, value: Any) -> None:
@@ -101,14 +101,32 @@ def check_bool(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}({name}=...): must be True or False; got {value!r}.")
 
 
-def check_args(where: str, name: str, args: PyTree) -> None:
-    """Raise for an array of NumPy that JAX has no dtype for."""
+def native(tree: PyTree) -> PyTree:
+    """Its arrays of NumPy in the byte order of the machine, the only one that JAX takes."""
+    is_foreign = lambda x: isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
+    if not any(map(is_foreign, jax.tree.leaves(tree))):
+        return tree
+    turn = lambda x: x.astype(x.dtype.newbyteorder("=")) if is_foreign(x) else x
+    return jax.tree.map(turn, tree)
+
+
+def described(array: Any) -> str:
+    """What an array is, for the message that says why JAX does not take it."""
+    if isinstance(array, np.ma.MaskedArray):
+        return "a masked array, whose entries may have no value"
+    return f"an array of {array.dtype}"
+
+
+def check_args(where: str, name: str, args: PyTree) -> PyTree:
+    """The same, without arrays of NumPy that JAX has no dtype for."""
+    args = native(args)
     for leaf in jax.tree.leaves(args):
-        if _is_not_numeric(leaf):
+        if isinstance(leaf, np.ndarray | np.generic) and numeric_dtype(leaf) is None:
             raise TypeError(
-                f"{where}({name}=...): arrays must be numeric; got dtype {leaf.dtype}. "
+                f"{where}({name}=...): arrays must be numeric; got {described(leaf)}. "
                 "Encode it as numbers, or let the vector field close over it."
             )
+    return args
 
 
 def _is_not_numeric(leaf: Any) -> bool:
@@ -125,6 +143,7 @@ def state_dtype(y0: PyTree) -> jnp.dtype:
 
 def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
     """The state as arrays, of a floating dtype."""
+    y0 = native(y0)
     leaves = jax.tree.leaves(y0)
     if not leaves:
         raise ValueError(f"{where}({name}=...): must hold at least one array; got {y0!r}.")

@@ -16,6 +16,7 @@ from jaxode.ode.adjoints.replay import (
     in_reverse,
     nan_unless,
     once_only,
+    output_count,
     output_is_inside,
     split,
     unused_rows,
@@ -90,8 +91,7 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
     inside, carry = None, None
     if ts is not None and out.ys is not None:
         inside = _saved_outputs(method.tableau, ts, out.ys, jnp.sign(t1 - t0), timed)
-        saved = jnp.full(y0.shape[0], ts.shape[0], jnp.int32)
-        carry = saved, jnp.zeros_like(ts)
+        carry = output_count(problem), jnp.zeros_like(ts)
     if out.steps is not None:
         inside = _kept_steps(out.steps, inside)
     per_step = per_step_gradient(params, problem.field)

@@ -22,6 +22,7 @@ from jaxode.ode.adjoints.replay import (
     in_reverse,
     interval,
     once_only,
+    output_count,
     output_is_inside,
     replay,
     split,
@@ -149,8 +150,7 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
     zeros = jax.tree.map(jnp.zeros_like, params)
     failed = (integration.result != Result.SUCCESS) | (tape.num_steps == 0)
     segment = Segment.start(t1, -integration.h, filled(out.y1, y0), zeros, failed)
-    count = 0 if ts is None or out.ys is None else ts.shape[0]
-    saved = jnp.full(rows.shape, count, jnp.int32)
+    saved = jnp.zeros(rows.shape, jnp.int32) if out.ys is None else output_count(problem)
     carry = (tape.num_steps, saved, segment, tape.checkpoints)
     _, _, segment, _ = while_loop(lambda carry: carry[0] > 0, step, carry)
     return segment

@@ -29,9 +29,10 @@ def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Arra
         rows &= (out.y1 == 0).all(axis=1)
     if out.ys is not None:
         rows &= (out.ys == 0).all(axis=(0, 2))
-    for bar in jax.tree.leaves(out.steps):
-        axis = tuple(i for i in range(bar.ndim) if i != bar.ndim - min(bar.ndim - 1, 2))
-        rows &= (bar == 0).all(axis=axis)
+    if out.steps is not None:
+        for bar, axes in ((out.steps.times, 0), (out.steps.y, (0, 2)), (out.steps.k, (0, 1, 3))):
+            if bar is not None:
+                rows &= (bar == 0).all(axis=axes)
     return rows
 
 
@@ -119,6 +120,13 @@ def bars_where(
     t0, t1 = jax.tree.map(own, (t0, t1))
     ts = None if ts is None else jax.vmap(own)(ts)
     return Problem(field, args, y0=y0, t0=t0, t1=t1, ts=ts)
+
+
+def output_count(problem: Problem) -> Int[Array, " rows"]:
+    """How many outputs each row has."""
+    count = 0 if problem.ts is None else problem.ts.shape[0]
+    given = problem.outputs
+    return jnp.full(problem.y0.shape[0], count, jnp.int32) if given is None else given
 
 
 def output_is_inside(ts, saved, t, number, sign) -> Bool[Array, " rows"]:

@@ -17,7 +17,7 @@ from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
 from jaxode.ode.loop.method import Method, aim, judge, limit_step, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
-from jaxode.ode.loop.outputs import Steps, save
+from jaxode.ode.loop.outputs import Steps, padded, save
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.step_size import first_step
@@ -26,8 +26,8 @@ from jaxode.ode.loop.tableau import Tableau
 # The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
 
-# (t [rows], h [rows], y [rows, n], k [stages, rows, n]) of a step -> whether it stops within, the
-# time, and the state there.
+# (what a step starts from, the step) -> whether it is accepted and stops within, the time, and the
+# state there.
 Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "rows n"]]]
 
 
@@ -127,7 +127,9 @@ def integrate(
     """
     # A row with a time that is NaN takes no step, and has no part in the gradients of the others.
     start, end = (jnp.where(jnp.isnan(t), 0, t) for t in (problem.t0, problem.t1))
-    ts = problem.ts
+    ts, count = problem.ts, problem.outputs
+    if ts is not None and count is None:
+        count = ts.shape[0]
     sign = jnp.sign(end - start)
     state, first_evals = _initial(problem, method, start, end, checkpoints)
     if stop is not None:
@@ -141,10 +143,9 @@ def integrate(
         ys, saved = state.ys, state.saved
         if ts is not None and ys is not None:
             h = step.t - state.t
-            ys, saved = save(method.tableau, ts, sign, step, h, state, ys, saved)
+            ys, saved = save(method.tableau, ts, sign, step, h, state, ys, saved, count)
         if stop is not None and state.stopped is not None:
-            found, t, y = stop(state.t, step.t - state.t, state.y, step.k)
-            found &= step.accept
+            found, t, y = stop(state, step)
             t, y = jnp.where(found, t, step.t), jnp.where(found[:, None], y, step.y)
             step = step._replace(t=t, y=y, last=step.last | found)
             state = state._replace(stopped=state.stopped | found)
@@ -162,11 +163,15 @@ def integrate(
     # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
+    if ys is not None and problem.outputs is not None:
+        ys = padded(ys, problem.outputs)
     at_end = final.done if final.stopped is None else final.done & ~final.stopped
     t_reached = jnp.where(at_end, end, final.t)
     steps = final.steps
     if steps is not None:
-        steps = steps._replace(y=steps.y * valid[None])
+        # Finite, for a cotangent of zero.
+        keep = lambda x: jnp.where(ok[:, None], x, 0)
+        steps = steps._replace(y=keep(steps.y), k=keep(steps.k))
     out = Integration(y1, ys, stats, result, t_reached, final.h, steps, final.stopped)
     return out, final.tape
 

@@ -15,6 +15,7 @@ class Result(enum.IntEnum):
     NON_FINITE = 3
     INVALID_ARGUMENT = 4
     IMPLICIT_SOLVE_FAILED = 5
+    EVENT_NOT_FOUND = 6
 
 
 class Stats(eqx.Module):

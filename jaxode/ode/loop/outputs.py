@@ -81,17 +81,19 @@ def save(
     start: Any,
     ys: Float[Array, "times rows n"],
     saved: Int[Array, " rows"],
+    count: Any,
 ):
     """Write the dense output at every time of `ts` that an accepted `step` has reached.
 
-    It goes from the state `start`; `saved` counts the outputs of each row before and after.
+    It goes from the state `start`; `saved` counts the outputs of each row before and after, of
+    which there are `count`.
     """
     rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
     curve = Curve.of(tableau, start.t, h, start.y, step.k)
 
     def pending(saved):
         reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)
-        return step.accept & (saved < ts.shape[0]) & reached
+        return step.accept & (saved < count) & reached
 
     def write(carry):
         ys, saved = carry
@@ -102,3 +104,10 @@ def save(
         return ys, saved + due.astype(jnp.int32)
 
     return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))
+
+
+def padded(ys: Float[Array, "times rows *n"], count: Int[Array, " rows"]):
+    """The outputs, with the last of each row after those that it has."""
+    times, rows = ys.shape[:2]
+    index = jnp.minimum(jnp.arange(times, dtype=jnp.int32)[:, None], count[None] - 1)
+    return ys[index, jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (times, rows))]

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 
 class Problem(NamedTuple):
@@ -21,6 +21,8 @@ class Problem(NamedTuple):
     t1: Float[Array, " rows"]
     ts: Float[Array, "times rows"] | None
     """The times of the outputs."""
+    outputs: Int[Array, " rows"] | None = None
+    """How many of them a row has. Those after are padding, and have the state of its last."""
 
     def slope(self, t: Float[Array, " rows"], y: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
         """The vector field at one time and state."""

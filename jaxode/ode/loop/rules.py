@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -28,6 +29,14 @@ def _tolerance(value) -> Bool[Array, ""]:
 
 def _size(value) -> Bool[Array, ""]:
     return (value > 0) & (value < jnp.inf)
+
+
+def _breakpoints_kept(points, problem: Problem) -> Bool[Array, " rows"]:
+    """A step of a few roundings of the time crosses each, whatever its error."""
+    low, high = jnp.minimum(problem.t0, problem.t1), jnp.maximum(problem.t0, problem.t1)
+    between = jax.vmap(lambda point: (low < point) & (point < high))(points).any(axis=0)
+    rounding = jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return ~jnp.isnan(points).any() & ~(between & (4000 * rounding > high - low))
 
 
 def _if_given(rule: Callable[[Array], Array], value: Array | None) -> Bool[Array, ""]:
@@ -61,7 +70,9 @@ RULES: dict[str, Callable[[Any, Method], Bool[Array, "*rows"]]] = {
     ),
     "(breakpoints=...): must not be NaN, and the span must be longer than 4,000 roundings of the "
     "time. Shift the time, or use float64 for the state.": (
-        lambda _, method: _if_given(lambda points: ~jnp.isnan(points).any(), method.breakpoints)
+        lambda problem, method: _if_given(
+            lambda points: _breakpoints_kept(points, problem), method.breakpoints
+        )
     ),
 }
 
