@@ -1,6 +1,6 @@
 """A flow as a distribution: with its parameters, in the units and the support of the data.
 
-With the bijection `u -> x` of the support and `u = mean + scale z`, a sample of the flow is `z`, and
+With the bijection `u -> x` of the support and `u = mean + scale z`, a sample of the flow is `z`:
 
     log p(x) = log p_flow(z) + log |det du/dx| - sum log scale.
 """
