@@ -252,7 +252,7 @@ def test_a_field_that_is_not_finite_at_a_breakpoint_fails():
 
 def test_a_span_must_be_longer_than_the_steps_across_its_breakpoints():
     """In float32 at 1e4 such a step is 5e-3 long, and no error control sees it."""
-    f = lambda t, y, _: jnp.where(t < 1e4 + 0.4, 1.0, 3.0).astype(y.dtype)
+    f = lambda t, y, _: jnp.where(t < 1e4 + 0.4, 1.0, 3.0).astype(y.dtype) + 0 * y
     run = lambda t1, y0: jaxode.solve(f, y0, 1e4, t1, breakpoints=[1e4 + 0.4], throw=False)
     with pytest.raises(jaxode.SolveError, match=r"solve\(breakpoints=...\): .* must be longer"):
         jaxode.solve(f, jnp.float32(0), 1e4, 1e4 + 1, breakpoints=[1e4 + 0.4])
