@@ -15,7 +15,6 @@ class FlowDistribution(dist.Distribution):
     """What numpyro asks of a distribution. Its parameters are the leaves of the density."""
 
     pytree_data_fields = ("density", "context", "_support")
-    reparametrized_params = ["density", "context"]
 
     def __init__(self, density: Density, context: PyTree = None, *, validate_args=None):
         self.density, self.context = density, context
