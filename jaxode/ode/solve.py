@@ -72,7 +72,7 @@ def solve(
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
             between steps come from the solver's own dense output. With "per_sample" steps also
             `[batch, times]`: repeat the last time of a sample that has fewer of them, which costs
-            nothing. Samples whose times are out of order fail.
+            no evaluation. Samples whose times are out of order fail.
         solver: an ODE solver of diffrax. Explicit Runge-Kutta solvers run in jaxode's own loop;
             others, such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax,
             with `DiscreteAdjoint` or `ForwardMode`.
