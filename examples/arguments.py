@@ -1,8 +1,11 @@
-"""What the examples ask of their arguments, before they train: a wrong one gets one clear line."""
+"""What the examples share: arguments that are checked before they train, and a clean end."""
 
 import os
+import sys
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def writable(text: str) -> Path:
@@ -28,3 +31,12 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**31:
         raise ArgumentTypeError(f"must be at least 0 and below 2**31; got {text}")
     return int(text)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """As a script: Ctrl-C ends it with a word."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.")
+        sys.exit(130)

@@ -8,7 +8,6 @@ its accuracy on held-out digits beside their bits per dimension. Half a minute o
 """
 
 import argparse
-import sys
 import time
 
 import diffrax
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, seed
+from arguments import picture, run, seed
 from digits import HELD_OUT, PIXELS, VALIDATION, fit_whitening, to_images, whiten
 from recipe import Phase, draw_scores, train
 from sklearn.datasets import load_digits
@@ -148,8 +147,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, seed
+from arguments import picture, run, seed
 from recipe import Phase, draw_scores, train
 from rich.progress import Progress
 from sklearn import datasets
@@ -250,8 +250,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)

@@ -8,7 +8,6 @@ writes one picture. Less than a minute on two cores; Ctrl-C ends it early with w
 """
 
 import argparse
-import sys
 import time
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, seed
+from arguments import picture, run, seed
 from jaxtyping import Array, Float, PRNGKeyArray
 from recipe import Phase, draw_scores, train
 from sklearn.datasets import load_digits
@@ -202,8 +201,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)

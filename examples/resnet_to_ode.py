@@ -9,7 +9,6 @@ residual networks: they differ by O(1/L). About a minute on two cores.
 """
 
 import argparse
-import sys
 import time
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, seed
+from arguments import picture, run, seed
 from jax.flatten_util import ravel_pytree
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -193,8 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)

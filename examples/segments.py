@@ -14,7 +14,6 @@ Reference: Bock and Plitt (1984), doi:10.1016/S1474-6670(17)61205-9, multiple sh
 """
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, seed
+from arguments import picture, run, seed
 from rich.progress import Progress
 
 import jaxode
@@ -142,8 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)

@@ -20,7 +20,7 @@ import jax
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture
+from arguments import picture, run
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
@@ -161,8 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)

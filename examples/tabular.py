@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, seed, writable
+from arguments import picture, run, seed, writable
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from rich.progress import Progress
@@ -408,8 +408,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Stopped.")
-        sys.exit(130)
+    run(main)
