@@ -114,7 +114,7 @@ class _OptimalTransport:
         # What fills a group is paired with itself.
         both, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
         cost = jnp.where(both, cost, np.where(alike, 0.0, np.inf).astype(cost.dtype))
-        rows = jax.vmap(assignment)(cost) + jnp.asarray(starts[:-1, None], jnp.int32)
+        rows = _assignments(cost) + jnp.asarray(starts[:-1, None], jnp.int32)
         return rows[real]
 
     def _conditions(self, context: PyTree) -> list[Any]:
@@ -206,3 +206,7 @@ def assignment(cost: Float[Array, "n n"]) -> Int[Array, " n"]:
     free = jnp.full(n, -1, jnp.int32)
     price = jnp.min(cost, axis=0, initial=jnp.inf)
     return lax.fori_loop(jnp.int32(0), jnp.int32(n), add_row, vary((price, free, free), axes))[2]
+
+
+# As a program of its own, so that calls outside of `jit` do not compile the loops again.
+_assignments = jax.jit(jax.vmap(assignment))

@@ -136,3 +136,13 @@ def test_the_assignment_of_any_costs():
     cost = jax.random.uniform(KEY, (9, 9), jnp.float64)
     ((own, best),) = costs(np.asarray(cost), np.asarray(coupling.assignment(cost)), [9])
     np.testing.assert_allclose(own, best, rtol=1e-12)
+
+
+def test_a_call_outside_of_jit_compiles_once(compiled):
+    """The loops of the assignment are a program of their own."""
+    coupling = optimal_transport(4)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
+    for key in jax.random.split(jax.random.key(0), 2):
+        before = len(compiled)
+        coupling.pair(key, x, x, None)
+    assert len(compiled) == before
