@@ -65,7 +65,7 @@ class Interpolant(eqx.Module):
                 f"{where}: must be given a single solution; got one of jax.vmap. Use "
                 f"jax.vmap(lambda solution: solution.{where}(t))."
             )
-        t, own = self._on_rows(where, t)
+        t, several = self._on_rows(where, t)
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
         inside = (low[None] <= t) & (t <= high[None])
         if not self.per_sample and is_known((t, self.t0, self.t1)) and not np.all(inside):
@@ -78,24 +78,23 @@ class Interpolant(eqx.Module):
         values = jnp.where(inside[..., None], values, jnp.nan)
         values = jnp.where(self.ok[None, :, None], values, self.y1[None])
         states = jax.vmap(self.ravel.back)(values)
-        times = lambda x: x[0] if own == "one" else x
         if not self.per_sample:
-            return jax.tree.map(lambda x: times(x[:, 0]), states)
-        if own == "several":
-            return jax.tree.map(lambda x: x.swapaxes(0, 1), states)
-        return jax.tree.map(times, states)
+            states = jax.tree.map(lambda x: x[:, 0], states)
+        elif several:
+            states = jax.tree.map(lambda x: x.swapaxes(0, 1), states)
+        return states if several else jax.tree.map(lambda x: x[0], states)
 
-    def _on_rows(self, where: str, t: Any) -> tuple[Float[Array, "times rows"], str]:
-        """The times of each row, and whether they were one or several."""
+    def _on_rows(self, where: str, t: Any) -> tuple[Float[Array, "times rows"], bool]:
+        """The times of each row, and whether there were several."""
         rows = len(self.t0)
         check_real_times(where, "t", t)
         t = jnp.asarray(t, self.t0.dtype)
         if not self.per_sample and t.ndim <= 1:
-            return jnp.reshape(t, (-1, 1)), "several" if t.ndim else "one"
+            return jnp.reshape(t, (-1, 1)), t.ndim == 1
         if self.per_sample and t.shape in ((), (rows,)):
-            return jnp.broadcast_to(t, (1, rows)), "one"
+            return jnp.broadcast_to(t, (1, rows)), False
         if self.per_sample and t.ndim == 2 and t.shape[0] == rows:
-            return t.T, "several"
+            return t.T, True
         shapes = "a scalar or a vector"
         if self.per_sample:
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"

@@ -154,18 +154,12 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
 
     def inside(step: Step, number, bar: Step, params_bar, carry):
         rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
-
-        whole = Curve.of(tableau, *step)
-
-        def moving(step: Step) -> Curve:
-            """What is differentiated of the curve: without the times, the state and stages."""
-            curve = Curve.of(tableau, *step)
-            return curve if timed else curve._replace(t=None, h=None, slope=None)
+        whole, pull_curve = jax.vjp(lambda step: Curve.of(tableau, *step), step)
+        # What is differentiated of it: without the times, the state and the stages.
+        curve = whole if timed else whole._replace(t=None, h=None, slope=None)
 
         def at(curve: Curve, time):
             return eqx.combine(curve, whole).at(time)
-
-        curve, pull_curve = jax.vjp(moving, step)
 
         def due(saved):
             return output_is_inside(ts, saved, step.t, number, sign)
@@ -185,7 +179,7 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
 
         carry = jax.tree.map(jnp.zeros_like, curve), *carry
         curve_bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)
-        (added,) = pull_curve(curve_bar)
+        (added,) = pull_curve(eqx.combine(curve_bar, jax.tree.map(jnp.zeros_like, whole)))
         return jax.tree.map(jnp.add, bar, added), params_bar, tuple(carry)
 
     return inside
