@@ -4,7 +4,8 @@ import equinox as eqx
 import jax
 from flowjax.distributions import AbstractDistribution
 
-from jaxode.flows.density import Affine, Density
+from jaxode.flows.density import Density
+from jaxode.flows.standardize import Affine
 
 
 class FlowDistribution(AbstractDistribution):
