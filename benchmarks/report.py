@@ -18,6 +18,7 @@ from benchmarks import BENCHMARKS, ON_ITS_OWN
 COLORS = {
     "jaxode": "#c2185b", "diffrax": "#1565c0", "jax": "#2e7d32", "torchdiffeq": "#ef6c00",
     "zuko": "#6a1b9a", "torchode": "#5d4037", "torchcfm": "#00838f",
+    "sbi": "#1565c0",
 }  # fmt: skip
 AT_A_GLANCE = ("ffjord_step", "neural_ode_step", "time_to_nll")  # open in the README
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))

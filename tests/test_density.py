@@ -188,6 +188,16 @@ def test_it_is_a_pytree(tmp_path):
     np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
 
 
+def test_orbax_saves_it_bit_for_bit(tmp_path):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "density", density)
+        zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
+        loaded = checkpointer.restore(tmp_path / "density", zeros)
+    np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
+
+
 def test_an_exported_density_needs_no_jaxode(tmp_path):
     """For three platforms and any batch, with default settings: no callback, and no library."""
     pytest.importorskip("flatbuffers")

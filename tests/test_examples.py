@@ -233,6 +233,31 @@ def test_latent_ode_reads_one_species_at_a_time_and_pads_with_the_last(default_s
 
 
 @pytest.mark.slow
+def test_posterior(tmp_path, capsys, default_settings):
+    picture = tmp_path / "posterior.png"
+    arguments = ["--simulations", 200, "--matching", 2, "--steps", 2, "--batch", 8, "--width", 4]
+    output = run("posterior", capsys, *arguments, "--out", picture).out
+    assert picture.read_bytes().startswith(PNG)
+    # After four steps it is still the prior, which is far from the posterior.
+    assert 0.9 < float(re.search(r"variation .*: (\S+)", output)[1]) < 1
+    assert "calibration over 200 new simulations: p = " in output
+
+
+def test_the_exact_posterior_is_that_of_the_simulator(default_settings):
+    """Parameters of simulations close to an observation, which the prior's box does not cut."""
+    posterior = load("posterior")
+    theta, x = posterior.simulate(jax.random.key(0), 1_000_000)
+    close = np.asarray(theta)[np.abs(np.asarray(x)).max(1) < 0.02]
+    grid = jax.numpy.linspace(-0.4, 0.4, 161)
+    places = jax.numpy.stack(jax.numpy.meshgrid(grid, grid), -1)
+    weights = np.asarray(posterior.exact_posterior(places, np.zeros(2)))
+    assert len(close) > 100
+    for moment in (lambda p: p[..., 0] * p[..., 1], lambda p: (p**2).sum(-1)):
+        expected = (weights * moment(np.asarray(places))).sum() / weights.sum()
+        found = moment(close)
+        assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(len(close)) + 1e-3
+
+
 def test_segments(tmp_path, capsys, default_settings):
     picture = tmp_path / "segments.png"
     output = run("segments", capsys, "--steps", 300, "--out", picture).out
