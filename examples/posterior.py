@@ -84,7 +84,7 @@ def draw(panels, counts, history, path) -> None:
     most = np.sqrt(max(values.max() for values in panels.values()))
     for name, values in panels.items():
         image = axes[name].imshow(
-            np.sqrt(values), origin="lower", extent=(-0.4, 0.4) * 2, vmax=most, cmap="magma"
+            np.sqrt(values), origin="lower", extent=(-0.4, 0.4, -0.4, 0.4), vmax=most, cmap="magma"
         )
         axes[name].set(title=f"{name} posterior", xlabel="$\\theta_1$", ylabel="$\\theta_2$")
     bar = figure.colorbar(image, ax=axes["learned"], shrink=0.8)
