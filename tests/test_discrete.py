@@ -368,6 +368,28 @@ def test_products_of_the_solver_run_at_full_precision():
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
 
 
+def precisions(**options):
+    """Of the products in the gradient of a solve, with how many of the field and of the solver."""
+
+    def loss(y0, A):
+        return jaxode.solve(lambda t, y, A: A @ y, y0, 0.0, 1.0, A, **options).y1.sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones(3), jnp.eye(3)))
+    return {name: program.count(f"precision=(Precision.{name}") for name in ("HIGHEST", "DEFAULT")}
+
+
+def test_products_of_the_field_run_at_the_precision_that_is_asked_for():
+    full, low = precisions(), precisions(precision="default")
+    assert full["DEFAULT"] == 0 < low["DEFAULT"]
+    assert sum(full.values()) == sum(low.values())
+    # What is set for JAX counts as well, but less than what is asked for.
+    with jax.default_matmul_precision("default"):
+        assert precisions() == low
+        assert precisions(precision="highest") == full
+    with pytest.raises(ValueError, match=r"solve\(precision=...\): must be None, 'highest'"):
+        precisions(precision="low")
+
+
 def temporary_bytes(loss, *inputs):
     memory = jax.jit(jax.grad(loss)).lower(*inputs).compile(OPTIMIZED).memory_analysis()
     return memory.temp_size_in_bytes

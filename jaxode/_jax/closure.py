@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.precision import at_full_precision
+from jaxode._jax.precision import trace_at
 from jaxode._jax.sharding import axes_of
 
 NUMBERS = (bool, int, float, complex, np.integer, np.bool_)
@@ -190,10 +190,10 @@ def close_field(
     t: Float[Array, " rows"],
     y: Float[Array, "rows n"],
     args: PyTree,
+    precision: str | None,
 ) -> tuple[ClosedField, PyTree]:
     """Trace `field(t, y, args)` once; returns it closed, and the arrays of `args`."""
     arrays, static = eqx.partition(args, eqx.is_array)
     run = lambda t, y, arrays: field(t, y, eqx.combine(arrays, static))
-    with jax.default_matmul_precision("highest"):
-        closed = at_full_precision(jax.make_jaxpr(run)(t, y, arrays))
+    closed = trace_at(precision, run, t, y, arrays)
     return ClosedField(closed.jaxpr, list(closed.consts)), arrays

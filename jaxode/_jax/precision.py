@@ -1,7 +1,7 @@
-"""Full precision of matrix products, also in rules of differentiation that JAX traces later."""
+"""The precision of matrix products, also in rules of differentiation that JAX traces later."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,52 +15,56 @@ _PROGRAMS = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk")
 _RULES = ("bwd",)
 
 
-def at_full_precision(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The program, traced at full precision, with rules of differentiation that will be, too.
+def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> ClosedJaxpr:
+    """The program `f(*args)`, its products and those of its derivatives at this precision.
+
+    With None it is the one that the user has set for JAX, or else "highest".
 
     A product has the precision that is set when it is traced. JAX traces the rules of a
     `jax.custom_vjp` or `jax.custom_jvp` when the program is differentiated: in a loop, or by the
     user, at a time when nothing of this library is on the call stack.
     """
-    return _of_value(program)
+    precision = precision or jax.config.jax_default_matmul_precision or "highest"
+    with jax.default_matmul_precision(precision):
+        return _of_value(jax.make_jaxpr(f)(*args), precision)
 
 
 @linear_util.transformation2
-def _rule(rule, *args):
-    with jax.default_matmul_precision("highest"):
+def _rule(rule, precision, *args):
+    with jax.default_matmul_precision(precision):
         return rule(*args)
 
 
 @linear_util.transformation2
-def _program(rule, *args):
-    with jax.default_matmul_precision("highest"):
+def _program(rule, precision, *args):
+    with jax.default_matmul_precision(precision):
         jaxpr, *rest = rule(*args)
     # A derivative of second order has rules in the program of a rule.
-    return _of_value(jaxpr), *rest
+    return _of_value(jaxpr, precision), *rest
 
 
-def _of_value(value: Any) -> Any:
+def _of_value(value: Any, precision: str) -> Any:
     """A parameter of an equation: programs in it, others as they are."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        new = [_of_value(x) for x in value]
+        new = [_of_value(x, precision) for x in value]
         changed = any(a is not b for a, b in zip(new, value, strict=True))
         return type(value)(new) if changed else value
     if not isinstance(value, Jaxpr | ClosedJaxpr):
         return value
     # From JAX 0.12 on both are one class.
     if isinstance(value, ClosedJaxpr) and value.jaxpr is not value:
-        jaxpr = _of_value(value.jaxpr)
+        jaxpr = _of_value(value.jaxpr, precision)
         return value if jaxpr is value.jaxpr else ClosedJaxpr(jaxpr, value.consts)
     jaxpr: Any = value
-    equations = [_of_equation(equation) for equation in jaxpr.eqns]
+    equations = [_of_equation(equation, precision) for equation in jaxpr.eqns]
     changed = any(a is not b for a, b in zip(equations, jaxpr.eqns, strict=True))
     return jaxpr.replace(eqns=equations) if changed else jaxpr
 
 
-def _of_equation(equation: Any) -> Any:
-    params = {name: _of_value(value) for name, value in equation.params.items()}
+def _of_equation(equation: Any, precision: str) -> Any:
+    params = {name: _of_value(value, precision) for name, value in equation.params.items()}
     for names, wrap in ((_PROGRAMS, _program), (_RULES, _rule)):
-        params.update({name: wrap(params[name]) for name in names if name in params})
+        params.update({name: wrap(params[name], precision) for name in names if name in params})
     changed = any(params[name] is not value for name, value in equation.params.items())
     return equation.replace(params=params) if changed else equation
 

@@ -137,7 +137,9 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     elif x[0:1].size <= EXACT_UP_TO:
         divergence = exact()  # so that a wrong closed form is found
     points = flow.solve_options.breakpoints
-    options = SolveOptions(solver, tolerance, tolerance, max_steps=10_000, breakpoints=points)
+    options = SolveOptions(
+        solver, tolerance, tolerance, max_steps=10_000, breakpoints=points, precision="highest"
+    )
     f, base = cast((flow.f, flow.base), dtype)
     tight = dataclasses.replace(
         flow, f=f, base=base, divergence=divergence, step_control="joint", solve_options=options

@@ -175,10 +175,11 @@ def _fused(objective: Objective):
     like = y0.reshape(x.shape[0], math.prod(x.shape[1:])) if per_row else y0
     times = lambda y: jnp.broadcast_to(problem.t0, y.shape[:1])
     shared = (system.shared, (objective.probes, system.rows))
-    costs, (_, (probes, _)) = close_field(costs_of_rows, times(like), like, shared)
+    precision = method.precision
+    costs, (_, (probes, _)) = close_field(costs_of_rows, times(like), like, shared, precision)
     # The samples may be of lower precision than the solve, and their density with them.
     log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
-    base, _ = close_field(log_prob, times(y0), y0, ())
+    base, _ = close_field(log_prob, times(y0), y0, (), precision)
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
     settings = Settings(method, system.adjoint.checkpoints, coefficients, phase)

@@ -22,7 +22,10 @@ from jaxode.ode.validation import (
     check_tolerance,
     integer,
     is_known,
+    one_of,
 )
+
+PRECISIONS = ("highest", "high", "default")
 
 
 class SolveOptions(eqx.Module):
@@ -38,6 +41,7 @@ class SolveOptions(eqx.Module):
     breakpoints: Sequence[float] | Float[Array, " points"] | None = None
     max_steps: int = eqx.field(static=True, default=4096)
     axis_name: AxisName | None = eqx.field(static=True, default=None)
+    precision: str | None = eqx.field(static=True, default=None)
 
     @classmethod
     def make(cls, where: str, **given: Any) -> "SolveOptions":
@@ -93,6 +97,7 @@ class SolveOptions(eqx.Module):
                 f"diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit equations couple "
                 "the whole state, so do not split it, or use such a solver."
             )
+        one_of(where, "precision", self.precision, (None, *PRECISIONS))
         check_tolerance(where, "rtol", self.rtol)
         check_tolerance(where, "atol", self.atol)
         for name in ("max_step", "first_step"):
@@ -129,6 +134,7 @@ class SolveOptions(eqx.Module):
             axis_name=self.axis_name,
             max_step=given(self.max_step),
             breakpoints=breakpoints,
+            precision=self.precision,
         )
 
 

@@ -49,6 +49,7 @@ def solve(
     breakpoints: Sequence[float] | Float[Array, " points"] | None = None,
     max_steps: int = 4096,
     axis_name: str | tuple[str, ...] | None = None,
+    precision: Literal["highest", "high", "default"] | None = None,
     dense: bool = False,
     event: Event | None = None,
     throw: bool = True,
@@ -93,6 +94,9 @@ def solve(
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
             state is split, or a tuple of such names: the error norm is then taken over all of it,
             at the price of one number that crosses between devices in each attempted step.
+        precision: of the matrix products in `f` on an accelerator: "highest" is float32, "high" and
+            "default" are faster and less accurate (docs/devices.md). By default what
+            `jax.default_matmul_precision` says around the call, and "highest" if it says nothing.
         dense: keep all accepted steps, for `Solution.evaluate` at any time between the ends. Memory
             is that of `max_steps` times the stages of the solver and one, in states, so lower
             `max_steps`. With `DiscreteAdjoint` or `ForwardMode`.
@@ -129,6 +133,7 @@ def solve(
         breakpoints=breakpoints,
         max_steps=max_steps,
         axis_name=axis_name,
+        precision=precision,
     )
     one_of("solve", "batch", batch, (None, "joint", "per_sample"))
     check_implicit("solve", options, "batch", batch)
@@ -172,7 +177,7 @@ def flow(
         step_control: "joint" or "per_sample", as `batch` of `solve`.
         throw: as for `solve`.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
-            `breakpoints`, `max_steps` and `axis_name` of `solve`.
+            `breakpoints`, `max_steps`, `axis_name` and `precision` of `solve`.
 
     Returns:
         `z` at time `t`.

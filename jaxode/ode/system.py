@@ -226,7 +226,7 @@ def pose(system: System) -> tuple[Problem, Method, Ravel]:
     start, times, args, method = vary_alike(
         (start, system.on_rows(start.shape[0]), (system.shared, system.rows), system.method)
     )
-    closed, arrays = close_field(raveled, times[0], start, args)
+    closed, arrays = close_field(raveled, times[0], start, args, method.precision)
     outputs = None
     if system.rows_have_outputs and times[2] is not None:
         last = times[2] == times[2][-1:]

@@ -32,6 +32,8 @@ class Method(eqx.Module):
     """Times at which the vector field may jump."""
     dense: bool = eqx.field(static=True, default=False)
     """Whether all accepted steps are kept, so that the solution is known between the ends."""
+    precision: str | None = eqx.field(static=True, default=None)
+    """Of products in the vector field."""
     raises: bool = eqx.field(static=True, default=False)
     """Whether a backward solve that fails raises."""
 
