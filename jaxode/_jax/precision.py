@@ -24,7 +24,8 @@ def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> Closed
     `jax.custom_vjp` or `jax.custom_jvp` when the program is differentiated: in a loop, or by the
     user, at a time when nothing of this library is on the call stack.
     """
-    precision = precision or jax.config.jax_default_matmul_precision or "highest"
+    config: Any = jax.config
+    precision = precision or config.jax_default_matmul_precision or "highest"
     with jax.default_matmul_precision(precision):
         return _of_value(jax.make_jaxpr(f)(*args), precision)
 

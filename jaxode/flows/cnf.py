@@ -332,9 +332,9 @@ def cnf(
             would keep the training step out of the persistent compilation cache.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
             `breakpoints`, `max_steps` and `precision`, as for `jaxode.solve` (matching has the
-            precision that JAX has); and `axis_name`: with a batch split over devices by `jax.shard_map`, the devices take the same steps, those of the
-            whole batch. Without it each device steps for itself. It is a name, or a tuple for a
-            batch over several axes.
+            precision that JAX has); and `axis_name`: with a batch split over devices by
+            `jax.shard_map`, the devices take the same steps, those of the whole batch. Without it
+            each device steps for itself. It is a name, or a tuple for a batch over several axes.
 
     Returns:
         A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
