@@ -3,9 +3,9 @@
     python -m benchmarks.precision      a minute; prints the table of docs/devices.md
 
 At "default" precision an accelerator rounds the operands of a product to bfloat16. At "high" it
-adds the products with what the rounding leaves: three in all. "highest" takes six, which is float32. The
-field is a plain network, trained by matching on 8 Gaussians. Errors are against "highest" at a
-tolerance of 1e-6.
+adds the products with what the rounding leaves: three in all. "highest" takes six, which is
+float32. The field is a plain network, trained by matching on 8 Gaussians. Errors are against
+"highest" at a tolerance of 1e-6.
 """
 
 from typing import Any

@@ -25,9 +25,9 @@ def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> Closed
     user, at a time when nothing of this library is on the call stack.
     """
     config: Any = jax.config
-    precision = precision or config.jax_default_matmul_precision or "highest"
-    with jax.default_matmul_precision(precision):
-        return _of_value(jax.make_jaxpr(f)(*args), precision)
+    name = precision or config.jax_default_matmul_precision or "highest"
+    with jax.default_matmul_precision(name):
+        return _of_value(jax.make_jaxpr(f)(*args), name)
 
 
 @linear_util.transformation2
