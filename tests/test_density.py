@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import jaxode
 from jaxode.flows.support import Box
@@ -45,7 +46,7 @@ def test_standardized_data_have_mean_zero_and_scale_one():
 
 @pytest.mark.parametrize("given", ["data", "mean and scale"])
 def test_training_and_use_agree(given):
-    """The loss on data carried by the maps is minus the mean log-density, but for a constant."""
+    """The loss on data carried by the maps is minus the mean log-density, up to a constant."""
     standardize = DATA if given == "data" else (DATA.mean(0), DATA.std(0))
     density = jaxode.bind(FLOW, PARAMS, standardize=standardize)
     loss = density.flow.nll(density.params, density.to_flow(DATA))
@@ -105,6 +106,106 @@ def test_outside_of_the_support():
         density.log_prob(x.at[1].set(jnp.nan))
 
 
+def normal(**maps):
+    """The density of a standard normal within the maps: a field of zero."""
+    return jaxode.bind(jaxode.cnf(lambda t, z, a: a * z, FLOW.base), jnp.zeros(()), **maps)
+
+
+LOGNORMAL = np.random.default_rng(2).lognormal([7.0, -2.0], [0.5, 1.0], (50, 2))
+
+
+@pytest.mark.parametrize("given", ["data", "mean and scale"])
+def test_units_on_a_support(given):
+    """`exp(mean + scale z)`: the lognormal density of scipy, and its samples."""
+    mean, scale = np.log(LOGNORMAL).mean(0), np.log(LOGNORMAL).std(0)
+    density = normal(
+        standardize=LOGNORMAL if given == "data" else (mean, scale), support=(0, np.inf)
+    )
+    exact = stats.lognorm(scale, scale=np.exp(mean))
+    expected = exact.logpdf(LOGNORMAL).sum(1)
+    np.testing.assert_allclose(density.log_prob(LOGNORMAL), expected, rtol=1e-9)
+    x, log_prob = density.sample_and_log_prob(KEY, (400,))
+    np.testing.assert_allclose(log_prob, exact.logpdf(x).sum(1), rtol=1e-9)
+    assert stats.kstest(exact.cdf(x).ravel(), "uniform").pvalue > 1e-3
+    np.testing.assert_allclose(density.to_flow(x).mean(0), 0, atol=0.2)
+
+
+KINDS = {"interval": (0.0, 1.0), "above": (0.0, np.inf), "below": (-np.inf, 0.0),
+         "free": (-np.inf, np.inf)}  # fmt: skip
+
+
+@pytest.mark.parametrize("u", [-1000.0, -100.0, 0.5, 100.0, 1000.0])
+def test_bijections_and_their_derivatives_are_finite(u, default_settings):
+    low, high = (np.array(bounds, np.float32) for bounds in zip(*KINDS.values(), strict=True))
+    box = Box(jnp.asarray(low), jnp.asarray(high))
+    u = jnp.full(4, u)
+    x, log_det = box.forward(u)
+    assert box.contains(x)
+    assert np.isfinite(x).all()
+    assert np.isfinite(log_det)
+    slopes = jax.jacobian(lambda u: box.forward(u))(u)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+    assert slopes[0][3, 3] == 1  # where there is no bound, it is the identity
+
+
+def test_the_determinants_of_a_bijection_agree():
+    low, high = (jnp.array(bounds) for bounds in zip(*KINDS.values(), strict=True))
+    box, u = Box(low, high), jnp.array([0.3, -1.2, 2.0, 5.0])
+    x, log_det = box.forward(u)
+    back, of_inverse = box.inverse(x)
+    np.testing.assert_allclose(back, u, rtol=1e-12)
+    jacobian = jax.jacobian(lambda u: box.forward(u)[0])(u)
+    np.testing.assert_allclose(log_det, -np.linalg.slogdet(jacobian)[1], rtol=1e-12)
+    np.testing.assert_allclose(of_inverse, log_det, rtol=1e-12)
+
+
+def test_gradients_through_samples_in_large_units(default_settings):
+    params = jaxode.nn.ConcatSquash(2, (4,), key=KEY)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+    support = (np.array([0.0, -np.inf]), np.array([np.inf, np.inf]))
+    density = jaxode.bind(flow, params, standardize=(np.array([0.0, 1000.0]), 1.0), support=support)
+    gradient = jax.grad(lambda params: density.with_params(params).sample(KEY, (3,)).sum())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert np.abs(gradient.weight).max() > 0
+
+
+def test_units_are_not_trained():
+    density = jaxode.bind(FLOW, PARAMS, standardize=np.abs(DATA), support=(0.0, 100.0))
+
+    def loss(density):
+        x, log_prob = density.sample_and_log_prob(KEY, (2,))
+        return x.sum() + log_prob.sum() + density.log_prob(np.abs(DATA[:2])).sum()
+
+    gradient = eqx.filter_grad(loss)(density)
+    maps = jax.tree.leaves((gradient.support, gradient.standardize))
+    assert len(maps) == 4
+    assert not any(np.any(leaf) for leaf in maps)
+    assert np.any(gradient.params.weight)
+
+
+def test_integers_are_numbers():
+    counts = np.random.default_rng(1).integers(0, 9, (40, 2))
+    whole, same = (jaxode.bind(FLOW, PARAMS, standardize=c) for c in (counts, counts.astype(float)))
+    np.testing.assert_allclose(whole.log_prob(counts), same.log_prob(1.0 * counts), rtol=1e-12)
+    np.testing.assert_allclose(whole.log_prob([3, 4]), same.log_prob(np.array([3.0, 4.0])))
+    flow = jaxode.bind(FLOW, trained(2), standardize=(DATA, (2.5, 1.5)))
+    found = flow.log_prob(DATA[0], context=np.array([3, 4]))
+    np.testing.assert_allclose(found, flow.log_prob(DATA[0], context=np.array([3.0, 4.0])))
+
+
+def test_far_outside_of_the_support_the_flow_is_not_asked():
+    """It has never seen such data: its field may be NaN there."""
+    field = lambda t, z, a: jnp.where(jnp.abs(z) > 8.0, jnp.nan, a * z)
+    flow = jaxode.cnf(field, FLOW.base)
+    density = jaxode.bind(flow, jnp.array(0.1), standardize=LOGNORMAL, support=(0.0, np.inf))
+    x = jnp.asarray([*LOGNORMAL[:2], -LOGNORMAL[0]])
+    log_prob = density.log_prob(x)
+    assert np.isfinite(log_prob[:2]).all()
+    assert log_prob[2] == -np.inf
+    inside = lambda a: density.with_params(a).log_prob(x)[:2].sum()
+    assert np.isfinite(jax.jit(jax.grad(inside))(jnp.array(0.1)))
+
+
 @pytest.mark.parametrize("value", [1e-30, 1.0 - 1e-7, 0.5])
 def test_bounds_in_float32(value):
     """A sample next to a bound has the density that it has in float64."""
@@ -150,6 +251,28 @@ def test_one_context_for_all_samples_or_a_row_for_each():
     np.testing.assert_allclose(loss, expected, rtol=1e-7)
 
 
+def test_as_many_samples_as_a_context_has_entries():
+    """A vector of two numbers is one context for two samples, where its shape is known."""
+    seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 2))
+    density = jaxode.bind(FLOW, trained(2), standardize=(DATA, seen))
+    x = density.sample(KEY, (2,), context=seen[0])
+    one = [density.log_prob(row, context=seen[0]) for row in x]
+    np.testing.assert_allclose(density.log_prob(x, context=seen[0]), one, rtol=1e-9)
+    # Leading axes broadcast: 3 samples for each of 2 contexts.
+    x = density.sample(KEY, (3, 2), context=seen[:2])
+    one = [density.log_prob(x[1, i], context=seen[i]) for i in range(2)]
+    np.testing.assert_allclose(density.log_prob(x, context=seen[:2])[1], one, rtol=1e-9)
+    raw = jaxode.bind(FLOW, trained(2))
+    with pytest.raises(ValueError, match=r"sample\(context=...\): .* Pass context_shape= to bind"):
+        raw.sample(KEY, (2,), context=seen[0])
+    known = jaxode.bind(FLOW, trained(2), context_shape=(2,))
+    assert known.sample(KEY, (2,), context=seen[0]).shape == (2, 2)
+    scale = lambda t, z, args: args[0] * args[1] * z
+    scalars = jaxode.bind(jaxode.cnf(scale, FLOW.base), 0.1, context_shape=())
+    each = scalars.log_prob(DATA[:2], context=np.array([1.0, 2.0]))
+    np.testing.assert_allclose(each[1], scalars.log_prob(DATA[1], context=2.0), rtol=1e-9)
+
+
 def test_labels_in_a_context_stay_as_they_are():
     field = lambda t, z, args: z * args[0][args[1]["label"]] + args[1]["size"]
     flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)
@@ -185,6 +308,7 @@ def test_it_is_a_pytree(tmp_path):
     eqx.tree_serialise_leaves(tmp_path / "density.eqx", density)
     zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
     loaded = eqx.tree_deserialise_leaves(tmp_path / "density.eqx", zeros)
+    assert eqx.tree_equal(loaded, density)
     np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
 
 
@@ -195,6 +319,7 @@ def test_orbax_saves_it_bit_for_bit(tmp_path):
         checkpointer.save(tmp_path / "density", density)
         zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
         loaded = checkpointer.restore(tmp_path / "density", zeros)
+    assert eqx.tree_equal(loaded, density)
     np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
 
 
@@ -206,12 +331,15 @@ def test_an_exported_density_needs_no_jaxode(tmp_path):
     platforms = ("cpu", "cuda", "tpu")
     log_prob = jax.export.export(jax.jit(lambda x: density.log_prob(x)), platforms=platforms)
     sample = jax.export.export(
-        jax.jit(lambda data: density.sample(jax.random.wrap_key_data(data), (5,))),
+        jax.jit(lambda key, rows: density.sample(jax.random.wrap_key_data(key), rows.shape)),
         platforms=platforms,
     )
+    count = jax.export.symbolic_shape("count")
     files = {
         "log_prob": log_prob(jax.ShapeDtypeStruct(batch, float)),
-        "sample": sample(jax.ShapeDtypeStruct((2,), np.uint32)),
+        "sample": sample(
+            jax.ShapeDtypeStruct((2,), np.uint32), jax.ShapeDtypeStruct(count, np.float32)
+        ),
     }
     for name, exported in files.items():
         assert "callback" not in exported.mlir_module()
@@ -221,7 +349,7 @@ def test_an_exported_density_needs_no_jaxode(tmp_path):
         "import sys, jax, numpy as np; jax.config.update('jax_enable_x64', True)\n"
         "load = lambda name: jax.export.deserialize(open(name, 'rb').read()).call\n"
         "np.savez('out.npz', log_prob=load('log_prob')(np.load('x.npy')),\n"
-        "    sample=load('sample')(np.array([0, 0], np.uint32)))\n"
+        "    sample=load('sample')(np.zeros(2, np.uint32), np.zeros(5, np.float32)))\n"
         "assert 'jaxode' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
@@ -256,6 +384,11 @@ WRONG = {
         r"data of x must be finite; .* 40 of 40 rows",
     ),
     "data of another shape": ({"standardize": np.ones((4, 3))}, r"must have shape \(n, \*\(2,\)\)"),
+    "a list": ({"standardize": [DATA.mean(0), DATA.std(0)]}, r"mean and scale a tuple; got a list"),
+    "a context of several arrays": (
+        {"standardize": (DATA, (DATA, DATA))},
+        r"that of a context must be \(mean, scale\), .* got a tuple of 2 parts",
+    ),
     "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
     "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),
     "a name": ({"support": "positive"}, r"support=...\): must be bounds \(low, high\)"),
@@ -275,6 +408,21 @@ def test_wrong_events_and_contexts():
         density.log_prob(jnp.ones((4, 3)))
     with pytest.raises(TypeError, match=r"bind\(flow=...\): must be made by jaxode.cnf"):
         jaxode.bind(PARAMS, FLOW)
-    conditional = jaxode.bind(FLOW, trained(3))
-    with pytest.raises((TypeError, ValueError), match="context"):
-        conditional.log_prob(DATA[:4], context=np.ones((5, 3)))
+    seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    conditional = jaxode.bind(FLOW, trained(3), standardize=(DATA, seen))
+    rule = r"must be one of shape \(3,\), or one for each of the samples \(4,\); got shape"
+    for where in ("log_prob", "to_flow"):
+        for wrong in (seen[:5], seen[0, :2]):
+            with pytest.raises(ValueError, match=rf"{where}\(context=...\): {rule}"):
+                getattr(conditional, where)(DATA[:4], context=wrong)
+    with pytest.raises(ValueError, match=r"sample\(context=...\): must have 1 arrays; got 2"):
+        conditional.sample(KEY, (4,), context=(seen[:4], seen[:4]))
+
+
+def test_training_data_outside_of_the_support():
+    density = jaxode.bind(FLOW, PARAMS, support=(0.0, 10.0))
+    x = jnp.array([[1.0, 2.0], [3.0, 11.0]])
+    with pytest.raises(ValueError, match=r"to_flow\(support=...\): .* 1 of 2 rows, first in row 1"):
+        density.to_flow(x)
+    z = jax.jit(lambda x: density.to_flow(x))(x)
+    assert list(np.isnan(z).any(1)) == [False, True]

@@ -58,10 +58,48 @@ def test_numpyro_takes_it_as_a_prior_and_in_a_plate(numpyro, default_settings):
     np.testing.assert_allclose(samples["z"].mean((0, 1)), 1.0, atol=0.5)
 
 
-def test_numpyro_has_no_constraint_for_bounds_of_several_kinds(numpyro):
-    density = jaxode.bind(FLOW, PARAMS, support=(np.array([0.0, -np.inf]), np.array([1.0, 1.0])))
-    with pytest.raises(ValueError, match=r"interop.numpyro\(density=...\): .* same kind of bounds"):
-        jaxode.interop.numpyro(density)
+MIXED = (np.array([0.0, -np.inf]), np.array([1.0, 1.0]))
+
+
+def test_numpyro_gets_the_support_whatever_its_kind(numpyro):
+    """Its transform of the real numbers, in a jitted function that takes the density."""
+    density = jaxode.bind(FLOW, PARAMS, support=MIXED)
+
+    @jax.jit
+    def look(density, u):
+        theirs = jaxode.interop.numpyro(density)
+        transform = numpyro.distributions.biject_to(theirs.support)
+        x = transform(u)
+        det = transform.log_abs_det_jacobian(u, x)
+        return theirs.log_prob(x), theirs.support(x), theirs.support(-x), det, transform.inv(x)
+
+    u = jnp.array([[0.3, -2.0], [1.0, 4.0]])
+    log_prob, inside, outside, det, back = look(density, u)
+    assert inside.all()
+    assert not outside.any()
+    np.testing.assert_allclose(back, u, rtol=1e-9)
+    x, jacobian = density.support.forward(u[0])[0], jax.jacobian(density.support.forward)(u[0])[0]
+    np.testing.assert_allclose(det[0], np.linalg.slogdet(jacobian)[1], rtol=1e-9)
+    np.testing.assert_allclose(log_prob[0], density.log_prob(x), rtol=1e-9)
+    theirs = jaxode.interop.numpyro(density)
+    x, intermediates = theirs.sample_with_intermediates(KEY, (3,))
+    np.testing.assert_allclose(theirs.log_prob(x, intermediates), density.log_prob(x), rtol=1e-6)
+
+
+def test_a_bound_that_numpyro_includes_has_density_zero(numpyro):
+    constraints = numpyro.distributions.constraints
+    for constraint in (constraints.interval(0.0, 1.0), constraints.unit_interval):
+        density = jaxode.bind(FLOW, PARAMS, support=constraint)
+        log_prob = density.log_prob(jnp.array([[0.5, 0.5], [0.0, 0.5], [0.5, 1.0]]))
+        assert np.isfinite(log_prob[0])
+        np.testing.assert_array_equal(log_prob[1:], -np.inf)
+    with pytest.raises(ValueError, match=r"support=...\): the data must lie strictly within"):
+        jaxode.bind(FLOW, PARAMS, standardize=np.eye(2), support=constraints.nonnegative)
+    for constraint in (constraints.simplex, constraints.nonnegative_integer):
+        with pytest.raises(
+            ValueError, match=r"support=...\): must be a constraint with a bijection"
+        ):
+            jaxode.bind(FLOW, PARAMS, support=constraint)
 
 
 def test_constraints_of_numpyro_are_supports(numpyro):
@@ -91,6 +129,9 @@ def test_a_bijector_of_distrax_is_a_support():
         event_ndims_in=0,
     )
     theirs = jaxode.bind(FLOW, PARAMS, support=exp)
+    logit = [jaxode.bind(FLOW, PARAMS, support=s) for s in ((0.0, 1.0), distrax.Sigmoid())]
+    inside = np.array([0.3, 0.9])
+    np.testing.assert_allclose(*(density.log_prob(inside) for density in logit), rtol=1e-9)
     x = ours.sample(KEY, (5,))
     np.testing.assert_allclose(theirs.sample(KEY, (5,)), x, rtol=1e-9)
     np.testing.assert_allclose(theirs.log_prob(x), ours.log_prob(x), rtol=1e-9)
@@ -106,6 +147,7 @@ def test_flowjax_has_the_same_density():
     np.testing.assert_allclose(theirs.log_prob(DATA[:3]), density.log_prob(DATA[:3]), rtol=1e-9)
     x, log_prob = theirs.sample_and_log_prob(KEY, (4,))
     np.testing.assert_allclose(density.log_prob(x), log_prob, rtol=1e-6)
+    np.testing.assert_allclose(theirs.sample(KEY, (4,)), x, rtol=1e-6)
 
 
 def test_flowjax_passes_a_condition():

@@ -1,6 +1,7 @@
 """A flow as a distribution: with its parameters, in the units and the support of the data.
 
-With the bijection `u -> x` of the support and `u = mean + scale z`, a sample of the flow is `z`:
+A sample of the flow is `z`, one of the data is `x`: with `u = mean + scale z` and the bijection
+`u -> x` of the support,
 
     log p(x) = log p_flow(z) + log |det du/dx| - sum log scale.
 """
@@ -16,10 +17,18 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.divergence import noiseless
 from jaxode.flows.cnf import CNF
-from jaxode.flows.standardize import WHERE, Affine, affine, of_context, split
+from jaxode.flows.standardize import (
+    WHERE,
+    Affine,
+    affine,
+    check_inside,
+    floating,
+    of_context,
+    split,
+)
 from jaxode.flows.support import Support, as_support
-from jaxode.flows.validation import check_key
-from jaxode.ode.validation import check_args, integer, is_known
+from jaxode.flows.validation import check_count, check_key
+from jaxode.ode.validation import check_args, is_known, native
 
 
 class _Constant(eqx.Module):
@@ -46,10 +55,11 @@ class Density(eqx.Module):
     """The distribution of a flow, made by `jaxode.bind`. A pytree of its parameters and maps.
 
     Shapes: `x` is `[..., *event]`, log-densities are `[...]` in nats. A `context` is one for all
-    samples, or has a row for each: leaves `[..., *row]`, with the same leading axes.
+    samples, or has a row for each, `[..., *row]`; its leading axes broadcast to those of `x`.
 
-    Each sample takes its own steps, so its density does not depend on the batch around it. Without
-    a key the divergence is exact; with one it is that of the flow.
+    Each sample takes its own steps, so its density does not depend on the batch around it; with
+    an implicit solver, or with `axis_name`, the steps are joint. Without a key the divergence is
+    exact; with a key the one of the flow is used. Derivatives do not reach the maps.
 
     Raises:
         TypeError, ValueError: at trace time, if arguments do not fit.
@@ -63,6 +73,8 @@ class Density(eqx.Module):
     standardize: Affine | None
     of_context: PyTree
     """`Affine` for the leaves of a context that are standardized; None for the others."""
+    context_shapes: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
+    """Of one context, leaf by leaf; None if it is not known."""
 
     @property
     def flow(self) -> CNF:
@@ -71,7 +83,7 @@ class Density(eqx.Module):
 
     @property
     def params(self) -> PyTree:
-        """Of the vector field of the flow."""
+        """The parameters of the vector field."""
         return _whole(self._params)
 
     def with_params(self, params: PyTree) -> "Density":
@@ -94,7 +106,7 @@ class Density(eqx.Module):
         rows, shape = self._rows("log_prob", x)
         inside, z, log_det = jax.vmap(self._from_data)(rows)
         flow = self._row_by_row(key, (rows, context))
-        context = self._context(context, shape)
+        context = self._context("log_prob", context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
         return jnp.where(inside, log_prob, -jnp.inf).reshape(shape)
 
@@ -102,60 +114,69 @@ class Density(eqx.Module):
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
     ) -> Float[Array, "..."]:
         """Independent samples, `[*sample_shape, *event]`."""
-        count, context, shape = self._draws(sample_shape, context)
+        shape, count = self._counted("sample", sample_shape)
+        context = self._context("sample", context, shape)
         flow = self._row_by_row(None, (key, context))
         # As in `sample_and_log_prob`.
         base_key, _ = jax.random.split(check_key("sample", key))
         z = flow.sample(self.params, base_key, count, context=context)
-        return jax.vmap(self._to_data)(z).reshape(*shape, *self.event_shape)
+        return jax.vmap(self._to_data)(z)[0].reshape(*shape, *self.event_shape)
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """`sample`, and the log-density of each, from the same solve."""
         where = "sample_and_log_prob"
-        count, context, shape = self._draws(sample_shape, context)
+        shape, count = self._counted(where, sample_shape)
+        context = self._context(where, context, shape)
         flow = self._row_by_row(None, (key, context))
         z, log_prob = flow.sample_and_log_prob(
             self.params, check_key(where, key), count, context=context
         )
-        x = jax.vmap(self._to_data)(z)
-        _, _, log_det = jax.vmap(self._from_data)(x)
+        x, log_det = jax.vmap(self._to_data)(z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 
     def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
         """Data as the flow sees them, to train it: `z`, or `(z, context)` if there is a context.
 
-        `density.flow.nll(params, density.to_flow(x))` is minus the mean of `log_prob`, but for the
-        constant of the maps. Data outside of the support are NaN.
+        `density.flow.nll(params, density.to_flow(x))` is minus the mean of `log_prob`, up to the
+        constant of the maps.
+
+        Raises:
+            ValueError: if data are outside of the support; where that is not known, they are NaN.
         """
         rows, shape = self._rows("to_flow", x)
         inside, z, _ = jax.vmap(self._from_data)(rows)
+        check_inside("to_flow", inside, rows)
         inside = inside.reshape(-1, *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
-        return z if context is None else (z, self._standardized(context))
+        if context is None:
+            return z
+        context = self._context("to_flow", context, shape)
+        return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     def _from_data(self, x: Float[Array, " *event"]):
         """Whether an event is in the support, as the flow sees it, and `log |det dz/dx|`."""
         inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
         if self.support is not None:
-            # What is NaN stays so; a density outside is that of another event, and not used.
+            # What is NaN stays so. Outside the density is not used: it is that of `z = 0`, where
+            # the flow is well behaved.
             inside = self.support.contains(x) | jnp.isnan(x).any()
-            x, log_det = self.support.inverse(jnp.where(inside, x, self._some(x)))
+            center, _ = self._to_data(jnp.zeros_like(x))
+            x, log_det = self.support.inverse(jnp.where(inside, x, center))
         if self.standardize is not None:
-            x = self.standardize(x)
-            scales = jnp.broadcast_to(self.standardize.scale, x.shape)
-            log_det = log_det - jnp.sum(jnp.log(scales))
+            x, log_det = self.standardize(x), log_det + self.standardize.log_det(x)
         return inside, x, log_det
 
-    def _some(self, like: Float[Array, " *event"]) -> Float[Array, " *event"]:
-        """An event of the support."""
-        assert self.support is not None
-        return self.support.forward(jnp.zeros_like(like))
-
-    def _to_data(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
-        x = z if self.standardize is None else self.standardize.back(z)
-        return x if self.support is None else self.support.forward(x)
+    def _to_data(self, z: Float[Array, " *event"]):
+        """A sample in the units of the data, and `log |det dz/dx|`."""
+        x, log_det = z, jnp.zeros((), z.dtype)
+        if self.standardize is not None:
+            x, log_det = self.standardize.back(z), self.standardize.log_det(z)
+        if self.support is not None:
+            x, of_support = self.support.forward(x)
+            log_det = log_det + of_support
+        return x, log_det
 
     def _row_by_row(self, key: Any, inputs: PyTree) -> CNF:
         """The flow, with steps for each row, without noise if there is no key."""
@@ -171,41 +192,36 @@ class Density(eqx.Module):
 
     def _rows(self, where: str, x: Any) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
         """The samples as a batch, and the axes before those of an event."""
-        event = self.event_shape
-        if isinstance(x, int | float | list):
-            x = jnp.asarray(x, float)
-        shape = jnp.shape(x)
-        split = len(shape) - len(event)
-        if split < 0 or shape[split:] != event:
+        event, x = self.event_shape, floating(native(x))
+        cut = x.ndim - len(event)
+        if cut < 0 or x.shape[cut:] != event:
             raise ValueError(
-                f"{where}(x=...): must have shape (..., *event) with event {event}; got {shape}."
+                f"{where}(x=...): must have shape (..., *event) with event {event}; got {x.shape}."
             )
-        return jnp.reshape(x, (math.prod(shape[:split]), *event)), shape[:split]
+        shape = x.shape[:cut]
+        return x.reshape(math.prod(shape), *event), shape
 
-    def _draws(self, sample_shape: Any, context: PyTree):
-        """How many samples, their contexts, and the axes of both."""
+    def _counted(self, where: str, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
+        """The sizes, and their product."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
-        shape = tuple(integer("sample", "sample_shape", size, least=0) for size in sizes)
-        return math.prod(shape), self._context(context, shape), shape
+        shape = tuple(check_count(where, size) for size in sizes)
+        return shape, math.prod(shape)
 
-    def _context(self, context: PyTree, shape: tuple[int, ...]) -> PyTree:
-        """A row for each of as many samples as `shape` has."""
+    def _context(self, where: str, context: PyTree, shape: tuple[int, ...]) -> PyTree:
+        """A row for each of as many samples as `shape` has, as the flow sees them."""
         if context is None:
             return None
-        check_args("bind", "context", context)
-        context, count = self._standardized(context), math.prod(shape)
-        leaves = jax.tree.leaves(context)
-        each = shape != () and all(jnp.shape(leaf)[: len(shape)] == shape for leaf in leaves)
-
-        def rows(leaf):
-            own = jnp.shape(leaf)[len(shape) :] if each else jnp.shape(leaf)
-            if each:
-                return jnp.reshape(leaf, (count, *own))
-            return jnp.broadcast_to(leaf, (count, *own))
-
-        return jax.tree.map(rows, context)
-
-    def _standardized(self, context: PyTree) -> PyTree:
+        context = check_args(where, "context", context)
+        leaves, structure = jax.tree.flatten(context)
+        known = self.context_shapes
+        if known is not None and len(known) != len(leaves):
+            raise ValueError(
+                f"{where}(context=...): must have {len(known)} arrays; got {len(leaves)}."
+            )
+        rows = known or [_row_shape(where, jnp.shape(leaf), shape) for leaf in leaves]
+        each = zip(leaves, rows, strict=True)
+        leaves = [_spread(where, leaf, shape, row) for leaf, row in each]
+        context = jax.tree.unflatten(structure, leaves)
         if self.of_context is None:
             return context
         is_map = lambda x: x is None or isinstance(x, Affine)
@@ -213,20 +229,57 @@ class Density(eqx.Module):
         return jax.tree.map(apply, self.of_context, context, is_leaf=is_map)
 
 
-def bind(flow: CNF, params: PyTree, *, standardize: Any = None, support: Any = None) -> Density:
+def _row_shape(where: str, of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:
+    """What is the shape of one context, if it is not known: by its leading axes."""
+    if of_leaf[: len(samples)] != samples:
+        return of_leaf
+    if of_leaf and of_leaf == samples:
+        raise ValueError(
+            f"{where}(context=...): may be one for all samples, or a number for each; got shape "
+            f"{of_leaf} for samples {samples}. Pass context_shape= to bind."
+        )
+    return of_leaf[len(samples) :]
+
+
+def _spread(where: str, leaf: Any, samples: tuple[int, ...], row: tuple[int, ...]) -> Array:
+    """The context of each sample, `[rows, *row]`."""
+    shape = jnp.shape(leaf)
+    cut = len(shape) - len(row)
+    try:
+        if cut < 0 or shape[cut:] != row:
+            raise ValueError
+        spread = jnp.broadcast_to(leaf, (*samples, *row))
+    except ValueError:
+        raise ValueError(
+            f"{where}(context=...): must be one of shape {row}, or one for each of the samples "
+            f"{samples}; got shape {shape}."
+        ) from None
+    return spread.reshape(math.prod(samples), *row)
+
+
+def bind(
+    flow: CNF,
+    params: PyTree,
+    *,
+    standardize: Any = None,
+    support: Any = None,
+    context_shape: Any = None,
+) -> Density:
     """The distribution of a flow with these parameters: a pytree that goes everywhere.
 
     Args:
         flow: made by `jaxode.cnf`.
         params: of its vector field.
         standardize: an affine map around the flow, so that the network sees numbers of about one:
-            data `[n, *event]`, of which it takes mean and standard deviation; or `(mean, scale)`,
-            numbers or arrays of an event's shape; or a pair of such for `(x, context)`, where
-            leaves of the context that are integers, such as labels, stay as they are.
+            data `[n, *event]`, of which it takes mean and standard deviation; or a tuple
+            `(mean, scale)`, numbers or arrays of an event's shape; or a pair of such for
+            `(x, context)`. The data of a context may be a dictionary of arrays, and those of
+            integers, such as labels, stay as they are.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, which may be infinite; a constraint of numpyro; or a bijector of distrax. The
-            data lie strictly within. `standardize` then is of what the bijection maps them to, if
-            it is not data.
+            data lie strictly within. Then `(mean, scale)` are of what the bijection maps them to.
+        context_shape: of one context, or of each of its arrays; as `standardize` has it, if that
+            is data.
 
     Returns:
         A `Density` with `log_prob`, `sample`, `sample_and_log_prob`, `event_shape` and `to_flow`.
@@ -248,4 +301,18 @@ def bind(flow: CNF, params: PyTree, *, standardize: Any = None, support: Any = N
         support=allowed,
         standardize=affine("x", of_data, event, allowed),
         of_context=of_context(for_context),
+        context_shapes=_context_shapes(context_shape, for_context),
     )
+
+
+def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None:
+    """As they are given, or else as the data of a context have them."""
+    if given is not None:
+        is_shape = lambda x: isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+        return tuple(jax.tree.leaves(given, is_leaf=is_shape))
+    if data is None:
+        return None
+    if isinstance(data, tuple):
+        shape = max(jnp.shape(part) for part in data)
+        return (shape,) if shape else None
+    return tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))

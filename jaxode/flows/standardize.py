@@ -8,11 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.flows.support import Support
+from jaxode.flows.support import Support, frozen
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import is_known
 
 WHERE = "bind"
+
+
+def floating(x: Any) -> Array:
+    """An array of floating point numbers; integers become those of the default precision."""
+    x = jnp.asarray(x)
+    return x.astype(_floating_dtype(x.dtype))
+
+
+def _floating_dtype(dtype: Any) -> Any:
+    return jnp.result_type(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
 
 
 class Affine(eqx.Module):
@@ -22,22 +32,26 @@ class Affine(eqx.Module):
     scale: Float[Array, "..."]
 
     def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
-        mean, scale = self._spread(u)
+        u = floating(u)
+        mean, scale = self._frozen(u)
         return (u - mean) / scale
 
     def back(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        mean, scale = self._spread(z)
+        mean, scale = self._frozen(z)
         return mean + scale * z
 
-    def _spread(self, like: Float[Array, "..."]):
-        shape = jnp.shape(like)
-        return (
-            jnp.broadcast_to(part, shape).astype(like.dtype) for part in (self.mean, self.scale)
-        )
+    def log_det(self, like: Float[Array, " *event"]) -> Float[Array, ""]:
+        """`log |det dz/du|`."""
+        _, scale = self._frozen(like)
+        return -jnp.sum(jnp.log(scale))
+
+    def _frozen(self, like: Array):
+        spread = lambda part: jnp.broadcast_to(part, like.shape).astype(like.dtype)
+        return map(spread, frozen((self.mean, self.scale)))
 
 
 def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
-    """What is said of `x`, and of the context."""
+    """The parts for `x` and for the context."""
     if not isinstance(standardize, tuple):
         return standardize, None
     if len(standardize) != 2:
@@ -55,8 +69,13 @@ def affine(
 ) -> Affine | None:
     if given is None:
         return None
+    if isinstance(given, list):
+        raise TypeError(
+            f"{WHERE}(standardize=...): data of {name} must be an array, and mean and scale a "
+            "tuple; got a list."
+        )
     if isinstance(given, tuple):
-        mean, scale = (jnp.asarray(part, float) for part in given)
+        mean, scale = map(floating, given)
         for part in (mean, scale):
             if part.shape not in ((), event):
                 raise ValueError(
@@ -75,21 +94,29 @@ def affine(
             f"least two rows; got {data.shape}."
         )
     if support is not None:
-        rows = jnp.asarray(data)
-        outside = ~jax.vmap(support.contains)(rows)
-        if is_known(outside) and np.any(outside):
-            raise ValueError(
-                f"{WHERE}(support=...): the data must lie strictly within; got others in "
-                f"{in_rows(outside)}. Widen the support, or leave those rows out."
-            )
+        rows = floating(data)
+        check_inside(WHERE, jax.vmap(support.contains)(rows), rows)
         data = jax.vmap(lambda x: support.inverse(x)[0])(rows)
     return _fitted(name, data)
 
 
+def check_inside(where: str, inside: Any, rows: Any) -> None:
+    """Raise if finite rows are known to be outside of the support."""
+    if is_known((inside, rows)):
+        finite = np.isfinite(np.asarray(rows)).reshape(len(rows), -1).all(axis=1)
+        outside = ~np.asarray(inside) & finite
+        if outside.any():
+            raise ValueError(
+                f"{where}(support=...): the data must lie strictly within; got others in "
+                f"{in_rows(outside)}. Widen the support, or leave those rows out."
+            )
+
+
 def _fitted(name: str, data: Any) -> Affine:
     """Mean and standard deviation, in float64 if the data are known."""
+    dtype = _floating_dtype(data.dtype)
     if not is_known(data):
-        return Affine(jnp.mean(data, axis=0), jnp.std(data, axis=0))
+        return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
     if not np.isfinite(wide).all():
         bad = ~np.isfinite(wide).reshape(len(wide), -1).all(axis=1)
@@ -106,15 +133,20 @@ def _fitted(name: str, data: Any) -> Affine:
             f"{WHERE}(standardize=...): {name} must vary; got a constant coordinate, number "
             f"{place}. Leave it out, or pass (mean, scale)."
         )
-    return Affine(jnp.asarray(mean, data.dtype), jnp.asarray(scale, data.dtype))
+    return Affine(jnp.asarray(mean.astype(dtype)), jnp.asarray(scale.astype(dtype)))
 
 
 def of_context(given: Any) -> PyTree:
-    """A map for each leaf of the context that is of floating point numbers."""
+    """A map for each leaf of the context that has floating point numbers."""
     if given is None:
         return None
-    if isinstance(given, tuple) and len(given) == 2 and all(jnp.ndim(part) < 2 for part in given):
-        return affine("context", given, jnp.shape(given[0]))
-    floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    one = lambda x: affine("context", x, jnp.shape(x)[1:]) if floating(x) else None
+    if isinstance(given, tuple):
+        if len(given) != 2 or any(jnp.ndim(part) > 1 for part in given):
+            raise ValueError(
+                f"{WHERE}(standardize=...): that of a context must be (mean, scale), an array of "
+                f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
+            )
+        return affine("context", given, max(jnp.shape(part) for part in given))
+    is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    one = lambda x: affine("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

@@ -1,4 +1,4 @@
-"""Bijections from the real numbers to the support of a density, coordinate by coordinate."""
+"""Bijections between real numbers and the support of a density."""
 
 from typing import Any, Protocol
 
@@ -6,23 +6,32 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode.ode.validation import is_known, numeric_dtype
 
 
 class Support(Protocol):
-    """Maps an event `x` of the support to one of real numbers `u`, and back."""
+    """Maps real numbers `u` of an event's shape to an event `x` of the support, and back."""
 
     def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]: ...
 
     def inverse(
         self, x: Float[Array, " *event"]
     ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`u`, and the logarithm of `|det du/dx|`."""
+        """`u`, and `log |det du/dx|`."""
         ...
 
-    def forward(self, u: Float[Array, " *event"]) -> Float[Array, " *event"]: ...
+    def forward(
+        self, u: Float[Array, " *event"]
+    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
+        """`x`, and `log |det du/dx|`."""
+        ...
+
+
+def frozen(tree: PyTree) -> PyTree:
+    """The tree, its arrays constants of differentiation: training must not move the units."""
+    return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
 class Box(eqx.Module):
@@ -38,26 +47,39 @@ class Box(eqx.Module):
         return ((self.low < x) & (x < self.high)).all()
 
     def inverse(self, x):
-        below, above = self._bounded
+        low, high, below, above = self._bounds
         # Where there is no bound, one is the distance to it: its logarithm is zero.
-        from_low = jnp.log(jnp.where(below, x - self.low, 1.0))
-        to_high = jnp.log(jnp.where(above, self.high - x, 1.0))
-        width = jnp.log(jnp.where(below & above, self.high - self.low, 1.0))
+        from_low = jnp.log(jnp.where(below, x - low, 1.0))
+        to_high = jnp.log(jnp.where(above, high - x, 1.0))
+        width = jnp.log(jnp.where(below & above, high - low, 1.0))
         u = jnp.where(below | above, from_low - to_high, x)
         return u, jnp.sum(width - from_low - to_high)
 
     def forward(self, u):
-        below, above = self._bounded
-        low, high = jnp.where(below, self.low, 0.0), jnp.where(above, self.high, 0.0)
-        between = low + (high - low) * jax.nn.sigmoid(u)
-        half = jnp.where(below, low + jnp.exp(u), high - jnp.exp(-u))
-        x = jnp.where(below & above, between, jnp.where(below | above, half, u))
+        low, high, below, above = self._bounds
+        both, half = below & above, below ^ above
+        # Each branch sees only its own coordinates, and no exponential overflows: otherwise the
+        # derivative of the others would be NaN.
+        most = jnp.log(jnp.finfo(u.dtype).max) - 1
+        distance = jnp.exp(jnp.minimum(jnp.where(half, jnp.where(below, u, -u), 0.0), most))
+        logit = jnp.where(both, u, 0.0)
+        between = low + (high - low) * jax.nn.sigmoid(logit)
+        beyond = jnp.where(below, low + distance, high - distance)
+        x = jnp.where(both, between, jnp.where(half, beyond, u))
+        of_logit = -jax.nn.log_sigmoid(logit) - jax.nn.log_sigmoid(-logit)
+        of_logit -= jnp.log(jnp.where(both, high - low, 1.0))
+        of_half = jnp.where(below, -u, u)
+        log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
         # Rounding must not leave the support.
-        return jnp.clip(x, _beside(self.low, self.high), _beside(self.high, self.low))
+        first, last = (frozen(bound) for bound in (self.low, self.high))
+        return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
     @property
-    def _bounded(self):
-        return jnp.isfinite(self.low), jnp.isfinite(self.high)
+    def _bounds(self):
+        """Finite bounds, zero where there is none, and where there is one."""
+        below, above = jnp.isfinite(self.low), jnp.isfinite(self.high)
+        low, high = frozen((self.low, self.high))
+        return jnp.where(below, low, 0.0), jnp.where(above, high, 0.0), below, above
 
 
 def _beside(bound, towards):
@@ -69,23 +91,25 @@ def _beside(bound, towards):
 class OfNumpyro(eqx.Module):
     """A constraint of numpyro, by the bijection that numpyro has for it."""
 
-    constraint: Any = eqx.field(static=True)
+    constraint: Any
 
     @property
     def _bijection(self) -> Any:
         from numpyro.distributions import biject_to
 
-        return biject_to(self.constraint)
+        return biject_to(frozen(self.constraint))
 
     def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        return jnp.all(self.constraint(x))
+        # A bound that the constraint includes is where the bijection is infinite.
+        return jnp.all(self.constraint(x)) & _is_finite(self.inverse(x))
 
     def inverse(self, x):
         u = self._bijection.inv(x)
         return u, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
 
     def forward(self, u):
-        return self._bijection(u)
+        x = self._bijection(u)
+        return x, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
 
 
 class OfDistrax(eqx.Module):
@@ -94,15 +118,20 @@ class OfDistrax(eqx.Module):
     bijector: Any
 
     def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        u, _ = self.inverse(x)
-        return jnp.isfinite(u).all()
+        return _is_finite(self.inverse(x))
 
     def inverse(self, x):
         u, log_det = self.bijector.inverse_and_log_det(x)
         return u, jnp.sum(log_det)
 
     def forward(self, u):
-        return self.bijector.forward(u)
+        x, log_det = self.bijector.forward_and_log_det(u)
+        return x, -jnp.sum(log_det)
+
+
+def _is_finite(found: tuple[Array, Array]) -> Bool[Array, ""]:
+    u, log_det = found
+    return jnp.isfinite(u).all() & jnp.isfinite(log_det)
 
 
 def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | None:
@@ -111,14 +140,29 @@ def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | No
         return None
     if isinstance(support, tuple) and len(support) == 2:
         return _box(where, support, event)
-    if hasattr(support, "inverse_and_log_det") and hasattr(support, "forward"):
+    if hasattr(support, "inverse_and_log_det") and hasattr(support, "forward_and_log_det"):
         return OfDistrax(support)
     if hasattr(support, "feasible_like") and callable(support):
-        return OfNumpyro(support)
+        return _of_numpyro(where, support, event)
     raise TypeError(
         f"{where}(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
         f"of distrax; got {support!r}."
     )
+
+
+def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> OfNumpyro:
+    from numpyro.distributions import biject_to
+
+    try:
+        shape = biject_to(constraint).forward_shape(event)
+    except (NotImplementedError, ValueError):
+        shape = None
+    if shape != event:
+        raise ValueError(
+            f"{where}(support=...): must be a constraint with a bijection from real numbers of the "
+            f"same shape, {event}; got {constraint!r}."
+        )
+    return OfNumpyro(constraint)
 
 
 def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:

@@ -131,8 +131,10 @@ def normalized(
     return weights / jnp.where(valid, total, jnp.nan), valid
 
 
-def check_count(where: str, n: Any) -> int:
-    """A number of samples."""
+def check_count(where: str, n: Any) -> Any:
+    """A number of samples; a symbolic one of `jax.export` as it is."""
+    if jax.export.is_symbolic_dim(n):
+        return n
     return integer(where, "n", n, least=0, rule="a number of samples")
 
 

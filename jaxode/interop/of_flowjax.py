@@ -1,11 +1,9 @@
 """A density as a distribution of flowjax."""
 
 import equinox as eqx
-import jax
 from flowjax.distributions import AbstractDistribution
 
 from jaxode.flows.density import Density
-from jaxode.flows.standardize import Affine
 
 
 class FlowDistribution(AbstractDistribution):
@@ -17,8 +15,13 @@ class FlowDistribution(AbstractDistribution):
 
     @classmethod
     def of(cls, density: Density) -> "FlowDistribution":
-        context = density.of_context
-        condition = jax.numpy.shape(context.mean) if isinstance(context, Affine) else None
+        shapes = density.context_shapes
+        if shapes is not None and len(shapes) > 1:
+            raise ValueError(
+                "interop.flowjax(density=...): the context must be one array; got shapes "
+                f"{shapes}. Join them in the vector field."
+            )
+        condition = shapes[0] if shapes else None
         return cls(density=density, shape=density.event_shape, cond_shape=condition)
 
     def _log_prob(self, x, condition=None):

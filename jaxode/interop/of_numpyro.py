@@ -1,29 +1,34 @@
 """A density as a distribution of numpyro."""
 
+import math
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import PyTree
-from numpyro.distributions import constraints
+from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.transforms import Transform
 
 from jaxode.flows.density import Density
-from jaxode.flows.support import Box, OfNumpyro
+from jaxode.flows.support import Support
 
 
 class FlowDistribution(dist.Distribution):
     """What numpyro asks of a distribution. Its parameters are the leaves of the density."""
 
-    pytree_data_fields = ("density", "context", "_support")
+    pytree_data_fields = ("density", "context")
 
     def __init__(self, density: Density, context: PyTree = None, *, validate_args=None):
         self.density, self.context = density, context
-        self._support: Any = _constraint(density)
         super().__init__(event_shape=density.event_shape, validate_args=validate_args)
 
     @property
     def support(self):
-        return self._support
+        if self.density.support is None:
+            return constraints.independent(constraints.real, len(self.event_shape))
+        return _InSupport(self.density.support, self.event_shape)
 
     def sample(self, key: Any, sample_shape=()):
         return self.density.sample(key, sample_shape, context=self.context)
@@ -39,26 +44,66 @@ class FlowDistribution(dist.Distribution):
         return self.density.log_prob(value, context=self.context)
 
 
-def _constraint(density: Density) -> Any:
-    event, support = len(density.event_shape), density.support
-    if support is None:
-        return constraints.independent(constraints.real, event)
-    if isinstance(support, OfNumpyro):
-        missing = event - support.constraint.event_dim
-        return constraints.independent(support.constraint, missing)
-    if isinstance(support, Box):
-        low, high = support.low, support.high
-        bounded = [bool(jax.numpy.isfinite(x).all()) for x in (low, high)]
-        free = [bool(jax.numpy.isinf(x).all()) for x in (low, high)]
-        if all(bounded):
-            return constraints.independent(constraints.interval(low, high), event)
-        if bounded[0] and free[1]:
-            return constraints.independent(constraints.greater_than(low), event)
-        if bounded[1] and free[0]:
-            return constraints.independent(constraints.less_than(high), event)
-        if all(free):
-            return constraints.independent(constraints.real, event)
-    raise ValueError(
-        "interop.numpyro(density=...): coordinates must have the same kind of bounds; got a "
-        f"support that numpyro has no constraint for, {support!r}. Use a site for each kind."
-    )
+class _Events:
+    """A support, and the shape of its events: a pytree, as numpyro asks of what it is a part of."""
+
+    def __init__(self, support: Support, event: tuple[int, ...]):
+        self.held, self.event = support, event
+
+    def tree_flatten(self):
+        return (self.held,), (("held",), {"event": self.event})
+
+    def eq(self, other, static=False):
+        return isinstance(other, type(self)) and eqx.tree_equal(self.held, other.held)
+
+    def map(self, f, x):
+        """`f` of each event of a batch."""
+        shape = x.shape[: x.ndim - len(self.event)]
+        out = jax.vmap(f)(x.reshape(math.prod(shape), *self.event))
+        return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
+
+
+class _InSupport(_Events, constraints.Constraint):
+    """The support of a density as a constraint."""
+
+    @property
+    def event_dim(self):
+        return len(self.event)
+
+    def __call__(self, x):
+        return self.map(self.held.contains, x)
+
+    def feasible_like(self, prototype):
+        return _ToSupport(self.held, self.event)(jnp.zeros_like(prototype))
+
+
+class _ToSupport(_Events, Transform):
+    """Its bijection from the real numbers."""
+
+    @property
+    def domain(self):
+        return constraints.independent(constraints.real, len(self.event))
+
+    @property
+    def codomain(self):
+        return _InSupport(self.held, self.event)
+
+    def __call__(self, x):
+        return self.map(self.held.forward, x)[0]
+
+    def _inverse(self, y):
+        return self.map(self.held.inverse, y)[0]
+
+    def log_abs_det_jacobian(self, x, y, intermediates=None):
+        return -self.map(self.held.forward, x)[1]
+
+    def forward_shape(self, shape):
+        return shape
+
+    def inverse_shape(self, shape):
+        return shape
+
+
+@biject_to.register(_InSupport)
+def _(constraint):
+    return _ToSupport(constraint.held, constraint.event)
