@@ -46,7 +46,7 @@ def simulate(key, n: int):
 
 
 def exact_posterior(theta, x):
-    """Its density at the parameters, but for a constant: the likelihood, as the prior is flat."""
+    """Its density at the parameters, up to a constant: the likelihood, as the prior is flat."""
     u, v = jnp.moveaxis(x - arm(theta), -1, 0)
     radius = jnp.hypot(u, v)
     return jnp.where(u > 0, jnp.exp(-0.5 * ((radius - 0.1) / 0.01) ** 2) / radius, 0.0)
