@@ -206,6 +206,13 @@ def test_far_outside_of_the_support_the_flow_is_not_asked():
     assert np.isfinite(jax.jit(jax.grad(inside))(jnp.array(0.1)))
 
 
+def test_where_the_bijection_is_infinite_the_density_is_zero():
+    density = jaxode.bind(FLOW, PARAMS, support=(0.0, np.inf))
+    x = jnp.array([[1.0, 1.0], [1.0, np.inf], [5e-324, 1.0]])
+    assert list(jnp.isfinite(jax.jit(lambda x: density.log_prob(x))(x))) == [True, False, False]
+    np.testing.assert_array_equal(density.log_prob(x)[1:], -np.inf)
+
+
 @pytest.mark.parametrize("value", [1e-30, 1.0 - 1e-7, 0.5])
 def test_bounds_in_float32(value):
     """A sample next to a bound has the density that it has in float64."""
@@ -294,6 +301,7 @@ def test_without_a_key_the_divergence_is_exact():
 
 def test_it_is_a_pytree(tmp_path):
     density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    np.testing.assert_array_equal(jax.jit(density.log_prob)(DATA[:3]).shape, (3,))
     values = jax.jit(lambda density, x: density.log_prob(x))(density, DATA[:3])
     np.testing.assert_allclose(values, density.log_prob(DATA[:3]), rtol=1e-12)
     # An ensemble, and the mixture of its members.
@@ -378,6 +386,11 @@ WRONG = {
     "data that leave": (
         {"standardize": DATA, "support": (0.0, 9.0)},
         r"support=...\): the data must lie strictly within; got others in 40 of 40 rows",
+    ),
+    "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite; got nan"),
+    "a scale that is lost": (
+        {"standardize": np.float32(1e7) + np.eye(4, 2, dtype=np.float32)},
+        r"x must vary; got a coordinate that is constant in float32, number 0",
     ),
     "data with NaN": (
         {"standardize": DATA * np.nan},

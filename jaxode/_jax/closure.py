@@ -175,6 +175,12 @@ class ClosedField(eqx.Module):
                 )
 
 
+def hash_of(tree: PyTree) -> int:
+    """So that `jax.jit` takes a method of a module: what has no hash counts by its identity."""
+    leaves, structure = jax.tree.flatten(tree)
+    return hash((structure, *(x if type(x).__hash__ else id(x) for x in leaves)))
+
+
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """All equations, inner ones included."""
     for equation in jaxpr.eqns:

@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._jax.closure import recognizable, settle
+from jaxode._jax.closure import hash_of, recognizable, settle
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
@@ -79,9 +79,7 @@ class CNF(eqx.Module):
     throw: bool | None = eqx.field(static=True)
 
     def __hash__(self) -> int:
-        """So that `jax.jit` takes a method of any flow: what has no hash counts by its identity."""
-        leaves, structure = jax.tree.flatten(self)
-        return hash((structure, *(x if type(x).__hash__ else id(x) for x in leaves)))
+        return hash_of(self)
 
     def log_prob(
         self,

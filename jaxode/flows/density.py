@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from jaxode._jax.closure import hash_of
 from jaxode.divergence import noiseless
 from jaxode.flows.cnf import CNF
 from jaxode.flows.standardize import (
@@ -75,6 +76,9 @@ class Density(eqx.Module):
     """`Affine` for the leaves of a context that are standardized; None for the others."""
     context_shapes: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
     """Of one context, leaf by leaf; None if it is not known."""
+
+    def __hash__(self) -> int:
+        return hash_of(self)
 
     @property
     def flow(self) -> CNF:

@@ -86,6 +86,10 @@ def affine(
             raise ValueError(
                 f"{WHERE}(standardize=...): the scale of {name} must be positive; got {given[1]}."
             )
+        if is_known(mean) and not np.isfinite(mean).all():
+            raise ValueError(
+                f"{WHERE}(standardize=...): the mean of {name} must be finite; got {given[0]}."
+            )
         return Affine(mean, scale)
     data = np.asarray(given) if is_known(given) else given
     if data.shape[1:] != event or data.ndim != len(event) + 1 or len(data) < 2:
@@ -125,13 +129,14 @@ def _fitted(name: str, data: Any) -> Affine:
             f"{in_rows(bad)}. Leave those rows out."
         )
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
-    constant = np.argwhere(~(scale > 1e-12 * np.abs(mean).clip(1e-300)))
+    kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
+    constant = np.argwhere(~((scale > lost) & (kept > 0) & np.isfinite(kept)))
     if constant.size:
         column = tuple(map(int, constant[0]))
         place = column[0] if len(column) == 1 else column
         raise ValueError(
-            f"{WHERE}(standardize=...): {name} must vary; got a constant coordinate, number "
-            f"{place}. Leave it out, or pass (mean, scale)."
+            f"{WHERE}(standardize=...): {name} must vary; got a coordinate that is constant in "
+            f"{jnp.dtype(dtype).name}, number {place}. Leave it out, or rescale it in float64."
         )
     return Affine(jnp.asarray(mean.astype(dtype)), jnp.asarray(scale.astype(dtype)))
 

@@ -44,7 +44,7 @@ class Box(eqx.Module):
     high: Float[Array, " *event"]
 
     def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        return ((self.low < x) & (x < self.high)).all()
+        return ((self.low < x) & (x < self.high)).all() & _is_finite(self.inverse(x))
 
     def inverse(self, x):
         low, high, below, above = self._bounds
