@@ -13,6 +13,7 @@ that of sbibm. On two tasks sbi's NPE stands beside it, with its defaults, on th
 References: Lueckmann et al. (2021), arXiv:2101.04653.
 """
 
+import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable
@@ -193,6 +194,7 @@ def by_jaxode(task: Task, theta, x, observations, key):
     params = Network(theta.shape[1], x.shape[1], network_key)
     base = jaxode.standard_normal(theta.shape[1])
     flow = jaxode.cnf(jaxode.nn.field, base, rtol=1e-3, atol=1e-3)
+    exact = dataclasses.replace(flow, divergence=jaxode.divergence.exact())
     density = jaxode.bind(flow, params, standardize=(theta, x), support=task.bounds)
     data = density.to_flow(theta, x)
     held_out = jax.tree.map(lambda leaf: leaf[:HELD_OUT], data)
@@ -202,10 +204,10 @@ def by_jaxode(task: Task, theta, x, observations, key):
         return flow.matching_loss(params, z, context=context, key=key)
 
     def likelihood(params, z, context, key):
-        return flow.nll(params, z, context=context)
+        return flow.nll(params, z, context=context, key=key)
 
     def unlikely(params):
-        return flow.nll(params, held_out[0][:1000], context=held_out[1][:1000])
+        return exact.nll(params, held_out[0][:1000], context=held_out[1][:1000])
 
     params = trained(matching, unlikely, params, data, MATCHING, matching_key)
     params = trained(likelihood, unlikely, params, data, LIKELIHOOD, likelihood_key)
