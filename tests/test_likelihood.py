@@ -199,10 +199,27 @@ def test_without_context_or_weights():
     assert_close(actual, expected, 1e-11)
 
 
-@pytest.mark.parametrize("quadrature", ["gauss", "stochastic"])
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
-def test_gradient_by_the_times(control, quadrature):
+@pytest.mark.parametrize("name", ["hutchinson", "a solver without a shared stage"])
+def test_nodes_as_one_batch_on_an_accelerator(name, monkeypatch):
+    expected = by_autodiff(name)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()
+    flow = make(**CASES[name])
+    loss = lambda *inputs: flow.nll(*inputs[:2], key=KEY, context=inputs[2], weights=inputs[3])
+    actual = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(PARAMS, X, CONTEXT, WEIGHTS)
+    assert_close(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("control", "quadrature", "together"),
+    [(c, q, False) for c in ("joint", "per_sample") for q in ("gauss", "stochastic")]
+    + [("joint", "gauss", True), ("per_sample", "gauss", True)],
+)
+def test_gradient_by_the_times(control, quadrature, together, monkeypatch):
     """The mesh stays where it is relative to its two ends."""
+    if together:
+        monkeypatch.setattr(discrete, "PARAMETERS_PER_WORK", 0)
+        jax.clear_caches()
     make_at = lambda t0, t1: make(
         t0=t0, t1=t1, step_control=control, quadrature=quadrature,
         divergence=ESTIMATORS["exact"],

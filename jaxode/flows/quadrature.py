@@ -57,6 +57,9 @@ class Nodes(NamedTuple):
     phase: Float[Array, " batch"] | None
     bars: Float[Array, "batch costs"]
     """The cotangents of the integrals."""
+    together: bool
+    """Whether the nodes inside of a step are one batch, because rows cost less than to go through
+    the parameters, or to start the kernels, once more."""
 
     @property
     def shared(self) -> bool:
@@ -173,10 +176,14 @@ class Nodes(NamedTuple):
                 others = mesh.speeds(whole.t + whole.h, after, number + 1)
                 speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
             add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
+            carry = (self._split(bar), params_bar, integrals, by_times)
             first, last = self.numbers(number)
-            bar, params_bar, integrals, by_times = fori_loop(
-                first, last, add, (self._split(bar), params_bar, integrals, by_times)
-            )
+            if self.together:
+                batch = lambda _, carry: add(jnp.arange(self.inner), carry)
+                carry = fori_loop(0, jnp.where(number == 0, 0, 1), batch, carry)
+            else:
+                carry = fori_loop(first, self.inner, add, carry)
+            bar, params_bar, integrals, by_times = fori_loop(self.inner, last, add, carry)
             bar = Step(
                 _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
                 bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),
@@ -185,43 +192,60 @@ class Nodes(NamedTuple):
 
         return inside
 
-    def _values_bar(self, values, scale, bar: Step, index) -> Float[Array, "batch values"]:
+    def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:
         """The cotangents of what a node evaluates."""
         values_bar = scale * self.bars
         if not self.shared:
             return values_bar
         # What waits for the stage at the end of the step: it is the vector field there.
         waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
-        waiting = waiting.reshape(values.shape[0], values.shape[1] - values_bar.shape[1])
-        return jnp.concatenate([values_bar, waiting], axis=1)
+        return jnp.concatenate([values_bar, waiting.reshape(scale.shape[0], -1)], axis=1)
 
     def _add(self, step: Step, after, number, index, speeds, carry):
-        """Add the integrals of one node, and pull their cotangents back to the step.
+        """Add the integrals of a node, or of several, and pull their cotangents back to the step.
 
         `speeds` are those of the sizes of the step and the one after it, by each time.
         """
+        each = jax.vmap if index.ndim else lambda f, *_: f
         bar, params_bar, integrals, by_times = carry
-        theta, weight = self._place(step, after, number, index)
-        scale = self._scale(weight)
-        time, state, slope, beta = self._state(step, theta)
+
+        def place(index):
+            theta, weight = self._place(step, after, number, index)
+            scale = self._scale(weight)
+            return theta, scale, self._state(step, theta), self._values_bar(scale, bar, index)
+
+        theta, scale, (time, state, slope, beta), values_bar = each(place)(index)
+        apply = each(self.apply, (None, 0, 0))
+        dtime = None
         if speeds is not None:
-            values, pull = vjp(self.apply, self.params, time, state)
-            dparams, dtime, dstate = pull(self._values_bar(values, scale, bar, index))
-            along = theta * dtime + jnp.sum(dstate * slope, axis=1)
-            bar = bar._replace(t=bar.t + dtime, h=bar.h + along)
+            values, pull = vjp(apply, self.params, time, state)
+            dparams, dtime, dstate = pull(values_bar)
         else:
-            apply = lambda params, state: self.apply(params, time, state)
-            values, pull = vjp(apply, self.params, state)
-            dparams, dstate = pull(self._values_bar(values, scale, bar, index))
-        k_bar = bar.k + step.h[None, :, None] * (beta * dstate[None])
-        params_bar = jax.tree.map(jnp.add, params_bar, dparams)
-        added = scale * values[:, : self.bars.shape[1]]
-        if speeds is not None:
+            values, pull = vjp(lambda params, state: apply(params, time, state), self.params, state)
+            dparams, dstate = pull(values_bar)
+
+        def added(index, theta, scale, values, slope, beta, dtime, dstate):
+            """To the cotangents of the step, the integrals, and their cotangents by the times."""
+            of_node = scale * values[:, : self.bars.shape[1]]
+            k_bar = step.h[None, :, None] * (beta * dstate[None])
+            if speeds is None:
+                untimed: Any = None
+                return Step(untimed, untimed, dstate, k_bar), of_node, None
+            along = theta * dtime + jnp.sum(dstate * slope, axis=1)
+            weight = self._weight(index, step.h, after)
             per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
-            per_size = per_size * jnp.sum(self.bars * added, axis=1).astype(weight.dtype)
+            per_size = per_size * jnp.sum(self.bars * of_node, axis=1).astype(weight.dtype)
             moved = [_to_rows(per_size * self._weight(index, *h), h[0]) for h in speeds]
-            by_times = by_times + jnp.stack(moved)
-        return bar._replace(y=bar.y + dstate, k=k_bar), params_bar, integrals + added, by_times
+            return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
+
+        new = each(added)(index, theta, scale, values, slope, beta, dtime, dstate)
+        if index.ndim:
+            new = jax.tree.map(lambda x: x.sum(0), new)
+        old = bar, integrals, by_times
+        bar, integrals, by_times = jax.tree.map(
+            lambda x, dx: x if dx is None else x + dx, old, new, is_leaf=lambda x: x is None
+        )
+        return bar, jax.tree.map(jnp.add, params_bar, dparams), integrals, by_times
 
 
 def _to_rows(x: Float[Array, " batch"], like: Float[Array, " rows"]) -> Float[Array, " rows"]:
