@@ -12,6 +12,7 @@ known: prints the total variation to it. About two minutes on two cores.
 import argparse
 import time
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -52,6 +53,36 @@ def exact_posterior(theta, x):
     return jnp.where(u > 0, jnp.exp(-0.5 * ((radius - 0.1) / 0.01) ** 2) / radius, 0.0)
 
 
+class Network(eqx.Module):
+    """A residual network, its blocks gated by the time and an encoding of the observation.
+
+    Thin posteriors need more than the networks of `jaxode.nn`: any Equinox module will do.
+    """
+
+    encoder: list[eqx.nn.Linear]
+    first: eqx.nn.Linear
+    blocks: list[eqx.nn.Linear]
+    gates: list[eqx.nn.Linear]
+    last: eqx.nn.Linear
+
+    def __init__(self, width: int, key, depth: int = 3):
+        keys = iter(jax.random.split(key, 4 + 2 * depth))
+        linear = lambda size, out=width: eqx.nn.Linear(size, out, key=next(keys))
+        self.encoder = [linear(2), linear(width)]
+        self.first, self.last = linear(2 + width + 6), linear(width, 2)
+        self.blocks = [linear(width) for _ in range(depth)]
+        self.gates = [linear(width + 6) for _ in range(depth)]
+
+    def __call__(self, t, theta, x):
+        waves = jnp.pi * t * jnp.arange(1.0, 4.0)
+        encoded = self.encoder[1](jax.nn.gelu(self.encoder[0](x)))
+        known = jnp.concatenate([encoded, jnp.sin(waves), jnp.cos(waves)])
+        state = self.first(jnp.concatenate([theta, known]))
+        for block, gate in zip(self.blocks, self.gates, strict=True):
+            state = state + block(jax.nn.gelu(state)) * jax.nn.sigmoid(gate(known))
+        return self.last(jax.nn.gelu(state))
+
+
 def phases(density, theta, x, options) -> tuple[Phase, Phase]:
     z, context = density.to_flow(theta, x)
 
@@ -65,7 +96,7 @@ def phases(density, theta, x, options) -> tuple[Phase, Phase]:
         return density.flow.nll(params, z[rows], context=context[rows])
 
     return (
-        Phase("matching", matching, options.matching, 2e-3, every=500),
+        Phase("matching", matching, options.matching, 1e-3, every=500),
         Phase("likelihood", likelihood, options.steps, 1e-3, every=25),
     )
 
@@ -114,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--matching", type=int, default=15_000, help="steps of matching")
     parser.add_argument("--steps", type=int, default=400, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="simulations in a training step")
-    parser.add_argument("--width", type=int, default=128, help="size of the two hidden layers")
+    parser.add_argument("--width", type=int, default=64, help="of the network")
     parser.add_argument("--out", type=picture, default="out/posterior.png")
     parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
@@ -127,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     keys = iter(jax.random.split(jax.random.key(options.seed), 6))
     theta, x = simulate(next(keys), options.simulations)
     cut = len(theta) // 10
-    params = jaxode.nn.ConcatSquash(2, (options.width,) * 2, key=next(keys), context_size=2)
+    params = Network(options.width, next(keys))
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-3, atol=1e-3)
     density = jaxode.bind(
         flow, params, support=(-1.0, 1.0), standardize=(theta[cut:], x[cut:])
