@@ -1,6 +1,7 @@
 """The parts of the benchmarks that decide what is fair, and what counts as a regression."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ from benchmarks import (
     cores,
     fairness,
     flows,
+    hlo,
     report,
-    sharding,
     time_to_nll,
     tolerance,
 )
@@ -206,15 +207,26 @@ def test_nothing_to_compare_with_fails_the_check():
     assert "make bench" in lines[0]
 
 
-def test_collectives_are_found_with_their_bytes_and_loops():
-    hlo = """HloModule step
+PROGRAM = """HloModule step
 
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %sum = f32[] add(f32[] %a, f32[] %b)
 }
 
+%fused (x: f32[8,2], w: f32[2,2]) -> f32[8,2] {
+  %dot.1 = f32[8,2]{1,0} dot(%x, %w), operand_precision={highest,highest}
+  ROOT %tanh.1 = f32[8,2]{1,0} tanh(%dot.1)
+}
+
+%stage (state: (f32[8,2], s32[])) -> (f32[8,2], s32[]) {
+  %next = s32[] add(%i, %one)
+  %fusion.1 = f32[8,2]{1,0:T(8,128)} fusion(%x, %w), kind=kOutput, calls=%fused, CYCLES100
+  ROOT %out.1 = (f32[8,2]{1,0}, s32[]) tuple(%fusion.1, %next)
+}
+
 %body (state: (f32[8,2], s32[])) -> (f32[8,2], s32[]) {
-  %all-reduce.1 = f32[8,2]{1,0} all-reduce(f32[8,2]{1,0} %x), to_apply=%add
+  %stages = (f32[8,2]{1,0}, s32[]) while(%state), condition=%condition, body=%stage
+  %all-reduce.1 = f32[8,2]{1,0} all-reduce(f32[8,2]{1,0} %x), to_apply=%add, CYCLES10
   ROOT %out = (f32[8,2]{1,0}, s32[]) tuple(%all-reduce.1, %i)
 }
 
@@ -224,13 +236,31 @@ def test_collectives_are_found_with_their_bytes_and_loops():
 
 ENTRY %main (x: f32[8,2]) -> f32[8,2] {
   %loop = (f32[8,2]{1,0}, s32[]) while(%start), condition=%condition, body=%body
-  ROOT %all-reduce.2 = (f32[3]{0}, f32[]) all-reduce(%a, %b), to_apply=%add
+  %dot.2 = f32[8,2]{1,0} dot(%x, %w), CYCLES7
+  ROOT %all-reduce.2 = (f32[3]{0}, f32[]) all-reduce(%a, %b), to_apply=%add, CYCLES5
 }
 """
-    assert sharding.collectives(hlo) == [
+
+
+def test_collectives_are_found_with_their_bytes_and_loops():
+    assert hlo.collectives(PROGRAM) == [
         {"kind": "all-reduce", "bytes": 64, "depth": 1},
         {"kind": "all-reduce", "bytes": 16, "depth": 0},
     ]
+
+
+def test_kernels_are_counted_loop_by_loop():
+    text = re.sub(r"CYCLES(\d+)", r'backend_config={"estimated_cycles":"\1"}', PROGRAM)
+    program = hlo.read(text)
+    (steps,) = program.loops
+    assert program.own == hlo.Work(kernels=2, products=1, full=0, cycles=12)
+    assert steps.trip(6) == hlo.Work(kernels=7, products=6, full=6, cycles=610)
+    with pytest.raises(ValueError, match="argument"):
+        steps.trip(6, 6)
+    # Without estimates, as on a GPU, arithmetic on single numbers is a kernel, too.
+    known = PROGRAM.replace("body=%stage", 'body=%stage, config={"known_trip_count":{"n":"2"}}')
+    (steps,) = hlo.read(known).loops
+    assert steps.trip() == hlo.Work(kernels=8, products=2, full=2)
 
 
 WORKER = """
