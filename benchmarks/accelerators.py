@@ -5,7 +5,8 @@
 `libtpu` and the CUDA plugin of JAX compile for the description of a device. Nothing runs, so there
 are no times, but kernels and products of matrices, the cycles that XLA estimates for a TPU,
 temporary memory, what crosses between chips, and the time to compile. Several chips have a whole
-batch of the workload each. Prints the tables; writes benchmarks/results/accelerators.json.
+batch of the workload each. Writes benchmarks/results/accelerators.json and the tables of
+docs/devices.md.
 
 An interrupted run continues with the next case; `--fresh` compiles all again.
 """
@@ -33,6 +34,7 @@ from benchmarks.fairness import Bench, attempt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accelerators.json"
+PAGE = ROOT / "docs" / "devices.md"
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "diffrax", "equinox")
 TOLERANCE = 1e-5
 H100 = """
@@ -208,10 +210,9 @@ def tables(results: dict) -> list[str]:
 
 def programs(results: dict, chosen: Callable[[Target], bool]):
     """`(target, workload, contender, program)` of all that compiled."""
-    for case, result in results["cases"].items():
-        target, workload = CASES[case]
+    for case, (target, workload) in CASES.items():
         if chosen(TARGETS[target]):
-            for name, program in result["programs"].items():
+            for name, program in results["cases"][case].get("programs", {}).items():
                 yield target, workload, name, program
 
 
@@ -248,9 +249,8 @@ def mebibytes(program: dict[str, Any]) -> str:
 def ratios(results: dict) -> str:
     """Of cycles on a TPU, and of kernels on a GPU."""
     rows = []
-    for case, result in results["cases"].items():
-        target, workload = CASES[case]
-        found = result["programs"]
+    for case, (target, workload) in CASES.items():
+        found = results["cases"][case].get("programs", {})
         for peer in ("diffrax, highest", "jax odeint, highest"):
             if peer in found and "jaxode" in found:
                 unit = "cycles" if TARGETS[target].platform == "tpu" else "kernels"
@@ -294,7 +294,11 @@ def main() -> None:
             result = runner.measure("accelerators", case, 0.0, log, lambda name: None)
             results["cases"][case] = result | {"code": runner.code()}
             runner.save(RESULTS, results)
+            for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():
+                if reason:
+                    print(case, peer, reason, flush=True)
     print(*tables(results), sep="\n\n")
+    PAGE.write_text(report.between(PAGE.read_text(), "accelerators", tables(results)))
 
 
 if __name__ == "__main__":

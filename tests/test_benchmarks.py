@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as runner
 from benchmarks import (
+    accelerators,
     adjoints,
     compare,
     cores,
@@ -261,6 +262,19 @@ def test_kernels_are_counted_loop_by_loop():
     known = PROGRAM.replace("body=%stage", 'body=%stage, config={"known_trip_count":{"n":"2"}}')
     (steps,) = hlo.read(known).loops
     assert steps.trip() == hlo.Work(kernels=8, products=2, full=2)
+
+
+def test_a_step_and_its_reverse_are_the_two_loops_over_steps():
+    loop = lambda kernels, *inside: hlo.Loop(None, hlo.Work(kernels), list(inside))
+    ahead, back = loop(2, loop(10)), loop(3, loop(1000), loop(5))
+    program = hlo.Loop(1, hlo.Work(7), [loop(20), ahead, back])
+    contender = accelerators.Contender(lambda *args: None, None, backward=(0, 4), once=(2,))
+    found = accelerators.described(program, contender)
+    kernels = {name: found[name]["kernels"] for name in ("forward", "backward", "once")}
+    assert kernels == {"forward": 2 + 6 * 10, "backward": 3 + 4 * 5, "once": 7 + 2 * 20}
+    program.loops.append(ahead)
+    with pytest.raises(ValueError, match="got 3"):
+        accelerators.described(program, contender)
 
 
 WORKER = """
