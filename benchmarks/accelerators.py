@@ -93,8 +93,8 @@ class Contender(NamedTuple):
 
 
 FORWARD = (6,)  # evaluations in a step of Dormand and Prince, or of Tsitouras
-# Steps taken again from a checkpoint (none: the latest are kept), nodes of the quadrature between
-# two steps, and stages pulled back.
+# Steps taken again from a checkpoint (none if their stages are kept), nodes of the quadrature (two
+# inside, and one at the end that is a stage), and other stages pulled back.
 JAXODE = (0, 3, 5)
 FIRST_STEP = (2,)  # slopes that choose its size
 DIFFRAX = (6, 6)  # stages evaluated again, and pulled back
@@ -102,34 +102,30 @@ ODEINT = (6,)  # stages of a step of the adjoint ODE, which has steps of its own
 
 
 def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Contender]:
-    rows, everywhere = P(flows.AXIS), P()
-
-    def ours(**options):
-        loss = at_tolerance(flows.jaxode_loss(p, **options))
-        if mesh.size == 1:
-            return Contender(jax.value_and_grad(loss), p.key, JAXODE, FIRST_STEP)
-        step = flows.shard_mapped(loss, mesh, everywhere, rows, everywhere)
-        return Contender(step, p.key, JAXODE, FIRST_STEP)
-
     adjoint = diffrax.RecursiveCheckpointAdjoint()
-    by_diffrax = at_tolerance(flows.diffrax_loss(p, diffrax.Tsit5(), adjoint))
-    by_diffrax = Contender(jax.value_and_grad(by_diffrax), p.probe, DIFFRAX)
-    by_odeint = at_tolerance(flows.odeint_loss(p))
-    if mesh.size > 1:
-        untyped = flows.shard_mapped_untyped(by_odeint, mesh, everywhere, rows, rows)
+    of_diffrax = at_tolerance(flows.diffrax_loss(p, diffrax.Tsit5(), adjoint))
+    by_diffrax = Contender(jax.value_and_grad(of_diffrax), p.probe, DIFFRAX)
+    ours, of_odeint = at_tolerance(flows.jaxode_loss(p)), at_tolerance(flows.odeint_loss(p))
+    if mesh.size == 1:
+        by_odeint = Contender(jax.value_and_grad(of_odeint), p.probe, ODEINT)
         return {
-            "jaxode, shard_map": ours(),
-            "jaxode, shard_map, joint steps": ours(axis_name=flows.AXIS),
-            "diffrax, jit": by_diffrax,  # https://github.com/patrick-kidger/diffrax/issues/765
-            "jax odeint, shard_map": Contender(untyped, p.probe, ODEINT),
+            "jaxode": Contender(jax.value_and_grad(ours), p.key, JAXODE, FIRST_STEP),
+            "diffrax": by_diffrax,
+            "diffrax, highest": by_diffrax._replace(precision="highest"),
+            "jax odeint": by_odeint,
+            "jax odeint, highest": by_odeint._replace(precision="highest"),
         }
-    by_odeint = Contender(jax.value_and_grad(by_odeint), p.probe, ODEINT)
+    rows, everywhere = P(flows.AXIS), P()
+    joint = at_tolerance(flows.jaxode_loss(p, axis_name=flows.AXIS))
+    mapped = lambda loss: Contender(
+        flows.shard_mapped(loss, mesh, everywhere, rows, everywhere), p.key, JAXODE, FIRST_STEP
+    )
+    untyped = flows.shard_mapped_untyped(of_odeint, mesh, everywhere, rows, rows)
     return {
-        "jaxode": ours(),
-        "diffrax": by_diffrax,
-        "diffrax, highest": by_diffrax._replace(precision="highest"),
-        "jax odeint": by_odeint,
-        "jax odeint, highest": by_odeint._replace(precision="highest"),
+        "jaxode, shard_map": mapped(ours),
+        "jaxode, shard_map, joint steps": mapped(joint),
+        "diffrax, jit": by_diffrax,  # https://github.com/patrick-kidger/diffrax/issues/765
+        "jax odeint, shard_map": Contender(untyped, p.probe, ODEINT),
     }
 
 
