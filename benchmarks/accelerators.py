@@ -208,7 +208,7 @@ def programs(results: dict, chosen: Callable[[Target], bool]):
     """`(target, workload, contender, program)` of all that compiled."""
     for case, (target, workload) in CASES.items():
         if chosen(TARGETS[target]):
-            for name, program in results["cases"][case].get("programs", {}).items():
+            for name, program in results["cases"].get(case, {}).get("programs", {}).items():
                 yield target, workload, name, program
 
 
@@ -246,7 +246,7 @@ def ratios(results: dict) -> str:
     """Of cycles on a TPU, and of kernels on a GPU."""
     rows = []
     for case, (target, workload) in CASES.items():
-        found = results["cases"][case].get("programs", {})
+        found = results["cases"].get(case, {}).get("programs", {})
         for peer in ("diffrax, highest", "jax odeint, highest"):
             if peer in found and "jaxode" in found:
                 unit = "cycles" if TARGETS[target].platform == "tpu" else "kernels"
@@ -266,7 +266,14 @@ def crossing(results: dict) -> str:
         parts = [c for c in found if c["depth"] == 0], [c for c in found if c["depth"] > 0]
         shown = [f"{len(part)}, {sum(c['bytes'] for c in part):,} bytes" for part in parts]
         rows.append([target, workload, name, *shown, mebibytes(program)])
-    header = ["collectives", "", "", "once a training step", "in loops", "temporary MiB"]
+    header = [
+        "collectives",
+        "",
+        "",
+        "once a training step",
+        "at each trip of a loop",
+        "temporary MiB",
+    ]
     return report.markdown(header, rows)
 
 
