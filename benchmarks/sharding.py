@@ -5,7 +5,6 @@ paid at every iteration: of the loop over steps at depth 1, of the loop over sta
 Under `shard_map` each device takes its own steps, or with joint steps the same.
 """
 
-import re
 from typing import Any
 
 import diffrax
@@ -15,58 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import flows, report
+from benchmarks import flows, hlo, report
 from benchmarks.fairness import Bench, attempt
 
 TITLE = "What crosses between devices"
 CASES = {"1 device": 1, "2 devices": 2, "4 devices": 4, "8 devices": 8}
 WORKLOAD = flows.Workload(8, 512, (256, 256))
 TOLERANCE = 1e-5
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
-
-
-def collectives(hlo: str) -> list[dict[str, Any]]:
-    """The collectives of a compiled program: `{"kind", "bytes", "depth"}`, depth in loops."""
-    bodies: dict[str, list[str]] = {}
-    current, entry = "", ""
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            current = head.group(2)
-            bodies[current] = []
-            entry = current if head.group(1) else entry
-        elif current:
-            bodies[current].append(line)
-    found = []
-
-    def walk(name: str, depth: int) -> None:
-        for line in bodies.get(name, []):
-            made = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+)\(", line)
-            kind = made.group(2).removesuffix("-start") if made else ""
-            if made and kind in COLLECTIVES:
-                found.append({"kind": kind, "bytes": size(made.group(1)), "depth": depth})
-                continue  # what it applies to two numbers is no program of its own
-            inner = depth + (kind == "while")
-            for called in re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)", line):
-                walk(called, inner)
-            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
-                for called in branches.split(","):
-                    walk(called.strip().lstrip("%"), depth)
-
-    walk(entry, 0)
-    return found
-
-
-def size(shapes: str) -> int:
-    """Bytes of a shape such as `f32[8,2]{1,0}`, or of a tuple of them."""
-    total = 0
-    for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
-        count = 1
-        for dim in filter(None, dims.split(",")):
-            count *= int(dim)
-        total += BYTES.get(dtype, 4) * count
-    return total
 
 
 def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Any]:
@@ -114,7 +68,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     for name, lower in contenders(p, mesh).items():
         text = attempt(bench, failed, name, lambda lower=lower: lower().compile().as_text())
         if text is not None:
-            found[name] = [c for c in collectives(text) if CASES[case] > 1]
+            found[name] = [c for c in hlo.collectives(text) if CASES[case] > 1]
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(p.params))
     return {"failed": failed, "collectives": found, "parameter_bytes": parameters}
 

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--simulations", type=int, default=30_000, help="a tenth is held out")
-    parser.add_argument("--matching", type=int, default=15_000, help="steps of matching")
+    parser.add_argument("--matching", type=int, default=30_000, help="steps of matching")
     parser.add_argument("--steps", type=int, default=400, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="simulations in a training step")
     parser.add_argument("--width", type=int, default=64, help="of the network")

@@ -1,6 +1,7 @@
 """The parts of the benchmarks that decide what is fair, and what counts as a regression."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as runner
 from benchmarks import (
+    accelerators,
     adjoints,
     compare,
     cores,
     fairness,
     flows,
+    hlo,
     report,
-    sharding,
     time_to_nll,
     tolerance,
 )
@@ -206,15 +208,26 @@ def test_nothing_to_compare_with_fails_the_check():
     assert "make bench" in lines[0]
 
 
-def test_collectives_are_found_with_their_bytes_and_loops():
-    hlo = """HloModule step
+PROGRAM = """HloModule step
 
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %sum = f32[] add(f32[] %a, f32[] %b)
 }
 
+%fused (x: f32[8,2], w: f32[2,2]) -> f32[8,2] {
+  %dot.1 = f32[8,2]{1,0} dot(%x, %w), operand_precision={highest,highest}
+  ROOT %tanh.1 = f32[8,2]{1,0} tanh(%dot.1)
+}
+
+%stage (state: (f32[8,2], s32[])) -> (f32[8,2], s32[]) {
+  %next = s32[] add(%i, %one)
+  %fusion.1 = f32[8,2]{1,0:T(8,128)} fusion(%x, %w), kind=kOutput, calls=%fused, CYCLES100
+  ROOT %out.1 = (f32[8,2]{1,0}, s32[]) tuple(%fusion.1, %next)
+}
+
 %body (state: (f32[8,2], s32[])) -> (f32[8,2], s32[]) {
-  %all-reduce.1 = f32[8,2]{1,0} all-reduce(f32[8,2]{1,0} %x), to_apply=%add
+  %stages = (f32[8,2]{1,0}, s32[]) while(%state), condition=%condition, body=%stage
+  %all-reduce.1 = f32[8,2]{1,0} all-reduce(f32[8,2]{1,0} %x), to_apply=%add, CYCLES10
   ROOT %out = (f32[8,2]{1,0}, s32[]) tuple(%all-reduce.1, %i)
 }
 
@@ -224,13 +237,44 @@ def test_collectives_are_found_with_their_bytes_and_loops():
 
 ENTRY %main (x: f32[8,2]) -> f32[8,2] {
   %loop = (f32[8,2]{1,0}, s32[]) while(%start), condition=%condition, body=%body
-  ROOT %all-reduce.2 = (f32[3]{0}, f32[]) all-reduce(%a, %b), to_apply=%add
+  %dot.2 = f32[8,2]{1,0} dot(%x, %w), CYCLES7
+  ROOT %all-reduce.2 = (f32[3]{0}, f32[]) all-reduce(%a, %b), to_apply=%add, CYCLES5
 }
 """
-    assert sharding.collectives(hlo) == [
+
+
+def test_collectives_are_found_with_their_bytes_and_loops():
+    assert hlo.collectives(PROGRAM) == [
         {"kind": "all-reduce", "bytes": 64, "depth": 1},
         {"kind": "all-reduce", "bytes": 16, "depth": 0},
     ]
+
+
+def test_kernels_are_counted_loop_by_loop():
+    text = re.sub(r"CYCLES(\d+)", r'backend_config={"estimated_cycles":"\1"}', PROGRAM)
+    program = hlo.read(text)
+    (steps,) = program.loops
+    assert program.own == hlo.Work(kernels=2, products=1, full=0, cycles=12)
+    assert steps.trip(6) == hlo.Work(kernels=7, products=6, full=6, cycles=610)
+    with pytest.raises(ValueError, match="argument"):
+        steps.trip(6, 6)
+    # Without estimates, as on a GPU, arithmetic on single numbers is a kernel, too.
+    known = PROGRAM.replace("body=%stage", 'body=%stage, config={"known_trip_count":{"n":"2"}}')
+    (steps,) = hlo.read(known).loops
+    assert steps.trip() == hlo.Work(kernels=8, products=2, full=2)
+
+
+def test_a_step_and_its_reverse_are_the_two_loops_over_steps():
+    loop = lambda kernels, *inside: hlo.Loop(None, hlo.Work(kernels), list(inside))
+    ahead, back = loop(2, loop(10)), loop(3, loop(1000), loop(5))
+    program = hlo.Loop(1, hlo.Work(7), [loop(20), ahead, back])
+    contender = accelerators.Contender(lambda *args: None, None, backward=(0, 4), once=(2,))
+    found = accelerators.described(program, contender)
+    kernels = {name: found[name]["kernels"] for name in ("forward", "backward", "once")}
+    assert kernels == {"forward": 2 + 6 * 10, "backward": 3 + 4 * 5, "once": 7 + 2 * 20}
+    program.loops.append(ahead)
+    with pytest.raises(ValueError, match="got 3"):
+        accelerators.described(program, contender)
 
 
 WORKER = """

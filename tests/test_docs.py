@@ -211,12 +211,18 @@ def test_the_benchmarks_of_the_readme_and_of_the_results_page_are_those_of_the_r
         assert (ROOT / "docs" / image).exists()
 
 
-@pytest.mark.parametrize("name", ["tolerance", "adjoints"])
-def test_tables_are_those_of_the_results(name):
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("tolerance", "tolerance.md"),
+        ("adjoints", "adjoint.md"),
+        ("accelerators", "devices.md"),
+    ],
+)
+def test_tables_are_those_of_the_results(name, page):
     module = importlib.import_module(f"benchmarks.{name}")
-    page = PAGES[{"adjoints": "adjoint.md"}.get(name, f"{name}.md")]
     for table in module.tables(results(name)):
-        assert table in page
+        assert table in PAGES[page]
 
 
 @pytest.mark.parametrize("name", ["divergence", "regularizers"])

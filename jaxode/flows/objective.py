@@ -214,9 +214,7 @@ def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
 
     of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
-    # On an accelerator rows cost next to nothing. Measured: benchmarks/NOTES.md.
-    cheap = jax.default_backend() != "cpu" or per_step_gradient(params, inputs.problem.field)
-    together = settings.phase is None and cheap
+    together = settings.phase is None and per_step_gradient(params, inputs.problem.field)
     return Nodes(apply, params, settings.method.tableau, settings.phase, bars, together)
 
 

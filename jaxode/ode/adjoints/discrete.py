@@ -110,7 +110,13 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
 
 
 def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
-    """Whether to gather the parameter gradient once a step, and not at each stage."""
+    """Whether to gather the parameter gradient once a step, and not at each stage.
+
+    On an accelerator always: rows cost little there, and kernels their start. Measured by
+    compilation: benchmarks/NOTES.md.
+    """
+    if jax.default_backend() != "cpu":
+        return True
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return size > PARAMETERS_PER_WORK * field.work_size
 
