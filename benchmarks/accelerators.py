@@ -94,9 +94,9 @@ class Contender(NamedTuple):
 
 
 FORWARD = (6,)  # evaluations in a step of Dormand and Prince, or of Tsitouras
-# Steps taken again from a checkpoint (none if their stages are kept), the node of the quadrature
-# that is a stage (those inside of a step are one batch, no loop), and other stages pulled back.
-JAXODE = (0, 1, 5)
+# Steps taken again from a checkpoint (none if their stages are kept), and stages pulled back, less
+# the one that is a node of the quadrature. The nodes have no loop: a batch, and that one.
+JAXODE = (0, 5)
 FIRST_STEP = (2,)  # slopes that choose its size
 DIFFRAX = (6, 6)  # stages evaluated again, and pulled back
 ODEINT = (6,)  # stages of a step of the adjoint ODE, which has steps of its own

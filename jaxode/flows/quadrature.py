@@ -58,8 +58,7 @@ class Nodes(NamedTuple):
     bars: Float[Array, "batch costs"]
     """The cotangents of the integrals."""
     together: bool
-    """Whether the nodes inside of a step are one batch, because rows cost less than to go through
-    the parameters, or to start the kernels, once more."""
+    """Whether the nodes inside of a step are one batch: for an accelerator."""
 
     @property
     def shared(self) -> bool:
@@ -179,11 +178,9 @@ class Nodes(NamedTuple):
             carry = (self._split(bar), params_bar, integrals, by_times)
             first, last = self.numbers(number)
             if self.together:
-                batch = lambda _, carry: add(jnp.arange(self.inner), carry)
-                carry = fori_loop(0, jnp.where(number == 0, 0, 1), batch, carry)
-            else:
-                carry = fori_loop(first, self.inner, add, carry)
-            bar, params_bar, integrals, by_times = fori_loop(self.inner, last, add, carry)
+                # The start is a step of size zero: those inside of it have no weight.
+                carry, first = add(jnp.arange(self.inner), carry), self.inner
+            bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
             bar = Step(
                 _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
                 bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),

@@ -109,13 +109,14 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
     return once_only("DiscreteAdjoint", bars)
 
 
-def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
-    """Whether to gather the parameter gradient once a step, and not at each stage.
+def on_accelerator() -> bool:
+    """There rows cost little, and each kernel its start: benchmarks/NOTES.md."""
+    return jax.default_backend() != "cpu"
 
-    On an accelerator always: rows cost little there, and kernels their start. Measured by
-    compilation: benchmarks/NOTES.md.
-    """
-    if jax.default_backend() != "cpu":
+
+def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
+    """Whether to gather the parameter gradient once a step, and not at each stage."""
+    if on_accelerator():
         return True
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return size > PARAMETERS_PER_WORK * field.work_size
