@@ -212,7 +212,9 @@ def by_jaxode(task: Task, theta, x, observations, key):
     params = trained(matching, unlikely, params, data, MATCHING, matching_key)
     params = trained(likelihood, unlikely, params, data, LIKELIHOOD, likelihood_key)
     seconds = time.perf_counter() - start
-    density = density.with_params(params)
+    # Posteriors may be a hundredth as wide as their prior: the default tolerance to look at them.
+    tight = jaxode.cnf(jaxode.nn.field, base)
+    density = jaxode.bind(tight, params, standardize=(theta, x), support=task.bounds)
     new, new_x = task.simulate(new_key, HELD_OUT)
     nats = -density.log_prob(new, context=new_x).mean()
     draw = lambda key, seen: density.sample(key, (SAMPLES,), context=seen)
