@@ -95,20 +95,21 @@ class Contender(NamedTuple):
 
 FORWARD = (6,)  # evaluations in a step of Dormand and Prince, or of Tsitouras
 # Steps taken again from a checkpoint (none if their stages are kept), and stages pulled back, less
-# the one that is a node of the quadrature. The nodes have no loop: a batch, and that one.
-JAXODE = (0, 5)
+# the one that is a node of the quadrature. Where kernels are what costs, the nodes have no loop: a
+# batch, and that one.
+JAXODE = {"512 x 2, 64-64-64": (0, 5), "1000 x 43, 860-860": (0, 3, 5)}
 FIRST_STEP = (2,)  # slopes that choose its size
 DIFFRAX = (6, 6)  # stages evaluated again, and pulled back
 ODEINT = (6,)  # stages of a step of the adjoint ODE, which has steps of its own
 
 
-def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Contender]:
+def contenders(p: flows.Problem, mesh: Mesh, trips) -> dict[str, Contender]:
     adjoint = diffrax.RecursiveCheckpointAdjoint()
     of_diffrax = at_tolerance(flows.diffrax_loss(p, diffrax.Tsit5(), adjoint))
     by_diffrax = Contender(jax.value_and_grad(of_diffrax), p.probe, DIFFRAX)
     ours, of_odeint = at_tolerance(flows.jaxode_loss(p)), at_tolerance(flows.odeint_loss(p))
     if mesh.size == 1:
-        by_jaxode = Contender(jax.value_and_grad(ours), p.key, JAXODE, FIRST_STEP)
+        by_jaxode = Contender(jax.value_and_grad(ours), p.key, trips, FIRST_STEP)
         by_odeint = Contender(jax.value_and_grad(of_odeint), p.probe, ODEINT)
         return {
             "jaxode": by_jaxode,
@@ -121,7 +122,7 @@ def contenders(p: flows.Problem, mesh: Mesh) -> dict[str, Contender]:
     rows, everywhere = P(flows.AXIS), P()
     joint = at_tolerance(flows.jaxode_loss(p, axis_name=flows.AXIS))
     mapped = lambda loss: Contender(
-        flows.shard_mapped(loss, mesh, everywhere, rows, everywhere), p.key, JAXODE, FIRST_STEP
+        flows.shard_mapped(loss, mesh, everywhere, rows, everywhere), p.key, trips, FIRST_STEP
     )
     untyped = flows.shard_mapped_untyped(of_odeint, mesh, everywhere, rows, rows)
     return {
@@ -196,7 +197,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     p = shapes(WORKLOADS[workload], mesh)
     failed: dict[str, str] = {}
     found = {}
-    for name, contender in contenders(p, mesh).items():
+    for name, contender in contenders(p, mesh, JAXODE[workload]).items():
         call = lambda contender=contender: compiled(contender, p, platform)
         program = attempt(bench, failed, name, call)
         if program is not None:

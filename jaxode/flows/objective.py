@@ -25,7 +25,7 @@ from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.quadrature import Nodes, shares_stages
 from jaxode.ode.adjoints import DiscreteAdjoint
-from jaxode.ode.adjoints.discrete import on_accelerator, per_step_gradient
+from jaxode.ode.adjoints.discrete import per_step_gradient, rows_are_cheap
 from jaxode.ode.adjoints.replay import (
     at_start,
     in_reverse,
@@ -214,7 +214,7 @@ def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
 
     of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
-    together = settings.phase is None and on_accelerator()
+    together = settings.phase is None and rows_are_cheap(inputs.problem.field)
     return Nodes(apply, params, settings.method.tableau, settings.phase, bars, together)
 
 

@@ -33,6 +33,10 @@ from jaxode.ode.loop.problem import Problem
 # How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
 # once a step. Measured at batch 8: 0.8 of the time with 1.2 million parameters and 0.1 of the work.
 PARAMETERS_PER_WORK = 4
+# Numbers that an evaluation computes, up to which an accelerator takes longer to start its kernels.
+# XLA's estimates for a TPU v5e, if all are gathered: 0.65 of the cycles with 1.7 million, and 1.13
+# with 30 million (benchmarks/NOTES.md).
+WORK_OF_KERNELS = 7_000_000
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,14 @@ def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem,
     return once_only("DiscreteAdjoint", bars)
 
 
-def on_accelerator() -> bool:
-    """There rows cost little, and each kernel its start: benchmarks/NOTES.md."""
-    return jax.default_backend() != "cpu"
+def rows_are_cheap(field: ClosedField) -> bool:
+    """Whether an accelerator takes longer to start kernels than to run them."""
+    return jax.default_backend() != "cpu" and field.work_size <= WORK_OF_KERNELS
 
 
 def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
     """Whether to gather the parameter gradient once a step, and not at each stage."""
-    if on_accelerator():
+    if rows_are_cheap(field):
         return True
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return size > PARAMETERS_PER_WORK * field.work_size
