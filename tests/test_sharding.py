@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from problems import OPTIMIZED
 
 import jaxode
-from benchmarks.sharding import collectives
+from benchmarks.hlo import collectives
 from jaxode._jax import sharding
 
 # Before, an array of zeros made like another did not vary like it.
