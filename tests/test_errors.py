@@ -299,8 +299,8 @@ BAD_INPUT = [
     (
         lambda: cnf(tolerance=1e-3), TypeError,
         "cnf: unknown options ['tolerance']. The solve options are ['adjoint', 'atol', "
-        "'axis_name', 'breakpoints', 'first_step', 'max_step', 'max_steps', 'rtol', 'solver', "
-        "'steps'].",
+        "'axis_name', 'breakpoints', 'first_step', 'max_step', 'max_steps', "
+        "'precision', 'rtol', 'solver', 'steps'].",
     ),
     (
         lambda: cnf(step_control="per-sample"), ValueError,
@@ -322,7 +322,8 @@ BAD_INPUT = [
     (
         lambda: flow(tol=1e-3), TypeError,
         "flow: unknown options ['tol']. The solve options are ['adjoint', 'atol', 'axis_name', "
-        "'breakpoints', 'first_step', 'max_step', 'max_steps', 'rtol', 'solver', 'steps'].",
+        "'breakpoints', 'first_step', 'max_step', 'max_steps', "
+        "'precision', 'rtol', 'solver', 'steps'].",
     ),
     (
         lambda: flow(return_solution=True), TypeError,
