@@ -87,7 +87,9 @@ def bits_per_dimension(flow, whitening):
     def bits(params, x, key) -> float:
         batches = x.reshape(-1, 100, PIXELS)
         keys = jax.random.split(key, len(batches))
-        return float(np.mean([batch(params, *each) for each in zip(batches, keys, strict=True)]))
+        return float(
+            np.mean([float(batch(params, *each)) for each in zip(batches, keys, strict=True)])
+        )
 
     return bits
 

@@ -165,7 +165,7 @@ def interrupt(moment, name, *arguments):
         output += line
     process.send_signal(signal.SIGINT)
     output += process.communicate(timeout=200)[0]
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     return output, process.returncode
 
 
