@@ -238,10 +238,8 @@ class Nodes(NamedTuple):
         new = each(added)(index, theta, scale, values, slope, beta, dtime, dstate)
         if index.ndim:
             new = jax.tree.map(lambda x: x.sum(0), new)
-        old = bar, integrals, by_times
-        bar, integrals, by_times = jax.tree.map(
-            lambda x, dx: x if dx is None else x + dx, old, new, is_leaf=lambda x: x is None
-        )
+        add = lambda x, dx: x if dx is None else x + dx
+        bar, integrals, by_times = jax.tree.map(add, (bar, integrals, by_times), new)
         return bar, jax.tree.map(jnp.add, params_bar, dparams), integrals, by_times
 
 

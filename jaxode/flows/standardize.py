@@ -67,6 +67,7 @@ def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
 def affine(
     name: str, given: Any, event: tuple[int, ...], support: Support | None = None
 ) -> Affine | None:
+    """The map that is given, or that standardizes the data that are."""
     if given is None:
         return None
     if isinstance(given, list):

@@ -71,7 +71,7 @@ class Box(eqx.Module):
         of_half = jnp.where(below, -u, u)
         log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
         # Rounding must not leave the support.
-        first, last = (frozen(bound) for bound in (self.low, self.high))
+        first, last = frozen((self.low, self.high))
         return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
     @property
@@ -155,7 +155,7 @@ def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> OfNumpyr
 
     try:
         shape = biject_to(constraint).forward_shape(event)
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError):  # numpyro has none, or none for events of this shape
         shape = None
     if shape != event:
         raise ValueError(
