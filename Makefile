@@ -54,7 +54,7 @@ bench-check: .venv-bench/ready  ## Measure again; fails if a ratio to a peer has
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
-posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes two hours
+posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes an hour
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
 
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
