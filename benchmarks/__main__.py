@@ -1,6 +1,6 @@
 """Run the benchmarks and write tables and pictures.
 
-    make bench                 all but time_to_nll and posterior, about an hour on two cores
+    make bench                 all but time_to_nll and posterior, 40 minutes on two cores
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
     make bench-check           measure again and compare with the results file
@@ -134,7 +134,8 @@ def run(
             tell = lambda peer, label=label: progress.update(task, description=f"{label}: {peer}")
             given = seconds or getattr(loaded[name], "SECONDS", SECONDS)
             limit = getattr(loaded[name], "LIMIT", LIMIT)
-            result = measure(name, case, given, log, tell, limit) | {"code": code()}
+            result = measure(name, case, given, log, tell, limit)
+            result |= {"code": code(), "device": results["machine"]["device"]}
             results["benchmarks"].setdefault(name, {})[case] = result
             save(path, results)
             for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():
@@ -171,7 +172,7 @@ def main() -> int:
     from benchmarks import report
 
     report.write(options.results, HERE.parent)
-    console.print(f"Written: {committed}, RESULTS.md, docs/images/bench_*.png, the README's list")
+    console.print(f"Written: {committed}, RESULTS.md, docs/images/bench_*.png, the README's table")
     return 0
 
 

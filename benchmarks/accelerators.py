@@ -153,7 +153,7 @@ def shapes(workload: flows.Workload, mesh: Mesh) -> flows.Problem:
     params, key = jax.tree.map(placed, jax.eval_shape(make))
     rows = mesh.size * workload.batch
     x = jax.ShapeDtypeStruct((rows, workload.dim), jnp.float32, sharding=split)
-    return flows.Problem(params, x, x, key, workload.span)
+    return flows.Problem(params, x, x, key)
 
 
 def compiled(contender: Contender, p: flows.Problem, platform: str) -> dict[str, Any]:

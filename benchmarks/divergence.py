@@ -293,7 +293,7 @@ def sentence(cases: dict[str, Any]) -> str:
     gains."""
     by_size, noisy = split(cases)
     median = lambda result, name: result["curves"][name][0]["median"]
-    dearer = [
+    slower = [
         size
         for size, r in by_size.items()
         if median(r, "exact(chunk=16)") > median(r, "hutchinson(probes=8)")
@@ -302,13 +302,13 @@ def sentence(cases: dict[str, Any]) -> str:
     parts = []
     if by_size:
         parts = [
-            f"The exact trace costs more than 8 probes from {min(dearer, default='no')} dimensions "
-            f"on, and the closed form {min(closed):.2f} to {max(closed):.2f} of one probe"
+            f"The exact trace costs more than 8 probes from {min(slower, default='no')} dimensions "
+            f"on; the closed form takes {min(closed):.2f}x to {max(closed):.2f}x as long as a probe"
         ]
     for case, result in noisy.items():
         slow = [n for n, at in result["at_target"].items() if "median" not in at]
         if slow:
             parts.append(f"{' and '.join(slow)} do not reach {TARGET:.0%} of noise ({case})")
         for peer, ratio in result["ratios"].items():
-            parts.append(f"orthogonal probes take {ratio:.2f} of the time of {peer} ({case})")
+            parts.append(f"orthogonal probes take {ratio:.2f}x as long as {peer} ({case})")
     return "; ".join(parts) + "."

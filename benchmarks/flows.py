@@ -1,11 +1,12 @@
 """The flows that several benchmarks train, and the training step of each library.
 
-All steps have the same weights, data, probe and network: jaxode's own ConcatSquash, which
-`torch_flows.py` writes again in PyTorch. Peers get FFJORD's state, `z` and the log-determinant, in
+All steps have the same weights, data, probe and network: one of `jaxode.nn`, or one as users write
+it; `torch_flows.py` has both in PyTorch. Peers get FFJORD's state, `z` and the log-determinant, in
 their fastest form: in JAX the estimate of the divergence is a Jacobian-vector product.
 """
 
-from pathlib import Path
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -13,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.ode import odeint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,16 +23,39 @@ import jaxode
 from benchmarks.fairness import double_precision
 
 AXIS = "batch"  # of devices
-WEIGHTS = Path(__file__).parent / "data" / "eight_gaussians.npz"
+ROWS, RATE = 256, 3e-3  # of a training
 
 
 class Workload(NamedTuple):
+    """A flow trained by matching on eight Gaussians, and a batch of their samples."""
+
     dim: int
     batch: int
     widths: tuple[int, ...]
-    trained: bool = False
-    """On 8 Gaussians; otherwise initial weights, those of the last layer times ten."""
-    span: float = 1.0
+    own: bool = False
+    """A network as a user writes it, not one of `jaxode.nn`."""
+    steps: int = 3000
+    """Of matching; some seconds."""
+
+
+class Plain(eqx.Module):
+    """A multilayer perceptron, the time beside the state."""
+
+    layers: list[eqx.nn.Linear]
+    activation: Callable[[jax.Array], jax.Array] = eqx.field(static=True)
+
+    def __init__(self, dim: int, widths: tuple[int, ...], key, activation=jax.nn.softplus):
+        self.activation = activation
+        sizes = [(dim + 1, widths[0]), *itertools.pairwise(widths), (widths[-1], dim)]
+        keys = jax.random.split(key, len(sizes))
+        pairs = zip(sizes, keys, strict=True)
+        self.layers = [eqx.nn.Linear(*size, key=key) for size, key in pairs]
+
+    def __call__(self, t, y):
+        x = jnp.append(y, t)
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
 
 
 class Problem(NamedTuple):
@@ -39,41 +64,59 @@ class Problem(NamedTuple):
     probe: Any
     """One random sign for each entry of `x`: the one that jaxode draws from `key`."""
     key: Any
-    span: float
 
     def double(self) -> "Problem":
         """The same numbers in float64; call it within `double_precision`."""
         cast = lambda leaf: jnp.asarray(leaf, jnp.float64)
         arrays = jax.tree.map(cast, (self.params, self.x, self.probe))
-        return Problem(arrays[0], arrays[1], arrays[2], self.key, self.span)
+        return Problem(*arrays, self.key)
 
 
-def eight_gaussians(rng: np.random.Generator, n: int) -> np.ndarray:
-    angle = 2 * np.pi * rng.integers(0, 8, n) / 8
+def eight_gaussians(rng: np.random.Generator, n: int, dim: int = 2) -> np.ndarray:
+    """On a ring in two dimensions; in more, around points that are drawn at random."""
+    angle = 2 * np.pi * np.arange(8) / 8
     centers = 2.8 * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return (centers + 0.3 * rng.standard_normal((n, 2))).astype(np.float32)
+    if dim > 2:
+        centers = 2 * np.random.default_rng(0).standard_normal((8, dim))
+    chosen = centers[rng.integers(0, 8, n)]
+    return (chosen + 0.3 * rng.standard_normal((n, dim))).astype(np.float32)
 
 
-def network(workload: Workload, activation=jaxode.nn.softplus):
+def network(workload: Workload):
+    """Before its training."""
     key = jax.random.key(0)
-    m = jaxode.nn.ConcatSquash(workload.dim, workload.widths, key=key, activation=activation)
-    if not workload.trained:
-        return eqx.tree_at(lambda m: m.weight, m, 10 * m.weight)
-    paths, structure = jax.tree_util.tree_flatten_with_path(m)
-    with np.load(WEIGHTS) as saved:
-        leaves = [jnp.asarray(saved[jax.tree_util.keystr(path)]) for path, _ in paths]
-    for leaf, (path, like) in zip(leaves, paths, strict=True):
-        if leaf.shape != like.shape:
-            raise ValueError(f"{WEIGHTS}: {jax.tree_util.keystr(path)} has shape {leaf.shape}.")
-    return jax.tree.unflatten(structure, leaves)
+    if workload.own:
+        return Plain(workload.dim, workload.widths, key)
+    options: dict[str, Any] = {"key": key, "activation": jaxode.nn.softplus}
+    return jaxode.nn.ConcatSquash(workload.dim, workload.widths, **options)
+
+
+def trained(params, loss, steps: int):
+    """The parameters after a training on `loss(params, key)`."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
+
+    def step(carry, key):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(1), steps)
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0][0])
+    return run((params, optimizer.init(params)))
 
 
 def problem(workload: Workload) -> Problem:
-    rng = np.random.default_rng(1)
-    shape = (workload.batch, workload.dim)
-    x = eight_gaussians(rng, workload.batch) if workload.trained else rng.normal(size=shape)
-    x, key = jnp.asarray(x, jnp.float32), jax.random.key(2)
-    return Problem(network(workload), x, probe_of_jaxode(x, key), key, workload.span)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(workload.dim))
+    data = jnp.asarray(eight_gaussians(np.random.default_rng(0), 50_000, workload.dim))
+
+    def matching(params, key):
+        rows = data[jax.random.randint(key, (ROWS,), 0, len(data))]
+        return flow.matching_loss(params, rows, key=key)
+
+    params = trained(network(workload), matching, workload.steps)
+    rng, key = np.random.default_rng(1), jax.random.key(2)
+    x = jnp.asarray(eight_gaussians(rng, workload.batch, workload.dim))
+    return Problem(params, x, probe_of_jaxode(x, key), key)
 
 
 def probe_of_jaxode(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -98,7 +141,7 @@ def jaxode_loss(p: Problem, divergence=None, **options):
 
     def loss(params, x, key, tolerance):
         flow = jaxode.cnf(
-            jaxode.nn.field, base, t1=p.span, divergence=divergence, rtol=tolerance,
+            jaxode.nn.field, base, divergence=divergence, rtol=tolerance,
             atol=tolerance, **options,
         )  # fmt: skip
         return flow.nll(params, x, key=key)
@@ -154,7 +197,7 @@ def diffrax_loss(
         controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
         start = (x, jnp.zeros(x.shape[0], x.dtype))
         solution = diffrax.diffeqsolve(
-            term, solver, p.span, 0.0, dt0, start, args=(params, probe),
+            term, solver, 1.0, 0.0, dt0, start, args=(params, probe),
             adjoint=adjoint(tolerance) if callable(adjoint) else adjoint,
             stepsize_controller=controller, max_steps=max_steps, throw=False,
         )  # fmt: skip
@@ -186,7 +229,7 @@ def odeint_loss(p: Problem):
             derivative = augmented(-s, state, eqx.combine(arrays, static), probe)
             return jax.tree.map(jnp.negative, derivative)
 
-        start, times = (x, jnp.zeros(x.shape[0], x.dtype)), jnp.array([-p.span, 0.0])
+        start, times = (x, jnp.zeros(x.shape[0], x.dtype)), jnp.array([-1.0, 0.0])
         options = {"rtol": tolerance, "atol": tolerance}
         z, log_det = odeint(backwards, start, times, arrays, probe, **options)
         return negative_log_likelihood(z[-1], log_det[-1])
@@ -204,7 +247,7 @@ def over_devices(p: Problem, mesh: Mesh) -> Problem:
     split, replicated = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
     params, key = jax.device_put((p.params, p.key), replicated)
     x, probe = jax.device_put((p.x, p.probe), split)
-    return Problem(params, x, probe, key, p.span)
+    return Problem(params, x, probe, key)
 
 
 def shard_mapped(loss, mesh: Mesh, *specs):
@@ -236,36 +279,3 @@ def reference(p: Problem, field=augmented, tolerance: float = 1e-11) -> list[np.
         adjoint = diffrax.RecursiveCheckpointAdjoint()
         step = diffrax_step(q, diffrax.Dopri8(), adjoint, field=field)
         return [np.asarray(leaf) for leaf in step(tolerance)[1]]
-
-
-def train(steps: int = 1500) -> None:
-    """Make `benchmarks/data/eight_gaussians.npz`: `python -m benchmarks.flows`."""
-    import optax
-
-    m: Any = jaxode.nn.ConcatSquash(
-        2, (64, 64, 64), key=jax.random.key(0), activation=jaxode.nn.softplus
-    )
-    flow = jaxode.cnf(
-        jaxode.nn.field, jaxode.standard_normal(2), divergence=jaxode.divergence.exact()
-    )
-    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
-    state, rng = optimizer.init(m), np.random.default_rng(0)
-
-    @jax.jit
-    def step(m, state, x):
-        loss, gradient = jax.value_and_grad(flow.nll)(m, x)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(m, updates), state, loss
-
-    for i in range(steps):
-        m, state, loss = step(m, state, jnp.asarray(eight_gaussians(rng, 512)))
-        if i % 100 == 99:
-            print(i + 1, float(loss))
-    paths = jax.tree_util.tree_flatten_with_path(m)[0]
-    WEIGHTS.parent.mkdir(exist_ok=True)
-    arrays: dict[str, Any] = {jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in paths}
-    np.savez_compressed(WEIGHTS, **arrays)
-
-
-if __name__ == "__main__":
-    train()

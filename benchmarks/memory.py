@@ -52,19 +52,30 @@ def temporary(p: flows.Problem, loss, noise, static: bool) -> int:
     return int(analysis.temp_size_in_bytes)
 
 
+def untrained(workload: flows.Workload) -> flows.Problem:
+    """What the compiler allots does not depend on the numbers."""
+    blank = jnp.zeros((workload.batch, workload.dim))
+    return flows.Problem(flows.network(workload), blank, blank, jax.random.key(0))
+
+
 def run(case: str, bench: Bench) -> dict[str, Any]:
     failed: dict[str, str] = {}
     curves: dict[str, list[list[float]]] = {}
     for value in CASES[case]:
         settings = BASE | {case: value}
-        workload = flows.Workload(settings["dim"], settings["batch"], 2 * (settings["width"],))
-        blank = jnp.zeros((workload.batch, workload.dim))
-        p = flows.Problem(flows.network(workload), blank, blank, jax.random.key(0), 1.0)
+        size = settings["dim"], settings["batch"], 2 * (settings["width"],)
+        p, nn = (untrained(flows.Workload(*size, own=own)) for own in (True, False))
         at = value
         if case == "width":  # what matters is the number of parameters
             at = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(p.params, eqx.is_array)))
-        for name, choice in contenders(p, settings["max_steps"]).items():
-            size = attempt(bench, failed, name, lambda choice=choice, p=p: temporary(p, *choice))
+        calls = {
+            name: lambda choice=choice, p=p: temporary(p, *choice)
+            for name, choice in contenders(p, settings["max_steps"]).items()
+        }
+        of_nn = contenders(nn, settings["max_steps"])["jaxode"]
+        calls["jaxode, jaxode.nn"] = lambda nn=nn, of_nn=of_nn: temporary(nn, *of_nn)
+        for name, call in calls.items():
+            size = attempt(bench, failed, name, call)
             if size is not None:
                 curves.setdefault(name, []).append([at, size])
     mine, peers = curves["jaxode"][-1][1], [n for n in curves if not n.startswith("jaxode")]
@@ -111,7 +122,7 @@ def sentence(cases: dict[str, Any]) -> str:
         first, last = (mine[x] / min(peer[x] for peer in peers if x in peer) for x in (start, end))
         parts.append(
             f"from {start} to {end} {LABELS.get(case, case)}, jaxode's memory grows "
-            f"{mine[end] / mine[start]:.1f} times, from {first:.2f} to {last:.2f} of that of the "
+            f"{mine[end] / mine[start]:.1f}-fold, from {first:.2f}x to {last:.2f}x that of the "
             "smallest JAX peer"
         )
     return "; ".join(parts) + "."

@@ -1,4 +1,7 @@
-"""The training step of a Neural ODE: value and gradient of a loss on the states at given times."""
+"""The training step of a Neural ODE: value and gradient of a loss on the states at given times.
+
+The network is trained, and each size comes twice: as users write it, and as one of `jaxode.nn`.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,24 +12,28 @@ import numpy as np
 from jax.experimental.ode import odeint
 
 import jaxode
-from benchmarks import report
+from benchmarks import flows, report
 from benchmarks.fairness import Bench, check_equal, check_same, double_precision, work_precision
-from benchmarks.flows import seminorm_backsolve
 
 TITLE = "Training step of a Neural ODE"
+SHORT = "Neural ODE"
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-CASES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, int]] = {
     "64-64, state 4, batch 256, 20 times": {"state": 4, "width": 64, "batch": 256, "times": 20},
     "64-64, state 64, batch 256, 20 times": {"state": 64, "width": 64, "batch": 256, "times": 20},
     "1024-1024, state 64, batch 8, 1 time": {"state": 64, "width": 1024, "batch": 8, "times": 1},
 }
+CASES: dict[str, dict[str, Any]] = {
+    f"{size}, {'a network of the user' if own else 'jaxode.nn'}": {**settings, "own": own}
+    for size, settings in SIZES.items()
+    for own in (True, False)
+}
+STEPS = 800  # of the training
 TARGET = 1e-4  # the error of the gradient at which times are compared
-JAX_PEERS = ["diffrax checkpointed", "diffrax backsolve", "jax odeint"]
 GROUPS = {
-    "best JAX peer": JAX_PEERS,
-    "diffrax checkpointed": ["diffrax checkpointed"],
+    "diffrax": ["diffrax checkpointed", "diffrax backsolve"],
     "jax odeint": ["jax odeint"],
-    "best of torchdiffeq": ["torchdiffeq adjoint", "torchdiffeq direct"],
+    "torchdiffeq": ["torchdiffeq adjoint", "torchdiffeq direct"],
 }
 
 
@@ -36,19 +43,32 @@ class Problem(NamedTuple):
     ts: Any
 
 
-def problem(state: int, width: int, batch: int, times: int) -> Problem:
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = [(state, width), (width, width), (width, state)]
-    layer = lambda key, m, n: (1.5 * jax.random.normal(key, (n, m)) / np.sqrt(m), jnp.zeros(n))
-    params = [layer(key, *size) for key, size in zip(keys[:3], sizes, strict=True)]
-    return Problem(
-        params, jax.random.normal(keys[3], (batch, state)), jnp.linspace(0.0, 1.0, times + 1)
-    )
+def oscillators(y):
+    """Pairs of coordinates that turn on a limit cycle, each at a frequency of 2 to 8."""
+    u, v = jnp.split(y, 2, axis=-1)
+    frequency, grow = jnp.linspace(2.0, 8.0, u.shape[-1]), 1 - u**2 - v**2
+    return jnp.concatenate([grow * u - frequency * v, grow * v + frequency * u], axis=-1)
+
+
+def problem(state: int, width: int, batch: int, times: int, own: bool = True) -> Problem:
+    """A network that was fitted to the slopes of oscillators."""
+    network_key, key = jax.random.split(jax.random.key(0))
+    if own:
+        params: Any = flows.Plain(state, (width, width), network_key, jnp.tanh)
+    else:
+        params = jaxode.nn.MLP(state, (width, width), key=network_key)
+
+    def slopes(params, key):
+        y = jax.random.normal(key, (flows.ROWS, state))
+        t = jax.random.uniform(key)
+        return jnp.mean((batched(t, y, params) - oscillators(y)) ** 2)
+
+    params = flows.trained(params, slopes, STEPS)
+    return Problem(params, jax.random.normal(key, (batch, state)), jnp.linspace(0, 1, times + 1))
 
 
 def field(t, y, params):
-    (w1, b1), (w2, b2), (w3, b3) = params
-    return w3 @ jnp.tanh(w2 @ jnp.tanh(w1 @ y + b1 + t) + b2) + b3
+    return params(t, y)
 
 
 def batched(t, y, params):
@@ -98,23 +118,11 @@ def odeint_step(p: Problem, solve):
     return step_of(p, ys, static=True)
 
 
-class TorchField:
-    def __init__(self, params):
-        import torch
-
-        tensor = lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True)
-        self.leaves = [tensor(leaf) for leaf in jax.tree.leaves(params)]
-
-    def __call__(self, t, y):
-        from torch.nn.functional import linear
-
-        w1, b1, w2, b2, w3, b3 = self.leaves
-        return linear(linear(linear(y, w1, b1 + t).tanh(), w2, b2).tanh(), w3, b3)
-
-
 def torchdiffeq_step(p: Problem, adjoint: bool = True):
     import torch
     import torchdiffeq
+
+    from benchmarks.torch_flows import TorchField
 
     f = TorchField(p.params)
     y0, ts = (torch.tensor(np.asarray(a)) for a in (p.y0, p.ts))
@@ -137,6 +145,8 @@ def double(p: Problem) -> Problem:
 def check_fields(p: Problem) -> None:
     """Raise unless the field in PyTorch equals that in JAX, in float64."""
     import torch
+
+    from benchmarks.torch_flows import TorchField
 
     with double_precision():
         q = double(p)
@@ -161,7 +171,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
         "jaxode backsolve": lambda: jaxode_step(p, jaxode.BacksolveAdjoint()),
         "jaxode.odeint": lambda: odeint_step(p, jaxode.odeint),
         "diffrax checkpointed": lambda: diffrax_step(p, diffrax.RecursiveCheckpointAdjoint()),
-        "diffrax backsolve": lambda: diffrax_step(p, seminorm_backsolve),
+        "diffrax backsolve": lambda: diffrax_step(p, flows.seminorm_backsolve),
         "jax odeint": lambda: odeint_step(p, odeint),
         "torchdiffeq adjoint": lambda: torchdiffeq_step(p),
         "torchdiffeq direct": lambda: torchdiffeq_step(p, adjoint=False),

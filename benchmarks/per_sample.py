@@ -4,17 +4,13 @@ from typing import Any
 
 import diffrax
 
-from benchmarks import flows, report
+from benchmarks import ffjord_step, flows, report
 from benchmarks.fairness import Bench, check_same, work_precision
 from benchmarks.ffjord_step import in_torch
 
 TITLE = "Training step with steps of its own for each sample"
-CASES: dict[str, dict[str, Any]] = {
-    "8 Gaussians, 512 x 2, 64-64-64": {
-        "workload": flows.Workload(2, 512, (64, 64, 64), trained=True),
-        "tolerances": (1e-3, 1e-4, 1e-5, 1e-6),
-    },
-}
+SIZE, TOLERANCES = "8 Gaussians, 512 x 2, 64-64-64", (1e-3, 1e-4, 1e-5, 1e-6)
+CASES = {case: workload for case, (workload, _) in ffjord_step.CASES.items() if SIZE in case}
 TARGET = 1e-3
 DIFFRAX = {
     "diffrax vmap Tsit5 checkpointed": diffrax.RecursiveCheckpointAdjoint(),
@@ -28,8 +24,7 @@ GROUPS = {
 
 
 def run(case: str, bench: Bench) -> dict[str, Any]:
-    settings = CASES[case]
-    p, failed = flows.problem(settings["workload"]), {}
+    p, failed = flows.problem(CASES[case]), {}
     check_same(failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
         "jaxode": lambda: flows.jaxode_step(p, step_control="per_sample"),
@@ -44,7 +39,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     }
     bench.announce("reference")
     references = {"": flows.reference(p)}
-    result = work_precision(bench, makers, references, settings["tolerances"], TARGET, GROUPS)
+    result = work_precision(bench, makers, references, TOLERANCES, TARGET, GROUPS)
     result["failed"] |= failed
     return result
 

@@ -16,7 +16,7 @@ import numpy as np
 import jaxode
 from benchmarks import report
 from benchmarks.fairness import Bench, attempt, check_same, double_precision, work_precision
-from benchmarks.neural_ode_step import TorchField, check_fields, field
+from benchmarks.neural_ode_step import check_fields, field
 from benchmarks.neural_ode_step import problem as regular
 
 TITLE = "Training step on ragged series"
@@ -93,6 +93,8 @@ def of_diffrax(solver: Any = diffrax.Tsit5()):
 def torchode_step(p: Problem):
     import torch
     import torchode
+
+    from benchmarks.torch_flows import TorchField
 
     f = TorchField(p.params)
     y0, ts, real = (torch.tensor(np.asarray(x)) for x in (p.y0, p.ts, p.real))

@@ -121,4 +121,6 @@ def sentence(cases: dict[str, Any]) -> str:
         for case, result in cases.items()
         if case != "none"
     ]
-    return f"Against {plain:.1f} evaluations a sample and {nll:.3f} nats: " + "; ".join(parts) + "."
+    return (
+        f"Against {plain:.1f} evaluations per sample and {nll:.3f} nats: " + "; ".join(parts) + "."
+    )

@@ -62,7 +62,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     mesh = Mesh(np.array(jax.devices()), (flows.AXIS,))
     shape = (WORKLOAD.batch, WORKLOAD.dim)
     blank = jnp.zeros(shape)
-    p = flows.Problem(flows.network(WORKLOAD), blank, blank, jax.random.key(0), 1.0)
+    p = flows.Problem(flows.network(WORKLOAD), blank, blank, jax.random.key(0))
     failed: dict[str, str] = {}
     found = {}
     for name, lower in contenders(p, mesh).items():

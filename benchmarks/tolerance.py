@@ -68,7 +68,7 @@ def measure(workload: flows.Workload, tolerances=TOLERANCES, solvers=tuple(SOLVE
 
 def make(p: flows.Problem, solver, tolerance):
     return jaxode.cnf(
-        jaxode.nn.field, jaxode.standard_normal(p.x.shape[1]), t1=p.span, solver=solver,
+        jaxode.nn.field, jaxode.standard_normal(p.x.shape[1]), solver=solver,
         rtol=tolerance, atol=tolerance, divergence=jaxode.divergence.hutchinson(), throw=False,
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    rows = measure(flows.Workload(2, 512, (64, 64, 64), trained=True))
+    rows = measure(flows.Workload(2, 512, (64, 64, 64)))
     results = {"jax": jax.__version__, "rows": rows}
     print(*tables(results))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

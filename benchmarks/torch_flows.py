@@ -6,13 +6,15 @@ Imported where it is used, so that the other benchmarks run without PyTorch.
 # torchode and zuko annotate what they take more narrowly than they work.
 # pyright: reportArgumentType=false
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from benchmarks.fairness import check_equal, double_precision
-from benchmarks.flows import Problem, augmented, augmented_exact
+from benchmarks.flows import Plain, Problem, augmented, augmented_exact
 
 
 class TorchField:
@@ -21,23 +23,32 @@ class TorchField:
     def __init__(self, params):
         tensor = lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True)
         self.leaves = [tensor(leaf) for leaf in jax.tree.leaves(params)]
-        names = [
-            jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-        ]
+        paths = jax.tree_util.tree_flatten_with_path(params)[0]
+        names = [jax.tree_util.keystr(path) for path, _ in paths]
         named = dict(zip(names, self.leaves, strict=True))
-        each = ("weight", "bias", "gate", "shift")
-        hidden = range(len(params.hidden))
-        self.hidden = [[named[f".hidden[{i}].{name}"] for name in each] for i in hidden]
-        self.last = named[".weight"], named[".bias"]
+        prefixes = [f".layers[{i}]" for i in range(len(named))]
+        if not isinstance(params, Plain):
+            prefixes = [*(f".hidden[{i}]" for i in range(len(params.hidden))), ""]
+        parts = ("weight", "bias", "gate", "shift")
+        layers = [{part: named.get(f"{prefix}.{part}") for part in parts} for prefix in prefixes]
+        self.layers = [layer for layer in layers if layer["weight"] is not None]
+        self.beside = isinstance(params, Plain)  # the time is beside the state
+        self.activation = torch.tanh
+        if params.activation is not jnp.tanh:
+            self.activation = functools.partial(torch.nn.functional.softplus, threshold=1e9)
 
     def __call__(self, t, z):
         """`t` is a scalar, or `[batch, 1]`."""
-        for weight, bias, gate, shift in self.hidden:
-            gated = torch.nn.functional.linear(z, weight, bias) * torch.sigmoid(
-                t * gate[0] + gate[1]
-            )
-            z = torch.nn.functional.softplus(gated + t * shift, threshold=1e9)
-        return torch.nn.functional.linear(z, *self.last)
+        if self.beside:
+            z = torch.cat([z, torch.as_tensor(t, dtype=z.dtype).expand(len(z), 1)], 1)
+        for i, layer in enumerate(self.layers):
+            z = z if i == 0 else self.activation(z)
+            z = torch.nn.functional.linear(z, layer["weight"], layer["bias"])
+            if layer["gate"] is not None:
+                z = z * torch.sigmoid(t * layer["gate"][0] + layer["gate"][1])
+            if layer["shift"] is not None:
+                z = z + t * layer["shift"]
+        return z
 
     def augmented(self, t, z, probe):
         """FFJORD's `divergence_approx`: a vector-Jacobian product, kept for differentiation.
@@ -76,7 +87,7 @@ def torch_step(field: TorchField, end):
     return step
 
 
-def torchdiffeq_end(field: TorchField, x, probe, span, rtol, atol, adjoint=True):
+def torchdiffeq_end(field: TorchField, x, probe, rtol, atol, adjoint=True):
     """FFJORD's solve: dopri5 and the adjoint ODE of torchdiffeq, on `(z, log_det)`."""
     import torchdiffeq
 
@@ -88,13 +99,13 @@ def torchdiffeq_end(field: TorchField, x, probe, span, rtol, atol, adjoint=True)
     solve = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
     options = {"adjoint_params": tuple(field.leaves)} if adjoint else {}
     z, log_det = solve(
-        Dynamics(), start, torch.tensor([span, 0.0], dtype=x.dtype), rtol=rtol, atol=atol,
+        Dynamics(), start, torch.tensor([1.0, 0.0], dtype=x.dtype), rtol=rtol, atol=atol,
         method="dopri5", **options,
     )  # fmt: skip
     return z[-1], log_det[-1]
 
 
-def zuko_end(field: TorchField, x, probe, span, rtol, atol):
+def zuko_end(field: TorchField, x, probe, rtol, atol):
     """As its `FreeFormJacobianTransform`, whose error control sees a hundredth of the trace."""
     import zuko
 
@@ -103,20 +114,18 @@ def zuko_end(field: TorchField, x, probe, span, rtol, atol):
         return dz, 1e-2 * divergence
 
     start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
-    z, scaled = zuko.utils.odeint(dynamics, start, span, 0.0, field.leaves, atol=atol, rtol=rtol)
+    z, scaled = zuko.utils.odeint(dynamics, start, 1.0, 0.0, field.leaves, atol=atol, rtol=rtol)
     return z, 1e2 * scaled
 
 
 def torchdiffeq_step(p: Problem, adjoint: bool = True):
     field, x, probe = torch_problem(p)
-    return torch_step(
-        field, lambda tol: torchdiffeq_end(field, x, probe, p.span, tol, tol, adjoint)
-    )
+    return torch_step(field, lambda tol: torchdiffeq_end(field, x, probe, tol, tol, adjoint))
 
 
 def zuko_step(p: Problem):
     field, x, probe = torch_problem(p)
-    return torch_step(field, lambda tol: zuko_end(field, x, probe, p.span, tol, tol))
+    return torch_step(field, lambda tol: zuko_end(field, x, probe, tol, tol))
 
 
 def torchode_step(p: Problem):
@@ -134,7 +143,7 @@ def torchode_step(p: Problem):
     def end(tolerance):
         controller = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
         solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term=term), controller)
-        times = torch.tensor([p.span, 0.0], dtype=x.dtype).expand(x.shape[0], 2)
+        times = torch.tensor([1.0, 0.0], dtype=x.dtype).expand(x.shape[0], 2)
         start = torch.cat([x, torch.zeros(x.shape[0], 1, dtype=x.dtype)], 1)
         start_end = {"t_start": times[:, 0], "t_end": times[:, 1]}
         ys = solver.solve(torchode.InitialValueProblem(y0=start, t_eval=times, **start_end)).ys

@@ -18,16 +18,18 @@ from benchmarks import (
     accelerators,
     adjoints,
     compare,
+    compile_time,
     cores,
     fairness,
     flows,
     hlo,
+    per_sample,
     report,
     time_to_nll,
     tolerance,
 )
 
-TINY = flows.Workload(3, 4, (5, 6))
+TINY = flows.Workload(3, 4, (5, 6), steps=20)
 
 
 _cache = {}
@@ -311,21 +313,21 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
         return {}
 
     monkeypatch.setattr(runner, "measure", measure)
-    monkeypatch.setattr(runner, "describe_machine", lambda: {"name": "mine"})
+    monkeypatch.setattr(runner, "describe_machine", lambda: {"name": "mine", "device": "one core"})
     monkeypatch.setattr(runner, "code", lambda: "abc")
     path, modules = tmp_path / "mine.json", ["compile_time", "per_sample"]
     with pytest.raises(KeyboardInterrupt):
         runner.run(modules, path, False, None, tmp_path / "log")
-    done = {"code": "abc"}
+    done = {"code": "abc", "device": "one core"}
     assert runner.read(path)["benchmarks"] == {
-        "compile_time": {"flow, 8 Gaussians": done, "Neural ODE, state 4": done}
+        "compile_time": {"flow, 8 Gaussians, a user's own field": done, "Neural ODE, state 4": done}
     }
     measured.clear()
     runner.run(modules, path, False, None, tmp_path / "log")
-    assert measured == [("per_sample", "8 Gaussians, 512 x 2, 64-64-64")]
+    assert measured == [("per_sample", case) for case in per_sample.CASES]
     measured.clear()
     runner.run(["per_sample"], path, True, None, tmp_path / "log")
-    assert measured == [("per_sample", "8 Gaussians, 512 x 2, 64-64-64")]
+    assert measured == [("per_sample", case) for case in per_sample.CASES]
 
 
 def test_results_are_reported_with_failures_and_crashes(tmp_path):
@@ -335,7 +337,12 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
         "parameter_bytes": 64,
     }
     cases = {"2 devices": case, "8 devices": {"crashed": "start: ended the process"}}
-    results = {"machine": fairness.machine(), "benchmarks": {"sharding": cases}}
+    first = {"code": "abc", "ratios": {"diffrax": 0.5}, "device": "another", "times": {
+        "jaxode": fairness.summary([1.0]), "diffrax checkpointed": fairness.summary([2.0])
+    }}  # fmt: skip
+    called = dict.fromkeys(compile_time.CASES, first)
+    benchmarks = {"sharding": cases, "compile_time": called}
+    results = {"machine": fairness.machine(), "benchmarks": benchmarks}
     (tmp_path / "mine.json").write_text(json.dumps(results))
     (tmp_path / "other.json").write_text(json.dumps({"machine": "of another kind"}))
     (tmp_path / "benchmarks").mkdir()
@@ -346,9 +353,13 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before <!-- benchmarks -->")
     assert readme.endswith(" after")
-    assert "(docs/images/bench_sharding.png)" in readme
+    case = next(iter(compile_time.CASES))
+    assert f"| first call: {case} | 0.50 |  |" in readme
+    assert "commit abc" in readme
     assert "old" not in readme
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    assert f"{case}: jaxode takes 0.50x as long as diffrax checkpointed" in text
+    assert f"Measured on another: {case}" in text
     assert "has 1 collectives of 64 bytes inside loops" in text
     assert "diffrax, jit failed: ValueError: no" in text
     assert "8 devices crashed: start: ended the process" in text
@@ -375,7 +386,7 @@ def test_times_to_a_likelihood_say_of_which_seeds_they_are():
 
 def test_the_scripts_behind_the_pictures_of_the_documentation(tmp_path, default_settings):
     """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
-    workload = flows.Workload(2, 4, (5,), span=4.0)
+    workload = flows.Workload(2, 4, (5,), steps=200)
     rows = tolerance.measure(workload, (1e-1, 1e-5), ("Tsit5",))
     assert rows[1]["gradient"] < rows[0]["gradient"]
     assert rows[1]["evaluations"] > rows[0]["evaluations"]
