@@ -60,7 +60,7 @@ def scores(flow, params, whitening, x, key):
 
 
 def draw(flow, params, whitening, data, labels, history, path, key):
-    """Real digits, samples by class with the same noise in each column, scores in training."""
+    """Real digits, samples by class with the same noise in each column, scores during training."""
     per_class = 9
     real = jnp.concatenate([data[labels == label][:per_class] for label in range(CLASSES)])
     z = jnp.tile(flow.base.sample(key, (per_class,)), (CLASSES, 1))
@@ -71,15 +71,15 @@ def draw(flow, params, whitening, data, labels, history, path, key):
     axes = figure.subplot_mosaic([["real", "samples", "scores"]])
     for name, title, digits in (
         ("real", "real digits", real),
-        ("samples", "samples: a class for each row, the same noise in a column", samples),
+        ("samples", "samples, each column from the same noise", samples),
     ):
         grid = np.pad(np.asarray(digits).reshape(-1, 8, 8), ((0, 0), (0, 1), (0, 1)))
         grid = grid.reshape(CLASSES, per_class, 9, 9).swapaxes(1, 2).reshape(CLASSES * 9, -1)
         axes[name].imshow(grid[:-1, :-1], cmap="gray", interpolation="nearest")
-        axes[name].set(xticks=[], title=title)
+        axes[name].set(xticks=[], title=title, ylabel="class")
         axes[name].set_yticks(np.arange(CLASSES) * 9 + 3.5, list("0123456789"))
     draw_scores(history, axes["scores"])
-    axes["scores"].set(ylabel="bits per dimension", title="validation images in training")
+    axes["scores"].set(ylabel="bits per dimension", title="validation images during training")
     axes["scores"].legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)

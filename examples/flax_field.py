@@ -94,16 +94,19 @@ def train(flow, params: Any, data, options, rng):
 
 
 def draw(flow, params, data, losses, evals, path):
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4), constrained_layout=True)
     plot.samples(data[:3000], ax=axes[0])
     plot.density(partial(jax.jit(flow.log_prob), params), (-3.5, 3.5, -2.5, 2.5), ax=axes[1])
     plot.samples(flow.sample(params, jax.random.key(0), 3000), ax=axes[2], color="tab:orange")
-    plot.history(losses, ax=axes[3])
+    plot.history(losses, ax=axes[3], color="tab:blue")
     for axis, title in zip(axes, ("data", "density", "samples", "training"), strict=True):
         axis.set_title(title)
     for axis in axes[:3]:
         axis.set(xlim=(-3.5, 3.5), ylim=(-2.5, 2.5))
-    plot.evaluations(evals, ax=axes[3].twinx(), color="tab:green")
+    axes[3].set_ylim(min(losses) - 0.1, np.quantile(losses, 0.97))  # the first losses are high
+    axes[3].set_ylabel("negative log-density, nats", color="tab:blue")
+    twin = plot.evaluations(evals, ax=axes[3].twinx(), color="tab:green")
+    twin.set_ylabel(twin.get_ylabel(), color="tab:green")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

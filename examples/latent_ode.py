@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from rich.progress import Progress
 
 import jaxode
+from jaxode import plot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -212,14 +213,14 @@ def draw(models, data: Series, losses, path):
             )  # fmt: skip
             axis.plot(times[i], curve[i, :, species], color=color, label=f"{label}, latent ODE")
             axis.plot(data.times[i], steps[i, :, species], ":", color=color, label=f"{label}, GRU")
-        axis.set(xlabel="time", ylabel="logarithm of the number", title=f"held-out series {i + 1}")
+            axis.plot(0.0, curve[i, 0, species], "x", color=color, mew=2, label=f"{label}, start")
+        axis.set(xlabel="time", ylabel="log population", title=f"held-out series {i + 1}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     for name, curve in losses.items():
-        smooth = np.convolve(curve, np.ones(20) / 20, "valid")
-        axes[3].plot(np.arange(len(smooth)), smooth, label=name)
+        plot.history(curve, ax=axes[3], window=20, label=name)
     axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")
-    axes[3].set(yscale="log", xlabel="step", ylabel="root mean square error", title="training")
+    axes[3].set(yscale="log", ylabel="root mean square error", title="training, mean of 20 steps")
     axes[3].legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -120,11 +120,12 @@ def draw(posteriors, histories, path):
             where, middle, (middle - low, high - middle), fmt="o", ms=3, color=colors[name],
             label=name,
         )  # fmt: skip
-    axes[3].set(xlabel="school", title="effects: median and 90% interval")
-    axes[3].legend(fontsize=8)
+    axes[3].set(xlabel="school", ylabel="effect", title="median and 90% interval")
+    axes[3].set_xticks(range(len(EFFECT)), range(1, len(EFFECT) + 1))
+    axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     for name, losses in histories.items():
         plot.history(losses, ax=axes[4], color=colors[name], label=name)
-    axes[4].set(ylim=(31, 34), ylabel="negative ELBO", title="training")
+    axes[4].set(ylim=(31, 34), ylabel="negative ELBO, nats", title="training, mean of 50 steps")
     axes[4].legend()
     figure.savefig(path, dpi=75)
     plt.close(figure)

@@ -25,6 +25,7 @@ import jaxode
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import PowerNorm
 
 OBSERVATION = np.zeros(2, np.float32)
 RANKS = 100  # bins of a rank histogram: a parameter among 99 samples of its posterior
@@ -109,29 +110,30 @@ def ranks(density, theta, x, key):
 
 
 def draw(panels, counts, history, path) -> None:
-    """The exact and the learned posterior, rank histograms, and scores in training."""
-    figure = plt.figure(figsize=(14, 4), layout="constrained")
+    """The exact and the learned posterior, rank histograms, and scores during training."""
+    figure = plt.figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplot_mosaic([["exact", "learned", "ranks", "scores"]])
-    most = np.sqrt(max(values.max() for values in panels.values()))
+    # A square-root scale, and the same for both: it shows what is between the crescents.
+    norm = PowerNorm(0.5, 0.0, max(values.max() for values in panels.values()))
     for name, values in panels.items():
         image = axes[name].imshow(
-            np.sqrt(values), origin="lower", extent=(-0.4, 0.4, -0.4, 0.4), vmax=most, cmap="magma"
+            values, origin="lower", extent=(-0.4, 0.4, -0.4, 0.4), norm=norm, cmap="magma"
         )
         axes[name].set(title=f"{name} posterior", xlabel="$\\theta_1$", ylabel="$\\theta_2$")
-    bar = figure.colorbar(image, ax=axes["learned"], shrink=0.8)
-    bar.set_label("square root of the density")
+    bar = figure.colorbar(image, ax=[axes["exact"], axes["learned"]], shrink=0.8)
+    bar.set_label("density (square-root scale)")
     expected = counts.sum(0)[0] / len(counts)
     low, high = stats.binom(counts.sum(0)[0], 1 / len(counts)).ppf([0.005, 0.995])
     axes["ranks"].axhspan(low, high, color="0.9", label="99% if calibrated")
     axes["ranks"].axhline(expected, color="0.6", lw=1)
     for index in range(counts.shape[1]):
         axes["ranks"].stairs(counts[:, index], np.linspace(0, RANKS, len(counts) + 1),
-                             label=f"$\\theta_{index + 1}$")  # fmt: skip
+                             baseline=None, label=f"$\\theta_{index + 1}$")  # fmt: skip
     axes["ranks"].set(title="calibration", xlabel="rank among 99 samples", ylabel="simulations")
     axes["ranks"].set_ylim(0, 2 * expected)
     axes["ranks"].legend(loc="lower center")
     draw_scores(history, axes["scores"])
-    axes["scores"].set(ylabel="held-out nats", title="training")
+    axes["scores"].set(ylabel="negative log-density, nats", title="validation during training")
     axes["scores"].legend()
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -94,11 +94,20 @@ def compiled(loss, optimizer):
     return jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
 
 
-def draw_scores(history: list[Point], axis) -> None:
-    """Scores over seconds of training, a color for each phase."""
+def draw_scores(history: list[Point], axis, lines: dict[str, float] | None = None) -> None:
+    """Scores over seconds of training, one color per phase, with `lines` at other scores."""
+    end = None
     for name in dict.fromkeys(point.phase for point in history):
         points = [(p.seconds, p.score) for p in history if p.phase == name]
+        if end is not None:
+            axis.axvspan(end, points[0][0], color="0.93", lw=0, label="compilation, first steps")
         axis.plot(*zip(*points, strict=True), ".-", ms=3, lw=1, label=name)
-    low, high = min(p.score for p in history), max(p.score for p in history[len(history) // 20 :])
+        end = points[-1][0]
+    lines = lines or {}
+    for (label, value), color in zip(lines.items(), ("tab:green", "tab:red"), strict=False):
+        axis.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
+    # The first scores are those of a raw network, far above the rest.
+    shown = [p.score for p in history[len(history) // 20 :]] + list(lines.values())
+    low, high = min(shown), max(shown)
     axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axis.set(xlabel="seconds of training")

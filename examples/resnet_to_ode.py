@@ -106,12 +106,11 @@ def compare(model, depths, x, labels):
 
 
 def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), constrained_layout=True)
     axes[0].plot(depths, trained, "o-", label="residual network, trained at this depth")
     axes[0].plot(depths, transferred, "s--", label="parameters of the Neural ODE at this depth")
     axes[0].axhline(ode, color="black", lw=1, ls=":", label="Neural ODE")
     axes[0].set(xlabel="depth L", ylabel="accuracy", title="held-out digits")
-    axes[0].legend(loc="lower right")
     axes[1].plot(depths, states, "o-", label="last hidden state")
     axes[1].plot(depths, gradients, "s-", label="gradient in all parameters")
     axes[1].plot(depths, gradients[-1] * depths[-1] / np.array(depths), "k:", label="1/L")
@@ -119,7 +118,6 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)
     axes[1].set_title("residual network and Neural ODE, same parameters")
-    axes[1].legend()
 
     # The plane in which the states at the end vary most.
     end = jnp.asarray(by_ode(model.field, x))
@@ -132,8 +130,10 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     corners = jaxode.solve(jaxode.nn.field, few, 0.0, 1.0, model.field, **options).ys @ plane
     axes[2].plot(corners[..., 0], corners[..., 1], color="tab:red", lw=0.7, alpha=0.6)
     axes[2].plot([], [], color="tab:red", lw=0.7, label=f"residual network, L = {depths[1]}")
-    axes[2].set_title("30 digits through the layers (two principal axes)")
-    axes[2].legend(loc="best", fontsize=8)
+    axes[2].set_title("30 digits through the layers")
+    axes[2].set(xlabel="first principal axis", ylabel="second principal axis")
+    for axis in axes:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -100,7 +100,7 @@ def draw(exact, observed, fits, path):
         axis.plot(TIMES, observed[:, 0], ".", color="gray", ms=3, label="readings")
         axis.plot(TIMES, ys[:, 0], color="tab:red", lw=1, label="learned, one solve")
         axis.plot(TIMES[0], ys[0, 0], "o", color="tab:red", ms=6, label="starting point")
-        axis.set(ylabel="y", title=f"trained by {name}", ylim=(-1.6, 1.6))
+        axis.set(ylabel="$y$", title=f"trained by {name}", ylim=(-1.7, 1.7))
     axes[-1].set(xlabel="time")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)

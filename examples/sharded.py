@@ -108,11 +108,14 @@ def train(devices, axis_name, data, options, label: str):
 
 def draw(losses, one, label, path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    plot.history(one, ax=left, label="one device")
-    plot.history(losses, ax=left, label=label)
+    plot.history(one, ax=left, window=1, label="one device", lw=4, alpha=0.3)
+    plot.history(losses, ax=left, window=1, label=label, color="black")
+    left.set(ylabel="negative log-density, nats", title="training loss")
     left.legend()
-    right.semilogy(np.maximum(np.abs(losses - one), 1e-17))
-    right.set(xlabel="training step", ylabel="difference of the losses, nats")
+    # Differences of zero have no logarithm: they are drawn at the bottom.
+    right.semilogy(np.arange(1, len(one) + 1), np.maximum(np.abs(losses - one), 1e-17), ".", ms=3)
+    right.set(xlabel="training step", ylabel="absolute difference, nats")
+    right.set(title="difference of the losses", ylim=(5e-18, None))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

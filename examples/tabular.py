@@ -45,8 +45,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MAGIC = ("length", "width", "size", "conc", "conc1", "asym", "m3long", "m3trans", "alpha", "dist")
-
-
 AVERAGE = 0.01  # weight of a step in the moving average of the parameters
 
 
@@ -272,34 +270,43 @@ def evaluate(flow, params, x, held_out) -> tuple[float, float]:
 
 
 def draw(names, rows, new, losses, scores, path):
-    """Pairs of columns: data above the diagonal, samples below, both on it; the training curve."""
+    """Pairs of columns: data above the diagonal, samples below, both on it; the training curve.
+
+    The losses and the scores are nats of the standardized columns, and the columns are as read.
+    """
     size = min(len(names), 5)
     low, high = np.quantile(rows, 0.005, axis=0), np.quantile(rows, 0.995, axis=0)
     figure = plt.figure(figsize=(15, 8.5), constrained_layout=True)
-    halves: Any = figure.subfigures(1, 2, width_ratios=(2, 1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(5, 2))
     left, right = halves
     panels: Any = left.subplots(size, size)
     for i, line in enumerate(panels):
         for j, axis in enumerate(line):
-            axis.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
             if i == j:
                 bins = np.linspace(low[i], high[i], 40)
                 axis.hist(rows[:, i], bins, density=True, alpha=0.5)
                 axis.hist(new[:, i], bins, density=True, histtype="step", color="tab:orange")
-                axis.set_title(names[i], fontsize=9)
+                axis.set_yticks([])
             else:
                 points, color = (rows, "tab:blue") if i < j else (new, "tab:orange")
                 plot.samples(points[:1500, [j, i]], ax=axis, color=color, s=2)
                 axis.set_ylim(low[i], high[i])
+            axis.set(xlim=(low[j], high[j]), ylabel="" if j else names[i], xlabel="")
+            axis.tick_params(labelsize=7, labelbottom=i == size - 1, labelleft=j == 0)
+            axis.locator_params(nbins=3)
+            if i == size - 1:
+                axis.set_xlabel(names[j])
     left.suptitle("data (blue) and samples of the flow (orange)")
     axis: Any = right.subplots()
     if len(losses):  # none if the training has not come to the likelihood
-        plot.history(losses, ax=axis, label="training, likelihood phase")
-        axis.set_ylim(min(losses) - 0.5, np.quantile(losses, 0.98) + 0.5)
-    for (label, value), color in zip(scores.items(), ("tab:red", "tab:green"), strict=True):
-        axis.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
-    axis.set(ylabel="negative log-density, nats")
-    axis.legend()
+        plot.history(losses, ax=axis, label="training batches, mean of 50 steps")
+        axis.set_ylim(np.quantile(losses, 0.01) - 0.2, np.quantile(losses, 0.99) + 0.2)
+    flow = scores["flow"]
+    axis.axhline(flow, color="tab:green", lw=1, ls="--", label="held-out rows, after training")
+    axis.set(xlabel="step of the likelihood phase")
+    axis.set(ylabel="negative log-density, nats, standardized columns")
+    axis.set_title(f"held out: flow {flow:.3f}, Gaussian {scores['Gaussian']:.3f}", fontsize=10)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -314,7 +321,7 @@ def report(flow, state: State, x, held_out, names, values, mean, scale, key, opt
     table = table_of(options)
     write_csv(table, names, new)
     losses = np.asarray(state.losses)[options.matching : int(state.step)]
-    scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}
+    scores = {"Gaussian": -gaussian, "flow": -learned}
     draw(names, values, new, losses, scores, options.out)
     print(
         f"picture: {options.out}   {options.rows} new rows: {table}   saved: {options.checkpoint}"
