@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from digits import HELD_OUT, PIXELS, VALIDATION, fit_whitening, to_images, whiten
 from recipe import Phase, draw_scores, train
 from sklearn.datasets import load_digits
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.matching, options.steps, options.batch, options.width) < 1:
         parser.error("--matching, --steps, --batch and --width must be at least 1")
 
+    announce(__doc__)
     begin = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     pixels, labels = map(jnp.asarray, load_digits(return_X_y=True))

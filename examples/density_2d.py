@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from recipe import Phase, draw_scores, train
 from rich.progress import Progress
 from sklearn import datasets
@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"density_2d: {error}", file=sys.stderr)
         return 2
 
+    announce(__doc__)
     mean, scale = data[split:].mean(0), data[split:].std(0)
     standardized = jnp.asarray((data - mean) / scale, jnp.float32)
     # Half of them say when to stop, and half how good the result is.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from jaxtyping import Array, Float, PRNGKeyArray
 from recipe import Phase, draw_scores, train
 from sklearn.datasets import load_digits
@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.matching, options.steps, options.batch, options.width) < 1:
         parser.error("--matching, --steps, --batch and --width must be at least 1")
 
+    announce(__doc__)
     start = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     pixels, _ = load_digits(return_X_y=True)

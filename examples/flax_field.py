@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 from sklearn.datasets import make_moons
 
@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.steps, options.batch, options.width) < 1:
         parser.error("--steps, --batch and --width must be at least 1")
 
+    announce(__doc__)
     rng, begin = np.random.default_rng(options.seed), time.perf_counter()
     points, _ = make_moons(22_000, noise=0.08, random_state=options.seed)
     data = jnp.asarray(2 * (points - np.array([0.5, 0.25])), jnp.float32)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from jaxtyping import Array, Bool, Float
 from rich.progress import Progress
 
@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.steps < 1 or not 1 <= options.batch <= TRAIN:
         parser.error(f"--steps must be at least 1, and --batch from 1 to {TRAIN}")
 
+    announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     data, held_out = simulate(next(keys), TRAIN), simulate(next(keys), TEST)
     models = {"latent ODE": LatentODE(next(keys)), "GRU": Recurrent(next(keys))}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 
 try:
@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--tolerance must be between 0 and 1")
     FlowGuide.tolerance = options.tolerance
 
+    announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 7))
     begin = time.perf_counter()
     print("NUTS ...", flush=True)

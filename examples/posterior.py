@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from recipe import Phase, draw_scores, train
 from scipy import stats
 
@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--simulations", type=int, default=30_000, help="a tenth is held out")
-    parser.add_argument("--matching", type=int, default=30_000, help="steps of matching")
-    parser.add_argument("--steps", type=int, default=400, help="steps of likelihood after it")
+    parser.add_argument("--matching", type=int, default=20_000, help="steps of matching")
+    parser.add_argument("--steps", type=int, default=200, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="simulations in a training step")
     parser.add_argument("--width", type=int, default=64, help="of the network")
     parser.add_argument("--out", type=picture, default="out/posterior.png")
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.simulations < 100:
         parser.error("--simulations must be at least 100")
 
+    announce(__doc__)
     begin = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 6))
     theta, x = simulate(next(keys), options.simulations)

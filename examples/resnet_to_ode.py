@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from jax.flatten_util import ravel_pytree
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(depths) < 2:
         parser.error("--depths needs two depths to compare")
 
+    announce(__doc__)
     begin = time.perf_counter()
     x, labels = map(jnp.asarray, load_digits(return_X_y=True))
     order = jax.random.permutation(jax.random.key(options.seed), len(x))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 
 import jaxode
@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.steps < 1 or options.segments < 2 or (len(TIMES) - 1) % options.segments:
         parser.error("--steps must be at least 1, and --segments divide 400, and be 2 or more")
 
+    announce(__doc__)
     noise_key, key = jax.random.split(jax.random.key(options.seed))
     exact = whole(truth, None, jnp.array([1.5, 0.0]))
     observed = exact + NOISE * jax.random.normal(noise_key, exact.shape)

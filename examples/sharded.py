@@ -20,7 +20,7 @@ import jax
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run
+from arguments import announce, picture, run
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
@@ -139,8 +139,13 @@ def main() -> int:
         parser.error(f"--devices {options.devices} must be a multiple of --processes")
     if options.batch % options.devices or options.batch < 1:
         parser.error(f"--batch {options.batch} must be a multiple of --devices {options.devices}")
-    if options.processes > 1 and options.port is None:
-        return start_processes(options)
+    if not hasattr(jax.lax, "pcast"):
+        print(f"sharded: needs JAX 0.8 or newer; this is {jax.__version__}", file=sys.stderr)
+        return 2
+    if options.port is None:
+        announce(__doc__)
+        if options.processes > 1:
+            return start_processes(options)
     start(options)
     data = make_moons(20_000, noise=0.08, random_state=0)[0]
     axis_name = None if options.own_steps else AXIS

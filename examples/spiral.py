@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 
 import jaxode
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.steps, options.width) < 1:
         parser.error("--steps and --width must be at least 1")
 
+    announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 5))
     start, new = jax.random.uniform(next(keys), (2, SERIES, 2), minval=-1.6, maxval=1.6)
     times = jnp.sort(jax.random.uniform(next(keys), (SERIES, OBSERVED), maxval=SPAN), axis=1)

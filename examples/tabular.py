@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed, writable
+from arguments import announce, picture, run, seed, writable
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from rich.progress import Progress
@@ -376,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"tabular: {error}", file=sys.stderr)
         return 2
+    announce(__doc__)
     mean, scale = values[split:].mean(0), values[split:].std(0)
     held_out, x = jnp.split(jnp.asarray((values - mean) / scale, jnp.float32), [split])
     print(f"{len(x)} rows to train on, {split} held out, {len(names)} columns: {', '.join(names)}")
