@@ -3,8 +3,8 @@
     python examples/conditional.py
 
 The label enters the vector field as a context. The picture shows real digits, and samples in which
-each column has the same noise. One flow then has ten densities, so it is a classifier, too: prints
-its accuracy on held-out digits beside their bits per dimension. Half a minute on two cores.
+each column starts from the same noise. One flow has ten densities, so it is also a classifier: this
+prints its accuracy on held-out digits and their bits per dimension. Half a minute on two cores.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def phases(flow, whitening, data, labels, options) -> tuple[Phase, Phase]:
 
 
 def scores(flow, params, whitening, x, key):
-    """Log-density of each image under each label, in nats: `[batch, classes]`."""
+    """Log-density of each image under each label in nats, `[batch, classes]`."""
     z, log_det = whiten(whitening, key, x)
     of_label = lambda label: flow.log_prob(params, z, context=jnp.tile(label, (len(z), 1)))
     log_probs = jax.lax.map(of_label, jnp.eye(CLASSES))

@@ -3,8 +3,8 @@
     python examples/density_2d.py --data pinwheel
     python examples/density_2d.py --data path/to/points.csv
 
-Writes a picture with the data, the learned density, samples and trajectories, and an animation of
-the flow from noise to data. About a minute on two cores.
+Writes a picture of the data, the learned density, samples and trajectories, and an animation of the
+flow from noise to data. About a minute on two cores.
 """
 
 import argparse
@@ -76,7 +76,7 @@ TOYS = {
 
 
 def read_csv(path: Path) -> np.ndarray:
-    """Two numeric columns, `[points, 2]`; a first line that is not numeric is a header."""
+    """Two numeric columns, `[points, 2]`. A first line without numbers is a header."""
     rows = read_rows(path)
     if rows and not any(map(is_number, rows[0][1])):
         rows = rows[1:]
@@ -94,12 +94,12 @@ def read_csv(path: Path) -> np.ndarray:
 
 
 def check_density(name: str, points: np.ndarray) -> None:
-    """Raise `ValueError` if the points to train on lie on a line, where they have no density."""
+    """Raise `ValueError` if the training points lie on a line, where they have no density."""
     if np.any(np.ptp(points, axis=0) <= 1e-12 * np.abs(points).max(0)):
         raise ValueError(
             f"{name}: a column is constant in the points to train on, so they have no density"
         )
-    # A correlation this close to one is rounding.
+    # A correlation this close to one differs from it only by rounding.
     if abs(np.corrcoef(points.T)[0, 1]) > 1 - 1e-9:
         raise ValueError(f"{name}: the points to train on lie on a line, so they have no density")
 
@@ -174,7 +174,7 @@ def picture_limits(data):
 def animate(flow, params, limits, frames, path, key):
     """The flow at work: density and samples at each time, from noise to the data.
 
-    The density at time `t` is that of a flow which ends there.
+    The density at time `t` is the density of a flow that ends there.
     """
     (left, bottom), (right, top) = limits
     times = np.linspace(flow.t0, flow.t1, frames)
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     announce(__doc__)
     mean, scale = data[split:].mean(0), data[split:].std(0)
     standardized = jnp.asarray((data - mean) / scale, jnp.float32)
-    # Half of them say when to stop, and half how good the result is.
+    # Half of the held-out points choose the parameters, half score the result.
     validation, held_out, training = jnp.split(standardized, [split // 2, split])
     network_key, train_key, draw_key = jax.random.split(jax.random.key(options.seed), 3)
     params = jaxode.nn.ConcatSquash(2, (64, 64), key=network_key)

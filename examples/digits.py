@@ -2,9 +2,9 @@
 
     python examples/digits.py
 
-1797 real images of 8x8 pixels with 17 grey levels. Matches first and maximizes the likelihood
-after. Prints train and held-out bits per dimension beside a Gaussian with full covariance, and
-writes one picture. Less than a minute on two cores; Ctrl-C ends it early with what it has.
+1797 real images of 8x8 pixels with 17 grey levels. Flow matching comes first, then maximum
+likelihood. Prints train and held-out bits per dimension, also for a Gaussian with full covariance,
+and writes one picture. About a minute on two cores; Ctrl-C ends training early and goes on.
 """
 
 import argparse
@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LEVELS, PIXELS = 17, 64
-HELD_OUT, VALIDATION = 300, 100  # images; training stops by the second
+HELD_OUT, VALIDATION = 300, 100  # images; the second set chooses the parameters
 COUPLING = jaxode.coupling.optimal_transport(16)
 MARGIN = 0.05  # keeps the logit finite at black and white
 
@@ -39,7 +39,7 @@ class Whitening(NamedTuple):
 
     mean: Float[Array, " pixels"]
     factor: Float[Array, "pixels pixels"]
-    inverse: Float[Array, "pixels pixels"]  # a product is faster than to solve for each batch
+    inverse: Float[Array, "pixels pixels"]  # a product is faster than a triangular solve per batch
 
 
 def to_logit(key: PRNGKeyArray, x: Float[Array, "batch pixels"]):
@@ -50,7 +50,7 @@ def to_logit(key: PRNGKeyArray, x: Float[Array, "batch pixels"]):
 
 
 def whiten(whitening: Whitening, key: PRNGKeyArray, x: Float[Array, "batch pixels"]):
-    """Images as the flow sees them, and the log-determinant `[batch]` of the whole map."""
+    """Images as the flow sees them, and the log-determinant `[batch]` of the full map."""
     y, log_det = to_logit(key, x)
     z = (y - whitening.mean) @ whitening.inverse.T
     return z, log_det - jnp.sum(jnp.log(jnp.diag(whitening.factor)))
@@ -65,7 +65,7 @@ def to_images(whitening: Whitening, z: Float[Array, "... pixels"]) -> Float[Arra
 def fit_whitening(key: PRNGKeyArray, x: Float[Array, "batch pixels"]) -> Whitening:
     """Mean and covariance of the logits, over several dequantizations of the training split."""
     y = jax.vmap(lambda key: to_logit(key, x)[0])(jax.random.split(key, 16)).reshape(-1, PIXELS)
-    # Pixels that are always black would make the covariance nearly singular.
+    # Pixels that are always black make the covariance nearly singular.
     covariance = jnp.cov(y.T) + 1e-4 * jnp.eye(PIXELS)
     factor = jnp.linalg.cholesky(covariance)
     inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(PIXELS), lower=True)
@@ -73,9 +73,9 @@ def fit_whitening(key: PRNGKeyArray, x: Float[Array, "batch pixels"]) -> Whiteni
 
 
 def bits_per_dimension(flow, whitening):
-    """`bits(params, x, key)`: the mean over images, by the exact trace and a tight tolerance.
+    """`bits(params, x, key)`: the mean over images, with the exact trace and a tight tolerance.
 
-    In batches of 100 images, so that there is one program.
+    It works in batches of 100 images, so that one program serves all.
     """
     tight = jaxode.cnf(flow.f, flow.base, divergence=exact(), rtol=1e-4, atol=1e-4)
 
@@ -95,7 +95,7 @@ def bits_per_dimension(flow, whitening):
 
 
 def gaussian_bits(whitening, x, key) -> float:
-    """Of the Gaussian with the covariance of the training split: normal on whitened images."""
+    """Bits of a Gaussian with the training covariance: standard normal on whitened images."""
     z, log_det = whiten(whitening, key, x)
     log_prob = jaxode.standard_normal(PIXELS).log_prob(z)
     return float(images.bits_per_dimension(log_prob + log_det, PIXELS).mean())
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     pixels = jax.random.permutation(next(keys), jnp.asarray(pixels, jnp.float32))
     held_out, validation, data = jnp.split(pixels, [HELD_OUT, HELD_OUT + VALIDATION])
     whitening = fit_whitening(next(keys), data)
-    # A loose tolerance trains as well as a tight one here, in a fraction of the time.
+    # Here a loose tolerance trains as well as a tight one, in a fraction of the time.
     flow = jaxode.cnf(
         jaxode.nn.field,
         jaxode.standard_normal(PIXELS),

@@ -3,9 +3,9 @@
     python examples/flax_field.py
     python examples/flax_field.py --api linen
 
-jaxode asks for a function f(t, y, args) and a pytree of parameters. Both interfaces of Flax give
-these in a few lines: `nnx_field` and `linen_field`. Learns the density of two moons. Half a minute
-on two cores.
+jaxode needs a function f(t, y, args) and a pytree of parameters. Both Flax interfaces provide them
+in a few lines: see `nnx_field` and `linen_field`. Learns the density of two moons. Half a minute on
+two cores.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class NNXNetwork(nnx.Module):
 
 
 def nnx_field(width: int, seed: int):
-    """The structure of the module is fixed in the field; its parameters are the pytree."""
+    """The field holds the structure of the module. The parameters are the pytree."""
     structure, params = nnx.split(NNXNetwork(width, nnx.Rngs(seed)), nnx.Param)
     return lambda t, y, params: nnx.merge(structure, params)(t, y), params
 

@@ -1,12 +1,12 @@
-"""Simulation-based inference: the posterior of a simulator's parameters, from simulations alone.
+"""Simulation-based inference: the posterior of a simulator's parameters from simulations alone.
 
     python examples/posterior.py
 
 The simulator is "two moons": two parameters, two observed numbers, and a posterior of two thin
-crescents. A conditional flow q(theta | x) is trained by matching and then likelihood; it is bound
-to the box of the prior and to the units of the simulator. Two checks follow. Rank histograms over
-new simulations are flat if the posteriors are calibrated. And for one observation the posterior is
-known: prints the total variation to it. About two minutes on two cores.
+crescents. A conditional flow q(theta | x) is trained by matching, then by likelihood. It is bound
+to the box of the prior and the units of the simulator. Two checks follow. Rank histograms over new
+simulations are flat if the posteriors are calibrated. For one observation the exact posterior is
+known, and the total variation distance to it is printed. About a minute on two cores.
 """
 
 import argparse
@@ -28,17 +28,17 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 
 OBSERVATION = np.zeros(2, np.float32)
-RANKS = 100  # bins of a rank histogram: a parameter among 99 samples of its posterior
+RANKS = 100  # possible ranks of a parameter among 99 samples of its posterior
 
 
 def arm(theta):
-    """Where the parameters move the crescent to, `[..., 2]`."""
+    """The position to which the parameters move the crescent, `[..., 2]`."""
     a, b = theta[..., 0], theta[..., 1]
     return jnp.stack([-jnp.abs(a + b), b - a], -1) / jnp.sqrt(2) + jnp.array([0.25, 0.0])
 
 
 def simulate(key, n: int):
-    """Parameters from the prior, uniform on the box from -1 to 1, and an observation of each."""
+    """Parameters from the prior, uniform on the box [-1, 1]^2, and one observation for each."""
     prior_key, angle_key, radius_key = jax.random.split(key, 3)
     theta = jax.random.uniform(prior_key, (n, 2), minval=-1.0, maxval=1.0)
     angle = jax.random.uniform(angle_key, (n,), minval=-jnp.pi / 2, maxval=jnp.pi / 2)
@@ -48,16 +48,16 @@ def simulate(key, n: int):
 
 
 def exact_posterior(theta, x):
-    """Its density at the parameters, up to a constant: the likelihood, as the prior is flat."""
+    """The posterior density up to a constant: the likelihood, because the prior is flat."""
     u, v = jnp.moveaxis(x - arm(theta), -1, 0)
     radius = jnp.hypot(u, v)
     return jnp.where(u > 0, jnp.exp(-0.5 * ((radius - 0.1) / 0.01) ** 2) / radius, 0.0)
 
 
 class Network(eqx.Module):
-    """A residual network, its blocks gated by the time and an encoding of the observation.
+    """A residual network whose blocks are gated by the time and an encoding of the observation.
 
-    Thin posteriors need more than the networks of `jaxode.nn`: any Equinox module will do.
+    Thin posteriors need more than the networks in `jaxode.nn`. Any Equinox module works.
     """
 
     encoder: list[eqx.nn.Linear]
@@ -103,7 +103,7 @@ def phases(density, theta, x, options) -> tuple[Phase, Phase]:
 
 
 def ranks(density, theta, x, key):
-    """How many of 99 samples of its posterior each parameter exceeds, `[simulations, 2]`."""
+    """How many of 99 posterior samples each parameter exceeds, `[simulations, 2]`."""
     shape = (RANKS - 1, len(theta))
     samples = density.sample(key, shape, context=jnp.broadcast_to(x, (*shape, *x.shape[1:])))
     return np.asarray(jnp.sum(samples < theta, axis=0))

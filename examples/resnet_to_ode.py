@@ -3,9 +3,9 @@
     python examples/resnet_to_ode.py
 
 A residual network with shared parameters, z <- z + f(z, l/L) / L, takes L Euler steps of the ODE
-dz/ds = f(z, s). Handwritten digits are classified by networks of several depths and by the Neural
-ODE. Then, with the parameters of the Neural ODE, its output and gradient are compared with those of
-residual networks: they differ by O(1/L). About a minute on two cores.
+dz/ds = f(z, s). Networks of several depths and the Neural ODE classify handwritten digits. Then
+residual networks get the parameters of the Neural ODE: their outputs and gradients differ from its
+own by O(1/L). About a minute on two cores.
 """
 
 import argparse
@@ -40,14 +40,14 @@ class Classifier(NamedTuple):
 
 
 def by_residual_network(field, z, depth):
-    """The textbook form, to check that it is the same network."""
+    """The textbook form, to check that `by_euler` is the same network."""
     for layer in range(depth):
         z = z + jax.vmap(field, in_axes=(None, 0))(jnp.asarray(layer / depth), z) / depth
     return z
 
 
 def by_euler(field, z, depth):
-    """The same residual network: `depth` equal steps of Euler's method, and its backpropagation."""
+    """The same residual network: `depth` equal Euler steps, with exact backpropagation."""
     return jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, field, solver=diffrax.Euler(), steps=depth)
 
 
@@ -89,7 +89,7 @@ def relative(a, b):
 
 
 def compare(model, depths, x, labels):
-    """Relative differences of state and gradient between depth L and the Neural ODE, and check."""
+    """Relative differences of state and gradient to the Neural ODE per depth, and a check."""
     tight = lambda field, z: by_ode(field, z, **TIGHT)
     gradient = lambda carry: jax.jit(jax.grad(loss), static_argnums=1)(model, carry, x, labels)
     end, exact = tight(model.field, x), gradient(tight)
@@ -119,7 +119,7 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
         axis.set_xscale("log", base=2)
     axes[1].set_title("residual network and Neural ODE, same parameters")
 
-    # The plane in which the states at the end vary most.
+    # The plane in which the final states vary most.
     end = jnp.asarray(by_ode(model.field, x))
     plane = jnp.linalg.svd(end - end.mean(0), full_matrices=False)[2][:2].T
     few, options = x[:30], {"batch": "joint", "ts": jnp.linspace(0.0, 1.0, 41)}

@@ -2,13 +2,12 @@
 
     python examples/segments.py
 
-A damped oscillation, y'' = -y - 0.02 y', is seen with noise over 20 periods. A solve of the whole
-series from one starting point learns to predict the mean: as soon as the phases differ, a smaller
-amplitude is a smaller error. So the series is cut in segments. Each has its own starting point,
-which is learned with the network, and the gap between the end of a segment and the start of the
-next is part of the loss. All segments are one solve, with the start and end of each. Prints the
-error of a single solve over all 20 periods with each of the two networks. About a minute on two
-cores.
+A damped oscillation, y'' = -y - 0.02 y', is observed with noise over 20 periods. A single solve
+over the whole series learns to predict the mean: once phases differ, a smaller amplitude means a
+smaller error. So the series is cut into segments. Each has its own starting point, learned together
+with the network, and the loss includes the gaps between the end of one segment and the start of the
+next. One solve covers all segments, with per-sample start and end times. Prints the error of a
+single solve over all 20 periods for both networks. About a minute on two cores.
 
 Reference: Bock and Plitt (1984), doi:10.1016/S1474-6670(17)61205-9, multiple shooting.
 """
@@ -40,23 +39,23 @@ def truth(t, y, args):
 
 
 def learned(t, y, network):
-    return network(jnp.zeros_like(t), y)  # the system has no clock, so neither has the network
+    return network(jnp.zeros_like(t), y)  # the system is autonomous: the network ignores t
 
 
 def whole(f, args, y0, **options):
-    """The series from one starting point: `[times, 2]`."""
+    """The series from one starting point, `[times, 2]`."""
     return jaxode.solve(f, y0, 0.0, TIMES[-1], args, ts=TIMES, **options).ys
 
 
 def cut(observed, segments: int):
-    """Times `[segments, times]` and readings; a segment ends where the next one starts."""
+    """Times `[segments, times]` and readings. A segment ends where the next one starts."""
     length = (len(TIMES) - 1) // segments
     index = length * np.arange(segments)[:, None] + np.arange(length + 1)
     return TIMES[index], observed[index]
 
 
 def loss_of(params, times, observed, weight):
-    """Least squares within the segments, and the gaps between them."""
+    """Least squares within segments, plus the gaps between them."""
     network, starts = params
     ys = jaxode.solve(
         learned, starts, times[:, 0], times[:, -1], network, batch="per_sample", ts=times,
@@ -67,7 +66,7 @@ def loss_of(params, times, observed, weight):
 
 
 def train(network, observed, segments: int, steps: int, rate: float, weight: float = 1.0):
-    """Adam, from the readings as the starting points."""
+    """Train with Adam. Readings are the initial starting points."""
     times, observed = cut(observed, segments)
     params = network, observed[:, 0]
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))

@@ -2,10 +2,10 @@
 
     python examples/spiral.py
 
-The system is a cubic spiral, dy/dt = A y^3. Each of 32 series is seen at 16 random times of its
-own, with noise, and its starting point is not known: it is learned with the network. Prints the
-error on the series and from new starting points, and continues them for three times as long as
-anything observed. About a minute on two cores.
+The system is a cubic spiral, dy/dt = A y^3. Each of 32 series is observed with noise at its own 16
+random times. The starting points are unknown and learned together with the network. Prints the
+errors on these series and from new starting points, up to three times the observed span. Half a
+minute on two cores.
 
 Reference: Chen et al. (2018), arXiv:1806.07366.
 """
@@ -40,29 +40,29 @@ def truth(t, y, args):
 
 
 def learned(t, y, network):
-    return network(jnp.zeros_like(t), y)  # the system has no clock, so neither has the network
+    return network(jnp.zeros_like(t), y)  # the system is autonomous: the network ignores t
 
 
 def paths(f, args, y0, ts):
-    """All series at the same times: `[times, series, 2]`."""
+    """All series at the same times, `[times, series, 2]`."""
     return jaxode.solve(f, y0, 0.0, ts[-1], args, batch="joint", ts=ts).ys
 
 
 def observe(f, args, y0, times, **options):
-    """Each series at its own times, `[series, observed]`, in one solve: `[series, observed, 2]`."""
+    """Each series at its own times `[series, observed]`, in one solve: `[series, observed, 2]`."""
     ends = times[:, -1]
     return jaxode.solve(f, y0, 0.0, ends, args, batch="per_sample", ts=times, **options).ys
 
 
 def train(params, times, observed, steps, rate):
-    """Least squares with Adam. The horizon grows: far predictions of a raw network only mislead."""
+    """Least squares with Adam. The horizon grows: early far predictions only mislead training."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     @jax.jit
     def step(params, state, horizon):
         def loss(params):
             network, y0 = params
-            # What lies beyond the horizon becomes padding: the solve ends there.
+            # Times beyond the horizon become padding, and the solve ends there.
             within = jnp.minimum(times, horizon)
             error = observe(learned, network, y0, within, throw=False) - observed
             seen = times <= horizon
@@ -86,7 +86,7 @@ def train(params, times, observed, steps, rate):
 
 
 def draw(network, y0, new, times, observed, losses, path):
-    """Observations, fit, a continuation from new starting points, and the training curve."""
+    """Observations, the fit, a continuation from a new starting point, and the training curve."""
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.8), constrained_layout=True)
     plot.samples(observed.reshape(-1, 2), ax=axes[0], s=10)
     plot.trajectories(paths(learned, network, y0, jnp.linspace(0, SPAN, 400)), ax=axes[1])
