@@ -1,4 +1,4 @@
-"""Inside `jax.shard_map`: the axes of the device mesh over which an array varies.
+"""Inside `jax.shard_map`: the device axes over which an array varies.
 
 JAX keeps them in the type of an array. A loop must carry the same types before and after each
 iteration. And JAX sums the gradient of an array over devices where the array first meets one that
@@ -22,7 +22,7 @@ AxisName = str | tuple[str, ...]
 
 
 def axes_of(tree: PyTree) -> frozenset[Any]:
-    """The mesh axes over which any array of `tree` varies."""
+    """The device axes over which any array of `tree` varies."""
     return frozenset().union(*map(_varying, filter(eqx.is_array, jax.tree.leaves(tree))))
 
 
@@ -64,7 +64,7 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> 
     return jax.lax.fori_loop(lower, upper, body, vary_alike(carry))
 
 
-def _in_mesh_order(axes) -> tuple[Any, ...]:
+def _in_device_order(axes) -> tuple[Any, ...]:
     ordered = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
     return tuple(ordered) or tuple(axes)
 
@@ -78,14 +78,14 @@ def row_numbers(
     anyway.
     """
     axes = _split_axes(x, key, axis_name)
-    first = jax.lax.axis_index(_in_mesh_order(axes)) * x.shape[0] if axes else 0
+    first = jax.lax.axis_index(_in_device_order(axes)) * x.shape[0] if axes else 0
     return first + jnp.arange(x.shape[0], dtype=jnp.int32)
 
 
 def row_count(x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None) -> int:
     """The number of rows in the whole batch."""
     axes = _split_axes(x, key, axis_name)
-    return x.shape[0] * (jax.lax.psum(1, _in_mesh_order(axes)) if axes else 1)
+    return x.shape[0] * (jax.lax.psum(1, _in_device_order(axes)) if axes else 1)
 
 
 def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> frozenset[Any]:

@@ -94,7 +94,7 @@ class CNF(eqx.Module):
 
         With a stochastic divergence, it is an unbiased estimate.
         """
-        return self._solve(programs.log_prob, "log_prob", x, params, key, context)
+        return self._end_state(programs.log_prob, "log_prob", x, params, key, context)
 
     def log_prob_and_error(
         self,
@@ -112,7 +112,7 @@ class CNF(eqx.Module):
         Raises:
             ValueError: also if the divergence has only one probe, or no `standard_error`.
         """
-        return self._solve(
+        return self._end_state(
             programs.log_prob_and_error, "log_prob_and_error", x, params, key, context
         )
 
@@ -229,20 +229,20 @@ class CNF(eqx.Module):
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
-        return self._solve(programs.carried, "to_base", x, params, None, context)
+        return self._end_state(programs.carried, "to_base", x, params, None, context)
 
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
-        return self._solve(programs.carried, "from_base", z, params, None, context, "base")
+        return self._end_state(programs.carried, "from_base", z, params, None, context, "base")
 
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples. The leaves of a `context` are `[n, ...]`."""
         z = self.base.sample(check_key("sample", key), (check_count("sample", n),))
-        return self._solve(programs.carried, "sample", z, params, None, context, "drawn")
+        return self._end_state(programs.carried, "sample", z, params, None, context, "drawn")
 
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -254,7 +254,7 @@ class CNF(eqx.Module):
         where = "sample_and_log_prob"
         base_key, probe_key = jax.random.split(check_key(where, key))
         z = self.base.sample(base_key, (check_count(where, n),))
-        return self._solve(programs.sampled, where, z, params, probe_key, context, "drawn")
+        return self._end_state(programs.sampled, where, z, params, probe_key, context, "drawn")
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
@@ -273,7 +273,7 @@ class CNF(eqx.Module):
         options, batch = self.solve_options, self.step_control
         return make_system(where, field, x, span, params, options, rows=context, batch=batch)
 
-    def _solve(
+    def _end_state(
         self, compute, where: str, x, params, key, context, samples: Samples = "data"
     ) -> Any:
         """The end state of the compiled function `compute(system, parts, key)`."""

@@ -15,7 +15,7 @@ from jaxode.ode.field import VectorField
 from jaxode.ode.loop.outcome import Stats
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution
-from jaxode.ode.solve import Unconditional, solve_field
+from jaxode.ode.solve import Unconditional, solve_checked
 from jaxode.ode.system import System, make_system, pose
 from jaxode.ode.validation import Time, check_state
 
@@ -67,7 +67,7 @@ def backward_stats(
             f"{type(options.solver).__name__}, which runs in diffrax. Use diffrax.Tsit5()."
         )
     y0 = check_state(where, "y0", y0)
-    solution = solve_field(where, f, y0, (t0, t1), args, options, ts=ts, throw=True)
+    solution = solve_checked(where, f, y0, (t0, t1), args, options, ts=ts, throw=True)
 
     def total(states):
         y1, ys = states

@@ -52,7 +52,7 @@ class DiffraxSolve(eqx.Module):
         ode = _Field(problem.field, problem.args)
         moves = t0 == t1
         y = _along(y0[0], t0, ode, jnp.where(moves, -1.0, 0.0))
-        solution = self._solve(ode, y, t0, t1, ts, method)
+        solution = self._by_diffrax(ode, y, t0, t1, ts, method)
         states = solution.ys
         assert states is not None
         assert solution.ts is not None
@@ -81,7 +81,7 @@ class DiffraxSolve(eqx.Module):
             return out
         return nondifferentiable_backward(out, msg=FORWARD_ONLY)
 
-    def _solve(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
+    def _by_diffrax(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
         """Solve by diffrax. The last saved state is the end."""
         if not isinstance(self.adjoint, ForwardMode):
             ode, y0, t0, t1, ts = first_derivatives_only((ode, y0, t0, t1, ts), FIRST_ONLY)

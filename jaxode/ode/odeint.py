@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.field import check_field
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.solve import solve_field
+from jaxode.ode.solve import solve_checked
 from jaxode.ode.validation import check_state, is_known, numeric_dtype
 
 _NO_LIMIT = 2**31 - 1
@@ -85,7 +85,7 @@ def odeint(
     )  # fmt: skip
     f, y0 = _TimeFirst(func), check_state("odeint", "y0", y0)
     span = times[0], times[-1]
-    return solve_field("odeint", f, y0, span, args, options, ts=times, throw=False).ys
+    return solve_checked("odeint", f, y0, span, args, options, ts=times, throw=False).ys
 
 
 def _monotone(times: np.ndarray) -> bool:

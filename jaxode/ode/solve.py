@@ -149,7 +149,7 @@ def solve(
             "jaxode.DiscreteAdjoint()."
         )
     check_event("solve", options, event, batch)
-    return solve_field(
+    return solve_checked(
         "solve", f, y0, (t0, t1), args, options,
         ts=ts, batch=batch, dense=dense, event=event, throw=throw,
     )  # fmt: skip
@@ -200,7 +200,7 @@ def flow(
     one_of("flow", "step_control", step_control, ("joint", "per_sample"))
     check_implicit("flow", options, "step_control", step_control)
     z = check_batch("flow", "z", z)
-    return solve_field(
+    return solve_checked(
         "flow", f, z, (s, t), args, options, name="z", batch=step_control, throw=throw
     ).y1
 
@@ -215,7 +215,7 @@ class Unconditional(eqx.Module):
         return call_field(self.f, t, y, shared)
 
 
-def solve_field(
+def solve_checked(
     where: str,
     f: VectorField,
     y0: PyTree[Array],
