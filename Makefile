@@ -91,6 +91,7 @@ lint: .venv/ready
 
 typecheck: .venv/ready  ## The package, the examples, and ordinary use in tests/typed_use.py
 	$(BIN)/pyright
+	$(BIN)/mypy
 
 .venv/ready: pyproject.toml constraints.txt .ci/setup
 	PYTHON="$(PYTHON)" sh .ci/setup

@@ -1,6 +1,7 @@
-"""What the examples share: arguments that are checked before they train, and a clean end."""
+"""What the examples share: arguments checked before training, how long it takes, a clean end."""
 
 import os
+import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 
 def writable(text: str) -> Path:
-    """A file to write; its folder is made."""
+    """A file that can be written. Makes its folder."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,14 +28,21 @@ def picture(text: str) -> Path:
 
 
 def seed(text: str) -> int:
-    """One that JAX and numpy both take."""
+    """A seed that both JAX and NumPy accept."""
     if not text.isdecimal() or int(text) >= 2**31:
         raise ArgumentTypeError(f"must be at least 0 and below 2**31; got {text}")
     return int(text)
 
 
+def announce(doc: str | None) -> None:
+    """Print how long an example takes: the sentence of its docstring that says so."""
+    sentence = re.search(r"[A-Z][^.]*?\s+on\s+two\s+cores[^.]*\.", doc or "")
+    if sentence:
+        print(" ".join(sentence[0].split()), flush=True)
+
+
 def run(main: Callable[[], Any]) -> None:
-    """As a script: Ctrl-C ends it with a word."""
+    """Run an example as a script. Ctrl-C ends it with one word."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -3,8 +3,8 @@
     python examples/conditional.py
 
 The label enters the vector field as a context. The picture shows real digits, and samples in which
-each column has the same noise. One flow then has ten densities, so it is a classifier, too: prints
-its accuracy on held-out digits beside their bits per dimension. Half a minute on two cores.
+each column starts from the same noise. One flow has ten densities, so it is also a classifier: this
+prints its accuracy on held-out digits and their bits per dimension. Half a minute on two cores.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from digits import HELD_OUT, PIXELS, VALIDATION, fit_whitening, to_images, whiten
 from recipe import Phase, draw_scores, train
 from sklearn.datasets import load_digits
@@ -52,7 +52,7 @@ def phases(flow, whitening, data, labels, options) -> tuple[Phase, Phase]:
 
 
 def scores(flow, params, whitening, x, key):
-    """Log-density of each image under each label, in nats: `[batch, classes]`."""
+    """Log-density of each image under each label in nats, `[batch, classes]`."""
     z, log_det = whiten(whitening, key, x)
     of_label = lambda label: flow.log_prob(params, z, context=jnp.tile(label, (len(z), 1)))
     log_probs = jax.lax.map(of_label, jnp.eye(CLASSES))
@@ -60,7 +60,7 @@ def scores(flow, params, whitening, x, key):
 
 
 def draw(flow, params, whitening, data, labels, history, path, key):
-    """Real digits, samples by class with the same noise in each column, scores in training."""
+    """Real digits, samples by class with the same noise in each column, scores during training."""
     per_class = 9
     real = jnp.concatenate([data[labels == label][:per_class] for label in range(CLASSES)])
     z = jnp.tile(flow.base.sample(key, (per_class,)), (CLASSES, 1))
@@ -71,15 +71,15 @@ def draw(flow, params, whitening, data, labels, history, path, key):
     axes = figure.subplot_mosaic([["real", "samples", "scores"]])
     for name, title, digits in (
         ("real", "real digits", real),
-        ("samples", "samples: a class for each row, the same noise in a column", samples),
+        ("samples", "samples, each column from the same noise", samples),
     ):
         grid = np.pad(np.asarray(digits).reshape(-1, 8, 8), ((0, 0), (0, 1), (0, 1)))
         grid = grid.reshape(CLASSES, per_class, 9, 9).swapaxes(1, 2).reshape(CLASSES * 9, -1)
         axes[name].imshow(grid[:-1, :-1], cmap="gray", interpolation="nearest")
-        axes[name].set(xticks=[], title=title)
+        axes[name].set(xticks=[], title=title, ylabel="class")
         axes[name].set_yticks(np.arange(CLASSES) * 9 + 3.5, list("0123456789"))
     draw_scores(history, axes["scores"])
-    axes["scores"].set(ylabel="bits per dimension", title="validation images in training")
+    axes["scores"].set(ylabel="bits per dimension", title="validation images during training")
     axes["scores"].legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.matching, options.steps, options.batch, options.width) < 1:
         parser.error("--matching, --steps, --batch and --width must be at least 1")
 
+    announce(__doc__)
     begin = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     pixels, labels = map(jnp.asarray, load_digits(return_X_y=True))

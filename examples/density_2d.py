@@ -3,8 +3,8 @@
     python examples/density_2d.py --data pinwheel
     python examples/density_2d.py --data path/to/points.csv
 
-Writes a picture with the data, the learned density, samples and trajectories, and an animation of
-the flow from noise to data. About a minute on two cores.
+Writes a picture of the data, the learned density, samples and trajectories, and an animation of the
+flow from noise to data. About a minute on two cores.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from recipe import Phase, draw_scores, train
 from rich.progress import Progress
 from sklearn import datasets
@@ -29,6 +29,7 @@ from jaxode import plot
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.patches import Circle
 
 
 def eight_gaussians(rng, n):
@@ -75,7 +76,7 @@ TOYS = {
 
 
 def read_csv(path: Path) -> np.ndarray:
-    """Two numeric columns, `[points, 2]`; a first line that is not numeric is a header."""
+    """Two numeric columns, `[points, 2]`. A first line without numbers is a header."""
     rows = read_rows(path)
     if rows and not any(map(is_number, rows[0][1])):
         rows = rows[1:]
@@ -93,12 +94,12 @@ def read_csv(path: Path) -> np.ndarray:
 
 
 def check_density(name: str, points: np.ndarray) -> None:
-    """Raise `ValueError` if the points to train on lie on a line, where they have no density."""
+    """Raise `ValueError` if the training points lie on a line, where they have no density."""
     if np.any(np.ptp(points, axis=0) <= 1e-12 * np.abs(points).max(0)):
         raise ValueError(
             f"{name}: a column is constant in the points to train on, so they have no density"
         )
-    # A correlation this close to one is rounding.
+    # A correlation this close to one differs from it only by rounding.
     if abs(np.corrcoef(points.T)[0, 1]) > 1 - 1e-9:
         raise ValueError(f"{name}: the points to train on lie on a line, so they have no density")
 
@@ -126,7 +127,7 @@ def phases(flow, data, options) -> tuple[Phase, Phase]:
 
 
 def draw(flow, params, data, history, mean, scale, path, key):
-    """Data, learned density, samples, the way of samples from noise to data and back, scores."""
+    """Data, learned density and samples; the flow in both directions; scores during training."""
     path_key, sample_key = jax.random.split(key)
     samples = flow.sample(params, sample_key, 3000) * scale + mean
     z, times = flow.base.sample(path_key, (60,)), jnp.linspace(flow.t0, flow.t1, 50)
@@ -136,23 +137,31 @@ def draw(flow, params, data, history, mean, scale, path, key):
         return jax.jit(flow.log_prob)(params, (x - mean) / scale) - np.log(scale).sum()
 
     low, high = picture_limits(data)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 8), constrained_layout=True)
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8.5), constrained_layout=True)
     plot.samples(data[:3000], ax=axes[0, 0])
     plot.density(log_prob, (low[0], high[0], low[1], high[1]), ax=axes[0, 1])
     plot.samples(samples, ax=axes[0, 2], color="tab:orange")
-    plot.trajectories(paths * scale + mean, ax=axes[1, 0], start="noise", end="sample")
+    plot.trajectories(
+        paths * scale + mean, ax=axes[1, 0], start="noise (t = 0)", end="sample (t = 1)"
+    )
     standardized = jnp.asarray((data[:3000] - mean) / scale, jnp.float32)
+    axes[1, 1].set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
     plot.samples(flow.to_base(params, standardized), ax=axes[1, 1])
+    for radius in (1, 2, 3):
+        axes[1, 1].add_patch(Circle((0, 0), radius, fill=False, color="black", lw=0.8))
+    axes[1, 1].set(xlim=(-4, 4), ylim=(-4, 4))
     draw_scores(history, axes[1, 2])
-    axes[1, 2].set(ylabel="nats")
-    axes[1, 2].legend()
-    last = ("trajectories", "data carried to noise", "negative log-density of validation points")
+    axes[1, 2].set(ylabel="negative log-density, nats")
+    last = ("from noise to samples", "data carried to noise", "validation points during training")
     titles = ("data", "learned density", "samples", *last)
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
     for axis in axes[0]:
         axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    axes[1, 0].legend(loc="upper right")
+    axes[1, 0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    circles = "circles: 1, 2 and 3 standard deviations of the base density"
+    axes[1, 1].text(0.5, -0.21, circles, ha="center", transform=axes[1, 1].transAxes)
+    axes[1, 2].legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -165,7 +174,7 @@ def picture_limits(data):
 def animate(flow, params, limits, frames, path, key):
     """The flow at work: density and samples at each time, from noise to the data.
 
-    The density at time `t` is that of a flow which ends there.
+    The density at time `t` is the density of a flow that ends there.
     """
     (left, bottom), (right, top) = limits
     times = np.linspace(flow.t0, flow.t1, frames)
@@ -183,10 +192,13 @@ def animate(flow, params, limits, frames, path, key):
         for axis in axes:
             axis.clear()
         extent = (left, right, bottom, top)
-        plot.density(partial(log_prob_at, times[i]), extent, ax=axes[0], points=100)
+        density = partial(log_prob_at, times[i])
+        plot.density(density, extent, ax=axes[0], points=100, colorbar=False)
         plot.samples(samples[i], ax=axes[1], color="tab:orange")
-        axes[0].set_title(f"density at time {times[i]:.2f}")
+        axes[0].set_title(f"density (square-root scale), t = {times[i]:.2f}")
         axes[1].set(xlim=(left, right), ylim=(bottom, top), title="samples")
+        for axis in axes:
+            axis.set(xlabel="$z_1$", ylabel="$z_2$")
 
     order = [*range(frames), *[frames - 1] * (frames // 3)]  # rest at the end
     with Progress() as progress:
@@ -224,9 +236,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"density_2d: {error}", file=sys.stderr)
         return 2
 
+    announce(__doc__)
     mean, scale = data[split:].mean(0), data[split:].std(0)
     standardized = jnp.asarray((data - mean) / scale, jnp.float32)
-    # Half of them say when to stop, and half how good the result is.
+    # Half of the held-out points choose the parameters, half score the result.
     validation, held_out, training = jnp.split(standardized, [split // 2, split])
     network_key, train_key, draw_key = jax.random.split(jax.random.key(options.seed), 3)
     params = jaxode.nn.ConcatSquash(2, (64, 64), key=network_key)

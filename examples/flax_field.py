@@ -3,9 +3,9 @@
     python examples/flax_field.py
     python examples/flax_field.py --api linen
 
-jaxode asks for a function f(t, y, args) and a pytree of parameters. Both interfaces of Flax give
-these in a few lines: `nnx_field` and `linen_field`. Learns the density of two moons. Half a minute
-on two cores.
+jaxode needs a function f(t, y, args) and a pytree of parameters. Both Flax interfaces provide them
+in a few lines: see `nnx_field` and `linen_field`. Learns the density of two moons. Half a minute on
+two cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 from sklearn.datasets import make_moons
 
@@ -47,7 +47,7 @@ class NNXNetwork(nnx.Module):
 
 
 def nnx_field(width: int, seed: int):
-    """The structure of the module is fixed in the field; its parameters are the pytree."""
+    """The field holds the structure of the module. The parameters are the pytree."""
     structure, params = nnx.split(NNXNetwork(width, nnx.Rngs(seed)), nnx.Param)
     return lambda t, y, params: nnx.merge(structure, params)(t, y), params
 
@@ -94,16 +94,19 @@ def train(flow, params: Any, data, options, rng):
 
 
 def draw(flow, params, data, losses, evals, path):
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4), constrained_layout=True)
     plot.samples(data[:3000], ax=axes[0])
     plot.density(partial(jax.jit(flow.log_prob), params), (-3.5, 3.5, -2.5, 2.5), ax=axes[1])
     plot.samples(flow.sample(params, jax.random.key(0), 3000), ax=axes[2], color="tab:orange")
-    plot.history(losses, ax=axes[3])
+    plot.history(losses, ax=axes[3], color="tab:blue")
     for axis, title in zip(axes, ("data", "density", "samples", "training"), strict=True):
         axis.set_title(title)
     for axis in axes[:3]:
         axis.set(xlim=(-3.5, 3.5), ylim=(-2.5, 2.5))
-    plot.evaluations(evals, ax=axes[3].twinx(), color="tab:green")
+    axes[3].set_ylim(min(losses) - 0.1, np.quantile(losses, 0.97))  # the first losses are high
+    axes[3].set_ylabel("negative log-density, nats", color="tab:blue")
+    twin = plot.evaluations(evals, ax=axes[3].twinx(), color="tab:green")
+    twin.set_ylabel(twin.get_ylabel(), color="tab:green")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -122,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.steps, options.batch, options.width) < 1:
         parser.error("--steps, --batch and --width must be at least 1")
 
+    announce(__doc__)
     rng, begin = np.random.default_rng(options.seed), time.perf_counter()
     points, _ = make_moons(22_000, noise=0.08, random_state=options.seed)
     data = jnp.asarray(2 * (points - np.array([0.5, 0.25])), jnp.float32)

@@ -1,12 +1,12 @@
-"""Forecast irregular, partly observed series with a latent ODE, beside a GRU.
+"""Forecast irregular, partly observed series with a latent ODE, compared with a GRU.
 
     python examples/latent_ode.py
 
-Predators and prey (Lotka and Volterra) from random starting points. Each reading is noisy, comes at
-a random time, and counts only one of the two species. An encoder reads the first half of a series,
-8 to 24 readings, backwards in time, and gives the starting point of a latent ODE; the second half
-is forecast. A GRU with the same encoder steps from time to time instead. Prints the errors on
-series held out, at the times that were not read. About a minute on two cores.
+Predators and prey (Lotka-Volterra) from random starting points. Each reading is noisy, comes at a
+random time, and counts only one of the two species. An encoder reads the first half of a series, 8
+to 24 readings, backwards in time, and returns the starting point of a latent ODE, which forecasts
+the second half. For comparison, a GRU with the same encoder steps from one time to the next. Prints
+the errors of both halves on held-out series. About a minute on two cores.
 
 References: Chen et al. (2018), arXiv:1806.07366; Rubanova et al. (2019), arXiv:1907.03907.
 """
@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from jaxtyping import Array, Bool, Float
 from rich.progress import Progress
 
 import jaxode
+from jaxode import plot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,18 +38,18 @@ LATENT, HIDDEN = 6, 48
 
 
 class Series(NamedTuple):
-    """Readings in order of time; each half is padded by repeating its last time."""
+    """Readings in order of time. Each half is padded by repeating its last time."""
 
     times: Float[Array, "series 2*most"]
     values: Float[Array, "series 2*most 2"]
-    """Of both species, in logarithms."""
+    """Log populations of both species."""
     read: Bool[Array, "series 2*most 2"]
-    """Which of them was counted."""
+    """Which species was counted."""
     exact: Float[Array, "series 2*most 2"]
 
 
 def truth(t, y, args):
-    """Of the logarithms of prey and predators."""
+    """Lotka-Volterra dynamics of log prey and log predators."""
     del t, args
     prey, predators = jnp.exp(y)
     return jnp.stack([1.0 - predators, prey - 1.0])
@@ -72,7 +73,7 @@ def simulate(key, count: int) -> Series:
 
 
 class Encoder(eqx.Module):
-    """A GRU that reads the first half backwards, from the last reading to the first."""
+    """A GRU that reads the first half backwards, from its last reading to its first."""
 
     cell: eqx.nn.GRUCell
     head: eqx.nn.Linear
@@ -108,7 +109,7 @@ class LatentODE(eqx.Module):
 
     def __call__(self, series: Series, times):
         z0 = jax.vmap(self.encoder)(series.times, series.values, series.read)
-        # The system has no clock, so neither has the network.
+        # The system is autonomous, so the network ignores the time.
         field = lambda t, z, network: network(jnp.zeros_like(t), z)
         ends = times[:, -1]
         z = jaxode.solve(
@@ -119,7 +120,7 @@ class LatentODE(eqx.Module):
 
 
 class Recurrent(eqx.Module):
-    """Steps from time to time with another GRU, which is told how far."""
+    """Steps from one time to the next with another GRU, which gets the time difference."""
 
     encoder: Encoder
     cell: eqx.nn.GRUCell
@@ -146,7 +147,7 @@ class Recurrent(eqx.Module):
 
 
 def train(model, data: Series, steps: int, batch: int, key, name: str):
-    """Least squares on all readings of a series, of which the encoder has the first half."""
+    """Least squares on all readings of a series, of which the encoder sees the first half."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(4e-3, steps))
     )
@@ -188,18 +189,18 @@ def train(model, data: Series, steps: int, batch: int, key, name: str):
 
 @eqx.filter_jit
 def errors(model, data: Series):
-    """Root mean square error of both species, in the half that was read and in the other."""
+    """Root mean square error over both species, in the half that was read and in the forecast."""
     squares = (model(data, data.times) - data.exact) ** 2
     halves = squares.reshape(len(squares), 2, -1).mean((0, 2))
     return jnp.sqrt(halves)
 
 
 def draw(models, data: Series, losses, path):
-    """Three series with what was read and the forecasts, and the training curves."""
+    """Three series with readings and forecasts, and the training curves."""
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), constrained_layout=True)
     times = jnp.broadcast_to(jnp.linspace(0.0, 2 * HALF, 200), (TEST, 200))
     curve = models["latent ODE"](data, times)
-    # A GRU knows no times between, and gaps as long as those that it was trained with alone.
+    # A GRU has no values between its times, and knows only gaps like those in training.
     steps = models["GRU"](data, data.times)
     for i, axis in enumerate(axes[:3]):
         axis.axvspan(0, HALF, color="gray", alpha=0.12, lw=0, label="read by the encoder")
@@ -212,14 +213,14 @@ def draw(models, data: Series, losses, path):
             )  # fmt: skip
             axis.plot(times[i], curve[i, :, species], color=color, label=f"{label}, latent ODE")
             axis.plot(data.times[i], steps[i, :, species], ":", color=color, label=f"{label}, GRU")
-        axis.set(xlabel="time", ylabel="logarithm of the number", title=f"held-out series {i + 1}")
+            axis.plot(0.0, curve[i, 0, species], "x", color=color, mew=2, label=f"{label}, start")
+        axis.set(xlabel="time", ylabel="log population", title=f"held-out series {i + 1}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     for name, curve in losses.items():
-        smooth = np.convolve(curve, np.ones(20) / 20, "valid")
-        axes[3].plot(np.arange(len(smooth)), smooth, label=name)
+        plot.history(curve, ax=axes[3], window=20, label=name)
     axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")
-    axes[3].set(yscale="log", xlabel="step", ylabel="root mean square error", title="training")
+    axes[3].set(yscale="log", ylabel="root mean square error", title="training, mean of 20 steps")
     axes[3].legend()
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.steps < 1 or not 1 <= options.batch <= TRAIN:
         parser.error(f"--steps must be at least 1, and --batch from 1 to {TRAIN}")
 
+    announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     data, held_out = simulate(next(keys), TRAIN), simulate(next(keys), TEST)
     models = {"latent ODE": LatentODE(next(keys)), "GRU": Recurrent(next(keys))}

@@ -3,9 +3,9 @@
     python examples/numpyro_guide.py
 
 The model is "eight schools": the effects of coaching, with an unknown spread tau between schools.
-`FlowGuide` works for any model with continuous latent variables. Prints what NUTS, the flow and a
-Gaussian guide say about the posterior, and whether the training has optimized errors of the solver.
-About a minute on two cores.
+`FlowGuide` works for any model with continuous latent variables. Prints the posterior according to
+NUTS, the flow and a Gaussian guide, and whether training exploited solver errors. About a minute on
+two cores.
 
 Reference: Rubin (1981), doi:10.3102/10769986006004377.
 """
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 
 try:
@@ -51,12 +51,12 @@ def eight_schools():
         numpyro.sample("effect", dist.Normal(theta, ERROR), obs=EFFECT)
 
 
-# As usual, theta = mu + tau * standard normal: without it, NUTS is stuck in the neck of a funnel.
+# The usual theta = mu + tau * standard normal: without it, NUTS gets stuck in a funnel's neck.
 MODEL = reparam(eight_schools, config={"theta": LocScaleReparam(0)})
 
 
 class FlowGuide(AutoContinuous):
-    """All latent variables, unconstrained and in one vector, with the density of a flow."""
+    """All latent variables, unconstrained and as one vector, with the density of a flow."""
 
     tolerance: float
 
@@ -64,7 +64,7 @@ class FlowGuide(AutoContinuous):
         size = self.latent_dim
         make = lambda key: jaxode.nn.ConcatSquash(size, (64, 64), key=key)
         params: Any = numpyro.param("field", make)
-        # The base density is learned, too: the latent variables have different scales.
+        # The base density is learned, too, because latent variables have different scales.
         normal: Any = jaxode.diagonal_normal(size)
         base: Any = numpyro.param("base", normal)
         rtol = atol = self.tolerance
@@ -73,7 +73,7 @@ class FlowGuide(AutoContinuous):
 
 
 def fit(guide, steps, key):
-    """Stochastic variational inference: parameters and the negative ELBO of each step."""
+    """Stochastic variational inference: the parameters, and the negative ELBO of each step."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     )
@@ -92,20 +92,20 @@ def fit(guide, steps, key):
 
 
 def elbo(guide, params, samples, key):
-    """Of a trained guide, by fresh samples."""
+    """The ELBO of a trained guide on fresh samples."""
     loss = Trace_ELBO(num_particles=samples).loss
     return -float(jax.jit(lambda key: loss(key, params, MODEL, guide))(key))
 
 
 def by_nuts(samples, key):
-    """The reference."""
+    """The reference posterior."""
     mcmc = MCMC(NUTS(MODEL), num_warmup=min(1000, samples), num_samples=samples, progress_bar=False)
     mcmc.run(key)
     return mcmc.get_samples()
 
 
 def draw(posteriors, histories, path):
-    """The funnel by each method, the effects of the schools, and the training."""
+    """The funnel according to each method, the effects of the schools, and the training."""
     figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), constrained_layout=True)
     colors = dict(zip(posteriors, ("black", "tab:orange", "tab:blue"), strict=True))
     for axis, (name, draws) in zip(axes, posteriors.items(), strict=False):
@@ -120,11 +120,12 @@ def draw(posteriors, histories, path):
             where, middle, (middle - low, high - middle), fmt="o", ms=3, color=colors[name],
             label=name,
         )  # fmt: skip
-    axes[3].set(xlabel="school", title="effects: median and 90% interval")
-    axes[3].legend(fontsize=8)
+    axes[3].set(xlabel="school", ylabel="effect", title="median and 90% interval")
+    axes[3].set_xticks(range(len(EFFECT)), range(1, len(EFFECT) + 1))
+    axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     for name, losses in histories.items():
         plot.history(losses, ax=axes[4], color=colors[name], label=name)
-    axes[4].set(ylim=(31, 34), ylabel="negative ELBO", title="training")
+    axes[4].set(ylim=(31, 34), ylabel="negative ELBO, nats", title="training, mean of 50 steps")
     axes[4].legend()
     figure.savefig(path, dpi=75)
     plt.close(figure)
@@ -134,10 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1600, help="training steps of each guide")
-    # At 1e-3 the optimizer finds parameters whose solver error looks like a better ELBO.
+    parser.add_argument("--steps", type=int, default=600, help="training steps of each guide")
+    # At 1e-3, the optimizer finds parameters whose solver error looks like a better ELBO.
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of the flow in training")
-    parser.add_argument("--samples", type=int, default=8000, help="draws from each posterior")
+    parser.add_argument("--samples", type=int, default=4000, help="draws from each posterior")
     parser.add_argument("--out", type=picture, default="out/numpyro_guide.png")
     parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
@@ -147,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--tolerance must be between 0 and 1")
     FlowGuide.tolerance = options.tolerance
 
+    announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 7))
     begin = time.perf_counter()
     print("NUTS ...", flush=True)

@@ -1,12 +1,12 @@
-"""Simulation-based inference: the posterior of a simulator's parameters, from simulations alone.
+"""Simulation-based inference: the posterior of a simulator's parameters from simulations alone.
 
     python examples/posterior.py
 
 The simulator is "two moons": two parameters, two observed numbers, and a posterior of two thin
-crescents. A conditional flow q(theta | x) is trained by matching and then likelihood; it is bound
-to the box of the prior and to the units of the simulator. Two checks follow. Rank histograms over
-new simulations are flat if the posteriors are calibrated. And for one observation the posterior is
-known: prints the total variation to it. About two minutes on two cores.
+crescents. A conditional flow q(theta | x) is trained by matching, then by likelihood. It is bound
+to the box of the prior and the units of the simulator. Two checks follow. Rank histograms over new
+simulations are flat if the posteriors are calibrated. For one observation the exact posterior is
+known, and the total variation distance to it is printed. About a minute on two cores.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from recipe import Phase, draw_scores, train
 from scipy import stats
 
@@ -25,19 +25,20 @@ import jaxode
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import PowerNorm
 
 OBSERVATION = np.zeros(2, np.float32)
-RANKS = 100  # bins of a rank histogram: a parameter among 99 samples of its posterior
+RANKS = 100  # possible ranks of a parameter among 99 samples of its posterior
 
 
 def arm(theta):
-    """Where the parameters move the crescent to, `[..., 2]`."""
+    """The position to which the parameters move the crescent, `[..., 2]`."""
     a, b = theta[..., 0], theta[..., 1]
     return jnp.stack([-jnp.abs(a + b), b - a], -1) / jnp.sqrt(2) + jnp.array([0.25, 0.0])
 
 
 def simulate(key, n: int):
-    """Parameters from the prior, uniform on the box from -1 to 1, and an observation of each."""
+    """Parameters from the prior, uniform on the box [-1, 1]^2, and one observation for each."""
     prior_key, angle_key, radius_key = jax.random.split(key, 3)
     theta = jax.random.uniform(prior_key, (n, 2), minval=-1.0, maxval=1.0)
     angle = jax.random.uniform(angle_key, (n,), minval=-jnp.pi / 2, maxval=jnp.pi / 2)
@@ -47,16 +48,16 @@ def simulate(key, n: int):
 
 
 def exact_posterior(theta, x):
-    """Its density at the parameters, up to a constant: the likelihood, as the prior is flat."""
+    """The posterior density up to a constant: the likelihood, because the prior is flat."""
     u, v = jnp.moveaxis(x - arm(theta), -1, 0)
     radius = jnp.hypot(u, v)
     return jnp.where(u > 0, jnp.exp(-0.5 * ((radius - 0.1) / 0.01) ** 2) / radius, 0.0)
 
 
 class Network(eqx.Module):
-    """A residual network, its blocks gated by the time and an encoding of the observation.
+    """A residual network whose blocks are gated by the time and an encoding of the observation.
 
-    Thin posteriors need more than the networks of `jaxode.nn`: any Equinox module will do.
+    Thin posteriors need more than the networks in `jaxode.nn`. Any Equinox module works.
     """
 
     encoder: list[eqx.nn.Linear]
@@ -102,36 +103,37 @@ def phases(density, theta, x, options) -> tuple[Phase, Phase]:
 
 
 def ranks(density, theta, x, key):
-    """How many of 99 samples of its posterior each parameter exceeds, `[simulations, 2]`."""
+    """How many of 99 posterior samples each parameter exceeds, `[simulations, 2]`."""
     shape = (RANKS - 1, len(theta))
     samples = density.sample(key, shape, context=jnp.broadcast_to(x, (*shape, *x.shape[1:])))
     return np.asarray(jnp.sum(samples < theta, axis=0))
 
 
 def draw(panels, counts, history, path) -> None:
-    """The exact and the learned posterior, rank histograms, and scores in training."""
-    figure = plt.figure(figsize=(14, 4), layout="constrained")
+    """The exact and the learned posterior, rank histograms, and scores during training."""
+    figure = plt.figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplot_mosaic([["exact", "learned", "ranks", "scores"]])
-    most = np.sqrt(max(values.max() for values in panels.values()))
+    # A square-root scale, and the same for both: it shows what is between the crescents.
+    norm = PowerNorm(0.5, 0.0, max(values.max() for values in panels.values()))
     for name, values in panels.items():
         image = axes[name].imshow(
-            np.sqrt(values), origin="lower", extent=(-0.4, 0.4, -0.4, 0.4), vmax=most, cmap="magma"
+            values, origin="lower", extent=(-0.4, 0.4, -0.4, 0.4), norm=norm, cmap="magma"
         )
         axes[name].set(title=f"{name} posterior", xlabel="$\\theta_1$", ylabel="$\\theta_2$")
-    bar = figure.colorbar(image, ax=axes["learned"], shrink=0.8)
-    bar.set_label("square root of the density")
+    bar = figure.colorbar(image, ax=[axes["exact"], axes["learned"]], shrink=0.8)
+    bar.set_label("density (square-root scale)")
     expected = counts.sum(0)[0] / len(counts)
     low, high = stats.binom(counts.sum(0)[0], 1 / len(counts)).ppf([0.005, 0.995])
     axes["ranks"].axhspan(low, high, color="0.9", label="99% if calibrated")
     axes["ranks"].axhline(expected, color="0.6", lw=1)
     for index in range(counts.shape[1]):
         axes["ranks"].stairs(counts[:, index], np.linspace(0, RANKS, len(counts) + 1),
-                             label=f"$\\theta_{index + 1}$")  # fmt: skip
+                             baseline=None, label=f"$\\theta_{index + 1}$")  # fmt: skip
     axes["ranks"].set(title="calibration", xlabel="rank among 99 samples", ylabel="simulations")
     axes["ranks"].set_ylim(0, 2 * expected)
     axes["ranks"].legend(loc="lower center")
     draw_scores(history, axes["scores"])
-    axes["scores"].set(ylabel="held-out nats", title="training")
+    axes["scores"].set(ylabel="negative log-density, nats", title="validation during training")
     axes["scores"].legend()
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -142,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--simulations", type=int, default=30_000, help="a tenth is held out")
-    parser.add_argument("--matching", type=int, default=30_000, help="steps of matching")
-    parser.add_argument("--steps", type=int, default=400, help="steps of likelihood after it")
+    parser.add_argument("--matching", type=int, default=20_000, help="steps of matching")
+    parser.add_argument("--steps", type=int, default=200, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="simulations in a training step")
     parser.add_argument("--width", type=int, default=64, help="of the network")
     parser.add_argument("--out", type=picture, default="out/posterior.png")
@@ -154,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.simulations < 100:
         parser.error("--simulations must be at least 100")
 
+    announce(__doc__)
     begin = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 6))
     theta, x = simulate(next(keys), options.simulations)

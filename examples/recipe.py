@@ -1,7 +1,8 @@
 """The training loop of the examples: flow matching first, maximum likelihood after, with Adam.
 
-docs/training.md says why. The loop keeps a moving average of the parameters, scores it on rows that
-are kept apart, and returns the best: neither phase overfits, and Ctrl-C ends it with what it has.
+docs/training.md says why. The loop keeps a moving average of the parameters, scores it on
+validation rows, and returns the best one. So neither phase overfits, and Ctrl-C ends training early
+with the best so far.
 """
 
 import math
@@ -14,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-AVERAGE = 0.01  # weight of a step in the moving average: the mean of about the last 100
+AVERAGE = 0.01  # weight of a step in the moving average, about the mean of the last 100
 
 
 class Phase(NamedTuple):
@@ -23,7 +24,7 @@ class Phase(NamedTuple):
     steps: int
     rate: float
     every: int
-    """Steps in one compiled loop, from one score to the next."""
+    """Steps in one compiled loop, between two scores."""
 
 
 class Point(NamedTuple):
@@ -44,10 +45,11 @@ def train(
     key: PRNGKeyArray,
     weight_decay: float = 0.0,
 ) -> tuple[PyTree, list[Point]]:
-    """Parameters of the least `score`, and all scores.
+    """The parameters with the lowest `score`, and all scores.
 
-    Matching has a constant rate; that of the likelihood falls to zero. Each phase starts from the
-    best average so far, with a new optimizer: the gradients of the two have different scales.
+    The learning rate of matching is constant; the rate of the likelihood phase falls to zero. Each
+    phase starts from the best average so far with a new optimizer, because the two losses have
+    gradients of different scales.
     """
     best, history, start = params, [], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -78,12 +80,12 @@ def train(
         except KeyboardInterrupt:
             if not history:
                 raise
-            print(f"Stopped after {history[-1].seconds:.0f} s; going on with what there is.")
+            print(f"Stopped after {history[-1].seconds:.0f} s; going on with the best so far.")
     return best, history
 
 
 def compiled(loss, optimizer):
-    """Steps of `optimizer` on `(params, average, state)`, one for each key, in one program."""
+    """One program that takes a step of `optimizer` on `(params, average, state)` for each key."""
 
     def step(carry, key):
         params, average, state = carry
@@ -94,11 +96,20 @@ def compiled(loss, optimizer):
     return jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
 
 
-def draw_scores(history: list[Point], axis) -> None:
-    """Scores over seconds of training, a color for each phase."""
+def draw_scores(history: list[Point], axis, lines: dict[str, float] | None = None) -> None:
+    """Scores over seconds of training, one color per phase, with `lines` at other scores."""
+    end = None
     for name in dict.fromkeys(point.phase for point in history):
         points = [(p.seconds, p.score) for p in history if p.phase == name]
+        if end is not None:
+            axis.axvspan(end, points[0][0], color="0.93", lw=0, label="compilation, first steps")
         axis.plot(*zip(*points, strict=True), ".-", ms=3, lw=1, label=name)
-    low, high = min(p.score for p in history), max(p.score for p in history[len(history) // 20 :])
+        end = points[-1][0]
+    lines = lines or {}
+    for (label, value), color in zip(lines.items(), ("tab:green", "tab:red"), strict=False):
+        axis.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
+    # The first scores, of an untrained network, are far above the rest.
+    shown = [p.score for p in history[len(history) // 20 :]] + list(lines.values())
+    low, high = min(shown), max(shown)
     axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axis.set(xlabel="seconds of training")

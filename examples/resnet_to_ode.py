@@ -3,9 +3,9 @@
     python examples/resnet_to_ode.py
 
 A residual network with shared parameters, z <- z + f(z, l/L) / L, takes L Euler steps of the ODE
-dz/ds = f(z, s). Handwritten digits are classified by networks of several depths and by the Neural
-ODE. Then, with the parameters of the Neural ODE, its output and gradient are compared with those of
-residual networks: they differ by O(1/L). About a minute on two cores.
+dz/ds = f(z, s). Networks of several depths and the Neural ODE classify handwritten digits. Then
+residual networks get the parameters of the Neural ODE: their outputs and gradients differ from its
+own by O(1/L). About a minute on two cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from jax.flatten_util import ravel_pytree
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -40,14 +40,14 @@ class Classifier(NamedTuple):
 
 
 def by_residual_network(field, z, depth):
-    """The textbook form, to check that it is the same network."""
+    """The textbook form, to check that `by_euler` is the same network."""
     for layer in range(depth):
         z = z + jax.vmap(field, in_axes=(None, 0))(jnp.asarray(layer / depth), z) / depth
     return z
 
 
 def by_euler(field, z, depth):
-    """The same residual network: `depth` equal steps of Euler's method, and its backpropagation."""
+    """The same residual network: `depth` equal Euler steps, with exact backpropagation."""
     return jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, field, solver=diffrax.Euler(), steps=depth)
 
 
@@ -89,7 +89,7 @@ def relative(a, b):
 
 
 def compare(model, depths, x, labels):
-    """Relative differences of state and gradient between depth L and the Neural ODE, and check."""
+    """Relative differences of state and gradient to the Neural ODE per depth, and a check."""
     tight = lambda field, z: by_ode(field, z, **TIGHT)
     gradient = lambda carry: jax.jit(jax.grad(loss), static_argnums=1)(model, carry, x, labels)
     end, exact = tight(model.field, x), gradient(tight)
@@ -106,12 +106,11 @@ def compare(model, depths, x, labels):
 
 
 def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), constrained_layout=True)
     axes[0].plot(depths, trained, "o-", label="residual network, trained at this depth")
     axes[0].plot(depths, transferred, "s--", label="parameters of the Neural ODE at this depth")
     axes[0].axhline(ode, color="black", lw=1, ls=":", label="Neural ODE")
     axes[0].set(xlabel="depth L", ylabel="accuracy", title="held-out digits")
-    axes[0].legend(loc="lower right")
     axes[1].plot(depths, states, "o-", label="last hidden state")
     axes[1].plot(depths, gradients, "s-", label="gradient in all parameters")
     axes[1].plot(depths, gradients[-1] * depths[-1] / np.array(depths), "k:", label="1/L")
@@ -119,9 +118,8 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)
     axes[1].set_title("residual network and Neural ODE, same parameters")
-    axes[1].legend()
 
-    # The plane in which the states at the end vary most.
+    # The plane in which the final states vary most.
     end = jnp.asarray(by_ode(model.field, x))
     plane = jnp.linalg.svd(end - end.mean(0), full_matrices=False)[2][:2].T
     few, options = x[:30], {"batch": "joint", "ts": jnp.linspace(0.0, 1.0, 41)}
@@ -132,8 +130,10 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     corners = jaxode.solve(jaxode.nn.field, few, 0.0, 1.0, model.field, **options).ys @ plane
     axes[2].plot(corners[..., 0], corners[..., 1], color="tab:red", lw=0.7, alpha=0.6)
     axes[2].plot([], [], color="tab:red", lw=0.7, label=f"residual network, L = {depths[1]}")
-    axes[2].set_title("30 digits through the layers (two principal axes)")
-    axes[2].legend(loc="best", fontsize=8)
+    axes[2].set_title("30 digits through the layers")
+    axes[2].set(xlabel="first principal axis", ylabel="second principal axis")
+    for axis in axes:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(depths) < 2:
         parser.error("--depths needs two depths to compare")
 
+    announce(__doc__)
     begin = time.perf_counter()
     x, labels = map(jnp.asarray, load_digits(return_X_y=True))
     order = jax.random.permutation(jax.random.key(options.seed), len(x))

@@ -2,13 +2,12 @@
 
     python examples/segments.py
 
-A damped oscillation, y'' = -y - 0.02 y', is seen with noise over 20 periods. A solve of the whole
-series from one starting point learns to predict the mean: as soon as the phases differ, a smaller
-amplitude is a smaller error. So the series is cut in segments. Each has its own starting point,
-which is learned with the network, and the gap between the end of a segment and the start of the
-next is part of the loss. All segments are one solve, with the start and end of each. Prints the
-error of a single solve over all 20 periods with each of the two networks. About a minute on two
-cores.
+A damped oscillation, y'' = -y - 0.02 y', is observed with noise over 20 periods. A single solve
+over the whole series learns to predict the mean: once phases differ, a smaller amplitude means a
+smaller error. So the series is cut into segments. Each has its own starting point, learned together
+with the network, and the loss includes the gaps between the end of one segment and the start of the
+next. One solve covers all segments, with per-sample start and end times. Prints the error of a
+single solve over all 20 periods for both networks. About a minute on two cores.
 
 Reference: Bock and Plitt (1984), doi:10.1016/S1474-6670(17)61205-9, multiple shooting.
 """
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 
 import jaxode
@@ -40,23 +39,23 @@ def truth(t, y, args):
 
 
 def learned(t, y, network):
-    return network(jnp.zeros_like(t), y)  # the system has no clock, so neither has the network
+    return network(jnp.zeros_like(t), y)  # the system is autonomous: the network ignores t
 
 
 def whole(f, args, y0, **options):
-    """The series from one starting point: `[times, 2]`."""
+    """The series from one starting point, `[times, 2]`."""
     return jaxode.solve(f, y0, 0.0, TIMES[-1], args, ts=TIMES, **options).ys
 
 
 def cut(observed, segments: int):
-    """Times `[segments, times]` and readings; a segment ends where the next one starts."""
+    """Times `[segments, times]` and readings. A segment ends where the next one starts."""
     length = (len(TIMES) - 1) // segments
     index = length * np.arange(segments)[:, None] + np.arange(length + 1)
     return TIMES[index], observed[index]
 
 
 def loss_of(params, times, observed, weight):
-    """Least squares within the segments, and the gaps between them."""
+    """Least squares within segments, plus the gaps between them."""
     network, starts = params
     ys = jaxode.solve(
         learned, starts, times[:, 0], times[:, -1], network, batch="per_sample", ts=times,
@@ -67,7 +66,7 @@ def loss_of(params, times, observed, weight):
 
 
 def train(network, observed, segments: int, steps: int, rate: float, weight: float = 1.0):
-    """Adam, from the readings as the starting points."""
+    """Train with Adam. Readings are the initial starting points."""
     times, observed = cut(observed, segments)
     params = network, observed[:, 0]
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
@@ -100,7 +99,7 @@ def draw(exact, observed, fits, path):
         axis.plot(TIMES, observed[:, 0], ".", color="gray", ms=3, label="readings")
         axis.plot(TIMES, ys[:, 0], color="tab:red", lw=1, label="learned, one solve")
         axis.plot(TIMES[0], ys[0, 0], "o", color="tab:red", ms=6, label="starting point")
-        axis.set(ylabel="y", title=f"trained by {name}", ylim=(-1.6, 1.6))
+        axis.set(ylabel="$y$", title=f"trained by {name}", ylim=(-1.7, 1.7))
     axes[-1].set(xlabel="time")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)
@@ -120,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.steps < 1 or options.segments < 2 or (len(TIMES) - 1) % options.segments:
         parser.error("--steps must be at least 1, and --segments divide 400, and be 2 or more")
 
+    announce(__doc__)
     noise_key, key = jax.random.split(jax.random.key(options.seed))
     exact = whole(truth, None, jnp.array([1.5, 0.0]))
     observed = exact + NOISE * jax.random.normal(noise_key, exact.shape)

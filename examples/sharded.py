@@ -1,14 +1,15 @@
-"""Train a flow on several devices: the numbers of one device, and one exchange a training step.
+"""Train a flow on several devices: the same numbers as on one, and one exchange per step.
 
     python examples/sharded.py                  # eight virtual devices of this computer
     python examples/sharded.py --processes 2    # four in each of two processes
-    python examples/sharded.py --own-steps      # each device with steps of its own
+    python examples/sharded.py --own-steps      # each device takes its own solver steps
 
-Each device has a part of the batch and all parameters. With axis_name= the devices take the
-solver's steps for the whole batch, which costs one number a step; without, each steps for itself
-and they meet only once a training step, for the gradient. The same training then runs on one
-device, and the losses are compared. Eight devices share the cores, so this is about numbers, not
-about speed; a device on each core can be faster than a single one. A minute on two cores.
+Each device has part of the batch and all parameters. With axis_name=, all devices take the solver
+steps of the whole batch and exchange one number per step. Without it, each device takes its own
+steps, and they exchange only the gradient, once per training step. The same training then runs on
+one device, and the losses are compared. The eight devices share the cores, so this is about
+numbers, not speed; one device per core can be faster than a single one. About a minute on two
+cores.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run
+from arguments import announce, picture, run
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
@@ -36,7 +37,7 @@ AXIS = "batch"
 
 
 def start(options) -> None:
-    """Make the virtual devices, and meet the other processes if there are any."""
+    """Create the virtual devices, and connect to the other processes, if any."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices // options.processes)
     jax.config.update("jax_enable_x64", True)
@@ -48,12 +49,12 @@ def start(options) -> None:
 
 
 def start_processes(options) -> int:
-    """This script once for each process; a free port is where they meet."""
+    """Run this script once per process. They meet at a free port."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     command = [sys.executable, __file__, *sys.argv[1:], "--port", str(port)]
-    # In a session of their own, Ctrl-C reaches this process alone, which then ends them.
+    # In separate sessions, Ctrl-C reaches only this process, which then ends the others.
     processes = [
         subprocess.Popen([*command, "--process-id", str(i)], start_new_session=True)
         for i in range(options.processes)
@@ -85,7 +86,7 @@ def training_step(mesh, optimizer, axis_name):
 
 
 def train(devices, axis_name, data, options, label: str):
-    """The losses and the parameters of a training on these devices."""
+    """The losses and parameters of a training run on these devices."""
     mesh, optimizer = Mesh(np.array(devices), (AXIS,)), optax.adam(3e-3)
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
     step = training_step(mesh, optimizer, axis_name)
@@ -108,11 +109,14 @@ def train(devices, axis_name, data, options, label: str):
 
 def draw(losses, one, label, path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    plot.history(one, ax=left, label="one device")
-    plot.history(losses, ax=left, label=label)
+    plot.history(one, ax=left, window=1, label="one device", lw=4, alpha=0.3)
+    plot.history(losses, ax=left, window=1, label=label, color="black")
+    left.set(ylabel="negative log-density, nats", title="training loss")
     left.legend()
-    right.semilogy(np.maximum(np.abs(losses - one), 1e-17))
-    right.set(xlabel="training step", ylabel="difference of the losses, nats")
+    # Differences of zero have no logarithm: they are drawn at the bottom.
+    right.semilogy(np.arange(1, len(one) + 1), np.maximum(np.abs(losses - one), 1e-17), ".", ms=3)
+    right.set(xlabel="training step", ylabel="absolute difference, nats")
+    right.set(title="difference of the losses", ylim=(5e-18, None))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -136,8 +140,13 @@ def main() -> int:
         parser.error(f"--devices {options.devices} must be a multiple of --processes")
     if options.batch % options.devices or options.batch < 1:
         parser.error(f"--batch {options.batch} must be a multiple of --devices {options.devices}")
-    if options.processes > 1 and options.port is None:
-        return start_processes(options)
+    if not hasattr(jax.lax, "pcast"):
+        print(f"sharded: needs JAX 0.8 or newer; this is {jax.__version__}", file=sys.stderr)
+        return 2
+    if options.port is None:
+        announce(__doc__)
+        if options.processes > 1:
+            return start_processes(options)
     start(options)
     data = make_moons(20_000, noise=0.08, random_state=0)[0]
     axis_name = None if options.own_steps else AXIS

@@ -2,10 +2,10 @@
 
     python examples/spiral.py
 
-The system is a cubic spiral, dy/dt = A y^3. Each of 32 series is seen at 16 random times of its
-own, with noise, and its starting point is not known: it is learned with the network. Prints the
-error on the series and from new starting points, and continues them for three times as long as
-anything observed. About a minute on two cores.
+The system is a cubic spiral, dy/dt = A y^3. Each of 32 series is observed with noise at its own 16
+random times. The starting points are unknown and learned together with the network. Prints the
+errors on these series and from new starting points, up to three times the observed span. Half a
+minute on two cores.
 
 Reference: Chen et al. (2018), arXiv:1806.07366.
 """
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed
+from arguments import announce, picture, run, seed
 from rich.progress import Progress
 
 import jaxode
@@ -28,6 +28,7 @@ from jaxode import plot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 SERIES, OBSERVED, SPAN, NOISE = 32, 16, 2.0, 0.05
 
@@ -39,29 +40,29 @@ def truth(t, y, args):
 
 
 def learned(t, y, network):
-    return network(jnp.zeros_like(t), y)  # the system has no clock, so neither has the network
+    return network(jnp.zeros_like(t), y)  # the system is autonomous: the network ignores t
 
 
 def paths(f, args, y0, ts):
-    """All series at the same times: `[times, series, 2]`."""
+    """All series at the same times, `[times, series, 2]`."""
     return jaxode.solve(f, y0, 0.0, ts[-1], args, batch="joint", ts=ts).ys
 
 
 def observe(f, args, y0, times, **options):
-    """Each series at its own times, `[series, observed]`, in one solve: `[series, observed, 2]`."""
+    """Each series at its own times `[series, observed]`, in one solve: `[series, observed, 2]`."""
     ends = times[:, -1]
     return jaxode.solve(f, y0, 0.0, ends, args, batch="per_sample", ts=times, **options).ys
 
 
 def train(params, times, observed, steps, rate):
-    """Least squares with Adam. The horizon grows: far predictions of a raw network only mislead."""
+    """Least squares with Adam. The horizon grows: early far predictions only mislead training."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     @jax.jit
     def step(params, state, horizon):
         def loss(params):
             network, y0 = params
-            # What lies beyond the horizon becomes padding: the solve ends there.
+            # Times beyond the horizon become padding, and the solve ends there.
             within = jnp.minimum(times, horizon)
             error = observe(learned, network, y0, within, throw=False) - observed
             seen = times <= horizon
@@ -85,32 +86,33 @@ def train(params, times, observed, steps, rate):
 
 
 def draw(network, y0, new, times, observed, losses, path):
-    """Observations, fit, a continuation from new starting points, and the training curve."""
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4.3), constrained_layout=True)
+    """Observations, the fit, a continuation from a new starting point, and the training curve."""
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4.8), constrained_layout=True)
     plot.samples(observed.reshape(-1, 2), ax=axes[0], s=10)
     plot.trajectories(paths(learned, network, y0, jnp.linspace(0, SPAN, 400)), ax=axes[1])
-    plot.samples(observed.reshape(-1, 2), ax=axes[1], color="black", s=8, zorder=4)
+    plot.samples(observed.reshape(-1, 2), ax=axes[1], color="black", s=8, label="observation")
     for axis in axes[:2]:
-        axis.set(xlabel="first coordinate", ylabel="second coordinate")
-    axes[1].legend(loc="center", framealpha=0.8)
+        axis.set(xlabel="$y_1$", ylabel="$y_2$", xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
     ts = jnp.linspace(0, 3 * SPAN, 1200)
-    for f, args, label, style in (
-        (truth, None, "truth", {"color": "black", "lw": 2.5, "alpha": 0.3}),
-        (learned, network, "learned", {"color": "tab:red", "lw": 1}),
-    ):
-        ys = paths(f, args, new[:1], ts)
-        axes[2].plot(ts, ys[:, 0], label=[label, None], **style)
-    axes[2].plot([0, 0], new[0], "o", color="tab:red", ms=5, label="starting point")
-    axes[2].axvspan(0, SPAN, color="tab:blue", alpha=0.08, label="span of the observations")
-    axes[2].set(xlabel="time", ylabel="both coordinates", ylim=(-2.6, 1.8))
-    axes[2].legend(loc="lower right")
+    exact, fit = paths(truth, None, new[:1], ts), paths(learned, network, new[:1], ts)
+    for i, color in enumerate(("tab:blue", "tab:orange")):
+        axes[2].plot(ts, exact[:, 0, i], color=color, lw=4, alpha=0.3, label=f"$y_{i + 1}$, truth")
+        axes[2].plot(ts, fit[:, 0, i], color=color, lw=1, label=f"$y_{i + 1}$, learned")
+        axes[2].plot(0, new[0, i], "o", color=color, ms=5)
+    axes[2].axvspan(0, SPAN, color="0.93", lw=0, label="span of the observations")
+    axes[2].set(xlabel="time", ylabel="$y$")
     plot.history(losses, ax=axes[3], window=1)
     axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")
-    axes[3].set(yscale="log", ylabel="root mean square error, as the horizon grows")
-    axes[3].legend()
-    titles = ("noisy observations", "the fit", "from a new starting point", "training")
+    axes[3].axvspan(0, 0.6 * len(losses), color="0.93", lw=0, label="the horizon still grows")
+    axes[3].set(yscale="log", ylabel="root mean square error up to the horizon")
+    axes[3].yaxis.set_minor_formatter(NullFormatter())
+    ticks = [tick for tick in (0.03, 0.05, 0.1, 0.2, 0.5, 1.0) if tick < 1.2 * max(losses)]
+    axes[3].set_yticks(ticks, map(str, ticks))
+    titles = ("noisy observations", "the fit", "from a new starting point (dots)", "training")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
+    for axis in axes[1:]:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -128,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.steps, options.width) < 1:
         parser.error("--steps and --width must be at least 1")
 
+    announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 5))
     start, new = jax.random.uniform(next(keys), (2, SERIES, 2), minval=-1.6, maxval=1.6)
     times = jnp.sort(jax.random.uniform(next(keys), (SERIES, OBSERVED), maxval=SPAN), axis=1)

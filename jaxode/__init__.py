@@ -24,6 +24,8 @@ from jaxode.ode.results import SolveError
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 
+__version__ = "0.2.0"
+
 __all__ = [
     "BacksolveAdjoint",
     "DiscreteAdjoint",

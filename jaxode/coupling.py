@@ -1,7 +1,7 @@
 """Couplings: which base sample each row of a batch is matched with, for `flow.matching_loss`.
 
-A coupling is one function, which returns a permutation of the base samples. Rows of the data keep
-their place, and with them their contexts.
+A coupling is one function that returns a permutation of the base samples. Data rows and their
+contexts stay in place.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,17 @@ Pair = Callable[[PRNGKeyArray, Samples, Samples, PyTree], Int[Array, " batch"] |
 
 
 class Coupling(NamedTuple):
-    """A coupling as one pure function of a batch. Equal if the function is."""
+    """A coupling as one pure function of a batch. Equal if the functions are equal."""
 
     pair: Pair
-    """`pair(key, z, x, context) -> rows`: row `i` of the data `x` is matched with the base sample
-    `z[rows[i]]`. `rows` is a permutation, or None to leave the base samples where they are."""
+    """`pair(key, z, x, context) -> rows`: data row `x[i]` is paired with base sample `z[rows[i]]`.
+    `rows` is a permutation, or None to pair rows as they were drawn."""
 
 
 def independent() -> Coupling:
-    """Pairs as they are drawn: the base sample does not depend on the data.
+    """Pairs as drawn: base samples are independent of the data.
 
-    The only coupling that is right for every conditional flow without a choice of weights.
+    The only coupling that is right for every conditional flow without choosing a weight.
 
     References: Lipman et al. (2022), arXiv:2210.02747.
     """
@@ -44,39 +44,38 @@ def _as_drawn(key: PRNGKeyArray, z: Samples, x: Samples, context: PyTree) -> Non
 
 
 def optimal_transport(group: int = 64, condition_weight: float | None = None) -> Coupling:
-    """The exact optimal transport within groups of consecutive rows.
+    """Exact optimal transport within groups of consecutive rows.
 
-    Among all permutations within a group, the one of the least sum over its rows `i` of
+    Within each group, it takes the permutation that minimizes the sum over rows `i` of
 
         |x[i] - z[rows[i]]|^2 + condition_weight |c[i] - c[rows[i]]|^2.
 
-    Trajectories become straighter, so that a solve takes fewer steps, and targets less noisy.
-    Shuffle the data: rows that are far apart in the batch are never exchanged. Rows all count the
-    same: draw them by their weights, if they have any.
+    Trajectories become straighter, so solves take fewer steps, and regression targets less noisy.
+    Shuffle the data: base samples never move between groups. All rows count the same; if rows have
+    weights, draw them by weight.
 
     Args:
-        group: the largest number of rows in a group. A batch that is no multiple of it is divided
-            into as few groups, whose sizes differ by at most one. The work grows as its cube: more
-            than some 512 rows are for large networks only.
-        condition_weight: of the squared distance of conditions. A base sample has the condition of
-            the row that it was drawn for, or that its start sample `x0` has. To be given with a
-            context, and positive: with 0.0, transport ignores the condition and gives every
-            condition the base samples that are nearest to its data, not all of them, so that the
-            trained flow is skewed. The larger it is, the smaller the skew, and the less is
-            exchanged; one-hot conditions that differ are 2 apart. Integers, such as labels, count 1
-            for every entry that differs.
+        group: the largest number of rows in a group. Other batch sizes are split into the fewest
+            groups possible, with sizes that differ by at most one. The work grows as the cube of
+            the group size: more than about 512 rows pay off only for large networks.
+        condition_weight: weight of the squared distance between conditions; needed with a context.
+            A base sample has the condition of the row that it was drawn for, or of its start sample
+            `x0`. Use a positive weight: with 0.0, transport ignores the condition and gives each
+            condition only the base samples nearest to its data, which biases the trained flow. A
+            larger weight means less bias and fewer exchanges. Different one-hot conditions are 2
+            apart; integers, such as labels, count 1 per differing entry.
 
-    It is compiled, on any device: the shortest augmenting paths of Jonker and Volgenant, for all
-    groups at once, but step by step within one. On two CPU cores 8 groups of 64 rows take 1.5 to
-    2 ms, as SciPy does by a host callback, so it pays for steps that take longer, or where straight
-    paths are the aim. On an accelerator, where it was not measured, each of a thousand small
-    kernels has to be started. Costs have the precision of the samples: pairings that differ by
-    rounding are taken for equal.
+    It compiles on any device: the shortest augmenting paths of Jonker and Volgenant, for all groups
+    at once, but sequentially within a group. On two CPU cores, 8 groups of 64 rows take 1.5 to 2
+    ms, like SciPy behind a host callback, so it pays off if a training step takes longer, or if
+    straight paths are the aim. Not measured on an accelerator, where it starts about a thousand
+    small kernels. Costs have the precision of the samples: pairings that differ only by rounding
+    count as equal.
 
     Raises:
         ValueError: if `group` is not a positive integer, or `condition_weight` is negative or not
-            finite; at trace time, if conditions are to be weighed and there is no context, or if
-            there is one and no `condition_weight`.
+            finite; at trace time, if there is a `condition_weight` without a context, or a context
+            without a `condition_weight`.
 
     References: Tong et al. (2023), arXiv:2302.00482; Cheng and Schwing (2025), arXiv:2503.10636;
     Crouse (2016), doi:10.1109/TAES.2016.140952.
@@ -102,7 +101,7 @@ class _OptimalTransport:
         starts = np.arange(groups + 1) * batch // groups
         own = starts[:-1, None] + np.arange(-(-batch // groups))
         real = own < starts[1:, None]
-        # A group that is one short has the first row of the next one in its place, at no cost.
+        # A group that is one row short borrows the first row of the next group, at zero cost.
         grouped = lambda leaf: jnp.reshape(leaf, (batch, -1))[np.minimum(own, batch - 1)]
         cost = _squared_distances(grouped(x), grouped(z), real)
         weight = self.condition_weight or 0.0
@@ -111,7 +110,7 @@ class _OptimalTransport:
             if _is_floating(leaf):
                 distance = _squared_distances(leaf, leaf, real)
             cost = cost + (weight * distance).astype(cost.dtype)
-        # What fills a group is paired with itself.
+        # A borrowed row is paired with itself.
         both, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
         cost = jnp.where(both, cost, np.where(alike, 0.0, np.inf).astype(cost.dtype))
         rows = _assignments(cost) + jnp.asarray(starts[:-1, None], jnp.int32)
@@ -144,7 +143,7 @@ def _is_floating(x: Any) -> bool:
 def _squared_distances(
     a: Float[Array, "groups n d"], b: Float[Array, "groups n d"], real: Bool[np.ndarray, "groups n"]
 ):
-    """Up to a constant for each row of `a` and each of `b`, which no assignment depends on."""
+    """Up to a constant per row of `a` and of `b`, which does not affect the assignment."""
     dtype, where = state_dtype((a, b)), real[:, :, None]
 
     def center(x):
@@ -161,10 +160,10 @@ def _entries_that_differ(a: Int[Array, "groups n d"], b: Int[Array, "groups n d"
 
 
 def assignment(cost: Float[Array, "n n"]) -> Int[Array, " n"]:
-    """The column of each row in the assignment of least cost.
+    """The column of each row in the assignment with the least cost.
 
-    One row after the other is added along the path of least reduced cost to a free column, and the
-    rows on it move on. Every loop ends, and the result is a permutation, even if costs are NaN.
+    Rows are added one by one along the path of least reduced cost to a free column, and the rows on
+    that path move on. Every loop ends, and the result is a permutation, even if costs are NaN.
     """
     n, axes = cost.shape[0], axes_of(cost)
     columns = jnp.arange(n, dtype=jnp.int32)
@@ -173,7 +172,8 @@ def assignment(cost: Float[Array, "n n"]) -> Int[Array, " n"]:
         price, row_of, column_of = carry
 
         def search(carry):
-            # Dijkstra's algorithm over columns: close the nearest, go on from the row that has it.
+            # Dijkstra's algorithm over columns: close the nearest, continue from the row it belongs
+            # to.
             i, offset, _, _, distance, parent, is_open = carry
             through = cost[i] - price - offset
             shorter = is_open & (through < distance)
@@ -208,5 +208,5 @@ def assignment(cost: Float[Array, "n n"]) -> Int[Array, " n"]:
     return lax.fori_loop(jnp.int32(0), jnp.int32(n), add_row, vary((price, free, free), axes))[2]
 
 
-# As a program of its own, so that calls outside of `jit` do not compile the loops again.
+# Compiled separately, so that calls outside `jit` do not compile the loops again.
 _assignments = jax.jit(jax.vmap(assignment))

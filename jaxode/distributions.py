@@ -1,7 +1,7 @@
-"""Base densities. Anything with `event_shape`, `log_prob` and `sample` serves as one.
+"""Base densities: any object with `event_shape`, `log_prob` and `sample`.
 
-So do the distributions of numpyro, distrax, TensorFlow Probability and flowjax. A density with
-parameters to learn is made inside the loss, from them: `cnf` costs nothing at run time.
+Distributions of numpyro, distrax, TensorFlow Probability and flowjax qualify. To learn the
+parameters of a density, make it inside the loss; `cnf` costs nothing at run time.
 
 ```python
 def loss(params, x):
@@ -36,7 +36,7 @@ class BaseDensity(Protocol):
 
 @dataclass(frozen=True)
 class StandardNormal:
-    """Independent normals of mean zero and variance one."""
+    """Independent normals with mean zero and variance one."""
 
     event_shape: tuple[int, ...]
 
@@ -53,7 +53,7 @@ class StandardNormal:
 
 
 class DiagonalNormal(eqx.Module):
-    """Independent normals. Its leaves can be trained: the mean, and the log of the scale."""
+    """Independent normals. Its leaves, the mean and the log of the scale, can be trained."""
 
     mean: Float[Array, " *event"]
     log_scale: Float[Array, " *event"]
@@ -78,10 +78,10 @@ class DiagonalNormal(eqx.Module):
 
 
 def diagonal_normal(event_shape: int | tuple[int, ...]) -> DiagonalNormal:
-    """Independent normals with means and scales to learn, at first the standard normal.
+    """Independent normals with learnable means and scales, initially standard normal.
 
-    It is a pytree of its parameters: hand it to the optimizer together with those of the field,
-    and call `cnf` inside the loss.
+    It is a pytree of its parameters: give it to the optimizer together with the parameters of the
+    field, and call `cnf` inside the loss.
 
     Raises:
         ValueError: if a dimension is not a positive integer.
@@ -91,7 +91,7 @@ def diagonal_normal(event_shape: int | tuple[int, ...]) -> DiagonalNormal:
 
 
 def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
-    """The standard normal density on events of this shape; an integer stands for a vector.
+    """The standard normal density on events of this shape. An integer stands for a vector.
 
     Raises:
         ValueError: if a dimension is not a positive integer.
@@ -100,7 +100,7 @@ def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
 
 
 def as_event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
-    """The shape of an event as a tuple; an integer stands for a vector."""
+    """The shape of an event as a tuple. An integer stands for a vector."""
     try:
         sizes = np.atleast_1d(event_shape) if np.size(event_shape) else ()
         shape = tuple(map(operator.index, sizes))
@@ -122,7 +122,7 @@ def _check_events(z: Float[Array, "..."], event: tuple[int, ...]) -> None:
 
 
 class _Adapted(eqx.Module):
-    """A density of another library: flowjax's `shape`, or distrax's `sample(seed=...)`."""
+    """A density from another library: flowjax has `shape`, distrax has `sample(seed=...)`."""
 
     density: Any
     event_shape: tuple[int, ...] = eqx.field(static=True)
@@ -138,7 +138,7 @@ class _Adapted(eqx.Module):
 
 
 def as_base(density: Any) -> BaseDensity:
-    """The density itself, or under the names of `BaseDensity` if it is from another library."""
+    """The density itself, or an adapter to `BaseDensity` if another library made it."""
     event_shape = getattr(density, "event_shape", getattr(density, "shape", None))
     if event_shape is None or not all(hasattr(density, name) for name in ("log_prob", "sample")):
         raise TypeError(
@@ -158,11 +158,11 @@ def as_base(density: Any) -> BaseDensity:
 
 
 def log_prob_of(base: BaseDensity, z: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """The log-density of the base, one number a sample."""
+    """The log-density of the base, one number per sample."""
     log_prob = base.log_prob(z)
     if jnp.shape(log_prob) != z.shape[:1]:
         raise ValueError(
-            f"cnf(base=...): log_prob must have one number a sample, shape {z.shape[:1]}; got "
+            f"cnf(base=...): log_prob must have one number per sample, shape {z.shape[:1]}; got "
             f"{jnp.shape(log_prob)} for samples of shape {z.shape}. Sum over the event."
         )
     return log_prob

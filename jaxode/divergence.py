@@ -1,8 +1,7 @@
 """The divergence of a vector field: exact, or estimated without bias.
 
-Each estimator is a function that returns a `Divergence`, and works on one sample: `g` maps
-`z [*event]` to `dz [*event]`. A flow passes `FieldAt` as `g`, so that an estimator can ask it for a
-closed form.
+Each function here returns a `Divergence`, which works on one sample: `g` maps `z [*event]` to
+`dz [*event]`. A flow passes `FieldAt` as `g`, so an estimator can ask it for a closed form.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
 from jaxode.ode.validation import integer
 
-# Up to this many dimensions `auto` takes the exact trace. benchmarks/divergence.py: at 8 dimensions
-# it costs less than the 8 probes that still leave 5% of noise in a gradient, at 16 more.
+# Up to this many dimensions, `auto` takes the exact trace. benchmarks/divergence.py: at 8
+# dimensions it costs less than 8 probes, which still leave 5% noise in a gradient; at 16 it costs
+# more.
 EXACT_UP_TO = 8
 
 Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
@@ -27,7 +27,7 @@ Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
 
 @dataclass(frozen=True, eq=False)
 class FieldAt:
-    """A vector field at one time and for its arguments: `g(z) = f(t, z, args)`."""
+    """A vector field at a fixed time and arguments: `g(z) = f(t, z, args)`."""
 
     f: Callable[..., Any]
     t: Float[Array, ""]
@@ -47,24 +47,24 @@ WithNorm = Callable[[Field, Array, Array | None], tuple[Array, Array, Array]]
 
 
 class Divergence(NamedTuple):
-    """A divergence as two pure functions, for one sample. The other fields are optional.
+    """A divergence as two pure functions of one sample. The other fields are optional.
 
-    Equal if its functions are: make one of your own once, not at every call.
+    Equal if its functions are equal: create a custom one once, not at every call.
     """
 
     init: Callable[[PRNGKeyArray | None, Float[Array, " *event"]], Array | None]
-    """`init(key, z) -> probe`: the noise of one solve, or None. Drawn once, then held fixed."""
+    """`init(key, z) -> probe`: the noise, or None. Drawn once per solve."""
     apply: Callable[[Field, Float[Array, " *event"], Array | None], tuple[Array, Array]]
     """`apply(g, z, probe) -> (g(z), divergence of g at z)`."""
-    name: str = "a divergence of your own"
+    name: str = "a custom divergence"
     """For `describe`."""
     choose: Callable[[Field, Any], "Divergence"] | None = None
-    """`choose(g, z)`: the divergence that this one stands for, by the shape and dtype of `z`."""
+    """`choose(g, z)`: the divergence that this one stands for, given the shape and dtype of `z`."""
     standard_error: Callable[[Float[Array, " probes"], int], Array] | None = None
-    """`standard_error(estimates, size)` of the mean of one estimate for each probe, in `size`
-    dimensions. For divergences whose probes are `[probes, *event]` and have one estimate each."""
+    """`standard_error(estimates, size)`: the standard error of the mean of one estimate per probe,
+    in `size` dimensions. For divergences with probes `[probes, *event]`, one estimate each."""
     with_norm: WithNorm | None = None
-    """`with_norm(g, z, probe)`: as `apply`, and the squared Frobenius norm of `dg/dz`."""
+    """`with_norm(g, z, probe)`: like `apply`, plus the squared Frobenius norm of `dg/dz`."""
 
     def describe(self, f: Callable[..., Any], z: Float[Array, " *event"], args: Any = None) -> str:
         """Which divergence this is for the vector field `f(t, z, args)`, and why."""
@@ -73,7 +73,7 @@ class Divergence(NamedTuple):
 
 
 def _push(g: Field, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
-    """`g(z)`, and `v . (dg/dz v)` and `|dg/dz v|^2` for every tangent, on one linearization."""
+    """`g(z)`; `v . (dg/dz v)` and `|dg/dz v|^2` for every tangent, on one linearization."""
     tangents = vary(tangents, axes_of(z))
     if len(tangents) == 1:
         # An axis of size one would cost transposes around the matrix products.
@@ -99,13 +99,13 @@ class _WithoutNorm:
 
 
 def exact(chunk: int | None = None) -> Divergence:
-    """The trace of the Jacobian, `sum_i e_i . (dg/dz e_i)`, one product for each dimension.
+    """The trace of the Jacobian, `sum_i e_i . (dg/dz e_i)`: one product per dimension.
 
     Args:
-        chunk: push this many of them at a time, which bounds the memory; all by default. For a
-            network it is below `3 (chunk + 1)` times its input, output and hidden layers, for the
-            value and for its gradient: 8 MB in place of 780 MB for 32 samples of 784 dimensions,
-            two hidden layers of 256, and chunks of 4, in float64.
+        chunk: compute this many products at a time, to bound the memory; all by default. For a
+            network, value and gradient then need less than `3 (chunk + 1)` times its input, output
+            and hidden layers: 8 MB instead of 780 MB for 32 samples of 784 dimensions, two hidden
+            layers of 256, and chunks of 4, in float64.
 
     Raises:
         ValueError: if `chunk` is not a positive integer.
@@ -127,7 +127,7 @@ class _Trace:
             return dz, jnp.sum(terms), jnp.sum(squares)
         dz, jvp = jax.linearize(g, z)
 
-        # Recomputed rather than stored for a gradient, or the chunks would not bound its memory.
+        # Recomputed for a gradient, not stored: otherwise chunks would not bound its memory.
         @jax.checkpoint
         def column(i):
             v = (jnp.arange(z.size) == i).astype(z.dtype).reshape(z.shape)
@@ -148,15 +148,15 @@ def hutchinson(
     """The unbiased estimate `mean_k v_k . (dg/dz v_k)` with random probes, `E[v v^T] = I`.
 
     Args:
-        probes: number of probes, which share one linearization of `g`.
-        distribution: of the probes. "rademacher" has independent random signs and the smallest
-            variance of those with independent entries; "gaussian" independent standard normals;
-            "orthogonal" rows of a random orthogonal matrix, scaled: exact with as many probes as
-            dimensions, and never more probes than dimensions.
+        probes: number of probes. They share one linearization of `g`.
+        distribution: distribution of the probes. "rademacher" draws random signs, which have the
+            smallest variance among independent entries; "gaussian" draws standard normals;
+            "orthogonal" draws scaled rows of a random orthogonal matrix, at most one per dimension,
+            and is exact with one per dimension.
 
     Raises:
-        ValueError: at construction for an unknown distribution or number of probes; at trace time
-            without a key.
+        ValueError: at construction, for an unknown distribution or an invalid number of probes; at
+            trace time, without a key.
 
     References: Hutchinson (1990); Grathwohl et al. (2019), arXiv:1810.01367.
     """
@@ -208,10 +208,10 @@ class _StandardError:
 def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
     if probes > z.size:
         raise ValueError(
-            f"hutchinson(probes=..., distribution='orthogonal'): at most one probe a dimension; "
+            f"hutchinson(probes=..., distribution='orthogonal'): at most one probe per dimension; "
             f"got {probes} for {z.size} dimensions. Use divergence=jaxode.divergence.exact()."
         )
-    # `probes` columns of one cost less than a whole matrix.
+    # `probes` columns cost less than a whole matrix.
     columns = jax.random.orthogonal(key, z.size, dtype=z.dtype, m=probes)
     return columns.T.reshape(probes, *z.shape) * np.sqrt(z.size).astype(z.dtype)
 
@@ -224,14 +224,14 @@ _DRAWS = {
 
 
 def closed_form() -> Divergence:
-    """The exact divergence that the vector field itself offers.
+    """The exact divergence that the vector field itself provides.
 
-    A field offers one with a method `value_and_divergence(t, z, args) -> (dz, div)`, which may
-    return `NotImplemented` for arguments without a closed form. `jaxode.nn.field` has it, for the
-    networks of `jaxode.nn` with one or two hidden layers.
+    A field provides it with a method `value_and_divergence(t, z, args) -> (dz, div)`, which may
+    return `NotImplemented` for arguments without a closed form. `jaxode.nn.field` has this method;
+    it works for `jaxode.nn` networks with at most two hidden layers.
 
     Raises:
-        ValueError: at trace time, if the field does not offer one.
+        ValueError: at trace time, if the field has no closed form.
     """
     return Divergence(_no_probe, _apply_closed_form, "closed form")
 
@@ -248,7 +248,7 @@ def _apply_closed_form(g: Field, z: Float[Array, " *event"], probe: Array | None
 
 
 def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
-    """What `g` offers, checked, or `NotImplemented`."""
+    """The checked closed form of `g`, or `NotImplemented`."""
     if not hasattr(g, "value_and_divergence"):
         return NotImplemented
     out = g.value_and_divergence(z)
@@ -261,17 +261,17 @@ def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
 
 
 def auto() -> Divergence:
-    """The closed form if the field offers one, else exact if the event is small, else estimated.
+    """The closed form if the field has one, else `exact()` for small events, else `hutchinson()`.
 
-    Small is at most `EXACT_UP_TO` dimensions, as measured in docs/divergence.md, and larger events
-    get `hutchinson()`. `auto().describe(f, z, args)` says which it is. A regularizer that needs the
-    norm of the Jacobian has it from the last two, since a closed form of the divergence has none.
+    Small means at most 8 dimensions (docs/divergence.md has the measurements). `describe` says
+    which one a field gets. A closed form has no Jacobian norm, so a regularizer that needs the norm
+    makes `auto` choose by size.
     """
     return Divergence(_init_auto, _apply_auto, "auto()", _choose, with_norm=_auto_with_norm)
 
 
 def noiseless() -> Divergence:
-    """The closed form if the field offers one, else exact, whatever the size of the event."""
+    """The closed form if the field has one, else `exact()`, for events of any size."""
     return Divergence(_no_probe, _apply_noiseless, "noiseless()", _choose_noiseless)
 
 

@@ -1,7 +1,8 @@
 """Images as continuous data: dequantization, the logit, and bits per dimension.
 
-Each map works on a batch `[batch, *event]` and returns its log-determinant `[batch]`, in nats, with
-its value. The log-density of images with integer levels is that of the flow plus all of them:
+Each map works on a batch `[batch, *event]` and also returns its log-determinant `[batch]`, in nats.
+The log-density of images with integer levels is the log-density of the flow plus all
+log-determinants:
 
 ```python
 u, log_det_1 = dequantize(key, x, 256)
@@ -29,21 +30,21 @@ def dequantize(
     """`u = (x + noise) / levels` in `[0, 1)`, with uniform noise in `[0, 1)`.
 
     Args:
-        key: for the noise; a new one for each look at the data.
-        x: levels `0, 1, ..., levels - 1`, integers of any dtype. Other values, such as those of
-            images scaled to `[0, 1]`, are refused outside of `jit`. Inside it nothing tells them
-            from levels, and the density of them is wrong.
-        levels: how many there are, such as 256.
+        key: draws the noise. Use a new key for each pass over the data.
+        x: levels `0, 1, ..., levels - 1`, as integers of any dtype. Other values, such as images
+            scaled to `[0, 1]`, raise outside `jit`. Inside `jit` they go unnoticed, and their
+            density is wrong.
+        levels: the number of levels, such as 256.
 
     Returns:
-        `u [batch, *event]` in the dtype of `x` if that is floating, but at least float32, else in
-        the default one; and the log-determinant `[batch]`, `-size log(levels)`. A density of `u`
-        so corrected is a density of `x + noise`, whose integral over a unit cell is the
-        probability of a level.
+        `u [batch, *event]`, in the dtype of `x` if it is floating, and at least float32; otherwise
+        in the default dtype. And the log-determinant `[batch]`, such that a density of `u` plus
+        it is a density of `x + noise`, whose integral over a unit cell is the probability of a
+        level.
 
     Raises:
-        ValueError: if a value that is known is not a level, or `levels` is not an integer of at
-            least 2.
+        ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
+            2.
     """
     where = "dequantize"
     _check_levels(where, levels)
@@ -53,7 +54,7 @@ def dequantize(
     x = jnp.asarray(x)
     dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     x, noise = x.astype(dtype), jax.random.uniform(key, x.shape, dtype)
-    # The sum may round up to the next level, where it is no longer in the cell of this one.
+    # The sum may round up to the next level, which would put it in the wrong cell.
     end = jax.lax.stop_gradient(x)
     noisy = jnp.minimum(x + noise, jnp.nextafter(end + 1, end))
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
@@ -76,11 +77,11 @@ def logit(
     """`y = log(v / (1 - v))` with `v = margin + (1 - 2 margin) u`, and its log-determinant.
 
     Args:
-        u: values in `[0, 1]`. Others are refused outside of `jit`.
-        margin: keeps `y` finite at the ends; at least 0 and below 1/2.
+        u: values in `[0, 1]`. Others raise outside `jit`.
+        margin: keeps `y` finite at both ends. At least 0 and below 1/2.
 
     Raises:
-        ValueError: if a value that is known is not in `[0, 1]`, or `margin` not in `[0, 1/2)`.
+        ValueError: if a value is known not to be in `[0, 1]`, or `margin` is not in `[0, 1/2)`.
     """
     _check_margin("logit", margin)
     in_range = lambda u: (u >= 0) & (u <= 1)
@@ -92,7 +93,7 @@ def logit(
 
 
 def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, "..."]:
-    """`u` of `logit(u, margin)`. Beyond the data it leaves `[0, 1]` by up to `margin`, scaled.
+    """The inverse of `logit`. Beyond the data, `u` may leave `[0, 1]` by `margin / (1 - 2 margin)`.
 
     Raises:
         ValueError: if `margin` is not at least 0 and below 1/2.
@@ -102,13 +103,13 @@ def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, 
 
 
 def bits_per_dimension(log_prob: Float[Array, "..."], size: int) -> Float[Array, "..."]:
-    """`-log_prob / (size log 2)`: nats of an event of `size` numbers as bits for each of them."""
+    """`-log_prob / (size log 2)`: nats per event of `size` numbers as bits per number."""
     size = integer("bits_per_dimension", "size", size)
     return -log_prob / (size * math.log(2))
 
 
 def _check_values(where: str, name: str, x: Any, good, rule: str, remedy: str) -> None:
-    """Raise unless all values are good, as far as they are known on this host."""
+    """Raise unless all values that this host knows are good."""
     if not is_known(x) or not getattr(x, "is_fully_addressable", True):
         return
     values = np.asarray(x)

@@ -1,8 +1,8 @@
 """Networks for vector fields: Equinox modules `m`, called as `m(t, y)` on one sample.
 
-A fresh network is small, so that its flow is close to the identity. With one or two hidden layers
-(for `PotentialGradient`: one) a network also returns its exact divergence in closed form,
-`m.value_and_divergence(t, y)`, for one matrix-vector product more than its value.
+A fresh network has small outputs, so its flow is close to the identity. With at most two hidden
+layers (`PotentialGradient`: exactly one), `m.value_and_divergence(t, y)` returns the exact
+divergence in closed form, for one extra matrix-vector product.
 """
 
 import math
@@ -22,8 +22,8 @@ from jaxode.ode.validation import integer
 class _ModuleField(eqx.Module):
     """The vector field of a module: `field(t, y, m) = m(t, y)`.
 
-    With a context it is `field(t, y, (m, context)) = m(t, y, context)`. It offers a closed form of
-    its divergence to `jaxode.divergence` if the module does.
+    With a context, `field(t, y, (m, context)) = m(t, y, context)`. It has a closed-form divergence
+    if the module has one.
     """
 
     def __call__(
@@ -34,7 +34,7 @@ class _ModuleField(eqx.Module):
         return m(t, y, *context)
 
     def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
-        """`(f, div f)`, or `NotImplemented` if the module has no closed form of it."""
+        """`(f, div f)`, or `NotImplemented` if the module has no closed form."""
         m, *context = args if isinstance(args, tuple) else (args,)
         if not hasattr(m, "value_and_divergence"):
             return NotImplemented
@@ -50,13 +50,12 @@ def _check_network(m: Any) -> None:
 
 
 field: _ModuleField = _ModuleField()
-"""The vector field of a module: `field(t, y, m) = m(t, y)`, and with a context
-`field(t, y, (m, context)) = m(t, y, context)`. It offers the closed form of the divergence that `m`
-has."""
+"""The vector field of a module: `field(t, y, m) = m(t, y)`. With a context,
+`field(t, y, (m, context)) = m(t, y, context)`. It has a closed-form divergence if `m` has one."""
 
 
-# Of a polynomial in `e`, the constant last, that is `log(1 + e) / e` to 3e-8 for `0 <= e <= 1`:
-# without the constant and divided by `e`, interpolated at 9 Chebyshev points.
+# Coefficients of a polynomial in `e`, highest power first, that equals `log(1 + e) / e` to 3e-8 for
+# `0 <= e <= 1`. Without its constant and divided by `e`, it interpolates at 9 Chebyshev points.
 _LOG1P = (
     -0.004466211593, 0.02522405431, -0.06675772501, 0.1156184544, -0.1584756572, 0.1985410623,
     -0.2498652617, 0.3333284189, -0.4999999698, 1.0,
@@ -67,8 +66,8 @@ _LOG1P = (
 def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log(1 + exp(x))` to rounding, with the sigmoid as its derivative.
 
-    Faster than `jax.nn.softplus` up to float32 on a CPU, where the logarithm of a compiler is most
-    of the cost of a small network. Here it is a polynomial: no division, which would split the
+    Up to float32 it is faster on a CPU than `jax.nn.softplus`, whose logarithm is most of the cost
+    of a small network. It uses a polynomial instead, without a division, which would split the
     kernel in two.
     """
     e = jnp.exp(-jnp.abs(x))
@@ -96,7 +95,7 @@ def _affine(rows: Float[Array, "k n"], t: Float[Array, ""], context: Float[Array
 
 
 class _Layer(eqx.Module):
-    """`(W x + b) sigmoid(gate(t, context)) + shift(t, context)`, without what is None."""
+    """`(W x + b) sigmoid(gate(t, context)) + shift(t, context)`, without parts that are None."""
 
     weight: Float[Array, "out in"]
     bias: Float[Array, " out"]
@@ -117,7 +116,7 @@ class _Layer(eqx.Module):
         self.shift = rows(shift_key, 1 + context) if timed else None
 
     def __call__(self, t, x, context) -> tuple[Float[Array, " out"], Float[Array, " out"] | None]:
-        """The output, and the gate: `W` scaled by it is the Jacobian in `x`."""
+        """The output and the gate. The gate times `W` is the Jacobian with respect to `x`."""
         u, gate = self.weight @ x + self.bias, None
         if self.gate is not None:
             gate = jax.nn.sigmoid(_affine(self.gate[:-1], t, context) + self.gate[-1])
@@ -126,7 +125,7 @@ class _Layer(eqx.Module):
 
 
 class _Network(eqx.Module):
-    """What the networks share. They differ in where the time enters, and in being gated."""
+    """What the networks share. They differ in where time enters and in gating."""
 
     hidden: tuple[_Layer, ...]
     weight: Float[Array, "outputs hidden"]
@@ -193,11 +192,11 @@ class _Network(eqx.Module):
         y: Float[Array, " *event"],
         context: Float[Array, " context"] | None = None,
     ) -> Any:
-        """`(m(t, y), div m)` in closed form, or `NotImplemented` with over two hidden layers.
+        """`(m(t, y), div m)` in closed form. `NotImplemented` with more than two hidden layers.
 
-        With hidden layers of slopes `s1`, `s2` (of the activation, times the gate), the Jacobian
-        is `W3 diag(s2) W2 diag(s1) W1`, and its trace `s2 . M s1` with `M = W2 * (W1 W3)^T`, which
-        depends on the parameters alone: a batch shares it.
+        With `s1`, `s2` the slopes of the hidden layers (of the activation, times the gate), the
+        Jacobian is `W3 diag(s2) W2 diag(s1) W1`. Its trace is `s2 . M s1` with
+        `M = W2 * (W1 W3)^T`, which depends only on the parameters and is shared by the batch.
         """
         if len(self.hidden) > 2:
             return NotImplemented
@@ -237,18 +236,19 @@ class _Network(eqx.Module):
 
 
 class MLP(_Network):
-    """A multilayer perceptron that the time enters with the first layer.
+    """A multilayer perceptron that gets the time in its first layer.
 
     Args:
         event_shape: shape of one sample; an integer stands for a vector.
         widths: sizes of the hidden layers.
-        key: for the initial weights.
-        activation: elementwise, after each hidden layer; smooth, since it is differentiated twice.
-        context_size: size of the vector that conditions the field, `m(t, y, context)`. It enters
-            wherever the time does.
+        key: draws the initial weights.
+        activation: elementwise function after each hidden layer. It must be smooth: it is
+            differentiated twice.
+        context_size: size of the context vector in `m(t, y, context)`, which enters wherever the
+            time does.
 
     Raises:
-        ValueError: when called with a context of another shape, or without one that it needs.
+        ValueError: when called with a context of another shape, or without a context that it needs.
     """
 
     time_in_every_layer = False
@@ -258,7 +258,7 @@ class MLP(_Network):
 class Concat(_Network):
     """A multilayer perceptron with the time concatenated to the input of every layer.
 
-    Args: those of `MLP`.
+    Args: as for `MLP`.
     References: Chen et al. (2018), arXiv:1806.07366.
     """
 
@@ -269,7 +269,7 @@ class Concat(_Network):
 class ConcatSquash(_Network):
     """A multilayer perceptron whose hidden layers are gated and shifted by the time.
 
-    Args: those of `MLP`.
+    Args: as for `MLP`.
     References: Grathwohl et al. (2019), arXiv:1810.01367.
     """
 
@@ -282,7 +282,7 @@ class PotentialGradient(_Network):
 
     Its Jacobian is symmetric.
 
-    Args: those of `MLP`; the activation is differentiated three times.
+    Args: as for `MLP`; the activation is differentiated three times.
     References: Onken et al. (2021), arXiv:2006.00104.
     """
 
@@ -311,11 +311,11 @@ class PotentialGradient(_Network):
         y: Float[Array, " *event"],
         context: Float[Array, " context"] | None = None,
     ) -> Any:
-        """`(m(t, y), div m)` in closed form, or `NotImplemented` unless there is one hidden layer.
+        """`(m(t, y), div m)` in closed form. `NotImplemented` unless there is one hidden layer.
 
-        With the output weights `w` the gradient is `W1^T (w a'(u))`, and its divergence
-        `sum_j w_j a''(u_j) |W1_j|^2`. A second one would need a product of matrices for each
-        sample, which costs more than the exact trace of a small event (docs/divergence.md).
+        With output weights `w`, the gradient is `W1^T (w a'(u))` and its divergence is
+        `sum_j w_j a''(u_j) |W1_j|^2`. A second hidden layer would need a matrix product per sample,
+        which costs more than the exact trace of a small event (docs/divergence.md).
         """
         if len(self.hidden) != 1:
             return NotImplemented

@@ -1,8 +1,9 @@
-"""Pictures of flows, solves and training, with matplotlib, which is not a dependency of jaxode.
+"""Pictures of flows, solves and training.
 
-Every function draws on `ax`, by default matplotlib's current axes, and returns it. Titles, limits
-and colors stay yours: set them on the axes, or pass matplotlib's own keywords.
-Without matplotlib every function raises a `ModuleNotFoundError`.
+Every function draws on `ax`, by default matplotlib's current axes, and returns it. Axes in the
+plane get a name if they have none yet. Titles, limits and colors are yours: set them on the axes,
+or pass matplotlib's own keywords. matplotlib is not a dependency of jaxode: without it, every
+function raises `ModuleNotFoundError`.
 
 ```python
 figure, axes = plt.subplots(1, 2)
@@ -30,15 +31,21 @@ def density(
     *,
     ax: Axes | None = None,
     points: int = 160,
+    colorbar: bool = True,
     **style: Any,
 ) -> Axes:
-    """The density of two-dimensional events, `exp(log_prob)`, on a grid.
+    """Draw the density of two-dimensional events, `exp(log_prob)`, on a grid.
+
+    Colors follow the square root of the density: a linear scale would hide regions of low density
+    that hold much of the mass. Pass `norm="linear"` or `norm="log"` for another scale.
 
     Args:
         log_prob: log-density in nats, `[points, 2] -> [points]`.
         extent: `(left, right, bottom, top)`.
-        points: of the grid along each axis, at the centers of its cells.
-        **style: for `Axes.imshow`.
+        ax: axes to draw on.
+        points: grid points along each axis, at the centers of the cells.
+        colorbar: draw a color bar beside the axes.
+        **style: passed to `Axes.imshow`.
     """
     left, right, bottom, top = extent
     centers = (np.arange(points) + 0.5) / points
@@ -46,18 +53,27 @@ def density(
     grid = jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=1))
     values = np.exp(np.asarray(log_prob(grid))).reshape(points, points)
     ax = _axes(ax)
-    ax.imshow(
+    label = "density"
+    if "norm" not in style:
+        from matplotlib.colors import PowerNorm
+
+        limits = {"vmin": style.pop("vmin", 0.0), "vmax": style.pop("vmax", None)}
+        style["norm"], label = PowerNorm(0.5, **limits), "density (square-root scale)"
+    image = ax.imshow(
         values, **{"origin": "lower", "extent": extent, "aspect": "auto", "cmap": "magma", **style}
     )
-    return ax
+    if colorbar:
+        ax.figure.colorbar(image, ax=ax, label=label)
+    return _named(ax, "$x_1$", "$x_2$")
 
 
 def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **style: Any) -> Axes:
-    """Points in the plane, small and translucent.
+    """Draw points in the plane, small and translucent.
 
     Args:
-        x: `[n, 2]`.
-        **style: for `Axes.scatter`.
+        x: points, `[n, 2]`.
+        ax: axes to draw on.
+        **style: passed to `Axes.scatter`.
 
     Raises:
         ValueError: if the points are not two-dimensional.
@@ -65,24 +81,25 @@ def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **st
     points = _plane("samples", "x", x, 2)
     ax = _axes(ax)
     ax.scatter(*points.T, **{"s": 4, "alpha": 0.5, "linewidths": 0, **style})
-    return ax
+    return _named(ax, "$x_1$", "$x_2$")
 
 
 def trajectories(
     ys: Float[Array | np.ndarray, "times n 2"],
     *,
     ax: Axes | None = None,
-    start="start",
-    end="end",
+    start: str = "start",
+    end: str = "end",
     **style: Any,
 ) -> Axes:
-    """The ways of states through the plane, with their starts and ends marked.
+    """Draw the paths of states through the plane, and mark where they start and end.
 
     Args:
-        ys: `[times, n, 2]`, as in `Solution.ys` of `jaxode.solve(..., batch="joint", ts=...)`.
-        start: label of the first points.
-        end: label of the last points.
-        **style: of the lines, for `Axes.plot`.
+        ys: states, `[times, n, 2]`: `Solution.ys` of `jaxode.solve(..., batch="joint", ts=...)`.
+        ax: axes to draw on.
+        start: legend label of the first points.
+        end: legend label of the last points.
+        **style: passed to `Axes.plot` for the lines.
 
     Raises:
         ValueError: if the states are not two-dimensional.
@@ -92,7 +109,7 @@ def trajectories(
     ax.plot(paths[:, :, 0], paths[:, :, 1], **{"color": "gray", "lw": 0.6, **style})
     for points, label in ((paths[0], start), (paths[-1], end)):
         ax.scatter(*points.T, s=10, label=label, zorder=3)
-    return ax
+    return _named(ax, "$x_1$", "$x_2$")
 
 
 def history(
@@ -102,15 +119,16 @@ def history(
     window: int = 50,
     **style: Any,
 ) -> Axes:
-    """A training history: each loss, faint, and the mean of the last `window`.
+    """Draw a training history: each loss faintly, and the mean of the last `window` losses.
 
     Args:
-        losses: one a training step, `[steps]`.
-        window: steps in the mean, but at most half of them all; 1 draws the losses alone.
-        **style: of the mean, for `Axes.plot`.
+        losses: one per training step, `[steps]`.
+        ax: axes to draw on.
+        window: steps in the mean, capped at half of all steps; 1 draws only the losses.
+        **style: passed to `Axes.plot` for the mean.
 
     Raises:
-        ValueError: if there is not one number a step.
+        ValueError: if there is not one number per step.
     """
     return _curve("history", "losses", losses, window, "loss", ax, style)
 
@@ -122,18 +140,19 @@ def evaluations(
     window: int = 50,
     **style: Any,
 ) -> Axes:
-    """Evaluations of the vector field in each training step: how hard the field is to solve.
+    """Draw the vector field evaluations of each training step: how hard the field is to solve.
 
     Args:
         num_evals: `Stats.num_evals` of each training step, `[steps]`.
-        window: steps in the mean, but at most half of them all; 1 draws the numbers alone.
-        **style: of the mean, for `Axes.plot`.
+        ax: axes to draw on.
+        window: steps in the mean, capped at half of all steps; 1 draws only the counts.
+        **style: passed to `Axes.plot` for the mean.
 
     Raises:
-        ValueError: if there is not one number a step.
+        ValueError: if there is not one number per step.
     """
     return _curve(
-        "evaluations", "num_evals", num_evals, window, "evaluations of the field", ax, style
+        "evaluations", "num_evals", num_evals, window, "vector field evaluations", ax, style
     )
 
 
@@ -142,14 +161,14 @@ def _curve(where: str, name: str, values, window: int, ylabel: str, ax, style) -
     if values.ndim != 1:
         raise ValueError(f"plot.{where}({name}=...): must have shape (steps,); got {values.shape}.")
     ax = _axes(ax)
-    # With a window as long as the curve, the mean would be a point, and nothing to see.
+    # With a window as long as the curve, the mean would be a single, invisible point.
     window = max(min(window, values.size // 2), 1)
     if window > 1:
         (line,) = ax.plot(np.arange(window, values.size + 1), _mean(values, window), **style)
         ax.plot(np.arange(1, values.size + 1), values, color=line.get_color(), lw=0.5, alpha=0.35)
     else:
         ax.plot(np.arange(1, values.size + 1), values, **{"lw": 0.8, **style})
-    ax.set(xlabel="step", ylabel=ylabel)
+    ax.set(xlabel="training step", ylabel=ylabel)
     return ax
 
 
@@ -163,7 +182,7 @@ def _plane(where: str, name: str, x: Any, ndim: int) -> np.ndarray:
         axes = ("times, n, 2", "n, 2")[ndim == 2]
         raise ValueError(
             f"plot.{where}({name}=...): must have shape ({axes}); got {x.shape}. "
-            "Choose two coordinates of larger events."
+            "For larger events, choose two coordinates."
         )
     return x
 
@@ -179,3 +198,9 @@ def _axes(ax: Axes | None) -> Axes:
             name="matplotlib",
         ) from None
     return pyplot.gca() if ax is None else ax
+
+
+def _named(ax: Axes, x: str, y: str) -> Axes:
+    """Name the axes that have no name."""
+    ax.set(xlabel=ax.get_xlabel() or x, ylabel=ax.get_ylabel() or y)
+    return ax

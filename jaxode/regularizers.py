@@ -1,6 +1,6 @@
-"""Running costs along the trajectories of a flow, which make it easier to solve.
+"""Running costs along the trajectories of a flow. They make it easier to solve.
 
-Pass them to `jaxode.cnf(regularizers=...)`; they are added to the training loss `nll` and read off
+Pass them to `jaxode.cnf(regularizers=...)`. They are added to the training loss `nll`, and reuse
 the evaluations that the divergence needs anyway.
 
 Reference: Finlay et al. (2020), arXiv:2002.02798 ("RNODE").
@@ -19,7 +19,7 @@ class Regularizer(NamedTuple):
     """A running cost: `weight` times the mean over samples of its integral over time."""
 
     name: str
-    """Of its integrals in `NLLStats.running`."""
+    """The name of its integrals in `NLLStats.running`."""
     weight: float
     cost: Callable[[Float[Array, " *event"], Array | None], Float[Array, ""]]
     """`cost(dz, norm)` from `dz = f(t, z)` and the squared Frobenius norm of `df/dz`."""
@@ -28,7 +28,7 @@ class Regularizer(NamedTuple):
 
 
 def kinetic_energy(weight: float) -> Regularizer:
-    """`weight` times the integral of `|f(t, z)|^2`: straight trajectories of even speed.
+    """`weight` times the integral of `|f(t, z)|^2`. Favors straight paths with constant speed.
 
     Raises:
         ValueError: if the weight is negative or not finite.
@@ -37,11 +37,10 @@ def kinetic_energy(weight: float) -> Regularizer:
 
 
 def jacobian_frobenius(weight: float) -> Regularizer:
-    """`weight` times the integral of `|df/dz|_F^2`: a field that is nearly the same
-    everywhere.
+    """`weight` times the integral of `|df/dz|_F^2`. Favors fields that vary little in space.
 
-    It is estimated without bias from the probes of the divergence, `E |df/dz v|^2`, and exact with
-    `jaxode.divergence.exact()`.
+    The divergence's probes give an unbiased estimate, `E |df/dz v|^2`. With
+    `jaxode.divergence.exact()` it is exact.
 
     Raises:
         ValueError: if the weight is negative or not finite.
@@ -66,7 +65,7 @@ def _weight(where: str, weight: float) -> float:
 
 
 def check_regularizers(where: str, regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:
-    """The regularizers, whose names differ."""
+    """The regularizers as a tuple. Their names must differ."""
     given = tuple(regularizers) if isinstance(regularizers, Iterable) else (regularizers,)
     if isinstance(regularizers, Regularizer) or not all(isinstance(r, Regularizer) for r in given):
         raise TypeError(

@@ -341,12 +341,12 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.audit(FLOW, P, X, KEY, context=X[:2]), ValueError,
-        "audit(context=...): leaves must have a leading axis of 3, one row a sample; got shape "
+        "audit(context=...): leaves must have a leading axis of 3, one row per sample; got shape "
         "(2, 2). To give all samples the same row, pass jnp.broadcast_to(row, (3, *row.shape)).",
     ),
     (
         lambda: jax.jit(lambda p: jaxode.audit(FLOW, p, X, KEY).values)(P), ValueError,
-        "audit: measures numbers, so it runs outside of jax.jit, jax.grad and jax.vmap; got "
+        "audit: measures numbers, so it runs outside jax.jit, jax.grad and jax.vmap; got "
         "arguments that are traced. Call it between training steps.",
     ),
 ]  # fmt: skip

@@ -120,7 +120,7 @@ def test_broken_flow_is_found(run, found, word):
         # Where the cause is known, no kink is looked for.
         assert "kink" not in " ".join(report.advice.values())
         tight = report.advice.get("tight solves that fail")
-        assert tight is None or "mend the solves that fail first" in tight
+        assert tight is None or "fix the failing solves first" in tight
 
 
 def test_advice_is_for_the_options_that_the_flow_has():

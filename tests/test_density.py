@@ -385,7 +385,7 @@ WRONG = {
     "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive; got 0.0"),
     "data that leave": (
         {"standardize": DATA, "support": (0.0, 9.0)},
-        r"support=...\): the data must lie strictly within; got others in 40 of 40 rows",
+        r"support=...\): the data must lie strictly inside; got values outside it in 40 of 40 rows",
     ),
     "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite; got nan"),
     "a scale that is lost": (

@@ -143,5 +143,5 @@ def test_a_density_of_each_coordinate_is_refused():
 
     flow = jaxode.cnf(lambda t, z, a: a * z, Coordinates())
     for method in (flow.nll, flow.log_prob):
-        with pytest.raises(ValueError, match=r"one number a sample, shape \(3,\); got \(3, 3\)"):
+        with pytest.raises(ValueError, match=r"one number per sample, shape \(3,\); got \(3, 3\)"):
             method(0.1, jnp.ones((3, 3)))

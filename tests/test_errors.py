@@ -148,13 +148,13 @@ BAD_INPUT = [
     (
         lambda: cnf(divergence="exact"), TypeError,
         "cnf(divergence=...): must be a Divergence; got 'exact'. "
-        "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your own, "
+        "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your own, "
         "jaxode.divergence.Divergence(init, apply).",
     ),
     (
         lambda: cnf(divergence=INIT_AND_APPLY), TypeError,
         f"cnf(divergence=...): must be a Divergence; got {INIT_AND_APPLY!r}. "
-        "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your own, "
+        "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your own, "
         "jaxode.divergence.Divergence(init, apply).",
     ),
     (
@@ -267,11 +267,11 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf().nll(None, X, weights=jnp.ones(3)), ValueError,
-        "nll(weights=...): must have one weight a sample, shape (4,); got (3,).",
+        "nll(weights=...): must have one weight per sample, shape (4,); got (3,).",
     ),
     (
         lambda: cnf().nll(None, X, context=jnp.ones(3)), ValueError,
-        "nll(context=...): leaves must have a leading axis of 4, one row a sample; "
+        "nll(context=...): leaves must have a leading axis of 4, one row per sample; "
         "got shape (3,). To give all samples the same row, pass "
         "jnp.broadcast_to(row, (4, *row.shape)).",
     ),
@@ -327,7 +327,7 @@ BAD_INPUT = [
     ),
     (
         lambda: flow(return_solution=True), TypeError,
-        "flow(return_solution=...): it returns z at time t alone. Use "
+        "flow(return_solution=...): it returns only z at time t. Use "
         "jaxode.solve(f, z, s, t, args, batch='joint'), which returns a Solution.",
     ),
     (
@@ -369,7 +369,7 @@ BAD_INPUT = [
     (
         lambda: cnf(divergence=divergence.hutchinson(3, "orthogonal")).nll(None, X, key=KEY),
         ValueError,
-        "hutchinson(probes=..., distribution='orthogonal'): at most one probe a dimension; "
+        "hutchinson(probes=..., distribution='orthogonal'): at most one probe per dimension; "
         "got 3 for 2 dimensions. Use divergence=jaxode.divergence.exact().",
     ),
     (
@@ -505,7 +505,7 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf().sample(None, KEY, 3, context=jnp.ones((4, 1))), ValueError,
-        "sample(context=...): leaves must have a leading axis of 3, one row a sample; got shape "
+        "sample(context=...): leaves must have a leading axis of 3, one row per sample; got shape "
         "(4, 1). To give all samples the same row, pass jnp.broadcast_to(row, (3, *row.shape)).",
     ),
     (

@@ -424,13 +424,13 @@ BAD_INPUT = [
     ),
     (
         lambda: loss(coupling=pairing(jnp.arange(3))), ValueError,
-        "matching_loss(coupling=...): must return one row number a sample, integers of shape (16,)"
-        "; got int64 of shape (3,).",
+        "matching_loss(coupling=...): must return one row number per sample, integers of shape "
+        "(16,); got int64 of shape (3,).",
     ),
     (
         lambda: loss(coupling=pairing(jnp.ones(16))), ValueError,
-        "matching_loss(coupling=...): must return one row number a sample, integers of shape (16,)"
-        "; got float64 of shape (16,).",
+        "matching_loss(coupling=...): must return one row number per sample, integers of shape "
+        "(16,); got float64 of shape (16,).",
     ),
     (
         lambda: loss(X[:3], coupling=pairing(jnp.array([0, 1, 1]))), ValueError,
@@ -454,7 +454,7 @@ BAD_INPUT = [
         (
             lambda pair=pair: loss(coupling=Coupling(pair)), TypeError,
             f"matching_loss(coupling=...): must be a Coupling; got Coupling(pair={pair!r}). Use a "
-            "function of jaxode.coupling, called: jaxode.coupling.independent(); or, of your own, "
+            "function of jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
             "jaxode.coupling.Coupling(pair) with pair(key, z, x, context).",
         )
         for pair in (None, optimal_transport)

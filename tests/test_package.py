@@ -34,6 +34,14 @@ def test_all_lists_the_public_names():
     assert list(jaxode.__all__) == sorted(jaxode.__all__)
 
 
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parent.parent
+    assert f"\nversion: {jaxode.__version__}\n" in (root / "CITATION.cff").read_text()
+    newest = re.search(r"^## (.*)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] in (jaxode.__version__, "Unreleased")
+
+
 def test_every_public_name_has_a_docstring():
     for name in jaxode.__all__:
         assert getattr(jaxode, name).__doc__, name

@@ -37,6 +37,23 @@ def test_density_is_that_of_the_function_at_the_centers_of_cells(ax):
     np.testing.assert_allclose(values.sum() * 0.2**2, 1.0, atol=1e-6)
 
 
+def test_low_density_is_visible_and_the_scale_is_yours(ax):
+    base = jaxode.standard_normal(2)
+    draw = lambda **style: jaxode.plot.density(
+        base.log_prob, (-4, 4, -4, 4), ax=ax, points=4, **style
+    ).images[-1]
+    image = draw()
+    assert image.norm(0.25 * image.norm.vmax) == pytest.approx(0.5)
+    assert [axes.get_ylabel() for axes in ax.figure.axes] == [
+        "$x_2$",
+        "density (square-root scale)",
+    ]
+    assert draw(vmax=7.0, colorbar=False).norm.vmax == 7.0
+    linear = draw(norm="linear", vmin=0.0, colorbar=False)
+    assert linear.norm(0.25 * linear.norm.vmax) == pytest.approx(0.25)
+    assert len(ax.figure.axes) == 2
+
+
 def test_samples_and_trajectories_show_the_points(ax):
     x = np.random.default_rng(0).normal(size=(7, 2))
     assert jaxode.plot.samples(x, ax=ax, color="red") is ax
@@ -60,7 +77,7 @@ def test_curves_show_each_step_and_the_mean_of_the_last(ax):
     assert mean.get_xydata()[-1].tolist() == [10, (36 + 49 + 64 + 81) / 4]
     jaxode.plot.evaluations([14, 20, 26], ax=ax, window=1)
     assert ax.lines[-1].get_ydata().tolist() == [14, 20, 26]
-    assert ax.get_ylabel() == "evaluations of the field"
+    assert ax.get_ylabel() == "vector field evaluations"
 
 
 @pytest.mark.parametrize("size", [2, 3, 20, 50, 60])

@@ -1,4 +1,4 @@
-"""Ordinary use, for the type checker alone: `make typecheck` must find no error. Never run."""
+"""Ordinary use, for type checkers only: pyright and mypy must find no error. Never run."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A vector field as a program and the values that it closes over, and what `jit` knows it by."""
+"""A vector field as a program with its closed-over values, and how `jit` recognizes it."""
 
 import functools
 import inspect
@@ -21,11 +21,11 @@ NUMBERS = (bool, int, float, complex, np.integer, np.bool_)
 
 
 class _Held:
-    """A static leaf, equal to its like by more than `==`.
+    """A static leaf with a stricter equality than `==`.
 
-    Numbers are compared by type and sign, too (`1 == True`, `0.0 == -0.0`), frozen dataclasses by
-    all of their fields, and what has no equality of its own by its identity and that of what it
-    holds, so that a change is noticed.
+    Numbers are also compared by type and sign (`1 == True`, `0.0 == -0.0`), frozen dataclasses by
+    all of their fields, and objects without `__eq__` by identity, their own and that of their
+    contents, so that a change is noticed.
     """
 
     def __init__(self, value: Any):
@@ -42,14 +42,14 @@ class _Held:
 
 
 def settle(tree: PyTree) -> None:
-    """Take what tracing has changed in the leaves, such as a counter of calls, for no change."""
+    """Ignore what tracing changed in the leaves, such as a call counter."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, _Held):
             leaf.holds = _key(leaf.value)[1]
 
 
 def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What is compared by `==`, and what by identity."""
+    """What to compare by `==`, and what by identity."""
     if isinstance(value, NUMBERS):
         return (type(value), repr(value)), ()
     if isinstance(value, set):
@@ -57,7 +57,8 @@ def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
     if _is_frozen(value):
         fields = [_Held(x) if _is_held(x) else x for x in vars(value).values()]
         return (type(value), *fields), ()
-    own = value.__func__ if inspect.ismethod(value) else value  # Methods are made at each access.
+    # Methods are created at each access.
+    own = value.__func__ if inspect.ismethod(value) else value
     return id(own), (own, *_contents(value))
 
 
@@ -77,12 +78,12 @@ def _contents(value: Any) -> tuple[Any, ...]:
 def _cell_contents(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # It is empty, as in a function that calls itself before it has a name.
+    except ValueError:  # An empty cell: a function that refers to itself.
         return cell
 
 
 def _is_held(leaf: Any) -> bool:
-    """Whether `==` is not all there is to the equality of this leaf."""
+    """Whether `==` is not enough to compare this leaf."""
     if isinstance(leaf, type):
         return False
     if isinstance(leaf, NUMBERS) or inspect.ismethod(leaf) or _is_frozen(leaf):
@@ -105,10 +106,10 @@ class _Partial(eqx.Module):
 
 
 def recognizable(tree: PyTree, dtype: Any = None) -> PyTree:
-    """The tree as an argument of `eqx.filter_jit`, which compiles again for other static leaves.
+    """The tree as an argument of `eqx.filter_jit`, which recompiles for different static leaves.
 
-    A `functools.partial`, or a method of a pytree, becomes a pytree of its parts. With a `dtype`, a
-    Python float is an array, and no reason to compile again.
+    A `functools.partial`, or a method of a pytree, becomes a pytree of its parts. With a `dtype`,
+    Python floats become arrays, so that they do not cause recompilation.
     """
 
     def one(leaf):
@@ -126,7 +127,7 @@ def recognizable(tree: PyTree, dtype: Any = None) -> PyTree:
 
 
 def recognized(tree: PyTree) -> PyTree:
-    """The inverse of `recognizable`, inside of the program."""
+    """The inverse of `recognizable`, inside the program."""
 
     def one(leaf):
         if isinstance(leaf, _Partial):
@@ -138,9 +139,9 @@ def recognized(tree: PyTree) -> PyTree:
 
 
 class ClosedField(eqx.Module):
-    """A vector field on rows without closed-over values: they are leaves, and get gradients.
+    """A vector field on rows whose closed-over values are leaves, with gradients.
 
-    Called with the arrays of the `args` that it was traced with; what is static is in the program.
+    Call it with the arrays of the `args` of its trace. Static parts are in the program.
     """
 
     program: Jaxpr = eqx.field(static=True)
@@ -148,7 +149,7 @@ class ClosedField(eqx.Module):
 
     @property
     def work_size(self) -> int:
-        """How many numbers one evaluation computes on its way."""
+        """How many numbers one evaluation computes."""
         outputs = (v.aval for equation in _equations(self.program) for v in equation.outvars)
         return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 
@@ -160,9 +161,9 @@ class ClosedField(eqx.Module):
         return dy
 
     def check_closed_over(self, perturbed: "ClosedField", like: Array) -> None:
-        """Raise if a closed-over value is differentiated that varies less than the array `like`.
+        """Raise if a differentiated closed-over value varies over fewer axes than `like`.
 
-        Its gradient would cross between devices at every evaluation, in loops whose lengths differ.
+        Devices would exchange its gradient at every evaluation, in loops of different lengths.
         """
         for const, wanted in zip(self.consts, perturbed.consts, strict=True):
             missing = sorted(axes_of(like) - axes_of(const))
@@ -176,13 +177,14 @@ class ClosedField(eqx.Module):
 
 
 def hash_of(tree: PyTree) -> int:
-    """So that `jax.jit` takes a method of a module: what has no hash counts by its identity."""
+    """A hash, so that `jax.jit` accepts methods of a module. Unhashable leaves count by
+    identity."""
     leaves, structure = jax.tree.flatten(tree)
     return hash((structure, *(x if type(x).__hash__ else id(x) for x in leaves)))
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """All equations, inner ones included."""
+    """All equations, including inner ones."""
     for equation in jaxpr.eqns:
         yield equation
         inner = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
@@ -198,7 +200,7 @@ def close_field(
     args: PyTree,
     precision: str | None,
 ) -> tuple[ClosedField, PyTree]:
-    """Trace `field(t, y, args)` once; returns it closed, and the arrays of `args`."""
+    """Trace `field(t, y, args)` once. Returns the closed field and the arrays of `args`."""
     arrays, static = eqx.partition(args, eqx.is_array)
     run = lambda t, y, arrays: field(t, y, eqx.combine(arrays, static))
     closed = trace_at(precision, run, t, y, arrays)

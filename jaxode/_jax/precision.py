@@ -1,4 +1,4 @@
-"""The precision of matrix products, also in rules of differentiation that JAX traces later."""
+"""The precision of matrix products, including differentiation rules that JAX traces later."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,20 +9,20 @@ import jax.experimental
 from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# What a call of a function with rules of its own holds: functions that give a rule as a program,
+# Parameters of a call to a function with custom rules: functions that return a rule as a program,
 # and functions that are the rule.
 _PROGRAMS = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk")
 _RULES = ("bwd",)
 
 
 def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> ClosedJaxpr:
-    """The program `f(*args)`, its products and those of its derivatives at this precision.
+    """The program `f(*args)`, with its products and those of its derivatives at this precision.
 
-    With None it is the one that the user has set for JAX, or else "highest".
+    None means the precision that the user has set for JAX, or "highest".
 
-    A product has the precision that is set when it is traced. JAX traces the rules of a
-    `jax.custom_vjp` or `jax.custom_jvp` when the program is differentiated: in a loop, or by the
-    user, at a time when nothing of this library is on the call stack.
+    A product gets the precision that is set when it is traced. JAX traces the rules of a
+    `jax.custom_vjp` or `jax.custom_jvp` when the program is differentiated: in a loop or by the
+    user, when no function of this library is on the call stack.
     """
     config: Any = jax.config
     name = precision or config.jax_default_matmul_precision or "highest"
@@ -40,12 +40,12 @@ def _rule(rule, precision, *args):
 def _program(rule, precision, *args):
     with jax.default_matmul_precision(precision):
         jaxpr, *rest = rule(*args)
-    # A derivative of second order has rules in the program of a rule.
+    # Second derivatives have rules inside the program of a rule.
     return _of_value(jaxpr, precision), *rest
 
 
 def _of_value(value: Any, precision: str) -> Any:
-    """A parameter of an equation: programs in it, others as they are."""
+    """Convert the programs in a parameter of an equation, and leave the rest."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         new = [_of_value(x, precision) for x in value]
         changed = any(a is not b for a, b in zip(new, value, strict=True))
@@ -72,7 +72,7 @@ def _of_equation(equation: Any, precision: str) -> Any:
 
 @contextlib.contextmanager
 def concrete_double_precision() -> Iterator[None]:
-    """Numbers are computed at once, also while a program is traced, and in float64."""
+    """Compute with concrete float64 numbers, even while a program is traced."""
     enable = getattr(jax, "enable_x64", None)
     if enable is None:  # JAX before 0.8
         enable = jax.experimental.enable_x64  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
-"""Identities that tell JAX something: copy this on a CPU, differentiate that in reverse mode only.
+"""Identity functions that instruct JAX: copy on a CPU, or differentiate only in reverse mode.
 
-`equinox.internal` has the guards that are not here: `nondifferentiable`, its counterpart
-`nondifferentiable_backward`, and `unvmap_any`. An import that fails says that one is gone.
+`equinox.internal` has the other guards: `nondifferentiable`, its counterpart
+`nondifferentiable_backward`, and `unvmap_any`. The import fails if one is gone.
 """
 
 from typing import TypeVar
@@ -39,7 +39,7 @@ mlir.register_lowering(
 
 
 def kept_apart(x: Array) -> Array:
-    """The array, as a value of its own that XLA folds into nothing, in a program for a CPU."""
+    """The array, as a separate value that XLA does not fold in a program for a CPU."""
     return _apart.bind(x)
 
 
@@ -52,11 +52,11 @@ def _refuse(*_, message: str, **__):
 
 
 def _reverse_jvp(primals, tangents, *, message: str):
-    # The values leave the guard, so that forward over reverse is not stopped.
+    # The values leave the guard, so forward over reverse still works.
     moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
     moved = [tangent for tangent, moves in zip(tangents, moving, strict=True) if moves]
-    # With the values, or `vmap` would meet what comes after the guard before a tangent that it
-    # does not change.
+    # Bound with the values: otherwise `vmap` would reach the code after the guard before a tangent
+    # that it does not change.
     moved = iter(_tangent.bind(*moved, *primals, message=message, count=len(moved)))
     pairs = zip(tangents, moving, strict=True)
     return [*primals], [next(moved) if moves else tangent for tangent, moves in pairs]
@@ -77,14 +77,14 @@ ad.primitive_transposes[_tangent] = _tangent_transpose
 
 
 def reverse_only(tree: T, message: str) -> T:
-    """The same arrays; a `TypeError` with this message if a tangent of them is computed."""
+    """The same arrays. Computing a tangent of them raises a `TypeError` with this message."""
     guarded, rest = eqx.partition(tree, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(guarded)
     return eqx.combine(structure.unflatten(_reverse.bind(*leaves, message=message)), rest)
 
 
 def first_derivatives_only(tree: T, message: str) -> T:
-    """The same arrays; an error with this message if a derivative by them is differentiated."""
+    """The same arrays. Differentiating a derivative by them raises an error with this message."""
 
     @jax.custom_jvp
     def guard(x):

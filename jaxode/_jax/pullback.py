@@ -1,4 +1,4 @@
-"""`jax.vjp`, with the gradients of weights computed twice as fast on a CPU."""
+"""`jax.vjp`, with faster gradients of weights on a CPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from jaxode._jax.primitives import kept_apart
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The value at `primals`, and the product of a cotangent with the Jacobian, as `jax.vjp`.
+    """The value at `primals` and the pullback, like `jax.vjp`.
 
     The gradient of a weight is a product `ct^T x` that sums over the batch. XLA folds the transpose
-    into the product, and its library for products on a CPU takes none that sum over the rows of the
-    first factor. So the transpose is kept apart: between 0.4 and 0.9 of the time for 64 to 860
-    units (benchmarks/NOTES.md). The numbers are the same to rounding. A program for another
-    platform is as of `jax.vjp`.
+    into the product, and its CPU library does not handle products that sum over the rows of the
+    first factor. Keeping the transpose separate takes 0.4x to 0.9x the time for 64 to 860 units
+    (benchmarks/NOTES.md). The numbers agree up to rounding. Programs for other platforms are the
+    same as with `jax.vjp`.
     """
     value, pull = jax.vjp(function, *primals)
 
@@ -25,7 +25,7 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
         try:
             closed, shape = jax.make_jaxpr(pull, return_shape=True)(cotangent)
             out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(cotangent))
-        except Exception:  # A program that this does not know: an error of its own comes again.
+        except Exception:  # An unknown program, or an error in it, which is raised again here.
             return pull(cotangent)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
@@ -33,8 +33,8 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """What the program computes, with every product of a transpose that sums over its columns
-    computed from a copy of the transpose."""
+    """Evaluate the program, with a copy of the transpose in every product of a transpose that sums
+    over its columns."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     transposed = set()
 

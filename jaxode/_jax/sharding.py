@@ -1,10 +1,10 @@
-"""Inside `jax.shard_map`: over which axes of the device mesh an array varies.
+"""Inside `jax.shard_map`: the device axes over which an array varies.
 
-JAX keeps that in the type of an array. It wants the same of what a loop carries before and after
-each iteration, and it sums the gradient of an array over the devices at the place where it first
-meets one that varies: at every stage of a solve, if the parameters came as they are. So all that
-enters a solve is made to vary alike beforehand, and what crosses between devices then crosses once.
-Outside `shard_map`, or with its `check_vma=False`, nothing varies and nothing is done here.
+JAX keeps them in the type of an array. A loop must carry the same types before and after each
+iteration. And JAX sums the gradient of an array over devices where the array first meets one that
+varies: at every stage of a solve, if parameters enter unchanged. So everything that enters a solve
+is first made to vary over the same axes, and devices exchange gradients once. Outside `shard_map`,
+or with `check_vma=False`, nothing varies and these functions do nothing.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ AxisName = str | tuple[str, ...]
 
 
 def axes_of(tree: PyTree) -> frozenset[Any]:
-    """The mesh axes over which any array of `tree` varies."""
+    """The device axes over which any array of `tree` varies."""
     return frozenset().union(*map(_varying, filter(eqx.is_array, jax.tree.leaves(tree))))
 
 
@@ -34,7 +34,7 @@ def _varying(x) -> frozenset[Any]:
 
 
 def vary(tree: T, axes: frozenset[Any]) -> T:
-    """The same arrays, varying over these `axes` at least."""
+    """The same arrays, varying over at least these `axes`."""
 
     def one(x):
         missing = tuple(axes - _varying(x)) if eqx.is_array(x) else ()
@@ -50,7 +50,7 @@ def _pcast(x, axes):
 
 
 def vary_alike(tree: T) -> T:
-    """The same arrays, each varying over the axes over which any of them does."""
+    """The same arrays, each varying over all axes over which any of them varies."""
     return vary(tree, axes_of(tree))
 
 
@@ -64,7 +64,7 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> 
     return jax.lax.fori_loop(lower, upper, body, vary_alike(carry))
 
 
-def _in_mesh_order(axes) -> tuple[Any, ...]:
+def _in_device_order(axes) -> tuple[Any, ...]:
     ordered = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
     return tuple(ordered) or tuple(axes)
 
@@ -72,20 +72,20 @@ def _in_mesh_order(axes) -> tuple[Any, ...]:
 def row_numbers(
     x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None
 ) -> Int[Array, " batch"]:
-    """The number of each row in the whole batch, of which this device has a part.
+    """The number of each row of this device in the whole batch.
 
-    So that a key that all devices share does not give them the same noise. A key that varies over
-    the devices gives each its own, whatever the numbers.
+    It gives devices that share a key different noise. A key that varies over devices does so
+    anyway.
     """
     axes = _split_axes(x, key, axis_name)
-    first = jax.lax.axis_index(_in_mesh_order(axes)) * x.shape[0] if axes else 0
+    first = jax.lax.axis_index(_in_device_order(axes)) * x.shape[0] if axes else 0
     return first + jnp.arange(x.shape[0], dtype=jnp.int32)
 
 
 def row_count(x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None) -> int:
-    """How many rows `row_numbers` numbers: those of the whole batch."""
+    """The number of rows in the whole batch."""
     axes = _split_axes(x, key, axis_name)
-    return x.shape[0] * (jax.lax.psum(1, _in_mesh_order(axes)) if axes else 1)
+    return x.shape[0] * (jax.lax.psum(1, _in_device_order(axes)) if axes else 1)
 
 
 def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> frozenset[Any]:

@@ -1,4 +1,4 @@
-"""Is this flow accurate where it is used? One table of checks against a tight solve."""
+"""Is a flow accurate where it is used? One table of checks against a tight solve."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from jaxode.ode.validation import is_known, state_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `jaxode.audit` returns; `print` shows it as a table."""
+    """What `jaxode.audit` returns. `print` shows it as a table."""
 
     reference: str
     """What errors are measured against."""
@@ -34,12 +34,12 @@ class Report:
 
     @property
     def advice(self) -> dict[str, str]:
-        """One sentence for each check that is out of range, by its name."""
+        """One sentence per check that is out of range, by the name of the check."""
         return {row.name: row.advice for row in self.rows if row.advice}
 
     @property
     def values(self) -> dict[str, float]:
-        """What was measured, by the name of the check."""
+        """The measured value of each check, by name."""
         return {row.name: row.value for row in self.rows}
 
     def __str__(self) -> str:
@@ -63,34 +63,34 @@ def audit(
     *,
     context: PyTree = None,
 ) -> Report:
-    """Check the accuracy of a flow on a batch, and say what to do about what is out of range.
+    """Check the accuracy of a flow on a batch, with advice for every value out of range.
 
-    Errors are those against a tight solve with the same probes, in float64 if `jax_enable_x64` is
-    set, else in the dtype of `x`, at least float32; the report says which. The divergence is
-    compared with the exact trace, in any dimension. The total probability is an integral on a grid
-    in up to two dimensions, by importance sampling in up to eight, for the first row of the
-    context; that of the base density is by importance sampling. Where the effective sample size is
-    too small to tell, the report says so. `quadrature="stochastic"` is audited as "gauss", since
-    it has the same mean, and without `axis_name`.
+    Errors are relative to a tight solve with the same probes, in float64 if `jax_enable_x64` is
+    set, otherwise in the dtype of `x` and at least float32; the report says which. The divergence
+    is compared with the exact trace, in any dimension. The total probability of the flow, for the
+    first row of the context, is integrated on a grid in up to two dimensions and by importance
+    sampling in up to eight; that of the base density by importance sampling. If the effective
+    sample size is too small to tell, the report says so. The audit replaces
+    `quadrature="stochastic"` by "gauss", which has the same mean, and ignores `axis_name`.
 
-    It runs outside of `jit`; a few hundred samples are enough. It compiles about a dozen programs,
-    once for flows whose arrays differ alone: an audit of other parameters takes little time.
+    It runs outside `jit`, and a few hundred samples are enough. It compiles about a dozen programs,
+    once for all parameters of the same shapes, so later audits take little time.
 
     Args:
         flow: made by `jaxode.cnf`.
         params: as for the methods of the flow.
         x: samples, `[batch, *event]`: data that the flow is used on.
-        key: for the probes, and for samples of the flow.
+        key: draws the probes, and samples of the flow.
         context: as for the methods of the flow.
 
     Returns:
-        A `Report`: `print` shows it as a table, `report.ok` says whether all is in range,
-        `report.values` and `report.advice` are by the name of a check. A solve that fails is part
-        of the report, and what it keeps from being measured is NaN.
+        A `Report`: `print` shows it as a table, `report.ok` says whether everything is in range,
+        and `report.values` and `report.advice` are dictionaries by the name of a check. A failed
+        solve is reported, and values that it makes impossible to measure are NaN.
 
     Raises:
-        TypeError, ValueError: as the methods of the flow, for wrong arguments; and for samples that
-            are not finite, for none, and inside of `jit`.
+        TypeError, ValueError: for wrong arguments, as in the methods of the flow; for samples that
+            are not finite, for no samples, and inside `jit`.
     """
     if not isinstance(flow, CNF):
         raise TypeError(
@@ -99,7 +99,7 @@ def audit(
         )
     if not is_known((flow, params, x, key, context)):
         raise ValueError(
-            "audit: measures numbers, so it runs outside of jax.jit, jax.grad and jax.vmap; got "
+            "audit: measures numbers, so it runs outside jax.jit, jax.grad and jax.vmap; got "
             "arguments that are traced. Call it between training steps."
         )
     x = check_samples("audit", "x", x, tuple(flow.base.event_shape))
@@ -126,7 +126,7 @@ def audit(
 
 
 def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
-    """The flow with a tight solve, and what to call it."""
+    """The flow with a tight solve, and a description of it."""
     dtype = tight_dtype(x)
     tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
     explicit = flow.solve_options.tableau is not None
@@ -150,7 +150,7 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
 
 @functools.cache
 def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
-    """With probes drawn in this dtype, whatever that of the solve."""
+    """The divergence with probes drawn in this dtype, whatever the dtype of the solve."""
 
     def init(key, z):
         probe = divergence.init(key, z.astype(dtype))

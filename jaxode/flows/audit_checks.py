@@ -1,6 +1,7 @@
-"""The checks of `jaxode.audit`: each measures one thing of a flow, and judges it.
+"""The checks of `jaxode.audit`. Each measures one property of a flow and judges it.
 
-A new check is a function and its place in `CHECKS`. Here are those of the solve and its gradient.
+A new check is a function and an entry in `CHECKS`. This file has the checks of the solve and its
+gradient.
 """
 
 import math
@@ -16,7 +17,7 @@ from jaxode.flows import audit_density, audit_work
 from jaxode.flows.audit_subject import Row, Subject
 from jaxode.ode.adjoints import DiscreteAdjoint
 
-# What is out of range. Errors of densities are in nats: 0.01 is one percent of a density.
+# Limits. Errors of log-densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3
 LOG_DENSITY = 1e-2
 GRADIENT = 1e-2
@@ -29,7 +30,7 @@ def _solves(s: Subject) -> Row:
 
 def _reference(s: Subject) -> Row:
     """Whether there is anything to compare with."""
-    where = "mend the solves that fail first" if s.failure else s.smoother
+    where = "fix the failing solves first" if s.failure else s.smoother
     advice = s.tight_failure and (
         f"A tight solve fails ({s.tight_failure.split('. ')[0]}), so errors cannot be measured: "
         f"{where}."
@@ -43,13 +44,13 @@ def _round_trip(s: Subject) -> Row:
     value = jnp.max(jnp.abs(back - s.x) / (1 + jnp.abs(s.x)), initial=0.0)
     return s.judge(
         "round-trip error", value, ROUND_TRIP, f"at most {ROUND_TRIP:g} of 1 + |x|",
-        f"{s.solve_finer}: samples and densities are not those of one flow; if that does "
+        f"{s.solve_finer}: samples and densities do not belong to the same flow; if that does "
         "not help, the flow contracts too much to be inverted.",
     )  # fmt: skip
 
 
 def _outside(s: Subject) -> Row | None:
-    """Samples of density zero by both solves, which have no error to measure."""
+    """Samples with density zero in both solves, which have no error to measure."""
     count, batch = int(jnp.sum(s.outside)), s.x.shape[0]
     advice = "" if count < batch else (
         "No sample is where the base density has a support, so there is nothing to measure."
@@ -75,15 +76,15 @@ def _loss(s: Subject) -> Row:
     return s.judge(
         "loss error", jnp.abs(own.astype(tight.dtype) - tight), LOG_DENSITY,
         f"at most {LOG_DENSITY:g} nats",
-        f"{s.solve_finer} for training: the loss is not that of the flow.",
+        f"{s.solve_finer} for training: the loss is not the likelihood of the flow.",
     )  # fmt: skip
 
 
 def _gradient(s: Subject) -> Row:
     """The gradient of `nll`, all parameters as one vector.
 
-    Near a gradient of zero its errors count as those of the loss do: in nats, here for a change of
-    all parameters by as much as they are.
+    Near a zero gradient, its errors count like errors of the loss: in nats, for a change of all
+    parameters by their own size.
     """
     own, tight = s.loss[1], s.tight_loss[1]
     error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, own, tight))
@@ -99,12 +100,12 @@ def _gradient(s: Subject) -> Row:
 
 
 def _norm(tree: PyTree) -> float:
-    """Of all floating arrays as one vector."""
+    """The norm of all floating arrays as one vector."""
     leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
     return math.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in leaves))
 
 
-# None is a check that does not apply.
+# A check that does not apply returns None.
 CHECKS: tuple[Callable[[Subject], Row | None], ...] = (
     _solves, _reference, _outside, _round_trip, _log_density, _loss, _gradient,
     audit_density.divergence, audit_density.probe_error, audit_density.base_probability,

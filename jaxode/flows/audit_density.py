@@ -1,4 +1,4 @@
-"""Checks of `jaxode.audit` for a density: its divergence, its noise, and what it integrates to."""
+"""Checks of `jaxode.audit` for a density: its divergence, its noise and its integral."""
 
 import dataclasses
 import math
@@ -20,17 +20,17 @@ DIVERGENCE = 2e-3
 PROBE_ERROR = 0.1
 PROBABILITY = 1e-2
 
-# Points a side of the grid for the total probability, by the number of dimensions.
+# Grid points per side for the total probability, by the number of dimensions.
 GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
 CHUNK = 2**14
-# Below this part of the proposals, an effective sample size decides nothing.
+# An effective sample size below this fraction of the proposals decides nothing.
 EFFECTIVE = 0.1
-# Estimates of the trace a point, of a stochastic divergence.
+# Trace estimates per point, for a stochastic divergence.
 ESTIMATES = 64
 
 
 def divergence(s: Subject) -> Row:
-    """The divergence beside the exact trace of the Jacobian, at points of a few trajectories.
+    """The divergence against the exact trace of the Jacobian, at points of a few trajectories.
 
     An error counts relative to the trace, and to a tenth of the norm of the Jacobian, since terms
     that cancel leave their rounding. A stochastic divergence must have the trace as its mean.
@@ -52,25 +52,25 @@ def divergence(s: Subject) -> Row:
     name = s.integrands.chosen_divergence(s.x, s.params, s.context).name
     what = "is not the trace of the Jacobian of the vector field"
     if of_field > of_trace:
-        what = "comes with another derivative than that of the vector field"
-    # A field may compute in less precision than the solve.
+        what = "returns a different derivative from the vector field"
+    # A field may compute in lower precision than the solve.
     limit = max(DIVERGENCE, 32 * float(jnp.finfo(field.dtype).eps))
     return s.judge(
         "divergence error", np.maximum(of_trace, of_field), limit,
         f"at most {limit:.2g} of the exact trace",
-        f"The divergence ({name}) {what}: mend it, or use divergence=jaxode.divergence.exact().",
+        f"The divergence ({name}) {what}: fix it, or use divergence=jaxode.divergence.exact().",
     )  # fmt: skip
 
 
 def _bias(error: Float[np.ndarray, "*points estimates"]) -> float:
-    """The bias of random estimates beyond their noise, at all points alike or at each.
+    """The bias of random estimates beyond their noise, common to all points or at each point.
 
-    Where errors of the trace change their sign, as with that of a coordinate, only the mean of
-    their squares shows them. The square of a mean has the variance of the mean as its own bias.
+    If errors of the trace change sign between points, only the mean of their squares shows them.
+    The square of a mean is itself biased by the variance of the mean.
     """
     noise = np.var(error, axis=-1, ddof=1) / error.shape[-1]
     mean = abs(np.mean(error)) - 5 * math.sqrt(np.mean(noise) / noise.size)
-    # Ten of its standard errors: few points make a distribution with a long tail.
+    # Ten standard errors: few points make a distribution with a long tail.
     square = np.mean(np.mean(error, axis=-1) ** 2 - noise)
     square -= 10 * math.sqrt(2 / noise.size) * _rms(noise)
     return float(max(mean, math.sqrt(max(square, 0.0))))
@@ -86,7 +86,8 @@ def _relative(error: float, size: float) -> float:
 
 @eqx.filter_jit
 def _traces(parts, times, points, context, keys):
-    """Derivative by the field and by the divergence, the trace, the Jacobian's norm, estimates."""
+    """`dz` from the field and from the divergence, the trace, the Jacobian's norm, the
+    estimates."""
     integrands, params = recognized(parts)
     chosen = integrands.chosen_divergence(points[0], params, context)
     exact_with_norm = exact(chunk=16).with_norm
@@ -142,7 +143,7 @@ def total_probability(s: Subject) -> Row:
     if s.failure or s.tight_failure or bool(s.outside.all()):
         return Row(name, np.nan, f"1 within {PROBABILITY:g}")
     if size > EXACT_UP_TO:
-        # No proposals are near enough to its samples.
+        # No proposals come near enough to its samples.
         return Row(name, np.nan, f"not resolved beyond {EXACT_UP_TO} dimensions")
     # Noise in the log-density would not average out in the density.
     flow = s.flow if s.probes is None else dataclasses.replace(s.flow, divergence=exact())
@@ -162,9 +163,9 @@ def total_probability(s: Subject) -> Row:
 
 
 def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.ndarray:
-    """In chunks of one size, so that one program does for all of them, for the first context.
+    """Solve in chunks of one size, so that one program serves all, with the first context.
 
-    A row that fails alone, such as a point that no sample reaches, is NaN.
+    A single row that fails, such as a point that no sample reaches, is NaN.
     """
     chunk = lambda leaf: jnp.broadcast_to(leaf[:1], (CHUNK, *leaf.shape[1:]))
     context = jax.tree.map(lambda leaf: chunk(jnp.asarray(leaf)), s.context)
@@ -172,7 +173,7 @@ def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.n
 
     def run(x):
         if s.implicit:
-            # It takes a batch as one system, whose Jacobian grows with its square.
+            # It solves a batch as one system, whose Jacobian grows with the square of the batch.
             one = lambda x, c: solve(flow, x[None], jax.tree.map(lambda leaf: leaf[None], c))[0]
             return jax.vmap(one)(x, context)
         out = solve(flow, x, context)
@@ -187,7 +188,7 @@ def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.n
 
 
 def _on_grids(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
-    """The integral over a box around samples, on finer and finer grids."""
+    """The integral over a box around the samples, on successively finer grids."""
     event, flat = samples.shape[1:], samples.reshape(len(samples), -1)
     size, (low, high) = flat.shape[1], (np.min(flat, axis=0), np.max(flat, axis=0))
     low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
@@ -202,13 +203,13 @@ def _on_grids(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
         if not change > 0.1 * PROBABILITY:
             break
     if change > PROBABILITY:
-        # No fault of the flow, but nothing is known.
+        # Not a fault of the flow, but nothing is known.
         return Row(name, np.nan, f"not resolved by {points} points a side")
     return _near_one(s, name, value, change, advice)
 
 
 def _integrated(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
-    """The integral by importance sampling, with proposals like the samples."""
+    """The integral by importance sampling, with proposals similar to the samples."""
     value, error, effective = importance(
         s.key, samples, lambda x: _log_density(log_prob(jnp.asarray(x, s.x.dtype)))
     )
@@ -219,7 +220,7 @@ def _integrated(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
 
 
 def _log_density(log_prob) -> np.ndarray:
-    """Where no solve arrives, there is no density."""
+    """The log-density, minus infinity where no solve arrives."""
     return np.nan_to_num(np.asarray(log_prob, float), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
 
 

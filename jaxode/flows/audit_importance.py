@@ -1,4 +1,4 @@
-"""An integral by importance sampling, with proposals that are made from samples."""
+"""An integral by importance sampling, with proposals made from samples."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 CENTERS = 512
-# Of the proposals: around samples (for a density of any shape, in few dimensions), from a normal
-# density of their mean and covariance (for many), and with heavier tails, against huge weights.
+# Shares of the proposals: around samples (any shape, in few dimensions), from a normal with their
+# mean and covariance (many dimensions), and with heavier tails (against huge weights).
 PARTS = (0.5, 0.4, 0.1)
 FREEDOM = 3.0
-# Beyond this, a covariance has more noise than correlations.
+# In more dimensions, noise in the covariance exceeds the correlations.
 CORRELATED_UP_TO = 32
 
 
@@ -23,8 +23,8 @@ def importance(
 ) -> tuple[float, float, float]:
     """The integral of a density, its standard error, and the effective sample size.
 
-    There are as many proposals as samples. A weight is the density over that of all proposals, as a
-    mixture.
+    There are as many proposals as samples. A weight is the density divided by the density of the
+    proposal mixture.
 
     References: Owen and Zhou (2000), doi:10.1080/01621459.2000.10473909.
     """
@@ -44,7 +44,7 @@ def importance(
     log_values = log_density((_times(proposals * scale, back) + mean).reshape(-1, *event))
     log_proposal = _log_mixture(proposals, centers, width) - np.sum(np.log(scale))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        # In many dimensions both are beyond the range of numbers, and their ratio is not.
+        # In many dimensions, both overflow but their ratio does not.
         weights = np.exp(log_values - log_proposal)
         effective = np.sum(weights) ** 2 / np.sum(weights**2)
         error = np.std(weights) / math.sqrt(len(weights))
@@ -52,12 +52,12 @@ def importance(
 
 
 def _principal_axes(centered: Float[np.ndarray, "count n"]):
-    """Orthonormal axes, and the spread along each; None for the coordinates, if there are many."""
+    """Orthonormal axes and the spread along each. The axes are None in many dimensions."""
     if centered.shape[1] > CORRELATED_UP_TO:
         axes, variance = None, np.mean(centered**2, axis=0)
     else:
         variance, axes = np.linalg.eigh(centered.T @ centered / len(centered))
-    # Samples may lie on a line.
+    # The samples may lie on a line.
     return axes, np.sqrt(np.maximum(variance, 1e-12 * variance.max() + 1e-200))
 
 
@@ -66,7 +66,7 @@ def _times(x: Float[np.ndarray, "count n"], axes: Float[np.ndarray, "n n"] | Non
 
 
 def _log_mixture(x: Float[np.ndarray, "count n"], centers: np.ndarray, width: float):
-    """The log-density of the proposals, in coordinates of unit spread."""
+    """The log-density of the proposals in coordinates of unit spread."""
     size, square = x.shape[1], np.sum(x * x, axis=1)
     log_unit = -0.5 * size * math.log(2 * math.pi)
     distance = square[:, None] - 2 * x @ centers.T + np.sum(centers * centers, axis=1)

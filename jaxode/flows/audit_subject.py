@@ -1,4 +1,4 @@
-"""What is audited: a flow, a tight solve of it, and what several checks need of both."""
+"""The subject of an audit: a flow, a tight solve of it, and what several checks share."""
 
 import dataclasses
 from functools import cached_property
@@ -26,14 +26,14 @@ class Row(NamedTuple):
     value: float
     """NaN if it could not be measured."""
     limit: str
-    """What is in range, in words."""
+    """The range, in words."""
     advice: str = ""
-    """What to do; empty if the value is in range."""
+    """What to do. Empty if the value is in range."""
 
 
 @dataclasses.dataclass
 class Subject:
-    """A flow with what it is audited on. What several checks need is computed once."""
+    """A flow and the data of its audit. Values that several checks need are computed once."""
 
     flow: CNF
     """It does not raise."""
@@ -45,9 +45,9 @@ class Subject:
 
     @cached_property
     def failure(self) -> str:
-        """The message of the first solve that fails; empty if there is none.
+        """The message of the first failed solve. Empty if there is none.
 
-        `nll` solves what `to_base` solves.
+        `nll` runs the same solve as `to_base`.
         """
         flow = dataclasses.replace(self.flow, throw=True)
         try:
@@ -60,7 +60,7 @@ class Subject:
 
     @cached_property
     def tight_failure(self) -> str:
-        """As `failure`, for the tight solve."""
+        """Like `failure`, for the tight solve."""
         try:
             dataclasses.replace(self.tight, throw=True).log_prob(*self._tight_inputs, **self._noise)
         except SolveError as error:
@@ -69,12 +69,12 @@ class Subject:
 
     @property
     def implicit(self) -> bool:
-        """Whether each step solves equations."""
+        """Whether the solver is implicit."""
         return self.flow.solve_options.tableau is None
 
     @property
     def solve_finer(self) -> str:
-        """The first words of advice against errors of the solve."""
+        """The first words of advice against solver error."""
         steps = self.flow.solve_options.steps
         if self.rounded:
             return self.rounded.capitalize()
@@ -82,12 +82,12 @@ class Subject:
 
     @property
     def smoother(self) -> str:
-        """Advice where steps find no size."""
+        """Advice if the controller finds no step size."""
         return self.rounded or "look for a kink, a jump or a singularity of the vector field"
 
     @cached_property
     def rounded(self) -> str:
-        """Advice if the vector field of the tight solve has less precision than a solve."""
+        """Advice if the vector field has lower precision than the tight solve."""
         first = jax.tree.map(lambda leaf: leaf[0], (self.x, self.context))
         x, context = cast(first, tight_dtype(self.x))
         field, t = Integrands(self.tight.f, self.tight.divergence).field, jnp.zeros((), x.dtype)
@@ -105,18 +105,18 @@ class Subject:
 
     @cached_property
     def outside(self) -> Bool[Array, " batch"]:
-        """Which samples have density zero, by both solves, so that there is no error to measure."""
+        """Samples with density zero in both solves, which have no error to measure."""
         return (self.log_prob == -jnp.inf) & (self.tight_log_prob == -jnp.inf)
 
     @cached_property
     def loss(self):
-        """`((loss, NLLStats), gradient)` of the samples inside of the support."""
+        """`((loss, NLLStats), gradient)` of the samples inside the support."""
         x, context = self._inside
         return _loss_and_gradient(self.flow, self.params, x, self.key, context)
 
     @property
     def _inside(self):
-        """Samples and context, with the first one inside for each one outside."""
+        """Samples and context. The first sample inside the support replaces those outside."""
         rows = jnp.arange(self.x.shape[0])
         rows = jnp.where(self.outside, jnp.argmin(self.outside), rows)
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (self.x, self.context))
@@ -144,7 +144,7 @@ class Subject:
 
     @cached_property
     def trajectories(self) -> tuple[Float[Array, " times"], Float[Array, "times batch *event"]]:
-        """Where the samples are at times from the data to the base."""
+        """The samples at several times on the way from the data to the base."""
         flow, span = self.flow, (self.flow.t1, self.flow.t0)
         times = jnp.linspace(*span, 9, dtype=self.x.dtype)
         field, options, batch = self.integrands.field, flow.solve_options, flow.step_control
@@ -156,7 +156,7 @@ class Subject:
 
     @cached_property
     def probes(self) -> Any:
-        """The noise of the divergence; None if it is exact."""
+        """The noise of the divergence. None if it is exact."""
         return self.integrands.probes(self.key, self.x, self.params, self.context, None)
 
     @property
@@ -164,10 +164,10 @@ class Subject:
         return Integrands(self.flow.f, self.flow.divergence)
 
     def judge(self, name: str, value: Any, limit: float, text: str, advice: str) -> Row:
-        """In range is what is at most the limit."""
+        """The row of a value, which is in range up to `limit`."""
         value = float(value)
         if np.isnan(value):
-            # A solve that fails, and samples without a density, have a row of their own.
+            # A failed solve, and samples without a density, have their own rows.
             explained = self.failure or self.tight_failure or bool(self.outside.all())
             advice = "" if explained else (
                 "It is not finite although the solves succeed: look for an operation of the vector "

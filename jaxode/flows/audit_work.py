@@ -10,15 +10,15 @@ from jaxode.flows.audit_subject import Row, Subject
 
 EVALUATIONS = 1000
 STEPS_USED = 0.5
-# Error control that works rejects about one step in five; at every kink of a field it rejects
-# several in a row.
+# Working error control rejects about one step in five. At every kink of a field it rejects several
+# in a row.
 REJECTED = 0.4
-# Explicit solvers are stable up to a step of about three time constants.
+# Explicit solvers are stable for steps of up to about three time constants.
 STIFFNESS = 100.0
 
 
 def evaluations(s: Subject) -> Row | None:
-    """Of the vector field, by the forward solve of `nll`; the largest number of all rows."""
+    """Vector field evaluations in the forward solve of `nll`: the maximum over rows."""
     value = int(jnp.max(s.loss[0][1].stats.num_evals))
     if value < 0:
         return None  # An implicit solver does not count them.
@@ -30,7 +30,7 @@ def evaluations(s: Subject) -> Row | None:
 
 
 def steps(s: Subject) -> Row | None:
-    """How much of `max_steps` is used; the most of all rows."""
+    """The fraction of `max_steps` that is used: the maximum over rows."""
     if s.flow.solve_options.steps is not None:
         return None
     max_steps = s.flow.solve_options.max_steps
@@ -42,23 +42,23 @@ def steps(s: Subject) -> Row | None:
 
 
 def rejected(s: Subject) -> Row | None:
-    """Rejected of the attempted steps. The first few are the search for a step size."""
+    """The fraction of attempted steps that were rejected. The first few search for a step size."""
     if s.implicit:
-        return None  # Its equations may need a smaller step than the field does.
+        return None  # Its equations may need smaller steps than the field does.
     stats = s.loss[0][1].stats
     rejected, steps = float(jnp.sum(stats.num_rejected)), float(jnp.sum(stats.num_steps))
-    # A solve that fails says why, and may reject all steps after that.
+    # A failed solve has its own row, and may reject all later steps.
     value = np.nan if s.failure else rejected / max(steps, 1.0)
     return s.judge(
         "part of steps rejected", value, REJECTED, f"at most {REJECTED:g}",
-        f"{s.smoother.capitalize()}: the step size finds nothing to hold on to.",
+        f"{s.smoother.capitalize()}: no step size suits the field.",
     )  # fmt: skip
 
 
 def stiffness(s: Subject) -> Row | None:
     """The time span times the largest |eigenvalue| of `df/dz` on the trajectories."""
     if s.implicit:
-        return None  # Its steps are not bound by stability.
+        return None  # Stability does not limit its steps.
     times, points = s.trajectories
     v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
     parts = recognizable((s.integrands, s.params))
@@ -75,7 +75,7 @@ def stiffness(s: Subject) -> Row | None:
 
 @eqx.filter_jit
 def _spectral_radii(parts, times, points, context, v):
-    """Of the Jacobian, at each time and sample."""
+    """The spectral radius of the Jacobian at each time and sample."""
     integrands, params = recognized(parts)
 
     def at(t, z, context):
@@ -88,7 +88,7 @@ def _spectral_radii(parts, times, points, context, v):
 def _spectral_radius(g, z, v, skip: int = 8, count: int = 16):
     """The mean growth of a vector under powers of the Jacobian, after the first few.
 
-    A mean, because it swings under a pair of complex eigenvalues.
+    A mean, because the growth oscillates under a pair of complex eigenvalues.
     """
     _, jvp = jax.linearize(g, z)
 

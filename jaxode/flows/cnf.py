@@ -5,8 +5,8 @@ trajectory `d/dt log p(z(t)) = -div f`, so
 
     log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
 
-This file chooses in which direction of time each method solves, and this sign. The training loss is
-in `jaxode/flows/objective.py`.
+This file decides in which direction of time each method solves, and with which sign. The training
+loss is in `jaxode/flows/objective.py`.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367;
 Ghosh et al. (2020), arXiv:2006.10711 ("STEER").
@@ -45,25 +45,26 @@ from jaxode.ode.system import System, argument_faults, make_system
 from jaxode.ode.validation import Time, check_args, check_time, is_known, native, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
-# What is carried to the other end: data, base samples of the user's, or those that are drawn here.
+# What is carried to the other end: data, base samples from the user, or samples drawn here.
 Samples = Literal["data", "base", "drawn"]
 
 
 class CNF(eqx.Module):
     """A continuous normalizing flow, made by `jaxode.cnf`. All methods are pure functions.
 
-    It is an Equinox module: a pytree of the arrays in its parts, equal to a flow of equal parts.
+    It is an Equinox module: a pytree of the arrays in its parts, equal to any flow with equal
+    parts.
 
-    Shapes: `x` and `z` are `[batch, *event]`, log-densities are `[batch]` in nats. `params` is
-    passed to the vector field as `args`; with a `context`, whose leaves are `[batch, ...]`, the
-    field gets `args = (params, context_row)`. `key` draws one probe for each sample and solve, a
-    function of the key and the sample's index alone; exact divergences need none.
+    Shapes: `x` and `z` are `[batch, *event]`, log-densities are `[batch]` in nats. The vector field
+    gets `params` as its `args`; with a `context`, whose leaves are `[batch, ...]`, it gets
+    `args = (params, context_row)`. `key` draws one probe per sample and solve, which depends only
+    on the key and the sample's index. Exact divergences need no key.
 
     Raises:
-        TypeError, ValueError: all methods, at trace time, if samples are not floating arrays, the
-            shapes or rows do not fit, or a key is missing or none.
-        SolveError: all methods that solve, at run time, if the solve fails; `cnf(throw=...)` says
-            when the training loss does. It names the argument if that is NaN or infinite.
+        TypeError, ValueError: all methods, at trace time, if samples are not floating arrays,
+            shapes or numbers of rows do not fit, or a key is missing or invalid.
+        SolveError: all methods that solve, at run time, if the solve fails; for the training losses
+            see `cnf(throw=...)`. The message names an argument that is NaN or infinite.
     """
 
     f: VectorField
@@ -89,11 +90,11 @@ class CNF(eqx.Module):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> Float[Array, " batch"]:
-        """Log-density of the samples; the error control covers the change of volume, too.
+        """Log-density of the samples. The error control covers the change of volume, too.
 
-        With a stochastic divergence it is an unbiased estimate of it.
+        With a stochastic divergence, it is an unbiased estimate.
         """
-        return self._solve(programs.log_prob, "log_prob", x, params, key, context)
+        return self._end_state(programs.log_prob, "log_prob", x, params, key, context)
 
     def log_prob_and_error(
         self,
@@ -103,15 +104,15 @@ class CNF(eqx.Module):
         key: PRNGKeyArray | None = None,
         context: PyTree = None,
     ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-        """`log_prob`, and the standard error that the noise of the divergence gives each sample.
+        """`log_prob`, and its standard error per sample from the noise of the divergence.
 
-        The probes of a sample share one linearization, and each has an integral of its own; so it
-        takes `hutchinson(probes=K)` with at least two. The error of an exact divergence is zero.
+        The probes of a sample share one linearization, and each has its own integral, so this needs
+        `hutchinson(probes=K)` with `K >= 2`. An exact divergence has a standard error of zero.
 
         Raises:
-            ValueError: also if the divergence has one probe, or no `standard_error`.
+            ValueError: also if the divergence has only one probe, or no `standard_error`.
         """
-        return self._solve(
+        return self._end_state(
             programs.log_prob_and_error, "log_prob_and_error", x, params, key, context
         )
 
@@ -124,25 +125,26 @@ class CNF(eqx.Module):
         context: PyTree = None,
         weights: Float[Array, " batch"] | None = None,
     ) -> Float[Array, ""]:
-        """The training loss: mean negative log-density, in nats, and the regularizers.
+        """The training loss: mean negative log-density in nats, plus the regularizers.
 
-        The error control covers the samples alone. The change of volume is integrated by a
-        quadrature on the dense output of their solve, and `jax.value_and_grad` has value and
-        gradient from one sweep back over its steps. With another gradient method than
-        `DiscreteAdjoint`, or an implicit solver, the loss is that of the augmented ODE.
+        The error control covers only the samples. A quadrature on the dense output of their solve
+        integrates the change of volume, and `jax.value_and_grad` gets value and gradient from one
+        sweep back over the steps. With a gradient method other than `DiscreteAdjoint`, or with an
+        implicit solver, the loss solves the augmented ODE instead.
 
         Args:
-            weights: of the samples in the mean, at least 0 and not all 0; equal by default. They
-                are divided by their sum. Where wrong ones are not known at trace time, the loss
-                and its gradient are NaN. With per-sample steps a row of weight 0 may hold NaN.
+            weights: weights of the samples in the mean, at least 0 and not all 0; equal by default.
+                They are divided by their sum. If invalid weights are known only at run time, the
+                loss and its gradient are NaN. With per-sample steps, a row of weight 0 may hold
+                NaN.
 
-        With a batch split over devices by `jax.shard_map` it is the mean over the rows of this
-        device: differentiate `jax.lax.pmean(flow.nll(params, x), axis)`, and the gradient of the
-        parameters crosses between devices once. `weights` are relative to their mean over all
-        devices if the flow has an `axis_name`.
+        With a batch split over devices by `jax.shard_map`, it is the mean over the rows of this
+        device. Differentiate `jax.lax.pmean(flow.nll(params, x), axis)`: devices then exchange the
+        parameter gradient once. If the flow has an `axis_name`, `weights` are relative to their
+        mean over all devices.
 
-        If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN;
-        `throw=True` raises there, too.
+        If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN.
+        With `throw=True` it raises there, too.
         """
         return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
 
@@ -155,7 +157,7 @@ class CNF(eqx.Module):
         context: PyTree = None,
         weights: Float[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, ""], NLLStats]:
-        """`nll` and an `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`.
+        """`nll` and its `NLLStats`, for `jax.value_and_grad(..., has_aux=True)`.
 
         The statistics have no gradient.
         """
@@ -186,34 +188,36 @@ class CNF(eqx.Module):
         weights: Float[Array, " batch"] | None = None,
         coupling: Coupling = independent(),
     ) -> Float[Array, ""]:
-        """Flow matching: the loss of a regression that takes no solve and no divergence.
+        """Flow matching: a regression loss that needs no solve and no divergence.
 
-        With base samples `z0`, and `u` uniform in [0, 1], the field is fitted to the velocity of
+        With base samples `z0`, and `u` uniform in [0, 1], this fits the field to the velocity of
         the straight path, `z_t = (1 - u) z0 + u x` at `t = t0 + u (t1 - t0)`:
 
             mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
 
-        A field of least loss carries the base density to that of the data. `nll` on the same
-        parameters then sharpens it: docs/training.md.
+        The field that minimizes the loss carries the base density to the data density. `nll` on the
+        same parameters then sharpens it (docs/training.md).
 
         Args:
             key: draws base samples, times and the coupling. The times of a batch are stratified:
-                one in each of as many equal parts as there are rows.
-            x0: start samples to use in place of base samples, one for each row of `x`.
+                one in each of `batch` equal parts of the span.
+            x0: start samples to use instead of base samples, one per row of `x`.
             context: moves with the rows of `x`.
-            weights: of the rows in the mean, as for `nll`. Only with independent pairs: under a
-                coupling draw rows by their weights instead, or the trained density is skewed.
-            coupling: which base sample each row is matched with, from `jaxode.coupling`.
+            weights: weights of the rows in the mean, as for `nll`. Only for independent pairs: with
+                other couplings they would bias the trained density, so draw rows by their weights
+                instead.
+            coupling: how base samples and rows are paired, from `jaxode.coupling`.
 
-        Base samples have no gradient: a learned base is trained by `nll`, not by matching. Under
-        `jax.shard_map` it is, as `nll`, the mean over the rows of this device, which are coupled
-        among themselves; a key that all devices share gives each row the noise that it has on one.
+        Base samples have no gradient: train a learned base with `nll`, not with matching. Under
+        `jax.shard_map` the loss is, like `nll`, the mean over the rows of this device, which are
+        coupled among themselves. If all devices share the key, each row gets the same noise as on a
+        single device.
 
         Raises:
             ValueError: also for weights with a coupling that pairs rows, and if the coupling does
-                not return a permutation. Inside of a transformation such as `jit` the loss is NaN
-                for the latter.
-            SolveError: if the loss is not finite, where `nll` raises for a solve that fails.
+                not return a permutation. Inside a transformation such as `jit`, the latter makes
+                the loss NaN.
+            SolveError: if the loss is not finite, under the conditions on which `nll` raises.
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
         """
@@ -225,20 +229,20 @@ class CNF(eqx.Module):
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
-        return self._solve(programs.carried, "to_base", x, params, None, context)
+        return self._end_state(programs.carried, "to_base", x, params, None, context)
 
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
-        return self._solve(programs.carried, "from_base", z, params, None, context, "base")
+        return self._end_state(programs.carried, "from_base", z, params, None, context, "base")
 
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
-        """Draw `n` samples; the leaves of `context`, if there is one, are `[n, ...]`."""
+        """Draw `n` samples. The leaves of a `context` are `[n, ...]`."""
         z = self.base.sample(check_key("sample", key), (check_count("sample", n),))
-        return self._solve(programs.carried, "sample", z, params, None, context, "drawn")
+        return self._end_state(programs.carried, "sample", z, params, None, context, "drawn")
 
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
@@ -250,17 +254,17 @@ class CNF(eqx.Module):
         where = "sample_and_log_prob"
         base_key, probe_key = jax.random.split(check_key(where, key))
         z = self.base.sample(base_key, (check_count(where, n),))
-        return self._solve(programs.sampled, where, z, params, probe_key, context, "drawn")
+        return self._end_state(programs.sampled, where, z, params, probe_key, context, "drawn")
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
-        """What is integrated and the base density, as arguments of a compiled program."""
+        """The integrands and the base density, as arguments of a compiled program."""
         return recognizable((Integrands(self.f, self.divergence, self.regularizers), self.base))
 
     def _system(
         self, where: str, x: Any, params: PyTree, context: PyTree, samples: Samples
     ) -> System:
-        """The samples at the time where they are known, to be carried to the other end."""
+        """The system that carries samples from one end to the other."""
         span = (self.t1, self.t0) if samples == "data" else (self.t0, self.t1)
         x = check_samples(*_source(where, samples), x, tuple(self.base.event_shape))
         context = check_context(where, context, x.shape[0])
@@ -269,10 +273,10 @@ class CNF(eqx.Module):
         options, batch = self.solve_options, self.step_control
         return make_system(where, field, x, span, params, options, rows=context, batch=batch)
 
-    def _solve(
+    def _end_state(
         self, compute, where: str, x, params, key, context, samples: Samples = "data"
     ) -> Any:
-        """What the compiled function `compute(system, parts, key)` gives as the end state."""
+        """The end state of the compiled function `compute(system, parts, key)`."""
         throw = self.throw is None or self.throw
         system = self._system(where, x, params, context, samples).raising(throw)
         parts = self._parts
@@ -287,7 +291,7 @@ class CNF(eqx.Module):
 
 
 def _source(where: str, samples: Samples) -> tuple[str, str]:
-    """The function and the argument that samples come from, for messages."""
+    """The function and argument that samples come from, for messages."""
     return {"data": (where, "x"), "base": (where, "z"), "drawn": ("cnf", "base")}[samples]
 
 
@@ -305,47 +309,48 @@ def cnf(
     throw: bool | None = None,
     **solve_options: Any,
 ) -> CNF:
-    """A continuous normalizing flow with vector field `f` from the density `base` to the data.
+    """Make a continuous normalizing flow with vector field `f` from the density `base` to the data.
 
     Args:
         f: vector field of one sample, `f(t, z, params)`, or `f(t, z, (params, context_row))`.
-        base: base density at time `t0`: an object with `event_shape`, `log_prob` and `sample`, such
-            as those of `jaxode.distributions`, or of numpyro, distrax and flowjax. To learn its
-            parameters, call `cnf` inside the loss with a density made from them.
+        base: base density at time `t0`: `jaxode.standard_normal(event_shape)`, or any object with
+            `event_shape`, `log_prob` and `sample`, such as a distribution of numpyro, distrax or
+            flowjax. To learn its parameters, call `cnf` inside the loss with a density made from
+            them.
         t0: time of the base density.
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
         step_control: "joint" or "per_sample", as for `jaxode.flow`.
-        quadrature: how `nll` integrates the divergence over a step: "gauss" at the nodes of
-            a Gauss rule, two of which are at the ends of the step if stages of the solver are there
-            (Lobatto), or "stochastic" at one random time for each sample: unbiased, and cheaper.
+        quadrature: how `nll` integrates the divergence over a step. "gauss" uses the nodes of a
+            Gauss rule (Gauss-Lobatto if the solver has stages at both ends of a step). "stochastic"
+            uses one random time per sample: unbiased, and cheaper.
         regularizers: running costs to add to `nll`, from `jaxode.regularizers`.
-        steer: let the solve of `nll` end at a random time instead of `t0`, uniform between
-            `t0 - steer` and `t0 + steer`: one draw a call, from `key`, for the whole batch. A flow
-            trained so takes fewer steps (STEER). At least 0, and less than `|t1 - t0|`. The field
-            is evaluated up to `steer` beyond `t0`; all other methods end at `t0`.
-        throw: raise `jaxode.SolveError` when a solve fails, or the matching loss is not finite. By
-            default all methods do, but for the training losses inside a transformation (`jit`,
-            `vmap`), which turn NaN together with their gradients: the host callback that raises
-            would keep the training step out of the persistent compilation cache.
+        steer: end the solve of `nll` at a random time between `t0 - steer` and `t0 + steer` instead
+            of `t0`: one uniform draw per call, from `key`, for the whole batch. Flows trained this
+            way take fewer steps (STEER). At least 0 and less than `|t1 - t0|`. `nll` then evaluates
+            the field up to `steer` beyond `t0`; all other methods end at `t0`.
+        throw: raise `jaxode.SolveError` when a solve fails or the matching loss is not finite. By
+            default all methods raise, except that training losses inside a transformation (`jit`,
+            `vmap`) become NaN together with their gradients: a host callback that raises would keep
+            the training step out of JAX's persistent compilation cache.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
-            `breakpoints`, `max_steps` and `precision`, as for `jaxode.solve` (matching has the
-            precision that JAX has); and `axis_name`: with a batch split over devices by
-            `jax.shard_map`, the devices take the same steps, those of the whole batch. Without it
-            each device steps for itself. It is a name, or a tuple for a batch over several axes.
+            `breakpoints`, `max_steps` and `precision`, as for `jaxode.solve` (matching uses JAX's
+            own precision setting); and `axis_name`, a mapped axis or a tuple of them: with a batch
+            split over devices by `jax.shard_map`, all devices take the steps of the whole batch.
+            Without it, each device takes its own steps.
 
     Returns:
         A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
         `matching_loss`, `sample`, `sample_and_log_prob`, `to_base` and `from_base`.
 
     Raises:
-        TypeError, ValueError: for an unknown option, or an argument that is not what it should be.
+        TypeError, ValueError: for an unknown option or an invalid argument.
     """
     check_field("cnf", "f", f, "f(t, z, params)")
     if not isinstance(divergence, Divergence):
         raise TypeError(
             f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "
-            "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, of your "
+            "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your "
             "own, jaxode.divergence.Divergence(init, apply)."
         )
     options = SolveOptions.make("cnf", **solve_options)

@@ -1,7 +1,7 @@
-"""A flow as a distribution: with its parameters, in the units and the support of the data.
+"""A flow as a distribution: with its parameters, in the units and on the support of the data.
 
-A sample of the flow is `z`, one of the data is `x`: with `u = mean + scale z` and the bijection
-`u -> x` of the support,
+Let `z` be a sample of the flow, `u = mean + scale z`, and `x` its image under the support's
+bijection `u -> x`. Then
 
     log p(x) = log p_flow(z) + log |det du/dx| - sum log scale.
 """
@@ -33,13 +33,13 @@ from jaxode.ode.validation import check_args, is_known, native
 
 
 class _Constant(eqx.Module):
-    """A leaf that is no array, as a node without leaves, so that `jax.jit` takes the tree."""
+    """A leaf that is not an array, as a node without leaves, so that `jax.jit` accepts the tree."""
 
     value: Any = eqx.field(static=True)
 
 
 def _arrays_alone(tree: PyTree, numbers: bool) -> PyTree:
-    """The tree with all but its arrays, and `numbers`, made constants."""
+    """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
     keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
     return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
 
@@ -55,17 +55,17 @@ def _whole(tree: PyTree) -> PyTree:
 class Density(eqx.Module):
     """The distribution of a flow, made by `jaxode.bind`. A pytree of its parameters and maps.
 
-    Shapes: `x` is `[..., *event]`, log-densities are `[...]` in nats. A `context` is one for all
-    samples, or has a row for each, `[..., *row]`; its leading axes broadcast to those of `x`.
+    Shapes: `x` is `[..., *event]`, log-densities are `[...]` in nats. A `context` is shared by all
+    samples, or has one row per sample, `[..., *row]`; its leading axes broadcast to those of `x`.
 
-    Each sample takes its own steps, so its density does not depend on the batch around it; with
-    an implicit solver, or with `axis_name`, the steps are joint. Without a key the divergence is
-    exact; with a key the one of the flow is used. Derivatives do not reach the maps.
+    Each sample takes its own steps, so its density does not depend on the batch around it; with an
+    implicit solver or an `axis_name`, the steps are joint. Without a key the divergence is exact;
+    with a key it is the divergence of the flow. The maps are constants of differentiation.
 
     Raises:
         TypeError, ValueError: at trace time, if arguments do not fit.
-        SolveError: if a solve fails outside of a transformation; inside, as under `jax.jit`, the
-            sample or density is NaN. `cnf(throw=True)` raises there, too.
+        SolveError: if a solve fails outside a transformation. Inside one, such as `jax.jit`, the
+            sample or density is NaN; with `cnf(throw=True)` it raises there, too.
     """
 
     _flow: Any
@@ -73,9 +73,9 @@ class Density(eqx.Module):
     support: Support | None
     standardize: Affine | None
     of_context: PyTree
-    """`Affine` for the leaves of a context that are standardized; None for the others."""
+    """`Affine` for each standardized leaf of a context, None for the others."""
     context_shapes: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
-    """Of one context, leaf by leaf; None if it is not known."""
+    """The shapes of one context, leaf by leaf. None if they are not known."""
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -91,12 +91,12 @@ class Density(eqx.Module):
         return _whole(self._params)
 
     def with_params(self, params: PyTree) -> "Density":
-        """The same maps around a flow with other parameters."""
+        """The same maps around the flow with other parameters."""
         return dataclasses.replace(self, _params=_arrays_alone(params, numbers=True))
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """The shape of one sample."""
         return tuple(_whole(self._flow.base).event_shape)
 
     def log_prob(
@@ -106,7 +106,7 @@ class Density(eqx.Module):
         context: PyTree = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "..."]:
-        """Log-density of the samples; minus infinity outside of the support."""
+        """Log-density of the samples. Minus infinity outside the support."""
         rows, shape = self._rows("log_prob", x)
         inside, z, log_det = jax.vmap(self._from_data)(rows)
         flow = self._row_by_row(key, (rows, context))
@@ -141,13 +141,14 @@ class Density(eqx.Module):
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 
     def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
-        """Data as the flow sees them, to train it: `z`, or `(z, context)` if there is a context.
+        """Map data to what the flow trains on: `z`, or `(z, context)` if there is a context.
 
-        `density.flow.nll(params, density.to_flow(x))` is minus the mean of `log_prob`, up to the
-        constant of the maps.
+        `density.flow.nll(params, density.to_flow(x))` is the mean of `-log_prob`, up to a constant
+        of the maps.
 
         Raises:
-            ValueError: if data are outside of the support; where that is not known, they are NaN.
+            ValueError: if data lie outside the support. If that is known only at run time, they
+                become NaN.
         """
         rows, shape = self._rows("to_flow", x)
         inside, z, _ = jax.vmap(self._from_data)(rows)
@@ -160,10 +161,10 @@ class Density(eqx.Module):
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     def _from_data(self, x: Float[Array, " *event"]):
-        """Whether an event is in the support, as the flow sees it, and `log |det dz/dx|`."""
+        """Whether an event is in the support, its `z`, and `log |det dz/dx|`."""
         inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
         if self.support is not None:
-            # What is NaN stays so. Outside the density is not used: it is that of `z = 0`, where
+            # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
             # the flow is well behaved.
             inside = self.support.contains(x) | jnp.isnan(x).any()
             center, _ = self._to_data(jnp.zeros_like(x))
@@ -183,7 +184,7 @@ class Density(eqx.Module):
         return x, log_det
 
     def _row_by_row(self, key: Any, inputs: PyTree) -> CNF:
-        """The flow, with steps for each row, without noise if there is no key."""
+        """The flow with per-sample steps, and without noise if there is no key."""
         flow = self.flow
         throw = flow.throw
         if throw is None:
@@ -206,13 +207,13 @@ class Density(eqx.Module):
         return x.reshape(math.prod(shape), *event), shape
 
     def _counted(self, where: str, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
-        """The sizes, and their product."""
+        """The sample shape as a tuple, and its product."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
         shape = tuple(check_count(where, size) for size in sizes)
         return shape, math.prod(shape)
 
     def _context(self, where: str, context: PyTree, shape: tuple[int, ...]) -> PyTree:
-        """A row for each of as many samples as `shape` has, as the flow sees them."""
+        """One context row for each sample of `shape`, as the flow sees it."""
         if context is None:
             return None
         context = check_args(where, "context", context)
@@ -234,7 +235,7 @@ class Density(eqx.Module):
 
 
 def _row_shape(where: str, of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:
-    """What is the shape of one context, if it is not known: by its leading axes."""
+    """The shape of one context, from its leading axes, if it is not known."""
     if of_leaf[: len(samples)] != samples:
         return of_leaf
     if of_leaf and of_leaf == samples:
@@ -269,30 +270,30 @@ def bind(
     support: Any = None,
     context_shape: Any = None,
 ) -> Density:
-    """The distribution of a flow with these parameters: a pytree that goes everywhere.
+    """Bind a flow to its parameters: a distribution, and a pytree.
 
     Args:
         flow: made by `jaxode.cnf`.
-        params: of its vector field.
-        standardize: an affine map around the flow, so that the network sees numbers of about one:
-            data `[n, *event]`, of which it takes mean and standard deviation; or a tuple
-            `(mean, scale)`, numbers or arrays of an event's shape; or a pair of such for
-            `(x, context)`. The data of a context may be a dictionary of arrays, and those of
-            integers, such as labels, stay as they are.
+        params: parameters of its vector field.
+        standardize: affine map around the flow, so that the network sees numbers of order one. Pass
+            data `[n, *event]`, whose mean and standard deviation it takes; or a tuple
+            `(mean, scale)` of numbers or arrays of an event's shape; or a pair of these for
+            `(x, context)`. Context data may be a dictionary of arrays; integers, such as labels,
+            stay as they are.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
-            shape, which may be infinite; a constraint of numpyro; or a bijector of distrax. The
-            data lie strictly within. Then `(mean, scale)` are of what the bijection maps them to.
-        context_shape: of one context, or of each of its arrays; as `standardize` has it, if that
-            is data.
+            shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
+            strictly inside. `(mean, scale)` then refer to the data after the bijection.
+        context_shape: shape of one context, or of each of its arrays. Not needed if `standardize`
+            gets context data.
 
     Returns:
         A `Density` with `log_prob`, `sample`, `sample_and_log_prob`, `event_shape` and `to_flow`.
-        To train, take a loss of `density.flow` on `density.to_flow(x)`; then
+        To train, minimize a loss of `density.flow` on `density.to_flow(x)`, then take
         `density.with_params(trained)`.
 
     Raises:
-        TypeError, ValueError: if an argument is not what it should be, a column of the data is
-            constant, or data lie outside of the support.
+        TypeError, ValueError: for an invalid argument, a constant column of the data, or data
+            outside the support.
     """
     if not isinstance(flow, CNF):
         raise TypeError(f"{WHERE}(flow=...): must be made by jaxode.cnf; got {flow!r}.")
@@ -310,7 +311,7 @@ def bind(
 
 
 def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None:
-    """As they are given, or else as the data of a context have them."""
+    """The shapes that were given, or those of the context data."""
     if given is not None:
         is_shape = lambda x: isinstance(x, tuple) and all(isinstance(size, int) for size in x)
         return tuple(jax.tree.leaves(given, is_leaf=is_shape))

@@ -1,4 +1,4 @@
-"""What a flow says when its loss, or a solve, fails: first of all, which argument is at fault."""
+"""What a flow says when a loss or a solve fails: above all, which argument is at fault."""
 
 import functools
 
@@ -18,9 +18,9 @@ def data_faults(
     *,
     joint: bool = False,
 ) -> Faults:
-    """What can be wrong with data by the name of the argument; rows are along the leading axes.
+    """Possible faults of data, by the name of the argument. Rows lie along the leading axes.
 
-    A row of weight 0 may hold anything, but where it shares its steps with the others.
+    A row of weight 0 may hold anything, unless it shares its steps with other rows.
     """
     faults: Faults = {}
     for name, rows in data.items():
@@ -42,7 +42,7 @@ def data_faults(
 def weights_faults(
     where: str, weights: Float[Array, " rows"] | None, axis_name: AxisName | None
 ) -> Faults:
-    """What can be wrong with weights; with an `axis_name` these rows alone may all have 0."""
+    """Possible faults of weights. With an `axis_name`, the rows of one device may all have 0."""
     if weights is None:
         return {}
     find = wrong_weights if axis_name is None else wrong_each
@@ -50,21 +50,21 @@ def weights_faults(
 
 
 def weights_rule(where: str) -> str:
-    """For `Faults`: what weights have to be."""
+    """The rule for weights, for `Faults`."""
     return (
-        f"{where}(weights=...): must be finite, at least 0, and not all 0; got something else in "
+        f"{where}(weights=...): must be finite, at least 0, and not all 0; got other values in "
         "{rows}. To leave a row out, give it the weight 0."
     )
 
 
 def wrong_each(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-    """Which weights are wrong whatever the others are."""
+    """Which weights are wrong on their own."""
     weights = jax.lax.stop_gradient(weights)
     return ~((weights >= 0) & jnp.isfinite(weights))
 
 
 def wrong_weights(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-    """Which weights are wrong: all of them, if all are zero."""
+    """Which weights are wrong. All of them, if all are zero."""
     wrong = wrong_each(weights)
     return wrong | (~jnp.any(wrong) & jnp.all(weights == 0))
 
@@ -77,7 +77,7 @@ def loss_or_raise(
     throw: bool | None,
     faults: Faults,
 ) -> Float[Array, ""]:
-    """The loss, unless it failed: then it raises with `throw`, or by default where it is known."""
+    """The loss. If it failed, raises with `throw`, or by default outside transformations."""
     concrete = not isinstance(result, jax.core.Tracer)
     if not (concrete if throw is None else throw):
         return loss

@@ -1,6 +1,6 @@
-"""What a flow integrates along the trajectory of a sample: the field, its divergence, its costs.
+"""What a flow integrates along a trajectory: the field, its divergence, and costs.
 
-All functions are those of one sample and of increasing time; `cnf` chooses the direction.
+All functions are for one sample and increasing time. `cnf` chooses the direction.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from jaxode.regularizers import Regularizer
 class Integrands(eqx.Module):
     """Functions `(t, state, params, row)` of one sample, where `row` is `(probe, context)`.
 
-    Equal to its like, so that compiled programs are found again.
+    Compared by value, so that compiled programs are found again.
     """
 
     f: VectorField
@@ -32,7 +32,7 @@ class Integrands(eqx.Module):
         return FieldAt(self.f, t, params if context is None else (params, context))
 
     def field(self, t, z: Float[Array, " *event"], params, context) -> Float[Array, " *event"]:
-        """The vector field; its `row` is the context alone."""
+        """The vector field. Its `row` is only the context."""
         return self.at(t, params, context)(z)
 
     def volume(self, t, state, params, row):
@@ -46,7 +46,7 @@ class Integrands(eqx.Module):
         return dz, -div
 
     def volume_of_each_probe(self, t, state, params, row):
-        """Derivative of `(z, integrals of the estimates of div f)`, on one linearization."""
+        """Derivative of `(z, integral of each estimate of div f)`, on one linearization."""
         probe, context = row
         g = self.at(t, params, context)
         one = lambda v: self.divergence.apply(g, state[0], v[None])
@@ -81,9 +81,9 @@ class Integrands(eqx.Module):
         *,
         of_costs: bool = False,
     ) -> Array | None:
-        """One probe a sample, from the key and the sample's index, whatever the batch around it.
+        """One probe per sample, which depends only on the key and the sample's index.
 
-        `of_costs`: for the costs, and not for the divergence alone.
+        `of_costs`: for the divergence and the running costs.
         """
         norm = of_costs and self._needs_norm
         divergence = self.chosen_divergence(x, params, context, norm=norm)
@@ -96,13 +96,13 @@ class Integrands(eqx.Module):
     def chosen_divergence(
         self, x: Float[Array, "batch *event"], params, context, *, norm: bool = False
     ) -> Divergence:
-        """The divergence that `auto()` stands for, so that a closed form needs no key."""
+        """The divergence that `auto()` stands for. So a closed form needs no key."""
         of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
         t = jnp.zeros((), x.dtype)
         return self._chosen(self.at(t, params, jax.tree.map(of_row, context)), of_row(x), norm)
 
     def _chosen(self, g: FieldAt, z: Any, norm: bool) -> Divergence:
-        """With the norm of the Jacobian, `auto()` leaves out the closed form, which has none."""
+        """With `norm`, `auto()` skips the closed form, which has no Jacobian norm."""
         choose = self.divergence.choose
         if choose is None or (norm and self.divergence.with_norm is not None):
             return self.divergence

@@ -1,12 +1,12 @@
 """Flow matching: train the vector field of a flow by regression, without a solve.
 
-A base sample `z0` and a data sample `x` are joined by a straight path, on which the field is fitted
-to the path's velocity. With `u` uniform in [0, 1],
+A straight path joins a base sample `z0` and a data sample `x`, and the field is fitted to its
+velocity. With `u` uniform in [0, 1],
 
     z_t = (1 - u) z0 + u x  at the time  t = t0 + u (t1 - t0),
     loss = mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
 
-The least loss has the field that carries the base density to that of the data.
+The field that minimizes the loss carries the base density to the data density.
 
 References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
 """
@@ -73,7 +73,7 @@ def matching_loss(
     coupling: Coupling = independent(),
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
-    """The loss of `CNF.matching_loss`; `axis_name` is that of the flow."""
+    """The loss of `CNF.matching_loss`. `axis_name` is the flow's."""
     event = tuple(flow.base.event_shape)
     x = check_samples(WHERE, "x", x, event)
     x = x.astype(state_dtype(x))
@@ -94,24 +94,24 @@ def matching_loss(
     z0, permuted = _paired(coupling, pair_key, z0, x, context)
     if permuted is not None:
         if given is not None:
-            # A permutation gives each row one base sample, whatever the row weighs, so that rows
-            # that weigh little would keep those that the heavy ones need: a skewed density.
+            # A permutation gives each row one base sample, whatever its weight: light rows would
+            # keep base samples that heavy rows need, and bias the density.
             raise ValueError(
                 f"{WHERE}(weights=...): must be left out with a coupling that pairs rows, for "
                 f"which all rows count the same; got weights with {coupling.pair!r}. Draw rows by "
                 "their weights instead, or use jaxode.coupling.independent()."
             )
-        # Through the weights, so that the gradient is NaN, too.
+        # Set through the weights, so that the gradient is NaN, too.
         wrong, faults[_NO_PERMUTATION] = permuted
         weights = jnp.where(wrong, jnp.nan, weights)
     faults |= data_faults(WHERE, {"x": x}, given) | start
     of_context = data_faults(WHERE, {"context": context}, given)
     if given is not None:
-        # Zero times NaN is NaN, so what weighs nothing is another row.
+        # Zero times NaN is NaN, so another row stands in for one of weight zero.
         rows = jnp.where(weights == 0, jnp.argmax(weights), jnp.arange(x.shape[0]))
         x, z0, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (x, z0, context))
     u = _stratified(time_key, x, axis_name)
-    # Parameters that vary like the rows have a gradient that crosses between devices once.
+    # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 
     def squared_error(u, z0, x, context):
@@ -125,7 +125,7 @@ def matching_loss(
     errors, finite = jax.vmap(squared_error)(u, z0, x, context)
     failed = ~jnp.isfinite(jax.lax.stop_gradient(errors))
     for told, find in of_context.items():
-        # A field may be made for a context that is NaN. Then other rows fail as well.
+        # A field may accept NaN in the context. Then rows without NaN fail as well.
         faults[told] = lambda find=find: find() & ~jnp.any(failed & ~find())
     faults[
         f"{WHERE}(x=...): squared differences to the vector field must be finite in {x.dtype}; got "
@@ -140,15 +140,15 @@ def matching_loss(
 
 
 def _span(flow: Flow, dtype) -> tuple[Any, Any, Faults]:
-    """The time of the base, and that of the data less it, which is not zero; and what is wrong.
+    """The base time, the nonzero time from base to data, and the faults of both.
 
-    A wrong one is NaN where it is not known at trace time.
+    A fault that is known only at run time makes the span NaN.
     """
     t0, t1, *_ = check_times(WHERE, flow.t0, flow.t1, None, dtype)
     if is_known((t0, t1)) and t0 == t1:
         raise ValueError(
             f"{WHERE}(t0=..., t1=...): must differ; got {float(t0)!r} for both. Pass the time of "
-            "the base as t0 of cnf, and that of the data as t1."
+            "the base as t0 of cnf, and the time of the data as t1."
         )
     span = jnp.asarray(t1 - t0)
     span = jnp.where((span != 0) & jnp.isfinite(span), span, jnp.nan)
@@ -160,9 +160,9 @@ def _span(flow: Flow, dtype) -> tuple[Any, Any, Faults]:
 
 
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
-    """One for each row, from the key and the row's number. They are data: the base learns nothing.
+    """One base sample per row, from the key and the row's number, without gradients.
 
-    A base that follows the gradient of this loss would shrink to a point, which is easy to match.
+    A base that followed the gradient of this loss would shrink to a point, which is easy to match.
     """
     draw = lambda i: base.sample(jax.random.fold_in(key, i), ())
     z0 = jax.vmap(draw)(row_numbers(x, key, axis_name))
@@ -175,10 +175,11 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
 
 
 def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array, " batch"]:
-    """Uniform times in [0, 1], one in each of as many equal parts as the whole batch has rows.
+    """Stratified uniform times in [0, 1]: one in each of `n` equal parts, for `n` rows in the whole
+    batch.
 
-    Which part a row has is a random shift of a fixed permutation, since a random permutation costs
-    a tenth of the step of a small network.
+    A fixed permutation with a random shift assigns the parts. A random permutation would take a
+    tenth of the training step of a small network.
     """
     count = row_count(x, key, axis_name)
     draws = jax.random.uniform(key, (count + 1,), jnp.float32).astype(x.dtype)
@@ -189,7 +190,7 @@ def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array,
 
 
 def _scattered(count: int) -> np.ndarray:
-    """A permutation by multiples of about the golden ratio, which puts neighbors far apart."""
+    """A permutation by multiples of about the golden ratio, so neighbors end up far apart."""
     stride = round(count * GOLDEN) or 1
     while math.gcd(stride, count) > 1:
         stride += 1
@@ -199,11 +200,11 @@ def _scattered(count: int) -> np.ndarray:
 def _paired(
     coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context
 ) -> tuple[Float[Array, "batch *event"], Any]:
-    """The base sample of each row of the data; whether there is not one for each, and where."""
+    """The base sample of each row; and, for a permutation, whether and where it is not one."""
     if not isinstance(coupling, Coupling) or not _takes(coupling.pair, key, z0, x, context):
         raise TypeError(
             f"{WHERE}(coupling=...): must be a Coupling; got {coupling!r}. Use a function of "
-            "jaxode.coupling, called: jaxode.coupling.independent(); or, of your own, "
+            "jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
             "jaxode.coupling.Coupling(pair) with pair(key, z, x, context)."
         )
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
@@ -217,7 +218,7 @@ def _paired(
     batch = x.shape[0]
     if rows.shape != (batch,) or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(
-            f"{WHERE}(coupling=...): must return one row number a sample, integers of shape "
+            f"{WHERE}(coupling=...): must return one row number per sample, integers of shape "
             f"{(batch,)}; got {rows.dtype} of shape {rows.shape}."
         )
     rows = jnp.asarray(rows)
@@ -232,13 +233,13 @@ def _paired(
 def _outside_or_twice(
     rows: Int[Array, " batch"], in_order: Int[Array, " batch"]
 ) -> Bool[Array, " batch"]:
-    """Which row numbers keep them from being a permutation."""
+    """Which row numbers are out of range or occur twice."""
     first, end = (jnp.searchsorted(in_order, rows, side=side) for side in ("left", "right"))
     return (rows < 0) | (rows >= len(rows)) | (end - first > 1)
 
 
 def _takes(function: Any, *args: Any) -> bool:
-    """Whether it is a function that can be called so, as far as Python knows."""
+    """Whether the function accepts these arguments, as far as Python knows."""
     try:
         inspect.signature(function).bind(*args)
     except TypeError:

@@ -1,6 +1,6 @@
-"""From a key to random numbers: functions of the key and the number of a row in the whole batch.
+"""Random numbers as functions of the key and a row's number in the whole batch.
 
-So the noise of a sample is the same under `jit`, alone or in a batch, and on one device or many.
+So a sample gets the same noise under `jit`, alone or in a batch, and on one device or many.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._jax.sharding import AxisName, row_numbers
 from jaxode.ode.validation import state_dtype
 
-# Folded into the key for the end time: the number of no row.
+# Folded into the key for the end time. No row has this number.
 END_TIME = 2**32 - 2
 
 
@@ -23,7 +23,7 @@ def of_each_row(
     x: Float[Array, "batch *event"],
     axis_name: AxisName | None,
 ) -> Any:
-    """`draw(key, row)` for each row of `x`, each with a key of its own; None for no key."""
+    """`draw(key, row)` for each row of `x`, with a different key each. None without a key."""
     if key is None:
         return jax.vmap(lambda row: draw(None, row))(x)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, axis_name))
@@ -33,7 +33,7 @@ def of_each_row(
 def random_phases(
     key: PRNGKeyArray | None, x: Float[Array, "batch *event"], axis_name: AxisName | None
 ) -> Float[Array, " batch"]:
-    """Uniform random numbers for the random nodes of `quadrature="stochastic"`, one a sample."""
+    """Uniform random numbers for the nodes of `quadrature="stochastic"`, one per sample."""
     if key is None:
         raise ValueError(
             "nll: quadrature='stochastic' needs random numbers; got key=None. "
@@ -45,12 +45,12 @@ def random_phases(
 
 
 def random_end(key: PRNGKeyArray | None, t0: Float[Array, ""], steer: float) -> Float[Array, ""]:
-    """A time uniform between `t0 - steer` and `t0 + steer`, one for the whole batch."""
+    """A uniform time between `t0 - steer` and `t0 + steer`, shared by the whole batch."""
     if key is None:
         raise ValueError(
             f"nll: steer={steer!r} needs random numbers; got key=None. "
             "Pass key=jax.random.key(...)."
         )
-    # Drawn in float32 whatever the samples are, so that it is a function of the key alone.
+    # Drawn in float32 for samples of any dtype, so that it depends only on the key.
     uniform = jax.random.uniform(jax.random.fold_in(key, END_TIME), (), jnp.float32, -1.0, 1.0)
     return t0 + steer * uniform.astype(t0.dtype)

@@ -1,12 +1,11 @@
-"""The training loss of a flow: the mean negative log-likelihood of a batch, and running costs.
+"""The training loss of a flow: the mean negative log-likelihood of a batch plus running costs.
 
-Fused, its value and its gradient come from one sweep. Solving forward carries the samples alone.
-Going back over the recorded steps, the costs that are integrated along the trajectory (the
-divergence first) are evaluated at the nodes of a quadrature on the solver's dense output, and
-pulled back to the step at once. So the forward solve does not pay for the divergence, and the value
-costs nothing beside the gradient.
+In the fused form, value and gradient come from one sweep. The forward solve carries only the
+samples. The backward sweep evaluates the integrated costs (the divergence first) at quadrature
+nodes on the solver's dense output, and pulls them back to their step at once. So the forward solve
+does not pay for the divergence, and the value is free once the gradient is computed.
 
-Other gradient methods and implicit solvers solve the augmented ODE, samples and costs together.
+Other gradient methods and implicit solvers solve the augmented ODE: samples and costs together.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
@@ -45,44 +44,44 @@ from jaxode.ode.system import System, pose
 
 
 class NLLStats(NamedTuple):
-    """What `nll_and_stats` reports beside the loss."""
+    """What `nll_and_stats` returns beside the loss."""
 
     log_prob: Float[Array, " batch"]
     """Log-density of each sample, in nats."""
     log_det: Float[Array, " batch"]
-    """The part of it that is the change of volume: `log_prob - log p_base(z(t0))`."""
+    """Its change-of-volume part: `log_prob - log p_base(z(t0))`."""
     stats: Stats
     """Work of the forward solve."""
     result: Int[Array, "*rows"]
-    """`Result` code of the forward solve; `INVALID_ARGUMENT` if the weights are wrong."""
+    """`Result` code of the forward solve. `INVALID_ARGUMENT` if the weights are wrong."""
     running: dict[str, Float[Array, " batch"]]
-    """The integral of each regularizer's cost along each sample's trajectory, by name."""
+    """The integral of each regularizer's cost along each trajectory, by name."""
 
 
 class Objective(NamedTuple):
-    """The loss of a batch, and what it is made of."""
+    """The parts of the loss of a batch."""
 
     system: System
-    """What carries the samples `y0 [batch, *event]` to the base density; its rows are the
+    """The system that carries the samples `y0 [batch, *event]` to the base. Its rows are the
     context."""
     integrands: Integrands
     base: BaseDensity
     probes: PyTree
-    """The noise of the divergence, a row a sample."""
+    """The noise of the divergence, one row per sample."""
     phase: Float[Array, " batch"] | None
-    """Uniform random numbers for one random node a step and sample; None for Gauss nodes."""
+    """Uniform random numbers for one random node per step and sample. None for Gauss nodes."""
     weights: Float[Array, " batch"]
-    """Of the samples in the mean; they sum to one."""
+    """Weights of the samples in the mean. They sum to one."""
 
     def coefficients(self, dtype) -> Float[Array, " costs-1"]:
-        """Of the running costs after the divergence."""
+        """Coefficients of the running costs after the divergence."""
         return jnp.asarray([r.weight for r in self.integrands.regularizers], dtype)
 
 
 def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"]]:
-    """The loss, its statistics, and the time that the solve reached.
+    """The loss, its statistics, and the time reached.
 
-    Differentiable is the loss alone.
+    Only the loss is differentiable.
     """
     objective = recognized(objective)
     fused = isinstance(objective.system.adjoint, DiscreteAdjoint)
@@ -94,7 +93,7 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
 
 
 def _augmented(objective: Objective):
-    """By one solve of the samples together with the integrals of their costs."""
+    """One solve of the samples together with the integrals of their costs."""
     system, integrands = objective.system, objective.integrands
     x = system.y0
     zeros = jnp.zeros((x.shape[0], 1 + len(integrands.regularizers)), x.dtype)
@@ -108,7 +107,7 @@ def _augmented(objective: Objective):
     z, costs = solution.y1
     unused = unused_rows(solution.result, objective.weights)
     z, costs = stand_in((z, costs), unused, solution.result)
-    # The divergence is integrated in the direction of the solve, running costs in forward time.
+    # The divergence is integrated in the direction of the solve, running costs forward in time.
     log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
     log_prob = log_prob_of(objective.base, z) + log_det
     penalty = _penalty(running, objective.coefficients(running.dtype))
@@ -121,13 +120,14 @@ def _augmented(objective: Objective):
 
 
 class Inputs(NamedTuple):
-    """What the fused loss is differentiated by."""
+    """The differentiated inputs of the fused loss."""
 
     problem: Problem
-    """Of the samples: `args` are `(params, context)`, the solve starts at the time of the data."""
+    """The problem of the samples: `args` are `(params, context)`, and the solve starts at the time
+    of the data."""
     costs: ClosedField
-    """`(t, y, (params, (probes, context))) -> [batch, costs]`, the divergence first; with the
-    vector field after them, `[batch, costs + n]`, if the quadrature has nodes at stages."""
+    """`(t, y, (params, (probes, context))) -> [batch, costs]`, the divergence first. If the
+    quadrature has nodes at stages, the vector field follows: `[batch, costs + n]`."""
     probes: PyTree
     base: ClosedField
     """Log-density of the base, `[batch]`."""
@@ -135,7 +135,7 @@ class Inputs(NamedTuple):
 
     @property
     def integrated(self):
-        """What the solve and the costs depend on."""
+        """The inputs of the solve and the costs."""
         problem = self.problem
         return problem.field, problem.args, self.costs, self.probes
 
@@ -177,7 +177,7 @@ def _fused(objective: Objective):
     shared = (system.shared, (objective.probes, system.rows))
     precision = method.precision
     costs, (_, (probes, _)) = close_field(costs_of_rows, times(like), like, shared, precision)
-    # The samples may be of lower precision than the solve, and their density with them.
+    # The samples, and so their density, may have lower precision than the solve.
     log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
     base, _ = close_field(log_prob, times(y0), y0, (), precision)
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
@@ -192,7 +192,7 @@ def _fused(objective: Objective):
 
 
 def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
-    """Samples of weight zero whose own solve failed; `[rows]`, and none if it is one for all."""
+    """Samples of weight zero whose own solve failed, `[rows]`. None if all share one solve."""
     failed = jnp.atleast_1d(result != Result.SUCCESS)
     return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
 
@@ -206,7 +206,7 @@ def _mean(weights: Float[Array, " batch"], losses: Float[Array, " batch"], unuse
 
 
 def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
-    """The quadrature of the costs, as a function of the differentiated leaves."""
+    """The quadrature of the costs as a function of the differentiated leaves."""
 
     def apply(params, t, y):
         _, (shared, context), costs, probes = eqx.combine(params, rest)
@@ -295,7 +295,7 @@ def _loss_backward(bars, out, perturbed, inputs, settings):
 
 
 def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "rows n"]):
-    """The cotangents of the base density, and of the state at its time."""
+    """The cotangents of the base density and of the state at its time."""
     params, rest = eqx.partition(inputs.base, perturbed.base)
 
     def base(params, z):

@@ -1,10 +1,10 @@
-"""The ODE of a diffusion model: a vector field that carries its noise to its data.
+"""The ODE of a diffusion model: a vector field that carries noise to data.
 
-A diffusion `dz = drift(t) z dt + diffusion(t) dW` has, at every time, the densities of the ODE
+At every time, a diffusion `dz = drift(t) z dt + diffusion(t) dW` has the same density as the ODE
 
     dz/dt = drift(t) z - diffusion(t)^2 / 2 * score(t, z),    score = grad_z log p_t(z).
 
-Its times are those of the literature: data at `t = 0`, noise at `t = 1`.
+Times follow the literature: data at `t = 0`, noise at `t = 1`.
 
 Reference: Song et al. (2021), arXiv:2011.13456, appendix D.
 """
@@ -30,11 +30,11 @@ class Path(Protocol):
     """A diffusion from data at `t = 0` to noise at `t = 1`."""
 
     def drift(self, t: Time) -> Time:
-        """The rate by which `z` grows."""
+        """The growth rate of `z`."""
         ...
 
     def diffusion(self, t: Time) -> Time:
-        """The factor of the noise."""
+        """The factor of the noise `dW`."""
         ...
 
     def mean_scale(self, t: Time) -> Time:
@@ -42,13 +42,13 @@ class Path(Protocol):
         ...
 
     def std(self, t: Time) -> Time:
-        """The standard deviation, around that mean."""
+        """The standard deviation around that mean."""
         ...
 
 
 @dataclass(frozen=True)
 class VariancePreserving:
-    """Data fades while noise grows, at the rate `beta_min + t (beta_max - beta_min)`.
+    """Data fade while noise grows, at the rate `beta_min + t (beta_max - beta_min)`.
 
     The base density is `jaxode.standard_normal(event_shape)`.
 
@@ -86,10 +86,11 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class VarianceExploding:
-    """Noise of standard deviation `sigma_min (sigma_max / sigma_min)^t` is added to the data.
+    """Data plus noise with standard deviation `sigma_min (sigma_max / sigma_min)^t`.
 
-    The density at `t = 0` is that of the data with noise of `sigma_min`. The base density is
-    `path.base(event_shape)`, a normal of `sigma_max`, which must be well above the data's scale.
+    The density at `t = 0` is the data density blurred by `sigma_min`. The base density is
+    `path.base(event_shape)`, a normal with standard deviation `sigma_max`, which must be far above
+    the scale of the data.
 
     References: Song and Ermon (2020), arXiv:2006.09011; Song et al. (2021), arXiv:2011.13456.
     """
@@ -105,7 +106,7 @@ class VarianceExploding:
         return jnp.zeros_like(t)
 
     def diffusion(self, t: Time) -> Time:
-        """The square root of the growth of the variance."""
+        """The square root of the growth rate of the variance."""
         return self.std(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
     def mean_scale(self, t: Time) -> Time:
@@ -117,13 +118,13 @@ class VarianceExploding:
         return self.sigma_min * jnp.exp(t * math.log(self.sigma_max / self.sigma_min))
 
     def base(self, event_shape: int | tuple[int, ...]) -> DiagonalNormal:
-        """The density at `t = 1` of data around zero that is small beside `sigma_max`."""
+        """The density at `t = 1`, for data around zero that are small compared with `sigma_max`."""
         zero = jnp.zeros(as_event_shape("base", event_shape))
         return DiagonalNormal(zero, zero + math.log(self.sigma_max))
 
 
 def _check_order(where: str, path: Any, zero: bool) -> None:
-    """Two finite numbers in rising order, the first of them above zero, or at least zero."""
+    """Raise unless both numbers are finite and rising, from above zero (or at least zero)."""
     (low, least), (high, most) = vars(path).items()
     numbers = all(isinstance(x, int | float | np.number) for x in (least, most))
     if not numbers or not (0 <= least < most < math.inf) or (least == 0 and not zero):
@@ -136,7 +137,7 @@ def _check_order(where: str, path: Any, zero: bool) -> None:
 
 @dataclass(frozen=True)
 class _ProbabilityFlow:
-    """Equal, as a vector field, to one of the same model and path."""
+    """The vector field. Equal to another with the same model and path."""
 
     model: Model
     path: Path
@@ -146,11 +147,11 @@ class _ProbabilityFlow:
         """The velocity of one sample."""
         out = self.model(t, z, args)
         if jax.tree.structure(out) != jax.tree.structure(z) or jnp.shape(out) != z.shape:
-            return out  # not broadcast, so that it is named as that of any other field
+            return out  # not broadcast: the usual check names it
         return self.path.drift(t) * z + self._factor(t) * out
 
     def value_and_divergence(self, t: Time, z: Float[Array, " *event"], args: PyTree):
-        """`(velocity, divergence)`, or `NotImplemented` if the model has no closed form of it."""
+        """`(velocity, divergence)`, or `NotImplemented` if the model has no closed form."""
         offered = getattr(self.model, "value_and_divergence", lambda *args: NotImplemented)
         out = offered(t, z, args)
         if out is NotImplemented:
@@ -162,12 +163,12 @@ class _ProbabilityFlow:
         )
 
     def _factor(self, t: Time) -> Time:
-        """Of what the model returns, in the velocity."""
+        """The factor of the model's output in the velocity."""
         of_score = -0.5 * self.path.diffusion(t) ** 2
         return of_score if self.predicts == "score" else -of_score / self.path.std(t)
 
     def check_span(self, t0: float, t1: float) -> None:
-        """For `cnf`: its base is at the time of the noise."""
+        """Check, for `cnf`, that the base is at the time of the noise."""
         if t0 < t1:
             raise ValueError(
                 "cnf(t0=..., t1=...): the base of a probability flow is its noise, at the later "
@@ -179,27 +180,28 @@ class _ProbabilityFlow:
 def probability_flow(
     model: Model, path: Path, *, predicts: Literal["score", "noise"] = "score"
 ) -> VectorField:
-    """The ODE of a diffusion model as a vector field, so that all of `jaxode.cnf` works on it.
+    """The ODE of a diffusion model as a vector field, for use with `jaxode.cnf`.
 
         dz/dt = drift(t) z - diffusion(t)^2 / 2 * score(t, z)
 
-    It offers the closed form of the divergence that the model has. Time runs from data at 0 to
-    noise at 1, so the time of the base is 1, and `cnf` takes no other order:
-    `flow = jaxode.cnf(jaxode.probability_flow(model, path), base, t0=1.0, t1=1e-5)`.
+    It has a closed-form divergence if the model has one. Time runs from data at 0 to noise at 1, so
+    the base is at time 1, and `cnf` rejects any other order:
+
+        flow = jaxode.cnf(jaxode.probability_flow(model, path), base, t0=1.0, t1=1e-5)
 
     Args:
-        model: network of one sample, `model(t, z, args)`, in the place of a vector field: it gets
-            `params`, or `(params, context_row)`.
-        path: the diffusion that it was trained for: `jaxode.VariancePreserving()`,
-            `jaxode.VarianceExploding()`, or an object of your own with their four functions of
-            time, `drift`, `diffusion`, `mean_scale` and `std`.
+        model: network of one sample, `model(t, z, args)`. Like a vector field, it gets `params` or
+            `(params, context_row)` as `args`.
+        path: the diffusion that the model was trained for: `jaxode.VariancePreserving()`,
+            `jaxode.VarianceExploding()`, or your own object with the same four functions of time,
+            `drift`, `diffusion`, `mean_scale` and `std`.
         predicts: what the model returns: the "score", or the "noise" `e` in
-            `z = mean_scale(t) x + std(t) e`, whose score is `-e / std(t)`. A variance preserving
-            path has `std(0) = 0`: with the noise, end at a `t1` above 0.
+            `z = mean_scale(t) x + std(t) e`, whose score is `-e / std(t)`. A variance-preserving
+            path has `std(0) = 0`, so a noise prediction needs `t1 > 0`.
 
     Raises:
-        TypeError, ValueError: if the model is no function, the path lacks one of the four, or
-            `predicts` is another word.
+        TypeError, ValueError: if the model is not a function, the path lacks one of the four
+            functions, or `predicts` is neither word.
 
     Reference: Song et al. (2021), arXiv:2011.13456, appendix D.
     """

@@ -1,6 +1,6 @@
 """The compiled programs behind the methods of a flow.
 
-A system carries the samples; what is integrated with them joins its state. `parts` are the
+A system carries the samples, and its state is extended by what is integrated along. `parts` are the
 integrands and the base density.
 """
 
@@ -64,7 +64,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 
 @eqx.filter_jit
 def sampled(system: System, parts, key) -> Solution:
-    """Base samples at the time of the data, with their log-density."""
+    """Base samples carried to the time of the data, with their log-densities."""
     integrands, base = recognized(parts)
     state = (system.y0, log_prob_of(base, system.y0))
     rows = (_probes(system, integrands, key), system.rows)
@@ -73,7 +73,7 @@ def sampled(system: System, parts, key) -> Solution:
 
 @eqx.filter_jit
 def nll(system: System, parts, key, weights, quadrature: str, steer: float):
-    """The training loss, its statistics, what of their result counts, and the time reached."""
+    """The training loss, its statistics, the `Result` that counts, and the time reached."""
     integrands, base = recognized(parts)
     axis_name, x, phase = system.method.axis_name, system.y0, None
     if steer > 0:
@@ -106,7 +106,7 @@ def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = Fal
 def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Solution:
     """From data to base, with the integral `-integral over [t0, t1] of div f`: the log-determinant.
 
-    It has a row of this shape for each sample.
+    The integral has shape `each` per sample.
     """
     x = system.y0
     zeros = jnp.zeros((*x.shape[:1], *each), x.dtype)

@@ -1,9 +1,9 @@
 """The quadrature of costs along the recorded steps, on the solver's dense output.
 
-Gauss nodes, or one random node for each step and sample, which is unbiased.
+It uses Gauss nodes, or one random node per step and sample, which is unbiased.
 
-If the last stage of a step is the first of the next, both steps have a node there: a Lobatto rule.
-The costs are then evaluated together with the stage, whose vector field they need anyway.
+If the last stage of a step is the first stage of the next, both steps have a node there (a Lobatto
+rule). Costs are then evaluated together with that stage, whose vector field they need anyway.
 """
 
 from collections.abc import Callable
@@ -22,28 +22,28 @@ from jaxode.ode.loop.integrate import Field, Tape
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.tableau import Tableau
 
-# The golden ratio: its multiples are spread evenly over the unit interval.
+# The golden ratio: its multiples spread evenly over the unit interval.
 GOLDEN = (5**0.5 - 1) / 2
 
 
 def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on the unit interval, as many as the order of the solver can use.
+    """Nodes and weights on the unit interval: as many as the solver's order can use.
 
-    With the first and the last node at the ends (Lobatto) if a stage of the solver is there.
+    The first and last node lie at the ends (Lobatto) if the solver has stages there.
     """
     count = (tableau.order + 2) // 2
     if not tableau.first_same_as_last:
         nodes, weights = np.polynomial.legendre.leggauss(count)
         return (nodes + 1) / 2, weights / 2
-    # One node more has the same order, 2 count.
+    # One more node has the same order, `2 * count`.
     legendre = np.polynomial.Legendre.basis(count)
-    # They are real, which NumPy 2.5 no longer says of them.
+    # The roots are real, although NumPy 2.5 no longer returns them as such.
     nodes = np.concatenate([[-1.0], np.real(legendre.deriv().roots()), [1.0]])
     return (nodes + 1) / 2, 1 / (count * (count + 1) * legendre(nodes) ** 2)
 
 
 def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> bool:
-    """Whether the nodes at the ends of a step are stages, and none is random."""
+    """Whether the end nodes of a step are stages of the solver, and no node is random."""
     return phase is None and tableau.first_same_as_last
 
 
@@ -51,38 +51,38 @@ class Nodes(NamedTuple):
     """The quadrature of the costs within a step."""
 
     apply: Callable[..., Float[Array, "batch values"]]
-    """The costs as a function of `(params, t, y)`; then the vector field, if nodes are `shared`."""
+    """The costs as a function of `(params, t, y)`; if `shared`, the vector field follows."""
     params: PyTree
     tableau: Tableau
     phase: Float[Array, " batch"] | None
     bars: Float[Array, "batch costs"]
     """The cotangents of the integrals."""
     together: bool
-    """Whether the nodes inside of a step are one batch: for an accelerator."""
+    """Whether the nodes inside a step are one batch, for accelerators."""
 
     @property
     def shared(self) -> bool:
-        """Whether a step ends at a node that is a stage of the solver."""
+        """Whether a step ends at a node that is also a stage of the solver."""
         return shares_stages(self.tableau, self.phase)
 
     @property
     def inner(self) -> int:
-        """Nodes inside of a step."""
+        """The number of nodes inside a step."""
         if self.phase is not None:
             return 1
         return len(gauss(self.tableau)[0]) - (2 if self.shared else 0)
 
     def numbers(self, step: Int[Array, ""]) -> tuple[Any, int]:
-        """From which node to which one a step goes. Number 0, the start, has its end alone."""
+        """The range of nodes of a step. Number 0, the start, has only its end."""
         first = jnp.where(step == 0, self.inner, 0)
         return first, self.inner + 1 if self.shared else self.inner
 
     def zero(self) -> Float[Array, "batch costs"]:
-        """The integrals over nothing."""
+        """The integrals over an empty span."""
         return jnp.zeros_like(self.bars)
 
     def _split(self, step: Step) -> Step:
-        """One row a sample, if the samples have nodes of their own."""
+        """One row per sample, if each sample has its own nodes."""
         if self.phase is None:
             return step
         batch = self.phase.shape[0]
@@ -92,9 +92,10 @@ class Nodes(NamedTuple):
         return Step(time(step.t), time(step.h), y, k)
 
     def _place(self, step: Step, after: Float[Array, " rows"], number, index):
-        """Where a node lies, `[rows]` in the unit interval, and its weight times step size.
+        """The position of a node, `[rows]` in the unit interval, and its weight times the step
+        size.
 
-        `after` is the size of the step after this one, which has a node at the same place.
+        `after` is the size of the next step, which has a node at the same place.
         """
         weight = self._weight(index, step.h, after)
         if self.phase is not None:
@@ -104,38 +105,38 @@ class Nodes(NamedTuple):
 
     @property
     def _rule(self) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes and weights of a step; the node at its start may belong to the step before."""
+        """Nodes and weights of a step. The node at its start may belong to the previous step."""
         nodes, weights = gauss(self.tableau)
         start = 1 if self.shared else 0
         return nodes[start:], weights[start:]
 
     def _weight(self, index, h: Float[Array, " rows"], after: Float[Array, " rows"]):
-        """The weight of a node times step size, linear in the sizes `h` and `after`."""
+        """The weight of a node times the step size, linear in the sizes `h` and `after`."""
         if self.phase is not None:
             return h
         h = jnp.where(index == self.inner, h + after, h) if self.shared else h
         return jnp.asarray(self._rule[1], h.dtype)[index] * h
 
     def _state(self, step: Step, theta: Float[Array, " rows"]):
-        """The time and the state at a node, with the mean slope up to there and its weights."""
+        """The time and state at a node, with the mean slope up to it and the slope's weights."""
         weights = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype))
-        # As a product: XLA's sum over the first axis takes as long as a node of a small network.
+        # As a product: XLA's sum over the first axis costs as much as a node of a small network.
         precision = jax.lax.Precision.HIGHEST
         slope = jnp.einsum("rs,srn->rn", weights, step.k, precision=precision)
         beta = weights.T[..., None]
         return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
 
     def _scale(self, weight: Float[Array, " rows"]) -> Float[Array, "batch costs"]:
-        """What the costs at a node are multiplied by for their integrals.
+        """The factors of the costs at a node in their integrals.
 
-        The divergence is integrated in the direction of the solve, running costs in forward time.
+        The divergence is integrated in the direction of the solve, running costs forward in time.
         """
         batch, costs = self.bars.shape
         signed = [weight] + [jnp.abs(weight)] * (costs - 1)
         return jnp.broadcast_to(jnp.stack(signed, -1).astype(self.bars.dtype), (batch, costs))
 
     def evaluate(self, step: Step, after, number, index) -> Float[Array, "batch costs"]:
-        """What a node adds to the integrals."""
+        """The contribution of a node to the integrals."""
         step = self._split(step)
         theta, weight = self._place(step, after, number, index)
         time, state, _, _ = self._state(step, theta)
@@ -143,7 +144,7 @@ class Nodes(NamedTuple):
         return self._scale(weight) * values[:, : self.bars.shape[1]]
 
     def along(self, field: Field, tape: Tape) -> Float[Array, "batch costs"]:
-        """The integrals along the recorded steps, in the order in which the sweep adds them."""
+        """The integrals along the recorded steps, summed in the order of the sweep."""
 
         def step(carry):
             stop, integrals, after, checkpoints = carry
@@ -161,10 +162,10 @@ class Nodes(NamedTuple):
         return while_loop(lambda carry: carry[0] >= first, step, carry)[1]
 
     def inside(self, mesh: Mesh | None):
-        """For `Sweep.inside`; `mesh` is None if the times are not differentiated.
+        """For `Sweep.inside`. `mesh` is None if the times are not differentiated.
 
-        It carries the integrals, their cotangents by the two times through the step sizes, and the
-        size of the step after.
+        It carries the integrals, their derivatives with respect to both times through the step
+        sizes, and the size of the next step.
         """
 
         def inside(whole: Step, number, bar: Step, params_bar, carry):
@@ -178,7 +179,7 @@ class Nodes(NamedTuple):
             carry = (self._split(bar), params_bar, integrals, by_times)
             first, last = self.numbers(number)
             if self.together:
-                # The start is a step of size zero: those inside of it have no weight.
+                # The start is a step of size zero: nodes inside it have no weight.
                 carry, first = add(jnp.arange(self.inner), carry), self.inner
             bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
             bar = Step(
@@ -190,18 +191,20 @@ class Nodes(NamedTuple):
         return inside
 
     def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:
-        """The cotangents of what a node evaluates."""
+        """The cotangents of the values at a node."""
         values_bar = scale * self.bars
         if not self.shared:
             return values_bar
-        # What waits for the stage at the end of the step: it is the vector field there.
+        # The cotangent that waits for the stage at the end of the step, which is the vector field
+        # there.
         waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
         return jnp.concatenate([values_bar, waiting.reshape(scale.shape[0], -1)], axis=1)
 
     def _add(self, step: Step, after, number, index, speeds, carry):
-        """Add the integrals of a node, or of several, and pull their cotangents back to the step.
+        """Add the integrals of one or several nodes, and pull their cotangents back to the step.
 
-        `speeds` are those of the sizes of the step and the one after it, by each time.
+        `speeds` are the derivatives of the sizes of this and the next step, with respect to each
+        time.
         """
         each = jax.vmap if index.ndim else lambda f, *_: f
         bar, params_bar, integrals, by_times = carry
@@ -222,7 +225,8 @@ class Nodes(NamedTuple):
             dparams, dstate = pull(values_bar)
 
         def added(index, theta, scale, values, slope, beta, dtime, dstate):
-            """To the cotangents of the step, the integrals, and their cotangents by the times."""
+            """Add to the cotangents of the step, the integrals, and their derivatives by the
+            times."""
             of_node = scale * values[:, : self.bars.shape[1]]
             k_bar = step.h[None, :, None] * (beta * dstate[None])
             if speeds is None:

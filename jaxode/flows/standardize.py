@@ -1,4 +1,4 @@
-"""Affine maps around a flow, so that its network sees numbers of about one."""
+"""Affine maps around a flow, so that its network sees numbers of order one."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ WHERE = "bind"
 
 
 def floating(x: Any) -> Array:
-    """An array of floating point numbers; integers become those of the default precision."""
+    """A floating array. Integers get the default floating dtype."""
     x = jnp.asarray(x)
     return x.astype(_floating_dtype(x.dtype))
 
@@ -67,7 +67,7 @@ def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
 def affine(
     name: str, given: Any, event: tuple[int, ...], support: Support | None = None
 ) -> Affine | None:
-    """The map that is given, or that standardizes the data that are."""
+    """The given map, or the map that standardizes the given data."""
     if given is None:
         return None
     if isinstance(given, list):
@@ -106,19 +106,19 @@ def affine(
 
 
 def check_inside(where: str, inside: Any, rows: Any) -> None:
-    """Raise if finite rows are known to be outside of the support."""
+    """Raise if finite rows are known to lie outside the support."""
     if is_known((inside, rows)):
         finite = np.isfinite(np.asarray(rows)).reshape(len(rows), -1).all(axis=1)
         outside = ~np.asarray(inside) & finite
         if outside.any():
             raise ValueError(
-                f"{where}(support=...): the data must lie strictly within; got others in "
-                f"{in_rows(outside)}. Widen the support, or leave those rows out."
+                f"{where}(support=...): the data must lie strictly inside; got values outside it "
+                f"in {in_rows(outside)}. Widen the support, or leave those rows out."
             )
 
 
 def _fitted(name: str, data: Any) -> Affine:
-    """Mean and standard deviation, in float64 if the data are known."""
+    """The map from mean and standard deviation, computed in float64 if the data are known."""
     dtype = _floating_dtype(data.dtype)
     if not is_known(data):
         return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
@@ -126,7 +126,7 @@ def _fitted(name: str, data: Any) -> Affine:
     if not np.isfinite(wide).all():
         bad = ~np.isfinite(wide).reshape(len(wide), -1).all(axis=1)
         raise ValueError(
-            f"{WHERE}(standardize=...): data of {name} must be finite; got others in "
+            f"{WHERE}(standardize=...): data of {name} must be finite; got NaN or inf in "
             f"{in_rows(bad)}. Leave those rows out."
         )
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
@@ -143,13 +143,13 @@ def _fitted(name: str, data: Any) -> Affine:
 
 
 def of_context(given: Any) -> PyTree:
-    """A map for each leaf of the context that has floating point numbers."""
+    """A map for each floating leaf of the context."""
     if given is None:
         return None
     if isinstance(given, tuple):
         if len(given) != 2 or any(jnp.ndim(part) > 1 for part in given):
             raise ValueError(
-                f"{WHERE}(standardize=...): that of a context must be (mean, scale), an array of "
+                f"{WHERE}(standardize=...): for a context, must be (mean, scale), an array of "
                 f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
             )
         return affine("context", given, max(jnp.shape(part) for part in given))

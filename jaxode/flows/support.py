@@ -12,7 +12,7 @@ from jaxode.ode.validation import is_known, numeric_dtype
 
 
 class Support(Protocol):
-    """Maps real numbers `u` of an event's shape to an event `x` of the support, and back."""
+    """Maps real numbers `u` of an event's shape to an event `x` in the support, and back."""
 
     def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]: ...
 
@@ -30,14 +30,14 @@ class Support(Protocol):
 
 
 def frozen(tree: PyTree) -> PyTree:
-    """The tree, its arrays constants of differentiation: training must not move the units."""
+    """The tree with constant arrays: training must not move the units."""
     return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
 class Box(eqx.Module):
     """Each coordinate between two bounds, which may be infinite.
 
-    A logit between finite bounds, a logarithm of the distance to a single one.
+    A logit between finite bounds, the logarithm of the distance to a single bound.
     """
 
     low: Float[Array, " *event"]
@@ -48,7 +48,7 @@ class Box(eqx.Module):
 
     def inverse(self, x):
         low, high, below, above = self._bounds
-        # Where there is no bound, one is the distance to it: its logarithm is zero.
+        # Without a bound, the distance is one, whose logarithm is zero.
         from_low = jnp.log(jnp.where(below, x - low, 1.0))
         to_high = jnp.log(jnp.where(above, high - x, 1.0))
         width = jnp.log(jnp.where(below & above, high - low, 1.0))
@@ -58,8 +58,8 @@ class Box(eqx.Module):
     def forward(self, u):
         low, high, below, above = self._bounds
         both, half = below & above, below ^ above
-        # Each branch sees only its own coordinates, and no exponential overflows: otherwise the
-        # derivative of the others would be NaN.
+        # Each branch sees only its own coordinates, so no exponential overflows: derivatives of the
+        # other coordinates would become NaN.
         most = jnp.log(jnp.finfo(u.dtype).max) - 1
         distance = jnp.exp(jnp.minimum(jnp.where(half, jnp.where(below, u, -u), 0.0), most))
         logit = jnp.where(both, u, 0.0)
@@ -76,20 +76,20 @@ class Box(eqx.Module):
 
     @property
     def _bounds(self):
-        """Finite bounds, zero where there is none, and where there is one."""
+        """The bounds with zero for missing ones, and masks of where there are bounds."""
         below, above = jnp.isfinite(self.low), jnp.isfinite(self.high)
         low, high = frozen((self.low, self.high))
         return jnp.where(below, low, 0.0), jnp.where(above, high, 0.0), below, above
 
 
 def _beside(bound, towards):
-    """The next number, and the least that is not flushed to zero."""
+    """The next number towards `towards` that is not flushed to zero."""
     least = jnp.sign(towards) * jnp.finfo(bound.dtype).tiny
     return jnp.where(bound == 0, least, jnp.nextafter(bound, towards))
 
 
 class OfNumpyro(eqx.Module):
-    """A constraint of numpyro, by the bijection that numpyro has for it."""
+    """A numpyro constraint, through numpyro's bijection for it."""
 
     constraint: Any
 
@@ -100,7 +100,7 @@ class OfNumpyro(eqx.Module):
         return biject_to(frozen(self.constraint))
 
     def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        # A bound that the constraint includes is where the bijection is infinite.
+        # At a bound that the constraint includes, the bijection is infinite.
         return jnp.all(self.constraint(x)) & _is_finite(self.inverse(x))
 
     def inverse(self, x):
@@ -113,7 +113,7 @@ class OfNumpyro(eqx.Module):
 
 
 class OfDistrax(eqx.Module):
-    """A bijector of distrax, from the real numbers to the support."""
+    """A distrax bijector from real numbers to the support."""
 
     bijector: Any
 
@@ -135,7 +135,7 @@ def _is_finite(found: tuple[Array, Array]) -> Bool[Array, ""]:
 
 
 def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | None:
-    """What a user passes as the support: two bounds, or what other libraries have for it."""
+    """The support that a user passed: two bounds, or an object of numpyro or distrax."""
     if support is None:
         return None
     if isinstance(support, tuple) and len(support) == 2:

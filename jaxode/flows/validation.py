@@ -47,8 +47,8 @@ def check_samples(
     x = native(x)
     if numeric_dtype(x) is None:
         raise TypeError(
-            f"{where}({name}=...): must be an array that JAX takes; got {described(x)}. Convert it "
-            "with .astype(np.float32), and fill what is masked."
+            f"{where}({name}=...): must be an array that JAX accepts; got {described(x)}. Convert "
+            "it with .astype(np.float32), and fill what is masked."
         )
     return jnp.asarray(x)
 
@@ -75,7 +75,7 @@ def check_context(where: str, context: PyTree, batch: int) -> PyTree:
             )
         if leaf.shape[:1] != (batch,):
             raise ValueError(
-                f"{where}(context=...): leaves must have a leading axis of {batch}, one row a "
+                f"{where}(context=...): leaves must have a leading axis of {batch}, one row per "
                 f"sample; got shape {leaf.shape}. To give all samples the same row, pass "
                 f"jnp.broadcast_to(row, ({batch}, *row.shape))."
             )
@@ -96,7 +96,7 @@ def check_weights(
     array = jnp.asarray(weights, state_dtype(x))
     if array.shape != batch:
         raise ValueError(
-            f"{where}(weights=...): must have one weight a sample, shape {batch}; "
+            f"{where}(weights=...): must have one weight per sample, shape {batch}; "
             f"got {array.shape}."
         )
     if is_known(weights):
@@ -163,7 +163,7 @@ def check_key(where: str, key: Any, optional: bool = False) -> Any:
     if shape:
         raise ValueError(
             f"{where}(key=...): must be one key; got keys of shape {shape}. "
-            "Pass one of them; each row has random numbers of its own from it."
+            "Pass one of them; it gives each row its own random numbers."
         )
     return key
 

@@ -1,4 +1,4 @@
-"""Flows in other libraries, which are imported only when they are asked for."""
+"""Flows in other libraries, which are imported only on use."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from jaxode.flows.density import Density
 
 
 def numpyro(density: Density, context: PyTree = None) -> Any:
-    """A numpyro `Distribution`: a prior for NUTS, also in a `plate`, a guide, or a likelihood.
+    """A numpyro `Distribution`: for priors (with NUTS, and in a `plate`), guides and likelihoods.
 
     Args:
         density: made by `jaxode.bind`.
-        context: one for all of its samples. For a context of each row, `jax.vmap` the model or use
-            `density.log_prob` in `numpyro.factor`.
+        context: one context, shared by all samples. For a context per row, `jax.vmap` the model, or
+            use `density.log_prob` in `numpyro.factor`.
 
     Raises:
-        ModuleNotFoundError: without numpyro.
+        ModuleNotFoundError: if numpyro is not installed.
     """
     from jaxode.interop.of_numpyro import FlowDistribution
 
@@ -27,12 +27,12 @@ def flowjax(density: Density) -> Any:
     """A flowjax `AbstractDistribution`, conditional if it is called with a `condition`.
 
     Args:
-        density: made by `jaxode.bind`. If it takes a context, that is one array, and its shape is
-            known from `standardize` or `context_shape`.
+        density: made by `jaxode.bind`. A context must be a single array whose shape is known from
+            `standardize` or `context_shape`.
 
     Raises:
-        ValueError: if a context has several arrays.
-        ModuleNotFoundError: without flowjax.
+        ValueError: if the context has several arrays.
+        ModuleNotFoundError: if flowjax is not installed.
     """
     from jaxode.interop.of_flowjax import FlowDistribution
 

@@ -1,4 +1,4 @@
-"""A density as a distribution of flowjax."""
+"""A density as a flowjax distribution."""
 
 import equinox as eqx
 from flowjax.distributions import AbstractDistribution
@@ -7,7 +7,7 @@ from jaxode.flows.density import Density
 
 
 class FlowDistribution(AbstractDistribution):
-    """What flowjax asks of a distribution: of one event and one condition."""
+    """The flowjax interface, for one event and one condition."""
 
     density: Density
     shape: tuple[int, ...] = eqx.field(static=True)

@@ -1,4 +1,4 @@
-"""A density as a distribution of numpyro."""
+"""A density as a numpyro distribution."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from jaxode.flows.support import Support
 
 
 class FlowDistribution(dist.Distribution):
-    """What numpyro asks of a distribution. Its parameters are the leaves of the density."""
+    """The numpyro interface. Its parameters are the leaves of the density."""
 
     pytree_data_fields = ("density", "context")
 
@@ -45,7 +45,7 @@ class FlowDistribution(dist.Distribution):
 
 
 class _Events:
-    """A support, and the shape of its events: a pytree, as numpyro asks of what it is a part of."""
+    """A support and the shape of its events: a pytree, as numpyro requires."""
 
     def __init__(self, support: Support, event: tuple[int, ...]):
         self.held, self.event = support, event
@@ -57,7 +57,7 @@ class _Events:
         return isinstance(other, type(self)) and eqx.tree_equal(self.held, other.held)
 
     def map(self, f, x):
-        """`f` of each event of a batch."""
+        """Apply `f` to each event of a batch."""
         shape = x.shape[: x.ndim - len(self.event)]
         out = jax.vmap(f)(x.reshape(math.prod(shape), *self.event))
         return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
@@ -78,7 +78,7 @@ class _InSupport(_Events, constraints.Constraint):
 
 
 class _ToSupport(_Events, Transform):
-    """Its bijection from the real numbers."""
+    """The bijection from real numbers to the support."""
 
     @property
     def domain(self):

@@ -1,4 +1,4 @@
-"""Looks behind a gradient, at the work that its backward solve does."""
+"""The work of the backward solve behind a gradient."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jaxode.ode.field import VectorField
 from jaxode.ode.loop.outcome import Stats
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution
-from jaxode.ode.solve import Unconditional, solve_field
+from jaxode.ode.solve import Unconditional, solve_checked
 from jaxode.ode.system import System, make_system, pose
 from jaxode.ode.validation import Time, check_state
 
@@ -32,21 +32,22 @@ def backward_stats(
     ts: Float[Array, " times"] | None = None,
     **solve_options: Any,
 ) -> Stats:
-    """The work of the backward solve behind a gradient, for debugging and for choosing tolerances.
+    """Count the work of the backward solve behind a gradient, to debug it or to choose tolerances.
 
-    A gradient cannot return anything beside itself, so this runs the forward solve and the adjoint
-    solve and returns what the second one did.
+    A gradient cannot return statistics, so this function runs the forward solve and the adjoint
+    solve, and returns the statistics of the latter.
 
     Args:
         f, y0, t0, t1, args: as for `solve`.
         adjoint: a gradient method with a backward solve.
-        loss: the function of the `Solution` whose gradient is meant; by default the sum of its end
-            state. The adjoint solve starts from its gradient, which the step sizes depend on.
+        loss: the scalar function of the `Solution` that is differentiated; by default the sum of
+            the end state. The adjoint solve starts from its gradient, so the step sizes depend on
+            it.
         ts, **solve_options: as for `solve`.
 
     Returns:
         `Stats` of the adjoint solve. `num_evals` counts evaluations of its right-hand side, each a
-        `jax.vjp` of `f`; those that recompute the trajectory are not among them.
+        `jax.vjp` of `f`, and leaves out evaluations that recompute the trajectory.
 
     Raises:
         TypeError: if the gradient method has no backward solve.
@@ -66,7 +67,7 @@ def backward_stats(
             f"{type(options.solver).__name__}, which runs in diffrax. Use diffrax.Tsit5()."
         )
     y0 = check_state(where, "y0", y0)
-    solution = solve_field(where, f, y0, (t0, t1), args, options, ts=ts, throw=True)
+    solution = solve_checked(where, f, y0, (t0, t1), args, options, ts=ts, throw=True)
 
     def total(states):
         y1, ys = states

@@ -15,18 +15,18 @@ from jaxode.ode.validation import check_real_times, is_known
 
 
 class OfSteps(eqx.Module):
-    """The path `[rows, n]` over the time of each row, by the dense output of recorded steps."""
+    """The path `[rows, n]` at a time for each row, from the dense output of recorded steps."""
 
     steps: Steps
     sign: Float[Array, " rows"]
-    """Of the direction of time."""
+    """The sign of the direction of time."""
     tableau: Tableau = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "rows n"]:
         steps, row = self.steps, jnp.arange(len(t), dtype=jnp.int32)
         number = jnp.arange(len(steps.y), dtype=jnp.int32)[:, None]
         ends, along = jax.lax.stop_gradient((steps.times[1:], t))
-        # In which step: how many end before the time.
+        # The index of the step: how many steps end before the time.
         ends = jnp.where(number < steps.count - 1, self.sign[None] * ends, jnp.inf)
         index = jax.vmap(jnp.searchsorted)(ends.T, self.sign * along)
         start, end = steps.times[index, row], steps.times[index + 1, row]
@@ -35,7 +35,7 @@ class OfSteps(eqx.Module):
 
 
 class OfDiffrax(eqx.Module):
-    """The path of the one row that a solver of diffrax has."""
+    """The path of the single row of a solve by diffrax."""
 
     path: diffrax.DenseInterpolation
 
@@ -52,14 +52,14 @@ class Interpolant(eqx.Module):
     t1: Float[Array, " rows"]
     ok: Bool[Array, " rows"]
     y1: Float[Array, "rows n"]
-    """The end state: NaN of a row that failed, which stands in for all of its path."""
+    """The end state. NaN in a failed row, whose whole path is then NaN."""
     ravel: Any = eqx.field(static=True)
-    """Its `back` goes from rows to states."""
+    """Its `back` maps rows to states."""
     per_sample: bool = eqx.field(static=True)
-    """Whether the rows are the samples of a batch; else there is one, the state."""
+    """Whether the rows are the samples of a batch. Otherwise the state is the only row."""
 
     def at(self, where: str, t: Any, derivative: bool = False) -> PyTree:
-        """The state at a time or times, or its derivative; NaN outside."""
+        """The state, or its derivative, at one or several times. NaN outside the span."""
         if self.t0.ndim != 1:
             raise ValueError(
                 f"{where}: must be given a single solution; got one of jax.vmap. Use "
@@ -85,7 +85,7 @@ class Interpolant(eqx.Module):
         return states if several else jax.tree.map(lambda x: x[0], states)
 
     def _on_rows(self, where: str, t: Any) -> tuple[Float[Array, "times rows"], bool]:
-        """The times of each row, and whether there were several."""
+        """The times of each row, and whether several were given."""
         rows = len(self.t0)
         check_real_times(where, "t", t)
         t = jnp.asarray(t, self.t0.dtype)
@@ -103,5 +103,5 @@ class Interpolant(eqx.Module):
     def _value(self, t: Float[Array, " rows"], derivative: bool) -> Float[Array, "rows n"]:
         if not derivative:
             return self.path(t)
-        # Each row depends on its own time alone.
+        # Each row depends only on its own time.
         return jax.jvp(self.path, (t,), (jnp.ones_like(t),))[1]

@@ -1,12 +1,12 @@
 """Events: a solve that ends where a condition crosses zero.
 
-The first solve looks for the time, on the dense output of its steps. Others end there, and Newton's
-method moves their end until the condition is zero at it. The last is differentiated like any other
-solve. With `g` the condition and `t*` its zero, the implicit function theorem gives
+The first solve finds the time on the dense output of its steps. Further solves end there, and
+Newton's method moves their end until the condition is zero. The last one is differentiated like any
+other solve. With `g` the condition and `t*` its zero, the implicit function theorem gives
 
     dt* = -dg / (dg/dt + dg/dy f),
 
-with `dg` the change of `g` at the fixed time `t*`.
+where `dg` is the change of `g` at the fixed time `t*`.
 
 References: Chen, Amos and Nickel (2021), arXiv:2011.03902.
 """
@@ -29,10 +29,10 @@ from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.validation import one_of
 
-# Within a step the condition is looked at so many times; two crossings between are not seen.
+# The condition is evaluated this often per step. Two crossings in between go unnoticed.
 LOOKS = 8
-FIRST_ONLY = "Event: the time of an event, and what depends on it, has first derivatives only."
-# Solves that may be taken to land on the event.
+FIRST_ONLY = "Event: the time of an event, and what depends on it, has only first derivatives."
+# The largest number of solves that may land on the event.
 LANDINGS = 8
 
 # (t [rows], y [rows, n]) -> [rows]
@@ -43,18 +43,18 @@ class Event(eqx.Module):
     """Ends a solve where `condition(t, y, args)` crosses zero.
 
     Args:
-        condition: a function of the time, the state (of one sample, with a batch) and `args`, that
-            returns a floating scalar. A crossing is seen if its sign changes between two of eight
-            equal parts of a step; use `max_step` for one that comes and goes faster.
-        direction: 1 for a condition that rises through zero along the solve, -1 for one that
-            falls, 0 for both. One that is zero at the start, and then moves in this direction,
-            ends the solve there.
+        condition: a function of time, state (of one sample, with a batch) and `args` that returns a
+            floating scalar. Its sign is checked at eight equal parts of each step. Set `max_step`
+            if it can change sign twice within one part.
+        direction: 1 if only a rise through zero along the solve counts, -1 if only a fall does, 0
+            for both. A condition that is zero at the start and then moves in this direction ends
+            the solve there.
 
-    Where the condition has no slope as it crosses, the time is found and its derivative is not
-    finite. A condition that is NaN crosses nothing.
+    If the condition crosses zero with zero slope, the time is found but its derivative is not
+    finite. A NaN condition never crosses.
 
     Raises:
-        ValueError: if the direction is another.
+        ValueError: for any other direction.
     """
 
     condition: Callable[[Float[Array, ""], PyTree, PyTree], Float[Array, ""]]
@@ -77,7 +77,7 @@ class Event(eqx.Module):
 def solve_to_event(
     event: Event, condition: Condition, problem: Problem, method: Method, adjoint: Any
 ) -> tuple[Problem, Integration]:
-    """The problem up to the event of each row, and its solution."""
+    """Solve the problem up to the event of each row."""
     fixed = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, problem
     )
@@ -92,7 +92,7 @@ def solve_to_event(
         beyond = came[None] & (jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0)
         ts = jnp.where(beyond, t1[None], ts)
     t1 = jnp.where(came, t1, problem.t1)
-    # A row whose event is not found fails, with all of its derivatives.
+    # A row whose solves do not land on the event fails, together with its derivatives.
     t1 = jnp.where(landed == Result.SUCCESS, t1, jnp.nan)
     problem = problem._replace(t1=t1, ts=ts)
     out = adjoint.integrate(problem, method)
@@ -109,7 +109,7 @@ def solve_to_event(
 
 
 def _find(event: Event, look: Condition, problem: Problem, method: Method) -> Integration:
-    """Up to where the condition first crosses zero on the dense output."""
+    """Integrate to the first zero crossing of the condition on the dense output."""
 
     def stop(state, step):
         t, h = state.t, step.t - state.t
@@ -117,7 +117,7 @@ def _find(event: Event, look: Condition, problem: Problem, method: Method) -> In
         inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
         thetas = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype)
         between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
-        # The ends are those of the steps beside, or a crossing could be lost to rounding.
+        # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
         ends = [look(t, state.y)[None], look(step.t, step.y)[None]]
         values = jnp.concatenate([ends[0], between, ends[1]])
         crossed = event.crosses(values[:-1], values[1:]) & step.accept[None]
@@ -149,10 +149,10 @@ def _rate(condition: Condition, problem: Problem, t, y):
 
 
 def _land(condition: Condition, problem: Problem, method: Method, came, t1, stats: Stats):
-    """The times at which solves that end there have a condition of zero, the `Result` of each row,
-    and the work.
+    """The end times at which the condition is zero, the `Result` of each row, and the work.
 
-    Newton's method; a condition without slope stays where the interpolant crosses zero.
+    Newton's method. Where the condition has no slope, the time stays where the interpolant crosses
+    zero.
     """
     method = dataclasses.replace(method, dense=False)
     span = jnp.abs(problem.t1 - problem.t0)
@@ -181,8 +181,8 @@ def _land(condition: Condition, problem: Problem, method: Method, came, t1, stat
 
 
 def _moved(condition: Condition, came, problem: Problem, out: Integration):
-    """The time of the event, or the end, and the state there, with the derivatives of both."""
-    # Rows without an event are as one that has it: zero times NaN is NaN.
+    """The time of the event or the end, and the state there, both with their derivatives."""
+    # Rows without an event get a row that has one: zero times NaN is NaN.
     other = jnp.argmax(jnp.where(came.any(), came, out.result == Result.SUCCESS))
     stand_in = lambda x: jnp.where(came.reshape(-1, *(1,) * (x.ndim - 1)), x, x[other])
     t, y = stand_in(problem.t1), stand_in(out.y1)
@@ -194,9 +194,9 @@ def _moved(condition: Condition, came, problem: Problem, out: Integration):
 
 @jax.custom_jvp
 def _of_zero(value, rate, state):
-    """How far off the zero is: nowhere, and it moves as the implicit function theorem says.
+    """The offset of the zero: 0, with the derivative of the implicit function theorem.
 
-    Without a slope nothing is known of how it moves with the state.
+    Without a slope, that derivative does not exist.
     """
     del rate, state
     return jnp.zeros_like(value)

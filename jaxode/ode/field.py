@@ -1,4 +1,4 @@
-"""The vector field of a user: what it may be, and where it is called."""
+"""The user's vector field: what it may be, and the place that calls it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, PyTree
 
 VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
-# By which Python and JAX say that a function does not fit its arguments. Exceptions of another
-# type, also one derived from these, say more, and go on as they are.
+# The types with which Python and JAX report that a function does not fit its arguments. Other
+# exceptions, even subclasses of these, say more and pass through unchanged.
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
 def check_field(where: str, name: str, f: Any, call: str) -> None:
-    """Raise unless it is a function."""
+    """Raise unless `f` is a function."""
     if isinstance(f, type):
         raise TypeError(
             f"{where}({name}=...): must be a function {call}; got the class {f.__name__}. Pass an "
@@ -25,7 +25,7 @@ def check_field(where: str, name: str, f: Any, call: str) -> None:
 
 
 def call_field(f: Callable[..., Any], t: Float[Array, ""], y: PyTree, args: PyTree) -> Any:
-    """`f(t, y, args)`, with an error in it that says what it was called with."""
+    """`f(t, y, args)`. An error inside `f` says what `f` was called with."""
     try:
         return f(t, y, args)
     except Exception as error:
@@ -39,6 +39,6 @@ def call_field(f: Callable[..., Any], t: Float[Array, ""], y: PyTree, args: PyTr
 
 
 def _described(tree: PyTree) -> str:
-    """Types and shapes, in one line of bounded length."""
+    """Types and shapes on one line of bounded length."""
     text = eqx.tree_pformat(tree, width=10**6)
     return text if len(text) <= 300 else f"{text[:300]}..."

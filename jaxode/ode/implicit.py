@@ -1,4 +1,4 @@
-"""Solvers that are not explicit Runge-Kutta methods, such as implicit ones: solved by diffrax."""
+"""Solves by diffrax, for solvers that are not explicit Runge-Kutta methods."""
 
 import dataclasses
 from typing import Any
@@ -28,12 +28,12 @@ FIRST_ONLY = (
 class DiffraxSolve(eqx.Module):
     """Runs a diffrax solver with the diffrax adjoint that matches the jaxode one.
 
-    `DiscreteAdjoint` is diffrax's recursive checkpointing, with as many checkpoints. `ForwardMode`
-    is what its name says.
+    `DiscreteAdjoint` becomes diffrax's recursive checkpointing with the same number of checkpoints.
+    `ForwardMode` becomes diffrax's forward mode.
 
-    Differentiation: with respect to everything but `method`; first derivatives only, except
-    `ForwardMode` over itself. Derivatives by times are those of the computed solution; over an
-    empty span, where diffrax has none, those of the ODE.
+    Differentiation: with respect to everything except `method`. Only first derivatives, except
+    `ForwardMode` over itself. Derivatives with respect to times belong to the computed solution;
+    over an empty span, where diffrax has none, to the ODE.
     """
 
     solver: diffrax.AbstractSolver
@@ -46,13 +46,13 @@ class DiffraxSolve(eqx.Module):
         y0, t0, t1 = problem.y0, problem.t0[0], problem.t1[0]
         ts = None if problem.ts is None else problem.ts[:, 0]
         valid = all_hold(problem, method)[0]
-        # An empty span in place of times that diffrax would raise for.
+        # An empty span replaces times for which diffrax would raise.
         t0, t1, ts = jax.tree.map(lambda t: jnp.where(valid, t, 0.0), (t0, t1, ts))
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
         ode = _Field(problem.field, problem.args)
         moves = t0 == t1
         y = _along(y0[0], t0, ode, jnp.where(moves, -1.0, 0.0))
-        solution = self._solve(ode, y, t0, t1, ts, method)
+        solution = self._by_diffrax(ode, y, t0, t1, ts, method)
         states = solution.ys
         assert states is not None
         assert solution.ts is not None
@@ -61,7 +61,7 @@ class DiffraxSolve(eqx.Module):
         result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
         reached = jnp.where(valid, reached, problem.t0[0])
         failed = result != Result.SUCCESS
-        # Not by a product: a NaN cotangent would raise in the linear solves of the backward pass.
+        # Not as a product: a NaN cotangent would raise in the linear solves of the backward pass.
         states = jnp.where(failed, jnp.nan, states)
         states = _nan_tangents(states, failed, problem)
         count = solution.stats
@@ -81,8 +81,8 @@ class DiffraxSolve(eqx.Module):
             return out
         return nondifferentiable_backward(out, msg=FORWARD_ONLY)
 
-    def _solve(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
-        """By diffrax; the end is the last of the saved states."""
+    def _by_diffrax(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
+        """Solve by diffrax. The last saved state is the end."""
         if not isinstance(self.adjoint, ForwardMode):
             ode, y0, t0, t1, ts = first_derivatives_only((ode, y0, t0, t1, ts), FIRST_ONLY)
         first_step = method.first_step
@@ -127,7 +127,7 @@ class _Field(eqx.Module):
 def _controller(method: Method) -> diffrax.AbstractStepSizeController:
     if method.steps is not None:
         return diffrax.ConstantStepSize()
-    # The least step stops a solve whose steps no longer move the time: they are rounded to zero.
+    # The minimum step ends a solve whose steps no longer move the time.
     dtmin = float(jnp.finfo(method.rtol.dtype).tiny)
     tolerances = diffrax.PIDController(
         rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
@@ -139,7 +139,7 @@ def _controller(method: Method) -> diffrax.AbstractStepSizeController:
 
 
 class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
-    """A controller whose state begins with the end of the last attempt that it has rejected."""
+    """A controller whose state starts with the end of the last rejected attempt."""
 
     rtol: Any
     atol: Any
@@ -163,9 +163,9 @@ class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
 
 
 def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
-    """The solver, its implicit equations solved to the call's tolerances unless it has its own.
+    """The solver, with the call's tolerances for its implicit equations unless it has its own.
 
-    diffrax itself does so with error control only.
+    diffrax does this only with error control.
     """
     if method.steps is None or not isinstance(solver, diffrax.AbstractImplicitSolver):
         return solver
@@ -179,7 +179,7 @@ def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
 
 @eqx.filter_custom_jvp
 def _along(y: Float[Array, "*times n"], t: Float[Array, "*times"], ode: _Field, speed):
-    """The state `y` at time `t`, whose derivative by `t` is `speed` times the field."""
+    """The state `y` at time `t`, with `speed` times the field as its time derivative."""
     del t, ode, speed
     return y
 
@@ -198,7 +198,7 @@ def _along_jvp(primals, tangents):
 
 @eqx.filter_custom_jvp
 def _nan_tangents(states: Float[Array, "times n"], failed: Bool[Array, ""], inputs: PyTree):
-    """The states, whose derivatives by all inputs are NaN if the solve failed."""
+    """The states. Their derivatives by all inputs are NaN if the solve failed."""
     del failed, inputs
     return states
 
@@ -212,13 +212,13 @@ def _nan_tangents_jvp(primals, tangents):
         (jnp.sum(dot.real).astype(states.dtype) for dot in jax.tree.leaves(dots)),
         jnp.zeros((), states.dtype),
     )
-    # Not one product with NaN or zero: it would be NaN for an infinite tangent.
+    # Not a product with NaN or zero, which would be NaN for an infinite tangent.
     nan = jnp.where(failed, total, 0.0) * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
     return _nan_tangents(*primals), _nan_tangents(states_dot + nan, failed, inputs)
 
 
 def _code(result: diffrax.RESULTS) -> Int[Array, ""]:
-    """The code for how diffrax says that a solve ended."""
+    """The `Result` code for diffrax's result."""
     codes = [
         (diffrax.RESULTS.successful, Result.SUCCESS),
         (diffrax.RESULTS.max_steps_reached, Result.MAX_STEPS_REACHED),
@@ -233,25 +233,25 @@ def _code(result: diffrax.RESULTS) -> Int[Array, ""]:
 def _result(
     ode: _Field, solution: diffrax.Solution, states: Float[Array, "times n"], t0, t1, method: Method
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """How a solve ended, and the time it reached; NaN if that is not known.
+    """How a solve ended, and the time it reached. NaN if the time is unknown.
 
-    diffrax takes a step with a NaN for one with a large error. So the field is looked at where a
-    failed solve stopped: if it is not finite just beyond, or at the end of an attempt that was
-    rejected and not made up for, that is the cause.
+    diffrax treats a NaN step as one with a large error. So this evaluates the field where a failed
+    solve stopped: if it is not finite just beyond, or at the end of a rejected attempt that the
+    solve never passed, that is the cause.
     """
     ode, states, t0, t1 = jax.lax.stop_gradient((ode, states, t0, t1))
     code = _code(solution.result)
-    # What diffrax has not saved has an infinite time; the last it saves is where it stopped.
+    # Unsaved entries have an infinite time. The last saved one is where diffrax stopped.
     saved: Any = jax.lax.stop_gradient(solution.ts)
     last = jnp.sum(jnp.isfinite(saved)) - 1
     t, y = saved[last], states[last]
     limits = jnp.finfo(t.dtype)
-    # 8: the steps before the last that moved the time have left less than this.
+    # 8 roundings: the last steps that moved the time leave less than this.
     sign = jnp.sign(t1 - t0)
     h = sign * jnp.maximum(8 * limits.eps * jnp.abs(t), 8 * limits.tiny)
     attempt = t
     if method.steps is None:
-        # diffrax solves forwards, in the time times the sign.
+        # diffrax solves forwards, in time multiplied by the sign.
         state: Any = solution.controller_state
         rejected = sign * jax.lax.stop_gradient(state[0])
         attempt = jnp.where(sign * (rejected - t) > 0, rejected, t)
@@ -267,8 +267,8 @@ def _result(
     finite = jax.lax.cond(failed, finite_beyond, lambda: jnp.isfinite(states).all())
     code = jnp.where(finite, code, Result.NON_FINITE)
     if method.steps is not None:
-        # Without error control a step that fails is taken nevertheless.
+        # Without error control, a failed step is taken anyway.
         taken = solution.stats["num_steps"].astype(t.dtype) - 1
         t = t0 + taken / method.steps * (t1 - t0)
-    # A state that became infinite or NaN unnoticed did so at some time before the end.
+    # A state that became infinite or NaN unnoticed did so before the end.
     return code, jnp.where(failed, t, jnp.nan)

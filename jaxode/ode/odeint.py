@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.field import check_field
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.solve import solve_field
+from jaxode.ode.solve import solve_checked
 from jaxode.ode.validation import check_state, is_known, numeric_dtype
 
 _NO_LIMIT = 2**31 - 1
@@ -36,21 +36,21 @@ def odeint(
     mxstep: float = jnp.inf,
     hmax: float = jnp.inf,
 ) -> PyTree[Float[Array, "times ..."]]:
-    """The solution of `dy/dt = func(y, t, *args)`, `y(t[0]) = y0`, at the times `t`.
+    """Solve `dy/dt = func(y, t, *args)`, `y(t[0]) = y0`, at the times `t`.
 
-    It differs from the original in the solver (Tsit5 for Dormand-Prince), in that a failed solve is
-    NaN instead of an unfinished result, and in that the parameters are not part of the error norm
-    of the gradient. Use `jaxode.solve` for errors that say what failed, and for other gradients.
+    Differences from the original: the solver is Tsit5 instead of Dormand-Prince, a failed solve
+    returns NaN instead of an unfinished result, and the error norm of the gradient leaves out the
+    parameters. Use `jaxode.solve` for errors that say what failed, and for other gradients.
 
     Args:
         func: time derivative of `y` at time `t`, with the structure and shapes of `y0`.
         y0: initial state, any pytree of floating arrays.
         t: times, `[times]`, monotone; `t[0]` is the start.
         *args: more arguments of `func`.
-        rtol: relative tolerance of the error of a step.
-        atol: absolute tolerance of the error of a step.
+        rtol: relative error tolerance per step.
+        atol: absolute error tolerance per step.
         mxstep: steps allowed between two times, on average.
-        hmax: largest step.
+        hmax: maximum step size.
 
     Returns:
         `y` at the times `t`: leaves `[times, ...]`. NaN if the solve fails.
@@ -68,7 +68,7 @@ def odeint(
         raise TypeError(f"odeint(t=...): must be an array of floats; got {got}.")
     if jnp.ndim(t) != 1 or len(t) == 0:
         raise ValueError(f"odeint(t=...): must be a vector of times; got shape {jnp.shape(t)}.")
-    # Not as an array of JAX, which may have lost times that NumPy has.
+    # Not as a JAX array, which may have lost times that NumPy holds.
     times: Any = np.asarray(t) if is_known(t) else t
     if is_known(t) and not (np.isfinite(times).all() and _monotone(times)):
         raise ValueError(f"odeint(t=...): times must be finite, and increase or decrease; got {t}.")
@@ -85,7 +85,7 @@ def odeint(
     )  # fmt: skip
     f, y0 = _TimeFirst(func), check_state("odeint", "y0", y0)
     span = times[0], times[-1]
-    return solve_field("odeint", f, y0, span, args, options, ts=times, throw=False).ys
+    return solve_checked("odeint", f, y0, span, args, options, ts=times, throw=False).ys
 
 
 def _monotone(times: np.ndarray) -> bool:

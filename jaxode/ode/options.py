@@ -1,4 +1,4 @@
-"""The options of a solve: made and checked once, where a public function is entered."""
+"""The options of a solve: made and checked once, at the entrance of a public function."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ PRECISIONS = ("highest", "high", "default")
 
 
 class SolveOptions(eqx.Module):
-    """How to solve, as explained at `jaxode.solve`. Equal to its like."""
+    """How to solve; `jaxode.solve` explains each option. Equal if all options are equal."""
 
     solver: diffrax.AbstractSolver = diffrax.Tsit5()
     rtol: float | Float[Array, ""] = 1e-5
@@ -45,11 +45,11 @@ class SolveOptions(eqx.Module):
 
     @classmethod
     def make(cls, where: str, **given: Any) -> "SolveOptions":
-        """From what a user has passed to the function `where`.
+        """Make the options from the keywords that a user passed to the function `where`.
 
         Raises:
-            TypeError, ValueError: for a name that is no option, and for a value that is not what
-                it should be, as far as it is known.
+            TypeError, ValueError: for an unknown option, and for an invalid value that is known at
+                trace time.
         """
         known = sorted(field.name for field in dataclasses.fields(cls))
         unknown = sorted(set(given) - set(known))
@@ -65,7 +65,7 @@ class SolveOptions(eqx.Module):
 
     @property
     def tableau(self) -> Tableau | None:
-        """Of the solver; None for one that is not an explicit Runge-Kutta method."""
+        """The solver's tableau, or None if it is not an explicit Runge-Kutta method."""
         return tableau_of(self.solver)
 
     def _check(self, where: str) -> None:
@@ -107,7 +107,7 @@ class SolveOptions(eqx.Module):
             check_breakpoints(where, self.breakpoints, self.steps)
 
     def method(self, where: str, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Method:
-        """The settings of the loop, for a state of this dtype with leaves of these."""
+        """The settings of the loop for a state solved in `dtype`, with leaves of these dtypes."""
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
         rtol, atol = value(self.rtol), value(self.atol)
@@ -140,6 +140,6 @@ class SolveOptions(eqx.Module):
 
 @functools.cache
 def _least(dtype: jnp.dtype) -> float:
-    """The largest number that rounds to zero in the dtype: half of the least denormal one."""
+    """The largest number that rounds to zero in `dtype`: half of the smallest denormal."""
     info = jnp.finfo(dtype)
     return 0.5 * float(info.tiny) * float(info.eps)

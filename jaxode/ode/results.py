@@ -1,4 +1,4 @@
-"""The words used when a solve fails, and where it raises."""
+"""What is said when a solve fails, and the place that raises."""
 
 import functools
 from collections.abc import Callable
@@ -42,11 +42,11 @@ EXPLANATIONS = {
     ),
 }
 
-# What a solve shows that cannot be done with its arguments. The others are of the steps alone.
+# Results that an argument can cause. All others concern only the steps.
 OF_ARGUMENTS = (Result.NON_FINITE, Result.INVALID_ARGUMENT, Result.IMPLICIT_SOLVE_FAILED)
 
-# Sentences with a place for the rows, each with a function that finds the rows it is true of. They
-# are called after a failure, so that what they look for costs nothing before.
+# Sentences with a placeholder for the rows, each with a function that finds those rows. It is
+# called only after a failure, so a successful solve does not pay for it.
 Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
 
 
@@ -57,8 +57,8 @@ class SolveError(RuntimeError):
 def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
-    A time that is not finite, such as one that is not known, is left out. Of an argument that is at
-    fault it is the sentence in `found`, with the rows.
+    A time that is not finite is left out. If an argument is at fault, the message is the sentence
+    in `found`, with the rows.
     """
     codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
     if np.isin(codes, OF_ARGUMENTS).any():
@@ -76,9 +76,9 @@ def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, An
 
 
 def not_finite(where: str, name: str, data: PyTree, *, batch: bool = True) -> Faults:
-    """What is wrong with an argument that holds a NaN or an infinity, if it can.
+    """The fault of an argument that may hold NaN or infinity.
 
-    Rows are along the leading axes; without `batch` there are none.
+    Rows lie along the leading axes. Without `batch` there are none.
     """
     leaves = jax.lax.stop_gradient(list(filter(eqx.is_inexact_array, jax.tree.leaves(data))))
     if not leaves:
@@ -95,7 +95,7 @@ def not_finite(where: str, name: str, data: PyTree, *, batch: bool = True) -> Fa
 
 
 def in_rows(found: Any) -> str:
-    """In how many rows something is, and which is the first of them."""
+    """How many rows are true, and which is the first."""
     found = np.ravel(found)
     return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
 
@@ -106,11 +106,11 @@ def nan_or_raise(
     where: str,
     faults: Faults | None = None,
 ):
-    """Zero for each row, unless a solve failed: then it raises, at once or when it runs.
+    """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
 
-    A row that has failed would be NaN; without one, `jax.debug_nans` must not find any.
+    A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
     """
-    # The time of a solve that is being differentiated is traced where the result is not.
+    # While a solve is differentiated, its time can be traced although its result is not.
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
     find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
     if not isinstance(result, jax.core.Tracer):
@@ -130,14 +130,15 @@ def nan_or_raise(
     def succeed(codes, times):
         return jnp.where(codes == Result.SUCCESS, 0.0, jnp.nan).astype(times.dtype)
 
-    # Unbatched, or `vmap` would turn the `cond` into a `select` that always calls back.
+    # Unbatched: `vmap` would turn the `cond` into a `select` that always calls back.
     any_failed = unvmap_any(result != Result.SUCCESS)
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 
 
 def tied(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[Array, "..."]:
-    """The leaf where `ok`, else the value `nan` of `nan_or_raise`.
+    """The leaf where `ok`, otherwise `nan` from `nan_or_raise`.
 
-    As a factor: so the derivatives depend on it, too, and a program that uses them alone raises.
+    It enters as a factor, so derivatives depend on it too, and a program that uses only them
+    raises.
     """
     return leaf * jnp.where(ok, 1.0, nan).astype(leaf.dtype)

@@ -21,21 +21,21 @@ class Solution(eqx.Module):
     ts: Float[Array, "*rows times"] | None
     """The times asked for, or None."""
     ys: Any
-    """States at `ts`: the leading axes of each leaf are those of `ts`, `[times]` before that of a
-    batch, or `[batch, times]`. None without `ts`."""
+    """States at `ts`. Leaves are `[times, ...]`; with a batch `[times, batch, ...]`, or
+    `[batch, times, ...]` if each row has its own `ts`. None without `ts`."""
     stats: Stats
     """Steps and evaluations of the forward solve."""
     result: Int[Array, "*rows"]
     """A `Result` code; with per-sample steps, one per row."""
     t_reached: Float[Array, "*rows"]
-    """The time at which the solve stopped: the end time unless it failed. NaN if not known, which
-    can only be where a solver of diffrax without error control went on with a NaN."""
+    """The time at which the solve stopped: the end time unless it failed. NaN if unknown, which
+    happens only if a diffrax solver without error control stepped on after a NaN."""
     t1: Float[Array, "*rows"]
-    """The end time: as it was passed, or that of the event; per row with per-sample steps."""
+    """The end time as passed, or the time of the event. Per row with per-sample steps."""
     event_came: Bool[Array, "*rows"] | None = None
-    """Whether there was an event; None if none was asked for."""
+    """Whether the event occurred. None without `event`."""
     interpolant: Interpolant | None = None
-    """What `evaluate` needs; None without `dense`."""
+    """What `evaluate` needs. None without `dense`."""
 
     @property
     def ok(self) -> Bool[Array, "*rows"]:
@@ -46,23 +46,23 @@ class Solution(eqx.Module):
         """The state at `t` between the ends, by the solver's interpolant. Needs `dense=True`.
 
         Args:
-            t: a time, or a vector of times `[times]`. With per-sample steps: a time for all, one
-                for each sample `[batch]`, or several for each `[batch, times]`.
+            t: a time, or times `[times]`. With per-sample steps: one time for all samples, one per
+                sample `[batch]`, or several per sample `[batch, times]`.
 
         Returns:
-            The state; its leaves have the axes of `t` before those of the state or the sample. NaN
-            outside of the span of a row.
+            The state. The axes of `t` come before the axes of the state or sample. NaN outside the
+            span of a row.
 
         Raises:
-            ValueError: without `dense=True`, for times of another shape, and for times that are
-                known to be outside of the one span that there is without per-sample steps.
+            ValueError: without `dense=True`, for times of another shape, and, without per-sample
+                steps, for times known to lie outside the span.
 
-        Differentiation: with respect to `t`, and all that the solve is.
+        Differentiation: with respect to `t`, and everything that the solve is differentiable in.
         """
         return self._interpolant("evaluate").at("evaluate", t)
 
     def derivative(self, t: Float[Array, "..."]) -> Any:
-        """The derivative of `evaluate` by `t`: that of the interpolant, close to the field."""
+        """The time derivative of `evaluate`: the interpolant's, close to the field."""
         return self._interpolant("derivative").at("derivative", t, derivative=True)
 
     def _interpolant(self, where: str) -> Interpolant:
@@ -72,10 +72,10 @@ class Solution(eqx.Module):
 
 
 def raise_on_failure(solution: Solution, where: str, faults: Faults | None = None) -> Solution:
-    """Raise `SolveError` if a solve failed: at once if it has run, else when it runs.
+    """Raise `SolveError` if a solve failed: now, or when the compiled program runs.
 
-    Under `jit` the check is a host callback behind a `lax.cond`, so it costs nothing until it
-    fires; it does keep the compiled program out of JAX's persistent compilation cache.
+    Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
+    but keeps the program out of JAX's persistent compilation cache.
     """
     nan = nan_or_raise(solution.result, solution.t_reached, where, faults)
     if not isinstance(solution.result, jax.core.Tracer):

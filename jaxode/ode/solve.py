@@ -58,55 +58,57 @@ def solve(
 
     Args:
         f: vector field `f(t, y, args) -> dy/dt`, with `t` a scalar and `dy/dt` shaped like `y`. It
-            must be pure, as for `equinox.filter_jit`: arrays in it or in `args` are inputs of the
-            compiled program, all else is compared with what was compiled before. A change inside of
-            what a function closes over (an array of NumPy, a list, an object) is not seen.
-        y0: initial state, any pytree of floating arrays. The solve runs in their common dtype,
-            at least float32, and so does the time.
-        t0: start time, a scalar; with "per_sample" steps also `[batch]`, a time for each sample.
-        t1: end time, a scalar or `[batch]` as `t0`; smaller than `t0` to solve backwards in time.
+            must be pure, as under `equinox.filter_jit`: arrays in `f` and `args` are inputs of the
+            compiled program, and everything else is compared with earlier calls. A change inside an
+            object that `f` closes over (a NumPy array, a list) goes unnoticed.
+        y0: initial state, any pytree of floating arrays. State and time are in their common dtype,
+            at least float32.
+        t0: start time, a scalar. With "per_sample" steps also `[batch]`, one time per sample.
+        t1: end time, with the shapes of `t0`. If it is smaller than `t0`, the solve runs backwards
+            in time.
         args: any pytree, passed to `f`.
-        batch: the leaves of `y0` have a common leading axis, and `f` is the vector field of one
-            sample. "joint" takes one sequence of steps for the batch, its error norm the root mean
-            square over all of it; "per_sample" gives each sample its own steps, so that its result
-            does not depend on the batch around it.
+        batch: solve a batch: the leaves of `y0` share a leading axis, and `f` is the vector field
+            of one sample. "joint" takes the same steps for the whole batch; its error norm is the
+            root mean square over the batch. "per_sample" gives each sample its own steps, so that
+            no result depends on the other samples.
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
-            between steps come from the solver's own dense output. With "per_sample" steps also
-            `[batch, times]`: repeat the last time of a sample that has fewer of them, which costs
-            no evaluation. Samples whose times are out of order fail.
-        solver: an ODE solver of diffrax. Explicit Runge-Kutta solvers run in jaxode's own loop;
-            others, such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax,
-            with `DiscreteAdjoint` or `ForwardMode`.
-        rtol: relative tolerance of the error of a step.
-        atol: absolute tolerance of the error of a step. A step is accepted if the root mean square
-            of `error / (atol + rtol max(|y before|, |y after|))` is at most one.
+            between steps come from the solver's dense output. With "per_sample" steps also
+            `[batch, times]`: pad a shorter row by repeating its last time, which costs no
+            evaluations. Samples whose times are out of order fail.
+        solver: a diffrax ODE solver. Explicit Runge-Kutta solvers run in jaxode's own loop. Others,
+            such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax and need
+            `DiscreteAdjoint` or `ForwardMode`.
+        rtol: relative error tolerance per step.
+        atol: absolute error tolerance per step. A step is accepted if the root mean square of
+            `error / (atol + rtol max(|y before|, |y after|))` is at most one.
         steps: take this many equal steps, without error control.
         adjoint: the gradient method: `DiscreteAdjoint`, `BacksolveAdjoint`,
             `InterpolatingAdjoint` or `ForwardMode`.
-        first_step: size of the first step to try, positive; chosen automatically by default. Not
+        first_step: size of the first step to try, positive. Chosen automatically by default. Not
             used with `steps`.
-        max_step: maximum step size, positive; may be exceeded by 1%. Unlimited by default, and not
-            used with `steps`.
-        breakpoints: times at which `f` jumps or has a kink, in any order; those outside of the span
-            are ignored. Steps end on both sides of each, with one short step in between, so that
-            none has a jump inside. They are constants of differentiation. Not with `steps`.
+        max_step: maximum step size, positive; may be exceeded by 1%. Unlimited by default. Not used
+            with `steps`.
+        breakpoints: times at which `f` jumps or has a kink, in any order. Times outside the span
+            are ignored. Steps end just before and just after each one, with a short step in
+            between, so that no other step contains a jump. Differentiation treats them as
+            constants. Not with `steps`.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
-        axis_name: inside `jax.shard_map` or `jax.vmap`, the name of a mapped axis over which the
-            state is split, or a tuple of such names: the error norm is then taken over all of it,
-            at the price of one number that crosses between devices in each attempted step.
-        precision: of the matrix products in `f` on an accelerator: "highest" is float32, "high" and
-            "default" are faster and less accurate (docs/devices.md). By default what
-            `jax.default_matmul_precision` says around the call, and "highest" if it says nothing.
-        dense: keep all accepted steps, for `Solution.evaluate` at any time between the ends. Memory
-            is that of `max_steps` times the stages of the solver and one, in states, so lower
-            `max_steps`. With `DiscreteAdjoint` or `ForwardMode`.
-        event: a `jaxode.Event`, at which the solve ends before `t1`; with "per_sample" steps for
-            each sample by itself, and not with "joint" ones. `Solution.t1` is its time, and
-            outputs beyond are the state there. One solve finds it, others end there: the last of
-            them is the solution. Not with `steps`.
-        throw: raise `jaxode.SolveError` if the solve fails (under `jit` as the message of a
-            `jax.errors.JaxRuntimeError`). Otherwise `Solution.result` says how it ended, and the
-            state and all gradients are NaN.
+        axis_name: inside `jax.shard_map` or `jax.vmap`, the name of the mapped axis, or a tuple of
+            names, over which the state is split. The error norm then covers the whole state, and
+            devices exchange one number per attempted step.
+        precision: precision of the matrix products in `f` on an accelerator: "highest" is float32;
+            "high" and "default" are faster and less accurate (docs/devices.md). The default is the
+            setting of `jax.default_matmul_precision`, or "highest" if there is none.
+        dense: keep all accepted steps, so that `Solution.evaluate` works at any time between the
+            ends. This stores `max_steps` times (solver stages + 1) states, so lower `max_steps`.
+            Needs `DiscreteAdjoint` or `ForwardMode`.
+        event: a `jaxode.Event` that can end the solve before `t1`. `Solution.t1` is its time;
+            outputs after it repeat the state at the event. One solve finds the event, further ones
+            land on it, and the last is the solution. With a batch it needs "per_sample" steps, and
+            each sample has its own event. Not with `steps`.
+        throw: raise `jaxode.SolveError` if the solve fails; under `jit` it is the message of a
+            `jax.errors.JaxRuntimeError`. With `throw=False`, `Solution.result` says how the solve
+            ended, and the state and all gradients of a failed solve are NaN.
 
     Returns:
         A `Solution`. With "per_sample" steps its `stats` and `result` have one entry per sample.
@@ -116,8 +118,8 @@ def solve(
         SolveError: at run time, with `throw`, if the steps run out, the step size underflows or the
             vector field is not finite.
 
-    Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over;
-        of an event, first derivatives by the implicit function theorem.
+    Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over.
+        With an event, first derivatives only, by the implicit function theorem.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
@@ -147,7 +149,7 @@ def solve(
             "jaxode.DiscreteAdjoint()."
         )
     check_event("solve", options, event, batch)
-    return solve_field(
+    return solve_checked(
         "solve", f, y0, (t0, t1), args, options,
         ts=ts, batch=batch, dense=dense, event=event, throw=throw,
     )  # fmt: skip
@@ -166,14 +168,15 @@ def flow(
 ) -> PyTree[Float[Array, "batch ..."]]:
     """The flow operator `F^{s,t}` on a batch: where each sample of `z` at time `s` is at time `t`.
 
-    `jaxode.solve(f, z, s, t, args, batch=step_control)` is the same solve, and says more of it.
+    `jaxode.solve(f, z, s, t, args, batch=step_control)` runs the same solve and returns more about
+    it.
 
     Args:
         f: vector field of one sample, as for `solve`.
         z: batch of states, any pytree of floating arrays with a common leading axis.
         s: start time, a scalar; with "per_sample" steps also `[batch]`.
-        t: end time, a scalar or `[batch]` as `s`; `s > t` runs backwards.
-        args: any pytree, passed to `f`, the same for all samples.
+        t: end time, with the shapes of `s`. If `s > t`, the solve runs backwards in time.
+        args: any pytree, passed to `f`; shared by all samples.
         step_control: "joint" or "per_sample", as `batch` of `solve`.
         throw: as for `solve`.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
@@ -190,20 +193,20 @@ def flow(
     moved = sorted({"return_solution", "ts"} & set(solve_options))
     if moved:
         raise TypeError(
-            f"flow({moved[0]}=...): it returns z at time t alone. Use "
+            f"flow({moved[0]}=...): it returns only z at time t. Use "
             f"jaxode.solve(f, z, s, t, args, batch={step_control!r}), which returns a Solution."
         )
     options = SolveOptions.make("flow", **solve_options)
     one_of("flow", "step_control", step_control, ("joint", "per_sample"))
     check_implicit("flow", options, "step_control", step_control)
     z = check_batch("flow", "z", z)
-    return solve_field(
+    return solve_checked(
         "flow", f, z, (s, t), args, options, name="z", batch=step_control, throw=throw
     ).y1
 
 
 class Unconditional(eqx.Module):
-    """A vector field that has nothing of its own for each row."""
+    """A vector field without per-row arguments."""
 
     f: VectorField
 
@@ -212,7 +215,7 @@ class Unconditional(eqx.Module):
         return call_field(self.f, t, y, shared)
 
 
-def solve_field(
+def solve_checked(
     where: str,
     f: VectorField,
     y0: PyTree[Array],
@@ -227,7 +230,7 @@ def solve_field(
     event: Event | None = None,
     throw: bool,
 ) -> Solution:
-    """`solve`, for a function of the name `where`, of a checked state, its argument `name`."""
+    """`solve` for a checked state: the argument `name` of the public function `where`."""
     check_field(where, "f", f, "f(t, y, args)")
     check_bool(where, "throw", throw)
     args = check_args(where, "args", args)
@@ -244,7 +247,7 @@ def solve_field(
 
 
 def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batch) -> None:
-    """Raise for what needs an explicit Runge-Kutta solver, if there is none."""
+    """Raise if an option needs an explicit Runge-Kutta solver and the solver is not one."""
     if options.tableau is not None:
         return
     name, adjoint = type(options.solver).__name__, options.adjoint
@@ -261,7 +264,7 @@ def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batc
 
 
 def check_event(where: str, options: SolveOptions, event: Any, batch: Batch) -> None:
-    """Raise for what is no event, and where there is none."""
+    """Raise for an invalid event, and for options that do not go with events."""
     if event is None:
         return
     if not isinstance(event, Event):
@@ -325,7 +328,7 @@ def run(system: System) -> Solution:
 
 @eqx.filter_custom_jvp
 def _at_padding(ys: Float[Array, "times rows n"], past: Float[Array, "times rows"], problem):
-    """The outputs, whose padding moves along the field if its times move `past` the last one."""
+    """The outputs. Padding moves along the field if its times move `past` the last one."""
     del past, problem
     return ys
 
@@ -336,7 +339,7 @@ def _at_padding_jvp(primals, tangents):
     ys_dot, past_dot, _ = tangents
     if past_dot is not None:
         slope = problem.slope(problem.ts[-1], ys[-1])
-        # Of a row that failed, whose outputs are NaN whatever their times.
+        # A failed row has NaN outputs at any time.
         slope = jnp.where(jnp.isfinite(slope), slope, 0)
         moved = past_dot.astype(ys.dtype)[..., None] * slope[None]
         ys_dot = moved if ys_dot is None else ys_dot + moved

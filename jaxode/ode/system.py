@@ -1,6 +1,6 @@
-"""From the arguments of a user to a problem on rows.
+"""From a user's arguments to a problem on rows.
 
-A `System` is made outside of the compiled program and is all that it gets. `pose` traces the vector
+A `System` is made outside the compiled program and is its only input. `pose` traces the vector
 field inside.
 """
 
@@ -38,7 +38,7 @@ Batch = Literal["joint", "per_sample"] | None
 class Label:
     """The name of the function that the user called, for messages.
 
-    All are equal, so that it never is a reason to compile again.
+    All labels are equal, so they never cause a recompilation.
     """
 
     def __init__(self, text: str):
@@ -52,29 +52,29 @@ class Label:
 
 
 class System(NamedTuple):
-    """A system of ODEs, one for each row of a batch, or one alone."""
+    """A system of ODEs: one for each row of a batch, or a single one."""
 
     label: Label
     field: Callable[..., PyTree]
-    """`f(t, y, shared, row)`, of one row."""
+    """`f(t, y, shared, row)` of one row."""
     y0: PyTree[Float[Array, "..."]]
     t0: Float[Array, "*rows"]
-    """For all rows, or one for each, as the other times are."""
+    """One for all rows or one per row, as for the other times."""
     t1: Float[Array, "*rows"]
     ts: Float[Array, "*rows times"] | None
     ts_lost: Bool[Array, "*rows"]
-    """Whether the dtype of the state cannot tell them apart."""
+    """Whether times in `ts` are lost in the dtype of the state."""
     shared: PyTree
-    """What all rows have in common."""
+    """Arguments that all rows share."""
     rows: PyTree
-    """What each row has of its own: leaves `[batch, ...]`."""
+    """Arguments per row: leaves `[batch, ...]`."""
     batch: Batch
-    """None for a single system, without an axis for it."""
+    """None for a single system without a batch axis."""
     method: Method
     adjoint: Any
-    """The gradient method, which runs the loop, or diffrax for other solvers."""
+    """The gradient method, which runs the loop, or a solve by diffrax."""
     event: Any = None
-    """Where it ends, if not at `t1`."""
+    """The event that may end it before `t1`."""
 
     @property
     def rows_have_outputs(self) -> bool:
@@ -91,7 +91,7 @@ class System(NamedTuple):
         return t0, t1, ts
 
     def raising(self, throw: bool) -> "System":
-        """The same, with an error for a backward solve that fails, if the method has one."""
+        """The same system, where a failed backward solve raises if `throw`."""
         backward = isinstance(recognized(self.adjoint), BacksolveAdjoint | InterpolatingAdjoint)
         return self._replace(method=dataclasses.replace(self.method, raises=throw and backward))
 
@@ -110,7 +110,7 @@ def make_system(
     dense: bool = False,
     event: Any = None,
 ) -> System:
-    """Check the times, and make all that varies an array, so that nothing is compiled again."""
+    """Check the times, and turn everything that varies into arrays to avoid recompilation."""
     dtype = state_dtype(y0)
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
     t0, t1, ts, ts_lost = check_times(where, *span, ts, dtype, count)
@@ -128,7 +128,7 @@ def make_system(
 
 
 def argument_faults(where: str, system: System) -> Faults:
-    """What could be wrong with the arguments of a system, for the message of a failure."""
+    """The faults that arguments of a system may have, for the message of a failure."""
     ragged = system.t0.ndim or system.t1.ndim or system.rows_have_outputs
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     times = Problem(None, None, system.y0, *system.on_rows(rows))
@@ -169,7 +169,7 @@ class Ravel:
 
 
 def condition_on_rows(system: System, ravel: Ravel):
-    """The condition of the event, on rows of the solver."""
+    """The condition of the event on rows of the solver."""
 
     def checked(t, y, shared):
         value = system.event.condition(t, y, shared)
@@ -192,7 +192,7 @@ def condition_on_rows(system: System, ravel: Ravel):
 
 
 def _rows_field(system: System):
-    """The field on rows of the solver: one system, one batch, or one row for each sample."""
+    """The field on rows of the solver: one system, one batch, or one row per sample."""
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
@@ -213,9 +213,9 @@ def _rows_field(system: System):
 
 
 def pose(system: System) -> tuple[Problem, Method, Ravel]:
-    """The problem on rows, its method, and how a state becomes rows; it traces the field once.
+    """The problem on rows, its method, and the map to rows. Traces the field once.
 
-    A batch with joint steps is one row, and so is a single system. The system is `recognized`.
+    A batch with joint steps is one row, and so is a single system. The system must be `recognized`.
     """
     y0 = system.y0
     if system.batch != "per_sample":

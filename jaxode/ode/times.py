@@ -10,11 +10,10 @@ from jaxode.ode.validation import as_array, check_real_times, check_time, is_kno
 
 
 def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
-    """The start, the end and the output times as arrays of the dtype of the state, and whether
-    output times are lost in it.
+    """The start, end and output times in the dtype of the state, and whether any are lost in it.
 
-    With a number of `rows` each may have its own. Then, and where times are traced, what is lost is
-    not raised for: the start is NaN where the span is. See `_lost_times`.
+    With a number of `rows`, each row may have its own times. Lost times of rows, and of traced
+    times, do not raise: the start is NaN where the span is lost. See `_lost_times`.
     """
     ragged = [_check_end(where, name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
     given = ts
@@ -51,7 +50,7 @@ def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: i
 
 
 def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
-    """Whether it is the start or the end of each row, if not of all; raises if it is neither."""
+    """Whether each row has its own start or end time. Raises for any other shape but a scalar."""
     shape = np.shape(value) if isinstance(value, jax.Array | np.ndarray | list | tuple) else ()
     if shape == () or (rows is None and len(shape) != 1):
         check_time(where, name, value)
@@ -71,14 +70,14 @@ def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
 
 
 class _Stored(NamedTuple):
-    """A time, and by how much it moves in the dtype of the state."""
+    """A time, and how far rounding to the dtype of the state moves it."""
 
     value: Any
     moved: Any
 
     @classmethod
     def of(cls, t: Any, dtype: jnp.dtype) -> "_Stored":
-        """NumPy's, in float64, if it is known; else of the precision that JAX has."""
+        """In float64 by NumPy if the time is known, otherwise in JAX's precision."""
         info = jnp.finfo(dtype)
         if is_known(t):
             exact = np.asarray(t, float)
@@ -94,11 +93,11 @@ class _Stored(NamedTuple):
 
 
 def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
-    """Whether the span, and some of the times `ts`, are lost in the precision of the state.
+    """Whether the span, and any of the times `ts`, are lost in the precision of the state.
 
-    What is kept may move by a thousandth of the span: far above the rounding of a span that is
-    worth solving over. Times that differ stay so, unless they are one for the span, too. For each
-    row, if any of them is. Known if all is that it depends on.
+    A time that is kept may move by a thousandth of the span, far more than rounding moves it in any
+    useful span. Times that differ must still differ, unless their distance is negligible in the
+    span. The answer is per row if any time is, and known at trace time if all times are.
     """
     if dtype == np.dtype(float):
         return np.False_, np.False_
@@ -136,7 +135,7 @@ def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
     low, high = sorted((ts.dtype.type(t0), ts.dtype.type(t1)))
     outside = ts[(ts < low) | (ts > high)]
     if outside.size:
-        # In full: what was rounded to another dtype may differ from an end in its last digits.
+        # All digits: a time rounded to another dtype may differ from an end in its last ones.
         raise ValueError(
             f"{where}(ts=...): times must lie between t0={t0!r} and t1={t1!r}; got {outside[0]}. "
             "Extend the solve or drop the times outside it."

@@ -18,12 +18,12 @@ _PYTHON_NUMBERS = float | int | complex | bool
 
 
 def is_known(value: Any) -> bool:
-    """Whether a value, or each of several, is known at trace time."""
+    """Whether a value, or every value of a pytree, is known at trace time."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
 def as_array(value: Any, dtype: jnp.dtype) -> Any:
-    """The number as an argument of a compiled program; NumPy makes one of Python's at no cost."""
+    """The number as an input of a compiled program. NumPy converts Python numbers at no cost."""
     return (np if isinstance(value, int | float) else jnp).asarray(value, dtype)
 
 
@@ -35,7 +35,7 @@ def integer(
     rule: str = "a positive integer",
     cure: str = "",
 ) -> int:
-    """The value as an `int` of at least `least`; NumPy's integers are such, too."""
+    """The value as an `int` of at least `least`. NumPy integers are accepted."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -46,7 +46,7 @@ def integer(
 
 
 def non_negative(where: str, name: str, value: Any, rule: str) -> float:
-    """The value, a Python number that is finite and at least zero."""
+    """The value, if it is a finite Python number of at least zero."""
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not 0 <= value < float("inf"):
         raise ValueError(f"{where}({name}=...): must be {rule}; got {value!r}.")
@@ -65,8 +65,8 @@ def one_of(where: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def real_scalar(
     where: str, name: str, value: Any, rule: str, holds: Callable[[float], bool], kind: str
 ) -> None:
-    """Raise unless it is a real scalar, of this kind, and `holds` as far as it is known."""
-    if not isinstance(value, float):  # Most are, and need not become an array for it.
+    """Raise unless the value is a real scalar and, if it is known, `holds`."""
+    if not isinstance(value, float):  # Most are floats and need no array.
         dtype = numeric_dtype(value)
         if dtype is None or not jnp.issubdtype(dtype, jnp.number):
             raise TypeError(f"{where}({name}=...): must be a real {kind}; got {value!r}.")
@@ -80,29 +80,29 @@ def real_scalar(
 
 
 def check_tolerance(where: str, name: str, value: Any) -> None:
-    """Raise unless it is a tolerance, as far as it is known."""
+    """Raise unless the value is a scalar, and a valid tolerance if it is known."""
     rule = "a finite tolerance of at least 0"
     real_scalar(where, name, value, rule, lambda x: 0 <= x < np.inf, "number")
 
 
 def check_positive(where: str, name: str, value: Any) -> None:
-    """Raise unless it is positive and finite, as far as it is known."""
+    """Raise unless the value is a scalar, and positive and finite if it is known."""
     real_scalar(where, name, value, "positive and finite", lambda x: 0 < x < np.inf, "number")
 
 
 def check_time(where: str, name: str, value: Any) -> None:
-    """Raise unless it is a time, and finite as far as it is known."""
+    """Raise unless the value is a time, and finite if it is known."""
     real_scalar(where, name, value, "a finite time", np.isfinite, "time")
 
 
 def check_bool(where: str, name: str, value: Any) -> None:
-    """Raise unless it is True or False."""
+    """Raise unless the value is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{where}({name}=...): must be True or False; got {value!r}.")
 
 
 def native(tree: PyTree) -> PyTree:
-    """Its arrays of NumPy in the byte order of the machine, the only one that JAX takes."""
+    """The tree with NumPy arrays in native byte order, the only one that JAX accepts."""
     is_foreign = lambda x: isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
     if not any(map(is_foreign, jax.tree.leaves(tree))):
         return tree
@@ -111,14 +111,14 @@ def native(tree: PyTree) -> PyTree:
 
 
 def described(array: Any) -> str:
-    """What an array is, for the message that says why JAX does not take it."""
+    """What an array is, for the message that says why JAX does not accept it."""
     if isinstance(array, np.ma.MaskedArray):
         return "a masked array, whose entries may have no value"
     return f"an array of {array.dtype}"
 
 
 def check_args(where: str, name: str, args: PyTree) -> PyTree:
-    """The same, without arrays of NumPy that JAX has no dtype for."""
+    """The arguments. Raises for NumPy arrays whose dtype JAX does not have."""
     args = native(args)
     for leaf in jax.tree.leaves(args):
         if isinstance(leaf, np.ndarray | np.generic) and numeric_dtype(leaf) is None:
@@ -130,19 +130,19 @@ def check_args(where: str, name: str, args: PyTree) -> PyTree:
 
 
 def _is_not_numeric(leaf: Any) -> bool:
-    """Whether it is an array of NumPy of text, objects, dates or spans of time."""
+    """Whether the leaf is a NumPy array of text, objects, dates or durations."""
     return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "USOMm"
 
 
 def state_dtype(y0: PyTree) -> jnp.dtype:
-    """The dtype that a state is solved in: the common one of its leaves, at least float32."""
+    """The dtype in which a state is solved: common to its leaves, at least float32."""
     with jax.numpy_dtype_promotion("standard"):
-        # By dtype: a weakly typed float64 would otherwise give way to float32.
+        # By dtype: a weakly typed float64 would otherwise lose to float32.
         return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(y0)))
 
 
 def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
-    """The state as arrays, of a floating dtype."""
+    """The state as floating arrays."""
     y0 = native(y0)
     leaves = jax.tree.leaves(y0)
     if not leaves:
@@ -189,7 +189,7 @@ def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
 
 
 def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> None:
-    """Raise if devices that are to take the same steps have times of their own."""
+    """Raise if devices that take the same steps have different times."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     differ = sorted(axes_of(times).intersection(names))
     if differ:
@@ -201,7 +201,7 @@ def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> N
 
 
 def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
-    """Raise unless the derivative is shaped like the state."""
+    """Raise unless the derivative has the structure, shapes and precision of the state."""
     if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
             f"{where}(f=...): f(t, y, args) must return the structure of y, "
@@ -230,7 +230,7 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
 
 
 def check_real_times(where: str, name: str, value: Any) -> None:
-    """Raise unless JAX takes it for an array of real numbers."""
+    """Raise unless JAX accepts the value as an array of real numbers."""
     kind = numeric_dtype(value)
     if kind is None or not (
         jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
@@ -239,7 +239,7 @@ def check_real_times(where: str, name: str, value: Any) -> None:
 
 
 def check_breakpoints(where: str, value: Any, steps: int | None) -> None:
-    """Raise unless it is a vector of times, none NaN as far as it is known, with error control."""
+    """Raise unless the value is a vector of times, not known to hold NaN, with error control."""
     check_real_times(where, "breakpoints", value)
     shape = jnp.asarray(value).shape
     if len(shape) != 1:
@@ -249,13 +249,13 @@ def check_breakpoints(where: str, value: Any, steps: int | None) -> None:
     if steps is not None:
         raise ValueError(
             f"{where}(breakpoints=...): needs error control; got steps={steps}. Solve each piece "
-            "between two breakpoints by itself, with a number of steps of its own."
+            "between two breakpoints by itself, with its own number of steps."
         )
 
 
 def numeric_dtype(value: Any) -> Any:
-    """The dtype of what JAX takes for an array; None for anything else."""
-    # JAX would take a string for the name of a dtype, and refuse what is masked.
+    """The dtype of a value that JAX accepts as an array. None for anything else."""
+    # JAX would read a string as the name of a dtype, and rejects masked arrays.
     if isinstance(value, str | np.ma.MaskedArray):
         return None
     try:

@@ -14,8 +14,8 @@ __all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode", "Int
 
 
 class Adjoint(Protocol):
-    """A gradient method: a frozen dataclass, equal to its like."""
+    """A gradient method: a frozen dataclass, compared by value."""
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
-        """Solve the problem, differentiable in all of it, by this method."""
+        """Solve the problem. Differentiable in all of its floating leaves."""
         ...

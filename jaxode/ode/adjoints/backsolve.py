@@ -1,4 +1,4 @@
-"""The adjoint ODE with the state recomputed backwards: memory of one state."""
+"""The adjoint ODE with the state recomputed backwards, in the memory of one state."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -36,22 +36,21 @@ from jaxode.ode.loop.problem import Problem
 
 @dataclass(frozen=True)
 class BacksolveAdjoint:
-    """Solve the adjoint ODE backwards together with the state itself, from its end.
+    """Solve the adjoint ODE backwards, together with the state.
 
-    Memory is that of one state, whatever the number of steps; nothing of the forward solve is kept
-    but its end and the states at `ts`, from which the recomputed state is restarted. The gradient
-    is that of the continuous problem, exact up to the tolerances, not that of the computed
-    solution.
+    Memory is one state, independent of the number of steps: the forward solve keeps only its end
+    and the states at `ts`, from which the recomputed state restarts. The gradient belongs to the
+    continuous problem, exact up to the tolerances, and not to the computed solution.
 
-    Where the ODE contracts by more than the tolerance over the span, as in stiff decay, the state
-    recomputed backwards leaves the trajectory. A linear field then overflows and the backward solve
-    fails; a nonlinear one can settle on another trajectory and give a finite gradient that is wrong
-    by any factor, with no sign of it. More times in `ts` restart the state and help.
-    `DiscreteAdjoint` and `InterpolatingAdjoint` have no such weakness.
+    If the ODE contracts by more than the tolerance over the span, as in stiff decay, the recomputed
+    state leaves the trajectory. With a linear field it then overflows, and the backward solve
+    fails. With a nonlinear field it can settle on another trajectory: the gradient is finite and
+    wrong by any factor, without a warning. More times in `ts` restart the state more often and
+    help. `DiscreteAdjoint` and `InterpolatingAdjoint` do not have this weakness.
 
     Args:
-        rtol: relative tolerance of the backward solve; that of the forward solve by default.
-        atol: absolute tolerance of the backward solve; that of the forward solve by default.
+        rtol: relative tolerance of the backward solve. By default as for the forward solve.
+        atol: absolute tolerance of the backward solve. By default as for the forward solve.
 
     References: Chen et al. (2018), arXiv:1806.07366; Kidger et al. (2021), arXiv:2009.09457, for
     keeping the parameters out of the error norm.
@@ -64,7 +63,7 @@ class BacksolveAdjoint:
         check_tolerances("BacksolveAdjoint", self.rtol, self.atol)
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
-        """Solve the problem, differentiable in all of it."""
+        """Solve the problem. Differentiable in all of its floating leaves."""
         problem = in_reverse(problem, "BacksolveAdjoint")
         return _integrate(problem, method, self.rtol, self.atol)
 
@@ -75,7 +74,7 @@ class BacksolveAdjoint:
         y1_bar: Float[Array, "rows n"],
         ys_bar: Float[Array, "times rows n"] | None,
     ) -> Stats:
-        """The work of the backward solve from these cotangents of the end state and the outputs."""
+        """The work of the backward solve, given the cotangents of the end state and the outputs."""
         inexact = jax.tree.map(eqx.is_inexact_array, problem)
         integration, _ = integrate(problem, method)
         out = integration._replace(y1=y1_bar, ys=ys_bar)
@@ -92,7 +91,7 @@ def _integrate(problem: Problem, method: Method, rtol, atol) -> Integration:
 @_integrate.def_fwd
 def _forward(perturbed, problem, method, rtol, atol):
     del perturbed
-    # By the differentiable function, for the sake of second derivatives.
+    # Through the differentiable function, so that second derivatives work.
     integration = _integrate(problem, method, rtol, atol)
     return integration, integration
 
@@ -116,9 +115,9 @@ def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segme
     parts = (problem.field, problem.args)
     params, rest = eqx.partition(parts, (perturbed.field, perturbed.args))
     out = _Ends(filled(out.y1, problem.y0), None if problem.ts is None else out.ys)
-    # A row on which nothing depends stays at the end, where its cotangent is zero, too.
+    # A row on which nothing depends stays at the end, where its cotangent is zero.
     resting = (result != Result.SUCCESS) | idle
-    # Without integers, which have no cotangent.
+    # Integers have no cotangent.
     integration = integration._replace(stats=None, result=None, t_reached=None)
     ends = problem._replace(field=None, args=None), integration, resting, out
     inputs = in_reverse((params, rest, *ends), "BacksolveAdjoint")
@@ -161,8 +160,9 @@ def _solve_back(inputs, method):
     if ts is None or ys is None or ys_bar is None:
         return solve(segment, problem.t0)
 
-    # One loop for all segments, so that the program holds one copy: to each saved time, where the
-    # state is restarted from what was saved and the cotangent jumps, and last to the start.
+    # One loop for all segments, so that the program holds a single copy of the solve. Each segment
+    # ends at a saved time, where the state restarts and the cotangent jumps; the last ends at the
+    # start.
     def body(i, segment):
         j = ts.shape[0] - 1 - i
         at_output, j = j >= 0, jnp.maximum(j, 0)
@@ -209,7 +209,7 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
         params, rest, problem, integration, _, out = eqx.combine(diff, fixed)
 
         def solve(state, start, to):
-            # All rows are one here, so its time `s` goes from 0 to 1 in each.
+            # All rows are solved as one here, so the time `s` runs from 0 to 1 in each.
             span, unit = to - start, jnp.ones_like(to[:1])
             args = (params, rest, start, span), ()
             back = Problem(adjoint_ode, args, state, 0 * unit, unit, None)
@@ -235,7 +235,7 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
 
 
 def _over_unit(method: Method, start: Float[Array, " rows"], span: Float[Array, " rows"]) -> Method:
-    """The method for solves over the `span` of each row at once, as over the unit interval."""
+    """The method for solving the `span` of every row at once, rescaled to the unit interval."""
     start, span = jax.lax.stop_gradient((start, span))
     longest, safe = jnp.max(jnp.abs(span)), jnp.where(span == 0, 1.0, span)
     max_step, breakpoints = method.max_step, method.breakpoints

@@ -5,8 +5,8 @@ With `a(t)` the cotangent of `y(t)`, the adjoint theorem reads
     da/dt = -a df/dy,    db/dt = -a df/dparams,    b = 0 at the end,
 
 and the gradients are `a` and `b` at the start (Pontryagin 1962; Chen et al. 2018,
-arXiv:1806.07366). `b` does not feed back, so it is a quadrature: one accumulator of the parameters'
-own size, which is neither part of the state nor of the error norm.
+arXiv:1806.07366). `b` does not feed back, so it is a quadrature: an accumulator as large as the
+parameters, which is part of neither the state nor the error norm.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def adjoint_product(
     """`f`, `-a df/dy` and `-sum over rows of weight a df/dparams`, from one `vjp`.
 
     Rows are independent, so scaling a row's cotangent by its weight scales its part of both
-    products; the first is scaled back.
+    products. The first product is then scaled back.
     """
     f, pull = vjp(lambda params, y: apply(params, t, y), params, y)
     params_bar, y_bar = pull(-weight[:, None] * a)
@@ -59,7 +59,7 @@ def adjoint_product(
 
 
 class Segment(NamedTuple):
-    """An adjoint solve, between two times or at the end of one. `h` is the next step to try."""
+    """The state of an adjoint solve. `h` is the next step size to try."""
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
@@ -70,18 +70,18 @@ class Segment(NamedTuple):
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
     unfit: Float[Array, " rows"]
-    """What is ahead of the last attempt rejected, if it was not finite; else not positive."""
+    """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
 
     def stats(self, tableau: Tableau) -> Stats:
         """The work done."""
         steps = self.accepted + self.rejected
-        # With several rows the stages are evaluated once more, when it is known who accepts.
+        # With several rows, the stages are evaluated again once it is known which rows accept.
         passes = 1 if self.t.shape[0] == 1 else 2
         return Stats(steps, self.accepted, self.rejected, passes * tableau.stages * steps)
 
     @classmethod
     def start(cls, t, h, y, quadrature, failed) -> "Segment":
-        """At the end of a forward solve; rows in which that failed stay there."""
+        """Start at the end of a forward solve. Rows that failed stay there."""
         zero = jnp.zeros(t.shape, jnp.int32)
         result = jnp.where(failed, Result.NON_FINITE, Result.SUCCESS).astype(jnp.int32)
         return cls(
@@ -96,15 +96,15 @@ def solve_segment(
     end: Float[Array, " rows"],
     span: Float[Array, " rows"],
 ) -> Segment:
-    """Carry an adjoint solve on to the time `end`; a row that has failed stays where it is.
+    """Continue an adjoint solve to the time `end`. A failed row stays where it is.
 
-    With equal steps, the segment takes its share of the steps that the whole `span` has.
+    With equal steps, the segment takes its share of the steps of the whole `span`.
     """
     start, before = segment.t, segment.accepted
     steps = None
     if method.steps is not None:
         share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
-        # 1e-4: the share of one step comes with rounding.
+        # 1e-4 allows for rounding in the share.
         steps = jnp.maximum(jnp.ceil(share * method.steps - 1e-4), 1).astype(jnp.int32)
 
     def active(state: Segment):
@@ -118,7 +118,7 @@ def solve_segment(
         y_next, k, quadrature_where = _stages(field, method, state, t_next - state.t)
         aimed = ahead._replace(t=t_next)
         accept, h_next, result, unfit = judge(method, state, running, aimed, y_next, k)
-        # A step that was cut short to reach the end says little about the next one.
+        # A step cut short to reach the end says little about the next one.
         longer = jnp.abs(h_next) > jnp.abs(state.h)
         return Segment(
             t=jnp.where(accept, t_next, state.t),
@@ -137,7 +137,7 @@ def solve_segment(
 
 
 def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array, " rows"]):
-    """The end of a step, its stages, and the quadrature as a function of who accepts the step."""
+    """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
     tableau, one_row = method.tableau, len(state.t) == 1
     A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
     b = jnp.asarray(tableau.b, state.y.dtype)
@@ -147,7 +147,7 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
         return field(state.t + c[i] * h, z, weight)
 
     def add_used(i, quadrature, integrand):
-        # A stage of weight zero was given another weight for the sake of its derivative.
+        # A stage of weight zero got another weight, because its derivative is needed.
         used = b[i] != 0
         return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
 
@@ -165,8 +165,8 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
         if one_row:
             keep = lambda new, old: jnp.where(accept[0], new, old)
             return jax.tree.map(keep, quadrature, state.quadrature)
-        # Rows are summed, so what a rejected row would add must be known beforehand. It is zero
-        # times an integrand that may not be finite where the step would have gone.
+        # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
+        # integrand is no way out, as it may not be finite.
         taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
         again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
         return fori_loop(0, tableau.stages, again, state.quadrature)
@@ -175,7 +175,7 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
 
 
 def with_tolerances(method: Method, rtol, atol) -> Method:
-    """The method of the adjoint solve: its own tolerances where they are given."""
+    """The method of the adjoint solve, with its own tolerances if they are given."""
     dtype = method.rtol.dtype
     given = {"rtol": rtol, "atol": atol}
     given = {name: jnp.asarray(value, dtype) for name, value in given.items() if value is not None}
@@ -191,8 +191,8 @@ def time_cotangents(
 ) -> Float[Array, "points rows"]:
     """`cotangent . f(t, y)` at each point: the gradient with respect to its time.
 
-    Moving the time of an output moves it along its trajectory, and moving the start time moves the
-    trajectory against it.
+    Moving the time of an output moves the output along its trajectory. Moving the start time moves
+    the trajectory the other way.
     """
 
     def at(point):
@@ -211,9 +211,10 @@ def cotangents(
     y0_bar: Float[Array, "rows n"],
     segment: Segment,
 ) -> Problem:
-    """Those of a problem, from the cotangents `out` of its solution and the solve back.
+    """The cotangents of a problem, from the cotangents `out` of its solution and the backward
+    solve.
 
-    They are NaN where the solve forward or the solve back failed.
+    They are NaN where the forward or the backward solve failed.
     """
     unused = unused_rows(integration.result, out)
     problem = without_unused(problem, unused, integration.result)
@@ -222,13 +223,14 @@ def cotangents(
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS) | unused
     valid = nan_unless(ok, y0.dtype)
     if method.raises:
-        # What failed forward has raised there. What took no step was not run: `vmap` goes back over
-        # both branches of a `cond`, from zeros in place of the solve of the one that is not taken
-        # (or from values of the other branch that have the same shape: that cannot be told).
+        # A failed forward solve has already raised. A solve without steps did not run: `vmap`
+        # differentiates both branches of a `cond`, with zeros in place of the solve in the branch
+        # that is not taken (or values of the other branch with the same shape, which cannot be told
+        # apart).
         ran = (integration.result == Result.SUCCESS) & (integration.stats.num_steps > 0)
         result = jnp.where(ran, segment.result, Result.SUCCESS)
         nan = nan_or_raise(result, segment.t, "backward solve")
-        # The check is a part of the value, so it cannot be eliminated as dead code.
+        # The check is part of the value, so it cannot be eliminated as dead code.
         valid = valid + nan.astype(y0.dtype)
 
     def by_time(times, states, bars):
@@ -247,7 +249,7 @@ def cotangents(
 
 
 def check_tolerances(where: str, rtol, atol) -> None:
-    """Raise unless the tolerances of a backward solve are such, or None."""
+    """Raise unless the tolerances of a backward solve are valid or None."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None:
             non_negative(where, name, value, "None or a finite tolerance of at least 0")

@@ -30,12 +30,12 @@ from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.outputs import Curve, Steps, save_times_at
 from jaxode.ode.loop.problem import Problem
 
-# How far the parameters must outnumber the work of an evaluation for their gradient to be gathered
-# once a step. Measured at batch 8: 0.8 of the time with 1.2 million parameters and 0.1 of the work.
+# If parameters outnumber the work of an evaluation by this factor, their gradient is gathered once
+# per step. Measured at batch 8, with 1.2 million parameters and a tenth of the work: 0.8x the time.
 PARAMETERS_PER_WORK = 4
-# Numbers that an evaluation computes, up to which an accelerator takes longer to start its kernels.
-# XLA's estimates for a TPU v5e, if all are gathered: 0.65 of the cycles with 1.7 million, and 1.13
-# with 30 million (benchmarks/NOTES.md).
+# Up to this many numbers per evaluation, an accelerator spends more time starting kernels than
+# running them. XLA's estimates for a TPU v5e with all stages gathered: 0.65x the cycles at 1.7
+# million numbers, 1.13x at 30 million (benchmarks/NOTES.md).
 WORK_OF_KERNELS = 7_000_000
 
 
@@ -46,15 +46,15 @@ class DiscreteAdjoint:
     The forward solve keeps the times of its accepted steps and at most `checkpoints` states; the
     backward pass replays the steps between them and applies the chain rule to each Runge-Kutta
     step, last to first. With Euler steps of size one this is backpropagation through a residual
-    network. Memory is `checkpoints` states and the stages of a few steps, whatever the number of
-    steps, and one scalar for each of `max_steps` (and row, with per-sample steps). To save time,
-    stages are kept beside the first states, in at most 8 MiB.
+    network. Memory is `checkpoints` states and the stages of a few steps, independent of the number
+    of steps, plus `max_steps` scalars (per row, with per-sample steps). To save time, the first
+    states keep their stages, in at most 8 MiB.
 
-    The mesh is a constant of differentiation: relative to `t0` and `t1` the steps stay where they
+    Differentiation treats the steps as constants: relative to `t0` and `t1` they stay where they
     are, and the error control is not differentiated.
 
     Args:
-        checkpoints: number of states kept, at least 2. Fewer save memory and cost replayed steps.
+        checkpoints: number of states to keep, at least 2. Fewer save memory but replay more steps.
 
     Raises:
         ValueError: if `checkpoints` is less than 2.
@@ -66,7 +66,7 @@ class DiscreteAdjoint:
         check_checkpoints("DiscreteAdjoint", self.checkpoints)
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
-        """Solve the problem, differentiable in all of it."""
+        """Solve the problem. Differentiable in all of its floating leaves."""
         return _integrate(in_reverse(problem, "DiscreteAdjoint"), method, self.checkpoints)
 
 
@@ -119,7 +119,7 @@ def rows_are_cheap(field: ClosedField) -> bool:
 
 
 def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
-    """Whether to gather the parameter gradient once a step, and not at each stage."""
+    """Whether to gather the parameter gradient once per step instead of at each stage."""
     if rows_are_cheap(field):
         return True
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -127,7 +127,7 @@ def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
 
 
 def _moved(mesh: Mesh, times, steps_bar: Steps | None, t0_bar, t1_bar):
-    """With the cotangents of the times of the steps, which move with the two ends."""
+    """Add the cotangents of the step times, which move with both ends."""
     if steps_bar is None or steps_bar.times is None:
         return t0_bar, t1_bar
 
@@ -140,7 +140,7 @@ def _moved(mesh: Mesh, times, steps_bar: Steps | None, t0_bar, t1_bar):
 
 
 def _kept_steps(steps_bar: Steps, outputs):
-    """Adds the cotangents of the steps themselves to those of the `outputs` within."""
+    """Add the cotangents of the steps themselves to those of the `outputs` within."""
 
     def inside(step: Step, number, bar: Step, params_bar, carry):
         def add(bar, steps_bar):
@@ -161,12 +161,12 @@ def _kept_steps(steps_bar: Steps, outputs):
 
 
 def _saved_outputs(tableau, ts, ys_bar, sign, timed):
-    """Pulls the cotangents of the outputs saved within a step back to its start and stages."""
+    """Pull the cotangents of the outputs saved within a step back to its start and stages."""
 
     def inside(step: Step, number, bar: Step, params_bar, carry):
         rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
         whole, pull_curve = jax.vjp(lambda step: Curve.of(tableau, *step), step)
-        # What is differentiated of it: without the times, the state and the stages.
+        # What is differentiated. Without the times: the state and the stages.
         curve = whole if timed else whole._replace(t=None, h=None, slope=None)
 
         def at(curve: Curve, time):

@@ -17,12 +17,12 @@ FORWARD_ONLY = (
 class ForwardMode:
     """Differentiate the solver's own steps in forward mode: `jax.jvp` and `jax.jacfwd`.
 
-    Tangents are carried along with the state, so nothing is stored. It pays when few inputs are
-    differentiated. The mesh is a constant of differentiation, as for `DiscreteAdjoint`, and the
-    results of the two agree to rounding. Reverse mode raises an error.
+    Tangents are carried along with the state, so nothing is stored. It pays off when few inputs are
+    differentiated. As for `DiscreteAdjoint`, the steps are constants of differentiation, and the
+    two agree up to rounding. Reverse mode raises an error.
     """
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
-        """Solve the problem, with forward-mode derivatives in all of it."""
+        """Solve the problem. All of its floating leaves have forward-mode derivatives."""
         integration, _ = integrate(problem, method)
         return nondifferentiable_backward(integration, msg=FORWARD_ONLY)

@@ -40,16 +40,15 @@ from jaxode.ode.loop.problem import Problem
 class InterpolatingAdjoint:
     """Solve the adjoint ODE backwards, on the dense output of the forward solve.
 
-    The error control covers the cotangent alone. Unlike `BacksolveAdjoint` it does not recompute
-    the state backwards, so it is as stable as the forward solve. The trajectory is kept as
-    `checkpoints` states, between which the steps are replayed. The gradient is that of the
-    continuous problem, exact up to the tolerances and the interpolation, not that of the computed
-    solution.
+    The error control covers only the cotangent. Unlike `BacksolveAdjoint`, it does not recompute
+    the state backwards, so it is as stable as the forward solve. It keeps the trajectory as
+    `checkpoints` states and replays the steps in between. The gradient belongs to the continuous
+    problem, exact up to the tolerances and the interpolation, and not to the computed solution.
 
     Args:
-        rtol: relative tolerance of the backward solve; that of the forward solve by default.
-        atol: absolute tolerance of the backward solve; that of the forward solve by default.
-        checkpoints: number of states kept, at least 2.
+        rtol: relative tolerance of the backward solve. By default as for the forward solve.
+        atol: absolute tolerance of the backward solve. By default as for the forward solve.
+        checkpoints: number of states to keep, at least 2.
 
     References: Chen et al. (2018), arXiv:1806.07366.
     """
@@ -63,7 +62,7 @@ class InterpolatingAdjoint:
         check_checkpoints("InterpolatingAdjoint", self.checkpoints)
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
-        """Solve the problem, differentiable in all of it."""
+        """Solve the problem. Differentiable in all of its floating leaves."""
         return _integrate(in_reverse(problem, "InterpolatingAdjoint"), method, self)
 
     def backward_stats(
@@ -73,7 +72,7 @@ class InterpolatingAdjoint:
         y1_bar: Float[Array, "rows n"],
         ys_bar: Float[Array, "times rows n"] | None,
     ) -> Stats:
-        """The work of the backward solve from these cotangents of the end state and the outputs."""
+        """The work of the backward solve, given the cotangents of the end state and the outputs."""
         inexact = jax.tree.map(eqx.is_inexact_array, problem)
         integration, tape = integrate(problem, method, self.checkpoints)
         out = integration._replace(y1=y1_bar, ys=ys_bar)
@@ -113,7 +112,7 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
     method = with_tolerances(method, adjoint.rtol, adjoint.atol)
 
     def step(carry):
-        """Carry the cotangent over one recorded step of the forward solve."""
+        """Carry the cotangent back over one recorded step of the forward solve."""
         stop, saved, segment, checkpoints = carry
         forward = lambda t, y: apply(params, t, y)
         y, k, checkpoints = replay(forward, tableau, tableau.stages, tape.times, checkpoints, stop)
@@ -126,7 +125,7 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
             return da, integrand
 
         def outputs_left(saved):
-            """Rows that have yet to pass an output of this step."""
+            """Rows that have not yet passed every output of this step."""
             if ts is None or out.ys is None:
                 return jnp.zeros_like(t, bool)
             return output_is_inside(ts, saved, t, stop, sign)

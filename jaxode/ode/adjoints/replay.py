@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Array, " rows"]:
-    """Those of the `rows` whose states have cotangents `out` of zero: nothing depends on them."""
+    """The `rows` whose cotangents `out` are zero: nothing depends on them."""
     if out.y1 is not None:
         rows &= (out.y1 == 0).all(axis=1)
     if out.ys is not None:
@@ -37,14 +37,14 @@ def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Arra
 
 
 def unused_rows(result: Int[Array, " rows"], out: Integration) -> Bool[Array, " rows"]:
-    """The rows that failed, and on which nothing depends: they have no part in any gradient."""
+    """Failed rows on which nothing depends. They add nothing to any gradient."""
     return without_cotangent(result != Result.SUCCESS, out)
 
 
 def stand_in(tree: T, unused: Bool[Array, " rows"], result: Int[Array, " rows"]) -> T:
-    """Leaves `[rows, ...]` with the first row that succeeded in place of those that are unused.
+    """Leaves `[rows, ...]`, with the first successful row in place of unused rows.
 
-    Zero times NaN is NaN: in a gradient that all rows share, a row must be finite to add nothing.
+    Zero times NaN is NaN: a row must be finite to add nothing to a gradient that all rows share.
     """
     if len(unused) < 2:
         return tree
@@ -56,7 +56,7 @@ def stand_in(tree: T, unused: Bool[Array, " rows"], result: Int[Array, " rows"])
 def without_unused(
     problem: Problem, unused: Bool[Array, " rows"], result: Int[Array, " rows"]
 ) -> Problem:
-    """The problem, in which unused rows are as the first that succeeded."""
+    """The problem, with the first successful row in place of unused rows."""
     shared, rows = problem.args
     own = problem._replace(field=None, args=rows, ts=None if problem.ts is None else problem.ts.T)
     own = stand_in(own, unused, result)
@@ -65,8 +65,8 @@ def without_unused(
 
 
 def at_start(problem: Problem, unused: Bool[Array, " rows"], t, y):
-    """The time and the state; those of the start, where the field is known to be finite, of unused
-    rows of a problem `without_unused`."""
+    """The time and the state. Unused rows of a problem `without_unused` get those of the start,
+    where the field is known to be finite."""
     if len(unused) < 2:
         return t, y
     return jnp.where(unused, problem.t0, t), jnp.where(unused[:, None], problem.y0, y)
@@ -89,12 +89,12 @@ def split(
 
 
 def filled(bar: Array | None, like: Array) -> Array:
-    """The cotangent of an output; zero where JAX knows that nothing depends on it."""
+    """The cotangent of an output. Zero if JAX knows that nothing depends on it."""
     return jnp.zeros_like(like) if bar is None else bar
 
 
 def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
-    """The factor of a gradient: one, or NaN, of which the tangents are NaN as well."""
+    """The factor of a gradient: one, or NaN with NaN tangents."""
     return jnp.where(ok, 1.0, jnp.nan).astype(dtype)
 
 
@@ -108,9 +108,9 @@ def bars_where(
     t1: Any,
     ts: Any,
 ) -> Problem:
-    """The cotangents of a problem times `valid`: that of a row its own, the shared ones all.
+    """The cotangents of a problem times `valid`: per row, and for shared leaves over all rows.
 
-    Zero of `unused` rows, and the shared ones if no other is left.
+    Cotangents of `unused` rows are zero, and so are shared ones if no other row is left.
     """
     shared, none = jnp.prod(valid), unused.all()
     keep = lambda leaf: jnp.where(none, 0, leaf * shared.astype(leaf.dtype))
@@ -132,13 +132,13 @@ def output_count(problem: Problem) -> Int[Array, " rows"]:
 def output_is_inside(ts, saved, t, number, sign) -> Bool[Array, " rows"]:
     """Whether the last of the `saved` outputs lies in step `number` (from 1), which starts at `t`.
 
-    All that are left belong to the first step.
+    The first step takes all that are left.
     """
     return (saved > 0) & ((sign * (save_times_at(ts, saved - 1) - t) > 0) | (number == 1))
 
 
 def interval(times: Float[Array, "steps+1 rows"], index: Int[Array, ""]):
-    """Start and size of a recorded step, per row; size zero for a row that waited."""
+    """Start and size of a recorded step, per row. A row that waited has size zero."""
     t = jax.lax.dynamic_index_in_dim(times, index, 0, keepdims=False)
     t_next = jax.lax.dynamic_index_in_dim(times, index + 1, 0, keepdims=False)
     return t, t_next - t
@@ -154,19 +154,19 @@ def replay(
 ) -> tuple[Float[Array, "rows n"], Float[Array, "stages rows n"], Checkpoints]:
     """The start and the stages of the last recorded step before number `stop`.
 
-    Steps are taken again from the latest checkpoint, with their first `count` stages, and those on
-    the way are kept as slots allow.
+    Steps are retaken from the latest checkpoint, with their first `count` stages. Those on the way
+    are kept as slots allow.
     """
     start, y, k, known = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
-    # With stages of zero, the step before leads to this state; the first loop evaluates them.
+    # With zero stages, the previous step leads to this state. The first iteration evaluates them.
     index = start - 1 + known.astype(start.dtype)
     none = jnp.zeros((count, *y.shape), y.dtype)
     k = none if k is None else jnp.where(known, k[:count], none)
     b = jnp.asarray(tableau.b[:count], y.dtype)
 
     def advance(carry):
-        """To the next step, whose stages are evaluated."""
+        """Go to the next step and evaluate its stages."""
         index, y, k, checkpoints = carry
         _, h = interval(times, index)
         y = jnp.where(h[:, None] == 0, y, y + h[:, None] * weighted_sum(b, k))
@@ -182,7 +182,7 @@ def replay(
 
 
 def in_reverse(inputs: T, name: str) -> T:
-    """What a gradient method differentiates, with an error for forward mode."""
+    """The inputs of a gradient method. Forward mode raises an error."""
     message = (
         f"{name}: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), but no "
         "forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode()."
@@ -191,7 +191,7 @@ def in_reverse(inputs: T, name: str) -> T:
 
 
 def once_only(name: str, cotangents: PyTree) -> PyTree:
-    """The cotangents of a solve, with an error if they are differentiated in reverse mode."""
+    """The cotangents of a solve. Differentiating them in reverse mode raises an error."""
     message = (
         f"{name}: the gradient of a solve can be differentiated in forward mode only, as in "
         "jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for reverse over reverse."
@@ -200,6 +200,6 @@ def once_only(name: str, cotangents: PyTree) -> PyTree:
 
 
 def check_checkpoints(where: str, checkpoints: int) -> None:
-    """Raise unless it is a number of checkpoints."""
+    """Raise unless `checkpoints` is a valid number."""
     rule = "an integer of at least 2"
     integer(where, "checkpoints", checkpoints, least=2, rule=rule, cure=" The default is 64.")

@@ -7,9 +7,9 @@ With `y_bar` the cotangent of a step's end and `z_bar_i` that of stage `i`'s sta
 and `z_bar_i` is the vjp of the vector field at stage `i` applied to `k_bar_i`. The cotangent of the
 step's start is `y_bar + sum_i z_bar_i`.
 
-What depends on the inside of a step, such as a saved output, adds to the cotangents of its stages.
-If the last stage is the first of the next step, it waits for what that step had to add, and is
-pulled back once.
+Anything that depends on the inside of a step, such as a saved output, adds to the cotangents of its
+stages. If the last stage is the first stage of the next step, it waits for that step's
+contribution, and is pulled back once.
 """
 
 from collections.abc import Callable
@@ -39,11 +39,11 @@ class Step(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """Cotangents at the start of a step, and of what all steps share."""
+    """Cotangents at the start of a step, and of everything that all steps share."""
 
     y: Float[Array, "rows n"]
     slope: Float[Array, "rows n"] | None
-    """Of the first stage, if it waits for the step before."""
+    """The cotangent of the first stage, if it waits for the previous step."""
     params: PyTree
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
@@ -71,35 +71,35 @@ class Sweep(NamedTuple):
     timed: bool
     """Whether the times are differentiated."""
     unused: Bool[Array, " rows"]
-    """Rows whose stages may be NaN, and which have no part in any gradient."""
+    """Rows whose stages may be NaN and which add nothing to any gradient."""
     per_step: bool
     """Whether the parameter gradient is gathered from all stages of a step as one batch, because
-    to write and add it at every stage would cost more than the products themselves."""
+    writing and adding it at every stage would cost more than the products."""
     inside: Callable[..., tuple[Step, PyTree, Any]] | None = None
-    """`(step, number, bar, params_bar, carry) -> (bar, params_bar, carry)`, which adds what depends
-    on the inside of a step to its cotangents `bar`. `number` counts from 1; number 0 is the start
-    of the solve, a step of size zero that has nothing inside."""
+    """`(step, number, bar, params_bar, carry) -> (bar, params_bar, carry)`: adds the contributions
+    from the inside of a step to its cotangents `bar`. `number` counts from 1. Number 0 is the start
+    of the solve, a step of size zero with nothing inside."""
     inside_pulls_last: bool = False
-    """Whether `inside` also pulls back what waits for the last stage."""
+    """Whether `inside` also pulls back the cotangent that waits for the last stage."""
 
     @property
     def waits(self) -> bool:
-        """Whether the last stage of a step is left to the next: nothing else depends on it."""
+        """Whether the last stage of a step is left to the next step: nothing else depends on it."""
         return self.inside is not None and self.tableau.first_same_as_last
 
     @property
     def count(self) -> int:
-        """How many stages of a step matter."""
+        """The number of stages that matter."""
         tableau = self.tableau
         return tableau.advancing_stages if self.inside is None else tableau.stages
 
     @property
     def pulled(self) -> int:
-        """How many of them are pulled back here."""
+        """The number of stages that are pulled back here."""
         return self.count - 1 if self.inside_pulls_last else self.count
 
     def run(self, y1_bar: Float[Array, "rows n"], params_bar: PyTree, carry: Any = None) -> Swept:
-        """From the cotangent of the end state to the cotangents at the start."""
+        """Go from the cotangent of the end state to the cotangents at the start."""
         zero = jnp.zeros_like(self.mesh.t0)
         slope_bar = jnp.zeros_like(y1_bar) if self.waits else None
         swept = Swept(y1_bar, slope_bar, params_bar, zero, zero, carry)
@@ -116,7 +116,7 @@ class Sweep(NamedTuple):
             bar = bar._replace(k=bar.k.at[-1].set(swept.slope))
         if self.inside is not None:
             bar, params_bar, carry = self.inside(step, state.stop, bar, params_bar, carry)
-        # Before the first step only its first stage is left, as the last one of step number 0.
+        # Before the first step, only its first stage is left: the last stage of step number 0.
         start = self.pulled if self.inside_pulls_last else self.pulled - 1
         lowest = jnp.where(state.stop == 0, start, 1) if self.waits else 0
         bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
@@ -141,14 +141,15 @@ class Sweep(NamedTuple):
         if self.waits:
             h = jnp.where(state.stop == 0, 0.0, h)
         if self.timed and len(self.unused) > 1:
-            # The derivatives by the times are sums of products with the stages.
+            # Derivatives with respect to times are sums of products with the stages.
             k = jnp.where(self.unused[:, None], 0.0, k)
         return Step(t, h, y, k), checkpoints
 
     def _pull(self, step: Step, bar: Step, y_bar: Float[Array, "rows n"], params_bar, lowest):
-        """The cotangents of a step, given those of its end, and of its stages from elsewhere.
+        """The cotangents of a step, given the cotangents of its end, and of its stages from
+        elsewhere.
 
-        The stages below `lowest` are left, with the cotangents that they wait with.
+        Stages below `lowest` are not pulled back; their cotangents wait.
         """
         t, h, y, k = step
         A = jnp.asarray(self.tableau.A[: self.count, : self.count], y.dtype)
@@ -191,7 +192,7 @@ class Sweep(NamedTuple):
         return Step(t_bar, h_bar, y_bar, k_bar), params_bar
 
     def _gather(self, step: Step, A, c, k_bar, params_bar):
-        """Add the parameter gradient of all stages of a step, but for one that waits."""
+        """Add the parameter gradient of all stages of a step, except one that waits."""
         own = slice(1 if self.waits else 0, self.pulled)
         z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
         times = step.t[None] + c[: self.count, None] * step.h[None]

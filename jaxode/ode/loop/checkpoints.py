@@ -13,16 +13,16 @@ STAGE_BYTES = 8 * 2**20
 class Checkpoints(NamedTuple):
     """The states `y` at which the steps numbered `step` start; an unused slot has `step == -1`.
 
-    While a solve runs its length is unknown, so every `stride`-th step is kept, and when the slots
-    are full the stride doubles: the slots that no longer fit it are the ones to be reused. A
-    quarter of the slots is left for the backward pass, which refines the stretch that it replays.
+    While a solve runs, its length is unknown, so it keeps every `stride`-th step. When the slots
+    are full the stride doubles, and slots that no longer fit it are reused. A quarter of the slots
+    is reserved for the backward pass, which refines the stretch that it replays.
 
-    The first slots keep the stages of a step with its state, which saves evaluating them again.
+    The first slots also keep the stages of a step, which saves evaluating them again.
     """
 
     step: Int[Array, " slots"]
     y: Float[Array, "slots+1 rows n"]
-    """The last place takes what is not kept, so that writing never reads, and copies nothing."""
+    """The last place takes steps that are not kept, so writing never reads and copies nothing."""
     k: Float[Array, "first_slots+1 stages rows n"] | None
     stride: Int[Array, ""]
     """A power of two."""
@@ -36,7 +36,7 @@ class Checkpoints(NamedTuple):
         return cls(jnp.full(slots, -1, jnp.int32), y, k, jnp.ones((), jnp.int32))
 
     def _write(self, free: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
-        """Keep a step in the first free slot, if it is to be kept."""
+        """Keep a step in the first free slot if `keep`."""
         slots = self.step.shape[0]
         slot = jnp.where(keep, _first(free, slots), slots)
         write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
@@ -67,8 +67,8 @@ class Checkpoints(NamedTuple):
     def latest_before(self, stop: Int[Array, ""]):
         """The last kept step before number `stop`: its number, state and, if kept, stages.
 
-        Whether the stages are those is told last. If there is no such step, it is step -1 with the
-        initial state, for which nothing has to be evaluated.
+        The last result says whether the stages are kept. If there is no such step, it is step -1
+        with the initial state, which needs no evaluation.
         """
         earlier = jnp.where(self.step < stop, self.step, -1)
         start = jnp.max(earlier)
@@ -81,8 +81,8 @@ class Checkpoints(NamedTuple):
     def spacing(self, start: Int[Array, ""], stop: Int[Array, ""]) -> Int[Array, ""]:
         """How far apart to keep steps when replaying from `start` to the step before `stop`.
 
-        Slots of steps from `stop` on are free. If they hold the whole stretch, every step is kept;
-        otherwise half of them split it, and the other half is left for the next level.
+        Slots of steps from `stop` on are free. If they can hold the whole stretch, every step is
+        kept. Otherwise half of them split it, and the other half is left for the next level.
         """
         free = jnp.sum((self.step < 0) | (self.step >= stop), dtype=jnp.int32)
         length = stop - start
@@ -96,6 +96,6 @@ class Checkpoints(NamedTuple):
 
 
 def _first(mask: Bool[Array, " places"], otherwise: int) -> Int[Array, ""]:
-    """The index of the first true entry, by a plain reduction, unlike `argmax`."""
+    """The index of the first true entry, by a plain reduction instead of `argmax`."""
     index = jnp.arange(mask.shape[0], dtype=jnp.int32)
     return jnp.min(jnp.where(mask, index, jnp.int32(otherwise)))

@@ -26,8 +26,7 @@ from jaxode.ode.loop.tableau import Tableau
 # The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
 
-# (what a step starts from, the step) -> whether it is accepted and stops within, the time, and the
-# state there.
+# (start of a step, the step) -> whether an accepted step stops inside, the time and state there.
 Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "rows n"]]]
 
 
@@ -39,7 +38,7 @@ class Tape(NamedTuple):
     num_steps: Int[Array, ""]
     checkpoints: Checkpoints
     slope: Float[Array, "rows n"] | None
-    """At the end of the last step, if the solver knows it."""
+    """The slope at the end of the last step, if the solver knows it."""
 
 
 class Integration(NamedTuple):
@@ -53,9 +52,9 @@ class Integration(NamedTuple):
     h: Float[Array, " rows"]
     """The step size that the controller would try next."""
     steps: Any = None
-    """The accepted `Steps` if the method is dense, or what a solver of diffrax has for them."""
+    """The accepted `Steps` if the method is dense, or diffrax's own interpolation."""
     stopped: Bool[Array, " rows"] | None = None
-    """Whether a solve that may stop before `t1` has."""
+    """Whether a solve with `stop` ended before `t1`."""
 
 
 class _State(NamedTuple):
@@ -65,12 +64,12 @@ class _State(NamedTuple):
     slope: Float[Array, "rows n"] | None
     """`f(t, y)` if the last stage of a step is the first of the next."""
     done: Bool[Array, " rows"]
-    """Whether the end time is reached. Compilers may round the time twice, so it cannot tell."""
+    """Whether the end time is reached. The time cannot tell: compilers may round it twice."""
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
     unfit: Float[Array, " rows"]
-    """What is ahead of the last attempt rejected, if it was not finite; else not positive."""
+    """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
     saved: Int[Array, " rows"]
     ys: Float[Array, "times rows n"] | None
     tape: Tape | None
@@ -79,7 +78,7 @@ class _State(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """An attempted step: its end and its stages, and what became of it."""
+    """An attempted step: its end, its stages and its outcome."""
 
     t: Float[Array, " rows"]
     y: Float[Array, "rows n"]
@@ -102,7 +101,7 @@ def stages(
 ) -> Float[Array, "stages rows n"]:
     """The first `count` stage derivatives of one step, in a loop with one copy of `field`.
 
-    If `slope` is given it is the first of them and is not evaluated again.
+    If `slope` is given, it is the first of them and is not evaluated again.
     """
     A, c = jnp.asarray(tableau.A[:count, :count], y.dtype), jnp.asarray(tableau.c, t.dtype)
     k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
@@ -122,10 +121,10 @@ def integrate(
     """Solve from `t0` to `t1`, in either direction.
 
     With `checkpoints` it also returns a `Tape`: the time of every accepted step, and at most that
-    many states from which the steps in between can be replayed. With `stop`, which is for problems
-    without outputs, a row ends where that says.
+    many states to replay the steps in between. With `stop`, only for problems without outputs, a
+    row ends where `stop` says.
     """
-    # A row with a time that is NaN takes no step, and has no part in the gradients of the others.
+    # A row with a NaN time takes no steps and adds nothing to the gradients of other rows.
     start, end = (jnp.where(jnp.isnan(t), 0, t) for t in (problem.t0, problem.t1))
     ts, count = problem.ts, problem.outputs
     if ts is not None and count is None:
@@ -156,11 +155,11 @@ def integrate(
     tableau = method.tableau
     evals = first_evals + (tableau.stages - tableau.first_same_as_last) * attempts
     stats = Stats(attempts, final.accepted, final.rejected, evals)
-    # Over an empty span a vector field that is not finite changes nothing.
+    # Over an empty span, a vector field that is not finite changes nothing.
     harmless = (start == end) & (final.result == Result.NON_FINITE)
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
     ok = result == Result.SUCCESS
-    # Times NaN, so that a tangent of a failed solve is NaN as well, and not zero.
+    # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
     if ys is not None and problem.outputs is not None:
@@ -179,7 +178,7 @@ def integrate(
 def _initial(
     problem: Problem, method: Method, start, end, checkpoints: int | None
 ) -> tuple[_State, int]:
-    """The state of the loop at the start, and the evaluations that it took."""
+    """The initial state of the loop, and the evaluations spent on it."""
     y0, ts, rows = problem.y0, problem.ts, problem.y0.shape[0]
     slope, h, evals = _start(problem.slope, method, start, y0, end - start)
     tape = None
@@ -193,7 +192,8 @@ def _initial(
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
     result = jnp.where(all_hold(problem, method), Result.SUCCESS, Result.INVALID_ARGUMENT)
-    # Over an empty span one step of size zero is taken, which carries the derivatives by the times.
+    # An empty span takes one step of size zero, which carries the derivatives with respect to
+    # times.
     done = jnp.zeros(rows, bool)
     state = _State(
         t=start,
@@ -215,7 +215,7 @@ def _initial(
 
 
 def _attempt(problem: Problem, method: Method, state: _State, running, start, end) -> _Step:
-    """One step of each row that is `running`, judged."""
+    """Attempt one step of each `running` row, and judge it."""
     tableau = method.tableau
     ahead = aim(method, method.steps, state, state.accepted, start, end)
     t = jnp.where(ahead.reached, ahead.t, on_mesh(ahead.t, ahead.piece.start, ahead.piece.end))
@@ -228,15 +228,15 @@ def _attempt(problem: Problem, method: Method, state: _State, running, start, en
 
 
 def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
-    """The state of the loop after a step: where it was accepted, at its end."""
+    """The state of the loop after a step. Rows that accept it move to its end."""
     accept, k = step.accept, step.k
     t = jnp.where(accept, step.t, state.t)
     y = jnp.where(accept[:, None], step.y, state.y)
     slope, tape, steps = state.slope, state.tape, state.steps
     if slope is not None:
         slope = jnp.where(accept[:, None], k[-1], slope)
-    # A row that waits has a step of size zero, whose stages are all at its start: not those of the
-    # attempt that failed, which may be NaN.
+    # A waiting row has a step of size zero with all stages at its start, and not the stages of the
+    # failed attempt, which may be NaN.
     kept = k if t.shape[0] == 1 else jnp.where(accept[None, :, None], k, k[:1])
     if tape is not None:
         tape = _record(tape, t, state.y, kept, slope, accept.any())
@@ -283,7 +283,7 @@ def _start(
 
 
 def _record(tape: Tape, t, y, k, slope, advanced: Bool[Array, ""]) -> Tape:
-    """Append a step from `y` to the time `t`; one that no row accepted is overwritten later."""
+    """Append a step from `y` to the time `t`. If no row accepted it, it is overwritten later."""
     index = tape.num_steps + 1
     times = jax.lax.dynamic_update_index_in_dim(tape.times, t, index, 0)
     checkpoints = tape.checkpoints.offer(tape.num_steps, y, k, advanced)

@@ -1,7 +1,7 @@
 """The mesh of a solve: its pieces between breakpoints, and how it moves with its two ends.
 
-The error control is not differentiated. The mesh is a constant of differentiation, but for the
-start and the end of the solve, with which the piece beside them is stretched.
+The error control is not differentiated: the mesh is a constant of differentiation, except that its
+first and last piece stretch with the start and the end of the solve.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Piece(NamedTuple):
-    """A stretch of a solve in which the vector field does not jump, or the jump itself."""
+    """A stretch of a solve without a jump of the vector field, or the jump itself."""
 
     start: Float[Array, " rows"]
     end: Float[Array, " rows"]
     first: Bool[Array, " rows"] | bool
-    """Whether it starts where the solve does."""
+    """Whether it starts with the solve."""
     last: Bool[Array, " rows"] | bool
-    """Whether it ends where the solve does."""
+    """Whether it ends with the solve."""
     jump: Bool[Array, " rows"] | bool
     """Whether it is no longer than the gap around a breakpoint."""
 
@@ -27,15 +27,15 @@ class Piece(NamedTuple):
 def piece_at(breakpoints: Float[Array, " points"] | None, t, start, end) -> Piece:
     """The piece that a step from the time `t` lies in.
 
-    A breakpoint is a gap of a few roundings of the time. A step ends where the gap begins, one
-    crosses it, and one starts where it ends: so each stage sees the field of its own side,
-    whichever of them the breakpoint itself belongs to.
+    A breakpoint is a gap a few roundings of the time wide. One step ends where the gap begins, one
+    crosses it, and one starts where it ends. So each stage sees the field on its own side,
+    whichever side the breakpoint itself belongs to.
     """
     if breakpoints is None:
         return Piece(start, end, first=True, last=True, jump=False)
     start, end = jnp.broadcast_to(start, t.shape), jnp.broadcast_to(end, t.shape)
     t, low, high = jax.lax.stop_gradient((t, start, end))
-    # The last stage of a step is up to one and a half such roundings off the end of its piece.
+    # The last stage of a step is up to one and a half roundings away from the end of its piece.
     gap = 2 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
     points = jnp.broadcast_to(breakpoints[:, None], (len(breakpoints), *t.shape))
     sides = jnp.concatenate([points - gap[None], points + gap[None]])
@@ -55,7 +55,7 @@ def piece_at(breakpoints: Float[Array, " points"] | None, t, start, end) -> Piec
 
 @jax.custom_jvp
 def on_mesh(t, start, end):
-    """The time `t`, which for differentiation stays where it is relative to `start` and `end`."""
+    """The time `t`, which differentiation keeps in place relative to `start` and `end`."""
     del start, end
     return t
 
@@ -78,16 +78,16 @@ class Speeds(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """What the mesh moves with, for gradient methods that go back over its steps."""
+    """The times that the mesh moves with, for gradient methods that go back over its steps."""
 
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     breakpoints: Float[Array, " points"] | None
 
     def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Int[Array, ""]):
-        """The derivatives by `t0`, and by `t1`, of step `number` (from 1) of the mesh.
+        """The derivatives of step `number` (from 1) with respect to `t0` and `t1`.
 
-        Number 0 is the start of the solve, a step of size zero that stays so.
+        Number 0 is the start of the solve, a step that keeps size zero.
         """
         piece = piece_at(self.breakpoints, t, self.t0, self.t1)
         span = piece.end - piece.start

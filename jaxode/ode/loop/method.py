@@ -1,4 +1,4 @@
-"""The settings of a solve, and what they decide about a step: its end, its fate, the next one."""
+"""The settings of a solve, and what they decide: where a step ends, its fate, the next one."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxode.ode.loop.mesh import Piece, piece_at
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.step_size import error_ratio, propose
 
-# A rest of at most so many steps is divided into equal ones. Measured: benchmarks/NOTES.md.
+# If at most this many steps are left, they are made equal. Measured: benchmarks/NOTES.md.
 LAST_STEPS = 3
 
 
@@ -20,7 +20,7 @@ class Method(eqx.Module):
     """How to step: a tableau, and either tolerances or a number of equal steps."""
 
     tableau: Any = eqx.field(static=True)
-    """A `Tableau`; None for a solver that is not an explicit Runge-Kutta method."""
+    """A `Tableau`, or None if the solver is not an explicit Runge-Kutta method."""
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
     first_step: Float[Array, ""] | None
@@ -31,11 +31,11 @@ class Method(eqx.Module):
     breakpoints: Float[Array, " points"] | None = None
     """Times at which the vector field may jump."""
     dense: bool = eqx.field(static=True, default=False)
-    """Whether all accepted steps are kept, so that the solution is known between the ends."""
+    """Whether to keep all accepted steps, so that the solution is known between the ends."""
     precision: str | None = eqx.field(static=True, default=None)
-    """Of products in the vector field."""
+    """The precision of matrix products in the vector field."""
     raises: bool = eqx.field(static=True, default=False)
-    """Whether a backward solve that fails raises."""
+    """Whether a failed backward solve raises."""
 
     @property
     def tape_length(self) -> int:
@@ -53,7 +53,7 @@ class Aim(NamedTuple):
     t: Float[Array, " rows"]
     piece: Piece
     reached: Bool[Array, " rows"]
-    """Whether that is the end of its piece."""
+    """Whether it is the end of its piece."""
 
     @property
     def last(self) -> Bool[Array, " rows"]:
@@ -62,7 +62,7 @@ class Aim(NamedTuple):
 
 
 def aim(method: Method, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
-    """The next step from `state`; without error control one of so many `steps`."""
+    """The next step from `state`. Without error control, one of `steps` equal ones."""
     piece = piece_at(method.breakpoints, state.t, start, end)
     t, reached = next_time(steps, method.max_step, state, taken, piece.start, piece.end)
     return Aim(t, piece, reached)
@@ -71,19 +71,19 @@ def aim(method: Method, steps: Any, state: Any, taken: Int[Array, " rows"], star
 def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"], start, end):
     """Where the next step of each row ends, and whether that is the end time.
 
-    `steps` is None with error control, else the number of equal steps from `start` to `end`, of
-    which `taken` are done.
+    `steps` is None with error control. Otherwise it is the number of equal steps from `start` to
+    `end`, of which `taken` are done.
     """
     if steps is None:
-        # The last steps are equally long: a short one at the end would cost as much as any, and
-        # leave the error to the others. SAFETY leaves room for a tenth more.
+        # The last steps are equally long: a short one at the end would cost as much as any other,
+        # and leave the error to the rest. SAFETY leaves room for a tenth more.
         reach, left = 1.1 * jnp.abs(state.h), end - state.t
         if max_step is not None:
             reach = jnp.minimum(reach, 1.01 * max_step)
         info = jnp.finfo(reach.dtype)
         count = jnp.maximum(jnp.ceil(jnp.abs(left) / jnp.maximum(reach, info.tiny)), 1.0)
-        # Where the times are so close that rounding makes a step longer, a rejected step would be
-        # divided into itself again.
+        # If the times are so close that rounding lengthens a step, a rejected step would be divided
+        # into itself again.
         resolved = jnp.abs(left) > 200 * info.eps * jnp.maximum(jnp.abs(state.t), jnp.abs(end))
         step = jnp.where((count <= LAST_STEPS) & resolved, left / count, state.h)
         last = (count == 1) | (state.t + step == end)
@@ -95,10 +95,10 @@ def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"],
 
 
 def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
-    """Whether each row accepts its step, its next step size, its result code, and what is `unfit`.
+    """Whether each row accepts its step, its next step size, its result code, and its `unfit` rest.
 
-    That is how far the last attempt that was rejected goes beyond the time that is reached, if it
-    was not finite. A solve that ends before it has passed there fails because of that.
+    The rest is how far the last rejected attempt reaches beyond the current time, if it was not
+    finite. A solve that ends before passing that time failed because of it.
     """
     if method.steps is not None:
         finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
@@ -113,12 +113,12 @@ def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
     accept, factor = propose(ratio.astype(h.dtype), method.tableau.order, guessed)
     h_next = limit_step(method, h * factor)
     if method.breakpoints is not None:
-        # A jump is crossed, whatever its error; and a step that was cut short says nothing.
+        # A jump is crossed whatever its error, and a step cut short says nothing.
         accept |= finite & aim.piece.jump
         shorter = jnp.abs(h_next) < jnp.abs(state.h)
         h_next = jnp.where(accept & (aim.reached | aim.piece.jump) & shorter, state.h, h_next)
     h_next = jnp.where(running, h_next, state.h)
-    # Underflow: a step that does not move the time, or a shorter one that would end there again.
+    # Underflow: the step does not move the time, or a shorter one would end there again.
     retry = state.t + h_next
     stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))
     accept &= running
@@ -135,5 +135,5 @@ def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
 
 
 def limit_step(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """The step size, cut to the largest one allowed."""
+    """The step size, capped at `max_step`."""
     return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)

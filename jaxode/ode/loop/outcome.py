@@ -1,4 +1,4 @@
-"""How a solve ended, and the work that it did."""
+"""How a solve ended, and the work it did."""
 
 import enum
 
@@ -22,7 +22,7 @@ class Stats(eqx.Module):
     """Work done by a forward solve. Scalars; with per-sample steps, one entry per row.
 
     `num_steps == num_accepted + num_rejected`. `num_evals` counts every evaluation of the vector
-    field, those that choose the first step included.
+    field, including those that choose the first step.
     """
 
     num_steps: Int[Array, "*rows"]
@@ -32,4 +32,4 @@ class Stats(eqx.Module):
     num_rejected: Int[Array, "*rows"]
     """Steps discarded because their error estimate was too large."""
     num_evals: Int[Array, "*rows"]
-    """Evaluations of the vector field; -1 for an implicit solver, whose number is not known."""
+    """Evaluations of the vector field. -1 for an implicit solver, which does not count them."""

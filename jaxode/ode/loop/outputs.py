@@ -1,4 +1,4 @@
-"""Values between the ends of steps, by the solver's own interpolant."""
+"""Values inside steps, by the solver's own interpolant."""
 
 from typing import Any, NamedTuple
 
@@ -11,31 +11,32 @@ from jaxode.ode.loop.tableau import Tableau
 
 
 class Steps(NamedTuple):
-    """Accepted steps, as many as the loop can take; those after the last have no meaning."""
+    """Accepted steps, with room for all that the loop can take. Unused entries have no meaning."""
 
     times: Float[Array, "steps+1 rows"]
-    """Step `i` of a row goes from `times[i]` to `times[i + 1]`: nowhere, where the row waits."""
+    """Step `i` of a row goes from `times[i]` to `times[i + 1]`. They are equal if the row waits."""
     y: Float[Array, "steps rows n"]
     k: Float[Array, "steps stages rows n"]
     count: Int[Array, ""]
 
     @classmethod
     def none_yet(cls, length: int, stages: int, t0: Float[Array, " rows"], y0) -> "Steps":
-        """Room for a number of steps from the start."""
+        """Room for `length` steps from the start."""
         times = jnp.broadcast_to(t0, (length + 1, *t0.shape))
         y = jnp.broadcast_to(y0, (length, *y0.shape))
         k = jax.lax.full_like(y0, 0, shape=(length, stages, *y0.shape))
         return cls(times, y, k, jnp.zeros((), jnp.int32))
 
     def append(self, t, y, k, advanced: Bool[Array, ""]) -> "Steps":
-        """A step from `y` to the time `t`; one that no row accepted is overwritten later."""
+        """Append a step from `y` to the time `t`. If no row accepted it, it is overwritten
+        later."""
         put = lambda into, x, at: jax.lax.dynamic_update_index_in_dim(into, x, at, 0)
         times, count = put(self.times, t, self.count + 1), self.count + advanced.astype(jnp.int32)
         return Steps(times, put(self.y, y, self.count), put(self.k, k, self.count), count)
 
 
 class Curve(NamedTuple):
-    """The dense output of a step, a polynomial in `theta`, which goes from 0 to 1."""
+    """The dense output of a step: a polynomial in `theta`, which runs from 0 to 1."""
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
@@ -46,7 +47,7 @@ class Curve(NamedTuple):
 
     @classmethod
     def of(cls, tableau: Tableau, t, h, y, k: Float[Array, "stages rows n"]) -> "Curve":
-        """Of the step `t -> t + h` with these stages."""
+        """The dense output of the step `t -> t + h` with these stages."""
         powers = jnp.tensordot(jnp.asarray(tableau.dense, y.dtype), k, axes=1, precision="highest")
         return cls(t, h, y, h.astype(y.dtype)[None, :, None] * powers, k[0])
 
@@ -59,7 +60,8 @@ class Curve(NamedTuple):
         moved = self.powers[-1]
         for power in self.powers[-2::-1]:
             moved = power + theta * moved
-        # A step of size zero has one output, its start; its derivative by the time is the slope.
+        # A step of size zero has one output, its start. Its derivative with respect to time is the
+        # slope.
         along = jnp.where(waited, past, 0.0)[:, None]
         return self.y + theta * moved + along * self.slope
 
@@ -67,7 +69,7 @@ class Curve(NamedTuple):
 def save_times_at(
     ts: Float[Array, "times rows"], index: Int[Array, " rows"]
 ) -> Float[Array, " rows"]:
-    """The output time with this index, per row; any of them for an index out of range."""
+    """The output time with this index, per row. Any of them if the index is out of range."""
     rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
     return ts[jnp.clip(index, 0, ts.shape[0] - 1), rows]
 
@@ -85,8 +87,8 @@ def save(
 ):
     """Write the dense output at every time of `ts` that an accepted `step` has reached.
 
-    It goes from the state `start`; `saved` counts the outputs of each row before and after, of
-    which there are `count`.
+    The step goes from the state `start`. `saved` counts the outputs written per row, out of
+    `count`.
     """
     rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
     curve = Curve.of(tableau, start.t, h, start.y, step.k)
@@ -107,7 +109,7 @@ def save(
 
 
 def padded(ys: Float[Array, "times rows *n"], count: Int[Array, " rows"]):
-    """The outputs, with the last of each row after those that it has."""
+    """The outputs of each row, padded with its last one."""
     times, rows = ys.shape[:2]
     index = jnp.minimum(jnp.arange(times, dtype=jnp.int32)[:, None], count[None] - 1)
     return ys[index, jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (times, rows))]

@@ -8,21 +8,22 @@ from jaxtyping import Array, Float, Int, PyTree
 class Problem(NamedTuple):
     """An initial value problem on rows: `dy/dt = field(t, y, args)`, `y(t0) = y0`, up to `t1`.
 
-    The cotangents of a problem, and which of its leaves are differentiated, are a `Problem`, too.
+    The cotangents of a problem are also a `Problem`, and so are the flags of which leaves are
+    differentiated.
     """
 
     field: Any
     """`(t [rows], y [rows, n], args) -> dy/dt [rows, n]`, without closed-over values."""
     args: PyTree
-    """`(shared, rows)`: what all rows have in common, and leaves `[rows, ...]` of their own; of its
-    samples, if the one row is a batch."""
+    """`(shared, rows)`: arguments that all rows share, and per-row leaves `[rows, ...]`. If the
+    only row is a joint batch, per-sample leaves."""
     y0: Float[Array, "rows n"]
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ts: Float[Array, "times rows"] | None
     """The times of the outputs."""
     outputs: Int[Array, " rows"] | None = None
-    """How many of them a row has. Those after are padding, and have the state of its last."""
+    """The number of outputs per row. Later ones are padding, with the state of the last output."""
 
     def slope(self, t: Float[Array, " rows"], y: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
         """The vector field at one time and state."""

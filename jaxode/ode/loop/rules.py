@@ -1,4 +1,4 @@
-"""The rules for arguments that are checked at run time, for they may be known only then."""
+"""The rules for arguments that may be known only at run time."""
 
 import functools
 import operator
@@ -14,7 +14,7 @@ from jaxode.ode.loop.problem import Problem
 
 
 def _in_order(problem: Problem) -> Bool[Array, " rows"]:
-    """From `t0` to `t1`; over an empty span all are the same."""
+    """Whether output times run from `t0` to `t1`. Over an empty span, all must be equal."""
     t0, t1, ts = problem.t0, problem.t1, problem.ts
     if ts is None:
         return jnp.ones_like(t0, bool)
@@ -32,7 +32,7 @@ def _size(value) -> Bool[Array, ""]:
 
 
 def _breakpoints_kept(points, problem: Problem) -> Bool[Array, " rows"]:
-    """A step of a few roundings of the time crosses each, whatever its error."""
+    """Whether the span is long enough: a step of a few roundings crosses each breakpoint."""
     low, high = jnp.minimum(problem.t0, problem.t1), jnp.maximum(problem.t0, problem.t1)
     between = jax.vmap(lambda point: (low < point) & (point < high))(points).any(axis=0)
     rounding = jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -43,8 +43,8 @@ def _if_given(rule: Callable[[Array], Array], value: Array | None) -> Bool[Array
     return jnp.ones((), bool) if value is None else rule(value)
 
 
-# What is said of the arguments, and whether it holds in the rows of a problem (or of whatever has
-# its times) and for a method. Times that the dtype of the state cannot tell apart are NaN here.
+# Each rule in words, and whether it holds per row of a problem (or anything with its times) and a
+# method. Times that the dtype of the state cannot tell apart are NaN here.
 RULES: dict[str, Callable[[Any, Method], Bool[Array, "*rows"]]] = {
     "(t0=..., t1=...): must be finite times, whose span is not lost in the precision in which the "
     "state is solved. Shift the time, or use float64 for the state.": (

@@ -1,8 +1,10 @@
 """Step-size control: error norm, first step, accept and propose.
 
 All functions work on rows: times and step sizes are `[rows]`, states are `[rows, n]`, and each row
-has its own step. References: Hairer, Norsett and Wanner, "Solving Ordinary Differential
-Equations I" (1993), section II.4.
+has its own step.
+
+References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993),
+section II.4.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ MAX_FACTOR = 10.0
 
 
 def rms_norm(x: Float[Array, "rows n"], axis_name: AxisName | None) -> Float[Array, " rows"]:
-    """Root mean square of each row, over all devices along `axis_name` if there is one."""
+    """Root mean square of each row, over all devices along `axis_name` if given."""
     mean_square = jnp.sum(x * x, axis=1) / max(x.shape[1], 1)
     if axis_name is not None:
         mean_square = vary(jax.lax.pmean(mean_square, axis_name), axes_of(mean_square))
@@ -35,22 +37,22 @@ def error_ratio(
     atol: Float[Array, ""],
     axis_name: AxisName | None,
 ) -> Float[Array, " rows"]:
-    """RMS of `error / (atol + rtol max(|y0|, |y1|))`: at most one when the step is good enough.
+    """RMS of `error / (atol + rtol max(|y0|, |y1|))`. A step is good enough if it is at most one.
 
-    NaN if `y1` is not finite, whose infinite scale would hide the error; on all devices alike.
+    NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
     """
     scale = atol + rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
     return rms_norm(jnp.where(jnp.isfinite(y1), _relative(error, scale), jnp.nan), axis_name)
 
 
 def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
-    """`x / scale`, and zero where both are: `atol=0` asks nothing of what stays zero.
+    """`x / scale`, and zero where both are zero: `atol=0` asks nothing of entries that stay zero.
 
-    What is finite stays so, and so does its square: a tolerance out of reach is an error that is
+    Finite entries and their squares stay finite: a tolerance out of reach means an error that is
     too large, not a field that is not finite.
     """
     ratio = jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
-    # The sum over the row does not overflow either; the thousandth leaves room for many devices.
+    # The sum over the row must not overflow either. The thousandth leaves room for many devices.
     limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / max(x.shape[1], 1)) ** 0.5
     return jnp.where(jnp.isfinite(x), jnp.clip(ratio, -limit, limit), ratio)
 
@@ -58,14 +60,14 @@ def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float
 def propose(
     ratio: Float[Array, " rows"], order: int, guessed: Bool[Array, " rows"]
 ) -> tuple[Bool[Array, " rows"], Float[Array, " rows"]]:
-    """Whether to accept a step of this error ratio, and the factor for the next step size.
+    """Whether to accept a step with this error ratio, and the factor for the next step size.
 
-    A first step is `guessed`, from two slopes or by the user. Where it is rejected, nobody knows
-    what a high order meets within it, so it shrinks as that of a lower order would: by more.
+    The first step is `guessed`, from two slopes or by the user. If it is rejected, nothing is known
+    about the high derivatives inside it, so it shrinks by more, as for a lower order.
     """
     accept = ratio <= 1.0
     power = jnp.where(guessed & ~accept, -1.0 / min(order, 5), -1.0 / order).astype(ratio.dtype)
-    # The tiny keeps a zero error finite; a NaN ratio is a rejection with the smallest factor.
+    # `tiny` keeps the factor of a zero error finite. A NaN ratio rejects with the smallest factor.
     factor = SAFETY * jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny) ** power
     return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), MIN_FACTOR, MAX_FACTOR)
 
@@ -82,9 +84,9 @@ def first_step(
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
-    Both evaluations are iterations of one loop, which holds one copy of `f`. The step has an error
-    of about the tolerance, and changes the state by no more than its own size, roughly; it is 1e-4
-    at most where state or slope are zero.
+    Both evaluations are iterations of one loop, which holds a single copy of `f`. The step has an
+    error of about the tolerance and changes the state by roughly its own size at most. It is at
+    most 1e-4 if state or slope is zero.
     """
     scale = atol + rtol * jnp.abs(y0)
     d0 = rms_norm(_relative(y0, scale), axis_name)
@@ -107,9 +109,9 @@ def first_step(
     f0, h0, f1 = fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
     d1, d2 = slope(f0), slope(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
     h = jnp.minimum(100.0 * h0, _first_step_of_slopes(tableau, d1, d2))
-    # A non-finite slope must not poison the step: the first attempt will be rejected with a cause.
+    # A non-finite slope must not poison the step: the first attempt then fails with a cause.
     h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
-    # Nor may it vanish beside the time: the error control makes it smaller where it must.
+    # Nor may the step vanish relative to the time. Error control makes it smaller if needed.
     resolution = jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(t0 + span))
     h = jnp.maximum(h, 100 * resolution)
     return sign * jnp.minimum(h, jnp.abs(span)), f0
@@ -118,12 +120,12 @@ def first_step(
 def _first_step_of_slopes(
     tableau: Tableau, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
-    """A guess from the norms of the first and second derivative; infinite for a slope of zero.
+    """A guess from the norms of the first and second derivative. Infinite for a slope of zero.
 
     The step that the controller would take for `y' = L y`, `L = d2 / d1`, whose estimated error is
-    `error_constant d1 L^(order - 1) h^order`. Hairer's guess takes all higher derivatives to be as
-    large as these, whatever the unit of time, and is too careful for a smooth solution: each step
-    is pulled back, so one too many costs more than a rejection.
+    `error_constant d1 L^(order - 1) h^order`. Hairer's guess assumes that all higher derivatives
+    are as large as these two, whatever the unit of time, which is too careful for smooth solutions:
+    every step is also pulled back, so an extra step costs more than a rejection.
     """
     order, tiny = tableau.order, 1e-15
     rate = jnp.maximum(d2 / jnp.maximum(d1, tiny), tiny)

@@ -1,4 +1,4 @@
-"""A diffrax explicit Runge-Kutta solver seen as numpy arrays."""
+"""A diffrax explicit Runge-Kutta solver as NumPy arrays."""
 
 import functools
 from collections.abc import Callable
@@ -21,8 +21,8 @@ class Tableau:
     """The Butcher tableau of an explicit Runge-Kutta method with `stages` stages.
 
     Stage `i` is `k_i = f(t + c_i h, y + h sum_j A_ij k_j)`, the step ends at `y + h sum_i b_i k_i`,
-    and `h sum_i b_error_i k_i` estimates its error. Instances are compared by identity, and
-    `tableau_of` returns the same one each time, so that they serve as static arguments of `jit`.
+    and `h sum_i b_error_i k_i` estimates its error. Instances are compared by identity.
+    `tableau_of` returns the same one each time, so they can be static arguments of `jit`.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Tableau:
     b: np.ndarray
     c: np.ndarray
     b_error: np.ndarray | None
-    """None for a method without an error estimate, which needs fixed steps."""
+    """None for a method without an error estimate, which needs equal steps."""
     first_same_as_last: bool
     """Whether the last stage of a step is the first stage of the next."""
     interpolation: Callable[..., Any]
-    """Makes the solver's dense output from `t0, t1, y0, y1` and, but for linear ones, `k`."""
+    """Makes the dense output from `t0, t1, y0, y1` and, unless it is linear, `k`."""
 
     @property
     def stages(self) -> int:
@@ -55,7 +55,7 @@ class Tableau:
 
     @functools.cached_property
     def dense(self) -> np.ndarray:
-        """Of the solver's own dense output, a polynomial in `theta` without a constant term:
+        """Coefficients of the dense output, a polynomial in `theta` without a constant term:
 
         `y(t + theta h) = y + h sum_i w_i k_i` with `w_i = sum_p dense[p, i] theta^(p + 1)`.
         """
@@ -67,13 +67,13 @@ class Tableau:
             fitted, *_ = np.linalg.lstsq(powers, weights)
             if np.abs(powers @ fitted - weights).max() < 1e-13 * max(np.abs(weights).max(), 1):
                 return fitted
-        raise NotImplementedError(f"{self.name} has a dense output that is no polynomial.")
+        raise NotImplementedError(f"{self.name} has a dense output that is not a polynomial.")
 
     def _interpolated(self, theta: Float[Array, ""]) -> Float[Array, " stages"]:
-        """The weights at one place.
+        """The weights at one `theta`.
 
-        diffrax's interpolants are linear in `(y0, y1, k)`, so one of them fed with the identity
-        in place of the stages returns the weights.
+        diffrax's interpolants are linear in `(y0, y1, k)`, so an interpolant of the identity, in
+        place of the stages, returns the weights.
         """
         y0, y1, k = jnp.zeros(self.stages), jnp.asarray(self.b), jnp.eye(self.stages)
         if self.interpolation is diffrax.LocalLinearInterpolation:
