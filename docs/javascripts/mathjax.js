@@ -1,4 +1,4 @@
-// Settings of the MathJax that docs/hooks.py copies into the site.
+// Settings of the MathJax that docs/hooks/formulas.py copies into the site.
 window.MathJax = {
   tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
   options: { enableMenu: false, ignoreHtmlClass: ".*", processHtmlClass: "arithmatex" },
