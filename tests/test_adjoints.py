@@ -7,25 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import linear_gradients
-from test_discrete import ARGS, TS, Y0, pendulum, scalar, temporary_bytes
+from helpers import ADJOINTS, AGAIN, EVERY, KINDS, assert_close, gradient, temporary_bytes
+from problems import ARGS, TS, Y0, linear_gradients, pendulum, scalar
 
 import jaxode
 from jaxode.ode.loop.checkpoints import STAGE_BYTES
 
-# Reverse-mode methods. A new one is one row.
-ADJOINTS = {
-    "discrete": jaxode.DiscreteAdjoint(),
-    "backsolve": jaxode.BacksolveAdjoint(),
-    "interpolating": jaxode.InterpolatingAdjoint(),
-    "interpolating from few checkpoints": jaxode.InterpolatingAdjoint(checkpoints=3),
-}
 CONTINUOUS = {name: adjoint for name, adjoint in ADJOINTS.items() if name != "discrete"}
-EVERY = {**ADJOINTS, "forward": jaxode.ForwardMode()}
-# One of each kind, where the number of checkpoints makes no other program.
-KINDS = [name for name in EVERY if name != "interpolating from few checkpoints"]
-# The mode in which the gradient of a method can be differentiated again.
-AGAIN = {"discrete": jax.jacfwd, "backsolve": jax.jacrev, "interpolating": jax.jacfwd}
 INPUTS = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS)
 
 A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
@@ -34,11 +22,6 @@ V, W = jnp.array([1.0, 2.0, -1.0]), jnp.array([0.5, -1.0, 2.0])
 
 def linear(t, y, A):
     return A @ y
-
-
-def gradient(name):
-    """`jax.grad`, in the mode that the method has."""
-    return jax.jacfwd if name == "forward" else jax.grad
 
 
 def loss(adjoint, tolerance=1e-10, **options):
@@ -50,12 +33,6 @@ def loss(adjoint, tolerance=1e-10, **options):
         return scalar(solution.y1, jnp.zeros(0) if ts is None else solution.ys)
 
     return loss
-
-
-def assert_close(actual, expected, rtol):
-    """Relative to the largest entry of each array."""
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max(), rtol=0)
 
 
 @pytest.mark.parametrize("name", EVERY)

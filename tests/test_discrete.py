@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import OPTIMIZED, temporary_bytes
 from jax.test_util import check_grads
-from problems import OPTIMIZED, SOLVERS, solver_name
+from problems import ARGS, SOLVERS, TS, Y0, pendulum, scalar, solver_name
 
 import jaxode
 from jaxode.ode.loop import checkpoints
@@ -15,17 +16,6 @@ from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.tableau import tableau_of
 from jaxode.ode.options import SolveOptions
-
-
-def pendulum(t, y, args):
-    """A damped, driven pendulum: nonlinear, and it depends on the time."""
-    stiffness, damping = args
-    return jnp.stack([y[1], -stiffness * jnp.sin(y[0]) - damping * y[1] + jnp.cos(t)])
-
-
-ARGS = (jnp.array(2.0), jnp.array(0.3))
-Y0 = jnp.array([1.0, 0.5])
-TS = jnp.array([0.0, 0.2, 0.21, 1.0, 2.7, 3.0])
 
 
 def recorded_times(solver, ts, tolerance):
@@ -65,13 +55,6 @@ def plain(solver, mesh, y0, t0, t1, args, ts):
     start = (y0, jnp.zeros(0) if ts is None else jnp.full((len(ts), y0.size), jnp.nan))
     intervals = (jnp.arange(len(mesh) - 1), mesh[:-1], mesh[1:])
     return jax.lax.scan(step, start, intervals)[0]
-
-
-def scalar(y1, ys):
-    """A loss that weighs every output differently."""
-    return y1 @ jnp.array([1.0, -2.0]) + jnp.sum(
-        jnp.sin(ys) * jnp.arange(1.0, ys.size + 1).reshape(ys.shape)
-    )
 
 
 # Low orders get a loose tolerance, so that they take few steps.
@@ -388,11 +371,6 @@ def test_products_of_the_field_run_at_the_precision_that_is_asked_for():
         assert precisions(precision="highest") == full
     with pytest.raises(ValueError, match=r"solve\(precision=...\): must be None, 'highest'"):
         precisions(precision="low")
-
-
-def temporary_bytes(loss, *inputs):
-    memory = jax.jit(jax.grad(loss)).lower(*inputs).compile(OPTIMIZED).memory_analysis()
-    return memory.temp_size_in_bytes
 
 
 def test_memory_grows_with_checkpoints_only():

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from problems import ADAPTIVE, OPTIMIZED, PROBLEMS, SOLVERS, solver_name
+from helpers import OPTIMIZED
+from problems import ADAPTIVE, PROBLEMS, SOLVERS, solver_name
 
 import jaxode
 
