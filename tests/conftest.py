@@ -8,7 +8,13 @@ import pathlib
 # Tests compile far more than they compute, and XLA compiles three times as fast without
 # optimizations. JAXODE_TEST_OPTIMIZED=1 runs the programs that users run, as CI does weekly.
 if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    flags = [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        # Other tests keep the other cores busy.
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
     # XLA ends the process for a flag that it does not know, as newer versions do for this one.
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -27,6 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE", str(_cache)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_collection_finish():

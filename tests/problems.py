@@ -1,6 +1,5 @@
-"""Initial value problems with exact solutions."""
+"""Initial value problems with exact solutions, one without, and the solvers."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +8,6 @@ import diffrax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-
-# Of `jax.jit` and `compile`, for tests of what the compiler makes of a program: see conftest.py.
-OPTIMIZED = {"xla_backend_optimization_level": 3}
-if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
-    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,24 @@ PROBLEMS = [
         lambda t: np.exp(np.array([np.sin(t * t), np.cos(t * t)])),
     ),
 ]
+
+
+def pendulum(t, y, args):
+    """A damped, driven pendulum: nonlinear, and it depends on the time."""
+    stiffness, damping = args
+    return jnp.stack([y[1], -stiffness * jnp.sin(y[0]) - damping * y[1] + jnp.cos(t)])
+
+
+ARGS = (jnp.array(2.0), jnp.array(0.3))
+Y0 = jnp.array([1.0, 0.5])
+TS = jnp.array([0.0, 0.2, 0.21, 1.0, 2.7, 3.0])
+
+
+def scalar(y1, ys):
+    """A loss that weighs every output differently."""
+    return y1 @ jnp.array([1.0, -2.0]) + jnp.sum(
+        jnp.sin(ys) * jnp.arange(1.0, ys.size + 1).reshape(ys.shape)
+    )
 
 
 def linear_gradients(A, v, w):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_adjoints import AGAIN, EVERY, KINDS, gradient
+from helpers import AGAIN, EVERY, KINDS, gradient
 
 import jaxode
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import optional, trained
 from scipy import stats
 
 import jaxode
@@ -17,13 +18,6 @@ from jaxode.flows.support import Box
 
 KEY = jax.random.key(0)
 OPTIONS = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def trained(context_size=0):
-    """A network far from the identity."""
-    m = jaxode.nn.ConcatSquash(2, (8,), key=KEY, context_size=context_size)
-    m = eqx.tree_at(lambda m: m.weight, m, 8 * m.weight)
-    return jax.tree.map(lambda x: x.astype(float), m)
 
 
 PARAMS, FLOW = trained(), jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
@@ -321,7 +315,7 @@ def test_it_is_a_pytree(tmp_path):
 
 
 def test_orbax_saves_it_bit_for_bit(tmp_path):
-    orbax = pytest.importorskip("orbax.checkpoint")
+    orbax = optional("orbax.checkpoint")
     density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
     with orbax.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "density", density)
@@ -333,7 +327,6 @@ def test_orbax_saves_it_bit_for_bit(tmp_path):
 
 def test_an_exported_density_needs_no_jaxode(tmp_path):
     """For three platforms and any batch, with default settings: no callback, and no library."""
-    pytest.importorskip("flatbuffers")
     density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
     batch = jax.export.symbolic_shape("batch, 2")
     platforms = ("cpu", "cuda", "tpu")

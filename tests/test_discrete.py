@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import temporary_bytes
 from jax.test_util import check_grads
-from problems import OPTIMIZED, SOLVERS, solver_name
+from problems import ARGS, SOLVERS, TS, Y0, pendulum, scalar, solver_name
 
 import jaxode
 from jaxode.ode.loop import checkpoints
@@ -17,25 +18,19 @@ from jaxode.ode.loop.tableau import tableau_of
 from jaxode.ode.options import SolveOptions
 
 
-def pendulum(t, y, args):
-    """A damped, driven pendulum: nonlinear, and it depends on the time."""
-    stiffness, damping = args
-    return jnp.stack([y[1], -stiffness * jnp.sin(y[0]) - damping * y[1] + jnp.cos(t)])
-
-
-ARGS = (jnp.array(2.0), jnp.array(0.3))
-Y0 = jnp.array([1.0, 0.5])
-TS = jnp.array([0.0, 0.2, 0.21, 1.0, 2.7, 3.0])
-
-
 def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
     method = SolveOptions(solver, tolerance, tolerance).method("", Y0.dtype)
     field = lambda t, y, args: pendulum(t[0], y[0], args)[None]
-    ts = None if ts is None else ts[:, None]
-    problem = Problem(field, ARGS, Y0[None], jnp.array([0.0]), jnp.array([3.0]), ts)
-    _, tape = integrate(problem, method, 64)
-    return tape.times[: int(tape.num_steps) + 1, 0]
+
+    @jax.jit
+    def record(y0, ts):
+        problem = Problem(field, ARGS, y0, jnp.array([0.0]), jnp.array([3.0]), ts)
+        _, tape = integrate(problem, method, 64)
+        return tape.times, tape.num_steps
+
+    times, num_steps = record(Y0[None], None if ts is None else ts[:, None])
+    return times[: int(num_steps) + 1, 0]
 
 
 def plain(solver, mesh, y0, t0, t1, args, ts):
@@ -65,13 +60,6 @@ def plain(solver, mesh, y0, t0, t1, args, ts):
     start = (y0, jnp.zeros(0) if ts is None else jnp.full((len(ts), y0.size), jnp.nan))
     intervals = (jnp.arange(len(mesh) - 1), mesh[:-1], mesh[1:])
     return jax.lax.scan(step, start, intervals)[0]
-
-
-def scalar(y1, ys):
-    """A loss that weighs every output differently."""
-    return y1 @ jnp.array([1.0, -2.0]) + jnp.sum(
-        jnp.sin(ys) * jnp.arange(1.0, ys.size + 1).reshape(ys.shape)
-    )
 
 
 # Low orders get a loose tolerance, so that they take few steps.
@@ -129,10 +117,9 @@ def test_outputs_on_and_beside_the_ends_of_steps_equal_autodiff():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), actual, expected)
 
 
-@pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
-def test_check_grads_on_fixed_steps(solver, order, adaptive):
+@pytest.mark.parametrize("solver", [diffrax.Euler(), diffrax.Tsit5()], ids=solver_name)
+def test_check_grads_on_fixed_steps(solver):
     """With equal steps the discrete solution is a smooth function of everything."""
-    del order, adaptive
 
     @jax.jit
     def loss(y0, t0, t1, args, ts):
@@ -330,8 +317,7 @@ def test_rules_of_differentiation_in_a_field_are_followed(kind, adjoint):
     np.testing.assert_allclose((value, gradient[0]), np.exp([-1.0, -2.0]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("sets", [0, 1, 3])
-def test_stages_may_be_kept_beside_some_of_the_states_only(sets, monkeypatch):
+def test_stages_may_be_kept_beside_some_of_the_states_only(monkeypatch):
     """With those of all states, of two, of none: the same gradient."""
     bar = lambda y0: scalar(*_ends(y0))
 
@@ -342,9 +328,10 @@ def test_stages_may_be_kept_beside_some_of_the_states_only(sets, monkeypatch):
         return solution.y1, solution.ys
 
     expected = jax.jit(jax.grad(bar))(Y0)
-    monkeypatch.setattr(checkpoints, "STAGE_BYTES", sets * 7 * Y0.nbytes)
-    jax.clear_caches()
-    np.testing.assert_allclose(jax.jit(jax.grad(bar))(Y0), expected, rtol=1e-13)
+    for sets in (0, 1, 3):
+        monkeypatch.setattr(checkpoints, "STAGE_BYTES", sets * 7 * Y0.nbytes)
+        jax.clear_caches()
+        np.testing.assert_allclose(jax.jit(jax.grad(bar))(Y0), expected, rtol=1e-13)
     jax.clear_caches()
 
 
@@ -388,11 +375,6 @@ def test_products_of_the_field_run_at_the_precision_that_is_asked_for():
         assert precisions(precision="highest") == full
     with pytest.raises(ValueError, match=r"solve\(precision=...\): must be None, 'highest'"):
         precisions(precision="low")
-
-
-def temporary_bytes(loss, *inputs):
-    memory = jax.jit(jax.grad(loss)).lower(*inputs).compile(OPTIMIZED).memory_analysis()
-    return memory.temp_size_in_bytes
 
 
 def test_memory_grows_with_checkpoints_only():
@@ -493,8 +475,7 @@ def test_with_per_sample_steps_the_memory_is_that_of_the_times_of_max_steps_for_
                 max_steps=max_steps,
             )
         )  # fmt: skip
-        compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((batch, 2))).compile(OPTIMIZED)
-        return compiled.memory_analysis().temp_size_in_bytes / (8 * batch)
+        return temporary_bytes(loss, jnp.ones((batch, 2))) / (8 * batch)
 
     # In numbers a sample; the compiler may move a few.
     np.testing.assert_allclose(memory(4096) - memory(256), 4096 - 256, rtol=0.01)

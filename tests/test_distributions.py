@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from helpers import optional
 
 import jaxode
 from jaxode.nn import ConcatSquash, field
@@ -92,7 +93,7 @@ LIBRARIES = {"numpyro": numpyro_normal, "distrax": distrax_normal, "flowjax": fl
 def test_densities_of_other_libraries(library, default_settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their imports warn of what they should change
-        pytest.importorskip(library, reason="a test dependency that is not installed")
+        optional(library)
         mean, scale = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
         make = LIBRARIES[library]
         make(mean, scale)

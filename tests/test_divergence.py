@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import OPTIMIZED
+from helpers import OPTIMIZED
 
 from jaxode import divergence
 from jaxode.nn import ConcatSquash

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import optional
 
 import jaxode
 
@@ -134,7 +135,7 @@ def test_a_wrong_argument_gets_one_clear_line_before_training(
     name, option, value, message, tmp_path, capsys, monkeypatch
 ):
     if name in WITH_A_PACKAGE:
-        pytest.importorskip(WITH_A_PACKAGE[name])
+        optional(WITH_A_PACKAGE[name])
     if name == "sharded" and option == "--seed":
         pytest.skip("has no --seed")
     (tmp_path / "file").touch()
@@ -305,7 +306,7 @@ def test_conditional(tmp_path, capsys, default_settings):
 
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_flax_field(tmp_path, capsys, default_settings, api):
-    pytest.importorskip("flax")
+    optional("flax")
     picture = tmp_path / "flax.png"
     arguments = ["--api", api, "--steps", 2, "--batch", 16, "--width", 4, "--out", picture]
     output = run("flax_field", capsys, *arguments).out
@@ -316,7 +317,7 @@ def test_flax_field(tmp_path, capsys, default_settings, api):
 
 @pytest.mark.slow
 def test_numpyro_guide(tmp_path, capsys, default_settings):
-    pytest.importorskip("numpyro")
+    optional("numpyro")
     picture = tmp_path / "guide.png"
     output = run("numpyro_guide", capsys, "--steps", 3, "--samples", 50, "--out", picture).out
     assert picture.read_bytes().startswith(PNG)

@@ -4,17 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_density import DATA, FLOW, PARAMS, trained
+from helpers import optional, trained
 
 import jaxode
 
 KEY = jax.random.key(0)
+PARAMS = trained()
+FLOW = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-9, atol=1e-9)
+DATA = np.random.default_rng(0).normal([5.0, -1.0], [3.0, 0.1], (40, 2))
 BOX = (np.array([-200.0, -90.0]), np.array([200.0, 90.0]))
 
 
 @pytest.fixture
 def numpyro():
-    return pytest.importorskip("numpyro")
+    return optional("numpyro")
 
 
 @pytest.mark.parametrize("support", [None, BOX, (-jnp.inf, 60.0), (-90.0, jnp.inf)])
@@ -119,7 +122,7 @@ def test_constraints_of_numpyro_are_supports(numpyro):
 
 
 def test_a_bijector_of_distrax_is_a_support():
-    distrax = pytest.importorskip("distrax")
+    distrax = optional("distrax")
     ours = jaxode.bind(FLOW, PARAMS, support=(0.0, np.inf))
     exp = distrax.Lambda(
         forward=jnp.exp,
@@ -139,7 +142,7 @@ def test_a_bijector_of_distrax_is_a_support():
 
 
 def test_flowjax_has_the_same_density():
-    pytest.importorskip("flowjax")
+    optional("flowjax")
     density = jaxode.bind(FLOW, PARAMS, standardize=DATA)
     theirs = jaxode.interop.flowjax(density)
     assert theirs.shape == (2,)
@@ -151,7 +154,7 @@ def test_flowjax_has_the_same_density():
 
 
 def test_flowjax_passes_a_condition():
-    pytest.importorskip("flowjax")
+    optional("flowjax")
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
     density = jaxode.bind(FLOW, trained(3), standardize=(DATA, contexts))
     theirs = jaxode.interop.flowjax(density)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from helpers import assert_close, optional
 
 import jaxode
 from jaxode._jax.closure import recognized
@@ -153,11 +154,6 @@ CASES = {
         "quadrature": "stochastic",
     },
 }
-
-
-def assert_close(actual, expected, rtol):
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max(), rtol=0)
 
 
 GATHERED = ("hutchinson", "random nodes", "a solver without a shared stage")
@@ -408,7 +404,7 @@ def test_gradients_accumulate_over_parts_of_a_batch():
 
 
 def test_parameters_of_flax():
-    linen = pytest.importorskip("flax.linen")
+    linen = optional("flax.linen")
     module = linen.Dense(DIM, param_dtype=jnp.float64)
     params = module.init(KEY, jnp.zeros(DIM))
     flow = jaxode.cnf(lambda t, z, p: jnp.tanh(module.apply(p, z)), BASE, rtol=1e-9, atol=1e-9)

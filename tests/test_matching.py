@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from helpers import optional
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -258,7 +259,7 @@ def test_base_samples_are_those_of_the_base(library, default_settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their imports warn of what they should change
         if library != "own":
-            pytest.importorskip(library, reason="a test dependency that is not installed")
+            optional(library)
         base = globals()[f"{library}_normal"]()
         flow = jaxode.cnf(lambda t, z, p: p - z * 0, base)
         x = jnp.zeros((400, 2), jnp.float32)

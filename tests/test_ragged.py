@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_adjoints import EVERY, KINDS, assert_close, gradient
+from helpers import EVERY, KINDS, assert_close, gradient
 
 import jaxode
 

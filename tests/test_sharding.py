@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import OPTIMIZED
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import OPTIMIZED
 
 import jaxode
 from benchmarks.hlo import collectives

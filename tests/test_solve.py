@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from problems import ADAPTIVE, OPTIMIZED, PROBLEMS, SOLVERS, solver_name
+from helpers import OPTIMIZED
+from problems import ADAPTIVE, PROBLEMS, SOLVERS, solver_name
 
 import jaxode
 
@@ -18,7 +19,7 @@ def test_convergence_order(solver, order, adaptive):
     """The error of N equal steps falls like `N ** -order`."""
     del adaptive
     problem = PROBLEMS[4]
-    steps = {1: 4000, 2: 200, 3: 100, 5: 40, 8: 12}[order] * np.array([1, 2, 4])
+    steps = {1: 4000, 2: 200, 3: 100, 5: 40, 8: 12}[order] * np.array([1, 4])
     errors = []
     for n in steps:
         y1 = jaxode.solve(
@@ -31,20 +32,32 @@ def test_convergence_order(solver, order, adaptive):
     assert errors[-1] > 1e-14  # above rounding, so that the slope means something
 
 
+def any_problem(t, y, args):
+    """One program for all problems. The second number of a smaller state stays zero."""
+    number, parameter = args
+    branches = [
+        lambda t, y, a, f=p.f, n=len(p.y0): jnp.pad(f(t, y[:n], a), (0, 2 - n)) for p in PROBLEMS
+    ]
+    return jax.lax.switch(number, branches, t, y, parameter)
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 @pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
 def test_exact_solution_at_tolerance(solver, problem):
-    tolerance = 1e-6 if solver.order(None) < 4 else 1e-9
+    tolerance, n = 1e-6 if solver.order(None) < 4 else 1e-9, len(problem.y0)
     solution = jaxode.solve(
-        problem.f, problem.y0, problem.t0, problem.t1, problem.args,
-        solver=solver, rtol=tolerance, atol=tolerance, max_steps=100_000,
+        any_problem, np.pad(problem.y0, (0, 2 - n)), problem.t0, problem.t1,
+        (np.int32(PROBLEMS.index(problem)), problem.args), solver=solver, rtol=tolerance,
+        atol=tolerance, max_steps=100_000,
     )  # fmt: skip
     assert solution.ok
     # The tolerance bounds the error of one step; these problems amplify it by less than 50.
-    np.testing.assert_allclose(solution.y1, problem.exact(problem.t1), atol=50 * tolerance)
+    np.testing.assert_allclose(solution.y1[:n], problem.exact(problem.t1), atol=50 * tolerance)
 
 
-@pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
+@pytest.mark.parametrize(
+    "solver", [diffrax.Heun(), diffrax.Tsit5(), diffrax.Dopri8()], ids=solver_name
+)
 def test_agrees_with_diffrax_and_scipy(solver):
     """Pendulum, which has no elementary solution."""
     f = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])])
@@ -147,7 +160,7 @@ def test_num_evals_is_the_true_number(solver, options):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 10, 49])
+@pytest.mark.parametrize("steps", [1, 3, 10, 49])
 def test_equal_steps_end_exactly_when_compiled(steps, dtype):
     """Also where XLA's fused multiply-add rounds the end time differently."""
     ts = jnp.array([1.0, 0.25, 0.0], dtype)
