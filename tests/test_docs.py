@@ -6,7 +6,7 @@ prints. Code that is not run is fenced as `py`, with a title that says so.
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -49,12 +49,15 @@ PAGES = {
 
 # A stiff problem in float32 is solved with the fused multiply-adds of optimized programs alone.
 NEED_OPTIMIZATIONS = ("adjoint.md",)
+NEED_LIBRARIES = {"gallery.md": ("flax", "numpyro")}
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_code_blocks_run(page, default_settings):
     if page == "devices.md" and not hasattr(jax.lax, "pcast"):
         pytest.skip("needs JAX 0.8 or newer")
+    for library in NEED_LIBRARIES.get(page, ()):
+        pytest.importorskip(library)
     if page in NEED_OPTIMIZATIONS and not os.environ.get("JAXODE_TEST_OPTIMIZED"):
         test = f"{__file__}::test_code_blocks_run[{page}]"
         environment = {**os.environ, "JAXODE_TEST_OPTIMIZED": "1", "XLA_FLAGS": ""}
@@ -157,10 +160,28 @@ def test_every_public_name_is_in_the_reference():
     assert {"Report", "Row"} <= set(documented)  # what jaxode.audit returns
 
 
-def test_every_example_is_in_the_documentation():
-    names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    for name in names - {"arguments.py", "recipe.py", "tables.py"}:
-        assert any(name in text for text in PAGES.values()), name
+def test_every_example_is_in_the_gallery():
+    names = {path.name for path in (ROOT / "examples").glob("*.py")} - {
+        "arguments.py",
+        "recipe.py",
+        "tables.py",
+    }
+    assert names == set(re.findall(r"`(\w+\.py)`", PAGES["gallery.md"]))
+
+
+@pytest.mark.parametrize("page", ["start.md", "training.md"])
+def test_notebooks_have_the_code_of_their_pages(page):
+    """`test_code_blocks_run` runs that code."""
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs/hooks/notebooks.py")
+    notebooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebooks)
+    assert notebooks.MARK in PAGES[page]
+    cells = [c for c in notebooks.notebook(PAGES[page])["cells"] if c["cell_type"] == "code"]
+    blocks = [(language, block) for language, _, block in fences(PAGES[page])]
+    assert [c["source"] for c in cells] == [b.strip() for name, b in blocks if name == "python"]
+    printed = [out["text"] for c in cells for out in c["outputs"]]
+    assert printed == [block for name, block in blocks if name == "output"]
 
 
 def test_every_equation_names_its_test():
