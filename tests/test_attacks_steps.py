@@ -1,5 +1,7 @@
 """Fields that jump, solved with `breakpoints`: no pulse is lost, nor in any gradient."""
 
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -34,22 +36,24 @@ def nonlinear(t, y, k):
     return k * jnp.where(t < 0.3, jnp.cos(3 * y), jnp.where(t < 0.7, -2.0 * y**2, jnp.sin(t + y)))
 
 
-@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3()], ids=repr)
-def test_a_pulse_is_found_wherever_it_is(solver, span):
+def test_a_pulse_is_found_wherever_it_is(solver):
+    """Forwards and backwards."""
+
     @jax.jit
-    @jax.vmap
-    def end(start):
+    @functools.partial(jax.vmap, in_axes=(0, None, None))
+    def end(start, t0, t1):
         points = jnp.stack([start + WIDTH, start])
         return jaxode.solve(
-            pulse, jnp.zeros(1), *span, start, solver=solver, breakpoints=points, throw=False
+            pulse, jnp.zeros(1), t0, t1, start, solver=solver, breakpoints=points, throw=False
         )
 
     places = jnp.linspace(0.0, 1.0 - WIDTH, 41)
-    solution = end(places)
-    # Rounding: piecewise constant slopes are integrated exactly.
-    np.testing.assert_allclose(solution.y1[:, 0], WIDTH * (span[1] - span[0]), rtol=1e-12)
-    assert (solution.stats.num_rejected == 0).all()
+    for span in ((0.0, 1.0), (1.0, 0.0)):
+        solution = end(places, *span)
+        # Rounding: piecewise constant slopes are integrated exactly.
+        np.testing.assert_allclose(solution.y1[:, 0], WIDTH * (span[1] - span[0]), rtol=1e-12)
+        assert (solution.stats.num_rejected == 0).all()
 
 
 def test_a_singularity_that_can_be_integrated():

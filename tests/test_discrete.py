@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import temporary_bytes
 from jax.test_util import check_grads
-from problems import ARGS, SOLVERS, TS, Y0, pendulum, scalar, solver_name
+from problems import ARGS, TS, Y0, pendulum, scalar, solver_name
 
 import jaxode
 from jaxode.ode.loop import checkpoints
@@ -63,9 +63,10 @@ def plain(solver, mesh, y0, t0, t1, args, ts):
 
 
 # Low orders get a loose tolerance, so that they take few steps.
-CASES = [(s, 64, 1e-5 if order > 3 else 1e-2, TS) for s, order, adaptive in SOLVERS if adaptive]
+CASES = [(solver, 64, 1e-2, TS) for solver in (diffrax.Heun(), diffrax.Bosh3())]
+CASES += [(solver, 64, 1e-5, TS) for solver in (diffrax.Tsit5(), diffrax.Dopri8())]
 CASES += [(diffrax.Tsit5(), checkpoints, 1e-5, TS) for checkpoints in (2, 3, 7)]
-CASES += [(diffrax.Tsit5(), checkpoints, 1e-5, None) for checkpoints in (3, 64)]
+CASES += [(diffrax.Tsit5(), 3, 1e-5, None)]
 
 
 def case_name(value):
@@ -263,17 +264,15 @@ def test_per_sample_gradient_of_a_row_does_not_depend_on_its_neighbours():
         np.testing.assert_allclose(together[i], alone, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("transform", ["vmap of grad", "grad of vmap"])
-def test_under_vmap(transform):
+def test_under_vmap():
     """Lanes of `vmap` take steps of their own and agree with single solves."""
     rates = jnp.array([0.5, 6.0, 3.0])
     one = lambda rate: jaxode.solve(lambda t, y, r: -r * y, jnp.ones(2), 0.0, 1.0, rate).y1[0]
-    expected = jnp.stack([jax.grad(one)(rate) for rate in rates])
-    if transform == "vmap of grad":
-        actual = jax.vmap(jax.grad(one))(rates)
-    else:
-        actual = jax.grad(lambda rates: jnp.sum(jax.vmap(one)(rates)))(rates)
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    single = jax.jit(jax.grad(one))
+    expected = [single(rate) for rate in rates]
+    of_sum = jax.grad(lambda rates: jnp.sum(jax.vmap(one)(rates)))
+    for gradient in (jax.vmap(jax.grad(one)), of_sum):
+        np.testing.assert_allclose(jax.jit(gradient)(rates), expected, rtol=1e-12)
 
 
 class Inner(eqx.Module):

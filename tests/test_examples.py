@@ -182,10 +182,9 @@ def test_interruption_ends_cleanly(tmp_path, moment):
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interruption_ends_all_processes(tmp_path, processes):
+def test_interruption_ends_all_processes(tmp_path):
     """The output ends only when the last process has."""
-    arguments = ["--processes", processes, "--out", tmp_path / "sharded.png"]
+    arguments = ["--processes", 2, "--out", tmp_path / "sharded.png"]
     output, code = interrupt("training on 8 devices", "sharded", *arguments)
     assert output.count("Stopped.") == 1
     assert code == 130
@@ -546,13 +545,13 @@ def test_a_flow_that_cannot_be_solved_gets_one_clear_line(tmp_path, capsys, monk
 
 @pytest.mark.slow
 def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
-    """SIGKILL, three times, while it saves at every step; then bit for bit the same file."""
+    """SIGKILL, twice, while it saves at every step; then bit for bit the same file."""
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
 
     def start(where):
         command = [sys.executable, str(EXAMPLES / "tabular.py")]
-        command += tabular(tmp_path / where, "--steps", 300, "--every", 1)
+        command += tabular(tmp_path / where, "--steps", 200, "--every", 1)
         output = subprocess.DEVNULL
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -561,13 +560,13 @@ def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
         return json.loads(header)["step"]
 
     state = tmp_path / "killed" / "state"
-    for moment in (1, 90, 200):
+    for moment in (1, 90):
         process = start("killed")
         while process.poll() is None and not (state.exists() and step_of(state) >= moment):
             pass
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert moment <= step_of(state) < 300
+        assert moment <= step_of(state) < 200
     for where in ("killed", "whole"):
         assert start(where).wait(timeout=200) == 0
     assert state.read_bytes() == (tmp_path / "whole" / "state").read_bytes()
@@ -578,7 +577,7 @@ def test_training_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "own_steps"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(("processes", "own_steps"), [(2, False), (1, True)])
 def test_sharded_training_has_the_numbers_of_one_device(tmp_path, processes, own_steps):
     picture = tmp_path / "sharded.png"
     command = [sys.executable, EXAMPLES / "sharded.py", "--steps", "3", "--batch", "32"]

@@ -133,9 +133,9 @@ def reference(flow, times):
     return loss
 
 
+# Each option that changes the program is in one of them at least.
 CASES = {
-    **{name: {"divergence": estimator} for name, estimator in ESTIMATORS.items()},
-    "per-sample steps": {"step_control": "per_sample", "divergence": ESTIMATORS["hutchinson"]},
+    "hutchinson": {"divergence": ESTIMATORS["hutchinson"]},
     "random nodes": {"quadrature": "stochastic", "divergence": ESTIMATORS["hutchinson"]},
     "random nodes, per-sample steps": {"quadrature": "stochastic", "step_control": "per_sample"},
     "few checkpoints": {"adjoint": jaxode.DiscreteAdjoint(2), "rtol": 1e-6, "atol": 1e-6},
@@ -157,6 +157,8 @@ CASES = {
 
 
 GATHERED = ("hutchinson", "random nodes", "a solver without a shared stage")
+# Without a gradient other programs run.
+VALUES = ("hutchinson", "random nodes, per-sample steps", "regularized, random nodes")
 
 
 @functools.cache
@@ -183,7 +185,8 @@ def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch)
 
     value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*inputs)
     assert_close((value, gradient), expected, 1e-11)
-    np.testing.assert_allclose(jax.jit(loss)(*inputs), value, rtol=1e-13)
+    if name in VALUES and not gathered:
+        np.testing.assert_allclose(jax.jit(loss)(*inputs), value, rtol=1e-13)
 
 
 def test_without_context_or_weights():
@@ -208,8 +211,7 @@ def test_nodes_as_one_batch_on_an_accelerator(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("control", "quadrature", "together"),
-    [(c, q, False) for c in ("joint", "per_sample") for q in ("gauss", "stochastic")]
-    + [("joint", "gauss", True), ("per_sample", "gauss", True)],
+    [("joint", "gauss", False), ("per_sample", "stochastic", False), ("per_sample", "gauss", True)],
 )
 def test_gradient_by_the_times(control, quadrature, together, monkeypatch):
     """The mesh stays where it is relative to its two ends."""
@@ -257,8 +259,8 @@ def test_steer_ends_at_a_uniform_random_time(times):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"step_control": "per_sample"}, {"regularizers": REGULARIZERS}, {"t0": 1.0, "t1": -0.5}],
-    ids=["joint", "per_sample", "regularized", "from one"],
+    [{}, {"step_control": "per_sample", "regularizers": REGULARIZERS, "t0": 1.0, "t1": -0.5}],
+    ids=["joint", "per_sample, regularized, from one"],
 )
 def test_steer_is_the_loss_of_a_flow_that_ends_there(options):
     """Value and gradient by autodiff of that flow, with the same noise."""

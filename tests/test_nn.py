@@ -170,9 +170,8 @@ def test_softplus_is_accurate_relative_to_its_value(dtype):
     assert np.abs(error.mean()) < 0.2 * jnp.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
-@pytest.mark.parametrize("context_size", [0, 2])
-def test_flow_uses_the_closed_form_without_a_key(context_size, control):
+@pytest.mark.parametrize(("control", "context_size"), [("joint", 0), ("per_sample", 2)])
+def test_flow_uses_the_closed_form_without_a_key(control, context_size):
     """For events that are large enough to be estimated without one."""
     size = divergence.EXACT_UP_TO + 4
     m = network(nn.ConcatSquash, (8, 8), event=size, context_size=context_size)

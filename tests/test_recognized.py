@@ -218,13 +218,13 @@ def test_closures_are_programs_of_their_own_and_get_gradients():
     np.testing.assert_allclose(gradient, -3 * np.exp(-1.5), rtol=1e-4)
 
 
-def test_nothing_is_kept_of_3000_eager_calls(compiled):
+def test_nothing_is_kept_of_many_eager_calls(compiled):
     f, args = functools.partial(linear, scaled(0)), {"rate": 1.0, "power": 2}
     run = lambda: (solve(f), solve(decay, args))
     run()
     compiled.clear()
     arrays = len(jax.live_arrays())
-    for _ in range(1500):
+    for _ in range(200):
         run()
     assert not compiled
     assert len(jax.live_arrays()) == arrays

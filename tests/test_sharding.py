@@ -69,19 +69,18 @@ def assert_same(actual, expected, rtol=1e-12):
 
 JOINT = {
     "hutchinson": {},
-    "exact": {"divergence": jaxode.divergence.exact()},
-    "exact in chunks": {"divergence": jaxode.divergence.exact(chunk=1)},
-    "orthogonal probes": {"divergence": jaxode.divergence.hutchinson(2, "orthogonal")},
-    "random nodes": {"quadrature": "stochastic"},
-    "regularizers": {
+    "exact in chunks, regularized": {
+        "divergence": jaxode.divergence.exact(chunk=1),
         "regularizers": (
             jaxode.regularizers.kinetic_energy(0.7), jaxode.regularizers.jacobian_frobenius(0.2),
-        )
+        ),
+    },
+    "orthogonal probes, random nodes": {
+        "divergence": jaxode.divergence.hutchinson(2, "orthogonal"), "quadrature": "stochastic",
     },
     "backsolve": {"adjoint": jaxode.BacksolveAdjoint()},
     "interpolating": {"adjoint": jaxode.InterpolatingAdjoint()},
-    "two checkpoints": {"adjoint": jaxode.DiscreteAdjoint(2)},
-    "raising": {"throw": True},
+    "two checkpoints, raising": {"adjoint": jaxode.DiscreteAdjoint(2), "throw": True},
 }  # fmt: skip
 
 
