@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 
 def writable(text: str) -> Path:
     """A file that can be written. Makes its folder."""
@@ -42,7 +44,13 @@ def announce(doc: str | None) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Run an example as a script. Ctrl-C ends it with one word."""
+    """Run an example as a script. Ctrl-C ends it with one word.
+
+    Compiled programs are kept, so that a second run starts at once.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(__file__).parent.parent / ".jax_cache" / "examples"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
