@@ -125,7 +125,7 @@ def draw(flow, params, whitening, data, history, scores, path, key):
     """Real digits, samples, paths from noise to digits, and the scores during training."""
     samples = to_images(whitening, flow.sample(params, key, 40))
     z = flow.base.sample(jax.random.fold_in(key, 1), (4,))
-    times = jnp.linspace(flow.t0, flow.t1, 12)
+    times = jnp.linspace(flow.t0, flow.t1, 11)
     frames = jaxode.solve(flow.f, z, flow.t0, flow.t1, params, batch="joint", ts=times).ys
     frames = to_images(whitening, frames).swapaxes(0, 1)
 

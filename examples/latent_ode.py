@@ -149,7 +149,7 @@ class Recurrent(eqx.Module):
 def train(model, data: Series, steps: int, batch: int, key, name: str):
     """Least squares on all readings of a series, of which the encoder sees the first half."""
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(4e-3, steps))
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     )
 
     def loss(model, series: Series):
@@ -204,6 +204,7 @@ def draw(models, data: Series, losses, path):
     steps = models["GRU"](data, data.times)
     for i, axis in enumerate(axes[:3]):
         axis.axvspan(0, HALF, color="gray", alpha=0.12, lw=0, label="read by the encoder")
+        real = data.read[i].any(1)  # the rest is padding
         for species, color, marker in ((0, "tab:green", "o"), (1, "tab:purple", "s")):
             label = ("prey", "predators")[species]
             seen = data.read[i, :, species]
@@ -212,7 +213,10 @@ def draw(models, data: Series, losses, path):
                 label=f"{label}, readings",
             )  # fmt: skip
             axis.plot(times[i], curve[i, :, species], color=color, label=f"{label}, latent ODE")
-            axis.plot(data.times[i], steps[i, :, species], ":", color=color, label=f"{label}, GRU")
+            axis.plot(
+                data.times[i][real], steps[i, :, species][real], ":", color=color,
+                label=f"{label}, GRU",
+            )  # fmt: skip
             axis.plot(0.0, curve[i, 0, species], "x", color=color, mew=2, label=f"{label}, start")
         axis.set(xlabel="time", ylabel="log population", title=f"held-out series {i + 1}")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 
 OBSERVATION = np.zeros(2, np.float32)
-RANKS = 100  # possible ranks of a parameter among 99 samples of its posterior
+RANKS = 20  # possible ranks of a parameter among 19 samples of its posterior
 
 
 def arm(theta):
@@ -103,7 +103,7 @@ def phases(density, theta, x, options) -> tuple[Phase, Phase]:
 
 
 def ranks(density, theta, x, key):
-    """How many of 99 posterior samples each parameter exceeds, `[simulations, 2]`."""
+    """How many of 19 posterior samples each parameter exceeds, `[simulations, 2]`."""
     shape = (RANKS - 1, len(theta))
     samples = density.sample(key, shape, context=jnp.broadcast_to(x, (*shape, *x.shape[1:])))
     return np.asarray(jnp.sum(samples < theta, axis=0))
@@ -129,7 +129,7 @@ def draw(panels, counts, history, path) -> None:
     for index in range(counts.shape[1]):
         axes["ranks"].stairs(counts[:, index], np.linspace(0, RANKS, len(counts) + 1),
                              baseline=None, label=f"$\\theta_{index + 1}$")  # fmt: skip
-    axes["ranks"].set(title="calibration", xlabel="rank among 99 samples", ylabel="simulations")
+    axes["ranks"].set(title="calibration", xlabel="rank among 19 samples", ylabel="simulations")
     axes["ranks"].set_ylim(0, 2 * expected)
     axes["ranks"].legend(loc="lower center")
     draw_scores(history, axes["scores"])
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--simulations", type=int, default=30_000, help="a tenth is held out")
     parser.add_argument("--matching", type=int, default=20_000, help="steps of matching")
-    parser.add_argument("--steps", type=int, default=200, help="steps of likelihood after it")
+    parser.add_argument("--steps", type=int, default=400, help="steps of likelihood after it")
     parser.add_argument("--batch", type=int, default=256, help="simulations in a training step")
     parser.add_argument("--width", type=int, default=64, help="of the network")
     parser.add_argument("--out", type=picture, default="out/posterior.png")
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
 
     new_theta, new_x = simulate(next(keys), min(2000, options.simulations))
     counted = ranks(density, new_theta, new_x, next(keys))
-    bins = np.linspace(-0.5, RANKS - 0.5, 21)
+    bins = np.arange(RANKS + 1) - 0.5
     counts = np.stack([np.histogram(counted[:, i], bins)[0] for i in range(2)], 1)
     values = ", ".join(f"{stats.chisquare(column).pvalue:.2f}" for column in counts.T)
     print(f"calibration over {len(counted)} new simulations: p = {values} (uniform ranks)")

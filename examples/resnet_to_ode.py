@@ -110,13 +110,15 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     axes[0].plot(depths, trained, "o-", label="residual network, trained at this depth")
     axes[0].plot(depths, transferred, "s--", label="parameters of the Neural ODE at this depth")
     axes[0].axhline(ode, color="black", lw=1, ls=":", label="Neural ODE")
-    axes[0].set(xlabel="depth L", ylabel="accuracy", title="held-out digits")
+    axes[0].set(xlabel="depth L", ylabel="accuracy")
+    axes[0].set_title(f"held-out digits, of which one is {1 / HELD_OUT:.2%}")
     axes[1].plot(depths, states, "o-", label="last hidden state")
     axes[1].plot(depths, gradients, "s-", label="gradient in all parameters")
     axes[1].plot(depths, gradients[-1] * depths[-1] / np.array(depths), "k:", label="1/L")
     axes[1].set(yscale="log", xlabel="depth L", ylabel="relative difference")
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)
+        axis.set_xticks(depths, map(str, depths))
     axes[1].set_title("residual network and Neural ODE, same parameters")
 
     # The plane in which the final states vary most.

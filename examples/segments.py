@@ -7,7 +7,7 @@ over the whole series learns to predict the mean: once phases differ, a smaller 
 smaller error. So the series is cut into segments. Each has its own starting point, learned together
 with the network, and the loss includes the gaps between the end of one segment and the start of the
 next. One solve covers all segments, with per-sample start and end times. Prints the error of a
-single solve over all 20 periods for both networks. About a minute on two cores.
+single solve over all 20 periods for both networks. Half a minute on two cores.
 
 Reference: Bock and Plitt (1984), doi:10.1016/S1474-6670(17)61205-9, multiple shooting.
 """

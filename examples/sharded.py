@@ -8,7 +8,7 @@ Each device has part of the batch and all parameters. With axis_name=, all devic
 steps of the whole batch and exchange one number per step. Without it, each device takes its own
 steps, and they exchange only the gradient, once per training step. The same training then runs on
 one device, and the losses are compared. The eight devices share the cores, so this is about
-numbers, not speed; one device per core can be faster than a single one. About a minute on two
+numbers, not speed; one device per core can be faster than a single one. Half a minute on two
 cores.
 """
 
@@ -113,9 +113,8 @@ def draw(losses, one, label, path) -> None:
     plot.history(losses, ax=left, window=1, label=label, color="black")
     left.set(ylabel="negative log-density, nats", title="training loss")
     left.legend()
-    # Differences of zero have no logarithm: they are drawn at the bottom.
     right.semilogy(np.arange(1, len(one) + 1), np.maximum(np.abs(losses - one), 1e-17), ".", ms=3)
-    right.set(xlabel="training step", ylabel="absolute difference, nats")
+    right.set(xlabel="training step", ylabel="absolute difference, nats (1e-17: none)")
     right.set(title="difference of the losses", ylim=(5e-18, None))
     figure.savefig(path, dpi=80)
     plt.close(figure)

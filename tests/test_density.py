@@ -393,7 +393,7 @@ WRONG = {
     "a list": ({"standardize": [DATA.mean(0), DATA.std(0)]}, r"mean and scale a tuple; got a list"),
     "a context of several arrays": (
         {"standardize": (DATA, (DATA, DATA))},
-        r"that of a context must be \(mean, scale\), .* got a tuple of 2 parts",
+        r"for a context, must be \(mean, scale\), .* got a tuple of 2 parts",
     ),
     "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
     "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),
