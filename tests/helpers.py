@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import warnings
 
 import equinox as eqx
 import jax
@@ -64,6 +65,8 @@ REQUIRED = bool(os.environ.get("JAXODE_TEST_INTEROP"))
 def optional(library):
     """Import a library, or skip the test if it is missing and may be."""
     if REQUIRED:
-        return importlib.import_module(library)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as pytest.importorskip does
+            return importlib.import_module(library)
     reason = f"{library} is not installed: make test-all installs it"
     return pytest.importorskip(library, reason=reason)

@@ -177,9 +177,10 @@ def test_batches(name, control):
     assert_close(of_a_batch(name, control)(1e-9), of_a_batch("discrete", control)(1e-11), 1e-6)
 
 
-@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
-    "transform", ["vmap of grad", "grad of vmap", "scan", "checkpoint", "grad of scan"]
+    ("name", "transform"),
+    [(name, t) for name in KINDS for t in ("vmap of grad", "grad of vmap", "grad of scan")]
+    + [(name, t) for name in ("discrete", "backsolve") for t in ("scan", "checkpoint")],
 )
 def test_under_transformations(name, transform):
     adjoint, grad, values = EVERY[name], gradient(name), jnp.array([0.5, 1.0, 3.0])
@@ -457,6 +458,7 @@ def memory(name, size=50_000, times=None, compiler_options=None, **options):
     return temporary_bytes(run, jnp.ones(size), options=compiler_options) / (8 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["discrete", "interpolating"])
 def test_memory_of_many_steps(name):
     """64 checkpoints by default, some with stages, what is not kept, and a few states at work.
@@ -470,12 +472,14 @@ def test_memory_of_many_steps(name):
     assert many - memory(name, steps=2_000, **euler) < 4 * 18_000 / 50_000
 
 
+@pytest.mark.slow
 def test_memory_of_interpolating_does_not_grow_with_max_steps():
     grown = memory("interpolating", max_steps=10_100) - memory("interpolating", max_steps=100)
     # As for the discrete adjoint: times alone.
     assert grown < 4 * 10_000 / 50_000
 
 
+@pytest.mark.slow
 def test_memory_of_backsolve_does_not_grow_with_steps():
     size = 10_000
     assert memory("backsolve", size, max_steps=100) == memory("backsolve", size, max_steps=10**6)
@@ -485,6 +489,7 @@ def test_memory_of_backsolve_does_not_grow_with_steps():
     assert many - few < 3.1 * 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["discrete", "backsolve", "interpolating"])
 def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     """1.5 million parameters, batch 1000, steps of its own for each sample."""

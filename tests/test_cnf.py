@@ -149,6 +149,7 @@ def test_noise_depends_on_the_key_and_the_index_alone(control):
     assert jnp.abs(flow.log_prob(m, x, key=jax.random.key(12)) - values).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "orthogonal"])
 def test_standard_error_of_log_prob_is_calibrated(distribution):
     """Its square is unbiased, and it covers the exact value as often as Student's t says."""

@@ -133,6 +133,7 @@ def test_standard_error_is_the_spread_of_the_estimate(name, probes):
     assert difference.std() / np.sqrt(difference.size) < 0.02 * mean.var()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", [None, 0, 1], ids=["value", "parameters", "sample"])
 def test_chunks_bound_the_memory_of_a_large_event(argument):
     """784 dimensions, as in MNIST, with the memory that the docstring states."""

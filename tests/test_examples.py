@@ -28,6 +28,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, capsys, default_settings):
     picture = tmp_path / "digits.png"
     arguments = ["--matching", "2", "--steps", "2", "--batch", "8", "--width", "4"]
@@ -66,6 +67,7 @@ def test_toy_densities(data):
     assert 1 < np.abs(points).max() < 7
 
 
+@pytest.mark.slow
 def test_density_of_a_csv_file(tmp_path, capsys, default_settings):
     rng, file, picture = np.random.default_rng(0), tmp_path / "points.csv", tmp_path / "a" / "b.png"
     points = rng.normal([100.0, -3.0], [20.0, 0.1], (3000, 2))
@@ -258,6 +260,7 @@ def test_the_exact_posterior_is_that_of_the_simulator(default_settings):
         assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(len(close)) + 1e-3
 
 
+@pytest.mark.slow
 def test_segments(tmp_path, capsys, default_settings):
     picture = tmp_path / "segments.png"
     output = run("segments", capsys, "--steps", 300, "--out", picture).out
@@ -303,6 +306,7 @@ def test_conditional(tmp_path, capsys, default_settings):
     np.testing.assert_allclose([known, either], 2.44, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_flax_field(tmp_path, capsys, default_settings, api):
     optional("flax")

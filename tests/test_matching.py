@@ -297,6 +297,7 @@ def conditional_data(key, rows):
     return 3 * sign + 0.5 * jax.random.normal(key, (rows, 1)), sign
 
 
+@pytest.mark.slow
 def test_transport_that_ignores_the_condition_skews_and_its_weight_mends_it(default_settings):
     x, sign = conditional_data(KEY, 512)
     z = jax.random.normal(jax.random.key(9), (512, 1))
@@ -326,6 +327,7 @@ def test_transport_that_ignores_the_condition_skews_and_its_weight_mends_it(defa
     assert worst(optimal_transport(16, 100.0)) < 0.6
 
 
+@pytest.mark.slow
 def test_straightening_lowers_the_evaluations(default_settings):
     flow = jaxode.cnf(
         jaxode.nn.field, jaxode.standard_normal(2), divergence=jaxode.divergence.exact(),

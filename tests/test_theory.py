@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import scipy.linalg
 from problems import linear_gradients
 
@@ -410,6 +411,7 @@ def test_20_training_sums_over_probes_and_samples():
     close(jax.grad(several.nll)(THETA, X, key=KEY), expected)
 
 
+@pytest.mark.slow
 def test_20_ffjord_learns_a_mixture_of_three_normals(default_settings):
     """Maximum likelihood reaches the true density to 0.02 nats of Kullback-Leibler divergence."""
     means, scale = jnp.array([-2.8, -0.9, 2.0]), 0.4
