@@ -6,7 +6,7 @@
     make bench-check           measure again and compare with the results file
 
 A benchmark is a module of this package with `TITLE`, `CASES`, `run`, `table`, `draw` and
-`sentence`. Each case runs in a process of its own, and its result is saved at once.
+`sentence`. Each case runs in a separate process, and its result is saved at once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import BENCHMARKS, ON_ITS_OWN, compare
 
 HERE = Path(__file__).parent
-SECONDS = 12.0  # of alternated calls in one case; a module may have a SECONDS of its own
+SECONDS = 12.0  # of alternated calls in one case; a module may set its own SECONDS
 LIMIT = 1200.0  # seconds beyond it, after which the contender at work counts as failed
 console = Console()
 
@@ -38,7 +38,7 @@ def worker(*arguments: str, log: Path | None = None) -> subprocess.Popen:
 
 
 def describe_machine() -> dict[str, Any]:
-    """In a process of its own, so that this one does not take the accelerator's memory."""
+    """In a separate process, so that this one does not take the accelerator's memory."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "machine.json"
         if worker("machine", str(file)).wait():

@@ -100,7 +100,7 @@ FORWARD = (6,)  # evaluations in a step of Dormand and Prince, or of Tsitouras
 JAXODE = {"512 x 2, 64-64-64": (0, 5), "1000 x 43, 860-860": (0, 3, 5)}
 FIRST_STEP = (2,)  # slopes that choose its size
 DIFFRAX = (6, 6)  # stages evaluated again, and pulled back
-ODEINT = (6,)  # stages of a step of the adjoint ODE, which has steps of its own
+ODEINT = (6,)  # stages of a step of the adjoint ODE, which has its own steps
 
 
 def contenders(p: flows.Problem, mesh: Mesh, trips) -> dict[str, Contender]:

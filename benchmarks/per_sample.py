@@ -8,7 +8,7 @@ from benchmarks import ffjord_step, flows, report
 from benchmarks.fairness import Bench, check_same, work_precision
 from benchmarks.ffjord_step import in_torch
 
-TITLE = "Training step with steps of its own for each sample"
+TITLE = "Training step with per-sample steps"
 SIZE, TOLERANCES = "8 Gaussians, 512 x 2, 64-64-64", (1e-3, 1e-4, 1e-5, 1e-6)
 CASES = {case: workload for case, (workload, _) in ffjord_step.CASES.items() if SIZE in case}
 TARGET = 1e-3

@@ -1,4 +1,4 @@
-"""One case of one benchmark in a process of its own, which may die without harm to the others.
+"""One case of one benchmark in a separate process, which may die without harm to the others.
 
     python -m benchmarks.worker ffjord_step CASE REPORT OPTIONS
 
