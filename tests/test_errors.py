@@ -417,8 +417,8 @@ BAD_INPUT = [
             divergence=OWN_DIVERGENCE, regularizers=(jaxode.regularizers.jacobian_frobenius(0.1),)
         ).nll(None, X),
         ValueError,
-        "nll: a regularizer needs the norm of the Jacobian, which the divergence a divergence of "
-        "your own does not give. Pass divergence=jaxode.divergence.hutchinson() to cnf.",
+        "nll: a regularizer needs the norm of the Jacobian, which the divergence (a custom "
+        "divergence) does not provide. Pass divergence=jaxode.divergence.hutchinson() to cnf.",
     ),
     (
         lambda: cnf(divergence=divergence.closed_form()).nll(None, X), ValueError,

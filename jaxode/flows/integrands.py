@@ -62,7 +62,7 @@ class Integrands(eqx.Module):
             if with_norm is None:
                 raise ValueError(
                     "nll: a regularizer needs the norm of the Jacobian, which the divergence "
-                    f"{divergence.name} does not give. "
+                    f"({divergence.name}) does not provide. "
                     "Pass divergence=jaxode.divergence.hutchinson() to cnf."
                 )
             dz, div, norm = with_norm(g, z, probe)
