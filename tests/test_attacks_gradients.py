@@ -183,7 +183,6 @@ FLOW = jaxode.cnf(lambda t, z, p: -p * z**3, jaxode.standard_normal(1), max_step
 RAISING = {
     "grad": (exploding(), jax.grad),
     "jit(grad)": (exploding(), lambda f: jax.jit(jax.grad(f))),
-    "jit(value_and_grad)": (exploding(), lambda f: jax.jit(jax.value_and_grad(f))),
     "jit(grad) of ts": (exploding(ts=TS), lambda f: jax.jit(jax.grad(f))),
     "jit(grad), per sample": (exploding(batch="per_sample"), lambda f: jax.jit(jax.grad(f))),
     "jit(grad) of vmap": (

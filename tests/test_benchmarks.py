@@ -384,6 +384,7 @@ def test_times_to_a_likelihood_say_of_which_seeds_they_are():
     assert "| 5.0, 4.0 | 2.500 | 2.700 |" in time_to_nll.table(done)
 
 
+@pytest.mark.slow
 def test_the_scripts_behind_the_pictures_of_the_documentation(tmp_path, default_settings):
     """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
     workload = flows.Workload(2, 4, (5,), steps=200)
