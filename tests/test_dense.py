@@ -68,6 +68,7 @@ def test_gradients_are_those_of_what_is_saved(adjoint):
     np.testing.assert_allclose(forwards, jax.jit(jax.grad(reverse))(RATE), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_implicit_solvers_by_the_interpolation_of_diffrax():
     run = lambda dense: jax.jit(jax.grad(lambda a: jnp.sum(
         (s.evaluate(TIMES) if dense else s.ys)[:, 0]

@@ -131,6 +131,7 @@ class Convolutional(eqx.Module):
         return self.second(jnp.tanh(self.first(jnp.concatenate([y, time]))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", [(1, 4, 4), (2, 3, 3), (4, 4)], ids=str)
 def test_convolutional_flow_on_images(event):
     """Exact, estimated, and by the change of variables of the whole flow."""

@@ -95,6 +95,7 @@ def test_state_of_leaves_of_any_rank():
     np.testing.assert_allclose(gradient, -0.1 * np.exp(-0.5), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_third_order():
     """`y(1) = exp(-a)` has the third derivative `-exp(-a)`."""
     run = lambda a: jaxode.odeint(

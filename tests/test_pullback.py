@@ -50,9 +50,9 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("mode", [lambda f: f, jax.jit, jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("mode", [lambda f: f, jax.jacfwd, jax.jacrev])
 def test_is_that_of_jax(function, mode):
-    actual, expected = (mode(gradient(v, function))(M, X, CT) for v in (vjp, jax.vjp))
+    actual, expected = (jax.jit(mode(gradient(v, function)))(M, X, CT) for v in (vjp, jax.vjp))
     close(actual, expected)
 
 
