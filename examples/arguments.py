@@ -48,7 +48,7 @@ def run(main: Callable[[], Any]) -> None:
 
     Compiled programs are kept, so that a second run starts at once.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path(__file__).parent.parent / ".jax_cache" / "examples"
         jax.config.update("jax_compilation_cache_dir", str(folder))
     try:
