@@ -96,7 +96,7 @@ def test_a_bound_that_numpyro_includes_has_density_zero(numpyro):
         log_prob = density.log_prob(jnp.array([[0.5, 0.5], [0.0, 0.5], [0.5, 1.0]]))
         assert np.isfinite(log_prob[0])
         np.testing.assert_array_equal(log_prob[1:], -np.inf)
-    with pytest.raises(ValueError, match=r"support=...\): the data must lie strictly within"):
+    with pytest.raises(ValueError, match=r"support=...\): the data must lie strictly inside"):
         jaxode.bind(FLOW, PARAMS, standardize=np.eye(2), support=constraints.nonnegative)
     for constraint in (constraints.simplex, constraints.nonnegative_integer):
         with pytest.raises(
