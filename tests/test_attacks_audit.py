@@ -142,7 +142,7 @@ WRONG = {
         "is not the trace",
     ),
     "another derivative than the field": (
-        lambda: audit_offered(12, derivative=1.01), {"divergence error"}, "another derivative",
+        lambda: audit_offered(12, derivative=1.01), {"divergence error"}, "different derivative",
     ),
     "an estimate of twice the trace": (
         lambda: audit(tanh, 12, 0.01 * matrix(12), divergence=TWICE), {"divergence error"},
