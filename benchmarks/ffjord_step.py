@@ -20,7 +20,10 @@ SIZES: dict[str, tuple[flows.Workload, tuple[float, ...]]] = {
     "8 Gaussians, 512 x 2, 64-64-64": (flows.Workload(2, 512, (64, 64, 64)), SMALL),
     "overhead-bound, 64 x 8, 64-64": (flows.Workload(8, 64, (64, 64)), SMALL),
     "parameter-bound, 8 x 64, 1024-1024": (flows.Workload(64, 8, (1024, 1024), steps=800), LARGE),
-    "MINIBOONE's size, 256 x 43, 860-860": (flows.Workload(43, 256, (860, 860), steps=800), LARGE),
+    "MINIBOONE's size, 1000 x 43, 860-860": (
+        flows.Workload(43, 1000, (860, 860), steps=800),
+        LARGE,
+    ),
 }
 CASES = {
     f"{size}, {'a network of the user' if own else 'jaxode.nn'}": (
