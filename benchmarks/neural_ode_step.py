@@ -67,12 +67,8 @@ def problem(state: int, width: int, batch: int, times: int, own: bool = True) ->
     return Problem(params, jax.random.normal(key, (batch, state)), jnp.linspace(0, 1, times + 1))
 
 
-def field(t, y, params):
-    return params(t, y)
-
-
 def batched(t, y, params):
-    return jax.vmap(lambda y: field(t, y, params))(y)
+    return jax.vmap(lambda y: params(t, y))(y)
 
 
 def loss_of(ys):
@@ -94,7 +90,7 @@ def step_of(p: Problem, ys, static: bool = False):
 
 def jaxode_step(p: Problem, adjoint):
     ys = lambda params, y0, ts, tolerance: jaxode.solve(
-        field, y0, ts[0], ts[-1], params, ts=ts[1:], adjoint=adjoint, rtol=tolerance,
+        jaxode.nn.field, y0, ts[0], ts[-1], params, ts=ts[1:], adjoint=adjoint, rtol=tolerance,
         atol=tolerance, throw=False, batch="joint",
     ).ys  # fmt: skip
     return step_of(p, ys)

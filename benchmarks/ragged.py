@@ -16,7 +16,7 @@ import numpy as np
 import jaxode
 from benchmarks import report
 from benchmarks.fairness import Bench, attempt, check_same, double_precision, work_precision
-from benchmarks.neural_ode_step import check_fields, field
+from benchmarks.neural_ode_step import check_fields
 from benchmarks.neural_ode_step import problem as regular
 
 TITLE = "Training step on ragged series"
@@ -69,7 +69,7 @@ def step_of(p: Problem, ys):
 
 def of_jaxode(params, y0, ts, tolerance):
     return jaxode.solve(
-        field, y0, ts[:, 0], ts[:, -1], params, batch="per_sample", ts=ts, rtol=tolerance,
+        jaxode.nn.field, y0, ts[:, 0], ts[:, -1], params, batch="per_sample", ts=ts, rtol=tolerance,
         atol=tolerance, throw=False,
     ).ys  # fmt: skip
 
@@ -80,7 +80,7 @@ def of_diffrax(solver: Any = diffrax.Tsit5()):
     def ys(params, y0, ts, tolerance):
         def one(y0, ts):
             return diffrax.diffeqsolve(
-                diffrax.ODETerm(field), solver, ts[0], ts[-1], None, y0, args=params,
+                diffrax.ODETerm(jaxode.nn.field), solver, ts[0], ts[-1], None, y0, args=params,
                 saveat=diffrax.SaveAt(ts=ts), throw=False, adjoint=adjoint,
                 stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
             ).ys  # fmt: skip

@@ -172,7 +172,8 @@ def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, tiny):
     from benchmarks import torch_flows
 
     p, exact = tiny
-    torch_flows.check_networks(p)
+    for own in (True, False):
+        torch_flows.check_networks(flows.problem(TINY._replace(own=own)))
     step = getattr(torch_flows, f"{name}_step")(p)
     assert fairness.gradient_error(step(1e-5)[1], exact) < 1e-3  # float32
 
