@@ -154,8 +154,8 @@ class ClosedField(eqx.Module):
         return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 
     def __call__(
-        self, t: Float[Array, " rows"], y: Float[Array, "rows n"], args: PyTree
-    ) -> Float[Array, "rows n"]:
+        self, t: Float[Array, " rows"], y: Float[Array, "samples n"], args: PyTree
+    ) -> Float[Array, "samples n"]:
         leaves = jax.tree.leaves(args)
         (dy,) = jax.core.eval_jaxpr(self.program, self.consts, t, y, *leaves)
         return dy
@@ -194,9 +194,9 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 
 def close_field(
-    field: Callable[..., Float[Array, "rows n"]],
+    field: Callable[..., Float[Array, "samples n"]],
     t: Float[Array, " rows"],
-    y: Float[Array, "rows n"],
+    y: Float[Array, "samples n"],
     args: PyTree,
     precision: str | None,
 ) -> tuple[ClosedField, PyTree]:

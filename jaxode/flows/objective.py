@@ -10,7 +10,6 @@ Other gradient methods and implicit solvers solve the augmented ODE: samples and
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
-import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -171,15 +170,14 @@ def _fused(objective: Objective):
         time, axis = (t, 0) if per_row else (t[0], None)
         return jax.vmap(one, (axis, 0, None, 0))(time, rows(y), params, rest)
 
-    y0 = problem.y0
-    like = y0.reshape(x.shape[0], math.prod(x.shape[1:])) if per_row else y0
-    times = lambda y: jnp.broadcast_to(problem.t0, y.shape[:1])
+    y0, t0 = problem.y0, problem.t0
+    of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
     shared = (system.shared, (objective.probes, system.rows))
     precision = method.precision
-    costs, (_, (probes, _)) = close_field(costs_of_rows, times(like), like, shared, precision)
+    costs, (_, (probes, _)) = close_field(costs_of_rows, of_nodes, y0, shared, precision)
     # The samples, and so their density, may have lower precision than the solve.
     log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
-    base, _ = close_field(log_prob, times(y0), y0, (), precision)
+    base, _ = close_field(log_prob, t0, y0, (), precision)
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
     settings = Settings(method, system.adjoint.checkpoints, coefficients, phase)
@@ -294,7 +292,7 @@ def _loss_backward(bars, out, perturbed, inputs, settings):
     return once_only("nll", scaled)
 
 
-def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "rows n"]):
+def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "samples n"]):
     """The cotangents of the base density and of the state at its time."""
     params, rest = eqx.partition(inputs.base, perturbed.base)
 
@@ -305,8 +303,8 @@ def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "rows n"]):
     return pull(-inputs.weights)
 
 
-def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "rows n"]):
-    return base(jnp.broadcast_to(inputs.problem.t1, z.shape[:1]), z, ())
+def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "samples n"]):
+    return base(inputs.problem.t1, z, ())
 
 
 def _assemble(inputs: Inputs, settings: Settings, integration: Integration, integrals, unused):

@@ -20,6 +20,8 @@ from jaxode.ode.adjoints.replay import interval, replay
 from jaxode.ode.adjoints.sweep import Step
 from jaxode.ode.loop.integrate import Field, Tape
 from jaxode.ode.loop.mesh import Mesh
+from jaxode.ode.loop.method import weighted_sum
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.tableau import Tableau
 
 # The golden ratio: its multiples spread evenly over the unit interval.
@@ -83,13 +85,11 @@ class Nodes(NamedTuple):
 
     def _split(self, step: Step) -> Step:
         """One row per sample, if each sample has its own nodes."""
-        if self.phase is None:
+        phase = self.phase
+        if phase is None:
             return step
-        batch = self.phase.shape[0]
-        time = lambda t: jnp.broadcast_to(t, (batch,))
-        size = step.y.size // max(batch, 1)
-        y, k = step.y.reshape(batch, size), step.k.reshape(step.k.shape[0], batch, size)
-        return Step(time(step.t), time(step.h), y, k)
+        time = lambda t: jnp.broadcast_to(t, phase.shape)
+        return step._replace(t=time(step.t), h=time(step.h))
 
     def _place(self, step: Step, after: Float[Array, " rows"], number, index):
         """The position of a node, `[rows]` in the unit interval, and its weight times the step
@@ -122,7 +122,10 @@ class Nodes(NamedTuple):
         weights = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype))
         # As a product: XLA's sum over the first axis costs as much as a node of a small network.
         precision = jax.lax.Precision.HIGHEST
-        slope = jnp.einsum("rs,srn->rn", weights, step.k, precision=precision)
+        if len(weights) == 1:
+            slope = weighted_sum(weights[0], step.k)
+        else:
+            slope = jnp.einsum("rs,srn->rn", weights, step.k, precision=precision)
         beta = weights.T[..., None]
         return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
 
@@ -182,10 +185,8 @@ class Nodes(NamedTuple):
                 # The start is a step of size zero: nodes inside it have no weight.
                 carry, first = add(jnp.arange(self.inner), carry), self.inner
             bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
-            bar = Step(
-                _to_rows(bar.t, whole.t), _to_rows(bar.h, whole.h),
-                bar.y.reshape(whole.y.shape), bar.k.reshape(whole.k.shape),
-            )  # fmt: skip
+            to_rows = lambda x: over_rows(jnp.sum, x, len(whole.t))
+            bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
             return bar, params_bar, (integrals, by_times, whole.h)
 
         return inside
@@ -198,7 +199,7 @@ class Nodes(NamedTuple):
         # The cotangent that waits for the stage at the end of the step, which is the vector field
         # there.
         waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
-        return jnp.concatenate([values_bar, waiting.reshape(scale.shape[0], -1)], axis=1)
+        return jnp.concatenate([values_bar, waiting], axis=1)
 
     def _add(self, step: Step, after, number, index, speeds, carry):
         """Add the integrals of one or several nodes, and pull their cotangents back to the step.
@@ -232,11 +233,13 @@ class Nodes(NamedTuple):
             if speeds is None:
                 untimed: Any = None
                 return Step(untimed, untimed, dstate, k_bar), of_node, None
-            along = theta * dtime + jnp.sum(dstate * slope, axis=1)
+            along = theta * dtime + over_rows(jnp.sum, dstate * slope, len(theta))
             weight = self._weight(index, step.h, after)
             per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
             per_size = per_size * jnp.sum(self.bars * of_node, axis=1).astype(weight.dtype)
-            moved = [_to_rows(per_size * self._weight(index, *h), h[0]) for h in speeds]
+            moved = [
+                over_rows(jnp.sum, per_size * self._weight(index, *h), len(h[0])) for h in speeds
+            ]
             return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
 
         new = each(added)(index, theta, scale, values, slope, beta, dtime, dstate)
@@ -245,9 +248,3 @@ class Nodes(NamedTuple):
         add = lambda x, dx: x if dx is None else x + dx
         bar, integrals, by_times = jax.tree.map(add, (bar, integrals, by_times), new)
         return bar, jax.tree.map(jnp.add, params_bar, dparams), integrals, by_times
-
-
-def _to_rows(x: Float[Array, " batch"], like: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """Summed over the samples of each row."""
-    samples = x.shape[0] // max(like.shape[0], 1)
-    return jnp.sum(x.reshape(like.shape[0], samples), axis=1).astype(like.dtype)

@@ -15,14 +15,14 @@ from jaxode.ode.validation import check_real_times, is_known
 
 
 class OfSteps(eqx.Module):
-    """The path `[rows, n]` at a time for each row, from the dense output of recorded steps."""
+    """The path `[samples, n]` at a time for each row, from the dense output of recorded steps."""
 
     steps: Steps
     sign: Float[Array, " rows"]
     """The sign of the direction of time."""
     tableau: Tableau = eqx.field(static=True)
 
-    def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "rows n"]:
+    def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
         steps, row = self.steps, jnp.arange(len(t), dtype=jnp.int32)
         number = jnp.arange(len(steps.y), dtype=jnp.int32)[:, None]
         ends, along = jax.lax.stop_gradient((steps.times[1:], t))
@@ -30,17 +30,20 @@ class OfSteps(eqx.Module):
         ends = jnp.where(number < steps.count - 1, self.sign[None] * ends, jnp.inf)
         index = jax.vmap(jnp.searchsorted)(ends.T, self.sign * along)
         start, end = steps.times[index, row], steps.times[index + 1, row]
-        k = jnp.moveaxis(steps.k[index, :, row], 0, 1)
-        return Curve.of(self.tableau, start, end - start, steps.y[index, row], k).at(t)
+        if len(t) == 1:
+            y, k = steps.y[index[0]], steps.k[index[0]]
+        else:
+            y, k = steps.y[index, row], jnp.moveaxis(steps.k[index, :, row], 0, 1)
+        return Curve.of(self.tableau, start, end - start, y, k).at(t)
 
 
 class OfDiffrax(eqx.Module):
-    """The path of the single row of a solve by diffrax."""
+    """The path of a solve by diffrax, which has one row."""
 
     path: diffrax.DenseInterpolation
 
-    def __call__(self, t: Float[Array, " 1"]) -> Float[Array, "1 n"]:
-        return self.path.evaluate(t[0])[None]
+    def __call__(self, t: Float[Array, " 1"]) -> Float[Array, "samples n"]:
+        return self.path.evaluate(t[0])
 
 
 class Interpolant(eqx.Module):
@@ -51,12 +54,17 @@ class Interpolant(eqx.Module):
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ok: Bool[Array, " rows"]
-    y1: Float[Array, "rows n"]
+    y1: Float[Array, "samples n"]
     """The end state. NaN in a failed row, whose whole path is then NaN."""
     ravel: Any = eqx.field(static=True)
     """Its `back` maps rows to states."""
-    per_sample: bool = eqx.field(static=True)
-    """Whether the rows are the samples of a batch. Otherwise the state is the only row."""
+    batch: Any = eqx.field(static=True)
+    """How the samples step: "joint", "per_sample", or None for a single state."""
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether each sample is asked at its own time."""
+        return self.batch == "per_sample"
 
     def at(self, where: str, t: Any, derivative: bool = False) -> PyTree:
         """The state, or its derivative, at one or several times. NaN outside the span."""
@@ -78,9 +86,9 @@ class Interpolant(eqx.Module):
         values = jnp.where(inside[..., None], values, jnp.nan)
         values = jnp.where(self.ok[None, :, None], values, self.y1[None])
         states = jax.vmap(self.ravel.back)(values)
-        if not self.per_sample:
+        if self.batch is None:
             states = jax.tree.map(lambda x: x[:, 0], states)
-        elif several:
+        elif self.per_sample and several:
             states = jax.tree.map(lambda x: x.swapaxes(0, 1), states)
         return states if several else jax.tree.map(lambda x: x[0], states)
 
@@ -100,7 +108,7 @@ class Interpolant(eqx.Module):
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"
         raise ValueError(f"{where}(t=...): must be {shapes}; got shape {t.shape}.")
 
-    def _value(self, t: Float[Array, " rows"], derivative: bool) -> Float[Array, "rows n"]:
+    def _value(self, t: Float[Array, " rows"], derivative: bool) -> Float[Array, "samples n"]:
         if not derivative:
             return self.path(t)
         # Each row depends only on its own time.

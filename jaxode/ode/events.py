@@ -35,8 +35,8 @@ FIRST_ONLY = "Event: the time of an event, and what depends on it, has only firs
 # The largest number of solves that may land on the event.
 LANDINGS = 8
 
-# (t [rows], y [rows, n]) -> [rows]
-Condition = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, " rows"]]
+# (t [rows], y [samples, n]) -> [rows]
+Condition = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, " rows"]]
 
 
 class Event(eqx.Module):

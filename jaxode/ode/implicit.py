@@ -40,7 +40,7 @@ class DiffraxSolve(eqx.Module):
     adjoint: Any = eqx.field(static=True)
 
     def integrate(self, problem: Problem, method: Method) -> Integration:
-        """Solve the problem on one row."""
+        """Solve a problem that has one row."""
         if isinstance(self.adjoint, DiscreteAdjoint):
             problem = in_reverse(problem, "DiscreteAdjoint")
         y0, t0, t1 = problem.y0, problem.t0[0], problem.t1[0]
@@ -51,7 +51,7 @@ class DiffraxSolve(eqx.Module):
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
         ode = _Field(problem.field, problem.args)
         moves = t0 == t1
-        y = _along(y0[0], t0, ode, jnp.where(moves, -1.0, 0.0))
+        y = _along(y0, t0, ode, jnp.where(moves, -1.0, 0.0))
         solution = self._by_diffrax(ode, y, t0, t1, ts, method)
         states = solution.ys
         assert states is not None
@@ -71,11 +71,11 @@ class DiffraxSolve(eqx.Module):
             count["num_rejected_steps"][None],
             jnp.full(1, -1),
         )
-        ys = None if ts is None else states[:-1, None]
+        ys = None if ts is None else states[:-1]
         reached = jax.lax.stop_gradient(jnp.where(failed, reached, t1))[None]
         steps: Any = solution.interpolation
         out = Integration(
-            states[-1:], ys, stats, result[None], reached, jnp.zeros_like(reached), steps
+            states[-1], ys, stats, result[None], reached, jnp.zeros_like(reached), steps
         )
         if not isinstance(self.adjoint, ForwardMode):
             return out
@@ -115,13 +115,13 @@ class DiffraxSolve(eqx.Module):
 
 
 class _Field(eqx.Module):
-    """The vector field on one row and its arguments."""
+    """The vector field at one time, and its arguments."""
 
     field: Any
     args: PyTree
 
-    def __call__(self, t: Float[Array, ""], y: Float[Array, " n"]) -> Float[Array, " n"]:
-        return self.field(t[None], y[None], self.args)[0]
+    def __call__(self, t: Float[Array, ""], y: Float[Array, "samples n"]):
+        return self.field(t[None], y, self.args)
 
 
 def _controller(method: Method) -> diffrax.AbstractStepSizeController:
@@ -178,7 +178,7 @@ def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
 
 
 @eqx.filter_custom_jvp
-def _along(y: Float[Array, "*times n"], t: Float[Array, "*times"], ode: _Field, speed):
+def _along(y: Float[Array, "*times samples n"], t: Float[Array, "*times"], ode: _Field, speed):
     """The state `y` at time `t`, with `speed` times the field as its time derivative."""
     del t, ode, speed
     return y
@@ -191,13 +191,13 @@ def _along_jvp(primals, tangents):
     if t_dot is not None:
         slope = jax.lax.map(lambda point: ode(*point), (t, y)) if t.ndim else ode(t, y)
         slope = jnp.where(speed == 0, 0.0, speed.astype(y.dtype) * slope)
-        moved = t_dot.astype(y.dtype)[..., None] * slope
+        moved = t_dot.astype(y.dtype)[..., None, None] * slope
         y_dot = moved if y_dot is None else y_dot + moved
     return _along(*primals), y_dot
 
 
 @eqx.filter_custom_jvp
-def _nan_tangents(states: Float[Array, "times n"], failed: Bool[Array, ""], inputs: PyTree):
+def _nan_tangents(states: Float[Array, "times samples n"], failed: Bool[Array, ""], inputs: PyTree):
     """The states. Their derivatives by all inputs are NaN if the solve failed."""
     del failed, inputs
     return states
@@ -231,7 +231,12 @@ def _code(result: diffrax.RESULTS) -> Int[Array, ""]:
 
 
 def _result(
-    ode: _Field, solution: diffrax.Solution, states: Float[Array, "times n"], t0, t1, method: Method
+    ode: _Field,
+    solution: diffrax.Solution,
+    states: Float[Array, "times samples n"],
+    t0,
+    t1,
+    method: Method,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """How a solve ended, and the time it reached. NaN if the time is unknown.
 

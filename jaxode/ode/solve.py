@@ -309,25 +309,27 @@ def run(system: System) -> Solution:
             ok=out.result == Result.SUCCESS,
             y1=out.y1,
             ravel=ravel,
-            per_sample=per_sample,
+            batch=system.batch,
         )
     ts, ys = problem.ts, out.ys
     if ts is not None and ys is not None and problem.outputs is not None:
         ys = padded(ys, problem.outputs)
         ys = _at_padding(ys, ts - padded(ts, problem.outputs), problem)
     ts, ys = system.ts, None if ys is None else jax.vmap(ravel.back)(ys)
-    of_rows = (ravel.back(out.y1), out.stats, out.result, out.t_reached, problem.t1, out.stopped)
-    if not per_sample:
-        of_rows = jax.tree.map(lambda x: x[0], of_rows)
-        ys = jax.tree.map(lambda x: x[:, 0], ys)
+    y1 = ravel.back(out.y1)
+    if system.batch is None:
+        y1, ys = jax.tree.map(lambda x: x[0], y1), jax.tree.map(lambda x: x[:, 0], ys)
     elif system.rows_have_outputs:
         ys = jax.tree.map(lambda x: x.swapaxes(0, 1), ys)
-    y1, stats, result, t_reached, t1, came = of_rows
+    of_rows = (out.stats, out.result, out.t_reached, problem.t1, out.stopped)
+    if not per_sample:
+        of_rows = jax.tree.map(lambda x: x[0], of_rows)
+    stats, result, t_reached, t1, came = of_rows
     return Solution(y1, ts, ys, stats, result, t_reached, t1, came, interpolant)
 
 
 @eqx.filter_custom_jvp
-def _at_padding(ys: Float[Array, "times rows n"], past: Float[Array, "times rows"], problem):
+def _at_padding(ys: Float[Array, "times samples n"], past: Float[Array, "times rows"], problem):
     """The outputs. Padding moves along the field if its times move `past` the last one."""
     del past, problem
     return ys

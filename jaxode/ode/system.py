@@ -138,7 +138,7 @@ def argument_faults(where: str, system: System) -> Faults:
 
 @dataclasses.dataclass(frozen=True)
 class Ravel:
-    """The state as rows of numbers, `[rows, n]`, and back."""
+    """The state as the numbers of each sample, `[samples, n]`, and back."""
 
     structure: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
@@ -156,12 +156,12 @@ class Ravel:
     def dtype(self) -> jnp.dtype:
         return state_dtype(self.leaves)
 
-    def __call__(self, y: PyTree) -> Float[Array, "rows n"]:
+    def __call__(self, y: PyTree) -> Float[Array, "samples n"]:
         each = zip(jax.tree.leaves(y), self.sizes, strict=True)
         parts = [leaf.reshape(leaf.shape[0], size).astype(self.dtype) for leaf, size in each]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
-    def back(self, y: Float[Array, "rows n"]) -> PyTree:
+    def back(self, y: Float[Array, "samples n"]) -> PyTree:
         parts = jnp.split(y, np.cumsum(self.sizes)[:-1], axis=1)
         like = zip(parts, self.leaves, strict=True)
         parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
@@ -192,7 +192,7 @@ def condition_on_rows(system: System, ravel: Ravel):
 
 
 def _rows_field(system: System):
-    """The field on rows of the solver: one system, one batch, or one row per sample."""
+    """The field of the solver: of one system, of one batch, or with a time for each sample."""
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
@@ -201,30 +201,32 @@ def _rows_field(system: System):
 
     if system.batch == "per_sample":
         return jax.vmap(checked, in_axes=(0, 0, None, 0))
-    batched = checked
     if system.batch == "joint":
         batched = jax.vmap(checked, in_axes=(None, 0, None, 0))
+        return lambda t, y, shared, rows: batched(t[0], y, shared, rows)
 
-    def one_row(t, y, shared, rows):
-        dy = batched(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
+    def alone(t, y, shared, rows):
+        dy = checked(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
         return jax.tree.map(lambda x: x[None], dy)
 
-    return one_row
+    return alone
 
 
 def pose(system: System) -> tuple[Problem, Method, Ravel]:
     """The problem on rows, its method, and the map to rows. Traces the field once.
 
-    A batch with joint steps is one row, and so is a single system. The system must be `recognized`.
+    A batch with joint steps has one row, and so has a single system, which is one sample. The
+    system must be `recognized`.
     """
     y0 = system.y0
-    if system.batch != "per_sample":
+    if system.batch is None:
         y0 = jax.tree.map(lambda x: x[None], y0)
     ravel, field = Ravel.of(y0), _rows_field(system)
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
     start = ravel(y0)
+    rows = start.shape[0] if system.batch == "per_sample" else 1
     start, times, args, method = vary_alike(
-        (start, system.on_rows(start.shape[0]), (system.shared, system.rows), system.method)
+        (start, system.on_rows(rows), (system.shared, system.rows), system.method)
     )
     closed, arrays = close_field(raveled, times[0], start, args, method.precision)
     outputs = None

@@ -71,8 +71,8 @@ class BacksolveAdjoint:
         self,
         problem: Problem,
         method: Method,
-        y1_bar: Float[Array, "rows n"],
-        ys_bar: Float[Array, "times rows n"] | None,
+        y1_bar: Float[Array, "samples n"],
+        ys_bar: Float[Array, "times samples n"] | None,
     ) -> Stats:
         """The work of the backward solve, given the cotangents of the end state and the outputs."""
         inexact = jax.tree.map(eqx.is_inexact_array, problem)
@@ -129,8 +129,8 @@ def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segme
 class _Ends(NamedTuple):
     """The cotangents of the end state and of the outputs."""
 
-    y1: Float[Array, "rows n"]
-    ys: Float[Array, "times rows n"] | None
+    y1: Float[Array, "samples n"]
+    ys: Float[Array, "times samples n"] | None
 
 
 def _apply(params, rest, t, y):

@@ -31,20 +31,21 @@ from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.method import Method, aim, judge, weighted_sum
 from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.tableau import Tableau
 from jaxode.ode.results import nan_or_raise
 from jaxode.ode.validation import non_negative
 
-# (t [rows], state [rows, n], weight [rows]) -> (derivative [rows, n], weighted integrand of b)
-AdjointField = Callable[..., tuple[Float[Array, "rows n"], PyTree]]
+# (t [rows], state [samples, n], weight [rows]) -> (derivative [samples, n], weighted integrand)
+AdjointField = Callable[..., tuple[Float[Array, "samples n"], PyTree]]
 
 
 def adjoint_product(
-    apply: Callable[..., Float[Array, "rows n"]],
+    apply: Callable[..., Float[Array, "samples n"]],
     params: PyTree,
     t: Float[Array, " rows"],
-    y: Float[Array, "rows n"],
-    a: Float[Array, "rows n"],
+    y: Float[Array, "samples n"],
+    a: Float[Array, "samples n"],
     weight: Float[Array, " rows"],
 ):
     """`f`, `-a df/dy` and `-sum over rows of weight a df/dparams`, from one `vjp`.
@@ -63,7 +64,7 @@ class Segment(NamedTuple):
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
-    y: Float[Array, "rows n"]
+    y: Float[Array, "samples n"]
     quadrature: PyTree
     done: Bool[Array, " rows"]
     result: Int[Array, " rows"]
@@ -183,11 +184,11 @@ def with_tolerances(method: Method, rtol, atol) -> Method:
 
 
 def time_cotangents(
-    apply: Callable[..., Float[Array, "rows n"]],
+    apply: Callable[..., Float[Array, "samples n"]],
     params: PyTree,
     times: Float[Array, "points rows"],
-    states: Float[Array, "points rows n"],
-    cotangents: Float[Array, "points rows n"],
+    states: Float[Array, "points samples n"],
+    cotangents: Float[Array, "points samples n"],
 ) -> Float[Array, "points rows"]:
     """`cotangent . f(t, y)` at each point: the gradient with respect to its time.
 
@@ -197,7 +198,7 @@ def time_cotangents(
 
     def at(point):
         t, y, cotangent = point
-        return jnp.sum(cotangent * apply(params, t, y), axis=1)
+        return over_rows(jnp.sum, cotangent * apply(params, t, y), t.shape[0])
 
     return jax.lax.map(at, (times, states, cotangents))
 
@@ -208,7 +209,7 @@ def cotangents(
     method: Method,
     integration: Integration,
     out: Integration,
-    y0_bar: Float[Array, "rows n"],
+    y0_bar: Float[Array, "samples n"],
     segment: Segment,
 ) -> Problem:
     """The cotangents of a problem, from the cotangents `out` of its solution and the backward

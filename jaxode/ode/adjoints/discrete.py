@@ -27,7 +27,7 @@ from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result
-from jaxode.ode.loop.outputs import Curve, Steps, save_times_at
+from jaxode.ode.loop.outputs import Curve, Steps, output_at, save_times_at
 from jaxode.ode.loop.problem import Problem
 
 # If parameters outnumber the work of an evaluation by this factor, their gradient is gathered once
@@ -178,7 +178,7 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
         def pull(carry):
             curve_bar, saved, ts_bar = carry
             now, index = due(saved), jnp.clip(saved - 1, 0)
-            y_bar = jnp.where(now[:, None], ys_bar[index, rows], 0.0)
+            y_bar = jnp.where(now[:, None], output_at(ys_bar, index), 0.0)
             time = jnp.where(now, save_times_at(ts, index), step.t)
             if timed:
                 added, time_bar = jax.vjp(at, curve, time)[1](y_bar)

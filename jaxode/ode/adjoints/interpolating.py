@@ -32,7 +32,7 @@ from jaxode.ode.adjoints.replay import (
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
-from jaxode.ode.loop.outputs import Curve, save_times_at
+from jaxode.ode.loop.outputs import Curve, output_at, save_times_at
 from jaxode.ode.loop.problem import Problem
 
 
@@ -69,8 +69,8 @@ class InterpolatingAdjoint:
         self,
         problem: Problem,
         method: Method,
-        y1_bar: Float[Array, "rows n"],
-        ys_bar: Float[Array, "times rows n"] | None,
+        y1_bar: Float[Array, "samples n"],
+        ys_bar: Float[Array, "times samples n"] | None,
     ) -> Stats:
         """The work of the backward solve, given the cotangents of the end state and the outputs."""
         inexact = jax.tree.map(eqx.is_inexact_array, problem)
@@ -108,7 +108,6 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
     y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
     params, apply = split(problem, perturbed, unused)
     tableau, sign = method.tableau, jnp.sign(t1 - t0)
-    rows = jnp.arange(y0.shape[0], dtype=jnp.int32)
     method = with_tolerances(method, adjoint.rtol, adjoint.atol)
 
     def step(carry):
@@ -138,18 +137,18 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
                 return saved, segment, left
             end = jnp.where(left, save_times_at(ts, saved - 1), t)
             segment = solve_segment(adjoint_field, method, segment, end, t1 - t0)
-            jump = out.ys[jnp.clip(saved - 1, 0), rows]
+            jump = output_at(out.ys, jnp.clip(saved - 1, 0))
             segment = segment._replace(y=segment.y + jnp.where(left[:, None], jump, 0.0))
             return saved - left.astype(jnp.int32), segment, left
 
-        carry = (saved, segment, jnp.ones(rows.shape, bool))
+        carry = (saved, segment, jnp.ones(t0.shape, bool))
         saved, segment, _ = while_loop(lambda c: c[2].any(), pieces, carry)
         return stop - 1, saved, segment, checkpoints
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     failed = (integration.result != Result.SUCCESS) | (tape.num_steps == 0)
     segment = Segment.start(t1, -integration.h, filled(out.y1, y0), zeros, failed)
-    saved = jnp.zeros(rows.shape, jnp.int32) if out.ys is None else output_count(problem)
+    saved = jnp.zeros(t0.shape, jnp.int32) if out.ys is None else output_count(problem)
     carry = (tape.num_steps, saved, segment, tape.checkpoints)
     _, _, segment, _ = while_loop(lambda carry: carry[0] > 0, step, carry)
     return segment

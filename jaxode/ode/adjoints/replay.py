@@ -17,6 +17,7 @@ from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.tableau import Tableau
 from jaxode.ode.validation import integer
 
@@ -26,13 +27,14 @@ T = TypeVar("T")
 def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Array, " rows"]:
     """The `rows` whose cotangents `out` are zero: nothing depends on them."""
     if out.y1 is not None:
-        rows &= (out.y1 == 0).all(axis=1)
-    if out.ys is not None:
-        rows &= (out.ys == 0).all(axis=(0, 2))
+        rows &= over_rows(jnp.all, out.y1 == 0, rows.shape[0])
+    by_samples = [] if out.ys is None else [out.ys]
     if out.steps is not None:
-        for bar, axes in ((out.steps.times, 0), (out.steps.y, (0, 2)), (out.steps.k, (0, 1, 3))):
-            if bar is not None:
-                rows &= (bar == 0).all(axis=axes)
+        if out.steps.times is not None:
+            rows &= (out.steps.times == 0).all(axis=0)
+        by_samples += [bar for bar in (out.steps.y, out.steps.k) if bar is not None]
+    for bar in by_samples:
+        rows &= over_rows(jnp.all, jnp.moveaxis(bar == 0, -2, 0), rows.shape[0])
     return rows
 
 
@@ -126,7 +128,7 @@ def output_count(problem: Problem) -> Int[Array, " rows"]:
     """How many outputs each row has."""
     count = 0 if problem.ts is None else problem.ts.shape[0]
     given = problem.outputs
-    return jnp.full(problem.y0.shape[0], count, jnp.int32) if given is None else given
+    return jnp.full(problem.t0.shape, count, jnp.int32) if given is None else given
 
 
 def output_is_inside(ts, saved, t, number, sign) -> Bool[Array, " rows"]:
@@ -151,7 +153,7 @@ def replay(
     times: Float[Array, "steps+1 rows"],
     checkpoints: Checkpoints,
     stop: Int[Array, ""],
-) -> tuple[Float[Array, "rows n"], Float[Array, "stages rows n"], Checkpoints]:
+) -> tuple[Float[Array, "samples n"], Float[Array, "stages samples n"], Checkpoints]:
     """The start and the stages of the last recorded step before number `stop`.
 
     Steps are retaken from the latest checkpoint, with their first `count` stages. Those on the way

@@ -26,6 +26,7 @@ from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Tape
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import weighted_sum
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.tableau import Tableau
 
 
@@ -34,15 +35,15 @@ class Step(NamedTuple):
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
-    y: Float[Array, "rows n"]
-    k: Float[Array, "stages rows n"]
+    y: Float[Array, "samples n"]
+    k: Float[Array, "stages samples n"]
 
 
 class Swept(NamedTuple):
     """Cotangents at the start of a step, and of everything that all steps share."""
 
-    y: Float[Array, "rows n"]
-    slope: Float[Array, "rows n"] | None
+    y: Float[Array, "samples n"]
+    slope: Float[Array, "samples n"] | None
     """The cotangent of the first stage, if it waits for the previous step."""
     params: PyTree
     t0: Float[Array, " rows"]
@@ -53,7 +54,7 @@ class Swept(NamedTuple):
 
 class _State(NamedTuple):
     stop: Int[Array, ""]
-    slope: Float[Array, "rows n"] | None
+    slope: Float[Array, "samples n"] | None
     """The vector field at the end of the step."""
     checkpoints: Checkpoints
     swept: Swept
@@ -62,7 +63,7 @@ class _State(NamedTuple):
 class Sweep(NamedTuple):
     """How to go back over the steps."""
 
-    apply: Callable[..., Float[Array, "rows n"]]
+    apply: Callable[..., Float[Array, "samples n"]]
     """The vector field as a function of `(params, t, y)`."""
     params: PyTree
     tableau: Tableau
@@ -98,7 +99,9 @@ class Sweep(NamedTuple):
         """The number of stages that are pulled back here."""
         return self.count - 1 if self.inside_pulls_last else self.count
 
-    def run(self, y1_bar: Float[Array, "rows n"], params_bar: PyTree, carry: Any = None) -> Swept:
+    def run(
+        self, y1_bar: Float[Array, "samples n"], params_bar: PyTree, carry: Any = None
+    ) -> Swept:
         """Go from the cotangent of the end state to the cotangents at the start."""
         zero = jnp.zeros_like(self.mesh.t0)
         slope_bar = jnp.zeros_like(y1_bar) if self.waits else None
@@ -145,7 +148,7 @@ class Sweep(NamedTuple):
             k = jnp.where(self.unused[:, None], 0.0, k)
         return Step(t, h, y, k), checkpoints
 
-    def _pull(self, step: Step, bar: Step, y_bar: Float[Array, "rows n"], params_bar, lowest):
+    def _pull(self, step: Step, bar: Step, y_bar: Float[Array, "samples n"], params_bar, lowest):
         """The cotangents of a step, given the cotangents of its end, and of its stages from
         elsewhere.
 
@@ -170,7 +173,7 @@ class Sweep(NamedTuple):
                 _, pull = vjp(apply, varied, time, z)
                 dparams, dtime, z_bar = pull(stage_bar)
                 t_bar = t_bar + dtime
-                h_bar = h_bar + c[i] * dtime + jnp.sum(z_bar * increment, axis=1)
+                h_bar = h_bar + c[i] * dtime + over_rows(jnp.sum, z_bar * increment, len(h))
             else:
                 _, pull = vjp(lambda params, z: apply(params, time, z), varied, z)
                 dparams, z_bar = pull(stage_bar)
@@ -186,7 +189,7 @@ class Sweep(NamedTuple):
         if self.per_step:
             params_bar = self._gather(step, A, c, k_bar, params_bar)
         if self.timed:
-            h_bar = h_bar + jnp.sum(y_bar * weighted_sum(b, k), axis=1)
+            h_bar = h_bar + over_rows(jnp.sum, y_bar * weighted_sum(b, k), len(h))
         # XLA's sum over the first axis is slow on a CPU.
         y_bar = y_bar + bar.y + weighted_sum(jnp.ones_like(b), z_bars)
         return Step(t_bar, h_bar, y_bar, k_bar), params_bar

@@ -21,14 +21,14 @@ class Checkpoints(NamedTuple):
     """
 
     step: Int[Array, " slots"]
-    y: Float[Array, "slots+1 rows n"]
+    y: Float[Array, "slots+1 samples n"]
     """The last place takes steps that are not kept, so writing never reads and copies nothing."""
-    k: Float[Array, "first_slots+1 stages rows n"] | None
+    k: Float[Array, "first_slots+1 stages samples n"] | None
     stride: Int[Array, ""]
     """A power of two."""
 
     @classmethod
-    def start(cls, slots: int, stages: int, y0: Float[Array, "rows n"]) -> "Checkpoints":
+    def start(cls, slots: int, stages: int, y0: Float[Array, "samples n"]) -> "Checkpoints":
         y = jnp.zeros((slots + 1, *y0.shape), y0.dtype).at[0].set(y0)
         places = STAGE_BYTES // max(stages * y0.size * y0.dtype.itemsize, 1)
         first = min(slots, places - 1)
@@ -51,8 +51,8 @@ class Checkpoints(NamedTuple):
     def offer(
         self,
         step: Int[Array, ""],
-        y: Float[Array, "rows n"],
-        k: Float[Array, "stages rows n"],
+        y: Float[Array, "samples n"],
+        k: Float[Array, "stages samples n"],
         advanced: Bool[Array, ""],
     ) -> "Checkpoints":
         """Keep a step if the stride says so, while the solve runs forward."""

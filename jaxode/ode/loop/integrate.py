@@ -1,8 +1,8 @@
 """The forward loop: explicit Runge-Kutta steps on rows, with or without error control.
 
-The state is `[rows, n]`. `solve` and joint batches use one row; per-sample steps use one row per
-sample, each with its own time, step size and accept flag. A row that waits for the others takes
-steps of size zero. Nothing here knows about differentiation.
+The state is `[samples, n]`. With per-sample steps each sample is a row, which has its own time,
+step size and accept flag; otherwise there is one row (`rows.py`). A row that waits for the others
+takes steps of size zero. Nothing here knows about differentiation.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.tableau import Tableau
 
-# The vector field on rows: (t [rows], y [rows, n]) -> dy/dt [rows, n].
-Field = Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]]
+# The vector field on rows: (t [rows], y [samples, n]) -> dy/dt [samples, n].
+Field = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]]
 
 # (start of a step, the step) -> whether an accepted step stops inside, the time and state there.
-Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "rows n"]]]
+Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "samples n"]]]
 
 
 class Tape(NamedTuple):
@@ -37,15 +37,15 @@ class Tape(NamedTuple):
     """Step `i` of a row went from `times[i]` to `times[i + 1]`."""
     num_steps: Int[Array, ""]
     checkpoints: Checkpoints
-    slope: Float[Array, "rows n"] | None
+    slope: Float[Array, "samples n"] | None
     """The slope at the end of the last step, if the solver knows it."""
 
 
 class Integration(NamedTuple):
     """What the loop returns. `y1` and `ys` are NaN in the rows whose `result` is a failure."""
 
-    y1: Float[Array, "rows n"]
-    ys: Float[Array, "times rows n"] | None
+    y1: Float[Array, "samples n"]
+    ys: Float[Array, "times samples n"] | None
     stats: Stats
     result: Int[Array, " rows"]
     t_reached: Float[Array, " rows"]
@@ -60,8 +60,8 @@ class Integration(NamedTuple):
 class _State(NamedTuple):
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
-    y: Float[Array, "rows n"]
-    slope: Float[Array, "rows n"] | None
+    y: Float[Array, "samples n"]
+    slope: Float[Array, "samples n"] | None
     """`f(t, y)` if the last stage of a step is the first of the next."""
     done: Bool[Array, " rows"]
     """Whether the end time is reached. The time cannot tell: compilers may round it twice."""
@@ -71,7 +71,7 @@ class _State(NamedTuple):
     unfit: Float[Array, " rows"]
     """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
     saved: Int[Array, " rows"]
-    ys: Float[Array, "times rows n"] | None
+    ys: Float[Array, "times samples n"] | None
     tape: Tape | None
     steps: Steps | None
     stopped: Bool[Array, " rows"] | None
@@ -81,8 +81,8 @@ class _Step(NamedTuple):
     """An attempted step: its end, its stages and its outcome."""
 
     t: Float[Array, " rows"]
-    y: Float[Array, "rows n"]
-    k: Float[Array, "stages rows n"]
+    y: Float[Array, "samples n"]
+    k: Float[Array, "stages samples n"]
     last: Bool[Array, " rows"]
     accept: Bool[Array, " rows"]
     h_next: Float[Array, " rows"]
@@ -95,10 +95,10 @@ def stages(
     tableau: Tableau,
     t: Float[Array, " rows"],
     h: Float[Array, " rows"],
-    y: Float[Array, "rows n"],
-    slope: Float[Array, "rows n"] | None,
+    y: Float[Array, "samples n"],
+    slope: Float[Array, "samples n"] | None,
     count: int,
-) -> Float[Array, "stages rows n"]:
+) -> Float[Array, "stages samples n"]:
     """The first `count` stage derivatives of one step, in a loop with one copy of `field`.
 
     If `slope` is given, it is the first of them and is not evaluated again.
@@ -179,7 +179,7 @@ def _initial(
     problem: Problem, method: Method, start, end, checkpoints: int | None
 ) -> tuple[_State, int]:
     """The initial state of the loop, and the evaluations spent on it."""
-    y0, ts, rows = problem.y0, problem.ts, problem.y0.shape[0]
+    y0, ts, rows = problem.y0, problem.ts, start.shape[0]
     slope, h, evals = _start(problem.slope, method, start, y0, end - start)
     tape = None
     if checkpoints is not None:
@@ -264,9 +264,9 @@ def _start(
     field: Field,
     method: Method,
     t0: Float[Array, " rows"],
-    y0: Float[Array, "rows n"],
+    y0: Float[Array, "samples n"],
     span: Float[Array, " rows"],
-) -> tuple[Float[Array, "rows n"] | None, Float[Array, " rows"], int]:
+) -> tuple[Float[Array, "samples n"] | None, Float[Array, " rows"], int]:
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
     tableau = method.tableau
     if method.steps is None and method.first_step is None:

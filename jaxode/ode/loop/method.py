@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.loop.mesh import Piece, piece_at
 from jaxode.ode.loop.outcome import Result
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.step_size import error_ratio, propose
 
 # If at most this many steps are left, they are made equal. Measured: benchmarks/NOTES.md.
@@ -42,7 +43,7 @@ class Method(eqx.Module):
         return self.max_steps if self.steps is None else self.steps
 
 
-def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages rows n"]):
+def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages samples n"]):
     """`sum_i weights_i k_i`."""
     return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
 
@@ -101,13 +102,15 @@ def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
     finite. A solve that ends before passing that time failed because of it.
     """
     if method.steps is not None:
-        finite = jnp.isfinite(jnp.max(jnp.abs(y_next), axis=1, initial=0.0))
+        finite = jnp.isfinite(over_rows(_largest, y_next, running.shape[0]))
         result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
         return running & finite, state.h, result.astype(jnp.int32), state.unfit
     t_next, last = aim.t, aim.last
     h = t_next - state.t
     error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
-    ratio = error_ratio(error, state.y, y_next, method.rtol, method.atol, method.axis_name)
+    ratio = error_ratio(
+        error, state.y, y_next, h.shape[0], method.rtol, method.atol, method.axis_name
+    )
     finite = jnp.isfinite(ratio)
     guessed = state.accepted == 0
     accept, factor = propose(ratio.astype(h.dtype), method.tableau.order, guessed)
@@ -132,6 +135,10 @@ def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
     result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
     failed = running & (stuck | (exhausted & ~finite))
     return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32), unfit
+
+
+def _largest(y: Float[Array, "samples n"], axis):
+    return jnp.max(jnp.abs(y), axis=axis, initial=0.0)
 
 
 def limit_step(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:

@@ -15,8 +15,8 @@ class Steps(NamedTuple):
 
     times: Float[Array, "steps+1 rows"]
     """Step `i` of a row goes from `times[i]` to `times[i + 1]`. They are equal if the row waits."""
-    y: Float[Array, "steps rows n"]
-    k: Float[Array, "steps stages rows n"]
+    y: Float[Array, "steps samples n"]
+    k: Float[Array, "steps stages samples n"]
     count: Int[Array, ""]
 
     @classmethod
@@ -40,18 +40,18 @@ class Curve(NamedTuple):
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
-    y: Float[Array, "rows n"]
-    powers: Float[Array, "degree rows n"]
+    y: Float[Array, "samples n"]
+    powers: Float[Array, "degree samples n"]
     """The coefficients of `theta`, `theta^2` and so on."""
-    slope: Float[Array, "rows n"]
+    slope: Float[Array, "samples n"]
 
     @classmethod
-    def of(cls, tableau: Tableau, t, h, y, k: Float[Array, "stages rows n"]) -> "Curve":
+    def of(cls, tableau: Tableau, t, h, y, k: Float[Array, "stages samples n"]) -> "Curve":
         """The dense output of the step `t -> t + h` with these stages."""
         powers = jnp.tensordot(jnp.asarray(tableau.dense, y.dtype), k, axes=1, precision="highest")
         return cls(t, h, y, h.astype(y.dtype)[None, :, None] * powers, k[0])
 
-    def at(self, time: Float[Array, " rows"]) -> Float[Array, "rows n"]:
+    def at(self, time: Float[Array, " rows"]) -> Float[Array, "samples n"]:
         """The state at one time per row."""
         waited = self.h == 0
         past = (time - self.t).astype(self.y.dtype)
@@ -74,6 +74,15 @@ def save_times_at(
     return ts[jnp.clip(index, 0, ts.shape[0] - 1), rows]
 
 
+def output_at(
+    ys: Float[Array, "times samples n"], index: Int[Array, " rows"]
+) -> Float[Array, "samples n"]:
+    """The output with this index, per row."""
+    if index.shape[0] == 1:
+        return ys[index[0]]
+    return ys[index, jnp.arange(index.shape[0], dtype=jnp.int32)]
+
+
 def save(
     tableau: Tableau,
     ts: Float[Array, "times rows"],
@@ -81,7 +90,7 @@ def save(
     step: Any,
     h: Float[Array, " rows"],
     start: Any,
-    ys: Float[Array, "times rows n"],
+    ys: Float[Array, "times samples n"],
     saved: Int[Array, " rows"],
     count: Any,
 ):
@@ -102,13 +111,15 @@ def save(
         due = pending(saved)
         time = save_times_at(ts, saved)
         value = curve.at(time)
-        ys = ys.at[jnp.where(due, saved, ts.shape[0]), rows].set(value, mode="drop")
+        index = jnp.where(due, saved, ts.shape[0])
+        place = (index[0],) if len(index) == 1 else (index, rows)
+        ys = ys.at[place].set(value, mode="drop")
         return ys, saved + due.astype(jnp.int32)
 
     return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))
 
 
-def padded(ys: Float[Array, "times rows *n"], count: Int[Array, " rows"]):
+def padded(ys: Float[Array, "times samples *n"], count: Int[Array, " rows"]):
     """The outputs of each row, padded with its last one."""
     times, rows = ys.shape[:2]
     index = jnp.minimum(jnp.arange(times, dtype=jnp.int32)[:, None], count[None] - 1)

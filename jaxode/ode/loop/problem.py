@@ -6,18 +6,17 @@ from jaxtyping import Array, Float, Int, PyTree
 
 
 class Problem(NamedTuple):
-    """An initial value problem on rows: `dy/dt = field(t, y, args)`, `y(t0) = y0`, up to `t1`.
+    """An initial value problem: `dy/dt = field(t, y, args)`, `y(t0) = y0`, up to `t1`.
 
     The cotangents of a problem are also a `Problem`, and so are the flags of which leaves are
     differentiated.
     """
 
     field: Any
-    """`(t [rows], y [rows, n], args) -> dy/dt [rows, n]`, without closed-over values."""
+    """`(t [rows], y [samples, n], args) -> dy/dt [samples, n]`, without closed-over values."""
     args: PyTree
-    """`(shared, rows)`: arguments that all rows share, and per-row leaves `[rows, ...]`. If the
-    only row is a joint batch, per-sample leaves."""
-    y0: Float[Array, "rows n"]
+    """`(shared, rows)`: arguments that all samples share, and leaves `[samples, ...]`."""
+    y0: Float[Array, "samples n"]
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ts: Float[Array, "times rows"] | None
@@ -25,6 +24,8 @@ class Problem(NamedTuple):
     outputs: Int[Array, " rows"] | None = None
     """The number of outputs per row. Later ones are padding, with the state of the last output."""
 
-    def slope(self, t: Float[Array, " rows"], y: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+    def slope(
+        self, t: Float[Array, " rows"], y: Float[Array, "samples n"]
+    ) -> Float[Array, "samples n"]:
         """The vector field at one time and state."""
         return self.field(t, y, self.args)

@@ -1,7 +1,6 @@
 """Step-size control: error norm, first step, accept and propose.
 
-All functions work on rows: times and step sizes are `[rows]`, states are `[rows, n]`, and each row
-has its own step.
+Times and step sizes are `[rows]`, states are `[samples, n]`, and each row has its own step.
 
 References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993),
 section II.4.
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxode._jax.sharding import AxisName, axes_of, fori_loop, vary
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.tableau import Tableau
 
 SAFETY = 0.9
@@ -21,18 +21,21 @@ MIN_FACTOR = 0.2
 MAX_FACTOR = 10.0
 
 
-def rms_norm(x: Float[Array, "rows n"], axis_name: AxisName | None) -> Float[Array, " rows"]:
+def rms_norm(
+    x: Float[Array, "samples n"], rows: int, axis_name: AxisName | None
+) -> Float[Array, " rows"]:
     """Root mean square of each row, over all devices along `axis_name` if given."""
-    mean_square = jnp.sum(x * x, axis=1) / max(x.shape[1], 1)
+    mean_square = over_rows(jnp.sum, x * x, rows) / max(x.size // max(rows, 1), 1)
     if axis_name is not None:
         mean_square = vary(jax.lax.pmean(mean_square, axis_name), axes_of(mean_square))
     return jnp.sqrt(mean_square)
 
 
 def error_ratio(
-    error: Float[Array, "rows n"],
-    y0: Float[Array, "rows n"],
-    y1: Float[Array, "rows n"],
+    error: Float[Array, "samples n"],
+    y0: Float[Array, "samples n"],
+    y1: Float[Array, "samples n"],
+    rows: int,
     rtol: Float[Array, ""],
     atol: Float[Array, ""],
     axis_name: AxisName | None,
@@ -42,10 +45,11 @@ def error_ratio(
     NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
     """
     scale = atol + rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-    return rms_norm(jnp.where(jnp.isfinite(y1), _relative(error, scale), jnp.nan), axis_name)
+    relative = _relative(error, scale, rows)
+    return rms_norm(jnp.where(jnp.isfinite(y1), relative, jnp.nan), rows, axis_name)
 
 
-def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], rows: int):
     """`x / scale`, and zero where both are zero: `atol=0` asks nothing of entries that stay zero.
 
     Finite entries and their squares stay finite: a tolerance out of reach means an error that is
@@ -53,7 +57,7 @@ def _relative(x: Float[Array, "rows n"], scale: Float[Array, "rows n"]) -> Float
     """
     ratio = jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
     # The sum over the row must not overflow either. The thousandth leaves room for many devices.
-    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / max(x.shape[1], 1)) ** 0.5
+    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / max(x.size // max(rows, 1), 1)) ** 0.5
     return jnp.where(jnp.isfinite(x), jnp.clip(ratio, -limit, limit), ratio)
 
 
@@ -73,30 +77,30 @@ def propose(
 
 
 def first_step(
-    field: Callable[[Float[Array, " rows"], Float[Array, "rows n"]], Float[Array, "rows n"]],
+    field: Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]],
     t0: Float[Array, " rows"],
-    y0: Float[Array, "rows n"],
+    y0: Float[Array, "samples n"],
     span: Float[Array, " rows"],
     tableau: Tableau,
     rtol: Float[Array, ""],
     atol: Float[Array, ""],
     axis_name: AxisName | None,
-) -> tuple[Float[Array, " rows"], Float[Array, "rows n"]]:
+) -> tuple[Float[Array, " rows"], Float[Array, "samples n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
     Both evaluations are iterations of one loop, which holds a single copy of `f`. The step has an
     error of about the tolerance and changes the state by roughly its own size at most. It is at
     most 1e-4 if state or slope is zero.
     """
-    scale = atol + rtol * jnp.abs(y0)
-    d0 = rms_norm(_relative(y0, scale), axis_name)
-    sign = jnp.sign(span)
+    scale, rows = atol + rtol * jnp.abs(y0), t0.shape[0]
 
-    def slope(f):
-        return rms_norm(_relative(f, scale), axis_name)
+    def norm(x):
+        return rms_norm(_relative(x, scale, rows), rows, axis_name)
+
+    d0, sign = norm(y0), jnp.sign(span)
 
     def trial_step(f0):
-        d1 = slope(f0)
+        d1 = norm(f0)
         h0 = jnp.where((d0 < 1e-5) | ~(d1 >= 1e-5), 1e-6, 0.01 * d0 / jnp.maximum(d1, 1e-5))
         return jnp.minimum(h0.astype(t0.dtype), jnp.abs(span))
 
@@ -107,7 +111,7 @@ def first_step(
 
     zero = jnp.zeros_like(y0)
     f0, h0, f1 = fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
-    d1, d2 = slope(f0), slope(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
+    d1, d2 = norm(f0), norm(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
     h = jnp.minimum(100.0 * h0, _first_step_of_slopes(tableau, d1, d2))
     # A non-finite slope must not poison the step: the first attempt then fails with a cause.
     h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
