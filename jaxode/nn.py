@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.distributions import as_event_shape
+from jaxode.ode.field import MisfitError
 from jaxode.ode.validation import integer
 
 
@@ -180,7 +181,7 @@ class _Network(eqx.Module):
         y: Float[Array, " *event"],
         context: Float[Array, " context"] | None = None,
     ) -> Float[Array, " *event"]:
-        context = self._check(context)
+        context = self._check(y, context)
         x = y.reshape(-1)
         for layer in self.hidden:
             x = self.activation(layer(t, x, context)[0])
@@ -200,7 +201,7 @@ class _Network(eqx.Module):
         """
         if len(self.hidden) > 2:
             return NotImplemented
-        context = self._check(context)
+        context = self._check(y, context)
         x, slopes = y.reshape(-1), []
         for layer in self.hidden:
             u, gate = layer(t, x, context)
@@ -219,7 +220,7 @@ class _Network(eqx.Module):
         out = self.weight @ x + self.bias
         return out if self.shift is None else out + _affine(self.shift, t, context)
 
-    def _check(self, context):
+    def _check(self, y, context):
         if isinstance(context, _Network):
             raise TypeError(
                 f"{type(self).__name__}(t, y, context): the context must be a vector; got a "
@@ -231,6 +232,13 @@ class _Network(eqx.Module):
             raise ValueError(
                 f"{type(self).__name__}(context_size={self.context_size}): the context of a sample "
                 f"must be a vector of this size, and None for size 0; got shape {shape}."
+            )
+        size = (self.hidden[0] if self.hidden else self).weight.shape[1]
+        if y.size != size:
+            raise MisfitError(
+                f"{type(self).__name__}(event_shape=...): the network was made for samples of "
+                f"{size} numbers; got a sample of shape {y.shape}. Make it with "
+                f"event_shape={y.shape}, or mend the samples."
             )
         return context
 
@@ -295,7 +303,7 @@ class PotentialGradient(_Network):
         y: Float[Array, " *event"],
         context: Float[Array, " context"] | None = None,
     ) -> Float[Array, " *event"]:
-        context = self._check(context)
+        context = self._check(y, context)
 
         def potential(y):
             x = y.reshape(-1)
@@ -320,7 +328,7 @@ class PotentialGradient(_Network):
         if len(self.hidden) != 1:
             return NotImplemented
         (layer,), (w,) = self.hidden, self.weight
-        u, _ = layer(t, y.reshape(-1), self._check(context))
+        u, _ = layer(t, y.reshape(-1), self._check(y, context))
         slope, curvature = _value_and_slope(lambda u: _value_and_slope(self.activation, u)[1], u)
         dy = layer.weight.T @ (w * slope)
         return dy.reshape(y.shape), (w * jnp.sum(layer.weight**2, axis=1)) @ curvature

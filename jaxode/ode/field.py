@@ -8,6 +8,11 @@ from jaxtyping import Array, Float, PyTree
 
 VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
+
+class MisfitError(TypeError):
+    """What a field raises that itself says how its arguments do not fit. It passes unchanged."""
+
+
 # The types with which Python and JAX report that a function does not fit its arguments. Other
 # exceptions, even subclasses of these, say more and pass through unchanged.
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)
