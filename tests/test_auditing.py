@@ -157,6 +157,23 @@ def test_single_precision_is_named(default_settings):
     assert audit(wave, p=0.5).reference == "Dopri8 in float32 at tolerance 1e-06"
 
 
+def test_data_far_from_the_base_are_named_before_their_rounding(default_settings):
+    """A raw table, as the audit sees it if nobody has standardized it."""
+    flow = jaxode.cnf(wave, jaxode.standard_normal(3))
+    x = jnp.array([800.0, 100.0, 20.0]) + jnp.array([300.0, 10.0, 2.0]) * jax.random.normal(
+        KEY, (64, 3)
+    )
+    report = jaxode.audit(flow, jnp.asarray(0.1), x, KEY)
+    assert next(iter(report.advice)) == "distance from the base"
+    assert report.values["distance from the base"] > 400
+    assert "standardize=data" in report.advice["distance from the base"]
+    assert report.advice["log-density error"].startswith("Mend the distance from the base first")
+    # One sample in ten may be an outlier of a table that is.
+    z = jnp.where(jnp.arange(64)[:, None] % 10 == 0, x, (x - x.mean(0)) / x.std(0))
+    report = jaxode.audit(flow, jnp.asarray(0.1), z, KEY)
+    assert 0.5 < report.values["distance from the base"] < 2
+
+
 def test_wrong_arguments_raise():
     flow = jaxode.cnf(wave, jaxode.standard_normal(2))
     with pytest.raises(ValueError, match=r"audit\(x=...\): must have shape"):

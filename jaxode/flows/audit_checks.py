@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxode.flows import audit_density, audit_work
-from jaxode.flows.audit_subject import Row, Subject
+from jaxode.flows.audit_subject import BASE_DISTANCE, Row, Subject
 from jaxode.ode.adjoints import DiscreteAdjoint
 
 # Limits. Errors of log-densities are in nats: 0.01 is one percent of a density.
@@ -61,12 +61,19 @@ def _outside(s: Subject) -> Row | None:
 
 def _log_density(s: Subject) -> Row:
     """`log_prob` with the same probes."""
+    advice = (
+        f"{s.solve_finer} of log_prob; if that does not help, the divergence of the vector field "
+        "is wrong or not smooth."
+    )
+    if s.base_distance > BASE_DISTANCE:
+        advice = (
+            "Mend the distance from the base first: the log-densities of far samples are large, "
+            "and so is their rounding."
+        )
     error = jnp.abs(s.log_prob.astype(s.tight_log_prob.dtype) - s.tight_log_prob)
     return s.judge(
         "log-density error", jnp.max(jnp.where(s.outside, 0, error)), LOG_DENSITY,
-        f"at most {LOG_DENSITY:g} nats",
-        f"{s.solve_finer} of log_prob; if that does not help, the divergence of the vector "
-        "field is wrong or not smooth.",
+        f"at most {LOG_DENSITY:g} nats", advice,
     )  # fmt: skip
 
 
@@ -107,8 +114,8 @@ def _norm(tree: PyTree) -> float:
 
 # A check that does not apply returns None.
 CHECKS: tuple[Callable[[Subject], Row | None], ...] = (
-    _solves, _reference, _outside, _round_trip, _log_density, _loss, _gradient,
-    audit_density.divergence, audit_density.probe_error, audit_density.base_probability,
+    _solves, _reference, _outside, audit_density.base_distance, _round_trip, _log_density, _loss,
+    _gradient, audit_density.divergence, audit_density.probe_error, audit_density.base_probability,
     audit_density.total_probability, audit_work.evaluations, audit_work.steps, audit_work.rejected,
     audit_work.stiffness,
 )  # fmt: skip

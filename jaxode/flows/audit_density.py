@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxode._jax.closure import recognizable, recognized, settle
 from jaxode.divergence import EXACT_UP_TO, exact
 from jaxode.flows.audit_importance import importance
-from jaxode.flows.audit_subject import Row, Subject, cast, tight_dtype
+from jaxode.flows.audit_subject import BASE_DISTANCE, CHUNK, Row, Subject, cast, tight_dtype
 from jaxode.flows.cnf import CNF
 
 DIVERGENCE = 2e-3
@@ -22,7 +22,6 @@ PROBABILITY = 1e-2
 
 # Grid points per side for the total probability, by the number of dimensions.
 GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
-CHUNK = 2**14
 # An effective sample size below this fraction of the proposals decides nothing.
 EFFECTIVE = 0.1
 # Trace estimates per point, for a stochastic divergence.
@@ -127,12 +126,24 @@ def probe_error(s: Subject) -> Row:
     )  # fmt: skip
 
 
+def base_distance(s: Subject) -> Row:
+    """Where the samples end: their distance from the mean of the base, in its deviations.
+
+    The median over rows of the root mean square over coordinates, so that a few outliers do not
+    count. Far away, log-densities are so large that their rounding is an error.
+    """
+    return s.judge(
+        "distance from the base", s.base_distance, BASE_DISTANCE,
+        f"at most {BASE_DISTANCE:g} standard deviations",
+        "The flow does not carry these samples to its base: train it on standardized data, such "
+        "as jaxode.bind(flow, params, standardize=data).to_flow(data), or for longer.",
+    )  # fmt: skip
+
+
 def base_probability(s: Subject) -> Row:
     """The integral of the base density."""
-    base, key = s.flow.base, s.key
-    count = min(CHUNK, max(512, 2**22 // math.prod(base.event_shape)))
     return _integrated(
-        s, "base probability", base.sample(key, (count,)), base.log_prob,
+        s, "base probability", s.base_samples, s.flow.base.log_prob,
         "Normalize the base density: it does not integrate to one, or not where its samples are.",
     )  # fmt: skip
 

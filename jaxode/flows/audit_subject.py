@@ -1,6 +1,7 @@
 """The subject of an audit: a flow, a tight solve of it, and what several checks share."""
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.results import SolveError
 from jaxode.ode.system import make_system
 from jaxode.ode.validation import state_dtype
+
+# Standard deviations. In one dimension, a normal base has no such samples.
+BASE_DISTANCE = 10.0
+# As many samples are drawn and solved at once.
+CHUNK = 2**14
 
 
 class Row(NamedTuple):
@@ -98,6 +104,25 @@ class Subject:
     @cached_property
     def z(self) -> Float[Array, "batch *event"]:
         return self.flow.to_base(self.params, self.x, context=self.context)
+
+    @cached_property
+    def base_samples(self) -> Float[Array, "count *event"]:
+        base = self.flow.base
+        return base.sample(self.key, (min(CHUNK, max(512, 2**22 // math.prod(base.event_shape))),))
+
+    @cached_property
+    def base_distance(self) -> float:
+        """The median distance of samples carried to the base from its mean, in deviations.
+
+        Its own samples have about one.
+        """
+        base = np.asarray(self.base_samples, float)
+        z = np.asarray(self.z, float)[~np.asarray(self.outside)]
+        if not len(z):
+            return np.nan
+        with np.errstate(all="ignore"):
+            distance = (z - base.mean(axis=0)) / base.std(axis=0)
+            return float(np.median(np.sqrt(np.mean(distance.reshape(len(z), -1) ** 2, axis=1))))
 
     @cached_property
     def log_prob(self) -> Float[Array, " batch"]:
