@@ -328,6 +328,11 @@ BAD_INPUT = [
         "Pass jaxode.cnf(f, base).",
     ),
     (
+        lambda: jaxode.audit(jaxode.bind(FLOW, P), P, X, KEY), TypeError,
+        "audit(flow=...): must be a flow made by jaxode.cnf; got Density. "
+        "Pass density.flow, density.params and density.to_flow(x).",
+    ),
+    (
         lambda: jaxode.audit(FLOW, P, X, 0), TypeError,
         "audit(key=...): must be a key of jax.random; got int. Pass jax.random.key(0).",
     ),

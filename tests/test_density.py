@@ -373,7 +373,7 @@ CONSTANT = np.stack([DATA[:, 0], np.full(40, 2.0)], 1)
 WRONG = {
     "a constant column": (
         {"standardize": CONSTANT},
-        r"standardize=...\): x must vary; .* number 1",
+        r"x must vary; got column 1 \(counting from 0\), which is constant in .* Leave it out.$",
     ),
     "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive; got 0.0"),
     "data that leave": (
@@ -383,14 +383,27 @@ WRONG = {
     "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite; got nan"),
     "a scale that is lost": (
         {"standardize": np.float32(1e7) + np.eye(4, 2, dtype=np.float32)},
-        r"x must vary; got a coordinate that is constant in float32, number 0",
+        r"got column 0 .* constant in float32. Leave it out, or subtract its mean in float64 first",
     ),
     "data with NaN": (
         {"standardize": DATA * np.nan},
         r"data of x must be finite; .* 40 of 40 rows",
     ),
-    "data of another shape": ({"standardize": np.ones((4, 3))}, r"must have shape \(n, \*\(2,\)\)"),
+    "data of another shape": ({"standardize": np.ones((4, 3))}, r"must have shape \[n, 2\]"),
     "a list": ({"standardize": [DATA.mean(0), DATA.std(0)]}, r"mean and scale a tuple; got a list"),
+    "text": (
+        {"standardize": DATA.astype(str)},
+        r"data of x must be an array of numbers; got an array of <U32. Encode text as numbers",
+    ),
+    "a masked array": (
+        {"standardize": np.ma.masked_less(DATA, 0)},
+        r"data of x must be an array of numbers; got a masked array",
+    ),
+    "a context of text": (
+        {"standardize": (DATA, {"name": np.full(40, "a")})},
+        r"standardize=...\): arrays must be numeric; got an array of <U1",
+    ),
+    "no data": ({"standardize": True}, r"got True. Pass your data, an array \[n, 2\]"),
     "a context of several arrays": (
         {"standardize": (DATA, (DATA, DATA))},
         r"for a context, must be \(mean, scale\), .* got a tuple of 2 parts",
@@ -410,8 +423,13 @@ def test_wrong_arguments(name):
 
 def test_wrong_events_and_contexts():
     density = jaxode.bind(FLOW, PARAMS)
-    with pytest.raises(ValueError, match=r"log_prob\(x=...\): must have shape \(..., \*event\)"):
+    with pytest.raises(ValueError, match=r"log_prob\(x=...\): must have shape \[..., 2\]; got"):
         density.log_prob(jnp.ones((4, 3)))
+    for method in (density.log_prob, density.to_flow):
+        with pytest.raises(
+            TypeError, match=r"\(x=...\): must be an array of numbers; got an array"
+        ):
+            method(DATA.astype(object))
     with pytest.raises(TypeError, match=r"bind\(flow=...\): must be made by jaxode.cnf"):
         jaxode.bind(PARAMS, FLOW)
     seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
@@ -432,3 +450,32 @@ def test_training_data_outside_of_the_support():
         density.to_flow(x)
     z = jax.jit(lambda x: density.to_flow(x))(x)
     assert list(np.isnan(z).any(1)) == [False, True]
+
+
+def test_data_that_are_not_finite_are_named():
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    seen = np.random.default_rng(1).normal(size=(40, 3))
+    bad, lost = DATA.copy(), seen.copy()
+    bad[3, 1], lost[:2, 0] = np.nan, np.inf
+    with pytest.raises(
+        ValueError, match=r"to_flow\(x=...\): must be finite; .* 1 of 40 .* row 3\."
+    ):
+        density.to_flow(bad)
+    z = jax.jit(lambda x: density.to_flow(x))(bad)
+    assert list(np.flatnonzero(np.isnan(z).any(1))) == [3]
+    # Data that are known inside of `jit`.
+    assert jax.jit(lambda: density.to_flow(DATA))().shape == (40, 2)
+    conditional = jaxode.bind(FLOW, trained(3), standardize=(DATA, seen))
+    with pytest.raises(
+        ValueError, match=r"to_flow\(context=...\): must be finite; .* 2 of 40 rows"
+    ):
+        conditional.to_flow(DATA, lost)
+
+
+def test_a_table_in_float64_warns_of_nothing(default_settings):
+    params = jaxode.nn.ConcatSquash(2, (4,), key=KEY, context_size=2)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+    density = jaxode.bind(flow, params, standardize=(DATA, DATA))
+    z, context = density.to_flow(DATA, DATA)
+    assert z.dtype == context.dtype == jnp.float32
+    assert np.isfinite(flow.matching_loss(params, z, key=KEY, context=context))

@@ -254,11 +254,11 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf().log_prob(None, jnp.ones((4, 3))), ValueError,
-        "log_prob(x=...): must have shape (batch, *event) with event (2,); got (4, 3).",
+        "log_prob(x=...): must have shape [batch, 2]; got (4, 3).",
     ),
     (
         lambda: cnf().nll(None, jnp.ones(2)), ValueError,
-        "nll(x=...): must have shape (batch, *event) with event (2,); got (2,).",
+        "nll(x=...): must have shape [batch, 2]; got (2,).",
     ),
     (
         lambda: cnf().nll(None, jnp.ones((4, 2), int)), TypeError,
@@ -494,6 +494,11 @@ BAD_INPUT = [
         "MLP(context_size=...): must be an integer of at least 0; got -1.",
     ),
     (
+        lambda: jaxode.flow(jaxode.nn.field, X, 0.0, 1.0, jaxode.nn.MLP(3, key=KEY)), TypeError,
+        "MLP(event_shape=...): the network was made for samples of 3 numbers; got a sample of "
+        "shape (2,). Make it with event_shape=(2,), or mend the samples.",
+    ),
+    (
         lambda: NETWORK(0.0, ONE, NETWORK), TypeError,
         "MLP(t, y, context): the context must be a vector; got a network. For a vector field "
         "whose params are the network, pass f=jaxode.nn.field.",
@@ -541,7 +546,7 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,
-        "audit(x=...): must have shape (batch, *event) with event (2,); got (4, 3).",
+        "audit(x=...): must have shape [batch, 2]; got (4, 3).",
     ),
 ]  # fmt: skip
 

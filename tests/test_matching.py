@@ -380,7 +380,7 @@ def pairing(rows):
 BAD_INPUT = [
     (
         lambda: loss(X[:, 0]), ValueError,
-        "matching_loss(x=...): must have shape (batch, *event) with event (2,); got (16,).",
+        "matching_loss(x=...): must have shape [batch, 2]; got (16,).",
     ),
     (
         lambda: loss(jnp.ones((3, 2), jnp.int32)), TypeError,
@@ -398,7 +398,7 @@ BAD_INPUT = [
     ),
     (
         lambda: loss(x0=START[:, :1]), ValueError,
-        "matching_loss(x0=...): must have shape (batch, *event) with event (2,); got (16, 1).",
+        "matching_loss(x0=...): must have shape [batch, 2]; got (16, 1).",
     ),
     (
         lambda: loss(flow=flow_of(lambda t, z, p: z[0])), ValueError,

@@ -14,6 +14,7 @@ from jaxode.divergence import EXACT_UP_TO, Divergence, exact
 from jaxode.flows.audit_checks import CHECKS
 from jaxode.flows.audit_subject import Row, Subject, cast, tight_dtype
 from jaxode.flows.cnf import CNF
+from jaxode.flows.density import Density
 from jaxode.flows.validation import check_context, check_key, check_samples
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.validation import is_known, state_dtype
@@ -93,9 +94,11 @@ def audit(
             are not finite, for no samples, and inside `jit`.
     """
     if not isinstance(flow, CNF):
+        cure = "Pass jaxode.cnf(f, base)."
+        if isinstance(flow, Density):
+            cure = "Pass density.flow, density.params and density.to_flow(x)."
         raise TypeError(
-            f"audit(flow=...): must be a flow made by jaxode.cnf; got {type(flow).__name__}. "
-            "Pass jaxode.cnf(f, base)."
+            f"audit(flow=...): must be a flow made by jaxode.cnf; got {type(flow).__name__}. {cure}"
         )
     if not is_known((flow, params, x, key, context)):
         raise ValueError(

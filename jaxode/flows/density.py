@@ -24,12 +24,13 @@ from jaxode.flows.standardize import (
     affine,
     check_inside,
     floating,
+    numbers,
     of_context,
     split,
 )
 from jaxode.flows.support import Support, as_support
-from jaxode.flows.validation import check_count, check_key
-from jaxode.ode.validation import check_args, is_known, native
+from jaxode.flows.validation import check_count, check_finite, check_key
+from jaxode.ode.validation import check_args, is_known, shape_of
 
 
 class _Constant(eqx.Module):
@@ -147,17 +148,18 @@ class Density(eqx.Module):
         of the maps.
 
         Raises:
-            ValueError: if data lie outside the support. If that is known only at run time, they
-                become NaN.
+            ValueError: if data lie outside the support or are not finite. If that is known only at
+                run time, they become NaN.
         """
         rows, shape = self._rows("to_flow", x)
         inside, z, _ = jax.vmap(self._from_data)(rows)
         check_inside("to_flow", inside, rows)
         inside = inside.reshape(-1, *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
+        context = self._context("to_flow", context, shape)
+        check_finite("to_flow", {"x": rows, "context": context})
         if context is None:
             return z
-        context = self._context("to_flow", context, shape)
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     def _from_data(self, x: Float[Array, " *event"]):
@@ -197,11 +199,11 @@ class Density(eqx.Module):
 
     def _rows(self, where: str, x: Any) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
         """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(native(x))
+        event, x = self.event_shape, floating(numbers(f"{where}(x=...):", x))
         cut = x.ndim - len(event)
         if cut < 0 or x.shape[cut:] != event:
             raise ValueError(
-                f"{where}(x=...): must have shape (..., *event) with event {event}; got {x.shape}."
+                f"{where}(x=...): must have shape {shape_of('...', event)}; got {x.shape}."
             )
         shape = x.shape[:cut]
         return x.reshape(math.prod(shape), *event), shape

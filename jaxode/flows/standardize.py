@@ -10,7 +10,14 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode.flows.support import Support, frozen
 from jaxode.ode.results import in_rows
-from jaxode.ode.validation import is_known
+from jaxode.ode.validation import (
+    check_args,
+    described,
+    is_known,
+    native,
+    numeric_dtype,
+    shape_of,
+)
 
 WHERE = "bind"
 
@@ -22,7 +29,21 @@ def floating(x: Any) -> Array:
 
 
 def _floating_dtype(dtype: Any) -> Any:
-    return jnp.result_type(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+    # `jnp.result_type` warns of a float64 that JAX does not have.
+    return jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+
+
+def numbers(what: str, x: Any) -> Any:
+    """An array. Raises for text, objects and masked arrays, which JAX does not accept."""
+    if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
+        x = np.asarray(x)
+    x = native(x)
+    if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
+        raise TypeError(
+            f"{what} must be an array of numbers; got {described(x)}. Encode text as numbers or "
+            "leave it out, fill what is masked, and convert with .astype(np.float32)."
+        )
+    return x
 
 
 class Affine(eqx.Module):
@@ -73,7 +94,7 @@ def affine(
     if isinstance(given, list):
         raise TypeError(
             f"{WHERE}(standardize=...): data of {name} must be an array, and mean and scale a "
-            "tuple; got a list."
+            "tuple; got a list. Pass np.asarray of it, or a tuple."
         )
     if isinstance(given, tuple):
         mean, scale = map(floating, given)
@@ -92,11 +113,17 @@ def affine(
                 f"{WHERE}(standardize=...): the mean of {name} must be finite; got {given[0]}."
             )
         return Affine(mean, scale)
-    data = np.asarray(given) if is_known(given) else given
+    if not jnp.ndim(given):
+        raise TypeError(
+            f"{WHERE}(standardize=...): must be the data, or (mean, scale); got {given!r}. Pass "
+            f"your data, an array {shape_of('n', event)}."
+        )
+    data = numbers(f"{WHERE}(standardize=...): data of {name}", given)
+    data = np.asarray(data) if is_known(data) else data
     if data.shape[1:] != event or data.ndim != len(event) + 1 or len(data) < 2:
         raise ValueError(
-            f"{WHERE}(standardize=...): data of {name} must have shape (n, *{event}), with at "
-            f"least two rows; got {data.shape}."
+            f"{WHERE}(standardize=...): data of {name} must have shape {shape_of('n', event)}, "
+            f"with at least two rows; got {data.shape}."
         )
     if support is not None:
         rows = floating(data)
@@ -135,9 +162,12 @@ def _fitted(name: str, data: Any) -> Affine:
     if constant.size:
         column = tuple(map(int, constant[0]))
         place = column[0] if len(column) == 1 else column
+        cure = "Leave it out."
+        if np.ptp(wide[:, *column]):
+            cure = "Leave it out, or subtract its mean in float64 first."
         raise ValueError(
-            f"{WHERE}(standardize=...): {name} must vary; got a coordinate that is constant in "
-            f"{jnp.dtype(dtype).name}, number {place}. Leave it out, or rescale it in float64."
+            f"{WHERE}(standardize=...): {name} must vary; got column {place} (counting from 0), "
+            f"which is constant in {jnp.dtype(dtype).name}. {cure}"
         )
     return Affine(jnp.asarray(mean.astype(dtype)), jnp.asarray(scale.astype(dtype)))
 
@@ -153,6 +183,7 @@ def of_context(given: Any) -> PyTree:
                 f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
             )
         return affine("context", given, max(jnp.shape(part) for part in given))
+    given = check_args(WHERE, "standardize", given)
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
     one = lambda x: affine("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

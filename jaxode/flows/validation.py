@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.sharding import AxisName
-from jaxode.flows.failure import weights_rule, wrong_weights
+from jaxode.flows.failure import data_faults, weights_rule, wrong_weights
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import (
     Time,
@@ -18,6 +18,7 @@ from jaxode.ode.validation import (
     native,
     non_negative,
     numeric_dtype,
+    shape_of,
     state_dtype,
 )
 
@@ -41,8 +42,7 @@ def check_samples(
         raise TypeError(f"{where}({name}=...): must have a floating dtype; got {x.dtype}. {cure}")
     if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
         raise ValueError(
-            f"{where}({name}=...): must have shape (batch, *event) with event {event}; "
-            f"got {jnp.shape(x)}."
+            f"{where}({name}=...): must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
         )
     x = native(x)
     if numeric_dtype(x) is None:
@@ -51,6 +51,14 @@ def check_samples(
             "it with .astype(np.float32), and fill what is masked."
         )
     return jnp.asarray(x)
+
+
+def check_finite(where: str, data: dict[str, PyTree]) -> None:
+    """Raise if data are known to hold NaN or infinity. Rows lie along the leading axes."""
+    for told, find in data_faults(where, data).items():
+        found = find()
+        if is_known(found) and found.any():
+            raise ValueError(told.format(rows=in_rows(found)))
 
 
 def check_not_empty(where: str, x: Float[Array, "batch *event"]) -> None:

@@ -176,6 +176,11 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
     return jax.tree.map(jnp.asarray, y0)
 
 
+def shape_of(leading: str, event: tuple[int, ...]) -> str:
+    """A shape for messages, such as [n, 13]."""
+    return f"[{', '.join(map(str, (leading, *event)))}]"
+
+
 def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
     """The states as arrays with a common leading axis."""
     z = check_state(where, name, z)
