@@ -315,9 +315,11 @@ def draw(names, rows, new, losses, scores, path):
 def report(flow, state: State, x, held_out, names, values, mean, scale, key, options) -> None:
     """Print the scores. Write the picture and the new rows."""
     learned, gaussian = evaluate(flow, state.average, x, held_out)
-    print(f"held-out log-density, nats, standardized columns ({len(held_out)} rows)")
-    print(f"full-covariance Gaussian   {gaussian:8.3f}")
-    print(f"flow                       {learned:8.3f}")
+    units = float(np.sum(np.log(scale)))  # log |det| of the map from a row to its standardized one
+    print(f"mean log-density of {len(held_out)} held-out rows, in nats")
+    print("                           units of the table   standardized columns")
+    print(f"full-covariance Gaussian   {gaussian - units:18.3f}   {gaussian:20.3f}")
+    print(f"flow                       {learned - units:18.3f}   {learned:20.3f}")
     new = np.asarray(flow.sample(state.average, key, options.rows)) * scale + mean
     table = table_of(options)
     write_csv(table, names, new)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import optional
+from scipy import stats
 
 import jaxode
 
@@ -468,6 +469,12 @@ def test_tabular(tmp_path, capsys, default_settings):
     table = np.genfromtxt(tmp_path / "a.csv", delimiter=",", names=True)
     assert table.dtype.names == ("a", "b", "c")
     assert table.shape == (20,)
+    # The score of the Gaussian in the units of the table is its density of the raw rows.
+    rows = np.genfromtxt(tmp_path / "table.csv", delimiter=",", skip_header=1)[:, 1:]
+    held_out, x = np.split(np.random.default_rng(0).permutation(rows), [40])
+    gaussian = stats.multivariate_normal(x.mean(0), np.cov(x.T)).logpdf(held_out).mean()
+    score = next(line for line in output.splitlines() if line.startswith("full"))
+    assert numbers(score)[0] == pytest.approx(gaussian, abs=2e-3)
     again = run("tabular", capsys, *tabular(tmp_path, "--steps", 3, "--evaluate")).out
     assert "continuing from step 5" in again
     result = lambda text: [line for line in text.splitlines() if line.startswith(("flow", "full"))]
