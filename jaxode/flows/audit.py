@@ -67,7 +67,8 @@ def audit(
     """Check the accuracy of a flow on a batch, with advice for every value out of range.
 
     Errors are relative to a tight solve with the same probes, in float64 if `jax_enable_x64` is
-    set, otherwise in the dtype of `x` and at least float32; the report says which. The divergence
+    set, otherwise in the dtype of `x` and at least float32; the report says which. Samples that the
+    flow carries far from its base, such as raw columns of a table, are named first. The divergence
     is compared with the exact trace, in any dimension. The total probability of the flow, for the
     first row of the context, is integrated on a grid in up to two dimensions and by importance
     sampling in up to eight; that of the base density by importance sampling. If the effective
