@@ -3,6 +3,8 @@
 import importlib
 import os
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,23 +18,66 @@ OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_pa
 if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
-# Reverse-mode methods. A new one is one row.
-ADJOINTS = {
-    "discrete": jaxode.DiscreteAdjoint(),
-    "backsolve": jaxode.BacksolveAdjoint(),
-    "interpolating": jaxode.InterpolatingAdjoint(),
-    "interpolating from few checkpoints": jaxode.InterpolatingAdjoint(checkpoints=3),
-}
-EVERY = {**ADJOINTS, "forward": jaxode.ForwardMode()}
-# One of each kind, where the number of checkpoints makes no other program.
-KINDS = [name for name in EVERY if name != "interpolating from few checkpoints"]
-# The mode in which the gradient of a method can be differentiated again.
-AGAIN = {"discrete": jax.jacfwd, "backsolve": jax.jacrev, "interpolating": jax.jacfwd}
+
+class GradientMethod(NamedTuple):
+    """A gradient method, and what the tests must know of it."""
+
+    adjoint: Any
+    exact: bool
+    """Whether it differentiates the computed solution. Otherwise it solves the adjoint ODE."""
+    again: tuple[Callable[..., Any], ...]
+    """The modes in which its gradient can be differentiated. Without `jax.jacrev`, that raises."""
+    gradient: Callable[..., Any] = jax.grad
+    """`jax.grad`, in a mode that it has."""
+    jvp: bool = False
+    """Whether it has forward mode. Otherwise `jax.jvp` raises."""
+    masks: bool = True
+    """Whether a failed row on which nothing depends adds nothing to any gradient. Otherwise it
+    makes the gradients that all rows share NaN."""
+    needs: Mapping[str, Any] = {}
+    """What its solves need, such as `{"steps": 400}`."""
+    variant: bool = False
+    """Whether it differs from another row by numbers alone, and compiles to a like program."""
+
+    @property
+    def adaptive(self):
+        """Whether it can solve with error control."""
+        return "steps" not in self.needs
+
+    def options(self, **given):
+        """The keywords of a solve by it: what it needs, unless it is `given`."""
+        return {"adjoint": self.adjoint, **self.needs, **given}
+
+
+# A new one is one row.
+METHODS = {
+    "discrete": GradientMethod(
+        jaxode.DiscreteAdjoint(), exact=True, again=(jax.jacfwd,)
+    ),
+    "backsolve": GradientMethod(
+        jaxode.BacksolveAdjoint(), exact=False, again=(jax.jacrev,)
+    ),
+    "interpolating": GradientMethod(
+        jaxode.InterpolatingAdjoint(), exact=False, again=(jax.jacfwd,)
+    ),
+    "interpolating from few checkpoints": GradientMethod(
+        jaxode.InterpolatingAdjoint(checkpoints=3), exact=False, again=(jax.jacfwd,), variant=True
+    ),
+    "forward": GradientMethod(
+        jaxode.ForwardMode(), exact=True, again=(jax.jacfwd,), gradient=jax.jacfwd, jvp=True
+    ),
+}  # fmt: skip
+# Without variants.
+KINDS = [name for name, method in METHODS.items() if not method.variant]
+REVERSE = [name for name in KINDS if METHODS[name].gradient is jax.grad]
+ADAPTIVE = [name for name in KINDS if METHODS[name].adaptive]
+# A method, and a mode in which its gradient can be differentiated.
+AGAIN = [(name, mode) for name in KINDS for mode in METHODS[name].again]
 
 
 def gradient(name):
-    """`jax.grad`, in the mode that the method has."""
-    return jax.jacfwd if name == "forward" else jax.grad
+    """`jax.grad`, in a mode that the method has."""
+    return METHODS[name].gradient
 
 
 def assert_close(actual, expected, rtol):

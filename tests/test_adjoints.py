@@ -1,5 +1,6 @@
 """What every gradient method promises, over a table of them."""
 
+import dataclasses
 import functools
 
 import diffrax
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    ADJOINTS,
     AGAIN,
-    EVERY,
     KINDS,
+    METHODS,
     OPTIMIZED,
+    REVERSE,
     assert_close,
     gradient,
     temporary_bytes,
@@ -22,9 +23,13 @@ from problems import ARGS, TS, Y0, linear_gradients, pendulum, scalar
 import jaxode
 from jaxode.ode.loop.checkpoints import STAGE_BYTES
 
-CONTINUOUS = {name: adjoint for name, adjoint in ADJOINTS.items() if name != "discrete"}
+CONTINUOUS = [name for name, method in METHODS.items() if not method.exact]
 # Rows that wait while others replay are harder on few checkpoints than on many.
-OF_ROWS = [name for name in ADJOINTS if name != "interpolating"]
+OF_ROWS = [
+    name
+    for name, method in METHODS.items()
+    if method.gradient is jax.grad and name != "interpolating"
+]
 INPUTS = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS)
 
 A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
@@ -46,12 +51,47 @@ def loss(adjoint, tolerance=1e-10, **options):
     return loss
 
 
-@pytest.mark.parametrize("name", EVERY)
+def test_methods_are_compared_by_value():
+    """Equal ones compile once."""
+    for method in METHODS.values():
+        again = dataclasses.replace(method.adjoint)
+        assert again == method.adjoint
+        assert hash(again) == hash(method.adjoint)
+    assert len({method.adjoint for method in METHODS.values()}) == len(METHODS)
+
+
+@functools.cache
+def of_all_fates(name, **options):
+    """Rows that go forwards, backwards and nowhere, one that explodes, and one without an end."""
+    return jaxode.solve(
+        lambda t, y, _: y**2, jnp.array([[0.5], [0.5], [0.5], [2.0], [0.5]]),
+        t0=jnp.array([0.0, 1.0, 0.5, 0.0, 0.2]), t1=jnp.array([1.0, 0.0, 0.5, 1.0, jnp.inf]),
+        ts=jnp.array([[0.0, 0.3, 1], [0.9, 0.2, 0.2], [0.5] * 3, [0.1, 0.3, 0.9], [0.2, 0.4, 0.4]]),
+        batch="per_sample", **METHODS[name].options(max_steps=200, throw=False, **options),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "forward"])
+def test_the_solution_does_not_depend_on_the_method(name):
+    """Nor does the fate of a row."""
+    actual = of_all_fates(name)
+    expected = of_all_fates("forward", **METHODS[name].needs)
+    assert actual.ok.tolist() == [True, True, True, False, False]
+    # Not `num_evals`: a method may evaluate more.
+    of = lambda s: (
+        s.result, s.y1, s.ys, s.t_reached,
+        s.stats.num_steps, s.stats.num_accepted, s.stats.num_rejected,
+    )  # fmt: skip
+    for a, b in zip(of(actual), of(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].adaptive])
 def test_linear_system_against_the_matrix_exponential(name):
     """`y(1) = expm(A) y(0)`, whose derivatives are known in closed form."""
     run = jax.jit(lambda tolerance: gradient(name)(
         lambda y0, A: W @ jaxode.solve(
-            linear, y0, 0.0, 1.0, A, adjoint=EVERY[name], rtol=tolerance, atol=tolerance
+            linear, y0, 0.0, 1.0, A, rtol=tolerance, atol=tolerance, **METHODS[name].options()
         ).y1,
         (0, 1),
     )(V, A))  # fmt: skip
@@ -70,7 +110,7 @@ def test_linear_system_against_the_matrix_exponential(name):
 
 @functools.cache
 def by_everything(name):
-    return jax.jit(jax.grad(loss(ADJOINTS[name]), (0, 1, 2, 3, 4)))(*INPUTS, TS)
+    return jax.jit(jax.grad(loss(**METHODS[name].options()), (0, 1, 2, 3, 4)))(*INPUTS, TS)
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -79,7 +119,7 @@ def test_agrees_with_discrete_with_respect_to_everything(name):
     assert_close(by_everything(name), by_everything("discrete"), 1e-7)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_outputs_on_and_beside_the_ends_of_steps(name):
     """`y' = a cos(t) y` has `y = y0 exp(a (sin t - sin t0))`; every 16th step ends on a half."""
     knots = jnp.array([0.0, 0.5, 1.0, 1.5, 2.0])
@@ -88,7 +128,7 @@ def test_outputs_on_and_beside_the_ends_of_steps(name):
 
     def ours(y0, a, t0, t1, ts):
         f = lambda t, y, a: a * jnp.cos(t) * y
-        solution = jaxode.solve(f, y0, t0, t1, a, ts=ts, steps=64, adjoint=EVERY[name])
+        solution = jaxode.solve(f, y0, t0, t1, a, ts=ts, **METHODS[name].options(steps=64))
         return solution.y1[0] + jnp.arange(1.0, 10.0) @ jnp.sin(solution.ys[:, 0])
 
     def exact(y0, a, t0, t1, ts):
@@ -101,13 +141,13 @@ def test_outputs_on_and_beside_the_ends_of_steps(name):
     assert_close(actual, jax.jit(jax.grad(exact, argnums))(*inputs), 1e-7)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_zero_span(name):
     """`y1 = y0`, and the derivatives of `y1` and of an output by the times are `-+f`."""
 
     def run(t0, t1, ts):
         solution = jaxode.solve(
-            lambda t, y, _: t * y, jnp.array([3.0]), t0, t1, ts=ts, adjoint=EVERY[name]
+            lambda t, y, _: t * y, jnp.array([3.0]), t0, t1, ts=ts, **METHODS[name].options()
         )
         return solution.y1[0] + 10 * solution.ys[0, 0]
 
@@ -119,17 +159,19 @@ def test_zero_span(name):
 @functools.cache
 def backwards(name, **options):
     inputs = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 1.0, 0.5]))
-    return jax.jit(gradient(name)(loss(EVERY[name], **options), (0, 1, 2, 3, 4)))(*inputs)
+    solved = loss(**METHODS[name].options(**options))
+    return jax.jit(gradient(name)(solved, (0, 1, 2, 3, 4)))(*inputs)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_backwards_in_time(name):
     assert_close(backwards(name), backwards("discrete", steps=400), 1e-7)
 
 
 @functools.cache
 def by_state_and_args(name, tolerance=1e-10, **options):
-    return jax.jit(jax.grad(loss(ADJOINTS[name], tolerance, **options), (0, 3)))(*INPUTS)
+    solved = loss(tolerance=tolerance, **METHODS[name].options(**options))
+    return jax.jit(jax.grad(solved, (0, 3)))(*INPUTS)
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -145,11 +187,11 @@ def test_equal_steps_converge_to_the_gradient(name):
     assert errors[1] < 1e-4
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_closed_over_values(name):
     def run(a):
         f = lambda t, y, _: -a * y
-        return jaxode.solve(f, jnp.ones(1), 0.0, 1.0, adjoint=EVERY[name], rtol=1e-9).y1[0]
+        return jaxode.solve(f, jnp.ones(1), 0.0, 1.0, **METHODS[name].options(rtol=1e-9)).y1[0]
 
     np.testing.assert_allclose(gradient(name)(run)(0.7), -np.exp(-0.7), rtol=1e-4)
 
@@ -161,10 +203,8 @@ def of_a_batch(name, control):
 
     @jax.jit
     def run(tolerance):
-        options = {"rtol": tolerance, "atol": tolerance, "step_control": control}
-        loss = lambda z, args: jnp.sum(
-            jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, adjoint=ADJOINTS[name], **options))
-        )
+        options = METHODS[name].options(rtol=tolerance, atol=tolerance, step_control=control)
+        loss = lambda z, args: jnp.sum(jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, **options)))
         return jax.grad(loss, (0, 1))(z, ARGS)
 
     return run
@@ -183,14 +223,12 @@ def test_batches(name, control):
     + [(name, t) for name in ("discrete", "backsolve") for t in ("scan", "checkpoint")],
 )
 def test_under_transformations(name, transform):
-    adjoint, grad, values = EVERY[name], gradient(name), jnp.array([0.5, 1.0, 3.0])
+    grad, values = gradient(name), jnp.array([0.5, 1.0, 3.0])
+    options = METHODS[name].options(rtol=1e-9, atol=1e-9, throw=False)
 
     def one(a):
         f = lambda t, y, a: -a * jnp.sin(y)
-        solution = jaxode.solve(
-            f, jnp.ones(2), 0.0, 1.0, a, adjoint=adjoint, rtol=1e-9, atol=1e-9, throw=False
-        )
-        return solution.y1[0]
+        return jaxode.solve(f, jnp.ones(2), 0.0, 1.0, a, **options).y1[0]
 
     # y' = -a sin y with y(0) = 1 has tan(y / 2) = tan(1 / 2) exp(-a t).
     exact = jax.vmap(jax.grad(lambda a: 2 * jnp.arctan(jnp.tan(0.5) * jnp.exp(-a))))(values)
@@ -222,14 +260,19 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_forward_mode_equals_discrete(transform):
-    """Both differentiate the same steps on the same mesh, with respect to everything."""
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if METHODS[name].exact and name != "discrete"]
+)
+def test_exact_methods_equal_discrete(name, transform):
+    """They differentiate the same steps on the same mesh, with respect to everything."""
     y0 = Y0 if transform == "jit" else jnp.stack([Y0, 3 * Y0])
-    run = lambda grad, adjoint: jax.jit(
-        TRANSFORMS[transform](grad(loss(adjoint, 1e-6), (0, 1, 2, 3, 4)))
-    )(y0, *INPUTS[1:], TS)
-    forward = run(jax.jacfwd, jaxode.ForwardMode())
-    assert_close(forward, run(jax.grad, jaxode.DiscreteAdjoint()), 1e-12)
+
+    def run(name, **options):
+        solved = loss(tolerance=1e-6, **METHODS[name].options(**options))
+        each = TRANSFORMS[transform](gradient(name)(solved, (0, 1, 2, 3, 4)))
+        return jax.jit(each)(y0, *INPUTS[1:], TS)
+
+    assert_close(run(name), run("discrete", **METHODS[name].needs), 1e-12)
 
 
 def test_forward_mode_of_a_failed_solve_is_nan():
@@ -241,45 +284,44 @@ def test_forward_mode_of_a_failed_solve_is_nan():
     assert jnp.isnan(jax.jacfwd(run)(jnp.ones(2))).all()
 
 
-def test_second_derivatives():
-    """Forward over reverse for Discrete and Interpolating, reverse over reverse for Backsolve."""
-
-    def of(adjoint):
-        pack = lambda p: (p[:2], 0.0, 3.0, (p[2], p[3]), TS)
-        return lambda p: loss(adjoint, 1e-10)(*pack(p))
-
-    p = jnp.array([1.0, 0.5, 2.0, 0.3])
-    expected = jax.jit(jax.jacfwd(jax.jacfwd(of(jaxode.ForwardMode()))))(p)
-    discrete = jax.jit(jax.jacfwd(jax.grad(of(jaxode.DiscreteAdjoint()))))(p)
-    assert_close(discrete, expected, 1e-10)
-    interpolating = jax.jit(jax.jacfwd(jax.grad(of(jaxode.InterpolatingAdjoint()))))(p)
-    assert_close(interpolating, expected, 1e-6)
-    backsolve = jax.jit(jax.jacrev(jax.grad(of(jaxode.BacksolveAdjoint()))))(p)
-    assert_close(backsolve, expected, 1e-6)
+@functools.cache
+def second_derivatives(name, again, **options):
+    solved = loss(**METHODS[name].options(**options))
+    run = lambda p: solved(p[:2], 0.0, 3.0, (p[2], p[3]), TS)
+    return jax.jit(again(gradient(name)(run)))(jnp.array([1.0, 0.5, 2.0, 0.3]))
 
 
-@pytest.mark.parametrize("name", [*AGAIN, "forward"])
-def test_second_derivatives_of_a_failed_solve_are_nan(name):
+@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if case[0] != "forward"])
+def test_second_derivatives(name, again):
+    method = METHODS[name]
+    expected = second_derivatives("forward", jax.jacfwd, **method.needs)
+    # Those of the adjoint ODE are as exact as its solution.
+    assert_close(second_derivatives(name, again), expected, 1e-10 if method.exact else 1e-6)
+
+
+@pytest.mark.parametrize(("name", "again"), AGAIN)
+def test_second_derivatives_of_a_failed_solve_are_nan(name, again):
     """The solution of `y' = r y^2` ends at `t = 1 / (r y0)`."""
 
     def run(y0, rate):
         return jaxode.solve(
-            lambda t, y, r: r * y**2, y0, 0.0, 3.0, rate, adjoint=EVERY[name], throw=False,
-            max_steps=200,
+            lambda t, y, r: r * y**2, y0, 0.0, 3.0, rate,
+            **METHODS[name].options(throw=False, max_steps=200),
         ).y1[0]  # fmt: skip
 
-    again = AGAIN.get(name, jax.jacfwd)
     second = jax.jit(again(gradient(name)(run, (0, 1)), (0, 1)))(jnp.ones(1), jnp.array(1.0))
     assert [bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(second)] == [True] * 4
 
 
-@pytest.mark.parametrize("name", ["discrete", "forward"])
-def test_hessian_at_zero_span(name):
+@pytest.mark.parametrize(
+    ("name", "again"), [(name, again) for name, again in AGAIN if METHODS[name].exact]
+)
+def test_hessian_at_zero_span(name, again):
     """`y1 = y0 exp(-2 (t1 - t0))`, which has curvature where no step is taken, too."""
     run = lambda t: jaxode.solve(
-        lambda t, y, _: -2 * y, jnp.array([3.0]), t[0], t[1], adjoint=EVERY[name]
+        lambda t, y, _: -2 * y, jnp.array([3.0]), t[0], t[1], **METHODS[name].options()
     ).y1[0]  # fmt: skip
-    hessian = jax.jit(jax.jacfwd(gradient(name)(run)))(jnp.ones(2))
+    hessian = jax.jit(again(gradient(name)(run)))(jnp.ones(2))
     np.testing.assert_allclose(hessian, 3 * np.array([[4.0, -4.0], [-4.0, 4.0]]), rtol=1e-12)
 
 
@@ -293,14 +335,15 @@ UNSUPPORTED = {
     **{
         f"{mode} of {name}": (
             TypeError,
-            lambda call=call, adjoint=ADJOINTS[name]: call(
-                lambda y0: loss(adjoint)(y0, *INPUTS[1:])
+            lambda call=call, method=METHODS[name]: call(
+                lambda y0: loss(**method.options())(y0, *INPUTS[1:])
             ),
-            f"{type(ADJOINTS[name]).__name__}: this gradient method has reverse-mode derivatives "
-            "(jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd). Use "
+            f"{type(METHODS[name].adjoint).__name__}: this gradient method has reverse-mode "
+            "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd). Use "
             "adjoint=jaxode.ForwardMode().",
         )
-        for name in AGAIN
+        for name in KINDS
+        if not METHODS[name].jvp
         for mode, call in {
             "jvp": lambda f: jax.jvp(f, (Y0,), (Y0,)),
             "jacfwd": lambda f: jax.jacfwd(f)(Y0),
@@ -309,13 +352,13 @@ UNSUPPORTED = {
     **{
         f"reverse over reverse of {name}": (
             RuntimeError,
-            lambda adjoint=adjoint: jax.jacrev(jax.grad(loss(adjoint)))(*INPUTS),
-            f"{type(adjoint).__name__}: the gradient of a solve can be differentiated in forward "
-            "mode only, as in jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for "
-            "reverse over reverse.",
+            lambda method=METHODS[name]: jax.jacrev(jax.grad(loss(**method.options())))(*INPUTS),
+            f"{type(METHODS[name].adjoint).__name__}: the gradient of a solve can be "
+            "differentiated in forward mode only, as in jax.jacfwd(jax.grad(...)). Use "
+            "adjoint=jaxode.BacksolveAdjoint() for reverse over reverse.",
         )
-        for name, adjoint in ADJOINTS.items()
-        if name in ("discrete", "interpolating")
+        for name in REVERSE
+        if jax.jacrev not in METHODS[name].again
     },
 }
 
@@ -344,8 +387,8 @@ def test_backsolve_is_wrong_where_the_docs_say_so():
 
     reference = run(jaxode.DiscreteAdjoint(), 1e-11)
     for name in ("discrete", "interpolating"):
-        np.testing.assert_allclose(run(ADJOINTS[name]), reference, rtol=1e-2)
-    wrong = run(ADJOINTS["backsolve"])
+        np.testing.assert_allclose(run(METHODS[name].adjoint), reference, rtol=1e-2)
+    wrong = run(METHODS["backsolve"].adjoint)
     assert jnp.isfinite(wrong)
     assert abs(wrong) > 1000 * abs(reference)
 
@@ -359,10 +402,10 @@ def test_backsolve_fails_where_the_docs_say_so():
         ).y1[0]
         return jax.grad(y1)(jnp.ones(1))[0]
 
-    assert jnp.isnan(run(ADJOINTS["backsolve"]))
+    assert jnp.isnan(run(METHODS["backsolve"].adjoint))
     # The exact gradient, e^-1000, is zero; atol: the default tolerance.
     for name in ("discrete", "interpolating"):
-        np.testing.assert_allclose(run(ADJOINTS[name]), 0.0, atol=1e-5)
+        np.testing.assert_allclose(run(METHODS[name].adjoint), 0.0, atol=1e-5)
 
 
 def test_methods_for_stiff_decay():
@@ -381,7 +424,7 @@ def test_methods_for_stiff_decay():
     # y(1) is k times (100^2 cos 1 + 100 sin 1) / (100^2 + 1), up to e^-100.
     slope = (1e4 * np.cos(1.0) + 1e2 * np.sin(1.0)) / (1e4 + 1)
     for name in ("discrete", "interpolating"):
-        np.testing.assert_allclose(from_the_end(ADJOINTS[name]), 2 * slope**2, rtol=1e-3)
+        np.testing.assert_allclose(from_the_end(METHODS[name].adjoint), 2 * slope**2, rtol=1e-3)
 
 
 def test_failure_of_the_backward_solve_is_nan():
@@ -434,8 +477,8 @@ def test_gradient_of_a_row_does_not_depend_on_its_neighbours(name):
     @jax.grad
     def run(z):
         solution = jaxode.solve(
-            f, z, 0.0, 2.0, 1.3, batch="per_sample", adjoint=ADJOINTS[name],
-            ts=jnp.array([0.0, 0.03, 0.5, 2.0]),
+            f, z, 0.0, 2.0, 1.3, batch="per_sample", ts=jnp.array([0.0, 0.03, 0.5, 2.0]),
+            **METHODS[name].options(),
         )  # fmt: skip
         return jnp.sum(solution.y1) + jnp.sum(jnp.sin(solution.ys))
 
@@ -450,8 +493,8 @@ def memory(name, size=50_000, times=None, compiler_options=None, **options):
 
     def run(y0):
         solution = jaxode.solve(
-            lambda t, y, _: -jnp.sin(y), y0, 0.0, 1.0, ts=ts, throw=False, adjoint=ADJOINTS[name],
-            **options,
+            lambda t, y, _: -jnp.sin(y), y0, 0.0, 1.0, ts=ts, throw=False,
+            **METHODS[name].options(**options),
         )  # fmt: skip
         return jnp.sum(solution.y1 if ts is None else solution.ys**2)
 
@@ -501,7 +544,7 @@ def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     def run(m, z):
         return jnp.sum(
             jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, m, step_control="per_sample", throw=False,
-                        adjoint=ADJOINTS[name], max_steps=64)
+                        adjoint=METHODS[name].adjoint, max_steps=64)
         )  # fmt: skip
 
     small, large = (
@@ -522,7 +565,7 @@ def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that
     def loss(z, a):
         y1 = jaxode.flow(
             lambda t, y, a: -a * y**3, z, 0.0, 1.0, a, step_control="per_sample", first_step=0.1,
-            adjoint=ADJOINTS[name], rtol=1e-8, atol=1e-8,
+            adjoint=METHODS[name].adjoint, rtol=1e-8, atol=1e-8,
         )  # fmt: skip
         return jnp.sum(y1)
 

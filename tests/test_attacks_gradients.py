@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AGAIN, EVERY, KINDS, gradient
+from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient
 
 import jaxode
 
@@ -26,13 +26,13 @@ def explosive(t, y, args):
     return rate * jnp.exp(-0.1 * t) * y**2 * jnp.sqrt(jnp.abs(y) + shift)
 
 
-def masked(adjoint, way, ts=None):
+def masked(name, way, ts=None):
     """A loss of the rows to `keep` of all that a solve depends on."""
 
     def loss(inputs, keep):
         z, t0, t1, ts, args, scale = inputs
         f = lambda t, y, args: scale * explosive(t, y, args)
-        options = {"adjoint": adjoint, "ts": ts, "throw": False, "max_steps": 200}
+        options = METHODS[name].options(ts=ts, throw=False, max_steps=200)
         if way == "vmap":
             solution = jax.vmap(lambda y: jaxode.solve(f, y, t0, t1, args, **options))(z)
             ys = None if ts is None else jnp.moveaxis(solution.ys, 1, 0)
@@ -51,38 +51,43 @@ def masked(adjoint, way, ts=None):
 )
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     how, compile_ = WAYS[way]
-    loss, inputs = masked(EVERY[name], how, TS)
+    loss, inputs = masked(name, how, TS)
     run = compile_(gradient(name)(loss))
+    lost = run(inputs(BAD), jnp.ones(5, bool))
+    assert jnp.isnan(lost[0])[:3].all()
+    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(lost[1:]))
+    if not METHODS[name].masks:
+        return
     actual, expected = run(inputs(BAD), KEEP), run(inputs(GOOD), KEEP)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         # The rows that are left take the same steps: equal up to the order of sums.
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-15)
-    lost = run(inputs(BAD), jnp.ones(5, bool))
-    assert jnp.isnan(lost[0])[:3].all()
-    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(lost[1:]))
     np.testing.assert_array_equal(actual[0][:3], 0.0)
 
 
-@pytest.mark.parametrize("name", AGAIN)
-def test_second_derivatives_where_failed_rows_are_masked(name):
-    loss, inputs = masked(EVERY[name], "per_sample")
+@pytest.mark.parametrize(
+    ("name", "again"), [(name, again) for name, again in AGAIN if name in REVERSE]
+)
+def test_second_derivatives_where_failed_rows_are_masked(name, again):
+    loss, inputs = masked(name, "per_sample")
 
     def of(by, z, keep):
         z, t0, t1, ts, _, scale = inputs(z)
         return loss((z, t0, t1, ts, (by[0], by[1]), scale), keep)
 
-    run = jax.jit(AGAIN[name](jax.grad(of)))
+    run = jax.jit(again(jax.grad(of)))
     by = jnp.array([1.0, 0.1])
-    np.testing.assert_allclose(run(by, BAD, KEEP), run(by, GOOD, KEEP), rtol=1e-13)
+    if METHODS[name].masks:
+        np.testing.assert_allclose(run(by, BAD, KEEP), run(by, GOOD, KEEP), rtol=1e-13)
     assert jnp.isnan(run(by, BAD, jnp.ones(5, bool))).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if METHODS[name].masks])
 def test_a_failed_joint_solve_that_is_masked_adds_nothing(name):
     """One row that fails fails all, and so does a system without a batch."""
 
     def loss(z, rate):
-        options = {"adjoint": EVERY[name], "throw": False, "max_steps": 200, "batch": "joint"}
+        options = METHODS[name].options(throw=False, max_steps=200, batch="joint")
         solution = jaxode.solve(explosive, z, 0.0, 1.0, (rate, 0.1), **options)
         return jnp.sum(jnp.where(solution.ok, solution.y1, 0.0)) + rate**2
 
@@ -105,8 +110,9 @@ def test_rows_on_which_nothing_depends_need_no_backward_solve():
         f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])
         z = jnp.array([[1.0, 1.0], [1000.0, 1.0]])
         y1 = jaxode.solve(
-            f, z, 0.0, 1.0, rate, batch="per_sample", adjoint=EVERY["backsolve"], throw=False
-        ).y1
+            f, z, 0.0, 1.0, rate, batch="per_sample", adjoint=jaxode.BacksolveAdjoint(),
+            throw=False,
+        ).y1  # fmt: skip
         return jnp.sum(jnp.where(keep[:, None], y1, 0.0))
 
     run = jax.jit(jax.grad(loss))
@@ -133,7 +139,7 @@ X = jnp.array([[0.3, -0.2], [0.1, 0.5], [0.7, 0.2], [-0.4, 0.9], [0.2, 0.1]])
 CONTEXT = jnp.array([[1.0], [0.5], [0.2], [0.1], [0.3]])
 WEIGHTS = jnp.array([1.0, 2.0, 1.0, 0.0, 0.0])
 PARAMS = {"w": jnp.array([[0.3, -0.2], [0.5, 0.1]]), "base": jaxode.diagonal_normal(2)}
-LOSSES = [(name, "gauss") for name in KINDS if name != "forward"] + [("discrete", "stochastic")]
+LOSSES = [(name, "gauss") for name in REVERSE if METHODS[name].masks] + [("discrete", "stochastic")]
 
 
 @pytest.mark.parametrize(("name", "quadrature"), LOSSES)
@@ -146,9 +152,9 @@ def test_failed_samples_of_weight_zero_add_nothing_to_nll(name, quadrature):
 
     def loss(params, x, context, weights, t1):
         flow = jaxode.cnf(
-            f, params["base"], t1=t1, step_control="per_sample", adjoint=EVERY[name],
-            quadrature=quadrature, divergence=jaxode.divergence.hutchinson(),
-            regularizers=(jaxode.regularizers.kinetic_energy(0.1),),
+            f, params["base"], t1=t1, step_control="per_sample", quadrature=quadrature,
+            divergence=jaxode.divergence.hutchinson(),
+            regularizers=(jaxode.regularizers.kinetic_energy(0.1),), **METHODS[name].options(),
         )  # fmt: skip
         return flow.nll_and_stats(
             params["w"], x, key=jax.random.key(1), context=context, weights=weights
@@ -170,11 +176,8 @@ def test_failed_samples_of_weight_zero_add_nothing_to_nll(name, quadrature):
     assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves((lost[0], lost[4])))
 
 
-def exploding(adjoint=None, batch=None, **options):
-    adjoint = jaxode.DiscreteAdjoint() if adjoint is None else adjoint
-    solution = lambda z: jaxode.solve(
-        lambda t, y, _: y**2, z, 0.0, 1.0, batch=batch, adjoint=adjoint, max_steps=200, **options
-    )
+def exploding(**options):
+    solution = lambda z: jaxode.solve(lambda t, y, _: y**2, z, 0.0, 1.0, max_steps=200, **options)
     return lambda z: jnp.sum(solution(z).ys if "ts" in options else solution(z).y1)
 
 
@@ -193,13 +196,12 @@ RAISING = {
         lambda z: jnp.sum(jax.lax.scan(lambda c, y: (c, exploding()(y)), 0, z)[1]),
         lambda f: jax.jit(jax.grad(f)),
     ),
-    "jit(grad), backsolve": (
-        exploding(EVERY["backsolve"]), lambda f: jax.jit(jax.grad(f)),
-    ),
-    "jit(grad), interpolating": (
-        exploding(EVERY["interpolating"]), lambda f: jax.jit(jax.grad(f)),
-    ),
-    "jit(jacfwd), forward": (exploding(EVERY["forward"]), lambda f: jax.jit(jax.jacfwd(f))),
+    **{
+        f"jit({gradient(name).__name__}), {name}": (
+            exploding(**METHODS[name].options()), lambda f, name=name: jax.jit(gradient(name)(f)),
+        )
+        for name in KINDS if name != "discrete"
+    },
     "jit(grad), implicit": (exploding(solver=diffrax.Kvaerno3()), lambda f: jax.jit(jax.grad(f))),
     "jit(grad) of nll": (lambda z: FLOW.nll(1.0, 30 * z), lambda f: jax.jit(jax.grad(f))),
     "jit(grad) of log_prob": (
@@ -249,7 +251,7 @@ def in_branch(product):
 def derivative(product, name, again=None):
     def loss(A, y0):
         f = lambda t, y, A: product(A, y)
-        return jaxode.solve(f, y0, 0.0, 1.0, A, adjoint=EVERY[name], throw=False).y1.sum()
+        return jaxode.solve(f, y0, 0.0, 1.0, A, **METHODS[name].options(throw=False)).y1.sum()
 
     first = gradient(name)(loss, (0, 1))
     return first if again is None else again(first, (0, 1))
@@ -264,11 +266,14 @@ def of_nll(product):
 
 
 PRODUCTS = {
-    **{f"vjp, {name}": derivative(product_with_vjp, name) for name in KINDS if name != "forward"},
+    **{f"vjp, {name}": derivative(product_with_vjp, name) for name in REVERSE},
     **{f"jvp, {name}": derivative(product_with_jvp, name) for name in KINDS},
     "vjp in a branch": derivative(in_branch(product_with_vjp), "discrete"),
     "jvp in a branch": derivative(in_branch(product_with_jvp), "forward"),
-    **{f"jvp, again, {name}": derivative(product_with_jvp, name, AGAIN[name]) for name in AGAIN},
+    **{
+        f"jvp, {again.__name__} of {name}": derivative(product_with_jvp, name, again)
+        for name, again in AGAIN
+    },
     "vjp, again": derivative(product_with_vjp, "backsolve", jax.jacrev),
     "nll": of_nll(product_with_jvp),
     "vmap": jax.vmap(derivative(product_with_vjp, "discrete"), (None, 0)),
@@ -284,19 +289,17 @@ def test_products_in_rules_of_differentiation_run_at_full_precision(case):
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
 
 
-def tangent_of_rate(adjoint, **options):
+def tangent_of_rate(**options):
     run = lambda y0, rate: (
-        jaxode.solve(
-            lambda t, y, r: -r * y, y0, 0.0, 1.0, rate, adjoint=adjoint, throw=False, **options
-        ).y1
+        jaxode.solve(lambda t, y, r: -r * y, y0, 0.0, 1.0, rate, throw=False, **options).y1
     )
     return lambda y0: jax.jvp(lambda rate: run(y0, rate), (1.0,), (1.0,))[1]
 
 
 @pytest.mark.parametrize("compile_", [IDENTITY, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "forward"])
+@pytest.mark.parametrize("name", [name for name in KINDS if not METHODS[name].jvp])
 def test_forward_mode_names_the_cure_where_the_tangent_has_no_batch(name, compile_):
     """Only the state is mapped: `vmap` does not change the tangent."""
-    run = compile_(jax.vmap(tangent_of_rate(EVERY[name])))
+    run = compile_(jax.vmap(tangent_of_rate(**METHODS[name].options())))
     with pytest.raises(TypeError, match=r"Use adjoint=jaxode\.ForwardMode\(\)"):
         run(jnp.ones((3, 2)))

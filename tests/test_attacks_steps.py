@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ADAPTIVE, METHODS
 
 import jaxode
 from jaxode import Result, divergence
@@ -124,27 +125,24 @@ def test_batches_and_outputs(batch):
     np.testing.assert_allclose(solution.y1, exact[-1], rtol=1e-7)
 
 
-ADJOINTS = {
-    "discrete": jaxode.DiscreteAdjoint(),
-    "few checkpoints": jaxode.DiscreteAdjoint(checkpoints=2),
-    "backsolve": jaxode.BacksolveAdjoint(),
-    "interpolating": jaxode.InterpolatingAdjoint(),
-    "forward": jaxode.ForwardMode(),
+# Breakpoints need error control.
+ACROSS_JUMPS = {
+    **{name: METHODS[name] for name in ADAPTIVE},
+    "few checkpoints": METHODS["discrete"]._replace(adjoint=jaxode.DiscreteAdjoint(checkpoints=2)),
 }
 
 
-@pytest.mark.parametrize("name", ADJOINTS)
+@pytest.mark.parametrize("name", ACROSS_JUMPS)
 def test_gradients_across_jumps(name):
     """Also by the ends of the span: with a mesh that moved as one, they would be wrong by far."""
-    derivative = jax.jacfwd if name == "forward" else jax.grad
+    method = ACROSS_JUMPS[name]
 
     def end(y0, t0, t1, k):
-        return jaxode.solve(
-            linear, y0, t0, t1, k, adjoint=ADJOINTS[name], breakpoints=JUMPS, rtol=1e-9, atol=1e-9
-        ).y1[0]
+        options = method.options(breakpoints=JUMPS, rtol=1e-9, atol=1e-9)
+        return jaxode.solve(linear, y0, t0, t1, k, **options).y1[0]
 
     closed = lambda y0, t0, t1, k: y0[0] * jnp.exp(k * (exponent(t1) - exponent(t0)))
-    compiled = jax.jit(derivative(end, (0, 1, 2, 3)))
+    compiled = jax.jit(method.gradient(end, (0, 1, 2, 3)))
     for span in ((0.0, 1.0), (1.0, 0.0)):
         inputs = (jnp.array([1.3]), *map(jnp.asarray, span), jnp.asarray(K))
         exact = jax.grad(closed, (0, 1, 2, 3))(*inputs)

@@ -1,14 +1,18 @@
 """`backward_stats`: the work of a backward solve."""
 
+import dataclasses
+
 import diffrax
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import KINDS, METHODS
 
 import jaxode
 
 Y0 = jnp.array([1.0, 0.5])
-ADJOINTS = [jaxode.BacksolveAdjoint(), jaxode.InterpolatingAdjoint()]
+# The methods that solve the adjoint ODE.
+CONTINUOUS = [METHODS[name].adjoint for name in KINDS if not METHODS[name].exact]
 
 
 def decay(t, y, rate):
@@ -36,7 +40,7 @@ def test_counts_the_evaluations_of_the_backward_solve():
     assert backward.num_steps == backward.num_accepted + backward.num_rejected
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=name)
+@pytest.mark.parametrize("adjoint", CONTINUOUS, ids=name)
 def test_parameters_are_outside_of_the_error_norm(adjoint):
     """A parameter in other units has another gradient, but the same steps."""
 
@@ -51,16 +55,18 @@ def test_parameters_are_outside_of_the_error_norm(adjoint):
     assert plain == scaled
 
 
-@pytest.mark.parametrize("kind", [jaxode.BacksolveAdjoint, jaxode.InterpolatingAdjoint])
-def test_tolerances_of_the_backward_solve_are_its_own(kind):
+@pytest.mark.parametrize("adjoint", CONTINUOUS, ids=name)
+def test_tolerances_of_the_backward_solve_are_its_own(adjoint):
     loose, tight = (
-        jaxode.backward_stats(decay, Y0, 0.0, 1.0, 2.0, adjoint=kind(rtol=tol, atol=tol))
+        jaxode.backward_stats(
+            decay, Y0, 0.0, 1.0, 2.0, adjoint=dataclasses.replace(adjoint, rtol=tol, atol=tol)
+        )
         for tol in (1e-3, 1e-9)
     )
     assert tight.num_accepted > 2 * loose.num_accepted
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=name)
+@pytest.mark.parametrize("adjoint", CONTINUOUS, ids=name)
 def test_outputs_restart_the_backward_solve(adjoint):
     stats = jaxode.backward_stats(
         decay, Y0, 0.0, 1.0, 2.0, adjoint=adjoint, ts=jnp.linspace(0.0, 1.0, 9),

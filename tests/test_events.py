@@ -5,17 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ADAPTIVE, METHODS, gradient
 
 import jaxode
 from jaxode import Event
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}
-METHODS = {
-    "discrete": jaxode.DiscreteAdjoint(),
-    "backsolve": jaxode.BacksolveAdjoint(),
-    "interpolating": jaxode.InterpolatingAdjoint(),
-    "forward": jaxode.ForwardMode(),
-}
 
 
 def decay(t, y, rate):
@@ -25,16 +20,17 @@ def decay(t, y, rate):
 LEVEL = Event(lambda t, y, rate: y - 0.2)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ADAPTIVE)
 def test_decay_to_a_level(name):
     """`t = log(y0 / level) / rate + t0`, and what is integrated up to then."""
 
     def run(y0, t0, rate):
-        s = jaxode.solve(decay, y0, t0, 9.0, rate, event=LEVEL, adjoint=METHODS[name], **TIGHT)
+        options = METHODS[name].options(event=LEVEL, **TIGHT)
+        s = jaxode.solve(decay, y0, t0, 9.0, rate, **options)
         return jnp.stack([s.t1, s.y1])
 
     inputs = (jnp.array(1.5), jnp.array(0.5), jnp.array(0.7))
-    jacobian = jax.jacfwd if name == "forward" else jax.jacrev
+    jacobian = jax.jacrev if gradient(name) is jax.grad else jax.jacfwd
     value, slopes = jax.jit(lambda *x: (run(*x), jacobian(run, (0, 1, 2))(*x)))(*inputs)
     y0, t0, rate = inputs
     time = np.log(y0 / 0.2) / rate

@@ -15,7 +15,8 @@ import jaxode
 pytestmark = pytest.mark.slow
 
 
-ADJOINTS = [jaxode.DiscreteAdjoint(), jaxode.ForwardMode()]
+# The methods that diffrax has for its own solvers.
+OF_DIFFRAX = [jaxode.DiscreteAdjoint(), jaxode.ForwardMode()]
 
 
 def van_der_pol(t, y, mu):
@@ -92,7 +93,7 @@ def test_failed_implicit_solve():
     assert jnp.isnan(jax.grad(lambda y0: run(y0, throw=False).y1.sum())(jnp.ones(1))).all()
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", OF_DIFFRAX, ids=str)
 def test_infinite_argument_that_does_not_matter(adjoint):
     f = lambda t, y, a: -jnp.minimum(y, a)
     run = lambda y0: jaxode.solve(
@@ -147,7 +148,7 @@ CASES = [("forward", {}), ("forward", EQUAL_STEPS), ("backward", {"max_step": 0.
 
 
 @pytest.mark.parametrize(("point", "options"), CASES, ids=str)
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", OF_DIFFRAX, ids=str)
 def test_derivatives_by_everything(adjoint, options, point):
     derivative = jax.jacfwd if isinstance(adjoint, jaxode.ForwardMode) else jax.grad
     run = lambda *inputs: outputs(*inputs, adjoint=adjoint, **options)
@@ -191,7 +192,7 @@ def root(t, y, a):
     return -y * a * jnp.sqrt(0.5 - t)
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", OF_DIFFRAX, ids=str)
 @pytest.mark.parametrize("ts", [None, np.array([0.2, 0.9])])
 def test_a_field_that_becomes_nan(ts, adjoint):
     cause = r"^solve: the vector field or the state is not finite at t=0\.5\."
@@ -217,7 +218,7 @@ def test_cause_and_time_of_a_failure(f, t1, options, message):
     assert "t=nan" not in str(error.value)
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", OF_DIFFRAX, ids=str)
 @pytest.mark.parametrize(
     ("t1", "ts"),
     [(1.0, [0.7, 0.2]), (1.0, [0.7, 1.2]), (1.0, [0.7, np.nan]), (np.inf, [0.2, 0.7])],

@@ -231,8 +231,9 @@ def test_nothing_is_kept_of_many_eager_calls(compiled):
     assert len(jax.live_arrays()) == arrays
 
 
-# Each makes its parts anew. A new part of a flow is one row.
-PARTS = {
+# Options of flows. Each makes its parts anew. A new part of a flow is one row, except for gradient
+# methods, which `tests/test_adjoints.py` compares.
+FLOWS = {
     "plain": lambda: {},
     "exact": lambda: {"divergence": divergence.exact(chunk=2)},
     "hutchinson": lambda: {"divergence": divergence.hutchinson(2, "orthogonal")},
@@ -247,10 +248,10 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", FLOWS)
 def test_equal_flows_are_equal_and_hashable(name):
     make = lambda **other: jaxode.cnf(
-        field, jaxode.standard_normal((2,)), **{**PARTS[name](), **other}
+        field, jaxode.standard_normal((2,)), **{**FLOWS[name](), **other}
     )
     assert make() == make()
     assert hash(make()) == hash(make())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import OPTIMIZED
+from helpers import METHODS, OPTIMIZED, REVERSE
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,7 +67,8 @@ def assert_same(actual, expected, rtol=1e-12):
         np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * np.abs(e).max())
 
 
-JOINT = {
+# Options of a flow with joint steps, by the default gradient method or by another.
+LOSSES = {
     "hutchinson": {},
     "exact in chunks, regularized": {
         "divergence": jaxode.divergence.exact(chunk=1),
@@ -78,20 +79,19 @@ JOINT = {
     "orthogonal probes, random nodes": {
         "divergence": jaxode.divergence.hutchinson(2, "orthogonal"), "quadrature": "stochastic",
     },
-    "backsolve": {"adjoint": jaxode.BacksolveAdjoint()},
-    "interpolating": {"adjoint": jaxode.InterpolatingAdjoint()},
+    **{name: METHODS[name].options() for name in REVERSE if name != "discrete"},
     "two checkpoints, raising": {"adjoint": jaxode.DiscreteAdjoint(2), "throw": True},
 }  # fmt: skip
 
 
 @typed
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", LOSSES)
 def test_joint_steps_over_devices_are_those_of_one(name):
     # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
-    rtol = 1e-10 if name in ("backsolve", "interpolating") else 1e-12
+    rtol = 1e-10 if name in METHODS and not METHODS[name].exact else 1e-12
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    expected = jax.jit(jax.value_and_grad(loss_of(None, **JOINT[name]), (0, 1)))(*inputs)
-    assert_same(sharded(loss_of(AXIS, **JOINT[name]))(*inputs), expected, rtol)
+    expected = jax.jit(jax.value_and_grad(loss_of(None, **LOSSES[name]), (0, 1)))(*inputs)
+    assert_same(sharded(loss_of(AXIS, **LOSSES[name]))(*inputs), expected, rtol)
 
 
 @typed
