@@ -106,6 +106,37 @@ def test_the_gradient_method_of_the_page_on_contributing_is_exact(default_settin
     # The same steps, in float32.
     for a, b in zip(own, exact, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+    for options in ({}, {"steps": 8, "ts": jnp.ones(2)}):
+        with pytest.raises(ValueError, match=r"^StoredSteps: needs equal steps and has no outputs"):
+            jaxode.solve(f, *inputs, adjoint=adjoint, **options)
+
+
+def test_the_gradient_method_of_the_page_on_contributing_fails_as_others(default_settings):
+    """Rows that succeed, explode, go nowhere by a field that is NaN, and have no end."""
+    f = lambda t, y, a: -a * y * y / jnp.where(t == 5.0, jnp.nan, 1.0)
+    y0, t0 = jnp.array([[1.0], [-2.0], [1.0], [1.0]]), jnp.array([0.0, 0.0, 5.0, 0.0])
+    t1 = jnp.array([1.0, 9.0, 5.0, jnp.inf])
+
+    def run(adjoint):
+        def end(y0, t0, t1, a):
+            solution = jaxode.solve(
+                f, y0, t0, t1, a, steps=40, batch="per_sample", adjoint=adjoint, throw=False
+            )
+            return solution.y1.sum(), solution
+
+        return jax.grad(end, (0, 1, 2, 3), has_aux=True)(y0, t0, t1, 0.7)
+
+    bars, own = run(contributed("StoredSteps")["StoredSteps"]())
+    _, others = run(jaxode.DiscreteAdjoint())
+    assert own.ok.tolist() == [True, False, True, False]
+    work = lambda stats: (stats.num_steps, stats.num_accepted, stats.num_rejected)
+    of = lambda s: (s.result, s.y1, s.t_reached, *work(s.stats))
+    # The same steps, in float32.
+    for a, b in zip(of(own), of(others), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert all(jnp.isnan(bar)[jnp.array([1, 3])].all() for bar in bars[:3])
+    assert jnp.isnan(bars[3])
+    assert jnp.isfinite(bars[0][0]).all()
 
 
 def test_the_estimator_of_the_page_on_contributing_is_unbiased(default_settings):
