@@ -36,7 +36,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     seconds = bench.seconds / len(CASES[case])
     for value in CASES[case]:
         at: dict[str, Any] = BASE | {case: value}
-        workload = flows.Workload(at["dim"], at["batch"], 2 * (at["width"],), own=True)
+        workload = flows.Workload(at["dim"], at["batch"], 2 * (at["width"],), own=True, steps=800)
         p = flows.problem(workload)
         bench.announce("reference")
         exact = flows.reference(p)
