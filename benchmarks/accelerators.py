@@ -206,7 +206,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
 
 
 def tables(results: dict) -> list[str]:
-    """Work on one device, and its ratios to that of peers; then what crosses between chips."""
+    """Work on one device, and its ratios to the work of peers; then what crosses between chips."""
     alone = [target for target in TARGETS if TARGETS[target].chips == 1]
     return [*(table(results, target) for target in alone), ratios(results), crossing(results)]
 

@@ -186,8 +186,8 @@ def work_precision(
     """Error and time of each contender at each tolerance, and their times at equal error.
 
     Args:
-        references: the exact gradient by contender; `references[""]` is that of all others.
-        tolerances: the same for all, or by contender, where `tolerances[""]` is that of all others.
+        references: the exact gradient by contender; `references[""]` serves all others.
+        tolerances: the same for all, or by contender, where `tolerances[""]` serves all others.
             Those below the one that is ten times as accurate as `target` are left out.
         target: the error at which times are compared.
         groups: peers by name of group. For each group, and `ours`, the ratio to its fastest member.
@@ -234,7 +234,7 @@ def work_precision(
 def ratios_at_error(
     places: Mapping[str, AtError], groups: Mapping[str, Sequence[str]], ours: str
 ) -> dict[str, dict[str, Any]]:
-    """`ratios` and `best` by group: our time over that of the fastest peer that is accurate."""
+    """`ratios` and `best` by group: our time over the time of the fastest peer that is accurate."""
     reached = {name: place.times for name, place in places.items() if place.times is not None}
     ratios, best = {}, {}
     for group, names in groups.items():

@@ -122,7 +122,7 @@ def sentence(cases: dict[str, Any]) -> str:
         first, last = (mine[x] / min(peer[x] for peer in peers if x in peer) for x in (start, end))
         parts.append(
             f"from {start} to {end} {LABELS.get(case, case)}, jaxode's memory grows "
-            f"{mine[end] / mine[start]:.1f}-fold, from {first:.2f}x to {last:.2f}x that of the "
+            f"{mine[end] / mine[start]:.1f}-fold, from {first:.2f}x to {last:.2f}x as much as the "
             "smallest JAX peer"
         )
     return "; ".join(parts) + "."

@@ -1,6 +1,6 @@
 """The training step of a Neural ODE on series of unequal length, each with its own times.
 
-256 series start and end at their own times, and are seen at 2 to 64 times of their own, padded by
+256 series start and end at their own times, and are seen at 2 to 64 times each, padded by
 repeating the last. jaxode solves them in one call; diffrax by `vmap` of a solve; torchode as a
 batch. diffrax's BacksolveAdjoint, which took 17 seconds a step here, is not among them. Memory is
 that which the compiler allots for the step, for a small network and a large one.

@@ -265,7 +265,7 @@ def elsewhere(results: dict[str, Any], cases: dict[str, Any]) -> list[str]:
 
 
 def ratios(results: dict[str, Any]) -> list[str]:
-    """The table of the README: our time over that of each library's fastest variant."""
+    """The table of the README: our time over the time of each library's fastest variant."""
     rows, commits = [], set()
     for name, module, done, _ in finished(results):
         if name in IN_README:

@@ -204,7 +204,7 @@ def torchcfm_matching(params, dim, rate, matcher="ConditionalFlowMatcher"):
     def loss(field, x, generator):
         import torch
 
-        # torchcfm draws times from the generator of PyTorch, and pairs from that of NumPy.
+        # torchcfm draws times with PyTorch's generator, and pairs with NumPy's.
         torch.manual_seed(generator.initial_seed())
         np.random.seed(generator.initial_seed())  # noqa: NPY002
         t, z, target = draw.sample_location_and_conditional_flow(torch.randn_like(x), x)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training      about six minutes on two cores
 
-Tasks, networks and evaluations are those of `time_to_nll`; the time is that of training, with
+Tasks, networks and evaluations are those of `time_to_nll`; the time is the time of training, with
 compilation. Writes docs/images/training.png and prints the table beside it.
 """
 

@@ -535,7 +535,7 @@ def test_memory_of_backsolve_does_not_grow_with_steps():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["discrete", "backsolve", "interpolating"])
 def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
-    """1.5 million parameters, batch 1000, steps of its own for each sample."""
+    """1.5 million parameters, batch 1000, per-sample steps."""
     m = jaxode.nn.ConcatSquash(4, (1220, 1220), key=jax.random.key(0))
     m = jax.tree.map(lambda x: x.astype(jnp.float32), m)
     size = sum(leaf.size for leaf in jax.tree.leaves(m)) * 4

@@ -32,7 +32,7 @@ class Offered:
         return tanh(t, z, args[0])
 
     def value_and_divergence(self, t, z, args):
-        # Factors among the parameters, so that one program does for all of them.
+        # Factors among the parameters, so that one program serves all of them.
         p, factors = args
         of_derivative, of_divergence = jax.lax.stop_gradient(factors)
         dz = tanh(t, z, p)
@@ -224,7 +224,7 @@ RIGHT = {
         lambda: audit(rotation, 2, jnp.asarray(120.0)), {"gradient error": 0}, 1e-3,
         {"evaluations", "stiffness"},
     ),
-    # Its inverse explodes in finite time but for |x| < 1 / sqrt(2), where all samples are.
+    # Its inverse explodes in finite time unless |x| < 1 / sqrt(2), where all samples are.
     "support that no solve leaves": (
         lambda: audit(lambda t, z, p: -p * z**3, 1, jnp.asarray(1.0), x=0.1 * outside(1)),
         {"total probability": 1}, 0.02, set(),
@@ -314,7 +314,7 @@ def test_second_audit_compiles_nothing(run, compiled):
     reports = [run(1), run(2)]
     assert not compiled
     assert reports[0].values != reports[1].values
-    # Not one for each program: the allocator has some of its own.
+    # Not one for each program: the allocator makes some itself.
     assert before is None or memory_maps() < before + 20
 
 

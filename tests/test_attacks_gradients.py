@@ -227,7 +227,7 @@ def product_with_jvp(A, y):
 @product_with_jvp.defjvp
 def _product_jvp(primals, tangents):
     (A, y), (dA, dy) = primals, tangents
-    # By the function itself, whose rule is then that of the second derivatives, too.
+    # By the function itself, whose rule then also gives the second derivatives.
     return product_with_jvp(A, y), product_with_jvp(A, dy) + dA @ y
 
 

@@ -199,7 +199,7 @@ def of_group(group, **options):
 def reference(problem, t1, method):
     """By SciPy, with the derivative along a direction by the variational equation.
 
-    The Jacobian's product is that of a complex step, which has no error.
+    The product with the Jacobian is by a complex step, which has no error.
     """
     f, y0, *_ = problem
     n, tiny = len(y0), 1e-40
@@ -290,7 +290,7 @@ def scanned(a):
 
 
 def chosen(a, flag):
-    """A branch is a solve of its own, with a gradient method of its own."""
+    """Each branch is a separate solve with its gradient method."""
     return jax.lax.cond(flag, lambda: total(a), lambda: total(a, 2.0, adjoint=BACK))
 
 

@@ -149,7 +149,7 @@ def test_report_is_a_table():
     assert "Errors are against Dopri8 in float64 at tolerance 1e-10." in lines
     advice = lines[-len(report.advice)]
     assert advice.startswith("! solves that fail: to_base: the steps ran out at t=")
-    # What the failure keeps from being measured is NaN, and no advice of its own.
+    # What the failure keeps from being measured is NaN, and gives no advice.
     assert np.isnan(report.values["gradient error"])
 
 

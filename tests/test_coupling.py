@@ -139,7 +139,7 @@ def test_the_assignment_of_any_costs():
 
 
 def test_a_call_outside_of_jit_compiles_once(compiled):
-    """The loops of the assignment are a program of their own."""
+    """The loops of the assignment are a separate program."""
     coupling = optimal_transport(4)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
     for key in jax.random.split(jax.random.key(0), 2):

@@ -286,7 +286,7 @@ def test_labels_in_a_context_stay_as_they_are():
 
 
 def test_without_a_key_the_divergence_is_exact():
-    """Also where that of the flow is an estimate."""
+    """Also where the flow's divergence is an estimate."""
     flow = dataclasses.replace(FLOW, divergence=jaxode.divergence.hutchinson())
     exact, noisy = jaxode.bind(FLOW, PARAMS), jaxode.bind(flow, PARAMS)
     np.testing.assert_allclose(noisy.log_prob(DATA[:4]), exact.log_prob(DATA[:4]), rtol=1e-9)

@@ -265,7 +265,7 @@ def test_per_sample_gradient_of_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_under_vmap():
-    """Lanes of `vmap` take steps of their own and agree with single solves."""
+    """Lanes of `vmap` take their own steps and agree with single solves."""
     rates = jnp.array([0.5, 6.0, 3.0])
     one = lambda rate: jaxode.solve(lambda t, y, r: -r * y, jnp.ones(2), 0.0, 1.0, rate).y1[0]
     single = jax.jit(jax.grad(one))

@@ -47,7 +47,7 @@ def test_events_of_another_shape_have_no_density(density, event, shape):
 
 
 def test_a_base_density_is_learned_together_with_the_field():
-    """Its gradient is that of the closed form, and training finds the data's mean and scale."""
+    """Its gradient is the closed form's, and training finds the data's mean and scale."""
 
     def loss(params, x):
         m, base = params

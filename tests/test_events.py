@@ -123,7 +123,7 @@ def test_the_first_of_two_in_one_step():
 
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Heun(), diffrax.Dopri8()], ids=repr)
 def test_at_a_loose_tolerance_the_condition_is_zero_at_the_event(solver):
-    """The time has the error of the solve, and not that of the interpolant beside."""
+    """The time has the error of the solve, not the larger one of the interpolant."""
     event = Event(lambda t, y, _: y**3 - 0.2**3)
     s = jax.jit(lambda: jaxode.solve(
         decay, 1.5, 0.0, 9.0, 1.0, event=event, solver=solver, rtol=1e-3, atol=1e-3))()  # fmt: skip

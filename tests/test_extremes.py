@@ -61,7 +61,7 @@ def test_state_that_is_not_finite(run, value):
     assert codes[0] == Result.NON_FINITE
     rows = slice(0, 1) if codes.size > 1 else slice(None)
     assert jnp.isnan(solution.y1[rows]).all()
-    if codes.size > 1:  # the other sample has steps of its own
+    if codes.size > 1:  # the other sample has its own steps
         assert codes[1] == Result.SUCCESS
         np.testing.assert_allclose(solution.y1[1], [E, 2 * E], rtol=1e-4)
 

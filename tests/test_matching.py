@@ -197,7 +197,7 @@ def test_a_batch_over_devices_has_the_noise_of_one(coupling, check_vma):
     def sharded(params, *rows):
         mean = lambda params: jax.lax.pmean(loss(flow, params, *rows), "batch")
         value, gradient = jax.value_and_grad(mean)(params)
-        # Without types, each device has the gradient of its own part.
+        # Without types, each device has the gradient of its part.
         return value, gradient if check_vma else jax.lax.psum(gradient, "batch")
 
     mesh = Mesh(np.array(jax.devices()[:8]), ("batch",))

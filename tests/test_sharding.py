@@ -228,7 +228,7 @@ jax.block_until_ready(jax.jit(run)(x))
 
 @typed
 def test_a_failure_on_one_device_raises():
-    """In a process of its own: JAX keeps the error of an effect for whatever waits next."""
+    """In a separate process: JAX keeps the error of an effect for whatever waits next."""
     process = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True)
     assert process.returncode != 0
     assert "log_prob(x=...): must be finite" in process.stderr

@@ -71,7 +71,7 @@ def print_growth(leaked: int) -> None:
 
 
 def growth(leaked: int) -> int:
-    """In a process of its own: what earlier tests gave back would hide a leak."""
+    """In a separate process: what earlier tests gave back would hide a leak."""
     command = [sys.executable, __file__, str(leaked)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
