@@ -72,8 +72,9 @@ def forward_stats(p: flows.Problem):
 
 def jaxode_solve(p: flows.Problem):
     solve = lambda m, x: jaxode.solve(
-        jaxode.nn.field, x, 1.0, 0.0, m, rtol=TOLERANCE, atol=TOLERANCE, throw=False
-    )
+        jaxode.nn.field, x, 1.0, 0.0, m, rtol=TOLERANCE, atol=TOLERANCE, throw=False,
+        batch="joint",
+    )  # fmt: skip
     return lambda solve=jax.jit(solve): solve(p.params, p.x)
 
 
