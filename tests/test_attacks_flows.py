@@ -317,7 +317,6 @@ def raise_misfit(error):
 NETWORK = jaxode.nn.MLP(2, (4,), key=KEY)
 X = GOOD["x"]
 MISFITS = {
-    "another size": (jaxode.nn.field, jaxode.nn.MLP(3, (4,), key=KEY), TypeError, r"f64\[4,3\]"),
     "a dict for a network": (jaxode.nn.field, {"w": X}, TypeError, r"\{'w': f64\[3,2\]\}"),
     "nothing": (jaxode.nn.field, None, TypeError, "args=None"),
     "a network of Equinox": (
