@@ -36,7 +36,7 @@ LIMIT = 3600.0  # seconds of a process
 SIMULATIONS, HELD_OUT, SAMPLES = 30_000, 2000, 10_000
 WIDTH, DEPTH, BATCH, DECAY = 128, 4, 256, 0.1
 SCALES = (1.0, 4.0, 16.0, 64.0)
-MATCHING, LIKELIHOOD = (40_000, 1e-3, 0.002), (600, 3e-4, 0.02)
+MATCHING, LIKELIHOOD = (40_000, 1e-3, 0.002), (1200, 3e-4, 0.02)
 """Steps, rate, and the weight of a step in the moving average of the parameters."""
 
 
