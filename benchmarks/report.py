@@ -265,18 +265,30 @@ def elsewhere(results: dict[str, Any], cases: dict[str, Any]) -> list[str]:
 
 
 def ratios(results: dict[str, Any]) -> list[str]:
-    """The table of the README: our time over the time of each library's fastest variant."""
-    rows, commits = [], set()
+    """The table of the README: our time over the time of each library's fastest variant.
+
+    A size has one row: with a network of the user, and with one of `jaxode.nn`.
+    """
+    rows: dict[str, list[list[str]]] = {}
+    commits = set()
     for name, module, done, _ in finished(results):
         if name in IN_README:
             for case, result in done.items():
                 commits.add(result["code"])
+                size = case.removesuffix(", a network of the user").removesuffix(", jaxode.nn")
                 cells = [result["ratios"].get(library) for library in LIBRARIES]
-                shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
-                rows.append([f"{module.SHORT}: {case}", *shown])
+                shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+                rows.setdefault(f"{module.SHORT}: {size}", []).append(shown)
+    joined = [
+        [
+            label,
+            *(" / ".join(cell) if set(cell) != {"-"} else "" for cell in zip(*both, strict=True)),
+        ]
+        for label, both in rows.items()
+    ]
     device = results["machine"]["device"]
     return [
-        markdown(["", *LIBRARIES], rows),
+        markdown(["", *LIBRARIES], joined),
         f"{device}; commit {', '.join(sorted(commits))}.",
     ]
 
