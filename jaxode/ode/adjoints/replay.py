@@ -28,13 +28,12 @@ def without_cotangent(rows: Bool[Array, " rows"], out: Integration) -> Bool[Arra
     """The `rows` whose cotangents `out` are zero: nothing depends on them."""
     if out.y1 is not None:
         rows &= over_rows(jnp.all, out.y1 == 0, rows.shape[0])
-    by_samples = [] if out.ys is None else [out.ys]
+    if out.ys is not None:
+        rows &= over_rows(jnp.all, jnp.moveaxis(out.ys == 0, 1, 0), rows.shape[0])
     if out.steps is not None:
-        if out.steps.times is not None:
-            rows &= (out.steps.times == 0).all(axis=0)
-        by_samples += [bar for bar in (out.steps.y, out.steps.k) if bar is not None]
-    for bar in by_samples:
-        rows &= over_rows(jnp.all, jnp.moveaxis(bar == 0, -2, 0), rows.shape[0])
+        for bar, samples in ((out.steps.times, 1), (out.steps.y, 1), (out.steps.k, 2)):
+            if bar is not None:
+                rows &= over_rows(jnp.all, jnp.moveaxis(bar == 0, samples, 0), rows.shape[0])
     return rows
 
 
