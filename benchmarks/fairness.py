@@ -178,7 +178,7 @@ def work_precision(
     bench: Bench,
     makers: Mapping[str, Callable[[], Step]],
     references: Mapping[str, Sequence[np.ndarray]],
-    tolerances: Sequence[float] | Mapping[str, Sequence[float]],
+    tolerances: Sequence[float],
     target: float,
     groups: Mapping[str, Sequence[str]],
     ours: str = "jaxode",
@@ -187,8 +187,8 @@ def work_precision(
 
     Args:
         references: the exact gradient by contender; `references[""]` serves all others.
-        tolerances: the same for all, or by contender, where `tolerances[""]` serves all others.
-            Those below the one that is ten times as accurate as `target` are left out.
+        tolerances: from loose to tight. A contender ends with the first that is ten times as
+            accurate as `target`.
         target: the error at which times are compared.
         groups: peers by name of group. For each group, and `ours`, the ratio to its fastest member.
     """
@@ -197,10 +197,7 @@ def work_precision(
         step = attempt(bench, failed, name, make)
         if step is None:
             continue
-        listed = (
-            tolerances.get(name, tolerances[""]) if isinstance(tolerances, Mapping) else tolerances
-        )
-        for tolerance in sorted(listed, reverse=True):
+        for tolerance in tolerances:
             call = lambda step=step, tolerance=tolerance: step(tolerance)
             outcome = attempt(bench, failed, name, lambda call=call: jax.block_until_ready(call()))
             if outcome is None:
