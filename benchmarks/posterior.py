@@ -304,21 +304,19 @@ def draw(cases: dict[str, Any], path: str) -> None:
     """A dot for each observation, and a line at their mean."""
     grouped = by_task(cases)
     styles = report.styles(CONTENDERS)
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained", squeeze=False)
+    (axis,), handles = axes.flat, {}
     for place, contenders in enumerate(grouped.values()):
         for name, result in contenders.items():
             shift = 0.18 * list(CONTENDERS).index(name)
             scores, color = np.array(result["c2st"]), styles[name]["color"]
             at = place + shift + np.linspace(-0.05, 0.05, len(scores))
-            label = name if place == 0 else None
-            axes.plot(at, scores, "o", color=color, markersize=4, alpha=0.6, label=label)
-            axes.hlines(scores.mean(), place + shift - 0.08, place + shift + 0.08, color=color)
-    axes.axhline(0.5, color="#888888", linewidth=1, linestyle=":")
-    axes.set(ylim=(0.48, 1), ylabel="C2ST of each observation", title=TITLE)
-    axes.set_xticks(range(len(grouped)), list(grouped))
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            (handles[name],) = axis.plot(at, scores, "o", color=color, markersize=4, alpha=0.6)
+            axis.hlines(scores.mean(), place + shift - 0.08, place + shift + 0.08, color=color)
+    axis.axhline(0.5, color="#888888", linewidth=1, linestyle=":")
+    axis.set(ylim=(0.48, 1), ylabel="C2ST of each observation")
+    axis.set_xticks(range(len(grouped)), list(grouped))
+    report.finish(figure, axes, TITLE, path, handles)
 
 
 def sentence(cases: dict[str, Any]) -> str:
