@@ -320,6 +320,11 @@ def report(flow, state: State, x, held_out, names, values, mean, scale, key, opt
     print("                           units of the table   standardized columns")
     print(f"full-covariance Gaussian   {gaussian - units:18.3f}   {gaussian:20.3f}")
     print(f"flow                       {learned - units:18.3f}   {learned:20.3f}")
+    if learned < gaussian:
+        print(
+            "The flow does worse than the Gaussian: it has learned the training rows by heart. Take "
+            "fewer steps, such as --matching 1000 --steps 1, or more rows."
+        )
     new = np.asarray(flow.sample(state.average, key, options.rows)) * scale + mean
     table = table_of(options)
     write_csv(table, names, new)
