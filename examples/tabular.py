@@ -322,8 +322,8 @@ def report(flow, state: State, x, held_out, names, values, mean, scale, key, opt
     print(f"flow                       {learned - units:18.3f}   {learned:20.3f}")
     if learned < gaussian:
         print(
-            "The flow does worse than the Gaussian. On few rows it overfits: take fewer steps, such "
-            "as --matching 1000 --steps 1."
+            "The flow does worse than the Gaussian. On few rows it overfits: take fewer steps, "
+            "such as --matching 1000 --steps 1."
         )
     new = np.asarray(flow.sample(state.average, key, options.rows)) * scale + mean
     table = table_of(options)
