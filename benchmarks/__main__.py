@@ -1,12 +1,13 @@
 """Run the benchmarks and write tables and pictures.
 
-    make bench                 all but time_to_nll and posterior, an hour on two cores
+    make bench                 all but time_to_nll and posterior, 40 minutes on two cores
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
     make bench-check           measure again and compare with the results file
 
 A benchmark is a module of this package with `TITLE`, `CASES`, `run`, `table`, `draw` and
-`sentence`. Each case runs in a separate process, and its result is saved at once.
+`sentence`. Each case runs in a separate process, and its result is saved at once. Cases of
+benchmarks with `TIMED = False` run side by side, one on each core.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -101,6 +104,20 @@ def measure(
         skip[culprit] = reason
 
 
+class Case(NamedTuple):
+    benchmark: str
+    module: ModuleType
+    name: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.benchmark}, {self.name}"
+
+    @property
+    def timed(self) -> bool:
+        return getattr(self.module, "TIMED", True)
+
+
 def last_announced(report: Path) -> str:
     lines = report.read_text().splitlines()
     return json.loads(lines[-1]).get("next", "") if lines else ""
@@ -115,7 +132,7 @@ def run(
     for name in modules if fresh else ():
         results["benchmarks"].pop(name, None)
     todo = [
-        (name, case)
+        Case(name, module, case)
         for name, module in loaded.items()
         for case in module.CASES
         if case not in results["benchmarks"].get(name, {})
@@ -129,19 +146,32 @@ def run(
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(todo))
-        for name, case in todo:
-            label = f"{name}, {case}"
-            tell = lambda peer, label=label: progress.update(task, description=f"{label}: {peer}")
-            given = seconds or getattr(loaded[name], "SECONDS", SECONDS)
-            limit = getattr(loaded[name], "LIMIT", LIMIT)
-            result = measure(name, case, given, log, tell, limit)
+
+        def result_of(case: Case) -> dict[str, Any]:
+            tell = lambda peer: progress.update(task, description=f"{case.label}: {peer}")
+            given = seconds or getattr(case.module, "SECONDS", SECONDS)
+            limit = getattr(case.module, "LIMIT", LIMIT)
+            return measure(case.benchmark, case.name, given, log, tell, limit)
+
+        def keep(case: Case, result: dict[str, Any]) -> None:
             result |= {"code": code(), "device": results["machine"]["device"]}
-            results["benchmarks"].setdefault(name, {})[case] = result
+            results["benchmarks"].setdefault(case.benchmark, {})[case.name] = result
             save(path, results)
             for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():
                 if reason:
-                    console.print(f"[red]{label}: {peer} {reason}", highlight=False)
+                    console.print(f"[red]{case.label}: {peer} {reason}", highlight=False)
             progress.advance(task)
+
+        pool = ThreadPoolExecutor(max_workers=results["machine"]["cores"])
+        try:
+            futures = {pool.submit(result_of, case): case for case in todo if not case.timed}
+            for future in as_completed(futures):
+                keep(futures[future], future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for case in todo:
+            if case.timed:
+                keep(case, result_of(case))
     return results
 
 

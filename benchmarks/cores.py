@@ -23,7 +23,6 @@ CASES = {
     "512 x 8, 256-256": flows.Workload(8, 512, (256, 256)),
     "64 x 8, 64-64": flows.Workload(8, 64, (64, 64)),
 }
-SECONDS = 20.0
 ADJOINT = diffrax.RecursiveCheckpointAdjoint()
 SINGLE = "jaxode, one device"
 

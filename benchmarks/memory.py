@@ -15,6 +15,7 @@ from benchmarks import flows, report
 from benchmarks.fairness import Bench, attempt
 
 TITLE = "Temporary memory of a training step"
+TIMED = False
 BASE = {"max_steps": 4096, "width": 64, "batch": 64, "dim": 8}
 CASES: dict[str, tuple[int, ...]] = {  # what varies, the rest as in BASE
     "max_steps": (256, 65536),

@@ -18,6 +18,7 @@ from benchmarks.fairness import Bench
 from jaxode.regularizers import jacobian_frobenius, kinetic_energy
 
 TITLE = "Evaluations of a flow trained with a regularizer"
+TIMED = False
 CASES: dict[str, dict[str, Any]] = {  # options of cnf
     "none": {},
     "kinetic_energy(0.05)": {"regularizers": (kinetic_energy(0.05),)},

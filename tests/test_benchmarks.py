@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from benchmarks import (
     hlo,
     per_sample,
     report,
+    sharding,
     time_to_nll,
     tolerance,
 )
@@ -116,6 +118,23 @@ def test_one_that_fails_is_recorded_and_the_rest_carried_on():
     assert result["best"] == {"all peers": "peer", "best": "peer"}
     assert result["ratios"]["best"] > 0
     json.dumps(result)
+
+
+def test_only_the_two_points_around_the_target_are_timed_again_and_again():
+    exact, calls = [np.array([1.0])], []
+
+    def step(tolerance):
+        calls.append(tolerance)
+        return 0.0, [np.array([1 + tolerance])]
+
+    tolerances = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    bench = fairness.Bench(0.0)
+    result = fairness.work_precision(
+        bench, {"jaxode": lambda: step}, {"": exact}, tolerances, 5e-4, {}
+    )
+    rounds = {row["tolerance"]: row["rounds"] for row in result["curves"]["jaxode"]}
+    assert rounds == {1e-1: 1, 1e-2: 1, 1e-3: 3, 1e-4: 3}
+    assert 1e-5 not in calls
 
 
 def test_unequal_mathematics_is_found():
@@ -304,6 +323,13 @@ def test_a_contender_that_ends_the_process_is_left_out_of_the_next_try(monkeypat
     assert result["failed"] == {"bad": "ended the process, exit status -11"}
 
 
+def on_a_machine(monkeypatch, measure, cores):
+    machine = {"name": "mine", "device": "a machine", "cores": cores}
+    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "describe_machine", lambda: machine)
+    monkeypatch.setattr(runner, "code", lambda: "abc")
+
+
 def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     measured = []
 
@@ -313,13 +339,11 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
         measured.append((module, case))
         return {}
 
-    monkeypatch.setattr(runner, "measure", measure)
-    monkeypatch.setattr(runner, "describe_machine", lambda: {"name": "mine", "device": "one core"})
-    monkeypatch.setattr(runner, "code", lambda: "abc")
+    on_a_machine(monkeypatch, measure, cores=1)
     path, modules = tmp_path / "mine.json", ["compile_time", "per_sample"]
     with pytest.raises(KeyboardInterrupt):
         runner.run(modules, path, False, None, tmp_path / "log")
-    done = {"code": "abc", "device": "one core"}
+    done = {"code": "abc", "device": "a machine"}
     assert runner.read(path)["benchmarks"] == {
         "compile_time": {"flow, 8 Gaussians, a user's own field": done, "Neural ODE, state 4": done}
     }
@@ -329,6 +353,27 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     measured.clear()
     runner.run(["per_sample"], path, True, None, tmp_path / "log")
     assert measured == [("per_sample", case) for case in per_sample.CASES]
+
+
+def test_only_cases_without_times_run_side_by_side(monkeypatch, tmp_path):
+    both, working = threading.Barrier(2, timeout=60), set()
+
+    def measure(module, case, seconds, log, tell, limit):
+        working.add(case)
+        if module == "sharding":
+            both.wait()
+        else:
+            assert working == {case}
+        working.discard(case)
+        return {"measured": case}
+
+    on_a_machine(monkeypatch, measure, cores=2)
+    path, modules = tmp_path / "mine.json", ["compile_time", "sharding"]
+    results = runner.run(modules, path, False, None, tmp_path / "log")["benchmarks"]
+    for name, module in (("compile_time", compile_time), ("sharding", sharding)):
+        assert {case: result["measured"] for case, result in results[name].items()} == {
+            case: case for case in module.CASES
+        }
 
 
 def test_results_are_reported_with_failures_and_crashes(tmp_path):
