@@ -178,7 +178,7 @@ def check_same(failed: dict[str, str], name: str, check: Callable[[], None]) -> 
 def work_precision(
     bench: Bench,
     makers: Mapping[str, Callable[[], Step]],
-    references: Mapping[str, Sequence[np.ndarray]],
+    exact: Sequence[np.ndarray],
     tolerances: Sequence[float],
     target: float,
     groups: Mapping[str, Sequence[str]],
@@ -187,7 +187,7 @@ def work_precision(
     """Error and time of each contender at each tolerance, and their times at equal error.
 
     Args:
-        references: the exact gradient by contender; `references[""]` serves all others.
+        exact: the gradient.
         tolerances: from loose to tight. A contender ends with the first that reaches `target`.
         target: the error at which times are compared.
         groups: peers by name of group. For each group, and `ours`, the ratio to its fastest member.
@@ -203,7 +203,7 @@ def work_precision(
             if outcome is None:
                 break
             _, gradient = outcome
-            error = gradient_error(gradient, references.get(name, references[""]))
+            error = gradient_error(gradient, exact)
             if np.isfinite(error):
                 calls[name, tolerance], errors[name, tolerance] = call, error
             if error <= target:

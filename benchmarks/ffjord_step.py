@@ -73,8 +73,8 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
         "zuko": lambda: in_torch().zuko_step(p),
     }
     bench.announce("reference")
-    references = {"": flows.reference(p)}
-    result = work_precision(bench, makers, references, tolerances, TARGET, GROUPS)
+    exact = flows.reference(p)
+    result = work_precision(bench, makers, exact, tolerances, TARGET, GROUPS)
     result["failed"] |= failed
     return result
 

@@ -38,8 +38,8 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
         "torchode": lambda: in_torch().torchode_step(p),
     }
     bench.announce("reference")
-    references = {"": flows.reference(p)}
-    result = work_precision(bench, makers, references, TOLERANCES, TARGET, GROUPS)
+    exact = flows.reference(p)
+    result = work_precision(bench, makers, exact, TOLERANCES, TARGET, GROUPS)
     result["failed"] |= failed
     return result
 

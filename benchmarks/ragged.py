@@ -139,11 +139,11 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
         failed, "the same field in PyTorch", lambda: check_fields(regular(STATE, WIDTH, 8, 1))
     )
     bench.announce("reference")
-    references = {"": reference(p)}
+    exact = reference(p)
     in_jax = {"jaxode": of_jaxode, DIFFRAX: of_diffrax()}
     makers = {name: lambda ys=ys: step_of(p, ys)[0] for name, ys in in_jax.items()}
     makers["torchode"] = lambda: torchode_step(p)
-    result = work_precision(bench, makers, references, TOLERANCES, TARGET, GROUPS)
+    result = work_precision(bench, makers, exact, TOLERANCES, TARGET, GROUPS)
     result["memory"] = {
         name: [
             attempt(bench, failed, name, lambda q=q, ys=ys: mebibytes(q, ys))

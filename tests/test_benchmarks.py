@@ -110,7 +110,7 @@ def test_one_that_fails_is_recorded_and_the_rest_carried_on():
     announced = []
     bench = fairness.Bench(0.0, {"killed": "ended the process"}, announced.append)
     groups = {"best": ["broken", "killed", "peer"]}
-    result = fairness.work_precision(bench, makers, {"": exact}, (1e-2, 1e-3), 1e-3, groups)
+    result = fairness.work_precision(bench, makers, exact, (1e-2, 1e-3), 1e-3, groups)
     assert set(result["curves"]) == {"jaxode", "peer"}
     assert set(result["failed"]) == {"broken", "killed", "not finite"}
     assert "no such thing" in result["failed"]["broken"]
@@ -129,9 +129,7 @@ def test_only_the_two_points_around_the_target_are_timed_again_and_again():
 
     tolerances = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     bench = fairness.Bench(0.0)
-    result = fairness.work_precision(
-        bench, {"jaxode": lambda: step}, {"": exact}, tolerances, 5e-4, {}
-    )
+    result = fairness.work_precision(bench, {"jaxode": lambda: step}, exact, tolerances, 5e-4, {})
     rounds = {row["tolerance"]: row["rounds"] for row in result["curves"]["jaxode"]}
     assert rounds == {1e-1: 1, 1e-2: 1, 1e-3: 3, 1e-4: 3}
     assert 1e-5 not in calls
