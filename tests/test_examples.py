@@ -464,7 +464,8 @@ def test_no_file_is_lost_or_found_unwritable_after_training(name, tmp_path, caps
 @pytest.mark.slow
 def test_tabular(tmp_path, capsys, default_settings):
     output = run("tabular", capsys, *tabular(tmp_path, "--steps", 3)).out
-    assert "160 rows to train on, 40 held out, 3 columns: a, b, c" in output
+    rows = "144 rows to train on, 16 to know when to stop, 40 held out, 3 columns: a, b, c"
+    assert rows in output
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
     table = np.genfromtxt(tmp_path / "a.csv", delimiter=",", names=True)
     assert table.dtype.names == ("a", "b", "c")
@@ -479,6 +480,23 @@ def test_tabular(tmp_path, capsys, default_settings):
     assert "continuing from step 5" in again
     result = lambda text: [line for line in text.splitlines() if line.startswith(("flow", "full"))]
     assert result(again) == result(output)
+
+
+def test_a_phase_ends_with_its_best_parameters(tmp_path, capsys, monkeypatch, default_settings):
+    example = load("tabular")
+    options = example.parse(tabular(tmp_path, "--steps", 9))
+    state = example.State.start(jax.numpy.array(0.0), options)
+    for average, loss in enumerate([3.0, 2.0, 5.0, np.nan]):
+        state = state._replace(average=jax.numpy.array(float(average)))
+        state = state.compared(jax.numpy.array(loss))
+    assert (float(state.best), float(state.least), int(state.stale)) == (1.0, 2.0, 2)
+    monkeypatch.setattr(example, "CHECKS", (1, 3))
+    monkeypatch.setattr(example, "PATIENCE", 0)
+    assert example.main(tabular(tmp_path, "--steps", 9)) == 0
+    output = capsys.readouterr().out
+    assert "matching ends at step 1: " in output
+    assert "likelihood ends at step 3: " in output
+    assert "2 steps taken" in output
 
 
 def test_a_checkpoint_that_cannot_be_used_gets_one_clear_line(tmp_path, capsys, default_settings):
@@ -525,10 +543,9 @@ def test_a_gradient_that_is_not_finite_is_not_blamed_on_a_solve_that_succeeds(
     field = lambda t, z, p: -z + 0 * jax.numpy.sqrt(p)
     flow = jaxode.cnf(field, jaxode.standard_normal(3))
     params = jax.numpy.zeros(())
-    optimizer = table.make_optimizer(lambda count: 1.0).init(params)
-    state = table.State(params, params, optimizer, jax.numpy.array(0), jax.numpy.zeros(1))
+    state, x = table.State.start(params, options), jax.numpy.ones((20, 3))
     with pytest.raises(FloatingPointError, match=r"gradient is not finite\. Saved"):
-        table.train(flow, state, jax.numpy.ones((20, 3)), {}, options)
+        table.train(flow, state, x, x, {}, options)
 
 
 def test_what_the_last_step_has_made_is_not_saved_if_its_loss_is_not_finite(
@@ -538,7 +555,7 @@ def test_what_the_last_step_has_made_is_not_saved_if_its_loss_is_not_finite(
     error = run("tabular", capsys, *arguments, "--rate", 1e30, code=1).err
     assert "in step 1 the loss (" in error
     assert "Saved: the last good state, before step 0" in error
-    assert "trained to step 1" in run("tabular", capsys, *arguments).out
+    assert "1 steps taken" in run("tabular", capsys, *arguments).out
 
 
 def test_a_flow_that_cannot_be_solved_gets_one_clear_line(tmp_path, capsys, monkeypatch):
