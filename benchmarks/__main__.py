@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import BENCHMARKS, ON_ITS_OWN, compare
 
 HERE = Path(__file__).parent
-SECONDS = 12.0  # of alternated calls in one case; a module may set its own SECONDS
+SECONDS = 9.0  # of alternated calls in one case; a module may set its own SECONDS
 LIMIT = 1200.0  # seconds beyond it, after which the contender at work counts as failed
 console = Console()
 
@@ -155,7 +155,9 @@ def run(
 
         def keep(case: Case, result: dict[str, Any]) -> None:
             result |= {"code": code(), "device": results["machine"]["device"]}
-            results["benchmarks"].setdefault(case.benchmark, {})[case.name] = result
+            done = results["benchmarks"].get(case.benchmark, {}) | {case.name: result}
+            in_order = {name: done[name] for name in case.module.CASES if name in done}
+            results["benchmarks"][case.benchmark] = in_order
             save(path, results)
             for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():
                 if reason:

@@ -32,7 +32,7 @@ from jaxode.divergence import Divergence, FieldAt
 from jaxode.nn import ConcatSquash, field
 
 TITLE = "Divergence: exact, estimated, in closed form"
-SECONDS = 6.0
+SECONDS = 5.0
 DIMENSIONS = (2, 4, 8, 16, 32, 64, 256, 1024)
 TRAINED = {"noise, 43 dimensions, trained": 43, "noise, 64 dimensions, trained": 64}
 CASES: dict[str, Any] = {

@@ -274,6 +274,25 @@ def test_as_many_samples_as_a_context_has_entries():
     np.testing.assert_allclose(each[1], scalars.log_prob(DATA[1], context=2.0), rtol=1e-9)
 
 
+class Table:
+    """As a DataFrame of pandas: with a shape, without a dtype, and a way to become an array."""
+
+    def __init__(self, values):
+        self._values, self.shape, self.ndim = values, values.shape, values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return self._values.astype(dtype or self._values.dtype)
+
+
+def test_tables_are_data_and_contexts():
+    flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1].sum(), FLOW.base, **OPTIONS)
+    contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    x, context = Table(DATA), Table(contexts)
+    density = jaxode.bind(flow, 0.1, standardize=(x, context))
+    expected = jaxode.bind(flow, 0.1, standardize=(DATA, contexts)).log_prob(DATA, context=contexts)
+    np.testing.assert_array_equal(density.log_prob(x, context=context), expected)
+
+
 def test_labels_in_a_context_stay_as_they_are():
     field = lambda t, z, args: z * args[0][args[1]["label"]] + args[1]["size"]
     flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)
@@ -401,7 +420,7 @@ WRONG = {
     ),
     "a context of text": (
         {"standardize": (DATA, {"name": np.full(40, "a")})},
-        r"standardize=...\): arrays must be numeric; got an array of <U1",
+        r"data of context must be an array of numbers; got an array of <U1",
     ),
     "no data": ({"standardize": True}, r"got True. Pass your data, an array \[n, 2\]"),
     "a context of several arrays": (

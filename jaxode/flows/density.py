@@ -23,6 +23,7 @@ from jaxode.flows.standardize import (
     Affine,
     affine,
     check_inside,
+    context_numbers,
     floating,
     numbers,
     of_context,
@@ -30,7 +31,7 @@ from jaxode.flows.standardize import (
 )
 from jaxode.flows.support import Support, as_support
 from jaxode.flows.validation import check_count, check_finite, check_key
-from jaxode.ode.validation import check_args, is_known, shape_of
+from jaxode.ode.validation import is_known, shape_of
 
 
 class _Constant(eqx.Module):
@@ -218,7 +219,7 @@ class Density(eqx.Module):
         """One context row for each sample of `shape`, as the flow sees it."""
         if context is None:
             return None
-        context = check_args(where, "context", context)
+        context = context_numbers(f"{where}(context=...):", context)
         leaves, structure = jax.tree.flatten(context)
         known = self.context_shapes
         if known is not None and len(known) != len(leaves):
@@ -302,6 +303,7 @@ def bind(
     event = tuple(flow.base.event_shape)
     allowed = as_support(WHERE, support, event)
     of_data, for_context = split(standardize, event)
+    for_context = context_numbers(f"{WHERE}(standardize=...): data of context", for_context)
     return Density(
         _flow=_arrays_alone(flow, numbers=False),
         _params=_arrays_alone(params, numbers=True),

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.flows.support import Support, frozen
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import (
-    check_args,
     described,
     is_known,
     native,
@@ -44,6 +43,13 @@ def numbers(what: str, x: Any) -> Any:
             "leave it out, fill what is masked, and convert with .astype(np.float32)."
         )
     return x
+
+
+def context_numbers(what: str, context: PyTree) -> PyTree:
+    """The context with its tables as arrays. Numbers of Python stay as they are."""
+    scalars = bool | int | float | complex
+    convert = lambda leaf: leaf if isinstance(leaf, scalars) else numbers(what, leaf)
+    return jax.tree.map(convert, context)
 
 
 class Affine(eqx.Module):
@@ -183,7 +189,6 @@ def of_context(given: Any) -> PyTree:
                 f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
             )
         return affine("context", given, max(jnp.shape(part) for part in given))
-    given = check_args(WHERE, "standardize", given)
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
     one = lambda x: affine("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)
