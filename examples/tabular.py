@@ -343,10 +343,11 @@ def draw(names, rows, new, losses, scores, path):
                 axis.set_xlabel(names[j])
     left.suptitle("data (blue) and samples of the flow (orange)")
     axis: Any = right.subplots()
+    flow = scores["flow"]
     if len(losses):  # none if the training has not come to the likelihood
         plot.history(losses, ax=axis, label="training batches, mean of 50 steps")
-        axis.set_ylim(np.quantile(losses, 0.01) - 0.2, np.quantile(losses, 0.99) + 0.2)
-    flow = scores["flow"]
+        low, high = np.quantile(losses, (0.01, 0.99))
+        axis.set_ylim(min(low, flow) - 0.2, max(high, flow) + 0.2)
     axis.axhline(flow, color="tab:green", lw=1, ls="--", label="held-out rows, after training")
     axis.set(xlabel="step of the likelihood phase")
     axis.set(ylabel="negative log-density, nats, standardized columns")
