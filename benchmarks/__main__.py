@@ -14,9 +14,11 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -29,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import BENCHMARKS, ON_ITS_OWN, compare
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 SECONDS = 9.0  # of alternated calls in one case; a module may set its own SECONDS
 LIMIT = 1200.0  # seconds beyond it, after which the contender at work counts as failed
 console = Console()
@@ -51,11 +54,16 @@ def describe_machine() -> dict[str, Any]:
 
 def code() -> str:
     """The commit that is measured, so that a file with results of several says so."""
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(HERE.parent)]
+    head, changed = ["rev-parse", "--short", "HEAD"], ["diff", "HEAD", "--", "jaxode", "*.py"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit, diff = (
+            subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+            for command in (head, changed)
+        )
     except FileNotFoundError:
         return ""
+    return f"{commit} and changes" if diff else commit
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -71,9 +79,13 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def measure(
-    module: str, case: str, seconds: float, log: Path, tell, limit: float = LIMIT
+    module: str, case: str, seconds: float, log: Path, tell, limit: float, stop: threading.Event
 ) -> dict[str, Any]:
-    """The result of a case. A contender that ends the process is left out of the next try."""
+    """The result of a case. A contender that ends the process is left out of the next try.
+
+    Raises:
+        KeyboardInterrupt: soon after another thread has set `stop`.
+    """
     skip: dict[str, str] = {}
     start = time.monotonic()
     while True:
@@ -84,13 +96,15 @@ def measure(
             process = worker(module, case, str(report), options, log=log)
             began = time.monotonic()
             try:
-                while process.poll() is None:
+                while process.poll() is None and not stop.is_set():
                     time.sleep(0.2)
                     tell(last_announced(report))
                     if time.monotonic() - began > limit + seconds:
                         process.kill()
             finally:
                 process.kill()
+            if stop.is_set():
+                raise KeyboardInterrupt
             lines = [json.loads(line) for line in report.read_text().splitlines()]
         if lines and "result" in lines[-1]:
             return {**lines[-1]["result"], "seconds": round(time.monotonic() - start)}
@@ -151,7 +165,7 @@ def run(
             tell = lambda peer: progress.update(task, description=f"{case.label}: {peer}")
             given = seconds or getattr(case.module, "SECONDS", SECONDS)
             limit = getattr(case.module, "LIMIT", LIMIT)
-            return measure(case.benchmark, case.name, given, log, tell, limit)
+            return measure(case.benchmark, case.name, given, log, tell, limit, stop)
 
         def keep(case: Case, result: dict[str, Any]) -> None:
             result |= {"code": code(), "device": results["machine"]["device"]}
@@ -164,13 +178,15 @@ def run(
                     console.print(f"[red]{case.label}: {peer} {reason}", highlight=False)
             progress.advance(task)
 
-        pool = ThreadPoolExecutor(max_workers=results["machine"]["cores"])
+        stop, pool = threading.Event(), ThreadPoolExecutor(results["machine"]["cores"])
         try:
             futures = {pool.submit(result_of, case): case for case in todo if not case.timed}
             for future in as_completed(futures):
                 keep(futures[future], future.result())
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
+        stop.clear()
         for case in todo:
             if case.timed:
                 keep(case, result_of(case))
@@ -185,8 +201,11 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--seconds", type=float, help="of timing, for one case")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder; RESULTS.md stays as it is for others"
+    )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave no worker behind
     here = [name for name in BENCHMARKS + ON_ITS_OWN if (HERE / f"{name}.py").exists()]
     unknown = sorted(set(options.only) - set(here))
     if unknown:
@@ -201,6 +220,9 @@ def main() -> int:
     results = run(modules, path, options.fresh or options.check, options.seconds, out / "bench.log")
     if options.check:
         return compare.check(read(committed), results, modules, console.print)
+    if options.results.resolve() != RESULTS.resolve():
+        console.print(f"Written: {committed}")
+        return 0
     from benchmarks import report
 
     report.write(options.results, HERE.parent)

@@ -6,8 +6,9 @@
 - A turn is a call, or the median of as many as take 20 ms: training steps follow each other, and
   the first millisecond after a pause is one of cold caches.
 - Times are medians with minimum and maximum; a ratio is the median of the ratios of each round.
-- Two contenders are compared at equal error of the gradient, on their work-precision curves, whose
-  two points around that error are measured in each round, and those before in one.
+- Two contenders are compared at equal error of the gradient, on their work-precision curves:
+  between the last tolerance that does not reach it and the first that does, linear in logarithms.
+  Those two are measured in each round, looser ones once.
 """
 
 import contextlib
@@ -80,7 +81,7 @@ def alternate(
     for count in range(most):
         if count >= least and time.perf_counter() - start > seconds:
             break
-        shift = count % max(len(names), 1)
+        shift = count % len(names)
         for name in names[shift:] + names[:shift]:
             time.sleep(PAUSE)
             taken = [timed(calls[name])[0]]
@@ -142,7 +143,7 @@ Step = Callable[[float], tuple[Any, Sequence[Any]]]
 class Bench(NamedTuple):
     """What the runner tells a benchmark, and how it hears from it."""
 
-    seconds: float = 12.0
+    seconds: float
     """Time for the alternated calls of one case."""
     skip: Mapping[str, str] = {}
     """Contenders that ended the process before, and how."""
@@ -187,10 +188,10 @@ def work_precision(
     """Error and time of each contender at each tolerance, and their times at equal error.
 
     Args:
-        exact: the gradient.
+        exact: the leaves of the exact gradient.
         tolerances: from loose to tight. A contender ends with the first that reaches `target`.
         target: the error at which times are compared.
-        groups: peers by name of group. For each group, and `ours`, the ratio to its fastest member.
+        groups: peers by name of group. For each, the ratio of `ours` to its fastest member.
     """
     failed, calls, errors = {}, {}, {}
     for name, make in makers.items():
@@ -215,7 +216,8 @@ def work_precision(
     around = {name: keys[-2:] for name, keys in by_name.items()}
     nearby = {key: calls[key] for keys in around.values() for key in keys}
     before = {key: call for key, call in calls.items() if key not in nearby}
-    times = alternate(before, 0.0, least=1) | alternate(nearby, bench.seconds, least=3)
+    once = {key: [timed(call)[0]] for key, call in before.items()}
+    times = once | alternate(nearby, bench.seconds, least=3)
     groups = {"all peers": [n for n in makers if not n.startswith("jaxode")], **groups}
     places, curves = {}, {}
     for name, keys in by_name.items():

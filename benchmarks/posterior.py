@@ -3,7 +3,7 @@
     make posterior      about an hour; interrupt and continue as you like
 
 Each task has 30,000 simulations from its prior. A conditional flow q(theta | x) is trained by flow
-matching and then likelihood on 28,000 of them, and the best on the others is kept; its prior's
+matching and then likelihood on 28,000 of them, and the best on 1,000 others is kept; its prior's
 bounds and the units of the simulator are `jaxode.bind`'s. The network, its width and the training
 are the same for all tasks. Then 10,000 samples of each of the ten posteriors stand against 10,000
 of the reference: C2ST is the accuracy, over five folds, of a classifier that tells them apart, 0.5

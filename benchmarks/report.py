@@ -72,10 +72,10 @@ def work_precision_tables(cases: dict[str, Any]) -> str:
                 spread = f"{ms(at['median'])} ({ms(at['min'])}-{ms(at['max'])})"
                 shown = f"at most {spread}" if at["note"] else spread
             points = ", ".join(f"{ms(row['median'])} / {row['error']:.0e}" for row in curve)
-            rows.append([name, shown, points])
+            rows.append([name, shown, str(curve[-1]["rounds"]), points])
         header = [
-            "", f"ms at gradient error {target:.0e}, median (min-max)",
-            "ms / gradient error at each tolerance",
+            "", f"ms at gradient error {target:.0e}, median (min-max)", "rounds",
+            "ms / gradient error at each tolerance, the last two in every round",
         ]  # fmt: skip
         parts.append(
             f"**{case}**\n\n{markdown(header, rows)}\n\n{ratio_line(result)}{failures(result)}"
@@ -249,7 +249,9 @@ def sections(results: dict[str, Any]) -> list[str]:
         parts.append(f"### {module.TITLE}")
         if done:
             shown = f"![{module.TITLE}](../docs/images/{picture_of(results, name)})"
-            parts += [module.sentence(done), shown, module.table(done), *elsewhere(results, done)]
+            commits = ", ".join(dict.fromkeys(str(case.get("code")) for case in done.values()))
+            parts += [module.sentence(done), shown, module.table(done), f"Commit {commits}."]
+            parts += elsewhere(results, done)
         parts += [f"{case} crashed: {result['crashed']}" for case, result in crashed.items()]
     return parts
 

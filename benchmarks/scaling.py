@@ -86,14 +86,5 @@ def sentence(cases: dict[str, Any]) -> str:
             for name, curve in result["curves"].items()
         ]
         start, end = CASES[case][0], CASES[case][-1]
-        curves = result["curves"]
-        first, last = (
-            curves["jaxode"][i]["median"]
-            / min(c[i]["median"] for n, c in curves.items() if n != "jaxode")
-            for i in (0, -1)
-        )
-        parts.append(
-            f"from {case} {start:g} to {end:g} the time grows {', '.join(grown)}; at the same "
-            f"tolerance jaxode takes {first:.2f}x, then {last:.2f}x as long as the fastest peer"
-        )
+        parts.append(f"from {case} {start:g} to {end:g} the time grows {', '.join(grown)}")
     return "; ".join(parts) + "."

@@ -373,17 +373,26 @@ def sentence(cases: dict[str, Any]) -> str:
             parts.append(f"{task}: it does not reach the level")
             continue
         told = [f"{mine:.1f} s{_seeds(contenders[RECIPE])}{_while_matching(contenders[RECIPE])}"]
+        here = _machines(contenders, RECIPE)
         for rivals, called in (
             (MATCH, "the best peer that matches"),
             (SIMULATE, "the best that simulates"),
             (SIMULATE[:1], "FFJORD's recipe"),
         ):
-            best = min(rivals, key=lambda name: times.get(name, math.inf))
+            # Seconds of two machines are not compared.
+            rivals = [name for name in rivals if _machines(contenders, name) == here]
+            best = min(rivals, key=lambda name: times.get(name, math.inf), default="")
             if math.isfinite(times.get(best, math.inf)):
                 ratio, seeds = mine / times[best], _seeds(contenders[best])
                 told.append(f"{ratio:.2f}x as long as {called}{seeds}")
-        parts.append(f"{task}: {', '.join(told) if told[1:] else told[0] + ', no peer reaches it'}")
+        if len(told) == 1:
+            told.append("no peer on the same machine reaches it")
+        parts.append(f"{task}: {', '.join(told)}")
     return f"Matching and then likelihood reaches the level of {'; '.join(parts)}."
+
+
+def _machines(contenders: dict[str, list[dict[str, Any]]], name: str) -> set[str | None]:
+    return {result.get("device") for result in contenders.get(name, ())}
 
 
 def _seeds(results: list[dict[str, Any]]) -> str:

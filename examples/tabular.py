@@ -6,11 +6,11 @@
 It saves its training state every few steps. Kill it at any moment and start it again with the same
 options: it continues, and ends with the same parameters, bit for bit on a CPU. Flow matching comes
 first, then maximum likelihood (docs/training.md). Each ends early, with the best parameters, if the
-density of rows set aside improves no more. Writes a picture and --rows new rows. About a minute on
-two cores.
+loss of rows set aside improves no more. Writes a picture and --rows new rows. About a minute on two
+cores.
 
-The checkpoint is a single Equinox file, replaced atomically: 250 kB in 40 ms, where orbax writes a
-folder of a dozen files in 300 ms. Prefer orbax if the state is spread over several hosts.
+The checkpoint is a single Equinox file, replaced atomically. Prefer orbax if the state is spread
+over several hosts.
 """
 
 import argparse
@@ -71,8 +71,8 @@ class State(NamedTuple):
     def start(cls, params, options) -> "State":
         optimizer = make_optimizer(optax.constant_schedule(options.rate)).init(params)
         losses = jnp.full(options.matching + options.steps, jnp.nan)
-        none = jnp.array(0)
-        return cls(params, params, optimizer, none, losses, params, jnp.array(jnp.inf), none)
+        zero = jnp.array(0)
+        return cls(params, params, optimizer, zero, losses, params, jnp.array(jnp.inf), zero)
 
     def compared(self, loss: Float[Array, ""]) -> "State":
         """With the average as the best if its loss on the rows set aside is the least so far."""
@@ -80,6 +80,19 @@ class State(NamedTuple):
         best = jax.tree.map(partial(jnp.where, better), self.average, self.best)
         stale = jnp.where(better, 0, self.stale + 1)
         return self._replace(best=best, least=jnp.where(better, loss, self.least), stale=stale)
+
+    @property
+    def learned(self) -> Any:
+        """The best average, or the current one before there was a look at the rows set aside."""
+        return self.best if jnp.isfinite(self.least) else self.average
+
+    def next_phase(self, optimizer: optax.GradientTransformation) -> "State":
+        """The start of the next phase, from what the last one has learned."""
+        params, fresh = self.learned, optimizer.init(self.learned)
+        return self._replace(
+            params=params, average=params, optimizer=fresh, least=jnp.array(jnp.inf),
+            stale=jnp.array(0),
+        )  # fmt: skip
 
 
 def save(path: Path, state: State, settings: dict[str, Any]) -> None:
@@ -119,7 +132,13 @@ def load(path: Path, like: State, settings: dict[str, Any]) -> State:
             f"{path} was saved with other settings: {', '.join(differ)}. "
             "Use those, or another --checkpoint"
         )
-    return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
+    try:
+        return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
+    except Exception:  # whatever Equinox finds: other arrays, or other dtypes
+        raise ValueError(
+            f"{path} was saved by another version of this script, or in another precision. "
+            "Delete it to train from the start"
+        ) from None
 
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
@@ -264,10 +283,8 @@ def train(flow, state: State, x, aside, settings, options) -> State:
     with Progress() as progress:
         task = progress.add_task("compiling", total=steps, completed=int(state.step))
         while True:
-            if state.step == options.matching:  # from the best average, with a new optimizer
-                fresh = make_optimizer(falling).init(state.best)
-                state = state._replace(params=state.best, average=state.best, optimizer=fresh)
-                state = look(state._replace(least=jnp.array(jnp.inf)))
+            if state.step == options.matching:
+                state = look(state.next_phase(make_optimizer(falling)))
             # After the last step, this only checks the loss of its result.
             new, loss, finite, result = (match if state.step < options.matching else maximize)(
                 state
@@ -292,7 +309,8 @@ def train(flow, state: State, x, aside, settings, options) -> State:
                 state = (look_by_matching if is_matching else look)(state)
                 if state.stale >= PATIENCE and state.step < end:
                     phase = "matching" if is_matching else "likelihood"
-                    progress.console.print(f"{phase} ends at step {state.step}: no improvement")
+                    taken = state.step - (0 if is_matching else options.matching)
+                    progress.console.print(f"{phase} ends after {taken} steps: no improvement")
                     state = state._replace(step=jnp.array(end))
             unit = "" if is_matching else " nats"
             progress.update(task, completed=int(state.step), description=f"loss {loss:.3f}{unit}")
@@ -359,7 +377,7 @@ def draw(names, rows, new, losses, scores, path):
 
 def report(flow, state: State, x, held_out, names, values, mean, scale, key, options) -> None:
     """Print the scores. Write the picture and the new rows."""
-    learned, gaussian = evaluate(flow, state.best, x, held_out)
+    learned, gaussian = evaluate(flow, state.learned, x, held_out)
     units = float(np.sum(np.log(scale)))  # log |det| of the map from a row to its standardized one
     print(f"mean log-density of {len(held_out)} held-out rows, in nats")
     print("                           units of the table   standardized columns")
@@ -367,9 +385,10 @@ def report(flow, state: State, x, held_out, names, values, mean, scale, key, opt
     print(f"flow                       {learned - units:18.3f}   {learned:20.3f}")
     if learned < gaussian:
         print(
-            "The flow does worse than the Gaussian. If there are few rows, try a smaller --width."
+            "The flow does worse than the Gaussian: it took too few steps, or has too many weights "
+            "(--width) for so few rows."
         )
-    new = np.asarray(flow.sample(state.best, key, options.rows)) * scale + mean
+    new = np.asarray(flow.sample(state.learned, key, options.rows)) * scale + mean
     table = table_of(options)
     write_csv(table, names, new)
     losses = np.asarray(state.losses)[options.matching :]
@@ -431,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     announce(__doc__)
     mean, scale = values[split:].mean(0), values[split:].std(0)
-    held_out, x = jnp.split(jnp.asarray((values - mean) / scale, jnp.float32), [split])
+    held_out, x = jnp.split(jnp.asarray((values - mean) / scale, float), [split])
     few = min(-(-len(x) // 10), 1000)
     print(
         f"{len(x) - few} rows to train on, {few} to know when to stop, {split} held out, "
@@ -450,6 +469,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.checkpoint.exists() or options.evaluate:
             state = load(options.checkpoint, state, settings)
             print(f"continuing from step {state.step} in {options.checkpoint}", flush=True)
+            if state.step == options.matching + options.steps:
+                print("That training is complete. To train again, delete the file.")
         if not options.evaluate:
             state = train(flow, state, x[few:], x[:few], settings, options)
     except ValueError as error:

@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -317,7 +319,8 @@ def test_a_contender_that_ends_the_process_is_left_out_of_the_next_try(monkeypat
         return subprocess.Popen([sys.executable, "-c", WORKER, report, options])
 
     monkeypatch.setattr(runner, "worker", worker)
-    result = runner.measure("step", "case", 1.0, tmp_path / "log", lambda peer: None)
+    never = threading.Event()
+    result = runner.measure("step", "case", 1.0, tmp_path / "log", lambda peer: None, 60.0, never)
     assert result["failed"] == {"bad": "ended the process, exit status -11"}
 
 
@@ -331,7 +334,7 @@ def on_a_machine(monkeypatch, measure, cores):
 def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     measured = []
 
-    def measure(module, case, seconds, log, tell, limit):
+    def measure(module, case, seconds, log, tell, limit, stop):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append((module, case))
@@ -356,10 +359,11 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
 def test_only_cases_without_times_run_side_by_side(monkeypatch, tmp_path):
     both, working = threading.Barrier(2, timeout=60), set()
 
-    def measure(module, case, seconds, log, tell, limit):
+    def measure(module, case, seconds, log, tell, limit, stop):
         working.add(case)
         if module == "sharding":
             both.wait()
+            time.sleep(0.1 * (case == "1 device"))
         else:
             assert working == {case}
         working.discard(case)
@@ -369,9 +373,23 @@ def test_only_cases_without_times_run_side_by_side(monkeypatch, tmp_path):
     path, modules = tmp_path / "mine.json", ["compile_time", "sharding"]
     results = runner.run(modules, path, False, None, tmp_path / "log")["benchmarks"]
     for name, module in (("compile_time", compile_time), ("sharding", sharding)):
-        assert {case: result["measured"] for case, result in results[name].items()} == {
-            case: case for case in module.CASES
-        }
+        assert [result["measured"] for result in results[name].values()] == list(module.CASES)
+
+
+def test_an_interruption_ends_what_runs_side_by_side(monkeypatch, tmp_path):
+    processes = []
+
+    def worker(module, case, report, options, log):
+        if processes:
+            raise KeyboardInterrupt
+        processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return processes[0]
+
+    on_a_machine(monkeypatch, runner.measure, cores=2)
+    monkeypatch.setattr(runner, "worker", worker)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(["sharding"], tmp_path / "mine.json", False, None, tmp_path / "log")
+    assert processes[0].wait(timeout=10) == -signal.SIGKILL
 
 
 def test_results_are_reported_with_failures_and_crashes(tmp_path):

@@ -293,6 +293,31 @@ def test_tables_are_data_and_contexts():
     np.testing.assert_array_equal(density.log_prob(x, context=context), expected)
 
 
+NAMED = {"p": np.linspace(0.0, 1.0, 40), "q": np.linspace(5.0, 9.0, 40)}
+
+# A wrong context of a density that is bound with `NAMED`, and the message.
+WRONG_CONTEXTS = {
+    "none": (None, r"must be given, with arrays of shape \(\), \(\), as bind was told; got None"),
+    "another name": ({"p": 1.0, "r": 2.0}, r"must have the structure of bind's context, .*'r'"),
+    "a list of numbers": ([[1.0, 2.0]], r".*got a list of numbers\. Pass np\.asarray of it"),
+    "complex": ({"p": 1.0, "q": np.ones(40) + 1j}, r"must be real; got complex128"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONTEXTS)
+def test_wrong_contexts(name):
+    context, message = WRONG_CONTEXTS[name]
+    flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1]["p"], FLOW.base)
+    density = jaxode.bind(flow, 0.1, standardize=(DATA, NAMED))
+    with pytest.raises((TypeError, ValueError), match=r"log_prob\(context=...\): " + message):
+        density.log_prob(DATA, context=context)
+
+
+def test_complex_samples_are_refused():
+    with pytest.raises(TypeError, match=r"log_prob\(x=...\): must be real; got complex128"):
+        jaxode.bind(FLOW, PARAMS).log_prob(DATA + 1j)
+
+
 def test_labels_in_a_context_stay_as_they_are():
     field = lambda t, z, args: z * args[0][args[1]["label"]] + args[1]["size"]
     flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)

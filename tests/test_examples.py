@@ -490,13 +490,37 @@ def test_a_phase_ends_with_its_best_parameters(tmp_path, capsys, monkeypatch, de
         state = state._replace(average=jax.numpy.array(float(average)))
         state = state.compared(jax.numpy.array(loss))
     assert (float(state.best), float(state.least), int(state.stale)) == (1.0, 2.0, 2)
+    begun = state.next_phase(example.make_optimizer(lambda count: 1.0))
+    assert [float(x) for x in (begun.params, begun.average, begun.stale)] == [1.0, 1.0, 0.0]
+    assert float(begun._replace(average=jax.numpy.array(7.0)).learned) == 7.0  # not judged yet
     monkeypatch.setattr(example, "CHECKS", (1, 3))
     monkeypatch.setattr(example, "PATIENCE", 0)
     assert example.main(tabular(tmp_path, "--steps", 9)) == 0
     output = capsys.readouterr().out
-    assert "matching ends at step 1: " in output
-    assert "likelihood ends at step 3: " in output
+    assert "matching ends after 1 steps: " in output
+    assert "likelihood ends after 1 steps: " in output
     assert "2 steps taken" in output
+
+
+def test_what_is_evaluated_is_the_best(tmp_path, monkeypatch, default_settings):
+    example, evaluated = load("tabular"), []
+    evaluate = example.evaluate
+
+    def recorded(flow, params, *data):
+        evaluated.append(params)
+        return evaluate(flow, params, *data)
+
+    monkeypatch.setattr(example, "evaluate", recorded)
+    monkeypatch.setattr(example, "CHECKS", (1, 1))
+    # The first step of the likelihood has a rate of zero, the second one ruins the flow.
+    arguments = tabular(tmp_path, "--steps", 2, "--rate", 5.0)
+    assert example.main(arguments) == 0
+    like = example.State.start(evaluated[0], example.parse(arguments))
+    header = json.loads((tmp_path / "state").read_bytes().partition(b"\n")[0])
+    state = example.load(tmp_path / "state", like, header["settings"])
+    leaves = jax.tree.leaves
+    assert all(map(np.array_equal, leaves(evaluated[0]), leaves(state.best)))
+    assert not all(map(np.array_equal, leaves(state.average), leaves(state.best)))
 
 
 def test_a_checkpoint_that_cannot_be_used_gets_one_clear_line(tmp_path, capsys, default_settings):
@@ -517,6 +541,11 @@ def test_a_checkpoint_that_cannot_be_used_gets_one_clear_line(tmp_path, capsys, 
     state.write_bytes(good)
     error = run("tabular", capsys, *arguments, "--width", 4, code=2).err
     assert "was saved with other settings: width 8" in error
+    assert "That training is complete" in run("tabular", capsys, *arguments).out
+    example = load("tabular")
+    header, _, _ = good.partition(b"\n")
+    example.save(state, example.State(*[np.zeros(())] * 8), json.loads(header)["settings"])
+    assert "by another version of this script" in run("tabular", capsys, *arguments, code=2).err
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(

@@ -218,6 +218,11 @@ class Density(eqx.Module):
     def _context(self, where: str, context: PyTree, shape: tuple[int, ...]) -> PyTree:
         """One context row for each sample of `shape`, as the flow sees it."""
         if context is None:
+            if self.context_shapes and where != "to_flow":
+                raise ValueError(
+                    f"{where}(context=...): must be given, with arrays of shape "
+                    f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
+                )
             return None
         context = context_numbers(f"{where}(context=...):", context)
         leaves, structure = jax.tree.flatten(context)
@@ -234,7 +239,14 @@ class Density(eqx.Module):
             return context
         is_map = lambda x: x is None or isinstance(x, Affine)
         apply = lambda affine, leaf: leaf if affine is None else affine(leaf)
-        return jax.tree.map(apply, self.of_context, context, is_leaf=is_map)
+        try:
+            return jax.tree.map(apply, self.of_context, context, is_leaf=is_map)
+        except ValueError:
+            told, got = (jax.tree.structure(x, is_leaf=is_map) for x in (self.of_context, context))
+            raise ValueError(
+                f"{where}(context=...): must have the structure of bind's context, {told}; got "
+                f"{got}."
+            ) from None
 
 
 def _row_shape(where: str, of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def _floating_dtype(dtype: Any) -> Any:
 
 
 def numbers(what: str, x: Any) -> Any:
-    """An array. Raises for text, objects and masked arrays, which JAX does not accept."""
+    """An array of real numbers. Raises for text, objects, masked and complex arrays."""
     if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
         x = np.asarray(x)
     x = native(x)
@@ -42,12 +42,20 @@ def numbers(what: str, x: Any) -> Any:
             f"{what} must be an array of numbers; got {described(x)}. Encode text as numbers or "
             "leave it out, fill what is masked, and convert with .astype(np.float32)."
         )
+    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        raise TypeError(f"{what} must be real; got {x.dtype}. Pass real and imaginary parts.")
     return x
 
 
 def context_numbers(what: str, context: PyTree) -> PyTree:
     """The context with its tables as arrays. Numbers of Python stay as they are."""
-    scalars = bool | int | float | complex
+    scalars = int | float
+    leaves = jax.tree.leaves(context)
+    if isinstance(context, list) and all(isinstance(leaf, scalars) for leaf in leaves):
+        raise TypeError(
+            f"{what} must be an array or a pytree of arrays; got a list of numbers. Pass "
+            "np.asarray of it."
+        )
     convert = lambda leaf: leaf if isinstance(leaf, scalars) else numbers(what, leaf)
     return jax.tree.map(convert, context)
 
