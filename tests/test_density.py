@@ -300,7 +300,6 @@ WRONG_CONTEXTS = {
     "none": (None, r"must be given, with arrays of shape \(\), \(\), as bind was told; got None"),
     "another name": ({"p": 1.0, "r": 2.0}, r"must have the structure of bind's context, .*'r'"),
     "a list of numbers": ([[1.0, 2.0]], r".*got a list of numbers\. Pass np\.asarray of it"),
-    "complex": ({"p": 1.0, "q": np.ones(40) + 1j}, r"must be real; got complex128"),
 }
 
 

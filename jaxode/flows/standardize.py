@@ -32,8 +32,8 @@ def _floating_dtype(dtype: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
 
 
-def numbers(what: str, x: Any) -> Any:
-    """An array of real numbers. Raises for text, objects, masked and complex arrays."""
+def numbers(what: str, x: Any, real: bool = True) -> Any:
+    """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
     if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
         x = np.asarray(x)
     x = native(x)
@@ -42,21 +42,21 @@ def numbers(what: str, x: Any) -> Any:
             f"{what} must be an array of numbers; got {described(x)}. Encode text as numbers or "
             "leave it out, fill what is masked, and convert with .astype(np.float32)."
         )
-    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+    if real and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
         raise TypeError(f"{what} must be real; got {x.dtype}. Pass real and imaginary parts.")
     return x
 
 
 def context_numbers(what: str, context: PyTree) -> PyTree:
     """The context with its tables as arrays. Numbers of Python stay as they are."""
-    scalars = int | float
+    scalars = int | float | complex
     leaves = jax.tree.leaves(context)
     if isinstance(context, list) and all(isinstance(leaf, scalars) for leaf in leaves):
         raise TypeError(
             f"{what} must be an array or a pytree of arrays; got a list of numbers. Pass "
             "np.asarray of it."
         )
-    convert = lambda leaf: leaf if isinstance(leaf, scalars) else numbers(what, leaf)
+    convert = lambda leaf: leaf if isinstance(leaf, scalars) else numbers(what, leaf, real=False)
     return jax.tree.map(convert, context)
 
 
