@@ -183,10 +183,11 @@ def run(
             futures = {pool.submit(result_of, case): case for case in todo if not case.timed}
             for future in as_completed(futures):
                 keep(futures[future], future.result())
-        finally:
+        except BaseException:
             stop.set()
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
-        stop.clear()
         for case in todo:
             if case.timed:
                 keep(case, result_of(case))

@@ -213,16 +213,14 @@ def work_precision(
             failed[name] = "the gradient is not finite"
     bench.announce("timing all")
     by_name = {name: [key for key in calls if key[0] == name] for name, _ in calls}
-    around = {name: keys[-2:] for name, keys in by_name.items()}
-    nearby = {key: calls[key] for keys in around.values() for key in keys}
-    before = {key: call for key, call in calls.items() if key not in nearby}
-    once = {key: [timed(call)[0]] for key, call in before.items()}
-    times = once | alternate(nearby, bench.seconds, least=3)
+    around = {key: calls[key] for keys in by_name.values() for key in keys[-2:]}
+    once = {key: [timed(call)[0]] for key, call in calls.items() if key not in around}
+    times = once | alternate(around, bench.seconds, least=3)
     groups = {"all peers": [n for n in makers if not n.startswith("jaxode")], **groups}
     places, curves = {}, {}
     for name, keys in by_name.items():
-        near = around[name]
-        places[name] = at_error([errors[k] for k in near], [times[k] for k in near], target)
+        last = keys[-2:]
+        places[name] = at_error([errors[k] for k in last], [times[k] for k in last], target)
         curves[name] = [{"tolerance": k[1], "error": errors[k], **summary(times[k])} for k in keys]
     return {
         "target_error": target, "failed": failed, "curves": curves,

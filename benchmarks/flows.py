@@ -272,10 +272,10 @@ def _leaves(outcome):
     return loss, jax.tree.leaves(gradient)
 
 
-def reference(p: Problem, field=augmented) -> list[np.ndarray]:
+def reference(p: Problem) -> list[np.ndarray]:
     """The gradient in float64, by diffrax's Dopri8: not by the library under test."""
     with double_precision():
         q = p.double()
         adjoint = diffrax.RecursiveCheckpointAdjoint()
-        step = diffrax_step(q, diffrax.Dopri8(), adjoint, field=field)
+        step = diffrax_step(q, diffrax.Dopri8(), adjoint)
         return [np.asarray(leaf) for leaf in step(EXACT)[1]]
