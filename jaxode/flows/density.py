@@ -157,10 +157,11 @@ class Density(eqx.Module):
         check_inside("to_flow", inside, rows)
         inside = inside.reshape(-1, *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
+        if context is None:
+            check_finite("to_flow", {"x": rows})
+            return z
         context = self._context("to_flow", context, shape)
         check_finite("to_flow", {"x": rows, "context": context})
-        if context is None:
-            return z
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     def _from_data(self, x: Float[Array, " *event"]):
@@ -218,7 +219,7 @@ class Density(eqx.Module):
     def _context(self, where: str, context: PyTree, shape: tuple[int, ...]) -> PyTree:
         """One context row for each sample of `shape`, as the flow sees it."""
         if context is None:
-            if self.context_shapes and where != "to_flow":
+            if self.context_shapes:
                 raise ValueError(
                     f"{where}(context=...): must be given, with arrays of shape "
                     f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
@@ -226,27 +227,25 @@ class Density(eqx.Module):
             return None
         context = context_numbers(f"{where}(context=...):", context)
         leaves, structure = jax.tree.flatten(context)
+        is_map = lambda x: x is None or isinstance(x, Affine)
+        maps, told = jax.tree.flatten(self.of_context, is_leaf=is_map)
         known = self.context_shapes
         if known is not None and len(known) != len(leaves):
             raise ValueError(
                 f"{where}(context=...): must have {len(known)} arrays; got {len(leaves)}."
             )
+        if self.of_context is not None and structure != told:
+            raise ValueError(
+                f"{where}(context=...): must have the structure of bind's context, {told}; got "
+                f"{structure}."
+            )
         rows = known or [_row_shape(where, jnp.shape(leaf), shape) for leaf in leaves]
         each = zip(leaves, rows, strict=True)
         leaves = [_spread(where, leaf, shape, row) for leaf, row in each]
-        context = jax.tree.unflatten(structure, leaves)
-        if self.of_context is None:
-            return context
-        is_map = lambda x: x is None or isinstance(x, Affine)
-        apply = lambda affine, leaf: leaf if affine is None else affine(leaf)
-        try:
-            return jax.tree.map(apply, self.of_context, context, is_leaf=is_map)
-        except ValueError:
-            told, got = (jax.tree.structure(x, is_leaf=is_map) for x in (self.of_context, context))
-            raise ValueError(
-                f"{where}(context=...): must have the structure of bind's context, {told}; got "
-                f"{got}."
-            ) from None
+        if self.of_context is not None:
+            pairs = zip(maps, leaves, strict=True)
+            leaves = [leaf if affine is None else affine(leaf) for affine, leaf in pairs]
+        return jax.tree.unflatten(structure, leaves)
 
 
 def _row_shape(where: str, of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, PyTree
 from jaxode.flows.support import Support, frozen
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import (
+    PYTHON_NUMBERS,
     described,
     is_known,
+    is_list_of_numbers,
     native,
     numeric_dtype,
     shape_of,
@@ -49,14 +51,13 @@ def numbers(what: str, x: Any, real: bool = True) -> Any:
 
 def context_numbers(what: str, context: PyTree) -> PyTree:
     """The context with its tables as arrays. Numbers of Python stay as they are."""
-    scalars = int | float | complex
-    leaves = jax.tree.leaves(context)
-    if isinstance(context, list) and all(isinstance(leaf, scalars) for leaf in leaves):
+    if is_list_of_numbers(context):
         raise TypeError(
             f"{what} must be an array or a pytree of arrays; got a list of numbers. Pass "
             "np.asarray of it."
         )
-    convert = lambda leaf: leaf if isinstance(leaf, scalars) else numbers(what, leaf, real=False)
+    is_scalar = lambda leaf: isinstance(leaf, PYTHON_NUMBERS)
+    convert = lambda leaf: leaf if is_scalar(leaf) else numbers(what, leaf, real=False)
     return jax.tree.map(convert, context)
 
 

@@ -14,12 +14,18 @@ from jaxode._jax.sharding import AxisName, axes_of
 
 Time = float | Real[Array, ""]
 
-_PYTHON_NUMBERS = float | int | complex | bool
+PYTHON_NUMBERS = float | int | complex | bool
 
 
 def is_known(value: Any) -> bool:
     """Whether a value, or every value of a pytree, is known at trace time."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def is_list_of_numbers(value: Any) -> bool:
+    """Whether it is a list, also of lists, of Python's numbers. They would be as many leaves."""
+    numbers = (isinstance(leaf, PYTHON_NUMBERS) for leaf in jax.tree.leaves(value))
+    return isinstance(value, list) and all(numbers)
 
 
 def as_array(value: Any, dtype: jnp.dtype) -> Any:
@@ -147,13 +153,13 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
     leaves = jax.tree.leaves(y0)
     if not leaves:
         raise ValueError(f"{where}({name}=...): must hold at least one array; got {y0!r}.")
-    if isinstance(y0, list) and all(isinstance(leaf, _PYTHON_NUMBERS) for leaf in leaves):
+    if is_list_of_numbers(y0):
         raise TypeError(
             f"{where}({name}=...): must be an array or a pytree of arrays; got a list of numbers, "
             "which the vector field would get as a list. Pass jnp.array of it."
         )
     for leaf in leaves:
-        array = isinstance(leaf, jax.Array | np.ndarray | np.generic | _PYTHON_NUMBERS)
+        array = isinstance(leaf, jax.Array | np.ndarray | np.generic | PYTHON_NUMBERS)
         if not array or _is_not_numeric(leaf):
             got = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
