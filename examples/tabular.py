@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,19 +96,40 @@ class State(NamedTuple):
         )  # fmt: skip
 
 
+class Phase(NamedTuple):
+    """The steps from `start` to `end`, or less, in which one loss is minimized."""
+
+    name: str
+    unit: str
+    start: int
+    end: int
+    check: int
+    """Steps from one look at the rows set aside to the next."""
+    advance: Callable[[State], tuple[State, Any, Any, Any]]
+    """The next state; the loss before it, whether it and its gradient are finite, its result."""
+    look: Callable[[State], State]
+
+
 def save(path: Path, state: State, settings: dict[str, Any]) -> None:
     """Write a temporary file, then rename it: there is a complete checkpoint at every moment."""
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, state)
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()
-    header = {"step": int(state.step), "settings": settings, "sha256": digest}
+    header = {
+        "step": int(state.step), "settings": settings, "arrays": arrays_of(state), "sha256": digest
+    }  # fmt: skip
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         file.write(json.dumps(header).encode() + b"\n" + content)
         file.flush()
         os.fsync(file.fileno())  # the content must reach the disk before the name
     os.replace(unfinished, path)
+
+
+def arrays_of(state: State) -> list[str]:
+    """The dtype and shape of each array."""
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state)]
 
 
 def load(path: Path, like: State, settings: dict[str, Any]) -> State:
@@ -132,13 +154,12 @@ def load(path: Path, like: State, settings: dict[str, Any]) -> State:
             f"{path} was saved with other settings: {', '.join(differ)}. "
             "Use those, or another --checkpoint"
         )
-    try:
-        return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
-    except Exception:  # whatever Equinox finds: other arrays, or other dtypes
+    if header.get("arrays") != arrays_of(like):
         raise ValueError(
             f"{path} was saved by another version of this script, or in another precision. "
             "Delete it to train from the start"
-        ) from None
+        )
+    return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
 
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
@@ -267,28 +288,31 @@ def train(flow, state: State, x, aside, settings, options) -> State:
         )
         return new, value, finite, result
 
-    drawn = aside[jnp.arange(DRAWS) % len(aside)]
-    look_by_matching = jax.jit(
-        lambda state: state.compared(matching(state.average, drawn, jax.random.key(0))[0])
-    )
-    look = jax.jit(lambda state: state.compared(likelihood(state.average, aside, None)[0]))
+    def look(loss, rows, state):
+        return state.compared(loss(state.average, rows, jax.random.key(0))[0])
 
     warm = min(20, options.steps // 2)
     falling = optax.warmup_cosine_decay_schedule(0.0, options.rate / 2, warm, options.steps)
-    match = jax.jit(partial(advance, matching, optax.constant_schedule(options.rate)))
-    maximize = jax.jit(partial(advance, likelihood, falling))
+    steps, drawn = options.matching + options.steps, aside[jnp.arange(DRAWS) % len(aside)]
+    match = Phase(
+        "matching", "", 0, options.matching, CHECKS[0],
+        jax.jit(partial(advance, matching, optax.constant_schedule(options.rate))),
+        jax.jit(partial(look, matching, drawn)),
+    )  # fmt: skip
+    maximize = Phase(
+        "likelihood", " nats", options.matching, steps, CHECKS[1],
+        jax.jit(partial(advance, likelihood, falling)), jax.jit(partial(look, likelihood, aside)),
+    )  # fmt: skip
 
-    steps = options.matching + options.steps
     good = state  # the last state with a finite loss; a new one is not checked yet
     with Progress() as progress:
         task = progress.add_task("compiling", total=steps, completed=int(state.step))
         while True:
-            if state.step == options.matching:
-                state = look(state.next_phase(make_optimizer(falling)))
+            if state.step == maximize.start:
+                state = maximize.look(state.next_phase(make_optimizer(falling)))
+            phase = match if state.step < match.end else maximize
             # After the last step, this only checks the loss of its result.
-            new, loss, finite, result = (match if state.step < options.matching else maximize)(
-                state
-            )
+            new, loss, finite, result = phase.advance(state)
             if not finite:
                 save(options.checkpoint, good, settings)
                 cause = ""
@@ -303,17 +327,14 @@ def train(flow, state: State, x, aside, settings, options) -> State:
             if state.step == steps:
                 break
             good, state = state, new
-            is_matching = bool(good.step < options.matching)
-            end = options.matching if is_matching else steps
-            if state.step % CHECKS[not is_matching] == 0 or state.step == end:
-                state = (look_by_matching if is_matching else look)(state)
-                if state.stale >= PATIENCE and state.step < end:
-                    phase = "matching" if is_matching else "likelihood"
-                    taken = state.step - (0 if is_matching else options.matching)
-                    progress.console.print(f"{phase} ends after {taken} steps: no improvement")
-                    state = state._replace(step=jnp.array(end))
-            unit = "" if is_matching else " nats"
-            progress.update(task, completed=int(state.step), description=f"loss {loss:.3f}{unit}")
+            if state.step % phase.check == 0 or state.step == phase.end:
+                state = phase.look(state)
+                if state.stale >= PATIENCE and state.step < phase.end:
+                    taken = state.step - phase.start
+                    progress.console.print(f"{phase.name} ends after {taken} steps: no improvement")
+                    state = state._replace(step=jnp.array(phase.end))
+            description = f"loss {loss:.3f}{phase.unit}"
+            progress.update(task, completed=int(state.step), description=description)
             if good.step % options.every == 0:
                 save(options.checkpoint, good, settings)
     save(options.checkpoint, state, settings)
