@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
@@ -79,13 +80,20 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def measure(
-    module: str, case: str, seconds: float, log: Path, tell, limit: float, stop: threading.Event
+    module: str,
+    case: str,
+    seconds: float,
+    log: Path,
+    tell: Callable[[str], Any],
+    limit: float = LIMIT,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """The result of a case. A contender that ends the process is left out of the next try.
 
     Raises:
         KeyboardInterrupt: soon after another thread has set `stop`.
     """
+    stop = stop or threading.Event()
     skip: dict[str, str] = {}
     start = time.monotonic()
     while True:

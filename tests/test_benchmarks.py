@@ -319,9 +319,28 @@ def test_a_contender_that_ends_the_process_is_left_out_of_the_next_try(monkeypat
         return subprocess.Popen([sys.executable, "-c", WORKER, report, options])
 
     monkeypatch.setattr(runner, "worker", worker)
-    never = threading.Event()
-    result = runner.measure("step", "case", 1.0, tmp_path / "log", lambda peer: None, 60.0, never)
+    result = runner.measure("step", "case", 1.0, tmp_path / "log", lambda peer: None)
     assert result["failed"] == {"bad": "ended the process, exit status -11"}
+
+
+def test_programs_for_accelerators_are_compiled_case_by_case(monkeypatch, tmp_path, capsys):
+    script = "import sys; open(sys.argv[1], 'a').write('{\"result\": {\"programs\": {}}}')"
+
+    def worker(module, case, report, options, log):
+        return subprocess.Popen([sys.executable, "-c", script, report])
+
+    monkeypatch.setattr(runner, "worker", worker)
+    monkeypatch.setattr(accelerators, "PACKAGES", ())
+    monkeypatch.setattr(accelerators, "ENVIRONMENT", {})
+    monkeypatch.setattr(accelerators, "RESULTS", tmp_path / "accelerators.json")
+    monkeypatch.setattr(accelerators, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["accelerators"])
+    page = "before <!-- accelerators -->old<!-- end of accelerators --> after"
+    accelerators.PAGE.write_text(page)
+    accelerators.main()
+    assert list(runner.read(accelerators.RESULTS)["cases"]) == list(accelerators.CASES)
+    assert "old" not in accelerators.PAGE.read_text()
+    assert capsys.readouterr().out.splitlines()[: len(accelerators.CASES)] == [*accelerators.CASES]
 
 
 def on_a_machine(monkeypatch, measure, cores):
