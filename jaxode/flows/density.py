@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._jax.closure import hash_of
@@ -155,7 +156,7 @@ class Density(eqx.Module):
         rows, shape = self._rows("to_flow", x)
         inside, z, _ = jax.vmap(self._from_data)(rows)
         check_inside("to_flow", inside, rows)
-        inside = inside.reshape(-1, *(1,) * len(self.event_shape))
+        inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:
             check_finite("to_flow", {"x": rows})
@@ -328,8 +329,15 @@ def bind(
 def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None:
     """The shapes that were given, or those of the context data."""
     if given is not None:
-        is_shape = lambda x: isinstance(x, tuple) and all(isinstance(size, int) for size in x)
-        return tuple(jax.tree.leaves(given, is_leaf=is_shape))
+        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
+        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
+        shapes = jax.tree.leaves(given, is_leaf=is_shape)
+        if not all(map(is_shape, shapes)):
+            raise TypeError(
+                f"{WHERE}(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                f"pytree of shapes; got {given!r}."
+            )
+        return tuple(tuple(map(int, shape)) for shape in shapes)
     if data is None:
         return None
     if isinstance(data, tuple):

@@ -37,7 +37,13 @@ def _floating_dtype(dtype: Any) -> Any:
 def numbers(what: str, x: Any, real: bool = True) -> Any:
     """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
     if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
-        x = np.asarray(x)
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise TypeError(
+                f"{what} must be an array of numbers; got a {type(x).__name__} whose entries "
+                "differ in shape. Fill or cut them to one shape."
+            ) from None
     x = native(x)
     if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
         raise TypeError(
@@ -112,7 +118,8 @@ def affine(
             "tuple; got a list. Pass np.asarray of it, or a tuple."
         )
     if isinstance(given, tuple):
-        mean, scale = map(floating, given)
+        with np.errstate(over="ignore"):  # told of below
+            mean, scale = map(floating, given)
         for part in (mean, scale):
             if part.shape not in ((), event):
                 raise ValueError(
@@ -121,11 +128,13 @@ def affine(
                 )
         if is_known(scale) and not (np.isfinite(scale).all() and (np.asarray(scale) > 0).all()):
             raise ValueError(
-                f"{WHERE}(standardize=...): the scale of {name} must be positive; got {given[1]}."
+                f"{WHERE}(standardize=...): the scale of {name} must be positive and finite in "
+                f"{scale.dtype}; got {given[1]}."
             )
         if is_known(mean) and not np.isfinite(mean).all():
             raise ValueError(
-                f"{WHERE}(standardize=...): the mean of {name} must be finite; got {given[0]}."
+                f"{WHERE}(standardize=...): the mean of {name} must be finite in {mean.dtype}; got "
+                f"{given[0]}."
             )
         return Affine(mean, scale)
     if not jnp.ndim(given):
@@ -134,12 +143,14 @@ def affine(
             f"your data, an array {shape_of('n', event)}."
         )
     data = numbers(f"{WHERE}(standardize=...): data of {name}", given)
-    data = np.asarray(data) if is_known(data) else data
     if data.shape[1:] != event or data.ndim != len(event) + 1 or len(data) < 2:
         raise ValueError(
             f"{WHERE}(standardize=...): data of {name} must have shape {shape_of('n', event)}, "
             f"with at least two rows; got {data.shape}."
         )
+    if is_known(data):
+        data = np.asarray(data)
+        _check_fit(name, data)
     if support is not None:
         rows = floating(data)
         check_inside(WHERE, jax.vmap(support.contains)(rows), rows)
@@ -150,12 +161,28 @@ def affine(
 def check_inside(where: str, inside: Any, rows: Any) -> None:
     """Raise if finite rows are known to lie outside the support."""
     if is_known((inside, rows)):
-        finite = np.isfinite(np.asarray(rows)).reshape(len(rows), -1).all(axis=1)
+        finite = np.isfinite(np.asarray(rows)).all(axis=tuple(range(1, rows.ndim)))
         outside = ~np.asarray(inside) & finite
         if outside.any():
             raise ValueError(
                 f"{where}(support=...): the data must lie strictly inside; got values outside it "
                 f"in {in_rows(outside)}. Widen the support, or leave those rows out."
+            )
+
+
+def _check_fit(name: str, data: np.ndarray) -> None:
+    """Raise for NaN and infinity, and for numbers that JAX's dtype makes infinite."""
+    dtype = _floating_dtype(data.dtype)
+    with np.errstate(over="ignore"):
+        narrow = data.astype(dtype)
+    for values, rule, cure in (
+        (data, "be finite; got NaN or inf", "Leave those rows out."),
+        (narrow, f"fit {dtype}; got larger numbers", "Rescale the data, or leave those rows out."),
+    ):
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"{WHERE}(standardize=...): data of {name} must {rule} in {in_rows(bad)}. {cure}"
             )
 
 
@@ -165,12 +192,6 @@ def _fitted(name: str, data: Any) -> Affine:
     if not is_known(data):
         return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
-    if not np.isfinite(wide).all():
-        bad = ~np.isfinite(wide).reshape(len(wide), -1).all(axis=1)
-        raise ValueError(
-            f"{WHERE}(standardize=...): data of {name} must be finite; got NaN or inf in "
-            f"{in_rows(bad)}. Leave those rows out."
-        )
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
     kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
     constant = np.argwhere(~((scale > lost) & (kept > 0) & np.isfinite(kept)))
@@ -179,7 +200,7 @@ def _fitted(name: str, data: Any) -> Affine:
         place = column[0] if len(column) == 1 else column
         cure = "Leave it out."
         if np.ptp(wide[:, *column]):
-            cure = "Leave it out, or subtract its mean in float64 first."
+            cure = "Leave it out, or subtract its mean in float64 first and rescale it."
         raise ValueError(
             f"{WHERE}(standardize=...): {name} must vary; got column {place} (counting from 0), "
             f"which is constant in {jnp.dtype(dtype).name}. {cure}"
