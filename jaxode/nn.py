@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.distributions import as_event_shape
-from jaxode.ode.field import MisfitError
 from jaxode.ode.validation import integer
+from jaxode.residual import Residual as Residual
+from jaxode.residual import check_sample
 
 
 class _ModuleField(eqx.Module):
@@ -221,25 +222,8 @@ class _Network(eqx.Module):
         return out if self.shift is None else out + _affine(self.shift, t, context)
 
     def _check(self, y, context):
-        if isinstance(context, _Network):
-            raise TypeError(
-                f"{type(self).__name__}(t, y, context): the context must be a vector; got a "
-                "network. For a vector field whose params are the network, pass "
-                "f=jaxode.nn.field."
-            )
-        shape = None if context is None else jnp.shape(context)
-        if shape != ((self.context_size,) if self.context_size else None):
-            raise ValueError(
-                f"{type(self).__name__}(context_size={self.context_size}): the context of a sample "
-                f"must be a vector of this size, and None for size 0; got shape {shape}."
-            )
         size = (self.hidden[0] if self.hidden else self).weight.shape[1]
-        if y.size != size:
-            raise MisfitError(
-                f"{type(self).__name__}(event_shape=...): the network was made for samples of "
-                f"{size} numbers; got a sample of shape {y.shape}. Make it with "
-                f"event_shape={y.shape}, or mend the samples."
-            )
+        check_sample(self, y, size, context, self.context_size)
         return context
 
 

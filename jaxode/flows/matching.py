@@ -1,7 +1,7 @@
 """Flow matching: train the vector field of a flow by regression, without a solve.
 
 A straight path joins a base sample `z0` and a data sample `x`, and the field is fitted to its
-velocity. With `u` uniform in [0, 1],
+velocity. With `u = 1 - (1 - v)^time_power` and `v` uniform in [0, 1],
 
     z_t = (1 - u) z0 + u x  at the time  t = t0 + u (t1 - t0),
     loss = mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
@@ -37,7 +37,14 @@ from jaxode.ode.field import VectorField, call_field
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.results import Faults, in_rows
 from jaxode.ode.times import check_times
-from jaxode.ode.validation import Time, check_args, check_derivative, is_known, state_dtype
+from jaxode.ode.validation import (
+    Time,
+    check_args,
+    check_derivative,
+    check_positive,
+    is_known,
+    state_dtype,
+)
 
 WHERE = "matching_loss"
 _NO_PERMUTATION = (
@@ -71,6 +78,7 @@ def matching_loss(
     context: PyTree = None,
     weights: Float[Array, " batch"] | None = None,
     coupling: Coupling = independent(),
+    time_power: float = 1.0,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """The loss of `CNF.matching_loss`. `axis_name` is the flow's."""
@@ -110,7 +118,8 @@ def matching_loss(
         # Zero times NaN is NaN, so another row stands in for one of weight zero.
         rows = jnp.where(weights == 0, jnp.argmax(weights), jnp.arange(x.shape[0]))
         x, z0, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (x, z0, context))
-    u = _stratified(time_key, x, axis_name)
+    check_positive(WHERE, "time_power", time_power)
+    u = 1 - (1 - _stratified(time_key, x, axis_name)) ** jnp.asarray(time_power, x.dtype)
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 

@@ -1,14 +1,14 @@
-"""Affine maps around a flow, so that its network sees numbers of order one."""
+"""The argument `standardize=` of `bind`: from what a user passes to maps around a flow."""
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxode.flows.support import Support, frozen
+from jaxode import standardize as maps
+from jaxode.flows.support import Support
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import (
     PYTHON_NUMBERS,
@@ -67,34 +67,9 @@ def context_numbers(what: str, context: PyTree) -> PyTree:
     return jax.tree.map(convert, context)
 
 
-class Affine(eqx.Module):
-    """`z = (u - mean) / scale`, coordinate by coordinate."""
-
-    mean: Float[Array, "..."]
-    scale: Float[Array, "..."]
-
-    def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
-        u = floating(u)
-        mean, scale = self._frozen(u)
-        return (u - mean) / scale
-
-    def back(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        mean, scale = self._frozen(z)
-        return mean + scale * z
-
-    def log_det(self, like: Float[Array, " *event"]) -> Float[Array, ""]:
-        """`log |det dz/du|`."""
-        _, scale = self._frozen(like)
-        return -jnp.sum(jnp.log(scale))
-
-    def _frozen(self, like: Array):
-        spread = lambda part: jnp.broadcast_to(part, like.shape).astype(like.dtype)
-        return map(spread, frozen((self.mean, self.scale)))
-
-
 def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
     """The parts for `x` and for the context."""
-    if not isinstance(standardize, tuple):
+    if not isinstance(standardize, tuple) or isinstance(standardize, maps.Unfitted):
         return standardize, None
     if len(standardize) != 2:
         raise ValueError(
@@ -106,12 +81,15 @@ def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
     return standardize if pair else (standardize, None)
 
 
-def affine(
+def as_map(
     name: str, given: Any, event: tuple[int, ...], support: Support | None = None
-) -> Affine | None:
+) -> maps.Map | None:
     """The given map, or the map that standardizes the given data."""
     if given is None:
         return None
+    fit = maps.fit_affine
+    if isinstance(given, maps.Unfitted):
+        given, fit = given
     if isinstance(given, list):
         raise TypeError(
             f"{WHERE}(standardize=...): data of {name} must be an array, and mean and scale a "
@@ -136,7 +114,7 @@ def affine(
                 f"{WHERE}(standardize=...): the mean of {name} must be finite in {mean.dtype}; got "
                 f"{given[0]}."
             )
-        return Affine(mean, scale)
+        return maps.Affine(mean, scale)
     if not jnp.ndim(given):
         raise TypeError(
             f"{WHERE}(standardize=...): must be the data, or (mean, scale); got {given!r}. Pass "
@@ -155,7 +133,7 @@ def affine(
         rows = floating(data)
         check_inside(WHERE, jax.vmap(support.contains)(rows), rows)
         data = jax.vmap(lambda x: support.inverse(x)[0])(rows)
-    return _fitted(name, data)
+    return _fitted(name, data, fit)
 
 
 def check_inside(where: str, inside: Any, rows: Any) -> None:
@@ -186,11 +164,16 @@ def _check_fit(name: str, data: np.ndarray) -> None:
             )
 
 
-def _fitted(name: str, data: Any) -> Affine:
-    """The map from mean and standard deviation, computed in float64 if the data are known."""
+def _fitted(name: str, data: Any, fit: Any) -> maps.Map:
+    """The map of the data, computed in float64 if they are known."""
     dtype = _floating_dtype(data.dtype)
     if not is_known(data):
-        return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
+        if fit is not maps.fit_affine:
+            raise TypeError(
+                f"{WHERE}(standardize=...): needs data of {name} that are known, to sort them; got "
+                "a tracer. Call bind outside of jax.jit."
+            )
+        return maps.Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
     kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
@@ -205,7 +188,7 @@ def _fitted(name: str, data: Any) -> Affine:
             f"{WHERE}(standardize=...): {name} must vary; got column {place} (counting from 0), "
             f"which is constant in {jnp.dtype(dtype).name}. {cure}"
         )
-    return Affine(jnp.asarray(mean.astype(dtype)), jnp.asarray(scale.astype(dtype)))
+    return jax.tree.map(lambda part: jnp.asarray(part, dtype), fit(wide))
 
 
 def of_context(given: Any) -> PyTree:
@@ -218,7 +201,7 @@ def of_context(given: Any) -> PyTree:
                 f"{WHERE}(standardize=...): for a context, must be (mean, scale), an array of "
                 f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
             )
-        return affine("context", given, max(jnp.shape(part) for part in given))
+        return as_map("context", given, max(jnp.shape(part) for part in given))
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    one = lambda x: affine("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
+    one = lambda x: as_map("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

@@ -6,9 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from jaxode.ode.validation import is_known, numeric_dtype
+from jaxode.standardize import frozen
 
 
 class Support(Protocol):
@@ -27,11 +28,6 @@ class Support(Protocol):
     ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
         """`x`, and `log |det du/dx|`."""
         ...
-
-
-def frozen(tree: PyTree) -> PyTree:
-    """The tree with constant arrays: training must not move the units."""
-    return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
 class Box(eqx.Module):
