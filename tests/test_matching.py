@@ -543,7 +543,8 @@ def no_context(t, z, args):
             lambda: loss(
                 flow=jaxode.cnf(lambda t, z, p: -z, DiagonalNormal(START[0] / 0, START[0]))
             ),
-            "cnf(base=...): must be finite; got NaN or inf in 16 of 16 rows, first in row 0.",
+            "cnf(base=...): must draw finite samples; got NaN or inf in 16 of 16 rows, first in row "
+            "0. Mend its parameters or its method `sample`.",
         ),
         (
             lambda: loss(X.at[3].set(1e200)),
