@@ -1,7 +1,11 @@
 """A flow as a distribution: units, support, contexts, batches, and where it goes."""
 
+import copy
 import dataclasses
 import functools
+import os
+import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -366,6 +370,42 @@ def test_orbax_saves_it_bit_for_bit(tmp_path):
         loaded = checkpointer.restore(tmp_path / "density", zeros)
     assert eqx.tree_equal(loaded, density)
     np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
+
+
+# What `jax.jit` and `jax.custom_jvp` return, which `pickle` does not find by name, and a function.
+ACTIVATIONS = (jnp.tanh, jaxode.nn.softplus, jax.nn.gelu)
+
+
+def test_a_pickled_density_opens_in_another_process(tmp_path):
+    """With all that it consists of, and nothing to load into."""
+    network = functools.partial(jaxode.nn.ConcatSquash, 2, (4,), key=KEY)
+    maps = {"standardize": DATA, "support": (-100.0, 100.0)}
+    densities = [jaxode.bind(FLOW, network(activation=f), **maps) for f in ACTIVATIONS]
+    for density, f in zip(densities, ACTIVATIONS, strict=True):
+        for again in (pickle.loads(pickle.dumps(density)), copy.copy(density)):
+            assert eqx.tree_equal(again, density)
+            assert again.params.activation is f
+    (tmp_path / "densities").write_bytes(pickle.dumps(densities))
+    code = (
+        "import jax, pickle; jax.config.update('jax_enable_x64', True)\n"
+        "for density in pickle.load(open('densities', 'rb')):\n"
+        "    z = density.to_flow([1.0, 2.0])\n"
+        "    print(*density.flow.f(0.5, z, density.params).tolist())\n"
+    )
+    root = pathlib.Path(jaxode.__file__).parents[1]
+    there = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    z = densities[0].to_flow([1.0, 2.0])
+    here = [density.flow.f(0.5, z, density.params) for density in densities]
+    np.testing.assert_allclose(np.array(there.stdout.split(), float), np.ravel(here), rtol=1e-12)
+
+
+def test_what_does_not_pickle_is_named():
+    activation = lambda u: jnp.sin(u)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="<lambda>"):
+        pickle.dumps(jaxode.nn.MLP(2, (4,), key=KEY, activation=activation))
 
 
 def test_an_exported_density_needs_no_jaxode(tmp_path):

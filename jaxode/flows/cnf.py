@@ -23,7 +23,7 @@ from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
-from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
+from jaxode.flows.failure import base_faults, data_faults, loss_or_raise, weights_faults
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import NLLStats
@@ -289,7 +289,8 @@ class CNF(eqx.Module):
         if not throw:
             return solution.y1
         function, name = _source(where, samples)
-        faults = data_faults(function, {name: system.y0})
+        drawn = samples == "drawn"
+        faults = base_faults(system.y0) if drawn else data_faults(function, {name: system.y0})
         faults |= data_faults(where, {"context": native(context)}) | argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity
-from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
+from jaxode.flows.failure import base_faults, data_faults, loss_or_raise, weights_faults
 from jaxode.flows.quadrature import GOLDEN
 from jaxode.flows.validation import (
     check_context,
@@ -95,7 +95,7 @@ def matching_loss(
     base_key, time_key, pair_key = jax.random.split(key, 3)
     if x0 is None:
         z0 = _base_samples(flow.base, base_key, x, axis_name)
-        start = data_faults("cnf", {"base": z0})
+        start = base_faults(z0)
     else:
         z0 = _check_start(check_samples(WHERE, "x0", x0, event), x)
         start = data_faults(WHERE, {"x0": z0}, given)
