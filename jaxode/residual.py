@@ -77,7 +77,7 @@ class Residual(eqx.Module):
             "Residual", "context_size", context_size, 0, "an integer of at least 0"
         )
         keys = iter(jax.random.split(key, 2 * blocks + 4))
-        dense = lambda *sizes: Dense(*sizes, next(keys))
+        dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
         known = 2 * WAVES + (width if context_size else 0)
         self.first = dense(size, width)
         self.blocks = tuple(dense(width, width) for _ in range(blocks))
@@ -100,7 +100,7 @@ class Residual(eqx.Module):
         x = y.reshape(-1)
         angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=x.dtype)
         known = [jnp.sin(angles), jnp.cos(angles)]
-        if self.encoder is not None:
+        if self.encoder is not None and context is not None:
             inner, outer = self.encoder
             known.append(outer(self.activation(inner(context))))
         e = jnp.concatenate(known)

@@ -23,6 +23,9 @@ SINGULAR = 1e-9
 KNOTS, BEYOND = 39, 10
 
 
+Numbers = Array | np.ndarray  # a fit is in NumPy, until `bind` casts it to the data's dtype
+
+
 class Map(Protocol):
     """A bijection from data `x` of an event's shape to `z`, which the flow sees, and back."""
 
@@ -46,7 +49,7 @@ class Unfitted(NamedTuple):
     fit: Callable[[Float[np.ndarray, "rows *event"]], Map]
 
 
-def affine(data: Float[Array, "rows *event"]) -> Unfitted:
+def affine(data: Float[Numbers, "rows *event"]) -> Unfitted:
     """Subtract the mean of each column and divide by its standard deviation.
 
     `bind(standardize=data)` is short for it.
@@ -54,7 +57,7 @@ def affine(data: Float[Array, "rows *event"]) -> Unfitted:
     return Unfitted(data, fit_affine)
 
 
-def normal(data: Float[Array, "rows *event"]) -> Unfitted:
+def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
     """Map each column to a normal by a smooth monotone spline through its quantiles.
 
     A rational quadratic spline, whose inverse is exact, with linear tails beyond the outermost
@@ -66,7 +69,7 @@ def normal(data: Float[Array, "rows *event"]) -> Unfitted:
     return Unfitted(data, fit_normal)
 
 
-def whiten(data: Float[Array, "rows *event"]) -> Unfitted:
+def whiten(data: Float[Numbers, "rows *event"]) -> Unfitted:
     """Subtract the mean and multiply by the inverse root of the covariance.
 
     An untrained flow is then the normal distribution with the mean and the covariance of the data:
@@ -91,8 +94,8 @@ def _like(tree: PyTree, x: Array) -> PyTree:
 class Affine(eqx.Module):
     """`z = (x - mean) / scale`, coordinate by coordinate."""
 
-    mean: Float[Array, "..."]
-    scale: Float[Array, "..."]
+    mean: Float[Numbers, "..."]
+    scale: Float[Numbers, "..."]
 
     def inverse(self, x):
         mean, scale = self._spread(x)
@@ -120,10 +123,10 @@ class Monotone(eqx.Module):
     `q = s + (d0 + d1 - 2 s) u (1 - u)`.
     """
 
-    x: Float[Array, "*event knots"]
+    x: Float[Numbers, "*event knots"]
     """Increasing. A coordinate with fewer knots repeats its last one."""
-    z: Float[Array, "*event knots"]
-    slope: Float[Array, "*event knots"]
+    z: Float[Numbers, "*event knots"]
+    slope: Float[Numbers, "*event knots"]
 
     def inverse(self, x):
         (x0, x1), (z0, z1), (d0, d1) = self._around(x, self.x)
@@ -141,7 +144,7 @@ class Monotone(eqx.Module):
         x = x0 + u * (x1 - x0) + jnp.minimum(z - z0, 0) / d0 + jnp.maximum(z - z1, 0) / d1
         return x, jnp.sum(_log_slope(s, d0, d1, u))
 
-    def _around(self, value: Array, knots: Array):
+    def _around(self, value: Array, knots: Numbers):
         """The knots on both sides of each value: their `x`, `z` and slope."""
         inner = _like(knots[..., 1:-1], value)
         left = jnp.sum(value[..., None] >= inner, axis=-1, keepdims=True)
@@ -178,7 +181,7 @@ def fit_normal(data: Float[np.ndarray, "rows *event"]) -> "Chain":
     return Chain((Affine(center.reshape(event), scale.reshape(event)), Monotone(x, z, slope)))
 
 
-def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
     """Knots of one column: tied quantiles are one, at the mean of their `z`; slopes between them.
 
     The slope at a knot is the geometric mean of those of its chords, which keeps the spline
@@ -196,9 +199,9 @@ def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 class Linear(eqx.Module):
     """`z = matrix x` on flattened events, with the inverse of the matrix beside it."""
 
-    matrix: Float[Array, "size size"]
-    back: Float[Array, "size size"]
-    log_det: Float[Array, ""]
+    matrix: Float[Numbers, "size size"]
+    back: Float[Numbers, "size size"]
+    log_det: Float[Numbers, ""]
 
     def inverse(self, x):
         return (_like(self.matrix, x) @ x.reshape(-1)).reshape(x.shape), _like(self.log_det, x)

@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode.coupling import Coupling, independent
 from jaxode.divergence import auto, noiseless
-from jaxode.flows.cnf import CNF, cnf
+from jaxode.flows.cnf import CNF
 from jaxode.flows.columns import dequantized, is_integer, warn_of_columns
 from jaxode.flows.density import Density
 from jaxode.flows.standardize import as_map, floating, numbers
 from jaxode.flows.validation import check_context, check_finite, check_key
+from jaxode.ode.options import SolveOptions
 from jaxode.ode.validation import integer, non_negative, real_scalar, shape_of
 from jaxode.standardize import Unfitted, affine, normal
 
@@ -38,7 +39,7 @@ TRIAL, TRIAL_STEPS = 0.08, 1000  # the part of `seconds`, or the steps, in which
 LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows; rows of any kind
 EXACT_UP_TO, LOOSE = 16, 1e-3  # their dimensions with an exact trace, and the tolerance
 
-Rows = tuple[Float[Array, "rows *event"], PyTree]  # data, and the context of each row or None
+Rows = tuple[Any, PyTree]  # data `[rows, *event]`; the context of each row, or None
 Loss = Callable[..., Float[Array, ""]]  # of parameters, data, context and a key
 
 
@@ -214,8 +215,9 @@ class _Looks:
 
     def __init__(self, density: Density, aside: Rows, key, begin: float, progress: bool):
         flow, size = density.flow, math.prod(density.event_shape)
-        self.flow = cnf(
-            flow.f, flow.base, t0=flow.t0, t1=flow.t1, rtol=LOOSE, atol=LOOSE, throw=False,
+        self.flow = dataclasses.replace(
+            flow, regularizers=(), steer=0.0, throw=False, step_control="joint",
+            solve_options=SolveOptions.make("fit", rtol=LOOSE, atol=LOOSE),
             divergence=noiseless() if size <= EXACT_UP_TO else auto(),
         )  # fmt: skip
         self.rows, self.key = _to_flow(density, aside), key
@@ -244,7 +246,8 @@ class _Training:
 
     def __init__(self, looks: _Looks, data: Callable[..., Rows], batch: int, key: PRNGKeyArray):
         self.looks, self.data, self.batch, self.key = looks, data, batch, key
-        self.carry, self.step, self.due = None, 0, FIRST_LOOK
+        self.carry: Any = None
+        self.step, self.due = 0, FIRST_LOOK
 
     def train(self, phase: str, loss: Loss, optimizer: Any, most: float, end: float) -> int:
         """Steps up to `most` in all, until `end`, or until the validation rows see no more.
