@@ -127,11 +127,11 @@ BAD_MODELS = [
     ),
     *(
         (
-            lambda least=least: jaxode.VariancePreserving(least, 1), ValueError,
+            lambda least=least: jaxode.VariancePreserving(least, 2), ValueError,
             "VariancePreserving(beta_min=..., beta_max=...): must be at least 0, finite and in "
-            f"rising order; got {least!r} and 1.",
+            f"rising order; got {least!r} and 2.",
         )
-        for least in ("a", None)
+        for least in (True, "a", None)
     ),
     (
         lambda: jaxode.probability_flow(None, PATHS[0]), TypeError,

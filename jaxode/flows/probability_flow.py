@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.distributions import DiagonalNormal, as_event_shape
 from jaxode.ode.field import VectorField, check_field
+from jaxode.ode.validation import is_number
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]
 Time = Float[Array, ""]
@@ -126,7 +126,7 @@ class VarianceExploding:
 def _check_order(where: str, path: Any, zero: bool) -> None:
     """Raise unless both numbers are finite and rising, from above zero (or at least zero)."""
     (low, least), (high, most) = vars(path).items()
-    numbers = all(isinstance(x, int | float | np.number) for x in (least, most))
+    numbers = all(is_number(x) for x in (least, most))
     if not numbers or not (0 <= least < most < math.inf) or (least == 0 and not zero):
         rule = "at least 0" if zero else "positive"
         raise ValueError(

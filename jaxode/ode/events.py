@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.adjoints.replay import filled
+from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
@@ -66,11 +67,7 @@ class Event(eqx.Module):
 
     def __check_init__(self):
         one_of("Event", "direction", self.direction, (-1, 0, 1))
-        if not callable(self.condition):
-            raise TypeError(
-                f"Event(condition=...): must be a function condition(t, y, args); got "
-                f"{self.condition!r}."
-            )
+        check_field("Event", "condition", self.condition, "condition(t, y, args)")
 
     def crosses(self, before: Float[Array, "..."], after: Float[Array, "..."]):
         """Whether the condition goes through zero between two values."""
