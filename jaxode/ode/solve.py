@@ -119,7 +119,8 @@ def solve(
             vector field is not finite.
 
     Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over.
-        With an event, first derivatives only, by the implicit function theorem.
+        With an event, by the implicit function theorem: first derivatives, and second ones if
+        `adjoint` has them.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
