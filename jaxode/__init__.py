@@ -1,10 +1,11 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import coupling, divergence, images, interop, nn, plot, regularizers
+from jaxode import coupling, divergence, images, interop, nn, plot, regularizers, standardize
 from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.flows.audit import audit
 from jaxode.flows.cnf import cnf
 from jaxode.flows.density import bind
+from jaxode.flows.fit import fit
 from jaxode.flows.probability_flow import (
     VarianceExploding,
     VariancePreserving,
@@ -45,6 +46,7 @@ __all__ = [
     "coupling",
     "diagonal_normal",
     "divergence",
+    "fit",
     "flow",
     "images",
     "interop",
@@ -55,4 +57,5 @@ __all__ = [
     "regularizers",
     "solve",
     "standard_normal",
+    "standardize",
 ]

@@ -6,6 +6,7 @@ divergence in closed form, for one extra matrix-vector product.
 """
 
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -16,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.distributions import as_event_shape
-from jaxode.ode.field import MisfitError
 from jaxode.ode.validation import integer
+from jaxode.residual import Residual as Residual
+from jaxode.residual import check_sample
 
 
 class _ModuleField(eqx.Module):
@@ -125,6 +127,18 @@ class _Layer(eqx.Module):
         return u if self.shift is None else u + _affine(self.shift, t, context), gate
 
 
+def _name_of(function: Any) -> Any:
+    """`module:name` of a function that is found there, else the function itself.
+
+    `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
+    """
+    try:
+        name = f"{function.__module__}:{function.__qualname__}"
+        return name if pkgutil.resolve_name(name) is function else function
+    except (AttributeError, ImportError, ValueError):
+        return function
+
+
 class _Network(eqx.Module):
     """What the networks share. They differ in where time enters and in gating."""
 
@@ -175,6 +189,14 @@ class _Network(eqx.Module):
         self.activation = activation
         self.context_size = context_size
 
+    def __getstate__(self):
+        return vars(self) | {"activation": _name_of(self.activation)}
+
+    def __setstate__(self, state):
+        activation = state["activation"]
+        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
+        vars(self).update(state, activation=found)
+
     def __call__(
         self,
         t: Float[Array, ""],
@@ -221,25 +243,8 @@ class _Network(eqx.Module):
         return out if self.shift is None else out + _affine(self.shift, t, context)
 
     def _check(self, y, context):
-        if isinstance(context, _Network):
-            raise TypeError(
-                f"{type(self).__name__}(t, y, context): the context must be a vector; got a "
-                "network. For a vector field whose params are the network, pass "
-                "f=jaxode.nn.field."
-            )
-        shape = None if context is None else jnp.shape(context)
-        if shape != ((self.context_size,) if self.context_size else None):
-            raise ValueError(
-                f"{type(self).__name__}(context_size={self.context_size}): the context of a sample "
-                f"must be a vector of this size, and None for size 0; got shape {shape}."
-            )
         size = (self.hidden[0] if self.hidden else self).weight.shape[1]
-        if y.size != size:
-            raise MisfitError(
-                f"{type(self).__name__}(event_shape=...): the network was made for samples of "
-                f"{size} numbers; got a sample of shape {y.shape}. Make it with "
-                f"event_shape={y.shape}, or mend the samples."
-            )
+        check_sample(self, y, size, context, self.context_size)
         return context
 
 

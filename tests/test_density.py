@@ -1,7 +1,11 @@
 """A flow as a distribution: units, support, contexts, batches, and where it goes."""
 
+import copy
 import dataclasses
 import functools
+import os
+import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -368,6 +372,42 @@ def test_orbax_saves_it_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
 
 
+# What `jax.jit` and `jax.custom_jvp` return, which `pickle` does not find by name, and a function.
+ACTIVATIONS = (jnp.tanh, jaxode.nn.softplus, jax.nn.gelu)
+
+
+def test_a_pickled_density_opens_in_another_process(tmp_path):
+    """With all that it consists of, and nothing to load into."""
+    network = functools.partial(jaxode.nn.ConcatSquash, 2, (4,), key=KEY)
+    maps = {"standardize": DATA, "support": (-100.0, 100.0)}
+    densities = [jaxode.bind(FLOW, network(activation=f), **maps) for f in ACTIVATIONS]
+    for density, f in zip(densities, ACTIVATIONS, strict=True):
+        for again in (pickle.loads(pickle.dumps(density)), copy.copy(density)):
+            assert eqx.tree_equal(again, density)
+            assert again.params.activation is f
+    (tmp_path / "densities").write_bytes(pickle.dumps(densities))
+    code = (
+        "import jax, pickle; jax.config.update('jax_enable_x64', True)\n"
+        "for density in pickle.load(open('densities', 'rb')):\n"
+        "    z = density.to_flow([1.0, 2.0])\n"
+        "    print(*density.flow.f(0.5, z, density.params).tolist())\n"
+    )
+    root = pathlib.Path(jaxode.__file__).parents[1]
+    there = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    z = densities[0].to_flow([1.0, 2.0])
+    here = [density.flow.f(0.5, z, density.params) for density in densities]
+    np.testing.assert_allclose(np.array(there.stdout.split(), float), np.ravel(here), rtol=1e-12)
+
+
+def test_what_does_not_pickle_is_named():
+    activation = lambda u: jnp.sin(u)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="<lambda>"):
+        pickle.dumps(jaxode.nn.MLP(2, (4,), key=KEY, activation=activation))
+
+
 def test_an_exported_density_needs_no_jaxode(tmp_path):
     """For three platforms and any batch, with default settings: no callback, and no library."""
     density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
@@ -418,12 +458,12 @@ WRONG = {
         {"standardize": CONSTANT},
         r"x must vary; got column 1 \(counting from 0\), which is constant in .* Leave it out.$",
     ),
-    "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive; got 0.0"),
+    "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive .* got 0.0"),
     "data that leave": (
         {"standardize": DATA, "support": (0.0, 9.0)},
         r"support=...\): the data must lie strictly inside; got values outside it in 40 of 40 rows",
     ),
-    "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite; got nan"),
+    "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite .* got nan"),
     "a scale that is lost": (
         {"standardize": np.float32(1e7) + np.eye(4, 2, dtype=np.float32)},
         r"got column 0 .* constant in float32. Leave it out, or subtract its mean in float64 first",
@@ -454,6 +494,44 @@ WRONG = {
     "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
     "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),
     "a name": ({"support": "positive"}, r"support=...\): must be bounds \(low, high\)"),
+    "complex bounds": ({"support": (0j, 1.0)}, r"bounds must be real numbers; got 0j"),
+    "bounds too far apart": (
+        {"support": (-1.7e308, 1.7e308)},
+        r"support=...\): the distance between bounds must be a normal number of float64",
+    ),
+    "bounds too close": ({"support": (0.0, 5e-324)}, r"must be a normal number of float64"),
+    "a size as the shape": (
+        {"context_shape": 3},
+        r"must be a shape, .* such as \(3,\), .* got 3\.",
+    ),
+    "a list as the shape": ({"context_shape": [3]}, r"context_shape=...\): must be .* got \[3\]\."),
+    "text as the shape": ({"context_shape": "a"}, r"context_shape=...\): must be .* got 'a'\."),
+    "a negative size": ({"context_shape": (-1,)}, r"context_shape=...\): must be .* got \(-1,\)\."),
+}
+FAR = np.finfo(np.float32)
+WRONG_IN_FLOAT32 = {
+    "bounds at the ends": (
+        {"support": (FAR.min, FAR.max)},
+        r"support=...\): the distance between bounds must be a normal number of float32",
+    ),
+    "bounds too close": ({"support": (0.0, 1e-45)}, r"must be a normal number of float32"),
+    "large data": (
+        {"standardize": 1e300 * DATA},
+        r"data of x must fit float32; got larger numbers in 40 of 40 rows, .* Rescale the data",
+    ),
+    "large data on a support": (
+        {"standardize": np.abs(1e300 * DATA), "support": (0.0, np.inf)},
+        r"data of x must fit float32; got larger numbers in 40 of 40 rows",
+    ),
+    "tiny data": ({"standardize": 1e-300 * DATA}, r"constant in float32. .* and rescale it"),
+    "a large scale": (
+        {"standardize": (0.0, 1e300)},
+        r"the scale of x must be positive and finite in float32; got 1e\+300",
+    ),
+    "a large mean": (
+        {"standardize": (1e300, 1.0)},
+        r"the mean of x must be finite in float32; got 1e\+300",
+    ),
 }
 
 
@@ -462,6 +540,19 @@ def test_wrong_arguments(name):
     given, message = WRONG[name]
     with pytest.raises((TypeError, ValueError), match=message):
         jaxode.bind(FLOW, PARAMS, **given)
+
+
+@pytest.mark.parametrize("name", WRONG_IN_FLOAT32)
+def test_what_float32_does_not_hold_is_told(name, default_settings):
+    given, message = WRONG_IN_FLOAT32[name]
+    with pytest.raises(ValueError, match=message):
+        jaxode.bind(FLOW, PARAMS, **given)
+
+
+def test_no_rows_are_carried_to_no_rows():
+    """As for `log_prob`. The loss then says that it needs rows."""
+    for density in (jaxode.bind(FLOW, PARAMS, standardize=DATA), bounded("box")):
+        assert density.to_flow(DATA[:0]).shape == (0, 2)
 
 
 def test_wrong_events_and_contexts():
@@ -473,6 +564,8 @@ def test_wrong_events_and_contexts():
             TypeError, match=r"\(x=...\): must be an array of numbers; got an array"
         ):
             method(DATA.astype(object))
+        with pytest.raises(TypeError, match=r"\(x=...\): .* got a list whose entries differ in"):
+            method([[1.0, 2.0], [3.0]])
     with pytest.raises(TypeError, match=r"bind\(flow=...\): must be made by jaxode.cnf"):
         jaxode.bind(PARAMS, FLOW)
     seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))

@@ -536,14 +536,21 @@ def no_context(t, z, args):
     return params * z + jnp.nan_to_num(context)
 
 
+DRAWS_NAN = jaxode.cnf(lambda t, z, p: -z, DiagonalNormal(START[0] / 0, START[0]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: loss(
-                flow=jaxode.cnf(lambda t, z, p: -z, DiagonalNormal(START[0] / 0, START[0]))
-            ),
-            "cnf(base=...): must be finite; got NaN or inf in 16 of 16 rows, first in row 0.",
+            lambda: loss(flow=DRAWS_NAN),
+            "cnf(base=...): must draw finite samples; got NaN or inf in 16 of 16 rows, first in "
+            "row 0. Mend its parameters or its method `sample`.",
+        ),
+        (
+            lambda: DRAWS_NAN.sample(PARAMS, KEY, 3),
+            "cnf(base=...): must draw finite samples; got NaN or inf in 3 of 3 rows, first in "
+            "row 0. Mend its parameters or its method `sample`.",
         ),
         (
             lambda: loss(X.at[3].set(1e200)),

@@ -32,6 +32,7 @@ def test_all_lists_the_public_names():
         "nn",
         "plot",
         "regularizers",
+        "standardize",
     } == set(jaxode.__all__)
     assert list(jaxode.__all__) == sorted(jaxode.__all__)
 
@@ -69,7 +70,7 @@ FLOORS = (
     r"ode\.(loop\.|results$)",
     r"ode\.(adjoints($|\.)|validation$)",
     r"ode\.",
-    r"(coupling|distributions|divergence|images|nn|plot|regularizers)$",
+    r"(coupling|distributions|divergence|images|nn|plot|regularizers|residual|standardize)$",
     r"flows\.",
     r"interop($|\.)",
 )

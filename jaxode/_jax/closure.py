@@ -150,7 +150,7 @@ class ClosedField(eqx.Module):
     @property
     def work_size(self) -> int:
         """How many numbers one evaluation computes."""
-        outputs = (v.aval for equation in _equations(self.program) for v in equation.outvars)
+        outputs = (v.aval for equation in equations(self.program) for v in equation.outvars)
         return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 
     def __call__(
@@ -183,14 +183,14 @@ def hash_of(tree: PyTree) -> int:
     return hash((structure, *(x if type(x).__hash__ else id(x) for x in leaves)))
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """All equations, including inner ones."""
     for equation in jaxpr.eqns:
         yield equation
         inner = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
             if inner(value):
-                yield from _equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                yield from equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
 
 def close_field(

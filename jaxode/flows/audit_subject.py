@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from jaxode._jax.closure import equations
 from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.programs import carried
@@ -93,13 +94,17 @@ class Subject:
 
     @cached_property
     def rounded(self) -> str:
-        """Advice if the vector field has lower precision than the tight solve."""
+        """Advice if the vector field computes anything in lower precision than float32."""
         first = jax.tree.map(lambda leaf: leaf[0], (self.x, self.context))
         x, context = cast(first, tight_dtype(self.x))
         field, t = Integrands(self.tight.f, self.tight.divergence).field, jnp.zeros((), x.dtype)
-        dtype = jax.eval_shape(lambda: field(t, x, self.tight_params, context)).dtype
-        low = jnp.finfo(dtype).bits < 32
-        return f"compute the vector field in float32, not {dtype}" if low else ""
+        run = lambda t, x, context: field(t, x, self.tight_params, context)
+        program = jax.make_jaxpr(run)(t, x, context).jaxpr
+        outputs = (v.aval for equation in equations(program) for v in equation.outvars)
+        dtypes = (aval.dtype for aval in outputs if hasattr(aval, "dtype"))
+        is_low = lambda d: jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32
+        low = next(filter(is_low, dtypes), None)
+        return "" if low is None else f"compute the vector field in float32, not {low}"
 
     @cached_property
     def z(self) -> Float[Array, "batch *event"]:

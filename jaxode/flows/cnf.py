@@ -23,7 +23,7 @@ from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import programs
-from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
+from jaxode.flows.failure import base_faults, data_faults, loss_or_raise, weights_faults
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.matching import matching_loss
 from jaxode.flows.objective import NLLStats
@@ -187,11 +187,12 @@ class CNF(eqx.Module):
         context: PyTree = None,
         weights: Float[Array, " batch"] | None = None,
         coupling: Coupling = independent(),
+        time_power: float = 1.0,
     ) -> Float[Array, ""]:
         """Flow matching: a regression loss that needs no solve and no divergence.
 
-        With base samples `z0`, and `u` uniform in [0, 1], this fits the field to the velocity of
-        the straight path, `z_t = (1 - u) z0 + u x` at `t = t0 + u (t1 - t0)`:
+        With base samples `z0` and `u` in [0, 1], this fits the field to the velocity of the
+        straight path, `z_t = (1 - u) z0 + u x` at `t = t0 + u (t1 - t0)`:
 
             mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
 
@@ -207,6 +208,8 @@ class CNF(eqx.Module):
                 other couplings they would bias the trained density, so draw rows by their weights
                 instead.
             coupling: how base samples and rows are paired, from `jaxode.coupling`.
+            time_power: `u = 1 - (1 - v)^time_power` with `v` uniform in [0, 1]. Above 1, more times
+                are near the data: 2 gives a better likelihood of tables (docs/training.md).
 
         Base samples have no gradient: train a learned base with `nll`, not with matching. Under
         `jax.shard_map` the loss is, like `nll`, the mean over the rows of this device, which are
@@ -223,6 +226,7 @@ class CNF(eqx.Module):
         """
         key, axis_name = check_key("matching_loss", key), self.solve_options.axis_name
         start = {"x0": x0, "context": context, "weights": weights, "coupling": coupling}
+        start["time_power"] = time_power
         return matching_loss(self, params, x, key=key, axis_name=axis_name, **start)
 
     def to_base(
@@ -285,7 +289,8 @@ class CNF(eqx.Module):
         if not throw:
             return solution.y1
         function, name = _source(where, samples)
-        faults = data_faults(function, {name: system.y0})
+        drawn = samples == "drawn"
+        faults = base_faults(system.y0) if drawn else data_faults(function, {name: system.y0})
         faults |= data_faults(where, {"context": native(context)}) | argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 

@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._jax.closure import hash_of
@@ -20,8 +21,7 @@ from jaxode.divergence import noiseless
 from jaxode.flows.cnf import CNF
 from jaxode.flows.standardize import (
     WHERE,
-    Affine,
-    affine,
+    as_map,
     check_inside,
     context_numbers,
     floating,
@@ -32,6 +32,7 @@ from jaxode.flows.standardize import (
 from jaxode.flows.support import Support, as_support
 from jaxode.flows.validation import check_count, check_finite, check_key
 from jaxode.ode.validation import is_known, shape_of
+from jaxode.standardize import Affine, Map
 
 
 class _Constant(eqx.Module):
@@ -73,7 +74,7 @@ class Density(eqx.Module):
     _flow: Any
     _params: PyTree
     support: Support | None
-    standardize: Affine | None
+    standardize: Map | None
     of_context: PyTree
     """`Affine` for each standardized leaf of a context, None for the others."""
     context_shapes: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
@@ -145,8 +146,7 @@ class Density(eqx.Module):
     def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
         """Map data to what the flow trains on: `z`, or `(z, context)` if there is a context.
 
-        `density.flow.nll(params, density.to_flow(x))` is the mean of `-log_prob`, up to a constant
-        of the maps.
+        `density.flow.nll(params, density.to_flow(x))` is the mean of `log_det - log_prob`.
 
         Raises:
             ValueError: if data lie outside the support or are not finite. If that is known only at
@@ -155,7 +155,7 @@ class Density(eqx.Module):
         rows, shape = self._rows("to_flow", x)
         inside, z, _ = jax.vmap(self._from_data)(rows)
         check_inside("to_flow", inside, rows)
-        inside = inside.reshape(-1, *(1,) * len(self.event_shape))
+        inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:
             check_finite("to_flow", {"x": rows})
@@ -163,6 +163,11 @@ class Density(eqx.Module):
         context = self._context("to_flow", context, shape)
         check_finite("to_flow", {"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
+
+    def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
+        """`log |det dz/dx|` of the maps: what `log_prob` adds to the flow's log-density of `z`."""
+        rows, shape = self._rows("log_det", x)
+        return jax.vmap(self._from_data)(rows)[2].reshape(shape)
 
     def _from_data(self, x: Float[Array, " *event"]):
         """Whether an event is in the support, its `z`, and `log |det dz/dx|`."""
@@ -174,14 +179,15 @@ class Density(eqx.Module):
             center, _ = self._to_data(jnp.zeros_like(x))
             x, log_det = self.support.inverse(jnp.where(inside, x, center))
         if self.standardize is not None:
-            x, log_det = self.standardize(x), log_det + self.standardize.log_det(x)
+            x, of_map = self.standardize.inverse(x)
+            log_det = log_det + of_map
         return inside, x, log_det
 
     def _to_data(self, z: Float[Array, " *event"]):
         """A sample in the units of the data, and `log |det dz/dx|`."""
         x, log_det = z, jnp.zeros((), z.dtype)
         if self.standardize is not None:
-            x, log_det = self.standardize.back(z), self.standardize.log_det(z)
+            x, log_det = self.standardize.forward(z)
         if self.support is not None:
             x, of_support = self.support.forward(x)
             log_det = log_det + of_support
@@ -244,7 +250,7 @@ class Density(eqx.Module):
         leaves = [_spread(where, leaf, shape, row) for leaf, row in each]
         if self.of_context is not None:
             pairs = zip(maps, leaves, strict=True)
-            leaves = [leaf if affine is None else affine(leaf) for affine, leaf in pairs]
+            leaves = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, leaves)
 
 
@@ -319,7 +325,7 @@ def bind(
         _flow=_arrays_alone(flow, numbers=False),
         _params=_arrays_alone(params, numbers=True),
         support=allowed,
-        standardize=affine("x", of_data, event, allowed),
+        standardize=as_map("x", of_data, event, allowed),
         of_context=of_context(for_context),
         context_shapes=_context_shapes(context_shape, for_context),
     )
@@ -328,8 +334,15 @@ def bind(
 def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None:
     """The shapes that were given, or those of the context data."""
     if given is not None:
-        is_shape = lambda x: isinstance(x, tuple) and all(isinstance(size, int) for size in x)
-        return tuple(jax.tree.leaves(given, is_leaf=is_shape))
+        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
+        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
+        shapes = jax.tree.leaves(given, is_leaf=is_shape)
+        if not all(map(is_shape, shapes)):
+            raise TypeError(
+                f"{WHERE}(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                f"pytree of shapes; got {given!r}."
+            )
+        return tuple(tuple(map(int, shape)) for shape in shapes)
     if data is None:
         return None
     if isinstance(data, tuple):

@@ -39,6 +39,15 @@ def data_faults(
     return faults
 
 
+def base_faults(z: Float[Array, "rows *event"]) -> Faults:
+    """The possible fault of samples that the base density drew."""
+    (find,) = not_finite("cnf", "base", z).values()
+    return {
+        "cnf(base=...): must draw finite samples; got NaN or inf in {rows}. Mend its parameters or "
+        "its method `sample`.": find
+    }
+
+
 def weights_faults(
     where: str, weights: Float[Array, " rows"] | None, axis_name: AxisName | None
 ) -> Faults:

@@ -1,7 +1,7 @@
 """Flow matching: train the vector field of a flow by regression, without a solve.
 
 A straight path joins a base sample `z0` and a data sample `x`, and the field is fitted to its
-velocity. With `u` uniform in [0, 1],
+velocity. With `u = 1 - (1 - v)^time_power` and `v` uniform in [0, 1],
 
     z_t = (1 - u) z0 + u x  at the time  t = t0 + u (t1 - t0),
     loss = mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity
-from jaxode.flows.failure import data_faults, loss_or_raise, weights_faults
+from jaxode.flows.failure import base_faults, data_faults, loss_or_raise, weights_faults
 from jaxode.flows.quadrature import GOLDEN
 from jaxode.flows.validation import (
     check_context,
@@ -37,7 +37,14 @@ from jaxode.ode.field import VectorField, call_field
 from jaxode.ode.loop.outcome import Result
 from jaxode.ode.results import Faults, in_rows
 from jaxode.ode.times import check_times
-from jaxode.ode.validation import Time, check_args, check_derivative, is_known, state_dtype
+from jaxode.ode.validation import (
+    Time,
+    check_args,
+    check_derivative,
+    check_positive,
+    is_known,
+    state_dtype,
+)
 
 WHERE = "matching_loss"
 _NO_PERMUTATION = (
@@ -71,6 +78,7 @@ def matching_loss(
     context: PyTree = None,
     weights: Float[Array, " batch"] | None = None,
     coupling: Coupling = independent(),
+    time_power: float = 1.0,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """The loss of `CNF.matching_loss`. `axis_name` is the flow's."""
@@ -87,7 +95,7 @@ def matching_loss(
     base_key, time_key, pair_key = jax.random.split(key, 3)
     if x0 is None:
         z0 = _base_samples(flow.base, base_key, x, axis_name)
-        start = data_faults("cnf", {"base": z0})
+        start = base_faults(z0)
     else:
         z0 = _check_start(check_samples(WHERE, "x0", x0, event), x)
         start = data_faults(WHERE, {"x0": z0}, given)
@@ -110,7 +118,8 @@ def matching_loss(
         # Zero times NaN is NaN, so another row stands in for one of weight zero.
         rows = jnp.where(weights == 0, jnp.argmax(weights), jnp.arange(x.shape[0]))
         x, z0, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (x, z0, context))
-    u = _stratified(time_key, x, axis_name)
+    check_positive(WHERE, "time_power", time_power)
+    u = 1 - (1 - _stratified(time_key, x, axis_name)) ** jnp.asarray(time_power, x.dtype)
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 

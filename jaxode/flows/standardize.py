@@ -1,14 +1,14 @@
-"""Affine maps around a flow, so that its network sees numbers of order one."""
+"""The argument `standardize=` of `bind`: from what a user passes to maps around a flow."""
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxode.flows.support import Support, frozen
+from jaxode import standardize as maps
+from jaxode.flows.support import Support
 from jaxode.ode.results import in_rows
 from jaxode.ode.validation import (
     PYTHON_NUMBERS,
@@ -37,7 +37,13 @@ def _floating_dtype(dtype: Any) -> Any:
 def numbers(what: str, x: Any, real: bool = True) -> Any:
     """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
     if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
-        x = np.asarray(x)
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise TypeError(
+                f"{what} must be an array of numbers; got a {type(x).__name__} whose entries "
+                "differ in shape. Fill or cut them to one shape."
+            ) from None
     x = native(x)
     if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
         raise TypeError(
@@ -61,34 +67,9 @@ def context_numbers(what: str, context: PyTree) -> PyTree:
     return jax.tree.map(convert, context)
 
 
-class Affine(eqx.Module):
-    """`z = (u - mean) / scale`, coordinate by coordinate."""
-
-    mean: Float[Array, "..."]
-    scale: Float[Array, "..."]
-
-    def __call__(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
-        u = floating(u)
-        mean, scale = self._frozen(u)
-        return (u - mean) / scale
-
-    def back(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        mean, scale = self._frozen(z)
-        return mean + scale * z
-
-    def log_det(self, like: Float[Array, " *event"]) -> Float[Array, ""]:
-        """`log |det dz/du|`."""
-        _, scale = self._frozen(like)
-        return -jnp.sum(jnp.log(scale))
-
-    def _frozen(self, like: Array):
-        spread = lambda part: jnp.broadcast_to(part, like.shape).astype(like.dtype)
-        return map(spread, frozen((self.mean, self.scale)))
-
-
 def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
     """The parts for `x` and for the context."""
-    if not isinstance(standardize, tuple):
+    if not isinstance(standardize, tuple) or isinstance(standardize, maps.Unfitted):
         return standardize, None
     if len(standardize) != 2:
         raise ValueError(
@@ -100,19 +81,23 @@ def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
     return standardize if pair else (standardize, None)
 
 
-def affine(
+def as_map(
     name: str, given: Any, event: tuple[int, ...], support: Support | None = None
-) -> Affine | None:
+) -> maps.Map | None:
     """The given map, or the map that standardizes the given data."""
     if given is None:
         return None
+    fit = maps.fit_affine
+    if isinstance(given, maps.Unfitted):
+        given, fit = given
     if isinstance(given, list):
         raise TypeError(
             f"{WHERE}(standardize=...): data of {name} must be an array, and mean and scale a "
             "tuple; got a list. Pass np.asarray of it, or a tuple."
         )
     if isinstance(given, tuple):
-        mean, scale = map(floating, given)
+        with np.errstate(over="ignore"):  # told of below
+            mean, scale = map(floating, given)
         for part in (mean, scale):
             if part.shape not in ((), event):
                 raise ValueError(
@@ -121,36 +106,40 @@ def affine(
                 )
         if is_known(scale) and not (np.isfinite(scale).all() and (np.asarray(scale) > 0).all()):
             raise ValueError(
-                f"{WHERE}(standardize=...): the scale of {name} must be positive; got {given[1]}."
+                f"{WHERE}(standardize=...): the scale of {name} must be positive and finite in "
+                f"{scale.dtype}; got {given[1]}."
             )
         if is_known(mean) and not np.isfinite(mean).all():
             raise ValueError(
-                f"{WHERE}(standardize=...): the mean of {name} must be finite; got {given[0]}."
+                f"{WHERE}(standardize=...): the mean of {name} must be finite in {mean.dtype}; got "
+                f"{given[0]}."
             )
-        return Affine(mean, scale)
+        return maps.Affine(mean, scale)
     if not jnp.ndim(given):
         raise TypeError(
             f"{WHERE}(standardize=...): must be the data, or (mean, scale); got {given!r}. Pass "
             f"your data, an array {shape_of('n', event)}."
         )
     data = numbers(f"{WHERE}(standardize=...): data of {name}", given)
-    data = np.asarray(data) if is_known(data) else data
     if data.shape[1:] != event or data.ndim != len(event) + 1 or len(data) < 2:
         raise ValueError(
             f"{WHERE}(standardize=...): data of {name} must have shape {shape_of('n', event)}, "
             f"with at least two rows; got {data.shape}."
         )
+    if is_known(data):
+        data = np.asarray(data)
+        _check_fit(name, data)
     if support is not None:
         rows = floating(data)
         check_inside(WHERE, jax.vmap(support.contains)(rows), rows)
         data = jax.vmap(lambda x: support.inverse(x)[0])(rows)
-    return _fitted(name, data)
+    return _fitted(name, data, fit)
 
 
 def check_inside(where: str, inside: Any, rows: Any) -> None:
     """Raise if finite rows are known to lie outside the support."""
     if is_known((inside, rows)):
-        finite = np.isfinite(np.asarray(rows)).reshape(len(rows), -1).all(axis=1)
+        finite = np.isfinite(np.asarray(rows)).all(axis=tuple(range(1, rows.ndim)))
         outside = ~np.asarray(inside) & finite
         if outside.any():
             raise ValueError(
@@ -159,18 +148,33 @@ def check_inside(where: str, inside: Any, rows: Any) -> None:
             )
 
 
-def _fitted(name: str, data: Any) -> Affine:
-    """The map from mean and standard deviation, computed in float64 if the data are known."""
+def _check_fit(name: str, data: np.ndarray) -> None:
+    """Raise for NaN and infinity, and for numbers that JAX's dtype makes infinite."""
+    dtype = _floating_dtype(data.dtype)
+    with np.errstate(over="ignore"):
+        narrow = data.astype(dtype)
+    for values, rule, cure in (
+        (data, "be finite; got NaN or inf", "Leave those rows out."),
+        (narrow, f"fit {dtype}; got larger numbers", "Rescale the data, or leave those rows out."),
+    ):
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"{WHERE}(standardize=...): data of {name} must {rule} in {in_rows(bad)}. {cure}"
+            )
+
+
+def _fitted(name: str, data: Any, fit: Any) -> maps.Map:
+    """The map of the data, computed in float64 if they are known."""
     dtype = _floating_dtype(data.dtype)
     if not is_known(data):
-        return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
+        if fit is not maps.fit_affine:
+            raise TypeError(
+                f"{WHERE}(standardize=...): needs data of {name} that are known, to sort them; got "
+                "a tracer. Call bind outside of jax.jit."
+            )
+        return maps.Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
-    if not np.isfinite(wide).all():
-        bad = ~np.isfinite(wide).reshape(len(wide), -1).all(axis=1)
-        raise ValueError(
-            f"{WHERE}(standardize=...): data of {name} must be finite; got NaN or inf in "
-            f"{in_rows(bad)}. Leave those rows out."
-        )
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
     kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
     constant = np.argwhere(~((scale > lost) & (kept > 0) & np.isfinite(kept)))
@@ -179,12 +183,12 @@ def _fitted(name: str, data: Any) -> Affine:
         place = column[0] if len(column) == 1 else column
         cure = "Leave it out."
         if np.ptp(wide[:, *column]):
-            cure = "Leave it out, or subtract its mean in float64 first."
+            cure = "Leave it out, or subtract its mean in float64 first and rescale it."
         raise ValueError(
             f"{WHERE}(standardize=...): {name} must vary; got column {place} (counting from 0), "
             f"which is constant in {jnp.dtype(dtype).name}. {cure}"
         )
-    return Affine(jnp.asarray(mean.astype(dtype)), jnp.asarray(scale.astype(dtype)))
+    return jax.tree.map(lambda part: jnp.asarray(part, dtype), fit(wide))
 
 
 def of_context(given: Any) -> PyTree:
@@ -197,7 +201,7 @@ def of_context(given: Any) -> PyTree:
                 f"{WHERE}(standardize=...): for a context, must be (mean, scale), an array of "
                 f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
             )
-        return affine("context", given, max(jnp.shape(part) for part in given))
+        return as_map("context", given, max(jnp.shape(part) for part in given))
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    one = lambda x: affine("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
+    one = lambda x: as_map("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

@@ -6,9 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from jaxode.ode.validation import is_known, numeric_dtype
+from jaxode.standardize import frozen
 
 
 class Support(Protocol):
@@ -27,11 +28,6 @@ class Support(Protocol):
     ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
         """`x`, and `log |det du/dx|`."""
         ...
-
-
-def frozen(tree: PyTree) -> PyTree:
-    """The tree with constant arrays: training must not move the units."""
-    return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
 class Box(eqx.Module):
@@ -167,8 +163,9 @@ def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> OfNumpyr
 
 def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
     for bound in bounds:
-        if numeric_dtype(bound) is None:
-            raise TypeError(f"{where}(support=...): bounds must be numbers; got {bound!r}.")
+        kind = numeric_dtype(bound)
+        if kind is None or jnp.issubdtype(kind, jnp.complexfloating):
+            raise TypeError(f"{where}(support=...): bounds must be real numbers; got {bound!r}.")
     dtype = jnp.result_type(*(jnp.asarray(bound, float) for bound in bounds))
     try:
         low, high = (jnp.broadcast_to(jnp.asarray(bound, dtype), event) for bound in bounds)
@@ -178,8 +175,20 @@ def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
             f"{where}(support=...): bounds must be numbers, or have the shape of an event, {event};"
             f" got {shapes}."
         ) from None
-    if is_known((low, high)) and not np.all(np.asarray(low) < np.asarray(high)):
-        raise ValueError(
-            f"{where}(support=...): each lower bound must be less than the upper one; got {bounds}."
-        )
+    if is_known((low, high)):
+        least, most = np.asarray(low), np.asarray(high)
+        if not np.all(least < most):
+            raise ValueError(
+                f"{where}(support=...): each lower bound must be less than the upper one; got "
+                f"{bounds}."
+            )
+        with np.errstate(over="ignore"):
+            width = most - least
+        # A width that is not a normal number is flushed to zero.
+        normal = (width >= jnp.finfo(dtype).tiny) & (width < np.inf)
+        if not np.all(normal | np.isinf(least) | np.isinf(most)):
+            raise ValueError(
+                f"{where}(support=...): the distance between bounds must be a normal number of "
+                f"{dtype}; got {bounds}. Rescale the data, or pass infinite bounds."
+            )
     return Box(low, high)

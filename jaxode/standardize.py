@@ -1,0 +1,253 @@
+"""Maps from the units of the data to numbers that a network likes, for `standardize=` of `bind`.
+
+Data alone stand for their affine map. These functions ask for another one:
+
+```python
+density = jaxode.bind(flow, params, standardize=jaxode.standardize.normal(data))
+```
+"""
+
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any, NamedTuple, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+# Columns whose correlation matrix has a smaller eigenvalue depend on each other linearly.
+SINGULAR = 1e-9
+# Quantiles that the spline of a column passes through, and how many rows lie beyond the last one.
+KNOTS, BEYOND = 39, 10
+
+
+Numbers = Array | np.ndarray  # a fit is in NumPy, until `bind` casts it to the data's dtype
+
+
+class Map(Protocol):
+    """A bijection from data `x` of an event's shape to `z`, which the flow sees, and back."""
+
+    def inverse(
+        self, x: Float[Array, " *event"]
+    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
+        """`z`, and `log |det dz/dx|`."""
+        ...
+
+    def forward(
+        self, z: Float[Array, " *event"]
+    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
+        """`x`, and `log |det dz/dx|`."""
+        ...
+
+
+class Unfitted(NamedTuple):
+    """Data, and how to fit a map to them. `bind` fits it, after the bijection of a support."""
+
+    data: Any
+    fit: Callable[[Float[np.ndarray, "rows *event"]], Map]
+
+
+def affine(data: Float[Numbers, "rows *event"]) -> Unfitted:
+    """Subtract the mean of each column and divide by its standard deviation.
+
+    `bind(standardize=data)` is short for it.
+    """
+    return Unfitted(data, fit_affine)
+
+
+def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
+    """Map each column to a normal by a smooth monotone spline through its quantiles.
+
+    A rational quadratic spline, whose inverse is exact, with linear tails beyond the outermost
+    quantiles. It takes skewed, heavy-tailed and narrow columns off the network. Tied values share a
+    quantile.
+
+    References: Gregory and Delbourgo (1982); Durkan et al. (2019), arXiv:1906.04032.
+    """
+    return Unfitted(data, fit_normal)
+
+
+def whiten(data: Float[Numbers, "rows *event"]) -> Unfitted:
+    """Subtract the mean and multiply by the inverse root of the covariance.
+
+    An untrained flow is then the normal distribution with the mean and the covariance of the data:
+    a good start for few rows, and for images.
+
+    Raises:
+        ValueError: by `bind`, if the covariance is singular.
+    """
+    return Unfitted(data, fit_white)
+
+
+def frozen(tree: PyTree) -> PyTree:
+    """The tree with constant arrays: training must not move the units."""
+    return jax.tree.map(jax.lax.stop_gradient, tree)
+
+
+def _like(tree: PyTree, x: Array) -> PyTree:
+    """Constant arrays in the dtype of `x`."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf).astype(x.dtype), tree)
+
+
+class Affine(eqx.Module):
+    """`z = (x - mean) / scale`, coordinate by coordinate."""
+
+    mean: Float[Numbers, "..."]
+    scale: Float[Numbers, "..."]
+
+    def inverse(self, x):
+        mean, scale = self._spread(x)
+        return (x - mean) / scale, -jnp.sum(jnp.log(scale))
+
+    def forward(self, z):
+        mean, scale = self._spread(z)
+        return mean + scale * z, -jnp.sum(jnp.log(scale))
+
+    def _spread(self, like: Array):
+        spread = lambda part: jnp.broadcast_to(part, like.shape)
+        return map(spread, _like((self.mean, self.scale), like))
+
+
+def fit_affine(data: Float[np.ndarray, "rows *event"]) -> Affine:
+    """From mean and standard deviation."""
+    return Affine(data.mean(axis=0), data.std(axis=0))
+
+
+class Monotone(eqx.Module):
+    """A rational quadratic spline for each coordinate, with linear tails.
+
+    Between two knots, with `s` the slope of the chord, `d0` and `d1` the slopes at the knots and
+    `u` in [0, 1] the place between them, `z = z0 + (z1 - z0) (s u^2 + d0 u (1 - u)) / q` with
+    `q = s + (d0 + d1 - 2 s) u (1 - u)`.
+    """
+
+    x: Float[Numbers, "*event knots"]
+    """Increasing. A coordinate with fewer knots repeats its last one."""
+    z: Float[Numbers, "*event knots"]
+    slope: Float[Numbers, "*event knots"]
+
+    def inverse(self, x):
+        (x0, x1), (z0, z1), (d0, d1) = self._around(x, self.x)
+        s, u = (z1 - z0) / (x1 - x0), jnp.clip((x - x0) / (x1 - x0), 0, 1)
+        inside = z0 + (z1 - z0) * (s * u**2 + d0 * u * (1 - u)) / _denominator(s, d0, d1, u)
+        z = inside + jnp.minimum(x - x0, 0) * d0 + jnp.maximum(x - x1, 0) * d1
+        return z, jnp.sum(_log_slope(s, d0, d1, u))
+
+    def forward(self, z):
+        (x0, x1), (z0, z1), (d0, d1) = self._around(z, self.z)
+        s, rise = (z1 - z0) / (x1 - x0), jnp.clip(z, z0, z1) - z0
+        bend = rise * (d0 + d1 - 2 * s)
+        a, b, c = (z1 - z0) * (s - d0) + bend, (z1 - z0) * d0 - bend, -s * rise
+        u = jnp.clip(-2 * c / (b + jnp.sqrt(b**2 - 4 * a * c)), 0, 1)
+        x = x0 + u * (x1 - x0) + jnp.minimum(z - z0, 0) / d0 + jnp.maximum(z - z1, 0) / d1
+        return x, jnp.sum(_log_slope(s, d0, d1, u))
+
+    def _around(self, value: Array, knots: Numbers):
+        """The knots on both sides of each value: their `x`, `z` and slope."""
+        inner = _like(knots[..., 1:-1], value)
+        left = jnp.sum(value[..., None] >= inner, axis=-1, keepdims=True)
+        # A repeated last knot is no interval.
+        ends = jnp.sum(inner < _like(knots[..., -1:], value), axis=-1, keepdims=True)
+        left = jnp.minimum(left, ends)
+        at = lambda leaf, i: jnp.take_along_axis(leaf, i, axis=-1)[..., 0]
+        leaves = _like((self.x, self.z, self.slope), value)
+        return tuple((at(leaf, left), at(leaf, left + 1)) for leaf in leaves)
+
+
+def _denominator(s, d0, d1, u):
+    return s + (d0 + d1 - 2 * s) * u * (1 - u)
+
+
+def _log_slope(s, d0, d1, u):
+    """`log dz/dx` at the place `u` between two knots; in the tails `u` is 0 or 1."""
+    top = s**2 * (d1 * u**2 + 2 * s * u * (1 - u) + d0 * (1 - u) ** 2)
+    return jnp.log(top) - 2 * jnp.log(_denominator(s, d0, d1, u))
+
+
+def fit_normal(data: Float[np.ndarray, "rows *event"]) -> "Chain":
+    """Through quantiles at equally spaced normal values, after robust standardizing."""
+    columns = data.reshape(len(data), -1)
+    low, center, high = np.quantile(columns, (0.25, 0.5, 0.75), axis=0)
+    scale = np.where(high > low, (high - low) / 1.349, columns.std(axis=0))
+    standard = NormalDist()
+    widest = standard.inv_cdf(1 - min(BEYOND / len(columns), 0.16))
+    z = np.linspace(-widest, widest, KNOTS)
+    levels = list(map(standard.cdf, z))
+    knots = [_knots(np.quantile(column, levels), z) for column in ((columns - center) / scale).T]
+    event = data.shape[1:]
+    x, z, slope = (np.stack(part).reshape(*event, KNOTS) for part in zip(*knots, strict=True))
+    return Chain((Affine(center.reshape(event), scale.reshape(event)), Monotone(x, z, slope)))
+
+
+def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Knots of one column: tied quantiles are one, at the mean of their `z`; slopes between them.
+
+    The slope at a knot is the geometric mean of those of its chords, which keeps the spline
+    monotone however much they differ.
+    """
+    group = np.cumsum(np.diff(x, prepend=x[0]) > 1e-6 * (x[-1] - x[0]))
+    count = np.bincount(group)
+    x, z = np.bincount(group, x) / count, np.bincount(group, z) / count
+    chord = np.diff(z) / np.diff(x)
+    slope = np.concatenate([chord[:1], np.sqrt(chord[1:] * chord[:-1]), chord[-1:]])
+    fill = (0, KNOTS - len(x))
+    return tuple(np.pad(part, fill, mode="edge") for part in (x, z, slope))
+
+
+class Linear(eqx.Module):
+    """`z = matrix x` on flattened events, with the inverse of the matrix beside it."""
+
+    matrix: Float[Numbers, "size size"]
+    back: Float[Numbers, "size size"]
+    log_det: Float[Numbers, ""]
+
+    def inverse(self, x):
+        return (_like(self.matrix, x) @ x.reshape(-1)).reshape(x.shape), _like(self.log_det, x)
+
+    def forward(self, z):
+        return (_like(self.back, z) @ z.reshape(-1)).reshape(z.shape), _like(self.log_det, z)
+
+
+class Chain(eqx.Module):
+    """One map after another, from data to `z`."""
+
+    maps: tuple[Map, ...]
+
+    def inverse(self, x):
+        total = jnp.zeros((), x.dtype)
+        for part in self.maps:
+            x, log_det = part.inverse(x)
+            total = total + log_det
+        return x, total
+
+    def forward(self, z):
+        total = jnp.zeros((), z.dtype)
+        for part in reversed(self.maps):
+            z, log_det = part.forward(z)
+            total = total + log_det
+        return z, total
+
+
+def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
+    """Standardize the columns, then multiply by the inverse root of their correlation matrix."""
+    scaled = ((data - data.mean(axis=0)) / data.std(axis=0)).reshape(len(data), -1)
+    variances, directions = np.linalg.eigh(scaled.T @ scaled / len(scaled))
+    involved = dependent(variances, directions)
+    if involved:
+        raise ValueError(
+            "bind(standardize=...): whitening needs columns that do not depend on each other "
+            f"linearly; got a singular covariance of columns {involved}. Leave one of them out."
+        )
+    root = np.sqrt(variances)
+    matrix, back = (directions * part @ directions.T for part in (1 / root, root))
+    log_det = -np.sum(np.log(root))
+    return Chain((fit_affine(data), Linear(matrix, back, log_det)))
+
+
+def dependent(variances: np.ndarray, directions: np.ndarray) -> list[int]:
+    """The columns of a linear dependence, from the eigenvalues of their correlation matrix."""
+    if variances[0] > SINGULAR * len(variances):
+        return []
+    return np.flatnonzero(np.abs(directions[:, 0]) > 0.01).tolist()
