@@ -263,7 +263,7 @@ def exact_nll(params, x):
 @jax.jit
 def diffrax_nll(params, x):
     """The same, by diffrax."""
-    p = flows.Problem(params, x, x, None, 1.0)
+    p = flows.Problem(params, x, x, None)
     adjoint = diffrax.RecursiveCheckpointAdjoint()
     loss = flows.diffrax_loss(p, diffrax.Dopri8(), adjoint, field=flows.augmented_exact)
     return loss(params, x, x, 1e-6)
