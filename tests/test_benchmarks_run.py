@@ -23,6 +23,7 @@ from benchmarks import (
     neural_ode_step,
     posterior,
     regularizers,
+    tables,
     time_to_nll,
 )
 
@@ -89,9 +90,9 @@ def quick(default_settings, monkeypatch):
     return untimed
 
 
-def run(module, case, picture):
+def run(module, case, picture, seconds=float("inf")):
     """The result of a case as the runner keeps it, after it was reported."""
-    result = module.run(case, fairness.Bench(seconds=float("inf")))
+    result = module.run(case, fairness.Bench(seconds))
     assert "crashed" not in result, result
     for name, reason in result.get("failed", {}).items():
         known = (module.__name__, name) in FAILS or reason.startswith("ModuleNotFoundError")
@@ -146,3 +147,32 @@ def test_every_posterior_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     samples = np.random.default_rng(0).uniform(-1, 1, (20, 2)).astype(np.float32)
     monkeypatch.setattr(posterior, "reference", lambda task, number: (samples[number], samples))
     run(posterior, f"two moons: {name}", tmp_path / "picture.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tables.CONTENDERS)
+def test_every_estimator_of_tables_runs_to_its_end(name, quick, monkeypatch, tmp_path):
+    library = name.split()[0].lower()
+    if library in ("torchcfm", "zuko", "flowjax"):
+        pytest.importorskip(library, reason=f"{library} is installed for benchmarks: make bench")
+    monkeypatch.setattr(tables, "time", Ticks())
+    monkeypatch.setattr(tables, "TIMES", (1.5,))
+    x = np.random.default_rng(0).standard_normal((120, 3))
+    monkeypatch.setattr(tables, "TABLES", {"banana": lambda: x})
+    case = f"banana: {name}, seed 0"
+    result = run(tables, case, tmp_path / "picture.png", seconds=2.5)
+    assert (result["rows"], result["columns"]) == (96, 3)
+    assert [float(end) for end in result["scores"]] == [1.5, 2.5]
+    # A standard normal has 4.26 nats; nothing has learned much else in a few steps.
+    assert all(3 < score["nats"] < 8 for score in result["scores"].values())
+
+
+class Ticks:
+    """A clock by which each candidate takes a second."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 0.5
+        return self.now
