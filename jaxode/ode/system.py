@@ -196,10 +196,11 @@ def condition_on_rows(system: System, ravel: Ravel):
 
 def _rows_field(system: System):
     """The field of the solver: of one system, of one batch, or with a time for each sample."""
+    hint = "" if system.batch is None else getattr(system.field, "hint", "")
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
-        check_derivative(system.label.text, y, dy)
+        check_derivative(system.label.text, y, dy, hint)
         return jax.tree.map(jnp.asarray, dy)
 
     if system.batch == "per_sample":

@@ -216,8 +216,11 @@ def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> N
         )
 
 
-def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
-    """Raise unless the derivative has the structure, shapes and precision of the state."""
+def check_derivative(where: str, y: PyTree, dy: PyTree, hint: str = "") -> None:
+    """Raise unless the derivative has the structure, shapes and precision of the state.
+
+    The `hint` follows the message for a wrong shape.
+    """
     if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
             f"{where}(f=...): f(t, y, args) must return the structure of y, "
@@ -232,6 +235,7 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
             raise ValueError(
                 f"{where}(f=...): f(t, y, args) must return the shapes of y; got "
                 f"{jnp.shape(actual)} where y has {expected.shape}. f sees one sample of a batch."
+                f"{hint}"
             )
         dtype = jnp.result_type(actual)
         if not jnp.issubdtype(dtype, jnp.floating):
