@@ -68,6 +68,7 @@ def by_jaxode(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
 def by_torchcfm(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
     """The network and initial weights of jaxode; evaluated in JAX."""
     import torch
+    import torch._dynamo  # which the first optimizer imports
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
     from benchmarks.torch_flows import TorchResidual
@@ -101,6 +102,7 @@ def by_zuko(name: str):
 
     def contender(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
         import torch
+        import torch._dynamo  # which the first optimizer imports
         import zuko
 
         train_rows, validation, test = (torch.tensor(part) for part in table)

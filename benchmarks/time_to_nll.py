@@ -183,7 +183,7 @@ def torch_likelihood(params, dim, rate, end, rtol, atol):
 
         signs = torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1
         probe = None if dim == 2 else signs
-        solved = getattr(torch_flows, end)(field, x, probe, 1.0, rtol, atol)
+        solved = getattr(torch_flows, end)(field, x, probe, rtol=rtol, atol=atol)
         return torch_flows.negative_log_likelihood(*solved)
 
     return torch_trainer(loss, params, rate)

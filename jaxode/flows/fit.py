@@ -35,7 +35,7 @@ WARM = 100  # steps in which the updates grow to their size
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
 FIRST_LOOK, APART = 250, 1.15  # steps before the first look, and the ratio from each to the next
-PATIENCE = 6  # looks without an improvement, after which training ends
+PATIENCE, LEAST_STEPS = 6, 1500  # looks without an improvement, after which training ends early
 TRIAL = 0.08  # the part of training in which each map is tried
 MINUTE = 60.0  # seconds, if there is no other end
 LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows to look at; rows that there must be
@@ -270,12 +270,10 @@ class _Training:
             self.step += count
             if self.step >= min(self.due, most):
                 self.look()
-            if self.stale >= PATIENCE:
-                if self.early:
-                    break
+            if not self.early and self.stale >= PATIENCE and self.step >= LEAST_STEPS:
                 # Half as many steps again, from where it was best.
                 self.step, self.carry, left = self.kept
-                self.early, self.stale = (self.step, left), 0
+                self.early = self.step, left
             self.left = self.part_left(most, end)
         if self.points[-1].step != self.step:
             self.look()
