@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.closure import recognized, settle
+from jaxode._jax.closure import compiled, recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.dense import Interpolant, OfDiffrax, OfSteps
 from jaxode.ode.events import Event, solve_to_event
@@ -356,4 +356,4 @@ def _at_padding_jvp(primals, tangents):
     return _at_padding(ys, past, problem), ys_dot
 
 
-_run = eqx.filter_jit(run)
+_run = compiled(run)
