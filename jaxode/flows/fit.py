@@ -23,7 +23,7 @@ from jaxode.divergence import auto, noiseless
 from jaxode.flows.cnf import CNF
 from jaxode.flows.columns import dequantized, is_integer, warn_of_columns
 from jaxode.flows.density import Density
-from jaxode.flows.standardize import as_map, floating, numbers
+from jaxode.flows.standardize import as_map, check_inside, floating, numbers
 from jaxode.flows.validation import check_context, check_finite, check_key
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.validation import integer, non_negative, real_scalar, shape_of
@@ -110,6 +110,11 @@ def fit(
             other.
     """
     begin = time.perf_counter()
+    if not isinstance(density, Density):
+        raise TypeError(
+            f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
+            "jaxode.bind(flow, params)."
+        )
     key = check_key("fit", key)
     end = math.inf
     if seconds is not None:
@@ -118,9 +123,10 @@ def fit(
     batch = integer("fit", "batch", batch)
     likelihood = integer("fit", "likelihood", likelihood, 0, "a number of steps")
     split_key, noise_key, look_key, key = jax.random.split(key, 4)
-    rows, aside = _set_aside(density, x, context, validation, split_key)
+    rows, aside = _set_aside(density, x, context, validation, dequantize, split_key)
     integers = is_integer(rows[0]) & bool(dequantize)
-    warn_of_columns("fit", rows[0].reshape(len(rows[0]), -1)[:, ~integers.reshape(-1)])
+    columns = rows[0].reshape(len(rows[0]), -1)
+    warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
     noisy = lambda key, rows: (dequantized(key, rows[0], integers), rows[1])
     aside = noisy(noise_key, aside)
     candidates = [density]
@@ -128,9 +134,15 @@ def fit(
         table = np.asarray(noisy(noise_key, rows)[0])
         candidates = [_mapped(density, kind(table)) for kind in (affine, normal)]
     loss = _Matching(density.flow, coupling)
-    data = lambda density, key: _to_flow(density, noisy(key, rows))
+
+    def data(density: Density) -> Callable[[PRNGKeyArray], Rows]:
+        if integers.any():
+            return lambda key: _to_flow(density, noisy(key, rows))
+        mapped = _to_flow(density, rows)
+        return lambda key: mapped
+
     runs = [
-        _Training(_Looks(each, aside, look_key, begin, progress), data, batch, key)
+        _Training(_Looks(each, aside, look_key, begin, progress), data(each), batch, key)
         for each in candidates
     ]
     run, optimizer = runs[0], optimizer or _adam(RATE)
@@ -145,7 +157,7 @@ def fit(
         run.train("matching", loss, optimizer, most, end)
         if likelihood:
             run.looks.stale = 0
-            run = _Training(run.looks, data, batch, jax.random.fold_in(key, 0))
+            run = _Training(run.looks, run.data, batch, jax.random.fold_in(key, 0))
             after = _adam(RATE_AFTER, likelihood)
             run.train("likelihood", _Likelihood(density.flow), after, likelihood, end)
     except KeyboardInterrupt:
@@ -244,7 +256,9 @@ def _nll(flow: CNF, params: PyTree, rows: Rows, key: PRNGKeyArray) -> Float[Arra
 class _Training:
     """Parameters in training, from the best that was seen so far."""
 
-    def __init__(self, looks: _Looks, data: Callable[..., Rows], batch: int, key: PRNGKeyArray):
+    def __init__(
+        self, looks: _Looks, data: Callable[[PRNGKeyArray], Rows], batch: int, key: PRNGKeyArray
+    ):
         self.looks, self.data, self.batch, self.key = looks, data, batch, key
         self.carry: Any = None
         self.step, self.due = 0, FIRST_LOOK
@@ -262,7 +276,7 @@ class _Training:
         while self.step < most and time.perf_counter() < end and self.looks.stale < PATIENCE:
             count = int(min(BLOCK, most - self.step))
             noise_key, block_key = jax.random.split(jax.random.fold_in(self.key, self.step))
-            rows = self.data(self.looks.best, noise_key)
+            rows = self.data(noise_key)
             keys = jax.random.split(block_key, count)
             self.carry = _advance(loss, optimizer, self.batch, self.carry, rows, keys)
             self.step += count
@@ -291,27 +305,36 @@ def _to_flow(density: Density, rows: Rows) -> Rows:
 
 
 def _set_aside(
-    density: Density, x: Any, context: PyTree, validation: Any, key: PRNGKeyArray
+    density: Density,
+    x: Any,
+    context: PyTree,
+    validation: Any,
+    dequantize: bool,
+    key: PRNGKeyArray,
 ) -> tuple[Rows, Rows]:
     """Rows to train on, and validation rows, at most `LOOK_AT` of them if they are drawn here."""
-    rows = _checked("x", density, x, context)
-    if not isinstance(validation, int | float):
-        pair = validation if isinstance(validation, tuple) else (validation, None)
-        return rows, _checked("validation", density, *pair)
+    rows = _checked("x", density, x, context, dequantize)
+    if not isinstance(validation, int | float | np.number):
+        of_x, of_context = validation if isinstance(validation, tuple) else (validation, None)
+        return rows, _checked("validation", density, of_x, of_context, dequantize)
     real_scalar("fit", "validation", validation, "between 0 and 1", lambda v: 0 < v < 1, "part")
-    count = min(math.ceil(validation * len(rows[0])), LOOK_AT)
+    count = min(math.ceil(validation * len(rows[0])), LOOK_AT, len(rows[0]) - 2)
     order = np.asarray(jax.random.permutation(key, len(rows[0])))
     part = lambda chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
     return part(order[count:]), part(order[:count])
 
 
-def _checked(name: str, density: Density, x: Any, context: PyTree) -> Rows:
+def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
     x, event = floating(numbers(f"fit({name}=...):", x)), density.event_shape
-    if x.shape[1:] != event or len(x) < LEAST_ROWS:
+    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
         raise ValueError(
             f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
     context = check_context("fit", context, len(x))
     check_finite("fit", {name: x, "context": context})
-    return np.asarray(x), context
+    x = np.asarray(x)
+    if density.support is not None:
+        middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
+        check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
+    return x, context
