@@ -6,7 +6,6 @@ divergence in closed form, for one extra matrix-vector product.
 """
 
 import math
-import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -18,8 +17,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.distributions import as_event_shape
 from jaxode.ode.validation import integer
+from jaxode.residual import Network, check_sample
 from jaxode.residual import Residual as Residual
-from jaxode.residual import check_sample
 
 
 class _ModuleField(eqx.Module):
@@ -127,19 +126,7 @@ class _Layer(eqx.Module):
         return u if self.shift is None else u + _affine(self.shift, t, context), gate
 
 
-def _name_of(function: Any) -> Any:
-    """`module:name` of a function that is found there, else the function itself.
-
-    `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
-    """
-    try:
-        name = f"{function.__module__}:{function.__qualname__}"
-        return name if pkgutil.resolve_name(name) is function else function
-    except (AttributeError, ImportError, ValueError):
-        return function
-
-
-class _Network(eqx.Module):
+class _Network(Network):
     """What the networks share. They differ in where time enters and in gating."""
 
     hidden: tuple[_Layer, ...]
@@ -188,14 +175,6 @@ class _Network(eqx.Module):
         self.shift = jnp.zeros((1 + context_size, outputs)) if self.time_in_output else None
         self.activation = activation
         self.context_size = context_size
-
-    def __getstate__(self):
-        return vars(self) | {"activation": _name_of(self.activation)}
-
-    def __setstate__(self, state):
-        activation = state["activation"]
-        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
-        vars(self).update(state, activation=found)
 
     def __call__(
         self,

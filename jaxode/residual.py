@@ -1,7 +1,9 @@
 """The residual network of `jaxode.nn`."""
 
 import math
+import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,6 +15,32 @@ from jaxode.ode.field import MisfitError
 from jaxode.ode.validation import integer
 
 WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
+
+
+def _name_of(function: Any) -> Any:
+    """`module:name` of a function that is found there, else the function itself.
+
+    `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
+    """
+    try:
+        name = f"{function.__module__}:{function.__qualname__}"
+        return name if pkgutil.resolve_name(name) is function else function
+    except (AttributeError, ImportError, ValueError):
+        return function
+
+
+class Network(eqx.Module):
+    """A network that `pickle` writes with the name of its activation."""
+
+    activation: eqx.AbstractVar[Callable[[Array], Array]]
+
+    def __getstate__(self):
+        return vars(self) | {"activation": _name_of(self.activation)}
+
+    def __setstate__(self, state):
+        activation = state["activation"]
+        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
+        vars(self).update(state, activation=found)
 
 
 class Dense(eqx.Module):
@@ -30,7 +58,7 @@ class Dense(eqx.Module):
         return self.weight @ x + self.bias
 
 
-class Residual(eqx.Module):
+class Residual(Network):
     """A residual network whose blocks are scaled and shifted by the time and the context.
 
     With `e` the sines and cosines of `pi k t` for `k` = 1 to 4 and an encoding of the context, a
@@ -76,7 +104,7 @@ class Residual(eqx.Module):
         context_size = integer(
             "Residual", "context_size", context_size, 0, "an integer of at least 0"
         )
-        keys = iter(jax.random.split(key, 2 * blocks + 4))
+        keys = iter(jax.random.split(key, 2 * blocks + 5))
         dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
         known = 2 * WAVES + (width if context_size else 0)
         self.first = dense(size, width)

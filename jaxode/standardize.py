@@ -7,8 +7,7 @@ density = jaxode.bind(flow, params, standardize=jaxode.standardize.normal(data))
 ```
 """
 
-from collections.abc import Callable
-from statistics import NormalDist
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
@@ -131,19 +130,23 @@ class Monotone(eqx.Module):
     @eqx.filter_jit  # one program outside of transformations, not one for each operation
     def inverse(self, x):
         (x0, x1), (z0, z1), (d0, d1) = self._around(x, self.x)
-        s, u = (z1 - z0) / (x1 - x0), jnp.clip((x - x0) / (x1 - x0), 0, 1)
+        inner = jnp.clip(x, x0, x1)
+        s, u = (z1 - z0) / (x1 - x0), (inner - x0) / (x1 - x0)
         inside = z0 + (z1 - z0) * (s * u**2 + d0 * u * (1 - u)) / _denominator(s, d0, d1, u)
-        z = inside + jnp.minimum(x - x0, 0) * d0 + jnp.maximum(x - x1, 0) * d1
+        z = inside + (x - inner) * jnp.where(x < x1, d0, d1)
         return z, jnp.sum(_log_slope(s, d0, d1, u))
 
     @eqx.filter_jit
     def forward(self, z):
         (x0, x1), (z0, z1), (d0, d1) = self._around(z, self.z)
-        s, rise = (z1 - z0) / (x1 - x0), jnp.clip(z, z0, z1) - z0
-        bend = rise * (d0 + d1 - 2 * s)
-        a, b, c = (z1 - z0) * (s - d0) + bend, (z1 - z0) * d0 - bend, -s * rise
-        u = jnp.clip(-2 * c / (b + jnp.sqrt(b**2 - 4 * a * c)), 0, 1)
-        x = x0 + u * (x1 - x0) + jnp.minimum(z - z0, 0) / d0 + jnp.maximum(z - z1, 0) / d1
+        inner = jnp.clip(z, z0, z1)
+        s, v = (z1 - z0) / (x1 - x0), (inner - z0) / (z1 - z0)
+        # The root `u` of the quadratic equation, in sums of positive terms.
+        p = (d0 * (1 - v) - d1 * v) / s
+        q = jnp.sqrt(p**2 + 4 * v * (1 - v))
+        low, high = 2 * v / (2 * v + p + q), (q - p) / (q - p + 2 * (1 - v))
+        u = jnp.where(p > 0, low, high)
+        x = x0 + u * (x1 - x0) + (z - inner) / jnp.where(z < z1, d0, d1)
         return x, jnp.sum(_log_slope(s, d0, d1, u))
 
     def _around(self, value: Array, knots: Numbers):
@@ -170,6 +173,8 @@ def _log_slope(s, d0, d1, u):
 
 def fit_normal(data: Float[np.ndarray, "rows *event"]) -> "Chain":
     """Through quantiles at equally spaced normal values, after robust standardizing."""
+    from statistics import NormalDist  # `import jaxode` does not load it
+
     columns = data.reshape(len(data), -1)
     low, center, high = np.quantile(columns, (0.25, 0.5, 0.75), axis=0)
     scale = np.where(high > low, (high - low) / 1.349, columns.std(axis=0))
@@ -177,7 +182,9 @@ def fit_normal(data: Float[np.ndarray, "rows *event"]) -> "Chain":
     widest = standard.inv_cdf(1 - min(BEYOND / len(columns), 0.16))
     z = np.linspace(-widest, widest, KNOTS)
     levels = list(map(standard.cdf, z))
-    knots = [_knots(np.quantile(column, levels), z) for column in ((columns - center) / scale).T]
+    # Quantiles between two rows would lie close to one of tied rows.
+    quantiles = np.quantile((columns - center) / scale, levels, axis=0, method="nearest")
+    knots = [_knots(x, z) for x in quantiles.T]
     event = data.shape[1:]
     x, z, slope = (np.stack(part).reshape(*event, KNOTS) for part in zip(*knots, strict=True))
     return Chain((Affine(center.reshape(event), scale.reshape(event)), Monotone(x, z, slope)))
@@ -187,13 +194,17 @@ def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
     """Knots of one column: tied quantiles are one, at the mean of their `z`; slopes between them.
 
     The slope at a knot is the geometric mean of those of its chords, which keeps the spline
-    monotone however much they differ.
+    monotone however much they differ. A tail is as flat as the flatter of its last two chords, so
+    that rows beyond two values that are close do not get far away.
     """
     group = np.cumsum(np.diff(x, prepend=x[0]) > 1e-6 * (x[-1] - x[0]))
     count = np.bincount(group)
     x, z = np.bincount(group, x) / count, np.bincount(group, z) / count
+    if len(x) == 1:
+        x, z = x + np.arange(2), z + np.arange(2)
     chord = np.diff(z) / np.diff(x)
-    slope = np.concatenate([chord[:1], np.sqrt(chord[1:] * chord[:-1]), chord[-1:]])
+    slope = np.sqrt(chord[1:] * chord[:-1])
+    slope = np.concatenate([[chord[:2].min()], slope, [chord[-2:].min()]])
     fill = (0, KNOTS - len(x))
     return tuple(np.pad(part, fill, mode="edge") for part in (x, z, slope))
 
@@ -240,7 +251,8 @@ def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
     if involved:
         raise ValueError(
             "bind(standardize=...): whitening needs columns that do not depend on each other "
-            f"linearly; got a singular covariance of columns {involved}. Leave one of them out."
+            f"linearly, and more rows than columns; got {len(scaled)} rows, and a singular "
+            f"covariance of columns {listed(involved)}. Leave one of them out."
         )
     root = np.sqrt(variances)
     matrix, back = (directions * part @ directions.T for part in (1 / root, root))
@@ -250,6 +262,12 @@ def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
 
 def dependent(variances: np.ndarray, directions: np.ndarray) -> list[int]:
     """The columns of a linear dependence, from the eigenvalues of their correlation matrix."""
-    if variances[0] > SINGULAR * len(variances):
+    if not (variances <= SINGULAR * len(variances)).any():
         return []
     return np.flatnonzero(np.abs(directions[:, 0]) > 0.01).tolist()
+
+
+def listed(columns: Sequence[int] | np.ndarray) -> str:
+    """Up to ten column numbers, and how many more there are."""
+    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+    return ", ".join(map(str, columns[:10])) + f"{more} (counting from 0)"

@@ -26,6 +26,13 @@ OPTIONS = {"rtol": 1e-9, "atol": 1e-9}
 
 PARAMS, FLOW = trained(), jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
 DATA = np.random.default_rng(0).normal([5.0, -1.0], [3.0, 0.1], (40, 2))
+# What `standardize=` may be, and how many arrays it has.
+MAPS = {
+    "data": (DATA, 2),
+    "normal": (jaxode.standardize.normal(DATA), 5),
+    "whiten": (jaxode.standardize.whiten(DATA), 5),
+}
+with_maps = pytest.mark.parametrize("given", MAPS)
 
 
 def test_units_move_the_density_by_their_logarithm_alone():
@@ -167,16 +174,18 @@ def test_gradients_through_samples_in_large_units(default_settings):
     assert np.abs(gradient.weight).max() > 0
 
 
-def test_units_are_not_trained():
-    density = jaxode.bind(FLOW, PARAMS, standardize=np.abs(DATA), support=(0.0, 100.0))
+@with_maps
+def test_units_are_not_trained(given):
+    standardize, arrays = MAPS[given]
+    density = jaxode.bind(FLOW, PARAMS, standardize=standardize, support=(-100.0, 100.0))
 
     def loss(density):
         x, log_prob = density.sample_and_log_prob(KEY, (2,))
-        return x.sum() + log_prob.sum() + density.log_prob(np.abs(DATA[:2])).sum()
+        return x.sum() + log_prob.sum() + density.log_prob(DATA[:2]).sum()
 
     gradient = eqx.filter_grad(loss)(density)
     maps = jax.tree.leaves((gradient.support, gradient.standardize))
-    assert len(maps) == 4
+    assert len(maps) == 2 + arrays
     assert not any(np.any(leaf) for leaf in maps)
     assert np.any(gradient.params.weight)
 
@@ -340,8 +349,9 @@ def test_without_a_key_the_divergence_is_exact():
     assert np.abs(noisy.log_prob(DATA[:4], key=KEY) - exact.log_prob(DATA[:4])).max() > 1e-3
 
 
-def test_it_is_a_pytree(tmp_path):
-    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+@with_maps
+def test_it_is_a_pytree(given, tmp_path):
+    density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given][0], support=(-100.0, 100.0))
     np.testing.assert_array_equal(jax.jit(density.log_prob)(DATA[:3]).shape, (3,))
     values = jax.jit(lambda density, x: density.log_prob(x))(density, DATA[:3])
     np.testing.assert_allclose(values, density.log_prob(DATA[:3]), rtol=1e-12)
@@ -378,10 +388,19 @@ ACTIVATIONS = (jnp.tanh, jaxode.nn.softplus, jax.nn.gelu)
 
 def test_a_pickled_density_opens_in_another_process(tmp_path):
     """With all that it consists of, and nothing to load into."""
-    network = functools.partial(jaxode.nn.ConcatSquash, 2, (4,), key=KEY)
-    maps = {"standardize": DATA, "support": (-100.0, 100.0)}
-    densities = [jaxode.bind(FLOW, network(activation=f), **maps) for f in ACTIVATIONS]
-    for density, f in zip(densities, ACTIVATIONS, strict=True):
+    networks = [
+        make(activation=f, key=KEY)
+        for make in (
+            functools.partial(jaxode.nn.ConcatSquash, 2, (4,)),
+            functools.partial(jaxode.nn.Residual, 2, 4, 1),
+        )
+        for f in ACTIVATIONS
+    ]
+    densities = [
+        jaxode.bind(FLOW, network, standardize=given, support=(-100.0, 100.0))
+        for network, (given, _) in zip(networks, 2 * list(MAPS.values()), strict=True)
+    ]
+    for density, f in zip(densities, 2 * ACTIVATIONS, strict=True):
         for again in (pickle.loads(pickle.dumps(density)), copy.copy(density)):
             assert eqx.tree_equal(again, density)
             assert again.params.activation is f
@@ -397,8 +416,8 @@ def test_a_pickled_density_opens_in_another_process(tmp_path):
         [sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(root)},
     )  # fmt: skip
-    z = densities[0].to_flow([1.0, 2.0])
-    here = [density.flow.f(0.5, z, density.params) for density in densities]
+    field = lambda density: density.flow.f(0.5, density.to_flow([1.0, 2.0]), density.params)
+    here = [field(density) for density in densities]
     np.testing.assert_allclose(np.array(there.stdout.split(), float), np.ravel(here), rtol=1e-12)
 
 
@@ -408,9 +427,10 @@ def test_what_does_not_pickle_is_named():
         pickle.dumps(jaxode.nn.MLP(2, (4,), key=KEY, activation=activation))
 
 
-def test_an_exported_density_needs_no_jaxode(tmp_path):
+@pytest.mark.parametrize("given", ["data", "normal"])
+def test_an_exported_density_needs_no_jaxode(given, tmp_path):
     """For three platforms and any batch, with default settings: no callback, and no library."""
-    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given][0], support=(-100.0, 100.0))
     batch = jax.export.symbolic_shape("batch, 2")
     platforms = ("cpu", "cuda", "tpu")
     log_prob = jax.export.export(jax.jit(lambda x: density.log_prob(x)), platforms=platforms)

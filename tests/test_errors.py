@@ -494,6 +494,42 @@ BAD_INPUT = [
         lambda: jaxode.nn.MLP(2, key=KEY, context_size=-1), ValueError,
         "MLP(context_size=...): must be an integer of at least 0; got -1.",
     ),
+    *(
+        (
+            lambda given=given: jaxode.nn.Residual(**{"event_shape": 2, "key": KEY, **given}),
+            ValueError, "Residual(" + said,
+        )
+        for given, said in (
+            ({"event_shape": 0}, "event_shape=...): must be positive integers; got 0."),
+            ({"width": 0}, "width=...): must be a positive integer; got 0."),
+            ({"width": (8, 8)}, "width=...): must be a positive integer; got (8, 8)."),
+            ({"blocks": 0}, "blocks=...): must be a positive integer; got 0."),
+            ({"context_size": -1}, "context_size=...): must be an integer of at least 0; got -1."),
+        )
+    ),
+    *(
+        (
+            lambda given=given: jaxode.nn.Residual(2, 4, 1, key=KEY, context_size=3)(*given), kind,
+            "Residual(" + said,
+        )
+        for given, kind, said in (
+            (
+                (0.0, ONE, ONE), ValueError,
+                "context_size=3): the context of a sample must be a vector of this size, and None "
+                "for size 0; got shape (2,).",
+            ),
+            (
+                (0.0, jnp.ones(3), jnp.ones(3)), TypeError,
+                "event_shape=...): the network was made for samples of 2 numbers; got a sample of "
+                "shape (3,). Make it with event_shape=(3,), or mend the samples.",
+            ),
+            (
+                (0.0, ONE, NETWORK), TypeError,
+                "t, y, context): the context must be a vector; got a network. For a vector field "
+                "whose params are the network, pass f=jaxode.nn.field.",
+            ),
+        )
+    ),
     (
         lambda: jaxode.flow(jaxode.nn.field, X, 0.0, 1.0, jaxode.nn.MLP(3, key=KEY)), TypeError,
         "MLP(event_shape=...): the network was made for samples of 3 numbers; got a sample of "

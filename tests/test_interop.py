@@ -20,9 +20,16 @@ def numpyro():
     return optional("numpyro")
 
 
-@pytest.mark.parametrize("support", [None, BOX, (-jnp.inf, 60.0), (-90.0, jnp.inf)])
-def test_numpyro_has_the_same_density(numpyro, support):
-    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=support)
+@pytest.mark.parametrize(
+    ("given", "support"),
+    [
+        (DATA, None), (DATA, BOX), (DATA, (-jnp.inf, 60.0)), (DATA, (-90.0, jnp.inf)),
+        (jaxode.standardize.normal(DATA), BOX), (jaxode.standardize.whiten(DATA), None),
+    ],
+    ids=["no support", "box", "below", "above", "normal", "whiten"],
+)  # fmt: skip
+def test_numpyro_has_the_same_density(numpyro, given, support):
+    density = jaxode.bind(FLOW, PARAMS, standardize=given, support=support)
     theirs = jaxode.interop.numpyro(density)
     assert theirs.event_shape == (2,)
     np.testing.assert_array_equal(theirs.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
@@ -141,9 +148,10 @@ def test_a_bijector_of_distrax_is_a_support():
     assert theirs.log_prob(-x[0]) == -np.inf
 
 
-def test_flowjax_has_the_same_density():
+@pytest.mark.parametrize("given", [DATA, jaxode.standardize.normal(DATA)], ids=["data", "normal"])
+def test_flowjax_has_the_same_density(given):
     optional("flowjax")
-    density = jaxode.bind(FLOW, PARAMS, standardize=DATA)
+    density = jaxode.bind(FLOW, PARAMS, standardize=given)
     theirs = jaxode.interop.flowjax(density)
     assert theirs.shape == (2,)
     assert theirs.cond_shape is None

@@ -26,11 +26,17 @@ ACTIVATIONS = {
 }
 
 
+def residual(event, widths, **options):
+    """With as many blocks as others have hidden layers."""
+    return nn.Residual(event, widths[0], len(widths), **options)
+
+
 def network(make, widths, activation=jnp.tanh, event=6, **options):
     """With larger output weights than at the start, and times that matter in every layer."""
     m = make(event, widths, key=jax.random.key(0), activation=activation, **options)
     m = jax.tree.map(lambda x: 2 * x + 0.1, m)
-    return eqx.tree_at(lambda m: m.weight, m, 5 * m.weight)
+    last = lambda m: (m.last if make is residual else m).weight
+    return eqx.tree_at(last, m, 5 * last(m))
 
 
 def close(actual, expected, rtol):
@@ -99,7 +105,7 @@ def test_deeper_networks_offer_no_closed_form(make):
 @pytest.mark.parametrize(
     ("make", "event"),
     [
-        *((nn.ConcatSquash, event) for event in ((), 1, (2, 3), 64)),
+        *((make, event) for make in (nn.ConcatSquash, residual) for event in ((), 1, (2, 3), 64)),
         *(
             (make, event)
             for make in (nn.MLP, nn.Concat, nn.PotentialGradient)
@@ -118,7 +124,9 @@ def test_a_fresh_flow_is_close_to_the_identity(make, event):
     assert 1e-4 < moved < 0.15
 
 
-@pytest.mark.parametrize("make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient])
+@pytest.mark.parametrize(
+    "make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient, residual]
+)
 def test_fields_depend_on_the_time_and_the_context(make):
     m = network(make, (8,), context_size=2)
     base = m(T, Y, CONTEXT)
@@ -128,6 +136,50 @@ def test_fields_depend_on_the_time_and_the_context(make):
         m(T, Y)
     with pytest.raises(ValueError, match=r"context_size=2.*got shape \(3,\)"):
         m(T, Y, jnp.ones(3))
+
+
+@pytest.mark.parametrize("context", [None, CONTEXT], ids=["no context", "context"])
+def test_the_residual_network_is_that_of_its_docstring(context):
+    size = 0 if context is None else 2
+    m = network(residual, (8, 8), event=(2, 3), context_size=size)
+    dense = lambda layer, x: np.asarray(layer.weight) @ x + np.asarray(layer.bias)
+    angles = np.pi * float(T) * np.array([1, 2, 3, 4])
+    e = np.concatenate([np.sin(angles), np.cos(angles)])
+    if size:
+        inner, outer = m.encoder
+        e = np.concatenate([e, dense(outer, np.tanh(dense(inner, np.asarray(context))))])
+    h = dense(m.first, np.asarray(Y))
+    for block, modulation in zip(m.blocks, m.modulation, strict=True):
+        a, b = np.split(dense(modulation, e), 2)
+        h = h + dense(block, np.tanh((1 + a) * h + b))
+    expected = dense(m.last, np.tanh(h)) + dense(m.scale, e) * np.asarray(Y)
+    np.testing.assert_allclose(m(T, Y.reshape(2, 3), context), expected.reshape(2, 3), rtol=1e-12)
+
+
+def test_the_residual_network_is_smooth():
+    """In the state, the time and the context, twice."""
+    m = network(residual, (8, 8), jax.nn.silu, context_size=2)
+    at = (T, Y, CONTEXT)
+    along = tuple(0.7 - 0.1 * x for x in at)
+    slope = lambda *at: jax.jvp(m, at, along)[1]
+    moved = lambda s: tuple(x + s * d for x, d in zip(at, along, strict=True))
+    for f, derivative in ((m, slope), (slope, lambda *at: jax.jvp(slope, at, along)[1])):
+        # The error of the difference is about 1e-10, of its rounding about 1e-11.
+        close(derivative(*at), (f(*moved(1e-5)) - f(*moved(-1e-5))) / 2e-5, 1e-7)
+
+
+def test_the_divergence_of_the_residual_network_is_exact_without_a_key():
+    """Also for events that are large enough to be estimated in training."""
+    size = divergence.EXACT_UP_TO + 2
+    m = network(residual, (8,), event=size)
+    assert nn.field.value_and_divergence(T, jnp.ones(size), m) is NotImplemented
+    x = 0.1 * jax.random.normal(jax.random.key(1), (3, size))
+    base = jaxode.standard_normal(size)
+    flow, exact = (
+        jaxode.cnf(nn.field, base, rtol=1e-6, atol=1e-6, step_control="per_sample", divergence=how)
+        for how in (divergence.auto(), divergence.exact())
+    )
+    close(jaxode.bind(flow, m).log_prob(x), exact.log_prob(m, x), 1e-9)
 
 
 def test_time_enters_the_first_layer_of_mlp_and_all_of_concat():

@@ -23,20 +23,20 @@ from jaxode.divergence import auto, noiseless
 from jaxode.flows.cnf import CNF
 from jaxode.flows.columns import dequantized, is_integer, warn_of_columns
 from jaxode.flows.density import Density
-from jaxode.flows.standardize import as_map, floating, numbers
+from jaxode.flows.standardize import as_map, check_inside, floating, numbers
 from jaxode.flows.validation import check_context, check_finite, check_key
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.validation import integer, non_negative, real_scalar, shape_of
 from jaxode.standardize import Unfitted, affine, normal
 
-TIME_POWER = 2.0  # of `matching_loss`
+TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
 WARM = 100  # steps in which the updates grow to their size
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
 FIRST_LOOK, APART = 250, 1.15  # steps before the first look, and the ratio from each to the next
 PATIENCE, LEAST_STEPS = 6, 1500  # looks without an improvement, after which training ends early
-TRIAL = 0.08  # the part of training in which each map is tried
+TRIAL = 0.06  # the part of training in which each choice is tried
 MINUTE = 60.0  # seconds, if there is no other end
 LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows to look at; rows that there must be
 EXACT_UP_TO, LOOSE = 16, 1e-3  # their dimensions with an exact trace, and the tolerance
@@ -68,19 +68,21 @@ def fit(
     optimizer: Any = None,
     coupling: Coupling = independent(),
     likelihood: int = 0,
+    time_power: float | None = None,
     dequantize: bool = False,
     progress: bool = True,
 ) -> tuple[Density, list[Point]]:
     """Train a density on data, and keep the parameters that are best on rows set aside.
 
-    By flow matching, with more times near the data than near the base. At steps that are 15% apart,
-    a moving average of the parameters is evaluated on the validation rows. The updates of the
-    optimizer shrink to zero by a cosine up to the end: after `seconds` or `steps`, a minute by
-    default. If twice as many steps brought no improvement, training goes back to the best
-    parameters and to an early end. Ctrl-C ends it at once.
+    By flow matching. At steps that are 15% apart, a moving average of the parameters is evaluated
+    on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
+    after `seconds` or `steps`, a minute by default. If twice as many steps brought no improvement,
+    training goes back to the best parameters and to an early end. Ctrl-C ends it at once.
 
-    A density without `standardize=` gets a map of its columns, affine or
-    `jaxode.standardize.normal`: both are tried for a short time, and the better one goes on.
+    What is not given is tried first, each for 6% of the training, and the best goes on: the map of
+    the columns, affine or `jaxode.standardize.normal`, of a density without `standardize=`; and the
+    `time_power`, 2 or 1. More times near the data make tables better, and small sets of images
+    worse.
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
@@ -95,6 +97,7 @@ def fit(
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching, from the best parameters, with Adam
             at 5e-4.
+        time_power: as for `matching_loss`.
         dequantize: add uniform noise in [0, 1) to columns of integers, new in every block of steps.
             `log_prob` is then that of `x + noise`.
         progress: show steps and nats on stderr.
@@ -113,6 +116,11 @@ def fit(
             other.
     """
     begin = time.perf_counter()
+    if not isinstance(density, Density):
+        raise TypeError(
+            f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
+            "jaxode.bind(flow, params)."
+        )
     key = check_key("fit", key)
     if seconds is None and steps is None:
         seconds = MINUTE
@@ -123,30 +131,41 @@ def fit(
     batch = integer("fit", "batch", batch)
     likelihood = integer("fit", "likelihood", likelihood, 0, "a number of steps")
     split_key, noise_key, look_key, key = jax.random.split(key, 4)
-    rows, aside = _set_aside(density, x, context, validation, split_key)
+    rows, aside = _set_aside(density, x, context, validation, dequantize, split_key)
     integers = is_integer(rows[0]) & bool(dequantize)
-    warn_of_columns("fit", rows[0].reshape(len(rows[0]), -1)[:, ~integers.reshape(-1)])
+    columns = rows[0].reshape(len(rows[0]), -1)
+    warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
     noisy = lambda key, rows: (dequantized(key, rows[0], integers), rows[1])
     aside = noisy(noise_key, aside)
-    candidates = [density]
+    maps = [density]
     if density.standardize is None:
         table = np.asarray(noisy(noise_key, rows)[0])
-        candidates = [_mapped(density, kind(table)) for kind in (affine, normal)]
-    data = lambda density, key: _to_flow(density, noisy(key, rows))
-    runs = [
-        _Training(each, data, aside, batch, look_key, key, begin, progress) for each in candidates
-    ]
-    matching = _Phase("matching", _Matching(density.flow, coupling), optimizer or _adam(RATE))
-    run = runs[0]
+        maps = [_mapped(density, kind(table)) for kind in (affine, normal)]
+    powers = TIME_POWERS if time_power is None else (time_power,)
+    optimizer = optimizer or _adam(RATE)
+    matching = [_Phase("matching", _Matching(density.flow, coupling, p), optimizer) for p in powers]
+
+    def data(density: Density) -> Callable[[PRNGKeyArray], Rows]:
+        if integers.any():
+            return lambda key: _to_flow(density, noisy(key, rows))
+        mapped = _to_flow(density, rows)
+        return lambda key: mapped
+
+    start = lambda density: _Training(
+        density, data(density), aside, batch, look_key, key, begin, progress
+    )
+    runs = [start(each) for each in maps]
+    run, phase = runs[0], matching[0]
     try:
-        if len(runs) > 1:
-            run.train(matching, most, end, BLOCK)  # compiles
-            tried = TRIAL * most
+        if len(maps) * len(powers) > 1:
             for each in runs:
-                until = min(end, time.perf_counter() + TRIAL * (end - begin))
-                tried = each.train(matching, most, end, tried, until)
+                each.train(phase, most, end, TRIAL)
             run = min(runs, key=lambda run: run.least)
-        run.train(matching, most, end)
+            for other in matching[1:]:
+                runs.append(start(run.density))
+                runs[-1].train(other, most, end, TRIAL)
+                run = min(run, runs[-1], key=lambda run: run.least)
+        run.train(run.phase, most, end)
         if likelihood:
             after = _Phase("likelihood", _Likelihood(density.flow), _adam(RATE_AFTER))
             run.train(after, likelihood, end)
@@ -167,9 +186,10 @@ def fit(
 class _Matching(eqx.Module):
     flow: CNF
     coupling: Coupling
+    time_power: Float[Array, ""] = eqx.field(converter=jnp.asarray)  # an input of the program
 
     def __call__(self, params, x, context, key):
-        options = {"context": context, "coupling": self.coupling, "time_power": TIME_POWER}
+        options = {"context": context, "coupling": self.coupling, "time_power": self.time_power}
         return self.flow.matching_loss(params, x, key=key, **options)
 
 
@@ -235,21 +255,14 @@ class _Training:
         self.log_det = float(jnp.mean(density.log_det(aside[0])))
         self.data, self.batch, self.key = data, batch, key
         self.begin, self.progress = begin, progress
-        self.best, self.least, self.points = density, math.inf, []
+        self.density = self.best = density
+        self.least, self.points = math.inf, []
         self.phase: Any = None
 
-    def train(
-        self,
-        phase: _Phase,
-        most: float,
-        end: float,
-        pause: float = math.inf,
-        until: float = math.inf,
-    ) -> int:
-        """Train up to `most` steps of the phase in all, and up to the time `end`.
+    def train(self, phase: _Phase, most: float, end: float, part: float = math.inf) -> None:
+        """Train up to `most` steps of the phase in all, up to the time `end`, or for a part of both.
 
-        A new phase starts from the best parameters. Pauses after so many steps, or at a time.
-        Returns the number of steps.
+        A new phase starts from the best parameters.
         """
         if phase is not self.phase:
             self.phase, self.step, self.stale, self.due = phase, 0, 0, FIRST_LOOK
@@ -259,12 +272,13 @@ class _Training:
             self.carry = arrays, arrays, state, jnp.zeros((), jnp.int32)
             self.start, self.early, self.left = time.perf_counter(), None, 1.0
             self.look()
+        pause, until = self.step + part * most, math.inf
         self.left = self.part_left(most, end)
         while self.left > 0 and self.step < pause and time.perf_counter() < until:
             count = int(min(BLOCK, most - self.step))
             of_step = jax.random.fold_in(jax.random.fold_in(self.key, len(phase.name)), self.step)
             noise_key, block_key = jax.random.split(of_step)
-            inputs = self.data(self.best, noise_key), jax.random.split(block_key, count)
+            inputs = self.data(noise_key), jax.random.split(block_key, count)
             rate = jnp.sin(0.5 * jnp.pi * self.left) ** 2
             self.carry = _advance(phase, self.batch, self.static, self.carry, rate, *inputs)
             self.step += count
@@ -275,9 +289,10 @@ class _Training:
                 self.step, self.carry, left = self.kept
                 self.early = self.step, left
             self.left = self.part_left(most, end)
+            if until == math.inf:  # the first block may have compiled
+                until = time.perf_counter() + part * (end - self.begin)
         if self.points[-1].step != self.step:
             self.look()
-        return self.step
 
     def part_left(self, most: float, end: float) -> float:
         """The part of training that is left."""
@@ -317,27 +332,36 @@ def _to_flow(density: Density, rows: Rows) -> Rows:
 
 
 def _set_aside(
-    density: Density, x: Any, context: PyTree, validation: Any, key: PRNGKeyArray
+    density: Density,
+    x: Any,
+    context: PyTree,
+    validation: Any,
+    dequantize: bool,
+    key: PRNGKeyArray,
 ) -> tuple[Rows, Rows]:
     """Rows to train on, and validation rows, at most `LOOK_AT` of them if they are drawn here."""
-    rows = _checked("x", density, x, context)
-    if not isinstance(validation, int | float):
-        pair = validation if isinstance(validation, tuple) else (validation, None)
-        return rows, _checked("validation", density, *pair)
+    rows = _checked("x", density, x, context, dequantize)
+    if not isinstance(validation, int | float | np.number):
+        of_x, of_context = validation if isinstance(validation, tuple) else (validation, None)
+        return rows, _checked("validation", density, of_x, of_context, dequantize)
     real_scalar("fit", "validation", validation, "between 0 and 1", lambda v: 0 < v < 1, "part")
-    count = min(math.ceil(validation * len(rows[0])), LOOK_AT)
+    count = min(math.ceil(validation * len(rows[0])), LOOK_AT, len(rows[0]) - 2)
     order = np.asarray(jax.random.permutation(key, len(rows[0])))
     part = lambda chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
     return part(order[count:]), part(order[:count])
 
 
-def _checked(name: str, density: Density, x: Any, context: PyTree) -> Rows:
+def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
     x, event = floating(numbers(f"fit({name}=...):", x)), density.event_shape
-    if x.shape[1:] != event or len(x) < LEAST_ROWS:
+    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
         raise ValueError(
             f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
     context = check_context("fit", context, len(x))
     check_finite("fit", {name: x, "context": context})
-    return np.asarray(x), context
+    x = np.asarray(x)
+    if density.support is not None:
+        middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
+        check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
+    return x, context

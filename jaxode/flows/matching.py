@@ -119,7 +119,9 @@ def matching_loss(
         rows = jnp.where(weights == 0, jnp.argmax(weights), jnp.arange(x.shape[0]))
         x, z0, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (x, z0, context))
     check_positive(WHERE, "time_power", time_power)
-    u = 1 - (1 - _stratified(time_key, x, axis_name)) ** jnp.asarray(time_power, x.dtype)
+    u = _stratified(time_key, x, axis_name)
+    if not (is_known(time_power) and time_power == 1):
+        u = 1 - (1 - u) ** jnp.asarray(time_power, x.dtype)
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 

@@ -1,0 +1,326 @@
+"""Maps from the units of the data to what a flow sees: inverses, determinants, and odd columns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import trained
+from scipy import stats
+
+import jaxode
+from jaxode.standardize import affine, normal, whiten
+
+KEY = jax.random.key(0)
+KINDS = {"affine": affine, "normal": normal, "whiten": whiten}
+
+
+def field(t, z, a):
+    return a * z
+
+
+def bound(given, event, **options):
+    """A standard normal within the map."""
+    flow = jaxode.cnf(field, jaxode.standard_normal(event))
+    return jaxode.bind(flow, jnp.zeros(()), standardize=given, **options)
+
+
+@jax.jit
+def log_prob_of(density, x):
+    return density.log_prob(x)
+
+
+def normals(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@functools.cache
+def skewed(*event):
+    """Columns that are skewed, and depend on each other."""
+    data = np.exp(normals(0, 60, *event))
+    return data + 0.5 * data.sum(axis=tuple(range(1, data.ndim)), keepdims=True)
+
+
+@pytest.mark.parametrize("event", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_inverse_and_the_determinants(kind, event):
+    """Among the data, at one of them, and far outside."""
+    data = skewed(*event)
+    density = bound(KINDS[kind](data), event)
+    maps = density.standardize
+    x = jnp.asarray([*(1.01 * data[:4]), data[7], data.max(0) + 1e4, data.min(0) - 1e4])
+    matrix = lambda f, x: jax.jacfwd(lambda x: f(x)[0])(x).reshape(x.size, x.size)
+
+    @jax.jit
+    @jax.vmap
+    def carry(x):
+        z, log_det = maps.inverse(x)
+        back, of_forward = maps.forward(z)
+        return z, back, log_det, of_forward, matrix(maps.inverse, x), matrix(maps.forward, z)
+
+    z, back, log_det, of_forward, slope, back_slope = carry(x)
+    np.testing.assert_allclose(back, x, rtol=1e-9)
+    for found, matrix, sign in ((log_det, slope, 1), (of_forward, back_slope, -1)):
+        signs, expected = np.linalg.slogdet(matrix)
+        np.testing.assert_allclose(found, sign * expected, rtol=1e-9)
+        np.testing.assert_array_equal(signs, 1)
+    np.testing.assert_allclose(density.to_flow(x), z, rtol=1e-12)
+    np.testing.assert_allclose(density.log_det(x), log_det, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_do_not_matter(kind):
+    data = skewed(3)
+    scale, shift = np.array([1e-20, 1e3, 7.0]), np.array([0.0, 1e9, -1.0])
+    one, other = (bound(KINDS[kind](x), 3) for x in (data, scale * data + shift))
+    # In the units of the second column, the shift has seven digits more than the scale.
+    np.testing.assert_allclose(
+        other.to_flow(scale * data + shift), one.to_flow(data), rtol=1e-6, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        other.log_det(scale * data + shift), one.log_det(data) - np.log(scale).sum(), rtol=1e-6
+    )
+
+
+ROWS = 1000
+EVEN = stats.norm.ppf((np.arange(ROWS) + 0.5) / ROWS)
+COIN = np.arange(ROWS) % 2
+# Columns without ties, of even quantiles; the Kolmogorov distance of some to a normal is large.
+SMOOTH = {
+    "normal": 3 + 2 * EVEN,
+    "lognormal": np.exp(1.5 * EVEN),
+    "very skewed": np.exp(3 * EVEN),
+    "Cauchy": stats.cauchy.ppf((np.arange(ROWS) + 0.5) / ROWS),
+    "uniform": stats.norm.cdf(EVEN),
+    "tiny": 1e-20 * EVEN,
+    "far off": 1e6 + EVEN,
+    "two peaks": np.where(COIN, 5, -5) + 0.1 * EVEN,
+}
+TIED = {
+    "rounded": np.round(EVEN, 1),
+    "few values": np.round(EVEN),
+    "zero and one, and some others": np.where(np.abs(EVEN) < 2, COIN, EVEN),
+    "zero, and rarely one": 1.0 * (EVEN > 2.6),
+    "zero, and skewed": np.where(EVEN < 0.3, 0.0, np.exp(3 * EVEN)),
+    "clipped": np.minimum(EVEN, 1.0),
+    "steps, and one row beyond": np.where(EVEN > 3.2, 90.0, np.arange(ROWS) // 30),
+    "peaks of noise": np.round(EVEN, 1) + 1e-5 * EVEN[::-1],
+}
+COLUMNS = SMOOTH | TIED
+DTYPES = (np.float32, np.float64)
+
+
+@functools.cache
+def carried(dtype):
+    """All columns at once: the data; and at these and far outside `x`, `z`, `x` again, slopes."""
+    data = np.stack(list(COLUMNS.values()), 1).astype(dtype)
+    maps = bound(normal(data), data.shape[1]).standardize
+    span = np.ptp(data, axis=0)
+    x = [data.min(0) - 1e4 * span, *np.sort(data, axis=0), data.max(0) + 1e4 * span]
+
+    @jax.jit
+    @jax.vmap
+    def carry(x):
+        push = lambda f, x: jax.jvp(f, (x,), (jnp.ones_like(x),), has_aux=True)
+        z, slope, log_det = push(maps.inverse, x)
+        back, back_slope, of_forward = push(maps.forward, z)
+        return z, back, slope, back_slope, log_det, of_forward
+
+    return data, np.asarray(x), *map(np.asarray, carry(jnp.asarray(x)))
+
+
+def column(name, dtype):
+    return (table[:, list(COLUMNS).index(name)] for table in carried(dtype)[:6])
+
+
+of_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+
+
+@of_dtype
+@pytest.mark.parametrize("name", COLUMNS)
+def test_any_column_is_carried_and_back(name, dtype):
+    data, x, z, back, slope, back_slope = column(name, dtype)
+    assert z.dtype == back.dtype == dtype
+    eps = np.finfo(dtype).eps
+    # What a rounding of `x` and of `z` is in `x`.
+    rounding = eps * (np.abs(x) + np.abs(z) / slope + data.std(dtype=float))
+    assert (np.abs(back - x) < 2 * rounding).all()
+    assert (np.diff(z)[np.diff(x) > 2 * rounding[1:]] > 0).all()
+    assert (slope > 0).all()
+    # Within a rounding of `x`, the slope changes, too.
+    np.testing.assert_allclose(back_slope * slope, 1, rtol=2000 * eps)
+    # No farther than by an affine map.
+    assert np.abs(z[1:-1]).max() < np.sqrt(ROWS)
+
+
+@of_dtype
+def test_the_determinant_of_any_columns(dtype):
+    *_, slope, back_slope, log_det, of_forward = carried(dtype)
+    rounding = 1e4 * np.finfo(dtype).eps
+    np.testing.assert_allclose(log_det, np.log(slope).sum(1), atol=rounding)
+    np.testing.assert_allclose(of_forward, -np.log(back_slope).sum(1), atol=rounding)
+
+
+@of_dtype
+@pytest.mark.parametrize("name", SMOOTH)
+def test_columns_become_normal(name, dtype):
+    _, _, z, *_ = column(name, dtype)
+    assert stats.kstest(z[1:-1], "norm").statistic < 0.05
+
+
+@pytest.mark.parametrize("rows", [2, 3, 10])
+@pytest.mark.parametrize("kind", ["affine", "normal"])
+def test_few_rows(kind, rows):
+    data = np.exp(normals(1, rows, 2))
+    z = bound(KINDS[kind](data), 2).to_flow(np.sort(data, axis=0))
+    assert np.isfinite(z).all()
+    assert (np.diff(z, axis=0) > 0).all()
+
+
+def test_whitened_data_have_the_identity_as_covariance():
+    data = normals(2, 50, 2, 2) * np.array([[1e-9, 1.0], [3.0, 1e6]])
+    data[:, 0, 1] += data[:, 1, 0]
+    z = bound(whiten(data), (2, 2)).to_flow(data).reshape(50, 4)
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(np.cov(z.T, bias=True), np.eye(4), atol=1e-9)
+
+
+def test_an_untrained_flow_on_whitened_data_is_a_normal():
+    data = skewed(3)
+    density = bound(whiten(data), 3)
+    expected = stats.multivariate_normal(data.mean(0), np.cov(data.T, bias=True)).logpdf(data)
+    np.testing.assert_allclose(density.log_prob(data), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_use_agree(kind):
+    """The loss on what the flow sees is the mean of `log_det - log_prob`."""
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-8, atol=1e-8)
+    data = skewed(2)[:7]
+    density = jaxode.bind(flow, trained(), standardize=KINDS[kind](skewed(2)))
+    loss = flow.nll(density.params, density.to_flow(data))
+    expected = (density.log_det(data) - density.log_prob(data)).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    x, log_prob = density.sample_and_log_prob(KEY, (7,))
+    np.testing.assert_allclose(density.log_prob(x), log_prob, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["normal", "whiten"])
+@pytest.mark.parametrize("event", [1, 2])
+def test_the_density_integrates_to_one(kind, event):
+    """Over a grid that is even in `z`, so that it reaches into the tails."""
+    data = skewed(event)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(event), rtol=1e-6, atol=1e-6)
+    params = jaxode.nn.Residual(event, 8, 1, key=KEY)
+    density = jaxode.bind(flow, params, standardize=KINDS[kind](data))
+    sides = [np.linspace(-8.0, 8.0, 161)] * event
+    z = jnp.asarray(np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, event))
+    x, log_det = jax.vmap(density.standardize.forward)(z)
+    log_prob = jax.jit(lambda x: density.log_prob(x))(x)
+    np.testing.assert_allclose(jnp.exp(log_prob - log_det).sum() * 0.1**event, 1, atol=1e-4)
+
+
+def test_a_map_on_a_support():
+    """It is fitted to the data after the bijection."""
+    data = skewed(2)
+    density = bound(normal(data), 2, support=(0.0, np.inf))
+    of_logarithms = bound(normal(np.log(data)), 2)
+    x = jnp.asarray([*data, -data[0]])
+    log_prob = log_prob_of(density, x)
+    expected = log_prob_of(of_logarithms, np.log(data)) - np.log(data).sum(1)
+    np.testing.assert_allclose(log_prob[:-1], expected, rtol=1e-9)
+    assert log_prob[-1] == -np.inf
+    assert (jax.jit(lambda density: density.sample(KEY, (50,)))(density) > 0).all()
+    with pytest.raises(ValueError, match=r"support=...\): the data must lie strictly inside"):
+        bound(normal(data), 2, support=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_and_data_of_a_context(kind):
+    data, contexts = skewed(2), 10 + 4 * normals(3, 60, 3)
+    density = bound((KINDS[kind](data), contexts), 2)
+    assert density.context_shapes == ((3,),)
+    z, context = density.to_flow(data, contexts)
+    np.testing.assert_array_equal(z, bound(KINDS[kind](data), 2).to_flow(data))
+    np.testing.assert_allclose([context.mean(0), context.std(0)], [[0] * 3, [1] * 3], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_stays_nan(kind):
+    density = bound(KINDS[kind](skewed(2)), 2)
+    x = jnp.asarray(skewed(2)[:3]).at[1, 0].set(jnp.nan)
+    assert np.isnan(log_prob_of(density, x)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_data_take_the_same_program(kind):
+    """However many of their values are tied."""
+    f = jax.jit(lambda density, x: density.log_prob(x))
+    for data in (skewed(2), np.round(skewed(2))):
+        assert np.isfinite(f(bound(KINDS[kind](data), 2), data)).all()
+    assert f._cache_size() == 1
+
+
+CONSTANT = np.stack([EVEN, np.full(ROWS, 2.0)], 1)
+PLANE = np.stack([EVEN, EVEN[::-1] ** 3, 3 * EVEN - 1, np.cos(ROWS * EVEN)], 1)
+# What is standardized, the size of an event, and the message. A new rule is one row.
+WRONG = {
+    **{
+        f"a constant column, {name}": (
+            kind(CONSTANT), 2,
+            "bind(standardize=...): x must vary; got column 1 (counting from 0), which is constant "
+            "in float64. Leave it out.",
+        )
+        for name, kind in KINDS.items()
+    },
+    **{
+        f"NaN, {name}": (
+            kind(np.where(EVEN[:, None] > 3.2, np.nan, EVEN[:, None])), 1,
+            "bind(standardize=...): data of x must be finite; got NaN or inf in 1 of 1000 rows, "
+            "first in row 999. Leave those rows out.",
+        )
+        for name, kind in KINDS.items()
+    },
+    "one row": (
+        normal(CONSTANT[:1]), 2,
+        "bind(standardize=...): data of x must have shape [n, 2], with at least two rows; got "
+        "(1, 2).",
+    ),
+    "another shape": (
+        whiten(EVEN), 1,
+        "bind(standardize=...): data of x must have shape [n, 1], with at least two rows; got "
+        "(1000,).",
+    ),
+    "a dependence": (
+        whiten(PLANE), 4,
+        "bind(standardize=...): whitening needs columns that do not depend on each other linearly, "
+        "and more rows than columns; got 1000 rows, and a singular covariance of columns 0, 2 "
+        "(counting from 0). Leave one of them out.",
+    ),
+    "few rows": (
+        whiten(normals(0, 5, 20)), 20,
+        "bind(standardize=...): whitening needs columns that do not depend on each other linearly, "
+        "and more rows than columns; got 5 rows, and a singular covariance of columns ",
+    ),
+    "a map of the context": (
+        (normal(PLANE), normal(PLANE)), 4,
+        "bind(standardize=...): data of context must be an array of numbers; got ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_data(name):
+    given, event, message = WRONG[name]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        bound(given, event)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("kind", ["normal", "whiten"])
+def test_traced_data(kind):
+    with pytest.raises(
+        TypeError, match=r"^bind\(standardize=...\): needs data of x that are known, .* a tracer\."
+    ):
+        jax.jit(lambda x: bound(KINDS[kind](x), 2).log_prob(x))(CONSTANT)
