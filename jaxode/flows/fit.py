@@ -165,7 +165,7 @@ def fit(
                 runs.append(start(run.density))
                 runs[-1].train(other, most, end, TRIAL)
                 run = min(run, runs[-1], key=lambda run: run.least)
-        run.train(run.phase, most, end)
+        run.train(run.phase or phase, most, end)
         if likelihood:
             after = _Phase("likelihood", _Likelihood(density.flow), _adam(RATE_AFTER))
             run.train(after, likelihood, end)
@@ -260,7 +260,7 @@ class _Training:
         self.phase: Any = None
 
     def train(self, phase: _Phase, most: float, end: float, part: float = math.inf) -> None:
-        """Train up to `most` steps of the phase in all, up to the time `end`, or for a part of both.
+        """Train up to `most` steps of the phase, up to the time `end`, or for a part of both.
 
         A new phase starts from the best parameters.
         """
