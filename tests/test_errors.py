@@ -249,6 +249,22 @@ BAD_INPUT = [
         "f sees one sample of a batch. All samples share args: make parameters of each row states "
         "that do not move, or use jax.vmap over jaxode.solve (docs/irregular.md).",
     ),
+    *(
+        (
+            lambda f=f, run=run: run(jaxode.cnf(f, jaxode.standard_normal(2))), error,
+            f"cnf(f=...): f(t, y, args) must return {told}",
+        )
+        for f, error, told in (
+            (lambda t, z, p: jnp.ones(3), ValueError, "the shapes of y; got (3,) where y has (2,). "
+             "f sees one sample of a batch."),
+            (lambda t, z, p: {"a": z}, ValueError, "the structure of y, PyTreeDef(*); got "
+             "PyTreeDef({'a': *})."),
+            (lambda t, z, p: jnp.ones(2, int), TypeError, "floating arrays; got int64."),
+        )
+        for run in (
+            lambda flow: flow.log_prob(None, X), lambda flow: flow.sample_and_log_prob(None, KEY, 4)
+        )
+    ),
     (
         lambda: cnf(divergence=divergence.hutchinson()).nll(None, X), ValueError,
         "hutchinson: a stochastic divergence needs random numbers; got key=None. "
