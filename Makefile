@@ -9,7 +9,7 @@ BIN := .venv/bin
 PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
-	bench bench-check bench-accelerators time-to-nll posterior clean
+	bench bench-check bench-accelerators time-to-nll posterior tables clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -62,6 +62,9 @@ time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes ho
 
 posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes an hour
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
+
+tables: .venv-bench/ready  ## Densities of tables after 20 and 60 seconds of training; takes hours
+	.venv-bench/bin/python -m benchmarks tables $(if $(FRESH),--fresh)
 
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
 	.venv-accelerators/bin/python -m benchmarks.accelerators $(if $(FRESH),--fresh)

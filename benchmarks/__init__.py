@@ -4,4 +4,4 @@ BENCHMARKS = (
     "ffjord_step", "neural_ode_step", "per_sample", "ragged", "overhead", "divergence",
     "regularizers", "compile_time", "memory", "scaling", "sharding", "cores",
 )  # fmt: skip
-ON_ITS_OWN = ("time_to_nll", "posterior")
+ON_ITS_OWN = ("time_to_nll", "posterior", "tables")

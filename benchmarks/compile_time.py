@@ -15,13 +15,15 @@ TITLE = "First call"
 SHORT = "first call"
 TOLERANCE = 1e-5
 CASES = {"flow, 8 Gaussians, a user's own field": "flow", "Neural ODE, state 4": "neural_ode"}
+FLOW = flows.Workload(2, 512, (64, 64, 64), own=True)
+NEURAL_ODE = {"state": 4, "width": 64, "batch": 256, "times": 20}
 
 
 def makers(case: str) -> dict[str, Any]:
     """Functions that make a step anew, so that nothing is found in a cache."""
     checkpointed, backsolve = diffrax.RecursiveCheckpointAdjoint(), diffrax.BacksolveAdjoint()
     if CASES[case] == "flow":
-        p = flows.problem(flows.Workload(2, 512, (64, 64, 64), own=True))
+        p = flows.problem(FLOW)
         return {
             "jaxode": lambda: flows.jaxode_step(p),
             "diffrax checkpointed": lambda: flows.diffrax_step(p, diffrax.Tsit5(), checkpointed),
@@ -31,7 +33,7 @@ def makers(case: str) -> dict[str, Any]:
             "diffrax backsolve": lambda: flows.diffrax_step(p, diffrax.Tsit5(), backsolve),
             "jax odeint": lambda: flows.odeint_step(p),
         }
-    q = neural_ode_step.problem(state=4, width=64, batch=256, times=20)
+    q = neural_ode_step.problem(**NEURAL_ODE)
     return {
         "jaxode": lambda: neural_ode_step.jaxode_step(q, jaxode.DiscreteAdjoint()),
         "jaxode.odeint": lambda: neural_ode_step.odeint_step(q, jaxode.odeint),

@@ -41,6 +41,7 @@ CASES: dict[str, Any] = {
     "noise, 64 dimensions, initial": 64,
 }
 WIDTH, BATCH, DRAWS = 128, 128, 12
+STEPS = 300  # of the training
 ESTIMATORS = {
     "exact()": divergence.exact(),
     "exact(chunk=16)": divergence.exact(16),
@@ -53,10 +54,11 @@ TARGET = 0.1  # standard deviation of the gradient over its norm
 
 def xtrace(products: int) -> Divergence:
     """XTrace, with a key for its noise. Epperly et al. (2024), arXiv:2301.07825."""
-    import lineax
-    import traceax
 
     def apply(g, z, key):
+        import lineax
+        import traceax
+
         dz, jvp = jax.linearize(g, z)
         like = jax.ShapeDtypeStruct(z.shape, z.dtype)
         operator = lineax.FunctionLinearOperator(jvp, like)
@@ -129,7 +131,7 @@ def initial(size: int):
     return m, jax.random.normal(jax.random.key(1), (BATCH, size))
 
 
-def trained(size: int, steps: int = 300):
+def trained(size: int):
     """A flow of the first principal components of the digits, and samples at half time."""
     from sklearn.datasets import load_digits
 
@@ -148,7 +150,7 @@ def trained(size: int, steps: int = 300):
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(m, updates), state), None
 
-        return jax.lax.scan(step, (m, optimizer.init(m)), jax.random.split(key, steps))[0][0]
+        return jax.lax.scan(step, (m, optimizer.init(m)), jax.random.split(key, STEPS))[0][0]
 
     start = ConcatSquash(size, (WIDTH, WIDTH), key=jax.random.key(1))
     m = train(start, jax.random.key(2))

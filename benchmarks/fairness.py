@@ -26,7 +26,10 @@ from numpy.typing import ArrayLike
 
 PAUSE, TURN = 0.003, 0.02  # seconds between two turns, and the least that a turn takes
 EXACT = 1e-9  # tolerance of exact gradients, by Dopri8 in float64: their errors are below 1e-8
-PACKAGES = ("jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko")
+PACKAGES = (
+    "jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko", "torchcfm",
+    "flowjax", "scikit-learn",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

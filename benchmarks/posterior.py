@@ -36,7 +36,7 @@ from benchmarks.fairness import Bench
 
 TITLE = "Posteriors from simulations"
 LIMIT = 3600.0  # seconds of a process
-SIMULATIONS, HELD_OUT, SAMPLES = 30_000, 2000, 10_000
+SIMULATIONS, HELD_OUT, SAMPLES, OBSERVATIONS = 30_000, 2000, 10_000, 10
 WIDTH, DEPTH, BATCH, DECAY = 128, 4, 256, 0.1
 SCALES = (1.0, 4.0, 16.0, 64.0)
 MATCHING, LIKELIHOOD = (40_000, 1e-3, 0.002), (1200, 3e-4, 0.02)
@@ -270,7 +270,9 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     task = TASKS[name]
     simulation_key, key = jax.random.split(jax.random.key(0))
     theta, x = task.simulate(simulation_key, SIMULATIONS)
-    observations, references = zip(*(reference(name, n) for n in range(1, 11)), strict=True)
+    observations, references = zip(
+        *(reference(name, 1 + n) for n in range(OBSERVATIONS)), strict=True
+    )
     seconds, samples, nats = CONTENDERS[contender](task, theta, x, observations, key)
     pairs = zip(references, samples, strict=True)
     scores = [c2st(expected, np.asarray(got)) for expected, got in pairs]

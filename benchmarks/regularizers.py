@@ -32,17 +32,17 @@ CASES: dict[str, dict[str, Any]] = {  # options of cnf
     "STEER: steer=0.25": {"steer": 0.25},
 }
 SEEDS = (0, 1, 2)
-STEPS, BATCH, RATE = 1000, 128, 5e-3
+STEPS, BATCH, RATE, WIDTHS = 1000, 128, 5e-3, (64, 64, 64)
 BASE = jaxode.standard_normal(2)
 EXACT = jaxode.divergence.exact()
 
 
-def trainer(options: dict[str, Any], data: jax.Array, steps: int = STEPS):
+def trainer(options: dict[str, Any], data: jax.Array):
     """`train(m, key) -> m`, compiled once for all seeds."""
     flow = jaxode.cnf(
         jaxode.nn.field, BASE, divergence=EXACT, rtol=1e-3, atol=1e-3, **options
     )  # fmt: skip
-    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
 
     def step(carry, key):
         m, state = carry
@@ -52,7 +52,7 @@ def trainer(options: dict[str, Any], data: jax.Array, steps: int = STEPS):
         return (optax.apply_updates(m, updates), state), None
 
     def train(m, key):
-        return jax.lax.scan(step, (m, optimizer.init(m)), jax.random.split(key, steps))[0][0]
+        return jax.lax.scan(step, (m, optimizer.init(m)), jax.random.split(key, STEPS))[0][0]
 
     return jax.jit(train)
 
@@ -81,7 +81,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     for seed in SEEDS:
         bench.announce(f"seed {seed}")
         start, batches = jax.random.split(jax.random.key(seed))
-        m = jaxode.nn.ConcatSquash(2, (64, 64, 64), key=start, activation=jaxode.nn.softplus)
+        m = jaxode.nn.ConcatSquash(2, WIDTHS, key=start, activation=jaxode.nn.softplus)
         runs.append({"seed": seed, **evaluate(train(m, batches), held_out)})
     return {"failed": {}, "runs": runs}
 

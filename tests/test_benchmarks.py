@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,15 @@ from benchmarks import (
     compare,
     compile_time,
     cores,
+    estimators,
     fairness,
     flows,
     hlo,
     per_sample,
     report,
     sharding,
+    table_data,
+    tables,
     time_to_nll,
     tolerance,
 )
@@ -467,6 +471,76 @@ def test_times_to_a_likelihood_say_of_which_seeds_they_are():
     assert "| 5.0, 4.0 | 2.500 | 2.700 |" in time_to_nll.table(done)
     done["8 Gaussians: torchcfm, matching, seed 0"]["device"] = "another machine"
     assert "no peer on the same machine reaches it" in time_to_nll.sentence(done)
+
+
+def test_columns_without_a_density_are_left_out_of_tables():
+    rng = np.random.default_rng(0)
+    good = rng.standard_normal((400, 3)).round(6)
+    atom = np.where(np.arange(400) < 10, 0.5, rng.standard_normal(400))
+    combination = good @ [1, 2, 3] + 1e-3 * rng.standard_normal(400)
+    columns = [good[:, 0], atom, rng.integers(0, 30, 400), good[:, 1], good[:, 2], combination]
+    x = np.stack([*columns, np.ones(400)], axis=1)
+    repeated = np.concatenate([x, x[:7]])
+    left = table_data.with_density(repeated)
+    np.testing.assert_array_equal(left[np.argsort(left[:, 0])], good[np.argsort(good[:, 0])])
+
+
+def test_rounded_values_of_tables_are_spread_over_their_gap_and_split():
+    x = np.arange(1000.0)[:, None] * [0.01, 1.0]
+    x[:, 1] = x[::-1, 1] ** 2  # the smallest gap is 1
+    noise = table_data.spread(x, np.random.default_rng(0)) - x
+    for column, gap in zip(noise.T, (0.01, 1.0), strict=True):
+        assert gap / 2 >= abs(column).max() > 0.4 * gap
+    table = table_data.prepare(np.random.default_rng(0).standard_normal((1000, 2)))
+    assert [len(part) for part in table] == [800, 100, 100]
+    assert len(np.unique(np.concatenate(table), axis=0)) == 1000
+    np.testing.assert_allclose(table.train.mean(0), 0, atol=1e-6)  # float32
+    np.testing.assert_allclose(table.train.std(0), 1, atol=1e-6)
+
+
+def test_scores_are_those_of_the_best_on_the_validation_rows_in_time(monkeypatch):
+    now = [0.0]
+
+    def train():
+        # Seconds of the work before each candidate, its validation nats, and its test nats.
+        for seconds, *nats in [(8, 5, 50), (9, 3, 30), (3.5, 2, 20), (20, 4, 40), (60, 1, 10)]:
+            now[0] += seconds
+            yield estimators.Candidate(nats[0], lambda nats=nats: nats[1])
+
+    def contender(table, seed, seconds):
+        now[0] += 100  # imports
+        return train()
+
+    monkeypatch.setattr(tables, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(tables, "CONTENDERS", {"any": contender, "jaxode": contender})
+    found = tables.scores("any", None, 0, [5.0, 20.0, 60.0])
+    # At 20.5 s is in time for 20, at 100.5 not for 60, and there is none at 5.
+    assert {end: score["nats"] for end, score in found.items()} == {"20": 20, "60": 20}
+    assert found["20"]["seconds"] == 20.5
+    # It was told to take 60 seconds, and is a little late.
+    assert tables.scores("jaxode", None, 0, [60.0])["60"]["nats"] == 10
+
+
+def test_the_table_of_densities_says_which_is_best_and_what_is_missing():
+    def run(**nats):
+        scores = {end[1:]: {"nats": value, "seconds": 63.0} for end, value in nats.items()}
+        return {"rows": 80, "columns": 2, "scores": scores}
+
+    done = {
+        "banana: jaxode, seed 0": run(t20=2.0, t60=1.0),
+        "banana: jaxode, seed 1": run(t20=2.0, t60=2.0),
+        "banana: zuko NSF, seed 0": run(t60=1.25),
+        "magic: zuko NSF, seed 0": run(t20=5.0, t60=float("nan")),
+        "magic: jaxode, seed 0": run(t20=4.0, t60=3.0),
+    }
+    after, before = tables.table(done).split("nats after 20 s")
+    assert "| banana, 80 x 2 | 1.500 |  | **1.250** |" in after
+    assert "| magic, 80 x 2 | **3.000** |  | none in time |" in after
+    assert "| banana, 80 x 2 | **2.000** |  | none in time |" in before
+    assert "seeds 0, 1; jaxode at most 215% late." in before
+    assert tables.sentence(done) == (
+        "Best after 60 s, of 2 tables (mean rank): jaxode 1 (1.5), zuko NSF 1 (1.5)."
+    )
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTIVE, METHODS, gradient
+from helpers import ADAPTIVE, AGAIN, METHODS, assert_close, gradient
 
 import jaxode
 from jaxode import Event
@@ -153,6 +153,16 @@ def test_a_condition_without_slope_has_no_derivative(condition):
     assert not np.isfinite(slope)
 
 
+def test_the_level_of_a_condition_without_slope_has_no_derivative():
+    run = lambda a: jaxode.solve(decay, 1.0, 0.0, 1.0, 1.0, event=Event(lambda t, *_: (t - a) ** 3))
+    assert not np.isfinite(jax.jit(jax.grad(lambda a: run(a).t1))(0.5))
+
+
+def test_a_row_at_rest_without_an_event_has_the_gradient_of_its_end():
+    run = lambda y0: jaxode.solve(decay, y0, 0.0, 9.0, 0.0, event=LEVEL).y1
+    assert jax.jit(jax.grad(run))(0.5) == 1
+
+
 def test_rows_without_an_event_have_the_gradient_of_their_end():
     """Before it hits the ground; and beside rows that rest, or fail, which are masked."""
     end = lambda h: jaxode.solve(fall, (h, 0.0 * h), 0.0, 0.1, 9.81, event=GROUND).y1[0]
@@ -172,12 +182,36 @@ def test_rows_without_an_event_have_the_gradient_of_their_end():
     assert np.isfinite(grad(0.9, 1))
 
 
-def test_second_derivatives_are_an_error():
+def grow(t, state, rate):
+    y, z = state
+    return -rate * y, rate * t * z
+
+
+@pytest.mark.parametrize(("name", "again"), AGAIN)
+def test_second_derivatives(name, again):
+    """Of the time and of the state there, with a linear condition and a field that moves."""
+    event = Event(lambda t, state, rate: state[0] - rate / 4)
+    options = METHODS[name].options(event=event, **TIGHT)
+
+    def run(x):
+        s = jaxode.solve(grow, (x[1], jnp.ones_like(x[1])), 0.0, 9.0, x[0], **options)
+        return s.t1 + s.y1[1]
+
+    def exact(x):
+        t = jnp.log(4 * x[1] / x[0]) / x[0]
+        return t + jnp.exp(x[0] * t * t / 2)
+
+    x, first = jnp.array([1.1, 2.0]), gradient(name)
+    slopes = jax.jit(lambda x: (first(run)(x), again(first(run))(x)))(x)
+    assert_close(slopes, (jax.grad(exact)(x), jax.hessian(exact)(x)), rtol=1e-7)
+
+
+def test_third_derivatives_are_an_error():
     run = lambda y0: (
         jaxode.solve(decay, y0, 0.0, 9.0, 1.0, event=LEVEL, adjoint=jaxode.ForwardMode()).t1
     )
-    with pytest.raises(Exception, match="only first derivatives"):
-        jax.jacfwd(jax.jacfwd(run))(1.5)
+    with pytest.raises(Exception, match="only first and second derivatives"):
+        jax.jacfwd(jax.jacfwd(jax.jacfwd(run)))(1.5)
 
 
 def test_a_failed_solve_raises_where_the_time_alone_is_used():
@@ -210,6 +244,12 @@ def test_the_interpolant_ends_at_the_event():
 WRONG = {
     "a function": ({"event": lambda t, y, _: y}, r"event=...\): must be a jaxode.Event"),
     "a vector": ({"event": Event(lambda t, y, _: jnp.ones(3))}, r"must return a floating scalar"),
+    "a tuple": ({"event": Event(lambda t, y, _: (y[0],))}, r"floating scalar; got tuple"),
+    "two arguments": (
+        {"event": Event(lambda t, y: y[0])},
+        r"condition\(t, y, args\): the condition of the event raised TypeError: .* It got y=f64",
+    ),
+    "an error": ({"event": Event(lambda t, y, a: a["k"])}, r"the condition of the event raised"),
     "nothing": ({"event": Event(lambda t, y, _: None)}, r"floating scalar; got NoneType"),
     "joint steps": ({"event": LEVEL, "batch": "joint"}, r"event=...\): .* got batch='joint'"),
     "equal steps": ({"event": LEVEL, "steps": 9}, r"event=...\): .* got steps=9"),
@@ -223,6 +263,7 @@ def test_wrong_events(name):
         jaxode.solve(decay, jnp.ones((2, 1)), 0.0, 1.0, 1.0, **given)
 
 
-def test_wrong_directions():
-    with pytest.raises(ValueError, match=r"Event\(direction=...\): .* got 2"):
-        Event(lambda t, y, _: y, direction=2)
+@pytest.mark.parametrize("direction", [2, True, 1.0])
+def test_wrong_directions(direction):
+    with pytest.raises(ValueError, match=r"Event\(direction=...\): must be -1, 0 or 1; got "):
+        Event(lambda t, y, _: y, direction=direction)

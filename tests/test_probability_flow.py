@@ -92,19 +92,32 @@ def flow_of(model=lambda t, z, p: -z, **times):
     )  # fmt: skip
 
 
-def test_times_in_an_order_that_is_not_known_are_not_checked():
+def test_times_that_are_not_known_are_checked_by_the_run():
     run = jax.jit(lambda t0, t1: flow_of(t0=t0, t1=t1).log_prob(None, X))
     np.testing.assert_allclose(run(1.0, 1e-3), flow_of().log_prob(None, X), rtol=1e-10)
+    loss = jax.jit(lambda t0, t1: flow_of(t0=t0, t1=t1).nll(None, X))
+    assert np.isfinite(loss(1.0, 1e-3))
+    # The second call of a compiled function raises what JAX's own loop of calls makes of the error.
+    raised = (jax.errors.JaxRuntimeError, ValueError)
+    for times in ((1e-3, 1.0), (1000.0, 0.0)):
+        with pytest.raises(raised, match=r"a probability flow runs from its noise, the base, at 1"):
+            jax.block_until_ready(run(*times))
+        assert np.isnan(loss(*times))
 
 
 BAD_MODELS = [
     *(
         (
             lambda times=times: flow_of(**times), ValueError,
-            "cnf(t0=..., t1=...): the base of a probability flow is its noise, at the later time; "
-            f"got t0={t0} and t1={t1}. Pass t0=1.0, and a t1 at or near 0.",
+            "cnf(t0=..., t1=...): a probability flow runs from its noise, the base, at 1 to its "
+            f"data at 0; got t0={t0} and t1={t1}. Pass t0=1.0, and a t1 at or near 0.",
         )
-        for t0, t1, times in ((0.0, 1.0, {"t1": 1.0}), (0.1, 0.9, {"t0": 0.1, "t1": 0.9}))
+        for t0, t1, times in (
+            (0.0, 1.0, {"t1": 1.0}),
+            (0.1, 0.9, {"t0": 0.1, "t1": 0.9}),
+            (1000.0, 0.0, {"t0": 1000, "t1": 0}),
+            (1.0, -0.1, {"t0": 1.0, "t1": -0.1}),
+        )
     ),
     *(
         (
@@ -127,11 +140,11 @@ BAD_MODELS = [
     ),
     *(
         (
-            lambda least=least: jaxode.VariancePreserving(least, 1), ValueError,
+            lambda least=least: jaxode.VariancePreserving(least, 2), ValueError,
             "VariancePreserving(beta_min=..., beta_max=...): must be at least 0, finite and in "
-            f"rising order; got {least!r} and 1.",
+            f"rising order; got {least!r} and 2.",
         )
-        for least in ("a", None)
+        for least in (True, "a", None)
     ),
     (
         lambda: jaxode.probability_flow(None, PATHS[0]), TypeError,

@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -17,7 +17,40 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._jax.precision import trace_at
 from jaxode._jax.sharding import axes_of
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+# How many programs of a function are kept. Each takes 3 to 9 MiB.
+KEPT = 256
+
 NUMBERS = (bool, int, float, complex, np.integer, np.bool_)
+
+
+def compiled(f: F) -> F:
+    """`eqx.filter_jit(f)`, which forgets its programs whenever it has traced `KEPT` of them.
+
+    JAX itself keeps thousands, and a vector field that is a new function at each call makes one at
+    each call.
+    """
+    traced = 0
+
+    @functools.wraps(f)
+    def counted(*args):
+        nonlocal traced
+        traced += 1
+        return f(*args)
+
+    programs: Any = eqx.filter_jit(counted)
+    forget = programs._cached.clear_cache
+
+    @functools.wraps(f)
+    def run(*args):
+        nonlocal traced
+        if traced >= KEPT:
+            forget()
+            traced = 0
+        return programs(*args)
+
+    return cast(F, run)
 
 
 class _Held:

@@ -115,7 +115,7 @@ def _norm(tree: PyTree) -> float:
 # A check that does not apply returns None.
 CHECKS: tuple[Callable[[Subject], Row | None], ...] = (
     _solves, _reference, _outside, audit_density.base_distance, _round_trip, _log_density, _loss,
-    _gradient, audit_density.divergence, audit_density.probe_error, audit_density.base_probability,
-    audit_density.total_probability, audit_work.evaluations, audit_work.steps, audit_work.rejected,
-    audit_work.stiffness,
+    _gradient, audit_density.divergence, audit_density.probe_error, audit_density.base_samples,
+    audit_density.base_probability, audit_density.total_probability, audit_work.evaluations,
+    audit_work.steps, audit_work.rejected, audit_work.stiffness,
 )  # fmt: skip

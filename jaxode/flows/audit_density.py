@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxode._jax.closure import recognizable, recognized, settle
 from jaxode.divergence import EXACT_UP_TO, exact
+from jaxode.flows.audit_balance import imbalance
 from jaxode.flows.audit_importance import importance
 from jaxode.flows.audit_subject import BASE_DISTANCE, CHUNK, Row, Subject, cast, tight_dtype
 from jaxode.flows.cnf import CNF
@@ -19,6 +20,7 @@ from jaxode.flows.cnf import CNF
 DIVERGENCE = 2e-3
 PROBE_ERROR = 0.1
 PROBABILITY = 1e-2
+IMBALANCE = 6.0
 
 # Grid points per side for the total probability, by the number of dimensions.
 GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
@@ -140,8 +142,23 @@ def base_distance(s: Subject) -> Row:
     )  # fmt: skip
 
 
+def base_samples(s: Subject) -> Row:
+    """Whether the base draws samples of its density."""
+    name, limit = "base samples", f"at most {IMBALANCE:g} standard errors off"
+    if s.base_fault:
+        return Row(name, np.nan, limit, s.base_fault)
+    log_density = lambda x: _log_density(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)))
+    return s.judge(
+        name, imbalance(s.key, np.asarray(s.base_samples), log_density), IMBALANCE, limit,
+        "The samples of the base do not have its log_prob: give both the same location, scale and "
+        "shape.",
+    )  # fmt: skip
+
+
 def base_probability(s: Subject) -> Row:
     """The integral of the base density."""
+    if s.base_fault:
+        return Row("base probability", np.nan, f"1 within {PROBABILITY:g}")
     return _integrated(
         s, "base probability", s.base_samples, s.flow.base.log_prob,
         "Normalize the base density: it does not integrate to one, or not where its samples are.",

@@ -16,7 +16,7 @@ from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.programs import carried
 from jaxode.ode.adjoints import ForwardMode
-from jaxode.ode.results import SolveError
+from jaxode.ode.results import SolveError, in_rows
 from jaxode.ode.system import make_system
 from jaxode.ode.validation import state_dtype
 
@@ -116,6 +116,13 @@ class Subject:
         return base.sample(self.key, (min(CHUNK, max(512, 2**22 // math.prod(base.event_shape))),))
 
     @cached_property
+    def base_fault(self) -> str:
+        """Advice if the base draws samples that are not finite."""
+        bad = ~jnp.isfinite(self.base_samples).all(axis=tuple(range(1, self.x.ndim)))
+        told = f"Mend the base: it draws samples with NaN or inf, in {in_rows(bad)}."
+        return told if bool(bad.any()) else ""
+
+    @cached_property
     def base_distance(self) -> float:
         """The median distance of samples carried to the base from its mean, in deviations.
 
@@ -197,8 +204,9 @@ class Subject:
         """The row of a value, which is in range up to `limit`."""
         value = float(value)
         if np.isnan(value):
-            # A failed solve, and samples without a density, have their own rows.
-            explained = self.failure or self.tight_failure or bool(self.outside.all())
+            # A failed solve, a faulty base, and samples without a density have their own rows.
+            explained = self.failure or self.tight_failure or self.base_fault
+            explained = explained or bool(self.outside.all())
             advice = "" if explained else (
                 "It is not finite although the solves succeed: look for an operation of the vector "
                 "field with an infinite derivative, such as sqrt at 0, or for a backward solve "

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._jax.closure import hash_of, recognizable, settle
@@ -39,10 +40,11 @@ from jaxode.flows.validation import (
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.results import Faults
 from jaxode.ode.solution import raise_on_failure
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.ode.validation import Time, check_args, check_time, is_known, native, one_of
+from jaxode.ode.validation import Time, check_args, check_time, native, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
 # What is carried to the other end: data, base samples from the user, or samples drawn here.
@@ -173,7 +175,7 @@ class CNF(eqx.Module):
         data, joint = {"x": system.y0, "context": native(context)}, self.step_control == "joint"
         faults = weights_faults(where, weights, self.solve_options.axis_name)
         faults |= data_faults(where, data, weights, joint=joint)
-        faults |= argument_faults(where, system)
+        faults |= self._argument_faults(where, system)
         loss = loss_or_raise(where, loss, result, t_reached, self.throw, faults)
         return loss, stats
 
@@ -277,6 +279,13 @@ class CNF(eqx.Module):
         options, batch = self.solve_options, self.step_control
         return make_system(where, field, x, span, params, options, rows=context, batch=batch)
 
+    def _argument_faults(self, where: str, system: System) -> Faults:
+        """The faults that times and options may have."""
+        faults = argument_faults(where, system)
+        if not hasattr(self.f, "span_rule"):
+            return faults
+        return {self.f.span_rule.format(got=""): lambda: jnp.isnan(self.t0), **faults}
+
     def _end_state(
         self, compute, where: str, x, params, key, context, samples: Samples = "data"
     ) -> Any:
@@ -291,7 +300,8 @@ class CNF(eqx.Module):
         function, name = _source(where, samples)
         drawn = samples == "drawn"
         faults = base_faults(system.y0) if drawn else data_faults(function, {name: system.y0})
-        faults |= data_faults(where, {"context": native(context)}) | argument_faults(where, system)
+        faults |= data_faults(where, {"context": native(context)})
+        faults |= self._argument_faults(where, system)
         return raise_on_failure(solution, where, faults).y1
 
 
@@ -361,8 +371,8 @@ def cnf(
     options = SolveOptions.make("cnf", **solve_options)
     check_time("cnf", "t0", t0)
     check_time("cnf", "t1", t1)
-    if hasattr(f, "check_span") and is_known((t0, t1)):
-        f.check_span(t0, t1)  # a field whose times have a meaning
+    if hasattr(f, "check_span"):  # a field whose times have a meaning
+        t0 = f.check_span(t0, t1)
     one_of("cnf", "step_control", step_control, ("joint", "per_sample"))
     one_of("cnf", "quadrature", quadrature, ("gauss", "stochastic"))
     check_implicit("cnf", options, "step_control", step_control)

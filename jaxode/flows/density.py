@@ -164,6 +164,11 @@ class Density(eqx.Module):
         check_finite("to_flow", {"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
+    def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
+        rows, shape = self._rows("from_flow", z)
+        return jax.vmap(self._to_data)(rows)[0].reshape(*shape, *self.event_shape)
+
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
         """`log |det dz/dx|` of the maps: what `log_prob` adds to the flow's log-density of `z`."""
         rows, shape = self._rows("log_det", x)

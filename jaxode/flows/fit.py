@@ -29,18 +29,19 @@ from jaxode.ode.options import SolveOptions
 from jaxode.ode.validation import integer, non_negative, real_scalar, shape_of
 from jaxode.standardize import Unfitted, affine, normal
 
-TIME_POWER = 2.0  # of `matching_loss`
-RATE, RATE_AFTER = 2e-3, 5e-4  # of Adam, in matching and in the likelihood after it
+TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
+RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
+WARM = 100  # steps in which the updates grow to their size
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
 FIRST_LOOK, APART = 250, 1.15  # steps before the first look, and the ratio from each to the next
-PATIENCE = 6  # looks without an improvement, after which training ends
-TRIAL, TRIAL_STEPS = 0.08, 1000  # the part of `seconds`, or the steps, in which a map is tried
-LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows; rows of any kind
+PATIENCE, LEAST_STEPS = 6, 1500  # looks without an improvement, after which training ends early
+TRIAL = 0.06  # the part of training in which each choice is tried
+MINUTE = 60.0  # seconds, if there is no other end
+LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows to look at; rows that there must be
 EXACT_UP_TO, LOOSE = 16, 1e-3  # their dimensions with an exact trace, and the tolerance
 
 Rows = tuple[Any, PyTree]  # data `[rows, *event]`; the context of each row, or None
-Loss = Callable[..., Float[Array, ""]]  # of parameters, data, context and a key
 
 
 class Point(NamedTuple):
@@ -67,17 +68,21 @@ def fit(
     optimizer: Any = None,
     coupling: Coupling = independent(),
     likelihood: int = 0,
+    time_power: float | None = None,
     dequantize: bool = False,
     progress: bool = True,
 ) -> tuple[Density, list[Point]]:
     """Train a density on data, and keep the parameters that are best on rows set aside.
 
-    By flow matching, with more times near the data than near the base. At steps that are 15% apart,
-    a moving average of the parameters is evaluated on the validation rows. Training ends when twice
-    as many steps brought no improvement, after `steps` or `seconds`, or with Ctrl-C.
+    By flow matching. At steps that are 15% apart, a moving average of the parameters is evaluated
+    on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
+    after `seconds` or `steps`, a minute by default. If twice as many steps brought no improvement,
+    training goes back to the best parameters and to an early end. Ctrl-C ends it at once.
 
-    A density without `standardize=` gets a map of its columns, affine or
-    `jaxode.standardize.normal`: both are tried for a short time, and the better one goes on.
+    What is not given is tried first, each for 6% of the training, and the best goes on: the map of
+    the columns, affine or `jaxode.standardize.normal`, of a density without `standardize=`; and the
+    `time_power`, 2 or 1. More times near the data make tables better, and small sets of images
+    worse.
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
@@ -88,10 +93,11 @@ def fit(
         steps: end after this many steps. The result is then a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`.
         batch: rows in a step, drawn with replacement.
-        optimizer: of Optax, for matching. Adam at 2e-3 by default.
+        optimizer: of Optax, for matching. Adam at 8e-3 by default.
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching, from the best parameters, with Adam
-            at a rate that falls to zero.
+            at 5e-4.
+        time_power: as for `matching_loss`.
         dequantize: add uniform noise in [0, 1) to columns of integers, new in every block of steps.
             `log_prob` is then that of `x + noise`.
         progress: show steps and nats on stderr.
@@ -116,6 +122,8 @@ def fit(
             "jaxode.bind(flow, params)."
         )
     key = check_key("fit", key)
+    if seconds is None and steps is None:
+        seconds = MINUTE
     end = math.inf
     if seconds is not None:
         end = begin + non_negative("fit", "seconds", seconds, "a finite number of seconds")
@@ -129,11 +137,13 @@ def fit(
     warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
     noisy = lambda key, rows: (dequantized(key, rows[0], integers), rows[1])
     aside = noisy(noise_key, aside)
-    candidates = [density]
+    maps = [density]
     if density.standardize is None:
         table = np.asarray(noisy(noise_key, rows)[0])
-        candidates = [_mapped(density, kind(table)) for kind in (affine, normal)]
-    loss = _Matching(density.flow, coupling)
+        maps = [_mapped(density, kind(table)) for kind in (affine, normal)]
+    powers = TIME_POWERS if time_power is None else (time_power,)
+    optimizer = optimizer or _adam(RATE)
+    matching = [_Phase("matching", _Matching(density.flow, coupling, p), optimizer) for p in powers]
 
     def data(density: Density) -> Callable[[PRNGKeyArray], Rows]:
         if integers.any():
@@ -141,45 +151,45 @@ def fit(
         mapped = _to_flow(density, rows)
         return lambda key: mapped
 
-    runs = [
-        _Training(_Looks(each, aside, look_key, begin, progress), data(each), batch, key)
-        for each in candidates
-    ]
-    run, optimizer = runs[0], optimizer or _adam(RATE)
+    start = lambda density: _Training(
+        density, data(density), aside, batch, look_key, key, begin, progress
+    )
+    runs = [start(each) for each in maps]
+    run, phase = runs[0], matching[0]
     try:
-        if len(runs) > 1:
-            run.train("matching", loss, optimizer, BLOCK, end)  # compiles
-            tried = min(most, TRIAL_STEPS if seconds is None else math.inf)
+        if len(maps) * len(powers) > 1:
             for each in runs:
-                until = min(end, time.perf_counter() + TRIAL * (end - begin))
-                tried = each.train("matching", loss, optimizer, tried, until)
-            run = min(runs, key=lambda run: run.looks.least)
-        run.train("matching", loss, optimizer, most, end)
+                each.train(phase, most, end, TRIAL)
+            run = min(runs, key=lambda run: run.least)
+            for other in matching[1:]:
+                runs.append(start(run.density))
+                runs[-1].train(other, most, end, TRIAL)
+                run = min(run, runs[-1], key=lambda run: run.least)
+        run.train(run.phase, most, end)
         if likelihood:
-            run.looks.stale = 0
-            run = _Training(run.looks, run.data, batch, jax.random.fold_in(key, 0))
-            after = _adam(RATE_AFTER, likelihood)
-            run.train("likelihood", _Likelihood(density.flow), after, likelihood, end)
+            after = _Phase("likelihood", _Likelihood(density.flow), _adam(RATE_AFTER))
+            run.train(after, likelihood, end)
     except KeyboardInterrupt:
-        run = min(runs, key=lambda run: run.looks.least)
-        if not run.looks.points:
+        run = min(runs, key=lambda run: run.least)
+        if not run.points:
             raise
     if progress:
         print(file=sys.stderr)
-    if run.looks.least == math.inf:
+    if run.least == math.inf:
         raise FloatingPointError(
             "fit: the log-density of the validation rows is never finite. Check the data for "
             "outliers, or lower the rate of the optimizer."
         )
-    return run.looks.best, run.looks.points
+    return run.best, run.points
 
 
 class _Matching(eqx.Module):
     flow: CNF
     coupling: Coupling
+    time_power: Float[Array, ""] = eqx.field(converter=jnp.asarray)  # an input of the program
 
     def __call__(self, params, x, context, key):
-        options = {"context": context, "coupling": self.coupling, "time_power": TIME_POWER}
+        options = {"context": context, "coupling": self.coupling, "time_power": self.time_power}
         return self.flow.matching_loss(params, x, key=key, **options)
 
 
@@ -191,61 +201,39 @@ class _Likelihood(eqx.Module):
 
 
 @functools.cache
-def _adam(rate: float, steps: int | None = None) -> Any:
-    """Adam, at a rate that falls to zero in so many steps. The same object again is not compiled
-    again."""
+def _adam(rate: float) -> Any:
+    """Adam; for the same rate the same object, which is not compiled again."""
     import optax
 
-    return optax.adam(rate if steps is None else optax.cosine_decay_schedule(rate, steps))
+    return optax.adam(rate)
+
+
+class _Phase(NamedTuple):
+    name: str
+    loss: Callable[..., Float[Array, ""]]
+    """Of parameters, data, context and a key."""
+    optimizer: Any
 
 
 @eqx.filter_jit
-def _advance(loss: Loss, optimizer: Any, batch: int, carry, rows: Rows, keys):
-    """`(params, average, state, count)` after a step of the optimizer for each key."""
-    params, *carry = carry
-    arrays, static = eqx.partition(params, eqx.is_inexact_array)
+def _advance(phase: _Phase, batch: int, static: PyTree, carry, rate, rows: Rows, keys):
+    """`(arrays, average, state, count)` after a step of the optimizer for each key."""
 
     def step(carry, key):
         arrays, average, state, count = carry
         row_key, key = jax.random.split(key)
         drawn = jax.random.randint(row_key, (batch,), 0, len(rows[0]))
         x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
-        gradient = jax.grad(lambda a: loss(eqx.combine(a, static), x, context, key))(arrays)
-        updates, state = optimizer.update(gradient, state, arrays)
-        arrays = eqx.apply_updates(arrays, updates)
+        gradient = jax.grad(lambda a: phase.loss(eqx.combine(a, static), x, context, key))(arrays)
+        updates, state = phase.optimizer.update(gradient, state, arrays)
+        now = rate * jnp.minimum(1.0, (count + 1) / WARM)
+        arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, arrays, updates)
         # The mean of the last tenth of the steps, at most of the last 500.
         weight = jnp.maximum(AVERAGE, 10 / (10 + count))
         average = jax.tree.map(lambda a, b: a + (b - a) * weight.astype(a.dtype), average, arrays)
         return (arrays, average, state, count + 1), None
 
-    (arrays, *carry), _ = jax.lax.scan(step, (arrays, *carry), keys)
-    return eqx.combine(arrays, static), *carry
-
-
-class _Looks:
-    """The validation rows, and the best parameters that they have seen."""
-
-    def __init__(self, density: Density, aside: Rows, key, begin: float, progress: bool):
-        flow, size = density.flow, math.prod(density.event_shape)
-        self.flow = dataclasses.replace(
-            flow, regularizers=(), steer=0.0, throw=False, step_control="joint",
-            solve_options=SolveOptions.make("fit", rtol=LOOSE, atol=LOOSE),
-            divergence=noiseless() if size <= EXACT_UP_TO else auto(),
-        )  # fmt: skip
-        self.rows, self.key = _to_flow(density, aside), key
-        self.log_det = float(jnp.mean(density.log_det(aside[0])))
-        self.begin, self.progress = begin, progress
-        self.best, self.least, self.stale, self.points = density, math.inf, 0, []
-
-    def look(self, phase: str, step: int, params: PyTree) -> None:
-        nats = float(_nll(self.flow, params, self.rows, self.key)) - self.log_det
-        self.points.append(Point(phase, step, time.perf_counter() - self.begin, nats))
-        self.stale += 1
-        if nats < self.least:
-            self.best, self.least, self.stale = self.best.with_params(params), nats, 0
-        if self.progress:
-            text = f"\r{phase}: step {step}, {nats:.3f} nats of validation rows"
-            print(f"{text}, best {self.least:.3f}", end="", file=sys.stderr, flush=True)
+    return jax.lax.scan(step, carry, keys)[0]
 
 
 @eqx.filter_jit
@@ -254,43 +242,82 @@ def _nll(flow: CNF, params: PyTree, rows: Rows, key: PRNGKeyArray) -> Float[Arra
 
 
 class _Training:
-    """Parameters in training, from the best that was seen so far."""
+    """Parameters in training, and the best that the validation rows have seen."""
 
-    def __init__(
-        self, looks: _Looks, data: Callable[[PRNGKeyArray], Rows], batch: int, key: PRNGKeyArray
-    ):
-        self.looks, self.data, self.batch, self.key = looks, data, batch, key
-        self.carry: Any = None
-        self.step, self.due = 0, FIRST_LOOK
+    def __init__(self, density, data, aside: Rows, batch: int, look_key, key, begin, progress):
+        flow, size = density.flow, math.prod(density.event_shape)
+        self.judge = dataclasses.replace(
+            flow, regularizers=(), steer=0.0, throw=False, step_control="joint",
+            solve_options=SolveOptions.make("fit", rtol=LOOSE, atol=LOOSE),
+            divergence=noiseless() if size <= EXACT_UP_TO else auto(),
+        )  # fmt: skip
+        self.aside, self.look_key = _to_flow(density, aside), look_key
+        self.log_det = float(jnp.mean(density.log_det(aside[0])))
+        self.data, self.batch, self.key = data, batch, key
+        self.begin, self.progress = begin, progress
+        self.density = self.best = density
+        self.least, self.points = math.inf, []
+        self.phase: Any = None
 
-    def train(self, phase: str, loss: Loss, optimizer: Any, most: float, end: float) -> int:
-        """Steps up to `most` in all, until `end`, or until the validation rows see no more.
+    def train(self, phase: _Phase, most: float, end: float, part: float = math.inf) -> None:
+        """Train up to `most` steps of the phase in all, up to the time `end`, or for a part of both.
 
-        Returns the number of steps.
+        A new phase starts from the best parameters.
         """
-        if self.carry is None:
-            params = self.looks.best.params
-            arrays = eqx.filter(params, eqx.is_inexact_array)
-            self.carry = params, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32)
-            self.looks.look(phase, 0, params)
-        while self.step < most and time.perf_counter() < end and self.looks.stale < PATIENCE:
+        if phase is not self.phase:
+            self.phase, self.step, self.stale, self.due = phase, 0, 0, FIRST_LOOK
+            self.static = eqx.filter(self.best.params, eqx.is_inexact_array, inverse=True)
+            arrays = eqx.filter(self.best.params, eqx.is_inexact_array)
+            state = phase.optimizer.init(arrays)
+            self.carry = arrays, arrays, state, jnp.zeros((), jnp.int32)
+            self.start, self.early, self.left = time.perf_counter(), None, 1.0
+            self.look()
+        pause, until = self.step + part * most, math.inf
+        self.left = self.part_left(most, end)
+        while self.left > 0 and self.step < pause and time.perf_counter() < until:
             count = int(min(BLOCK, most - self.step))
-            noise_key, block_key = jax.random.split(jax.random.fold_in(self.key, self.step))
-            rows = self.data(noise_key)
-            keys = jax.random.split(block_key, count)
-            self.carry = _advance(loss, optimizer, self.batch, self.carry, rows, keys)
+            of_step = jax.random.fold_in(jax.random.fold_in(self.key, len(phase.name)), self.step)
+            noise_key, block_key = jax.random.split(of_step)
+            inputs = self.data(noise_key), jax.random.split(block_key, count)
+            rate = jnp.sin(0.5 * jnp.pi * self.left) ** 2
+            self.carry = _advance(phase, self.batch, self.static, self.carry, rate, *inputs)
             self.step += count
-            if self.step >= self.due:
-                self.look(phase)
-        if self.looks.points[-1].step < self.step:
-            self.look(phase)
-        return self.step
+            if self.step >= min(self.due, most):
+                self.look()
+            if not self.early and self.stale >= PATIENCE and self.step >= LEAST_STEPS:
+                # Half as many steps again, from where it was best.
+                self.step, self.carry, left = self.kept
+                self.early = self.step, left
+            self.left = self.part_left(most, end)
+            if until == math.inf:  # the first block may have compiled
+                until = time.perf_counter() + part * (end - self.begin)
+        if self.points[-1].step != self.step:
+            self.look()
 
-    def look(self, phase: str) -> None:
-        params, average, *_ = self.carry
-        static = eqx.filter(params, eqx.is_inexact_array, inverse=True)
-        self.looks.look(phase, self.step, eqx.combine(average, static))
-        self.due = max(self.step + BLOCK, math.ceil(APART * self.step))
+    def part_left(self, most: float, end: float) -> float:
+        """The part of training that is left."""
+        jax.block_until_ready(self.carry)
+        of_time = 1.0
+        if end < math.inf:
+            of_time = (end - time.perf_counter()) / (end - self.start)
+        if self.early is None:
+            return min(1 - self.step / most, of_time)
+        best, left = self.early
+        return min(left * (3 - 2 * self.step / best) if best else 0.0, of_time)
+
+    def look(self) -> None:
+        """Evaluate the average on the validation rows."""
+        params = eqx.combine(self.carry[1], self.static)
+        nats = float(_nll(self.judge, params, self.aside, self.look_key)) - self.log_det
+        seconds = time.perf_counter() - self.begin
+        self.points.append(Point(self.phase.name, self.step, seconds, nats))
+        self.stale, self.due = self.stale + 1, math.ceil(max(FIRST_LOOK, APART * self.step))
+        if nats < self.least:
+            self.best, self.least, self.stale = self.best.with_params(params), nats, 0
+            self.kept = self.step, self.carry, self.left
+        if self.progress:
+            text = f"\r{self.phase.name}: step {self.step}, {nats:.3f} nats of validation rows"
+            print(f"{text}, best {self.least:.3f}", end="", file=sys.stderr, flush=True)
 
 
 def _mapped(density: Density, data: Unfitted) -> Density:

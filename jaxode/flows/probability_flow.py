@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode.distributions import DiagonalNormal, as_event_shape
 from jaxode.ode.field import VectorField, check_field
+from jaxode.ode.validation import is_known, is_number
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]
 Time = Float[Array, ""]
@@ -126,7 +126,7 @@ class VarianceExploding:
 def _check_order(where: str, path: Any, zero: bool) -> None:
     """Raise unless both numbers are finite and rising, from above zero (or at least zero)."""
     (low, least), (high, most) = vars(path).items()
-    numbers = all(isinstance(x, int | float | np.number) for x in (least, most))
+    numbers = all(is_number(x) for x in (least, most))
     if not numbers or not (0 <= least < most < math.inf) or (least == 0 and not zero):
         rule = "at least 0" if zero else "positive"
         raise ValueError(
@@ -167,14 +167,20 @@ class _ProbabilityFlow:
         of_score = -0.5 * self.path.diffusion(t) ** 2
         return of_score if self.predicts == "score" else -of_score / self.path.std(t)
 
-    def check_span(self, t0: float, t1: float) -> None:
-        """Check, for `cnf`, that the base is at the time of the noise."""
-        if t0 < t1:
-            raise ValueError(
-                "cnf(t0=..., t1=...): the base of a probability flow is its noise, at the later "
-                f"time; got t0={float(t0)!r} and t1={float(t1)!r}. Pass t0=1.0, and a t1 at or "
-                "near 0."
-            )
+    span_rule = (
+        "cnf(t0=..., t1=...): a probability flow runs from its noise, the base, at 1 to its data "
+        "at 0{got}. Pass t0=1.0, and a t1 at or near 0."
+    )
+
+    def check_span(self, t0: Any, t1: Any) -> Any:
+        """The start time for `cnf`. If only the run can tell that the span is wrong, it is NaN."""
+        right = (t1 >= 0) & (t1 <= t0) & (t0 <= 1)
+        if not is_known((t0, t1)):
+            return jnp.where(right, jnp.asarray(t0, float), jnp.nan)
+        if not right:
+            got = f"; got t0={float(t0)!r} and t1={float(t1)!r}"
+            raise ValueError(self.span_rule.format(got=got))
+        return t0
 
 
 def probability_flow(
@@ -185,7 +191,7 @@ def probability_flow(
         dz/dt = drift(t) z - diffusion(t)^2 / 2 * score(t, z)
 
     It has a closed-form divergence if the model has one. Time runs from data at 0 to noise at 1, so
-    the base is at time 1, and `cnf` rejects any other order:
+    the base is at time 1, and `cnf` rejects any other order, and times outside of [0, 1]:
 
         flow = jaxode.cnf(jaxode.probability_flow(model, path), base, t0=1.0, t1=1e-5)
 

@@ -8,11 +8,10 @@ import dataclasses
 import math
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from jaxode._jax.closure import recognized
+from jaxode._jax.closure import compiled, recognized
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.noise import random_end, random_phases
@@ -25,21 +24,21 @@ from jaxode.ode.system import System
 from jaxode.ode.validation import check_same_times
 
 
-@eqx.filter_jit
+@compiled
 def carried(system: System, parts, key) -> Solution:
     """The samples at the other end."""
     del parts, key
     return run(system)
 
 
-@eqx.filter_jit
+@compiled
 def log_prob(system: System, parts, key) -> Solution:
     """The log-density of data, as the end state."""
     integrands, base = recognized(parts)
     return _log_prob(system, integrands, base, _probes(system, integrands, key))
 
 
-@eqx.filter_jit
+@compiled
 def log_prob_and_error(system: System, parts, key) -> Solution:
     """The log-density of data and its standard error, as the end state."""
     integrands, base = recognized(parts)
@@ -62,7 +61,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
     return _ending(solution, (log_prob_of(base, z) + jnp.mean(log_dets, axis=1), error))
 
 
-@eqx.filter_jit
+@compiled
 def sampled(system: System, parts, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
     integrands, base = recognized(parts)
@@ -71,7 +70,7 @@ def sampled(system: System, parts, key) -> Solution:
     return run(system._replace(field=integrands.density, y0=state, rows=rows))
 
 
-@eqx.filter_jit
+@compiled
 def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
     integrands, base = recognized(parts)

@@ -6,7 +6,8 @@ other solve. With `g` the condition and `t*` its zero, the implicit function the
 
     dt* = -dg / (dg/dt + dg/dy f),
 
-where `dg` is the change of `g` at the fixed time `t*`.
+where `dg` is the change of `g` at the fixed time `t*`. Differentiating this formula, in which the
+state at the fixed time moves with `t*`, gives second derivatives.
 
 References: Chen, Amos and Nickel (2021), arXiv:2011.03902.
 """
@@ -22,6 +23,8 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode.ode.adjoints.replay import filled
+from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outcome import Result, Stats
@@ -31,7 +34,9 @@ from jaxode.ode.validation import one_of
 
 # The condition is evaluated this often per step. Two crossings in between go unnoticed.
 LOOKS = 8
-FIRST_ONLY = "Event: the time of an event, and what depends on it, has only first derivatives."
+UP_TO_SECOND = (
+    "Event: the time of an event, and what depends on it, has only first and second derivatives."
+)
 # The largest number of solves that may land on the event.
 LANDINGS = 8
 
@@ -62,11 +67,7 @@ class Event(eqx.Module):
 
     def __check_init__(self):
         one_of("Event", "direction", self.direction, (-1, 0, 1))
-        if not callable(self.condition):
-            raise TypeError(
-                f"Event(condition=...): must be a function condition(t, y, args); got "
-                f"{self.condition!r}."
-            )
+        check_field("Event", "condition", self.condition, "condition(t, y, args)")
 
     def crosses(self, before: Float[Array, "..."], after: Float[Array, "..."]):
         """Whether the condition goes through zero between two values."""
@@ -141,11 +142,9 @@ def _find(event: Event, look: Condition, problem: Problem, method: Method) -> In
     return integrate(problem._replace(ts=None), method, stop=stop)[0]
 
 
-def _rate(condition: Condition, problem: Problem, t, y):
+def _rate(condition: Condition, slope, t, y):
     """The condition, and its derivative along the trajectory."""
-    slope = jax.lax.stop_gradient(problem.slope(t, y))
-    value, rate = jax.jvp(condition, (t, y), (jnp.ones_like(t), slope))
-    return value, rate, slope
+    return jax.jvp(condition, (t, y), (jnp.ones_like(t), slope))
 
 
 def _land(condition: Condition, problem: Problem, method: Method, came, t1, stats: Stats):
@@ -162,7 +161,8 @@ def _land(condition: Condition, problem: Problem, method: Method, came, t1, stat
     def solve(carry):
         count, t1, _, stats = carry
         out, _ = integrate(problem._replace(t1=t1, ts=None), method)
-        value, rate, _ = jax.lax.stop_gradient(_rate(condition, problem, t1, out.y1))
+        value, rate = _rate(condition, problem.slope(t1, out.y1), t1, out.y1)
+        value, rate = jax.lax.stop_gradient((value, rate))
         move = (-value / jnp.where(rate == 0, 1, rate)).astype(t1.dtype)
         move = jnp.where(came & (rate != 0) & jnp.isfinite(move), move, 0)
         moved = jnp.clip(
@@ -186,24 +186,38 @@ def _moved(condition: Condition, came, problem: Problem, out: Integration):
     other = jnp.argmax(jnp.where(came.any(), came, out.result == Result.SUCCESS))
     stand_in = lambda x: jnp.where(came.reshape(-1, *(1,) * (x.ndim - 1)), x, x[other])
     t, y = stand_in(problem.t1), stand_in(out.y1)
-    value, rate, slope = _rate(condition, problem, t, y)
-    value, rate = first_derivatives_only((value, rate), FIRST_ONLY)
-    move = jnp.where(came, _of_zero(value, rate, jnp.sum(y, axis=1)), 0)
-    return problem.t1 + move.astype(t.dtype), out.y1 + move[:, None].astype(y.dtype) * slope
+    # With its closed-over values as leaves, which have derivatives.
+    condition = eqx.filter_closure_convert(condition, t, y)
+    t, y = _event(condition, problem.field, problem.args, t, y, came)
+    return jnp.where(came, t, problem.t1), jnp.where(came[:, None], y, out.y1)
 
 
-@jax.custom_jvp
-def _of_zero(value, rate, state):
-    """The offset of the zero: 0, with the derivative of the implicit function theorem.
-
-    Without a slope, that derivative does not exist.
-    """
-    del rate, state
-    return jnp.zeros_like(value)
+@eqx.filter_custom_jvp
+def _event(condition, field, args, t, y, came):
+    """The time of the zero and the state there. `y` is the state at the fixed time `t`."""
+    del condition, field, args, came
+    return t, y
 
 
-@_of_zero.defjvp
-def _of_zero_jvp(primals, tangents):
-    (value, rate, _), (moved, _, state) = primals, tangents
-    unknown = jnp.where(rate == 0, jnp.nan, 0).astype(value.dtype) * state.astype(value.dtype)
-    return jnp.zeros_like(value), -moved / jnp.where(rate == 0, 1, rate) + unknown
+@_event.def_jvp
+def _event_jvp(primals, tangents):
+    """The implicit function theorem. Without a slope, there is no derivative."""
+    *functions, t, y, came = primals
+    time, state = _event(*primals)
+    # Zero, but it has derivatives. The state at the fixed time `t + after` neglects its square.
+    after = first_derivatives_only(time - t, UP_TO_SECOND)[:, None].astype(y.dtype)
+
+    def at_fixed_time(condition, field, args, y):
+        y = y + after * field(t, y, args)
+        return y, condition(time, y)
+
+    moved = eqx.filter_jvp(at_fixed_time, (*functions, y), (*tangents[:3], tangents[4]))
+    (near, value), dots = moved
+    y_dot, value_dot = map(filled, dots, (near, value))
+    condition, field, args = functions
+    slope = field(time, near, args)
+    _, rate = _rate(condition, slope, time, near)
+    rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
+    # Without a slope, the time is unknown also where the condition does not depend on the state.
+    t_dot = -(value_dot + 0 * jnp.sum(y_dot, axis=1).astype(rate.dtype)) / rate
+    return (time, state), (t_dot.astype(t.dtype), y_dot + t_dot[:, None].astype(y.dtype) * slope)

@@ -29,7 +29,14 @@ def check_field(where: str, name: str, f: Any, call: str) -> None:
         raise TypeError(f"{where}({name}=...): must be a function {call}; got {f!r}.")
 
 
-def call_field(f: Callable[..., Any], t: Float[Array, ""], y: PyTree, args: PyTree) -> Any:
+def call_field(
+    f: Callable[..., Any],
+    t: Float[Array, ""],
+    y: PyTree,
+    args: PyTree,
+    name: str = "f",
+    kind: str = "the vector field",
+) -> Any:
     """`f(t, y, args)`. An error inside `f` says what `f` was called with."""
     try:
         return f(t, y, args)
@@ -37,9 +44,9 @@ def call_field(f: Callable[..., Any], t: Float[Array, ""], y: PyTree, args: PyTr
         if type(error) not in MISFITS:
             raise
         raise TypeError(
-            f"f(t, y, args): the vector field raised {type(error).__name__}: "
+            f"{name}(t, y, args): {kind} raised {type(error).__name__}: "
             f"{str(error).rstrip('.')}. It got y={_described(y)} and args={_described(args)}. Pass "
-            "args that fit f, or mend the line of f that the error above names."
+            f"args that fit {name}, or mend the line of {name} that the error above names."
         ) from error
 
 

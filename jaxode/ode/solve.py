@@ -1,7 +1,7 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import diffrax
 import equinox as eqx
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.closure import recognized, settle
+from jaxode._jax.closure import compiled, recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.dense import Interpolant, OfDiffrax, OfSteps
 from jaxode.ode.events import Event, solve_to_event
@@ -66,7 +66,8 @@ def solve(
         t0: start time, a scalar. With "per_sample" steps also `[batch]`, one time per sample.
         t1: end time, with the shapes of `t0`. If it is smaller than `t0`, the solve runs backwards
             in time.
-        args: any pytree, passed to `f`.
+        args: any pytree, passed to `f`; shared by all samples (docs/irregular.md: parameters of
+            each row).
         batch: solve a batch: the leaves of `y0` share a leading axis, and `f` is the vector field
             of one sample. "joint" takes the same steps for the whole batch; its error norm is the
             root mean square over the batch. "per_sample" gives each sample its own steps, so that
@@ -92,7 +93,9 @@ def solve(
             are ignored. Steps end just before and just after each one, with a short step in
             between, so that no other step contains a jump. Differentiation treats them as
             constants. Not with `steps`.
-        max_steps: attempted steps allowed before the solve fails. Not used with `steps`.
+        max_steps: attempted steps allowed before the solve fails. Not used with `steps`. A gradient
+            keeps the times of this many steps, with "per_sample" steps and under `jax.vmap` for
+            each row: with thousands of rows, lower it.
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of the mapped axis, or a tuple of
             names, over which the state is split. The error norm then covers the whole state, and
             devices exchange one number per attempted step.
@@ -119,7 +122,8 @@ def solve(
             vector field is not finite.
 
     Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over.
-        With an event, first derivatives only, by the implicit function theorem.
+        With an event, by the implicit function theorem: first derivatives, and second ones if
+        `adjoint` has them.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
@@ -209,6 +213,10 @@ class Unconditional(eqx.Module):
     """A vector field without per-row arguments."""
 
     f: VectorField
+    hint: ClassVar[str] = (
+        " All samples share args: make parameters of each row states that do not move, or use "
+        "jax.vmap over jaxode.solve (docs/irregular.md)."
+    )
 
     def __call__(self, t, y, shared, row):
         del row
@@ -348,4 +356,4 @@ def _at_padding_jvp(primals, tangents):
     return _at_padding(ys, past, problem), ys_dot
 
 
-_run = eqx.filter_jit(run)
+_run = compiled(run)

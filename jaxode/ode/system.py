@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._jax.closure import close_field, recognizable, recognized
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
+from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
@@ -172,8 +173,10 @@ def condition_on_rows(system: System, ravel: Ravel):
     """The condition of the event on rows of the solver."""
 
     def checked(t, y, shared):
-        value = system.event.condition(t, y, shared)
-        dtype = numeric_dtype(value)
+        value = call_field(
+            system.event.condition, t, y, shared, "condition", "the condition of the event"
+        )
+        dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
         if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
             got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
             raise ValueError(
@@ -193,10 +196,11 @@ def condition_on_rows(system: System, ravel: Ravel):
 
 def _rows_field(system: System):
     """The field of the solver: of one system, of one batch, or with a time for each sample."""
+    hint = "" if system.batch is None else getattr(system.field, "hint", "")
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
-        check_derivative(system.label.text, y, dy)
+        check_derivative(system.label.text, y, dy, hint)
         return jax.tree.map(jnp.asarray, dy)
 
     if system.batch == "per_sample":

@@ -51,17 +51,22 @@ def integer(
     return number
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of Python or NumPy, which True is not."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 def non_negative(where: str, name: str, value: Any, rule: str) -> float:
     """The value, if it is a finite Python number of at least zero."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not 0 <= value < float("inf"):
+    if not is_number(value) or not 0 <= value < float("inf"):
         raise ValueError(f"{where}({name}=...): must be {rule}; got {value!r}.")
     return float(value)
 
 
 def one_of(where: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise unless the value is one of the choices."""
-    if not any(value is choice or value == choice for choice in choices):
+    """Raise unless the value is one of the choices: words, integers and None."""
+    kind = isinstance(value, str | int | None) and not isinstance(value, bool)  # True == 1
+    if not kind or value not in choices:
         *some, last = map(repr, choices)
         raise ValueError(
             f"{where}({name}=...): must be {', '.join(some)} or {last}; got {value!r}."
@@ -211,8 +216,11 @@ def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> N
         )
 
 
-def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
-    """Raise unless the derivative has the structure, shapes and precision of the state."""
+def check_derivative(where: str, y: PyTree, dy: PyTree, hint: str = "") -> None:
+    """Raise unless the derivative has the structure, shapes and precision of the state.
+
+    The `hint` follows the message for a wrong shape.
+    """
     if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
             f"{where}(f=...): f(t, y, args) must return the structure of y, "
@@ -227,6 +235,7 @@ def check_derivative(where: str, y: PyTree, dy: PyTree) -> None:
             raise ValueError(
                 f"{where}(f=...): f(t, y, args) must return the shapes of y; got "
                 f"{jnp.shape(actual)} where y has {expected.shape}. f sees one sample of a batch."
+                f"{hint}"
             )
         dtype = jnp.result_type(actual)
         if not jnp.issubdtype(dtype, jnp.floating):
