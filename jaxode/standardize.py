@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, PyTree
 
 # Columns whose correlation matrix has a smaller eigenvalue depend on each other linearly.
 SINGULAR = 1e-9
-# Quantiles that the spline of a column passes through, and how many rows lie beyond the last one.
-KNOTS, BEYOND = 39, 10
+# Knots of the spline of a column, at most; rows between two of them, on average and at least; and
+# rows between the last quantile and the extreme.
+KNOTS, BETWEEN, BEYOND = 41, 25, 10
 
 
 Numbers = Array | np.ndarray  # a fit is in NumPy, until `bind` casts it to the data's dtype
@@ -59,9 +60,8 @@ def affine(data: Float[Numbers, "rows *event"]) -> Unfitted:
 def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
     """Map each column to a normal by a smooth monotone spline through its quantiles.
 
-    A rational quadratic spline, whose inverse is exact, with logarithmic tails beyond the outermost
-    quantiles. It takes skewed, heavy-tailed and narrow columns off the network. Tied values share a
-    quantile.
+    A rational quadratic spline, whose inverse is exact, with logarithmic tails beyond the extremes.
+    It takes skewed, heavy-tailed and narrow columns off the network. Tied values share a quantile.
 
     References: Gregory and Delbourgo (1982); Durkan et al. (2019), arXiv:1906.04032.
     """
@@ -172,24 +172,28 @@ def _denominator(s, d0, d1, u):
 
 def _log_slope(s, d0, d1, u):
     """`log dz/dx` at the place `u` between two knots; in the tails `u` is 0 or 1."""
-    top = s**2 * (d1 * u**2 + 2 * s * u * (1 - u) + d0 * (1 - u) ** 2)
-    return jnp.log(top) - 2 * jnp.log(_denominator(s, d0, d1, u))
+    top = d1 * u**2 + 2 * s * u * (1 - u) + d0 * (1 - u) ** 2
+    return jnp.log(top) + 2 * jnp.log(s / _denominator(s, d0, d1, u))
 
 
 def fit_normal(data: Float[np.ndarray, "rows *event"]) -> "Chain":
-    """Through quantiles at equally spaced normal values, after robust standardizing."""
+    """Through the extremes and quantiles at equally spaced normal values, after robust scaling.
+
+    The extremes bound the `z` of all rows, however heavy the tails are.
+    """
     from statistics import NormalDist  # `import jaxode` does not load it
 
-    columns = data.reshape(len(data), -1)
+    standard, rows = NormalDist(), len(data)
+    columns = data.reshape(rows, -1)
     low, center, high = np.quantile(columns, (0.25, 0.5, 0.75), axis=0)
     scale = np.where(high > low, (high - low) / 1.349, columns.std(axis=0))
-    standard = NormalDist()
-    widest = standard.inv_cdf(1 - min(BEYOND / len(columns), 0.16))
-    z = np.linspace(-widest, widest, KNOTS)
-    levels = list(map(standard.cdf, z))
+    extreme = standard.inv_cdf(1 - min(1 / rows, 0.1))
+    widest = standard.inv_cdf(1 - min(BEYOND / rows, 0.16))
+    z = np.linspace(-widest, widest, min(max(rows // BETWEEN, 5), KNOTS - 2))
+    levels = [0.0, *map(standard.cdf, z), 1.0]
     # Quantiles between two rows would lie close to one of tied rows.
-    quantiles = np.quantile((columns - center) / scale, levels, axis=0, method="nearest")
-    knots = [_knots(x, z) for x in quantiles.T]
+    x = np.quantile((columns - center) / scale, levels, axis=0, method="nearest")
+    knots = [_knots(column, np.array([-extreme, *z, extreme])) for column in x.T]
     event = data.shape[1:]
     x, z, slope = (np.stack(part).reshape(*event, KNOTS) for part in zip(*knots, strict=True))
     return Chain((Affine(center.reshape(event), scale.reshape(event)), Monotone(x, z, slope)))
@@ -199,17 +203,13 @@ def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
     """Knots of one column: tied quantiles are one, at the mean of their `z`; slopes between them.
 
     The slope at a knot is the geometric mean of those of its chords, which keeps the spline
-    monotone however much they differ. A tail is as flat as the flatter of its last two chords, so
-    that rows beyond two values that are close do not get far away.
+    monotone however much they differ.
     """
-    group = np.cumsum(np.diff(x, prepend=x[0]) > 1e-6 * (x[-1] - x[0]))
+    group = np.cumsum(np.diff(x, prepend=x[0]) > 1e-6 * np.maximum(np.abs(x), 1))
     count = np.bincount(group)
     x, z = np.bincount(group, x) / count, np.bincount(group, z) / count
-    if len(x) == 1:
-        x, z = x + np.arange(2), z + np.arange(2)
     chord = np.diff(z) / np.diff(x)
-    slope = np.sqrt(chord[1:] * chord[:-1])
-    slope = np.concatenate([[chord[:2].min()], slope, [chord[-2:].min()]])
+    slope = np.concatenate([chord[:1], np.sqrt(chord[1:] * chord[:-1]), chord[-1:]])
     fill = (0, KNOTS - len(x))
     return tuple(np.pad(part, fill, mode="edge") for part in (x, z, slope))
 

@@ -140,11 +140,12 @@ def test_context_and_weights_stay_with_their_row():
     assert jnp.isnan(jax.jit(loss)(0 * weights))
 
 
-def times_of(key, x=jnp.zeros((BATCH, 1)), **options):
-    """Read off the gradient by the context `c` of the loss `mean (t c)^2`."""
-    flow = flow_of(lambda t, z, args: t * args[1], 1, **options)
-    loss = lambda c: flow.matching_loss(None, x, key=key, x0=x, context=c)
-    return jnp.sqrt(jax.grad(loss)(jnp.ones_like(x))[:, 0] * BATCH / 2)
+def times_of(key, dtype=float, **options):
+    """Read off the gradient by the context `c` of the loss `mean (t c - 1)^2`, without rounding."""
+    x = jnp.ones((BATCH, 1), dtype)
+    flow = flow_of(lambda t, z, args: t * args[1], 1)
+    loss = lambda c: flow.matching_loss(None, x, key=key, x0=0 * x, context=c, **options)
+    return -jax.grad(loss)(jnp.zeros_like(x))[:, 0] * BATCH / 2
 
 
 def test_times_are_one_in_each_part():
@@ -157,6 +158,28 @@ def test_times_are_one_in_each_part():
     # Neighbors are far apart.
     apart = np.abs(np.diff(strata, axis=1))
     assert np.minimum(apart, BATCH - apart).min() >= BATCH // 4
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0, 3])
+def test_times_of_a_power(power):
+    """`1 - (1 - v)^power` has the distribution function `1 - (1 - u)^(1 / power)`."""
+    keys = jax.random.split(KEY, 500)
+    u = jax.jit(jax.vmap(lambda key, power: times_of(key, time_power=power), (0, None)))
+    powers = u(keys, power)
+    np.testing.assert_allclose(powers, 1 - (1 - u(keys, 1)) ** power, rtol=1e-12)
+    cdf = lambda u: 1 - (1 - u) ** (1 / power)
+    assert scipy.stats.kstest(powers.ravel(), cdf).statistic < 0.02
+    one = times_of(keys[0], time_power=power)
+    np.testing.assert_allclose(powers[0], one, rtol=1e-12)
+
+
+def test_times_of_power_one_are_those_without():
+    """With all their digits: `1 - (1 - v)` would be a multiple of 2^-24 in float32."""
+    u = times_of(KEY, np.float32, time_power=1.0)
+    np.testing.assert_array_equal(u, times_of(KEY, np.float32))
+    assert (u * 2**24 % 1 != 0).any()
+    exact = times_of(KEY)
+    np.testing.assert_allclose(u, exact, rtol=1e-7)
 
 
 def test_no_solve_and_no_divergence():
@@ -452,6 +475,21 @@ BAD_INPUT = [
             f"{type(rows).__name__}. Return jnp.array of it.",
         )
         for rows in ([0, 1, 2], (0, 1, 2), "012")
+    ),
+    *(
+        (
+            lambda power=power: loss(time_power=power), kind,
+            f"matching_loss(time_power=...): must be {said}",
+        )
+        for power, kind, said in (
+            (0, ValueError, "positive and finite; got 0."),
+            (-1.0, ValueError, "positive and finite; got -1.0."),
+            (float("inf"), ValueError, "positive and finite; got inf."),
+            (float("nan"), ValueError, "positive and finite; got nan."),
+            ("2", TypeError, "a real number; got '2'."),
+            (None, TypeError, "a real number; got None."),
+            (jnp.ones(2), ValueError, "a scalar; got shape (2,)."),
+        )
     ),
     *(
         (
