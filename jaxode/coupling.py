@@ -108,7 +108,7 @@ class _OptimalTransport:
         for leaf in map(grouped, self._conditions(context)):
             distance = _entries_that_differ(leaf, leaf)
             if _is_floating(leaf):
-                distance = _squared_distances(leaf, leaf, real)
+                distance = _distances_within(leaf, real)
             cost = cost + (weight * distance).astype(cost.dtype)
         # A borrowed row is paired with itself.
         both, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
@@ -152,6 +152,18 @@ def _squared_distances(
 
     highest = lax.Precision.HIGHEST
     return -2 * jnp.einsum("gid,gjd->gij", center(a), center(b), precision=highest)
+
+
+def _distances_within(a: Float[Array, "groups n d"], real: Bool[np.ndarray, "groups n"]):
+    """Squared distances, zero where they are lost in rounding.
+
+    Equal conditions are then apart by nothing, and not by rounding times a large weight.
+    """
+    products = -0.5 * _squared_distances(a, a, real)
+    squares = jnp.diagonal(products, axis1=1, axis2=2)
+    sizes = squares[:, :, None] + squares[:, None, :]
+    distance, rounding = sizes - 2 * products, (a.shape[-1] + 3) * jnp.finfo(sizes.dtype).eps
+    return jnp.where(distance > rounding * sizes, distance, 0)
 
 
 def _entries_that_differ(a: Int[Array, "groups n d"], b: Int[Array, "groups n d"]):

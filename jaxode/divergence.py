@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
-from jaxode.ode.validation import integer
+from jaxode.ode.validation import check_derivative, integer
 
 # Up to this many dimensions, `auto` takes the exact trace. benchmarks/divergence.py: at 8
 # dimensions it costs less than 8 probes, which still leave 5% noise in a gradient; at 16 it costs
@@ -34,7 +34,9 @@ class FieldAt:
     args: Any
 
     def __call__(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
-        return call_field(self.f, self.t, z, self.args)
+        dz = call_field(self.f, self.t, z, self.args)
+        check_derivative("cnf", z, dz)  # before an estimator meets it
+        return dz
 
     def value_and_divergence(self, z: Float[Array, " *event"]) -> Any:
         """`(g(z), div g)` in the closed form that `f` offers, or `NotImplemented`."""

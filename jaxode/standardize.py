@@ -60,8 +60,8 @@ def affine(data: Float[Numbers, "rows *event"]) -> Unfitted:
 def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
     """Map each column to a normal by a smooth monotone spline through its quantiles.
 
-    A rational quadratic spline, whose inverse is exact, with linear tails beyond the extremes. It
-    takes skewed, heavy-tailed and narrow columns off the network. Tied values share a quantile.
+    A rational quadratic spline, whose inverse is exact, with logarithmic tails beyond the extremes.
+    It takes skewed, heavy-tailed and narrow columns off the network. Tied values share a quantile.
 
     References: Gregory and Delbourgo (1982); Durkan et al. (2019), arXiv:1906.04032.
     """
@@ -115,11 +115,12 @@ def fit_affine(data: Float[np.ndarray, "rows *event"]) -> Affine:
 
 
 class Monotone(eqx.Module):
-    """A rational quadratic spline for each coordinate, with linear tails.
+    """A rational quadratic spline for each coordinate, with logarithmic tails.
 
     Between two knots, with `s` the slope of the chord, `d0` and `d1` the slopes at the knots and
     `u` in [0, 1] the place between them, `z = z0 + (z1 - z0) (s u^2 + d0 u (1 - u)) / q` with
-    `q = s + (d0 + d1 - 2 s) u (1 - u)`.
+    `q = s + (d0 + d1 - 2 s) u (1 - u)`. Beyond the last one, `z = z1 + log(1 + d1 (x - x1))`: a
+    value that is far away is not far away from a normal's.
     """
 
     x: Float[Numbers, "*event knots"]
@@ -133,8 +134,10 @@ class Monotone(eqx.Module):
         inner = jnp.clip(x, x0, x1)
         s, u = (z1 - z0) / (x1 - x0), (inner - x0) / (x1 - x0)
         inside = z0 + (z1 - z0) * (s * u**2 + d0 * u * (1 - u)) / _denominator(s, d0, d1, u)
-        z = inside + (x - inner) * jnp.where(x < x1, d0, d1)
-        return z, jnp.sum(_log_slope(s, d0, d1, u))
+        beyond = (x - inner) * jnp.where(x < x1, d0, d1)
+        tail = jnp.log1p(jnp.abs(beyond))
+        z = inside + jnp.sign(beyond) * tail
+        return z, jnp.sum(_log_slope(s, d0, d1, u) - tail)
 
     @eqx.filter_jit
     def forward(self, z):
@@ -146,8 +149,10 @@ class Monotone(eqx.Module):
         q = jnp.sqrt(p**2 + 4 * v * (1 - v))
         low, high = 2 * v / (2 * v + p + q), (q - p) / (q - p + 2 * (1 - v))
         u = jnp.where(p > 0, low, high)
-        x = x0 + u * (x1 - x0) + (z - inner) / jnp.where(z < z1, d0, d1)
-        return x, jnp.sum(_log_slope(s, d0, d1, u))
+        tail = jnp.abs(z - inner)
+        beyond = jnp.sign(z - inner) * jnp.expm1(tail)
+        x = x0 + u * (x1 - x0) + beyond / jnp.where(z < z1, d0, d1)
+        return x, jnp.sum(_log_slope(s, d0, d1, u) - tail)
 
     def _around(self, value: Array, knots: Numbers):
         """The knots on both sides of each value: their `x`, `z` and slope."""

@@ -179,7 +179,8 @@ BAD_INPUT = [
     (
         lambda: flow(solver=diffrax.Kvaerno3(), step_control="per_sample"), ValueError,
         "flow(step_control='per_sample'): needs an explicit Runge-Kutta solver; got Kvaerno3. "
-        "Use step_control='joint', or jax.vmap over jaxode.solve.",
+        "Use jax.vmap over jaxode.solve, or step_control='joint', whose cost grows as the cube of "
+        "the whole state.",
     ),
     (
         lambda: jaxode.BacksolveAdjoint(rtol=-1), ValueError,
@@ -247,6 +248,22 @@ BAD_INPUT = [
         "flow(f=...): f(t, y, args) must return the shapes of y; got (3, 2) where y has (2,). "
         "f sees one sample of a batch. All samples share args: make parameters of each row states "
         "that do not move, or use jax.vmap over jaxode.solve (docs/irregular.md).",
+    ),
+    *(
+        (
+            lambda f=f, run=run: run(jaxode.cnf(f, jaxode.standard_normal(2))), error,
+            f"cnf(f=...): f(t, y, args) must return {told}",
+        )
+        for f, error, told in (
+            (lambda t, z, p: jnp.ones(3), ValueError, "the shapes of y; got (3,) where y has (2,). "
+             "f sees one sample of a batch."),
+            (lambda t, z, p: {"a": z}, ValueError, "the structure of y, PyTreeDef(*); got "
+             "PyTreeDef({'a': *})."),
+            (lambda t, z, p: jnp.ones(2, int), TypeError, "floating arrays; got int64."),
+        )
+        for run in (
+            lambda flow: flow.log_prob(None, X), lambda flow: flow.sample_and_log_prob(None, KEY, 4)
+        )
     ),
     (
         lambda: cnf(divergence=divergence.hutchinson()).nll(None, X), ValueError,
@@ -611,7 +628,10 @@ def nan_always(t, y, args):
 
 # (vector field, options, code, start of the message). The times are where the mathematics fails.
 FAILURES = [
-    (decay, {"max_steps": 2}, 1, r"the steps ran out at t=0\.\d+\. Raise max_steps, "),
+    (
+        decay, {"max_steps": 2}, 1,
+        r"the steps ran out at t=0\.\d+\. Raise max_steps, .* such as diffrax\.Kvaerno3\(\) for",
+    ),
     (blow_up, {}, 2, r"the step size fell below the resolution of the time at t=1\.00001\. Loosen"),
     (nan_after, {}, 3, r"the vector field or the state is not finite at t=0\.5\. Check the vector"),
     (

@@ -122,7 +122,7 @@ BAD_MODELS = [
     *(
         (
             lambda method=method, cut=cut: getattr(flow_of(cut), method)(None, X), ValueError,
-            f"{method}(f=...): f(t, y, args) must return the shapes of y; got {got} where y has "
+            f"cnf(f=...): f(t, y, args) must return the shapes of y; got {got} where y has "
             "(2,). f sees one sample of a batch.",
         )
         for method in ("nll", "to_base")

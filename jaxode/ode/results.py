@@ -18,7 +18,8 @@ from jaxode.ode.loop.outcome import Result
 EXPLANATIONS = {
     Result.MAX_STEPS_REACHED: (
         "the steps ran out",
-        "Raise max_steps, loosen rtol and atol, or look for a stiff or exploding vector field.",
+        "Raise max_steps, loosen rtol and atol, use an implicit solver such as diffrax.Kvaerno3() "
+        "for a stiff vector field, or look for an exploding one.",
     ),
     Result.STEP_SIZE_UNDERFLOW: (
         "the step size fell below the resolution of the time",

@@ -78,7 +78,7 @@ def solve(
             evaluations. Samples whose times are out of order fail.
         solver: a diffrax ODE solver. Explicit Runge-Kutta solvers run in jaxode's own loop. Others,
             such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax and need
-            `DiscreteAdjoint` or `ForwardMode`.
+            `DiscreteAdjoint` or `ForwardMode`; for a batch, use `jax.vmap` (docs/adjoint.md).
         rtol: relative error tolerance per step.
         atol: absolute error tolerance per step. A step is accepted if the root mean square of
             `error / (atol + rtol max(|y before|, |y after|))` is at most one.
@@ -262,7 +262,8 @@ def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batc
     if batch == "per_sample":
         raise ValueError(
             f"{where}({argument}='per_sample'): needs an explicit Runge-Kutta solver; got {name}. "
-            f"Use {argument}='joint', or jax.vmap over jaxode.solve."
+            f"Use jax.vmap over jaxode.solve, or {argument}='joint', whose cost grows as the cube "
+            "of the whole state."
         )
     if not isinstance(adjoint, DiscreteAdjoint | ForwardMode):
         raise ValueError(
