@@ -135,8 +135,9 @@ class Monotone(eqx.Module):
         s, u = (z1 - z0) / (x1 - x0), (inner - x0) / (x1 - x0)
         inside = z0 + (z1 - z0) * (s * u**2 + d0 * u * (1 - u)) / _denominator(s, d0, d1, u)
         beyond = (x - inner) * jnp.where(x < x1, d0, d1)
-        tail = jnp.log1p(jnp.abs(beyond))
-        z = inside + jnp.sign(beyond) * tail
+        sign = jnp.where(beyond < 0, -1.0, 1.0)  # `jnp.sign` is zero at a knot
+        tail = jnp.log1p(sign * beyond)
+        z = inside + sign * tail
         return z, jnp.sum(_log_slope(s, d0, d1, u) - tail)
 
     @eqx.filter_jit
@@ -149,8 +150,9 @@ class Monotone(eqx.Module):
         q = jnp.sqrt(p**2 + 4 * v * (1 - v))
         low, high = 2 * v / (2 * v + p + q), (q - p) / (q - p + 2 * (1 - v))
         u = jnp.where(p > 0, low, high)
-        tail = jnp.abs(z - inner)
-        beyond = jnp.sign(z - inner) * jnp.expm1(tail)
+        sign = jnp.where(z < inner, -1.0, 1.0)
+        tail = sign * (z - inner)
+        beyond = sign * jnp.expm1(tail)
         x = x0 + u * (x1 - x0) + beyond / jnp.where(z < z1, d0, d1)
         return x, jnp.sum(_log_slope(s, d0, d1, u) - tail)
 

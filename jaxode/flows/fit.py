@@ -26,7 +26,7 @@ from jaxode.flows.density import Density
 from jaxode.flows.standardize import as_map, check_inside, floating, numbers
 from jaxode.flows.validation import check_context, check_finite, check_key
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.validation import integer, non_negative, real_scalar, shape_of
+from jaxode.ode.validation import check_positive, integer, non_negative, real_scalar, shape_of
 from jaxode.standardize import Unfitted, affine, normal
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
@@ -141,7 +141,10 @@ def fit(
     if density.standardize is None:
         table = np.asarray(noisy(noise_key, rows)[0])
         maps = [_mapped(density, kind(table)) for kind in (affine, normal)]
-    powers = TIME_POWERS if time_power is None else (time_power,)
+    powers = TIME_POWERS
+    if time_power is not None:
+        check_positive("fit", "time_power", time_power)
+        powers = (time_power,)
     optimizer = optimizer or _adam(RATE)
     matching = [_Phase("matching", _Matching(density.flow, coupling, p), optimizer) for p in powers]
 
@@ -271,6 +274,7 @@ class _Training:
             state = phase.optimizer.init(arrays)
             self.carry = arrays, arrays, state, jnp.zeros((), jnp.int32)
             self.start, self.early, self.left = time.perf_counter(), None, 1.0
+            self.kept = 0, self.carry, self.left
             self.look()
         pause, until = self.step + part * most, math.inf
         self.left = self.part_left(most, end)
@@ -297,9 +301,9 @@ class _Training:
     def part_left(self, most: float, end: float) -> float:
         """The part of training that is left."""
         jax.block_until_ready(self.carry)
-        of_time = 1.0
+        of_time, now = 1.0, time.perf_counter()
         if end < math.inf:
-            of_time = (end - time.perf_counter()) / (end - self.start)
+            of_time = (end - now) / (end - self.start) if now < end else 0.0
         if self.early is None:
             return min(1 - self.step / most, of_time)
         best, left = self.early
