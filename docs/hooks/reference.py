@@ -8,7 +8,16 @@ from mkdocs.exceptions import PluginError
 
 PACKAGE = Path(__file__).parents[2] / "jaxode"
 # Public by their names alone: other modules of jaxode use them.
-HELPERS = {"jaxode.coupling.assignment", "jaxode.regularizers.check_regularizers"}
+HELPERS = {
+    "jaxode.coupling.assignment",
+    "jaxode.regularizers.check_regularizers",
+    *(
+        f"jaxode.standardize.{name}"
+        for name in (
+            "Unfitted", "dependent", "fit_affine", "fit_normal", "fit_white", "frozen", "listed"
+        )
+    ),
+}  # fmt: skip
 
 
 def on_post_build(config):

@@ -304,7 +304,7 @@ def bind(
             data `[n, *event]`, whose mean and standard deviation it takes; or a tuple
             `(mean, scale)` of numbers or arrays of an event's shape; or a pair of these for
             `(x, context)`. Context data may be a dictionary of arrays; integers, such as labels,
-            stay as they are.
+            stay as they are. `jaxode.standardize` has other maps for `x`.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
             strictly inside. `(mean, scale)` then refer to the data after the bijection.
