@@ -139,6 +139,21 @@ def test_a_wrong_argument_gets_one_clear_line_before_training(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "0", "argument --steps: must be a whole number of at least 1; got 0"),
+        ("--batch", "1.5", "argument --batch: must be a whole number of at least 1; got 1.5"),
+        ("--seconds", "0", "argument --seconds: must be a positive number of seconds; got 0"),
+        ("--seconds", "nan", "argument --seconds: must be a positive number of seconds; got nan"),
+    ],
+)
+def test_a_wrong_length_of_training_gets_one_clear_line(option, value, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load("digits").main([option, value])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def interrupt(moment, name, *arguments):
     """Ctrl-C when the example has printed `moment`: its output and exit code."""
     # The tests may run in the background of a shell, where interrupts are ignored.
