@@ -34,8 +34,8 @@ RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood afte
 WARM = 100  # steps in which the updates grow to their size
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
-FIRST_LOOK, APART = 250, 1.15  # steps before the first look, and the ratio from each to the next
-PATIENCE, LEAST_STEPS = 6, 1500  # looks without an improvement, after which training ends early
+FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from each to the next
+PATIENCE, LEAST_STEPS = 5, 1500  # looks without an improvement, after which training ends early
 TRIAL = 0.06  # the part of training in which each choice is tried
 MINUTE = 60.0  # seconds, if there is no other end
 LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows to look at; rows that there must be
@@ -74,10 +74,11 @@ def fit(
 ) -> tuple[Density, list[Point]]:
     """Train a density on data, and keep the parameters that are best on rows set aside.
 
-    By flow matching. At steps that are 15% apart, a moving average of the parameters is evaluated
+    By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
     on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
-    after `seconds` or `steps`, a minute by default. If twice as many steps brought no improvement,
-    training goes back to the best parameters and to an early end. Ctrl-C ends it at once.
+    after `seconds` or `steps`, a minute by default. If four times as many steps brought no
+    improvement, training goes back to the best parameters and to an early end. Ctrl-C ends it at
+    once.
 
     What is not given is tried first, each for 6% of the training, and the best goes on: the map of
     the columns, affine or `jaxode.standardize.normal`, of a density without `standardize=`; and the
