@@ -1,9 +1,10 @@
 """What the examples share: arguments checked before training, how long it takes, a clean end."""
 
+import math
 import os
 import re
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, RawTextHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,30 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**31:
         raise ArgumentTypeError(f"must be at least 0 and below 2**31; got {text}")
     return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number of at least 1; got {text}")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ArgumentTypeError(f"must be a positive number of seconds; got {text}")
+    return float(text)
+
+
+def training(name: str, doc: str | None, seconds: float, width: int, batch: int) -> ArgumentParser:
+    """The arguments of an example that calls `jaxode.fit`."""
+    parser = ArgumentParser(description=doc, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--seconds", type=duration, default=seconds, help="of training, at most")
+    parser.add_argument("--steps", type=count, help="of training, at most")
+    parser.add_argument("--batch", type=count, default=batch, help="rows in a training step")
+    parser.add_argument("--width", type=count, default=width, help="of the residual network")
+    parser.add_argument("--out", type=picture, default=f"out/{name}.png", help="the picture")
+    parser.add_argument("--seed", type=seed, default=0)
+    return parser
 
 
 def announce(doc: str | None) -> None:

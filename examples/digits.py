@@ -8,16 +8,16 @@ Gaussian with full covariance, and writes one picture. Under a minute on two cor
 training early and goes on.
 """
 
-import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from arguments import announce, picture, run, seed
-from recipe import draw_scores
+from arguments import announce, run, training
+from pictures import draw_scores, tile
 from sklearn.datasets import load_digits
 
 import jaxode
@@ -35,6 +35,10 @@ def bits(log_prob) -> float:
     return float(images.bits_per_dimension(log_prob, PIXELS).mean())
 
 
+def in_bits(history: list[Any]) -> list[Any]:
+    return [point._replace(nats=bits(-jnp.array(point.nats))) for point in history]
+
+
 def draw(density, data, history, scores, path, key):
     """Real digits, samples, paths from noise to digits, and the scores during training."""
     samples = density.sample(key, (40,))
@@ -42,13 +46,6 @@ def draw(density, data, history, scores, path, key):
     times = jnp.linspace(density.flow.t0, density.flow.t1, 11)
     path_of = jaxode.solve(density.flow.f, z, 0.0, 1.0, density.params, batch="joint", ts=times)
     frames = density.from_flow(path_of.ys).swapaxes(0, 1)
-
-    def tile(axis, digits, rows, title):
-        grid = np.clip(np.floor(np.asarray(digits)), 0, LEVELS - 1).reshape(-1, 8, 8)
-        grid = np.pad(grid, ((0, 0), (0, 1), (0, 1))).reshape(rows, -1, 9, 9)
-        grid = grid.swapaxes(1, 2).reshape(rows * 9, -1)
-        axis.imshow(grid[:-1, :-1], cmap="gray", interpolation="nearest")
-        axis.set(xticks=[], yticks=[], title=title)
 
     figure, axes = plt.subplots(2, 2, figsize=(13, 7), constrained_layout=True)
     tile(axes[0, 0], data[:40], 4, "real digits")
@@ -65,21 +62,13 @@ def draw(density, data, history, scores, path, key):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a flow on handwritten digits.")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of training, at most")
-    parser.add_argument("--steps", type=int, default=None, help="steps of matching, at most")
-    parser.add_argument("--batch", type=int, default=256, help="images in a training step")
-    parser.add_argument("--width", type=int, default=256, help="of the residual network")
-    parser.add_argument("--out", type=picture, default="out/digits.png", help="the picture")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser = training("digits", __doc__, seconds=25.0, width=256, batch=256)
     options = parser.parse_args(argv)
-    if min(options.seconds, options.steps or 1, options.batch, options.width) <= 0:
-        parser.error("--seconds, --steps, --batch and --width must be positive")
-
     announce(__doc__)
     start = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
-    pixels = jax.random.permutation(next(keys), jnp.asarray(load_digits().data, jnp.float32))
+    pixels, _ = load_digits(return_X_y=True)
+    pixels = jax.random.permutation(next(keys), jnp.asarray(pixels, float))
     held_out, validation, data = jnp.split(pixels, [HELD_OUT, HELD_OUT + VALIDATION])
     print(f"{len(data)} digits to train on, {len(held_out)} held out", flush=True)
     noisy = lambda x: x + jax.random.uniform(next(keys), x.shape)
@@ -92,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     density, history = jaxode.fit(
         density, data, key=next(keys), seconds=options.seconds, steps=options.steps,
         batch=options.batch, validation=validation, dequantize=True,
-        optimizer=optax.adamw(8e-3, weight_decay=0.01),
+        optimizer=optax.adamw(8e-3, weight_decay=1.0), time_power=1.0,
     )  # fmt: skip
     print(f"trained in {history[-1].seconds:.0f} s; evaluating")
 
@@ -104,8 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"full-covariance Gaussian   {gaussian[0]:8.3f}   {gaussian[1]:8.3f}")
     print(f"flow                       {flow[0]:8.3f}   {flow[1]:8.3f}")
     scores = {"flow, held out": flow[1], "Gaussian, held out": gaussian[1]}
-    history = [point._replace(nats=bits(-jnp.array(point.nats))) for point in history]
-    draw(density, data, history, scores, options.out, next(keys))
+    draw(density, data, in_bits(history), scores, options.out, next(keys))
     print(f"picture: {options.out}   total: {time.perf_counter() - start:.0f} s")
     return 0
 

@@ -4,8 +4,9 @@
     python examples/flax_field.py --api linen
 
 jaxode needs a function f(t, y, args) and a pytree of parameters. Both Flax interfaces provide them
-in a few lines: see `nnx_field` and `linen_field`. Learns the density of two moons. Half a minute on
-two cores.
+in a few lines: see `nnx_field` and `linen_field`. Learns the density of two moons by maximum
+likelihood, in a loop that could be one of Flax; `jaxode.fit` takes such a field, too. Half a minute
+on two cores.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python examples/numpyro_guide.py
 
 The model is "eight schools": the effects of coaching, with an unknown spread tau between schools.
-`FlowGuide` works for any model with continuous latent variables. Prints the posterior according to
-NUTS, the flow and a Gaussian guide, and whether training exploited solver errors. About a minute on
-two cores.
+`FlowGuide` works for any model with continuous latent variables. There are no samples for
+`jaxode.fit`, so numpyro trains it by the ELBO. Prints the posterior according to NUTS, the flow and
+a Gaussian guide, and whether training exploited solver errors. About a minute on two cores.
 
 Reference: Rubin (1981), doi:10.3102/10769986006004377.
 """

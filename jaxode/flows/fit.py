@@ -293,8 +293,10 @@ class _Training:
                 self.step, self.carry, left = self.kept
                 self.early = self.step, left
             self.left = self.part_left(most, end)
-            if until == math.inf:  # the first block may have compiled
-                until = time.perf_counter() + part * (end - self.begin)
+            if until == math.inf:  # time counts from here, since the first block may have compiled
+                now = time.perf_counter()
+                until = now + part * (end - self.begin)
+                self.start = now if self.step == count else self.start
         if self.points[-1].step != self.step:
             self.look()
 
