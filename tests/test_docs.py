@@ -149,7 +149,10 @@ def test_the_estimator_of_the_page_on_contributing_is_unbiased(default_settings)
     np.testing.assert_allclose(div, jnp.trace(matrix), atol=0.45)
 
 
-@pytest.mark.parametrize("name", ["distributions", "images", "plot"])
+DOCSTRINGS = ("distributions", "images", "plot", "standardize")
+
+
+@pytest.mark.parametrize("name", DOCSTRINGS)
 def test_code_blocks_of_docstrings_run(name, default_settings):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -159,7 +162,8 @@ def test_code_blocks_of_docstrings_run(name, default_settings):
     flow = jaxode.cnf(f, jaxode.standard_normal(2))
     scope = vars(module) | {
         "jaxode": jaxode, "flow": flow, "params": params, "f": f, "key": jax.random.key(1),
-        "x": jnp.array([[3, 200], [0, 255]]), "losses": [2.0, 1.0], "plt": plt, "partial": partial,
+        "x": jnp.array([[3, 200], [0, 255]]), "data": np.eye(3, 2), "losses": [2.0, 1.0],
+        "plt": plt, "partial": partial,
     }  # fmt: skip
     blocks = fences(module.__doc__)
     assert blocks
@@ -181,7 +185,7 @@ def test_no_docstring_has_code_that_is_not_run():
         assert not re.findall(
             r"^    (?:def |\w+(?:, \w+)* = \w+\(|\w+\.\w+.*\()", doc, re.MULTILINE
         )
-        assert path.stem in ("distributions", "images", "plot") or "```" not in doc, path
+        assert path.stem in DOCSTRINGS or "```" not in doc, path
 
 
 def test_every_public_name_is_in_the_reference():

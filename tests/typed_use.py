@@ -35,4 +35,6 @@ def of_density(params: jaxode.nn.ConcatSquash, x: Array) -> Array:
     loss, aux = flow.nll_and_stats(params, x, key=key)
     sample, log_prob = flow.sample_and_log_prob(params, key, 8)
     steps = aux.stats.num_steps + 1
+    fitted, history = jaxode.fit(jaxode.bind(flow, params), x, key=key, seconds=10.0)
+    loss += fitted.log_prob(x).mean() + history[-1].nats
     return loss + flow.nll(params, x) + jnp.mean(flow.log_prob(params, sample) - log_prob) + steps
