@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode.coupling import Coupling, independent
 from jaxode.divergence import auto, noiseless
 from jaxode.flows.cnf import CNF
-from jaxode.flows.columns import dequantized, is_integer, warn_of_columns
 from jaxode.flows.density import Density
-from jaxode.flows.standardize import as_map, check_inside, floating, numbers
-from jaxode.flows.validation import check_context, check_finite, check_key
+from jaxode.flows.standardize import as_map
+from jaxode.flows.table import Rows, dequantized, is_integer, set_aside, to_flow, warn_of_columns
+from jaxode.flows.validation import check_key
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.validation import check_positive, integer, non_negative, real_scalar, shape_of
+from jaxode.ode.validation import check_positive, integer, non_negative
 from jaxode.standardize import Unfitted, affine, normal
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
@@ -35,13 +35,11 @@ WARM = 100  # steps in which the updates grow to their size
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
 FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from each to the next
-PATIENCE, LEAST_STEPS = 5, 1500  # looks without an improvement, after which training ends early
+PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
+UNCOUNTED = 1000  # those of the first steps do not count
 TRIAL = 0.06  # the part of training in which each choice is tried
 MINUTE = 60.0  # seconds, if there is no other end
-LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows to look at; rows that there must be
-EXACT_UP_TO, LOOSE = 16, 1e-3  # their dimensions with an exact trace, and the tolerance
-
-Rows = tuple[Any, PyTree]  # data `[rows, *event]`; the context of each row, or None
+EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
 
 class Point(NamedTuple):
@@ -76,9 +74,8 @@ def fit(
 
     By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
     on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
-    after `seconds` or `steps`, a minute by default. If four times as many steps brought no
-    improvement, training goes back to the best parameters and to an early end. Ctrl-C ends it at
-    once.
+    after `seconds` or `steps`, a minute by default. If it overfits, five looks in a row worse than
+    the best, training goes back to the best parameters and to an early end. Ctrl-C ends it at once.
 
     What is not given is tried first, each for 6% of the training, and the best goes on: the map of
     the columns, affine or `jaxode.standardize.normal`, of a density without `standardize=`; and the
@@ -96,8 +93,8 @@ def fit(
         batch: rows in a step, drawn with replacement.
         optimizer: of Optax, for matching. Adam at 8e-3 by default.
         coupling: which base sample goes with which row, as for `matching_loss`.
-        likelihood: steps of maximum likelihood after matching, from the best parameters, with Adam
-            at 5e-4.
+        likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
+            parameters, with Adam at 5e-4.
         time_power: as for `matching_loss`.
         dequantize: add uniform noise in [0, 1) to columns of integers, new in every block of steps.
             `log_prob` is then that of `x + noise`.
@@ -132,7 +129,7 @@ def fit(
     batch = integer("fit", "batch", batch)
     likelihood = integer("fit", "likelihood", likelihood, 0, "a number of steps")
     split_key, noise_key, look_key, key = jax.random.split(key, 4)
-    rows, aside = _set_aside(density, x, context, validation, dequantize, split_key)
+    rows, aside = set_aside(density, x, context, validation, dequantize, split_key)
     integers = is_integer(rows[0]) & bool(dequantize)
     columns = rows[0].reshape(len(rows[0]), -1)
     warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
@@ -151,8 +148,8 @@ def fit(
 
     def data(density: Density) -> Callable[[PRNGKeyArray], Rows]:
         if integers.any():
-            return lambda key: _to_flow(density, noisy(key, rows))
-        mapped = _to_flow(density, rows)
+            return lambda key: to_flow(density, noisy(key, rows))
+        mapped = to_flow(density, rows)
         return lambda key: mapped
 
     start = lambda density: _Training(
@@ -172,7 +169,7 @@ def fit(
         run.train(run.phase or phase, most, end)
         if likelihood:
             after = _Phase("likelihood", _Likelihood(density.flow), _adam(RATE_AFTER))
-            run.train(after, likelihood, end)
+            run.train(after, likelihood, math.inf)
     except KeyboardInterrupt:
         run = min(runs, key=lambda run: run.least)
         if not run.points:
@@ -255,7 +252,7 @@ class _Training:
             solve_options=SolveOptions.make("fit", rtol=LOOSE, atol=LOOSE),
             divergence=noiseless() if size <= EXACT_UP_TO else auto(),
         )  # fmt: skip
-        self.aside, self.look_key = _to_flow(density, aside), look_key
+        self.aside, self.look_key = to_flow(density, aside), look_key
         self.log_det = float(jnp.mean(density.log_det(aside[0])))
         self.data, self.batch, self.key = data, batch, key
         self.begin, self.progress = begin, progress
@@ -289,8 +286,8 @@ class _Training:
             self.step += count
             if self.step >= min(self.due, most):
                 self.look()
-            if not self.early and self.stale >= PATIENCE and self.step >= LEAST_STEPS:
-                # Half as many steps again, from where it was best.
+            if not self.early and self.stale >= PATIENCE:
+                # As many steps again, from where it was best.
                 self.step, self.carry, left = self.kept
                 self.early = self.step, left
             self.left = self.part_left(most, end)
@@ -310,7 +307,7 @@ class _Training:
         if self.early is None:
             return min(1 - self.step / most, of_time)
         best, left = self.early
-        return min(left * (3 - 2 * self.step / best) if best else 0.0, of_time)
+        return min(left * (2 - self.step / best) if best else 0.0, of_time)
 
     def look(self) -> None:
         """Evaluate the average on the validation rows."""
@@ -318,7 +315,8 @@ class _Training:
         nats = float(_nll(self.judge, params, self.aside, self.look_key)) - self.log_det
         seconds = time.perf_counter() - self.begin
         self.points.append(Point(self.phase.name, self.step, seconds, nats))
-        self.stale, self.due = self.stale + 1, math.ceil(max(FIRST_LOOK, APART * self.step))
+        self.due = math.ceil(max(FIRST_LOOK, APART * self.step))
+        self.stale += self.step > UNCOUNTED and not nats <= self.least + WORSE
         if nats < self.least:
             self.best, self.least, self.stale = self.best.with_params(params), nats, 0
             self.kept = self.step, self.carry, self.left
@@ -331,44 +329,3 @@ def _mapped(density: Density, data: Unfitted) -> Density:
     """The density with a map fitted to the data."""
     fitted = as_map("x", data, density.event_shape, density.support)
     return dataclasses.replace(density, standardize=fitted)
-
-
-def _to_flow(density: Density, rows: Rows) -> Rows:
-    z = density.to_flow(*rows)
-    return (z, None) if rows[1] is None else z
-
-
-def _set_aside(
-    density: Density,
-    x: Any,
-    context: PyTree,
-    validation: Any,
-    dequantize: bool,
-    key: PRNGKeyArray,
-) -> tuple[Rows, Rows]:
-    """Rows to train on, and validation rows, at most `LOOK_AT` of them if they are drawn here."""
-    rows = _checked("x", density, x, context, dequantize)
-    if not isinstance(validation, int | float | np.number):
-        of_x, of_context = validation if isinstance(validation, tuple) else (validation, None)
-        return rows, _checked("validation", density, of_x, of_context, dequantize)
-    real_scalar("fit", "validation", validation, "between 0 and 1", lambda v: 0 < v < 1, "part")
-    count = min(math.ceil(validation * len(rows[0])), LOOK_AT, len(rows[0]) - 2)
-    order = np.asarray(jax.random.permutation(key, len(rows[0])))
-    part = lambda chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
-    return part(order[count:]), part(order[:count])
-
-
-def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
-    x, event = floating(numbers(f"fit({name}=...):", x)), density.event_shape
-    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
-        raise ValueError(
-            f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
-            f"{LEAST_ROWS} rows; got {x.shape}."
-        )
-    context = check_context("fit", context, len(x))
-    check_finite("fit", {name: x, "context": context})
-    x = np.asarray(x)
-    if density.support is not None:
-        middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
-        check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
-    return x, context
