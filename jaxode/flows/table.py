@@ -2,11 +2,12 @@
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode.flows.density import Density
 from jaxode.flows.standardize import check_inside, floating, numbers
@@ -14,18 +15,58 @@ from jaxode.flows.validation import check_context, check_finite
 from jaxode.ode.validation import real_scalar, shape_of
 from jaxode.standardize import dependent, listed
 
-Rows = tuple[Any, PyTree]  # data `[rows, *event]`; the context of each row, or None
-
-LOOK_AT, LEAST_ROWS = 1000, 10  # validation rows to set aside, at most; rows that there must be
-
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
 OFTEN = 0.01
+# Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
+LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
+
+
+class Rows(NamedTuple):
+    x: Any
+    """`[rows, *event]`, in JAX or NumPy."""
+    context: PyTree
+    """One row for each of `x`, or None."""
+
+
+class Table(NamedTuple):
+    """Rows to train on, rows set aside, and which of their columns get noise."""
+
+    rows: Rows
+    validation: Rows
+    integers: Bool[np.ndarray, " *event"]
+
+    @classmethod
+    def of(
+        cls, density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, key
+    ) -> "Table":
+        """Check the rows, set some aside, and warn of columns without a density."""
+        rows, aside = set_aside(density, x, context, validation, dequantize, key)
+        integers = is_integer(rows.x) & bool(dequantize)
+        columns = rows.x.reshape(len(rows.x), -1)
+        warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
+        return cls(rows, aside, integers)
+
+    def drawn(self, key: PRNGKeyArray) -> Rows:
+        """The rows to train on, with noise."""
+        return self.rows._replace(x=dequantized(key, self.rows.x, self.integers))
+
+    def aside(self, key: PRNGKeyArray) -> Rows:
+        """The rows set aside, with noise."""
+        noisy = dequantized(key, self.validation.x, self.integers)
+        return self.validation._replace(x=noisy)
+
+    def mapper(self, density: Density, key: PRNGKeyArray) -> Callable[[PRNGKeyArray], Rows]:
+        """A function of a key: the rows to train on as the flow sees them, with new noise."""
+        if self.integers.any():
+            return lambda key: to_flow(density, self.drawn(key))
+        mapped = to_flow(density, self.drawn(key))
+        return lambda key: mapped
 
 
 def to_flow(density: Density, rows: Rows) -> Rows:
     z = density.to_flow(*rows)
-    return (z, None) if rows[1] is None else z
+    return Rows(z, None) if rows.context is None else Rows(*z)
 
 
 def set_aside(
@@ -36,16 +77,22 @@ def set_aside(
     dequantize: bool,
     key: PRNGKeyArray,
 ) -> tuple[Rows, Rows]:
-    """Rows to train on, and validation rows, at most `LOOK_AT` of them if they are drawn here."""
+    """Rows to train on, and at most `LOOK_AT` validation rows."""
     rows = _checked("x", density, x, context, dequantize)
+    order = lambda rows: np.asarray(jax.random.permutation(key, len(rows.x)))
+    part = lambda rows, chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
     if not isinstance(validation, int | float | np.number):
-        of_x, of_context = validation if isinstance(validation, tuple) else (validation, None)
-        return rows, _checked("validation", density, of_x, of_context, dequantize)
+        pair = validation if isinstance(validation, tuple) else (validation, None)
+        if len(pair) != 2:
+            raise ValueError(
+                "fit(validation=...): must be a part, rows of x, or a pair (x, context); got "
+                f"{len(pair)} parts."
+            )
+        aside = _checked("validation", density, *pair, dequantize)
+        return rows, part(aside, order(aside)[:LOOK_AT])
     real_scalar("fit", "validation", validation, "between 0 and 1", lambda v: 0 < v < 1, "part")
-    count = min(math.ceil(validation * len(rows[0])), LOOK_AT, len(rows[0]) - 2)
-    order = np.asarray(jax.random.permutation(key, len(rows[0])))
-    part = lambda chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
-    return part(order[count:]), part(order[:count])
+    count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
+    return part(rows, order(rows)[count:]), part(rows, order(rows)[:count])
 
 
 def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
@@ -61,7 +108,7 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
     if density.support is not None:
         middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
         check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
-    return x, context
+    return Rows(x, context)
 
 
 def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
@@ -80,6 +127,7 @@ def warn_of_columns(
     where: str, table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
 ) -> None:
     """Warn of columns with atoms, and of columns that depend on each other linearly."""
+    table = table.astype(np.float64)  # float32 would round a dependence away
     atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
     if atoms:
         warnings.warn(
@@ -87,9 +135,11 @@ def warn_of_columns(
             "rounded numbers do. They have no density: a flow narrows onto the values, and its "
             "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
             "to other numbers, or take classes as context.",
-            stacklevel=3,
+            stacklevel=4,
         )
     varying = columns[table.std(axis=0)[columns] > 0]
+    if len(varying) > WIDEST:
+        return  # it would take minutes
     part = table[:, varying]
     scaled = (part - part.mean(axis=0)) / part.std(axis=0)
     involved = varying[dependent(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
@@ -98,7 +148,7 @@ def warn_of_columns(
         warnings.warn(
             f"{where}(x=...): columns {listed(involved)} depend on each other linearly. Together "
             "they have no density: a flow narrows onto the plane that they lie in. Leave one out.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
