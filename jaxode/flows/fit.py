@@ -4,6 +4,7 @@ The losses are those of `density.flow` on the rows of `density.to_flow`, with an
 Optax: docs/training.md has the same as a short loop of one's own.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,10 +26,10 @@ from jaxode.divergence import auto, noiseless
 from jaxode.flows.cnf import CNF
 from jaxode.flows.density import Density
 from jaxode.flows.standardize import as_map
-from jaxode.flows.table import Rows, Table, to_flow
+from jaxode.flows.table import WIDEST, Rows, Table, to_flow
 from jaxode.flows.validation import check_key
 from jaxode.ode.validation import check_positive, integer, non_negative
-from jaxode.standardize import Unfitted, affine, normal
+from jaxode.standardize import affine, normal, whiten
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
@@ -39,7 +40,7 @@ FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from 
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
 UNCOUNTED = 1000  # those of the first steps do not count
 APART_SECONDS = 10.0  # from one look to the next at most, where `seconds` are given
-TRIAL = 0.06  # the part of training in which each choice is tried
+TRIAL = 0.05  # the part of training in which each choice is tried
 MINUTE = 60.0  # seconds, if there is no other end
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
@@ -83,8 +84,8 @@ def fit(
     the best by 0.02 nats, training resumes from the best parameters and ends after as many steps
     again. Ctrl-C ends it with the best so far.
 
-    What is not given is tried first, each for 6% of the training, and the best goes on: the map of
-    the columns, affine or `jaxode.standardize.normal`, of a density without `standardize=`; and the
+    What is not given is tried first, each for 5% of the training, and the best goes on: the map of
+    the columns of a density without `standardize=`, each of `jaxode.standardize`; and the
     `time_power`, 2 or 1. More times near the data make tables better, and small sets of images
     worse.
 
@@ -158,7 +159,7 @@ def fit(
     maps = [density]
     if density.standardize is None:
         sample = np.asarray(table.drawn(noise_key).x)
-        maps = [_mapped(density, kind(sample)) for kind in (affine, normal)]
+        maps = _mapped(density, sample)
     start = lambda density, data: _Training(density, data, aside, batch, look_key, begin, progress)
     runs = [start(each, table.mapper(each, noise_key)) for each in maps]
     run = runs[0]
@@ -383,7 +384,11 @@ def _trainable(density: Density) -> Density:
     return density.with_params(params)
 
 
-def _mapped(density: Density, data: Unfitted) -> Density:
-    """The density with a map fitted to the data."""
-    fitted = as_map("x", data, density.event_shape, density.support)
-    return dataclasses.replace(density, standardize=fitted)
+def _mapped(density: Density, data: np.ndarray) -> list[Density]:
+    """The density with each map that can be fitted to the data."""
+    fitted = lambda kind: as_map("x", kind(data), density.event_shape, density.support)
+    maps = [fitted(affine), fitted(normal)]
+    if math.prod(density.event_shape) <= WIDEST:
+        with contextlib.suppress(ValueError):  # a singular covariance
+            maps.append(fitted(whiten))
+    return [dataclasses.replace(density, standardize=each) for each in maps]
