@@ -60,7 +60,7 @@ def by_jaxode(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
         options = {"validation": table.validation, "seconds": seconds, "progress": False}
         density, looks = jaxode.fit(jaxode.bind(flow, params), table.train, key=key, **options)
         score = lambda: -float(jnp.mean(density.log_prob(table.test)))
-        yield Candidate(min(look.nats for look in looks), score)
+        yield Candidate(min(look.nats for look in looks if math.isfinite(look.nats)), score)
 
     return train()
 

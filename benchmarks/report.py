@@ -211,8 +211,9 @@ def write(folder: Path, root: Path) -> None:
             draw(results, images)
             parts += sections(results)
             if results["machine"]["kind"] == "cpu":
-                readme = (root / "README.md").read_text()
-                (root / "README.md").write_text(between(readme, "benchmarks", ratios(results)))
+                readme = between((root / "README.md").read_text(), "benchmarks", ratios(results))
+                readme = between(readme, "densities", densities(results))
+                (root / "README.md").write_text(readme)
     (root / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -293,6 +294,16 @@ def ratios(results: dict[str, Any]) -> list[str]:
         markdown(["", *LIBRARIES], joined),
         f"{device}; commit {', '.join(sorted(commits))}.",
     ]
+
+
+def densities(results: dict[str, Any]) -> list[str]:
+    """The table of the README on densities of tables, after a minute."""
+    for name, module, done, _ in finished(results):
+        if name == "tables" and done:
+            commits = dict.fromkeys(str(case["code"]) for case in done.values())
+            code = f"{results['machine']['device']}; commit {', '.join(commits)}."
+            return [module.after(done, "60"), module.seeds_and_delay(done), code]
+    return []
 
 
 def between(text: str, name: str, parts: list[str]) -> str:

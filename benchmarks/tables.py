@@ -119,18 +119,21 @@ def ranks(row: dict[str, float]) -> dict[str, int]:
 
 
 def table(cases: dict[str, Any]) -> str:
-    parts = []
-    for end in times_of(cases):
-        rows = []
-        for label, row in nats(cases, end).items():
-            best = min(row.values())
-            told = {name: f"{score:.3f}" for name, score in row.items()}
-            told |= {name: f"**{told[name]}**" for name, score in row.items() if score == best}
-            told |= {name: "none in time" for name, score in row.items() if score == math.inf}
-            rows.append([label, *(told.get(name, "") for name in CONTENDERS)])
-        header = [f"nats after {end} s, training rows x columns", *CONTENDERS]
-        parts.append(report.markdown(header, rows))
+    parts = [after(cases, end) for end in times_of(cases)]
     return "\n\n".join([*parts, seeds_and_delay(cases)])
+
+
+def after(cases: dict[str, Any], end: str) -> str:
+    """The nats of each table after this time, the best in bold."""
+    rows = []
+    for label, row in nats(cases, end).items():
+        best = min(row.values())
+        told = {name: f"{score:.3f}" for name, score in row.items()}
+        told |= {name: f"**{told[name]}**" for name, score in row.items() if score == best}
+        told |= {name: "none in time" for name, score in row.items() if score == math.inf}
+        rows.append([label, *(told.get(name, "") for name in CONTENDERS)])
+    header = [f"nats after {end} s, training rows x columns", *CONTENDERS]
+    return report.markdown(header, rows)
 
 
 def seeds_and_delay(cases: dict[str, Any]) -> str:

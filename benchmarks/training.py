@@ -18,7 +18,7 @@ from benchmarks import report
 from benchmarks.table_data import TABLES, prepare
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "training.png"
-DATA, STEPS = ("magic", "phoneme"), 8000
+DATA, STEPS = ("magic", "phoneme"), 5000
 
 Residual, ConcatSquash = jaxode.nn.Residual, jaxode.nn.ConcatSquash
 CHOICES: dict[str, dict[str, Any]] = {

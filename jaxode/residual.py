@@ -63,7 +63,8 @@ class Residual(Network):
 
     With `e` the sines and cosines of `pi k t` for `k` = 1 to 4 and an encoding of the context, a
     block is `h + W activation((1 + a(e)) h + b(e))`, with affine `a` and `b`. The output is affine
-    in the last block, plus `c(e) y`, which is the whole field between two normals.
+    in the last block, plus `c(e) y`, which is the whole field between two normals. Times are in
+    [0, 1], as in `cnf` by default: 2 looks like 0.
 
     The best density for its time in matching: see docs/choosing.md. It has no closed form of its
     divergence.

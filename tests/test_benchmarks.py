@@ -434,7 +434,8 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"machine": "of another kind"}))
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "README.md").write_text(
-        "before <!-- benchmarks -->old<!-- end of benchmarks --> after"
+        "before <!-- benchmarks -->old<!-- end of benchmarks -->"
+        "<!-- densities -->old<!-- end of densities --> after"
     )
     report.write(tmp_path, tmp_path)
     readme = (tmp_path / "README.md").read_text()

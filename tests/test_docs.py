@@ -244,6 +244,7 @@ def test_the_page_of_results_is_that_of_the_results():
 
     readme = (ROOT / "README.md").read_text()
     assert report.between(readme, "benchmarks", report.ratios(MACHINE)) == readme
+    assert report.between(readme, "densities", report.densities(MACHINE)) == readme
     page = (ROOT / "benchmarks/RESULTS.md").read_text()
     for part in (part for machine in MACHINES for part in report.sections(machine)):
         assert part in page

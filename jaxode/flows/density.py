@@ -1,9 +1,9 @@
 """A flow as a distribution: with its parameters, in the units and on the support of the data.
 
-Let `z` be a sample of the flow, `u = mean + scale z`, and `x` its image under the support's
-bijection `u -> x`. Then
+Let `z` be a sample of the flow, `u` its image under the inverse of the map of `standardize=`, and
+`x` the image of `u` under the support's bijection. Then
 
-    log p(x) = log p_flow(z) + log |det du/dx| - sum log scale.
+    log p(x) = log p_flow(z) + log |det dz/du| + log |det du/dx|.
 """
 
 import dataclasses
@@ -170,7 +170,10 @@ class Density(eqx.Module):
         return jax.vmap(self._to_data)(rows)[0].reshape(*shape, *self.event_shape)
 
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-        """`log |det dz/dx|` of the maps: what `log_prob` adds to the flow's log-density of `z`."""
+        """`log |det dz/dx|` of the maps: what `log_prob` adds to the flow's log-density of `z`.
+
+        For samples inside of the support.
+        """
         rows, shape = self._rows("log_det", x)
         return jax.vmap(self._from_data)(rows)[2].reshape(shape)
 

@@ -141,7 +141,9 @@ def normalized(
 
 def check_count(where: str, n: Any) -> Any:
     """A number of samples; a symbolic one of `jax.export` as it is."""
-    if jax.export.is_symbolic_dim(n):
+    from jax import export  # not loaded by older versions of JAX
+
+    if export.is_symbolic_dim(n):
         return n
     return integer(where, "n", n, least=0, rule="a number of samples")
 
