@@ -1,6 +1,6 @@
 """The table and the curves of docs/training.md: what each choice of `jaxode.fit` is worth.
 
-    python -m benchmarks.training      a quarter of an hour on two cores
+    python -m benchmarks.training      five minutes on two cores
 
 Every row changes one thing of the default, and trains for the same number of steps, seed 0. Tables
 and split are those of `tables`. Writes docs/images/training.png and prints the table.
@@ -49,16 +49,13 @@ def trained(name: str, network=lambda n, key: Residual(n, key=key), map=None, **
     return -float(density.log_prob(table.test).mean()), points
 
 
-def main() -> None:
-    rows, figure = [], plt.figure(figsize=(11, 4.5), layout="constrained")
+def show(found: dict[tuple[str, str], tuple[float, list[Any]]]) -> None:
+    """Draw what the validation rows saw, and print the scores of the test rows."""
+    figure = plt.figure(figsize=(11, 4.5), layout="constrained")
     axes: Any = figure.subplots(1, len(DATA))
-    found = {
-        (name, choice): trained(name, **CHOICES[choice]) for choice in CHOICES for name in DATA
-    }
     for axis, name in zip(axes, DATA, strict=True):
         for choice in CHOICES:
-            _, points = found[name, choice]
-            points = [(p.seconds, p.nats) for p in points if p.step]
+            points = [(p.seconds, p.nats) for p in found[name, choice][1] if p.step]
             axis.plot(*zip(*points, strict=True), label=choice, linewidth=1.2)
         best = min(found[name, choice][0] for choice in CHOICES)
         axis.set(title=name, xlabel="seconds, with compilation", ylim=(best - 0.3, best + 1.5))
@@ -66,12 +63,15 @@ def main() -> None:
     axes[0].set(ylabel="nats of validation rows")
     axes[-1].legend(fontsize=7, frameon=False)
     figure.savefig(PICTURE, dpi=110)
-    for choice in CHOICES:
-        scores = [f"{found[name, choice][0]:.3f}" for name in DATA]
-        seconds = [f"{found[name, choice][1][-1].seconds:.0f}" for name in DATA]
-        rows.append([choice, *scores, ", ".join(seconds)])
-    header = [f"held-out nats after {STEPS} steps", *DATA, "seconds"]
-    print(report.markdown(header, rows))
+    cell = lambda name, choice: (
+        f"{found[name, choice][0]:.3f}, {found[name, choice][1][-1].seconds:.0f} s"
+    )
+    rows = [[choice, *(cell(name, choice) for name in DATA)] for choice in CHOICES]
+    print(report.markdown([f"held-out nats after {STEPS} steps", *DATA], rows))
+
+
+def main() -> None:
+    show({(name, choice): trained(name, **CHOICES[choice]) for name in DATA for choice in CHOICES})
 
 
 if __name__ == "__main__":
