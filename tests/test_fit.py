@@ -167,7 +167,7 @@ class Interrupting(io.StringIO):
 # Without a map, two are tried.
 @pytest.mark.parametrize(
     ("standardize", "step"),
-    [(BENT, 0), (BENT, 500), (None, 0), (None, 50), (None, 500)],
+    [(BENT, 0), (BENT, 500), (None, 0), (None, 200), (None, 500)],
     ids=["start", "later", "start of two", "end of a trial", "later of two"],
 )
 def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch, accurate):

@@ -40,7 +40,7 @@ FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from 
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
 UNCOUNTED = 1000  # those of the first steps do not count
 APART_SECONDS = 10.0  # from one look to the next at most, where `seconds` are given
-TRIAL = 0.05  # the part of training in which each choice is tried
+TRIAL, SHORTEST = 0.05, 500  # the part of training in which each choice is tried; the least steps
 MINUTE = 60.0  # seconds, if there is no other end
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
@@ -172,7 +172,8 @@ def fit(
                 run = start(best.density, best.data)
                 runs = [best, run]
                 run.train(other, most, end, TRIAL)
-                best = _best(runs)
+                # Early on both look alike, and the first is better later.
+                best = run if run.least < best.least - WORSE else best
             runs = [best]
         run = _best(runs)
         run.train(run.phase or phases[0], most, end)
@@ -304,7 +305,7 @@ class _Training:
         """Train up to `most` steps of the phase, up to the time `end`, or for a part of both."""
         if phase is not self.phase:
             self.start(phase)
-        pause, until = self.step + part * most, None
+        pause, until = self.step + min(max(part * most, SHORTEST), 4 * part * most), None
         self.left = self.part_left(most, end)
         while self.left > 0 and self.step < pause:
             self.block(int(min(BLOCK, most - self.step)))
