@@ -54,9 +54,10 @@ def show(found: dict[tuple[str, str], tuple[float, list[Any]]]) -> None:
     figure = plt.figure(figsize=(11, 4.5), layout="constrained")
     axes: Any = figure.subplots(1, len(DATA))
     for axis, name in zip(axes, DATA, strict=True):
-        for choice in CHOICES:
+        for i, choice in enumerate(CHOICES):
             points = [(p.seconds, p.nats) for p in found[name, choice][1] if p.step]
-            axis.plot(*zip(*points, strict=True), label=choice, linewidth=1.2)
+            style = "--" if i >= 10 else "-"  # the colors repeat
+            axis.plot(*zip(*points, strict=True), style, label=choice, linewidth=1.2)
         best = min(found[name, choice][0] for choice in CHOICES)
         axis.set(title=name, xlabel="seconds, with compilation", ylim=(best - 0.3, best + 1.5))
         axis.grid(color="#dddddd", linewidth=0.6)

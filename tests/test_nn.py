@@ -112,7 +112,7 @@ def test_deeper_networks_offer_no_closed_form(make):
             for event in ((), 64)
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_fresh_flow_is_close_to_the_identity(make, event):
     m = make(event, (64, 64), key=jax.random.key(0))
