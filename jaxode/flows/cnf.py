@@ -227,9 +227,10 @@ class CNF(eqx.Module):
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
         """
         key, axis_name = check_key("matching_loss", key), self.solve_options.axis_name
-        start = {"x0": x0, "context": context, "weights": weights, "coupling": coupling}
-        start["time_power"] = time_power
-        return matching_loss(self, params, x, key=key, axis_name=axis_name, **start)
+        return matching_loss(
+            self, params, x, key=key, x0=x0, context=context, weights=weights, coupling=coupling,
+            time_power=time_power, axis_name=axis_name,
+        )  # fmt: skip
 
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None

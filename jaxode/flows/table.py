@@ -23,6 +23,8 @@ LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
 
 
 class Rows(NamedTuple):
+    """Data, each row with its context."""
+
     x: Any
     """`[rows, *event]`, in JAX or NumPy."""
     context: PyTree
@@ -65,6 +67,7 @@ class Table(NamedTuple):
 
 
 def to_flow(density: Density, rows: Rows) -> Rows:
+    """The rows as the flow sees them."""
     z = density.to_flow(*rows)
     return Rows(z, None) if rows.context is None else Rows(*z)
 
