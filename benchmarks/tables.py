@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +36,6 @@ TIMES = (20.0, 60.0, 300.0)  # seconds of training, up to those of the run
 LATE = 1.03  # the most that a candidate may be late, as a ratio
 SEEDS = (0, 1, 2)
 MARKERS = "os^vDP*Xd"
-LOCKS: list[IO] = []
 CASES: dict[str, tuple[str, str, int]] = {
     f"{table}: {name}, seed {seed}": (table, name, seed)
     for seed in SEEDS
@@ -71,12 +70,12 @@ def own_core() -> None:
     if not hasattr(os, "sched_setaffinity"):
         return
     for core in sorted(os.sched_getaffinity(0)):
-        lock = open(Path(tempfile.gettempdir()) / f"jaxode-core-{core}", "w")  # noqa: SIM115
+        lock = os.open(Path(tempfile.gettempdir()) / f"jaxode-core-{core}", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
         except BlockingIOError:
+            os.close(lock)
             continue
-        LOCKS.append(lock)  # held until the process ends
         os.sched_setaffinity(0, {core})
         return
 
