@@ -33,7 +33,7 @@ from jaxode.standardize import affine, normal, whiten
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
-WARM = 100  # steps in which the updates grow to their size
+WARM = 100  # steps of matching in which the updates grow to their size
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
 FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from each to the next
@@ -153,7 +153,7 @@ def fit(
     flow = dataclasses.replace(density.flow, throw=False)
     matching_key, look_key = next(keys), next(keys)
     phases = [
-        _Phase("matching", _Matching(flow, coupling, power), optimizer, matching_key)
+        _Phase("matching", _Matching(flow, coupling, power), optimizer, matching_key, WARM)
         for power in powers
     ]
     maps = [density]
@@ -233,6 +233,8 @@ class _Phase(NamedTuple):
     """Of parameters, data, context and a key."""
     optimizer: Any
     key: PRNGKeyArray
+    warm: int = 1
+    """Steps in which the updates grow to their size."""
 
 
 class _State(NamedTuple):
@@ -244,8 +246,9 @@ class _State(NamedTuple):
 
 
 @compiled
-def _advance(loss, optimizer, batch: int, static: PyTree, state: _State, rate, rows: Rows, keys):
+def _advance(loss, optimizer, batch: int, static: PyTree, state: _State, rates, rows: Rows, keys):
     """The state after a step of the optimizer for each key."""
+    rate, warm = rates  # the part of an update that is made, and the steps of the warm-up
 
     def step(state, key):
         row_key, key = jax.random.split(key)
@@ -254,7 +257,7 @@ def _advance(loss, optimizer, batch: int, static: PyTree, state: _State, rate, r
         of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, key)
         gradient = jax.grad(of_arrays)(state.arrays)
         updates, inner = optimizer.update(gradient, state.optimizer, state.arrays)
-        now = rate * jnp.minimum(1.0, (state.count + 1) / WARM)
+        now = rate * jnp.minimum(1.0, (state.count + 1) / warm)
         arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
         # The mean of the last tenth of the steps, at most of the last 500.
         weight = jnp.maximum(AVERAGE, 10 / (10 + state.count))
@@ -330,10 +333,10 @@ class _Training:
         """Take so many steps."""
         block_key = jax.random.fold_in(self.phase.key, self.blocks)
         rows, keys = self.data(block_key), jax.random.split(block_key, count)
-        rate = jnp.sin(0.5 * jnp.pi * self.left) ** 2
+        rates = jnp.sin(0.5 * jnp.pi * self.left) ** 2, jnp.asarray(self.phase.warm, jnp.int32)
         loss, optimizer = self.phase.loss, self.phase.optimizer
         self.state = jax.block_until_ready(
-            _advance(loss, optimizer, self.batch, self.static, self.state, rate, rows, keys)
+            _advance(loss, optimizer, self.batch, self.static, self.state, rates, rows, keys)
         )
         self.step, self.blocks = self.step + count, self.blocks + 1
 
