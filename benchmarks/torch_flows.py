@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.fairness import check_equal, double_precision
 from benchmarks.flows import Plain, Problem, augmented, augmented_exact
-from jaxode.residual import WAVES
+from jaxode.nn.residual import WAVES
 
 
 class TorchField:

@@ -1,16 +1,12 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
 from jaxode import coupling, divergence, images, interop, nn, plot, regularizers, standardize
+from jaxode._checks.errors import Result, SolveError
+from jaxode.auditing.report import audit
+from jaxode.density.bind import bind
+from jaxode.density.fit import fit
 from jaxode.distributions import diagonal_normal, standard_normal
-from jaxode.flows.audit import audit
 from jaxode.flows.cnf import cnf
-from jaxode.flows.density import bind
-from jaxode.flows.fit import fit
-from jaxode.flows.probability_flow import (
-    VarianceExploding,
-    VariancePreserving,
-    probability_flow,
-)
 from jaxode.ode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,
@@ -19,11 +15,15 @@ from jaxode.ode.adjoints import (
 )
 from jaxode.ode.backward_stats import backward_stats
 from jaxode.ode.events import Event
-from jaxode.ode.loop.outcome import Result, Stats
+from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
-from jaxode.ode.results import SolveError
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
+from jaxode.diffusion import (
+    VarianceExploding,
+    VariancePreserving,
+    probability_flow,
+)
 
 __version__ = "0.2.0"
 

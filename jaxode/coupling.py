@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from jaxode._checks.arguments import integer, non_negative, state_dtype
 from jaxode._jax.sharding import axes_of, vary
-from jaxode.ode.validation import integer, non_negative, state_dtype
 
 Samples = Float[Array, "batch *event"]
 Pair = Callable[[PRNGKeyArray, Samples, Samples, PyTree], Int[Array, " batch"] | None]

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode._checks.arguments import check_derivative, integer
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
-from jaxode.ode.validation import check_derivative, integer
 
 # Up to this many dimensions, `auto` takes the exact trace. benchmarks/divergence.py: at 8
 # dimensions it costs less than 8 probes, which still leave 5% noise in a gradient; at 16 it costs

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode.ode.validation import integer, is_known, state_dtype
+from jaxode._checks.arguments import integer, is_known, state_dtype
 
 
 def dequantize(

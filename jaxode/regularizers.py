@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxode.ode.validation import non_negative
+from jaxode._checks.arguments import non_negative
 
 
 class Regularizer(NamedTuple):

@@ -1,6 +1,6 @@
 """Makes a Jupyter notebook of each page that has a line `<!-- notebook -->`, and links to it there.
 
-The code is the page's, which tests/test_docs.py runs.
+The code is the page's, which tests/project/test_docs.py runs.
 """
 
 import json

@@ -6,7 +6,7 @@ trajectory `d/dt log p(z(t)) = -div f`, so
     log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
 
 This file decides in which direction of time each method solves, and with which sign. The training
-loss is in `jaxode/flows/objective.py`.
+loss is in `jaxode/flows/likelihood/objective.py`.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367;
 Ghosh et al. (2020), arXiv:2006.10711 ("STEER").
@@ -19,16 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._jax.closure import hash_of, recognizable, settle
-from jaxode.coupling import Coupling, independent
-from jaxode.distributions import BaseDensity, as_base
-from jaxode.divergence import Divergence, auto
-from jaxode.flows import programs
-from jaxode.flows.failure import base_faults, data_faults, loss_or_raise, weights_faults
-from jaxode.flows.integrands import Integrands
-from jaxode.flows.matching import matching_loss
-from jaxode.flows.objective import NLLStats
-from jaxode.flows.validation import (
+from jaxode._checks.arguments import Time, check_args, check_time, native, one_of
+from jaxode._checks.data import base_faults, data_faults, loss_or_raise, weights_faults
+from jaxode._checks.errors import Faults
+from jaxode._checks.samples import (
     check_context,
     check_count,
     check_key,
@@ -37,14 +31,20 @@ from jaxode.flows.validation import (
     check_steer,
     check_weights,
 )
+from jaxode._jax.closure import hash_of, recognizable, settle
+from jaxode.coupling import Coupling, independent
+from jaxode.distributions import BaseDensity, as_base
+from jaxode.divergence import Divergence, auto
+from jaxode.flows import programs
+from jaxode.flows.integrands import Integrands
+from jaxode.flows.likelihood.objective import NLLStats
+from jaxode.flows.matching import matching_loss
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import Faults
 from jaxode.ode.solution import raise_on_failure
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.ode.validation import Time, check_args, check_time, native, one_of
 from jaxode.regularizers import Regularizer, check_regularizers
 
 # What is carried to the other end: data, base samples from the user, or samples drawn here.

@@ -21,23 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
-from jaxode.coupling import Coupling, independent
-from jaxode.distributions import BaseDensity
-from jaxode.flows.failure import base_faults, data_faults, loss_or_raise, weights_faults
-from jaxode.flows.quadrature import GOLDEN
-from jaxode.flows.validation import (
-    check_context,
-    check_not_empty,
-    check_samples,
-    check_weights,
-    normalized,
-)
-from jaxode.ode.field import VectorField, call_field
-from jaxode.ode.loop.outcome import Result
-from jaxode.ode.results import Faults, in_rows
-from jaxode.ode.times import check_times
-from jaxode.ode.validation import (
+from jaxode._checks.arguments import (
     Time,
     check_args,
     check_derivative,
@@ -45,6 +29,21 @@ from jaxode.ode.validation import (
     is_known,
     state_dtype,
 )
+from jaxode._checks.data import base_faults, data_faults, loss_or_raise, weights_faults
+from jaxode._checks.errors import Faults, Result, in_rows
+from jaxode._checks.samples import (
+    check_context,
+    check_not_empty,
+    check_samples,
+    check_weights,
+    normalized,
+)
+from jaxode._checks.times import check_times
+from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
+from jaxode.coupling import Coupling, independent
+from jaxode.distributions import BaseDensity
+from jaxode.flows.likelihood.quadrature import GOLDEN
+from jaxode.ode.field import VectorField, call_field
 
 WHERE = "matching_loss"
 _NO_PERMUTATION = (

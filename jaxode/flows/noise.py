@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode._checks.arguments import state_dtype
 from jaxode._jax.sharding import AxisName, row_numbers
-from jaxode.ode.validation import state_dtype
 
 # Folded into the key for the end time. No row has this number.
 END_TIME = 2**32 - 2

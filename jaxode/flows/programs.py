@@ -11,17 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxode._checks.arguments import check_same_times
+from jaxode._checks.errors import Result
+from jaxode._checks.samples import normalized
 from jaxode._jax.closure import compiled, recognized
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import Integrands
+from jaxode.flows.likelihood.objective import Objective, evaluate, unused_rows
 from jaxode.flows.noise import random_end, random_phases
-from jaxode.flows.objective import Objective, evaluate, unused_rows
-from jaxode.flows.validation import normalized
-from jaxode.ode.loop.outcome import Result
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
-from jaxode.ode.validation import check_same_times
 
 
 @compiled

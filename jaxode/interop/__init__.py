@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from jaxode.flows.density import Density
+from jaxode.density.bind import Density
 
 
 def numpyro(density: Density, context: PyTree = None) -> Any:
@@ -18,7 +18,7 @@ def numpyro(density: Density, context: PyTree = None) -> Any:
     Raises:
         ModuleNotFoundError: if numpyro is not installed.
     """
-    from jaxode.interop.of_numpyro import FlowDistribution
+    from jaxode.interop.to_numpyro import FlowDistribution
 
     return FlowDistribution(density, context)
 
@@ -34,6 +34,6 @@ def flowjax(density: Density) -> Any:
         ValueError: if the context has several arrays.
         ModuleNotFoundError: if flowjax is not installed.
     """
-    from jaxode.interop.of_flowjax import FlowDistribution
+    from jaxode.interop.to_flowjax import FlowDistribution
 
     return FlowDistribution.of(density)

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._checks.arguments import Time, check_state
 from jaxode._jax.closure import recognized
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import VectorField
-from jaxode.ode.loop.outcome import Stats
+from jaxode.ode.loop.stats import Stats
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import Unconditional, solve_checked
 from jaxode.ode.system import System, make_system, pose
-from jaxode.ode.validation import Time, check_state
 
 
 def backward_stats(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxode._checks.arguments import check_real_times, is_known
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.tableau import Tableau
-from jaxode.ode.validation import check_real_times, is_known
 
 
 class OfSteps(eqx.Module):

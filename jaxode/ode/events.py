@@ -21,16 +21,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._checks.arguments import one_of
+from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.replay import filled
+from jaxode.ode.adjoints.tape import filled
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.validation import one_of
+from jaxode.ode.loop.stats import Stats
 
 # The condition is evaluated this often per step. Two crossings in between go unnoticed.
 LOOKS = 8

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._checks.arguments import check_state, is_known, numeric_dtype
 from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.field import check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solve import solve_checked
-from jaxode.ode.validation import check_state, is_known, numeric_dtype
 
 _NO_LIMIT = 2**31 - 1
 

@@ -11,11 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxode._jax.sharding import AxisName
-from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
-from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.tableau import Tableau, tableau_of
-from jaxode.ode.validation import (
+from jaxode._checks.arguments import (
     as_array,
     check_breakpoints,
     check_positive,
@@ -24,6 +20,10 @@ from jaxode.ode.validation import (
     is_known,
     one_of,
 )
+from jaxode._jax.sharding import AxisName
+from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
+from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.tableau import Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
 

@@ -8,9 +8,9 @@ import jax
 import jax.core
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxode._checks.errors import Faults, Result, nan_or_raise, tied
 from jaxode.ode.dense import Interpolant
-from jaxode.ode.loop.outcome import Result, Stats
-from jaxode.ode.results import Faults, nan_or_raise, tied
+from jaxode.ode.loop.stats import Stats
 
 
 class Solution(eqx.Module):

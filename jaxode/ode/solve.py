@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
+from jaxode._checks.errors import Result, not_finite
 from jaxode._jax.closure import compiled, recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.dense import Interpolant, OfDiffrax, OfSteps
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
-from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import not_finite
 from jaxode.ode.solution import Solution, raise_on_failure
 from jaxode.ode.system import (
     Batch,
@@ -27,7 +27,6 @@ from jaxode.ode.system import (
     make_system,
     pose,
 )
-from jaxode.ode.validation import Time, check_args, check_batch, check_bool, check_state, one_of
 
 
 def solve(

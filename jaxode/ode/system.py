@@ -14,6 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxode._checks.arguments import (
+    Time,
+    check_derivative,
+    check_same_times,
+    numeric_dtype,
+    state_dtype,
+)
+from jaxode._checks.errors import Faults
+from jaxode._checks.times import check_times
 from jaxode._jax.closure import close_field, recognizable, recognized
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
@@ -23,15 +32,6 @@ from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import RULES
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.results import Faults
-from jaxode.ode.times import check_times
-from jaxode.ode.validation import (
-    Time,
-    check_derivative,
-    check_same_times,
-    numeric_dtype,
-    state_dtype,
-)
 
 Batch = Literal["joint", "per_sample"] | None
 

@@ -34,7 +34,7 @@ class Adjoint(Protocol):
     zero, it should add nothing to any gradient instead.
 
     Errors are raised at trace time: `"<Class>: <rule>; got <value>. <What to change>."`. Those for
-    missing modes of differentiation are in `replay.py` (`in_reverse`, `once_only`). At run time the
+    missing modes of differentiation are in `tape.py` (`in_reverse`, `once_only`). At run time the
     caller raises by `result`; only a failed backward solve is raised here, if `method.raises`.
     """
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from jaxode._checks.errors import Result
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.continuous import (
@@ -20,7 +21,7 @@ from jaxode.ode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.ode.adjoints.replay import (
+from jaxode.ode.adjoints.tape import (
     filled,
     in_reverse,
     stand_in,
@@ -30,8 +31,8 @@ from jaxode.ode.adjoints.replay import (
 )
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxode._checks.arguments import non_negative
+from jaxode._checks.errors import Result, nan_or_raise
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.replay import (
+from jaxode.ode.adjoints.tape import (
     bars_where,
     filled,
     nan_unless,
@@ -29,12 +31,10 @@ from jaxode.ode.adjoints.replay import (
 )
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.method import Method, aim, judge, weighted_sum
-from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.tableau import Tableau
-from jaxode.ode.results import nan_or_raise
-from jaxode.ode.validation import non_negative
 
 # (t [rows], state [samples, n], weight [rows]) -> (derivative [samples, n], weighted integrand)
 AdjointField = Callable[..., tuple[Float[Array, "samples n"], PyTree]]

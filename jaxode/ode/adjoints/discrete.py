@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.sharding import while_loop
-from jaxode.ode.adjoints.replay import (
+from jaxode.ode.adjoints.sweep import Step, Sweep
+from jaxode.ode.adjoints.tape import (
     bars_where,
     check_checkpoints,
     filled,
@@ -22,11 +24,9 @@ from jaxode.ode.adjoints.replay import (
     unused_rows,
     without_unused,
 )
-from jaxode.ode.adjoints.sweep import Step, Sweep
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.outputs import Curve, Steps, output_at, save_times_at
 from jaxode.ode.loop.problem import Problem
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxode._checks.errors import Result
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.adjoints.continuous import (
     Segment,
@@ -16,7 +17,7 @@ from jaxode.ode.adjoints.continuous import (
     solve_segment,
     with_tolerances,
 )
-from jaxode.ode.adjoints.replay import (
+from jaxode.ode.adjoints.tape import (
     check_checkpoints,
     filled,
     in_reverse,
@@ -31,9 +32,9 @@ from jaxode.ode.adjoints.replay import (
 )
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.method import Method
-from jaxode.ode.loop.outcome import Result, Stats
 from jaxode.ode.loop.outputs import Curve, output_at, save_times_at
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stats import Stats
 
 
 @dataclass(frozen=True)

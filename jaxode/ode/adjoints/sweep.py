@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.replay import interval, replay
+from jaxode.ode.adjoints.tape import interval, replay
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Tape
 from jaxode.ode.loop.mesh import Mesh

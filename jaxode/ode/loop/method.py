@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxode._checks.errors import Result
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.loop.mesh import Piece, piece_at
-from jaxode.ode.loop.outcome import Result
 from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.step_size import error_ratio, propose
 

@@ -1,0 +1,158 @@
+"""What is said when a solve fails, and the place that raises."""
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxode._jax.primitives import unvmap_any
+from jaxode._jax.sharding import axes_of, vary
+
+
+class Result(enum.IntEnum):
+    """How a solve ended."""
+
+    SUCCESS = 0
+    MAX_STEPS_REACHED = 1
+    STEP_SIZE_UNDERFLOW = 2
+    NON_FINITE = 3
+    INVALID_ARGUMENT = 4
+    IMPLICIT_SOLVE_FAILED = 5
+    EVENT_NOT_FOUND = 6
+
+
+EXPLANATIONS = {
+    Result.MAX_STEPS_REACHED: (
+        "the steps ran out",
+        "Raise max_steps, loosen rtol and atol, use an implicit solver such as diffrax.Kvaerno3() "
+        "for a stiff vector field, or look for an exploding one.",
+    ),
+    Result.STEP_SIZE_UNDERFLOW: (
+        "the step size fell below the resolution of the time",
+        "Loosen rtol and atol, use float64, or look for a discontinuous or exploding vector field.",
+    ),
+    Result.NON_FINITE: (
+        "the vector field or the state is not finite",
+        "Check the vector field and its parameters for NaN, inf and overflow at this time.",
+    ),
+    Result.INVALID_ARGUMENT: (
+        "an argument known only at run time breaks its rule",
+        "Check t0, t1, ts, breakpoints, rtol, atol, first_step, max_step and weights.",
+    ),
+    Result.EVENT_NOT_FOUND: (
+        "the solves do not settle on the time of the event",
+        "Tighten rtol and atol, or use a condition that is smooth where it crosses zero.",
+    ),
+    Result.IMPLICIT_SOLVE_FAILED: (
+        "the implicit equations of a step could not be solved",
+        "Loosen rtol and atol, or check the vector field for NaN, inf and discontinuities.",
+    ),
+}
+
+# Results that an argument can cause. All others concern only the steps.
+OF_ARGUMENTS = (Result.NON_FINITE, Result.INVALID_ARGUMENT, Result.IMPLICIT_SOLVE_FAILED)
+
+# Sentences with a placeholder for the rows, each with a function that finds those rows. It is
+# called only after a failure, so a successful solve does not pay for it.
+Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
+
+
+class SolveError(RuntimeError):
+    """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
+
+
+def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
+    """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
+
+    A time that is not finite is left out. If an argument is at fault, the message is the sentence
+    in `found`, with the rows.
+    """
+    codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
+    if np.isin(codes, OF_ARGUMENTS).any():
+        for sentence, rows in found.items():
+            if np.any(rows):
+                told = sentence.format(rows=in_rows(rows))
+                several = "{rows}" not in sentence and np.size(rows) > 1
+                return f"{told} This fails in {in_rows(rows)}." if several else told
+    first = int(np.flatnonzero(codes)[0])
+    cause, remedy = EXPLANATIONS[Result(int(codes[first]))]
+    rows = f" in {in_rows(codes)}" if codes.size > 1 else ""
+    time = float(times[first])
+    at = f" at t={time:.6g}" if np.isfinite(time) else ""
+    return f"{where}: {cause}{at}{rows}. {remedy}"
+
+
+def not_finite(where: str, name: str, data: PyTree, *, batch: bool = True) -> Faults:
+    """The fault of an argument that may hold NaN or infinity.
+
+    Rows lie along the leading axes. Without `batch` there are none.
+    """
+    leaves = jax.lax.stop_gradient(list(filter(eqx.is_inexact_array, jax.tree.leaves(data))))
+    if not leaves:
+        return {}
+    of_rows = " in {rows}. Leave those rows out, or mend what they come from."
+    of_one = ". Mend what it comes from."
+
+    def find():
+        finite = [jnp.isfinite(leaf).all(tuple(range(int(batch), leaf.ndim))) for leaf in leaves]
+        return ~functools.reduce(jnp.logical_and, finite)
+
+    told = f"{where}({name}=...): must be finite; got NaN or inf{of_rows if batch else of_one}"
+    return {told: find}
+
+
+def in_rows(found: Any) -> str:
+    """How many rows are true, and which is the first."""
+    found = np.ravel(found)
+    return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
+
+
+def nan_or_raise(
+    result: Int[Array, "*rows"],
+    t_reached: Float[Array, "*rows"],
+    where: str,
+    faults: Faults | None = None,
+):
+    """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
+
+    A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
+    """
+    # While a solve is differentiated, its time can be traced although its result is not.
+    result, t_reached = jax.lax.stop_gradient((result, t_reached))
+    find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
+    if not isinstance(result, jax.core.Tracer):
+        if np.any(np.asarray(result)):
+            raise SolveError(failure_message(where, result, t_reached, find()))
+        return np.zeros(np.shape(t_reached), t_reached.dtype)
+
+    def raise_on_host(codes: np.ndarray, times: np.ndarray, found: dict[str, Any]) -> np.ndarray:
+        raise SolveError(failure_message(where, codes, times, found))
+
+    def fail(codes, times):
+        shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
+        given = (codes, times, find())
+        nan = jax.pure_callback(raise_on_host, shape, *given, vmap_method="expand_dims")
+        return vary(nan, axes_of((codes, times)))
+
+    def succeed(codes, times):
+        return jnp.where(codes == Result.SUCCESS, 0.0, jnp.nan).astype(times.dtype)
+
+    # Unbatched: `vmap` would turn the `cond` into a `select` that always calls back.
+    any_failed = unvmap_any(result != Result.SUCCESS)
+    return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
+
+
+def tied(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[Array, "..."]:
+    """The leaf where `ok`, otherwise `nan` from `nan_or_raise`.
+
+    It enters as a factor, so derivatives depend on it too, and a program that uses only them
+    raises.
+    """
+    return leaf * jnp.where(ok, 1.0, nan).astype(leaf.dtype)

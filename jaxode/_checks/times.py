@@ -1,0 +1,142 @@
+"""Checks of times: their shapes, their order, and whether the dtype of the state can hold them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxode._checks.arguments import as_array, check_real_times, check_time, is_known
+
+
+def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
+    """The start, end and output times in the dtype of the state, and whether any are lost in it.
+
+    With a number of `rows`, each row may have its own times. Lost times of rows, and of traced
+    times, do not raise: the start is NaN where the span is lost. See `_lost_times`.
+    """
+    ragged = [_check_end(where, name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
+    given = ts
+    if ts is not None:
+        check_real_times(where, "ts", ts)
+        ts = jnp.asarray(ts, dtype)
+        ragged.append(ts.ndim == 2 and ts.shape[0] == rows)
+        if not (ts.ndim == 1 or ragged[-1]) or ts.shape[-1] == 0:
+            of_rows = "" if rows is None else f", or one of the same length for each of {rows} rows"
+            raise ValueError(
+                f"{where}(ts=...): must be a vector of at least one time{of_rows}; got shape "
+                f"{ts.shape}."
+            )
+    span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
+    start, end = as_array(t0, dtype), as_array(t1, dtype)
+    if not is_known(span_lost) or np.ndim(span_lost):
+        start = jnp.where(span_lost, jnp.nan, start)
+    if any(ragged):
+        return start, end, ts, ts_lost
+    if is_known(span_lost) and span_lost:
+        raise ValueError(
+            f"{where}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in the "
+            f"precision of {dtype}, in which the state is solved. Shift the time, or use float64 "
+            "for the state."
+        )
+    if ts is not None and is_known((t0, t1, given)):
+        _check_order(where, float(t0), float(t1), np.asarray(ts))
+    if is_known(ts_lost) and ts_lost:
+        raise ValueError(
+            f"{where}(ts=...): times are lost in the precision of {dtype}, in which the state is "
+            f"solved; got {given}. Shift the time, or use float64 for the state."
+        )
+    return start, end, ts, ts_lost
+
+
+def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
+    """Whether each row has its own start or end time. Raises for any other shape but a scalar."""
+    shape = np.shape(value) if isinstance(value, jax.Array | np.ndarray | list | tuple) else ()
+    if shape == () or (rows is None and len(shape) != 1):
+        check_time(where, name, value)
+        return False
+    check_real_times(where, name, value)
+    if rows is None:
+        raise ValueError(
+            f"{where}({name}=...): must be a scalar time; got shape {shape}. Rows have their own "
+            "times with per-sample steps only."
+        )
+    if shape != (rows,):
+        raise ValueError(
+            f"{where}({name}=...): must be a scalar time, or one for each of {rows} rows; got "
+            f"shape {shape}."
+        )
+    return True
+
+
+class _Stored(NamedTuple):
+    """A time, and how far rounding to the dtype of the state moves it."""
+
+    value: Any
+    moved: Any
+
+    @classmethod
+    def of(cls, t: Any, dtype: jnp.dtype) -> "_Stored":
+        """In float64 by NumPy if the time is known, otherwise in JAX's precision."""
+        info = jnp.finfo(dtype)
+        if is_known(t):
+            exact = np.asarray(t, float)
+            with np.errstate(all="ignore"):
+                return cls(exact, exact.astype(dtype).astype(float) - exact)
+        exact = jax.lax.stop_gradient(jnp.asarray(t, float))
+        if exact.dtype == dtype:
+            return cls(exact, jnp.zeros_like(exact))
+        return cls(exact, jax.lax.reduce_precision(exact, info.nexp, info.nmant) - exact)
+
+    def map(self, f) -> "_Stored":
+        return _Stored(f(self.value), f(self.moved))
+
+
+def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """Whether the span, and any of the times `ts`, are lost in the precision of the state.
+
+    A time that is kept may move by a thousandth of the span, far more than rounding moves it in any
+    useful span. Times that differ must still differ, unless their distance is negligible in the
+    span. The answer is per row if any time is, and known at trace time if all times are.
+    """
+    if dtype == np.dtype(float):
+        return np.False_, np.False_
+    eps = float(jnp.finfo(dtype).eps)
+    start, end = _Stored.of(t0, dtype), _Stored.of(t1, dtype)
+    with np.errstate(all="ignore"):
+        span = abs(end.value - start.value)
+        span_lost = abs(end.moved - start.moved) > 1e-3 * span
+        if ts is None:
+            return span_lost, np.False_
+        outputs = _Stored.of(ts, dtype)
+        shape = np.broadcast_shapes(span.shape, outputs.value.shape[:-1])
+        xp = np if is_known((t0, t1, ts)) else jnp
+        column = lambda x: xp.broadcast_to(x, shape)[..., None]
+        rows = lambda x: xp.broadcast_to(x, (*shape, x.shape[-1]))
+        joined = lambda *parts: xp.concatenate([parts[0], rows(parts[1]), parts[2]], axis=-1)
+        start, end, span = start.map(column), end.map(column), column(span)
+        gaps, moved = (xp.diff(joined(*parts)) for parts in zip(start, outputs, end, strict=True))
+        merged = (gaps + moved == 0) & (abs(gaps) > eps * span)
+        far = abs(rows(outputs.moved) - start.moved) > 1e-3 * span
+        return span_lost, far.any(axis=-1) | merged.any(axis=-1)
+
+
+def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
+    if not np.isfinite(ts).all():
+        raise ValueError(f"{where}(ts=...): times must be finite; got {ts}.")
+    sign = 1.0 if t1 >= t0 else -1.0
+    if not np.all(np.diff(sign * ts) >= 0):
+        direction = "increase" if sign > 0 else "decrease"
+        raise ValueError(
+            f"{where}(ts=...): times must {direction} from t0={t0:.6g} to t1={t1:.6g}; got {ts}. "
+            "Sort them in the direction of the solve."
+        )
+    # t0 and t1 are compared in the precision of ts.
+    low, high = sorted((ts.dtype.type(t0), ts.dtype.type(t1)))
+    outside = ts[(ts < low) | (ts > high)]
+    if outside.size:
+        # All digits: a time rounded to another dtype may differ from an end in its last ones.
+        raise ValueError(
+            f"{where}(ts=...): times must lie between t0={t0!r} and t1={t1!r}; got {outside[0]}. "
+            "Extend the solve or drop the times outside it."
+        )

@@ -1,0 +1,359 @@
+"""A flow as a distribution: with its parameters, in the units and on the support of the data.
+
+Let `z` be a sample of the flow, `u` its image under the inverse of the map of `standardize=`, and
+`x` the image of `u` under the support's bijection. Then
+
+    log p(x) = log p_flow(z) + log |det dz/du| + log |det du/dx|.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jaxode._checks.arguments import is_known, shape_of
+from jaxode._checks.samples import check_count, check_finite, check_key
+from jaxode._jax.closure import hash_of
+from jaxode.density.standardize import (
+    WHERE,
+    as_map,
+    check_inside,
+    context_numbers,
+    floating,
+    numbers,
+    of_context,
+    split,
+)
+from jaxode.density.support import Support, as_support
+from jaxode.divergence import noiseless
+from jaxode.flows.cnf import CNF
+from jaxode.standardize import Affine, Map
+
+
+class _Constant(eqx.Module):
+    """A leaf that is not an array, as a node without leaves, so that `jax.jit` accepts the tree."""
+
+    value: Any = eqx.field(static=True)
+
+
+def _arrays_alone(tree: PyTree, numbers: bool) -> PyTree:
+    """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
+    keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
+    return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
+
+
+def _whole(tree: PyTree) -> PyTree:
+    """The inverse of `_arrays_alone`."""
+    is_constant = lambda leaf: isinstance(leaf, _Constant)
+    return jax.tree.map(
+        lambda leaf: leaf.value if is_constant(leaf) else leaf, tree, is_leaf=is_constant
+    )
+
+
+class Density(eqx.Module):
+    """The distribution of a flow, made by `jaxode.bind`. A pytree of its parameters and maps.
+
+    Shapes: `x` is `[..., *event]`, log-densities are `[...]` in nats. A `context` is shared by all
+    samples, or has one row per sample, `[..., *row]`; its leading axes broadcast to those of `x`.
+
+    Each sample takes its own steps, so its density does not depend on the batch around it; with an
+    implicit solver or an `axis_name`, the steps are joint. Without a key the divergence is exact;
+    with a key it is the divergence of the flow. The maps are constants of differentiation.
+
+    Raises:
+        TypeError, ValueError: at trace time, if arguments do not fit.
+        SolveError: if a solve fails outside a transformation. Inside one, such as `jax.jit`, the
+            sample or density is NaN; with `cnf(throw=True)` it raises there, too.
+    """
+
+    _flow: Any
+    _params: PyTree
+    support: Support | None
+    standardize: Map | None
+    of_context: PyTree
+    """`Affine` for each standardized leaf of a context, None for the others."""
+    context_shapes: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
+    """The shapes of one context, leaf by leaf. None if they are not known."""
+
+    def __hash__(self) -> int:
+        return hash_of(self)
+
+    @property
+    def flow(self) -> CNF:
+        """The flow, to train it."""
+        return _whole(self._flow)
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters of the vector field."""
+        return _whole(self._params)
+
+    def with_params(self, params: PyTree) -> "Density":
+        """The same maps around the flow with other parameters."""
+        return dataclasses.replace(self, _params=_arrays_alone(params, numbers=True))
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(_whole(self._flow.base).event_shape)
+
+    def log_prob(
+        self,
+        x: Float[Array, "..."],
+        *,
+        context: PyTree = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "..."]:
+        """Log-density of the samples. Minus infinity outside the support."""
+        rows, shape = self._rows("log_prob", x)
+        inside, z, log_det = jax.vmap(self._from_data)(rows)
+        flow = self._row_by_row(key, (rows, context))
+        context = self._context("log_prob", context, shape)
+        log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
+        return jnp.where(inside, log_prob, -jnp.inf).reshape(shape)
+
+    def sample(
+        self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
+    ) -> Float[Array, "..."]:
+        """Independent samples, `[*sample_shape, *event]`."""
+        shape, count = self._counted("sample", sample_shape)
+        context = self._context("sample", context, shape)
+        flow = self._row_by_row(None, (key, context))
+        # As in `sample_and_log_prob`.
+        base_key, _ = jax.random.split(check_key("sample", key))
+        z = flow.sample(self.params, base_key, count, context=context)
+        return jax.vmap(self._to_data)(z)[0].reshape(*shape, *self.event_shape)
+
+    def sample_and_log_prob(
+        self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """`sample`, and the log-density of each, from the same solve."""
+        where = "sample_and_log_prob"
+        shape, count = self._counted(where, sample_shape)
+        context = self._context(where, context, shape)
+        flow = self._row_by_row(None, (key, context))
+        z, log_prob = flow.sample_and_log_prob(
+            self.params, check_key(where, key), count, context=context
+        )
+        x, log_det = jax.vmap(self._to_data)(z)
+        return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
+
+    def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
+        """Map data to what the flow trains on: `z`, or `(z, context)` if there is a context.
+
+        `density.flow.nll(params, density.to_flow(x))` is the mean of `log_det - log_prob`.
+
+        Raises:
+            ValueError: if data lie outside the support or are not finite. If that is known only at
+                run time, they become NaN.
+        """
+        rows, shape = self._rows("to_flow", x)
+        inside, z, _ = jax.vmap(self._from_data)(rows)
+        check_inside("to_flow", inside, rows)
+        inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
+        z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
+        if context is None:
+            check_finite("to_flow", {"x": rows})
+            return z
+        context = self._context("to_flow", context, shape)
+        check_finite("to_flow", {"x": rows, "context": context})
+        return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
+
+    def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
+        rows, shape = self._rows("from_flow", z)
+        return jax.vmap(self._to_data)(rows)[0].reshape(*shape, *self.event_shape)
+
+    def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
+        """`log |det dz/dx|` of the maps: what `log_prob` adds to the flow's log-density of `z`.
+
+        For samples inside of the support.
+        """
+        rows, shape = self._rows("log_det", x)
+        return jax.vmap(self._from_data)(rows)[2].reshape(shape)
+
+    def _from_data(self, x: Float[Array, " *event"]):
+        """Whether an event is in the support, its `z`, and `log |det dz/dx|`."""
+        inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
+        if self.support is not None:
+            # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
+            # the flow is well behaved.
+            inside = self.support.contains(x) | jnp.isnan(x).any()
+            center, _ = self._to_data(jnp.zeros_like(x))
+            x, log_det = self.support.inverse(jnp.where(inside, x, center))
+        if self.standardize is not None:
+            x, of_map = self.standardize.inverse(x)
+            log_det = log_det + of_map
+        return inside, x, log_det
+
+    def _to_data(self, z: Float[Array, " *event"]):
+        """A sample in the units of the data, and `log |det dz/dx|`."""
+        x, log_det = z, jnp.zeros((), z.dtype)
+        if self.standardize is not None:
+            x, log_det = self.standardize.forward(z)
+        if self.support is not None:
+            x, of_support = self.support.forward(x)
+            log_det = log_det + of_support
+        return x, log_det
+
+    def _row_by_row(self, key: Any, inputs: PyTree) -> CNF:
+        """The flow with per-sample steps, and without noise if there is no key."""
+        flow = self.flow
+        throw = flow.throw
+        if throw is None:
+            throw = is_known((self.params, inputs))
+        divergence = noiseless() if key is None else flow.divergence
+        steps = flow.step_control
+        if flow.solve_options.tableau is not None and flow.solve_options.axis_name is None:
+            steps = "per_sample"
+        return dataclasses.replace(flow, step_control=steps, divergence=divergence, throw=throw)
+
+    def _rows(self, where: str, x: Any) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
+        """The samples as a batch, and the axes before those of an event."""
+        event, x = self.event_shape, floating(numbers(f"{where}(x=...):", x))
+        cut = x.ndim - len(event)
+        if cut < 0 or x.shape[cut:] != event:
+            raise ValueError(
+                f"{where}(x=...): must have shape {shape_of('...', event)}; got {x.shape}."
+            )
+        shape = x.shape[:cut]
+        return x.reshape(math.prod(shape), *event), shape
+
+    def _counted(self, where: str, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
+        """The sample shape as a tuple, and its product."""
+        sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
+        shape = tuple(check_count(where, size) for size in sizes)
+        return shape, math.prod(shape)
+
+    def _context(self, where: str, context: PyTree, shape: tuple[int, ...]) -> PyTree:
+        """One context row for each sample of `shape`, as the flow sees it."""
+        if context is None:
+            if self.context_shapes:
+                raise ValueError(
+                    f"{where}(context=...): must be given, with arrays of shape "
+                    f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
+                )
+            return None
+        context = context_numbers(f"{where}(context=...):", context)
+        leaves, structure = jax.tree.flatten(context)
+        is_map = lambda x: x is None or isinstance(x, Affine)
+        maps, told = jax.tree.flatten(self.of_context, is_leaf=is_map)
+        known = self.context_shapes
+        if known is not None and len(known) != len(leaves):
+            raise ValueError(
+                f"{where}(context=...): must have {len(known)} arrays; got {len(leaves)}."
+            )
+        if self.of_context is not None and structure != told:
+            raise ValueError(
+                f"{where}(context=...): must have the structure of bind's context, {told}; got "
+                f"{structure}."
+            )
+        rows = known or [_row_shape(where, jnp.shape(leaf), shape) for leaf in leaves]
+        each = zip(leaves, rows, strict=True)
+        leaves = [_spread(where, leaf, shape, row) for leaf, row in each]
+        if self.of_context is not None:
+            pairs = zip(maps, leaves, strict=True)
+            leaves = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _row_shape(where: str, of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one context, from its leading axes, if it is not known."""
+    if of_leaf[: len(samples)] != samples:
+        return of_leaf
+    if of_leaf and of_leaf == samples:
+        raise ValueError(
+            f"{where}(context=...): may be one for all samples, or a number for each; got shape "
+            f"{of_leaf} for samples {samples}. Pass context_shape= to bind."
+        )
+    return of_leaf[len(samples) :]
+
+
+def _spread(where: str, leaf: Any, samples: tuple[int, ...], row: tuple[int, ...]) -> Array:
+    """The context of each sample, `[rows, *row]`."""
+    shape = jnp.shape(leaf)
+    cut = len(shape) - len(row)
+    try:
+        if cut < 0 or shape[cut:] != row:
+            raise ValueError
+        spread = jnp.broadcast_to(leaf, (*samples, *row))
+    except ValueError:
+        raise ValueError(
+            f"{where}(context=...): must be one of shape {row}, or one for each of the samples "
+            f"{samples}; got shape {shape}."
+        ) from None
+    return spread.reshape(math.prod(samples), *row)
+
+
+def bind(
+    flow: CNF,
+    params: PyTree,
+    *,
+    standardize: Any = None,
+    support: Any = None,
+    context_shape: Any = None,
+) -> Density:
+    """Bind a flow to its parameters: a distribution, and a pytree.
+
+    Args:
+        flow: made by `jaxode.cnf`.
+        params: parameters of its vector field.
+        standardize: affine map around the flow, so that the network sees numbers of order one. Pass
+            data `[n, *event]`, whose mean and standard deviation it takes; or a tuple
+            `(mean, scale)` of numbers or arrays of an event's shape; or a pair of these for
+            `(x, context)`. Context data may be a dictionary of arrays; integers, such as labels,
+            stay as they are. `jaxode.standardize` has other maps for `x`.
+        support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
+            shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
+            strictly inside. `(mean, scale)` then refer to the data after the bijection.
+        context_shape: shape of one context, or of each of its arrays. Not needed if `standardize`
+            gets context data.
+
+    Returns:
+        A `Density` with `log_prob`, `sample`, `sample_and_log_prob`, `event_shape` and `to_flow`.
+        To train, minimize a loss of `density.flow` on `density.to_flow(x)`, then take
+        `density.with_params(trained)`.
+
+    Raises:
+        TypeError, ValueError: for an invalid argument, a constant column of the data, or data
+            outside the support.
+    """
+    if not isinstance(flow, CNF):
+        raise TypeError(f"{WHERE}(flow=...): must be made by jaxode.cnf; got {flow!r}.")
+    event = tuple(flow.base.event_shape)
+    allowed = as_support(WHERE, support, event)
+    of_data, for_context = split(standardize, event)
+    for_context = context_numbers(f"{WHERE}(standardize=...): data of context", for_context)
+    return Density(
+        _flow=_arrays_alone(flow, numbers=False),
+        _params=_arrays_alone(params, numbers=True),
+        support=allowed,
+        standardize=as_map("x", of_data, event, allowed),
+        of_context=of_context(for_context),
+        context_shapes=_context_shapes(context_shape, for_context),
+    )
+
+
+def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None:
+    """The shapes that were given, or those of the context data."""
+    if given is not None:
+        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
+        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
+        shapes = jax.tree.leaves(given, is_leaf=is_shape)
+        if not all(map(is_shape, shapes)):
+            raise TypeError(
+                f"{WHERE}(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                f"pytree of shapes; got {given!r}."
+            )
+        return tuple(tuple(map(int, shape)) for shape in shapes)
+    if data is None:
+        return None
+    if isinstance(data, tuple):
+        shape = max(jnp.shape(part) for part in data)
+        return (shape,) if shape else None
+    return tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))

@@ -1,0 +1,194 @@
+"""Bijections between real numbers and the support of a density."""
+
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxode._checks.arguments import is_known, numeric_dtype
+from jaxode.standardize import frozen
+
+
+class Support(Protocol):
+    """Maps real numbers `u` of an event's shape to an event `x` in the support, and back."""
+
+    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]: ...
+
+    def inverse(
+        self, x: Float[Array, " *event"]
+    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
+        """`u`, and `log |det du/dx|`."""
+        ...
+
+    def forward(
+        self, u: Float[Array, " *event"]
+    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
+        """`x`, and `log |det du/dx|`."""
+        ...
+
+
+class Box(eqx.Module):
+    """Each coordinate between two bounds, which may be infinite.
+
+    A logit between finite bounds, the logarithm of the distance to a single bound.
+    """
+
+    low: Float[Array, " *event"]
+    high: Float[Array, " *event"]
+
+    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
+        return ((self.low < x) & (x < self.high)).all() & _is_finite(self.inverse(x))
+
+    def inverse(self, x):
+        low, high, below, above = self._bounds
+        # Without a bound, the distance is one, whose logarithm is zero.
+        from_low = jnp.log(jnp.where(below, x - low, 1.0))
+        to_high = jnp.log(jnp.where(above, high - x, 1.0))
+        width = jnp.log(jnp.where(below & above, high - low, 1.0))
+        u = jnp.where(below | above, from_low - to_high, x)
+        return u, jnp.sum(width - from_low - to_high)
+
+    def forward(self, u):
+        low, high, below, above = self._bounds
+        both, half = below & above, below ^ above
+        # Each branch sees only its own coordinates, so no exponential overflows: derivatives of the
+        # other coordinates would become NaN.
+        most = jnp.log(jnp.finfo(u.dtype).max) - 1
+        distance = jnp.exp(jnp.minimum(jnp.where(half, jnp.where(below, u, -u), 0.0), most))
+        logit = jnp.where(both, u, 0.0)
+        between = low + (high - low) * jax.nn.sigmoid(logit)
+        beyond = jnp.where(below, low + distance, high - distance)
+        x = jnp.where(both, between, jnp.where(half, beyond, u))
+        of_logit = -jax.nn.log_sigmoid(logit) - jax.nn.log_sigmoid(-logit)
+        of_logit -= jnp.log(jnp.where(both, high - low, 1.0))
+        of_half = jnp.where(below, -u, u)
+        log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
+        # Rounding must not leave the support.
+        first, last = frozen((self.low, self.high))
+        return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
+
+    @property
+    def _bounds(self):
+        """The bounds with zero for missing ones, and masks of where there are bounds."""
+        below, above = jnp.isfinite(self.low), jnp.isfinite(self.high)
+        low, high = frozen((self.low, self.high))
+        return jnp.where(below, low, 0.0), jnp.where(above, high, 0.0), below, above
+
+
+def _beside(bound, towards):
+    """The next number towards `towards` that is not flushed to zero."""
+    least = jnp.sign(towards) * jnp.finfo(bound.dtype).tiny
+    return jnp.where(bound == 0, least, jnp.nextafter(bound, towards))
+
+
+class OfNumpyro(eqx.Module):
+    """A numpyro constraint, through numpyro's bijection for it."""
+
+    constraint: Any
+
+    @property
+    def _bijection(self) -> Any:
+        from numpyro.distributions import biject_to
+
+        return biject_to(frozen(self.constraint))
+
+    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
+        # At a bound that the constraint includes, the bijection is infinite.
+        return jnp.all(self.constraint(x)) & _is_finite(self.inverse(x))
+
+    def inverse(self, x):
+        u = self._bijection.inv(x)
+        return u, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
+
+    def forward(self, u):
+        x = self._bijection(u)
+        return x, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
+
+
+class OfDistrax(eqx.Module):
+    """A distrax bijector from real numbers to the support."""
+
+    bijector: Any
+
+    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
+        return _is_finite(self.inverse(x))
+
+    def inverse(self, x):
+        u, log_det = self.bijector.inverse_and_log_det(x)
+        return u, jnp.sum(log_det)
+
+    def forward(self, u):
+        x, log_det = self.bijector.forward_and_log_det(u)
+        return x, -jnp.sum(log_det)
+
+
+def _is_finite(found: tuple[Array, Array]) -> Bool[Array, ""]:
+    u, log_det = found
+    return jnp.isfinite(u).all() & jnp.isfinite(log_det)
+
+
+def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | None:
+    """The support that a user passed: two bounds, or an object of numpyro or distrax."""
+    if support is None:
+        return None
+    if isinstance(support, tuple) and len(support) == 2:
+        return _box(where, support, event)
+    if hasattr(support, "inverse_and_log_det") and hasattr(support, "forward_and_log_det"):
+        return OfDistrax(support)
+    if hasattr(support, "feasible_like") and callable(support):
+        return _of_numpyro(where, support, event)
+    raise TypeError(
+        f"{where}(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
+        f"of distrax; got {support!r}."
+    )
+
+
+def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> OfNumpyro:
+    from numpyro.distributions import biject_to
+
+    try:
+        shape = biject_to(constraint).forward_shape(event)
+    except (NotImplementedError, ValueError):  # numpyro has none, or none for events of this shape
+        shape = None
+    if shape != event:
+        raise ValueError(
+            f"{where}(support=...): must be a constraint with a bijection from real numbers of the "
+            f"same shape, {event}; got {constraint!r}."
+        )
+    return OfNumpyro(constraint)
+
+
+def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
+    for bound in bounds:
+        kind = numeric_dtype(bound)
+        if kind is None or jnp.issubdtype(kind, jnp.complexfloating):
+            raise TypeError(f"{where}(support=...): bounds must be real numbers; got {bound!r}.")
+    dtype = jnp.result_type(*(jnp.asarray(bound, float) for bound in bounds))
+    try:
+        low, high = (jnp.broadcast_to(jnp.asarray(bound, dtype), event) for bound in bounds)
+    except ValueError:
+        shapes = ", ".join(str(jnp.shape(bound)) for bound in bounds)
+        raise ValueError(
+            f"{where}(support=...): bounds must be numbers, or have the shape of an event, {event};"
+            f" got {shapes}."
+        ) from None
+    if is_known((low, high)):
+        least, most = np.asarray(low), np.asarray(high)
+        if not np.all(least < most):
+            raise ValueError(
+                f"{where}(support=...): each lower bound must be less than the upper one; got "
+                f"{bounds}."
+            )
+        with np.errstate(over="ignore"):
+            width = most - least
+        # A width that is not a normal number is flushed to zero.
+        normal = (width >= jnp.finfo(dtype).tiny) & (width < np.inf)
+        if not np.all(normal | np.isinf(least) | np.isinf(most)):
+            raise ValueError(
+                f"{where}(support=...): the distance between bounds must be a normal number of "
+                f"{dtype}; got {bounds}. Rescale the data, or pass infinite bounds."
+            )
+    return Box(low, high)

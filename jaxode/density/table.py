@@ -1,0 +1,161 @@
+"""The rows that `fit` trains on: checked, set aside, dequantized, and warned of."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from jaxode._checks.arguments import real_scalar, shape_of
+from jaxode._checks.samples import check_context, check_finite
+from jaxode.density.bind import Density
+from jaxode.density.standardize import check_inside, floating, numbers
+from jaxode.standardize import dependent, listed
+
+# A value is an atom if more than this part of the rows have it, and at least three; a column has
+# atoms if more than twice this part of its rows lie on them.
+OFTEN = 0.01
+# Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
+LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
+
+
+class Rows(NamedTuple):
+    """Data, each row with its context."""
+
+    x: Any
+    """`[rows, *event]`, in JAX or NumPy."""
+    context: PyTree
+    """One row for each of `x`, or None."""
+
+
+class Table(NamedTuple):
+    """Rows to train on, rows set aside, and which of their columns get noise."""
+
+    rows: Rows
+    validation: Rows
+    integers: Bool[np.ndarray, " *event"]
+
+    @classmethod
+    def of(
+        cls, density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, key
+    ) -> "Table":
+        """Check the rows, set some aside, and warn of columns without a density."""
+        rows, aside = set_aside(density, x, context, validation, dequantize, key)
+        integers = is_integer(rows.x) & bool(dequantize)
+        columns = rows.x.reshape(len(rows.x), -1)
+        warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
+        return cls(rows, aside, integers)
+
+    def drawn(self, key: PRNGKeyArray) -> Rows:
+        """The rows to train on, with noise."""
+        return self.rows._replace(x=dequantized(key, self.rows.x, self.integers))
+
+    def aside(self, key: PRNGKeyArray) -> Rows:
+        """The rows set aside, with noise."""
+        noisy = dequantized(key, self.validation.x, self.integers)
+        return self.validation._replace(x=noisy)
+
+    def mapper(self, density: Density, key: PRNGKeyArray) -> Callable[[PRNGKeyArray], Rows]:
+        """A function of a key: the rows to train on as the flow sees them, with new noise."""
+        if self.integers.any():
+            return lambda key: to_flow(density, self.drawn(key))
+        mapped = to_flow(density, self.drawn(key))
+        return lambda key: mapped
+
+
+def to_flow(density: Density, rows: Rows) -> Rows:
+    """The rows as the flow sees them."""
+    z = density.to_flow(*rows)
+    return Rows(z, None) if rows.context is None else Rows(*z)
+
+
+def set_aside(
+    density: Density,
+    x: Any,
+    context: PyTree,
+    validation: Any,
+    dequantize: bool,
+    key: PRNGKeyArray,
+) -> tuple[Rows, Rows]:
+    """Rows to train on, and at most `LOOK_AT` validation rows."""
+    rows = _checked("x", density, x, context, dequantize)
+    order = lambda rows: np.asarray(jax.random.permutation(key, len(rows.x)))
+    part = lambda rows, chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
+    if not isinstance(validation, int | float | np.number):
+        pair = validation if isinstance(validation, tuple) else (validation, None)
+        if len(pair) != 2:
+            raise ValueError(
+                "fit(validation=...): must be a part, rows of x, or a pair (x, context); got "
+                f"{len(pair)} parts."
+            )
+        aside = _checked("validation", density, *pair, dequantize)
+        return rows, part(aside, order(aside)[:LOOK_AT])
+    real_scalar("fit", "validation", validation, "between 0 and 1", lambda v: 0 < v < 1, "part")
+    count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
+    return part(rows, order(rows)[count:]), part(rows, order(rows)[:count])
+
+
+def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
+    x, event = floating(numbers(f"fit({name}=...):", x)), density.event_shape
+    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
+        raise ValueError(
+            f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
+            f"{LEAST_ROWS} rows; got {x.shape}."
+        )
+    context = check_context("fit", context, len(x))
+    check_finite("fit", {name: x, "context": context})
+    x = np.asarray(x)
+    if density.support is not None:
+        middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
+        check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
+    return Rows(x, context)
+
+
+def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
+    """Which columns hold integers alone."""
+    return (columns == np.round(columns)).all(axis=0)
+
+
+def dequantized(
+    key: PRNGKeyArray, x: Float[Array, "rows *event"], integers: Float[np.ndarray, " *event"]
+) -> Float[Array, "rows *event"]:
+    """`x` with uniform noise in [0, 1) on the columns of integers."""
+    return x + jax.random.uniform(key, x.shape, x.dtype) * integers[None].astype(x.dtype)
+
+
+def warn_of_columns(
+    where: str, table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
+) -> None:
+    """Warn of columns with atoms, and of columns that depend on each other linearly."""
+    table = table.astype(np.float64)  # float32 would round a dependence away
+    atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
+    if atoms:
+        warnings.warn(
+            f"{where}(x=...): columns {listed(atoms)} repeat values, as integers, classes and "
+            "rounded numbers do. They have no density: a flow narrows onto the values, and its "
+            "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
+            "to other numbers, or take classes as context.",
+            stacklevel=4,
+        )
+    varying = columns[table.std(axis=0)[columns] > 0]
+    if len(varying) > WIDEST:
+        return  # it would take minutes
+    part = table[:, varying]
+    scaled = (part - part.mean(axis=0)) / part.std(axis=0)
+    involved = varying[dependent(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
+    # Of few rows, any columns are linear combinations.
+    if len(involved) and len(table) > len(varying):
+        warnings.warn(
+            f"{where}(x=...): columns {listed(involved)} depend on each other linearly. Together "
+            "they have no density: a flow narrows onto the plane that they lie in. Leave one out.",
+            stacklevel=4,
+        )
+
+
+def _on_atoms(column: Float[np.ndarray, " rows"]) -> float:
+    """The part of the rows whose value is an atom."""
+    _, counts = np.unique(column, return_counts=True)
+    return float(counts[counts > max(2, OFTEN * len(column))].sum() / len(column))

@@ -1,0 +1,318 @@
+"""The training loss of a flow: the mean negative log-likelihood of a batch plus running costs.
+
+In the fused form, value and gradient come from one sweep. The forward solve carries only the
+samples. The backward sweep evaluates the integrated costs (the divergence first) at quadrature
+nodes on the solver's dense output, and pulls them back to their step at once. So the forward solve
+does not pay for the divergence, and the value is free once the gradient is computed.
+
+Other gradient methods and implicit solvers solve the augmented ODE: samples and costs together.
+
+References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxode._checks.errors import Result
+from jaxode._jax.closure import ClosedField, close_field, recognized
+from jaxode._jax.sharding import vary_alike
+from jaxode.distributions import BaseDensity, log_prob_of
+from jaxode.flows.integrands import Integrands
+from jaxode.flows.likelihood.quadrature import Nodes, shares_stages
+from jaxode.ode.adjoints import DiscreteAdjoint
+from jaxode.ode.adjoints.discrete import per_step_gradient, rows_are_cheap
+from jaxode.ode.adjoints.sweep import Sweep
+from jaxode.ode.adjoints.tape import (
+    at_start,
+    in_reverse,
+    nan_unless,
+    once_only,
+    stand_in,
+    without_unused,
+)
+from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode.ode.loop.mesh import Mesh
+from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stats import Stats
+from jaxode.ode.solve import run
+from jaxode.ode.system import System, pose
+
+
+class NLLStats(NamedTuple):
+    """What `nll_and_stats` returns beside the loss."""
+
+    log_prob: Float[Array, " batch"]
+    """Log-density of each sample, in nats."""
+    log_det: Float[Array, " batch"]
+    """Its change-of-volume part: `log_prob - log p_base(z(t0))`."""
+    stats: Stats
+    """Work of the forward solve."""
+    result: Int[Array, "*rows"]
+    """`Result` code of the forward solve. `INVALID_ARGUMENT` if the weights are wrong."""
+    running: dict[str, Float[Array, " batch"]]
+    """The integral of each regularizer's cost along each trajectory, by name."""
+
+
+class Objective(NamedTuple):
+    """The parts of the loss of a batch."""
+
+    system: System
+    """The system that carries the samples `y0 [batch, *event]` to the base. Its rows are the
+    context."""
+    integrands: Integrands
+    base: BaseDensity
+    probes: PyTree
+    """The noise of the divergence, one row per sample."""
+    phase: Float[Array, " batch"] | None
+    """Uniform random numbers for one random node per step and sample. None for Gauss nodes."""
+    weights: Float[Array, " batch"]
+    """Weights of the samples in the mean. They sum to one."""
+
+    def coefficients(self, dtype) -> Float[Array, " costs-1"]:
+        """Coefficients of the running costs after the divergence."""
+        return jnp.asarray([r.weight for r in self.integrands.regularizers], dtype)
+
+
+def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"]]:
+    """The loss, its statistics, and the time reached.
+
+    Only the loss is differentiable.
+    """
+    objective = recognized(objective)
+    fused = isinstance(objective.system.adjoint, DiscreteAdjoint)
+    loss, rest = _fused(objective) if fused else _augmented(objective)
+    log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
+    names = [regularizer.name for regularizer in objective.integrands.regularizers]
+    by_name = {name: running[:, i] for i, name in enumerate(names)}
+    return loss, NLLStats(log_prob, log_det, stats, result, by_name), t_reached
+
+
+def _augmented(objective: Objective):
+    """One solve of the samples together with the integrals of their costs."""
+    system, integrands = objective.system, objective.integrands
+    x = system.y0
+    zeros = jnp.zeros((x.shape[0], 1 + len(integrands.regularizers)), x.dtype)
+    solution = run(
+        system._replace(
+            field=integrands.field_and_costs,
+            y0=(x, zeros),
+            rows=(objective.probes, system.rows),
+        )
+    )
+    z, costs = solution.y1
+    unused = unused_rows(solution.result, objective.weights)
+    z, costs = stand_in((z, costs), unused, solution.result)
+    # The divergence is integrated in the direction of the solve, running costs forward in time.
+    log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
+    log_prob = log_prob_of(objective.base, z) + log_det
+    penalty = _penalty(running, objective.coefficients(running.dtype))
+    weights = objective.weights
+    loss = _mean(weights, (penalty - log_prob).astype(weights.dtype), unused)
+    valid = nan_unless(~unused, log_prob.dtype)
+    log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
+    rest = (log_prob, log_det, running, solution.stats, solution.result, solution.t_reached)
+    return loss, rest
+
+
+class Inputs(NamedTuple):
+    """The differentiated inputs of the fused loss."""
+
+    problem: Problem
+    """The problem of the samples: `args` are `(params, context)`, and the solve starts at the time
+    of the data."""
+    costs: ClosedField
+    """`(t, y, (params, (probes, context))) -> [batch, costs]`, the divergence first. If the
+    quadrature has nodes at stages, the vector field follows: `[batch, costs + n]`."""
+    probes: PyTree
+    base: ClosedField
+    """Log-density of the base, `[batch]`."""
+    weights: Float[Array, " batch"]
+
+    @property
+    def integrated(self):
+        """The inputs of the solve and the costs."""
+        problem = self.problem
+        return problem.field, problem.args, self.costs, self.probes
+
+
+class Settings(eqx.Module):
+    """How to compute the fused loss."""
+
+    method: Method
+    checkpoints: int = eqx.field(static=True)
+    coefficients: Float[Array, " costs-1"]
+    phase: Float[Array, " batch"] | None
+
+
+def _fused(objective: Objective):
+    objective = vary_alike(objective)
+    system, x = objective.system, objective.system.y0
+    problem, method, ravel = pose(system)
+    joint, phase = system.batch == "joint", objective.phase
+    per_row = not joint or phase is not None
+    with_field = shares_stages(method.tableau, phase)
+
+    def rows(y):
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def costs_of_rows(t, y, args):
+        def one(t, z, params, row):
+            dz, costs = objective.integrands.field_and_costs(t, (z, None), params, row)
+            costs = costs.astype(ravel.dtype)
+            parts = [costs, dz.reshape(-1).astype(costs.dtype)]
+            return jnp.concatenate(parts) if with_field else costs
+
+        params, rest = args
+        time, axis = (t, 0) if per_row else (t[0], None)
+        return jax.vmap(one, (axis, 0, None, 0))(time, rows(y), params, rest)
+
+    y0, t0 = problem.y0, problem.t0
+    of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
+    shared = (system.shared, (objective.probes, system.rows))
+    precision = method.precision
+    costs, (_, (probes, _)) = close_field(costs_of_rows, of_nodes, y0, shared, precision)
+    # The samples, and so their density, may have lower precision than the solve.
+    log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
+    base, _ = close_field(log_prob, t0, y0, (), precision)
+    inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
+    coefficients = objective.coefficients(ravel.dtype)
+    settings = Settings(method, system.adjoint.checkpoints, coefficients, phase)
+    inputs = in_reverse(inputs, "DiscreteAdjoint")
+    loss, rest = _loss(inputs, settings)
+    if joint:
+        *of_samples, stats, result, t_reached = rest
+        rest = (*of_samples, *jax.tree.map(lambda leaf: leaf[0], (stats, result, t_reached)))
+    return loss, rest
+
+
+def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
+    """Samples of weight zero whose own solve failed, `[rows]`. None if all share one solve."""
+    failed = jnp.atleast_1d(result != Result.SUCCESS)
+    return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
+
+
+def _penalty(running: Float[Array, "batch costs-1"], coefficients: Float[Array, " costs-1"]):
+    return jnp.matmul(running, coefficients, precision=jax.lax.Precision.HIGHEST)
+
+
+def _mean(weights: Float[Array, " batch"], losses: Float[Array, " batch"], unused):
+    return jnp.sum(jnp.where(unused, 0.0, weights * losses))
+
+
+def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
+    """The quadrature of the costs as a function of the differentiated leaves."""
+
+    def apply(params, t, y):
+        _, (shared, context), costs, probes = eqx.combine(params, rest)
+        return costs(*at_start(inputs.problem, unused, t, y), (shared, (probes, context)))
+
+    of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
+    bars = jnp.outer(inputs.weights, of_costs)
+    together = settings.phase is None and rows_are_cheap(inputs.problem.field)
+    return Nodes(apply, params, settings.method.tableau, settings.phase, bars, together)
+
+
+@eqx.filter_custom_vjp
+def _loss(inputs: Inputs, settings: Settings):
+    integration, tape = integrate(inputs.problem, settings.method, settings.checkpoints)
+    unused = unused_rows(integration.result, inputs.weights)
+    nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings, unused)
+    integrals = nodes.along(inputs.problem.slope, tape)
+    return _assemble(inputs, settings, integration, integrals, unused)
+
+
+@_loss.def_fwd
+def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
+    problem, wanted = inputs.problem, perturbed.problem
+    for closed, wants in (
+        (problem.field, wanted.field),
+        (inputs.costs, perturbed.costs),
+        (inputs.base, perturbed.base),
+    ):
+        closed.check_closed_over(wants, problem.y0)
+    integration, tape = integrate(problem, settings.method, settings.checkpoints)
+    unused = unused_rows(integration.result, inputs.weights)
+    problem = without_unused(problem, unused, integration.result)
+    inputs = inputs._replace(problem=problem)
+    params, rest = eqx.partition(inputs.integrated, perturbed.integrated)
+    nodes = _nodes(params, rest, inputs, settings, unused)
+    timed = bool(wanted.t0 or wanted.t1)
+
+    def apply(params, t, y):
+        field, args, *_ = eqx.combine(params, rest)
+        return field(*at_start(problem, unused, t, y), args)
+
+    z = stand_in(integration.y1, unused, integration.result)
+    base_bar, z_bar = _pull_base(perturbed, inputs, z)
+    mesh = Mesh(problem.t0, problem.t1, settings.method.breakpoints)
+    sweep = Sweep(
+        apply=apply,
+        params=params,
+        tableau=settings.method.tableau,
+        tape=tape,
+        mesh=mesh,
+        timed=timed,
+        unused=unused,
+        per_step=per_step_gradient(params, problem.field),
+        inside=nodes.inside(mesh if timed else None),
+        inside_pulls_last=nodes.shared,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    by_times = jnp.stack([jnp.zeros_like(problem.t0)] * 2)
+    carry = (nodes.zero(), by_times, jnp.zeros_like(tape.times[0]))
+    swept = sweep.run(z_bar, zeros, carry)
+    integrals, by_times, _ = swept.inside
+    out = _assemble(inputs, settings, integration, integrals, unused)
+    _, (log_prob, _, running, *_) = out
+    field_bar, args_bar, costs_bar, probes_bar = swept.params
+    t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
+    bars = Inputs(
+        problem=Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None),
+        costs=costs_bar,
+        probes=probes_bar,
+        base=base_bar,
+        weights=jnp.where(unused, 0, _penalty(running, settings.coefficients) - log_prob),
+    )
+    # A failed solve has no gradient: NaN, not a plausible number.
+    ok = (integration.result == Result.SUCCESS) | unused
+    valid = jnp.prod(nan_unless(ok, problem.y0.dtype))
+    bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
+    return out, eqx.filter(bars, perturbed)
+
+
+@_loss.def_bwd
+def _loss_backward(bars, out, perturbed, inputs, settings):
+    del perturbed, inputs, settings
+    loss_bar, _ = out
+    scaled = jax.tree.map(lambda bar: bar * loss_bar.astype(bar.dtype), bars)
+    return once_only("nll", scaled)
+
+
+def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "samples n"]):
+    """The cotangents of the base density and of the state at its time."""
+    params, rest = eqx.partition(inputs.base, perturbed.base)
+
+    def base(params, z):
+        return _log_prob(eqx.combine(params, rest), inputs, z)
+
+    _, pull = jax.vjp(base, params, z)
+    return pull(-inputs.weights)
+
+
+def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "samples n"]):
+    return base(inputs.problem.t1, z, ())
+
+
+def _assemble(inputs: Inputs, settings: Settings, integration: Integration, integrals, unused):
+    log_det, running = integrals[:, 0], integrals[:, 1:]
+    log_prob = _log_prob(inputs.base, inputs, integration.y1) + log_det
+    valid = nan_unless(integration.result == Result.SUCCESS, log_prob.dtype)
+    log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
+    loss = _mean(inputs.weights, _penalty(running, settings.coefficients) - log_prob, unused)
+    rest = (log_prob, log_det, running, integration.stats, integration.result)
+    return loss, (*rest, integration.t_reached)

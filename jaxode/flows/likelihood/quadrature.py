@@ -1,0 +1,250 @@
+"""The quadrature of costs along the recorded steps, on the solver's dense output.
+
+It uses Gauss nodes, or one random node per step and sample, which is unbiased.
+
+If the last stage of a step is the first stage of the next, both steps have a node there (a Lobatto
+rule). Costs are then evaluated together with that stage, whose vector field they need anyway.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxode._jax.pullback import vjp
+from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode.ode.adjoints.sweep import Step
+from jaxode.ode.adjoints.tape import interval, replay
+from jaxode.ode.loop.integrate import Field, Tape
+from jaxode.ode.loop.mesh import Mesh
+from jaxode.ode.loop.method import weighted_sum
+from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.tableau import Tableau
+
+# The golden ratio: its multiples spread evenly over the unit interval.
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on the unit interval: as many as the solver's order can use.
+
+    The first and last node lie at the ends (Lobatto) if the solver has stages there.
+    """
+    count = (tableau.order + 2) // 2
+    if not tableau.first_same_as_last:
+        nodes, weights = np.polynomial.legendre.leggauss(count)
+        return (nodes + 1) / 2, weights / 2
+    # One more node has the same order, `2 * count`.
+    legendre = np.polynomial.Legendre.basis(count)
+    # The roots are real, although NumPy 2.5 no longer returns them as such.
+    nodes = np.concatenate([[-1.0], np.real(legendre.deriv().roots()), [1.0]])
+    return (nodes + 1) / 2, 1 / (count * (count + 1) * legendre(nodes) ** 2)
+
+
+def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> bool:
+    """Whether the end nodes of a step are stages of the solver, and no node is random."""
+    return phase is None and tableau.first_same_as_last
+
+
+class Nodes(NamedTuple):
+    """The quadrature of the costs within a step."""
+
+    apply: Callable[..., Float[Array, "batch values"]]
+    """The costs as a function of `(params, t, y)`; if `shared`, the vector field follows."""
+    params: PyTree
+    tableau: Tableau
+    phase: Float[Array, " batch"] | None
+    bars: Float[Array, "batch costs"]
+    """The cotangents of the integrals."""
+    together: bool
+    """Whether the nodes inside a step are one batch, for accelerators."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether a step ends at a node that is also a stage of the solver."""
+        return shares_stages(self.tableau, self.phase)
+
+    @property
+    def inner(self) -> int:
+        """The number of nodes inside a step."""
+        if self.phase is not None:
+            return 1
+        return len(gauss(self.tableau)[0]) - (2 if self.shared else 0)
+
+    def numbers(self, step: Int[Array, ""]) -> tuple[Any, int]:
+        """The range of nodes of a step. Number 0, the start, has only its end."""
+        first = jnp.where(step == 0, self.inner, 0)
+        return first, self.inner + 1 if self.shared else self.inner
+
+    def zero(self) -> Float[Array, "batch costs"]:
+        """The integrals over an empty span."""
+        return jnp.zeros_like(self.bars)
+
+    def _split(self, step: Step) -> Step:
+        """One row per sample, if each sample has its own nodes."""
+        phase = self.phase
+        if phase is None:
+            return step
+        time = lambda t: jnp.broadcast_to(t, phase.shape)
+        return step._replace(t=time(step.t), h=time(step.h))
+
+    def _place(self, step: Step, after: Float[Array, " rows"], number, index):
+        """The position of a node, `[rows]` in the unit interval, and its weight times the step
+        size.
+
+        `after` is the size of the next step, which has a node at the same place.
+        """
+        weight = self._weight(index, step.h, after)
+        if self.phase is not None:
+            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0), weight
+        theta = jnp.asarray(self._rule[0], step.t.dtype)[index]
+        return jnp.broadcast_to(theta, step.t.shape), weight
+
+    @property
+    def _rule(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes and weights of a step. The node at its start may belong to the previous step."""
+        nodes, weights = gauss(self.tableau)
+        start = 1 if self.shared else 0
+        return nodes[start:], weights[start:]
+
+    def _weight(self, index, h: Float[Array, " rows"], after: Float[Array, " rows"]):
+        """The weight of a node times the step size, linear in the sizes `h` and `after`."""
+        if self.phase is not None:
+            return h
+        h = jnp.where(index == self.inner, h + after, h) if self.shared else h
+        return jnp.asarray(self._rule[1], h.dtype)[index] * h
+
+    def _state(self, step: Step, theta: Float[Array, " rows"]):
+        """The time and state at a node, with the mean slope up to it and the slope's weights."""
+        weights = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype))
+        # As a product: XLA's sum over the first axis costs as much as a node of a small network.
+        precision = jax.lax.Precision.HIGHEST
+        if len(weights) == 1:
+            slope = weighted_sum(weights[0], step.k)
+        else:
+            slope = jnp.einsum("rs,srn->rn", weights, step.k, precision=precision)
+        beta = weights.T[..., None]
+        return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
+
+    def _scale(self, weight: Float[Array, " rows"]) -> Float[Array, "batch costs"]:
+        """The factors of the costs at a node in their integrals.
+
+        The divergence is integrated in the direction of the solve, running costs forward in time.
+        """
+        batch, costs = self.bars.shape
+        signed = [weight] + [jnp.abs(weight)] * (costs - 1)
+        return jnp.broadcast_to(jnp.stack(signed, -1).astype(self.bars.dtype), (batch, costs))
+
+    def evaluate(self, step: Step, after, number, index) -> Float[Array, "batch costs"]:
+        """The contribution of a node to the integrals."""
+        step = self._split(step)
+        theta, weight = self._place(step, after, number, index)
+        time, state, _, _ = self._state(step, theta)
+        values = self.apply(self.params, time, state)
+        return self._scale(weight) * values[:, : self.bars.shape[1]]
+
+    def along(self, field: Field, tape: Tape) -> Float[Array, "batch costs"]:
+        """The integrals along the recorded steps, summed in the order of the sweep."""
+
+        def step(carry):
+            stop, integrals, after, checkpoints = carry
+            y, k, checkpoints = replay(
+                field, self.tableau, self.tableau.stages, tape.times, checkpoints, stop
+            )
+            t, h = interval(tape.times, jnp.maximum(stop - 1, 0))
+            recorded = Step(t, jnp.where(stop == 0, 0.0, h), y, k)
+            add = lambda i, total: total + self.evaluate(recorded, after, stop, i)
+            integrals = fori_loop(*self.numbers(stop), add, integrals)
+            return stop - 1, integrals, recorded.h, checkpoints
+
+        carry = (tape.num_steps, self.zero(), jnp.zeros_like(tape.times[0]), tape.checkpoints)
+        first = 0 if self.shared else 1
+        return while_loop(lambda carry: carry[0] >= first, step, carry)[1]
+
+    def inside(self, mesh: Mesh | None):
+        """For `Sweep.inside`. `mesh` is None if the times are not differentiated.
+
+        It carries the integrals, their derivatives with respect to both times through the step
+        sizes, and the size of the next step.
+        """
+
+        def inside(whole: Step, number, bar: Step, params_bar, carry):
+            integrals, by_times, after = carry
+            step, speeds = self._split(whole), None
+            if mesh is not None:
+                own = mesh.speeds(whole.t, whole.h, number)
+                others = mesh.speeds(whole.t + whole.h, after, number + 1)
+                speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
+            add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
+            carry = (self._split(bar), params_bar, integrals, by_times)
+            first, last = self.numbers(number)
+            if self.together:
+                # The start is a step of size zero: nodes inside it have no weight.
+                carry, first = add(jnp.arange(self.inner), carry), self.inner
+            bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
+            to_rows = lambda x: over_rows(jnp.sum, x, len(whole.t))
+            bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
+            return bar, params_bar, (integrals, by_times, whole.h)
+
+        return inside
+
+    def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:
+        """The cotangents of the values at a node."""
+        values_bar = scale * self.bars
+        if not self.shared:
+            return values_bar
+        # The cotangent that waits for the stage at the end of the step, which is the vector field
+        # there.
+        waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
+        return jnp.concatenate([values_bar, waiting], axis=1)
+
+    def _add(self, step: Step, after, number, index, speeds, carry):
+        """Add the integrals of one or several nodes, and pull their cotangents back to the step.
+
+        `speeds` are the derivatives of the sizes of this and the next step, with respect to each
+        time.
+        """
+        each = jax.vmap if index.ndim else lambda f, *_: f
+        bar, params_bar, integrals, by_times = carry
+
+        def place(index):
+            theta, weight = self._place(step, after, number, index)
+            scale = self._scale(weight)
+            return theta, scale, self._state(step, theta), self._values_bar(scale, bar, index)
+
+        theta, scale, (time, state, slope, beta), values_bar = each(place)(index)
+        apply = each(self.apply, (None, 0, 0))
+        dtime = None
+        if speeds is not None:
+            values, pull = vjp(apply, self.params, time, state)
+            dparams, dtime, dstate = pull(values_bar)
+        else:
+            values, pull = vjp(lambda params, state: apply(params, time, state), self.params, state)
+            dparams, dstate = pull(values_bar)
+
+        def added(index, theta, scale, values, slope, beta, dtime, dstate):
+            """Add to the cotangents of the step, the integrals, and their derivatives by the
+            times."""
+            of_node = scale * values[:, : self.bars.shape[1]]
+            k_bar = step.h[None, :, None] * (beta * dstate[None])
+            if speeds is None:
+                untimed: Any = None
+                return Step(untimed, untimed, dstate, k_bar), of_node, None
+            along = theta * dtime + over_rows(jnp.sum, dstate * slope, len(theta))
+            weight = self._weight(index, step.h, after)
+            per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
+            per_size = per_size * jnp.sum(self.bars * of_node, axis=1).astype(weight.dtype)
+            moved = [
+                over_rows(jnp.sum, per_size * self._weight(index, *h), len(h[0])) for h in speeds
+            ]
+            return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
+
+        new = each(added)(index, theta, scale, values, slope, beta, dtime, dstate)
+        if index.ndim:
+            new = jax.tree.map(lambda x: x.sum(0), new)
+        add = lambda x, dx: x if dx is None else x + dx
+        bar, integrals, by_times = jax.tree.map(add, (bar, integrals, by_times), new)
+        return bar, jax.tree.map(jnp.add, params_bar, dparams), integrals, by_times

@@ -1,0 +1,34 @@
+"""A density as a flowjax distribution."""
+
+import equinox as eqx
+from flowjax.distributions import AbstractDistribution
+
+from jaxode.density.bind import Density
+
+
+class FlowDistribution(AbstractDistribution):
+    """The flowjax interface, for one event and one condition."""
+
+    density: Density
+    shape: tuple[int, ...] = eqx.field(static=True)
+    cond_shape: tuple[int, ...] | None = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, density: Density) -> "FlowDistribution":
+        shapes = density.context_shapes
+        if shapes is not None and len(shapes) > 1:
+            raise ValueError(
+                "interop.flowjax(density=...): the context must be one array; got shapes "
+                f"{shapes}. Join them in the vector field."
+            )
+        condition = shapes[0] if shapes else None
+        return cls(density=density, shape=density.event_shape, cond_shape=condition)
+
+    def _log_prob(self, x, condition=None):
+        return self.density.log_prob(x, context=condition)
+
+    def _sample(self, key, condition=None):
+        return self.density.sample(key, context=condition)
+
+    def _sample_and_log_prob(self, key, condition=None):
+        return self.density.sample_and_log_prob(key, context=condition)

@@ -1,0 +1,11 @@
+"""Networks for vector fields: Equinox modules `m`, called as `m(t, y)` on one sample.
+
+A fresh network has small outputs, so its flow is close to the identity.
+"""
+
+from jaxode.nn.networks import MLP, Concat, ConcatSquash, PotentialGradient, field, softplus
+from jaxode.nn.residual import Residual
+
+__all__ = [
+    "MLP", "Concat", "ConcatSquash", "PotentialGradient", "Residual", "field", "softplus",
+]  # fmt: skip

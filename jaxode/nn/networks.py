@@ -1,0 +1,317 @@
+"""Networks with a closed-form divergence.
+
+With at most two hidden
+layers (`PotentialGradient`: exactly one), `m.value_and_divergence(t, y)` returns the exact
+divergence in closed form, for one extra matrix-vector product.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode._checks.arguments import integer
+from jaxode.distributions import as_event_shape
+from jaxode.nn.residual import Network, check_sample
+
+
+class _ModuleField(eqx.Module):
+    """The vector field of a module: `field(t, y, m) = m(t, y)`.
+
+    With a context, `field(t, y, (m, context)) = m(t, y, context)`. It has a closed-form divergence
+    if the module has one.
+    """
+
+    def __call__(
+        self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any
+    ) -> Float[Array, " *event"]:
+        m, *context = args if isinstance(args, tuple) else (args,)
+        _check_network(m)
+        return m(t, y, *context)
+
+    def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
+        """`(f, div f)`, or `NotImplemented` if the module has no closed form."""
+        m, *context = args if isinstance(args, tuple) else (args,)
+        if not hasattr(m, "value_and_divergence"):
+            return NotImplemented
+        return m.value_and_divergence(t, y, *context)
+
+
+def _check_network(m: Any) -> None:
+    if not callable(m):
+        raise TypeError(
+            "field(t, y, m): must be given a network, called as m(t, y); got "
+            f"{type(m).__name__}. Pass the network itself as params."
+        )
+
+
+field: _ModuleField = _ModuleField()
+"""The vector field of a module: `field(t, y, m) = m(t, y)`. With a context,
+`field(t, y, (m, context)) = m(t, y, context)`. It has a closed-form divergence if `m` has one."""
+
+
+# Coefficients of a polynomial in `e`, highest power first, that equals `log(1 + e) / e` to 3e-8 for
+# `0 <= e <= 1`. Without its constant and divided by `e`, it interpolates at 9 Chebyshev points.
+_LOG1P = (
+    -0.004466211593, 0.02522405431, -0.06675772501, 0.1156184544, -0.1584756572, 0.1985410623,
+    -0.2498652617, 0.3333284189, -0.4999999698, 1.0,
+)  # fmt: skip
+
+
+@jax.custom_jvp
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`log(1 + exp(x))` to rounding, with the sigmoid as its derivative.
+
+    Up to float32 it is faster on a CPU than `jax.nn.softplus`, whose logarithm is most of the cost
+    of a small network. It uses a polynomial instead, without a division, which would split the
+    kernel in two.
+    """
+    e = jnp.exp(-jnp.abs(x))
+    if jnp.finfo(e.dtype).eps < 1e-8:
+        return jnp.maximum(x, 0) + jnp.log1p(e)
+    return jnp.maximum(x, 0) + e * jnp.polyval(jnp.array(_LOG1P, e.dtype), e)
+
+
+@softplus.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return softplus(x), jax.nn.sigmoid(x) * dx
+
+
+def _value_and_slope(activation, u: Float[Array, " n"]):
+    """An elementwise function and its derivative."""
+    return jax.jvp(activation, (u,), (jnp.ones_like(u),))
+
+
+def _affine(rows: Float[Array, "k n"], t: Float[Array, ""], context: Float[Array, " c"] | None):
+    """`t rows[0] + context . rows[1:]`."""
+    if context is None:
+        return t * rows[0]
+    return t * rows[0] + context @ rows[1:]
+
+
+class _Layer(eqx.Module):
+    """`(W x + b) sigmoid(gate(t, context)) + shift(t, context)`, without parts that are None."""
+
+    weight: Float[Array, "out in"]
+    bias: Float[Array, " out"]
+    gate: Float[Array, "2+context out"] | None  # time, context, bias
+    shift: Float[Array, "1+context out"] | None  # time, context
+
+    def __init__(
+        self, size_in: int, size_out: int, context: int, gated: bool, timed: bool, key: PRNGKeyArray
+    ):
+        weight_key, gate_key, shift_key = jax.random.split(key, 3)
+        bound = 1 / math.sqrt(size_in)
+        self.weight = jax.random.uniform(
+            weight_key, (size_out, size_in), minval=-bound, maxval=bound
+        )
+        self.bias = jnp.zeros(size_out)
+        rows = lambda key, n: jax.random.uniform(key, (n, size_out), minval=-1.0, maxval=1.0)
+        self.gate = rows(gate_key, 2 + context) if gated else None
+        self.shift = rows(shift_key, 1 + context) if timed else None
+
+    def __call__(self, t, x, context) -> tuple[Float[Array, " out"], Float[Array, " out"] | None]:
+        """The output and the gate. The gate times `W` is the Jacobian with respect to `x`."""
+        u, gate = self.weight @ x + self.bias, None
+        if self.gate is not None:
+            gate = jax.nn.sigmoid(_affine(self.gate[:-1], t, context) + self.gate[-1])
+            u = u * gate
+        return u if self.shift is None else u + _affine(self.shift, t, context), gate
+
+
+class _Network(Network):
+    """What the networks share. They differ in where time enters and in gating."""
+
+    hidden: tuple[_Layer, ...]
+    weight: Float[Array, "outputs hidden"]
+    bias: Float[Array, " outputs"]
+    shift: Float[Array, "1+context outputs"] | None
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+    context_size: int = eqx.field(static=True)
+
+    gated: ClassVar[bool] = False
+    time_in_every_layer: ClassVar[bool] = True
+    time_in_output: ClassVar[bool] = False
+    scalar_output: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        event_shape: int | tuple[int, ...],
+        widths: Sequence[int] = (64, 64),
+        *,
+        key: PRNGKeyArray,
+        activation: Callable[[Array], Array] = jnp.tanh,
+        context_size: int = 0,
+    ):
+        name = type(self).__name__
+        size = math.prod(as_event_shape(name, event_shape))
+        if not np.iterable(widths):
+            raise TypeError(
+                f"{name}(widths=...): must be a sequence, one size for each hidden layer; got "
+                f"{widths!r}. Pass widths=({widths!r},)."
+            )
+        context_size = integer(
+            name, "context_size", context_size, least=0, rule="an integer of at least 0"
+        )
+        outputs = 1 if self.scalar_output else size
+        sizes = [size, *(integer(name, "widths", width) for width in widths)]
+        *keys, last = jax.random.split(key, len(sizes))
+        self.hidden = tuple(
+            _Layer(
+                a, b, context_size, self.gated, self.time_in_every_layer or index == 0, layer_key
+            )
+            for index, (a, b, layer_key) in enumerate(zip(sizes[:-1], sizes[1:], keys, strict=True))
+        )
+        bound = 0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1])
+        self.weight = jax.random.uniform(last, (outputs, sizes[-1]), minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(outputs)
+        self.shift = jnp.zeros((1 + context_size, outputs)) if self.time_in_output else None
+        self.activation = activation
+        self.context_size = context_size
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " *event"]:
+        context = self._check(y, context)
+        x = y.reshape(-1)
+        for layer in self.hidden:
+            x = self.activation(layer(t, x, context)[0])
+        return self._output(t, x, context).reshape(y.shape)
+
+    def value_and_divergence(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Any:
+        """`(m(t, y), div m)` in closed form. `NotImplemented` with more than two hidden layers.
+
+        With `s1`, `s2` the slopes of the hidden layers (of the activation, times the gate), the
+        Jacobian is `W3 diag(s2) W2 diag(s1) W1`. Its trace is `s2 . M s1` with
+        `M = W2 * (W1 W3)^T`, which depends only on the parameters and is shared by the batch.
+        """
+        if len(self.hidden) > 2:
+            return NotImplemented
+        context = self._check(y, context)
+        x, slopes = y.reshape(-1), []
+        for layer in self.hidden:
+            u, gate = layer(t, x, context)
+            x, slope = _value_and_slope(self.activation, u)
+            slopes.append(slope if gate is None else slope * gate)
+        match [layer.weight for layer in self.hidden]:
+            case []:
+                div = jnp.trace(self.weight)
+            case [w1]:
+                div = jnp.sum(w1 * self.weight.T, axis=1) @ slopes[0]
+            case [w1, w2]:
+                div = slopes[1] @ ((w2 * (w1 @ self.weight).T) @ slopes[0])
+        return self._output(t, x, context).reshape(y.shape), div
+
+    def _output(self, t, x, context) -> Float[Array, " outputs"]:
+        out = self.weight @ x + self.bias
+        return out if self.shift is None else out + _affine(self.shift, t, context)
+
+    def _check(self, y, context):
+        size = (self.hidden[0] if self.hidden else self).weight.shape[1]
+        check_sample(self, y, size, context, self.context_size)
+        return context
+
+
+class MLP(_Network):
+    """A multilayer perceptron that gets the time in its first layer.
+
+    Args:
+        event_shape: shape of one sample; an integer stands for a vector.
+        widths: sizes of the hidden layers.
+        key: draws the initial weights.
+        activation: elementwise function after each hidden layer. It must be smooth: it is
+            differentiated twice.
+        context_size: size of the context vector in `m(t, y, context)`, which enters wherever the
+            time does.
+
+    Raises:
+        ValueError: when called with a context of another shape, or without a context that it needs.
+    """
+
+    time_in_every_layer = False
+    __init__ = _Network.__init__
+
+
+class Concat(_Network):
+    """A multilayer perceptron with the time concatenated to the input of every layer.
+
+    Args: as for `MLP`.
+    References: Chen et al. (2018), arXiv:1806.07366.
+    """
+
+    time_in_output = True
+    __init__ = _Network.__init__
+
+
+class ConcatSquash(_Network):
+    """A multilayer perceptron whose hidden layers are gated and shifted by the time.
+
+    Args: as for `MLP`.
+    References: Grathwohl et al. (2019), arXiv:1810.01367.
+    """
+
+    gated = True
+    __init__ = _Network.__init__
+
+
+class PotentialGradient(_Network):
+    """The gradient in `y` of a scalar network with the time in every hidden layer.
+
+    Its Jacobian is symmetric.
+
+    Args: as for `MLP`; the activation is differentiated three times.
+    References: Onken et al. (2021), arXiv:2006.00104.
+    """
+
+    scalar_output = True
+    __init__ = _Network.__init__
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " *event"]:
+        context = self._check(y, context)
+
+        def potential(y):
+            x = y.reshape(-1)
+            for layer in self.hidden:
+                x = self.activation(layer(t, x, context)[0])
+            return self._output(t, x, context)[0]
+
+        return jax.grad(potential)(y)
+
+    def value_and_divergence(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Any:
+        """`(m(t, y), div m)` in closed form. `NotImplemented` unless there is one hidden layer.
+
+        With output weights `w`, the gradient is `W1^T (w a'(u))` and its divergence is
+        `sum_j w_j a''(u_j) |W1_j|^2`. A second hidden layer would need a matrix product per sample,
+        which costs more than the exact trace of a small event (docs/divergence.md).
+        """
+        if len(self.hidden) != 1:
+            return NotImplemented
+        (layer,), (w,) = self.hidden, self.weight
+        u, _ = layer(t, y.reshape(-1), self._check(y, context))
+        slope, curvature = _value_and_slope(lambda u: _value_and_slope(self.activation, u)[1], u)
+        dy = layer.weight.T @ (w * slope)
+        return dy.reshape(y.shape), (w * jnp.sum(layer.weight**2, axis=1)) @ curvature

@@ -1,0 +1,162 @@
+"""The residual network of `jaxode.nn`."""
+
+import math
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode._checks.arguments import integer
+from jaxode.distributions import as_event_shape
+from jaxode.ode.field import MisfitError
+
+WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
+
+
+def _name_of(function: Any) -> Any:
+    """`module:name` of a function that is found there, else the function itself.
+
+    `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
+    """
+    try:
+        name = f"{function.__module__}:{function.__qualname__}"
+        return name if pkgutil.resolve_name(name) is function else function
+    except (AttributeError, ImportError, ValueError):
+        return function
+
+
+class Network(eqx.Module):
+    """A network that `pickle` writes with the name of its activation."""
+
+    activation: eqx.AbstractVar[Callable[[Array], Array]]
+
+    def __getstate__(self):
+        return vars(self) | {"activation": _name_of(self.activation)}
+
+    def __setstate__(self, state):
+        activation = state["activation"]
+        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
+        vars(self).update(state, activation=found)
+
+
+class Dense(eqx.Module):
+    """`W x + b`."""
+
+    weight: Float[Array, "out in"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, size_in: int, size_out: int, key: PRNGKeyArray, scale: float = 1.0):
+        bound = scale / math.sqrt(size_in)
+        self.weight = jax.random.uniform(key, (size_out, size_in), minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(size_out)
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        return self.weight @ x + self.bias
+
+
+class Residual(Network):
+    """A residual network whose blocks are scaled and shifted by the time and the context.
+
+    With `e` the sines and cosines of `pi k t` for `k` = 1 to 4 and an encoding of the context, a
+    block is `h + W activation((1 + a(e)) h + b(e))`, with affine `a` and `b`. The output is affine
+    in the last block, plus `c(e) y`, which is the whole field between two normals. Times are in
+    [0, 1], as in `cnf` by default: 2 looks like 0.
+
+    The best density for its time in matching: see docs/choosing.md. It has no closed form of its
+    divergence.
+
+    Args:
+        event_shape: shape of one sample; an integer stands for a vector.
+        width: size of the blocks.
+        blocks: number of blocks.
+        key: draws the initial weights.
+        context_size: size of the context vector in `m(t, y, context)`.
+        activation: a smooth elementwise function.
+
+    Raises:
+        ValueError: when called with a context of another shape, or without a context that it needs.
+    """
+
+    first: Dense
+    blocks: tuple[Dense, ...]
+    modulation: tuple[Dense, ...]
+    last: Dense
+    scale: Dense
+    encoder: tuple[Dense, Dense] | None
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        event_shape: int | tuple[int, ...],
+        width: int = 128,
+        blocks: int = 3,
+        *,
+        key: PRNGKeyArray,
+        context_size: int = 0,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+    ):
+        size = math.prod(as_event_shape("Residual", event_shape))
+        width = integer("Residual", "width", width)
+        blocks = integer("Residual", "blocks", blocks)
+        context_size = integer(
+            "Residual", "context_size", context_size, 0, "an integer of at least 0"
+        )
+        keys = iter(jax.random.split(key, 2 * blocks + 5))
+        dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
+        known = 2 * WAVES + (width if context_size else 0)
+        self.first = dense(size, width)
+        self.blocks = tuple(dense(width, width) for _ in range(blocks))
+        self.modulation = tuple(dense(known, 2 * width) for _ in range(blocks))
+        self.last = Dense(width, size, next(keys), 0.1)
+        self.scale = Dense(known, size, next(keys), 0.0)
+        self.encoder = None
+        if context_size:
+            self.encoder = dense(context_size, width), dense(width, width)
+        self.activation = activation
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " *event"]:
+        size = self.encoder[0].weight.shape[1] if self.encoder else 0
+        check_sample(self, y, self.first.weight.shape[1], context, size)
+        x = y.reshape(-1)
+        angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=x.dtype)
+        known = [jnp.sin(angles), jnp.cos(angles)]
+        if self.encoder is not None and context is not None:
+            inner, outer = self.encoder
+            known.append(outer(self.activation(inner(context))))
+        e = jnp.concatenate(known)
+        h = self.first(x)
+        for block, modulation in zip(self.blocks, self.modulation, strict=True):
+            a, b = jnp.split(modulation(e), 2)
+            h = h + block(self.activation((1 + a) * h + b))
+        out = self.last(self.activation(h)) + self.scale(e) * x
+        return out.reshape(y.shape)
+
+
+def check_sample(network: eqx.Module, y, size: int, context, context_size: int) -> None:
+    """Raise unless a sample and a context have the sizes that the network was made for."""
+    name = type(network).__name__
+    if isinstance(context, eqx.Module):
+        raise TypeError(
+            f"{name}(t, y, context): the context must be a vector; got a network. For a vector "
+            "field whose params are the network, pass f=jaxode.nn.field."
+        )
+    shape = None if context is None else jnp.shape(context)
+    if shape != ((context_size,) if context_size else None):
+        raise ValueError(
+            f"{name}(context_size={context_size}): the context of a sample must be a vector of "
+            f"this size, and None for size 0; got shape {shape}."
+        )
+    if y.size != size:
+        raise MisfitError(
+            f"{name}(event_shape=...): the network was made for samples of {size} numbers; got a "
+            f"sample of shape {y.shape}. Make it with event_shape={y.shape}, or mend the samples."
+        )

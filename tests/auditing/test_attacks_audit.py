@@ -1,0 +1,430 @@
+"""Flows that are made to fool the audit: wrong ones that look right, right ones that look wrong."""
+
+import dataclasses
+import functools
+import pathlib
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import jaxode
+from jaxode import divergence
+from jaxode.auditing import density as density_checks
+from jaxode.auditing.balance import imbalance
+
+KEY = jax.random.key(0)
+
+
+def matrix(size):
+    return 0.3 * jax.random.normal(jax.random.key(2), (size, size)) / size**0.5
+
+
+def tanh(t, z, p):
+    return jnp.tanh(p @ z)
+
+
+class Offered:
+    """A field with a closed form, which is right if both factors are one."""
+
+    def __call__(self, t, z, args):
+        return tanh(t, z, args[0])
+
+    def value_and_divergence(self, t, z, args):
+        # Factors among the parameters, so that one program serves all of them.
+        p, factors = args
+        of_derivative, of_divergence = jax.lax.stop_gradient(factors)
+        dz = tanh(t, z, p)
+        return of_derivative * dz, of_divergence * jnp.sum((1 - dz * dz) * jnp.diagonal(p))
+
+
+OFFERED = Offered()
+
+
+def audit_offered(size, derivative=1.0, divergence=1.0):
+    return audit(OFFERED, size, (matrix(size), (derivative, divergence)))
+
+
+def estimate(factor):
+    """A stochastic divergence whose mean is this multiple of the trace."""
+
+    def init(key, z):
+        return jax.random.normal(key, z.shape, z.dtype)
+
+    def apply(g, z, v):
+        dz, jv = jax.jvp(g, (z,), (v,))
+        return dz, factor * jnp.sum(v * jv)
+
+    return divergence.Divergence(init, apply, f"{factor} times the trace")
+
+
+TWICE, ONCE, MINUS = estimate(2.0), estimate(1.0), estimate(-1.0)
+
+
+def square(t, z, p):
+    """Its trace changes sign with the sample, so that errors of it have the mean zero."""
+    return 0.025 * p * z * z
+
+
+def audit_of_square(estimated):
+    x = 0.5 * jax.random.normal(jax.random.key(1), (2, 12))
+    x = jnp.stack([x, -x], axis=1).reshape(4, 12)
+    return audit(square, 12, jnp.ones(12), x, divergence=estimated)
+
+
+class Scaled(eqx.Module):
+    """A normal density times a constant."""
+
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+    log_factor: jax.Array = eqx.field(converter=jnp.asarray)
+
+    def log_prob(self, z):
+        return jaxode.standard_normal(self.event_shape).log_prob(z) + self.log_factor
+
+    def sample(self, key, shape=()):
+        return jaxode.standard_normal(self.event_shape).sample(key, shape)
+
+
+class Drawn(eqx.Module):
+    """A standard normal density that draws samples of another scale."""
+
+    scale: jax.Array = eqx.field(converter=jnp.asarray)
+    event_shape: tuple[int, ...] = eqx.field(static=True, default=(2,))
+
+    def log_prob(self, z):
+        return jaxode.standard_normal(self.event_shape).log_prob(z)
+
+    def sample(self, key, shape=()):
+        return self.scale * jaxode.standard_normal(self.event_shape).sample(key, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cube:
+    """The uniform density between -1 and 1."""
+
+    event_shape: tuple[int, ...]
+
+    def log_prob(self, z):
+        inside = (jnp.abs(z) < 1).all(axis=-1)
+        return jnp.where(inside, -self.event_shape[0] * jnp.log(2.0), -jnp.inf)
+
+    def sample(self, key, shape=()):
+        return jax.random.uniform(key, (*shape, *self.event_shape), minval=-1.0, maxval=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A mixture of two narrow normal densities, which no normal density resembles."""
+
+    event_shape: tuple[int, ...]
+
+    def log_prob(self, z):
+        size = self.event_shape[0]
+        one = lambda mean: -jnp.sum(jnp.square((z - mean) / 0.1), axis=-1) / 2
+        return (
+            jnp.logaddexp(one(-1.0), one(1.0))
+            - size * jnp.log(0.1 * (2 * jnp.pi) ** 0.5)
+            - jnp.log(2.0)
+        )
+
+    def sample(self, key, shape=()):
+        one, two = jax.random.split(key)
+        sign = jax.random.rademacher(one, (*shape, 1), float)
+        return sign + 0.1 * jax.random.normal(two, (*shape, *self.event_shape))
+
+
+def audit(f, base, p=None, x=None, **options):
+    base = jaxode.standard_normal(base) if isinstance(base, int) else base
+    size = base.event_shape[0]
+    p = matrix(size) if p is None else p
+    x = 0.5 * jax.random.normal(jax.random.key(1), (16, size)) if x is None else x
+    return jaxode.audit(jaxode.cnf(f, base, **options), p, x, KEY)
+
+
+# (a wrong flow, the checks that find it, what the advice names). A new attack is one row.
+WRONG = {
+    "wrong sign of the divergence": (
+        lambda: audit_offered(12, divergence=-1.0), {"divergence error"}, "is not the trace",
+    ),
+    "divergence 1% off": (
+        lambda: audit_offered(12, divergence=1.01), {"divergence error"}, "is not the trace",
+    ),
+    "divergence 1% off in two dimensions": (
+        lambda: audit_offered(2, divergence=1.01), {"divergence error", "gradient error"},
+        "is not the trace",
+    ),
+    "another derivative than the field": (
+        lambda: audit_offered(12, derivative=1.01), {"divergence error"}, "different derivative",
+    ),
+    "an estimate of twice the trace": (
+        lambda: audit(tanh, 12, 0.01 * matrix(12), divergence=TWICE), {"divergence error"},
+        "is not the trace",
+    ),
+    "an estimate of the wrong sign where the trace has the mean zero": (
+        lambda: audit_of_square(MINUS), {"divergence error"}, "is not the trace",
+    ),
+    "base density in 256 dimensions": (
+        lambda: audit(tanh, Scaled((256,), 0.1), 0.01 * matrix(256)), {"base probability"},
+        "Normalize",
+    ),
+    "base density in 3 dimensions": (
+        lambda: audit(tanh, Scaled((3,), 0.1)), {"base probability", "total probability"},
+        "Normalize",
+    ),
+    "a base that draws too widely": (
+        lambda: audit(tanh, Drawn(1.5)), {"base samples"}, "do not have its log_prob",
+    ),
+    "a base that draws NaN": (
+        lambda: audit(tanh, Drawn(jnp.nan)), {"base samples"},
+        "Mend the base: it draws samples with NaN or inf, in 16384 of 16384 rows",
+    ),
+    "too few probes": (
+        lambda: audit(tanh, 12, 0.3 * matrix(12), divergence=divergence.hutchinson()),
+        {"probe standard error"}, "times as many probes, or",
+    ),
+    "more probes than products that are exact": (
+        lambda: audit(tanh, 3, 3 * jnp.ones((3, 3)), divergence=divergence.hutchinson(2)),
+        {"probe standard error"}, "report use divergence=jaxode.divergence.exact()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "found", "word"), WRONG.values(), ids=WRONG)
+def test_wrong_flow_is_found(run, found, word):
+    report = run()
+    assert set(report.advice) == found
+    assert any(word in sentence for sentence in report.advice.values())
+
+
+# Densities with few moments, without mean, with bounds, and infinite at the bounds.
+SAMPLED = {
+    "normal": stats.norm(), "Student's t": stats.t(3), "Cauchy": stats.cauchy(),
+    "without mean": stats.t(0.5), "uniform": stats.uniform(), "exponential": stats.expon(),
+    "arcsine": stats.beta(0.5, 0.5),
+}  # fmt: skip
+# Of six standard errors, three and a half leave room for the largest of seven means.
+QUIET = 4.0
+
+
+@functools.cache
+def sampled(name):
+    return SAMPLED[name].rvs((2**14, 3), random_state=0)
+
+
+def imbalance_of(name, x):
+    with np.errstate(divide="ignore"):  # the logarithm of the density at a bound
+        return imbalance(KEY, x, lambda x: SAMPLED[name].logpdf(x).sum(axis=1))
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples_of_a_density_are_in_balance(name):
+    assert imbalance_of(name, sampled(name)) < QUIET
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize(("scale", "shift"), [(1.5, 0.0), (0.5, 0.0), (1.0, 1.0)])
+def test_samples_of_another_density_are_not(name, scale, shift):
+    center = np.median(sampled(name), axis=0)
+    x = center + scale * (sampled(name) - center) + shift
+    assert imbalance_of(name, x) > density_checks.IMBALANCE
+
+
+def test_samples_that_are_all_alike_have_no_density():
+    for value in (0.0, 1.0):
+        assert imbalance_of("normal", np.full((2**14, 3), value)) > density_checks.IMBALANCE
+
+
+def rotation(t, z, p):
+    return p * jnp.stack([-z[1], z[0]])
+
+
+def half(t, z, p):
+    """It computes in half precision whatever it gets."""
+    return jnp.tanh(p.astype(jnp.float16) @ z.astype(jnp.float16))
+
+
+def outside(size):
+    x = jax.random.uniform(jax.random.key(1), (16, size), minval=-0.7, maxval=0.7)
+    return x.at[3].set(5.0)
+
+
+# (a right flow, some of what is measured, within which tolerance, other advice that is right).
+RIGHT = {
+    "closed form in 12 dimensions": (
+        lambda: audit_offered(12), {"divergence error": 0, "base probability": 1}, 0.02, set(),
+    ),
+    "an estimate of the trace": (
+        lambda: audit(tanh, 12, 0.01 * matrix(12), divergence=ONCE), {"divergence error": 0}, 1e-12,
+        set(),
+    ),
+    "an estimate of a trace with the mean zero": (
+        lambda: audit_of_square(ONCE), {"divergence error": 0}, 1e-12, set(),
+    ),
+    "256 dimensions": (
+        lambda: audit(tanh, Scaled((256,), 0.0), 0.01 * matrix(256)), {"base probability": 1}, 0.05,
+        set(),
+    ),
+    "compact support and a sample outside": (
+        lambda: audit(tanh, Cube((2,)), x=outside(2)),
+        {"samples of density zero": 1, "total probability": 1}, 0.02, set(),
+    ),
+    "compact support in 3 dimensions": (
+        lambda: audit(tanh, Cube((3,)), x=outside(3)),
+        {"samples of density zero": 1, "total probability": 1}, 0.04, set(),
+    ),
+    "a mixture in 3 dimensions": (
+        lambda: audit(tanh, Apart((3,))), {"base probability": 1, "total probability": 1}, 0.04,
+        set(),
+    ),
+    "rotation with a gradient of zero": (
+        lambda: audit(rotation, 2, jnp.asarray(120.0)), {"gradient error": 0}, 1e-3,
+        {"evaluations", "stiffness"},
+    ),
+    # Its inverse explodes in finite time unless |x| < 1 / sqrt(2), where all samples are.
+    "support that no solve leaves": (
+        lambda: audit(lambda t, z, p: -p * z**3, 1, jnp.asarray(1.0), x=0.1 * outside(1)),
+        {"total probability": 1}, 0.02, set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "values", "atol", "other"), RIGHT.values(), ids=RIGHT)
+def test_right_flow_is_not_blamed(run, values, atol, other):
+    report = run()
+    assert set(report.advice) == other
+    found = {name: report.values[name] for name in values}
+    assert found == pytest.approx(values, abs=atol)
+
+
+@pytest.mark.slow
+def test_integral_without_the_power_to_tell_says_so():
+    row = {row.name: row for row in audit(tanh, Apart((40,))).rows}["base probability"]
+    assert np.isnan(row.value)
+    assert row.limit.startswith("not resolved: effective sample size")
+    assert row.advice == ""
+
+
+@pytest.mark.slow
+def test_no_sample_inside_is_named():
+    report = audit(tanh, Cube((2,)), x=5.0 + jnp.zeros((3, 2)))
+    assert set(report.advice) == {"samples of density zero"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", [half, lambda t, z, p: half(t, z, p).astype(z.dtype)])
+def test_half_precision_of_a_field_is_named(field):
+    """Also if the field hides it by casting back."""
+    with jax.numpy_dtype_promotion("standard"):
+        report = audit(field, 2)
+    assert (
+        "compute the vector field in float32, not float16"
+        in report.advice["tight solves that fail"]
+    )
+    assert "rtol" not in " ".join(report.advice.values())
+
+
+@pytest.mark.slow
+def test_samples_in_half_precision_are_audited():
+    p, x = matrix(2).astype(jnp.float16), jnp.ones((4, 2), jnp.float16)
+    assert audit(lambda t, z, p: jnp.tanh(p.astype(z.dtype) @ z), 2, p, x).advice == {}
+
+
+def shifted(t, z, args):
+    p, shift = args
+    return jnp.tanh(p @ z) + shift
+
+
+def again(i, **options):
+    base = jaxode.standard_normal(3)
+    x = jax.random.normal(jax.random.key(i), (16, 3))
+    flow = jaxode.cnf(functools.partial(tanh), base, **options)
+    return jaxode.audit(flow, (1.0 + i) * matrix(3), x, jax.random.key(i))
+
+
+def of_context(i):
+    base = jax.tree.map(lambda leaf: leaf + 0.1 * i, jaxode.diagonal_normal(1))
+    x = jax.random.normal(jax.random.key(i), (16, 1))
+    flow = jaxode.cnf(shifted, base)
+    return jaxode.audit(flow, (1.0 + i) * matrix(1), x, KEY, context=x)
+
+
+# Audits of other parameters and samples of the same shapes. A new kind of flow is one row.
+AGAIN = {
+    "exact": again,
+    "probes": lambda i: again(i, divergence=divergence.hutchinson(2)),
+    "implicit": lambda i: again(i, solver=diffrax.Kvaerno3(), rtol=1e-3),
+    "forward mode": lambda i: again(i, adjoint=jaxode.ForwardMode()),
+    "learned base and context": of_context,
+}
+
+
+def memory_maps():
+    return len(pathlib.Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", AGAIN.values(), ids=AGAIN)
+def test_second_audit_compiles_nothing(run, compiled):
+    run(0)
+    assert compiled
+    compiled.clear()
+    before = memory_maps() if pathlib.Path("/proc/self/maps").exists() else None
+    reports = [run(1), run(2)]
+    assert not compiled
+    assert reports[0].values != reports[1].values
+    # Not one for each program: the allocator makes some itself.
+    assert before is None or memory_maps() < before + 20
+
+
+FLOW = jaxode.cnf(tanh, jaxode.standard_normal(2))
+X = jnp.ones((3, 2))
+P = matrix(2)
+BAD_INPUT = [
+    (
+        lambda: jaxode.audit(tanh, P, X, KEY), TypeError,
+        "audit(flow=...): must be a flow made by jaxode.cnf; got function. "
+        "Pass jaxode.cnf(f, base).",
+    ),
+    (
+        lambda: jaxode.audit(jaxode.bind(FLOW, P), P, X, KEY), TypeError,
+        "audit(flow=...): must be a flow made by jaxode.cnf; got Density. "
+        "Pass density.flow, density.params and density.to_flow(x).",
+    ),
+    (
+        lambda: jaxode.audit(FLOW, P, X, 0), TypeError,
+        "audit(key=...): must be a key of jax.random; got int. Pass jax.random.key(0).",
+    ),
+    (
+        lambda: jaxode.audit(FLOW, P, [[1.0, 2.0]], KEY), TypeError,
+        "audit(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
+    ),
+    (
+        lambda: jaxode.audit(FLOW, P, X[:0], KEY), ValueError,
+        "audit(x=...): must have at least one sample; got none. Pass data.",
+    ),
+    (
+        lambda: jaxode.audit(FLOW, P, X, KEY, context=X[:2]), ValueError,
+        "audit(context=...): leaves must have a leading axis of 3, one row per sample; got shape "
+        "(2, 2). To give all samples the same row, pass jnp.broadcast_to(row, (3, *row.shape)).",
+    ),
+    (
+        lambda: jax.jit(lambda p: jaxode.audit(FLOW, p, X, KEY).values)(P), ValueError,
+        "audit: measures numbers, so it runs outside jax.jit, jax.grad and jax.vmap; got "
+        "arguments that are traced. Call it between training steps.",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"), BAD_INPUT, ids=[row[2][:40] for row in BAD_INPUT]
+)
+def test_wrong_argument_gets_one_sentence(call, exception, message):
+    with pytest.raises(exception) as info:
+        call()
+    assert str(info.value) == message

@@ -1,0 +1,637 @@
+"""A flow as a distribution: units, support, contexts, batches, and where it goes."""
+
+import copy
+import dataclasses
+import functools
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import optional, trained
+from scipy import stats
+
+import jaxode
+from jaxode.density.support import Box
+
+KEY = jax.random.key(0)
+OPTIONS = {"rtol": 1e-9, "atol": 1e-9}
+
+
+PARAMS, FLOW = trained(), jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
+DATA = np.random.default_rng(0).normal([5.0, -1.0], [3.0, 0.1], (40, 2))
+# What `standardize=` may be, and how many arrays it has.
+MAPS = {
+    "data": (DATA, 2),
+    "normal": (jaxode.standardize.normal(DATA), 5),
+    "whiten": (jaxode.standardize.whiten(DATA), 5),
+}
+with_maps = pytest.mark.parametrize("given", MAPS)
+
+
+def test_units_move_the_density_by_their_logarithm_alone():
+    """`x -> 1000 x`: minus `d log 1000`, and samples in the new unit."""
+    one, other = (jaxode.bind(FLOW, PARAMS, standardize=s * DATA) for s in (1.0, 1000.0))
+    np.testing.assert_allclose(
+        other.log_prob(1000 * DATA), one.log_prob(DATA) - 2 * np.log(1000), rtol=1e-9
+    )
+    np.testing.assert_allclose(other.sample(KEY, (3,)), 1000 * one.sample(KEY, (3,)), rtol=1e-9)
+
+
+def test_standardized_data_have_mean_zero_and_scale_one():
+    z = jaxode.bind(FLOW, PARAMS, standardize=DATA).to_flow(DATA)
+    np.testing.assert_allclose([z.mean(0), z.std(0)], [[0, 0], [1, 1]], atol=1e-12)
+
+
+@pytest.mark.parametrize("given", ["data", "mean and scale"])
+def test_training_and_use_agree(given):
+    """The loss on data carried by the maps is minus the mean log-density, up to a constant."""
+    standardize = DATA if given == "data" else (DATA.mean(0), DATA.std(0))
+    density = jaxode.bind(FLOW, PARAMS, standardize=standardize)
+    loss = density.flow.nll(density.params, density.to_flow(DATA))
+    expected = -density.log_prob(DATA).mean() - np.log(DATA.std(0)).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-7)
+
+
+SUPPORTS = {
+    "box": ((np.array([0.0, -1.0]), np.array([2.0, 1.0])), [[0, 2], [-1, 1]]),
+    "half lines": ((np.array([0.0, -np.inf]), np.array([np.inf, 1.0])), [[0, 60], [-60, 1]]),
+    "one number": ((-2.0, 3.0), [[-2, 3], [-2, 3]]),
+}
+
+
+@functools.cache
+def bounded(name):
+    return jaxode.bind(FLOW, PARAMS, support=SUPPORTS[name][0])
+
+
+@pytest.mark.parametrize("name", ["box", "one number"])
+def test_the_density_on_a_box_integrates_to_one(name):
+    n = 201
+    sides = [np.linspace(a, b, n + 1) for a, b in SUPPORTS[name][1]]
+    middles = [(side[1:] + side[:-1]) / 2 for side in sides]
+    grid = jnp.asarray(np.stack(np.meshgrid(*middles, indexing="ij"), -1))
+    area = np.prod([side[1] - side[0] for side in sides])
+    density = bounded(name)
+    total = jnp.exp(jax.jit(lambda x: density.log_prob(x))(grid)).sum() * area
+    np.testing.assert_allclose(total, 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_samples_are_in_the_support_with_their_density(name):
+    x, log_prob = bounded(name).sample_and_log_prob(KEY, (50,))
+    low, high = (jnp.broadcast_to(bound, 2) for bound in SUPPORTS[name][0])
+    assert ((low[None] < x) & (x < high[None])).all()
+    np.testing.assert_allclose(bounded(name).log_prob(x), log_prob, rtol=1e-6)
+    np.testing.assert_allclose(bounded(name).sample(KEY, (50,)), x, rtol=1e-6)
+
+
+def test_outside_of_the_support():
+    """Minus infinity, on the bounds, too, with a gradient of zero; what is NaN stays so."""
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    density = bounded("box")
+    log_prob = density.log_prob(x)
+    assert np.isfinite(log_prob[0])
+    np.testing.assert_array_equal(log_prob[1:], -np.inf)
+    inside = lambda x: jnp.sum(jnp.where(jnp.isfinite(v := density.log_prob(x)), v, 0))
+    slopes = jax.jit(jax.grad(inside))(x)
+    assert (slopes[0] != 0).all()
+    np.testing.assert_array_equal(slopes[1:], 0)
+    nan = jax.jit(lambda x: density.log_prob(x))(x.at[1].set(jnp.nan))
+    assert list(np.isnan(nan)) == [False, True, False, False]
+    with pytest.raises(
+        jaxode.SolveError, match=r"log_prob\(x=...\): .* 1 of 4 rows, first in row 1"
+    ):
+        density.log_prob(x.at[1].set(jnp.nan))
+
+
+def normal(**maps):
+    """The density of a standard normal within the maps: a field of zero."""
+    return jaxode.bind(jaxode.cnf(lambda t, z, a: a * z, FLOW.base), jnp.zeros(()), **maps)
+
+
+LOGNORMAL = np.random.default_rng(2).lognormal([7.0, -2.0], [0.5, 1.0], (50, 2))
+
+
+@pytest.mark.parametrize("given", ["data", "mean and scale"])
+def test_units_on_a_support(given):
+    """`exp(mean + scale z)`: the lognormal density of scipy, and its samples."""
+    mean, scale = np.log(LOGNORMAL).mean(0), np.log(LOGNORMAL).std(0)
+    density = normal(
+        standardize=LOGNORMAL if given == "data" else (mean, scale), support=(0, np.inf)
+    )
+    exact = stats.lognorm(scale, scale=np.exp(mean))
+    expected = exact.logpdf(LOGNORMAL).sum(1)
+    np.testing.assert_allclose(density.log_prob(LOGNORMAL), expected, rtol=1e-9)
+    x, log_prob = density.sample_and_log_prob(KEY, (400,))
+    np.testing.assert_allclose(log_prob, exact.logpdf(x).sum(1), rtol=1e-9)
+    assert stats.kstest(exact.cdf(x).ravel(), "uniform").pvalue > 1e-3
+    np.testing.assert_allclose(density.to_flow(x).mean(0), 0, atol=0.2)
+
+
+KINDS = {"interval": (0.0, 1.0), "above": (0.0, np.inf), "below": (-np.inf, 0.0),
+         "free": (-np.inf, np.inf)}  # fmt: skip
+
+
+@pytest.mark.parametrize("u", [-1000.0, -100.0, 0.5, 100.0, 1000.0])
+def test_bijections_and_their_derivatives_are_finite(u, default_settings):
+    low, high = (np.array(bounds, np.float32) for bounds in zip(*KINDS.values(), strict=True))
+    box = Box(jnp.asarray(low), jnp.asarray(high))
+    u = jnp.full(4, u)
+    x, log_det = box.forward(u)
+    assert box.contains(x)
+    assert np.isfinite(x).all()
+    assert np.isfinite(log_det)
+    slopes = jax.jacobian(lambda u: box.forward(u))(u)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+    assert slopes[0][3, 3] == 1  # where there is no bound, it is the identity
+
+
+def test_the_determinants_of_a_bijection_agree():
+    low, high = (jnp.array(bounds) for bounds in zip(*KINDS.values(), strict=True))
+    box, u = Box(low, high), jnp.array([0.3, -1.2, 2.0, 5.0])
+    x, log_det = box.forward(u)
+    back, of_inverse = box.inverse(x)
+    np.testing.assert_allclose(back, u, rtol=1e-12)
+    jacobian = jax.jacobian(lambda u: box.forward(u)[0])(u)
+    np.testing.assert_allclose(log_det, -np.linalg.slogdet(jacobian)[1], rtol=1e-12)
+    np.testing.assert_allclose(of_inverse, log_det, rtol=1e-12)
+
+
+def test_gradients_through_samples_in_large_units(default_settings):
+    params = jaxode.nn.ConcatSquash(2, (4,), key=KEY)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+    support = (np.array([0.0, -np.inf]), np.array([np.inf, np.inf]))
+    density = jaxode.bind(flow, params, standardize=(np.array([0.0, 1000.0]), 1.0), support=support)
+    gradient = jax.grad(lambda params: density.with_params(params).sample(KEY, (3,)).sum())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert np.abs(gradient.weight).max() > 0
+
+
+@with_maps
+def test_units_are_not_trained(given):
+    standardize, arrays = MAPS[given]
+    density = jaxode.bind(FLOW, PARAMS, standardize=standardize, support=(-100.0, 100.0))
+
+    def loss(density):
+        x, log_prob = density.sample_and_log_prob(KEY, (2,))
+        return x.sum() + log_prob.sum() + density.log_prob(DATA[:2]).sum()
+
+    gradient = eqx.filter_grad(loss)(density)
+    maps = jax.tree.leaves((gradient.support, gradient.standardize))
+    assert len(maps) == 2 + arrays
+    assert not any(np.any(leaf) for leaf in maps)
+    assert np.any(gradient.params.weight)
+
+
+def test_integers_are_numbers():
+    counts = np.random.default_rng(1).integers(0, 9, (40, 2))
+    whole, same = (jaxode.bind(FLOW, PARAMS, standardize=c) for c in (counts, counts.astype(float)))
+    np.testing.assert_allclose(whole.log_prob(counts), same.log_prob(1.0 * counts), rtol=1e-12)
+    np.testing.assert_allclose(whole.log_prob([3, 4]), same.log_prob(np.array([3.0, 4.0])))
+    flow = jaxode.bind(FLOW, trained(2), standardize=(DATA, (2.5, 1.5)))
+    found = flow.log_prob(DATA[0], context=np.array([3, 4]))
+    np.testing.assert_allclose(found, flow.log_prob(DATA[0], context=np.array([3.0, 4.0])))
+
+
+def test_far_outside_of_the_support_the_flow_is_not_asked():
+    """It has never seen such data: its field may be NaN there."""
+    field = lambda t, z, a: jnp.where(jnp.abs(z) > 8.0, jnp.nan, a * z)
+    flow = jaxode.cnf(field, FLOW.base)
+    density = jaxode.bind(flow, jnp.array(0.1), standardize=LOGNORMAL, support=(0.0, np.inf))
+    x = jnp.asarray([*LOGNORMAL[:2], -LOGNORMAL[0]])
+    log_prob = density.log_prob(x)
+    assert np.isfinite(log_prob[:2]).all()
+    assert log_prob[2] == -np.inf
+    inside = lambda a: density.with_params(a).log_prob(x)[:2].sum()
+    assert np.isfinite(jax.jit(jax.grad(inside))(jnp.array(0.1)))
+
+
+def test_where_the_bijection_is_infinite_the_density_is_zero():
+    density = jaxode.bind(FLOW, PARAMS, support=(0.0, np.inf))
+    x = jnp.array([[1.0, 1.0], [1.0, np.inf], [5e-324, 1.0]])
+    assert list(jnp.isfinite(jax.jit(lambda x: density.log_prob(x))(x))) == [True, False, False]
+    np.testing.assert_array_equal(density.log_prob(x)[1:], -np.inf)
+
+
+@pytest.mark.parametrize("value", [1e-30, 1.0 - 1e-7, 0.5])
+def test_bounds_in_float32(value):
+    """A sample next to a bound has the density that it has in float64."""
+    for dtype in (np.float32, np.float64):
+        box = Box(*(jnp.asarray([x], dtype) for x in (0.0, 1.0)))
+        u, log_det = box.inverse(jnp.asarray([value], dtype))
+        exact = np.longdouble(np.asarray(value, dtype))
+        np.testing.assert_allclose(u[0], np.log(exact / (1 - exact)), rtol=1e-5)
+        np.testing.assert_allclose(log_det, -np.log(exact * (1 - exact)), rtol=1e-5)
+        assert 0 < box.forward(jnp.asarray([200.0], dtype))[0] < 1
+        assert 0 < box.forward(jnp.asarray([-200.0], dtype))[0] < 1
+
+
+def test_a_sample_has_the_same_density_alone_and_in_any_batch():
+    density = jaxode.bind(
+        dataclasses.replace(FLOW, solve_options=jaxode.cnf(
+            jaxode.nn.field, FLOW.base, rtol=1e-3, atol=1e-3).solve_options), PARAMS,
+        standardize=DATA,
+    )  # fmt: skip
+    many = density.log_prob(DATA)
+    np.testing.assert_allclose(density.log_prob(DATA[3]), many[3], rtol=1e-13)
+    np.testing.assert_allclose(density.log_prob(DATA[None, 5:7])[0], many[5:7], rtol=1e-13)
+    assert density.sample(KEY).shape == (2,)
+    assert density.sample(KEY, (3, 4)).shape == (3, 4, 2)
+    assert density.event_shape == (2,)
+
+
+def test_one_context_for_all_samples_or_a_row_for_each():
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
+    contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    density = jaxode.bind(flow, trained(3), standardize=(DATA, contexts))
+    rows = density.log_prob(DATA[:4], context=contexts[:4])
+    for i in range(4):
+        one = density.log_prob(DATA[i], context=contexts[i])
+        np.testing.assert_allclose(one, rows[i], rtol=1e-12)
+    same = density.log_prob(DATA[:5], context=contexts[0])
+    np.testing.assert_allclose(same[0], rows[0], rtol=1e-12)
+    assert density.sample(KEY, (4,), context=contexts[:4]).shape == (4, 2)
+    z, context = density.to_flow(DATA, contexts)
+    np.testing.assert_allclose(context.mean(0), 0, atol=1e-12)
+    loss = flow.nll(density.params, z, context=context)
+    expected = -density.log_prob(DATA, context=contexts).mean() - np.log(DATA.std(0)).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-7)
+
+
+def test_as_many_samples_as_a_context_has_entries():
+    """A vector of two numbers is one context for two samples, where its shape is known."""
+    seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 2))
+    density = jaxode.bind(FLOW, trained(2), standardize=(DATA, seen))
+    x = density.sample(KEY, (2,), context=seen[0])
+    one = [density.log_prob(row, context=seen[0]) for row in x]
+    np.testing.assert_allclose(density.log_prob(x, context=seen[0]), one, rtol=1e-9)
+    # Leading axes broadcast: 3 samples for each of 2 contexts.
+    x = density.sample(KEY, (3, 2), context=seen[:2])
+    one = [density.log_prob(x[1, i], context=seen[i]) for i in range(2)]
+    np.testing.assert_allclose(density.log_prob(x, context=seen[:2])[1], one, rtol=1e-9)
+    raw = jaxode.bind(FLOW, trained(2))
+    with pytest.raises(ValueError, match=r"sample\(context=...\): .* Pass context_shape= to bind"):
+        raw.sample(KEY, (2,), context=seen[0])
+    known = jaxode.bind(FLOW, trained(2), context_shape=(2,))
+    assert known.sample(KEY, (2,), context=seen[0]).shape == (2, 2)
+    scale = lambda t, z, args: args[0] * args[1] * z
+    scalars = jaxode.bind(jaxode.cnf(scale, FLOW.base), 0.1, context_shape=())
+    each = scalars.log_prob(DATA[:2], context=np.array([1.0, 2.0]))
+    np.testing.assert_allclose(each[1], scalars.log_prob(DATA[1], context=2.0), rtol=1e-9)
+
+
+class Table:
+    """As a DataFrame of pandas: with a shape, without a dtype, and a way to become an array."""
+
+    def __init__(self, values):
+        self._values, self.shape, self.ndim = values, values.shape, values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return self._values.astype(dtype or self._values.dtype)
+
+
+def test_tables_are_data_and_contexts():
+    flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1].sum(), FLOW.base, **OPTIONS)
+    contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    x, context = Table(DATA), Table(contexts)
+    density = jaxode.bind(flow, 0.1, standardize=(x, context))
+    expected = jaxode.bind(flow, 0.1, standardize=(DATA, contexts)).log_prob(DATA, context=contexts)
+    np.testing.assert_array_equal(density.log_prob(x, context=context), expected)
+
+
+NAMED = {"p": np.linspace(0.0, 1.0, 40), "q": np.linspace(5.0, 9.0, 40)}
+
+# A wrong context of a density that is bound with `NAMED`, and the message.
+WRONG_CONTEXTS = {
+    "none": (None, r"must be given, with arrays of shape \(\), \(\), as bind was told; got None"),
+    "another name": ({"p": 1.0, "r": 2.0}, r"must have the structure of bind's context, .*'r'"),
+    "a list of numbers": ([[1.0, 2.0]], r".*got a list of numbers\. Pass np\.asarray of it"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONTEXTS)
+def test_wrong_contexts(name):
+    context, message = WRONG_CONTEXTS[name]
+    flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1]["p"], FLOW.base)
+    density = jaxode.bind(flow, 0.1, standardize=(DATA, NAMED))
+    with pytest.raises((TypeError, ValueError), match=r"log_prob\(context=...\): " + message):
+        density.log_prob(DATA, context=context)
+
+
+def test_complex_samples_are_refused():
+    with pytest.raises(TypeError, match=r"log_prob\(x=...\): must be real; got complex128"):
+        jaxode.bind(FLOW, PARAMS).log_prob(DATA + 1j)
+
+
+def test_labels_in_a_context_stay_as_they_are():
+    field = lambda t, z, args: z * args[0][args[1]["label"]] + args[1]["size"]
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)
+    context = {"label": np.arange(40) % 3, "size": np.linspace(5.0, 9.0, 40)}
+    density = jaxode.bind(flow, jnp.array([0.1, -0.2, 0.3]), standardize=(DATA, context))
+    _, carried = density.to_flow(DATA, context)
+    np.testing.assert_array_equal(carried["label"], context["label"])
+    np.testing.assert_allclose(carried["size"].std(), 1, rtol=1e-12)
+    assert np.isfinite(density.log_prob(DATA, context=context)).all()
+
+
+def test_without_a_key_the_divergence_is_exact():
+    """Also where the flow's divergence is an estimate."""
+    flow = dataclasses.replace(FLOW, divergence=jaxode.divergence.hutchinson())
+    exact, noisy = jaxode.bind(FLOW, PARAMS), jaxode.bind(flow, PARAMS)
+    np.testing.assert_allclose(noisy.log_prob(DATA[:4]), exact.log_prob(DATA[:4]), rtol=1e-9)
+    assert np.abs(noisy.log_prob(DATA[:4], key=KEY) - exact.log_prob(DATA[:4])).max() > 1e-3
+
+
+@with_maps
+def test_it_is_a_pytree(given, tmp_path):
+    density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given][0], support=(-100.0, 100.0))
+    np.testing.assert_array_equal(jax.jit(density.log_prob)(DATA[:3]).shape, (3,))
+    values = jax.jit(lambda density, x: density.log_prob(x))(density, DATA[:3])
+    np.testing.assert_allclose(values, density.log_prob(DATA[:3]), rtol=1e-12)
+    # An ensemble, and the mixture of its members.
+    both = jax.tree.map(
+        lambda a, b: jnp.stack([a, b]), PARAMS, jax.tree.map(lambda a: 0.5 * a, PARAMS)
+    )
+    member = lambda params: density.with_params(params).log_prob(DATA[:3])
+    each = jax.jit(jax.vmap(member))(both)
+    np.testing.assert_allclose(each[0], values, rtol=1e-9)
+    mixture = jax.nn.logsumexp(each, axis=0) - np.log(2)
+    assert (mixture < each.max(0)).all()
+    eqx.tree_serialise_leaves(tmp_path / "density.eqx", density)
+    zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "density.eqx", zeros)
+    assert eqx.tree_equal(loaded, density)
+    np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
+
+
+def test_orbax_saves_it_bit_for_bit(tmp_path):
+    orbax = optional("orbax.checkpoint")
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "density", density)
+        zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
+        loaded = checkpointer.restore(tmp_path / "density", zeros)
+    assert eqx.tree_equal(loaded, density)
+    np.testing.assert_array_equal(loaded.log_prob(DATA[:3]), density.log_prob(DATA[:3]))
+
+
+# What `jax.jit` and `jax.custom_jvp` return, which `pickle` does not find by name, and a function.
+ACTIVATIONS = (jnp.tanh, jaxode.nn.softplus, jax.nn.gelu)
+
+
+def test_a_pickled_density_opens_in_another_process(tmp_path):
+    """With all that it consists of, and nothing to load into."""
+    networks = [
+        make(activation=f, key=KEY)
+        for make in (
+            functools.partial(jaxode.nn.ConcatSquash, 2, (4,)),
+            functools.partial(jaxode.nn.Residual, 2, 4, 1),
+        )
+        for f in ACTIVATIONS
+    ]
+    densities = [
+        jaxode.bind(FLOW, network, standardize=given, support=(-100.0, 100.0))
+        for network, (given, _) in zip(networks, 2 * list(MAPS.values()), strict=True)
+    ]
+    for density, f in zip(densities, 2 * ACTIVATIONS, strict=True):
+        for again in (pickle.loads(pickle.dumps(density)), copy.copy(density)):
+            assert eqx.tree_equal(again, density)
+            assert again.params.activation is f
+    (tmp_path / "densities").write_bytes(pickle.dumps(densities))
+    code = (
+        "import jax, pickle; jax.config.update('jax_enable_x64', True)\n"
+        "for density in pickle.load(open('densities', 'rb')):\n"
+        "    z = density.to_flow([1.0, 2.0])\n"
+        "    print(*density.flow.f(0.5, z, density.params).tolist())\n"
+    )
+    root = pathlib.Path(jaxode.__file__).parents[1]
+    there = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    field = lambda density: density.flow.f(0.5, density.to_flow([1.0, 2.0]), density.params)
+    here = [field(density) for density in densities]
+    np.testing.assert_allclose(np.array(there.stdout.split(), float), np.ravel(here), rtol=1e-12)
+
+
+def test_what_does_not_pickle_is_named():
+    activation = lambda u: jnp.sin(u)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="<lambda>"):
+        pickle.dumps(jaxode.nn.MLP(2, (4,), key=KEY, activation=activation))
+
+
+@pytest.mark.parametrize("given", ["data", "normal"])
+def test_an_exported_density_needs_no_jaxode(given, tmp_path):
+    """For three platforms and any batch, with default settings: no callback, and no library."""
+    density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given][0], support=(-100.0, 100.0))
+    batch = jax.export.symbolic_shape("batch, 2")
+    platforms = ("cpu", "cuda", "tpu")
+    log_prob = jax.export.export(jax.jit(lambda x: density.log_prob(x)), platforms=platforms)
+    sample = jax.export.export(
+        jax.jit(lambda key, rows: density.sample(jax.random.wrap_key_data(key), rows.shape)),
+        platforms=platforms,
+    )
+    count = jax.export.symbolic_shape("count")
+    files = {
+        "log_prob": log_prob(jax.ShapeDtypeStruct(batch, float)),
+        "sample": sample(
+            jax.ShapeDtypeStruct((2,), np.uint32), jax.ShapeDtypeStruct(count, np.float32)
+        ),
+    }
+    for name, exported in files.items():
+        assert "callback" not in exported.mlir_module()
+        (tmp_path / name).write_bytes(exported.serialize())
+    np.save(tmp_path / "x.npy", DATA[:7])
+    code = (
+        "import sys, jax, numpy as np; jax.config.update('jax_enable_x64', True)\n"
+        "load = lambda name: jax.export.deserialize(open(name, 'rb').read()).call\n"
+        "np.savez('out.npz', log_prob=load('log_prob')(np.load('x.npy')),\n"
+        "    sample=load('sample')(np.zeros(2, np.uint32), np.zeros(5, np.float32)))\n"
+        "assert 'jaxode' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    with np.load(tmp_path / "out.npz") as out:
+        np.testing.assert_allclose(out["log_prob"], density.log_prob(DATA[:7]), rtol=1e-9)
+        np.testing.assert_allclose(out["sample"], density.sample(KEY, (5,)), rtol=1e-9)
+
+
+def test_a_failed_row_is_nan_inside_of_jit_and_raises_outside():
+    field = lambda t, z, a: jnp.where(z > 3.0, jnp.nan, a * z)
+    density = jaxode.bind(jaxode.cnf(field, jaxode.standard_normal(2)), 0.1)
+    x = jnp.array([[1.0, 1.0], [4.0, 1.0]])
+    values = jax.jit(lambda x: density.log_prob(x))(x)
+    assert list(np.isnan(values)) == [False, True]
+    with pytest.raises(jaxode.SolveError, match="not finite"):
+        density.log_prob(x)
+
+
+CONSTANT = np.stack([DATA[:, 0], np.full(40, 2.0)], 1)
+WRONG = {
+    "a constant column": (
+        {"standardize": CONSTANT},
+        r"x must vary; got column 1 \(counting from 0\), which is constant in .* Leave it out.$",
+    ),
+    "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive .* got 0.0"),
+    "data that leave": (
+        {"standardize": DATA, "support": (0.0, 9.0)},
+        r"support=...\): the data must lie strictly inside; got values outside it in 40 of 40 rows",
+    ),
+    "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite .* got nan"),
+    "a scale that is lost": (
+        {"standardize": np.float32(1e7) + np.eye(4, 2, dtype=np.float32)},
+        r"got column 0 .* constant in float32. Leave it out, or subtract its mean in float64 first",
+    ),
+    "data with NaN": (
+        {"standardize": DATA * np.nan},
+        r"data of x must be finite; .* 40 of 40 rows",
+    ),
+    "data of another shape": ({"standardize": np.ones((4, 3))}, r"must have shape \[n, 2\]"),
+    "a list": ({"standardize": [DATA.mean(0), DATA.std(0)]}, r"mean and scale a tuple; got a list"),
+    "text": (
+        {"standardize": DATA.astype(str)},
+        r"data of x must be an array of numbers; got an array of <U32. Encode text as numbers",
+    ),
+    "a masked array": (
+        {"standardize": np.ma.masked_less(DATA, 0)},
+        r"data of x must be an array of numbers; got a masked array",
+    ),
+    "a context of text": (
+        {"standardize": (DATA, {"name": np.full(40, "a")})},
+        r"data of context must be an array of numbers; got an array of <U1",
+    ),
+    "no data": ({"standardize": True}, r"got True. Pass your data, an array \[n, 2\]"),
+    "a context of several arrays": (
+        {"standardize": (DATA, (DATA, DATA))},
+        r"for a context, must be \(mean, scale\), .* got a tuple of 2 parts",
+    ),
+    "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
+    "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),
+    "a name": ({"support": "positive"}, r"support=...\): must be bounds \(low, high\)"),
+    "complex bounds": ({"support": (0j, 1.0)}, r"bounds must be real numbers; got 0j"),
+    "bounds too far apart": (
+        {"support": (-1.7e308, 1.7e308)},
+        r"support=...\): the distance between bounds must be a normal number of float64",
+    ),
+    "bounds too close": ({"support": (0.0, 5e-324)}, r"must be a normal number of float64"),
+    "a size as the shape": (
+        {"context_shape": 3},
+        r"must be a shape, .* such as \(3,\), .* got 3\.",
+    ),
+    "a list as the shape": ({"context_shape": [3]}, r"context_shape=...\): must be .* got \[3\]\."),
+    "text as the shape": ({"context_shape": "a"}, r"context_shape=...\): must be .* got 'a'\."),
+    "a negative size": ({"context_shape": (-1,)}, r"context_shape=...\): must be .* got \(-1,\)\."),
+}
+FAR = np.finfo(np.float32)
+WRONG_IN_FLOAT32 = {
+    "bounds at the ends": (
+        {"support": (FAR.min, FAR.max)},
+        r"support=...\): the distance between bounds must be a normal number of float32",
+    ),
+    "bounds too close": ({"support": (0.0, 1e-45)}, r"must be a normal number of float32"),
+    "large data": (
+        {"standardize": 1e300 * DATA},
+        r"data of x must fit float32; got larger numbers in 40 of 40 rows, .* Rescale the data",
+    ),
+    "large data on a support": (
+        {"standardize": np.abs(1e300 * DATA), "support": (0.0, np.inf)},
+        r"data of x must fit float32; got larger numbers in 40 of 40 rows",
+    ),
+    "tiny data": ({"standardize": 1e-300 * DATA}, r"constant in float32. .* and rescale it"),
+    "a large scale": (
+        {"standardize": (0.0, 1e300)},
+        r"the scale of x must be positive and finite in float32; got 1e\+300",
+    ),
+    "a large mean": (
+        {"standardize": (1e300, 1.0)},
+        r"the mean of x must be finite in float32; got 1e\+300",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    given, message = WRONG[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaxode.bind(FLOW, PARAMS, **given)
+
+
+@pytest.mark.parametrize("name", WRONG_IN_FLOAT32)
+def test_what_float32_does_not_hold_is_told(name, default_settings):
+    given, message = WRONG_IN_FLOAT32[name]
+    with pytest.raises(ValueError, match=message):
+        jaxode.bind(FLOW, PARAMS, **given)
+
+
+def test_no_rows_are_carried_to_no_rows():
+    """As for `log_prob`. The loss then says that it needs rows."""
+    for density in (jaxode.bind(FLOW, PARAMS, standardize=DATA), bounded("box")):
+        assert density.to_flow(DATA[:0]).shape == (0, 2)
+
+
+def test_wrong_events_and_contexts():
+    density = jaxode.bind(FLOW, PARAMS)
+    with pytest.raises(ValueError, match=r"log_prob\(x=...\): must have shape \[..., 2\]; got"):
+        density.log_prob(jnp.ones((4, 3)))
+    for method in (density.log_prob, density.to_flow):
+        with pytest.raises(
+            TypeError, match=r"\(x=...\): must be an array of numbers; got an array"
+        ):
+            method(DATA.astype(object))
+        with pytest.raises(TypeError, match=r"\(x=...\): .* got a list whose entries differ in"):
+            method([[1.0, 2.0], [3.0]])
+    with pytest.raises(TypeError, match=r"bind\(flow=...\): must be made by jaxode.cnf"):
+        jaxode.bind(PARAMS, FLOW)
+    seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
+    conditional = jaxode.bind(FLOW, trained(3), standardize=(DATA, seen))
+    rule = r"must be one of shape \(3,\), or one for each of the samples \(4,\); got shape"
+    for where in ("log_prob", "to_flow"):
+        for wrong in (seen[:5], seen[0, :2]):
+            with pytest.raises(ValueError, match=rf"{where}\(context=...\): {rule}"):
+                getattr(conditional, where)(DATA[:4], context=wrong)
+    with pytest.raises(ValueError, match=r"sample\(context=...\): must have 1 arrays; got 2"):
+        conditional.sample(KEY, (4,), context=(seen[:4], seen[:4]))
+
+
+def test_training_data_outside_of_the_support():
+    density = jaxode.bind(FLOW, PARAMS, support=(0.0, 10.0))
+    x = jnp.array([[1.0, 2.0], [3.0, 11.0]])
+    with pytest.raises(ValueError, match=r"to_flow\(support=...\): .* 1 of 2 rows, first in row 1"):
+        density.to_flow(x)
+    z = jax.jit(lambda x: density.to_flow(x))(x)
+    assert list(np.isnan(z).any(1)) == [False, True]
+
+
+def test_data_that_are_not_finite_are_named():
+    density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))
+    seen = np.random.default_rng(1).normal(size=(40, 3))
+    bad, lost = DATA.copy(), seen.copy()
+    bad[3, 1], lost[:2, 0] = np.nan, np.inf
+    with pytest.raises(
+        ValueError, match=r"to_flow\(x=...\): must be finite; .* 1 of 40 .* row 3\."
+    ):
+        density.to_flow(bad)
+    z = jax.jit(lambda x: density.to_flow(x))(bad)
+    assert list(np.flatnonzero(np.isnan(z).any(1))) == [3]
+    # Data that are known inside of `jit`.
+    assert jax.jit(lambda: density.to_flow(DATA))().shape == (40, 2)
+    conditional = jaxode.bind(FLOW, trained(3), standardize=(DATA, seen))
+    with pytest.raises(
+        ValueError, match=r"to_flow\(context=...\): must be finite; .* 2 of 40 rows"
+    ):
+        conditional.to_flow(DATA, lost)
+
+
+def test_a_table_in_float64_warns_of_nothing(default_settings):
+    params = jaxode.nn.ConcatSquash(2, (4,), key=KEY, context_size=2)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+    density = jaxode.bind(flow, params, standardize=(DATA, DATA))
+    z, context = density.to_flow(DATA, DATA)
+    assert z.dtype == context.dtype == jnp.float32
+    assert np.isfinite(flow.matching_loss(params, z, key=KEY, context=context))

@@ -1,0 +1,507 @@
+"""Training in one call: what it keeps, when it ends, what it tells, and what it refuses."""
+
+import functools
+import io
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxode
+from jaxode.density import fit as module
+from jaxode.density.table import set_aside, warn_of_columns
+from jaxode.standardize import Affine, Chain
+
+pytestmark = pytest.mark.usefixtures("default_settings")
+
+ROWS, STEPS = 300, 150
+FAST = optax.adam(1e-2)  # one object, so that all tests share its program
+RNG = np.random.default_rng(0)
+BENT = RNG.normal(size=(ROWS, 2)) * [1.0, 0.3]
+BENT[:, 1] += BENT[:, 0] ** 2
+OTHERS, BENT = BENT[200:], BENT[:200]
+LOGNORMAL = np.exp(1.5 * RNG.normal(size=(ROWS, 2)))
+INTEGERS = np.stack([RNG.integers(0, 8, ROWS), RNG.normal(size=ROWS)], 1)
+
+
+@functools.cache
+def parameters(event=2, context_size=0):
+    return jaxode.nn.Residual(event, 8, 1, key=jax.random.key(0), context_size=context_size)
+
+
+def bound(event=2, params=None, standardize=BENT, f=jaxode.nn.field, **options):
+    flow = jaxode.cnf(f, jaxode.standard_normal(event))
+    params = parameters(event) if params is None else params
+    return jaxode.bind(flow, params, standardize=standardize, **options)
+
+
+def fit(density=None, x=BENT, **options):
+    """Quickly, with a small network."""
+    given = {"key": jax.random.key(1), "steps": STEPS, "batch": 64, "optimizer": FAST}
+    given |= {"time_power": 2.0, "progress": False}
+    return jaxode.fit(bound() if density is None else density, x, **given | options)
+
+
+@functools.cache
+def fitted():
+    return fit(validation=OTHERS)
+
+
+@jax.jit
+def log_prob_of(density, x, context):
+    return density.log_prob(x, context=context)
+
+
+def score(density, x=OTHERS, context=None):
+    return -float(log_prob_of(density, x, context).mean())
+
+
+def equal(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def accurate(monkeypatch):
+    """Looks to a tolerance at which their error is below 1e-3, instead of some hundredths."""
+    monkeypatch.setattr(module, "LOOSE", 1e-6)
+
+
+def test_it_improves_on_the_start():
+    density, history = fitted()
+    assert [(at.phase, at.step) for at in history] == [("matching", 0), ("matching", STEPS)]
+    assert 0 < history[0].seconds < history[1].seconds
+    assert history[1].nats < history[0].nats - 0.1
+    assert score(density) < score(bound()) - 0.1
+    assert equal(density.standardize, bound().standardize)
+
+
+def test_the_key_decides_everything():
+    density, history = fitted()
+    again, points = fit(validation=OTHERS)
+    assert equal(again, density)
+    assert [point.nats for point in points] == [point.nats for point in history]
+    other, _ = fit(validation=OTHERS, key=jax.random.key(2))
+    assert not equal(other, density)
+
+
+def test_it_goes_on_from_a_fitted_density():
+    density, history = fitted()
+    longer, points = fit(density, validation=OTHERS)
+    assert points[0].nats == history[-1].nats
+    assert points[-1].nats < history[-1].nats
+    assert score(longer) < score(density)
+
+
+@pytest.mark.parametrize("standardize", [BENT, None], ids=["a map", "no map"])
+@pytest.mark.parametrize("seconds", [0, 1e-9])
+def test_no_time_gives_the_start(seconds, standardize):
+    density, history = fit(bound(standardize=standardize), seconds=seconds, steps=None)
+    assert [point.step for point in history] == [0]
+    assert np.isfinite(history[0].nats)
+    assert equal(density.params, parameters())
+    assert np.isfinite(density.log_prob(BENT[0]))
+
+
+@pytest.mark.parametrize("part", [0.1, 0.25, 0.999, np.float32(0.5)])
+def test_rows_are_set_aside(part):
+    """Each row is on one side, with its context."""
+    x, context = np.arange(40.0).reshape(20, 2), {"row": np.arange(20)}
+    rows, aside = set_aside(bound(), x, context, part, False, jax.random.key(0))
+    assert len(aside[0]) == min(np.ceil(20 * part), 18)
+    both = np.concatenate([rows[0], aside[0]])
+    labels = np.concatenate([rows[1]["row"], aside[1]["row"]])
+    np.testing.assert_array_equal(both, x[labels])
+    assert (labels != np.arange(20)).any()
+    np.testing.assert_array_equal(np.sort(labels), np.arange(20))
+
+
+def test_it_stops_when_it_gets_worse():
+    """After five looks, not counting those of the first 1000 steps."""
+    density, history = fit(optimizer=optax.sgd(-2e-4), steps=100_000)
+    *steps, back = [point.step for point in history]
+    assert steps[:2] == [0, 500]
+    assert all(1.3 <= b / a < 1.45 for a, b in itertools.pairwise(steps[1:]))
+    assert sum(step > 1000 for step in steps) == 5
+    assert back == 0  # where it was best
+    assert equal(density, bound())
+
+
+def test_it_goes_back_to_the_best_and_ends_early():
+    """On few rows, which a constant rate overfits."""
+    _, history = fit(x=BENT[:20], validation=OTHERS, steps=100_000)
+    steps = [point.step for point in history]
+    (turn,) = (i for i, (a, b) in enumerate(itertools.pairwise(steps)) if b < a)
+    best = min(history[: turn + 1], key=lambda point: point.nats)
+    # As many steps again, in blocks of 50.
+    assert 2 * best.step <= steps[-1] < 2 * best.step + 50
+    assert steps[turn] > 1000
+    assert history[-1].nats < history[turn].nats - 0.1
+
+
+def test_what_explodes_is_not_returned():
+    with pytest.warns(UserWarning, match="not finite at step 500. The best parameters are kept"):
+        density, history = fit(optimizer=optax.sgd(1e6), steps=600, validation=OTHERS)
+    assert len(history) > 2
+    assert not any(point.nats < history[0].nats for point in history[1:])
+    assert equal(density, bound())
+
+
+class Interrupting(io.StringIO):
+    """Raises as Ctrl-C does, once, when this text is written."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def write(self, text):
+        super().write(text)
+        if self.text and self.text in text:
+            self.text = None
+            raise KeyboardInterrupt
+
+
+# Without a map, two are tried.
+@pytest.mark.parametrize(
+    ("standardize", "step"),
+    [(BENT, 0), (BENT, 500), (None, 0), (None, 200), (None, 500)],
+    ids=["start", "later", "start of two", "end of a trial", "later of two"],
+)
+def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch, accurate):
+    monkeypatch.setattr(sys, "stderr", Interrupting(f"step {step},"))
+    start = bound(standardize=standardize)
+    density, history = fit(start, progress=True, validation=OTHERS, steps=1000)
+    assert history[-1].step == step
+    np.testing.assert_allclose(min(p.nats for p in history), score(density), atol=1e-3)
+
+
+def test_numbers_of_python_are_trained():
+    density, _ = fit(bound(params={"a": 0.5}, f=lambda t, z, p: p["a"] * z), validation=OTHERS)
+    assert density.params["a"] != 0.5
+
+
+def test_an_interrupt_between_two_looks_keeps_what_came_after_the_first(monkeypatch):
+    advance, calls = module._advance, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return advance(*args)
+
+    monkeypatch.setattr(module, "_advance", interrupted)
+    density, history = fit(validation=OTHERS, steps=1000)
+    assert [point.step for point in history] == [0, 350]
+    assert not equal(density, bound())
+
+
+def test_an_interrupt_before_the_first_look_is_raised():
+    def interrupted(t, z, params):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(bound(f=interrupted))
+
+
+def test_progress_is_shown_on_stderr(capsys):
+    fit(steps=1, progress=True)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "matching: step 1, " in err
+    assert err.endswith("\n")
+    fit(steps=1)
+    assert capsys.readouterr() == ("", "")
+
+
+def own_field(t, z, params):
+    """Its parameters are a dictionary."""
+    return params["out"] @ jnp.tanh(params["in"] @ z + t) + params["shift"]
+
+
+OPTIMIZERS = {
+    "a chain": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(2e-2, 0, 500))
+    ),
+    "lion": optax.lion(3e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_and_any_field(name):
+    weights = jax.random.normal(jax.random.key(3), (8, 2))
+    params = {"in": weights, "out": jnp.zeros((2, 8)), "shift": jnp.zeros(2)}
+    start = bound(params=params, f=own_field)
+    density, history = fit(start, optimizer=OPTIMIZERS[name], validation=OTHERS, steps=500)
+    assert history[-1].nats < history[0].nats - 0.05
+    assert score(density) < score(start) - 0.05
+
+
+CONTEXT = RNG.normal(size=(ROWS, 1))
+MOVED = 3 * CONTEXT + 0.5 * RNG.normal(size=(ROWS, 2))  # a normal whose mean is the context
+COUPLINGS = {
+    "independent": {},
+    "transport": {"coupling": jaxode.coupling.optimal_transport(16, condition_weight=1.0)},
+}
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_a_context(name, accurate):
+    start = bound(params=parameters(context_size=1), standardize=(MOVED, CONTEXT))
+    x, context = MOVED[200:], CONTEXT[200:]
+    density, history = fit(
+        start, MOVED[:200], context=CONTEXT[:200], validation=(x, context), **COUPLINGS[name]
+    )
+    looks = [point.nats for point in history]
+    np.testing.assert_allclose(
+        looks, [score(each, x, context) for each in (start, density)], atol=1e-3
+    )
+    assert looks[1] < looks[0] - 1
+
+
+AROUND = {
+    "a support": {"support": (0.0, np.inf), "standardize": None},
+    "a map": {"standardize": jaxode.standardize.normal(LOGNORMAL)},
+    "no map": {"standardize": None},
+    "units": {"standardize": (0.0, 3.0)},
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_looks_are_in_the_units_of_the_data(name, accurate):
+    density, history = fit(bound(**AROUND[name]), LOGNORMAL[:200], validation=LOGNORMAL[200:])
+    best = min(point.nats for point in history)
+    np.testing.assert_allclose(best, score(density, LOGNORMAL[200:]), atol=1e-3)
+
+
+def test_a_skewed_table_is_mapped_to_normals():
+    density, history = fit(bound(standardize=None), LOGNORMAL)
+    assert isinstance(density.standardize, Chain)
+    assert [point.step for point in history] == [0, 50, STEPS]
+    given, _ = fit(bound(standardize=LOGNORMAL), LOGNORMAL)
+    assert isinstance(given.standardize, Affine)
+    assert score(density, LOGNORMAL) < score(given, LOGNORMAL) - 0.3
+
+
+def test_powers_of_the_time_are_tried():
+    """Unless one is given."""
+    density, history = fit(time_power=None, validation=OTHERS)
+    assert [point.step for point in history] == [0, 50, STEPS]
+    each = {power: fit(time_power=power, validation=OTHERS) for power in (1.0, 2.0)}
+    assert not equal(each[1.0][0], each[2.0][0])
+    assert any(equal(density, one) for one, _ in each.values())
+
+
+def test_likelihood_follows_matching():
+    density, history = fit(steps=60, likelihood=60, validation=OTHERS)
+    assert [(point.phase, point.step) for point in history] == [
+        ("matching", 0), ("matching", 60), ("likelihood", 0), ("likelihood", 60)
+    ]  # fmt: skip
+    assert history[2].nats == history[1].nats
+    assert history[3].nats < history[1].nats
+    again, _ = fit(steps=60, likelihood=60, validation=OTHERS)
+    assert equal(again, density)
+
+
+def test_integers_get_noise():
+    """Their density has a bound: the entropy of eight values, and of a normal."""
+    start = bound(standardize=INTEGERS + np.array([0.5, 0.0]))
+    density, history = fit(start, INTEGERS, dequantize=True, steps=600)
+    entropy = np.log(8) + 0.5 * np.log(2 * np.pi * np.e)
+    assert entropy - 0.1 < history[-1].nats < history[0].nats
+    samples = density.sample(jax.random.key(4), (500,))
+    np.testing.assert_allclose(samples.mean(0), [4, 0], atol=0.4)
+
+
+@pytest.mark.parametrize("event", [(), (2, 1), (module.EXACT_UP_TO + 1,)], ids=str)
+def test_events_of_any_shape(event):
+    """Looks at the largest one estimate the divergence."""
+    x = np.random.default_rng(1).normal(size=(40, *event))
+    density, history = fit(bound(event, standardize=None), x, steps=50)
+    assert density.event_shape == event
+    assert np.isfinite([point.nats for point in history]).all()
+    assert np.isfinite(log_prob_of(density, x, None)).all()
+
+
+def test_double_precision_and_strict_promotion():
+    """Which Adam does not have."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    params = jax.tree.map(lambda leaf: leaf.astype(float), parameters())
+    options = {"dequantize": True, "optimizer": optax.sgd(0.01), "steps": 50}
+    density, history = fit(bound(params=params, standardize=None), INTEGERS, **options)
+    assert np.isfinite([point.nats for point in history]).all()
+    assert density.log_prob(BENT).dtype == np.float64
+
+
+@pytest.mark.parametrize("steps", [STEPS, 10_000])
+def test_a_flow_that_is_never_finite(steps):
+    nowhere = bound(params=jnp.ones(()), f=lambda t, z, a: a * z * jnp.nan)
+    with pytest.raises(
+        FloatingPointError, match=r"^fit: the log-density of the validation rows is never finite\."
+    ):
+        fit(nowhere, steps=steps)
+
+
+EVEN = np.linspace(-2.0, 2.0, ROWS)
+WAVE = np.sin(40 * EVEN)
+ATOMS, PLANE = "repeat values, as integers", "depend on each other linearly"
+# The columns of a table, and which of them are told of as what.
+WARNED = {
+    "ordinary": ([EVEN, WAVE, np.exp(EVEN), np.tan(0.7 * EVEN)], []),
+    "integers": ([np.round(EVEN), WAVE], [("0", ATOMS)]),
+    "many values, each rarely": ([np.arange(ROWS) // 2, WAVE], []),
+    "zero, or any number": ([EVEN, np.maximum(WAVE, 0)], [("1", ATOMS)]),
+    "the sum of others": ([EVEN, np.exp(EVEN), WAVE, 1 - EVEN + WAVE], [("0, 2, 3", PLANE)]),
+    "nearly a sum": ([EVEN, WAVE, EVEN + WAVE + 1e-2 * np.exp(EVEN)], []),
+    "in other units": ([1e-20 * EVEN, WAVE, 1e6 + 1e20 * EVEN], [("0, 2", PLANE)]),
+    "a constant": ([EVEN, np.ones(ROWS), WAVE], [("1", ATOMS)]),
+    "both": ([np.round(EVEN), WAVE, 2 * WAVE], [("0", ATOMS), ("1, 2", PLANE)]),
+    "many": (
+        [np.round(np.sin((i + 1) * EVEN)) for i in range(12)],
+        [("0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more", ATOMS)],
+    ),
+    "as many rows as columns": ([*np.random.default_rng(0).normal(size=(12, 12))], []),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_warnings_of_columns(name, recwarn):
+    columns, expected = WARNED[name]
+    table = np.stack(columns, 1).astype(np.float32)
+    warn_of_columns("fit", table, np.arange(0))
+    warn_of_columns("fit", table, np.arange(len(columns)))
+    messages = [str(warning.message) for warning in recwarn]
+    for message, (which, what) in zip(messages, expected, strict=True):
+        assert message.startswith(f"fit(x=...): columns {which} (counting from 0) {what}")
+
+
+def test_columns_are_named_as_in_the_table():
+    """Also where integers before them get noise. The warning points to the call of `fit`."""
+    table = np.stack([INTEGERS[:, 0], np.round(INTEGERS[:, 1]) / 2], 1)
+    options = {"key": jax.random.key(0), "dequantize": True, "seconds": 0, "progress": False}
+    with pytest.warns(UserWarning, match=r"^fit\(x=...\): columns 1 \(counting") as caught:
+        jaxode.fit(bound(), table, **options)
+    assert caught[0].filename == __file__
+
+
+def with_row(x, row, value):
+    return np.where(np.arange(len(x))[:, None] == row, value, x)
+
+
+def on(low, high):
+    return bound(standardize=None, support=tuple(map(np.asarray, (low, high))))
+
+
+# Arguments, exception, message. A new rule is one row.
+WRONG = {
+    "a flow": (
+        {"density": lambda: bound().flow}, TypeError,
+        "density=...): must be made by jaxode.bind; got CNF. Pass jaxode.bind(flow, params).",
+    ),
+    "another event": (
+        {"x": BENT[:, :1]}, ValueError,
+        "x=...): must have shape [rows, 2], with at least 10 rows; got (200, 1).",
+    ),
+    "few rows": (
+        {"x": BENT[:9]}, ValueError,
+        "x=...): must have shape [rows, 2], with at least 10 rows; got (9, 2).",
+    ),
+    "one row": (
+        {"x": BENT[0]}, ValueError,
+        "x=...): must have shape [rows, 2], with at least 10 rows; got (2,).",
+    ),
+    "text": ({"x": BENT.astype(str)}, TypeError, "x=...): must be an array of numbers; got an arr"),
+    "NaN": (
+        {"x": with_row(BENT, 3, np.nan)}, ValueError,
+        "x=...): must be finite; got NaN or inf in 1 of 200 rows, first in row 3. ",
+    ),
+    "NaN in validation rows": (
+        {"validation": with_row(OTHERS, 5, np.inf)}, ValueError,
+        "validation=...): must be finite; got NaN or inf in 1 of 100 rows, first in row 5. ",
+    ),
+    "validation rows of another event": (
+        {"validation": OTHERS[:, 0]}, ValueError,
+        "validation=...): must have shape [rows, 2], with at least 10 rows; got (100,).",
+    ),
+    **{
+        f"a part of {part}": (
+            {"validation": part}, ValueError,
+            f"validation=...): must be between 0 and 1; got {part}.",
+        )
+        for part in (0, 1.0, -0.1, 5, float("nan"))
+    },
+    "validation rows of three parts": (
+        {"validation": (OTHERS, None, None)}, ValueError,
+        "validation=...): must be a part, rows of x, or a pair (x, context); got 3 parts.",
+    ),
+    "no optimizer": (
+        {"optimizer": "adam"}, TypeError,
+        "optimizer=...): must be an optimizer of Optax; got 'adam'. Pass optax.adam(1e-3).",
+    ),
+    "no parameters": (
+        {"density": lambda: bound(params={"size": 3})}, TypeError,
+        "density=...): its parameters must hold floating arrays, to train them; got none.",
+    ),
+    "no steps": ({"steps": 0}, ValueError, "steps=...): must be a positive integer; got 0."),
+    "half a step": ({"steps": 0.5}, ValueError, "steps=...): must be a positive integer; got 0.5."),
+    "no batch": ({"batch": 0}, ValueError, "batch=...): must be a positive integer; got 0."),
+    "negative seconds": (
+        {"seconds": -1}, ValueError,
+        "seconds=...): must be a finite number of seconds; got -1.",
+    ),
+    "a negative power": (
+        {"time_power": -1.0}, ValueError,
+        "time_power=...): must be positive and finite; got -1.0.",
+    ),
+    "negative steps of likelihood": (
+        {"likelihood": -1}, ValueError, "likelihood=...): must be a number of steps; got -1."
+    ),
+    "no key": (
+        {"key": 0}, TypeError,
+        "key=...): must be a key of jax.random; got int. Pass jax.random.key(0).",
+    ),
+    "a short context": (
+        {"context": CONTEXT[:3]}, ValueError,
+        "context=...): leaves must have a leading axis of 200, one row per sample; got shape "
+        "(3, 1).",
+    ),
+    "data outside of the support": (
+        {"density": lambda: on(-9.0, np.inf), "x": with_row(BENT, 3, -9.0)}, ValueError,
+        "support=...): the data must lie strictly inside; got values outside it in 1 of 200 rows, "
+        "first in row 3. Widen the support, or leave those rows out.",
+    ),
+    "integers at the upper bound": (
+        {"density": lambda: on((0.0, -9.0), (7.0, 9.0)), "x": INTEGERS, "dequantize": True},
+        ValueError,
+        "support=...): the data must lie strictly inside; got values outside it in ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    given, kind, message = WRONG[name]
+    density = given.get("density", bound)()
+    with pytest.raises(kind) as caught:
+        fit(**given | {"density": density})
+    assert str(caught.value).startswith("fit(" + message)
+
+
+def test_integers_from_the_lower_bound_on():
+    """With noise, they lie strictly inside."""
+    density, _ = fit(on((0.0, -9.0), (8.0, 9.0)), INTEGERS, dequantize=True, steps=1)
+    assert np.isfinite(density.log_prob(INTEGERS + 0.5)).all()
+
+
+def test_a_constant_column():
+    with (
+        pytest.warns(UserWarning, match="columns 1 "),
+        pytest.raises(
+            ValueError, match=r"x must vary; got column 1 \(counting from 0\), which is constant"
+        ),
+    ):
+        fit(bound(standardize=None), BENT * [1.0, 0.0])
