@@ -5,6 +5,11 @@ from jaxode._checks.errors import Result, SolveError
 from jaxode.auditing.report import audit
 from jaxode.density.bind import bind
 from jaxode.density.fit import fit
+from jaxode.diffusion import (
+    VarianceExploding,
+    VariancePreserving,
+    probability_flow,
+)
 from jaxode.distributions import diagonal_normal, standard_normal
 from jaxode.flows.cnf import cnf
 from jaxode.ode.adjoints import (
@@ -19,11 +24,6 @@ from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
-from jaxode.diffusion import (
-    VarianceExploding,
-    VariancePreserving,
-    probability_flow,
-)
 
 __version__ = "0.2.0"
 

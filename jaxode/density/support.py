@@ -84,7 +84,7 @@ def _beside(bound, towards):
     return jnp.where(bound == 0, least, jnp.nextafter(bound, towards))
 
 
-class OfNumpyro(eqx.Module):
+class NumpyroSupport(eqx.Module):
     """A numpyro constraint, through numpyro's bijection for it."""
 
     constraint: Any
@@ -108,7 +108,7 @@ class OfNumpyro(eqx.Module):
         return x, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
 
 
-class OfDistrax(eqx.Module):
+class DistraxSupport(eqx.Module):
     """A distrax bijector from real numbers to the support."""
 
     bijector: Any
@@ -137,7 +137,7 @@ def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | No
     if isinstance(support, tuple) and len(support) == 2:
         return _box(where, support, event)
     if hasattr(support, "inverse_and_log_det") and hasattr(support, "forward_and_log_det"):
-        return OfDistrax(support)
+        return DistraxSupport(support)
     if hasattr(support, "feasible_like") and callable(support):
         return _of_numpyro(where, support, event)
     raise TypeError(
@@ -146,7 +146,7 @@ def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | No
     )
 
 
-def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> OfNumpyro:
+def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> NumpyroSupport:
     from numpyro.distributions import biject_to
 
     try:
@@ -158,7 +158,7 @@ def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> OfNumpyr
             f"{where}(support=...): must be a constraint with a bijection from real numbers of the "
             f"same shape, {event}; got {constraint!r}."
         )
-    return OfNumpyro(constraint)
+    return NumpyroSupport(constraint)
 
 
 def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:

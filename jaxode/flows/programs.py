@@ -74,7 +74,7 @@ def sampled(system: System, parts, key) -> Solution:
 def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
     integrands, base = recognized(parts)
-    axis_name, x, phase = system.method.axis_name, system.y0, None
+    axis_name, x, phase = system.stepper.axis_name, system.y0, None
     if steer > 0:
         system = system._replace(t1=random_end(key, system.t1, steer))
         check_same_times(system.label.text, system.t1, axis_name)
@@ -97,7 +97,7 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
 
 
 def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = False):
-    axis_name = system.method.axis_name
+    axis_name = system.stepper.axis_name
     shared, rows = recognized((system.shared, system.rows))
     return integrands.probes(key, system.y0, shared, rows, axis_name, of_costs=of_costs)
 

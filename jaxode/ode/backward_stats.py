@@ -83,8 +83,8 @@ def backward_stats(
 @eqx.filter_jit
 def _backward_stats(system: System, y1_bar: PyTree, ys_bar: PyTree) -> Stats:
     system = recognized(system)
-    problem, method, ravel = pose(system)
+    problem, stepper, ravel = pose(system)
     row = lambda y: ravel(jax.tree.map(lambda x: jnp.asarray(x)[None], y))
     ys_bar = None if ys_bar is None else jax.vmap(row)(ys_bar)
-    stats = system.adjoint.backward_stats(problem, method, row(y1_bar), ys_bar)
+    stats = system.adjoint.backward_stats(problem, stepper, row(y1_bar), ys_bar)
     return jax.tree.map(lambda x: x[0], stats)

@@ -14,7 +14,7 @@ from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.tableau import Tableau
 
 
-class OfSteps(eqx.Module):
+class StepsPath(eqx.Module):
     """The path `[samples, n]` at a time for each row, from the dense output of recorded steps."""
 
     steps: Steps
@@ -37,7 +37,7 @@ class OfSteps(eqx.Module):
         return Curve.of(self.tableau, start, end - start, y, k).at(t)
 
 
-class OfDiffrax(eqx.Module):
+class DiffraxPath(eqx.Module):
     """The path of a solve by diffrax, which has one row."""
 
     path: diffrax.DenseInterpolation
@@ -50,7 +50,7 @@ class Interpolant(eqx.Module):
     """A solution as a function of time, between its ends."""
 
     path: Any
-    """`OfSteps` or `OfDiffrax`."""
+    """`StepsPath` or `DiffraxPath`."""
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ok: Bool[Array, " rows"]

@@ -28,10 +28,10 @@ from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.adjoints.tape import filled
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 
 # The condition is evaluated this often per step. Two crossings in between go unnoticed.
 LOOKS = 8
@@ -77,18 +77,18 @@ class Event(eqx.Module):
 
 
 def solve_to_event(
-    event: Event, condition: Condition, problem: Problem, method: Method, adjoint: Any
+    event: Event, condition: Condition, problem: Problem, stepper: Stepper, adjoint: Any
 ) -> tuple[Problem, Integration]:
     """Solve the problem up to the event of each row."""
     fixed = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, problem
     )
     look = lambda t, y: jax.lax.stop_gradient(condition(t, y))
-    first = _find(event, look, fixed, method)
+    first = _find(event, look, fixed, stepper)
     came = first.stopped
     assert came is not None
     start = jnp.where(came, first.t_reached, fixed.t1)
-    t1, landed, stats = _land(condition, fixed, method, came, start, first.stats)
+    t1, landed, stats = _land(condition, fixed, stepper, came, start, first.stats)
     ts, beyond = problem.ts, None
     if ts is not None:
         beyond = came[None] & (jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0)
@@ -97,7 +97,7 @@ def solve_to_event(
     # A row whose solves do not land on the event fails, together with its derivatives.
     t1 = jnp.where(landed == Result.SUCCESS, t1, jnp.nan)
     problem = problem._replace(t1=t1, ts=ts)
-    out = adjoint.integrate(problem, method)
+    out = adjoint.integrate(problem, stepper)
     result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
     failed = result != Result.SUCCESS
     t1, y1 = _moved(condition, came & ~failed, problem, out)
@@ -110,12 +110,12 @@ def solve_to_event(
     return problem._replace(t1=t1), out._replace(stats=jax.tree.map(jnp.add, stats, out.stats))
 
 
-def _find(event: Event, look: Condition, problem: Problem, method: Method) -> Integration:
+def _find(event: Event, look: Condition, problem: Problem, stepper: Stepper) -> Integration:
     """Integrate to the first zero crossing of the condition on the dense output."""
 
     def stop(state, step):
         t, h = state.t, step.t - state.t
-        curve = Curve.of(method.tableau, t, h, state.y, step.k)
+        curve = Curve.of(stepper.tableau, t, h, state.y, step.k)
         inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
         thetas = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype)
         between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
@@ -139,8 +139,8 @@ def _find(event: Event, look: Condition, problem: Problem, method: Method) -> In
         time = t + h * jax.lax.cond(found.any(), refined, lambda: bracket[1])
         return found, time, curve.at(time)
 
-    method = dataclasses.replace(method, dense=False)
-    return integrate(problem._replace(ts=None), method, stop=stop)[0]
+    stepper = dataclasses.replace(stepper, dense=False)
+    return integrate(problem._replace(ts=None), stepper, stop=stop)[0]
 
 
 def _rate(condition: Condition, slope, t, y):
@@ -148,20 +148,20 @@ def _rate(condition: Condition, slope, t, y):
     return jax.jvp(condition, (t, y), (jnp.ones_like(t), slope))
 
 
-def _land(condition: Condition, problem: Problem, method: Method, came, t1, stats: Stats):
+def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, stats: Stats):
     """The end times at which the condition is zero, the `Result` of each row, and the work.
 
     Newton's method. Where the condition has no slope, the time stays where the interpolant crosses
     zero.
     """
-    method = dataclasses.replace(method, dense=False)
+    stepper = dataclasses.replace(stepper, dense=False)
     span = jnp.abs(problem.t1 - problem.t0)
     info = jnp.finfo(t1.dtype)
-    close = jnp.maximum(100 * info.eps, 1e-4 * method.rtol.astype(t1.dtype)) * span
+    close = jnp.maximum(100 * info.eps, 1e-4 * stepper.rtol.astype(t1.dtype)) * span
 
     def solve(carry):
         count, t1, _, stats = carry
-        out, _ = integrate(problem._replace(t1=t1, ts=None), method)
+        out, _ = integrate(problem._replace(t1=t1, ts=None), stepper)
         value, rate = _rate(condition, problem.slope(t1, out.y1), t1, out.y1)
         value, rate = jax.lax.stop_gradient((value, rate))
         move = (-value / jnp.where(rate == 0, 1, rate)).astype(t1.dtype)

@@ -15,10 +15,10 @@ from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
 from jaxode.ode.adjoints.tape import in_reverse
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 
 FIRST_ONLY = (
     "DiscreteAdjoint: with an implicit solver, the gradient of a solve cannot be differentiated. "
@@ -32,7 +32,7 @@ class DiffraxSolve(eqx.Module):
     `DiscreteAdjoint` becomes diffrax's recursive checkpointing with the same number of checkpoints.
     `ForwardMode` becomes diffrax's forward mode.
 
-    Differentiation: with respect to everything except `method`. Only first derivatives, except
+    Differentiation: with respect to everything except `stepper`. Only first derivatives, except
     `ForwardMode` over itself. Derivatives with respect to times belong to the computed solution;
     over an empty span, where diffrax has none, to the ODE.
     """
@@ -40,25 +40,25 @@ class DiffraxSolve(eqx.Module):
     solver: diffrax.AbstractSolver
     adjoint: Any = eqx.field(static=True)
 
-    def integrate(self, problem: Problem, method: Method) -> Integration:
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve a problem that has one row."""
         if isinstance(self.adjoint, DiscreteAdjoint):
             problem = in_reverse(problem, "DiscreteAdjoint")
         y0, t0, t1 = problem.y0, problem.t0[0], problem.t1[0]
         ts = None if problem.ts is None else problem.ts[:, 0]
-        valid = all_hold(problem, method)[0]
+        valid = all_hold(problem, stepper)[0]
         # An empty span replaces times for which diffrax would raise.
         t0, t1, ts = jax.tree.map(lambda t: jnp.where(valid, t, 0.0), (t0, t1, ts))
         times = t1[None] if ts is None else jnp.concatenate([ts, t1[None]])
         ode = _Field(problem.field, problem.args)
         moves = t0 == t1
         y = _along(y0, t0, ode, jnp.where(moves, -1.0, 0.0))
-        solution = self._by_diffrax(ode, y, t0, t1, ts, method)
+        solution = self._by_diffrax(ode, y, t0, t1, ts, stepper)
         states = solution.ys
         assert states is not None
         assert solution.ts is not None
         states = _along(states, times, ode, jnp.where(moves, 1.0, 0.0))
-        result, reached = _result(ode, solution, states, t0, t1, method)
+        result, reached = _result(ode, solution, states, t0, t1, stepper)
         result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
         reached = jnp.where(valid, reached, problem.t0[0])
         failed = result != Result.SUCCESS
@@ -82,29 +82,29 @@ class DiffraxSolve(eqx.Module):
             return out
         return nondifferentiable_backward(out, msg=FORWARD_ONLY)
 
-    def _by_diffrax(self, ode: "_Field", y0, t0, t1, ts, method: Method) -> diffrax.Solution:
+    def _by_diffrax(self, ode: "_Field", y0, t0, t1, ts, stepper: Stepper) -> diffrax.Solution:
         """Solve by diffrax. The last saved state is the end."""
         if not isinstance(self.adjoint, ForwardMode):
             ode, y0, t0, t1, ts = first_derivatives_only((ode, y0, t0, t1, ts), FIRST_ONLY)
-        first_step = method.first_step
+        first_step = stepper.first_step
         if first_step is not None:
             first_step = first_step * jnp.sign(t1 - t0)
-        if method.steps is not None:
-            first_step = (t1 - t0) / method.steps
+        if stepper.steps is not None:
+            first_step = (t1 - t0) / stepper.steps
         return diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, ode: ode(t, y)),
-            _with_root_finder_tolerances(self.solver, method),
+            _with_root_finder_tolerances(self.solver, stepper),
             t0,
             t1,
             first_step,
             y0,
             args=ode,
             saveat=diffrax.SaveAt(
-                ts=ts, t1=True, dense=method.dense, controller_state=method.steps is None
+                ts=ts, t1=True, dense=stepper.dense, controller_state=stepper.steps is None
             ),
-            stepsize_controller=_controller(method),
+            stepsize_controller=_controller(stepper),
             adjoint=self._adjoint,
-            max_steps=method.tape_length + (method.steps is not None),
+            max_steps=stepper.tape_length + (stepper.steps is not None),
             throw=False,
         )
 
@@ -125,18 +125,18 @@ class _Field(eqx.Module):
         return self.field(t[None], y, self.args)
 
 
-def _controller(method: Method) -> diffrax.AbstractStepSizeController:
-    if method.steps is not None:
+def _controller(stepper: Stepper) -> diffrax.AbstractStepSizeController:
+    if stepper.steps is not None:
         return diffrax.ConstantStepSize()
     # The minimum step ends a solve whose steps no longer move the time.
-    dtmin = float(jnp.finfo(method.rtol.dtype).tiny)
+    dtmin = float(jnp.finfo(stepper.rtol.dtype).tiny)
     tolerances = diffrax.PIDController(
-        rtol=method.rtol, atol=method.atol, dtmin=dtmin, dtmax=method.max_step
+        rtol=stepper.rtol, atol=stepper.atol, dtmin=dtmin, dtmax=stepper.max_step
     )
     control = tolerances
-    if method.breakpoints is not None:
-        control = diffrax.ClipStepSizeController(control, jump_ts=method.breakpoints)
-    return _Remembering(method.rtol, method.atol, tolerances.norm, control)
+    if stepper.breakpoints is not None:
+        control = diffrax.ClipStepSizeController(control, jump_ts=stepper.breakpoints)
+    return _Remembering(stepper.rtol, stepper.atol, tolerances.norm, control)
 
 
 class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
@@ -163,17 +163,17 @@ class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
         return keep, *times, (rejected, state), result
 
 
-def _with_root_finder_tolerances(solver: Any, method: Method) -> Any:
+def _with_root_finder_tolerances(solver: Any, stepper: Stepper) -> Any:
     """The solver, with the call's tolerances for its implicit equations unless it has its own.
 
     diffrax does this only with error control.
     """
-    if method.steps is None or not isinstance(solver, diffrax.AbstractImplicitSolver):
+    if stepper.steps is None or not isinstance(solver, diffrax.AbstractImplicitSolver):
         return solver
     unset: Any = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)()
     finder: Any = solver.root_finder
     names = [n for n in ("rtol", "atol", "norm") if getattr(finder, n) is getattr(unset, n)]
-    given = diffrax.PIDController(rtol=method.rtol, atol=method.atol)
+    given = diffrax.PIDController(rtol=stepper.rtol, atol=stepper.atol)
     fields = lambda of: [getattr(of, name) for name in names]
     return eqx.tree_at(lambda s: fields(s.root_finder), solver, fields(given))
 
@@ -237,7 +237,7 @@ def _result(
     states: Float[Array, "times samples n"],
     t0,
     t1,
-    method: Method,
+    stepper: Stepper,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """How a solve ended, and the time it reached. NaN if the time is unknown.
 
@@ -256,7 +256,7 @@ def _result(
     sign = jnp.sign(t1 - t0)
     h = sign * jnp.maximum(8 * limits.eps * jnp.abs(t), 8 * limits.tiny)
     attempt = t
-    if method.steps is None:
+    if stepper.steps is None:
         # diffrax solves forwards, in time multiplied by the sign.
         state: Any = solution.controller_state
         rejected = sign * jax.lax.stop_gradient(state[0])
@@ -272,9 +272,9 @@ def _result(
     failed = code != Result.SUCCESS
     finite = jax.lax.cond(failed, finite_beyond, lambda: jnp.isfinite(states).all())
     code = jnp.where(finite, code, Result.NON_FINITE)
-    if method.steps is not None:
+    if stepper.steps is not None:
         # Without error control, a failed step is taken anyway.
         taken = solution.stats["num_steps"].astype(t.dtype) - 1
-        t = t0 + taken / method.steps * (t1 - t0)
+        t = t0 + taken / stepper.steps * (t1 - t0)
     # A state that became infinite or NaN unnoticed did so before the end.
     return code, jnp.where(failed, t, jnp.nan)

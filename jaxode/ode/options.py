@@ -22,7 +22,7 @@ from jaxode._checks.arguments import (
 )
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
-from jaxode.ode.loop.method import Method
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
@@ -106,7 +106,7 @@ class SolveOptions(eqx.Module):
         if self.breakpoints is not None:
             check_breakpoints(where, self.breakpoints, self.steps)
 
-    def method(self, where: str, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Method:
+    def stepper(self, where: str, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Stepper:
         """The settings of the loop for a state solved in `dtype`, with leaves of these dtypes."""
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
@@ -124,7 +124,7 @@ class SolveOptions(eqx.Module):
         breakpoints = given(self.breakpoints)
         if breakpoints is not None and breakpoints.size == 0:
             breakpoints = None
-        return Method(
+        return Stepper(
             tableau=self.tableau,
             rtol=rtol,
             atol=atol,

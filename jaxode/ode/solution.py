@@ -32,7 +32,7 @@ class Solution(eqx.Module):
     happens only if a diffrax solver without error control stepped on after a NaN."""
     t1: Float[Array, "*rows"]
     """The end time as passed, or the time of the event. Per row with per-sample steps."""
-    event_came: Bool[Array, "*rows"] | None = None
+    event_occurred: Bool[Array, "*rows"] | None = None
     """Whether the event occurred. None without `event`."""
     interpolant: Interpolant | None = None
     """What `evaluate` needs. None without `dense`."""
@@ -90,7 +90,7 @@ def raise_on_failure(solution: Solution, where: str, faults: Faults | None = Non
     rows_axis = 0 if solution.ts is None or solution.ts.ndim == 2 else 1
     ys = jax.tree.map(lambda leaf: guard(leaf, rows_axis), solution.ys)
     t1, inter = solution.t1, solution.interpolant
-    if solution.event_came is not None:
+    if solution.event_occurred is not None:
         t1 = guard(t1, 0)
     if inter is not None:
         end = tied(inter.y1, ok.reshape(-1, 1), nan.reshape(-1, 1))

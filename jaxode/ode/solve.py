@@ -13,7 +13,7 @@ from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, 
 from jaxode._checks.errors import Result, not_finite
 from jaxode._jax.closure import compiled, recognized, settle
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
-from jaxode.ode.dense import Interpolant, OfDiffrax, OfSteps
+from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.loop.outputs import Steps, padded
@@ -299,17 +299,17 @@ def check_event(where: str, options: SolveOptions, event: Any, batch: Batch) -> 
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     system = recognized(system)
-    problem, method, ravel = pose(system)
+    problem, stepper, ravel = pose(system)
     if system.event is not None:
         condition = condition_on_rows(system, ravel)
-        problem, out = solve_to_event(system.event, condition, problem, method, system.adjoint)
+        problem, out = solve_to_event(system.event, condition, problem, stepper, system.adjoint)
     else:
-        out = system.adjoint.integrate(problem, method)
+        out = system.adjoint.integrate(problem, stepper)
     per_sample, interpolant = system.batch == "per_sample", None
-    if method.dense:
-        path = OfDiffrax(out.steps)
+    if stepper.dense:
+        path = DiffraxPath(out.steps)
         if isinstance(out.steps, Steps):
-            path = OfSteps(out.steps, jnp.sign(problem.t1 - problem.t0), method.tableau)
+            path = StepsPath(out.steps, jnp.sign(problem.t1 - problem.t0), stepper.tableau)
         interpolant = Interpolant(
             path=path,
             t0=problem.t0,

@@ -28,9 +28,9 @@ from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import RULES
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
@@ -71,7 +71,7 @@ class System(NamedTuple):
     """Arguments per row: leaves `[batch, ...]`."""
     batch: Batch
     """None for a single system without a batch axis."""
-    method: Method
+    stepper: Stepper
     adjoint: Any
     """The gradient method, which runs the loop, or a solve by diffrax."""
     event: Any = None
@@ -94,7 +94,7 @@ class System(NamedTuple):
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
         backward = isinstance(recognized(self.adjoint), BacksolveAdjoint | InterpolatingAdjoint)
-        return self._replace(method=dataclasses.replace(self.method, raises=throw and backward))
+        return self._replace(stepper=dataclasses.replace(self.stepper, raises=throw and backward))
 
 
 def make_system(
@@ -116,15 +116,15 @@ def make_system(
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
     t0, t1, ts, ts_lost = check_times(where, *span, ts, dtype, count)
     check_same_times(where, (t0, t1, ts, options.breakpoints), options.axis_name)
-    method = options.method(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
-    method = dataclasses.replace(method, dense=dense)
+    stepper = options.stepper(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
+    stepper = dataclasses.replace(stepper, dense=dense)
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)
     field, adjoint, event = recognizable((field, adjoint, event))
     shared, rows = recognizable((shared, rows), dtype)
     return System(
-        Label(where), field, y0, t0, t1, ts, ts_lost, shared, rows, batch, method, adjoint, event
+        Label(where), field, y0, t0, t1, ts, ts_lost, shared, rows, batch, stepper, adjoint, event
     )
 
 
@@ -133,7 +133,7 @@ def argument_faults(where: str, system: System) -> Faults:
     ragged = system.t0.ndim or system.t1.ndim or system.rows_have_outputs
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     times = Problem(None, None, system.y0, *system.on_rows(rows))
-    broken = lambda holds: lambda: ~holds(times, system.method)
+    broken = lambda holds: lambda: ~holds(times, system.stepper)
     return {where + rule: broken(holds) for rule, holds in RULES.items()}
 
 
@@ -216,8 +216,8 @@ def _rows_field(system: System):
     return alone
 
 
-def pose(system: System) -> tuple[Problem, Method, Ravel]:
-    """The problem on rows, its method, and the map to rows. Traces the field once.
+def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
+    """The problem on rows, its stepper, and the map to rows. Traces the field once.
 
     A batch with joint steps has one row, and so has a single system, which is one sample. The
     system must be `recognized`.
@@ -229,12 +229,12 @@ def pose(system: System) -> tuple[Problem, Method, Ravel]:
     raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
     start = ravel(y0)
     rows = start.shape[0] if system.batch == "per_sample" else 1
-    start, times, args, method = vary_alike(
-        (start, system.on_rows(rows), (system.shared, system.rows), system.method)
+    start, times, args, stepper = vary_alike(
+        (start, system.on_rows(rows), (system.shared, system.rows), system.stepper)
     )
-    closed, arrays = close_field(raveled, times[0], start, args, method.precision)
+    closed, arrays = close_field(raveled, times[0], start, args, stepper.precision)
     outputs = None
     if system.rows_have_outputs and times[2] is not None:
         last = times[2] == times[2][-1:]
         outputs = jnp.argmax(last, axis=0).astype(jnp.int32) + 1
-    return Problem(closed, arrays, start, *times, outputs), method, ravel
+    return Problem(closed, arrays, start, *times, outputs), stepper, ravel

@@ -78,7 +78,7 @@ def test_rows_have_events_of_their_own():
         )  # fmt: skip
 
     s = jax.jit(run)(y0, 1.0)
-    assert list(s.event_came) == [True, True, False, True]
+    assert list(s.event_occurred) == [True, True, False, True]
     times = np.log(y0 / 0.2)
     times[2:3] = 9.0
     np.testing.assert_allclose(s.t1, times, atol=1e-9)
@@ -110,7 +110,7 @@ AT = {
 def test_when(name):
     event, time, came = AT[name]
     s = jax.jit(lambda: jaxode.solve(SINE, jnp.array([0.0, 1.0]), 0.0, 6.0, event=event, **TIGHT))()
-    assert bool(s.event_came) == came
+    assert bool(s.event_occurred) == came
     np.testing.assert_allclose(s.t1, time, atol=1e-8)
     np.testing.assert_allclose(s.t_reached, time, atol=1e-8)
 
@@ -137,8 +137,9 @@ def test_a_crossing_is_not_lost_between_two_steps():
     steps = jaxode.solve(decay, y0, 0.0, 3.0, 1.0, dense=True, max_steps=64).interpolant.path.steps
     levels = jnp.asarray(steps.y[1 : int(steps.count), 0, 0])
     around = jnp.concatenate([jnp.nextafter(levels, -9), levels, jnp.nextafter(levels, 9)])
-    came = jax.jit(jax.vmap(lambda level: jaxode.solve(
-        decay, y0, 0.0, 3.0, 1.0, event=Event(lambda t, y, _: y - level)).event_came))  # fmt: skip
+    at = lambda level: Event(lambda t, y, _: y - level)
+    occurs = lambda level: jaxode.solve(decay, y0, 0.0, 3.0, 1.0, event=at(level)).event_occurred
+    came = jax.jit(jax.vmap(occurs))
     assert came(around).all()
 
 
@@ -175,7 +176,7 @@ def test_rows_without_an_event_have_the_gradient_of_their_end():
         s = jaxode.solve(
             f, y0[:rows], 0.0, 1.0, a, batch="per_sample", event=event, throw=False, **TIGHT
         )
-        return jnp.sum(jnp.where(s.ok & s.event_came, s.t1 + s.y1[:, 0], 0))
+        return jnp.sum(jnp.where(s.ok & s.event_occurred, s.t1 + s.y1[:, 0], 0))
 
     grad = jax.jit(jax.grad(total), static_argnums=1)
     np.testing.assert_allclose(grad(0.9, 3), grad(0.9, 1), rtol=1e-12)

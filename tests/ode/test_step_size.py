@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxode
-from jaxode.ode.loop.method import next_time
 from jaxode.ode.loop.step_size import first_step, propose
+from jaxode.ode.loop.stepper import next_time
 from jaxode.ode.loop.tableau import tableau_of
 
 SOLVERS = [diffrax.Heun, diffrax.Bosh3, diffrax.Tsit5, diffrax.Dopri5, diffrax.Dopri8]

@@ -36,9 +36,9 @@ from jaxode.ode.adjoints.tape import (
 )
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.solve import run
 from jaxode.ode.system import System, pose
 
@@ -143,7 +143,7 @@ class Inputs(NamedTuple):
 class Settings(eqx.Module):
     """How to compute the fused loss."""
 
-    method: Method
+    stepper: Stepper
     checkpoints: int = eqx.field(static=True)
     coefficients: Float[Array, " costs-1"]
     phase: Float[Array, " batch"] | None
@@ -152,10 +152,10 @@ class Settings(eqx.Module):
 def _fused(objective: Objective):
     objective = vary_alike(objective)
     system, x = objective.system, objective.system.y0
-    problem, method, ravel = pose(system)
+    problem, stepper, ravel = pose(system)
     joint, phase = system.batch == "joint", objective.phase
     per_row = not joint or phase is not None
-    with_field = shares_stages(method.tableau, phase)
+    with_field = shares_stages(stepper.tableau, phase)
 
     def rows(y):
         return y.reshape(x.shape).astype(x.dtype)
@@ -174,14 +174,14 @@ def _fused(objective: Objective):
     y0, t0 = problem.y0, problem.t0
     of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
     shared = (system.shared, (objective.probes, system.rows))
-    precision = method.precision
+    precision = stepper.precision
     costs, (_, (probes, _)) = close_field(costs_of_rows, of_nodes, y0, shared, precision)
     # The samples, and so their density, may have lower precision than the solve.
     log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
     base, _ = close_field(log_prob, t0, y0, (), precision)
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
-    settings = Settings(method, system.adjoint.checkpoints, coefficients, phase)
+    settings = Settings(stepper, system.adjoint.checkpoints, coefficients, phase)
     inputs = in_reverse(inputs, "DiscreteAdjoint")
     loss, rest = _loss(inputs, settings)
     if joint:
@@ -214,12 +214,12 @@ def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
     of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
     together = settings.phase is None and rows_are_cheap(inputs.problem.field)
-    return Nodes(apply, params, settings.method.tableau, settings.phase, bars, together)
+    return Nodes(apply, params, settings.stepper.tableau, settings.phase, bars, together)
 
 
 @eqx.filter_custom_vjp
 def _loss(inputs: Inputs, settings: Settings):
-    integration, tape = integrate(inputs.problem, settings.method, settings.checkpoints)
+    integration, tape = integrate(inputs.problem, settings.stepper, settings.checkpoints)
     unused = unused_rows(integration.result, inputs.weights)
     nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings, unused)
     integrals = nodes.along(inputs.problem.slope, tape)
@@ -235,7 +235,7 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
         (inputs.base, perturbed.base),
     ):
         closed.check_closed_over(wants, problem.y0)
-    integration, tape = integrate(problem, settings.method, settings.checkpoints)
+    integration, tape = integrate(problem, settings.stepper, settings.checkpoints)
     unused = unused_rows(integration.result, inputs.weights)
     problem = without_unused(problem, unused, integration.result)
     inputs = inputs._replace(problem=problem)
@@ -249,11 +249,11 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
 
     z = stand_in(integration.y1, unused, integration.result)
     base_bar, z_bar = _pull_base(perturbed, inputs, z)
-    mesh = Mesh(problem.t0, problem.t1, settings.method.breakpoints)
+    mesh = Mesh(problem.t0, problem.t1, settings.stepper.breakpoints)
     sweep = Sweep(
         apply=apply,
         params=params,
-        tableau=settings.method.tableau,
+        tableau=settings.stepper.tableau,
         tape=tape,
         mesh=mesh,
         timed=timed,

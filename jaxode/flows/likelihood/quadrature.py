@@ -20,8 +20,8 @@ from jaxode.ode.adjoints.sweep import Step
 from jaxode.ode.adjoints.tape import interval, replay
 from jaxode.ode.loop.integrate import Field, Tape
 from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # The golden ratio: its multiples spread evenly over the unit interval.

@@ -7,8 +7,8 @@ from jaxode.ode.adjoints.discrete import DiscreteAdjoint
 from jaxode.ode.adjoints.forward import ForwardMode
 from jaxode.ode.adjoints.interpolating import InterpolatingAdjoint
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stepper import Stepper
 
 __all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode", "InterpolatingAdjoint"]
 
@@ -27,17 +27,17 @@ class Adjoint(Protocol):
       if the field is not finite; its derivatives with respect to times are those of the ODE.
     - `stats` up to the end or the failure, where a step that is not finite counts as rejected.
     - `t_reached`, which is `t1`, or the end of the last accepted step of a row that failed.
-    - `h`, zero without error control; `steps`, only if `method.dense`; `stopped`, None.
+    - `h`, zero without error control; `steps`, only if `stepper.dense`; `stopped`, None.
 
-    Derivatives: with respect to all floating leaves of `problem`, none of `method`. Those of a
+    Derivatives: with respect to all floating leaves of `problem`, none of `stepper`. Those of a
     failed row are NaN, and so are those of what it shares with other rows. If its cotangents are
     zero, it should add nothing to any gradient instead.
 
     Errors are raised at trace time: `"<Class>: <rule>; got <value>. <What to change>."`. Those for
     missing modes of differentiation are in `tape.py` (`in_reverse`, `once_only`). At run time the
-    caller raises by `result`; only a failed backward solve is raised here, if `method.raises`.
+    caller raises by `result`; only a failed backward solve is raised here, if `stepper.raises`.
     """
 
-    def integrate(self, problem: Problem, method: Method) -> Integration:
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
         ...

@@ -30,9 +30,9 @@ from jaxode.ode.adjoints.tape import (
     without_unused,
 )
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -63,48 +63,48 @@ class BacksolveAdjoint:
     def __post_init__(self) -> None:
         check_tolerances("BacksolveAdjoint", self.rtol, self.atol)
 
-    def integrate(self, problem: Problem, method: Method) -> Integration:
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
         problem = in_reverse(problem, "BacksolveAdjoint")
-        return _integrate(problem, method, self.rtol, self.atol)
+        return _integrate(problem, stepper, self.rtol, self.atol)
 
     def backward_stats(
         self,
         problem: Problem,
-        method: Method,
+        stepper: Stepper,
         y1_bar: Float[Array, "samples n"],
         ys_bar: Float[Array, "times samples n"] | None,
     ) -> Stats:
         """The work of the backward solve, given the cotangents of the end state and the outputs."""
         inexact = jax.tree.map(eqx.is_inexact_array, problem)
-        integration, _ = integrate(problem, method)
+        integration, _ = integrate(problem, stepper)
         out = integration._replace(y1=y1_bar, ys=ys_bar)
-        segment = _run_back(integration, out, inexact, problem, method, self.rtol, self.atol)
-        return segment.stats(method.tableau)
+        segment = _run_back(integration, out, inexact, problem, stepper, self.rtol, self.atol)
+        return segment.stats(stepper.tableau)
 
 
 @eqx.filter_custom_vjp
-def _integrate(problem: Problem, method: Method, rtol, atol) -> Integration:
+def _integrate(problem: Problem, stepper: Stepper, rtol, atol) -> Integration:
     del rtol, atol
-    return integrate(problem, method)[0]
+    return integrate(problem, stepper)[0]
 
 
 @_integrate.def_fwd
-def _forward(perturbed, problem, method, rtol, atol):
+def _forward(perturbed, problem, stepper, rtol, atol):
     del perturbed
     # Through the differentiable function, so that second derivatives work.
-    integration = _integrate(problem, method, rtol, atol)
+    integration = _integrate(problem, stepper, rtol, atol)
     return integration, integration
 
 
 @_integrate.def_bwd
-def _backward(integration, out, perturbed, problem, method, rtol, atol):
-    segment = _run_back(integration, out, perturbed, problem, method, rtol, atol)
+def _backward(integration, out, perturbed, problem, stepper, rtol, atol):
+    segment = _run_back(integration, out, perturbed, problem, stepper, rtol, atol)
     y0_bar = segment.y[:, problem.y0.shape[1] :]
-    return cotangents(problem, perturbed, method, integration, out, y0_bar, segment)
+    return cotangents(problem, perturbed, stepper, integration, out, y0_bar, segment)
 
 
-def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segment:
+def _run_back(integration, out, perturbed, problem, stepper, rtol, atol) -> Segment:
     """The backward solve from the cotangents `out`."""
     result = integration.result
     unused = unused_rows(result, out)
@@ -122,7 +122,7 @@ def _run_back(integration, out, perturbed, problem, method, rtol, atol) -> Segme
     integration = integration._replace(stats=None, result=None, t_reached=None)
     ends = problem._replace(field=None, args=None), integration, resting, out
     inputs = in_reverse((params, rest, *ends), "BacksolveAdjoint")
-    segment = _solve_back(inputs, with_tolerances(method, rtol, atol))
+    segment = _solve_back(inputs, with_tolerances(stepper, rtol, atol))
     result = jnp.where(idle, Result.SUCCESS, segment.result).astype(jnp.int32)
     return segment._replace(result=result)
 
@@ -140,7 +140,7 @@ def _apply(params, rest, t, y):
 
 
 @eqx.filter_custom_vjp
-def _solve_back(inputs, method):
+def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
     params, rest, problem, integration, resting, out = inputs
     n = problem.y0.shape[1]
@@ -152,7 +152,7 @@ def _solve_back(inputs, method):
         return jnp.concatenate([f, da], axis=1), integrand
 
     def solve(segment, to):
-        return solve_segment(adjoint_field, method, segment, to, problem.t1 - problem.t0)
+        return solve_segment(adjoint_field, stepper, segment, to, problem.t1 - problem.t0)
 
     state = jnp.concatenate([integration.y1, out.y1], axis=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -176,18 +176,18 @@ def _solve_back(inputs, method):
 
 
 @_solve_back.def_fwd
-def _solve_back_forward(perturbed, inputs, method):
+def _solve_back_forward(perturbed, inputs, stepper):
     del perturbed
-    return _solve_back(inputs, method), None
+    return _solve_back(inputs, stepper), None
 
 
 @_solve_back.def_bwd
-def _solve_back_backward(residuals, out, perturbed, inputs, method):
+def _solve_back_backward(residuals, out, perturbed, inputs, stepper):
     """Reverse over reverse: the adjoint of the adjoint ODE, `b` now part of its state."""
     del residuals
     params, _, problem, *_ = inputs
     diff, fixed = eqx.partition(inputs, perturbed)
-    method = eqx.tree_at(lambda m: m.first_step, method, None, is_leaf=lambda x: x is None)
+    stepper = eqx.tree_at(lambda m: m.first_step, stepper, None, is_leaf=lambda x: x is None)
     shape, size = problem.y0.shape, problem.y0.size
     _, unravel = ravel_pytree(params)
 
@@ -214,7 +214,7 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
             span, unit = to - start, jnp.ones_like(to[:1])
             args = (params, rest, start, span), ()
             back = Problem(adjoint_ode, args, state, 0 * unit, unit, None)
-            return _integrate(back, _over_unit(method, start, span), None, None).y1
+            return _integrate(back, _over_unit(stepper, start, span), None, None).y1
 
         def segment(carry, output):
             state, start = carry
@@ -235,14 +235,16 @@ def _solve_back_backward(residuals, out, perturbed, inputs, method):
     return pull(bars)[0]
 
 
-def _over_unit(method: Method, start: Float[Array, " rows"], span: Float[Array, " rows"]) -> Method:
-    """The method for solving the `span` of every row at once, rescaled to the unit interval."""
+def _over_unit(
+    stepper: Stepper, start: Float[Array, " rows"], span: Float[Array, " rows"]
+) -> Stepper:
+    """The stepper for solving the `span` of every row at once, rescaled to the unit interval."""
     start, span = jax.lax.stop_gradient((start, span))
     longest, safe = jnp.max(jnp.abs(span)), jnp.where(span == 0, 1.0, span)
-    max_step, breakpoints = method.max_step, method.breakpoints
+    max_step, breakpoints = stepper.max_step, stepper.breakpoints
     if max_step is not None:
         max_step = max_step / jnp.where(longest == 0, 1.0, longest)
     if breakpoints is not None:
         points = (breakpoints[:, None] - start[None]) / safe[None]
         breakpoints = jnp.where(span[None] == 0, 2.0, points).reshape(-1)
-    return dataclasses.replace(method, max_step=max_step, breakpoints=breakpoints)
+    return dataclasses.replace(stepper, max_step=max_step, breakpoints=breakpoints)

@@ -30,10 +30,10 @@ from jaxode.ode.adjoints.tape import (
     without_unused,
 )
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.method import Method, aim, judge, weighted_sum
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper, aim, judge, weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # (t [rows], state [samples, n], weight [rows]) -> (derivative [samples, n], weighted integrand)
@@ -70,7 +70,7 @@ class Segment(NamedTuple):
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
-    unfit: Float[Array, " rows"]
+    overreach: Float[Array, " rows"]
     """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
 
     def stats(self, tableau: Tableau) -> Stats:
@@ -92,7 +92,7 @@ class Segment(NamedTuple):
 
 def solve_segment(
     field: AdjointField,
-    method: Method,
+    stepper: Stepper,
     segment: Segment,
     end: Float[Array, " rows"],
     span: Float[Array, " rows"],
@@ -103,10 +103,10 @@ def solve_segment(
     """
     start, before = segment.t, segment.accepted
     steps = None
-    if method.steps is not None:
+    if stepper.steps is not None:
         share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
         # 1e-4 allows for rounding in the share.
-        steps = jnp.maximum(jnp.ceil(share * method.steps - 1e-4), 1).astype(jnp.int32)
+        steps = jnp.maximum(jnp.ceil(share * stepper.steps - 1e-4), 1).astype(jnp.int32)
 
     def active(state: Segment):
         return ~state.done & (state.result == Result.SUCCESS)
@@ -114,11 +114,11 @@ def solve_segment(
     def step(state: Segment) -> Segment:
         running = active(state)
         taken = state.accepted - before
-        ahead = aim(method, steps, state, taken, start, end)
+        ahead = aim(stepper, steps, state, taken, start, end)
         t_next, last = jnp.where(running, ahead.t, state.t), ahead.last
-        y_next, k, quadrature_where = _stages(field, method, state, t_next - state.t)
+        y_next, k, quadrature_where = _stages(field, stepper, state, t_next - state.t)
         aimed = ahead._replace(t=t_next)
-        accept, h_next, result, unfit = judge(method, state, running, aimed, y_next, k)
+        accept, h_next, result, overreach = judge(stepper, state, running, aimed, y_next, k)
         # A step cut short to reach the end says little about the next one.
         longer = jnp.abs(h_next) > jnp.abs(state.h)
         return Segment(
@@ -130,16 +130,16 @@ def solve_segment(
             result=result,
             accepted=state.accepted + accept.astype(jnp.int32),
             rejected=state.rejected + (running & ~accept).astype(jnp.int32),
-            unfit=unfit,
+            overreach=overreach,
         )
 
     segment = segment._replace(done=start == end)
     return while_loop(lambda state: active(state).any(), step, segment)
 
 
-def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array, " rows"]):
+def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Array, " rows"]):
     """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
-    tableau, one_row = method.tableau, len(state.t) == 1
+    tableau, one_row = stepper.tableau, len(state.t) == 1
     A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
     b = jnp.asarray(tableau.b, state.y.dtype)
 
@@ -175,12 +175,12 @@ def _stages(field: AdjointField, method: Method, state: Segment, h: Float[Array,
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 
 
-def with_tolerances(method: Method, rtol, atol) -> Method:
-    """The method of the adjoint solve, with its own tolerances if they are given."""
-    dtype = method.rtol.dtype
+def with_tolerances(stepper: Stepper, rtol, atol) -> Stepper:
+    """The stepper of the adjoint solve, with its own tolerances if they are given."""
+    dtype = stepper.rtol.dtype
     given = {"rtol": rtol, "atol": atol}
     given = {name: jnp.asarray(value, dtype) for name, value in given.items() if value is not None}
-    return dataclasses.replace(method, **given)
+    return dataclasses.replace(stepper, **given)
 
 
 def time_cotangents(
@@ -206,7 +206,7 @@ def time_cotangents(
 def cotangents(
     problem: Problem,
     perturbed: Problem,
-    method: Method,
+    stepper: Stepper,
     integration: Integration,
     out: Integration,
     y0_bar: Float[Array, "samples n"],
@@ -223,7 +223,7 @@ def cotangents(
     params, apply = split(problem, perturbed, unused)
     ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS) | unused
     valid = nan_unless(ok, y0.dtype)
-    if method.raises:
+    if stepper.raises:
         # A failed forward solve has already raised. A solve without steps did not run: `vmap`
         # differentiates both branches of a `cond`, with zeros in place of the solve in the branch
         # that is not taken (or values of the other branch with the same shape, which cannot be told

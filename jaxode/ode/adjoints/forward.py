@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stepper import Stepper
 
 FORWARD_ONLY = (
     "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
@@ -22,7 +22,7 @@ class ForwardMode:
     two agree up to rounding. Reverse mode raises an error.
     """
 
-    def integrate(self, problem: Problem, method: Method) -> Integration:
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. All of its floating leaves have forward-mode derivatives."""
-        integration, _ = integrate(problem, method)
+        integration, _ = integrate(problem, stepper)
         return nondifferentiable_backward(integration, msg=FORWARD_ONLY)

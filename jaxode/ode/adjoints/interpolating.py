@@ -31,10 +31,10 @@ from jaxode.ode.adjoints.tape import (
     without_unused,
 )
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.outputs import Curve, output_at, save_times_at
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -62,54 +62,54 @@ class InterpolatingAdjoint:
         check_tolerances("InterpolatingAdjoint", self.rtol, self.atol)
         check_checkpoints("InterpolatingAdjoint", self.checkpoints)
 
-    def integrate(self, problem: Problem, method: Method) -> Integration:
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
-        return _integrate(in_reverse(problem, "InterpolatingAdjoint"), method, self)
+        return _integrate(in_reverse(problem, "InterpolatingAdjoint"), stepper, self)
 
     def backward_stats(
         self,
         problem: Problem,
-        method: Method,
+        stepper: Stepper,
         y1_bar: Float[Array, "samples n"],
         ys_bar: Float[Array, "times samples n"] | None,
     ) -> Stats:
         """The work of the backward solve, given the cotangents of the end state and the outputs."""
         inexact = jax.tree.map(eqx.is_inexact_array, problem)
-        integration, tape = integrate(problem, method, self.checkpoints)
+        integration, tape = integrate(problem, stepper, self.checkpoints)
         out = integration._replace(y1=y1_bar, ys=ys_bar)
-        segment = _solve_back(integration, tape, out, inexact, problem, method, self)
-        return segment.stats(method.tableau)
+        segment = _solve_back(integration, tape, out, inexact, problem, stepper, self)
+        return segment.stats(stepper.tableau)
 
 
 @eqx.filter_custom_vjp
-def _integrate(problem: Problem, method: Method, adjoint: InterpolatingAdjoint) -> Integration:
+def _integrate(problem: Problem, stepper: Stepper, adjoint: InterpolatingAdjoint) -> Integration:
     del adjoint
-    return integrate(problem, method)[0]
+    return integrate(problem, stepper)[0]
 
 
 @_integrate.def_fwd
-def _forward(perturbed, problem, method, adjoint):
+def _forward(perturbed, problem, stepper, adjoint):
     del perturbed
-    integration, tape = integrate(problem, method, adjoint.checkpoints)
+    integration, tape = integrate(problem, stepper, adjoint.checkpoints)
     return integration, (integration, tape)
 
 
 @_integrate.def_bwd
-def _backward(residuals, out, perturbed, problem, method, adjoint):
+def _backward(residuals, out, perturbed, problem, stepper, adjoint):
     integration, tape = residuals
-    segment = _solve_back(integration, tape, out, perturbed, problem, method, adjoint)
-    bars = cotangents(problem, perturbed, method, integration, out, segment.y, segment)
+    segment = _solve_back(integration, tape, out, perturbed, problem, stepper, adjoint)
+    bars = cotangents(problem, perturbed, stepper, integration, out, segment.y, segment)
     return once_only("InterpolatingAdjoint", bars)
 
 
-def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> Segment:
+def _solve_back(integration, tape, out, perturbed, problem, stepper, adjoint) -> Segment:
     """The adjoint solve from the cotangents `out`."""
     unused = unused_rows(integration.result, out)
     problem = without_unused(problem, unused, integration.result)
     y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
     params, apply = split(problem, perturbed, unused)
-    tableau, sign = method.tableau, jnp.sign(t1 - t0)
-    method = with_tolerances(method, adjoint.rtol, adjoint.atol)
+    tableau, sign = stepper.tableau, jnp.sign(t1 - t0)
+    stepper = with_tolerances(stepper, adjoint.rtol, adjoint.atol)
 
     def step(carry):
         """Carry the cotangent back over one recorded step of the forward solve."""
@@ -134,10 +134,10 @@ def _solve_back(integration, tape, out, perturbed, problem, method, adjoint) -> 
             saved, segment, _ = carry
             left = outputs_left(saved)
             if ts is None or out.ys is None:
-                segment = solve_segment(adjoint_field, method, segment, t, t1 - t0)
+                segment = solve_segment(adjoint_field, stepper, segment, t, t1 - t0)
                 return saved, segment, left
             end = jnp.where(left, save_times_at(ts, saved - 1), t)
-            segment = solve_segment(adjoint_field, method, segment, end, t1 - t0)
+            segment = solve_segment(adjoint_field, stepper, segment, end, t1 - t0)
             jump = output_at(out.ys, jnp.clip(saved - 1, 0))
             segment = segment._replace(y=segment.y + jnp.where(left[:, None], jump, 0.0))
             return saved - left.astype(jnp.int32), segment, left

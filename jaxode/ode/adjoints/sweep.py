@@ -25,8 +25,8 @@ from jaxode.ode.adjoints.tape import interval, replay
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Tape
 from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 

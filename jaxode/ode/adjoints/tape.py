@@ -15,10 +15,10 @@ from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Field, Integration, stages
-from jaxode.ode.loop.method import weighted_sum
 from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 T = TypeVar("T")

@@ -16,12 +16,12 @@ from jaxode._checks.errors import Result
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
-from jaxode.ode.loop.method import Method, aim, judge, limit_step, weighted_sum
 from jaxode.ode.loop.outputs import Steps, padded, save
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step
+from jaxode.ode.loop.stepper import Stepper, aim, judge, limit_step, weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # The vector field on rows: (t [rows], y [samples, n]) -> dy/dt [samples, n].
@@ -53,7 +53,7 @@ class Integration(NamedTuple):
     h: Float[Array, " rows"]
     """The step size that the controller would try next."""
     steps: Any = None
-    """The accepted `Steps` if the method is dense, or diffrax's own interpolation."""
+    """The accepted `Steps` if the stepper is dense, or diffrax's own interpolation."""
     stopped: Bool[Array, " rows"] | None = None
     """Whether a solve with `stop` ended before `t1`."""
 
@@ -69,7 +69,7 @@ class _State(NamedTuple):
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
-    unfit: Float[Array, " rows"]
+    overreach: Float[Array, " rows"]
     """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
     saved: Int[Array, " rows"]
     ys: Float[Array, "times samples n"] | None
@@ -88,7 +88,7 @@ class _Step(NamedTuple):
     accept: Bool[Array, " rows"]
     h_next: Float[Array, " rows"]
     result: Int[Array, " rows"]
-    unfit: Float[Array, " rows"]
+    overreach: Float[Array, " rows"]
 
 
 def stages(
@@ -117,7 +117,7 @@ def stages(
 
 
 def integrate(
-    problem: Problem, method: Method, checkpoints: int | None = None, stop: Stop | None = None
+    problem: Problem, stepper: Stepper, checkpoints: int | None = None, stop: Stop | None = None
 ) -> tuple[Integration, Any]:
     """Solve from `t0` to `t1`, in either direction.
 
@@ -131,7 +131,7 @@ def integrate(
     if ts is not None and count is None:
         count = ts.shape[0]
     sign = jnp.sign(end - start)
-    state, first_evals = _initial(problem, method, start, end, checkpoints)
+    state, first_evals = _initial(problem, stepper, start, end, checkpoints)
     if stop is not None:
         state = state._replace(stopped=jnp.zeros_like(state.done))
 
@@ -139,11 +139,11 @@ def integrate(
         return ~state.done & (state.result == Result.SUCCESS)
 
     def advance(state: _State) -> _State:
-        step = _attempt(problem, method, state, active(state), start, end)
+        step = _attempt(problem, stepper, state, active(state), start, end)
         ys, saved = state.ys, state.saved
         if ts is not None and ys is not None:
             h = step.t - state.t
-            ys, saved = save(method.tableau, ts, sign, step, h, state, ys, saved, count)
+            ys, saved = save(stepper.tableau, ts, sign, step, h, state, ys, saved, count)
         if stop is not None and state.stopped is not None:
             found, t, y = stop(state, step)
             t, y = jnp.where(found, t, step.t), jnp.where(found[:, None], y, step.y)
@@ -153,7 +153,7 @@ def integrate(
 
     final = while_loop(lambda state: active(state).any(), advance, state)
     attempts = final.accepted + final.rejected
-    tableau = method.tableau
+    tableau = stepper.tableau
     evals = first_evals + (tableau.stages - tableau.first_same_as_last) * attempts
     stats = Stats(attempts, final.accepted, final.rejected, evals)
     # Over an empty span, a vector field that is not finite changes nothing.
@@ -177,22 +177,22 @@ def integrate(
 
 
 def _initial(
-    problem: Problem, method: Method, start, end, checkpoints: int | None
+    problem: Problem, stepper: Stepper, start, end, checkpoints: int | None
 ) -> tuple[_State, int]:
     """The initial state of the loop, and the evaluations spent on it."""
     y0, ts, rows = problem.y0, problem.ts, start.shape[0]
-    slope, h, evals = _start(problem.slope, method, start, y0, end - start)
+    slope, h, evals = _start(problem.slope, stepper, start, y0, end - start)
     tape = None
     if checkpoints is not None:
-        times = jnp.broadcast_to(start, (method.tape_length + 1, rows))
-        kept = Checkpoints.start(checkpoints, method.tableau.stages, y0)
+        times = jnp.broadcast_to(start, (stepper.tape_length + 1, rows))
+        kept = Checkpoints.start(checkpoints, stepper.tableau.stages, y0)
         tape = Tape(times, jnp.zeros((), jnp.int32), kept, slope)
     steps = None
-    if method.dense:
-        steps = Steps.none_yet(method.tape_length, method.tableau.stages, start, y0)
+    if stepper.dense:
+        steps = Steps.none_yet(stepper.tape_length, stepper.tableau.stages, start, y0)
     none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    result = jnp.where(all_hold(problem, method), Result.SUCCESS, Result.INVALID_ARGUMENT)
+    result = jnp.where(all_hold(problem, stepper), Result.SUCCESS, Result.INVALID_ARGUMENT)
     # An empty span takes one step of size zero, which carries the derivatives with respect to
     # times.
     done = jnp.zeros(rows, bool)
@@ -205,7 +205,7 @@ def _initial(
         result=result.astype(jnp.int32),
         accepted=none_yet,
         rejected=none_yet,
-        unfit=jnp.zeros_like(start),
+        overreach=jnp.zeros_like(start),
         saved=none_yet,
         ys=ys,
         tape=tape,
@@ -215,17 +215,17 @@ def _initial(
     return state, evals
 
 
-def _attempt(problem: Problem, method: Method, state: _State, running, start, end) -> _Step:
+def _attempt(problem: Problem, stepper: Stepper, state: _State, running, start, end) -> _Step:
     """Attempt one step of each `running` row, and judge it."""
-    tableau = method.tableau
-    ahead = aim(method, method.steps, state, state.accepted, start, end)
+    tableau = stepper.tableau
+    ahead = aim(stepper, stepper.steps, state, state.accepted, start, end)
     t = jnp.where(ahead.reached, ahead.t, on_mesh(ahead.t, ahead.piece.start, ahead.piece.end))
     t = jnp.where(running, t, state.t)
     h = t - state.t
     k = stages(problem.slope, tableau, state.t, h, state.y, state.slope, tableau.stages)
     y = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, state.y.dtype), k)
-    accept, h_next, result, unfit = judge(method, state, running, ahead._replace(t=t), y, k)
-    return _Step(t, y, k, ahead.last, accept, jax.lax.stop_gradient(h_next), result, unfit)
+    accept, h_next, result, overreach = judge(stepper, state, running, ahead._replace(t=t), y, k)
+    return _Step(t, y, k, ahead.last, accept, jax.lax.stop_gradient(h_next), result, overreach)
 
 
 def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
@@ -252,7 +252,7 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
         result=step.result,
         accepted=state.accepted + accept.astype(jnp.int32),
         rejected=state.rejected + (running & ~accept).astype(jnp.int32),
-        unfit=step.unfit,
+        overreach=step.overreach,
         saved=saved,
         ys=ys,
         tape=tape,
@@ -263,21 +263,21 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
 
 def _start(
     field: Field,
-    method: Method,
+    stepper: Stepper,
     t0: Float[Array, " rows"],
     y0: Float[Array, "samples n"],
     span: Float[Array, " rows"],
 ) -> tuple[Float[Array, "samples n"] | None, Float[Array, " rows"], int]:
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
-    tableau = method.tableau
-    if method.steps is None and method.first_step is None:
+    tableau = stepper.tableau
+    if stepper.steps is None and stepper.first_step is None:
         h, slope = first_step(
-            field, t0, y0, span, tableau, method.rtol, method.atol, method.axis_name
+            field, t0, y0, span, tableau, stepper.rtol, stepper.atol, stepper.axis_name
         )
-        return (slope if tableau.first_same_as_last else None), limit_step(method, h), 2
+        return (slope if tableau.first_same_as_last else None), limit_step(stepper, h), 2
     h = jnp.zeros_like(t0)
-    if method.steps is None and method.first_step is not None:
-        h = jnp.sign(span) * jnp.minimum(method.first_step.astype(t0.dtype), jnp.abs(span))
+    if stepper.steps is None and stepper.first_step is not None:
+        h = jnp.sign(span) * jnp.minimum(stepper.first_step.astype(t0.dtype), jnp.abs(span))
     if tableau.first_same_as_last:
         return field(t0, y0), h, 1
     return None, h, 0

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jaxode.ode.loop.method import Method
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stepper import Stepper
 
 
 def _in_order(problem: Problem) -> Bool[Array, " rows"]:
@@ -44,8 +44,8 @@ def _if_given(rule: Callable[[Array], Array], value: Array | None) -> Bool[Array
 
 
 # Each rule in words, and whether it holds per row of a problem (or anything with its times) and a
-# method. Times that the dtype of the state cannot tell apart are NaN here.
-RULES: dict[str, Callable[[Any, Method], Bool[Array, "*rows"]]] = {
+# stepper. Times that the dtype of the state cannot tell apart are NaN here.
+RULES: dict[str, Callable[[Any, Stepper], Bool[Array, "*rows"]]] = {
     "(t0=..., t1=...): must be finite times, whose span is not lost in the precision in which the "
     "state is solved. Shift the time, or use float64 for the state.": (
         lambda problem, _: jnp.isfinite(problem.t0) & jnp.isfinite(problem.t1)
@@ -55,28 +55,28 @@ RULES: dict[str, Callable[[Any, Method], Bool[Array, "*rows"]]] = {
         lambda problem, _: _in_order(problem)
     ),
     "(rtol=...): must be a finite tolerance of at least 0.": (
-        lambda _, method: _tolerance(method.rtol)
+        lambda _, stepper: _tolerance(stepper.rtol)
     ),
     "(atol=...): must be a finite tolerance of at least 0.": (
-        lambda _, method: _tolerance(method.atol)
+        lambda _, stepper: _tolerance(stepper.atol)
     ),
     "(rtol=..., atol=...): at least one tolerance must be positive in the dtype of each leaf of "
-    "the state.": (lambda _, method: (method.rtol != 0) | (method.atol != 0)),
+    "the state.": (lambda _, stepper: (stepper.rtol != 0) | (stepper.atol != 0)),
     "(first_step=...): must be positive and finite.": (
-        lambda _, method: _if_given(_size, method.first_step)
+        lambda _, stepper: _if_given(_size, stepper.first_step)
     ),
     "(max_step=...): must be positive and finite.": (
-        lambda _, method: _if_given(_size, method.max_step)
+        lambda _, stepper: _if_given(_size, stepper.max_step)
     ),
     "(breakpoints=...): must not be NaN, and the span must be longer than 4,000 roundings of the "
     "time. Shift the time, or use float64 for the state.": (
-        lambda problem, method: _if_given(
-            lambda points: _breakpoints_kept(points, problem), method.breakpoints
+        lambda problem, stepper: _if_given(
+            lambda points: _breakpoints_kept(points, problem), stepper.breakpoints
         )
     ),
 }
 
 
-def all_hold(problem: Problem, method: Method) -> Bool[Array, " rows"]:
+def all_hold(problem: Problem, stepper: Stepper) -> Bool[Array, " rows"]:
     """Whether every rule holds, in each row."""
-    return functools.reduce(operator.and_, (holds(problem, method) for holds in RULES.values()))
+    return functools.reduce(operator.and_, (holds(problem, stepper) for holds in RULES.values()))

@@ -17,7 +17,7 @@ from jaxode.ode.loop.step_size import error_ratio, propose
 LAST_STEPS = 3
 
 
-class Method(eqx.Module):
+class Stepper(eqx.Module):
     """How to step: a tableau, and either tolerances or a number of equal steps."""
 
     tableau: Any = eqx.field(static=True)
@@ -62,10 +62,10 @@ class Aim(NamedTuple):
         return self.reached & self.piece.last
 
 
-def aim(method: Method, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
+def aim(stepper: Stepper, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
     """The next step from `state`. Without error control, one of `steps` equal ones."""
-    piece = piece_at(method.breakpoints, state.t, start, end)
-    t, reached = next_time(steps, method.max_step, state, taken, piece.start, piece.end)
+    piece = piece_at(stepper.breakpoints, state.t, start, end)
+    t, reached = next_time(steps, stepper.max_step, state, taken, piece.start, piece.end)
     return Aim(t, piece, reached)
 
 
@@ -95,27 +95,27 @@ def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"],
     return jnp.where(last, end, start + fraction * (end - start)), last
 
 
-def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
-    """Whether each row accepts its step, its next step size, its result code, and its `unfit` rest.
+def judge(stepper: Stepper, state: Any, running, aim: Aim, y_next, k):
+    """Whether each row accepts its step, its next step size, its result code, and its overreach.
 
-    The rest is how far the last rejected attempt reaches beyond the current time, if it was not
+    That is how far the last rejected attempt reaches beyond the current time, if it was not
     finite. A solve that ends before passing that time failed because of it.
     """
-    if method.steps is not None:
+    if stepper.steps is not None:
         finite = jnp.isfinite(over_rows(_largest, y_next, running.shape[0]))
         result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
-        return running & finite, state.h, result.astype(jnp.int32), state.unfit
+        return running & finite, state.h, result.astype(jnp.int32), state.overreach
     t_next, last = aim.t, aim.last
     h = t_next - state.t
-    error = h[:, None] * weighted_sum(jnp.asarray(method.tableau.b_error, y_next.dtype), k)
+    error = h[:, None] * weighted_sum(jnp.asarray(stepper.tableau.b_error, y_next.dtype), k)
     ratio = error_ratio(
-        error, state.y, y_next, h.shape[0], method.rtol, method.atol, method.axis_name
+        error, state.y, y_next, h.shape[0], stepper.rtol, stepper.atol, stepper.axis_name
     )
     finite = jnp.isfinite(ratio)
     guessed = state.accepted == 0
-    accept, factor = propose(ratio.astype(h.dtype), method.tableau.order, guessed)
-    h_next = limit_step(method, h * factor)
-    if method.breakpoints is not None:
+    accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.order, guessed)
+    h_next = limit_step(stepper, h * factor)
+    if stepper.breakpoints is not None:
         # A jump is crossed whatever its error, and a step cut short says nothing.
         accept |= finite & aim.piece.jump
         shorter = jnp.abs(h_next) < jnp.abs(state.h)
@@ -126,21 +126,21 @@ def judge(method: Method, state: Any, running, aim: Aim, y_next, k):
     stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))
     accept &= running
     size = jax.lax.stop_gradient(jnp.abs(h))
-    rejected = jnp.where(running, jnp.where(finite, 0.0, size), state.unfit)
-    unfit = jnp.where(accept, state.unfit - size, rejected)
-    finite &= unfit <= 0
+    rejected = jnp.where(running, jnp.where(finite, 0.0, size), state.overreach)
+    overreach = jnp.where(accept, state.overreach - size, rejected)
+    finite &= overreach <= 0
     cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
     attempts = state.accepted + state.rejected + 1
-    exhausted = running & (attempts >= method.max_steps) & ~(accept & last)
+    exhausted = running & (attempts >= stepper.max_steps) & ~(accept & last)
     result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
     failed = running & (stuck | (exhausted & ~finite))
-    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32), unfit
+    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32), overreach
 
 
 def _largest(y: Float[Array, "samples n"], axis):
     return jnp.max(jnp.abs(y), axis=axis, initial=0.0)
 
 
-def limit_step(method: Method, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
+def limit_step(stepper: Stepper, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
     """The step size, capped at `max_step`."""
-    return h if method.max_step is None else jnp.clip(h, -method.max_step, method.max_step)
+    return h if stepper.max_step is None else jnp.clip(h, -stepper.max_step, stepper.max_step)
