@@ -26,10 +26,11 @@ NUMBERS = (bool, int, float, complex, np.integer, np.bool_)
 
 
 def compiled(f: F) -> F:
-    """`eqx.filter_jit(f)`, which forgets its programs whenever it has traced `KEPT` of them.
+    """`f` as a program that is compiled once for equal arguments.
 
-    JAX itself keeps thousands, and a vector field that is a new function at each call makes one at
-    each call.
+    As `eqx.filter_jit`, but for arguments that hold any functions and objects, see `encoded`. It
+    forgets its programs whenever it has traced `KEPT` of them: JAX itself keeps thousands, and a
+    vector field that is a new function at each call makes one at each call.
     """
     traced = 0
 
@@ -37,7 +38,7 @@ def compiled(f: F) -> F:
     def counted(*args):
         nonlocal traced
         traced += 1
-        return f(*args)
+        return f(*_decoded(args))
 
     programs: Any = eqx.filter_jit(counted)
     forget = programs._cached.clear_cache
@@ -48,7 +49,13 @@ def compiled(f: F) -> F:
         if traced >= KEPT:
             forget()
             traced = 0
-        return programs(*args)
+        inputs = encoded(args)
+        out = programs(*inputs)
+        # Ignore what tracing changed in the arguments, such as a call counter.
+        for leaf in jax.tree.leaves(inputs):
+            if isinstance(leaf, _Held):
+                leaf.holds = _key(leaf.value)[1]
+        return out
 
     return cast(F, run)
 
@@ -72,13 +79,6 @@ class _Held:
 
     def __hash__(self) -> int:
         return hash(self.key)
-
-
-def settle(tree: PyTree) -> None:
-    """Ignore what tracing changed in the leaves, such as a call counter."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, _Held):
-            leaf.holds = _key(leaf.value)[1]
 
 
 def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -138,33 +138,35 @@ class _Partial(eqx.Module):
     keywords: dict[str, Any]
 
 
-def recognizable(tree: PyTree, dtype: Any = None) -> PyTree:
+def encoded(tree: PyTree, dtype: Any = None) -> PyTree:
     """The tree as an argument of `eqx.filter_jit`, which recompiles for different static leaves.
 
     A `functools.partial`, or a method of a pytree, becomes a pytree of its parts. With a `dtype`,
-    Python floats become arrays, so that they do not cause recompilation.
+    numbers of Python that are floats become arrays, so that they do not cause recompilation.
     """
 
     def one(leaf):
         if isinstance(leaf, functools.partial):
-            return _Partial(*recognizable((leaf.func, leaf.args, leaf.keywords), dtype))
+            return _Partial(*encoded((leaf.func, leaf.args, leaf.keywords), dtype))
         if inspect.ismethod(leaf) and not jax.tree_util.all_leaves([leaf.__self__]):
-            return _Partial(leaf.__func__, (recognizable(leaf.__self__, dtype),), {})
+            return _Partial(leaf.__func__, (encoded(leaf.__self__, dtype),), {})
         if dtype is not None and isinstance(leaf, float):
             return jnp.asarray(leaf, dtype)
-        if eqx.is_array(leaf) and (dtype is not None or not isinstance(leaf, NUMBERS)):
+        if dtype is not None and isinstance(leaf, np.generic):
+            return np.asarray(leaf)
+        if eqx.is_array(leaf) and not isinstance(leaf, NUMBERS):
             return leaf
         return _Held(leaf) if _is_held(leaf) else leaf
 
     return jax.tree.map(one, tree)
 
 
-def recognized(tree: PyTree) -> PyTree:
-    """The inverse of `recognizable`, inside the program."""
+def _decoded(tree: PyTree) -> PyTree:
+    """The inverse of `encoded`, inside the program."""
 
     def one(leaf):
         if isinstance(leaf, _Partial):
-            f, args, keywords = recognized((leaf.f, leaf.args, leaf.keywords))
+            f, args, keywords = _decoded((leaf.f, leaf.args, leaf.keywords))
             return functools.partial(f, *args, **keywords)
         return leaf.value if isinstance(leaf, _Held) else leaf
 

@@ -4,13 +4,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxode._jax.closure import recognizable, recognized, settle
+from jaxode._jax.closure import compiled
 from jaxode.auditing.balance import imbalance
 from jaxode.auditing.importance import importance
 from jaxode.auditing.subject import BASE_DISTANCE, CHUNK, Row, Subject, cast, tight_dtype
@@ -40,11 +39,10 @@ def divergence(s: Subject) -> Row:
     context = jax.tree.map(lambda leaf: leaf[:4], s.context)
     times, points, context = cast((times[::4], points[::4, :4], context), dtype)
     integrands = dataclasses.replace(s.integrands, f=s.tight.f)
-    parts = recognizable((integrands, cast(s.params, dtype)))
+    parts = integrands, cast(s.params, dtype)
     shape = (*points.shape[:2], ESTIMATES if s.probes is not None else 1)
     keys = jax.random.split(s.key, shape)
     field, own_field, trace, norm, estimates = _traces(parts, times, points, context, keys)
-    settle(parts)
     error = np.asarray(estimates, float) - np.asarray(trace, float)[..., None]
     of_trace = _relative(
         _rms(error) if s.probes is None else _bias(error), _rms(trace) + 0.1 * _rms(norm)
@@ -85,11 +83,11 @@ def _relative(error: float, size: float) -> float:
     return error / size if error else 0.0
 
 
-@eqx.filter_jit
+@compiled
 def _traces(parts, times, points, context, keys):
     """`dz` from the field and from the divergence, the trace, the Jacobian's norm, the
     estimates."""
-    integrands, params = recognized(parts)
+    integrands, params = parts
     chosen = integrands.chosen_divergence(points[0], params, context)
     exact_with_norm = exact(chunk=16).with_norm
     assert exact_with_norm is not None

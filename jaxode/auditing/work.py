@@ -1,11 +1,10 @@
 """Checks of `jaxode.audit`: what a solve costs, and what makes it expensive."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxode._jax.closure import recognizable, recognized, settle
+from jaxode._jax.closure import compiled
 from jaxode.auditing.subject import Row, Subject
 
 EVALUATIONS = 1000
@@ -61,9 +60,7 @@ def stiffness(s: Subject) -> Row | None:
         return None  # Stability does not limit its steps.
     times, points = s.trajectories
     v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
-    parts = recognizable((s.integrands, s.params))
-    radius = _spectral_radii(parts, times, points, s.context, v)
-    settle(parts)
+    radius = _spectral_radii((s.integrands, s.params), times, points, s.context, v)
     span = abs(float(s.flow.t0) - float(s.flow.t1))
     return s.judge(
         "stiffness", jnp.max(radius) * span, STIFFNESS,
@@ -73,10 +70,10 @@ def stiffness(s: Subject) -> Row | None:
     )  # fmt: skip
 
 
-@eqx.filter_jit
+@compiled
 def _spectral_radii(parts, times, points, context, v):
     """The spectral radius of the Jacobian at each time and sample."""
-    integrands, params = recognized(parts)
+    integrands, params = parts
 
     def at(t, z, context):
         field = lambda z: integrands.field(t, z, params, context).astype(z.dtype)

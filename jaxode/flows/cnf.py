@@ -31,7 +31,7 @@ from jaxode._checks.samples import (
     check_steer,
     check_weights,
 )
-from jaxode._jax.closure import hash_of, recognizable, settle
+from jaxode._jax.closure import hash_of
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
@@ -168,10 +168,9 @@ class CNF(eqx.Module):
         check_not_empty(where, system.y0)
         weights = check_weights(where, weights, system.y0)
         key = check_key(where, key, optional=True)
-        parts = self._parts
-        out = programs.nll(system, parts, key, weights, self.quadrature, self.steer)
-        settle((system, parts))
-        loss, stats, result, t_reached = out
+        loss, stats, result, t_reached = programs.nll(
+            system, self._parts, key, weights, self.quadrature, self.steer
+        )
         data, joint = {"x": system.y0, "context": native(context)}, self.step_control == "joint"
         faults = weights_faults(where, weights, self.solve_options.axis_name)
         faults |= data_faults(where, data, weights, joint=joint)
@@ -266,7 +265,7 @@ class CNF(eqx.Module):
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
         """The integrands and the base density, as arguments of a compiled program."""
-        return recognizable((Integrands(self.f, self.divergence, self.regularizers), self.base))
+        return Integrands(self.f, self.divergence, self.regularizers), self.base
 
     def _system(
         self, where: str, x: Any, params: PyTree, context: PyTree, samples: Samples
@@ -293,9 +292,7 @@ class CNF(eqx.Module):
         """The end state of the compiled function `compute(system, parts, key)`."""
         throw = self.throw is None or self.throw
         system = self._system(where, x, params, context, samples).raising(throw)
-        parts = self._parts
-        solution = compute(system, parts, check_key(where, key, optional=True))
-        settle((system, parts))
+        solution = compute(system, self._parts, check_key(where, key, optional=True))
         if not throw:
             return solution.y1
         function, name = _source(where, samples)

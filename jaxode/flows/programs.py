@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxode._checks.arguments import check_same_times
 from jaxode._checks.errors import Result
 from jaxode._checks.samples import normalized
-from jaxode._jax.closure import compiled, recognized
+from jaxode._jax.closure import compiled
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import Objective, evaluate, unused_rows
@@ -34,14 +34,14 @@ def carried(system: System, parts, key) -> Solution:
 @compiled
 def log_prob(system: System, parts, key) -> Solution:
     """The log-density of data, as the end state."""
-    integrands, base = recognized(parts)
+    integrands, base = parts
     return _log_prob(system, integrands, base, _probes(system, integrands, key))
 
 
 @compiled
 def log_prob_and_error(system: System, parts, key) -> Solution:
     """The log-density of data and its standard error, as the end state."""
-    integrands, base = recognized(parts)
+    integrands, base = parts
     probes, shape = _probes(system, integrands, key), system.y0.shape
     if probes is None:
         solution = _log_prob(system, integrands, base, probes)
@@ -64,7 +64,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 @compiled
 def sampled(system: System, parts, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
-    integrands, base = recognized(parts)
+    integrands, base = parts
     state = (system.y0, log_prob_of(base, system.y0))
     rows = (_probes(system, integrands, key), system.rows)
     return run(system._replace(field=integrands.density, y0=state, rows=rows))
@@ -73,7 +73,7 @@ def sampled(system: System, parts, key) -> Solution:
 @compiled
 def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
-    integrands, base = recognized(parts)
+    integrands, base = parts
     axis_name, x, phase = system.stepper.axis_name, system.y0, None
     if steer > 0:
         system = system._replace(t1=random_end(key, system.t1, steer))
@@ -98,8 +98,9 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
 
 def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = False):
     axis_name = system.stepper.axis_name
-    shared, rows = recognized((system.shared, system.rows))
-    return integrands.probes(key, system.y0, shared, rows, axis_name, of_costs=of_costs)
+    return integrands.probes(
+        key, system.y0, system.shared, system.rows, axis_name, of_costs=of_costs
+    )
 
 
 def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Solution:

@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import Time, check_state
-from jaxode._jax.closure import recognized
+from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import VectorField
 from jaxode.ode.loop.stats import Stats
@@ -80,9 +79,8 @@ def backward_stats(
     return _backward_stats(system, *bars)
 
 
-@eqx.filter_jit
+@compiled
 def _backward_stats(system: System, y1_bar: PyTree, ys_bar: PyTree) -> Stats:
-    system = recognized(system)
     problem, stepper, ravel = pose(system)
     row = lambda y: ravel(jax.tree.map(lambda x: jnp.asarray(x)[None], y))
     ys_bar = None if ys_bar is None else jax.vmap(row)(ys_bar)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
 from jaxode._checks.errors import Result, not_finite
-from jaxode._jax.closure import compiled, recognized, settle
+from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
@@ -246,7 +246,6 @@ def solve_checked(
         ts=ts, batch=batch, dense=dense, event=event,
     )  # fmt: skip
     solution = _run(system.raising(throw))
-    settle(system)
     if not throw:
         return solution
     faults = not_finite(where, name, system.y0, batch=batch is not None)
@@ -298,7 +297,6 @@ def check_event(where: str, options: SolveOptions, event: Any, batch: Batch) -> 
 
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
-    system = recognized(system)
     problem, stepper, ravel = pose(system)
     if system.event is not None:
         condition = condition_on_rows(system, ravel)

@@ -23,7 +23,7 @@ from jaxode._checks.arguments import (
 )
 from jaxode._checks.errors import Faults
 from jaxode._checks.times import check_times
-from jaxode._jax.closure import close_field, recognizable, recognized
+from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import call_field
@@ -93,7 +93,7 @@ class System(NamedTuple):
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
-        backward = isinstance(recognized(self.adjoint), BacksolveAdjoint | InterpolatingAdjoint)
+        backward = isinstance(self.adjoint, BacksolveAdjoint | InterpolatingAdjoint)
         return self._replace(stepper=dataclasses.replace(self.stepper, raises=throw and backward))
 
 
@@ -121,8 +121,7 @@ def make_system(
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)
-    field, adjoint, event = recognizable((field, adjoint, event))
-    shared, rows = recognizable((shared, rows), dtype)
+    shared, rows = encoded((shared, rows), dtype)  # so that floats are inputs
     return System(
         Label(where), field, y0, t0, t1, ts, ts_lost, shared, rows, batch, stepper, adjoint, event
     )
@@ -219,8 +218,7 @@ def _rows_field(system: System):
 def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     """The problem on rows, its stepper, and the map to rows. Traces the field once.
 
-    A batch with joint steps has one row, and so has a single system, which is one sample. The
-    system must be `recognized`.
+    A batch with joint steps has one row, and so has a single system, which is one sample.
     """
     y0 = system.y0
     if system.batch is None:

@@ -12,7 +12,7 @@ import scipy.stats
 from helpers import METHODS, REVERSE, assert_close, optional
 
 import jaxode
-from jaxode._jax.closure import recognized
+from jaxode._jax.closure import compiled
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import GOLDEN, gauss
 from jaxode.ode.adjoints import discrete
@@ -68,9 +68,9 @@ def recorded_times(flow, params, x, context):
         "", carried, x, span, params, flow.solve_options, rows=context, batch=flow.step_control
     )
 
-    @eqx.filter_jit
+    @compiled
     def solve(system):
-        problem, method, _ = pose(recognized(system))
+        problem, method, _ = pose(system)
         return integrate(problem, method, 2)[1]
 
     tape = solve(system)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._checks.errors import Result
-from jaxode._jax.closure import ClosedField, close_field, recognized
+from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.sharding import vary_alike
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
@@ -83,7 +83,6 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
 
     Only the loss is differentiable.
     """
-    objective = recognized(objective)
     fused = isinstance(objective.system.adjoint, DiscreteAdjoint)
     loss, rest = _fused(objective) if fused else _augmented(objective)
     log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
