@@ -34,7 +34,7 @@ def contenders(p: flows.Problem, max_steps: int) -> dict[str, tuple[Any, Any, bo
     )
     return {
         "jaxode": (jaxode_loss(), p.key, False),
-        "jaxode per sample": (jaxode_loss(step_control="per_sample"), p.key, False),
+        "jaxode per sample": (jaxode_loss(batch="per_sample"), p.key, False),
         "jaxode backsolve": (jaxode_loss(adjoint=jaxode.BacksolveAdjoint()), p.key, False),
         "diffrax checkpointed": (diffrax_loss(checkpointed), p.probe, False),
         "diffrax vmap checkpointed": (diffrax_loss(checkpointed, per_sample=True), p.probe, False),

@@ -27,7 +27,7 @@ def run(case: str, bench: Bench) -> dict[str, Any]:
     p, failed = flows.problem(CASES[case]), {}
     check_same(failed, "the same network in PyTorch", lambda: in_torch().check_networks(p))
     makers = {
-        "jaxode": lambda: flows.jaxode_step(p, step_control="per_sample"),
+        "jaxode": lambda: flows.jaxode_step(p, batch="per_sample"),
         "jaxode joint": lambda: flows.jaxode_step(p),
         **{
             name: lambda adjoint=adjoint: flows.diffrax_step(

@@ -65,7 +65,7 @@ def evaluate(m, x: jax.Array) -> dict[str, float]:
     """
     augmented = {"divergence": EXACT, "adjoint": jaxode.BacksolveAdjoint()}
     joint = jaxode.cnf(jaxode.nn.field, BASE, **augmented)
-    each = jaxode.cnf(jaxode.nn.field, BASE, step_control="per_sample", **augmented)
+    each = jaxode.cnf(jaxode.nn.field, BASE, batch="per_sample", **augmented)
     loss, aux = jax.jit(joint.nll_and_stats)(m, x)
     own = jax.jit(each.nll_and_stats)(m, x)[1]
     return {

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import integer, non_negative, state_dtype
+from jaxode._checks.caller import public
 from jaxode._jax.sharding import axes_of, vary
 
 Samples = Float[Array, "batch *event"]
@@ -43,6 +44,7 @@ def _as_drawn(key: PRNGKeyArray, z: Samples, x: Samples, context: PyTree) -> Non
     del key, z, x, context
 
 
+@public("optimal_transport")
 def optimal_transport(group: int = 64, condition_weight: float | None = None) -> Coupling:
     """Exact optimal transport within groups of consecutive rows.
 
@@ -80,10 +82,11 @@ def optimal_transport(group: int = 64, condition_weight: float | None = None) ->
     References: Tong et al. (2023), arXiv:2302.00482; Cheng and Schwing (2025), arXiv:2503.10636;
     Crouse (2016), doi:10.1109/TAES.2016.140952.
     """
-    where, rule = "optimal_transport", "a finite number, at least 0"
-    group = integer(where, "group", group)
+    group = integer("group", group)
     if condition_weight is not None:
-        condition_weight = non_negative(where, "condition_weight", condition_weight, rule)
+        condition_weight = non_negative(
+            "condition_weight", condition_weight, "a finite number, at least 0"
+        )
     return Coupling(_OptimalTransport(group, condition_weight))
 
 

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import is_known, is_number
+from jaxode._checks.arguments import is_number
+from jaxode._checks.caller import arg, caller, public
+from jaxode._checks.rules import FROM_NOISE, Faults
 from jaxode.distributions import DiagonalNormal, as_event_shape
 from jaxode.ode.field import VectorField, check_field
 
@@ -58,8 +60,9 @@ class VariancePreserving:
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    @public("")
     def __post_init__(self):
-        _check_order("VariancePreserving", self, zero=True)
+        _check_order(self, zero=True)
 
     def _beta(self, t: Time) -> Time:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -98,8 +101,9 @@ class VarianceExploding:
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
+    @public("")
     def __post_init__(self):
-        _check_order("VarianceExploding", self, zero=False)
+        _check_order(self, zero=False)
 
     def drift(self, t: Time) -> Time:
         """Zero."""
@@ -117,20 +121,21 @@ class VarianceExploding:
         """`sigma_min (sigma_max / sigma_min)^t`."""
         return self.sigma_min * jnp.exp(t * math.log(self.sigma_max / self.sigma_min))
 
+    @public("base")
     def base(self, event_shape: int | tuple[int, ...]) -> DiagonalNormal:
         """The density at `t = 1`, for data around zero that are small compared with `sigma_max`."""
-        zero = jnp.zeros(as_event_shape("base", event_shape))
+        zero = jnp.zeros(as_event_shape(event_shape))
         return DiagonalNormal(zero, zero + math.log(self.sigma_max))
 
 
-def _check_order(where: str, path: Any, zero: bool) -> None:
+def _check_order(path: Any, zero: bool) -> None:
     """Raise unless both numbers are finite and rising, from above zero (or at least zero)."""
     (low, least), (high, most) = vars(path).items()
     numbers = all(is_number(x) for x in (least, most))
     if not numbers or not (0 <= least < most < math.inf) or (least == 0 and not zero):
         rule = "at least 0" if zero else "positive"
         raise ValueError(
-            f"{where}({low}=..., {high}=...): must be {rule}, finite and in rising order; got "
+            f"{caller()}({low}=..., {high}=...): must be {rule}, finite and in rising order; got "
             f"{least!r} and {most!r}."
         )
 
@@ -167,22 +172,18 @@ class _ProbabilityFlow:
         of_score = -0.5 * self.path.diffusion(t) ** 2
         return of_score if self.predicts == "score" else -of_score / self.path.std(t)
 
-    span_rule = (
-        "cnf(t0=..., t1=...): a probability flow runs from its noise, the base, at 1 to its data "
-        "at 0{got}. Pass t0=1.0, and a t1 at or near 0."
-    )
-
     def check_span(self, t0: Any, t1: Any) -> Any:
         """The start time for `cnf`. If only the run can tell that the span is wrong, it is NaN."""
-        right = (t1 >= 0) & (t1 <= t0) & (t0 <= 1)
-        if not is_known((t0, t1)):
-            return jnp.where(right, jnp.asarray(t0, float), jnp.nan)
-        if not right:
-            got = f"; got t0={float(t0)!r} and t1={float(t1)!r}"
-            raise ValueError(self.span_rule.format(got=got))
-        return t0
+        if not FROM_NOISE.check(t0, t1):
+            return t0
+        return jnp.where(FROM_NOISE.holds(t0, t1), jnp.asarray(t0, float), jnp.nan)
+
+    def span_faults(self, t0: Any) -> Faults:
+        """The fault of a start time from `check_span`."""
+        return {FROM_NOISE.sentence(where="cnf"): lambda: jnp.isnan(t0)}
 
 
+@public("probability_flow")
 def probability_flow(
     model: Model, path: Path, *, predicts: Literal["score", "noise"] = "score"
 ) -> VectorField:
@@ -211,12 +212,10 @@ def probability_flow(
 
     Reference: Song et al. (2021), arXiv:2011.13456, appendix D.
     """
-    where = "probability_flow"
-    check_field(where, "model", model, "model(t, z, args)")
+    check_field("model", model, "model(t, z, args)")
     if isinstance(path, type):
         raise TypeError(
-            f"{where}(path=...): must be a path; got the class {path.__name__}. Pass an instance "
-            "of it."
+            f"{arg('path')} must be a path; got the class {path.__name__}. Pass an instance of it."
         )
     missing = [
         name
@@ -225,11 +224,11 @@ def probability_flow(
     ]
     if missing:
         raise TypeError(
-            f"{where}(path=...): must have functions of time drift, diffusion, mean_scale and std; "
+            f"{arg('path')} must have functions of time drift, diffusion, mean_scale and std; "
             f"got {path!r} without {', '.join(missing)}. Use jaxode.VariancePreserving()."
         )
     if predicts not in ("score", "noise"):
         raise ValueError(
-            f"{where}(predicts=...): must be 'score' or 'noise'; got {predicts!r}."
+            f"{arg('predicts')} must be 'score' or 'noise'; got {predicts!r}."
         )  # fmt: skip
     return _ProbabilityFlow(model, path, predicts)

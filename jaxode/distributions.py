@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode._checks.caller import arg, public
+
 
 class BaseDensity(Protocol):
     """What `cnf` needs of a base density."""
@@ -77,6 +79,7 @@ class DiagonalNormal(eqx.Module):
         return spread(self.mean) + spread(jnp.exp(self.log_scale)) * noise
 
 
+@public("diagonal_normal")
 def diagonal_normal(event_shape: int | tuple[int, ...]) -> DiagonalNormal:
     """Independent normals with learnable means and scales, initially standard normal.
 
@@ -86,20 +89,21 @@ def diagonal_normal(event_shape: int | tuple[int, ...]) -> DiagonalNormal:
     Raises:
         ValueError: if a dimension is not a positive integer.
     """
-    shape = as_event_shape("diagonal_normal", event_shape)
+    shape = as_event_shape(event_shape)
     return DiagonalNormal(jnp.zeros(shape), jnp.zeros(shape))
 
 
+@public("standard_normal")
 def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
     """The standard normal density on events of this shape. An integer stands for a vector.
 
     Raises:
         ValueError: if a dimension is not a positive integer.
     """
-    return StandardNormal(as_event_shape("standard_normal", event_shape))
+    return StandardNormal(as_event_shape(event_shape))
 
 
-def as_event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
+def as_event_shape(event_shape: Any) -> tuple[int, ...]:
     """The shape of an event as a tuple. An integer stands for a vector."""
     try:
         sizes = np.atleast_1d(event_shape) if np.size(event_shape) else ()
@@ -107,9 +111,7 @@ def as_event_shape(where: str, event_shape: Any) -> tuple[int, ...]:
     except TypeError:
         shape = (0,)
     if not all(size > 0 for size in shape):
-        raise ValueError(
-            f"{where}(event_shape=...): must be positive integers; got {event_shape!r}."
-        )
+        raise ValueError(f"{arg('event_shape')} must be positive integers; got {event_shape!r}.")
     return shape
 
 

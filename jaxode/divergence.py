@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import check_derivative, integer
+from jaxode._checks.caller import public
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
 
@@ -35,7 +36,7 @@ class FieldAt:
 
     def __call__(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
         dz = call_field(self.f, self.t, z, self.args)
-        check_derivative("cnf", z, dz)  # before an estimator meets it
+        public("cnf")(check_derivative)(z, dz)  # before an estimator meets it
         return dz
 
     def value_and_divergence(self, z: Float[Array, " *event"]) -> Any:
@@ -100,6 +101,7 @@ class _WithoutNorm:
         return dz, div
 
 
+@public("exact")
 def exact(chunk: int | None = None) -> Divergence:
     """The trace of the Jacobian, `sum_i e_i . (dg/dz e_i)`: one product per dimension.
 
@@ -112,7 +114,7 @@ def exact(chunk: int | None = None) -> Divergence:
     Raises:
         ValueError: if `chunk` is not a positive integer.
     """
-    chunk = None if chunk is None else integer("exact", "chunk", chunk)
+    chunk = None if chunk is None else integer("chunk", chunk)
     trace = _Trace(chunk)
     return Divergence(_no_probe, _WithoutNorm(trace), f"exact(chunk={chunk})", with_norm=trace)
 
@@ -144,6 +146,7 @@ def _no_probe(key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> None:
     del key, z
 
 
+@public("hutchinson")
 def hutchinson(
     probes: int = 1, distribution: Literal["rademacher", "gaussian", "orthogonal"] = "rademacher"
 ) -> Divergence:
@@ -166,7 +169,7 @@ def hutchinson(
         raise ValueError(
             f"hutchinson(distribution=...): must be one of {sorted(_DRAWS)}; got {distribution!r}."
         )
-    probes = integer("hutchinson", "probes", probes)
+    probes = integer("probes", probes)
     return Divergence(
         _Probes(probes, distribution),
         _WithoutNorm(_mean_of_probes),

@@ -21,9 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode._checks.arguments import integer, is_known, state_dtype
+from jaxode._checks.arguments import integer, state_dtype
+from jaxode._checks.caller import arg, public
+from jaxode._checks.rules import is_known
 
 
+@public("dequantize")
 def dequantize(
     key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int
 ) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
@@ -46,11 +49,10 @@ def dequantize(
         ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
             2.
     """
-    where = "dequantize"
-    _check_levels(where, levels)
+    _check_levels(levels)
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
-    _check_values(where, "x", x, is_level, rule, "Pass the levels themselves, not scaled.")
+    _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
     x = jnp.asarray(x)
     dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     x, noise = x.astype(dtype), jax.random.uniform(key, x.shape, dtype)
@@ -61,16 +63,18 @@ def dequantize(
     return noisy / levels, log_det
 
 
+@public("quantize")
 def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
     """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`.
 
     Raises:
         ValueError: if `levels` is not an integer of at least 2.
     """
-    _check_levels("quantize", levels)
+    _check_levels(levels)
     return jnp.clip(jnp.floor(u * levels), 0, levels - 1)
 
 
+@public("logit")
 def logit(
     u: Float[Array, "batch *event"], margin: float = 0.05
 ) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
@@ -83,45 +87,47 @@ def logit(
     Raises:
         ValueError: if a value is known not to be in `[0, 1]`, or `margin` is not in `[0, 1/2)`.
     """
-    _check_margin("logit", margin)
+    _check_margin(margin)
     in_range = lambda u: (u >= 0) & (u <= 1)
-    _check_values("logit", "u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
+    _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
     v = margin + (1 - 2 * margin) * u
     y = jnp.log(v) - jnp.log1p(-v)
     slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log1p(-v)
     return y, jnp.sum(slope, axis=tuple(range(1, u.ndim)))
 
 
+@public("inverse_logit")
 def inverse_logit(y: Float[Array, "..."], margin: float = 0.05) -> Float[Array, "..."]:
     """The inverse of `logit`. Beyond the data, `u` may leave `[0, 1]` by `margin / (1 - 2 margin)`.
 
     Raises:
         ValueError: if `margin` is not at least 0 and below 1/2.
     """
-    _check_margin("inverse_logit", margin)
+    _check_margin(margin)
     return (jax.nn.sigmoid(y) - margin) / (1 - 2 * margin)
 
 
+@public("bits_per_dimension")
 def bits_per_dimension(log_prob: Float[Array, "..."], size: int) -> Float[Array, "..."]:
     """`-log_prob / (size log 2)`: nats per event of `size` numbers as bits per number."""
-    size = integer("bits_per_dimension", "size", size)
+    size = integer("size", size)
     return -log_prob / (size * math.log(2))
 
 
-def _check_values(where: str, name: str, x: Any, good, rule: str, remedy: str) -> None:
+def _check_values(name: str, x: Any, good, rule: str, remedy: str) -> None:
     """Raise unless all values that this host knows are good."""
     if not is_known(x) or not getattr(x, "is_fully_addressable", True):
         return
     values = np.asarray(x)
     bad = values[~good(values)]
     if bad.size:
-        raise ValueError(f"{where}({name}=...): {rule}; got {bad[0]}. {remedy}")
+        raise ValueError(f"{arg(name)} {rule}; got {bad[0]}. {remedy}")
 
 
-def _check_levels(where: str, levels: int) -> None:
-    integer(where, "levels", levels, least=2, rule="an integer of at least 2")
+def _check_levels(levels: int) -> None:
+    integer("levels", levels, least=2, rule="an integer of at least 2")
 
 
-def _check_margin(where: str, margin: float) -> None:
+def _check_margin(margin: float) -> None:
     if not 0 <= margin < 0.5:
-        raise ValueError(f"{where}(margin=...): must be at least 0 and below 0.5; got {margin!r}.")
+        raise ValueError(f"{arg('margin')} must be at least 0 and below 0.5; got {margin!r}.")

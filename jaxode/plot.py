@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxode._checks.caller import arg, public
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -67,6 +69,7 @@ def density(
     return _named(ax, "$x_1$", "$x_2$")
 
 
+@public("samples")
 def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw points in the plane, small and translucent.
 
@@ -78,12 +81,13 @@ def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **st
     Raises:
         ValueError: if the points are not two-dimensional.
     """
-    points = _plane("samples", "x", x, 2)
+    points = _plane("x", x, 2)
     ax = _axes(ax)
     ax.scatter(*points.T, **{"s": 4, "alpha": 0.5, "linewidths": 0, **style})
     return _named(ax, "$x_1$", "$x_2$")
 
 
+@public("trajectories")
 def trajectories(
     ys: Float[Array | np.ndarray, "times n 2"],
     *,
@@ -104,7 +108,7 @@ def trajectories(
     Raises:
         ValueError: if the states are not two-dimensional.
     """
-    paths = _plane("trajectories", "ys", ys, 3)
+    paths = _plane("ys", ys, 3)
     ax = _axes(ax)
     ax.plot(paths[:, :, 0], paths[:, :, 1], **{"color": "gray", "lw": 0.6, **style})
     for points, label in ((paths[0], start), (paths[-1], end)):
@@ -112,6 +116,7 @@ def trajectories(
     return _named(ax, "$x_1$", "$x_2$")
 
 
+@public("history")
 def history(
     losses: Float[Array | np.ndarray, " steps"] | Sequence[float],
     *,
@@ -130,9 +135,10 @@ def history(
     Raises:
         ValueError: if there is not one number per step.
     """
-    return _curve("history", "losses", losses, window, "loss", ax, style)
+    return _curve("losses", losses, window, "loss", ax, style)
 
 
+@public("evaluations")
 def evaluations(
     num_evals: Int[Array | np.ndarray, " steps"] | Sequence[int],
     *,
@@ -151,15 +157,13 @@ def evaluations(
     Raises:
         ValueError: if there is not one number per step.
     """
-    return _curve(
-        "evaluations", "num_evals", num_evals, window, "vector field evaluations", ax, style
-    )
+    return _curve("num_evals", num_evals, window, "vector field evaluations", ax, style)
 
 
-def _curve(where: str, name: str, values, window: int, ylabel: str, ax, style) -> Axes:
+def _curve(name: str, values, window: int, ylabel: str, ax, style) -> Axes:
     values = np.asarray(values, float)
     if values.ndim != 1:
-        raise ValueError(f"plot.{where}({name}=...): must have shape (steps,); got {values.shape}.")
+        raise ValueError(f"plot.{arg(name)} must have shape (steps,); got {values.shape}.")
     ax = _axes(ax)
     # With a window as long as the curve, the mean would be a single, invisible point.
     window = max(min(window, values.size // 2), 1)
@@ -176,12 +180,12 @@ def _mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1)
 
 
-def _plane(where: str, name: str, x: Any, ndim: int) -> np.ndarray:
+def _plane(name: str, x: Any, ndim: int) -> np.ndarray:
     x = np.asarray(x)
     if x.ndim != ndim or x.shape[-1] != 2:
         axes = ("times, n, 2", "n, 2")[ndim == 2]
         raise ValueError(
-            f"plot.{where}({name}=...): must have shape ({axes}); got {x.shape}. "
+            f"plot.{arg(name)} must have shape ({axes}); got {x.shape}. "
             "For larger events, choose two coordinates."
         )
     return x

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import non_negative
+from jaxode._checks.caller import arg, public
 
 
 class Regularizer(NamedTuple):
@@ -27,15 +28,17 @@ class Regularizer(NamedTuple):
     """Whether it uses `norm`, which is None otherwise."""
 
 
+@public("kinetic_energy")
 def kinetic_energy(weight: float) -> Regularizer:
     """`weight` times the integral of `|f(t, z)|^2`. Favors straight paths with constant speed.
 
     Raises:
         ValueError: if the weight is negative or not finite.
     """
-    return Regularizer("kinetic_energy", _weight("kinetic_energy", weight), _square)
+    return Regularizer("kinetic_energy", _weight(weight), _square)
 
 
+@public("jacobian_frobenius")
 def jacobian_frobenius(weight: float) -> Regularizer:
     """`weight` times the integral of `|df/dz|_F^2`. Favors fields that vary little in space.
 
@@ -45,7 +48,7 @@ def jacobian_frobenius(weight: float) -> Regularizer:
     Raises:
         ValueError: if the weight is negative or not finite.
     """
-    weight = _weight("jacobian_frobenius", weight)
+    weight = _weight(weight)
     return Regularizer("jacobian_frobenius", weight, _norm, needs_norm=True)
 
 
@@ -60,19 +63,18 @@ def _norm(dz: Array, norm: Array | None) -> Array:
     return norm
 
 
-def _weight(where: str, weight: float) -> float:
-    return non_negative(where, "weight", weight, "a Python number, finite and at least 0")
+def _weight(weight: float) -> float:
+    return non_negative("weight", weight, "a Python number, finite and at least 0")
 
 
-def check_regularizers(where: str, regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:
+def check_regularizers(regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:
     """The regularizers as a tuple. Their names must differ."""
     given = tuple(regularizers) if isinstance(regularizers, Iterable) else (regularizers,)
     if isinstance(regularizers, Regularizer) or not all(isinstance(r, Regularizer) for r in given):
         raise TypeError(
-            f"{where}(regularizers=...): must be a tuple of jaxode.regularizers; "
-            f"got {regularizers!r}."
+            f"{arg('regularizers')} must be a tuple of jaxode.regularizers; got {regularizers!r}."
         )
     names = [regularizer.name for regularizer in given]
     if len(set(names)) < len(names):
-        raise ValueError(f"{where}(regularizers=...): their names must differ; got {names}.")
+        raise ValueError(f"{arg('regularizers')} their names must differ; got {names}.")
     return given

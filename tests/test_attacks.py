@@ -227,7 +227,7 @@ def test_a_solve_that_succeeds_passes_under_debug_nans(call):
 
 BAD_STATE = X.at[1, 0].set(jnp.nan)
 OF_ROWS = r"must be finite; got NaN or inf in 1 of 3 rows, first in row 1\. Leave those rows out, "
-OF_ONE = r"must be finite; got NaN or inf\. Mend what it comes from\."
+OF_ONE = r"must be finite; got NaN or inf\. Fix its source\."
 # (call of a state, the state, the message)
 NOT_FINITE = {
     "solve": (lambda y0: end(y0), BAD_STATE, rf"solve\(y0=...\): {OF_ONE}"),

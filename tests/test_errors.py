@@ -90,18 +90,18 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(ts=jnp.array([0.5, 0.2])), ValueError,
-        "solve(ts=...): times must increase from t0=0 to t1=1; got [0.5 0.2]. "
-        "Sort them in the direction of the solve.",
+        "solve(ts=...): times must increase from t0=0.0 to t1=1.0; got 0.5 before 0.2. "
+        "Sort them, or extend the solve.",
     ),
     (
         lambda: solve(t0=1.0, t1=0.0, ts=jnp.array([0.2, 0.5])), ValueError,
-        "solve(ts=...): times must decrease from t0=1 to t1=0; got [0.2 0.5]. "
-        "Sort them in the direction of the solve.",
+        "solve(ts=...): times must decrease from t0=1.0 to t1=0.0; got 0.2 before 0.5. "
+        "Sort them, or extend the solve.",
     ),
     (
         lambda: solve(ts=jnp.array([0.5, 1.5])), ValueError,
-        "solve(ts=...): times must lie between t0=0.0 and t1=1.0; got 1.5. "
-        "Extend the solve or drop the times outside it.",
+        "solve(ts=...): times must increase from t0=0.0 to t1=1.0; got 1.5 before t1=1.0. "
+        "Sort them, or extend the solve.",
     ),
     (
         lambda: solve(ts=jnp.ones((2, 2))), ValueError,
@@ -177,9 +177,9 @@ BAD_INPUT = [
         "Use jaxode.DiscreteAdjoint().",
     ),
     (
-        lambda: flow(solver=diffrax.Kvaerno3(), step_control="per_sample"), ValueError,
-        "flow(step_control='per_sample'): needs an explicit Runge-Kutta solver; got Kvaerno3. "
-        "Use jax.vmap over jaxode.solve, or step_control='joint', whose cost grows as the cube of "
+        lambda: flow(solver=diffrax.Kvaerno3(), batch="per_sample"), ValueError,
+        "flow(batch='per_sample'): needs an explicit Runge-Kutta solver; got Kvaerno3. "
+        "Use jax.vmap over jaxode.solve, or batch='joint', whose cost grows as the cube of "
         "the whole state.",
     ),
     (
@@ -240,8 +240,8 @@ BAD_INPUT = [
         "Use solve without batch for a single system.",
     ),
     (
-        lambda: flow(step_control="each"), ValueError,
-        "flow(step_control=...): must be 'joint' or 'per_sample'; got 'each'.",
+        lambda: flow(batch="each"), ValueError,
+        "flow(batch=...): must be 'joint' or 'per_sample'; got 'each'.",
     ),
     (
         lambda: flow(f=lambda t, y, args: jnp.ones((3, 2))), ValueError,
@@ -321,8 +321,8 @@ BAD_INPUT = [
         "'precision', 'rtol', 'solver', 'steps'].",
     ),
     (
-        lambda: cnf(step_control="per-sample"), ValueError,
-        "cnf(step_control=...): must be 'joint' or 'per_sample'; got 'per-sample'.",
+        lambda: cnf(batch="per-sample"), ValueError,
+        "cnf(batch=...): must be 'joint' or 'per_sample'; got 'per-sample'.",
     ),
     (
         lambda: cnf(regularizers=2 * (jaxode.regularizers.kinetic_energy(0.1),)), ValueError,
@@ -333,9 +333,9 @@ BAD_INPUT = [
         "hutchinson(probes=...): must be a positive integer; got True.",
     ),
     (
-        lambda: cnf(axis_name="batch", step_control="per_sample"), ValueError,
+        lambda: cnf(axis_name="batch", batch="per_sample"), ValueError,
         "cnf(axis_name='batch'): joins the steps of a batch that is split over devices; with "
-        "step_control='per_sample' each sample has its own. Leave it out.",
+        "batch='per_sample' each sample has its own. Leave it out.",
     ),
     (
         lambda: flow(tol=1e-3), TypeError,
@@ -538,7 +538,7 @@ BAD_INPUT = [
             (
                 (0.0, jnp.ones(3), jnp.ones(3)), TypeError,
                 "event_shape=...): the network was made for samples of 2 numbers; got a sample of "
-                "shape (3,). Make it with event_shape=(3,), or mend the samples.",
+                "shape (3,). Make it with event_shape=(3,), or fix the samples.",
             ),
             (
                 (0.0, ONE, NETWORK), TypeError,
@@ -550,7 +550,7 @@ BAD_INPUT = [
     (
         lambda: jaxode.flow(jaxode.nn.field, X, 0.0, 1.0, jaxode.nn.MLP(3, key=KEY)), TypeError,
         "MLP(event_shape=...): the network was made for samples of 3 numbers; got a sample of "
-        "shape (2,). Make it with event_shape=(2,), or mend the samples.",
+        "shape (2,). Make it with event_shape=(2,), or fix the samples.",
     ),
     (
         lambda: NETWORK(0.0, ONE, NETWORK), TypeError,
@@ -698,7 +698,7 @@ def test_failed_rows_are_named():
         jaxode.SolveError,
         match=r"^flow: the step size fell below .* at t=0\.500003 in 2 of 4 rows, first in row 1\.",
     ):
-        jaxode.flow(blow_up, z, 0.0, 1.0, step_control="per_sample")
+        jaxode.flow(blow_up, z, 0.0, 1.0, batch="per_sample")
 
 
 def test_times_known_only_at_run_time():

@@ -1,25 +1,20 @@
-"""Checks at trace time: each error names the function, the argument, the rule and the remedy."""
+"""Checks of types, shapes and dtypes: each error names function, argument, rule and remedy."""
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import NOT_NAN, Rule
 from jaxode._jax.sharding import AxisName, axes_of
 
 Time = float | Real[Array, ""]
 
 PYTHON_NUMBERS = float | int | complex | bool
-
-
-def is_known(value: Any) -> bool:
-    """Whether a value, or every value of a pytree, is known at trace time."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
 def is_list_of_numbers(value: Any) -> bool:
@@ -34,7 +29,6 @@ def as_array(value: Any, dtype: jnp.dtype) -> Any:
 
 
 def integer(
-    where: str,
     name: str,
     value: Any,
     least: int = 1,
@@ -47,7 +41,7 @@ def integer(
     except TypeError:
         number = None
     if number is None or number < least:
-        raise ValueError(f"{where}({name}=...): must be {rule}; got {value!r}.{cure}")
+        raise ValueError(f"{arg(name)} must be {rule}; got {value!r}.{cure}")
     return number
 
 
@@ -56,60 +50,39 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def non_negative(where: str, name: str, value: Any, rule: str) -> float:
+def non_negative(name: str, value: Any, rule: str) -> float:
     """The value, if it is a finite Python number of at least zero."""
     if not is_number(value) or not 0 <= value < float("inf"):
-        raise ValueError(f"{where}({name}=...): must be {rule}; got {value!r}.")
+        raise ValueError(f"{arg(name)} must be {rule}; got {value!r}.")
     return float(value)
 
 
-def one_of(where: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise unless the value is one of the choices: words, integers and None."""
     kind = isinstance(value, str | int | None) and not isinstance(value, bool)  # True == 1
     if not kind or value not in choices:
         *some, last = map(repr, choices)
-        raise ValueError(
-            f"{where}({name}=...): must be {', '.join(some)} or {last}; got {value!r}."
-        )
+        raise ValueError(f"{arg(name)} must be {', '.join(some)} or {last}; got {value!r}.")
 
 
-def real_scalar(
-    where: str, name: str, value: Any, rule: str, holds: Callable[[float], bool], kind: str
-) -> None:
-    """Raise unless the value is a real scalar and, if it is known, `holds`."""
+def check_number(name: str, value: Any, rule: Rule, kind: str = "number") -> None:
+    """Raise unless the value is a real scalar that is not known to break the rule."""
     if not isinstance(value, float):  # Most are floats and need no array.
         dtype = numeric_dtype(value)
         if dtype is None or not jnp.issubdtype(dtype, jnp.number):
-            raise TypeError(f"{where}({name}=...): must be a real {kind}; got {value!r}.")
+            raise TypeError(f"{arg(name)} must be a real {kind}; got {value!r}.")
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(f"{where}({name}=...): must be a real {kind}; got a complex number.")
+            raise TypeError(f"{arg(name)} must be a real {kind}; got a complex number.")
         if jnp.shape(value) != ():
             scalar, shape = f"scalar {kind}".removesuffix(" number"), jnp.shape(value)
-            raise ValueError(f"{where}({name}=...): must be a {scalar}; got shape {shape}.")
-    if is_known(value) and not holds(float(value)):
-        raise ValueError(f"{where}({name}=...): must be {rule}; got {value}.")
+            raise ValueError(f"{arg(name)} must be a {scalar}; got shape {shape}.")
+    rule.check(value, name=name)
 
 
-def check_tolerance(where: str, name: str, value: Any) -> None:
-    """Raise unless the value is a scalar, and a valid tolerance if it is known."""
-    rule = "a finite tolerance of at least 0"
-    real_scalar(where, name, value, rule, lambda x: 0 <= x < np.inf, "number")
-
-
-def check_positive(where: str, name: str, value: Any) -> None:
-    """Raise unless the value is a scalar, and positive and finite if it is known."""
-    real_scalar(where, name, value, "positive and finite", lambda x: 0 < x < np.inf, "number")
-
-
-def check_time(where: str, name: str, value: Any) -> None:
-    """Raise unless the value is a time, and finite if it is known."""
-    real_scalar(where, name, value, "a finite time", np.isfinite, "time")
-
-
-def check_bool(where: str, name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
     """Raise unless the value is True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{where}({name}=...): must be True or False; got {value!r}.")
+        raise TypeError(f"{arg(name)} must be True or False; got {value!r}.")
 
 
 def native(tree: PyTree) -> PyTree:
@@ -128,13 +101,13 @@ def described(array: Any) -> str:
     return f"an array of {array.dtype}"
 
 
-def check_args(where: str, name: str, args: PyTree) -> PyTree:
+def check_args(name: str, args: PyTree) -> PyTree:
     """The arguments. Raises for NumPy arrays whose dtype JAX does not have."""
     args = native(args)
     for leaf in jax.tree.leaves(args):
         if isinstance(leaf, np.ndarray | np.generic) and numeric_dtype(leaf) is None:
             raise TypeError(
-                f"{where}({name}=...): arrays must be numeric; got {described(leaf)}. "
+                f"{arg(name)} arrays must be numeric; got {described(leaf)}. "
                 "Encode it as numbers, or let the vector field close over it."
             )
     return args
@@ -152,15 +125,15 @@ def state_dtype(y0: PyTree) -> jnp.dtype:
         return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(y0)))
 
 
-def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
+def check_state(name: str, y0: PyTree) -> PyTree[Array]:
     """The state as floating arrays."""
     y0 = native(y0)
     leaves = jax.tree.leaves(y0)
     if not leaves:
-        raise ValueError(f"{where}({name}=...): must hold at least one array; got {y0!r}.")
+        raise ValueError(f"{arg(name)} must hold at least one array; got {y0!r}.")
     if is_list_of_numbers(y0):
         raise TypeError(
-            f"{where}({name}=...): must be an array or a pytree of arrays; got a list of numbers, "
+            f"{arg(name)} must be an array or a pytree of arrays; got a list of numbers, "
             "which the vector field would get as a list. Pass jnp.array of it."
         )
     for leaf in leaves:
@@ -168,7 +141,7 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
         if not array or _is_not_numeric(leaf):
             got = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
-                f"{where}({name}=...): leaves must be floating arrays; got {got}. "
+                f"{arg(name)} leaves must be floating arrays; got {got}. "
                 "Pass things that are not part of the state in args."
             )
         dtype = numeric_dtype(leaf)
@@ -181,9 +154,7 @@ def check_state(where: str, name: str, y0: PyTree) -> PyTree[Array]:
                 )
             elif jnp.issubdtype(dtype, jnp.complexfloating):
                 cure = "Pass real and imaginary parts, such as (y.real, y.imag)."
-            raise TypeError(
-                f"{where}({name}=...): leaves must have a floating dtype; got {got}. {cure}"
-            )
+            raise TypeError(f"{arg(name)} leaves must have a floating dtype; got {got}. {cure}")
     return jax.tree.map(jnp.asarray, y0)
 
 
@@ -192,83 +163,80 @@ def shape_of(leading: str, event: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, (leading, *event)))}]"
 
 
-def check_batch(where: str, name: str, z: PyTree) -> PyTree[Array]:
+def check_batch(name: str, z: PyTree) -> PyTree[Array]:
     """The states as arrays with a common leading axis."""
-    z = check_state(where, name, z)
+    z = check_state(name, z)
     shapes = [leaf.shape for leaf in jax.tree.leaves(z)]
     if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
-            f"{where}({name}=...): leaves must share a leading batch axis; got shapes {shapes}. "
+            f"{arg(name)} leaves must share a leading batch axis; got shapes {shapes}. "
             "Use solve without batch for a single system."
         )
     return z
 
 
-def check_same_times(where: str, times: PyTree, axis_name: AxisName | None) -> None:
+def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:
     """Raise if devices that take the same steps have different times."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     differ = sorted(axes_of(times).intersection(names))
     if differ:
         raise ValueError(
-            f"{where}(axis_name={axis_name!r}): the devices take the same steps, so the times must "
+            f"{arg('axis_name', axis_name)} the devices take the same steps, so the times must "
             f"be the same on all; got times that vary over {differ}. With steer=, pass a key that "
             "all devices share."
         )
 
 
-def check_derivative(where: str, y: PyTree, dy: PyTree, hint: str = "") -> None:
+def check_derivative(y: PyTree, dy: PyTree, hint: str = "") -> None:
     """Raise unless the derivative has the structure, shapes and precision of the state.
 
     The `hint` follows the message for a wrong shape.
     """
     if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
-            f"{where}(f=...): f(t, y, args) must return the structure of y, "
+            f"{arg('f')} f(t, y, args) must return the structure of y, "
             f"{jax.tree.structure(y)}; got {jax.tree.structure(dy)}."
         )
     for expected, actual in zip(jax.tree.leaves(y), jax.tree.leaves(dy), strict=True):
         if not isinstance(actual, jax.Array | np.ndarray | np.generic | float | int | complex):
             raise TypeError(
-                f"{where}(f=...): f(t, y, args) must return arrays; got {type(actual).__name__}."
+                f"{arg('f')} f(t, y, args) must return arrays; got {type(actual).__name__}."
             )
         if expected.shape != jnp.shape(actual):
             raise ValueError(
-                f"{where}(f=...): f(t, y, args) must return the shapes of y; got "
+                f"{arg('f')} f(t, y, args) must return the shapes of y; got "
                 f"{jnp.shape(actual)} where y has {expected.shape}. f sees one sample of a batch."
                 f"{hint}"
             )
         dtype = jnp.result_type(actual)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{where}(f=...): f(t, y, args) must return floating arrays; got {dtype}."
-            )
+            raise TypeError(f"{arg('f')} f(t, y, args) must return floating arrays; got {dtype}.")
         if jnp.finfo(dtype).bits > max(jnp.finfo(expected.dtype).bits, 32):
             raise TypeError(
-                f"{where}(f=...): f(t, y, args) must not return more precision than y has; got "
+                f"{arg('f')} f(t, y, args) must not return more precision than y has; got "
                 f"{dtype} where y is {expected.dtype}. Convert args, or y, to the other dtype."
             )
 
 
-def check_real_times(where: str, name: str, value: Any) -> None:
+def check_real_times(name: str, value: Any) -> None:
     """Raise unless JAX accepts the value as an array of real numbers."""
     kind = numeric_dtype(value)
     if kind is None or not (
         jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
     ):
-        raise TypeError(f"{where}({name}=...): must be a vector of real times; got {value!r}.")
+        raise TypeError(f"{arg(name)} must be a vector of real times; got {value!r}.")
 
 
-def check_breakpoints(where: str, value: Any, steps: int | None) -> None:
+def check_breakpoints(value: Any, steps: int | None) -> None:
     """Raise unless the value is a vector of times, not known to hold NaN, with error control."""
-    check_real_times(where, "breakpoints", value)
+    check_real_times("breakpoints", value)
     shape = jnp.asarray(value).shape
     if len(shape) != 1:
-        raise ValueError(f"{where}(breakpoints=...): must be a vector of times; got shape {shape}.")
-    if is_known(value) and np.isnan(np.asarray(value)).any():
-        raise ValueError(f"{where}(breakpoints=...): must not be NaN; got {value}.")
+        raise ValueError(f"{arg('breakpoints')} must be a vector of times; got shape {shape}.")
+    NOT_NAN.check(value, name="breakpoints")
     if steps is not None:
         raise ValueError(
-            f"{where}(breakpoints=...): needs error control; got steps={steps}. Solve each piece "
+            f"{arg('breakpoints')} needs error control; got steps={steps}. Solve each piece "
             "between two breakpoints by itself, with its own number of steps."
         )
 

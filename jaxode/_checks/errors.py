@@ -1,17 +1,15 @@
 """What is said when a solve fails, and the place that raises."""
 
 import enum
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxode._checks.caller import caller
+from jaxode._checks.rules import Faults, in_rows, is_known
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.sharding import axes_of, vary
 
@@ -59,16 +57,12 @@ EXPLANATIONS = {
 # Results that an argument can cause. All others concern only the steps.
 OF_ARGUMENTS = (Result.NON_FINITE, Result.INVALID_ARGUMENT, Result.IMPLICIT_SOLVE_FAILED)
 
-# Sentences with a placeholder for the rows, each with a function that finds those rows. It is
-# called only after a failure, so a successful solve does not pay for it.
-Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
-
 
 class SolveError(RuntimeError):
     """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
-def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
+def _message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
     A time that is not finite is left out. If an argument is at fault, the message is the sentence
@@ -89,51 +83,29 @@ def failure_message(where: str, result: Any, t_reached: Any, found: dict[str, An
     return f"{where}: {cause}{at}{rows}. {remedy}"
 
 
-def not_finite(where: str, name: str, data: PyTree, *, batch: bool = True) -> Faults:
-    """The fault of an argument that may hold NaN or infinity.
-
-    Rows lie along the leading axes. Without `batch` there are none.
-    """
-    leaves = jax.lax.stop_gradient(list(filter(eqx.is_inexact_array, jax.tree.leaves(data))))
-    if not leaves:
-        return {}
-    of_rows = " in {rows}. Leave those rows out, or mend what they come from."
-    of_one = ". Mend what it comes from."
-
-    def find():
-        finite = [jnp.isfinite(leaf).all(tuple(range(int(batch), leaf.ndim))) for leaf in leaves]
-        return ~functools.reduce(jnp.logical_and, finite)
-
-    told = f"{where}({name}=...): must be finite; got NaN or inf{of_rows if batch else of_one}"
-    return {told: find}
-
-
-def in_rows(found: Any) -> str:
-    """How many rows are true, and which is the first."""
-    found = np.ravel(found)
-    return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
-
-
 def nan_or_raise(
     result: Int[Array, "*rows"],
     t_reached: Float[Array, "*rows"],
-    where: str,
     faults: Faults | None = None,
+    where: str = "",
 ):
     """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
 
     A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
+    Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
+    but keeps the program out of JAX's persistent compilation cache.
     """
+    where = where or caller()
     # While a solve is differentiated, its time can be traced although its result is not.
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
     find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
-    if not isinstance(result, jax.core.Tracer):
+    if is_known(result):
         if np.any(np.asarray(result)):
-            raise SolveError(failure_message(where, result, t_reached, find()))
+            raise SolveError(_message(where, result, t_reached, find()))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, found: dict[str, Any]) -> np.ndarray:
-        raise SolveError(failure_message(where, codes, times, found))
+        raise SolveError(_message(where, codes, times, found))
 
     def fail(codes, times):
         shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
@@ -149,10 +121,25 @@ def nan_or_raise(
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 
 
-def tied(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[Array, "..."]:
+def guarded(leaf: Float[Array, "..."], ok: Bool[Array, "..."], nan: Any) -> Float[Array, "..."]:
     """The leaf where `ok`, otherwise `nan` from `nan_or_raise`.
 
     It enters as a factor, so derivatives depend on it too, and a program that uses only them
     raises.
     """
     return leaf * jnp.where(ok, 1.0, nan).astype(leaf.dtype)
+
+
+def report_loss(
+    loss: Float[Array, ""],
+    result: Int[Array, "*rows"],
+    t_reached: Float[Array, "*rows"],
+    throw: bool | None,
+    faults: Faults,
+) -> Float[Array, ""]:
+    """The loss. If it failed, raises with `throw`, or by default outside transformations."""
+    known = is_known(result)
+    if not (known if throw is None else throw):
+        return loss
+    nan = nan_or_raise(result, t_reached, faults)
+    return loss if known else guarded(loss, jnp.all(result == 0), jnp.sum(nan))

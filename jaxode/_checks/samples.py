@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,25 +12,22 @@ from jaxode._checks.arguments import (
     Time,
     described,
     integer,
-    is_known,
     native,
     non_negative,
     numeric_dtype,
     shape_of,
     state_dtype,
 )
-from jaxode._checks.data import data_faults, weights_rule, wrong_weights
-from jaxode._checks.errors import in_rows
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import FINITE, WEIGHTS, is_known
 from jaxode._jax.sharding import AxisName
 
 
-def check_samples(
-    where: str, name: str, x: Any, event: tuple[int, ...]
-) -> Float[Array, "batch *event"]:
+def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "batch *event"]:
     """The samples of a density as an array."""
     if not isinstance(x, jax.Array | np.ndarray):
         raise TypeError(
-            f"{where}({name}=...): must be an array; got {type(x).__name__}. "
+            f"{arg(name)} must be an array; got {type(x).__name__}. "
             "Convert it with np.asarray(..., np.float32)."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -39,35 +37,35 @@ def check_samples(
                 "Integer-valued data has no density: dequantize it and convert with "
                 ".astype(jnp.float32)."
             )
-        raise TypeError(f"{where}({name}=...): must have a floating dtype; got {x.dtype}. {cure}")
+        raise TypeError(f"{arg(name)} must have a floating dtype; got {x.dtype}. {cure}")
     if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
         raise ValueError(
-            f"{where}({name}=...): must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
+            f"{arg(name)} must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
         )
     x = native(x)
     if numeric_dtype(x) is None:
         raise TypeError(
-            f"{where}({name}=...): must be an array that JAX accepts; got {described(x)}. Convert "
+            f"{arg(name)} must be an array that JAX accepts; got {described(x)}. Convert "
             "it with .astype(np.float32), and fill what is masked."
         )
     return jnp.asarray(x)
 
 
-def check_finite(where: str, data: dict[str, PyTree]) -> None:
+def check_finite(data: dict[str, PyTree]) -> None:
     """Raise if data are known to hold NaN or infinity. Rows lie along the leading axes."""
-    for told, find in data_faults(where, data).items():
-        found = find()
-        if is_known(found) and found.any():
-            raise ValueError(told.format(rows=in_rows(found)))
+    for name, rows in data.items():
+        leaves = list(filter(eqx.is_inexact_array, jax.tree.leaves(rows)))
+        if leaves:
+            FINITE.check(*leaves, name=name)
 
 
-def check_not_empty(where: str, x: Float[Array, "batch *event"]) -> None:
+def check_not_empty(x: Float[Array, "batch *event"]) -> None:
     """Raise for a batch that has no mean."""
     if x.shape[0] == 0:
-        raise ValueError(f"{where}(x=...): must have at least one row; got shape {x.shape}.")
+        raise ValueError(f"{arg('x')} must have at least one row; got shape {x.shape}.")
 
 
-def check_context(where: str, context: PyTree, batch: int) -> PyTree:
+def check_context(context: PyTree, batch: int) -> PyTree:
     """The context, which has one row for each sample."""
     context = native(context)
     for leaf in jax.tree.leaves(context):
@@ -78,21 +76,19 @@ def check_context(where: str, context: PyTree, batch: int) -> PyTree:
         ):
             got = described(leaf) if array else type(leaf).__name__
             raise TypeError(
-                f"{where}(context=...): leaves must be arrays of numbers; got {got}. "
+                f"{arg('context')} leaves must be arrays of numbers; got {got}. "
                 "Convert them with np.asarray(..., np.float32)."
             )
         if leaf.shape[:1] != (batch,):
             raise ValueError(
-                f"{where}(context=...): leaves must have a leading axis of {batch}, one row per "
+                f"{arg('context')} leaves must have a leading axis of {batch}, one row per "
                 f"sample; got shape {leaf.shape}. To give all samples the same row, pass "
                 f"jnp.broadcast_to(row, ({batch}, *row.shape))."
             )
     return context
 
 
-def check_weights(
-    where: str, weights: Any, x: Float[Array, "batch *event"]
-) -> Float[Array, " batch"] | None:
+def check_weights(weights: Any, x: Float[Array, "batch *event"]) -> Float[Array, " batch"] | None:
     """The weights as an array, if there are any: one for each sample."""
     if weights is None:
         return None
@@ -100,18 +96,14 @@ def check_weights(
     dtype, batch = numeric_dtype(weights), x.shape[:1]
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         got = type(weights).__name__ if dtype is None else dtype
-        raise TypeError(f"{where}(weights=...): must be real numbers; got {got}.")
+        raise TypeError(f"{arg('weights')} must be real numbers; got {got}.")
     array = jnp.asarray(weights, state_dtype(x))
     if array.shape != batch:
         raise ValueError(
-            f"{where}(weights=...): must have one weight per sample, shape {batch}; "
-            f"got {array.shape}."
+            f"{arg('weights')} must have one weight per sample, shape {batch}; got {array.shape}."
         )
     if is_known(weights):
-        with jax.ensure_compile_time_eval():
-            wrong = np.asarray(wrong_weights(jnp.asarray(weights, array.dtype)))
-        if wrong.any():
-            raise ValueError(weights_rule(where).format(rows=in_rows(wrong)))
+        WEIGHTS.check(np.asarray(weights, array.dtype))
     return array
 
 
@@ -120,7 +112,7 @@ def normalized(
     x: Float[Array, "batch *event"],
     axis_name: AxisName | None,
 ) -> tuple[Float[Array, " batch"], Any]:
-    """Weights of the samples in a mean, and whether they are such.
+    """Weights of the samples in a mean, and whether they are valid.
 
     They sum to one, on average over devices along `axis_name`, of which all rows of one may weigh
     nothing. They are equal by default, and NaN if they are wrong. Only their ratios count, so that
@@ -139,47 +131,47 @@ def normalized(
     return weights / jnp.where(valid, total, jnp.nan), valid
 
 
-def check_count(where: str, n: Any) -> Any:
+def check_count(n: Any) -> Any:
     """A number of samples; a symbolic one of `jax.export` as it is."""
     from jax import export  # not loaded by older versions of JAX
 
     if export.is_symbolic_dim(n):
         return n
-    return integer(where, "n", n, least=0, rule="a number of samples")
+    return integer("n", n, least=0, rule="a number of samples")
 
 
 def check_steer(steer: Any, t0: Time, t1: Time) -> float:
     """How far a random end time may be from `t0`, without reaching `t1`."""
-    if non_negative("cnf", "steer", steer, "finite and at least 0") and is_known((t0, t1)):
+    if non_negative("steer", steer, "finite and at least 0") and is_known((t0, t1)):
         span = abs(float(t1) - float(t0))
         if not steer < span:
             raise ValueError(
-                f"cnf(steer=...): must be less than the span |t1 - t0| = {span}; got {steer!r}. "
+                f"{arg('steer')} must be less than the span |t1 - t0| = {span}; got {steer!r}. "
                 "A tenth of the span is a start."
             )
     return float(steer)
 
 
-def check_key(where: str, key: Any, optional: bool = False) -> Any:
-    """The key, if it is one: typed, or of the older kind, an array of uint32."""
+def check_key(key: Any, optional: bool = False) -> Any:
+    """The validated key: typed, or of the older kind, an array of uint32."""
     if key is None and optional:
         return None
     shape = _shape_of_keys(key)
     if shape is None:
         raise TypeError(
-            f"{where}(key=...): must be a key of jax.random; got {type(key).__name__}. "
+            f"{arg('key')} must be a key of jax.random; got {type(key).__name__}. "
             "Pass jax.random.key(0)."
         )
     if shape:
         raise ValueError(
-            f"{where}(key=...): must be one key; got keys of shape {shape}. "
+            f"{arg('key')} must be one key; got keys of shape {shape}. "
             "Pass one of them; it gives each row its own random numbers."
         )
     return key
 
 
 def _shape_of_keys(key: Any) -> tuple[int, ...] | None:
-    """The shape of an array of keys, `()` for one; None for what is none."""
+    """The shape of an array of keys, `()` for one key. None if it is not a key."""
     try:
         return jax.random.key_data(key).shape[:-1]
     except TypeError:

@@ -6,26 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxode._checks.arguments import as_array, check_real_times, check_time, is_known
+from jaxode._checks.arguments import as_array, check_number, check_real_times
+from jaxode._checks.caller import arg, caller
+from jaxode._checks.rules import TIME, is_known
 
 
-def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
+def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
     """The start, end and output times in the dtype of the state, and whether any are lost in it.
 
     With a number of `rows`, each row may have its own times. Lost times of rows, and of traced
     times, do not raise: the start is NaN where the span is lost. See `_lost_times`.
     """
-    ragged = [_check_end(where, name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
+    ragged = [_check_end(name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
     given = ts
     if ts is not None:
-        check_real_times(where, "ts", ts)
+        check_real_times("ts", ts)
         ts = jnp.asarray(ts, dtype)
         ragged.append(ts.ndim == 2 and ts.shape[0] == rows)
         if not (ts.ndim == 1 or ragged[-1]) or ts.shape[-1] == 0:
             of_rows = "" if rows is None else f", or one of the same length for each of {rows} rows"
             raise ValueError(
-                f"{where}(ts=...): must be a vector of at least one time{of_rows}; got shape "
-                f"{ts.shape}."
+                f"{arg('ts')} must be a vector of at least one time{of_rows}; got shape {ts.shape}."
             )
     span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
     start, end = as_array(t0, dtype), as_array(t1, dtype)
@@ -35,36 +36,35 @@ def check_times(where: str, t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: i
         return start, end, ts, ts_lost
     if is_known(span_lost) and span_lost:
         raise ValueError(
-            f"{where}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in the "
-            f"precision of {dtype}, in which the state is solved. Shift the time, or use float64 "
-            "for the state."
+            f"{caller()}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in "
+            f"the precision of {dtype}, in which the state is solved. Shift the time, or use "
+            "float64 for the state."
         )
     if ts is not None and is_known((t0, t1, given)):
-        _check_order(where, float(t0), float(t1), np.asarray(ts))
+        _check_order(float(t0), float(t1), np.asarray(ts))
     if is_known(ts_lost) and ts_lost:
         raise ValueError(
-            f"{where}(ts=...): times are lost in the precision of {dtype}, in which the state is "
+            f"{arg('ts')} times are lost in the precision of {dtype}, in which the state is "
             f"solved; got {given}. Shift the time, or use float64 for the state."
         )
     return start, end, ts, ts_lost
 
 
-def _check_end(where: str, name: str, value: Any, rows: int | None) -> bool:
+def _check_end(name: str, value: Any, rows: int | None) -> bool:
     """Whether each row has its own start or end time. Raises for any other shape but a scalar."""
     shape = np.shape(value) if isinstance(value, jax.Array | np.ndarray | list | tuple) else ()
     if shape == () or (rows is None and len(shape) != 1):
-        check_time(where, name, value)
+        check_number(name, value, TIME, "time")
         return False
-    check_real_times(where, name, value)
+    check_real_times(name, value)
     if rows is None:
         raise ValueError(
-            f"{where}({name}=...): must be a scalar time; got shape {shape}. Rows have their own "
+            f"{arg(name)} must be a scalar time; got shape {shape}. Rows have their own "
             "times with per-sample steps only."
         )
     if shape != (rows,):
         raise ValueError(
-            f"{where}({name}=...): must be a scalar time, or one for each of {rows} rows; got "
-            f"shape {shape}."
+            f"{arg(name)} must be a scalar time, or one for each of {rows} rows; got shape {shape}."
         )
     return True
 
@@ -121,22 +121,15 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
         return span_lost, far.any(axis=-1) | merged.any(axis=-1)
 
 
-def _check_order(where: str, t0: float, t1: float, ts: np.ndarray) -> None:
-    if not np.isfinite(ts).all():
-        raise ValueError(f"{where}(ts=...): times must be finite; got {ts}.")
-    sign = 1.0 if t1 >= t0 else -1.0
-    if not np.all(np.diff(sign * ts) >= 0):
-        direction = "increase" if sign > 0 else "decrease"
-        raise ValueError(
-            f"{where}(ts=...): times must {direction} from t0={t0:.6g} to t1={t1:.6g}; got {ts}. "
-            "Sort them in the direction of the solve."
-        )
+def _check_order(t0: float, t1: float, ts: np.ndarray) -> None:
     # t0 and t1 are compared in the precision of ts.
-    low, high = sorted((ts.dtype.type(t0), ts.dtype.type(t1)))
-    outside = ts[(ts < low) | (ts > high)]
-    if outside.size:
+    path = np.array([t0, *ts, t1], ts.dtype)
+    wrong = ~((1 if t1 >= t0 else -1) * np.diff(path) >= 0)
+    if wrong.any():
+        first, direction = int(np.argmax(wrong)), "increase" if t1 >= t0 else "decrease"
         # All digits: a time rounded to another dtype may differ from an end in its last ones.
+        names = [f"t0={t0!r}", *map(repr, ts.tolist()), f"t1={t1!r}"]
         raise ValueError(
-            f"{where}(ts=...): times must lie between t0={t0!r} and t1={t1!r}; got {outside[0]}. "
-            "Extend the solve or drop the times outside it."
+            f"{arg('ts')} times must {direction} from t0={t0!r} to t1={t1!r}; got "
+            f"{names[first]} before {names[first + 1]}. Sort them, or extend the solve."
         )

@@ -195,7 +195,7 @@ def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.n
     """
     chunk = lambda leaf: jnp.broadcast_to(leaf[:1], (CHUNK, *leaf.shape[1:]))
     context = jax.tree.map(lambda leaf: chunk(jnp.asarray(leaf)), s.context)
-    alone = flow if s.implicit else dataclasses.replace(flow, step_control="per_sample")
+    alone = flow if s.implicit else dataclasses.replace(flow, batch="per_sample")
 
     def run(x):
         if s.implicit:

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import is_known, state_dtype
+from jaxode._checks.arguments import state_dtype
+from jaxode._checks.caller import public
+from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_context, check_key, check_samples
 from jaxode.auditing.checks import CHECKS
 from jaxode.auditing.subject import Row, Subject, cast, tight_dtype
@@ -56,6 +58,7 @@ class Report:
     __repr__ = __str__
 
 
+@public("audit")
 def audit(
     flow: CNF,
     params: PyTree,
@@ -112,10 +115,10 @@ def audit(
             "audit: measures numbers, so it runs outside jax.jit, jax.grad and jax.vmap; got "
             "arguments that are traced. Call it between training steps."
         )
-    x = check_samples("audit", "x", x, tuple(flow.base.event_shape))
+    x = check_samples("x", x, tuple(flow.base.event_shape))
     x = x.astype(state_dtype(x))
-    check_key("audit", key)
-    check_context("audit", context, x.shape[0])
+    check_key(key)
+    check_context(context, x.shape[0])
     if not x.shape[0]:
         raise ValueError("audit(x=...): must have at least one sample; got none. Pass data.")
     bad = int(jnp.sum(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))))
@@ -152,7 +155,7 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     )
     f, base = cast((flow.f, flow.base), dtype)
     tight = dataclasses.replace(
-        flow, f=f, base=base, divergence=divergence, step_control="joint", solve_options=options
+        flow, f=f, base=base, divergence=divergence, batch="joint", solve_options=options
     )
     name = f"{type(solver).__name__} in {jnp.dtype(dtype).name} at tolerance {tolerance:.1g}"
     return tight, name

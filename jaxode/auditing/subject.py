@@ -16,7 +16,7 @@ from jaxode._checks.errors import SolveError, in_rows
 from jaxode._jax.closure import equations
 from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.programs import carried
+from jaxode.flows.programs import transport
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.system import make_system
 
@@ -119,7 +119,7 @@ class Subject:
     def base_fault(self) -> str:
         """Advice if the base draws samples that are not finite."""
         bad = ~jnp.isfinite(self.base_samples).all(axis=tuple(range(1, self.x.ndim)))
-        told = f"Mend the base: it draws samples with NaN or inf, in {in_rows(bad)}."
+        told = f"Fix the base: it draws samples with NaN or inf, in {in_rows(bad)}."
         return told if bool(bad.any()) else ""
 
     @cached_property
@@ -184,12 +184,12 @@ class Subject:
         """The samples at several times on the way from the data to the base."""
         flow, span = self.flow, (self.flow.t1, self.flow.t0)
         times = jnp.linspace(*span, 9, dtype=self.x.dtype)
-        field, options, batch = self.integrands.field, flow.solve_options, flow.step_control
+        field, options, batch = self.integrands.field, flow.solve_options, flow.batch
         system = make_system(
-            "audit", field, self.x, span, self.params, options,
-            ts=times, rows=self.context, batch=batch,
+            field, self.x, span, self.params, options,
+            ts=times, row_args=self.context, batch=batch,
         )  # fmt: skip
-        return times, carried(system, None, None).ys
+        return times, transport(system, None, None).ys
 
     @cached_property
     def probes(self) -> Any:

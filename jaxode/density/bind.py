@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import is_known, shape_of
+from jaxode._checks.arguments import shape_of
+from jaxode._checks.caller import arg, public
+from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_count, check_finite, check_key
 from jaxode._jax.closure import hash_of
 from jaxode.density.standardize import (
-    WHERE,
     as_map,
     check_inside,
     context_numbers,
@@ -102,6 +103,7 @@ class Density(eqx.Module):
         """The shape of one sample."""
         return tuple(_whole(self._flow.base).event_shape)
 
+    @public("log_prob")
     def log_prob(
         self,
         x: Float[Array, "..."],
@@ -110,39 +112,39 @@ class Density(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "..."]:
         """Log-density of the samples. Minus infinity outside the support."""
-        rows, shape = self._rows("log_prob", x)
+        rows, shape = self._rows(x)
         inside, z, log_det = jax.vmap(self._from_data)(rows)
         flow = self._row_by_row(key, (rows, context))
-        context = self._context("log_prob", context, shape)
+        context = self._context(context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
         return jnp.where(inside, log_prob, -jnp.inf).reshape(shape)
 
+    @public("sample")
     def sample(
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
     ) -> Float[Array, "..."]:
         """Independent samples, `[*sample_shape, *event]`."""
-        shape, count = self._counted("sample", sample_shape)
-        context = self._context("sample", context, shape)
+        shape, count = self._counted(sample_shape)
+        context = self._context(context, shape)
         flow = self._row_by_row(None, (key, context))
         # As in `sample_and_log_prob`.
-        base_key, _ = jax.random.split(check_key("sample", key))
+        base_key, _ = jax.random.split(check_key(key))
         z = flow.sample(self.params, base_key, count, context=context)
         return jax.vmap(self._to_data)(z)[0].reshape(*shape, *self.event_shape)
 
+    @public("sample_and_log_prob")
     def sample_and_log_prob(
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """`sample`, and the log-density of each, from the same solve."""
-        where = "sample_and_log_prob"
-        shape, count = self._counted(where, sample_shape)
-        context = self._context(where, context, shape)
+        shape, count = self._counted(sample_shape)
+        context = self._context(context, shape)
         flow = self._row_by_row(None, (key, context))
-        z, log_prob = flow.sample_and_log_prob(
-            self.params, check_key(where, key), count, context=context
-        )
+        z, log_prob = flow.sample_and_log_prob(self.params, check_key(key), count, context=context)
         x, log_det = jax.vmap(self._to_data)(z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 
+    @public("to_flow")
     def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
         """Map data to what the flow trains on: `z`, or `(z, context)` if there is a context.
 
@@ -152,29 +154,31 @@ class Density(eqx.Module):
             ValueError: if data lie outside the support or are not finite. If that is known only at
                 run time, they become NaN.
         """
-        rows, shape = self._rows("to_flow", x)
+        rows, shape = self._rows(x)
         inside, z, _ = jax.vmap(self._from_data)(rows)
-        check_inside("to_flow", inside, rows)
+        check_inside(inside, rows)
         inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:
-            check_finite("to_flow", {"x": rows})
+            check_finite({"x": rows})
             return z
-        context = self._context("to_flow", context, shape)
-        check_finite("to_flow", {"x": rows, "context": context})
+        context = self._context(context, shape)
+        check_finite({"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
+    @public("from_flow")
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
-        rows, shape = self._rows("from_flow", z)
+        rows, shape = self._rows(z)
         return jax.vmap(self._to_data)(rows)[0].reshape(*shape, *self.event_shape)
 
+    @public("log_det")
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
         """`log |det dz/dx|` of the maps: what `log_prob` adds to the flow's log-density of `z`.
 
         For samples inside of the support.
         """
-        rows, shape = self._rows("log_det", x)
+        rows, shape = self._rows(x)
         return jax.vmap(self._from_data)(rows)[2].reshape(shape)
 
     def _from_data(self, x: Float[Array, " *event"]):
@@ -208,73 +212,69 @@ class Density(eqx.Module):
         if throw is None:
             throw = is_known((self.params, inputs))
         divergence = noiseless() if key is None else flow.divergence
-        steps = flow.step_control
+        steps = flow.batch
         if flow.solve_options.tableau is not None and flow.solve_options.axis_name is None:
             steps = "per_sample"
-        return dataclasses.replace(flow, step_control=steps, divergence=divergence, throw=throw)
+        return dataclasses.replace(flow, batch=steps, divergence=divergence, throw=throw)
 
-    def _rows(self, where: str, x: Any) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
+    def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
         """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(numbers(f"{where}(x=...):", x))
+        event, x = self.event_shape, floating(numbers(f"{arg('x')}", x))
         cut = x.ndim - len(event)
         if cut < 0 or x.shape[cut:] != event:
-            raise ValueError(
-                f"{where}(x=...): must have shape {shape_of('...', event)}; got {x.shape}."
-            )
+            raise ValueError(f"{arg('x')} must have shape {shape_of('...', event)}; got {x.shape}.")
         shape = x.shape[:cut]
         return x.reshape(math.prod(shape), *event), shape
 
-    def _counted(self, where: str, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
+    def _counted(self, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
         """The sample shape as a tuple, and its product."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
-        shape = tuple(check_count(where, size) for size in sizes)
+        shape = tuple(check_count(size) for size in sizes)
         return shape, math.prod(shape)
 
-    def _context(self, where: str, context: PyTree, shape: tuple[int, ...]) -> PyTree:
+    def _context(self, context: PyTree, shape: tuple[int, ...]) -> PyTree:
         """One context row for each sample of `shape`, as the flow sees it."""
         if context is None:
             if self.context_shapes:
                 raise ValueError(
-                    f"{where}(context=...): must be given, with arrays of shape "
+                    f"{arg('context')} must be given, with arrays of shape "
                     f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
                 )
             return None
-        context = context_numbers(f"{where}(context=...):", context)
+        context = context_numbers(f"{arg('context')}", context)
         leaves, structure = jax.tree.flatten(context)
         is_map = lambda x: x is None or isinstance(x, Affine)
         maps, told = jax.tree.flatten(self.of_context, is_leaf=is_map)
         known = self.context_shapes
         if known is not None and len(known) != len(leaves):
-            raise ValueError(
-                f"{where}(context=...): must have {len(known)} arrays; got {len(leaves)}."
-            )
+            raise ValueError(f"{arg('context')} must have {len(known)} arrays; got {len(leaves)}.")
         if self.of_context is not None and structure != told:
             raise ValueError(
-                f"{where}(context=...): must have the structure of bind's context, {told}; got "
+                f"{arg('context')} must have the structure of bind's context, {told}; got "
                 f"{structure}."
             )
-        rows = known or [_row_shape(where, jnp.shape(leaf), shape) for leaf in leaves]
+        rows = known or [_row_shape(jnp.shape(leaf), shape) for leaf in leaves]
         each = zip(leaves, rows, strict=True)
-        leaves = [_spread(where, leaf, shape, row) for leaf, row in each]
+        leaves = [_spread(leaf, shape, row) for leaf, row in each]
         if self.of_context is not None:
             pairs = zip(maps, leaves, strict=True)
             leaves = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, leaves)
 
 
-def _row_shape(where: str, of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:
+def _row_shape(of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one context, from its leading axes, if it is not known."""
     if of_leaf[: len(samples)] != samples:
         return of_leaf
     if of_leaf and of_leaf == samples:
         raise ValueError(
-            f"{where}(context=...): may be one for all samples, or a number for each; got shape "
+            f"{arg('context')} may be one for all samples, or a number for each; got shape "
             f"{of_leaf} for samples {samples}. Pass context_shape= to bind."
         )
     return of_leaf[len(samples) :]
 
 
-def _spread(where: str, leaf: Any, samples: tuple[int, ...], row: tuple[int, ...]) -> Array:
+def _spread(leaf: Any, samples: tuple[int, ...], row: tuple[int, ...]) -> Array:
     """The context of each sample, `[rows, *row]`."""
     shape = jnp.shape(leaf)
     cut = len(shape) - len(row)
@@ -284,12 +284,13 @@ def _spread(where: str, leaf: Any, samples: tuple[int, ...], row: tuple[int, ...
         spread = jnp.broadcast_to(leaf, (*samples, *row))
     except ValueError:
         raise ValueError(
-            f"{where}(context=...): must be one of shape {row}, or one for each of the samples "
+            f"{arg('context')} must be one of shape {row}, or one for each of the samples "
             f"{samples}; got shape {shape}."
         ) from None
     return spread.reshape(math.prod(samples), *row)
 
 
+@public("bind")
 def bind(
     flow: CNF,
     params: PyTree,
@@ -324,11 +325,11 @@ def bind(
             outside the support.
     """
     if not isinstance(flow, CNF):
-        raise TypeError(f"{WHERE}(flow=...): must be made by jaxode.cnf; got {flow!r}.")
+        raise TypeError(f"{arg('flow')} must be made by jaxode.cnf; got {flow!r}.")
     event = tuple(flow.base.event_shape)
-    allowed = as_support(WHERE, support, event)
+    allowed = as_support(support, event)
     of_data, for_context = split(standardize, event)
-    for_context = context_numbers(f"{WHERE}(standardize=...): data of context", for_context)
+    for_context = context_numbers(f"{arg('standardize')} data of context", for_context)
     return Density(
         _flow=_arrays_alone(flow, numbers=False),
         _params=_arrays_alone(params, numbers=True),
@@ -347,7 +348,7 @@ def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None
         shapes = jax.tree.leaves(given, is_leaf=is_shape)
         if not all(map(is_shape, shapes)):
             raise TypeError(
-                f"{WHERE}(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                f"{arg('context_shape')} must be a shape, a tuple of sizes such as (3,), or a "
                 f"pytree of shapes; got {given!r}."
             )
         return tuple(tuple(map(int, shape)) for shape in shapes)

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_positive, integer, non_negative
+from jaxode._checks.arguments import check_number, integer, non_negative
+from jaxode._checks.caller import public
+from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
 from jaxode.coupling import Coupling, independent
@@ -59,6 +61,7 @@ class Point(NamedTuple):
     """
 
 
+@public("fit")
 def fit(
     density: Density,
     x: Float[Array, "rows *event"],
@@ -127,18 +130,18 @@ def fit(
             f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
             "jaxode.bind(flow, params)."
         )
-    key = check_key("fit", key)
+    key = check_key(key)
     if seconds is None and steps is None:
         seconds = MINUTE
     end = math.inf
     if seconds is not None:
-        end = begin + non_negative("fit", "seconds", seconds, "a finite number of seconds")
-    most = math.inf if steps is None else integer("fit", "steps", steps)
-    batch = integer("fit", "batch", batch)
-    likelihood = integer("fit", "likelihood", likelihood, 0, "a number of steps")
+        end = begin + non_negative("seconds", seconds, "a finite number of seconds")
+    most = math.inf if steps is None else integer("steps", steps)
+    batch = integer("batch", batch)
+    likelihood = integer("likelihood", likelihood, 0, "a number of steps")
     powers = TIME_POWERS
     if time_power is not None:
-        check_positive("fit", "time_power", time_power)
+        check_number("time_power", time_power, POSITIVE)
         powers = (time_power,)
     optimizer = _adam(RATE) if optimizer is None else optimizer
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):

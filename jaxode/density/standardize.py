@@ -11,13 +11,14 @@ from jaxode import standardize as maps
 from jaxode._checks.arguments import (
     PYTHON_NUMBERS,
     described,
-    is_known,
     is_list_of_numbers,
     native,
     numeric_dtype,
     shape_of,
 )
+from jaxode._checks.caller import arg
 from jaxode._checks.errors import in_rows
+from jaxode._checks.rules import is_known
 from jaxode.density.support import Support
 
 WHERE = "bind"
@@ -73,7 +74,7 @@ def split(standardize: Any, event: tuple[int, ...]) -> tuple[Any, Any]:
         return standardize, None
     if len(standardize) != 2:
         raise ValueError(
-            f"{WHERE}(standardize=...): must be data, (mean, scale), or a pair of such for x and "
+            f"{arg('standardize')} must be data, (mean, scale), or a pair of such for x and "
             f"context; got {len(standardize)} parts."
         )
     first = standardize[0]
@@ -92,7 +93,7 @@ def as_map(
         given, fit = given
     if isinstance(given, list):
         raise TypeError(
-            f"{WHERE}(standardize=...): data of {name} must be an array, and mean and scale a "
+            f"{arg('standardize')} data of {name} must be an array, and mean and scale a "
             "tuple; got a list. Pass np.asarray of it, or a tuple."
         )
     if isinstance(given, tuple):
@@ -101,29 +102,29 @@ def as_map(
         for part in (mean, scale):
             if part.shape not in ((), event):
                 raise ValueError(
-                    f"{WHERE}(standardize=...): mean and scale of {name} must be numbers, or have "
+                    f"{arg('standardize')} mean and scale of {name} must be numbers, or have "
                     f"shape {event}; got {part.shape}."
                 )
         if is_known(scale) and not (np.isfinite(scale).all() and (np.asarray(scale) > 0).all()):
             raise ValueError(
-                f"{WHERE}(standardize=...): the scale of {name} must be positive and finite in "
+                f"{arg('standardize')} the scale of {name} must be positive and finite in "
                 f"{scale.dtype}; got {given[1]}."
             )
         if is_known(mean) and not np.isfinite(mean).all():
             raise ValueError(
-                f"{WHERE}(standardize=...): the mean of {name} must be finite in {mean.dtype}; got "
+                f"{arg('standardize')} the mean of {name} must be finite in {mean.dtype}; got "
                 f"{given[0]}."
             )
         return maps.Affine(mean, scale)
     if not jnp.ndim(given):
         raise TypeError(
-            f"{WHERE}(standardize=...): must be the data, or (mean, scale); got {given!r}. Pass "
+            f"{arg('standardize')} must be the data, or (mean, scale); got {given!r}. Pass "
             f"your data, an array {shape_of('n', event)}."
         )
-    data = numbers(f"{WHERE}(standardize=...): data of {name}", given)
+    data = numbers(f"{arg('standardize')} data of {name}", given)
     if data.shape[1:] != event or data.ndim != len(event) + 1 or len(data) < 2:
         raise ValueError(
-            f"{WHERE}(standardize=...): data of {name} must have shape {shape_of('n', event)}, "
+            f"{arg('standardize')} data of {name} must have shape {shape_of('n', event)}, "
             f"with at least two rows; got {data.shape}."
         )
     if is_known(data):
@@ -131,19 +132,19 @@ def as_map(
         _check_fit(name, data)
     if support is not None:
         rows = floating(data)
-        check_inside(WHERE, jax.vmap(support.contains)(rows), rows)
+        check_inside(jax.vmap(support.contains)(rows), rows)
         data = jax.vmap(lambda x: support.inverse(x)[0])(rows)
     return _fitted(name, data, fit)
 
 
-def check_inside(where: str, inside: Any, rows: Any) -> None:
+def check_inside(inside: Any, rows: Any) -> None:
     """Raise if finite rows are known to lie outside the support."""
     if is_known((inside, rows)):
         finite = np.isfinite(np.asarray(rows)).all(axis=tuple(range(1, rows.ndim)))
         outside = ~np.asarray(inside) & finite
         if outside.any():
             raise ValueError(
-                f"{where}(support=...): the data must lie strictly inside; got values outside it "
+                f"{arg('support')} the data must lie strictly inside; got values outside it "
                 f"in {in_rows(outside)}. Widen the support, or leave those rows out."
             )
 
@@ -160,7 +161,7 @@ def _check_fit(name: str, data: np.ndarray) -> None:
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if bad.any():
             raise ValueError(
-                f"{WHERE}(standardize=...): data of {name} must {rule} in {in_rows(bad)}. {cure}"
+                f"{arg('standardize')} data of {name} must {rule} in {in_rows(bad)}. {cure}"
             )
 
 
@@ -170,7 +171,7 @@ def _fitted(name: str, data: Any, fit: Any) -> maps.Map:
     if not is_known(data):
         if fit is not maps.fit_affine:
             raise TypeError(
-                f"{WHERE}(standardize=...): needs data of {name} that are known, to sort them; got "
+                f"{arg('standardize')} needs data of {name} that are known, to sort them; got "
                 "a tracer. Call bind outside of jax.jit."
             )
         return maps.Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
@@ -185,7 +186,7 @@ def _fitted(name: str, data: Any, fit: Any) -> maps.Map:
         if np.ptp(wide[:, *column]):
             cure = "Leave it out, or subtract its mean in float64 first and rescale it."
         raise ValueError(
-            f"{WHERE}(standardize=...): {name} must vary; got column {place} (counting from 0), "
+            f"{arg('standardize')} {name} must vary; got column {place} (counting from 0), "
             f"which is constant in {jnp.dtype(dtype).name}. {cure}"
         )
     return jax.tree.map(lambda part: jnp.asarray(part, dtype), fit(wide))
@@ -198,7 +199,7 @@ def of_context(given: Any) -> PyTree:
     if isinstance(given, tuple):
         if len(given) != 2 or any(jnp.ndim(part) > 1 for part in given):
             raise ValueError(
-                f"{WHERE}(standardize=...): for a context, must be (mean, scale), an array of "
+                f"{arg('standardize')} for a context, must be (mean, scale), an array of "
                 f"data, or a dictionary of such arrays; got a tuple of {len(given)} parts."
             )
         return as_map("context", given, max(jnp.shape(part) for part in given))

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import real_scalar, shape_of
+from jaxode._checks.arguments import check_number, shape_of
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_context, check_finite
 from jaxode.density.bind import Density
 from jaxode.density.standardize import check_inside, floating, numbers
@@ -20,6 +22,8 @@ from jaxode.standardize import dependent, listed
 OFTEN = 0.01
 # Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
 LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
+
+PART = Rule(NUMBER, lambda part: (part > 0) & (part < 1), "must be between 0 and 1")
 
 
 class Rows(NamedTuple):
@@ -46,7 +50,7 @@ class Table(NamedTuple):
         rows, aside = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
         columns = rows.x.reshape(len(rows.x), -1)
-        warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
+        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
         return cls(rows, aside, integers)
 
     def drawn(self, key: PRNGKeyArray) -> Rows:
@@ -93,7 +97,7 @@ def set_aside(
             )
         aside = _checked("validation", density, *pair, dequantize)
         return rows, part(aside, order(aside)[:LOOK_AT])
-    real_scalar("fit", "validation", validation, "between 0 and 1", lambda v: 0 < v < 1, "part")
+    check_number("validation", validation, PART, "part")
     count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
     return part(rows, order(rows)[count:]), part(rows, order(rows)[:count])
 
@@ -105,12 +109,12 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
             f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
-    context = check_context("fit", context, len(x))
-    check_finite("fit", {name: x, "context": context})
+    context = check_context(context, len(x))
+    check_finite({name: x, "context": context})
     x = np.asarray(x)
     if density.support is not None:
         middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
-        check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
+        check_inside(jax.vmap(density.support.contains)(middle), middle)
     return Rows(x, context)
 
 
@@ -127,14 +131,14 @@ def dequantized(
 
 
 def warn_of_columns(
-    where: str, table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
+    table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
 ) -> None:
     """Warn of columns with atoms, and of columns that depend on each other linearly."""
     table = table.astype(np.float64)  # float32 would round a dependence away
     atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
     if atoms:
         warnings.warn(
-            f"{where}(x=...): columns {listed(atoms)} repeat values, as integers, classes and "
+            f"{arg('x')} columns {listed(atoms)} repeat values, as integers, classes and "
             "rounded numbers do. They have no density: a flow narrows onto the values, and its "
             "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
             "to other numbers, or take classes as context.",
@@ -149,7 +153,7 @@ def warn_of_columns(
     # Of few rows, any columns are linear combinations.
     if len(involved) and len(table) > len(varying):
         warnings.warn(
-            f"{where}(x=...): columns {listed(involved)} depend on each other linearly. Together "
+            f"{arg('x')} columns {listed(involved)} depend on each other linearly. Together "
             "they have no density: a flow narrows onto the plane that they lie in. Leave one out.",
             stacklevel=4,
         )

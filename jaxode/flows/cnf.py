@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import Time, check_args, check_time, native, one_of
-from jaxode._checks.data import base_faults, data_faults, loss_or_raise, weights_faults
-from jaxode._checks.errors import Faults
+from jaxode._checks.arguments import Time, check_args, check_number, native, one_of
+from jaxode._checks.caller import public
+from jaxode._checks.errors import report_loss
+from jaxode._checks.rules import FINITE_BASE, TIME, Faults, data_faults, weights_faults
 from jaxode._checks.samples import (
     check_context,
     check_count,
@@ -41,14 +41,14 @@ from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
 from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.field import VectorField, check_field
-from jaxode.ode.options import SolveOptions
-from jaxode.ode.solution import raise_on_failure
+from jaxode.ode.options import SolveOptions, choice_of_steps
+from jaxode.ode.solution import report
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
 from jaxode.regularizers import Regularizer, check_regularizers
 
-# What is carried to the other end: data, base samples from the user, or samples drawn here.
-Samples = Literal["data", "base", "drawn"]
+# What is carried to the other end: data, base samples from the user, or samples of the base.
+Samples = Literal["x", "z", "base"]
 
 
 class CNF(eqx.Module):
@@ -76,7 +76,7 @@ class CNF(eqx.Module):
     divergence: Divergence
     regularizers: tuple[Regularizer, ...]
     solve_options: SolveOptions
-    step_control: Literal["joint", "per_sample"] = eqx.field(static=True)
+    batch: Literal["joint", "per_sample"] = eqx.field(static=True)
     quadrature: Literal["gauss", "stochastic"] = eqx.field(static=True)
     steer: float = eqx.field(static=True)
     throw: bool | None = eqx.field(static=True)
@@ -84,6 +84,7 @@ class CNF(eqx.Module):
     def __hash__(self) -> int:
         return hash_of(self)
 
+    @public("log_prob")
     def log_prob(
         self,
         params: PyTree,
@@ -96,8 +97,9 @@ class CNF(eqx.Module):
 
         With a stochastic divergence, it is an unbiased estimate.
         """
-        return self._end_state(programs.log_prob, "log_prob", x, params, key, context)
+        return self._end_state(programs.log_prob, "x", x, params, key, context)
 
+    @public("log_prob_and_error")
     def log_prob_and_error(
         self,
         params: PyTree,
@@ -114,9 +116,7 @@ class CNF(eqx.Module):
         Raises:
             ValueError: also if the divergence has only one probe, or no `standard_error`.
         """
-        return self._end_state(
-            programs.log_prob_and_error, "log_prob_and_error", x, params, key, context
-        )
+        return self._end_state(programs.log_prob_and_error, "x", x, params, key, context)
 
     def nll(
         self,
@@ -150,6 +150,7 @@ class CNF(eqx.Module):
         """
         return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
 
+    @public("nll")
     def nll_and_stats(
         self,
         params: PyTree,
@@ -163,21 +164,19 @@ class CNF(eqx.Module):
 
         The statistics have no gradient.
         """
-        where = "nll"
-        system = self._system(where, x, params, context, "data").raising(bool(self.throw))
-        check_not_empty(where, system.y0)
-        weights = check_weights(where, weights, system.y0)
-        key = check_key(where, key, optional=True)
+        system = self._system("x", x, params, context).raising(bool(self.throw))
+        check_not_empty(system.y0)
+        weights = check_weights(weights, system.y0)
+        key = check_key(key, optional=True)
         loss, stats, result, t_reached = programs.nll(
             system, self._parts, key, weights, self.quadrature, self.steer
         )
-        data, joint = {"x": system.y0, "context": native(context)}, self.step_control == "joint"
-        faults = weights_faults(where, weights, self.solve_options.axis_name)
-        faults |= data_faults(where, data, weights, joint=joint)
-        faults |= self._argument_faults(where, system)
-        loss = loss_or_raise(where, loss, result, t_reached, self.throw, faults)
-        return loss, stats
+        faults = weights_faults(weights, self.solve_options.axis_name)
+        data, joint = {"x": system.y0, "context": native(context)}, self.batch == "joint"
+        faults |= data_faults(data, weights, joint=joint) | self._argument_faults(system)
+        return report_loss(loss, result, t_reached, self.throw, faults), stats
 
+    @public("matching_loss")
     def matching_loss(
         self,
         params: PyTree,
@@ -225,31 +224,34 @@ class CNF(eqx.Module):
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
         """
-        key, axis_name = check_key("matching_loss", key), self.solve_options.axis_name
         return matching_loss(
-            self, params, x, key=key, x0=x0, context=context, weights=weights, coupling=coupling,
-            time_power=time_power, axis_name=axis_name,
+            self, params, x, key=check_key(key), x0=x0, context=context, weights=weights,
+            coupling=coupling, time_power=time_power, axis_name=self.solve_options.axis_name,
         )  # fmt: skip
 
+    @public("to_base")
     def to_base(
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
-        return self._end_state(programs.carried, "to_base", x, params, None, context)
+        return self._end_state(programs.transport, "x", x, params, None, context)
 
+    @public("from_base")
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
-        return self._end_state(programs.carried, "from_base", z, params, None, context, "base")
+        return self._end_state(programs.transport, "z", z, params, None, context)
 
+    @public("sample")
     def sample(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples. The leaves of a `context` are `[n, ...]`."""
-        z = self.base.sample(check_key("sample", key), (check_count("sample", n),))
-        return self._end_state(programs.carried, "sample", z, params, None, context, "drawn")
+        z = self.base.sample(check_key(key), (check_count(n),))
+        return self._end_state(programs.transport, "base", z, params, None, context)
 
+    @public("sample_and_log_prob")
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> tuple[Float[Array, "n *event"], Float[Array, " n"]]:
@@ -257,57 +259,46 @@ class CNF(eqx.Module):
 
         With a stochastic divergence the log-densities are unbiased estimates.
         """
-        where = "sample_and_log_prob"
-        base_key, probe_key = jax.random.split(check_key(where, key))
-        z = self.base.sample(base_key, (check_count(where, n),))
-        return self._end_state(programs.sampled, where, z, params, probe_key, context, "drawn")
+        base_key, probe_key = jax.random.split(check_key(key))
+        z = self.base.sample(base_key, (check_count(n),))
+        return self._end_state(programs.sample, "base", z, params, probe_key, context)
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
         """The integrands and the base density, as arguments of a compiled program."""
         return Integrands(self.f, self.divergence, self.regularizers), self.base
 
-    def _system(
-        self, where: str, x: Any, params: PyTree, context: PyTree, samples: Samples
-    ) -> System:
+    def _system(self, name: Samples, samples: Any, params: PyTree, context: PyTree) -> System:
         """The system that carries samples from one end to the other."""
-        span = (self.t1, self.t0) if samples == "data" else (self.t0, self.t1)
-        x = check_samples(*_source(where, samples), x, tuple(self.base.event_shape))
-        context = check_context(where, context, x.shape[0])
-        params = check_args(where, "params", params)
-        field = Integrands(self.f, self.divergence).field
-        options, batch = self.solve_options, self.step_control
-        return make_system(where, field, x, span, params, options, rows=context, batch=batch)
+        span = (self.t1, self.t0) if name == "x" else (self.t0, self.t1)
+        check = public("cnf")(check_samples) if name == "base" else check_samples
+        y0 = check(name, samples, tuple(self.base.event_shape))
+        context = check_context(context, y0.shape[0])
+        params = check_args("params", params)
+        field, options = Integrands(self.f, self.divergence).field, self.solve_options
+        return make_system(field, y0, span, params, options, row_args=context, batch=self.batch)
 
-    def _argument_faults(self, where: str, system: System) -> Faults:
+    def _argument_faults(self, system: System) -> Faults:
         """The faults that times and options may have."""
-        faults = argument_faults(where, system)
-        if not hasattr(self.f, "span_rule"):
-            return faults
-        return {self.f.span_rule.format(got=""): lambda: jnp.isnan(self.t0), **faults}
+        of_field = getattr(self.f, "span_faults", lambda t0: {})
+        return of_field(self.t0) | argument_faults(system)
 
-    def _end_state(
-        self, compute, where: str, x, params, key, context, samples: Samples = "data"
-    ) -> Any:
-        """The end state of the compiled function `compute(system, parts, key)`."""
+    def _end_state(self, program, name: Samples, samples, params, key, context) -> Any:
+        """The end state of the compiled `program(system, parts, key)`."""
         throw = self.throw is None or self.throw
-        system = self._system(where, x, params, context, samples).raising(throw)
-        solution = compute(system, self._parts, check_key(where, key, optional=True))
+        system = self._system(name, samples, params, context).raising(throw)
+        solution = program(system, self._parts, check_key(key, optional=True))
         if not throw:
             return solution.y1
-        function, name = _source(where, samples)
-        drawn = samples == "drawn"
-        faults = base_faults(system.y0) if drawn else data_faults(function, {name: system.y0})
-        faults |= data_faults(where, {"context": native(context)})
-        faults |= self._argument_faults(where, system)
-        return raise_on_failure(solution, where, faults).y1
+        if name == "base":
+            faults = FINITE_BASE.fault(system.y0, where="cnf")
+        else:
+            faults = data_faults({name: system.y0})
+        faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
+        return report(solution, faults).y1
 
 
-def _source(where: str, samples: Samples) -> tuple[str, str]:
-    """The function and argument that samples come from, for messages."""
-    return {"data": (where, "x"), "base": (where, "z"), "drawn": ("cnf", "base")}[samples]
-
-
+@public("cnf")
 def cnf(
     f: VectorField,
     base: BaseDensity,
@@ -315,7 +306,7 @@ def cnf(
     t0: float = 0.0,
     t1: float = 1.0,
     divergence: Divergence = auto(),
-    step_control: Literal["joint", "per_sample"] = "joint",
+    batch: Literal["joint", "per_sample"] = "joint",
     quadrature: Literal["gauss", "stochastic"] = "gauss",
     regularizers: tuple[Regularizer, ...] = (),
     steer: float = 0.0,
@@ -333,7 +324,7 @@ def cnf(
         t0: time of the base density.
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
-        step_control: "joint" or "per_sample", as for `jaxode.flow`.
+        batch: "joint" or "per_sample", as for `jaxode.solve`.
         quadrature: how `nll` integrates the divergence over a step. "gauss" uses the nodes of a
             Gauss rule (Gauss-Lobatto if the solver has stages at both ends of a step). "stochastic"
             uses one random time per sample: unbiased, and cheaper.
@@ -359,25 +350,25 @@ def cnf(
     Raises:
         TypeError, ValueError: for an unknown option or an invalid argument.
     """
-    check_field("cnf", "f", f, "f(t, z, params)")
+    check_field("f", f, "f(t, z, params)")
     if not isinstance(divergence, Divergence):
         raise TypeError(
             f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your "
             "own, jaxode.divergence.Divergence(init, apply)."
         )
-    options = SolveOptions.make("cnf", **solve_options)
-    check_time("cnf", "t0", t0)
-    check_time("cnf", "t1", t1)
-    if hasattr(f, "check_span"):  # a field whose times have a meaning
+    batch = choice_of_steps(batch, solve_options)
+    options = SolveOptions.make(**solve_options)
+    for name, time in (("t0", t0), ("t1", t1)):
+        check_number(name, time, TIME, "time")
+    if hasattr(f, "check_span"):  # a field that fixes the direction of time
         t0 = f.check_span(t0, t1)
-    one_of("cnf", "step_control", step_control, ("joint", "per_sample"))
-    one_of("cnf", "quadrature", quadrature, ("gauss", "stochastic"))
-    check_implicit("cnf", options, "step_control", step_control)
-    if step_control == "per_sample" and options.axis_name is not None:
+    one_of("quadrature", quadrature, ("gauss", "stochastic"))
+    check_implicit(options, batch)
+    if batch == "per_sample" and options.axis_name is not None:
         raise ValueError(
             f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
-            "devices; with step_control='per_sample' each sample has its own. Leave it out."
+            "devices; with batch='per_sample' each sample has its own. Leave it out."
         )
     fused = isinstance(options.adjoint, DiscreteAdjoint) and options.tableau is not None
     if quadrature == "stochastic" and not fused:
@@ -391,9 +382,9 @@ def cnf(
         t0=t0,
         t1=t1,
         divergence=divergence,
-        regularizers=check_regularizers("cnf", regularizers),
+        regularizers=check_regularizers(regularizers),
         solve_options=options,
-        step_control=step_control,
+        batch=batch,
         quadrature=quadrature,
         steer=check_steer(steer, t0, t1),
         throw=throw,

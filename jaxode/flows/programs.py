@@ -25,7 +25,7 @@ from jaxode.ode.system import System
 
 
 @compiled
-def carried(system: System, parts, key) -> Solution:
+def transport(system: System, parts, key) -> Solution:
     """The samples at the other end."""
     del parts, key
     return run(system)
@@ -47,7 +47,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
         solution = _log_prob(system, integrands, base, probes)
         no_error = jnp.where(jnp.isnan(solution.y1), solution.y1, 0.0)
         return _ending(solution, (solution.y1, no_error))
-    chosen = integrands.chosen_divergence(system.y0, system.shared, system.rows)
+    chosen = integrands.chosen_divergence(system.y0, system.shared, system.row_args)
     standard_error = chosen.standard_error
     if standard_error is None or probes.shape[1] < 2:
         raise ValueError(
@@ -62,12 +62,12 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 
 
 @compiled
-def sampled(system: System, parts, key) -> Solution:
+def sample(system: System, parts, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
     integrands, base = parts
     state = (system.y0, log_prob_of(base, system.y0))
-    rows = (_probes(system, integrands, key), system.rows)
-    return run(system._replace(field=integrands.density, y0=state, rows=rows))
+    row_args = (_probes(system, integrands, key), system.row_args)
+    return run(system._replace(field=integrands.density, y0=state, row_args=row_args))
 
 
 @compiled
@@ -77,7 +77,7 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     axis_name, x, phase = system.stepper.axis_name, system.y0, None
     if steer > 0:
         system = system._replace(t1=random_end(key, system.t1, steer))
-        check_same_times(system.label.text, system.t1, axis_name)
+        check_same_times(system.t1, axis_name)
     if quadrature == "stochastic":
         phase = random_phases(key, x, axis_name)
     probes = _probes(system, integrands, key, of_costs=True)
@@ -99,7 +99,7 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
 def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = False):
     axis_name = system.stepper.axis_name
     return integrands.probes(
-        key, system.y0, system.shared, system.rows, axis_name, of_costs=of_costs
+        key, system.y0, system.shared, system.row_args, axis_name, of_costs=of_costs
     )
 
 
@@ -110,7 +110,7 @@ def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Soluti
     """
     x = system.y0
     zeros = jnp.zeros((*x.shape[:1], *each), x.dtype)
-    return run(system._replace(field=field, y0=(x, zeros), rows=(probes, system.rows)))
+    return run(system._replace(field=field, y0=(x, zeros), row_args=(probes, system.row_args)))
 
 
 def _ending(solution: Solution, value: Any) -> Solution:

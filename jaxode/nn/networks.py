@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
+from jaxode._checks.caller import public
 from jaxode.distributions import as_event_shape
 from jaxode.nn.residual import Network, check_sample
 
@@ -140,6 +141,7 @@ class _Network(Network):
     time_in_output: ClassVar[bool] = False
     scalar_output: ClassVar[bool] = False
 
+    @public("")
     def __init__(
         self,
         event_shape: int | tuple[int, ...],
@@ -150,17 +152,17 @@ class _Network(Network):
         context_size: int = 0,
     ):
         name = type(self).__name__
-        size = math.prod(as_event_shape(name, event_shape))
+        size = math.prod(as_event_shape(event_shape))
         if not np.iterable(widths):
             raise TypeError(
                 f"{name}(widths=...): must be a sequence, one size for each hidden layer; got "
                 f"{widths!r}. Pass widths=({widths!r},)."
             )
         context_size = integer(
-            name, "context_size", context_size, least=0, rule="an integer of at least 0"
+            "context_size", context_size, least=0, rule="an integer of at least 0"
         )
         outputs = 1 if self.scalar_output else size
-        sizes = [size, *(integer(name, "widths", width) for width in widths)]
+        sizes = [size, *(integer("widths", width) for width in widths)]
         *keys, last = jax.random.split(key, len(sizes))
         self.hidden = tuple(
             _Layer(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
+from jaxode._checks.caller import public
 from jaxode.distributions import as_event_shape
 from jaxode.ode.field import MisfitError
 
@@ -89,6 +90,7 @@ class Residual(Network):
     encoder: tuple[Dense, Dense] | None
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
+    @public("")
     def __init__(
         self,
         event_shape: int | tuple[int, ...],
@@ -99,12 +101,10 @@ class Residual(Network):
         context_size: int = 0,
         activation: Callable[[Array], Array] = jax.nn.silu,
     ):
-        size = math.prod(as_event_shape("Residual", event_shape))
-        width = integer("Residual", "width", width)
-        blocks = integer("Residual", "blocks", blocks)
-        context_size = integer(
-            "Residual", "context_size", context_size, 0, "an integer of at least 0"
-        )
+        size = math.prod(as_event_shape(event_shape))
+        width = integer("width", width)
+        blocks = integer("blocks", blocks)
+        context_size = integer("context_size", context_size, 0, "an integer of at least 0")
         keys = iter(jax.random.split(key, 2 * blocks + 5))
         dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
         known = 2 * WAVES + (width if context_size else 0)
@@ -158,5 +158,5 @@ def check_sample(network: eqx.Module, y, size: int, context, context_size: int) 
     if y.size != size:
         raise MisfitError(
             f"{name}(event_shape=...): the network was made for samples of {size} numbers; got a "
-            f"sample of shape {y.shape}. Make it with event_shape={y.shape}, or mend the samples."
+            f"sample of shape {y.shape}. Make it with event_shape={y.shape}, or fix the samples."
         )

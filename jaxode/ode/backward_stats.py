@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import Time, check_state
+from jaxode._checks.caller import arg, public
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import VectorField
@@ -19,6 +20,7 @@ from jaxode.ode.solve import Unconditional, solve_checked
 from jaxode.ode.system import System, make_system, pose
 
 
+@public("backward_stats")
 def backward_stats(
     f: VectorField,
     y0: PyTree[Float[Array, "..."]],
@@ -53,20 +55,19 @@ def backward_stats(
         ValueError: if the solver is implicit.
         TypeError, ValueError, SolveError: as `solve`.
     """
-    where = "backward_stats"
     if not isinstance(adjoint, BacksolveAdjoint | InterpolatingAdjoint):
         raise TypeError(
-            f"{where}(adjoint=...): must have a backward solve; got {adjoint!r}. Use "
+            f"{arg('adjoint')} must have a backward solve; got {adjoint!r}. Use "
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."
         )
-    options = SolveOptions.make(where, adjoint=adjoint, **solve_options)
+    options = SolveOptions.make(adjoint=adjoint, **solve_options)
     if options.tableau is None:
         raise ValueError(
-            f"{where}(solver=...): must be an explicit Runge-Kutta solver; got "
+            f"{arg('solver')} must be an explicit Runge-Kutta solver; got "
             f"{type(options.solver).__name__}, which runs in diffrax. Use diffrax.Tsit5()."
         )
-    y0 = check_state(where, "y0", y0)
-    solution = solve_checked(where, f, y0, (t0, t1), args, options, ts=ts, throw=True)
+    y0 = check_state("y0", y0)
+    solution = solve_checked(f, y0, (t0, t1), args, options, ts=ts, throw=True)
 
     def total(states):
         y1, ys = states
@@ -75,7 +76,7 @@ def backward_stats(
         return loss(dataclasses.replace(solution, y1=y1, ys=ys))
 
     bars = jax.grad(total)((solution.y1, solution.ys))
-    system = make_system(where, Unconditional(f), y0, (t0, t1), args, options, ts=ts)
+    system = make_system(Unconditional(f), y0, (t0, t1), args, options, ts=ts)
     return _backward_stats(system, *bars)
 
 

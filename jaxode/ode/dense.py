@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode._checks.arguments import check_real_times, is_known
+from jaxode._checks.arguments import check_real_times
+from jaxode._checks.caller import arg, caller
+from jaxode._checks.rules import is_known
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.tableau import Tableau
 
@@ -66,19 +68,19 @@ class Interpolant(eqx.Module):
         """Whether each sample is asked at its own time."""
         return self.batch == "per_sample"
 
-    def at(self, where: str, t: Any, derivative: bool = False) -> PyTree:
+    def at(self, t: Any, derivative: bool = False) -> PyTree:
         """The state, or its derivative, at one or several times. NaN outside the span."""
         if self.t0.ndim != 1:
             raise ValueError(
-                f"{where}: must be given a single solution; got one of jax.vmap. Use "
-                f"jax.vmap(lambda solution: solution.{where}(t))."
+                f"{caller()}: must be given a single solution; got one of jax.vmap. Use "
+                f"jax.vmap(lambda solution: solution.{caller()}(t))."
             )
-        t, several = self._on_rows(where, t)
+        t, several = self._on_rows(t)
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
         inside = (low[None] <= t) & (t <= high[None])
         if not self.per_sample and is_known((t, self.t0, self.t1)) and not np.all(inside):
             raise ValueError(
-                f"{where}(t=...): must lie between t0={float(self.t0[0])!r} and "
+                f"{arg('t')} must lie between t0={float(self.t0[0])!r} and "
                 f"t1={float(self.t1[0])!r}; got {np.asarray(t)[~np.asarray(inside)][0]}. Extend "
                 "the solve."
             )
@@ -92,10 +94,10 @@ class Interpolant(eqx.Module):
             states = jax.tree.map(lambda x: x.swapaxes(0, 1), states)
         return states if several else jax.tree.map(lambda x: x[0], states)
 
-    def _on_rows(self, where: str, t: Any) -> tuple[Float[Array, "times rows"], bool]:
+    def _on_rows(self, t: Any) -> tuple[Float[Array, "times rows"], bool]:
         """The times of each row, and whether several were given."""
         rows = len(self.t0)
-        check_real_times(where, "t", t)
+        check_real_times("t", t)
         t = jnp.asarray(t, self.t0.dtype)
         if not self.per_sample and t.ndim <= 1:
             return jnp.reshape(t, (-1, 1)), t.ndim == 1
@@ -106,7 +108,7 @@ class Interpolant(eqx.Module):
         shapes = "a scalar or a vector"
         if self.per_sample:
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"
-        raise ValueError(f"{where}(t=...): must be {shapes}; got shape {t.shape}.")
+        raise ValueError(f"{arg('t')} must be {shapes}; got shape {t.shape}.")
 
     def _value(self, t: Float[Array, " rows"], derivative: bool) -> Float[Array, "samples n"]:
         if not derivative:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import one_of
+from jaxode._checks.caller import public
 from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
@@ -66,9 +67,10 @@ class Event(eqx.Module):
     condition: Callable[[Float[Array, ""], PyTree, PyTree], Float[Array, ""]]
     direction: Literal[-1, 0, 1] = eqx.field(static=True, default=0)
 
+    @public("")
     def __check_init__(self):
-        one_of("Event", "direction", self.direction, (-1, 0, 1))
-        check_field("Event", "condition", self.condition, "condition(t, y, args)")
+        one_of("direction", self.direction, (-1, 0, 1))
+        check_field("condition", self.condition, "condition(t, y, args)")
 
     def crosses(self, before: Float[Array, "..."], after: Float[Array, "..."]):
         """Whether the condition goes through zero between two values."""

@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._checks.caller import arg
+
 VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
 
@@ -18,15 +20,15 @@ class MisfitError(TypeError):
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
-def check_field(where: str, name: str, f: Any, call: str) -> None:
+def check_field(name: str, f: Any, call: str) -> None:
     """Raise unless `f` is a function."""
     if isinstance(f, type):
         raise TypeError(
-            f"{where}({name}=...): must be a function {call}; got the class {f.__name__}. Pass an "
+            f"{arg(name)} must be a function {call}; got the class {f.__name__}. Pass an "
             "instance of it, or jaxode.nn.field with the network as the parameters."
         )
     if not callable(f):
-        raise TypeError(f"{where}({name}=...): must be a function {call}; got {f!r}.")
+        raise TypeError(f"{arg(name)} must be a function {call}; got {f!r}.")
 
 
 def call_field(
@@ -46,7 +48,7 @@ def call_field(
         raise TypeError(
             f"{name}(t, y, args): {kind} raised {type(error).__name__}: "
             f"{str(error).rstrip('.')}. It got y={_described(y)} and args={_described(args)}. Pass "
-            f"args that fit {name}, or mend the line of {name} that the error above names."
+            f"args that fit {name}, or fix the line of {name} that the error above names."
         ) from error
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._checks.errors import Result
+from jaxode._checks.rules import all_hold
 from jaxode._jax.primitives import first_derivatives_only, nondifferentiable_backward
 from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
 from jaxode.ode.adjoints.tape import in_reverse
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.stepper import Stepper
 

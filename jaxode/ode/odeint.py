@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import check_state, is_known, numeric_dtype
+from jaxode._checks.arguments import check_state, numeric_dtype
+from jaxode._checks.caller import public
+from jaxode._checks.rules import is_known
 from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.field import check_field
 from jaxode.ode.options import SolveOptions
@@ -26,6 +28,7 @@ class _TimeFirst(eqx.Module):
         return self.func(y, t, *args)
 
 
+@public("odeint")
 def odeint(
     func: Callable[..., PyTree],
     y0: PyTree[Float[Array, "..."]],
@@ -61,7 +64,7 @@ def odeint(
     Differentiation: in reverse mode with respect to `y0`, `t`, `args` and values that `func` closes
         over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
     """
-    check_field("odeint", "func", func, "func(y, t, *args)")
+    check_field("func", func, "func(y, t, *args)")
     dtype = numeric_dtype(t)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = repr(t) if dtype is None else dtype
@@ -80,12 +83,12 @@ def odeint(
         raise ValueError(f"odeint(mxstep=...): must allow at least one step; got {mxstep}.")
     max_step = None if hmax == jnp.inf else hmax
     options = SolveOptions.make(
-        "odeint", rtol=rtol, atol=atol, max_steps=steps, max_step=max_step,
+        rtol=rtol, atol=atol, max_steps=steps, max_step=max_step,
         adjoint=BacksolveAdjoint(),
     )  # fmt: skip
-    f, y0 = _TimeFirst(func), check_state("odeint", "y0", y0)
+    f, y0 = _TimeFirst(func), check_state("y0", y0)
     span = times[0], times[-1]
-    return solve_checked("odeint", f, y0, span, args, options, ts=times, throw=False).ys
+    return solve_checked(f, y0, span, args, options, ts=times, throw=False).ys
 
 
 def _monotone(times: np.ndarray) -> bool:

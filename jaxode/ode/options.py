@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
@@ -14,12 +15,12 @@ from jaxtyping import Array, Float
 from jaxode._checks.arguments import (
     as_array,
     check_breakpoints,
-    check_positive,
-    check_tolerance,
+    check_number,
     integer,
-    is_known,
     one_of,
 )
+from jaxode._checks.caller import arg, caller
+from jaxode._checks.rules import POSITIVE, TOLERANCE, is_known
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
@@ -44,8 +45,8 @@ class SolveOptions(eqx.Module):
     precision: str | None = eqx.field(static=True, default=None)
 
     @classmethod
-    def make(cls, where: str, **given: Any) -> "SolveOptions":
-        """Make the options from the keywords that a user passed to the function `where`.
+    def make(cls, **given: Any) -> "SolveOptions":
+        """Make the options from the keywords that a user passed.
 
         Raises:
             TypeError, ValueError: for an unknown option, and for an invalid value that is known at
@@ -54,13 +55,15 @@ class SolveOptions(eqx.Module):
         known = sorted(field.name for field in dataclasses.fields(cls))
         unknown = sorted(set(given) - set(known))
         if unknown:
-            raise TypeError(f"{where}: unknown options {unknown}. The solve options are {known}.")
+            raise TypeError(
+                f"{caller()}: unknown options {unknown}. The solve options are {known}."
+            )
         if given.get("steps") is not None:
-            given["steps"] = integer(where, "steps", given["steps"])
+            given["steps"] = integer("steps", given["steps"])
         if "max_steps" in given:
-            given["max_steps"] = integer(where, "max_steps", given["max_steps"])
+            given["max_steps"] = integer("max_steps", given["max_steps"])
         options = cls(**given)
-        options._check(where)
+        options._check()
         return options
 
     @property
@@ -68,45 +71,45 @@ class SolveOptions(eqx.Module):
         """The solver's tableau, or None if it is not an explicit Runge-Kutta method."""
         return tableau_of(self.solver)
 
-    def _check(self, where: str) -> None:
+    def _check(self) -> None:
         if isinstance(self.adjoint, type) or not hasattr(self.adjoint, "integrate"):
             raise TypeError(
-                f"{where}(adjoint=...): must be a gradient method such as "
+                f"{arg('adjoint')} must be a gradient method such as "
                 f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."
             )
         if not isinstance(self.solver, diffrax.AbstractSolver):
             raise TypeError(
-                f"{where}(solver=...): must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
+                f"{arg('solver')} must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
                 f"got {self.solver!r}."
             )
         tableau = self.tableau
         if tableau is not None and tableau.b_error is None and self.steps is None:
             raise ValueError(
-                f"{where}(solver=...): {tableau.name} has no error estimate; got steps=None. "
+                f"{arg('solver')} {tableau.name} has no error estimate; got steps=None. "
                 "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
             )
         names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
         if self.axis_name is not None and not all(isinstance(n, str) for n in names):
             raise TypeError(
-                f"{where}(axis_name=...): must be the name of a mapped axis, or a tuple of names; "
+                f"{arg('axis_name')} must be the name of a mapped axis, or a tuple of names; "
                 f"got {self.axis_name!r}. Pass the name that jax.shard_map has for it."
             )
         if tableau is None and self.axis_name is not None:
             raise ValueError(
-                f"{where}(axis_name=...): needs an explicit Runge-Kutta solver, such as "
+                f"{arg('axis_name')} needs an explicit Runge-Kutta solver, such as "
                 f"diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit equations couple "
                 "the whole state, so do not split it, or use such a solver."
             )
-        one_of(where, "precision", self.precision, (None, *PRECISIONS))
-        check_tolerance(where, "rtol", self.rtol)
-        check_tolerance(where, "atol", self.atol)
+        one_of("precision", self.precision, (None, *PRECISIONS))
+        check_number("rtol", self.rtol, TOLERANCE)
+        check_number("atol", self.atol, TOLERANCE)
         for name in ("max_step", "first_step"):
             if getattr(self, name) is not None:
-                check_positive(where, name, getattr(self, name))
+                check_number(name, getattr(self, name), POSITIVE)
         if self.breakpoints is not None:
-            check_breakpoints(where, self.breakpoints, self.steps)
+            check_breakpoints(self.breakpoints, self.steps)
 
-    def stepper(self, where: str, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Stepper:
+    def stepper(self, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Stepper:
         """The settings of the loop for a state solved in `dtype`, with leaves of these dtypes."""
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
@@ -117,7 +120,9 @@ class SolveOptions(eqx.Module):
                 both = f"rtol={float(self.rtol):g}, atol={float(self.atol):g}"
                 of = "in which the state is solved" if coarsest == dtype else "a dtype of the state"
                 lost = "" if both == "rtol=0, atol=0" else f" in {coarsest}, {of}"
-                raise ValueError(f"{where}({both}): at least one tolerance must be positive{lost}.")
+                raise ValueError(
+                    f"{caller()}({both}): at least one tolerance must be positive{lost}."
+                )
         elif coarsest != dtype:
             lost = jnp.maximum(rtol, atol) <= _least(coarsest)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
@@ -143,3 +148,16 @@ def _least(dtype: jnp.dtype) -> float:
     """The largest number that rounds to zero in `dtype`: half of the smallest denormal."""
     info = jnp.finfo(dtype)
     return 0.5 * float(info.tiny) * float(info.eps)
+
+
+def choice_of_steps(batch: Any, solve_options: dict[str, Any]) -> Literal["joint", "per_sample"]:
+    """The checked `batch`, which was called `step_control` up to version 0.2."""
+    if "step_control" in solve_options:
+        batch = solve_options.pop("step_control")
+        warnings.warn(
+            f"{arg('step_control', batch)} is called batch now, as in solve.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+    one_of("batch", batch, ("joint", "per_sample"))
+    return batch

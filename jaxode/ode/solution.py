@@ -1,14 +1,16 @@
 """What a solve returns."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxode._checks.errors import Faults, Result, nan_or_raise, tied
+from jaxode._checks.caller import caller, public
+from jaxode._checks.errors import Result, guarded, nan_or_raise
+from jaxode._checks.rules import Faults, is_known
 from jaxode.ode.dense import Interpolant
 from jaxode.ode.loop.stats import Stats
 
@@ -38,10 +40,19 @@ class Solution(eqx.Module):
     """What `evaluate` needs. None without `dense`."""
 
     @property
+    def event_came(self) -> Bool[Array, "*rows"] | None:
+        """The name of `event_occurred` in version 0.2."""
+        warnings.warn(
+            "Solution.event_came is called event_occurred now.", DeprecationWarning, stacklevel=2
+        )
+        return self.event_occurred
+
+    @property
     def ok(self) -> Bool[Array, "*rows"]:
         """Whether the solve reached its end time (per row with per-sample steps)."""
         return self.result == Result.SUCCESS
 
+    @public("evaluate")
     def evaluate(self, t: Float[Array, "..."]) -> Any:
         """The state at `t` between the ends, by the solver's interpolant. Needs `dense=True`.
 
@@ -59,40 +70,37 @@ class Solution(eqx.Module):
 
         Differentiation: with respect to `t`, and everything that the solve is differentiable in.
         """
-        return self._interpolant("evaluate").at("evaluate", t)
+        return self._interpolant().at(t)
 
+    @public("derivative")
     def derivative(self, t: Float[Array, "..."]) -> Any:
         """The time derivative of `evaluate`: the interpolant's, close to the field."""
-        return self._interpolant("derivative").at("derivative", t, derivative=True)
+        return self._interpolant().at(t, derivative=True)
 
-    def _interpolant(self, where: str) -> Interpolant:
+    def _interpolant(self) -> Interpolant:
         if self.interpolant is None:
-            raise ValueError(f"{where}: needs a solve with dense=True. Pass it to jaxode.solve.")
+            raise ValueError(f"{caller()}: needs a solve with dense=True. Pass it to jaxode.solve.")
         return self.interpolant
 
 
-def raise_on_failure(solution: Solution, where: str, faults: Faults | None = None) -> Solution:
-    """Raise `SolveError` if a solve failed: now, or when the compiled program runs.
-
-    Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
-    but keeps the program out of JAX's persistent compilation cache.
-    """
-    nan = nan_or_raise(solution.result, solution.t_reached, where, faults)
-    if not isinstance(solution.result, jax.core.Tracer):
+def report(solution: Solution, faults: Faults) -> Solution:
+    """Raise `SolveError` if a solve failed: now, or when the compiled program runs."""
+    nan = nan_or_raise(solution.result, solution.t_reached, faults)
+    if is_known(solution.result):
         return solution
     ok = solution.ok
 
-    def guard(leaf, axis):
+    def guard(leaf, axis=0):
         shape = (1,) * axis + ok.shape + (1,) * (leaf.ndim - axis - ok.ndim)
-        return tied(leaf, ok.reshape(shape), nan.reshape(shape))
+        return guarded(leaf, ok.reshape(shape), nan.reshape(shape))
 
-    y1 = jax.tree.map(lambda leaf: guard(leaf, 0), solution.y1)
+    y1 = jax.tree.map(guard, solution.y1)
     rows_axis = 0 if solution.ts is None or solution.ts.ndim == 2 else 1
     ys = jax.tree.map(lambda leaf: guard(leaf, rows_axis), solution.ys)
     t1, inter = solution.t1, solution.interpolant
     if solution.event_occurred is not None:
-        t1 = guard(t1, 0)
+        t1 = guard(t1)
     if inter is not None:
-        end = tied(inter.y1, ok.reshape(-1, 1), nan.reshape(-1, 1))
+        end = guarded(inter.y1, ok.reshape(-1, 1), nan.reshape(-1, 1))
         inter = dataclasses.replace(inter, y1=end)
     return dataclasses.replace(solution, y1=y1, ys=ys, t1=t1, interpolant=inter)

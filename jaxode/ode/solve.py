@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
-from jaxode._checks.errors import Result, not_finite
+from jaxode._checks.caller import arg, public
+from jaxode._checks.errors import Result
+from jaxode._checks.rules import FINITE, FINITE_STATE
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.loop.outputs import Steps, padded
-from jaxode.ode.options import SolveOptions
-from jaxode.ode.solution import Solution, raise_on_failure
+from jaxode.ode.options import SolveOptions, choice_of_steps
+from jaxode.ode.solution import Solution, report
 from jaxode.ode.system import (
     Batch,
     System,
@@ -29,6 +31,7 @@ from jaxode.ode.system import (
 )
 
 
+@public("solve")
 def solve(
     f: VectorField,
     y0: PyTree[Float[Array, "..."]],
@@ -127,7 +130,6 @@ def solve(
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
     options = SolveOptions.make(
-        "solve",
         solver=solver,
         rtol=rtol,
         atol=atol,
@@ -140,24 +142,25 @@ def solve(
         axis_name=axis_name,
         precision=precision,
     )
-    one_of("solve", "batch", batch, (None, "joint", "per_sample"))
-    check_implicit("solve", options, "batch", batch)
+    one_of("batch", batch, (None, "joint", "per_sample"))
+    check_implicit(options, batch)
     check = check_state if batch is None else check_batch
-    y0 = check("solve", "y0", y0)
-    check_bool("solve", "dense", dense)
+    y0 = check("y0", y0)
+    check_bool("dense", dense)
     if dense and not isinstance(options.adjoint, DiscreteAdjoint | ForwardMode):
         raise ValueError(
             "solve(dense=True): needs DiscreteAdjoint or ForwardMode, which differentiate the "
             f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
             "jaxode.DiscreteAdjoint()."
         )
-    check_event("solve", options, event, batch)
+    check_event(options, event, batch)
     return solve_checked(
-        "solve", f, y0, (t0, t1), args, options,
+        f, y0, (t0, t1), args, options,
         ts=ts, batch=batch, dense=dense, event=event, throw=throw,
     )  # fmt: skip
 
 
+@public("flow")
 def flow(
     f: VectorField,
     z: PyTree[Float[Array, "batch ..."]],
@@ -165,14 +168,13 @@ def flow(
     t: Time | Float[Array, " batch"],
     args: PyTree = None,
     *,
-    step_control: Literal["joint", "per_sample"] = "joint",
+    batch: Literal["joint", "per_sample"] = "joint",
     throw: bool = True,
     **solve_options: Any,
 ) -> PyTree[Float[Array, "batch ..."]]:
     """The flow operator `F^{s,t}` on a batch: where each sample of `z` at time `s` is at time `t`.
 
-    `jaxode.solve(f, z, s, t, args, batch=step_control)` runs the same solve and returns more about
-    it.
+    `jaxode.solve(f, z, s, t, args, batch=...)` runs the same solve and returns more about it.
 
     Args:
         f: vector field of one sample, as for `solve`.
@@ -180,7 +182,7 @@ def flow(
         s: start time, a scalar; with "per_sample" steps also `[batch]`.
         t: end time, with the shapes of `s`. If `s > t`, the solve runs backwards in time.
         args: any pytree, passed to `f`; shared by all samples.
-        step_control: "joint" or "per_sample", as `batch` of `solve`.
+        batch: "joint" or "per_sample", as for `solve`.
         throw: as for `solve`.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
             `breakpoints`, `max_steps`, `axis_name` and `precision` of `solve`.
@@ -197,15 +199,13 @@ def flow(
     if moved:
         raise TypeError(
             f"flow({moved[0]}=...): it returns only z at time t. Use "
-            f"jaxode.solve(f, z, s, t, args, batch={step_control!r}), which returns a Solution."
+            f"jaxode.solve(f, z, s, t, args, batch={batch!r}), which returns a Solution."
         )
-    options = SolveOptions.make("flow", **solve_options)
-    one_of("flow", "step_control", step_control, ("joint", "per_sample"))
-    check_implicit("flow", options, "step_control", step_control)
-    z = check_batch("flow", "z", z)
-    return solve_checked(
-        "flow", f, z, (s, t), args, options, name="z", batch=step_control, throw=throw
-    ).y1
+    batch = choice_of_steps(batch, solve_options)
+    options = SolveOptions.make(**solve_options)
+    check_implicit(options, batch)
+    z = check_batch("z", z)
+    return solve_checked(f, z, (s, t), args, options, name="z", batch=batch, throw=throw).y1
 
 
 class Unconditional(eqx.Module):
@@ -223,7 +223,6 @@ class Unconditional(eqx.Module):
 
 
 def solve_checked(
-    where: str,
     f: VectorField,
     y0: PyTree[Array],
     span: tuple[Time, Time],
@@ -237,60 +236,60 @@ def solve_checked(
     event: Event | None = None,
     throw: bool,
 ) -> Solution:
-    """`solve` for a checked state: the argument `name` of the public function `where`."""
-    check_field(where, "f", f, "f(t, y, args)")
-    check_bool(where, "throw", throw)
-    args = check_args(where, "args", args)
+    """`solve` for a checked state, the argument `name`."""
+    check_field("f", f, "f(t, y, args)")
+    check_bool("throw", throw)
+    args = check_args("args", args)
     system = make_system(
-        where, Unconditional(f), y0, span, args, options,
+        Unconditional(f), y0, span, args, options,
         ts=ts, batch=batch, dense=dense, event=event,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     if not throw:
         return solution
-    faults = not_finite(where, name, system.y0, batch=batch is not None)
-    return raise_on_failure(solution, where, faults | argument_faults(where, system))
+    rule = FINITE_STATE if batch is None else FINITE
+    faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
+    return report(solution, faults | argument_faults(system))
 
 
-def check_implicit(where: str, options: SolveOptions, argument: str, batch: Batch) -> None:
+def check_implicit(options: SolveOptions, batch: Batch) -> None:
     """Raise if an option needs an explicit Runge-Kutta solver and the solver is not one."""
     if options.tableau is not None:
         return
     name, adjoint = type(options.solver).__name__, options.adjoint
     if batch == "per_sample":
         raise ValueError(
-            f"{where}({argument}='per_sample'): needs an explicit Runge-Kutta solver; got {name}. "
-            f"Use jax.vmap over jaxode.solve, or {argument}='joint', whose cost grows as the cube "
-            "of the whole state."
+            f"{arg('batch', batch)} needs an explicit Runge-Kutta solver; got {name}. Use "
+            "jax.vmap over jaxode.solve, or batch='joint', whose cost grows as the cube of the "
+            "whole state."
         )
     if not isinstance(adjoint, DiscreteAdjoint | ForwardMode):
         raise ValueError(
-            f"{where}(adjoint=...): {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
+            f"{arg('adjoint')} {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
             f"got {name}. Use jaxode.DiscreteAdjoint()."
         )
 
 
-def check_event(where: str, options: SolveOptions, event: Any, batch: Batch) -> None:
+def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
     """Raise for an invalid event, and for options that do not go with events."""
     if event is None:
         return
     if not isinstance(event, Event):
         raise TypeError(
-            f"{where}(event=...): must be a jaxode.Event; got {event!r}. Use "
-            "jaxode.Event(condition)."
+            f"{arg('event')} must be a jaxode.Event; got {event!r}. Use jaxode.Event(condition)."
         )
     if batch == "joint":
         raise ValueError(
-            f"{where}(event=...): samples with joint steps end together; got batch='joint'. Use "
+            f"{arg('event')} samples with joint steps end together; got batch='joint'. Use "
             "batch='per_sample'."
         )
     if options.steps is not None:
         raise ValueError(
-            f"{where}(event=...): needs error control; got steps={options.steps}. Leave steps out."
+            f"{arg('event')} needs error control; got steps={options.steps}. Leave steps out."
         )
     if options.tableau is None:
         raise ValueError(
-            f"{where}(event=...): needs an explicit Runge-Kutta solver; got "
+            f"{arg('event')} needs an explicit Runge-Kutta solver; got "
             f"{type(options.solver).__name__}. Use diffrax.diffeqsolve(event=...)."
         )
 

@@ -21,7 +21,8 @@ from jaxode._checks.arguments import (
     numeric_dtype,
     state_dtype,
 )
-from jaxode._checks.errors import Faults
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import Faults, solve_faults
 from jaxode._checks.times import check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
@@ -29,33 +30,15 @@ from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rules import RULES
 from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
 
 
-class Label:
-    """The name of the function that the user called, for messages.
-
-    All labels are equal, so they never cause a recompilation.
-    """
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Label)
-
-    def __hash__(self) -> int:
-        return 0
-
-
 class System(NamedTuple):
     """A system of ODEs: one for each row of a batch, or a single one."""
 
-    label: Label
     field: Callable[..., PyTree]
     """`f(t, y, shared, row)` of one row."""
     y0: PyTree[Float[Array, "..."]]
@@ -67,7 +50,7 @@ class System(NamedTuple):
     """Whether times in `ts` are lost in the dtype of the state."""
     shared: PyTree
     """Arguments that all rows share."""
-    rows: PyTree
+    row_args: PyTree
     """Arguments per row: leaves `[batch, ...]`."""
     batch: Batch
     """None for a single system without a batch axis."""
@@ -98,7 +81,6 @@ class System(NamedTuple):
 
 
 def make_system(
-    where: str,
     field: Callable[..., PyTree],
     y0: PyTree[Array],
     span: tuple[Time, Time],
@@ -106,7 +88,7 @@ def make_system(
     options: SolveOptions,
     *,
     ts: Any = None,
-    rows: PyTree = None,
+    row_args: PyTree = None,
     batch: Batch = None,
     dense: bool = False,
     event: Any = None,
@@ -114,26 +96,22 @@ def make_system(
     """Check the times, and turn everything that varies into arrays to avoid recompilation."""
     dtype = state_dtype(y0)
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
-    t0, t1, ts, ts_lost = check_times(where, *span, ts, dtype, count)
-    check_same_times(where, (t0, t1, ts, options.breakpoints), options.axis_name)
-    stepper = options.stepper(where, dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
+    t0, t1, ts, ts_lost = check_times(*span, ts, dtype, count)
+    check_same_times((t0, t1, ts, options.breakpoints), options.axis_name)
+    stepper = options.stepper(dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     stepper = dataclasses.replace(stepper, dense=dense)
     adjoint = options.adjoint
     if options.tableau is None:
         adjoint = DiffraxSolve(options.solver, adjoint)
-    shared, rows = encoded((shared, rows), dtype)  # so that floats are inputs
-    return System(
-        Label(where), field, y0, t0, t1, ts, ts_lost, shared, rows, batch, stepper, adjoint, event
-    )
+    shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
+    return System(field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event)
 
 
-def argument_faults(where: str, system: System) -> Faults:
+def argument_faults(system: System) -> Faults:
     """The faults that arguments of a system may have, for the message of a failure."""
     ragged = system.t0.ndim or system.t1.ndim or system.rows_have_outputs
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
-    times = Problem(None, None, system.y0, *system.on_rows(rows))
-    broken = lambda holds: lambda: ~holds(times, system.stepper)
-    return {where + rule: broken(holds) for rule, holds in RULES.items()}
+    return solve_faults(Problem(None, None, system.y0, *system.on_rows(rows)), system.stepper)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +157,7 @@ def condition_on_rows(system: System, ravel: Ravel):
         if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
             got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
             raise ValueError(
-                f"{system.label.text}(event=...): the condition must return a floating scalar; got "
+                f"{arg('event')} the condition must return a floating scalar; got "
                 f"{got}. It sees one sample of a batch."
             )
         return jnp.asarray(value)
@@ -199,7 +177,7 @@ def _rows_field(system: System):
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
-        check_derivative(system.label.text, y, dy, hint)
+        check_derivative(y, dy, hint)
         return jax.tree.map(jnp.asarray, dy)
 
     if system.batch == "per_sample":
@@ -228,7 +206,7 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     start = ravel(y0)
     rows = start.shape[0] if system.batch == "per_sample" else 1
     start, times, args, stepper = vary_alike(
-        (start, system.on_rows(rows), (system.shared, system.rows), system.stepper)
+        (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
     )
     closed, arrays = close_field(raveled, times[0], start, args, stepper.precision)
     outputs = None

@@ -262,7 +262,7 @@ def test_equal_flows_are_equal_and_hashable(name):
     assert make() == make()
     assert hash(make()) == hash(make())
     assert make() != make(atol=1e-7)
-    assert make() != make(step_control="per_sample")
+    assert make() != make(batch="per_sample")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_joint_steps_over_devices_are_those_of_one(name):
 
 
 @typed
-@pytest.mark.parametrize("options", [{"steps": 6}, {"step_control": "per_sample"}], ids=str)
+@pytest.mark.parametrize("options", [{"steps": 6}, {"batch": "per_sample"}], ids=str)
 def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
     inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
     expected = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))(*inputs)
@@ -279,7 +279,7 @@ def test_steps_over_two_axes_need_the_same_times_on_all():
         run(X, jnp.ones(2))
 
 
-@pytest.mark.parametrize("options", [{}, {"step_control": "per_sample"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"batch": "per_sample"}], ids=str)
 def test_a_sharded_batch_under_plain_jit(options):
     """XLA splits the program itself, and the numbers are those of one device."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)

@@ -50,7 +50,7 @@ def audit(f, event=1, p=1.0, **options):
 
 HEALTHY = {
     "joint": lambda: audit(wave),
-    "two dimensions, per sample": lambda: audit(wave, 2, step_control="per_sample"),
+    "two dimensions, per sample": lambda: audit(wave, 2, batch="per_sample"),
     "probes": lambda: audit(swirl, 4, 0.03, divergence=divergence.hutchinson(16)),
     # The grid of the total probability is one system; in two dimensions, of 500,000 equations.
     "implicit": lambda: audit(wave, solver=diffrax.Kvaerno5(), rtol=1e-5, atol=1e-5),
@@ -167,7 +167,7 @@ def test_data_far_from_the_base_are_named_before_their_rounding(default_settings
     assert next(iter(report.advice)) == "distance from the base"
     assert report.values["distance from the base"] > 400
     assert "standardize=data" in report.advice["distance from the base"]
-    assert report.advice["log-density error"].startswith("Mend the distance from the base first")
+    assert report.advice["log-density error"].startswith("Fix the distance from the base first")
     # One sample in ten may be an outlier of a table that is.
     z = jnp.where(jnp.arange(64)[:, None] % 10 == 0, x, (x - x.mean(0)) / x.std(0))
     report = jaxode.audit(flow, jnp.asarray(0.1), z, KEY)

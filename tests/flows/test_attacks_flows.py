@@ -165,7 +165,7 @@ def test_a_row_of_weight_zero_is_left_out_of_the_likelihood(name, compile):
     of = lambda data, **options: compile(
         lambda data: nll({"throw": True} | options, RATE, **GOOD | unused | data)
     )(data)
-    alone = {"step_control": "per_sample"}
+    alone = {"batch": "per_sample"}
     np.testing.assert_allclose(of(changed(name, 1, NAN), **alone), of({}, **alone), rtol=1e-12)
     with pytest.raises(RuntimeError, match=rf"{name}=...\).* 1 of 3 rows, first in row 2\."):
         jax.block_until_ready(of(changed(name, slice(1, 3), NAN), **alone))
@@ -225,7 +225,7 @@ def test_bad_data_is_named_by_every_method(name, compile):
 
 
 @pytest.mark.parametrize(
-    "options", [{"step_control": "per_sample"}, {"solver": diffrax.Kvaerno3()}, {"steps": 2}],
+    "options", [{"batch": "per_sample"}, {"solver": diffrax.Kvaerno3()}, {"steps": 2}],
     ids=str,
 )  # fmt: skip
 def test_bad_data_is_named_whatever_the_solver(options):

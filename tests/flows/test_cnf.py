@@ -31,7 +31,7 @@ A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_linear_flow_is_a_gaussian(control):
     """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
-    flow = jaxode.cnf(linear, jaxode.standard_normal(3), step_control=control, **TIGHT)
+    flow = jaxode.cnf(linear, jaxode.standard_normal(3), batch=control, **TIGHT)
     E = scipy.linalg.expm(np.asarray(A))
     x = jax.random.normal(jax.random.key(0), (20, 3)) * 2
     exact = scipy.stats.multivariate_normal(np.zeros(3), E @ E.T).logpdf(x)
@@ -136,13 +136,13 @@ def test_hutchinson_log_prob_is_unbiased():
 def test_noise_depends_on_the_key_and_the_index_alone(control):
     """Same key, same value: with or without jit, with joint or own steps, whatever the batch."""
     noisy = {"divergence": divergence.hutchinson(), **TIGHT}
-    flow = jaxode.cnf(field, jaxode.standard_normal(3), step_control=control, **noisy)
+    flow = jaxode.cnf(field, jaxode.standard_normal(3), batch=control, **noisy)
     m, key = module(3), jax.random.key(11)
     x = jax.random.normal(jax.random.key(1), (6, 3))
     values = flow.log_prob(m, x, key=key)
     np.testing.assert_allclose(jax.jit(flow.log_prob)(m, x, key=key), values, rtol=1e-12)
     np.testing.assert_allclose(flow.log_prob(m, x[:2], key=key), values[:2], rtol=1e-7)
-    joint = jaxode.cnf(field, jaxode.standard_normal(3), step_control="joint", **noisy)
+    joint = jaxode.cnf(field, jaxode.standard_normal(3), batch="joint", **noisy)
     np.testing.assert_allclose(joint.log_prob(m, x, key=key), values, rtol=1e-7)
     other = x.at[2:].set(0.0)
     np.testing.assert_allclose(flow.log_prob(m, other, key=key)[:2], values[:2], rtol=1e-7)

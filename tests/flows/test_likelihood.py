@@ -65,7 +65,7 @@ def recorded_times(flow, params, x, context):
     """The mesh of the forward solve, `[steps + 1, rows]`."""
     carried, span = Integrands(flow.f, flow.divergence).field, (flow.t1, flow.t0)
     system = make_system(
-        "", carried, x, span, params, flow.solve_options, rows=context, batch=flow.step_control
+        "", carried, x, span, params, flow.solve_options, row_args=context, batch=flow.batch
     )
 
     @compiled
@@ -137,7 +137,7 @@ def reference(flow, times):
 CASES = {
     "hutchinson": {"divergence": ESTIMATORS["hutchinson"]},
     "random nodes": {"quadrature": "stochastic", "divergence": ESTIMATORS["hutchinson"]},
-    "random nodes, per-sample steps": {"quadrature": "stochastic", "step_control": "per_sample"},
+    "random nodes, per-sample steps": {"quadrature": "stochastic", "batch": "per_sample"},
     "few checkpoints": {"adjoint": jaxode.DiscreteAdjoint(2), "rtol": 1e-6, "atol": 1e-6},
     "Dopri8": {"solver": diffrax.Dopri8()},
     "a solver without a shared stage": {"solver": diffrax.Heun(), "rtol": 1e-2, "atol": 1e-2},
@@ -146,7 +146,7 @@ CASES = {
     "regularized, three probes, per-sample steps": {
         "regularizers": REGULARIZERS,
         "divergence": ESTIMATORS["three probes"],
-        "step_control": "per_sample",
+        "batch": "per_sample",
     },
     "regularized, random nodes": {
         "regularizers": REGULARIZERS,
@@ -219,7 +219,7 @@ def test_gradient_by_the_times(control, quadrature, together, monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
         jax.clear_caches()
     make_at = lambda t0, t1: make(
-        t0=t0, t1=t1, step_control=control, quadrature=quadrature,
+        t0=t0, t1=t1, batch=control, quadrature=quadrature,
         divergence=ESTIMATORS["exact"],
     )  # fmt: skip
     inputs = (jnp.array(0.1), jnp.array(0.9))
@@ -259,7 +259,7 @@ def test_steer_ends_at_a_uniform_random_time(times):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"step_control": "per_sample", "regularizers": REGULARIZERS, "t0": 1.0, "t1": -0.5}],
+    [{}, {"batch": "per_sample", "regularizers": REGULARIZERS, "t0": 1.0, "t1": -0.5}],
     ids=["joint", "per_sample, regularized, from one"],
 )
 def test_steer_is_the_loss_of_a_flow_that_ends_there(options):
@@ -283,7 +283,7 @@ def test_steer_is_the_loss_of_a_flow_that_ends_there(options):
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_steer_leaves_the_density_alone(control):
-    options = {"step_control": control, "divergence": ESTIMATORS["hutchinson"]}
+    options = {"batch": control, "divergence": ESTIMATORS["hutchinson"]}
     flow, plain = make(steer=0.3, **options), make(**options)
     np.testing.assert_array_equal(
         flow.log_prob(PARAMS, X, key=KEY), plain.log_prob(PARAMS, X, key=KEY)
@@ -459,7 +459,7 @@ def test_values_that_the_field_and_the_base_close_over_get_gradients():
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_a_failed_solve_is_nan(control):
     """Loss and gradients; also the other way round, with an error."""
-    flow = make(step_control=control, divergence=ESTIMATORS["exact"], max_steps=1, rtol=1e-9)
+    flow = make(batch=control, divergence=ESTIMATORS["exact"], max_steps=1, rtol=1e-9)
     loss = lambda params, x: flow.nll(params, x)
     value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))(PARAMS, X)
     assert np.isnan(value)

@@ -354,7 +354,7 @@ def test_transport_that_ignores_the_condition_skews_and_its_weight_mends_it(defa
 def test_straightening_lowers_the_evaluations(default_settings):
     flow = jaxode.cnf(
         jaxode.nn.field, jaxode.standard_normal(2), divergence=jaxode.divergence.exact(),
-        step_control="per_sample", rtol=1e-4, atol=1e-4,
+        batch="per_sample", rtol=1e-4, atol=1e-4,
     )  # fmt: skip
     m = jaxode.nn.ConcatSquash(2, (32, 32), key=KEY)
 
@@ -461,12 +461,12 @@ BAD_INPUT = [
     (
         lambda: loss(X[:3], coupling=pairing(jnp.array([0, 1, 1]))), ValueError,
         "matching_loss(coupling=...): must return a permutation of the rows; got numbers that are "
-        "out of range or there twice in 2 of 3 rows, first in row 1. Return each row number once.",
+        "out of range or repeated in 2 of 3 rows, first in row 1. Return each row number once.",
     ),
     (
         lambda: loss(X[:3], coupling=pairing(jnp.array([2, 1, 3]))), ValueError,
         "matching_loss(coupling=...): must return a permutation of the rows; got numbers that are "
-        "out of range or there twice in 1 of 3 rows, first in row 2. Return each row number once.",
+        "out of range or repeated in 1 of 3 rows, first in row 2. Return each row number once.",
     ),
     *(
         (
@@ -583,12 +583,12 @@ DRAWS_NAN = jaxode.cnf(lambda t, z, p: -z, DiagonalNormal(START[0] / 0, START[0]
         (
             lambda: loss(flow=DRAWS_NAN),
             "cnf(base=...): must draw finite samples; got NaN or inf in 16 of 16 rows, first in "
-            "row 0. Mend its parameters or its method `sample`.",
+            "row 0. Fix its parameters or its method `sample`.",
         ),
         (
             lambda: DRAWS_NAN.sample(PARAMS, KEY, 3),
             "cnf(base=...): must draw finite samples; got NaN or inf in 3 of 3 rows, first in "
-            "row 0. Mend its parameters or its method `sample`.",
+            "row 0. Fix its parameters or its method `sample`.",
         ),
         (
             lambda: loss(X.at[3].set(1e200)),

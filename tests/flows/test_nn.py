@@ -176,7 +176,7 @@ def test_the_divergence_of_the_residual_network_is_exact_without_a_key():
     x = 0.1 * jax.random.normal(jax.random.key(1), (3, size))
     base = jaxode.standard_normal(size)
     flow, exact = (
-        jaxode.cnf(nn.field, base, rtol=1e-6, atol=1e-6, step_control="per_sample", divergence=how)
+        jaxode.cnf(nn.field, base, rtol=1e-6, atol=1e-6, batch="per_sample", divergence=how)
         for how in (divergence.auto(), divergence.exact())
     )
     close(jaxode.bind(flow, m).log_prob(x), exact.log_prob(m, x), 1e-9)
@@ -229,7 +229,7 @@ def test_flow_uses_the_closed_form_without_a_key(control, context_size):
     m = network(nn.ConcatSquash, (8, 8), event=size, context_size=context_size)
     x = jax.random.normal(jax.random.key(1), (5, size))
     context = jax.random.normal(jax.random.key(2), (5, 2)) if context_size else None
-    options = {"rtol": 1e-9, "atol": 1e-9, "step_control": control}
+    options = {"rtol": 1e-9, "atol": 1e-9, "batch": control}
     make = lambda **kw: jaxode.cnf(nn.field, jaxode.standard_normal(size), **options, **kw)
     flow, exact = make(), make(divergence=divergence.exact())
     value = flow.log_prob(m, x, context=context)

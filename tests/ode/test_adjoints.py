@@ -203,7 +203,7 @@ def of_a_batch(name, control):
 
     @jax.jit
     def run(tolerance):
-        options = METHODS[name].options(rtol=tolerance, atol=tolerance, step_control=control)
+        options = METHODS[name].options(rtol=tolerance, atol=tolerance, batch=control)
         loss = lambda z, args: jnp.sum(jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, **options)))
         return jax.grad(loss, (0, 1))(z, ARGS)
 
@@ -454,7 +454,7 @@ def test_row_whose_backward_solve_fails(control):
     def run(z, throw):
         options = {"max_steps": 20, "adjoint": adjoint, "throw": throw}
         if control == "per_sample":
-            return jaxode.flow(f, z, 0.0, 1.0, step_control=control, **options).sum()
+            return jaxode.flow(f, z, 0.0, 1.0, batch=control, **options).sum()
         return jax.vmap(lambda y: jaxode.solve(f, y, 0.0, 1.0, **options).y1)(z).sum()
 
     lost = jnp.isnan(jax.grad(run)(z, False))
@@ -543,7 +543,7 @@ def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
 
     def run(m, z):
         return jnp.sum(
-            jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, m, step_control="per_sample", throw=False,
+            jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, m, batch="per_sample", throw=False,
                         adjoint=METHODS[name].adjoint, max_steps=64)
         )  # fmt: skip
 
@@ -564,7 +564,7 @@ def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that
 
     def loss(z, a):
         y1 = jaxode.flow(
-            lambda t, y, a: -a * y**3, z, 0.0, 1.0, a, step_control="per_sample", first_step=0.1,
+            lambda t, y, a: -a * y**3, z, 0.0, 1.0, a, batch="per_sample", first_step=0.1,
             adjoint=METHODS[name].adjoint, rtol=1e-8, atol=1e-8,
         )  # fmt: skip
         return jnp.sum(y1)

@@ -152,7 +152,7 @@ def test_failed_samples_of_weight_zero_add_nothing_to_nll(name, quadrature):
 
     def loss(params, x, context, weights, t1):
         flow = jaxode.cnf(
-            f, params["base"], t1=t1, step_control="per_sample", quadrature=quadrature,
+            f, params["base"], t1=t1, batch="per_sample", quadrature=quadrature,
             divergence=jaxode.divergence.hutchinson(),
             regularizers=(jaxode.regularizers.kinetic_energy(0.1),), **METHODS[name].options(),
         )  # fmt: skip

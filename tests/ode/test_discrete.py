@@ -237,9 +237,7 @@ def test_flow_gradient_matches_single_solves(control):
     z = jnp.array([[0.1, 1.0], [2.0, -1.0], [0.5, 0.0]])
 
     def batched(z, args):
-        return jnp.sum(
-            jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, steps=9, step_control=control))
-        )
+        return jnp.sum(jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, steps=9, batch=control)))
 
     def one_by_one(z, args):
         return sum(
@@ -257,7 +255,7 @@ def test_flow_gradient_matches_single_solves(control):
 def test_per_sample_gradient_of_a_row_does_not_depend_on_its_neighbours():
     f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])
     z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
-    loss = lambda z: jnp.sum(jaxode.flow(f, z, 0.0, 2.0, 1.3, step_control="per_sample"))
+    loss = lambda z: jnp.sum(jaxode.flow(f, z, 0.0, 2.0, 1.3, batch="per_sample"))
     together = jax.grad(loss)(z)
     for i in range(3):
         alone = jax.grad(lambda y: jnp.sum(jaxode.solve(f, y, 0.0, 2.0, 1.3).y1))(z[i])
@@ -470,7 +468,7 @@ def test_with_per_sample_steps_the_memory_is_that_of_the_times_of_max_steps_for_
     def memory(max_steps, batch=256):
         loss = lambda z: jnp.sum(
             jaxode.flow(
-                lambda t, y, args: -y, z, 0.0, 1.0, step_control="per_sample", throw=False,
+                lambda t, y, args: -y, z, 0.0, 1.0, batch="per_sample", throw=False,
                 max_steps=max_steps,
             )
         )  # fmt: skip

@@ -118,7 +118,7 @@ def test_odeint_over_an_empty_span(t):
 @pytest.mark.parametrize(("event", "batch"), [((), 0), ((), 3), ((2, 3, 4), 1)], ids=str)
 def test_flow_of_any_event_and_batch(control, event, batch):
     z = 1 + jnp.arange(batch * np.prod(event, dtype=int), dtype=float).reshape(batch, *event)
-    options = {"step_control": control, "rtol": 1e-7, "atol": 1e-7}
+    options = {"batch": control, "rtol": 1e-7, "atol": 1e-7}
     run = lambda z: jaxode.flow(decay, z, 0.0, 1.0, 1.0, **options)
     y1, vjp = jax.vjp(run, z)
     assert y1.shape == z.shape
@@ -178,7 +178,7 @@ def exact_log_prob(x, p=P):
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize(("event", "batch"), [((), 3), ((2, 1, 2), 1)], ids=str)
 def test_cnf_of_any_event_and_batch(control, event, batch):
-    flow = normal(event, step_control=control)
+    flow = normal(event, batch=control)
     x = jax.random.normal(jax.random.key(0), (batch, *event))
     np.testing.assert_allclose(flow.log_prob(P, x), exact_log_prob(x), rtol=1e-6)
     loss, gradient = jax.value_and_grad(flow.nll)(P, x)
@@ -198,7 +198,7 @@ def test_cnf_of_any_event_and_batch(control, event, batch):
 )
 def test_cnf_of_an_empty_batch(control, estimator, quadrature):
     """No densities, and no samples; the mean of nothing is an error."""
-    flow = normal((2,), step_control=control, divergence=estimator, quadrature=quadrature)
+    flow = normal((2,), batch=control, divergence=estimator, quadrature=quadrature)
     x, key = jnp.zeros((0, 2)), jax.random.key(0)
     assert flow.log_prob(P, x, key=key).shape == (0,)
     with pytest.raises(ValueError, match=r"^nll\(x=...\): must have at least one row"):
@@ -210,7 +210,7 @@ def test_cnf_of_an_empty_batch(control, estimator, quadrature):
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_cnf_over_an_empty_span_is_its_base(control):
-    flow = normal((2,), t0=1.0, t1=1.0, step_control=control)
+    flow = normal((2,), t0=1.0, t1=1.0, batch=control)
     x = jax.random.normal(jax.random.key(0), (3, 2))
     base = flow.base.log_prob(x)
     np.testing.assert_array_equal(flow.log_prob(P, x), base)
@@ -226,7 +226,7 @@ def test_cnf_over_an_empty_span_is_its_base(control):
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-310])
 def test_cnf_at_extreme_scales(scale):
-    flow = normal((2,), step_control="per_sample")
+    flow = normal((2,), batch="per_sample")
     x = scale * jnp.array([[1.0, -2.0], [0.5, 1.0]])
     np.testing.assert_allclose(flow.log_prob(P, x), exact_log_prob(x), rtol=1e-5)
     np.testing.assert_allclose(flow.nll(P, x), -exact_log_prob(x).mean(), rtol=1e-5)
@@ -245,7 +245,7 @@ def test_log_density_beyond_the_largest_number_is_minus_infinity():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_cnf_of_data_that_is_not_finite(control, value):
     """An error that says so, or NaN: in the loss, in every gradient, and in that row's density."""
-    flow = normal((2,), step_control=control)
+    flow = normal((2,), batch=control)
     x = jnp.array([[0.1, 0.2], [value, 1.0]])
     for call in (flow.log_prob, flow.to_base, flow.nll):
         with pytest.raises(
@@ -257,7 +257,7 @@ def test_cnf_of_data_that_is_not_finite(control, value):
         jaxode.SolveError, match=r"=\.\.\.\): must be finite; got .* 1 of 2 rows, first in row 1"
     ):
         flow.from_base(P, x)
-    quiet = normal((2,), step_control=control, throw=False)
+    quiet = normal((2,), batch=control, throw=False)
     loss, gradient = jax.jit(jax.value_and_grad(quiet.nll))(P, x)
     assert np.isnan(loss)
     assert np.isnan(gradient)

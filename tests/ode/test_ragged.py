@@ -140,7 +140,7 @@ def test_each_time_may_be_of_all_rows_or_of_each(shape):
 
 def test_flow_there_and_back_with_times_of_each_row():
     f = lambda t, y, a: jnp.tanh(a @ y) + jnp.sin(t) * y
-    options = {"step_control": "per_sample", "rtol": 1e-10, "atol": 1e-10}
+    options = {"batch": "per_sample", "rtol": 1e-10, "atol": 1e-10}
     z = jaxode.flow(f, Y0, T0, T1, ARGS, **options)
     np.testing.assert_allclose(jaxode.flow(f, z, T1, T0, ARGS, **options), Y0, rtol=1e-8)
 

@@ -246,7 +246,7 @@ def test_first_step_far_from_time_zero_in_single_precision():
 def test_empty_and_single_batches(batch):
     f = lambda t, y, args: -y
     for control in ("joint", "per_sample"):
-        y1 = jaxode.flow(f, jnp.ones((batch, 3)), 0.0, 1.0, step_control=control)
+        y1 = jaxode.flow(f, jnp.ones((batch, 3)), 0.0, 1.0, batch=control)
         assert y1.shape == (batch, 3)
         np.testing.assert_allclose(y1, np.exp(-1.0), rtol=1e-4)
 

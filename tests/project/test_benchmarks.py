@@ -166,7 +166,7 @@ def test_the_machine_can_be_named(monkeypatch):
     "make",
     [
         flows.jaxode_step,
-        lambda p: flows.jaxode_step(p, step_control="per_sample"),
+        lambda p: flows.jaxode_step(p, batch="per_sample"),
         flows.odeint_step,
     ],
     ids=["jaxode", "jaxode per sample", "jax odeint"],

@@ -100,7 +100,7 @@ def _augmented(objective: Objective):
         system._replace(
             field=integrands.field_and_costs,
             y0=(x, zeros),
-            rows=(objective.probes, system.rows),
+            row_args=(objective.probes, system.row_args),
         )
     )
     z, costs = solution.y1
@@ -172,7 +172,7 @@ def _fused(objective: Objective):
 
     y0, t0 = problem.y0, problem.t0
     of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
-    shared = (system.shared, (objective.probes, system.rows))
+    shared = (system.shared, (objective.probes, system.row_args))
     precision = stepper.precision
     costs, (_, (probes, _)) = close_field(costs_of_rows, of_nodes, y0, shared, precision)
     # The samples, and so their density, may have lower precision than the solve.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from jaxode._checks.caller import public
 from jaxode._checks.errors import Result
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
@@ -60,8 +61,9 @@ class BacksolveAdjoint:
     rtol: float | None = None
     atol: float | None = None
 
+    @public("")
     def __post_init__(self) -> None:
-        check_tolerances("BacksolveAdjoint", self.rtol, self.atol)
+        check_tolerances(self.rtol, self.atol)
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""

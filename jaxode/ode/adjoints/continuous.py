@@ -230,7 +230,7 @@ def cotangents(
         # apart).
         ran = (integration.result == Result.SUCCESS) & (integration.stats.num_steps > 0)
         result = jnp.where(ran, segment.result, Result.SUCCESS)
-        nan = nan_or_raise(result, segment.t, "backward solve")
+        nan = nan_or_raise(result, segment.t, where="backward solve")
         # The check is part of the value, so it cannot be eliminated as dead code.
         valid = valid + nan.astype(y0.dtype)
 
@@ -249,8 +249,8 @@ def cotangents(
     return bars_where(valid, unused, segment.quadrature, **bars)
 
 
-def check_tolerances(where: str, rtol, atol) -> None:
+def check_tolerances(rtol, atol) -> None:
     """Raise unless the tolerances of a backward solve are valid or None."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None:
-            non_negative(where, name, value, "None or a finite tolerance of at least 0")
+            non_negative(name, value, "None or a finite tolerance of at least 0")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxode._checks.caller import public
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.sharding import while_loop
@@ -62,8 +63,9 @@ class DiscreteAdjoint:
 
     checkpoints: int = 64
 
+    @public("")
     def __post_init__(self) -> None:
-        check_checkpoints("DiscreteAdjoint", self.checkpoints)
+        check_checkpoints(self.checkpoints)
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxode._checks.caller import public
 from jaxode._checks.errors import Result
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.adjoints.continuous import (
@@ -58,9 +59,10 @@ class InterpolatingAdjoint:
     atol: float | None = None
     checkpoints: int = 64
 
+    @public("")
     def __post_init__(self) -> None:
-        check_tolerances("InterpolatingAdjoint", self.rtol, self.atol)
-        check_checkpoints("InterpolatingAdjoint", self.checkpoints)
+        check_tolerances(self.rtol, self.atol)
+        check_checkpoints(self.checkpoints)
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""

@@ -200,7 +200,7 @@ def once_only(name: str, cotangents: PyTree) -> PyTree:
     return nondifferentiable_backward(cotangents, msg=message)
 
 
-def check_checkpoints(where: str, checkpoints: int) -> None:
+def check_checkpoints(checkpoints: int) -> None:
     """Raise unless `checkpoints` is a valid number."""
     rule = "an integer of at least 2"
-    integer(where, "checkpoints", checkpoints, least=2, rule=rule, cure=" The default is 64.")
+    integer("checkpoints", checkpoints, least=2, rule=rule, cure=" The default is 64.")

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
+from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
 from jaxode.ode.loop.outputs import Steps, padded, save
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rules import all_hold
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.stepper import Stepper, aim, judge, limit_step, weighted_sum

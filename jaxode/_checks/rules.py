@@ -1,0 +1,259 @@
+"""The table of rules for values that may be known only when the program runs.
+
+A rule that concerns values known at trace time is checked at once. Otherwise it goes along: the
+program fails in the rows that break it, and the one place that raises (`errors.py`) then finds the
+rule, by its `Faults`. A new rule is one row.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxode._checks.caller import caller
+from jaxode._jax.sharding import AxisName
+
+# Sentences, with a placeholder for the rows, each with a function that finds the rows that break
+# its rule. It is called only after a failure, so a successful solve does not pay for it.
+Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
+
+
+class Rule(NamedTuple):
+    """What must hold of arguments."""
+
+    argument: str
+    """As messages write it. `{name}` stands for the name of any argument."""
+    holds: Callable[..., Any]
+    """Whether it holds, per row of the values."""
+    words: str
+    """What must be, and with `{rows}` what was found instead."""
+    remedy: str = ""
+
+    def sentence(self, got: str = "", where: str = "", **name: str) -> str:
+        """The message."""
+        argument = self.argument.format(**name)
+        return f"{where or caller()}({argument}): {self.words}{got}. {self.remedy}".rstrip()
+
+    def fault(self, *values: Any, where: str = "", **name: str) -> Faults:
+        """What a failure may be due to."""
+        find = lambda: ~self.holds(*jax.lax.stop_gradient(values))
+        return {self.sentence(where=where, **name): find}
+
+    def check(self, *values: Any, **name: str) -> Faults:
+        """Raise if the values are known to break the rule. Otherwise, the fault that may be."""
+        if not is_known(values):
+            return self.fault(*values, **name)
+        with jax.ensure_compile_time_eval():
+            wrong = ~np.asarray(self.holds(*values))
+        if wrong.any():
+            got = "" if "{rows}" in self.words else f"; got {' and '.join(map(str, values))}"
+            raise ValueError(self.sentence(got, **name).replace("{rows}", in_rows(wrong)))
+        return {}
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value, or every value of a pytree, is known at trace time."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def in_rows(found: Any) -> str:
+    """How many rows are true, and which is the first."""
+    found = np.ravel(found)
+    return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
+
+
+def _finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
+    finite = (jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in leaves)
+    return functools.reduce(operator.and_, finite)
+
+
+def _is_finite(x: Any) -> Any:
+    return abs(x) < np.inf
+
+
+def _is_positive(x: Any) -> Any:
+    return (x > 0) & (x < np.inf)
+
+
+def _in_order(t0, t1, ts) -> Bool[Array, " rows"]:
+    """Whether output times `[times, rows]` run from `t0` to `t1`. Over an empty span, all must be
+    equal."""
+    path = jnp.concatenate([t0[None], ts, t1[None]])
+    in_order = (jnp.sign(t1 - t0)[None] * jnp.diff(path, axis=0) >= 0).all(axis=0)
+    return in_order & ((t0 != t1) | (ts == t0[None]).all(axis=0))
+
+
+def _are_apart(breakpoints, t0, t1) -> Bool[Array, " rows"]:
+    """Whether the span is long enough: a step of a few roundings crosses each breakpoint."""
+    low, high = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
+    between = jax.vmap(lambda point: (low < point) & (point < high))(breakpoints).any(axis=0)
+    rounding = jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return ~(between & (4000 * rounding > high - low))
+
+
+def _are_weights(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
+    return (weights >= 0) & _is_finite(weights)
+
+
+def _are_weights_of_some(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
+    """Which weights are valid: none of them, if all are zero."""
+    valid = _are_weights(weights)
+    return valid & ~(valid.all() & (weights == 0).all())
+
+
+def _is_permutation(rows: Int[Array, " batch"]) -> Bool[Array, " batch"]:
+    """Which row numbers are in range and occur once."""
+    in_order = jnp.sort(rows)
+    first, end = (jnp.searchsorted(in_order, rows, side=side) for side in ("left", "right"))
+    return (rows >= 0) & (rows < len(rows)) & (end - first == 1)
+
+
+# The argument that a caller names, and the rows of a batch that break a rule.
+NUMBER, ROWS = "{name}=...", "got NaN or inf in {rows}"
+TIME = Rule(NUMBER, _is_finite, "must be a finite time")
+TOLERANCE = Rule(
+    NUMBER, lambda x: (x >= 0) & _is_finite(x), "must be a finite tolerance of at least 0"
+)
+POSITIVE = Rule(NUMBER, _is_positive, "must be positive and finite")
+NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(x).any(), "must not be NaN")
+
+FINITE_STATE = Rule(
+    NUMBER, lambda *leaves: _finite_rows(*(leaf[None] for leaf in leaves))[0],
+    "must be finite; got NaN or inf", "Fix its source.",
+)  # fmt: skip
+FINITE = Rule(
+    NUMBER, lambda *leaves: _finite_rows(*leaves), f"must be finite; {ROWS}",
+    "Leave those rows out, or fix their source.",
+)  # fmt: skip
+FINITE_WEIGHTED = FINITE._replace(
+    holds=lambda weights, *leaves: (weights == 0) | _finite_rows(*leaves)
+)
+FINITE_UNWEIGHTED = Rule(
+    NUMBER, lambda weights, *leaves: (weights != 0) | _finite_rows(*leaves),
+    f"must be finite, with joint steps also in rows of weight 0; {ROWS}",
+    "Leave those rows out, or pass batch='per_sample' to cnf.",
+)  # fmt: skip
+FINITE_BASE = Rule(
+    "base=...", lambda z: _finite_rows(z), f"must draw finite samples; {ROWS}",
+    "Fix its parameters or its method `sample`.",
+)  # fmt: skip
+
+_WEIGHTS = "must be finite, at least 0, and not all 0; got other values in {rows}"
+_LEFT_OUT = "To leave a row out, give it the weight 0."
+WEIGHTS = Rule("weights=...", _are_weights_of_some, _WEIGHTS, _LEFT_OUT)
+# The rows of one of several devices may all have weight 0.
+WEIGHTS_OF_DEVICE = Rule("weights=...", _are_weights, _WEIGHTS, _LEFT_OUT)
+PERMUTATION = Rule(
+    "coupling=...", _is_permutation,
+    "must return a permutation of the rows; got numbers that are out of range or repeated in "
+    "{rows}", "Return each row number once.",
+)  # fmt: skip
+
+DIFFER = Rule(
+    "t0=..., t1=...", lambda t0, t1: jnp.isfinite(t1 - t0) & (t0 != t1),
+    "must be finite times that differ in the precision of the samples",
+    "Pass the time of the base as t0 of cnf, and the time of the data as t1.",
+)  # fmt: skip
+NO_OVERFLOW = Rule(
+    "x=...", lambda squares, field_is_finite: jnp.isfinite(squares) | ~field_is_finite,
+    "squared differences to the vector field must be finite; got an overflow in {rows}, where the "
+    "field is finite", "Scale the data, or look for a field that explodes.",
+)  # fmt: skip
+FROM_NOISE = Rule(
+    "t0=..., t1=...", lambda t0, t1: (t1 >= 0) & (t1 <= t0) & (t0 <= 1),
+    "a probability flow runs from its noise, the base, at 1 to its data at 0",
+    "Pass t0=1.0, and a t1 at or near 0.",
+)  # fmt: skip
+_LOST = "lost in the precision in which the state is solved"
+SPAN = Rule(
+    "t0=..., t1=...", lambda t0, t1: jnp.isfinite(t0) & jnp.isfinite(t1),
+    f"must be finite times, whose span is not {_LOST}",
+    "Shift the time, or use float64 for the state.",
+)  # fmt: skip
+IN_ORDER = Rule(
+    "ts=...", _in_order, f"times must be in order from t0 to t1, and not be {_LOST}",
+    "Sort them, or use float64 for the state. Pad a row with its last time.",
+)  # fmt: skip
+# The rules of a solve, which its program checks: each with the names of the values that it reads,
+# per row. Times that the dtype of the state cannot tell apart are NaN there.
+SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (SPAN, ("t0", "t1")),
+    (IN_ORDER, ("t0", "t1", "ts")),
+    (TOLERANCE, ("rtol",)),
+    (TOLERANCE, ("atol",)),
+    (
+        Rule(
+            "rtol=..., atol=...", lambda rtol, atol: (rtol != 0) | (atol != 0),
+            "at least one tolerance must be positive in the dtype of each leaf of the state",
+        ), ("rtol", "atol"),
+    ),
+    (POSITIVE, ("first_step",)),
+    (POSITIVE, ("max_step",)),
+    (NOT_NAN, ("breakpoints",)),
+    (
+        Rule(
+            "breakpoints=...", _are_apart,
+            "the span must be longer than 4,000 roundings of the time",
+            "Shift the time, or use float64 for the state.",
+        ), ("breakpoints", "t0", "t1"),
+    ),
+)  # fmt: skip
+
+
+def _of_solve(*sources: Any):
+    """Each rule of a solve with its values, attributes of the sources. None of them is None."""
+    read = lambda name: next(getattr(s, name) for s in sources if hasattr(s, name))
+    for rule, names in SOLVE:
+        values = tuple(map(read, names))
+        if all(value is not None for value in values):
+            yield rule, values, names[0]
+
+
+def all_hold(problem: Any, stepper: Any) -> Bool[Array, " rows"]:
+    """Whether every rule of a solve holds, in each row."""
+    return functools.reduce(
+        operator.and_, (rule.holds(*values) for rule, values, _ in _of_solve(problem, stepper))
+    )
+
+
+def solve_faults(problem: Any, stepper: Any) -> Faults:
+    """The rules of a solve that its arguments may break."""
+    faults: Faults = {}
+    for rule, values, name in _of_solve(problem, stepper):
+        faults |= rule.fault(*values, name=name)
+    return faults
+
+
+def data_faults(
+    data: dict[str, PyTree], weights: Float[Array, " rows"] | None = None, *, joint: bool = False
+) -> Faults:
+    """The faults of data with rows along the leading axes, by the name of the argument.
+
+    A row of weight 0 may hold anything, unless it shares its steps with other rows.
+    """
+    faults: Faults = {}
+    for name, rows in data.items():
+        leaves = list(filter(eqx.is_inexact_array, jax.tree.leaves(rows)))
+        if not leaves:
+            continue
+        if weights is None:
+            faults |= FINITE.fault(*leaves, name=name)
+            continue
+        faults |= FINITE_WEIGHTED.fault(weights, *leaves, name=name)
+        if joint:
+            faults |= FINITE_UNWEIGHTED.fault(weights, *leaves, name=name)
+    return faults
+
+
+def weights_faults(weights: Float[Array, " rows"] | None, axis_name: AxisName | None) -> Faults:
+    """The fault of weights. With an `axis_name`, those of one device may all be 0."""
+    if weights is None:
+        return {}
+    return (WEIGHTS if axis_name is None else WEIGHTS_OF_DEVICE).fault(weights)
