@@ -65,8 +65,8 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{arg(name)} must be {', '.join(some)} or {last}; got {value!r}.")
 
 
-def check_number(name: str, value: Any, rule: Rule, kind: str = "number") -> None:
-    """Raise unless the value is a real scalar that is not known to break the rule."""
+def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> None:
+    """Raise unless the value is a real scalar that is not known to break one of the rules."""
     if not isinstance(value, float):  # Most are floats and need no array.
         dtype = numeric_dtype(value)
         if dtype is None or not jnp.issubdtype(dtype, jnp.number):
@@ -76,7 +76,8 @@ def check_number(name: str, value: Any, rule: Rule, kind: str = "number") -> Non
         if jnp.shape(value) != ():
             scalar, shape = f"scalar {kind}".removesuffix(" number"), jnp.shape(value)
             raise ValueError(f"{arg(name)} must be a {scalar}; got shape {shape}.")
-    rule.check(value, name=name)
+    for rule in rules:
+        rule.check(value, name=name)
 
 
 def check_bool(name: str, value: Any) -> None:

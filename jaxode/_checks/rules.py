@@ -7,7 +7,7 @@ rule, by its `Faults`. A new rule is one row.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -214,6 +214,11 @@ def _of_solve(*sources: Any):
         values = tuple(map(read, names))
         if all(value is not None for value in values):
             yield rule, values, names[0]
+
+
+def rules_of(name: str) -> Iterator[Rule]:
+    """The rules of a solve for one argument alone."""
+    return (rule for rule, names in SOLVE if names == (name,))
 
 
 def all_hold(problem: Any, stepper: Any) -> Bool[Array, " rows"]:

@@ -54,7 +54,7 @@ def _check_end(name: str, value: Any, rows: int | None) -> bool:
     """Whether each row has its own start or end time. Raises for any other shape but a scalar."""
     shape = np.shape(value) if isinstance(value, jax.Array | np.ndarray | list | tuple) else ()
     if shape == () or (rows is None and len(shape) != 1):
-        check_number(name, value, TIME, "time")
+        check_number(name, value, TIME, kind="time")
         return False
     check_real_times(name, value)
     if rows is None:

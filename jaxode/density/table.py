@@ -97,7 +97,7 @@ def set_aside(
             )
         aside = _checked("validation", density, *pair, dequantize)
         return rows, part(aside, order(aside)[:LOOK_AT])
-    check_number("validation", validation, PART, "part")
+    check_number("validation", validation, PART, kind="part")
     count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
     return part(rows, order(rows)[count:]), part(rows, order(rows)[:count])
 

@@ -360,7 +360,7 @@ def cnf(
     batch = choice_of_steps(batch, solve_options)
     options = SolveOptions.make(**solve_options)
     for name, time in (("t0", t0), ("t1", t1)):
-        check_number(name, time, TIME, "time")
+        check_number(name, time, TIME, kind="time")
     if hasattr(f, "check_span"):  # a field that fixes the direction of time
         t0 = f.check_span(t0, t1)
     one_of("quadrature", quadrature, ("gauss", "stochastic"))

@@ -20,7 +20,7 @@ from jaxode._checks.arguments import (
     one_of,
 )
 from jaxode._checks.caller import arg, caller
-from jaxode._checks.rules import POSITIVE, TOLERANCE, is_known
+from jaxode._checks.rules import is_known, rules_of
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
@@ -101,11 +101,9 @@ class SolveOptions(eqx.Module):
                 "the whole state, so do not split it, or use such a solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
-        check_number("rtol", self.rtol, TOLERANCE)
-        check_number("atol", self.atol, TOLERANCE)
-        for name in ("max_step", "first_step"):
+        for name in ("rtol", "atol", "first_step", "max_step"):
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), POSITIVE)
+                check_number(name, getattr(self, name), *rules_of(name))
         if self.breakpoints is not None:
             check_breakpoints(self.breakpoints, self.steps)
 

@@ -279,3 +279,21 @@ def test_standard_normal(shape):
     exact = scipy.stats.norm.logpdf(z).reshape(5, 4, -1).sum(-1)
     np.testing.assert_allclose(base.log_prob(z), exact, rtol=1e-13)
     assert jaxode.standard_normal(3) == jaxode.standard_normal((3,))
+
+
+def test_the_old_word_for_the_choice_of_steps():
+    """It warns where it is written."""
+    for call in (
+        lambda: (
+            jaxode.cnf(
+                lambda t, z, _: -z, jaxode.standard_normal(2), step_control="per_sample"
+            ).batch
+        ),
+        lambda: (
+            jaxode.flow(lambda t, z, _: -z, jnp.ones((3, 2)), 0.0, 1.0, step_control="joint")
+            is not None
+        ),
+    ):
+        with pytest.warns(DeprecationWarning, match="is called batch now") as caught:
+            assert call()
+        assert caught[0].filename == __file__

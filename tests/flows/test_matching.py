@@ -506,7 +506,7 @@ BAD_INPUT = [
             ValueError, "matching_loss(t0=..., t1=...): " + said,
         )
         for x, t0, t1, said in (
-            (X, 0.5, 0.5, "must differ; got 0.5 for both. Pass the time of the base as t0 "),
+            (X, 0.5, 0.5, "must be finite times that differ in the precision of the "),
             (X.astype(jnp.float32), 1e9, 1e9 + 1, "the span from 1000000000.0 to 1000000001.0 is "),
             (X.astype(jnp.float32), 1e8, 1e8 + 5, "the span from 100000000.0 to 100000005.0 is "),
         )
@@ -592,8 +592,8 @@ DRAWS_NAN = jaxode.cnf(lambda t, z, p: -z, DiagonalNormal(START[0] / 0, START[0]
         ),
         (
             lambda: loss(X.at[3].set(1e200)),
-            "matching_loss(x=...): squared differences to the vector field must be finite in "
-            "float64; got an overflow in 1 of 16 rows, first in row 3, where the field is finite.",
+            "matching_loss(x=...): squared differences to the vector field must be finite; got an "
+            "overflow in 1 of 16 rows, first in row 3, where the field is finite.",
         ),
         (
             lambda: flow_of(no_context).matching_loss(

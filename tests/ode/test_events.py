@@ -268,3 +268,10 @@ def test_wrong_events(name):
 def test_wrong_directions(direction):
     with pytest.raises(ValueError, match=r"Event\(direction=...\): must be -1, 0 or 1; got "):
         Event(lambda t, y, _: y, direction=direction)
+
+
+def test_the_old_name_of_what_occurred():
+    event = Event(lambda t, y, _: y[0] - 0.5)
+    s = jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 0.0, 1.0, event=event)
+    with pytest.warns(DeprecationWarning, match="event_occurred"):
+        assert s.event_came == s.event_occurred
