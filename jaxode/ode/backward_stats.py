@@ -55,7 +55,7 @@ def backward_stats(
         TypeError, ValueError, SolveError: as `solve`.
     """
     where = "backward_stats"
-    if not isinstance(adjoint, BacksolveAdjoint | InterpolatingAdjoint):
+    if not getattr(adjoint, "solves_backwards", False):
         raise TypeError(
             f"{where}(adjoint=...): must have a backward solve; got {adjoint!r}. Use "
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."

@@ -69,7 +69,7 @@ class SolveOptions(eqx.Module):
         return tableau_of(self.solver)
 
     def _check(self, where: str) -> None:
-        if isinstance(self.adjoint, type) or not hasattr(self.adjoint, "integrate"):
+        if not isinstance(self.adjoint, Adjoint):
             raise TypeError(
                 f"{where}(adjoint=...): must be a gradient method such as "
                 f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."

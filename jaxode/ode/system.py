@@ -25,7 +25,6 @@ from jaxode._checks.errors import Faults
 from jaxode._checks.times import check_times
 from jaxode._jax.closure import close_field, recognizable, recognized
 from jaxode._jax.sharding import vary_alike
-from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.problem import Problem
@@ -93,7 +92,7 @@ class System(NamedTuple):
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
-        backward = isinstance(recognized(self.adjoint), BacksolveAdjoint | InterpolatingAdjoint)
+        backward = recognized(self.adjoint).solves_backwards
         return self._replace(stepper=dataclasses.replace(self.stepper, raises=throw and backward))
 
 
