@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 
 from jaxode.auditing import density, work
 from jaxode.auditing.subject import BASE_DISTANCE, Row, Subject
-from jaxode.ode.adjoints import DiscreteAdjoint
 
 # Limits. Errors of log-densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3
@@ -97,12 +96,15 @@ def _gradient(s: Subject) -> Row:
     error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, own, tight))
     size, least = _norm(tight), 1 / (1 + _norm(s.tight_params))
     adjoint = s.flow.solve_options.adjoint
-    exact = isinstance(adjoint, DiscreteAdjoint)
     of = "its norm" if not size < least else "1 nat / (1 + norm of the parameters)"
     return s.judge(
         "gradient error", error / np.fmax(size, least), GRADIENT, f"at most {GRADIENT:g} of {of}",
         f"{s.solve_finer} for training"
-        + ("." if exact else f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."),
+        + (
+            f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."
+            if adjoint.solves_backwards
+            else "."
+        ),
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from jaxode._jax.closure import equations
 from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.programs import transport
-from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.system import make_system
 
 # Standard deviations. In one dimension, a normal base has no such samples.
@@ -222,7 +221,7 @@ def _loss_and_gradient(flow: CNF, params, x, key, context):
     def loss(diff):
         return flow.nll_and_stats(eqx.combine(diff, rest), x, key=key, context=context)
 
-    if isinstance(flow.solve_options.adjoint, ForwardMode):
+    if flow.solve_options.adjoint.forward_only:
         return loss(diff), jax.jacfwd(lambda diff: loss(diff)[0])(diff)
     return jax.value_and_grad(loss, has_aux=True)(diff)
 

@@ -39,7 +39,6 @@ from jaxode.flows import programs
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
-from jaxode.ode.adjoints import DiscreteAdjoint
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions, choice_of_steps
 from jaxode.ode.solution import report
@@ -370,7 +369,7 @@ def cnf(
             f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
             "devices; with batch='per_sample' each sample has its own. Leave it out."
         )
-    fused = isinstance(options.adjoint, DiscreteAdjoint) and options.tableau is not None
+    fused = options.adjoint.fused and options.tableau is not None
     if quadrature == "stochastic" and not fused:
         raise ValueError(
             "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "

@@ -55,7 +55,7 @@ def backward_stats(
         ValueError: if the solver is implicit.
         TypeError, ValueError, SolveError: as `solve`.
     """
-    if not isinstance(adjoint, BacksolveAdjoint | InterpolatingAdjoint):
+    if not getattr(adjoint, "solves_backwards", False):
         raise TypeError(
             f"{arg('adjoint')} must have a backward solve; got {adjoint!r}. Use "
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."

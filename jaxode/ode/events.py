@@ -26,11 +26,12 @@ from jaxode._checks.caller import public
 from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.tape import filled
+from jaxode._jax.tangents import filled, with_tangent
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.stepper import Stepper
 
@@ -185,42 +186,40 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
 
 def _moved(condition: Condition, came, problem: Problem, out: Integration):
     """The time of the event or the end, and the state there, both with their derivatives."""
-    # Rows without an event get a row that has one: zero times NaN is NaN.
     other = jnp.argmax(jnp.where(came.any(), came, out.result == Result.SUCCESS))
-    stand_in = lambda x: jnp.where(came.reshape(-1, *(1,) * (x.ndim - 1)), x, x[other])
-    t, y = stand_in(problem.t1), stand_in(out.y1)
+    t, y = replace_rows((problem.t1, out.y1), ~came, other)
     # With its closed-over values as leaves, which have derivatives.
     condition = eqx.filter_closure_convert(condition, t, y)
-    t, y = _event(condition, problem.field, problem.args, t, y, came)
+    t, y = _of_zero((t, y), condition, problem.field, problem.args, came)
     return jnp.where(came, t, problem.t1), jnp.where(came[:, None], y, out.y1)
 
 
-@eqx.filter_custom_jvp
-def _event(condition, field, args, t, y, came):
-    """The time of the zero and the state there. `y` is the state at the fixed time `t`."""
-    del condition, field, args, came
-    return t, y
+def _of_zero(end, *inputs):
+    """The time of the zero and the state there, whose value is the state at that fixed time.
 
+    The implicit function theorem. Without a slope, there is no derivative.
+    """
 
-@_event.def_jvp
-def _event_jvp(primals, tangents):
-    """The implicit function theorem. Without a slope, there is no derivative."""
-    *functions, t, y, came = primals
-    time, state = _event(*primals)
-    # Zero, but it has derivatives. The state at the fixed time `t + after` neglects its square.
-    after = first_derivatives_only(time - t, UP_TO_SECOND)[:, None].astype(y.dtype)
+    def tangent(primals, dots):
+        (end, *inputs), ((_, y_dot), *dots) = primals, dots
+        (condition, field, args, came), (t, y) = inputs, end
+        time, state = _of_zero(end, *inputs)
+        # Zero, but it has derivatives. The state at the fixed time `t + after` neglects its square.
+        after = first_derivatives_only(time - t, UP_TO_SECOND)[:, None].astype(y.dtype)
 
-    def at_fixed_time(condition, field, args, y):
-        y = y + after * field(t, y, args)
-        return y, condition(time, y)
+        def at_fixed_time(condition, field, args, y):
+            y = y + after * field(t, y, args)
+            return y, condition(time, y)
 
-    moved = eqx.filter_jvp(at_fixed_time, (*functions, y), (*tangents[:3], tangents[4]))
-    (near, value), dots = moved
-    y_dot, value_dot = map(filled, dots, (near, value))
-    condition, field, args = functions
-    slope = field(time, near, args)
-    _, rate = _rate(condition, slope, time, near)
-    rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
-    # Without a slope, the time is unknown also where the condition does not depend on the state.
-    t_dot = -(value_dot + 0 * jnp.sum(y_dot, axis=1).astype(rate.dtype)) / rate
-    return (time, state), (t_dot.astype(t.dtype), y_dot + t_dot[:, None].astype(y.dtype) * slope)
+        moved = eqx.filter_jvp(at_fixed_time, (*inputs[:3], y), (*dots[:3], y_dot))
+        (near, value), dots = moved
+        y_dot, value_dot = map(filled, dots, (near, value))
+        slope = field(time, near, args)
+        _, rate = _rate(condition, slope, time, near)
+        rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
+        # Without a slope, the time is unknown also where the condition does not depend on the
+        # state.
+        t_dot = -(value_dot + 0 * jnp.sum(y_dot, axis=1).astype(rate.dtype)) / rate
+        return t_dot.astype(t.dtype), y_dot + t_dot[:, None].astype(state.dtype) * slope
+
+    return with_tangent(end, tangent, *inputs)

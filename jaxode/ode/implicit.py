@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
 from jaxode._jax.primitives import first_derivatives_only, nondifferentiable_backward
-from jaxode.ode.adjoints import DiscreteAdjoint, ForwardMode
+from jaxode._jax.tangents import filled, moving, with_tangent
+from jaxode.ode.adjoints.base import Adjoint, in_reverse
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
-from jaxode.ode.adjoints.tape import in_reverse
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stats import Stats
@@ -26,11 +26,8 @@ FIRST_ONLY = (
 )
 
 
-class DiffraxSolve(eqx.Module):
+class DiffraxSolve(eqx.Module, Adjoint):
     """Runs a diffrax solver with the diffrax adjoint that matches the jaxode one.
-
-    `DiscreteAdjoint` becomes diffrax's recursive checkpointing with the same number of checkpoints.
-    `ForwardMode` becomes diffrax's forward mode.
 
     Differentiation: with respect to everything except `stepper`. Only first derivatives, except
     `ForwardMode` over itself. Derivatives with respect to times belong to the computed solution;
@@ -38,12 +35,12 @@ class DiffraxSolve(eqx.Module):
     """
 
     solver: diffrax.AbstractSolver
-    adjoint: Any = eqx.field(static=True)
+    adjoint: Adjoint = eqx.field(static=True)
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve a problem that has one row."""
-        if isinstance(self.adjoint, DiscreteAdjoint):
-            problem = in_reverse(problem, "DiscreteAdjoint")
+        if not self.adjoint.forward_only:
+            problem = in_reverse(problem, type(self.adjoint).__name__)
         y0, t0, t1 = problem.y0, problem.t0[0], problem.t1[0]
         ts = None if problem.ts is None else problem.ts[:, 0]
         valid = all_hold(problem, stepper)[0]
@@ -78,13 +75,15 @@ class DiffraxSolve(eqx.Module):
         out = Integration(
             states[-1], ys, stats, result[None], reached, jnp.zeros_like(reached), steps
         )
-        if not isinstance(self.adjoint, ForwardMode):
+        if not self.adjoint.forward_only:
             return out
         return nondifferentiable_backward(out, msg=FORWARD_ONLY)
 
     def _by_diffrax(self, ode: "_Field", y0, t0, t1, ts, stepper: Stepper) -> diffrax.Solution:
         """Solve by diffrax. The last saved state is the end."""
-        if not isinstance(self.adjoint, ForwardMode):
+        adjoint = self.adjoint.of_diffrax()
+        assert adjoint is not None
+        if not self.adjoint.forward_only:
             ode, y0, t0, t1, ts = first_derivatives_only((ode, y0, t0, t1, ts), FIRST_ONLY)
         first_step = stepper.first_step
         if first_step is not None:
@@ -103,16 +102,10 @@ class DiffraxSolve(eqx.Module):
                 ts=ts, t1=True, dense=stepper.dense, controller_state=stepper.steps is None
             ),
             stepsize_controller=_controller(stepper),
-            adjoint=self._adjoint,
+            adjoint=adjoint,
             max_steps=stepper.tape_length + (stepper.steps is not None),
             throw=False,
         )
-
-    @property
-    def _adjoint(self) -> diffrax.AbstractAdjoint:
-        if isinstance(self.adjoint, DiscreteAdjoint):
-            return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.adjoint.checkpoints)
-        return diffrax.ForwardMode()
 
 
 class _Field(eqx.Module):
@@ -178,44 +171,30 @@ def _with_root_finder_tolerances(solver: Any, stepper: Stepper) -> Any:
     return eqx.tree_at(lambda s: fields(s.root_finder), solver, fields(given))
 
 
-@eqx.filter_custom_jvp
 def _along(y: Float[Array, "*times samples n"], t: Float[Array, "*times"], ode: _Field, speed):
     """The state `y` at time `t`, with `speed` times the field as its time derivative."""
-    del t, ode, speed
-    return y
 
-
-@_along.def_jvp
-def _along_jvp(primals, tangents):
-    y, t, ode, speed = primals
-    y_dot, t_dot, _, _ = tangents
-    if t_dot is not None:
+    def slope(y, t, ode, speed):
         slope = jax.lax.map(lambda point: ode(*point), (t, y)) if t.ndim else ode(t, y)
-        slope = jnp.where(speed == 0, 0.0, speed.astype(y.dtype) * slope)
-        moved = t_dot.astype(y.dtype)[..., None, None] * slope
-        y_dot = moved if y_dot is None else y_dot + moved
-    return _along(*primals), y_dot
+        return jnp.where(speed == 0, 0.0, speed.astype(y.dtype) * slope)
+
+    return moving(y, t, slope, ode, speed)
 
 
-@eqx.filter_custom_jvp
 def _nan_tangents(states: Float[Array, "times samples n"], failed: Bool[Array, ""], inputs: PyTree):
     """The states. Their derivatives by all inputs are NaN if the solve failed."""
-    del failed, inputs
-    return states
 
+    def tangent(primals, dots):
+        (states, failed, inputs), (states_dot, _, dots) = primals, dots
+        total = sum(
+            (jnp.sum(dot.real).astype(states.dtype) for dot in jax.tree.leaves(dots)),
+            jnp.zeros((), states.dtype),
+        )
+        # Not a product with NaN or zero, which would be NaN for an infinite tangent.
+        nan = jnp.where(failed, total, 0.0) * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
+        return _nan_tangents(filled(states_dot, states) + nan, failed, inputs)
 
-@_nan_tangents.def_jvp
-def _nan_tangents_jvp(primals, tangents):
-    states, failed, inputs = primals
-    states_dot, _, dots = tangents
-    states_dot = jnp.zeros_like(states) if states_dot is None else states_dot
-    total = sum(
-        (jnp.sum(dot.real).astype(states.dtype) for dot in jax.tree.leaves(dots)),
-        jnp.zeros((), states.dtype),
-    )
-    # Not a product with NaN or zero, which would be NaN for an infinite tangent.
-    nan = jnp.where(failed, total, 0.0) * jnp.where(failed, jnp.nan, 1.0).astype(states.dtype)
-    return _nan_tangents(*primals), _nan_tangents(states_dot + nan, failed, inputs)
+    return with_tangent(states, tangent, failed, inputs)
 
 
 def _code(result: diffrax.RESULTS) -> Int[Array, ""]:

@@ -72,7 +72,7 @@ class SolveOptions(eqx.Module):
         return tableau_of(self.solver)
 
     def _check(self) -> None:
-        if isinstance(self.adjoint, type) or not hasattr(self.adjoint, "integrate"):
+        if not isinstance(self.adjoint, Adjoint):
             raise TypeError(
                 f"{arg('adjoint')} must be a gradient method such as "
                 f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."

@@ -14,7 +14,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import FINITE, FINITE_STATE
 from jaxode._jax.closure import compiled
-from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
+from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
@@ -147,7 +147,7 @@ def solve(
     check = check_state if batch is None else check_batch
     y0 = check("y0", y0)
     check_bool("dense", dense)
-    if dense and not isinstance(options.adjoint, DiscreteAdjoint | ForwardMode):
+    if dense and not options.adjoint.supports_dense:
         raise ValueError(
             "solve(dense=True): needs DiscreteAdjoint or ForwardMode, which differentiate the "
             f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
@@ -263,7 +263,7 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
             "jax.vmap over jaxode.solve, or batch='joint', whose cost grows as the cube of the "
             "whole state."
         )
-    if not isinstance(adjoint, DiscreteAdjoint | ForwardMode):
+    if adjoint.of_diffrax() is None:
         raise ValueError(
             f"{arg('adjoint')} {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
             f"got {name}. Use jaxode.DiscreteAdjoint()."
@@ -316,11 +316,7 @@ def run(system: System) -> Solution:
             ravel=ravel,
             batch=system.batch,
         )
-    ts, ys = problem.ts, out.ys
-    if ts is not None and ys is not None and problem.outputs is not None:
-        ys = padded(ys, problem.outputs)
-        ys = _at_padding(ys, ts - padded(ts, problem.outputs), problem)
-    ts, ys = system.ts, None if ys is None else jax.vmap(ravel.back)(ys)
+    ys = None if out.ys is None else jax.vmap(ravel.back)(padded(problem, out.ys))
     y1 = ravel.back(out.y1)
     if system.batch is None:
         y1, ys = jax.tree.map(lambda x: x[0], y1), jax.tree.map(lambda x: x[:, 0], ys)
@@ -330,27 +326,7 @@ def run(system: System) -> Solution:
     if not per_sample:
         of_rows = jax.tree.map(lambda x: x[0], of_rows)
     stats, result, t_reached, t1, came = of_rows
-    return Solution(y1, ts, ys, stats, result, t_reached, t1, came, interpolant)
-
-
-@eqx.filter_custom_jvp
-def _at_padding(ys: Float[Array, "times samples n"], past: Float[Array, "times rows"], problem):
-    """The outputs. Padding moves along the field if its times move `past` the last one."""
-    del past, problem
-    return ys
-
-
-@_at_padding.def_jvp
-def _at_padding_jvp(primals, tangents):
-    ys, past, problem = primals
-    ys_dot, past_dot, _ = tangents
-    if past_dot is not None:
-        slope = problem.slope(problem.ts[-1], ys[-1])
-        # A failed row has NaN outputs at any time.
-        slope = jnp.where(jnp.isfinite(slope), slope, 0)
-        moved = past_dot.astype(ys.dtype)[..., None] * slope[None]
-        ys_dot = moved if ys_dot is None else ys_dot + moved
-    return _at_padding(ys, past, problem), ys_dot
+    return Solution(y1, system.ts, ys, stats, result, t_reached, t1, came, interpolant)
 
 
 _run = compiled(run)

@@ -26,7 +26,6 @@ from jaxode._checks.rules import Faults, solve_faults
 from jaxode._checks.times import check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
-from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
 from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.problem import Problem
@@ -76,7 +75,7 @@ class System(NamedTuple):
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
-        backward = isinstance(self.adjoint, BacksolveAdjoint | InterpolatingAdjoint)
+        backward = self.adjoint.solves_backwards
         return self._replace(stepper=dataclasses.replace(self.stepper, raises=throw and backward))
 
 

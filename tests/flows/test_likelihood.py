@@ -15,7 +15,7 @@ import jaxode
 from jaxode._jax.closure import compiled
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import GOLDEN, gauss
-from jaxode.ode.adjoints import discrete
+from jaxode.ode.adjoints import sweep
 from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.loop.tableau import tableau_of
 from jaxode.ode.system import make_system, pose
@@ -176,7 +176,7 @@ def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch)
     """Value and gradient, the parameters' by stage or gathered by step."""
     expected = by_autodiff(name)
     if gathered:
-        monkeypatch.setattr(discrete, "PARAMETERS_PER_WORK", 0)
+        monkeypatch.setattr(sweep, "PARAMETERS_PER_WORK", 0)
         jax.clear_caches()
     flow, inputs = make(**CASES[name]), (PARAMS, X, CONTEXT, WEIGHTS)
 

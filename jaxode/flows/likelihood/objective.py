@@ -22,21 +22,12 @@ from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.sharding import vary_alike
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.likelihood.quadrature import Nodes, shares_stages
-from jaxode.ode.adjoints import DiscreteAdjoint
-from jaxode.ode.adjoints.discrete import per_step_gradient, rows_are_cheap
-from jaxode.ode.adjoints.sweep import Sweep
-from jaxode.ode.adjoints.tape import (
-    at_start,
-    in_reverse,
-    nan_unless,
-    once_only,
-    stand_in,
-    without_unused,
-)
-from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.mesh import Mesh
+from jaxode.flows.likelihood.quadrature import Quadrature, shares_stages
+from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
+from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
+from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.solve import run
@@ -83,8 +74,8 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
 
     Only the loss is differentiable.
     """
-    fused = isinstance(objective.system.adjoint, DiscreteAdjoint)
-    loss, rest = _fused(objective) if fused else _augmented(objective)
+    compute = _fused if objective.system.adjoint.fused else _augmented
+    loss, rest = compute(objective)
     log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
     names = [regularizer.name for regularizer in objective.integrands.regularizers]
     by_name = {name: running[:, i] for i, name in enumerate(names)}
@@ -105,7 +96,7 @@ def _augmented(objective: Objective):
     )
     z, costs = solution.y1
     unused = unused_rows(solution.result, objective.weights)
-    z, costs = stand_in((z, costs), unused, solution.result)
+    z, costs = replace_rows((z, costs), unused, jnp.argmax(solution.ok))
     # The divergence is integrated in the direction of the solve, running costs forward in time.
     log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
     log_prob = log_prob_of(objective.base, z) + log_det
@@ -132,12 +123,6 @@ class Inputs(NamedTuple):
     """Log-density of the base, `[batch]`."""
     weights: Float[Array, " batch"]
 
-    @property
-    def integrated(self):
-        """The inputs of the solve and the costs."""
-        problem = self.problem
-        return problem.field, problem.args, self.costs, self.probes
-
 
 class Settings(eqx.Module):
     """How to compute the fused loss."""
@@ -156,10 +141,10 @@ def _fused(objective: Objective):
     per_row = not joint or phase is not None
     with_field = shares_stages(stepper.tableau, phase)
 
-    def rows(y):
+    def samples(y):
         return y.reshape(x.shape).astype(x.dtype)
 
-    def costs_of_rows(t, y, args):
+    def costs_of_samples(t, y, args):
         def one(t, z, params, row):
             dz, costs = objective.integrands.field_and_costs(t, (z, None), params, row)
             costs = costs.astype(ravel.dtype)
@@ -168,15 +153,15 @@ def _fused(objective: Objective):
 
         params, rest = args
         time, axis = (t, 0) if per_row else (t[0], None)
-        return jax.vmap(one, (axis, 0, None, 0))(time, rows(y), params, rest)
+        return jax.vmap(one, (axis, 0, None, 0))(time, samples(y), params, rest)
 
     y0, t0 = problem.y0, problem.t0
     of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
     shared = (system.shared, (objective.probes, system.row_args))
     precision = stepper.precision
-    costs, (_, (probes, _)) = close_field(costs_of_rows, of_nodes, y0, shared, precision)
+    costs, (_, (probes, _)) = close_field(costs_of_samples, of_nodes, y0, shared, precision)
     # The samples, and so their density, may have lower precision than the solve.
-    log_prob = lambda t, y, args: log_prob_of(objective.base, rows(y)).astype(ravel.dtype)
+    log_prob = lambda t, y, args: log_prob_of(objective.base, samples(y)).astype(ravel.dtype)
     base, _ = close_field(log_prob, t0, y0, (), precision)
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
@@ -203,83 +188,63 @@ def _mean(weights: Float[Array, " batch"], losses: Float[Array, " batch"], unuse
     return jnp.sum(jnp.where(unused, 0.0, weights * losses))
 
 
-def _nodes(params, rest, inputs: Inputs, settings: Settings, unused) -> Nodes:
-    """The quadrature of the costs as a function of the differentiated leaves."""
+def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solved, Quadrature]:
+    """The solve on the way back, and the quadrature of the costs along it."""
+    problem, costs = inputs.problem, (inputs.costs, inputs.probes)
+    recorded = integrate(problem, settings.stepper, settings.checkpoints)
+    unused = unused_rows(recorded[0].result, inputs.weights)
+    perturbed_costs = (perturbed.costs, perturbed.probes)
+    solved = Solved.of(
+        problem, perturbed.problem, settings.stepper, recorded, unused, costs, perturbed_costs
+    )
 
     def apply(params, t, y):
-        _, (shared, context), costs, probes = eqx.combine(params, rest)
-        return costs(*at_start(inputs.problem, unused, t, y), (shared, (probes, context)))
+        _, (shared, context), costs, probes = solved.parts(params)
+        return costs(*solved.finite(t, y), (shared, (probes, context)))
 
-    of_costs = jnp.concatenate([-jnp.ones(1, inputs.problem.y0.dtype), settings.coefficients])
+    of_costs = jnp.concatenate([-jnp.ones(1, problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
-    together = settings.phase is None and rows_are_cheap(inputs.problem.field)
-    return Nodes(apply, params, settings.stepper.tableau, settings.phase, bars, together)
+    together = settings.phase is None and rows_are_cheap(problem.field)
+    tableau = settings.stepper.tableau
+    return solved, Quadrature(apply, solved.params, tableau, settings.phase, bars, together)
 
 
 @eqx.filter_custom_vjp
 def _loss(inputs: Inputs, settings: Settings):
-    integration, tape = integrate(inputs.problem, settings.stepper, settings.checkpoints)
-    unused = unused_rows(integration.result, inputs.weights)
-    nodes = _nodes(*eqx.partition(inputs.integrated, eqx.is_array), inputs, settings, unused)
-    integrals = nodes.along(inputs.problem.slope, tape)
-    return _assemble(inputs, settings, integration, integrals, unused)
+    nothing = jax.tree.map(lambda _: False, inputs)
+    solved, quadrature = _solve(nothing, inputs, settings)
+    return _assemble(inputs, settings, solved, quadrature.along(solved))
 
 
 @_loss.def_fwd
 def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
     problem, wanted = inputs.problem, perturbed.problem
-    for closed, wants in (
+    for closed, by in (
         (problem.field, wanted.field),
         (inputs.costs, perturbed.costs),
         (inputs.base, perturbed.base),
     ):
-        closed.check_closed_over(wants, problem.y0)
-    integration, tape = integrate(problem, settings.stepper, settings.checkpoints)
-    unused = unused_rows(integration.result, inputs.weights)
-    problem = without_unused(problem, unused, integration.result)
-    inputs = inputs._replace(problem=problem)
-    params, rest = eqx.partition(inputs.integrated, perturbed.integrated)
-    nodes = _nodes(params, rest, inputs, settings, unused)
-    timed = bool(wanted.t0 or wanted.t1)
-
-    def apply(params, t, y):
-        field, args, *_ = eqx.combine(params, rest)
-        return field(*at_start(problem, unused, t, y), args)
-
-    z = stand_in(integration.y1, unused, integration.result)
-    base_bar, z_bar = _pull_base(perturbed, inputs, z)
-    mesh = Mesh(problem.t0, problem.t1, settings.stepper.breakpoints)
-    sweep = Sweep(
-        apply=apply,
-        params=params,
-        tableau=settings.stepper.tableau,
-        tape=tape,
-        mesh=mesh,
-        timed=timed,
-        unused=unused,
-        per_step=per_step_gradient(params, problem.field),
-        inside=nodes.inside(mesh if timed else None),
-        inside_pulls_last=nodes.shared,
-    )
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    by_times = jnp.stack([jnp.zeros_like(problem.t0)] * 2)
-    carry = (nodes.zero(), by_times, jnp.zeros_like(tape.times[0]))
-    swept = sweep.run(z_bar, zeros, carry)
-    integrals, by_times, _ = swept.inside
-    out = _assemble(inputs, settings, integration, integrals, unused)
+        closed.check_closed_over(by, problem.y0)
+    solved, quadrature = _solve(perturbed, inputs, settings)
+    base_bar, z_bar = _pull_base(perturbed, inputs, solved.integration.y1)
+    interior = quadrature.interior(solved.mesh if solved.timed else None)
+    sweep = Sweep(solved, interior, quadrature.shared)
+    zero = jnp.zeros_like(solved.problem.t0)
+    swept = sweep.run(z_bar, (quadrature.zero(), jnp.stack([zero] * 2), zero))
+    integrals, by_times, _ = swept.interior
+    out = _assemble(inputs, settings, solved, integrals)
     _, (log_prob, _, running, *_) = out
     field_bar, args_bar, costs_bar, probes_bar = swept.params
     t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
+    losses = _penalty(running, settings.coefficients) - log_prob
     bars = Inputs(
         problem=Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None),
         costs=costs_bar,
         probes=probes_bar,
         base=base_bar,
-        weights=jnp.where(unused, 0, _penalty(running, settings.coefficients) - log_prob),
+        weights=jnp.where(solved.replaced, 0, losses),
     )
-    # A failed solve has no gradient: NaN, not a plausible number.
-    ok = (integration.result == Result.SUCCESS) | unused
-    valid = jnp.prod(nan_unless(ok, problem.y0.dtype))
+    valid = jnp.prod(nan_unless(solved.ok | solved.replaced, swept.y.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
     return out, eqx.filter(bars, perturbed)
 
@@ -307,11 +272,13 @@ def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "samples n"]):
     return base(inputs.problem.t1, z, ())
 
 
-def _assemble(inputs: Inputs, settings: Settings, integration: Integration, integrals, unused):
+def _assemble(inputs: Inputs, settings: Settings, solved: Solved, integrals):
+    integration = solved.integration
     log_det, running = integrals[:, 0], integrals[:, 1:]
     log_prob = _log_prob(inputs.base, inputs, integration.y1) + log_det
-    valid = nan_unless(integration.result == Result.SUCCESS, log_prob.dtype)
+    valid = nan_unless(solved.ok, log_prob.dtype)
     log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
-    loss = _mean(inputs.weights, _penalty(running, settings.coefficients) - log_prob, unused)
+    losses = _penalty(running, settings.coefficients) - log_prob
+    loss = _mean(inputs.weights, losses, solved.replaced)
     rest = (log_prob, log_det, running, integration.stats, integration.result)
     return loss, (*rest, integration.t_reached)

@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.pullback import vjp
-from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.sweep import Step
-from jaxode.ode.adjoints.tape import interval, replay
-from jaxode.ode.loop.integrate import Field, Tape
+from jaxode._jax.sharding import fori_loop
+from jaxode.ode.adjoints.base import Solved
+from jaxode.ode.adjoints.tape import Step, walk_back
 from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
@@ -49,7 +48,7 @@ def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> boo
     return phase is None and tableau.first_same_as_last
 
 
-class Nodes(NamedTuple):
+class Quadrature(NamedTuple):
     """The quadrature of the costs within a step."""
 
     apply: Callable[..., Float[Array, "batch values"]]
@@ -122,7 +121,7 @@ class Nodes(NamedTuple):
         weights = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype))
         # As a product: XLA's sum over the first axis costs as much as a node of a small network.
         precision = jax.lax.Precision.HIGHEST
-        if len(weights) == 1:
+        if one_row(weights):
             slope = weighted_sum(weights[0], step.k)
         else:
             slope = jnp.einsum("rs,srn->rn", weights, step.k, precision=precision)
@@ -146,32 +145,25 @@ class Nodes(NamedTuple):
         values = self.apply(self.params, time, state)
         return self._scale(weight) * values[:, : self.bars.shape[1]]
 
-    def along(self, field: Field, tape: Tape) -> Float[Array, "batch costs"]:
+    def along(self, solved: Solved) -> Float[Array, "batch costs"]:
         """The integrals along the recorded steps, summed in the order of the sweep."""
 
-        def step(carry):
-            stop, integrals, after, checkpoints = carry
-            y, k, checkpoints = replay(
-                field, self.tableau, self.tableau.stages, tape.times, checkpoints, stop
-            )
-            t, h = interval(tape.times, jnp.maximum(stop - 1, 0))
-            recorded = Step(t, jnp.where(stop == 0, 0.0, h), y, k)
-            add = lambda i, total: total + self.evaluate(recorded, after, stop, i)
-            integrals = fori_loop(*self.numbers(stop), add, integrals)
-            return stop - 1, integrals, recorded.h, checkpoints
+        def visit(step: Step, number, carry):
+            integrals, after = carry
+            add = lambda i, total: total + self.evaluate(step, after, number, i)
+            return fori_loop(*self.numbers(number), add, integrals), step.h
 
-        carry = (tape.num_steps, self.zero(), jnp.zeros_like(tape.times[0]), tape.checkpoints)
-        first = 0 if self.shared else 1
-        return while_loop(lambda carry: carry[0] >= first, step, carry)[1]
+        carry = self.zero(), jnp.zeros_like(solved.problem.t0)
+        return walk_back(solved, visit, carry)[0]
 
-    def inside(self, mesh: Mesh | None):
-        """For `Sweep.inside`. `mesh` is None if the times are not differentiated.
+    def interior(self, mesh: Mesh | None):
+        """For `Sweep.interior`. `mesh` is None if the times are not differentiated.
 
         It carries the integrals, their derivatives with respect to both times through the step
         sizes, and the size of the next step.
         """
 
-        def inside(whole: Step, number, bar: Step, params_bar, carry):
+        def interior(whole: Step, number, bar: Step, params_bar, carry):
             integrals, by_times, after = carry
             step, speeds = self._split(whole), None
             if mesh is not None:
@@ -189,7 +181,7 @@ class Nodes(NamedTuple):
             bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
             return bar, params_bar, (integrals, by_times, whole.h)
 
-        return inside
+        return interior
 
     def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:
         """The cotangents of the values at a node."""
@@ -225,9 +217,8 @@ class Nodes(NamedTuple):
             values, pull = vjp(lambda params, state: apply(params, time, state), self.params, state)
             dparams, dstate = pull(values_bar)
 
-        def added(index, theta, scale, values, slope, beta, dtime, dstate):
-            """Add to the cotangents of the step, the integrals, and their derivatives by the
-            times."""
+        def contribution(index, theta, scale, values, slope, beta, dtime, dstate):
+            """To the cotangents of the step, the integrals, and their derivatives by the times."""
             of_node = scale * values[:, : self.bars.shape[1]]
             k_bar = step.h[None, :, None] * (beta * dstate[None])
             if speeds is None:
@@ -242,7 +233,7 @@ class Nodes(NamedTuple):
             ]
             return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
 
-        new = each(added)(index, theta, scale, values, slope, beta, dtime, dstate)
+        new = each(contribution)(index, theta, scale, values, slope, beta, dtime, dstate)
         if index.ndim:
             new = jax.tree.map(lambda x: x.sum(0), new)
         add = lambda x, dx: x if dx is None else x + dx

@@ -11,27 +11,24 @@ parameters, which is part of neither the state nor the error norm.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._checks.arguments import non_negative
+from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, nan_or_raise
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.tape import (
-    bars_where,
-    filled,
-    nan_unless,
-    split,
-    unused_rows,
-    without_unused,
-)
+from jaxode._jax.tangents import filled
+from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.stepper import Stepper, aim, judge, weighted_sum
 from jaxode.ode.loop.tableau import Tableau
@@ -77,7 +74,7 @@ class Segment(NamedTuple):
         """The work done."""
         steps = self.accepted + self.rejected
         # With several rows, the stages are evaluated again once it is known which rows accept.
-        passes = 1 if self.t.shape[0] == 1 else 2
+        passes = 1 if one_row(self.t) else 2
         return Stats(steps, self.accepted, self.rejected, passes * tableau.stages * steps)
 
     @classmethod
@@ -139,7 +136,7 @@ def solve_segment(
 
 def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Array, " rows"]):
     """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
-    tableau, one_row = stepper.tableau, len(state.t) == 1
+    tableau, alone = stepper.tableau, one_row(state.t)
     A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
     b = jnp.asarray(tableau.b, state.y.dtype)
 
@@ -155,7 +152,7 @@ def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Arra
     def stage(i, carry):
         k, quadrature = carry
         k_i, integrand = evaluate(i, k, h, jnp.where(b[i] != 0, h * b[i], h))
-        if one_row:
+        if alone:
             quadrature = add_used(i, quadrature, integrand)
         return k.at[i].set(k_i), quadrature
 
@@ -163,7 +160,7 @@ def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Arra
     k, quadrature = fori_loop(0, tableau.stages, stage, (k, state.quadrature))
 
     def quadrature_where(accept):
-        if one_row:
+        if alone:
             keep = lambda new, old: jnp.where(accept[0], new, old)
             return jax.tree.map(keep, quadrature, state.quadrature)
         # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
@@ -175,82 +172,90 @@ def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Arra
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 
 
-def with_tolerances(stepper: Stepper, rtol, atol) -> Stepper:
-    """The stepper of the adjoint solve, with its own tolerances if they are given."""
-    dtype = stepper.rtol.dtype
-    given = {"rtol": rtol, "atol": atol}
-    given = {name: jnp.asarray(value, dtype) for name, value in given.items() if value is not None}
-    return dataclasses.replace(stepper, **given)
+@dataclass(frozen=True)
+class ContinuousAdjoint(ReverseAdjoint):
+    """Solve the adjoint ODE backwards, with its own tolerances."""
 
+    solves_backwards: ClassVar[bool] = True
+    rtol: float | None = None
+    atol: float | None = None
 
-def time_cotangents(
-    apply: Callable[..., Float[Array, "samples n"]],
-    params: PyTree,
-    times: Float[Array, "points rows"],
-    states: Float[Array, "points samples n"],
-    cotangents: Float[Array, "points samples n"],
-) -> Float[Array, "points rows"]:
-    """`cotangent . f(t, y)` at each point: the gradient with respect to its time.
+    @public("")
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None:
+                rule = "None or a finite tolerance of at least 0"
+                non_negative(name, value, rule)
 
-    Moving the time of an output moves the output along its trajectory. Moving the start time moves
-    the trajectory the other way.
-    """
+    def backward_stepper(self, stepper: Stepper) -> Stepper:
+        """The stepper of the adjoint solve."""
+        given = {"rtol": self.rtol, "atol": self.atol}
+        given = {
+            name: jnp.asarray(value, stepper.rtol.dtype)
+            for name, value in given.items()
+            if value is not None
+        }
+        return dataclasses.replace(stepper, **given)
 
-    def at(point):
-        t, y, cotangent = point
-        return over_rows(jnp.sum, cotangent * apply(params, t, y), t.shape[0])
+    def solve_back(self, solved: Solved, bar: Integration) -> Segment:
+        """The adjoint solve. The last `n` entries of its state are the cotangent of `y0`."""
+        raise NotImplementedError
 
-    return jax.lax.map(at, (times, states, cotangents))
+    def backward_stats(
+        self,
+        problem: Problem,
+        stepper: Stepper,
+        y1_bar: Float[Array, "samples n"],
+        ys_bar: Float[Array, "times samples n"] | None,
+    ) -> Stats:
+        """The work of the backward solve, given the cotangents of the end state and the outputs."""
+        perturbed = jax.tree.map(eqx.is_inexact_array, problem)
+        recorded = self.record(problem, stepper)
+        bar = recorded[0]._replace(y1=y1_bar, ys=ys_bar)
+        none = jnp.zeros(problem.t0.shape, bool)
+        solved = Solved.of(problem, perturbed, stepper, recorded, none)
+        return self.solve_back(solved, bar).stats(stepper.tableau)
 
+    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
+        """The cotangents of the problem, NaN where the forward or the backward solve failed.
 
-def cotangents(
-    problem: Problem,
-    perturbed: Problem,
-    stepper: Stepper,
-    integration: Integration,
-    out: Integration,
-    y0_bar: Float[Array, "samples n"],
-    segment: Segment,
-) -> Problem:
-    """The cotangents of a problem, from the cotangents `out` of its solution and the backward
-    solve.
+        Moving the time of an output moves the output along its trajectory. Moving the start time
+        moves the trajectory the other way.
+        """
+        segment = self.solve_back(solved, bar)
+        integration, wanted, stepper = solved.integration, solved.perturbed, solved.stepper
+        _, _, y0, t0, t1, ts, _ = solved.problem
+        y0_bar = segment.y[:, segment.y.shape[1] - y0.shape[1] :]
+        valid = nan_unless(
+            solved.ok & (segment.result == Result.SUCCESS) | solved.replaced, y0.dtype
+        )
+        if stepper.raises:
+            # A failed forward solve has already raised. A solve without steps did not run: `vmap`
+            # differentiates both branches of a `cond`, with zeros in place of the solve in the
+            # branch that is not taken (or values of the other branch with the same shape, which
+            # cannot be told apart).
+            ran = solved.ok & (integration.stats.num_steps > 0)
+            result = jnp.where(ran, segment.result, Result.SUCCESS)
+            nan = nan_or_raise(result, segment.t, where="backward solve")
+            # The check is part of the value, so it cannot be eliminated as dead code.
+            valid = valid + nan.astype(y0.dtype)
 
-    They are NaN where the forward or the backward solve failed.
-    """
-    unused = unused_rows(integration.result, out)
-    problem = without_unused(problem, unused, integration.result)
-    y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-    params, apply = split(problem, perturbed, unused)
-    ok = (integration.result == Result.SUCCESS) & (segment.result == Result.SUCCESS) | unused
-    valid = nan_unless(ok, y0.dtype)
-    if stepper.raises:
-        # A failed forward solve has already raised. A solve without steps did not run: `vmap`
-        # differentiates both branches of a `cond`, with zeros in place of the solve in the branch
-        # that is not taken (or values of the other branch with the same shape, which cannot be told
-        # apart).
-        ran = (integration.result == Result.SUCCESS) & (integration.stats.num_steps > 0)
-        result = jnp.where(ran, segment.result, Result.SUCCESS)
-        nan = nan_or_raise(result, segment.t, where="backward solve")
-        # The check is part of the value, so it cannot be eliminated as dead code.
-        valid = valid + nan.astype(y0.dtype)
+        def by_time(times, states, bars):
+            """`bar . f(t, y)` at each point."""
 
-    def by_time(times, states, bars):
-        return time_cotangents(apply, params, times, states, bars)
+            def at(point):
+                t, y, bar = point
+                return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t.shape[0])
 
-    t0_bar = t1_bar = ts_bar = None
-    if perturbed.t0:
-        start_bar = -jnp.where(unused[:, None], 0, y0_bar * valid[:, None])
-        t0_bar = by_time(t0[None], y0[None], start_bar[None])[0]
-    if perturbed.t1:
-        t1_bar = by_time(t1[None], integration.y1[None], filled(out.y1, y0)[None])[0]
-    if ts is not None and perturbed.ts:
-        ts_bar = jnp.zeros_like(ts) if out.ys is None else by_time(ts, integration.ys, out.ys)
-    bars = {"y0": y0_bar if perturbed.y0 else None, "t0": t0_bar, "t1": t1_bar, "ts": ts_bar}
-    return bars_where(valid, unused, segment.quadrature, **bars)
+            return jax.lax.map(at, (times, states, bars))
 
-
-def check_tolerances(rtol, atol) -> None:
-    """Raise unless the tolerances of a backward solve are valid or None."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None:
-            non_negative(name, value, "None or a finite tolerance of at least 0")
+        t0_bar: Any = None
+        t1_bar: Any = None
+        ts_bar = None
+        if wanted.t0:
+            t0_bar = by_time(t0[None], y0[None], -y0_bar[None])[0]
+        if wanted.t1:
+            t1_bar = by_time(t1[None], integration.y1[None], filled(bar.y1, y0)[None])[0]
+        if ts is not None and wanted.ts:
+            ts_bar = jnp.zeros_like(ts) if bar.ys is None else by_time(ts, integration.ys, bar.ys)
+        return Problem(*segment.quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid

@@ -1,47 +1,30 @@
 """The exact gradient of the computed solution, in bounded memory."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float
 
 from jaxode._checks.caller import public
-from jaxode._checks.errors import Result
-from jaxode._jax.closure import ClosedField
 from jaxode._jax.sharding import while_loop
-from jaxode.ode.adjoints.sweep import Step, Sweep
-from jaxode.ode.adjoints.tape import (
-    bars_where,
-    check_checkpoints,
-    filled,
-    in_reverse,
-    nan_unless,
-    once_only,
-    output_count,
-    output_is_inside,
-    split,
-    unused_rows,
-    without_unused,
-)
-from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode._jax.tangents import filled
+from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, check_checkpoints, nan_unless
+from jaxode.ode.adjoints.sweep import Sweep
+from jaxode.ode.adjoints.tape import OutputBars, Step
+from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.outputs import Curve, Steps, output_at, save_times_at
+from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stepper import Stepper
-
-# If parameters outnumber the work of an evaluation by this factor, their gradient is gathered once
-# per step. Measured at batch 8, with 1.2 million parameters and a tenth of the work: 0.8x the time.
-PARAMETERS_PER_WORK = 4
-# Up to this many numbers per evaluation, an accelerator spends more time starting kernels than
-# running them. XLA's estimates for a TPU v5e with all stages gathered: 0.65x the cycles at 1.7
-# million numbers, 1.13x at 30 million (benchmarks/NOTES.md).
-WORK_OF_KERNELS = 7_000_000
+from jaxode.ode.loop.tableau import Tableau
 
 
 @dataclass(frozen=True)
-class DiscreteAdjoint:
+class DiscreteAdjoint(ReverseAdjoint):
     """Differentiate the solver's own steps: the gradient is exact for the computed solution.
 
     The forward solve keeps the times of its accepted steps and at most `checkpoints` states; the
@@ -61,71 +44,40 @@ class DiscreteAdjoint:
         ValueError: if `checkpoints` is less than 2.
     """
 
+    supports_dense: ClassVar[bool] = True
+    fused: ClassVar[bool] = True
     checkpoints: int = 64
 
     @public("")
     def __post_init__(self) -> None:
         check_checkpoints(self.checkpoints)
 
-    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
-        """Solve the problem. Differentiable in all of its floating leaves."""
-        return _integrate(in_reverse(problem, "DiscreteAdjoint"), stepper, self.checkpoints)
+    def of_diffrax(self) -> diffrax.AbstractAdjoint:
+        """Recursive checkpointing with the same number of checkpoints."""
+        return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
 
+    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape]:
+        """Solve the problem, and keep its steps."""
+        return integrate(problem, stepper, self.checkpoints)
 
-@eqx.filter_custom_vjp
-def _integrate(problem: Problem, stepper: Stepper, checkpoints: int) -> Integration:
-    del checkpoints
-    return integrate(problem, stepper)[0]
-
-
-@_integrate.def_fwd
-def _forward(perturbed, problem: Problem, stepper: Stepper, checkpoints: int):
-    del perturbed
-    integration, tape = integrate(problem, stepper, checkpoints)
-    return integration, (tape, integration.result)
-
-
-@_integrate.def_bwd
-def _backward(residuals, out: Integration, perturbed: Problem, problem: Problem, stepper, _):
-    tape, result = residuals
-    unused = unused_rows(result, out)
-    problem = without_unused(problem, unused, result)
-    y0, t0, t1, ts = problem.y0, problem.t0, problem.t1, problem.ts
-    params, apply = split(problem, perturbed, unused)
-    timed = bool(perturbed.t0 or perturbed.t1 or perturbed.ts)
-    params_bar = jax.tree.map(jnp.zeros_like, params)
-    inside, carry = None, None
-    if ts is not None and out.ys is not None:
-        inside = _saved_outputs(stepper.tableau, ts, out.ys, jnp.sign(t1 - t0), timed)
-        carry = output_count(problem), jnp.zeros_like(ts)
-    if out.steps is not None:
-        inside = _kept_steps(out.steps, inside)
-    per_step = per_step_gradient(params, problem.field)
-    mesh = Mesh(t0, t1, stepper.breakpoints)
-    sweep = Sweep(apply, params, stepper.tableau, tape, mesh, timed, unused, per_step, inside)
-    swept = sweep.run(filled(out.y1, y0), params_bar, carry)
-    ts_bar = None if ts is None else jnp.zeros_like(ts) if carry is None else swept.inside[1]
-    t0_bar, t1_bar = _moved(mesh, tape.times, out.steps, swept.t0, swept.t1)
-    t0_bar, t1_bar, ts_bar = (t0_bar, t1_bar, ts_bar) if timed else (None, None, None)
-    # A failed solve has no gradient: NaN, not a plausible number.
-    ok = (result == Result.SUCCESS) & (tape.num_steps > 0)
-    valid = nan_unless(ok | unused, y0.dtype)
-    y0_bar = swept.y if perturbed.y0 else None
-    bars = bars_where(valid, unused, swept.params, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar)
-    return once_only("DiscreteAdjoint", bars)
-
-
-def rows_are_cheap(field: ClosedField) -> bool:
-    """Whether an accelerator takes longer to start kernels than to run them."""
-    return jax.default_backend() != "cpu" and field.work_size <= WORK_OF_KERNELS
-
-
-def per_step_gradient(params: PyTree, field: ClosedField) -> bool:
-    """Whether to gather the parameter gradient once per step instead of at each stage."""
-    if rows_are_cheap(field):
-        return True
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return size > PARAMETERS_PER_WORK * field.work_size
+    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
+        """The cotangents of the problem, by the chain rule through its steps."""
+        problem, tape = solved.problem, solved.tape
+        assert tape is not None
+        interior, carry, outputs = None, None, OutputBars.of(problem, bar)
+        if outputs is not None:
+            interior = _of_outputs(solved.stepper.tableau, outputs, solved.timed)
+            carry = outputs.count, jnp.zeros_like(outputs.ts)
+        if bar.steps is not None:
+            interior = _of_steps(bar.steps, interior)
+        swept = Sweep(solved, interior).run(filled(bar.y1, problem.y0), carry)
+        ts_bar = None
+        if problem.ts is not None:
+            ts_bar = jnp.zeros_like(problem.ts) if outputs is None else swept.interior[1]
+        t0_bar, t1_bar = _moved(solved.mesh, tape.times, bar.steps, swept.t0, swept.t1)
+        ok = solved.ok & (tape.num_steps > 0) | solved.replaced
+        bars = Problem(*swept.params, y0=swept.y, t0=t0_bar, t1=t1_bar, ts=ts_bar)
+        return bars, nan_unless(ok, problem.y0.dtype)
 
 
 def _moved(mesh: Mesh, times, steps_bar: Steps | None, t0_bar, t1_bar):
@@ -141,31 +93,28 @@ def _moved(mesh: Mesh, times, steps_bar: Steps | None, t0_bar, t1_bar):
     return jax.lax.scan(add, (t0_bar, t1_bar), (times, steps_bar.times))[0]
 
 
-def _kept_steps(steps_bar: Steps, outputs):
-    """Add the cotangents of the steps themselves to those of the `outputs` within."""
+def _of_steps(steps_bar: Steps, outputs: Any):
+    """For `Sweep.interior`: adds the cotangents of the steps themselves, and those of `outputs`."""
 
-    def inside(step: Step, number, bar: Step, params_bar, carry):
+    def interior(step: Step, number, bar: Step, params_bar, carry):
         def add(bar, steps_bar):
-            own = steps_bar[jnp.maximum(number - 1, 0)]
-            return bar + jnp.where(number > 0, own, 0)
+            if steps_bar is None:
+                return bar
+            return bar + jnp.where(number > 0, steps_bar[jnp.maximum(number - 1, 0)], 0)
 
-        if steps_bar.y is not None:
-            bar = bar._replace(y=add(bar.y, steps_bar.y))
-        if steps_bar.k is not None:
-            bar = bar._replace(k=add(bar.k, steps_bar.k))
-        return (
-            (bar, params_bar, carry)
-            if outputs is None
-            else outputs(step, number, bar, params_bar, carry)
-        )
+        bar = bar._replace(y=add(bar.y, steps_bar.y), k=add(bar.k, steps_bar.k))
+        if outputs is None:
+            return bar, params_bar, carry
+        return outputs(step, number, bar, params_bar, carry)
 
-    return inside
+    return interior
 
 
-def _saved_outputs(tableau, ts, ys_bar, sign, timed):
-    """Pull the cotangents of the outputs saved within a step back to its start and stages."""
+def _of_outputs(tableau: Tableau, outputs: OutputBars, timed: bool):
+    """For `Sweep.interior`: pulls the cotangents of the outputs in a step back to its start and
+    stages. It carries how many outputs are left, and the cotangents of their times."""
 
-    def inside(step: Step, number, bar: Step, params_bar, carry):
+    def interior(step: Step, number, bar: Step, params_bar, carry):
         rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
         whole, pull_curve = jax.vjp(lambda step: Curve.of(tableau, *step), step)
         # What is differentiated. Without the times: the state and the stages.
@@ -174,25 +123,22 @@ def _saved_outputs(tableau, ts, ys_bar, sign, timed):
         def at(curve: Curve, time):
             return eqx.combine(curve, whole).at(time)
 
-        def due(saved):
-            return output_is_inside(ts, saved, step.t, number, sign)
-
         def pull(carry):
-            curve_bar, saved, ts_bar = carry
-            now, index = due(saved), jnp.clip(saved - 1, 0)
-            y_bar = jnp.where(now[:, None], output_at(ys_bar, index), 0.0)
-            time = jnp.where(now, save_times_at(ts, index), step.t)
+            curve_bar, left, ts_bar = carry
+            due = outputs.due(left, step, number)
+            index, time, y_bar = outputs.last(left, due, step.t)
             if timed:
-                added, time_bar = jax.vjp(at, curve, time)[1](y_bar)
+                by_curve, time_bar = jax.vjp(at, curve, time)[1](y_bar)
                 ts_bar = ts_bar.at[index, rows].add(time_bar)
             else:
-                (added,) = jax.vjp(lambda curve: at(curve, time), curve)[1](y_bar)
-            curve_bar = jax.tree.map(jnp.add, curve_bar, added)
-            return curve_bar, saved - now.astype(jnp.int32), ts_bar
+                (by_curve,) = jax.vjp(lambda curve: at(curve, time), curve)[1](y_bar)
+            curve_bar = jax.tree.map(jnp.add, curve_bar, by_curve)
+            return curve_bar, left - due.astype(jnp.int32), ts_bar
 
         carry = jax.tree.map(jnp.zeros_like, curve), *carry
-        curve_bar, *carry = while_loop(lambda carry: due(carry[1]).any(), pull, carry)
-        (added,) = pull_curve(eqx.combine(curve_bar, jax.tree.map(jnp.zeros_like, whole)))
-        return jax.tree.map(jnp.add, bar, added), params_bar, tuple(carry)
+        proceed = lambda carry: outputs.due(carry[1], step, number).any()
+        curve_bar, *carry = while_loop(proceed, pull, carry)
+        (by_step,) = pull_curve(eqx.combine(curve_bar, jax.tree.map(jnp.zeros_like, whole)))
+        return jax.tree.map(jnp.add, bar, by_step), params_bar, tuple(carry)
 
-    return inside
+    return interior

@@ -1,8 +1,12 @@
 """Forward-mode differentiation through the solve."""
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+import diffrax
 
 from jaxode._jax.primitives import nondifferentiable_backward
+from jaxode.ode.adjoints.base import Adjoint
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stepper import Stepper
@@ -14,13 +18,20 @@ FORWARD_ONLY = (
 
 
 @dataclass(frozen=True)
-class ForwardMode:
+class ForwardMode(Adjoint):
     """Differentiate the solver's own steps in forward mode: `jax.jvp` and `jax.jacfwd`.
 
     Tangents are carried along with the state, so nothing is stored. It pays off when few inputs are
     differentiated. As for `DiscreteAdjoint`, the steps are constants of differentiation, and the
     two agree up to rounding. Reverse mode raises an error.
     """
+
+    supports_dense: ClassVar[bool] = True
+    forward_only: ClassVar[bool] = True
+
+    def of_diffrax(self) -> diffrax.AbstractAdjoint:
+        """diffrax's forward mode."""
+        return diffrax.ForwardMode()
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. All of its floating leaves have forward-mode derivatives."""

@@ -17,26 +17,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from jaxode._jax.closure import ClosedField
 from jaxode._jax.pullback import vjp
-from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode.ode.adjoints.tape import interval, replay
-from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.integrate import Tape
-from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.rows import over_rows
+from jaxode._jax.sharding import fori_loop
+from jaxode.ode.adjoints.base import Solved
+from jaxode.ode.adjoints.tape import Step, walk_back
+from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
+# If parameters outnumber the work of an evaluation by this factor, their gradient is gathered once
+# per step. Measured at batch 8, with 1.2 million parameters and a tenth of the work: 0.8x the time.
+PARAMETERS_PER_WORK = 4
+# Up to this many numbers per evaluation, an accelerator spends more time starting kernels than
+# running them. XLA's estimates for a TPU v5e with all stages gathered: 0.65x the cycles at 1.7
+# million numbers, 1.13x at 30 million (benchmarks/NOTES.md).
+WORK_OF_KERNELS = 7_000_000
 
-class Step(NamedTuple):
-    """A recorded step, or the cotangents of one: start, size, state at the start, and stages."""
 
-    t: Float[Array, " rows"]
-    h: Float[Array, " rows"]
-    y: Float[Array, "samples n"]
-    k: Float[Array, "stages samples n"]
+def rows_are_cheap(field: ClosedField) -> bool:
+    """Whether an accelerator takes longer to start kernels than to run them."""
+    return jax.default_backend() != "cpu" and field.work_size <= WORK_OF_KERNELS
 
 
 class Swept(NamedTuple):
@@ -48,105 +51,78 @@ class Swept(NamedTuple):
     params: PyTree
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
-    inside: Any
-    """Whatever `Sweep.inside` carries from step to step."""
-
-
-class _State(NamedTuple):
-    stop: Int[Array, ""]
-    slope: Float[Array, "samples n"] | None
-    """The vector field at the end of the step."""
-    checkpoints: Checkpoints
-    swept: Swept
+    interior: Any
+    """Whatever `Sweep.interior` carries from step to step."""
 
 
 class Sweep(NamedTuple):
     """How to go back over the steps."""
 
-    apply: Callable[..., Float[Array, "samples n"]]
-    """The vector field as a function of `(params, t, y)`."""
-    params: PyTree
-    tableau: Tableau
-    tape: Tape
-    mesh: Mesh
-    timed: bool
-    """Whether the times are differentiated."""
-    unused: Bool[Array, " rows"]
-    """Rows whose stages may be NaN and which add nothing to any gradient."""
-    per_step: bool
-    """Whether the parameter gradient is gathered from all stages of a step as one batch, because
-    writing and adding it at every stage would cost more than the products."""
-    inside: Callable[..., tuple[Step, PyTree, Any]] | None = None
+    solved: Solved
+    interior: Callable[..., tuple[Step, PyTree, Any]] | None = None
     """`(step, number, bar, params_bar, carry) -> (bar, params_bar, carry)`: adds the contributions
-    from the inside of a step to its cotangents `bar`. `number` counts from 1. Number 0 is the start
-    of the solve, a step of size zero with nothing inside."""
-    inside_pulls_last: bool = False
-    """Whether `inside` also pulls back the cotangent that waits for the last stage."""
+    from the inside of a step to its cotangents `bar`. Steps are those of `walk_back`."""
+    interior_pulls_last: bool = False
+    """Whether `interior` also pulls back the cotangent that waits for the last stage."""
+
+    @property
+    def tableau(self) -> Tableau:
+        return self.solved.stepper.tableau
+
+    @property
+    def per_step(self) -> bool:
+        """Whether the parameter gradient is gathered from all stages of a step as one batch,
+        because writing and adding it at every stage would cost more than the products."""
+        field, params = self.solved.problem.field, self.solved.params
+        if rows_are_cheap(field):
+            return True
+        size = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return size > PARAMETERS_PER_WORK * field.work_size
 
     @property
     def waits(self) -> bool:
         """Whether the last stage of a step is left to the next step: nothing else depends on it."""
-        return self.inside is not None and self.tableau.first_same_as_last
+        return self.interior is not None and self.tableau.first_same_as_last
 
     @property
     def count(self) -> int:
         """The number of stages that matter."""
         tableau = self.tableau
-        return tableau.advancing_stages if self.inside is None else tableau.stages
+        return tableau.advancing_stages if self.interior is None else tableau.stages
 
     @property
     def pulled(self) -> int:
         """The number of stages that are pulled back here."""
-        return self.count - 1 if self.inside_pulls_last else self.count
+        return self.count - 1 if self.interior_pulls_last else self.count
 
-    def run(
-        self, y1_bar: Float[Array, "samples n"], params_bar: PyTree, carry: Any = None
-    ) -> Swept:
+    def run(self, y1_bar: Float[Array, "samples n"], carry: Any = None) -> Swept:
         """Go from the cotangent of the end state to the cotangents at the start."""
-        zero = jnp.zeros_like(self.mesh.t0)
+        solved, zero = self.solved, jnp.zeros_like(self.solved.problem.t0)
         slope_bar = jnp.zeros_like(y1_bar) if self.waits else None
-        swept = Swept(y1_bar, slope_bar, params_bar, zero, zero, carry)
-        slope = self.tape.slope if self.waits else None
-        state = _State(self.tape.num_steps, slope, self.tape.checkpoints, swept)
-        first = 0 if self.waits else 1
-        return while_loop(lambda state: state.stop >= first, self._step, state).swept
+        zeros = jax.tree.map(jnp.zeros_like, solved.params)
+        swept = Swept(y1_bar, slope_bar, zeros, zero, zero, carry)
+        return walk_back(solved, self._step, swept, whole=self.interior is not None)
 
-    def _step(self, state: _State) -> _State:
-        step, checkpoints = self._replay(state)
-        swept, zeros = state.swept, jax.tree.map(jnp.zeros_like, step)
-        bar, params_bar, carry = zeros, swept.params, swept.inside
+    def _step(self, step: Step, number, swept: Swept) -> Swept:
+        if self.solved.timed and not one_row(self.solved.replaced):
+            # Derivatives with respect to times are sums of products with the stages.
+            step = step._replace(k=jnp.where(self.solved.replaced[:, None], 0.0, step.k))
+        bar, params_bar, carry = jax.tree.map(jnp.zeros_like, step), swept.params, swept.interior
         if swept.slope is not None:
             bar = bar._replace(k=bar.k.at[-1].set(swept.slope))
-        if self.inside is not None:
-            bar, params_bar, carry = self.inside(step, state.stop, bar, params_bar, carry)
+        if self.interior is not None:
+            bar, params_bar, carry = self.interior(step, number, bar, params_bar, carry)
         # Before the first step, only its first stage is left: the last stage of step number 0.
-        start = self.pulled if self.inside_pulls_last else self.pulled - 1
-        lowest = jnp.where(state.stop == 0, start, 1) if self.waits else 0
+        start = self.pulled if self.interior_pulls_last else self.pulled - 1
+        lowest = jnp.where(number == 0, start, 1) if self.waits else 0
         bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
-        if self.timed:
-            by_t0, by_t1 = self.mesh.speeds(step.t, step.h, state.stop)
+        if self.solved.timed:
+            by_t0, by_t1 = self.solved.mesh.speeds(step.t, step.h, number)
             t0_bar = t0_bar + bar.t * by_t0.t + bar.h * by_t0.h
             t1_bar = t1_bar + bar.t * by_t1.t + bar.h * by_t1.h
-        slope, slope_bar = (step.k[0], bar.k[0]) if self.waits else (None, None)
-        swept = Swept(bar.y, slope_bar, params_bar, t0_bar, t1_bar, carry)
-        return _State(state.stop - 1, slope, checkpoints, swept)
-
-    def _replay(self, state: _State) -> tuple[Step, Checkpoints]:
-        field = lambda t, y: self.apply(self.params, t, y)
-        count = self.tableau.advancing_stages if self.waits else self.count
-        y, k, checkpoints = replay(
-            field, self.tableau, count, self.tape.times, state.checkpoints, state.stop
-        )
-        if state.slope is not None:
-            k = jnp.concatenate([k, state.slope[None]])
-        t, h = interval(self.tape.times, jnp.maximum(state.stop - 1, 0))
-        if self.waits:
-            h = jnp.where(state.stop == 0, 0.0, h)
-        if self.timed and len(self.unused) > 1:
-            # Derivatives with respect to times are sums of products with the stages.
-            k = jnp.where(self.unused[:, None], 0.0, k)
-        return Step(t, h, y, k), checkpoints
+        slope_bar = bar.k[0] if self.waits else None
+        return Swept(bar.y, slope_bar, params_bar, t0_bar, t1_bar, carry)
 
     def _pull(self, step: Step, bar: Step, y_bar: Float[Array, "samples n"], params_bar, lowest):
         """The cotangents of a step, given the cotangents of its end, and of its stages from
@@ -158,7 +134,8 @@ class Sweep(NamedTuple):
         A = jnp.asarray(self.tableau.A[: self.count, : self.count], y.dtype)
         b = jnp.asarray(self.tableau.b[: self.count], y.dtype)
         c = jnp.asarray(self.tableau.c, t.dtype)
-        varied = None if self.per_step else self.params
+        per_step, apply_at = self.per_step, self.solved.apply
+        varied = None if per_step else self.solved.params
 
         def k_bar_of(i, z_bars, k_bar):
             return k_bar[i] + h[:, None] * (b[i] * y_bar + weighted_sum(A[:, i], z_bars))
@@ -168,8 +145,8 @@ class Sweep(NamedTuple):
             i = self.pulled - 1 - j
             increment, stage_bar = weighted_sum(A[i], k), k_bar_of(i, z_bars, k_bar)
             z, time = y + h[:, None] * increment, t + c[i] * h
-            apply = lambda params, t, z: self.apply(self.params if self.per_step else params, t, z)
-            if self.timed:
+            apply = lambda params, t, z: apply_at(self.solved.params if per_step else params, t, z)
+            if self.solved.timed:
                 _, pull = vjp(apply, varied, time, z)
                 dparams, dtime, z_bar = pull(stage_bar)
                 t_bar = t_bar + dtime
@@ -177,7 +154,7 @@ class Sweep(NamedTuple):
             else:
                 _, pull = vjp(lambda params, z: apply(params, time, z), varied, z)
                 dparams, z_bar = pull(stage_bar)
-            if not self.per_step:
+            if not per_step:
                 params_bar = jax.tree.map(jnp.add, params_bar, dparams)
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
 
@@ -186,9 +163,9 @@ class Sweep(NamedTuple):
         z_bars, k_bar, params_bar, t_bar, h_bar = carry
         if self.waits:
             k_bar = k_bar.at[0].set(k_bar_of(0, z_bars, k_bar))
-        if self.per_step:
+        if per_step:
             params_bar = self._gather(step, A, c, k_bar, params_bar)
-        if self.timed:
+        if self.solved.timed:
             h_bar = h_bar + over_rows(jnp.sum, y_bar * weighted_sum(b, k), len(h))
         # XLA's sum over the first axis is slow on a CPU.
         y_bar = y_bar + bar.y + weighted_sum(jnp.ones_like(b), z_bars)
@@ -199,6 +176,8 @@ class Sweep(NamedTuple):
         own = slice(1 if self.waits else 0, self.pulled)
         z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
         times = step.t[None] + c[: self.count, None] * step.h[None]
-        stages = lambda params: jax.vmap(self.apply, (None, 0, 0))(params, times[own], z[own])
-        (dparams,) = vjp(stages, self.params)[1](k_bar[own])
+        stages = lambda params: jax.vmap(self.solved.apply, (None, 0, 0))(
+            params, times[own], z[own]
+        )
+        (dparams,) = vjp(stages, self.solved.params)[1](k_bar[own])
         return jax.tree.map(jnp.add, params_bar, dparams)

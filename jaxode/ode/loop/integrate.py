@@ -17,8 +17,9 @@ from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
-from jaxode.ode.loop.outputs import Steps, padded, save
+from jaxode.ode.loop.outputs import Steps, save
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.stepper import Stepper, aim, judge, limit_step, weighted_sum
@@ -163,8 +164,6 @@ def integrate(
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
-    if ys is not None and problem.outputs is not None:
-        ys = padded(ys, problem.outputs)
     at_end = final.done if final.stopped is None else final.done & ~final.stopped
     t_reached = jnp.where(at_end, end, final.t)
     steps = final.steps
@@ -238,7 +237,7 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
         slope = jnp.where(accept[:, None], k[-1], slope)
     # A waiting row has a step of size zero with all stages at its start, and not the stages of the
     # failed attempt, which may be NaN.
-    kept = k if t.shape[0] == 1 else jnp.where(accept[None, :, None], k, k[:1])
+    kept = k if one_row(t) else jnp.where(accept[None, :, None], k, k[:1])
     if tape is not None:
         tape = _record(tape, t, state.y, kept, slope, accept.any())
     if steps is not None:

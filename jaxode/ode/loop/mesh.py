@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxode._jax.tangents import filled, with_tangent
+
 
 class Piece(NamedTuple):
     """A stretch of a solve without a jump of the vector field, or the jump itself."""
@@ -53,21 +55,17 @@ def piece_at(breakpoints: Float[Array, " points"] | None, t, start, end) -> Piec
     return Piece(start, end, first, last, jump)
 
 
-@jax.custom_jvp
 def on_mesh(t, start, end):
     """The time `t`, which differentiation keeps in place relative to `start` and `end`."""
-    del start, end
-    return t
 
+    def between(primals, dots):
+        (t, start, end), (_, *dots) = primals, dots
+        start_dot, end_dot = map(filled, dots, (start, end))
+        span = end - start
+        s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
+        return (1 - s) * start_dot + s * end_dot
 
-@on_mesh.defjvp
-def on_mesh_jvp(primals, tangents):
-    """Linear between the tangents of the two ends."""
-    t, (_, start, end) = on_mesh(*primals), primals
-    _, start_dot, end_dot = tangents
-    span = end - start
-    s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
-    return t, (1 - s) * start_dot + s * end_dot
+    return with_tangent(t, between, start, end)
 
 
 class Speeds(NamedTuple):

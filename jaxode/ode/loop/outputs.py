@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.sharding import while_loop
+from jaxode._jax.tangents import moving
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import entry_of_each, with_entry_of_each
 from jaxode.ode.loop.tableau import Tableau
 
 
@@ -70,17 +73,7 @@ def save_times_at(
     ts: Float[Array, "times rows"], index: Int[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """The output time with this index, per row. Any of them if the index is out of range."""
-    rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
-    return ts[jnp.clip(index, 0, ts.shape[0] - 1), rows]
-
-
-def output_at(
-    ys: Float[Array, "times samples n"], index: Int[Array, " rows"]
-) -> Float[Array, "samples n"]:
-    """The output with this index, per row."""
-    if index.shape[0] == 1:
-        return ys[index[0]]
-    return ys[index, jnp.arange(index.shape[0], dtype=jnp.int32)]
+    return entry_of_each(ts, jnp.clip(index, 0, ts.shape[0] - 1))
 
 
 def save(
@@ -99,7 +92,6 @@ def save(
     The step goes from the state `start`. `saved` counts the outputs written per row, out of
     `count`.
     """
-    rows = jnp.arange(ts.shape[1], dtype=jnp.int32)
     curve = Curve.of(tableau, start.t, h, start.y, step.k)
 
     def pending(saved):
@@ -111,16 +103,29 @@ def save(
         due = pending(saved)
         time = save_times_at(ts, saved)
         value = curve.at(time)
-        index = jnp.where(due, saved, ts.shape[0])
-        place = (index[0],) if len(index) == 1 else (index, rows)
-        ys = ys.at[place].set(value, mode="drop")
+        ys = with_entry_of_each(ys, jnp.where(due, saved, ts.shape[0]), value)
         return ys, saved + due.astype(jnp.int32)
 
     return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))
 
 
-def padded(ys: Float[Array, "times samples *n"], count: Int[Array, " rows"]):
-    """The outputs of each row, padded with its last one."""
-    times, rows = ys.shape[:2]
-    index = jnp.minimum(jnp.arange(times, dtype=jnp.int32)[:, None], count[None] - 1)
-    return ys[index, jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (times, rows))]
+def padded(
+    problem: Problem, ys: Float[Array, "times samples n"]
+) -> Float[Array, "times samples n"]:
+    """The outputs of each row, with its last one in place of padding.
+
+    Padding moves along the field if its times move past the last one.
+    """
+    ts, count = problem.ts, problem.outputs
+    if ts is None or count is None:
+        return ys
+    number = jnp.arange(ts.shape[0], dtype=jnp.int32)
+    last = jax.vmap(lambda number: jnp.minimum(number, count - 1))(number)
+    given, ys = (jax.vmap(entry_of_each, (None, 0))(x, last) for x in (ts, ys))
+
+    def slope(ys, past, problem):
+        slope = problem.slope(problem.ts[-1], ys[-1])
+        # A failed row has NaN outputs at any time.
+        return jnp.where(jnp.isfinite(slope), slope, 0)[None]
+
+    return moving(ys, ts - given, slope, problem)

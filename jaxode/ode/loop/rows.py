@@ -2,17 +2,59 @@
 
 Everything in a row takes the same steps. With per-sample steps each sample is a row; otherwise all
 samples are one. Times, step sizes and flags are `[rows]`, states are `[samples, n]`, and one row is
-broadcast over the samples.
+broadcast over the samples. What depends on the number of rows stands here.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
-from jaxtyping import Array, Shaped
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+T = TypeVar("T")
+
+
+def one_row(of_rows: Shaped[Array, "rows ..."]) -> bool:
+    """Whether there is one row, whose samples need no telling apart."""
+    return of_rows.shape[0] == 1
 
 
 def over_rows(
-    reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], rows: int
+    reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], count: int
 ) -> Shaped[Array, " rows"]:
-    """`reduce`, such as `jnp.sum`, over all that belongs to each row."""
-    first = 1 if x.shape[0] == rows else 0
-    return reduce(x, axis=tuple(range(first, x.ndim))).reshape(rows)
+    """`reduce`, such as `jnp.sum`, over all that belongs to each of `count` rows."""
+    first = 1 if x.shape[0] == count else 0
+    return reduce(x, axis=tuple(range(first, x.ndim))).reshape(count)
+
+
+def _of_each(index: Int[Array, " rows"]):
+    """The place of each row's entry in `[entries, samples, ...]`: with one row, of all samples."""
+    if one_row(index):
+        return index[0]
+    return index, jnp.arange(index.shape[0], dtype=jnp.int32)
+
+
+def entry_of_each(
+    x: Shaped[Array, "entries samples ..."], index: Int[Array, " rows"]
+) -> Shaped[Array, "samples ..."]:
+    """The entry with this index, per row."""
+    return x[_of_each(index)]
+
+
+def with_entry_of_each(
+    x: Shaped[Array, "entries samples ..."], index: Int[Array, " rows"], value: Array
+) -> Shaped[Array, "entries samples ..."]:
+    """The entries with `value` at this index, per row. Nothing changes if it is out of range."""
+    return x.at[_of_each(index)].set(value, mode="drop")
+
+
+def replace_rows(tree: T, replaced: Bool[Array, " rows"], by: Int[Array, ""]) -> T:
+    """Leaves `[rows, ...]`, with row number `by` in place of the `replaced` ones.
+
+    Zero times NaN is NaN: a row must be finite to add nothing to a gradient that all rows share.
+    """
+    if one_row(replaced):
+        return tree
+    mask = lambda x: replaced.reshape(-1, *(1,) * (x.ndim - 1))
+    return jax.tree.map(lambda x: jnp.where(mask(x), x[by], x), tree)

@@ -1,0 +1,48 @@
+"""Identity functions with a tangent of their own."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+T = TypeVar("T")
+
+
+def filled(dot: Array | None, like: Array) -> Array:
+    """The tangent or cotangent. Zero if JAX knows that it is zero."""
+    return jnp.zeros_like(like) if dot is None else dot
+
+
+@eqx.filter_custom_jvp
+def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
+    """`x`, whose tangent is `tangent((x, *inputs), (x_dot, *input_dots))`.
+
+    Tangents that JAX knows to be zero are None, given and returned. `tangent` must not close over
+    arrays. Second derivatives are those of what it computes.
+    """
+    del tangent, inputs
+    return x
+
+
+@with_tangent.def_jvp
+def with_tangent_jvp(primals, tangents):
+    (x, tangent, *inputs), (x_dot, _, *dots) = primals, tangents
+    return with_tangent(*primals), tangent((x, *inputs), (x_dot, *dots))
+
+
+def moving(
+    x: Float[Array, "..."], t: Float[Array, "..."], slope: Callable[..., Array], *inputs: Any
+) -> Float[Array, "..."]:
+    """`x`, which moves along `slope(x, t, *inputs)` if `t` moves."""
+
+    def tangent(primals, dots):
+        (x, *_), (x_dot, t_dot, *_) = primals, dots
+        if t_dot is None:
+            return x_dot
+        along = t_dot.reshape(*t_dot.shape, *(1,) * (x.ndim - t_dot.ndim)).astype(x.dtype)
+        moved = along * slope(*primals)
+        return moved if x_dot is None else x_dot + moved
+
+    return with_tangent(x, tangent, t, *inputs)

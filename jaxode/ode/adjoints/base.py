@@ -1,0 +1,241 @@
+"""What a gradient method is, and what all that have a backward pass of their own share."""
+
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxode._checks.arguments import integer
+from jaxode._checks.errors import Result
+from jaxode._jax.closure import ClosedField
+from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
+from jaxode.ode.loop.integrate import Integration, Tape, integrate
+from jaxode.ode.loop.mesh import Mesh
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import one_row, over_rows, replace_rows
+from jaxode.ode.loop.stepper import Stepper
+
+T = TypeVar("T")
+
+
+class Adjoint:
+    """A gradient method: a frozen dataclass, compared by value.
+
+    `integrate` runs inside the compiled program. Times and flags are per row, states per sample,
+    with one row for each sample or one for all of them (`loop/rows.py`). It returns the same
+    `Integration` as the loop (`loop/integrate.py`), which most methods run:
+
+    - `ys[i]`, the states at `problem.ts[i]`, or None without `ts`. From `problem.outputs` on, they
+      are padding, which the caller overwrites.
+    - `result` per row. A row fails alone, and its `y1` and `ys` are NaN. A row for which `all_hold`
+      is false takes no steps and has `INVALID_ARGUMENT`. A row with an empty span keeps `y0`, even
+      if the field is not finite; its derivatives with respect to times are those of the ODE.
+    - `stats` up to the end or the failure, where a step that is not finite counts as rejected.
+    - `t_reached`, which is `t1`, or the end of the last accepted step of a row that failed.
+    - `h`, zero without error control; `steps`, only if `stepper.dense`; `stopped`, None.
+
+    Derivatives: with respect to all floating leaves of `problem`, none of `stepper`. Those of a
+    failed row are NaN, and so are those of what it shares with other rows. If its cotangents are
+    zero, it should add nothing to any gradient instead.
+
+    Errors are raised at trace time: `"<Class>: <rule>; got <value>. <What to change>."`. At run
+    time the caller raises by `result`; only a failed backward solve is raised here, if
+    `stepper.raises`.
+
+    What a method can do beyond that stands in attributes, which the rest of the library asks for.
+    """
+
+    supports_dense: ClassVar[bool] = False
+    """Whether it returns and differentiates `Integration.steps`, for `dense=True`."""
+    solves_backwards: ClassVar[bool] = False
+    """Whether its gradient is a solve of its own, with tolerances, `backward_stats` and errors."""
+    forward_only: ClassVar[bool] = False
+    """Whether it has `jax.jvp` and `jax.jacfwd` only."""
+    fused: ClassVar[bool] = False
+    """Whether the likelihood loss may go back over the steps by itself, with its `checkpoints`."""
+
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+        """Solve the problem. Differentiable in all of its floating leaves."""
+        raise NotImplementedError
+
+    def of_diffrax(self) -> diffrax.AbstractAdjoint | None:
+        """The same method for a solve that diffrax runs, if there is one."""
+        return None
+
+
+class Solved(NamedTuple):
+    """A solve on the way back. Rows that failed and on which nothing depends are replaced.
+
+    Problem and end states have the first successful row in place of each. The field sees their
+    start instead of recorded steps, which may not be finite.
+    """
+
+    problem: Problem
+    perturbed: Problem
+    """Which leaves are differentiated."""
+    stepper: Stepper
+    integration: Integration
+    tape: Tape | None
+    replaced: Bool[Array, " rows"]
+    params: PyTree
+    """The differentiated leaves of `(field, args)`, and of what else was given."""
+    rest: PyTree
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        perturbed: Problem,
+        stepper: Stepper,
+        recorded: tuple[Integration, Tape | None],
+        replaced: Bool[Array, " rows"],
+        others: tuple[Any, ...] = (),
+        perturbed_others: tuple[Any, ...] = (),
+    ) -> "Solved":
+        """With the rows `replaced`. `others` are differentiated together with the field."""
+        if isinstance(problem.field, ClosedField):
+            problem.field.check_closed_over(perturbed.field, problem.y0)
+        integration, tape = recorded
+        by = jnp.argmax(integration.result == Result.SUCCESS)
+        replace = lambda tree: replace_rows(tree, replaced, by)
+        ts, ys = (jax.tree.map(jax.vmap(replace), x) for x in (problem.ts, integration.ys))
+        integration = integration._replace(y1=replace(integration.y1), ys=ys)
+        shared, of_rows = problem.args
+        own = replace(problem._replace(field=None, args=of_rows, ts=None))
+        problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
+        parts = (problem.field, problem.args, *others)
+        flags = (perturbed.field, perturbed.args, *perturbed_others)
+        params, rest = eqx.partition(parts, flags)
+        return cls(problem, perturbed, stepper, integration, tape, replaced, params, rest)
+
+    @property
+    def ok(self) -> Bool[Array, " rows"]:
+        """Rows that succeeded."""
+        return self.integration.result == Result.SUCCESS
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are differentiated."""
+        return bool(self.perturbed.t0 or self.perturbed.t1 or self.perturbed.ts)
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the steps move with the ends."""
+        return Mesh(self.problem.t0, self.problem.t1, self.stepper.breakpoints)
+
+    def parts(self, params: PyTree) -> tuple[Any, ...]:
+        """`(field, args, *others)` with these differentiated leaves."""
+        return eqx.combine(params, self.rest)
+
+    def apply(self, params: PyTree, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
+        """The vector field as a function of the differentiated leaves."""
+        field, args, *_ = self.parts(params)
+        return field(*self.finite(t, y), args)
+
+    def finite(self, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
+        """The time and state, or the start in rows that are replaced."""
+        if one_row(self.replaced):
+            return t, y
+        problem, replaced = self.problem, self.replaced
+        return jnp.where(replaced, problem.t0, t), jnp.where(replaced[:, None], problem.y0, y)
+
+    def masked(self, bars: Problem, valid: Float[Array, " rows"]) -> Problem:
+        """The cotangents times `valid`: per row, and for shared leaves over all rows.
+
+        Those of replaced rows are zero, and so are shared ones if no other row is left.
+        """
+        replaced, shared = self.replaced, jnp.prod(valid)
+        for_all = lambda x: jnp.where(replaced.all(), 0, x * shared.astype(x.dtype))
+        per_row = lambda x: jnp.where(replaced, 0, x * valid.astype(x.dtype))
+        field, args = jax.tree.map(for_all, (bars.field, bars.args))
+        t0, t1 = jax.tree.map(per_row, (bars.t0, bars.t1))
+        ts = None if bars.ts is None else jax.vmap(per_row)(bars.ts)
+        y0 = jnp.where(replaced[:, None], 0, bars.y0 * valid[:, None])
+        return eqx.filter(Problem(field, args, y0, t0, t1, ts), self.perturbed)
+
+
+def without_cotangent(bar: Integration, count: int) -> Bool[Array, " rows"]:
+    """Which of `count` rows have zero cotangents: nothing depends on them."""
+    times, y, k = (None,) * 3 if bar.steps is None else bar.steps[:3]
+    unused = jnp.ones(count, bool)
+    for x, samples in ((bar.y1, 0), (bar.ys, 1), (times, 1), (y, 1), (k, 2)):
+        if x is not None:
+            unused &= over_rows(jnp.all, jnp.moveaxis(x == 0, samples, 0), count)
+    return unused
+
+
+def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
+    """The factor of a gradient: one, or NaN with NaN tangents. A failed solve has no gradient."""
+    return jnp.where(ok, 1.0, jnp.nan).astype(dtype)
+
+
+class ReverseAdjoint(Adjoint):
+    """A gradient method with a backward pass of its own."""
+
+    any_order: ClassVar[bool] = False
+    """Whether its gradient has reverse-mode derivatives."""
+
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+        """Solve the problem. Differentiable in all of its floating leaves."""
+        return solve(in_reverse(problem, type(self).__name__), stepper, self)
+
+    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape | None]:
+        """Solve the problem, with what the backward pass needs."""
+        raise NotImplementedError
+
+    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Any]:
+        """The cotangents of the problem, and a factor per row that is NaN where there are none.
+
+        `bar` has the cotangents of `y1`, `ys` and `steps`, or None. The caller masks the result.
+        """
+        raise NotImplementedError
+
+
+@eqx.filter_custom_vjp
+def solve(problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint) -> Integration:
+    """The solution, with the derivatives of the gradient method."""
+    del adjoint
+    return integrate(problem, stepper)[0]
+
+
+@solve.def_fwd
+def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint):
+    del perturbed
+    recorded = adjoint.record(problem, stepper)
+    return recorded[0], recorded
+
+
+@solve.def_bwd
+def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
+    unused = without_cotangent(bar, problem.t0.shape[0])
+    replaced = unused & (recorded[0].result != Result.SUCCESS)
+    solved = Solved.of(problem, perturbed, stepper, recorded, replaced)
+    bars = solved.masked(*adjoint.pull_back(solved, bar))
+    return bars if adjoint.any_order else once_only(type(adjoint).__name__, bars)
+
+
+def in_reverse(inputs: T, name: str) -> T:
+    """The inputs of a gradient method. Forward mode raises an error."""
+    message = (
+        f"{name}: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), but no "
+        "forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode()."
+    )
+    return reverse_only(inputs, message)
+
+
+def once_only(name: str, cotangents: PyTree) -> PyTree:
+    """The cotangents of a solve. Differentiating them in reverse mode raises an error."""
+    message = (
+        f"{name}: the gradient of a solve can be differentiated in forward mode only, as in "
+        "jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for reverse over reverse."
+    )
+    return nondifferentiable_backward(cotangents, msg=message)
+
+
+def check_checkpoints(checkpoints: int) -> None:
+    """Raise unless `checkpoints` is a valid number."""
+    rule = "an integer of at least 2"
+    integer("checkpoints", checkpoints, least=2, rule=rule, cure=" The default is 64.")
