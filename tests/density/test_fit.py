@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import jaxode
+from jaxode._checks.caller import public
 from jaxode.density import fit as module
 from jaxode.density.table import set_aside, warn_of_columns
 from jaxode.standardize import Affine, Chain
@@ -372,8 +373,9 @@ WARNED = {
 def test_warnings_of_columns(name, recwarn):
     columns, expected = WARNED[name]
     table = np.stack(columns, 1).astype(np.float32)
-    warn_of_columns("fit", table, np.arange(0))
-    warn_of_columns("fit", table, np.arange(len(columns)))
+    warn = public("fit")(warn_of_columns)
+    warn(table, np.arange(0))
+    warn(table, np.arange(len(columns)))
     messages = [str(warning.message) for warning in recwarn]
     for message, (which, what) in zip(messages, expected, strict=True):
         assert message.startswith(f"fit(x=...): columns {which} (counting from 0) {what}")

@@ -65,7 +65,7 @@ def recorded_times(flow, params, x, context):
     """The mesh of the forward solve, `[steps + 1, rows]`."""
     carried, span = Integrands(flow.f, flow.divergence).field, (flow.t1, flow.t0)
     system = make_system(
-        "", carried, x, span, params, flow.solve_options, row_args=context, batch=flow.batch
+        carried, x, span, params, flow.solve_options, row_args=context, batch=flow.batch
     )
 
     @compiled
