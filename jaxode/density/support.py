@@ -1,33 +1,15 @@
 """Bijections between real numbers and the support of a density."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import is_known, numeric_dtype
-from jaxode.standardize import frozen
-
-
-class Support(Protocol):
-    """Maps real numbers `u` of an event's shape to an event `x` in the support, and back."""
-
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]: ...
-
-    def inverse(
-        self, x: Float[Array, " *event"]
-    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`u`, and `log |det du/dx|`."""
-        ...
-
-    def forward(
-        self, u: Float[Array, " *event"]
-    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`x`, and `log |det du/dx|`."""
-        ...
+from jaxode.density.maps import Map, constant
 
 
 class Box(eqx.Module):
@@ -38,9 +20,6 @@ class Box(eqx.Module):
 
     low: Float[Array, " *event"]
     high: Float[Array, " *event"]
-
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        return ((self.low < x) & (x < self.high)).all() & _is_finite(self.inverse(x))
 
     def inverse(self, x):
         low, high, below, above = self._bounds
@@ -67,14 +46,14 @@ class Box(eqx.Module):
         of_half = jnp.where(below, -u, u)
         log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
         # Rounding must not leave the support.
-        first, last = frozen((self.low, self.high))
+        first, last = constant((self.low, self.high))
         return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
     @property
     def _bounds(self):
         """The bounds with zero for missing ones, and masks of where there are bounds."""
         below, above = jnp.isfinite(self.low), jnp.isfinite(self.high)
-        low, high = frozen((self.low, self.high))
+        low, high = constant((self.low, self.high))
         return jnp.where(below, low, 0.0), jnp.where(above, high, 0.0), below, above
 
 
@@ -93,15 +72,12 @@ class NumpyroSupport(eqx.Module):
     def _bijection(self) -> Any:
         from numpyro.distributions import biject_to
 
-        return biject_to(frozen(self.constraint))
-
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        # At a bound that the constraint includes, the bijection is infinite.
-        return jnp.all(self.constraint(x)) & _is_finite(self.inverse(x))
+        return biject_to(constant(self.constraint))
 
     def inverse(self, x):
         u = self._bijection.inv(x)
-        return u, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
+        log_det = -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
+        return u, jnp.where(jnp.all(self.constraint(x)), log_det, -jnp.inf)
 
     def forward(self, u):
         x = self._bijection(u)
@@ -113,9 +89,6 @@ class DistraxSupport(eqx.Module):
 
     bijector: Any
 
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        return _is_finite(self.inverse(x))
-
     def inverse(self, x):
         u, log_det = self.bijector.inverse_and_log_det(x)
         return u, jnp.sum(log_det)
@@ -125,12 +98,7 @@ class DistraxSupport(eqx.Module):
         return x, -jnp.sum(log_det)
 
 
-def _is_finite(found: tuple[Array, Array]) -> Bool[Array, ""]:
-    u, log_det = found
-    return jnp.isfinite(u).all() & jnp.isfinite(log_det)
-
-
-def as_support(where: str, support: Any, event: tuple[int, ...]) -> Support | None:
+def as_support(where: str, support: Any, event: tuple[int, ...]) -> Map | None:
     """The support that a user passed: two bounds, or an object of numpyro or distrax."""
     if support is None:
         return None

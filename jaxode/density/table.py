@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import real_scalar, shape_of
 from jaxode._checks.samples import check_context, check_finite
 from jaxode.density.bind import Density
-from jaxode.density.standardize import check_inside, floating, numbers
-from jaxode.standardize import dependent, listed
+from jaxode.density.inputs import check_inside, floating, numbers
+from jaxode.density.maps import contains, dependent, listed
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -110,7 +111,7 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
     x = np.asarray(x)
     if density.support is not None:
         middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
-        check_inside("fit", jax.vmap(density.support.contains)(middle), middle)
+        check_inside("fit", jax.vmap(partial(contains, density.support))(middle), middle)
     return Rows(x, context)
 
 
