@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     density, history = jaxode.fit(
         density, theta[cut:], context=x[cut:], validation=(theta[:cut], x[:cut]), key=next(keys),
-        seconds=options.seconds, steps=options.steps, batch=options.batch,
+        seconds=options.seconds, steps=options.steps, batch_size=options.batch,
     )  # fmt: skip
     new_theta, new_x = simulate(next(keys), min(2000, options.simulations))
     nats = -float(density.log_prob(new_theta, context=new_x).mean())
