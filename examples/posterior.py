@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-3, atol=1e-3),
         jaxode.nn.Residual(2, options.width, key=next(keys), context_size=2),
         support=(-1.0, 1.0),
-        standardize=(theta[cut:], x[cut:]),
+        standardize=theta[cut:],
+        standardize_context=x[cut:],
     )
     density, history = jaxode.fit(
         density, theta[cut:], context=x[cut:], validation=(theta[:cut], x[:cut]), key=next(keys),
