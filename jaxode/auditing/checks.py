@@ -67,7 +67,7 @@ def _log_density(s: Subject) -> Row:
     )
     if s.base_distance > BASE_DISTANCE:
         advice = (
-            "Mend the distance from the base first: the log-densities of far samples are large, "
+            "Fix the distance from the base first: the log-densities of far samples are large, "
             "and so is their rounding."
         )
     error = jnp.abs(s.log_prob.astype(s.tight_log_prob.dtype) - s.tight_log_prob)

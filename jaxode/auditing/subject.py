@@ -119,14 +119,14 @@ class Subject:
     def base_fault(self) -> str:
         """Advice if the base draws samples that are not finite."""
         bad = ~jnp.isfinite(self.base_samples).all(axis=tuple(range(1, self.x.ndim)))
-        told = f"Mend the base: it draws samples with NaN or inf, in {in_rows(bad)}."
-        return told if bool(bad.any()) else ""
+        advice = f"Fix the base: it draws samples with NaN or inf, in {in_rows(bad)}."
+        return advice if bool(bad.any()) else ""
 
     @cached_property
     def base_distance(self) -> float:
         """The median distance of samples carried to the base from its mean, in deviations.
 
-        Its own samples have about one.
+        Samples of the base score about one.
         """
         base = np.asarray(self.base_samples, float)
         z = np.asarray(self.z, float)[~np.asarray(self.outside)]

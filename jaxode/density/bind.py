@@ -293,14 +293,14 @@ def bind(
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
     allowed = as_support("bind", support, event)
-    seen = context_numbers("bind(standardize_context=...): data of context", standardize_context)
+    context = context_numbers("bind(standardize_context=...): data", standardize_context)
     return Density(
         _flow=_wrap_constants(flow),
         _params=_wrap_constants(params, numbers=True),
         support=allowed,
         standardize=as_map("x", standardize, event, allowed),
-        context_maps=context_maps(seen),
-        context_shapes=_context_shapes(context_shape, seen),
+        context_maps=context_maps(context),
+        context_shapes=_context_shapes(context_shape, context),
     )
 
 

@@ -228,12 +228,12 @@ def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
     """Standardize the columns, then multiply by the inverse root of their correlation matrix."""
     scaled = ((data - data.mean(axis=0)) / data.std(axis=0)).reshape(len(data), -1)
     variances, directions = np.linalg.eigh(scaled.T @ scaled / len(scaled))
-    involved = dependent(variances, directions)
+    involved = dependent_columns(variances, directions)
     if involved:
         raise ValueError(
             "bind(standardize=...): whitening needs columns that do not depend on each other "
             f"linearly, and more rows than columns; got {len(scaled)} rows, and a singular "
-            f"covariance of columns {listed(involved)}. Leave one of them out."
+            f"covariance of columns {column_list(involved)}. Leave one of them out."
         )
     root = np.sqrt(variances)
     matrix, back = (directions * part @ directions.T for part in (1 / root, root))
@@ -241,14 +241,14 @@ def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
     return Chain((fit_affine(data), Linear(matrix, back, log_det)))
 
 
-def dependent(variances: np.ndarray, directions: np.ndarray) -> list[int]:
+def dependent_columns(variances: np.ndarray, directions: np.ndarray) -> list[int]:
     """The columns of a linear dependence, from the eigenvalues of their correlation matrix."""
     if not (variances <= SINGULAR * len(variances)).any():
         return []
     return np.flatnonzero(np.abs(directions[:, 0]) > 0.01).tolist()
 
 
-def listed(columns: Sequence[int] | np.ndarray) -> str:
+def column_list(columns: Sequence[int] | np.ndarray) -> str:
     """Up to ten column numbers, and how many more there are."""
     more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
     return ", ".join(map(str, columns[:10])) + f"{more} (counting from 0)"

@@ -14,7 +14,7 @@ from jaxode._checks.arguments import real_scalar, shape_of
 from jaxode._checks.samples import check_context, check_finite
 from jaxode.density.bind import Density
 from jaxode.density.inputs import check_inside, floating, numbers
-from jaxode.density.maps import contains, dependent, listed
+from jaxode.density.maps import column_list, contains, dependent_columns
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -135,7 +135,7 @@ def warn_of_columns(
     atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
     if atoms:
         warnings.warn(
-            f"{where}(x=...): columns {listed(atoms)} repeat values, as integers, classes and "
+            f"{where}(x=...): columns {column_list(atoms)} repeat values, as integers, classes and "
             "rounded numbers do. They have no density: a flow narrows onto the values, and its "
             "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
             "to other numbers, or take classes as context.",
@@ -146,12 +146,13 @@ def warn_of_columns(
         return  # it would take minutes
     part = table[:, varying]
     scaled = (part - part.mean(axis=0)) / part.std(axis=0)
-    involved = varying[dependent(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
+    involved = varying[dependent_columns(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
     # Of few rows, any columns are linear combinations.
     if len(involved) and len(table) > len(varying):
         warnings.warn(
-            f"{where}(x=...): columns {listed(involved)} depend on each other linearly. Together "
-            "they have no density: a flow narrows onto the plane that they lie in. Leave one out.",
+            f"{where}(x=...): columns {column_list(involved)} depend on each other linearly. "
+            "Together they have no density: a flow narrows onto the plane that they lie in. Leave "
+            "one out.",
             stacklevel=4,
         )
 

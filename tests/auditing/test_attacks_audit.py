@@ -180,7 +180,7 @@ WRONG = {
     ),
     "a base that draws NaN": (
         lambda: audit(tanh, Drawn(jnp.nan)), {"base samples"},
-        "Mend the base: it draws samples with NaN or inf, in 16384 of 16384 rows",
+        "Fix the base: it draws samples with NaN or inf, in 16384 of 16384 rows",
     ),
     "too few probes": (
         lambda: audit(tanh, 12, 0.3 * matrix(12), divergence=divergence.hutchinson()),

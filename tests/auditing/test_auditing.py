@@ -167,7 +167,7 @@ def test_data_far_from_the_base_are_named_before_their_rounding(default_settings
     assert next(iter(report.advice)) == "distance from the base"
     assert report.values["distance from the base"] > 400
     assert "standardize=data" in report.advice["distance from the base"]
-    assert report.advice["log-density error"].startswith("Mend the distance from the base first")
+    assert report.advice["log-density error"].startswith("Fix the distance from the base first")
     # One sample in ten may be an outlier of a table that is.
     z = jnp.where(jnp.arange(64)[:, None] % 10 == 0, x, (x - x.mean(0)) / x.std(0))
     report = jaxode.audit(flow, jnp.asarray(0.1), z, KEY)
@@ -178,6 +178,6 @@ def test_wrong_arguments_raise():
     flow = jaxode.cnf(wave, jaxode.standard_normal(2))
     with pytest.raises(ValueError, match=r"audit\(x=...\): must have shape"):
         jaxode.audit(flow, 1.0, jnp.ones((3, 1)), KEY)
-    message = r"audit\(x=...\): must be finite; got NaN or inf in 2 of 3 samples. Leave those out."
+    message = r"audit\(x=...\): must be finite; got NaN or inf in 2 of 3 rows, first in row"
     with pytest.raises(ValueError, match=message):
         jaxode.audit(flow, 1.0, jnp.ones((3, 2)).at[:2, 1].set(jnp.inf), KEY)
