@@ -312,7 +312,7 @@ def _context_shapes(given: Any, data: Any) -> tuple[Shape, ...] | None:
         shapes = jax.tree.leaves(given, is_leaf=is_shape)
         if not all(map(is_shape, shapes)):
             raise TypeError(
-                f"bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
                 f"pytree of shapes; got {given!r}."
             )
         return tuple(tuple(map(int, shape)) for shape in shapes)

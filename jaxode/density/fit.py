@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_positive, integer, non_negative
@@ -22,7 +23,6 @@ from jaxode.density.maps import fit_affine, fit_normal, fit_white
 from jaxode.density.standardize import fitted
 from jaxode.density.table import WIDEST, Table
 from jaxode.density.training import WORSE, Limits, Phase, Point, Training, evaluation
-from jaxode.flows.cnf import CNF
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
@@ -103,7 +103,12 @@ def fit(
             "jaxode.bind(flow, params)."
         )
     keys = iter(jax.random.split(check_key("fit", key), 6))
-    limits = _limits(begin, seconds, steps)
+    if seconds is None and steps is None:
+        seconds = MINUTE
+    end = math.inf
+    if seconds is not None:
+        end = begin + non_negative("fit", "seconds", seconds, "a finite number of seconds")
+    limits = Limits(math.inf if steps is None else integer("fit", "steps", steps), end)
     batch_size = integer("fit", "batch_size", batch_size)
     likelihood = integer("fit", "likelihood", likelihood, 0, "a number of steps")
     optimizer = _adam(RATE) if optimizer is None else optimizer
@@ -121,10 +126,9 @@ def fit(
     aside, noise_key = table.aside(next(keys)), next(keys)
     flow = dataclasses.replace(density.flow, throw=False)
     matching_key, look_key, likelihood_key = keys
-    phases = [
-        Phase("matching", _Matching(flow, coupling, power), optimizer, matching_key, WARM_UP)
-        for power in powers
-    ]
+    # The power of the time is an input of the program, which is then the same for all.
+    losses = [Partial(_matching, flow, coupling, jnp.asarray(power)) for power in powers]
+    phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
 
     def start(density):
         data, evaluate = table.mapper(density, noise_key), evaluation(density, aside, look_key)
@@ -140,7 +144,9 @@ def fit(
         (run,) = runs
         run.train(run.phase or phases[0], limits)
         if likelihood:
-            after = Phase("likelihood", _Likelihood(flow), _adam(RATE_AFTER), likelihood_key)
+            after = Phase(
+                "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key
+            )
             run.train(after, Limits(likelihood))
     except KeyboardInterrupt:
         for run in runs:
@@ -150,15 +156,6 @@ def fit(
     if progress:
         print(file=sys.stderr)
     return _result(_best(runs))
-
-
-def _limits(begin: float, seconds: Any, steps: Any) -> Limits:
-    if seconds is None and steps is None:
-        seconds = MINUTE
-    end = math.inf
-    if seconds is not None:
-        end = begin + non_negative("fit", "seconds", seconds, "a finite number of seconds")
-    return Limits(math.inf if steps is None else integer("fit", "steps", steps), end)
 
 
 def _tried(runs: list[Training], phases: list[Phase], limits: Limits, start: Any) -> Training:
@@ -197,21 +194,13 @@ def _result(run: Training) -> tuple[Density, list[Point]]:
     return run.best, run.points
 
 
-class _Matching(eqx.Module):
-    flow: CNF
-    coupling: Coupling
-    time_power: Float[Array, ""] = eqx.field(converter=jnp.asarray)  # an input of the program
-
-    def __call__(self, params, x, context, key):
-        options = {"context": context, "coupling": self.coupling, "time_power": self.time_power}
-        return self.flow.matching_loss(params, x, key=key, **options)
+def _matching(flow, coupling, time_power, params, x, context, key):
+    options = {"context": context, "coupling": coupling, "time_power": time_power}
+    return flow.matching_loss(params, x, key=key, **options)
 
 
-class _Likelihood(eqx.Module):
-    flow: CNF
-
-    def __call__(self, params, x, context, key):
-        return self.flow.nll(params, x, key=key, context=context)
+def _likelihood(flow, params, x, context, key):
+    return flow.nll(params, x, key=key, context=context)
 
 
 @functools.cache

@@ -210,18 +210,18 @@ class Chain(eqx.Module):
     maps: tuple[Map, ...]
 
     def inverse(self, x):
-        total = jnp.zeros((), x.dtype)
-        for part in self.maps:
-            x, log_det = part.inverse(x)
-            total = total + log_det
-        return x, total
+        return _through([part.inverse for part in self.maps], x)
 
     def forward(self, z):
-        total = jnp.zeros((), z.dtype)
-        for part in reversed(self.maps):
-            z, log_det = part.forward(z)
-            total = total + log_det
-        return z, total
+        return _through([part.forward for part in reversed(self.maps)], z)
+
+
+def _through(steps: list[Callable[..., Any]], x: Array) -> tuple[Array, Array]:
+    total = jnp.zeros((), x.dtype)
+    for step in steps:
+        x, log_det = step(x)
+        total = total + log_det
+    return x, total
 
 
 def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
