@@ -292,7 +292,7 @@ def bind(
     event = tuple(flow.base.event_shape)
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
-    allowed = as_support("bind", support, event)
+    allowed = as_support(support, event)
     context = context_numbers("bind(standardize_context=...): data", standardize_context)
     return Density(
         _flow=_wrap_constants(flow),

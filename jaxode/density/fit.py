@@ -123,7 +123,7 @@ def fit(
         powers = (time_power,)
     density = _trainable(density)
     table = Table.of(density, x, context, validation, dequantize, next(keys))
-    aside, noise_key = table.aside(next(keys)), next(keys)
+    aside, noise_key = table.noisy(table.validation, next(keys)), next(keys)
     flow = dataclasses.replace(density.flow, throw=False)
     matching_key, look_key, likelihood_key = keys
     # The power of the time is an input of the program, which is then the same for all.
@@ -136,7 +136,7 @@ def fit(
 
     maps = [density]
     if density.standardize is None:
-        maps = _mapped(density, table.drawn(noise_key).x)
+        maps = _mapped(density, table.noisy(table.rows, noise_key).x)
     runs = [start(each) for each in maps]
     try:
         if len(runs) * len(phases) > 1:

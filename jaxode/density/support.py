@@ -98,23 +98,23 @@ class DistraxSupport(eqx.Module):
         return x, -jnp.sum(log_det)
 
 
-def as_support(where: str, support: Any, event: tuple[int, ...]) -> Map | None:
+def as_support(support: Any, event: tuple[int, ...]) -> Map | None:
     """The support that a user passed: two bounds, or an object of numpyro or distrax."""
     if support is None:
         return None
     if isinstance(support, tuple) and len(support) == 2:
-        return _box(where, support, event)
+        return _box(support, event)
     if hasattr(support, "inverse_and_log_det") and hasattr(support, "forward_and_log_det"):
         return DistraxSupport(support)
     if hasattr(support, "feasible_like") and callable(support):
-        return _of_numpyro(where, support, event)
+        return _of_numpyro(support, event)
     raise TypeError(
-        f"{where}(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
+        "bind(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
         f"of distrax; got {support!r}."
     )
 
 
-def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> NumpyroSupport:
+def _of_numpyro(constraint: Any, event: tuple[int, ...]) -> NumpyroSupport:
     from numpyro.distributions import biject_to
 
     try:
@@ -123,31 +123,31 @@ def _of_numpyro(where: str, constraint: Any, event: tuple[int, ...]) -> NumpyroS
         shape = None
     if shape != event:
         raise ValueError(
-            f"{where}(support=...): must be a constraint with a bijection from real numbers of the "
+            "bind(support=...): must be a constraint with a bijection from real numbers of the "
             f"same shape, {event}; got {constraint!r}."
         )
     return NumpyroSupport(constraint)
 
 
-def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
+def _box(bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
     for bound in bounds:
         kind = numeric_dtype(bound)
         if kind is None or jnp.issubdtype(kind, jnp.complexfloating):
-            raise TypeError(f"{where}(support=...): bounds must be real numbers; got {bound!r}.")
+            raise TypeError(f"bind(support=...): bounds must be real numbers; got {bound!r}.")
     dtype = jnp.result_type(*(jnp.asarray(bound, float) for bound in bounds))
     try:
         low, high = (jnp.broadcast_to(jnp.asarray(bound, dtype), event) for bound in bounds)
     except ValueError:
         shapes = ", ".join(str(jnp.shape(bound)) for bound in bounds)
         raise ValueError(
-            f"{where}(support=...): bounds must be numbers, or have the shape of an event, {event};"
+            f"bind(support=...): bounds must be numbers, or have the shape of an event, {event};"
             f" got {shapes}."
         ) from None
     if is_known((low, high)):
         least, most = np.asarray(low), np.asarray(high)
         if not np.all(least < most):
             raise ValueError(
-                f"{where}(support=...): each lower bound must be less than the upper one; got "
+                "bind(support=...): each lower bound must be less than the upper one; got "
                 f"{bounds}."
             )
         with np.errstate(over="ignore"):
@@ -156,7 +156,7 @@ def _box(where: str, bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
         normal = (width >= jnp.finfo(dtype).tiny) & (width < np.inf)
         if not np.all(normal | np.isinf(least) | np.isinf(most)):
             raise ValueError(
-                f"{where}(support=...): the distance between bounds must be a normal number of "
+                "bind(support=...): the distance between bounds must be a normal number of "
                 f"{dtype}; got {bounds}. Rescale the data, or pass infinite bounds."
             )
     return Box(low, high)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import real_scalar, shape_of
 from jaxode._checks.samples import check_context, check_finite
@@ -47,23 +47,19 @@ class Table(NamedTuple):
         rows, aside = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
         columns = rows.x.reshape(len(rows.x), -1)
-        warn_of_columns("fit", columns, np.flatnonzero(~integers.reshape(-1)))
+        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
         return cls(rows, aside, integers)
 
-    def drawn(self, key: PRNGKeyArray) -> Rows:
-        """The rows to train on, with noise."""
-        return self.rows._replace(x=dequantized(key, self.rows.x, self.integers))
-
-    def aside(self, key: PRNGKeyArray) -> Rows:
-        """The rows set aside, with noise."""
-        noisy = dequantized(key, self.validation.x, self.integers)
-        return self.validation._replace(x=noisy)
+    def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
+        """The rows with uniform noise in [0, 1) on the columns of integers."""
+        noise = jax.random.uniform(key, rows.x.shape, rows.x.dtype)
+        return rows._replace(x=rows.x + noise * self.integers[None].astype(rows.x.dtype))
 
     def mapper(self, density: Density, key: PRNGKeyArray) -> Callable[[PRNGKeyArray], Rows]:
         """A function of a key: the rows to train on as the flow sees them, with new noise."""
         if self.integers.any():
-            return lambda key: to_flow(density, self.drawn(key))
-        mapped = to_flow(density, self.drawn(key))
+            return lambda key: to_flow(density, self.noisy(self.rows, key))
+        mapped = to_flow(density, self.noisy(self.rows, key))
         return lambda key: mapped
 
 
@@ -120,22 +116,15 @@ def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
     return (columns == np.round(columns)).all(axis=0)
 
 
-def dequantized(
-    key: PRNGKeyArray, x: Float[Array, "rows *event"], integers: Float[np.ndarray, " *event"]
-) -> Float[Array, "rows *event"]:
-    """`x` with uniform noise in [0, 1) on the columns of integers."""
-    return x + jax.random.uniform(key, x.shape, x.dtype) * integers[None].astype(x.dtype)
-
-
 def warn_of_columns(
-    where: str, table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
+    table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
 ) -> None:
     """Warn of columns with atoms, and of columns that depend on each other linearly."""
     table = table.astype(np.float64)  # float32 would round a dependence away
     atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
     if atoms:
         warnings.warn(
-            f"{where}(x=...): columns {column_list(atoms)} repeat values, as integers, classes and "
+            f"fit(x=...): columns {column_list(atoms)} repeat values, as integers, classes and "
             "rounded numbers do. They have no density: a flow narrows onto the values, and its "
             "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
             "to other numbers, or take classes as context.",
@@ -150,7 +139,7 @@ def warn_of_columns(
     # Of few rows, any columns are linear combinations.
     if len(involved) and len(table) > len(varying):
         warnings.warn(
-            f"{where}(x=...): columns {column_list(involved)} depend on each other linearly. "
+            f"fit(x=...): columns {column_list(involved)} depend on each other linearly. "
             "Together they have no density: a flow narrows onto the plane that they lie in. Leave "
             "one out.",
             stacklevel=4,

@@ -397,8 +397,8 @@ WARNED = {
 def test_warnings_of_columns(name, recwarn):
     columns, expected = WARNED[name]
     table = np.stack(columns, 1).astype(np.float32)
-    warn_of_columns("fit", table, np.arange(0))
-    warn_of_columns("fit", table, np.arange(len(columns)))
+    warn_of_columns(table, np.arange(0))
+    warn_of_columns(table, np.arange(len(columns)))
     messages = [str(warning.message) for warning in recwarn]
     for message, (which, what) in zip(messages, expected, strict=True):
         assert message.startswith(f"fit(x=...): columns {which} (counting from 0) {what}")
