@@ -293,7 +293,8 @@ def bind(
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
     allowed = as_support(support, event)
-    context = context_numbers("bind(standardize_context=...): data", standardize_context)
+    what = "bind(standardize_context=...): data of context"
+    context = context_numbers(what, standardize_context)
     return Density(
         _flow=_wrap_constants(flow),
         _params=_wrap_constants(params, numbers=True),
