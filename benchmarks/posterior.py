@@ -213,7 +213,8 @@ def by_jaxode(task: Task, theta, x, observations, key):
     flow = jaxode.cnf(jaxode.nn.field, base, rtol=1e-4, atol=1e-4)
     # Posteriors may be a hundredth as wide as their prior: the default tolerance to judge them.
     tight = jaxode.cnf(jaxode.nn.field, base, divergence=jaxode.divergence.exact())
-    density = jaxode.bind(flow, params, standardize=(theta, x), support=task.bounds)
+    units = {"standardize": theta, "standardize_context": x, "support": task.bounds}
+    density = jaxode.bind(flow, params, **units)
     data = density.to_flow(theta, x)
     held_out = jax.tree.map(lambda leaf: leaf[:HELD_OUT], data)
     data = jax.tree.map(lambda leaf: leaf[HELD_OUT:], data)
@@ -230,7 +231,7 @@ def by_jaxode(task: Task, theta, x, observations, key):
     params = trained(matching, unlikely, params, data, MATCHING, matching_key)
     params = trained(likelihood, unlikely, params, data, LIKELIHOOD, likelihood_key)
     seconds = time.perf_counter() - start
-    density = jaxode.bind(tight, params, standardize=(theta, x), support=task.bounds)
+    density = jaxode.bind(tight, params, **units)
     new, new_x = task.simulate(new_key, HELD_OUT)
     nats = -density.log_prob(new, context=new_x).mean()
     draw = lambda key, seen: density.sample(key, (SAMPLES,), context=seen)

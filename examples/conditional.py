@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     density, history = jaxode.fit(
         density, data, context=context(labels), key=next(keys), seconds=options.seconds,
-        steps=options.steps, batch=options.batch, dequantize=True,
+        steps=options.steps, batch_size=options.batch, dequantize=True,
         validation=(validation, context(validation_labels)),
     )  # fmt: skip
     print(f"trained in {history[-1].seconds:.0f} s; evaluating")

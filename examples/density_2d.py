@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         density, history = jaxode.fit(
             density, data, key=fit_key, seconds=options.seconds, steps=options.steps,
-            batch=options.batch,
+            batch_size=options.batch,
         )  # fmt: skip
     except FloatingPointError as error:
         print(f"density_2d: {error}", file=sys.stderr)

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     density, history = jaxode.fit(
         density, data, key=next(keys), seconds=options.seconds, steps=options.steps,
-        batch=options.batch, validation=validation, dequantize=True,
+        batch_size=options.batch, validation=validation, dequantize=True,
         optimizer=optax.adamw(8e-3, weight_decay=1.0), time_power=1.0,
     )  # fmt: skip
     print(f"trained in {history[-1].seconds:.0f} s; evaluating")

@@ -108,11 +108,12 @@ def main(argv: list[str] | None = None) -> int:
         jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-3, atol=1e-3),
         jaxode.nn.Residual(2, options.width, key=next(keys), context_size=2),
         support=(-1.0, 1.0),
-        standardize=(theta[cut:], x[cut:]),
+        standardize=theta[cut:],
+        standardize_context=x[cut:],
     )
     density, history = jaxode.fit(
         density, theta[cut:], context=x[cut:], validation=(theta[:cut], x[:cut]), key=next(keys),
-        seconds=options.seconds, steps=options.steps, batch=options.batch,
+        seconds=options.seconds, steps=options.steps, batch_size=options.batch,
     )  # fmt: skip
     new_theta, new_x = simulate(next(keys), min(2000, options.simulations))
     nats = -float(density.log_prob(new_theta, context=new_x).mean())

@@ -11,13 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "jaxode"
 HELPERS = {
     "jaxode.coupling.assignment",
     "jaxode.regularizers.check_regularizers",
-    *(
-        f"jaxode.standardize.{name}"
-        for name in (
-            "Unfitted", "dependent", "fit_affine", "fit_normal", "fit_white", "frozen", "listed"
-        )
-    ),
-}  # fmt: skip
+}
 
 
 def on_post_build(config):

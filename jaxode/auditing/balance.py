@@ -45,7 +45,7 @@ def imbalance(
     accept = np.exp(np.minimum(after - before, 0.0))[:, None]
     change = np.clip(after - before, -FAR, FAR)[:, None]
     changes = (change, moved - u, np.abs(moved) - np.abs(u))
-    return max(_largest_mean(accept * each) for each in changes)
+    return max(_largest_mean(accept * change) for change in changes)
 
 
 def _largest_mean(x: Float[np.ndarray, "count n"]) -> float:

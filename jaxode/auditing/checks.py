@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from jaxode.auditing import density, work
 from jaxode.auditing.subject import BASE_DISTANCE, Row, Subject
+from jaxode.ode.adjoints import DiscreteAdjoint
 
 # Limits. Errors of log-densities are in nats: 0.01 is one percent of a density.
 ROUND_TRIP = 1e-3
@@ -29,10 +30,10 @@ def _solves(s: Subject) -> Row:
 
 def _reference(s: Subject) -> Row:
     """Whether there is anything to compare with."""
-    where = "fix the failing solves first" if s.failure else s.smoother
+    cure = "fix the failing solves first" if s.failure else s.smoother
     advice = s.tight_failure and (
         f"A tight solve fails ({s.tight_failure.split('. ')[0]}), so errors cannot be measured: "
-        f"{where}."
+        f"{cure}."
     )
     return Row("tight solves that fail", float(bool(advice)), "0", advice)
 
@@ -96,15 +97,12 @@ def _gradient(s: Subject) -> Row:
     error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, own, tight))
     size, least = _norm(tight), 1 / (1 + _norm(s.tight_params))
     adjoint = s.flow.solve_options.adjoint
+    exact = isinstance(adjoint, DiscreteAdjoint)
     of = "its norm" if not size < least else "1 nat / (1 + norm of the parameters)"
     return s.judge(
         "gradient error", error / np.fmax(size, least), GRADIENT, f"at most {GRADIENT:g} of {of}",
         f"{s.solve_finer} for training"
-        + (
-            f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."
-            if adjoint.solves_backwards
-            else "."
-        ),
+        + ("." if exact else f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."),
     )  # fmt: skip
 
 

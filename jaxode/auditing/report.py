@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import state_dtype
 from jaxode._checks.caller import public
 from jaxode._checks.rules import is_known
-from jaxode._checks.samples import check_context, check_key, check_samples
+from jaxode._checks.samples import check_context, check_finite, check_key, check_samples
 from jaxode.auditing.checks import CHECKS
 from jaxode.auditing.subject import Row, Subject, cast, tight_dtype
 from jaxode.density.bind import Density
@@ -121,12 +121,7 @@ def audit(
     check_context(context, x.shape[0])
     if not x.shape[0]:
         raise ValueError("audit(x=...): must have at least one sample; got none. Pass data.")
-    bad = int(jnp.sum(~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))))
-    if bad:
-        raise ValueError(
-            f"audit(x=...): must be finite; got NaN or inf in {bad} of {x.shape[0]} samples. "
-            "Leave those out."
-        )
+    check_finite({"x": x})
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
     params, context = jax.tree.map(floats, (params, context))

@@ -17,6 +17,7 @@ from jaxode._jax.closure import equations
 from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.programs import transport
+from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.system import make_system
 
 # Standard deviations. In one dimension, a normal base has no such samples.
@@ -118,14 +119,14 @@ class Subject:
     def base_fault(self) -> str:
         """Advice if the base draws samples that are not finite."""
         bad = ~jnp.isfinite(self.base_samples).all(axis=tuple(range(1, self.x.ndim)))
-        told = f"Fix the base: it draws samples with NaN or inf, in {in_rows(bad)}."
-        return told if bool(bad.any()) else ""
+        advice = f"Fix the base: it draws samples with NaN or inf, in {in_rows(bad)}."
+        return advice if bool(bad.any()) else ""
 
     @cached_property
     def base_distance(self) -> float:
         """The median distance of samples carried to the base from its mean, in deviations.
 
-        Its own samples have about one.
+        Samples of the base score about one.
         """
         base = np.asarray(self.base_samples, float)
         z = np.asarray(self.z, float)[~np.asarray(self.outside)]
@@ -221,7 +222,7 @@ def _loss_and_gradient(flow: CNF, params, x, key, context):
     def loss(diff):
         return flow.nll_and_stats(eqx.combine(diff, rest), x, key=key, context=context)
 
-    if flow.solve_options.adjoint.forward_only:
+    if isinstance(flow.solve_options.adjoint, ForwardMode):
         return loss(diff), jax.jacfwd(lambda diff: loss(diff)[0])(diff)
     return jax.value_and_grad(loss, has_aux=True)(diff)
 

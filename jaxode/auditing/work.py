@@ -9,7 +9,7 @@ from jaxode.auditing.subject import Row, Subject
 
 EVALUATIONS = 1000
 STEPS_USED = 0.5
-# Working error control rejects about one step in five. At every kink of a field it rejects several
+# A healthy controller rejects about one step in five. At every kink of a field it rejects several
 # in a row.
 REJECTED = 0.4
 # Explicit solvers are stable for steps of up to about three time constants.

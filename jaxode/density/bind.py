@@ -21,19 +21,19 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_count, check_finite, check_key
 from jaxode._jax.closure import hash_of
-from jaxode.density.standardize import (
-    as_map,
+from jaxode.density.inputs import (
+    Shape,
     check_inside,
     context_numbers,
+    context_rows,
     floating,
     numbers,
-    of_context,
-    split,
 )
-from jaxode.density.support import Support, as_support
+from jaxode.density.maps import Affine, Map, contains
+from jaxode.density.standardize import as_map, context_maps, deprecated_pair
+from jaxode.density.support import as_support
 from jaxode.divergence import noiseless
 from jaxode.flows.cnf import CNF
-from jaxode.standardize import Affine, Map
 
 
 class _Constant(eqx.Module):
@@ -42,18 +42,16 @@ class _Constant(eqx.Module):
     value: Any = eqx.field(static=True)
 
 
-def _arrays_alone(tree: PyTree, numbers: bool) -> PyTree:
+def _wrap_constants(tree: PyTree, numbers: bool = False) -> PyTree:
     """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
     keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
     return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
 
 
-def _whole(tree: PyTree) -> PyTree:
-    """The inverse of `_arrays_alone`."""
+def _unwrap_constants(tree: PyTree) -> PyTree:
     is_constant = lambda leaf: isinstance(leaf, _Constant)
-    return jax.tree.map(
-        lambda leaf: leaf.value if is_constant(leaf) else leaf, tree, is_leaf=is_constant
-    )
+    unwrap = lambda leaf: leaf.value if is_constant(leaf) else leaf
+    return jax.tree.map(unwrap, tree, is_leaf=is_constant)
 
 
 class Density(eqx.Module):
@@ -74,11 +72,11 @@ class Density(eqx.Module):
 
     _flow: Any
     _params: PyTree
-    support: Support | None
+    support: Map | None
     standardize: Map | None
-    of_context: PyTree
+    context_maps: PyTree
     """`Affine` for each standardized leaf of a context, None for the others."""
-    context_shapes: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
+    context_shapes: tuple[Shape, ...] | None = eqx.field(static=True)
     """The shapes of one context, leaf by leaf. None if they are not known."""
 
     def __hash__(self) -> int:
@@ -87,21 +85,21 @@ class Density(eqx.Module):
     @property
     def flow(self) -> CNF:
         """The flow, to train it."""
-        return _whole(self._flow)
+        return _unwrap_constants(self._flow)
 
     @property
     def params(self) -> PyTree:
         """The parameters of the vector field."""
-        return _whole(self._params)
+        return _unwrap_constants(self._params)
 
     def with_params(self, params: PyTree) -> "Density":
         """The same maps around the flow with other parameters."""
-        return dataclasses.replace(self, _params=_arrays_alone(params, numbers=True))
+        return dataclasses.replace(self, _params=_wrap_constants(params, numbers=True))
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
+    def event_shape(self) -> Shape:
         """The shape of one sample."""
-        return tuple(_whole(self._flow.base).event_shape)
+        return tuple(_unwrap_constants(self._flow.base).event_shape)
 
     @public("log_prob")
     def log_prob(
@@ -121,7 +119,7 @@ class Density(eqx.Module):
 
     @public("sample")
     def sample(
-        self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
+        self, key: PRNGKeyArray, sample_shape: Shape = (), *, context: PyTree = None
     ) -> Float[Array, "..."]:
         """Independent samples, `[*sample_shape, *event]`."""
         shape, count = self._counted(sample_shape)
@@ -134,7 +132,7 @@ class Density(eqx.Module):
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
-        self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = (), *, context: PyTree = None
+        self, key: PRNGKeyArray, sample_shape: Shape = (), *, context: PyTree = None
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """`sample`, and the log-density of each, from the same solve."""
         shape, count = self._counted(sample_shape)
@@ -187,7 +185,7 @@ class Density(eqx.Module):
         if self.support is not None:
             # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
             # the flow is well behaved.
-            inside = self.support.contains(x) | jnp.isnan(x).any()
+            inside = contains(self.support, x) | jnp.isnan(x).any()
             center, _ = self._to_data(jnp.zeros_like(x))
             x, log_det = self.support.inverse(jnp.where(inside, x, center))
         if self.standardize is not None:
@@ -217,7 +215,7 @@ class Density(eqx.Module):
             steps = "per_sample"
         return dataclasses.replace(flow, batch=steps, divergence=divergence, throw=throw)
 
-    def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
+    def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], Shape]:
         """The samples as a batch, and the axes before those of an event."""
         event, x = self.event_shape, floating(numbers(f"{arg('x')}", x))
         cut = x.ndim - len(event)
@@ -232,7 +230,7 @@ class Density(eqx.Module):
         shape = tuple(check_count(size) for size in sizes)
         return shape, math.prod(shape)
 
-    def _context(self, context: PyTree, shape: tuple[int, ...]) -> PyTree:
+    def _context(self, context: PyTree, shape: Shape) -> PyTree:
         """One context row for each sample of `shape`, as the flow sees it."""
         if context is None:
             if self.context_shapes:
@@ -241,53 +239,20 @@ class Density(eqx.Module):
                     f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
                 )
             return None
-        context = context_numbers(f"{arg('context')}", context)
-        leaves, structure = jax.tree.flatten(context)
+        leaves, structure = jax.tree.flatten(context_numbers(f"{arg('context')}", context))
         is_map = lambda x: x is None or isinstance(x, Affine)
-        maps, told = jax.tree.flatten(self.of_context, is_leaf=is_map)
-        known = self.context_shapes
-        if known is not None and len(known) != len(leaves):
-            raise ValueError(f"{arg('context')} must have {len(known)} arrays; got {len(leaves)}.")
-        if self.of_context is not None and structure != told:
+        maps, expected = jax.tree.flatten(self.context_maps, is_leaf=is_map)
+        if self.context_maps is None:
+            maps, expected = [None] * len(leaves), structure
+        rows = context_rows(leaves, shape, self.context_shapes)
+        if structure != expected:
             raise ValueError(
-                f"{arg('context')} must have the structure of bind's context, {told}; got "
+                f"{arg('context')} must have the structure of bind's context, {expected}; got "
                 f"{structure}."
             )
-        rows = known or [_row_shape(jnp.shape(leaf), shape) for leaf in leaves]
-        each = zip(leaves, rows, strict=True)
-        leaves = [_spread(leaf, shape, row) for leaf, row in each]
-        if self.of_context is not None:
-            pairs = zip(maps, leaves, strict=True)
-            leaves = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
-        return jax.tree.unflatten(structure, leaves)
-
-
-def _row_shape(of_leaf: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one context, from its leading axes, if it is not known."""
-    if of_leaf[: len(samples)] != samples:
-        return of_leaf
-    if of_leaf and of_leaf == samples:
-        raise ValueError(
-            f"{arg('context')} may be one for all samples, or a number for each; got shape "
-            f"{of_leaf} for samples {samples}. Pass context_shape= to bind."
-        )
-    return of_leaf[len(samples) :]
-
-
-def _spread(leaf: Any, samples: tuple[int, ...], row: tuple[int, ...]) -> Array:
-    """The context of each sample, `[rows, *row]`."""
-    shape = jnp.shape(leaf)
-    cut = len(shape) - len(row)
-    try:
-        if cut < 0 or shape[cut:] != row:
-            raise ValueError
-        spread = jnp.broadcast_to(leaf, (*samples, *row))
-    except ValueError:
-        raise ValueError(
-            f"{arg('context')} must be one of shape {row}, or one for each of the samples "
-            f"{samples}; got shape {shape}."
-        ) from None
-    return spread.reshape(math.prod(samples), *row)
+        pairs = zip(maps, rows, strict=True)
+        rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
+        return jax.tree.unflatten(structure, rows)
 
 
 @public("bind")
@@ -296,6 +261,7 @@ def bind(
     params: PyTree,
     *,
     standardize: Any = None,
+    standardize_context: Any = None,
     support: Any = None,
     context_shape: Any = None,
 ) -> Density:
@@ -306,14 +272,15 @@ def bind(
         params: parameters of its vector field.
         standardize: affine map around the flow, so that the network sees numbers of order one. Pass
             data `[n, *event]`, whose mean and standard deviation it takes; or a tuple
-            `(mean, scale)` of numbers or arrays of an event's shape; or a pair of these for
-            `(x, context)`. Context data may be a dictionary of arrays; integers, such as labels,
-            stay as they are. `jaxode.standardize` has other maps for `x`.
+            `(mean, scale)` of numbers or arrays of an event's shape. `jaxode.standardize` has other
+            maps.
+        standardize_context: affine map of the context: data `[n, *row]`, a dictionary of such
+            arrays, or `(mean, scale)`. Integers, such as labels, stay as they are.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
             strictly inside. `(mean, scale)` then refer to the data after the bijection.
-        context_shape: shape of one context, or of each of its arrays. Not needed if `standardize`
-            gets context data.
+        context_shape: shape of one context, or of each of its arrays. Not needed with
+            `standardize_context`.
 
     Returns:
         A `Density` with `log_prob`, `sample`, `sample_and_log_prob`, `event_shape` and `to_flow`.
@@ -325,22 +292,24 @@ def bind(
             outside the support.
     """
     if not isinstance(flow, CNF):
-        raise TypeError(f"{arg('flow')} must be made by jaxode.cnf; got {flow!r}.")
+        raise TypeError(f"bind(flow=...): must be made by jaxode.cnf; got {flow!r}.")
     event = tuple(flow.base.event_shape)
+    if pair := deprecated_pair(standardize, event):
+        standardize, standardize_context = pair
     allowed = as_support(support, event)
-    of_data, for_context = split(standardize, event)
-    for_context = context_numbers(f"{arg('standardize')} data of context", for_context)
+    what = "bind(standardize_context=...): data of context"
+    context = context_numbers(what, standardize_context)
     return Density(
-        _flow=_arrays_alone(flow, numbers=False),
-        _params=_arrays_alone(params, numbers=True),
+        _flow=_wrap_constants(flow),
+        _params=_wrap_constants(params, numbers=True),
         support=allowed,
-        standardize=as_map("x", of_data, event, allowed),
-        of_context=of_context(for_context),
-        context_shapes=_context_shapes(context_shape, for_context),
+        standardize=as_map("x", standardize, event, allowed),
+        context_maps=context_maps(context),
+        context_shapes=_context_shapes(context_shape, context),
     )
 
 
-def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None:
+def _context_shapes(given: Any, data: Any) -> tuple[Shape, ...] | None:
     """The shapes that were given, or those of the context data."""
     if given is not None:
         is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
@@ -348,7 +317,7 @@ def _context_shapes(given: Any, data: Any) -> tuple[tuple[int, ...], ...] | None
         shapes = jax.tree.leaves(given, is_leaf=is_shape)
         if not all(map(is_shape, shapes)):
             raise TypeError(
-                f"{arg('context_shape')} must be a shape, a tuple of sizes such as (3,), or a "
+                "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
                 f"pytree of shapes; got {given!r}."
             )
         return tuple(tuple(map(int, shape)) for shape in shapes)

@@ -1,8 +1,4 @@
-"""Train a density on data: flow matching, rows set aside to stop, the best parameters kept.
-
-The losses are those of `density.flow` on the rows of `density.to_flow`, with any optimizer of
-Optax: docs/training.md has the same as a short loop of one's own.
-"""
+"""Train a density on data in one call: what is tried, and for how long."""
 
 import contextlib
 import dataclasses
@@ -11,54 +7,31 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, integer, non_negative
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode._jax.closure import compiled
 from jaxode.coupling import Coupling, independent
 from jaxode.density.bind import Density
-from jaxode.density.standardize import as_map
-from jaxode.density.table import WIDEST, Rows, Table, to_flow
-from jaxode.divergence import auto, noiseless
-from jaxode.flows.cnf import CNF
-from jaxode.standardize import affine, normal, whiten
+from jaxode.density.maps import fit_affine, fit_normal, fit_white
+from jaxode.density.standardize import fitted
+from jaxode.density.table import WIDEST, Table
+from jaxode.density.training import WORSE, Limits, Phase, Point, Training, evaluation
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
-WARM = 100  # steps of matching in which the updates grow to their size
-AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
-BLOCK = 50  # steps in one compiled loop
-FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from each to the next
-PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
-UNCOUNTED = 1000  # those of the first steps do not count
-APART_SECONDS = 10.0  # from one look to the next at most, where `seconds` are given
-TRIAL, SHORTEST = 0.05, 500  # the part of training in which each choice is tried; the least steps
+LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
+WARM_UP = 100  # steps of matching
+TRIAL = 0.05  # the part of training in which each choice is tried
 MINUTE = 60.0  # seconds, if there is no other end
-EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
-
-
-class Point(NamedTuple):
-    """A look at the validation rows."""
-
-    phase: str
-    step: int
-    seconds: float
-    """Since the call, with compilation."""
-    nats: float
-    """Mean negative log-density of the validation rows, in the units of the data.
-
-    At a tolerance of 1e-3, and with one probe of the divergence in more than 16 dimensions.
-    """
 
 
 @public("fit")
@@ -71,7 +44,7 @@ def fit(
     seconds: float | None = None,
     steps: int | None = None,
     validation: float | Any = 0.1,
-    batch: int = 512,
+    batch_size: int = 512,
     optimizer: Any = None,
     coupling: Coupling = independent(),
     likelihood: int = 0,
@@ -85,7 +58,8 @@ def fit(
     on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
     after `seconds` or `steps`, a minute by default. After five looks in a row that are worse than
     the best by 0.02 nats, training resumes from the best parameters and ends after as many steps
-    again. Ctrl-C ends it with the best so far.
+    again. If it explodes, it goes on from the best parameters at a quarter of the rate. Ctrl-C ends
+    it with the best so far.
 
     What is not given is tried first, each for 5% of the training, and the best goes on: the map of
     the columns of a density without `standardize=`, each of `jaxode.standardize`; and the
@@ -101,8 +75,9 @@ def fit(
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
             most 1000 of them are used.
-        batch: rows in a step, drawn with replacement.
-        optimizer: of Optax, for matching. Adam at 8e-3 by default.
+        batch_size: rows in a step, drawn with replacement.
+        optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
+            clipped to norm one.
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4.
@@ -130,253 +105,113 @@ def fit(
             f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
             "jaxode.bind(flow, params)."
         )
-    key = check_key(key)
+    keys = iter(jax.random.split(check_key(key), 6))
     if seconds is None and steps is None:
         seconds = MINUTE
     end = math.inf
     if seconds is not None:
         end = begin + non_negative("seconds", seconds, "a finite number of seconds")
-    most = math.inf if steps is None else integer("steps", steps)
-    batch = integer("batch", batch)
+    limits = Limits(math.inf if steps is None else integer("steps", steps), end)
+    batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
-    powers = TIME_POWERS
-    if time_power is not None:
-        check_number("time_power", time_power, POSITIVE)
-        powers = (time_power,)
     optimizer = _adam(RATE) if optimizer is None else optimizer
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             f"fit(optimizer=...): must be an optimizer of Optax; got {optimizer!r}. Pass "
             "optax.adam(1e-3)."
         )
-    keys = iter(jax.random.split(key, 6))
+    powers = TIME_POWERS
+    if time_power is not None:
+        check_number("time_power", time_power, POSITIVE)
+        powers = (time_power,)
     density = _trainable(density)
     table = Table.of(density, x, context, validation, dequantize, next(keys))
-    aside, noise_key = table.aside(next(keys)), next(keys)
+    aside, noise_key = table.noisy(table.validation, next(keys)), next(keys)
     flow = dataclasses.replace(density.flow, throw=False)
-    matching_key, look_key = next(keys), next(keys)
-    phases = [
-        _Phase("matching", _Matching(flow, coupling, power), optimizer, matching_key, WARM)
-        for power in powers
-    ]
+    matching_key, look_key, likelihood_key = keys
+    # The power of the time is an input of the program, which is then the same for all.
+    losses = [Partial(_matching, flow, coupling, jnp.asarray(power)) for power in powers]
+    phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
+
+    def start(density):
+        data, evaluate = table.mapper(density, noise_key), evaluation(density, aside, look_key)
+        return Training(density, data, evaluate, batch_size, begin, progress)
+
     maps = [density]
     if density.standardize is None:
-        sample = np.asarray(table.drawn(noise_key).x)
-        maps = _mapped(density, sample)
-    start = lambda density, data: _Training(density, data, aside, batch, look_key, begin, progress)
-    runs = [start(each, table.mapper(each, noise_key)) for each in maps]
-    run = runs[0]
+        maps = _mapped(density, table.noisy(table.rows, noise_key).x)
+    runs = [start(each) for each in maps]
     try:
-        if len(maps) * len(powers) > 1:
-            for run in runs:
-                run.train(phases[0], most, end, TRIAL)
-            best = _best(runs)
-            for other in phases[1:]:
-                run = start(best.density, best.data)
-                runs = [best, run]
-                run.train(other, most, end, TRIAL)
-                # Early on both look alike, and the first is better later.
-                best = run if run.least < best.least - WORSE else best
-            runs = [best]
-        run = _best(runs)
-        run.train(run.phase or phases[0], most, end)
+        if len(runs) * len(phases) > 1:
+            runs[:] = [_tried(runs, phases, limits, start)]
+        (run,) = runs
+        run.train(run.phase or phases[0], limits)
         if likelihood:
-            after = _Phase("likelihood", _Likelihood(flow), _adam(RATE_AFTER), next(keys))
-            run.train(after, likelihood, math.inf)
+            after = Phase(
+                "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key
+            )
+            run.train(after, Limits(likelihood))
     except KeyboardInterrupt:
-        run.look_again()
-        run = _best(runs)
-        if run.least == math.inf:
+        for run in runs:
+            run.look_again()
+        if _best(runs).least == math.inf:
             raise
     if progress:
         print(file=sys.stderr)
+    return _result(_best(runs))
+
+
+def _tried(runs: list[Training], phases: list[Phase], limits: Limits, start: Any) -> Training:
+    """The best of some maps, then of some phases, each after a part of the training."""
+    for run in runs:
+        run.train(phases[0], limits, TRIAL)
+    best = _best(runs)
+    for phase in phases[1:]:
+        runs.append(start(best.density))
+        runs[-1].train(phase, limits, TRIAL)
+        # Early on both look alike, and the first is better later.
+        best = runs[-1] if runs[-1].least < best.least - WORSE else best
+    return best
+
+
+def _best(runs: list[Training]) -> Training:
+    return min(runs, key=lambda run: run.least)
+
+
+def _result(run: Training) -> tuple[Density, list[Point]]:
+    """The best density and the looks, with a warning if training exploded."""
     if run.least == math.inf:
         raise FloatingPointError(
             "fit: the log-density of the validation rows is never finite. One row is enough "
             "for that. Check the data for outliers, or tighten rtol and atol of the flow."
         )
-    bad = [point.step for point in run.points if not math.isfinite(point.nats)]
-    if bad:
+    if run.explosions:
+        first, *others = run.explosions
+        again = f", and {len(others)} times after that" if others else ""
         warnings.warn(
-            f"fit: the log-density of the validation rows is not finite at step {bad[0]}. The best "
-            "parameters are kept. Lower the rate of the optimizer.",
-            stacklevel=2,
+            f"fit: training exploded at step {first.step} of {first.phase}, to {first.nats:.3g} "
+            f"nats of the validation rows{again}. Each time, it went on from the best parameters "
+            "at a quarter of the rate. Lower the rate of the optimizer.",
+            stacklevel=4,
         )
     return run.best, run.points
 
 
-class _Matching(eqx.Module):
-    flow: CNF
-    coupling: Coupling
-    time_power: Float[Array, ""] = eqx.field(converter=jnp.asarray)  # an input of the program
-
-    def __call__(self, params, x, context, key):
-        options = {"context": context, "coupling": self.coupling, "time_power": self.time_power}
-        return self.flow.matching_loss(params, x, key=key, **options)
+def _matching(flow, coupling, time_power, params, x, context, key):
+    options = {"context": context, "coupling": coupling, "time_power": time_power}
+    return flow.matching_loss(params, x, key=key, **options)
 
 
-class _Likelihood(eqx.Module):
-    flow: CNF
-
-    def __call__(self, params, x, context, key):
-        return self.flow.nll(params, x, key=key, context=context)
+def _likelihood(flow, params, x, context, key):
+    return flow.nll(params, x, key=key, context=context)
 
 
 @functools.cache
 def _adam(rate: float) -> Any:
-    """Adam; for the same rate the same object, which is not compiled again."""
+    """Adam, clipped; for the same rate the same object, which is not compiled again."""
     import optax
 
-    return optax.adam(rate)
-
-
-class _Phase(NamedTuple):
-    name: str
-    loss: Callable[..., Float[Array, ""]]
-    """Of parameters, data, context and a key."""
-    optimizer: Any
-    key: PRNGKeyArray
-    warm: int = 1
-    """Steps in which the updates grow to their size."""
-
-
-class _State(NamedTuple):
-    arrays: PyTree
-    """The floating arrays of the parameters."""
-    average: PyTree
-    optimizer: Any
-    count: Int[Array, ""]
-
-
-@compiled
-def _advance(loss, optimizer, batch: int, static: PyTree, state: _State, rates, rows: Rows, keys):
-    """The state after a step of the optimizer for each key."""
-    rate, warm = rates  # the part of an update that is made, and the steps of the warm-up
-
-    def step(state, key):
-        row_key, key = jax.random.split(key)
-        drawn = jax.random.randint(row_key, (batch,), 0, len(rows.x))
-        x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
-        of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, key)
-        gradient = jax.grad(of_arrays)(state.arrays)
-        updates, inner = optimizer.update(gradient, state.optimizer, state.arrays)
-        now = rate * jnp.minimum(1.0, (state.count + 1) / warm)
-        arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
-        # The mean of the last tenth of the steps, at most of the last 500.
-        weight = jnp.maximum(AVERAGE, 10 / (10 + state.count))
-        mean = lambda a, b: a + (b - a) * weight.astype(a.dtype)
-        average = jax.tree.map(mean, state.average, arrays)
-        return _State(arrays, average, inner, state.count + 1), None
-
-    return jax.lax.scan(step, state, keys)[0]
-
-
-@compiled
-def _nll(flow: CNF, params: PyTree, rows: Rows, key: PRNGKeyArray) -> Float[Array, ""]:
-    return flow.nll(params, rows.x, key=key, context=rows.context)
-
-
-class _Training:
-    """Parameters in training, and the best that the validation rows have seen."""
-
-    def __init__(self, density, data, aside: Rows, batch: int, look_key, begin, progress):
-        flow, size = density.flow, math.prod(density.event_shape)
-        loose = lambda value: jnp.maximum(jnp.asarray(value, float), LOOSE)
-        options = flow.solve_options
-        options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
-        self.judge = dataclasses.replace(
-            flow, regularizers=(), steer=0.0, throw=False, solve_options=options,
-            divergence=noiseless() if size <= EXACT_UP_TO else auto(),
-        )  # fmt: skip
-        self.aside, self.look_key = to_flow(density, aside), look_key
-        self.log_det = float(jnp.mean(density.log_det(aside.x)))
-        self.data, self.batch = data, batch
-        self.begin, self.progress = begin, progress
-        self.density = self.best = density
-        self.least, self.points = math.inf, []
-        self.phase: Any = None
-        self.blocks = 0  # so far, also of those that were taken back
-
-    def start(self, phase: _Phase) -> None:
-        """Begin a phase from the best parameters."""
-        self.phase, self.step, self.stale = phase, 0, 0
-        self.static = eqx.filter(self.best.params, eqx.is_inexact_array, inverse=True)
-        arrays = eqx.filter(self.best.params, eqx.is_inexact_array)
-        self.state = _State(arrays, arrays, phase.optimizer.init(arrays), jnp.zeros((), jnp.int32))
-        self.began, self.early, self.left = time.perf_counter(), None, 1.0
-        self.kept = self.step, self.state, self.left
-        self.look()
-
-    def train(self, phase: _Phase, most: float, end: float, part: float = math.inf) -> None:
-        """Train up to `most` steps of the phase, up to the time `end`, or for a part of both."""
-        if phase is not self.phase:
-            self.start(phase)
-        pause, until = self.step + min(max(part * most, SHORTEST), 4 * part * most), None
-        self.left = self.part_left(most, end)
-        while self.left > 0 and self.step < pause:
-            self.block(int(min(BLOCK, most - self.step)))
-            now = time.perf_counter()
-            if until is None:  # time counts from here, since the first block may have compiled
-                until = now + part * (end - self.begin)
-                self.began = now if self.step <= BLOCK else self.began
-            waited = end < math.inf and now > self.looked + APART_SECONDS
-            if self.step >= min(self.due, most) or waited:
-                self.look()
-            if not self.early and self.stale >= PATIENCE:
-                # As many steps again, from where it was best.
-                self.step, self.state, left = self.kept
-                self.early = self.step, left
-                self.due = APART * self.step
-            self.left = self.part_left(most, end)
-            if now >= until:
-                break
-        self.look_again()
-
-    def block(self, count: int) -> None:
-        """Take so many steps."""
-        block_key = jax.random.fold_in(self.phase.key, self.blocks)
-        rows, keys = self.data(block_key), jax.random.split(block_key, count)
-        rates = jnp.sin(0.5 * jnp.pi * self.left) ** 2, jnp.asarray(self.phase.warm, jnp.int32)
-        loss, optimizer = self.phase.loss, self.phase.optimizer
-        self.state = jax.block_until_ready(
-            _advance(loss, optimizer, self.batch, self.static, self.state, rates, rows, keys)
-        )
-        self.step, self.blocks = self.step + count, self.blocks + 1
-
-    def part_left(self, most: float, end: float) -> float:
-        """The part of training that is left."""
-        of_time, now = 1.0, time.perf_counter()
-        if end < math.inf:
-            of_time = (end - now) / (end - self.began) if now < end else 0.0
-        if self.early is None:
-            return min(1 - self.step / most, of_time)
-        best, left = self.early
-        return min(left * (2 - self.step / best) if best else 0.0, of_time)
-
-    def look_again(self) -> None:
-        """Look at what came after the last look."""
-        if self.points and self.points[-1].step != self.step:
-            self.look()
-
-    def look(self) -> None:
-        """Evaluate the average on the validation rows."""
-        params = eqx.combine(self.state.average, self.static)
-        nats = float(_nll(self.judge, params, self.aside, self.look_key)) - self.log_det
-        self.looked = time.perf_counter()
-        self.due = max(FIRST_LOOK, APART * self.step)
-        worse = self.step > UNCOUNTED and not nats <= self.least + WORSE
-        self.stale = self.stale + 1 if worse else 0
-        if nats < self.least:
-            self.best, self.least = self.best.with_params(params), nats
-            self.kept = self.step, self.state, self.left
-        self.points.append(Point(self.phase.name, self.step, self.looked - self.begin, nats))
-        if self.progress:
-            text = f"\r{self.phase.name}: step {self.step}, {nats:.3f} nats of validation rows"
-            print(f"{text}, best {self.least:.3f} ", end="", file=sys.stderr, flush=True)
-
-
-def _best(runs: list[_Training]) -> _Training:
-    return min(runs, key=lambda run: run.least)
+    return optax.chain(optax.clip_by_global_norm(LONGEST), optax.adam(rate))
 
 
 def _trainable(density: Density) -> Density:
@@ -391,11 +226,11 @@ def _trainable(density: Density) -> Density:
     return density.with_params(params)
 
 
-def _mapped(density: Density, data: np.ndarray) -> list[Density]:
+def _mapped(density: Density, x: Float[Array, "rows *event"]) -> list[Density]:
     """The density with each map that can be fitted to the data."""
-    fitted = lambda kind: as_map("x", kind(data), density.event_shape, density.support)
-    maps = [fitted(affine), fitted(normal)]
+    map_of = lambda fit: fitted("fit(x=...): x", x, fit, density.support)
+    maps = [map_of(fit_affine), map_of(fit_normal)]
     if math.prod(density.event_shape) <= WIDEST:
         with contextlib.suppress(ValueError):  # a singular covariance
-            maps.append(fitted(whiten))
+            maps.append(map_of(fit_white))
     return [dataclasses.replace(density, standardize=each) for each in maps]

@@ -1,35 +1,16 @@
 """Bijections between real numbers and the support of a density."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import numeric_dtype
-from jaxode._checks.caller import arg
 from jaxode._checks.rules import is_known
-from jaxode.standardize import frozen
-
-
-class Support(Protocol):
-    """Maps real numbers `u` of an event's shape to an event `x` in the support, and back."""
-
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]: ...
-
-    def inverse(
-        self, x: Float[Array, " *event"]
-    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`u`, and `log |det du/dx|`."""
-        ...
-
-    def forward(
-        self, u: Float[Array, " *event"]
-    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`x`, and `log |det du/dx|`."""
-        ...
+from jaxode.density.maps import Map, constant
 
 
 class Box(eqx.Module):
@@ -40,9 +21,6 @@ class Box(eqx.Module):
 
     low: Float[Array, " *event"]
     high: Float[Array, " *event"]
-
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        return ((self.low < x) & (x < self.high)).all() & _is_finite(self.inverse(x))
 
     def inverse(self, x):
         low, high, below, above = self._bounds
@@ -69,14 +47,14 @@ class Box(eqx.Module):
         of_half = jnp.where(below, -u, u)
         log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
         # Rounding must not leave the support.
-        first, last = frozen((self.low, self.high))
+        first, last = constant((self.low, self.high))
         return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
     @property
     def _bounds(self):
         """The bounds with zero for missing ones, and masks of where there are bounds."""
         below, above = jnp.isfinite(self.low), jnp.isfinite(self.high)
-        low, high = frozen((self.low, self.high))
+        low, high = constant((self.low, self.high))
         return jnp.where(below, low, 0.0), jnp.where(above, high, 0.0), below, above
 
 
@@ -95,15 +73,12 @@ class NumpyroSupport(eqx.Module):
     def _bijection(self) -> Any:
         from numpyro.distributions import biject_to
 
-        return biject_to(frozen(self.constraint))
-
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        # At a bound that the constraint includes, the bijection is infinite.
-        return jnp.all(self.constraint(x)) & _is_finite(self.inverse(x))
+        return biject_to(constant(self.constraint))
 
     def inverse(self, x):
         u = self._bijection.inv(x)
-        return u, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
+        log_det = -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
+        return u, jnp.where(jnp.all(self.constraint(x)), log_det, -jnp.inf)
 
     def forward(self, u):
         x = self._bijection(u)
@@ -115,9 +90,6 @@ class DistraxSupport(eqx.Module):
 
     bijector: Any
 
-    def contains(self, x: Float[Array, " *event"]) -> Bool[Array, ""]:
-        return _is_finite(self.inverse(x))
-
     def inverse(self, x):
         u, log_det = self.bijector.inverse_and_log_det(x)
         return u, jnp.sum(log_det)
@@ -127,12 +99,7 @@ class DistraxSupport(eqx.Module):
         return x, -jnp.sum(log_det)
 
 
-def _is_finite(found: tuple[Array, Array]) -> Bool[Array, ""]:
-    u, log_det = found
-    return jnp.isfinite(u).all() & jnp.isfinite(log_det)
-
-
-def as_support(support: Any, event: tuple[int, ...]) -> Support | None:
+def as_support(support: Any, event: tuple[int, ...]) -> Map | None:
     """The support that a user passed: two bounds, or an object of numpyro or distrax."""
     if support is None:
         return None
@@ -143,7 +110,7 @@ def as_support(support: Any, event: tuple[int, ...]) -> Support | None:
     if hasattr(support, "feasible_like") and callable(support):
         return _of_numpyro(support, event)
     raise TypeError(
-        f"{arg('support')} must be bounds (low, high), a constraint of numpyro or a bijector "
+        "bind(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
         f"of distrax; got {support!r}."
     )
 
@@ -157,7 +124,7 @@ def _of_numpyro(constraint: Any, event: tuple[int, ...]) -> NumpyroSupport:
         shape = None
     if shape != event:
         raise ValueError(
-            f"{arg('support')} must be a constraint with a bijection from real numbers of the "
+            "bind(support=...): must be a constraint with a bijection from real numbers of the "
             f"same shape, {event}; got {constraint!r}."
         )
     return NumpyroSupport(constraint)
@@ -167,21 +134,22 @@ def _box(bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
     for bound in bounds:
         kind = numeric_dtype(bound)
         if kind is None or jnp.issubdtype(kind, jnp.complexfloating):
-            raise TypeError(f"{arg('support')} bounds must be real numbers; got {bound!r}.")
+            raise TypeError(f"bind(support=...): bounds must be real numbers; got {bound!r}.")
     dtype = jnp.result_type(*(jnp.asarray(bound, float) for bound in bounds))
     try:
         low, high = (jnp.broadcast_to(jnp.asarray(bound, dtype), event) for bound in bounds)
     except ValueError:
         shapes = ", ".join(str(jnp.shape(bound)) for bound in bounds)
         raise ValueError(
-            f"{arg('support')} bounds must be numbers, or have the shape of an event, {event};"
+            f"bind(support=...): bounds must be numbers, or have the shape of an event, {event};"
             f" got {shapes}."
         ) from None
     if is_known((low, high)):
         least, most = np.asarray(low), np.asarray(high)
         if not np.all(least < most):
             raise ValueError(
-                f"{arg('support')} each lower bound must be less than the upper one; got {bounds}."
+                "bind(support=...): each lower bound must be less than the upper one; got "
+                f"{bounds}."
             )
         with np.errstate(over="ignore"):
             width = most - least
@@ -189,7 +157,7 @@ def _box(bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
         normal = (width >= jnp.finfo(dtype).tiny) & (width < np.inf)
         if not np.all(normal | np.isinf(least) | np.isinf(most)):
             raise ValueError(
-                f"{arg('support')} the distance between bounds must be a normal number of "
+                "bind(support=...): the distance between bounds must be a normal number of "
                 f"{dtype}; got {bounds}. Rescale the data, or pass infinite bounds."
             )
     return Box(low, high)

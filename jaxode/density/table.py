@@ -3,19 +3,19 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, shape_of
-from jaxode._checks.caller import arg
 from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_context, check_finite
 from jaxode.density.bind import Density
-from jaxode.density.standardize import check_inside, floating, numbers
-from jaxode.standardize import dependent, listed
+from jaxode.density.inputs import check_inside, floating, numbers
+from jaxode.density.maps import column_list, contains, dependent_columns
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -53,20 +53,16 @@ class Table(NamedTuple):
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
         return cls(rows, aside, integers)
 
-    def drawn(self, key: PRNGKeyArray) -> Rows:
-        """The rows to train on, with noise."""
-        return self.rows._replace(x=dequantized(key, self.rows.x, self.integers))
-
-    def aside(self, key: PRNGKeyArray) -> Rows:
-        """The rows set aside, with noise."""
-        noisy = dequantized(key, self.validation.x, self.integers)
-        return self.validation._replace(x=noisy)
+    def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
+        """The rows with uniform noise in [0, 1) on the columns of integers."""
+        noise = jax.random.uniform(key, rows.x.shape, rows.x.dtype)
+        return rows._replace(x=rows.x + noise * self.integers[None].astype(rows.x.dtype))
 
     def mapper(self, density: Density, key: PRNGKeyArray) -> Callable[[PRNGKeyArray], Rows]:
         """A function of a key: the rows to train on as the flow sees them, with new noise."""
         if self.integers.any():
-            return lambda key: to_flow(density, self.drawn(key))
-        mapped = to_flow(density, self.drawn(key))
+            return lambda key: to_flow(density, self.noisy(self.rows, key))
+        mapped = to_flow(density, self.noisy(self.rows, key))
         return lambda key: mapped
 
 
@@ -114,20 +110,13 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
     x = np.asarray(x)
     if density.support is not None:
         middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
-        check_inside(jax.vmap(density.support.contains)(middle), middle)
+        check_inside(jax.vmap(partial(contains, density.support))(middle), middle)
     return Rows(x, context)
 
 
 def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
     """Which columns hold integers alone."""
     return (columns == np.round(columns)).all(axis=0)
-
-
-def dequantized(
-    key: PRNGKeyArray, x: Float[Array, "rows *event"], integers: Float[np.ndarray, " *event"]
-) -> Float[Array, "rows *event"]:
-    """`x` with uniform noise in [0, 1) on the columns of integers."""
-    return x + jax.random.uniform(key, x.shape, x.dtype) * integers[None].astype(x.dtype)
 
 
 def warn_of_columns(
@@ -138,24 +127,25 @@ def warn_of_columns(
     atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
     if atoms:
         warnings.warn(
-            f"{arg('x')} columns {listed(atoms)} repeat values, as integers, classes and "
+            f"fit(x=...): columns {column_list(atoms)} repeat values, as integers, classes and "
             "rounded numbers do. They have no density: a flow narrows onto the values, and its "
             "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
             "to other numbers, or take classes as context.",
-            stacklevel=4,
+            stacklevel=5,
         )
     varying = columns[table.std(axis=0)[columns] > 0]
     if len(varying) > WIDEST:
         return  # it would take minutes
     part = table[:, varying]
     scaled = (part - part.mean(axis=0)) / part.std(axis=0)
-    involved = varying[dependent(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
+    involved = varying[dependent_columns(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
     # Of few rows, any columns are linear combinations.
     if len(involved) and len(table) > len(varying):
         warnings.warn(
-            f"{arg('x')} columns {listed(involved)} depend on each other linearly. Together "
-            "they have no density: a flow narrows onto the plane that they lie in. Leave one out.",
-            stacklevel=4,
+            f"fit(x=...): columns {column_list(involved)} depend on each other linearly. "
+            "Together they have no density: a flow narrows onto the plane that they lie in. Leave "
+            "one out.",
+            stacklevel=5,
         )
 
 

@@ -28,7 +28,7 @@ def flowjax(density: Density) -> Any:
 
     Args:
         density: made by `jaxode.bind`. A context must be a single array whose shape is known from
-            `standardize` or `context_shape`.
+            `standardize_context` or `context_shape`.
 
     Raises:
         ValueError: if the context has several arrays.

@@ -1,5 +1,6 @@
 """A density as a numpyro distribution."""
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
 
 from jaxode.density.bind import Density
-from jaxode.density.support import Support
+from jaxode.density.maps import Map, contains
 
 
 class FlowDistribution(dist.Distribution):
@@ -47,7 +48,7 @@ class FlowDistribution(dist.Distribution):
 class _Events:
     """A support and the shape of its events: a pytree, as numpyro requires."""
 
-    def __init__(self, support: Support, event: tuple[int, ...]):
+    def __init__(self, support: Map, event: tuple[int, ...]):
         self.held, self.event = support, event
 
     def tree_flatten(self):
@@ -71,7 +72,7 @@ class _InSupport(_Events, constraints.Constraint):
         return len(self.event)
 
     def __call__(self, x):
-        return self.map(self.held.contains, x)
+        return self.map(functools.partial(contains, self.held), x)
 
     def feasible_like(self, prototype):
         return _ToSupport(self.held, self.event)(jnp.zeros_like(prototype))

@@ -1,8 +1,7 @@
 """Networks with a closed-form divergence.
 
-With at most two hidden
-layers (`PotentialGradient`: exactly one), `m.value_and_divergence(t, y)` returns the exact
-divergence in closed form, for one extra matrix-vector product.
+With at most two hidden layers (`PotentialGradient`: exactly one), `m.value_and_divergence(t, y)`
+returns the exact divergence in closed form, for one extra matrix-vector product.
 """
 
 import math
@@ -18,15 +17,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode.distributions import as_event_shape
-from jaxode.nn.residual import Network, check_sample
+from jaxode.nn.network import Dense, Network
 
 
 class _ModuleField(eqx.Module):
-    """The vector field of a module: `field(t, y, m) = m(t, y)`.
-
-    With a context, `field(t, y, (m, context)) = m(t, y, context)`. It has a closed-form divergence
-    if the module has one.
-    """
+    """The type of `field`."""
 
     def __call__(
         self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any
@@ -38,9 +33,8 @@ class _ModuleField(eqx.Module):
     def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
         """`(f, div f)`, or `NotImplemented` if the module has no closed form."""
         m, *context = args if isinstance(args, tuple) else (args,)
-        if not hasattr(m, "value_and_divergence"):
-            return NotImplemented
-        return m.value_and_divergence(t, y, *context)
+        found = getattr(m, "value_and_divergence", None)
+        return NotImplemented if found is None else found(t, y, *context)
 
 
 def _check_network(m: Any) -> None:
@@ -96,11 +90,9 @@ def _affine(rows: Float[Array, "k n"], t: Float[Array, ""], context: Float[Array
     return t * rows[0] + context @ rows[1:]
 
 
-class _Layer(eqx.Module):
+class _Layer(Dense):
     """`(W x + b) sigmoid(gate(t, context)) + shift(t, context)`, without parts that are None."""
 
-    weight: Float[Array, "out in"]
-    bias: Float[Array, " out"]
     gate: Float[Array, "2+context out"] | None  # time, context, bias
     shift: Float[Array, "1+context out"] | None  # time, context
 
@@ -108,18 +100,14 @@ class _Layer(eqx.Module):
         self, size_in: int, size_out: int, context: int, gated: bool, timed: bool, key: PRNGKeyArray
     ):
         weight_key, gate_key, shift_key = jax.random.split(key, 3)
-        bound = 1 / math.sqrt(size_in)
-        self.weight = jax.random.uniform(
-            weight_key, (size_out, size_in), minval=-bound, maxval=bound
-        )
-        self.bias = jnp.zeros(size_out)
+        super().__init__(size_in, size_out, weight_key)
         rows = lambda key, n: jax.random.uniform(key, (n, size_out), minval=-1.0, maxval=1.0)
         self.gate = rows(gate_key, 2 + context) if gated else None
         self.shift = rows(shift_key, 1 + context) if timed else None
 
-    def __call__(self, t, x, context) -> tuple[Float[Array, " out"], Float[Array, " out"] | None]:
+    def with_gate(self, t, x, context) -> tuple[Float[Array, " out"], Float[Array, " out"] | None]:
         """The output and the gate. The gate times `W` is the Jacobian with respect to `x`."""
-        u, gate = self.weight @ x + self.bias, None
+        u, gate = self(x), None
         if self.gate is not None:
             gate = jax.nn.sigmoid(_affine(self.gate[:-1], t, context) + self.gate[-1])
             u = u * gate
@@ -158,17 +146,14 @@ class _Network(Network):
                 f"{name}(widths=...): must be a sequence, one size for each hidden layer; got "
                 f"{widths!r}. Pass widths=({widths!r},)."
             )
-        context_size = integer(
-            "context_size", context_size, least=0, rule="an integer of at least 0"
-        )
+        context_size = integer("context_size", context_size, 0, "an integer of at least 0")
         outputs = 1 if self.scalar_output else size
         sizes = [size, *(integer("widths", width) for width in widths)]
         *keys, last = jax.random.split(key, len(sizes))
+        timed = [i == 0 or self.time_in_every_layer for i in range(len(keys))]
         self.hidden = tuple(
-            _Layer(
-                a, b, context_size, self.gated, self.time_in_every_layer or index == 0, layer_key
-            )
-            for index, (a, b, layer_key) in enumerate(zip(sizes[:-1], sizes[1:], keys, strict=True))
+            _Layer(a, b, context_size, self.gated, of_time, layer_key)
+            for a, b, of_time, layer_key in zip(sizes[:-1], sizes[1:], timed, keys, strict=True)
         )
         bound = 0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1])
         self.weight = jax.random.uniform(last, (outputs, sizes[-1]), minval=-bound, maxval=bound)
@@ -177,17 +162,14 @@ class _Network(Network):
         self.activation = activation
         self.context_size = context_size
 
-    def __call__(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> Float[Array, " *event"]:
-        context = self._check(y, context)
-        x = y.reshape(-1)
+    @property
+    def _sizes(self):
+        return (self.hidden[0] if self.hidden else self).weight.shape[1], self.context_size
+
+    def _field(self, t, x, context):
         for layer in self.hidden:
-            x = self.activation(layer(t, x, context)[0])
-        return self._output(t, x, context).reshape(y.shape)
+            x = self.activation(layer.with_gate(t, x, context)[0])
+        return self._output(t, x, context)
 
     def value_and_divergence(
         self,
@@ -203,10 +185,9 @@ class _Network(Network):
         """
         if len(self.hidden) > 2:
             return NotImplemented
-        context = self._check(y, context)
-        x, slopes = y.reshape(-1), []
+        x, slopes = self._vector(y, context), []
         for layer in self.hidden:
-            u, gate = layer(t, x, context)
+            u, gate = layer.with_gate(t, x, context)
             x, slope = _value_and_slope(self.activation, u)
             slopes.append(slope if gate is None else slope * gate)
         match [layer.weight for layer in self.hidden]:
@@ -221,11 +202,6 @@ class _Network(Network):
     def _output(self, t, x, context) -> Float[Array, " outputs"]:
         out = self.weight @ x + self.bias
         return out if self.shift is None else out + _affine(self.shift, t, context)
-
-    def _check(self, y, context):
-        size = (self.hidden[0] if self.hidden else self).weight.shape[1]
-        check_sample(self, y, size, context, self.context_size)
-        return context
 
 
 class MLP(_Network):
@@ -282,21 +258,9 @@ class PotentialGradient(_Network):
     scalar_output = True
     __init__ = _Network.__init__
 
-    def __call__(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> Float[Array, " *event"]:
-        context = self._check(y, context)
-
-        def potential(y):
-            x = y.reshape(-1)
-            for layer in self.hidden:
-                x = self.activation(layer(t, x, context)[0])
-            return self._output(t, x, context)[0]
-
-        return jax.grad(potential)(y)
+    def _field(self, t, x, context):
+        potential = super()._field
+        return jax.grad(lambda x: potential(t, x, context)[0])(x)
 
     def value_and_divergence(
         self,
@@ -313,7 +277,7 @@ class PotentialGradient(_Network):
         if len(self.hidden) != 1:
             return NotImplemented
         (layer,), (w,) = self.hidden, self.weight
-        u, _ = layer(t, y.reshape(-1), self._check(y, context))
+        u, _ = layer.with_gate(t, self._vector(y, context), context)
         slope, curvature = _value_and_slope(lambda u: _value_and_slope(self.activation, u)[1], u)
         dy = layer.weight.T @ (w * slope)
         return dy.reshape(y.shape), (w * jnp.sum(layer.weight**2, axis=1)) @ curvature

@@ -1,62 +1,19 @@
 """The residual network of `jaxode.nn`."""
 
 import math
-import pkgutil
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode.distributions import as_event_shape
-from jaxode.ode.field import MisfitError
+from jaxode.nn.network import Dense, Network
 
 WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
-
-
-def _name_of(function: Any) -> Any:
-    """`module:name` of a function that is found there, else the function itself.
-
-    `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
-    """
-    try:
-        name = f"{function.__module__}:{function.__qualname__}"
-        return name if pkgutil.resolve_name(name) is function else function
-    except (AttributeError, ImportError, ValueError):
-        return function
-
-
-class Network(eqx.Module):
-    """A network that `pickle` writes with the name of its activation."""
-
-    activation: eqx.AbstractVar[Callable[[Array], Array]]
-
-    def __getstate__(self):
-        return vars(self) | {"activation": _name_of(self.activation)}
-
-    def __setstate__(self, state):
-        activation = state["activation"]
-        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
-        vars(self).update(state, activation=found)
-
-
-class Dense(eqx.Module):
-    """`W x + b`."""
-
-    weight: Float[Array, "out in"]
-    bias: Float[Array, " out"]
-
-    def __init__(self, size_in: int, size_out: int, key: PRNGKeyArray, scale: float = 1.0):
-        bound = scale / math.sqrt(size_in)
-        self.weight = jax.random.uniform(key, (size_out, size_in), minval=-bound, maxval=bound)
-        self.bias = jnp.zeros(size_out)
-
-    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        return self.weight @ x + self.bias
 
 
 class Residual(Network):
@@ -118,18 +75,15 @@ class Residual(Network):
             self.encoder = dense(context_size, width), dense(width, width)
         self.activation = activation
 
-    def __call__(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> Float[Array, " *event"]:
-        size = self.encoder[0].weight.shape[1] if self.encoder else 0
-        check_sample(self, y, self.first.weight.shape[1], context, size)
-        x = y.reshape(-1)
+    @property
+    def _sizes(self):
+        context_size = self.encoder[0].weight.shape[1] if self.encoder else 0
+        return self.first.weight.shape[1], context_size
+
+    def _field(self, t, x, context):
         angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=x.dtype)
         known = [jnp.sin(angles), jnp.cos(angles)]
-        if self.encoder is not None and context is not None:
+        if self.encoder is not None:
             inner, outer = self.encoder
             known.append(outer(self.activation(inner(context))))
         e = jnp.concatenate(known)
@@ -137,26 +91,4 @@ class Residual(Network):
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
             a, b = jnp.split(modulation(e), 2)
             h = h + block(self.activation((1 + a) * h + b))
-        out = self.last(self.activation(h)) + self.scale(e) * x
-        return out.reshape(y.shape)
-
-
-def check_sample(network: eqx.Module, y, size: int, context, context_size: int) -> None:
-    """Raise unless a sample and a context have the sizes that the network was made for."""
-    name = type(network).__name__
-    if isinstance(context, eqx.Module):
-        raise TypeError(
-            f"{name}(t, y, context): the context must be a vector; got a network. For a vector "
-            "field whose params are the network, pass f=jaxode.nn.field."
-        )
-    shape = None if context is None else jnp.shape(context)
-    if shape != ((context_size,) if context_size else None):
-        raise ValueError(
-            f"{name}(context_size={context_size}): the context of a sample must be a vector of "
-            f"this size, and None for size 0; got shape {shape}."
-        )
-    if y.size != size:
-        raise MisfitError(
-            f"{name}(event_shape=...): the network was made for samples of {size} numbers; got a "
-            f"sample of shape {y.shape}. Make it with event_shape={y.shape}, or fix the samples."
-        )
+        return self.last(self.activation(h)) + self.scale(e) * x

@@ -178,6 +178,6 @@ def test_wrong_arguments_raise():
     flow = jaxode.cnf(wave, jaxode.standard_normal(2))
     with pytest.raises(ValueError, match=r"audit\(x=...\): must have shape"):
         jaxode.audit(flow, 1.0, jnp.ones((3, 1)), KEY)
-    message = r"audit\(x=...\): must be finite; got NaN or inf in 2 of 3 samples. Leave those out."
+    message = r"audit\(x=...\): must be finite; got NaN or inf in 2 of 3 rows, first in row"
     with pytest.raises(ValueError, match=message):
         jaxode.audit(flow, 1.0, jnp.ones((3, 2)).at[:2, 1].set(jnp.inf), KEY)

@@ -18,6 +18,7 @@ from helpers import optional, trained
 from scipy import stats
 
 import jaxode
+from jaxode.density.maps import contains
 from jaxode.density.support import Box
 
 KEY = jax.random.key(0)
@@ -145,7 +146,7 @@ def test_bijections_and_their_derivatives_are_finite(u, default_settings):
     box = Box(jnp.asarray(low), jnp.asarray(high))
     u = jnp.full(4, u)
     x, log_det = box.forward(u)
-    assert box.contains(x)
+    assert contains(box, x)
     assert np.isfinite(x).all()
     assert np.isfinite(log_det)
     slopes = jax.jacobian(lambda u: box.forward(u))(u)
@@ -195,7 +196,7 @@ def test_integers_are_numbers():
     whole, same = (jaxode.bind(FLOW, PARAMS, standardize=c) for c in (counts, counts.astype(float)))
     np.testing.assert_allclose(whole.log_prob(counts), same.log_prob(1.0 * counts), rtol=1e-12)
     np.testing.assert_allclose(whole.log_prob([3, 4]), same.log_prob(np.array([3.0, 4.0])))
-    flow = jaxode.bind(FLOW, trained(2), standardize=(DATA, (2.5, 1.5)))
+    flow = jaxode.bind(FLOW, trained(2), standardize=DATA, standardize_context=(2.5, 1.5))
     found = flow.log_prob(DATA[0], context=np.array([3, 4]))
     np.testing.assert_allclose(found, flow.log_prob(DATA[0], context=np.array([3.0, 4.0])))
 
@@ -250,7 +251,7 @@ def test_a_sample_has_the_same_density_alone_and_in_any_batch():
 def test_one_context_for_all_samples_or_a_row_for_each():
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
-    density = jaxode.bind(flow, trained(3), standardize=(DATA, contexts))
+    density = jaxode.bind(flow, trained(3), standardize=DATA, standardize_context=contexts)
     rows = density.log_prob(DATA[:4], context=contexts[:4])
     for i in range(4):
         one = density.log_prob(DATA[i], context=contexts[i])
@@ -268,7 +269,7 @@ def test_one_context_for_all_samples_or_a_row_for_each():
 def test_as_many_samples_as_a_context_has_entries():
     """A vector of two numbers is one context for two samples, where its shape is known."""
     seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 2))
-    density = jaxode.bind(FLOW, trained(2), standardize=(DATA, seen))
+    density = jaxode.bind(FLOW, trained(2), standardize=DATA, standardize_context=seen)
     x = density.sample(KEY, (2,), context=seen[0])
     one = [density.log_prob(row, context=seen[0]) for row in x]
     np.testing.assert_allclose(density.log_prob(x, context=seen[0]), one, rtol=1e-9)
@@ -287,6 +288,19 @@ def test_as_many_samples_as_a_context_has_entries():
     np.testing.assert_allclose(each[1], scalars.log_prob(DATA[1], context=2.0), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("x", "context"),
+    [(DATA, DATA), ((0.0, 2.0), (1.0, 2.0)), (None, DATA), (jaxode.standardize.normal(DATA), DATA)],
+    ids=["data", "mean and scale", "the context alone", "a map"],
+)
+def test_a_pair_of_data_is_deprecated(x, context):
+    with pytest.warns(DeprecationWarning, match="Pass standardize=x and stand") as caught:
+        pair = jaxode.bind(FLOW, trained(2), standardize=(x, context))
+    assert caught[0].filename == __file__
+    named = jaxode.bind(FLOW, trained(2), standardize=x, standardize_context=context)
+    assert eqx.tree_equal(pair, named)
+
+
 class Table:
     """As a DataFrame of pandas: with a shape, without a dtype, and a way to become an array."""
 
@@ -301,8 +315,10 @@ def test_tables_are_data_and_contexts():
     flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1].sum(), FLOW.base, **OPTIONS)
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
     x, context = Table(DATA), Table(contexts)
-    density = jaxode.bind(flow, 0.1, standardize=(x, context))
-    expected = jaxode.bind(flow, 0.1, standardize=(DATA, contexts)).log_prob(DATA, context=contexts)
+    density = jaxode.bind(flow, 0.1, standardize=x, standardize_context=context)
+    expected = jaxode.bind(flow, 0.1, standardize=DATA, standardize_context=contexts).log_prob(
+        DATA, context=contexts
+    )
     np.testing.assert_array_equal(density.log_prob(x, context=context), expected)
 
 
@@ -320,7 +336,7 @@ WRONG_CONTEXTS = {
 def test_wrong_contexts(name):
     context, message = WRONG_CONTEXTS[name]
     flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1]["p"], FLOW.base)
-    density = jaxode.bind(flow, 0.1, standardize=(DATA, NAMED))
+    density = jaxode.bind(flow, 0.1, standardize=DATA, standardize_context=NAMED)
     with pytest.raises((TypeError, ValueError), match=r"log_prob\(context=...\): " + message):
         density.log_prob(DATA, context=context)
 
@@ -334,7 +350,9 @@ def test_labels_in_a_context_stay_as_they_are():
     field = lambda t, z, args: z * args[0][args[1]["label"]] + args[1]["size"]
     flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)
     context = {"label": np.arange(40) % 3, "size": np.linspace(5.0, 9.0, 40)}
-    density = jaxode.bind(flow, jnp.array([0.1, -0.2, 0.3]), standardize=(DATA, context))
+    density = jaxode.bind(
+        flow, jnp.array([0.1, -0.2, 0.3]), standardize=DATA, standardize_context=context
+    )
     _, carried = density.to_flow(DATA, context)
     np.testing.assert_array_equal(carried["label"], context["label"])
     np.testing.assert_allclose(carried["size"].std(), 1, rtol=1e-12)
@@ -490,7 +508,7 @@ WRONG = {
     ),
     "data with NaN": (
         {"standardize": DATA * np.nan},
-        r"data of x must be finite; .* 40 of 40 rows",
+        r"bind\(standardize=...\): must be finite; .* 40 of 40 rows",
     ),
     "data of another shape": ({"standardize": np.ones((4, 3))}, r"must have shape \[n, 2\]"),
     "a list": ({"standardize": [DATA.mean(0), DATA.std(0)]}, r"mean and scale a tuple; got a list"),
@@ -503,13 +521,17 @@ WRONG = {
         r"data of x must be an array of numbers; got a masked array",
     ),
     "a context of text": (
-        {"standardize": (DATA, {"name": np.full(40, "a")})},
+        {"standardize_context": {"name": np.full(40, "a")}},
         r"data of context must be an array of numbers; got an array of <U1",
     ),
     "no data": ({"standardize": True}, r"got True. Pass your data, an array \[n, 2\]"),
+    "three parts": (
+        {"standardize": (DATA, DATA, DATA)},
+        r"must be data, or \(mean, scale\); got 3",
+    ),
     "a context of several arrays": (
-        {"standardize": (DATA, (DATA, DATA))},
-        r"for a context, must be \(mean, scale\), .* got a tuple of 2 parts",
+        {"standardize_context": (DATA, DATA)},
+        r"standardize_context=...\): must be \(mean, scale\), .* got a tuple of 2 parts",
     ),
     "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
     "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),
@@ -589,7 +611,7 @@ def test_wrong_events_and_contexts():
     with pytest.raises(TypeError, match=r"bind\(flow=...\): must be made by jaxode.cnf"):
         jaxode.bind(PARAMS, FLOW)
     seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
-    conditional = jaxode.bind(FLOW, trained(3), standardize=(DATA, seen))
+    conditional = jaxode.bind(FLOW, trained(3), standardize=DATA, standardize_context=seen)
     rule = r"must be one of shape \(3,\), or one for each of the samples \(4,\); got shape"
     for where in ("log_prob", "to_flow"):
         for wrong in (seen[:5], seen[0, :2]):
@@ -621,7 +643,7 @@ def test_data_that_are_not_finite_are_named():
     assert list(np.flatnonzero(np.isnan(z).any(1))) == [3]
     # Data that are known inside of `jit`.
     assert jax.jit(lambda: density.to_flow(DATA))().shape == (40, 2)
-    conditional = jaxode.bind(FLOW, trained(3), standardize=(DATA, seen))
+    conditional = jaxode.bind(FLOW, trained(3), standardize=DATA, standardize_context=seen)
     with pytest.raises(
         ValueError, match=r"to_flow\(context=...\): must be finite; .* 2 of 40 rows"
     ):
@@ -631,7 +653,7 @@ def test_data_that_are_not_finite_are_named():
 def test_a_table_in_float64_warns_of_nothing(default_settings):
     params = jaxode.nn.ConcatSquash(2, (4,), key=KEY, context_size=2)
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
-    density = jaxode.bind(flow, params, standardize=(DATA, DATA))
+    density = jaxode.bind(flow, params, standardize=DATA, standardize_context=DATA)
     z, context = density.to_flow(DATA, DATA)
     assert z.dtype == context.dtype == jnp.float32
     assert np.isfinite(flow.matching_loss(params, z, key=KEY, context=context))

@@ -164,7 +164,7 @@ def test_flowjax_has_the_same_density(given):
 def test_flowjax_passes_a_condition():
     optional("flowjax")
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
-    density = jaxode.bind(FLOW, trained(3), standardize=(DATA, contexts))
+    density = jaxode.bind(FLOW, trained(3), standardize=DATA, standardize_context=contexts)
     theirs = jaxode.interop.flowjax(density)
     assert theirs.cond_shape == (3,)
     np.testing.assert_allclose(

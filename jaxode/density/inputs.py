@@ -1,0 +1,121 @@
+"""What users pass to a density, as arrays: numbers of any kind, and contexts of any shape."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxode._checks.arguments import (
+    PYTHON_NUMBERS,
+    described,
+    is_list_of_numbers,
+    native,
+    numeric_dtype,
+)
+from jaxode._checks.caller import arg
+from jaxode._checks.errors import in_rows
+from jaxode._checks.rules import is_known
+
+Shape = tuple[int, ...]
+
+
+def floating(x: Any) -> Array:
+    """A floating array. Integers get the default floating dtype."""
+    x = jnp.asarray(x)
+    return x.astype(floating_dtype(x.dtype))
+
+
+def floating_dtype(dtype: Any) -> Any:
+    """The dtype of `floating` for an array of this dtype."""
+    # `jnp.result_type` warns of a float64 that JAX does not have.
+    return jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+
+
+def numbers(what: str, x: Any, real: bool = True) -> Any:
+    """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
+    if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise TypeError(
+                f"{what} must be an array of numbers; got a {type(x).__name__} whose entries "
+                "differ in shape. Fill or cut them to one shape."
+            ) from None
+    x = native(x)
+    if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
+        raise TypeError(
+            f"{what} must be an array of numbers; got {described(x)}. Encode text as numbers or "
+            "leave it out, fill what is masked, and convert with .astype(np.float32)."
+        )
+    if real and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        raise TypeError(f"{what} must be real; got {x.dtype}. Pass real and imaginary parts.")
+    return x
+
+
+def context_numbers(what: str, context: PyTree) -> PyTree:
+    """The context with its tables as arrays. Numbers of Python stay as they are."""
+    if is_list_of_numbers(context):
+        raise TypeError(
+            f"{what} must be an array or a pytree of arrays; got a list of numbers. Pass "
+            "np.asarray of it."
+        )
+    is_scalar = lambda leaf: isinstance(leaf, PYTHON_NUMBERS)
+    convert = lambda leaf: leaf if is_scalar(leaf) else numbers(what, leaf, real=False)
+    return jax.tree.map(convert, context)
+
+
+def context_rows(
+    leaves: list[Any], samples: Shape, shapes: tuple[Shape, ...] | None
+) -> list[Array]:
+    """Arrays of contexts with one row for each of the samples, `[rows, *shape]`.
+
+    If the `shapes` of one context are not known, an array whose leading axes are those of the
+    samples has one context for each of them, and any other array is one for all.
+    """
+    if shapes is None:
+        shapes = tuple(_guessed_shape(jnp.shape(leaf), samples) for leaf in leaves)
+    if len(shapes) != len(leaves):
+        raise ValueError(f"{arg('context')} must have {len(shapes)} arrays; got {len(leaves)}.")
+    return [
+        _one_per_sample(leaf, samples, shape) for leaf, shape in zip(leaves, shapes, strict=True)
+    ]
+
+
+def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
+    if leaf[: len(samples)] != samples:
+        return leaf
+    if leaf and leaf == samples:
+        raise ValueError(
+            f"{arg('context')} may be one for all samples, or a number for each; got shape "
+            f"{leaf} for samples {samples}. Pass context_shape= to bind."
+        )
+    return leaf[len(samples) :]
+
+
+def _one_per_sample(leaf: Any, samples: Shape, shape: Shape) -> Array:
+    cut = jnp.ndim(leaf) - len(shape)
+    try:
+        if cut < 0 or jnp.shape(leaf)[cut:] != shape:
+            raise ValueError
+        rows = jnp.broadcast_to(leaf, (*samples, *shape))
+    except ValueError:
+        raise ValueError(
+            f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
+            f"{samples}; got shape {jnp.shape(leaf)}."
+        ) from None
+    return rows.reshape(math.prod(samples), *shape)
+
+
+def check_inside(inside: Bool[Array, " rows"], rows: Float[Array, "rows *event"]) -> None:
+    """Raise if finite rows are known to lie outside the support."""
+    if is_known((inside, rows)):
+        finite = np.isfinite(np.asarray(rows)).all(axis=tuple(range(1, rows.ndim)))
+        outside = ~np.asarray(inside) & finite
+        if outside.any():
+            raise ValueError(
+                f"{arg('support')} the data must lie strictly inside; got values outside it "
+                f"in {in_rows(outside)}. Widen the support, or leave those rows out."
+            )

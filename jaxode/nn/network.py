@@ -1,0 +1,94 @@
+"""What the networks of `jaxode.nn` share: a layer, how they are called, and `pickle`."""
+
+import abc
+import math
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode.ode.field import MisfitError
+
+
+def _name_of(function: Any) -> Any:
+    """`module:name` of a function that is found there, else the function itself.
+
+    `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
+    """
+    try:
+        name = f"{function.__module__}:{function.__qualname__}"
+        return name if pkgutil.resolve_name(name) is function else function
+    except (AttributeError, ImportError, ValueError):
+        return function
+
+
+class Dense(eqx.Module):
+    """`W x + b`."""
+
+    weight: Float[Array, "out in"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, size_in: int, size_out: int, key: PRNGKeyArray, scale: float = 1.0):
+        bound = scale / math.sqrt(size_in)
+        self.weight = jax.random.uniform(key, (size_out, size_in), minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(size_out)
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        return self.weight @ x + self.bias
+
+
+class Network(eqx.Module):
+    """A network `m(t, y, context)` of one sample, which `pickle` writes with its activation."""
+
+    activation: eqx.AbstractVar[Callable[[Array], Array]]
+
+    def __call__(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Float[Array, " *event"]:
+        return self._field(t, self._vector(y, context), context).reshape(y.shape)
+
+    @abc.abstractmethod
+    def _field(self, t, x: Float[Array, " size"], context) -> Float[Array, " size"]:
+        """The field of a flattened sample."""
+
+    @property
+    @abc.abstractmethod
+    def _sizes(self) -> tuple[int, int]:
+        """Of a sample and of a context."""
+
+    def _vector(self, y: Any, context: Any) -> Float[Array, " size"]:
+        """The sample, flattened. Raises unless it and the context have the sizes of the network."""
+        name, (size, context_size) = type(self).__name__, self._sizes
+        if isinstance(context, eqx.Module):
+            raise TypeError(
+                f"{name}(t, y, context): the context must be a vector; got a network. For a vector "
+                "field whose params are the network, pass f=jaxode.nn.field."
+            )
+        shape = None if context is None else jnp.shape(context)
+        if shape != ((context_size,) if context_size else None):
+            raise ValueError(
+                f"{name}(context_size={context_size}): the context of a sample must be a vector of "
+                f"this size, and None for size 0; got shape {shape}."
+            )
+        if y.size != size:
+            raise MisfitError(
+                f"{name}(event_shape=...): the network was made for samples of {size} numbers; got "
+                f"a sample of shape {y.shape}. Make it with event_shape={y.shape}, or mend the "
+                "samples."
+            )
+        return y.reshape(-1)
+
+    def __getstate__(self):
+        return vars(self) | {"activation": _name_of(self.activation)}
+
+    def __setstate__(self, state):
+        activation = state["activation"]
+        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
+        vars(self).update(state, activation=found)
