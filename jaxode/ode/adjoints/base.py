@@ -55,7 +55,7 @@ class Adjoint:
     forward_only: ClassVar[bool] = False
     """Whether it has `jax.jvp` and `jax.jacfwd` only."""
     fused: ClassVar[bool] = False
-    """Whether the likelihood loss may go back over the steps by itself, with its `checkpoints`."""
+    """Whether it can `record`, for the likelihood loss, which goes back over the steps itself."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""

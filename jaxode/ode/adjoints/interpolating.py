@@ -1,7 +1,6 @@
 """The adjoint ODE on the stored trajectory of the forward solve."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,15 +73,15 @@ class InterpolatingAdjoint(ContinuousAdjoint):
                 due = outputs.due(left, step, number)
                 _, end, jump = outputs.last(left, due, step.t)
                 segment = solve_segment(adjoint_field, stepper, segment, end, span)
-                segment = segment._replace(y=segment.y + jump)
-                return left - due.astype(jnp.int32), segment, due
+                return left - due.astype(jnp.int32), segment.moved(y=segment.y + jump), due
 
             carry = (*carry, jnp.ones(step.t.shape, bool))
-            return while_loop(lambda carry: carry[2].any(), to_output, carry)[:2]
+            left, segment, _ = while_loop(lambda carry: carry[2].any(), to_output, carry)
+            return left, segment
 
         zeros = jax.tree.map(jnp.zeros_like, solved.params)
         y1_bar, failed = filled(bar.y1, problem.y0), ~solved.ok | (tape.num_steps == 0)
         segment = Segment.start(problem.t1, -solved.integration.h, y1_bar, zeros, failed)
         left = jnp.zeros(problem.t0.shape, jnp.int32) if outputs is None else outputs.count
-        carry: tuple[Any, Segment] = left, segment
-        return walk_back(solved, visit, carry)[1]
+        _, segment = walk_back(solved, visit, (left, segment))
+        return segment

@@ -6,7 +6,7 @@ broadcast over the samples. What depends on the number of rows stands here.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +28,18 @@ def over_rows(
     return reduce(x, axis=tuple(range(first, x.ndim))).reshape(count)
 
 
-def _of_each(index: Int[Array, " rows"]):
-    """The place of each row's entry in `[entries, samples, ...]`: with one row, of all samples."""
+def place_of_each(index: Int[Array, " rows"]) -> Any:
+    """The place in `[entries, samples, ...]` of the entry with this index, per row."""
     if one_row(index):
         return index[0]
-    return index, jnp.arange(index.shape[0], dtype=jnp.int32)
+    return index, jnp.arange(index.shape[0], dtype=index.dtype)
 
 
 def entry_of_each(
     x: Shaped[Array, "entries samples ..."], index: Int[Array, " rows"]
 ) -> Shaped[Array, "samples ..."]:
     """The entry with this index, per row."""
-    return x[_of_each(index)]
-
-
-def with_entry_of_each(
-    x: Shaped[Array, "entries samples ..."], index: Int[Array, " rows"], value: Array
-) -> Shaped[Array, "entries samples ..."]:
-    """The entries with `value` at this index, per row. Nothing changes if it is out of range."""
-    return x.at[_of_each(index)].set(value, mode="drop")
+    return x[place_of_each(index)]
 
 
 def replace_rows(tree: T, replaced: Bool[Array, " rows"], by: Int[Array, ""]) -> T:
