@@ -205,8 +205,7 @@ def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solve
     of_costs = jnp.concatenate([-jnp.ones(1, problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
     together = settings.phase is None and rows_are_cheap(problem.field)
-    tableau = settings.stepper.tableau
-    return solved, Quadrature(apply, solved.params, tableau, settings.phase, bars, together)
+    return solved, Quadrature(solved, apply, settings.phase, bars, together)
 
 
 def _outcome(inputs: Inputs, settings: Settings, solved: Solved, log_base, integrals):
@@ -225,7 +224,7 @@ def _loss(inputs: Inputs, settings: Settings):
     nothing = jax.tree.map(lambda _: False, inputs)
     solved, quadrature = _solve(nothing, inputs, settings)
     log_base = inputs.base(inputs.problem.t1, solved.integration.y1, ())
-    return _outcome(inputs, settings, solved, log_base, quadrature.along(solved))[0]
+    return _outcome(inputs, settings, solved, log_base, quadrature.along())[0]
 
 
 @_loss.def_fwd
@@ -242,10 +241,9 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
     log_prob = lambda params, z: eqx.combine(params, rest)(problem.t1, z, ())
     log_base, pull = jax.vjp(log_prob, base_params, solved.integration.y1)
     base_bar, z_bar = pull(-inputs.weights)
-    interior = quadrature.interior(solved.mesh if solved.timed else None)
     zero = jnp.zeros_like(problem.t0)
     carry = quadrature.zero(), jnp.stack([zero] * 2), zero
-    swept = Sweep(solved, interior, quadrature.shared).run(z_bar, carry)
+    swept = Sweep(solved, quadrature.interior, quadrature.shared).run(z_bar, carry)
     integrals, by_times, _ = swept.interior
     out, losses = _outcome(inputs, settings, solved, log_base, integrals)
     field_bar, args_bar, costs_bar, probes_bar = swept.params

@@ -58,7 +58,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:
         """The adjoint solve, with the state beside its cotangent."""
         problem, integration = solved.problem, solved.integration
-        idle = without_cotangent(bar, problem.t0.shape[0])
+        idle = without_cotangent(bar, problem.t0)
         ys = None if integration.ys is None else padded(problem, integration.ys)
         ys_bar = None if problem.ts is None else bar.ys
         # A row on which nothing depends stays at the end, where its cotangent is zero.

@@ -226,7 +226,7 @@ class ContinuousAdjoint(ReverseAdjoint):
 
             def at(point):
                 t, y, bar = point
-                return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t.shape[0])
+                return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
 
             return jax.lax.map(at, (times, states, bars))
 

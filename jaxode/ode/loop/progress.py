@@ -120,13 +120,13 @@ def judge(
 def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     """Which rows accept, their next step sizes, results and overreach."""
     if stepper.steps is not None:
-        finite = jnp.isfinite(over_rows(_largest, y_next, running.shape[0]))
+        finite = jnp.isfinite(over_rows(_largest, y_next, running))
         result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
         return running & finite, state.h, result, state.overreach
     t_next, last = aim.t, aim.last
     h = t_next - state.t
     error = h[:, None] * weighted_sum(jnp.asarray(stepper.tableau.b_error, y_next.dtype), k)
-    ratio = error_ratio(stepper, error, state.y, y_next, h.shape[0])
+    ratio = error_ratio(stepper, error, state.y, y_next, h)
     finite = jnp.isfinite(ratio)
     guessed = state.accepted == 0
     accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.order, guessed)

@@ -21,11 +21,16 @@ def one_row(of_rows: Shaped[Array, "rows ..."]) -> bool:
 
 
 def over_rows(
-    reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], count: int
+    reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], of_rows: Shaped[Array, " rows"]
 ) -> Shaped[Array, " rows"]:
-    """`reduce`, such as `jnp.sum`, over all that belongs to each of `count` rows."""
-    first = 1 if x.shape[0] == count else 0
-    return reduce(x, axis=tuple(range(first, x.ndim))).reshape(count)
+    """`reduce`, such as `jnp.sum`, over all that belongs to each row of `of_rows`."""
+    first = 1 if x.shape[0] == of_rows.shape[0] else 0
+    return reduce(x, axis=tuple(range(first, x.ndim))).reshape(of_rows.shape)
+
+
+def size_of_row(x: Shaped[Array, "samples ..."], of_rows: Shaped[Array, " rows"]) -> int:
+    """How many numbers belong to each row of `of_rows`. At least one, for means."""
+    return max(x.size // max(of_rows.shape[0], 1), 1)
 
 
 def place_of_each(index: Int[Array, " rows"]) -> Any:

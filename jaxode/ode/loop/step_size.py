@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxode._jax.sharding import axes_of, fori_loop, vary
-from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.rows import over_rows, size_of_row
 from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Tableau
 
@@ -22,27 +22,29 @@ MIN_FACTOR = 0.2
 MAX_FACTOR = 10.0
 
 
-def rms_norm(stepper: Stepper, x: Float[Array, "samples n"], count: int) -> Float[Array, " rows"]:
+def rms_norm(
+    stepper: Stepper, x: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
+) -> Float[Array, " rows"]:
     """Root mean square of each row, over all devices along `axis_name` if given."""
-    mean_square = over_rows(jnp.sum, x * x, count) / max(x.size // max(count, 1), 1)
+    mean_square = over_rows(jnp.sum, x * x, of_rows) / size_of_row(x, of_rows)
     if stepper.axis_name is not None:
         mean_square = vary(jax.lax.pmean(mean_square, stepper.axis_name), axes_of(mean_square))
     return jnp.sqrt(mean_square)
 
 
 def error_ratio(
-    stepper: Stepper, error: Float[Array, "samples n"], y0, y1, count: int
+    stepper: Stepper, error: Float[Array, "samples n"], y0, y1, h: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """RMS of `error / (atol + rtol max(|y0|, |y1|))`. A step is good enough if it is at most one.
 
     NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
     """
     scale = stepper.atol + stepper.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-    relative = _relative(error, scale, count)
-    return rms_norm(stepper, jnp.where(jnp.isfinite(y1), relative, jnp.nan), count)
+    relative = _relative(error, scale, h)
+    return rms_norm(stepper, jnp.where(jnp.isfinite(y1), relative, jnp.nan), h)
 
 
-def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], count: int):
+def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], of_rows):
     """`x / scale`, and zero where both are zero: `atol=0` asks nothing of entries that stay zero.
 
     Finite entries and their squares stay finite: a tolerance out of reach means an error that is
@@ -50,7 +52,7 @@ def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], co
     """
     ratio = jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
     # The sum over the row must not overflow either. The thousandth leaves room for many devices.
-    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / max(x.size // max(count, 1), 1)) ** 0.5
+    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / size_of_row(x, of_rows)) ** 0.5
     return jnp.where(jnp.isfinite(x), jnp.clip(ratio, -limit, limit), ratio)
 
 
@@ -82,10 +84,10 @@ def first_step(
     error of about the tolerance and changes the state by roughly its own size at most. It is at
     most 1e-4 if state or slope is zero.
     """
-    scale, count = stepper.atol + stepper.rtol * jnp.abs(y0), t0.shape[0]
+    scale = stepper.atol + stepper.rtol * jnp.abs(y0)
 
     def norm(x):
-        return rms_norm(stepper, _relative(x, scale, count), count)
+        return rms_norm(stepper, _relative(x, scale, t0), t0)
 
     d0, sign = norm(y0), jnp.sign(span)
 
