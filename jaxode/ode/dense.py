@@ -13,6 +13,7 @@ from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known
 from jaxode.ode.loop.outputs import Curve, Steps
+from jaxode.ode.loop.rows import entry_of_each
 from jaxode.ode.loop.tableau import Tableau
 
 
@@ -25,17 +26,14 @@ class StepsPath(eqx.Module):
     tableau: Tableau = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
-        steps, row = self.steps, jnp.arange(len(t), dtype=jnp.int32)
+        steps = self.steps
         number = jnp.arange(len(steps.y), dtype=jnp.int32)[:, None]
         ends, along = jax.lax.stop_gradient((steps.times[1:], t))
         # The index of the step: how many steps end before the time.
         ends = jnp.where(number < steps.count - 1, self.sign[None] * ends, jnp.inf)
         index = jax.vmap(jnp.searchsorted)(ends.T, self.sign * along)
-        start, end = steps.times[index, row], steps.times[index + 1, row]
-        if len(t) == 1:
-            y, k = steps.y[index[0]], steps.k[index[0]]
-        else:
-            y, k = steps.y[index, row], jnp.moveaxis(steps.k[index, :, row], 0, 1)
+        start, end = (entry_of_each(steps.times, number) for number in (index, index + 1))
+        y, k = entry_of_each(steps.y, index), jax.vmap(entry_of_each, (1, None))(steps.k, index)
         return Curve.of(self.tableau, start, end - start, y, k).at(t)
 
 

@@ -31,7 +31,7 @@ from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rows import replace_rows
+from jaxode.ode.loop.rows import entry_of_each, replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.stepper import Stepper
 
@@ -127,7 +127,7 @@ def _find(event: Event, look: Condition, problem: Problem, stepper: Stepper) -> 
         values = jnp.concatenate([ends[0], between, ends[1]])
         crossed = event.crosses(values[:-1], values[1:]) & step.accept[None]
         found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
-        bracket = thetas[part], thetas[part + 1], values[part, jnp.arange(len(t))]
+        bracket = thetas[part], thetas[part + 1], entry_of_each(values, part)
 
         def halve(_, bracket):
             low, high, at_low = bracket

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 
 import jaxode
+from jaxode.ode.loop.progress import next_time
 from jaxode.ode.loop.step_size import first_step, propose
-from jaxode.ode.loop.stepper import next_time
 from jaxode.ode.loop.tableau import tableau_of
 
 SOLVERS = [diffrax.Heun, diffrax.Bosh3, diffrax.Tsit5, diffrax.Dopri5, diffrax.Dopri8]
+
+
+def stepper(solver, tol):
+    rtol = atol = jnp.asarray(tol)
+    return SimpleNamespace(tableau=tableau_of(solver), rtol=rtol, atol=atol, axis_name=None)
 
 
 def estimated_error(tableau, z: float) -> float:
@@ -36,8 +41,8 @@ def test_error_constant(solver):
 def test_first_step_of_a_linear_equation_has_the_error_that_is_asked_for(solver, unit):
     tableau, tol = tableau_of(solver()), 1e-10
     h, _ = first_step(
-        lambda t, y: -y / unit, jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, 1e3 * unit),
-        tableau, jnp.asarray(tol), jnp.asarray(tol), None,
+        lambda t, y: -y / unit, stepper(solver(), tol), jnp.zeros(1), jnp.ones((1, 3)),
+        jnp.full(1, 1e3 * unit),
     )  # fmt: skip
     ratio = estimated_error(tableau, -float(h[0]) / unit) / (2 * tol)
     assert 0.3 < ratio < 1
@@ -49,12 +54,11 @@ def test_a_smooth_solution_takes_one_step():
 
 
 def test_first_step_reaches_the_end_and_no_further():
-    tableau = tableau_of(diffrax.Tsit5())
+    settings = stepper(diffrax.Tsit5(), 1e-6)
     for span in (1e-9, -1e-9):
         h, _ = first_step(
-            lambda t, y: -y, jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, span),
-            tableau, jnp.asarray(1e-6), jnp.asarray(1e-6), None,
-        )  # fmt: skip
+            lambda t, y: -y, settings, jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, span)
+        )
         assert float(h[0]) == pytest.approx(span)
 
 
@@ -114,8 +118,8 @@ def test_a_rejected_step_is_not_tried_again_where_times_are_coarse():
 def test_first_step_is_finite_for_any_slope(slope):
     h, _ = jax.jit(
         lambda slope: first_step(
-            lambda t, y: slope * y, jnp.zeros(1), jnp.ones((1, 3)), jnp.ones(1),
-            tableau_of(diffrax.Tsit5()), jnp.asarray(1e-6), jnp.asarray(1e-6), None,
+            lambda t, y: slope * y, stepper(diffrax.Tsit5(), 1e-6), jnp.zeros(1),
+            jnp.ones((1, 3)), jnp.ones(1),
         )
     )(slope)  # fmt: skip
     assert 0 < float(h[0]) <= 1

@@ -10,7 +10,7 @@ Other gradient methods and implicit solvers solve the augmented ODE: samples and
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,7 +25,6 @@ from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import Quadrature, shares_stages
 from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
-from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
@@ -95,18 +94,32 @@ def _augmented(objective: Objective):
         )
     )
     z, costs = solution.y1
-    unused = unused_rows(solution.result, objective.weights)
-    z, costs = replace_rows((z, costs), unused, jnp.argmax(solution.ok))
+    ok, unused = jnp.atleast_1d(solution.ok), unused_rows(solution.result, objective.weights)
+    z, costs = replace_rows((z, costs), unused, jnp.argmax(ok))
     # The divergence is integrated in the direction of the solve, running costs forward in time.
-    log_det, running = costs[:, 0], costs[:, 1:] * jnp.sign(system.t1 - system.t0).astype(x.dtype)
-    log_prob = log_prob_of(objective.base, z) + log_det
-    penalty = _penalty(running, objective.coefficients(running.dtype))
-    weights = objective.weights
-    loss = _mean(weights, (penalty - log_prob).astype(weights.dtype), unused)
-    valid = nan_unless(~unused, log_prob.dtype)
-    log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
-    rest = (log_prob, log_det, running, solution.stats, solution.result, solution.t_reached)
-    return loss, rest
+    forward = jnp.sign(system.t1 - system.t0).astype(x.dtype)
+    integrals = jnp.concatenate([costs[:, :1], costs[:, 1:] * forward], axis=1)
+    log_base, coefficients = log_prob_of(objective.base, z), objective.coefficients(costs.dtype)
+    loss, _, values = _assemble(log_base, integrals, coefficients, objective.weights, ok, unused)
+    return loss, (*values, solution.stats, solution.result, solution.t_reached)
+
+
+def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
+    """Samples of weight zero whose own solve failed, `[rows]`. None if all share one solve."""
+    failed = jnp.atleast_1d(result != Result.SUCCESS)
+    return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
+
+
+def _assemble(log_base, integrals, coefficients, weights, ok, unused):
+    """The loss, the losses of the samples, and their log-densities, log-determinants and costs."""
+    log_det, running = integrals[:, 0], integrals[:, 1:]
+    log_prob = log_base + log_det
+    penalty = jnp.matmul(running, coefficients, precision=jax.lax.Precision.HIGHEST)
+    losses = (penalty - log_prob) * nan_unless(ok | unused, log_prob.dtype)
+    losses = jnp.where(unused, 0, losses.astype(weights.dtype))
+    valid = nan_unless(ok, log_prob.dtype)
+    values = log_prob * valid, log_det * valid, running * valid[:, None]
+    return jnp.sum(weights * losses), losses, values
 
 
 class Inputs(NamedTuple):
@@ -128,7 +141,7 @@ class Settings(eqx.Module):
     """How to compute the fused loss."""
 
     stepper: Stepper
-    checkpoints: int = eqx.field(static=True)
+    adjoint: Any = eqx.field(static=True)
     coefficients: Float[Array, " costs-1"]
     phase: Float[Array, " batch"] | None
 
@@ -165,8 +178,8 @@ def _fused(objective: Objective):
     base, _ = close_field(log_prob, t0, y0, (), precision)
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
-    settings = Settings(stepper, system.adjoint.checkpoints, coefficients, phase)
-    inputs = in_reverse(inputs, "DiscreteAdjoint")
+    settings = Settings(stepper, system.adjoint, coefficients, phase)
+    inputs = in_reverse(inputs, type(system.adjoint).__name__)
     loss, rest = _loss(inputs, settings)
     if joint:
         *of_samples, stats, result, t_reached = rest
@@ -174,24 +187,10 @@ def _fused(objective: Objective):
     return loss, rest
 
 
-def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
-    """Samples of weight zero whose own solve failed, `[rows]`. None if all share one solve."""
-    failed = jnp.atleast_1d(result != Result.SUCCESS)
-    return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
-
-
-def _penalty(running: Float[Array, "batch costs-1"], coefficients: Float[Array, " costs-1"]):
-    return jnp.matmul(running, coefficients, precision=jax.lax.Precision.HIGHEST)
-
-
-def _mean(weights: Float[Array, " batch"], losses: Float[Array, " batch"], unused):
-    return jnp.sum(jnp.where(unused, 0.0, weights * losses))
-
-
 def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solved, Quadrature]:
     """The solve on the way back, and the quadrature of the costs along it."""
     problem, costs = inputs.problem, (inputs.costs, inputs.probes)
-    recorded = integrate(problem, settings.stepper, settings.checkpoints)
+    recorded = settings.adjoint.record(problem, settings.stepper)
     unused = unused_rows(recorded[0].result, inputs.weights)
     perturbed_costs = (perturbed.costs, perturbed.probes)
     solved = Solved.of(
@@ -205,15 +204,26 @@ def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solve
     of_costs = jnp.concatenate([-jnp.ones(1, problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
     together = settings.phase is None and rows_are_cheap(problem.field)
-    tableau = settings.stepper.tableau
-    return solved, Quadrature(apply, solved.params, tableau, settings.phase, bars, together)
+    return solved, Quadrature(solved, apply, settings.phase, bars, together)
+
+
+def _outcome(inputs: Inputs, settings: Settings, solved: Solved, log_base, integrals):
+    """The loss with all that `evaluate` returns, and the losses of the samples."""
+    loss, losses, values = _assemble(
+        log_base, integrals, settings.coefficients, inputs.weights, solved.ok, solved.replaced
+    )
+    integration = solved.integration
+    return (
+        loss, (*values, integration.stats, integration.result, integration.t_reached)
+    ), losses  # fmt: skip
 
 
 @eqx.filter_custom_vjp
 def _loss(inputs: Inputs, settings: Settings):
     nothing = jax.tree.map(lambda _: False, inputs)
     solved, quadrature = _solve(nothing, inputs, settings)
-    return _assemble(inputs, settings, solved, quadrature.along(solved))
+    log_base = inputs.base(inputs.problem.t1, solved.integration.y1, ())
+    return _outcome(inputs, settings, solved, log_base, quadrature.along())[0]
 
 
 @_loss.def_fwd
@@ -226,59 +236,27 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
     ):
         closed.check_closed_over(by, problem.y0)
     solved, quadrature = _solve(perturbed, inputs, settings)
-    base_bar, z_bar = _pull_base(perturbed, inputs, solved.integration.y1)
-    interior = quadrature.interior(solved.mesh if solved.timed else None)
-    sweep = Sweep(solved, interior, quadrature.shared)
-    zero = jnp.zeros_like(solved.problem.t0)
-    swept = sweep.run(z_bar, (quadrature.zero(), jnp.stack([zero] * 2), zero))
+    base_params, rest = eqx.partition(inputs.base, perturbed.base)
+    log_prob = lambda params, z: eqx.combine(params, rest)(problem.t1, z, ())
+    log_base, pull = jax.vjp(log_prob, base_params, solved.integration.y1)
+    base_bar, z_bar = pull(-inputs.weights)
+    zero = jnp.zeros_like(problem.t0)
+    carry = quadrature.zero(), jnp.stack([zero] * 2), zero
+    swept = Sweep(solved, quadrature.interior, quadrature.shared).run(z_bar, carry)
     integrals, by_times, _ = swept.interior
-    out = _assemble(inputs, settings, solved, integrals)
-    _, (log_prob, _, running, *_) = out
+    out, losses = _outcome(inputs, settings, solved, log_base, integrals)
     field_bar, args_bar, costs_bar, probes_bar = swept.params
     t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
-    losses = _penalty(running, settings.coefficients) - log_prob
-    bars = Inputs(
-        problem=Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None),
-        costs=costs_bar,
-        probes=probes_bar,
-        base=base_bar,
-        weights=jnp.where(solved.replaced, 0, losses),
-    )
+    problem_bar = Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None)
+    bars = Inputs(problem_bar, costs_bar, probes_bar, base_bar, weights=losses)
     valid = jnp.prod(nan_unless(solved.ok | solved.replaced, swept.y.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
     return out, eqx.filter(bars, perturbed)
 
 
 @_loss.def_bwd
-def _loss_backward(bars, out, perturbed, inputs, settings):
+def _loss_backward(bars, out_bar, perturbed, inputs, settings):
     del perturbed, inputs, settings
-    loss_bar, _ = out
+    loss_bar, _ = out_bar
     scaled = jax.tree.map(lambda bar: bar * loss_bar.astype(bar.dtype), bars)
     return once_only("nll", scaled)
-
-
-def _pull_base(perturbed: Inputs, inputs: Inputs, z: Float[Array, "samples n"]):
-    """The cotangents of the base density and of the state at its time."""
-    params, rest = eqx.partition(inputs.base, perturbed.base)
-
-    def base(params, z):
-        return _log_prob(eqx.combine(params, rest), inputs, z)
-
-    _, pull = jax.vjp(base, params, z)
-    return pull(-inputs.weights)
-
-
-def _log_prob(base: ClosedField, inputs: Inputs, z: Float[Array, "samples n"]):
-    return base(inputs.problem.t1, z, ())
-
-
-def _assemble(inputs: Inputs, settings: Settings, solved: Solved, integrals):
-    integration = solved.integration
-    log_det, running = integrals[:, 0], integrals[:, 1:]
-    log_prob = _log_prob(inputs.base, inputs, integration.y1) + log_det
-    valid = nan_unless(solved.ok, log_prob.dtype)
-    log_prob, log_det, running = log_prob * valid, log_det * valid, running * valid[:, None]
-    losses = _penalty(running, settings.coefficients) - log_prob
-    loss = _mean(inputs.weights, losses, solved.replaced)
-    rest = (log_prob, log_det, running, integration.stats, integration.result)
-    return loss, (*rest, integration.t_reached)

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step, walk_back
-from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
@@ -51,15 +50,18 @@ def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> boo
 class Quadrature(NamedTuple):
     """The quadrature of the costs within a step."""
 
+    solved: Solved
     apply: Callable[..., Float[Array, "batch values"]]
     """The costs as a function of `(params, t, y)`; if `shared`, the vector field follows."""
-    params: PyTree
-    tableau: Tableau
     phase: Float[Array, " batch"] | None
     bars: Float[Array, "batch costs"]
     """The cotangents of the integrals."""
     together: bool
     """Whether the nodes inside a step are one batch, for accelerators."""
+
+    @property
+    def tableau(self) -> Tableau:
+        return self.solved.stepper.tableau
 
     @property
     def shared(self) -> bool:
@@ -142,10 +144,10 @@ class Quadrature(NamedTuple):
         step = self._split(step)
         theta, weight = self._place(step, after, number, index)
         time, state, _, _ = self._state(step, theta)
-        values = self.apply(self.params, time, state)
+        values = self.apply(self.solved.params, time, state)
         return self._scale(weight) * values[:, : self.bars.shape[1]]
 
-    def along(self, solved: Solved) -> Float[Array, "batch costs"]:
+    def along(self) -> Float[Array, "batch costs"]:
         """The integrals along the recorded steps, summed in the order of the sweep."""
 
         def visit(step: Step, number, carry):
@@ -153,11 +155,12 @@ class Quadrature(NamedTuple):
             add = lambda i, total: total + self.evaluate(step, after, number, i)
             return fori_loop(*self.numbers(number), add, integrals), step.h
 
-        carry = self.zero(), jnp.zeros_like(solved.problem.t0)
-        return walk_back(solved, visit, carry)[0]
+        carry = self.zero(), jnp.zeros_like(self.solved.problem.t0)
+        return walk_back(self.solved, visit, carry)[0]
 
-    def interior(self, mesh: Mesh | None):
-        """For `Sweep.interior`. `mesh` is None if the times are not differentiated.
+    @property
+    def interior(self):
+        """For `Sweep.interior`.
 
         It carries the integrals, their derivatives with respect to both times through the step
         sizes, and the size of the next step.
@@ -166,7 +169,8 @@ class Quadrature(NamedTuple):
         def interior(whole: Step, number, bar: Step, params_bar, carry):
             integrals, by_times, after = carry
             step, speeds = self._split(whole), None
-            if mesh is not None:
+            if self.solved.timed:
+                mesh = self.solved.mesh
                 own = mesh.speeds(whole.t, whole.h, number)
                 others = mesh.speeds(whole.t + whole.h, after, number + 1)
                 speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
@@ -177,7 +181,7 @@ class Quadrature(NamedTuple):
                 # The start is a step of size zero: nodes inside it have no weight.
                 carry, first = add(jnp.arange(self.inner), carry), self.inner
             bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
-            to_rows = lambda x: over_rows(jnp.sum, x, len(whole.t))
+            to_rows = lambda x: over_rows(jnp.sum, x, whole.t)
             bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
             return bar, params_bar, (integrals, by_times, whole.h)
 
@@ -211,10 +215,12 @@ class Quadrature(NamedTuple):
         apply = each(self.apply, (None, 0, 0))
         dtime = None
         if speeds is not None:
-            values, pull = vjp(apply, self.params, time, state)
+            values, pull = vjp(apply, self.solved.params, time, state)
             dparams, dtime, dstate = pull(values_bar)
         else:
-            values, pull = vjp(lambda params, state: apply(params, time, state), self.params, state)
+            values, pull = vjp(
+                lambda params, state: apply(params, time, state), self.solved.params, state
+            )
             dparams, dstate = pull(values_bar)
 
         def contribution(index, theta, scale, values, slope, beta, dtime, dstate):
@@ -224,13 +230,11 @@ class Quadrature(NamedTuple):
             if speeds is None:
                 untimed: Any = None
                 return Step(untimed, untimed, dstate, k_bar), of_node, None
-            along = theta * dtime + over_rows(jnp.sum, dstate * slope, len(theta))
+            along = theta * dtime + over_rows(jnp.sum, dstate * slope, theta)
             weight = self._weight(index, step.h, after)
             per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
             per_size = per_size * jnp.sum(self.bars * of_node, axis=1).astype(weight.dtype)
-            moved = [
-                over_rows(jnp.sum, per_size * self._weight(index, *h), len(h[0])) for h in speeds
-            ]
+            moved = [over_rows(jnp.sum, per_size * self._weight(index, *h), h[0]) for h in speeds]
             return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
 
         new = each(contribution)(index, theta, scale, values, slope, beta, dtime, dstate)

@@ -58,7 +58,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:
         """The adjoint solve, with the state beside its cotangent."""
         problem, integration = solved.problem, solved.integration
-        idle = without_cotangent(bar, problem.t0.shape[0])
+        idle = without_cotangent(bar, problem.t0)
         ys = None if integration.ys is None else padded(problem, integration.ys)
         ys_bar = None if problem.ts is None else bar.ys
         # A row on which nothing depends stays at the end, where its cotangent is zero.
@@ -67,8 +67,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
         inputs = in_reverse(inputs, "BacksolveAdjoint")
         segment = _solve_back(inputs, self.backward_stepper(solved.stepper))
-        result = jnp.where(idle, Result.SUCCESS, segment.result).astype(jnp.int32)
-        return segment._replace(result=result)
+        result = jnp.where(idle, Result.SUCCESS, segment.progress.result)
+        return segment.moved(result=result.astype(jnp.int32))
 
 
 class _Ends(NamedTuple):
@@ -118,7 +118,7 @@ def _solve_back(inputs, stepper):
         segment = continued(segment, jnp.where(at_output, ts[j], problem.t0))
         y = jnp.where(at_output & ~ends.resting[:, None], ys[j], segment.y[:, :n])
         a = segment.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
-        return segment._replace(y=jnp.concatenate([y, a], axis=1))
+        return segment.moved(y=jnp.concatenate([y, a], axis=1))
 
     return fori_loop(0, ts.shape[0] + 1, body, segment)
 

@@ -55,7 +55,7 @@ class Adjoint:
     forward_only: ClassVar[bool] = False
     """Whether it has `jax.jvp` and `jax.jacfwd` only."""
     fused: ClassVar[bool] = False
-    """Whether the likelihood loss may go back over the steps by itself, with its `checkpoints`."""
+    """Whether it can `record`, for the likelihood loss, which goes back over the steps itself."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
@@ -157,13 +157,13 @@ class Solved(NamedTuple):
         return eqx.filter(Problem(field, args, y0, t0, t1, ts), self.perturbed)
 
 
-def without_cotangent(bar: Integration, count: int) -> Bool[Array, " rows"]:
-    """Which of `count` rows have zero cotangents: nothing depends on them."""
+def without_cotangent(bar: Integration, of_rows: Float[Array, " rows"]) -> Bool[Array, " rows"]:
+    """Which rows have zero cotangents: nothing depends on them."""
     times, y, k = (None,) * 3 if bar.steps is None else bar.steps[:3]
-    unused = jnp.ones(count, bool)
+    unused = jnp.ones(of_rows.shape, bool)
     for x, samples in ((bar.y1, 0), (bar.ys, 1), (times, 1), (y, 1), (k, 2)):
         if x is not None:
-            unused &= over_rows(jnp.all, jnp.moveaxis(x == 0, samples, 0), count)
+            unused &= over_rows(jnp.all, jnp.moveaxis(x == 0, samples, 0), of_rows)
     return unused
 
 
@@ -210,7 +210,7 @@ def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjo
 
 @solve.def_bwd
 def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
-    unused = without_cotangent(bar, problem.t0.shape[0])
+    unused = without_cotangent(bar, problem.t0)
     replaced = unused & (recorded[0].result != Result.SUCCESS)
     solved = Solved.of(problem, perturbed, stepper, recorded, replaced)
     bars = solved.masked(*adjoint.pull_back(solved, bar))

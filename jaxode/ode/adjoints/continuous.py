@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import non_negative
 from jaxode._checks.caller import public
@@ -28,9 +28,10 @@ from jaxode._jax.tangents import filled
 from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.stepper import Stepper, aim, judge, weighted_sum
+from jaxode.ode.loop.stepper import Stepper, weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # (t [rows], state [samples, n], weight [rows]) -> (derivative [samples, n], weighted integrand)
@@ -57,34 +58,30 @@ def adjoint_product(
 
 
 class Segment(NamedTuple):
-    """The state of an adjoint solve. `h` is the next step size to try."""
+    """How far an adjoint solve has come."""
 
-    t: Float[Array, " rows"]
-    h: Float[Array, " rows"]
-    y: Float[Array, "samples n"]
+    progress: Progress
     quadrature: PyTree
-    done: Bool[Array, " rows"]
-    result: Int[Array, " rows"]
-    accepted: Int[Array, " rows"]
-    rejected: Int[Array, " rows"]
-    overreach: Float[Array, " rows"]
-    """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
+
+    @property
+    def y(self) -> Float[Array, "samples n"]:
+        return self.progress.y
 
     def stats(self, tableau: Tableau) -> Stats:
         """The work done."""
-        steps = self.accepted + self.rejected
         # With several rows, the stages are evaluated again once it is known which rows accept.
-        passes = 1 if one_row(self.t) else 2
-        return Stats(steps, self.accepted, self.rejected, passes * tableau.stages * steps)
+        passes = 1 if one_row(self.progress.t) else 2
+        return self.progress.stats(passes * tableau.stages)
 
     @classmethod
     def start(cls, t, h, y, quadrature, failed) -> "Segment":
         """Start at the end of a forward solve. Rows that failed stay there."""
-        zero = jnp.zeros(t.shape, jnp.int32)
-        result = jnp.where(failed, Result.NON_FINITE, Result.SUCCESS).astype(jnp.int32)
-        return cls(
-            t, h, y, quadrature, jnp.zeros(t.shape, bool), result, zero, zero, jnp.zeros_like(t)
-        )
+        result = jnp.where(failed, Result.NON_FINITE, Result.SUCCESS)
+        return cls(Progress.start(t, h, y, result), quadrature)
+
+    def moved(self, **fields: Array) -> "Segment":
+        """With other values in its progress."""
+        return self._replace(progress=self.progress._replace(**fields))
 
 
 def solve_segment(
@@ -98,45 +95,31 @@ def solve_segment(
 
     With equal steps, the segment takes its share of the steps of the whole `span`.
     """
-    start, before = segment.t, segment.accepted
+    start, before = segment.progress.t, segment.progress.accepted
     steps = None
     if stepper.steps is not None:
         share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
         # 1e-4 allows for rounding in the share.
         steps = jnp.maximum(jnp.ceil(share * stepper.steps - 1e-4), 1).astype(jnp.int32)
 
-    def active(state: Segment):
-        return ~state.done & (state.result == Result.SUCCESS)
-
-    def step(state: Segment) -> Segment:
-        running = active(state)
-        taken = state.accepted - before
-        ahead = aim(stepper, steps, state, taken, start, end)
-        t_next, last = jnp.where(running, ahead.t, state.t), ahead.last
-        y_next, k, quadrature_where = _stages(field, stepper, state, t_next - state.t)
-        aimed = ahead._replace(t=t_next)
-        accept, h_next, result, overreach = judge(stepper, state, running, aimed, y_next, k)
+    def step(segment: Segment) -> Segment:
+        now = segment.progress
+        ahead = aim(stepper, steps, now, now.accepted - before, start, end)
+        ahead = ahead._replace(t=jnp.where(now.active, ahead.t, now.t))
+        y, k, quadrature_where = _stages(field, stepper, segment, ahead.t - now.t)
+        accept, then = judge(stepper, now, ahead, y, k)
         # A step cut short to reach the end says little about the next one.
-        longer = jnp.abs(h_next) > jnp.abs(state.h)
-        return Segment(
-            t=jnp.where(accept, t_next, state.t),
-            h=jnp.where(accept & last & ~longer, state.h, h_next),
-            y=jnp.where(accept[:, None], y_next, state.y),
-            quadrature=quadrature_where(accept),
-            done=state.done | (accept & last),
-            result=result,
-            accepted=state.accepted + accept.astype(jnp.int32),
-            rejected=state.rejected + (running & ~accept).astype(jnp.int32),
-            overreach=overreach,
-        )
+        longer = jnp.abs(then.h) > jnp.abs(now.h)
+        then = then._replace(h=jnp.where(accept & ahead.last & ~longer, now.h, then.h))
+        return Segment(then, quadrature_where(accept))
 
-    segment = segment._replace(done=start == end)
-    return while_loop(lambda state: active(state).any(), step, segment)
+    segment = segment.moved(done=start == end)
+    return while_loop(lambda segment: segment.progress.active.any(), step, segment)
 
 
-def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Array, " rows"]):
+def _stages(field: AdjointField, stepper: Stepper, segment: Segment, h: Float[Array, " rows"]):
     """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
-    tableau, alone = stepper.tableau, one_row(state.t)
+    tableau, state, alone = stepper.tableau, segment.progress, one_row(h)
     A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
     b = jnp.asarray(tableau.b, state.y.dtype)
 
@@ -157,17 +140,17 @@ def _stages(field: AdjointField, stepper: Stepper, state: Segment, h: Float[Arra
         return k.at[i].set(k_i), quadrature
 
     k = jax.lax.full_like(state.y, 0, shape=(tableau.stages, *state.y.shape))
-    k, quadrature = fori_loop(0, tableau.stages, stage, (k, state.quadrature))
+    k, quadrature = fori_loop(0, tableau.stages, stage, (k, segment.quadrature))
 
     def quadrature_where(accept):
         if alone:
             keep = lambda new, old: jnp.where(accept[0], new, old)
-            return jax.tree.map(keep, quadrature, state.quadrature)
+            return jax.tree.map(keep, quadrature, segment.quadrature)
         # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
         # integrand is no way out, as it may not be finite.
         taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
         again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
-        return fori_loop(0, tableau.stages, again, state.quadrature)
+        return fori_loop(0, tableau.stages, again, segment.quadrature)
 
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 
@@ -227,7 +210,7 @@ class ContinuousAdjoint(ReverseAdjoint):
         _, _, y0, t0, t1, ts, _ = solved.problem
         y0_bar = segment.y[:, segment.y.shape[1] - y0.shape[1] :]
         valid = nan_unless(
-            solved.ok & (segment.result == Result.SUCCESS) | solved.replaced, y0.dtype
+            solved.ok & (segment.progress.result == Result.SUCCESS) | solved.replaced, y0.dtype
         )
         if stepper.raises:
             # A failed forward solve has already raised. A solve without steps did not run: `vmap`
@@ -235,8 +218,8 @@ class ContinuousAdjoint(ReverseAdjoint):
             # branch that is not taken (or values of the other branch with the same shape, which
             # cannot be told apart).
             ran = solved.ok & (integration.stats.num_steps > 0)
-            result = jnp.where(ran, segment.result, Result.SUCCESS)
-            nan = nan_or_raise(result, segment.t, where="backward solve")
+            result = jnp.where(ran, segment.progress.result, Result.SUCCESS)
+            nan = nan_or_raise(result, segment.progress.t, where="backward solve")
             # The check is part of the value, so it cannot be eliminated as dead code.
             valid = valid + nan.astype(y0.dtype)
 
@@ -245,7 +228,7 @@ class ContinuousAdjoint(ReverseAdjoint):
 
             def at(point):
                 t, y, bar = point
-                return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t.shape[0])
+                return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
 
             return jax.lax.map(at, (times, states, bars))
 

@@ -19,6 +19,7 @@ from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import place_of_each
 from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Tableau
 
@@ -115,7 +116,6 @@ def _of_outputs(tableau: Tableau, outputs: OutputBars, timed: bool):
     stages. It carries how many outputs are left, and the cotangents of their times."""
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
-        rows = jnp.arange(step.t.shape[0], dtype=jnp.int32)
         whole, pull_curve = jax.vjp(lambda step: Curve.of(tableau, *step), step)
         # What is differentiated. Without the times: the state and the stages.
         curve = whole if timed else whole._replace(t=None, h=None, slope=None)
@@ -129,7 +129,7 @@ def _of_outputs(tableau: Tableau, outputs: OutputBars, timed: bool):
             index, time, y_bar = outputs.last(left, due, step.t)
             if timed:
                 by_curve, time_bar = jax.vjp(at, curve, time)[1](y_bar)
-                ts_bar = ts_bar.at[index, rows].add(time_bar)
+                ts_bar = ts_bar.at[place_of_each(index)].add(time_bar)
             else:
                 (by_curve,) = jax.vjp(lambda curve: at(curve, time), curve)[1](y_bar)
             curve_bar = jax.tree.map(jnp.add, curve_bar, by_curve)

@@ -75,8 +75,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
                 due = outputs.due(left, step, number)
                 _, end, jump = outputs.last(left, due, step.t)
                 segment = solve_segment(adjoint_field, stepper, segment, end, span)
-                segment = segment._replace(y=segment.y + jump)
-                return left - due.astype(jnp.int32), segment, due
+                return left - due.astype(jnp.int32), segment.moved(y=segment.y + jump), due
 
             carry = (*carry, jnp.ones(step.t.shape, bool))
             left, segment, _ = while_loop(lambda carry: carry[2].any(), to_output, carry)

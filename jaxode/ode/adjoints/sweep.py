@@ -150,7 +150,7 @@ class Sweep(NamedTuple):
                 _, pull = vjp(apply, varied, time, z)
                 dparams, dtime, z_bar = pull(stage_bar)
                 t_bar = t_bar + dtime
-                h_bar = h_bar + c[i] * dtime + over_rows(jnp.sum, z_bar * increment, len(h))
+                h_bar = h_bar + c[i] * dtime + over_rows(jnp.sum, z_bar * increment, h)
             else:
                 _, pull = vjp(lambda params, z: apply(params, time, z), varied, z)
                 dparams, z_bar = pull(stage_bar)
@@ -166,7 +166,7 @@ class Sweep(NamedTuple):
         if per_step:
             params_bar = self._gather(step, A, c, k_bar, params_bar)
         if self.solved.timed:
-            h_bar = h_bar + over_rows(jnp.sum, y_bar * weighted_sum(b, k), len(h))
+            h_bar = h_bar + over_rows(jnp.sum, y_bar * weighted_sum(b, k), h)
         # XLA's sum over the first axis is slow on a CPU.
         y_bar = y_bar + bar.y + weighted_sum(jnp.ones_like(b), z_bars)
         return Step(t_bar, h_bar, y_bar, k_bar), params_bar

@@ -1,7 +1,7 @@
 """The recorded steps of a forward solve, replayed from checkpoints, last to first."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,10 @@ def walk_back(
             slope = k[0]
         return stop - 1, slope, checkpoints, visit(Step(t, h, y, k), stop, carry)
 
-    last = tape.num_steps, tape.slope if chained else None, tape.checkpoints, carry
-    return while_loop(lambda state: state[0] >= (0 if chained else 1), back, last)[-1]
+    last: Any = tape.num_steps, tape.slope if chained else None, tape.checkpoints, carry
+    first = 0 if chained else 1
+    *_, carry = while_loop(lambda state: state[0] >= first, back, last)
+    return carry
 
 
 def _interval(times: Float[Array, "steps+1 rows"], index: Int[Array, ""]):

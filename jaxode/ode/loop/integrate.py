@@ -19,16 +19,17 @@ from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
 from jaxode.ode.loop.outputs import Steps, save
 from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step
-from jaxode.ode.loop.stepper import Stepper, aim, judge, limit_step, weighted_sum
+from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # The vector field on rows: (t [rows], y [samples, n]) -> dy/dt [samples, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]]
 
-# (start of a step, the step) -> whether an accepted step stops inside, the time and state there.
+# (before a step, the step) -> whether an accepted step stops inside, the time and state there.
 Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "samples n"]]]
 
 
@@ -60,18 +61,9 @@ class Integration(NamedTuple):
 
 
 class _State(NamedTuple):
-    t: Float[Array, " rows"]
-    h: Float[Array, " rows"]
-    y: Float[Array, "samples n"]
+    progress: Progress
     slope: Float[Array, "samples n"] | None
     """`f(t, y)` if the last stage of a step is the first of the next."""
-    done: Bool[Array, " rows"]
-    """Whether the end time is reached. The time cannot tell: compilers may round it twice."""
-    result: Int[Array, " rows"]
-    accepted: Int[Array, " rows"]
-    rejected: Int[Array, " rows"]
-    overreach: Float[Array, " rows"]
-    """What is left of the last rejected attempt if it was not finite; otherwise not positive."""
     saved: Int[Array, " rows"]
     ys: Float[Array, "times samples n"] | None
     tape: Tape | None
@@ -79,17 +71,15 @@ class _State(NamedTuple):
     stopped: Bool[Array, " rows"] | None
 
 
-class _Step(NamedTuple):
-    """An attempted step: its end, its stages and its outcome."""
+class Attempt(NamedTuple):
+    """An attempted step."""
 
     t: Float[Array, " rows"]
+    """Its end."""
     y: Float[Array, "samples n"]
     k: Float[Array, "stages samples n"]
     last: Bool[Array, " rows"]
     accept: Bool[Array, " rows"]
-    h_next: Float[Array, " rows"]
-    result: Int[Array, " rows"]
-    overreach: Float[Array, " rows"]
 
 
 def stages(
@@ -134,45 +124,43 @@ def integrate(
     sign = jnp.sign(end - start)
     state, first_evals = _initial(problem, stepper, start, end, checkpoints)
     if stop is not None:
-        state = state._replace(stopped=jnp.zeros_like(state.done))
-
-    def active(state):
-        return ~state.done & (state.result == Result.SUCCESS)
+        state = state._replace(stopped=jnp.zeros(start.shape, bool))
 
     def advance(state: _State) -> _State:
-        step = _attempt(problem, stepper, state, active(state), start, end)
-        ys, saved = state.ys, state.saved
+        step, progress = _attempt(problem, stepper, state, start, end)
+        ys, saved, stopped = state.ys, state.saved, state.stopped
         if ts is not None and ys is not None:
-            h = step.t - state.t
-            ys, saved = save(stepper.tableau, ts, sign, step, h, state, ys, saved, count)
-        if stop is not None and state.stopped is not None:
-            found, t, y = stop(state, step)
-            t, y = jnp.where(found, t, step.t), jnp.where(found[:, None], y, step.y)
-            step = step._replace(t=t, y=y, last=step.last | found)
-            state = state._replace(stopped=state.stopped | found)
-        return _advanced(state, step, active(state), ys, saved)
+            ys, saved = save(stepper.tableau, ts, sign, step, state.progress, ys, saved, count)
+        if stop is not None and stopped is not None:
+            found, t, y = stop(state.progress, step)
+            progress = progress._replace(
+                t=jnp.where(found, t, progress.t),
+                y=jnp.where(found[:, None], y, progress.y),
+                done=progress.done | found,
+            )
+            stopped = stopped | found
+        state = state._replace(ys=ys, saved=saved, stopped=stopped)
+        return _recorded(state, step, progress)
 
-    final = while_loop(lambda state: active(state).any(), advance, state)
-    attempts = final.accepted + final.rejected
-    tableau = stepper.tableau
-    evals = first_evals + (tableau.stages - tableau.first_same_as_last) * attempts
-    stats = Stats(attempts, final.accepted, final.rejected, evals)
+    state = while_loop(lambda state: state.progress.active.any(), advance, state)
+    final, tableau = state.progress, stepper.tableau
+    stats = final.stats(tableau.stages - tableau.first_same_as_last, first_evals)
     # Over an empty span, a vector field that is not finite changes nothing.
     harmless = (start == end) & (final.result == Result.NON_FINITE)
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
     ok = result == Result.SUCCESS
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
-    y1, ys = final.y * valid, None if final.ys is None else final.ys * valid[None]
-    at_end = final.done if final.stopped is None else final.done & ~final.stopped
+    y1, ys = final.y * valid, None if state.ys is None else state.ys * valid[None]
+    at_end = final.done if state.stopped is None else final.done & ~state.stopped
     t_reached = jnp.where(at_end, end, final.t)
-    steps = final.steps
+    steps = state.steps
     if steps is not None:
         # Finite, for a cotangent of zero.
         keep = lambda x: jnp.where(ok[:, None], x, 0)
         steps = steps._replace(y=keep(steps.y), k=keep(steps.k))
-    out = Integration(y1, ys, stats, result, t_reached, final.h, steps, final.stopped)
-    return out, final.tape
+    out = Integration(y1, ys, stats, result, t_reached, final.h, steps, state.stopped)
+    return out, state.tape
 
 
 def _initial(
@@ -189,49 +177,31 @@ def _initial(
     steps = None
     if stepper.dense:
         steps = Steps.none_yet(stepper.tape_length, stepper.tableau.stages, start, y0)
-    none_yet = jnp.zeros(rows, jnp.int32)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
     result = jnp.where(all_hold(problem, stepper), Result.SUCCESS, Result.INVALID_ARGUMENT)
-    # An empty span takes one step of size zero, which carries the derivatives with respect to
-    # times.
-    done = jnp.zeros(rows, bool)
-    state = _State(
-        t=start,
-        h=h,
-        y=y0,
-        slope=slope,
-        done=done,
-        result=result.astype(jnp.int32),
-        accepted=none_yet,
-        rejected=none_yet,
-        overreach=jnp.zeros_like(start),
-        saved=none_yet,
-        ys=ys,
-        tape=tape,
-        steps=steps,
-        stopped=None,
-    )
-    return state, evals
+    progress = Progress.start(start, h, y0, result)
+    return _State(progress, slope, progress.accepted, ys, tape, steps, None), evals
 
 
-def _attempt(problem: Problem, stepper: Stepper, state: _State, running, start, end) -> _Step:
-    """Attempt one step of each `running` row, and judge it."""
-    tableau = stepper.tableau
-    ahead = aim(stepper, stepper.steps, state, state.accepted, start, end)
+def _attempt(
+    problem: Problem, stepper: Stepper, state: _State, start, end
+) -> tuple[Attempt, Progress]:
+    """Attempt one step of each active row, and how far they come by it."""
+    now, tableau = state.progress, stepper.tableau
+    ahead = aim(stepper, stepper.steps, now, now.accepted, start, end)
     t = jnp.where(ahead.reached, ahead.t, on_mesh(ahead.t, ahead.piece.start, ahead.piece.end))
-    t = jnp.where(running, t, state.t)
-    h = t - state.t
-    k = stages(problem.slope, tableau, state.t, h, state.y, state.slope, tableau.stages)
-    y = state.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, state.y.dtype), k)
-    accept, h_next, result, overreach = judge(stepper, state, running, ahead._replace(t=t), y, k)
-    return _Step(t, y, k, ahead.last, accept, jax.lax.stop_gradient(h_next), result, overreach)
+    t = jnp.where(now.active, t, now.t)
+    h = t - now.t
+    k = stages(problem.slope, tableau, now.t, h, now.y, state.slope, tableau.stages)
+    y = now.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, now.y.dtype), k)
+    accept, then = judge(stepper, now, ahead._replace(t=t), y, k)
+    then = then._replace(h=jax.lax.stop_gradient(then.h))
+    return Attempt(t, y, k, ahead.last, accept), then
 
 
-def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
-    """The state of the loop after a step. Rows that accept it move to its end."""
-    accept, k = step.accept, step.k
-    t = jnp.where(accept, step.t, state.t)
-    y = jnp.where(accept[:, None], step.y, state.y)
+def _recorded(state: _State, step: Attempt, progress: Progress) -> _State:
+    """The state of the loop after a step, with the step on the tape."""
+    accept, k, y, t = step.accept, step.k, state.progress.y, progress.t
     slope, tape, steps = state.slope, state.tape, state.steps
     if slope is not None:
         slope = jnp.where(accept[:, None], k[-1], slope)
@@ -239,25 +209,10 @@ def _advanced(state: _State, step: _Step, running, ys, saved) -> _State:
     # failed attempt, which may be NaN.
     kept = k if one_row(t) else jnp.where(accept[None, :, None], k, k[:1])
     if tape is not None:
-        tape = _record(tape, t, state.y, kept, slope, accept.any())
+        tape = _record(tape, t, y, kept, slope, accept.any())
     if steps is not None:
-        steps = steps.append(t, state.y, kept, accept.any())
-    return _State(
-        t=t,
-        h=step.h_next,
-        y=y,
-        slope=slope,
-        done=state.done | (accept & step.last),
-        result=step.result,
-        accepted=state.accepted + accept.astype(jnp.int32),
-        rejected=state.rejected + (running & ~accept).astype(jnp.int32),
-        overreach=step.overreach,
-        saved=saved,
-        ys=ys,
-        tape=tape,
-        steps=steps,
-        stopped=state.stopped,
-    )
+        steps = steps.append(t, y, kept, accept.any())
+    return state._replace(progress=progress, slope=slope, tape=tape, steps=steps)
 
 
 def _start(
@@ -270,9 +225,7 @@ def _start(
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
     tableau = stepper.tableau
     if stepper.steps is None and stepper.first_step is None:
-        h, slope = first_step(
-            field, t0, y0, span, tableau, stepper.rtol, stepper.atol, stepper.axis_name
-        )
+        h, slope = first_step(field, stepper, t0, y0, span)
         return (slope if tableau.first_same_as_last else None), limit_step(stepper, h), 2
     h = jnp.zeros_like(t0)
     if stepper.steps is None and stepper.first_step is not None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import moving
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rows import entry_of_each, with_entry_of_each
+from jaxode.ode.loop.rows import entry_of_each, place_of_each
 from jaxode.ode.loop.tableau import Tableau
 
 
@@ -81,7 +81,6 @@ def save(
     ts: Float[Array, "times rows"],
     sign: Float[Array, " rows"],
     step: Any,
-    h: Float[Array, " rows"],
     start: Any,
     ys: Float[Array, "times samples n"],
     saved: Int[Array, " rows"],
@@ -89,10 +88,9 @@ def save(
 ):
     """Write the dense output at every time of `ts` that an accepted `step` has reached.
 
-    The step goes from the state `start`. `saved` counts the outputs written per row, out of
-    `count`.
+    The step goes on from `start`. `saved` counts the outputs written per row, out of `count`.
     """
-    curve = Curve.of(tableau, start.t, h, start.y, step.k)
+    curve = Curve.of(tableau, start.t, step.t - start.t, start.y, step.k)
 
     def pending(saved):
         reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)
@@ -103,7 +101,8 @@ def save(
         due = pending(saved)
         time = save_times_at(ts, saved)
         value = curve.at(time)
-        ys = with_entry_of_each(ys, jnp.where(due, saved, ts.shape[0]), value)
+        place = place_of_each(jnp.where(due, saved, ts.shape[0]))
+        ys = ys.at[place].set(value, mode="drop")
         return ys, saved + due.astype(jnp.int32)
 
     return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))

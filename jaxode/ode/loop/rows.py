@@ -6,7 +6,7 @@ broadcast over the samples. What depends on the number of rows stands here.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,30 @@ def one_row(of_rows: Shaped[Array, "rows ..."]) -> bool:
 
 
 def over_rows(
-    reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], count: int
+    reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], of_rows: Shaped[Array, " rows"]
 ) -> Shaped[Array, " rows"]:
-    """`reduce`, such as `jnp.sum`, over all that belongs to each of `count` rows."""
-    first = 1 if x.shape[0] == count else 0
-    return reduce(x, axis=tuple(range(first, x.ndim))).reshape(count)
+    """`reduce`, such as `jnp.sum`, over all that belongs to each row of `of_rows`."""
+    first = 1 if x.shape[0] == of_rows.shape[0] else 0
+    return reduce(x, axis=tuple(range(first, x.ndim))).reshape(of_rows.shape)
 
 
-def _of_each(index: Int[Array, " rows"]):
-    """The place of each row's entry in `[entries, samples, ...]`: with one row, of all samples."""
+def size_of_row(x: Shaped[Array, "samples ..."], of_rows: Shaped[Array, " rows"]) -> int:
+    """How many numbers belong to each row of `of_rows`. At least one, for means."""
+    return max(x.size // max(of_rows.shape[0], 1), 1)
+
+
+def place_of_each(index: Int[Array, " rows"]) -> Any:
+    """The place in `[entries, samples, ...]` of the entry with this index, per row."""
     if one_row(index):
         return index[0]
-    return index, jnp.arange(index.shape[0], dtype=jnp.int32)
+    return index, jnp.arange(index.shape[0], dtype=index.dtype)
 
 
 def entry_of_each(
     x: Shaped[Array, "entries samples ..."], index: Int[Array, " rows"]
 ) -> Shaped[Array, "samples ..."]:
     """The entry with this index, per row."""
-    return x[_of_each(index)]
-
-
-def with_entry_of_each(
-    x: Shaped[Array, "entries samples ..."], index: Int[Array, " rows"], value: Array
-) -> Shaped[Array, "entries samples ..."]:
-    """The entries with `value` at this index, per row. Nothing changes if it is out of range."""
-    return x.at[_of_each(index)].set(value, mode="drop")
+    return x[place_of_each(index)]
 
 
 def replace_rows(tree: T, replaced: Bool[Array, " rows"], by: Int[Array, ""]) -> T:

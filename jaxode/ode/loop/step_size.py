@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxode._jax.sharding import AxisName, axes_of, fori_loop, vary
-from jaxode.ode.loop.rows import over_rows
+from jaxode._jax.sharding import axes_of, fori_loop, vary
+from jaxode.ode.loop.rows import over_rows, size_of_row
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Tableau
 
 SAFETY = 0.9
@@ -22,34 +23,28 @@ MAX_FACTOR = 10.0
 
 
 def rms_norm(
-    x: Float[Array, "samples n"], rows: int, axis_name: AxisName | None
+    stepper: Stepper, x: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """Root mean square of each row, over all devices along `axis_name` if given."""
-    mean_square = over_rows(jnp.sum, x * x, rows) / max(x.size // max(rows, 1), 1)
-    if axis_name is not None:
-        mean_square = vary(jax.lax.pmean(mean_square, axis_name), axes_of(mean_square))
+    mean_square = over_rows(jnp.sum, x * x, of_rows) / size_of_row(x, of_rows)
+    if stepper.axis_name is not None:
+        mean_square = vary(jax.lax.pmean(mean_square, stepper.axis_name), axes_of(mean_square))
     return jnp.sqrt(mean_square)
 
 
 def error_ratio(
-    error: Float[Array, "samples n"],
-    y0: Float[Array, "samples n"],
-    y1: Float[Array, "samples n"],
-    rows: int,
-    rtol: Float[Array, ""],
-    atol: Float[Array, ""],
-    axis_name: AxisName | None,
+    stepper: Stepper, error: Float[Array, "samples n"], y0, y1, h: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """RMS of `error / (atol + rtol max(|y0|, |y1|))`. A step is good enough if it is at most one.
 
     NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
     """
-    scale = atol + rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-    relative = _relative(error, scale, rows)
-    return rms_norm(jnp.where(jnp.isfinite(y1), relative, jnp.nan), rows, axis_name)
+    scale = stepper.atol + stepper.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+    relative = _relative(error, scale, h)
+    return rms_norm(stepper, jnp.where(jnp.isfinite(y1), relative, jnp.nan), h)
 
 
-def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], rows: int):
+def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], of_rows):
     """`x / scale`, and zero where both are zero: `atol=0` asks nothing of entries that stay zero.
 
     Finite entries and their squares stay finite: a tolerance out of reach means an error that is
@@ -57,7 +52,7 @@ def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], ro
     """
     ratio = jnp.where(x == 0, 0.0, x / jnp.where(x == 0, 1.0, scale))
     # The sum over the row must not overflow either. The thousandth leaves room for many devices.
-    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / max(x.size // max(rows, 1), 1)) ** 0.5
+    limit = 1e-3 * (float(jnp.finfo(x.dtype).max) / size_of_row(x, of_rows)) ** 0.5
     return jnp.where(jnp.isfinite(x), jnp.clip(ratio, -limit, limit), ratio)
 
 
@@ -78,13 +73,10 @@ def propose(
 
 def first_step(
     field: Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]],
+    stepper: Stepper,
     t0: Float[Array, " rows"],
     y0: Float[Array, "samples n"],
     span: Float[Array, " rows"],
-    tableau: Tableau,
-    rtol: Float[Array, ""],
-    atol: Float[Array, ""],
-    axis_name: AxisName | None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "samples n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
@@ -92,10 +84,10 @@ def first_step(
     error of about the tolerance and changes the state by roughly its own size at most. It is at
     most 1e-4 if state or slope is zero.
     """
-    scale, rows = atol + rtol * jnp.abs(y0), t0.shape[0]
+    scale = stepper.atol + stepper.rtol * jnp.abs(y0)
 
     def norm(x):
-        return rms_norm(_relative(x, scale, rows), rows, axis_name)
+        return rms_norm(stepper, _relative(x, scale, t0), t0)
 
     d0, sign = norm(y0), jnp.sign(span)
 
@@ -112,7 +104,7 @@ def first_step(
     zero = jnp.zeros_like(y0)
     f0, h0, f1 = fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
     d1, d2 = norm(f0), norm(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
-    h = jnp.minimum(100.0 * h0, _first_step_of_slopes(tableau, d1, d2))
+    h = jnp.minimum(100.0 * h0, _first_step_of_slopes(stepper.tableau, d1, d2))
     # A non-finite slope must not poison the step: the first attempt then fails with a cause.
     h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
     # Nor may the step vanish relative to the time. Error control makes it smaller if needed.

@@ -1,20 +1,13 @@
-"""The settings of a solve, and what they decide: where a step ends, its fate, the next one."""
+"""The settings of a solve."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from jaxode._checks.errors import Result
 from jaxode._jax.sharding import AxisName
-from jaxode.ode.loop.mesh import Piece, piece_at
-from jaxode.ode.loop.rows import over_rows
-from jaxode.ode.loop.step_size import error_ratio, propose
-
-# If at most this many steps are left, they are made equal. Measured: benchmarks/NOTES.md.
-LAST_STEPS = 3
 
 
 class Stepper(eqx.Module):
@@ -46,99 +39,6 @@ class Stepper(eqx.Module):
 def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages samples n"]):
     """`sum_i weights_i k_i`."""
     return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
-
-
-class Aim(NamedTuple):
-    """Where the next step of each row ends."""
-
-    t: Float[Array, " rows"]
-    piece: Piece
-    reached: Bool[Array, " rows"]
-    """Whether it is the end of its piece."""
-
-    @property
-    def last(self) -> Bool[Array, " rows"]:
-        """Whether it is the end time."""
-        return self.reached & self.piece.last
-
-
-def aim(stepper: Stepper, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
-    """The next step from `state`. Without error control, one of `steps` equal ones."""
-    piece = piece_at(stepper.breakpoints, state.t, start, end)
-    t, reached = next_time(steps, stepper.max_step, state, taken, piece.start, piece.end)
-    return Aim(t, piece, reached)
-
-
-def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"], start, end):
-    """Where the next step of each row ends, and whether that is the end time.
-
-    `steps` is None with error control. Otherwise it is the number of equal steps from `start` to
-    `end`, of which `taken` are done.
-    """
-    if steps is None:
-        # The last steps are equally long: a short one at the end would cost as much as any other,
-        # and leave the error to the rest. SAFETY leaves room for a tenth more.
-        reach, left = 1.1 * jnp.abs(state.h), end - state.t
-        if max_step is not None:
-            reach = jnp.minimum(reach, 1.01 * max_step)
-        info = jnp.finfo(reach.dtype)
-        count = jnp.maximum(jnp.ceil(jnp.abs(left) / jnp.maximum(reach, info.tiny)), 1.0)
-        # If the times are so close that rounding lengthens a step, a rejected step would be divided
-        # into itself again.
-        resolved = jnp.abs(left) > 200 * info.eps * jnp.maximum(jnp.abs(state.t), jnp.abs(end))
-        step = jnp.where((count <= LAST_STEPS) & resolved, left / count, state.h)
-        last = (count == 1) | (state.t + step == end)
-        return jnp.where(last, end, state.t + step), last
-    count = taken + 1
-    last = count == steps
-    fraction = count.astype(end.dtype) / jnp.asarray(steps, end.dtype)
-    return jnp.where(last, end, start + fraction * (end - start)), last
-
-
-def judge(stepper: Stepper, state: Any, running, aim: Aim, y_next, k):
-    """Whether each row accepts its step, its next step size, its result code, and its overreach.
-
-    That is how far the last rejected attempt reaches beyond the current time, if it was not
-    finite. A solve that ends before passing that time failed because of it.
-    """
-    if stepper.steps is not None:
-        finite = jnp.isfinite(over_rows(_largest, y_next, running.shape[0]))
-        result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
-        return running & finite, state.h, result.astype(jnp.int32), state.overreach
-    t_next, last = aim.t, aim.last
-    h = t_next - state.t
-    error = h[:, None] * weighted_sum(jnp.asarray(stepper.tableau.b_error, y_next.dtype), k)
-    ratio = error_ratio(
-        error, state.y, y_next, h.shape[0], stepper.rtol, stepper.atol, stepper.axis_name
-    )
-    finite = jnp.isfinite(ratio)
-    guessed = state.accepted == 0
-    accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.order, guessed)
-    h_next = limit_step(stepper, h * factor)
-    if stepper.breakpoints is not None:
-        # A jump is crossed whatever its error, and a step cut short says nothing.
-        accept |= finite & aim.piece.jump
-        shorter = jnp.abs(h_next) < jnp.abs(state.h)
-        h_next = jnp.where(accept & (aim.reached | aim.piece.jump) & shorter, state.h, h_next)
-    h_next = jnp.where(running, h_next, state.h)
-    # Underflow: the step does not move the time, or a shorter one would end there again.
-    retry = state.t + h_next
-    stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))
-    accept &= running
-    size = jax.lax.stop_gradient(jnp.abs(h))
-    rejected = jnp.where(running, jnp.where(finite, 0.0, size), state.overreach)
-    overreach = jnp.where(accept, state.overreach - size, rejected)
-    finite &= overreach <= 0
-    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
-    attempts = state.accepted + state.rejected + 1
-    exhausted = running & (attempts >= stepper.max_steps) & ~(accept & last)
-    result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
-    failed = running & (stuck | (exhausted & ~finite))
-    return accept, h_next, jnp.where(failed, cause, result).astype(jnp.int32), overreach
-
-
-def _largest(y: Float[Array, "samples n"], axis):
-    return jnp.max(jnp.abs(y), axis=axis, initial=0.0)
 
 
 def limit_step(stepper: Stepper, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
