@@ -130,15 +130,13 @@ def draw(posteriors, histories, path):
 
 def main(arguments: list[str] | None = None) -> int:
     known = parser(__file__, __doc__)
-    known.add_argument(
-        "--steps", type=count, default=600, help="of the flow; the Gaussian takes 4x (default 600)"
-    )
+    known.add_argument("--steps", type=count, default=600, help="(default 600; the Gaussian 4x)")
     # At 1e-3, the optimizer finds parameters whose solver error looks like a better ELBO.
     known.add_argument(
-        "--tolerance", type=positive, default=1e-5, help="of the flow in training (default 1e-5)"
+        "--tolerance", type=positive, default=1e-5, help="in training (default 1e-5)"
     )
     known.add_argument(
-        "--samples", type=count, default=4000, help="draws from each posterior (default 4000)"
+        "--samples", type=count, default=4000, help="of each posterior (default 4000)"
     )
     options = known.parse_args(arguments)
     if options.tolerance >= 1:

@@ -83,9 +83,7 @@ def draw(panels, counts, history, path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     known = parser(__file__, __doc__, seconds=45, steps=None, batch=512, width=128)
-    known.add_argument(
-        "--simulations", type=count, default=30_000, help="a tenth, at most 1000, is set aside"
-    )
+    known.add_argument("--simulations", type=count, default=30_000, help="(default 30000)")
     options = known.parse_args(arguments)
     if options.simulations < 100:
         known.error("--simulations must be at least 100")

@@ -130,7 +130,8 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
 
 def main(arguments: list[str] | None = None) -> int:
     known = parser(__file__, __doc__, steps=400, batch=128, width=96)
-    known.add_argument("--depths", type=count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    known.add_argument("--depths", type=count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64],
+                       help="of the residual networks (default 1 2 4 ... 64)")  # fmt: skip
     options = known.parse_args(arguments)
     depths = sorted(set(options.depths))
     if len(depths) < 2:

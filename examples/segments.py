@@ -84,7 +84,7 @@ def draw(exact, observed, fits, path):
 
 def main(arguments: list[str] | None = None) -> int:
     known = parser(__file__, __doc__, steps=2500, rate=1e-2)
-    known.add_argument("--segments", type=count, default=40, help="divide 400 (default 40)")
+    known.add_argument("--segments", type=count, default=40, help="must divide 400 (default 40)")
     options = known.parse_args(arguments)
     if options.segments < 2 or (len(TIMES) - 1) % options.segments:
         known.error("--segments must divide the 400 intervals, and be 2 or more")

@@ -61,7 +61,7 @@ def train(params, times, observed, steps, rate, key):
         return jnp.sum(jnp.where(seen[..., None], error**2, 0.0)) / (2 * jnp.sum(seen))
 
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    params, losses = minimize(loss, params, optimizer, steps, key, "spiral")
+    params, losses = minimize(loss, params, optimizer, steps, key, "training")
     return params, losses**0.5
 
 

@@ -114,9 +114,14 @@ def draw(names, rows, new, scores, lines, path):
 def parse(arguments):
     options = parser(__file__, __doc__, steps=6000, batch=512, width=128, rate=8e-3)
     options.add_argument("--data", type=Path, help="a CSV file; the MAGIC telescope without it")
-    options.add_argument("--rows", type=count, default=5000, help="new rows to sample")
-    options.add_argument("--every", type=count, default=2000, help="steps from save to save")
-    options.add_argument("--checkpoint", type=writable, default="out/tabular.checkpoint")
+    options.add_argument("--rows", type=count, default=5000, help="new rows (default 5000)")
+    options.add_argument(
+        "--every", type=count, default=2000, help="steps of a round (default 2000)"
+    )
+    default = "out/tabular.checkpoint"
+    options.add_argument(
+        "--checkpoint", type=writable, default=default, help=f"(default {default})"
+    )
     options.add_argument("--evaluate", action="store_true", help="use the checkpoint, do not train")
     chosen = options.parse_args(arguments)
     chosen.table = chosen.out.with_suffix(".csv")

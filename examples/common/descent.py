@@ -51,7 +51,9 @@ def minimize(
             losses = np.concatenate([losses, values])
             if not np.isfinite(values).all():
                 step = np.flatnonzero(~np.isfinite(losses))[0]
-                raise FloatingPointError(f"{name}: the loss is not finite in step {step}")
+                raise FloatingPointError(
+                    f"{name}: the loss is not finite in step {step}. Lower the learning rate"
+                )
             text = f"{name}: loss {losses[-1]:.3g}"
             progress.update(task, completed=len(losses), description=text)
     print(f"{name}: {steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
