@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(PIXELS), rtol=1e-4, atol=1e-4),
         jaxode.nn.Residual(PIXELS, options.width, key=next(keys), context_size=CLASSES),
         support=(-MARGIN, LEVELS + MARGIN),
-        standardize=jaxode.standardize.whiten(noisy(data)),
+        standardize=jaxode.standardize.affine(noisy(data)),
         context_shape=(CLASSES,),
     )
     density, history = jaxode.fit(
