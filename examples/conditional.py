@@ -7,21 +7,16 @@ each column starts from the same noise. One flow has ten densities, so it is als
 prints its accuracy on held-out digits and their bits per dimension. A minute on two cores.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
-from arguments import announce, run, training
-from digits import HELD_OUT, LEVELS, MARGIN, PIXELS, VALIDATION, bits, in_bits
-from pictures import draw_scores, tile
+from common.arguments import announce, parser, run
+from common.pictures import draw_scores, save, tile
+from digits import HELD_OUT, LEVELS, MARGIN, PIXELS, VALIDATION, bits
 from sklearn.datasets import load_digits
 
 import jaxode
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CLASSES = 10
 
@@ -47,18 +42,16 @@ def draw(density, data, labels, history, path, key):
     for name in ("real", "samples"):
         axes[name].set_yticks(np.arange(CLASSES) * 9 + 3.5, list("0123456789"))
         axes[name].set(ylabel="class")
-    draw_scores(history, axes["scores"])
-    axes["scores"].set(ylabel="bits per dimension", title="validation images during training")
-    axes["scores"].legend()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    seconds, scores = [p.seconds for p in history], [bits(-p.nats) for p in history]
+    draw_scores(axes["scores"], seconds, scores)
+    axes["scores"].set(ylabel="bits per dimension")
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = training("conditional", __doc__, seconds=25.0, width=128, batch=256)
-    options = parser.parse_args(argv)
+def main(arguments: list[str] | None = None) -> int:
+    options = parser(__file__, __doc__, seconds=25, steps=None, batch=256, width=128)
+    options = options.parse_args(arguments)
     announce(__doc__)
-    begin = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     pixels, classes = load_digits(return_X_y=True)
     order = jax.random.permutation(next(keys), len(pixels))
@@ -71,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(PIXELS), rtol=1e-4, atol=1e-4),
         jaxode.nn.Residual(PIXELS, options.width, key=next(keys), context_size=CLASSES),
         support=(-MARGIN, LEVELS + MARGIN),
-        standardize=jaxode.standardize.whiten(noisy(data)),
+        standardize=jaxode.standardize.affine(noisy(data)),
         context_shape=(CLASSES,),
     )
     density, history = jaxode.fit(
@@ -87,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"held-out bits per dimension, any label may be     {bits(any_label):.3f}")
     right = float(jnp.mean(jnp.argmax(scores, axis=1) == held_out_labels))
     print(f"held-out accuracy by Bayes' rule                  {right:.1%}")
-    draw(density, data, labels, in_bits(history), options.out, next(keys))
-    print(f"picture: {options.out}   total: {time.perf_counter() - begin:.0f} s")
+    draw(density, data, labels, history, options.out, next(keys))
     return 0
 
 

@@ -8,27 +8,23 @@ flow from noise to data. About a minute on two cores.
 """
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
-from arguments import announce, count, run, training
-from pictures import draw_scores
+from common import tables
+from common.arguments import InputError, announce, count, parser, run
+from common.pictures import draw_scores, save
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.patches import Circle
 from rich.progress import Progress
 from sklearn import datasets
-from tables import as_numbers, is_number, read_rows
 
 import jaxode
 from jaxode import plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.patches import Circle
 
 
 def eight_gaussians(rng, n):
@@ -73,42 +69,18 @@ TOYS = {
 }
 
 
-def read_csv(path: Path) -> np.ndarray:
-    """Two numeric columns, `[points, 2]`. A first line without numbers is a header."""
-    rows = read_rows(path)
-    if rows and not any(map(is_number, rows[0][1])):
-        rows = rows[1:]
-    if len(rows) < 20:
-        raise ValueError(f"{path}: at least 20 points are needed; got {len(rows)}")
-    for line, row in rows:
-        if len(row) != 2:
-            raise ValueError(
-                f"{path}, line {line}: two columns separated by a comma are needed; got {len(row)}"
-            )
-        for cell in row:
-            if not is_number(cell):
-                raise ValueError(f"{path}, line {line}: {cell!r} is not a finite number")
-    return as_numbers(path, [row for _, row in rows])
-
-
-def check_density(name: str, points: np.ndarray) -> None:
-    """Raise `ValueError` if the training points lie on a line, where they have no density."""
-    points = points.astype(np.float32).astype(float)  # as the flow sees them
-    if np.any(points.std(axis=0) <= 1e-6 * np.abs(points).max(0)):
-        raise ValueError(
-            f"{name}: a column is constant in the points to train on, so they have no density"
-        )
-    # A correlation this close to one differs from it only by rounding.
-    if abs(np.corrcoef(points.T)[0, 1]) > 1 - 1e-9:
-        raise ValueError(f"{name}: the points to train on lie on a line, so they have no density")
-
-
-def load(name: str, rng: np.random.Generator) -> np.ndarray:
+def load(name: str, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
+    """The names of both columns, and the points, `[points, 2]`."""
     if name in TOYS:
-        return TOYS[name](rng, 20_000)
+        return ["x", "y"], TOYS[name](rng, 20_000)
     if not Path(name).is_file():
-        raise ValueError(f"{name} is neither one of {', '.join(TOYS)} nor a file")
-    return read_csv(Path(name))
+        raise InputError(f"{name} is neither one of {', '.join(TOYS)} nor a file")
+    names, points = tables.read(Path(name))
+    if len(names) > 2:
+        raise InputError(
+            f"{name}: two numeric columns are needed; got {len(names)}. Use tabular.py for more"
+        )
+    return names, points
 
 
 def draw(density, data, history, path, key):
@@ -132,19 +104,17 @@ def draw(density, data, history, path, key):
     for radius in (1, 2, 3):
         axes[1, 1].add_patch(Circle((0, 0), radius, fill=False, color="black", lw=0.8))
     axes[1, 1].set(xlim=(-4, 4), ylim=(-4, 4))
-    draw_scores(history, axes[1, 2])
-    last = ("from noise to samples", "data carried to noise", "validation points during training")
-    titles = ("data", "learned density", "samples", *last)
-    for axis, title in zip(axes.flat, titles, strict=True):
+    draw_scores(axes[1, 2], [p.seconds for p in history], [p.nats for p in history])
+    titles = ("data", "learned density", "samples")
+    titles += ("from noise to samples", "data carried to noise")
+    for axis, title in zip(axes.flat, titles, strict=False):
         axis.set_title(title)
     for axis in axes[0]:
         axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes[1, 0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
     circles = "circles: 1, 2 and 3 standard deviations of the base density"
     axes[1, 1].text(0.5, -0.21, circles, ha="center", transform=axes[1, 1].transAxes)
-    axes[1, 2].legend()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path)
 
 
 def picture_limits(data):
@@ -186,50 +156,39 @@ def animate(density, limits, frames, path, key):
     with Progress() as progress:
         task = progress.add_task("animation", total=len(order))
         movie = FuncAnimation(figure, frame, frames=order, init_func=lambda: None)
-        movie.save(
-            path,
-            PillowWriter(fps=12),
-            dpi=70,
-            progress_callback=lambda *_: progress.advance(task),
-        )
+        advance = lambda *_: progress.advance(task)
+        movie.save(path, PillowWriter(fps=12), dpi=70, progress_callback=advance)
     plt.close(figure)
+    print(f"animation: {path}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = training("density_2d", __doc__, seconds=25.0, width=64, batch=512)
-    parser.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
-    parser.add_argument("--frames", type=count, default=36, help="of the animation")
-    options = parser.parse_args(argv)
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__, seconds=25, steps=None, batch=512, width=64)
+    known.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
+    known.add_argument("--frames", type=count, default=36, help="of the animation (default 36)")
+    options = known.parse_args(arguments)
     rng = np.random.default_rng(options.seed)
-    try:
-        data = rng.permutation(load(options.data, rng))
-        split = min(len(data) // 10, 2000)
-        check_density(options.data, data[split:])
-    except ValueError as error:
-        print(f"density_2d: {error}", file=sys.stderr)
-        return 2
+    names, points = load(options.data, rng)
+    points = rng.permutation(points)
+    split = min(len(points) // 10, 2000)
+    tables.check_density(names, points[split:])
 
     announce(__doc__)
     network_key, fit_key, draw_key = jax.random.split(jax.random.key(options.seed), 3)
-    held_out, data = jnp.split(jnp.asarray(data, float), [split])
+    held_out, data = jnp.split(jnp.asarray(points, float), [split])
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-4, atol=1e-4)
     network = jaxode.nn.Residual(2, options.width, key=network_key)
     density = jaxode.bind(flow, network, standardize=data)  # in units of the data
-    try:
-        density, history = jaxode.fit(
-            density, data, key=fit_key, seconds=options.seconds, steps=options.steps,
-            batch_size=options.batch,
-        )  # fmt: skip
-    except FloatingPointError as error:
-        print(f"density_2d: {error}", file=sys.stderr)
-        return 1
+    density, history = jaxode.fit(
+        density, data, key=fit_key, seconds=options.seconds, steps=options.steps,
+        batch_size=options.batch,
+    )  # fmt: skip
     print(f"trained in {history[-1].seconds:.0f} s")
     log_prob = density.log_prob(held_out)
     print(f"held-out log-density: {log_prob.mean():.3f} nats ({len(held_out)} points)")
-    draw(density, data, history, options.out, draw_key)
     movie = options.out.with_suffix(".gif")
     animate(density, picture_limits(data), options.frames, movie, draw_key)
-    print(f"picture: {options.out}   animation: {movie}")
+    draw(density, data, history, options.out, draw_key)
     return 0
 
 

@@ -8,23 +8,17 @@ Gaussian with full covariance, and writes one picture. Under a minute on two cor
 training early and goes on.
 """
 
-import time
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from arguments import announce, run, training
-from pictures import draw_scores, tile
+from common.arguments import announce, parser, run
+from common.pictures import draw_scores, save, tile
 from sklearn.datasets import load_digits
 
 import jaxode
 from jaxode import images
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LEVELS, PIXELS = 17, 64
 HELD_OUT, VALIDATION = 300, 100  # images; the second set chooses the parameters
@@ -32,14 +26,10 @@ MARGIN = 1.0  # grey levels beyond black and white, which keep the logit finite
 
 
 def bits(log_prob) -> float:
-    return float(images.bits_per_dimension(log_prob, PIXELS).mean())
+    return float(np.mean(images.bits_per_dimension(log_prob, PIXELS)))
 
 
-def in_bits(history: list[Any]) -> list[Any]:
-    return [point._replace(nats=bits(-jnp.array(point.nats))) for point in history]
-
-
-def draw(density, data, history, scores, path, key):
+def draw(density, data, history, lines, path, key):
     """Real digits, samples, paths from noise to digits, and the scores during training."""
     samples = density.sample(key, (40,))
     z = density.flow.base.sample(jax.random.fold_in(key, 1), (4,))
@@ -50,51 +40,45 @@ def draw(density, data, history, scores, path, key):
     figure, axes = plt.subplots(2, 2, figsize=(13, 7), constrained_layout=True)
     tile(axes[0, 0], data[:40], 4, "real digits")
     tile(axes[0, 1], samples, 4, "samples")
-    tile(axes[1, 0], frames, 4, "from noise with the covariance of the data to digits")
+    tile(axes[1, 0], frames, 4, "from independent pixels to digits")
     axes[1, 0].set_xticks(9 * np.arange(len(times)) + 3.5, [f"{t:.1f}" for t in times])
     axes[1, 0].set(xlabel="time $t$ of the flow")
-    curve = axes[1, 1]
-    draw_scores(history, curve, scores)
-    curve.set(ylabel="bits per dimension", title="validation images during training")
-    curve.legend(loc="center right")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    seconds, scores = [p.seconds for p in history], [bits(-p.nats) for p in history]
+    draw_scores(axes[1, 1], seconds, scores, lines)
+    axes[1, 1].set(ylabel="bits per dimension")
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = training("digits", __doc__, seconds=25.0, width=256, batch=256)
-    options = parser.parse_args(argv)
+def main(arguments: list[str] | None = None) -> int:
+    options = parser(__file__, __doc__, seconds=25, steps=None, batch=256, width=256)
+    options = options.parse_args(arguments)
     announce(__doc__)
-    start = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
     pixels, _ = load_digits(return_X_y=True)
     pixels = jax.random.permutation(next(keys), jnp.asarray(pixels, float))
     held_out, validation, data = jnp.split(pixels, [HELD_OUT, HELD_OUT + VALIDATION])
     print(f"{len(data)} digits to train on, {len(held_out)} held out", flush=True)
     noisy = lambda x: x + jax.random.uniform(next(keys), x.shape)
-    density = jaxode.bind(
-        jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(PIXELS), rtol=1e-4, atol=1e-4),
-        jaxode.nn.Residual(PIXELS, options.width, key=next(keys)),
-        support=(-MARGIN, LEVELS + MARGIN),
-        standardize=jaxode.standardize.whiten(noisy(data)),
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(PIXELS), rtol=1e-4, atol=1e-4)
+    network = jaxode.nn.Residual(PIXELS, options.width, key=next(keys))
+    bound = lambda standardize: jaxode.bind(
+        flow, network, support=(-MARGIN, LEVELS + MARGIN), standardize=standardize(noisy(data))
     )
     density, history = jaxode.fit(
-        density, data, key=next(keys), seconds=options.seconds, steps=options.steps,
-        batch_size=options.batch, validation=validation, dequantize=True,
+        bound(jaxode.standardize.affine), data, key=next(keys), seconds=options.seconds,
+        steps=options.steps, batch_size=options.batch, validation=validation, dequantize=True,
         optimizer=optax.adamw(8e-3, weight_decay=1.0), time_power=1.0,
     )  # fmt: skip
     print(f"trained in {history[-1].seconds:.0f} s; evaluating")
 
     print("bits per dimension            train   held out")
-    rows = noisy(data[:HELD_OUT]), noisy(held_out)
-    normal = jaxode.standard_normal(PIXELS)
-    gaussian = [bits(normal.log_prob(density.to_flow(x)) + density.log_det(x)) for x in rows]
-    flow = [bits(density.log_prob(x)) for x in rows]
+    rows, white = (noisy(data[:HELD_OUT]), noisy(held_out)), bound(jaxode.standardize.whiten)
+    gaussian = [bits(flow.base.log_prob(white.to_flow(x)) + white.log_det(x)) for x in rows]
+    learned = [bits(density.log_prob(x)) for x in rows]
     print(f"full-covariance Gaussian   {gaussian[0]:8.3f}   {gaussian[1]:8.3f}")
-    print(f"flow                       {flow[0]:8.3f}   {flow[1]:8.3f}")
-    scores = {"flow, held out": flow[1], "Gaussian, held out": gaussian[1]}
-    draw(density, data, in_bits(history), scores, options.out, next(keys))
-    print(f"picture: {options.out}   total: {time.perf_counter() - start:.0f} s")
+    print(f"flow                       {learned[0]:8.3f}   {learned[1]:8.3f}")
+    lines = {"flow, held out": learned[1], "Gaussian, held out": gaussian[1]}
+    draw(density, data, history, lines, options.out, next(keys))
     return 0
 
 

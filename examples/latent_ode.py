@@ -11,27 +11,20 @@ the errors of both halves on held-out series. About a minute on two cores.
 References: Chen et al. (2018), arXiv:1806.07366; Rubanova et al. (2019), arXiv:1907.03907.
 """
 
-import argparse
-import sys
-import time
-from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
+import matplotlib.pyplot as plt
 import optax
-from arguments import announce, picture, run, seed
+from common.arguments import announce, parser, run
+from common.descent import minimize
+from common.pictures import save
 from jaxtyping import Array, Bool, Float
-from rich.progress import Progress
 
 import jaxode
 from jaxode import plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TRAIN, TEST, MOST, HALF, NOISE = 384, 64, 24, 8.0, 0.05
 LATENT, HIDDEN = 6, 48
@@ -146,45 +139,19 @@ class Recurrent(eqx.Module):
         return jax.vmap(one)(states, times)
 
 
-def train(model, data: Series, steps: int, batch: int, key, name: str):
+def train(model, data: Series, options, key, name: str):
     """Least squares on all readings of a series, of which the encoder sees the first half."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    )
+    schedule = optax.cosine_decay_schedule(3e-3, options.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
-    def loss(model, series: Series):
+    def loss(model, step, key):
+        rows = jax.random.choice(key, TRAIN, (options.batch,), replace=False)
+        series = jax.tree.map(lambda x: x[rows], data)
         squares = (model(series, series.times) - series.values) ** 2
         return jnp.sum(jnp.where(series.read, squares, 0.0)) / jnp.sum(series.read)
 
-    @eqx.filter_jit
-    def block(model, state, keys):
-        arrays, static = eqx.partition(model, eqx.is_inexact_array)
-
-        def step(carry, key):
-            arrays, state = carry
-            rows = jax.random.choice(key, TRAIN, (batch,), replace=False)
-            series = jax.tree.map(lambda x: x[rows], data)
-            of_arrays = lambda arrays: loss(eqx.combine(arrays, static), series)
-            value, gradient = jax.value_and_grad(of_arrays)(arrays)
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(arrays, updates), state), value
-
-        (arrays, state), values = jax.lax.scan(step, (arrays, state), keys)
-        return eqx.combine(arrays, static), state, values
-
-    state, losses = optimizer.init(eqx.filter(model, eqx.is_inexact_array)), []
-    with Progress() as progress:
-        task = progress.add_task(f"{name}: compiling", total=steps)
-        for done in range(0, steps, 20):
-            key, block_key = jax.random.split(key)
-            keys = jax.random.split(block_key, min(20, steps - done))
-            model, state, values = block(model, state, keys)
-            losses.extend(np.sqrt(values))
-            if not np.isfinite(losses[-1]):
-                raise FloatingPointError(f"{name}: the solve failed")
-            text = f"{name}: error {losses[-1]:.3f}"
-            progress.update(task, advance=len(keys), description=text)
-    return model, losses
+    model, losses = minimize(loss, model, optimizer, options.steps, key, name)
+    return model, losses**0.5
 
 
 @eqx.filter_jit
@@ -226,21 +193,14 @@ def draw(models, data: Series, losses, path):
     axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")
     axes[3].set(yscale="log", ylabel="root mean square error", title="training, mean of 20 steps")
     axes[3].legend()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=2500, help="training steps of each model")
-    parser.add_argument("--batch", type=int, default=64, help="series in a training step")
-    parser.add_argument("--out", type=picture, default="out/latent_ode.png", help="the picture")
-    parser.add_argument("--seed", type=seed, default=0)
-    options = parser.parse_args(argv)
-    if options.steps < 1 or not 1 <= options.batch <= TRAIN:
-        parser.error(f"--steps must be at least 1, and --batch from 1 to {TRAIN}")
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__, steps=2500, batch=64)
+    options = known.parse_args(arguments)
+    if options.batch > TRAIN:
+        known.error(f"--batch must be at most {TRAIN}, the number of series")
 
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
@@ -248,14 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     models = {"latent ODE": LatentODE(next(keys)), "GRU": Recurrent(next(keys))}
     losses = {}
     for name, model in models.items():
-        begin = time.perf_counter()
-        fit = partial(train, steps=options.steps, batch=options.batch, name=name)
-        try:
-            models[name], losses[name] = fit(model, data, key=next(keys))
-        except FloatingPointError as error:
-            print(f"latent_ode: {error}", file=sys.stderr)
-            return 1
-        print(f"{name}: {options.steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
+        models[name], losses[name] = train(model, data, options, next(keys), name)
     size = float(jnp.sqrt(jnp.mean(held_out.exact**2)))
     print(f"root mean square error on {TEST} series held out (size of the data {size:.2f})")
     print("              half that was read   forecast")
@@ -263,7 +216,6 @@ def main(argv: list[str] | None = None) -> int:
         seen, forecast = errors(model, held_out)
         print(f"{name:12s} {seen:18.3f}   {forecast:8.3f}")
     draw(models, held_out, losses, options.out)
-    print(f"picture: {options.out}")
     return 0
 
 

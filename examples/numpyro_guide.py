@@ -10,17 +10,16 @@ a Gaussian guide, and whether training exploited solver errors. About a minute o
 Reference: Rubin (1981), doi:10.3102/10769986006004377.
 """
 
-import argparse
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from arguments import announce, picture, run, seed
+from common.arguments import announce, count, parser, positive, run
+from common.pictures import save
 from rich.progress import Progress
 
 try:
@@ -35,9 +34,6 @@ except ModuleNotFoundError:
 
 import jaxode
 from jaxode import plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 EFFECT = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERROR = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -85,7 +81,9 @@ def fit(guide, steps, key):
             state, loss = update(state)
             losses.append(float(loss))
             if not np.isfinite(loss):
-                raise FloatingPointError(f"the ELBO is not finite in step {len(losses)}")
+                raise FloatingPointError(
+                    f"{type(guide).__name__}: the ELBO is not finite in step {len(losses)}"
+                )
             text = f"{type(guide).__name__}, ELBO {-np.mean(losses[-50:]):.2f}"
             progress.update(task, advance=1, description=text)
     return svi.get_params(state), losses
@@ -127,41 +125,33 @@ def draw(posteriors, histories, path):
         plot.history(losses, ax=axes[4], color=colors[name], label=name)
     axes[4].set(ylim=(31, 34), ylabel="negative ELBO, nats", title="training, mean of 50 steps")
     axes[4].legend()
-    figure.savefig(path, dpi=75)
-    plt.close(figure)
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=600, help="of the flow; the Gaussian takes 4x")
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__)
+    known.add_argument("--steps", type=count, default=600, help="(default 600; the Gaussian 4x)")
     # At 1e-3, the optimizer finds parameters whose solver error looks like a better ELBO.
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="of the flow in training")
-    parser.add_argument("--samples", type=int, default=4000, help="draws from each posterior")
-    parser.add_argument("--out", type=picture, default="out/numpyro_guide.png")
-    parser.add_argument("--seed", type=seed, default=0)
-    options = parser.parse_args(argv)
-    if min(options.steps, options.samples) < 1:
-        parser.error("--steps and --samples must be at least 1")
-    if not 0 < options.tolerance < 1:
-        parser.error("--tolerance must be between 0 and 1")
+    known.add_argument(
+        "--tolerance", type=positive, default=1e-5, help="in training (default 1e-5)"
+    )
+    known.add_argument(
+        "--samples", type=count, default=4000, help="of each posterior (default 4000)"
+    )
+    options = known.parse_args(arguments)
+    if options.tolerance >= 1:
+        known.error("--tolerance must be below 1")
     FlowGuide.tolerance = options.tolerance
 
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 7))
-    begin = time.perf_counter()
     print("NUTS ...", flush=True)
     posteriors, histories, final = {"NUTS": by_nuts(options.samples, next(keys))}, {}, {}
     for name, guide_type in (("flow", FlowGuide), ("mean-field Gaussian", AutoNormal)):
         guide = guide_type(MODEL, init_loc_fn=init_to_median)
-        try:
-            # A step of the Gaussian is cheap, but it needs more of them.
-            steps = options.steps * (1 if guide_type is FlowGuide else 4)
-            params, histories[name] = fit(guide, steps, next(keys))
-        except FloatingPointError as error:
-            print(f"numpyro_guide: {name}: {error}", file=sys.stderr)
-            return 1
+        # A step of the Gaussian is cheap, but it needs more of them.
+        steps = options.steps * (1 if guide_type is FlowGuide else 4)
+        params, histories[name] = fit(guide, steps, next(keys))
         shape = (options.samples,)
         posteriors[name] = guide.sample_posterior(next(keys), params, sample_shape=shape)
         final[name] = elbo(guide, params, options.samples, key := next(keys))
@@ -178,7 +168,6 @@ def main(argv: list[str] | None = None) -> int:
         text = "   ".join(f"{float(c.mean()):6.2f} {float(c.std()):5.2f}" for c in columns)
         print(f"{name:20}{text}" + (f"{final[name]:10.2f}" if name in final else ""))
     draw(posteriors, histories, options.out)
-    print(f"picture: {options.out}   total: {time.perf_counter() - begin:.0f} s")
     return 0
 
 

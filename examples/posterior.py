@@ -9,21 +9,16 @@ flat if the posteriors are calibrated. For one observation the exact posterior i
 total variation distance to it is printed. A minute and a half on two cores.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
-from arguments import announce, count, run, training
-from pictures import draw_scores
+from common.arguments import announce, count, parser, run
+from common.pictures import draw_scores, save
+from matplotlib.colors import PowerNorm
 from scipy import stats
 
 import jaxode
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.colors import PowerNorm
 
 OBSERVATION = np.zeros(2, np.float32)
 RANKS = 20  # possible ranks of a parameter among 19 samples of its posterior
@@ -82,24 +77,18 @@ def draw(panels, counts, history, path) -> None:
     axes["ranks"].set(title="calibration", xlabel="rank among 19 samples", ylabel="simulations")
     axes["ranks"].set_ylim(0, 2 * expected)
     axes["ranks"].legend(loc="lower center")
-    draw_scores(history, axes["scores"])
-    axes["scores"].set(title="validation during training")
-    axes["scores"].legend()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    draw_scores(axes["scores"], [p.seconds for p in history], [p.nats for p in history])
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = training("posterior", __doc__, seconds=45.0, width=128, batch=512)
-    parser.add_argument(
-        "--simulations", type=count, default=30_000, help="a tenth, at most 1000, is set aside"
-    )
-    options = parser.parse_args(argv)
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__, seconds=45, steps=None, batch=512, width=128)
+    known.add_argument("--simulations", type=count, default=30_000, help="(default 30000)")
+    options = known.parse_args(arguments)
     if options.simulations < 100:
-        parser.error("--simulations must be at least 100")
+        known.error("--simulations must be at least 100")
 
     announce(__doc__)
-    begin = time.perf_counter()
     keys = iter(jax.random.split(jax.random.key(options.seed), 6))
     theta, x = simulate(next(keys), options.simulations)
     cut = min(len(theta) // 10, 1000)
@@ -139,7 +128,6 @@ def main(argv: list[str] | None = None) -> int:
     values = ", ".join(f"{stats.chisquare(column).pvalue:.2f}" for column in counts.T)
     print(f"calibration over {len(counted)} new simulations: p = {values} (uniform ranks)")
     draw(panels, counts, history, options.out)
-    print(f"picture: {options.out}   total: {time.perf_counter() - begin:.0f} s")
     return 0
 
 

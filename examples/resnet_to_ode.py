@@ -8,27 +8,23 @@ residual networks get the parameters of the Neural ODE: their outputs and gradie
 own by O(1/L). About a minute on two cores.
 """
 
-import argparse
-import time
 from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from arguments import announce, picture, run, seed
+from common.arguments import announce, count, parser, run
+from common.descent import minimize
+from common.pictures import save
 from jax.flatten_util import ravel_pytree
-from rich.progress import Progress
 from sklearn.datasets import load_digits
 
 import jaxode
 from jaxode import plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PIXELS, CLASSES, HELD_OUT = 64, 10, 397
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
@@ -65,22 +61,15 @@ def accuracy(model, carry, x, labels):
     return float(jnp.mean(jnp.argmax(logits, axis=1) == labels))
 
 
-def train(model, carry, x, labels, options, advance):
+def train(model, carry, x, labels, options, name):
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, options.steps), weight_decay=1e-3)
 
-    @jax.jit
-    def step(model, state, key):
+    def of_batch(model, step, key):
         rows = jax.random.choice(key, len(x), (options.batch,))
-        value, gradient = jax.value_and_grad(loss)(model, carry, x[rows], labels[rows])
-        updates, state = optimizer.update(gradient, state, model)
-        return optax.apply_updates(model, updates), state, value
+        return loss(model, carry, x[rows], labels[rows])
 
-    state, losses = optimizer.init(model), []
-    for key in jax.random.split(jax.random.key(options.seed), options.steps):
-        model, state, value = step(model, state, key)
-        losses.append(float(value))
-        advance()
-    return model, losses
+    key = jax.random.key(options.seed)
+    return minimize(of_batch, model, optimizer, options.steps, key, name)[0]
 
 
 def relative(a, b):
@@ -136,29 +125,19 @@ def draw(depths, trained, transferred, ode, states, gradients, model, x, path):
     axes[2].set(xlabel="first principal axis", ylabel="second principal axis")
     for axis in axes:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each network")
-    parser.add_argument("--batch", type=int, default=128, help="digits in a training step")
-    parser.add_argument("--width", type=int, default=96, help="size of the hidden layer of f")
-    parser.add_argument("--out", type=picture, default="out/resnet_to_ode.png")
-    parser.add_argument("--seed", type=seed, default=0)
-    options = parser.parse_args(argv)
-    if min(options.steps, options.batch, options.width, *options.depths) < 1:
-        parser.error("--depths, --steps, --batch and --width must be at least 1")
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__, steps=400, batch=128, width=96)
+    known.add_argument("--depths", type=count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64],
+                       help="of the residual networks (default 1 2 4 ... 64)")  # fmt: skip
+    options = known.parse_args(arguments)
     depths = sorted(set(options.depths))
     if len(depths) < 2:
-        parser.error("--depths needs two depths to compare")
+        known.error("--depths needs two depths to compare")
 
     announce(__doc__)
-    begin = time.perf_counter()
     x, labels = map(jnp.asarray, load_digits(return_X_y=True))
     order = jax.random.permutation(jax.random.key(options.seed), len(x))
     x, labels = (x[order] / 8 - 1).astype(jnp.float32), labels[order]
@@ -171,14 +150,10 @@ def main(argv: list[str] | None = None) -> int:
 
     carries = {L: lambda field, z, L=L: by_euler(field, z, L) for L in depths}
     trained = []
-    with Progress() as progress:
-        task = progress.add_task("", total=(len(depths) + 1) * options.steps)
-        for depth, carry in carries.items():
-            progress.update(task, description=f"residual network, depth {depth}")
-            model, _ = train(start, carry, x, labels, options, lambda: progress.advance(task))
-            trained.append(accuracy(model, carry, test, test_labels))
-        progress.update(task, description="Neural ODE")
-        model, _ = train(start, by_ode, x, labels, options, lambda: progress.advance(task))
+    for depth, carry in carries.items():
+        model = train(start, carry, x, labels, options, f"residual network, depth {depth}")
+        trained.append(accuracy(model, carry, test, test_labels))
+    model = train(start, by_ode, x, labels, options, "Neural ODE")
     ode = accuracy(model, by_ode, test, test_labels)
     transferred = [accuracy(model, carry, test, test_labels) for carry in carries.values()]
     states, gradients, same = compare(model, depths, test, test_labels)
@@ -190,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Neural ODE {ode:9.1%}")
     print(f"gradients of 4 Euler steps and of 4 residual blocks by hand: {same:.0e} apart")
     draw(depths, trained, transferred, ode, states, gradients, model, test, options.out)
-    print(f"picture: {options.out}   total: {time.perf_counter() - begin:.0f} s")
     return 0
 
 

@@ -12,22 +12,18 @@ single solve over all 20 periods for both networks. Half a minute on two cores.
 Reference: Bock and Plitt (1984), doi:10.1016/S1474-6670(17)61205-9, multiple shooting.
 """
 
-import argparse
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from arguments import announce, picture, run, seed
-from rich.progress import Progress
+from common.arguments import announce, count, parser, run
+from common.descent import minimize
+from common.pictures import save
 
 import jaxode
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PERIODS, PER_PERIOD, NOISE = 20, 20, 0.05
 TIMES = jnp.linspace(0.0, 2 * np.pi * PERIODS, PERIODS * PER_PERIOD + 1)
@@ -54,41 +50,22 @@ def cut(observed, segments: int):
     return TIMES[index], observed[index]
 
 
-def loss_of(params, times, observed, weight):
-    """Least squares within segments, plus the gaps between them."""
-    network, starts = params
-    ys = jaxode.solve(
-        learned, starts, times[:, 0], times[:, -1], network, batch="per_sample", ts=times,
-        rtol=1e-4, atol=1e-4, throw=False,
-    ).ys  # fmt: skip
-    gaps = ys[:-1, -1] - starts[1:]
-    return jnp.mean((ys - observed) ** 2) + weight * jnp.sum(gaps**2) / len(starts)
-
-
-def train(network, observed, segments: int, steps: int, rate: float, weight: float = 1.0):
-    """Train with Adam. Readings are the initial starting points."""
+def train(network, observed, segments: int, options, name: str, weight: float = 1.0):
+    """Least squares within segments, plus the gaps between them. Readings are the first starts."""
     times, observed = cut(observed, segments)
-    params = network, observed[:, 0]
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
-    @jax.jit
-    def block(carry, count):
-        def step(_, carry):
-            params, state = carry
-            gradient = jax.grad(loss_of)(params, times, observed, weight)
-            updates, state = optimizer.update(gradient, state)
-            return optax.apply_updates(params, updates), state
+    def loss(params, step, key):
+        network, starts = params
+        ys = jaxode.solve(
+            learned, starts, times[:, 0], times[:, -1], network, batch="per_sample", ts=times,
+            rtol=1e-4, atol=1e-4, throw=False,
+        ).ys  # fmt: skip
+        gaps = ys[:-1, -1] - starts[1:]
+        return jnp.mean((ys - observed) ** 2) + weight * jnp.sum(gaps**2) / len(starts)
 
-        return jax.lax.fori_loop(0, count, step, carry)
-
-    carry: Any = params, optimizer.init(params)
-    name = "one solve" if segments == 1 else f"{segments} segments"
-    with Progress() as progress:
-        task = progress.add_task(f"{name}: compiling", total=steps)
-        for done in range(0, steps, 50):
-            carry = jax.block_until_ready(block(carry, min(50, steps - done)))
-            progress.update(task, advance=50, description=name)
-    network, starts = carry[0]
+    optimizer = optax.adam(optax.cosine_decay_schedule(options.rate, options.steps))
+    params, key = (network, observed[:, 0]), jax.random.key(0)
+    (network, starts), _ = minimize(loss, params, optimizer, options.steps, key, name)
     return network, starts[0]
 
 
@@ -102,22 +79,15 @@ def draw(exact, observed, fits, path):
         axis.set(ylabel="$y$", title=f"trained by {name}", ylim=(-1.7, 1.7))
     axes[-1].set(xlabel="time")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--segments", type=int, default=40, help="must divide the 400 intervals")
-    parser.add_argument("--steps", type=int, default=2500, help="training steps")
-    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate")
-    parser.add_argument("--out", type=picture, default="out/segments.png", help="the picture")
-    parser.add_argument("--seed", type=seed, default=0)
-    options = parser.parse_args(argv)
-    if options.steps < 1 or options.segments < 2 or (len(TIMES) - 1) % options.segments:
-        parser.error("--steps must be at least 1, and --segments divide 400, and be 2 or more")
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__, steps=2500, rate=1e-2)
+    known.add_argument("--segments", type=count, default=40, help="must divide 400 (default 40)")
+    options = known.parse_args(arguments)
+    if options.segments < 2 or (len(TIMES) - 1) % options.segments:
+        known.error("--segments must divide the 400 intervals, and be 2 or more")
 
     announce(__doc__)
     noise_key, key = jax.random.split(jax.random.key(options.seed))
@@ -128,15 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     size = float(jnp.sqrt(jnp.mean(exact**2)))
     print(f"root mean square error over {PERIODS} periods (size of the data {size:.2f})")
     for segments in (1, options.segments):
-        begin = time.perf_counter()
-        trained, start = train(network, observed, segments, options.steps, options.rate)
         name = "one solve" if segments == 1 else f"{segments} segments"
+        trained, start = train(network, observed, segments, options, name)
         fits[name] = whole(learned, trained, start, throw=False)
         error = float(jnp.sqrt(jnp.mean((fits[name] - exact) ** 2)))
-        seconds = time.perf_counter() - begin
-        print(f"  trained by {name:12s} {error:.3f}   in {seconds:.0f} s", flush=True)
+        print(f"  trained by {name:12s} {error:.3f}", flush=True)
     draw(exact, observed, fits, options.out)
-    print(f"picture: {options.out}")
     return 0
 
 

@@ -18,10 +18,11 @@ import subprocess
 import sys
 
 import jax
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from arguments import announce, picture, run
+from common.arguments import InputError, announce, count, parser, run
+from common.pictures import save
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
@@ -29,9 +30,6 @@ from sklearn.datasets import make_moons
 
 import jaxode
 from jaxode import plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 AXIS = "batch"
 
@@ -90,9 +88,9 @@ def train(devices, axis_name, data, options, label: str):
     mesh, optimizer = Mesh(np.array(devices), (AXIS,)), optax.adam(3e-3)
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
     step = training_step(mesh, optimizer, axis_name)
-    params = jaxode.nn.ConcatSquash(2, (32, 32), key=jax.random.key(0))
+    params = jaxode.nn.ConcatSquash(2, (32, 32), key=jax.random.key(options.seed))
     params, state = jax.device_put((params, optimizer.init(params)), everywhere)
-    rng, losses = np.random.default_rng(0), []
+    rng, losses = np.random.default_rng(options.seed), []
     with Progress(disable=options.process_id > 0) as progress:
         task = progress.add_task(f"{label}: compiling", total=options.steps)
         for i in range(options.steps):
@@ -116,38 +114,29 @@ def draw(losses, one, label, path) -> None:
     right.semilogy(np.arange(1, len(one) + 1), np.maximum(np.abs(losses - one), 1e-17), ".", ms=3)
     right.set(xlabel="training step", ylabel="absolute difference, nats (1e-17: none)")
     right.set(title="difference of the losses", ylim=(5e-18, None))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--batch", type=int, default=256, help="points in a training step")
-    parser.add_argument("--devices", type=int, default=8, help="over all processes")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--own-steps", action="store_true", help="each device steps for itself")
-    parser.add_argument("--out", type=picture, default="out/sharded.png")
-    parser.add_argument("--process-id", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.steps < 1 or options.processes < 1:
-        parser.error("--steps and --processes must be at least 1")
-    if options.devices % options.processes or options.devices < 1:
-        parser.error(f"--devices {options.devices} must be a multiple of --processes")
-    if options.batch % options.devices or options.batch < 1:
-        parser.error(f"--batch {options.batch} must be a multiple of --devices {options.devices}")
+def main(arguments: list[str] | None = None) -> int:
+    known = parser(__file__, __doc__, steps=200, batch=256)
+    known.add_argument("--devices", type=count, default=8, help="over all processes (default 8)")
+    known.add_argument("--processes", type=count, default=1, help="(default 1)")
+    known.add_argument("--own-steps", action="store_true", help="each device steps for itself")
+    known.add_argument("--process-id", type=int, default=0, help=argparse.SUPPRESS)
+    known.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = known.parse_args(arguments)
+    if options.devices % options.processes:
+        known.error(f"--devices {options.devices} must be a multiple of --processes")
+    if options.batch % options.devices:
+        known.error(f"--batch {options.batch} must be a multiple of --devices {options.devices}")
     if not hasattr(jax.lax, "pcast"):
-        print(f"sharded: needs JAX 0.8 or newer; this is {jax.__version__}", file=sys.stderr)
-        return 2
+        raise InputError(f"needs JAX 0.8 or newer; this is {jax.__version__}")
     if options.port is None:
         announce(__doc__)
         if options.processes > 1:
             return start_processes(options)
     start(options)
-    data = make_moons(20_000, noise=0.08, random_state=0)[0]
+    data = make_moons(20_000, noise=0.08, random_state=options.seed)[0]
     axis_name = None if options.own_steps else AXIS
     label = f"{options.devices} devices"
     if options.process_id == 0:
@@ -157,14 +146,13 @@ def main() -> int:
     if options.process_id == 0:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(params_of_one), strict=True)
         apart = max(float(np.abs(a - b).max()) for a, b in pairs)
-        draw(losses, one, label, options.out)
         print(
             f"{label} in {options.processes} processes, last loss {losses[-1]:.6f} nats, "
             f"on one device {one[-1]:.6f}"
         )
         print(f"largest difference of a loss {np.abs(losses - one).max():.1e} nats")
         print(f"largest difference of a parameter {apart:.1e}")
-        print(f"picture: {options.out}")
+        draw(losses, one, label, options.out)
     return 0
 
 

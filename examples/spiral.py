@@ -10,25 +10,19 @@ minute on two cores.
 Reference: Chen et al. (2018), arXiv:1806.07366.
 """
 
-import argparse
-import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
+import matplotlib.pyplot as plt
 import optax
-from arguments import announce, picture, run, seed
-from rich.progress import Progress
+from common.arguments import announce, parser, run
+from common.descent import minimize
+from common.pictures import save
+from matplotlib.ticker import NullFormatter
 
 import jaxode
 from jaxode import plot
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
 
 SERIES, OBSERVED, SPAN, NOISE = 32, 16, 2.0, 0.05
 
@@ -54,35 +48,21 @@ def observe(f, args, y0, times, **options):
     return jaxode.solve(f, y0, 0.0, ends, args, batch="per_sample", ts=times, **options).ys
 
 
-def train(params, times, observed, steps, rate):
+def train(params, times, observed, steps, rate, key):
     """Least squares with Adam. The horizon grows: early far predictions only mislead training."""
+
+    def loss(params, step, key):
+        network, y0 = params
+        horizon = SPAN * jnp.minimum(1.0, 0.1 + 1.5 * step / steps)
+        # Times beyond the horizon become padding, and the solve ends there.
+        within = jnp.minimum(times, horizon)
+        error = observe(learned, network, y0, within, throw=False) - observed
+        seen = times <= horizon
+        return jnp.sum(jnp.where(seen[..., None], error**2, 0.0)) / (2 * jnp.sum(seen))
+
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    @jax.jit
-    def step(params, state, horizon):
-        def loss(params):
-            network, y0 = params
-            # Times beyond the horizon become padding, and the solve ends there.
-            within = jnp.minimum(times, horizon)
-            error = observe(learned, network, y0, within, throw=False) - observed
-            seen = times <= horizon
-            return jnp.sum(jnp.where(seen[..., None], error**2, 0.0)) / (2 * jnp.sum(seen))
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, value
-
-    state, losses = optimizer.init(params), []
-    with Progress() as progress:
-        task = progress.add_task("compiling", total=steps)
-        for i in range(steps):
-            horizon = SPAN * min(1.0, 0.1 + 1.5 * i / steps)
-            params, state, loss = step(params, state, horizon)
-            losses.append(float(loss) ** 0.5)
-            progress.update(task, advance=1, description=f"error {losses[-1]:.3f}")
-            if not np.isfinite(losses[-1]):
-                raise FloatingPointError(f"the solve failed in step {i}: lower --rate")
-    return params, losses
+    params, losses = minimize(loss, params, optimizer, steps, key, "training")
+    return params, losses**0.5
 
 
 def draw(network, y0, new, times, observed, losses, path):
@@ -113,23 +93,11 @@ def draw(network, y0, new, times, observed, losses, path):
         axis.set_title(title)
     for axis in axes[1:]:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=1200, help="training steps")
-    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate")
-    parser.add_argument("--width", type=int, default=64, help="size of the two hidden layers")
-    parser.add_argument("--out", type=picture, default="out/spiral.png", help="the picture")
-    parser.add_argument("--seed", type=seed, default=0)
-    options = parser.parse_args(argv)
-    if min(options.steps, options.width) < 1:
-        parser.error("--steps and --width must be at least 1")
-
+def main(arguments: list[str] | None = None) -> int:
+    options = parser(__file__, __doc__, steps=1200, rate=5e-3, width=64).parse_args(arguments)
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 5))
     start, new = jax.random.uniform(next(keys), (2, SERIES, 2), minval=-1.6, maxval=1.6)
@@ -138,15 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     observed = exact + NOISE * jax.random.normal(next(keys), exact.shape)
 
     network: Any = jaxode.nn.MLP(2, (options.width,) * 2, key=next(keys))
-    begin = time.perf_counter()
-    try:
-        (network, y0), losses = train(
-            (network, observed[:, 0]), times, observed, options.steps, options.rate
-        )
-    except FloatingPointError as error:
-        print(f"spiral: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.steps} steps in {time.perf_counter() - begin:.0f} s")
+    (network, y0), losses = train(
+        (network, observed[:, 0]), times, observed, options.steps, options.rate, next(keys)
+    )
 
     ts = jnp.linspace(0, 3 * SPAN, 300)
     errors = paths(learned, network, new, ts) - paths(truth, None, new, ts)
@@ -157,7 +119,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"  from new starting points, same span        {rms(errors[ts <= SPAN]):.3f}")
     print(f"  from new starting points, three times it   {rms(errors):.3f}")
     draw(network, y0, new, times, observed, losses, options.out)
-    print(f"picture: {options.out}")
     return 0
 
 

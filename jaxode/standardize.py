@@ -37,7 +37,7 @@ def whiten(data: Float[Numbers, "rows *event"]) -> Unfitted:
     """Subtract the mean and multiply by the inverse root of the covariance.
 
     An untrained flow is then the normal distribution with the mean and the covariance of the data:
-    a good start for few rows, and for images.
+    a good start for few rows.
 
     Raises:
         ValueError: by `bind`, if the covariance is singular.

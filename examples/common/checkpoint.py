@@ -12,20 +12,19 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from common.arguments import InputError
 
 
-def save(path: Path, state: Any, settings: dict[str, Any]) -> None:
+def save(path: Path, params: Any, record: Any, settings: dict[str, Any]) -> None:
     """Write a temporary file, then rename it: there is a complete checkpoint at every moment.
 
-    The state is a pytree of arrays, one of which is its `step`.
+    `params` is a pytree of arrays. The record says how training went, in numbers and lists.
     """
     buffer = io.BytesIO()
-    eqx.tree_serialise_leaves(buffer, state)
+    eqx.tree_serialise_leaves(buffer, params)
     content = buffer.getvalue()
-    digest = hashlib.sha256(content).hexdigest()
-    header = {
-        "step": int(state.step), "settings": settings, "arrays": arrays_of(state), "sha256": digest
-    }  # fmt: skip
+    header = {"settings": settings, "record": record, "arrays": _arrays_of(params)}
+    header["sha256"] = _digest(header, content)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         file.write(json.dumps(header).encode() + b"\n" + content)
@@ -34,36 +33,40 @@ def save(path: Path, state: Any, settings: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def arrays_of(state: Any) -> list[str]:
-    """The dtype and shape of each array."""
-    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state)]
-
-
-def load(path: Path, like: Any, settings: dict[str, Any]) -> Any:
-    """The saved state. `ValueError` if it is missing, damaged, or from another training run."""
+def load(path: Path, like: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Parameters and record. `InputError` if missing, damaged, or from another training run."""
     try:
         line, _, content = path.read_bytes().partition(b"\n")
     except OSError as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     try:
         header = json.loads(line)
-        whole = hashlib.sha256(content).hexdigest() == header["sha256"]
-    except (ValueError, KeyError, TypeError):
+        whole = header.pop("sha256") == _digest(header, content)
+    except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise ValueError(
+        raise InputError(
             f"{path} is damaged, or not a checkpoint. Delete it to train from the start"
         )
     saved = header["settings"]
     differ = [f"{name} {saved.get(name)}" for name in settings if saved.get(name) != settings[name]]
     if differ:
-        raise ValueError(
+        raise InputError(
             f"{path} was saved with other settings: {', '.join(differ)}. "
             "Use those, or another --checkpoint"
         )
-    if header.get("arrays") != arrays_of(like):
-        raise ValueError(
+    if header["arrays"] != _arrays_of(like):
+        raise InputError(
             f"{path} was saved by another version of this script, or in another precision. "
             "Delete it to train from the start"
         )
-    return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
+    return eqx.tree_deserialise_leaves(io.BytesIO(content), like), header["record"]
+
+
+def _arrays_of(params: Any) -> list[str]:
+    """The dtype and shape of each array."""
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(params)]
+
+
+def _digest(header: dict[str, Any], content: bytes) -> str:
+    return hashlib.sha256(json.dumps(header).encode() + content).hexdigest()

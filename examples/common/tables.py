@@ -1,0 +1,101 @@
+"""How the examples read a user's table, and write one: every problem gets one clear line."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+from common.arguments import InputError
+
+Row = tuple[int, list[str]]  # its line number and its cells
+
+
+def read(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names and values of the numeric columns of a CSV file. A header is optional."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in enumerate(csv.reader(file), 1) if any(map(str.strip, row[1]))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    columns = _numeric_columns([row for _, row in rows[1:]])
+    header = _split_header(path, rows, columns)
+    if len(rows) < 20:
+        raise InputError(f"{path}: at least 20 rows are needed; got {len(rows)}")
+    if len(columns) < 2:
+        marks = [mark for mark in ";\t|" if any(mark in cell for cell in rows[0][1])]
+        hint = f". Its cells seem to be separated by {marks[0]!r}" if marks else ""
+        raise InputError(
+            f"{path}: two numeric columns separated by a comma are needed; got {len(columns)}{hint}"
+        )
+    names = [header.get(i, "").strip() or f"column {i + 1}" for i in columns]
+    for line, row in rows:
+        for i, name in zip(columns, names, strict=True):
+            if i >= len(row) or not _is_number(row[i]):
+                cell = repr(row[i]) if i < len(row) else "nothing"
+                raise InputError(f"{path}, line {line}: {name} must be a finite number; got {cell}")
+    values = np.array([[float(row[i]) for i in columns] for _, row in rows])
+    if np.abs(values).max() > 1e30:
+        raise InputError(f"{path}: numbers beyond 1e30 are too large for single precision")
+    return names, values
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell)) and "_" not in cell
+    except ValueError:
+        return False
+
+
+def _numeric_columns(rows: list[list[str]]) -> list[int]:
+    """Columns with more numbers than text. Empty cells do not count: they are errors later."""
+    columns = []
+    for i in range(max(map(len, rows), default=0)):
+        cells = [row[i] for row in rows if i < len(row) and row[i].strip()]
+        if 2 * sum(map(_is_number, cells)) > len(cells):
+            columns.append(i)
+    return columns
+
+
+def _split_header(path: Path, rows: list[Row], columns: list[int]) -> dict[int, str]:
+    """Remove the first row from `rows` if it has no number above the numeric columns."""
+    if not rows or not columns:
+        return {}
+    line, first = rows[0]
+    cells = {i: first[i] if i < len(first) else "" for i in columns}
+    numbers = [cell for cell in cells.values() if _is_number(cell)]
+    if not numbers:
+        del rows[0]
+        return cells
+    if len(numbers) < len(cells):
+        other = next(cell for cell in cells.values() if not _is_number(cell))
+        raise InputError(
+            f"{path}, line {line}: must have a name above each column of numbers, or a finite "
+            f"number in each; got {numbers[0]!r} and {other!r}"
+        )
+    return {}
+
+
+def check_density(names: list[str], x: np.ndarray) -> None:
+    """Raise `InputError` if the rows lie in a hyperplane, where they have no density."""
+    for name, column in zip(names, x.astype(np.float32).T, strict=True):  # as the flow sees it
+        if np.ptp(column) <= 1e-6 * np.abs(column).max():
+            raise InputError(
+                f"{name} is constant in the rows to train on, so they have no density. Leave it out"
+            )
+    # Linear dependence, such as c = 2 a, leaves a direction with nothing but rounding.
+    variances, directions = np.linalg.eigh(np.corrcoef(x.T))
+    if variances[0] < 1e-9 * len(names):
+        weights = np.abs(directions[:, 0])
+        involved = [name for name, weight in zip(names, weights, strict=True) if weight > 0.01]
+        raise InputError(
+            f"the columns {', '.join(involved)} depend linearly on each other, so the rows have no "
+            "density. Leave one of them out"
+        )
+
+
+def write(path: Path, names: list[str], rows: np.ndarray) -> None:
+    """Write all digits of each number, and quote names that contain a comma."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
