@@ -71,10 +71,8 @@ def gradient(rate, adjoint, tolerance):
 def contraction(rates=RATES) -> list[dict]:
     """Relative error of the gradient in the rate; NaN where the backward solve failed."""
     with double_precision():
-        exact = [
-            float(gradient(jnp.asarray(float(rate)), ADJOINTS["DiscreteAdjoint()"], 1e-11))
-            for rate in rates
-        ]
+        tight = lambda rate: gradient(rate, jaxode.DiscreteAdjoint(), 1e-11)
+        exact = [float(tight(jnp.asarray(float(rate)))) for rate in rates]
     rows = []
     for name, adjoint in ADJOINTS.items():
         if "checkpoints" in name:
@@ -109,15 +107,11 @@ def moving_mesh(tolerances=TOLERANCES, step=1e-6) -> list[dict]:
         for tolerance in tolerances:
             value, gradient = at(mu, tolerance)
             difference = (at(mu + step, tolerance)[0] - at(mu - step, tolerance)[0]) / (2 * step)
-            rows.append(
-                {
-                    "tolerance": tolerance,
-                    "gradient": float(gradient),
-                    "finite difference of the computed loss": float(difference),
-                    "exact derivative": float(slope),
-                    "error of the loss": abs(float(value - exact)),
-                }
-            )
+            rows.append({
+                "tolerance": tolerance, "gradient": float(gradient),
+                "finite difference of the computed loss": float(difference),
+                "exact derivative": float(slope), "error of the loss": abs(float(value - exact)),
+            })  # fmt: skip
     return rows
 
 

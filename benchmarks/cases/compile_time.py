@@ -1,5 +1,6 @@
 """The first call: trace, compile and run, with no program in any cache."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffrax
@@ -42,6 +43,7 @@ def makers(size: Workload | dict[str, int]) -> dict[str, Any]:
 class CompileTime(Benchmark):
     title = "First call"
     short = "first call"
+    header = ("", "", "s, median (min-max)")
     cases = {
         "flow, 8 Gaussians, a user's own field": Workload(2, 512, (64, 64, 64), own=True),
         "Neural ODE, state 4": {"state": 4, "width": 64, "batch": 256, "times": 20},
@@ -68,25 +70,20 @@ class CompileTime(Benchmark):
         summaries = {name: summary(taken) for name, taken in times.items()}
         return {"failed": failed, "times": summaries, "ratios": ratios}
 
-    def table(self, results: Results) -> str:
-        rows = [
-            [case, name, f"{t['median']:.2f} ({t['min']:.2f}-{t['max']:.2f})"]
-            for case, result in results.items()
-            for name, t in result["times"].items()
-        ]
-        return show.markdown(["", "", "s, median (min-max)"], rows)
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
+        for case, result in results.items():
+            for name, t in result["times"].items():
+                yield case, name, f"{t['median']:.2f} ({t['min']:.2f}-{t['max']:.2f})"
 
     def draw(self, results: Results) -> Figure:
         medians = lambda result: {name: t["median"] for name, t in result["times"].items()}
         return show.bars({case: medians(result) for case, result in results.items()}, "s")
 
-    def sentence(self, results: Results) -> str:
-        parts = []
+    def told(self, results: Results) -> Iterator[str]:
         for case, result in results.items():
             medians = {n: t["median"] for n, t in result["times"].items()}
             best = min(show.peers(medians), key=medians.__getitem__)
-            parts.append(f"{case}: {show.verdict(medians['jaxode'] / medians[best], best)}")
-        return "; ".join(parts) + "."
+            yield f"{case}: {show.verdict(medians['jaxode'] / medians[best], best)}"
 
 
 BENCHMARK = CompileTime()

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from benchmarks.cases.ffjord_step import SIZES
 from benchmarks.harness.benchmark import Contest, Result, Results, WorkPrecision
@@ -33,33 +32,23 @@ def mesh_of(count: int) -> Mesh:
 
 
 def contenders(p: FlowProblem, mesh: Mesh) -> dict[str, Any]:
-    q, split = flows.over_devices(p, mesh), P(flows.AXIS)
+    q, steps = flows.over_devices(p, mesh), flows.on_devices(mesh)
 
-    def stepper(step, noise):
+    def over_all(name: str):
         def call(tolerance):
-            loss, gradient = step(q.params, q.x, noise, tolerance)
+            noise = flows.noise_of(q, name)
+            loss, gradient = steps[name](q.params, q.x, noise, tolerance)
             return loss, jax.tree.leaves(gradient)
 
-        return call
-
-    def own(**options):
-        loss = flows.jaxode_loss(**options)
-        return stepper(jax.jit(flows.shard_mapped(loss, mesh, P(), split, P(), P())), q.key)
-
-    def odeint():
-        def step(params, x, probe, tolerance):
-            local = flows.at(tolerance, flows.odeint_loss)
-            return flows.shard_mapped_untyped(local, mesh, P(), split, split)(params, x, probe)
-
-        return stepper(jax.jit(step, static_argnums=3), q.probe)
+        return lambda: call
 
     return {
-        "jaxode": own,
-        "jaxode, joint steps": lambda: own(axis_name=flows.AXIS),
+        "jaxode": over_all("jaxode, shard_map"),
+        "jaxode, joint steps": over_all("jaxode, shard_map, joint steps"),
         SINGLE: lambda: flows.jaxode_step(p),
-        "diffrax, jit": lambda: stepper(flows.partitioned(flows.diffrax_loss(), mesh), q.probe),
+        "diffrax, jit": over_all("diffrax, jit"),
         "diffrax, one device": lambda: flows.diffrax_step(p),
-        "jax odeint, shard_map": odeint,
+        "jax odeint, shard_map": over_all("jax odeint, shard_map"),
         "jax odeint, one device": lambda: flows.odeint_step(p),
     }
 

@@ -3,6 +3,7 @@
 Nothing runs: `memory_analysis()` of the compiled value and gradient of the likelihood.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import diffrax
@@ -41,12 +42,7 @@ class Memory(Growth):
     title = "Temporary memory of a training step"
     timed = False
     base = {"max_steps": 4096, "width": 64, "batch": 64, "dim": 8}
-    cases = {
-        "max_steps": (256, 65536),
-        "width": (64, 1024),
-        "batch": (64, 4096),
-        "dim": (8, 512),
-    }
+    cases = {"max_steps": (256, 65536), "width": (64, 1024), "batch": (64, 4096), "dim": (8, 512)}
     unit = heading = "MiB"
     labels = {"width": "parameters"}
 
@@ -74,20 +70,18 @@ class Memory(Growth):
     def point(self, row: list[float]) -> Point:
         return Point(row[0], row[1] / 2**20, f"{row[1] / 2**20:.2f}")
 
-    def sentence(self, results: Results) -> str:
+    def told(self, results: Results) -> Iterator[str]:
         """Growth over the whole range, and the ratio to the smallest peer at both ends."""
-        parts = []
         for case, result in results.items():
             mine = dict(result["curves"]["jaxode"])
             peers = [dict(result["curves"][name]) for name in show.peers(result["curves"])]
             ends = start, end = min(mine), max(mine)
             first, last = (mine[x] / min(peer[x] for peer in peers if x in peer) for x in ends)
-            parts.append(
+            yield (
                 f"from {start} to {end} {self.labels.get(case, case)}, jaxode's memory grows "
                 f"{mine[end] / mine[start]:.1f}-fold, from {first:.2f}x to {last:.2f}x as much as "
                 "the smallest JAX peer"
             )
-        return "; ".join(parts) + "."
 
 
 BENCHMARK = Memory()

@@ -7,6 +7,7 @@ five stages differentiated backwards and three nodes of the divergence different
 at the start.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import diffrax
@@ -88,6 +89,7 @@ def node(t, z, m, probe):
 
 class Overhead(Benchmark):
     title = "Loop overhead"
+    header = ("", "", "ms, median (min-max)", "bare loops", "ratio", "evaluations of the field")
     cases = {
         "solve, 256 x 64, 352-352": Size(Workload(64, 256, (352, 352))),
         "training step, 8 Gaussians": Size(SIZES["8 Gaussians, 512 x 2, 64-64-64"], step=True),
@@ -131,17 +133,11 @@ class Overhead(Benchmark):
             "ratios": {"bare loops": ratio(times["jaxode"], limits["jaxode"])},
         }  # fmt: skip
 
-    def table(self, results: Results) -> str:
-        rows = [
-            [
-                case, name, show.spread(time), show.spread(result["bare"][name]),
-                f"{result['over_limit'][name]:.2f}", str(result["evaluations"][name]),
-            ]
-            for case, result in results.items()
-            for name, time in result["times"].items()
-        ]  # fmt: skip
-        header = ["", "", "ms, median (min-max)", "bare loops", "ratio", "evaluations of the field"]
-        return show.markdown(header, rows)
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
+        for case, result in results.items():
+            for name, time in result["times"].items():
+                told = f"{result['over_limit'][name]:.2f}", str(result["evaluations"][name])
+                yield case, name, show.spread(time), show.spread(result["bare"][name]), *told
 
     def draw(self, results: Results) -> Figure:
         groups = {
@@ -154,13 +150,10 @@ class Overhead(Benchmark):
         }
         return show.bars(groups, "ms")
 
-    def sentence(self, results: Results) -> str:
-        parts = [
-            f"{name} takes {over:.2f}x as long as its evaluations in a bare loop ({case})"
-            for case, result in results.items()
-            for name, over in result["over_limit"].items()
-        ]
-        return "; ".join(parts) + "."
+    def told(self, results: Results) -> Iterator[str]:
+        for case, result in results.items():
+            for name, over in result["over_limit"].items():
+                yield f"{name} takes {over:.2f}x as long as its evaluations in a bare loop ({case})"
 
 
 BENCHMARK = Overhead()

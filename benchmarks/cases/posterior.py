@@ -16,7 +16,7 @@ References: Lueckmann et al. (2021), arXiv:2101.04653.
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,9 +178,10 @@ class Size(NamedTuple):
 class Posterior(Benchmark):
     title = "Posteriors from simulations"
     cases = {f"{task}: jaxode.fit": (task, "jaxode.fit") for task in TASKS} | {
-        "two moons: sbi, NPE": ("two moons", "sbi, NPE"),
+        "two moons: sbi, NPE": ("two moons", "sbi, NPE")
     }
     limit = 3600.0
+    header = ("", "", "C2ST, mean of ten", "range", "nats of new simulations", "s of training")
     size = Size()
 
     def run(self, case: str, bench: Bench) -> Result:
@@ -207,8 +208,7 @@ class Posterior(Benchmark):
             grouped.setdefault(task, {})[contender] = result
         return grouped
 
-    def table(self, results: Results) -> str:
-        rows = []
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
         for task, contenders in self.by_task(results).items():
             for name, result in contenders.items():
                 scores = np.array(result["c2st"])
@@ -217,9 +217,7 @@ class Posterior(Benchmark):
                     "" if result[part] is None else f"{result[part]:{digits}}"
                     for part, digits in (("nats", ".3f"), ("seconds of training", ".0f"))
                 )
-                rows.append([task, name, *told])
-        header = ["", "", "C2ST, mean of ten", "range", "nats of new simulations", "s of training"]
-        return show.markdown(header, rows)
+                yield task, name, *told
 
     def draw(self, results: Results) -> Figure:
         """A dot for each observation, and a line at their mean."""

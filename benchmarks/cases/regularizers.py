@@ -5,6 +5,7 @@ evaluations of the field that `log_prob` of held-out samples takes at a toleranc
 the exact held-out likelihood. Three trainings each, with other initial weights and batches.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,10 @@ class Regularizers(Benchmark):
         "STEER: steer=0.25": {"steer": 0.25},
     }
     training = Training()
+    header = (
+        "regularizer", "evaluations a sample", "of each training", "evaluations for the batch",
+        "held-out nats",
+    )  # fmt: skip
 
     def run(self, case: str, bench: Bench) -> Result:
         data = jnp.asarray(eight_gaussians(np.random.default_rng(10), 50_000))
@@ -85,18 +90,12 @@ class Regularizers(Benchmark):
             })  # fmt: skip
         return {"failed": {}, "runs": runs}
 
-    def table(self, results: Results) -> str:
-        header = [
-            "regularizer", "evaluations a sample", "of each training", "evaluations for the batch",
-            "held-out nats",
-        ]  # fmt: skip
-        rows = []
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
         for case, result in results.items():
             each = ", ".join(f"{run['per_sample']:.1f}" for run in result["runs"])
             batch = ", ".join(f"{run['joint']}" for run in result["runs"])
             means = f"{mean(result, 'per_sample'):.1f}", f"{mean(result, 'nll'):.3f}"
-            rows.append([case, means[0], each, batch, means[1]])
-        return show.markdown(header, rows)
+            yield case, means[0], each, batch, means[1]
 
     def draw(self, results: Results) -> Figure:
         groups = {

@@ -4,31 +4,20 @@ All run at the same tolerance on trained networks, and their errors are given be
 shows is growth. Which is faster at equal error is in `ffjord_step`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Growth, Point, Result, Results
-from benchmarks.harness.fairness import (
-    Bench,
-    alternate,
-    attempt,
-    gradient_error,
-    summary,
-    timed,
-)
+from benchmarks.harness.fairness import Bench, alternate, attempt, gradient_error, summary, timed
 from benchmarks.harness.problems import Workload, flow
 from benchmarks.peers import flows
-
-MAKERS = {
-    "jaxode": flows.jaxode_step,
-    "diffrax checkpointed": flows.diffrax_step,
-    "jax odeint": flows.odeint_step,
-}
 
 
 class Scaling(Growth):
     title = "Growth of the time of a training step of a flow"
-    base: dict[str, Any] = {"dim": 8, "batch": 256, "width": 64, "tolerance": 1e-5, "steps": 800}
+    base = {"dim": 8, "batch": 256, "width": 64, "tolerance": 1e-5}
+    training: dict[str, Any] = {"own": True, "steps": 800}
     cases = {
         "dim": (2, 16, 128),
         "batch": (32, 256, 2048),
@@ -41,13 +30,18 @@ class Scaling(Growth):
         failed: dict[str, str] = {}
         curves: dict[str, list[dict[str, float]]] = {}
         for value in self.cases[case]:
-            at = {**self.base, case: value}
-            widths = 2 * (at["width"],)
-            p = flow(Workload(at["dim"], at["batch"], widths, own=True, steps=at["steps"]))
+            at: dict[str, Any] = {**self.base, case: value}
+            size = at["dim"], at["batch"], 2 * (at["width"],)
+            p = flow(Workload(*size, **self.training))
             bench.announce("reference")
             exact = flows.exact(p)
+            makers = {
+                "jaxode": flows.jaxode_step,
+                "diffrax checkpointed": flows.diffrax_step,
+                "jax odeint": flows.odeint_step,
+            }
             calls, errors = {}, {}
-            for name, make in MAKERS.items():
+            for name, make in makers.items():
                 call = lambda step=make(p), at=at: step(at["tolerance"])
                 outcome = attempt(bench, failed, name, lambda call=call: timed(call))
                 if outcome is not None:
@@ -61,16 +55,14 @@ class Scaling(Growth):
         cell = f"{show.ms(row['median'])} / {row['error']:.0e}"
         return Point(row["value"], 1e3 * row["median"], cell)
 
-    def sentence(self, results: Results) -> str:
-        parts = []
+    def told(self, results: Results) -> Iterator[str]:
         for case, result in results.items():
             grown = [
                 f"{curve[-1]['median'] / curve[0]['median']:.1f}-fold ({name})"
                 for name, curve in result["curves"].items()
             ]
             start, end = (self.cases[case][at] for at in (0, -1))
-            parts.append(f"from {case} {start:g} to {end:g} the time grows {', '.join(grown)}")
-        return "; ".join(parts) + "."
+            yield f"from {case} {start:g} to {end:g} the time grows {', '.join(grown)}"
 
 
 BENCHMARK = Scaling()

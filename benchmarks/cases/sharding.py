@@ -5,48 +5,25 @@ paid at every iteration: of the loop over steps at depth 1, of the loop over sta
 Under `shard_map` each device takes its own steps, or with joint steps the same.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
 from benchmarks.cases.cores import mesh_of
 from benchmarks.harness import hlo, show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench, attempt
-from benchmarks.harness.problems import FlowProblem, Workload, untrained
+from benchmarks.harness.problems import Workload, untrained
 from benchmarks.peers import flows
 
 TOLERANCE = 1e-5
+CONTENDERS = (
+    "jaxode, shard_map", "jaxode, shard_map, joint steps", "diffrax, shard_map", "jaxode, jit",
+    "diffrax, jit",
+)  # fmt: skip
 STEPS, STAGES = 10, 6  # of a backward solve, for the figures on paper
-
-
-def contenders(p: FlowProblem, mesh: Mesh) -> dict[str, Any]:
-    """Training steps to compile."""
-    p, split = flows.over_devices(p, mesh), P(flows.AXIS)
-
-    def mapped(loss):
-        step = flows.shard_mapped(flows.at(TOLERANCE, loss), mesh, P(), split, P())
-        return jax.jit(step).lower(p.params, p.x, p.key)
-
-    def mapped_diffrax():  # https://github.com/patrick-kidger/diffrax/issues/765
-        loss = flows.at(TOLERANCE, flows.diffrax_loss())
-        step = flows.shard_mapped_untyped(loss, mesh, P(), split, split)
-        return jax.jit(step).lower(p.params, p.x, p.probe)
-
-    def partitioned(loss, noise):
-        return flows.partitioned(loss, mesh).lower(p.params, p.x, noise, TOLERANCE)
-
-    own, joint = flows.jaxode_loss(), flows.jaxode_loss(axis_name=flows.AXIS)
-    return {
-        "jaxode, shard_map": lambda: mapped(own),
-        "jaxode, shard_map, joint steps": lambda: mapped(joint),
-        "diffrax, shard_map": mapped_diffrax,
-        "jaxode, jit": lambda: partitioned(own, p.key),
-        "diffrax, jit": lambda: partitioned(flows.diffrax_loss(), p.probe),
-    }
 
 
 def in_loops(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,11 +47,18 @@ class Sharding(Benchmark):
     workload = Workload(8, 512, (256, 256))
 
     def run(self, case: str, bench: Bench) -> Result:
-        mesh, p = mesh_of(self.cases[case]), untrained(self.workload)
+        mesh = mesh_of(self.cases[case])
+        p, steps = flows.over_devices(untrained(self.workload), mesh), flows.on_devices(mesh)
         failed: dict[str, str] = {}
         found = {}
-        for name, lower in contenders(p, mesh).items():
-            text = attempt(bench, failed, name, lambda lower=lower: lower().compile().as_text())
+        for name in CONTENDERS:
+            args = p.params, p.x, flows.noise_of(p, name), TOLERANCE
+            text = attempt(
+                bench,
+                failed,
+                name,
+                lambda name=name, a=args: steps[name].lower(*a).compile().as_text(),
+            )
             if text is not None:
                 found[name] = [c for c in hlo.collectives(text) if self.cases[case] > 1]
         parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(p.params))
@@ -121,12 +105,14 @@ class Sharding(Benchmark):
 
     def sentence(self, results: Results) -> str:
         last, result = list(results.items())[-1]
-        parts = []
+        return f"On {last}, " + super().sentence({last: result})
+
+    def told(self, results: Results) -> Iterator[str]:
+        (result,) = results.values()
         for name, found in result["collectives"].items():
             size = sum(c["bytes"] for c in in_loops(found))
             count = len(in_loops(found))
-            parts.append(f"{name} has {count} collectives of {size:,} bytes inside loops")
-        return f"On {last}, " + "; ".join(parts) + "."
+            yield f"{name} has {count} collectives of {size:,} bytes inside loops"
 
 
 BENCHMARK = Sharding()

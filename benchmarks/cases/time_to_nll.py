@@ -14,8 +14,8 @@ two ways to train, and a network for each, the same in all libraries:
   its defaults; FFJORD torchdiffeq's adjoint at 1e-5; zuko its own tolerances and checkpointed
   adjoint; diffrax the 20 equal steps of Tsit5 of its example, or error control at 1e-5.
 
-Until version 0.2 those that match had the other network, too: their cases now say `Residual`, and
-the times that were measured before are not shown.
+Before, those that match had the other network, too; their cases now say `Residual`, and times that
+were measured before are not shown.
 
 Where peers simulate, they take the exact trace in two dimensions, as diffrax's example, zuko and
 FFJORD's toy data do; beyond, one probe, as FFJORD's tables do: an exact trace would cost them as
@@ -33,7 +33,7 @@ interrupted run has the first of them, for all.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -157,6 +157,10 @@ class TimeToNll(Benchmark):
     title = "Time to a held-out likelihood"
     seconds = 600.0  # of training, after which a contender has not reached the level
     limit = 3600.0  # for the evaluations
+    header = (
+        "", "level, nats", "", "s to the level, by seed", f"best nats within {BUDGET:.0f} s",
+        "last nats there",
+    )  # fmt: skip
     cases: dict[str, tuple[str, str, int]] = {
         f"{task}: {name}, seed {seed}": (task, name, seed)
         for seed in SEEDS
@@ -208,17 +212,13 @@ class TimeToNll(Benchmark):
             grouped.setdefault(task, {}).setdefault(contender, []).append(result)
         return grouped
 
-    def table(self, results: Results) -> str:
-        rows = []
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
         for task, contenders in self.by_task(results).items():
             for name, found in contenders.items():
                 times = [r["reached"] for r in found]
                 shown = ", ".join("not reached" if t is None else f"{t:.1f}" for t in times)
                 level, nats = f"{TASKS[task].level}", within_budget(name, found[0])
-                rows.append([task, level, name, shown, *nats])
-        header = ["", "level, nats", "", "s to the level, by seed"]
-        header += [f"best nats within {BUDGET:.0f} s", "last nats there"]
-        return show.markdown(header, rows)
+                yield task, level, name, shown, *nats
 
     def draw(self, results: Results) -> Figure:
         """Held-out nats over seconds of training, seed 0."""

