@@ -63,11 +63,11 @@ time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes ho
 posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes an hour
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
 
-tables: .venv-bench/ready  ## Densities of tables after 20 and 60 seconds of training; takes hours
+tables: .venv-bench/ready  ## Densities of tables after 20, 60 and 300 seconds of training; takes days
 	.venv-bench/bin/python -m benchmarks tables $(if $(FRESH),--fresh)
 
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
-	.venv-accelerators/bin/python -m benchmarks.accelerators $(if $(FRESH),--fresh)
+	.venv-accelerators/bin/python -m benchmarks.cases.accelerators $(if $(FRESH),--fresh)
 
 # `cuda13-local` leaves out the libraries of CUDA, which only a GPU needs.
 .venv-accelerators/ready: pyproject.toml benchmarks/constraints-accelerators.txt
@@ -98,7 +98,7 @@ lint: .venv/full  ## Check format and lint rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-typecheck: .venv/full  ## Check the types of the package, the examples and tests/typed_use.py
+typecheck: .venv/full  ## Check the types of the package, the examples, the benchmarks and tests/typed_use.py
 	$(BIN)/pyright
 	$(BIN)/mypy
 

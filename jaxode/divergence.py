@@ -18,7 +18,7 @@ from jaxode._checks.caller import public
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
 
-# Up to this many dimensions, `auto` takes the exact trace. benchmarks/divergence.py: at 8
+# Up to this many dimensions, `auto` takes the exact trace. benchmarks/cases/divergence.py: at 8
 # dimensions it costs less than 8 probes, which still leave 5% noise in a gradient; at 16 it costs
 # more.
 EXACT_UP_TO = 8

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxode
-from benchmarks.hlo import collectives
+from benchmarks.harness.hlo import collectives
 from jaxode._jax import sharding
 
 # Before, an array of zeros made like another did not vary like it.

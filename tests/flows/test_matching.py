@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxode
-from benchmarks.hlo import collectives
+from benchmarks.harness.hlo import collectives
 from jaxode.coupling import Coupling, independent, optimal_transport
 from jaxode.distributions import DiagonalNormal
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,27 +18,31 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import __main__ as runner
-from benchmarks import (
+from benchmarks.cases import (
     accelerators,
     adjoints,
-    compare,
     compile_time,
     cores,
-    estimators,
-    fairness,
-    flows,
-    hlo,
+    load,
     per_sample,
-    report,
     sharding,
-    table_data,
     tables,
     time_to_nll,
     tolerance,
 )
+from benchmarks.harness import (
+    compare,
+    fairness,
+    hlo,
+    machine,
+    problems,
+    report,
+    runner,
+    table_data,
+)
+from benchmarks.peers import estimators, flows
 
-TINY = flows.Workload(3, 4, (5, 6), steps=20)
+TINY = problems.Workload(3, 4, (5, 6), steps=20)
 
 
 _cache = {}
@@ -47,8 +52,8 @@ _cache = {}
 def tiny(default_settings):
     """A flow in float32, and its exact gradient: the same for every test."""
     if not _cache:
-        p = flows.problem(TINY)
-        _cache["tiny"] = p, flows.reference(p)
+        p = problems.flow(TINY)
+        _cache["tiny"] = p, flows.exact(p)
     return _cache["tiny"]
 
 
@@ -152,12 +157,12 @@ def test_unequal_mathematics_is_found():
 
 @pytest.mark.parametrize("platform", ["Intel(R) Xeon(R) CPU E5 @ 2.20GHz 2 cores", "NVIDIA H100"])
 def test_machine_names_are_file_names(platform):
-    assert fairness.slug(platform) in ("intel-xeon-e5-2-cores", "nvidia-h100")
+    assert machine.slug(platform) in ("intel-xeon-e5-2-cores", "nvidia-h100")
 
 
 def test_the_machine_can_be_named(monkeypatch):
     monkeypatch.setenv("BENCH_MACHINE", "mine")
-    described = fairness.machine()
+    described = machine.machine()
     assert described["name"] == "mine"
     assert described["versions"]["jax"] == jax.__version__
 
@@ -192,12 +197,12 @@ def test_contenders_on_several_devices_have_the_gradient_of_the_reference(name, 
 @pytest.mark.parametrize("name", ["torchdiffeq", "zuko", "torchode"])
 def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, tiny):
     pytest.importorskip(name, reason=f"{name} is installed for benchmarks only: make bench")
-    from benchmarks import torch_flows
+    from benchmarks.peers import in_torch
 
     p, exact = tiny
     for own in (True, False):
-        torch_flows.check_networks(flows.problem(TINY._replace(own=own)))
-    step = getattr(torch_flows, f"{name}_step")(p)
+        in_torch.check_networks(problems.flow(TINY._replace(own=own)))
+    step = getattr(in_torch, f"{name}_step")(p)
     assert fairness.gradient_error(step(1e-5)[1], exact) < 1e-3  # float32
 
 
@@ -318,19 +323,19 @@ say(result={"failed": options["skip"]})
 
 
 def test_a_contender_that_ends_the_process_is_left_out_of_the_next_try(monkeypatch, tmp_path):
-    def worker(module, case, report, options, log):
-        assert (module, case) == ("step", "case")
+    def worker(name, case, report, options, log):
+        assert (name, case) == ("step", "case")
         return subprocess.Popen([sys.executable, "-c", WORKER, report, options])
 
     monkeypatch.setattr(runner, "worker", worker)
-    result = runner.measure("step", "case", 1.0, tmp_path / "log", lambda peer: None)
+    result = runner.measure("step", "case", 1.0, 60.0, lambda peer: None)
     assert result["failed"] == {"bad": "ended the process, exit status -11"}
 
 
 def test_programs_for_accelerators_are_compiled_case_by_case(monkeypatch, tmp_path, capsys):
     script = "import sys; open(sys.argv[1], 'a').write('{\"result\": {\"programs\": {}}}')"
 
-    def worker(module, case, report, options, log):
+    def worker(name, case, report, options, log):
         return subprocess.Popen([sys.executable, "-c", script, report])
 
     monkeypatch.setattr(runner, "worker", worker)
@@ -338,53 +343,84 @@ def test_programs_for_accelerators_are_compiled_case_by_case(monkeypatch, tmp_pa
     monkeypatch.setattr(accelerators, "ENVIRONMENT", {})
     monkeypatch.setattr(accelerators, "RESULTS", tmp_path / "accelerators.json")
     monkeypatch.setattr(accelerators, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(sys, "argv", ["accelerators"])
     page = "before <!-- accelerators -->old<!-- end of accelerators --> after"
     accelerators.PAGE.write_text(page)
-    accelerators.main()
-    assert list(runner.read(accelerators.RESULTS)["cases"]) == list(accelerators.CASES)
+    assert accelerators.measured(SimpleNamespace(fresh=True)) == 0
+    written = runner.read(accelerators.RESULTS)
+    assert list(written) == ["versions", "cases"]
+    assert list(written["cases"]) == list(accelerators.BENCHMARK.cases)
     assert "old" not in accelerators.PAGE.read_text()
-    assert capsys.readouterr().out.splitlines()[: len(accelerators.CASES)] == [*accelerators.CASES]
+    assert "jaxode over a peer" in capsys.readouterr().out
+    monkeypatch.setattr(runner, "worker", None)  # all are there
+    assert accelerators.measured(SimpleNamespace(fresh=False)) == 0
 
 
-def on_a_machine(monkeypatch, measure, cores):
+def on_a_machine(monkeypatch, measure, cores, path):
+    """`run(names)`, which goes on with the results at the path."""
     machine = {"name": "mine", "device": "a machine", "cores": cores}
     monkeypatch.setattr(runner, "measure", measure)
-    monkeypatch.setattr(runner, "describe_machine", lambda: machine)
+    monkeypatch.setattr(runner, "OUT", path.parent)
     monkeypatch.setattr(runner, "code", lambda: "abc")
+
+    def run(names, **options):
+        results = runner.read(path) | {"machine": machine}
+        runner.run(names, results, partial(runner.save, path), **options)
+        return results["benchmarks"]
+
+    return run
 
 
 def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     measured = []
 
-    def measure(module, case, seconds, log, tell, limit, stop):
+    def measure(name, case, seconds, limit, tell, stop):
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append((module, case))
+        measured.append((name, case))
         return {}
 
-    on_a_machine(monkeypatch, measure, cores=1)
-    path, modules = tmp_path / "mine.json", ["compile_time", "per_sample"]
+    path, names = tmp_path / "mine.json", ["compile_time", "per_sample"]
+    run = on_a_machine(monkeypatch, measure, 1, path)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(modules, path, False, None, tmp_path / "log")
+        run(names)
     done = {"code": "abc", "device": "a machine"}
     assert runner.read(path)["benchmarks"] == {
         "compile_time": {"flow, 8 Gaussians, a user's own field": done, "Neural ODE, state 4": done}
     }
     measured.clear()
-    runner.run(modules, path, False, None, tmp_path / "log")
-    assert measured == [("per_sample", case) for case in per_sample.CASES]
+    run(names)
+    assert measured == [("per_sample", case) for case in per_sample.BENCHMARK.cases]
     measured.clear()
-    runner.run(["per_sample"], path, True, None, tmp_path / "log")
-    assert measured == [("per_sample", case) for case in per_sample.CASES]
+    run(["per_sample"], fresh=True)
+    assert measured == [("per_sample", case) for case in per_sample.BENCHMARK.cases]
+    measured.clear()
+    run(["per_sample"], fresh=True, match="jaxode.nn")
+    assert [case.endswith("jaxode.nn") for _, case in measured] == [True]
+
+
+def test_a_case_that_had_less_time_is_shown_until_it_is_measured_again(monkeypatch, tmp_path):
+    measured = []
+
+    def measure(name, case, seconds, limit, tell, stop):
+        measured.append(seconds)
+        return {"times": ["20", "60", f"{seconds:g}"], "scores": {}}
+
+    path, case = tmp_path / "mine.json", "banana: jaxode, seed 0"
+    runner.save(path, {"benchmarks": {"tables": {case: {"scores": {"20": {}, "60": {}}}}}})
+    run = on_a_machine(monkeypatch, measure, 1, path)
+    run(["tables"], seconds=60.0, match=case)
+    assert not measured
+    assert run(["tables"], match=case)["tables"][case]["times"] == ["20", "60", "300"]
+    run(["tables"], match=case)
+    assert measured == [300.0]
 
 
 def test_only_cases_without_times_run_side_by_side(monkeypatch, tmp_path):
     both, working = threading.Barrier(2, timeout=60), set()
 
-    def measure(module, case, seconds, log, tell, limit, stop):
+    def measure(name, case, seconds, limit, tell, stop):
         working.add(case)
-        if module == "sharding":
+        if name == "sharding":
             both.wait()
             time.sleep(0.1 * (case == "1 device"))
         else:
@@ -392,28 +428,27 @@ def test_only_cases_without_times_run_side_by_side(monkeypatch, tmp_path):
         working.discard(case)
         return {"measured": case}
 
-    on_a_machine(monkeypatch, measure, cores=2)
-    path, modules = tmp_path / "mine.json", ["compile_time", "sharding"]
-    results = runner.run(modules, path, False, None, tmp_path / "log")["benchmarks"]
-    for name, module in (("compile_time", compile_time), ("sharding", sharding)):
-        assert [result["measured"] for result in results[name].values()] == list(module.CASES)
+    names = ["compile_time", "sharding"]
+    results = on_a_machine(monkeypatch, measure, 2, tmp_path / "mine.json")(names)
+    for name in names:
+        assert [result["measured"] for result in results[name].values()] == list(load(name).cases)
 
 
 def test_an_interruption_ends_what_runs_side_by_side(monkeypatch, tmp_path):
     processes, begun = [], threading.Event()
 
-    def worker(module, case, report, options, log):
-        if case != next(iter(sharding.CASES)):
+    def worker(name, case, report, options, log):
+        if case != next(iter(sharding.BENCHMARK.cases)):
             begun.wait()
             raise KeyboardInterrupt
         processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         begun.set()
         return processes[0]
 
-    on_a_machine(monkeypatch, runner.measure, cores=2)
+    run = on_a_machine(monkeypatch, runner.measure, 2, tmp_path / "mine.json")
     monkeypatch.setattr(runner, "worker", worker)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(["sharding"], tmp_path / "mine.json", False, None, tmp_path / "log")
+        run(["sharding"])
     assert processes[0].wait(timeout=10) == -signal.SIGKILL
 
 
@@ -427,9 +462,9 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     first = {"code": "abc", "ratios": {"diffrax": 0.5}, "device": "another", "times": {
         "jaxode": fairness.summary([1.0]), "diffrax checkpointed": fairness.summary([2.0])
     }}  # fmt: skip
-    called = dict.fromkeys(compile_time.CASES, first)
+    called = dict.fromkeys(compile_time.BENCHMARK.cases, first)
     benchmarks = {"sharding": cases, "compile_time": called}
-    results = {"machine": fairness.machine(), "benchmarks": benchmarks}
+    results = {"machine": machine.machine(), "benchmarks": benchmarks}
     (tmp_path / "mine.json").write_text(json.dumps(results))
     (tmp_path / "other.json").write_text(json.dumps({"machine": "of another kind"}))
     (tmp_path / "benchmarks").mkdir()
@@ -441,7 +476,7 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before <!-- benchmarks -->")
     assert readme.endswith(" after")
-    case = next(iter(compile_time.CASES))
+    case = next(iter(compile_time.BENCHMARK.cases))
     assert f"| first call: {case} | 0.50 |  |" in readme
     assert "commit abc" in readme
     assert "old" not in readme
@@ -463,15 +498,15 @@ def test_times_to_a_likelihood_say_of_which_seeds_they_are():
     done = {
         f"8 Gaussians: {time_to_nll.RECIPE}, seed 0": run(5.0, 8400, 2.7),
         f"8 Gaussians: {time_to_nll.RECIPE}, seed 1": run(4.0, 4000, 2.5),
-        "8 Gaussians: torchcfm, matching, seed 0": run(9.0, 9000, 2.5),
+        "8 Gaussians: torchcfm, Residual, matching, seed 0": run(9.0, 9000, 2.5),
     }
-    assert time_to_nll.sentence(done) == (
+    assert time_to_nll.BENCHMARK.sentence(done) == (
         "Matching and then likelihood reaches the level of 8 Gaussians: 4.5 s (median of 2 seeds), "
         "while matching, 0.50x as long as the best peer that matches (seed 0)."
     )
-    assert "| 5.0, 4.0 | 2.500 | 2.700 |" in time_to_nll.table(done)
-    done["8 Gaussians: torchcfm, matching, seed 0"]["device"] = "another machine"
-    assert "no peer on the same machine reaches it" in time_to_nll.sentence(done)
+    assert "| 5.0, 4.0 | 2.500 | 2.700 |" in time_to_nll.BENCHMARK.table(done)
+    done["8 Gaussians: torchcfm, Residual, matching, seed 0"]["device"] = "another machine"
+    assert "no peer on the same machine reaches it" in time_to_nll.BENCHMARK.sentence(done)
 
 
 def test_columns_without_a_density_are_left_out_of_tables():
@@ -513,13 +548,15 @@ def test_scores_are_those_of_the_best_on_the_validation_rows_in_time(monkeypatch
         return train()
 
     monkeypatch.setattr(tables, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(tables, "CONTENDERS", {"any": contender, "jaxode": contender})
-    found = tables.scores("any", None, 0, [5.0, 20.0, 60.0])
+    contenders = dict.fromkeys(("any", "jaxode"), estimators.Contender(contender))
+    monkeypatch.setattr(tables, "CONTENDERS", contenders)
+    scores = lambda name, times: tables.scores(tables.Case("", name, "", 0), None, times)
+    found = scores("any", [5.0, 20.0, 60.0])
     # At 20.5 s is in time for 20, at 100.5 not for 60, and there is none at 5.
     assert {end: score["nats"] for end, score in found.items()} == {"20": 20, "60": 20}
     assert found["20"]["seconds"] == 20.5
     # It was told to take 60 seconds, and is a little late.
-    assert tables.scores("jaxode", None, 0, [60.0])["60"]["nats"] == 10
+    assert scores("jaxode", [60.0])["60"]["nats"] == 10
 
 
 def test_the_table_of_densities_says_which_is_best_and_what_is_missing():
@@ -534,20 +571,45 @@ def test_the_table_of_densities_says_which_is_best_and_what_is_missing():
         "magic: zuko NSF, seed 0": run(t20=5.0, t60=float("nan")),
         "magic: jaxode, seed 0": run(t20=4.0, t60=3.0),
     }
-    after, before = tables.table(done).split("nats after 20 s")
-    assert "| banana, 80 x 2 | 1.500 |  | **1.250** |" in after
+    shown = tables.BENCHMARK.table
+    after, before = shown(done).split("nats after 20 s")
+    assert "| banana, 80 x 2, 1 to 2 seeds | 1.500 |  | **1.250** |" in after
     assert "| magic, 80 x 2 | **3.000** |  | none in time |" in after
-    assert "| banana, 80 x 2 | **2.000** |  | none in time |" in before
+    assert "| banana, 80 x 2, 1 to 2 seeds | **2.000** |  | none in time |" in before
     assert "seeds 0, 1; jaxode at most 215% late." in before
-    assert tables.sentence(done) == (
+    assert tables.BENCHMARK.sentence(done) == (
         "Best after 60 s, of 2 tables (mean rank): jaxode 1 (1.5), zuko NSF 1 (1.5)."
     )
+
+
+def test_the_best_of_three_settings_is_that_of_the_validation_rows():
+    def run(test, validation):
+        scores = {"60": {"nats": test, "validation": validation, "seconds": 60.0}}
+        return {"rows": 80, "columns": 2, "times": ["60"], "scores": scores}
+
+    settings = estimators.CONTENDERS["jaxode"].settings
+    name = lambda setting, seed: tables.Case("magic", "jaxode", setting, seed).name
+    done = {
+        name(setting, seed): run(10 * seed + place, -abs(place - 1))
+        for seed in (0, 1, 2)
+        for place, setting in enumerate(settings)
+    }
+    done["magic: zuko NSF, seed 0"] = run(5.0, 0.0)  # of one setting only
+    documented, best = tables.BENCHMARK.table(done).split("The best of three settings")
+    assert "| magic, 80 x 2, 1 to 3 seeds | 10.000 |  | **5.000** |" in documented
+    # Settings 0 and 2 are equal on the validation rows: the first counts.
+    assert "| magic, 80 x 2, 3 seeds | **10.000** |  |  |" in best
+    for seed in (0, 1, 2):
+        done[name("width 256", seed)] = run(10 * seed + 3, -5.0)
+    assert "| **13.000** |" in tables.BENCHMARK.table(done).split("three settings")[1]
+    del done[name("width 256", 2)]  # then its third seed has no best
+    assert "2 seeds | **8.000** |" in tables.BENCHMARK.table(done).split("three settings")[1]
 
 
 @pytest.mark.slow
 def test_the_scripts_behind_the_pictures_of_the_documentation(tmp_path, default_settings):
     """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
-    workload = flows.Workload(2, 4, (5,), steps=200)
+    workload = problems.Workload(2, 4, (5,), steps=200)
     rows = tolerance.measure(workload, (1e-1, 1e-5), ("Tsit5",))
     assert rows[1]["gradient"] < rows[0]["gradient"]
     assert rows[1]["evaluations"] > rows[0]["evaluations"]

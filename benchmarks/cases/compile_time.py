@@ -1,0 +1,89 @@
+"""The first call: trace, compile and run, with no program in any cache."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import diffrax
+import jax
+import numpy as np
+from jax.experimental.ode import odeint
+from matplotlib.figure import Figure
+
+import jaxode
+from benchmarks.harness import show
+from benchmarks.harness.benchmark import Benchmark, Result, Results
+from benchmarks.harness.fairness import Bench, alternate, attempt, ratio, summary, timed
+from benchmarks.harness.problems import Workload, flow, neural_ode
+from benchmarks.peers import flows, odes
+
+TOLERANCE, BACKSOLVE = 1e-5, diffrax.BacksolveAdjoint()
+
+
+def makers(size: Workload | dict[str, int]) -> dict[str, Any]:
+    """Functions that make a step anew, so that nothing is found in a cache."""
+    if isinstance(size, Workload):
+        p = flow(size)
+        return {
+            "jaxode": lambda: flows.jaxode_step(p),
+            "diffrax checkpointed": lambda: flows.diffrax_step(p),
+            "diffrax checkpointed, dt0 given": lambda: flows.diffrax_step(p, dt0=-0.1),
+            "diffrax backsolve": lambda: flows.diffrax_step(p, adjoint=BACKSOLVE),
+            "jax odeint": lambda: flows.odeint_step(p),
+        }
+    q = neural_ode(**size)
+    return {
+        "jaxode": lambda: odes.jaxode_step(q),
+        "jaxode.odeint": lambda: odes.odeint_step(q, jaxode.odeint),
+        "diffrax checkpointed": lambda: odes.diffrax_step(q),
+        "diffrax backsolve": lambda: odes.diffrax_step(q, BACKSOLVE),
+        "jax odeint": lambda: odes.odeint_step(q, odeint),
+    }
+
+
+class CompileTime(Benchmark):
+    title = "First call"
+    short = "first call"
+    header = ("", "", "s, median (min-max)")
+    cases = {
+        "flow, 8 Gaussians, a user's own field": Workload(2, 512, (64, 64, 64), own=True),
+        "Neural ODE, state 4": {"state": 4, "width": 64, "batch": 256, "times": 20},
+    }
+
+    def run(self, case: str, bench: Bench) -> Result:
+        failed: dict[str, str] = {}
+
+        def first(make):
+            jax.clear_caches()
+            return make()(TOLERANCE)
+
+        fresh = makers(self.cases[case])
+        calls = {name: lambda make=make: first(make) for name, make in fresh.items()}
+        # The first round is not counted: it also pays for what each library does once in a process.
+        calls = {n: c for n, c in calls.items() if attempt(bench, failed, n, lambda c=c: timed(c))}
+        bench.announce("timing all")
+        times = alternate(calls, bench.seconds, least=3, most=7)
+        ratios = {}
+        for library in ("diffrax", "jax odeint"):
+            theirs = [times[peer] for peer in times if peer.startswith(library)]
+            if theirs and "jaxode" in times:
+                ratios[library] = ratio(times["jaxode"], min(theirs, key=np.median))
+        summaries = {name: summary(taken) for name, taken in times.items()}
+        return {"failed": failed, "times": summaries, "ratios": ratios}
+
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
+        for case, result in results.items():
+            for name, t in result["times"].items():
+                yield case, name, f"{t['median']:.2f} ({t['min']:.2f}-{t['max']:.2f})"
+
+    def draw(self, results: Results) -> Figure:
+        medians = lambda result: {name: t["median"] for name, t in result["times"].items()}
+        return show.bars({case: medians(result) for case, result in results.items()}, "s")
+
+    def told(self, results: Results) -> Iterator[str]:
+        for case, result in results.items():
+            medians = {n: t["median"] for n, t in result["times"].items()}
+            best = min(show.peers(medians), key=medians.__getitem__)
+            yield f"{case}: {show.verdict(medians['jaxode'] / medians[best], best)}"
+
+
+BENCHMARK = CompileTime()

@@ -1,0 +1,87 @@
+"""The training step with a device of JAX on each core, against a single device with all cores.
+
+XLA runs a product of small matrices on one core, so a single device keeps other cores idle.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.cases.ffjord_step import SIZES
+from benchmarks.harness.benchmark import Contest, Result, Results, WorkPrecision
+from benchmarks.harness.fairness import Bench
+from benchmarks.harness.problems import FlowProblem, Workload, flow
+from benchmarks.peers import flows
+
+SINGLE = "jaxode, one device"
+
+
+def device_count() -> int:
+    """The largest power of two that has a core for each, so that it divides the batch."""
+    return 2 ** min(len(os.sched_getaffinity(0)).bit_length() - 1, 6)
+
+
+def mesh_of(count: int) -> Mesh:
+    """So many devices on the CPU; `jax_num_cpu_devices` counts only before the first use of one."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    return Mesh(np.array(jax.devices()), (flows.AXIS,))
+
+
+def contenders(p: FlowProblem, mesh: Mesh) -> dict[str, Any]:
+    q, steps = flows.over_devices(p, mesh), flows.on_devices(mesh)
+
+    def over_all(name: str):
+        def call(tolerance):
+            noise = flows.noise_of(q, name)
+            loss, gradient = steps[name](q.params, q.x, noise, tolerance)
+            return loss, jax.tree.leaves(gradient)
+
+        return lambda: call
+
+    return {
+        "jaxode": over_all("jaxode, shard_map"),
+        "jaxode, joint steps": over_all("jaxode, shard_map, joint steps"),
+        SINGLE: lambda: flows.jaxode_step(p),
+        "diffrax, jit": over_all("diffrax, jit"),
+        "diffrax, one device": lambda: flows.diffrax_step(p),
+        "jax odeint, shard_map": over_all("jax odeint, shard_map"),
+        "jax odeint, one device": lambda: flows.odeint_step(p),
+    }
+
+
+class Cores(WorkPrecision):
+    title = "A device on each core of the CPU"
+    cases = {
+        "8 Gaussians, 512 x 2, 64-64-64": SIZES["8 Gaussians, 512 x 2, 64-64-64"],
+        "512 x 8, 256-256": Workload(8, 512, (256, 256)),
+        "64 x 8, 64-64": Workload(8, 64, (64, 64)),
+    }
+    target = 1e-3
+    groups = {SINGLE: [SINGLE]}
+
+    def contest(self, case: str) -> Contest:
+        mesh = mesh_of(device_count())
+        p = flow(self.cases[case])
+        makers = contenders(p, mesh)
+        return Contest(makers, lambda: flows.exact(p))
+
+    def run(self, case: str, bench: Bench) -> Result:
+        return {**super().run(case, bench), "devices": jax.device_count()}
+
+    def sentence(self, results: Results) -> str:
+        gains = "; ".join(
+            f"{result['ratios'][SINGLE]:.2f}x on {result['devices']} devices ({case})"
+            for case, result in results.items()
+            if SINGLE in result["ratios"]
+        )
+        return (
+            "Under `shard_map`, each device with its own steps, jaxode takes as a multiple of its "
+            f"single-device time: {gains}. {super().sentence(results)}"
+        )
+
+
+BENCHMARK = Cores()

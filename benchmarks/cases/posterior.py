@@ -1,0 +1,251 @@
+"""Posteriors from simulations, against reference posteriors: C2ST on five tasks of sbibm.
+
+    make posterior      about an hour; interrupt and continue as you like
+
+Each task has 30,000 simulations from its prior. A conditional flow q(theta | x) is a
+`jaxode.nn.Residual` of its default size with an encoding of the context, trained by `jaxode.fit`
+for ten minutes: 1000 simulations are set aside, as `fit` does. The prior's bounds are the `support`
+of `jaxode.bind`, and parameters and simulations are standardized. The settings are the same for all
+tasks. Then 10,000 samples of each of the ten posteriors stand against 10,000 of the reference: C2ST
+is the accuracy, over five folds, of a classifier that tells them apart, 0.5 at best. The classifier
+is the one of sbibm. On one task sbi's NPE stands beside it, with its defaults, on the same
+simulations. Seconds are given where nothing else ran on the machine.
+
+References: Lueckmann et al. (2021), arXiv:2101.04653.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import jaxode
+from benchmarks.harness import show
+from benchmarks.harness.benchmark import Benchmark, Result, Results
+from benchmarks.harness.fairness import Bench
+
+HELD_OUT, OBSERVATIONS = 1000, 10
+
+
+def two_moons(key, n):
+    prior, angle, radius = jax.random.split(key, 3)
+    theta = jax.random.uniform(prior, (n, 2), minval=-1.0, maxval=1.0)
+    a = jax.random.uniform(angle, (n,), minval=-jnp.pi / 2, maxval=jnp.pi / 2)
+    r = 0.1 + 0.01 * jax.random.normal(radius, (n,))
+    crescent = jnp.stack([r * jnp.cos(a) + 0.25, r * jnp.sin(a)], 1)
+    moved = jnp.stack([-jnp.abs(theta[:, 0] + theta[:, 1]), theta[:, 1] - theta[:, 0]], 1)
+    return theta, crescent + moved / jnp.sqrt(2)
+
+
+def gaussian_linear(key, n):
+    prior, noise = jax.random.split(key)
+    theta = jnp.sqrt(0.1) * jax.random.normal(prior, (n, 10))
+    return theta, theta + jnp.sqrt(0.1) * jax.random.normal(noise, (n, 10))
+
+
+def gaussian_mixture(key, n):
+    prior, component, noise = jax.random.split(key, 3)
+    theta = jax.random.uniform(prior, (n, 2), minval=-10.0, maxval=10.0)
+    scale = jnp.where(jax.random.bernoulli(component, 0.5, (n, 1)), 1.0, 0.1)
+    return theta, theta + scale * jax.random.normal(noise, (n, 2))
+
+
+def slcp(key, n):
+    """Four points of a Gaussian, whose mean and covariance the five parameters are."""
+    prior, noise = jax.random.split(key)
+    theta = jax.random.uniform(prior, (n, 5), minval=-3.0, maxval=3.0)
+    first, second, rho = theta[:, 2:3] ** 2, theta[:, 3:4] ** 2, jnp.tanh(theta[:, 4:])
+    a, b = jax.random.normal(noise, (2, n, 4))
+    x = theta[:, :1] + first * a
+    y = theta[:, 1:2] + second * (rho * a + jnp.sqrt(1 - rho**2) * b)
+    return theta, jnp.stack([x, y], -1).reshape(n, 8)
+
+
+def bernoulli_glm(key, n):
+    """Spikes of a neuron for a noise that it hears; their count and sums of the noise before."""
+    prior, spikes = jax.random.split(key)
+    noise = np.random.RandomState(42).randn(100)  # as sbibm drew it
+    design = np.ones((100, 10))
+    for lag in range(9):
+        design[:, 1 + lag] = np.concatenate([np.zeros(lag), noise[: 100 - lag]])
+    differences = np.eye(9) - np.eye(9, k=-1)
+    smooth = differences @ differences + np.diag(np.sqrt(np.arange(9) / 9))
+    precision = np.zeros((10, 10))
+    precision[0, 0], precision[1:, 1:] = 0.5, smooth.T @ smooth
+    root = jnp.asarray(np.linalg.cholesky(np.linalg.inv(precision)), jnp.float32)
+    design = jnp.asarray(design, jnp.float32)
+    theta = jax.random.normal(prior, (n, 10)) @ root.T
+    fired = jax.random.bernoulli(spikes, jax.nn.sigmoid(theta @ design.T))
+    return theta, fired.astype(jnp.float32) @ design
+
+
+class Task(NamedTuple):
+    simulate: Callable[..., Any]
+    bounds: tuple[float, float] | None
+    """Of the prior; None if it is all real numbers."""
+
+
+TASKS = {
+    "two moons": Task(two_moons, (-1.0, 1.0)),
+    "gaussian linear": Task(gaussian_linear, None),
+    "gaussian mixture": Task(gaussian_mixture, (-10.0, 10.0)),
+    "slcp": Task(slcp, (-3.0, 3.0)),
+    "bernoulli glm": Task(bernoulli_glm, None),
+}
+
+
+def reference(task: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """An observation `[data]`, and samples of its posterior, as sbibm ships them."""
+    spec = importlib.util.find_spec("sbibm")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("sbibm is not installed: make posterior")
+    folder = Path(spec.origin).parent / "tasks" / task.replace(" ", "_")
+    folder = folder / f"files/num_observation_{number}"
+    read = partial(np.loadtxt, delimiter=",", skiprows=1, ndmin=2, dtype=np.float32)
+    return read(folder / "observation.csv")[0], read(folder / "reference_posterior_samples.csv.bz2")
+
+
+def c2st(samples: np.ndarray, other: np.ndarray) -> float:
+    """Accuracy of a classifier that tells the samples apart, with the settings of sbibm."""
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.neural_network import MLPClassifier
+
+    mean, scale, dim = samples.mean(0), samples.std(0, ddof=1), samples.shape[1]
+    x = (np.concatenate([samples, other]) - mean) / scale
+    label = np.repeat([0, 1], [len(samples), len(other)])
+    classifier = MLPClassifier((10 * dim, 10 * dim), max_iter=10_000, random_state=1)
+    folds = KFold(5, shuffle=True, random_state=1)
+    return float(cross_val_score(classifier, x, label, cv=folds, n_jobs=2).mean())
+
+
+def by_jaxode(task: Task, theta, x, observations, size: "Size", key):
+    """Seconds of training, samples of each posterior, and nats of new simulations."""
+    start = time.perf_counter()
+    network_key, fit_key, new_key, key = jax.random.split(key, 4)
+    dim = theta.shape[1]
+    params = jaxode.nn.Residual(dim, key=network_key, context_size=x.shape[1], **size.network)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim))
+    density = jaxode.bind(
+        flow, params, standardize=theta, standardize_context=x, support=task.bounds
+    )
+    options: dict[str, Any] = {"progress": False, **size.fit}
+    density, _ = jaxode.fit(density, theta, context=x, key=fit_key, **options)
+    seconds = time.perf_counter() - start
+    new, new_x = task.simulate(new_key, HELD_OUT)
+    nats = -density.log_prob(new, context=new_x).mean()
+    draw = lambda key, seen: density.sample(key, (size.samples,), context=seen)
+    keys = jax.random.split(key, len(observations))
+    samples = [draw(key, jnp.asarray(seen)) for key, seen in zip(keys, observations, strict=True)]
+    return seconds, samples, float(nats)
+
+
+def by_sbi(task: Task, theta, x, observations, size: "Size", key):
+    import torch
+    from sbi.inference import NPE
+    from sbi.utils import BoxUniform
+
+    torch.manual_seed(int(jax.random.bits(key, dtype=jnp.uint16)))
+    start = time.perf_counter()
+    assert task.bounds is not None  # of the tasks that it is run on
+    prior = BoxUniform(*(torch.full((theta.shape[1],), bound) for bound in task.bounds))
+    npe = NPE(prior)
+    npe.append_simulations(torch.tensor(np.asarray(theta)), torch.tensor(np.asarray(x)))
+    npe.train()
+    seconds, posterior = time.perf_counter() - start, npe.build_posterior()
+    samples = [
+        posterior.sample((size.samples,), x=torch.tensor(seen)).numpy() for seen in observations
+    ]
+    return seconds, samples, None
+
+
+CONTENDERS = {"jaxode.fit": by_jaxode, "sbi, NPE": by_sbi}
+
+
+class Size(NamedTuple):
+    simulations: int = 30_000
+    samples: int = 10_000
+    """Of each posterior."""
+    network: dict[str, Any] = {}
+    """Sizes of the network, if not its defaults."""
+    fit: dict[str, Any] = {"seconds": 600.0}
+
+
+class Posterior(Benchmark):
+    title = "Posteriors from simulations"
+    cases = {f"{task}: jaxode.fit": (task, "jaxode.fit") for task in TASKS} | {
+        "two moons: sbi, NPE": ("two moons", "sbi, NPE")
+    }
+    limit = 3600.0
+    header = ("", "", "C2ST, mean of ten", "range", "nats of new simulations", "s of training")
+    size = Size()
+
+    def run(self, case: str, bench: Bench) -> Result:
+        name, contender = self.cases[case]
+        if contender in bench.skip:
+            return {"crashed": f"{contender}: {bench.skip[contender]}"}
+        bench.announce(contender)
+        task = TASKS[name]
+        simulation_key, key = jax.random.split(jax.random.key(0))
+        theta, x = task.simulate(simulation_key, self.size.simulations)
+        observations, references = zip(
+            *(reference(name, 1 + n) for n in range(OBSERVATIONS)), strict=True
+        )
+        train = CONTENDERS[contender]
+        seconds, samples, nats = train(task, theta, x, observations, self.size, key)
+        pairs = zip(references, samples, strict=True)
+        scores = [c2st(expected, np.asarray(got)) for expected, got in pairs]
+        return {"seconds of training": seconds, "nats": nats, "c2st": scores}
+
+    def by_task(self, results: Results) -> dict[str, Results]:
+        grouped: dict[str, Results] = {}
+        for case, result in results.items():
+            task, contender = self.cases[case]
+            grouped.setdefault(task, {})[contender] = result
+        return grouped
+
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
+        for task, contenders in self.by_task(results).items():
+            for name, result in contenders.items():
+                scores = np.array(result["c2st"])
+                told = f"{scores.mean():.3f}", f"{scores.min():.3f} to {scores.max():.3f}"
+                told += tuple(
+                    "" if result[part] is None else f"{result[part]:{digits}}"
+                    for part, digits in (("nats", ".3f"), ("seconds of training", ".0f"))
+                )
+                yield task, name, *told
+
+    def draw(self, results: Results) -> Figure:
+        """A dot for each observation, and a line at their mean."""
+        grouped, styles = self.by_task(results), show.styles(CONTENDERS)
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for place, contenders in enumerate(grouped.values()):
+            for name, result in contenders.items():
+                center = place + 0.18 * list(CONTENDERS).index(name)
+                scores, color = np.array(result["c2st"]), styles[name]["color"]
+                at = center + np.linspace(-0.05, 0.05, len(scores))
+                dots = {"color": color, "markersize": 4, "alpha": 0.6}
+                axis.plot(at, scores, "o", label=name, **dots)
+                axis.hlines(scores.mean(), center - 0.08, center + 0.08, color=color)
+        axis.axhline(0.5, color="#888888", linewidth=1, linestyle=":")
+        axis.set(ylim=(0.48, 1), ylabel="C2ST of each observation")
+        axis.set_xticks(range(len(grouped)), list(grouped))
+        return figure
+
+    def sentence(self, results: Results) -> str:
+        parts = []
+        for task, contenders in self.by_task(results).items():
+            means = {name: np.mean(result["c2st"]) for name, result in contenders.items()}
+            told = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+            parts.append(f"{task}: {told}")
+        return f"C2ST to the reference posterior, 0.5 at best; {'; '.join(parts)}."
+
+
+BENCHMARK = Posterior()

@@ -1,0 +1,300 @@
+"""Wall-clock of a training until the held-out negative log-likelihood first reaches a level.
+
+    make time-to-nll      hours; interrupt and continue as you like
+
+Adam at the same rate, initial weights, batches and held-out data are the same for all. There are
+two ways to train, and a network for each, the same in all libraries:
+
+- Those that match train a `jaxode.nn.Residual`, with independent pairs or optimal transport: jaxode
+  and torchcfm. zuko has no loss for matching; the loop of its tutorial is torchcfm's with
+  independent pairs. They evaluate the moving average of their parameters. Some go on with
+  likelihood, by one rule for all data: see `MATCHING_STEPS`.
+- Those that maximize the likelihood alone train a `jaxode.nn.ConcatSquash` as wide, FFJORD's
+  network: every evaluation of a residual network, of which a solve has many, costs more. jaxode has
+  its defaults; FFJORD torchdiffeq's adjoint at 1e-5; zuko its own tolerances and checkpointed
+  adjoint; diffrax the 20 equal steps of Tsit5 of its example, or error control at 1e-5.
+
+Before, those that match had the other network, too; their cases now say `Residual`, and times that
+were measured before are not shown.
+
+Where peers simulate, they take the exact trace in two dimensions, as diffrax's example, zuko and
+FFJORD's toy data do; beyond, one probe, as FFJORD's tables do: an exact trace would cost them as
+many products as there are dimensions.
+
+The clock stands still during the evaluations, which have the exact trace at a tolerance of 1e-6;
+the last one of each run is repeated with diffrax. Compilation counts, imports do not. Evaluations
+are 5% apart in time. With seed 0 all train for at least a minute, for the table of what a minute
+brings.
+
+The levels are nats that jaxode reaches by likelihood alone within a minute on two cores. They were
+chosen from its trainings, before any peer had run. The seeds come one after the other: an
+interrupted run has the first of them, for all.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import jaxode
+from benchmarks.harness import problems, show, table_data
+from benchmarks.harness.benchmark import Benchmark, Result, Results
+from benchmarks.harness.fairness import Bench
+from benchmarks.peers import flows, trainers
+
+BUDGET = 60.0  # seconds of training that all have with seed 0, whenever they reach it
+APART = 1.05  # ratio of the times of two evaluations
+RATE, RATE_AFTER = 2e-3, 1e-3  # of Adam; of the likelihood phase after matching, falling to zero
+MATCHING_STEPS, LIKELIHOOD_STEPS = 8000, 400  # of those that do both
+SEEDS = (0, 1, 2)
+
+
+class Data(NamedTuple):
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def ring() -> Data:
+    rng = np.random.default_rng(10)
+    return Data(problems.eight_gaussians(rng, 100_000), problems.eight_gaussians(rng, 2000))
+
+
+def magic_telescope() -> Data:
+    """MAGIC gamma telescope, 10 features of gamma rays and hadrons, standardized (KEEL)."""
+    return split(table_data.keel("magic"), np.random.default_rng(11))
+
+
+def digits() -> Data:
+    """scikit-learn's 8 x 8 digits with uniform noise, standardized."""
+    from sklearn.datasets import load_digits
+
+    x, rng = np.asarray(load_digits(return_X_y=True)[0]), np.random.default_rng(12)
+    return split((x + rng.random(x.shape)) / 17, rng)
+
+
+def split(x: np.ndarray, rng: np.random.Generator) -> Data:
+    x = rng.permutation(x)
+    cut = min(len(x) // 5, 1000)
+    mean, deviation = x[cut:].mean(0), x[cut:].std(0)
+    x = ((x - mean) / deviation).astype(np.float32)
+    return Data(x[cut:], x[:cut])
+
+
+class Task(NamedTuple):
+    load: Callable[[], Data]
+    widths: tuple[int, ...]
+    """Of the hidden layers; the first, of the residual blocks."""
+    batch: int
+    level: float
+    """Nats a sample."""
+
+
+TASKS = {
+    "8 Gaussians": Task(ring, (64, 64, 64), 512, 2.57),
+    "MAGIC telescope": Task(magic_telescope, (128, 128), 512, 5.6),
+    "digits": Task(digits, (256, 256), 256, 60.0),
+}
+
+
+class Phase(NamedTuple):
+    start: Callable[..., Any]
+    """One of `trainers`."""
+    steps: int | None = None
+    block: int = 5
+    """Steps between two looks at the clock."""
+
+
+def then(matching, likelihood) -> list[Phase]:
+    """Matching, and then likelihood from its average, with a new optimizer and a falling rate."""
+    return [Phase(matching, MATCHING_STEPS, 100), Phase(likelihood, LIKELIHOOD_STEPS)]
+
+
+TRANSPORT = partial(trainers.jaxode_matching, coupling=jaxode.coupling.optimal_transport(16))
+EXACT_TRANSPORT = partial(
+    trainers.torchcfm_matching, matcher="ExactOptimalTransportConditionalFlowMatcher"
+)
+RECIPE = "jaxode, Residual, matching, then likelihood"
+PHASES: dict[str, list[Phase]] = {
+    RECIPE: then(trainers.jaxode_matching, trainers.jaxode_likelihood),
+    "jaxode, Residual, transport, then likelihood": then(TRANSPORT, trainers.jaxode_likelihood),
+    "jaxode, Residual, matching": [Phase(trainers.jaxode_matching, block=100)],
+    "jaxode": [Phase(trainers.jaxode_likelihood)],
+    "torchcfm, Residual, matching": [Phase(trainers.torchcfm_matching, block=100)],
+    "torchcfm, Residual, optimal transport": [Phase(EXACT_TRANSPORT)],
+    "torchcfm, Residual, matching, then FFJORD's recipe": then(
+        trainers.torchcfm_matching, trainers.ffjord
+    ),
+    "torchdiffeq, FFJORD's recipe": [Phase(trainers.ffjord)],
+    "zuko": [Phase(trainers.zuko)],
+    "diffrax, recipe of its example": [Phase(partial(trainers.diffrax_likelihood, dt0=-0.05))],
+    "diffrax, error control": [Phase(trainers.diffrax_likelihood)],
+}
+MATCH = tuple(name for name in PHASES if name.startswith("torchcfm"))
+SIMULATE = ("torchdiffeq, FFJORD's recipe", "zuko", *show.of_library(PHASES, "diffrax"))
+
+
+def network(contender: str, dim: int, widths: tuple[int, ...], key) -> Any:
+    if "Residual" in contender:
+        return jaxode.nn.Residual(dim, widths[0], key=key)
+    return problems.squash(dim, widths, key)
+
+
+@jax.jit
+def diffrax_nll(params, x):
+    """`flows.exact_nll` by diffrax."""
+    loss = flows.diffrax_loss(diffrax.Dopri8(), field=flows.augmented_exact)
+    return loss(params, x, x, 1e-6)
+
+
+class TimeToNll(Benchmark):
+    title = "Time to a held-out likelihood"
+    seconds = 600.0  # of training, after which a contender has not reached the level
+    limit = 3600.0  # for the evaluations
+    header = (
+        "", "level, nats", "", "s to the level, by seed", f"best nats within {BUDGET:.0f} s",
+        "last nats there",
+    )  # fmt: skip
+    cases: dict[str, tuple[str, str, int]] = {
+        f"{task}: {name}, seed {seed}": (task, name, seed)
+        for seed in SEEDS
+        for task in TASKS
+        for name in PHASES
+    }
+
+    def run(self, case: str, bench: Bench) -> Result:
+        name, contender, seed = self.cases[case]
+        if contender in bench.skip:
+            return {"crashed": f"{contender}: {bench.skip[contender]}"}
+        bench.announce(contender)
+        task, data = TASKS[name], TASKS[name].load()
+        dim = data.train.shape[1]
+        params = network(contender, dim, task.widths, jax.random.key(seed))
+        rng = np.random.default_rng(seed)
+        least = BUDGET if seed == 0 else 0.0
+        clock, last, steps, curve, reached = 0.0, 0.0, 0, [], None
+        for i, phase in enumerate(PHASES[contender]):
+            falling = optax.cosine_decay_schedule(RATE_AFTER, LIKELIHOOD_STEPS)
+            done = 0
+            train, current = phase.start(params, dim, falling if i else RATE)  # imports PyTorch
+            while done != phase.steps and clock < (least if reached else bench.seconds):
+                rows = rng.integers(0, len(data.train), (phase.block, task.batch))
+                xs, seeds = data.train[rows], rng.integers(2**31, size=phase.block)
+                start = time.perf_counter()
+                train(xs, seeds)
+                clock += time.perf_counter() - start
+                done += phase.block
+                if clock > APART * last or done == phase.steps:
+                    last, nll = clock, float(flows.exact_nll(current(), data.held_out))
+                    curve.append([clock, nll])
+                    if nll <= task.level and reached is None:
+                        reached = clock
+                    if not math.isfinite(nll):
+                        return {"crashed": f"{contender}: {nll} after {clock:.1f} s"}
+            params, steps = current(), steps + done
+        judges = {"exact": flows.exact_nll, "diffrax": diffrax_nll}
+        check = {judge: float(nll(params, data.held_out)) for judge, nll in judges.items()}
+        if abs(check["exact"] - check["diffrax"]) > 1e-3:
+            return {"crashed": f"{contender}: evaluations differ, {check}"}
+        return {"level": task.level, "reached": reached, "steps": steps, "curve": curve}
+
+    def by_task(self, results: Results) -> dict[str, dict[str, list[Result]]]:
+        """Results by task and contender, over the seeds."""
+        grouped: dict[str, dict[str, list[Result]]] = {}
+        for case, result in results.items():
+            task, contender, _ = self.cases[case]
+            grouped.setdefault(task, {}).setdefault(contender, []).append(result)
+        return grouped
+
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
+        for task, contenders in self.by_task(results).items():
+            for name, found in contenders.items():
+                times = [r["reached"] for r in found]
+                shown = ", ".join("not reached" if t is None else f"{t:.1f}" for t in times)
+                level, nats = f"{TASKS[task].level}", within_budget(name, found[0])
+                yield task, level, name, shown, *nats
+
+    def draw(self, results: Results) -> Figure:
+        """Held-out nats over seconds of training, seed 0."""
+        panels = {
+            f"seconds of training, {task}": {
+                name: [(t, nll) for t, nll in found[0]["curve"] if nll < TASKS[task].level * 1.25]
+                for name, found in contenders.items()
+            }
+            for task, contenders in self.by_task(results).items()
+        }
+        return show.curves(panels, "held-out nats", log_y=False, marker=None)
+
+    def sentence(self, results: Results) -> str:
+        grouped = self.by_task(results)
+        told = [f"{task}: {compared(found)}" for task, found in grouped.items() if RECIPE in found]
+        if not told:
+            return "Measured are trainings by likelihood alone; those that match are to come."
+        return f"Matching and then likelihood reaches the level of {'; '.join(told)}."
+
+
+def compared(contenders: dict[str, list[Result]]) -> str:
+    """The time of the recipe, and what it is of the times of peers, on one task."""
+    times = {name: median_time(results) for name, results in contenders.items()}
+    mine = times[RECIPE]
+    if not math.isfinite(mine):
+        return "it does not reach the level"
+    told = [f"{mine:.1f} s{seeds(contenders[RECIPE])}{while_matching(contenders[RECIPE])}"]
+    here = machines(contenders, RECIPE)
+    for rivals, called in (
+        (MATCH, "the best peer that matches"),
+        (SIMULATE, "the best that simulates"),
+        (SIMULATE[:1], "FFJORD's recipe"),
+    ):
+        # Seconds of two machines are not compared.
+        rivals = [name for name in rivals if machines(contenders, name) == here]
+        best = min(rivals, key=lambda name: times.get(name, math.inf), default="")
+        if math.isfinite(times.get(best, math.inf)):
+            told.append(f"{mine / times[best]:.2f}x as long as {called}{seeds(contenders[best])}")
+    if len(told) == 1:
+        told.append("no peer on the same machine reaches it")
+    return ", ".join(told)
+
+
+def median_time(results: list[Result]) -> float:
+    """Seconds; infinite if most seeds do not reach the level."""
+    return float(np.median([math.inf if r["reached"] is None else r["reached"] for r in results]))
+
+
+def within_budget(name: str, result: Result) -> tuple[str, str]:
+    """Least and last nats of a run within the budget, if it was not stopped before, at the level.
+
+    They differ where it overfits.
+    """
+    if stopped(name, result) and result["curve"][-1][0] < BUDGET / APART**2:
+        return "stopped at the level", ""
+    within = [nll for t, nll in result["curve"] if t <= BUDGET]
+    return (f"{min(within):.3f}", f"{within[-1]:.3f}") if within else ("no evaluation yet", "")
+
+
+def stopped(name: str, result: Result) -> bool:
+    """Whether a run ended before its last step."""
+    return result["steps"] < sum(phase.steps or math.inf for phase in PHASES[name])
+
+
+def machines(contenders: dict[str, list[Result]], name: str) -> set[str | None]:
+    return {result.get("device") for result in contenders.get(name, ())}
+
+
+def seeds(results: list[Result]) -> str:
+    return f" (median of {len(results)} seeds)" if len(results) > 1 else " (seed 0)"
+
+
+def while_matching(results: list[Result]) -> str:
+    """Said where the runs that end at the level have not come to the likelihood."""
+    ended = [result["steps"] for result in results if stopped(RECIPE, result)]
+    return ", while matching" if ended and max(ended) <= MATCHING_STEPS else ""
+
+
+BENCHMARK = TimeToNll()

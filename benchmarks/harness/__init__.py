@@ -1,0 +1,1 @@
+"""How benchmarks are run, kept fair, compared and shown."""

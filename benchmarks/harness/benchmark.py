@@ -1,0 +1,201 @@
+"""What a benchmark is: its cases, and how its results are shown."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.harness import show
+from benchmarks.harness.fairness import Bench, Step, check_same, work_precision
+
+Result = dict[str, Any]
+"""Of a case, as it stands in the results file."""
+Results = dict[str, Result]
+"""By case; those that crashed left out."""
+TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
+
+
+class Benchmark:
+    """A question, and the cases that answer it: `run` measures one, the rest shows what it found.
+
+    `make bench` measures the cases that are not in the results file; what a case is called says
+    what was measured, so a case that changes its meaning gets another name.
+    """
+
+    title: str
+    short = ""
+    """In the README's table of ratios; empty for what is not in it."""
+    cases: Mapping[str, Any]
+    """What each case is of, by name."""
+    timed = True
+    """If not, cases run side by side, one on each core."""
+    seconds = 9.0
+    """Of alternated calls, or of training, in one case."""
+    limit = 1200.0
+    """Seconds beyond them, after which the contender at work counts as failed."""
+
+    def run(self, case: str, bench: Bench) -> Result:
+        raise NotImplementedError
+
+    def complete(self, result: Result, seconds: float) -> bool:
+        """Whether a case with this result need not be measured again for so many seconds."""
+        return True
+
+    header: Sequence[str]
+    """Of the table."""
+
+    def rows(self, results: Results) -> Iterator[Sequence[str]]:
+        raise NotImplementedError
+
+    def table(self, results: Results) -> str:
+        return show.markdown(self.header, self.rows(results))
+
+    def draw(self, results: Results) -> Figure:
+        raise NotImplementedError
+
+    def told(self, results: Results) -> Iterator[str]:
+        raise NotImplementedError
+
+    def sentence(self, results: Results) -> str:
+        return "; ".join(self.told(results)) + "."
+
+
+class Contest(NamedTuple):
+    """The training steps of one problem."""
+
+    makers: Mapping[str, Callable[[], Step]]
+    exact: Callable[[], list[np.ndarray]]
+    """The gradient in float64, by diffrax's Dopri8: not by the library under test."""
+    check: Callable[[], None] = lambda: None
+    """Raises unless the mathematics in PyTorch is that in JAX."""
+    tolerances: Sequence[float] = TOLERANCES
+    """From loose to tight."""
+
+
+class WorkPrecision(Benchmark):
+    """Times of training steps at equal error of the gradient."""
+
+    target: float
+    """The error at which times are compared."""
+    groups: Mapping[str, Sequence[str]]
+    """Peers by name of group. For each, the ratio to its fastest member is kept."""
+
+    def contest(self, case: str) -> Contest:
+        raise NotImplementedError
+
+    def run(self, case: str, bench: Bench) -> Result:
+        makers, exact, check, tolerances = self.contest(case)
+        failed: dict[str, str] = {}
+        check_same(failed, "the same network in PyTorch", check)
+        bench.announce("reference")
+        result = work_precision(
+            bench, makers, exact(), tolerances, self.target, self.groups
+        )  # fmt: skip
+        return {**result, "failed": result["failed"] | failed}
+
+    def table(self, results: Results) -> str:
+        parts = []
+        for case, result in results.items():
+            target, rows = result["target_error"], []
+            for name, curve in result["curves"].items():
+                at = result["at_target"][name]
+                shown = "not reached"
+                if "median" in at:
+                    shown = f"at most {show.spread(at)}" if at["note"] else show.spread(at)
+                points = [f"{show.ms(row['median'])} / {row['error']:.0e}" for row in curve]
+                rows.append([name, shown, str(curve[-1]["rounds"]), ", ".join(points)])
+            header = [
+                "", f"ms at gradient error {target:.0e}, median (min-max)", "rounds",
+                "ms / gradient error at each tolerance, the last two in every round",
+            ]  # fmt: skip
+            below = ratio_line(result) + show.failures(result)
+            parts.append(f"**{case}**\n\n{show.markdown(header, rows)}\n\n{below}")
+        return "\n\n".join(parts)
+
+    def draw(self, results: Results) -> Figure:
+        figure, axes = show.panels(len(results), min(len(results), 2), 4.6, 3.3)
+        names = dict.fromkeys(name for result in results.values() for name in result["curves"])
+        style = show.styles(names)
+        for axis, (case, result) in zip(axes, results.items(), strict=True):
+            for name, curve in result["curves"].items():
+                xs, *ys = zip(
+                    *((row["error"], *(1e3 * row[k] for k in ("median", "min", "max")))
+                      for row in curve), strict=True,
+                )  # fmt: skip
+                axis.loglog(xs, ys[0], marker="o", markersize=3.5, label=name, **style[name])
+                axis.vlines(xs, *ys[1:], color=style[name]["color"], linewidth=0.8, alpha=0.6)
+            axis.axvline(result["target_error"], color="#999999", linewidth=0.8, zorder=0)
+            axis.set(title=case, xlabel="relative error of the gradient", ylabel="ms per step")
+            axis.invert_xaxis()
+        return figure
+
+    def told(self, results: Results) -> Iterator[str]:
+        """Against the fastest peer that is as accurate."""
+        for case, result in results.items():
+            reached = [name for name, at in result["at_target"].items() if "median" in at]
+            if "jaxode" not in reached:
+                yield f"{case}: jaxode does not reach the error"
+            elif not show.peers(reached):
+                yield f"{case}: no peer reaches the error"
+            else:
+                ratio, best = (result[part]["all peers"] for part in ("ratios", "best"))
+                yield f"{case}: {show.verdict(ratio, best)}"
+
+
+def ratio_line(result: Result) -> str:
+    best = result.get("best", {})
+    parts = [
+        f"{name}{f' ({best[name]})' if best.get(name, name) != name else ''}: **{value:.2f}**"
+        for name, value in result.get("ratios", {}).items()
+    ]
+    return f"Time of jaxode divided by the time of {'; '.join(parts)}." if parts else ""
+
+
+class Point(NamedTuple):
+    """Where a contender's curve has come to."""
+
+    x: float
+    y: float
+    cell: str
+    """In the table."""
+
+
+class Growth(Benchmark):
+    """What grows with one thing at a time: a case is what varies, with its values."""
+
+    base: Mapping[str, Any]
+    """What does not vary."""
+    unit: str
+    heading: str
+    """Of the table."""
+    labels: Mapping[str, str] = {}
+    """What is on the axis, if it is not the case itself."""
+
+    def point(self, row: Any) -> Point:
+        """Of a row of a curve in the results."""
+        raise NotImplementedError
+
+    def points(self, result: Result) -> dict[str, list[Point]]:
+        return {name: [self.point(row) for row in rows] for name, rows in result["curves"].items()}
+
+    def table(self, results: Results) -> str:
+        parts = []
+        for case, result in results.items():
+            points = self.points(result)
+            cells = {name: {p.x: p.cell for p in curve} for name, curve in points.items()}
+            values = list(dict.fromkeys(x for curve in cells.values() for x in curve))
+            told = [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+            header = [self.heading, *(f"{self.labels.get(case, case)} {x}" for x in told)]
+            rows = [[name, *(row.get(x, "") for x in values)] for name, row in cells.items()]
+            parts.append(show.markdown(header, rows) + show.failures(result))
+        return "\n\n".join(parts)
+
+    def draw(self, results: Results) -> Figure:
+        groups = {
+            self.labels.get(case, case): {
+                name: [(p.x, p.y) for p in points] for name, points in self.points(result).items()
+            }
+            for case, result in results.items()
+        }
+        return show.curves(groups, self.unit)

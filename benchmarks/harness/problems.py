@@ -1,0 +1,198 @@
+"""The problems that are posed to all libraries: trained networks, data and noise.
+
+A network is one of `jaxode.nn`, or one as users write it: `Plain`. All are trained from a seed for
+some seconds, so that solves need error control.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxode
+
+ROWS, RATE = 256, 3e-3  # of a training
+OWN = {True: "a network of the user", False: "jaxode.nn"}
+"""How a case is called whose network is a user's own, or is not."""
+
+
+class Plain(eqx.Module):
+    """A multilayer perceptron, the time beside the state."""
+
+    layers: list[eqx.nn.Linear]
+    activation: Callable[[jax.Array], jax.Array] = eqx.field(static=True)
+
+    def __init__(self, dim: int, widths: tuple[int, ...], key, activation=jax.nn.softplus):
+        self.activation = activation
+        sizes = [(dim + 1, widths[0]), *itertools.pairwise(widths), (widths[-1], dim)]
+        keys = jax.random.split(key, len(sizes))
+        pairs = zip(sizes, keys, strict=True)
+        self.layers = [eqx.nn.Linear(*size, key=key) for size, key in pairs]
+
+    def __call__(self, t, y):
+        x = jnp.append(y, t)
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+def trainer(loss, steps: int, rate: Any = None):
+    """`train(params, key) -> params`, by Adam on `loss(params, key)`, at a rate that falls."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps) if rate is None else rate)
+
+    def step(carry, key):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    def train(params, key):
+        keys = jax.random.split(key, steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    return jax.jit(train)
+
+
+class Workload(NamedTuple):
+    """A flow trained by matching on eight Gaussians, and a batch of their samples."""
+
+    dim: int
+    batch: int
+    widths: tuple[int, ...]
+    own: bool = False
+    """A network as a user writes it, not one of `jaxode.nn`."""
+    steps: int = 3000
+    """Of matching; some seconds."""
+
+
+class FlowProblem(NamedTuple):
+    params: Any
+    x: Any
+    probe: Any
+    """One random sign for each entry of `x`: the one that jaxode draws from `key`."""
+    key: Any
+
+
+def eight_gaussians(rng: np.random.Generator, n: int, dim: int = 2) -> np.ndarray:
+    """On a ring in two dimensions; in more, around points that are drawn at random."""
+    angle = 2 * np.pi * np.arange(8) / 8
+    centers = 2.8 * np.stack([np.cos(angle), np.sin(angle)], 1)
+    if dim > 2:
+        centers = 2 * np.random.default_rng(0).standard_normal((8, dim))
+    chosen = centers[rng.integers(0, 8, n)]
+    return (chosen + 0.3 * rng.standard_normal((n, dim))).astype(np.float32)
+
+
+def network(workload: Workload) -> Any:
+    """Before its training."""
+    key = jax.random.key(0)
+    if workload.own:
+        return Plain(workload.dim, workload.widths, key)
+    return squash(workload.dim, workload.widths, key)
+
+
+def squash(dim: int, widths: tuple[int, ...], key) -> jaxode.nn.ConcatSquash:
+    return jaxode.nn.ConcatSquash(dim, widths, key=key, activation=jaxode.nn.softplus)
+
+
+def untrained(workload: Workload) -> FlowProblem:
+    """For what does not depend on the numbers."""
+    blank = jnp.zeros((workload.batch, workload.dim))
+    return FlowProblem(network(workload), blank, blank, jax.random.key(0))
+
+
+@functools.cache
+def flow(workload: Workload) -> FlowProblem:
+    cnf = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(workload.dim))
+    data = jnp.asarray(eight_gaussians(np.random.default_rng(0), 50_000, workload.dim))
+
+    def matching(params, key):
+        rows = data[jax.random.randint(key, (ROWS,), 0, len(data))]
+        return cnf.matching_loss(params, rows, key=key)
+
+    params = trainer(matching, workload.steps)(network(workload), jax.random.key(1))
+    rng, key = np.random.default_rng(1), jax.random.key(2)
+    x = jnp.asarray(eight_gaussians(rng, workload.batch, workload.dim))
+    return FlowProblem(params, x, probe_of_jaxode(x, key), key)
+
+
+def probe_of_jaxode(x: jax.Array, key: jax.Array) -> jax.Array:
+    """The signs with which `flow.nll(..., key=key)` estimates the divergence, `[batch, dim]`.
+
+    Read off its results: for the field `f(z) = e_0 z_k` the estimate is `v_0 v_k`, and the
+    log-determinant is minus that. The sign of the whole probe does not matter to an estimate.
+    """
+    dim = x.shape[1]
+    field = lambda t, z, a: jnp.zeros_like(z).at[0].set(a @ z)
+    estimate = jaxode.divergence.hutchinson()
+    flow = jaxode.cnf(field, jaxode.standard_normal(dim), divergence=estimate, steps=1)
+    products = lambda a: -flow.nll_and_stats(a, x, key=key)[1].log_det
+    probe = jnp.sign(jax.lax.map(jax.jit(products), jnp.eye(dim, dtype=x.dtype))).T
+    return probe.at[:, 0].set(1)
+
+
+class OdeProblem(NamedTuple):
+    """A Neural ODE, seen at the same times by all rows."""
+
+    params: Any
+    y0: Any
+    ts: Any
+
+
+class Series(NamedTuple):
+    """A Neural ODE on series, each with its own times."""
+
+    params: Any
+    y0: Any
+    ts: Any
+    """`[rows, times]`; each series starts at its first time and ends at its last."""
+    real: Any
+    """Which of them are no padding."""
+
+
+def oscillators(y):
+    """Pairs of coordinates that turn on a limit cycle, each at a frequency of 2 to 8."""
+    u, v = jnp.split(y, 2, axis=-1)
+    frequency, grow = jnp.linspace(2.0, 8.0, u.shape[-1]), 1 - u**2 - v**2
+    return jnp.concatenate([grow * u - frequency * v, grow * v + frequency * u], axis=-1)
+
+
+def batched(t, y, params):
+    return jax.vmap(lambda y: params(t, y))(y)
+
+
+@functools.cache
+def neural_ode(
+    state: int, width: int, batch: int, times: int, own: bool = True, steps: int = 800
+) -> OdeProblem:
+    """A network that was fitted to the slopes of oscillators."""
+    network_key, key = jax.random.split(jax.random.key(0))
+    if own:
+        params: Any = Plain(state, (width, width), network_key, jnp.tanh)
+    else:
+        params = jaxode.nn.MLP(state, (width, width), key=network_key)
+
+    def slopes(params, key):
+        y = jax.random.normal(key, (ROWS, state))
+        t = jax.random.uniform(key)
+        return jnp.mean((batched(t, y, params) - oscillators(y)) ** 2)
+
+    params = trainer(slopes, steps)(params, jax.random.key(1))
+    return OdeProblem(params, jax.random.normal(key, (batch, state)), jnp.linspace(0, 1, times + 1))
+
+
+def ragged(rows: int, most: int, state: int, width: int, steps: int = 800) -> Series:
+    """Series that start and end at their own times, padded by repeating the last."""
+    p, rng = neural_ode(state, width, rows, 1, steps=steps), np.random.default_rng(0)
+    counts = rng.integers(2, most + 1, rows)
+    starts, spans = rng.uniform(0, 1, rows), rng.uniform(0.2, 2, rows)
+    real = np.arange(most) < counts[:, None]
+    times = np.sort(np.where(real, rng.uniform(0, 1, (rows, most)), np.inf), axis=1)
+    times = np.where(real, times, times[np.arange(rows), counts - 1][:, None])
+    ts = (starts[:, None] + spans[:, None] * times).astype(np.float32)
+    return Series(p.params, p.y0, jnp.asarray(ts), jnp.asarray(real))

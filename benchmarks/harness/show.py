@@ -1,0 +1,157 @@
+"""Tables, sentences and pictures: how results look, whatever they are of."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# One color for a library, everywhere; its variants differ in the line.
+COLORS = {
+    "jaxode": "#c2185b", "diffrax": "#1565c0", "jax": "#2e7d32", "torchdiffeq": "#ef6c00",
+    "zuko": "#6a1b9a", "torchode": "#5d4037", "torchcfm": "#00838f", "flowjax": "#9e9d24",
+    "sbi": "#1565c0",
+}  # fmt: skip
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+Points = Sequence[tuple[float, float]]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def spread(times: Mapping[str, float]) -> str:
+    """The median of a summary in milliseconds, and its range."""
+    return f"{ms(times['median'])} ({ms(times['min'])}-{ms(times['max'])})"
+
+
+def verdict(ratio: float, peer: str) -> str:
+    return f"jaxode takes {ratio:.2f}x as long as {peer}"
+
+
+def failures(case: Mapping[str, Any]) -> str:
+    return "".join(f"\n\n{name} failed: {why}" for name, why in case.get("failed", {}).items())
+
+
+def of_library(names: Iterable[str], library: str) -> list[str]:
+    return [name for name in names if name.startswith(library)]
+
+
+def peers(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith("jaxode")]
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    seen: dict[str, int] = {}
+    result = {}
+    for name in names:
+        library = re.match(r"[a-z]+", name)
+        key = library.group() if library else name
+        line = LINES[seen.get(key, 0) % len(LINES)]
+        seen[key] = seen.get(key, 0) + 1
+        width = 2.2 if key == "jaxode" else 1.3
+        result[name] = {"color": COLORS.get(key, "#555555"), "linestyle": line, "linewidth": width}
+    return result
+
+
+def panels(
+    count: int, columns: int, width: float, height: float, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """So many axes of this width and height, in a grid."""
+    rows = -(-count // columns)
+    size = (max(7.0, width * columns), 0.8 + height * rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **options
+    )
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def curves(
+    groups: Mapping[str, Mapping[str, Points]], unit: str,
+    log_y: bool = True, marker: str | None = "o",
+) -> Figure:  # fmt: skip
+    """Points `(x, y)` by contender, the axes logarithmic; one panel for each quantity `x`."""
+    figure, axes = panels(len(groups), 2, 4.6, 2.7)
+    style = styles(dict.fromkeys(itertools.chain.from_iterable(groups.values())))
+    for axis, (label, group) in zip(axes, groups.items(), strict=True):
+        for name, points in group.items():
+            lines = {"marker": marker, "markersize": 3.5, "label": name, **style[name]}
+            axis.loglog(*zip(*points, strict=True), **lines)
+        axis.set(xlabel=label, ylabel=unit, yscale="log" if log_y else "linear")
+    return figure
+
+
+def bars(groups: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
+    """Horizontal bars with their values, one panel for each group."""
+    sizes = [max(len(group), 2) for group in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(7.0, 0.6 + 0.75 * len(groups) + 0.26 * sum(sizes)), squeeze=False,
+        layout="constrained", height_ratios=sizes,
+    )  # fmt: skip
+    for axis, (title, group) in zip(axes.flat, groups.items(), strict=True):
+        colors = [style["color"] for style in styles(group).values()]
+        drawn = axis.barh(list(group), list(group.values()), color=colors, height=0.7)
+        axis.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set(title=title, xlabel=unit)
+    return figure
+
+
+def save(figure: Figure, title: str, path: str | Path) -> None:
+    """Dress the axes, add one legend for those that have none, and write the picture."""
+    handles = {}
+    for axis in figure.axes:
+        axis.grid(which="major", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        for scale in (axis.xaxis, axis.yaxis):
+            low, high = sorted(scale.get_view_interval())
+            # A decade or two are common: label 1, 2, 5.
+            if scale.get_scale() == "log" and high < 300 * low:
+                scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                scale.set_major_formatter(ticker.FormatStrFormatter("%g"))
+                scale.set_minor_formatter(ticker.NullFormatter())
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(9)
+        axis.tick_params(which="both", labelsize=8)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
+        if axis.get_legend() is None:
+            drawn, names = axis.get_legend_handles_labels()
+            handles |= dict(zip(names, drawn, strict=True))
+    figure.suptitle(figure.get_suptitle() or title, fontsize=11)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8,
+        frameon=False,
+    )  # fmt: skip
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pair(groups: Mapping[str, tuple[str, Mapping[str, Points]]], path: str | Path) -> None:
+    """Two panels of a page of the documentation by title: what `x` is, and curves by name."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for axis, (title, (label, group)) in zip(axes, groups.items(), strict=True):
+        for name, points in group.items():
+            axis.loglog(*zip(*points, strict=True), "o-", ms=4, label=name)
+        axis.set(xlabel=label, title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

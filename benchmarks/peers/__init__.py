@@ -1,0 +1,1 @@
+"""The steps and trainings of each library, on the same problem."""

@@ -1,0 +1,230 @@
+"""The same problems in PyTorch: torchdiffeq with FFJORD's dynamics, zuko and torchode.
+
+Imported where it is used, so that the other benchmarks run without PyTorch.
+"""
+
+# torchode and zuko annotate what they take more narrowly than they work.
+# pyright: reportArgumentType=false
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.nn.functional import linear, silu, softplus
+
+from benchmarks.harness.fairness import Step, check_equal, double_precision, doubled
+from benchmarks.harness.problems import FlowProblem, OdeProblem, Plain, Series, batched
+from benchmarks.peers.flows import augmented, augmented_exact
+from benchmarks.peers.odes import series_loss
+from jaxode.nn import Residual
+from jaxode.nn.residual import WAVES
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.tensor(np.asarray(array))
+
+
+class TorchField:
+    """A network of JAX on tensors, with its leaves in order; and FFJORD's dynamics."""
+
+    def __init__(self, params: Any):
+        self.network: Any = jax.tree.map(lambda leaf: tensor(leaf).requires_grad_(), params)
+        self.leaves: list[torch.Tensor] = jax.tree.leaves(self.network)
+        self.activation = torch.tanh
+        if params.activation is not jnp.tanh:
+            self.activation = lambda x: softplus(x, threshold=1e9)
+        self.field = _squash
+        if isinstance(params, Plain | Residual):
+            self.field = _plain if isinstance(params, Plain) else _residual
+
+    def __call__(self, t, z) -> torch.Tensor:
+        """`t` is a scalar, or `[batch, 1]`."""
+        return self.field(self.network, self.activation, t, z)
+
+    def in_jax(self, leaves) -> Any:
+        arrays = [jnp.asarray(leaf.detach().numpy()) for leaf in leaves]
+        return jax.tree.unflatten(jax.tree.structure(self.network), arrays)
+
+    def augmented(self, t, z, probe):
+        """FFJORD's `divergence_approx`: a vector-Jacobian product, kept for differentiation.
+
+        Without a probe its `divergence_bf`, the exact trace, row by row.
+        """
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.requires_grad_(True)
+            dz = self(t, z)
+            grad = lambda output, v: torch.autograd.grad(output, z, v, create_graph=True)[0]
+            if probe is not None:
+                return dz, (grad(dz, probe) * probe).sum(1)
+            diagonal = [grad(dz[:, i].sum(), None)[:, i] for i in range(z.shape[1])]
+            return dz, torch.stack(diagonal).sum(0)
+
+
+def _beside(t, z):
+    return torch.as_tensor(t, dtype=z.dtype).expand(len(z), 1)
+
+
+def _plain(m, activation, t, z):
+    z = torch.cat([z, _beside(t, z)], 1)
+    for layer in m.layers[:-1]:
+        z = activation(linear(z, layer.weight, layer.bias))
+    return linear(z, m.layers[-1].weight, m.layers[-1].bias)
+
+
+def _squash(m, activation, t, z):
+    """A network of `jaxode.nn` with a closed form, without a context."""
+    for layer in m.hidden:
+        z = linear(z, layer.weight, layer.bias)
+        if layer.gate is not None:
+            z = z * torch.sigmoid(t * layer.gate[0] + layer.gate[1])
+        if layer.shift is not None:
+            z = z + t * layer.shift
+        z = activation(z)
+    return linear(z, m.weight, m.bias)
+
+
+def _residual(m, activation, t, z):
+    affine = lambda dense, x: linear(x, dense.weight, dense.bias)
+    angles = torch.pi * _beside(t, z) * torch.arange(1, WAVES + 1, dtype=z.dtype)
+    known = torch.cat([torch.sin(angles), torch.cos(angles)], 1)
+    h = affine(m.first, z)
+    for block, modulation in zip(m.blocks, m.modulation, strict=True):
+        a, b = affine(modulation, known).chunk(2, dim=1)
+        h = h + affine(block, silu((1 + a) * h + b))
+    return affine(m.last, silu(h)) + affine(m.scale, known) * z
+
+
+def negative_log_likelihood(z, log_det):
+    log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
+    return -(log_base + log_det).mean()
+
+
+def torch_step(field: TorchField, loss: Callable[[float], torch.Tensor]) -> Step:
+    def step(tolerance):
+        value = loss(tolerance)
+        gradient = torch.autograd.grad(value, field.leaves, allow_unused=True)
+        pairs = zip(gradient, field.leaves, strict=True)
+        return value.item(), [(torch.zeros_like(w) if g is None else g).numpy() for g, w in pairs]
+
+    return step
+
+
+def torchdiffeq_solve(field: TorchField, f, start, ts, rtol, atol, adjoint=True) -> Any:
+    """dopri5, and the adjoint ODE of torchdiffeq."""
+    import torchdiffeq
+
+    solve = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
+    options = {"adjoint_params": tuple(field.leaves)} if adjoint else {}
+    return solve(f, start, ts, rtol=rtol, atol=atol, method="dopri5", **options)
+
+
+def torchdiffeq_loss(field: TorchField, x, probe, rtol, atol, adjoint=True):
+    """FFJORD's, on `(z, log_det)`."""
+
+    class Dynamics(torch.nn.Module):
+        def forward(self, t, state):
+            return field.augmented(t, state[0], probe)
+
+    start = (x, torch.zeros(x.shape[0], dtype=x.dtype))
+    times = torch.tensor([1.0, 0.0], dtype=x.dtype)
+    z, log_det = torchdiffeq_solve(field, Dynamics(), start, times, rtol, atol, adjoint)
+    return negative_log_likelihood(z[-1], log_det[-1])
+
+
+def zuko_loss(field: TorchField, x, probe, rtol, atol):
+    """As its `FreeFormJacobianTransform`, whose error control sees a hundredth of the trace."""
+    import zuko
+
+    def dynamics(t, z, log_det):
+        dz, divergence = field.augmented(t, z, probe)
+        return dz, 1e-2 * divergence
+
+    start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
+    z, scaled = zuko.utils.odeint(dynamics, start, 1.0, 0.0, field.leaves, atol=atol, rtol=rtol)
+    return negative_log_likelihood(z, 1e2 * scaled)
+
+
+def torchode_solve(f, y0, ts, tolerance) -> Any:
+    """Each row with its own steps and times, differentiated through the steps."""
+    import torchode
+
+    term = torchode.ODETerm(f)
+    controller = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term=term), controller)
+    ends = {"t_start": ts[:, 0], "t_end": ts[:, -1]}
+    return solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=ts, **ends)).ys
+
+
+def torchdiffeq_step(p: FlowProblem, adjoint: bool = True) -> Step:
+    field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
+    loss = lambda tol: torchdiffeq_loss(field, x, probe, tol, tol, adjoint)
+    return torch_step(field, loss)
+
+
+def zuko_step(p: FlowProblem) -> Step:
+    field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
+    return torch_step(field, lambda tol: zuko_loss(field, x, probe, tol, tol))
+
+
+def torchode_step(p: FlowProblem) -> Step:
+    field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
+
+    def dynamics(t, state):
+        dz, divergence = field.augmented(t[:, None], state[:, :-1], probe)
+        return torch.cat([dz, divergence[:, None]], 1)
+
+    def loss(tolerance):
+        times = torch.tensor([1.0, 0.0], dtype=x.dtype).expand(x.shape[0], 2)
+        start = torch.cat([x, torch.zeros(x.shape[0], 1, dtype=x.dtype)], 1)
+        end = torchode_solve(dynamics, start, times, tolerance)[:, -1]
+        return negative_log_likelihood(end[:, :-1], end[:, -1])
+
+    return torch_step(field, loss)
+
+
+def torchdiffeq_ode_step(p: OdeProblem, adjoint: bool = True) -> Step:
+    field, y0, ts = TorchField(p.params), tensor(p.y0), tensor(p.ts)
+    target = torch.sin(torch.arange(len(ts) - 1, dtype=y0.dtype))[:, None, None]
+
+    def loss(tolerance):
+        ys = torchdiffeq_solve(field, field, y0, ts, tolerance, tolerance, adjoint)
+        return ((ys[1:] - target) ** 2).mean()
+
+    return torch_step(field, loss)
+
+
+def torchode_series_step(p: Series) -> Step:
+    field = TorchField(p.params)
+    y0, ts, real = (tensor(x) for x in (p.y0, p.ts, p.real))
+    f = lambda t, y: field(t[:, None], y)
+    return torch_step(
+        field, lambda tol: series_loss(torchode_solve(f, y0, ts, tol), ts, real, torch)
+    )
+
+
+def check_fields(p: OdeProblem | Series) -> None:
+    """Raise unless the field in PyTorch equals that in JAX, in float64."""
+    with double_precision():
+        q = doubled(p)
+        theirs = TorchField(q.params)(0.37, tensor(q.y0))
+        check_equal({"JAX": batched(0.37, q.y0, q.params), "PyTorch": theirs.detach().numpy()})
+
+
+def check_networks(p: FlowProblem) -> None:
+    """Raise unless field and divergences in PyTorch equal those in JAX, in float64."""
+    with double_precision():
+        q = doubled(p)
+        field, x, probe = TorchField(q.params), tensor(q.x), tensor(q.probe)
+        for t in (0.0, 0.37, 1.0):
+            at, state = jnp.asarray(t), (q.x,)
+            dz, divergence = augmented(at, state, q.params, q.probe)
+            # FFJORD's vector-Jacobian product and ours the other way are the same number.
+            other, estimate = field.augmented(torch.tensor(t, dtype=x.dtype), x.clone(), probe)
+            _, trace = field.augmented(t, x, None)
+            pairs: list[Any] = [(dz, other), (divergence, estimate)]
+            pairs.append((augmented_exact(at, state, q.params, None)[1], trace))
+            for ours, theirs in pairs:
+                check_equal({"JAX": ours, "PyTorch": theirs.detach().numpy()})
