@@ -20,13 +20,13 @@ from jaxode.ode.options import SolveOptions
 
 def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
-    method = SolveOptions(solver, tolerance, tolerance).method("", Y0.dtype)
+    stepper = SolveOptions(solver, tolerance, tolerance).stepper("", Y0.dtype)
     field = lambda t, y, args: pendulum(t[0], y[0], args)[None]
 
     @jax.jit
     def record(y0, ts):
         problem = Problem(field, ARGS, y0, jnp.array([0.0]), jnp.array([3.0]), ts)
-        _, tape = integrate(problem, method, 64)
+        _, tape = integrate(problem, stepper, 64)
         return tape.times, tape.num_steps
 
     times, num_steps = record(Y0[None], None if ts is None else ts[:, None])
