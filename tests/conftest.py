@@ -22,6 +22,8 @@ if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 jax.config.update("jax_platforms", "cpu")
 # Devices to split a batch over; whatever does not ask for them runs on the first.
@@ -34,6 +36,23 @@ _cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE", str(_cache)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+# JAX makes a context of MLIR for each program that it compiles, which is a third of the work for a
+# small one. Here all share one, except where compiling runs another program.
+_new_context, _shared = getattr(mlir, "make_ir_context", None), []
+
+
+def _context():
+    if ir.Context.current is not None:
+        return _new_context()
+    if not _shared:
+        _shared.append(_new_context())
+    return _shared[0]
+
+
+if _new_context is not None:
+    mlir.make_ir_context = _context
 
 
 def pytest_collection_finish():
