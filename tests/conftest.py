@@ -22,6 +22,8 @@ if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 jax.config.update("jax_platforms", "cpu")
 # Devices to split a batch over; whatever does not ask for them runs on the first.
@@ -36,17 +38,46 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
+# JAX makes a context of MLIR for each program that it compiles, which is a third of the work for a
+# small one. Here all share one, except where compiling runs another program.
+_new_context, _shared = getattr(mlir, "make_ir_context", None), []
+
+
+def _context():
+    if ir.Context.current is not None:
+        return _new_context()
+    if not _shared:
+        _shared.append(_new_context())
+    return _shared[0]
+
+
+if _new_context is not None:
+    mlir.make_ir_context = _context
+
+
 def pytest_collection_finish():
     """Tracing makes many objects and hardly any garbage in cycles."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
 
+# Of the 65,530 memory maps that Linux gives a process. A module has made up to 20,000.
+MANY = 40_000
+
+
+def memory_maps():
+    """How many this process has; None where the system does not tell."""
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Each compiled program holds memory maps, of which a process may have 65,530."""
+    """Each compiled program holds memory maps. Small ones serve many modules."""
     yield
-    jax.clear_caches()
+    maps = memory_maps()
+    if maps is None or maps > MANY:
+        jax.clear_caches()
 
 
 @pytest.fixture

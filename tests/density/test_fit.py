@@ -320,13 +320,13 @@ def test_powers_of_the_time_are_tried():
 
 
 def test_likelihood_follows_matching():
-    density, history = fit(steps=60, likelihood=60, validation=OTHERS)
+    density, history = fit(steps=50, likelihood=50, validation=OTHERS)
     assert [(point.phase, point.step) for point in history] == [
-        ("matching", 0), ("matching", 60), ("likelihood", 0), ("likelihood", 60)
+        ("matching", 0), ("matching", 50), ("likelihood", 0), ("likelihood", 50)
     ]  # fmt: skip
     assert history[2].nats == history[1].nats
     assert history[3].nats < history[1].nats
-    again, _ = fit(steps=60, likelihood=60, validation=OTHERS)
+    again, _ = fit(steps=50, likelihood=50, validation=OTHERS)
     assert equal(again, density)
 
 
@@ -520,7 +520,7 @@ def test_wrong_arguments(name):
 
 def test_integers_from_the_lower_bound_on():
     """With noise, they lie strictly inside."""
-    density, _ = fit(on((0.0, -9.0), (8.0, 9.0)), INTEGERS, dequantize=True, steps=1)
+    density, _ = fit(on((0.0, -9.0), (8.0, 9.0)), INTEGERS, dequantize=True, steps=50)
     assert np.isfinite(density.log_prob(INTEGERS + 0.5)).all()
 
 

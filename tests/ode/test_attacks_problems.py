@@ -4,6 +4,7 @@ The problems are those of DETEST: Hull, Enright, Fellen and Sedgwick (1972) for 
 and Enright, Hull and Lindberg (1975) for stiff ones. References are closed forms, or SciPy's.
 """
 
+import functools
 import math
 
 import diffrax
@@ -22,29 +23,26 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ALLOWED = 1e-7
 
 
-# Fields are lists of real functions that NumPy can evaluate at complex states, too.
+# Fields are functions of NumPy, which also takes complex states, or of JAX.
+def numpy_of(y):
+    return np if isinstance(y, np.ndarray) else jnp
+
+
 def masses(t, y):
     """Class C5: five outer planets around the sun, moved out of the plane's symmetry."""
     gravity, sun = 2.95912208286, 1.00000597682
-    mass = [
-        0.000954786104043,
-        0.000285583733151,
-        0.0000437273164546,
-        5.17759138449e-5,
-        2.7777778e-6,
-    ]
-    q = [[y[3 * i + j] for j in range(3)] for i in range(5)]
-    cubed = lambda v: (v[0] ** 2 + v[1] ** 2 + v[2] ** 2) ** 1.5
-    own = [cubed(v) for v in q]
-    pull = []
-    for i in range(5):
-        for j in range(3):
-            a = -(sun + mass[i]) * q[i][j] / own[i]
-            for k in (k for k in range(5) if k != i):
-                apart = [q[k][d] - q[i][d] for d in range(3)]
-                a = a + mass[k] * (apart[j] / cubed(apart) - q[k][j] / own[k])
-            pull.append(gravity * a)
-    return [y[15 + i] for i in range(15)] + pull
+    mass = np.array(
+        [0.000954786104043, 0.000285583733151, 4.37273164546e-5, 5.17759138449e-5, 2.7777778e-6]
+    )
+    q = y[:15].reshape(5, 3)
+    apart = q[None, :, :] - q[:, None, :]
+    # A planet is not apart from itself.
+    cubed = ((apart**2).sum(axis=2) + np.eye(5)) ** 1.5
+    own = q / ((q**2).sum(axis=1) ** 1.5)[:, None]
+    others = mass[None, :] * (1 - np.eye(5))
+    pull = (others[:, :, None] * (apart / cubed[:, :, None] - own[None, :, :])).sum(axis=1)
+    pull = gravity * (pull - (sun + mass)[:, None] * own)
+    return numpy_of(y).concatenate([y[15:], pull.reshape(15)])
 
 
 PLANETS = [
@@ -59,15 +57,9 @@ PLANETS = [
 
 def chain(n, rate_in, rate_out, back=0.0):
     """Class C: each of `n` numbers feeds the next."""
-
-    def f(t, y):
-        into = [0.0, *(rate_in(i) * y[i - 1] for i in range(1, n))]
-        return [
-            into[i] - rate_out(i) * y[i] + (back * y[i + 1] if back and i + 1 < n else 0.0)
-            for i in range(n)
-        ]
-
-    return f, [1.0] + [0.0] * (n - 1)
+    i = np.arange(float(n))
+    rates = np.diag(rate_in(i[1:]), -1) - np.diag(rate_out(i)) + np.diag(np.full(n - 1, back), 1)
+    return lambda t, y: rates @ y, [1.0] + [0.0] * (n - 1)
 
 
 def orbit(e):
@@ -96,10 +88,10 @@ NON_STIFF = {
         [3.0, 0.0, 0.0],
     ),
     "B5": (lambda t, y: [y[1] * y[2], -y[0] * y[2], -0.51 * y[0] * y[1]], [0.0, 1.0, 1.0]),
-    "C1": chain(10, lambda i: 1.0, lambda i: float(i < 9)),
-    "C2": chain(10, lambda i: float(i), lambda i: (i + 1.0) * (i < 9)),
-    "C3": chain(10, lambda i: 1.0, lambda i: 2.0, back=1.0),
-    "C4": chain(51, lambda i: 1.0, lambda i: 2.0, back=1.0),
+    "C1": chain(10, np.ones_like, lambda i: 1.0 * (i < 9)),
+    "C2": chain(10, lambda i: i, lambda i: (i + 1) * (i < 9)),
+    "C3": chain(10, np.ones_like, lambda i: 2 + 0 * i, back=1.0),
+    "C4": chain(51, np.ones_like, lambda i: 2 + 0 * i, back=1.0),
     "C5": (masses, PLANETS),
     **{f"D{i + 1}": orbit(e) for i, e in enumerate((0.1, 0.3, 0.5, 0.7, 0.9))},
     "E1": (
@@ -152,16 +144,16 @@ STIFF = {
     ),
     "E2": (lambda t, y: [y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]], [2.0, 0.0], 1.0),
 }  # fmt: skip
-LARGE = [name for name in NON_STIFF if name[0] == "C"]
 GROUPS = {
-    "small": [NON_STIFF[name] for name in NON_STIFF if name not in LARGE],
-    "large": [NON_STIFF[name] for name in LARGE],
-    "stiff": list(STIFF.values()),
+    "small": {name: problem for name, problem in NON_STIFF.items() if name[0] != "C"},
+    "large": {name: problem for name, problem in NON_STIFF.items() if name[0] == "C"},
+    "stiff": STIFF,
 }
 
 
 def padded(y, size):
-    return jnp.concatenate([jnp.stack(y), jnp.zeros(size - len(y))])
+    y = y if isinstance(y, jax.Array) else jnp.stack(y)
+    return jnp.concatenate([y, jnp.zeros(size - len(y))])
 
 
 def directions(n):
@@ -169,14 +161,14 @@ def directions(n):
     return np.sin(1.0 + np.arange(n)), np.cos(1.0 + np.arange(n))
 
 
-def of_group(group, **options):
+@functools.cache
+def of_group(group, solver, max_steps=4096):
     """One program for all fields of a group: the end, and the gradient of a sum of it."""
-    size = max(len(problem[1]) for problem in GROUPS[group])
-    branches = [
-        lambda t, y, f=f, n=len(y0): padded([jnp.asarray(x) for x in f(t, list(y[:n]))], size)
-        for f, y0, *_ in GROUPS[group]
-    ]
+    problems = list(GROUPS[group].values())
+    size = max(len(y0) for _, y0, *_ in problems)
+    branches = [lambda t, y, f=f, n=len(y0): padded(f(t, y[:n]), size) for f, y0, *_ in problems]
     field = lambda t, y, number: jax.lax.switch(number, branches, t, y)
+    options = {"solver": solver, "max_steps": max_steps, **TIGHT}
 
     @jax.jit
     def run(y0, t1, number, weights):
@@ -184,48 +176,39 @@ def of_group(group, **options):
         y1, pull = jax.vjp(end, y0)
         return y1, pull(weights)[0]
 
-    def solve(problem, t1):
-        n, number = len(problem[1]), GROUPS[group].index(problem)
-        y1, bar = run(
-            padded([jnp.asarray(x) for x in problem[1]], size), t1, number,
-            padded([jnp.asarray(x) for x in directions(n)[1]], size),
-        )  # fmt: skip
+    def solve(name, t1):
+        y0, number = GROUPS[group][name][1], list(GROUPS[group]).index(name)
+        n = len(y0)
+        start, weights = (padded(jnp.asarray(x), size) for x in (y0, directions(n)[1]))
+        y1, bar = run(start, t1, number, weights)
         np.testing.assert_array_equal(y1[n:], 0.0)
         return y1[:n], bar[:n] @ directions(n)[0]
 
     return solve
 
 
-def reference(problem, t1, method):
+@functools.cache
+def reference(group, name, t1):
     """By SciPy, with the derivative along a direction by the variational equation.
 
     The product with the Jacobian is by a complex step, which has no error.
     """
-    f, y0, *_ = problem
+    f, y0, *_ = GROUPS[group][name]
     n, tiny = len(y0), 1e-40
 
     def both(t, state):
-        value = np.array(f(float(t), list(state[:n] + 1j * tiny * state[n:])), complex)
+        value = np.array(f(float(t), state[:n] + 1j * tiny * state[n:]), complex)
         return np.concatenate([value.real, value.imag / tiny])
 
     start = np.concatenate([y0, directions(n)[0]])
-    options = {"rtol": 1e-12, "atol": 1e-13, "method": method}
+    options = {"rtol": 1e-12, "atol": 1e-13, "method": "Radau" if group == "stiff" else "DOP853"}
     out = scipy.integrate.solve_ivp(both, (0.0, t1), start, **options).y[:, -1]
     return out[:n], out[n:] @ directions(n)[1]
 
 
-DRIVERS = {}
-
-
-def driver(group, **options):
-    """Made once: compiling it is what a test costs."""
-    key = group, repr(options)
-    return DRIVERS.setdefault(key, of_group(group, **TIGHT, **options))
-
-
-def matches(group, problem, t1, method, **options):
-    y1, slope = driver(group, **options)(problem, t1)
-    expected, expected_slope = reference(problem, t1, method)
+def matches(group, name, t1, solver, **options):
+    y1, slope = of_group(group, solver, **options)(name, t1)
+    expected, expected_slope = reference(group, name, t1)
     np.testing.assert_allclose(y1, expected, rtol=ALLOWED, atol=ALLOWED)
     # Derivatives lose a digit more: they are sensitive to the state, and that to itself.
     np.testing.assert_allclose(slope, expected_slope, rtol=10 * ALLOWED, atol=10 * ALLOWED)
@@ -233,15 +216,13 @@ def matches(group, problem, t1, method, **options):
 
 @pytest.mark.parametrize("name", NON_STIFF)
 def test_detest(name):
-    group = "large" if name in LARGE else "small"
-    matches(group, NON_STIFF[name], 20.0, "DOP853", solver=diffrax.Dopri8())
+    matches("large" if name in GROUPS["large"] else "small", name, 20.0, diffrax.Dopri8())
 
 
 @pytest.mark.parametrize("name", ["A1", "A4", "B1", "B4", "B5", "D1", "D5", "E2", "E3", "E5"])
 def test_detest_backwards(name):
     """Not to where solutions explode or cross a singularity."""
-    t1 = -0.2 if name == "E2" else -1.0
-    matches("small", NON_STIFF[name], t1, "DOP853", solver=diffrax.Dopri8())
+    matches("small", name, -0.2 if name == "E2" else -1.0, diffrax.Dopri8())
 
 
 @pytest.mark.slow
@@ -254,179 +235,20 @@ def test_detest_backwards(name):
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_stiff_detest(name, solver):
-    problem = STIFF[name]
-    matches("stiff", problem, problem[2], "Radau", solver=solver, max_steps=40_000)
+    matches("stiff", name, STIFF[name][2], solver, max_steps=40_000)
 
 
-# Programs around a solve of y' = -a y, whose end is y0 exp(-a t).
+# y' = -a y, whose end is y0 exp(-a t).
 Y0, A = jnp.array([1.0, 2.0]), jnp.array([0.5, 1.5])
 FINE = {"rtol": 1e-9, "atol": 1e-9}
-BACK, FORWARD = jaxode.BacksolveAdjoint(), jaxode.ForwardMode()
 
 
 def decay(t, y, a):
     return -a * y
 
 
-def end(a, t1=1.0, y0=Y0, t0=0.0, f=decay, **options):
-    return jaxode.solve(f, y0, t0, t1, a, **FINE, **options).y1
-
-
-def total(a, *more, **options):
-    return end(a, *more, **options).sum()
-
-
-def exact(a, t1=1.0, y0=Y0):
-    return y0 * jnp.exp(-a * t1)
-
-
-def exact_total(a, *more):
-    return exact(a, *more).sum()
-
-
-def scanned(a):
-    body = lambda y, t: (end(a, t + 0.25, y, t), None)
-    return jax.lax.scan(body, Y0, jnp.array([0.0, 0.25, 0.5, 0.75]))[0].sum()
-
-
-def chosen(a, flag):
-    """Each branch is a separate solve with its gradient method."""
-    return jax.lax.cond(flag, lambda: total(a), lambda: total(a, 2.0, adjoint=BACK))
-
-
-@jax.custom_vjp
-def own_rule(y, a):
-    return -a * y
-
-
-own_rule.defvjp(lambda y, a: (own_rule(y, a), (y, a)), lambda r, g: (-r[1] * g, -r[0] * g))
-FLAGS = jnp.array([True, False])
-
-
-def solving(t, y, a):
-    rates = jnp.stack([a / 4, 3 * a / 4])
-    summed, _ = jax.lax.scan(lambda total, rate: (total - rate * y, None), 0 * y, rates)
-    return jnp.linalg.solve(jnp.diag(y), y * summed)
-
-
-AS = jnp.stack([A, 2 * A])
-THREE = jnp.array([-1.0, 0.0, 2.0])
-GRADIENT = jax.grad(exact_total)(A)
-
-
-def field_gradient(f):
-    return lambda: jax.grad(lambda a: total(a, f=f))(A)
-
-
-def donated():
-    y0 = jnp.array(Y0)
-    y1 = jax.jit(lambda y0: end(A, y0=y0), donate_argnums=0)(y0)
-    assert y0.is_deleted()
-    return y1
-
-
-def traced_settings(tolerance, first, largest, point):
-    options = {"rtol": tolerance, "atol": tolerance, "first_step": first, "max_step": largest}
-    return jaxode.solve(decay, Y0, 0.0, 1.0, A, breakpoints=point[None], **options).y1
-
-
-COMPLEX = jnp.array([1 + 1j, 0.5j])
-square = lambda c: (c * jnp.conj(c)).real
-of_square = lambda t, y, c: -square(c) * y
-PROGRAMS = {
-    "vmap of the end time": (
-        lambda: jax.vmap(lambda t: end(A, t))(THREE), jax.vmap(lambda t: exact(A, t))(THREE)
-    ),
-    "vmap of the settings": (
-        lambda: jax.vmap(traced_settings)(
-            jnp.array([1e-8, 1e-9, 1e-10]), jnp.array([0.1, 0.01, 0.5]),
-            jnp.array([1.0, 0.1, 0.05]), jnp.array([0.3, 0.5, 7.0]),
-        ),
-        jnp.stack([exact(A)] * 3),
-    ),
-    "jit of all jacobians": (
-        lambda: jax.jit(jax.jacrev(end, argnums=(0, 1, 2)))(A, 1.0, Y0),
-        jax.jacfwd(exact, argnums=(0, 1, 2))(A, 1.0, Y0),
-    ),
-    "jit of all jacobians forward": (
-        lambda: jax.jit(
-            jax.jacfwd(lambda a, t1, y0: end(a, t1, y0, adjoint=FORWARD), argnums=(0, 1, 2))
-        )(A, 1.0, Y0),
-        jax.jacfwd(exact, argnums=(0, 1, 2))(A, 1.0, Y0),
-    ),
-    "forward over reverse": (lambda: jax.hessian(total)(A), jax.hessian(exact_total)(A)),
-    "forward over forward, by time, too": (
-        lambda: jax.jacfwd(jax.jacfwd(lambda p: total(p[:2], p[2], adjoint=FORWARD)))(
-            jnp.array([0.5, 1.5, 1.0])
-        ),
-        jax.hessian(lambda p: exact_total(p[:2], p[2]))(jnp.array([0.5, 1.5, 1.0])),
-    ),
-    "vmap of reverse over reverse by time": (
-        lambda: jax.vmap(jax.grad(jax.grad(lambda t: total(A, t, adjoint=BACK))))(THREE),
-        jax.vmap(jax.grad(jax.grad(lambda t: exact_total(A, t))))(THREE),
-    ),
-    "donation": (donated, exact(A)),
-    "checkpoint": (lambda: jax.grad(jax.checkpoint(total))(A), GRADIENT),
-    "gradient of a scan": (lambda: jax.jit(jax.grad(scanned))(A), GRADIENT),
-    "a loop until the state is small": (
-        lambda: jax.lax.while_loop(lambda y: y.max() > 0.1, lambda y: end(A, y0=y), Y0),
-        exact(A, 5.0),
-    ),
-    "map": (
-        lambda: jax.lax.map(lambda y0: end(A, y0=y0), AS), jax.vmap(lambda y0: exact(A, y0=y0))(AS)
-    ),
-    "gradient of a cond": (
-        lambda: jnp.stack([jax.jit(jax.grad(chosen))(A, flag) for flag in FLAGS]),
-        jnp.stack([GRADIENT, jax.grad(exact_total)(A, 2.0)]),
-    ),
-    "vmap of the gradient of a cond": (
-        lambda: jax.vmap(jax.grad(chosen), (None, 0))(A, FLAGS),
-        jnp.stack([GRADIENT, jax.grad(exact_total)(A, 2.0)]),
-    ),
-    "gradient by what the field closes over": (
-        lambda: jax.vmap(jax.grad(lambda a: total(None, f=lambda t, y, _: -a * y)))(AS),
-        jax.vmap(jax.grad(exact_total))(AS),
-    ),
-    "linearize": (
-        lambda: jax.linearize(lambda a: end(a, adjoint=FORWARD), A)[1](jnp.ones(2)),
-        jax.jvp(exact, (A,), (jnp.ones(2),))[1],
-    ),
-    "checks of leaks": (
-        lambda: jax.checking_leaks()(lambda: jax.jit(jax.grad(total))(1.01 * A))(),
-        jax.grad(exact_total)(1.01 * A),
-    ),
-    "complex parameters": (
-        lambda: jax.grad(lambda c: total(c, f=of_square))(COMPLEX),
-        jax.grad(lambda c: exact_total(square(c)))(COMPLEX),
-    ),
-    "complex parameters, by the adjoint ODE": (
-        lambda: jax.grad(lambda c: total(c, f=of_square, adjoint=BACK))(COMPLEX),
-        jax.grad(lambda c: exact_total(square(c)))(COMPLEX),
-    ),
-    "a field with a rule of its own": (field_gradient(lambda t, y, a: own_rule(y, a)), GRADIENT),
-    "a field that is the gradient of an energy": (
-        field_gradient(lambda t, y, a: -jax.grad(lambda y: 0.5 * (a * y * y).sum())(y)), GRADIENT
-    ),
-    "a field that scans and solves equations": (field_gradient(solving), GRADIENT),
-    "a field with a branch that is NaN": (
-        field_gradient(lambda t, y, a: jax.lax.cond(t < 5.0, lambda: -a * y, lambda: jnp.nan * y)),
-        GRADIENT,
-    ),
-    "parameters that are no numbers": (
-        lambda: jax.grad(
-            lambda a: total({"a": a, "key": jax.random.key(0), "on": True, "name": "x", "no": None},
-                            f=lambda t, y, p: -p["a"] * y + 0 * jax.random.normal(p["key"], (2,)))
-        )(A),
-        GRADIENT,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("run", "expected"), PROGRAMS.values(), ids=PROGRAMS)
-def test_programs_around_a_solve(run, expected):
-    # 1e-7: a hundred times the tolerance, for derivatives of second order.
-    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
+def exact(a, t1=1.0):
+    return Y0 * jnp.exp(-a * t1)
 
 
 def leafwise(t, y, args):
@@ -472,41 +294,18 @@ def test_times(t0, t1, ts):
         np.testing.assert_allclose(solution.ys, expected, rtol=1e-6)
 
 
+def slowed(t, y, args):
+    return -args[0] * y / args[1]
+
+
 @pytest.mark.parametrize("unit", [1e-14, 1e-7, 1e7, 1e14])
 def test_units_of_time(unit):
-    run = lambda unit: jaxode.solve(lambda t, y, a: -a * y / unit, Y0, 0.0, unit, A, **FINE)
+    run = lambda unit: jaxode.solve(slowed, Y0, 0.0, unit, (A, unit), **FINE)
     solution, usual = run(unit), run(1.0)
     np.testing.assert_allclose(solution.y1, exact(A), rtol=1e-7)
     # Only the first step has an opinion on units, and steps grow tenfold.
     more = abs(int(solution.stats.num_steps) - int(usual.stats.num_steps))
     assert more <= abs(math.log10(unit)) + 1
-
-
-# (what is wrong, the kind of error, what its message begins with)
-WRONG = [
-    ({"y0": 1j}, TypeError, r"solve\(y0=...\).*complex128.*\(y.real, y.imag\)"),
-    ({"y0": np.ones(2, int)}, TypeError, r"solve\(y0=...\).*int64.*astype"),
-    ({"y0": True}, TypeError, r"solve\(y0=...\).*bool"),
-    ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*MaskedArray"),
-    ({"y0": jax.random.key(0)}, TypeError, r"solve\(y0=...\).*key<fry>"),
-    ({"t1": 10**30}, TypeError, r"solve\(t1=...\)"),
-    ({"t0": False}, TypeError, r"solve\(t0=...\)"),
-    ({"t1": np.datetime64("2021")}, TypeError, r"solve\(t1=...\)"),
-    ({"rtol": 10**30}, TypeError, r"solve\(rtol=...\)"),
-    ({"ts": []}, ValueError, r"solve\(ts=...\).*shape \(0,\)"),
-    ({"ts": 0.5}, ValueError, r"solve\(ts=...\).*shape \(\)"),
-    ({"ts": [0.1, np.nan]}, ValueError, r"solve\(ts=...\): times must increase .* 0.1 before nan"),
-    ({"t1": 0.1, "ts": np.float32([0.1])}, ValueError, r"solve\(ts=.*t1=0.1; got 0.10000000149"),
-    ({"t1": 0.0, "ts": [0.1]}, ValueError, r"solve\(ts=...\)"),
-    ({"ts": np.array([False, True])}, TypeError, r"solve\(ts=...\)"),
-]
-
-
-@pytest.mark.parametrize(("given", "kind", "start"), WRONG, ids=[row[2] for row in WRONG])
-def test_what_is_wrong_is_named(given, kind, start):
-    given = {"y0": Y0, "t0": 0.0, "t1": 1.0, **given}
-    with pytest.raises(kind, match="^" + start):
-        jaxode.solve(leafwise, **given)
 
 
 def test_as_many_steps_as_needed_are_enough():

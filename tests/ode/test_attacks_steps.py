@@ -221,22 +221,6 @@ def test_implicit_solvers_take_breakpoints_too():
     np.testing.assert_allclose(solution.y1, jnp.exp(K * exponent(1.0)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("points", "options", "error"),
-    [
-        ("0.5", {}, TypeError),
-        (jnp.array([0.5j]), {}, TypeError),
-        (0.5, {}, ValueError),
-        (jnp.ones((2, 1)), {}, ValueError),
-        ((0.5, jnp.nan), {}, ValueError),
-        ((0.5,), {"steps": 4}, ValueError),
-    ],
-)
-def test_what_is_no_breakpoint(points, options, error):
-    with pytest.raises(error, match=r"^solve\(breakpoints=\.\.\.\): "):
-        jaxode.solve(linear, jnp.ones(1), 0.0, 1.0, K, breakpoints=points, **options)
-
-
 def test_a_breakpoint_that_turns_out_to_be_nan():
     run = jax.jit(
         lambda b: jaxode.solve(linear, jnp.ones(1), 0.0, 1.0, K, breakpoints=(0.3, b), throw=False)

@@ -20,13 +20,13 @@ from jaxode.ode.options import SolveOptions
 
 def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
-    method = SolveOptions(solver, tolerance, tolerance).stepper(Y0.dtype)
+    stepper = SolveOptions(solver, tolerance, tolerance).stepper(Y0.dtype)
     field = lambda t, y, args: pendulum(t[0], y[0], args)[None]
 
     @jax.jit
     def record(y0, ts):
         problem = Problem(field, ARGS, y0, jnp.array([0.0]), jnp.array([3.0]), ts)
-        _, tape = integrate(problem, method, 64)
+        _, tape = integrate(problem, stepper, 64)
         return tape.times, tape.num_steps
 
     times, num_steps = record(Y0[None], None if ts is None else ts[:, None])
@@ -405,7 +405,7 @@ def test_gathering_the_parameter_gradient_once_a_step_changes_nothing(monkeypatc
     run = lambda A, t1: jaxode.solve(f, jnp.ones(40), 0.0, t1, A, steps=5).y1.sum()
     inputs = (A, jnp.array(1.0))
     gathered = jax.grad(run, (0, 1))(*inputs)
-    monkeypatch.setattr("jaxode.ode.adjoints.sweep.PARAMETERS_PER_WORK", 1e9)
+    monkeypatch.setattr("jaxode.ode.adjoints.discrete.PARAMETERS_PER_WORK", 1e9)
     jax.clear_caches()
     expected = jax.grad(run, (0, 1))(*inputs)
     for a, b in zip(gathered, expected, strict=True):
