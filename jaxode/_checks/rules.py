@@ -122,7 +122,7 @@ TOLERANCE = Rule(
     NUMBER, lambda x: (x >= 0) & _is_finite(x), "must be a finite tolerance of at least 0"
 )
 POSITIVE = Rule(NUMBER, _is_positive, "must be positive and finite")
-NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(x).any(), "must not be NaN")
+NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(jnp.asarray(x)).any(), "must not be NaN")
 
 FINITE_STATE = Rule(
     NUMBER, lambda *leaves: _finite_rows(*(leaf[None] for leaf in leaves))[0],

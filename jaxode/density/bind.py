@@ -244,12 +244,12 @@ class Density(eqx.Module):
         maps, expected = jax.tree.flatten(self.context_maps, is_leaf=is_map)
         if self.context_maps is None:
             maps, expected = [None] * len(leaves), structure
-        rows = context_rows(leaves, shape, self.context_shapes)
         if structure != expected:
             raise ValueError(
                 f"{arg('context')} must have the structure of bind's context, {expected}; got "
                 f"{structure}."
             )
+        rows = context_rows(leaves, shape, self.context_shapes)
         pairs = zip(maps, rows, strict=True)
         rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, rows)
