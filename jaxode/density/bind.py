@@ -241,13 +241,17 @@ class Density(eqx.Module):
         maps, expected = jax.tree.flatten(self.context_maps, is_leaf=is_map)
         if self.context_maps is None:
             maps, expected = [None] * len(leaves), structure
-        rows = context_rows(where, leaves, shape, self.context_shapes)
+        shapes = self.context_shapes
+        if shapes is not None and len(shapes) != len(leaves):
+            raise ValueError(
+                f"{where}(context=...): must have {len(shapes)} arrays; got {len(leaves)}."
+            )
         if structure != expected:
             raise ValueError(
                 f"{where}(context=...): must have the structure of bind's context, {expected}; got "
                 f"{structure}."
             )
-        pairs = zip(maps, rows, strict=True)
+        pairs = zip(maps, context_rows(where, leaves, shape, shapes), strict=True)
         rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, rows)
 
