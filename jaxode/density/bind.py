@@ -244,13 +244,15 @@ class Density(eqx.Module):
         maps, expected = jax.tree.flatten(self.context_maps, is_leaf=is_map)
         if self.context_maps is None:
             maps, expected = [None] * len(leaves), structure
+        shapes = self.context_shapes
+        if shapes is not None and len(shapes) != len(leaves):
+            raise ValueError(f"{arg('context')} must have {len(shapes)} arrays; got {len(leaves)}.")
         if structure != expected:
             raise ValueError(
                 f"{arg('context')} must have the structure of bind's context, {expected}; got "
                 f"{structure}."
             )
-        rows = context_rows(leaves, shape, self.context_shapes)
-        pairs = zip(maps, rows, strict=True)
+        pairs = zip(maps, context_rows(leaves, shape, shapes), strict=True)
         rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, rows)
 

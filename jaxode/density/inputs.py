@@ -77,8 +77,6 @@ def context_rows(
     """
     if shapes is None:
         shapes = tuple(_guessed_shape(jnp.shape(leaf), samples) for leaf in leaves)
-    if len(shapes) != len(leaves):
-        raise ValueError(f"{arg('context')} must have {len(shapes)} arrays; got {len(leaves)}.")
     return [
         _one_per_sample(leaf, samples, shape) for leaf, shape in zip(leaves, shapes, strict=True)
     ]

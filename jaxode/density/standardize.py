@@ -67,6 +67,11 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
         )
     if is_known(data):
         _check_values(what, name, np.asarray(data))
+    if fit is not fit_affine and not is_known((data, support)):
+        raise TypeError(
+            f"{what} needs data of {name} that are known, to sort them; got a tracer. Call bind "
+            "outside of jax.jit."
+        )
     if support is not None:
         data = floating(data)
         check_inside(jax.vmap(lambda x: contains(support, x))(data), data)
@@ -115,11 +120,6 @@ def fitted(what: str, data: Any, fit: Callable[..., Map], support: Map | None = 
         data = jax.vmap(lambda x: support.inverse(x)[0])(data)
     dtype = floating_dtype(data.dtype)
     if not is_known(data):
-        if fit is not fit_affine:
-            raise TypeError(
-                f"{what} must be known, to sort and to decompose it; got a tracer. Call bind "
-                "outside of jax.jit."
-            )
         return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
     mean, scale = wide.mean(axis=0), wide.std(axis=0)

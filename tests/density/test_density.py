@@ -327,6 +327,10 @@ NAMED = {"p": np.linspace(0.0, 1.0, 40), "q": np.linspace(5.0, 9.0, 40)}
 # A wrong context of a density that is bound with `NAMED`, and the message.
 WRONG_CONTEXTS = {
     "none": (None, r"must be given, with arrays of shape \(\), \(\), as bind was told; got None"),
+    "a name and a shape": (
+        {"p": np.ones(3), "r": 2.0},
+        r"must have the structure of bind's context, .*'r'",
+    ),
     "another name": ({"p": 1.0, "r": 2.0}, r"must have the structure of bind's context, .*'r'"),
     "a list of numbers": ([[1.0, 2.0]], r".*got a list of numbers\. Pass np\.asarray of it"),
 }

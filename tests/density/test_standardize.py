@@ -319,6 +319,6 @@ def test_wrong_data(name):
 @pytest.mark.parametrize("kind", ["normal", "whiten"])
 def test_traced_data(kind):
     with pytest.raises(
-        TypeError, match=r"^bind\(standardize=...\): x must be known, .* a tracer\."
+        TypeError, match=r"^bind\(standardize=...\): needs data of x that are known, .* a tracer\."
     ):
         jax.jit(lambda x: bound(KINDS[kind](x), 2).log_prob(x))(CONSTANT)
