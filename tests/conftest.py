@@ -1,5 +1,6 @@
 """Strict settings for every test: double precision, no silent dtype or rank promotion."""
 
+import functools
 import gc
 import importlib.metadata
 import os
@@ -22,8 +23,6 @@ if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
 
 import jax
 import pytest
-from jax._src.interpreters import mlir
-from jax._src.lib.mlir import ir
 
 jax.config.update("jax_platforms", "cpu")
 # Devices to split a batch over; whatever does not ask for them runs on the first.
@@ -37,22 +36,16 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
+if jax.__version_info__[:2] == (0, 10):
+    # JAX makes a context of MLIR for each program that it compiles, a fifth of the work for a small
+    # one. Here all share one, except where compiling a program runs another. This is private to
+    # JAX, so only where it is known to work.
+    from jax._src.interpreters import mlir
+    from jax._src.lib.mlir import ir
 
-# JAX makes a context of MLIR for each program that it compiles, which is a third of the work for a
-# small one. Here all share one, except where compiling runs another program.
-_new_context, _shared = getattr(mlir, "make_ir_context", None), []
-
-
-def _context():
-    if ir.Context.current is not None:
-        return _new_context()
-    if not _shared:
-        _shared.append(_new_context())
-    return _shared[0]
-
-
-if _new_context is not None:
-    mlir.make_ir_context = _context
+    new_context = mlir.make_ir_context
+    shared = functools.cache(new_context)
+    mlir.make_ir_context = lambda: shared() if ir.Context.current is None else new_context()
 
 
 def pytest_collection_finish():
@@ -61,19 +54,16 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 50, 100)
 
 
-# Of the 65,530 memory maps that Linux gives a process. A module has made up to 20,000.
-MANY = 40_000
-
-
-def memory_maps():
-    """How many this process has; None where the system does not tell."""
-    maps = pathlib.Path("/proc/self/maps")
-    return maps.read_bytes().count(b"\n") if maps.exists() else None
+# Of the 65,530 memory maps that Linux gives a process. A module makes up to 10,000, and programs
+# with so many of them take 2 GB.
+MANY = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Each compiled program holds memory maps. Small ones serve many modules."""
+    from helpers import memory_maps  # not before the settings of JAX
+
     yield
     maps = memory_maps()
     if maps is None or maps > MANY:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pathlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -93,6 +94,12 @@ def temporary_bytes(loss, *inputs, options=None):
     """
     memory = jax.jit(jax.grad(loss)).lower(*inputs).compile(options).memory_analysis()
     return memory.temp_size_in_bytes
+
+
+def memory_maps():
+    """How many this process has; None where the system does not tell."""
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else None
 
 
 def trained(context_size=0):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import diffrax
 import equinox as eqx
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import memory_maps
 from scipy import stats
 
 import jaxode
@@ -364,17 +364,13 @@ AGAIN = {
 }
 
 
-def memory_maps():
-    return len(pathlib.Path("/proc/self/maps").read_text().splitlines())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run", AGAIN.values(), ids=AGAIN)
 def test_second_audit_compiles_nothing(run, compiled):
     run(0)
     assert compiled
     compiled.clear()
-    before = memory_maps() if pathlib.Path("/proc/self/maps").exists() else None
+    before = memory_maps()
     reports = [run(1), run(2)]
     assert not compiled
     assert reports[0].values != reports[1].values
