@@ -408,7 +408,7 @@ def test_gathering_the_parameter_gradient_once_a_step_changes_nothing(monkeypatc
         return jax.jit(jax.grad(run, (0, 1)))(A, jnp.array(1.0))
 
     gathered = gradient(f)
-    monkeypatch.setattr("jaxode.ode.adjoints.discrete.PARAMETERS_PER_WORK", 1e9)
+    monkeypatch.setattr("jaxode.ode.adjoints.sweep.PARAMETERS_PER_WORK", 1e9)
     expected = gradient(lambda t, y, A: f(t, y, A))  # another program, traced with the patch
     for a, b in zip(gathered, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
