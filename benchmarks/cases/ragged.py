@@ -25,8 +25,8 @@ class Size(NamedTuple):
     rows: int = 256
     most: int = 64
     """Times of a series."""
-    widths: tuple[int, int] = (64, 512)
-    """Of the network, and of another whose memory is also looked at."""
+    widths: tuple[int, ...] = (64, 512)
+    """Of the network, and of others whose memory is also looked at."""
     steps: int = 800
     """Of the training."""
 

@@ -5,6 +5,7 @@ evaluations of the field that `log_prob` of held-out samples takes at a toleranc
 the exact held-out likelihood. Three trainings each, with other initial weights and batches.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,12 @@ class Training(NamedTuple):
     widths: tuple[int, ...] = (64, 64, 64)
 
 
+<<<<<<< HEAD
 def judge(batch: Any):
+=======
+@functools.cache
+def judge(batch: Any):
+>>>>>>> h-bench
     """With an adjoint ODE, the loss solves for a sample and its log-determinant together, as
     `log_prob` does, and it reports the work."""
     options: dict[str, Any] = {"divergence": EXACT, "adjoint": jaxode.BacksolveAdjoint()}
