@@ -34,12 +34,8 @@ class Training(NamedTuple):
     widths: tuple[int, ...] = (64, 64, 64)
 
 
-<<<<<<< HEAD
-def judge(batch: Any):
-=======
 @functools.cache
 def judge(batch: Any):
->>>>>>> h-bench
     """With an adjoint ODE, the loss solves for a sample and its log-determinant together, as
     `log_prob` does, and it reports the work."""
     options: dict[str, Any] = {"divergence": EXACT, "adjoint": jaxode.BacksolveAdjoint()}

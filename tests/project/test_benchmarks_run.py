@@ -54,14 +54,7 @@ TINY = {
         },
     },
     "regularizers": {
-<<<<<<< HEAD
-        "cases": {
-            name: PLAIN[name]
-            for name in ("none", "RNODE: both, (0.05), (0.02)", "STEER: steer=0.1")
-        },
-=======
         "cases": {name: PLAIN[name] for name in KINDS},
->>>>>>> h-bench
         "training": regularizers.Training((0,), steps=2, batch=4, widths=(4,)),
     },
     "compile_time": {"cases": {"flow": FLOW, "Neural ODE": ODE}},
