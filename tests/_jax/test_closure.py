@@ -69,7 +69,9 @@ class Counter:
 
 HELD, COUNTER = Unhashable(2.0), Counter()
 solve = lambda f, args=None: jaxode.solve(f, Y0, 0.0, 1.0, args).y1
-flow = lambda: jaxode.cnf(field, jaxode.standard_normal(2), rtol=1e-3, atol=1e-3)
+# Options of no other test, which may have compiled the same program.
+OWN = {"rtol": 1e-3, "atol": 1e-3, "max_steps": 1234}
+flow = lambda: jaxode.cnf(field, jaxode.standard_normal(2), **OWN)
 NETWORK = MLP(2, (4,), key=jax.random.key(0))
 scaled = lambda i: (1.0 + i) * jnp.eye(2)
 
@@ -91,9 +93,11 @@ ONCE = {
     "sample": lambda i: flow().sample(NETWORK, jax.random.key(i), 3),
     "probes": lambda i: jaxode.cnf(
         field, jaxode.standard_normal(2), divergence=divergence.hutchinson(2),
-        regularizers=(kinetic_energy(0.1), jacobian_frobenius(0.1)), steer=0.1,
+        regularizers=(kinetic_energy(0.1), jacobian_frobenius(0.1)), steer=0.1, **OWN,
     ).nll(NETWORK, X, key=jax.random.key(i)),
-    "learned base": lambda i: jaxode.cnf(field, jaxode.diagonal_normal(2)).log_prob(NETWORK, X + i),
+    "learned base": lambda i: jaxode.cnf(field, jaxode.diagonal_normal(2), **OWN).log_prob(
+        NETWORK, X + i
+    ),
 }  # fmt: skip
 
 
