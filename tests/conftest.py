@@ -1,6 +1,5 @@
 """Strict settings for every test: double precision, no silent dtype or rank promotion."""
 
-import functools
 import gc
 import importlib.metadata
 import os
@@ -35,17 +34,6 @@ _cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE", str(_cache)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)
-
-if jax.__version_info__[:2] == (0, 10):
-    # JAX makes a context of MLIR for each program that it compiles, a fifth of the work for a small
-    # one. Here all share one, except where compiling a program runs another. This is private to
-    # JAX, so only where it is known to work.
-    from jax._src.interpreters import mlir
-    from jax._src.lib.mlir import ir
-
-    new_context = mlir.make_ir_context
-    shared = functools.cache(new_context)
-    mlir.make_ir_context = lambda: shared() if ir.Context.current is None else new_context()
 
 
 def pytest_collection_finish():

@@ -20,7 +20,7 @@ from jaxode._checks.arguments import shape_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_count, check_finite, check_key
-from jaxode._jax.closure import hash_of
+from jaxode._jax.closure import compiled, hash_of
 from jaxode.density.inputs import (
     Shape,
     check_inside,
@@ -111,7 +111,7 @@ class Density(eqx.Module):
     ) -> Float[Array, "..."]:
         """Log-density of the samples. Minus infinity outside the support."""
         rows, shape = self._rows(x)
-        inside, z, log_det = jax.vmap(self._from_data)(rows)
+        inside, z, log_det = _from_data(self.support, self.standardize, rows)
         flow = self._row_by_row(key, (rows, context))
         context = self._context(context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
@@ -128,7 +128,7 @@ class Density(eqx.Module):
         # As in `sample_and_log_prob`.
         base_key, _ = jax.random.split(check_key(key))
         z = flow.sample(self.params, base_key, count, context=context)
-        return jax.vmap(self._to_data)(z)[0].reshape(*shape, *self.event_shape)
+        return _to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -139,7 +139,7 @@ class Density(eqx.Module):
         context = self._context(context, shape)
         flow = self._row_by_row(None, (key, context))
         z, log_prob = flow.sample_and_log_prob(self.params, check_key(key), count, context=context)
-        x, log_det = jax.vmap(self._to_data)(z)
+        x, log_det = _to_data(self.support, self.standardize, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 
     @public("to_flow")
@@ -153,7 +153,7 @@ class Density(eqx.Module):
                 run time, they become NaN.
         """
         rows, shape = self._rows(x)
-        inside, z, _ = jax.vmap(self._from_data)(rows)
+        inside, z, _ = _from_data(self.support, self.standardize, rows)
         check_inside(inside, rows)
         inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
@@ -168,7 +168,7 @@ class Density(eqx.Module):
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
         rows, shape = self._rows(z)
-        return jax.vmap(self._to_data)(rows)[0].reshape(*shape, *self.event_shape)
+        return _to_data(self.support, self.standardize, rows)[0].reshape(*shape, *self.event_shape)
 
     @public("log_det")
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
@@ -177,31 +177,7 @@ class Density(eqx.Module):
         For samples inside of the support.
         """
         rows, shape = self._rows(x)
-        return jax.vmap(self._from_data)(rows)[2].reshape(shape)
-
-    def _from_data(self, x: Float[Array, " *event"]):
-        """Whether an event is in the support, its `z`, and `log |det dz/dx|`."""
-        inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
-        if self.support is not None:
-            # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
-            # the flow is well behaved.
-            inside = contains(self.support, x) | jnp.isnan(x).any()
-            center, _ = self._to_data(jnp.zeros_like(x))
-            x, log_det = self.support.inverse(jnp.where(inside, x, center))
-        if self.standardize is not None:
-            x, of_map = self.standardize.inverse(x)
-            log_det = log_det + of_map
-        return inside, x, log_det
-
-    def _to_data(self, z: Float[Array, " *event"]):
-        """A sample in the units of the data, and `log |det dz/dx|`."""
-        x, log_det = z, jnp.zeros((), z.dtype)
-        if self.standardize is not None:
-            x, log_det = self.standardize.forward(z)
-        if self.support is not None:
-            x, of_support = self.support.forward(x)
-            log_det = log_det + of_support
-        return x, log_det
+        return _from_data(self.support, self.standardize, rows)[2].reshape(shape)
 
     def _row_by_row(self, key: Any, inputs: PyTree) -> CNF:
         """The flow with per-sample steps, and without noise if there is no key."""
@@ -255,6 +231,43 @@ class Density(eqx.Module):
         pairs = zip(maps, context_rows(leaves, shape, shapes), strict=True)
         rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, rows)
+
+
+@compiled
+def _to_data(support: Map | None, standardize: Map | None, z: Float[Array, "rows *event"]):
+    """Samples in the units of the data, and `log |det dz/dx|` of each."""
+
+    def one(z):
+        log_det = jnp.zeros((), z.dtype)
+        for each in (standardize, support):
+            if each is None:
+                continue
+            z, of_map = each.forward(z)
+            log_det = log_det + of_map
+        return z, log_det
+
+    return jax.vmap(one)(z)
+
+
+@compiled
+def _from_data(support: Map | None, standardize: Map | None, x: Float[Array, "rows *event"]):
+    """Whether each row is in the support, its `z`, and `log |det dz/dx|`."""
+
+    def one(x):
+        inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
+        if support is not None:
+            # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
+            # the flow is well behaved.
+            inside = contains(support, x) | jnp.isnan(x).any()
+            u = jnp.zeros_like(x)
+            center, _ = support.forward(u if standardize is None else standardize.forward(u)[0])
+            x, log_det = support.inverse(jnp.where(inside, x, center))
+        if standardize is not None:
+            x, of_map = standardize.inverse(x)
+            log_det = log_det + of_map
+        return inside, x, log_det
+
+    return jax.vmap(one)(x)
 
 
 @public("bind")
