@@ -42,8 +42,7 @@ def draw(density, data, labels, history, path, key):
     for name in ("real", "samples"):
         axes[name].set_yticks(np.arange(CLASSES) * 9 + 3.5, list("0123456789"))
         axes[name].set(ylabel="class")
-    seconds, scores = [p.seconds for p in history], [bits(-p.nats) for p in history]
-    draw_scores(axes["scores"], seconds, scores)
+    draw_scores(axes["scores"], [(p.step, bits(-p.nats)) for p in history])
     axes["scores"].set(ylabel="bits per dimension")
     save(figure, path)
 

@@ -104,7 +104,7 @@ def draw(density, data, history, path, key):
     for radius in (1, 2, 3):
         axes[1, 1].add_patch(Circle((0, 0), radius, fill=False, color="black", lw=0.8))
     axes[1, 1].set(xlim=(-4, 4), ylim=(-4, 4))
-    draw_scores(axes[1, 2], [p.seconds for p in history], [p.nats for p in history])
+    draw_scores(axes[1, 2], [(p.step, p.nats) for p in history])
     titles = ("data", "learned density", "samples")
     titles += ("from noise to samples", "data carried to noise")
     for axis, title in zip(axes.flat, titles, strict=False):

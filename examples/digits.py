@@ -43,8 +43,7 @@ def draw(density, data, history, lines, path, key):
     tile(axes[1, 0], frames, 4, "from independent pixels to digits")
     axes[1, 0].set_xticks(9 * np.arange(len(times)) + 3.5, [f"{t:.1f}" for t in times])
     axes[1, 0].set(xlabel="time $t$ of the flow")
-    seconds, scores = [p.seconds for p in history], [bits(-p.nats) for p in history]
-    draw_scores(axes[1, 1], seconds, scores, lines)
+    draw_scores(axes[1, 1], [(p.step, bits(-p.nats)) for p in history], lines)
     axes[1, 1].set(ylabel="bits per dimension")
     save(figure, path)
 

@@ -77,7 +77,7 @@ def draw(panels, counts, history, path) -> None:
     axes["ranks"].set(title="calibration", xlabel="rank among 19 samples", ylabel="simulations")
     axes["ranks"].set_ylim(0, 2 * expected)
     axes["ranks"].legend(loc="lower center")
-    draw_scores(axes["scores"], [p.seconds for p in history], [p.nats for p in history])
+    draw_scores(axes["scores"], [(p.step, p.nats) for p in history])
     save(figure, path)
 
 

@@ -17,20 +17,20 @@ def save(figure: Figure, path: Path) -> None:
     print(f"picture: {path}   total: {time.perf_counter() - BEGIN:.0f} s", flush=True)
 
 
-def draw_scores(axis, times, scores, lines: dict[str, float] | None = None) -> None:
-    """Scores of the validation rows during training, with `lines` beside them."""
-    times, scores = np.asarray(times), np.asarray(scores)
-    axis.plot(times, scores, ".-", ms=3, lw=1, label="validation")
+def draw_scores(axis, points, lines: dict[str, float] | None = None) -> None:
+    """Steps and scores of the validation rows during training, with `lines` beside them."""
+    steps, scores = np.array(points).T
+    axis.plot(steps, scores, ".-", ms=3, lw=1, label="validation")
     lines = lines or {}
     for (label, value), color in zip(lines.items(), ("tab:green", "tab:red"), strict=False):
         axis.axhline(value, color=color, lw=1, ls="--", label=f"{label}: {value:.3f}")
     finite = np.isfinite(scores)
     # The first scores, of an untrained network, are far above the rest.
-    late = scores[finite & (times >= times[-1] / 10)]
+    late = scores[finite & (steps >= steps[-1] / 10)]
     shown = [scores[finite].min(), *late, *lines.values()]
     margin = 0.05 * (max(shown) - min(shown)) + 1e-3
     axis.set_ylim(min(shown) - margin, max(shown) + margin)
-    axis.set(xlabel="seconds of training", ylabel="negative log-density, nats")
+    axis.set(xlabel="training step", ylabel="negative log-density, nats")
     axis.set_title("rows set aside, during training")
     axis.legend()
 
