@@ -67,8 +67,13 @@ def check_not_empty(x: Float[Array, "batch *event"]) -> None:
 
 def check_context(context: PyTree, batch: int) -> PyTree:
     """The context, which has one row for each sample."""
-    context = native(context)
-    for leaf in jax.tree.leaves(context):
+    return check_rows("context", context, batch)
+
+
+def check_rows(name: str, tree: PyTree, batch: int) -> PyTree:
+    """The tree, whose leaves are arrays with one row for each sample."""
+    tree = native(tree)
+    for leaf in jax.tree.leaves(tree):
         array = isinstance(leaf, jax.Array | np.ndarray)
         dtype = numeric_dtype(leaf) if array else None
         if dtype is None or not any(
@@ -76,16 +81,16 @@ def check_context(context: PyTree, batch: int) -> PyTree:
         ):
             got = described(leaf) if array else type(leaf).__name__
             raise TypeError(
-                f"{arg('context')} leaves must be arrays of numbers; got {got}. "
+                f"{arg(name)} leaves must be arrays of numbers; got {got}. "
                 "Convert them with np.asarray(..., np.float32)."
             )
         if leaf.shape[:1] != (batch,):
             raise ValueError(
-                f"{arg('context')} leaves must have a leading axis of {batch}, one row per "
+                f"{arg(name)} leaves must have a leading axis of {batch}, one row per "
                 f"sample; got shape {leaf.shape}. To give all samples the same row, pass "
                 f"jnp.broadcast_to(row, ({batch}, *row.shape))."
             )
-    return context
+    return tree
 
 
 def check_weights(weights: Any, x: Float[Array, "batch *event"]) -> Float[Array, " batch"] | None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode._jax.sharding import AxisName
 from jaxode.divergence import Divergence, FieldAt
 from jaxode.flows.noise import of_each_row
-from jaxode.ode.field import VectorField
+from jaxode.ode.field import VectorField, of_row
 from jaxode.regularizers import Regularizer
 
 
@@ -29,7 +29,7 @@ class Integrands(eqx.Module):
 
     def at(self, t: Float[Array, ""], params: PyTree, context: PyTree) -> FieldAt:
         """The vector field at one time."""
-        return FieldAt(self.f, t, params if context is None else (params, context))
+        return FieldAt(self.f, t, of_row(params, context))
 
     def field(self, t, z: Float[Array, " *event"], params, context) -> Float[Array, " *event"]:
         """The vector field. Its `row` is only the context."""

@@ -52,7 +52,7 @@ from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity
 from jaxode.flows.likelihood.quadrature import GOLDEN
-from jaxode.ode.field import VectorField, call_field
+from jaxode.ode.field import VectorField, call_field, of_row
 
 
 class Flow(Protocol):
@@ -131,7 +131,7 @@ def matching_loss(
 
     def squared_error(u, z0, x, context):
         z = (1 - u) * z0 + u * x
-        args = params if context is None else (params, context)
+        args = of_row(params, context)
         dz = call_field(flow.f, t0 + u * span, z, args)
         check_derivative(z, dz)
         finite = jnp.isfinite(jax.lax.stop_gradient(dz)).all()

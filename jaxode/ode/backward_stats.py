@@ -16,7 +16,7 @@ from jaxode.ode.field import VectorField
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution
-from jaxode.ode.solve import Unconditional, solve_checked
+from jaxode.ode.solve import UserField, solve_checked
 from jaxode.ode.system import System, make_system, pose
 
 
@@ -76,7 +76,7 @@ def backward_stats(
         return loss(dataclasses.replace(solution, y1=y1, ys=ys))
 
     bars = jax.grad(total)((solution.y1, solution.ys))
-    system = make_system(Unconditional(f), y0, (t0, t1), args, options, ts=ts)
+    system = make_system(UserField(f), y0, (t0, t1), args, options, ts=ts)
     return _backward_stats(system, *bars)
 
 

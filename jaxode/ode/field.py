@@ -31,6 +31,11 @@ def check_field(name: str, f: Any, call: str) -> None:
         raise TypeError(f"{arg(name)} must be a function {call}; got {f!r}.")
 
 
+def of_row(args: PyTree, row: PyTree) -> PyTree:
+    """What a user's function gets as arguments: with those of its row, if there are any."""
+    return args if row is None else (args, row)
+
+
 def call_field(
     f: Callable[..., Any],
     t: Float[Array, ""],

@@ -7,17 +7,18 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import FINITE, FINITE_STATE
+from jaxode._checks.samples import check_rows
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
-from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.field import VectorField, call_field, check_field, of_row
 from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.options import SolveOptions, choice_of_steps
 from jaxode.ode.solution import Solution, report
@@ -40,6 +41,7 @@ def solve(
     args: PyTree = None,
     *,
     batch: Literal["joint", "per_sample"] | None = None,
+    row_args: PyTree[Shaped[Array, "batch ..."]] = None,
     ts: Float[Array, " times"] | Float[Array, "batch times"] | None = None,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),
     rtol: float | Float[Array, ""] = 1e-5,
@@ -68,12 +70,14 @@ def solve(
         t0: start time, a scalar. With "per_sample" steps also `[batch]`, one time per sample.
         t1: end time, with the shapes of `t0`. If it is smaller than `t0`, the solve runs backwards
             in time.
-        args: any pytree, passed to `f`; shared by all samples (docs/irregular.md: parameters of
-            each row).
+        args: any pytree, passed to `f`; shared by all samples.
         batch: solve a batch: the leaves of `y0` share a leading axis, and `f` is the vector field
             of one sample. "joint" takes the same steps for the whole batch; its error norm is the
             root mean square over the batch. "per_sample" gives each sample its own steps, so that
             no result depends on the other samples.
+        row_args: what each sample of a batch has for itself, such as its parameters: a pytree of
+            arrays `[batch, ...]`. The field is then called as `f(t, y, (args, row))`, with the row
+            of its sample, and so is the condition of an event.
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
             between steps come from the solver's dense output. With "per_sample" steps also
             `[batch, times]`: pad a shorter row by repeating its last time, which costs no
@@ -123,7 +127,8 @@ def solve(
         SolveError: at run time, with `throw`, if the steps run out, the step size underflows or the
             vector field is not finite.
 
-    Differentiation: with respect to `y0`, `args`, `t0`, `t1`, `ts` and values that `f` closes over.
+    Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts` and values that `f`
+        closes over.
         With an event, by the implicit function theorem: first derivatives, and second ones if
         `adjoint` has them.
 
@@ -156,7 +161,7 @@ def solve(
     check_event(options, event, batch)
     return solve_checked(
         f, y0, (t0, t1), args, options,
-        ts=ts, batch=batch, dense=dense, event=event, throw=throw,
+        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, throw=throw,
     )  # fmt: skip
 
 
@@ -169,6 +174,7 @@ def flow(
     args: PyTree = None,
     *,
     batch: Literal["joint", "per_sample"] = "joint",
+    row_args: PyTree[Shaped[Array, "batch ..."]] = None,
     throw: bool = True,
     **solve_options: Any,
 ) -> PyTree[Float[Array, "batch ..."]]:
@@ -183,6 +189,7 @@ def flow(
         t: end time, with the shapes of `s`. If `s > t`, the solve runs backwards in time.
         args: any pytree, passed to `f`; shared by all samples.
         batch: "joint" or "per_sample", as for `solve`.
+        row_args: as for `solve`.
         throw: as for `solve`.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
             `breakpoints`, `max_steps`, `axis_name` and `precision` of `solve`.
@@ -193,7 +200,8 @@ def flow(
     Raises:
         TypeError, ValueError, SolveError: as `solve`.
 
-    Differentiation: with respect to `z`, `args`, `s`, `t` and values that `f` closes over.
+    Differentiation: with respect to `z`, `args`, `row_args`, `s`, `t` and values that `f` closes
+        over.
     """
     moved = sorted({"return_solution", "ts"} & set(solve_options))
     if moved:
@@ -205,21 +213,21 @@ def flow(
     options = SolveOptions.make(**solve_options)
     check_implicit(options, batch)
     z = check_batch("z", z)
-    return solve_checked(f, z, (s, t), args, options, name="z", batch=batch, throw=throw).y1
+    return solve_checked(
+        f, z, (s, t), args, options, name="z", row_args=row_args, batch=batch, throw=throw
+    ).y1
 
 
-class Unconditional(eqx.Module):
-    """A vector field without per-row arguments."""
+class UserField(eqx.Module):
+    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
     f: VectorField
     hint: ClassVar[str] = (
-        " All samples share args: make parameters of each row states that do not move, or use "
-        "jax.vmap over jaxode.solve (docs/irregular.md)."
+        " All samples share args: pass what each has for itself as row_args (docs/irregular.md)."
     )
 
     def __call__(self, t, y, shared, row):
-        del row
-        return call_field(self.f, t, y, shared)
+        return call_field(self.f, t, y, of_row(shared, row))
 
 
 def solve_checked(
@@ -230,6 +238,7 @@ def solve_checked(
     options: SolveOptions,
     *,
     name: str = "y0",
+    row_args: PyTree = None,
     ts: Any = None,
     batch: Batch = None,
     dense: bool = False,
@@ -240,9 +249,16 @@ def solve_checked(
     check_field("f", f, "f(t, y, args)")
     check_bool("throw", throw)
     args = check_args("args", args)
+    if row_args is not None:
+        if batch is None:
+            raise ValueError(
+                f"{arg('row_args')} needs a batch; got batch=None. Pass "
+                "batch='per_sample' or 'joint', or everything as args."
+            )
+        row_args = check_rows("row_args", row_args, jax.tree.leaves(y0)[0].shape[0])
     system = make_system(
-        Unconditional(f), y0, span, args, options,
-        ts=ts, batch=batch, dense=dense, event=event,
+        UserField(f), y0, span, args, options,
+        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     if not throw:

@@ -26,7 +26,7 @@ from jaxode._checks.rules import Faults, solve_faults
 from jaxode._checks.times import check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
-from jaxode.ode.field import call_field
+from jaxode.ode.field import call_field, of_row
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stepper import Stepper
@@ -148,10 +148,11 @@ class Ravel:
 def condition_on_rows(system: System, ravel: Ravel):
     """The condition of the event on rows of the solver."""
 
-    def checked(t, y, shared):
+    def checked(t, y, shared, row):
         value = call_field(
-            system.event.condition, t, y, shared, "condition", "the condition of the event"
-        )
+            system.event.condition, t, y, of_row(shared, row), "condition",
+            "the condition of the event",
+        )  # fmt: skip
         dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
         if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
             got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
@@ -164,8 +165,8 @@ def condition_on_rows(system: System, ravel: Ravel):
     def condition(t, y):
         state = ravel.back(y)
         if system.batch == "per_sample":
-            return jax.vmap(checked, (0, 0, None))(t, state, system.shared)
-        return checked(t[0], jax.tree.map(lambda x: x[0], state), system.shared)[None]
+            return jax.vmap(checked, (0, 0, None, 0))(t, state, system.shared, system.row_args)
+        return checked(t[0], jax.tree.map(lambda x: x[0], state), system.shared, None)[None]
 
     return condition
 

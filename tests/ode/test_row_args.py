@@ -1,0 +1,133 @@
+"""Parameters of each row: equal to a loop of single solves, and to their gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import METHODS
+
+import jaxode
+
+ROWS = 3
+RNG = np.random.default_rng(0)
+Y0 = jnp.asarray(RNG.normal(size=(ROWS, 2)))
+ARGS = jnp.array(0.7)
+ROW_ARGS = {
+    "matrix": jnp.asarray(RNG.normal(size=(ROWS, 2, 2))) / 2,
+    "shift": jnp.asarray(RNG.normal(size=ROWS)),
+}
+TS = jnp.linspace(0.1, 1.0, 4)
+END = jnp.array([0.6, 1.0, 0.8])
+
+
+def field(t, y, args):
+    scale, row = args
+    return jnp.sin(row["matrix"] @ y) * scale + row["shift"] * t
+
+
+# Options of both solves. `per_row` are those with an entry for each row.
+CASES = {
+    "per-sample steps": {"batch": "per_sample"},
+    "outputs": {"batch": "per_sample", "ts": TS},
+    "times of each row": {"batch": "per_sample", "t1": END, "ts": END[:, None] * TS},
+    "joint, equal steps": {"batch": "joint", "steps": 8},
+    "joint, outputs": {"batch": "joint", "steps": 8, "ts": TS},
+}
+
+
+def of_rows(options, y0, args, row_args):
+    given = {"t1": 1.0} | options
+    solution = jaxode.solve(field, y0, 0.0, given.pop("t1"), args, row_args=row_args, **given)
+    ys = solution.ys
+    if (ys is not None and options["batch"] == "joint") or jnp.ndim(options.get("ts", ())) == 1:
+        ys = None if ys is None else ys.swapaxes(0, 1)
+    return solution.y1, ys
+
+
+def one_by_one(options, y0, args, row_args):
+    ends = []
+    for i in range(ROWS):
+        given = {"t1": 1.0} | {name: x for name, x in options.items() if name != "batch"}
+        for name in ("t1", "ts"):
+            if jnp.ndim(given.get(name, 0.0)) == (1 if name == "t1" else 2):
+                given[name] = given[name][i]
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], row_args)
+        s = jaxode.solve(field, y0[i], 0.0, given.pop("t1"), (args, row), **given)
+        ends.append((s.y1, s.ys))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
+
+
+def scalar(solve, *inputs):
+    return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(solve(*inputs)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_single_solves(case):
+    found, expected = (
+        jax.jit(functools.partial(solve, CASES[case]))(Y0, ARGS, ROW_ARGS)
+        for solve in (of_rows, one_by_one)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("batch", ["per_sample", "joint"])
+def test_gradients(name, batch):
+    """By the state, what all rows share, and what each has for itself."""
+    method = METHODS[name]
+    options = {"batch": batch, "adjoint": method.adjoint, "max_steps": 64, **method.needs}
+    if batch == "joint":
+        options["steps"] = 8
+    derive = jax.jacfwd if name == "forward" else jax.grad
+    found, expected = (
+        jax.jit(derive(functools.partial(scalar, solve, options), (0, 1, 2)))(Y0, ARGS, ROW_ARGS)
+        for solve in (of_rows, one_by_one)
+    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    jax.tree.map(close, found, expected)
+
+
+def test_the_condition_of_an_event_sees_the_row():
+    levels = jnp.array([0.5, 0.25, 0.1])
+    event = jaxode.Event(lambda t, y, args: y[0] - args[1])
+
+    def times(levels):
+        decay = lambda t, y, args: -args[0] * y
+        return jaxode.solve(
+            decay, jnp.ones((3, 1)), 0.0, 9.0, 2.0, row_args=levels, batch="per_sample",
+            event=event, rtol=1e-9, atol=1e-9,
+        ).t1  # fmt: skip
+
+    np.testing.assert_allclose(times(levels), -jnp.log(levels) / 2, rtol=1e-7)
+    slopes = jax.jacrev(times)(levels)
+    np.testing.assert_allclose(slopes, np.diag(-1 / (2 * levels)), rtol=1e-6, atol=1e-12)
+
+
+def test_dense_and_flow_and_export():
+    solution = jaxode.solve(
+        field, Y0, 0.0, 1.0, ARGS, row_args=ROW_ARGS, batch="per_sample", dense=True, max_steps=32
+    )
+    np.testing.assert_allclose(solution.evaluate(1.0), solution.y1, rtol=1e-12)
+    run = lambda y, row_args: jaxode.flow(
+        field, y, 0.0, 1.0, ARGS, row_args=row_args, batch="per_sample"
+    )
+    np.testing.assert_array_equal(run(Y0, ROW_ARGS), solution.y1)
+
+
+WRONG = {
+    "no batch": ({"batch": None}, ValueError, r"solve\(row_args=...\): needs a batch; got"),
+    "too few rows": (
+        {"row_args": jnp.ones(2)}, ValueError,
+        r"solve\(row_args=...\): leaves must have a leading axis of 3, one row per sample",
+    ),
+    "text": ({"row_args": ["a"]}, TypeError, r"solve\(row_args=...\): leaves must be arrays"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rows(name):
+    given, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        jaxode.solve(field, Y0, 0.0, 1.0, ARGS, **{"batch": "joint", "row_args": ROW_ARGS} | given)
