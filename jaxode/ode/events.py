@@ -186,8 +186,8 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
 
 def _moved(condition: Condition, came, problem: Problem, out: Integration):
     """The time of the event or the end, and the state there, both with their derivatives."""
-    other = jnp.argmax(jnp.where(came.any(), came, out.result == Result.SUCCESS))
-    t, y = replace_rows((problem.t1, out.y1), ~came, other)
+    good = jnp.where(came.any(), came, out.result == Result.SUCCESS)
+    t, y = replace_rows((problem.t1, out.y1), ~came, good)
     # With its closed-over values as leaves, which have derivatives.
     condition = eqx.filter_closure_convert(condition, t, y)
     t, y = _of_zero((t, y), condition, problem.field, problem.args, came)

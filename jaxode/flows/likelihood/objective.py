@@ -95,7 +95,7 @@ def _augmented(objective: Objective):
     )
     z, costs = solution.y1
     ok, unused = jnp.atleast_1d(solution.ok), unused_rows(solution.result, objective.weights)
-    z, costs = replace_rows((z, costs), unused, jnp.argmax(ok))
+    z, costs = replace_rows((z, costs), unused, ok)
     # The divergence is integrated in the direction of the solve, running costs forward in time.
     forward = jnp.sign(system.t1 - system.t0).astype(x.dtype)
     integrals = jnp.concatenate([costs[:, :1], costs[:, 1:] * forward], axis=1)

@@ -99,8 +99,8 @@ class Solved(NamedTuple):
         if isinstance(problem.field, ClosedField):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, tape = recorded
-        by = jnp.argmax(integration.result == Result.SUCCESS)
-        replace = lambda tree: replace_rows(tree, replaced, by)
+        ok = integration.result == Result.SUCCESS
+        replace = lambda tree: replace_rows(tree, replaced, ok)
         ts, ys = (jax.tree.map(jax.vmap(replace), x) for x in (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
         shared, of_rows = problem.args

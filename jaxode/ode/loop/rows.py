@@ -47,12 +47,13 @@ def entry_of_each(
     return x[place_of_each(index)]
 
 
-def replace_rows(tree: T, replaced: Bool[Array, " rows"], by: Int[Array, ""]) -> T:
-    """Leaves `[rows, ...]`, with row number `by` in place of the `replaced` ones.
+def replace_rows(tree: T, replaced: Bool[Array, " rows"], good: Bool[Array, " rows"]) -> T:
+    """Leaves `[rows, ...]`, with the first `good` row in place of the `replaced` ones.
 
     Zero times NaN is NaN: a row must be finite to add nothing to a gradient that all rows share.
     """
-    if one_row(replaced):
+    if len(replaced) < 2:
         return tree
+    by = jnp.argmax(good)
     mask = lambda x: replaced.reshape(-1, *(1,) * (x.ndim - 1))
     return jax.tree.map(lambda x: jnp.where(mask(x), x[by], x), tree)
