@@ -5,6 +5,7 @@ state, `z` and the log-determinant, in their fastest form: the estimate of the d
 Jacobian-vector product.
 """
 
+import functools
 from typing import Any
 
 import diffrax
@@ -159,6 +160,7 @@ def shard_mapped_untyped(loss, mesh: Mesh, *specs):
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
+@functools.cache
 def on_devices(mesh: Mesh) -> dict[str, Any]:
     """Compiled training steps by contender, of the arguments of a loss over the devices."""
     rows, whole = P(AXIS), P()
