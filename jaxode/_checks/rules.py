@@ -53,9 +53,15 @@ class Rule(NamedTuple):
         with jax.ensure_compile_time_eval():
             wrong = ~np.asarray(self.holds(*values))
         if wrong.any():
-            got = "" if "{rows}" in self.words else f"; got {' and '.join(map(str, values))}"
+            got = "" if "{rows}" in self.words else f"; got {self._described(values)}"
             raise ValueError(self.sentence(got, **name).replace("{rows}", in_rows(wrong)))
         return {}
+
+    def _described(self, values: tuple[Any, ...]) -> str:
+        names = self.argument.replace("=...", "").split(", ")
+        if len(names) == 1:
+            return str(values[0])
+        return " and ".join(f"{name}={float(x)!r}" for name, x in zip(names, values, strict=True))
 
 
 def is_known(value: Any) -> bool:

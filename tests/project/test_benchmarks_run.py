@@ -175,7 +175,7 @@ def test_every_task_of_a_training_has_data(name, dim):
 def test_every_posterior_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     library = name.split(",")[0].split(".")[0]
     pytest.importorskip(library, reason=f"{library} is installed for benchmarks only: make bench")
-    fit = {"steps": 2, "batch": 4, "time_power": 2.0}
+    fit = {"steps": 2, "batch_size": 4, "time_power": 2.0}
     network = {"width": 4, "blocks": 1}
     monkeypatch.setattr(posterior.BENCHMARK, "size", posterior.Size(200, 20, network, fit))
     monkeypatch.setattr(posterior, "OBSERVATIONS", 1)
