@@ -42,9 +42,8 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 50, 100)
 
 
-# Of the 65,530 memory maps that Linux gives a process. A module makes up to 10,000, and programs
-# with so many of them take 2 GB.
-MANY = 20_000
+# Of the 65,530 memory maps that Linux gives a process. Programs with so many of them take 2.5 GB.
+MANY = 5_000
 
 
 @pytest.fixture(autouse=True, scope="module")

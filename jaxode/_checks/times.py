@@ -127,8 +127,9 @@ def _check_order(t0: float, t1: float, ts: np.ndarray) -> None:
     wrong = ~((1 if t1 >= t0 else -1) * np.diff(path) >= 0)
     if wrong.any():
         first, direction = int(np.argmax(wrong)), "increase" if t1 >= t0 else "decrease"
-        # All digits: a time rounded to another dtype may differ from an end in its last ones.
-        names = [f"t0={t0!r}", *map(repr, ts.tolist()), f"t1={t1!r}"]
+        # All digits beside an end: a time rounded to another dtype may differ in its last ones.
+        digits = map(repr, ts.tolist()) if first in (0, len(ts)) else map(str, ts)
+        names = [f"t0={t0!r}", *digits, f"t1={t1!r}"]
         raise ValueError(
             f"{arg('ts')} times must {direction} from t0={t0!r} to t1={t1!r}; got "
             f"{names[first]} before {names[first + 1]}. Sort them, or extend the solve."
