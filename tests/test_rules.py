@@ -246,8 +246,8 @@ BAD_INPUT = [
     (
         lambda: flow(f=lambda t, y, args: jnp.ones((3, 2))), ValueError,
         "flow(f=...): f(t, y, args) must return the shapes of y; got (3, 2) where y has (2,). "
-        "f sees one sample of a batch. All samples share args: make parameters of each row states "
-        "that do not move, or use jax.vmap over jaxode.solve (docs/irregular.md).",
+        "f sees one sample of a batch. All samples share args: pass what each has for itself as "
+        "row_args (docs/irregular.md).",
     ),
     *(
         (

@@ -80,7 +80,7 @@ class Network(eqx.Module):
         if y.size != size:
             raise MisfitError(
                 f"{name}(event_shape=...): the network was made for samples of {size} numbers; got "
-                f"a sample of shape {y.shape}. Make it with event_shape={y.shape}, or mend the "
+                f"a sample of shape {y.shape}. Make it with event_shape={y.shape}, or fix the "
                 "samples."
             )
         return y.reshape(-1)

@@ -31,7 +31,7 @@ def field(t, y, args):
 CASES = {
     "per-sample steps": {"batch": "per_sample"},
     "outputs": {"batch": "per_sample", "ts": TS},
-    "times of each row": {"batch": "per_sample", "t1": END, "ts": END[:, None] * TS},
+    "times of each row": {"batch": "per_sample", "t1": END, "ts": jnp.outer(END, TS)},
     "joint, equal steps": {"batch": "joint", "steps": 8},
     "joint, outputs": {"batch": "joint", "steps": 8, "ts": TS},
 }
@@ -40,10 +40,8 @@ CASES = {
 def of_rows(options, y0, args, row_args):
     given = {"t1": 1.0} | options
     solution = jaxode.solve(field, y0, 0.0, given.pop("t1"), args, row_args=row_args, **given)
-    ys = solution.ys
-    if (ys is not None and options["batch"] == "joint") or jnp.ndim(options.get("ts", ())) == 1:
-        ys = None if ys is None else ys.swapaxes(0, 1)
-    return solution.y1, ys
+    ys, ts = solution.ys, solution.ts
+    return solution.y1, ys if ts is None or ts.ndim == 2 else ys.swapaxes(0, 1)
 
 
 def one_by_one(options, y0, args, row_args):
