@@ -50,8 +50,11 @@ class Rule(NamedTuple):
         """Raise if the values are known to break the rule. Otherwise, the fault that may be."""
         if not is_known(values):
             return self.fault(*values, **name)
-        with jax.ensure_compile_time_eval():
-            wrong = ~np.asarray(self.holds(*values))
+        if len(values) == 1 and isinstance(values[0], float):  # most are, and need no array
+            wrong = np.array(not self.holds(*values))
+        else:
+            with jax.ensure_compile_time_eval():
+                wrong = ~np.asarray(self.holds(*values))
         if wrong.any():
             got = "" if "{rows}" in self.words else f"; got {self._described(values)}"
             raise ValueError(self.sentence(got, **name).replace("{rows}", in_rows(wrong)))

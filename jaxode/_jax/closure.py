@@ -146,6 +146,8 @@ def encoded(tree: PyTree, dtype: Any = None) -> PyTree:
     """
 
     def one(leaf):
+        if isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
         if isinstance(leaf, functools.partial):
             return _Partial(*encoded((leaf.func, leaf.args, leaf.keywords), dtype))
         if inspect.ismethod(leaf) and not jax.tree_util.all_leaves([leaf.__self__]):
