@@ -91,12 +91,14 @@ def _is_positive(x: Any) -> Any:
     return (x > 0) & (x < np.inf)
 
 
-def _in_order(t0, t1, ts) -> Bool[Array, " rows"]:
-    """Whether output times `[times, rows]` run from `t0` to `t1`. Over an empty span, all must be
-    equal."""
-    path = jnp.concatenate([t0[None], ts, t1[None]])
-    in_order = (jnp.sign(t1 - t0)[None] * jnp.diff(path, axis=0) >= 0).all(axis=0)
-    return in_order & ((t0 != t1) | (ts == t0[None]).all(axis=0))
+def forwards(t0: Any, t1: Any, ts: Any) -> Any:
+    """Whether each step on the way from `t0` over `ts` to `t1` goes towards `t1`, or stays.
+
+    Times are `[*rows]` and `[times, *rows]`, all in NumPy or all in JAX.
+    """
+    xp = np if isinstance(ts, np.ndarray) else jnp
+    path = xp.concatenate([t0[None], ts, t1[None]])
+    return xp.where(t1 >= t0, 1, -1)[None] * xp.diff(path, axis=0) >= 0
 
 
 def _are_apart(breakpoints, t0, t1) -> Bool[Array, " rows"]:
@@ -138,7 +140,7 @@ FINITE_STATE = Rule(
     "must be finite; got NaN or inf", "Fix its source.",
 )  # fmt: skip
 FINITE = Rule(
-    NUMBER, lambda *leaves: _finite_rows(*leaves), f"must be finite; {ROWS}",
+    NUMBER, _finite_rows, f"must be finite; {ROWS}",
     "Leave those rows out, or fix their source.",
 )  # fmt: skip
 FINITE_WEIGHTED = FINITE._replace(
@@ -150,7 +152,7 @@ FINITE_UNWEIGHTED = Rule(
     "Leave those rows out, or pass batch='per_sample' to cnf.",
 )  # fmt: skip
 FINITE_BASE = Rule(
-    "base=...", lambda z: _finite_rows(z), f"must draw finite samples; {ROWS}",
+    "base=...", _finite_rows, f"must draw finite samples; {ROWS}",
     "Fix its parameters or its method `sample`.",
 )  # fmt: skip
 
@@ -187,7 +189,8 @@ SPAN = Rule(
     "Shift the time, or use float64 for the state.",
 )  # fmt: skip
 IN_ORDER = Rule(
-    "ts=...", _in_order, f"times must be in order from t0 to t1, and not be {_LOST}",
+    "ts=...", lambda t0, t1, ts: forwards(t0, t1, ts).all(axis=0),
+    f"times must be in order from t0 to t1, and not be {_LOST}",
     "Sort them, or use float64 for the state. Pad a row with its last time.",
 )  # fmt: skip
 # The rules of a solve, which its program checks: each with the names of the values that it reads,
@@ -245,6 +248,14 @@ def solve_faults(problem: Any, stepper: Any) -> Faults:
     return faults
 
 
+def inexact_leaves(data: dict[str, PyTree]) -> Iterator[tuple[str, list[Any]]]:
+    """The floating arrays of each argument that has any."""
+    for name, rows in data.items():
+        leaves = list(filter(eqx.is_inexact_array, jax.tree.leaves(rows)))
+        if leaves:
+            yield name, leaves
+
+
 def data_faults(
     data: dict[str, PyTree], weights: Float[Array, " rows"] | None = None, *, joint: bool = False
 ) -> Faults:
@@ -253,10 +264,7 @@ def data_faults(
     A row of weight 0 may hold anything, unless it shares its steps with other rows.
     """
     faults: Faults = {}
-    for name, rows in data.items():
-        leaves = list(filter(eqx.is_inexact_array, jax.tree.leaves(rows)))
-        if not leaves:
-            continue
+    for name, leaves in inexact_leaves(data):
         if weights is None:
             faults |= FINITE.fault(*leaves, name=name)
             continue

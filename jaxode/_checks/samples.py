@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ from jaxode._checks.arguments import (
     state_dtype,
 )
 from jaxode._checks.caller import arg
-from jaxode._checks.rules import FINITE, WEIGHTS, is_known
+from jaxode._checks.rules import FINITE, WEIGHTS, inexact_leaves, is_known
 from jaxode._jax.sharding import AxisName
 
 
@@ -53,10 +52,8 @@ def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "ba
 
 def check_finite(data: dict[str, PyTree]) -> None:
     """Raise if data are known to hold NaN or infinity. Rows lie along the leading axes."""
-    for name, rows in data.items():
-        leaves = list(filter(eqx.is_inexact_array, jax.tree.leaves(rows)))
-        if leaves:
-            FINITE.check(*leaves, name=name)
+    for name, leaves in inexact_leaves(data):
+        FINITE.check(*leaves, name=name)
 
 
 def check_not_empty(x: Float[Array, "batch *event"]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxode._checks.arguments import as_array, check_number, check_real_times
 from jaxode._checks.caller import arg, caller
-from jaxode._checks.rules import TIME, is_known
+from jaxode._checks.rules import TIME, forwards, is_known
 
 
 def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = None):
@@ -123,8 +123,7 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
 
 def _check_order(t0: float, t1: float, ts: np.ndarray) -> None:
     # t0 and t1 are compared in the precision of ts.
-    path = np.array([t0, *ts, t1], ts.dtype)
-    wrong = ~((1 if t1 >= t0 else -1) * np.diff(path) >= 0)
+    wrong = ~forwards(np.asarray(t0, ts.dtype), np.asarray(t1, ts.dtype), ts)
     if wrong.any():
         first, direction = int(np.argmax(wrong)), "increase" if t1 >= t0 else "decrease"
         # All digits beside an end: a time rounded to another dtype may differ in its last ones.

@@ -27,7 +27,7 @@ def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
 
 
 @with_tangent.def_jvp
-def with_tangent_jvp(primals, tangents):
+def _with_tangent_jvp(primals, tangents):
     (x, tangent, *inputs), (x_dot, _, *dots) = primals, tangents
     return with_tangent(*primals), tangent((x, *inputs), (x_dot, *dots))
 

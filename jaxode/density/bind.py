@@ -193,7 +193,7 @@ class Density(eqx.Module):
 
     def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], Shape]:
         """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(numbers(f"{arg('x')}", x))
+        event, x = self.event_shape, floating(numbers(arg("x"), x))
         cut = x.ndim - len(event)
         if cut < 0 or x.shape[cut:] != event:
             raise ValueError(f"{arg('x')} must have shape {shape_of('...', event)}; got {x.shape}.")
@@ -215,7 +215,7 @@ class Density(eqx.Module):
                     f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
                 )
             return None
-        leaves, structure = jax.tree.flatten(context_numbers(f"{arg('context')}", context))
+        leaves, structure = jax.tree.flatten(context_numbers(arg("context"), context))
         is_map = lambda x: x is None or isinstance(x, Affine)
         maps, expected = jax.tree.flatten(self.context_maps, is_leaf=is_map)
         if self.context_maps is None:

@@ -68,6 +68,8 @@ class Limits(NamedTuple):
 
 
 class State(NamedTuple):
+    """What a step of training changes."""
+
     arrays: PyTree
     """The floating arrays of the parameters."""
     average: PyTree
