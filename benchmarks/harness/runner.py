@@ -133,21 +133,26 @@ def run(
 
     Args:
         results: `machine`, and `benchmarks`, the results by benchmark and case.
-        fresh: measure all cases again.
+        fresh: measure these cases again.
         seconds: in place of those of the benchmarks.
         match: a part of the names of the cases to measure.
     """
     machine, found = results["machine"], results["benchmarks"]
-    for name in names if fresh else ():
-        found.pop(name, None)
-    jobs = [Job(name, load(name), case) for name in names for case in load(name).cases]
+    cases = [Job(name, load(name), case) for name in names for case in load(name).cases]
+    jobs = [job for job in cases if match in job.case]
+    if not jobs:
+        sys.exit(f"no case contains {match!r}. There are {', '.join(job.case for job in cases)}.")
+    for job in jobs if fresh else ():
+        found.get(job.name, {}).pop(job.case, None)
+        if found.get(job.name) == {}:
+            del found[job.name]
     given = lambda benchmark: benchmark.seconds if seconds is None else seconds
 
     def left(job: Job) -> bool:
         result = found.get(job.name, {}).get(job.case)
         return result is None or not job.benchmark.complete(result, given(job.benchmark))
 
-    todo = [job for job in jobs if match in job.case and left(job)]
+    todo = [job for job in jobs if left(job)]
     keep(results)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:

@@ -394,8 +394,12 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     run(["per_sample"], fresh=True)
     assert measured == [("per_sample", case) for case in per_sample.BENCHMARK.cases]
     measured.clear()
-    run(["per_sample"], fresh=True, match="jaxode.nn")
+    found = run(["per_sample"], fresh=True, match="jaxode.nn")
     assert [case.endswith("jaxode.nn") for _, case in measured] == [True]
+    assert list(found["per_sample"]) == list(per_sample.BENCHMARK.cases)  # the others are kept
+    with pytest.raises(SystemExit, match="no case contains 'nothing'"):
+        run(["per_sample"], fresh=True, match="nothing")
+    assert runner.read(path)["benchmarks"] == found
 
 
 def test_a_case_that_had_less_time_is_shown_until_it_is_measured_again(monkeypatch, tmp_path):
