@@ -20,11 +20,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.sharding import vary_alike
+from jaxode._jax.vmapped import one_by_one, plain, with_vmap_rule
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import Quadrature, shares_stages
 from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
+from jaxode.ode.adjoints.vmapped import is_busy
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
@@ -180,7 +182,7 @@ def _fused(objective: Objective):
     coefficients = objective.coefficients(ravel.dtype)
     settings = Settings(stepper, system.adjoint, coefficients, phase)
     inputs = in_reverse(inputs, type(system.adjoint).__name__)
-    loss, rest = _loss(inputs, settings)
+    loss, rest = one_after_the_other(_loss, inputs, settings)
     if joint:
         *of_samples, stats, result, t_reached = rest
         rest = (*of_samples, *jax.tree.map(lambda leaf: leaf[0], (stats, result, t_reached)))
@@ -228,6 +230,23 @@ def _loss(inputs: Inputs, settings: Settings):
 
 @_loss.def_fwd
 def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
+    run = lambda inputs, settings: _loss_and_bars(perturbed, inputs, settings)
+    return one_after_the_other(run, inputs, settings)
+
+
+def one_after_the_other(run, inputs: Inputs, settings: Settings):
+    """`run(inputs, settings)`. Under `jax.vmap`, each of several busy losses has its own loop."""
+
+    def rule(size: int, mapped, *args):
+        del size
+        return (one_by_one if is_busy(inputs.problem.field) else plain)(run, mapped, *args)
+
+    if settings.stepper.axis_name is not None:
+        return run(inputs, settings)
+    return with_vmap_rule(run, rule, inputs, settings)
+
+
+def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
     problem, wanted = inputs.problem, perturbed.problem
     for closed, by in (
         (problem.field, wanted.field),

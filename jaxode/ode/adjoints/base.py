@@ -12,6 +12,7 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
+from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.problem import Problem
@@ -147,14 +148,16 @@ class Solved(NamedTuple):
 
         Those of replaced rows are zero, and so are shared ones if no other row is left.
         """
-        replaced, shared = self.replaced, jnp.prod(valid)
-        for_all = lambda x: jnp.where(replaced.all(), 0, x * shared.astype(x.dtype))
-        per_row = lambda x: jnp.where(replaced, 0, x * valid.astype(x.dtype))
-        field, args = jax.tree.map(for_all, (bars.field, bars.args))
+        replaced, everywhere = self.replaced, jnp.prod(valid)
+        on = lambda x, of_rows: of_rows.reshape(-1, *(1,) * (x.ndim - 1))
+        for_all = lambda x: jnp.where(replaced.all(), 0, x * everywhere.astype(x.dtype))
+        per_row = lambda x: jnp.where(on(x, replaced), 0, x * on(x, valid.astype(x.dtype)))
+        shared, of_rows = bars.args
+        field, shared = jax.tree.map(for_all, (bars.field, shared))
+        args = shared, jax.tree.map(per_row, of_rows)
         t0, t1 = jax.tree.map(per_row, (bars.t0, bars.t1))
         ts = None if bars.ts is None else jax.vmap(per_row)(bars.ts)
-        y0 = jnp.where(replaced[:, None], 0, bars.y0 * valid[:, None])
-        return eqx.filter(Problem(field, args, y0, t0, t1, ts), self.perturbed)
+        return eqx.filter(Problem(field, args, per_row(bars.y0), t0, t1, ts), self.perturbed)
 
 
 def without_cotangent(bar: Integration, of_rows: Float[Array, " rows"]) -> Bool[Array, " rows"]:
@@ -180,7 +183,8 @@ class ReverseAdjoint(Adjoint):
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
-        return solve(in_reverse(problem, type(self).__name__), stepper, self)
+        run = lambda problem, stepper: solve(problem, stepper, self)
+        return vmappable(run, in_reverse(problem, type(self).__name__), stepper)
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape | None]:
         """Solve the problem, with what the backward pass needs."""
@@ -203,18 +207,25 @@ def solve(problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint) -> Integr
 
 @solve.def_fwd
 def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint):
-    del perturbed
-    recorded = adjoint.record(problem, stepper)
+    recorded = Reverse(adjoint.record, _pull(adjoint), perturbed).forward(problem, stepper)
     return recorded[0], recorded
 
 
 @solve.def_bwd
 def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
-    unused = without_cotangent(bar, problem.t0)
-    replaced = unused & (recorded[0].result != Result.SUCCESS)
-    solved = Solved.of(problem, perturbed, stepper, recorded, replaced)
-    bars = solved.masked(*adjoint.pull_back(solved, bar))
+    reverse = Reverse(adjoint.record, _pull(adjoint), perturbed)
+    bars = reverse.backward(recorded, bar, problem, stepper)
     return bars if adjoint.any_order else once_only(type(adjoint).__name__, bars)
+
+
+def _pull(adjoint: ReverseAdjoint):
+    def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
+        unused = without_cotangent(bar, problem.t0)
+        replaced = unused & (recorded[0].result != Result.SUCCESS)
+        solved = Solved.of(problem, wanted, stepper, recorded, replaced)
+        return solved.masked(*adjoint.pull_back(solved, bar))
+
+    return pull
 
 
 def in_reverse(inputs: T, name: str) -> T:

@@ -7,6 +7,7 @@ import diffrax
 
 from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.adjoints.base import Adjoint
+from jaxode.ode.adjoints.vmapped import vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stepper import Stepper
@@ -35,5 +36,6 @@ class ForwardMode(Adjoint):
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. All of its floating leaves have forward-mode derivatives."""
-        integration, _ = integrate(problem, stepper)
+        run = lambda problem, stepper: integrate(problem, stepper)[0]
+        integration = vmappable(run, problem, stepper)
         return nondifferentiable_backward(integration, msg=FORWARD_ONLY)

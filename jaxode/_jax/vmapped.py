@@ -1,0 +1,101 @@
+"""A function with a rule of its own under `jax.vmap`.
+
+`jax.custom_batching.custom_vmap` also replaces the rule of derivatives, and computes tangents by
+all inputs. Here a derivative is that of the function.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.core
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import PyTree
+
+T = TypeVar("T")
+
+# (axis size, which leaves are mapped, *args) -> out. Mapped leaves have a leading axis, and so have
+# those of out, except the ones that do not depend on them.
+Rule = Callable[..., PyTree]
+
+
+def with_vmap_rule(f: Callable[..., T], rule: Rule, *args: PyTree) -> T:
+    """`f(*args)`, which `rule` computes under `jax.vmap`. All leaves of `args` are arrays.
+
+    A function that does something beside its outputs, such as a callback or an exchange between
+    mapped rows, has no rule.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    flat = lambda *leaves: f(*structure.unflatten(leaves))
+    program, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    if program.effects:
+        return f(*args)
+
+    def of_leaves(size: int, mapped: list[bool], leaves: list[Any]) -> list[Any]:
+        return jax.tree.leaves(
+            rule(size, structure.unflatten(mapped), *structure.unflatten(leaves))
+        )
+
+    out = _call.bind(*leaves, program=program, rule=of_leaves)
+    return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+
+def plain(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
+    """What `jax.vmap` does without a rule."""
+    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
+    return jax.vmap(f, axes)(*args)
+
+
+def one_by_one(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
+    """One after the other, in a loop."""
+    leaves, structure = jax.tree.flatten(args)
+    flags = jax.tree.leaves(mapped)
+
+    pairs = list(zip(leaves, flags, strict=True))
+
+    def one(own):
+        own = iter(own)
+        return f(*structure.unflatten(next(own) if its else x for x, its in pairs))
+
+    return jax.lax.map(one, [x for x, its in pairs if its])
+
+
+_call = Primitive("with_vmap_rule")
+_call.multiple_results = True
+
+
+@_call.def_impl
+def _run(*leaves, program, rule):
+    del rule
+    return jaxpr_as_fun(program)(*leaves)
+
+
+def _jvp(primals, tangents, *, program, rule):
+    del rule
+    moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+    still = [x for x, moves in zip(primals, moving, strict=True) if not moves]
+
+    def of_moving(*moved):
+        moved, rest = iter(moved), iter(still)
+        return jaxpr_as_fun(program)(*(next(moved if moves else rest) for moves in moving))
+
+    pick = lambda xs: [x for x, moves in zip(xs, moving, strict=True) if moves]
+    out, dots = jax.jvp(of_moving, pick(primals), pick(tangents))
+    zero = lambda dot: ad.Zero(jax.typeof(dot)) if dot.dtype == jax.dtypes.float0 else dot
+    return out, list(map(zero, dots))
+
+
+def _batched(leaves, axes, *, program, rule):
+    mapped = [axis is not None for axis in axes]
+    (size,) = {x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None}
+    to_front = lambda x, axis: x if axis is None else jax.numpy.moveaxis(x, axis, 0)
+    out = rule(size, mapped, list(map(to_front, leaves, axes)))
+    same = (x.shape == aval.shape for x, aval in zip(out, program.out_avals, strict=True))
+    return out, [None if is_same else 0 for is_same in same]
+
+
+_call.def_abstract_eval(lambda *_, program, rule: program.out_avals)
+ad.primitive_jvps[_call] = _jvp
+batching.primitive_batchers[_call] = _batched
+mlir.register_lowering(_call, mlir.lower_fun(_run, multiple_results=True))

@@ -1,0 +1,251 @@
+"""A solve under `jax.vmap`: rows of one solve, wherever that is possible.
+
+`jax.vmap` of a loop goes on in all rows until the last one is done, and writes the entries of a row
+at a step number of its own. Rows of a solve with per-sample steps need neither.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxode._jax.closure import ClosedField, close_field
+from jaxode._jax.primitives import unvmap_any
+from jaxode._jax.vmapped import Rule, one_by_one, plain, with_vmap_rule
+from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode.ode.loop.outputs import Steps
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.stepper import Stepper
+
+Solver = Callable[[Problem, Stepper], Integration]
+
+# An evaluation of this many numbers keeps a CPU busy. Measured: benchmarks/NOTES.md.
+BUSY_WORK = 20_000
+# Values that problems share have a gradient in each of them, up to this size as a row's own.
+FEW = 64
+
+
+def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
+    """`solve(problem, stepper)`, which `jax.vmap` runs as rows of one solve where it can."""
+
+    def rule(size: int, mapped: tuple[Problem, Stepper], problem: Problem, stepper: Stepper):
+        if is_busy(problem.field):
+            return one_by_one(solve, mapped, problem, stepper)
+        many = Many.of(size, mapped, problem)
+        if many is None:
+            return plain(solve, mapped, problem, stepper)
+        return many.split(solve(many.join(mapped[0], problem, stepper), stepper))
+
+    return _with_rule(solve, rule, problem, stepper)
+
+
+def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
+    """Not where the state is split over what is mapped."""
+    split = args[-1].axis_name is not None
+    return f(*args) if split else with_vmap_rule(f, rule, *args)
+
+
+class Reverse(NamedTuple):
+    """A gradient method under `jax.vmap(jax.grad(...))`, where each problem has its own gradient.
+
+    As rows of one solve there is no tape of each problem, so the way back solves again.
+    """
+
+    record: Callable[[Problem, Stepper], tuple[Integration, Any]]
+    """A solution and its tape."""
+    pull: Callable[[Any, Any, Integration, Problem, Stepper], Problem]
+    """`(wanted, recorded, bar, problem, stepper)` -> the cotangents of the problem."""
+    wanted: Problem
+    """Which leaves are differentiated."""
+
+    def forward(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Any]:
+        """`record(problem, stepper)`."""
+
+        def rule(size: int, mapped: Any, problem: Problem, stepper: Stepper):
+            if is_busy(problem.field):
+                return one_by_one(self.record, mapped, problem, stepper)
+            many = Many.of(size, mapped, problem, self.wanted)
+            if many is None:
+                return plain(self.record, mapped, problem, stepper)
+            one = jax.tree.map(lambda x, its: x[0] if its else x, (problem, stepper), mapped)
+            tape = jax.eval_shape(self.record, *one)[1]
+            if tape is not None:
+                tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
+                tape = tape._replace(num_steps=tape.num_steps - 1)
+            joined = many.join(mapped[0], problem, stepper)
+            return many.split(integrate(joined, stepper)[0]), tape
+
+        return _with_rule(self.record, rule, problem, stepper)
+
+    def backward(self, recorded: Any, bar: Integration, problem: Problem, stepper: Stepper):
+        """`pull(wanted, recorded, bar, problem, stepper)`."""
+        pull = lambda *args: self.pull(self.wanted, *args)
+
+        def pull_of_any(recorded, bar, problem, stepper):
+            if recorded[1] is not None:
+                # A `cond` may have mixed real tapes and none, and so may any loop.
+                missing = unvmap_any(recorded[1].num_steps < 0)
+                again = lambda: self.record(problem, stepper)
+                recorded = jax.lax.cond(missing, again, lambda: recorded)
+            return pull(recorded, bar, problem, stepper)
+
+        def rule(size: int, mapped: Any, *args: Any):
+            problem = args[2]
+            if not any(jax.tree.leaves(mapped[0])):
+                return plain(pull, mapped, *args)
+            if is_busy(problem.field):
+                return one_by_one(pull, mapped, *args)
+            many = Many.of(size, mapped[2:], problem, self.wanted)
+            if many is None:
+                return plain(pull_of_any, mapped, *args)
+            return self._of_rows(many, mapped, *args)
+
+        return _with_rule(pull, rule, recorded, bar, problem, stepper)
+
+    def _of_rows(self, many: "Many", mapped: Any, recorded: Any, bar, problem, stepper):
+        of_recorded, of_bar, own, _ = mapped
+        spread = lambda x, its: x if its else many.spread(x)
+        copied = lambda x, its, wanted: spread(x, its) if wanted else x
+        problem = jax.tree.map(copied, problem, own, self.wanted)
+        own = jax.tree.map(operator.or_, own, self.wanted)
+        values, rest = eqx.partition(problem, self.wanted)
+        wanted = many.flags(own, self.wanted)
+
+        def join(values):
+            joined = many.join(own, eqx.combine(values, rest), stepper)
+            return eqx.filter(joined, wanted), joined
+
+        _, split_bars, joined = jax.vjp(join, values, has_aux=True)
+        wanted = wanted._replace(field=joined.field)
+        # A solve that did not run, in a branch that is not taken, must not seem to have run.
+        steps = lambda recorded: recorded[0].stats.num_steps
+        ran = spread(steps(recorded), steps(of_recorded)).reshape(joined.t0.shape)
+        recorded = eqx.tree_at(steps, self.record(joined, stepper), ran)
+        solutions, join_bars = jax.vjp(many.split, eqx.filter(recorded[0], eqx.is_inexact_array))
+
+        def filled(like, bar, its):
+            return jnp.zeros_like(like) if bar is None else spread(bar, its)
+
+        (bar,) = join_bars(jax.tree.map(filled, solutions, bar, of_bar))
+        return split_bars(self.pull(wanted, recorded, bar, joined, stepper))[0]
+
+
+def is_busy(field: ClosedField) -> bool:
+    """Whether evaluations one after the other are as fast as those of many rows at once."""
+    return jax.default_backend() == "cpu" and field.work_size >= BUSY_WORK
+
+
+class Many(NamedTuple):
+    """`size` problems of `rows` rows each, and the same as rows of one problem.
+
+    A problem with one row becomes a row whose sample has all of its numbers.
+    """
+
+    size: int
+    rows: int
+    sample: tuple[int, ...]
+    """The shape `[samples, n]` of the states of one problem."""
+
+    @classmethod
+    def of(
+        cls, size: int, mapped: tuple[Problem, Stepper], problem: Problem, wanted: Any = None
+    ) -> "Many | None":
+        """None if mapped problems can't be rows. With the leaves that are `wanted`, for a gradient
+        of each problem."""
+        (which, of_stepper), rows = mapped, problem.t0.shape[-1]
+        shared = which.field, which.args[0]
+        if any(jax.tree.leaves(of_stepper)) or (rows > 1 and any(jax.tree.leaves(shared))):
+            # Rows of one problem share them, but not those of all problems.
+            return None
+        if wanted is not None:
+            copied = eqx.filter(problem, wanted)
+            copied = eqx.filter((copied.field, copied.args[0]), shared, inverse=True)
+            sizes = [x.size for x in jax.tree.leaves(copied)]
+            if sum(sizes) > (FEW if rows == 1 else 0):
+                return None
+        return cls(size, rows, problem.y0.shape[-2:])
+
+    def join(self, mapped: Problem, problem: Problem, stepper: Stepper) -> Problem:
+        """One problem. Leaves that are `mapped` have a leading axis, the others stay shared."""
+        spread = lambda x, its: x if its else self.spread(x)
+
+        def of_rows(name: str, axis: int) -> Any:
+            x = getattr(problem, name)
+            return None if x is None else self._join(spread(x, getattr(mapped, name)), axis)
+
+        t0, t1, ts, outputs = map(of_rows, ("t0", "t1", "ts", "outputs"), (0, 0, 1, 0))
+        y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
+        values, structure = jax.tree.flatten((problem.field.consts, problem.args))
+        is_own = self._own(mapped)
+        if self.rows > 1:
+            of_problems = jax.tree.leaves((mapped.field.consts, mapped.args))
+            values = [
+                spread(x, its) if own else x
+                for x, its, own in zip(values, of_problems, is_own, strict=True)
+            ]
+        merge = lambda x: x.reshape(len(t0), *x.shape[2:]) if self.rows > 1 else x
+        separate = lambda x: x.reshape(self.size, self.rows, *x.shape[1:]) if self.rows > 1 else x
+        own = [merge(x) for x, its in zip(values, is_own, strict=True) if its]
+        shared = [x for x, its in zip(values, is_own, strict=True) if not its]
+        program = problem.field.program
+
+        def field(t, y, args):
+            shared, own = args
+
+            def one(t, y, own):
+                its, others = iter(own), iter(shared)
+                consts, args = structure.unflatten(next(its if x else others) for x in is_own)
+                return ClosedField(program, consts)(t, y, args)
+
+            y = y.reshape(self.size, *self.sample)
+            dy = jax.vmap(one)(t.reshape(self.size, self.rows), y, list(map(separate, own)))
+            return dy.reshape(len(t), -1)
+
+        closed, args = close_field(field, t0, y0, (shared, own), stepper.precision)
+        return Problem(closed, args, y0, t0, t1, ts, outputs)
+
+    def flags(self, mapped: Problem, wanted: Problem) -> Problem:
+        """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
+        is_own, values = self._own(mapped), jax.tree.leaves((wanted.field.consts, wanted.args))
+        pairs = list(zip(is_own, values, strict=True))
+        args = [x for own, x in pairs if not own], [x for own, x in pairs if own]
+        return wanted._replace(field=False, args=args)
+
+    def _own(self, mapped: Problem) -> list[bool]:
+        """Which values of field and arguments are a row's own."""
+        shared, of_rows = mapped.args
+        if self.rows > 1:
+            of_rows = jax.tree.map(lambda _: True, of_rows)
+        return jax.tree.leaves((mapped.field.consts, (shared, of_rows)))
+
+    def spread(self, x: Array) -> Array:
+        """The same for each problem."""
+        return jnp.broadcast_to(x, (self.size, *x.shape))
+
+    def split(self, joined: Integration) -> Integration:
+        """What each problem would return, with a leading axis."""
+        states = lambda x, axis: self._split(x, axis, self.sample)
+        steps = joined.steps
+        if isinstance(steps, Steps):
+            count = jax.tree.map(self.spread, steps.count)
+            times = self._split(steps.times, 1)
+            steps = Steps(times, states(steps.y, 1), states(steps.k, 2), count)
+        ys = None if joined.ys is None else states(joined.ys, 1)
+        parts = joined._replace(y1=None, ys=None, steps=None)
+        return jax.tree.map(lambda x: self._split(x, 0), parts)._replace(
+            y1=states(joined.y1, 0), ys=ys, steps=steps
+        )
+
+    def _join(self, x: Array, axis: int) -> Array:
+        """`[size, ..., rows]`, with the rows at this `axis` of one problem, as rows of all."""
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], self.size * self.rows, *x.shape[axis + 2 :])
+
+    def _split(self, x: Array, axis: int, sample: tuple[int, ...] | None = None) -> Array:
+        """The inverse of `_join`. States are given by the shape of a `sample`."""
+        shape = (self.rows, *x.shape[axis + 1 :]) if sample is None else sample
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], self.size, *shape), axis, 0)

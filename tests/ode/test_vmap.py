@@ -1,0 +1,214 @@
+"""`jax.vmap` of a solve: the same numbers as one solve after the other, as rows of one solve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode.ode.adjoints import vmapped
+
+Y0 = jnp.array([[1.0, 0.5], [2.0, 1.0], [0.3, 0.2]])
+A = jnp.array([[1.0, 0.5], [0.7, 1.1], [1.3, 0.2]])
+T1 = jnp.array([1.0, 0.0, -0.7])
+TS = jnp.array([0.2, 0.5, 1.0])
+OPTIONS = {"rtol": 1e-6, "atol": 1e-6, "max_steps": 64}
+
+
+def field(t, y, a):
+    return jnp.stack([a[0] * y[1], -jnp.sin(a[1] * y[0]) + 0.1 * t])
+
+
+def of_batch(t, y, args):
+    shared, row = args
+    return field(t, y, shared) + row
+
+
+def end(y0, a, t1=1.0, **options):
+    return jaxode.solve(field, y0, 0.0, t1, a, **{**OPTIONS, **options}).y1
+
+
+def outputs(y0, a, ts=TS, t1=1.0):
+    return jaxode.solve(field, y0, 0.0, t1, a, ts=ts, **OPTIONS).ys
+
+
+def batch_of(batch):
+    def solved(y0, row):
+        both = jnp.stack([y0, 2 * y0]), jnp.stack([row, -row])
+        args = {"batch": batch, "row_args": both[1], **OPTIONS}
+        return jaxode.solve(of_batch, both[0], 0.0, 1.0, A[0], **args).y1
+
+    return solved
+
+
+def dense(y0, a):
+    solution = jaxode.solve(field, y0, 0.0, 1.0, a, dense=True, **OPTIONS)
+    return solution.evaluate(jnp.array([0.1, 0.77]))
+
+
+# function, inputs, which are mapped
+CASES = {
+    "states": (lambda y0: end(y0, A[0]), (Y0,), 0),
+    "arguments": (lambda a: end(Y0[0], a), (A,), 0),
+    "states and arguments": (end, (Y0, A), 0),
+    "end times": (lambda t1: end(Y0[0], A[0], t1), (T1,), 0),
+    "outputs": (outputs, (Y0, A), 0),
+    "output times": (lambda ts: outputs(Y0[0], A[0], ts), (jnp.outer(T1**2, TS),), 0),
+    "closed over": (
+        lambda y0, a: jaxode.solve(lambda t, y, _: field(t, y, a), y0, 0.0, 1.0, **OPTIONS).y1,
+        (Y0, A),
+        0,
+    ),
+    "shared arguments": (end, (Y0, A[0]), (0, None)),
+    "a joint batch": (batch_of("joint"), (Y0, A), 0),
+    "a batch with steps of each sample": (batch_of("per_sample"), (Y0, A), 0),
+    "equal steps": (lambda y0, a: end(y0, a, steps=5), (Y0, A), 0),
+    "dense output": (dense, (Y0, A), 0),
+    "the adjoint ODE": (lambda y0, a: end(y0, a, adjoint=jaxode.BacksolveAdjoint()), (Y0, A), 0),
+    "interpolated": (lambda y0, a: end(y0, a, adjoint=jaxode.InterpolatingAdjoint()), (Y0, A), 0),
+}  # fmt: skip
+
+
+def one_by_one(f, axes, inputs):
+    axes = (axes,) * len(inputs) if not isinstance(axes, tuple) else axes
+    pick = lambda i: [x if axis is None else x[i] for x, axis in zip(inputs, axes, strict=True)]
+    outs = [f(*pick(i)) for i in range(3)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *outs)
+
+
+def check(got, wanted, tolerance=1e-12):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def weighted(f):
+    return lambda *inputs: jnp.sum(jnp.sin(1.3 * f(*inputs)))
+
+
+@pytest.fixture
+def only_rows(monkeypatch):
+    """Fails where `jax.vmap` is not rows of one solve."""
+
+    def refused(*_):
+        raise AssertionError("not rows of one solve")
+
+    for name in ("plain", "one_by_one"):
+        monkeypatch.setattr(vmapped, name, refused)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_as_rows_of_one_solve(case, only_rows):
+    f, inputs, axes = case
+    check(jax.vmap(f, axes)(*inputs), one_by_one(f, axes, inputs))
+    each = jax.jit(jax.grad(weighted(f), tuple(range(len(inputs)))))
+    check(jax.vmap(each, axes)(*inputs), one_by_one(each, axes, inputs))
+    total = lambda *inputs: jnp.sum(jax.vmap(weighted(f), axes)(*inputs))
+    wanted = one_by_one(each, axes, inputs)
+    axes = (axes,) * len(inputs) if not isinstance(axes, tuple) else axes
+    summed = tuple(
+        jnp.sum(x, axis=0) if axis is None else x for x, axis in zip(wanted, axes, strict=True)
+    )
+    check(jax.grad(total, tuple(range(len(inputs))))(*inputs), summed)
+
+
+def in_two(f):
+    return jax.vmap(jax.vmap(f, (0, None)), (None, 0))
+
+
+PROGRAMS = {
+    "nested": lambda each: in_two(each)(Y0, A),
+    "nested, both": lambda each: jax.vmap(jax.vmap(each))(Y0[None], A[None]),
+    "scan": lambda each: jax.lax.scan(
+        lambda y, _: (jax.vmap(each)(y, A), None), Y0, None, length=2
+    )[0],
+    "vmap of a scan": lambda each: jax.vmap(
+        lambda y, a: jax.lax.scan(lambda y, _: (each(y, a), None), y, None, length=2)[0]
+    )(Y0, A),
+    "gradient of a vmap of a scan": lambda each: jax.grad(
+        lambda a: jnp.sum(jax.vmap(
+            lambda y, a: jax.lax.scan(lambda y, _: (each(y, a), None), y, None, length=2)[0]
+        )(Y0, a) ** 2)
+    )(A),
+    "nested gradients": lambda each: in_two(jax.grad(weighted(each), (0, 1)))(Y0, A),
+    "jacobian": lambda each: jax.vmap(jax.jacrev(each, (0, 1)))(Y0, A),
+    "hessian": lambda each: jax.vmap(jax.hessian(weighted(each)))(Y0, A),
+    "hessian of a sum": lambda each: jax.hessian(
+        lambda a: jnp.sum(jax.vmap(weighted(each))(Y0, a))
+    )(A),
+    "the settings": lambda each: jax.vmap(lambda y, tol: each(y, A[0], rtol=tol))(
+        Y0, jnp.array([1e-6, 1e-7, 1e-8])
+    ),
+    "gradient of the settings": lambda each: jax.vmap(
+        lambda y, tol: jax.grad(lambda y: jnp.sum(each(y, A[0], rtol=tol)))(y)
+    )(Y0, jnp.array([1e-6, 1e-7, 1e-8])),
+    "cond": lambda each: jax.vmap(
+        jax.grad(lambda a, on: jax.lax.cond(
+            on, lambda: jnp.sum(each(Y0[0], a)), lambda: jnp.sum(each(Y0[1], a) ** 2)
+        )), (None, 0)
+    )(A[0], jnp.array([True, False])),
+    "stored pullbacks": lambda each: jax.vmap(lambda pull, bar: pull(bar)[0])(
+        jax.lax.map(lambda y: jax.vjp(lambda y: each(y, A[0]), y)[1], Y0), jnp.ones_like(Y0)
+    ),
+    "forward mode": lambda each: jax.vmap(
+        jax.jacfwd(lambda y, a: each(y, a, adjoint=jaxode.ForwardMode()))
+    )(Y0, A),
+    "a callback": lambda each: jax.vmap(
+        lambda y: jaxode.solve(with_callback, y, 0.0, 1.0, A[0], **OPTIONS).y1
+    )(Y0),
+}  # fmt: skip
+
+
+def with_callback(t, y, a):
+    jax.debug.callback(lambda t: None, t)
+    return field(t, y, a)
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_are_those_of_the_plain_rule(program, monkeypatch):
+    got = program(end)
+    monkeypatch.setattr(vmapped, "_with_rule", lambda f, rule, *args: f(*args))
+    jax.clear_caches()
+    check(got, program(end), 1e-11)
+
+
+def test_busy_solves_run_one_after_the_other(monkeypatch):
+    wanted = one_by_one(jax.value_and_grad(weighted(end)), 0, (Y0, A))
+    monkeypatch.setattr(vmapped, "BUSY_WORK", 0)
+    monkeypatch.setattr(vmapped, "plain", None)
+    check(jax.vmap(jax.value_and_grad(weighted(end)))(Y0, A), wanted)
+
+
+def test_a_failed_solve_leaves_the_others_alone():
+    blows_up = lambda t, y, a: a * y**2
+    run = lambda y, a: jaxode.solve(blows_up, y, 0.0, 1.0, a, throw=False, max_steps=50)
+    y, a = jnp.array([[0.5], [2.0]]), jnp.ones((2, 1))
+    solutions = jax.vmap(run)(y, a)
+    assert solutions.result.tolist()[0] == jaxode.Result.SUCCESS
+    assert solutions.result.tolist()[1] != jaxode.Result.SUCCESS
+    np.testing.assert_allclose(solutions.y1, [[1.0], [np.nan]], rtol=1e-4)
+    for gradient in (
+        jax.vmap(jax.grad(lambda y, a: run(y, a).y1[0], (0, 1)))(y, a),
+        jax.grad(lambda y, a: jnp.sum(jax.vmap(run)(y, a).y1), (0, 1))(y, a),
+    ):
+        for leaf in gradient:
+            assert np.isfinite(leaf[0]).all()
+            assert np.isnan(leaf[1]).all()
+    unused = jax.grad(lambda y: jax.vmap(run)(y, a).y1[0, 0])(y)
+    np.testing.assert_allclose(unused, [[4.0], [0.0]], rtol=1e-4)
+
+
+def test_an_ensemble_of_flows():
+    flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
+    params, x = jnp.array([[1.0, 0.5], [0.3, -0.2]]), jnp.array([[0.5, 1.0], [-1.0, 0.2]])
+    methods = {
+        "nll": lambda p: flow.nll(p, x),
+        "log_prob": lambda p: flow.log_prob(p, x).sum(),
+        "sample": lambda p: flow.sample(p, jax.random.key(0), 2).sum(),
+    }
+    for f in methods.values():
+        wanted = [jax.value_and_grad(f)(p) for p in params]
+        check(
+            jax.vmap(jax.value_and_grad(f))(params),
+            jax.tree.map(lambda *x: jnp.stack(x), *wanted),
+            1e-11,
+        )
