@@ -44,9 +44,11 @@ def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
 
 
 def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
-    """Not where the state is split over what is mapped."""
-    split = args[-1].axis_name is not None
-    return f(*args) if split else with_vmap_rule(f, rule, *args)
+    """Not where the state is split over what is mapped, nor for the ODE of a second derivative."""
+    *_, problem, stepper = args
+    if stepper.axis_name is not None or not isinstance(problem.field, ClosedField):
+        return f(*args)
+    return with_vmap_rule(f, rule, *args)
 
 
 class Reverse(NamedTuple):
