@@ -24,7 +24,7 @@ from jaxode._checks.rules import is_known, rules_of
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
-from jaxode.ode.loop.tableau import Tableau, tableau_of
+from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
 
@@ -32,7 +32,7 @@ PRECISIONS = ("highest", "high", "default")
 class SolveOptions(eqx.Module):
     """How to solve; `jaxode.solve` explains each option. Equal if all options are equal."""
 
-    solver: diffrax.AbstractSolver = diffrax.Tsit5()
+    solver: diffrax.AbstractSolver | Solver = diffrax.Tsit5()
     rtol: float | Float[Array, ""] = 1e-5
     atol: float | Float[Array, ""] = 1e-5
     steps: int | None = eqx.field(static=True, default=None)
@@ -68,7 +68,7 @@ class SolveOptions(eqx.Module):
 
     @property
     def tableau(self) -> Tableau | None:
-        """The solver's tableau, or None if it is not an explicit Runge-Kutta method."""
+        """The solver's tableau, or None if diffrax runs it."""
         return tableau_of(self.solver)
 
     def _check(self) -> None:
@@ -77,12 +77,18 @@ class SolveOptions(eqx.Module):
                 f"{arg('adjoint')} must be a gradient method such as "
                 f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."
             )
-        if not isinstance(self.solver, diffrax.AbstractSolver):
+        if not isinstance(self.solver, diffrax.AbstractSolver | Solver):
             raise TypeError(
-                f"{arg('solver')} must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
-                f"got {self.solver!r}."
+                f"{arg('solver')} must be an ODE solver, such as diffrax.Tsit5() or "
+                f"jaxode.Rodas5P(); got {self.solver!r}."
             )
         tableau = self.tableau
+        if tableau is not None and tableau.needs_jacobian and self.adjoint.solves_backwards:
+            raise ValueError(
+                f"{arg('adjoint')} {type(self.adjoint).__name__} solves the adjoint ODE backwards, "
+                f"which {tableau.name} does not; got solver=jaxode.{tableau.name}(). Use "
+                "jaxode.DiscreteAdjoint()."
+            )
         if tableau is not None and tableau.b_error is None and self.steps is None:
             raise ValueError(
                 f"{arg('solver')} {tableau.name} has no error estimate; got steps=None. "

@@ -123,7 +123,7 @@ def _first_step_of_slopes(
     are as large as these two, whatever the unit of time, which is too careful for smooth solutions:
     every step is also pulled back, so an extra step costs more than a rejection.
     """
-    order, tiny = tableau.order, 1e-15
+    order, tiny = tableau.error_order, 1e-15
     rate = jnp.maximum(d2 / jnp.maximum(d1, tiny), tiny)
     error = jnp.maximum(tableau.error_constant * d1, tiny)
     h = SAFETY * error ** (-1 / order) * rate ** (1 / order - 1)
