@@ -51,12 +51,12 @@ def test_single_precision(n):
     assert problem.error(solution.y1) < 5e-3  # what rounding leaves of species of 1e-4
 
 
-def driven(t, y, args):
+def driven(t, y, args, xp=jnp):
     """Robertson's reactions with a rate of its own for each row, and a source that depends on the
     time."""
     rates, factor = args
     a, b, c = rates[0] * factor * y[0], rates[1] * y[1] ** 2, rates[2] * y[1] * y[2]
-    return jnp.stack([-a + c + 0.01 * jnp.sin(t) * y[0], a - b - c, b])
+    return xp.stack([-a + c + 0.01 * xp.sin(t) * y[0], a - b - c, b])
 
 
 FACTORS = jnp.array([1.0, 0.3, 3.0])
