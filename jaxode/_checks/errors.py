@@ -29,8 +29,8 @@ class Result(enum.IntEnum):
 EXPLANATIONS = {
     Result.MAX_STEPS_REACHED: (
         "the steps ran out",
-        "Raise max_steps, loosen rtol and atol, use an implicit solver such as diffrax.Kvaerno3() "
-        "for a stiff vector field, or look for an exploding one.",
+        "Raise max_steps, loosen rtol and atol, use solver=jaxode.Rodas5P() for a stiff "
+        "vector field, or look for an exploding one.",
     ),
     Result.STEP_SIZE_UNDERFLOW: (
         "the step size fell below the resolution of the time",

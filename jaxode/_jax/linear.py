@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 
 def factorize(matrix: Float[Array, "n n samples"]) -> Factors:
     """The factors. They are not finite if a matrix is singular or not finite."""
-    largest = jnp.max(jnp.abs(matrix), axis=1)
+    largest = jnp.max(jnp.abs(matrix), axis=1, initial=0)
     scale = 1 / jnp.where(largest == 0, 1.0, largest)
     scaled = scale[:, None] * matrix
     if len(matrix) > MOST_UNROLLED:

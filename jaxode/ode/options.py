@@ -27,6 +27,7 @@ from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
+OWN_SOLVER = "a solver of jaxode's own loop, such as diffrax.Tsit5() or jaxode.Rodas5P()"
 
 
 class SolveOptions(eqx.Module):
@@ -71,6 +72,11 @@ class SolveOptions(eqx.Module):
         """The solver's tableau, or None if diffrax runs it."""
         return tableau_of(self.solver)
 
+    @property
+    def implicit(self) -> bool:
+        """Whether each step solves equations."""
+        return self.tableau is None or self.tableau.needs_jacobian
+
     def _check(self) -> None:
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(
@@ -83,12 +89,6 @@ class SolveOptions(eqx.Module):
                 f"jaxode.Rodas5P(); got {self.solver!r}."
             )
         tableau = self.tableau
-        if tableau is not None and tableau.needs_jacobian and self.adjoint.solves_backwards:
-            raise ValueError(
-                f"{arg('adjoint')} {type(self.adjoint).__name__} solves the adjoint ODE backwards, "
-                f"which {tableau.name} does not; got solver=jaxode.{tableau.name}(). Use "
-                "jaxode.DiscreteAdjoint()."
-            )
         if tableau is not None and tableau.b_error is None and self.steps is None:
             raise ValueError(
                 f"{arg('solver')} {tableau.name} has no error estimate; got steps=None. "
@@ -102,9 +102,9 @@ class SolveOptions(eqx.Module):
             )
         if tableau is None and self.axis_name is not None:
             raise ValueError(
-                f"{arg('axis_name')} needs an explicit Runge-Kutta solver, such as "
-                f"diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit equations couple "
-                "the whole state, so do not split it, or use such a solver."
+                f"{arg('axis_name')} needs {OWN_SOLVER}; got {type(self.solver).__name__}. The "
+                "implicit equations couple the whole state, so do not split it, or use such a "
+                "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
         for name in ("rtol", "atol", "first_step", "max_step"):

@@ -39,15 +39,13 @@ class Linearized(NamedTuple):
         n = y.shape[1]
         unit = vary(jnp.eye(n, dtype=y.dtype), axes_of(y))
 
-        def column(e):
-            return jax.jvp(lambda y: field(t, y), (y,), (jnp.broadcast_to(e, y.shape),))
-
-        slopes, columns = jax.vmap(column)(unit)
+        slope, push = jax.linearize(lambda y: field(t, y), y)
+        columns = jax.vmap(lambda e: push(jnp.broadcast_to(e, y.shape)))(unit)
         _, by_time = jax.jvp(lambda t: field(t, y), (t,), (jnp.ones_like(t),))
         # Of a step of size zero, the Jacobian may not be finite.
         size, jacobian = h.astype(y.dtype)[None, None], columns.transpose(2, 0, 1)
         matrix = unit[:, :, None] / gamma - jnp.where(size == 0, 0, size * jacobian)
-        return cls(slopes[0], by_time, factorize(matrix))
+        return cls(slope, by_time, factorize(matrix))
 
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
         """The solution for this right-hand side."""
