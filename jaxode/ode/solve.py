@@ -23,6 +23,7 @@ from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
 from jaxode.ode.solution import Solution, report
+from jaxode.ode.stiffness import ran_into_stiffness
 from jaxode.ode.system import (
     Batch,
     System,
@@ -267,7 +268,7 @@ def solve_checked(
         return solution
     rule = FINITE_STATE if batch is None else FINITE
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
-    return report(solution, faults | argument_faults(system))
+    return report(solution, faults | argument_faults(system), lambda: ran_into_stiffness(system))
 
 
 def check_implicit(options: SolveOptions, batch: Batch) -> None:
