@@ -20,6 +20,7 @@ from jaxode.ode.adjoints import (
 )
 from jaxode.ode.backward_stats import backward_stats
 from jaxode.ode.events import Event
+from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
 from jaxode.ode.solution import Solution
@@ -34,6 +35,8 @@ __all__ = [
     "ForwardMode",
     "InterpolatingAdjoint",
     "Result",
+    "Rodas5P",
+    "Rosenbrock23",
     "Solution",
     "SolveError",
     "Stats",

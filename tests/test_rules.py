@@ -163,7 +163,7 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(solver="dopri5"), TypeError,
-        "solve(solver=...): must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
+        "solve(solver=...): must be an ODE solver, such as diffrax.Tsit5() or jaxode.Rodas5P(); "
         "got 'dopri5'.",
     ),
     (
@@ -178,9 +178,31 @@ BAD_INPUT = [
     ),
     (
         lambda: flow(solver=diffrax.Kvaerno3(), batch="per_sample"), ValueError,
-        "flow(batch='per_sample'): needs an explicit Runge-Kutta solver; got Kvaerno3. "
-        "Use jax.vmap over jaxode.solve, or batch='joint', whose cost grows as the cube of "
-        "the whole state.",
+        "flow(batch='per_sample'): needs a solver of jaxode's own loop, such as diffrax.Tsit5() or "
+        "jaxode.Rodas5P(); got Kvaerno3. Use such a solver, jax.vmap over jaxode.solve, or "
+        "batch='joint', whose cost grows as the cube of the whole state.",
+    ),
+    (
+        lambda: cnf(solver=jaxode.Rodas5P(), adjoint=jaxode.InterpolatingAdjoint()), ValueError,
+        "cnf(adjoint=...): InterpolatingAdjoint needs an explicit Runge-Kutta solver; got Rodas5P. "
+        "Use jaxode.DiscreteAdjoint().",
+    ),
+    (
+        lambda: jaxode.backward_stats(
+            decay, ONE, 0.0, 1.0, adjoint=jaxode.BacksolveAdjoint(), solver=jaxode.Rosenbrock23()
+        ), ValueError,
+        "backward_stats(solver=...): must be an explicit Runge-Kutta solver; got Rosenbrock23. Use "
+        "diffrax.Tsit5().",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P(), axis_name="batch"), ValueError,
+        "solve(axis_name=...): Rodas5P needs the Jacobian of the whole state; got batch=None. Do "
+        "not split the state, or pass the samples of a batch with batch='joint'.",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P), TypeError,
+        "solve(solver=...): must be an ODE solver, such as diffrax.Tsit5() or jaxode.Rodas5P(); "
+        "got <class 'jaxode.ode.loop.rosenbrock.Rodas5P'>.",
     ),
     (
         lambda: jaxode.BacksolveAdjoint(rtol=-1), ValueError,
@@ -396,9 +418,9 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(solver=diffrax.Kvaerno3(), axis_name="batch"), ValueError,
-        "solve(axis_name=...): needs an explicit Runge-Kutta solver, such as diffrax.Tsit5(); got "
-        "Kvaerno3. The implicit equations couple the whole state, so do not split it, or use such "
-        "a solver.",
+        "solve(axis_name=...): needs a solver of jaxode's own loop, such as diffrax.Tsit5() or "
+        "jaxode.Rodas5P(); got Kvaerno3. The implicit equations couple the whole state, so do not "
+        "split it, or use such a solver.",
     ),
     (
         lambda: jaxode.odeint(lambda y, t: -y, ONE, jnp.array(1.0)), ValueError,
@@ -414,8 +436,8 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf(quadrature="stochastic", adjoint=jaxode.BacksolveAdjoint()), ValueError,
-        "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "
-        "Runge-Kutta solver. Use quadrature='gauss'.",
+        "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and a solver of "
+        "jaxode's own loop, such as diffrax.Tsit5() or jaxode.Rodas5P(). Use quadrature='gauss'.",
     ),
     (
         lambda: cnf(quadrature="stochastic").nll(None, X), ValueError,

@@ -76,6 +76,7 @@ class Contest(NamedTuple):
 class WorkPrecision(Benchmark):
     """Times of training steps at equal error of the gradient."""
 
+    error_of = "gradient error"
     target: float
     """The error at which times are compared."""
     groups: Mapping[str, Sequence[str]]
@@ -106,8 +107,8 @@ class WorkPrecision(Benchmark):
                 points = [f"{show.ms(row['median'])} / {row['error']:.0e}" for row in curve]
                 rows.append([name, shown, str(curve[-1]["rounds"]), ", ".join(points)])
             header = [
-                "", f"ms at gradient error {target:.0e}, median (min-max)", "rounds",
-                "ms / gradient error at each tolerance, the last two in every round",
+                "", f"ms at {self.error_of} {target:.0e}, median (min-max)", "rounds",
+                f"ms / {self.error_of} at each tolerance, the last two in every round",
             ]  # fmt: skip
             below = ratio_line(result) + show.failures(result)
             parts.append(f"**{case}**\n\n{show.markdown(header, rows)}\n\n{below}")
@@ -126,7 +127,7 @@ class WorkPrecision(Benchmark):
                 axis.loglog(xs, ys[0], marker="o", markersize=3.5, label=name, **style[name])
                 axis.vlines(xs, *ys[1:], color=style[name]["color"], linewidth=0.8, alpha=0.6)
             axis.axvline(result["target_error"], color="#999999", linewidth=0.8, zorder=0)
-            axis.set(title=case, xlabel="relative error of the gradient", ylabel="ms per step")
+            axis.set(title=case, xlabel=self.error_of, ylabel="ms")
             axis.invert_xaxis()
         return figure
 

@@ -1,6 +1,7 @@
 """What is said when a solve fails, and the place that raises."""
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ class Result(enum.IntEnum):
 EXPLANATIONS = {
     Result.MAX_STEPS_REACHED: (
         "the steps ran out",
-        "Raise max_steps, loosen rtol and atol, use an implicit solver such as diffrax.Kvaerno3() "
-        "for a stiff vector field, or look for an exploding one.",
+        "Raise max_steps, loosen rtol and atol, use solver=jaxode.Rodas5P() for a stiff "
+        "vector field, or look for an exploding one.",
     ),
     Result.STEP_SIZE_UNDERFLOW: (
         "the step size fell below the resolution of the time",
@@ -62,7 +63,12 @@ class SolveError(RuntimeError):
     """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
-def _message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> str:
+STIFF = "The problem looks stiff there: use solver=jaxode.Rodas5P(), or raise max_steps."
+
+
+def _message(
+    where: str, result: Any, t_reached: Any, found: dict[str, Any], stiff: bool = False
+) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
     A time that is not finite is left out. If an argument is at fault, the message is the sentence
@@ -80,7 +86,7 @@ def _message(where: str, result: Any, t_reached: Any, found: dict[str, Any]) -> 
     rows = f" in {in_rows(codes)}" if codes.size > 1 else ""
     time = float(times[first])
     at = f" at t={time:.6g}" if np.isfinite(time) else ""
-    return f"{where}: {cause}{at}{rows}. {remedy}"
+    return f"{where}: {cause}{at}{rows}. {STIFF if stiff else remedy}"
 
 
 def nan_or_raise(
@@ -88,8 +94,11 @@ def nan_or_raise(
     t_reached: Float[Array, "*rows"],
     faults: Faults | None = None,
     where: str = "",
+    stiff: Callable[[], bool] = lambda: False,
 ):
     """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
+
+    If it is now and steps ran out, the message says whether the problem looks `stiff`.
 
     A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
     Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
@@ -101,7 +110,8 @@ def nan_or_raise(
     find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
     if is_known(result):
         if np.any(np.asarray(result)):
-            raise SolveError(_message(where, result, t_reached, find()))
+            out_of_steps = bool(np.any(np.asarray(result) == Result.MAX_STEPS_REACHED))
+            raise SolveError(_message(where, result, t_reached, find(), out_of_steps and stiff()))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, found: dict[str, Any]) -> np.ndarray:

@@ -137,8 +137,9 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     """The flow with a tight solve, and a description of it."""
     dtype = tight_dtype(x)
     tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
-    explicit = flow.solve_options.tableau is not None
-    solver = diffrax.Dopri8() if explicit else flow.solve_options.solver
+    solver = flow.solve_options.solver
+    if not flow.solve_options.implicit:
+        solver = diffrax.Dopri8()
     divergence = flow.divergence
     if stochastic:
         divergence = _same_probes(divergence, x.dtype)

@@ -77,7 +77,7 @@ class Subject:
     @property
     def implicit(self) -> bool:
         """Whether the solver is implicit."""
-        return self.flow.solve_options.tableau is None
+        return self.flow.solve_options.implicit
 
     @property
     def solve_finer(self) -> str:

@@ -66,7 +66,7 @@ def stiffness(s: Subject) -> Row | None:
         "stiffness", jnp.max(radius) * span, STIFFNESS,
         f"at most {STIFFNESS:g} time constants",
         "Explicit steps are bound by stability: train with jaxode.regularizers.jacobian_frobenius, "
-        "or try solver=diffrax.Kvaerno5().",
+        "or try solver=jaxode.Rodas5P().",
     )  # fmt: skip
 
 

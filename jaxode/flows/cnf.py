@@ -40,7 +40,7 @@ from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
 from jaxode.ode.field import VectorField, check_field
-from jaxode.ode.options import SolveOptions, choice_of_steps
+from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
 from jaxode.ode.solution import report
 from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
@@ -372,8 +372,8 @@ def cnf(
     fused = options.adjoint.fused and options.tableau is not None
     if quadrature == "stochastic" and not fused:
         raise ValueError(
-            "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and an explicit "
-            "Runge-Kutta solver. Use quadrature='gauss'."
+            "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and "
+            f"{OWN_SOLVER}. Use quadrature='gauss'."
         )
     return CNF(
         f=f,

@@ -61,10 +61,10 @@ def backward_stats(
             "jaxode.BacksolveAdjoint() or jaxode.InterpolatingAdjoint()."
         )
     options = SolveOptions.make(adjoint=adjoint, **solve_options)
-    if options.tableau is None:
+    if options.implicit:
         raise ValueError(
             f"{arg('solver')} must be an explicit Runge-Kutta solver; got "
-            f"{type(options.solver).__name__}, which runs in diffrax. Use diffrax.Tsit5()."
+            f"{type(options.solver).__name__}. Use diffrax.Tsit5()."
         )
     y0 = check_state("y0", y0)
     solution = solve_checked(f, y0, (t0, t1), args, options, ts=ts, throw=True)

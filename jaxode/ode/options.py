@@ -24,15 +24,16 @@ from jaxode._checks.rules import is_known, rules_of
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
-from jaxode.ode.loop.tableau import Tableau, tableau_of
+from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
+OWN_SOLVER = "a solver of jaxode's own loop, such as diffrax.Tsit5() or jaxode.Rodas5P()"
 
 
 class SolveOptions(eqx.Module):
     """How to solve; `jaxode.solve` explains each option. Equal if all options are equal."""
 
-    solver: diffrax.AbstractSolver = diffrax.Tsit5()
+    solver: diffrax.AbstractSolver | Solver = diffrax.Tsit5()
     rtol: float | Float[Array, ""] = 1e-5
     atol: float | Float[Array, ""] = 1e-5
     steps: int | None = eqx.field(static=True, default=None)
@@ -68,8 +69,13 @@ class SolveOptions(eqx.Module):
 
     @property
     def tableau(self) -> Tableau | None:
-        """The solver's tableau, or None if it is not an explicit Runge-Kutta method."""
+        """The solver's tableau, or None if diffrax runs it."""
         return tableau_of(self.solver)
+
+    @property
+    def implicit(self) -> bool:
+        """Whether each step solves equations."""
+        return self.tableau is None or self.tableau.needs_jacobian
 
     def _check(self) -> None:
         if not isinstance(self.adjoint, Adjoint):
@@ -77,10 +83,10 @@ class SolveOptions(eqx.Module):
                 f"{arg('adjoint')} must be a gradient method such as "
                 f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."
             )
-        if not isinstance(self.solver, diffrax.AbstractSolver):
+        if not isinstance(self.solver, diffrax.AbstractSolver | Solver):
             raise TypeError(
-                f"{arg('solver')} must be an ODE solver of diffrax, such as diffrax.Tsit5(); "
-                f"got {self.solver!r}."
+                f"{arg('solver')} must be an ODE solver, such as diffrax.Tsit5() or "
+                f"jaxode.Rodas5P(); got {self.solver!r}."
             )
         tableau = self.tableau
         if tableau is not None and tableau.b_error is None and self.steps is None:
@@ -96,9 +102,9 @@ class SolveOptions(eqx.Module):
             )
         if tableau is None and self.axis_name is not None:
             raise ValueError(
-                f"{arg('axis_name')} needs an explicit Runge-Kutta solver, such as "
-                f"diffrax.Tsit5(); got {type(self.solver).__name__}. The implicit equations couple "
-                "the whole state, so do not split it, or use such a solver."
+                f"{arg('axis_name')} needs {OWN_SOLVER}; got {type(self.solver).__name__}. The "
+                "implicit equations couple the whole state, so do not split it, or use such a "
+                "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
         for name in ("rtol", "atol", "first_step", "max_step"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -83,9 +84,11 @@ class Solution(eqx.Module):
         return self.interpolant
 
 
-def report(solution: Solution, faults: Faults) -> Solution:
+def report(
+    solution: Solution, faults: Faults, stiff: Callable[[], bool] = lambda: False
+) -> Solution:
     """Raise `SolveError` if a solve failed: now, or when the compiled program runs."""
-    nan = nan_or_raise(solution.result, solution.t_reached, faults)
+    nan = nan_or_raise(solution.result, solution.t_reached, faults, stiff=stiff)
     if is_known(solution.result):
         return solution
     ok = solution.ok

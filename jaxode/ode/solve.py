@@ -20,8 +20,10 @@ from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field, of_row
 from jaxode.ode.loop.outputs import Steps, padded
-from jaxode.ode.options import SolveOptions, choice_of_steps
+from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
+from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
 from jaxode.ode.solution import Solution, report
+from jaxode.ode.stiffness import ran_into_stiffness
 from jaxode.ode.system import (
     Batch,
     System,
@@ -43,7 +45,7 @@ def solve(
     batch: Literal["joint", "per_sample"] | None = None,
     row_args: PyTree[Shaped[Array, "batch ..."]] = None,
     ts: Float[Array, " times"] | Float[Array, "batch times"] | None = None,
-    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    solver: diffrax.AbstractSolver | Rodas5P | Rosenbrock23 = diffrax.Tsit5(),
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
     steps: int | None = None,
@@ -82,9 +84,10 @@ def solve(
             between steps come from the solver's dense output. With "per_sample" steps also
             `[batch, times]`: pad a shorter row by repeating its last time, which costs no
             evaluations. Samples whose times are out of order fail.
-        solver: a diffrax ODE solver. Explicit Runge-Kutta solvers run in jaxode's own loop. Others,
-            such as the implicit `diffrax.Kvaerno5()` for stiff problems, run in diffrax and need
-            `DiscreteAdjoint` or `ForwardMode`; for a batch, use `jax.vmap` (docs/adjoint.md).
+        solver: an explicit Runge-Kutta solver of diffrax, or for stiff problems `jaxode.Rodas5P()`
+            or `jaxode.Rosenbrock23()` with `DiscreteAdjoint` or `ForwardMode` (docs/stiff.md). All
+            of these run in jaxode's own loop. Other solvers, such as `diffrax.Kvaerno5()`, run in
+            diffrax: without "per_sample" steps and events, and with the same gradient methods.
         rtol: relative error tolerance per step.
         atol: absolute error tolerance per step. A step is accepted if the root mean square of
             `error / (atol + rtol max(|y before|, |y after|))` is at most one.
@@ -265,21 +268,26 @@ def solve_checked(
         return solution
     rule = FINITE_STATE if batch is None else FINITE
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
-    return report(solution, faults | argument_faults(system))
+    return report(solution, faults | argument_faults(system), lambda: ran_into_stiffness(system))
 
 
 def check_implicit(options: SolveOptions, batch: Batch) -> None:
-    """Raise if an option needs an explicit Runge-Kutta solver and the solver is not one."""
-    if options.tableau is not None:
+    """Raise if an option does not go with the equations that each step solves."""
+    if not options.implicit:
         return
     name, adjoint = type(options.solver).__name__, options.adjoint
-    if batch == "per_sample":
+    in_diffrax = options.tableau is None
+    if in_diffrax and batch == "per_sample":
         raise ValueError(
-            f"{arg('batch', batch)} needs an explicit Runge-Kutta solver; got {name}. Use "
-            "jax.vmap over jaxode.solve, or batch='joint', whose cost grows as the cube of the "
-            "whole state."
+            f"{arg('batch', batch)} needs {OWN_SOLVER}; got {name}. Use such a solver, jax.vmap "
+            "over jaxode.solve, or batch='joint', whose cost grows as the cube of the whole state."
         )
-    if adjoint.of_diffrax() is None:
+    if options.axis_name is not None and batch is None:
+        raise ValueError(
+            f"{arg('axis_name')} {name} needs the Jacobian of the whole state; got batch=None. Do "
+            "not split the state, or pass the samples of a batch with batch='joint'."
+        )
+    if adjoint.of_diffrax() is None if in_diffrax else adjoint.solves_backwards:
         raise ValueError(
             f"{arg('adjoint')} {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
             f"got {name}. Use jaxode.DiscreteAdjoint()."
@@ -305,8 +313,8 @@ def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
         )
     if options.tableau is None:
         raise ValueError(
-            f"{arg('event')} needs an explicit Runge-Kutta solver; got "
-            f"{type(options.solver).__name__}. Use diffrax.diffeqsolve(event=...)."
+            f"{arg('event')} needs {OWN_SOLVER}; got {type(options.solver).__name__}. Use such a "
+            "solver, or diffrax.diffeqsolve(event=...)."
         )
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,9 +100,9 @@ def make_system(
     check_same_times((t0, t1, ts, options.breakpoints), options.axis_name)
     stepper = options.stepper(dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     stepper = dataclasses.replace(stepper, dense=dense)
-    adjoint = options.adjoint
-    if options.tableau is None:
-        adjoint = DiffraxSolve(options.solver, adjoint)
+    adjoint, solver = options.adjoint, options.solver
+    if isinstance(solver, diffrax.AbstractSolver) and options.tableau is None:
+        adjoint = DiffraxSolve(solver, adjoint)
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
     return System(field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event)
 

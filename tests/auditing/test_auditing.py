@@ -54,6 +54,7 @@ HEALTHY = {
     "probes": lambda: audit(swirl, 4, 0.03, divergence=divergence.hutchinson(16)),
     # The grid of the total probability is one system; in two dimensions, of 500,000 equations.
     "implicit": lambda: audit(wave, solver=diffrax.Kvaerno5(), rtol=1e-5, atol=1e-5),
+    "Rosenbrock": lambda: audit(wave, solver=jaxode.Rodas5P(), rtol=1e-5, atol=1e-5),
 }
 
 

@@ -231,6 +231,7 @@ def test_detest_backwards(name):
     [
         *((name, diffrax.Kvaerno5()) for name in STIFF),
         *((name, diffrax.Kvaerno3()) for name in ("C1", "D2", "E2")),
+        *((name, jaxode.Rodas5P()) for name in STIFF),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )

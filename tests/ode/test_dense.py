@@ -23,6 +23,7 @@ def solved(y0, t0, t1, a, **options):
 
 Y0, RATE = jnp.array([1.0, -0.5]), jnp.array(1.3)
 SOLVERS = [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3(), diffrax.Heun(), diffrax.Kvaerno5()]
+SOLVERS += [jaxode.Rodas5P()]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)

@@ -126,15 +126,18 @@ def test_flow_of_any_event_and_batch(control, event, batch):
     np.testing.assert_allclose(vjp(jnp.ones_like(z))[0], jnp.full_like(z, E), rtol=1e-4)
 
 
+@pytest.mark.parametrize("solver", [diffrax.Tsit5(), jaxode.Rodas5P()], ids=str)
 @pytest.mark.parametrize("y0", [jnp.zeros((0,)), jnp.zeros((2, 0))], ids=str)
-def test_state_of_no_numbers(y0):
-    solution = jaxode.solve(decay, y0, 0.0, 1.0, 1.0)
+def test_state_of_no_numbers(y0, solver):
+    solution = jaxode.solve(decay, y0, 0.0, 1.0, 1.0, solver=solver)
     assert solution.ok
     assert solution.y1.shape == y0.shape
 
 
 @pytest.mark.parametrize(
-    "solver", [diffrax.Tsit5(), diffrax.Kvaerno3()], ids=["explicit", "implicit"]
+    "solver",
+    [diffrax.Tsit5(), diffrax.Kvaerno3(), jaxode.Rodas5P()],
+    ids=["explicit", "implicit", "Rosenbrock"],
 )
 @pytest.mark.parametrize("event", [(), (1, 2, 2)], ids=str)
 def test_solve_of_any_event(solver, event):

@@ -32,7 +32,7 @@ def nan_always(t, y, args):
 FAILURES = [
     (
         decay, {"max_steps": 2}, 1,
-        r"the steps ran out at t=0\.\d+\. Raise max_steps, .* such as diffrax\.Kvaerno3\(\) for",
+        r"the steps ran out at t=0\.\d+\. Raise max_steps, .* solver=jaxode\.Rodas5P\(\) for",
     ),
     (blow_up, {}, 2, r"the step size fell below the resolution of the time at t=1\.00001\. Loosen"),
     (nan_after, {}, 3, r"the vector field or the state is not finite at t=0\.5\. Check the vector"),

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.integrate
 from helpers import OPTIMIZED
-from problems import ADAPTIVE, PROBLEMS, SOLVERS, solver_name
+from problems import ALL_ADAPTIVE, ALL_SOLVERS, PROBLEMS, SOLVERS, solver_name
 
 import jaxode
 
 
-@pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
+@pytest.mark.parametrize(("solver", "order", "adaptive"), ALL_SOLVERS, ids=solver_name)
 def test_convergence_order(solver, order, adaptive):
     """The error of N equal steps falls like `N ** -order`."""
     del adaptive
@@ -42,7 +42,7 @@ def any_problem(t, y, args):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-@pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
+@pytest.mark.parametrize("solver", ALL_ADAPTIVE, ids=solver_name)
 def test_exact_solution_at_tolerance(solver, problem):
     tolerance, n = 1e-6 if solver.order(None) < 4 else 1e-9, len(problem.y0)
     solution = jaxode.solve(
@@ -93,7 +93,7 @@ def test_same_steps_as_diffrax_give_the_same_numbers(solver, order, adaptive):
     np.testing.assert_allclose(ours.ys, theirs(y0), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("solver", ADAPTIVE, ids=solver_name)
+@pytest.mark.parametrize("solver", ALL_ADAPTIVE, ids=solver_name)
 def test_output_times(solver):
     """Saved states follow the exact solution, also at both ends, and backwards in time."""
     problem = PROBLEMS[1]

@@ -9,9 +9,7 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 import textwrap
 from functools import partial
@@ -47,8 +45,6 @@ PAGES = {
 }
 
 
-# A stiff problem in float32 is solved with the fused multiply-adds of optimized programs alone.
-NEED_OPTIMIZATIONS = ("adjoint.md",)
 NEED_LIBRARIES = {"gallery.md": ("flax", "numpyro")}
 
 
@@ -58,13 +54,6 @@ def test_code_blocks_run(page, default_settings):
         pytest.skip("needs JAX 0.8 or newer")
     for library in NEED_LIBRARIES.get(page, ()):
         pytest.importorskip(library)
-    if page in NEED_OPTIMIZATIONS and not os.environ.get("JAXODE_TEST_OPTIMIZED"):
-        test = f"{__file__}::test_code_blocks_run[{page}]"
-        environment = {**os.environ, "JAXODE_TEST_OPTIMIZED": "1", "XLA_FLAGS": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", test]
-        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert process.returncode == 0, process.stdout
-        return
     # The page on contributing says what to write into a module.
     scope = dict(vars(jaxode.divergence)) if page == "contributing.md" else {}
     printed = None

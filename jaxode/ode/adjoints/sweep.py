@@ -10,6 +10,12 @@ step's start is `y_bar + sum_i z_bar_i`.
 Anything that depends on the inside of a step, such as a saved output, adds to the cotangents of its
 stages. If the last stage is the first stage of the next step, it waits for that step's
 contribution, and is pulled back once.
+
+A step that needs the Jacobian (`loop/rosenbrock.py`) solves `M k_i = f_i + sum_j C_ij k_j + h d_i
+f_t` with `M = I / gamma - h J`. There `k_bar_i` also gets `sum_{j > i} C_ji r_j`, and the vector
+field is pulled back from `r_i = M^-T k_bar_i`. The rest depends on the start of the step alone:
+`h sum_i r_i . (J k_i + d_i f_t)` is pulled back as a sum of tangents of the vector field, with no
+derivative of the matrix.
 """
 
 from collections.abc import Callable
@@ -23,6 +29,7 @@ from jaxode._jax.closure import ClosedField
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
+from jaxode.ode.adjoints.rosenbrock import StartOfStep
 from jaxode.ode.adjoints.tape import Step, walk_back
 from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stepper import weighted_sum
@@ -131,14 +138,19 @@ class Sweep(NamedTuple):
         Stages below `lowest` are not pulled back; their cotangents wait.
         """
         t, h, y, k = step
-        A = jnp.asarray(self.tableau.A[: self.count, : self.count], y.dtype)
-        b = jnp.asarray(self.tableau.b[: self.count], y.dtype)
-        c = jnp.asarray(self.tableau.c, t.dtype)
+        tableau, count = self.tableau, self.count
+        A = jnp.asarray(tableau.A[:count, :count], y.dtype)
+        b = jnp.asarray(tableau.b[:count], y.dtype)
+        c = jnp.asarray(tableau.c, t.dtype)
         per_step, apply_at = self.per_step, self.solved.apply
         varied = None if per_step else self.solved.params
+        at_start = StartOfStep.of(self.solved, step) if tableau.needs_jacobian else None
+        if at_start is not None:
+            lowest = 2  # Both first stages are the vector field at the start.
 
         def k_bar_of(i, z_bars, k_bar):
-            return k_bar[i] + h[:, None] * (b[i] * y_bar + weighted_sum(A[:, i], z_bars))
+            bar = k_bar[i] + h[:, None] * (b[i] * y_bar + weighted_sum(A[:, i], z_bars))
+            return bar if at_start is None else at_start.pull(i, bar, k_bar)
 
         def stage(j, carry):
             z_bars, k_bar, params_bar, t_bar, h_bar = carry
@@ -163,6 +175,12 @@ class Sweep(NamedTuple):
         z_bars, k_bar, params_bar, t_bar, h_bar = carry
         if self.waits:
             k_bar = k_bar.at[0].set(k_bar_of(0, z_bars, k_bar))
+        if at_start is not None:
+            k_bar = k_bar.at[1].set(k_bar_of(1, z_bars, k_bar))
+            by_start, by_params = at_start.pull_start(k_bar)
+            z_bars = z_bars.at[0].set(by_start.y)
+            t_bar, h_bar = t_bar + by_start.t, h_bar + by_start.h
+            params_bar = jax.tree.map(jnp.add, params_bar, by_params)
         if per_step:
             params_bar = self._gather(step, A, c, k_bar, params_bar)
         if self.solved.timed:
@@ -173,7 +191,7 @@ class Sweep(NamedTuple):
 
     def _gather(self, step: Step, A, c, k_bar, params_bar):
         """Add the parameter gradient of all stages of a step, except one that waits."""
-        own = slice(1 if self.waits else 0, self.pulled)
+        own = slice(2 if self.tableau.needs_jacobian else int(self.waits), self.pulled)
         z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
         times = step.t[None] + c[: self.count, None] * step.h[None]
         stages = lambda params: jax.vmap(self.solved.apply, (None, 0, 0))(

@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.integrate import Field, Integration, stages
+from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import entry_of_each
 from jaxode.ode.loop.stepper import weighted_sum
-from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.loop.tableau import Field, Tableau
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def _replay(
         y = jnp.where(h[:, None] == 0, y, y + h[:, None] * weighted_sum(b, k))
         index = index + 1
         t, h = _interval(times, index)
-        k = stages(field, tableau, t, h, y, None, count)
+        k = tableau.evaluate(field, t, h, y, None, count)
         keep = (index > start) & (jax.lax.rem(index - start, spacing) == 0)
         return index, y, k, checkpoints.keep_replayed(index, y, k, stop, keep)
 

@@ -1,4 +1,4 @@
-"""The forward loop: explicit Runge-Kutta steps on rows, with or without error control.
+"""The forward loop: steps on rows, with or without error control.
 
 The state is `[samples, n]`. With per-sample steps each sample is a row, which has its own time,
 step size and accept flag; otherwise there is one row (`rows.py`). A row that waits for the others
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
-from jaxode._jax.sharding import fori_loop, while_loop
+from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
 from jaxode.ode.loop.outputs import Steps, save
@@ -24,10 +24,7 @@ from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
-from jaxode.ode.loop.tableau import Tableau
-
-# The vector field on rows: (t [rows], y [samples, n]) -> dy/dt [samples, n].
-Field = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]]
+from jaxode.ode.loop.tableau import Field
 
 # (before a step, the step) -> whether an accepted step stops inside, the time and state there.
 Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "samples n"]]]
@@ -82,31 +79,6 @@ class Attempt(NamedTuple):
     accept: Bool[Array, " rows"]
 
 
-def stages(
-    field: Field,
-    tableau: Tableau,
-    t: Float[Array, " rows"],
-    h: Float[Array, " rows"],
-    y: Float[Array, "samples n"],
-    slope: Float[Array, "samples n"] | None,
-    count: int,
-) -> Float[Array, "stages samples n"]:
-    """The first `count` stage derivatives of one step, in a loop with one copy of `field`.
-
-    If `slope` is given, it is the first of them and is not evaluated again.
-    """
-    A, c = jnp.asarray(tableau.A[:count, :count], y.dtype), jnp.asarray(tableau.c, t.dtype)
-    k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
-    if slope is not None:
-        k = k.at[0].set(slope)
-
-    def stage(i, k):
-        z = y + h[:, None] * weighted_sum(A[i], k)
-        return k.at[i].set(field(t + c[i] * h, z))
-
-    return fori_loop(0 if slope is None else 1, count, stage, k)
-
-
 def integrate(
     problem: Problem, stepper: Stepper, checkpoints: int | None = None, stop: Stop | None = None
 ) -> tuple[Integration, Any]:
@@ -144,7 +116,7 @@ def integrate(
 
     state = while_loop(lambda state: state.progress.active.any(), advance, state)
     final, tableau = state.progress, stepper.tableau
-    stats = final.stats(tableau.stages - tableau.first_same_as_last, first_evals)
+    stats = final.stats(tableau.evaluations, first_evals)
     # Over an empty span, a vector field that is not finite changes nothing.
     harmless = (start == end) & (final.result == Result.NON_FINITE)
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
@@ -192,7 +164,7 @@ def _attempt(
     t = jnp.where(ahead.reached, ahead.t, on_mesh(ahead.t, ahead.piece.start, ahead.piece.end))
     t = jnp.where(now.active, t, now.t)
     h = t - now.t
-    k = stages(problem.slope, tableau, now.t, h, now.y, state.slope, tableau.stages)
+    k = tableau.evaluate(problem.slope, now.t, h, now.y, state.slope, tableau.stages)
     y = now.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, now.y.dtype), k)
     accept, then = judge(stepper, now, ahead._replace(t=t), y, k)
     then = then._replace(h=jax.lax.stop_gradient(then.h))

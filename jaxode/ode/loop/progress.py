@@ -129,7 +129,7 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     ratio = error_ratio(stepper, error, state.y, y_next, h)
     finite = jnp.isfinite(ratio)
     guessed = state.accepted == 0
-    accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.order, guessed)
+    accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.error_order, guessed)
     h_next = limit_step(stepper, h * factor)
     if stepper.breakpoints is not None:
         # A jump is crossed whatever its error, and a step cut short says nothing.

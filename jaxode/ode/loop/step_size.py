@@ -32,6 +32,11 @@ def rms_norm(
     return jnp.sqrt(mean_square)
 
 
+def error_scale(stepper: Stepper, y0, y1) -> Float[Array, "samples n"]:
+    """The error that the tolerances allow in each number."""
+    return stepper.atol + stepper.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+
+
 def error_ratio(
     stepper: Stepper, error: Float[Array, "samples n"], y0, y1, h: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
@@ -39,8 +44,7 @@ def error_ratio(
 
     NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
     """
-    scale = stepper.atol + stepper.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
-    relative = _relative(error, scale, h)
+    relative = _relative(error, error_scale(stepper, y0, y1), h)
     return rms_norm(stepper, jnp.where(jnp.isfinite(y1), relative, jnp.nan), h)
 
 
@@ -123,7 +127,7 @@ def _first_step_of_slopes(
     are as large as these two, whatever the unit of time, which is too careful for smooth solutions:
     every step is also pulled back, so an extra step costs more than a rejection.
     """
-    order, tiny = tableau.order, 1e-15
+    order, tiny = tableau.error_order, 1e-15
     rate = jnp.maximum(d2 / jnp.maximum(d1, tiny), tiny)
     error = jnp.maximum(tableau.error_constant * d1, tiny)
     h = SAFETY * error ** (-1 / order) * rate ** (1 / order - 1)

@@ -14,7 +14,7 @@ class Stepper(eqx.Module):
     """How to step: a tableau, and either tolerances or a number of equal steps."""
 
     tableau: Any = eqx.field(static=True)
-    """A `Tableau`, or None if the solver is not an explicit Runge-Kutta method."""
+    """A `Tableau`, or None if diffrax runs the solver."""
     rtol: Float[Array, ""]
     atol: Float[Array, ""]
     first_step: Float[Array, ""] | None

@@ -1,9 +1,9 @@
-"""A diffrax explicit Runge-Kutta solver as NumPy arrays."""
+"""A solver as NumPy arrays, and its stages: explicit Runge-Kutta solvers, which diffrax has."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import jax
@@ -12,8 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._jax.precision import concrete_double_precision
+from jaxode._jax.sharding import fori_loop
+from jaxode.ode.loop.stepper import weighted_sum
 
 MOST_DEGREE = 9  # of a dense output
+
+# The vector field on rows: (t [rows], y [samples, n]) -> dy/dt [samples, n].
+Field = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +30,9 @@ class Tableau:
     `tableau_of` returns the same one each time, so they can be static arguments of `jit`.
     """
 
+    needs_jacobian: ClassVar[bool] = False
+    """Whether a step evaluates the Jacobian of the vector field at its start."""
+
     name: str
     order: int
     A: np.ndarray
@@ -34,8 +42,9 @@ class Tableau:
     """None for a method without an error estimate, which needs equal steps."""
     first_same_as_last: bool
     """Whether the last stage of a step is the first stage of the next."""
-    interpolation: Callable[..., Any]
-    """Makes the dense output from `t0, t1, y0, y1` and, unless it is linear, `k`."""
+    interpolation: Any
+    """Makes the dense output from `t0, t1, y0, y1` and, unless it is linear, `k`. None if `dense`
+    is known."""
 
     @property
     def stages(self) -> int:
@@ -47,11 +56,36 @@ class Tableau:
         return int(np.flatnonzero(self.b)[-1]) + 1
 
     @property
+    def evaluations(self) -> int:
+        """Evaluations of the vector field per step, after the first one."""
+        return self.stages - self.first_same_as_last
+
+    @property
+    def error_order(self) -> int:
+        """The order of the error estimate in the step size."""
+        return self.order
+
+    @property
     def error_constant(self) -> float:
-        """`C` of the error estimate `C h^order` for the linear equation `y' = y`, `y(t) = 1`."""
+        """`C` of the estimate `C h^error_order` for the linear equation `y' = y`, `y(t) = 1`."""
         assert self.b_error is not None
         slopes = np.linalg.matrix_power(self.A, self.order - 1) @ np.ones(self.stages)
         return abs(float(self.b_error @ slopes))
+
+    @functools.cached_property
+    def stability(self) -> float | None:
+        """Where the region of stability ends on the negative real axis.
+
+        None unless the last two stages are at the same time, whose slopes then tell how fast the
+        fastest component decays.
+        """
+        if self.stages < 2 or self.c[-1] != self.c[-2]:
+            return None
+        # The region of any method of up to ten stages ends before.
+        z = np.linspace(0, 20, 2001)
+        inverse = np.linalg.inv(np.eye(self.stages) + z[:, None, None] * self.A)
+        growth = 1 - z * (self.b @ inverse).sum(axis=-1)
+        return float(z[np.argmax(np.abs(growth) > 1 + 1e-9)])
 
     @functools.cached_property
     def dense(self) -> np.ndarray:
@@ -88,6 +122,41 @@ class Tableau:
             weights = row + theta * weights
         return theta * weights
 
+    def evaluate(
+        self,
+        field: Field,
+        t: Float[Array, " rows"],
+        h: Float[Array, " rows"],
+        y: Float[Array, "samples n"],
+        slope: Float[Array, "samples n"] | None,
+        count: int,
+    ) -> Float[Array, "stages samples n"]:
+        """The first `count` stages of one step, in a loop with one copy of `field`.
+
+        If `slope` is given, it is the first of them and is not evaluated again.
+        """
+        A, c = jnp.asarray(self.A[:count, :count], y.dtype), jnp.asarray(self.c, t.dtype)
+        k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
+        if slope is not None:
+            k = k.at[0].set(slope)
+
+        def stage(i, k):
+            z = y + h[:, None] * weighted_sum(A[i], k)
+            return k.at[i].set(field(t + c[i] * h, z))
+
+        return fori_loop(0 if slope is None else 1, count, stage, k)
+
+
+class Solver:
+    """A solver of jaxode's own."""
+
+    tableau: ClassVar[Tableau]
+
+    def order(self, terms: Any = None) -> int:
+        """The order of convergence, as diffrax's solvers have it."""
+        del terms
+        return self.tableau.order
+
 
 @functools.cache
 def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
@@ -113,6 +182,8 @@ def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
     )
 
 
-def tableau_of(solver: diffrax.AbstractSolver) -> Tableau | None:
-    """The tableau of an explicit Runge-Kutta solver, or None for any other kind of solver."""
+def tableau_of(solver: diffrax.AbstractSolver | Solver) -> Tableau | None:
+    """The tableau of a solver that runs in jaxode's own loop, or None for one that does not."""
+    if isinstance(solver, Solver):
+        return solver.tableau
     return _tableau_of_class(type(solver))

@@ -1,0 +1,65 @@
+"""The chain rule through the linear solves of a Rosenbrock step. The equations: `sweep.py`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxode._jax.pullback import vjp
+from jaxode.ode.adjoints.base import Solved
+from jaxode.ode.adjoints.tape import Step
+from jaxode.ode.loop.rosenbrock import Linearized
+from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.stepper import weighted_sum
+
+
+class StartOfStep(NamedTuple):
+    """The matrix of a step, and how the stages depend on its start."""
+
+    solved: Solved
+    step: Step
+    linearized: Linearized
+    C: Float[Array, "stages stages"]
+    d: Float[Array, " stages"]
+
+    @classmethod
+    def of(cls, solved: Solved, step: Step) -> "StartOfStep":
+        """With the factorization done again."""
+        tableau, (t, h, y, k) = solved.stepper.tableau, step
+        field = lambda t, y: solved.apply(solved.params, t, y)
+        count = len(k)
+        C = jnp.asarray(tableau.C[:count, :count], y.dtype)
+        d = jnp.asarray(tableau.d[:count], y.dtype)
+        return cls(solved, step, Linearized.at(tableau.gamma, field, t, h, y), C, d)
+
+    def pull(self, i: Any, bar: Float[Array, "samples n"], r: Float[Array, "stages samples n"]):
+        """`r_i`, from the other contributions to `k_bar_i` and the `r_j` of later stages."""
+        return self.linearized.solve(bar + weighted_sum(self.C[:, i], r), transposed=True)
+
+    def pull_start(self, r: Float[Array, "stages samples n"]) -> tuple[Step, PyTree]:
+        """The cotangents of the time, the size and the state at the start, and of the parameters.
+
+        Given `r_i`, and for stage 0 what depends on it from elsewhere.
+        """
+        t, h, y, k = self.step
+        solved, timed = self.solved, self.solved.timed
+        times = jnp.broadcast_to(self.d[1:, None].astype(t.dtype), (len(k) - 1, *t.shape))
+
+        def tangents(params, t, y):
+            """The vector field, and `J k_i + d_i f_t` for each stage."""
+            along = lambda dt, dy: jax.jvp(
+                lambda t, y: solved.apply(params, t, y), (t, y), (dt, dy)
+            )
+            slopes, along = jax.vmap(along)(times, k[1:])
+            return slopes[0], along
+
+        bars = r[0] + r[1], h[None, :, None] * r[1:]
+        if timed:
+            (_, along), pull = vjp(tangents, solved.params, t, y)
+            by_params, t_bar, y_bar = pull(bars)
+            products = over_rows(jnp.sum, jnp.sum(r[1:] * along, axis=0), h)
+            return Step(t_bar, products, y_bar, k), by_params
+        _, pull = vjp(lambda params, y: tangents(params, t, y), solved.params, y)
+        by_params, y_bar = pull(bars)
+        return Step(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params

@@ -1,0 +1,219 @@
+"""Rosenbrock methods, for stiff problems: linear solves in place of Newton's iteration.
+
+With `J` the Jacobian and `f_t` the time derivative of the vector field at the start of a step, the
+stages solve
+
+    (I / gamma - h J) k_i = f(t + c_i h, y + h sum_j A_ij k_j) + sum_j C_ij k_j + h d_i f_t,
+
+which is the transformed form of Hairer and Wanner, with `k_i` in place of their `u_i / h`. All
+stages share one factorization. Samples are independent, so each has a matrix of its own, also where
+they share their steps.
+
+References: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), section IV.7.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxode._jax.linear import Factors, factorize, solve
+from jaxode._jax.sharding import axes_of, fori_loop, vary
+from jaxode.ode.loop.stepper import weighted_sum
+from jaxode.ode.loop.tableau import Field, Solver, Tableau
+
+
+class Linearized(NamedTuple):
+    """The vector field at the start of a step, and the factors of `I / gamma - h J`."""
+
+    slope: Float[Array, "samples n"]
+    by_time: Float[Array, "samples n"]
+    factors: Factors
+
+    @classmethod
+    def at(cls, gamma: float, field: Field, t, h, y: Float[Array, "samples n"]) -> "Linearized":
+        """Columns of the Jacobians of all samples come from one product with a unit vector."""
+        n = y.shape[1]
+        unit = vary(jnp.eye(n, dtype=y.dtype), axes_of(y))
+
+        slope, push = jax.linearize(lambda y: field(t, y), y)
+        columns = jax.vmap(lambda e: push(jnp.broadcast_to(e, y.shape)))(unit)
+        _, by_time = jax.jvp(lambda t: field(t, y), (t,), (jnp.ones_like(t),))
+        # Of a step of size zero, the Jacobian may not be finite.
+        size, jacobian = h.astype(y.dtype)[None, None], columns.transpose(2, 0, 1)
+        matrix = unit[:, :, None] / gamma - jnp.where(size == 0, 0, size * jacobian)
+        return cls(slope, by_time, factorize(matrix))
+
+    def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
+        """The solution for this right-hand side."""
+        return solve(self.factors, b, transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class RosenbrockTableau(Tableau):
+    """The coefficients of a Rosenbrock method.
+
+    Stage 0 is the vector field at the start. It has no weight anywhere, and is what the solution
+    follows if a step has size zero. The stages of the method follow.
+    """
+
+    C: np.ndarray
+    d: np.ndarray
+    gamma: float
+    order_of_error: int
+    dense_output: np.ndarray
+
+    needs_jacobian: ClassVar[bool] = True
+
+    @property
+    def evaluations(self) -> int:
+        """One less than stages: the first stage of the method uses stage 0."""
+        return self.stages - 1
+
+    @property
+    def error_order(self) -> int:
+        """The order of the error estimate in the step size."""
+        return self.order_of_error
+
+    @property
+    def error_constant(self) -> float:
+        """`C` of the estimate `C h^error_order` for the linear equation `y' = y`, `y(t) = 1`."""
+        assert self.b_error is not None
+        # The Taylor series of the stages in `h`, whose first term is that of the constant `y' = 1`.
+        implicit = np.eye(self.stages) / self.gamma - self.C
+        terms = np.linalg.solve(implicit, np.ones(self.stages))
+        for _ in range(self.error_order - 1):
+            terms = np.linalg.solve(implicit, terms + self.A @ terms)
+        return abs(float(self.b_error @ terms))
+
+    @property
+    def dense(self) -> np.ndarray:
+        """Coefficients of the dense output, as for `Tableau`."""
+        return self.dense_output
+
+    def evaluate(self, field: Field, t, h, y, slope, count: int):
+        """The first `count` stages of one step, with one Jacobian and one factorization."""
+        del slope
+        of = lambda x: jnp.asarray(x[:count], y.dtype)
+        A, C, d, c = of(self.A[:, :count]), of(self.C[:, :count]), of(self.d), of(self.c)
+        at = Linearized.at(self.gamma, field, t, h, y)
+        k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
+        first = at.solve(at.slope + d[1] * h[:, None] * at.by_time)
+        k = k.at[0].set(at.slope).at[1].set(first)
+
+        def stage(i, k):
+            z = y + h[:, None] * weighted_sum(A[i], k)
+            right = field(t + c[i] * h, z) + weighted_sum(C[i], k)
+            return k.at[i].set(at.solve(right + d[i] * h[:, None] * at.by_time))
+
+        return fori_loop(2, count, stage, k)
+
+
+def _rosenbrock(name: str, order: int, order_of_error: int, **given: Any) -> RosenbrockTableau:
+    """The tableau of a method, with stage 0 put before the given stages."""
+    given = {name: np.asarray(value) for name, value in given.items()}
+    before = lambda x: np.concatenate([np.zeros((*x.shape[:-1], 1)), x], axis=-1)
+    gamma = float(given["gamma"])
+    square = {name: before(before(given[name]).T).T for name in ("A", "C")}
+    row = {name: before(given[name]) for name in ("b", "c", "d", "b_error")}
+    return RosenbrockTableau(
+        name=name,
+        order=order,
+        first_same_as_last=False,
+        interpolation=None,
+        gamma=gamma,
+        order_of_error=order_of_error,
+        dense_output=before(given["dense"]),
+        **square,
+        **row,
+    )
+
+
+def _rodas5p() -> RosenbrockTableau:
+    last = [-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256]
+    last = [*last, 0.030198172008377946]
+    A = np.zeros((8, 8))
+    A[1, :1] = 3.0
+    A[2, :2] = 2.849394379747939, 0.45842242204463923
+    A[3, :3] = -6.954028509809101, 2.489845061869568, -10.358996098473584
+    A[4, :4] = 2.8029986275628964, 0.5072464736228206, -0.3988312541770524, -0.04721187230404641
+    A[5:, :5] = last
+    A[6:, 5], A[7, 6] = 1.0, 1.0
+    C = np.zeros((8, 8))
+    C[1, :1] = -14.155112264123755
+    C[2, :2] = -17.97296035885952, -2.859693295451294
+    C[3, :3] = 147.12150275711716, -1.41221402718213, 71.68940251302358
+    C[4, :4] = 165.43517024871676, -0.4592823456491126, 42.90938336958603, -5.961986721573306
+    C[5, :3] = 24.854864614690072, -3.0009227002832186, 47.4931110020768
+    C[5, 3:5] = 5.5814197821558125, -0.6610691825249471
+    C[6, :3] = 30.91273214028599, -3.1208243349937974, 77.79954646070892
+    C[6, 3:6] = 34.28646028294783, -19.097331116725623, -28.087943162872662
+    C[7, :3] = 37.80277123390563, -3.2571969029072276, 112.26918849496327
+    C[7, 3:] = 66.9347231244047, -40.06618937091002, -54.66780262877968, -9.48861652309627, 0
+    c = [0, 0.6358126895828704, 0.4095798393397535, 0.9769306725060716, 0.4288403609558664, 1, 1, 1]
+    d = [0.21193756319429014, -0.42387512638858027, -0.3384627126235924, 1.8046452872882734]
+    d = [*d, 2.325825639765069, 0, 0, 0]
+    H = np.zeros((3, 8))
+    H[0, :4] = 25.948786856663858, -2.5579724845846235, 10.433815404888879, -2.3679251022685204
+    H[0, 4:] = 0.524948541321073, 1.1241088310450404, 0.4272876194431874, -0.17202221070155493
+    H[1, :4] = -9.91568850695171, -0.9689944594115154, 3.0438037242978453, -24.495224566215796
+    H[1, 4:] = 20.176138334709044, 15.98066361424651, -6.789040303419874, -6.710236069923372
+    H[2, :4] = 11.419903575922262, 2.8879645146136994, 72.92137995996029, 80.12511834622643
+    H[2, 4:] = -52.072871366152654, -59.78993625266729, -0.15582684282751913, 4.883087185713722
+    b = np.array([*last, 1.0, 1.0, 1.0])
+    # y + theta (h b k + (1 - theta) h (H_0 + theta H_1 + theta^2 H_2) k)
+    dense = np.stack([b + H[0], H[1] - H[0], H[2] - H[1], -H[2]])
+    error, gamma = np.eye(8)[7], 0.21193756319429014
+    return _rosenbrock(
+        "Rodas5P", 5, 5, A=A, C=C, b=b, c=c, d=d, b_error=error, dense=dense, gamma=gamma
+    )
+
+
+def _rosenbrock23() -> RosenbrockTableau:
+    """With `k_1 = K_1 / gamma`, `k_2 = (K_1 + K_2) / gamma` and so on for Shampine's `k`, where
+    `K` are the stages here."""
+    gamma, e32 = 1 / (2 + 2**0.5), 6 + 2**0.5
+    by_gamma = lambda rows: np.array(rows) / gamma
+    return _rosenbrock(
+        "Rosenbrock23",
+        2,
+        3,
+        A=by_gamma([[0, 0, 0], [0.5, 0, 0], [1, 1, 0]]),
+        C=by_gamma([[0, 0, 0], [-1, 0, 0], [-2, -e32, 0]]),
+        b=by_gamma([1, 1, 0]),
+        c=[0, 0.5, 1],
+        d=[gamma, 0, -gamma],
+        b_error=by_gamma([1, e32 - 2, 1]) / 6,
+        dense=by_gamma([[1, -2 * gamma / (1 - 2 * gamma), 0], [0, 1 / (1 - 2 * gamma), 0]]),
+        gamma=gamma,
+    )
+
+
+@dataclass(frozen=True)
+class Rodas5P(Solver):
+    """The stiff solver to start with: a Rosenbrock method of order 5(4), for any tolerance.
+
+    L-stable and stiffly accurate. A step evaluates the vector field eight times and its Jacobian
+    once, by forward mode, and factorizes one matrix per sample; there is no iteration that could
+    fail to converge. On stiff problems whose forcing depends on time the order can fall, to about
+    4 on that of Prothero and Robinson, for which it is made.
+
+    References: Steinebach (2023), doi:10.1007/s10543-023-00967-x.
+    """
+
+    tableau: ClassVar[Tableau] = _rodas5p()
+
+
+@dataclass(frozen=True)
+class Rosenbrock23(Solver):
+    """A stiff solver for loose tolerances and fields that are not smooth: order 2, as `ode23s`.
+
+    L-stable. A step evaluates the vector field three times and its Jacobian once.
+
+    References: Shampine and Reichelt, "The MATLAB ODE suite" (1997).
+    """
+
+    tableau: ClassVar[Tableau] = _rosenbrock23()

@@ -1,0 +1,168 @@
+"""Stiff problems by jaxode's own solvers: errors, orders, and all that a solve can do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from problems import STIFF, robertson, solver_name
+
+import jaxode
+
+SOLVERS = [jaxode.Rodas5P(), jaxode.Rosenbrock23()]
+RODAS, RATES = SOLVERS[0], jnp.array([0.04, 3e7, 1e4])
+Y0 = jnp.array([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.5, 1e-5, 0.5]])
+
+
+@pytest.mark.parametrize("problem", STIFF, ids=str)
+def test_error_of_reference_problems(problem):
+    solution = jaxode.solve(
+        problem.f, problem.y0, 0.0, problem.t1, problem.args, solver=RODAS, rtol=1e-7,
+        atol=problem.atol,
+    )  # fmt: skip
+    # 1e-5: two orders above the tolerance, also of species whose own tolerance is looser.
+    assert problem.error(solution.y1) < 1e-5
+
+
+# Equal steps, and the order of the error when the rate is 1e6: classical orders are 5 and 2.
+PROTHERO_ROBINSON = [(SOLVERS[0], np.array([10, 40]), 3), (SOLVERS[1], np.array([40, 160]), 2)]
+
+
+@pytest.mark.parametrize(("solver", "steps", "order"), PROTHERO_ROBINSON, ids=solver_name)
+def test_order_reduction(solver, steps, order):
+    """On `y' = -rate (y - sin t) + cos t`, whose solution is `sin t` at any rate."""
+    f = lambda t, y, rate: -rate * (y - jnp.sin(t)) + jnp.cos(t)
+    y0, t1 = np.sin(np.ones(1)), 3.0
+    ends = [jaxode.solve(f, y0, 1.0, t1, 1e6, solver=solver, steps=int(n)).y1[0] for n in steps]
+    errors = np.abs(np.array(ends) - np.sin(t1))
+    assert order - 0.3 < np.log(errors[0] / errors[1]) / np.log(4) < order + 0.5
+    assert errors[0] < (1e-10 if order == 3 else 1e-4)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5], ids=["robertson", "hires", "pollution"])
+def test_single_precision(n):
+    problem = STIFF[n]
+    single = lambda x: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x)
+    solution = jaxode.solve(
+        problem.f, single(problem.y0), 0.0, problem.t1, single(problem.args), solver=RODAS,
+        rtol=1e-4, atol=1e-8,
+    )  # fmt: skip
+    assert solution.y1.dtype == jnp.float32
+    assert problem.error(solution.y1) < 5e-3  # what rounding leaves of species of 1e-4
+
+
+def driven(t, y, args, xp=jnp):
+    """Robertson's reactions with a rate of its own for each row, and a source that depends on the
+    time."""
+    rates, factor = args
+    a, b, c = rates[0] * factor * y[0], rates[1] * y[1] ** 2, rates[2] * y[1] * y[2]
+    return xp.stack([-a + c + 0.01 * xp.sin(t) * y[0], a - b - c, b])
+
+
+FACTORS = jnp.array([1.0, 0.3, 3.0])
+TS = jnp.array([0.5, 3.0, 33.0])
+
+
+def run(y0, rates, factors, t0, t1, ts, **options):
+    options = {"solver": RODAS, "rtol": 1e-5, "atol": 1e-9, "batch": "per_sample", **options}
+    return jaxode.solve(driven, y0, t0, t1, rates, row_args=factors, ts=ts, **options)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=solver_name)
+def test_rows_are_single_solves(solver):
+    batch = run(Y0, RATES, FACTORS, 0.0, 40.0, TS, solver=solver, rtol=1e-4)
+    single = jax.jit(
+        lambda y0, factor: jaxode.solve(
+            driven, y0, 0.0, 40.0, (RATES, factor), ts=TS, solver=solver, rtol=1e-4, atol=1e-9
+        )
+    )
+    for row in range(3):
+        alone = single(Y0[row], FACTORS[row])
+        np.testing.assert_allclose(batch.y1[row], alone.y1, rtol=1e-9)
+        np.testing.assert_allclose(batch.ys[:, row], alone.ys, rtol=1e-9)
+        assert batch.stats.num_steps[row] == alone.stats.num_steps
+        assert batch.stats.num_evals[row] == alone.stats.num_evals
+
+
+def test_joint_steps_solve_each_row_alone():
+    """They take the same steps; no matrix is larger than that of a row."""
+    joint = run(Y0, RATES, FACTORS, 0.0, 40.0, TS, batch="joint", rtol=1e-8, atol=1e-12)
+    rows = run(Y0, RATES, FACTORS, 0.0, 40.0, TS, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(joint.ys, rows.ys, rtol=1e-6)
+    four = jnp.concatenate([Y0, Y0[:1]]), RATES, jnp.ones(4)
+    program = jax.jit(lambda *a: run(*a, 0.0, 40.0, None, batch="joint").y1).lower(*four)
+    assert "3x3x4x" in program.as_text()
+    assert "12x12" not in program.as_text()
+
+
+def test_events_and_breakpoints():
+    half = jaxode.Event(lambda t, y, args: y[0] - 0.5)
+    ended = jaxode.solve(
+        robertson, Y0[:2], 0.0, 1e4, RATES, batch="per_sample", solver=RODAS, event=half, rtol=1e-8,
+        atol=1e-12,
+    )  # fmt: skip
+    assert ended.event_occurred.all()
+    np.testing.assert_allclose(ended.y1[:, 0], 0.5, rtol=1e-7)
+    on = lambda t, y, args: jnp.where(t < 1.0, -1e6, -1.0) * (y - 1)
+    cut = jaxode.solve(
+        on, jnp.zeros(1), 0.0, 2.0, solver=RODAS, breakpoints=[1.0], rtol=1e-8, atol=1e-8
+    )
+    np.testing.assert_allclose(cut.y1, 1.0, rtol=1e-8)
+
+
+def test_flow():
+    end = jaxode.flow(robertson, Y0, 0.0, 40.0, RATES, solver=RODAS, rtol=1e-7, atol=1e-10)
+    assert STIFF[0].error(end[0]) < 1e-5
+
+
+def test_an_empty_span_keeps_the_state_and_follows_the_field():
+    end = lambda t1, ts: run(Y0, RATES, FACTORS, 1.0, t1, ts[None], adjoint=jaxode.ForwardMode())
+    one = jnp.asarray(1.0)
+    solution = end(one, one)
+    np.testing.assert_array_equal(solution.y1, Y0)
+    by_end, by_output = jax.jacfwd(lambda *a: (end(*a).y1, end(*a).ys[0]), (0, 1))(one, one)
+    slopes = jax.vmap(driven, (None, 0, (None, 0)))(1.0, Y0, (RATES, FACTORS))
+    np.testing.assert_allclose(by_end[0], slopes, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(by_output[1], slopes, rtol=1e-10, atol=1e-10)
+    reverse = lambda t1: run(Y0, RATES, FACTORS, 1.0, t1, None).y1.sum()
+    np.testing.assert_allclose(jax.grad(reverse)(one), slopes.sum(), rtol=1e-10, atol=1e-8)
+
+
+def test_over_devices():
+    """Rows and joint steps, split over two devices."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    y0, factors, split = Y0[:2], FACTORS[:2], PartitionSpec("rows")
+
+    def loss(batch, axis_name=None):
+        def of(y0, rates, factors):
+            solution = run(
+                y0, rates, factors, 0.0, 40.0, None, batch=batch, axis_name=axis_name, throw=False
+            )
+            total = jnp.sum(solution.y1**2)
+            return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+        return of
+
+    def summed(*inputs):
+        return jax.lax.psum(loss("per_sample")(*inputs), "rows")
+
+    for batch, split_loss in (("joint", loss("joint", "rows")), ("per_sample", summed)):
+        over = jax.shard_map(
+            split_loss, mesh=mesh, in_specs=(split, PartitionSpec(), split),
+            out_specs=PartitionSpec(),
+        )  # fmt: skip
+        many = jax.jit(jax.grad(over, (0, 1)))(y0, RATES, factors)
+        one = jax.jit(jax.grad(loss(batch), (0, 1)))(y0, RATES, factors)
+        for a, b in zip(many, one, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-7)
+
+
+def test_jacobian_that_is_not_finite_where_the_field_is():
+    """A row at rest at the square root's zero fails alone, and says so."""
+    f = lambda t, y, args: -jnp.sqrt(y)
+    solution = jaxode.solve(
+        f, jnp.array([[1.0], [0.0]]), 0.0, 1.0, batch="per_sample", solver=RODAS, throw=False
+    )
+    np.testing.assert_array_equal(solution.ok, [True, False])
+    assert solution.result[1] == jaxode.Result.NON_FINITE
+    np.testing.assert_allclose(solution.y1[0], 0.25, rtol=1e-4)

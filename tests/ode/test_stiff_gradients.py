@@ -1,0 +1,158 @@
+"""Gradients of stiff solves: against SciPy, forward mode, and in rows that fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+from helpers import assert_close
+from problems import robertson, solver_name
+from test_stiff import FACTORS, RATES, RODAS, SOLVERS, TS, Y0, driven, run
+
+import jaxode
+
+INPUTS = (Y0, RATES, FACTORS, jnp.asarray(0.0), jnp.asarray(40.0), TS)
+WEIGHTS = jnp.array([[1.0, 1e4, -2.0], [0.5, 2e4, 1.0], [-1.0, 3e4, 0.3]])
+"""The second species is of 1e-5."""
+
+
+def loss(y0, rates, factors, t0, t1, ts, **options):
+    solution = run(y0, rates, factors, t0, t1, ts, **options)
+    return jnp.sum(WEIGHTS * solution.y1) + jnp.sum(WEIGHTS[None] * jnp.sin(solution.ys))
+
+
+def by_radau(y0, rates, factor, t0, t1, ts):
+    """The loss of the last row."""
+    path = scipy.integrate.solve_ivp(
+        lambda t, y: driven(t, y, (rates, factor), np), (t0, t1), y0, method="Radau", rtol=1e-12,
+        atol=1e-16, dense_output=True,
+    )  # fmt: skip
+    outputs = sum(np.sum(WEIGHTS[2] * np.sin(path.sol(t))) for t in ts)
+    return float(np.sum(WEIGHTS[2] * path.y[:, -1]) + outputs)
+
+
+# What moves, and by how much: states of each size, rates, and times.
+MOVES = {
+    "y0": [(0, 0, 1e-3), (0, 1, 1e-8), (0, 2, 1e-3)],
+    "rates": [(1, 0, 1e-5), (1, 1, 1e4), (1, 2, 1e1)],
+    "row_args": [(2, (), 1e-3)],
+    "times": [(3, (), 1e-4), (4, (), 1e-2), (5, 1, 1e-3)],
+}
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """Of the last row."""
+    options = {"rtol": 1e-9, "atol": 1e-13, "max_steps": 1024}
+    weights = jnp.array([0.0, 0.0, 1.0])[:, None]
+
+    def last(*inputs):
+        solution = run(*inputs, **options)
+        outputs = (weights * WEIGHTS)[None] * jnp.sin(solution.ys)
+        return jnp.sum(weights * WEIGHTS * solution.y1) + jnp.sum(outputs)
+
+    y0, rates, factors, *times = jax.jit(jax.grad(last, range(6)))(*INPUTS)
+    return y0[2], rates, factors[2], *times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", MOVES)
+def test_against_central_differences_of_scipy(gradient, by):
+    def at(number, place, move):
+        y0, rates, factors, *times = map(np.array, INPUTS)
+        inputs = [y0[2], rates, factors[2:].reshape(()), *times]
+        inputs[number][place] += move
+        return by_radau(*inputs)
+
+    for number, place, size in MOVES[by]:
+        expected = (at(number, place, size) - at(number, place, -size)) / (2 * size)
+        np.testing.assert_allclose(np.asarray(gradient[number])[place], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=solver_name)
+def test_modes_agree_on_a_coarse_mesh(solver, batch):
+    """With a replay of most steps, on the steps of a loose tolerance."""
+    options = {"solver": solver, "batch": batch, "rtol": 1e-3, "atol": 1e-7}
+    of = lambda adjoint: lambda *inputs: loss(*inputs, adjoint=adjoint, **options)
+    reverse = jax.jit(jax.grad(of(jaxode.DiscreteAdjoint(4)), range(6)))(*INPUTS)
+    forward = jax.jit(jax.jacfwd(of(jaxode.ForwardMode()), range(6)))(*INPUTS)
+    assert_close(reverse[:3], forward[:3], 1e-10)
+    # Rates of 1e4 per unit of time, times a derivative by the size of a step: they cancel.
+    assert_close(reverse[3:], forward[3:], 1e-7)
+
+
+def test_forward_over_reverse():
+    def end(rates, adjoint=jaxode.DiscreteAdjoint()):
+        scaled = RATES * rates
+        return loss(Y0, scaled, FACTORS, 0.0, 40.0, TS, rtol=1e-3, atol=1e-7, adjoint=adjoint)
+
+    ones = jnp.ones(3)
+    hessian = jax.jit(jax.jacfwd(jax.grad(end)))(ones)
+    forward = lambda rates: jax.jacfwd(end)(rates, jaxode.ForwardMode())
+    assert_close(hessian, jax.jit(jax.jacfwd(forward))(ones), 1e-8)
+
+
+def test_dense_output():
+    """Evaluated at the times of the outputs, with the gradients of those."""
+
+    def value(y0, rates, ts, dense):
+        solution = jaxode.solve(
+            robertson, y0, 0.0, 40.0, rates, solver=RODAS, rtol=1e-4, atol=1e-8, max_steps=64,
+            dense=dense, ts=None if dense else ts,
+        )  # fmt: skip
+        ys = solution.evaluate(ts) if dense else solution.ys
+        return jnp.sum(WEIGHTS * ys), ys
+
+    found = [
+        jax.jit(jax.grad(lambda *inputs, d=dense: value(*inputs, d), (0, 1, 2), has_aux=True))(
+            Y0[0], RATES, TS
+        )
+        for dense in (False, True)
+    ]
+    assert_close(found[0][1], found[1][1], 1e-12)
+    assert_close(found[0][0][:2], found[1][0][:2], 1e-10)
+    assert_close(found[0][0][2], found[1][0][2], 1e-7)
+
+
+@pytest.mark.parametrize("fails", ["before", "after"])
+def test_a_failed_row_on_which_nothing_depends(fails):
+    """One that never takes a step, or one whose steps run out."""
+    y0, t1 = Y0, jnp.full(3, 40.0)
+    y0, t1 = (y0.at[1, 0].set(jnp.inf), t1) if fails == "before" else (y0, t1.at[1].set(1e6))
+
+    def total(y0, rates, factors, t1):
+        options = {"throw": False, "max_steps": 128, "rtol": 1e-4}
+        solution = run(y0, rates, factors, 0.0, t1, None, **options)
+        values = jnp.sum(WEIGHTS[: len(y0)] * solution.y1, axis=1)
+        return jnp.sum(jnp.where(solution.ok, values, 0)), solution.ok
+
+    gradient = jax.jit(jax.grad(total, range(4), has_aux=True))
+    gradients, ok = gradient(y0, RATES, FACTORS, t1)
+    np.testing.assert_array_equal(ok, [True, False, True])
+    # The same as if the row were one of the others, with weights of zero.
+    others = gradient(Y0, RATES, FACTORS, jnp.full(3, 40.0))[0]
+    for number in (0, 2, 3):
+        np.testing.assert_array_equal(gradients[number][1], 0)
+        np.testing.assert_allclose(gradients[number][::2], others[number][::2], rtol=1e-10)
+    assert jnp.isfinite(gradients[1]).all()
+
+
+def test_a_thousand_rows():
+    """Rates over three decades: all succeed, and so do their gradients."""
+    spread = 10 ** np.random.default_rng(0).uniform(-1.5, 1.5, (1000, 3))
+    f = lambda t, y, args: robertson(t, y, args[1])
+
+    def total(rates):
+        solution = jaxode.solve(
+            f, jnp.tile(Y0[0], (1000, 1)), 0.0, 100.0, batch="per_sample", row_args=rates,
+            solver=RODAS, rtol=1e-4, atol=1e-8, max_steps=128, throw=False,
+        )  # fmt: skip
+        return jnp.sum(solution.y1[:, 0]), solution.ok
+
+    gradient, ok = jax.jit(jax.grad(total, has_aux=True))(RATES[None] * spread)
+    assert ok.all()
+    assert jnp.isfinite(gradient).all()
+    # More of the first species reacts at a larger first rate, and less at a larger third.
+    assert (gradient[:, 0] < 0).all()
+    assert (gradient[:, 2] > 0).all()
