@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,27 +20,11 @@ from jaxode.nn.network import Dense, Network
 from jaxode.nn.residual import WAVES
 
 
-class _Clock(eqx.Module):
-    """Coefficients `c(t, context)`, by a hidden layer on waves of the time and the context."""
+class _Symmetric(Network):
+    """A network whose coefficients depend on the time and the context, by a hidden layer."""
 
     hidden: Dense
     last: Dense
-
-    def __init__(self, size: int, width: int, context_size: int, scale: float, key: PRNGKeyArray):
-        first, second = jax.random.split(key)
-        self.hidden = Dense(2 * WAVES + context_size, width, first)
-        self.last = Dense(width, size, second, scale)
-
-    def __call__(self, activation, t, context) -> Float[Array, " size"]:
-        angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=self.last.weight.dtype)
-        known = [jnp.sin(angles), jnp.cos(angles), *([] if context is None else [context])]
-        return self.last(activation(self.hidden(jnp.concatenate(known))))
-
-
-class _Symmetric(Network):
-    """A network whose coefficients depend on the time and the context, by a `_Clock`."""
-
-    clock: _Clock
     event_shape: tuple[int, ...] = eqx.field(static=True)
     context_size: int = eqx.field(static=True)
     activation: Callable[[Array], Array] = eqx.field(static=True)
@@ -49,35 +33,51 @@ class _Symmetric(Network):
     def _sizes(self):
         return math.prod(self.event_shape), self.context_size
 
-    def _coefficients(self, t, context) -> Float[Array, " size"]:
-        return self.clock(self.activation, t, context)
+    def _hidden(self, t, context) -> Float[Array, " width"]:
+        """The hidden layer before its activation."""
+        angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=self.hidden.bias.dtype)
+        known = [jnp.sin(angles), jnp.cos(angles), *([] if context is None else [context])]
+        return self.hidden(jnp.concatenate(known))
 
 
 @functools.cache
-def _pairs(n: int) -> np.ndarray:
+def _signs(n: int) -> np.ndarray:
     """`[pairs, n]`, with 1 and -1 for the two particles of a pair: as a product it subtracts."""
     return np.array([np.eye(n)[i] - np.eye(n)[j] for i, j in itertools.combinations(range(n), 2)])
+
+
+class _Pairs(NamedTuple):
+    """All pairs of a configuration."""
+
+    difference: Float[Array, "pairs dim"]
+    distance: Float[Array, " pairs"]
+    bumps: Float[Array, "pairs 1+bumps"]
+    """The functions of the distance, of which the first is constant."""
+    slopes: Float[Array, "pairs 1+bumps"]
 
 
 class Particles(_Symmetric):
     """Particles that move along the lines between them.
 
-        f_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),  phi = c_0 + sum_k c_k(t, context) bump_k(r).
+        f_i = 1/n sum_j (x_i - x_j) phi(|x_i - x_j|, t, s),  phi = c_0 + sum_k c_k(t, s) bump_k(r),
 
-    Turning, mirroring or shifting a configuration `x [n, dim]`, or exchanging its particles, does
-    so with `f`; a flow from `jaxode.centered_normal(n, dim)` then has a density with these
-    symmetries. The mean of `f` is zero, so configurations stay centred, and `div f` is that on
-    the space of centred ones. Samples are `[n, dim]`, or flat, `[n dim]`. Times as in `Residual`.
+    where `s`, the sums of the bumps over all pairs, describe the configuration. Turning, mirroring
+    or shifting a configuration `x [n, dim]`, or exchanging its particles, does so with `f`; a flow
+    from `jaxode.centered_normal(n, dim)` then has a density with these symmetries. The mean of `f`
+    is zero, so configurations stay centred, and `div f` is that on the space of centred ones.
+    Samples are `[n, dim]`, or flat, `[n dim]`. Times as in `Residual`.
 
-    The bumps are normal densities, up to a factor, with trained centers and widths. The
-    divergence is `sum over i != j of dim phi + r dphi/dr`, in closed form.
+    The bumps are normal densities, up to a factor, with trained centers and widths. The divergence
+    is in closed form: `1/n sum over i != j of dim phi + r dphi/dr`, and what comes by `s`.
 
     Args:
         n: number of particles, at least 2.
         dim: dimension of the space in which they move.
         bumps: number of bumps.
         reach: largest distance at which a fresh network has a bump.
-        width: size of the hidden layer for the time and the context.
+        width: size of the hidden layer of the coefficients `c`.
+        many_body: whether they depend on `s`. Without, forces are those between two particles, as
+            in Köhler et al., which costs half and describes far less.
         key: draws the initial weights.
         context_size: size of the context vector in `m(t, y, context)`.
         activation: a smooth elementwise function.
@@ -87,6 +87,7 @@ class Particles(_Symmetric):
 
     center: Float[Array, " bumps"]
     log_width: Float[Array, " bumps"]
+    of_state: Float[Array, "width bumps"] | None
 
     sized_by: ClassVar[str] = "n, dim"
 
@@ -95,11 +96,12 @@ class Particles(_Symmetric):
         self,
         n: int,
         dim: int,
-        bumps: int = 32,
+        bumps: int = 24,
         reach: float = 8.0,
         width: int = 64,
         *,
         key: PRNGKeyArray,
+        many_body: bool = True,
         context_size: int = 0,
         activation: Callable[[Array], Array] = jax.nn.silu,
     ):
@@ -107,16 +109,21 @@ class Particles(_Symmetric):
         self.event_shape = n, integer("dim", dim)
         bumps = integer("bumps", bumps, 2, "an integer of at least 2")
         check_number("reach", reach, POSITIVE)
+        check_bool("many_body", many_body)
         width = integer("width", width)
         self.context_size = integer("context_size", context_size, 0, "an integer of at least 0")
-        self.clock = _Clock(1 + bumps, width, self.context_size, 0.1, key)
+        first, second, third = jax.random.split(key, 3)
+        self.hidden = Dense(2 * WAVES + self.context_size, width, first)
+        self.last = Dense(width, 1 + bumps, second, 0.1)
+        self.of_state = Dense(bumps, width, third).weight if many_body else None
         self.center = jnp.linspace(0.0, reach, bumps)
         self.log_width = jnp.full(bumps, math.log(reach / (bumps - 1)), self.center.dtype)
         self.activation = activation
 
     def _field(self, t, x, context):
-        difference, _, phi, _ = self._forces(t, x, context)
-        return self._summed(phi[:, None] * difference)
+        pairs = self._pairs(x)
+        c = self.last(self.activation(self._inputs(t, pairs, context)))
+        return self._summed(pairs, c)
 
     def value_and_divergence(
         self,
@@ -125,30 +132,44 @@ class Particles(_Symmetric):
         context: Float[Array, " context"] | None = None,
     ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
         """`(m(t, y), div m)` in closed form."""
-        x = self._vector(y, context)
-        difference, r, phi, slope = self._forces(t, x, context)
-        n, dim = self.event_shape
-        # `r` is regularized; its derivative along a difference of length `s` is `s / r`.
+        (n, dim), pairs = self.event_shape, self._pairs(self._vector(y, context))
+        difference, r, bumps, slopes = pairs
+        inputs = self._inputs(t, pairs, context)
+        hidden, of_inputs = jax.jvp(self.activation, (inputs,), (jnp.ones_like(inputs),))
+        c = self.last(hidden)
+        # The distance is regularized: its derivative along a difference is not quite one.
         square = jnp.sum(difference**2, axis=1)
-        div = 2 / n * jnp.sum(dim * phi + slope * square / r)
-        return self._summed(phi[:, None] * difference).reshape(y.shape), div
+        div = 2 * jnp.sum((dim * bumps + (square / r)[:, None] * slopes) @ c)
+        if self.of_state is not None:
+            # Of each hidden unit: the field that it adds, times the gradient of its input. Both are
+            # sums over pairs, which meet where two pairs share a particle.
+            fields = (bumps @ self.last.weight) * of_inputs[None]
+            gradients = (slopes[:, 1:] / r[:, None]) @ self.of_state.T
+            signs = jnp.asarray(_signs(n) @ _signs(n).T, r.dtype)
+            div = div + jnp.sum((fields @ gradients.T) * signs * (difference @ difference.T))
+        return self._summed(pairs, c).reshape(y.shape), div / n
 
-    def _forces(self, t, x: Float[Array, " size"], context):
-        """Of each pair: the difference, the distance, and `n phi` with its slope."""
-        difference = jnp.asarray(_pairs(self.event_shape[0]), x.dtype) @ x.reshape(self.event_shape)
+    def _pairs(self, x: Float[Array, " size"]) -> _Pairs:
+        difference = jnp.asarray(_signs(self.event_shape[0]), x.dtype) @ x.reshape(self.event_shape)
         # Particles at the same place have a distance with a derivative.
         tiny = jnp.finfo(x.dtype).eps ** 2
         r = jnp.sqrt(jnp.sum(difference**2, axis=1) + tiny)
-        constant, *_ = c = self._coefficients(t, context)
         inverse = jnp.exp(-self.log_width)[None]
         u = (r[:, None] - self.center[None]) * inverse
-        bumps = jnp.exp(-0.5 * u**2)
-        slopes = -u * inverse * bumps
-        return difference, r, constant + bumps @ c[1:], slopes @ c[1:]
+        bumps, one = jnp.exp(-0.5 * u**2), jnp.ones_like(r)[:, None]
+        slopes = jnp.concatenate([jnp.zeros_like(one), -u * inverse * bumps], axis=1)
+        return _Pairs(difference, r, jnp.concatenate([one, bumps], axis=1), slopes)
 
-    def _summed(self, force: Float[Array, "pairs dim"]) -> Float[Array, " size"]:
+    def _inputs(self, t, pairs: _Pairs, context) -> Float[Array, " width"]:
+        inputs = self._hidden(t, context)
+        if self.of_state is None:
+            return inputs
+        return inputs + self.of_state @ jnp.sum(pairs.bumps[:, 1:], axis=0)
+
+    def _summed(self, pairs: _Pairs, c: Float[Array, " 1+bumps"]) -> Float[Array, " size"]:
         n = self.event_shape[0]
-        return (jnp.asarray(_pairs(n), force.dtype).T @ force).reshape(-1) / n
+        force = (pairs.bumps @ c)[:, None] * pairs.difference
+        return (jnp.asarray(_signs(n), force.dtype).T @ force).reshape(-1) / n
 
 
 @functools.cache
@@ -221,7 +242,7 @@ class Lattice(_Symmetric):
         modes, width = integer("modes", modes), integer("width", width)
         self.event_shape, self.odd, self.isotropic = event, bool(odd), bool(isotropic)
         self.context_size = integer("context_size", context_size, 0, "an integer of at least 0")
-        kernel_key, clock_key = jax.random.split(key)
+        kernel_key, hidden_key, last_key = jax.random.split(key, 3)
         features = 1 + frequencies * (1 if odd else 2)
         orbits = int(_orbits(event, self.isotropic).max()) + 1
         bound = 0.1 / math.sqrt(features * math.prod(event))
@@ -229,7 +250,8 @@ class Lattice(_Symmetric):
             kernel_key, (modes, features, orbits), minval=-bound, maxval=bound
         )
         self.frequency = jnp.linspace(0.5, 3.0, frequencies)
-        self.clock = _Clock(modes, width, self.context_size, 1.0, clock_key)
+        self.hidden = Dense(2 * WAVES + self.context_size, width, hidden_key)
+        self.last = Dense(width, modes, last_key)
         self.activation = activation
 
     def _field(self, t, x, context):
@@ -256,7 +278,8 @@ class Lattice(_Symmetric):
         return jnp.concatenate([x[None], *waves])
 
     def _kernels(self, t, context) -> Float[Array, "features *shape"]:
-        mixed = jnp.tensordot(self._coefficients(t, context), self.kernel, 1)
+        c = self.last(self.activation(self._hidden(t, context)))
+        mixed = jnp.tensordot(c, self.kernel, 1)
         return mixed[:, _orbits(self.event_shape, self.isotropic)]
 
     def _convolved(self, kernels, features) -> Float[Array, " *shape"]:

@@ -21,6 +21,10 @@ def particles(event, widths, **options):
     return nn.Particles(n, 2, 5, 3.0, *widths, **options)
 
 
+def pairs_of_particles(event, widths, **options):
+    return particles(event, widths, many_body=False, **options)
+
+
 def odd_lattice(event, widths, **options):
     return nn.Lattice((2, 3), 3, modes=4, width=widths[0], **options)
 
@@ -29,7 +33,7 @@ def any_lattice(event, widths, **options):
     return odd_lattice(event, widths, odd=False, isotropic=False, **options)
 
 
-SYMMETRIC = (particles, odd_lattice, any_lattice)
+SYMMETRIC = (particles, pairs_of_particles, odd_lattice, any_lattice)
 T, Y = jnp.array(0.3), jnp.linspace(-1.0, 1.5, 6)
 CONTEXT = jnp.array([0.4, -1.1])
 
@@ -41,6 +45,7 @@ CLOSED_FORM = {
 } | {
     "PotentialGradient, 1 hidden": (nn.PotentialGradient, (7,)),
     "Particles": (particles, (7,)),
+    "Particles, pairs": (pairs_of_particles, (7,)),
     "Lattice, odd": (odd_lattice, (7,)),
     "Lattice": (any_lattice, (7,)),
 }
@@ -326,15 +331,23 @@ def test_particles_move_as_their_configuration(change):
     np.testing.assert_allclose(value.mean(0), 0, atol=1e-12)
 
 
-def test_particles_are_those_of_the_docstring():
-    m, x = particle_net(), np.random.default_rng(0).standard_normal((4, 2))
-    constant, *c = np.asarray(m._coefficients(T, None))
+def coefficients(m, state=0.0):
+    """By the hidden layer of the time."""
+    angles = np.pi * float(T) * np.array([1, 2, 3, 4])
+    hidden = m.hidden.weight @ np.concatenate([np.sin(angles), np.cos(angles)]) + m.hidden.bias
+    return np.asarray(m.last.weight @ m.activation(hidden + state) + m.last.bias)
+
+
+@pytest.mark.parametrize("many_body", [True, False])
+def test_particles_are_those_of_the_docstring(many_body):
+    m = particle_net(many_body=many_body)
+    x = np.random.default_rng(0).standard_normal((4, 2))
     width = np.exp(m.log_width)
+    bumps = lambda a, b: np.exp(-0.5 * ((np.linalg.norm(a - b) - m.center) / width) ** 2)
+    state = sum(bumps(x[i], x[j]) for i in range(4) for j in range(i))
+    constant, *c = coefficients(m, m.of_state @ state if many_body else 0.0)
 
-    def phi(r):
-        return constant + np.sum(c * np.exp(-0.5 * ((r - m.center) / width) ** 2))
-
-    pull = lambda a, b: (a - b) * phi(np.linalg.norm(a - b))
+    pull = lambda a, b: (a - b) * (constant + np.sum(c * bumps(a, b)))
     expected = np.array([sum(pull(a, b) for b in x if b is not a) for a in x]) / 4
     np.testing.assert_allclose(m(T, jnp.asarray(x)), expected, rtol=1e-7)
 
@@ -387,7 +400,7 @@ def test_a_lattice_moves_as_its_configuration(shape, odd):
 def test_a_lattice_is_that_of_the_docstring():
     m = any_lattice(6, (7,), key=jax.random.key(0))
     y = np.asarray(Y).reshape(2, 3)
-    kernels = np.einsum("m,mfo->fo", m._coefficients(T, None), m.kernel).reshape(-1, 2, 3)
+    kernels = np.einsum("m,mfo->fo", coefficients(m), m.kernel).reshape(-1, 2, 3)
     angles = np.asarray(m.frequency)[:, None, None] * y
     features = np.concatenate([y[None], np.sin(angles), np.cos(angles)])
     sites = list(np.ndindex(2, 3))
