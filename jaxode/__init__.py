@@ -5,12 +5,13 @@ from jaxode._checks.errors import Result, SolveError
 from jaxode.auditing.report import audit
 from jaxode.density.bind import bind
 from jaxode.density.fit import fit
+from jaxode.density.importance import importance
 from jaxode.diffusion import (
     VarianceExploding,
     VariancePreserving,
     probability_flow,
 )
-from jaxode.distributions import diagonal_normal, standard_normal
+from jaxode.distributions import centered_normal, diagonal_normal, standard_normal
 from jaxode.flows.cnf import cnf
 from jaxode.ode.adjoints import (
     BacksolveAdjoint,
@@ -45,6 +46,7 @@ __all__ = [
     "audit",
     "backward_stats",
     "bind",
+    "centered_normal",
     "cnf",
     "coupling",
     "diagonal_normal",
@@ -52,6 +54,7 @@ __all__ = [
     "fit",
     "flow",
     "images",
+    "importance",
     "interop",
     "nn",
     "odeint",

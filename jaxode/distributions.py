@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
 
 
@@ -52,6 +53,28 @@ class StandardNormal:
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
         """Independent draws in JAX's default floating dtype."""
         return jax.random.normal(key, (*sample_shape, *self.event_shape))
+
+
+@dataclass(frozen=True)
+class CenteredNormal:
+    """The standard normal density on configurations of particles whose mean is zero."""
+
+    event_shape: tuple[int, ...]
+
+    def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Log-density in nats, on the space of centred configurations. A shift does not count."""
+        _check_events(z, self.event_shape)
+        n, dim = self.event_shape
+        square = jnp.sum(_centered(z) ** 2, axis=(-2, -1))
+        return -0.5 * square - 0.5 * (n - 1) * dim * math.log(2 * math.pi)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+        """Independent draws in JAX's default floating dtype."""
+        return _centered(jax.random.normal(key, (*sample_shape, *self.event_shape)))
+
+
+def _centered(z: Float[Array, "... n dim"]) -> Float[Array, "... n dim"]:
+    return z - jnp.mean(z, axis=-2, keepdims=True)
 
 
 class DiagonalNormal(eqx.Module):
@@ -101,6 +124,20 @@ def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
         ValueError: if a dimension is not a positive integer.
     """
     return StandardNormal(as_event_shape(event_shape))
+
+
+@public("centered_normal")
+def centered_normal(n: int, dim: int) -> CenteredNormal:
+    """The standard normal density on configurations `[n, dim]` of particles whose mean is zero.
+
+    The base of flows of `jaxode.nn.Particles`, which keep the mean. Their densities, too, are on
+    the `(n - 1) dim` dimensions of centred configurations: subtract the mean from data.
+
+    Raises:
+        ValueError: unless `n` is an integer of at least 2, and `dim` a positive one.
+    """
+    n = integer("n", n, 2, "an integer of at least 2")
+    return CenteredNormal((n, integer("dim", dim)))
 
 
 def as_event_shape(event_shape: Any) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ from benchmarks.harness.benchmark import Benchmark
 
 BENCHMARKS = (
     "ffjord_step", "neural_ode_step", "per_sample", "ragged", "overhead", "divergence",
-    "regularizers", "compile_time", "memory", "scaling", "sharding", "cores", "stiff",
+    "regularizers", "energy", "compile_time", "memory", "scaling", "sharding", "cores",
+    "stiff",
 )  # fmt: skip
 ON_ITS_OWN = ("time_to_nll", "posterior", "tables")
 

@@ -1,5 +1,6 @@
 """Checks of types, shapes and dtypes: each error names function, argument, rule and remedy."""
 
+import inspect
 import operator
 from typing import Any
 
@@ -84,6 +85,17 @@ def check_bool(name: str, value: Any) -> None:
     """Raise unless the value is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{arg(name)} must be True or False; got {value!r}.")
+
+
+def takes(function: Any, *args: Any) -> bool:
+    """Whether the function accepts these arguments, as far as Python knows."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # not known
+    return True
 
 
 def native(tree: PyTree) -> PyTree:

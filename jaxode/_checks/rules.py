@@ -155,6 +155,15 @@ FINITE_BASE = Rule(
     "base=...", _finite_rows, f"must draw finite samples; {ROWS}",
     "Fix its parameters or its method `sample`.",
 )  # fmt: skip
+# Of the target of the reverse divergence, at the samples of the flow.
+_TARGET = Rule(
+    "log_density=...", lambda finite: finite, "",
+    "Bound the energy where samples may come, or start with a flow that stays away from there.",
+)  # fmt: skip
+FINITE_TARGET = _TARGET._replace(words=f"must be finite at the samples of the flow; {ROWS}")
+FINITE_SLOPE = _TARGET._replace(
+    words=f"must have a finite gradient at the samples of the flow; {ROWS}"
+)
 
 _WEIGHTS = "must be finite, at least 0, and not all 0; got other values in {rows}"
 _LEFT_OUT = "To leave a row out, give it the weight 0."

@@ -56,10 +56,10 @@ def check_finite(data: dict[str, PyTree]) -> None:
         FINITE.check(*leaves, name=name)
 
 
-def check_not_empty(x: Float[Array, "batch *event"]) -> None:
+def check_not_empty(x: Float[Array, "batch *event"], name: str = "x") -> None:
     """Raise for a batch that has no mean."""
     if x.shape[0] == 0:
-        raise ValueError(f"{arg('x')} must have at least one row; got shape {x.shape}.")
+        raise ValueError(f"{arg(name)} must have at least one row; got shape {x.shape}.")
 
 
 def check_context(context: PyTree, batch: int) -> PyTree:

@@ -236,13 +236,12 @@ def _on_grids(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
 
 def _integrated(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
     """The integral by importance sampling, with proposals similar to the samples."""
-    value, error, effective = importance(
-        s.key, samples, lambda x: _log_density(log_prob(jnp.asarray(x, s.x.dtype)))
-    )
+    found = importance(s.key, samples, lambda x: _log_density(log_prob(jnp.asarray(x, s.x.dtype))))
+    effective, value = float(found.ess) * found.count, float(jnp.exp(found.log_z))
     if not effective >= EFFECTIVE * len(samples):
         text = f"not resolved: effective sample size {effective:.0f} of {len(samples)}"
         return Row(name, np.nan, text)
-    return _near_one(s, name, value, 4 * error, advice)
+    return _near_one(s, name, value, 4 * value * float(found.log_z_error), advice)
 
 
 def _log_density(log_prob) -> np.ndarray:

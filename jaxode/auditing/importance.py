@@ -7,6 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
+from jaxode.density.importance import Importance
+from jaxode.density.importance import importance as judge
+
 CENTERS = 512
 # Shares of the proposals: around samples (any shape, in few dimensions), from a normal with their
 # mean and covariance (many dimensions), and with heavier tails (against huge weights).
@@ -20,8 +23,8 @@ def importance(
     key: PRNGKeyArray,
     samples: Float[np.ndarray, "count *event"],
     log_density: Callable[[np.ndarray], np.ndarray],
-) -> tuple[float, float, float]:
-    """The integral of a density, its standard error, and the effective sample size.
+) -> Importance:
+    """The weights of samples of a proposal, whose mean is the integral of the density.
 
     There are as many proposals as samples. A weight is the density divided by the density of the
     proposal mixture.
@@ -43,12 +46,8 @@ def importance(
     back = None if axes is None else axes.T
     log_values = log_density((_times(proposals * scale, back) + mean).reshape(-1, *event))
     log_proposal = _log_mixture(proposals, centers, width) - np.sum(np.log(scale))
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        # In many dimensions, both overflow but their ratio does not.
-        weights = np.exp(log_values - log_proposal)
-        effective = np.sum(weights) ** 2 / np.sum(weights**2)
-        error = np.std(weights) / math.sqrt(len(weights))
-    return float(np.mean(weights)), float(error), float(effective)
+    # In many dimensions, both overflow but their ratio does not.
+    return judge(log_values - log_proposal)
 
 
 def _principal_axes(centered: Float[np.ndarray, "count n"]):

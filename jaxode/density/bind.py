@@ -20,7 +20,8 @@ from jaxode._checks.arguments import shape_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_count, check_finite, check_key
-from jaxode._jax.closure import compiled, hash_of
+from jaxode._jax.closure import hash_of
+from jaxode.density.change import InFlow, from_data, to_data
 from jaxode.density.inputs import (
     Shape,
     check_inside,
@@ -29,11 +30,12 @@ from jaxode.density.inputs import (
     floating,
     numbers,
 )
-from jaxode.density.maps import Affine, Map, contains
+from jaxode.density.maps import Affine, Map
 from jaxode.density.standardize import as_map, context_maps, deprecated_pair
 from jaxode.density.support import as_support
 from jaxode.divergence import noiseless
 from jaxode.flows.cnf import CNF
+from jaxode.flows.energy import Target
 
 
 class _Constant(eqx.Module):
@@ -111,7 +113,7 @@ class Density(eqx.Module):
     ) -> Float[Array, "..."]:
         """Log-density of the samples. Minus infinity outside the support."""
         rows, shape = self._rows(x)
-        inside, z, log_det = _from_data(self.support, self.standardize, rows)
+        inside, z, log_det = from_data(self.support, self.standardize, rows)
         flow = self._row_by_row(key, (rows, context))
         context = self._context(context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
@@ -128,7 +130,7 @@ class Density(eqx.Module):
         # As in `sample_and_log_prob`.
         base_key, _ = jax.random.split(check_key(key))
         z = flow.sample(self.params, base_key, count, context=context)
-        return _to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
+        return to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -139,8 +141,29 @@ class Density(eqx.Module):
         context = self._context(context, shape)
         flow = self._row_by_row(None, (key, context))
         z, log_prob = flow.sample_and_log_prob(self.params, check_key(key), count, context=context)
-        x, log_det = _to_data(self.support, self.standardize, z)
+        x, log_det = to_data(self.support, self.standardize, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
+
+    @public("reverse_kl_loss")
+    def reverse_kl_loss(
+        self,
+        log_density: Target,
+        n: int,
+        *,
+        key: PRNGKeyArray,
+        context: PyTree = None,
+        path: bool = True,
+    ) -> Float[Array, ""]:
+        """`reverse_kl_loss` of the flow, for a target in the units and on the support of the data.
+
+        `log_density(x)`, or `log_density(x, context_row)`, sees samples and contexts as
+        `log_prob` does; the log-determinants of the maps count. Steps and divergence are those of
+        the flow. To train, minimize `density.with_params(params).reverse_kl_loss(...)`.
+        """
+        flow, (shape, _) = self.flow, self._counted(n)
+        target = InFlow(log_density, self.support, self.standardize, self.context_maps)
+        context = self._context(context, shape)
+        return flow.reverse_kl_loss(self.params, target, n, key=key, context=context, path=path)
 
     @public("to_flow")
     def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
@@ -153,7 +176,7 @@ class Density(eqx.Module):
                 run time, they become NaN.
         """
         rows, shape = self._rows(x)
-        inside, z, _ = _from_data(self.support, self.standardize, rows)
+        inside, z, _ = from_data(self.support, self.standardize, rows)
         check_inside(inside, rows)
         inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
@@ -168,7 +191,7 @@ class Density(eqx.Module):
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
         rows, shape = self._rows(z)
-        return _to_data(self.support, self.standardize, rows)[0].reshape(*shape, *self.event_shape)
+        return to_data(self.support, self.standardize, rows)[0].reshape(*shape, *self.event_shape)
 
     @public("log_det")
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
@@ -177,7 +200,7 @@ class Density(eqx.Module):
         For samples inside of the support.
         """
         rows, shape = self._rows(x)
-        return _from_data(self.support, self.standardize, rows)[2].reshape(shape)
+        return from_data(self.support, self.standardize, rows)[2].reshape(shape)
 
     def _row_by_row(self, key: Any, inputs: PyTree) -> CNF:
         """The flow with per-sample steps, and without noise if there is no key."""
@@ -231,43 +254,6 @@ class Density(eqx.Module):
         pairs = zip(maps, context_rows(leaves, shape, shapes), strict=True)
         rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
         return jax.tree.unflatten(structure, rows)
-
-
-@compiled
-def _to_data(support: Map | None, standardize: Map | None, z: Float[Array, "rows *event"]):
-    """Samples in the units of the data, and `log |det dz/dx|` of each."""
-
-    def one(z):
-        log_det = jnp.zeros((), z.dtype)
-        for each in (standardize, support):
-            if each is None:
-                continue
-            z, of_map = each.forward(z)
-            log_det = log_det + of_map
-        return z, log_det
-
-    return jax.vmap(one)(z)
-
-
-@compiled
-def _from_data(support: Map | None, standardize: Map | None, x: Float[Array, "rows *event"]):
-    """Whether each row is in the support, its `z`, and `log |det dz/dx|`."""
-
-    def one(x):
-        inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
-        if support is not None:
-            # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
-            # the flow is well behaved.
-            inside = contains(support, x) | jnp.isnan(x).any()
-            u = jnp.zeros_like(x)
-            center, _ = support.forward(u if standardize is None else standardize.forward(u)[0])
-            x, log_det = support.inverse(jnp.where(inside, x, center))
-        if standardize is not None:
-            x, of_map = standardize.inverse(x)
-            log_det = log_det + of_map
-        return inside, x, log_det
-
-    return jax.vmap(one)(x)
 
 
 @public("bind")

@@ -18,10 +18,25 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import Time, check_args, check_number, native, one_of
+from jaxode._checks.arguments import (
+    Time,
+    check_args,
+    check_bool,
+    check_number,
+    native,
+    one_of,
+)
 from jaxode._checks.caller import public
 from jaxode._checks.errors import report_loss
-from jaxode._checks.rules import FINITE_BASE, TIME, Faults, data_faults, weights_faults
+from jaxode._checks.rules import (
+    FINITE_BASE,
+    FINITE_SLOPE,
+    FINITE_TARGET,
+    TIME,
+    Faults,
+    data_faults,
+    weights_faults,
+)
 from jaxode._checks.samples import (
     check_context,
     check_count,
@@ -35,7 +50,8 @@ from jaxode._jax.closure import hash_of
 from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
-from jaxode.flows import programs
+from jaxode.flows import energy, programs
+from jaxode.flows.energy import Target
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
@@ -262,6 +278,61 @@ class CNF(eqx.Module):
         z = self.base.sample(base_key, (check_count(n),))
         return self._end_state(programs.sample, "base", z, params, probe_key, context)
 
+    @public("reverse_kl_loss")
+    def reverse_kl_loss(
+        self,
+        params: PyTree,
+        log_density: Target,
+        n: int,
+        *,
+        key: PRNGKeyArray,
+        context: PyTree = None,
+        path: bool = True,
+    ) -> Float[Array, ""]:
+        """The loss for a target without data: the mean of `log q(x) - log p(x)` over `n` samples.
+
+        It estimates the reverse Kullback-Leibler divergence less `log Z`, without bias, and
+        minimizing it fits the flow `q` to `p / Z` (docs/reverse_kl.md). Regularizers do not count.
+
+        Args:
+            log_density: unnormalized log-density of one sample, `log_density(x)`; with a context
+                also `log_density(x, context_row)`. It may close over values with gradients.
+            n: number of samples, drawn with `key` as by `sample_and_log_prob`.
+            context: leaves `[n, ...]`.
+            path: take the path gradient, which leaves out a term of mean zero. It has less noise
+                near the target, and none where `q = p`.
+
+        Differentiation: reverse mode, once. For `x = F(z)` the path gradient is
+        `(dx/dparams)^T (grad log q(x) - grad log p(x))`. Its first factor is exact for the computed
+        samples. The score of `q` is solved along with them, `dg/dt = -J^T g - grad div f`, exact up
+        to the tolerances, which cover it. So unlike the gradient of the value (`path=False`), the
+        path gradient does not look for errors of the solver that lower the loss. With a stochastic
+        divergence both are unbiased, and the noise of the probes stays in the path gradient where
+        `q = p`: use an exact one if you can.
+
+        Under `jax.shard_map` it is the mean over the samples of this device: give each device its
+        own key, and differentiate `jax.lax.pmean` of the loss, as for `nll`.
+
+        Raises:
+            SolveError: if the solve fails, or the target or its gradient is not finite at a sample,
+                under the conditions on which `nll` raises.
+
+        References: Vaitl et al. (2022), arXiv:2206.09016.
+        """
+        check_field("log_density", log_density, "log_density(x)")
+        check_bool("path", path)
+        base_key, probe_key = jax.random.split(check_key(key))
+        z = self.base.sample(base_key, (check_count(n),))
+        system = self._system("base", z, params, context).raising(bool(self.throw))
+        check_not_empty(system.y0, "n")
+        loss, result, t_reached, (value, slope) = energy.reverse_kl(
+            system, self._parts, probe_key, log_density, path
+        )
+        faults = FINITE_BASE.fault(system.y0, where="cnf")
+        faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
+        faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
+        return report_loss(loss, result, t_reached, self.throw, faults)
+
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
         """The integrands and the base density, as arguments of a compiled program."""
@@ -344,7 +415,8 @@ def cnf(
 
     Returns:
         A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
-        `matching_loss`, `sample`, `sample_and_log_prob`, `to_base` and `from_base`.
+        `matching_loss`, `reverse_kl_loss`, `sample`, `sample_and_log_prob`, `to_base` and
+        `from_base`.
 
     Raises:
         TypeError, ValueError: for an unknown option or an invalid argument.

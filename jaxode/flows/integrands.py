@@ -45,6 +45,17 @@ class Integrands(eqx.Module):
         dz, div = self.volume(t, state, params, row)
         return dz, -div
 
+    def score(self, t, state, params, row):
+        """Derivative of `(z, log p(z), grad log p(z))`. Only that of `z` has derivatives."""
+        (z, _, score), (probe, context) = state, row
+
+        def change(z):
+            dz, div = self.divergence.apply(self.at(t, params, context), z, probe)
+            return jnp.sum(score * dz) + div, (dz, div)
+
+        slope, (dz, div) = jax.grad(change, has_aux=True)(z)
+        return dz, *jax.lax.stop_gradient((-div, -slope))
+
     def volume_of_each_probe(self, t, state, params, row):
         """Derivative of `(z, integral of each estimate of div f)`, on one linearization."""
         probe, context = row

@@ -11,7 +11,6 @@ The field that minimizes the loss carries the base density to the data density.
 References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
 """
 
-import inspect
 import math
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from jaxode._checks.arguments import (
     check_derivative,
     check_number,
     state_dtype,
+    takes,
 )
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result, report_loss
@@ -205,7 +205,7 @@ def _row_numbers(
     coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context
 ) -> Int[Array, " batch"] | None:
     """The number of the base sample of each row. None if they stay as drawn."""
-    if not isinstance(coupling, Coupling) or not _takes(coupling.pair, key, z0, x, context):
+    if not isinstance(coupling, Coupling) or not takes(coupling.pair, key, z0, x, context):
         raise TypeError(
             f"{arg('coupling')} must be a Coupling; got {coupling!r}. Use a function of "
             "jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
@@ -226,17 +226,6 @@ def _row_numbers(
             f"{batch}; got {rows.dtype} of shape {rows.shape}."
         )
     return jnp.asarray(rows)
-
-
-def _takes(function: Any, *args: Any) -> bool:
-    """Whether the function accepts these arguments, as far as Python knows."""
-    try:
-        inspect.signature(function).bind(*args)
-    except TypeError:
-        return False
-    except ValueError:
-        return True  # not known
-    return True
 
 
 def _check_start(

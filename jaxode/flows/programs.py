@@ -35,14 +35,14 @@ def transport(system: System, parts, key) -> Solution:
 def log_prob(system: System, parts, key) -> Solution:
     """The log-density of data, as the end state."""
     integrands, base = parts
-    return _log_prob(system, integrands, base, _probes(system, integrands, key))
+    return _log_prob(system, integrands, base, probes_of(system, integrands, key))
 
 
 @compiled
 def log_prob_and_error(system: System, parts, key) -> Solution:
     """The log-density of data and its standard error, as the end state."""
     integrands, base = parts
-    probes, shape = _probes(system, integrands, key), system.y0.shape
+    probes, shape = probes_of(system, integrands, key), system.y0.shape
     if probes is None:
         solution = _log_prob(system, integrands, base, probes)
         no_error = jnp.where(jnp.isnan(solution.y1), solution.y1, 0.0)
@@ -66,7 +66,7 @@ def sample(system: System, parts, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
     integrands, base = parts
     state = (system.y0, log_prob_of(base, system.y0))
-    row_args = (_probes(system, integrands, key), system.row_args)
+    row_args = (probes_of(system, integrands, key), system.row_args)
     return run(system._replace(field=integrands.density, y0=state, row_args=row_args))
 
 
@@ -80,7 +80,7 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
         check_same_times(system.t1, axis_name)
     if quadrature == "stochastic":
         phase = random_phases(key, x, axis_name)
-    probes = _probes(system, integrands, key, of_costs=True)
+    probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
     loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, phase, weights))
     failed = stats.result != Result.SUCCESS
@@ -96,7 +96,8 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
     return _ending(solution, log_prob_of(base, z) + log_det)
 
 
-def _probes(system: System, integrands: Integrands, key, *, of_costs: bool = False):
+def probes_of(system: System, integrands: Integrands, key, *, of_costs: bool = False):
+    """The noise of the divergence, one probe per sample."""
     axis_name = system.stepper.axis_name
     return integrands.probes(
         key, system.y0, system.shared, system.row_args, axis_name, of_costs=of_costs

@@ -5,7 +5,9 @@ A fresh network has small outputs, so its flow is close to the identity.
 
 from jaxode.nn.networks import MLP, Concat, ConcatSquash, PotentialGradient, field, softplus
 from jaxode.nn.residual import Residual
+from jaxode.nn.symmetric import Lattice, Particles
 
 __all__ = [
-    "MLP", "Concat", "ConcatSquash", "PotentialGradient", "Residual", "field", "softplus",
+    "MLP", "Concat", "ConcatSquash", "Lattice", "Particles", "PotentialGradient", "Residual",
+    "field", "softplus",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import abc
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -46,6 +46,9 @@ class Network(eqx.Module):
 
     activation: eqx.AbstractVar[Callable[[Array], Array]]
 
+    sized_by: ClassVar[str] = "event_shape"
+    """The argument that says how many numbers a sample has."""
+
     def __call__(
         self,
         t: Float[Array, ""],
@@ -79,9 +82,9 @@ class Network(eqx.Module):
             )
         if y.size != size:
             raise MisfitError(
-                f"{name}(event_shape=...): the network was made for samples of {size} numbers; got "
-                f"a sample of shape {y.shape}. Make it with event_shape={y.shape}, or fix the "
-                "samples."
+                f"{name}({self.sized_by}=...): the network was made for samples of {size} numbers; "
+                f"got a sample of shape {y.shape}. Make it with {self.sized_by}={y.shape}, or fix "
+                "the samples."
             )
         return y.reshape(-1)
 

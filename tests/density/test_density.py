@@ -371,6 +371,40 @@ def test_without_a_key_the_divergence_is_exact():
     assert np.abs(noisy.log_prob(DATA[:4], key=KEY) - exact.log_prob(DATA[:4])).max() > 1e-3
 
 
+def test_an_energy_in_the_units_and_on_the_support_of_the_data():
+    """A flow that stands still is the lognormal of the maps: no sample has any loss."""
+    still = jaxode.cnf(lambda t, z, a: a * z, jaxode.standard_normal(2), **OPTIONS)
+    units = jnp.array([0.5, -1.0]), jnp.array([0.3, 0.7])
+    density = jaxode.bind(still, jnp.zeros(()), standardize=units, support=(0.0, jnp.inf))
+    normal = lambda u: jnp.sum(-0.5 * ((u - units[0]) / units[1]) ** 2 - jnp.log(units[1]))
+    target = lambda x: normal(jnp.log(x)) - jnp.sum(jnp.log(x)) - jnp.log(2 * jnp.pi)
+
+    def loss(a, path):
+        return density.with_params(a).reverse_kl_loss(target, 3, key=KEY, path=path)
+
+    value, slope = jax.value_and_grad(loss)(0.0, True)
+    np.testing.assert_allclose([value, slope], 0, atol=1e-12)
+    assert abs(jax.grad(loss)(0.0, False)) > 0.1
+
+
+def test_an_energy_of_contexts_as_they_are_given():
+    """Numbers in the units of the user, and labels."""
+    params = trained(2)
+    field = lambda t, z, args: args[0](
+        t, z, jnp.append(args[1]["u"], args[1]["label"].astype(float))
+    )
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), **OPTIONS)
+    context = {"u": jnp.array([[300.0], [500.0], [400.0]]), "label": jnp.array([0, 1, 1])}
+    density = jaxode.bind(flow, params, standardize=DATA, standardize_context=context)
+    target = lambda x, row: -jnp.sum(x**2) * row["u"][0] / 300 - 3.0 * row["label"].astype(float)
+    x, log_q = density.sample_and_log_prob(KEY, 3, context=context)
+    expected = jnp.mean(log_q - jax.vmap(target)(x, context))
+    loss = density.reverse_kl_loss(target, 3, key=KEY, context=context)
+    np.testing.assert_allclose(loss, expected, rtol=1e-7)
+    blind = density.reverse_kl_loss(lambda x: 0 * x[0], 3, key=KEY, context=context)
+    np.testing.assert_allclose(blind, jnp.mean(log_q), rtol=1e-7)
+
+
 @with_maps
 def test_it_is_a_pytree(given, tmp_path):
     density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given][0], support=(-100.0, 100.0))

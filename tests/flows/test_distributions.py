@@ -37,6 +37,19 @@ def test_diagonal_normal(shape):
         jaxode.diagonal_normal(-1)
 
 
+def test_centered_normal():
+    """The normal on the six dimensions of four centred particles in the plane."""
+    base = jaxode.centered_normal(4, 2)
+    draws = np.asarray(base.sample(jax.random.key(0), (20_000,)))
+    np.testing.assert_allclose(draws.mean(1), 0, atol=1e-15)
+    covariance = np.einsum("bnd,bmd->nm", draws, draws) / len(draws) / 2
+    assert np.abs(covariance - (np.eye(4) - 1 / 4)).max() < 5 / np.sqrt(20_000)
+    axes = np.linalg.svd(np.eye(4) - 1 / 4)[0][:, :3]
+    exact = scipy.stats.norm.logpdf(axes.T @ draws[:5]).sum((1, 2))
+    np.testing.assert_allclose(base.log_prob(draws[:5]), exact, rtol=1e-12)
+    np.testing.assert_allclose(base.log_prob(draws[:5] + 3.0), exact, rtol=1e-10)
+
+
 @pytest.mark.parametrize("density", [jaxode.standard_normal, jaxode.diagonal_normal])
 @pytest.mark.parametrize(
     ("event", "shape"), [(3, (4, 2)), (1, (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 3, 2)), (1, ())]

@@ -9,6 +9,31 @@ import pytest
 import jaxode
 from jaxode import divergence, nn
 
+
+def residual(event, widths, **options):
+    """With as many blocks as others have hidden layers."""
+    return nn.Residual(event, widths[0], len(widths), **options)
+
+
+def particles(event, widths, **options):
+    """Three in the plane, which have six coordinates."""
+    n = np.prod(event, dtype=int) // 2
+    return nn.Particles(n, 2, 5, 3.0, *widths, **options)
+
+
+def pairs_of_particles(event, widths, **options):
+    return particles(event, widths, many_body=False, **options)
+
+
+def odd_lattice(event, widths, **options):
+    return nn.Lattice((2, 3), 3, modes=4, width=widths[0], **options)
+
+
+def any_lattice(event, widths, **options):
+    return odd_lattice(event, widths, odd=False, isotropic=False, **options)
+
+
+SYMMETRIC = (particles, pairs_of_particles, odd_lattice, any_lattice)
 T, Y = jnp.array(0.3), jnp.linspace(-1.0, 1.5, 6)
 CONTEXT = jnp.array([0.4, -1.1])
 
@@ -17,7 +42,13 @@ CLOSED_FORM = {
     f"{make.__name__}, {len(widths)} hidden": (make, widths)
     for make in (nn.MLP, nn.Concat, nn.ConcatSquash)
     for widths in ((), (7,), (7, 9))
-} | {"PotentialGradient, 1 hidden": (nn.PotentialGradient, (7,))}
+} | {
+    "PotentialGradient, 1 hidden": (nn.PotentialGradient, (7,)),
+    "Particles": (particles, (7,)),
+    "Particles, pairs": (pairs_of_particles, (7,)),
+    "Lattice, odd": (odd_lattice, (7,)),
+    "Lattice": (any_lattice, (7,)),
+}
 ACTIVATIONS = {
     "jax.nn.softplus": jax.nn.softplus,
     "nn.softplus": nn.softplus,
@@ -26,15 +57,12 @@ ACTIVATIONS = {
 }
 
 
-def residual(event, widths, **options):
-    """With as many blocks as others have hidden layers."""
-    return nn.Residual(event, widths[0], len(widths), **options)
-
-
 def network(make, widths, activation=jnp.tanh, event=6, **options):
     """With larger output weights than at the start, and times that matter in every layer."""
     m = make(event, widths, key=jax.random.key(0), activation=activation, **options)
     m = jax.tree.map(lambda x: 2 * x + 0.1, m)
+    if make in SYMMETRIC:
+        return m
     last = lambda m: (m.last if make is residual else m).weight
     return eqx.tree_at(last, m, 5 * last(m))
 
@@ -125,7 +153,7 @@ def test_a_fresh_flow_is_close_to_the_identity(make, event):
 
 
 @pytest.mark.parametrize(
-    "make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient, residual]
+    "make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient, residual, *SYMMETRIC]
 )
 def test_fields_depend_on_the_time_and_the_context(make):
     m = network(make, (8,), context_size=2)
@@ -274,3 +302,137 @@ def test_closed_form_of_a_wrong_shape_is_an_error():
     flow = jaxode.cnf(Wrong(), jaxode.standard_normal(3))
     with pytest.raises(ValueError, match="a scalar divergence of one sample; got shapes"):
         flow.log_prob(None, jnp.ones((2, 3)))
+
+
+def rotated(x):
+    """Turned and mirrored about the origin."""
+    return x @ jnp.array([[0.6, 0.8], [0.8, -0.6]])
+
+
+def particle_net(**options):
+    m = nn.Particles(4, 2, 6, 3.0, 8, key=jax.random.key(0), **options)
+    return jax.tree.map(lambda x: 2 * x + 0.1, m)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [rotated, lambda x: x[jnp.array([2, 0, 3, 1])], lambda x: -x],
+    ids=["rotation", "exchange", "inversion"],
+)
+def test_particles_move_as_their_configuration(change):
+    m, x = particle_net(), jax.random.normal(jax.random.key(1), (4, 2))
+    value, div = m.value_and_divergence(T, x)
+    changed, same = m.value_and_divergence(T, change(x))
+    np.testing.assert_allclose(changed, change(value), rtol=1e-12)
+    np.testing.assert_allclose(same, div, rtol=1e-12)
+    assert jnp.abs(value).max() > 0.1
+    # A shift changes nothing, and the mean stays.
+    np.testing.assert_allclose(m(T, x + 3.0), value, rtol=1e-9)
+    np.testing.assert_allclose(value.mean(0), 0, atol=1e-12)
+
+
+def coefficients(m, state=0.0):
+    """By the hidden layer of the time."""
+    angles = np.pi * float(T) * np.array([1, 2, 3, 4])
+    hidden = m.hidden.weight @ np.concatenate([np.sin(angles), np.cos(angles)]) + m.hidden.bias
+    return np.asarray(m.last.weight @ m.activation(hidden + state) + m.last.bias)
+
+
+@pytest.mark.parametrize("many_body", [True, False])
+def test_particles_are_those_of_the_docstring(many_body):
+    m = particle_net(many_body=many_body)
+    x = np.random.default_rng(0).standard_normal((4, 2))
+    width = np.exp(m.log_width)
+    bumps = lambda a, b: np.exp(-0.5 * ((np.linalg.norm(a - b) - m.center) / width) ** 2)
+    state = sum(bumps(x[i], x[j]) for i in range(4) for j in range(i))
+    constant, *c = coefficients(m, m.of_state @ state if many_body else 0.0)
+
+    pull = lambda a, b: (a - b) * (constant + np.sum(c * bumps(a, b)))
+    expected = np.array([sum(pull(a, b) for b in x if b is not a) for a in x]) / 4
+    np.testing.assert_allclose(m(T, jnp.asarray(x)), expected, rtol=1e-7)
+
+
+def test_particles_at_the_same_place_have_derivatives():
+    m = particle_net()
+    total = lambda x: jnp.sum(m(T, x)) + m.value_and_divergence(T, x)[1]
+    assert jnp.isfinite(jax.grad(total)(jnp.ones((4, 2)))).all()
+
+
+def test_a_flow_of_particles_has_a_density_on_centred_configurations():
+    """Its change of volume is that of the flow in coordinates of the subspace."""
+    m, base = particle_net(), jaxode.centered_normal(4, 2)
+    flow = jaxode.cnf(nn.field, base, rtol=1e-9, atol=1e-9)
+    x, log_q = flow.sample_and_log_prob(m, jax.random.key(2), 3)
+    np.testing.assert_allclose(x.mean(1), 0, atol=1e-12)
+    # Orthonormal coordinates of the space of centred configurations.
+    axes = jnp.asarray(np.linalg.svd(np.eye(4) - 1 / 4)[0][:, :3])
+    inside = jaxode.cnf(
+        lambda t, u, m: axes.T @ m(t, axes @ u), jaxode.standard_normal((3, 2)),
+        divergence=divergence.exact(), rtol=1e-9, atol=1e-9,
+    )  # fmt: skip
+    u = jnp.einsum("ni,bnd->bid", axes, x)
+    np.testing.assert_allclose(inside.log_prob(m, u), log_q, rtol=1e-7)
+    np.testing.assert_allclose(flow.log_prob(m, x[:, jnp.array([1, 0, 3, 2])]), log_q, rtol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [5, (4, 4), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("odd", [True, False])
+def test_a_lattice_moves_as_its_configuration(shape, odd):
+    m = nn.Lattice(shape, 3, key=jax.random.key(0), odd=odd, modes=3, width=4)
+    m = jax.tree.map(lambda x: 2 * x + 0.1, m)
+    y = jax.random.normal(jax.random.key(1), m.event_shape)
+    value, div = m.value_and_divergence(T, y)
+    axes = tuple(range(y.ndim))
+    shift = lambda y: jnp.roll(y, (1, 2, 1)[: y.ndim], axes)
+    changes = [shift, lambda y: jnp.flip(y, 0)]
+    if y.ndim > 1:
+        changes.append(lambda y: jnp.swapaxes(y, -1, -2))  # of the same length
+    if odd:
+        changes.append(lambda y: -y)
+    for change in changes:
+        changed, same = m.value_and_divergence(T, change(y))
+        np.testing.assert_allclose(changed, change(value), atol=1e-12)
+        np.testing.assert_allclose(same, div, rtol=1e-12)
+    assert jnp.abs(m(T, -y) + value).max() < 1e-12 or not odd
+    assert (jnp.abs(m(T, -y) + value).max() > 1e-2) == (not odd)
+
+
+def test_a_lattice_is_that_of_the_docstring():
+    m = any_lattice(6, (7,), key=jax.random.key(0))
+    y = np.asarray(Y).reshape(2, 3)
+    kernels = np.einsum("m,mfo->fo", coefficients(m), m.kernel).reshape(-1, 2, 3)
+    angles = np.asarray(m.frequency)[:, None, None] * y
+    features = np.concatenate([y[None], np.sin(angles), np.cos(angles)])
+    sites = list(np.ndindex(2, 3))
+    expected = np.zeros((2, 3))
+    for x in sites:
+        for z in sites:
+            d = (x[0] - z[0]) % 2, (x[1] - z[1]) % 3
+            expected[x] += kernels[:, *d] @ features[:, *z]
+    np.testing.assert_allclose(m(T, jnp.asarray(y)), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("make", [particles, odd_lattice])
+def test_a_fresh_symmetric_flow_is_close_to_the_identity(make):
+    m = make(6, (64,), key=jax.random.key(0))
+    base = jaxode.standard_normal(m.event_shape)
+    x = base.sample(jax.random.key(1), (20,))
+    moved = jaxode.cnf(nn.field, base).to_base(m, x) - x
+    assert 1e-4 < jnp.sqrt(jnp.mean(moved**2)) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda key: nn.Particles(1, 2, key=key), r"Particles\(n=...\).*at least 2; got 1"),
+        (lambda key: nn.Particles(2, 0, key=key), r"Particles\(dim=...\).*positive"),
+        (lambda key: nn.Particles(2, 2, reach=0.0, key=key), r"Particles\(reach=...\)"),
+        (lambda key: nn.Lattice((2,) * 4, key=key), r"Lattice\(shape=...\).*one to three axes"),
+        (lambda key: nn.Lattice(4, odd=1, key=key), r"Lattice\(odd=...\).*True or False"),
+        (lambda key: nn.Particles(3, 2, key=key)(T, Y[:4]), r"\(n, dim=...\).*6 numbers"),
+        (lambda key: jaxode.centered_normal(1, 2), r"centered_normal\(n=...\).*at least 2"),
+    ],
+)
+def test_wrong_symmetric_fields(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(jax.random.key(0))

@@ -19,6 +19,7 @@ from benchmarks import cases
 from benchmarks.cases import (
     cores,
     divergence,
+    energy,
     ffjord_step,
     overhead,
     posterior,
@@ -58,6 +59,7 @@ TINY = {
         "cases": {name: PLAIN[name] for name in KINDS},
         "training": regularizers.Training((0,), steps=2, batch=4, widths=(4,)),
     },
+    "energy": {"cases": {"tiny": energy.Size(4, steps=2, batch=4, width=4, samples=16)}},
     "compile_time": {"cases": {"flow": FLOW, "Neural ODE": ODE}},
     "memory": {
         "cases": {"width": (4,)},

@@ -105,6 +105,25 @@ def test_posterior(run, default_settings):
 
 
 @pytest.mark.slow
+def test_lattice(run, default_settings):
+    output = run("lattice", "--size", 3, "--steps", 40, "--batch", 16, "--samples", 2000)
+    weighted, error, chain, chain_error = line(output, "V m^2: flow, weighted")
+    assert abs(weighted - chain) < 5 * (error + chain_error)
+    (accepted,) = line(output, "acceptance of the Metropolis test:")
+    assert 5 < accepted < 100
+
+
+def test_the_chain_on_a_lattice_is_that_of_the_action(default_settings):
+    """`E[y . grad log p(y)]` is minus the number of sites, by parts."""
+    lattice = load_once("lattice")
+    y = lattice.hybrid_monte_carlo(jax.random.key(0), 3, 2000, 60)
+    virial = jnp.sum(y * jax.vmap(jax.grad(lattice.log_density))(y), axis=(1, 2))
+    assert abs(virial.mean() + 9) < 4 * virial.std() / np.sqrt(2000)
+    # The sign is a symmetry.
+    assert abs(y.mean()) < 4 * y.mean((1, 2)).std() / np.sqrt(2000)
+
+
+@pytest.mark.slow
 def test_spiral(run, default_settings):
     output = run("spiral", "--steps", 2, "--width", 4)
     seen, new, _ = (numbers(text)[-1] for text in output.splitlines() if text.startswith("  "))

@@ -1,0 +1,109 @@
+"""The report on importance weights, against draws whose tail is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+
+N = 10_000
+
+
+def fields(report):
+    return [report.ess, report.log_z, report.log_z_error, report.pareto_k]
+
+
+def psis_k(weights):
+    """The estimate as in Vehtari et al., of weights instead of their logarithms."""
+    weights = np.sort(weights)
+    m = int(np.ceil(min(0.2 * len(weights), 3 * np.sqrt(len(weights)))))
+    x = weights[-m:] - weights[-m - 1]
+    j = np.arange(1, 31 + int(np.sqrt(m)))
+    theta = 1 / x[-1] + (1 - np.sqrt(len(j) / (j - 0.5))) / (3 * x[int(m / 4 + 0.5) - 1])
+    k = np.array([np.log(1 - b * x).mean() for b in theta])
+    profile = m * (np.log(-theta / k) - k - 1)
+    posterior = np.array([1 / np.exp(profile - each).sum() for each in profile])
+    k = np.log(1 - (theta * posterior).sum() * x).mean()
+    return k * m / (m + 10) + 0.5 * 10 / (m + 10)
+
+
+@pytest.mark.parametrize("shape", [-0.5, 0.2, 0.5, 0.9])
+def test_the_tail_of_pareto_weights(shape):
+    """A generalized Pareto distribution has its shape in every tail."""
+    u = np.random.default_rng(0).uniform(size=N)
+    weights = 1 + ((1 - u) ** -shape - 1) / shape
+    report = jaxode.importance(np.log(weights) + 500.0)
+    # The standard error of a shape k from 300 exceedances is (1 + k) / sqrt(300).
+    assert abs(report.pareto_k - shape) < 3 * (1 + shape) / np.sqrt(300)
+    np.testing.assert_allclose(report.pareto_k, psis_k(weights), rtol=1e-6)
+    assert ("pareto_k above 0.7" in str(report)) == (shape > 0.7)
+
+
+def test_moments_of_lognormal_weights():
+    """`ess = exp(-s^2)` and `log Z = s^2 / 2`, as with noise of variance `s^2` in `log q`."""
+    log_w = 0.5 * np.random.default_rng(0).standard_normal(N)
+    report = jaxode.importance(log_w)
+    w = np.exp(log_w)
+    np.testing.assert_allclose(report.ess, w.sum() ** 2 / (w**2).sum() / N, rtol=1e-12)
+    np.testing.assert_allclose(report.log_z, np.log(w.mean()), rtol=1e-9)
+    np.testing.assert_allclose(report.log_z_error, w.std(ddof=1) / w.mean() / np.sqrt(N), rtol=1e-9)
+    assert abs(report.log_z - 0.125) < 4 * report.log_z_error
+    assert abs(report.ess - np.exp(-0.25)) < 0.03
+    assert "!" not in str(report)
+    assert "of 10,000" in str(report)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("count", [10, 2000])
+def test_weights_that_are_not_finite_are_not_hidden(bad, count):
+    log_w = np.zeros(count)
+    log_w[3] = bad
+    report = jaxode.importance(log_w)
+    assert np.isnan(report.ess)
+    assert not np.isfinite(report.log_z)
+    assert not report.pareto_k <= 0.7
+    assert "NaN or infinite" in str(report)
+
+
+def test_weights_of_zero():
+    """They count as samples. Too few others have no tail to speak of."""
+    log_w = np.random.default_rng(0).standard_normal(N)
+    half = np.where(np.arange(N) % 2, log_w, -np.inf)
+    np.testing.assert_allclose(
+        jaxode.importance(half).ess, jaxode.importance(half[1::2]).ess / 2, rtol=1e-12
+    )
+    few = jaxode.importance(np.where(np.arange(N) < 20, 0.0, -np.inf))
+    np.testing.assert_allclose(few.ess, 20 / N, rtol=1e-12)
+    assert few.pareto_k == np.inf
+    none = jaxode.importance(np.full(N, -np.inf))
+    assert np.isnan(none.ess)
+    assert none.log_z == -np.inf
+
+
+def test_equal_weights_are_perfect():
+    report = jaxode.importance(jnp.full(N, 3.0))
+    np.testing.assert_allclose(fields(report)[:3], [1, 3, 0], atol=1e-6)
+    assert report.pareto_k == -np.inf
+    assert "!" not in str(report)
+
+
+def test_it_is_a_pytree_under_jit():
+    log_w = jax.random.normal(jax.random.key(0), (2, N))
+    report = jax.jit(jax.vmap(jaxode.importance))(log_w)
+    for i in range(2):
+        one = jaxode.importance(log_w[i])
+        np.testing.assert_allclose([x[i] for x in fields(report)], fields(one), rtol=1e-12)
+    seen = []
+    jax.jit(lambda x: seen.append(str(jaxode.importance(x))))(log_w[0])
+    assert "Importance" in seen[0]
+    assert "fewer than 1000" in str(jaxode.importance(log_w[0, :999]))
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [(3.0, r"shape \(\)"), (np.zeros(1), r"shape \(1,\)"), (np.arange(3), "int64"), ("a", "str")],
+)
+def test_what_is_not_a_vector_of_numbers(value, got):
+    with pytest.raises((TypeError, ValueError), match=r"importance\(log_weights=...\).*" + got):
+        jaxode.importance(value)

@@ -1,0 +1,232 @@
+"""The reverse Kullback-Leibler loss and its path gradient, against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from helpers import KINDS, METHODS, assert_close, gradient, temporary_bytes, trained
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxode
+from jaxode import divergence
+from jaxode.nn import field
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+KEY = jax.random.key(7)
+A = jnp.array([[0.3, 1.0], [-0.5, -0.2]])
+
+
+def linear(t, z, A):
+    return A @ z
+
+
+def double_well(x):
+    return -((x[0] ** 2 - 2) ** 2) / 4 - 2 * (x[1] - x[0] / 2) ** 2
+
+
+def flow_of(**options):
+    return jaxode.cnf(field, jaxode.standard_normal(2), **{**TIGHT, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch": "per_sample", "divergence": divergence.exact()},
+        {"t0": 1.0, "t1": -0.5, "divergence": divergence.hutchinson(2)},
+    ],
+    ids=["joint", "per_sample", "backwards, hutchinson"],
+)
+@pytest.mark.parametrize("context_size", [0, 1])
+def test_path_gradient_is_the_scores_carried_back_along_the_samples(options, context_size):
+    """`(dx/dparams)^T (grad log q(x) - grad log p(x)) / n`, with `grad log q` by autodiff.
+
+    The target with a context takes its rows.
+    """
+    flow, m, n = flow_of(**options), trained(context_size), 5
+    context = jax.random.normal(jax.random.key(1), (n, 1)) if context_size else None
+    target = double_well if context is None else lambda x, row: row[0] * double_well(x)
+    log_p = lambda x: jax.vmap(target)(*([x] if context is None else [x, context]))
+    if "t0" in options:
+        # The probe of a sample is drawn by `log_prob` with the same key.
+        probe_key = jax.random.split(KEY)[1]
+        log_q = lambda x: flow.log_prob(m, x, key=probe_key, context=context)
+    else:
+        log_q = lambda x: flow.log_prob(m, x, context=context)
+    sample = lambda m: flow.sample_and_log_prob(m, KEY, n, context=context)[0]
+    x, pull = jax.vjp(sample, m)
+    score = jax.grad(lambda x: jnp.sum(log_q(x) - log_p(x)))(x)
+    loss = lambda m: flow.reverse_kl_loss(m, target, n, key=KEY, context=context)
+    value, actual = jax.value_and_grad(loss)(m)
+    # Two solves in opposite directions, at tolerances of 1e-9.
+    assert_close(actual, pull(score / n)[0], rtol=1e-6)
+    np.testing.assert_allclose(value, jnp.mean(log_q(x) - log_p(x)), rtol=1e-7)
+
+
+def test_plain_loss_is_that_of_sample_and_log_prob():
+    flow, m = flow_of(), trained()
+
+    def expected(m):
+        x, log_q = flow.sample_and_log_prob(m, KEY, 5)
+        return jnp.mean(log_q - jax.vmap(double_well)(x))
+
+    loss = lambda m: flow.reverse_kl_loss(m, double_well, 5, key=KEY, path=False)
+    assert_close(jax.value_and_grad(loss)(m), jax.value_and_grad(expected)(m), rtol=1e-13)
+
+
+def gradients(flow, target, path, count, n):
+    """Of independent losses, one by one."""
+    loss = lambda A, key: flow.reverse_kl_loss(A, target, n, key=key, path=path)
+    each = jax.jit(lambda keys: jax.lax.map(lambda key: jax.grad(loss)(A, key), keys))
+    return each(jax.random.split(jax.random.key(0), count))
+
+
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+def test_path_gradient_has_no_noise_where_the_flow_is_the_target(batch):
+    """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
+    flow = jaxode.cnf(linear, jaxode.standard_normal(2), batch=batch, **TIGHT)
+    E = scipy.linalg.expm(np.asarray(A))
+    precision = jnp.asarray(np.linalg.inv(E @ E.T))
+    target = lambda x: -0.5 * x @ precision @ x
+    path, plain = (gradients(flow, target, path, 16, 4).std(axis=0) for path in (True, False))
+    assert (plain > 0.1).all()
+    assert (path < 1e-3 * plain).all()
+
+
+@pytest.mark.parametrize("path", [True, False])
+@pytest.mark.parametrize("estimator", [divergence.exact(), divergence.hutchinson()])
+def test_gradient_is_that_of_the_divergence_on_average(path, estimator):
+    """With the closed form between two normals. Hutchinson's noise biases neither."""
+    flow = jaxode.cnf(linear, jaxode.standard_normal(2), divergence=estimator, steps=8)
+    mean, precision = jnp.array([1.0, -0.5]), jnp.array([[2.0, 0.3], [0.3, 0.5]])
+    target = lambda x: -0.5 * (x - mean) @ precision @ (x - mean)
+
+    def exact(A):
+        E = jax.scipy.linalg.expm(A)
+        return -jnp.linalg.slogdet(E)[1] + 0.5 * jnp.trace(precision @ E @ E.T)
+
+    found = gradients(flow, target, path, 64, 64)
+    error = found.std(axis=0) / 8
+    # Eight steps of fifth order are exact to 1e-6.
+    assert (jnp.abs(found.mean(axis=0) - jax.grad(exact)(A)) < 4 * error + 1e-5).all()
+    assert (error < 0.1).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_gradient_method_has_the_path_gradient(name):
+    options = METHODS[name].options(steps=40) if METHODS[name].exact else METHODS[name].options()
+    flow = jaxode.cnf(linear, jaxode.standard_normal(2), **{**TIGHT, **options})
+    reference = jaxode.cnf(linear, jaxode.standard_normal(2), **TIGHT)
+    loss = lambda flow: lambda A: flow.reverse_kl_loss(A, double_well, 4, key=KEY)
+    expected = jax.grad(loss(reference))(A)
+    np.testing.assert_allclose(gradient(name)(loss(flow))(A), expected, rtol=1e-5)
+
+
+def test_base_and_target_have_gradients():
+    """A learned base by its samples, and what the target closes over."""
+    still = lambda t, z, args: 0 * z
+    base = jaxode.diagonal_normal(2)
+
+    def loss(base, width):
+        target = lambda x: -0.5 * jnp.sum((x / width) ** 2)
+        return jaxode.cnf(still, base).reverse_kl_loss(None, target, 4, key=KEY)
+
+    z = base.sample(jax.random.split(KEY)[0], (4,))
+    of_base, of_width = jax.grad(loss, (0, 1))(base, 2.0)
+    along = -z + z / 4  # grad log q - grad log p
+    np.testing.assert_allclose(of_base.mean, along.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(of_base.log_scale, (along * z).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(of_width, -(z**2).sum(1).mean() / 8, rtol=1e-12)
+
+
+def nan_above(x):
+    return jnp.where(x[0] > 0, jnp.nan, -jnp.sum(x**2))
+
+
+def steep_below(x):
+    """Minus infinity times zero in the derivative, not in the value."""
+    return -jnp.sqrt(jnp.maximum(x[0], 0.0))
+
+
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (nan_above, "must be finite at the samples of the flow; got NaN or inf in {} of 6 rows"),
+        (steep_below, "must have a finite gradient at .*; got NaN or inf in {} of 6 rows"),
+    ],
+)
+def test_a_target_that_is_not_finite_is_named(batch, target, message):
+    flow = flow_of(batch=batch, steps=2)
+    m = jax.tree.map(jnp.zeros_like, trained())
+    z = flow.sample(m, jax.random.split(KEY)[0], 6)
+    count = int((z[:, 0] > 0).sum()) if target is nan_above else int((z[:, 0] < 0).sum())
+    assert 0 < count < 6
+    loss = lambda flow, m: flow.reverse_kl_loss(m, target, 6, key=KEY)
+    where = r"reverse_kl_loss\(log_density=...\): "
+    with pytest.raises(jaxode.SolveError, match=where + message.format(count)):
+        loss(flow, m)
+    for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(lambda m: loss(flow, m)))(m)):
+        assert jnp.isnan(leaf).all()
+    raising = flow_of(batch=batch, steps=2, throw=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message.format(count)):
+        jax.block_until_ready(jax.jit(lambda m: loss(raising, m))(m))
+
+
+def test_a_failed_solve_is_named_and_not_the_target():
+    flow = flow_of(max_steps=2)
+    with pytest.raises(jaxode.SolveError, match="the steps ran out"):
+        flow.reverse_kl_loss(trained(), double_well, 4, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("target", "n", "message"),
+    [
+        (lambda x: x, 4, r"log_density=...\): must return a floating scalar.* shape \(2,\)"),
+        (lambda x: 1, 4, r"log_density=...\): must return a floating scalar.*got int"),
+        (None, 4, r"log_density=...\): must be a function log_density\(x\); got None"),
+        (double_well, 0, r"n=...\): must have at least one row; got shape \(0, 2\)"),
+    ],
+)
+def test_arguments_are_checked(target, n, message):
+    with pytest.raises((TypeError, ValueError), match=r"reverse_kl_loss\(" + message):
+        flow_of().reverse_kl_loss(trained(), target, n, key=KEY)
+
+
+def test_devices_share_a_batch():
+    """With a key for each device, the gradient is the mean of theirs."""
+    flow, m = flow_of(steps=4), trained()
+    joint = flow_of(axis_name="i")
+    keys = jax.random.split(KEY, 2)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("i",))
+
+    def sharded(flow):
+        def mean(m, keys):
+            loss = flow.reverse_kl_loss(m, double_well, 3, key=keys[0])
+            return jax.lax.pmean(loss, "i")
+
+        loss = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("i")), out_specs=P())
+        return jax.jit(jax.value_and_grad(loss))(m, keys)
+
+    each = [
+        jax.value_and_grad(lambda m, key=key: flow.reverse_kl_loss(m, double_well, 3, key=key))(m)
+        for key in keys
+    ]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *each)
+    assert_close(sharded(flow), mean, rtol=1e-12)
+    # Four steps of fifth order against error control.
+    assert_close(sharded(joint)[0], mean[0], rtol=1e-3)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    adjoint = jaxode.DiscreteAdjoint(checkpoints=4)
+    m = trained()
+
+    def bytes_of(steps):
+        flow = flow_of(steps=steps, adjoint=adjoint)
+        return temporary_bytes(lambda m: flow.reverse_kl_loss(m, double_well, 64, key=KEY), m)
+
+    # Two numbers for each step beside 4 states of 64 rows.
+    assert bytes_of(512) < 1.3 * bytes_of(16)
