@@ -20,6 +20,7 @@ from jaxode.ode.adjoints import (
 )
 from jaxode.ode.backward_stats import backward_stats
 from jaxode.ode.events import Event
+from jaxode.ode.jumps import Jumps
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
 from jaxode.ode.solution import Solution
@@ -33,6 +34,7 @@ __all__ = [
     "Event",
     "ForwardMode",
     "InterpolatingAdjoint",
+    "Jumps",
     "Result",
     "Solution",
     "SolveError",
