@@ -5,8 +5,8 @@ import importlib
 from benchmarks.harness.benchmark import Benchmark
 
 BENCHMARKS = (
-    "ffjord_step", "neural_ode_step", "per_sample", "ragged", "overhead", "divergence",
-    "regularizers", "compile_time", "memory", "scaling", "sharding", "cores",
+    "ffjord_step", "neural_ode_step", "per_sample", "ragged", "rows", "overhead",
+    "divergence", "regularizers", "compile_time", "memory", "scaling", "sharding", "cores",
 )  # fmt: skip
 ON_ITS_OWN = ("time_to_nll", "posterior", "tables")
 
