@@ -21,6 +21,7 @@ from jaxode.ode.adjoints import (
 )
 from jaxode.ode.backward_stats import backward_stats
 from jaxode.ode.events import Event
+from jaxode.ode.jumps import Jumps
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
@@ -35,6 +36,7 @@ __all__ = [
     "Event",
     "ForwardMode",
     "InterpolatingAdjoint",
+    "Jumps",
     "Result",
     "Rodas5P",
     "Rosenbrock23",

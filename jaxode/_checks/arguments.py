@@ -200,34 +200,34 @@ def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:
         )
 
 
-def check_derivative(y: PyTree, dy: PyTree, hint: str = "") -> None:
-    """Raise unless the derivative has the structure, shapes and precision of the state.
+def check_derivative(
+    y: PyTree, dy: PyTree, hint: str = "", name: str = "f", call: str = "f(t, y, args)"
+) -> None:
+    """Raise unless what a `call` returned has the structure, shapes and precision of the state.
 
     The `hint` follows the message for a wrong shape.
     """
+    must = f"{arg(name)} {call} must"
     if jax.tree.structure(dy) != jax.tree.structure(y):
         raise ValueError(
-            f"{arg('f')} f(t, y, args) must return the structure of y, "
-            f"{jax.tree.structure(y)}; got {jax.tree.structure(dy)}."
+            f"{must} return the structure of y, {jax.tree.structure(y)}; got "
+            f"{jax.tree.structure(dy)}."
         )
     for expected, actual in zip(jax.tree.leaves(y), jax.tree.leaves(dy), strict=True):
         if not isinstance(actual, jax.Array | np.ndarray | np.generic | float | int | complex):
-            raise TypeError(
-                f"{arg('f')} f(t, y, args) must return arrays; got {type(actual).__name__}."
-            )
+            raise TypeError(f"{must} return arrays; got {type(actual).__name__}.")
         if expected.shape != jnp.shape(actual):
             raise ValueError(
-                f"{arg('f')} f(t, y, args) must return the shapes of y; got "
-                f"{jnp.shape(actual)} where y has {expected.shape}. f sees one sample of a batch."
-                f"{hint}"
+                f"{must} return the shapes of y; got {jnp.shape(actual)} where y has "
+                f"{expected.shape}. {call.partition('(')[0]} sees one sample of a batch.{hint}"
             )
         dtype = jnp.result_type(actual)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{arg('f')} f(t, y, args) must return floating arrays; got {dtype}.")
+            raise TypeError(f"{must} return floating arrays; got {dtype}.")
         if jnp.finfo(dtype).bits > max(jnp.finfo(expected.dtype).bits, 32):
             raise TypeError(
-                f"{arg('f')} f(t, y, args) must not return more precision than y has; got "
-                f"{dtype} where y is {expected.dtype}. Convert args, or y, to the other dtype."
+                f"{must} not return more precision than y has; got {dtype} where y is "
+                f"{expected.dtype}. Convert args, or y, to the other dtype."
             )
 
 

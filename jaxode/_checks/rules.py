@@ -202,6 +202,14 @@ IN_ORDER = Rule(
     f"times must be in order from t0 to t1, and not be {_LOST}",
     "Sort them, or use float64 for the state. Pad a row with its last time.",
 )  # fmt: skip
+JUMPS = Rule(
+    "jumps=...",
+    lambda t0, t1, times: forwards(
+        t0, t1, jnp.where(jnp.isinf(times), t1[None], times)
+    ).all(axis=0),
+    f"times must be in order from t0 to t1, and not be {_LOST}",
+    "Sort them, or extend the solve. Pad a row with its last time, or infinity.",
+)  # fmt: skip
 # The rules of a solve, which its program checks: each with the names of the values that it reads,
 # per row. Times that the dtype of the state cannot tell apart are NaN there.
 SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (

@@ -20,14 +20,8 @@ def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = 
     ragged = [_check_end(name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
     given = ts
     if ts is not None:
-        check_real_times("ts", ts)
-        ts = jnp.asarray(ts, dtype)
-        ragged.append(ts.ndim == 2 and ts.shape[0] == rows)
-        if not (ts.ndim == 1 or ragged[-1]) or ts.shape[-1] == 0:
-            of_rows = "" if rows is None else f", or one of the same length for each of {rows} rows"
-            raise ValueError(
-                f"{arg('ts')} must be a vector of at least one time{of_rows}; got shape {ts.shape}."
-            )
+        ts = _check_several("ts", ts, dtype, rows)
+        ragged.append(ts.ndim == 2)
     span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
     start, end = as_array(t0, dtype), as_array(t1, dtype)
     if not is_known(span_lost) or np.ndim(span_lost):
@@ -41,13 +35,49 @@ def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = 
             "float64 for the state."
         )
     if ts is not None and is_known((t0, t1, given)):
-        _check_order(float(t0), float(t1), np.asarray(ts))
-    if is_known(ts_lost) and ts_lost:
+        _check_order("ts", float(t0), float(t1), np.asarray(given, dtype))
+    _check_kept("ts", ts_lost, given, dtype)
+    return start, end, ts, ts_lost
+
+
+def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int | None = None):
+    """The times of jumps in the dtype of the state; NaN in rows, and if traced, where it loses
+    them."""
+    jumps = _check_several("jumps", times, dtype, rows)
+    known = is_known((t0, t1, times))
+    xp = np if known else jnp
+    # Padding with infinity is at the end.
+    given = xp.asarray(times, float)
+    given = xp.where(xp.isinf(given), xp.asarray(t1, float)[..., None], given)
+    _, lost = _lost_times(t0, t1, given, dtype)
+    if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
+        _check_order("jumps", float(t0), float(t1), np.asarray(given, dtype))
+        _check_kept("jumps", lost, times, dtype)
+    lost = jnp.asarray(lost)
+    jumps = jnp.broadcast_to(jumps, (*lost.shape, jumps.shape[-1])) if lost.ndim else jumps
+    return jnp.where(lost[..., None], jnp.nan, jumps)
+
+
+def _check_several(name: str, times: Any, dtype: jnp.dtype, rows: int | None):
+    """The times as an array: a vector, or one for each of the `rows`."""
+    check_real_times(name, times)
+    times = jnp.asarray(times, dtype)
+    ragged = times.ndim == 2 and times.shape[0] == rows
+    if not (times.ndim == 1 or ragged) or times.shape[-1] == 0:
+        of_rows = "" if rows is None else f", or one of the same length for each of {rows} rows"
         raise ValueError(
-            f"{arg('ts')} times are lost in the precision of {dtype}, in which the state is "
+            f"{arg(name)} must be a vector of at least one time{of_rows}; got shape {times.shape}."
+        )
+    return times
+
+
+def _check_kept(name: str, lost: Any, given: Any, dtype: jnp.dtype) -> None:
+    """Raise if times are known to be lost."""
+    if is_known(lost) and lost:
+        raise ValueError(
+            f"{arg(name)} times are lost in the precision of {dtype}, in which the state is "
             f"solved; got {given}. Shift the time, or use float64 for the state."
         )
-    return start, end, ts, ts_lost
 
 
 def _check_end(name: str, value: Any, rows: int | None) -> bool:
@@ -121,7 +151,7 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
         return span_lost, far.any(axis=-1) | merged.any(axis=-1)
 
 
-def _check_order(t0: float, t1: float, ts: np.ndarray) -> None:
+def _check_order(name: str, t0: float, t1: float, ts: np.ndarray) -> None:
     # t0 and t1 are compared in the precision of ts.
     wrong = ~forwards(np.asarray(t0, ts.dtype), np.asarray(t1, ts.dtype), ts)
     if wrong.any():
@@ -130,6 +160,6 @@ def _check_order(t0: float, t1: float, ts: np.ndarray) -> None:
         digits = map(repr, ts.tolist()) if first in (0, len(ts)) else map(str, ts)
         names = [f"t0={t0!r}", *digits, f"t1={t1!r}"]
         raise ValueError(
-            f"{arg('ts')} times must {direction} from t0={t0!r} to t1={t1!r}; got "
+            f"{arg(name)} times must {direction} from t0={t0!r} to t1={t1!r}; got "
             f"{names[first]} before {names[first + 1]}. Sort them, or extend the solve."
         )

@@ -43,17 +43,24 @@ def call_field(
     args: PyTree,
     name: str = "f",
     kind: str = "the vector field",
+    call: str = "(t, y, args)",
+    row: PyTree = None,
 ) -> Any:
-    """`f(t, y, args)`. An error inside `f` says what `f` was called with."""
+    """`f(t, y, args)`, with what is given for its `row`.
+
+    An error inside `f` says what `f` was called with.
+    """
+    args = of_row(args, row)
     try:
         return f(t, y, args)
     except Exception as error:
         if type(error) not in MISFITS:
             raise
+        pair = "" if row is None else ", the pair (args, row) of a solve with row_args"
         raise TypeError(
-            f"{name}(t, y, args): {kind} raised {type(error).__name__}: "
-            f"{str(error).rstrip('.')}. It got y={_described(y)} and args={_described(args)}. Pass "
-            f"args that fit {name}, or fix the line of {name} that the error above names."
+            f"{name}{call}: {kind} raised {type(error).__name__}: {str(error).rstrip('.')}. It got "
+            f"y={_described(y)} and args={_described(args)}{pair}. Pass args that fit {name}, or "
+            f"fix the line of {name} that the error above names."
         ) from error
 
 

@@ -18,7 +18,8 @@ from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
-from jaxode.ode.field import VectorField, call_field, check_field, of_row
+from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.jumps import Jumps, check_jumps, solve_across
 from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
@@ -28,6 +29,7 @@ from jaxode.ode.system import (
     Batch,
     System,
     argument_faults,
+    change_on_rows,
     condition_on_rows,
     make_system,
     pose,
@@ -58,6 +60,7 @@ def solve(
     precision: Literal["highest", "high", "default"] | None = None,
     dense: bool = False,
     event: Event | None = None,
+    jumps: Jumps | None = None,
     throw: bool = True,
 ) -> Solution:
     """Solve the initial value problem `dy/dt = f(t, y, args)`, `y(t0) = y0`, up to `t1`.
@@ -118,6 +121,9 @@ def solve(
             outputs after it repeat the state at the event. One solve finds the event, further ones
             land on it, and the last is the solution. With a batch it needs "per_sample" steps, and
             each sample has its own event. Not with `steps`.
+        jumps: `jaxode.Jumps`, changes of the state at known times, such as doses. `steps` and
+            `max_steps` then count between two jumps, and so does `first_step`. Not with `dense` or
+            `event`.
         throw: raise `jaxode.SolveError` if the solve fails; under `jit` it is the message of a
             `jax.errors.JaxRuntimeError`. With `throw=False`, `Solution.result` says how the solve
             ended, and the state and all gradients of a failed solve are NaN.
@@ -130,8 +136,8 @@ def solve(
         SolveError: at run time, with `throw`, if the steps run out, the step size underflows or the
             vector field is not finite.
 
-    Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts` and values that `f`
-        closes over.
+    Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts`, the times of
+        `jumps`, and values that `f`, `event` and `jumps` close over.
         With an event, by the implicit function theorem: first derivatives, and second ones if
         `adjoint` has them.
 
@@ -162,9 +168,10 @@ def solve(
             "jaxode.DiscreteAdjoint()."
         )
     check_event(options, event, batch)
+    check_jumps(jumps, dense, event)
     return solve_checked(
         f, y0, (t0, t1), args, options,
-        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, throw=throw,
+        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps, throw=throw,
     )  # fmt: skip
 
 
@@ -230,7 +237,7 @@ class UserField(eqx.Module):
     )
 
     def __call__(self, t, y, shared, row):
-        return call_field(self.f, t, y, of_row(shared, row))
+        return call_field(self.f, t, y, shared, row=row)
 
 
 def solve_checked(
@@ -246,6 +253,7 @@ def solve_checked(
     batch: Batch = None,
     dense: bool = False,
     event: Event | None = None,
+    jumps: Jumps | None = None,
     throw: bool,
 ) -> Solution:
     """`solve` for a checked state, the argument `name`."""
@@ -261,7 +269,7 @@ def solve_checked(
         row_args = check_rows("row_args", row_args, jax.tree.leaves(y0)[0].shape[0])
     system = make_system(
         UserField(f), y0, span, args, options,
-        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event,
+        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     if not throw:
@@ -324,6 +332,9 @@ def run(system: System) -> Solution:
     if system.event is not None:
         condition = condition_on_rows(system, ravel)
         problem, out = solve_to_event(system.event, condition, problem, stepper, system.adjoint)
+    elif system.jumps is not None:
+        change, times = change_on_rows(system, ravel), system.jumps_on_rows(len(problem.t0))
+        out = solve_across(change, times, problem, system.row_args, stepper, system.adjoint)
     else:
         out = system.adjoint.integrate(problem, stepper)
     per_sample, interpolant = system.batch == "per_sample", None

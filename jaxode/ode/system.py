@@ -23,11 +23,11 @@ from jaxode._checks.arguments import (
     state_dtype,
 )
 from jaxode._checks.caller import arg
-from jaxode._checks.rules import Faults, solve_faults
-from jaxode._checks.times import check_times
+from jaxode._checks.rules import JUMPS, Faults, solve_faults
+from jaxode._checks.times import check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
-from jaxode.ode.field import call_field, of_row
+from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.stepper import Stepper
@@ -59,6 +59,8 @@ class System(NamedTuple):
     """The gradient method, which runs the loop, or a solve by diffrax."""
     event: Any = None
     """The event that may end it before `t1`."""
+    jumps: Any = None
+    """The jumps of its state, with an array of times."""
 
     @property
     def rows_have_outputs(self) -> bool:
@@ -70,9 +72,12 @@ class System(NamedTuple):
         t0, t1 = (jnp.broadcast_to(t, (rows,)) for t in (self.t0, self.t1))
         ts = self.ts
         if ts is not None:
-            ts = ts.T if ts.ndim == 2 else jnp.broadcast_to(ts[:, None], (ts.shape[0], rows))
-            ts = jnp.where(self.ts_lost, jnp.nan, ts)
+            ts = jnp.where(self.ts_lost, jnp.nan, _times_on_rows(ts, rows))
         return t0, t1, ts
+
+    def jumps_on_rows(self, rows: int) -> Float[Array, "jumps rows"]:
+        """The times of the jumps of each row."""
+        return _times_on_rows(self.jumps.times, rows)
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
@@ -92,26 +97,41 @@ def make_system(
     batch: Batch = None,
     dense: bool = False,
     event: Any = None,
+    jumps: Any = None,
 ) -> System:
     """Check the times, and turn everything that varies into arrays to avoid recompilation."""
     dtype = state_dtype(y0)
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
     t0, t1, ts, ts_lost = check_times(*span, ts, dtype, count)
-    check_same_times((t0, t1, ts, options.breakpoints), options.axis_name)
+    of_jumps = None
+    if jumps is not None:
+        of_jumps = check_jump_times(*span, jumps.times, dtype, count)
+        jumps = dataclasses.replace(jumps, times=of_jumps)
+    check_same_times((t0, t1, ts, options.breakpoints, of_jumps), options.axis_name)
     stepper = options.stepper(dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
     stepper = dataclasses.replace(stepper, dense=dense)
     adjoint, solver = options.adjoint, options.solver
     if isinstance(solver, diffrax.AbstractSolver) and options.tableau is None:
         adjoint = DiffraxSolve(solver, adjoint)
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
-    return System(field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event)
+    return System(
+        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event, jumps
+    )
+
+
+def _times_on_rows(ts: Float[Array, "*rows times"], rows: int) -> Float[Array, "times rows"]:
+    return ts.T if ts.ndim == 2 else jnp.broadcast_to(ts[:, None], (ts.shape[0], rows))
 
 
 def argument_faults(system: System) -> Faults:
     """The faults that arguments of a system may have, for the message of a failure."""
+    jumps = system.jumps
     ragged = system.t0.ndim or system.t1.ndim or system.rows_have_outputs
+    ragged |= jumps is not None and jumps.times.ndim == 2
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
-    return solve_faults(Problem(None, None, system.y0, *system.on_rows(rows)), system.stepper)
+    t0, t1, ts = system.on_rows(rows)
+    faults = solve_faults(Problem(None, None, system.y0, t0, t1, ts), system.stepper)
+    return faults if jumps is None else faults | JUMPS.fault(t0, t1, system.jumps_on_rows(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +171,7 @@ def condition_on_rows(system: System, ravel: Ravel):
 
     def checked(t, y, shared, row):
         value = call_field(
-            system.event.condition, t, y, of_row(shared, row), "condition",
-            "the condition of the event",
+            system.event.condition, t, y, shared, "condition", "the condition of the event", row=row
         )  # fmt: skip
         dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
         if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
@@ -172,8 +191,28 @@ def condition_on_rows(system: System, ravel: Ravel):
     return condition
 
 
+def change_on_rows(system: System, ravel: Ravel):
+    """The change at a jump, on rows of the solver."""
+
+    def checked(at, y, shared, row):
+        t, number = at
+        change = lambda t, y, args: system.jumps.change(t, y, args, number)
+        after = call_field(
+            change, t, y, shared, "change", "the change of the jumps", "(t, y, args, i)", row
+        )  # fmt: skip
+        check_derivative(y, after, name="jumps", call="change(t, y, args, i)")
+        return jax.tree.map(jnp.asarray, after)
+
+    rows_change = _on_rows(system, checked)
+
+    def change(t, number, y, row_args):
+        return ravel(rows_change((t, number), ravel.back(y), system.shared, row_args))
+
+    return change
+
+
 def _rows_field(system: System):
-    """The field of the solver: of one system, of one batch, or with a time for each sample."""
+    """The field of the solver."""
     hint = "" if system.batch is None else getattr(system.field, "hint", "")
 
     def checked(t, y, shared, row):
@@ -181,15 +220,20 @@ def _rows_field(system: System):
         check_derivative(y, dy, hint)
         return jax.tree.map(jnp.asarray, dy)
 
+    return _on_rows(system, checked)
+
+
+def _on_rows(system: System, of_sample: Callable[..., PyTree]):
+    """A function of one sample on rows: of one system, of one batch, or with a time for each."""
     if system.batch == "per_sample":
-        return jax.vmap(checked, in_axes=(0, 0, None, 0))
+        return jax.vmap(of_sample, in_axes=(0, 0, None, 0))
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
     if system.batch == "joint":
-        batched = jax.vmap(checked, in_axes=(None, 0, None, 0))
-        return lambda t, y, shared, rows: batched(t[0], y, shared, rows)
+        batched = jax.vmap(of_sample, in_axes=(None, 0, None, 0))
+        return lambda t, y, shared, rows: batched(first(t), y, shared, rows)
 
     def alone(t, y, shared, rows):
-        dy = checked(t[0], jax.tree.map(lambda x: x[0], y), shared, rows)
-        return jax.tree.map(lambda x: x[None], dy)
+        return jax.tree.map(lambda x: x[None], of_sample(first(t), first(y), shared, rows))
 
     return alone
 

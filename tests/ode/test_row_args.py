@@ -124,6 +124,13 @@ WRONG = {
 }  # fmt: skip
 
 
+def test_a_field_that_ignores_its_row_is_told_of_the_pair():
+    with pytest.raises(TypeError, match=r"raised TypeError: .*, the pair \(args, row\) of a solve"):
+        jaxode.solve(
+            lambda t, y, args: -args["shift"] * y, Y0, 0.0, 1.0, row_args=ROW_ARGS, batch="joint"
+        )
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_rows(name):
     given, kind, message = WRONG[name]

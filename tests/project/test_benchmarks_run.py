@@ -25,6 +25,7 @@ from benchmarks.cases import (
     posterior,
     ragged,
     regularizers,
+    rows,
     tables,
 )
 from benchmarks.cases import time_to_nll as to_level
@@ -43,6 +44,9 @@ TINY = {
     "neural_ode_step": {"cases": {"tiny": ODE}},
     "per_sample": {"cases": {"tiny": FLOW}},
     "ragged": {"cases": {"tiny": ragged.Size(4, 3, (4,), steps=2)}},
+    "rows": {
+        "cases": {"solve": rows.Size(2, rows=(3,)), "gradient": rows.Size(2, True, (3,))},
+    },
     "overhead": {
         "cases": {
             "solve": overhead.Size(FLOW, count=2),

@@ -1,0 +1,196 @@
+"""Jumps: a solve whose state changes at known times, such as the doses of a patient.
+
+It is a scan over the pieces between two jumps. Each piece is a solve of its own, so that gradient
+methods know nothing of jumps: the derivatives by the times of the jumps are those by the ends of
+the pieces, and JAX differentiates the change itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxode._checks.arguments import check_real_times
+from jaxode._checks.caller import arg, public
+from jaxode._checks.errors import Result
+from jaxode._checks.rules import JUMPS, all_hold
+from jaxode._jax.sharding import vary_alike
+from jaxode.ode.field import check_field
+from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.rows import entry_of_each, replace_rows
+from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.step_size import rms_norm
+from jaxode.ode.loop.stepper import Stepper
+
+# (t [rows], number [rows], y [samples, n], row_args) -> y [samples, n]
+Change = Callable[..., Float[Array, "samples n"]]
+
+
+class Jumps(eqx.Module):
+    """Times at which the state of a solve changes at once, to `change(t, y, args, i)`.
+
+    Steps end exactly at each time. `Solution.ys` is the state before the change: at the time of a
+    jump, `change` of it is the state after. `Solution.y1` is the state after all changes, also
+    after one at the end time.
+
+    Args:
+        times: `[jumps]`, or with "per_sample" steps also `[batch, jumps]`, monotone from `t0` to
+            `t1`, both included. Pad a shorter row with infinity, or by repeating its last time: a
+            time equal to the one before is no jump of its own.
+        change: a function of the time, the state before (of one sample, with a batch), the `args`
+            of the field (with `row_args`, `(args, row)`), and the number of the jump, an int32
+            scalar that counts from 0. It returns the state after, like the state before. It must be
+            pure, as the field.
+
+    Raises:
+        TypeError: if `change` is not a function, or `times` are not real numbers.
+
+    Differentiation: with respect to `times` and values that `change` closes over, and all that the
+        solve is differentiable in.
+    """
+
+    times: Float[Array, "*rows jumps"]
+    change: Callable[[Float[Array, ""], PyTree, PyTree, Int[Array, ""]], PyTree]
+
+    @public("")
+    def __check_init__(self):
+        check_real_times("times", self.times)
+        check_field("change", self.change, "change(t, y, args, i)")
+
+
+def check_jumps(jumps: Any, dense: bool, event: Any) -> None:
+    """Raise for what is no `Jumps`, and for options that do not go with jumps."""
+    if jumps is None:
+        return
+    if not isinstance(jumps, Jumps):
+        raise TypeError(
+            f"{arg('jumps')} must be a jaxode.Jumps; got {jumps!r}. Use jaxode.Jumps(times, "
+            "change)."
+        )
+    for name, given, cure in (
+        ("dense", dense, "Pass the times as ts"),
+        ("event", event is not None, "Solve to the event, change its y1, and go on from its t1"),
+    ):
+        if given:
+            raise ValueError(
+                f"{arg(name)} needs a solve without jumps; got jumps=Jumps(...). {cure}, or solve "
+                "from one jump to the next."
+            )
+
+
+def solve_across(
+    change: Change,
+    times: Float[Array, "jumps rows"],
+    problem: Problem,
+    row_args: PyTree,
+    stepper: Stepper,
+    adjoint: Any,
+) -> Integration:
+    """Solve the problem across the jumps of each row."""
+    problem, row_args, times = vary_alike((problem, row_args, times))
+    valid = all_hold(problem, stepper) & JUMPS.holds(problem.t0, problem.t1, times)
+    is_jump, number, times = _without_padding(times, problem.t0)
+    none = jnp.zeros((1, *problem.t0.shape), bool)
+    pieces = (
+        jnp.arange(len(times) + 1, dtype=jnp.int32),
+        jnp.concatenate([problem.t0[None], times]),
+        jnp.concatenate([times, problem.t1[None]]),
+        jnp.concatenate([number, number[-1:]]),
+        jnp.concatenate([is_jump, none]),
+        jnp.concatenate([is_jump, ~none]),
+    )
+
+    def piece(carry, of_piece):
+        y, ys, result, reached, stats = carry
+        index, start, end, number, jumps, counted = of_piece
+        # Before an empty piece, which would not notice. NaN on all devices if on one.
+        lost = jnp.isnan(rms_norm(stepper, 0 * jax.lax.stop_gradient(y), start))
+        lost &= result == Result.SUCCESS
+        result = jnp.where(lost, jnp.int32(Result.NON_FINITE), result)
+        reached = jnp.where(lost, start, reached)
+        going = result == Result.SUCCESS
+        # A row that failed takes no steps, and adds nothing to the gradients of others.
+        part = problem._replace(y0=y, t0=jnp.where(going, start, jnp.nan), t1=end)
+        inside = None
+        if problem.ts is not None:
+            inside = _inside(problem, start, end, index)
+            part = _with_outputs(part, inside)
+        out = adjoint.integrate(part, stepper)
+        if inside is not None:
+            ys = _filled_in(ys, out.ys, inside)
+        stats = jax.tree.map(partial(_counted, going & counted), stats, out.stats)
+        result = jnp.where(going, out.result, result)
+        reached = jnp.where(going, out.t_reached, reached)
+        jumps = jumps & (result == Result.SUCCESS)
+        given = replace_rows((end, number, out.y1, row_args), ~jumps, jumps)
+        y = jnp.where(jumps[:, None], change(*given), out.y1)
+        return (y, ys, result, reached, stats), out.h
+
+    result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
+    zero = jnp.zeros_like(result)
+    ys = None
+    if problem.ts is not None:
+        ys = jnp.broadcast_to(problem.y0, (len(problem.ts), *problem.y0.shape))
+    carry = problem.y0, ys, result, problem.t0, Stats(zero, zero, zero, zero)
+    # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
+    # as long, or longer, and ten times the memory.
+    carry, h = jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), *vary_alike((carry, pieces)))
+    y1, ys, result, reached, stats = carry
+    if ys is not None:
+        # As a value of the failed row, which has no derivatives.
+        ys = jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
+    return Integration(y1, ys, stats, result, jax.lax.stop_gradient(reached), h[-1])
+
+
+def _counted(where: Bool[Array, " rows"], total: Int[Array, " rows"], more: Int[Array, " rows"]):
+    """The total with more work in some rows. Negative, as `more`, if unknown."""
+    return jnp.where(where, jnp.where(more < 0, more, total + more), total)
+
+
+def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " rows"]):
+    """Which times are jumps, the number of the last jump up to each, and its time.
+
+    Up to the first jump, the number is 0 and the time is that of the start.
+    """
+    repeats = jnp.concatenate([jnp.zeros_like(times[:1], bool), times[1:] == times[:-1]])
+    is_jump = jnp.isfinite(times) & ~repeats
+    numbers = jnp.arange(len(times), dtype=jnp.int32)[:, None]
+    last = jax.lax.cummax(jnp.where(is_jump, numbers, -1), axis=0)
+    number = jnp.maximum(last, 0)
+    latest = jnp.take_along_axis(times, number, axis=0)
+    return is_jump, number, jnp.where(last < 0, start[None], latest)
+
+
+def _inside(problem: Problem, start, end, index) -> Bool[Array, "times rows"]:
+    """Which outputs lie in a piece: after its start, up to its end."""
+    assert problem.ts is not None
+    ts, sign = problem.ts, jnp.sign(problem.t1 - problem.t0)[None]
+    inside = ((sign * (ts - start[None]) > 0) | (index == 0)) & (sign * (ts - end[None]) <= 0)
+    if problem.outputs is not None:
+        inside &= _numbers(ts) < problem.outputs[None]
+    return inside
+
+
+def _numbers(ts: Float[Array, "times rows"]) -> Int[Array, "times 1"]:
+    return jnp.arange(len(ts), dtype=jnp.int32)[:, None]
+
+
+def _with_outputs(part: Problem, inside: Bool[Array, "times rows"]) -> Problem:
+    """The piece with these outputs, or one at its end where there are none; the rest is padding."""
+    assert part.ts is not None
+    count, first = inside.sum(axis=0, dtype=jnp.int32), jnp.argmax(inside, axis=0)
+    index = first.astype(jnp.int32)[None] + jnp.clip(_numbers(part.ts), 0, count[None] - 1)
+    ts = jnp.where(count[None] > 0, jnp.take_along_axis(part.ts, index, axis=0), part.t1[None])
+    return part._replace(ts=ts, outputs=jnp.maximum(count, 1))
+
+
+def _filled_in(ys, of_piece: Float[Array, "times samples n"], inside: Bool[Array, "times rows"]):
+    """The outputs, with those of a piece in their places."""
+    index = _numbers(inside) - jnp.argmax(inside, axis=0).astype(jnp.int32)[None]
+    moved = jax.vmap(entry_of_each, (None, 0))(of_piece, jnp.maximum(index, 0))
+    return jnp.where(inside[..., None], moved, ys)
