@@ -63,6 +63,7 @@ CASES = {
     "a joint batch": (batch_of("joint"), (Y0, A), 0),
     "a batch with steps of each sample": (batch_of("per_sample"), (Y0, A), 0),
     "equal steps": (lambda y0, a: end(y0, a, steps=5), (Y0, A), 0),
+    "a stiff solver": (lambda y0, a: end(y0, a, solver=jaxode.Rodas5P()), (Y0, A), 0),
     "dense output": (dense, (Y0, A), 0),
     "the adjoint ODE": (lambda y0, a: end(y0, a, adjoint=jaxode.BacksolveAdjoint()), (Y0, A), 0),
     "interpolated": (lambda y0, a: end(y0, a, adjoint=jaxode.InterpolatingAdjoint()), (Y0, A), 0),
@@ -169,6 +170,15 @@ def test_programs_are_those_of_the_plain_rule(program, monkeypatch):
     monkeypatch.setattr(vmapped, "_with_rule", lambda f, rule, *args: f(*args))
     jax.clear_caches()
     check(got, program(end), 1e-11)
+
+
+def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
+    stiff = {"solver": jaxode.Rodas5P(), "batch": "joint", **OPTIONS}
+    rows = lambda y0: jaxode.solve(field, y0, 0.0, 1.0, A[0], **stiff).y1
+    y0, called, plain = jnp.stack([Y0, 2 * Y0]), [], vmapped.plain
+    monkeypatch.setattr(vmapped, "plain", lambda *args: (called.append(1), plain(*args))[1])
+    check(jax.vmap(rows)(y0), jnp.stack([rows(y) for y in y0]))
+    assert called
 
 
 def test_busy_solves_run_one_after_the_other(monkeypatch):

@@ -35,7 +35,7 @@ def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
     def rule(size: int, mapped: tuple[Problem, Stepper], problem: Problem, stepper: Stepper):
         if is_busy(problem.field):
             return one_by_one(solve, mapped, problem, stepper)
-        many = Many.of(size, mapped, problem)
+        many = Many.of(size, mapped, problem, stepper)
         if many is None:
             return plain(solve, mapped, problem, stepper)
         return many.split(solve(many.join(mapped[0], problem, stepper), stepper))
@@ -70,7 +70,7 @@ class Reverse(NamedTuple):
         def rule(size: int, mapped: Any, problem: Problem, stepper: Stepper):
             if is_busy(problem.field):
                 return one_by_one(self.record, mapped, problem, stepper)
-            many = Many.of(size, mapped, problem, self.wanted)
+            many = Many.of(size, mapped, problem, stepper, self.wanted)
             if many is None:
                 return plain(self.record, mapped, problem, stepper)
             one = jax.tree.map(lambda x, its: x[0] if its else x, (problem, stepper), mapped)
@@ -101,7 +101,7 @@ class Reverse(NamedTuple):
                 return plain(pull, mapped, *args)
             if is_busy(problem.field):
                 return one_by_one(pull, mapped, *args)
-            many = Many.of(size, mapped[2:], problem, self.wanted)
+            many = Many.of(size, mapped[2:], problem, args[3], self.wanted)
             if many is None:
                 return plain(pull_of_any, mapped, *args)
             return self._of_rows(many, mapped, *args)
@@ -154,22 +154,30 @@ class Many(NamedTuple):
 
     @classmethod
     def of(
-        cls, size: int, mapped: tuple[Problem, Stepper], problem: Problem, wanted: Any = None
+        cls,
+        size: int,
+        mapped: tuple[Problem, Stepper],
+        problem: Problem,
+        stepper: Stepper,
+        wanted: Any = None,
     ) -> "Many | None":
         """None if mapped problems can't be rows. With the leaves that are `wanted`, for a gradient
         of each problem."""
-        (which, of_stepper), rows = mapped, problem.t0.shape[-1]
-        shared = which.field, which.args[0]
+        (of_problem, of_stepper), rows = mapped, problem.t0.shape[-1]
+        samples, n = problem.y0.shape[-2:]
+        shared = of_problem.field, of_problem.args[0]
         if any(jax.tree.leaves(of_stepper)) or (rows > 1 and any(jax.tree.leaves(shared))):
             # Rows of one problem share them, but not those of all problems.
+            return None
+        if rows == 1 < samples and stepper.tableau.needs_jacobian:
+            # All samples of a problem would have one Jacobian.
             return None
         if wanted is not None:
             copied = eqx.filter(problem, wanted)
             copied = eqx.filter((copied.field, copied.args[0]), shared, inverse=True)
-            sizes = [x.size for x in jax.tree.leaves(copied)]
-            if sum(sizes) > (FEW if rows == 1 else 0):
+            if sum(x.size for x in jax.tree.leaves(copied)) > (FEW if rows == 1 else 0):
                 return None
-        return cls(size, rows, problem.y0.shape[-2:])
+        return cls(size, rows, (samples, n))
 
     def join(self, mapped: Problem, problem: Problem, stepper: Stepper) -> Problem:
         """One problem. Leaves that are `mapped` have a leading axis, the others stay shared."""
