@@ -157,6 +157,38 @@ def test_over_devices():
             np.testing.assert_allclose(a, b, rtol=1e-7)
 
 
+def test_more_unknowns_than_are_unrolled():
+    """Factors by LAPACK: alone, under `vmap`, over devices, and in both modes of derivatives."""
+    matrix = -10 * jnp.eye(9) + jax.random.normal(jax.random.key(0), (9, 9))
+    y0 = jnp.arange(18.0).reshape(2, 9)
+
+    def end(y0, matrix, adjoint=jaxode.DiscreteAdjoint()):
+        f = lambda t, y, matrix: matrix @ y
+        return jaxode.solve(
+            f,
+            y0,
+            0.0,
+            1.0,
+            matrix,
+            solver=RODAS,
+            rtol=1e-8,
+            atol=1e-8,
+            throw=False,
+            adjoint=adjoint,
+        ).y1
+
+    exact = y0 @ jax.scipy.linalg.expm(matrix).T
+    rows = jax.vmap(end, (0, None))
+    np.testing.assert_allclose(rows(y0, matrix), exact, atol=1e-7)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    specs = (PartitionSpec("rows"), PartitionSpec())
+    over = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=specs[0]))
+    np.testing.assert_allclose(over(y0, matrix), exact, atol=1e-7)
+    reverse = jax.jit(jax.jacrev(end, 1))(y0[1], matrix)
+    forward = jax.jit(jax.jacfwd(lambda m: end(y0[1], m, jaxode.ForwardMode())))(matrix)
+    np.testing.assert_allclose(reverse, forward, rtol=1e-8, atol=1e-8)
+
+
 def test_jacobian_that_is_not_finite_where_the_field_is():
     """A row at rest at the square root's zero fails alone, and says so."""
     f = lambda t, y, args: -jnp.sqrt(y)

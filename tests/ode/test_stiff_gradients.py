@@ -82,6 +82,16 @@ def test_modes_agree_on_a_coarse_mesh(solver, batch):
     assert_close(reverse[3:], forward[3:], 1e-7)
 
 
+def test_parameters_gathered_once_per_step(monkeypatch):
+    """As for networks with more parameters than work."""
+    options = {"rtol": 2e-3, "atol": 1e-7}  # of its own, so that nothing is compiled yet
+    monkeypatch.setattr("jaxode.ode.adjoints.sweep.PARAMETERS_PER_WORK", 0)
+    gathered = jax.jit(jax.grad(lambda *inputs: loss(*inputs, **options), range(6)))(*INPUTS)
+    forward = lambda *inputs: loss(*inputs, adjoint=jaxode.ForwardMode(), **options)
+    expected = jax.jit(jax.jacfwd(forward, range(6)))(*INPUTS)
+    assert_close(gathered[:3], expected[:3], 1e-10)
+
+
 def test_forward_over_reverse():
     def end(rates, adjoint=jaxode.DiscreteAdjoint()):
         scaled = RATES * rates

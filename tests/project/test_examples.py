@@ -147,6 +147,16 @@ def test_segments(run, default_settings):
 
 
 @pytest.mark.slow
+def test_kinetics(run, default_settings):
+    output = run("kinetics", "--steps", 60, "--experiments", 8)
+    guess, fitted, true = (np.log(line(output, name)) for name in ("guess ", "fitted ", "true "))
+    assert np.linalg.norm(fitted - true) < 0.8 * np.linalg.norm(guess - true)
+    # A size of about one half, of which readings have 0.03.
+    assert line(output, "  fitted constants")[0] < 0.15
+    assert line(output, "  learned law")[0] < 0.3
+
+
+@pytest.mark.slow
 def test_resnet_to_ode(run, default_settings):
     arguments = ["--depths", 2, 8, 32, "--steps", 3, "--width", 8, "--batch", 32]
     output = run("resnet_to_ode", *arguments)
