@@ -44,8 +44,10 @@ def markov_chain(key, walkers: int, sweeps: int):
 
     def sweep(state, key):
         x, log_p = state
-        move_key, accept_key = jax.random.split(key)
-        moved = x + 0.3 * BASE.sample(move_key, (walkers,))
+        which_key, move_key, accept_key = jax.random.split(key, 3)
+        # One particle, and all so that the mean stays zero.
+        which = jax.nn.one_hot(jax.random.randint(which_key, (walkers,), 0, N), N) - 1 / N
+        moved = x + which[:, :, None] * jax.random.normal(move_key, (walkers, 1, DIM))
         log_moved = jax.vmap(log_density)(moved)
         accept = jnp.log(jax.random.uniform(accept_key, (walkers,))) < log_moved - log_p
         x = jnp.where(accept[:, None, None], moved, x)
