@@ -4,7 +4,7 @@
 
 A field with the symmetries of particles first learns by matching, from samples of a Markov chain,
 and then from the energy alone, by path gradients. Its weights say how well. Writes a picture of
-pair distances, energies, configurations and training. About ten minutes on two cores.
+pair distances, energies, configurations and training. Five to ten minutes on two cores.
 """
 
 import itertools
@@ -102,7 +102,7 @@ def draw(x, log_w, chain, losses, path):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = parser(__file__, __doc__, steps=1500, batch=256, width=64, rate=2e-3)
+    known = parser(__file__, __doc__, steps=2000, batch=256, width=64, rate=2e-3)
     known.add_argument(
         "--matching", type=count, default=10_000, help="steps of matching (default 10000)"
     )
