@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     # An energy is steep where a fresh flow puts samples: begin slowly.
     warm = max(options.steps // 8, 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, warm, options.steps + 1)
-    optimizer = optax.adam(rate)
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
     m, losses = minimize(loss, network, optimizer, options.steps, next(keys), "path gradients")
 
     y, log_q = jax.jit(flow.sample_and_log_prob, static_argnums=2)(m, next(keys), options.samples)

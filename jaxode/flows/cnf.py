@@ -304,9 +304,9 @@ class CNF(eqx.Module):
 
         Differentiation: reverse mode, once. For `x = F(z)` the path gradient is
         `(dx/dparams)^T (grad log q(x) - grad log p(x))`. Its first factor is exact for the computed
-        samples. The score of `q` is solved along with them, `dg/dt = -J^T g - grad div f`, exact up
-        to the tolerances, which cover it. So unlike the gradient of the value (`path=False`), the
-        path gradient does not look for errors of the solver that lower the loss. With a stochastic
+        samples. The score of `q` is solved along with them, `dg/dt = -J^T g - grad div f`, to ten
+        times `atol`. So unlike the gradient of the value (`path=False`), the path gradient does not
+        look for errors of the solver that lower the loss. With a stochastic
         divergence both are unbiased, and the noise of the probes stays in the path gradient where
         `q = p`: use an exact one if you can.
 

@@ -22,6 +22,7 @@ from jaxode._checks.caller import arg
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import compiled
 from jaxode.distributions import log_prob_of
+from jaxode.flows.integrands import SCORE
 from jaxode.flows.programs import probes_of
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.solve import run
@@ -47,14 +48,14 @@ def reverse_kl(
     if path:
         of_base = lambda z: _summed(log_prob_of(base, z))
         score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
-        field, state = integrands.score, (system.y0, *fixed((log_base, score)))
+        field, state = integrands.score, (system.y0, *fixed((log_base, SCORE * score)))
     else:
         field, state = integrands.density, (system.y0, log_prob_of(base, system.y0))
     solution = run(system._replace(field=field, y0=state, row_args=row_args))
     x, log_q, *score = solution.y1
     log_p, slope, finite = _target(log_density, fixed(x), system.row_args)
     # The derivative along the path: that of what is added to `log q - log p`, which is zero.
-    along = fixed(score[0]) - slope if path else -slope
+    along = fixed(score[0]) / SCORE - slope if path else -slope
     along = jnp.sum((along * (x - fixed(x))).reshape(len(log_q), -1), axis=1)
     losses = log_q + along.astype(log_q.dtype) - log_p.astype(log_q.dtype)
     # As far as solves that failed do not explain it.

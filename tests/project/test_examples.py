@@ -105,6 +105,30 @@ def test_posterior(run, default_settings):
 
 
 @pytest.mark.slow
+def test_particles(run, default_settings):
+    sizes = "--steps", 2, "--matching", 200, "--batch", 64, "--samples", 500
+    output = run("particles", *sizes)
+    _, _, chain = line(output, "mean energy: flow")
+    assert abs(chain + 22.55) < 0.4  # four standard errors
+    assert "fewer than 1000 weights" in output
+
+
+def test_particles_are_aligned_by_what_is_a_symmetry(default_settings):
+    """No order, rotation or reflection of `z` is nearer to `x` than the one that is chosen."""
+    particles = load_once("particles")
+    z, x = particles.BASE.sample(jax.random.key(0), (2, 20))
+    near = jax.vmap(particles.aligned)(z, x)
+    log_p = jax.vmap(particles.log_density)
+    np.testing.assert_allclose(log_p(near), log_p(z), rtol=1e-3)
+    square = lambda z: jnp.sum((z - x) ** 2, axis=(1, 2))
+    for angle in np.linspace(0, 2 * np.pi, 30):
+        turn = jnp.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        for order in particles.ORDERS[::5]:
+            for mirror in (jnp.eye(2), jnp.diag(jnp.array([1.0, -1.0]))):
+                assert (square(z[:, order] @ turn @ mirror) > square(near) - 1e-3).all()
+
+
+@pytest.mark.slow
 def test_lattice(run, default_settings):
     output = run("lattice", "--size", 3, "--steps", 40, "--batch", 16, "--samples", 2000)
     weighted, error, chain, chain_error = line(output, "V m^2: flow, weighted")
