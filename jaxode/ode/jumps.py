@@ -1,4 +1,4 @@
-"""Jumps: a solve whose state changes at known times, such as the doses of a patient.
+"""Jumps: a solve whose state changes, at known times or at events, and goes on.
 
 It is a scan over the pieces between two jumps. Each piece is a solve of its own, so that gradient
 methods know nothing of jumps: the derivatives by the times of the jumps are those by the ends of
