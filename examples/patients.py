@@ -27,7 +27,7 @@ from common.pictures import save
 try:
     import numpyro
     import numpyro.distributions as dist
-    from numpyro.diagnostics import summary
+    from numpyro.diagnostics import split_gelman_rubin
     from numpyro.infer import MCMC, NUTS, init_to_value
 except ModuleNotFoundError:
     sys.exit("patients: numpyro is not installed. Run: pip install numpyro")
@@ -159,7 +159,8 @@ def by_nuts(data, fitted, warmup, samples, key):
     mcmc.run(key, data)
     draws = jax.block_until_ready(mcmc.get_samples(group_by_chain=True))
     seconds = time.perf_counter() - begin
-    r_hat = max(float(np.max(row["r_hat"])) for row in summary(draws).values())
+    with np.errstate(all="ignore"):  # NaN for chains too short to have moved
+        r_hat = max(float(np.max(split_gelman_rubin(np.asarray(x)))) for x in draws.values())
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), draws), r_hat, seconds
 
 
