@@ -211,7 +211,7 @@ def individual(fitted):
 def table(fitted, draws):
     """The population according to the simulation, the fit, and the posterior."""
     print(f"{'':36}truth     descent    NUTS: mean and sd")
-    posterior = {"median": jnp.exp(draws["median"]), **draws}
+    posterior = {**draws, "median": jnp.exp(draws["median"])}
     for name in ("median", "spread", "half", "error"):
         columns = zip(*(np.atleast_1d(x) for x in (
             np.exp(TRUTH[name]), np.exp(fitted["population"][name]),
@@ -225,8 +225,8 @@ def table(fitted, draws):
 def main(arguments: list[str] | None = None) -> int:
     known = parser(__file__, __doc__, steps=400)
     known.add_argument("--patients", type=count, default=256, help="at least 20 (default 256)")
-    known.add_argument("--warmup", type=count, default=250, help="of NUTS (default 250)")
-    known.add_argument("--samples", type=count, default=250, help="of each chain (default 250)")
+    known.add_argument("--warmup", type=count, default=150, help="of NUTS (default 150)")
+    known.add_argument("--samples", type=count, default=100, help="of each chain (default 100)")
     options = known.parse_args(arguments)
     if options.patients < 20:
         known.error("--patients must be at least 20")
