@@ -19,10 +19,10 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode._checks.arguments import one_of
-from jaxode._checks.caller import public
+from jaxode._checks.arguments import integer, one_of
+from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
@@ -48,7 +48,7 @@ Condition = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[A
 
 
 class Event(eqx.Module):
-    """Ends a solve where `condition(t, y, args)` crosses zero.
+    """Ends a solve where `condition(t, y, args)` crosses zero, or changes its state there.
 
     Args:
         condition: a function of time, state (of one sample, with a batch) and `args` that returns a
@@ -57,21 +57,35 @@ class Event(eqx.Module):
         direction: 1 if only a rise through zero along the solve counts, -1 if only a fall does, 0
             for both. A condition that is zero at the start and then moves in this direction ends
             the solve there.
+        change: if given, the solve goes on from the state `change(t, y, args, i)`, where `i` is
+            the number of the event, an int32 scalar that counts from 0. The first event after
+            `most` changes ends the solve. `Solution.ys` at the time of an event is the state before
+            it. Not with `dense`. After the change, the condition should be off zero, or move
+            against `direction`: otherwise the event comes at once again.
+        most: how often the state may change. Each change costs three or four solves up to it.
 
     If the condition crosses zero with zero slope, the time is found but its derivative is not
     finite. A NaN condition never crosses.
 
     Raises:
-        ValueError: for any other direction.
+        TypeError, ValueError: for functions and numbers of the wrong kind.
     """
 
     condition: Callable[[Float[Array, ""], PyTree, PyTree], Float[Array, ""]]
     direction: Literal[-1, 0, 1] = eqx.field(static=True, default=0)
+    change: Callable[[Float[Array, ""], PyTree, PyTree, Int[Array, ""]], PyTree] | None = None
+    most: int | None = eqx.field(static=True, default=None)
 
     @public("")
     def __check_init__(self):
         one_of("direction", self.direction, (-1, 0, 1))
         check_field("condition", self.condition, "condition(t, y, args)")
+        if self.change is not None:
+            check_field("change", self.change, "change(t, y, args, i)")
+            cure = " It bounds how often the state changes."
+            integer("most", self.most, cure=cure)
+        elif self.most is not None:
+            raise ValueError(f"{arg('most')} needs a change; got most={self.most!r}. Pass change.")
 
     def crosses(self, before: Float[Array, "..."], after: Float[Array, "..."]):
         """Whether the condition goes through zero between two values."""

@@ -1,4 +1,4 @@
-"""Jumps: a solve whose state changes at known times, such as the doses of a patient.
+"""Jumps: a solve whose state changes, at known times or at events, and goes on.
 
 It is a scan over the pieces between two jumps. Each piece is a solve of its own, so that gradient
 methods know nothing of jumps: the derivatives by the times of the jumps are those by the ends of
@@ -12,7 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, public
@@ -118,7 +118,7 @@ def solve_across(
         part = problem._replace(y0=y, t0=jnp.where(going, start, jnp.nan), t1=end)
         inside = None
         if problem.ts is not None:
-            inside = _inside(problem, start, end, index)
+            inside = _after(problem, start, index) & ~_beyond(problem, end)
             part = _with_outputs(part, inside)
         out = adjoint.integrate(part, stepper)
         if inside is not None:
@@ -147,6 +147,55 @@ def solve_across(
     return Integration(y1, ys, stats, result, jax.lax.stop_gradient(reached), h[-1])
 
 
+def solve_past_events(
+    change: Change, most: int, to_event: Callable[..., Any], problem: Problem, row_args: PyTree
+) -> tuple[Problem, Integration]:
+    """Solve the problem across at most so many events, and up to one more.
+
+    The time of an event, and the state there, have derivatives. They are the start of the next
+    piece, so those of what follows are right, too.
+    """
+    problem, row_args = vary_alike((problem, row_args))
+
+    def piece(carry, index):
+        t, y, ys, result, reached, stats, going = carry
+        # A row that has come to its end has an empty piece there; one that failed has none.
+        start = jnp.where(result == Result.SUCCESS, t, jnp.nan)
+        part, after = problem._replace(y0=y, t0=start), None
+        if problem.ts is not None:
+            after = _after(problem, t, index) & going[None]
+            part = _with_outputs(part, after)
+        part, out = to_event(part)
+        if after is not None:
+            ys = _filled_in(ys, out.ys, after)
+        stats = jax.tree.map(partial(_counted, going), stats, out.stats)
+        result = jnp.where(going, out.result, result)
+        reached = jnp.where(going, out.t_reached, reached)
+        came = going & out.stopped & (result == Result.SUCCESS)
+        changes = came & (index < most)
+        number = jnp.broadcast_to(index, t.shape)
+        given = replace_rows((part.t1, number, out.y1, row_args), ~changes, changes)
+        after_event = jnp.where(changes[:, None], change(*given), out.y1)
+        y, t = jnp.where(going[:, None], after_event, y), jnp.where(going, part.t1, t)
+        return (t, y, ys, result, reached, stats, changes), (came, out.h)
+
+    zero = jnp.zeros(problem.t0.shape, jnp.int32)
+    ys = None
+    if problem.ts is not None:
+        ys = jnp.broadcast_to(problem.y0, (len(problem.ts), *problem.y0.shape))
+    stats = Stats(zero, zero, zero, zero)
+    carry = (problem.t0, problem.y0, ys, zero, problem.t0, stats, zero == 0)
+    carry, (came, h) = jax.lax.scan(
+        jax.checkpoint(piece, prevent_cse=False),
+        *vary_alike((carry, jnp.arange(most + 1, dtype=jnp.int32))),
+    )
+    t1, y1, ys, result, reached, stats, _ = carry
+    if ys is not None:
+        ys = jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
+    out = Integration(y1, ys, stats, result, reached, h[-1], stopped=came[-1])
+    return problem._replace(t1=t1), out
+
+
 def _counted(where: Bool[Array, " rows"], total: Int[Array, " rows"], more: Int[Array, " rows"]):
     """The total with more work in some rows. Negative, as `more`, if unknown."""
     return jnp.where(where, jnp.where(more < 0, more, total + more), total)
@@ -166,18 +215,20 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     return is_jump, number, jnp.where(last < 0, start[None], latest)
 
 
-def _inside(problem: Problem, start, end, index) -> Bool[Array, "times rows"]:
-    """Which outputs lie in a piece: after its start, up to its end."""
+def _beyond(problem: Problem, t: Float[Array, " rows"]) -> Bool[Array, "times rows"]:
+    """Which outputs lie beyond a time."""
     assert problem.ts is not None
-    ts, sign = problem.ts, jnp.sign(problem.t1 - problem.t0)[None]
-    inside = ((sign * (ts - start[None]) > 0) | (index == 0)) & (sign * (ts - end[None]) <= 0)
-    if problem.outputs is not None:
-        inside &= _numbers(ts) < problem.outputs[None]
-    return inside
+    return jnp.sign(problem.t1 - problem.t0)[None] * (problem.ts - t[None]) > 0
 
 
-def _numbers(ts: Float[Array, "times rows"]) -> Int[Array, "times 1"]:
-    return jnp.arange(len(ts), dtype=jnp.int32)[:, None]
+def _after(problem: Problem, start, index) -> Bool[Array, "times rows"]:
+    """Which outputs, of those that are no padding, lie beyond the start of a piece."""
+    after = _beyond(problem, start) | (index == 0)
+    return after if problem.outputs is None else after & (_numbers(after) < problem.outputs[None])
+
+
+def _numbers(of_times: Shaped[Array, "times rows"]) -> Int[Array, "times 1"]:
+    return jnp.arange(len(of_times), dtype=jnp.int32)[:, None]
 
 
 def _with_outputs(part: Problem, inside: Bool[Array, "times rows"]) -> Problem:

@@ -1,6 +1,7 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import diffrax
@@ -19,7 +20,7 @@ from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
-from jaxode.ode.jumps import Jumps, check_jumps, solve_across
+from jaxode.ode.jumps import Jumps, check_jumps, solve_across, solve_past_events
 from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
@@ -167,7 +168,7 @@ def solve(
             f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
             "jaxode.DiscreteAdjoint()."
         )
-    check_event(options, event, batch)
+    check_event(options, event, batch, dense)
     check_jumps(jumps, dense, event)
     return solve_checked(
         f, y0, (t0, t1), args, options,
@@ -302,7 +303,7 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
         )
 
 
-def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
+def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) -> None:
     """Raise for an invalid event, and for options that do not go with events."""
     if event is None:
         return
@@ -314,6 +315,11 @@ def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
         raise ValueError(
             f"{arg('event')} samples with joint steps end together; got batch='joint'. Use "
             "batch='per_sample'."
+        )
+    if dense and event.change is not None:
+        raise ValueError(
+            f"{arg('dense', dense)} needs an event without change; got one with change. Pass the "
+            "times as ts."
         )
     if options.steps is not None:
         raise ValueError(
@@ -330,8 +336,17 @@ def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     problem, stepper, ravel = pose(system)
     if system.event is not None:
-        condition = condition_on_rows(system, ravel)
-        problem, out = solve_to_event(system.event, condition, problem, stepper, system.adjoint)
+        to_event = partial(
+            solve_to_event, system.event, condition_on_rows(system, ravel),
+            stepper=stepper, adjoint=system.adjoint,
+        )  # fmt: skip
+        if system.event.change is None:
+            problem, out = to_event(problem)
+        else:
+            change = change_on_rows(system, ravel)
+            problem, out = solve_past_events(
+                change, system.event.most, to_event, problem, system.row_args
+            )
     elif system.jumps is not None:
         change, times = change_on_rows(system, ravel), system.jumps_on_rows(len(problem.t0))
         out = solve_across(change, times, problem, system.row_args, stepper, system.adjoint)

@@ -192,15 +192,17 @@ def condition_on_rows(system: System, ravel: Ravel):
 
 
 def change_on_rows(system: System, ravel: Ravel):
-    """The change at a jump, on rows of the solver."""
+    """The change at a jump or an event, on rows of the solver."""
+    name = "jumps" if system.event is None else "event"
+    function = getattr(system, name).change
 
     def checked(at, y, shared, row):
         t, number = at
-        change = lambda t, y, args: system.jumps.change(t, y, args, number)
+        change = lambda t, y, args: function(t, y, args, number)
         after = call_field(
-            change, t, y, shared, "change", "the change of the jumps", "(t, y, args, i)", row
-        )  # fmt: skip
-        check_derivative(y, after, name="jumps", call="change(t, y, args, i)")
+            change, t, y, shared, "change", f"the change of {name}", "(t, y, args, i)", row
+        )
+        check_derivative(y, after, name=name, call="change(t, y, args, i)")
         return jax.tree.map(jnp.asarray, after)
 
     rows_change = _on_rows(system, checked)

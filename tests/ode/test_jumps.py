@@ -308,7 +308,7 @@ WRONG = {
         {"change": lambda y: jnp.array([1, 2])},
     ),
     "failing change": (
-        [1.0], r"change\(t, y, args, i\): the change of the jumps raised TypeError",
+        [1.0], r"change\(t, y, args, i\): the change of jumps raised TypeError",
         {"change": lambda y: y["a"]},
     ),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from scipy import stats
 import jaxode
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-WITH_A_PACKAGE = {"flax_field": "flax", "numpyro_guide": "numpyro"}
+WITH_A_PACKAGE = {"flax_field": "flax", "numpyro_guide": "numpyro", "patients": "numpyro"}
 PNG = b"\x89PNG"
 SHARD_MAP = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 
@@ -200,6 +200,17 @@ def test_numpyro_guide(run, default_settings):
     assert len(line(output, "flow  ")) == 7
 
 
+@pytest.mark.slow
+def test_patients(run, default_settings):
+    optional("numpyro")
+    small = ["--patients", 20, "--steps", 2, "--warmup", 2, "--samples", 4]
+    output = run("patients", *small)
+    # The truth, and what two steps have moved towards it.
+    truth, fitted, mean, _ = line(output, "median, volume, L")
+    assert truth == 30
+    assert 20 < min(fitted, mean) <= max(fitted, mean) < 30
+
+
 @SHARD_MAP
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "own_steps"), [(2, False), (1, True)])
@@ -313,6 +324,7 @@ def test_a_wrong_argument_gets_one_clear_line(option, value, message, tmp_path, 
 REFUSED = {
     "latent_ode": ("--batch 385", "--batch must be at most 384"),
     "numpyro_guide": ("--tolerance 1", "--tolerance must be below 1"),
+    "patients": ("--patients 19", "--patients must be at least 20"),
     "posterior": ("--simulations 99", "--simulations must be at least 100"),
     "resnet_to_ode": ("--depths 4 4", "--depths needs two depths to compare"),
     "segments": ("--segments 3", "--segments must divide the 400 intervals"),

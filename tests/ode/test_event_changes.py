@@ -1,0 +1,153 @@
+"""Events at which the state changes, and the solve goes on: a ball that bounces, cells that divide.
+
+The gradients are those of closed forms, which jump with the state ("saltation").
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ADAPTIVE, METHODS, assert_close, gradient
+
+import jaxode
+
+G, TS = 9.81, np.linspace(0.0, 2.0, 9)
+OPTIONS = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 64}
+
+
+def fall(t, y, g):
+    return jnp.stack([y[1], -g])
+
+
+def bounce(height, kept, g, most=4, **options):
+    """Of a ball that keeps a part of its speed; it is dropped by rest."""
+    event = jaxode.Event(
+        lambda t, y, g: y[0], direction=-1, most=most,
+        change=lambda t, y, g, i: jnp.stack([0 * y[0], -kept * y[1]]),
+    )  # fmt: skip
+    y0 = jnp.stack([height, jnp.zeros_like(height)], axis=-1)
+    return jaxode.solve(fall, y0, 0.0, 2.0, g, event=event, **OPTIONS | options)
+
+
+def height_at(times, height, kept, g, bounces):
+    """The height after so many bounces, at times of their own."""
+    start, speed, heights = jnp.sqrt(2 * height / g), jnp.sqrt(2 * g * height), []
+    starts = [(0.0, height, 0.0)]
+    for _ in range(4):
+        speed = kept * speed
+        starts.append((start, 0.0, speed))
+        start = start + 2 * speed / g
+    for t, count in zip(times, bounces, strict=True):
+        begin, h, v = starts[count]
+        heights.append(h + v * (t - begin) - g * (t - begin) ** 2 / 2)
+    return jnp.stack(heights)
+
+
+BALL = jnp.array(1.0), jnp.array(0.7), jnp.array(G)
+BOUNCES = [0, 0, 1, 1, 1, 2, 2, 3, 4]
+
+
+def test_outputs_and_work():
+    s = bounce(*BALL, ts=TS)
+    expected = height_at(TS, *BALL, BOUNCES)
+    np.testing.assert_allclose(s.ys[:, 0], expected, atol=1e-8)
+    np.testing.assert_allclose(s.y1[0], expected[-1], atol=1e-8)
+    assert not s.event_occurred
+    assert s.t1 == s.t_reached == 2.0
+    assert s.stats.num_steps == s.stats.num_accepted + s.stats.num_rejected
+
+
+def test_one_more_event_ends_the_solve():
+    """At its time, with the state before; outputs beyond it repeat that."""
+    s = bounce(*BALL, most=1, ts=TS)
+    first, speed = np.sqrt(2 / G), 0.7 * np.sqrt(2 * G)
+    assert s.event_occurred
+    np.testing.assert_allclose(s.t1, first + 2 * speed / G, rtol=1e-8)
+    np.testing.assert_allclose(s.y1, [0.0, -speed], atol=1e-7)
+    np.testing.assert_array_equal(s.ys[5:], np.broadcast_to(s.y1, (4, 2)))
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_gradients(name):
+    """By the start, what the change closes over, and the arguments."""
+    options = METHODS[name].options(ts=TS[5:])
+    found = lambda *x: jnp.sum(jnp.sin(3 * bounce(*x, **options).ys[:, 0]))
+    exact = lambda *x: jnp.sum(jnp.sin(3 * height_at(TS[5:], *x, BOUNCES[5:])))
+    bars = jax.jit(gradient(name)(found, (0, 1, 2)))(*BALL)
+    assert_close(bars, jax.grad(exact, (0, 1, 2))(*BALL), 1e-6)
+
+
+def test_rows_have_their_own_events():
+    """None, several, or one that ends the row; equal to single solves, and their gradients."""
+    heights = jnp.array([30.0, 1.0, 0.02])
+
+    def loss(heights, kept, g):
+        s = bounce(heights, kept, g, batch="per_sample", ts=TS[5:])
+        return jnp.sum(jnp.sin(s.y1)) + jnp.sum(s.ys), s
+
+    def one_by_one(heights, kept, g):
+        s = jax.lax.map(lambda height: bounce(height, kept, g, ts=TS[5:]), heights)
+        return jnp.sum(jnp.sin(s.y1)) + jnp.sum(s.ys), s
+
+    run = lambda f: jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(heights, *BALL[1:])
+    bars, s = run(loss)
+    expected, single = run(one_by_one)
+    assert list(s.event_occurred) == [False, False, True]
+    assert_close((s.y1, s.ys.swapaxes(0, 1)), (single.y1, single.ys), 1e-12)
+    assert_close(bars, expected, 1e-10)
+
+
+def test_a_row_that_fails_fails_alone():
+    heights = jnp.array([1.0, jnp.nan, 2.0])
+
+    def loss(g, heights):
+        s = bounce(heights, 0.7, g, batch="per_sample", throw=False)
+        return jnp.sum(jnp.where(s.ok[:, None], s.y1, 0.0)), s
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    (bar, s), (expected, _) = run(BALL[2], heights), run(BALL[2], heights[::2])
+    assert list(s.ok) == [True, False, True]
+    assert np.isnan(s.y1[1]).all()
+    np.testing.assert_allclose(bar, expected, rtol=1e-12)
+
+
+def test_cells_that_divide_when_they_are_large():
+    """With rows of their own, and the number of the division."""
+    rates = jnp.array([1.0, 2.0])
+    event = jaxode.Event(
+        lambda t, y, args: y["size"] - 2.0, direction=1, most=5,
+        change=lambda t, y, args, i: {"size": y["size"] / 2, "divided": i.astype(float) + 1},
+    )  # fmt: skip
+    s = jaxode.solve(
+        lambda t, y, args: {"size": args[1] * y["size"], "divided": 0 * y["divided"]},
+        {"size": jnp.ones(2), "divided": jnp.zeros(2)}, 0.0, 1.5, row_args=rates, event=event,
+        batch="per_sample", **OPTIONS,
+    )  # fmt: skip
+    grown = rates * 1.5 / np.log(2)
+    np.testing.assert_array_equal(s.y1["divided"], np.floor(grown))
+    np.testing.assert_allclose(s.y1["size"], 2 ** (grown % 1), rtol=1e-7)
+
+
+KEEP = {"change": lambda t, y, args, i: y}
+WRONG = {
+    "no limit": (KEEP, r"Event\(most=...\): must be a positive integer; got None. It bounds"),
+    "no times": (KEEP | {"most": 0}, r"Event\(most=...\): must be a positive integer; got 0"),
+    "no change": ({"most": 2}, r"Event\(most=...\): needs a change; got most=2. Pass change"),
+    "no function": ({"change": 2, "most": 2}, r"Event\(change=...\): must be a function change"),
+    "dense": (KEEP | {"most": 2}, r"solve\(dense=True\): needs an event without change"),
+    "shape": (
+        {"change": lambda t, y, args, i: y[0], "most": 2},
+        r"solve\(event=...\): change\(t, y, args, i\) must return the shapes of y",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_changes(name):
+    given, message = WRONG[name]
+    run = lambda: jaxode.solve(
+        lambda t, y, args: -y, jnp.ones(2), 0.0, 1.0, dense=name == "dense",
+        event=jaxode.Event(lambda t, y, args: y[0], **given),
+    )  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match=message):
+        run()
