@@ -80,8 +80,8 @@ def draw(truth, observed, fits, starts, network, path):
     times = jnp.logspace(-6, 4, 200)
     lines = {"truth": (known_laws, truth), **fits}
     for axis, name, i in zip(axes, "ABC", range(3), strict=False):
-        for (label, fit), style in zip(lines.items(), ("-", "--", ":"), strict=True):
-            ys = solve(*fit, starts[:1], times)[:, 0, i]
+        for (label, (f, args)), style in zip(lines.items(), ("-", "--", ":"), strict=True):
+            ys = solve(f, args, starts[:1], times)[:, 0, i]
             axis.semilogx(times, ys, style, label=label, lw=1.8)
         axis.semilogx(TIMES, observed[:, 0, i], ".", color="gray", ms=5, label="readings")
         unit = "" if UNITS[i] == 1 else f" / {UNITS[i]:.0e}"

@@ -142,7 +142,7 @@ def together(name: str, rates, ends, gradient: bool) -> Step:
 class Stiff(WorkPrecision):
     title = "Stiff problems"
     error_of = "relative error"
-    rows = ROWS
+    number = ROWS
     cases = {
         "1,000 of Robertson's, solve": False,
         "1,000 of Robertson's, gradient": True,
@@ -170,7 +170,7 @@ class Stiff(WorkPrecision):
             makers = {name: lambda n=name: alone(problem, n, reference) for name in names}
             exact = [np.ones_like(reference)]
         else:
-            rates = rates_of_rows(self.rows)
+            rates = rates_of_rows(self.number)
             ends, sensitivities = exact_rows(rates)
             makers = {
                 name: lambda n=name: together(n, jnp.asarray(rates), jnp.asarray(ends), of)

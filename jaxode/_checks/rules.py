@@ -205,7 +205,7 @@ IN_ORDER = Rule(
 JUMPS = Rule(
     "jumps=...",
     lambda t0, t1, times: forwards(
-        t0, t1, jnp.where(jnp.isinf(times), t1[None], times)
+        t0, t1, jnp.where(jnp.isposinf(times), t1[None], times)
     ).all(axis=0),
     f"times must be in order from t0 to t1, and not be {_LOST}",
     "Sort them, or extend the solve. Pad a row with its last time, or infinity.",

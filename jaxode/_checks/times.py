@@ -48,7 +48,7 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     xp = np if known else jnp
     # Padding with infinity is at the end.
     given = xp.asarray(times, float)
-    given = xp.where(xp.isinf(given), xp.asarray(t1, float)[..., None], given)
+    given = xp.where(xp.isposinf(given), xp.asarray(t1, float)[..., None], given)
     _, lost = _lost_times(t0, t1, given, dtype)
     if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
         _check_order("jumps", float(t0), float(t1), np.asarray(given, dtype))

@@ -19,6 +19,10 @@ from jaxode.distributions import as_event_shape
 from jaxode.nn.network import Dense, Network
 from jaxode.nn.residual import WAVES
 
+# Up to this many particles, products of all pairs with all pairs are no slower than sums over
+# particles: with 13 of 3 dimensions 0.6x the time, with 22 the same, with 38 2.2x.
+MOST_BY_PAIRS = 22
+
 
 class _Symmetric(Network):
     """A network whose coefficients depend on the time and the context, by a hidden layer."""
@@ -145,8 +149,14 @@ class Particles(_Symmetric):
             # sums over pairs, which meet where two pairs share a particle.
             fields = (bumps @ self.last.weight) * of_inputs[None]
             gradients = (slopes[:, 1:] / r[:, None]) @ self.of_state.T
-            signs = jnp.asarray(_signs(n) @ _signs(n).T, r.dtype)
-            div = div + jnp.sum((fields @ gradients.T) * signs * (difference @ difference.T))
+            if n <= MOST_BY_PAIRS:
+                signs = jnp.asarray(_signs(n) @ _signs(n).T, r.dtype)
+                div = div + jnp.sum((fields @ gradients.T) * signs * (difference @ difference.T))
+            else:
+                of_particles = jnp.asarray(_signs(n).T, r.dtype)
+                for along in difference.T:
+                    both = (of_particles @ (x * along[:, None]) for x in (fields, gradients))
+                    div = div + jnp.sum(next(both) * next(both))
         return self._summed(pairs, c).reshape(y.shape), div / n
 
     def _pairs(self, x: Float[Array, " size"]) -> _Pairs:

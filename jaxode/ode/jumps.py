@@ -207,7 +207,7 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     Up to the first jump, the number is 0 and the time is that of the start.
     """
     repeats = jnp.concatenate([jnp.zeros_like(times[:1], bool), times[1:] == times[:-1]])
-    is_jump = jnp.isfinite(times) & ~repeats
+    is_jump = ~jnp.isposinf(times) & ~repeats
     numbers = jnp.arange(len(times), dtype=jnp.int32)[:, None]
     last = jax.lax.cummax(jnp.where(is_jump, numbers, -1), axis=0)
     number = jnp.maximum(last, 0)

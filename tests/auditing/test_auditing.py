@@ -101,7 +101,7 @@ BROKEN = {
     "a stiff field": (
         lambda: audit(stiff, p=300.0, t1=0.5, solver=diffrax.Dopri8()),
         {"stiffness"},
-        "Kvaerno5",
+        "Rodas5P",
     ),
     "a field that is not finite": (
         lambda: audit(lambda t, z, p: jnp.where(t < 0.5, jnp.nan, p) * z),

@@ -8,6 +8,7 @@ import pytest
 
 import jaxode
 from jaxode import divergence, nn
+from jaxode.nn import symmetric
 
 
 def residual(event, widths, **options):
@@ -312,6 +313,14 @@ def rotated(x):
 def particle_net(**options):
     m = nn.Particles(4, 2, 6, 3.0, 8, key=jax.random.key(0), **options)
     return jax.tree.map(lambda x: 2 * x + 0.1, m)
+
+
+def test_many_particles_sum_over_particles(monkeypatch):
+    """Not over pairs of pairs: the same divergence."""
+    m, x = particle_net(), jax.random.normal(jax.random.key(1), (4, 2))
+    by_pairs = m.value_and_divergence(T, x)
+    monkeypatch.setattr(symmetric, "MOST_BY_PAIRS", 3)
+    close(m.value_and_divergence(T, x), by_pairs, 1e-12)
 
 
 @pytest.mark.parametrize(

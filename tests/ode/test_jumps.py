@@ -290,6 +290,7 @@ WRONG = {
     "NaN": ([1.0, np.nan], TOLD + ".* got 1.0 before nan", {}),
     "no times": (np.ones(0), TOLD + r"must be a vector of at least one time; got shape \(0,\)", {}),
     "times of rows": (np.ones((4, 2)), TOLD + r"must be a vector.* got shape \(4, 2\)", {}),
+    "minus infinity": ([1.0, -np.inf], TOLD, {}),
     "times of other rows": (
         np.ones((4, 2)), TOLD + "must be a vector.* each of 2 rows", {"batch": "per_sample"},
     ),

@@ -52,6 +52,15 @@ def test_other_solvers_and_rows():
     assert "looks stiff" not in message(PROBLEMS["robertson"], solver=jaxode.Rodas5P(), max_steps=5)
 
 
+def test_jumps_and_events_leave_it_open():
+    """The stiffness may begin or end with them, and the test solves without."""
+    end = PROBLEMS["robertson"][2]
+    jumps = jaxode.Jumps(jnp.array([1e-9]), lambda t, y, a, i: y)
+    event = jaxode.Event(lambda t, y, a: 1.0 - t / end)
+    assert "looks stiff" not in message(PROBLEMS["robertson"], jumps=jumps, max_steps=300)
+    assert "looks stiff" not in message(PROBLEMS["robertson"], event=event, max_steps=300)
+
+
 def test_a_gradient_says_so_too():
     f, y0, t1, args = PROBLEMS["robertson"]
     end = lambda args: jaxode.solve(f, y0, 0.0, t1, args, max_steps=300).y1.sum()

@@ -169,7 +169,10 @@ def test_programs_are_those_of_the_plain_rule(program, monkeypatch):
     got = program(end)
     monkeypatch.setattr(vmapped, "_with_rule", lambda f, rule, *args: f(*args))
     jax.clear_caches()
-    check(got, program(end), 1e-11)
+    try:
+        check(got, program(end), 1e-11)
+    finally:
+        jax.clear_caches()  # of programs without the rule
 
 
 def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
@@ -205,6 +208,43 @@ def test_a_failed_solve_leaves_the_others_alone():
             assert np.isnan(leaf[1]).all()
     unused = jax.grad(lambda y: jax.vmap(run)(y, a).y1[0, 0])(y)
     np.testing.assert_allclose(unused, [[4.0], [0.0]], rtol=1e-4)
+
+
+METHODS = {
+    "discrete": jaxode.DiscreteAdjoint(),
+    "backsolve": jaxode.BacksolveAdjoint(),
+    "interpolating": jaxode.InterpolatingAdjoint(),
+}
+
+
+@pytest.mark.parametrize("adjoint", METHODS.values(), ids=METHODS)
+def test_a_branch_that_is_not_taken(adjoint):
+    """It has zeros in place of the problem, where this field is not finite."""
+    singular = lambda t, y, a: -a * jnp.sqrt(y) + 0.3 * y / y**1.5
+
+    def chosen(y0, a):
+        solve = lambda: jaxode.solve(singular, y0, 0.0, 1.0, a, adjoint=adjoint).y1.sum()
+        return jax.lax.cond(a > 0.15, solve, lambda: y0.sum() * a)
+
+    each, a = jax.jit(jax.grad(chosen, (0, 1))), jnp.array([0.1, 0.2, 0.3])
+    y0 = 1 + Y0
+    check(jax.jit(jax.vmap(each))(y0, a), one_by_one(each, 0, (y0, a)), 1e-10)
+
+
+def test_nothing_to_solve():
+    each = lambda y: end(y, A[0])
+    none = jnp.zeros((0, 2))
+    assert jax.vmap(each)(none).shape == (0, 2)
+    assert jax.vmap(jax.grad(weighted(each)))(none).shape == (0, 2)
+    rows = lambda a: jaxode.solve(field, none, 0.0, 1.0, a, batch="per_sample").y1
+    assert jax.vmap(rows)(A).shape == (3, 0, 2)
+
+
+def test_no_leaks():
+    flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
+    with jax.checking_leaks():
+        jax.vmap(jax.grad(lambda p: flow.nll(p, Y0)))(A)
+        jax.vmap(jax.grad(weighted(end)))(Y0, A)
 
 
 def test_an_ensemble_of_flows():

@@ -78,7 +78,7 @@ TINY = {
     "sharding": {"cases": {"8 devices": 8}, "workload": FLOW},
     "cores": {"cases": {"tiny": FLOW}},
     "stiff": {
-        "cases": {"rows": False, "their gradient": True, "alone": "robertson"}, "rows": 2,
+        "cases": {"rows": False, "their gradient": True, "alone": "robertson"}, "number": 2,
     },
 }  # fmt: skip
 FAILS = {("sharding", "diffrax, shard_map")}  # inside of diffrax; RESULTS.md says so

@@ -237,9 +237,10 @@ def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
 def one_after_the_other(run, inputs: Inputs, settings: Settings):
     """`run(inputs, settings)`. Under `jax.vmap`, each of several busy losses has its own loop."""
 
-    def rule(size: int, mapped, *args):
+    def rule(size: int, mapped, inputs: Inputs, settings: Settings):
         del size
-        return (one_by_one if is_busy(inputs.problem.field) else plain)(run, mapped, *args)
+        mapping = one_by_one if is_busy(inputs.problem.field) else plain
+        return mapping(run, mapped, inputs, settings)
 
     if settings.stepper.axis_name is not None:
         return run(inputs, settings)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.primitives import unvmap_any
@@ -54,7 +54,8 @@ def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
 class Reverse(NamedTuple):
     """A gradient method under `jax.vmap(jax.grad(...))`, where each problem has its own gradient.
 
-    As rows of one solve there is no tape of each problem, so the way back solves again.
+    As rows of one solve there is no tape of each problem, so the way back solves again. In a `cond`
+    with a mapped predicate that is not as rows, because JAX maps the tolerances there, too.
     """
 
     record: Callable[[Problem, Stepper], tuple[Integration, Any]]
@@ -91,14 +92,14 @@ class Reverse(NamedTuple):
             if recorded[1] is not None:
                 # A `cond` may have mixed real tapes and none, and so may any loop.
                 missing = unvmap_any(recorded[1].num_steps < 0)
-                again = lambda: self.record(problem, stepper)
+                again = lambda: self._again(problem, stepper, _steps_of(recorded))
                 recorded = jax.lax.cond(missing, again, lambda: recorded)
             return pull(recorded, bar, problem, stepper)
 
         def rule(size: int, mapped: Any, *args: Any):
             problem = args[2]
-            if not any(jax.tree.leaves(mapped[0])):
-                return plain(pull, mapped, *args)
+            if not any(jax.tree.leaves((mapped[0], mapped[2:]))):
+                return self._of_several(pull, rule, mapped, *args)
             if is_busy(problem.field):
                 return one_by_one(pull, mapped, *args)
             many = Many.of(size, mapped[2:], problem, args[3], self.wanted)
@@ -107,6 +108,18 @@ class Reverse(NamedTuple):
             return self._of_rows(many, mapped, *args)
 
         return _with_rule(pull, rule, recorded, bar, problem, stepper)
+
+    def _of_several(self, pull, rule: Rule, mapped: Any, *args: Any):
+        """Several cotangents of one solution, as in `jax.jacrev`. Other axes may be mapped, too."""
+        several = lambda *args: plain(pull, mapped, *args)
+
+        def outer(size: int, by_outer: Any, recorded, bars, problem, stepper):
+            axis = lambda inner, outer: int(outer) if inner else None
+            axes = jax.tree.map(axis, mapped[1], by_outer[1])
+            one = lambda bar: rule(size, by_outer, recorded, bar, problem, stepper)
+            return jax.vmap(one, (axes,), 1)(bars)
+
+        return _with_rule(several, outer, *args)
 
     def _of_rows(self, many: "Many", mapped: Any, recorded: Any, bar, problem, stepper):
         of_recorded, of_bar, own, _ = mapped
@@ -122,11 +135,9 @@ class Reverse(NamedTuple):
             return eqx.filter(joined, wanted), joined
 
         _, split_bars, joined = jax.vjp(join, values, has_aux=True)
-        wanted = wanted._replace(field=joined.field)
-        # A solve that did not run, in a branch that is not taken, must not seem to have run.
-        steps = lambda recorded: recorded[0].stats.num_steps
-        ran = spread(steps(recorded), steps(of_recorded)).reshape(joined.t0.shape)
-        recorded = eqx.tree_at(steps, self.record(joined, stepper), ran)
+        wanted = wanted._replace(field=joined.field)  # which has no constants of its own
+        ran = spread(_steps_of(recorded), _steps_of(of_recorded)).reshape(joined.t0.shape)
+        recorded = self._again(joined, stepper, ran)
         solutions, join_bars = jax.vjp(many.split, eqx.filter(recorded[0], eqx.is_inexact_array))
 
         def filled(like, bar, its):
@@ -134,6 +145,15 @@ class Reverse(NamedTuple):
 
         (bar,) = join_bars(jax.tree.map(filled, solutions, bar, of_bar))
         return split_bars(self.pull(wanted, recorded, bar, joined, stepper))[0]
+
+    def _again(self, problem: Problem, stepper: Stepper, ran: Int[Array, " rows"]):
+        """Solve again. A solve that did not run, in a branch that is not taken, must not seem to
+        have run."""
+        return eqx.tree_at(_steps_of, self.record(problem, stepper), ran)
+
+
+def _steps_of(recorded: tuple[Integration, Any]) -> Any:
+    return recorded[0].stats.num_steps
 
 
 def is_busy(field: ClosedField) -> bool:
@@ -166,6 +186,8 @@ class Many(NamedTuple):
         (of_problem, of_stepper), rows = mapped, problem.t0.shape[-1]
         samples, n = problem.y0.shape[-2:]
         shared = of_problem.field, of_problem.args[0]
+        if size * rows == 0:
+            return None
         if any(jax.tree.leaves(of_stepper)) or (rows > 1 and any(jax.tree.leaves(shared))):
             # Rows of one problem share them, but not those of all problems.
             return None
