@@ -131,7 +131,8 @@ def centered_normal(n: int, dim: int) -> CenteredNormal:
     """The standard normal density on configurations `[n, dim]` of particles whose mean is zero.
 
     The base of flows of `jaxode.nn.Particles`, which keep the mean. Their densities, too, are on
-    the `(n - 1) dim` dimensions of centred configurations: subtract the mean from data.
+    the `(n - 1) dim` dimensions of centred configurations. So subtract the mean from data: it does
+    not count in `log_prob`, but matching would learn it. `bind` takes no maps around such a flow.
 
     Raises:
         ValueError: unless `n` is an integer of at least 2, and `dim` a positive one.

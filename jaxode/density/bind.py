@@ -33,6 +33,7 @@ from jaxode.density.inputs import (
 from jaxode.density.maps import Affine, Map
 from jaxode.density.standardize import as_map, context_maps, deprecated_pair
 from jaxode.density.support import as_support
+from jaxode.distributions import CenteredNormal
 from jaxode.divergence import noiseless
 from jaxode.flows.cnf import CNF
 from jaxode.flows.energy import Target
@@ -295,6 +296,13 @@ def bind(
     if not isinstance(flow, CNF):
         raise TypeError(f"bind(flow=...): must be made by jaxode.cnf; got {flow!r}.")
     event = tuple(flow.base.event_shape)
+    for name, given in (("standardize", standardize), ("support", support)):
+        if given is not None and isinstance(flow.base, CenteredNormal):
+            raise ValueError(
+                f"{arg(name)} needs a base with a density of all coordinates; got "
+                "jaxode.centered_normal, whose configurations such a map would not leave centred. "
+                "Divide the positions by one scale yourself, and leave it out."
+            )
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
     allowed = as_support(support, event)

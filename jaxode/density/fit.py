@@ -25,6 +25,7 @@ from jaxode.density.maps import fit_affine, fit_normal, fit_white
 from jaxode.density.standardize import fitted
 from jaxode.density.table import WIDEST, Table
 from jaxode.density.training import WORSE, Limits, Phase, Point, Training, evaluation
+from jaxode.distributions import CenteredNormal
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
@@ -228,6 +229,8 @@ def _trainable(density: Density) -> Density:
 
 def _mapped(density: Density, x: Float[Array, "rows *event"]) -> list[Density]:
     """The density with each map that can be fitted to the data."""
+    if isinstance(density.flow.base, CenteredNormal):
+        return [density]
     map_of = lambda fit: fitted("fit(x=...): x", x, fit, density.support)
     maps = [map_of(fit_affine), map_of(fit_normal)]
     if math.prod(density.event_shape) <= WIDEST:

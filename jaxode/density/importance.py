@@ -43,7 +43,7 @@ class Importance(eqx.Module):
                 f"With fewer than {FEWEST} weights, do not trust ess, log_z_error or pareto_k: "
                 "draw more samples."
             )
-        if jnp.isfinite(self.ess) and not self.pareto_k <= LARGEST_K:
+        elif jnp.isfinite(self.ess) and not self.pareto_k <= LARGEST_K:
             found.append(
                 f"With pareto_k above {LARGEST_K}, do not use weighted means, log_z or its error: "
                 "a few weights dominate, and larger ones are still to come. Train longer."

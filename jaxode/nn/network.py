@@ -80,13 +80,17 @@ class Network(eqx.Module):
                 f"{name}(context_size={context_size}): the context of a sample must be a vector of "
                 f"this size, and None for size 0; got shape {shape}."
             )
-        if y.size != size:
+        if not self._fits(y.shape):
             raise MisfitError(
                 f"{name}({self.sized_by}=...): the network was made for samples of {size} numbers; "
                 f"got a sample of shape {y.shape}. Make it with {self.sized_by}={y.shape}, or fix "
                 "the samples."
             )
         return y.reshape(-1)
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a sample may have this shape: any, of the right size."""
+        return math.prod(shape) == self._sizes[0]
 
     def __getstate__(self):
         return vars(self) | {"activation": _name_of(self.activation)}

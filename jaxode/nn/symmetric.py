@@ -37,6 +37,10 @@ class _Symmetric(Network):
     def _sizes(self):
         return math.prod(self.event_shape), self.context_size
 
+    def _fits(self, shape):
+        # In another shape, other numbers would be exchanged or shifted.
+        return shape in (self.event_shape, (math.prod(self.event_shape),))
+
     def _hidden(self, t, context) -> Float[Array, " width"]:
         """The hidden layer before its activation."""
         angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=self.hidden.bias.dtype)

@@ -61,7 +61,8 @@ class Event(eqx.Module):
             the number of the event, an int32 scalar that counts from 0. The first event after
             `most` changes ends the solve. `Solution.ys` at the time of an event is the state before
             it. Not with `dense`. After the change, the condition should be off zero, or move
-            against `direction`: otherwise the event comes at once again.
+            against `direction`: otherwise the event comes at once again, and after `most` changes
+            ends the solve there.
         most: how often the state may change. Each change costs three or four solves up to it.
 
     If the condition crosses zero with zero slope, the time is found but its derivative is not

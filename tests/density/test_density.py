@@ -622,6 +622,14 @@ def test_wrong_arguments(name):
         jaxode.bind(FLOW, PARAMS, **given)
 
 
+@pytest.mark.parametrize("given", [{"standardize": (0.0, 3.0)}, {"support": (-9.0, 9.0)}])
+def test_no_maps_around_centred_particles(given):
+    """They would leave the space that the density is on, and count its dimensions wrongly."""
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.centered_normal(3, 2))
+    with pytest.raises(ValueError, match=rf"bind\({next(iter(given))}=...\): needs a base with"):
+        jaxode.bind(flow, None, **given)
+
+
 @pytest.mark.parametrize("name", WRONG_IN_FLOAT32)
 def test_what_float32_does_not_hold_is_told(name, default_settings):
     given, message = WRONG_IN_FLOAT32[name]

@@ -439,6 +439,8 @@ def test_a_fresh_symmetric_flow_is_close_to_the_identity(make):
         (lambda key: nn.Lattice((2,) * 4, key=key), r"Lattice\(shape=...\).*one to three axes"),
         (lambda key: nn.Lattice(4, odd=1, key=key), r"Lattice\(odd=...\).*True or False"),
         (lambda key: nn.Particles(3, 2, key=key)(T, Y[:4]), r"\(n, dim=...\).*6 numbers"),
+        (lambda key: nn.Particles(3, 2, key=key)(T, Y.reshape(2, 3)), r"\(n, dim=...\).*\(2, 3\)"),
+        (lambda key: nn.Lattice((3, 2), key=key)(T, Y.reshape(2, 3)), r"\(shape=...\).*\(2, 3\)"),
         (lambda key: jaxode.centered_normal(1, 2), r"centered_normal\(n=...\).*at least 2"),
     ],
 )

@@ -132,6 +132,9 @@ PROGRAMS = {
     )(A),
     "nested gradients": lambda each: in_two(jax.grad(weighted(each), (0, 1)))(Y0, A),
     "jacobian": lambda each: jax.vmap(jax.jacrev(each, (0, 1)))(Y0, A),
+    "interpolated jacobian": lambda each: jax.vmap(
+        jax.jacrev(lambda y, a: each(y, a, adjoint=jaxode.InterpolatingAdjoint()))
+    )(Y0, A),
     "hessian": lambda each: jax.vmap(jax.hessian(weighted(each)))(Y0, A),
     "hessian of a sum": lambda each: jax.hessian(
         lambda a: jnp.sum(jax.vmap(weighted(each))(Y0, a))
