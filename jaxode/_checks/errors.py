@@ -128,6 +128,9 @@ def nan_or_raise(
 
     # Unbatched: `vmap` would turn the `cond` into a `select` that always calls back.
     any_failed = unvmap_any(result != Result.SUCCESS)
+    if is_known(any_failed) and not any_failed:
+        # In `vmap` outside of `jit`, which would compile the `cond` at each call.
+        return jnp.zeros_like(t_reached)
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 
 

@@ -243,6 +243,16 @@ def test_nothing_to_solve():
     assert jax.vmap(rows)(A).shape == (3, 0, 2)
 
 
+def test_nothing_compiles_again(caplog):
+    run = jax.vmap(end)
+    run(Y0, A)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        run(Y0, A)
+        assert not [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+        run(jnp.concatenate([Y0, Y0]), jnp.concatenate([A, A]))
+        assert [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+
 def test_no_leaks():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     with jax.checking_leaks():
