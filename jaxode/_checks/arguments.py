@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import NOT_NAN, Rule
@@ -85,6 +85,15 @@ def check_bool(name: str, value: Any) -> None:
     """Raise unless the value is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{arg(name)} must be True or False; got {value!r}.")
+
+
+def check_scalar(name: str, value: Any, rule: str, cure: str) -> Float[Array, ""]:
+    """What the function of a user returned, the argument `name`, as a floating scalar."""
+    dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
+    if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
+        raise ValueError(f"{arg(name)} {rule}; got {got}. {cure}")
+    return jnp.asarray(value)
 
 
 def takes(function: Any, *args: Any) -> bool:

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxode._checks.arguments import numeric_dtype, takes
-from jaxode._checks.caller import arg
+from jaxode._checks.arguments import check_scalar, takes
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import compiled
 from jaxode.distributions import log_prob_of
@@ -79,15 +78,9 @@ def _target(log_density: Target, x: Float[Array, "n *event"], context):
     """The target's log-densities `[n]`, their gradients, and where each is finite."""
 
     def one(x, *row):
+        rule = "must return a floating scalar, the log-density of one sample"
         value = log_density(x, *row)
-        dtype = numeric_dtype(value)
-        if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
-            got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
-            raise ValueError(
-                f"{arg('log_density')} must return a floating scalar, the log-density of one "
-                f"sample; got {got}. It is mapped over the samples."
-            )
-        return value
+        return check_scalar("log_density", value, rule, "It is mapped over the samples.")
 
     rows = () if context is None else (context,)
     row = jax.tree.map(lambda leaf: leaf[0], (x, *rows))

@@ -127,24 +127,18 @@ def solve_across(
         result = jnp.where(going, out.result, result)
         reached = jnp.where(going, out.t_reached, reached)
         jumps = jumps & (result == Result.SUCCESS)
-        given = replace_rows((end, number, out.y1, row_args), ~jumps, jumps)
-        y = jnp.where(jumps[:, None], change(*given), out.y1)
+        y = _changed(change, jumps, end, number, out.y1, row_args)
         return (y, ys, result, reached, stats), out.h
 
     result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
-    zero = jnp.zeros_like(result)
-    ys = None
-    if problem.ts is not None:
-        ys = jnp.broadcast_to(problem.y0, (len(problem.ts), *problem.y0.shape))
-    carry = problem.y0, ys, result, problem.t0, Stats(zero, zero, zero, zero)
+    carry = problem.y0, _no_outputs(problem), result, problem.t0, _no_work(result)
     # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
     # as long, or longer, and ten times the memory.
     carry, h = jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), *vary_alike((carry, pieces)))
     y1, ys, result, reached, stats = carry
-    if ys is not None:
-        # As a value of the failed row, which has no derivatives.
-        ys = jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
-    return Integration(y1, ys, stats, result, jax.lax.stop_gradient(reached), h[-1])
+    return Integration(
+        y1, _valid(ys, result, y1), stats, result, jax.lax.stop_gradient(reached), h[-1]
+    )
 
 
 def solve_past_events(
@@ -174,26 +168,43 @@ def solve_past_events(
         came = going & out.stopped & (result == Result.SUCCESS)
         changes = came & (index < most)
         number = jnp.broadcast_to(index, t.shape)
-        given = replace_rows((part.t1, number, out.y1, row_args), ~changes, changes)
-        after_event = jnp.where(changes[:, None], change(*given), out.y1)
+        after_event = _changed(change, changes, part.t1, number, out.y1, row_args)
         y, t = jnp.where(going[:, None], after_event, y), jnp.where(going, part.t1, t)
         return (t, y, ys, result, reached, stats, changes), (came, out.h)
 
     zero = jnp.zeros(problem.t0.shape, jnp.int32)
-    ys = None
-    if problem.ts is not None:
-        ys = jnp.broadcast_to(problem.y0, (len(problem.ts), *problem.y0.shape))
-    stats = Stats(zero, zero, zero, zero)
-    carry = (problem.t0, problem.y0, ys, zero, problem.t0, stats, zero == 0)
+    none = _no_outputs(problem), zero, problem.t0, _no_work(zero)
+    carry = (problem.t0, problem.y0, *none, zero == 0)
     carry, (came, h) = jax.lax.scan(
         jax.checkpoint(piece, prevent_cse=False),
         *vary_alike((carry, jnp.arange(most + 1, dtype=jnp.int32))),
     )
     t1, y1, ys, result, reached, stats, _ = carry
-    if ys is not None:
-        ys = jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
-    out = Integration(y1, ys, stats, result, reached, h[-1], stopped=came[-1])
+    out = Integration(y1, _valid(ys, result, y1), stats, result, reached, h[-1], stopped=came[-1])
     return problem._replace(t1=t1), out
+
+
+def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, row_args):
+    """The state after the change, in some rows. In others it may not be finite."""
+    given = replace_rows((t, number, y, row_args), ~where, where)
+    return jnp.where(where[:, None], change(*given), y)
+
+
+def _no_outputs(problem: Problem) -> Float[Array, "times samples n"] | None:
+    if problem.ts is None:
+        return None
+    return jnp.broadcast_to(problem.y0, (len(problem.ts), *problem.y0.shape))
+
+
+def _no_work(of_rows: Int[Array, " rows"]) -> Stats:
+    return Stats(*[jnp.zeros_like(of_rows)] * 4)
+
+
+def _valid(ys, result: Int[Array, " rows"], y1: Float[Array, "samples n"]):
+    """The outputs, with the NaN of the end in failed rows, whose outputs have no derivatives."""
+    return (
+        None if ys is None else jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
+    )
 
 
 def _counted(where: Bool[Array, " rows"], total: Int[Array, " rows"], more: Int[Array, " rows"]):

@@ -19,10 +19,9 @@ from jaxode._checks.arguments import (
     Time,
     check_derivative,
     check_same_times,
-    numeric_dtype,
+    check_scalar,
     state_dtype,
 )
-from jaxode._checks.caller import arg
 from jaxode._checks.rules import JUMPS, Faults, solve_faults
 from jaxode._checks.times import check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
@@ -173,22 +172,11 @@ def condition_on_rows(system: System, ravel: Ravel):
         value = call_field(
             system.event.condition, t, y, shared, "condition", "the condition of the event", row=row
         )  # fmt: skip
-        dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
-        if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
-            got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
-            raise ValueError(
-                f"{arg('event')} the condition must return a floating scalar; got "
-                f"{got}. It sees one sample of a batch."
-            )
-        return jnp.asarray(value)
+        rule = "the condition must return a floating scalar"
+        return check_scalar("event", value, rule, "It sees one sample of a batch.")
 
-    def condition(t, y):
-        state = ravel.back(y)
-        if system.batch == "per_sample":
-            return jax.vmap(checked, (0, 0, None, 0))(t, state, system.shared, system.row_args)
-        return checked(t[0], jax.tree.map(lambda x: x[0], state), system.shared, None)[None]
-
-    return condition
+    on_rows = _on_rows(system, checked)
+    return lambda t, y: on_rows(t, ravel.back(y), system.shared, system.row_args)
 
 
 def change_on_rows(system: System, ravel: Ravel):
