@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, OPTIMIZED, REVERSE
+from helpers import METHODS, OPTIMIZED, REVERSE, typed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,7 +16,6 @@ from benchmarks.harness.hlo import collectives
 from jaxode._jax import sharding
 
 # Before, an array of zeros made like another did not vary like it.
-typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 AXIS, DEVICES, BATCH, DIM = "batch", 8, 16, 2
 EVERYWHERE, SPLIT = P(), P(AXIS)
 

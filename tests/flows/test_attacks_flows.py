@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import typed
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxode
 from jaxode import divergence, regularizers
 
-typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 KEY, RATE = jax.random.key(0), jnp.array(0.7)
 NAN, INF = jnp.nan, jnp.inf
 GOOD = {

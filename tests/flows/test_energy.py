@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import KINDS, METHODS, assert_close, gradient, temporary_bytes, trained
+from helpers import KINDS, METHODS, assert_close, gradient, temporary_bytes, trained, typed
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -195,6 +195,7 @@ def test_arguments_are_checked(target, n, message):
         flow_of().reverse_kl_loss(trained(), target, n, key=KEY)
 
 
+@typed
 def test_devices_share_a_batch():
     """With a key for each device, the gradient is the mean of theirs."""
     flow, m = flow_of(steps=4), trained()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KINDS, METHODS, assert_close, gradient
+from helpers import KINDS, METHODS, assert_close, gradient, typed
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -252,6 +252,10 @@ def test_other_solvers_and_transformations():
     run = lambda y0, times: in_one_call(y0, times, ts=TS).y1
     mapped = jax.jit(jax.vmap(run))(Y0, jnp.asarray(TIMES))
     assert_close(mapped, all_by_hand()[0], 1e-12)
+
+
+@typed
+def test_rows_over_devices():
     found = on_devices(
         lambda y0, times: in_one_call(y0, times, ts=TS, batch="per_sample").y1
     )(Y0, jnp.asarray(TIMES))  # fmt: skip
@@ -263,6 +267,7 @@ def on_devices(f):
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
 
 
+@typed
 @pytest.mark.parametrize("scale", [1.0, np.inf])
 def test_devices_that_share_their_steps(scale):
     """Where one of them alone fails, at the second jump, the others stop with it."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import typed
 from jax.sharding import Mesh, PartitionSpec
 from problems import STIFF, robertson, solver_name
 
@@ -128,6 +129,7 @@ def test_an_empty_span_keeps_the_state_and_follows_the_field():
     np.testing.assert_allclose(jax.grad(reverse)(one), slopes.sum(), rtol=1e-10, atol=1e-8)
 
 
+@typed
 def test_over_devices():
     """Rows and joint steps, split over two devices."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
@@ -157,35 +159,37 @@ def test_over_devices():
             np.testing.assert_allclose(a, b, rtol=1e-7)
 
 
-def test_more_unknowns_than_are_unrolled():
-    """Factors by LAPACK: alone, under `vmap`, over devices, and in both modes of derivatives."""
+def nine_unknowns():
+    """More than are unrolled: factors by LAPACK."""
     matrix = -10 * jnp.eye(9) + jax.random.normal(jax.random.key(0), (9, 9))
-    y0 = jnp.arange(18.0).reshape(2, 9)
+    return jnp.arange(18.0).reshape(2, 9), matrix
 
-    def end(y0, matrix, adjoint=jaxode.DiscreteAdjoint()):
-        f = lambda t, y, matrix: matrix @ y
-        return jaxode.solve(
-            f,
-            y0,
-            0.0,
-            1.0,
-            matrix,
-            solver=RODAS,
-            rtol=1e-8,
-            atol=1e-8,
-            throw=False,
-            adjoint=adjoint,
-        ).y1
 
-    exact = y0 @ jax.scipy.linalg.expm(matrix).T
-    rows = jax.vmap(end, (0, None))
-    np.testing.assert_allclose(rows(y0, matrix), exact, atol=1e-7)
+def end_of_nine(y0, matrix, adjoint=jaxode.DiscreteAdjoint()):
+    return jaxode.solve(
+        lambda t, y, matrix: matrix @ y, y0, 0.0, 1.0, matrix,
+        solver=RODAS, rtol=1e-8, atol=1e-8, throw=False, adjoint=adjoint,
+    ).y1  # fmt: skip
+
+
+@typed
+def test_more_unknowns_over_devices():
+    y0, matrix = nine_unknowns()
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
     specs = (PartitionSpec("rows"), PartitionSpec())
+    rows = jax.vmap(end_of_nine, (0, None))
     over = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=specs[0]))
+    exact = y0 @ jax.scipy.linalg.expm(matrix).T
     np.testing.assert_allclose(over(y0, matrix), exact, atol=1e-7)
-    reverse = jax.jit(jax.jacrev(end, 1))(y0[1], matrix)
-    forward = jax.jit(jax.jacfwd(lambda m: end(y0[1], m, jaxode.ForwardMode())))(matrix)
+
+
+def test_more_unknowns_than_are_unrolled():
+    """Alone, under `vmap`, and in both modes of derivatives."""
+    y0, matrix = nine_unknowns()
+    exact = y0 @ jax.scipy.linalg.expm(matrix).T
+    np.testing.assert_allclose(jax.vmap(end_of_nine, (0, None))(y0, matrix), exact, atol=1e-7)
+    reverse = jax.jit(jax.jacrev(end_of_nine, 1))(y0[1], matrix)
+    forward = jax.jit(jax.jacfwd(lambda m: end_of_nine(y0[1], m, jaxode.ForwardMode())))(matrix)
     np.testing.assert_allclose(reverse, forward, rtol=1e-8, atol=1e-8)
 
 
