@@ -80,7 +80,7 @@ def evaluate(density, x, held_out) -> tuple[float, float]:
 
 
 def draw(names, rows, new, scores, lines, path):
-    """Pairs of columns: `rows` above the diagonal, samples below, both on it; the training curve."""
+    """Pairs of columns: `rows` above the diagonal, samples below, both on it; and the training."""
     size = min(len(names), 5)
     low, high = np.quantile(rows, 0.005, axis=0), np.quantile(rows, 0.995, axis=0)
     figure = plt.figure(figsize=(15, 8.5), constrained_layout=True)
