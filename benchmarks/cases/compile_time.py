@@ -42,7 +42,6 @@ def makers(size: Workload | dict[str, int]) -> dict[str, Any]:
 
 class CompileTime(Benchmark):
     title = "First call"
-    short = "first call"
     header = ("", "", "s, median (min-max)")
     cases = {
         "flow, 8 Gaussians, a user's own field": Workload(2, 512, (64, 64, 64), own=True),

@@ -38,7 +38,6 @@ def in_torch():
 
 class FfjordStep(WorkPrecision):
     title = "Training step of a continuous normalizing flow"
-    short = "flow"
     cases = {
         f"{size}, {OWN[own]}": workload._replace(own=own)
         for size, workload in SIZES.items()

@@ -28,7 +28,6 @@ def in_torch() -> Any:
 
 class NeuralOdeStep(WorkPrecision):
     title = "Training step of a Neural ODE"
-    short = "Neural ODE"
     cases = {
         f"{size}, {OWN[own]}": {**settings, "own": own}
         for size, settings in SIZES.items()

@@ -24,8 +24,6 @@ class Benchmark:
     """
 
     title: str
-    short = ""
-    """In the README's table of ratios; empty for what is not in it."""
     cases: Mapping[str, Any]
     """What each case is of, by name."""
     timed = True

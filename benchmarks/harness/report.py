@@ -12,6 +12,27 @@ from benchmarks.harness.benchmark import Benchmark, Results
 LIBRARIES = ("diffrax", "jax odeint", "torchdiffeq", "zuko")
 """The columns of the README's table, and the groups of peers with their fastest variant."""
 
+of_both = lambda case: (f"{case}, a network of the user", f"{case}, jaxode.nn")
+ROWS = {
+    "training step, flow, 512 x 2": ("ffjord_step", of_both("8 Gaussians, 512 x 2, 64-64-64")),
+    "training step, flow, 1000 x 43": (
+        "ffjord_step", of_both("MINIBOONE's size, 1000 x 43, 860-860")
+    ),
+    "training step, Neural ODE, 256 x 64, 20 times": (
+        "neural_ode_step", of_both("64-64, state 64, batch 256, 20 times")
+    ),
+    "10,000 Lotka-Volterra systems, solve / gradient": (
+        "rows", ("solve, 2 states", "gradient, 2 states")
+    ),
+    "1,000 stiff systems (Robertson), solve / gradient": (
+        "stiff", ("1,000 of Robertson's, solve", "1,000 of Robertson's, gradient")
+    ),
+    "first call, flow / Neural ODE": (
+        "compile_time", ("flow, 8 Gaussians, a user's own field", "Neural ODE, state 4")
+    ),
+}  # fmt: skip
+"""The rows of the README's table: a benchmark, and one or two of its cases."""
+
 
 def write(folder: Path, root: Path) -> None:
     """RESULTS.md and the pictures from the results files of all machines; the README's tables."""
@@ -88,33 +109,31 @@ def elsewhere(results: dict[str, Any], cases: Results) -> list[str]:
 
 
 def ratios(results: dict[str, Any]) -> list[str]:
-    """The table of the README: our time over the time of each library's fastest variant.
+    """The table of the README: our time over the time of each library's fastest variant."""
+    rows, measured = [], []
+    benchmarks = {name: done for name, _, done, _ in finished(results)}
+    for label, (name, cases) in ROWS.items():
+        done = [benchmarks[name][case] for case in cases if case in benchmarks.get(name, {})]
+        if done:
+            cells = [[of(result, library) for result in done] for library in LIBRARIES]
+            rows.append([label, *(" / ".join(x) if set(x) != {"-"} else "" for x in cells)])
+            measured += done
+    codes = sorted({str(result.get("code")) for result in measured})
+    return [show.markdown(["", *LIBRARIES], rows), measured_at(results, codes)]
 
-    A size has one row: with a network of the user, and with one of `jaxode.nn`.
-    """
-    rows: dict[str, list[list[str]]] = {}
-    measured: Results = {}
-    for name, benchmark, done, _ in finished(results):
-        for case, result in done.items() if benchmark.short else ():
-            measured[f"{name}, {case}"] = result
-            size = case.removesuffix(", a network of the user").removesuffix(", jaxode.nn")
-            cells = [result["ratios"].get(library) for library in LIBRARIES]
-            shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-            rows.setdefault(f"{benchmark.short}: {size}", []).append(shown)
-    both = lambda cells: " / ".join(cells) if set(cells) != {"-"} else ""
-    joined = [[label, *map(both, zip(*cells, strict=True))] for label, cells in rows.items()]
-    return [
-        show.markdown(["", *LIBRARIES], joined),
-        measured_at(results, sorted(commits(measured))),
-    ]
+
+def of(result: dict[str, Any], library: str) -> str:
+    """The ratio to the fastest variant of a library."""
+    ratio = result["ratios"].get(library, result["ratios"].get(f"best of {library}"))
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def densities(results: dict[str, Any]) -> list[str]:
     """The table of the README on densities of tables, after a minute."""
     for name, _, done, _ in finished(results):
         if name == "tables" and done:
-            shown = tables.BENCHMARK.after(done, "60"), tables.BENCHMARK.below(done)
-            return [*shown, measured_at(results, commits(done))]
+            below = f"{tables.BENCHMARK.below(done)} {measured_at(results, commits(done))}"
+            return [tables.BENCHMARK.after(done, "60"), below]
     return []
 
 

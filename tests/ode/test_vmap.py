@@ -41,6 +41,12 @@ def batch_of(batch):
     return solved
 
 
+def chain(y0, a, adjoint=jaxode.DiscreteAdjoint(), row=A[1]):
+    """A batch, which shares `a`: what a chain of a hierarchical model solves."""
+    args = {"batch": "per_sample", "row_args": jnp.stack([row, -row]), "adjoint": adjoint}
+    return jaxode.solve(of_batch, jnp.stack([y0, 2 * y0]), 0.0, 1.0, a, **args, **OPTIONS).y1
+
+
 def dense(y0, a):
     solution = jaxode.solve(field, y0, 0.0, 1.0, a, dense=True, **OPTIONS)
     return solution.evaluate(jnp.array([0.1, 0.77]))
@@ -62,6 +68,10 @@ CASES = {
     "shared arguments": (end, (Y0, A[0]), (0, None)),
     "a joint batch": (batch_of("joint"), (Y0, A), 0),
     "a batch with steps of each sample": (batch_of("per_sample"), (Y0, A), 0),
+    "chains": (chain, (Y0, A), 0),
+    "chains of the adjoint ODE": (
+        lambda y0, a: chain(y0, a, jaxode.BacksolveAdjoint()), (Y0, A), 0
+    ),
     "equal steps": (lambda y0, a: end(y0, a, steps=5), (Y0, A), 0),
     "a stiff solver": (lambda y0, a: end(y0, a, solver=jaxode.Rodas5P()), (Y0, A), 0),
     "dense output": (dense, (Y0, A), 0),
@@ -130,6 +140,9 @@ PROGRAMS = {
             lambda y, a: jax.lax.scan(lambda y, _: (each(y, a), None), y, None, length=2)[0]
         )(Y0, a) ** 2)
     )(A),
+    "nested chains": lambda each: in_two(
+        jax.value_and_grad(weighted(lambda y, a: chain(y, a, row=y)), (0, 1))
+    )(Y0, A),
     "nested gradients": lambda each: in_two(jax.grad(weighted(each), (0, 1)))(Y0, A),
     "jacobian": lambda each: jax.vmap(jax.jacrev(each, (0, 1)))(Y0, A),
     "interpolated jacobian": lambda each: jax.vmap(
@@ -211,6 +224,33 @@ def test_a_failed_solve_leaves_the_others_alone():
             assert np.isnan(leaf[1]).all()
     unused = jax.grad(lambda y: jax.vmap(run)(y, a).y1[0, 0])(y)
     np.testing.assert_allclose(unused, [[4.0], [0.0]], rtol=1e-4)
+
+
+def test_failed_rows_of_chains_leave_the_others_alone():
+    """A chain whose rows all fail has the values of another one, a chain with one good row not."""
+    blows_up = lambda t, y, args: args[0] * args[1] * jnp.sqrt(1.0 / (3.0 - args[0])) * y**2
+
+    def chain(a, row):
+        options = {"batch": "per_sample", "row_args": row, "throw": False, "max_steps": 50}
+        return jaxode.solve(blows_up, jnp.ones((2, 1)), 0.0, 1.0, a, **options)
+
+    a, rows = jnp.array([0.5, 1.0, 4.0]), jnp.array([[1.0, 9.0], [0.3, 0.5], [1.0, 1.0]])
+
+    def used(a, rows):
+        solved = jax.vmap(chain)(a, rows)
+        return jnp.sum(jnp.where(solved.result == jaxode.Result.SUCCESS, solved.y1[..., 0], 0.0))
+
+    def alone(a, row):
+        return jaxode.solve(lambda t, y, a: blows_up(t, y, (a, row)), 1.0, 0.0, 1.0, a).y1
+
+    by_a, by_row = jax.grad(used, (0, 1))(a, rows)
+    wanted = [jax.grad(alone, (0, 1))(a[i], rows[i, j]) for i, j in ((0, 0), (1, 0), (1, 1))]
+    np.testing.assert_allclose(by_a, [wanted[0][0], wanted[1][0] + wanted[2][0], 0.0], rtol=1e-10)
+    np.testing.assert_allclose(
+        by_row, [[wanted[0][1], 0.0], [wanted[1][1], wanted[2][1]], [0.0, 0.0]], rtol=1e-10
+    )
+    every = jax.grad(lambda a: jnp.sum(jax.vmap(chain)(a, rows).y1))(a)
+    assert np.isnan(every).tolist() == [True, False, True]
 
 
 METHODS = {

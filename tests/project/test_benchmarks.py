@@ -481,7 +481,7 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     assert readme.startswith("before <!-- benchmarks -->")
     assert readme.endswith(" after")
     case = next(iter(compile_time.BENCHMARK.cases))
-    assert f"| first call: {case} | 0.50 |  |" in readme
+    assert "| first call, flow / Neural ODE | 0.50 / 0.50 |  |" in readme
     assert "commit abc" in readme
     assert "old" not in readme
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()

@@ -16,7 +16,7 @@ from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rows import one_row, over_rows, replace_rows
+from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
 from jaxode.ode.loop.stepper import Stepper
 
 T = TypeVar("T")
@@ -101,10 +101,10 @@ class Solved(NamedTuple):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, tape = recorded
         ok = integration.result == Result.SUCCESS
-        replace = lambda tree: replace_rows(tree, replaced, ok)
+        shared, of_rows = problem.args
+        replace = lambda tree: replace_rows(tree, replaced, ok, of_rows)
         ts, ys = (jax.tree.map(jax.vmap(replace), x) for x in (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
-        shared, of_rows = problem.args
         own = replace(problem._replace(field=None, args=of_rows, ts=None))
         problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
         parts = (problem.field, problem.args, *others)
@@ -144,14 +144,16 @@ class Solved(NamedTuple):
         return jnp.where(replaced, problem.t0, t), jnp.where(replaced[:, None], problem.y0, y)
 
     def masked(self, bars: Problem, valid: Float[Array, " rows"]) -> Problem:
-        """The cotangents times `valid`: per row, and for shared leaves over all rows.
+        """The cotangents times `valid`: per row, and for shared leaves over the rows they share.
 
         Those of replaced rows are zero, and so are shared ones if no other row is left.
         """
-        replaced, everywhere = self.replaced, jnp.prod(valid)
-        on = lambda x, of_rows: of_rows.reshape(-1, *(1,) * (x.ndim - 1))
-        for_all = lambda x: jnp.where(replaced.all(), 0, x * everywhere.astype(x.dtype))
-        per_row = lambda x: jnp.where(on(x, replaced), 0, x * on(x, valid.astype(x.dtype)))
+
+        def per_row(x):
+            factor = of_group(jnp.prod, valid, x).astype(x.dtype)
+            return jnp.where(of_group(jnp.all, self.replaced, x), 0, x * factor)
+
+        for_all = lambda x: per_row(x[None])[0]
         shared, of_rows = bars.args
         field, shared = jax.tree.map(for_all, (bars.field, shared))
         args = shared, jax.tree.map(per_row, of_rows)

@@ -188,8 +188,7 @@ class Many(NamedTuple):
         shared = of_problem.field, of_problem.args[0]
         if size * rows == 0:
             return None
-        if any(jax.tree.leaves(of_stepper)) or (rows > 1 and any(jax.tree.leaves(shared))):
-            # Rows of one problem share them, but not those of all problems.
+        if any(jax.tree.leaves(of_stepper)):
             return None
         if rows == 1 < samples and stepper.tableau.needs_jacobian:
             # All samples of a problem would have one Jacobian.
@@ -197,7 +196,7 @@ class Many(NamedTuple):
         if wanted is not None:
             copied = eqx.filter(problem, wanted)
             copied = eqx.filter((copied.field, copied.args[0]), shared, inverse=True)
-            if sum(x.size for x in jax.tree.leaves(copied)) > (FEW if rows == 1 else 0):
+            if sum(x.size for x in jax.tree.leaves(copied)) > FEW:
                 return None
         return cls(size, rows, (samples, n))
 
@@ -212,17 +211,17 @@ class Many(NamedTuple):
         t0, t1, ts, outputs = map(of_rows, ("t0", "t1", "ts", "outputs"), (0, 0, 1, 0))
         y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
         values, structure = jax.tree.flatten((problem.field.consts, problem.args))
-        is_own = self._own(mapped)
-        if self.rows > 1:
-            of_problems = jax.tree.leaves((mapped.field.consts, mapped.args))
-            values = [
-                spread(x, its) if own else x
-                for x, its, own in zip(values, of_problems, is_own, strict=True)
-            ]
-        merge = lambda x: x.reshape(len(t0), *x.shape[2:]) if self.rows > 1 else x
-        separate = lambda x: x.reshape(self.size, self.rows, *x.shape[1:]) if self.rows > 1 else x
-        own = [merge(x) for x, its in zip(values, is_own, strict=True) if its]
+        of_problems = jax.tree.leaves((mapped.field.consts, mapped.args))
+        is_own, by_row = self._own(mapped), self._of_row(problem)
+        merge = lambda x: x.reshape(self.size * x.shape[1], *x.shape[2:])
+        separate = lambda x: x.reshape(self.size, -1, *x.shape[1:])
         shared = [x for x, its in zip(values, is_own, strict=True) if not its]
+        own = [
+            merge(spread(x, its)) if of_row else x
+            for x, its, of_row, own in zip(values, of_problems, by_row, is_own, strict=True)
+            if own
+        ]
+        own_by_row = [of_row for of_row, its in zip(by_row, is_own, strict=True) if its]
         program = problem.field.program
 
         def field(t, y, args):
@@ -234,7 +233,8 @@ class Many(NamedTuple):
                 return ClosedField(program, consts)(t, y, args)
 
             y = y.reshape(self.size, *self.sample)
-            dy = jax.vmap(one)(t.reshape(self.size, self.rows), y, list(map(separate, own)))
+            own = [separate(x) if its else x for x, its in zip(own, own_by_row, strict=True)]
+            dy = jax.vmap(one)(t.reshape(self.size, self.rows), y, own)
             return dy.reshape(len(t), -1)
 
         closed, args = close_field(field, t0, y0, (shared, own), stepper.precision)
@@ -248,11 +248,15 @@ class Many(NamedTuple):
         return wanted._replace(field=False, args=args)
 
     def _own(self, mapped: Problem) -> list[bool]:
-        """Which values of field and arguments are a row's own."""
-        shared, of_rows = mapped.args
-        if self.rows > 1:
-            of_rows = jax.tree.map(lambda _: True, of_rows)
-        return jax.tree.leaves((mapped.field.consts, (shared, of_rows)))
+        """Which values of field and arguments belong to a row, or to the rows of a problem."""
+        rows, its = self._of_row(mapped), jax.tree.leaves((mapped.field.consts, mapped.args))
+        return list(map(operator.or_, rows, its))
+
+    def _of_row(self, problem: Problem) -> list[bool]:
+        """Which values of field and arguments each row of a problem has for itself."""
+        shared, of_rows = problem.args
+        flags = (jax.tree.map(lambda _: False, (problem.field.consts, shared)),)
+        return jax.tree.leaves((flags, jax.tree.map(lambda _: self.rows > 1, of_rows)))
 
     def spread(self, x: Array) -> Array:
         """The same for each problem."""

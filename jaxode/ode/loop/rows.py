@@ -47,13 +47,42 @@ def entry_of_each(
     return x[place_of_each(index)]
 
 
-def replace_rows(tree: T, replaced: Bool[Array, " rows"], good: Bool[Array, " rows"]) -> T:
-    """Leaves `[rows, ...]`, with the first `good` row in place of the `replaced` ones.
+def of_group(
+    reduce: Callable[..., Array], of_rows: Shaped[Array, " rows"], x: Shaped[Array, "groups ..."]
+) -> Shaped[Array, "groups ..."]:
+    """`reduce` over the rows of each group, shaped to broadcast with `x`.
 
-    Zero times NaN is NaN: a row must be finite to add nothing to a gradient that all rows share.
+    Rows are groups of one. One row is broadcast over the samples.
+    """
+    if not one_row(of_rows):
+        of_rows = reduce(of_rows.reshape(len(x), len(of_rows) // max(len(x), 1)), axis=1)
+    return of_rows.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def replace_rows(
+    tree: T, replaced: Bool[Array, " rows"], good: Bool[Array, " rows"], groups: Any = ()
+) -> T:
+    """Leaves `[rows, ...]`, with a `good` row in place of the `replaced` ones.
+
+    Zero times NaN is NaN: a row must be finite to add nothing to a gradient that rows share.
+    Leaves of `tree` and of `groups` may have values of groups of rows, `[groups, ...]`. A row is
+    replaced by the first good one of its smallest group that has any, a group if it has none.
     """
     if len(replaced) < 2:
         return tree
-    by = jnp.argmax(good)
-    mask = lambda x: replaced.reshape(-1, *(1,) * (x.ndim - 1))
-    return jax.tree.map(lambda x: jnp.where(mask(x), x[by], x), tree)
+    by, sizes = jnp.argmax(good), {len(replaced) // len(x) for x in jax.tree.leaves((tree, groups))}
+    for size in sorted(sizes - {1}, reverse=True):
+        of_groups = good.reshape(-1, size)
+        first = jnp.argmax(of_groups, axis=1) + size * jnp.arange(len(of_groups))
+        by = jnp.broadcast_to(by, good.shape).reshape(-1, size)
+        by = jnp.where(of_groups.any(axis=1)[:, None], first[:, None], by).reshape(-1)
+
+    def replace(x):
+        size = len(replaced) // len(x)
+        source = by if size == 1 else by[::size] // size
+        missing = of_group(jnp.all, replaced, x)
+        if size > 1:
+            missing &= ~of_group(jnp.any, good, x)
+        return jnp.where(missing, x[source], x)
+
+    return jax.tree.map(replace, tree)
