@@ -92,7 +92,8 @@ def train(flow, params: Any, data, options, rng):
 
 
 def draw(flow, params, data, losses, evals, path):
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4), constrained_layout=True)
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    axes = grid.ravel()
     plot.samples(data[:3000], ax=axes[0])
     plot.density(partial(jax.jit(flow.log_prob), params), (-3.5, 3.5, -2.5, 2.5), ax=axes[1])
     plot.samples(flow.sample(params, jax.random.key(0), 3000), ax=axes[2], color="tab:orange")

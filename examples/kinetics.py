@@ -76,7 +76,8 @@ def experiments(key, number: int):
 
 
 def draw(truth, observed, fits, starts, network, path):
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), constrained_layout=True)
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7.75), constrained_layout=True)
+    axes = grid.ravel()
     times = jnp.logspace(-6, 4, 200)
     lines = {"truth": (known_laws, truth), **fits}
     for axis, name, i in zip(axes, "ABC", range(3), strict=False):
@@ -93,7 +94,7 @@ def draw(truth, observed, fits, starts, network, path):
         learned = jax.vmap(law, (None, 0))(network, z) / UNITS[1]
         axes[3].plot(c, learned / TRUE[2], ":", color="tab:green", lw=1.8)
     axes[3].plot(c, c, color="tab:blue", lw=1.8)
-    axes[3].set(title="third law by B", xlabel="C")
+    axes[3].set(title="the third rate law, divided by B", xlabel="C")
     save(figure, path)
 
 

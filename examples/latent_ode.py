@@ -164,7 +164,8 @@ def errors(model, data: Series):
 
 def draw(models, data: Series, losses, path):
     """Three series with readings and forecasts, and the training curves."""
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), constrained_layout=True)
+    figure, grid = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    axes = grid.ravel()
     times = jnp.broadcast_to(jnp.linspace(0.0, 2 * HALF, 200), (TEST, 200))
     curve = models["latent ODE"](data, times)
     # A GRU has no values between its times, and knows only gaps like those in training.
@@ -187,7 +188,7 @@ def draw(models, data: Series, losses, path):
             axis.plot(0.0, curve[i, 0, species], "x", color=color, mew=2, label=f"{label}, start")
         axis.set(xlabel="time", ylabel="log population", title=f"held-out series {i + 1}")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
     for name, curve in losses.items():
         plot.history(curve, ax=axes[3], window=20, label=name)
     axes[3].axhline(NOISE, color="gray", ls="--", lw=1, label="noise")

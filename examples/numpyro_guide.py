@@ -104,7 +104,8 @@ def by_nuts(samples, key):
 
 def draw(posteriors, histories, path):
     """The funnel according to each method, the effects of the schools, and the training."""
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), constrained_layout=True)
+    figure = plt.figure(figsize=(12, 8), layout="constrained")
+    axes = list(figure.subplot_mosaic("ABC;DDE").values())
     colors = dict(zip(posteriors, ("black", "tab:orange", "tab:blue"), strict=True))
     for axis, (name, draws) in zip(axes, posteriors.items(), strict=False):
         points = np.stack([draws["theta"][:, 0], np.log(draws["tau"])], axis=1)
@@ -119,7 +120,7 @@ def draw(posteriors, histories, path):
             label=name,
         )  # fmt: skip
     axes[3].set(xlabel="school", ylabel="effect", title="median and 90% interval")
-    axes[3].set_xticks(range(len(EFFECT)), range(1, len(EFFECT) + 1))
+    axes[3].set_xticks(range(len(EFFECT)), map(str, range(1, len(EFFECT) + 1)))
     axes[3].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     for name, losses in histories.items():
         plot.history(losses, ax=axes[4], color=colors[name], label=name)

@@ -56,8 +56,8 @@ def ranks(density, theta, x, key):
 
 def draw(panels, counts, history, path) -> None:
     """The exact and the learned posterior, rank histograms, and scores during training."""
-    figure = plt.figure(figsize=(15, 4), layout="constrained")
-    axes = figure.subplot_mosaic([["exact", "learned", "ranks", "scores"]])
+    figure = plt.figure(figsize=(10, 8), layout="constrained")
+    axes = figure.subplot_mosaic([["exact", "learned"], ["ranks", "scores"]])
     # A square-root scale, and the same for both: it shows what is between the crescents.
     norm = PowerNorm(0.5, 0.0, max(values.max() for values in panels.values()))
     for name, values in panels.items():

@@ -67,7 +67,8 @@ def train(params, times, observed, steps, rate, key):
 
 def draw(network, y0, new, times, observed, losses, path):
     """Observations, the fit, a continuation from a new starting point, and the training curve."""
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4.8), constrained_layout=True)
+    figure, grid = plt.subplots(2, 2, figsize=(10, 10), constrained_layout=True)
+    axes = grid.ravel()
     plot.samples(observed.reshape(-1, 2), ax=axes[0], s=10)
     plot.trajectories(paths(learned, network, y0, jnp.linspace(0, SPAN, 400)), ax=axes[1])
     plot.samples(observed.reshape(-1, 2), ax=axes[1], color="black", s=8, label="observation")

@@ -80,7 +80,7 @@ def evaluate(density, x, held_out) -> tuple[float, float]:
 
 
 def draw(names, rows, new, scores, lines, path):
-    """Pairs of columns: data above the diagonal, samples below, both on it; the training curve."""
+    """Pairs of columns: `rows` above the diagonal, samples below, both on it; and the training."""
     size = min(len(names), 5)
     low, high = np.quantile(rows, 0.005, axis=0), np.quantile(rows, 0.995, axis=0)
     figure = plt.figure(figsize=(15, 8.5), constrained_layout=True)
@@ -103,7 +103,7 @@ def draw(names, rows, new, scores, lines, path):
             axis.locator_params(nbins=3)
             if i == size - 1:
                 axis.set_xlabel(names[j])
-    left.suptitle("data (blue) and samples of the flow (orange)")
+    left.suptitle("held-out rows (blue) and samples of the flow (orange)")
     curve: Any = right.subplots()
     draw_scores(curve, scores, lines)
     save(figure, path)
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     tables.write(options.table, names, new)
     print(f"{options.rows} new rows: {options.table}   saved: {options.checkpoint}")
     lines = {"flow, held out": -flow, "Gaussian, held out": -gaussian}
-    draw(names, values, new, scores, lines, options.out)
+    draw(names, values[:split], new, scores, lines, options.out)
     return 0
 
 

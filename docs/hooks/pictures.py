@@ -7,4 +7,4 @@ PICTURE = re.compile(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>')
 
 def on_page_content(html, page, config, files):
     """Wrap the pictures that stand alone."""
-    return PICTURE.sub(r'<p><a href="\2">\1</a></p>', html)
+    return PICTURE.sub(r'<p class="picture"><a href="\2">\1</a></p>', html)

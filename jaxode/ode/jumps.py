@@ -51,7 +51,7 @@ class Jumps(eqx.Module):
         TypeError: if `change` is not a function, or `times` are not real numbers.
 
     Differentiation: with respect to `times` and values that `change` closes over, and all that the
-        solve is differentiable in.
+    solve is differentiable in.
     """
 
     times: Float[Array, "*rows jumps"]

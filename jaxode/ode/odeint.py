@@ -62,7 +62,7 @@ def odeint(
         TypeError, ValueError: at trace time, for arguments of the wrong kind.
 
     Differentiation: in reverse mode with respect to `y0`, `t`, `args` and values that `func` closes
-        over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
+    over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
     """
     check_field("func", func, "func(y, t, *args)")
     dtype = numeric_dtype(t)

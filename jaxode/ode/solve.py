@@ -138,9 +138,9 @@ def solve(
             vector field is not finite.
 
     Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts`, the times of
-        `jumps`, and values that `f`, `event` and `jumps` close over.
-        With an event, by the implicit function theorem: first derivatives, and second ones if
-        `adjoint` has them.
+    `jumps`, and values that `f`, `event` and `jumps` close over.
+    With an event, by the implicit function theorem: first derivatives, and second ones if
+    `adjoint` has them.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
@@ -212,7 +212,7 @@ def flow(
         TypeError, ValueError, SolveError: as `solve`.
 
     Differentiation: with respect to `z`, `args`, `row_args`, `s`, `t` and values that `f` closes
-        over.
+    over.
     """
     moved = sorted({"return_solution", "ts"} & set(solve_options))
     if moved:

@@ -177,6 +177,21 @@ def test_no_docstring_has_code_that_is_not_run():
         assert path.stem in DOCSTRINGS or "```" not in doc, path
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_line_of_code_fits_the_page(page):
+    """What docs/stylesheets/extra.css makes room for. Output wraps."""
+    for language, _, block in fences(PAGES[page]):
+        assert language == "output" or max(map(len, block.splitlines()), default=0) <= 100
+
+
+def test_no_paragraph_of_a_docstring_becomes_a_box_of_the_reference():
+    """mkdocstrings makes one of a line with a colon whose next line is indented."""
+    for path in (ROOT / "jaxode").rglob("*.py"):
+        assert not re.search(r"^( *)Differentiation: .*\n\1 +\S", path.read_text(), re.MULTILINE), (
+            path
+        )
+
+
 def test_every_public_name_is_in_the_reference():
     reference = "\n".join(text for page, text in PAGES.items() if page.startswith("api/"))
     documented = re.findall(r"^::: jaxode\.(?:\w+\.)*(\w+)$", reference, re.MULTILINE)
