@@ -621,6 +621,32 @@ BAD_INPUT = [
         "but no forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode().",
     ),
     (
+        lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: -y)), ValueError,
+        "solve(solver=...): jacobian(t, y, args) must return the shape (2, 2), for the 2 numbers "
+        "in the state of one sample; got (2,). Entry [i, j] is the derivative of number i of f by "
+        "number j of y.",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: "text")), TypeError,
+        "solve(solver=...): jacobian(t, y, args) must return a floating array; got str.",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rosenbrock23(lambda t, y, args: args["rate"])), TypeError,
+        "jacobian(t, y, args): the Jacobian raised TypeError: 'NoneType' object is not "
+        "subscriptable. It got y=f64[2] and args=None. Pass args that fit jacobian, or fix the "
+        "line of jacobian that the error above names.",
+    ),
+    (
+        lambda: jaxode.Rodas5P(jacobian=1.0), TypeError,
+        "Rodas5P(jacobian=...): must be a function jacobian(t, y, args); got 1.0. The default is "
+        "forward mode.",
+    ),
+    (
+        lambda: cnf(solver=jaxode.Rosenbrock23(decay)), ValueError,
+        "cnf(solver=...): integrates more than the field; got Rosenbrock23(jacobian=...). Leave "
+        "jacobian out.",
+    ),
+    (
         lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,
         "audit(x=...): must have shape [batch, 2]; got (4, 3).",
     ),

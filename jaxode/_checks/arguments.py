@@ -240,6 +240,21 @@ def check_derivative(
             )
 
 
+def check_jacobian(n: int, jacobian: Any) -> None:
+    """Raise unless what `jacobian(t, y, args)` returned is a real matrix for `n` numbers."""
+    must = f"{arg('solver')} jacobian(t, y, args) must return"
+    dtype = numeric_dtype(jacobian)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(jacobian).__name__ if dtype is None else dtype
+        raise TypeError(f"{must} a floating array; got {got}.")
+    if jnp.shape(jacobian) != (n, n):
+        raise ValueError(
+            f"{must} the shape {(n, n)}, for the {n} numbers in the state of one sample; got "
+            f"{jnp.shape(jacobian)}. Entry [i, j] is the derivative of number i of f by number j "
+            "of y."
+        )
+
+
 def check_real_times(name: str, value: Any) -> None:
     """Raise unless JAX accepts the value as an array of real numbers."""
     kind = numeric_dtype(value)

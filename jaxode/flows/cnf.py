@@ -441,6 +441,11 @@ def cnf(
             f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
             "devices; with batch='per_sample' each sample has its own. Leave it out."
         )
+    if options.jacobian is not None:
+        raise ValueError(
+            f"cnf(solver=...): integrates more than the field; got {type(options.solver).__name__}("
+            "jacobian=...). Leave jacobian out."
+        )
     fused = options.adjoint.fused and options.tableau is not None
     if quadrature == "stochastic" and not fused:
         raise ValueError(

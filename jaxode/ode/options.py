@@ -73,6 +73,11 @@ class SolveOptions(eqx.Module):
         return tableau_of(self.solver)
 
     @property
+    def jacobian(self) -> Any:
+        """The Jacobian of the vector field that the user gave, or None."""
+        return self.solver.jacobian if isinstance(self.solver, Solver) else None
+
+    @property
     def implicit(self) -> bool:
         """Whether each step solves equations."""
         return self.tableau is None or self.tableau.needs_jacobian

@@ -230,15 +230,19 @@ def flow(
 
 
 class UserField(eqx.Module):
-    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
+    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`.
+
+    Or its Jacobian.
+    """
 
     f: VectorField
+    names: tuple[str, ...] = eqx.field(static=True, default=("f", "the vector field"))
     hint: ClassVar[str] = (
         " All samples share args: pass what each has for itself as row_args (docs/irregular.md)."
     )
 
     def __call__(self, t, y, shared, row):
-        return call_field(self.f, t, y, shared, row=row)
+        return call_field(self.f, t, y, shared, *self.names, row=row)
 
 
 def solve_checked(
@@ -268,9 +272,10 @@ def solve_checked(
                 "batch='per_sample' or 'joint', or everything as args."
             )
         row_args = check_rows("row_args", row_args, jax.tree.leaves(y0)[0].shape[0])
+    jacobian = options.jacobian and UserField(options.jacobian, ("jacobian", "the Jacobian"))
     system = make_system(
-        UserField(f), y0, span, args, options,
-        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps,
+        UserField(f), y0, span, args, options, row_args=row_args, ts=ts, batch=batch, dense=dense,
+        event=event, jumps=jumps, jacobian=jacobian,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     if not throw:

@@ -4,6 +4,7 @@
 at a step number of its own. Rows of a solve with per-sample steps need neither.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -223,21 +224,27 @@ class Many(NamedTuple):
         separate = lambda x: x.reshape(self.size, self.rows, *x.shape[1:]) if self.rows > 1 else x
         own = [merge(x) for x, its in zip(values, is_own, strict=True) if its]
         shared = [x for x, its in zip(values, is_own, strict=True) if not its]
-        program = problem.field.program
 
-        def field(t, y, args):
-            shared, own = args
+        def of_all(call, axes: int):
+            def joined(t, y, args):
+                shared, own = args
 
-            def one(t, y, own):
-                its, others = iter(own), iter(shared)
-                consts, args = structure.unflatten(next(its if x else others) for x in is_own)
-                return ClosedField(program, consts)(t, y, args)
+                def one(t, y, own):
+                    its, others = iter(own), iter(shared)
+                    consts, args = structure.unflatten(next(its if x else others) for x in is_own)
+                    return call(dataclasses.replace(problem.field, consts=consts))(t, y, args)
 
-            y = y.reshape(self.size, *self.sample)
-            dy = jax.vmap(one)(t.reshape(self.size, self.rows), y, list(map(separate, own)))
-            return dy.reshape(len(t), -1)
+                states = y.reshape(self.size, *self.sample)
+                times = t.reshape(self.size, self.rows)
+                out = jax.vmap(one)(times, states, list(map(separate, own)))
+                return out.reshape(len(y), *y.shape[1:] * axes)
 
-        closed, args = close_field(field, t0, y0, (shared, own), stepper.precision)
+            return joined
+
+        field, jacobian = of_all(lambda field: field, 1), None
+        if problem.field.jacobian is not None:
+            jacobian = of_all(lambda field: field.jacobian, 2)
+        closed, args = close_field(field, t0, y0, (shared, own), stepper.precision, jacobian)
         return Problem(closed, args, y0, t0, t1, ts, outputs)
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:
