@@ -496,6 +496,39 @@ BAD_INPUT = [
         "solve(atol=...): must be a real number; got a complex number.",
     ),
     (
+        lambda: solve(atol=[1e-5, -1e-5]), ValueError,
+        "solve(atol=...): must be a finite tolerance of at least 0; got -1e-05.",
+    ),
+    (
+        lambda: solve(atol=np.ones(3)), ValueError,
+        "solve(atol=...): must be a number, or like the state of one row; got shapes (3,) where it "
+        "has (2,). All rows share it.",
+    ),
+    (
+        lambda: flow(atol=np.ones((3, 2))), ValueError,
+        "flow(atol=...): must be a number, or like the state of one row; got shapes (3, 2) where "
+        "it has (2,). All rows share it.",
+    ),
+    (
+        lambda: solve(y0={"a": ONE}, f=lambda t, y, _: y, atol={"b": ONE}), ValueError,
+        "solve(atol=...): must be a number, or like the state of one row; got shapes {'b': (2,)} "
+        "where it has {'a': (2,)}. All rows share it.",
+    ),
+    (
+        lambda: solve(atol=[1e-5, [1e-5, 1e-5]]), ValueError,
+        "solve(atol=...): must be a number, or like the state of one row; got shapes [(), [(), "
+        "()]] where it has (2,). All rows share it.",
+    ),
+    (lambda: solve(atol=[]), TypeError, "solve(atol=...): must be a real number; got []."),
+    (
+        lambda: solve(rtol=0, atol=[0.0, 1e-5]), ValueError,
+        "solve(rtol=0, atol=0): at least one tolerance must be positive.",
+    ),
+    (
+        lambda: cnf(atol=[1e-5, 1e-5]), ValueError,
+        "cnf(atol=...): must be a scalar; got shape (2,).",
+    ),
+    (
         lambda: solve(y0=jnp.ones(2, jnp.float32), rtol=0, atol=1e-300), ValueError,
         "solve(rtol=0, atol=1e-300): at least one tolerance must be positive in float32, in which "
         "the state is solved.",

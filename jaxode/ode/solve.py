@@ -50,7 +50,7 @@ def solve(
     ts: Float[Array, " times"] | Float[Array, "batch times"] | None = None,
     solver: diffrax.AbstractSolver | Rodas5P | Rosenbrock23 = diffrax.Tsit5(),
     rtol: float | Float[Array, ""] = 1e-5,
-    atol: float | Float[Array, ""] = 1e-5,
+    atol: PyTree[float | Float[Array, "..."]] = 1e-5,
     steps: int | None = None,
     adjoint: Adjoint = DiscreteAdjoint(),
     first_step: float | Float[Array, ""] | None = None,
@@ -94,7 +94,9 @@ def solve(
             diffrax: without "per_sample" steps and events, and with the same gradient methods.
         rtol: relative error tolerance per step.
         atol: absolute error tolerance per step. A step is accepted if the root mean square of
-            `error / (atol + rtol max(|y before|, |y after|))` is at most one.
+            `error / (atol + rtol max(|y before|, |y after|))` is at most one. A number, an array
+            that broadcasts to the state of one sample, or for other states a pytree like it, with a
+            tolerance for each number.
         steps: take this many equal steps, without error control.
         adjoint: the gradient method: `DiscreteAdjoint`, `BacksolveAdjoint`,
             `InterpolatingAdjoint` or `ForwardMode`.

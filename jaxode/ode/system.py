@@ -111,8 +111,10 @@ def make_system(
         of_jumps = check_jump_times(*span, jumps.times, dtype, count)
         jumps = dataclasses.replace(jumps, times=of_jumps)
     check_same_times((t0, t1, ts, options.breakpoints, of_jumps), options.axis_name)
-    stepper = options.stepper(dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
-    stepper = dataclasses.replace(stepper, dense=dense)
+    row = y0
+    if batch is not None:
+        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
+    stepper = dataclasses.replace(options.stepper(row), dense=dense)
     adjoint, solver = options.adjoint, options.solver
     if isinstance(solver, diffrax.AbstractSolver) and options.tableau is None:
         adjoint = DiffraxSolve(solver, adjoint)

@@ -192,8 +192,8 @@ class Many(NamedTuple):
         if any(jax.tree.leaves(of_stepper)) or (rows > 1 and any(jax.tree.leaves(shared))):
             # Rows of one problem share them, but not those of all problems.
             return None
-        if rows == 1 < samples and stepper.tableau.needs_jacobian:
-            # All samples of a problem would have one Jacobian.
+        if rows == 1 < samples and (stepper.tableau.needs_jacobian or stepper.atol.ndim):
+            # All samples of a problem would have one Jacobian, and tolerances are those of one.
             return None
         if wanted is not None:
             copied = eqx.filter(problem, wanted)
