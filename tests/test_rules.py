@@ -496,6 +496,39 @@ BAD_INPUT = [
         "solve(atol=...): must be a real number; got a complex number.",
     ),
     (
+        lambda: solve(atol=[1e-5, -1e-5]), ValueError,
+        "solve(atol=...): must be a finite tolerance of at least 0; got -1e-05.",
+    ),
+    (
+        lambda: solve(atol=np.ones(3)), ValueError,
+        "solve(atol=...): must be a number, or like the state of one row; got shapes (3,) where it "
+        "has (2,). All rows share it.",
+    ),
+    (
+        lambda: flow(atol=np.ones((3, 2))), ValueError,
+        "flow(atol=...): must be a number, or like the state of one row; got shapes (3, 2) where "
+        "it has (2,). All rows share it.",
+    ),
+    (
+        lambda: solve(y0={"a": ONE}, f=lambda t, y, _: y, atol={"b": ONE}), ValueError,
+        "solve(atol=...): must be a number, or like the state of one row; got shapes {'b': (2,)} "
+        "where it has {'a': (2,)}. All rows share it.",
+    ),
+    (
+        lambda: solve(atol=[1e-5, [1e-5, 1e-5]]), ValueError,
+        "solve(atol=...): must be a number, or like the state of one row; got shapes [(), [(), "
+        "()]] where it has (2,). All rows share it.",
+    ),
+    (lambda: solve(atol=[]), TypeError, "solve(atol=...): must be a real number; got []."),
+    (
+        lambda: solve(rtol=0, atol=[0.0, 1e-5]), ValueError,
+        "solve(rtol=0, atol=0): at least one tolerance must be positive.",
+    ),
+    (
+        lambda: cnf(atol=[1e-5, 1e-5]), ValueError,
+        "cnf(atol=...): must be a scalar; got shape (2,).",
+    ),
+    (
         lambda: solve(y0=jnp.ones(2, jnp.float32), rtol=0, atol=1e-300), ValueError,
         "solve(rtol=0, atol=1e-300): at least one tolerance must be positive in float32, in which "
         "the state is solved.",
@@ -619,6 +652,32 @@ BAD_INPUT = [
         lambda: jax.jvp(lambda x: cnf().nll(None, x), (X,), (X,)), TypeError,
         "DiscreteAdjoint: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), "
         "but no forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode().",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: -y)), ValueError,
+        "solve(solver=...): jacobian(t, y, args) must return the shape (2, 2), for the 2 numbers "
+        "in the state of one sample; got (2,). Entry [i, j] is the derivative of number i of f by "
+        "number j of y.",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: "text")), TypeError,
+        "solve(solver=...): jacobian(t, y, args) must return a floating array; got str.",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rosenbrock23(lambda t, y, args: args["rate"])), TypeError,
+        "jacobian(t, y, args): the Jacobian raised TypeError: 'NoneType' object is not "
+        "subscriptable. It got y=f64[2] and args=None. Pass args that fit jacobian, or fix the "
+        "line of jacobian that the error above names.",
+    ),
+    (
+        lambda: jaxode.Rodas5P(jacobian=1.0), TypeError,
+        "Rodas5P(jacobian=...): must be a function jacobian(t, y, args); got 1.0. The default is "
+        "forward mode.",
+    ),
+    (
+        lambda: cnf(solver=jaxode.Rosenbrock23(decay)), ValueError,
+        "cnf(solver=...): integrates more than the field; got Rosenbrock23(jacobian=...). Leave "
+        "jacobian out.",
     ),
     (
         lambda: jaxode.audit(cnf(), None, jnp.ones((4, 3)), KEY), ValueError,

@@ -126,11 +126,16 @@ def _is_permutation(rows: Int[Array, " batch"]) -> Bool[Array, " batch"]:
     return (rows >= 0) & (rows < len(rows)) & (end - first == 1)
 
 
+def _all(holds: Any) -> Any:
+    """Whether it holds for each number of a state."""
+    return holds.all() if np.ndim(holds) else holds
+
+
 # The argument that a caller names, and the rows of a batch that break a rule.
 NUMBER, ROWS = "{name}=...", "got NaN or inf in {rows}"
 TIME = Rule(NUMBER, _is_finite, "must be a finite time")
 TOLERANCE = Rule(
-    NUMBER, lambda x: (x >= 0) & _is_finite(x), "must be a finite tolerance of at least 0"
+    NUMBER, lambda x: _all((x >= 0) & _is_finite(x)), "must be a finite tolerance of at least 0"
 )
 POSITIVE = Rule(NUMBER, _is_positive, "must be positive and finite")
 NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(jnp.asarray(x)).any(), "must not be NaN")
@@ -219,7 +224,7 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (TOLERANCE, ("atol",)),
     (
         Rule(
-            "rtol=..., atol=...", lambda rtol, atol: (rtol != 0) | (atol != 0),
+            "rtol=..., atol=...", lambda rtol, atol: _all((rtol != 0) | (atol != 0)),
             "at least one tolerance must be positive in the dtype of each leaf of the state",
         ), ("rtol", "atol"),
     ),

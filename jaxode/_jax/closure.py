@@ -183,6 +183,9 @@ class ClosedField(eqx.Module):
 
     program: Jaxpr = eqx.field(static=True)
     consts: list[Array]
+    """Those of the Jacobian come last."""
+    by_state: Jaxpr | None = eqx.field(static=True, default=None)
+    """The program of a Jacobian that the user gave."""
 
     @property
     def work_size(self) -> int:
@@ -193,9 +196,16 @@ class ClosedField(eqx.Module):
     def __call__(
         self, t: Float[Array, " rows"], y: Float[Array, "samples n"], args: PyTree
     ) -> Float[Array, "samples n"]:
-        leaves = jax.tree.leaves(args)
-        (dy,) = jax.core.eval_jaxpr(self.program, self.consts, t, y, *leaves)
-        return dy
+        own = self.consts[: len(self.program.constvars)]
+        return jax.core.eval_jaxpr(self.program, own, t, y, *jax.tree.leaves(args))[0]
+
+    @property
+    def jacobian(self) -> Callable[..., Float[Array, "samples n n"]] | None:
+        """A function of the same arguments: the Jacobian by the state, if the user gave one."""
+        program, own = self.by_state, self.consts[len(self.program.constvars) :]
+        if program is None:
+            return None
+        return lambda t, y, args: jax.core.eval_jaxpr(program, own, t, y, *jax.tree.leaves(args))[0]
 
     def check_closed_over(self, perturbed: "ClosedField", like: Array) -> None:
         """Raise if a differentiated closed-over value varies over fewer axes than `like`.
@@ -236,9 +246,20 @@ def close_field(
     y: Float[Array, "samples n"],
     args: PyTree,
     precision: str | None,
+    jacobian: Callable[..., Float[Array, "samples n n"]] | None = None,
 ) -> tuple[ClosedField, PyTree]:
-    """Trace `field(t, y, args)` once. Returns the closed field and the arrays of `args`."""
+    """Trace `field(t, y, args)` once, and its Jacobian if it is given.
+
+    Returns the closed field and the arrays of `args`.
+    """
     arrays, static = eqx.partition(args, eqx.is_array)
-    run = lambda t, y, arrays: field(t, y, eqx.combine(arrays, static))
-    closed = trace_at(precision, run, t, y, arrays)
-    return ClosedField(closed.jaxpr, list(closed.consts)), arrays
+
+    def trace(f):
+        run = lambda t, y, arrays: f(t, y, eqx.combine(arrays, static))
+        return trace_at(precision, run, t, y, arrays)
+
+    closed = trace(field)
+    if jacobian is None:
+        return ClosedField(closed.jaxpr, list(closed.consts)), arrays
+    by_state = trace(jacobian)
+    return ClosedField(closed.jaxpr, [*closed.consts, *by_state.consts], by_state.jaxpr), arrays

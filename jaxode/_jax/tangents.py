@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,6 +14,20 @@ T = TypeVar("T")
 def filled(dot: Array | None, like: Array) -> Array:
     """The tangent or cotangent. Zero if JAX knows that it is zero."""
     return jnp.zeros_like(like) if dot is None else dot
+
+
+def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> Array:
+    """The derivative of `f` if all of `t` moves by one, in the mode that `f` has.
+
+    Reverse mode, transposed, comes first: JAX does not always notice at once that `f` has no
+    forward mode.
+    """
+    ones = jnp.ones_like(t)
+    try:
+        value, pull = jax.vjp(f, t)
+        return jax.linear_transpose(pull, value)((ones,))[0]
+    except (TypeError, ValueError, NotImplementedError):
+        return jax.jvp(f, (t,), (ones,))[1]
 
 
 @eqx.filter_custom_jvp

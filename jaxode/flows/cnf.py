@@ -408,10 +408,10 @@ def cnf(
             `vmap`) become NaN together with their gradients: a host callback that raises would keep
             the training step out of JAX's persistent compilation cache.
         **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
-            `breakpoints`, `max_steps` and `precision`, as for `jaxode.solve` (matching uses JAX's
-            own precision setting); and `axis_name`, a mapped axis or a tuple of them: with a batch
-            split over devices by `jax.shard_map`, all devices take the steps of the whole batch.
-            Without it, each device takes its own steps.
+            `breakpoints`, `max_steps` and `precision`, as for `jaxode.solve`, with a number as
+            `atol` (matching uses JAX's own precision setting); and `axis_name`, a mapped axis or a
+            tuple of them: with a batch split over devices by `jax.shard_map`, all devices take the
+            steps of the whole batch. Without it, each device takes its own steps.
 
     Returns:
         A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
@@ -430,6 +430,7 @@ def cnf(
         )
     batch = choice_of_steps(batch, solve_options)
     options = SolveOptions.make(**solve_options)
+    check_number("atol", options.atol)
     for name, time in (("t0", t0), ("t1", t1)):
         check_number(name, time, TIME, kind="time")
     if hasattr(f, "check_span"):  # a field that fixes the direction of time
@@ -440,6 +441,11 @@ def cnf(
         raise ValueError(
             f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
             "devices; with batch='per_sample' each sample has its own. Leave it out."
+        )
+    if options.jacobian is not None:
+        raise ValueError(
+            f"cnf(solver=...): integrates more than the field; got {type(options.solver).__name__}("
+            "jacobian=...). Leave jacobian out."
         )
     fused = options.adjoint.fused and options.tableau is not None
     if quadrature == "stochastic" and not fused:

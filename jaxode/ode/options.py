@@ -3,21 +3,25 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import (
     as_array,
     check_breakpoints,
     check_number,
+    check_numbers,
+    for_each_number,
     integer,
     one_of,
+    state_dtype,
 )
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known, rules_of
@@ -35,7 +39,7 @@ class SolveOptions(eqx.Module):
 
     solver: diffrax.AbstractSolver | Solver = diffrax.Tsit5()
     rtol: float | Float[Array, ""] = 1e-5
-    atol: float | Float[Array, ""] = 1e-5
+    atol: PyTree[float | Float[Array, "..."]] = 1e-5
     steps: int | None = eqx.field(static=True, default=None)
     adjoint: Adjoint = DiscreteAdjoint()
     first_step: float | Float[Array, ""] | None = None
@@ -73,6 +77,11 @@ class SolveOptions(eqx.Module):
         return tableau_of(self.solver)
 
     @property
+    def jacobian(self) -> Any:
+        """The Jacobian of the vector field that the user gave, or None."""
+        return self.solver.jacobian if isinstance(self.solver, Solver) else None
+
+    @property
     def implicit(self) -> bool:
         """Whether each step solves equations."""
         return self.tableau is None or self.tableau.needs_jacobian
@@ -107,28 +116,34 @@ class SolveOptions(eqx.Module):
                 "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
-        for name in ("rtol", "atol", "first_step", "max_step"):
+        check_numbers("atol", self.atol, *rules_of("atol"))
+        for name in ("rtol", "first_step", "max_step"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), *rules_of(name))
         if self.breakpoints is not None:
             check_breakpoints(self.breakpoints, self.steps)
 
-    def stepper(self, dtype: jnp.dtype, leaves: Collection[jnp.dtype] = ()) -> Stepper:
-        """The settings of the loop for a state solved in `dtype`, with leaves of these dtypes."""
+    def stepper(self, row: PyTree[jax.ShapeDtypeStruct]) -> Stepper:
+        """The settings of the loop for states of which this is one row."""
+        dtype = state_dtype(row)
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
-        rtol, atol = value(self.rtol), value(self.atol)
-        coarsest = max((dtype, *leaves), key=_least)
+        rtol, atol = value(self.rtol), self.atol
+        of_all = jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
+        atol = value(atol if of_all else for_each_number("atol", atol, row))
+        coarsest = max((dtype, *(leaf.dtype for leaf in jax.tree.leaves(row))), key=_least)
         if is_known((rtol, atol)):
-            if max(float(rtol), float(atol)) <= _least(coarsest):
-                both = f"rtol={float(self.rtol):g}, atol={float(self.atol):g}"
+            least = np.min(atol)
+            if max(float(rtol), float(least)) <= _least(coarsest):
+                least = self.atol if of_all else least
+                both = f"rtol={float(self.rtol):g}, atol={float(least):g}"
                 of = "in which the state is solved" if coarsest == dtype else "a dtype of the state"
                 lost = "" if both == "rtol=0, atol=0" else f" in {coarsest}, {of}"
                 raise ValueError(
                     f"{caller()}({both}): at least one tolerance must be positive{lost}."
                 )
         elif coarsest != dtype:
-            lost = jnp.maximum(rtol, atol) <= _least(coarsest)
+            lost = jnp.any(jnp.maximum(rtol, atol) <= _least(coarsest))
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
         breakpoints = given(self.breakpoints)
         if breakpoints is not None and breakpoints.size == 0:

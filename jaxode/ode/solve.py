@@ -50,7 +50,7 @@ def solve(
     ts: Float[Array, " times"] | Float[Array, "batch times"] | None = None,
     solver: diffrax.AbstractSolver | Rodas5P | Rosenbrock23 = diffrax.Tsit5(),
     rtol: float | Float[Array, ""] = 1e-5,
-    atol: float | Float[Array, ""] = 1e-5,
+    atol: PyTree[float | Float[Array, "..."]] = 1e-5,
     steps: int | None = None,
     adjoint: Adjoint = DiscreteAdjoint(),
     first_step: float | Float[Array, ""] | None = None,
@@ -94,7 +94,9 @@ def solve(
             diffrax: without "per_sample" steps and events, and with the same gradient methods.
         rtol: relative error tolerance per step.
         atol: absolute error tolerance per step. A step is accepted if the root mean square of
-            `error / (atol + rtol max(|y before|, |y after|))` is at most one.
+            `error / (atol + rtol max(|y before|, |y after|))` is at most one. A number, an array
+            that broadcasts to the state of one sample, or for other states a pytree like it, with a
+            tolerance for each number.
         steps: take this many equal steps, without error control.
         adjoint: the gradient method: `DiscreteAdjoint`, `BacksolveAdjoint`,
             `InterpolatingAdjoint` or `ForwardMode`.
@@ -230,15 +232,19 @@ def flow(
 
 
 class UserField(eqx.Module):
-    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
+    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`.
+
+    Or its Jacobian.
+    """
 
     f: VectorField
+    names: tuple[str, ...] = eqx.field(static=True, default=("f", "the vector field"))
     hint: ClassVar[str] = (
         " All samples share args: pass what each has for itself as row_args (docs/irregular.md)."
     )
 
     def __call__(self, t, y, shared, row):
-        return call_field(self.f, t, y, shared, row=row)
+        return call_field(self.f, t, y, shared, *self.names, row=row)
 
 
 def solve_checked(
@@ -268,9 +274,10 @@ def solve_checked(
                 "batch='per_sample' or 'joint', or everything as args."
             )
         row_args = check_rows("row_args", row_args, jax.tree.leaves(y0)[0].shape[0])
+    jacobian = options.jacobian and UserField(options.jacobian, ("jacobian", "the Jacobian"))
     system = make_system(
-        UserField(f), y0, span, args, options,
-        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps,
+        UserField(f), y0, span, args, options, row_args=row_args, ts=ts, batch=batch, dense=dense,
+        event=event, jumps=jumps, jacobian=jacobian,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     if not throw:

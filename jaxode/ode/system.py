@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import (
     Time,
     check_derivative,
+    check_jacobian,
     check_same_times,
     check_scalar,
     state_dtype,
@@ -60,6 +61,8 @@ class System(NamedTuple):
     """The event that may end it before `t1`."""
     jumps: Any = None
     """The jumps of its state, with an array of times."""
+    jacobian: Any = None
+    """The Jacobian of `field` by the state, a function of the same arguments, if it is given."""
 
     @property
     def rows_have_outputs(self) -> bool:
@@ -97,6 +100,7 @@ def make_system(
     dense: bool = False,
     event: Any = None,
     jumps: Any = None,
+    jacobian: Any = None,
 ) -> System:
     """Check the times, and turn everything that varies into arrays to avoid recompilation."""
     dtype = state_dtype(y0)
@@ -107,15 +111,18 @@ def make_system(
         of_jumps = check_jump_times(*span, jumps.times, dtype, count)
         jumps = dataclasses.replace(jumps, times=of_jumps)
     check_same_times((t0, t1, ts, options.breakpoints, of_jumps), options.axis_name)
-    stepper = options.stepper(dtype, {leaf.dtype for leaf in jax.tree.leaves(y0)})
-    stepper = dataclasses.replace(stepper, dense=dense)
+    row = y0
+    if batch is not None:
+        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
+    stepper = dataclasses.replace(options.stepper(row), dense=dense)
     adjoint, solver = options.adjoint, options.solver
     if isinstance(solver, diffrax.AbstractSolver) and options.tableau is None:
         adjoint = DiffraxSolve(solver, adjoint)
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
     return System(
-        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event, jumps
-    )
+        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event, jumps,
+        jacobian,
+    )  # fmt: skip
 
 
 def _times_on_rows(ts: Float[Array, "*rows times"], rows: int) -> Float[Array, "times rows"]:
@@ -213,6 +220,20 @@ def _rows_field(system: System):
     return _on_rows(system, checked)
 
 
+def _rows_jacobian(system: System, ravel: Ravel):
+    """The Jacobian of the field of the solver, if the user gave one."""
+    if system.jacobian is None:
+        return None
+
+    def checked(t, y, shared, row):
+        jacobian = system.jacobian(t, y, shared, row)
+        check_jacobian(sum(ravel.sizes), jacobian)
+        return jnp.asarray(jacobian, ravel.dtype)
+
+    of_rows = _on_rows(system, checked)
+    return lambda t, y, args: of_rows(t, ravel.back(y), *args)
+
+
 def _on_rows(system: System, of_sample: Callable[..., PyTree]):
     """A function of one sample on rows: of one system, of one batch, or with a time for each."""
     if system.batch == "per_sample":
@@ -243,7 +264,9 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     start, times, args, stepper = vary_alike(
         (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
     )
-    closed, arrays = close_field(raveled, times[0], start, args, stepper.precision)
+    closed, arrays = close_field(
+        raveled, times[0], start, args, stepper.precision, _rows_jacobian(system, ravel)
+    )
     outputs = None
     if system.rows_have_outputs and times[2] is not None:
         last = times[2] == times[2][-1:]

@@ -43,7 +43,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
 
     Args:
         rtol: relative tolerance of the backward solve. By default as for the forward solve.
-        atol: absolute tolerance of the backward solve. By default as for the forward solve.
+        atol: absolute tolerance of the backward solve, a number. By default as for the forward
+            solve, or the smallest of its tolerances if each number has its own.
 
     References: Chen et al. (2018), arXiv:1806.07366; Kidger et al. (2021), arXiv:2009.09457, for
     keeping the parameters out of the error norm.

@@ -15,7 +15,7 @@ from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import Mesh
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Slope
 from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
 from jaxode.ode.loop.stepper import Stepper
 
@@ -131,10 +131,14 @@ class Solved(NamedTuple):
         """`(field, args, *others)` with these differentiated leaves."""
         return eqx.combine(params, self.rest)
 
+    def slope(self, params: PyTree) -> Slope:
+        """The vector field with these differentiated leaves."""
+        field, args, *_ = self.parts(params)
+        return Slope(field, args, self.finite)
+
     def apply(self, params: PyTree, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
         """The vector field as a function of the differentiated leaves."""
-        field, args, *_ = self.parts(params)
-        return field(*self.finite(t, y), args)
+        return self.slope(params)(t, y)
 
     def finite(self, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
         """The time and state, or the start in rows that are replaced."""

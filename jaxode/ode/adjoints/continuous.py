@@ -172,12 +172,11 @@ class ContinuousAdjoint(ReverseAdjoint):
 
     def backward_stepper(self, stepper: Stepper) -> Stepper:
         """The stepper of the adjoint solve."""
-        given = {"rtol": self.rtol, "atol": self.atol}
-        given = {
-            name: jnp.asarray(value, stepper.rtol.dtype)
-            for name, value in given.items()
-            if value is not None
-        }
+        atol = jnp.min(stepper.atol) if stepper.atol.ndim else stepper.atol
+        given = {"rtol": stepper.rtol, "atol": atol}
+        for name, own in (("rtol", self.rtol), ("atol", self.atol)):
+            if own is not None:
+                given[name] = jnp.asarray(own, stepper.rtol.dtype)
         return dataclasses.replace(stepper, **given)
 
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:

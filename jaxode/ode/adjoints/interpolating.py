@@ -33,7 +33,8 @@ class InterpolatingAdjoint(ContinuousAdjoint):
 
     Args:
         rtol: relative tolerance of the backward solve. By default as for the forward solve.
-        atol: absolute tolerance of the backward solve. By default as for the forward solve.
+        atol: absolute tolerance of the backward solve, a number. By default as for the forward
+            solve, or the smallest of its tolerances if each number has its own.
         checkpoints: number of states to keep, at least 2.
 
     References: Chen et al. (2018), arXiv:1806.07366.

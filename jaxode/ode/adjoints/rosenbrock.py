@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.pullback import vjp
+from jaxode._jax.tangents import along
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step
 from jaxode.ode.loop.rosenbrock import Linearized
@@ -27,11 +28,10 @@ class StartOfStep(NamedTuple):
     def of(cls, solved: Solved, step: Step) -> "StartOfStep":
         """With the factorization done again."""
         tableau, (t, h, y, k) = solved.stepper.tableau, step
-        field = lambda t, y: solved.apply(solved.params, t, y)
-        count = len(k)
+        field, count = solved.slope(solved.params), len(k)
         C = jnp.asarray(tableau.C[:count, :count], y.dtype)
         d = jnp.asarray(tableau.d[:count], y.dtype)
-        return cls(solved, step, Linearized.at(tableau.gamma, field, t, h, y), C, d)
+        return cls(solved, step, Linearized.at(tableau, field, t, h, y), C, d)
 
     def pull(self, i: Any, bar: Float[Array, "samples n"], r: Float[Array, "stages samples n"]):
         """`r_i`, from the other contributions to `k_bar_i` and the `r_j` of later stages."""
@@ -48,17 +48,20 @@ class StartOfStep(NamedTuple):
 
         def tangents(params, t, y):
             """The vector field, and `J k_i + d_i f_t` for each stage."""
-            along = lambda dt, dy: jax.jvp(
-                lambda t, y: solved.apply(params, t, y), (t, y), (dt, dy)
-            )
-            slopes, along = jax.vmap(along)(times, k[1:])
-            return slopes[0], along
+            field = solved.slope(params)
+            if field.jacobian is None:
+                push = lambda dt, dy: jax.jvp(lambda t, y: field(t, y), (t, y), (dt, dy))
+                slopes, moved = jax.vmap(push)(times, k[1:])
+                return slopes[0], moved
+            moved = jnp.einsum("sij,ksj->ksi", field.jacobian(t, y), k[1:], precision="highest")
+            by_time = along(lambda t: field(t, y), t)
+            return field(t, y), moved + self.d[1:, None, None] * by_time[None]
 
         bars = r[0] + r[1], h[None, :, None] * r[1:]
         if timed:
-            (_, along), pull = vjp(tangents, solved.params, t, y)
+            (_, moved), pull = vjp(tangents, solved.params, t, y)
             by_params, t_bar, y_bar = pull(bars)
-            products = over_rows(jnp.sum, jnp.sum(r[1:] * along, axis=0), h)
+            products = over_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
             return Step(t_bar, products, y_bar, k), by_params
         _, pull = vjp(lambda params, y: tangents(params, t, y), solved.params, y)
         by_params, y_bar = pull(bars)

@@ -46,7 +46,7 @@ def walk_back(
 
     def back(state):
         stop, slope, checkpoints, carry = state
-        field = lambda t, y: solved.apply(solved.params, t, y)
+        field = solved.slope(solved.params)
         y, k, checkpoints = _replay(field, tableau, count, tape.times, checkpoints, stop)
         t, h = _interval(tape.times, jnp.maximum(stop - 1, 0))
         if slope is not None:

@@ -4,6 +4,7 @@
 at a step number of its own. Rows of a solve with per-sample steps need neither.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -190,8 +191,8 @@ class Many(NamedTuple):
             return None
         if any(jax.tree.leaves(of_stepper)):
             return None
-        if rows == 1 < samples and stepper.tableau.needs_jacobian:
-            # All samples of a problem would have one Jacobian.
+        if rows == 1 < samples and (stepper.tableau.needs_jacobian or stepper.atol.ndim):
+            # All samples of a problem would have one Jacobian, and tolerances are those of one.
             return None
         if wanted is not None:
             copied = eqx.filter(problem, wanted)
@@ -222,22 +223,28 @@ class Many(NamedTuple):
             if own
         ]
         own_by_row = [of_row for of_row, its in zip(by_row, is_own, strict=True) if its]
-        program = problem.field.program
 
-        def field(t, y, args):
-            shared, own = args
+        def of_all(call, axes: int):
+            def joined(t, y, args):
+                shared, own = args
 
-            def one(t, y, own):
-                its, others = iter(own), iter(shared)
-                consts, args = structure.unflatten(next(its if x else others) for x in is_own)
-                return ClosedField(program, consts)(t, y, args)
+                def one(t, y, own):
+                    its, others = iter(own), iter(shared)
+                    consts, args = structure.unflatten(next(its if x else others) for x in is_own)
+                    return call(dataclasses.replace(problem.field, consts=consts))(t, y, args)
 
-            y = y.reshape(self.size, *self.sample)
-            own = [separate(x) if its else x for x, its in zip(own, own_by_row, strict=True)]
-            dy = jax.vmap(one)(t.reshape(self.size, self.rows), y, own)
-            return dy.reshape(len(t), -1)
+                states = y.reshape(self.size, *self.sample)
+                times = t.reshape(self.size, self.rows)
+                own = [separate(x) if its else x for x, its in zip(own, own_by_row, strict=True)]
+                out = jax.vmap(one)(times, states, own)
+                return out.reshape(len(y), *y.shape[1:] * axes)
 
-        closed, args = close_field(field, t0, y0, (shared, own), stepper.precision)
+            return joined
+
+        field, jacobian = of_all(lambda field: field, 1), None
+        if problem.field.jacobian is not None:
+            jacobian = of_all(lambda field: field.jacobian, 2)
+        closed, args = close_field(field, t0, y0, (shared, own), stepper.precision, jacobian)
         return Problem(closed, args, y0, t0, t1, ts, outputs)
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:

@@ -1,8 +1,29 @@
 """What the loop solves."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, PyTree
+
+
+class Slope(NamedTuple):
+    """The vector field as a function of time and state alone."""
+
+    field: Any
+    args: PyTree
+    seen: Callable[..., Any] = lambda t, y: (t, y)
+    """The time and state at which it is evaluated instead of the given ones."""
+
+    def __call__(
+        self, t: Float[Array, " rows"], y: Float[Array, "samples n"]
+    ) -> Float[Array, "samples n"]:
+        return self.field(*self.seen(t, y), self.args)
+
+    @property
+    def jacobian(self) -> Callable[..., Float[Array, "samples n n"]] | None:
+        """Its Jacobian by the state, if the user gave one."""
+        jacobian = self.field.jacobian
+        return jacobian and (lambda t, y: jacobian(*self.seen(t, y), self.args))
 
 
 class Problem(NamedTuple):
@@ -24,8 +45,7 @@ class Problem(NamedTuple):
     outputs: Int[Array, " rows"] | None = None
     """The number of outputs per row. Later ones are padding, with the state of the last output."""
 
-    def slope(
-        self, t: Float[Array, " rows"], y: Float[Array, "samples n"]
-    ) -> Float[Array, "samples n"]:
+    @property
+    def slope(self) -> Slope:
         """The vector field at one time and state."""
-        return self.field(t, y, self.args)
+        return Slope(self.field, self.args)

@@ -12,6 +12,7 @@ they share their steps.
 References: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), section IV.7.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxode._checks.caller import arg, public
 from jaxode._jax.linear import Factors, factorize, solve
 from jaxode._jax.sharding import axes_of, fori_loop, vary
+from jaxode._jax.tangents import along
 from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Field, Solver, Tableau
 
@@ -34,17 +37,31 @@ class Linearized(NamedTuple):
     factors: Factors
 
     @classmethod
-    def at(cls, gamma: float, field: Field, t, h, y: Float[Array, "samples n"]) -> "Linearized":
-        """Columns of the Jacobians of all samples come from one product with a unit vector."""
-        n = y.shape[1]
-        unit = vary(jnp.eye(n, dtype=y.dtype), axes_of(y))
-
-        slope, push = jax.linearize(lambda y: field(t, y), y)
-        columns = jax.vmap(lambda e: push(jnp.broadcast_to(e, y.shape)))(unit)
-        _, by_time = jax.jvp(lambda t: field(t, y), (t,), (jnp.ones_like(t),))
+    def at(
+        cls, tableau: "RosenbrockTableau", field: Field, t, h, y: Float[Array, "samples n"]
+    ) -> "Linearized":
+        """Columns of the Jacobians of all samples come from one product with a unit vector, unless
+        the user gave the Jacobian."""
+        unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
+        given = getattr(field, "jacobian", None)
+        if given is not None:
+            slope, by_time = field(t, y), along(lambda t: field(t, y), t)
+            jacobian = given(t, y).transpose(1, 2, 0)
+        else:
+            try:
+                slope, push = jax.linearize(lambda y: field(t, y), y)
+                columns = jax.vmap(lambda e: push(jnp.broadcast_to(e, y.shape)))(unit)
+                _, by_time = jax.jvp(lambda t: field(t, y), (t,), (jnp.ones_like(t),))
+            except (TypeError, ValueError, NotImplementedError) as error:
+                raise TypeError(
+                    f"{tableau.name}: f needs a forward mode; got {type(error).__name__}: "
+                    f"{str(error).rstrip('.')}. Pass its Jacobian, as jaxode.{tableau.name}("
+                    "jacobian=...), or use jax.custom_jvp in place of jax.custom_vjp."
+                ) from error
+            jacobian = columns.transpose(2, 0, 1)
         # Of a step of size zero, the Jacobian may not be finite.
-        size, jacobian = h.astype(y.dtype)[None, None], columns.transpose(2, 0, 1)
-        matrix = unit[:, :, None] / gamma - jnp.where(size == 0, 0, size * jacobian)
+        size = h.astype(y.dtype)[None, None]
+        matrix = unit[:, :, None] / tableau.gamma - jnp.where(size == 0, 0, size * jacobian)
         return cls(slope, by_time, factorize(matrix))
 
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
@@ -99,7 +116,7 @@ class RosenbrockTableau(Tableau):
         del slope
         of = lambda x: jnp.asarray(x[:count], y.dtype)
         A, C, d, c = of(self.A[:, :count]), of(self.C[:, :count]), of(self.d), of(self.c)
-        at = Linearized.at(self.gamma, field, t, h, y)
+        at = Linearized.at(self, field, t, h, y)
         k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
         first = at.solve(at.slope + d[1] * h[:, None] * at.by_time)
         k = k.at[0].set(at.slope).at[1].set(first)
@@ -193,13 +210,37 @@ def _rosenbrock23() -> RosenbrockTableau:
 
 
 @dataclass(frozen=True)
-class Rodas5P(Solver):
+class _Rosenbrock(Solver):
+    jacobian: Callable[..., Float[Array, "n n"]] | None = None
+
+    @public("")
+    def __post_init__(self) -> None:
+        if self.jacobian is not None and not callable(self.jacobian):
+            raise TypeError(
+                f"{arg('jacobian')} must be a function jacobian(t, y, args); got "
+                f"{self.jacobian!r}. The default is forward mode."
+            )
+
+
+@dataclass(frozen=True)
+class Rodas5P(_Rosenbrock):
     """The stiff solver to start with: a Rosenbrock method of order 5(4), for any tolerance.
 
     L-stable and stiffly accurate. A step evaluates the vector field eight times and its Jacobian
-    once, by forward mode, and factorizes one matrix per sample; there is no iteration that could
-    fail to converge. On stiff problems that are driven the order falls, to three on that of
-    Prothero and Robinson at a rate of 1e6, where errors are small already.
+    once, and factorizes one matrix per sample; there is no iteration that could fail to converge.
+    On stiff problems that are driven the order falls, to three on that of Prothero and Robinson at
+    a rate of 1e6, where errors are small already.
+
+    Args:
+        jacobian: a function `jacobian(t, y, args) -> [n, n]` of the state of one sample, by default
+            forward mode of the vector field. With `row_args` it sees `(args, row)`, as the field.
+            Entry `[i, j]` is the derivative of number `i` of `f(t, y, args)` by number `j` of `y`,
+            in the order of `jax.flatten_util.ravel_pytree`. With one that is not exact, the method
+            falls to order 1. Error control then takes more steps, and gradients stay exact for
+            these. For `solve` and `flow`.
+
+    Raises:
+        TypeError: if `jacobian` is not a function.
 
     References: Steinebach (2023), doi:10.1007/s10543-023-00967-x.
     """
@@ -208,10 +249,13 @@ class Rodas5P(Solver):
 
 
 @dataclass(frozen=True)
-class Rosenbrock23(Solver):
+class Rosenbrock23(_Rosenbrock):
     """A stiff solver for loose tolerances and fields that are not smooth: order 2, as `ode23s`.
 
     L-stable. A step evaluates the vector field three times and its Jacobian once.
+
+    Args:
+        jacobian: as for `Rodas5P`.
 
     References: Shampine and Reichelt, "The MATLAB ODE suite" (1997).
     """

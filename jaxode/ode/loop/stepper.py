@@ -16,7 +16,7 @@ class Stepper(eqx.Module):
     tableau: Any = eqx.field(static=True)
     """A `Tableau`, or None if diffrax runs the solver."""
     rtol: Float[Array, ""]
-    atol: Float[Array, ""]
+    atol: Float[Array, ""] | Float[Array, "1 n"]
     first_step: Float[Array, ""] | None
     steps: int | None = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)

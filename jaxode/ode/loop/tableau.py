@@ -151,6 +151,8 @@ class Solver:
     """A solver of jaxode's own."""
 
     tableau: ClassVar[Tableau]
+    jacobian: Callable[..., Float[Array, "n n"]] | None
+    """Of the vector field by the state, for a tableau that needs it. None for forward mode."""
 
     def order(self, terms: Any = None) -> int:
         """The order of convergence, as diffrax's solvers have it."""

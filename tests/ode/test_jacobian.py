@@ -1,0 +1,144 @@
+"""A Jacobian that the user gives: equal to that by forward mode, with gradients through it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+
+import jaxode
+
+SOLVERS = [jaxode.Rodas5P, jaxode.Rosenbrock23]
+Y0 = {"a": jnp.array([[1.0, 0.5], [0.2, -0.3]]), "b": jnp.array([0.3, 1.2])}
+RATE, ROWS = jnp.array(30.0), jnp.array([1.0, 0.4])
+TIMES = jnp.asarray(0.1), jnp.asarray(1.1), jnp.array([0.3, 0.9])
+INPUTS = (Y0, RATE, ROWS, *TIMES)
+
+
+def field(t, y, args):
+    rate, row = args
+    a, b = y["a"], y["b"]
+    return {"a": -rate * a + a[::-1] * b * row, "b": jnp.sin(t) * a[0] - b**2 + jnp.cos(t)}
+
+
+def jacobian(t, y, args):
+    """By `a[0]`, `a[1]` and `b`."""
+    (rate, row), (a, b) = args, (y["a"], y["b"])
+    by_b = a[::-1] * row
+    last = jnp.stack([jnp.sin(t), jnp.zeros_like(t), -2 * b])
+    return jnp.stack(
+        [jnp.stack([-rate, b * row, by_b[0]]), jnp.stack([b * row, -rate, by_b[1]]), last]
+    )
+
+
+def half(t, y, args):
+    return jacobian(t, y, args) / 2
+
+
+def run(y0, rate, rows, t0, t1, ts, f=field, **options):
+    given = {"batch": "per_sample", "rtol": 1e-4, "atol": 1e-6, "max_steps": 256}
+    return jaxode.solve(f, y0, t0, t1, rate, row_args=rows, ts=ts, **given | options)
+
+
+def loss(*inputs, **options):
+    solution = run(*inputs, **options)
+    leaves = jax.tree.leaves((solution.y1, solution.ys))
+    return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves), solution
+
+
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.__name__)
+def test_equal_to_forward_mode(solver, batch):
+    """Solutions, and gradients by all that there is, with a replay of most steps."""
+    of = lambda f, *inputs: loss(
+        *inputs, solver=solver(f), batch=batch, adjoint=jaxode.DiscreteAdjoint(4)
+    )
+    both = jax.jit(jax.value_and_grad(of, range(1, 7), has_aux=True), static_argnums=0)
+    given, by_forward_mode = both(jacobian, *INPUTS), both(None, *INPUTS)
+    assert_close(jax.tree.leaves(given), jax.tree.leaves(by_forward_mode), 1e-12)
+
+
+def test_one_that_is_wrong_takes_more_steps_and_has_exact_gradients():
+    """Of the steps that were taken: by reverse mode as by forward mode."""
+    right, wrong = (run(*INPUTS, solver=jaxode.Rodas5P(f)) for f in (jacobian, half))
+    fine = run(*INPUTS, solver=jaxode.Rodas5P(), rtol=1e-9, atol=1e-9)
+    assert (wrong.stats.num_steps > 2 * right.stats.num_steps).all()
+    # What error control allows: the global error is ten times the tolerance.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), wrong.ys, fine.ys)
+    of = lambda adjoint: (
+        lambda *inputs: loss(*inputs, solver=jaxode.Rodas5P(half), adjoint=adjoint)[0]
+    )
+    reverse = jax.jit(jax.grad(of(jaxode.DiscreteAdjoint()), range(6)))(*INPUTS)
+    forward = jax.jit(jax.jacfwd(of(jaxode.ForwardMode()), range(6)))(*INPUTS)
+    assert_close(reverse, forward, 1e-11)
+
+
+def test_rows_under_vmap():
+    several = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), Y0)
+    ends = lambda f: jax.jit(
+        jax.vmap(lambda y0: run(y0, *INPUTS[1:], solver=jaxode.Rodas5P(f)).y1)
+    )(several)
+    assert_close(ends(jacobian), ends(None), 1e-12)
+
+
+def decay(t, y, args):
+    return -args * y + jnp.cos(t)
+
+
+def end(y0, rate, jacobian=None, f=decay, **options):
+    return jaxode.solve(
+        f, y0, 0.0, 1.0, rate, solver=jaxode.Rodas5P(jacobian), rtol=1e-3, atol=1e-5, max_steps=64,
+        **options,
+    ).y1  # fmt: skip
+
+
+Y, RATES = jnp.ones((3, 2)), jnp.array([1.0, 20.0, 400.0])
+
+
+def closing_over(rate):
+    return lambda t, y, args: -rate * jnp.eye(2)
+
+
+def test_closed_over_values_under_vmap_and_second_derivatives():
+    def total(y0, rate, given, adjoint):
+        return jnp.sum(end(y0, rate, closing_over(rate) if given else None, adjoint=adjoint) ** 2)
+
+    def all_of(given):
+        of = lambda adjoint: lambda y0, rate: total(y0, rate, given, adjoint)
+        reverse, forward = of(jaxode.DiscreteAdjoint()), of(jaxode.ForwardMode())
+        second = jax.jacfwd(jax.grad(reverse, 1), 1)
+        return [jax.vmap(g)(Y, RATES) for g in (jax.grad(reverse, (0, 1)), second)], jax.jvp(
+            jax.vmap(forward), (Y, RATES), (Y, RATES)
+        )
+
+    assert_close(*(jax.jit(all_of, static_argnums=0)(given) for given in (True, False)), 1e-11)
+
+
+def test_exported():
+    run = jax.jit(lambda y0, rate: end(y0, rate, closing_over(rate), throw=False))
+    exported = jax.export.deserialize(jax.export.export(run)(Y[0], RATES[0]).serialize())
+    np.testing.assert_array_equal(exported.call(Y[0], RATES[2]), run(Y[0], RATES[2]))
+
+
+@jax.custom_vjp
+def of_reverse_mode(t, y, rate):
+    return decay(t, y, rate)
+
+
+of_reverse_mode.defvjp(
+    lambda *inputs: jax.vjp(decay, *inputs), lambda pull, bar: pull(bar)
+)  # fmt: skip
+
+
+def test_a_field_without_forward_mode():
+    of = lambda f: lambda rate: jnp.sum(end(Y[0], rate, closing_over(rate), f))
+    found, expected = (
+        jax.jit(jax.value_and_grad(of(f)))(RATES[1]) for f in (of_reverse_mode, decay)
+    )
+    assert_close(found, expected, 1e-12)
+    with pytest.raises(
+        TypeError,
+        match=r"^Rodas5P: f needs a forward mode; got TypeError: can't apply .*"
+        r"custom_vjp function. Pass its Jacobian, as jaxode.Rodas5P\(jacobian=...\), or use",
+    ):
+        end(Y[0], RATES[1], f=of_reverse_mode)
