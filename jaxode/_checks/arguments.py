@@ -79,7 +79,7 @@ def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> N
 
 def check_numbers(name: str, tree: Any, *rules: Rule) -> None:
     """Raise unless the leaves are real arrays that are not known to break one of the rules."""
-    leaves = jax.tree.leaves(tree)
+    leaves = [tree] if isinstance(tree, float) else jax.tree.leaves(tree)
     if not leaves:
         raise TypeError(f"{arg(name)} must be a real number; got {tree!r}.")
     for leaf in leaves:
@@ -97,7 +97,7 @@ def _check_real(name: str, value: Any, kind: str) -> None:
         raise TypeError(f"{arg(name)} must be a real {kind}; got a complex number.")
 
 
-def for_each_number(name: str, tree: PyTree, row: PyTree) -> Any:
+def for_each_number(name: str, tree: PyTree, row: PyTree, dtype: jnp.dtype) -> Any:
     """A value for each number of a row of the state, `[1, n]`, from a pytree like the row.
 
     Its arrays broadcast to those of the row; one leaf may stand for several.
@@ -118,7 +118,7 @@ def for_each_number(name: str, tree: PyTree, row: PyTree) -> Any:
             f"{arg(name)} must be a number, or like the state of one row; got shapes {got} where "
             f"it has {expected}. All rows share it."
         ) from error
-    return xp.concatenate([xp.asarray(part, state_dtype(row)) for part in parts])[None]
+    return xp.concatenate([xp.asarray(part, dtype) for part in parts])[None]
 
 
 def check_bool(name: str, value: Any) -> None:

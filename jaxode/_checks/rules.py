@@ -207,13 +207,26 @@ IN_ORDER = Rule(
     f"times must be in order from t0 to t1, and not be {_LOST}",
     "Sort them, or use float64 for the state. Pad a row with its last time.",
 )  # fmt: skip
-JUMPS = Rule(
-    "jumps=...",
-    lambda t0, t1, times: forwards(
-        t0, t1, jnp.where(jnp.isposinf(times), t1[None], times)
-    ).all(axis=0),
-    f"times must be in order from t0 to t1, and not be {_LOST}",
-    "Sort them, or extend the solve. Pad a row with its last time, or infinity.",
+# Each is a rule for times of which no earlier rule is broken.
+JUMPS = (
+    Rule(
+        "jumps=...", lambda t0, t1, times: ~jnp.isnan(times).any(axis=0),
+        f"times must not be NaN, nor {_LOST}", "Shift the time, or use float64 for the state.",
+    ),
+    Rule(
+        "jumps=...", lambda t0, t1, times: jax.vmap(
+            lambda time: jnp.isposinf(time) | forwards(t0, t1, time[None]).all(axis=0)
+        )(times).all(axis=0),
+        "times must lie between t0 and t1",
+        "Extend the solve. Pad a row with its last time, or infinity.",
+    ),
+    Rule(
+        "jumps=...", lambda t0, t1, times: forwards(
+            t0, t1, jnp.where(jnp.isposinf(times), t1[None], times)
+        ).all(axis=0),
+        "times must be in order from t0 to t1",
+        "Sort them. Pad a row with its last time, or infinity.",
+    ),
 )  # fmt: skip
 # The rules of a solve, which its program checks: each with the names of the values that it reads,
 # per row. Times that the dtype of the state cannot tell apart are NaN there.
@@ -253,6 +266,16 @@ def _of_solve(*sources: Any):
 def rules_of(name: str) -> Iterator[Rule]:
     """The rules of a solve for one argument alone."""
     return (rule for rule, names in SOLVE if names == (name,))
+
+
+def jumps_hold(*values: Any) -> Bool[Array, " rows"]:
+    """Whether the rules of jumps hold, in each row, of `(t0, t1, times)`."""
+    return functools.reduce(operator.and_, (rule.holds(*values) for rule in JUMPS))
+
+
+def jump_faults(*values: Any) -> Faults:
+    """The rules of jumps that `(t0, t1, times)` may break."""
+    return functools.reduce(operator.or_, (rule.fault(*values) for rule in JUMPS))
 
 
 def all_hold(problem: Any, stepper: Any) -> Bool[Array, " rows"]:

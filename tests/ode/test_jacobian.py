@@ -58,6 +58,16 @@ def test_equal_to_forward_mode(solver, batch):
     assert_close(jax.tree.leaves(given), jax.tree.leaves(by_forward_mode), 1e-12)
 
 
+def test_order_with_one_that_is_wrong():
+    """Two, of both methods."""
+    inputs = *INPUTS[:-1], None
+    exact = run(*inputs, rtol=1e-12, atol=1e-12, max_steps=4096).y1["b"]
+    for solver in SOLVERS:
+        ends = (run(*inputs, solver=solver(half), steps=n).y1["b"] for n in (80, 160))
+        coarse, fine = (jnp.abs(end - exact).max() for end in ends)
+        assert 1.8 < jnp.log2(coarse / fine) < 2.3
+
+
 def test_one_that_is_wrong_takes_more_steps_and_has_exact_gradients():
     """Of the steps that were taken: by reverse mode as by forward mode."""
     right, wrong = (run(*INPUTS, solver=jaxode.Rodas5P(f)) for f in (jacobian, half))
