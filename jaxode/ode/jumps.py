@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
-from jaxode._checks.rules import all_hold, jumps_hold
+from jaxode._checks.rules import JumpTimes, all_hold
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
@@ -93,7 +93,7 @@ def solve_across(
 ) -> Integration:
     """Solve the problem across the jumps of each row."""
     problem, row_args, times = vary_alike((problem, row_args, times))
-    valid = all_hold(problem, stepper) & jumps_hold(problem.t0, problem.t1, times)
+    valid = all_hold(problem, stepper, JumpTimes(times))
     is_jump, number, times = _without_padding(times, problem.t0)
     none = jnp.zeros((1, *problem.t0.shape), bool)
     pieces = (

@@ -17,13 +17,12 @@ from jaxode._checks.arguments import (
     as_array,
     check_breakpoints,
     check_number,
-    check_numbers,
-    for_each_number,
     integer,
     one_of,
 )
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known, rules_of
+from jaxode._checks.tolerances import check_tolerances, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
@@ -118,7 +117,7 @@ class SolveOptions(eqx.Module):
                 "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
-        check_numbers("atol", self.atol, *rules_of("atol"))
+        check_tolerances("atol", self.atol)
         for name in ("rtol", "first_step", "max_step"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), *rules_of(name))
