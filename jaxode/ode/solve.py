@@ -275,7 +275,9 @@ def solve_checked(
             )
         rows = jax.tree.leaves(y0)[0].shape[0]
         row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
-    jacobian = options.jacobian and UserField(options.jacobian, ("jacobian", "the Jacobian"))
+    jacobian = options.jacobian
+    if jacobian is not None:
+        jacobian = UserField(jacobian, ("jacobian", "the Jacobian"))
     system = make_system(
         UserField(f), y0, span, args, options, row_args=row_args, ts=ts, batch=batch, dense=dense,
         event=event, jumps=jumps, jacobian=jacobian,
