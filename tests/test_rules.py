@@ -200,11 +200,6 @@ BAD_INPUT = [
         "not split the state, or pass the samples of a batch with batch='joint'.",
     ),
     (
-        lambda: solve(solver=jaxode.Rodas5P), TypeError,
-        "solve(solver=...): must be an ODE solver, such as diffrax.Tsit5() or jaxode.Rodas5P(); "
-        "got <class 'jaxode.ode.loop.rosenbrock.Rodas5P'>.",
-    ),
-    (
         lambda: jaxode.BacksolveAdjoint(rtol=-1), ValueError,
         "BacksolveAdjoint(rtol=...): must be None or a finite tolerance of at least 0; got -1.",
     ),
@@ -652,6 +647,11 @@ BAD_INPUT = [
         lambda: jax.jvp(lambda x: cnf().nll(None, x), (X,), (X,)), TypeError,
         "DiscreteAdjoint: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), "
         "but no forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode().",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P), TypeError,
+        "solve(solver=...): must be an ODE solver, such as diffrax.Tsit5() or jaxode.Rodas5P(); "
+        "got the class Rodas5P. Call it: Rodas5P().",
     ),
     (
         lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: -y)), ValueError,

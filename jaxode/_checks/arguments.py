@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from jaxode._checks.caller import arg
-from jaxode._checks.rules import NOT_NAN, Rule, is_known
+from jaxode._checks.rules import NOT_NAN, Rule
 from jaxode._jax.sharding import AxisName, axes_of
 
 Time = float | Real[Array, ""]
@@ -69,7 +69,7 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> None:
     """Raise unless the value is a real scalar that is not known to break one of the rules."""
     if not isinstance(value, float):  # Most are floats and need no array.
-        _check_real(name, value, kind)
+        check_real(name, value, kind)
         if np.shape(value) != ():
             scalar, shape = f"scalar {kind}".removesuffix(" number"), np.shape(value)
             raise ValueError(f"{arg(name)} must be a {scalar}; got shape {shape}.")
@@ -77,48 +77,13 @@ def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> N
         rule.check(value, name=name)
 
 
-def check_numbers(name: str, tree: Any, *rules: Rule) -> None:
-    """Raise unless the leaves are real arrays that are not known to break one of the rules."""
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        raise TypeError(f"{arg(name)} must be a real number; got {tree!r}.")
-    for leaf in leaves:
-        if not isinstance(leaf, float):
-            _check_real(name, leaf, "number")
-        for rule in rules:
-            rule.check(leaf, name=name)
-
-
-def _check_real(name: str, value: Any, kind: str) -> None:
+def check_real(name: str, value: Any, kind: str = "number") -> None:
+    """Raise unless JAX accepts the value as an array of real numbers."""
     dtype = numeric_dtype(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.number):
         raise TypeError(f"{arg(name)} must be a real {kind}; got {value!r}.")
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{arg(name)} must be a real {kind}; got a complex number.")
-
-
-def for_each_number(name: str, tree: PyTree, row: PyTree) -> Any:
-    """A value for each number of a row of the state, `[1, n]`, from a pytree like the row.
-
-    Its arrays broadcast to those of the row; one leaf may stand for several.
-    """
-    xp = np if is_known(tree) else jnp
-
-    def spread(value, leaves):
-        like = jax.tree.leaves(leaves)
-        return [xp.broadcast_to(xp.asarray(value), leaf.shape).reshape(-1) for leaf in like]
-
-    try:
-        if jax.tree_util.all_leaves([row]) and isinstance(tree, list):
-            tree = xp.asarray(tree)
-        parts = jax.tree.leaves(jax.tree.map(spread, tree, row))
-    except ValueError as error:
-        got, expected = (jax.tree.map(np.shape, tree) for tree in (tree, row))
-        raise ValueError(
-            f"{arg(name)} must be a number, or like the state of one row; got shapes {got} where "
-            f"it has {expected}. All rows share it."
-        ) from error
-    return xp.concatenate([xp.asarray(part, state_dtype(row)) for part in parts])[None]
 
 
 def check_bool(name: str, value: Any) -> None:

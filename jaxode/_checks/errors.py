@@ -25,6 +25,8 @@ class Result(enum.IntEnum):
     INVALID_ARGUMENT = 4
     IMPLICIT_SOLVE_FAILED = 5
     EVENT_NOT_FOUND = 6
+    NON_FINITE_JACOBIAN = 7
+    NON_FINITE_CHANGE = 8
 
 
 EXPLANATIONS = {
@@ -53,26 +55,45 @@ EXPLANATIONS = {
         "the implicit equations of a step could not be solved",
         "Loosen rtol and atol, or check the vector field for NaN, inf and discontinuities.",
     ),
+    Result.NON_FINITE_JACOBIAN: (
+        "the Jacobian is not finite",
+        "Look for an infinite derivative of the vector field by the state or the time, such as "
+        "that of a square root at zero, or use an explicit solver.",
+    ),
+    Result.NON_FINITE_CHANGE: (
+        "the state after a change is not finite",
+        "Check the change of jumps or event for NaN, inf and overflow at this time.",
+    ),
 }
 
 # Results that an argument can cause. All others concern only the steps.
-OF_ARGUMENTS = (Result.NON_FINITE, Result.INVALID_ARGUMENT, Result.IMPLICIT_SOLVE_FAILED)
+OF_ARGUMENTS = (
+    Result.NON_FINITE,
+    Result.INVALID_ARGUMENT,
+    Result.IMPLICIT_SOLVE_FAILED,
+    Result.NON_FINITE_JACOBIAN,
+)
 
 
 class SolveError(RuntimeError):
     """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
+# What to try if steps ran out, where more is known.
 STIFF = "The problem looks stiff there: use solver=jaxode.Rodas5P(), or raise max_steps."
+IMPLICIT = (
+    "Raise max_steps, loosen rtol and atol, pass discontinuities of the vector field as "
+    "breakpoints, or look for an exploding one."
+)
 
 
 def _message(
-    where: str, result: Any, t_reached: Any, found: dict[str, Any], stiff: bool = False
+    where: str, result: Any, t_reached: Any, found: dict[str, Any], out_of_steps: str | None
 ) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
     A time that is not finite is left out. If an argument is at fault, the message is the sentence
-    in `found`, with the rows.
+    in `found`, with the rows. `out_of_steps` is what to try then.
     """
     codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
     if np.isin(codes, OF_ARGUMENTS).any():
@@ -83,10 +104,12 @@ def _message(
                 return f"{told} This fails in {in_rows(rows)}." if several else told
     first = int(np.flatnonzero(codes)[0])
     cause, remedy = EXPLANATIONS[Result(int(codes[first]))]
+    if codes[first] == Result.MAX_STEPS_REACHED:
+        remedy = out_of_steps or remedy
     rows = f" in {in_rows(codes)}" if codes.size > 1 else ""
     time = float(times[first])
     at = f" at t={time:.6g}" if np.isfinite(time) else ""
-    return f"{where}: {cause}{at}{rows}. {STIFF if stiff else remedy}"
+    return f"{where}: {cause}{at}{rows}. {remedy}"
 
 
 def nan_or_raise(
@@ -94,11 +117,12 @@ def nan_or_raise(
     t_reached: Float[Array, "*rows"],
     faults: Faults | None = None,
     where: str = "",
+    implicit: bool = False,
     stiff: Callable[[], bool] = lambda: False,
 ):
     """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
 
-    If it is now and steps ran out, the message says whether the problem looks `stiff`.
+    If steps ran out, of an explicit solver and now, the message says if the problem looks `stiff`.
 
     A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
     Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
@@ -108,18 +132,22 @@ def nan_or_raise(
     # While a solve is differentiated, its time can be traced although its result is not.
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
     find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
+    advice = IMPLICIT if implicit else None
     if is_known(result):
         if np.any(np.asarray(result)):
             out_of_steps = bool(np.any(np.asarray(result) == Result.MAX_STEPS_REACHED))
-            raise SolveError(_message(where, result, t_reached, find(), out_of_steps and stiff()))
+            if out_of_steps and not implicit and stiff():
+                advice = STIFF
+            raise SolveError(_message(where, result, t_reached, find(), advice))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
-    def raise_on_host(codes: np.ndarray, times: np.ndarray, found: dict[str, Any]) -> np.ndarray:
-        raise SolveError(_message(where, codes, times, found))
+    def raise_on_host(codes: np.ndarray, times: np.ndarray, rows: list[Any]) -> np.ndarray:
+        found = dict(zip(faults or {}, rows, strict=True))  # JAX would sort a dictionary
+        raise SolveError(_message(where, codes, times, found, advice))
 
     def fail(codes, times):
         shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
-        given = (codes, times, find())
+        given = (codes, times, list(find().values()))
         nan = jax.pure_callback(raise_on_host, shape, *given, vmap_method="expand_dims")
         return vary(nan, axes_of((codes, times)))
 
@@ -149,10 +177,11 @@ def report_loss(
     t_reached: Float[Array, "*rows"],
     throw: bool | None,
     faults: Faults,
+    implicit: bool = False,
 ) -> Float[Array, ""]:
     """The loss. If it failed, raises with `throw`, or by default outside transformations."""
     known = is_known(result)
     if not (known if throw is None else throw):
         return loss
-    nan = nan_or_raise(result, t_reached, faults)
+    nan = nan_or_raise(result, t_reached, faults, implicit=implicit)
     return loss if known else guarded(loss, jnp.all(result == 0), jnp.sum(nan))

@@ -25,6 +25,12 @@ from jaxode._jax.sharding import AxisName
 Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
 
 
+class JumpTimes(NamedTuple):
+    """The times of the jumps of each row, in order; infinity is padding."""
+
+    times: Float[Array, "jumps rows"] | None
+
+
 class Rule(NamedTuple):
     """What must hold of arguments."""
 
@@ -207,19 +213,36 @@ IN_ORDER = Rule(
     f"times must be in order from t0 to t1, and not be {_LOST}",
     "Sort them, or use float64 for the state. Pad a row with its last time.",
 )  # fmt: skip
-JUMPS = Rule(
-    "jumps=...",
-    lambda t0, t1, times: forwards(
-        t0, t1, jnp.where(jnp.isposinf(times), t1[None], times)
-    ).all(axis=0),
-    f"times must be in order from t0 to t1, and not be {_LOST}",
-    "Sort them, or extend the solve. Pad a row with its last time, or infinity.",
-)  # fmt: skip
 # The rules of a solve, which its program checks: each with the names of the values that it reads,
 # per row. Times that the dtype of the state cannot tell apart are NaN there.
 SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (SPAN, ("t0", "t1")),
     (IN_ORDER, ("t0", "t1", "ts")),
+    (
+        Rule(
+            "jumps=...", lambda times: ~jnp.isnan(times).any(axis=0),
+            f"times must not be NaN, nor {_LOST}", "Shift the time, or use float64 for the state.",
+        ), ("times",),
+    ),
+    (
+        Rule(
+            "jumps=...", lambda t0, t1, times: (
+                (jnp.minimum(t0, t1)[None] <= times)
+                & ((times <= jnp.maximum(t0, t1)[None]) | jnp.isposinf(times))
+            ).all(axis=0),
+            "times must lie between t0 and t1",
+            "Extend the solve. Pad a row with its last time, or infinity.",
+        ), ("t0", "t1", "times"),
+    ),
+    (
+        Rule(
+            "jumps=...", lambda t0, t1, times: forwards(
+                t0, t1, jnp.where(jnp.isposinf(times), t1[None], times)
+            ).all(axis=0),
+            "times must be in order from t0 to t1",
+            "Sort them. Pad a row with its last time, or infinity.",
+        ), ("t0", "t1", "times"),
+    ),
     (TOLERANCE, ("rtol",)),
     (TOLERANCE, ("atol",)),
     (
@@ -243,7 +266,7 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
 
 def _of_solve(*sources: Any):
     """Each rule of a solve with its values, attributes of the sources. None of them is None."""
-    read = lambda name: next(getattr(s, name) for s in sources if hasattr(s, name))
+    read = lambda name: next((getattr(s, name) for s in sources if hasattr(s, name)), None)
     for rule, names in SOLVE:
         values = tuple(map(read, names))
         if all(value is not None for value in values):
@@ -255,17 +278,20 @@ def rules_of(name: str) -> Iterator[Rule]:
     return (rule for rule, names in SOLVE if names == (name,))
 
 
-def all_hold(problem: Any, stepper: Any) -> Bool[Array, " rows"]:
-    """Whether every rule of a solve holds, in each row."""
+def all_hold(*sources: Any) -> Bool[Array, " rows"]:
+    """Whether every rule of a solve holds, in each row.
+
+    Its values are attributes of the sources: a problem, a stepper and `JumpTimes`.
+    """
     return functools.reduce(
-        operator.and_, (rule.holds(*values) for rule, values, _ in _of_solve(problem, stepper))
+        operator.and_, (rule.holds(*values) for rule, values, _ in _of_solve(*sources))
     )
 
 
-def solve_faults(problem: Any, stepper: Any) -> Faults:
-    """The rules of a solve that its arguments may break."""
+def solve_faults(*sources: Any) -> Faults:
+    """The rules of a solve that its arguments may break, as for `all_hold`."""
     faults: Faults = {}
-    for rule, values, name in _of_solve(problem, stepper):
+    for rule, values, name in _of_solve(*sources):
         faults |= rule.fault(*values, name=name)
     return faults
 

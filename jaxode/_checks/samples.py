@@ -67,15 +67,13 @@ def check_context(context: PyTree, batch: int) -> PyTree:
     return check_rows("context", context, batch)
 
 
-def check_rows(name: str, tree: PyTree, batch: int) -> PyTree:
-    """The tree, whose leaves are arrays with one row for each sample."""
-    tree = native(tree)
+def check_rows(name: str, tree: PyTree, batch: int, *others: Any) -> PyTree:
+    """The tree, whose leaves are arrays with one row for each sample, of numbers or `others`."""
+    tree, kinds = native(tree), (jnp.number, jnp.bool_, *others)
     for leaf in jax.tree.leaves(tree):
         array = isinstance(leaf, jax.Array | np.ndarray)
         dtype = numeric_dtype(leaf) if array else None
-        if dtype is None or not any(
-            jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)
-        ):
+        if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
             got = described(leaf) if array else type(leaf).__name__
             raise TypeError(
                 f"{arg(name)} leaves must be arrays of numbers; got {got}. "

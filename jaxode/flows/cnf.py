@@ -189,7 +189,8 @@ class CNF(eqx.Module):
         faults = weights_faults(weights, self.solve_options.axis_name)
         data, joint = {"x": system.y0, "context": native(context)}, self.batch == "joint"
         faults |= data_faults(data, weights, joint=joint) | self._argument_faults(system)
-        return report_loss(loss, result, t_reached, self.throw, faults), stats
+        implicit = self.solve_options.implicit
+        return report_loss(loss, result, t_reached, self.throw, faults, implicit), stats
 
     @public("matching_loss")
     def matching_loss(
@@ -331,7 +332,8 @@ class CNF(eqx.Module):
         faults = FINITE_BASE.fault(system.y0, where="cnf")
         faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
-        return report_loss(loss, result, t_reached, self.throw, faults)
+        implicit = self.solve_options.implicit
+        return report_loss(loss, result, t_reached, self.throw, faults, implicit)
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
@@ -365,7 +367,7 @@ class CNF(eqx.Module):
         else:
             faults = data_faults({name: system.y0})
         faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
-        return report(solution, faults).y1
+        return report(solution, faults, self.solve_options.implicit).y1
 
 
 @public("cnf")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
-from jaxode._checks.rules import JUMPS, all_hold
+from jaxode._checks.rules import JumpTimes, all_hold
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
@@ -93,7 +93,7 @@ def solve_across(
 ) -> Integration:
     """Solve the problem across the jumps of each row."""
     problem, row_args, times = vary_alike((problem, row_args, times))
-    valid = all_hold(problem, stepper) & JUMPS.holds(problem.t0, problem.t1, times)
+    valid = all_hold(problem, stepper, JumpTimes(times))
     is_jump, number, times = _without_padding(times, problem.t0)
     none = jnp.zeros((1, *problem.t0.shape), bool)
     pieces = (
@@ -108,10 +108,9 @@ def solve_across(
     def piece(carry, of_piece):
         y, ys, result, reached, stats = carry
         index, start, end, number, jumps, counted = of_piece
-        # Before an empty piece, which would not notice. NaN on all devices if on one.
-        lost = jnp.isnan(rms_norm(stepper, 0 * jax.lax.stop_gradient(y), start))
-        lost &= result == Result.SUCCESS
-        result = jnp.where(lost, jnp.int32(Result.NON_FINITE), result)
+        lost = _is_lost(stepper, y, start) & (result == Result.SUCCESS)
+        cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
+        result = jnp.where(lost, cause.astype(jnp.int32), result)
         reached = jnp.where(lost, start, reached)
         going = result == Result.SUCCESS
         # A row that failed takes no steps, and adds nothing to the gradients of others.
@@ -142,7 +141,12 @@ def solve_across(
 
 
 def solve_past_events(
-    change: Change, most: int, to_event: Callable[..., Any], problem: Problem, row_args: PyTree
+    change: Change,
+    most: int,
+    to_event: Callable[..., Any],
+    problem: Problem,
+    row_args: PyTree,
+    stepper: Stepper,
 ) -> tuple[Problem, Integration]:
     """Solve the problem across at most so many events, and up to one more.
 
@@ -153,6 +157,8 @@ def solve_past_events(
 
     def piece(carry, index):
         t, y, ys, result, reached, stats, going = carry
+        lost = _is_lost(stepper, y, t) & going & (index > 0)
+        result = jnp.where(lost, jnp.int32(Result.NON_FINITE_CHANGE), result)
         # A row that has come to its end has an empty piece there; one that failed has none.
         start = jnp.where(result == Result.SUCCESS, t, jnp.nan)
         part, after = problem._replace(y0=y, t0=start), None
@@ -163,8 +169,8 @@ def solve_past_events(
         if after is not None:
             ys = _filled_in(ys, out.ys, after)
         stats = jax.tree.map(partial(_counted, going), stats, out.stats)
-        result = jnp.where(going, out.result, result)
-        reached = jnp.where(going, out.t_reached, reached)
+        result = jnp.where(going & ~lost, out.result, result)
+        reached = jnp.where(going & ~lost, out.t_reached, reached)
         came = going & out.stopped & (result == Result.SUCCESS)
         changes = came & (index < most)
         number = jnp.broadcast_to(index, t.shape)
@@ -182,6 +188,14 @@ def solve_past_events(
     t1, y1, ys, result, reached, stats, _ = carry
     out = Integration(y1, _valid(ys, result, y1), stats, result, reached, h[-1], stopped=came[-1])
     return problem._replace(t1=t1), out
+
+
+def _is_lost(stepper: Stepper, y: Float[Array, "samples n"], t: Float[Array, " rows"]):
+    """Where the start of a piece is not finite, on all devices if on one.
+
+    An empty piece would not notice.
+    """
+    return jnp.isnan(rms_norm(stepper, 0 * jax.lax.stop_gradient(y), t))
 
 
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, row_args):

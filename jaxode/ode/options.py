@@ -17,14 +17,12 @@ from jaxode._checks.arguments import (
     as_array,
     check_breakpoints,
     check_number,
-    check_numbers,
-    for_each_number,
     integer,
     one_of,
-    state_dtype,
 )
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known, rules_of
+from jaxode._checks.tolerances import check_tolerances, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
@@ -93,9 +91,12 @@ class SolveOptions(eqx.Module):
                 f"jaxode.DiscreteAdjoint(); got {self.adjoint!r}."
             )
         if not isinstance(self.solver, diffrax.AbstractSolver | Solver):
+            got = f"{self.solver!r}."
+            if isinstance(self.solver, type):
+                got = f"the class {self.solver.__name__}. Call it: {self.solver.__name__}()."
             raise TypeError(
                 f"{arg('solver')} must be an ODE solver, such as diffrax.Tsit5() or "
-                f"jaxode.Rodas5P(); got {self.solver!r}."
+                f"jaxode.Rodas5P(); got {got}"
             )
         tableau = self.tableau
         if tableau is not None and tableau.b_error is None and self.steps is None:
@@ -116,24 +117,24 @@ class SolveOptions(eqx.Module):
                 "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
-        check_numbers("atol", self.atol, *rules_of("atol"))
+        check_tolerances("atol", self.atol)
         for name in ("rtol", "first_step", "max_step"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), *rules_of(name))
         if self.breakpoints is not None:
             check_breakpoints(self.breakpoints, self.steps)
 
-    def stepper(self, row: PyTree[jax.ShapeDtypeStruct]) -> Stepper:
-        """The settings of the loop for states of which this is one row."""
-        dtype = state_dtype(row)
+    def stepper(self, dtype: jnp.dtype, row: PyTree[jax.ShapeDtypeStruct]) -> Stepper:
+        """The settings of the loop for states of which this is one row, solved in `dtype`."""
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
         rtol, atol = value(self.rtol), self.atol
-        of_all = jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
-        atol = value(atol if of_all else for_each_number("atol", atol, row))
+        of_all = isinstance(atol, float)
+        of_all |= jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
+        atol = value(atol if of_all else for_each_number("atol", atol, row, dtype))
         coarsest = max((dtype, *(leaf.dtype for leaf in jax.tree.leaves(row))), key=_least)
         if is_known((rtol, atol)):
-            least = np.min(atol)
+            least = atol if of_all else np.min(atol)
             if max(float(rtol), float(least)) <= _least(coarsest):
                 least = self.atol if of_all else least
                 both = f"rtol={float(self.rtol):g}, atol={float(least):g}"

@@ -85,10 +85,13 @@ class Solution(eqx.Module):
 
 
 def report(
-    solution: Solution, faults: Faults, stiff: Callable[[], bool] = lambda: False
+    solution: Solution,
+    faults: Faults,
+    implicit: bool,
+    stiff: Callable[[], bool] = lambda: False,
 ) -> Solution:
     """Raise `SolveError` if a solve failed: now, or when the compiled program runs."""
-    nan = nan_or_raise(solution.result, solution.t_reached, faults, stiff=stiff)
+    nan = nan_or_raise(solution.result, solution.t_reached, faults, implicit=implicit, stiff=stiff)
     if is_known(solution.result):
         return solution
     ok = solution.ok

@@ -273,8 +273,11 @@ def solve_checked(
                 f"{arg('row_args')} needs a batch; got batch=None. Pass "
                 "batch='per_sample' or 'joint', or everything as args."
             )
-        row_args = check_rows("row_args", row_args, jax.tree.leaves(y0)[0].shape[0])
-    jacobian = options.jacobian and UserField(options.jacobian, ("jacobian", "the Jacobian"))
+        rows = jax.tree.leaves(y0)[0].shape[0]
+        row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
+    jacobian = options.jacobian
+    if jacobian is not None:
+        jacobian = UserField(jacobian, ("jacobian", "the Jacobian"))
     system = make_system(
         UserField(f), y0, span, args, options, row_args=row_args, ts=ts, batch=batch, dense=dense,
         event=event, jumps=jumps, jacobian=jacobian,
@@ -284,7 +287,8 @@ def solve_checked(
         return solution
     rule = FINITE_STATE if batch is None else FINITE
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
-    return report(solution, faults | argument_faults(system), lambda: ran_into_stiffness(system))
+    faults |= argument_faults(system)
+    return report(solution, faults, options.implicit, lambda: ran_into_stiffness(system))
 
 
 def check_implicit(options: SolveOptions, batch: Batch) -> None:
@@ -352,7 +356,7 @@ def run(system: System) -> Solution:
         else:
             change = change_on_rows(system, ravel)
             problem, out = solve_past_events(
-                change, system.event.most, to_event, problem, system.row_args
+                change, system.event.most, to_event, problem, system.row_args, stepper
             )
     elif system.jumps is not None:
         change, times = change_on_rows(system, ravel), system.jumps_on_rows(len(problem.t0))

@@ -23,7 +23,7 @@ from jaxode._checks.arguments import (
     check_scalar,
     state_dtype,
 )
-from jaxode._checks.rules import JUMPS, Faults, solve_faults
+from jaxode._checks.rules import Faults, JumpTimes, solve_faults
 from jaxode._checks.times import check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
@@ -114,7 +114,7 @@ def make_system(
     row = y0
     if batch is not None:
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
-    stepper = dataclasses.replace(options.stepper(row), dense=dense)
+    stepper = dataclasses.replace(options.stepper(dtype, row), dense=dense)
     adjoint, solver = options.adjoint, options.solver
     if isinstance(solver, diffrax.AbstractSolver) and options.tableau is None:
         adjoint = DiffraxSolve(solver, adjoint)
@@ -136,8 +136,8 @@ def argument_faults(system: System) -> Faults:
     ragged |= jumps is not None and jumps.times.ndim == 2
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     t0, t1, ts = system.on_rows(rows)
-    faults = solve_faults(Problem(None, None, system.y0, t0, t1, ts), system.stepper)
-    return faults if jumps is None else faults | JUMPS.fault(t0, t1, system.jumps_on_rows(rows))
+    times = JumpTimes(None if jumps is None else system.jumps_on_rows(rows))
+    return solve_faults(Problem(None, None, system.y0, t0, t1, ts), system.stepper, times)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxode.ode.options import SolveOptions
 
 def recorded_times(solver, ts, tolerance):
     """The mesh that `solve` chooses."""
-    stepper = SolveOptions(solver, tolerance, tolerance).stepper(Y0)
+    stepper = SolveOptions(solver, tolerance, tolerance).stepper(Y0.dtype, Y0)
     field = lambda t, y, args: pendulum(t[0], y[0], args)[None]
 
     @jax.jit

@@ -111,6 +111,27 @@ def test_a_row_that_fails_fails_alone():
     np.testing.assert_allclose(bar, expected, rtol=1e-12)
 
 
+def test_a_change_that_is_not_finite_is_named():
+    """It fails in its row alone, at the time of the event."""
+    event = jaxode.Event(
+        lambda t, y, args: y[0] - 2.0, direction=1, most=3,
+        change=lambda t, y, args, i: jnp.where(args[1] > 1, y / 0.0, y / 2),
+    )  # fmt: skip
+    run = lambda **options: jaxode.solve(
+        lambda t, y, args: y, jnp.ones((2, 1)), 0.0, 1.0, row_args=jnp.array([1.0, 2.0]),
+        event=event, batch="per_sample", **options,
+    )  # fmt: skip
+    s = run(throw=False)
+    assert list(s.result) == [jaxode.Result.SUCCESS, jaxode.Result.NON_FINITE_CHANGE]
+    assert np.isnan(s.y1[:, 0]).tolist() == [False, True]
+    np.testing.assert_allclose(s.t_reached, [1.0, np.log(2)], rtol=1e-4)
+    with pytest.raises(
+        jaxode.SolveError,
+        match=r"^solve: the state after a change is not finite at t=0.693\d* in 1 of 2 rows",
+    ):
+        run()
+
+
 def test_cells_that_divide_when_they_are_large():
     """With rows of their own, and the number of the division."""
     rates = jnp.array([1.0, 2.0])

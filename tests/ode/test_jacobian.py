@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, typed
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import jaxode
 
@@ -56,6 +58,16 @@ def test_equal_to_forward_mode(solver, batch):
     both = jax.jit(jax.value_and_grad(of, range(1, 7), has_aux=True), static_argnums=0)
     given, by_forward_mode = both(jacobian, *INPUTS), both(None, *INPUTS)
     assert_close(jax.tree.leaves(given), jax.tree.leaves(by_forward_mode), 1e-12)
+
+
+def test_order_with_one_that_is_wrong():
+    """Two, of both methods."""
+    inputs = *INPUTS[:-1], None
+    exact = run(*inputs, rtol=1e-12, atol=1e-12, max_steps=4096).y1["b"]
+    for solver in SOLVERS:
+        ends = (run(*inputs, solver=solver(half), steps=n).y1["b"] for n in (80, 160))
+        coarse, fine = (jnp.abs(end - exact).max() for end in ends)
+        assert 1.8 < jnp.log2(coarse / fine) < 2.3
 
 
 def test_one_that_is_wrong_takes_more_steps_and_has_exact_gradients():
@@ -112,6 +124,30 @@ def test_closed_over_values_under_vmap_and_second_derivatives():
         )
 
     assert_close(*(jax.jit(all_of, static_argnums=0)(given) for given in (True, False)), 1e-11)
+
+
+def test_one_that_is_not_finite_is_named():
+    with pytest.raises(
+        jaxode.SolveError, match=r"^solve: the Jacobian is not finite at t=0\. Look"
+    ):
+        end(Y[0], RATES[0], lambda t, y, args: jnp.full((2, 2), jnp.inf))
+
+
+@typed
+def test_over_devices():
+    """Rows that are split, with a rate that all share."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+
+    def loss(y0, rate):
+        return jax.lax.psum(jnp.sum(jax.vmap(end, (0, None, None))(y0, rate, given)), "rows")
+
+    def given(t, y, rate):
+        return -rate * jnp.eye(2)
+
+    over = jax.shard_map(loss, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P())
+    found = jax.jit(jax.grad(over, (0, 1)))(Y[:2], RATES[1])
+    one = lambda y0, rate: jnp.sum(jax.vmap(end, (0, None))(y0, rate))
+    assert_close(found, jax.jit(jax.grad(one, (0, 1)))(Y[:2], RATES[1]), 1e-12)
 
 
 def test_exported():

@@ -244,6 +244,16 @@ def test_a_failure_between_two_jumps_is_the_first():
         run()
 
 
+def test_a_change_that_is_not_finite_is_named():
+    """In the middle, and at the end, where nothing follows."""
+    told = "the state after a change is not finite at t="
+    for number, time in enumerate((1.0, END)):
+        change = lambda t, y, a, i, n=number: jnp.where(i == n, y / 0.0, y)
+        jumps = jaxode.Jumps([1.0, END], change)
+        with pytest.raises(jaxode.SolveError, match=f"^solve: {told}{time:g}. Check the change"):
+            jaxode.solve(lambda t, y, a: -y, jnp.ones(1), 0.0, END, jumps=jumps)
+
+
 def test_other_solvers_and_transformations():
     y1, ys, _ = (x[0] for x in all_by_hand())
     s = in_one_call(Y0[0], TIMES[0], ts=TS, solver=diffrax.Kvaerno5(), max_steps=256)
@@ -286,7 +296,6 @@ def test_devices_that_share_their_steps(scale):
 
 
 TOLD = r"solve\(jumps=...\): "
-IN_ORDER = TOLD + "times must be in order from t0 to t1.* Pad a row with its last time, or infinity"
 WRONG = {
     "out of order": ([2.0, 1.0], TOLD + r".* increase .* got 2.0 before 1.0. Sort them", {}),
     "padding first": ([np.inf, 1.0], TOLD + ".* got 4.0 before 1.0", {}),
@@ -332,25 +341,30 @@ def test_wrong_jumps(name):
 
 
 TRACED = {
-    "out of order": [[2.0, 1.0], [1.0, 2.0]],
-    "outside": [[1.0, 5.0], [1.0, 2.0]],
-    "NaN": [[np.nan, 1.0], [1.0, 2.0]],
-}
+    "out of order": (
+        [2.0, 1.0], "times must be in order from t0 to t1. Sort them. Pad a row with its last time",
+    ),
+    "padding first": ([np.inf, 1.0], "times must be in order from t0 to t1. Sort them"),
+    "outside": ([1.0, 5.0], "times must lie between t0 and t1. Extend the solve"),
+    "before the start": ([-np.inf, 1.0], "times must lie between t0 and t1. Extend the solve"),
+    "NaN": ([np.nan, 1.0], "times must not be NaN, nor lost in the precision"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TRACED)
 def test_wrong_jumps_known_only_at_run_time(name):
-    times = jnp.asarray(TRACED[name])
+    wrong, message = TRACED[name]
+    times = jnp.asarray([wrong, [1.0, 2.0]])
 
     def run(times, batch):
         y0 = jnp.ones((2, 2)) if batch else jnp.ones(2)
         jumps = jaxode.Jumps(times, lambda t, y, args, i: y)
         return jaxode.solve(lambda t, y, a: -y, y0, 0.0, 4.0, jumps=jumps, batch=batch).y1
 
-    rows = IN_ORDER + ". This fails in 1 of 2 rows, first in row 0"
+    rows = f"^{TOLD}{message}.* This fails in 1 of 2 rows, first in row 0"
     with pytest.raises(jaxode.SolveError, match=rows):
         run(times, "per_sample")
-    with pytest.raises(jax.errors.JaxRuntimeError, match=IN_ORDER):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=TOLD + message):
         jax.block_until_ready(jax.jit(run, static_argnums=1)(times[0], None))
 
 

@@ -114,6 +114,31 @@ def test_dense_and_flow_and_export():
     np.testing.assert_array_equal(run(Y0, ROW_ARGS), solution.y1)
 
 
+def test_keys_of_random_numbers():
+    """A random field for each row; one that fails is left out of the gradient."""
+    keys = jax.random.split(jax.random.key(0), ROWS)
+
+    def random_field(t, y, args):
+        rate, key = args
+        return jnp.sin(jax.random.normal(key, (2, 2)) @ y) * rate
+
+    def ends(rate, y0):
+        s = jaxode.solve(
+            random_field, y0, 0.0, 1.0, rate, row_args=keys, batch="per_sample", throw=False
+        )
+        return jnp.sum(jnp.where(s.ok[:, None], s.y1, 0.0)), s.y1
+
+    def one_by_one(rate, rows):
+        one = lambda i: jaxode.solve(random_field, Y0[i], 0.0, 1.0, (rate, keys[i])).y1
+        return sum(jnp.sum(one(i)) for i in rows)
+
+    rates = jax.jit(jax.grad(ends, has_aux=True))
+    for y0, rows in ((Y0, (0, 1, 2)), (Y0.at[1].set(jnp.inf), (0, 2))):
+        found, y1 = rates(ARGS, y0)
+        np.testing.assert_allclose(found, jax.grad(one_by_one)(ARGS, rows), rtol=1e-12)
+        assert jnp.isfinite(y1).all(1).sum() == len(rows)
+
+
 WRONG = {
     "no batch": ({"batch": None}, ValueError, r"solve\(row_args=...\): needs a batch; got"),
     "too few rows": (

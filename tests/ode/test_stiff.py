@@ -194,11 +194,30 @@ def test_more_unknowns_than_are_unrolled():
 
 
 def test_jacobian_that_is_not_finite_where_the_field_is():
-    """A row at rest at the square root's zero fails alone, and says so."""
+    """A row at rest at the square root's zero fails alone, and says so, whatever the steps."""
     f = lambda t, y, args: -jnp.sqrt(y)
     solution = jaxode.solve(
         f, jnp.array([[1.0], [0.0]]), 0.0, 1.0, batch="per_sample", solver=RODAS, throw=False
     )
     np.testing.assert_array_equal(solution.ok, [True, False])
-    assert solution.result[1] == jaxode.Result.NON_FINITE
+    assert solution.result[1] == jaxode.Result.NON_FINITE_JACOBIAN
     np.testing.assert_allclose(solution.y1[0], 0.25, rtol=1e-4)
+    for steps in (None, 2):
+        with pytest.raises(
+            jaxode.SolveError, match=r"^solve: the Jacobian is not finite at t=0\. L"
+        ):
+            jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, solver=RODAS, steps=steps)
+    still = jaxode.solve(f, jnp.zeros(1), 0.0, 0.0, solver=RODAS)
+    np.testing.assert_array_equal(still.y1, 0.0)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["at once", "compiled"])
+def test_out_of_steps_does_not_advise_the_solver_in_use(transform):
+    run = transform(
+        lambda y0: jaxode.solve(robertson, y0, 0.0, 40.0, RATES, solver=RODAS, max_steps=5).y1
+    )
+    with pytest.raises(
+        (jaxode.SolveError, jax.errors.JaxRuntimeError),
+        match=r"the steps ran out at t=.*\. Raise max_steps, loosen rtol and atol, pass disc",
+    ):
+        jax.block_until_ready(run(Y0[0]))

@@ -118,7 +118,8 @@ def integrate(
     final, tableau = state.progress, stepper.tableau
     stats = final.stats(tableau.evaluations, first_evals)
     # Over an empty span, a vector field that is not finite changes nothing.
-    harmless = (start == end) & (final.result == Result.NON_FINITE)
+    of_field = (final.result == Result.NON_FINITE) | (final.result == Result.NON_FINITE_JACOBIAN)
+    harmless = (start == end) & of_field
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
     ok = result == Result.SUCCESS
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.

@@ -120,8 +120,8 @@ def judge(
 def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     """Which rows accept, their next step sizes, results and overreach."""
     if stepper.steps is not None:
-        finite = jnp.isfinite(over_rows(_largest, y_next, running))
-        result = jnp.where(running & ~finite, Result.NON_FINITE, state.result)
+        finite = _all_finite(y_next, running)
+        result = jnp.where(running & ~finite, _not_finite(stepper, k, running), state.result)
         return running & finite, state.h, result, state.overreach
     t_next, last = aim.t, aim.last
     h = t_next - state.t
@@ -145,7 +145,7 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     rejected = jnp.where(running, jnp.where(finite, 0.0, size), state.overreach)
     overreach = jnp.where(accept, state.overreach - size, rejected)
     finite &= overreach <= 0
-    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, Result.NON_FINITE)
+    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, _not_finite(stepper, k, running))
     attempts = state.accepted + state.rejected + 1
     exhausted = running & (attempts >= stepper.max_steps) & ~(accept & last)
     result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
@@ -153,5 +153,17 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     return accept, h_next, jnp.where(failed, cause, result), overreach
 
 
-def _largest(y: Float[Array, "samples n"], axis):
-    return jnp.max(jnp.abs(y), axis=axis, initial=0.0)
+def _not_finite(stepper: Stepper, k: Float[Array, "stages samples n"], of_rows) -> Any:
+    """The result of a step that is not finite.
+
+    With a Jacobian, stage 0 is the vector field at the start, and stage 1 is solved for by it.
+    """
+    if not stepper.tableau.needs_jacobian:
+        return Result.NON_FINITE
+    of_jacobian = _all_finite(k[0], of_rows) & ~_all_finite(k[1], of_rows)
+    return jnp.where(of_jacobian, Result.NON_FINITE_JACOBIAN, Result.NON_FINITE)
+
+
+def _all_finite(y: Float[Array, "samples n"], of_rows) -> Bool[Array, " rows"]:
+    largest = lambda y, axis: jnp.max(jnp.abs(y), axis=axis, initial=0.0)
+    return jnp.isfinite(over_rows(largest, y, of_rows))

@@ -235,9 +235,9 @@ class Rodas5P(_Rosenbrock):
         jacobian: a function `jacobian(t, y, args) -> [n, n]` of the state of one sample, by default
             forward mode of the vector field. With `row_args` it sees `(args, row)`, as the field.
             Entry `[i, j]` is the derivative of number `i` of `f(t, y, args)` by number `j` of `y`,
-            in the order of `jax.flatten_util.ravel_pytree`. With one that is not exact, the method
-            falls to order 1. Error control then takes more steps, and gradients stay exact for
-            these. For `solve` and `flow`.
+            in the order of `jax.flatten_util.ravel_pytree`. With one that is not exact, the order
+            falls to two: error control then takes more steps, for which gradients are exact. For
+            `solve` and `flow`.
 
     Raises:
         TypeError: if `jacobian` is not a function.
