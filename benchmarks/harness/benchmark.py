@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.harness import show
-from benchmarks.harness.fairness import Bench, Step, check_same, work_precision
+from benchmarks.harness.fairness import Bench, Step, check_same, gradient_error, work_precision
 
 Result = dict[str, Any]
 """Of a case, as it stands in the results file."""
@@ -60,11 +60,11 @@ class Benchmark:
 
 
 class Contest(NamedTuple):
-    """The training steps of one problem."""
+    """The training steps, or log-densities, of one problem."""
 
     makers: Mapping[str, Callable[[], Step]]
     exact: Callable[[], list[np.ndarray]]
-    """The gradient in float64, by diffrax's Dopri8: not by the library under test."""
+    """The result in float64, by diffrax's Dopri8: not by the library under test."""
     check: Callable[[], None] = lambda: None
     """Raises unless the mathematics in PyTorch is that in JAX."""
     tolerances: Sequence[float] = TOLERANCES
@@ -72,9 +72,10 @@ class Contest(NamedTuple):
 
 
 class WorkPrecision(Benchmark):
-    """Times of training steps at equal error of the gradient."""
+    """Times at equal error: of training steps, unless `error` is another than of a gradient."""
 
     error_of = "gradient error"
+    error: Callable[..., float] = staticmethod(gradient_error)
     target: float
     """The error at which times are compared."""
     groups: Mapping[str, Sequence[str]]
@@ -89,7 +90,7 @@ class WorkPrecision(Benchmark):
         check_same(failed, "the same network in PyTorch", check)
         bench.announce("reference")
         result = work_precision(
-            bench, makers, exact(), tolerances, self.target, self.groups
+            bench, makers, exact(), tolerances, self.target, self.groups, self.error
         )  # fmt: skip
         return {**result, "failed": result["failed"] | failed}
 

@@ -6,9 +6,9 @@
 - A turn is a call, or the median of as many as take 20 ms: training steps follow each other, and
   the first millisecond after a pause is one of cold caches.
 - Times are medians with minimum and maximum; a ratio is the median of the ratios of each round.
-- Two contenders are compared at equal error of the gradient, on their work-precision curves:
-  between the last tolerance that does not reach it and the first that does, linear in logarithms.
-  Those two are measured in each round, looser ones once.
+- Two contenders are compared at equal error, of the gradient or in nats, on their work-precision
+  curves: between the last tolerance that does not reach it and the first that does, linear in
+  logarithms. Those two are measured in each round, looser ones once.
 """
 
 import contextlib
@@ -62,6 +62,13 @@ def gradient_error(gradient: Sequence[Any], reference: Sequence[np.ndarray]) -> 
         raise ValueError(f"shapes {[(g.shape, r.shape) for g, r in pairs]} differ")
     squares = sum(((g - r) ** 2).sum() for g, r in pairs)
     return float(np.sqrt(squares / sum((r**2).sum() for _, r in pairs)))
+
+
+def nats_error(log_prob: Sequence[Any], reference: Sequence[np.ndarray]) -> float:
+    """The root mean square error of log-densities, over as many rows as the reference has."""
+    (found,), (exact,) = log_prob, reference
+    difference = np.asarray(found, np.float64)[: len(exact)] - exact
+    return float(np.sqrt(np.mean(difference**2)))
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -140,7 +147,8 @@ def at_error(errors: Sequence[float], times: Sequence[Sequence[float]], target: 
 
 
 Step = Callable[[float], tuple[Any, Sequence[Any]]]
-"""A training step at a tolerance: the loss, and the leaves of the gradient."""
+"""A training step at a tolerance: the loss, and the leaves of the gradient. Or another result, and
+None in place of the loss."""
 
 
 class Bench(NamedTuple):
@@ -212,11 +220,12 @@ def work_precision(
     tolerances: Sequence[float],
     target: float,
     groups: Mapping[str, Sequence[str]],
+    error_of: Callable[[Sequence[Any], Sequence[np.ndarray]], float] = gradient_error,
 ) -> dict[str, Any]:
     """Error and time of each contender at each tolerance, and their times at equal error.
 
     Args:
-        exact: the leaves of the exact gradient.
+        exact: the leaves of the exact gradient, or of what else `error_of` compares.
         tolerances: from loose to tight. A contender ends with the first that reaches `target`.
         target: the error at which times are compared.
         groups: peers by name of group. For each, the ratio of jaxode to its fastest member.
@@ -231,14 +240,14 @@ def work_precision(
             outcome = attempt(bench, failed, name, lambda call=call: jax.block_until_ready(call()))
             if outcome is None:
                 break
-            _, gradient = outcome
-            error = gradient_error(gradient, exact)
+            _, found = outcome
+            error = error_of(found, exact)
             if np.isfinite(error):
                 calls[name, tolerance], errors[name, tolerance] = call, error
             if error <= target:
                 break
         if name not in failed and not any(key[0] == name for key in calls):
-            failed[name] = "the gradient is not finite"
+            failed[name] = "the result is not finite"
     bench.announce("timing all")
     by_name = {name: [key for key in calls if key[0] == name] for name, _ in calls}
     around = {key: calls[key] for keys in by_name.values() for key in keys[-2:]}

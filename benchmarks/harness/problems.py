@@ -23,20 +23,27 @@ OWN = {True: "a network of the user", False: "jaxode.nn"}
 
 
 class Plain(eqx.Module):
-    """A multilayer perceptron, the time beside the state."""
+    """A multilayer perceptron, the time beside the state, and so a context."""
 
     layers: list[eqx.nn.Linear]
     activation: Callable[[jax.Array], jax.Array] = eqx.field(static=True)
 
-    def __init__(self, dim: int, widths: tuple[int, ...], key, activation=jax.nn.softplus):
+    def __init__(
+        self, dim: int, widths: tuple[int, ...], key, activation=jax.nn.softplus,
+        context_size: int = 0,
+    ):  # fmt: skip
         self.activation = activation
-        sizes = [(dim + 1, widths[0]), *itertools.pairwise(widths), (widths[-1], dim)]
+        sizes = [
+            (dim + context_size + 1, widths[0]),
+            *itertools.pairwise(widths),
+            (widths[-1], dim),
+        ]
         keys = jax.random.split(key, len(sizes))
         pairs = zip(sizes, keys, strict=True)
         self.layers = [eqx.nn.Linear(*size, key=key) for size, key in pairs]
 
-    def __call__(self, t, y):
-        x = jnp.append(y, t)
+    def __call__(self, t, y, context=None):
+        x = jnp.append(y if context is None else jnp.concatenate([y, context]), t)
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
@@ -134,6 +141,49 @@ def probe_of_jaxode(x: jax.Array, key: jax.Array) -> jax.Array:
     products = lambda a: -flow.nll_and_stats(a, x, key=key)[1].log_det
     probe = jnp.sign(jax.lax.map(jax.jit(products), jnp.eye(dim, dtype=x.dtype))).T
     return probe.at[:, 0].set(1)
+
+
+class Posterior(NamedTuple):
+    """The size of a flow of parameters given data, trained by matching."""
+
+    rows: int
+    own: bool
+    """A network as a user writes it, not one of `jaxode.nn`."""
+    width: int = 64
+    steps: int = 6000
+    """Of matching; some seconds."""
+    simulations: int = 30_000
+
+
+class Conditional(NamedTuple):
+    """A trained conditional flow, and rows to evaluate."""
+
+    params: Any
+    x: Any
+    context: Any
+    train: tuple[Any, Any]
+    """What it was trained on: samples and contexts."""
+
+
+@functools.cache
+def conditional(size: Posterior, simulate: Callable[..., Any]) -> Conditional:
+    """`simulate(key, n)` draws samples and contexts, which are standardized."""
+    network_key, data_key, key = jax.random.split(jax.random.key(0), 3)
+    drawn = simulate(data_key, size.simulations + size.rows)
+    x, context = ((leaf - leaf.mean(0)) / leaf.std(0) for leaf in drawn)
+    (dim, seen), train = (x.shape[1], context.shape[1]), size.simulations
+    if size.own:
+        params: Any = Plain(dim, (size.width,) * 3, network_key, context_size=seen)
+    else:
+        params = jaxode.nn.Residual(dim, size.width, 2, key=network_key, context_size=seen)
+    cnf = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim))
+
+    def matching(params, key):
+        rows = jax.random.randint(key, (ROWS,), 0, train)
+        return cnf.matching_loss(params, x[rows], key=key, context=context[rows], time_power=2.0)
+
+    params = trainer(matching, size.steps)(params, key)
+    return Conditional(params, x[train:], context[train:], (x[:train], context[:train]))
 
 
 class OdeProblem(NamedTuple):

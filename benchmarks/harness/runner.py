@@ -1,6 +1,6 @@
 """Run the benchmarks and write tables and pictures.
 
-    make bench                 all but time_to_nll, posterior and tables, 40 minutes on two cores
+    make bench                 all but time_to_nll, posterior and tables, 50 minutes on two cores
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
     make bench-check           measure again and compare with the results file

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear, silu, softplus
 
 from benchmarks.harness.fairness import Step, check_equal, double_precision, doubled
-from benchmarks.harness.problems import FlowProblem, OdeProblem, Plain, Series, batched
+from benchmarks.harness.problems import Conditional, FlowProblem, OdeProblem, Plain, Series, batched
 from benchmarks.peers.flows import augmented, augmented_exact
 from benchmarks.peers.odes import series_loss
 from jaxode.nn import Residual
@@ -40,9 +40,9 @@ class TorchField:
         if isinstance(params, Plain | Residual):
             self.field = _plain if isinstance(params, Plain) else _residual
 
-    def __call__(self, t, z) -> torch.Tensor:
+    def __call__(self, t, z, *context) -> torch.Tensor:
         """`t` is a scalar, or `[batch, 1]`."""
-        return self.field(self.network, self.activation, t, z)
+        return self.field(self.network, self.activation, t, z, *context)
 
     def in_jax(self, leaves) -> Any:
         arrays = [jnp.asarray(leaf.detach().numpy()) for leaf in leaves]
@@ -67,8 +67,8 @@ def _beside(t, z):
     return torch.as_tensor(t, dtype=z.dtype).expand(len(z), 1)
 
 
-def _plain(m, activation, t, z):
-    z = torch.cat([z, _beside(t, z)], 1)
+def _plain(m, activation, t, z, *context):
+    z = torch.cat([z, *context, _beside(t, z)], 1)
     for layer in m.layers[:-1]:
         z = activation(linear(z, layer.weight, layer.bias))
     return linear(z, m.layers[-1].weight, m.layers[-1].bias)
@@ -86,10 +86,13 @@ def _squash(m, activation, t, z):
     return linear(z, m.weight, m.bias)
 
 
-def _residual(m, activation, t, z):
+def _residual(m, activation, t, z, *context):
     affine = lambda dense, x: linear(x, dense.weight, dense.bias)
     angles = torch.pi * _beside(t, z) * torch.arange(1, WAVES + 1, dtype=z.dtype)
     known = torch.cat([torch.sin(angles), torch.cos(angles)], 1)
+    if context:
+        inner, outer = m.encoder
+        known = torch.cat([known, affine(outer, silu(affine(inner, *context)))], 1)
     h = affine(m.first, z)
     for block, modulation in zip(m.blocks, m.modulation, strict=True):
         a, b = affine(modulation, known).chunk(2, dim=1)
@@ -145,6 +148,28 @@ def zuko_loss(field: TorchField, x, probe, rtol, atol):
     start = (x.clone(), torch.zeros(x.shape[0], dtype=x.dtype))
     z, scaled = zuko.utils.odeint(dynamics, start, 1.0, 0.0, field.leaves, atol=atol, rtol=rtol)
     return negative_log_likelihood(z, 1e2 * scaled)
+
+
+def zuko_log_prob(p: Conditional, **tolerances: float) -> Step:
+    """Its `FreeFormJacobianTransform` with the exact trace, as `CNF` and the FMPE of sbi use it.
+
+    Their tolerances are the defaults.
+    """
+    from zuko.transforms import FreeFormJacobianTransform
+
+    field, x, context = TorchField(p.params), tensor(p.x), tensor(p.context)
+    for leaf in field.leaves:
+        leaf.requires_grad_(False)
+
+    def step(tolerance):
+        given = tolerances or {"atol": tolerance, "rtol": tolerance}
+        flow = FreeFormJacobianTransform(lambda t, z: field(t, z, context), 0.0, 1.0, **given)
+        with torch.no_grad():
+            z, log_det = flow.inv.call_and_ladj(x)
+        log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
+        return None, [(log_base + log_det).numpy()]
+
+    return step
 
 
 def torchode_solve(f, y0, ts, tolerance) -> Any:
@@ -211,6 +236,15 @@ def check_fields(p: OdeProblem | Series) -> None:
         q = doubled(p)
         theirs = TorchField(q.params)(0.37, tensor(q.y0))
         check_equal({"JAX": batched(0.37, q.y0, q.params), "PyTorch": theirs.detach().numpy()})
+
+
+def check_conditional(p: Conditional) -> None:
+    """Raise unless the conditional field in PyTorch equals that in JAX, in float64."""
+    with double_precision():
+        params, x, context = doubled((p.params, p.x[:8], p.context[:8]))
+        ours = jax.vmap(lambda x, row: params(jnp.asarray(0.37), x, row))(x, context)
+        theirs = TorchField(params)(0.37, tensor(x), tensor(context))
+        check_equal({"JAX": ours, "PyTorch": theirs.detach().numpy()})
 
 
 def check_networks(p: FlowProblem) -> None:

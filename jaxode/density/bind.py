@@ -13,7 +13,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import shape_of
@@ -26,15 +25,17 @@ from jaxode.density.inputs import (
     Shape,
     check_inside,
     context_numbers,
-    context_rows,
     floating,
     numbers,
+    rows_in_flow,
+    shapes_of_context,
 )
-from jaxode.density.maps import Affine, Map
+from jaxode.density.maps import Map
 from jaxode.density.standardize import as_map, context_maps, deprecated_pair
 from jaxode.density.support import as_support
 from jaxode.distributions import CenteredNormal
 from jaxode.divergence import noiseless
+from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.energy import Target
 
@@ -66,6 +67,10 @@ class Density(eqx.Module):
     Each sample takes its own steps, so its density does not depend on the batch around it; with an
     implicit solver or an `axis_name`, the steps are joint. Without a key the divergence is exact;
     with a key it is the divergence of the flow. The maps are constants of differentiation.
+
+    Many samples are solved in batches, in the memory of one: `batch_size` of them at a time, by
+    default as many as are fast (docs/evaluate.md). Outside of transformations, `progress=True`
+    writes on stderr how many are done. Neither changes a result.
 
     Raises:
         TypeError, ValueError: at trace time, if arguments do not fit.
@@ -111,23 +116,31 @@ class Density(eqx.Module):
         *,
         context: PyTree = None,
         key: PRNGKeyArray | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
     ) -> Float[Array, "..."]:
         """Log-density of the samples. Minus infinity outside the support."""
         rows, shape = self._rows(x)
         inside, z, log_det = from_data(self.support, self.standardize, rows)
-        flow = self._row_by_row(key, (rows, context))
+        flow = self._row_by_row(key, (rows, context), batch_size, progress)
         context = self._context(context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
         return jnp.where(inside, log_prob, -jnp.inf).reshape(shape)
 
     @public("sample")
     def sample(
-        self, key: PRNGKeyArray, sample_shape: Shape = (), *, context: PyTree = None
+        self,
+        key: PRNGKeyArray,
+        sample_shape: Shape = (),
+        *,
+        context: PyTree = None,
+        batch_size: int | None = None,
+        progress: bool = False,
     ) -> Float[Array, "..."]:
         """Independent samples, `[*sample_shape, *event]`."""
         shape, count = self._counted(sample_shape)
         context = self._context(context, shape)
-        flow = self._row_by_row(None, (key, context))
+        flow = self._row_by_row(None, (key, context), batch_size, progress)
         # As in `sample_and_log_prob`.
         base_key, _ = jax.random.split(check_key(key))
         z = flow.sample(self.params, base_key, count, context=context)
@@ -135,12 +148,18 @@ class Density(eqx.Module):
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
-        self, key: PRNGKeyArray, sample_shape: Shape = (), *, context: PyTree = None
+        self,
+        key: PRNGKeyArray,
+        sample_shape: Shape = (),
+        *,
+        context: PyTree = None,
+        batch_size: int | None = None,
+        progress: bool = False,
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """`sample`, and the log-density of each, from the same solve."""
         shape, count = self._counted(sample_shape)
         context = self._context(context, shape)
-        flow = self._row_by_row(None, (key, context))
+        flow = self._row_by_row(None, (key, context), batch_size, progress)
         z, log_prob = flow.sample_and_log_prob(self.params, check_key(key), count, context=context)
         x, log_det = to_data(self.support, self.standardize, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
@@ -203,17 +222,25 @@ class Density(eqx.Module):
         rows, shape = self._rows(x)
         return from_data(self.support, self.standardize, rows)[2].reshape(shape)
 
-    def _row_by_row(self, key: Any, inputs: PyTree) -> CNF:
-        """The flow with per-sample steps, and without noise if there is no key."""
+    def _row_by_row(self, key: Any, inputs: PyTree, batch_size: Any, progress: bool) -> CNF:
+        """The flow with per-sample steps in batches, and without noise if there is no key."""
         flow = self.flow
         throw = flow.throw
         if throw is None:
             throw = is_known((self.params, inputs))
         divergence = noiseless() if key is None else flow.divergence
-        steps = flow.batch
-        if flow.solve_options.tableau is not None and flow.solve_options.axis_name is None:
-            steps = "per_sample"
-        return dataclasses.replace(flow, batch=steps, divergence=divergence, throw=throw)
+        chunks = Chunks.make(batch_size, progress, self.params)
+        steps, options = "per_sample", flow.solve_options
+        if options.tableau is None or options.axis_name is not None:
+            steps, chunks = flow.batch, None
+            if batch_size is not None:
+                raise ValueError(
+                    f"{arg('batch_size')} needs steps of each sample, which neither a solver that "
+                    f"diffrax runs nor an axis_name has; got {batch_size}. Leave it out."
+                )
+        return dataclasses.replace(
+            flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
+        )
 
     def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], Shape]:
         """The samples as a batch, and the axes before those of an event."""
@@ -232,29 +259,7 @@ class Density(eqx.Module):
 
     def _context(self, context: PyTree, shape: Shape) -> PyTree:
         """One context row for each sample of `shape`, as the flow sees it."""
-        if context is None:
-            if self.context_shapes:
-                raise ValueError(
-                    f"{arg('context')} must be given, with arrays of shape "
-                    f"{', '.join(map(str, self.context_shapes))}, as bind was told; got None."
-                )
-            return None
-        leaves, structure = jax.tree.flatten(context_numbers(arg("context"), context))
-        is_map = lambda x: x is None or isinstance(x, Affine)
-        maps, expected = jax.tree.flatten(self.context_maps, is_leaf=is_map)
-        if self.context_maps is None:
-            maps, expected = [None] * len(leaves), structure
-        shapes = self.context_shapes
-        if shapes is not None and len(shapes) != len(leaves):
-            raise ValueError(f"{arg('context')} must have {len(shapes)} arrays; got {len(leaves)}.")
-        if structure != expected:
-            raise ValueError(
-                f"{arg('context')} must have the structure of bind's context, {expected}; got "
-                f"{structure}."
-            )
-        pairs = zip(maps, context_rows(leaves, shape, shapes), strict=True)
-        rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
-        return jax.tree.unflatten(structure, rows)
+        return rows_in_flow(context, self.context_maps, self.context_shapes, shape)
 
 
 @public("bind")
@@ -314,25 +319,5 @@ def bind(
         support=allowed,
         standardize=as_map("x", standardize, event, allowed),
         context_maps=context_maps(context),
-        context_shapes=_context_shapes(context_shape, context),
+        context_shapes=shapes_of_context(context_shape, context),
     )
-
-
-def _context_shapes(given: Any, data: Any) -> tuple[Shape, ...] | None:
-    """The shapes that were given, or those of the context data."""
-    if given is not None:
-        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
-        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
-        shapes = jax.tree.leaves(given, is_leaf=is_shape)
-        if not all(map(is_shape, shapes)):
-            raise TypeError(
-                "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
-                f"pytree of shapes; got {given!r}."
-            )
-        return tuple(tuple(map(int, shape)) for shape in shapes)
-    if data is None:
-        return None
-    if isinstance(data, tuple):
-        shape = max(jnp.shape(part) for part in data)
-        return (shape,) if shape else None
-    return tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))

@@ -18,6 +18,7 @@ from jaxode._checks.arguments import (
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import in_rows
 from jaxode._checks.rules import is_known
+from jaxode.density.maps import Affine
 
 Shape = tuple[int, ...]
 
@@ -67,6 +68,34 @@ def context_numbers(what: str, context: PyTree) -> PyTree:
     return jax.tree.map(convert, context)
 
 
+def rows_in_flow(
+    context: PyTree, context_maps: PyTree, shapes: tuple[Shape, ...] | None, samples: Shape
+) -> PyTree:
+    """A context with one row for each of the samples, as the flow sees it."""
+    if context is None:
+        if shapes:
+            raise ValueError(
+                f"{arg('context')} must be given, with arrays of shape "
+                f"{', '.join(map(str, shapes))}, as bind was told; got None."
+            )
+        return None
+    leaves, structure = jax.tree.flatten(context_numbers(arg("context"), context))
+    is_map = lambda x: x is None or isinstance(x, Affine)
+    maps, expected = jax.tree.flatten(context_maps, is_leaf=is_map)
+    if context_maps is None:
+        maps, expected = [None] * len(leaves), structure
+    if shapes is not None and len(shapes) != len(leaves):
+        raise ValueError(f"{arg('context')} must have {len(shapes)} arrays; got {len(leaves)}.")
+    if structure != expected:
+        raise ValueError(
+            f"{arg('context')} must have the structure of bind's context, {expected}; got "
+            f"{structure}."
+        )
+    pairs = zip(maps, context_rows(leaves, samples, shapes), strict=True)
+    rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
+    return jax.tree.unflatten(structure, rows)
+
+
 def context_rows(
     leaves: list[Any], samples: Shape, shapes: tuple[Shape, ...] | None
 ) -> list[Array]:
@@ -105,6 +134,26 @@ def _one_per_sample(leaf: Any, samples: Shape, shape: Shape) -> Array:
             f"{samples}; got shape {jnp.shape(leaf)}."
         ) from None
     return rows.reshape(math.prod(samples), *shape)
+
+
+def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
+    """The shapes that were given, or those of the context data."""
+    if given is not None:
+        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
+        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
+        shapes = jax.tree.leaves(given, is_leaf=is_shape)
+        if not all(map(is_shape, shapes)):
+            raise TypeError(
+                "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                f"pytree of shapes; got {given!r}."
+            )
+        return tuple(tuple(map(int, shape)) for shape in shapes)
+    if data is None:
+        return None
+    if isinstance(data, tuple):
+        shape = max(jnp.shape(part) for part in data)
+        return (shape,) if shape else None
+    return tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
 
 
 def check_inside(inside: Bool[Array, " rows"], rows: Float[Array, "rows *event"]) -> None:

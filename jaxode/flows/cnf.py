@@ -51,6 +51,7 @@ from jaxode.coupling import Coupling, independent
 from jaxode.distributions import BaseDensity, as_base
 from jaxode.divergence import Divergence, auto
 from jaxode.flows import energy, programs
+from jaxode.flows.chunks import Chunks, in_chunks
 from jaxode.flows.energy import Target
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
@@ -95,6 +96,8 @@ class CNF(eqx.Module):
     quadrature: Literal["gauss", "stochastic"] = eqx.field(static=True)
     steer: float = eqx.field(static=True)
     throw: bool | None = eqx.field(static=True)
+    chunks: Chunks | None = eqx.field(static=True, default=None)
+    """How a `Density` solves a large batch; None for all rows at once."""
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -359,7 +362,8 @@ class CNF(eqx.Module):
         """The end state of the compiled `program(system, parts, key)`."""
         throw = self.throw is None or self.throw
         system = self._system(name, samples, params, context).raising(throw)
-        solution = program(system, self._parts, check_key(key, optional=True))
+        key = check_key(key, optional=True)
+        solution = in_chunks(program, self.chunks, system, self._parts, key)
         if not throw:
             return solution.y1
         if name == "base":

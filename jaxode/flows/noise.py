@@ -23,11 +23,19 @@ def of_each_row(
     x: Float[Array, "batch *event"],
     axis_name: AxisName | None,
 ) -> Any:
-    """`draw(key, row)` for each row of `x`, with a different key each. None without a key."""
+    """`draw(key, row)` for each row of `x`: with one key of all, or those of `keys_of_rows`."""
     if key is None:
         return jax.vmap(lambda row: draw(None, row))(x)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, axis_name))
-    return jax.vmap(draw)(keys, x)
+    if jax.random.key_data(key).ndim == 1:
+        key = keys_of_rows(key, x, axis_name)
+    return jax.vmap(draw)(key, x)
+
+
+def keys_of_rows(
+    key: PRNGKeyArray, x: Float[Array, "batch *event"], axis_name: AxisName | None
+) -> PRNGKeyArray:
+    """A different key for each row of `x`."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, axis_name))
 
 
 def random_phases(

@@ -248,6 +248,16 @@ def test_a_sample_has_the_same_density_alone_and_in_any_batch():
     assert density.event_shape == (2,)
 
 
+def test_each_of_200_rows_has_the_density_that_it_has_alone():
+    """To rounding, at a tolerance at which joint steps move densities by 1e-5 nats and more."""
+    options: dict = {"rtol": 1e-3, "atol": 1e-3}
+    flow = jaxode.cnf(jaxode.nn.field, FLOW.base, **options)
+    density, x = jaxode.bind(flow, PARAMS), np.random.default_rng(0).normal(0, 2, (200, 2))
+    alone = np.concatenate([density.log_prob(x[i : i + 1]) for i in range(len(x))])
+    np.testing.assert_allclose(density.log_prob(x), alone, rtol=0, atol=1e-12)
+    assert np.abs(flow.log_prob(PARAMS, x) - alone).max() > 1e-5
+
+
 def test_one_context_for_all_samples_or_a_row_for_each():
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))

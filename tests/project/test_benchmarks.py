@@ -65,6 +65,12 @@ def test_gradient_error_is_over_all_leaves_together():
         fairness.gradient_error([np.zeros(3), np.zeros((1, 1))], reference)
 
 
+def test_error_in_nats_is_absolute_and_over_the_rows_of_the_reference():
+    reference = [np.array([-3.0, 40.0])]
+    found = [jnp.array([-3.0 + 3e-3, 40.0 - 4e-3, 99.0])]
+    assert fairness.nats_error(found, reference) == pytest.approx(5e-3 / 2**0.5, rel=1e-3)
+
+
 def test_time_at_an_error_is_linear_in_logarithms():
     times = [[10.0, 20.0], [1.0, 2.0]]
     place = fairness.at_error([1e-4, 1e-2], times, 1e-3)

@@ -20,6 +20,7 @@ from benchmarks.cases import (
     cores,
     divergence,
     energy,
+    evaluate,
     ffjord_step,
     overhead,
     posterior,
@@ -44,6 +45,12 @@ TINY = {
     "ffjord_step": {"cases": {"tiny": FLOW}},
     "neural_ode_step": {"cases": {"tiny": ODE}},
     "per_sample": {"cases": {"tiny": FLOW}},
+    "evaluate": {
+        "cases": {
+            own: problems.Posterior(20, own == "own", width=4, steps=2, simulations=40)
+            for own in ("own", "of jaxode")
+        },
+    },
     "ragged": {"cases": {"tiny": ragged.Size(4, 3, (4,), steps=2)}},
     "rows": {
         "cases": {"solve": rows.Size(2, rows=(3,)), "gradient": rows.Size(2, True, (3,))},
@@ -143,6 +150,7 @@ def test_every_benchmark_runs_to_its_end(name, quick, monkeypatch, tmp_path):
         pytest.skip("needs JAX 0.8 or newer")
     chosen = cases.load(name)
     monkeypatch.setattr(cores, "device_count", lambda: 8)
+    monkeypatch.setattr(evaluate, "SECONDS", 0.1)
     # One of the solvers, and one number of products: the others are the same code.
     tsit5 = {name: way for name, way in ffjord_step.DIFFRAX.items() if "Tsit5" in name}
     monkeypatch.setattr(ffjord_step, "DIFFRAX", tsit5)

@@ -1,0 +1,123 @@
+"""The rows of a solve in chunks, so that memory depends on a chunk and not on the batch.
+
+Outside of transformations a loop in Python runs one compiled program, chunk after chunk: it can
+tell how far it is, and be interrupted. Inside of one the loop is a part of the program, and reverse
+mode solves each chunk again on its way back.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxode._checks.arguments import check_bool, integer
+from jaxode._checks.caller import caller
+from jaxode._checks.rules import is_known
+from jaxode._jax.closure import compiled
+from jaxode.flows.noise import keys_of_rows
+from jaxode.ode.solution import Solution
+from jaxode.ode.system import System
+
+# Of a chunk whose size is not given: the least and the most rows, and rows times parameters in
+# between. Measured: benchmarks/NOTES.md.
+LEAST, MOST, AT_ONCE = 64, 4096, 1 << 23
+
+# A program of a flow: (system, parts, key) -> solution.
+Program = Callable[[System, Any, Any], Solution]
+
+
+class Chunks(NamedTuple):
+    """How a batch with per-sample steps is solved."""
+
+    size: int
+    """Rows at once."""
+    progress: bool = False
+    """Whether to write on stderr how many are done."""
+
+    @classmethod
+    def make(cls, size: Any, progress: bool, params: PyTree) -> "Chunks":
+        """Check the arguments. Without a size, choose one."""
+        check_bool("progress", progress)
+        if size is None:
+            weights = sum(leaf.size for leaf in jax.tree.leaves(params) if eqx.is_array(leaf))
+            size = max(LEAST, min(MOST, AT_ONCE // max(weights, 1)))
+        return cls(integer("batch_size", size), progress)
+
+
+class _Rows(NamedTuple):
+    """What a solve has for each row."""
+
+    y0: Any
+    row_args: PyTree
+    keys: Any
+
+
+def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: Any, key) -> Solution:
+    """`program(system, parts, key)`. Neither noise nor steps of a row depend on the chunks."""
+    count = system.y0.shape[0]
+    # A symbolic number of `jax.export` is not split.
+    if chunks is None or not isinstance(count, int) or count <= chunks.size:
+        return program(system, parts, key)
+    keys = None if key is None else keys_of_rows(key, system.y0, None)
+    rows = _split(_Rows(system.y0, system.row_args, keys), count, chunks.size)
+    whole = system._replace(y0=None, row_args=None)
+    if is_known((rows, whole, parts)) and is_known(jnp.zeros(())):  # and nothing is staged
+        each = _one_by_one(program, whole, parts, rows)
+        if chunks.progress:
+            each = _told(each, rows.y0.shape[0], count)
+        solutions = list(each)
+        solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
+    else:
+        solution = _looped(program, whole, parts, rows)
+    join = lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:count]
+    return jax.tree.map(join, solution)
+
+
+def _split(rows: _Rows, count: int, most: int) -> _Rows:
+    """Leaves `[chunks, rows, ...]`. Neighbouring rows come into different chunks.
+
+    So what devices each have some neighbouring rows of is split over them in every chunk, too. The
+    last chunk is filled up with the first row. Sizes are eighths of `most`, so that batches of
+    different sizes share their programs.
+    """
+    chunks = -(-count // most)
+    unit = -(-most // 8)
+    size = min(most, -(-count // (chunks * unit)) * unit)
+
+    def split(leaf):
+        fill = jnp.broadcast_to(leaf[:1], (chunks * size - count, *leaf.shape[1:]))
+        leaf = jnp.concatenate([leaf, fill])
+        return leaf.reshape(size, chunks, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, rows)
+
+
+def _one(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
+    return program(whole._replace(y0=rows.y0, row_args=rows.row_args), parts, rows.keys)
+
+
+def _one_by_one(program: Program, whole: System, parts: Any, rows: _Rows) -> Iterator[Solution]:
+    for i in range(rows.y0.shape[0]):
+        chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
+        yield jax.block_until_ready(_one(program, whole, parts, chunk))
+
+
+@compiled
+def _looped(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
+    one = jax.checkpoint(lambda rows: _one(program, whole, parts, rows))
+    return jax.lax.map(one, rows)
+
+
+def _told(each: Iterator[Solution], chunks: int, count: int) -> Iterator[Solution]:
+    """Write on stderr how many rows are done, and the seconds so far."""
+    begin = time.perf_counter()
+    for number, solution in enumerate(each, 1):
+        done, seconds = number * count // chunks, time.perf_counter() - begin
+        text = f"\r{caller()}: {done:,} of {count:,} rows, {seconds:.0f} s "
+        print(text, end="" if number < chunks else "\n", file=sys.stderr, flush=True)
+        yield solution
