@@ -21,6 +21,9 @@ ROWS = {
     "training step, Neural ODE, 256 x 64, 20 times": (
         "neural_ode_step", of_both("64-64, state 64, batch 256, 20 times")
     ),
+    "log-density of 10,000 conditional rows": (
+        "evaluate", ("10,000 x 5 given 8, a network of the user", "10,000 x 5 given 8, jaxode.nn")
+    ),
     "10,000 Lotka-Volterra systems, solve / gradient": (
         "rows", ("solve, 2 states", "gradient, 2 states")
     ),
