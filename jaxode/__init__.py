@@ -12,7 +12,7 @@ from jaxode.diffusion import (
     probability_flow,
 )
 from jaxode.distributions import centered_normal, diagonal_normal, standard_normal
-from jaxode.flows.cnf import cnf
+from jaxode.flows.make import cnf
 from jaxode.ode.adjoints import (
     BacksolveAdjoint,
     DiscreteAdjoint,

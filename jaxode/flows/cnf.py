@@ -18,21 +18,13 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import (
-    Time,
-    check_args,
-    check_bool,
-    check_number,
-    native,
-    one_of,
-)
+from jaxode._checks.arguments import Time, check_args, check_bool, native
 from jaxode._checks.caller import public
 from jaxode._checks.errors import report_loss
 from jaxode._checks.rules import (
     FINITE_BASE,
     FINITE_SLOPE,
     FINITE_TARGET,
-    TIME,
     Faults,
     data_faults,
     weights_faults,
@@ -43,13 +35,12 @@ from jaxode._checks.samples import (
     check_key,
     check_not_empty,
     check_samples,
-    check_steer,
     check_weights,
 )
 from jaxode._jax.closure import hash_of
 from jaxode.coupling import Coupling, independent
-from jaxode.distributions import BaseDensity, as_base
-from jaxode.divergence import Divergence, auto
+from jaxode.distributions import BaseDensity
+from jaxode.divergence import Divergence
 from jaxode.flows import energy, programs
 from jaxode.flows.chunks import Chunks, in_chunks
 from jaxode.flows.energy import Target
@@ -57,11 +48,10 @@ from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
 from jaxode.ode.field import VectorField, check_field
-from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
+from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import report
-from jaxode.ode.solve import check_implicit
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.regularizers import Regularizer, check_regularizers
+from jaxode.regularizers import Regularizer
 
 # What is carried to the other end: data, base samples from the user, or samples of the base.
 Samples = Literal["x", "z", "base"]
@@ -372,103 +362,3 @@ class CNF(eqx.Module):
             faults = data_faults({name: system.y0})
         faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
         return report(solution, faults, self.solve_options.implicit).y1
-
-
-@public("cnf")
-def cnf(
-    f: VectorField,
-    base: BaseDensity,
-    *,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    divergence: Divergence = auto(),
-    batch: Literal["joint", "per_sample"] = "joint",
-    quadrature: Literal["gauss", "stochastic"] = "gauss",
-    regularizers: tuple[Regularizer, ...] = (),
-    steer: float = 0.0,
-    throw: bool | None = None,
-    **solve_options: Any,
-) -> CNF:
-    """Make a continuous normalizing flow with vector field `f` from the density `base` to the data.
-
-    Args:
-        f: vector field of one sample, `f(t, z, params)`, or `f(t, z, (params, context_row))`.
-        base: base density at time `t0`: `jaxode.standard_normal(event_shape)`, or any object with
-            `event_shape`, `log_prob` and `sample`, such as a distribution of numpyro, distrax or
-            flowjax. To learn its parameters, call `cnf` inside the loss with a density made from
-            them.
-        t0: time of the base density.
-        t1: time of the data.
-        divergence: how to compute `div f`, from `jaxode.divergence`.
-        batch: "joint" or "per_sample", as for `jaxode.solve`.
-        quadrature: how `nll` integrates the divergence over a step. "gauss" uses the nodes of a
-            Gauss rule (Gauss-Lobatto if the solver has stages at both ends of a step). "stochastic"
-            uses one random time per sample: unbiased, and cheaper.
-        regularizers: running costs to add to `nll`, from `jaxode.regularizers`.
-        steer: end the solve of `nll` at a random time between `t0 - steer` and `t0 + steer` instead
-            of `t0`: one uniform draw per call, from `key`, for the whole batch. Flows trained this
-            way take fewer steps (STEER). At least 0 and less than `|t1 - t0|`. `nll` then evaluates
-            the field up to `steer` beyond `t0`; all other methods end at `t0`.
-        throw: raise `jaxode.SolveError` when a solve fails or the matching loss is not finite. By
-            default all methods raise, except that training losses inside a transformation (`jit`,
-            `vmap`) become NaN together with their gradients: a host callback that raises would keep
-            the training step out of JAX's persistent compilation cache.
-        **solve_options: `solver`, `rtol`, `atol`, `steps`, `adjoint`, `first_step`, `max_step`,
-            `breakpoints`, `max_steps` and `precision`, as for `jaxode.solve`, with a number as
-            `atol` (matching uses JAX's own precision setting); and `axis_name`, a mapped axis or a
-            tuple of them: with a batch split over devices by `jax.shard_map`, all devices take the
-            steps of the whole batch. Without it, each device takes its own steps.
-
-    Returns:
-        A `CNF` with methods `log_prob`, `log_prob_and_error`, `nll`, `nll_and_stats`,
-        `matching_loss`, `reverse_kl_loss`, `sample`, `sample_and_log_prob`, `to_base` and
-        `from_base`.
-
-    Raises:
-        TypeError, ValueError: for an unknown option or an invalid argument.
-    """
-    check_field("f", f, "f(t, z, params)")
-    if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "
-            "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your "
-            "own, jaxode.divergence.Divergence(init, apply)."
-        )
-    batch = choice_of_steps(batch, solve_options)
-    options = SolveOptions.make(**solve_options)
-    check_number("atol", options.atol)
-    for name, time in (("t0", t0), ("t1", t1)):
-        check_number(name, time, TIME, kind="time")
-    if hasattr(f, "check_span"):  # a field that fixes the direction of time
-        t0 = f.check_span(t0, t1)
-    one_of("quadrature", quadrature, ("gauss", "stochastic"))
-    check_implicit(options, batch)
-    if batch == "per_sample" and options.axis_name is not None:
-        raise ValueError(
-            f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
-            "devices; with batch='per_sample' each sample has its own. Leave it out."
-        )
-    if options.jacobian is not None:
-        raise ValueError(
-            f"cnf(solver=...): integrates more than the field; got {type(options.solver).__name__}("
-            "jacobian=...). Leave jacobian out."
-        )
-    fused = options.adjoint.fused and options.tableau is not None
-    if quadrature == "stochastic" and not fused:
-        raise ValueError(
-            "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and "
-            f"{OWN_SOLVER}. Use quadrature='gauss'."
-        )
-    return CNF(
-        f=f,
-        base=as_base(base),
-        t0=t0,
-        t1=t1,
-        divergence=divergence,
-        regularizers=check_regularizers(regularizers),
-        solve_options=options,
-        batch=batch,
-        quadrature=quadrature,
-        steer=check_steer(steer, t0, t1),
-        throw=throw,
-    )
