@@ -129,8 +129,10 @@ class SolveOptions(eqx.Module):
         value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
         given = lambda x: None if x is None else value(x)
         rtol, atol = value(self.rtol), self.atol
-        of_all = isinstance(atol, float)
-        of_all |= jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
+        # Most are floats and need no array.
+        of_all = isinstance(atol, float) or (
+            jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
+        )
         atol = value(atol if of_all else for_each_number("atol", atol, row, dtype))
         coarsest = max((dtype, *(leaf.dtype for leaf in jax.tree.leaves(row))), key=_least)
         if is_known((rtol, atol)):

@@ -232,19 +232,22 @@ def flow(
 
 
 class UserField(eqx.Module):
-    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`.
-
-    Or its Jacobian.
-    """
+    """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
     f: VectorField
-    names: tuple[str, ...] = eqx.field(static=True, default=("f", "the vector field"))
+    names: ClassVar[tuple[str, str]] = "f", "the vector field"
     hint: ClassVar[str] = (
         " All samples share args: pass what each has for itself as row_args (docs/irregular.md)."
     )
 
     def __call__(self, t, y, shared, row):
         return call_field(self.f, t, y, shared, *self.names, row=row)
+
+
+class UserJacobian(UserField):
+    """Its Jacobian, with the same arguments."""
+
+    names: ClassVar[tuple[str, str]] = "jacobian", "the Jacobian"
 
 
 def solve_checked(
@@ -275,9 +278,7 @@ def solve_checked(
             )
         rows = jax.tree.leaves(y0)[0].shape[0]
         row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
-    jacobian = options.jacobian
-    if jacobian is not None:
-        jacobian = UserField(jacobian, ("jacobian", "the Jacobian"))
+    jacobian = None if options.jacobian is None else UserJacobian(options.jacobian)
     system = make_system(
         UserField(f), y0, span, args, options, row_args=row_args, ts=ts, batch=batch, dense=dense,
         event=event, jumps=jumps, jacobian=jacobian,
