@@ -3,8 +3,8 @@
 The wells are those of the example `CNF_vs_OTFlow` of jflows, three double wells among unit normals:
 the same Adam, rate, batch and number of steps for all, but none trains for longer than jaxode by
 path gradients. The field is phi^4 theory, 64 samples a step, and others may train for twice as
-long. Then the effective sample size, and the acceptance of a Metropolis test whose proposals the samples are.
-The first call, which compiles, does not count.
+long. Then the effective sample size, and the acceptance of a Metropolis test whose proposals the
+samples are. The first call, which compiles, does not count.
 """
 
 import time
