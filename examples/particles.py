@@ -4,7 +4,7 @@
 
 A field with the symmetries of particles first learns by matching, from samples of a Markov chain,
 and then from the energy alone, by path gradients. Its weights say how well. Writes a picture of
-pair distances, energies, configurations and training. Five to ten minutes on two cores.
+pair distances, energies, configurations and training. Five to seven minutes on two cores.
 """
 
 import itertools
@@ -102,9 +102,9 @@ def draw(x, log_w, chain, losses, path):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = parser(__file__, __doc__, steps=2000, batch=256, width=64, rate=2e-3)
+    known = parser(__file__, __doc__, steps=600, batch=256, width=64, rate=2e-3)
     known.add_argument(
-        "--matching", type=count, default=10_000, help="steps of matching (default 10000)"
+        "--matching", type=count, default=6000, help="steps of matching (default 6000)"
     )
     known.add_argument("--samples", type=count, default=10_000, help="to judge (default 10000)")
     options = known.parse_args(arguments)
@@ -125,9 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     def energy(m, step, key):
         return flow.reverse_kl_loss(m, log_density, options.batch, key=key)
 
-    def judge(m, key):
+    def judge(m, key, samples):
         draw = jax.jit(tight.sample_and_log_prob, static_argnums=2)
-        x, log_q = draw(m, key, options.samples)
+        x, log_q = draw(m, key, samples)
         log_w = jax.vmap(log_density)(x) - log_q
         print(jaxode.importance(log_w))
         return x, log_w
@@ -138,10 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     steps, judge_key = options.matching, next(keys)
     m, _ = minimize(matching, m, adam(5e-3, steps), steps, next(keys), "matching")
-    judge(m, judge_key)
+    judge(m, judge_key, min(options.samples, 2000))
     steps = options.steps
     m, losses = minimize(energy, m, adam(options.rate, steps), steps, next(keys), "energy")
-    x, log_w = judge(m, judge_key)
+    x, log_w = judge(m, judge_key, options.samples)
     value = lambda x: -jax.vmap(log_density)(x)
     weighted = jnp.sum(jax.nn.softmax(log_w) * value(x))
     print(f"mean energy: flow {value(x).mean():.3f}, weighted {weighted:.3f}, "

@@ -141,15 +141,15 @@ def centered_normal(n: int, dim: int) -> CenteredNormal:
     return CenteredNormal((n, integer("dim", dim)))
 
 
-def as_event_shape(event_shape: Any) -> tuple[int, ...]:
-    """The shape of an event as a tuple. An integer stands for a vector."""
+def as_event_shape(event_shape: Any, name: str = "event_shape") -> tuple[int, ...]:
+    """The shape of an event, the argument `name`, as a tuple. An integer stands for a vector."""
     try:
         sizes = np.atleast_1d(event_shape) if np.size(event_shape) else ()
         shape = tuple(map(operator.index, sizes))
     except TypeError:
         shape = (0,)
     if not all(size > 0 for size in shape):
-        raise ValueError(f"{arg('event_shape')} must be positive integers; got {event_shape!r}.")
+        raise ValueError(f"{arg(name)} must be positive integers; got {event_shape!r}.")
     return shape
 
 

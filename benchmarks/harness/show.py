@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 COLORS = {
     "jaxode": "#c2185b", "diffrax": "#1565c0", "jax": "#2e7d32", "torchdiffeq": "#ef6c00",
     "zuko": "#6a1b9a", "torchode": "#5d4037", "torchcfm": "#00838f", "flowjax": "#9e9d24",
-    "sbi": "#1565c0",
+    "sbi": "#1565c0", "jflows": "#1565c0", "bijx": "#2e7d32",
 }  # fmt: skip
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 

@@ -20,7 +20,7 @@ from benchmarks.harness.problems import Conditional, FlowProblem, OdeProblem, Pl
 from benchmarks.peers.flows import augmented, augmented_exact
 from benchmarks.peers.odes import series_loss
 from jaxode.nn import Residual
-from jaxode.nn.residual import WAVES
+from jaxode.nn.network import WAVES
 
 
 def tensor(array) -> torch.Tensor:

@@ -3,9 +3,10 @@
 A fresh network has small outputs, so its flow is close to the identity.
 """
 
+from jaxode.nn.lattice import Lattice
 from jaxode.nn.networks import MLP, Concat, ConcatSquash, PotentialGradient, field, softplus
+from jaxode.nn.particles import Particles
 from jaxode.nn.residual import Residual
-from jaxode.nn.symmetric import Lattice, Particles
 
 __all__ = [
     "MLP", "Concat", "ConcatSquash", "Lattice", "Particles", "PotentialGradient", "Residual",

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode.ode.field import MisfitError
 
+WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
+
 
 def _name_of(function: Any) -> Any:
     """`module:name` of a function that is found there, else the function itself.
@@ -99,3 +101,27 @@ class Network(eqx.Module):
         activation = state["activation"]
         found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
         vars(self).update(state, activation=found)
+
+
+class Symmetric(Network):
+    """A network whose coefficients depend on the time and the context, by a hidden layer."""
+
+    hidden: Dense
+    last: Dense
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+    context_size: int = eqx.field(static=True)
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+
+    @property
+    def _sizes(self):
+        return math.prod(self.event_shape), self.context_size
+
+    def _fits(self, shape):
+        # In another shape, other numbers would be exchanged or shifted.
+        return shape in (self.event_shape, (math.prod(self.event_shape),))
+
+    def _known(self, t, context) -> Float[Array, " known"]:
+        """Waves of the time, and the context."""
+        angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=self.hidden.bias.dtype)
+        known = [jnp.sin(angles), jnp.cos(angles), *([] if context is None else [context])]
+        return jnp.concatenate(known)

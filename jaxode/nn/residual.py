@@ -11,9 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode.distributions import as_event_shape
-from jaxode.nn.network import Dense, Network
-
-WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
+from jaxode.nn.network import WAVES, Dense, Network
 
 
 class Residual(Network):

@@ -8,7 +8,6 @@ import pytest
 
 import jaxode
 from jaxode import divergence, nn
-from jaxode.nn import symmetric
 
 
 def residual(event, widths, **options):
@@ -315,14 +314,6 @@ def particle_net(**options):
     return jax.tree.map(lambda x: 2 * x + 0.1, m)
 
 
-def test_many_particles_sum_over_particles(monkeypatch):
-    """Not over pairs of pairs: the same divergence."""
-    m, x = particle_net(), jax.random.normal(jax.random.key(1), (4, 2))
-    by_pairs = m.value_and_divergence(T, x)
-    monkeypatch.setattr(symmetric, "MOST_BY_PAIRS", 3)
-    close(m.value_and_divergence(T, x), by_pairs, 1e-12)
-
-
 @pytest.mark.parametrize(
     "change",
     [rotated, lambda x: x[jnp.array([2, 0, 3, 1])], lambda x: -x],
@@ -340,24 +331,39 @@ def test_particles_move_as_their_configuration(change):
     np.testing.assert_allclose(value.mean(0), 0, atol=1e-12)
 
 
-def coefficients(m, state=0.0):
-    """By the hidden layer of the time."""
+def waves():
     angles = np.pi * float(T) * np.array([1, 2, 3, 4])
-    hidden = m.hidden.weight @ np.concatenate([np.sin(angles), np.cos(angles)]) + m.hidden.bias
-    return np.asarray(m.last.weight @ m.activation(hidden + state) + m.last.bias)
+    return np.concatenate([np.sin(angles), np.cos(angles)])
 
 
 @pytest.mark.parametrize("many_body", [True, False])
 def test_particles_are_those_of_the_docstring(many_body):
-    m = particle_net(many_body=many_body)
+    m = particle_net(many_body=many_body, blocks=1)
     x = np.random.default_rng(0).standard_normal((4, 2))
     width = np.exp(m.log_width)
-    bumps = lambda a, b: np.exp(-0.5 * ((np.linalg.norm(a - b) - m.center) / width) ** 2)
-    state = sum(bumps(x[i], x[j]) for i in range(4) for j in range(i))
-    constant, *c = coefficients(m, m.of_state @ state if many_body else 0.0)
+    bumps = lambda i, j: np.exp(-0.5 * ((np.linalg.norm(x[i] - x[j]) - m.center) / width) ** 2)
+    affine = lambda layer, x: layer.weight @ x + layer.bias
+    others = lambda *those: [k for k in range(4) if k not in those]
 
-    pull = lambda a, b: (a - b) * (constant + np.sum(c * bumps(a, b)))
-    expected = np.array([sum(pull(a, b) for b in x if b is not a) for a in x]) / 4
+    def around(i, j):
+        everything = sum(bumps(a, b) for a in range(4) for b in range(a))
+        ends = sum(bumps(end, k) for end in (i, j) for k in others(end))
+        side = lambda a, b: m.around.of_sides @ bumps(a, b)
+        triangles = sum(side(i, k) * side(j, k) for k in others(i, j))
+        return (
+            m.around.of_all @ everything + m.around.of_ends @ ends
+            + m.around.of_triangles @ triangles
+        )  # fmt: skip
+
+    def strength(i, j):
+        h = affine(m.hidden, waves()) + (around(i, j) if many_body else 0)
+        scale, shift = np.split(affine(m.modulation[0], waves()), 2)
+        h = h + affine(m.blocks[0], m.activation((1 + scale) * h + shift))
+        constant, *c = affine(m.last, m.activation(h))
+        return constant + np.sum(c * bumps(i, j))
+
+    pull = lambda i, j: (x[i] - x[j]) * strength(i, j)
+    expected = np.array([sum(pull(i, j) for j in others(i)) for i in range(4)]) / 4
     np.testing.assert_allclose(m(T, jnp.asarray(x)), expected, rtol=1e-7)
 
 
@@ -409,7 +415,8 @@ def test_a_lattice_moves_as_its_configuration(shape, odd):
 def test_a_lattice_is_that_of_the_docstring():
     m = any_lattice(6, (7,), key=jax.random.key(0))
     y = np.asarray(Y).reshape(2, 3)
-    kernels = np.einsum("m,mfo->fo", coefficients(m), m.kernel).reshape(-1, 2, 3)
+    c = m.last.weight @ m.activation(m.hidden.weight @ waves() + m.hidden.bias) + m.last.bias
+    kernels = np.einsum("m,mfo->fo", c, m.kernel).reshape(-1, 2, 3)
     angles = np.asarray(m.frequency)[:, None, None] * y
     features = np.concatenate([y[None], np.sin(angles), np.cos(angles)])
     sites = list(np.ndindex(2, 3))
@@ -436,6 +443,7 @@ def test_a_fresh_symmetric_flow_is_close_to_the_identity(make):
         (lambda key: nn.Particles(1, 2, key=key), r"Particles\(n=...\).*at least 2; got 1"),
         (lambda key: nn.Particles(2, 0, key=key), r"Particles\(dim=...\).*positive"),
         (lambda key: nn.Particles(2, 2, reach=0.0, key=key), r"Particles\(reach=...\)"),
+        (lambda key: nn.Lattice(0, key=key), r"Lattice\(shape=...\).*positive integers; got 0"),
         (lambda key: nn.Lattice((2,) * 4, key=key), r"Lattice\(shape=...\).*one to three axes"),
         (lambda key: nn.Lattice(4, odd=1, key=key), r"Lattice\(odd=...\).*True or False"),
         (lambda key: nn.Particles(3, 2, key=key)(T, Y[:4]), r"\(n, dim=...\).*6 numbers"),

@@ -71,7 +71,12 @@ TINY = {
         "cases": {name: PLAIN[name] for name in KINDS},
         "training": regularizers.Training((0,), steps=2, batch=4, widths=(4,)),
     },
-    "energy": {"cases": {"tiny": energy.Size(4, steps=2, batch=4, width=4, samples=16)}},
+    "energy": {
+        "cases": {
+            "wells": energy.Wells(4, steps=2, batch=4, width=4, samples=16),
+            "phi^4": energy.Sites(3, steps=2, batch=4, samples=16),
+        }
+    },
     "compile_time": {"cases": {"flow": FLOW, "Neural ODE": ODE}},
     "memory": {
         "cases": {"width": (4,)},

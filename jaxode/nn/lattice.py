@@ -1,0 +1,135 @@
+"""A field with the symmetries of a lattice, and its closed-form divergence."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode._checks.arguments import check_bool, integer
+from jaxode._checks.caller import arg, public
+from jaxode.distributions import as_event_shape
+from jaxode.nn.network import WAVES, Dense, Symmetric
+
+
+@functools.cache
+def _orbits(shape: tuple[int, ...], isotropic: bool) -> np.ndarray:
+    """The number of the weight of each displacement. With `isotropic`, mirror images share it, and
+    so do those with exchanged axes of the same length."""
+    if not isotropic:
+        return np.arange(math.prod(shape)).reshape(shape)
+    places = np.indices(shape).reshape(len(shape), -1)
+    sizes = np.array(shape)[:, None]
+    places = np.minimum(places, sizes - places)
+    for size in set(shape):
+        axes = np.flatnonzero(np.array(shape) == size)
+        places[axes] = np.sort(places[axes], axis=0)
+    return np.unique(places, axis=1, return_inverse=True)[1].reshape(shape)
+
+
+class Lattice(Symmetric):
+    """A scalar field on a periodic lattice that changes at each site with all others.
+
+        f_x = sum_y sum_a K_a(x - y, t) h_a(y_y),  h = y, sin(w_a y) and, unless odd, cos(w_a y).
+
+    Shifting a configuration along an axis does so with `f`, and if it is odd, `f(-y) = -f(y)`. So a
+    flow from `jaxode.standard_normal(shape)` has a density with these symmetries. Kernels
+    reach over the whole lattice, as products of Fourier transforms; they and the frequencies `w`
+    are trained. The divergence is `sum_x sum_a K_a(0, t) h_a'(y_x)`, in closed form. Times as in
+    `Residual`.
+
+    Args:
+        shape: sites along each axis, one to three axes. An integer stands for a ring.
+        frequencies: number of frequencies.
+        odd: whether a change of sign of the field is a symmetry.
+        isotropic: whether mirror images, and axes of the same length, are symmetries.
+        modes: number of kernels that the time and the context mix.
+        width: size of the hidden layer for the time and the context.
+        key: draws the initial weights.
+        context_size: size of the context vector in `m(t, y, context)`.
+        activation: a smooth elementwise function.
+
+    References: Gerdes et al. (2022), arXiv:2207.00283.
+    """
+
+    frequency: Float[Array, " frequencies"]
+    kernel: Float[Array, "modes features orbits"]
+    odd: bool = eqx.field(static=True)
+    isotropic: bool = eqx.field(static=True)
+
+    sized_by: ClassVar[str] = "shape"
+
+    @public("")
+    def __init__(
+        self,
+        shape: int | tuple[int, ...],
+        frequencies: int = 8,
+        *,
+        key: PRNGKeyArray,
+        odd: bool = True,
+        isotropic: bool = True,
+        modes: int = 16,
+        width: int = 64,
+        context_size: int = 0,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+    ):
+        event = as_event_shape(shape, "shape")
+        if not 1 <= len(event) <= 3:
+            raise ValueError(f"{arg('shape')} must have one to three axes; got {shape!r}.")
+        check_bool("odd", odd)
+        check_bool("isotropic", isotropic)
+        frequencies = integer("frequencies", frequencies)
+        modes, width = integer("modes", modes), integer("width", width)
+        self.event_shape, self.odd, self.isotropic = event, bool(odd), bool(isotropic)
+        self.context_size = integer("context_size", context_size, 0, "an integer of at least 0")
+        kernel_key, hidden_key, last_key = jax.random.split(key, 3)
+        features = 1 + frequencies * (1 if odd else 2)
+        orbits = int(_orbits(event, self.isotropic).max()) + 1
+        bound = 0.1 / math.sqrt(features * math.prod(event))
+        self.kernel = jax.random.uniform(
+            kernel_key, (modes, features, orbits), minval=-bound, maxval=bound
+        )
+        self.frequency = jnp.linspace(0.5, 3.0, frequencies)
+        self.hidden = Dense(2 * WAVES + self.context_size, width, hidden_key)
+        self.last = Dense(width, modes, last_key)
+        self.activation = activation
+
+    def _field(self, t, x, context):
+        y = x.reshape(self.event_shape)
+        return self._convolved(self._kernels(t, context), self._features(y)).reshape(-1)
+
+    def value_and_divergence(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
+        """`(m(t, y), div m)` in closed form."""
+        x = self._vector(y, context).reshape(self.event_shape)
+        kernels = self._kernels(t, context)
+        features, slopes = jax.jvp(self._features, (x,), (jnp.ones_like(x),))
+        at_zero = kernels.reshape(len(kernels), -1)[:, 0]
+        div = at_zero @ slopes.reshape(len(slopes), -1).sum(axis=1)
+        return self._convolved(kernels, features).reshape(y.shape), div
+
+    def _features(self, x: Float[Array, " *shape"]) -> Float[Array, "features *shape"]:
+        angles = self.frequency.reshape(-1, *(1,) * x.ndim) * x[None]
+        waves = [jnp.sin(angles)] if self.odd else [jnp.sin(angles), jnp.cos(angles)]
+        return jnp.concatenate([x[None], *waves])
+
+    def _kernels(self, t, context) -> Float[Array, "features *shape"]:
+        c = self.last(self.activation(self.hidden(self._known(t, context))))
+        mixed = jnp.tensordot(c, self.kernel, 1)
+        return mixed[:, _orbits(self.event_shape, self.isotropic)]
+
+    def _convolved(self, kernels, features) -> Float[Array, " *shape"]:
+        """The sum over features of the circular convolutions."""
+        axes = tuple(range(1, features.ndim))
+        transform = lambda x: jnp.fft.rfftn(x, axes=axes)
+        product = jnp.sum(transform(kernels) * transform(features), axis=0)
+        return jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
