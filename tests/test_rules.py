@@ -56,6 +56,14 @@ class WrongShape:
 # (call, exception, message). A new rule is one row.
 BAD_INPUT = [
     (
+        lambda: jaxode.bind(cnf(), None).log_prob(X, batch_size=0), ValueError,
+        "log_prob(batch_size=...): must be a positive integer; got 0.",
+    ),
+    (
+        lambda: jaxode.bind(cnf(), None).sample(KEY, 3, progress="bar"), TypeError,
+        "sample(progress=...): must be True or False; got 'bar'.",
+    ),
+    (
         lambda: solve(y0=jnp.array([1, 2])), TypeError,
         "solve(y0=...): leaves must have a floating dtype; got int64. "
         "Convert with .astype(jnp.float32).",

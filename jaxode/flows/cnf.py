@@ -86,8 +86,8 @@ class CNF(eqx.Module):
     quadrature: Literal["gauss", "stochastic"] = eqx.field(static=True)
     steer: float = eqx.field(static=True)
     throw: bool | None = eqx.field(static=True)
+    # How a `Density` solves a large batch; None for all rows at once.
     chunks: Chunks | None = eqx.field(static=True, default=None)
-    """How a `Density` solves a large batch; None for all rows at once."""
 
     def __hash__(self) -> int:
         return hash_of(self)
