@@ -28,7 +28,7 @@ from jaxode.ode.odeint import odeint
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "BacksolveAdjoint",

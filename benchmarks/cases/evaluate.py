@@ -30,7 +30,6 @@ SPLINES: dict[str, Callable[[Conditional, float], Callable[[], Any]]] = {
 
 class Evaluate(WorkPrecision):
     title = "Bulk evaluation: log-densities of conditional rows"
-    short = "evaluation"
     cases = {f"10,000 x 5 given 8, {OWN[own]}": Posterior(10_000, own) for own in (True, False)}
     error_of, error = "error in nats", staticmethod(nats_error)
     target = 1e-3
