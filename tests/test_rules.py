@@ -669,7 +669,13 @@ BAD_INPUT = [
     ),
     (
         lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: "text")), TypeError,
-        "solve(solver=...): jacobian(t, y, args) must return a floating array; got str.",
+        "solve(solver=...): jacobian(t, y, args) must return a floating array; got str. "
+        "Stack numbers by jnp.array.",
+    ),
+    (
+        lambda: solve(solver=jaxode.Rodas5P(lambda t, y, args: [[t, 0.0], [0.0, -1.0]])), TypeError,
+        "solve(solver=...): jacobian(t, y, args) must return a floating array; got list. "
+        "Stack numbers by jnp.array.",
     ),
     (
         lambda: solve(solver=jaxode.Rosenbrock23(lambda t, y, args: args["rate"])), TypeError,

@@ -248,10 +248,10 @@ def check_derivative(
 def check_jacobian(n: int, jacobian: Any) -> None:
     """Raise unless what `jacobian(t, y, args)` returned is a real matrix for `n` numbers."""
     must = f"{arg('solver')} jacobian(t, y, args) must return"
-    dtype = numeric_dtype(jacobian)
+    dtype = numeric_dtype(jacobian) if isinstance(jacobian, Array | np.ndarray) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = type(jacobian).__name__ if dtype is None else dtype
-        raise TypeError(f"{must} a floating array; got {got}.")
+        raise TypeError(f"{must} a floating array; got {got}. Stack numbers by jnp.array.")
     if jnp.shape(jacobian) != (n, n):
         raise ValueError(
             f"{must} the shape {(n, n)}, for the {n} numbers in the state of one sample; got "
@@ -274,7 +274,10 @@ def check_breakpoints(value: Any, steps: int | None) -> None:
     check_real_times("breakpoints", value)
     shape = jnp.asarray(value).shape
     if len(shape) != 1:
-        raise ValueError(f"{arg('breakpoints')} must be a vector of times; got shape {shape}.")
+        raise ValueError(
+            f"{arg('breakpoints')} must be a vector of times, which all rows share; got shape "
+            f"{shape}. For jumps of each row, use jumps=."
+        )
     NOT_NAN.check(value, name="breakpoints")
     if steps is not None:
         raise ValueError(

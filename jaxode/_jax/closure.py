@@ -183,9 +183,8 @@ class ClosedField(eqx.Module):
 
     program: Jaxpr = eqx.field(static=True)
     consts: list[Array]
-    """Those of the Jacobian come last."""
-    by_state: Jaxpr | None = eqx.field(static=True, default=None)
-    """The program of a Jacobian that the user gave."""
+    jacobian: "ClosedField | None" = None
+    """A function of the same arguments: the Jacobian by the state, if the user gave one."""
 
     @property
     def work_size(self) -> int:
@@ -196,23 +195,15 @@ class ClosedField(eqx.Module):
     def __call__(
         self, t: Float[Array, " rows"], y: Float[Array, "samples n"], args: PyTree
     ) -> Float[Array, "samples n"]:
-        own = self.consts[: len(self.program.constvars)]
-        return jax.core.eval_jaxpr(self.program, own, t, y, *jax.tree.leaves(args))[0]
-
-    @property
-    def jacobian(self) -> Callable[..., Float[Array, "samples n n"]] | None:
-        """A function of the same arguments: the Jacobian by the state, if the user gave one."""
-        program, own = self.by_state, self.consts[len(self.program.constvars) :]
-        if program is None:
-            return None
-        return lambda t, y, args: jax.core.eval_jaxpr(program, own, t, y, *jax.tree.leaves(args))[0]
+        return jax.core.eval_jaxpr(self.program, self.consts, t, y, *jax.tree.leaves(args))[0]
 
     def check_closed_over(self, perturbed: "ClosedField", like: Array) -> None:
         """Raise if a differentiated closed-over value varies over fewer axes than `like`.
 
         Devices would exchange its gradient at every evaluation, in loops of different lengths.
         """
-        for const, wanted in zip(self.consts, perturbed.consts, strict=True):
+        consts, flags = jax.tree.leaves(self), jax.tree.leaves(perturbed)
+        for const, wanted in zip(consts, flags, strict=True):
             missing = sorted(axes_of(like) - axes_of(const))
             if wanted and missing:
                 raise ValueError(
@@ -254,12 +245,9 @@ def close_field(
     """
     arrays, static = eqx.partition(args, eqx.is_array)
 
-    def trace(f):
+    def close(f, of_state=None):
         run = lambda t, y, arrays: f(t, y, eqx.combine(arrays, static))
-        return trace_at(precision, run, t, y, arrays)
+        closed = trace_at(precision, run, t, y, arrays)
+        return ClosedField(closed.jaxpr, list(closed.consts), of_state)
 
-    closed = trace(field)
-    if jacobian is None:
-        return ClosedField(closed.jaxpr, list(closed.consts)), arrays
-    by_state = trace(jacobian)
-    return ClosedField(closed.jaxpr, [*closed.consts, *by_state.consts], by_state.jaxpr), arrays
+    return close(field, None if jacobian is None else close(jacobian)), arrays

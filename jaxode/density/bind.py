@@ -70,7 +70,8 @@ class Density(eqx.Module):
 
     Many samples are solved in batches, in the memory of one: `batch_size` of them at a time, by
     default as many as are fast (docs/evaluate.md). Outside of transformations, `progress=True`
-    writes on stderr how many are done. Neither changes a result.
+    writes on stderr how many are done. Neither changes a result, except that the noise of a key
+    of JAX's rbg generators depends on the batch, as under `jax.vmap`.
 
     Raises:
         TypeError, ValueError: at trace time, if arguments do not fit.
@@ -104,6 +105,17 @@ class Density(eqx.Module):
         """The same maps around the flow with other parameters."""
         return dataclasses.replace(self, _params=_wrap_constants(params, numbers=True))
 
+    @public("with_flow")
+    def with_flow(self, flow: CNF) -> "Density":
+        """The same parameters and maps around another flow, such as one with tighter tolerances."""
+        if not isinstance(flow, CNF) or tuple(flow.base.event_shape) != self.event_shape:
+            got = tuple(flow.base.event_shape) if isinstance(flow, CNF) else repr(flow)
+            raise ValueError(
+                f"{arg('flow')} must be made by jaxode.cnf, with samples of shape "
+                f"{self.event_shape}; got {got}."
+            )
+        return dataclasses.replace(self, _flow=_wrap_constants(flow))
+
     @property
     def event_shape(self) -> Shape:
         """The shape of one sample."""
@@ -123,7 +135,7 @@ class Density(eqx.Module):
         rows, shape = self._rows(x)
         inside, z, log_det = from_data(self.support, self.standardize, rows)
         flow = self._row_by_row(key, (rows, context), batch_size, progress)
-        context = self._context(context, shape)
+        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
         return jnp.where(inside, log_prob, -jnp.inf).reshape(shape)
 
@@ -139,7 +151,7 @@ class Density(eqx.Module):
     ) -> Float[Array, "..."]:
         """Independent samples, `[*sample_shape, *event]`."""
         shape, count = self._counted(sample_shape)
-        context = self._context(context, shape)
+        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         # As in `sample_and_log_prob`.
         base_key, _ = jax.random.split(check_key(key))
@@ -158,7 +170,7 @@ class Density(eqx.Module):
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """`sample`, and the log-density of each, from the same solve."""
         shape, count = self._counted(sample_shape)
-        context = self._context(context, shape)
+        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z, log_prob = flow.sample_and_log_prob(self.params, check_key(key), count, context=context)
         x, log_det = to_data(self.support, self.standardize, z)
@@ -182,7 +194,7 @@ class Density(eqx.Module):
         """
         flow, (shape, _) = self.flow, self._counted(n)
         target = InFlow(log_density, self.support, self.standardize, self.context_maps)
-        context = self._context(context, shape)
+        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         return flow.reverse_kl_loss(self.params, target, n, key=key, context=context, path=path)
 
     @public("to_flow")
@@ -203,7 +215,7 @@ class Density(eqx.Module):
         if context is None:
             check_finite({"x": rows})
             return z
-        context = self._context(context, shape)
+        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         check_finite({"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
@@ -233,11 +245,12 @@ class Density(eqx.Module):
         steps, options = "per_sample", flow.solve_options
         if options.tableau is None or options.axis_name is not None:
             steps, chunks = flow.batch, None
-            if batch_size is not None:
-                raise ValueError(
-                    f"{arg('batch_size')} needs steps of each sample, which neither a solver that "
-                    f"diffrax runs nor an axis_name has; got {batch_size}. Leave it out."
-                )
+            for name, given in (("batch_size", batch_size), ("progress", progress or None)):
+                if given is not None:
+                    raise ValueError(
+                        f"{arg(name)} needs steps of each sample, which neither a solver that "
+                        f"diffrax runs nor an axis_name has; got {given}. Leave it out."
+                    )
         return dataclasses.replace(
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
         )
@@ -256,10 +269,6 @@ class Density(eqx.Module):
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
         shape = tuple(check_count(size) for size in sizes)
         return shape, math.prod(shape)
-
-    def _context(self, context: PyTree, shape: Shape) -> PyTree:
-        """One context row for each sample of `shape`, as the flow sees it."""
-        return rows_in_flow(context, self.context_maps, self.context_shapes, shape)
 
 
 @public("bind")

@@ -163,6 +163,6 @@ def check_inside(inside: Bool[Array, " rows"], rows: Float[Array, "rows *event"]
         outside = ~np.asarray(inside) & finite
         if outside.any():
             raise ValueError(
-                f"{arg('support')} the data must lie strictly inside; got values outside it "
+                f"{arg('support')} the data must lie strictly inside; got values on or outside it "
                 f"in {in_rows(outside)}. Widen the support, or leave those rows out."
             )

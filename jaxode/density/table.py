@@ -130,7 +130,8 @@ def warn_of_columns(
             f"fit(x=...): columns {column_list(atoms)} repeat values, as integers, classes and "
             "rounded numbers do. They have no density: a flow narrows onto the values, and its "
             "likelihood has no bound. Pass dequantize=True for integers, add noise of the rounding "
-            "to other numbers, or take classes as context.",
+            "to other numbers, or take classes as context. Numbers such as time stamps repeat if "
+            "they are too large for the dtype: subtract an offset first.",
             stacklevel=5,
         )
     varying = columns[table.std(axis=0)[columns] > 0]

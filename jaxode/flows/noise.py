@@ -1,6 +1,7 @@
 """Random numbers as functions of the key and a row's number in the whole batch.
 
-So a sample gets the same noise under `jit`, alone or in a batch, and on one device or many.
+So a sample gets the same noise under `jit`, alone or in a batch, and on one device or many. (JAX's
+rbg generators draw for a batch together, so with their keys it depends on the batch.)
 """
 
 from collections.abc import Callable

@@ -136,7 +136,7 @@ class SolveOptions(eqx.Module):
         atol = value(atol if of_all else for_each_number("atol", atol, row, dtype))
         coarsest = max((dtype, *(leaf.dtype for leaf in jax.tree.leaves(row))), key=_least)
         if is_known((rtol, atol)):
-            least = atol if of_all else np.min(atol)
+            least = atol if of_all else np.min(atol, initial=np.inf)
             if max(float(rtol), float(least)) <= _least(coarsest):
                 least = self.atol if of_all else least
                 both = f"rtol={float(self.rtol):g}, atol={float(least):g}"

@@ -498,13 +498,13 @@ WRONG = {
     ),
     "data outside of the support": (
         {"density": lambda: on(-9.0, np.inf), "x": with_row(BENT, 3, -9.0)}, ValueError,
-        "support=...): the data must lie strictly inside; got values outside it in 1 of 200 rows, "
-        "first in row 3. Widen the support, or leave those rows out.",
+        "support=...): the data must lie strictly inside; got values on or outside it in 1 of "
+        "200 rows, first in row 3. Widen the support, or leave those rows out.",
     ),
     "integers at the upper bound": (
         {"density": lambda: on((0.0, -9.0), (7.0, 9.0)), "x": INTEGERS, "dequantize": True},
         ValueError,
-        "support=...): the data must lie strictly inside; got values outside it in ",
+        "support=...): the data must lie strictly inside; got values on or outside it in ",
     ),
 }  # fmt: skip
 

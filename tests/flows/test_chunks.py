@@ -143,6 +143,8 @@ def test_joint_steps_are_not_split():
     bound = jaxode.bind(flow, trained())
     with pytest.raises(ValueError, match=r"log_prob\(batch_size=...\): needs steps of each sample"):
         bound.log_prob(X, batch_size=SIZE)
+    with pytest.raises(ValueError, match=r"log_prob\(progress=...\): needs steps of each sample"):
+        bound.log_prob(X, progress=True)
 
 
 @typed

@@ -178,3 +178,8 @@ def test_a_field_without_forward_mode():
         r"custom_vjp function. Pass its Jacobian, as jaxode.Rodas5P\(jacobian=...\), or use",
     ):
         end(Y[0], RATES[1], f=of_reverse_mode)
+
+
+def test_an_empty_state_with_a_tolerance_of_each_number():
+    found = jaxode.solve(lambda t, y, a: -y, jnp.zeros(0), 0.0, 1.0, atol=np.array([1e-3]))
+    assert found.y1.shape == (0,)

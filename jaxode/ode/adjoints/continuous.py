@@ -172,8 +172,7 @@ class ContinuousAdjoint(ReverseAdjoint):
 
     def backward_stepper(self, stepper: Stepper) -> Stepper:
         """The stepper of the adjoint solve."""
-        atol = jnp.min(stepper.atol) if stepper.atol.ndim else stepper.atol
-        given = {"rtol": stepper.rtol, "atol": atol}
+        given = {"rtol": stepper.rtol, "atol": jnp.min(stepper.atol, initial=jnp.inf)}
         for name, own in (("rtol", self.rtol), ("atol", self.atol)):
             if own is not None:
                 given[name] = jnp.asarray(own, stepper.rtol.dtype)

@@ -4,7 +4,6 @@
 at a step number of its own. Rows of a solve with per-sample steps need neither.
 """
 
-import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -211,8 +210,8 @@ class Many(NamedTuple):
 
         t0, t1, ts, outputs = map(of_rows, ("t0", "t1", "ts", "outputs"), (0, 0, 1, 0))
         y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
-        values, structure = jax.tree.flatten((problem.field.consts, problem.args))
-        of_problems = jax.tree.leaves((mapped.field.consts, mapped.args))
+        values, structure = jax.tree.flatten((problem.field, problem.args))
+        of_problems = jax.tree.leaves((mapped.field, mapped.args))
         is_own, by_row = self._own(mapped), self._of_row(problem)
         merge = lambda x: x.reshape(self.size * x.shape[1], *x.shape[2:])
         separate = lambda x: x.reshape(self.size, -1, *x.shape[1:])
@@ -230,8 +229,8 @@ class Many(NamedTuple):
 
                 def one(t, y, own):
                     its, others = iter(own), iter(shared)
-                    consts, args = structure.unflatten(next(its if x else others) for x in is_own)
-                    return call(dataclasses.replace(problem.field, consts=consts))(t, y, args)
+                    field, args = structure.unflatten(next(its if x else others) for x in is_own)
+                    return call(field)(t, y, args)
 
                 states = y.reshape(self.size, *self.sample)
                 times = t.reshape(self.size, self.rows)
@@ -249,20 +248,20 @@ class Many(NamedTuple):
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:
         """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
-        is_own, values = self._own(mapped), jax.tree.leaves((wanted.field.consts, wanted.args))
+        is_own, values = self._own(mapped), jax.tree.leaves((wanted.field, wanted.args))
         pairs = list(zip(is_own, values, strict=True))
         args = [x for own, x in pairs if not own], [x for own, x in pairs if own]
         return wanted._replace(field=False, args=args)
 
     def _own(self, mapped: Problem) -> list[bool]:
         """Which values of field and arguments belong to a row, or to the rows of a problem."""
-        rows, its = self._of_row(mapped), jax.tree.leaves((mapped.field.consts, mapped.args))
+        rows, its = self._of_row(mapped), jax.tree.leaves((mapped.field, mapped.args))
         return list(map(operator.or_, rows, its))
 
     def _of_row(self, problem: Problem) -> list[bool]:
         """Which values of field and arguments each row of a problem has for itself."""
         shared, of_rows = problem.args
-        flags = (jax.tree.map(lambda _: False, (problem.field.consts, shared)),)
+        flags = (jax.tree.map(lambda _: False, (problem.field, shared)),)
         return jax.tree.leaves((flags, jax.tree.map(lambda _: self.rows > 1, of_rows)))
 
     def spread(self, x: Array) -> Array:
