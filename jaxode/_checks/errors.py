@@ -132,7 +132,7 @@ def nan_or_raise(
     # While a solve is differentiated, its time can be traced although its result is not.
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
     find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
-    advice = IMPLICIT if implicit else None
+    advice, sentences = IMPLICIT if implicit else None, tuple(faults or {})
     if is_known(result):
         if np.any(np.asarray(result)):
             out_of_steps = bool(np.any(np.asarray(result) == Result.MAX_STEPS_REACHED))
@@ -142,7 +142,7 @@ def nan_or_raise(
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, rows: list[Any]) -> np.ndarray:
-        found = dict(zip(faults or {}, rows, strict=True))  # JAX would sort a dictionary
+        found = dict(zip(sentences, rows, strict=True))  # JAX would sort a dictionary
         raise SolveError(_message(where, codes, times, found, advice))
 
     def fail(codes, times):
