@@ -416,6 +416,7 @@ def test_base_of_a_users_own():
     assert scipy.stats.kstest(samples, expected.cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_by_the_condition_of_each_row():
     """`z' = p k z` with a rate `k` of each row has the density of a scaled normal."""
     rates, log_2pi = jnp.array([0.1, 0.5, -0.3, 1.0]), np.log(2 * np.pi)

@@ -262,6 +262,7 @@ def test_per_sample_gradient_of_a_row_does_not_depend_on_its_neighbours():
         np.testing.assert_allclose(together[i], alone, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_under_vmap():
     """Lanes of `vmap` take their own steps and agree with single solves."""
     rates = jnp.array([0.5, 6.0, 3.0])
@@ -314,6 +315,7 @@ def test_rules_of_differentiation_in_a_field_are_followed(kind, adjoint):
     np.testing.assert_allclose((value, gradient[0]), np.exp([-1.0, -2.0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stages_may_be_kept_beside_some_of_the_states_only(monkeypatch):
     """With those of all states, of two, of none: the same gradient."""
 

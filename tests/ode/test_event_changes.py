@@ -77,6 +77,7 @@ def test_gradients(name):
     assert_close(bars, jax.grad(exact, (0, 1, 2))(*BALL), 1e-6)
 
 
+@pytest.mark.slow
 def test_rows_have_their_own_events():
     """None, several, or one that ends the row; equal to single solves, and their gradients."""
     heights = jnp.array([30.0, 1.0, 0.02])
@@ -97,6 +98,7 @@ def test_rows_have_their_own_events():
     assert_close(bars, expected, 1e-10)
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_fails_alone():
     heights = jnp.array([1.0, jnp.nan, 2.0])
 

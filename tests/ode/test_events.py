@@ -164,6 +164,7 @@ def test_a_row_at_rest_without_an_event_has_the_gradient_of_its_end():
     assert jax.jit(jax.grad(run))(0.5) == 1
 
 
+@pytest.mark.slow
 def test_rows_without_an_event_have_the_gradient_of_their_end():
     """Before it hits the ground; and beside rows that rest, or fail, which are masked."""
     end = lambda h: jaxode.solve(fall, (h, 0.0 * h), 0.0, 0.1, 9.81, event=GROUND).y1[0]

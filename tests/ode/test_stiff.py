@@ -130,6 +130,7 @@ def test_an_empty_span_keeps_the_state_and_follows_the_field():
 
 
 @typed
+@pytest.mark.slow
 def test_over_devices():
     """Rows and joint steps, split over two devices."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))

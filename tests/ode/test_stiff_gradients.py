@@ -92,6 +92,7 @@ def test_parameters_gathered_once_per_step(monkeypatch):
     assert_close(gathered[:3], expected[:3], 1e-10)
 
 
+@pytest.mark.slow
 def test_forward_over_reverse():
     def end(rates, adjoint=jaxode.DiscreteAdjoint()):
         scaled = RATES * rates
