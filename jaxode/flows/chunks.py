@@ -25,7 +25,7 @@ from jaxode.ode.system import System
 
 # Of a chunk whose size is not given: the least and the most rows, and rows times parameters in
 # between. Measured: benchmarks/NOTES.md.
-LEAST, MOST, AT_ONCE = 64, 4096, 1 << 23
+LEAST, MOST, AT_ONCE = 1024, 4096, 1 << 25
 
 # A program of a flow: (system, parts, key) -> solution.
 Program = Callable[[System, Any, Any], Solution]
