@@ -122,7 +122,7 @@ def ratios(results: dict[str, Any]) -> list[str]:
             rows.append([label, *(" / ".join(x) if set(x) != {"-"} else "" for x in cells)])
             measured += done
     codes = sorted({str(result.get("code")) for result in measured})
-    return [show.markdown(["", *LIBRARIES], rows), measured_at(results, codes)]
+    return [show.markdown([measured_at(results, codes), *LIBRARIES], rows)]
 
 
 def of(result: dict[str, Any], library: str) -> str:
