@@ -16,8 +16,8 @@ def filled(dot: Array | None, like: Array) -> Array:
     return jnp.zeros_like(like) if dot is None else dot
 
 
-def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> Array:
-    """The derivative of `f` if all of `t` moves by one, in the mode that `f` has.
+def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> tuple[Array, Array]:
+    """`f(t)`, and its derivative if all of `t` moves by one, in the mode that `f` has.
 
     Reverse mode, transposed, comes first: JAX does not always notice at once that `f` has no
     forward mode.
@@ -25,9 +25,9 @@ def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> Array:
     ones = jnp.ones_like(t)
     try:
         value, pull = jax.vjp(f, t)
-        return jax.linear_transpose(pull, value)((ones,))[0]
+        return value, jax.linear_transpose(pull, value)((ones,))[0]
     except (TypeError, ValueError, NotImplementedError):
-        return jax.jvp(f, (t,), (ones,))[1]
+        return jax.jvp(f, (t,), (ones,))
 
 
 @eqx.filter_custom_jvp

@@ -54,8 +54,8 @@ class StartOfStep(NamedTuple):
                 slopes, moved = jax.vmap(push)(times, k[1:])
                 return slopes[0], moved
             moved = jnp.einsum("sij,ksj->ksi", field.jacobian(t, y), k[1:], precision="highest")
-            by_time = along(lambda t: field(t, y), t)
-            return field(t, y), moved + self.d[1:, None, None] * by_time[None]
+            slope, by_time = along(lambda t: field(t, y), t)
+            return slope, moved + self.d[1:, None, None] * by_time[None]
 
         bars = r[0] + r[1], h[None, :, None] * r[1:]
         if timed:

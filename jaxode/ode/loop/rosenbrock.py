@@ -45,7 +45,7 @@ class Linearized(NamedTuple):
         unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
         given = getattr(field, "jacobian", None)
         if given is not None:
-            slope, by_time = field(t, y), along(lambda t: field(t, y), t)
+            slope, by_time = along(lambda t: field(t, y), t)
             jacobian = given(t, y).transpose(1, 2, 0)
         else:
             try:
