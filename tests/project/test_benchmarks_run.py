@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -216,6 +217,21 @@ def test_every_task_simulates_what_its_reference_was_made_for(name, default_sett
     theta, x = jax.eval_shape(lambda key: task.simulate(key, 3), jax.random.key(0))
     sizes = {"two moons": (2, 2), "gaussian mixture": (2, 2), "slcp": (5, 8)}
     assert (theta.shape, x.shape) == tuple((3, size) for size in sizes.get(name, (10, 10)))
+
+
+@pytest.mark.parametrize("name", posterior.TASKS)
+def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
+    """Whose ratio has mean one, for any other parameters."""
+    task, scale = posterior.TASKS[name], 1.003
+    theta, x = task.simulate(jax.random.key(0), 20_000)
+    if name == "slcp":  # where its Gaussian is not nearly flat
+        wide = ((jnp.abs(theta[:, 2:]) > 0.5) & (jnp.abs(theta[:, 2:]) < 2.0)).all(axis=1)
+        theta, x = theta[wide], x[wide]
+    log_joint = jax.vmap(task.log_joint)
+    ratio = jnp.exp(log_joint(scale * theta, x) - log_joint(theta, x))
+    prior = 1.0 if task.bounds else scale ** -theta.shape[1]
+    assert abs(float(ratio.mean()) / prior - 1) < 0.01
+    assert float(jnp.std(ratio)) > 0.01
 
 
 # Of contenders that share their settings, one has them all; widths are one.
