@@ -324,11 +324,11 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf(steer=-0.1), ValueError,
-        "cnf(steer=...): must be finite and at least 0; got -0.1.",
+        "cnf(steer=...): must be a Python number, finite and at least 0; got -0.1.",
     ),
     (
         lambda: cnf(steer="a little"), ValueError,
-        "cnf(steer=...): must be finite and at least 0; got 'a little'.",
+        "cnf(steer=...): must be a Python number, finite and at least 0; got 'a little'.",
     ),
     (
         lambda: cnf(t0=1.0, t1=-1.0, steer=2), ValueError,
@@ -402,7 +402,7 @@ BAD_INPUT = [
     ),
     (
         lambda: divergence.hutchinson(distribution="uniform"), ValueError,
-        "hutchinson(distribution=...): must be one of ['gaussian', 'orthogonal', 'rademacher']; "
+        "hutchinson(distribution=...): must be 'rademacher', 'gaussian' or 'orthogonal'; "
         "got 'uniform'.",
     ),
     (
@@ -711,7 +711,7 @@ def test_bad_input(call, exception, message):
 
 # (arguments of a solve, exception, start of the message), of what only resembles the arguments.
 ALIKE = [
-    ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*MaskedArray"),
+    ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*masked array"),
     ({"y0": True}, TypeError, r"solve\(y0=...\).*bool"),
     ({"y0": jax.random.key(0)}, TypeError, r"solve\(y0=...\).*key<fry>"),
     ({"y0": [1.0, 2.0]}, TypeError, r"solve\(y0="),

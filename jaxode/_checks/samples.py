@@ -62,21 +62,14 @@ def check_not_empty(x: Float[Array, "batch *event"], name: str = "x") -> None:
         raise ValueError(f"{arg(name)} must have at least one row; got shape {x.shape}.")
 
 
-def check_context(context: PyTree, batch: int) -> PyTree:
-    """The context, which has one row for each sample."""
-    return check_rows("context", context, batch)
-
-
 def check_rows(name: str, tree: PyTree, batch: int, *others: Any) -> PyTree:
     """The tree, whose leaves are arrays with one row for each sample, of numbers or `others`."""
     tree, kinds = native(tree), (jnp.number, jnp.bool_, *others)
     for leaf in jax.tree.leaves(tree):
-        array = isinstance(leaf, jax.Array | np.ndarray)
-        dtype = numeric_dtype(leaf) if array else None
+        dtype = numeric_dtype(leaf) if isinstance(leaf, jax.Array | np.ndarray) else None
         if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
-            got = described(leaf) if array else type(leaf).__name__
             raise TypeError(
-                f"{arg(name)} leaves must be arrays of numbers; got {got}. "
+                f"{arg(name)} leaves must be arrays of numbers; got {described(leaf)}. "
                 "Convert them with np.asarray(..., np.float32)."
             )
         if leaf.shape[:1] != (batch,):
@@ -95,8 +88,7 @@ def check_weights(weights: Any, x: Float[Array, "batch *event"]) -> Float[Array,
     weights = native(weights)
     dtype, batch = numeric_dtype(weights), x.shape[:1]
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        got = type(weights).__name__ if dtype is None else dtype
-        raise TypeError(f"{arg('weights')} must be real numbers; got {got}.")
+        raise TypeError(f"{arg('weights')} must be real numbers; got {described(weights)}.")
     array = jnp.asarray(weights, state_dtype(x))
     if array.shape != batch:
         raise ValueError(
@@ -142,7 +134,7 @@ def check_count(n: Any) -> Any:
 
 def check_steer(steer: Any, t0: Time, t1: Time) -> float:
     """How far a random end time may be from `t0`, without reaching `t1`."""
-    if non_negative("steer", steer, "finite and at least 0") and is_known((t0, t1)):
+    if non_negative("steer", steer) and is_known((t0, t1)):
         span = abs(float(t1) - float(t0))
         if not steer < span:
             raise ValueError(
@@ -152,27 +144,18 @@ def check_steer(steer: Any, t0: Time, t1: Time) -> float:
     return float(steer)
 
 
-def check_key(key: Any, optional: bool = False) -> Any:
+def check_key(key: Any) -> Any:
     """The validated key: typed, or of the older kind, an array of uint32."""
-    if key is None and optional:
-        return None
-    shape = _shape_of_keys(key)
-    if shape is None:
+    try:
+        shape = jax.random.key_data(key).shape[:-1]
+    except TypeError:
         raise TypeError(
             f"{arg('key')} must be a key of jax.random; got {type(key).__name__}. "
             "Pass jax.random.key(0)."
-        )
+        ) from None
     if shape:
         raise ValueError(
             f"{arg('key')} must be one key; got keys of shape {shape}. "
             "Pass one of them; it gives each row its own random numbers."
         )
     return key
-
-
-def _shape_of_keys(key: Any) -> tuple[int, ...] | None:
-    """The shape of an array of keys, `()` for one key. None if it is not a key."""
-    try:
-        return jax.random.key_data(key).shape[:-1]
-    except TypeError:
-        return None

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, shape_of
 from jaxode._checks.rules import NUMBER, Rule
-from jaxode._checks.samples import check_context, check_finite
+from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
 from jaxode.density.inputs import check_inside, floating, numbers
 from jaxode.density.maps import column_list, contains, dependent_columns
@@ -105,7 +105,7 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
             f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
-    context = check_context(context, len(x))
+    context = check_rows("context", context, len(x))
     check_finite({name: x, "context": context})
     x = np.asarray(x)
     if density.support is not None:

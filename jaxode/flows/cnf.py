@@ -30,10 +30,10 @@ from jaxode._checks.rules import (
     weights_faults,
 )
 from jaxode._checks.samples import (
-    check_context,
     check_count,
     check_key,
     check_not_empty,
+    check_rows,
     check_samples,
     check_weights,
 )
@@ -175,7 +175,7 @@ class CNF(eqx.Module):
         system = self._system("x", x, params, context).raising(bool(self.throw))
         check_not_empty(system.y0)
         weights = check_weights(weights, system.y0)
-        key = check_key(key, optional=True)
+        key = None if key is None else check_key(key)
         loss, stats, result, t_reached = programs.nll(
             system, self._parts, key, weights, self.quadrature, self.steer
         )
@@ -338,7 +338,7 @@ class CNF(eqx.Module):
         span = (self.t1, self.t0) if name == "x" else (self.t0, self.t1)
         check = public("cnf")(check_samples) if name == "base" else check_samples
         y0 = check(name, samples, tuple(self.base.event_shape))
-        context = check_context(context, y0.shape[0])
+        context = check_rows("context", context, y0.shape[0])
         params = check_args("params", params)
         field, options = Integrands(self.f, self.divergence).field, self.solve_options
         return make_system(field, y0, span, params, options, row_args=context, batch=self.batch)
@@ -352,7 +352,7 @@ class CNF(eqx.Module):
         """The end state of the compiled `program(system, parts, key)`."""
         throw = self.throw is None or self.throw
         system = self._system(name, samples, params, context).raising(throw)
-        key = check_key(key, optional=True)
+        key = None if key is None else check_key(key)
         solution = in_chunks(program, self.chunks, system, self._parts, key)
         if not throw:
             return solution.y1

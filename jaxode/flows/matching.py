@@ -41,8 +41,8 @@ from jaxode._checks.rules import (
     weights_faults,
 )
 from jaxode._checks.samples import (
-    check_context,
     check_not_empty,
+    check_rows,
     check_samples,
     check_weights,
     normalized,
@@ -89,7 +89,7 @@ def matching_loss(
     x = check_samples("x", x, event)
     x = x.astype(state_dtype(x))
     check_not_empty(x)
-    context = check_context(context, x.shape[0])
+    context = check_rows("context", context, x.shape[0])
     params = check_args("params", params)
     given = check_weights(weights, x)
     weights, _ = normalized(given, x, axis_name)
