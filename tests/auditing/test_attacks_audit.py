@@ -402,7 +402,7 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.audit(FLOW, P, X[:0], KEY), ValueError,
-        "audit(x=...): must have at least one sample; got none. Pass data.",
+        "audit(x=...): must have at least one row; got shape (0, 2).",
     ),
     (
         lambda: jaxode.audit(FLOW, P, X, KEY, context=X[:2]), ValueError,
