@@ -168,16 +168,13 @@ def _curve(name: str, values, window: int, ylabel: str, ax, style) -> Axes:
     # With a window as long as the curve, the mean would be a single, invisible point.
     window = max(min(window, values.size // 2), 1)
     if window > 1:
-        (line,) = ax.plot(np.arange(window, values.size + 1), _mean(values, window), **style)
+        mean = np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1)
+        (line,) = ax.plot(np.arange(window, values.size + 1), mean, **style)
         ax.plot(np.arange(1, values.size + 1), values, color=line.get_color(), lw=0.5, alpha=0.35)
     else:
         ax.plot(np.arange(1, values.size + 1), values, **{"lw": 0.8, **style})
     ax.set(xlabel="training step", ylabel=ylabel)
     return ax
-
-
-def _mean(values: np.ndarray, window: int) -> np.ndarray:
-    return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1)
 
 
 def _plane(name: str, x: Any, ndim: int) -> np.ndarray:
