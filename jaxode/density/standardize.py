@@ -108,7 +108,7 @@ def _check_values(name: str, data: np.ndarray) -> None:
     check_finite({name: narrow})
 
 
-def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None = None) -> Map:
+def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -> Map:
     """The map of the data within a support, computed in float64 if they are known."""
     if support is not None:
         data = jax.vmap(lambda x: support.inverse(x)[0])(data)
