@@ -167,7 +167,8 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf().log_prob(None, [[0.0, 1.0]]), TypeError,
-        "log_prob(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
+        "log_prob(x=...): must be an array of numbers; got list. Convert it with np.asarray(..., "
+        "np.float32), and fill what is masked.",
     ),
     (
         lambda: solve(solver="dopri5"), TypeError,

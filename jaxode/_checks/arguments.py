@@ -167,8 +167,8 @@ def check_state(name: str, y0: PyTree) -> PyTree[Array]:
         dtype = numeric_dtype(leaf) if array else None
         if dtype is None:
             cure = "Pass things that are not part of the state in args."
-            if isinstance(leaf, np.ma.MaskedArray):
-                cure = "Fill it, or convert it to a JAX array."
+            if isinstance(leaf, np.ndarray | np.generic) and np.issubdtype(leaf.dtype, np.number):
+                cure = "Convert it to a JAX array, and fill what is masked."
             raise TypeError(
                 f"{arg(name)} leaves must be floating arrays; got {described(leaf)}. {cure}"
             )

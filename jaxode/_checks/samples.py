@@ -24,10 +24,11 @@ from jaxode._jax.sharding import AxisName
 
 def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "batch *event"]:
     """The samples of a density as an array."""
-    if not isinstance(x, jax.Array | np.ndarray):
+    x = native(x)
+    if not isinstance(x, jax.Array | np.ndarray) or numeric_dtype(x) is None:
         raise TypeError(
-            f"{arg(name)} must be an array; got {type(x).__name__}. "
-            "Convert it with np.asarray(..., np.float32)."
+            f"{arg(name)} must be an array of numbers; got {described(x)}. Convert it with "
+            "np.asarray(..., np.float32), and fill what is masked."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         cure = "Convert real numbers with .astype(np.float32)."
@@ -40,12 +41,6 @@ def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "ba
     if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
         raise ValueError(
             f"{arg(name)} must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
-        )
-    x = native(x)
-    if numeric_dtype(x) is None:
-        raise TypeError(
-            f"{arg(name)} must be an array that JAX accepts; got {described(x)}. Convert "
-            "it with .astype(np.float32), and fill what is masked."
         )
     return jnp.asarray(x)
 

@@ -137,7 +137,7 @@ def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array,
 
 def _scattered(count: int) -> np.ndarray:
     """A permutation by multiples of about the golden ratio, so neighbors end up far apart."""
-    stride = round(count * GOLDEN) or 1
+    stride = round(count * GOLDEN)
     while math.gcd(stride, count) > 1:
         stride += 1
     return (np.arange(count) * stride % count).astype(np.int32)

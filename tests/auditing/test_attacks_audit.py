@@ -398,7 +398,8 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.audit(FLOW, P, [[1.0, 2.0]], KEY), TypeError,
-        "audit(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
+        "audit(x=...): must be an array of numbers; got list. Convert it with np.asarray(..., "
+        "np.float32), and fill what is masked.",
     ),
     (
         lambda: jaxode.audit(FLOW, P, X[:0], KEY), ValueError,
