@@ -84,9 +84,7 @@ def optimal_transport(group: int = 64, condition_weight: float | None = None) ->
     """
     group = integer("group", group)
     if condition_weight is not None:
-        condition_weight = non_negative(
-            "condition_weight", condition_weight, "a finite number, at least 0"
-        )
+        condition_weight = non_negative("condition_weight", condition_weight)
     return Coupling(_OptimalTransport(group, condition_weight))
 
 
@@ -109,9 +107,10 @@ class _OptimalTransport:
         cost = _squared_distances(grouped(x), grouped(z), real)
         weight = self.condition_weight or 0.0
         for leaf in map(grouped, self._conditions(context)):
-            distance = _entries_that_differ(leaf, leaf)
-            if _is_floating(leaf):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
                 distance = _distances_within(leaf, real)
+            else:  # the number of entries that differ
+                distance = jnp.sum(leaf[:, :, None] != leaf[:, None], axis=-1).astype(jnp.float32)
             cost = cost + (weight * distance).astype(cost.dtype)
         # A borrowed row is paired with itself.
         both, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
@@ -120,27 +119,20 @@ class _OptimalTransport:
         return rows[real]
 
     def _conditions(self, context: PyTree) -> list[Any]:
-        if self.condition_weight == 0:
-            return []
-        conditions = jax.tree.leaves(context)
-        if self.condition_weight is None:
-            if conditions:
-                raise ValueError(
-                    "optimal_transport(condition_weight=...): must be given with a context; got "
-                    "None. Pass a positive weight of the squared distance of conditions, or 0.0 "
-                    "for transport that ignores them, which skews the trained flow."
-                )
-        elif not conditions:
+        weight, conditions = self.condition_weight, jax.tree.leaves(context)
+        if weight is None and conditions:
+            raise ValueError(
+                "optimal_transport(condition_weight=...): must be given with a context; got None. "
+                "Pass a positive weight of the squared distance of conditions, or 0.0 for "
+                "transport that ignores them, which skews the trained flow."
+            )
+        if weight and not conditions:
             raise ValueError(
                 "matching_loss(context=...): must be given where its distance counts; got None "
-                f"with optimal_transport(condition_weight={self.condition_weight}). Pass the "
-                "context, or leave condition_weight out."
+                f"with optimal_transport(condition_weight={weight}). Pass the context, or leave "
+                "condition_weight out."
             )
-        return conditions
-
-
-def _is_floating(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return conditions if weight else []
 
 
 def _squared_distances(
@@ -167,11 +159,6 @@ def _distances_within(a: Float[Array, "groups n d"], real: Bool[np.ndarray, "gro
     sizes = squares[:, :, None] + squares[:, None, :]
     distance, rounding = sizes - 2 * products, (a.shape[-1] + 3) * jnp.finfo(sizes.dtype).eps
     return jnp.where(distance > rounding * sizes, distance, 0)
-
-
-def _entries_that_differ(a: Int[Array, "groups n d"], b: Int[Array, "groups n d"]):
-    differ = a[:, :, None, :] != b[:, None, :, :]
-    return jnp.sum(differ, axis=-1).astype(jnp.float32)
 
 
 def assignment(cost: Float[Array, "n n"]) -> Int[Array, " n"]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import is_number
+from jaxode._checks.arguments import is_number, one_of
 from jaxode._checks.caller import arg, caller, public
 from jaxode._checks.rules import FROM_NOISE, Faults
 from jaxode.distributions import DiagonalNormal, as_event_shape
@@ -161,11 +161,9 @@ class _ProbabilityFlow:
         out = offered(t, z, args)
         if out is NotImplemented:
             return out
-        return jax.tree.map(
-            lambda own, x: self.path.drift(t) * x + self._factor(t) * own,
-            tuple(out),
-            (z, jnp.asarray(z.size, z.dtype)),
-        )
+        drift, factor = self.path.drift(t), self._factor(t)
+        dz, div = out
+        return drift * z + factor * dz, drift * jnp.asarray(z.size, z.dtype) + factor * div
 
     def _factor(self, t: Time) -> Time:
         """The factor of the model's output in the velocity."""
@@ -217,18 +215,12 @@ def probability_flow(
         raise TypeError(
             f"{arg('path')} must be a path; got the class {path.__name__}. Pass an instance of it."
         )
-    missing = [
-        name
-        for name in ("drift", "diffusion", "mean_scale", "std")
-        if not callable(getattr(path, name, None))
-    ]
+    needed = ("drift", "diffusion", "mean_scale", "std")
+    missing = [name for name in needed if not callable(getattr(path, name, None))]
     if missing:
         raise TypeError(
             f"{arg('path')} must have functions of time drift, diffusion, mean_scale and std; "
             f"got {path!r} without {', '.join(missing)}. Use jaxode.VariancePreserving()."
         )
-    if predicts not in ("score", "noise"):
-        raise ValueError(
-            f"{arg('predicts')} must be 'score' or 'noise'; got {predicts!r}."
-        )  # fmt: skip
+    one_of("predicts", predicts, ("score", "noise"))
     return _ProbabilityFlow(model, path, predicts)

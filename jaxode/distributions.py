@@ -137,7 +137,7 @@ def centered_normal(n: int, dim: int) -> CenteredNormal:
     Raises:
         ValueError: unless `n` is an integer of at least 2, and `dim` a positive one.
     """
-    n = integer("n", n, 2, "an integer of at least 2")
+    n = integer("n", n, 2)
     return CenteredNormal((n, integer("dim", dim)))
 
 

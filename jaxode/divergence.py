@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import check_derivative, integer
+from jaxode._checks.arguments import check_derivative, integer, one_of
 from jaxode._checks.caller import public
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
@@ -165,10 +165,7 @@ def hutchinson(
 
     References: Hutchinson (1990); Grathwohl et al. (2019), arXiv:1810.01367.
     """
-    if distribution not in _DRAWS:
-        raise ValueError(
-            f"hutchinson(distribution=...): must be one of {sorted(_DRAWS)}; got {distribution!r}."
-        )
+    one_of("distribution", distribution, tuple(_DRAWS))
     probes = integer("probes", probes)
     return Divergence(
         _Probes(probes, distribution),

@@ -49,7 +49,7 @@ def dequantize(
         ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
             2.
     """
-    _check_levels(levels)
+    integer("levels", levels, 2)
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
     _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
@@ -70,7 +70,7 @@ def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
     Raises:
         ValueError: if `levels` is not an integer of at least 2.
     """
-    _check_levels(levels)
+    integer("levels", levels, 2)
     return jnp.clip(jnp.floor(u * levels), 0, levels - 1)
 
 
@@ -122,10 +122,6 @@ def _check_values(name: str, x: Any, good, rule: str, remedy: str) -> None:
     bad = values[~good(values)]
     if bad.size:
         raise ValueError(f"{arg(name)} {rule}; got {bad[0]}. {remedy}")
-
-
-def _check_levels(levels: int) -> None:
-    integer("levels", levels, least=2, rule="an integer of at least 2")
 
 
 def _check_margin(margin: float) -> None:

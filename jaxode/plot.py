@@ -66,7 +66,7 @@ def density(
     )
     if colorbar:
         ax.figure.colorbar(image, ax=ax, label=label)
-    return _named(ax, "$x_1$", "$x_2$")
+    return _named(ax)
 
 
 @public("samples")
@@ -84,7 +84,7 @@ def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **st
     points = _plane("x", x, 2)
     ax = _axes(ax)
     ax.scatter(*points.T, **{"s": 4, "alpha": 0.5, "linewidths": 0, **style})
-    return _named(ax, "$x_1$", "$x_2$")
+    return _named(ax)
 
 
 @public("trajectories")
@@ -113,7 +113,7 @@ def trajectories(
     ax.plot(paths[:, :, 0], paths[:, :, 1], **{"color": "gray", "lw": 0.6, **style})
     for points, label in ((paths[0], start), (paths[-1], end)):
         ax.scatter(*points.T, s=10, label=label, zorder=3)
-    return _named(ax, "$x_1$", "$x_2$")
+    return _named(ax)
 
 
 @public("history")
@@ -168,16 +168,13 @@ def _curve(name: str, values, window: int, ylabel: str, ax, style) -> Axes:
     # With a window as long as the curve, the mean would be a single, invisible point.
     window = max(min(window, values.size // 2), 1)
     if window > 1:
-        (line,) = ax.plot(np.arange(window, values.size + 1), _mean(values, window), **style)
+        mean = np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1)
+        (line,) = ax.plot(np.arange(window, values.size + 1), mean, **style)
         ax.plot(np.arange(1, values.size + 1), values, color=line.get_color(), lw=0.5, alpha=0.35)
     else:
         ax.plot(np.arange(1, values.size + 1), values, **{"lw": 0.8, **style})
     ax.set(xlabel="training step", ylabel=ylabel)
     return ax
-
-
-def _mean(values: np.ndarray, window: int) -> np.ndarray:
-    return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1)
 
 
 def _plane(name: str, x: Any, ndim: int) -> np.ndarray:
@@ -204,7 +201,7 @@ def _axes(ax: Axes | None) -> Axes:
     return pyplot.gca() if ax is None else ax
 
 
-def _named(ax: Axes, x: str, y: str) -> Axes:
-    """Name the axes that have no name."""
-    ax.set(xlabel=ax.get_xlabel() or x, ylabel=ax.get_ylabel() or y)
+def _named(ax: Axes) -> Axes:
+    """Name the axes of the plane that have no name."""
+    ax.set(xlabel=ax.get_xlabel() or "$x_1$", ylabel=ax.get_ylabel() or "$x_2$")
     return ax

@@ -35,7 +35,7 @@ def kinetic_energy(weight: float) -> Regularizer:
     Raises:
         ValueError: if the weight is negative or not finite.
     """
-    return Regularizer("kinetic_energy", _weight(weight), _square)
+    return Regularizer("kinetic_energy", non_negative("weight", weight), _square)
 
 
 @public("jacobian_frobenius")
@@ -48,7 +48,7 @@ def jacobian_frobenius(weight: float) -> Regularizer:
     Raises:
         ValueError: if the weight is negative or not finite.
     """
-    weight = _weight(weight)
+    weight = non_negative("weight", weight)
     return Regularizer("jacobian_frobenius", weight, _norm, needs_norm=True)
 
 
@@ -61,10 +61,6 @@ def _norm(dz: Array, norm: Array | None) -> Array:
     del dz
     assert norm is not None
     return norm
-
-
-def _weight(weight: float) -> float:
-    return non_negative("weight", weight, "a Python number, finite and at least 0")
 
 
 def check_regularizers(regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:

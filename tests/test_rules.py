@@ -167,7 +167,8 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf().log_prob(None, [[0.0, 1.0]]), TypeError,
-        "log_prob(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
+        "log_prob(x=...): must be an array of numbers; got list. Convert it with np.asarray(..., "
+        "np.float32), and fill what is masked.",
     ),
     (
         lambda: solve(solver="dopri5"), TypeError,
@@ -324,11 +325,11 @@ BAD_INPUT = [
     ),
     (
         lambda: cnf(steer=-0.1), ValueError,
-        "cnf(steer=...): must be finite and at least 0; got -0.1.",
+        "cnf(steer=...): must be a Python number, finite and at least 0; got -0.1.",
     ),
     (
         lambda: cnf(steer="a little"), ValueError,
-        "cnf(steer=...): must be finite and at least 0; got 'a little'.",
+        "cnf(steer=...): must be a Python number, finite and at least 0; got 'a little'.",
     ),
     (
         lambda: cnf(t0=1.0, t1=-1.0, steer=2), ValueError,
@@ -402,7 +403,7 @@ BAD_INPUT = [
     ),
     (
         lambda: divergence.hutchinson(distribution="uniform"), ValueError,
-        "hutchinson(distribution=...): must be one of ['gaussian', 'orthogonal', 'rademacher']; "
+        "hutchinson(distribution=...): must be 'rademacher', 'gaussian' or 'orthogonal'; "
         "got 'uniform'.",
     ),
     (
@@ -711,7 +712,7 @@ def test_bad_input(call, exception, message):
 
 # (arguments of a solve, exception, start of the message), of what only resembles the arguments.
 ALIKE = [
-    ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*MaskedArray"),
+    ({"y0": np.ma.ones(2)}, TypeError, r"solve\(y0=...\).*masked array"),
     ({"y0": True}, TypeError, r"solve\(y0=...\).*bool"),
     ({"y0": jax.random.key(0)}, TypeError, r"solve\(y0=...\).*key<fry>"),
     ({"y0": [1.0, 2.0]}, TypeError, r"solve\(y0="),

@@ -29,19 +29,14 @@ def as_array(value: Any, dtype: jnp.dtype) -> Any:
     return (np if isinstance(value, int | float) else jnp).asarray(value, dtype)
 
 
-def integer(
-    name: str,
-    value: Any,
-    least: int = 1,
-    rule: str = "a positive integer",
-    cure: str = "",
-) -> int:
+def integer(name: str, value: Any, least: int = 1, rule: str = "", cure: str = "") -> int:
     """The value as an `int` of at least `least`. NumPy integers are accepted."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
+        rule = rule or ("a positive integer" if least == 1 else f"an integer of at least {least}")
         raise ValueError(f"{arg(name)} must be {rule}; got {value!r}.{cure}")
     return number
 
@@ -51,7 +46,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def non_negative(name: str, value: Any, rule: str) -> float:
+def non_negative(
+    name: str, value: Any, rule: str = "a Python number, finite and at least 0"
+) -> float:
     """The value, if it is a finite Python number of at least zero."""
     if not is_number(value) or not 0 <= value < float("inf"):
         raise ValueError(f"{arg(name)} must be {rule}; got {value!r}.")
@@ -69,7 +66,7 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> None:
     """Raise unless the value is a real scalar that is not known to break one of the rules."""
     if not isinstance(value, float):  # Most are floats and need no array.
-        check_real(name, value, kind)
+        check_real(name, value, f"real {kind}")
         if np.shape(value) != ():
             scalar, shape = f"scalar {kind}".removesuffix(" number"), np.shape(value)
             raise ValueError(f"{arg(name)} must be a {scalar}; got shape {shape}.")
@@ -77,13 +74,18 @@ def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> N
         rule.check(value, name=name)
 
 
-def check_real(name: str, value: Any, kind: str = "number") -> None:
+def check_real(name: str, value: Any, kind: str = "real number") -> None:
     """Raise unless JAX accepts the value as an array of real numbers."""
     dtype = numeric_dtype(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.number):
-        raise TypeError(f"{arg(name)} must be a real {kind}; got {value!r}.")
+        raise TypeError(f"{arg(name)} must be a {kind}; got {value!r}.")
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{arg(name)} must be a real {kind}; got a complex number.")
+        raise TypeError(f"{arg(name)} must be a {kind}; got a complex number.")
+
+
+def check_real_times(name: str, value: Any) -> None:
+    """Raise unless JAX accepts the value as an array of times."""
+    check_real(name, value, "vector of real times")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -121,11 +123,13 @@ def native(tree: PyTree) -> PyTree:
     return jax.tree.map(turn, tree)
 
 
-def described(array: Any) -> str:
-    """What an array is, for the message that says why JAX does not accept it."""
-    if isinstance(array, np.ma.MaskedArray):
+def described(value: Any) -> str:
+    """What a value is, for the message that says why it is not accepted."""
+    if isinstance(value, np.ma.MaskedArray):
         return "a masked array, whose entries may have no value"
-    return f"an array of {array.dtype}"
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return f"an array of {value.dtype}"
+    return type(value).__name__
 
 
 def check_args(name: str, args: PyTree) -> PyTree:
@@ -138,11 +142,6 @@ def check_args(name: str, args: PyTree) -> PyTree:
                 "Encode it as numbers, or let the vector field close over it."
             )
     return args
-
-
-def _is_not_numeric(leaf: Any) -> bool:
-    """Whether the leaf is a NumPy array of text, objects, dates or durations."""
-    return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "USOMm"
 
 
 def state_dtype(y0: PyTree) -> jnp.dtype:
@@ -165,23 +164,19 @@ def check_state(name: str, y0: PyTree) -> PyTree[Array]:
         )
     for leaf in leaves:
         array = isinstance(leaf, jax.Array | np.ndarray | np.generic | PYTHON_NUMBERS)
-        if not array or _is_not_numeric(leaf):
-            got = getattr(leaf, "dtype", type(leaf).__name__)
+        dtype = numeric_dtype(leaf) if array else None
+        if dtype is None:
+            cure = "Pass things that are not part of the state in args."
+            if isinstance(leaf, np.ndarray | np.generic) and np.issubdtype(leaf.dtype, np.number):
+                cure = "Convert it to a JAX array, and fill what is masked."
             raise TypeError(
-                f"{arg(name)} leaves must be floating arrays; got {got}. "
-                "Pass things that are not part of the state in args."
+                f"{arg(name)} leaves must be floating arrays; got {described(leaf)}. {cure}"
             )
-        dtype = numeric_dtype(leaf)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            got, cure = dtype, "Convert with .astype(jnp.float32)."
-            if dtype is None:
-                got, cure = (
-                    f"{type(leaf).__name__} of {np.asarray(leaf).dtype}",
-                    "Convert to a JAX array.",
-                )
-            elif jnp.issubdtype(dtype, jnp.complexfloating):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            cure = "Convert with .astype(jnp.float32)."
+            if jnp.issubdtype(dtype, jnp.complexfloating):
                 cure = "Pass real and imaginary parts, such as (y.real, y.imag)."
-            raise TypeError(f"{arg(name)} leaves must have a floating dtype; got {got}. {cure}")
+            raise TypeError(f"{arg(name)} leaves must have a floating dtype; got {dtype}. {cure}")
     return jax.tree.map(jnp.asarray, y0)
 
 
@@ -258,15 +253,6 @@ def check_jacobian(n: int, jacobian: Any) -> None:
             f"{jnp.shape(jacobian)}. Entry [i, j] is the derivative of number i of f by number j "
             "of y."
         )
-
-
-def check_real_times(name: str, value: Any) -> None:
-    """Raise unless JAX accepts the value as an array of real numbers."""
-    kind = numeric_dtype(value)
-    if kind is None or not (
-        jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
-    ):
-        raise TypeError(f"{arg(name)} must be a vector of real times; got {value!r}.")
 
 
 def check_breakpoints(value: Any, steps: int | None) -> None:

@@ -24,10 +24,11 @@ from jaxode._jax.sharding import AxisName
 
 def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "batch *event"]:
     """The samples of a density as an array."""
-    if not isinstance(x, jax.Array | np.ndarray):
+    x = native(x)
+    if not isinstance(x, jax.Array | np.ndarray) or numeric_dtype(x) is None:
         raise TypeError(
-            f"{arg(name)} must be an array; got {type(x).__name__}. "
-            "Convert it with np.asarray(..., np.float32)."
+            f"{arg(name)} must be an array of numbers; got {described(x)}. Convert it with "
+            "np.asarray(..., np.float32), and fill what is masked."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         cure = "Convert real numbers with .astype(np.float32)."
@@ -40,12 +41,6 @@ def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "ba
     if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
         raise ValueError(
             f"{arg(name)} must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
-        )
-    x = native(x)
-    if numeric_dtype(x) is None:
-        raise TypeError(
-            f"{arg(name)} must be an array that JAX accepts; got {described(x)}. Convert "
-            "it with .astype(np.float32), and fill what is masked."
         )
     return jnp.asarray(x)
 
@@ -62,21 +57,14 @@ def check_not_empty(x: Float[Array, "batch *event"], name: str = "x") -> None:
         raise ValueError(f"{arg(name)} must have at least one row; got shape {x.shape}.")
 
 
-def check_context(context: PyTree, batch: int) -> PyTree:
-    """The context, which has one row for each sample."""
-    return check_rows("context", context, batch)
-
-
 def check_rows(name: str, tree: PyTree, batch: int, *others: Any) -> PyTree:
     """The tree, whose leaves are arrays with one row for each sample, of numbers or `others`."""
     tree, kinds = native(tree), (jnp.number, jnp.bool_, *others)
     for leaf in jax.tree.leaves(tree):
-        array = isinstance(leaf, jax.Array | np.ndarray)
-        dtype = numeric_dtype(leaf) if array else None
+        dtype = numeric_dtype(leaf) if isinstance(leaf, jax.Array | np.ndarray) else None
         if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
-            got = described(leaf) if array else type(leaf).__name__
             raise TypeError(
-                f"{arg(name)} leaves must be arrays of numbers; got {got}. "
+                f"{arg(name)} leaves must be arrays of numbers; got {described(leaf)}. "
                 "Convert them with np.asarray(..., np.float32)."
             )
         if leaf.shape[:1] != (batch,):
@@ -95,8 +83,7 @@ def check_weights(weights: Any, x: Float[Array, "batch *event"]) -> Float[Array,
     weights = native(weights)
     dtype, batch = numeric_dtype(weights), x.shape[:1]
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        got = type(weights).__name__ if dtype is None else dtype
-        raise TypeError(f"{arg('weights')} must be real numbers; got {got}.")
+        raise TypeError(f"{arg('weights')} must be real numbers; got {described(weights)}.")
     array = jnp.asarray(weights, state_dtype(x))
     if array.shape != batch:
         raise ValueError(
@@ -142,7 +129,7 @@ def check_count(n: Any) -> Any:
 
 def check_steer(steer: Any, t0: Time, t1: Time) -> float:
     """How far a random end time may be from `t0`, without reaching `t1`."""
-    if non_negative("steer", steer, "finite and at least 0") and is_known((t0, t1)):
+    if non_negative("steer", steer) and is_known((t0, t1)):
         span = abs(float(t1) - float(t0))
         if not steer < span:
             raise ValueError(
@@ -152,27 +139,18 @@ def check_steer(steer: Any, t0: Time, t1: Time) -> float:
     return float(steer)
 
 
-def check_key(key: Any, optional: bool = False) -> Any:
+def check_key(key: Any) -> Any:
     """The validated key: typed, or of the older kind, an array of uint32."""
-    if key is None and optional:
-        return None
-    shape = _shape_of_keys(key)
-    if shape is None:
+    try:
+        shape = jax.random.key_data(key).shape[:-1]
+    except TypeError:
         raise TypeError(
             f"{arg('key')} must be a key of jax.random; got {type(key).__name__}. "
             "Pass jax.random.key(0)."
-        )
+        ) from None
     if shape:
         raise ValueError(
             f"{arg('key')} must be one key; got keys of shape {shape}. "
             "Pass one of them; it gives each row its own random numbers."
         )
     return key
-
-
-def _shape_of_keys(key: Any) -> tuple[int, ...] | None:
-    """The shape of an array of keys, `()` for one key. None if it is not a key."""
-    try:
-        return jax.random.key_data(key).shape[:-1]
-    except TypeError:
-        return None

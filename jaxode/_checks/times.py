@@ -1,6 +1,6 @@
 """Checks of times: their shapes, their order, and whether the dtype of the state can hold them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,27 +99,19 @@ def _check_end(name: str, value: Any, rows: int | None) -> bool:
     return True
 
 
-class _Stored(NamedTuple):
-    """A time, and how far rounding to the dtype of the state moves it."""
+def _stored(t: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """A time, and how far rounding to the dtype of the state moves it.
 
-    value: Any
-    moved: Any
-
-    @classmethod
-    def of(cls, t: Any, dtype: jnp.dtype) -> "_Stored":
-        """In float64 by NumPy if the time is known, otherwise in JAX's precision."""
-        info = jnp.finfo(dtype)
-        if is_known(t):
-            exact = np.asarray(t, float)
-            with np.errstate(all="ignore"):
-                return cls(exact, exact.astype(dtype).astype(float) - exact)
-        exact = jax.lax.stop_gradient(jnp.asarray(t, float))
-        if exact.dtype == dtype:
-            return cls(exact, jnp.zeros_like(exact))
-        return cls(exact, jax.lax.reduce_precision(exact, info.nexp, info.nmant) - exact)
-
-    def map(self, f) -> "_Stored":
-        return _Stored(f(self.value), f(self.moved))
+    In float64 by NumPy if the time is known, otherwise in JAX's precision.
+    """
+    if is_known(t):
+        exact = np.asarray(t, float)
+        return exact, exact.astype(dtype).astype(float) - exact
+    exact = jax.lax.stop_gradient(jnp.asarray(t, float))
+    if exact.dtype == dtype:
+        return exact, jnp.zeros_like(exact)
+    info = jnp.finfo(dtype)
+    return exact, jax.lax.reduce_precision(exact, info.nexp, info.nmant) - exact
 
 
 def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
@@ -132,22 +124,23 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
     if dtype == np.dtype(float):
         return np.False_, np.False_
     eps = float(jnp.finfo(dtype).eps)
-    start, end = _Stored.of(t0, dtype), _Stored.of(t1, dtype)
     with np.errstate(all="ignore"):
-        span = abs(end.value - start.value)
-        span_lost = abs(end.moved - start.moved) > 1e-3 * span
+        (start, start_moved), (end, end_moved) = _stored(t0, dtype), _stored(t1, dtype)
+        span = abs(end - start)
+        span_lost = abs(end_moved - start_moved) > 1e-3 * span
         if ts is None:
             return span_lost, np.False_
-        outputs = _Stored.of(ts, dtype)
-        shape = np.broadcast_shapes(span.shape, outputs.value.shape[:-1])
+        outputs, outputs_moved = _stored(ts, dtype)
+        shape = np.broadcast_shapes(span.shape, outputs.shape[:-1])
         xp = np if is_known((t0, t1, ts)) else jnp
         column = lambda x: xp.broadcast_to(x, shape)[..., None]
         rows = lambda x: xp.broadcast_to(x, (*shape, x.shape[-1]))
-        joined = lambda *parts: xp.concatenate([parts[0], rows(parts[1]), parts[2]], axis=-1)
-        start, end, span = start.map(column), end.map(column), column(span)
-        gaps, moved = (xp.diff(joined(*parts)) for parts in zip(start, outputs, end, strict=True))
-        merged = (gaps + moved == 0) & (abs(gaps) > eps * span)
-        far = abs(rows(outputs.moved) - start.moved) > 1e-3 * span
+        steps = lambda t0, ts, t1: xp.diff(
+            xp.concatenate([column(t0), rows(ts), column(t1)], axis=-1)
+        )
+        gaps, moved = steps(start, outputs, end), steps(start_moved, outputs_moved, end_moved)
+        merged = (gaps + moved == 0) & (abs(gaps) > eps * column(span))
+        far = abs(rows(outputs_moved) - column(start_moved)) > 1e-3 * column(span)
         return span_lost, far.any(axis=-1) | merged.any(axis=-1)
 
 

@@ -1,7 +1,7 @@
 """The checks of `jaxode.audit`. Each measures one property of a flow and judges it.
 
-A new check is a function and an entry in `CHECKS`. This file has the checks of the solve and its
-gradient.
+A new check is a function and an entry in `CHECKS`. This file has the checks of the solve, its
+gradient, and its cost.
 """
 
 import math
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode.auditing import density, work
+from jaxode._jax.closure import compiled
+from jaxode.auditing import density
 from jaxode.auditing.subject import BASE_DISTANCE, Row, Subject
 from jaxode.ode.adjoints import DiscreteAdjoint
 
@@ -21,6 +22,13 @@ from jaxode.ode.adjoints import DiscreteAdjoint
 ROUND_TRIP = 1e-3
 LOG_DENSITY = 1e-2
 GRADIENT = 1e-2
+EVALUATIONS = 1000
+STEPS_USED = 0.5
+# A healthy controller rejects about one step in five. At every kink of a field it rejects several
+# in a row.
+REJECTED = 0.4
+# Explicit solvers are stable for steps of up to about three time constants.
+STIFFNESS = 100.0
 
 
 def _solves(s: Subject) -> Row:
@@ -43,7 +51,7 @@ def _round_trip(s: Subject) -> Row:
     back = s.flow.from_base(s.params, s.z, context=s.context)
     value = jnp.max(jnp.abs(back - s.x) / (1 + jnp.abs(s.x)), initial=0.0)
     return s.judge(
-        "round-trip error", value, ROUND_TRIP, f"at most {ROUND_TRIP:g} of 1 + |x|",
+        "round-trip error", value, ROUND_TRIP, "of 1 + |x|",
         f"{s.solve_finer}: samples and densities do not belong to the same flow; if that does "
         "not help, the flow contracts too much to be inverted.",
     )  # fmt: skip
@@ -72,17 +80,15 @@ def _log_density(s: Subject) -> Row:
         )
     error = jnp.abs(s.log_prob.astype(s.tight_log_prob.dtype) - s.tight_log_prob)
     return s.judge(
-        "log-density error", jnp.max(jnp.where(s.outside, 0, error)), LOG_DENSITY,
-        f"at most {LOG_DENSITY:g} nats", advice,
-    )  # fmt: skip
+        "log-density error", jnp.max(jnp.where(s.outside, 0, error)), LOG_DENSITY, "nats", advice
+    )
 
 
 def _loss(s: Subject) -> Row:
     """`nll` with the same probes."""
     (own, _), (tight, _) = s.loss[0], s.tight_loss[0]
     return s.judge(
-        "loss error", jnp.abs(own.astype(tight.dtype) - tight), LOG_DENSITY,
-        f"at most {LOG_DENSITY:g} nats",
+        "loss error", jnp.abs(own.astype(tight.dtype) - tight), LOG_DENSITY, "nats",
         f"{s.solve_finer} for training: the loss is not the likelihood of the flow.",
     )  # fmt: skip
 
@@ -96,14 +102,13 @@ def _gradient(s: Subject) -> Row:
     own, tight = s.loss[1], s.tight_loss[1]
     error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, own, tight))
     size, least = _norm(tight), 1 / (1 + _norm(s.tight_params))
-    adjoint = s.flow.solve_options.adjoint
-    exact = isinstance(adjoint, DiscreteAdjoint)
-    of = "its norm" if not size < least else "1 nat / (1 + norm of the parameters)"
+    adjoint, advice = s.flow.solve_options.adjoint, f"{s.solve_finer} for training"
+    if not isinstance(adjoint, DiscreteAdjoint):
+        advice += f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}"
+    of = "1 nat / (1 + norm of the parameters)" if size < least else "its norm"
     return s.judge(
-        "gradient error", error / np.fmax(size, least), GRADIENT, f"at most {GRADIENT:g} of {of}",
-        f"{s.solve_finer} for training"
-        + ("." if exact else f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}."),
-    )  # fmt: skip
+        "gradient error", error / np.fmax(size, least), GRADIENT, f"of {of}", f"{advice}."
+    )
 
 
 def _norm(tree: PyTree) -> float:
@@ -112,10 +117,91 @@ def _norm(tree: PyTree) -> float:
     return math.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in leaves))
 
 
+def _evaluations(s: Subject) -> Row | None:
+    """Vector field evaluations in the forward solve of `nll`: the maximum over rows."""
+    value = int(jnp.max(s.loss[0][1].stats.num_evals))
+    if value < 0:
+        return None  # An implicit solver does not count them.
+    return s.judge(
+        "evaluations", value, EVALUATIONS, "",
+        "Train with jaxode.regularizers.kinetic_energy or jacobian_frobenius, or use "
+        "solver=diffrax.Dopri8(): the field is expensive to follow.",
+    )  # fmt: skip
+
+
+def _steps(s: Subject) -> Row | None:
+    """The fraction of `max_steps` that is used: the maximum over rows."""
+    if s.flow.solve_options.steps is not None:
+        return None
+    max_steps = s.flow.solve_options.max_steps
+    value = float(jnp.max(s.loss[0][1].stats.num_steps)) / max_steps
+    return s.judge(
+        "part of max_steps used", value, STEPS_USED, "",
+        f"Raise max_steps from {max_steps}: another batch may need more.",
+    )  # fmt: skip
+
+
+def _rejected(s: Subject) -> Row | None:
+    """The fraction of attempted steps that were rejected. The first few search for a step size."""
+    if s.implicit:
+        return None  # Its equations may need smaller steps than the field does.
+    stats = s.loss[0][1].stats
+    rejected, steps = float(jnp.sum(stats.num_rejected)), float(jnp.sum(stats.num_steps))
+    # A failed solve has its own row, and may reject all later steps.
+    value = np.nan if s.failure else rejected / max(steps, 1.0)
+    return s.judge(
+        "part of steps rejected", value, REJECTED, "",
+        f"{s.smoother.capitalize()}: no step size suits the field.",
+    )  # fmt: skip
+
+
+def _stiffness(s: Subject) -> Row | None:
+    """The time span times the largest |eigenvalue| of `df/dz` on the trajectories."""
+    if s.implicit:
+        return None  # Stability does not limit its steps.
+    times, points = s.trajectories
+    v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
+    radius = _spectral_radii((s.integrands, s.params), times, points, s.context, v)
+    span = abs(float(s.flow.t0) - float(s.flow.t1))
+    return s.judge(
+        "stiffness", jnp.max(radius) * span, STIFFNESS, "time constants",
+        "Explicit steps are bound by stability: train with jaxode.regularizers.jacobian_frobenius, "
+        "or try solver=jaxode.Rodas5P().",
+    )  # fmt: skip
+
+
+@compiled
+def _spectral_radii(parts, times, points, context, v):
+    """The spectral radius of the Jacobian at each time and sample."""
+    integrands, params = parts
+
+    def at(t, z, context):
+        field = lambda z: integrands.field(t, z, params, context).astype(z.dtype)
+        return _spectral_radius(field, z, v)
+
+    return jax.vmap(jax.vmap(at, (None, 0, 0)), (0, 0, None))(times, points, context)
+
+
+def _spectral_radius(g, z, v):
+    """The mean growth of a vector under 24 powers of the Jacobian, after the first eight.
+
+    A mean, because the growth oscillates under a pair of complex eigenvalues.
+    """
+    _, jvp = jax.linearize(g, z)
+
+    def grow(v, _):
+        w = jvp(v)
+        norm = jnp.sqrt(jnp.sum(w * w))
+        return jnp.where(norm == 0, w, w / jnp.where(norm == 0, 1.0, norm)), jnp.log(norm)
+
+    _, growth = jax.lax.scan(grow, v, None, length=24)
+    return jnp.exp(jnp.mean(growth[8:]))
+
+
 # A check that does not apply returns None.
 CHECKS: tuple[Callable[[Subject], Row | None], ...] = (
     _solves, _reference, _outside, density.base_distance, _round_trip, _log_density, _loss,
     _gradient, density.divergence, density.probe_error, density.base_samples,
-    density.base_probability, density.total_probability, work.evaluations,
-    work.steps, work.rejected, work.stiffness,
+    density.base_probability, density.total_probability,
+    _evaluations, _steps, _rejected, _stiffness,
 )  # fmt: skip

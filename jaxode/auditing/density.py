@@ -55,8 +55,7 @@ def divergence(s: Subject) -> Row:
     # A field may compute in lower precision than the solve.
     limit = max(DIVERGENCE, 32 * float(jnp.finfo(field.dtype).eps))
     return s.judge(
-        "divergence error", np.maximum(of_trace, of_field), limit,
-        f"at most {limit:.2g} of the exact trace",
+        "divergence error", np.maximum(of_trace, of_field), limit, "of the exact trace",
         f"The divergence ({name}) {what}: fix it, or use divergence=jaxode.divergence.exact().",
     )  # fmt: skip
 
@@ -121,9 +120,8 @@ def probe_error(s: Subject) -> Row:
     else:
         advice = f"use {advice}"
     return s.judge(
-        "probe standard error", value, PROBE_ERROR, f"at most {PROBE_ERROR:g} nats",
-        f"For densities to report {advice}",
-    )  # fmt: skip
+        "probe standard error", value, PROBE_ERROR, "nats", f"For densities to report {advice}"
+    )
 
 
 def base_distance(s: Subject) -> Row:
@@ -133,8 +131,7 @@ def base_distance(s: Subject) -> Row:
     count. Far away, log-densities are so large that their rounding is an error.
     """
     return s.judge(
-        "distance from the base", s.base_distance, BASE_DISTANCE,
-        f"at most {BASE_DISTANCE:g} standard deviations",
+        "distance from the base", s.base_distance, BASE_DISTANCE, "standard deviations",
         "The flow does not carry these samples to its base: train it on standardized data, such "
         "as jaxode.bind(flow, params, standardize=data).to_flow(data), or for longer.",
     )  # fmt: skip
@@ -142,15 +139,15 @@ def base_distance(s: Subject) -> Row:
 
 def base_samples(s: Subject) -> Row:
     """Whether the base draws samples of its density."""
-    name, limit = "base samples", f"at most {IMBALANCE:g} standard errors off"
-    if s.base_fault:
-        return Row(name, np.nan, limit, s.base_fault)
     log_density = lambda x: _log_density(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)))
-    return s.judge(
-        name, imbalance(s.key, np.asarray(s.base_samples), log_density), IMBALANCE, limit,
+    samples = np.asarray(s.base_samples)
+    row = s.judge(
+        "base samples", np.nan if s.base_fault else imbalance(s.key, samples, log_density),
+        IMBALANCE, "standard errors off",
         "The samples of the base do not have its log_prob: give both the same location, scale and "
         "shape.",
     )  # fmt: skip
+    return row._replace(advice=s.base_fault or row.advice)
 
 
 def base_probability(s: Subject) -> Row:
@@ -179,7 +176,7 @@ def total_probability(s: Subject) -> Row:
     samples = of_flow(to_data)(flow.base.sample(s.key, (CHUNK,)))
     samples = samples[np.isfinite(samples).reshape(CHUNK, -1).all(axis=1)]
     if len(samples) < 2:
-        return s.judge(name, np.nan, PROBABILITY, f"1 within {PROBABILITY:g}", "")
+        return _near_one(s, name, np.nan, 0.0, "")
     advice = (
         f"{s.solve_finer}: the density does not integrate to one; if that does not help, the "
         "divergence of the vector field is wrong, or the field is not smooth."
@@ -251,8 +248,8 @@ def _log_density(log_prob) -> np.ndarray:
 
 def _near_one(s: Subject, name: str, value: float, uncertain: float, advice: str) -> Row:
     limit = PROBABILITY + uncertain
-    row = s.judge(name, abs(value - 1), limit, f"1 within {limit:.2g}", advice)
-    return row._replace(value=value)
+    row = s.judge(name, abs(value - 1), limit, "", advice)
+    return row._replace(value=value, limit=f"1 within {limit:.2g}")
 
 
 def _integral(values: np.ndarray, axes: list[np.ndarray]) -> float:

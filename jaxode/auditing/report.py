@@ -13,7 +13,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import state_dtype
 from jaxode._checks.caller import public
 from jaxode._checks.rules import is_known
-from jaxode._checks.samples import check_context, check_finite, check_key, check_samples
+from jaxode._checks.samples import (
+    check_finite,
+    check_key,
+    check_not_empty,
+    check_rows,
+    check_samples,
+)
 from jaxode.auditing.checks import CHECKS
 from jaxode.auditing.subject import Row, Subject, cast, tight_dtype
 from jaxode.density.bind import Density
@@ -118,9 +124,8 @@ def audit(
     x = check_samples("x", x, tuple(flow.base.event_shape))
     x = x.astype(state_dtype(x))
     check_key(key)
-    check_context(context, x.shape[0])
-    if not x.shape[0]:
-        raise ValueError("audit(x=...): must have at least one sample; got none. Pass data.")
+    check_rows("context", context, x.shape[0])
+    check_not_empty(x)
     check_finite({"x": x})
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf

@@ -69,7 +69,7 @@ class Subject:
     def tight_failure(self) -> str:
         """Like `failure`, for the tight solve."""
         try:
-            dataclasses.replace(self.tight, throw=True).log_prob(*self._tight_inputs, **self._noise)
+            self._tight_log_prob(dataclasses.replace(self.tight, throw=True))
         except SolveError as error:
             return str(error)
         return ""
@@ -162,17 +162,13 @@ class Subject:
     def tight_params(self) -> PyTree:
         return cast(self.params, tight_dtype(self.x))
 
-    @property
-    def _tight_inputs(self):
-        return self.tight_params, self.x.astype(tight_dtype(self.x))
-
-    @property
-    def _noise(self):
-        return {"key": self.key, "context": cast(self.context, tight_dtype(self.x))}
+    def _tight_log_prob(self, tight: CNF) -> Float[Array, " batch"]:
+        x, context = cast((self.x, self.context), tight_dtype(self.x))
+        return tight.log_prob(self.tight_params, x, key=self.key, context=context)
 
     @cached_property
     def tight_log_prob(self) -> Float[Array, " batch"]:
-        return self.tight.log_prob(*self._tight_inputs, **self._noise)
+        return self._tight_log_prob(self.tight)
 
     @cached_property
     def tight_loss(self):
@@ -200,20 +196,20 @@ class Subject:
     def integrands(self) -> Integrands:
         return Integrands(self.flow.f, self.flow.divergence)
 
-    def judge(self, name: str, value: Any, limit: float, text: str, advice: str) -> Row:
+    def judge(self, name: str, value: Any, limit: float, unit: str, advice: str) -> Row:
         """The row of a value, which is in range up to `limit`."""
-        value = float(value)
-        if np.isnan(value):
-            # A failed solve, a faulty base, and samples without a density have their own rows.
-            explained = self.failure or self.tight_failure or self.base_fault
-            explained = explained or bool(self.outside.all())
-            advice = "" if explained else (
-                "It is not finite although the solves succeed: look for an operation of the vector "
-                "field with an infinite derivative, such as sqrt at 0, or for a backward solve "
-                "that fails."
-            )  # fmt: skip
-            return Row(name, value, text, advice)
-        return Row(name, value, text, "" if value <= limit else advice)
+        value, text = float(value), f"at most {limit:.4g} {unit}".rstrip()
+        if not np.isnan(value):
+            return Row(name, value, text, "" if value <= limit else advice)
+        # A failed solve, a faulty base, and samples without a density have their own rows.
+        if self.failure or self.tight_failure or self.base_fault or bool(self.outside.all()):
+            return Row(name, value, text)
+        return Row(
+            name, value, text,
+            "It is not finite although the solves succeed: look for an operation of the vector "
+            "field with an infinite derivative, such as sqrt at 0, or for a backward solve that "
+            "fails.",
+        )  # fmt: skip
 
 
 def _loss_and_gradient(flow: CNF, params, x, key, context):

@@ -257,7 +257,7 @@ class Density(eqx.Module):
 
     def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], Shape]:
         """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(numbers(arg("x"), x))
+        event, x = self.event_shape, floating(numbers("x", x))
         cut = x.ndim - len(event)
         if cut < 0 or x.shape[cut:] != event:
             raise ValueError(f"{arg('x')} must have shape {shape_of('...', event)}; got {x.shape}.")
@@ -320,13 +320,12 @@ def bind(
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
     allowed = as_support(support, event)
-    what = "bind(standardize_context=...): data of context"
-    context = context_numbers(what, standardize_context)
+    context = context_numbers("standardize_context", standardize_context)
     return Density(
         _flow=_wrap_constants(flow),
         _params=_wrap_constants(params, numbers=True),
         support=allowed,
-        standardize=as_map("x", standardize, event, allowed),
+        standardize=as_map("standardize", standardize, event, allowed),
         context_maps=context_maps(context),
         context_shapes=shapes_of_context(context_shape, context),
     )

@@ -231,7 +231,7 @@ def _mapped(density: Density, x: Float[Array, "rows *event"]) -> list[Density]:
     """The density with each map that can be fitted to the data."""
     if isinstance(density.flow.base, CenteredNormal):
         return [density]
-    map_of = lambda fit: fitted("fit(x=...): x", x, fit, density.support)
+    map_of = lambda fit: fitted("x", x, fit, density.support)
     maps = [map_of(fit_affine), map_of(fit_normal)]
     if math.prod(density.event_shape) <= WIDEST:
         with contextlib.suppress(ValueError):  # a singular covariance

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxode._checks.arguments import native, numeric_dtype
+from jaxode._checks.arguments import described, native, numeric_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 
@@ -93,7 +93,7 @@ def importance(log_weights: Float[Array, " n"]) -> Importance:
     log_weights = native(log_weights)
     dtype = numeric_dtype(log_weights)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        got = type(log_weights).__name__ if dtype is None else dtype
+        got = described(log_weights)
         raise TypeError(f"{arg('log_weights')} must be an array of floating numbers; got {got}.")
     log_weights = jnp.asarray(log_weights)
     if log_weights.ndim != 1 or len(log_weights) < 2:

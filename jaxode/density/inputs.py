@@ -16,8 +16,7 @@ from jaxode._checks.arguments import (
     numeric_dtype,
 )
 from jaxode._checks.caller import arg
-from jaxode._checks.errors import in_rows
-from jaxode._checks.rules import is_known
+from jaxode._checks.rules import in_rows, is_known
 from jaxode.density.maps import Affine
 
 Shape = tuple[int, ...]
@@ -35,36 +34,36 @@ def floating_dtype(dtype: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
 
 
-def numbers(what: str, x: Any, real: bool = True) -> Any:
+def numbers(name: str, x: Any, real: bool = True) -> Any:
     """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
     if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
         try:
             x = np.asarray(x)
         except ValueError:
             raise TypeError(
-                f"{what} must be an array of numbers; got a {type(x).__name__} whose entries "
+                f"{arg(name)} must be an array of numbers; got a {type(x).__name__} whose entries "
                 "differ in shape. Fill or cut them to one shape."
             ) from None
     x = native(x)
     if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
         raise TypeError(
-            f"{what} must be an array of numbers; got {described(x)}. Encode text as numbers or "
-            "leave it out, fill what is masked, and convert with .astype(np.float32)."
+            f"{arg(name)} must be an array of numbers; got {described(x)}. Encode text as numbers "
+            "or leave it out, fill what is masked, and convert with .astype(np.float32)."
         )
     if real and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
-        raise TypeError(f"{what} must be real; got {x.dtype}. Pass real and imaginary parts.")
+        raise TypeError(f"{arg(name)} must be real; got {x.dtype}. Pass real and imaginary parts.")
     return x
 
 
-def context_numbers(what: str, context: PyTree) -> PyTree:
+def context_numbers(name: str, context: PyTree) -> PyTree:
     """The context with its tables as arrays. Numbers of Python stay as they are."""
     if is_list_of_numbers(context):
         raise TypeError(
-            f"{what} must be an array or a pytree of arrays; got a list of numbers. Pass "
+            f"{arg(name)} must be an array or a pytree of arrays; got a list of numbers. Pass "
             "np.asarray of it."
         )
     is_scalar = lambda leaf: isinstance(leaf, PYTHON_NUMBERS)
-    convert = lambda leaf: leaf if is_scalar(leaf) else numbers(what, leaf, real=False)
+    convert = lambda leaf: leaf if is_scalar(leaf) else numbers(name, leaf, real=False)
     return jax.tree.map(convert, context)
 
 
@@ -79,7 +78,7 @@ def rows_in_flow(
                 f"{', '.join(map(str, shapes))}, as bind was told; got None."
             )
         return None
-    leaves, structure = jax.tree.flatten(context_numbers(arg("context"), context))
+    leaves, structure = jax.tree.flatten(context_numbers("context", context))
     is_map = lambda x: x is None or isinstance(x, Affine)
     maps, expected = jax.tree.flatten(context_maps, is_leaf=is_map)
     if context_maps is None:
@@ -91,27 +90,19 @@ def rows_in_flow(
             f"{arg('context')} must have the structure of bind's context, {expected}; got "
             f"{structure}."
         )
-    pairs = zip(maps, context_rows(leaves, samples, shapes), strict=True)
-    rows = [leaf if m is None else m.inverse(floating(leaf))[0] for m, leaf in pairs]
+    if shapes is None:
+        shapes = tuple(_guessed_shape(jnp.shape(leaf), samples) for leaf in leaves)
+    each = zip(leaves, shapes, maps, strict=True)
+    rows = [_rows_of(leaf, samples, shape, of_leaf) for leaf, shape, of_leaf in each]
     return jax.tree.unflatten(structure, rows)
 
 
-def context_rows(
-    leaves: list[Any], samples: Shape, shapes: tuple[Shape, ...] | None
-) -> list[Array]:
-    """Arrays of contexts with one row for each of the samples, `[rows, *shape]`.
-
-    If the `shapes` of one context are not known, an array whose leading axes are those of the
-    samples has one context for each of them, and any other array is one for all.
-    """
-    if shapes is None:
-        shapes = tuple(_guessed_shape(jnp.shape(leaf), samples) for leaf in leaves)
-    return [
-        _one_per_sample(leaf, samples, shape) for leaf, shape in zip(leaves, shapes, strict=True)
-    ]
-
-
 def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
+    """The shape of one context, if nothing says it.
+
+    An array whose leading axes are those of the samples has one context for each of them, and any
+    other array is one for all.
+    """
     if leaf[: len(samples)] != samples:
         return leaf
     if leaf and leaf == samples:
@@ -122,18 +113,19 @@ def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
     return leaf[len(samples) :]
 
 
-def _one_per_sample(leaf: Any, samples: Shape, shape: Shape) -> Array:
+def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Affine | None) -> Array:
+    """One context for each of the samples, `[rows, *shape]`, by the map of the leaf."""
     cut = jnp.ndim(leaf) - len(shape)
     try:
         if cut < 0 or jnp.shape(leaf)[cut:] != shape:
             raise ValueError
-        rows = jnp.broadcast_to(leaf, (*samples, *shape))
+        rows = jnp.broadcast_to(leaf, (*samples, *shape)).reshape(math.prod(samples), *shape)
     except ValueError:
         raise ValueError(
             f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
             f"{samples}; got shape {jnp.shape(leaf)}."
         ) from None
-    return rows.reshape(math.prod(samples), *shape)
+    return rows if of_leaf is None else of_leaf.inverse(floating(rows))[0]
 
 
 def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:

@@ -226,19 +226,24 @@ def _through(steps: list[Callable[..., Any]], x: Array) -> tuple[Array, Array]:
 
 def fit_white(data: Float[np.ndarray, "rows *event"]) -> Chain:
     """Standardize the columns, then multiply by the inverse root of their correlation matrix."""
-    scaled = ((data - data.mean(axis=0)) / data.std(axis=0)).reshape(len(data), -1)
-    variances, directions = np.linalg.eigh(scaled.T @ scaled / len(scaled))
+    variances, directions = principal_axes(data.reshape(len(data), -1))
     involved = dependent_columns(variances, directions)
     if involved:
         raise ValueError(
             "bind(standardize=...): whitening needs columns that do not depend on each other "
-            f"linearly, and more rows than columns; got {len(scaled)} rows, and a singular "
+            f"linearly, and more rows than columns; got {len(data)} rows, and a singular "
             f"covariance of columns {column_list(involved)}. Leave one of them out."
         )
     root = np.sqrt(variances)
     matrix, back = (directions * part @ directions.T for part in (1 / root, root))
     log_det = -np.sum(np.log(root))
     return Chain((fit_affine(data), Linear(matrix, back, log_det)))
+
+
+def principal_axes(columns: Float[np.ndarray, "rows n"]) -> tuple[np.ndarray, np.ndarray]:
+    """The eigenvalues and eigenvectors of the correlation matrix."""
+    scaled = (columns - columns.mean(axis=0)) / columns.std(axis=0)
+    return np.linalg.eigh(scaled.T @ scaled / len(scaled))
 
 
 def dependent_columns(variances: np.ndarray, directions: np.ndarray) -> list[int]:

@@ -10,13 +10,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxode._checks.arguments import shape_of
-from jaxode._checks.errors import in_rows
-from jaxode._checks.rules import is_known
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import in_rows, is_known
 from jaxode._checks.samples import check_finite
 from jaxode.density.inputs import Shape, check_inside, floating, floating_dtype, numbers
 from jaxode.density.maps import Affine, Map, Unfitted, contains, fit_affine
-
-ARGUMENTS = {"x": "standardize", "context": "standardize_context"}
 
 
 def deprecated_pair(given: Any, event: Shape) -> tuple[Any, Any] | None:
@@ -40,8 +38,7 @@ def deprecated_pair(given: Any, event: Shape) -> tuple[Any, Any] | None:
 
 
 def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> Map | None:
-    """The map of `name`, x or context: from data to fit it to, or its mean and scale."""
-    what = f"bind({ARGUMENTS[name]}=...):"
+    """The map of the argument `name`: from data to fit it to, or its mean and scale."""
     if given is None:
         return None
     fit = fit_affine
@@ -49,58 +46,55 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
         given, fit = given
     if isinstance(given, list):
         raise TypeError(
-            f"{what} data of {name} must be an array, and mean and scale a tuple; got a list. Pass "
+            f"{arg(name)} data must be an array, and mean and scale a tuple; got a list. Pass "
             "np.asarray of it, or a tuple."
         )
     if isinstance(given, tuple):
-        return _affine(what, name, given, event)
+        return _affine(name, given, event)
     if not jnp.ndim(given):
         raise TypeError(
-            f"{what} must be the data, or (mean, scale); got {given!r}. Pass your data, an array "
-            f"{shape_of('n', event)}."
+            f"{arg(name)} must be the data, or (mean, scale); got {given!r}. Pass your data, an "
+            f"array {shape_of('n', event)}."
         )
-    data = numbers(f"{what} data of {name}", given)
-    if data.shape[1:] != event or data.ndim != len(event) + 1 or len(data) < 2:
+    data = numbers(name, given)
+    if data.shape[1:] != event or len(data) < 2:
         raise ValueError(
-            f"{what} data of {name} must have shape {shape_of('n', event)}, with at least two "
-            f"rows; got {data.shape}."
+            f"{arg(name)} data must have shape {shape_of('n', event)}, with at least two rows; got "
+            f"{data.shape}."
         )
     if is_known(data):
-        _check_values(what, name, np.asarray(data))
+        _check_values(name, np.asarray(data))
     if fit is not fit_affine and not is_known((data, support)):
         raise TypeError(
-            f"{what} needs data of {name} that are known, to sort them; got a tracer. Call bind "
-            "outside of jax.jit."
+            f"{arg(name)} needs data that are known, to sort them; got a tracer. Call bind outside "
+            "of jax.jit."
         )
     if support is not None:
         data = floating(data)
         check_inside(jax.vmap(lambda x: contains(support, x))(data), data)
-    return fitted(f"{what} {name}", data, fit, support)
+    return fitted(name, data, fit, support)
 
 
-def _affine(what: str, name: str, given: tuple[Any, Any], event: Shape) -> Affine:
+def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
     """From mean and scale."""
     with np.errstate(over="ignore"):  # checked below
         mean, scale = map(floating, given)
     for part in (mean, scale):
         if part.shape not in ((), event):
             raise ValueError(
-                f"{what} mean and scale of {name} must be numbers, or have shape {event}; got "
+                f"{arg(name)} mean and scale must be numbers, or have shape {event}; got "
                 f"{part.shape}."
             )
     if is_known(scale) and not (np.isfinite(scale).all() and (np.asarray(scale) > 0).all()):
         raise ValueError(
-            f"{what} the scale of {name} must be positive and finite in {scale.dtype}; got "
-            f"{given[1]}."
+            f"{arg(name)} the scale must be positive and finite in {scale.dtype}; got {given[1]}."
         )
     if is_known(mean) and not np.isfinite(mean).all():
-        raise ValueError(
-            f"{what} the mean of {name} must be finite in {mean.dtype}; got {given[0]}."
-        )
+        raise ValueError(f"{arg(name)} the mean must be finite in {mean.dtype}; got {given[0]}.")
     return Affine(mean, scale)
 
 
-def _check_values(what: str, name: str, data: np.ndarray) -> None:
+def _check_values(name: str, data: np.ndarray) -> None:
     """Raise for NaN and infinity, and for numbers that JAX's dtype makes infinite."""
     dtype = floating_dtype(data.dtype)
     with np.errstate(over="ignore"):
@@ -108,13 +102,13 @@ def _check_values(what: str, name: str, data: np.ndarray) -> None:
     lost = (np.isfinite(data) & ~np.isfinite(narrow)).reshape(len(data), -1).any(axis=1)
     if lost.any():
         raise ValueError(
-            f"{what} data of {name} must fit {dtype}; got larger numbers in {in_rows(lost)}. "
-            "Rescale the data, or leave those rows out."
+            f"{arg(name)} data must fit {dtype}; got larger numbers in {in_rows(lost)}. Rescale "
+            "the data, or leave those rows out."
         )
-    check_finite({ARGUMENTS[name]: narrow})
+    check_finite({name: narrow})
 
 
-def fitted(what: str, data: Any, fit: Callable[..., Map], support: Map | None = None) -> Map:
+def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -> Map:
     """The map of the data within a support, computed in float64 if they are known."""
     if support is not None:
         data = jax.vmap(lambda x: support.inverse(x)[0])(data)
@@ -132,7 +126,7 @@ def fitted(what: str, data: Any, fit: Callable[..., Map], support: Map | None = 
         if np.ptp(wide[:, *column]):
             cure = "Leave it out, or subtract its mean in float64 first and rescale it."
         raise ValueError(
-            f"{what} must vary; got column {place} (counting from 0), which is constant in "
+            f"{arg(name)} must vary; got column {place} (counting from 0), which is constant in "
             f"{jnp.dtype(dtype).name}. {cure}"
         )
     return jax.tree.map(lambda part: jnp.asarray(part, dtype), fit(wide))
@@ -146,7 +140,7 @@ def context_maps(given: Any) -> PyTree:
                 "bind(standardize_context=...): must be (mean, scale), an array of data, or a "
                 f"dictionary of such arrays; got a tuple of {len(given)} parts."
             )
-        return as_map("context", given, max(jnp.shape(part) for part in given))
+        return as_map("standardize_context", given, max(jnp.shape(part) for part in given))
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    one = lambda x: as_map("context", x, jnp.shape(x)[1:]) if is_floating(x) else None
+    one = lambda x: as_map("standardize_context", x, x.shape[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

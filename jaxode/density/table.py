@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, shape_of
 from jaxode._checks.rules import NUMBER, Rule
-from jaxode._checks.samples import check_context, check_finite
+from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
 from jaxode.density.inputs import check_inside, floating, numbers
-from jaxode.density.maps import column_list, contains, dependent_columns
+from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -73,12 +73,7 @@ def to_flow(density: Density, rows: Rows) -> Rows:
 
 
 def set_aside(
-    density: Density,
-    x: Any,
-    context: PyTree,
-    validation: Any,
-    dequantize: bool,
-    key: PRNGKeyArray,
+    density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, key: PRNGKeyArray
 ) -> tuple[Rows, Rows]:
     """Rows to train on, and at most `LOOK_AT` validation rows."""
     rows = _checked("x", density, x, context, dequantize)
@@ -99,13 +94,13 @@ def set_aside(
 
 
 def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
-    x, event = floating(numbers(f"fit({name}=...):", x)), density.event_shape
+    x, event = floating(numbers(name, x)), density.event_shape
     if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
         raise ValueError(
             f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
-    context = check_context(context, len(x))
+    context = check_rows("context", context, len(x))
     check_finite({name: x, "context": context})
     x = np.asarray(x)
     if density.support is not None:
@@ -137,9 +132,7 @@ def warn_of_columns(
     varying = columns[table.std(axis=0)[columns] > 0]
     if len(varying) > WIDEST:
         return  # it would take minutes
-    part = table[:, varying]
-    scaled = (part - part.mean(axis=0)) / part.std(axis=0)
-    involved = varying[dependent_columns(*np.linalg.eigh(scaled.T @ scaled / len(scaled)))]
+    involved = varying[dependent_columns(*principal_axes(table[:, varying]))]
     # Of few rows, any columns are linear combinations.
     if len(involved) and len(table) > len(varying):
         warnings.warn(

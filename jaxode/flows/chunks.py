@@ -67,10 +67,8 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
     rows = _split(_Rows(system.y0, system.row_args, keys), count, chunks.size)
     whole = system._replace(y0=None, row_args=None)
     if is_known((rows, whole, parts)) and is_known(jnp.zeros(())):  # and nothing is staged
-        each = _one_by_one(program, whole, parts, rows)
-        if chunks.progress:
-            each = _told(each, rows.y0.shape[0], count)
-        solutions = list(each)
+        told = count if chunks.progress else None
+        solutions = _one_by_one(program, whole, parts, rows, told)
         solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
     else:
         solution = _looped(program, whole, parts, rows)
@@ -101,23 +99,21 @@ def _one(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
     return program(whole._replace(y0=rows.y0, row_args=rows.row_args), parts, rows.keys)
 
 
-def _one_by_one(program: Program, whole: System, parts: Any, rows: _Rows) -> Iterator[Solution]:
-    for i in range(rows.y0.shape[0]):
+def _one_by_one(
+    program: Program, whole: System, parts: Any, rows: _Rows, told: int | None
+) -> Iterator[Solution]:
+    """Each chunk. Write on stderr how many of the rows that are `told` are done, and seconds."""
+    chunks, begin = rows.y0.shape[0], time.perf_counter()
+    for i in range(chunks):
         chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
         yield jax.block_until_ready(_one(program, whole, parts, chunk))
+        if told is not None:
+            done, seconds = (i + 1) * told // chunks, time.perf_counter() - begin
+            text = f"\r{caller()}: {done:,} of {told:,} rows, {seconds:.0f} s "
+            print(text, end="" if i + 1 < chunks else "\n", file=sys.stderr, flush=True)
 
 
 @compiled
 def _looped(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
     one = jax.checkpoint(lambda rows: _one(program, whole, parts, rows))
     return jax.lax.map(one, rows)
-
-
-def _told(each: Iterator[Solution], chunks: int, count: int) -> Iterator[Solution]:
-    """Write on stderr how many rows are done, and the seconds so far."""
-    begin = time.perf_counter()
-    for number, solution in enumerate(each, 1):
-        done, seconds = number * count // chunks, time.perf_counter() - begin
-        text = f"\r{caller()}: {done:,} of {count:,} rows, {seconds:.0f} s "
-        print(text, end="" if number < chunks else "\n", file=sys.stderr, flush=True)
-        yield solution

@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import Time, check_args, check_bool, native
+from jaxode._checks.arguments import Time, check_args, check_bool
 from jaxode._checks.caller import public
 from jaxode._checks.errors import report_loss
 from jaxode._checks.rules import (
@@ -30,10 +30,10 @@ from jaxode._checks.rules import (
     weights_faults,
 )
 from jaxode._checks.samples import (
-    check_context,
     check_count,
     check_key,
     check_not_empty,
+    check_rows,
     check_samples,
     check_weights,
 )
@@ -152,9 +152,6 @@ class CNF(eqx.Module):
         device. Differentiate `jax.lax.pmean(flow.nll(params, x), axis)`: devices then exchange the
         parameter gradient once. If the flow has an `axis_name`, `weights` are relative to their
         mean over all devices.
-
-        If the solve fails inside a transformation such as `jit`, the loss and its gradient are NaN.
-        With `throw=True` it raises there, too.
         """
         return self.nll_and_stats(params, x, key=key, context=context, weights=weights)[0]
 
@@ -175,13 +172,12 @@ class CNF(eqx.Module):
         system = self._system("x", x, params, context).raising(bool(self.throw))
         check_not_empty(system.y0)
         weights = check_weights(weights, system.y0)
-        key = check_key(key, optional=True)
+        key = None if key is None else check_key(key)
         loss, stats, result, t_reached = programs.nll(
             system, self._parts, key, weights, self.quadrature, self.steer
         )
         faults = weights_faults(weights, self.solve_options.axis_name)
-        data, joint = {"x": system.y0, "context": native(context)}, self.batch == "joint"
-        faults |= data_faults(data, weights, joint=joint) | self._argument_faults(system)
+        faults |= self._faults("x", system, weights)
         implicit = self.solve_options.implicit
         return report_loss(loss, result, t_reached, self.throw, faults, implicit), stats
 
@@ -233,10 +229,8 @@ class CNF(eqx.Module):
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
         """
-        return matching_loss(
-            self, params, x, key=check_key(key), x0=x0, context=context, weights=weights,
-            coupling=coupling, time_power=time_power, axis_name=self.solve_options.axis_name,
-        )  # fmt: skip
+        given = x0, context, weights, coupling, time_power
+        return matching_loss(self, params, x, check_key(key), *given)
 
     @public("to_base")
     def to_base(
@@ -322,8 +316,7 @@ class CNF(eqx.Module):
         loss, result, t_reached, (value, slope) = energy.reverse_kl(
             system, self._parts, probe_key, log_density, path
         )
-        faults = FINITE_BASE.fault(system.y0, where="cnf")
-        faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
+        faults = self._faults("base", system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
         implicit = self.solve_options.implicit
         return report_loss(loss, result, t_reached, self.throw, faults, implicit)
@@ -338,27 +331,31 @@ class CNF(eqx.Module):
         span = (self.t1, self.t0) if name == "x" else (self.t0, self.t1)
         check = public("cnf")(check_samples) if name == "base" else check_samples
         y0 = check(name, samples, tuple(self.base.event_shape))
-        context = check_context(context, y0.shape[0])
+        context = check_rows("context", context, y0.shape[0])
         params = check_args("params", params)
         field, options = Integrands(self.f, self.divergence).field, self.solve_options
         return make_system(field, y0, span, params, options, row_args=context, batch=self.batch)
 
-    def _argument_faults(self, system: System) -> Faults:
-        """The faults that times and options may have."""
-        of_field = getattr(self.f, "span_faults", lambda t0: {})
-        return of_field(self.t0) | argument_faults(system)
+    def _faults(
+        self, name: Samples, system: System, weights: Float[Array, " batch"] | None = None
+    ) -> Faults:
+        """The faults that samples, context, times and options may have."""
+        faults, context = {}, {"context": system.row_args}
+        if name == "base":
+            faults |= FINITE_BASE.fault(system.y0, where="cnf") | data_faults(context)
+        else:
+            joint = self.batch == "joint"
+            faults |= data_faults({name: system.y0} | context, weights, joint=joint)
+        if hasattr(self.f, "span_faults"):
+            faults |= self.f.span_faults(self.t0)
+        return faults | argument_faults(system)
 
     def _end_state(self, program, name: Samples, samples, params, key, context) -> Any:
         """The end state of the compiled `program(system, parts, key)`."""
         throw = self.throw is None or self.throw
         system = self._system(name, samples, params, context).raising(throw)
-        key = check_key(key, optional=True)
+        key = None if key is None else check_key(key)
         solution = in_chunks(program, self.chunks, system, self._parts, key)
-        if not throw:
-            return solution.y1
-        if name == "base":
-            faults = FINITE_BASE.fault(system.y0, where="cnf")
-        else:
-            faults = data_faults({name: system.y0})
-        faults |= data_faults({"context": native(context)}) | self._argument_faults(system)
-        return report(solution, faults, self.solve_options.implicit).y1
+        if throw:
+            solution = report(solution, self._faults(name, system), self.solve_options.implicit)
+        return solution.y1

@@ -1,12 +1,8 @@
-"""Training on an unnormalized density: the reverse Kullback-Leibler divergence and its gradient.
+"""Training on an unnormalized density: the loss of `CNF.reverse_kl_loss` and its path gradient.
 
-With `x = F(z)` for a base sample `z`, the gradient of the mean of `log q(x) - log p(x)` is
-
-    (dx/dparams)^T (grad log q(x) - grad log p(x))  +  d log q / dparams at a fixed x.
-
-The last term has mean zero, and what is left has no noise where `q = p`: the path gradient. So the
-gradient of the divergence with respect to parameters is never needed. The score `g = grad log q` is
-solved from the base together with the sample, `dg/dt = -J^T g - grad div f`.
+With `x = F(z)` for a base sample `z`, the gradient of the mean of `log q(x) - log p(x)` is the path
+gradient plus `d log q / dparams` at a fixed `x`, whose mean is zero. Without that term, no gradient
+of the divergence with respect to parameters is needed.
 
 References: Roeder, Wu and Duvenaud (2017), arXiv:1703.09194; Vaitl et al. (2022), arXiv:2206.09016.
 """
@@ -45,7 +41,11 @@ def reverse_kl(
     fixed = jax.lax.stop_gradient
     row_args = probes_of(system, integrands, key), system.row_args
     if path:
-        of_base = lambda z: _summed(log_prob_of(base, z))
+
+        def of_base(z):
+            log_prob = log_prob_of(base, z)
+            return jnp.sum(log_prob), log_prob
+
         score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
         field, state = integrands.score, (system.y0, *fixed((log_base, SCORE * score)))
     else:
@@ -68,10 +68,6 @@ def reverse_kl(
     )
     loss = jnp.mean(losses * nan_unless(fine, losses.dtype))
     return loss, result, solution.t_reached, finite
-
-
-def _summed(log_prob: Float[Array, " n"]):
-    return jnp.sum(log_prob), log_prob
 
 
 def _target(log_density: Target, x: Float[Array, "n *event"], context):

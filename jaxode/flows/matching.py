@@ -1,33 +1,18 @@
-"""Flow matching: train the vector field of a flow by regression, without a solve.
-
-A straight path joins a base sample `z0` and a data sample `x`, and the field is fitted to its
-velocity. With `u = 1 - (1 - v)^time_power` and `v` uniform in [0, 1],
-
-    z_t = (1 - u) z0 + u x  at the time  t = t0 + u (t1 - t0),
-    loss = mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
-
-The field that minimizes the loss carries the base density to the data density.
+"""Flow matching: the regression loss of `CNF.matching_loss`, which gives the equations.
 
 References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int
 
-from jaxode._checks.arguments import (
-    Time,
-    check_args,
-    check_derivative,
-    check_number,
-    state_dtype,
-    takes,
-)
-from jaxode._checks.caller import arg, public
+from jaxode._checks.arguments import check_args, check_derivative, check_number, state_dtype, takes
+from jaxode._checks.caller import arg
 from jaxode._checks.errors import Result, report_loss
 from jaxode._checks.rules import (
     DIFFER,
@@ -35,66 +20,42 @@ from jaxode._checks.rules import (
     NO_OVERFLOW,
     PERMUTATION,
     POSITIVE,
-    Faults,
     data_faults,
     is_known,
     weights_faults,
 )
 from jaxode._checks.samples import (
-    check_context,
     check_not_empty,
+    check_rows,
     check_samples,
     check_weights,
     normalized,
 )
 from jaxode._checks.times import check_times
-from jaxode._jax.sharding import AxisName, row_count, row_numbers, vary_alike
-from jaxode.coupling import Coupling, independent
+from jaxode._jax.sharding import row_count, row_numbers, vary_alike
+from jaxode.coupling import Coupling
 from jaxode.distributions import BaseDensity
 from jaxode.flows.likelihood.quadrature import GOLDEN
-from jaxode.ode.field import VectorField, call_field, of_row
+from jaxode.ode.field import call_field, of_row
 
 
-class Flow(Protocol):
-    """What matching needs of a `CNF`."""
-
-    @property
-    def f(self) -> VectorField: ...
-    @property
-    def base(self) -> BaseDensity: ...
-    @property
-    def t0(self) -> Time: ...
-    @property
-    def t1(self) -> Time: ...
-    @property
-    def throw(self) -> bool | None: ...
-
-
-@public("matching_loss")
 def matching_loss(
-    flow: Flow,
-    params: PyTree,
-    x: Float[Array, "batch *event"],
-    *,
-    key: PRNGKeyArray,
-    x0: Float[Array, "batch *event"] | None = None,
-    context: PyTree = None,
-    weights: Float[Array, " batch"] | None = None,
-    coupling: Coupling = independent(),
-    time_power: float = 1.0,
-    axis_name: AxisName | None = None,
+    flow: Any, params, x, key, x0, context, weights, coupling: Coupling, time_power
 ) -> Float[Array, ""]:
-    """The loss of `CNF.matching_loss`. `axis_name` is the flow's."""
+    """`flow.matching_loss`, which explains the arguments."""
+    axis_name = flow.solve_options.axis_name
     event = tuple(flow.base.event_shape)
     x = check_samples("x", x, event)
     x = x.astype(state_dtype(x))
     check_not_empty(x)
-    context = check_context(context, x.shape[0])
+    context = check_rows("context", context, x.shape[0])
     params = check_args("params", params)
     given = check_weights(weights, x)
     weights, _ = normalized(given, x, axis_name)
-    t0, span, faults = _span(flow, x.dtype)
-    faults |= weights_faults(given, axis_name)
+    t0, t1, *_ = check_times(flow.t0, flow.t1, None, x.dtype)
+    faults = DIFFER.check(t0, t1) | weights_faults(given, axis_name)
+    # NaN if only the run can tell that the times are wrong.
+    span = jnp.where(DIFFER.holds(t0, t1), jnp.asarray(t1 - t0), jnp.nan)
     base_key, time_key, pair_key = jax.random.split(key, 3)
     if x0 is None:
         z0 = _base_samples(flow.base, base_key, x, axis_name)
@@ -102,16 +63,8 @@ def matching_loss(
     else:
         z0 = _check_start(check_samples("x0", x0, event), x)
         start = data_faults({"x0": z0}, given)
-    rows = _row_numbers(coupling, pair_key, z0, x, context)
+    rows = _row_numbers(coupling, pair_key, z0, x, context, given)
     if rows is not None:
-        if given is not None:
-            # A permutation gives each row one base sample, whatever its weight: light rows would
-            # keep base samples that heavy rows need, and bias the density.
-            raise ValueError(
-                f"{arg('weights')} must be left out with a coupling that pairs rows, for "
-                f"which all rows count the same; got weights with {coupling.pair!r}. Draw rows by "
-                "their weights instead, or use jaxode.coupling.independent()."
-            )
         permuted = (jnp.sort(rows) == jnp.arange(len(rows), dtype=rows.dtype)).all()
         if not (is_known(permuted) and permuted):  # which rows are wrong takes longer to find
             faults |= PERMUTATION.check(rows)
@@ -152,17 +105,6 @@ def matching_loss(
     return report_loss(loss, result, no_time, flow.throw, faults)
 
 
-def _span(flow: Flow, dtype) -> tuple[Any, Any, Faults]:
-    """The base time, the nonzero time from base to data, and the faults of both.
-
-    A fault that is known only at run time makes the span NaN.
-    """
-    t0, t1, *_ = check_times(flow.t0, flow.t1, None, dtype)
-    faults = DIFFER.check(t0, t1)
-    span = jnp.asarray(t1 - t0)
-    return jnp.asarray(t0), jnp.where(DIFFER.holds(t0, t1), span, jnp.nan), faults
-
-
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
     """One base sample per row, from the key and the row's number, without gradients.
 
@@ -195,14 +137,14 @@ def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array,
 
 def _scattered(count: int) -> np.ndarray:
     """A permutation by multiples of about the golden ratio, so neighbors end up far apart."""
-    stride = round(count * GOLDEN) or 1
+    stride = round(count * GOLDEN)
     while math.gcd(stride, count) > 1:
         stride += 1
     return (np.arange(count) * stride % count).astype(np.int32)
 
 
 def _row_numbers(
-    coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context
+    coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context, weights
 ) -> Int[Array, " batch"] | None:
     """The number of the base sample of each row. None if they stay as drawn."""
     if not isinstance(coupling, Coupling) or not takes(coupling.pair, key, z0, x, context):
@@ -214,6 +156,14 @@ def _row_numbers(
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:
         return None
+    if weights is not None:
+        # A permutation gives each row one base sample, whatever its weight: light rows would keep
+        # base samples that heavy rows need, and bias the density.
+        raise ValueError(
+            f"{arg('weights')} must be left out with a coupling that pairs rows, for which all "
+            f"rows count the same; got weights with {coupling.pair!r}. Draw rows by their weights "
+            "instead, or use jaxode.coupling.independent()."
+        )
     if not isinstance(rows, jax.Array | np.ndarray):
         raise TypeError(
             f"{arg('coupling')} must return an array of row numbers, or None; got "

@@ -43,11 +43,7 @@ def random_phases(
     key: PRNGKeyArray | None, x: Float[Array, "batch *event"], axis_name: AxisName | None
 ) -> Float[Array, " batch"]:
     """Uniform random numbers for the nodes of `quadrature="stochastic"`, one per sample."""
-    if key is None:
-        raise ValueError(
-            "nll: quadrature='stochastic' needs random numbers; got key=None. "
-            "Pass key=jax.random.key(...)."
-        )
+    key = _given(key, "quadrature='stochastic'")
     dtype = state_dtype(x)
     draw = lambda key, _: jax.random.uniform(jax.random.fold_in(key, 1), dtype=dtype)
     return of_each_row(draw, key, x, axis_name)
@@ -55,11 +51,15 @@ def random_phases(
 
 def random_end(key: PRNGKeyArray | None, t0: Float[Array, ""], steer: float) -> Float[Array, ""]:
     """A uniform time between `t0 - steer` and `t0 + steer`, shared by the whole batch."""
-    if key is None:
-        raise ValueError(
-            f"nll: steer={steer!r} needs random numbers; got key=None. "
-            "Pass key=jax.random.key(...)."
-        )
+    key = _given(key, f"steer={steer!r}")
     # Drawn in float32 for samples of any dtype, so that it depends only on the key.
     uniform = jax.random.uniform(jax.random.fold_in(key, END_TIME), (), jnp.float32, -1.0, 1.0)
     return t0 + steer * uniform.astype(t0.dtype)
+
+
+def _given(key: PRNGKeyArray | None, option: str) -> PRNGKeyArray:
+    if key is None:
+        raise ValueError(
+            f"nll: {option} needs random numbers; got key=None. Pass key=jax.random.key(...)."
+        )
+    return key

@@ -6,7 +6,6 @@ integrands and the base density.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
     if probes is None:
         solution = _log_prob(system, integrands, base, probes)
         no_error = jnp.where(jnp.isnan(solution.y1), solution.y1, 0.0)
-        return _ending(solution, (solution.y1, no_error))
+        return dataclasses.replace(solution, y1=(solution.y1, no_error))
     chosen = integrands.chosen_divergence(system.y0, system.shared, system.row_args)
     standard_error = chosen.standard_error
     if standard_error is None or probes.shape[1] < 2:
@@ -58,7 +57,8 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
     solution = _with_volume(system, integrands.volume_of_each_probe, probes, probes.shape[1:2])
     z, log_dets = solution.y1
     error = jax.vmap(lambda estimates: standard_error(estimates, math.prod(shape[1:])))(log_dets)
-    return _ending(solution, (log_prob_of(base, z) + jnp.mean(log_dets, axis=1), error))
+    log_probs = log_prob_of(base, z) + jnp.mean(log_dets, axis=1)
+    return dataclasses.replace(solution, y1=(log_probs, error))
 
 
 @compiled
@@ -93,7 +93,7 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
 def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
     solution = _with_volume(system, integrands.volume, probes, ())
     z, log_det = solution.y1
-    return _ending(solution, log_prob_of(base, z) + log_det)
+    return dataclasses.replace(solution, y1=log_prob_of(base, z) + log_det)
 
 
 def probes_of(system: System, integrands: Integrands, key, *, of_costs: bool = False):
@@ -112,7 +112,3 @@ def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Soluti
     x = system.y0
     zeros = jnp.zeros((*x.shape[:1], *each), x.dtype)
     return run(system._replace(field=field, y0=(x, zeros), row_args=(probes, system.row_args)))
-
-
-def _ending(solution: Solution, value: Any) -> Solution:
-    return dataclasses.replace(solution, y1=value)

@@ -98,12 +98,6 @@ class _ToSupport(_Events, Transform):
     def log_abs_det_jacobian(self, x, y, intermediates=None):
         return -self.map(self.held.forward, x)[1]
 
-    def forward_shape(self, shape):
-        return shape
-
-    def inverse_shape(self, shape):
-        return shape
-
 
 @biject_to.register(_InSupport)
 def _(constraint):

@@ -1,6 +1,8 @@
 """Networks for vector fields: Equinox modules `m`, called as `m(t, y)` on one sample.
 
 A fresh network has small outputs, so its flow is close to the identity.
+`m.value_and_divergence(t, y)` is `(m(t, y), div m)` in closed form, or `NotImplemented` where there
+is none.
 """
 
 from jaxode.nn.lattice import Lattice

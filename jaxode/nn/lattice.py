@@ -86,7 +86,7 @@ class Lattice(Symmetric):
         frequencies = integer("frequencies", frequencies)
         modes, width = integer("modes", modes), integer("width", width)
         self.event_shape, self.odd, self.isotropic = event, bool(odd), bool(isotropic)
-        self.context_size = integer("context_size", context_size, 0, "an integer of at least 0")
+        self.context_size = integer("context_size", context_size, 0)
         kernel_key, hidden_key, last_key = jax.random.split(key, 3)
         features = 1 + frequencies * (1 if odd else 2)
         orbits = int(_orbits(event, self.isotropic).max()) + 1
@@ -101,21 +101,14 @@ class Lattice(Symmetric):
 
     def _field(self, t, x, context):
         y = x.reshape(self.event_shape)
-        return self._convolved(self._kernels(t, context), self._features(y)).reshape(-1)
+        return self._convolved(self._kernels(t, context), self._features(y))
 
-    def value_and_divergence(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`(m(t, y), div m)` in closed form."""
-        x = self._vector(y, context).reshape(self.event_shape)
-        kernels = self._kernels(t, context)
+    def _closed_form(self, t, x, context):
+        x, kernels = x.reshape(self.event_shape), self._kernels(t, context)
         features, slopes = jax.jvp(self._features, (x,), (jnp.ones_like(x),))
         at_zero = kernels.reshape(len(kernels), -1)[:, 0]
         div = at_zero @ slopes.reshape(len(slopes), -1).sum(axis=1)
-        return self._convolved(kernels, features).reshape(y.shape), div
+        return self._convolved(kernels, features), div
 
     def _features(self, x: Float[Array, " *shape"]) -> Float[Array, "features *shape"]:
         angles = self.frequency.reshape(-1, *(1,) * x.ndim) * x[None]
@@ -127,9 +120,10 @@ class Lattice(Symmetric):
         mixed = jnp.tensordot(c, self.kernel, 1)
         return mixed[:, _orbits(self.event_shape, self.isotropic)]
 
-    def _convolved(self, kernels, features) -> Float[Array, " *shape"]:
-        """The sum over features of the circular convolutions."""
+    def _convolved(self, kernels, features) -> Float[Array, " size"]:
+        """The sum over features of the circular convolutions, flattened."""
         axes = tuple(range(1, features.ndim))
         transform = lambda x: jnp.fft.rfftn(x, axes=axes)
         product = jnp.sum(transform(kernels) * transform(features), axis=0)
-        return jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
+        out = jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
+        return out.reshape(-1)

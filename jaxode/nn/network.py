@@ -28,6 +28,12 @@ def _name_of(function: Any) -> Any:
         return function
 
 
+def waves(t: Float[Array, ""], dtype: Any) -> list[Array]:
+    """The time as a network sees it."""
+    angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=dtype)
+    return [jnp.sin(angles), jnp.cos(angles)]
+
+
 class Dense(eqx.Module):
     """`W x + b`."""
 
@@ -59,9 +65,23 @@ class Network(eqx.Module):
     ) -> Float[Array, " *event"]:
         return self._field(t, self._vector(y, context), context).reshape(y.shape)
 
+    def value_and_divergence(
+        self,
+        t: Float[Array, ""],
+        y: Float[Array, " *event"],
+        context: Float[Array, " context"] | None = None,
+    ) -> Any:
+        """`(m(t, y), div m)` in closed form. `NotImplemented` if there is none."""
+        out = self._closed_form(t, self._vector(y, context), context)
+        return out if out is NotImplemented else (out[0].reshape(y.shape), out[1])
+
     @abc.abstractmethod
     def _field(self, t, x: Float[Array, " size"], context) -> Float[Array, " size"]:
         """The field of a flattened sample."""
+
+    def _closed_form(self, t, x: Float[Array, " size"], context) -> Any:
+        """`value_and_divergence` of a flattened sample."""
+        return NotImplemented
 
     @property
     @abc.abstractmethod
@@ -122,6 +142,5 @@ class Symmetric(Network):
 
     def _known(self, t, context) -> Float[Array, " known"]:
         """Waves of the time, and the context."""
-        angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=self.hidden.bias.dtype)
-        known = [jnp.sin(angles), jnp.cos(angles), *([] if context is None else [context])]
-        return jnp.concatenate(known)
+        known = waves(t, self.hidden.bias.dtype)
+        return jnp.concatenate(known if context is None else [*known, context])

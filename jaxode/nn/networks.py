@@ -146,7 +146,7 @@ class _Network(Network):
                 f"{name}(widths=...): must be a sequence, one size for each hidden layer; got "
                 f"{widths!r}. Pass widths=({widths!r},)."
             )
-        context_size = integer("context_size", context_size, 0, "an integer of at least 0")
+        context_size = integer("context_size", context_size, 0)
         outputs = 1 if self.scalar_output else size
         sizes = [size, *(integer("widths", width) for width in widths)]
         *keys, last = jax.random.split(key, len(sizes))
@@ -171,13 +171,8 @@ class _Network(Network):
             x = self.activation(layer.with_gate(t, x, context)[0])
         return self._output(t, x, context)
 
-    def value_and_divergence(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> Any:
-        """`(m(t, y), div m)` in closed form. `NotImplemented` with more than two hidden layers.
+    def _closed_form(self, t, x, context):
+        """With at most two hidden layers.
 
         With `s1`, `s2` the slopes of the hidden layers (of the activation, times the gate), the
         Jacobian is `W3 diag(s2) W2 diag(s1) W1`. Its trace is `s2 . M s1` with
@@ -185,7 +180,7 @@ class _Network(Network):
         """
         if len(self.hidden) > 2:
             return NotImplemented
-        x, slopes = self._vector(y, context), []
+        slopes = []
         for layer in self.hidden:
             u, gate = layer.with_gate(t, x, context)
             x, slope = _value_and_slope(self.activation, u)
@@ -197,7 +192,7 @@ class _Network(Network):
                 div = jnp.sum(w1 * self.weight.T, axis=1) @ slopes[0]
             case [w1, w2]:
                 div = slopes[1] @ ((w2 * (w1 @ self.weight).T) @ slopes[0])
-        return self._output(t, x, context).reshape(y.shape), div
+        return self._output(t, x, context), div
 
     def _output(self, t, x, context) -> Float[Array, " outputs"]:
         out = self.weight @ x + self.bias
@@ -249,7 +244,7 @@ class ConcatSquash(_Network):
 class PotentialGradient(_Network):
     """The gradient in `y` of a scalar network with the time in every hidden layer.
 
-    Its Jacobian is symmetric.
+    Its Jacobian is symmetric. It has a closed-form divergence with one hidden layer.
 
     Args: as for `MLP`; the activation is differentiated three times.
     References: Onken et al. (2021), arXiv:2006.00104.
@@ -262,13 +257,8 @@ class PotentialGradient(_Network):
         potential = super()._field
         return jax.grad(lambda x: potential(t, x, context)[0])(x)
 
-    def value_and_divergence(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> Any:
-        """`(m(t, y), div m)` in closed form. `NotImplemented` unless there is one hidden layer.
+    def _closed_form(self, t, x, context):
+        """With one hidden layer.
 
         With output weights `w`, the gradient is `W1^T (w a'(u))` and its divergence is
         `sum_j w_j a''(u_j) |W1_j|^2`. A second hidden layer would need a matrix product per sample,
@@ -277,7 +267,7 @@ class PotentialGradient(_Network):
         if len(self.hidden) != 1:
             return NotImplemented
         (layer,), (w,) = self.hidden, self.weight
-        u, _ = layer.with_gate(t, self._vector(y, context), context)
+        u, _ = layer.with_gate(t, x, context)
         slope, curvature = _value_and_slope(lambda u: _value_and_slope(self.activation, u)[1], u)
-        dy = layer.weight.T @ (w * slope)
-        return dy.reshape(y.shape), (w * jnp.sum(layer.weight**2, axis=1)) @ curvature
+        div = (w * jnp.sum(layer.weight**2, axis=1)) @ curvature
+        return layer.weight.T @ (w * slope), div

@@ -155,14 +155,14 @@ class Particles(Symmetric):
         context_size: int = 0,
         activation: Callable[[Array], Array] = jax.nn.silu,
     ):
-        n = integer("n", n, 2, "an integer of at least 2")
+        n = integer("n", n, 2)
         self.event_shape = n, integer("dim", dim)
-        bumps = integer("bumps", bumps, 2, "an integer of at least 2")
+        bumps = integer("bumps", bumps, 2)
         check_number("reach", reach, POSITIVE)
         check_bool("many_body", many_body)
         width = integer("width", width)
-        blocks = integer("blocks", blocks, 0, "an integer of at least 0")
-        self.context_size = integer("context_size", context_size, 0, "an integer of at least 0")
+        blocks = integer("blocks", blocks, 0)
+        self.context_size = integer("context_size", context_size, 0)
         keys = iter(jax.random.split(key, 3 + 2 * blocks))
         known = 2 * WAVES + self.context_size
         self.hidden = Dense(known, width, next(keys))
@@ -178,14 +178,8 @@ class Particles(Symmetric):
         pairs = self._pairs(x)
         return self._summed(pairs, self._strength(t, context, pairs.bumps, self._seen(pairs)))
 
-    def value_and_divergence(
-        self,
-        t: Float[Array, ""],
-        y: Float[Array, " *event"],
-        context: Float[Array, " context"] | None = None,
-    ) -> tuple[Float[Array, " *event"], Float[Array, ""]]:
-        """`(m(t, y), div m)` in closed form."""
-        (n, dim), pairs = self.event_shape, self._pairs(self._vector(y, context))
+    def _closed_form(self, t, x, context):
+        (n, dim), pairs = self.event_shape, self._pairs(x)
         seen = self._seen(pairs)
         change = jnp.zeros_like(seen)
         if self.around is not None:
@@ -194,7 +188,7 @@ class Particles(Symmetric):
             lambda bumps, seen: self._strength(t, context, bumps, seen),
             (pairs.bumps, seen), (pairs.stretch[:, None] * pairs.slopes, change),
         )  # fmt: skip
-        return self._summed(pairs, phi).reshape(y.shape), jnp.sum(2 * dim * phi + apart) / n
+        return self._summed(pairs, phi), jnp.sum(2 * dim * phi + apart) / n
 
     def _pairs(self, x: Float[Array, " size"]) -> _Pairs:
         n = self.event_shape[0]

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode.distributions import as_event_shape
-from jaxode.nn.network import WAVES, Dense, Network
+from jaxode.nn.network import WAVES, Dense, Network, waves
 
 
 class Residual(Network):
@@ -59,7 +59,7 @@ class Residual(Network):
         size = math.prod(as_event_shape(event_shape))
         width = integer("width", width)
         blocks = integer("blocks", blocks)
-        context_size = integer("context_size", context_size, 0, "an integer of at least 0")
+        context_size = integer("context_size", context_size, 0)
         keys = iter(jax.random.split(key, 2 * blocks + 5))
         dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
         known = 2 * WAVES + (width if context_size else 0)
@@ -79,8 +79,7 @@ class Residual(Network):
         return self.first.weight.shape[1], context_size
 
     def _field(self, t, x, context):
-        angles = jnp.pi * t * jnp.arange(1, WAVES + 1, dtype=x.dtype)
-        known = [jnp.sin(angles), jnp.cos(angles)]
+        known = waves(t, x.dtype)
         if self.encoder is not None:
             inner, outer = self.encoder
             known.append(outer(self.activation(inner(context))))

@@ -398,11 +398,12 @@ BAD_INPUT = [
     ),
     (
         lambda: jaxode.audit(FLOW, P, [[1.0, 2.0]], KEY), TypeError,
-        "audit(x=...): must be an array; got list. Convert it with np.asarray(..., np.float32).",
+        "audit(x=...): must be an array of numbers; got list. Convert it with np.asarray(..., "
+        "np.float32), and fill what is masked.",
     ),
     (
         lambda: jaxode.audit(FLOW, P, X[:0], KEY), ValueError,
-        "audit(x=...): must have at least one sample; got none. Pass data.",
+        "audit(x=...): must have at least one row; got shape (0, 2).",
     ),
     (
         lambda: jaxode.audit(FLOW, P, X, KEY, context=X[:2]), ValueError,

@@ -556,14 +556,14 @@ CONSTANT = np.stack([DATA[:, 0], np.full(40, 2.0)], 1)
 WRONG = {
     "a constant column": (
         {"standardize": CONSTANT},
-        r"x must vary; got column 1 \(counting from 0\), which is constant in .* Leave it out.$",
+        r"must vary; got column 1 \(counting from 0\), which is constant in .* Leave it out.$",
     ),
-    "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale of x must be positive .* got 0.0"),
+    "a scale of zero": ({"standardize": (0.0, 0.0)}, r"the scale must be positive .* got 0.0"),
     "data that leave": (
         {"standardize": DATA, "support": (0.0, 9.0)},
         r"support=...\): the data must lie strictly inside; got values on or outside it in 40",
     ),
-    "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean of x must be finite .* got nan"),
+    "a mean of NaN": ({"standardize": (np.nan, 1.0)}, r"the mean must be finite .* got nan"),
     "a scale that is lost": (
         {"standardize": np.float32(1e7) + np.eye(4, 2, dtype=np.float32)},
         r"got column 0 .* constant in float32. Leave it out, or subtract its mean in float64 first",
@@ -576,15 +576,15 @@ WRONG = {
     "a list": ({"standardize": [DATA.mean(0), DATA.std(0)]}, r"mean and scale a tuple; got a list"),
     "text": (
         {"standardize": DATA.astype(str)},
-        r"data of x must be an array of numbers; got an array of <U32. Encode text as numbers",
+        r"standardize=.*must be an array of numbers; got an array of <U32. Encode text as numbers",
     ),
     "a masked array": (
         {"standardize": np.ma.masked_less(DATA, 0)},
-        r"data of x must be an array of numbers; got a masked array",
+        r"standardize=.*must be an array of numbers; got a masked array",
     ),
     "a context of text": (
         {"standardize_context": {"name": np.full(40, "a")}},
-        r"data of context must be an array of numbers; got an array of <U1",
+        r"standardize_context=.*must be an array of numbers; got an array of <U1",
     ),
     "no data": ({"standardize": True}, r"got True. Pass your data, an array \[n, 2\]"),
     "three parts": (
@@ -621,20 +621,20 @@ WRONG_IN_FLOAT32 = {
     "bounds too close": ({"support": (0.0, 1e-45)}, r"must be a normal number of float32"),
     "large data": (
         {"standardize": 1e300 * DATA},
-        r"data of x must fit float32; got larger numbers in 40 of 40 rows, .* Rescale the data",
+        r"data must fit float32; got larger numbers in 40 of 40 rows, .* Rescale the data",
     ),
     "large data on a support": (
         {"standardize": np.abs(1e300 * DATA), "support": (0.0, np.inf)},
-        r"data of x must fit float32; got larger numbers in 40 of 40 rows",
+        r"data must fit float32; got larger numbers in 40 of 40 rows",
     ),
     "tiny data": ({"standardize": 1e-300 * DATA}, r"constant in float32. .* and rescale it"),
     "a large scale": (
         {"standardize": (0.0, 1e300)},
-        r"the scale of x must be positive and finite in float32; got 1e\+300",
+        r"the scale must be positive and finite in float32; got 1e\+300",
     ),
     "a large mean": (
         {"standardize": (1e300, 1.0)},
-        r"the mean of x must be finite in float32; got 1e\+300",
+        r"the mean must be finite in float32; got 1e\+300",
     ),
 }
 

@@ -529,7 +529,7 @@ def test_a_constant_column():
         pytest.warns(UserWarning, match="columns 1 "),
         pytest.raises(
             ValueError,
-            match=r"^fit\(x=...\): x must vary; got column 1 \(counting from 0\)",
+            match=r"^fit\(x=...\): must vary; got column 1 \(counting from 0\)",
         ),
     ):
         fit(bound(standardize=None), BENT * [1.0, 0.0])

@@ -271,7 +271,7 @@ WRONG = {
     **{
         f"a constant column, {name}": (
             kind(CONSTANT), 2,
-            "bind(standardize=...): x must vary; got column 1 (counting from 0), which is constant "
+            "bind(standardize=...): must vary; got column 1 (counting from 0), which is constant "
             "in float64. Leave it out.",
         )
         for name, kind in KINDS.items()
@@ -286,12 +286,12 @@ WRONG = {
     },
     "one row": (
         normal(CONSTANT[:1]), 2,
-        "bind(standardize=...): data of x must have shape [n, 2], with at least two rows; got "
+        "bind(standardize=...): data must have shape [n, 2], with at least two rows; got "
         "(1, 2).",
     ),
     "another shape": (
         whiten(EVEN), 1,
-        "bind(standardize=...): data of x must have shape [n, 1], with at least two rows; got "
+        "bind(standardize=...): data must have shape [n, 1], with at least two rows; got "
         "(1000,).",
     ),
     "a dependence": (
@@ -319,6 +319,6 @@ def test_wrong_data(name):
 @pytest.mark.parametrize("kind", ["normal", "whiten"])
 def test_traced_data(kind):
     with pytest.raises(
-        TypeError, match=r"^bind\(standardize=...\): needs data of x that are known, .* a tracer\."
+        TypeError, match=r"^bind\(standardize=...\): needs data that are known, .* a tracer\."
     ):
         jax.jit(lambda x: bound(KINDS[kind](x), 2).log_prob(x))(CONSTANT)

@@ -120,11 +120,11 @@ def test_a_function_of_its_arguments_and_equal_to_its_like():
         (lambda: optimal_transport(2.5), r"optimal_transport\(group=...\): must be a positive int"),
         (
             lambda: optimal_transport(condition_weight=-1),
-            r"optimal_transport\(condition_weight=...\): must be a finite .* at least 0; got -1",
+            r"optimal_transport\(condition_weight=...\): must be a .* at least 0; got -1",
         ),
         (
             lambda: optimal_transport(condition_weight=float("nan")),
-            r"optimal_transport\(condition_weight=...\): must be a finite number, .* got nan",
+            r"optimal_transport\(condition_weight=...\): must be a .*, finite .* got nan",
         ),
         (
             lambda: rows_of(optimal_transport(4, 1.0), jnp.ones((4, 2)), jnp.ones((4, 2))),

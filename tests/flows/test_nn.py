@@ -200,6 +200,7 @@ def test_the_divergence_of_the_residual_network_is_exact_without_a_key():
     """Also for events that are large enough to be estimated in training."""
     size = divergence.EXACT_UP_TO + 2
     m = network(residual, (8,), event=size)
+    assert m.value_and_divergence(T, jnp.ones(size)) is NotImplemented
     assert nn.field.value_and_divergence(T, jnp.ones(size), m) is NotImplemented
     x = 0.1 * jax.random.normal(jax.random.key(1), (3, size))
     base = jaxode.standard_normal(size)

@@ -78,8 +78,8 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
     compute = _fused if objective.system.adjoint.fused else _augmented
     loss, rest = compute(objective)
     log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
-    names = [regularizer.name for regularizer in objective.integrands.regularizers]
-    by_name = {name: running[:, i] for i, name in enumerate(names)}
+    costs = objective.integrands.regularizers
+    by_name = {cost.name: running[:, i] for i, cost in enumerate(costs)}
     return loss, NLLStats(log_prob, log_det, stats, result, by_name), t_reached
 
 
@@ -107,7 +107,7 @@ def _augmented(objective: Objective):
 
 
 def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
-    """Samples of weight zero whose own solve failed, `[rows]`. None if all share one solve."""
+    """Which samples of weight zero failed in their own solve, `[rows]`."""
     failed = jnp.atleast_1d(result != Result.SUCCESS)
     return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
 
@@ -261,7 +261,7 @@ def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
     log_base, pull = jax.vjp(log_prob, base_params, solved.integration.y1)
     base_bar, z_bar = pull(-inputs.weights)
     zero = jnp.zeros_like(problem.t0)
-    carry = quadrature.zero(), jnp.stack([zero] * 2), zero
+    carry = jnp.zeros_like(quadrature.bars), jnp.stack([zero] * 2), zero
     swept = Sweep(solved, quadrature.interior, quadrature.shared).run(z_bar, carry)
     integrals, by_times, _ = swept.interior
     out, losses = _outcome(inputs, settings, solved, log_base, integrals)

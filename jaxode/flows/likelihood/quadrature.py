@@ -80,10 +80,6 @@ class Quadrature(NamedTuple):
         first = jnp.where(step == 0, self.inner, 0)
         return first, self.inner + 1 if self.shared else self.inner
 
-    def zero(self) -> Float[Array, "batch costs"]:
-        """The integrals over an empty span."""
-        return jnp.zeros_like(self.bars)
-
     def _split(self, step: Step) -> Step:
         """One row per sample, if each sample has its own nodes."""
         phase = self.phase
@@ -155,37 +151,32 @@ class Quadrature(NamedTuple):
             add = lambda i, total: total + self.evaluate(step, after, number, i)
             return fori_loop(*self.numbers(number), add, integrals), step.h
 
-        carry = self.zero(), jnp.zeros_like(self.solved.problem.t0)
+        carry = jnp.zeros_like(self.bars), jnp.zeros_like(self.solved.problem.t0)
         return walk_back(self.solved, visit, carry)[0]
 
-    @property
-    def interior(self):
+    def interior(self, whole: Step, number, bar: Step, params_bar, carry):
         """For `Sweep.interior`.
 
         It carries the integrals, their derivatives with respect to both times through the step
         sizes, and the size of the next step.
         """
-
-        def interior(whole: Step, number, bar: Step, params_bar, carry):
-            integrals, by_times, after = carry
-            step, speeds = self._split(whole), None
-            if self.solved.timed:
-                mesh = self.solved.mesh
-                own = mesh.speeds(whole.t, whole.h, number)
-                others = mesh.speeds(whole.t + whole.h, after, number + 1)
-                speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
-            add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
-            carry = (self._split(bar), params_bar, integrals, by_times)
-            first, last = self.numbers(number)
-            if self.together:
-                # The start is a step of size zero: nodes inside it have no weight.
-                carry, first = add(jnp.arange(self.inner), carry), self.inner
-            bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
-            to_rows = lambda x: over_rows(jnp.sum, x, whole.t)
-            bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
-            return bar, params_bar, (integrals, by_times, whole.h)
-
-        return interior
+        integrals, by_times, after = carry
+        step, speeds = self._split(whole), None
+        if self.solved.timed:
+            mesh = self.solved.mesh
+            own = mesh.speeds(whole.t, whole.h, number)
+            others = mesh.speeds(whole.t + whole.h, after, number + 1)
+            speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
+        add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
+        carry = (self._split(bar), params_bar, integrals, by_times)
+        first, last = self.numbers(number)
+        if self.together:
+            # The start is a step of size zero: nodes inside it have no weight.
+            carry, first = add(jnp.arange(self.inner), carry), self.inner
+        bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
+        to_rows = lambda x: over_rows(jnp.sum, x, whole.t)
+        bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
+        return bar, params_bar, (integrals, by_times, whole.h)
 
     def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:
         """The cotangents of the values at a node."""
