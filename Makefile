@@ -60,7 +60,7 @@ bench-check: .venv-bench/ready  ## Measure again; fails if a ratio to a peer has
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
-posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes an hour
+posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes half an hour
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
 
 tables: .venv-bench/ready  ## Densities of tables after 20, 60 and 300 seconds of training; takes days

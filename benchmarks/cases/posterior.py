@@ -1,11 +1,11 @@
 """Posteriors from simulations, against reference posteriors: C2ST on five tasks of sbibm.
 
-    make posterior      about an hour; interrupt and continue as you like
+    make posterior      about half an hour; interrupt and continue as you like
 
 Each task has 30,000 simulations from its prior. A conditional flow q(theta | x) is a
-`jaxode.nn.Residual` of its default size with an encoding of the context, trained by `jaxode.fit`
-for ten minutes: 1000 simulations are set aside, as `fit` does. The prior's bounds are the `support`
-of `jaxode.bind`, and parameters and simulations are standardized. The settings are the same for all
+`jaxode.nn.Residual` of its default size, trained by 20,000 steps of `jaxode.fit`, which sets 1000
+simulations aside; more steps overfit (NOTES.md). The prior's bounds are the `support` of
+`jaxode.bind`, and parameters and simulations are standardized. The settings are the same for all
 tasks. Then 10,000 samples of each of the ten posteriors stand against 10,000 of the reference: C2ST
 is the accuracy, over five folds, of a classifier that tells them apart, 0.5 at best. The classifier
 is the one of sbibm. On one task sbi's NPE stands beside it, with its defaults, on the same
@@ -235,7 +235,7 @@ class Size(NamedTuple):
     """Of each posterior."""
     network: dict[str, Any] = {}
     """Sizes of the network, if not its defaults."""
-    fit: dict[str, Any] = {"seconds": 600.0}
+    fit: dict[str, Any] = {"steps": 20_000}
 
 
 class Posterior(Benchmark):
