@@ -78,24 +78,29 @@ def _permutation(order: Int[Array, "n samples"]):
 
 
 def _substitute(lu, order, b: Float[Array, "n samples"]) -> Float[Array, "n samples"]:
-    n = len(b)
-    x = jnp.sum(jnp.where(_permutation(order), b[None], 0), axis=1)
-    for j in range(n - 1):
-        x = jnp.concatenate([x[: j + 1], x[j + 1 :] - lu[j + 1 :, j] * x[j][None]])
+    """Unknown by unknown: XLA fuses these into fewer loops over the samples than whole columns."""
+    n, x = len(b), list(jnp.sum(jnp.where(_permutation(order), b[None], 0), axis=1))
+    for j in range(n):
+        for i in range(j + 1, n):
+            x[i] = x[i] - lu[i, j] * x[j]
     for j in reversed(range(n)):
-        last = (x[j] / lu[j, j])[None]
-        x = jnp.concatenate([x[:j] - lu[:j, j] * last, last, x[j + 1 :]])
-    return x
+        x[j] = x[j] / lu[j, j]
+        for i in range(j):
+            x[i] = x[i] - lu[i, j] * x[j]
+    return jnp.array(x, b.dtype).reshape(b.shape)
 
 
 def _substitute_transposed(lu, order, b: Float[Array, "n samples"]) -> Float[Array, "n samples"]:
-    n, x = len(b), b
+    n, x = len(b), list(b)
     for j in range(n):
-        first = (x[j] / lu[j, j])[None]
-        x = jnp.concatenate([x[:j], first, x[j + 1 :] - lu[j, j + 1 :] * first])
-    for j in reversed(range(1, n)):
-        x = jnp.concatenate([x[:j] - lu[j, :j] * x[j][None], x[j:]])
-    return jnp.sum(jnp.where(_permutation(order), x[:, None], 0), axis=0)
+        x[j] = x[j] / lu[j, j]
+        for i in range(j + 1, n):
+            x[i] = x[i] - lu[j, i] * x[j]
+    for j in reversed(range(n)):
+        for i in range(j):
+            x[i] = x[i] - lu[j, i] * x[j]
+    found = jnp.array(x, b.dtype).reshape(b.shape)
+    return jnp.sum(jnp.where(_permutation(order), found[:, None], 0), axis=0)
 
 
 def _substitute_each(lu, order, b: Float[Array, "samples n"], transposed: bool):

@@ -22,7 +22,7 @@ def matrices(n):
     return a
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, MOST_UNROLLED, MOST_UNROLLED + 1])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, MOST_UNROLLED, MOST_UNROLLED + 1])
 def test_solves_either_way(n):
     a, b = matrices(n), np.random.default_rng(0).normal(size=(SAMPLES, n))
 
