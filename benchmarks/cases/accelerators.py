@@ -1,4 +1,5 @@
-"""What the training step of a flow becomes on accelerators, compiled without one.
+"""What the training step of a flow becomes on accelerators, and the gradient of stiff problems,
+compiled without one.
 
     make bench-accelerators
 
@@ -27,6 +28,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxode
+from benchmarks.cases import stiff
 from benchmarks.harness import hlo, machine, report, runner, show
 from benchmarks.harness.benchmark import Benchmark, Result
 from benchmarks.harness.fairness import Bench, attempt
@@ -69,6 +72,8 @@ WORKLOADS = {
     "512 x 2, 64-64-64": Workload(2, 512, (64, 64, 64)),
     "1000 x 43, 860-860": Workload(43, 1000, (860, 860)),
 }
+# A row of `tests/problems.py` for each: below and above `MOST_UNROLLED` unknowns.
+STIFF = {"1000 of Robertson's": "robertson", "1000 of POLLU": "pollution"}
 # Nobody can be asked where in a network of TPUs this is, and no kernels can be timed to choose one.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -87,14 +92,16 @@ class Contender(NamedTuple):
     """The same for loops that are not over steps."""
     precision: str | None = None
     """Of products, if it is not the library's own."""
+    forward: tuple[int, ...] = (6,)
+    """As `backward`; evaluations in a step of Dormand and Prince, or of Tsitouras."""
 
 
-FORWARD = (6,)  # evaluations in a step of Dormand and Prince, or of Tsitouras
 # Steps taken again from a checkpoint (none if their stages are kept), and stages pulled back, less
 # the one that is a node of the quadrature. Where kernels are what costs, the nodes have no loop: a
 # batch, and that one.
 JAXODE = {"512 x 2, 64-64-64": (0, 5), "1000 x 43, 860-860": (0, 3, 5)}
 FIRST_STEP = (2,)  # slopes that choose its size
+RODAS5P = 7  # stages in a loop, after those at the start of a step
 DIFFRAX = (6, 6)  # stages evaluated again, and pulled back
 ODEINT = (6,)  # stages of a step of the adjoint ODE, which has its own steps
 
@@ -125,6 +132,20 @@ def contenders(p: FlowProblem, mesh: Mesh, trips) -> dict[str, Contender]:
         "diffrax, jit": by_diffrax,  # https://github.com/patrick-kidger/diffrax/issues/765
         "jax odeint, shard_map": Contender(untyped, p.probe, ODEINT),
     }
+
+
+def stiff_problem(name: str, mesh: Mesh) -> tuple[FlowProblem, dict[str, Contender]]:
+    """Rows with their own rates and steps, and the gradient by the rates."""
+    problem, solver = stiff.problems()[name], jaxode.Rodas5P()
+    ends = lambda rates, y0: stiff.rows_by_jaxode(
+        problem.f, y0, problem.t1, rates, 1e-4, 1e-8, solver
+    )
+    step = jax.value_and_grad(lambda rates, y0, noise: jnp.sum(ends(rates, y0)))
+    rows = lambda numbers: jax.ShapeDtypeStruct(
+        (stiff.ROWS, len(numbers)), jnp.float32, sharding=NamedSharding(mesh, P())
+    )
+    by_jaxode = Contender(step, None, (0, RODAS5P), FIRST_STEP, forward=(RODAS5P,))
+    return FlowProblem(rows(problem.args), rows(problem.y0), None, None), {"jaxode": by_jaxode}
 
 
 def mesh_of(target: Target) -> Mesh:
@@ -171,7 +192,7 @@ def described(program: hlo.Loop, contender: Contender) -> dict[str, Any]:
     ahead, back = over_steps
     once = hlo.Loop(own=program.own, loops=[x for x in program.loops if not x.loops])
     return {
-        "forward": ahead.trip(*FORWARD)._asdict(),
+        "forward": ahead.trip(*contender.forward)._asdict(),
         "backward": back.trip(*contender.backward)._asdict(),
         "once": once.trip(*contender.once)._asdict(),
         "collectives": program.collectives,
@@ -180,7 +201,9 @@ def described(program: hlo.Loop, contender: Contender) -> dict[str, Any]:
 
 class Accelerators(Benchmark):
     cases = {
-        f"{target}, {workload}": (target, workload) for target in TARGETS for workload in WORKLOADS
+        f"{target}, {workload}": (target, workload)
+        for target, described in TARGETS.items()
+        for workload in (*WORKLOADS, *(STIFF if described.chips == 1 else ()))
     }
     seconds = 0.0
 
@@ -189,10 +212,14 @@ class Accelerators(Benchmark):
         jax.config.update("jax_platforms", "cpu")
         target, workload = self.cases[case]
         mesh = mesh_of(TARGETS[target])
-        p = shapes(WORKLOADS[workload], mesh)
+        if workload in STIFF:
+            p, compared = stiff_problem(STIFF[workload], mesh)
+        else:
+            p = shapes(WORKLOADS[workload], mesh)
+            compared = contenders(p, mesh, JAXODE[workload])
         failed: dict[str, str] = {}
         found = {}
-        for name, contender in contenders(p, mesh, JAXODE[workload]).items():
+        for name, contender in compared.items():
             call = lambda contender=contender: compiled(contender, p, TARGETS[target].platform)
             program = attempt(bench, failed, name, call)
             if program is not None:

@@ -47,6 +47,13 @@ def by_jaxode(f, y0, t1, args, rtol, atol, solver: Any, **options):
     ).y1  # fmt: skip
 
 
+def rows_by_jaxode(f, y0, t1, rates, rtol, atol, solver: Any):
+    """Each row with its own rates and steps."""
+    of_row = lambda t, y, args: f(t, y, args[1])
+    options = {"batch": "per_sample", "row_args": rates}
+    return by_jaxode(of_row, y0, t1, None, rtol, atol, solver, **options)
+
+
 def by_diffrax(f, y0, t1, args, rtol, atol, solver: Any):
     terms: Any = diffrax.ODETerm(f)
     if isinstance(solver, diffrax.KenCarp4):  # whose explicit part has nothing to do
@@ -121,11 +128,7 @@ def together(name: str, rates, ends, gradient: bool) -> Step:
         atol = 1e-3 * tolerance
         if name in OURS:
             rows = jnp.tile(y0, (len(rates), 1))
-            of_row = lambda t, y, args: f(t, y, args[1])
-            return by_jaxode(
-                of_row, rows, T1, None, tolerance, atol, OURS[name], batch="per_sample",
-                row_args=rates,
-            )  # fmt: skip
+            return rows_by_jaxode(f, rows, T1, rates, tolerance, atol, OURS[name])
         one = lambda rates: by_diffrax(f, y0, T1, rates, tolerance, atol, THEIRS[name])
         return jax.vmap(one)(rates)
 

@@ -4,6 +4,7 @@ LAPACK's time for a small matrix is that of the call. So up to `MOST_UNROLLED` u
 is unrolled over the unknowns and vectorized over the samples, which are the fast axis.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class Factors(NamedTuple):
     lu: Float[Array, "n n samples"] | Float[Array, "samples n n"]
     """With the samples last if the elimination was unrolled."""
     order: Int[Array, "n samples"] | Int[Array, "samples n"]
-    """Row `i` of the product is row `order[i]` of the matrix; the pivots of LAPACK."""
+    """Row `i` of the product is row `order[i]` of the matrix."""
     scale: Float[Array, "samples n"]
 
 
@@ -34,7 +35,7 @@ def factorize(matrix: Float[Array, "n n samples"]) -> Factors:
     scale = 1 / jnp.where(largest == 0, 1.0, largest)
     scaled = scale[:, None] * matrix
     if len(matrix) > MOST_UNROLLED:
-        lu, order = jax.scipy.linalg.lu_factor(jnp.moveaxis(scaled, -1, 0))
+        lu, _, order = jax.lax.linalg.lu(jnp.moveaxis(scaled, -1, 0))
         return Factors(lu, order, scale.T)
     return Factors(*_eliminate(scaled), scale.T)
 
@@ -44,7 +45,7 @@ def solve(factors: Factors, b: Float[Array, "samples n"], transposed: bool = Fal
     lu, order, scale = factors
     b = b if transposed else scale * b
     if b.shape[1] > MOST_UNROLLED:
-        x = jax.scipy.linalg.lu_solve((lu, order), b[..., None], trans=int(transposed))[..., 0]
+        x = _substitute_each(lu, order, b, transposed)
     else:
         substitute = _substitute_transposed if transposed else _substitute
         x = substitute(lu, order, b.T).T
@@ -77,21 +78,43 @@ def _permutation(order: Int[Array, "n samples"]):
 
 
 def _substitute(lu, order, b: Float[Array, "n samples"]) -> Float[Array, "n samples"]:
-    n = len(b)
-    x = jnp.sum(jnp.where(_permutation(order), b[None], 0), axis=1)
-    for j in range(n - 1):
-        x = jnp.concatenate([x[: j + 1], x[j + 1 :] - lu[j + 1 :, j] * x[j][None]])
+    """Unknown by unknown: XLA fuses these into fewer loops over the samples than whole columns."""
+    n, x = len(b), list(jnp.sum(jnp.where(_permutation(order), b[None], 0), axis=1))
+    for j in range(n):
+        for i in range(j + 1, n):
+            x[i] = x[i] - lu[i, j] * x[j]
     for j in reversed(range(n)):
-        last = (x[j] / lu[j, j])[None]
-        x = jnp.concatenate([x[:j] - lu[:j, j] * last, last, x[j + 1 :]])
-    return x
+        x[j] = x[j] / lu[j, j]
+        for i in range(j):
+            x[i] = x[i] - lu[i, j] * x[j]
+    return jnp.array(x, b.dtype).reshape(b.shape)
 
 
 def _substitute_transposed(lu, order, b: Float[Array, "n samples"]) -> Float[Array, "n samples"]:
-    n, x = len(b), b
+    n, x = len(b), list(b)
     for j in range(n):
-        first = (x[j] / lu[j, j])[None]
-        x = jnp.concatenate([x[:j], first, x[j + 1 :] - lu[j, j + 1 :] * first])
-    for j in reversed(range(1, n)):
-        x = jnp.concatenate([x[:j] - lu[j, :j] * x[j][None], x[j:]])
-    return jnp.sum(jnp.where(_permutation(order), x[:, None], 0), axis=0)
+        x[j] = x[j] / lu[j, j]
+        for i in range(j + 1, n):
+            x[i] = x[i] - lu[j, i] * x[j]
+    for j in reversed(range(n)):
+        for i in range(j):
+            x[i] = x[i] - lu[j, i] * x[j]
+    found = jnp.array(x, b.dtype).reshape(b.shape)
+    return jnp.sum(jnp.where(_permutation(order), found[:, None], 0), axis=0)
+
+
+def _substitute_each(lu, order, b: Float[Array, "samples n"], transposed: bool):
+    """As `jax.scipy.linalg.lu_solve`, which finds the order from LAPACK's pivots at each call: on a
+    TPU, by a loop over the unknowns that takes longer than all the rest (benchmarks/NOTES.md)."""
+    triangular = partial(
+        jax.lax.linalg.triangular_solve, lu, left_side=True, transpose_a=transposed
+    )
+    lower = lambda x: triangular(x, lower=True, unit_diagonal=True)
+    upper = lambda x: triangular(x, lower=False)
+    # With the samples last, or XLA for a TPU pads the states of all recorded steps.
+    if transposed:
+        x = lower(upper(b[..., None]))[..., 0].T
+        place = lambda x, order: jnp.zeros_like(x).at[order].set(x, unique_indices=True)
+        return jax.vmap(place, 1, 1)(x, order.T).T
+    b = jnp.take_along_axis(b.T, order.T, axis=0).T
+    return upper(lower(b[..., None]))[..., 0]

@@ -1,5 +1,7 @@
 """Linear systems of samples, against NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def matrices(n):
     return a
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, MOST_UNROLLED, MOST_UNROLLED + 1])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, MOST_UNROLLED, MOST_UNROLLED + 1])
 def test_solves_either_way(n):
     a, b = matrices(n), np.random.default_rng(0).normal(size=(SAMPLES, n))
 
@@ -32,6 +34,16 @@ def test_solves_either_way(n):
     np.testing.assert_allclose(x, np.linalg.solve(a, b[..., None])[..., 0], rtol=1e-9)
     expected = np.linalg.solve(a.swapaxes(1, 2), b[..., None])[..., 0]
     np.testing.assert_allclose(transposed, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_order_of_the_equations_is_found_once(transposed):
+    """By a factorization, and not again by each of its solves."""
+    n = MOST_UNROLLED + 1
+    factors = jax.eval_shape(factorize, jnp.ones((n, n, SAMPLES)))
+    program = jax.make_jaxpr(partial(solve, transposed=transposed))(factors, jnp.ones((SAMPLES, n)))
+    assert "triangular_solve" in str(program)
+    assert not any(name in str(program) for name in ("pivots", "sort[", "while["))
 
 
 @pytest.mark.parametrize("n", [3, MOST_UNROLLED + 1])

@@ -314,6 +314,13 @@ def test_a_step_and_its_reverse_are_the_two_loops_over_steps():
         accelerators.described(program, contender)
 
 
+def test_a_stiff_case_is_a_gradient_by_the_rates_of_each_row():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (flows.AXIS,))
+    p, compared = accelerators.stiff_problem(accelerators.STIFF["1000 of Robertson's"], mesh)
+    _, gradient = jax.eval_shape(compared["jaxode"].step, p.params, p.x, None)
+    assert gradient.shape == (1000, 3)
+
+
 WORKER = """
 import json, os, signal, sys
 report, options = sys.argv[1], json.loads(sys.argv[2])
