@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import memory_maps
 from scipy import stats
 
 import jaxode
@@ -333,49 +331,6 @@ def test_half_precision_of_a_field_is_named(field):
 def test_samples_in_half_precision_are_audited():
     p, x = matrix(2).astype(jnp.float16), jnp.ones((4, 2), jnp.float16)
     assert audit(lambda t, z, p: jnp.tanh(p.astype(z.dtype) @ z), 2, p, x).advice == {}
-
-
-def shifted(t, z, args):
-    p, shift = args
-    return jnp.tanh(p @ z) + shift
-
-
-def again(i, **options):
-    base = jaxode.standard_normal(3)
-    x = jax.random.normal(jax.random.key(i), (16, 3))
-    flow = jaxode.cnf(functools.partial(tanh), base, **options)
-    return jaxode.audit(flow, (1.0 + i) * matrix(3), x, jax.random.key(i))
-
-
-def of_context(i):
-    base = jax.tree.map(lambda leaf: leaf + 0.1 * i, jaxode.diagonal_normal(1))
-    x = jax.random.normal(jax.random.key(i), (16, 1))
-    flow = jaxode.cnf(shifted, base)
-    return jaxode.audit(flow, (1.0 + i) * matrix(1), x, KEY, context=x)
-
-
-# Audits of other parameters and samples of the same shapes. A new kind of flow is one row.
-AGAIN = {
-    "exact": again,
-    "probes": lambda i: again(i, divergence=divergence.hutchinson(2)),
-    "implicit": lambda i: again(i, solver=diffrax.Kvaerno3(), rtol=1e-3),
-    "forward mode": lambda i: again(i, adjoint=jaxode.ForwardMode()),
-    "learned base and context": of_context,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", AGAIN.values(), ids=AGAIN)
-def test_second_audit_compiles_nothing(run, compiled):
-    run(0)
-    assert compiled
-    compiled.clear()
-    before = memory_maps()
-    reports = [run(1), run(2)]
-    assert not compiled
-    assert reports[0].values != reports[1].values
-    # Not one for each program: the allocator makes some itself.
-    assert before is None or memory_maps() < before + 20
 
 
 FLOW = jaxode.cnf(tanh, jaxode.standard_normal(2))
