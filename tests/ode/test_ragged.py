@@ -57,8 +57,9 @@ def row_by_row(name):
 @functools.cache
 def both(name):
     def of(loss):
-        each = gradient(name)(lambda *x: loss(*x)[0], tuple(range(6)))
-        return jax.jit(lambda *x: (loss(*x), each(*x)))
+        with_itself = lambda *x: ((result := loss(*x))[0], result)
+        each = gradient(name)(with_itself, tuple(range(6)), has_aux=True)
+        return jax.jit(lambda *x: each(*x)[::-1])
 
     single, rows = of(row_by_row(name)), []
     for i in range(5):
