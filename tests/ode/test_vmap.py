@@ -183,7 +183,18 @@ def with_callback(t, y, a):
     return field(t, y, a)
 
 
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+# Of what others do as well: gradients for Jacobians, the Hessian of a sum, chains, and a scan.
+SLOW = {
+    "jacobian", "interpolated jacobian", "hessian", "nested chains", "gradient of the settings",
+    "gradient of a vmap of a scan",
+}  # fmt: skip
+ROWS = [
+    pytest.param(program, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name, program in PROGRAMS.items()
+]
+
+
+@pytest.mark.parametrize("program", ROWS)
 def test_programs_are_those_of_the_plain_rule(program, monkeypatch):
     # As one program: without the small ones of an array each, which are compiled twice here.
     run = lambda: jax.jit(lambda: program(end))()
@@ -308,15 +319,11 @@ def test_no_leaks():
 def test_an_ensemble_of_flows():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     params, x = jnp.array([[1.0, 0.5], [0.3, -0.2]]), jnp.array([[0.5, 1.0], [-1.0, 0.2]])
-    methods = {
-        "nll": lambda p: flow.nll(p, x),
-        "log_prob": lambda p: flow.log_prob(p, x).sum(),
-        "sample": lambda p: flow.sample(p, jax.random.key(0), 2).sum(),
-    }
-    for f in methods.values():
-        wanted = [jax.value_and_grad(f)(p) for p in params]
-        check(
-            jax.vmap(jax.value_and_grad(f))(params),
-            jax.tree.map(lambda *x: jnp.stack(x), *wanted),
-            1e-11,
-        )
+    methods = (
+        lambda p: flow.nll(p, x),
+        lambda p: flow.log_prob(p, x).sum(),
+        lambda p: flow.sample(p, jax.random.key(0), 2).sum(),
+    )
+    each = jax.jit(lambda p: [jax.value_and_grad(f)(p) for f in methods])
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(each, params))
+    check(jax.vmap(each)(params), wanted, 1e-11)
