@@ -117,8 +117,10 @@ def test_without_jit():
 
 
 def test_gradients_of_second_order():
-    run = lambda y0, t, m: jaxode.odeint(
-        lambda y, t, m: -m * jnp.sin(y) * t, y0, t, m, rtol=1e-10, atol=1e-10
+    run = jax.jit(
+        lambda y0, t, m: jaxode.odeint(
+            lambda y, t, m: -m * jnp.sin(y) * t, y0, t, m, rtol=1e-10, atol=1e-10
+        )
     )
     inputs = (jnp.array([1.0, 2.0]), jnp.array([0.0, 0.4, 1.0]), jnp.array(0.7))
     check_grads(run, inputs, modes=("rev",), order=2, rtol=1e-4)
