@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient
+from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient, of_feature
 
 import jaxode
 
@@ -44,7 +44,7 @@ def masked(name, way, ts=None):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [(name, way) for name in KINDS for way in WAYS],
+    of_feature((name, way) for name in KINDS for way in WAYS),
 )
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     loss, inputs = masked(name, way, TS)
@@ -62,7 +62,7 @@ def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), [(name, again) for name, again in AGAIN if name in REVERSE]
+    ("name", "again"), of_feature((name, again) for name, again in AGAIN if name in REVERSE)
 )
 def test_second_derivatives_where_failed_rows_are_masked(name, again):
     loss, inputs = masked(name, "per_sample")

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTIVE, AGAIN, METHODS, assert_close, gradient
+from helpers import ADAPTIVE, AGAIN, METHODS, assert_close, gradient, of_feature
 
 import jaxode
 from jaxode import Event
@@ -20,7 +20,7 @@ def decay(t, y, rate):
 LEVEL = Event(lambda t, y, rate: y - 0.2)
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", of_feature(ADAPTIVE))
 def test_decay_to_a_level(name):
     """`t = log(y0 / level) / rate + t0`, and what is integrated up to then."""
 
@@ -192,7 +192,7 @@ def grow(t, state, rate):
     return -rate * y, rate * t * z
 
 
-@pytest.mark.parametrize(("name", "again"), AGAIN)
+@pytest.mark.parametrize(("name", "again"), of_feature(AGAIN))
 def test_second_derivatives(name, again):
     """Of the time and of the state there, with a linear condition and a field that moves."""
     event = Event(lambda t, state, rate: state[0] - rate / 4)

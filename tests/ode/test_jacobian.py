@@ -110,6 +110,7 @@ def closing_over(rate):
     return lambda t, y, args: -rate * jnp.eye(2)
 
 
+@pytest.mark.slow
 def test_closed_over_values_under_vmap_and_second_derivatives():
     def total(y0, rate, given, adjoint):
         return jnp.sum(end(y0, rate, closing_over(rate) if given else None, adjoint=adjoint) ** 2)

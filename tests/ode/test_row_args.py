@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS
+from helpers import METHODS, of_feature
 
 import jaxode
 
@@ -72,7 +72,7 @@ def test_equal_to_single_solves(case):
 
 
 # The interpolating adjoint by few checkpoints alone, from which it replays steps.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "interpolating"])
+@pytest.mark.parametrize("name", of_feature(name for name in METHODS if name != "interpolating"))
 @pytest.mark.parametrize("batch", ["per_sample", "joint"])
 def test_gradients(name, batch):
     """By the state, what all rows share, and what each has for itself."""

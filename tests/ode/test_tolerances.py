@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, assert_close, gradient
+from helpers import METHODS, assert_close, gradient, of_feature
 from problems import STIFF
 
 import jaxode
@@ -77,7 +77,7 @@ def end(y0, rate, in_new_units, **options):
 
 
 # The interpolating adjoint by few checkpoints alone, from which it replays steps.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "interpolating"])
+@pytest.mark.parametrize("name", of_feature(name for name in METHODS if name != "interpolating"))
 def test_gradients(name):
     """A solve of its own back keeps to the smallest tolerance."""
 
