@@ -105,9 +105,15 @@ def only_rows(monkeypatch):
         monkeypatch.setattr(vmapped, name, refused)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_as_rows_of_one_solve(case, only_rows):
-    f, inputs, axes = case
+def with_slow(table, slow):
+    """Names, some for the full suite alone."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
+
+
+# Of chains and of the adjoint ODE there are others.
+@pytest.mark.parametrize("name", with_slow(CASES, {"chains of the adjoint ODE", "interpolated"}))
+def test_as_rows_of_one_solve(name, only_rows):
+    f, inputs, axes = CASES[name]
     axes = axes if isinstance(axes, tuple) else (axes,) * len(inputs)
     argnums = tuple(range(len(inputs)))
     loss = lambda *inputs: jnp.sum(jnp.sin(1.3 * f(*inputs)))
@@ -188,16 +194,12 @@ SLOW = {
     "jacobian", "interpolated jacobian", "hessian", "nested chains", "gradient of the settings",
     "gradient of a vmap of a scan",
 }  # fmt: skip
-ROWS = [
-    pytest.param(program, id=name, marks=[pytest.mark.slow] * (name in SLOW))
-    for name, program in PROGRAMS.items()
-]
 
 
-@pytest.mark.parametrize("program", ROWS)
-def test_programs_are_those_of_the_plain_rule(program, monkeypatch):
+@pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))
+def test_programs_are_those_of_the_plain_rule(name, monkeypatch):
     # As one program: without the small ones of an array each, which are compiled twice here.
-    run = lambda: jax.jit(lambda: program(end))()
+    run = lambda: jax.jit(lambda: PROGRAMS[name](end))()
     got = run()
     monkeypatch.setattr(vmapped, "_with_rule", lambda f, rule, *args: f(*args))
     jax.clear_caches()
