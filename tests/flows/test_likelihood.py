@@ -170,8 +170,15 @@ def by_autodiff(name):
     return plain(PARAMS, X, CONTEXT, WEIGHTS)
 
 
+# Three probes and steps of each sample have the same regularizers.
+REST = pytest.param("regularized", False, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("name", "gathered"), [(name, False) for name in CASES] + [(name, True) for name in GATHERED]
+    ("name", "gathered"),
+    [(name, False) for name in CASES if name != "regularized"]
+    + [(name, True) for name in GATHERED]
+    + [REST],
 )
 def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
     """Value and gradient, the parameters' by stage or gathered by step."""

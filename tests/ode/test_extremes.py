@@ -114,8 +114,13 @@ def test_odeint_over_an_empty_span(t):
     np.testing.assert_array_equal(odeint(jnp.array([2.0, 3.0]), t), [2.0, 3.0])
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
-@pytest.mark.parametrize(("event", "batch"), [((), 0), ((), 3), ((2, 3, 4), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("event", "batch", "control"),
+    [
+        ((), 0, "joint"), ((), 0, "per_sample"), ((), 3, "joint"), ((2, 3, 4), 1, "per_sample"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_flow_of_any_event_and_batch(control, event, batch):
     z = 1 + jnp.arange(batch * np.prod(event, dtype=int), dtype=float).reshape(batch, *event)
     options = {"batch": control, "rtol": 1e-7, "atol": 1e-7}

@@ -311,6 +311,7 @@ def test_nothing_compiles_again(caplog):
         assert [r for r in caplog.records if r.getMessage().startswith("Compiling")]
 
 
+@pytest.mark.slow
 def test_no_leaks():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     with jax.checking_leaks():
