@@ -87,15 +87,16 @@ def test_rows_at_a_time_for_all_at_their_own_and_at_several():
     y0, t1 = jnp.stack([Y0, 2 * Y0, -Y0]), jnp.array([3.0, -1.0, 2.0])
     s = jax.jit(lambda: solved(y0, 0.0, t1, RATE, batch="per_sample", dense=True))()
     times = jnp.linspace(0.0, 1.0, 5)[None] * t1[:, None]
-    several = s.evaluate(times)
+    at_all = lambda: [s.evaluate(t) for t in (times, times[:, 2], 0.0, jnp.zeros(3))]
+    several, middle, start, starts = jax.jit(at_all)()
     assert several.shape == (3, 5, 2)
     np.testing.assert_allclose(several[:, 0], y0, rtol=1e-12)
     np.testing.assert_allclose(several[:, -1], s.y1, rtol=1e-12)
-    np.testing.assert_allclose(s.evaluate(times[:, 2]), several[:, 2], rtol=1e-14)
+    np.testing.assert_allclose(middle, several[:, 2], rtol=1e-14)
     for i in range(3):
         single = solved(y0[i], 0.0, t1[i], RATE, ts=times[i])
         np.testing.assert_allclose(several[i], single.ys, rtol=1e-11)
-    np.testing.assert_allclose(s.evaluate(0.0), s.evaluate(jnp.zeros(3)), rtol=1e-14)
+    np.testing.assert_allclose(start, starts, rtol=1e-14)
     with pytest.raises(ValueError, match=r"evaluate\(t=...\): must be a scalar, \[batch\] or"):
         s.evaluate(jnp.zeros(2))
 
