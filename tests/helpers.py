@@ -79,6 +79,18 @@ ADAPTIVE = [name for name in KINDS if METHODS[name].adaptive]
 AGAIN = [(name, mode) for name in KINDS for mode in METHODS[name].again]
 
 
+def of_feature(cases):
+    """Names of methods, or tuples that begin with one, for the tests of a feature with each.
+
+    The interpolating adjoint solves the adjoint ODE with the code of backsolve, and finds the state
+    by that of the discrete adjoint, so `make test` leaves it out here.
+    """
+    name = lambda case: case if isinstance(case, str) else case[0]
+    mark = lambda case: [pytest.mark.slow] * name(case).startswith("interpolating")
+    values = lambda case: (case,) if isinstance(case, str) else case
+    return [pytest.param(*values(case), marks=mark(case)) for case in cases]
+
+
 def gradient(name):
     """`jax.grad`, in a mode that the method has."""
     return METHODS[name].gradient

@@ -61,18 +61,17 @@ def traced_settings(end):
 AS, THREE, ON = jnp.stack([A, 2 * A]), jnp.array([-1.0, 0.0, 2.0]), jnp.array([True, False])
 ALL = (jnp.append(A, 1.0), lambda end, **options: lambda p: summed(end)(p[:2], p[2], **options))
 PROGRAMS = {
-    "vmap of the end time": lambda end: jax.vmap(lambda t: end(A, t))(THREE),
     "vmap of the settings": traced_settings,
     "jit of all jacobians": lambda end: jax.jit(jax.jacrev(end, (0, 1, 2)))(A, 1.0, Y0),
     "jit of all jacobians forward": lambda end: jax.jit(
         jax.jacfwd(lambda *inputs: end(*inputs, **FORWARD), (0, 1, 2))
     )(A, 1.0, Y0),
-    "forward over reverse": lambda end: jax.hessian(summed(end))(A),
-    "forward over forward, by time, too": lambda end: jax.jacfwd(
-        jax.jacfwd(ALL[1](end, **FORWARD))
+    "forward over reverse": lambda end: jax.jit(jax.hessian(summed(end)))(A),
+    "forward over forward, by time, too": lambda end: jax.jit(
+        jax.jacfwd(jax.jacfwd(ALL[1](end, **FORWARD)))
     )(ALL[0]),
-    "vmap of reverse over reverse by time": lambda end: jax.vmap(
-        jax.grad(jax.grad(lambda t: summed(end)(A, t, **BACK)))
+    "vmap of reverse over reverse by time": lambda end: jax.jit(
+        jax.vmap(jax.grad(jax.grad(lambda t: summed(end)(A, t, **BACK))))
     )(THREE),
     "donation": donated,
     "checkpoint": lambda end: jax.grad(jax.checkpoint(summed(end)))(A),
@@ -82,7 +81,9 @@ PROGRAMS = {
     ),
     "map": lambda end: jax.lax.map(lambda y0: end(A, y0=y0), AS),
     "gradient of a cond": lambda end: [jax.jit(jax.grad(chosen(end)))(A, on) for on in ON],
-    "vmap of the gradient of a cond": lambda end: jax.vmap(jax.grad(chosen(end)), (None, 0))(A, ON),
+    "vmap of the gradient of a cond": lambda end: jax.jit(
+        jax.vmap(jax.grad(chosen(end)), (None, 0))
+    )(A, ON),
     "linearize": lambda end: jax.linearize(lambda a: end(a, **FORWARD), A)[1](jnp.ones(2)),
     "checks of leaks": lambda end: jax.checking_leaks()(
         lambda: jax.jit(jax.grad(summed(end)))(1.01 * A)

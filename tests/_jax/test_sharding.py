@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, OPTIMIZED, REVERSE, typed
+from helpers import METHODS, OPTIMIZED, REVERSE, of_feature, typed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,7 +84,7 @@ LOSSES = {
 
 
 @typed
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", of_feature(LOSSES))
 def test_joint_steps_over_devices_are_those_of_one(name):
     # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
     rtol = 1e-10 if name in METHODS and not METHODS[name].exact else 1e-12

@@ -1,10 +1,13 @@
 """The audit finds what is wrong with a flow, and nothing where nothing is."""
 
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import memory_maps
 
 import jaxode
 from jaxode import divergence
@@ -42,25 +45,56 @@ def stretch(t, z, p):
     return p * z[::-1]
 
 
-def audit(f, event=1, p=1.0, **options):
+def audit(f, event=1, p=1.0, seed=1, **options):
     flow = jaxode.cnf(f, jaxode.standard_normal(event), **options)
-    x = jax.random.normal(jax.random.key(1), (16, event))
+    x = jax.random.normal(jax.random.key(seed), (16, event))
     return jaxode.audit(flow, jnp.asarray(p), x, KEY)
 
 
+def audit_wave(i, event=1, **options):
+    """Of a flow of its own, which no other one is."""
+    return audit(functools.partial(wave), event, 1.0 - 0.1 * i, 1 + i, **options)
+
+
+def shifted(t, z, args):
+    p, shift = args
+    return jnp.tanh(p * z) + shift
+
+
+def audit_of_context(i):
+    """Of a learned base, too."""
+    base = jax.tree.map(lambda leaf: leaf + 0.1 * i, jaxode.diagonal_normal(1))
+    x = 0.5 * jax.random.normal(jax.random.key(i), (16, 1))
+    return jaxode.audit(jaxode.cnf(shifted, base), 0.3 * (1.0 + i), x, KEY, context=0.1 * x)
+
+
+# Audits of other parameters and samples of the same shapes. A new kind of flow is one row.
 HEALTHY = {
-    "joint": lambda: audit(wave),
-    "two dimensions, per sample": lambda: audit(wave, 2, batch="per_sample"),
-    "probes": lambda: audit(swirl, 4, 0.03, divergence=divergence.hutchinson(16)),
+    "joint": audit_wave,
+    "two dimensions, per sample": lambda i: audit_wave(i, 2, batch="per_sample"),
+    "probes": lambda i: audit(
+        swirl, 4, 0.03 - 0.01 * i, 1 + i, divergence=divergence.hutchinson(16)
+    ),
     # The grid of the total probability is one system; in two dimensions, of 500,000 equations.
-    "implicit": lambda: audit(wave, solver=diffrax.Kvaerno5(), rtol=1e-5, atol=1e-5),
-    "Rosenbrock": lambda: audit(wave, solver=jaxode.Rodas5P(), rtol=1e-5, atol=1e-5),
+    "implicit": lambda i: audit_wave(i, solver=diffrax.Kvaerno3(), rtol=1e-5, atol=1e-5),
+    "Rosenbrock": lambda i: audit_wave(i, solver=jaxode.Rodas5P(), rtol=1e-5, atol=1e-5),
+    "forward mode": lambda i: audit_wave(i, adjoint=jaxode.ForwardMode()),
+    "learned base and context": audit_of_context,
 }
 
 
 @pytest.mark.parametrize("run", HEALTHY.values(), ids=HEALTHY)
-def test_healthy_flow_gets_no_advice(run):
-    report = run()
+def test_healthy_flow_gets_no_advice_and_a_second_audit_compiles_nothing(run, compiled):
+    report = run(0)
+    assert compiled
+    compiled.clear()
+    before = memory_maps()
+    again = run(1)
+    assert not compiled
+    # Not one for each program: the allocator makes some itself.
+    assert before is None or memory_maps() < before + 20
+    assert again.values != report.values
+    assert again.advice == {}
     assert report.advice == {}
     assert report.ok
     assert np.isfinite(list(report.values.values())).all()

@@ -5,20 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient
+from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient, of_feature
 
 import jaxode
 
-IDENTITY = lambda f: f
 TS = jnp.array([0.3, 0.8])
 # The first explodes at about t = 0.4, the next two fail at once.
 BAD = jnp.array([[2.0], [jnp.nan], [jnp.inf], [0.1], [0.2]])
 GOOD = jnp.where(jnp.arange(5)[:, None] < 3, 0.15, BAD)
 KEEP = jnp.arange(5) >= 3
-# How rows are solved, and how that is compiled.
-WAYS = {
-    "eager": ("per_sample", IDENTITY), "jit": ("per_sample", jax.jit), "vmap": ("vmap", jax.jit)
-}  # fmt: skip
+# How rows are solved.
+WAYS = ("per_sample", "vmap")
 
 
 def explosive(t, y, args):
@@ -47,12 +44,11 @@ def masked(name, way, ts=None):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("discrete", "eager"), *((name, way) for name in KINDS for way in ("jit", "vmap"))],
+    of_feature((name, way) for name in KINDS for way in WAYS),
 )
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
-    how, compile_ = WAYS[way]
-    loss, inputs = masked(name, how, TS)
-    run = compile_(gradient(name)(loss))
+    loss, inputs = masked(name, way, TS)
+    run = jax.jit(gradient(name)(loss))
     lost = run(inputs(BAD), jnp.ones(5, bool))
     assert jnp.isnan(lost[0])[:3].all()
     assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(lost[1:]))
@@ -66,7 +62,7 @@ def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), [(name, again) for name, again in AGAIN if name in REVERSE]
+    ("name", "again"), of_feature((name, again) for name, again in AGAIN if name in REVERSE)
 )
 def test_second_derivatives_where_failed_rows_are_masked(name, again):
     loss, inputs = masked(name, "per_sample")
@@ -210,7 +206,10 @@ RAISING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RAISING)
+SLOW = pytest.param("jit(grad), implicit", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [SLOW if "implicit" in case else case for case in RAISING])
 def test_failed_solve_raises_where_its_derivative_alone_is_used(case):
     run, differentiate = RAISING[case]
     with pytest.raises(
@@ -296,7 +295,7 @@ def tangent_of_rate(**options):
     return lambda y0: jax.jvp(lambda rate: run(y0, rate), (1.0,), (1.0,))[1]
 
 
-@pytest.mark.parametrize("compile_", [IDENTITY, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", [name for name in KINDS if not METHODS[name].jvp])
 def test_forward_mode_names_the_cure_where_the_tangent_has_no_batch(name, compile_):
     """Only the state is mapped: `vmap` does not change the tangent."""

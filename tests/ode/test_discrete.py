@@ -1,5 +1,7 @@
 """DiscreteAdjoint: exact for the computed solution, in bounded memory."""
 
+import functools
+
 import diffrax
 import equinox as eqx
 import jax
@@ -65,7 +67,7 @@ def plain(solver, mesh, y0, t0, t1, args, ts):
 # Low orders get a loose tolerance, so that they take few steps.
 CASES = [(solver, 64, 1e-2, TS) for solver in (diffrax.Heun(), diffrax.Bosh3())]
 CASES += [(solver, 64, 1e-5, TS) for solver in (diffrax.Tsit5(), diffrax.Dopri8())]
-CASES += [(diffrax.Tsit5(), checkpoints, 1e-5, TS) for checkpoints in (2, 3, 7)]
+CASES += [(diffrax.Tsit5(), checkpoints, 1e-5, TS) for checkpoints in (2, 3)]
 CASES += [(diffrax.Tsit5(), 3, 1e-5, None)]
 
 
@@ -73,11 +75,23 @@ def case_name(value):
     return {type(None): "end", type(TS): "ts"}.get(type(value)) or solver_name(value)
 
 
+def arguments(with_ts):
+    inputs = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS, TS if with_ts else None)
+    return inputs, (0, 1, 2, 3, 4) if with_ts else (0, 1, 2, 3)
+
+
+@functools.cache
+def by_autodiff(solver, tolerance, with_ts):
+    """The value and the gradient, through the steps that `solve` takes."""
+    inputs, argnums = arguments(with_ts)
+    mesh = recorded_times(solver, inputs[-1], tolerance)
+    assert 4 < len(mesh) < 60
+    reference = lambda *inputs: scalar(*plain(solver, mesh, *inputs))
+    return jax.jit(jax.value_and_grad(reference, argnums))(*inputs)
+
+
 @pytest.mark.parametrize(("solver", "checkpoints", "tolerance", "ts"), CASES, ids=case_name)
 def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, tolerance, ts):
-    mesh = recorded_times(solver, ts, tolerance)
-    assert 4 < len(mesh) < 60
-
     def ours(y0, t0, t1, args, ts):
         solution = jaxode.solve(
             pendulum, y0, t0, t1, args, ts=ts, solver=solver,
@@ -85,12 +99,8 @@ def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, toleran
         )  # fmt: skip
         return scalar(solution.y1, jnp.zeros(0) if ts is None else solution.ys)
 
-    def reference(y0, t0, t1, args, ts):
-        return scalar(*plain(solver, mesh, y0, t0, t1, args, ts))
-
-    inputs = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS, ts)
-    argnums = (0, 1, 2, 3) if ts is None else (0, 1, 2, 3, 4)
-    expected = jax.jit(jax.value_and_grad(reference, argnums))(*inputs)
+    inputs, argnums = arguments(ts is not None)
+    expected = by_autodiff(solver, tolerance, ts is not None)
     actual = jax.jit(jax.value_and_grad(ours, argnums))(*inputs)
     if ts is not None:
         (value, (*bars, bar_ts)), (exact, (*exact_bars, exact_ts)) = actual, expected
@@ -131,44 +141,14 @@ def test_check_grads_on_fixed_steps(solver):
     check_grads(loss, inputs, order=1, modes=("rev",), rtol=1e-6)
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_check_grads_adaptive(backwards):
-    times = (jnp.array(2.0), jnp.array(0.1)) if backwards else (jnp.array(0.1), jnp.array(2.0))
-
+def test_check_grads_backwards_in_time():
+    @jax.jit
     def loss(y0, t0, t1, args):
         return jnp.sum(jaxode.solve(pendulum, y0, t0, t1, args, rtol=1e-9, atol=1e-9).y1 ** 2)
 
     # The mesh moves with the inputs within the tolerance, which finite differences see.
-    check_grads(loss, (Y0, *times, ARGS), order=1, modes=("rev",), rtol=1e-5)
-
-
-def test_hessian_by_forward_over_reverse():
-    def loss(p):
-        return jnp.sum(jaxode.solve(pendulum, p[:2], 0.0, 1.0, (p[2], p[3]), steps=8).y1 ** 2)
-
-    p = jnp.array([1.0, 0.5, 2.0, 0.3])
-    hessian = jax.jacfwd(jax.grad(loss))(p)
-    eps = 1e-5
-    columns = [
-        (jax.grad(loss)(p.at[i].add(eps)) - jax.grad(loss)(p.at[i].add(-eps))) / (2 * eps)
-        for i in range(4)
-    ]
-    np.testing.assert_allclose(hessian, jnp.stack(columns, 1), rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
-
-
-def test_closed_over_values_get_gradients():
-    def explicit(a, y0):
-        return jaxode.solve(lambda t, y, a: -a * y, y0, 0.0, 1.0, a).y1.sum()
-
-    def closed_over(a, y0):
-        return jaxode.solve(lambda t, y, _: -a * y, y0, 0.0, 1.0).y1.sum()
-
-    inputs = (jnp.array(0.7), jnp.array([1.0, 2.0]))
-    for transform in (jax.grad, lambda f: jax.jit(jax.grad(f))):
-        np.testing.assert_allclose(
-            transform(explicit)(*inputs), transform(closed_over)(*inputs), rtol=1e-14
-        )
+    inputs = (Y0, jnp.array(2.0), jnp.array(0.1), ARGS)
+    check_grads(loss, inputs, order=1, modes=("rev",), rtol=1e-5)
 
 
 def test_module_as_vector_field_gets_gradients():
@@ -250,28 +230,6 @@ def test_flow_gradient_matches_single_solves(control):
         strict=True,
     ):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
-
-
-def test_per_sample_gradient_of_a_row_does_not_depend_on_its_neighbours():
-    f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])
-    z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
-    loss = lambda z: jnp.sum(jaxode.flow(f, z, 0.0, 2.0, 1.3, batch="per_sample"))
-    together = jax.grad(loss)(z)
-    for i in range(3):
-        alone = jax.grad(lambda y: jnp.sum(jaxode.solve(f, y, 0.0, 2.0, 1.3).y1))(z[i])
-        np.testing.assert_allclose(together[i], alone, rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.slow
-def test_under_vmap():
-    """Lanes of `vmap` take their own steps and agree with single solves."""
-    rates = jnp.array([0.5, 6.0, 3.0])
-    one = lambda rate: jaxode.solve(lambda t, y, r: -r * y, jnp.ones(2), 0.0, 1.0, rate).y1[0]
-    single = jax.jit(jax.grad(one))
-    expected = [single(rate) for rate in rates]
-    of_sum = jax.grad(lambda rates: jnp.sum(jax.vmap(one)(rates)))
-    for gradient in (jax.vmap(jax.grad(one)), of_sum):
-        np.testing.assert_allclose(jax.jit(gradient)(rates), expected, rtol=1e-12)
 
 
 class Inner(eqx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTIVE, METHODS, assert_close, gradient
+from helpers import ADAPTIVE, METHODS, assert_close, gradient, of_feature
 
 import jaxode
 
@@ -67,7 +67,7 @@ def test_one_more_event_ends_the_solve():
     np.testing.assert_array_equal(s.ys[5:], np.broadcast_to(s.y1, (4, 2)))
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", of_feature(ADAPTIVE))
 def test_gradients(name):
     """By the start, what the change closes over, and the arguments."""
     options = METHODS[name].options(ts=TS[5:])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KINDS, METHODS, assert_close, gradient, typed
+from helpers import KINDS, METHODS, assert_close, gradient, of_feature, typed
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -122,7 +122,7 @@ def decayed(y0, times, amounts, end, ts, rate, keep):
 DECAY_TIMES, DECAY_TS = np.array([0.4, 1.1]), np.array([0.2, 1.0, 1.6])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", of_feature(KINDS))
 def test_gradients(name):
     """By the state, all times, what the change closes over, and the arguments."""
     inputs = (
@@ -197,36 +197,34 @@ def test_subjects_with_doses():
     assert_close(bars, exact_bars, 1e-5)
 
 
-@pytest.mark.parametrize("bad", ["order", "not finite"])
-def test_a_row_that_fails_fails_alone(bad):
+def test_a_row_that_fails_fails_alone():
     """Masked, it adds nothing to any gradient; otherwise all shared gradients are NaN."""
-    times = np.array(TIMES[:3])
-    y0 = Y0[:3]
-    if bad == "order":
-        times[1] = [1.0, 0.5, np.inf]
-    else:
-        y0 = y0.at[1].set(jnp.nan)
 
-    def loss(args, masked, rows=(0, 1, 2)):
-        rows = jnp.asarray(rows)
-        jumps = jaxode.Jumps(jnp.asarray(times)[rows], lambda t, y, a, i: y * a[0, i % 2] + 1.0)
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def run(args, y0, times, keep):
+        jumps = jaxode.Jumps(times, lambda t, y, a, i: y * a[0, i % 2] + 1.0)
         s = jaxode.solve(
-            field, y0[rows], 0.0, END, args, ts=TS, jumps=jumps, batch="per_sample", throw=False,
+            field, y0, 0.0, END, args, ts=TS, jumps=jumps, batch="per_sample", throw=False,
             **OPTIONS,
         )  # fmt: skip
-        keep = s.ok if masked else jnp.ones_like(s.ok)
         ys = jnp.where(keep[None, :, None], s.ys, 0.0)
         return jnp.sum(ys) + jnp.sum(jnp.where(keep[:, None], s.y1, 0.0)), s
 
-    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(1, 2))
-    bar, s = run(ARGS, True, (0, 1, 2))
-    code = jaxode.Result.INVALID_ARGUMENT if bad == "order" else jaxode.Result.NON_FINITE
-    assert list(s.result) == [0, code, 0]
-    assert np.isnan(s.ys[:, 1]).all()
-    assert np.isnan(s.y1[1]).all()
-    expected, rest = run(ARGS, True, (0, 2))
-    assert_close((bar, s.ys[:, ::2]), (expected, rest.ys), 1e-12)
-    assert np.isnan(run(ARGS, False, (0, 1, 2))[0]).all()
+    y0, times = Y0[:3], jnp.asarray(TIMES[:3])
+    others, every = jnp.array([True, False, True]), jnp.ones(3, bool)
+    expected, right = run(ARGS, y0, times, others)
+    assert right.ok.all()
+    for given, code in (
+        ((y0, times.at[1].set(jnp.array([1.0, 0.5, np.inf]))), jaxode.Result.INVALID_ARGUMENT),
+        ((y0.at[1].set(jnp.nan), times), jaxode.Result.NON_FINITE),
+    ):
+        bar, s = run(ARGS, *given, others)
+        assert list(s.result) == [0, code, 0]
+        assert np.isnan(s.ys[:, 1]).all()
+        assert np.isnan(s.y1[1]).all()
+        assert_close((bar, s.ys[:, ::2]), (expected, right.ys[:, ::2]), 1e-12)
+        assert np.isnan(run(ARGS, *given, every)[0]).all()
 
 
 def test_a_failure_between_two_jumps_is_the_first():

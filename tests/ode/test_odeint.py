@@ -75,8 +75,9 @@ def test_upstream_fields_against_scipy_and_differences(name):
         (UPSTREAM[name][0], np.array(UPSTREAM[name][1]), *UPSTREAM[name][2:]),
     )
     run = jax.jit(lambda y0, t, args: jaxode.odeint(func, y0, t, *args, rtol=1e-10, atol=1e-10))
+    slope = jax.jit(func)
     scipy = solve_ivp(
-        lambda t, y: np.asarray(func(jnp.asarray(y), jnp.asarray(t), *args)),
+        lambda t, y: np.asarray(slope(jnp.asarray(y), jnp.asarray(t), *args)),
         (t[0], t[-1]), y0, "DOP853", t, rtol=1e-9, atol=1e-9,
     )  # fmt: skip
     np.testing.assert_allclose(run(y0, t, args), scipy.y.T, rtol=1e-6)
@@ -117,8 +118,10 @@ def test_without_jit():
 
 
 def test_gradients_of_second_order():
-    run = lambda y0, t, m: jaxode.odeint(
-        lambda y, t, m: -m * jnp.sin(y) * t, y0, t, m, rtol=1e-10, atol=1e-10
+    run = jax.jit(
+        lambda y0, t, m: jaxode.odeint(
+            lambda y, t, m: -m * jnp.sin(y) * t, y0, t, m, rtol=1e-10, atol=1e-10
+        )
     )
     inputs = (jnp.array([1.0, 2.0]), jnp.array([0.0, 0.4, 1.0]), jnp.array(0.7))
     check_grads(run, inputs, modes=("rev",), order=2, rtol=1e-4)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS
+from helpers import METHODS, of_feature
 
 import jaxode
 
@@ -45,16 +45,17 @@ def of_rows(options, y0, args, row_args):
 
 
 def one_by_one(options, y0, args, row_args):
-    ends = []
-    for i in range(ROWS):
-        given = {"t1": 1.0} | {name: x for name, x in options.items() if name != "batch"}
-        for name in ("t1", "ts"):
-            if jnp.ndim(given.get(name, 0.0)) == (1 if name == "t1" else 2):
-                given[name] = given[name][i]
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], row_args)
-        s = jaxode.solve(field, y0[i], 0.0, given.pop("t1"), (args, row), **given)
-        ends.append((s.y1, s.ys))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
+    given = {"t1": 1.0, "ts": None} | options
+    of_each = {"t1": np.ndim(given["t1"]) == 1, "ts": np.ndim(given["ts"]) == 2}
+    times = {name: given[name] for name in of_each if of_each[name]}
+    given = {name: x for name, x in given.items() if name != "batch" and name not in times}
+
+    def one(inputs):
+        y0, row, times = inputs
+        s = jaxode.solve(field, y0, 0.0, args=(args, row), **given, **times)
+        return s.y1, s.ys
+
+    return jax.lax.map(one, (y0, row_args, times))
 
 
 def scalar(solve, *inputs):
@@ -70,7 +71,8 @@ def test_equal_to_single_solves(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The interpolating adjoint by few checkpoints alone, from which it replays steps.
+@pytest.mark.parametrize("name", of_feature(name for name in METHODS if name != "interpolating"))
 @pytest.mark.parametrize("batch", ["per_sample", "joint"])
 def test_gradients(name, batch):
     """By the state, what all rows share, and what each has for itself."""

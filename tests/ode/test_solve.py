@@ -142,10 +142,15 @@ def test_mixed_dtypes_keep_their_own():
     np.testing.assert_allclose(y1["double"], np.exp(-1.0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"steps": 7}, {"first_step": 0.1}], ids=str)
 @pytest.mark.parametrize(
-    "solver", [diffrax.Heun(), diffrax.Tsit5(), diffrax.Dopri8()], ids=solver_name
-)
+    ("solver", "options"),
+    [
+        (diffrax.Heun(), {}), (diffrax.Heun(), {"steps": 7}),
+        (diffrax.Tsit5(), {}), (diffrax.Tsit5(), {"steps": 7}),
+        (diffrax.Tsit5(), {"first_step": 0.1}), (diffrax.Dopri8(), {}),
+    ],
+    ids=solver_name,
+)  # fmt: skip
 def test_num_evals_is_the_true_number(solver, options):
     calls = []
 
@@ -163,8 +168,10 @@ def test_num_evals_is_the_true_number(solver, options):
         assert stats.num_accepted > 3
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("steps", [1, 3, 10, 49])
+@pytest.mark.parametrize(
+    ("steps", "dtype"),
+    [(1, jnp.float64), (3, jnp.float32), (10, jnp.float64), (49, jnp.float32)],
+)
 def test_equal_steps_end_exactly_when_compiled(steps, dtype):
     """Also where XLA's fused multiply-add rounds the end time differently."""
     ts = jnp.array([1.0, 0.25, 0.0], dtype)

@@ -54,9 +54,7 @@ def dense(y0, a):
 
 # function, inputs, which are mapped
 CASES = {
-    "states": (lambda y0: end(y0, A[0]), (Y0,), 0),
     "arguments": (lambda a: end(Y0[0], a), (A,), 0),
-    "states and arguments": (end, (Y0, A), 0),
     "end times": (lambda t1: end(Y0[0], A[0], t1), (T1,), 0),
     "outputs": (outputs, (Y0, A), 0),
     "output times": (lambda ts: outputs(Y0[0], A[0], ts), (jnp.outer(T1**2, TS),), 0),
@@ -107,19 +105,30 @@ def only_rows(monkeypatch):
         monkeypatch.setattr(vmapped, name, refused)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_as_rows_of_one_solve(case, only_rows):
-    f, inputs, axes = case
-    check(jax.vmap(f, axes)(*inputs), one_by_one(f, axes, inputs))
-    each = jax.jit(jax.grad(weighted(f), tuple(range(len(inputs)))))
-    check(jax.vmap(each, axes)(*inputs), one_by_one(each, axes, inputs))
-    total = lambda *inputs: jnp.sum(jax.vmap(weighted(f), axes)(*inputs))
-    wanted = one_by_one(each, axes, inputs)
-    axes = (axes,) * len(inputs) if not isinstance(axes, tuple) else axes
-    summed = tuple(
-        jnp.sum(x, axis=0) if axis is None else x for x, axis in zip(wanted, axes, strict=True)
+def with_slow(table, slow):
+    """Names, some for the full suite alone."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
+
+
+# Of chains and of the adjoint ODE there are others.
+@pytest.mark.parametrize("name", with_slow(CASES, {"chains of the adjoint ODE", "interpolated"}))
+def test_as_rows_of_one_solve(name, only_rows):
+    f, inputs, axes = CASES[name]
+    axes = axes if isinstance(axes, tuple) else (axes,) * len(inputs)
+    argnums = tuple(range(len(inputs)))
+    loss = lambda *inputs: jnp.sum(jnp.sin(1.3 * f(*inputs)))
+    values, each = one_by_one(
+        jax.jit(lambda *inputs: (f(*inputs), jax.grad(loss, argnums)(*inputs))), axes, inputs
     )
-    check(jax.grad(total, tuple(range(len(inputs))))(*inputs), summed)
+    check(jax.vmap(f, axes)(*inputs), values)
+    total = lambda *inputs: jnp.sum(jax.vmap(loss, axes)(*inputs))
+    both = jax.jit(lambda *inputs: (
+        jax.vmap(jax.grad(loss, argnums), axes)(*inputs), jax.grad(total, argnums)(*inputs)
+    ))  # fmt: skip
+    summed = tuple(
+        jnp.sum(x, axis=0) if axis is None else x for x, axis in zip(each, axes, strict=True)
+    )
+    check(both(*inputs), (each, summed))
 
 
 def in_two(f):
@@ -180,13 +189,22 @@ def with_callback(t, y, a):
     return field(t, y, a)
 
 
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_programs_are_those_of_the_plain_rule(program, monkeypatch):
-    got = program(end)
+# Of what others do as well: gradients for Jacobians, the Hessian of a sum, chains, and a scan.
+SLOW = {
+    "jacobian", "interpolated jacobian", "hessian", "nested chains", "gradient of the settings",
+    "gradient of a vmap of a scan",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))
+def test_programs_are_those_of_the_plain_rule(name, monkeypatch):
+    # As one program: without the small ones of an array each, which are compiled twice here.
+    run = lambda: jax.jit(lambda: PROGRAMS[name](end))()
+    got = run()
     monkeypatch.setattr(vmapped, "_with_rule", lambda f, rule, *args: f(*args))
     jax.clear_caches()
     try:
-        check(got, program(end), 1e-11)
+        check(got, run(), 1e-11)
     finally:
         jax.clear_caches()  # of programs without the rule
 
@@ -293,6 +311,7 @@ def test_nothing_compiles_again(caplog):
         assert [r for r in caplog.records if r.getMessage().startswith("Compiling")]
 
 
+@pytest.mark.slow
 def test_no_leaks():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     with jax.checking_leaks():
@@ -303,15 +322,11 @@ def test_no_leaks():
 def test_an_ensemble_of_flows():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     params, x = jnp.array([[1.0, 0.5], [0.3, -0.2]]), jnp.array([[0.5, 1.0], [-1.0, 0.2]])
-    methods = {
-        "nll": lambda p: flow.nll(p, x),
-        "log_prob": lambda p: flow.log_prob(p, x).sum(),
-        "sample": lambda p: flow.sample(p, jax.random.key(0), 2).sum(),
-    }
-    for f in methods.values():
-        wanted = [jax.value_and_grad(f)(p) for p in params]
-        check(
-            jax.vmap(jax.value_and_grad(f))(params),
-            jax.tree.map(lambda *x: jnp.stack(x), *wanted),
-            1e-11,
-        )
+    methods = (
+        lambda p: flow.nll(p, x),
+        lambda p: flow.log_prob(p, x).sum(),
+        lambda p: flow.sample(p, jax.random.key(0), 2).sum(),
+    )
+    each = jax.jit(lambda p: [jax.value_and_grad(f)(p) for f in methods])
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(each, params))
+    check(jax.vmap(each)(params), wanted, 1e-11)

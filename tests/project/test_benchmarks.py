@@ -191,7 +191,14 @@ def test_contenders_in_jax_have_the_gradient_of_the_reference(make, tiny):
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 @pytest.mark.parametrize(
-    "name", ["jaxode", "jaxode, joint steps", "diffrax, jit", "jax odeint, shard_map"]
+    "name",
+    [
+        "jaxode, joint steps",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("jaxode", "diffrax, jit", "jax odeint, shard_map")
+        ),
+    ],
 )
 def test_contenders_on_several_devices_have_the_gradient_of_the_reference(name, tiny):
     p, exact = tiny

@@ -171,7 +171,14 @@ def test_every_benchmark_runs_to_its_end(name, quick, monkeypatch, tmp_path):
         run(name, case, tmp_path / "picture.png")
 
 
-@pytest.mark.parametrize("name", to_level.PHASES)
+# `make test` runs the first one, and the loop and its report with trainings that are made up.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (number > 0))
+        for number, name in enumerate(to_level.PHASES)
+    ],
+)
 def test_every_training_to_a_likelihood_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     library = name.replace(",", "").split()[0]
     pytest.importorskip(library, reason=f"{library} is installed for benchmarks only: make bench")
