@@ -4,7 +4,7 @@
 
 A field with the symmetries of particles first learns by matching, from samples of a Markov chain,
 and then from the energy alone, by path gradients. Its weights say how well. Writes a picture of
-pair distances, energies, configurations and training. Five to seven minutes on two cores.
+pair distances, energies, configurations and training. About four minutes on two cores.
 """
 
 import itertools
