@@ -197,7 +197,7 @@ def by_jaxode(task: Task, theta, x, observations, size: "Size", key):
     samples, weighted = [], []
     for number, seen in enumerate(map(jnp.asarray, observations)):
         draw_key, choice_key = jax.random.split(jax.random.fold_in(key, number))
-        drawn, log_q = density.sample_and_log_prob(draw_key, proposals, context=seen)
+        drawn, log_q = density.sample_and_log_prob(draw_key, (proposals,), context=seen)
         samples.append(drawn[: size.samples])
         log_weights = task.log_joint(drawn, seen) - log_q
         # The largest with Gumbel noise: drawn by weight, each at most once.
