@@ -200,9 +200,8 @@ def by_jaxode(task: Task, theta, x, observations, size: "Size", key):
         drawn, log_q = density.sample_and_log_prob(draw_key, (proposals,), context=seen)
         samples.append(drawn[: size.samples])
         log_weights = task.log_joint(drawn, seen) - log_q
-        # The largest with Gumbel noise: drawn by weight, each at most once.
-        noisy = log_weights + jax.random.gumbel(choice_key, (proposals,))
-        kept = drawn[jnp.argsort(-noisy)[: size.samples]]
+        p = jax.nn.softmax(log_weights)
+        kept = jax.random.choice(choice_key, drawn, (size.samples,), replace=False, p=p)
         weighted.append((kept, float(jaxode.importance(log_weights).ess)))
     return seconds, samples, float(nats), weighted
 
