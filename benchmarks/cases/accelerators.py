@@ -202,8 +202,8 @@ def described(program: hlo.Loop, contender: Contender) -> dict[str, Any]:
 class Accelerators(Benchmark):
     cases = {
         f"{target}, {workload}": (target, workload)
-        for target, described in TARGETS.items()
-        for workload in (*WORKLOADS, *(STIFF if described.chips == 1 else ()))
+        for target, chosen in TARGETS.items()
+        for workload in (*WORKLOADS, *(STIFF if chosen.chips == 1 else ()))
     }
     seconds = 0.0
 

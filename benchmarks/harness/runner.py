@@ -9,6 +9,8 @@ Each case runs in a separate process, and its result is saved at once.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -60,6 +62,21 @@ def save(path: Path, results: dict[str, Any]) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(new, path)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Exits if another run writes to this folder: each would lose what the other measures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"another run writes to {path.parent}. Wait for it, or pass --results.")
+        yield
+    finally:
+        os.close(folder)
 
 
 def measure(
@@ -228,9 +245,10 @@ def measured(given: argparse.Namespace) -> int:
     path = OUT / "bench-check.json" if given.check else committed
     if given.check:
         names = compare.with_ratios(read(committed), names)
-    results = read(path) | {"machine": machine}
     fresh = given.fresh or given.check
-    run(names, results, partial(save, path), fresh, given.seconds, given.match)
+    with alone(path):
+        results = read(path) | {"machine": machine}
+        run(names, results, partial(save, path), fresh, given.seconds, given.match)
     if given.check:
         return compare.check(read(committed), results, names, console.print)
     if given.results.resolve() != RESULTS.resolve():

@@ -422,6 +422,17 @@ def test_a_run_continues_with_the_cases_that_are_missing(monkeypatch, tmp_path):
     assert runner.read(path)["benchmarks"] == found
 
 
+def test_two_runs_do_not_write_the_same_results(tmp_path):
+    path = tmp_path / "mine.json"
+    with runner.alone(path):
+        with pytest.raises(SystemExit, match="another run writes to"), runner.alone(path):
+            pass
+        with runner.alone(tmp_path / "others" / "mine.json"):
+            pass
+    with runner.alone(path):
+        pass
+
+
 def test_a_case_that_had_less_time_is_shown_until_it_is_measured_again(monkeypatch, tmp_path):
     measured = []
 
