@@ -47,8 +47,7 @@ def solve(factors: Factors, b: Float[Array, "samples n"], transposed: bool = Fal
     if b.shape[1] > MOST_UNROLLED:
         x = _substitute_each(lu, order, b, transposed)
     else:
-        substitute = _substitute_transposed if transposed else _substitute
-        x = substitute(lu, order, b.T).T
+        x = _substitute(lu, order, b.T, transposed).T
     return scale * x if transposed else x
 
 
@@ -72,35 +71,22 @@ def _eliminate(a: Float[Array, "n n samples"]):
     return a, order
 
 
-def _permutation(order: Int[Array, "n samples"]):
-    """As a mask `[n, n, samples]`: a product with it is faster than a gather."""
-    return order[:, None] == jnp.arange(len(order), dtype=order.dtype)[None, :, None]
-
-
-def _substitute(lu, order, b: Float[Array, "n samples"]) -> Float[Array, "n samples"]:
+def _substitute(lu, order, b: Float[Array, "n samples"], transposed: bool):
     """Unknown by unknown: XLA fuses these into fewer loops over the samples than whole columns."""
-    n, x = len(b), list(jnp.sum(jnp.where(_permutation(order), b[None], 0), axis=1))
-    for j in range(n):
-        for i in range(j + 1, n):
-            x[i] = x[i] - lu[i, j] * x[j]
-    for j in reversed(range(n)):
-        x[j] = x[j] / lu[j, j]
-        for i in range(j):
-            x[i] = x[i] - lu[i, j] * x[j]
-    return jnp.array(x, b.dtype).reshape(b.shape)
-
-
-def _substitute_transposed(lu, order, b: Float[Array, "n samples"]) -> Float[Array, "n samples"]:
-    n, x = len(b), list(b)
-    for j in range(n):
-        x[j] = x[j] / lu[j, j]
-        for i in range(j + 1, n):
-            x[i] = x[i] - lu[j, i] * x[j]
-    for j in reversed(range(n)):
-        for i in range(j):
-            x[i] = x[i] - lu[j, i] * x[j]
+    n = len(b)
+    # A product with this mask is faster than a gather.
+    permutation = order[:, None] == jnp.arange(n, dtype=order.dtype)[None, :, None]
+    permuted = lambda b, axis: jnp.sum(jnp.where(permutation, b, 0), axis=axis)
+    x = list(b if transposed else permuted(b[None], 1))
+    for backwards in (False, True):
+        has_ones = backwards == transposed  # on the diagonal of the factor, which is `L` or `L^T`
+        for j in reversed(range(n)) if backwards else range(n):
+            if not has_ones:
+                x[j] = x[j] / lu[j, j]
+            for i in range(j) if backwards else range(j + 1, n):
+                x[i] = x[i] - (lu[j, i] if transposed else lu[i, j]) * x[j]
     found = jnp.array(x, b.dtype).reshape(b.shape)
-    return jnp.sum(jnp.where(_permutation(order), found[:, None], 0), axis=0)
+    return permuted(found[:, None], 0) if transposed else found
 
 
 def _substitute_each(lu, order, b: Float[Array, "samples n"], transposed: bool):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.primitives import unvmap_any
@@ -32,15 +32,31 @@ FEW = 64
 def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
     """`solve(problem, stepper)`, which `jax.vmap` runs as rows of one solve where it can."""
 
-    def rule(size: int, mapped: tuple[Problem, Stepper], problem: Problem, stepper: Stepper):
-        if is_busy(problem.field):
-            return one_by_one(solve, mapped, problem, stepper)
-        many = Many.of(size, mapped, problem, stepper)
-        if many is None:
-            return plain(solve, mapped, problem, stepper)
+    def as_rows(many: Many, mapped: Any, problem: Problem, stepper: Stepper):
         return many.split(solve(many.join(mapped[0], problem, stepper), stepper))
 
-    return _with_rule(solve, rule, problem, stepper)
+    return _with_rule(solve, _rule(solve, as_rows), problem, stepper)
+
+
+def _rule(
+    f: Callable[..., Any],
+    as_rows: Callable[..., Any],
+    wanted: Problem | None = None,
+    otherwise: Callable[..., Any] | None = None,
+) -> Rule:
+    """`as_rows(many, mapped, *args)` if problems can be rows of one solve. If not, `jax.vmap` of
+    `f`, or of what does the same `otherwise`."""
+
+    def rule(size: int, mapped: Any, *args: Any):
+        *_, problem, stepper = args
+        if is_busy(problem.field):
+            return one_by_one(f, mapped, *args)
+        many = Many.of(size, mapped[-2:], problem, stepper, wanted)
+        if many is None:
+            return plain(otherwise or f, mapped, *args)
+        return as_rows(many, mapped, *args)
+
+    return rule
 
 
 def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
@@ -68,12 +84,7 @@ class Reverse(NamedTuple):
     def forward(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Any]:
         """`record(problem, stepper)`."""
 
-        def rule(size: int, mapped: Any, problem: Problem, stepper: Stepper):
-            if is_busy(problem.field):
-                return one_by_one(self.record, mapped, problem, stepper)
-            many = Many.of(size, mapped, problem, stepper, self.wanted)
-            if many is None:
-                return plain(self.record, mapped, problem, stepper)
+        def as_rows(many: Many, mapped: Any, problem: Problem, stepper: Stepper):
             one = jax.tree.map(lambda x, its: x[0] if its else x, (problem, stepper), mapped)
             tape = jax.eval_shape(self.record, *one)[1]
             if tape is not None:
@@ -82,6 +93,7 @@ class Reverse(NamedTuple):
             joined = many.join(mapped[0], problem, stepper)
             return many.split(integrate(joined, stepper)[0]), tape
 
+        rule = _rule(self.record, as_rows, self.wanted)
         return _with_rule(self.record, rule, problem, stepper)
 
     def backward(self, recorded: Any, bar: Integration, problem: Problem, stepper: Stepper):
@@ -96,16 +108,12 @@ class Reverse(NamedTuple):
                 recorded = jax.lax.cond(missing, again, lambda: recorded)
             return pull(recorded, bar, problem, stepper)
 
+        of_each = _rule(pull, self._of_rows, self.wanted, pull_of_any)
+
         def rule(size: int, mapped: Any, *args: Any):
-            problem = args[2]
             if not any(jax.tree.leaves((mapped[0], mapped[2:]))):
                 return self._of_several(pull, rule, mapped, *args)
-            if is_busy(problem.field):
-                return one_by_one(pull, mapped, *args)
-            many = Many.of(size, mapped[2:], problem, args[3], self.wanted)
-            if many is None:
-                return plain(pull_of_any, mapped, *args)
-            return self._of_rows(many, mapped, *args)
+            return of_each(size, mapped, *args)
 
         return _with_rule(pull, rule, recorded, bar, problem, stepper)
 
@@ -210,31 +218,25 @@ class Many(NamedTuple):
 
         t0, t1, ts, outputs = map(of_rows, ("t0", "t1", "ts", "outputs"), (0, 0, 1, 0))
         y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
-        values, structure = jax.tree.flatten((problem.field, problem.args))
-        of_problems = jax.tree.leaves((mapped.field, mapped.args))
-        is_own, by_row = self._own(mapped), self._of_row(problem)
+        is_own, of_row = self._own(mapped), self._of_row(mapped)
         merge = lambda x: x.reshape(self.size * x.shape[1], *x.shape[2:])
         separate = lambda x: x.reshape(self.size, -1, *x.shape[1:])
-        shared = [x for x, its in zip(values, is_own, strict=True) if not its]
-        own = [
-            merge(spread(x, its)) if of_row else x
-            for x, its, of_row, own in zip(values, of_problems, by_row, is_own, strict=True)
-            if own
-        ]
-        own_by_row = [of_row for of_row, its in zip(by_row, is_own, strict=True) if its]
+        merged = lambda x, its, of_row: merge(spread(x, its)) if of_row else x
+        parts = (problem.field, problem.args), (mapped.field, mapped.args), of_row
+        own, shared = eqx.partition(jax.tree.map(merged, *parts), is_own)
+        own_of_row = eqx.filter(of_row, is_own)
 
         def of_all(call, axes: int):
             def joined(t, y, args):
                 shared, own = args
 
                 def one(t, y, own):
-                    its, others = iter(own), iter(shared)
-                    field, args = structure.unflatten(next(its if x else others) for x in is_own)
+                    field, args = eqx.combine(own, shared)
                     return call(field)(t, y, args)
 
                 states = y.reshape(self.size, *self.sample)
                 times = t.reshape(self.size, self.rows)
-                own = [separate(x) if its else x for x, its in zip(own, own_by_row, strict=True)]
+                own = jax.tree.map(lambda x, its: separate(x) if its else x, own, own_of_row)
                 out = jax.vmap(one)(times, states, own)
                 return out.reshape(len(y), *y.shape[1:] * axes)
 
@@ -248,21 +250,18 @@ class Many(NamedTuple):
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:
         """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
-        is_own, values = self._own(mapped), jax.tree.leaves((wanted.field, wanted.args))
-        pairs = list(zip(is_own, values, strict=True))
-        args = [x for own, x in pairs if not own], [x for own, x in pairs if own]
-        return wanted._replace(field=False, args=args)
+        own, shared = eqx.partition((wanted.field, wanted.args), self._own(mapped))
+        return wanted._replace(field=False, args=(shared, own))
 
-    def _own(self, mapped: Problem) -> list[bool]:
-        """Which values of field and arguments belong to a row, or to the rows of a problem."""
-        rows, its = self._of_row(mapped), jax.tree.leaves((mapped.field, mapped.args))
-        return list(map(operator.or_, rows, its))
+    def _own(self, mapped: Problem) -> PyTree:
+        """Which values of `(field, args)` belong to a row, or to the rows of a problem."""
+        return jax.tree.map(operator.or_, self._of_row(mapped), (mapped.field, mapped.args))
 
-    def _of_row(self, problem: Problem) -> list[bool]:
-        """Which values of field and arguments each row of a problem has for itself."""
+    def _of_row(self, problem: Problem) -> PyTree:
+        """Which values of `(field, args)` each row of a problem has for itself."""
         shared, of_rows = problem.args
-        flags = (jax.tree.map(lambda _: False, (problem.field, shared)),)
-        return jax.tree.leaves((flags, jax.tree.map(lambda _: self.rows > 1, of_rows)))
+        flags = lambda flag, tree: jax.tree.map(lambda _: flag, tree)
+        return flags(False, problem.field), (flags(False, shared), flags(self.rows > 1, of_rows))
 
     def spread(self, x: Array) -> Array:
         """The same for each problem."""
