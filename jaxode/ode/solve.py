@@ -1,6 +1,6 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -235,19 +235,22 @@ class UserField(eqx.Module):
     """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
     f: VectorField
-    names: ClassVar[tuple[str, str]] = "f", "the vector field"
+    jacobian_of_f: Callable[..., Array] | None = None
     hint: ClassVar[str] = (
         " All samples share args: pass what each has for itself as row_args (docs/irregular.md)."
     )
 
     def __call__(self, t, y, shared, row):
-        return call_field(self.f, t, y, shared, *self.names, row=row)
+        return call_field(self.f, t, y, shared, row=row)
 
-
-class UserJacobian(UserField):
-    """Its Jacobian, with the same arguments."""
-
-    names: ClassVar[tuple[str, str]] = "jacobian", "the Jacobian"
+    @property
+    def jacobian(self) -> Callable[..., Array] | None:
+        """Its Jacobian by the state, a function of the same arguments, if it is given."""
+        names = "jacobian", "the Jacobian"
+        given = self.jacobian_of_f
+        return given and (
+            lambda t, y, shared, row: call_field(given, t, y, shared, *names, row=row)
+        )
 
 
 def solve_checked(
@@ -278,10 +281,9 @@ def solve_checked(
             )
         rows = jax.tree.leaves(y0)[0].shape[0]
         row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
-    jacobian = None if options.jacobian is None else UserJacobian(options.jacobian)
     system = make_system(
-        UserField(f), y0, span, args, options, row_args=row_args, ts=ts, batch=batch, dense=dense,
-        event=event, jumps=jumps, jacobian=jacobian,
+        UserField(f, options.jacobian), y0, span, args, options, row_args=row_args, ts=ts,
+        batch=batch, dense=dense, event=event, jumps=jumps,
     )  # fmt: skip
     solution = _run(system.raising(throw))
     if not throw:

@@ -40,7 +40,7 @@ class System(NamedTuple):
     """A system of ODEs: one for each row of a batch, or a single one."""
 
     field: Callable[..., PyTree]
-    """`f(t, y, shared, row)` of one row."""
+    """`f(t, y, shared, row)` of one row. It may have a `jacobian` by the state, and a `hint`."""
     y0: PyTree[Float[Array, "..."]]
     t0: Float[Array, "*rows"]
     """One for all rows or one per row, as for the other times."""
@@ -61,8 +61,6 @@ class System(NamedTuple):
     """The event that may end it before `t1`."""
     jumps: Any = None
     """The jumps of its state, with an array of times."""
-    jacobian: Any = None
-    """The Jacobian of `field` by the state, a function of the same arguments, if it is given."""
 
     @property
     def rows_have_outputs(self) -> bool:
@@ -100,7 +98,6 @@ def make_system(
     dense: bool = False,
     event: Any = None,
     jumps: Any = None,
-    jacobian: Any = None,
 ) -> System:
     """Check the times, and turn everything that varies into arrays to avoid recompilation."""
     dtype = state_dtype(y0)
@@ -120,9 +117,8 @@ def make_system(
         adjoint = DiffraxSolve(solver, adjoint)
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
     return System(
-        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event, jumps,
-        jacobian,
-    )  # fmt: skip
+        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event, jumps
+    )
 
 
 def _times_on_rows(ts: Float[Array, "*rows times"], rows: int) -> Float[Array, "times rows"]:
@@ -222,11 +218,12 @@ def _rows_field(system: System):
 
 def _rows_jacobian(system: System, ravel: Ravel):
     """The Jacobian of the field of the solver, if the user gave one."""
-    if system.jacobian is None:
+    given = getattr(system.field, "jacobian", None)
+    if given is None:
         return None
 
     def checked(t, y, shared, row):
-        jacobian = system.jacobian(t, y, shared, row)
+        jacobian = given(t, y, shared, row)
         check_jacobian(sum(ravel.sizes), jacobian)
         return jnp.asarray(jacobian, ravel.dtype)
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode._checks.arguments import integer
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
@@ -250,9 +249,3 @@ def once_only(name: str, cotangents: PyTree) -> PyTree:
         "jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for reverse over reverse."
     )
     return nondifferentiable_backward(cotangents, msg=message)
-
-
-def check_checkpoints(checkpoints: int) -> None:
-    """Raise unless `checkpoints` is a valid number."""
-    rule = "an integer of at least 2"
-    integer("checkpoints", checkpoints, least=2, rule=rule, cure=" The default is 64.")

@@ -167,8 +167,7 @@ class ContinuousAdjoint(ReverseAdjoint):
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None:
-                rule = "None or a finite tolerance of at least 0"
-                non_negative(name, value, rule)
+                non_negative(name, value, "None or a finite tolerance of at least 0")
 
     def backward_stepper(self, stepper: Stepper) -> Stepper:
         """The stepper of the adjoint solve."""

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import filled
-from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, check_checkpoints, nan_unless
+from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.adjoints.sweep import Sweep
 from jaxode.ode.adjoints.tape import OutputBars, Step
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
@@ -51,7 +52,7 @@ class DiscreteAdjoint(ReverseAdjoint):
 
     @public("")
     def __post_init__(self) -> None:
-        check_checkpoints(self.checkpoints)
+        integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
 
     def of_diffrax(self) -> diffrax.AbstractAdjoint:
         """Recursive checkpointing with the same number of checkpoints."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import filled
-from jaxode.ode.adjoints.base import Solved, check_checkpoints
+from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.continuous import (
     ContinuousAdjoint,
     Segment,
@@ -45,7 +46,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     @public("")
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_checkpoints(self.checkpoints)
+        integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape]:
         """Solve the problem, and keep the trajectory."""

@@ -43,10 +43,9 @@ class Linearized(NamedTuple):
         """Columns of the Jacobians of all samples come from one product with a unit vector, unless
         the user gave the Jacobian."""
         unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
-        given = getattr(field, "jacobian", None)
-        if given is not None:
+        if field.jacobian is not None:
             slope, by_time = along(lambda t: field(t, y), t)
-            jacobian = given(t, y).transpose(1, 2, 0)
+            jacobian = field.jacobian(t, y).transpose(1, 2, 0)
         else:
             try:
                 slope, push = jax.linearize(lambda y: field(t, y), y)
@@ -80,20 +79,9 @@ class RosenbrockTableau(Tableau):
     C: np.ndarray
     d: np.ndarray
     gamma: float
-    order_of_error: int
     dense_output: np.ndarray
 
     needs_jacobian: ClassVar[bool] = True
-
-    @property
-    def evaluations(self) -> int:
-        """One less than stages: the first stage of the method uses stage 0."""
-        return self.stages - 1
-
-    @property
-    def error_order(self) -> int:
-        """The order of the error estimate in the step size."""
-        return self.order_of_error
 
     @property
     def error_constant(self) -> float:
@@ -129,7 +117,7 @@ class RosenbrockTableau(Tableau):
         return fori_loop(2, count, stage, k)
 
 
-def _rosenbrock(name: str, order: int, order_of_error: int, **given: Any) -> RosenbrockTableau:
+def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> RosenbrockTableau:
     """The tableau of a method, with stage 0 put before the given stages."""
     given = {name: np.asarray(value) for name, value in given.items()}
     before = lambda x: np.concatenate([np.zeros((*x.shape[:-1], 1)), x], axis=-1)
@@ -139,10 +127,10 @@ def _rosenbrock(name: str, order: int, order_of_error: int, **given: Any) -> Ros
     return RosenbrockTableau(
         name=name,
         order=order,
+        error_order=error_order,
         first_same_as_last=False,
         interpolation=None,
         gamma=gamma,
-        order_of_error=order_of_error,
         dense_output=before(given["dense"]),
         **square,
         **row,

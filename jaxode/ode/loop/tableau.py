@@ -35,6 +35,8 @@ class Tableau:
 
     name: str
     order: int
+    error_order: int
+    """The order of the error estimate in the step size."""
     A: np.ndarray
     b: np.ndarray
     c: np.ndarray
@@ -57,13 +59,11 @@ class Tableau:
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the vector field per step, after the first one."""
-        return self.stages - self.first_same_as_last
+        """Evaluations of the vector field per step, after the first one.
 
-    @property
-    def error_order(self) -> int:
-        """The order of the error estimate in the step size."""
-        return self.order
+        With a Jacobian, stages 0 and 1 share one.
+        """
+        return self.stages - (self.first_same_as_last or self.needs_jacobian)
 
     @property
     def error_constant(self) -> float:
@@ -165,16 +165,18 @@ def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
     if cls is diffrax.Euler:
         one, zero = np.ones(1), np.zeros(1)
         linear = diffrax.LocalLinearInterpolation
-        return Tableau(cls.__name__, 1, np.zeros((1, 1)), one, zero, None, False, linear)
+        return Tableau(cls.__name__, 1, 1, np.zeros((1, 1)), one, zero, None, False, linear)
     table = getattr(cls, "tableau", None)
     if not issubclass(cls, diffrax.AbstractERK) or not isinstance(table, diffrax.ButcherTableau):
         return None
     A = np.zeros((table.num_stages, table.num_stages))
     for i, row in enumerate(table.a_lower, start=1):
         A[i, :i] = row
+    order = int(cls().order(diffrax.ODETerm(lambda t, y, args: y)) or 1)
     return Tableau(
         name=cls.__name__,
-        order=int(cls().order(diffrax.ODETerm(lambda t, y, args: y)) or 1),
+        order=order,
+        error_order=order,
         A=A,
         b=np.asarray(table.b_sol),
         c=np.concatenate([[0.0], table.c]),
