@@ -1,5 +1,7 @@
 """Arguments that are known only at run time keep the same rules, and a failure names its cause."""
 
+from functools import partial
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -163,11 +165,19 @@ def test_odeint_is_nan_where_a_rule_is_broken(t, rtol):
 def test_a_tolerance_that_a_leaf_of_the_state_does_not_resolve():
     y0 = {"coarse": jnp.ones(1, jnp.float16), "fine": jnp.ones(1, jnp.float32)}
     f = lambda t, y, args: jax.tree.map(jnp.negative, y)
-    run = lambda tol: jaxode.solve(f, y0, 0.0, 1.0, rtol=tol, atol=tol, throw=False)
+    run_with = partial(jaxode.solve, f, y0, 0.0, 1.0, throw=False)
+    run = lambda tol: run_with(rtol=tol, atol=tol)
     with pytest.raises(ValueError, match=r"^solve\(rtol=1e-10, atol=1e-10\)"):
         run(1e-10)
     assert jax.jit(run)(1e-10).result == Result.INVALID_ARGUMENT
     assert jax.jit(run)(1e-5).ok
+    # Each leaf resolves its own.
+    of_each = lambda fine: run_with(rtol=0.0, atol={"coarse": 1e-3, "fine": fine})
+    assert of_each(1e-9).ok
+    assert jax.jit(of_each)(1e-9).ok
+    assert jax.jit(of_each)(0.0).result == Result.INVALID_ARGUMENT
+    with pytest.raises(ValueError, match=r"positive in float16, a dtype of the state\.$"):
+        run_with(rtol=0.0, atol={"coarse": 1e-9, "fine": 1e-9})
 
 
 def nan_after(t, y, args):

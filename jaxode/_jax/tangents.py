@@ -19,15 +19,16 @@ def filled(dot: Array | None, like: Array) -> Array:
 def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> tuple[Array, Array]:
     """`f(t)`, and its derivative if all of `t` moves by one, in the mode that `f` has.
 
-    Reverse mode, transposed, comes first: JAX does not always notice at once that `f` has no
-    forward mode.
+    Raises what JAX raises if `f` has neither a forward mode nor a transposable reverse mode.
     """
     ones = jnp.ones_like(t)
     try:
         value, pull = jax.vjp(f, t)
         return value, jax.linear_transpose(pull, value)((ones,))[0]
     except (TypeError, ValueError, NotImplementedError):
-        return jax.jvp(f, (t,), (ones,))
+        # Mapped, because JAX would otherwise notice only in the compiler that `f` has none.
+        value, push = jax.linearize(f, t)
+        return value, jax.vmap(push)(ones[None])[0]
 
 
 @eqx.filter_custom_jvp

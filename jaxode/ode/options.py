@@ -133,12 +133,18 @@ class SolveOptions(eqx.Module):
         of_all = isinstance(atol, float) or (
             jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
         )
-        atol = value(atol if of_all else for_each_number("atol", atol, row, dtype))
         coarsest = max((dtype, *(leaf.dtype for leaf in jax.tree.leaves(row))), key=_least)
+        lost_up_to: Any = _least(coarsest)
+        if not of_all:
+            # Each number is compared in the dtype of its leaf.
+            lost_up_to = jax.tree.map(lambda leaf: _least(leaf.dtype), row)
+            lost_up_to = for_each_number("atol", lost_up_to, row, dtype)
+            atol = for_each_number("atol", atol, row, dtype)
+        atol = value(atol)
         if is_known((rtol, atol)):
-            least = atol if of_all else np.min(atol, initial=np.inf)
-            if max(float(rtol), float(least)) <= _least(coarsest):
-                least = self.atol if of_all else least
+            lost = np.maximum(rtol, atol) <= lost_up_to
+            if lost.any():
+                least = self.atol if of_all else np.min(atol, where=lost, initial=np.inf)
                 both = f"rtol={float(self.rtol):g}, atol={float(least):g}"
                 of = "in which the state is solved" if coarsest == dtype else "a dtype of the state"
                 lost = "" if both == "rtol=0, atol=0" else f" in {coarsest}, {of}"
@@ -146,7 +152,7 @@ class SolveOptions(eqx.Module):
                     f"{caller()}({both}): at least one tolerance must be positive{lost}."
                 )
         elif coarsest != dtype:
-            lost = jnp.any(jnp.maximum(rtol, atol) <= _least(coarsest))
+            lost = jnp.any(jnp.maximum(rtol, atol) <= lost_up_to)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
         breakpoints = given(self.breakpoints)
         if breakpoints is not None and breakpoints.size == 0:

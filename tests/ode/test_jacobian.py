@@ -179,6 +179,25 @@ def test_a_field_without_forward_mode():
         end(Y[0], RATES[1], f=of_reverse_mode)
 
 
+@jax.custom_vjp
+def not_linear_back(t, y, rate):
+    return decay(t, y, rate)
+
+
+not_linear_back.defvjp(
+    lambda *inputs: jax.vjp(decay, *inputs), lambda pull, bar: jax.tree.map(jnp.abs, pull(bar))
+)
+
+
+def test_a_field_without_a_derivative_by_the_time():
+    with pytest.raises(
+        TypeError,
+        match=r"^Rodas5P: f needs a forward mode by the time; got TypeError: can't apply .*"
+        r"custom_vjp function. Use jax.custom_jvp in place of",
+    ):
+        end(Y[0], RATES[1], closing_over(RATES[1]), not_linear_back)
+
+
 def test_an_empty_state_with_a_tolerance_of_each_number():
     found = jaxode.solve(lambda t, y, a: -y, jnp.zeros(0), 0.0, 1.0, atol=np.array([1e-3]))
     assert found.y1.shape == (0,)

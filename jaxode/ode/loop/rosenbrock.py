@@ -43,21 +43,24 @@ class Linearized(NamedTuple):
         """Columns of the Jacobians of all samples come from one product with a unit vector, unless
         the user gave the Jacobian."""
         unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
-        if field.jacobian is not None:
-            slope, by_time = along(lambda t: field(t, y), t)
-            jacobian = field.jacobian(t, y).transpose(1, 2, 0)
-        else:
-            try:
+        given = field.jacobian
+        try:
+            if given is not None:
+                slope, by_time = along(lambda t: field(t, y), t)
+                jacobian = given(t, y).transpose(1, 2, 0)
+            else:
                 slope, push = jax.linearize(lambda y: field(t, y), y)
                 columns = jax.vmap(lambda e: push(jnp.broadcast_to(e, y.shape)))(unit)
                 _, by_time = jax.jvp(lambda t: field(t, y), (t,), (jnp.ones_like(t),))
-            except (TypeError, ValueError, NotImplementedError) as error:
-                raise TypeError(
-                    f"{tableau.name}: f needs a forward mode; got {type(error).__name__}: "
-                    f"{str(error).rstrip('.')}. Pass its Jacobian, as jaxode.{tableau.name}("
-                    "jacobian=...), or use jax.custom_jvp in place of jax.custom_vjp."
-                ) from error
-            jacobian = columns.transpose(2, 0, 1)
+                jacobian = columns.transpose(2, 0, 1)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            by, cure = "", f"Pass its Jacobian, as jaxode.{tableau.name}(jacobian=...), or use"
+            if given is not None:
+                by, cure = " by the time", "Use"
+            raise TypeError(
+                f"{tableau.name}: f needs a forward mode{by}; got {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. {cure} jax.custom_jvp in place of jax.custom_vjp."
+            ) from error
         # Of a step of size zero, the Jacobian may not be finite.
         size = h.astype(y.dtype)[None, None]
         matrix = unit[:, :, None] / tableau.gamma - jnp.where(size == 0, 0, size * jacobian)
