@@ -18,33 +18,32 @@ from jaxtyping import Array
 T = TypeVar("T")
 
 
-def _identity(name: str, several: bool = False) -> Primitive:
+def _identity(name: str) -> Primitive:
     primitive = Primitive(name)
-    primitive.multiple_results = several
-    primitive.def_impl(lambda *x, **_: [*x] if several else x[0])
-    primitive.def_abstract_eval(lambda *x, **_: [*x] if several else x[0])
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *x, **_: [*x])
+    primitive.def_abstract_eval(lambda *x, **_: [*x])
     batching.primitive_batchers[primitive] = lambda x, axes, **params: (
         primitive.bind(*x, **params),
-        [*axes] if several else axes[0],
+        axes,
     )
     mlir.register_lowering(primitive, lambda _, *x, **__: [*x])
     return primitive
 
 
 _apart = _identity("kept_apart")
-ad.deflinear2(_apart, lambda bar, _: [bar])
-mlir.register_lowering(
-    _apart, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False), platform="cpu"
-)
+ad.deflinear2(_apart, lambda bars, _: bars)
+_barrier = mlir.lower_fun(lambda x: [jax.lax.optimization_barrier(x)], multiple_results=True)
+mlir.register_lowering(_apart, _barrier, platform="cpu")
 
 
 def kept_apart(x: Array) -> Array:
     """The array, as a separate value that XLA does not fold in a program for a CPU."""
-    return _apart.bind(x)
+    return _apart.bind(x)[0]
 
 
-_reverse = _identity("reverse_only", several=True)
-_tangent = _identity("reverse_only_tangent", several=True)
+_reverse = _identity("reverse_only")
+_tangent = _identity("reverse_only_tangent")
 
 
 def _refuse(*_, message: str, **__):

@@ -64,11 +64,6 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> 
     return jax.lax.fori_loop(lower, upper, body, vary_alike(carry))
 
 
-def _in_device_order(axes) -> tuple[Any, ...]:
-    ordered = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
-    return tuple(ordered) or tuple(axes)
-
-
 def row_numbers(
     x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None
 ) -> Int[Array, " batch"]:
@@ -78,18 +73,20 @@ def row_numbers(
     anyway.
     """
     axes = _split_axes(x, key, axis_name)
-    first = jax.lax.axis_index(_in_device_order(axes)) * x.shape[0] if axes else 0
+    first = jax.lax.axis_index(axes) * x.shape[0] if axes else 0
     return first + jnp.arange(x.shape[0], dtype=jnp.int32)
 
 
 def row_count(x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisName | None) -> int:
     """The number of rows in the whole batch."""
     axes = _split_axes(x, key, axis_name)
-    return x.shape[0] * (jax.lax.psum(1, _in_device_order(axes)) if axes else 1)
+    return x.shape[0] * (jax.lax.psum(1, axes) if axes else 1)
 
 
-def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> frozenset[Any]:
+def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> tuple[Any, ...]:
+    """In the order of the devices."""
     axes = axes_of(x) - axes_of(key)
     if not axes_of(x) and axis_name is not None:
         axes = frozenset(axis_name if isinstance(axis_name, tuple) else (axis_name,))
-    return axes
+    ordered = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
+    return tuple(ordered or axes)
