@@ -32,6 +32,16 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
     return value, pull_apart
 
 
+def pulled_back(f: Callable[..., Any], params: Any, t: Any, y: Any, bar: Any, timed: bool):
+    """`f(params, t, y)`, and the cotangents of `params`, `t` and `y`; that of `t` if `timed`."""
+    if timed:
+        value, pull = vjp(f, params, t, y)
+        return value, *pull(bar)
+    value, pull = vjp(lambda params, y: f(params, t, y), params, y)
+    params_bar, y_bar = pull(bar)
+    return value, params_bar, None, y_bar
+
+
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Evaluate the program, with a copy of the transpose in every product of a transpose that sums
     over its columns."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxode._jax.pullback import vjp
+from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step, walk_back
@@ -163,9 +163,8 @@ class Quadrature(NamedTuple):
         integrals, by_times, after = carry
         step, speeds = self._split(whole), None
         if self.solved.timed:
-            mesh = self.solved.mesh
-            own = mesh.speeds(whole.t, whole.h, number)
-            others = mesh.speeds(whole.t + whole.h, after, number + 1)
+            own = self.solved.speeds(whole.t, whole.h, number)
+            others = self.solved.speeds(whole.t + whole.h, after, number + 1)
             speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
         add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
         carry = (self._split(bar), params_bar, integrals, by_times)
@@ -204,15 +203,9 @@ class Quadrature(NamedTuple):
 
         theta, scale, (time, state, slope, beta), values_bar = each(place)(index)
         apply = each(self.apply, (None, 0, 0))
-        dtime = None
-        if speeds is not None:
-            values, pull = vjp(apply, self.solved.params, time, state)
-            dparams, dtime, dstate = pull(values_bar)
-        else:
-            values, pull = vjp(
-                lambda params, state: apply(params, time, state), self.solved.params, state
-            )
-            dparams, dstate = pull(values_bar)
+        params, timed = self.solved.params, self.solved.timed
+        pulled = pulled_back(apply, params, time, state, values_bar, timed)
+        values, dparams, dtime, dstate = pulled
 
         def contribution(index, theta, scale, values, slope, beta, dtime, dstate):
             """To the cotangents of the step, the integrals, and their derivatives by the times."""

@@ -13,7 +13,7 @@ from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
-from jaxode.ode.loop.mesh import Mesh
+from jaxode.ode.loop.mesh import piece_at, speeds_in
 from jaxode.ode.loop.problem import Problem, Slope
 from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
 from jaxode.ode.loop.stepper import Stepper
@@ -121,10 +121,10 @@ class Solved(NamedTuple):
         """Whether times are differentiated."""
         return bool(self.perturbed.t0 or self.perturbed.t1 or self.perturbed.ts)
 
-    @property
-    def mesh(self) -> Mesh:
-        """How the steps move with the ends."""
-        return Mesh(self.problem.t0, self.problem.t1, self.stepper.breakpoints)
+    def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
+        """How a step moves with the ends."""
+        piece = piece_at(self.stepper.breakpoints, t, self.problem.t0, self.problem.t1)
+        return speeds_in(piece, t, h, number)
 
     def parts(self, params: PyTree) -> tuple[Any, ...]:
         """`(field, args, *others)` with these differentiated leaves."""
@@ -187,7 +187,6 @@ class ReverseAdjoint(Adjoint):
     """Whether its gradient has reverse-mode derivatives."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
-        """Solve the problem. Differentiable in all of its floating leaves."""
         run = lambda problem, stepper: solve(problem, stepper, self)
         return vmappable(run, in_reverse(problem, type(self).__name__), stepper)
 

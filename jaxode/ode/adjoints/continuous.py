@@ -68,7 +68,6 @@ class Segment(NamedTuple):
         return self.progress.y
 
     def stats(self, tableau: Tableau) -> Stats:
-        """The work done."""
         # With several rows, the stages are evaluated again once it is known which rows accept.
         passes = 1 if one_row(self.progress.t) else 2
         return self.progress.stats(passes * tableau.stages)
@@ -170,7 +169,6 @@ class ContinuousAdjoint(ReverseAdjoint):
                 non_negative(name, value, "None or a finite tolerance of at least 0")
 
     def backward_stepper(self, stepper: Stepper) -> Stepper:
-        """The stepper of the adjoint solve."""
         given = {"rtol": stepper.rtol, "atol": jnp.min(stepper.atol, initial=jnp.inf)}
         for name, own in (("rtol", self.rtol), ("atol", self.atol)):
             if own is not None:
@@ -204,7 +202,8 @@ class ContinuousAdjoint(ReverseAdjoint):
         """
         segment = self.solve_back(solved, bar)
         integration, wanted, stepper = solved.integration, solved.perturbed, solved.stepper
-        _, _, y0, t0, t1, ts, _ = solved.problem
+        problem = solved.problem
+        y0, ts = problem.y0, problem.ts
         y0_bar = segment.y[:, segment.y.shape[1] - y0.shape[1] :]
         valid = nan_unless(
             solved.ok & (segment.progress.result == Result.SUCCESS) | solved.replaced, y0.dtype
@@ -220,22 +219,19 @@ class ContinuousAdjoint(ReverseAdjoint):
             # The check is part of the value, so it cannot be eliminated as dead code.
             valid = valid + nan.astype(y0.dtype)
 
-        def by_time(times, states, bars):
-            """`bar . f(t, y)` at each point."""
-
-            def at(point):
-                t, y, bar = point
-                return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
-
-            return jax.lax.map(at, (times, states, bars))
+        def by_time(point):
+            """`bar . f(t, y)`."""
+            t, y, bar = point
+            return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
 
         t0_bar: Any = None
         t1_bar: Any = None
         ts_bar = None
         if wanted.t0:
-            t0_bar = by_time(t0[None], y0[None], -y0_bar[None])[0]
+            t0_bar = by_time((problem.t0, y0, -y0_bar))
         if wanted.t1:
-            t1_bar = by_time(t1[None], integration.y1[None], filled(bar.y1, y0)[None])[0]
+            t1_bar = by_time((problem.t1, integration.y1, filled(bar.y1, y0)))
         if ts is not None and wanted.ts:
-            ts_bar = jnp.zeros_like(ts) if bar.ys is None else by_time(ts, integration.ys, bar.ys)
+            points = ts, integration.ys, bar.ys
+            ts_bar = jnp.zeros_like(ts) if bar.ys is None else jax.lax.map(by_time, points)
         return Problem(*segment.quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid

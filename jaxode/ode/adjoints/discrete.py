@@ -17,7 +17,6 @@ from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.adjoints.sweep import Sweep
 from jaxode.ode.adjoints.tape import OutputBars, Step
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
-from jaxode.ode.loop.mesh import Mesh
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import place_of_each
@@ -55,15 +54,12 @@ class DiscreteAdjoint(ReverseAdjoint):
         integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
 
     def of_diffrax(self) -> diffrax.AbstractAdjoint:
-        """Recursive checkpointing with the same number of checkpoints."""
         return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape]:
-        """Solve the problem, and keep its steps."""
         return integrate(problem, stepper, self.checkpoints)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
-        """The cotangents of the problem, by the chain rule through its steps."""
         problem, tape = solved.problem, solved.tape
         assert tape is not None
         interior, carry, outputs = None, None, OutputBars.of(problem, bar)
@@ -76,20 +72,20 @@ class DiscreteAdjoint(ReverseAdjoint):
         ts_bar = None
         if problem.ts is not None:
             ts_bar = jnp.zeros_like(problem.ts) if outputs is None else swept.interior[1]
-        t0_bar, t1_bar = _moved(solved.mesh, tape.times, bar.steps, swept.t0, swept.t1)
+        t0_bar, t1_bar = _moved(solved, tape.times, bar.steps, swept.t0, swept.t1)
         ok = solved.ok & (tape.num_steps > 0) | solved.replaced
         bars = Problem(*swept.params, y0=swept.y, t0=t0_bar, t1=t1_bar, ts=ts_bar)
         return bars, nan_unless(ok, problem.y0.dtype)
 
 
-def _moved(mesh: Mesh, times, steps_bar: Steps | None, t0_bar, t1_bar):
+def _moved(solved: Solved, times, steps_bar: Steps | None, t0_bar, t1_bar):
     """Add the cotangents of the step times, which move with both ends."""
     if steps_bar is None or steps_bar.times is None:
         return t0_bar, t1_bar
 
     def add(carry, step):
         t, bar = step
-        by_t0, by_t1 = mesh.speeds(t, jnp.zeros_like(t), jnp.int32(1))
+        by_t0, by_t1 = solved.speeds(t, jnp.zeros_like(t), jnp.int32(1))
         return (carry[0] + bar * by_t0.t, carry[1] + bar * by_t1.t), None
 
     return jax.lax.scan(add, (t0_bar, t1_bar), (times, steps_bar.times))[0]

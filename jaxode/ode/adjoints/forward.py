@@ -31,11 +31,9 @@ class ForwardMode(Adjoint):
     forward_only: ClassVar[bool] = True
 
     def of_diffrax(self) -> diffrax.AbstractAdjoint:
-        """diffrax's forward mode."""
         return diffrax.ForwardMode()
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
-        """Solve the problem. All of its floating leaves have forward-mode derivatives."""
         run = lambda problem, stepper: integrate(problem, stepper)[0]
         integration = vmappable(run, problem, stepper)
         return nondifferentiable_backward(integration, msg=FORWARD_ONLY)

@@ -33,9 +33,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     problem, exact up to the tolerances and the interpolation, and not to the computed solution.
 
     Args:
-        rtol: relative tolerance of the backward solve. By default as for the forward solve.
-        atol: absolute tolerance of the backward solve, a number. By default as for the forward
-            solve, or the smallest of its tolerances if each number has its own.
+        rtol, atol: tolerances of the backward solve, as for `BacksolveAdjoint`.
         checkpoints: number of states to keep, at least 2.
 
     References: Chen et al. (2018), arXiv:1806.07366.
@@ -49,7 +47,6 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape]:
-        """Solve the problem, and keep the trajectory."""
         return integrate(problem, stepper, self.checkpoints)
 
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.pullback import vjp
+from jaxode._jax.pullback import pulled_back
 from jaxode._jax.tangents import along
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step
@@ -43,7 +43,7 @@ class StartOfStep(NamedTuple):
         Given `r_i`, and for stage 0 what depends on it from elsewhere.
         """
         t, h, y, k = self.step
-        solved, timed = self.solved, self.solved.timed
+        solved = self.solved
         times = jnp.broadcast_to(self.d[1:, None].astype(t.dtype), (len(k) - 1, *t.shape))
 
         def tangents(params, t, y):
@@ -58,11 +58,9 @@ class StartOfStep(NamedTuple):
             return slope, moved + self.d[1:, None, None] * by_time[None]
 
         bars = r[0] + r[1], h[None, :, None] * r[1:]
-        if timed:
-            (_, moved), pull = vjp(tangents, solved.params, t, y)
-            by_params, t_bar, y_bar = pull(bars)
-            products = over_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
-            return Step(t_bar, products, y_bar, k), by_params
-        _, pull = vjp(lambda params, y: tangents(params, t, y), solved.params, y)
-        by_params, y_bar = pull(bars)
-        return Step(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
+        pulled = pulled_back(tangents, solved.params, t, y, bars, solved.timed)
+        (_, moved), by_params, t_bar, y_bar = pulled
+        if t_bar is None:
+            return Step(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
+        products = over_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
+        return Step(t_bar, products, y_bar, k), by_params

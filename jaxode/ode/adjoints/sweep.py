@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.closure import ClosedField
-from jaxode._jax.pullback import vjp
+from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.rosenbrock import StartOfStep
@@ -125,7 +125,7 @@ class Sweep(NamedTuple):
         bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.solved.timed:
-            by_t0, by_t1 = self.solved.mesh.speeds(step.t, step.h, number)
+            by_t0, by_t1 = self.solved.speeds(step.t, step.h, number)
             t0_bar = t0_bar + bar.t * by_t0.t + bar.h * by_t0.h
             t1_bar = t1_bar + bar.t * by_t1.t + bar.h * by_t1.h
         slope_bar = bar.k[0] if self.waits else None
@@ -158,14 +158,11 @@ class Sweep(NamedTuple):
             increment, stage_bar = weighted_sum(A[i], k), k_bar_of(i, z_bars, k_bar)
             z, time = y + h[:, None] * increment, t + c[i] * h
             apply = lambda params, t, z: apply_at(self.solved.params if per_step else params, t, z)
-            if self.solved.timed:
-                _, pull = vjp(apply, varied, time, z)
-                dparams, dtime, z_bar = pull(stage_bar)
+            timed = self.solved.timed
+            _, dparams, dtime, z_bar = pulled_back(apply, varied, time, z, stage_bar, timed)
+            if dtime is not None:
                 t_bar = t_bar + dtime
                 h_bar = h_bar + c[i] * dtime + over_rows(jnp.sum, z_bar * increment, h)
-            else:
-                _, pull = vjp(lambda params, z: apply(params, time, z), varied, z)
-                dparams, z_bar = pull(stage_bar)
             if not per_step:
                 params_bar = jax.tree.map(jnp.add, params_bar, dparams)
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar

@@ -15,7 +15,6 @@ from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import entry_of_each
 from jaxode.ode.loop.stepper import weighted_sum
-from jaxode.ode.loop.tableau import Field, Tableau
 
 T = TypeVar("T")
 
@@ -46,8 +45,7 @@ def walk_back(
 
     def back(state):
         stop, slope, checkpoints, carry = state
-        field = solved.slope(solved.params)
-        y, k, checkpoints = _replay(field, tableau, count, tape.times, checkpoints, stop)
+        y, k, checkpoints = _replay(solved, tape.times, count, checkpoints, stop)
         t, h = _interval(tape.times, jnp.maximum(stop - 1, 0))
         if slope is not None:
             k, h = jnp.concatenate([k, slope[None]]), jnp.where(stop == 0, 0.0, h)
@@ -67,19 +65,13 @@ def _interval(times: Float[Array, "steps+1 rows"], index: Int[Array, ""]):
     return t, t_next - t
 
 
-def _replay(
-    field: Field,
-    tableau: Tableau,
-    count: int,
-    times: Float[Array, "steps+1 rows"],
-    checkpoints: Checkpoints,
-    stop: Int[Array, ""],
-) -> tuple[Float[Array, "samples n"], Float[Array, "stages samples n"], Checkpoints]:
+def _replay(solved: Solved, times, count: int, checkpoints: Checkpoints, stop: Int[Array, ""]):
     """The start and the stages of the last recorded step before number `stop`.
 
     Steps are retaken from the latest checkpoint, with their first `count` stages. Those on the way
     are kept as slots allow.
     """
+    field, tableau = solved.slope(solved.params), solved.stepper.tableau
     start, y, k, known = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
     # With zero stages, the previous step leads to this state. The first iteration evaluates them.
@@ -89,7 +81,6 @@ def _replay(
     b = jnp.asarray(tableau.b[:count], y.dtype)
 
     def advance(carry):
-        """Go to the next step and evaluate its stages."""
         index, y, k, checkpoints = carry
         _, h = _interval(times, index)
         y = jnp.where(h[:, None] == 0, y, y + h[:, None] * weighted_sum(b, k))

@@ -24,7 +24,6 @@ from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
-from jaxode.ode.loop.tableau import Field
 
 # (before a step, the step) -> whether an accepted step stops inside, the time and state there.
 Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "samples n"]]]
@@ -141,7 +140,7 @@ def _initial(
 ) -> tuple[_State, int]:
     """The initial state of the loop, and the evaluations spent on it."""
     y0, ts, rows = problem.y0, problem.ts, start.shape[0]
-    slope, h, evals = _start(problem.slope, stepper, start, y0, end - start)
+    slope, h, evals = _start(problem, stepper, start, end - start)
     tape = None
     if checkpoints is not None:
         times = jnp.broadcast_to(start, (stepper.tape_length + 1, rows))
@@ -188,24 +187,16 @@ def _recorded(state: _State, step: Attempt, progress: Progress) -> _State:
     return state._replace(progress=progress, slope=slope, tape=tape, steps=steps)
 
 
-def _start(
-    field: Field,
-    stepper: Stepper,
-    t0: Float[Array, " rows"],
-    y0: Float[Array, "samples n"],
-    span: Float[Array, " rows"],
-) -> tuple[Float[Array, "samples n"] | None, Float[Array, " rows"], int]:
+def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array, int]:
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
-    tableau = stepper.tableau
+    field, reused = problem.slope, stepper.tableau.first_same_as_last
     if stepper.steps is None and stepper.first_step is None:
-        h, slope = first_step(field, stepper, t0, y0, span)
-        return (slope if tableau.first_same_as_last else None), limit_step(stepper, h), 2
-    h = jnp.zeros_like(t0)
+        h, slope = first_step(field, stepper, start, problem.y0, span)
+        return slope if reused else None, limit_step(stepper, h), 2
+    h = jnp.zeros_like(start)
     if stepper.steps is None and stepper.first_step is not None:
-        h = jnp.sign(span) * jnp.minimum(stepper.first_step.astype(t0.dtype), jnp.abs(span))
-    if tableau.first_same_as_last:
-        return field(t0, y0), h, 1
-    return None, h, 0
+        h = jnp.sign(span) * jnp.minimum(stepper.first_step.astype(start.dtype), jnp.abs(span))
+    return (field(start, problem.y0), h, 1) if reused else (None, h, 0)
 
 
 def _record(tape: Tape, t, y, k, slope, advanced: Bool[Array, ""]) -> Tape:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxode._jax.tangents import filled, with_tangent
 
@@ -75,22 +75,14 @@ class Speeds(NamedTuple):
     h: Float[Array, " rows"]
 
 
-class Mesh(NamedTuple):
-    """The times that the mesh moves with, for gradient methods that go back over its steps."""
+def speeds_in(piece: Piece, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
+    """The derivatives of step `number` (from 1) with respect to both ends of the solve.
 
-    t0: Float[Array, " rows"]
-    t1: Float[Array, " rows"]
-    breakpoints: Float[Array, " points"] | None
-
-    def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Int[Array, ""]):
-        """The derivatives of step `number` (from 1) with respect to `t0` and `t1`.
-
-        Number 0 is the start of the solve, a step that keeps size zero.
-        """
-        piece = piece_at(self.breakpoints, t, self.t0, self.t1)
-        span = piece.end - piece.start
-        safe = jnp.where(span == 0, 1.0, span)
-        s = jnp.where(span == 0, 0.0, (t - piece.start) / safe)
-        ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)
-        first, last = (jnp.asarray(end, s.dtype) for end in (piece.first, piece.last))
-        return Speeds(first * (1 - s), -first * ds), Speeds(last * s, last * ds)
+    Number 0 is the start of the solve, a step that keeps size zero.
+    """
+    span = piece.end - piece.start
+    safe = jnp.where(span == 0, 1.0, span)
+    s = jnp.where(span == 0, 0.0, (t - piece.start) / safe)
+    ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)
+    first, last = (jnp.asarray(end, s.dtype) for end in (piece.first, piece.last))
+    return Speeds(first * (1 - s), -first * ds), Speeds(last * s, last * ds)

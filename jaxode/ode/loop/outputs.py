@@ -24,7 +24,6 @@ class Steps(NamedTuple):
 
     @classmethod
     def none_yet(cls, length: int, stages: int, t0: Float[Array, " rows"], y0) -> "Steps":
-        """Room for `length` steps from the start."""
         times = jnp.broadcast_to(t0, (length + 1, *t0.shape))
         y = jnp.broadcast_to(y0, (length, *y0.shape))
         k = jax.lax.full_like(y0, 0, shape=(length, stages, *y0.shape))

@@ -47,7 +47,6 @@ class Progress(NamedTuple):
         return ~self.done & (self.result == Result.SUCCESS)
 
     def stats(self, evals_per_step: int, first_evals: int = 0) -> Stats:
-        """The work done."""
         steps = self.accepted + self.rejected
         return Stats(steps, self.accepted, self.rejected, first_evals + evals_per_step * steps)
 

@@ -67,7 +67,6 @@ class Linearized(NamedTuple):
         return cls(slope, by_time, factorize(matrix))
 
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
-        """The solution for this right-hand side."""
         return solve(self.factors, b, transposed)
 
 
@@ -88,7 +87,6 @@ class RosenbrockTableau(Tableau):
 
     @property
     def error_constant(self) -> float:
-        """`C` of the estimate `C h^error_order` for the linear equation `y' = y`, `y(t) = 1`."""
         assert self.b_error is not None
         # The Taylor series of the stages in `h`, whose first term is that of the constant `y' = 1`.
         implicit = np.eye(self.stages) / self.gamma - self.C
@@ -99,7 +97,6 @@ class RosenbrockTableau(Tableau):
 
     @property
     def dense(self) -> np.ndarray:
-        """Coefficients of the dense output, as for `Tableau`."""
         return self.dense_output
 
     def evaluate(self, field: Field, t, h, y, slope, count: int):

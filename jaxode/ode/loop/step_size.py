@@ -6,8 +6,6 @@ References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations
 section II.4.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -15,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode.ode.loop.rows import over_rows, size_of_row
 from jaxode.ode.loop.stepper import Stepper
-from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.loop.tableau import Field, Tableau
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2
@@ -76,7 +74,7 @@ def propose(
 
 
 def first_step(
-    field: Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]],
+    field: Field,
     stepper: Stepper,
     t0: Float[Array, " rows"],
     y0: Float[Array, "samples n"],
