@@ -62,13 +62,8 @@ class DiffraxSolve(eqx.Module, Adjoint):
         # Not as a product: a NaN cotangent would raise in the linear solves of the backward pass.
         states = jnp.where(failed, jnp.nan, states)
         states = _nan_tangents(states, failed, problem)
-        count = solution.stats
-        stats = Stats(
-            count["num_steps"][None],
-            count["num_accepted_steps"][None],
-            count["num_rejected_steps"][None],
-            jnp.full(1, -1),
-        )
+        names = "num_steps", "num_accepted_steps", "num_rejected_steps"
+        stats = Stats(*(solution.stats[name][None] for name in names), num_evals=jnp.full(1, -1))
         ys = None if ts is None else states[:-1]
         reached = jax.lax.stop_gradient(jnp.where(failed, reached, t1))[None]
         steps: Any = solution.interpolation
@@ -198,7 +193,6 @@ def _nan_tangents(states: Float[Array, "times samples n"], failed: Bool[Array, "
 
 
 def _code(result: diffrax.RESULTS) -> Int[Array, ""]:
-    """The `Result` code for diffrax's result."""
     codes = [
         (diffrax.RESULTS.successful, Result.SUCCESS),
         (diffrax.RESULTS.max_steps_reached, Result.MAX_STEPS_REACHED),

@@ -13,13 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import (
-    as_array,
-    check_breakpoints,
-    check_number,
-    integer,
-    one_of,
-)
+from jaxode._checks.arguments import as_array, check_breakpoints, check_number, integer, one_of
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known, rules_of
 from jaxode._checks.tolerances import check_tolerances, for_each_number
@@ -126,8 +120,10 @@ class SolveOptions(eqx.Module):
 
     def stepper(self, dtype: jnp.dtype, row: PyTree[jax.ShapeDtypeStruct]) -> Stepper:
         """The settings of the loop for states of which this is one row, solved in `dtype`."""
-        value = lambda x: jax.lax.stop_gradient(as_array(x, dtype))
-        given = lambda x: None if x is None else value(x)
+
+        def value(x: Any) -> Any:
+            return None if x is None else jax.lax.stop_gradient(as_array(x, dtype))
+
         rtol, atol = value(self.rtol), self.atol
         # Most are floats and need no array.
         of_all = isinstance(atol, float) or (
@@ -154,18 +150,18 @@ class SolveOptions(eqx.Module):
         elif coarsest != dtype:
             lost = jnp.any(jnp.maximum(rtol, atol) <= lost_up_to)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
-        breakpoints = given(self.breakpoints)
+        breakpoints = value(self.breakpoints)
         if breakpoints is not None and breakpoints.size == 0:
             breakpoints = None
         return Stepper(
             tableau=self.tableau,
             rtol=rtol,
             atol=atol,
-            first_step=given(self.first_step),
+            first_step=value(self.first_step),
             steps=self.steps,
             max_steps=self.max_steps,
             axis_name=self.axis_name,
-            max_step=given(self.max_step),
+            max_step=value(self.max_step),
             breakpoints=breakpoints,
             precision=self.precision,
         )

@@ -107,6 +107,5 @@ def report(
     if solution.event_occurred is not None:
         t1 = guard(t1)
     if inter is not None:
-        end = guarded(inter.y1, ok.reshape(-1, 1), nan.reshape(-1, 1))
-        inter = dataclasses.replace(inter, y1=end)
+        inter = dataclasses.replace(inter, y1=guard(inter.y1))
     return dataclasses.replace(solution, y1=y1, ys=ys, t1=t1, interpolant=inter)

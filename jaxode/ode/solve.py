@@ -262,14 +262,11 @@ def solve_checked(
     *,
     name: str = "y0",
     row_args: PyTree = None,
-    ts: Any = None,
     batch: Batch = None,
-    dense: bool = False,
-    event: Event | None = None,
-    jumps: Jumps | None = None,
     throw: bool,
+    **parts: Any,
 ) -> Solution:
-    """`solve` for a checked state, the argument `name`."""
+    """`solve` for a checked state, the argument `name`, and checked `parts` of its system."""
     check_field("f", f, "f(t, y, args)")
     check_bool("throw", throw)
     args = check_args("args", args)
@@ -281,10 +278,8 @@ def solve_checked(
             )
         rows = jax.tree.leaves(y0)[0].shape[0]
         row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
-    system = make_system(
-        UserField(f, options.jacobian), y0, span, args, options, row_args=row_args, ts=ts,
-        batch=batch, dense=dense, event=event, jumps=jumps,
-    )  # fmt: skip
+    field = UserField(f, options.jacobian)
+    system = make_system(field, y0, span, args, options, row_args=row_args, batch=batch, **parts)
     solution = _run(system.raising(throw))
     if not throw:
         return solution

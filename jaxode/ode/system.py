@@ -76,7 +76,6 @@ class System(NamedTuple):
         return t0, t1, ts
 
     def jumps_on_rows(self, rows: int) -> Float[Array, "jumps rows"]:
-        """The times of the jumps of each row."""
         return _times_on_rows(self.jumps.times, rows)
 
     def raising(self, throw: bool) -> "System":
@@ -205,7 +204,6 @@ def change_on_rows(system: System, ravel: Ravel):
 
 
 def _rows_field(system: System):
-    """The field of the solver."""
     hint = "" if system.batch is None else getattr(system.field, "hint", "")
 
     def checked(t, y, shared, row):
