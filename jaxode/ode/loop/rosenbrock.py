@@ -12,7 +12,6 @@ they share their steps.
 References: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), section IV.7.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxode._checks.caller import arg, public
 from jaxode._jax.linear import Factors, factorize, solve
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode._jax.tangents import along
@@ -43,7 +41,7 @@ class Linearized(NamedTuple):
         """Columns of the Jacobians of all samples come from one product with a unit vector, unless
         the user gave the Jacobian."""
         unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
-        given = field.jacobian
+        given = getattr(field, "jacobian", None)
         try:
             if given is not None:
                 slope, by_time = along(lambda t: field(t, y), t)
@@ -198,20 +196,7 @@ def _rosenbrock23() -> RosenbrockTableau:
 
 
 @dataclass(frozen=True)
-class _Rosenbrock(Solver):
-    jacobian: Callable[..., Float[Array, "n n"]] | None = None
-
-    @public("")
-    def __post_init__(self) -> None:
-        if self.jacobian is not None and not callable(self.jacobian):
-            raise TypeError(
-                f"{arg('jacobian')} must be a function jacobian(t, y, args); got "
-                f"{self.jacobian!r}. The default is forward mode."
-            )
-
-
-@dataclass(frozen=True)
-class Rodas5P(_Rosenbrock):
+class Rodas5P(Solver):
     """The stiff solver to start with: a Rosenbrock method of order 5(4), for any tolerance.
 
     L-stable and stiffly accurate. A step evaluates the vector field eight times and its Jacobian
@@ -237,7 +222,7 @@ class Rodas5P(_Rosenbrock):
 
 
 @dataclass(frozen=True)
-class Rosenbrock23(_Rosenbrock):
+class Rosenbrock23(Solver):
     """A stiff solver for loose tolerances and fields that are not smooth: order 2, as `ode23s`.
 
     L-stable. A step evaluates the vector field three times and its Jacobian once.

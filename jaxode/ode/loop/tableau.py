@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxode._checks.caller import arg, public
 from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.loop.stepper import weighted_sum
@@ -147,12 +148,20 @@ class Tableau:
         return fori_loop(0 if slope is None else 1, count, stage, k)
 
 
+@dataclass(frozen=True)
 class Solver:
-    """A solver of jaxode's own."""
+    """A solver of jaxode's own, with a tableau that needs the Jacobian of the vector field."""
 
     tableau: ClassVar[Tableau]
-    jacobian: Callable[..., Float[Array, "n n"]] | None
-    """Of the vector field by the state, for a tableau that needs it. None for forward mode."""
+    jacobian: Callable[..., Float[Array, "n n"]] | None = None
+
+    @public("")
+    def __post_init__(self) -> None:
+        if self.jacobian is not None and not callable(self.jacobian):
+            raise TypeError(
+                f"{arg('jacobian')} must be a function jacobian(t, y, args); got "
+                f"{self.jacobian!r}. The default is forward mode."
+            )
 
     def order(self, terms: Any = None) -> int:
         """The order of convergence, as diffrax's solvers have it."""
