@@ -119,14 +119,16 @@ def test_flow():
 def test_an_empty_span_keeps_the_state_and_follows_the_field():
     end = lambda t1, ts: run(Y0, RATES, FACTORS, 1.0, t1, ts[None], adjoint=jaxode.ForwardMode())
     one = jnp.asarray(1.0)
-    solution = end(one, one)
-    np.testing.assert_array_equal(solution.y1, Y0)
-    by_end, by_output = jax.jacfwd(lambda *a: (end(*a).y1, end(*a).ys[0]), (0, 1))(one, one)
-    slopes = jax.vmap(driven, (None, 0, (None, 0)))(1.0, Y0, (RATES, FACTORS))
+    both = lambda *times: ((s := end(*times)).y1, s.ys[0])
+    (by_end, by_output), (y1, _) = jax.jit(
+        lambda *times: (jax.jacfwd(both, (0, 1))(*times), both(*times))
+    )(one, one)
+    np.testing.assert_array_equal(y1, Y0)
+    slopes = jax.jit(jax.vmap(driven, (None, 0, (None, 0))))(1.0, Y0, (RATES, FACTORS))
     np.testing.assert_allclose(by_end[0], slopes, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(by_output[1], slopes, rtol=1e-10, atol=1e-10)
     reverse = lambda t1: run(Y0, RATES, FACTORS, 1.0, t1, None).y1.sum()
-    np.testing.assert_allclose(jax.grad(reverse)(one), slopes.sum(), rtol=1e-10, atol=1e-8)
+    np.testing.assert_allclose(jax.jit(jax.grad(reverse))(one), slopes.sum(), rtol=1e-10, atol=1e-8)
 
 
 @typed
@@ -184,6 +186,7 @@ def test_more_unknowns_over_devices():
     np.testing.assert_allclose(over(y0, matrix), exact, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_more_unknowns_than_are_unrolled():
     """Alone, under `vmap`, and in both modes of derivatives."""
     y0, matrix = nine_unknowns()
