@@ -216,8 +216,15 @@ SOLVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", SOLVES)
+EAGER = lambda f: f
+BY_EVERY_METHOD = [(name, compile) for compile in (EAGER, jax.jit) for name in SOLVES]
+# Samples and their densities when compiled, all others eagerly.
+SLOW = [
+    (name, compile) for name, compile in BY_EVERY_METHOD if ("sample" in name) == (compile is EAGER)
+]
+
+
+@pytest.mark.parametrize(("name", "compile"), with_slow(BY_EVERY_METHOD, SLOW))
 def test_bad_data_is_named_by_every_method(name, compile):
     method, where, argument = SOLVES[name]
     bad = changed("context" if argument == "context" else "x", 1, NAN)

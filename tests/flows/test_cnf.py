@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+from helpers import with_slow
 
 import jaxode
 from jaxode import divergence
@@ -28,7 +29,7 @@ def linear(t, z, A):
 A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 def test_linear_flow_is_a_gaussian(control):
     """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
     flow = jaxode.cnf(linear, jaxode.standard_normal(3), batch=control, **TIGHT)
@@ -131,7 +132,7 @@ def test_hutchinson_log_prob_is_unbiased():
     assert (samples.std(0) > 1e-2).all()
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 def test_noise_depends_on_the_key_and_the_index_alone(control):
     """Same key, same value: with or without jit, with joint or own steps, whatever the batch."""
     noisy = {"divergence": divergence.hutchinson(), **TIGHT}

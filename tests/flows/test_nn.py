@@ -191,6 +191,7 @@ def test_the_residual_network_is_that_of_its_docstring(context):
     np.testing.assert_allclose(m(T, Y.reshape(2, 3), context), expected.reshape(2, 3), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_residual_network_is_smooth():
     """In the state, the time and the context, twice."""
     m = network(residual, (8, 8), jax.nn.silu, context_size=2)

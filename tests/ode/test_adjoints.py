@@ -194,7 +194,7 @@ def test_equal_steps_converge_to_the_gradient(name):
     assert errors[1] < 1e-4
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", of_feature(KINDS))
 def test_closed_over_values(name):
     def run(a):
         f = lambda t, y, _: -a * y
@@ -217,8 +217,10 @@ def of_a_batch(name, control):
     return run
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
-@pytest.mark.parametrize("name", OF_ROWS)
+BATCHES = [(name, control) for name in OF_ROWS for control in ("joint", "per_sample")]
+
+
+@pytest.mark.parametrize(("name", "control"), with_slow(BATCHES, [(OF_ROWS[-1], "joint")]))
 def test_batches(name, control):
     """Parameter gradients add up over the rows."""
     assert_close(of_a_batch(name, control)(1e-9), of_a_batch("discrete", control)(1e-11), 1e-6)
@@ -477,7 +479,7 @@ def test_row_whose_backward_solve_fails(control):
         jax.block_until_ready(jax.jit(jax.grad(run), static_argnums=1)(z, True))
 
 
-@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize("name", with_slow(OF_ROWS, ["backsolve"]))
 def test_gradient_of_a_row_does_not_depend_on_its_neighbours(name):
     """Nor do the gradients of its outputs, in rows of opposite stiffness."""
     f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])

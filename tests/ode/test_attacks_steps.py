@@ -68,8 +68,10 @@ def test_a_singularity_that_can_be_integrated():
     assert ends[1] != pytest.approx(8**0.5, abs=5e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("side", ["left", "right"])
+SIDES = [(side, dtype) for side in ("left", "right") for dtype in (jnp.float32, jnp.float64)]
+
+
+@pytest.mark.parametrize(("side", "dtype"), with_slow(SIDES, SIDES[1:3]))
 def test_stages_see_their_own_side_of_a_large_jump(dtype, side):
     """Were one of them to see the other side, its step would be rejected."""
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from jax.experimental import ode
 from jax.test_util import check_grads
 from scipy.integrate import solve_ivp
@@ -68,7 +69,7 @@ UPSTREAM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("name", with_slow(UPSTREAM, ["weird time", "swoop"]))
 def test_upstream_fields_against_scipy_and_differences(name):
     func, y0, t, args = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | float) else x,
