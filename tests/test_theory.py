@@ -1,4 +1,7 @@
-"""From the equations to the code: one small test for each, which could fail."""
+"""From the equations to the code: one small test for each, which could fail.
+
+Of those that take seconds, `tests/flows/test_cnf.py` and `test_likelihood.py` test the result fast.
+"""
 
 import itertools
 
@@ -231,6 +234,7 @@ def test_11_flow_model_samples():
     close(samples, jax.vmap(one)(z), 1e-8)
 
 
+@pytest.mark.slow
 def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
     """`d|I + e A|/de = tr A`, `p_X(x) = p_Z(z) / |dh/dz|`, `d/ds log p_s(z(s)) = -div f`."""
     A = jax.jit(jacobian)(0.2, X[0])
@@ -282,6 +286,7 @@ def test_14_exact_log_likelihood_on_the_stored_trajectory_and_in_one_solve():
     close(flow_model(exact(chunk=2)).log_prob(THETA, X), v1, 1e-7)
 
 
+@pytest.mark.slow
 def test_15_hutchinson_is_unbiased_and_fixed_through_a_solve():
     """`E[v^T A v] = tr A`: the mean of all signs, and Gaussian within 4 standard errors."""
     g = lambda z: f(0.3, z, THETA)
@@ -326,6 +331,7 @@ def test_17_stochastic_log_likelihood_is_unbiased():
     assert (estimates.std(0) > 1e-2).all()
 
 
+@pytest.mark.slow
 def test_18_stochastic_gradient_of_the_log_likelihood():
     """`a' = -a df/dz - d(v^T df/dz v)/dz`, `b'` with `d/dtheta`: the gradient is `b(1)`.
 
@@ -398,6 +404,7 @@ def test_19_mixed_partial_derivatives():
     close(jax.jit(jax.grad(by_estimator, (0, 1)))(z, THETA), expected)
 
 
+@pytest.mark.slow
 def test_20_training_sums_over_probes_and_samples():
     """`g += b(1)` for each of `K` probes: one solve with `K` probes has the mean gradient."""
     K, fixed = 3, {"steps": 6}

@@ -92,8 +92,8 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-# Of what others do as well: a gradient of `cond` under `vmap`, and derivatives of second order.
-SLOW = ("gradient of a cond", "vmap of reverse over reverse by time", "checkpoint")
+# Of what others do as well: a gradient of `cond` under `vmap`, and plain gradients.
+SLOW = ("gradient of a cond", "checkpoint")
 
 
 @pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))

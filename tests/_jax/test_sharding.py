@@ -259,6 +259,7 @@ def test_devices_with_end_times_of_their_own_cannot_take_the_same_steps():
         run(X, jax.random.split(KEY, DEVICES))
 
 
+@pytest.mark.slow
 @typed
 def test_rows_of_a_batch_over_two_axes_are_numbered_in_the_order_of_the_mesh():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))

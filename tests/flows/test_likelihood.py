@@ -443,6 +443,7 @@ def test_hessian_forward_over_reverse():
         jax.jacrev(jax.grad(fused))(PARAMS[2])
 
 
+@pytest.mark.slow
 def test_values_that_the_field_and_the_base_close_over_get_gradients():
     flow = make(divergence=ESTIMATORS["exact"])
 

@@ -300,8 +300,12 @@ def second_derivatives(name, again, **options):
     return jax.jit(again(gradient(name)(run)))(jnp.array([1.0, 0.5, 2.0, 0.3]))
 
 
+# Reverse over reverse mode is in `test_transforms.py`.
 @pytest.mark.parametrize(
-    ("name", "again"), of_feature(case for case in AGAIN if case[0] != "forward")
+    ("name", "again"),
+    of_feature(
+        (case for case in AGAIN if case[0] != "forward"), slow=["interpolating", "backsolve"]
+    ),
 )
 def test_second_derivatives(name, again):
     method = METHODS[name]

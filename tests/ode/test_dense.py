@@ -131,6 +131,7 @@ def test_without_dense():
         solved(Y0, 0.0, 3.0, RATE, dense=True, adjoint=jaxode.BacksolveAdjoint())
 
 
+@pytest.mark.slow
 def test_a_failed_row_can_be_masked():
     f = lambda t, y, a: jnp.where(y > 5.0, jnp.nan, a * y)
     # Of the others, one fails on its way, and one from the start.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KINDS, METHODS, assert_close, gradient, of_feature, typed
+from helpers import KINDS, METHODS, assert_close, gradient, of_feature, typed, with_slow
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -354,7 +354,7 @@ TRACED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", with_slow(TRACED, ["padding first", "before the start"]))
 def test_wrong_jumps_known_only_at_run_time(name):
     wrong, message = TRACED[name]
     times = jnp.asarray([wrong, [1.0, 2.0]])

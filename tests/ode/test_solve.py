@@ -316,6 +316,7 @@ def test_gradient_by_a_python_number_inside_of_jit():
     np.testing.assert_allclose(gradient, -2 * np.exp(-1.0), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_array_is_kept_after_a_solve():
     size = 12_347
 

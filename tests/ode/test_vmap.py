@@ -109,8 +109,8 @@ def only_rows(monkeypatch):
 # Of chains, of the adjoint ODE, of arguments, outputs and batches there are others, and stiff rows
 # in `test_jacobian.py`.
 OTHERS = {
-    "chains of the adjoint ODE", "interpolated", "arguments", "outputs", "a joint batch",
-    "a stiff solver",
+    "chains of the adjoint ODE", "interpolated", "arguments", "shared arguments", "outputs",
+    "end times", "a joint batch", "a stiff solver",
 }  # fmt: skip
 
 

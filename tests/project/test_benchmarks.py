@@ -202,6 +202,7 @@ def test_contenders_on_several_devices_have_the_gradient_of_the_reference(name, 
     assert error < 1e-4  # float32, and a tolerance of 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchdiffeq", "zuko", "torchode"])
 def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, tiny):
     pytest.importorskip(name, reason=f"{name} is installed for benchmarks only: make bench")
