@@ -189,8 +189,7 @@ def test_steps_that_run_out_before_a_nan_are_not_the_cause(max_steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_steps", [12, 16])
-@pytest.mark.parametrize("t1", [2.0, -2.0])
+@pytest.mark.parametrize(("max_steps", "t1"), [(12, 2.0), (16, -2.0)])
 def test_steps_of_an_implicit_solver_that_run_out_before_a_nan(max_steps, t1):
     f = lambda t, y, args: nan_after(jnp.sign(t1) * t, y, args)
     options = {**IMPLICIT, "throw": False, "max_steps": max_steps, "first_step": 0.4}

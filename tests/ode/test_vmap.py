@@ -157,9 +157,6 @@ PROGRAMS = {
     )(Y0, A),
     "nested gradients": lambda each: in_two(jax.grad(weighted(each), (0, 1)))(Y0, A),
     "jacobian": lambda each: jax.vmap(jax.jacrev(each, (0, 1)))(Y0, A),
-    "interpolated jacobian": lambda each: jax.vmap(
-        jax.jacrev(lambda y, a: each(y, a, adjoint=jaxode.InterpolatingAdjoint()))
-    )(Y0, A),
     "hessian": lambda each: jax.vmap(jax.hessian(weighted(each)))(Y0, A),
     "hessian of a sum": lambda each: jax.hessian(
         lambda a: jnp.sum(jax.vmap(weighted(each))(Y0, a))
@@ -197,7 +194,7 @@ PLAIN = set()
 # Of what others do as well: gradients for Jacobians, chains, and a scan, the Hessian of a
 # likelihood in `test_attacks_problems.py`, and branches that are not taken below.
 SLOW = {
-    "jacobian", "interpolated jacobian", "hessian", "hessian of a sum", "nested chains",
+    "jacobian", "hessian", "hessian of a sum", "nested chains",
     "gradient of the settings", "gradient of a vmap of a scan", "cond", "nested",
 }  # fmt: skip
 
