@@ -223,10 +223,15 @@ def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
 
 
 def test_busy_solves_run_one_after_the_other(monkeypatch):
-    wanted = one_by_one(jax.jit(jax.value_and_grad(weighted(end))), 0, (Y0, A))
+    # Of its own, so that no program of rows is found.
+    each = jax.value_and_grad(weighted(lambda y0, a: end(y0, a, max_steps=63)))
+    wanted = one_by_one(jax.jit(each), 0, (Y0, A))
+    called, of_each = [], vmapped.one_by_one
     monkeypatch.setattr(vmapped, "BUSY_WORK", 0)
     monkeypatch.setattr(vmapped, "plain", None)
-    check(jax.jit(jax.vmap(jax.value_and_grad(weighted(end))))(Y0, A), wanted)
+    monkeypatch.setattr(vmapped, "one_by_one", lambda *args: (called.append(1), of_each(*args))[1])
+    check(jax.jit(jax.vmap(each))(Y0, A), wanted)
+    assert called
 
 
 def test_a_failed_solve_leaves_the_others_alone():
