@@ -79,15 +79,21 @@ ADAPTIVE = [name for name in KINDS if METHODS[name].adaptive]
 AGAIN = [(name, mode) for name in KINDS for mode in METHODS[name].again]
 
 
-def of_feature(cases):
+def of_feature(cases, slow=("interpolating", "forward")):
     """Names of methods, or tuples that begin with one, for the tests of a feature with each.
 
     The interpolating adjoint solves the adjoint ODE with the code of backsolve, and finds the state
-    by that of the discrete adjoint, so `make test` leaves it out here.
+    by that of the discrete adjoint; forward mode is JAX's own, of the loop that all run. So
+    `make test` leaves both out here, or those of `slow`.
     """
-    name = lambda case: case if isinstance(case, str) else case[0]
-    mark = lambda case: [pytest.mark.slow] * name(case).startswith("interpolating")
-    values = lambda case: (case,) if isinstance(case, str) else case
+    cases, name = list(cases), lambda case: case if isinstance(case, str) else case[0]
+    return with_slow(cases, [case for case in cases if name(case).startswith(tuple(slow))])
+
+
+def with_slow(cases, slow):
+    """Arguments of a test, those of `slow` for the full suite alone."""
+    mark = lambda case: [pytest.mark.slow] * (case in slow)
+    values = lambda case: case if isinstance(case, tuple) else (case,)
     return [pytest.param(*values(case), marks=mark(case)) for case in cases]
 
 

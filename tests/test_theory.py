@@ -1,4 +1,7 @@
-"""From the equations to the code: one small test for each, which could fail."""
+"""From the equations to the code: one small test for each, which could fail.
+
+Of those that take seconds, `tests/flows/test_cnf.py` and `test_likelihood.py` test the result fast.
+"""
 
 import itertools
 
@@ -55,7 +58,8 @@ def test_01_residual_network_and_its_backpropagation():
         step = lambda z, theta, layer=layer: z + f(float(layer), z, theta)
         a, g_layer = jax.vjp(step, z[layer], THETA)[1](a)
         g = jax.tree.map(jnp.add, g, g_layer)
-    close(jax.grad(lambda x, theta: l(h(x, theta), Y[0]), (0, 1))(X[0], THETA), (a, g))
+    of_loss = jax.jit(jax.grad(lambda x, theta: l(h(x, theta), Y[0]), (0, 1)))
+    close(of_loss(X[0], THETA), (a, g))
 
 
 def test_02_neural_ode_and_the_loss_over_samples():
@@ -66,8 +70,9 @@ def test_02_neural_ode_and_the_loss_over_samples():
         return jnp.mean(jax.vmap(l)(z1, Y))
 
     one = lambda theta, x, y: l(jaxode.solve(f, x, 0.0, 1.0, theta, **TIGHT).y1, y)
-    each = [jax.grad(one)(THETA, x, y) for x, y in zip(X, Y, strict=True)]
-    close(jax.grad(loss)(THETA), jax.tree.map(lambda *g: sum(g) / len(X), *each), 1e-8)
+    of_one = jax.jit(jax.grad(one))
+    each = [of_one(THETA, x, y) for x, y in zip(X, Y, strict=True)]
+    close(jax.jit(jax.grad(loss))(THETA), jax.tree.map(lambda *g: sum(g) / len(X), *each), 1e-8)
 
 
 def test_03_euler_with_a_step_size():
@@ -114,7 +119,7 @@ def test_06_adjoint_of_the_input():
     a1 = jax.grad(l)(path(1.0), Y[0])
     a0 = jaxode.solve(adjoint, a1, 1.0, 0.0, THETA, steps=20).y1
     loss = lambda x: l(jaxode.solve(f, x, 0.0, 1.0, THETA, **TIGHT).y1, Y[0])
-    close(jax.grad(loss)(X[0]), a0, 1e-7)
+    close(jax.jit(jax.grad(loss))(X[0]), a0, 1e-7)
 
 
 def test_07_adjoint_theorem():
@@ -131,7 +136,7 @@ def test_07_adjoint_theorem():
     z0, a0, b0 = jaxode.solve(augmented, end, 1.0, 0.0, THETA, **TIGHT).y1
     close(z0, X[0], 1e-8)
     loss = lambda x, theta: l(jaxode.solve(f, x, 0.0, 1.0, theta, **TIGHT).y1, Y[0])
-    close(jax.grad(loss, (0, 1))(X[0], THETA), (a0, b0), 1e-8)
+    close(jax.jit(jax.grad(loss, (0, 1)))(X[0], THETA), (a0, b0), 1e-8)
 
 
 def by(adjoint, **options):
@@ -139,7 +144,7 @@ def by(adjoint, **options):
     loss = lambda theta: l(
         jaxode.solve(f, X[0], 0.0, 1.0, theta, adjoint=adjoint, **options).y1, Y[0]
     )
-    return jax.grad(loss)(THETA)
+    return jax.jit(jax.grad(loss))(THETA)
 
 
 def linear_by(adjoint):
@@ -148,7 +153,7 @@ def linear_by(adjoint):
     loss = lambda v, A: w @ jaxode.solve(
         lambda s, z, A: A @ z, v, 0.0, 1.0, A, adjoint=adjoint, **TIGHT
     ).y1  # fmt: skip
-    return jax.grad(loss, (0, 1))(v, A), linear_gradients(A, v, w)
+    return jax.jit(jax.grad(loss, (0, 1)))(v, A), linear_gradients(A, v, w)
 
 
 def test_08_backpropagation_on_the_stored_trajectory():
@@ -229,16 +234,17 @@ def test_11_flow_model_samples():
     close(samples, jax.vmap(one)(z), 1e-8)
 
 
+@pytest.mark.slow
 def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
     """`d|I + e A|/de = tr A`, `p_X(x) = p_Z(z) / |dh/dz|`, `d/ds log p_s(z(s)) = -div f`."""
-    A = jacobian(0.2, X[0])
+    A = jax.jit(jacobian)(0.2, X[0])
     determinant = lambda e: jnp.linalg.det(jnp.eye(3) + e * A)
-    close(jax.grad(determinant)(0.0), jnp.trace(A))
+    close(jax.jit(jax.grad(determinant))(0.0), np.trace(A))
 
     flow = flow_model(exact())
     h = lambda z: flow.from_base(THETA, z[None])[0]
     z = flow.to_base(THETA, X)
-    log_det = jnp.linalg.slogdet(jax.vmap(jax.jacrev(h))(z))[1]
+    log_det = jax.jit(lambda z: jnp.linalg.slogdet(jax.vmap(jax.jacrev(h))(z))[1])(z)
     close(flow.log_prob(THETA, X), P_Z.log_prob(z) - log_det, 1e-8)
 
     fixed = {"steps": 12}  # of order five, from a start that is smooth: an error below 1e-7
@@ -280,13 +286,14 @@ def test_14_exact_log_likelihood_on_the_stored_trajectory_and_in_one_solve():
     close(flow_model(exact(chunk=2)).log_prob(THETA, X), v1, 1e-7)
 
 
+@pytest.mark.slow
 def test_15_hutchinson_is_unbiased_and_fixed_through_a_solve():
     """`E[v^T A v] = tr A`: the mean of all signs, and Gaussian within 4 standard errors."""
     g = lambda z: f(0.3, z, THETA)
     estimate = lambda v: hutchinson().apply(g, X[0], v[None])[1]
     signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
     close(jax.vmap(estimate)(signs).mean(), divergence_of_f(0.3, X[0]))
-    values = jax.vmap(estimate)(jax.random.normal(KEY, (40_000, 3)))
+    values = jax.jit(jax.vmap(estimate))(jax.random.normal(KEY, (40_000, 3)))
     error = jnp.abs(values.mean() - divergence_of_f(0.3, X[0]))
     assert error < 4 * values.std() / np.sqrt(len(values))
 
@@ -324,6 +331,7 @@ def test_17_stochastic_log_likelihood_is_unbiased():
     assert (estimates.std(0) > 1e-2).all()
 
 
+@pytest.mark.slow
 def test_18_stochastic_gradient_of_the_log_likelihood():
     """`a' = -a df/dz - d(v^T df/dz v)/dz`, `b'` with `d/dtheta`: the gradient is `b(1)`.
 
@@ -357,7 +365,7 @@ def test_18_stochastic_gradient_of_the_log_likelihood():
 
     def gradient(adjoint):
         log_prob = flow_model(hutchinson(), adjoint=adjoint).log_prob
-        return jax.grad(lambda theta: log_prob(theta, x[None], key=KEY)[0])(THETA)
+        return jax.jit(jax.grad(lambda theta: log_prob(theta, x[None], key=KEY)[0]))(THETA)
 
     discrete = gradient(jaxode.DiscreteAdjoint())
     close(v1, discrete, 1e-7)
@@ -377,7 +385,7 @@ def test_18_stochastic_gradient_of_the_log_likelihood():
 
     euler = flow_model(hutchinson(), solver=diffrax.Euler(), steps=steps)
     log_prob = lambda theta: euler.log_prob(theta, x[None], key=KEY)[0]
-    close(jax.grad(log_prob)(THETA), jax.grad(discretized)(THETA))
+    close(*(jax.jit(jax.grad(log_p))(THETA) for log_p in (log_prob, discretized)))
 
 
 def test_19_mixed_partial_derivatives():
@@ -387,15 +395,16 @@ def test_19_mixed_partial_derivatives():
     def by_estimator(z, theta):
         return hutchinson().apply(lambda z: f(0.3, z, theta), z, v[None])[1]
 
-    second = jax.jacfwd(jax.jacfwd(lambda z: f(0.3, z, THETA)))(z)
-    mixed = jax.jacfwd(lambda theta: jacobian(0.3, z, theta))(THETA)
+    second = jax.jit(jax.jacfwd(jax.jacfwd(lambda z: f(0.3, z, THETA))))(z)
+    mixed = jax.jit(jax.jacfwd(lambda theta: jacobian(0.3, z, theta)))(THETA)
     expected = (
         jnp.einsum("i,ijk,j->k", v, second, v),
         jax.tree.map(lambda m: jnp.einsum("i,ij...,j->...", v, m, v), mixed),
     )
-    close(jax.grad(by_estimator, (0, 1))(z, THETA), expected)
+    close(jax.jit(jax.grad(by_estimator, (0, 1)))(z, THETA), expected)
 
 
+@pytest.mark.slow
 def test_20_training_sums_over_probes_and_samples():
     """`g += b(1)` for each of `K` probes: one solve with `K` probes has the mean gradient."""
     K, fixed = 3, {"steps": 6}
@@ -406,9 +415,9 @@ def test_20_training_sums_over_probes_and_samples():
         one = jaxode.divergence.Divergence(lambda key, z: v[None], hutchinson().apply)
         return flow_model(one, **fixed).nll(theta, x[None])
 
-    each = jax.vmap(jax.vmap(jax.grad(loss), (None, None, 0)), (None, 0, 0))(THETA, X, probes)
-    expected = jax.tree.map(lambda g: g.mean((0, 1)), each)
-    close(jax.grad(several.nll)(THETA, X, key=KEY), expected)
+    each = jax.vmap(jax.vmap(jax.grad(loss), (None, None, 0)), (None, 0, 0))
+    mean = jax.jit(lambda *x: jax.tree.map(lambda g: g.mean((0, 1)), each(*x)))
+    close(jax.jit(jax.grad(several.nll))(THETA, X, key=KEY), mean(THETA, X, probes))
 
 
 @pytest.mark.slow

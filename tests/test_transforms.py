@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 import jaxode
 
@@ -91,10 +92,15 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_programs_around_a_solve(program):
+# Of what others do as well: a gradient of `cond` under `vmap`, and plain gradients.
+SLOW = ("gradient of a cond", "checkpoint")
+
+
+@pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))
+def test_programs_around_a_solve(name):
     # 1e-7: a hundred times the tolerance, for derivatives of second order.
-    for a, b in zip(*map(jax.tree.leaves, map(program, (solved, exact))), strict=True):
+    both = map(PROGRAMS[name], (solved, exact))
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
 
 
@@ -142,12 +148,12 @@ FIELDS = {
 
 @pytest.mark.parametrize(("f", "options", "value", "args", "rate"), FIELDS.values(), ids=FIELDS)
 def test_gradients_by_the_parameters_of_any_field(f, options, value, args, rate):
-    actual = jax.grad(lambda a: summed(solved)(args(a), f=f, **options))(value)
-    expected = jax.grad(lambda a: summed(exact)(rate(a)))(value)
+    actual = jax.jit(jax.grad(lambda a: summed(solved)(args(a), f=f, **options)))(value)
+    expected = jax.jit(jax.grad(lambda a: summed(exact)(rate(a))))(value)
     np.testing.assert_allclose(actual, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_gradients_by_what_the_field_closes_over():
     gradient = jax.grad(lambda a: solved(None, f=lambda t, y, _: -a * y).sum())
-    expected = jax.vmap(jax.grad(summed(exact)))(AS)
-    np.testing.assert_allclose(jax.vmap(gradient)(AS), expected, rtol=1e-7, atol=1e-8)
+    actual, expected = (jax.jit(jax.vmap(f))(AS) for f in (gradient, jax.grad(summed(exact))))
+    np.testing.assert_allclose(actual, expected, rtol=1e-7, atol=1e-8)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from jax.extend.backend import get_backend
 
 import jaxode
@@ -181,7 +182,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("name", with_slow(CHANGED, ["attribute of an argument", "bound method"]))
 def test_a_change_is_not_taken_for_what_it_was(name):
     run = CHANGED[name]
     for rate in RATES:
@@ -282,6 +283,7 @@ def test_methods_of_any_flow_can_be_compiled(flow):
     np.testing.assert_allclose(jax.jit(flow.nll)(NETWORK, X), flow.nll(NETWORK, X), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_only_so_many_programs_are_kept(monkeypatch):
     """Of fields that are new functions. A gradient has two programs, one of them of the value."""
     monkeypatch.setattr("jaxode._jax.closure.KEPT", 2)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 from jaxode import nn
 from jaxode._jax import pullback
@@ -49,16 +50,24 @@ def close(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize("mode", [lambda f: f, jax.jacfwd, jax.jacrev])
-def test_is_that_of_jax(function, mode):
-    actual, expected = (jax.jit(mode(gradient(v, function)))(M, X, CT) for v in (vjp, jax.vjp))
+MODES = {"value": lambda f: f, "forward": jax.jacfwd, "reverse": jax.jacrev}
+ALL = [(name, mode) for name in FUNCTIONS for mode in MODES]
+FAST = [*((name, "value") for name in FUNCTIONS), ("repeated", "forward"), ("convolved", "reverse")]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), with_slow(ALL, [case for case in ALL if case not in FAST])
+)
+def test_is_that_of_jax(name, mode):
+    actual, expected = (
+        jax.jit(MODES[mode](gradient(v, FUNCTIONS[name])))(M, X, CT) for v in (vjp, jax.vjp)
+    )
     close(actual, expected)
 
 
 def test_batched():
     stacked = jnp.stack([X, X + 1])
-    one = lambda vjp: jax.vmap(lambda x: gradient(vjp, layers)(M, x, CT))(stacked)
+    one = lambda vjp: jax.jit(jax.vmap(lambda x: gradient(vjp, layers)(M, x, CT)))(stacked)
     close(one(vjp), one(jax.vjp))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, OPTIMIZED, REVERSE, of_feature, typed
+from helpers import METHODS, OPTIMIZED, REVERSE, typed, with_slow
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -83,8 +83,19 @@ LOSSES = {
 }  # fmt: skip
 
 
+# Of options of which there are others, without devices.
+OTHERS = (
+    "exact in chunks, regularized",
+    "orthogonal probes, random nodes",
+    "two checkpoints, raising",
+    "interpolating",
+)
+OWN_STEPS = [{"steps": 6}, {"batch": "per_sample"}]
+ADJOINTS = [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()]
+
+
 @typed
-@pytest.mark.parametrize("name", of_feature(LOSSES))
+@pytest.mark.parametrize("name", with_slow(LOSSES, OTHERS))
 def test_joint_steps_over_devices_are_those_of_one(name):
     # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
     rtol = 1e-10 if name in METHODS and not METHODS[name].exact else 1e-12
@@ -94,15 +105,16 @@ def test_joint_steps_over_devices_are_those_of_one(name):
 
 
 @typed
-@pytest.mark.parametrize("options", [{"steps": 6}, {"batch": "per_sample"}], ids=str)
+@pytest.mark.parametrize("options", with_slow(OWN_STEPS, OWN_STEPS[:1]), ids=str)
 def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
     inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
     expected = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))(*inputs)
     assert_same(sharded(loss_of(None, **options))(*inputs), expected)
 
 
+@pytest.mark.slow
 @typed
-@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()], ids=str)
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 def test_each_device_takes_the_joint_steps_of_its_own_rows(adjoint):
     """With error control a part of the batch has other steps than the whole."""
     options = {"divergence": jaxode.divergence.exact(), "adjoint": adjoint}
@@ -120,7 +132,7 @@ def test_each_device_takes_the_joint_steps_of_its_own_rows(adjoint):
 
 
 @typed
-@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()], ids=str)
+@pytest.mark.parametrize("adjoint", with_slow(ADJOINTS, ADJOINTS[1:]), ids=str)
 def test_closed_over_parameters_must_vary(adjoint):
     def loss(params, x, context, weights, vary=lambda params: params):
         params = vary(params)
@@ -147,6 +159,7 @@ def crossing(axis_name, **options):
 PARAMETER_BYTES = sum(leaf.nbytes for leaf in PARAMS)
 
 
+@pytest.mark.slow
 @typed
 def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_each():
     found = crossing(AXIS)
@@ -160,6 +173,7 @@ def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_eac
 
 
 @typed
+@pytest.mark.slow
 def test_devices_that_step_for_themselves_reduce_the_gradient_and_the_loss_alone():
     found = crossing(None)
     assert [c["depth"] for c in found] == [0]
@@ -184,6 +198,7 @@ def test_without_the_types_of_shard_map():
     assert_same(sharded(loss_of(AXIS), check_vma=False)(*inputs)[0], expected)
 
 
+@pytest.mark.slow
 @typed
 def test_flow_and_its_gradient_over_devices():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
@@ -226,6 +241,7 @@ jax.block_until_ready(jax.jit(run)(x))
 
 
 @typed
+@pytest.mark.slow
 def test_a_failure_on_one_device_raises():
     """In a separate process: JAX keeps the error of an effect for whatever waits next."""
     process = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True)
@@ -243,6 +259,7 @@ def test_devices_with_end_times_of_their_own_cannot_take_the_same_steps():
         run(X, jax.random.split(KEY, DEVICES))
 
 
+@pytest.mark.slow
 @typed
 def test_rows_of_a_batch_over_two_axes_are_numbered_in_the_order_of_the_mesh():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))
@@ -256,7 +273,9 @@ def test_rows_of_a_batch_over_two_axes_are_numbered_in_the_order_of_the_mesh():
     np.testing.assert_allclose(jax.jit(sharded)(X), alone, rtol=1e-12)
 
 
-@pytest.mark.parametrize("check_vma", [pytest.param(True, marks=typed), False])
+@pytest.mark.parametrize(
+    "check_vma", [pytest.param(True, marks=typed), pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_joint_steps_of_a_batch_over_two_axes(check_vma):
     """`axis_name` as a tuple: for the error norm, the noise and the mean of the weights."""
     axes = ("x", "a")
@@ -278,7 +297,7 @@ def test_steps_over_two_axes_need_the_same_times_on_all():
         run(X, jnp.ones(2))
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": "per_sample"}], ids=str)
+@pytest.mark.parametrize("options", with_slow([{}, OWN_STEPS[1]], OWN_STEPS), ids=str)
 def test_a_sharded_batch_under_plain_jit(options):
     """XLA splits the program itself, and the numbers are those of one device."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import optional, trained
+from helpers import optional, trained, with_slow
 from scipy import stats
 
 import jaxode
@@ -72,7 +72,7 @@ def bounded(name):
     return jaxode.bind(FLOW, PARAMS, support=SUPPORTS[name][0])
 
 
-@pytest.mark.parametrize("name", ["box", "one number"])
+@pytest.mark.parametrize("name", with_slow(["box", "one number"], ["one number"]))
 def test_the_density_on_a_box_integrates_to_one(name):
     n = 201
     sides = [np.linspace(a, b, n + 1) for a, b in SUPPORTS[name][1]]
@@ -194,7 +194,7 @@ def test_another_flow_keeps_parameters_and_maps(given):
         density.with_flow(jaxode.cnf(FLOW.f, jaxode.standard_normal(3)))
 
 
-@with_maps
+@pytest.mark.parametrize("given", with_slow(MAPS, ["data", "whiten"]))
 def test_units_are_not_trained(given):
     standardize, arrays = MAPS[given]
     density = jaxode.bind(FLOW, PARAMS, standardize=standardize, support=(-100.0, 100.0))
@@ -277,6 +277,7 @@ def test_each_of_200_rows_has_the_density_that_it_has_alone():
     assert np.abs(flow.log_prob(PARAMS, x) - alone).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_one_context_for_all_samples_or_a_row_for_each():
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), **OPTIONS)
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
@@ -434,7 +435,7 @@ def test_an_energy_of_contexts_as_they_are_given():
     np.testing.assert_allclose(blind, jnp.mean(log_q), rtol=1e-7)
 
 
-@with_maps
+@pytest.mark.parametrize("given", with_slow(MAPS, ["data", "whiten"]))
 def test_it_is_a_pytree(given, tmp_path):
     density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given][0], support=(-100.0, 100.0))
     np.testing.assert_array_equal(jax.jit(density.log_prob)(DATA[:4]).shape, (4,))
@@ -471,8 +472,8 @@ def test_orbax_saves_it_bit_for_bit(tmp_path):
 ACTIVATIONS = (jnp.tanh, jaxode.nn.softplus, jax.nn.gelu)
 
 
-def test_a_pickled_density_opens_in_another_process(tmp_path):
-    """With all that it consists of, and nothing to load into."""
+@functools.cache
+def of_all_activations():
     networks = [
         make(activation=f, key=KEY)
         for make in (
@@ -481,14 +482,24 @@ def test_a_pickled_density_opens_in_another_process(tmp_path):
         )
         for f in ACTIVATIONS
     ]
-    densities = [
+    return [
         jaxode.bind(FLOW, network, standardize=given, support=(-100.0, 100.0))
         for network, (given, _) in zip(networks, 2 * list(MAPS.values()), strict=True)
     ]
-    for density, f in zip(densities, 2 * ACTIVATIONS, strict=True):
+
+
+def test_a_density_is_pickled_and_copied():
+    """With all that it consists of."""
+    for density, f in zip(of_all_activations(), 2 * ACTIVATIONS, strict=True):
         for again in (pickle.loads(pickle.dumps(density)), copy.copy(density)):
             assert eqx.tree_equal(again, density)
             assert again.params.activation is f
+
+
+@pytest.mark.slow
+def test_a_pickled_density_opens_in_another_process(tmp_path):
+    """With nothing to load into."""
+    densities = of_all_activations()
     (tmp_path / "densities").write_bytes(pickle.dumps(densities))
     code = (
         "import jax, pickle; jax.config.update('jax_enable_x64', True)\n"
@@ -512,6 +523,7 @@ def test_what_does_not_pickle_is_named():
         pickle.dumps(jaxode.nn.MLP(2, (4,), key=KEY, activation=activation))
 
 
+@pytest.mark.slow
 def test_an_exported_density_needs_no_jaxode(tmp_path):
     """For three platforms and any batch, with default settings: no callback, and no library."""
     density = jaxode.bind(FLOW, PARAMS, standardize=MAPS["normal"][0], support=(-100.0, 100.0))
@@ -724,6 +736,7 @@ def test_data_that_are_not_finite_are_named():
         conditional.to_flow(DATA, lost)
 
 
+@pytest.mark.slow
 def test_a_table_in_float64_warns_of_nothing(default_settings):
     params = jaxode.nn.ConcatSquash(2, (4,), key=KEY, context_size=2)
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import with_slow
 
 import jaxode
 from jaxode.density import training as module
@@ -294,13 +295,14 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("name", with_slow(AROUND, ["a map", "no map"]))
 def test_looks_are_in_the_units_of_the_data(name, accurate):
     density, history = fit(bound(**AROUND[name]), LOGNORMAL[:200], validation=LOGNORMAL[200:])
     best = min(point.nats for point in history)
     np.testing.assert_allclose(best, score(density, LOGNORMAL[200:]), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_skewed_table_is_mapped_to_normals():
     density, history = fit(bound(standardize=None), LOGNORMAL)
     assert isinstance(density.standardize, Chain)
@@ -341,7 +343,10 @@ def test_integers_get_noise():
     np.testing.assert_allclose(samples.mean(0), [4, 0], atol=0.4)
 
 
-@pytest.mark.parametrize("event", [(), (module.EXACT_UP_TO + 1, 1)], ids=str)
+LARGE = (module.EXACT_UP_TO + 1, 1)
+
+
+@pytest.mark.parametrize("event", [pytest.param((), marks=pytest.mark.slow), LARGE], ids=str)
 def test_events_of_any_shape(event):
     """Looks at the largest one estimate the divergence."""
     x = np.random.default_rng(1).normal(size=(40, *event))
@@ -351,6 +356,7 @@ def test_events_of_any_shape(event):
     assert np.isfinite(log_prob_of(density, x, None)).all()
 
 
+@pytest.mark.slow
 def test_double_precision_and_strict_promotion():
     """Which Adam does not have."""
     jax.config.update("jax_enable_x64", True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import typed
+from helpers import typed, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -160,8 +160,11 @@ def test_weights_count_by_their_ratios(loss, scale, compile):
     np.testing.assert_allclose(compile(of)(scale * weights), of(weights), rtol=1e-12)
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", ["x", "context"])
+@pytest.mark.parametrize(
+    ("name", "compile"),
+    [("x", jax.jit), ("context", lambda f: f)],
+    ids=["x when compiled", "context"],
+)
 def test_a_row_of_weight_zero_is_left_out_of_the_likelihood(name, compile):
     unused = {"weights": jnp.array([1.0, 0.0, 2.0])}
     of = lambda data, **options: compile(
@@ -213,8 +216,15 @@ SOLVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", SOLVES)
+EAGER = lambda f: f
+BY_EVERY_METHOD = [(name, compile) for compile in (EAGER, jax.jit) for name in SOLVES]
+# Samples and their densities when compiled, all others eagerly.
+SLOW = [
+    (name, compile) for name, compile in BY_EVERY_METHOD if ("sample" in name) == (compile is EAGER)
+]
+
+
+@pytest.mark.parametrize(("name", "compile"), with_slow(BY_EVERY_METHOD, SLOW))
 def test_bad_data_is_named_by_every_method(name, compile):
     method, where, argument = SOLVES[name]
     bad = changed("context" if argument == "context" else "x", 1, NAN)
@@ -226,10 +236,10 @@ def test_bad_data_is_named_by_every_method(name, compile):
     assert all(np.isnan(leaf).any() for leaf in quiet if jnp.ndim(leaf))
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch": "per_sample"}, {"solver": diffrax.Kvaerno3()}, {"steps": 2}],
-    ids=str,
-)  # fmt: skip
+OPTIONS = [{"batch": "per_sample"}, {"solver": diffrax.Kvaerno3()}, {"steps": 2}]
+
+
+@pytest.mark.parametrize("options", with_slow(OPTIONS, OPTIONS[1:2]), ids=str)
 def test_bad_data_is_named_whatever_the_solver(options):
     with pytest.raises(jaxode.SolveError, match=r"^log_prob\(x=\.\.\.\).* 1 of 3 rows"):
         flow(**options).log_prob(RATE, **changed("x", 1, NAN), context=GOOD["context"])
@@ -297,7 +307,7 @@ def sharded(loss, throw=None):
 
 
 @typed
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", with_slow(LOSSES, ["nll"]))
 def test_a_device_whose_rows_weigh_nothing_is_part_of_the_mean(loss):
     """Only the total of the weights counts."""
     data = {name: jnp.concatenate([rows, rows[:1]]) for name, rows in GOOD.items()}

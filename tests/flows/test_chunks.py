@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, temporary_bytes, trained, typed
+from helpers import assert_close, temporary_bytes, trained, typed, with_slow
 
 import jaxode
 from jaxode.flows.chunks import LEAST, MOST, Chunks
@@ -38,8 +38,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("name", CALLS)
+# Outside of `jit` the same loop is compiled once.
+EAGER, JITTED = ([(name, jit) for name in CALLS] for jit in (False, True))
+
+
+@pytest.mark.parametrize(("name", "jit"), with_slow(JITTED + EAGER, EAGER[1:-1]))
 def test_results_do_not_depend_on_the_size(name, jit):
     call = CALLS[name]
     expected, in_batches = call(), lambda: call(batch_size=SIZE)
@@ -60,8 +63,6 @@ def test_derivatives_do_not_depend_on_the_size():
     gradient = jax.jit(jax.grad(total, (0, 1, 2)), static_argnums=3)
     found, expected = (gradient(bound.params, X, CONTEXT, size) for size in (SIZE, ROWS))
     assert_close(found, expected, 1e-10)  # sums over rows, in another order
-    # Outside of `jit`, which compiles the same loop once.
-    assert_close(jax.grad(total, (0, 1, 2))(bound.params, X, CONTEXT, SIZE), expected, 1e-10)
 
 
 def test_an_ensemble_does_not_depend_on_the_size():
@@ -94,6 +95,7 @@ def test_a_row_that_fails_is_named_by_its_number_in_the_whole(jit):
     assert np.isfinite(log_prob(x.at[13].set(0.2))).all()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_batch():
     rows, bound = jax.ShapeDtypeStruct((2048, 2), float), density()
     value = lambda size: lambda x: jnp.sum(bound.log_prob(x, batch_size=size))
@@ -157,6 +159,7 @@ def test_devices_have_batches_of_their_own():
     assert_close(split(X), log_prob(ROWS)(X), 1e-12)
 
 
+@pytest.mark.slow
 def test_rows_that_are_split_over_devices_are_so_in_every_batch():
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+from helpers import with_slow
 
 import jaxode
 from jaxode import divergence
@@ -28,7 +29,7 @@ def linear(t, z, A):
 A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 def test_linear_flow_is_a_gaussian(control):
     """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
     flow = jaxode.cnf(linear, jaxode.standard_normal(3), batch=control, **TIGHT)
@@ -52,9 +53,8 @@ def test_linear_flow_gradient_is_that_of_the_gaussian():
             jnp.mean(jnp.sum(z * z, 0)) / 2 + jnp.linalg.slogdet(E)[1] + 1.5 * jnp.log(2 * jnp.pi)
         )
 
-    for actual, expected in zip(
-        jax.grad(flow.nll, (0, 1))(A, x), jax.grad(exact, (0, 1))(A, x), strict=True
-    ):
+    both = (jax.jit(jax.grad(f, (0, 1)))(A, x) for f in (flow.nll, exact))
+    for actual, expected in zip(*both, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-7)
 
 
@@ -94,7 +94,7 @@ def test_log_prob_is_the_change_of_variables_of_the_whole_flow():
     """`log p(x) = log p_base(z) + log |det dz/dx|`, with the Jacobian of the solve by autodiff."""
     flow = jaxode.cnf(field, jaxode.standard_normal(2), **TIGHT)
     m, x = module(2), jnp.array([[0.5, -1.0], [2.0, 0.3]])
-    jacobian = jax.vmap(jax.jacrev(lambda x: flow.to_base(m, x[None])[0]))(x)
+    jacobian = jax.jit(jax.vmap(jax.jacrev(lambda x: flow.to_base(m, x[None])[0])))(x)
     expected = flow.base.log_prob(flow.to_base(m, x)) + jnp.linalg.slogdet(jacobian)[1]
     np.testing.assert_allclose(flow.log_prob(m, x), expected, rtol=1e-7)
 
@@ -132,7 +132,7 @@ def test_hutchinson_log_prob_is_unbiased():
     assert (samples.std(0) > 1e-2).all()
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 def test_noise_depends_on_the_key_and_the_index_alone(control):
     """Same key, same value: with or without jit, with joint or own steps, whatever the batch."""
     noisy = {"divergence": divergence.hutchinson(), **TIGHT}
@@ -249,7 +249,8 @@ def test_weights_of_the_loss():
 def test_nll_and_stats_reports_the_forward_solve():
     flow = jaxode.cnf(field, jaxode.standard_normal(2))
     m, x = module(2), jax.random.normal(jax.random.key(0), (4, 2))
-    (loss, aux), gradient = jax.value_and_grad(flow.nll_and_stats, has_aux=True)(m, x)
+    run = jax.jit(jax.value_and_grad(flow.nll_and_stats, has_aux=True))
+    (loss, aux), gradient = run(m, x)
     np.testing.assert_allclose(loss, -aux.log_prob.mean(), rtol=1e-14)
     np.testing.assert_allclose(
         aux.log_prob, flow.base.log_prob(flow.to_base(m, x)) + aux.log_det, atol=1e-4
@@ -259,13 +260,15 @@ def test_nll_and_stats_reports_the_forward_solve():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_training_loss_gradient_in_float32_matches_float64():
     flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.hutchinson())
     m, x = module(2), jax.random.normal(jax.random.key(0), (16, 2))
     single = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
     # The probes of the two dtypes are the same signs.
-    double = jax.grad(flow.nll)(m, x, key=jax.random.key(4))
-    gradient = jax.grad(flow.nll)(single(m), single(x), key=jax.random.key(4))
+    run = jax.jit(jax.grad(flow.nll))
+    double = run(m, x, key=jax.random.key(4))
+    gradient = run(single(m), single(x), key=jax.random.key(4))
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(double), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)

@@ -14,6 +14,7 @@ from helpers import (
     temporary_bytes,
     trained,
     typed,
+    with_slow,
 )
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -39,20 +40,20 @@ def flow_of(**options):
     return jaxode.cnf(field, jaxode.standard_normal(2), **{**TIGHT, **options})
 
 
-@pytest.mark.parametrize(
-    ("options", "context_size"),
-    [
-        ({}, 0),
-        ({"batch": "per_sample", "divergence": divergence.exact()}, 1),
-        ({"t0": 1.0, "t1": -0.5, "divergence": divergence.hutchinson(2)}, 0),
-    ],
-    ids=["joint", "per_sample, context", "backwards, hutchinson"],
-)
-def test_path_gradient_is_the_scores_carried_back_along_the_samples(options, context_size):
+FLOWS = {
+    "joint": ({}, 0),
+    "per_sample, context": ({"batch": "per_sample", "divergence": divergence.exact()}, 1),
+    "backwards, hutchinson": ({"t0": 1.0, "t1": -0.5, "divergence": divergence.hutchinson(2)}, 0),
+}
+
+
+@pytest.mark.parametrize("name", with_slow(FLOWS, ["joint", "backwards, hutchinson"]))
+def test_path_gradient_is_the_scores_carried_back_along_the_samples(name):
     """`(dx/dparams)^T (grad log q(x) - grad log p(x)) / n`, with `grad log q` by autodiff.
 
     The target with a context takes its rows.
     """
+    options, context_size = FLOWS[name]
     flow, m, n = flow_of(**options), trained(context_size), 5
     context = jax.random.normal(jax.random.key(1), (n, 1)) if context_size else None
     target = double_well if context is None else lambda x, row: row[0] * double_well(x)
@@ -81,7 +82,8 @@ def test_plain_loss_is_that_of_sample_and_log_prob():
         return jnp.mean(log_q - jax.vmap(double_well)(x))
 
     loss = lambda m: flow.reverse_kl_loss(m, double_well, 5, key=KEY, path=False)
-    assert_close(jax.value_and_grad(loss)(m), jax.value_and_grad(expected)(m), rtol=1e-13)
+    found, wanted = (jax.jit(jax.value_and_grad(f))(m) for f in (loss, expected))
+    assert_close(found, wanted, rtol=1e-13)
 
 
 def gradients(flow, target, path, count, n):
@@ -91,7 +93,7 @@ def gradients(flow, target, path, count, n):
     return each(jax.random.split(jax.random.key(0), count))
 
 
-@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+@pytest.mark.parametrize("batch", with_slow(["joint", "per_sample"], ["joint"]))
 def test_path_gradient_has_no_noise_where_the_flow_is_the_target(batch):
     """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
     flow = jaxode.cnf(linear, jaxode.standard_normal(2), batch=batch, **TIGHT)
@@ -103,8 +105,12 @@ def test_path_gradient_has_no_noise_where_the_flow_is_the_target(batch):
     assert (path < 1e-3 * plain).all()
 
 
-@pytest.mark.parametrize("path", [True, False])
-@pytest.mark.parametrize("estimator", [divergence.exact(), divergence.hutchinson()])
+PATHS = [
+    (path, of) for path in (True, False) for of in (divergence.exact(), divergence.hutchinson())
+]
+
+
+@pytest.mark.parametrize(("path", "estimator"), with_slow(PATHS, [PATHS[0], PATHS[3]]))
 def test_gradient_is_that_of_the_divergence_on_average(path, estimator):
     """With the closed form between two normals. Hutchinson's noise biases neither."""
     flow = jaxode.cnf(linear, jaxode.standard_normal(2), divergence=estimator, steps=8)
@@ -128,8 +134,8 @@ def test_every_gradient_method_has_the_path_gradient(name):
     flow = jaxode.cnf(linear, jaxode.standard_normal(2), **{**TIGHT, **options})
     reference = jaxode.cnf(linear, jaxode.standard_normal(2), **TIGHT)
     loss = lambda flow: lambda A: flow.reverse_kl_loss(A, double_well, 4, key=KEY)
-    expected = jax.grad(loss(reference))(A)
-    np.testing.assert_allclose(gradient(name)(loss(flow))(A), expected, rtol=1e-5)
+    expected = jax.jit(jax.grad(loss(reference)))(A)
+    np.testing.assert_allclose(jax.jit(gradient(name)(loss(flow)))(A), expected, rtol=1e-5)
 
 
 def test_base_and_target_have_gradients():
@@ -158,19 +164,15 @@ def steep_below(x):
     return -jnp.sqrt(jnp.maximum(x[0], 0.0))
 
 
+NAN = "must be finite at the samples of the flow; got NaN or inf in {} of 6 "
+STEEP = "must have a finite gradient at .*; got NaN or inf in {} of 6 "
+
+
 @pytest.mark.parametrize(
     ("batch", "target", "message"),
     [
-        (
-            "joint",
-            nan_above,
-            "must be finite at the samples of the flow; got NaN or inf in {} of 6 ",
-        ),
-        (
-            "per_sample",
-            steep_below,
-            "must have a finite gradient at .*; got NaN or inf in {} of 6 ",
-        ),
+        pytest.param("joint", nan_above, NAN, marks=pytest.mark.slow),
+        ("per_sample", steep_below, STEEP),
     ],
 )
 def test_a_target_that_is_not_finite_is_named(batch, target, message):
@@ -211,6 +213,7 @@ def test_arguments_are_checked(target, n, message):
 
 
 @typed
+@pytest.mark.slow
 def test_devices_share_a_batch():
     """With a key for each device, the gradient is the mean of theirs."""
     flow, m = flow_of(steps=4), trained()
@@ -236,6 +239,7 @@ def test_devices_share_a_batch():
     assert_close(sharded(joint)[0], mean[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     adjoint = jaxode.DiscreteAdjoint(checkpoints=4)
     m = trained()

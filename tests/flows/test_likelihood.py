@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import METHODS, REVERSE, assert_close, optional
+from helpers import METHODS, REVERSE, assert_close, of_feature, optional, with_slow
 
 import jaxode
 from jaxode._jax.closure import compiled
@@ -170,16 +170,13 @@ def by_autodiff(name):
     return plain(PARAMS, X, CONTEXT, WEIGHTS)
 
 
-# Three probes and steps of each sample have the same regularizers.
-REST = pytest.param("regularized", False, marks=pytest.mark.slow)
+PROGRAMS = [(name, False) for name in CASES] + [(name, True) for name in GATHERED]
+# Of options that others have as well, and of few checkpoints, which `test_discrete.py` compares.
+OTHERS = ("regularized", "regularized, random nodes", "few checkpoints", "Dopri8")
+SLOW = [case for case in PROGRAMS if case[0] in OTHERS] + [(GATHERED[2], True)]
 
 
-@pytest.mark.parametrize(
-    ("name", "gathered"),
-    [(name, False) for name in CASES if name != "regularized"]
-    + [(name, True) for name in GATHERED]
-    + [REST],
-)
+@pytest.mark.parametrize(("name", "gathered"), with_slow(PROGRAMS, SLOW))
 def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
     """Value and gradient, the parameters' by stage or gathered by step."""
     expected = by_autodiff(name)
@@ -197,6 +194,7 @@ def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch)
         np.testing.assert_allclose(jax.jit(loss)(*inputs), value, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_without_context_or_weights():
     flow = make(divergence=ESTIMATORS["exact"])
     times = recorded_times(flow, PARAMS, X, None)
@@ -206,7 +204,7 @@ def test_without_context_or_weights():
     assert_close(actual, expected, 1e-11)
 
 
-@pytest.mark.parametrize("name", ["hutchinson", "a solver without a shared stage"])
+@pytest.mark.parametrize("name", with_slow(["hutchinson", GATHERED[2]], GATHERED[2:]))
 def test_nodes_as_one_batch_on_an_accelerator(name, monkeypatch):
     expected = by_autodiff(name)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -216,10 +214,14 @@ def test_nodes_as_one_batch_on_an_accelerator(name, monkeypatch):
     assert_close(actual, expected, 1e-11)
 
 
-@pytest.mark.parametrize(
-    ("control", "quadrature", "together"),
-    [("joint", "gauss", False), ("per_sample", "stochastic", False), ("per_sample", "gauss", True)],
-)
+NODES = [
+    ("joint", "gauss", False),
+    ("per_sample", "stochastic", False),
+    ("per_sample", "gauss", True),
+]
+
+
+@pytest.mark.parametrize(("control", "quadrature", "together"), with_slow(NODES, NODES[1:]))
 def test_gradient_by_the_times(control, quadrature, together, monkeypatch):
     """The mesh stays where it is relative to its two ends."""
     if together:
@@ -252,9 +254,9 @@ def end_time(key, batch=2, **options):
     return log_prob[0] - log_prob[1] - 0.5 + flow.t1
 
 
-@pytest.mark.parametrize("times", [(0.0, 1.0), (2.0, -1.0)], ids=str)
-def test_steer_ends_at_a_uniform_random_time(times):
-    (t0, t1), steer = times, 0.4
+@pytest.mark.parametrize("t0", with_slow([0.0, 2.0], [0.0]))
+def test_steer_ends_at_a_uniform_random_time(t0):
+    t1, steer = 1.0 - t0, 0.4
     keys = jax.random.split(KEY, 2000)
     ends = jax.jit(jax.vmap(lambda key: end_time(key, t0=t0, t1=t1, steer=steer)))(keys)
     uniform = scipy.stats.uniform(t0 - steer, 2 * steer)
@@ -263,6 +265,7 @@ def test_steer_ends_at_a_uniform_random_time(times):
     np.testing.assert_allclose(end_time(keys[0], 5, t0=t0, t1=t1, steer=steer), ends[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_steer_is_the_loss_of_a_flow_that_ends_there():
     """Value and gradient by autodiff of that flow, with the same noise."""
     options = {
@@ -295,6 +298,7 @@ def test_steer_leaves_the_density_alone(control):
     np.testing.assert_array_equal(flow.to_base(PARAMS, X), plain.to_base(PARAMS, X))
 
 
+@pytest.mark.slow
 def test_steer_with_another_gradient_method():
     tight = {"rtol": 1e-10, "atol": 1e-10, "divergence": ESTIMATORS["hutchinson"], "steer": 0.3}
     gradient = lambda flow: jax.jit(jax.grad(lambda params: flow.nll(params, X, key=KEY)))(PARAMS)
@@ -302,6 +306,7 @@ def test_steer_with_another_gradient_method():
     assert_close(by_adjoint, gradient(make(**tight)), 1e-6)
 
 
+@pytest.mark.slow
 def test_converges_to_the_tight_gradient():
     """As the tolerance falls, at the order of the solver or better."""
     divergence = ESTIMATORS["hutchinson"]
@@ -322,6 +327,7 @@ def test_converges_to_the_tight_gradient():
     assert error[2] < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_samples_of_half_precision(dtype, default_settings):
     """They are solved in float32; the derivative and the base density see them as they are."""
@@ -338,6 +344,7 @@ def test_samples_of_half_precision(dtype, default_settings):
         np.testing.assert_allclose(leaf, other, rtol=0, atol=4 * eps * jnp.abs(other).max())
 
 
+@pytest.mark.slow
 def test_random_nodes_are_unbiased():
     """The mean of 10,000 draws is within 4 standard errors of the converged value and gradient."""
     x, draws = X[:2], 10_000
@@ -380,6 +387,7 @@ def test_random_nodes_are_unbiased():
     assert np.all(np.abs(difference) < 4 * error + 1e-6)
 
 
+@pytest.mark.slow
 def test_under_transformations():
     flow = make(divergence=ESTIMATORS["hutchinson"])
     loss = lambda params, x, key: flow.nll(params, x, key=key)
@@ -399,6 +407,7 @@ def test_under_transformations():
     assert_close(jax.tree.map(lambda leaf: leaf[0], scanned), expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_over_parts_of_a_batch():
     """With the same steps, the mean over equal parts is the gradient of the whole."""
     flow = make(divergence=ESTIMATORS["exact"], steps=4)
@@ -422,6 +431,7 @@ def test_parameters_of_flax():
     np.testing.assert_allclose(sum(jax.tree.leaves(products)), slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_hessian_forward_over_reverse():
     flow = make(divergence=ESTIMATORS["exact"])
     times = recorded_times(flow, PARAMS, X, None)
@@ -433,6 +443,7 @@ def test_hessian_forward_over_reverse():
         jax.jacrev(jax.grad(fused))(PARAMS[2])
 
 
+@pytest.mark.slow
 def test_values_that_the_field_and_the_base_close_over_get_gradients():
     flow = make(divergence=ESTIMATORS["exact"])
 
@@ -448,19 +459,18 @@ def test_values_that_the_field_and_the_base_close_over_get_gradients():
         ).nll(None, X)  # fmt: skip
 
     mean = jnp.array([0.2, -0.1])
-    by_params, by_mean = jax.grad(closed, (0, 1))(PARAMS, mean)
+    by_params, by_mean = jax.jit(jax.grad(closed, (0, 1)))(PARAMS, mean)
     shifted = lambda params, mean: (
         -jnp.mean(
             BASE.log_prob(flow.to_base(params, X) - mean[None])
             - BASE.log_prob(flow.to_base(params, X))
         )
     )
-    expected = jax.grad(lambda p: flow.nll(p, X) + shifted(p, mean))(PARAMS)
-    assert_close(by_params, expected, 1e-11)
-    assert_close(by_mean, jax.grad(shifted, 1)(PARAMS, mean), 1e-11)
+    total = lambda p, mean: flow.nll(p, X) + shifted(p, mean)
+    assert_close((by_params, by_mean), jax.jit(jax.grad(total, (0, 1)))(PARAMS, mean), 1e-11)
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 def test_a_failed_solve_is_nan(control):
     """Loss and gradients; also the other way round, with an error."""
     flow = make(batch=control, divergence=ESTIMATORS["exact"], max_steps=1, rtol=1e-9)
@@ -472,7 +482,7 @@ def test_a_failed_solve_is_nan(control):
         flow.nll(PARAMS, X)
 
 
-@pytest.mark.parametrize("name", [name for name in REVERSE if name != "discrete"])
+@pytest.mark.parametrize("name", of_feature(name for name in REVERSE if name != "discrete"))
 def test_other_gradient_methods_agree(name):
     """They solve the augmented ODE: the lecture's own algorithms."""
     tight = {"rtol": 1e-10, "atol": 1e-10, "regularizers": REGULARIZERS}
@@ -525,6 +535,7 @@ def test_a_regularizer_of_the_jacobian_with_a_field_that_has_a_closed_form():
     assert many.log_prob(network, x).shape == (3,)
 
 
+@pytest.mark.slow
 def test_steer_is_a_function_of_the_key_whatever_the_dtype():
     flow = make(steer=0.5, divergence=ESTIMATORS["exact"], rtol=1e-6, atol=1e-6)
     double = (PARAMS, X, CONTEXT)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 import jaxode
 from jaxode import divergence, nn
@@ -90,10 +91,14 @@ def check_closed_form(m, *context):
     close(*both(m, T, Y), 1e-12)
 
 
-@pytest.mark.parametrize("context", [(), (CONTEXT,)], ids=["no context", "context"])
 @pytest.mark.parametrize("name", CLOSED_FORM)
-def test_closed_form_equals_the_exact_divergence(name, context):
-    check_closed_form(network(*CLOSED_FORM[name], context_size=2 * len(context)), *context)
+def test_closed_form_equals_the_exact_divergence(name):
+    check_closed_form(network(*CLOSED_FORM[name], context_size=2), CONTEXT)
+
+
+@pytest.mark.parametrize("name", with_slow(CLOSED_FORM, [n for n in CLOSED_FORM if "2 h" not in n]))
+def test_closed_form_without_a_context(name):
+    check_closed_form(network(*CLOSED_FORM[name]))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -131,16 +136,16 @@ def test_deeper_networks_offer_no_closed_form(make):
         ).log_prob(m, Y[None])
 
 
+# A scalar, and many numbers, are harder than what is between them.
+BETWEEN = [(make, event) for make in (nn.ConcatSquash, residual) for event in (1, (2, 3))]
+BETWEEN += [(make, ()) for make in (nn.MLP, nn.Concat, nn.PotentialGradient)]
+ENDS = [(make, event) for make in (nn.ConcatSquash, residual) for event in ((), 64)]
+ENDS += [(make, 64) for make in (nn.MLP, nn.Concat, nn.PotentialGradient)]
+
+
 @pytest.mark.parametrize(
     ("make", "event"),
-    [
-        *((make, event) for make in (nn.ConcatSquash, residual) for event in ((), 1, (2, 3), 64)),
-        *(
-            (make, event)
-            for make in (nn.MLP, nn.Concat, nn.PotentialGradient)
-            for event in ((), 64)
-        ),
-    ],
+    with_slow(ENDS + BETWEEN, BETWEEN),
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_fresh_flow_is_close_to_the_identity(make, event):
@@ -186,6 +191,7 @@ def test_the_residual_network_is_that_of_its_docstring(context):
     np.testing.assert_allclose(m(T, Y.reshape(2, 3), context), expected.reshape(2, 3), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_residual_network_is_smooth():
     """In the state, the time and the context, twice."""
     m = network(residual, (8, 8), jax.nn.silu, context_size=2)
@@ -253,6 +259,7 @@ def test_softplus_is_accurate_relative_to_its_value(dtype):
     assert np.abs(error.mean()) < 0.2 * jnp.finfo(dtype).eps
 
 
+@pytest.mark.slow
 def test_flow_uses_the_closed_form_without_a_key():
     """For events that are large enough to be estimated without one."""
     size = divergence.EXACT_UP_TO + 4
@@ -376,6 +383,7 @@ def test_particles_at_the_same_place_have_derivatives():
     assert jnp.isfinite(jax.jit(jax.grad(total))(jnp.ones((4, 2)))).all()
 
 
+@pytest.mark.slow
 def test_a_flow_of_particles_has_a_density_on_centred_configurations():
     """Its change of volume is that of the flow in coordinates of the subspace."""
     m, base = particle_net(), jaxode.centered_normal(4, 2)

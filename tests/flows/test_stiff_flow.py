@@ -4,7 +4,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_close
+from helpers import assert_close, with_slow
 
 import jaxode
 
@@ -24,7 +24,7 @@ def of(solver, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+@pytest.mark.parametrize("batch", with_slow(["joint", "per_sample"], ["joint"]))
 def test_density_and_loss(batch):
     def all_of(solver):
         flow = of(solver, batch=batch)
@@ -35,6 +35,7 @@ def test_density_and_loss(batch):
     assert_close(ours, jax.jit(lambda: all_of(diffrax.Tsit5()))(), 1e-6)
 
 
+@pytest.mark.slow
 def test_samples_and_one_random_node_per_step():
     flow = of(jaxode.Rodas5P(), quadrature="stochastic")
     mild = PARAMS / 10  # A sample can be carried back.

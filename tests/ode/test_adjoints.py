@@ -17,7 +17,9 @@ from helpers import (
     REVERSE,
     assert_close,
     gradient,
+    of_feature,
     temporary_bytes,
+    with_slow,
 )
 from problems import ARGS, TS, Y0, linear_gradients, pendulum, scalar
 
@@ -25,6 +27,7 @@ import jaxode
 from jaxode.ode.loop.checkpoints import STAGE_BYTES
 
 CONTINUOUS = [name for name, method in METHODS.items() if not method.exact]
+VARIANTS = [name for name, method in METHODS.items() if method.variant]
 # Rows that wait while others replay are harder on few checkpoints than on many.
 OF_ROWS = [
     name
@@ -114,13 +117,13 @@ def by_everything(name):
     return jax.jit(jax.grad(loss(**METHODS[name].options()), (0, 1, 2, 3, 4)))(*INPUTS, TS)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", with_slow(CONTINUOUS, VARIANTS))
 def test_agrees_with_discrete_with_respect_to_everything(name):
     # 1e-7: the tolerance of 1e-10, amplified by the flow and by the interpolation.
     assert_close(by_everything(name), by_everything("discrete"), 1e-7)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", with_slow(METHODS, VARIANTS))
 def test_outputs_on_and_beside_the_ends_of_steps(name):
     """`y' = a cos(t) y` has `y = y0 exp(a (sin t - sin t0))`; every 16th step ends on a half."""
     knots = jnp.array([0.0, 0.5, 1.0, 1.5, 2.0])
@@ -146,15 +149,18 @@ def test_outputs_on_and_beside_the_ends_of_steps(name):
 def test_zero_span(name):
     """`y1 = y0`, and the derivatives of `y1` and of an output by the times are `-+f`."""
 
-    def run(t0, t1, ts):
-        solution = jaxode.solve(
-            lambda t, y, _: t * y, jnp.array([3.0]), t0, t1, ts=ts, **METHODS[name].options()
-        )
-        return solution.y1[0] + 10 * solution.ys[0, 0]
+    def run(y0, t0, t1, ts, rate):
+        f = lambda t, y, rate: rate * t * y
+        solution = jaxode.solve(f, y0, t0, t1, rate, ts=ts, **METHODS[name].options())
+        return solution.y1[0] + 10 * solution.ys[0, 0], solution.y1
 
-    t = jnp.array(2.0)
-    dt0, dt1, dts = jax.jit(gradient(name)(run, (0, 1, 2)))(t, t, t[None])
-    np.testing.assert_allclose((dt0, dt1, dts[0]), (-66.0, 6.0, 60.0), rtol=1e-12)
+    t, y0 = jnp.array(2.0), jnp.array([3.0])
+    each = gradient(name)(run, tuple(range(5)), has_aux=True)
+    (*bars, rate_bar), y1 = jax.jit(each)(y0, t, t, t[None], jnp.array(1.0))
+    expected = (11.0, -66.0, 6.0, 60.0)
+    np.testing.assert_allclose([x.sum() for x in bars], expected, rtol=1e-12)
+    assert rate_bar == 0.0
+    np.testing.assert_array_equal(y1, y0)
 
 
 @functools.cache
@@ -164,7 +170,7 @@ def backwards(name, **options):
     return jax.jit(gradient(name)(solved, (0, 1, 2, 3, 4)))(*inputs)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", with_slow(METHODS, VARIANTS))
 def test_backwards_in_time(name):
     assert_close(backwards(name), backwards("discrete", steps=400), 1e-7)
 
@@ -188,7 +194,7 @@ def test_equal_steps_converge_to_the_gradient(name):
     assert errors[1] < 1e-4
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", of_feature(KINDS))
 def test_closed_over_values(name):
     def run(a):
         f = lambda t, y, _: -a * y
@@ -211,8 +217,10 @@ def of_a_batch(name, control):
     return run
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
-@pytest.mark.parametrize("name", OF_ROWS)
+BATCHES = [(name, control) for name in OF_ROWS for control in ("joint", "per_sample")]
+
+
+@pytest.mark.parametrize(("name", "control"), with_slow(BATCHES, [(OF_ROWS[-1], "joint")]))
 def test_batches(name, control):
     """Parameter gradients add up over the rows."""
     assert_close(of_a_batch(name, control)(1e-9), of_a_batch("discrete", control)(1e-11), 1e-6)
@@ -220,8 +228,11 @@ def test_batches(name, control):
 
 @pytest.mark.parametrize(
     ("name", "transform"),
-    [(name, t) for name in KINDS for t in ("grad of vmap", "vmap of grad of scan")]
-    + [("discrete", "scan"), ("backsolve", "checkpoint")],
+    [
+        *of_feature((name, t) for name in KINDS for t in ("grad of vmap", "vmap of grad of scan")),
+        ("discrete", "scan"),
+        ("backsolve", "checkpoint"),
+    ],
 )
 def test_under_transformations(name, transform):
     grad, values = gradient(name), jnp.array([0.5, 1.0, 3.0])
@@ -256,7 +267,8 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+# Of a row of a solve in forward mode there is `test_vmap.py`.
+@pytest.mark.parametrize("transform", with_slow(TRANSFORMS, ["vmap"]))
 @pytest.mark.parametrize(
     "name", [name for name in KINDS if METHODS[name].exact and name != "discrete"]
 )
@@ -288,7 +300,13 @@ def second_derivatives(name, again, **options):
     return jax.jit(again(gradient(name)(run)))(jnp.array([1.0, 0.5, 2.0, 0.3]))
 
 
-@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if case[0] != "forward"])
+# Reverse over reverse mode is in `test_transforms.py`.
+@pytest.mark.parametrize(
+    ("name", "again"),
+    of_feature(
+        (case for case in AGAIN if case[0] != "forward"), slow=["interpolating", "backsolve"]
+    ),
+)
 def test_second_derivatives(name, again):
     method = METHODS[name]
     expected = second_derivatives("forward", jax.jacfwd, **method.needs)
@@ -296,7 +314,7 @@ def test_second_derivatives(name, again):
     assert_close(second_derivatives(name, again), expected, 1e-10 if method.exact else 1e-6)
 
 
-@pytest.mark.parametrize(("name", "again"), AGAIN)
+@pytest.mark.parametrize(("name", "again"), of_feature(AGAIN))
 def test_second_derivatives_of_a_failed_solve_are_nan(name, again):
     """The solution of `y' = r y^2` ends at `t = 1 / (r y0)`."""
 
@@ -311,7 +329,7 @@ def test_second_derivatives_of_a_failed_solve_are_nan(name, again):
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), [(name, again) for name, again in AGAIN if METHODS[name].exact]
+    ("name", "again"), of_feature((name, again) for name, again in AGAIN if METHODS[name].exact)
 )
 def test_hessian_at_zero_span(name, again):
     """`y1 = y0 exp(-2 (t1 - t0))`, which has curvature where no step is taken, too."""
@@ -360,7 +378,7 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", with_slow(UNSUPPORTED, ["reverse over reverse of interpolating"]))
 def test_what_a_method_cannot_do_names_the_one_that_can(name):
     exception, call, message = UNSUPPORTED[name]
     with pytest.raises(exception) as info:
@@ -368,6 +386,7 @@ def test_what_a_method_cannot_do_names_the_one_that_can(name):
     assert str(info.value) == message
 
 
+@pytest.mark.slow
 def test_backsolve_is_wrong_where_the_docs_say_so():
     """An overdamped pendulum contracts by e^-40, so backwards it is thrown to where it hangs up.
 
@@ -464,7 +483,7 @@ def test_row_whose_backward_solve_fails(control):
         jax.block_until_ready(jax.jit(jax.grad(run), static_argnums=1)(z, True))
 
 
-@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize("name", with_slow(OF_ROWS, ["backsolve"]))
 def test_gradient_of_a_row_does_not_depend_on_its_neighbours(name):
     """Nor do the gradients of its outputs, in rows of opposite stiffness."""
     f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])

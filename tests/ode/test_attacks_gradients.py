@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient, of_feature
+from helpers import AGAIN, KINDS, METHODS, REVERSE, gradient, of_feature, with_slow
 
 import jaxode
 
@@ -62,7 +62,11 @@ def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), of_feature((name, again) for name, again in AGAIN if name in REVERSE)
+    ("name", "again"),
+    of_feature(
+        ((name, again) for name, again in AGAIN if name in REVERSE),
+        slow=["interpolating", "backsolve"],
+    ),
 )
 def test_second_derivatives_where_failed_rows_are_masked(name, again):
     loss, inputs = masked(name, "per_sample")
@@ -138,7 +142,7 @@ PARAMS = {"w": jnp.array([[0.3, -0.2], [0.5, 0.1]]), "base": jaxode.diagonal_nor
 LOSSES = [(name, "gauss") for name in REVERSE if METHODS[name].masks] + [("discrete", "stochastic")]
 
 
-@pytest.mark.parametrize(("name", "quadrature"), LOSSES)
+@pytest.mark.parametrize(("name", "quadrature"), of_feature(LOSSES))
 def test_failed_samples_of_weight_zero_add_nothing_to_nll(name, quadrature):
     """One has data that is NaN, one such a context."""
 
@@ -206,10 +210,14 @@ RAISING = {
 }  # fmt: skip
 
 
-SLOW = pytest.param("jit(grad), implicit", marks=pytest.mark.slow)
+# Programs around a solve of which there are others: of outputs, of rows, and of densities.
+SLOW = {
+    "jit(grad), implicit", "jit(grad) of ts", "jit(grad) of scan", "jit(grad) of vmap",
+    "jit(grad), interpolating", "jit(grad) of log_prob",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [SLOW if "implicit" in case else case for case in RAISING])
+@pytest.mark.parametrize("case", with_slow(RAISING, SLOW))
 def test_failed_solve_raises_where_its_derivative_alone_is_used(case):
     run, differentiate = RAISING[case]
     with pytest.raises(
@@ -279,7 +287,10 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("case", PRODUCTS)
+SLOW_PRODUCTS = [case for case in PRODUCTS if "interpolating" in case or case == "vjp, again"]
+
+
+@pytest.mark.parametrize("case", with_slow(PRODUCTS, SLOW_PRODUCTS))
 def test_products_in_rules_of_differentiation_run_at_full_precision(case):
     y0 = jnp.ones((3, 2)) if case == "vmap" else jnp.ones(2)
     program = jax.jit(PRODUCTS[case]).lower(jnp.eye(2), y0).as_text()

@@ -357,9 +357,11 @@ def test_gradients_by_the_end_time_and_a_vmap_over_parameters():
     h = 1e-5  # Its square is the error of the differences, with the noise of 1e-11.
     slope = np.mean(normal(1 + h).logpdf(X) - normal(1 - h).logpdf(X)) / (2 * h)
     by_time = lambda loss: jax.grad(lambda t1: loss(affine_flow(t1)))(1.0)
-    np.testing.assert_allclose(by_time(lambda f: f.log_prob(PARAMS, X).mean()), slope, rtol=1e-6)
-    np.testing.assert_allclose(by_time(lambda f: -f.nll(PARAMS, X)), slope, rtol=1e-6)
-    several = jax.vmap(lambda m: affine_flow().log_prob((m, C), X))(jnp.stack([M, 2 * M]))
+    of_density, of_loss, several = jax.jit(lambda m: (
+        by_time(lambda f: f.log_prob(PARAMS, X).mean()), by_time(lambda f: -f.nll(PARAMS, X)),
+        jax.vmap(lambda m: affine_flow().log_prob((m, C), X))(m),
+    ))(np.stack([M, 2 * M]))  # fmt: skip
+    np.testing.assert_allclose((of_density, of_loss), slope, rtol=1e-6)
     np.testing.assert_allclose(several[1], normal(1.0, m=2 * M).logpdf(X), rtol=1e-6)
 
 
@@ -368,7 +370,7 @@ def test_curvature_of_the_likelihood():
     exp = scipy.linalg.expm(np.block([[M, np.eye(3)], [np.zeros((3, 6))]]))
     spread, shift = exp[:3, :3], exp[:3, 3:]
     expected = shift.T @ np.linalg.inv(spread @ spread.T) @ shift
-    curvature = jax.hessian(lambda c: affine_flow().nll((PARAMS[0], c), X))(PARAMS[1])
+    curvature = jax.jit(jax.hessian(lambda c: affine_flow().nll((PARAMS[0], c), X)))(PARAMS[1])
     np.testing.assert_allclose(curvature, expected, rtol=1e-6)
 
 
@@ -382,7 +384,7 @@ def test_stochastic_divergence_is_unbiased():
     assert (error > 0.01).all()
 
 
-@pytest.mark.parametrize("event", [(), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("event", [(), (2, 3)], ids=str)
 def test_nonlinear_flow_of_each_number_by_itself(event):
     """`z' = p sin z` carries `tan(z / 2)` to `exp(p) tan(z / 2)`."""
     flow = jaxode.cnf(lambda t, z, p: p * jnp.sin(z), jaxode.standard_normal(event), **FINE)
@@ -436,6 +438,7 @@ def test_gradients_by_the_condition_of_each_row():
             np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_single_precision():
     single = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
     flow = jaxode.cnf(affine, jaxode.standard_normal(3))

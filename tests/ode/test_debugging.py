@@ -6,7 +6,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import KINDS, METHODS
+from helpers import KINDS, METHODS, with_slow
 
 import jaxode
 
@@ -55,7 +55,7 @@ def test_parameters_are_outside_of_the_error_norm(adjoint):
     assert plain == scaled
 
 
-@pytest.mark.parametrize("adjoint", CONTINUOUS, ids=name)
+@pytest.mark.parametrize("adjoint", with_slow(CONTINUOUS, CONTINUOUS[1:]), ids=name)
 def test_tolerances_of_the_backward_solve_are_its_own(adjoint):
     loose, tight = (
         jaxode.backward_stats(
@@ -66,7 +66,7 @@ def test_tolerances_of_the_backward_solve_are_its_own(adjoint):
     assert tight.num_accepted > 2 * loose.num_accepted
 
 
-@pytest.mark.parametrize("adjoint", CONTINUOUS, ids=name)
+@pytest.mark.parametrize("adjoint", with_slow(CONTINUOUS, CONTINUOUS[1:]), ids=name)
 def test_outputs_restart_the_backward_solve(adjoint):
     stats = jaxode.backward_stats(
         decay, Y0, 0.0, 1.0, 2.0, adjoint=adjoint, ts=jnp.linspace(0.0, 1.0, 9),

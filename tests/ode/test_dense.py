@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 import jaxode
 
@@ -26,7 +27,9 @@ SOLVERS = [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3(), diffrax.Heun(), d
 SOLVERS += [jaxode.Rodas5P()]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize(
+    "solver", with_slow(SOLVERS, SOLVERS[4:5]), ids=lambda solver: type(solver).__name__
+)
 def test_evaluate_is_what_is_saved(solver):
     tolerance = 1e-3 if isinstance(solver, diffrax.Heun) else 1e-6
 
@@ -64,6 +67,10 @@ def test_gradients_are_those_of_what_is_saved():
     ours, saved = (jax.jit(jax.grad(loss(dense), range(5)))(*inputs) for dense in (True, False))
     for a, b in zip(ours, saved, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_gradients_in_either_mode():
     forward = jaxode.ForwardMode()
     value = lambda a: jnp.sum(
         solved(Y0, 0.0, 3.0, a, dense=True, adjoint=forward).evaluate(TIMES)[:, 0]
@@ -104,7 +111,7 @@ def test_rows_at_a_time_for_all_at_their_own_and_at_several():
 def test_a_joint_batch():
     y0 = jnp.stack([Y0, 2 * Y0])
     s = solved(y0, 0.0, 3.0, RATE, batch="joint", ts=TIMES, dense=True)
-    np.testing.assert_allclose(s.evaluate(TIMES), s.ys, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(lambda t: s.evaluate(t))(TIMES), s.ys, rtol=1e-12)
 
 
 def test_outside_is_an_error_or_nan():
@@ -124,6 +131,7 @@ def test_without_dense():
         solved(Y0, 0.0, 3.0, RATE, dense=True, adjoint=jaxode.BacksolveAdjoint())
 
 
+@pytest.mark.slow
 def test_a_failed_row_can_be_masked():
     f = lambda t, y, a: jnp.where(y > 5.0, jnp.nan, a * y)
     # Of the others, one fails on its way, and one from the start.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import temporary_bytes
+from helpers import temporary_bytes, with_slow
 from jax.test_util import check_grads
 from problems import ARGS, TS, Y0, pendulum, scalar, solver_name
 
@@ -69,6 +69,8 @@ CASES = [(solver, 64, 1e-2, TS) for solver in (diffrax.Heun(), diffrax.Bosh3())]
 CASES += [(solver, 64, 1e-5, TS) for solver in (diffrax.Tsit5(), diffrax.Dopri8())]
 CASES += [(diffrax.Tsit5(), checkpoints, 1e-5, TS) for checkpoints in (2, 3)]
 CASES += [(diffrax.Tsit5(), 3, 1e-5, None)]
+# Solvers and checkpoints between others.
+SLOW = [CASES[1], CASES[2], CASES[4]]
 
 
 def case_name(value):
@@ -90,7 +92,9 @@ def by_autodiff(solver, tolerance, with_ts):
     return jax.jit(jax.value_and_grad(reference, argnums))(*inputs)
 
 
-@pytest.mark.parametrize(("solver", "checkpoints", "tolerance", "ts"), CASES, ids=case_name)
+@pytest.mark.parametrize(
+    ("solver", "checkpoints", "tolerance", "ts"), with_slow(CASES, SLOW), ids=case_name
+)
 def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, tolerance, ts):
     def ours(y0, t0, t1, args, ts):
         solution = jaxode.solve(
@@ -128,7 +132,9 @@ def test_outputs_on_and_beside_the_ends_of_steps_equal_autodiff():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), actual, expected)
 
 
-@pytest.mark.parametrize("solver", [diffrax.Euler(), diffrax.Tsit5()], ids=solver_name)
+@pytest.mark.parametrize(
+    "solver", with_slow([diffrax.Euler(), diffrax.Tsit5()], [diffrax.Euler()]), ids=solver_name
+)
 def test_check_grads_on_fixed_steps(solver):
     """With equal steps the discrete solution is a smooth function of everything."""
 
@@ -177,17 +183,6 @@ def test_integer_and_static_leaves_in_args_break_nothing():
     np.testing.assert_allclose(gradient, -1.0, rtol=1e-4)
 
 
-def test_gradient_at_zero_span():
-    """`dy1/dt1 = f` and `dy1/dt0 = -f` hold even where no step is taken."""
-    loss = lambda y0, t0, t1: jaxode.solve(lambda t, y, _: t * y, y0, t0, t1).y1.sum()
-    y0, t = jnp.array([3.0]), jnp.array(2.0)
-    dy0, dt0, dt1 = jax.grad(loss, (0, 1, 2))(y0, t, t)
-    np.testing.assert_allclose((dy0[0], dt0, dt1), (1.0, -6.0, 6.0))
-    # 3 t = 6 is the slope; an output moves with its own time, and against the start.
-    output = lambda t: jaxode.solve(lambda t, y, _: t * y, y0, t[0], t[1], ts=t[2:]).ys.sum()
-    np.testing.assert_allclose(jax.grad(output)(jnp.full(3, 2.0)), [-6.0, 0.0, 6.0])
-
-
 def test_gradient_of_an_output_at_the_start_when_a_row_was_rejected():
     """`y' = -y^2`: the time derivative at the start is `-y0^2`, whatever the other rows do."""
     z = jnp.array([[1.0], [1000.0]])
@@ -199,8 +194,9 @@ def test_gradient_of_an_output_at_the_start_when_a_row_was_rejected():
         )  # fmt: skip
         return solution.ys[0].sum(), solution.stats.num_rejected
 
+    run = jax.jit(jax.grad(start, has_aux=True), static_argnums=1)
     for control in ("joint", "per_sample"):
-        gradient, rejected = jax.grad(start, has_aux=True)(0.0, control)
+        gradient, rejected = run(0.0, control)
         np.testing.assert_allclose(gradient, -1_000_001.0, rtol=1e-12)
     assert rejected.tolist()[1] > 0
 
@@ -208,7 +204,7 @@ def test_gradient_of_an_output_at_the_start_when_a_row_was_rejected():
 def test_hessian_where_the_error_estimate_is_zero():
     """`y1 = 1 + 2 a^3` has the second derivative `12 a`; the error control has no part in it."""
     y1 = lambda a: jaxode.solve(lambda t, y, a: a**3 * jnp.ones(1), jnp.ones(1), 0.0, 2.0, a).y1[0]
-    np.testing.assert_allclose(jax.jacfwd(jax.grad(y1))(1.3), 12 * 1.3, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.grad(y1)))(1.3), 12 * 1.3, rtol=1e-12)
 
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
@@ -225,8 +221,8 @@ def test_flow_gradient_matches_single_solves(control):
         )
 
     for actual, expected in zip(
-        jax.tree.leaves(jax.grad(batched, (0, 1))(z, ARGS)),
-        jax.tree.leaves(jax.grad(one_by_one, (0, 1))(z, ARGS)),
+        jax.tree.leaves(jax.jit(jax.grad(batched, (0, 1)))(z, ARGS)),
+        jax.tree.leaves(jax.jit(jax.grad(one_by_one, (0, 1)))(z, ARGS)),
         strict=True,
     ):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
@@ -334,6 +330,7 @@ def test_products_of_the_field_run_at_the_precision_that_is_asked_for():
         precisions(precision="low")
 
 
+@pytest.mark.slow
 def test_memory_grows_with_checkpoints_only():
     size = 50_000
     y0, state = jnp.ones(size), size * 8
@@ -374,7 +371,7 @@ def test_gathering_the_parameter_gradient_once_a_step_changes_nothing(monkeypatc
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
-@pytest.mark.parametrize("checkpoints", [8, 64])
+@pytest.mark.parametrize("checkpoints", with_slow([8, 64], [64]))
 def test_many_steps_within_few_checkpoints(checkpoints):
     """20,000 Euler steps of `y' = -a y` have the closed form `(1 - a h) ** 20000`."""
 
@@ -392,8 +389,8 @@ def test_float32():
     y0 = Y0.astype(jnp.float32)
     args = jax.tree.map(lambda x: x.astype(jnp.float32), ARGS)
     loss = lambda y0, args: jnp.sum(jaxode.solve(pendulum, y0, 0.0, 3.0, args).y1)
-    single = jax.grad(loss, (0, 1))(y0, args)
-    double = jax.grad(loss, (0, 1))(Y0, ARGS)
+    run = jax.jit(jax.grad(loss, (0, 1)))
+    single, double = run(y0, args), run(Y0, ARGS)
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(double), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-3)

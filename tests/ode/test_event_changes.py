@@ -67,7 +67,10 @@ def test_one_more_event_ends_the_solve():
     np.testing.assert_array_equal(s.ys[5:], np.broadcast_to(s.y1, (4, 2)))
 
 
-@pytest.mark.parametrize("name", of_feature(ADAPTIVE))
+# That of backsolve at single events is in `test_events.py`.
+@pytest.mark.parametrize(
+    "name", of_feature(ADAPTIVE, slow=["interpolating", "forward", "backsolve"])
+)
 def test_gradients(name):
     """By the start, what the change closes over, and the arguments."""
     options = METHODS[name].options(ts=TS[5:])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, typed
+from helpers import assert_close, typed, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +48,10 @@ def loss(*inputs, **options):
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves), solution
 
 
-@pytest.mark.parametrize(("solver", "batch"), [(SOLVERS[0], "per_sample"), (SOLVERS[1], "joint")])
+PAIRS = [(SOLVERS[0], "per_sample"), (SOLVERS[1], "joint")]
+
+
+@pytest.mark.parametrize(("solver", "batch"), with_slow(PAIRS, PAIRS[1:]))
 def test_equal_to_forward_mode(solver, batch):
     """Solutions, and gradients by all that there is, with a replay of most steps."""
     of = lambda f, *inputs: loss(
@@ -69,6 +72,7 @@ def test_order_with_one_that_is_wrong():
         assert 1.8 < jnp.log2(coarse / fine) < 2.3
 
 
+@pytest.mark.slow
 def test_one_that_is_wrong_takes_more_steps_and_has_exact_gradients():
     """Of the steps that were taken: by reverse mode as by forward mode."""
     right, wrong = (run(*INPUTS, solver=jaxode.Rodas5P(f)) for f in (jacobian, half))
@@ -133,6 +137,7 @@ def test_one_that_is_not_finite_is_named():
 
 
 @typed
+@pytest.mark.slow
 def test_over_devices():
     """Rows that are split, with a rate that all share."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))

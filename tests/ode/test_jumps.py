@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KINDS, METHODS, assert_close, gradient, of_feature, typed
+from helpers import KINDS, METHODS, assert_close, gradient, of_feature, typed, with_slow
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -180,6 +180,7 @@ def absorbed_doses(times, amounts, rates, ts):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_subjects_with_doses():
     """To 1e-6, and the gradients by amounts and times to 1e-5."""
     data = subjects()
@@ -252,11 +253,15 @@ def test_a_change_that_is_not_finite_is_named():
             jaxode.solve(lambda t, y, a: -y, jnp.ones(1), 0.0, END, jumps=jumps)
 
 
-def test_other_solvers_and_transformations():
+@pytest.mark.slow
+def test_implicit_solvers():
     y1, ys, _ = (x[0] for x in all_by_hand())
     s = in_one_call(Y0[0], TIMES[0], ts=TS, solver=diffrax.Kvaerno5(), max_steps=256)
     assert_close((s.y1, s.ys), (y1, ys), 1e-4)
     assert s.stats.num_evals == -1
+
+
+def test_under_vmap():
     run = lambda y0, times: in_one_call(y0, times, ts=TS).y1
     mapped = jax.jit(jax.vmap(run))(Y0, jnp.asarray(TIMES))
     assert_close(mapped, all_by_hand()[0], 1e-12)
@@ -349,7 +354,7 @@ TRACED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", with_slow(TRACED, ["padding first", "before the start"]))
 def test_wrong_jumps_known_only_at_run_time(name):
     wrong, message = TRACED[name]
     times = jnp.asarray([wrong, [1.0, 2.0]])

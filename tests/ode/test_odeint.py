@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from jax.experimental import ode
 from jax.test_util import check_grads
 from scipy.integrate import solve_ivp
@@ -34,7 +35,7 @@ def test_values_and_gradients_agree_with_the_original():
         loss = lambda y0, t, m, g: sum(
             jnp.sum(weights * jnp.sin(leaf)) for leaf in odeint(pend, y0, t, m, g).values()
         )
-        return jax.value_and_grad(loss, (0, 1, 2, 3))(Y0, T, 0.25, 9.8)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(Y0, T, 0.25, 9.8)
 
     for a, b in zip(
         jax.tree.leaves(run(jaxode.odeint)), jax.tree.leaves(run(ode.odeint)), strict=True
@@ -68,7 +69,7 @@ UPSTREAM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("name", with_slow(UPSTREAM, ["weird time", "swoop"]))
 def test_upstream_fields_against_scipy_and_differences(name):
     func, y0, t, args = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | float) else x,
@@ -106,6 +107,7 @@ def test_gradients_of_third_order():
     np.testing.assert_allclose(third, -np.exp(-0.7), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_jit():
     """Upstream issue 2598: `vmap` of a solve, step by step in Python."""
     run = lambda y0: jaxode.odeint(
@@ -117,6 +119,7 @@ def test_without_jit():
         np.testing.assert_allclose(jax.vmap(run)(y0), np.e * y0, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_gradients_of_second_order():
     run = jax.jit(
         lambda y0, t, m: jaxode.odeint(
@@ -134,7 +137,7 @@ def test_grad_of_vmap_and_closures():
         return jaxode.odeint(lambda y, t: -a * y, y0, jnp.array([0.0, 1.0]))[-1].sum()
 
     y0 = jnp.array([[1.0], [2.0]])
-    batched = jax.grad(lambda a: jax.vmap(run, (None, 0))(a, y0).sum())(0.5)
+    batched = jax.jit(jax.grad(lambda a: jax.vmap(run, (None, 0))(a, y0).sum()))(0.5)
     np.testing.assert_allclose(batched, -3 * np.exp(-0.5), rtol=1e-6)
 
 

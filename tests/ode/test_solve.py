@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from helpers import OPTIMIZED
+from helpers import OPTIMIZED, with_slow
 from problems import ALL_ADAPTIVE, ALL_SOLVERS, PROBLEMS, SOLVERS, solver_name
 
 import jaxode
@@ -76,7 +76,15 @@ def test_agrees_with_diffrax_and_scipy(solver):
     np.testing.assert_allclose(ours.y1, theirs.ys[0], atol=100 * tolerance)
 
 
-@pytest.mark.parametrize(("solver", "order", "adaptive"), SOLVERS, ids=solver_name)
+# Of the same interpolants as others, and of orders that are tested above.
+ALIKE = [
+    row for row in SOLVERS if type(row[0]) in (diffrax.Midpoint, diffrax.Ralston, diffrax.Dopri5)
+]
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "adaptive"), with_slow(SOLVERS, ALIKE), ids=solver_name
+)
 def test_same_steps_as_diffrax_give_the_same_numbers(solver, order, adaptive):
     """On an equal mesh both compute the same discrete solution, dense output included."""
     del order, adaptive
@@ -168,10 +176,10 @@ def test_num_evals_is_the_true_number(solver, options):
         assert stats.num_accepted > 3
 
 
-@pytest.mark.parametrize(
-    ("steps", "dtype"),
-    [(1, jnp.float64), (3, jnp.float32), (10, jnp.float64), (49, jnp.float32)],
-)
+EQUAL_STEPS = [(1, jnp.float64), (3, jnp.float32), (10, jnp.float64), (49, jnp.float32)]
+
+
+@pytest.mark.parametrize(("steps", "dtype"), with_slow(EQUAL_STEPS, EQUAL_STEPS[:2]))
 def test_equal_steps_end_exactly_when_compiled(steps, dtype):
     """Also where XLA's fused multiply-add rounds the end time differently."""
     ts = jnp.array([1.0, 0.25, 0.0], dtype)
@@ -298,7 +306,8 @@ def test_a_field_that_solves_is_solved_again():
     # y' = -exp(-a) y
     exact = lambda a: 2 * jnp.exp(-jnp.exp(-a))
     np.testing.assert_allclose(end(a), exact(a), rtol=1e-4)
-    np.testing.assert_allclose(jax.grad(end)(a), jax.grad(exact)(a), rtol=1e-4)
+    slope = -exact(a) * jnp.log(exact(a) / 2)
+    np.testing.assert_allclose(jax.jit(jax.grad(end))(a), slope, rtol=1e-4)
 
 
 def test_gradient_by_a_python_number_inside_of_jit():
@@ -307,6 +316,7 @@ def test_gradient_by_a_python_number_inside_of_jit():
     np.testing.assert_allclose(gradient, -2 * np.exp(-1.0), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_array_is_kept_after_a_solve():
     size = 12_347
 

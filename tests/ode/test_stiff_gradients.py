@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from helpers import assert_close
+from helpers import assert_close, with_slow
 from problems import robertson, solver_name
 from test_stiff import FACTORS, RATES, RODAS, SOLVERS, TS, Y0, driven, run
 
@@ -69,9 +69,10 @@ def test_against_central_differences_of_scipy(gradient, by):
         np.testing.assert_allclose(np.asarray(gradient[number])[place], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("solver", "batch"), [(SOLVERS[0], "joint"), (SOLVERS[1], "per_sample")], ids=solver_name
-)
+PAIRS = [(SOLVERS[0], "joint"), (SOLVERS[1], "per_sample")]
+
+
+@pytest.mark.parametrize(("solver", "batch"), with_slow(PAIRS, PAIRS[1:]), ids=solver_name)
 def test_modes_agree_on_a_coarse_mesh(solver, batch):
     """With a replay of most steps, on the steps of a loose tolerance."""
     options = {"solver": solver, "batch": batch, "rtol": 1e-3, "atol": 1e-7}
@@ -83,6 +84,7 @@ def test_modes_agree_on_a_coarse_mesh(solver, batch):
     assert_close(reverse[3:], forward[3:], 1e-7)
 
 
+@pytest.mark.slow
 def test_parameters_gathered_once_per_step(monkeypatch):
     """As for networks with more parameters than work."""
     options = {"rtol": 2e-3, "atol": 1e-7}  # of its own, so that nothing is compiled yet
@@ -105,6 +107,7 @@ def test_forward_over_reverse():
     assert_close(hessian, jax.jit(jax.jacfwd(forward))(ones), 1e-8)
 
 
+@pytest.mark.slow
 def test_dense_output():
     """Evaluated at the times of the outputs, with the gradients of those."""
 
@@ -150,6 +153,7 @@ def test_a_failed_row_on_which_nothing_depends(fails):
     assert jnp.isfinite(gradients[1]).all()
 
 
+@pytest.mark.slow
 def test_a_thousand_rows():
     """Rates over three decades: all succeed, and so do their gradients."""
     spread = 10 ** np.random.default_rng(0).uniform(-1.5, 1.5, (1000, 3))

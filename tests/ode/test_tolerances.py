@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, assert_close, gradient, of_feature
+from helpers import METHODS, assert_close, gradient, of_feature, with_slow
 from problems import STIFF
 
 import jaxode
@@ -52,10 +52,7 @@ CASES = {
 }
 
 
-SLOW = pytest.param("by diffrax", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("case", [*list(CASES)[:-1], SLOW])
+@pytest.mark.parametrize("case", with_slow(CASES, ["joint steps", "order 8", "by diffrax"]))
 def test_scaled_units_take_the_same_steps(case):
     options = {"y0": Y0, "t0": 0.0, "t1": 2.0, "args": 3.0, "ts": TS} | CASES[case]
     y0 = options.pop("y0")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 import jaxode
 from jaxode.ode.adjoints import vmapped
@@ -105,13 +106,15 @@ def only_rows(monkeypatch):
         monkeypatch.setattr(vmapped, name, refused)
 
 
-def with_slow(table, slow):
-    """Names, some for the full suite alone."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
+# Of chains, of the adjoint ODE, of arguments, outputs and batches there are others, and stiff rows
+# in `test_jacobian.py`.
+OTHERS = {
+    "chains of the adjoint ODE", "interpolated", "arguments", "shared arguments", "outputs",
+    "end times", "a joint batch", "a stiff solver",
+}  # fmt: skip
 
 
-# Of chains and of the adjoint ODE there are others.
-@pytest.mark.parametrize("name", with_slow(CASES, {"chains of the adjoint ODE", "interpolated"}))
+@pytest.mark.parametrize("name", with_slow(CASES, OTHERS))
 def test_as_rows_of_one_solve(name, only_rows):
     f, inputs, axes = CASES[name]
     axes = axes if isinstance(axes, tuple) else (axes,) * len(inputs)
@@ -120,15 +123,15 @@ def test_as_rows_of_one_solve(name, only_rows):
     values, each = one_by_one(
         jax.jit(lambda *inputs: (f(*inputs), jax.grad(loss, argnums)(*inputs))), axes, inputs
     )
-    check(jax.vmap(f, axes)(*inputs), values)
     total = lambda *inputs: jnp.sum(jax.vmap(loss, axes)(*inputs))
-    both = jax.jit(lambda *inputs: (
-        jax.vmap(jax.grad(loss, argnums), axes)(*inputs), jax.grad(total, argnums)(*inputs)
+    every = jax.jit(lambda *inputs: (
+        jax.vmap(f, axes)(*inputs), jax.vmap(jax.grad(loss, argnums), axes)(*inputs),
+        jax.grad(total, argnums)(*inputs),
     ))  # fmt: skip
     summed = tuple(
         jnp.sum(x, axis=0) if axis is None else x for x, axis in zip(each, axes, strict=True)
     )
-    check(both(*inputs), (each, summed))
+    check(every(*inputs), (values, each, summed))
 
 
 def in_two(f):
@@ -154,9 +157,6 @@ PROGRAMS = {
     )(Y0, A),
     "nested gradients": lambda each: in_two(jax.grad(weighted(each), (0, 1)))(Y0, A),
     "jacobian": lambda each: jax.vmap(jax.jacrev(each, (0, 1)))(Y0, A),
-    "interpolated jacobian": lambda each: jax.vmap(
-        jax.jacrev(lambda y, a: each(y, a, adjoint=jaxode.InterpolatingAdjoint()))
-    )(Y0, A),
     "hessian": lambda each: jax.vmap(jax.hessian(weighted(each)))(Y0, A),
     "hessian of a sum": lambda each: jax.hessian(
         lambda a: jnp.sum(jax.vmap(weighted(each))(Y0, a))
@@ -189,10 +189,13 @@ def with_callback(t, y, a):
     return field(t, y, a)
 
 
-# Of what others do as well: gradients for Jacobians, the Hessian of a sum, chains, and a scan.
+# The programs that were traced by the plain rule. Others found theirs among these.
+PLAIN = set()
+# Of what others do as well: gradients for Jacobians, chains, and a scan, the Hessian of a
+# likelihood in `test_attacks_problems.py`, and branches that are not taken below.
 SLOW = {
-    "jacobian", "interpolated jacobian", "hessian", "nested chains", "gradient of the settings",
-    "gradient of a vmap of a scan",
+    "jacobian", "hessian", "hessian of a sum", "nested chains",
+    "gradient of the settings", "gradient of a vmap of a scan", "cond", "nested",
 }  # fmt: skip
 
 
@@ -201,12 +204,13 @@ def test_programs_are_those_of_the_plain_rule(name, monkeypatch):
     # As one program: without the small ones of an array each, which are compiled twice here.
     run = lambda: jax.jit(lambda: PROGRAMS[name](end))()
     got = run()
-    monkeypatch.setattr(vmapped, "_with_rule", lambda f, rule, *args: f(*args))
-    jax.clear_caches()
-    try:
-        check(got, run(), 1e-11)
-    finally:
-        jax.clear_caches()  # of programs without the rule
+    by_plain_rule = lambda f, rule, *args: (PLAIN.add(name), f(*args))[1]
+    monkeypatch.setattr(vmapped, "_with_rule", by_plain_rule)
+    # A setting that no solve depends on, and for which JAX finds no program of the rule.
+    with jax.numpy_rank_promotion("warn"):
+        wanted = run()
+    assert PLAIN
+    check(got, wanted, 1e-11)
 
 
 def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
@@ -219,31 +223,40 @@ def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
 
 
 def test_busy_solves_run_one_after_the_other(monkeypatch):
-    wanted = one_by_one(jax.value_and_grad(weighted(end)), 0, (Y0, A))
+    # Of its own, so that no program of rows is found.
+    each = jax.value_and_grad(weighted(lambda y0, a: end(y0, a, max_steps=63)))
+    wanted = one_by_one(jax.jit(each), 0, (Y0, A))
+    called, of_each = [], vmapped.one_by_one
     monkeypatch.setattr(vmapped, "BUSY_WORK", 0)
     monkeypatch.setattr(vmapped, "plain", None)
-    check(jax.vmap(jax.value_and_grad(weighted(end)))(Y0, A), wanted)
+    monkeypatch.setattr(vmapped, "one_by_one", lambda *args: (called.append(1), of_each(*args))[1])
+    check(jax.jit(jax.vmap(each))(Y0, A), wanted)
+    assert called
 
 
 def test_a_failed_solve_leaves_the_others_alone():
     blows_up = lambda t, y, a: a * y**2
     run = lambda y, a: jaxode.solve(blows_up, y, 0.0, 1.0, a, throw=False, max_steps=50)
-    y, a = jnp.array([[0.5], [2.0]]), jnp.ones((2, 1))
-    solutions = jax.vmap(run)(y, a)
+    y, a = np.array([[0.5], [2.0]]), np.ones((2, 1))
+    unused = lambda y, a: jnp.sum(jax.vmap(run)(y, a).y1[0, 0])
+    solutions, gradients, unused = jax.jit(lambda y, a: (
+        jax.vmap(run)(y, a),
+        (
+            jax.vmap(jax.grad(lambda y, a: run(y, a).y1[0], (0, 1)))(y, a),
+            jax.grad(lambda y, a: jnp.sum(jax.vmap(run)(y, a).y1), (0, 1))(y, a),
+        ),
+        jax.grad(unused)(y, a),
+    ))(y, a)  # fmt: skip
     assert solutions.result.tolist()[0] == jaxode.Result.SUCCESS
     assert solutions.result.tolist()[1] != jaxode.Result.SUCCESS
     np.testing.assert_allclose(solutions.y1, [[1.0], [np.nan]], rtol=1e-4)
-    for gradient in (
-        jax.vmap(jax.grad(lambda y, a: run(y, a).y1[0], (0, 1)))(y, a),
-        jax.grad(lambda y, a: jnp.sum(jax.vmap(run)(y, a).y1), (0, 1))(y, a),
-    ):
-        for leaf in gradient:
-            assert np.isfinite(leaf[0]).all()
-            assert np.isnan(leaf[1]).all()
-    unused = jax.grad(lambda y: jax.vmap(run)(y, a).y1[0, 0])(y)
+    for leaf in map(np.asarray, jax.tree.leaves(gradients)):
+        assert np.isfinite(leaf[0]).all()
+        assert np.isnan(leaf[1]).all()
     np.testing.assert_allclose(unused, [[4.0], [0.0]], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_failed_rows_of_chains_leave_the_others_alone():
     """A chain whose rows all fail has the values of another one, a chain with one good row not."""
     blows_up = lambda t, y, args: args[0] * args[1] * jnp.sqrt(1.0 / (3.0 - args[0])) * y**2
@@ -252,7 +265,7 @@ def test_failed_rows_of_chains_leave_the_others_alone():
         options = {"batch": "per_sample", "row_args": row, "throw": False, "max_steps": 50}
         return jaxode.solve(blows_up, jnp.ones((2, 1)), 0.0, 1.0, a, **options)
 
-    a, rows = jnp.array([0.5, 1.0, 4.0]), jnp.array([[1.0, 9.0], [0.3, 0.5], [1.0, 1.0]])
+    a, rows = np.array([0.5, 1.0, 4.0]), np.array([[1.0, 9.0], [0.3, 0.5], [1.0, 1.0]])
 
     def used(a, rows):
         solved = jax.vmap(chain)(a, rows)
@@ -261,13 +274,16 @@ def test_failed_rows_of_chains_leave_the_others_alone():
     def alone(a, row):
         return jaxode.solve(lambda t, y, a: blows_up(t, y, (a, row)), 1.0, 0.0, 1.0, a).y1
 
-    by_a, by_row = jax.grad(used, (0, 1))(a, rows)
-    wanted = [jax.grad(alone, (0, 1))(a[i], rows[i, j]) for i, j in ((0, 0), (1, 0), (1, 1))]
+    all_of = lambda a: jnp.sum(jax.vmap(chain)(a, rows).y1)
+    (by_a, by_row), every = jax.jit(
+        lambda a, rows: (jax.grad(used, (0, 1))(a, rows), jax.grad(all_of)(a))
+    )(a, rows)
+    of_one = jax.jit(jax.grad(alone, (0, 1)))
+    wanted = [of_one(a[i], rows[i, j]) for i, j in ((0, 0), (1, 0), (1, 1))]
     np.testing.assert_allclose(by_a, [wanted[0][0], wanted[1][0] + wanted[2][0], 0.0], rtol=1e-10)
     np.testing.assert_allclose(
         by_row, [[wanted[0][1], 0.0], [wanted[1][1], wanted[2][1]], [0.0, 0.0]], rtol=1e-10
     )
-    every = jax.grad(lambda a: jnp.sum(jax.vmap(chain)(a, rows).y1))(a)
     assert np.isnan(every).tolist() == [True, False, True]
 
 
@@ -278,13 +294,13 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("adjoint", METHODS.values(), ids=METHODS)
-def test_a_branch_that_is_not_taken(adjoint):
+@pytest.mark.parametrize("name", with_slow(METHODS, ["interpolating"]))
+def test_a_branch_that_is_not_taken(name):
     """It has zeros in place of the problem, where this field is not finite."""
     singular = lambda t, y, a: -a * jnp.sqrt(y) + 0.3 * y / y**1.5
 
     def chosen(y0, a):
-        solve = lambda: jaxode.solve(singular, y0, 0.0, 1.0, a, adjoint=adjoint).y1.sum()
+        solve = lambda: jaxode.solve(singular, y0, 0.0, 1.0, a, adjoint=METHODS[name]).y1.sum()
         return jax.lax.cond(a > 0.15, solve, lambda: y0.sum() * a)
 
     each, a = jax.jit(jax.grad(chosen, (0, 1))), jnp.array([0.1, 0.2, 0.3])
@@ -319,6 +335,7 @@ def test_no_leaks():
         jax.vmap(jax.grad(weighted(end)))(Y0, A)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_flows():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     params, x = jnp.array([[1.0, 0.5], [0.3, -0.2]]), jnp.array([[0.5, 1.0], [-1.0, 0.2]])

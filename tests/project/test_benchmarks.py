@@ -173,6 +173,7 @@ def test_the_machine_can_be_named(monkeypatch):
     assert described["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -190,15 +191,9 @@ def test_contenders_in_jax_have_the_gradient_of_the_reference(make, tiny):
 
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        "jaxode, joint steps",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("jaxode", "diffrax, jit", "jax odeint, shard_map")
-        ),
-    ],
+    "name", ["jaxode, joint steps", "jaxode", "diffrax, jit", "jax odeint, shard_map"]
 )
 def test_contenders_on_several_devices_have_the_gradient_of_the_reference(name, tiny):
     p, exact = tiny
@@ -207,6 +202,7 @@ def test_contenders_on_several_devices_have_the_gradient_of_the_reference(name, 
     assert error < 1e-4  # float32, and a tolerance of 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchdiffeq", "zuko", "torchode"])
 def test_contenders_in_pytorch_have_the_gradient_of_the_reference(name, tiny):
     pytest.importorskip(name, reason=f"{name} is installed for benchmarks only: make bench")

@@ -171,14 +171,9 @@ def test_every_benchmark_runs_to_its_end(name, quick, monkeypatch, tmp_path):
         run(name, case, tmp_path / "picture.png")
 
 
-# `make test` runs the first one, and the loop and its report with trainings that are made up.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (number > 0))
-        for number, name in enumerate(to_level.PHASES)
-    ],
-)
+# `make test` runs the loop and its report with trainings that are made up.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", to_level.PHASES)
 def test_every_training_to_a_likelihood_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     library = name.replace(",", "").split()[0]
     pytest.importorskip(library, reason=f"{library} is installed for benchmarks only: make bench")
@@ -226,6 +221,7 @@ def test_every_task_simulates_what_its_reference_was_made_for(name, default_sett
     assert (theta.shape, x.shape) == tuple((3, size) for size in sizes.get(name, (10, 10)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", posterior.TASKS)
 def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
     """Whose ratio has mean one, for any other parameters."""

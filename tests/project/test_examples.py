@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import signal
@@ -113,6 +114,7 @@ def test_particles(run, default_settings):
     assert "fewer than 1000 weights" in output
 
 
+@pytest.mark.slow
 def test_particles_are_aligned_by_what_is_a_symmetry(default_settings):
     """No order, rotation or reflection of `z` is nearer to `x` than the one that is chosen."""
     particles = load_once("particles")
@@ -137,6 +139,7 @@ def test_lattice(run, default_settings):
     assert 5 < accepted < 100
 
 
+@pytest.mark.slow
 def test_the_chain_on_a_lattice_is_that_of_the_action(default_settings):
     """`E[y . grad log p(y)]` is minus the number of sites, by parts."""
     lattice = load_once("lattice")
@@ -250,6 +253,7 @@ def test_latent_ode_reads_one_species_at_a_time_and_pads_with_the_last(default_s
     np.testing.assert_array_equal(halves[real == 0], np.repeat(halves[..., -1:], 24, 2)[real == 0])
 
 
+@pytest.mark.slow
 def test_the_exact_posterior_is_that_of_the_simulator(default_settings):
     """Parameters of simulations close to an observation, which the prior's box does not cut."""
     posterior = load_once("posterior")
@@ -370,16 +374,21 @@ def test_a_package_that_is_not_installed_gets_one_clear_line(name, package, monk
 
 
 def start(name, *arguments, output):
-    """Run an example in a process of its own."""
+    """Run an example in a process of its own, with the compiled programs of those before it."""
     # The tests may run in the background of a shell, where interrupts are ignored.
     interruptible = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
     command = [sys.executable, "-c", interruptible, EXAMPLES / f"{name}.py", *arguments]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     return subprocess.Popen(
-        [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, text=True
-    )
+        [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | cache,
+    )  # fmt: skip
 
 
 def interrupt(moment, name, *arguments):

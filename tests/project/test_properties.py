@@ -14,6 +14,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +188,7 @@ def _pushed_and_pulled(inputs, tangents, cotangents, tolerance, adjoint, solver)
     return product(cotangents, pushed), product(pull(cotangents), tangents)
 
 
+@pytest.mark.slow
 @given(seeds, times, times, st.floats(0.1, 0.9), exponents, embedded)
 def test_forward_and_reverse_mode_are_transposes(seed, t0, t1, theta, exponent, solver):
     """In the state, both times, an output time and the parameters, exactly on the same mesh."""
