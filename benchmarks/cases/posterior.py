@@ -4,7 +4,7 @@
 
 Each task has 30,000 simulations from its prior. A conditional flow q(theta | x) is a
 `jaxode.nn.Residual` of its default size, trained by 20,000 steps of `jaxode.fit`, which sets 1000
-simulations aside; more steps overfit (NOTES.md). The prior's bounds are the `support` of
+simulations aside; more gain nothing (NOTES.md). The prior's bounds are the `support` of
 `jaxode.bind`, and parameters and simulations are standardized. The settings are the same for all
 tasks. Then 10,000 samples of each of the ten posteriors stand against 10,000 of the reference: C2ST
 is the accuracy, over five folds, of a classifier that tells them apart, 0.5 at best. The classifier
