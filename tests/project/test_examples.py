@@ -31,9 +31,15 @@ SHARD_MAP = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 
 
 
 def load(name):
+    """The module, with constants in single precision, whichever test is the first to load it."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    double = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        jax.config.update("jax_enable_x64", double)
     return module
 
 
