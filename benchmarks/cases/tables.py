@@ -237,9 +237,13 @@ class Tables(Benchmark):
         return figure
 
     def sentence(self, results: Results) -> str:
-        """How often each is the best, and its mean rank, after the longest time."""
+        """How often each is the best, and its mean rank, after the longest time.
+
+        On the tables that have the most contenders: no one is the best of one.
+        """
         end = times_of(results)[0]
         placed = [ranks(medians(row)) for row in self.scores_at(results, end).values()]
+        placed = [row for row in placed if len(row) == max(map(len, placed))]
         parts = []
         for name in CONTENDERS:
             own = [row[name] for row in placed if name in row]

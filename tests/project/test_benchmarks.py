@@ -601,6 +601,7 @@ def test_the_table_of_densities_says_which_is_best_and_what_is_missing():
         "banana: zuko NSF, seed 0": run(t60=1.25),
         "magic: zuko NSF, seed 0": run(t20=5.0, t60=float("nan")),
         "magic: jaxode, seed 0": run(t20=4.0, t60=3.0),
+        "phoneme: jaxode, seed 0": run(t20=4.0, t60=3.0),
     }
     shown = tables.BENCHMARK.table
     after, before = shown(done).split("nats after 20 s")
