@@ -78,11 +78,5 @@ class CompileTime(Benchmark):
         medians = lambda result: {name: t["median"] for name, t in result["times"].items()}
         return show.bars({case: medians(result) for case, result in results.items()}, "s")
 
-    def told(self, results: Results) -> Iterator[str]:
-        for case, result in results.items():
-            medians = {n: t["median"] for n, t in result["times"].items()}
-            best = min(show.peers(medians), key=medians.__getitem__)
-            yield f"{case}: {show.verdict(medians['jaxode'] / medians[best], best)}"
-
 
 BENCHMARK = CompileTime()

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks.cases.ffjord_step import SIZES
-from benchmarks.harness.benchmark import Contest, Result, Results, WorkPrecision
-from benchmarks.harness.fairness import Bench
+from benchmarks.harness.benchmark import Contest, WorkPrecision
 from benchmarks.harness.problems import FlowProblem, Workload, flow
 from benchmarks.peers import flows
 
@@ -32,23 +31,22 @@ def mesh_of(count: int) -> Mesh:
 
 
 def contenders(p: FlowProblem, mesh: Mesh) -> dict[str, Any]:
-    q, steps = flows.over_devices(p, mesh), flows.on_devices(mesh)
+    q = flows.over_devices(p, mesh)
 
-    def over_all(name: str):
+    def over_all(name: str, program: Any):
+        # jaxode draws the noise itself.
+        noise = q.key if name.startswith("jaxode") else q.probe
+
         def call(tolerance):
-            noise = flows.noise_of(q, name)
-            loss, gradient = steps[name](q.params, q.x, noise, tolerance)
+            loss, gradient = program(q.params, q.x, noise, tolerance)
             return loss, jax.tree.leaves(gradient)
 
         return lambda: call
 
     return {
-        "jaxode": over_all("jaxode, shard_map"),
-        "jaxode, joint steps": over_all("jaxode, shard_map, joint steps"),
+        **{name: over_all(name, program) for name, program in flows.on_devices(mesh).items()},
         SINGLE: lambda: flows.jaxode_step(p),
-        "diffrax, jit": over_all("diffrax, jit"),
         "diffrax, one device": lambda: flows.diffrax_step(p),
-        "jax odeint, shard_map": over_all("jax odeint, shard_map"),
         "jax odeint, one device": lambda: flows.odeint_step(p),
     }
 
@@ -68,20 +66,6 @@ class Cores(WorkPrecision):
         p = flow(self.cases[case])
         makers = contenders(p, mesh)
         return Contest(makers, lambda: flows.exact(p))
-
-    def run(self, case: str, bench: Bench) -> Result:
-        return {**super().run(case, bench), "devices": jax.device_count()}
-
-    def sentence(self, results: Results) -> str:
-        gains = "; ".join(
-            f"{result['ratios'][SINGLE]:.2f}x on {result['devices']} devices ({case})"
-            for case, result in results.items()
-            if SINGLE in result["ratios"]
-        )
-        return (
-            "Under `shard_map`, each device with its own steps, jaxode takes as a multiple of its "
-            f"single-device time: {gains}. {super().sentence(results)}"
-        )
 
 
 BENCHMARK = Cores()

@@ -8,7 +8,6 @@ Value and gradient of one evaluation of `(f, div f)`, the terms of a training ob
    variance-reduced Hutch++ and XTrace of traceax, on networks trained on scikit-learn's digits.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -230,30 +229,6 @@ class DivergenceCost(Benchmark):
             axis.invert_xaxis()
             axis.legend(fontsize=8)
         return figure
-
-    def told(self, results: Results) -> Iterator[str]:
-        """Where the exact trace starts to cost more than eight probes, and what variance reduction
-        gains."""
-        by_size, noisy = self.split(results)
-        median = lambda result, name: result["curves"][name][0]["median"]
-        slower = [
-            size
-            for size, r in by_size.items()
-            if median(r, "exact(chunk=16)") > median(r, "hutchinson(probes=8)")
-        ]
-        closed = [median(r, "closed form") / median(r, "hutchinson()") for r in by_size.values()]
-        if by_size:
-            yield (
-                f"The exact trace costs more than 8 probes from {min(slower, default='no')} "
-                f"dimensions on; the closed form takes {min(closed):.2f}x to {max(closed):.2f}x as "
-                "long as a probe"
-            )
-        for case, result in noisy.items():
-            slow = [n for n, at in result["at_target"].items() if "median" not in at]
-            if slow:
-                yield f"{' and '.join(slow)} do not reach {TARGET:.0%} of noise ({case})"
-            for peer, ratio in result["ratios"].items():
-                yield f"orthogonal probes take {ratio:.2f}x as long as {peer} ({case})"
 
 
 def draw_by_size(axes: Any, by_size: dict[int, Result]) -> None:

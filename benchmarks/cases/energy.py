@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import jaxode
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
-from benchmarks.harness.fairness import Bench, alternate, attempt, ratio, summary, timed
+from benchmarks.harness.fairness import Bench, alternate, attempt, summary, timed
 from benchmarks.peers.energies import Contender, by_bijx, by_jflows
 
 OURS, PLAIN = "jaxode", "jaxode, plain gradient"
@@ -172,7 +172,6 @@ class Energy(Benchmark):
         times = alternate(steps, bench.seconds)
         return {
             "failed": failed, "found": found, "times": {n: summary(t) for n, t in times.items()},
-            "over_plain": ratio(times[OURS], times[PLAIN]),
         }  # fmt: skip
 
     def rows(self, results: Results) -> Iterator[Sequence[str]]:
@@ -195,17 +194,6 @@ class Energy(Benchmark):
             for case, result in results.items()
         }
         return show.bars(groups, "effective sample size")
-
-    def told(self, results: Results) -> Iterator[str]:
-        for case, result in results.items():
-            what = "acceptance" if case.startswith("phi") else "ess"
-            parts = [
-                f"{name} {found[what]:.2f} ({found['steps']} steps, {found['seconds']:.0f} s)"
-                for name, found in result["found"].items()
-            ]
-            word = {"ess": "an effective sample size", "acceptance": "an acceptance"}[what]
-            over = f"a path step takes {result['over_plain']:.2f} of the plain one"
-            yield f"{case}, {word} of " + ", ".join(parts) + f"; {over}"
 
 
 BENCHMARK = Energy()

@@ -6,7 +6,7 @@ trace; errors are the root mean square over a thousand rows. Spline flows take o
 such error: they stand beside, trained for as long as `SECONDS` says, with their nats of the rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,15 +81,6 @@ class Evaluate(WorkPrecision):
             header = ["one pass", "nats of these rows", "ms, median (min-max)"]
             parts.append(f"**{case}, beside spline flows**\n\n{show.markdown(header, rows)}")
         return "\n\n".join(parts)
-
-    def told(self, results: Results) -> Iterator[str]:
-        yield from super().told(results)
-        for case, result in results.items():
-            ours = result["at_target"].get("jaxode", {})
-            for name, row in result["one_pass"].items():
-                if "median" in ours:
-                    ratio = show.verdict(ours["median"] / row["median"], name)
-                    yield f"{case}: {ratio}, at {result['nats']:.2f} and {row['nats']:.2f} nats"
 
 
 BENCHMARK = Evaluate()

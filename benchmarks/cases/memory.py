@@ -3,16 +3,16 @@
 Nothing runs: `memory_analysis()` of the compiled value and gradient of the likelihood.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
+from matplotlib.figure import Figure
 
 import jaxode
 from benchmarks.harness import show
-from benchmarks.harness.benchmark import Growth, Point, Result, Results
+from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench, attempt, temporary_bytes
 from benchmarks.harness.problems import FlowProblem, Workload, untrained
 from benchmarks.peers import flows
@@ -38,13 +38,13 @@ def temporary(p: FlowProblem, loss, noise, static: bool) -> int:
     return temporary_bytes(jax.value_and_grad(loss), p.params, p.x, noise, 1e-5, static=static)
 
 
-class Memory(Growth):
+class Memory(Benchmark):
     title = "Temporary memory of a training step"
     timed = False
     base = {"max_steps": 4096, "width": 64, "batch": 64, "dim": 8}
     cases = {"max_steps": (256, 65536), "width": (64, 1024), "batch": (64, 4096), "dim": (8, 512)}
-    unit = heading = "MiB"
     labels = {"width": "parameters"}
+    """What is on the axis, if it is not the case itself."""
 
     def run(self, case: str, bench: Bench) -> Result:
         failed: dict[str, str] = {}
@@ -67,21 +67,33 @@ class Memory(Growth):
         ratios = {f"memory, {peer}": mine / curves[peer][-1][1] for peer in show.peers(curves)}
         return {"failed": failed, "curves": curves, "ratios": ratios}
 
-    def point(self, row: list[float]) -> Point:
-        return Point(row[0], row[1] / 2**20, f"{row[1] / 2**20:.2f}")
+    def mebibytes(self, results: Results) -> dict[str, dict[str, dict[float, float]]]:
+        """By what varies, contender, and value."""
+        return {
+            self.labels.get(case, case): {
+                name: {at: size / 2**20 for at, size in curve}
+                for name, curve in result["curves"].items()
+            }
+            for case, result in results.items()
+        }
 
-    def told(self, results: Results) -> Iterator[str]:
-        """Growth over the whole range, and the ratio to the smallest peer at both ends."""
-        for case, result in results.items():
-            mine = dict(result["curves"]["jaxode"])
-            peers = [dict(result["curves"][name]) for name in show.peers(result["curves"])]
-            ends = start, end = min(mine), max(mine)
-            first, last = (mine[x] / min(peer[x] for peer in peers if x in peer) for x in ends)
-            yield (
-                f"from {start} to {end} {self.labels.get(case, case)}, jaxode's memory grows "
-                f"{mine[end] / mine[start]:.1f}-fold, from {first:.2f}x to {last:.2f}x as much as "
-                "the smallest JAX peer"
-            )
+    def table(self, results: Results) -> str:
+        tables = []
+        for varied, curves in self.mebibytes(results).items():
+            values = list(dict.fromkeys(at for curve in curves.values() for at in curve))
+            rows = [
+                [name, *(f"{curve[at]:.2f}" if at in curve else "" for at in values)]
+                for name, curve in curves.items()
+            ]
+            tables.append(show.markdown(["MiB", *(f"{varied} {at}" for at in values)], rows))
+        return "\n\n".join(tables) + "".join(map(show.failures, results.values()))
+
+    def draw(self, results: Results) -> Figure:
+        curves = {
+            varied: {name: list(curve.items()) for name, curve in by_name.items()}
+            for varied, by_name in self.mebibytes(results).items()
+        }
+        return show.curves(curves, "MiB")
 
 
 BENCHMARK = Memory()

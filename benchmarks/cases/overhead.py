@@ -150,10 +150,5 @@ class Overhead(Benchmark):
         }
         return show.bars(groups, "ms")
 
-    def told(self, results: Results) -> Iterator[str]:
-        for case, result in results.items():
-            for name, over in result["over_limit"].items():
-                yield f"{name} takes {over:.2f}x as long as its evaluations in a bare loop ({case})"
-
 
 BENCHMARK = Overhead()

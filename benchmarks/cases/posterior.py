@@ -317,13 +317,5 @@ class Posterior(Benchmark):
         axis.set_xticks(range(len(grouped)), list(grouped))
         return figure
 
-    def sentence(self, results: Results) -> str:
-        parts = []
-        for task, contenders in self.by_task(results).items():
-            means = {name: np.mean(result["c2st"]) for name, result in contenders.items()}
-            told = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-            parts.append(f"{task}: {told}")
-        return f"C2ST to the reference posterior, 0.5 at best; {'; '.join(parts)}."
-
 
 BENCHMARK = Posterior()

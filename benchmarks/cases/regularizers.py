@@ -108,18 +108,5 @@ class Regularizers(Benchmark):
         }
         return show.bars(groups, "mean of three trainings")
 
-    def sentence(self, results: Results) -> str:
-        if "none" not in results:
-            return "No training without a regularizer to compare with."
-        plain, nll = (mean(results["none"], key) for key in ("per_sample", "nll"))
-        parts = [
-            f"{case}: {mean(result, 'per_sample') / plain - 1:+.0%} evaluations for "
-            f"{mean(result, 'nll') - nll:+.3f} nats"
-            for case, result in results.items()
-            if case != "none"
-        ]
-        against = f"Against {plain:.1f} evaluations per sample and {nll:.3f} nats"
-        return f"{against}: {'; '.join(parts)}."
-
 
 BENCHMARK = Regularizers()

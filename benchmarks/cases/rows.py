@@ -6,19 +6,20 @@ a batch; SciPy takes one system after the other, so only some of them. All at on
 their errors beside. Memory is that which the compiler allots.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 
 import jaxode
 from benchmarks.cases.ffjord_step import in_torch
 from benchmarks.harness import show
-from benchmarks.harness.benchmark import Growth, Point, Result, Results
+from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import (
     EXACT,
     Bench,
@@ -127,15 +128,13 @@ class Size(NamedTuple):
     contenders: tuple[str, ...] = (*IN_JAX, "torchode", "scipy")
 
 
-class Rows(Growth):
+class Rows(Benchmark):
     title = "Many systems, each with its own parameters"
-    base: dict[str, Any] = {}
     cases = {
         f"{what}, {states} states": Size(states, what == "gradient")
         for what in ("solve", "gradient")
         for states in (2, 8, 32)
     } | {"solve, 2 states, a million": Size(2, rows=(1_000_000,), contenders=tuple(IN_JAX))}
-    unit, heading = "microseconds per system", "microseconds per system / error"
 
     def run(self, case: str, bench: Bench) -> Result:
         size: Size = self.cases[case]
@@ -164,30 +163,29 @@ class Rows(Growth):
                 ratios = {"diffrax": ratio(times["jaxode"], times["diffrax, vmap"])}
         return {"failed": failed, "curves": curves, "ratios": ratios}
 
-    def point(self, row: dict[str, float]) -> Point:
-        cell = f"{1e6 * row['median']:.3g} / {row['error']:.0e}"
-        return Point(row["value"], 1e6 * row["median"], cell)
-
     def table(self, results: Results) -> str:
         parts = []
         for case, result in results.items():
             rows = []
             for name, curve in result["curves"].items():
                 for row in curve:
+                    cell = f"{1e6 * row['median']:.3g} / {row['error']:.0e}"
                     memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:.1f}"
-                    cell = self.point(row).cell
                     rows.append([name, f"{row['value']:,}", cell, memory])
-            header = ["", "systems", self.heading, "MiB"]
+            header = ["", "systems", "microseconds per system / error", "MiB"]
             table = show.markdown(header, rows) + show.failures(result)
             parts.append(f"**{case}**\n\n{table}")
         return "\n\n".join(parts)
 
-    def told(self, results: Results) -> Iterator[str]:
-        for case, result in results.items():
-            if "diffrax" in result["ratios"]:
-                yield f"{case}: {show.verdict(result['ratios']['diffrax'], 'diffrax, vmap')}"
-            else:
-                yield f"{case}: not compared with diffrax"
+    def draw(self, results: Results) -> Figure:
+        curves = {
+            case: {
+                name: [(row["value"], 1e6 * row["median"]) for row in curve]
+                for name, curve in result["curves"].items()
+            }
+            for case, result in results.items()
+        }
+        return show.curves(curves, "microseconds per system")
 
 
 def prepared(name: str, s: Systems, size: Size):

@@ -177,7 +177,8 @@ class Tables(Benchmark):
 
     def table(self, results: Results) -> str:
         times = times_of(results)
-        parts = [*(self.after(results, end) for end in times), self.below(results)]
+        parts = [self.ranking(results), *(self.after(results, end) for end in times)]
+        parts.append(self.below(results))
         if any(self.cases[case].setting for case in results):
             parts += ["The best of three settings by the validation rows, where all were measured:"]
             parts += [self.after(results, end, best=True) for end in times]
@@ -236,7 +237,7 @@ class Tables(Benchmark):
         axes.flat[0].invert_yaxis()
         return figure
 
-    def sentence(self, results: Results) -> str:
+    def ranking(self, results: Results) -> str:
         """How often each is the best, and its mean rank, after the longest time.
 
         On the tables that have the most contenders: no one is the best of one.

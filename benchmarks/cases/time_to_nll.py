@@ -120,9 +120,10 @@ TRANSPORT = partial(trainers.jaxode_matching, coupling=jaxode.coupling.optimal_t
 EXACT_TRANSPORT = partial(
     trainers.torchcfm_matching, matcher="ExactOptimalTransportConditionalFlowMatcher"
 )
-RECIPE = "jaxode, Residual, matching, then likelihood"
 PHASES: dict[str, list[Phase]] = {
-    RECIPE: then(trainers.jaxode_matching, trainers.jaxode_likelihood),
+    "jaxode, Residual, matching, then likelihood": then(
+        trainers.jaxode_matching, trainers.jaxode_likelihood
+    ),
     "jaxode, Residual, transport, then likelihood": then(TRANSPORT, trainers.jaxode_likelihood),
     "jaxode, Residual, matching": [Phase(trainers.jaxode_matching, block=100)],
     "jaxode": [Phase(trainers.jaxode_likelihood)],
@@ -136,8 +137,6 @@ PHASES: dict[str, list[Phase]] = {
     "diffrax, recipe of its example": [Phase(partial(trainers.diffrax_likelihood, dt0=-0.05))],
     "diffrax, error control": [Phase(trainers.diffrax_likelihood)],
 }
-MATCH = tuple(name for name in PHASES if name.startswith("torchcfm"))
-SIMULATE = ("torchdiffeq, FFJORD's recipe", "zuko", *show.of_library(PHASES, "diffrax"))
 
 
 def network(contender: str, dim: int, widths: tuple[int, ...], key) -> Any:
@@ -231,41 +230,6 @@ class TimeToNll(Benchmark):
         }
         return show.curves(panels, "held-out nats", log_y=False, marker=None)
 
-    def sentence(self, results: Results) -> str:
-        grouped = self.by_task(results)
-        told = [f"{task}: {compared(found)}" for task, found in grouped.items() if RECIPE in found]
-        if not told:
-            return "Measured are trainings by likelihood alone; those that match are to come."
-        return f"Matching and then likelihood reaches the level of {'; '.join(told)}."
-
-
-def compared(contenders: dict[str, list[Result]]) -> str:
-    """The time of the recipe, and what it is of the times of peers, on one task."""
-    times = {name: median_time(results) for name, results in contenders.items()}
-    mine = times[RECIPE]
-    if not math.isfinite(mine):
-        return "it does not reach the level"
-    told = [f"{mine:.1f} s{seeds(contenders[RECIPE])}{while_matching(contenders[RECIPE])}"]
-    here = machines(contenders, RECIPE)
-    for rivals, called in (
-        (MATCH, "the best peer that matches"),
-        (SIMULATE, "the best that simulates"),
-        (SIMULATE[:1], "FFJORD's recipe"),
-    ):
-        # Seconds of two machines are not compared.
-        rivals = [name for name in rivals if machines(contenders, name) == here]
-        best = min(rivals, key=lambda name: times.get(name, math.inf), default="")
-        if math.isfinite(times.get(best, math.inf)):
-            told.append(f"{mine / times[best]:.2f}x as long as {called}{seeds(contenders[best])}")
-    if len(told) == 1:
-        told.append("no peer on the same machine reaches it")
-    return ", ".join(told)
-
-
-def median_time(results: list[Result]) -> float:
-    """Seconds; infinite if most seeds do not reach the level."""
-    return float(np.median([math.inf if r["reached"] is None else r["reached"] for r in results]))
-
 
 def within_budget(name: str, result: Result) -> tuple[str, str]:
     """Least and last nats of a run within the budget, if it was not stopped before, at the level.
@@ -281,20 +245,6 @@ def within_budget(name: str, result: Result) -> tuple[str, str]:
 def stopped(name: str, result: Result) -> bool:
     """Whether a run ended before its last step."""
     return result["steps"] < sum(phase.steps or math.inf for phase in PHASES[name])
-
-
-def machines(contenders: dict[str, list[Result]], name: str) -> set[str | None]:
-    return {result.get("device") for result in contenders.get(name, ())}
-
-
-def seeds(results: list[Result]) -> str:
-    return f" (median of {len(results)} seeds)" if len(results) > 1 else " (seed 0)"
-
-
-def while_matching(results: list[Result]) -> str:
-    """Said where the runs that end at the level have not come to the likelihood."""
-    ended = [result["steps"] for result in results if stopped(RECIPE, result)]
-    return ", while matching" if ended and max(ended) <= MATCHING_STEPS else ""
 
 
 BENCHMARK = TimeToNll()

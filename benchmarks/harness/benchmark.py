@@ -20,7 +20,9 @@ class Benchmark:
     """A question, and the cases that answer it: `run` measures one, the rest shows what it found.
 
     `make bench` measures the cases that are not in the results file; what a case is called says
-    what was measured, so a case that changes its meaning gets another name.
+    what was measured, so a case that changes its meaning gets another name. Results may have
+    `ratios`, of jaxode's time to that of a group of peers, and `best`, the fastest of each group:
+    the report begins with them.
     """
 
     title: str
@@ -51,12 +53,6 @@ class Benchmark:
 
     def draw(self, results: Results) -> Figure:
         raise NotImplementedError
-
-    def told(self, results: Results) -> Iterator[str]:
-        raise NotImplementedError
-
-    def sentence(self, results: Results) -> str:
-        return "; ".join(self.told(results)) + "."
 
 
 class Contest(NamedTuple):
@@ -109,8 +105,8 @@ class WorkPrecision(Benchmark):
                 "", f"ms at {self.error_of} {target:.0e}, median (min-max)", "rounds",
                 f"ms / {self.error_of} at each tolerance, the last two in every round",
             ]  # fmt: skip
-            below = ratio_line(result) + show.failures(result)
-            parts.append(f"**{case}**\n\n{show.markdown(header, rows)}\n\n{below}")
+            table = show.markdown(header, rows) + show.failures(result)
+            parts.append(f"**{case}**\n\n{table}")
         return "\n\n".join(parts)
 
     def draw(self, results: Results) -> Figure:
@@ -129,73 +125,3 @@ class WorkPrecision(Benchmark):
             axis.set(title=case, xlabel=self.error_of, ylabel="ms")
             axis.invert_xaxis()
         return figure
-
-    def told(self, results: Results) -> Iterator[str]:
-        """Against the fastest peer that is as accurate."""
-        for case, result in results.items():
-            reached = [name for name, at in result["at_target"].items() if "median" in at]
-            if "jaxode" not in reached:
-                yield f"{case}: jaxode does not reach the error"
-            elif not show.peers(reached):
-                yield f"{case}: no peer reaches the error"
-            else:
-                ratio, best = (result[part]["all peers"] for part in ("ratios", "best"))
-                yield f"{case}: {show.verdict(ratio, best)}"
-
-
-def ratio_line(result: Result) -> str:
-    best = result.get("best", {})
-    parts = [
-        f"{name}{f' ({best[name]})' if best.get(name, name) != name else ''}: **{value:.2f}**"
-        for name, value in result.get("ratios", {}).items()
-    ]
-    return f"Time of jaxode divided by the time of {'; '.join(parts)}." if parts else ""
-
-
-class Point(NamedTuple):
-    """Where a contender's curve has come to."""
-
-    x: float
-    y: float
-    cell: str
-    """In the table."""
-
-
-class Growth(Benchmark):
-    """What grows with one thing at a time: a case is what varies, with its values."""
-
-    base: Mapping[str, Any]
-    """What does not vary."""
-    unit: str
-    heading: str
-    """Of the table."""
-    labels: Mapping[str, str] = {}
-    """What is on the axis, if it is not the case itself."""
-
-    def point(self, row: Any) -> Point:
-        """Of a row of a curve in the results."""
-        raise NotImplementedError
-
-    def points(self, result: Result) -> dict[str, list[Point]]:
-        return {name: [self.point(row) for row in rows] for name, rows in result["curves"].items()}
-
-    def table(self, results: Results) -> str:
-        parts = []
-        for case, result in results.items():
-            points = self.points(result)
-            cells = {name: {p.x: p.cell for p in curve} for name, curve in points.items()}
-            values = list(dict.fromkeys(x for curve in cells.values() for x in curve))
-            told = [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
-            header = [self.heading, *(f"{self.labels.get(case, case)} {x}" for x in told)]
-            rows = [[name, *(row.get(x, "") for x in values)] for name, row in cells.items()]
-            parts.append(show.markdown(header, rows) + show.failures(result))
-        return "\n\n".join(parts)
-
-    def draw(self, results: Results) -> Figure:
-        groups = {
-            self.labels.get(case, case): {
-                name: [(p.x, p.y) for p in points] for name, points in self.points(result).items()
-            }
-            for case, result in results.items()
-        }
-        return show.curves(groups, self.unit)

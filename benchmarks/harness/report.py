@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.cases import BENCHMARKS, ON_ITS_OWN, load, tables
 from benchmarks.harness import show
-from benchmarks.harness.benchmark import Benchmark, Results
+from benchmarks.harness.benchmark import Benchmark, Result, Results
 
 LIBRARIES = ("diffrax", "jax odeint", "torchdiffeq", "zuko")
 """The columns of the README's table, and the groups of peers with their fastest variant."""
@@ -91,10 +91,27 @@ def sections(results: dict[str, Any]) -> list[str]:
         parts.append(f"### {benchmark.title}")
         if done:
             shown = f"![{benchmark.title}](../docs/images/{picture_of(results, name)})"
-            told = [benchmark.sentence(done), shown, benchmark.table(done)]
-            parts += [*told, f"Commit {', '.join(commits(done))}.", *elsewhere(results, done)]
+            parts += [*summary(done), shown, benchmark.table(done)]
+            parts += [f"Commit {', '.join(commits(done))}.", *elsewhere(results, done)]
         parts += [f"{case} crashed: {result['crashed']}" for case, result in crashed.items()]
     return parts
+
+
+def summary(cases: Results) -> list[str]:
+    """A table of the ratios to groups of peers, each with its fastest member."""
+    groups = list(dict.fromkeys(name for case in cases.values() for name in case.get("ratios", {})))
+
+    def cell(result: Result, group: str) -> str:
+        ratio, best = result["ratios"].get(group), result.get("best", {}).get(group, group)
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        return shown if ratio is None or best == group else f"{shown} ({best})"
+
+    rows = [
+        [name, *(cell(case, group) for group in groups)]
+        for name, case in cases.items()
+        if case.get("ratios")
+    ]
+    return [show.markdown(["jaxode divided by", *groups], rows)] if groups else []
 
 
 def commits(cases: Results) -> list[str]:

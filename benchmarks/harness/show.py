@@ -1,4 +1,4 @@
-"""Tables, sentences and pictures: how results look, whatever they are of."""
+"""Tables and pictures: how results look, whatever they are of."""
 
 import itertools
 import re
@@ -39,16 +39,8 @@ def spread(times: Mapping[str, float]) -> str:
     return f"{ms(times['median'])} ({ms(times['min'])}-{ms(times['max'])})"
 
 
-def verdict(ratio: float, peer: str) -> str:
-    return f"jaxode takes {ratio:.2f}x as long as {peer}"
-
-
 def failures(case: Mapping[str, Any]) -> str:
     return "".join(f"\n\n{name} failed: {why}" for name, why in case.get("failed", {}).items())
-
-
-def of_library(names: Iterable[str], library: str) -> list[str]:
-    return [name for name in names if name.startswith(library)]
 
 
 def peers(names: Iterable[str]) -> list[str]:

@@ -5,7 +5,6 @@ state, `z` and the log-determinant, in their fastest form: the estimate of the d
 Jacobian-vector product.
 """
 
-import functools
 from typing import Any
 
 import diffrax
@@ -160,34 +159,24 @@ def shard_mapped_untyped(loss, mesh: Mesh, *specs):
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
-@functools.cache
 def on_devices(mesh: Mesh) -> dict[str, Any]:
     """Compiled training steps by contender, of the arguments of a loss over the devices."""
     rows, whole = P(AXIS), P()
     typed = lambda loss: jax.jit(shard_mapped(loss, mesh, whole, rows, whole, whole))
-    replicated = NamedSharding(mesh, whole)
-    by_jit = lambda loss: jax.jit(jax.value_and_grad(loss), out_shardings=replicated)
 
     def by_odeint(params, x, probe, tolerance):
         loss = at(tolerance, odeint_loss)
         return shard_mapped_untyped(loss, mesh, whole, rows, rows)(params, x, probe)
 
     return {
-        "jaxode, shard_map": typed(jaxode_loss()),
-        "jaxode, shard_map, joint steps": typed(jaxode_loss(axis_name=AXIS)),
+        "jaxode": typed(jaxode_loss()),
+        "jaxode, joint steps": typed(jaxode_loss(axis_name=AXIS)),
         # https://github.com/patrick-kidger/diffrax/issues/765
-        "diffrax, shard_map": jax.jit(
-            shard_mapped_untyped(diffrax_loss(), mesh, whole, rows, rows, whole)
+        "diffrax, jit": jax.jit(
+            jax.value_and_grad(diffrax_loss()), out_shardings=NamedSharding(mesh, whole)
         ),
         "jax odeint, shard_map": jax.jit(by_odeint, static_argnums=3),
-        "jaxode, jit": by_jit(jaxode_loss()),
-        "diffrax, jit": by_jit(diffrax_loss()),
     }
-
-
-def noise_of(p: FlowProblem, contender: str) -> Any:
-    """jaxode draws the noise itself."""
-    return p.key if contender.startswith("jaxode") else p.probe
 
 
 def at(tolerance: float, loss):
