@@ -9,7 +9,7 @@ BIN := .venv/bin
 PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
-	bench bench-check bench-accelerators time-to-nll posterior tables clean
+	bench bench-accelerators time-to-nll posterior tables clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -53,9 +53,6 @@ dist: .venv/full  ## Build wheel and sdist, install each in a fresh environment,
 
 bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FRESH=1 to measure again
 	.venv-bench/bin/python -m benchmarks $(ONLY) $(if $(FRESH),--fresh)
-
-bench-check: .venv-bench/ready  ## Measure again; fails if a ratio to a peer has grown by more than 25%
-	.venv-bench/bin/python -m benchmarks $(ONLY) --check
 
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import jaxode
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
-from benchmarks.harness.fairness import Bench, alternate, attempt, ratio, summary, timed
+from benchmarks.harness.fairness import Bench, alternate_working, ratio, summary
 from benchmarks.harness.problems import Workload, flow, neural_ode
 from benchmarks.peers import flows, odes
 
@@ -58,9 +58,7 @@ class CompileTime(Benchmark):
         fresh = makers(self.cases[case])
         calls = {name: lambda make=make: first(make) for name, make in fresh.items()}
         # The first round is not counted: it also pays for what each library does once in a process.
-        calls = {n: c for n, c in calls.items() if attempt(bench, failed, n, lambda c=c: timed(c))}
-        bench.announce("timing all")
-        times = alternate(calls, bench.seconds, least=3, most=7)
+        times = alternate_working(bench, failed, calls, least=3, most=7)
         ratios = {}
         for library in ("diffrax", "jax odeint"):
             theirs = [times[peer] for peer in times if peer.startswith(library)]

@@ -3,11 +3,10 @@
 The network is trained, and each size comes twice: as users write it, and as one of `jaxode.nn`.
 """
 
-from typing import Any
-
 from jax.experimental.ode import odeint
 
 import jaxode
+from benchmarks.cases.ffjord_step import in_torch
 from benchmarks.harness.benchmark import TOLERANCES, Contest, WorkPrecision
 from benchmarks.harness.problems import OWN, neural_ode
 from benchmarks.peers import odes
@@ -18,12 +17,6 @@ SIZES: dict[str, dict[str, int]] = {
     "64-64, state 64, batch 256, 20 times": {"state": 64, "width": 64, "batch": 256, "times": 20},
     "1024-1024, state 64, batch 8, 1 time": {"state": 64, "width": 1024, "batch": 8, "times": 1},
 }
-
-
-def in_torch() -> Any:
-    from benchmarks.peers import in_torch
-
-    return in_torch
 
 
 class NeuralOdeStep(WorkPrecision):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.cases.neural_ode_step import in_torch
+from benchmarks.cases.ffjord_step import in_torch
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Contest, Result, Results, WorkPrecision
 from benchmarks.harness.fairness import Bench, attempt, step_of, temporary_bytes

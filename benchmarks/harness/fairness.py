@@ -176,6 +176,19 @@ def attempt(bench: Bench, failed: dict[str, str], name: str, call: Callable[[], 
         return None
 
 
+def alternate_working(
+    bench: Bench, failed: dict[str, str], calls: Mapping[str, Callable[[], Any]], **rounds: int
+) -> dict[str, list[float]]:
+    """Times of the calls whose first one, which does not count, did not fail."""
+    working = {
+        name: call
+        for name, call in calls.items()
+        if attempt(bench, failed, name, lambda c=call: timed(c))
+    }
+    bench.announce("timing all")
+    return alternate(working, bench.seconds, **rounds)
+
+
 def check_same(failed: dict[str, str], name: str, check: Callable[[], None]) -> None:
     """Check before timing that all libraries compute the same; one that is missing is recorded.
 

@@ -92,7 +92,7 @@ def sections(results: dict[str, Any]) -> list[str]:
         if done:
             shown = f"![{benchmark.title}](../docs/images/{picture_of(results, name)})"
             parts += [*summary(done), shown, benchmark.table(done)]
-            parts += [f"Commit {', '.join(commits(done))}.", *elsewhere(results, done)]
+            parts.append(f"Commit {', '.join(commits(done))}.")
         parts += [f"{case} crashed: {result['crashed']}" for case, result in crashed.items()]
     return parts
 
@@ -116,16 +116,6 @@ def summary(cases: Results) -> list[str]:
 
 def commits(cases: Results) -> list[str]:
     return list(dict.fromkeys(str(case.get("code")) for case in cases.values()))
-
-
-def elsewhere(results: dict[str, Any], cases: Results) -> list[str]:
-    """The cases that were measured on another machine than the rest."""
-    here = results["machine"]["device"]
-    apart: dict[str, list[str]] = {}
-    for case, result in cases.items():
-        if result.get("device", here) != here:
-            apart.setdefault(result["device"], []).append(case)
-    return [f"Measured on {device}: {'; '.join(names)}." for device, names in apart.items()]
 
 
 def ratios(results: dict[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
     make bench                 all but time_to_nll, posterior and tables, 50 minutes on two cores
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
-    make bench-check           measure again and compare with the results file
 
 Each case runs in a separate process, and its result is saved at once.
 """
@@ -29,7 +28,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.cases import BENCHMARKS, ON_ITS_OWN, load
-from benchmarks.harness import compare
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.machine import ROOT, code
 
@@ -181,7 +179,7 @@ def run(
             return measure(name, case, given(own), own.limit, tell, stop)
 
         def done(job: Job, result: dict[str, Any]) -> None:
-            result |= {"code": code(), "device": machine["device"]}
+            result["code"] = code()
             all_of_it = found.get(job.name, {}) | {job.case: result}
             in_order = [case for case in job.benchmark.cases if case in all_of_it]
             found[job.name] = {case: all_of_it[case] for case in in_order}
@@ -227,7 +225,6 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("only", nargs="*", help="names of benchmarks")
     parser.add_argument("--match", default="", help="a part of the names of the cases to measure")
-    parser.add_argument("--check", action="store_true")
     parser.add_argument("--seconds", type=float, help="of timing, for one case")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder; RESULTS.md stays as it is for others"
@@ -241,21 +238,16 @@ def main() -> int:
 
 def measured(given: argparse.Namespace) -> int:
     machine = describe_machine()
-    names, committed = given.only or BENCHMARKS, given.results / f"{machine['name']}.json"
-    path = OUT / "bench-check.json" if given.check else committed
-    if given.check:
-        names = compare.with_ratios(read(committed), names)
-    fresh = given.fresh or given.check
+    path = given.results / f"{machine['name']}.json"
     with alone(path):
         results = read(path) | {"machine": machine}
-        run(names, results, partial(save, path), fresh, given.seconds, given.match)
-    if given.check:
-        return compare.check(read(committed), results, names, console.print)
+        names = given.only or BENCHMARKS
+        run(names, results, partial(save, path), given.fresh, given.seconds, given.match)
     if given.results.resolve() != RESULTS.resolve():
-        console.print(f"Written: {committed}")
+        console.print(f"Written: {path}")
         return 0
     from benchmarks.harness import report
 
     report.write(given.results, ROOT)
-    console.print(f"Written: {committed}, RESULTS.md, docs/images/bench_*.png, the README's tables")
+    console.print(f"Written: {path}, RESULTS.md, docs/images/bench_*.png, the README's tables")
     return 0

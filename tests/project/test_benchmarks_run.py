@@ -23,7 +23,6 @@ from benchmarks.cases import (
     energy,
     evaluate,
     ffjord_step,
-    overhead,
     posterior,
     ragged,
     regularizers,
@@ -56,12 +55,7 @@ TINY = {
     "rows": {
         "cases": {"solve": rows.Size(2, rows=(3,)), "gradient": rows.Size(2, True, (3,))},
     },
-    "overhead": {
-        "cases": {
-            "solve": overhead.Size(FLOW, count=2),
-            "training step": overhead.Size(FLOW, step=True, count=2),
-        },
-    },
+    "overhead": {"cases": {"solve": FLOW}, "count": 2},
     "divergence": {
         "cases": {
             name: divergence.Size(dim, noise, noise, width=4, batch=4, draws=2, steps=2)
