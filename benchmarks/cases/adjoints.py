@@ -49,7 +49,7 @@ def memory(steps=STEPS) -> list[dict]:
                 options = {"adjoint": adjoint, "steps": count, "throw": False}
                 return jnp.sum(jaxode.flow(jaxode.nn.field, z, 0.0, 1.0, m, **options) ** 2)
 
-            size = temporary_bytes(jax.grad(loss), m)
+            size = temporary_bytes(jax.jit(jax.grad(loss)), m)
             rows.append({"adjoint": name, "steps": count, "states": size / STATE_BYTES})
     return rows
 
@@ -145,12 +145,14 @@ def draw(results: dict, path: Path) -> None:
             found.setdefault(row["adjoint"], []).append((row[x], row[y]))
         return found
 
-    title = "Relative error of a gradient (absent where it is NaN)"
-    groups = {
-        "Temporary memory of a gradient, in states": ("steps", curves("memory", "steps", "states")),
-        title: ("rate of contraction", curves("contraction", "rate", "error")),
-    }
-    show.pair(groups, path)
+    panels = [
+        show.Panel("steps", "temporary memory, in states", curves("memory", "steps", "states")),
+        show.Panel(
+            "rate of contraction", "relative error (absent where it is NaN)",
+            curves("contraction", "rate", "error"),
+        ),
+    ]  # fmt: skip
+    show.save(show.curves(panels), "A gradient by each method", path)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ measured once: benchmarks/NOTES.md.
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ import optax
 
 import jaxode
 from benchmarks.harness import fairness, show
-from benchmarks.harness.problems import eight_gaussians
+from benchmarks.harness.problems import eight_gaussians, stepper
 from jaxode.coupling import independent, optimal_transport
 
 BATCH, WIDTHS, SECONDS = 512, (64, 64, 64), 8.0
@@ -47,12 +46,9 @@ def steps(dim: int) -> list[str]:
     )
 
     def call(loss):
-        def step(m, state, x, key):
-            value, gradient = jax.value_and_grad(loss)(m, x, key)
-            updates, state = optimizer.update(gradient, state)
-            return eqx.apply_updates(m, updates), state, value
-
-        return partial(jax.jit(step), m, optimizer.init(m), x, jax.random.key(1))
+        return partial(
+            jax.jit(stepper(loss, optimizer)), m, optimizer.init(m), x, jax.random.key(1)
+        )
 
     calls = {"regression": call(regression), "independent": call(matching(independent()))}
     calls |= {g: call(matching(optimal_transport(g))) for g in (16, 32, 64, 128)}

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -34,6 +33,10 @@ ESTIMATORS = {
     "hutchinson(probes=8)": divergence.hutchinson(8),
     "closed form": divergence.closed_form(),
 }
+QUANTITIES = {
+    "median": "seconds", "bytes": "temporary memory, bytes",
+    "gradient_std": "gradient: std over the probe / norm",
+}  # fmt: skip
 TARGET = 0.1  # standard deviation of the gradient over its norm
 
 
@@ -215,37 +218,37 @@ class DivergenceCost(Benchmark):
 
     def draw(self, results: Results) -> Figure:
         by_size, noisy = self.split(results)
-        columns = max(3, len(noisy))
-        size = (4.6 * columns, 7.4)
-        figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
-        draw_by_size(axes[0], by_size)
-        for axis, (case, result) in zip(axes[1], noisy.items(), strict=False):
-            for name, rows in result["curves"].items():
-                points = [(row["gradient_std"], 1e3 * row["median"]) for row in rows]
-                axis.loglog(*zip(*points, strict=True), "o-", ms=3, label=name)
-            exact = {"color": "gray", "lw": 0.8, "ls": "--", "label": "exact(chunk=16)"}
-            axis.axhline(result["exact_ms"], **exact)
-            axis.set(title=case, xlabel="gradient: std over the probe / norm", ylabel="ms")
+        of_size = lambda name, quantity: [
+            (dim, result["curves"][name][0][quantity])
+            for dim, result in by_size.items()
+            if name in result["curves"]
+        ]
+        of_noise = lambda curve: [(row["gradient_std"], 1e3 * row["median"]) for row in curve]
+        panels = [
+            show.Panel(
+                "dimension", label,
+                {
+                    name: of_size(name, quantity)
+                    for name in ESTIMATORS
+                    if by_size and (quantity != "gradient_std" or name.startswith("hutchinson"))
+                },
+            )
+            for quantity, label in QUANTITIES.items()
+        ]  # fmt: skip
+        panels += [
+            show.Panel(
+                QUANTITIES["gradient_std"], "ms",
+                {name: of_noise(curve) for name, curve in result["curves"].items()}, case,
+            )
+            for case, result in noisy.items()
+        ]  # fmt: skip
+        figure = show.curves(panels, columns=3)
+        line: dict[str, Any] = {"color": "gray", "linewidth": 0.8, "linestyle": "--"}
+        figure.axes[0].axvline(divergence.EXACT_UP_TO, label="EXACT_UP_TO, the exact trace", **line)
+        for axis, result in zip(figure.axes[len(QUANTITIES) :], noisy.values(), strict=False):
+            axis.axhline(result["exact_ms"], **line)
             axis.invert_xaxis()
-            axis.legend(fontsize=8)
         return figure
-
-
-def draw_by_size(axes: Any, by_size: dict[int, Result]) -> None:
-    panels = {"median": "seconds", "bytes": "temporary memory, bytes",
-              "gradient_std": "gradient: std over the probe / norm"}  # fmt: skip
-    for axis, (key, label) in zip(axes, panels.items(), strict=False):
-        for color, name in enumerate(ESTIMATORS):
-            legend = {"label": name} if key == "median" else {}
-            points = [
-                (n, r["curves"][name][0][key]) for n, r in by_size.items() if name in r["curves"]
-            ]
-            if points and (key != "gradient_std" or name.startswith("hutchinson")):
-                axis.loglog(*zip(*points, strict=True), f"C{color}o-", ms=3, **legend)
-        axis.set(xlabel="dimension", ylabel=label)
-    limit = {"color": "gray", "lw": 0.8, "ls": "--", "label": "EXACT_UP_TO"}
-    axes[0].axvline(divergence.EXACT_UP_TO, **limit)
-    axes[0].legend(fontsize=8)
 
 
 BENCHMARK = DivergenceCost()

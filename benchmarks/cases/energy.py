@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 import jaxode
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
-from benchmarks.harness.fairness import Bench, alternate, attempt, summary, timed
+from benchmarks.harness.fairness import Bench, alternate, attempt, summary
+from benchmarks.harness.problems import stepper
 from benchmarks.peers.energies import Contender, by_bijx, by_jflows
 
 OURS, PLAIN = "jaxode", "jaxode, plain gradient"
@@ -42,7 +43,7 @@ def ours(flow, start, log_density, batch: int, path: bool, optimizer) -> Contend
     def loss(m, key):
         return flow.reverse_kl_loss(m, log_density, batch, key=key, path=path)
 
-    return Contender(start, loss, partial(flow.sample_and_log_prob), optimizer)
+    return Contender(start, loss, flow.sample_and_log_prob, optimizer)
 
 
 class Wells(NamedTuple):
@@ -91,17 +92,12 @@ class Sites(NamedTuple):
         return {OURS: make(True), PLAIN: make(False), "bijx": bijx}
 
 
-def trained(contender: Contender, steps: int, seconds: float) -> tuple[Any, int, float]:
-    """The parameters after so many steps or seconds, the steps made, and the seconds they took."""
-
-    @jax.jit
-    def step(params, state, key):
-        gradient = jax.grad(contender.loss)(params, key)
-        updates, state = contender.optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = contender.start
-    state, keys = contender.optimizer.init(params), jax.random.split(jax.random.key(1), steps)
+def trained(contender: Contender, steps: int, seconds: float):
+    """The parameters after so many steps or seconds, the steps made, the seconds they took, and a
+    call that takes one more."""
+    step = jax.jit(stepper(contender.loss, contender.optimizer))
+    params, keys = contender.start, jax.random.split(jax.random.key(1), steps)
+    state = contender.optimizer.init(params)
     # Twice: what an update returns may have other types than the start.
     jax.block_until_ready(step(*step(params, state, keys[0]), keys[0]))
     start, made = time.perf_counter(), 0
@@ -110,7 +106,8 @@ def trained(contender: Contender, steps: int, seconds: float) -> tuple[Any, int,
             break
         params, state = jax.block_until_ready(step(params, state, key))
         made += 1
-    return params, made, time.perf_counter() - start
+    taken = time.perf_counter() - start
+    return params, made, taken, partial(step, params, state, jax.random.key(4))
 
 
 @jax.jit
@@ -147,17 +144,15 @@ class Energy(Benchmark):
 
         def contend(make, limit):
             contender = make()
-            params, made, seconds = trained(contender, size.steps, limit)
-            draw = jax.jit(contender.draw, static_argnums=2)
-            x, log_q = draw(params, jax.random.key(2), size.samples)
+            params, made, seconds, step = trained(contender, size.steps, limit)
+            x, log_q = contender.draw(params, jax.random.key(2), size.samples)
             log_w = jax.vmap(size.log_density)(x) - log_q
             report = jaxode.importance(log_w)
             names = ("ess", "log_z", "log_z_error", "pareto_k")
             told = {key: float(getattr(report, key)) for key in names}
             told |= {"steps": made, "seconds": seconds}
             told["acceptance"] = float(acceptance(jax.random.key(3), log_w))
-            step = jax.jit(jax.value_and_grad(contender.loss))
-            return told, partial(step, params, jax.random.key(4))
+            return told, step
 
         for name, make in size.contenders().items():
             result = attempt(bench, failed, name, partial(contend, make, limit))
@@ -167,8 +162,6 @@ class Energy(Benchmark):
                     steps[name] = call
                 if name == OURS:
                     limit = size.allowance * found[name]["seconds"]
-        for call in steps.values():
-            timed(call)
         times = alternate(steps, bench.seconds)
         return {
             "failed": failed, "found": found, "times": {n: summary(t) for n, t in times.items()},

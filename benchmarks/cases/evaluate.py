@@ -65,7 +65,7 @@ class Evaluate(WorkPrecision):
         nats = {name: -float(np.mean(call())) for name, call in calls.items()}
         times = alternate(calls, bench.seconds / 3) if calls else {}
         one_pass = {name: {"nats": nats[name], **summary(times[name])} for name in calls}
-        reference = -float(np.mean(densities.of_flow(p)(1e-5)[1][0]))
+        reference = -float(np.mean(densities.of_density(p)(1e-5)[1][0]))
         return {
             **result, "failed": result["failed"] | failed, "one_pass": one_pass, "nats": reference
         }  # fmt: skip

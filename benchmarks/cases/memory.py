@@ -3,7 +3,8 @@
 Nothing runs: `memory_analysis()` of the compiled value and gradient of the likelihood.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import diffrax
 import equinox as eqx
@@ -13,29 +14,23 @@ from matplotlib.figure import Figure
 import jaxode
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
-from benchmarks.harness.fairness import Bench, attempt, temporary_bytes
+from benchmarks.harness.fairness import Bench, JaxStep, attempt
 from benchmarks.harness.problems import FlowProblem, Workload, untrained
 from benchmarks.peers import flows
 
 
-def contenders(p: FlowProblem, max_steps: int) -> dict[str, tuple[Any, Any, bool]]:
-    """The loss, its noise, and whether its tolerance is known to the compiler."""
-    backsolve = diffrax.BacksolveAdjoint()
-    ours = lambda **options: (flows.jaxode_loss(max_steps=max_steps, **options), p.key, False)
-    theirs = lambda **options: (flows.diffrax_loss(max_steps=max_steps, **options), p.probe, False)
+def makers(p: FlowProblem, max_steps: int) -> dict[str, Callable[[], JaxStep]]:
+    ours = partial(flows.jaxode_step, p, max_steps=max_steps)
+    theirs = partial(flows.diffrax_step, p, max_steps=max_steps)
     return {
-        "jaxode": ours(),
-        "jaxode per sample": ours(batch="per_sample"),
-        "jaxode backsolve": ours(adjoint=jaxode.BacksolveAdjoint()),
-        "diffrax checkpointed": theirs(),
-        "diffrax vmap checkpointed": theirs(per_sample=True),
-        "diffrax backsolve": theirs(adjoint=backsolve),
-        "jax odeint": (flows.odeint_loss, p.probe, True),
+        "jaxode": ours,
+        "jaxode per sample": partial(ours, batch="per_sample"),
+        "jaxode backsolve": partial(ours, adjoint=jaxode.BacksolveAdjoint()),
+        "diffrax checkpointed": theirs,
+        "diffrax vmap checkpointed": partial(theirs, per_sample=True),
+        "diffrax backsolve": partial(theirs, adjoint=diffrax.BacksolveAdjoint()),
+        "jax odeint": partial(flows.odeint_step, p),
     }
-
-
-def temporary(p: FlowProblem, loss, noise, static: bool) -> int:
-    return temporary_bytes(jax.value_and_grad(loss), p.params, p.x, noise, 1e-5, static=static)
 
 
 class Memory(Benchmark):
@@ -56,11 +51,10 @@ class Memory(Benchmark):
             at = value
             if case == "width":  # what matters is the number of parameters
                 at = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(p.params, eqx.is_array)))
-            of_user, of_nn = (contenders(q, settings["max_steps"]) for q in (p, nn))
-            calls = {name: (p, *choice) for name, choice in of_user.items()}
-            calls["jaxode, jaxode.nn"] = (nn, *of_nn["jaxode"])
-            for name, call in calls.items():
-                size = attempt(bench, failed, name, lambda call=call: temporary(*call))
+            of_user, of_nn = (makers(q, settings["max_steps"]) for q in (p, nn))
+            for name, make in (of_user | {"jaxode, jaxode.nn": of_nn["jaxode"]}).items():
+                allotted = lambda make=make: make().temporary_bytes(1e-5)
+                size = attempt(bench, failed, name, allotted)
                 if size is not None:
                     curves.setdefault(name, []).append([at, size])
         mine = curves["jaxode"][-1][1]
@@ -89,11 +83,13 @@ class Memory(Benchmark):
         return "\n\n".join(tables) + "".join(map(show.failures, results.values()))
 
     def draw(self, results: Results) -> Figure:
-        curves = {
-            varied: {name: list(curve.items()) for name, curve in by_name.items()}
+        panels = [
+            show.Panel(
+                varied, "MiB", {name: list(curve.items()) for name, curve in by_name.items()}
+            )
             for varied, by_name in self.mebibytes(results).items()
-        }
-        return show.curves(curves, "MiB")
+        ]
+        return show.curves(panels)
 
 
 BENCHMARK = Memory()

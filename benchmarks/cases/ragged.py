@@ -6,14 +6,13 @@ batch. diffrax's BacksolveAdjoint, which took 17 seconds a step here, is not amo
 that which the compiler allots for the step, for a small network and a large one.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
-
-import jax
 
 from benchmarks.cases.ffjord_step import in_torch
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Contest, Result, Results, WorkPrecision
-from benchmarks.harness.fairness import Bench, attempt, step_of, temporary_bytes
+from benchmarks.harness.fairness import Bench, attempt
 from benchmarks.harness.problems import Series, ragged
 from benchmarks.peers import odes
 
@@ -44,7 +43,7 @@ class Ragged(WorkPrecision):
         size: Size = self.cases[case]
         p = size.problem(size.widths[0])
         makers: dict[str, Any] = {
-            name: lambda ys=ys: step_of(odes.loss_of_series(ys), *p) for name, ys in IN_JAX.items()
+            name: partial(odes.series_step, p, ys) for name, ys in IN_JAX.items()
         }
         makers["torchode"] = lambda: in_torch().torchode_series_step(p)
         check = lambda: in_torch().check_fields(p)
@@ -54,8 +53,8 @@ class Ragged(WorkPrecision):
         result, size = super().run(case, bench), self.cases[case]
 
         def mebibytes(name: str, width: int) -> float | None:
-            step = jax.value_and_grad(odes.loss_of_series(IN_JAX[name]))
-            allotted = lambda: temporary_bytes(step, *size.problem(width), 1e-5) / 2**20
+            step = odes.series_step(size.problem(width), IN_JAX[name])
+            allotted = lambda: step.temporary_bytes(1e-5) / 2**20
             return attempt(bench, result["failed"], name, allotted)
 
         memory = {name: [mebibytes(name, width) for width in size.widths] for name in IN_JAX}

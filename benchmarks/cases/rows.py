@@ -178,14 +178,15 @@ class Rows(Benchmark):
         return "\n\n".join(parts)
 
     def draw(self, results: Results) -> Figure:
-        curves = {
-            case: {
-                name: [(row["value"], 1e6 * row["median"]) for row in curve]
-                for name, curve in result["curves"].items()
-            }
+        points = lambda curve: [(row["value"], 1e6 * row["median"]) for row in curve]
+        panels = [
+            show.Panel(
+                case, "microseconds per system",
+                {name: points(curve) for name, curve in result["curves"].items()},
+            )
             for case, result in results.items()
-        }
-        return show.curves(curves, "microseconds per system")
+        ]  # fmt: skip
+        return show.curves(panels)
 
 
 def prepared(name: str, s: Systems, size: Size):

@@ -5,8 +5,7 @@ states, and of the gradient by the logarithms of the rates, each relative to its
 """
 
 import functools
-import importlib.util
-from pathlib import Path
+import runpy
 from typing import Any
 
 import diffrax
@@ -18,6 +17,7 @@ import scipy.integrate
 import jaxode
 from benchmarks.harness.benchmark import Contest, Result, WorkPrecision
 from benchmarks.harness.fairness import Bench, Step, double_precision
+from benchmarks.harness.machine import ROOT
 
 OURS = {"jaxode": jaxode.Rodas5P(), "jaxode Rosenbrock23": jaxode.Rosenbrock23()}
 THEIRS = {
@@ -31,13 +31,8 @@ ROWS, T1, MOST = 1000, 100.0, 4096  # of Robertson's problems; steps
 
 @functools.cache
 def problems() -> dict[str, Any]:
-    path = Path(__file__).parents[2] / "tests" / "problems.py"
-    spec = importlib.util.spec_from_file_location("problems_of_tests", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {problem.name: problem for problem in module.STIFF}
+    tests = runpy.run_path(str(ROOT / "tests" / "problems.py"))
+    return {problem.name: problem for problem in tests["STIFF"]}
 
 
 def by_jaxode(f, y0, t1, args, rtol, atol, solver: Any, **options):
@@ -101,19 +96,19 @@ def exact_rows(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """End states, and their derivatives by the logarithm of each rate, from LSODA's solution of the
     problem with its sensitivities."""
 
+    robertson = problems()["robertson"].f
+
+    @jax.jit
     def f(t, state, k):
         y, s = state[:3], state[3:].reshape(3, 3)
-        a, b, c = k[0] * y[0], k[1] * y[1] ** 2, k[2] * y[1] * y[2]
-        flows, change = np.array([a, b, c]), np.array([[-1, 0, 1], [1, -1, -1], [0, 1, 0]])
-        by_y = np.array(
-            [[k[0], 0, 0], [0, 2 * k[1] * y[1], 0], [0, k[2] * y[2], k[2] * y[1]]]
-        )  # fmt: skip
-        return np.concatenate([change @ flows, (change @ (by_y @ s + np.diag(flows))).ravel()])
+        by_y, by_k = jax.jacfwd(robertson, (1, 2))(t, y, k)
+        return jnp.concatenate([robertson(t, y, k), (by_y @ s + by_k * k).ravel()])
 
     start = np.array([1.0, *[0.0] * 11])
     states = np.stack([
         scipy.integrate.solve_ivp(
-            f, (0.0, T1), start, method="LSODA", args=(k,), rtol=1e-11, atol=1e-15
+            lambda *args: np.asarray(f(*args)), (0.0, T1), start, method="LSODA", args=(k,),
+            rtol=1e-11, atol=1e-15,
         ).y[:, -1]
         for k in rates
     ])  # fmt: skip

@@ -14,9 +14,6 @@ two ways to train, and a network for each, the same in all libraries:
   its defaults; FFJORD torchdiffeq's adjoint at 1e-5; zuko its own tolerances and checkpointed
   adjoint; diffrax the 20 equal steps of Tsit5 of its example, or error control at 1e-5.
 
-Before, those that match had the other network, too; their cases now say `Residual`, and times that
-were measured before are not shown.
-
 Where peers simulate, they take the exact trace in two dimensions, as diffrax's example, zuko and
 FFJORD's toy data do; beyond, one probe, as FFJORD's tables do: an exact trace would cost them as
 many products as there are dimensions.
@@ -221,14 +218,18 @@ class TimeToNll(Benchmark):
 
     def draw(self, results: Results) -> Figure:
         """Held-out nats over seconds of training, seed 0."""
-        panels = {
-            f"seconds of training, {task}": {
-                name: [(t, nll) for t, nll in found[0]["curve"] if nll < TASKS[task].level * 1.25]
-                for name, found in contenders.items()
-            }
+        points = lambda result, level: [(t, nats) for t, nats in result["curve"] if nats < level]
+        panels = [
+            show.Panel(
+                f"seconds of training, {task}", "held-out nats",
+                {
+                    name: points(found[0], 1.25 * TASKS[task].level)
+                    for name, found in contenders.items()
+                },
+            )
             for task, contenders in self.by_task(results).items()
-        }
-        return show.curves(panels, "held-out nats", log_y=False, marker=None)
+        ]  # fmt: skip
+        return show.curves(panels, log_y=False, marker=None)
 
 
 def within_budget(name: str, result: Result) -> tuple[str, str]:

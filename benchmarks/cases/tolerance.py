@@ -94,9 +94,13 @@ def draw(results: dict, path: Path) -> None:
     solvers = dict.fromkeys(row["solver"] for row in rows)
     errors = {label: of("Tsit5", "tolerance", name) for name, label in ERRORS.items()}
     work = {solver: of(solver, "evaluations", "gradient") for solver in solvers}
-    label = "evaluations in the solve for the samples"
-    groups = {"Errors with Tsit5": ("rtol = atol", errors)}
-    show.pair(groups | {"Relative error of the gradient": (label, work)}, path)
+    panels = [
+        show.Panel("rtol = atol", "", errors, "Errors with Tsit5"),
+        show.Panel(
+            "evaluations in the solve for the samples", "", work, "Relative error of the gradient"
+        ),
+    ]
+    show.save(show.curves(panels), "What a tolerance buys", path)
 
 
 def main() -> None:

@@ -200,21 +200,25 @@ def check_same(failed: dict[str, str], name: str, check: Callable[[], None]) -> 
         failed[name] = f"{type(error).__name__}: {error}"
 
 
-def step_of(loss: Callable[..., Any], *args: Any, static: bool = False) -> Step:
+class JaxStep:
     """A step from `loss(params, ..., tolerance)`; `static` if the compiler knows the tolerance."""
-    step = jax.jit(jax.value_and_grad(loss), static_argnums=len(args) if static else ())
 
-    def run(tolerance):
-        value, gradient = step(*args, tolerance)
+    def __init__(self, loss: Callable[..., Any], *args: Any, static: bool = False):
+        static_argnums = len(args) if static else ()
+        self.args = args
+        self.program = jax.jit(jax.value_and_grad(loss), static_argnums=static_argnums)
+
+    def __call__(self, tolerance):
+        value, gradient = self.program(*self.args, tolerance)
         return value, jax.tree.leaves(gradient)
 
-    return run
+    def temporary_bytes(self, tolerance) -> int:
+        return temporary_bytes(self.program, *self.args, tolerance)
 
 
-def temporary_bytes(step: Callable[..., Any], *args: Any, static: bool = False) -> int:
-    """What the compiler allots for a function; `static` if it knows the last argument."""
-    lowered = jax.jit(step, static_argnums=len(args) - 1 if static else ()).lower(*args)
-    analysis = lowered.compile().memory_analysis()
+def temporary_bytes(program: Any, *args: Any) -> int:
+    """What the compiler allots for a function from `jax.jit`."""
+    analysis = program.lower(*args).compile().memory_analysis()
     if analysis is None:
         raise NotImplementedError("this backend does not analyze memory")
     return int(analysis.temp_size_in_bytes)

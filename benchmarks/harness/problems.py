@@ -49,18 +49,25 @@ class Plain(eqx.Module):
         return self.layers[-1](x)
 
 
+def stepper(loss, optimizer):
+    """`step(params, state, *args)`: an update by the gradient of `loss(params, *args)`."""
+
+    def step(params, state, *args):
+        updates, state = optimizer.update(jax.grad(loss)(params, *args), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def trainer(loss, steps: int, rate: Any = None):
     """`train(params, key) -> params`, by Adam on `loss(params, key)`, at a rate that falls."""
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps) if rate is None else rate)
-
-    def step(carry, key):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
-        return (optax.apply_updates(params, updates), state), None
+    step = stepper(loss, optimizer)
 
     def train(params, key):
-        keys = jax.random.split(key, steps)
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+        one = lambda carry, key: (step(*carry, key), None)
+        start = params, optimizer.init(params)
+        return jax.lax.scan(one, start, jax.random.split(key, steps))[0][0]
 
     return jax.jit(train)
 
@@ -236,6 +243,7 @@ def neural_ode(
     return OdeProblem(params, jax.random.normal(key, (batch, state)), jnp.linspace(0, 1, times + 1))
 
 
+@functools.cache
 def ragged(rows: int, most: int, state: int, width: int, steps: int = 800) -> Series:
     """Series that start and end at their own times, padded by repeating the last."""
     p, rng = neural_ode(state, width, rows, 1, steps=steps), np.random.default_rng(0)

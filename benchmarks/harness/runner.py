@@ -71,7 +71,7 @@ def alone(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"another run writes to {path.parent}. Wait for it, or pass --results.")
+            sys.exit(f"another run writes to {path.parent}. Wait for it.")
         yield
     finally:
         os.close(folder)
@@ -163,11 +163,7 @@ def run(
             del found[job.name]
     given = lambda benchmark: benchmark.seconds if seconds is None else seconds
 
-    def left(job: Job) -> bool:
-        result = found.get(job.name, {}).get(job.case)
-        return result is None or not job.benchmark.complete(result, given(job.benchmark))
-
-    todo = [job for job in jobs if left(job)]
+    todo = [job for job in jobs if job.case not in found.get(job.name, {})]
     keep(results)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -226,9 +222,6 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="names of benchmarks")
     parser.add_argument("--match", default="", help="a part of the names of the cases to measure")
     parser.add_argument("--seconds", type=float, help="of timing, for one case")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder; RESULTS.md stays as it is for others"
-    )
     given, known = parser.parse_args(), (*BENCHMARKS, *ON_ITS_OWN)
     unknown = sorted(set(given.only) - set(known))
     if unknown:
@@ -238,16 +231,13 @@ def main() -> int:
 
 def measured(given: argparse.Namespace) -> int:
     machine = describe_machine()
-    path = given.results / f"{machine['name']}.json"
+    path = RESULTS / f"{machine['name']}.json"
     with alone(path):
         results = read(path) | {"machine": machine}
         names = given.only or BENCHMARKS
         run(names, results, partial(save, path), given.fresh, given.seconds, given.match)
-    if given.results.resolve() != RESULTS.resolve():
-        console.print(f"Written: {path}")
-        return 0
     from benchmarks.harness import report
 
-    report.write(given.results, ROOT)
+    report.write(RESULTS, ROOT)
     console.print(f"Written: {path}, RESULTS.md, docs/images/bench_*.png, the README's tables")
     return 0

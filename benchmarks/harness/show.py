@@ -1,10 +1,9 @@
 """Tables and pictures: how results look, whatever they are of."""
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -53,10 +52,12 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     for name in names:
         library = re.match(r"[a-z]+", name)
         key = library.group() if library else name
-        line = LINES[seen.get(key, 0) % len(LINES)]
-        seen[key] = seen.get(key, 0) + 1
-        width = 2.2 if key == "jaxode" else 1.3
-        result[name] = {"color": COLORS.get(key, "#555555"), "linestyle": line, "linewidth": width}
+        seen[key] = seen.get(key, -1) + 1
+        result[name] = {
+            "color": COLORS.get(key, f"C{list(seen).index(key)}"),
+            "linestyle": LINES[seen[key] % len(LINES)],
+            "linewidth": 2.2 if key == "jaxode" else 1.3,
+        }
     return result
 
 
@@ -74,18 +75,25 @@ def panels(
     return figure, list(axes.flat[:count])
 
 
+class Panel(NamedTuple):
+    x: str
+    y: str
+    curves: Mapping[str, Points]
+    title: str = ""
+
+
 def curves(
-    groups: Mapping[str, Mapping[str, Points]], unit: str,
-    log_y: bool = True, marker: str | None = "o",
-) -> Figure:  # fmt: skip
-    """Points `(x, y)` by contender, the axes logarithmic; one panel for each quantity `x`."""
-    figure, axes = panels(len(groups), 2, 4.6, 2.7)
-    style = styles(dict.fromkeys(itertools.chain.from_iterable(groups.values())))
-    for axis, (label, group) in zip(axes, groups.items(), strict=True):
-        for name, points in group.items():
+    chosen: Sequence[Panel], columns: int = 2, log_y: bool = True, marker: str | None = "o"
+) -> Figure:
+    """Curves by contender, in one style in all panels, the axes logarithmic."""
+    figure, axes = panels(len(chosen), columns, 4.6, 2.7)
+    style = styles(dict.fromkeys(name for panel in chosen for name in panel.curves))
+    for axis, panel in zip(axes, chosen, strict=True):
+        for name, points in panel.curves.items():
             lines = {"marker": marker, "markersize": 3.5, "label": name, **style[name]}
             axis.loglog(*zip(*points, strict=True), **lines)
-        axis.set(xlabel=label, ylabel=unit, yscale="log" if log_y else "linear")
+        axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
+        axis.set_yscale("log" if log_y else "linear")
     return figure
 
 
@@ -97,7 +105,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
         layout="constrained", height_ratios=sizes,
     )  # fmt: skip
     for axis, (title, group) in zip(axes.flat, groups.items(), strict=True):
-        colors = [style["color"] for style in styles(group).values()]
+        libraries = [re.split(r"[^a-z]", name)[0] for name in group]
+        colors = [COLORS.get(library, "#555555") for library in libraries]
         drawn = axis.barh(list(group), list(group.values()), color=colors, height=0.7)
         axis.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
         axis.invert_yaxis()
@@ -133,17 +142,4 @@ def save(figure: Figure, title: str, path: str | Path) -> None:
         frameon=False,
     )  # fmt: skip
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def pair(groups: Mapping[str, tuple[str, Mapping[str, Points]]], path: str | Path) -> None:
-    """Two panels of a page of the documentation by title: what `x` is, and curves by name."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for axis, (title, (label, group)) in zip(axes, groups.items(), strict=True):
-        for name, points in group.items():
-            axis.loglog(*zip(*points, strict=True), "o-", ms=4, label=name)
-        axis.set(xlabel=label, title=title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
     plt.close(figure)

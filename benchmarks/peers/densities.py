@@ -16,7 +16,7 @@ import optax
 
 import jaxode
 from benchmarks.harness.fairness import Step, double_precision, doubled
-from benchmarks.harness.problems import Conditional
+from benchmarks.harness.problems import Conditional, stepper
 
 EXACT = 1e-10  # tolerance of exact densities, by Dopri8 in float64
 BATCH = 256  # rows of a training step of a spline flow
@@ -103,17 +103,13 @@ def flowjax_spline(p: Conditional, seconds: float) -> Callable[[], Any]:
     params, static = eqx.partition(flow, eqx.is_inexact_array)
     optimizer = optax.adam(5e-4)
 
-    def loss(params, rows):
+    def loss(params, key):
+        rows = jax.random.randint(key, (BATCH,), 0, len(x))
         of_batch = unwrap(eqx.combine(params, static)).log_prob(x[rows], context[rows])
         return -jnp.mean(of_batch)
 
-    @jax.jit
-    def train(params, state, key):
-        rows = jax.random.randint(key, (BATCH,), 0, len(x))
-        updates, state = optimizer.update(jax.grad(loss)(params, rows), state)
-        return optax.apply_updates(params, updates), state
-
-    state, end, step = optimizer.init(params), time.perf_counter() + seconds, 0
+    train, state = jax.jit(stepper(loss, optimizer)), optimizer.init(params)
+    end, step = time.perf_counter() + seconds, 0
     while time.perf_counter() < end:
         params, state = jax.block_until_ready(train(params, state, jax.random.key(step)))
         step += 1

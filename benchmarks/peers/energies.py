@@ -5,6 +5,7 @@ scalar theory, with the optimizer of the notebook of continuous-flow-lft, which 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,7 @@ def by_jflows(kind: str, log_density, dim: int, batch: int, width: int, optimize
         x, log_det = eqx.combine(params, static).call_and_ladj(z)
         return x, jax.scipy.stats.norm.logpdf(z).sum(axis=1) - log_det
 
-    return Contender(start, loss, lambda *args: _in_chunks(draw, *args), optimizer)
+    return Contender(start, loss, jax.jit(partial(_in_chunks, draw), static_argnums=2), optimizer)
 
 
 def by_bijx(log_density, shape: tuple[int, ...], batch: int) -> Contender:
@@ -80,4 +81,4 @@ def by_bijx(log_density, shape: tuple[int, ...], batch: int) -> Contender:
         return jnp.mean(log_q - jax.vmap(log_density)(x))
 
     rate = optax.exponential_decay(5e-3, 8000, 0.1)
-    return Contender(start, loss, draw, optax.adam(rate, 0.8, 0.9))
+    return Contender(start, loss, jax.jit(draw, static_argnums=2), optax.adam(rate, 0.8, 0.9))

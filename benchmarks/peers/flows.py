@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxode
-from benchmarks.harness.fairness import Step, exact_gradient, step_of
+from benchmarks.harness.fairness import JaxStep, exact_gradient
 from benchmarks.harness.problems import FlowProblem, batched
 
 AXIS = "batch"  # of devices
@@ -34,8 +34,8 @@ def jaxode_loss(**options):
     return loss
 
 
-def jaxode_step(p: FlowProblem, **options) -> Step:
-    return step_of(jaxode_loss(**options), p.params, p.x, p.key)
+def jaxode_step(p: FlowProblem, **options) -> JaxStep:
+    return JaxStep(jaxode_loss(**options), p.params, p.x, p.key)
 
 
 def augmented(t, state, params, probe):
@@ -103,8 +103,8 @@ def diffrax_loss(
     return loss
 
 
-def diffrax_step(p: FlowProblem, *choice, **options) -> Step:
-    return step_of(diffrax_loss(*choice, **options), p.params, p.x, p.probe)
+def diffrax_step(p: FlowProblem, *choice, **options) -> JaxStep:
+    return JaxStep(diffrax_loss(*choice, **options), p.params, p.x, p.probe)
 
 
 def odeint_loss(params, x, probe, tolerance):
@@ -122,8 +122,8 @@ def odeint_loss(params, x, probe, tolerance):
     return negative_log_likelihood(z[-1], log_det[-1])
 
 
-def odeint_step(p: FlowProblem) -> Step:
-    return step_of(odeint_loss, p.params, p.x, p.probe, static=True)
+def odeint_step(p: FlowProblem) -> JaxStep:
+    return JaxStep(odeint_loss, p.params, p.x, p.probe, static=True)
 
 
 def exact(p: FlowProblem) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ Imported where it is used, so that the other benchmarks run without PyTorch.
 # pyright: reportArgumentType=false
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -183,31 +184,33 @@ def torchode_solve(f, y0, ts, tolerance) -> Any:
     return solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=ts, **ends)).ys
 
 
-def torchdiffeq_step(p: FlowProblem, adjoint: bool = True) -> Step:
+def flow_step(p: FlowProblem, loss) -> Step:
+    """Of `loss(field, x, probe, rtol, atol)`."""
     field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
-    loss = lambda tol: torchdiffeq_loss(field, x, probe, tol, tol, adjoint)
-    return torch_step(field, loss)
+    return torch_step(field, lambda tolerance: loss(field, x, probe, tolerance, tolerance))
+
+
+def torchdiffeq_step(p: FlowProblem, adjoint: bool = True) -> Step:
+    return flow_step(p, partial(torchdiffeq_loss, adjoint=adjoint))
 
 
 def zuko_step(p: FlowProblem) -> Step:
-    field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
-    return torch_step(field, lambda tol: zuko_loss(field, x, probe, tol, tol))
+    return flow_step(p, zuko_loss)
 
 
-def torchode_step(p: FlowProblem) -> Step:
-    field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
-
+def torchode_loss(field: TorchField, x, probe, rtol, atol):
     def dynamics(t, state):
         dz, divergence = field.augmented(t[:, None], state[:, :-1], probe)
         return torch.cat([dz, divergence[:, None]], 1)
 
-    def loss(tolerance):
-        times = torch.tensor([1.0, 0.0], dtype=x.dtype).expand(x.shape[0], 2)
-        start = torch.cat([x, torch.zeros(x.shape[0], 1, dtype=x.dtype)], 1)
-        end = torchode_solve(dynamics, start, times, tolerance)[:, -1]
-        return negative_log_likelihood(end[:, :-1], end[:, -1])
+    times = torch.tensor([1.0, 0.0], dtype=x.dtype).expand(x.shape[0], 2)
+    start = torch.cat([x, torch.zeros(x.shape[0], 1, dtype=x.dtype)], 1)
+    end = torchode_solve(dynamics, start, times, rtol)[:, -1]
+    return negative_log_likelihood(end[:, :-1], end[:, -1])
 
-    return torch_step(field, loss)
+
+def torchode_step(p: FlowProblem) -> Step:
+    return flow_step(p, torchode_loss)
 
 
 def torchdiffeq_ode_step(p: OdeProblem, adjoint: bool = True) -> Step:

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxode
-from benchmarks.harness.fairness import Step, exact_gradient, step_of
+from benchmarks.harness.fairness import JaxStep, exact_gradient
 from benchmarks.harness.problems import OdeProblem, Series, batched
 
 
-def step(p: OdeProblem, ys, static: bool = False) -> Step:
+def step(p: OdeProblem, ys, static: bool = False) -> JaxStep:
     def loss(params, y0, ts, tolerance):
         found = ys(params, y0, ts, tolerance)
         target = jnp.sin(jnp.arange(found.shape[0], dtype=found.dtype))[:, None, None]
         return jnp.mean((found - target) ** 2)
 
-    return step_of(loss, *p, static=static)
+    return JaxStep(loss, *p, static=static)
 
 
-def jaxode_step(p: OdeProblem, adjoint: Any = jaxode.DiscreteAdjoint()) -> Step:
+def jaxode_step(p: OdeProblem, adjoint: Any = jaxode.DiscreteAdjoint()) -> JaxStep:
     ys = lambda params, y0, ts, tolerance: jaxode.solve(
         jaxode.nn.field, y0, ts[0], ts[-1], params, ts=ts[1:], adjoint=adjoint, rtol=tolerance,
         atol=tolerance, throw=False, batch="joint",
@@ -45,14 +45,16 @@ def by_diffrax(params, y0, ts, tolerance, field, t0, solver: Any, adjoint: Any):
 CHECKPOINTED = diffrax.RecursiveCheckpointAdjoint()
 
 
-def diffrax_step(p: OdeProblem, adjoint: Any = CHECKPOINTED, solver: Any = diffrax.Tsit5()) -> Step:
+def diffrax_step(
+    p: OdeProblem, adjoint: Any = CHECKPOINTED, solver: Any = diffrax.Tsit5()
+) -> JaxStep:
     ys = lambda params, y0, ts, tolerance: by_diffrax(
         params, y0, ts[1:], tolerance, batched, ts[0], solver, adjoint
     )
     return step(p, ys)
 
 
-def odeint_step(p: OdeProblem, solve) -> Step:
+def odeint_step(p: OdeProblem, solve) -> JaxStep:
     """By `jax.experimental.ode.odeint`, or its likeness in jaxode."""
     swapped = lambda y, t, params: batched(t, y, params)
     ys = lambda params, y0, ts, tolerance: solve(
@@ -71,10 +73,11 @@ def series_loss(ys, ts, real, xp: Any = jnp):
     return xp.where(real, squares, xp.zeros_like(squares)).sum() / real.sum()
 
 
-def loss_of_series(ys):
-    return lambda params, y0, ts, real, tolerance: series_loss(
-        ys(params, y0, ts, tolerance), ts, real
-    )
+def series_step(p: Series, solve, **options: Any) -> JaxStep:
+    def loss(params, y0, ts, real, tolerance):
+        return series_loss(solve(params, y0, ts, tolerance, **options), ts, real)
+
+    return JaxStep(loss, *p)
 
 
 def series_by_jaxode(params, y0, ts, tolerance):
@@ -92,5 +95,5 @@ def series_by_diffrax(params, y0, ts, tolerance, solver: Any = diffrax.Tsit5()):
 
 
 def exact_of_series(p: Series) -> list[np.ndarray]:
-    ys = lambda *args: series_by_diffrax(*args, solver=diffrax.Dopri8())
-    return exact_gradient(lambda q: step_of(loss_of_series(ys), *q), p)
+    make = lambda q: series_step(q, series_by_diffrax, solver=diffrax.Dopri8())
+    return exact_gradient(make, p)

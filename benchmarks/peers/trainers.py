@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import jaxode
+from benchmarks.harness.problems import stepper
 from benchmarks.peers import flows
 
 AVERAGE = 0.005  # weight of a step in the moving average of the parameters
@@ -22,17 +23,15 @@ TOLERANCE = 1e-5  # of those that control the error
 def in_jax(loss, params, rate, average=1.0):
     """Of `loss(params, x, key)`."""
     optimizer = optax.adam(rate)
-    carry = params, params, optimizer.init(params)
+    carry, step = (params, params, optimizer.init(params)), stepper(loss, optimizer)
 
-    def step(carry, inputs):
+    def one(carry, inputs):
         params, averaged, state = carry
         x, seed = inputs
-        gradient = jax.grad(loss)(params, x, jax.random.key(seed))
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, x, jax.random.key(seed))
         return (params, optax.incremental_update(params, averaged, average), state), None
 
-    steps = jax.jit(lambda carry, inputs: jax.lax.scan(step, carry, inputs)[0])
+    steps = jax.jit(lambda carry, inputs: jax.lax.scan(one, carry, inputs)[0])
 
     def train(xs, seeds):
         nonlocal carry
