@@ -26,11 +26,9 @@ class Size(NamedTuple):
     """Times of a series."""
     widths: tuple[int, ...] = (64, 512)
     """Of the network, and of others whose memory is also looked at."""
-    steps: int = 800
-    """Of the training."""
 
     def problem(self, width: int) -> Series:
-        return ragged(self.rows, self.most, 4, width, self.steps)
+        return ragged(self.rows, self.most, 4, width)
 
 
 class Ragged(WorkPrecision):

@@ -157,8 +157,6 @@ class Posterior(NamedTuple):
     own: bool
     """A network as a user writes it, not one of `jaxode.nn`."""
     width: int = 64
-    steps: int = 6000
-    """Of matching; some seconds."""
     simulations: int = 30_000
 
 
@@ -189,7 +187,7 @@ def conditional(size: Posterior, simulate: Callable[..., Any]) -> Conditional:
         rows = jax.random.randint(key, (ROWS,), 0, train)
         return cnf.matching_loss(params, x[rows], key=key, context=context[rows], time_power=2.0)
 
-    params = trainer(matching, size.steps)(params, key)
+    params = trainer(matching, 6000)(params, key)
     return Conditional(params, x[train:], context[train:], (x[:train], context[:train]))
 
 
@@ -224,9 +222,7 @@ def batched(t, y, params):
 
 
 @functools.cache
-def neural_ode(
-    state: int, width: int, batch: int, times: int, own: bool = True, steps: int = 800
-) -> OdeProblem:
+def neural_ode(state: int, width: int, batch: int, times: int, own: bool = True) -> OdeProblem:
     """A network that was fitted to the slopes of oscillators."""
     network_key, key = jax.random.split(jax.random.key(0))
     if own:
@@ -239,14 +235,14 @@ def neural_ode(
         t = jax.random.uniform(key)
         return jnp.mean((batched(t, y, params) - oscillators(y)) ** 2)
 
-    params = trainer(slopes, steps)(params, jax.random.key(1))
+    params = trainer(slopes, 800)(params, jax.random.key(1))
     return OdeProblem(params, jax.random.normal(key, (batch, state)), jnp.linspace(0, 1, times + 1))
 
 
 @functools.cache
-def ragged(rows: int, most: int, state: int, width: int, steps: int = 800) -> Series:
+def ragged(rows: int, most: int, state: int, width: int) -> Series:
     """Series that start and end at their own times, padded by repeating the last."""
-    p, rng = neural_ode(state, width, rows, 1, steps=steps), np.random.default_rng(0)
+    p, rng = neural_ode(state, width, rows, 1), np.random.default_rng(0)
     counts = rng.integers(2, most + 1, rows)
     starts, spans = rng.uniform(0, 1, rows), rng.uniform(0.2, 2, rows)
     real = np.arange(most) < counts[:, None]
