@@ -66,7 +66,7 @@ BAD_INPUT = [
     (
         lambda: solve(y0=jnp.array([1, 2])), TypeError,
         "solve(y0=...): leaves must have a floating dtype; got int64. "
-        "Convert with .astype(jnp.float32).",
+        "Write 1.0 for 1, or convert with .astype(jnp.float32).",
     ),
     (
         lambda: solve(y0=jnp.array([1j])), TypeError,
@@ -395,7 +395,8 @@ BAD_INPUT = [
         lambda: solve(y0=jnp.ones(2, jnp.float32), f=lambda t, y, args: y.astype(jnp.float64)),
         TypeError,
         "solve(f=...): f(t, y, args) must not return more precision than y has; got float64 where "
-        "y is float32. Convert args, or y, to the other dtype.",
+        "y is float32. Convert args, or y (the parameters of a flow, or its data), to the other "
+        "dtype.",
     ),
     (
         lambda: jaxode.standard_normal((2, 0)), ValueError,
@@ -565,6 +566,15 @@ BAD_INPUT = [
     (
         lambda: jaxode.nn.MLP(2.7, key=KEY), ValueError,
         "MLP(event_shape=...): must be positive integers; got 2.7.",
+    ),
+    (
+        lambda: jaxode.nn.MLP(2, key=KEY, activation="relu"), TypeError,
+        "MLP(activation=...): must be a function; got 'relu'. Pass one such as jax.nn.silu.",
+    ),
+    (
+        lambda: jaxode.bind(cnf(), jaxode.nn.MLP), TypeError,
+        "bind(params=...): must be a pytree of parameters; got the class MLP. Call it: "
+        "MLP(..., key=key).",
     ),
     (
         lambda: jaxode.nn.MLP(2, key=KEY, context_size=-1), ValueError,

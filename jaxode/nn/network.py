@@ -57,6 +57,13 @@ class Network(eqx.Module):
     sized_by: ClassVar[str] = "event_shape"
     """The argument that says how many numbers a sample has."""
 
+    def __check_init__(self):
+        if not callable(self.activation):
+            raise TypeError(
+                f"{type(self).__name__}(activation=...): must be a function; got "
+                f"{self.activation!r}. Pass one such as jax.nn.silu."
+            )
+
     def __call__(
         self,
         t: Float[Array, ""],
