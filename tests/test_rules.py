@@ -483,9 +483,16 @@ BAD_INPUT = [
         "jaxode.InterpolatingAdjoint().",
     ),
     (
+        lambda: jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2)).log_prob(
+            jaxode.nn.MLP(2, key=KEY, context_size=3), X
+        ), ValueError,
+        "MLP(context_size=3): the context of a sample must be a vector of this size, and None for "
+        "size 0; got shape None. Pass such a context, or leave it out.",
+    ),
+    (
         lambda: jaxode.nn.MLP(2, key=KEY)(0.0, ONE, ONE), ValueError,
         "MLP(context_size=0): the context of a sample must be a vector of this size, and None for "
-        "size 0; got shape (2,).",
+        "size 0; got shape (2,). Pass such a context, or leave it out.",
     ),
     (
         lambda: cnf(t0=float("nan")), ValueError, "cnf(t0=...): must be a finite time; got nan.",
@@ -602,7 +609,7 @@ BAD_INPUT = [
             (
                 (0.0, ONE, ONE), ValueError,
                 "context_size=3): the context of a sample must be a vector of this size, and None "
-                "for size 0; got shape (2,).",
+                "for size 0; got shape (2,). Pass such a context, or leave it out.",
             ),
             (
                 (0.0, jnp.ones(3), jnp.ones(3)), TypeError,
