@@ -242,8 +242,8 @@ class RK4(diffrax.AbstractERK):
         return 4
 
 
-# Every explicit Runge-Kutta solver of diffrax, and a user's: (solver, order, adaptive). A new one is
-# one row.
+# Every explicit Runge-Kutta solver of diffrax, and a user's: (solver, order, adaptive). A new one
+# is one row.
 SOLVERS = [
     (diffrax.Euler(), 1, False),
     (diffrax.Heun(), 2, True),
