@@ -129,7 +129,9 @@ def test_the_gradient_method_of_the_page_on_contributing_fails_as_others(default
 
 
 def test_the_estimator_of_the_page_on_contributing_is_unbiased(default_settings):
+    """And equal to its like, as those of the library."""
     scope = contributed("uniform")
+    assert scope["uniform"](2) == scope["uniform"](np.int64(2)) != scope["uniform"](3)
     matrix, z = jnp.arange(9.0).reshape(3, 3) / 3, jnp.ones(3)
     estimator = scope["uniform"](probes=4000)
     dz, div = estimator.apply(lambda z: matrix @ z, z, estimator.init(jax.random.key(0), z))
