@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import RK4
 
 import jaxode
 from jaxode import divergence
@@ -223,6 +224,11 @@ BAD_INPUT = [
     (
         lambda: solve(solver=diffrax.Euler()), ValueError,
         "solve(solver=...): Euler has no error estimate; got steps=None. "
+        "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5().",
+    ),
+    (
+        lambda: solve(solver=RK4()), ValueError,
+        "solve(solver=...): RK4 has no error estimate; got steps=None. "
         "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5().",
     ),
     (
