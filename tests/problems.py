@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import jax.numpy as jnp
@@ -227,13 +227,30 @@ STIFF = [
 ]  # fmt: skip
 
 
-# Every explicit Runge-Kutta solver of diffrax: (solver, order, adaptive). A new one is one row.
+class RK4(diffrax.AbstractERK):
+    """The classical method, which has no error estimate, as a user writes it."""
+
+    tableau: ClassVar = diffrax.ButcherTableau(
+        a_lower=(np.array([0.5]), np.array([0, 0.5]), np.array([0, 0, 1.0])),
+        b_sol=np.array([1, 2, 2, 1]) / 6,
+        b_error=np.zeros(4),
+        c=np.array([0.5, 0.5, 1.0]),
+    )
+    interpolation_cls: ClassVar = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+
+    def order(self, terms):
+        return 4
+
+
+# Every explicit Runge-Kutta solver of diffrax, and a user's: (solver, order, adaptive). A new one
+# is one row.
 SOLVERS = [
     (diffrax.Euler(), 1, False),
     (diffrax.Heun(), 2, True),
     (diffrax.Midpoint(), 2, True),
     (diffrax.Ralston(), 2, True),
     (diffrax.Bosh3(), 3, True),
+    (RK4(), 4, False),
     (diffrax.Tsit5(), 5, True),
     (diffrax.Dopri5(), 5, True),
     (diffrax.Dopri8(), 8, True),

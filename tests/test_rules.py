@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import RK4
 
 import jaxode
 from jaxode import divergence
@@ -66,7 +67,7 @@ BAD_INPUT = [
     (
         lambda: solve(y0=jnp.array([1, 2])), TypeError,
         "solve(y0=...): leaves must have a floating dtype; got int64. "
-        "Convert with .astype(jnp.float32).",
+        "Write 1.0 for 1, or convert with .astype(jnp.float32).",
     ),
     (
         lambda: solve(y0=jnp.array([1j])), TypeError,
@@ -223,6 +224,11 @@ BAD_INPUT = [
     (
         lambda: solve(solver=diffrax.Euler()), ValueError,
         "solve(solver=...): Euler has no error estimate; got steps=None. "
+        "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5().",
+    ),
+    (
+        lambda: solve(solver=RK4()), ValueError,
+        "solve(solver=...): RK4 has no error estimate; got steps=None. "
         "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5().",
     ),
     (
@@ -395,7 +401,8 @@ BAD_INPUT = [
         lambda: solve(y0=jnp.ones(2, jnp.float32), f=lambda t, y, args: y.astype(jnp.float64)),
         TypeError,
         "solve(f=...): f(t, y, args) must not return more precision than y has; got float64 where "
-        "y is float32. Convert args, or y, to the other dtype.",
+        "y is float32. Convert args, or y (the parameters of a flow, or its data), to the other "
+        "dtype.",
     ),
     (
         lambda: jaxode.standard_normal((2, 0)), ValueError,
@@ -482,9 +489,16 @@ BAD_INPUT = [
         "jaxode.InterpolatingAdjoint().",
     ),
     (
+        lambda: jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2)).log_prob(
+            jaxode.nn.MLP(2, key=KEY, context_size=3), X
+        ), ValueError,
+        "MLP(context_size=3): the context of a sample must be a vector of this size, and None for "
+        "size 0; got shape None. Pass such a context, or leave it out.",
+    ),
+    (
         lambda: jaxode.nn.MLP(2, key=KEY)(0.0, ONE, ONE), ValueError,
         "MLP(context_size=0): the context of a sample must be a vector of this size, and None for "
-        "size 0; got shape (2,).",
+        "size 0; got shape (2,). Pass such a context, or leave it out.",
     ),
     (
         lambda: cnf(t0=float("nan")), ValueError, "cnf(t0=...): must be a finite time; got nan.",
@@ -567,6 +581,15 @@ BAD_INPUT = [
         "MLP(event_shape=...): must be positive integers; got 2.7.",
     ),
     (
+        lambda: jaxode.nn.MLP(2, key=KEY, activation="relu"), TypeError,
+        "MLP(activation=...): must be a function; got 'relu'. Pass one such as jax.nn.silu.",
+    ),
+    (
+        lambda: jaxode.bind(cnf(), jaxode.nn.MLP), TypeError,
+        "bind(params=...): must be a pytree of parameters; got the class MLP. Call it: "
+        "MLP(..., key=key).",
+    ),
+    (
         lambda: jaxode.nn.MLP(2, key=KEY, context_size=-1), ValueError,
         "MLP(context_size=...): must be an integer of at least 0; got -1.",
     ),
@@ -592,7 +615,7 @@ BAD_INPUT = [
             (
                 (0.0, ONE, ONE), ValueError,
                 "context_size=3): the context of a sample must be a vector of this size, and None "
-                "for size 0; got shape (2,).",
+                "for size 0; got shape (2,). Pass such a context, or leave it out.",
             ),
             (
                 (0.0, jnp.ones(3), jnp.ones(3)), TypeError,

@@ -173,7 +173,7 @@ def check_state(name: str, y0: PyTree) -> PyTree[Array]:
                 f"{arg(name)} leaves must be floating arrays; got {described(leaf)}. {cure}"
             )
         if not jnp.issubdtype(dtype, jnp.floating):
-            cure = "Convert with .astype(jnp.float32)."
+            cure = "Write 1.0 for 1, or convert with .astype(jnp.float32)."
             if jnp.issubdtype(dtype, jnp.complexfloating):
                 cure = "Pass real and imaginary parts, such as (y.real, y.imag)."
             raise TypeError(f"{arg(name)} leaves must have a floating dtype; got {dtype}. {cure}")
@@ -236,7 +236,8 @@ def check_derivative(
         if jnp.finfo(dtype).bits > max(jnp.finfo(expected.dtype).bits, 32):
             raise TypeError(
                 f"{must} not return more precision than y has; got {dtype} where y is "
-                f"{expected.dtype}. Convert args, or y, to the other dtype."
+                f"{expected.dtype}. Convert args, or y (the parameters of a flow, or its data), to "
+                "the other dtype."
             )
 
 

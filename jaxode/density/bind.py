@@ -309,6 +309,11 @@ def bind(
     """
     if not isinstance(flow, CNF):
         raise TypeError(f"bind(flow=...): must be made by jaxode.cnf; got {flow!r}.")
+    if isinstance(params, type):
+        raise TypeError(
+            "bind(params=...): must be a pytree of parameters; got the class "
+            f"{params.__name__}. Call it: {params.__name__}(..., key=key)."
+        )
     event = tuple(flow.base.event_shape)
     for name, given in (("standardize", standardize), ("support", support)):
         if given is not None and isinstance(flow.base, CenteredNormal):

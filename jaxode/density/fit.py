@@ -99,7 +99,7 @@ def fit(
 
     Warns:
         UserWarning: of columns that have no density: they repeat values, or depend linearly on each
-            other; and of a training that explodes.
+            other; of a training that explodes; and of one whose seconds went to compilation.
     """
     begin = time.perf_counter()
     if not isinstance(density, Density):
@@ -160,7 +160,7 @@ def fit(
             raise
     if progress:
         print(file=sys.stderr)
-    return _result(_best(runs))
+    return _result(_best(runs), limits)
 
 
 def _tried(runs: list[Training], phases: list[Phase], limits: Limits, start: Any) -> Training:
@@ -180,8 +180,8 @@ def _best(runs: list[Training]) -> Training:
     return min(runs, key=lambda run: run.least)
 
 
-def _result(run: Training) -> tuple[Density, list[Point]]:
-    """The best density and the looks, with a warning if training exploded."""
+def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
+    """The best density and the looks, with warnings if training exploded or hardly began."""
     if run.least == math.inf:
         raise FloatingPointError(
             "fit: the log-density of the validation rows is never finite. One row is enough "
@@ -194,6 +194,13 @@ def _result(run: Training) -> tuple[Density, list[Point]]:
             f"fit: training exploded at step {first.step} of {first.phase}, to {first.nats:.3g} "
             f"nats of the validation rows{again}. Each time, it went on from the best parameters "
             "at a quarter of the rate. Lower the rate of the optimizer.",
+            stacklevel=4,
+        )
+    taken = max(point.step for point in run.points if point.phase == "matching")
+    if taken < min(WARM_UP, limits.steps) and time.perf_counter() > limits.end:
+        warnings.warn(
+            f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
+            "time, which went to compilation. Pass more seconds, or steps=.",
             stacklevel=4,
         )
     return run.best, run.points

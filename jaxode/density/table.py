@@ -14,7 +14,7 @@ from jaxode._checks.arguments import check_number, shape_of
 from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
-from jaxode.density.inputs import check_inside, floating, numbers
+from jaxode.density.inputs import check_inside, floating, numbers, rows_in_flow
 from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
@@ -101,6 +101,7 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
     context = check_rows("context", context, len(x))
+    rows_in_flow(context, density.context_maps, density.context_shapes, (len(x),))
     check_finite({name: x, "context": context})
     x = np.asarray(x)
     if density.support is not None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode.ode.field import MisfitError
+from jaxode.ode.field import ContextError, MisfitError
 
 WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
 
@@ -57,6 +57,13 @@ class Network(eqx.Module):
     sized_by: ClassVar[str] = "event_shape"
     """The argument that says how many numbers a sample has."""
 
+    def __check_init__(self):
+        if not callable(self.activation):
+            raise TypeError(
+                f"{type(self).__name__}(activation=...): must be a function; got "
+                f"{self.activation!r}. Pass one such as jax.nn.silu."
+            )
+
     def __call__(
         self,
         t: Float[Array, ""],
@@ -98,9 +105,10 @@ class Network(eqx.Module):
             )
         shape = None if context is None else jnp.shape(context)
         if shape != ((context_size,) if context_size else None):
-            raise ValueError(
+            raise ContextError(
                 f"{name}(context_size={context_size}): the context of a sample must be a vector of "
-                f"this size, and None for size 0; got shape {shape}."
+                f"this size, and None for size 0; got shape {shape}. Pass "
+                "such a context, or leave it out."
             )
         if not self._fits(y.shape):
             raise MisfitError(

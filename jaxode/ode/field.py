@@ -15,6 +15,10 @@ class MisfitError(TypeError):
     """What a field raises that itself says how its arguments do not fit. It passes unchanged."""
 
 
+class ContextError(ValueError):
+    """What a network raises for a context that does not fit. It passes unchanged, too."""
+
+
 # The types with which Python and JAX report that a function does not fit its arguments. Other
 # exceptions, even subclasses of these, say more and pass through unchanged.
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)

@@ -100,7 +100,8 @@ def test_it_goes_on_from_a_fitted_density():
 @pytest.mark.parametrize("standardize", [BENT, None], ids=["a map", "no map"])
 @pytest.mark.parametrize("seconds", [0, 1e-9])
 def test_no_time_gives_the_start(seconds, standardize):
-    density, history = fit(bound(standardize=standardize), seconds=seconds, steps=None)
+    with pytest.warns(UserWarning, match=r"^fit\(seconds=...\): the density is hardly trained: 0 "):
+        density, history = fit(bound(standardize=standardize), seconds=seconds, steps=None)
     assert [point.step for point in history] == [0]
     assert np.isfinite(history[0].nats)
     assert equal(density.params, parameters())
@@ -111,7 +112,7 @@ def test_no_time_gives_the_start(seconds, standardize):
 def test_rows_are_set_aside(part):
     """Each row is on one side, with its context."""
     x, context = np.arange(40.0).reshape(20, 2), {"row": np.arange(20)}
-    rows, aside = set_aside(bound(), x, context, part, False, jax.random.key(0))
+    rows, aside = set_aside(bound(context_shape=()), x, context, part, False, jax.random.key(0))
     assert len(aside[0]) == min(np.ceil(20 * part), 18)
     both = np.concatenate([rows[0], aside[0]])
     labels = np.concatenate([rows[1]["row"], aside[1]["row"]])
@@ -414,7 +415,7 @@ def test_warnings_of_columns(name, recwarn):
 def test_columns_are_named_as_in_the_table():
     """Also where integers before them get noise. The warning points to the call of `fit`."""
     table = np.stack([INTEGERS[:, 0], np.round(INTEGERS[:, 1]) / 2], 1)
-    options = {"key": jax.random.key(0), "dequantize": True, "seconds": 0, "progress": False}
+    options = {"key": jax.random.key(0), "dequantize": True, "steps": 1, "progress": False}
     with pytest.warns(UserWarning, match=r"^fit\(x=...\): columns 1 \(counting") as caught:
         jaxode.fit(bound(), table, **options)
     assert caught[0].filename == __file__
@@ -502,6 +503,15 @@ WRONG = {
         {"context": CONTEXT[:3]}, ValueError,
         "context=...): leaves must have a leading axis of 200, one row per sample; got shape "
         "(3, 1).",
+    ),
+    "a context of another shape": (
+        {"density": lambda: bound(context_shape=(2,)), "context": CONTEXT[:200]}, ValueError,
+        "context=...): must be one of shape (2,), or one for each of the samples (200,); got shape "
+        "(200, 1).",
+    ),
+    "no context": (
+        {"density": lambda: bound(context_shape=(2,))}, ValueError,
+        "context=...): must be given, with arrays of shape (2,), as bind was told; got None.",
     ),
     "data outside of the support": (
         {"density": lambda: on(-9.0, np.inf), "x": with_row(BENT, 3, -9.0)}, ValueError,

@@ -206,7 +206,11 @@ def grow(t, state, rate):
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), of_feature(AGAIN, slow=["interpolating", "forward", "backsolve"])
+    ("name", "again"),
+    of_feature(
+        (case for case in AGAIN if case[0] in ADAPTIVE),
+        slow=["interpolating", "forward", "backsolve"],
+    ),
 )
 def test_second_derivatives(name, again):
     """Of the time and of the state there, with a linear condition and a field that moves."""

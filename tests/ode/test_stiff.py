@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from helpers import typed, with_slow
 from jax.sharding import Mesh, PartitionSpec
-from problems import STIFF, robertson, solver_name
+from problems import ROSENBROCK, STIFF, robertson, solver_name
 
 import jaxode
 
-SOLVERS = [jaxode.Rodas5P(), jaxode.Rosenbrock23()]
+SOLVERS = [solver for solver, _, _ in ROSENBROCK]
 RODAS, RATES = SOLVERS[0], jnp.array([0.04, 3e7, 1e4])
 Y0 = jnp.array([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.5, 1e-5, 0.5]])
 

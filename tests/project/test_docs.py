@@ -77,12 +77,18 @@ def test_every_python_block_is_run_or_says_that_it_is_not(page):
     assert not re.findall(r"^ {4,}(?:def|class|import|from|return) .*$", unfenced, re.MULTILINE)
 
 
+CONTRIBUTED = [b for language, _, b in fences(PAGES["contributing.md"]) if language == "python"]
+
+
 def contributed(name):
     """What the block of the page on contributing defines that has this name in it."""
-    blocks = [b for language, _, b in fences(PAGES["contributing.md"]) if language == "python"]
     scope = dict(vars(jaxode.divergence))
-    exec(next(block for block in blocks if name in block), scope)
+    exec(next(block for block in CONTRIBUTED if name in block), scope)
     return scope
+
+
+def test_what_the_page_on_contributing_shows_can_be_imported_by_the_package():
+    assert not re.findall(r"^(?:import jaxode|from jaxode import)\b", "".join(CONTRIBUTED), re.M)
 
 
 def test_the_gradient_method_of_the_page_on_contributing_is_exact(default_settings):
@@ -129,7 +135,9 @@ def test_the_gradient_method_of_the_page_on_contributing_fails_as_others(default
 
 
 def test_the_estimator_of_the_page_on_contributing_is_unbiased(default_settings):
+    """And equal to its like, as those of the library."""
     scope = contributed("uniform")
+    assert scope["uniform"](2) == scope["uniform"](np.int64(2)) != scope["uniform"](3)
     matrix, z = jnp.arange(9.0).reshape(3, 3) / 3, jnp.ones(3)
     estimator = scope["uniform"](probes=4000)
     dz, div = estimator.apply(lambda z: matrix @ z, z, estimator.init(jax.random.key(0), z))

@@ -189,7 +189,7 @@ def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
         A=A,
         b=np.asarray(table.b_sol),
         c=np.concatenate([[0.0], table.c]),
-        b_error=np.asarray(table.b_error),
+        b_error=np.asarray(table.b_error) if np.any(table.b_error) else None,
         first_same_as_last=table.fsal,
         interpolation=cls.interpolation_cls,
     )
