@@ -1,14 +1,19 @@
-"""Held-out nats of density estimators on tables, after 20 and 60 seconds of training.
+"""Held-out nats of density estimators on tables, after 20, 60 and 300 seconds of training.
 
-    make tables                                    hours; interrupt and continue as you like
+    make tables                                    days; interrupt and continue as you like
+    python -m benchmarks tables --seconds 60       without a column for five minutes
     python -m benchmarks tables --match "magic:"   one table
 
 Cases run side by side, each bound to one core. The tables, how their columns are chosen and split:
-`table_data.py`. The contenders and their settings, the same for all tables: `estimators.py`.
-Compilation and the validation rows that stop and choose are in the seconds, imports are not. A
-score is that of the parameters which are best on the validation rows, in mean nats of a
-standardized test row. A contender whose course depends on its time is trained once for each time,
-and ends a little later than asked; any other is trained once, and may be as late.
+`table_data.py`. The contenders and their settings, three for each that has a choice, the same for
+all tables: `estimators.py`. Compilation and the validation rows that stop and choose are in the
+seconds, imports are not. A score is that of the parameters which are best on the validation rows,
+in mean nats of a standardized test row. A contender whose course depends on its time is trained
+once for each time, and ends a little later than asked; any other is trained once, and may be as
+late.
+
+The documented settings come first, seed after seed, then the others: an interrupted run has the
+first of them, for all. A case that was measured for less time is shown until it is measured again.
 """
 
 import fcntl
@@ -16,9 +21,9 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,17 +34,44 @@ from benchmarks.harness.fairness import Bench
 from benchmarks.harness.table_data import TABLES, Table, prepare
 from benchmarks.peers.estimators import AT_ONCE, CONTENDERS
 
-TIMES = (20.0, 60.0)  # seconds of training
+TIMES = (20.0, 60.0, 300.0)  # seconds of training, up to those of the run
 LATE = 1.03  # the most that a candidate may be late, as a ratio
-SEED = 0
+SEEDS = (0, 1, 2)
 MARKERS = "os^vDP*Xd"
 
 
-def scores(contender: str, table: Table, times: Sequence[float]) -> dict[str, Any]:
+class Case(NamedTuple):
+    table: str
+    contender: str
+    setting: str
+    """Empty for the documented one."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        setting = f", {self.setting}" if self.setting else ""
+        return f"{self.table}: {self.contender}{setting}, seed {self.seed}"
+
+
+def all_cases() -> list[Case]:
+    settings = {name: list(contender.settings) for name, contender in CONTENDERS.items()}
+    return [
+        Case(table, name, settings[name][place], seed)
+        for place in range(3)
+        for seed in SEEDS
+        for table in TABLES
+        for name in CONTENDERS
+        if place < len(settings[name])
+    ]
+
+
+def scores(case: Case, table: Table, times: list[float]) -> dict[str, Any]:
     """Of the best candidate of one training after each of these times."""
     best: dict[float, tuple[float, float, Callable[[], float]]] = {}
-    training = CONTENDERS[contender](table, SEED, times[-1])  # imports its library
-    clock, late = 0.0, math.inf if contender in AT_ONCE else LATE
+    train, settings = CONTENDERS[case.contender]
+    # Imports its library.
+    training = train(table, case.seed, times[-1], **settings[case.setting])
+    clock, late = 0.0, math.inf if case.contender in AT_ONCE else LATE
     while clock < times[-1]:
         start = time.perf_counter()
         candidate = next(training, None)
@@ -71,78 +103,125 @@ def own_core() -> None:
         return
 
 
+def asked(result: Result) -> list[str]:
+    """The times at which there was a look; files of before have no more than their scores."""
+    return result.get("times", ["20", "60"])
+
+
+def times_of(results: Results) -> list[str]:
+    """The longest first."""
+    found = {end for result in results.values() for end in asked(result)}
+    return sorted(found, key=float, reverse=True)
+
+
 def ranks(row: dict[str, float]) -> dict[str, int]:
     """Of each contender on a table, the best 1."""
     return {name: 1 + sum(other < score for other in row.values()) for name, score in row.items()}
 
 
+Scores = dict[str, dict[int, dict[str, Any]]]
+"""Of a table, by contender and seed."""
+
+
+def medians(row: Scores) -> dict[str, float]:
+    """By contender, over the seeds; infinite if most have no finite score."""
+    nats = lambda score: score["nats"] if math.isfinite(score.get("nats", math.nan)) else math.inf
+    return {name: float(np.median([nats(s) for s in by.values()])) for name, by in row.items()}
+
+
 class Tables(Benchmark):
     title = "Densities of tables"
     timed = False  # each case has a core
-    seconds = TIMES[-1]
-    cases = {
-        f"{table}: {contender}, seed {SEED}": (table, contender)
-        for table in TABLES
-        for contender in CONTENDERS
-    }
+    seconds = 300.0
+    cases = {case.name: case for case in all_cases()}
+
+    def complete(self, result: Result, seconds: float) -> bool:
+        return max(map(float, asked(result))) >= seconds
 
     def run(self, case: str, bench: Bench) -> Result:
-        name, contender = self.cases[case]
-        if contender in bench.skip:
-            return {"crashed": f"{contender}: {bench.skip[contender]}"}
+        chosen: Case = self.cases[case]
+        if chosen.contender in bench.skip:
+            return {"crashed": f"{chosen.contender}: {bench.skip[chosen.contender]}"}
         own_core()
-        bench.announce(contender)
-        table = prepare(TABLES[name]())
+        bench.announce(chosen.contender)
+        table = prepare(TABLES[chosen.table]())
+        times = [*(end for end in TIMES if end < bench.seconds), bench.seconds]
         found: dict[str, Any] = {}
-        for part in [[end] for end in TIMES] if contender in AT_ONCE else [TIMES]:
-            found |= scores(contender, table, part)
+        for part in [[end] for end in times] if chosen.contender in AT_ONCE else [times]:
+            found |= scores(chosen, table, part)
         rows, columns = table.train.shape
-        return {"rows": rows, "columns": columns, "scores": found}
+        looks = [f"{end:g}" for end in times]
+        return {"rows": rows, "columns": columns, "times": looks, "scores": found}
 
-    def nats(self, results: Results, end: float) -> dict[str, dict[str, float]]:
-        """After this time, by table and contender; infinite if there is no finite score."""
-        found: dict[str, dict[str, float]] = {}
+    def scores_at(self, results: Results, end: str, best: bool = False) -> dict[str, Scores]:
+        """By table: the scores of the documented settings after this time, or the best of three.
+
+        The best is chosen by the validation rows, for each seed; contenders and seeds of which a
+        setting is missing are left out.
+        """
+        found: dict[str, dict[tuple[str, int], dict[str, dict[str, Any]]]] = {}
         for case, result in results.items():
-            table, contender = self.cases[case]
-            label = f"{table}, {result['rows']} x {result['columns']}"
-            nats = result["scores"].get(f"{end:g}", {}).get("nats", math.inf)
-            found.setdefault(label, {})[contender] = nats if math.isfinite(nats) else math.inf
-        return found
+            table, contender, setting, seed = self.cases[case]
+            if end in asked(result) and (best or not setting):
+                label = f"{table}, {result['rows']} x {result['columns']}"
+                settings = found.setdefault(label, {}).setdefault((contender, seed), {})
+                settings[setting] = result["scores"].get(end, {})
+        validation = lambda score: score.get("validation", math.inf)
+        rows: dict[str, Scores] = {}
+        for label, by_seed in found.items():
+            for (contender, seed), settings in by_seed.items():
+                if not best or len(settings) == len(CONTENDERS[contender].settings):
+                    chosen = min(settings.values(), key=validation)
+                    rows.setdefault(label, {}).setdefault(contender, {})[seed] = chosen
+        return rows
 
     def table(self, results: Results) -> str:
-        tables = [self.after(results, end) for end in reversed(TIMES)]
-        return "\n\n".join([self.ranking(results), *tables, self.below(results)])
+        times = times_of(results)
+        parts = [self.ranking(results), *(self.after(results, end) for end in times)]
+        parts.append(self.below(results))
+        if any(self.cases[case].setting for case in results):
+            parts += ["The best of three settings by the validation rows, where all were measured:"]
+            parts += [self.after(results, end, best=True) for end in times]
+        return "\n\n".join(parts)
 
-    def after(self, results: Results, end: float) -> str:
+    def after(self, results: Results, end: str, best: bool = False) -> str:
         """The nats of each table after this time, the best in bold."""
         rows = []
-        for label, row in self.nats(results, end).items():
+        for label, scores in self.scores_at(results, end, best).items():
+            row = medians(scores)
             least = min(row.values())
             told = {name: f"{score:.3f}" for name, score in row.items()}
             told |= {name: f"**{told[name]}**" for name, score in row.items() if score == least}
             told |= {name: "none in time" for name, score in row.items() if score == math.inf}
-            rows.append([label, *(told.get(name, "") for name in CONTENDERS)])
-        header = [f"nats after {end:g} s, training rows x columns", *CONTENDERS]
+            counts = sorted({len(by_seed) for by_seed in scores.values()})
+            seeds = f", {' to '.join(map(str, counts))} seeds" if counts != [1] else ""
+            rows.append([label + seeds, *(told.get(name, "") for name in CONTENDERS)])
+        header = [f"nats after {end} s, training rows x columns", *CONTENDERS]
         return show.markdown(header, rows)
 
     def below(self, results: Results) -> str:
+        seeds = sorted({self.cases[case].seed for case in results})
         delays = [
             score["seconds"] / float(end) - 1
             for case, result in results.items()
-            if self.cases[case][1] in AT_ONCE
+            if self.cases[case].contender in AT_ONCE
             for end, score in result["scores"].items()
         ]
+        told = "Seed" if len(seeds) == 1 else "Medians over those that are there of seeds"
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
-        return f"Seed {SEED}{late}."
+        return f"{told} {', '.join(map(str, seeds))}{late}."
 
     def draw(self, results: Results) -> Figure:
         """How far each contender is from the best of each table."""
-        styles = show.styles(CONTENDERS)
-        found = {end: self.nats(results, end) for end in TIMES}
-        labels = list(dict.fromkeys(label for end in reversed(TIMES) for label in found[end]))
-        figure = Figure((4.6 * len(TIMES) + 1, 1.4 + 0.3 * len(labels)), layout="constrained")
-        axes = figure.subplots(1, len(TIMES), squeeze=False, sharey=True)
-        for axis, end in zip(axes.flat, TIMES, strict=True):
+        times, styles = times_of(results)[::-1], show.styles(CONTENDERS)
+        found = {
+            end: {label: medians(row) for label, row in self.scores_at(results, end).items()}
+            for end in times
+        }
+        labels = list(dict.fromkeys(label for end in reversed(times) for label in found[end]))
+        figure = Figure((4.6 * len(times) + 1, 1.4 + 0.3 * len(labels)), layout="constrained")
+        axes = figure.subplots(1, len(times), squeeze=False, sharey=True)
+        for axis, end in zip(axes.flat, times, strict=True):
             for name, marker in zip(CONTENDERS, MARKERS, strict=True):
                 points = [
                     (row[name] - min(row.values()), labels.index(label))
@@ -153,7 +232,7 @@ class Tables(Benchmark):
                     style = {"color": styles[name]["color"], "ms": 5, "label": name}
                     axis.plot(*zip(*points, strict=True), marker, **style)
             axis.set_xscale("symlog", linthresh=0.1)
-            axis.set(title=f"after {end:g} s", xlabel="nats above the best")
+            axis.set(title=f"after {end} s", xlabel="nats above the best")
             axis.set_yticks(range(len(labels)), labels)
         axes.flat[0].invert_yaxis()
         return figure
@@ -163,7 +242,8 @@ class Tables(Benchmark):
 
         On the tables that have the most contenders: no one is the best of one.
         """
-        placed = [ranks(row) for row in self.nats(results, TIMES[-1]).values()]
+        end = times_of(results)[0]
+        placed = [ranks(medians(row)) for row in self.scores_at(results, end).values()]
         placed = [row for row in placed if len(row) == max(map(len, placed))]
         parts = []
         for name in CONTENDERS:
@@ -171,7 +251,7 @@ class Tables(Benchmark):
             if own:
                 parts.append((np.mean(own), f"{name} {own.count(1)} ({np.mean(own):.1f})"))
         told = ", ".join(text for _, text in sorted(parts))
-        return f"Best after {TIMES[-1]:g} s, of {len(placed)} tables (mean rank): {told}."
+        return f"Best after {end} s, of {len(placed)} tables (mean rank): {told}."
 
 
 BENCHMARK = Tables()

@@ -1,9 +1,10 @@
 """Density estimators for `tables`, each set as its own documentation advises.
 
-A contender is a function of the table, a seed and the seconds of training. It imports its library
-and returns an iterator, which trains: each `Candidate` is what training has come to, with its score
-on the validation rows. What happens between two candidates is the time of training, so compilation
-and validation are in it and imports are not. Scores are mean nats of a row, the less the better.
+A contender is a function of the table, a seed and the seconds of training, with three settings: the
+documented one, and two others in size or rate. It imports its library and returns an iterator,
+which trains: each `Candidate` is what training has come to, with its score on the validation rows.
+What happens between two candidates is the time of training, so compilation and validation are in it
+and imports are not. Scores are mean nats of a row, the less the better.
 """
 
 import itertools
@@ -42,12 +43,12 @@ def looks(first: int, apart: float) -> Iterator[bool]:
             due = max(step + first, math.ceil(apart * step))
 
 
-def by_jaxode(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
+def by_jaxode(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[Candidate]:
     start_key, key = jax.random.split(jax.random.key(seed))
     dim = table.train.shape[1]
 
     def train():
-        params = jaxode.nn.Residual(dim, key=start_key)
+        params = jaxode.nn.Residual(dim, key=start_key, **size)
         # Matching takes no tolerance, and `log_prob` has the exact trace.
         flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim), rtol=1e-6, atol=1e-6)
         options: dict[str, Any] = {
@@ -62,11 +63,11 @@ def by_jaxode(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
     return train()
 
 
-def by_torchcfm(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
+def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[Candidate]:
     """The network and initial weights of jaxode; evaluated in JAX."""
 
     dim, rng = table.train.shape[1], np.random.default_rng(seed)
-    params = jaxode.nn.Residual(dim, key=jax.random.key(seed))
+    params = jaxode.nn.Residual(dim, key=jax.random.key(seed), **size)
     step, current = torchcfm_matching(params, dim, 2e-3)
 
     def train():
@@ -86,7 +87,7 @@ def by_torchcfm(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
 def by_zuko(name: str):
     """`zuko.flows.NSF` or `MAF` with their defaults, and the optimizer of its tutorials."""
 
-    def contender(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
+    def contender(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[Candidate]:
         import torch
         import torch._dynamo  # which the first optimizer imports
         import zuko
@@ -103,7 +104,7 @@ def by_zuko(name: str):
 
         def train():
             torch.manual_seed(seed)
-            flow = getattr(zuko.flows, name)(table.train.shape[1])
+            flow = getattr(zuko.flows, name)(table.train.shape[1], **size)
             optimizer, look = torch.optim.Adam(flow.parameters(), lr=1e-3), looks(*OF_MAP)
             while True:
                 for batch in torch.randperm(len(train_rows)).split(256):
@@ -124,7 +125,9 @@ def by_zuko(name: str):
 def by_flowjax(name: str):
     """The loop, batches and rate of `fit_to_data`, which cannot end after some seconds."""
 
-    def contender(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
+    def contender(
+        table: Table, seed: int, seconds: float, rate: float = 5e-4, **size: int
+    ) -> Iterator[Candidate]:
         import flowjax.flows
         import paramax
         from flowjax.bijections import RationalQuadraticSpline
@@ -136,10 +139,11 @@ def by_flowjax(name: str):
             key, subkey = jax.random.split(jax.random.key(seed))
             spline = RationalQuadraticSpline(knots=8, interval=4)
             options = {"base_dist": Normal(jnp.zeros(table.train.shape[1])), "transformer": spline}
+            options |= size
             flow = getattr(flowjax.flows, name)(subkey, **options)
             frozen = lambda leaf: isinstance(leaf, paramax.NonTrainable)
             params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=frozen)
-            loss, optimizer, look = MaximumLikelihoodLoss(), optax.adam(5e-4), looks(*OF_MAP)
+            loss, optimizer, look = MaximumLikelihoodLoss(), optax.adam(rate), looks(*OF_MAP)
             score = lambda params, x: float(loss(params, static, jnp.asarray(x)))
             state, rows = optimizer.init(params), jnp.asarray(table.train)
             while True:
@@ -201,15 +205,28 @@ def quiet(make: Callable[..., Any], values) -> Iterator[Any]:
         yield fitted
 
 
+class Contender(NamedTuple):
+    train: Callable[..., Iterator[Candidate]]
+    settings: dict[str, dict[str, Any]] = {"": {}}
+    """What differs from the documented one, the first, by name."""
+
+
+WIDTHS = {"": {}, "width 64": {"width": 64}, "width 256": {"width": 256}}
+OF_ZUKO = {
+    "": {},
+    "hidden 256-256": {"hidden_features": (256, 256)},
+    "5 transforms, hidden 128-128": {"transforms": 5, "hidden_features": (128, 128)},
+}
+OF_FLOWJAX = {"": {}, "width 128": {"nn_width": 128}, "rate 2e-3": {"rate": 2e-3}}
 CONTENDERS = {
-    "jaxode": by_jaxode,
-    "torchcfm": by_torchcfm,
-    "zuko NSF": by_zuko("NSF"),
-    "zuko MAF": by_zuko("MAF"),
-    "flowjax coupling": by_flowjax("coupling_flow"),
-    "flowjax autoregressive": by_flowjax("masked_autoregressive_flow"),
-    "mixture of Gaussians": mixture,  # their sizes are chosen by the validation rows
-    "kernel density": kernels,
-    "Gaussian": gaussian,
+    "jaxode": Contender(by_jaxode, WIDTHS),
+    "torchcfm": Contender(by_torchcfm, WIDTHS),
+    "zuko NSF": Contender(by_zuko("NSF"), OF_ZUKO),
+    "zuko MAF": Contender(by_zuko("MAF"), OF_ZUKO),
+    "flowjax coupling": Contender(by_flowjax("coupling_flow"), OF_FLOWJAX),
+    "flowjax autoregressive": Contender(by_flowjax("masked_autoregressive_flow"), OF_FLOWJAX),
+    "mixture of Gaussians": Contender(mixture),  # their sizes are chosen by the validation rows
+    "kernel density": Contender(kernels),
+    "Gaussian": Contender(gaussian),
 }
 AT_ONCE = ("jaxode",)  # what they do depends on how long they have: one training for each time
