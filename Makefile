@@ -57,10 +57,10 @@ bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FR
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
-posterior: .venv-bench/ready  ## Posteriors from simulations on two tasks of sbibm; takes a quarter of an hour
+posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes half an hour
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
 
-tables: .venv-bench/ready  ## Densities of tables after 20 and 60 seconds of training; takes hours
+tables: .venv-bench/ready  ## Densities of tables after 20, 60 and 300 seconds of training; takes days
 	.venv-bench/bin/python -m benchmarks tables $(if $(FRESH),--fresh)
 
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again

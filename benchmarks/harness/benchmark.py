@@ -38,6 +38,10 @@ class Benchmark:
     def run(self, case: str, bench: Bench) -> Result:
         raise NotImplementedError
 
+    def complete(self, result: Result, seconds: float) -> bool:
+        """Whether a case with this result need not be measured again for so many seconds."""
+        return True
+
     header: Sequence[str]
     """Of the table."""
 

@@ -163,7 +163,11 @@ def run(
             del found[job.name]
     given = lambda benchmark: benchmark.seconds if seconds is None else seconds
 
-    todo = [job for job in jobs if job.case not in found.get(job.name, {})]
+    def left(job: Job) -> bool:
+        result = found.get(job.name, {}).get(job.case)
+        return result is None or not job.benchmark.complete(result, given(job.benchmark))
+
+    todo = [job for job in jobs if left(job)]
     keep(results)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
