@@ -266,6 +266,7 @@ SETTINGS = [
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fit.seconds")  # a few steps are enough here
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 def test_every_estimator_of_tables_runs_to_its_end(name, setting, quick, monkeypatch, tmp_path):
     library = name.split()[0].lower()
