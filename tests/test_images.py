@@ -134,18 +134,16 @@ class Convolutional(eqx.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event", [(2, 3, 3), (4, 4)], ids=str)
-def test_convolutional_flow_on_images(event):
+def test_convolutional_flow_on_images():
     """Exact, estimated, and by the change of variables of the whole flow."""
-    net = Convolutional(1 if len(event) == 2 else event[0], 4, jax.random.key(0))
-
-    def f(t, y, m):
-        return m(t, y.reshape(-1, *event[-2:])).reshape(event)
+    event = 2, 3, 2
+    net = Convolutional(event[0], 4, jax.random.key(0))
 
     def flow(estimator):
         return jaxode.cnf(
-            f, jaxode.standard_normal(event), divergence=estimator, rtol=1e-8, atol=1e-8
-        )
+            lambda t, y, m: m(t, y), jaxode.standard_normal(event), divergence=estimator,
+            rtol=1e-8, atol=1e-8,
+        )  # fmt: skip
 
     x = jax.random.normal(jax.random.key(1), (3, *event))
     exact = flow(divergence.exact())

@@ -434,8 +434,8 @@ def test_20_ffjord_learns_a_mixture_of_three_normals(default_settings):
     flow = jaxode.cnf(
         jaxode.nn.field, jaxode.standard_normal(1), divergence=hutchinson(2), **options
     )
-    params = jaxode.nn.ConcatSquash(1, (32, 32), key=jax.random.key(0))
-    steps = 500
+    params = jaxode.nn.ConcatSquash(1, (16, 16), key=jax.random.key(0))
+    steps = 300
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, steps))
 
     @jax.jit
@@ -443,7 +443,7 @@ def test_20_ffjord_learns_a_mixture_of_three_normals(default_settings):
         def step(carry, key):
             params, state = carry
             index_key, probe_key = jax.random.split(key)
-            x = jax.random.choice(index_key, data, (256,), replace=False)
+            x = jax.random.choice(index_key, data, (128,), replace=False)
             gradient = jax.grad(flow.nll)(params, x, key=probe_key)
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), None

@@ -75,19 +75,18 @@ LOSSES = {
             jaxode.regularizers.kinetic_energy(0.7), jaxode.regularizers.jacobian_frobenius(0.2),
         ),
     },
-    "orthogonal probes, random nodes": {
+    "orthogonal probes, random nodes, two checkpoints, raising": {
         "divergence": jaxode.divergence.hutchinson(2, "orthogonal"), "quadrature": "stochastic",
+        "adjoint": jaxode.DiscreteAdjoint(2), "throw": True,
     },
     **{name: METHODS[name].options() for name in REVERSE if name != "discrete"},
-    "two checkpoints, raising": {"adjoint": jaxode.DiscreteAdjoint(2), "throw": True},
 }  # fmt: skip
 
 
 # Of options of which there are others, without devices.
 OTHERS = (
     "exact in chunks, regularized",
-    "orthogonal probes, random nodes",
-    "two checkpoints, raising",
+    "orthogonal probes, random nodes, two checkpoints, raising",
     "interpolating",
 )
 OWN_STEPS = [{"steps": 6}, {"batch": "per_sample"}]

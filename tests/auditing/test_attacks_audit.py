@@ -1,6 +1,5 @@
 """Flows that are made to fool the audit: wrong ones that look right, right ones that look wrong."""
 
-import dataclasses
 import functools
 
 import equinox as eqx
@@ -14,6 +13,7 @@ import jaxode
 from jaxode import divergence
 from jaxode.auditing import density as density_checks
 from jaxode.auditing.balance import imbalance
+from jaxode.auditing.subject import Subject
 
 KEY = jax.random.key(0)
 
@@ -76,65 +76,65 @@ def audit_estimate(estimated, is_square):
     return audit(tanh_or_square, 12, p, x, divergence=estimated)
 
 
-class Scaled(eqx.Module):
-    """A normal density times a constant."""
+class Base(eqx.Module):
+    """One of several densities: which, its factor and its scale are data, of one program."""
 
+    which: jax.Array = eqx.field(converter=jnp.asarray)
     event_shape: tuple[int, ...] = eqx.field(static=True)
     log_factor: jax.Array = eqx.field(converter=jnp.asarray)
-
-    def log_prob(self, z):
-        return jaxode.standard_normal(self.event_shape).log_prob(z) + self.log_factor
-
-    def sample(self, key, shape=()):
-        return jaxode.standard_normal(self.event_shape).sample(key, shape)
-
-
-class Drawn(eqx.Module):
-    """A standard normal density that draws samples of another scale."""
-
     scale: jax.Array = eqx.field(converter=jnp.asarray)
-    event_shape: tuple[int, ...] = eqx.field(static=True, default=(2,))
 
     def log_prob(self, z):
-        return jaxode.standard_normal(self.event_shape).log_prob(z)
+        densities = normal_density, cube_density, apart_density
+        return jax.lax.switch(self.which, densities, z) + self.log_factor
 
     def sample(self, key, shape=()):
-        return self.scale * jaxode.standard_normal(self.event_shape).sample(key, shape)
+        draws = jax.random.normal, draw_cube, draw_apart
+        drawn = [lambda key, draw=draw: draw(key, (*shape, *self.event_shape)) for draw in draws]
+        return self.scale * jax.lax.switch(self.which, drawn, key)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cube:
+def normal(size, log_factor=0.0, scale=1.0):
+    """A normal density times a constant, or one that draws samples of another scale."""
+    return Base(0, (size,), log_factor, scale)
+
+
+def normal_density(z):
+    return jaxode.standard_normal(z.shape[-1]).log_prob(z)
+
+
+def cube(size):
     """The uniform density between -1 and 1."""
-
-    event_shape: tuple[int, ...]
-
-    def log_prob(self, z):
-        inside = (jnp.abs(z) < 1).all(axis=-1)
-        return jnp.where(inside, -self.event_shape[0] * jnp.log(2.0), -jnp.inf)
-
-    def sample(self, key, shape=()):
-        return jax.random.uniform(key, (*shape, *self.event_shape), minval=-1.0, maxval=1.0)
+    return Base(1, (size,), 0.0, 1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Apart:
+def cube_density(z):
+    inside = (jnp.abs(z) < 1).all(axis=-1)
+    return jnp.where(inside, -z.shape[-1] * jnp.log(2.0), -jnp.inf)
+
+
+def draw_cube(key, shape):
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+
+
+def apart(size):
     """A mixture of two narrow normal densities, which no normal density resembles."""
+    return Base(2, (size,), 0.0, 1.0)
 
-    event_shape: tuple[int, ...]
 
-    def log_prob(self, z):
-        size = self.event_shape[0]
-        one = lambda mean: -jnp.sum(jnp.square((z - mean) / 0.1), axis=-1) / 2
-        return (
-            jnp.logaddexp(one(-1.0), one(1.0))
-            - size * jnp.log(0.1 * (2 * jnp.pi) ** 0.5)
-            - jnp.log(2.0)
-        )
+def apart_density(z):
+    one = lambda mean: -jnp.sum(jnp.square((z - mean) / 0.1), axis=-1) / 2
+    return (
+        jnp.logaddexp(one(-1.0), one(1.0))
+        - z.shape[-1] * jnp.log(0.1 * (2 * jnp.pi) ** 0.5)
+        - jnp.log(2.0)
+    )
 
-    def sample(self, key, shape=()):
-        one, two = jax.random.split(key)
-        sign = jax.random.rademacher(one, (*shape, 1), float)
-        return sign + 0.1 * jax.random.normal(two, (*shape, *self.event_shape))
+
+def draw_apart(key, shape):
+    one, two = jax.random.split(key)
+    sign = jax.random.rademacher(one, (*shape[:-1], 1), float)
+    return sign + 0.1 * jax.random.normal(two, shape)
 
 
 def audit(f, base, p=None, x=None, **options):
@@ -167,18 +167,18 @@ WRONG = {
         lambda: audit_estimate(TWICE, True), {"divergence error"}, "is not the trace",
     ),
     "base density in 256 dimensions": (
-        lambda: audit(tanh, Scaled((256,), 0.1), 0.01 * matrix(256)), {"base probability"},
+        lambda: audit(tanh, normal(256, 0.1), 0.01 * matrix(256)), {"base probability"},
         "Normalize",
     ),
     "base density in 3 dimensions": (
-        lambda: audit(tanh, Scaled((3,), 0.1)), {"base probability", "total probability"},
+        lambda: audit(tanh, normal(3, 0.1)), {"base probability", "total probability"},
         "Normalize",
     ),
     "a base that draws too widely": (
-        lambda: audit(tanh, Drawn(1.5)), {"base samples"}, "do not have its log_prob",
+        lambda: audit_plane(normal(2, scale=1.5)), {"base samples"}, "do not have its log_prob",
     ),
     "a base that draws NaN": (
-        lambda: audit(tanh, Drawn(jnp.nan)), {"base samples"},
+        lambda: audit_plane(normal(2, scale=jnp.nan)), {"base samples"},
         "Fix the base: it draws samples with NaN or inf, in 16384 of 16384 rows",
     ),
     "too few probes": (
@@ -238,8 +238,13 @@ def test_samples_that_are_all_alike_have_no_density():
         assert imbalance_of("normal", np.full((2**14, 3), value)) > density_checks.IMBALANCE
 
 
-def rotation(t, z, p):
-    return p * jnp.stack([-z[1], z[0]])
+def tanh_or_rotation(t, z, args):
+    p, speed = args
+    return jnp.where(speed > 0, speed * jnp.stack([-z[1], z[0]]), tanh(t, z, p))
+
+
+def audit_plane(base, x=None, speed=0.0):
+    return audit(tanh_or_rotation, base, (matrix(2), jnp.asarray(speed)), x)
 
 
 def half(t, z, p):
@@ -252,57 +257,51 @@ def outside(size):
     return x.at[3].set(5.0)
 
 
-# (a right flow, some of what is measured, within which tolerance, other advice that is right).
+# (a right flow, some of what is measured, within which tolerance).
 RIGHT = {
     "closed form in 12 dimensions": (
-        lambda: audit_offered(12), {"divergence error": 0, "base probability": 1}, 0.02, set(),
+        lambda: audit_offered(12), {"divergence error": 0, "base probability": 1}, 0.02,
     ),
     "an estimate of the trace": (
-        lambda: audit_estimate(ONCE, False), {"divergence error": 0}, 1e-12, set(),
+        lambda: audit_estimate(ONCE, False), {"divergence error": 0}, 1e-12,
     ),
     "an estimate of a trace with the mean zero": (
-        lambda: audit_estimate(ONCE, True), {"divergence error": 0}, 1e-12, set(),
+        lambda: audit_estimate(ONCE, True), {"divergence error": 0}, 1e-12,
     ),
     "256 dimensions": (
-        lambda: audit(tanh, Scaled((256,), 0.0), 0.01 * matrix(256)), {"base probability": 1}, 0.05,
-        set(),
+        lambda: audit(tanh, normal(256), 0.01 * matrix(256)), {"base probability": 1}, 0.05,
     ),
     "compact support and a sample outside": (
-        lambda: audit(tanh, Cube((2,)), x=outside(2)),
-        {"samples of density zero": 1, "total probability": 1}, 0.02, set(),
+        lambda: audit_plane(cube(2), outside(2)),
+        {"samples of density zero": 1, "total probability": 1}, 0.02,
     ),
     "compact support in 3 dimensions": (
-        lambda: audit(tanh, Cube((3,)), x=outside(3)),
-        {"samples of density zero": 1, "total probability": 1}, 0.04, set(),
+        lambda: audit(tanh, cube(3), x=outside(3)),
+        {"samples of density zero": 1, "total probability": 1}, 0.04,
     ),
     "a mixture in 3 dimensions": (
-        lambda: audit(tanh, Apart((3,))), {"base probability": 1, "total probability": 1}, 0.04,
-        set(),
+        lambda: audit(tanh, apart(3)), {"base probability": 1, "total probability": 1}, 0.04,
     ),
     "rotation with a gradient of zero": (
-        lambda: audit(rotation, 2, jnp.asarray(120.0)), {"gradient error": 0}, 1e-3,
-        {"evaluations", "stiffness"},
-    ),
-    # Its inverse explodes in finite time unless |x| < 1 / sqrt(2), where all samples are.
-    "support that no solve leaves": (
-        lambda: audit(lambda t, z, p: -p * z**3, 1, jnp.asarray(1.0), x=0.1 * outside(1)),
-        {"total probability": 1}, 0.02, set(),
+        lambda: audit_plane(normal(2), speed=12.0), {"gradient error": 0}, 1e-3,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "values", "atol", "other"), RIGHT.values(), ids=RIGHT)
-def test_right_flow_is_not_blamed(run, values, atol, other):
+@pytest.mark.parametrize(("run", "values", "atol"), RIGHT.values(), ids=RIGHT)
+def test_right_flow_is_not_blamed(run, values, atol):
     report = run()
-    assert set(report.advice) == other
+    assert report.advice == {}
     found = {name: report.values[name] for name in values}
     assert found == pytest.approx(values, abs=atol)
 
 
 @pytest.mark.slow
 def test_integral_without_the_power_to_tell_says_so():
-    row = {row.name: row for row in audit(tanh, Apart((40,))).rows}["base probability"]
+    row = {row.name: row for row in audit(tanh, apart(256), 0.01 * matrix(256)).rows}[
+        "base probability"
+    ]
     assert np.isnan(row.value)
     assert row.limit.startswith("not resolved: effective sample size")
     assert row.advice == ""
@@ -310,20 +309,19 @@ def test_integral_without_the_power_to_tell_says_so():
 
 @pytest.mark.slow
 def test_no_sample_inside_is_named():
-    report = audit(tanh, Cube((2,)), x=5.0 + jnp.zeros((16, 2)))
+    report = audit_plane(cube(2), 5.0 + jnp.zeros((16, 2)))
     assert set(report.advice) == {"samples of density zero"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("field", [half, lambda t, z, p: half(t, z, p).astype(z.dtype)])
-def test_half_precision_of_a_field_is_named(field):
+def test_half_precision_of_a_field_is_named():
     """Also if the field hides it by casting back."""
+    advice = "compute the vector field in float32, not float16"
     with jax.numpy_dtype_promotion("standard"):
-        report = audit(field, 2)
-    assert (
-        "compute the vector field in float32, not float16"
-        in report.advice["tight solves that fail"]
-    )
+        report = audit(lambda t, z, p: half(t, z, p).astype(z.dtype), 2)
+        open_about_it = jaxode.cnf(half, jaxode.standard_normal(2))
+        assert Subject(open_about_it, open_about_it, P, X, KEY, None).rounded == advice
+    assert advice in report.advice["tight solves that fail"]
     assert "rtol" not in " ".join(report.advice.values())
 
 

@@ -329,10 +329,15 @@ def test_nothing_compiles_again(caplog):
 
 @pytest.mark.slow
 def test_no_leaks():
+    """Tracing finds them; nothing needs to run."""
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
+    kept = []
+    leaking = lambda t, y, p: (kept.append(y), -p * y)[1]
     with jax.checking_leaks():
-        jax.vmap(jax.grad(lambda p: flow.nll(p, Y0)))(A)
-        jax.vmap(jax.grad(weighted(end)))(Y0, A)
+        jax.make_jaxpr(jax.vmap(jax.grad(lambda p: flow.nll(p, Y0))))(A)
+        jax.make_jaxpr(jax.vmap(jax.grad(weighted(end))))(Y0, A)
+        with pytest.raises(Exception, match="Leaked"):
+            jax.make_jaxpr(jax.vmap(lambda p: jaxode.solve(leaking, Y0[0], 0.0, 1.0, p).y1))(A)
 
 
 @pytest.mark.slow

@@ -39,11 +39,11 @@ def descend(m, x, key):
 @pytest.mark.slow
 def test_training_keeps_no_arrays_and_compiles_nothing_again(compiled):
     step, m, key = jax.jit(descend), MLP(2, (8,), key=jax.random.key(0)), jax.random.key(1)
-    m, first = train(step, m, 200, key)
+    m, first = train(step, m, 100, key)
     assert compiled
     compiled.clear()
     arrays = len(jax.live_arrays())
-    m, losses = train(step, m, 1000, key)
+    m, losses = train(step, m, 300, key)
     assert not compiled
     assert len(jax.live_arrays()) == arrays
     assert np.mean(losses[-20:]) < np.mean(first[:20])
