@@ -112,7 +112,7 @@ def fit(
         seconds = MINUTE
     end = math.inf
     if seconds is not None:
-        end = begin + non_negative("seconds", seconds, "a finite number of seconds")
+        end = begin + non_negative("seconds", seconds)
     limits = Limits(math.inf if steps is None else integer("steps", steps), end)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")

@@ -486,7 +486,7 @@ WRONG = {
     ),
     "negative seconds": (
         {"seconds": -1}, ValueError,
-        "seconds=...): must be a finite number of seconds; got -1.",
+        "seconds=...): must be a Python number, finite and at least 0; got -1.",
     ),
     "a negative power": (
         {"time_power": -1.0}, ValueError,
