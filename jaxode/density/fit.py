@@ -136,7 +136,8 @@ def fit(
     phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
 
     def start(density):
-        data, evaluate = table.mapper(density, noise_key), evaluation(density, aside, look_key)
+        data, looked_at, log_det = table.in_flow(density, aside, noise_key)
+        evaluate = evaluation(density, looked_at, log_det, look_key)
         return Training(density, data, evaluate, batch_size, begin, progress)
 
     maps = [density]

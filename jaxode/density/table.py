@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -55,15 +56,32 @@ class Table(NamedTuple):
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
         """The rows with uniform noise in [0, 1) on the columns of integers."""
+        if not self.integers.any():
+            return rows
         noise = jax.random.uniform(key, rows.x.shape, rows.x.dtype)
         return rows._replace(x=rows.x + noise * self.integers[None].astype(rows.x.dtype))
 
-    def mapper(self, density: Density, key: PRNGKeyArray) -> Callable[[PRNGKeyArray], Rows]:
-        """A function of a key: the rows to train on as the flow sees them, with new noise."""
+    def in_flow(
+        self, density: Density, aside: Rows, key: PRNGKeyArray
+    ) -> tuple[Callable[[PRNGKeyArray], Rows], Rows, float]:
+        """A function of a key, the rows to train on as the flow sees them, with new noise; and the
+        rows that are set aside, with the mean of their log-determinants.
+
+        All rows are mapped at once, since each number of rows is a program to compile.
+        """
+        count = len(self.rows.x)
+        together = jax.tree.map(
+            lambda *parts: np.concatenate(parts), self.noisy(self.rows, key), aside
+        )
+        mapped, log_det = to_flow(density, together), density.log_det(together.x)
+        rows, aside = (
+            jax.tree.map(lambda leaf, part=part: leaf[part], mapped)
+            for part in (slice(count), slice(count, None))
+        )
+        of_key = lambda key: rows
         if self.integers.any():
-            return lambda key: to_flow(density, self.noisy(self.rows, key))
-        mapped = to_flow(density, self.noisy(self.rows, key))
-        return lambda key: mapped
+            of_key = lambda key: to_flow(density, self.noisy(self.rows, key))
+        return of_key, aside, float(jnp.mean(log_det[count:]))
 
 
 def to_flow(density: Density, rows: Rows) -> Rows:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._jax.closure import compiled
 from jaxode.density.bind import Density
-from jaxode.density.table import Rows, to_flow
+from jaxode.density.table import Rows
 from jaxode.divergence import auto, noiseless
 from jaxode.flows.cnf import CNF
 
@@ -105,8 +105,10 @@ def _nll(flow: CNF, params: PyTree, rows: Rows, key: PRNGKeyArray) -> Float[Arra
     return flow.nll(params, rows.x, key=key, context=rows.context)
 
 
-def evaluation(density: Density, rows: Rows, key: PRNGKeyArray) -> Callable[[PyTree], float]:
-    """A function of parameters: the mean negative log-density of the rows."""
+def evaluation(
+    density: Density, rows: Rows, log_det: float, key: PRNGKeyArray
+) -> Callable[[PyTree], float]:
+    """A function of parameters: the mean negative log-density of rows in the flow."""
     flow, size = density.flow, math.prod(density.event_shape)
     loose = lambda value: jnp.maximum(jnp.asarray(value, float), LOOSE)
     options = flow.solve_options
@@ -115,8 +117,7 @@ def evaluation(density: Density, rows: Rows, key: PRNGKeyArray) -> Callable[[PyT
         flow, regularizers=(), steer=0.0, throw=False, solve_options=options,
         divergence=noiseless() if size <= EXACT_UP_TO else auto(),
     )  # fmt: skip
-    mapped, log_det = to_flow(density, rows), float(jnp.mean(density.log_det(rows.x)))
-    return lambda params: float(_nll(flow, params, mapped, key)) - log_det
+    return lambda params: float(_nll(flow, params, rows, key)) - log_det
 
 
 @dataclasses.dataclass
