@@ -99,7 +99,7 @@ def fit(
 
     Warns:
         UserWarning: of columns that have no density: they repeat values, or depend linearly on each
-            other; of a training that explodes; and of one whose seconds went to compilation.
+            other; of a training that explodes; and of one that took hardly a step in its seconds.
     """
     begin = time.perf_counter()
     if not isinstance(density, Density):
@@ -201,7 +201,7 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
     if taken < min(WARM_UP, limits.steps) and time.perf_counter() > limits.end:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
-            "time, which went to compilation. Pass more seconds, or steps=.",
+            "time, in which programs are compiled, too. Pass more seconds, or steps=.",
             stacklevel=4,
         )
     return run.best, run.points

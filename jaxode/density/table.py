@@ -70,9 +70,7 @@ class Table(NamedTuple):
         All rows are mapped at once, since each number of rows is a program to compile.
         """
         count = len(self.rows.x)
-        together = jax.tree.map(
-            lambda *parts: np.concatenate(parts), self.noisy(self.rows, key), aside
-        )
+        together = jax.tree.map(_joined, self.noisy(self.rows, key), aside)
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
         rows, aside = (
             jax.tree.map(lambda leaf, part=part: leaf[part], mapped)
@@ -82,6 +80,11 @@ class Table(NamedTuple):
         if self.integers.any():
             of_key = lambda key: to_flow(density, self.noisy(self.rows, key))
         return of_key, aside, float(jnp.mean(log_det[count:]))
+
+
+def _joined(a: Any, b: Any) -> np.ndarray:
+    """The rows of both, in the precision of the first."""
+    return np.concatenate([a, b], dtype=a.dtype if jnp.issubdtype(a.dtype, jnp.floating) else None)
 
 
 def to_flow(density: Density, rows: Rows) -> Rows:
@@ -105,6 +108,12 @@ def set_aside(
                 f"{len(pair)} parts."
             )
         aside = _checked("validation", density, *pair, dequantize)
+        shape, got = (jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, aside))
+        if shape != got:
+            raise ValueError(
+                "fit(validation=...): must be a pair (x, context), with a context as in training, "
+                f"of shape {shape}; got {got}. Leave it out where training has none."
+            )
         return rows, part(aside, order(aside)[:LOOK_AT])
     check_number("validation", validation, PART, kind="part")
     count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
@@ -119,7 +128,8 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
     context = check_rows("context", context, len(x))
-    rows_in_flow(context, density.context_maps, density.context_shapes, (len(x),))
+    as_bound = density.context_maps, density.context_shapes, (len(x),)
+    jax.eval_shape(lambda context: rows_in_flow(context, *as_bound), context)  # raises
     check_finite({name: x, "context": context})
     x = np.asarray(x)
     if density.support is not None:

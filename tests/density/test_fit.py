@@ -15,7 +15,7 @@ from helpers import with_slow
 import jaxode
 from jaxode.density import training as module
 from jaxode.density.maps import Affine, Chain
-from jaxode.density.table import set_aside, warn_of_columns
+from jaxode.density.table import Table, set_aside, warn_of_columns
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 
@@ -119,6 +119,13 @@ def test_rows_are_set_aside(part):
     np.testing.assert_array_equal(both, x[labels])
     assert (labels != np.arange(20)).any()
     np.testing.assert_array_equal(np.sort(labels), np.arange(20))
+
+
+def test_rows_keep_their_precision_beside_validation_rows_of_another():
+    table = Table.of(bound(), BENT.astype(np.float32), None, OTHERS, False, jax.random.key(0))
+    data, aside, _ = table.in_flow(bound(), table.validation, jax.random.key(1))
+    assert OTHERS.dtype == np.float64
+    assert data(jax.random.key(2)).x.dtype == aside.x.dtype == np.float32
 
 
 def test_it_stops_when_it_gets_worse():
@@ -508,6 +515,17 @@ WRONG = {
         {"density": lambda: bound(context_shape=(2,)), "context": CONTEXT[:200]}, ValueError,
         "context=...): must be one of shape (2,), or one for each of the samples (200,); got shape "
         "(200, 1).",
+    ),
+    "validation rows without their context": (
+        {"context": CONTEXT[:200], "validation": OTHERS}, ValueError,
+        "validation=...): must be a pair (x, context), with a context as in training, of shape "
+        "(1,); got None. ",
+    ),
+    "validation rows with another context": (
+        {"context": CONTEXT[:200], "validation": (OTHERS, CONTEXT[200:].repeat(2, axis=1))},
+        ValueError,
+        "validation=...): must be a pair (x, context), with a context as in training, of shape "
+        "(1,); got (2,). ",
     ),
     "no context": (
         {"density": lambda: bound(context_shape=(2,))}, ValueError,
