@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 from jaxode._checks.arguments import integer, state_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
+from jaxode._checks.samples import check_key
 
 
 @public("dequantize")
@@ -55,7 +56,7 @@ def dequantize(
     _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
     x = jnp.asarray(x)
     dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
-    x, noise = x.astype(dtype), jax.random.uniform(key, x.shape, dtype)
+    x, noise = x.astype(dtype), jax.random.uniform(check_key(key), x.shape, dtype)
     # The sum may round up to the next level, which would put it in the wrong cell.
     end = jax.lax.stop_gradient(x)
     noisy = jnp.minimum(x + noise, jnp.nextafter(end + 1, end))

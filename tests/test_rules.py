@@ -1,5 +1,6 @@
 """Every wrong call gets one clear sentence: one row for each rule."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import diffrax
@@ -583,6 +584,25 @@ BAD_INPUT = [
     (
         lambda: jaxode.nn.MLP(2, key=KEY, activation="relu"), TypeError,
         "MLP(activation=...): must be a function; got 'relu'. Pass one such as jax.nn.silu.",
+    ),
+    *(
+        (
+            lambda make=make: make(key=0), TypeError,
+            f"{name}(key=...): must be a key of jax.random; got int. Pass jax.random.key(0).",
+        )
+        for name, make in (
+            ("MLP", partial(jaxode.nn.MLP, 2)),
+            ("Residual", partial(jaxode.nn.Residual, 2)),
+            ("Particles", partial(jaxode.nn.Particles, 2, 1)),
+            ("Lattice", partial(jaxode.nn.Lattice, 2)),
+            ("dequantize", partial(jaxode.images.dequantize, x=jnp.zeros(2), levels=2)),
+        )
+    ),
+    (
+        lambda: jax.jit(lambda x: jaxode.fit(jaxode.bind(cnf(), 1.0), x, key=KEY)[1])(X),
+        ValueError,
+        "fit: looks at data and at the clock, so it runs outside jax.jit, jax.grad and jax.vmap; "
+        "got arguments that are traced. Call it between training steps.",
     ),
     (
         lambda: jaxode.bind(cnf(), jaxode.nn.MLP), TypeError,

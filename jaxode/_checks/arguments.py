@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from jaxode._checks.caller import arg
-from jaxode._checks.rules import NOT_NAN, Rule
+from jaxode._checks.caller import arg, caller
+from jaxode._checks.rules import NOT_NAN, Rule, is_known
 from jaxode._jax.sharding import AxisName, axes_of
 
 Time = float | Real[Array, ""]
@@ -101,6 +101,15 @@ def check_scalar(name: str, value: Any, rule: str, cure: str) -> Float[Array, ""
         got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
         raise ValueError(f"{arg(name)} {rule}; got {got}. {cure}")
     return jnp.asarray(value)
+
+
+def check_not_traced(does: str, *values: PyTree) -> None:
+    """Raise if a value is traced, for a function that `does` what a program cannot."""
+    if not is_known(values):
+        raise ValueError(
+            f"{caller()}: {does}, so it runs outside jax.jit, jax.grad and jax.vmap; got arguments "
+            "that are traced. Call it between training steps."
+        )
 
 
 def takes(function: Any, *args: Any) -> bool:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import state_dtype
+from jaxode._checks.arguments import check_not_traced, state_dtype
 from jaxode._checks.caller import public
-from jaxode._checks.rules import is_known
 from jaxode._checks.samples import (
     check_finite,
     check_key,
@@ -116,11 +115,7 @@ def audit(
         raise TypeError(
             f"audit(flow=...): must be a flow made by jaxode.cnf; got {type(flow).__name__}. {cure}"
         )
-    if not is_known((flow, params, x, key, context)):
-        raise ValueError(
-            "audit: measures numbers, so it runs outside jax.jit, jax.grad and jax.vmap; got "
-            "arguments that are traced. Call it between training steps."
-        )
+    check_not_traced("measures numbers", flow, params, x, key, context)
     x = check_samples("x", x, tuple(flow.base.event_shape))
     x = x.astype(state_dtype(x))
     check_key(key)

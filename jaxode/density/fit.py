@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_number, integer, non_negative
+from jaxode._checks.arguments import check_not_traced, check_number, integer, non_negative
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
@@ -94,7 +94,7 @@ def fit(
         again with the density; the state of the optimizer is not kept.
 
     Raises:
-        TypeError, ValueError: for an invalid argument.
+        TypeError, ValueError: for an invalid argument, and inside `jit`.
         FloatingPointError: if no look is finite.
 
     Warns:
@@ -107,6 +107,7 @@ def fit(
             f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
             "jaxode.bind(flow, params)."
         )
+    check_not_traced("looks at data and at the clock", density, x, context, key)
     keys = iter(jax.random.split(check_key(key), 6))
     if seconds is None and steps is None:
         seconds = MINUTE

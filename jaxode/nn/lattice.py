@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
 from jaxode.nn.network import WAVES, Dense, Symmetric
 
@@ -87,7 +88,7 @@ class Lattice(Symmetric):
         modes, width = integer("modes", modes), integer("width", width)
         self.event_shape, self.odd, self.isotropic = event, bool(odd), bool(isotropic)
         self.context_size = integer("context_size", context_size, 0)
-        kernel_key, hidden_key, last_key = jax.random.split(key, 3)
+        kernel_key, hidden_key, last_key = jax.random.split(check_key(key), 3)
         features = 1 + frequencies * (1 if odd else 2)
         orbits = int(_orbits(event, self.isotropic).max()) + 1
         bound = 0.1 / math.sqrt(features * math.prod(event))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
+from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
 from jaxode.nn.network import Dense, Network
 
@@ -149,7 +150,7 @@ class _Network(Network):
         context_size = integer("context_size", context_size, 0)
         outputs = 1 if self.scalar_output else size
         sizes = [size, *(integer("widths", width) for width in widths)]
-        *keys, last = jax.random.split(key, len(sizes))
+        *keys, last = jax.random.split(check_key(key), len(sizes))
         timed = [i == 0 or self.time_in_every_layer for i in range(len(keys))]
         self.hidden = tuple(
             _Layer(a, b, context_size, self.gated, of_time, layer_key)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import check_bool, check_number, integer
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
+from jaxode._checks.samples import check_key
 from jaxode.nn.network import WAVES, Dense, Symmetric
 
 
@@ -163,7 +164,7 @@ class Particles(Symmetric):
         width = integer("width", width)
         blocks = integer("blocks", blocks, 0)
         self.context_size = integer("context_size", context_size, 0)
-        keys = iter(jax.random.split(key, 3 + 2 * blocks))
+        keys = iter(jax.random.split(check_key(key), 3 + 2 * blocks))
         known = 2 * WAVES + self.context_size
         self.hidden = Dense(known, width, next(keys))
         self.last = Dense(width, 1 + bumps, next(keys), 0.1)

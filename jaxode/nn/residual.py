@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
+from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
 from jaxode.nn.network import WAVES, Dense, Network, waves
 
@@ -60,7 +61,7 @@ class Residual(Network):
         width = integer("width", width)
         blocks = integer("blocks", blocks)
         context_size = integer("context_size", context_size, 0)
-        keys = iter(jax.random.split(key, 2 * blocks + 5))
+        keys = iter(jax.random.split(check_key(key), 2 * blocks + 5))
         dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
         known = 2 * WAVES + (width if context_size else 0)
         self.first = dense(size, width)
