@@ -177,7 +177,7 @@ class Tables(Benchmark):
 
     def table(self, results: Results) -> str:
         times = times_of(results)
-        parts = [self.ranking(results), *(self.after(results, end) for end in times)]
+        parts = [f(results, end) for f in (self.ranking, self.after) for end in times]
         parts.append(self.below(results))
         if any(self.cases[case].setting for case in results):
             parts += ["The best of three settings by the validation rows, where all were measured:"]
@@ -237,12 +237,11 @@ class Tables(Benchmark):
         axes.flat[0].invert_yaxis()
         return figure
 
-    def ranking(self, results: Results) -> str:
-        """How often each is the best, and its mean rank, after the longest time.
+    def ranking(self, results: Results, end: str) -> str:
+        """How often each is the best after this time, and its mean rank.
 
         On the tables that have the most contenders: no one is the best of one.
         """
-        end = times_of(results)[0]
         placed = [ranks(medians(row)) for row in self.scores_at(results, end).values()]
         placed = [row for row in placed if len(row) == max(map(len, placed))]
         parts = []
