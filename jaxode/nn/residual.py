@@ -14,14 +14,17 @@ from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
 from jaxode.nn.network import WAVES, Dense, Network, waves
 
+BOUND = 10.0  # of the activations before the output; few are as large near the data
+
 
 class Residual(Network):
     """A residual network whose blocks are scaled and shifted by the time and the context.
 
     With `e` the sines and cosines of `pi k t` for `k` = 1 to 4 and an encoding of the context, a
     block is `h + W activation((1 + a(e)) h + b(e))`, with affine `a` and `b`. The output is affine
-    in the last block, plus `c(e) y`, which is the whole field between two normals. Times are in
-    [0, 1], as in `cnf` by default: 2 looks like 0.
+    in the activations of the last block, which are bounded, plus `c(e) y`, the whole field between
+    two normals: however long it was trained, it carries a sample far from the data no further than
+    a log-density can tell. Times are in [0, 1], as in `cnf` by default: 2 looks like 0.
 
     The best density for its time in matching: see docs/choosing.md. It has no closed form of its
     divergence.
@@ -89,4 +92,5 @@ class Residual(Network):
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
             a, b = jnp.split(modulation(e), 2)
             h = h + block(self.activation((1 + a) * h + b))
-        return self.last(self.activation(h)) + self.scale(e) * x
+        bounded = BOUND * jnp.tanh(self.activation(h) / BOUND)
+        return self.last(bounded) + self.scale(e) * x
