@@ -187,8 +187,18 @@ def test_the_residual_network_is_that_of_its_docstring(context):
     for block, modulation in zip(m.blocks, m.modulation, strict=True):
         a, b = np.split(dense(modulation, e), 2)
         h = h + dense(block, np.tanh((1 + a) * h + b))
-    expected = dense(m.last, np.tanh(h)) + dense(m.scale, e) * np.asarray(Y)
+    last = dense(m.last, 10 * np.tanh(np.tanh(h) / 10))
+    expected = last + dense(m.scale, e) * np.asarray(Y)
     np.testing.assert_allclose(m(T, Y.reshape(2, 3), context), expected.reshape(2, 3), rtol=1e-12)
+
+
+def test_a_residual_network_of_large_weights_has_finite_densities_far_from_the_data():
+    """As after long training. Without a bound, most of these samples overflow on their way."""
+    m = network(residual, (16, 16, 16), jax.nn.silu, event=2)
+    m = jax.tree.map(lambda leaf: 8 * leaf, m)
+    x = 30 * jax.random.normal(jax.random.key(1), (20, 2))
+    log_prob = jaxode.bind(jaxode.cnf(nn.field, jaxode.standard_normal(2)), m).log_prob(x)
+    assert np.isfinite(log_prob).all()
 
 
 @pytest.mark.slow
