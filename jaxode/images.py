@@ -47,6 +47,7 @@ def dequantize(
         level.
 
     Raises:
+        TypeError: if the key is none of `jax.random`.
         ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
             2.
     """

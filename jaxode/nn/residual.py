@@ -14,7 +14,7 @@ from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
 from jaxode.nn.network import WAVES, Dense, Network, waves
 
-BOUND = 20.0  # of the activations before the output; near the data few are as large
+BOUND = 20.0  # of the activations before the output; near the data they are below 10
 
 
 class Residual(Network):

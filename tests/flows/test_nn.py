@@ -193,7 +193,7 @@ def test_the_residual_network_is_that_of_its_docstring(context):
 
 
 def test_a_residual_network_of_large_weights_has_finite_densities_far_from_the_data():
-    """As after long training. Without a bound, most of these samples overflow on their way."""
+    """As after long training. Without a bound, all of these samples overflow on their way."""
     m = network(residual, (16, 16, 16), jax.nn.silu, event=2)
     m = jax.tree.map(lambda leaf: 8 * leaf, m)
     x = 30 * jax.random.normal(jax.random.key(1), (20, 2))
