@@ -19,6 +19,9 @@ OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_pa
 if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 
+# What a program raises for a failed solve: after a first run on a CPU, JAX makes it the latter.
+AT_RUN_TIME = (jax.errors.JaxRuntimeError, ValueError)
+
 # For `jax.shard_map` around a solve: types that say over which devices an array varies.
 typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
+from helpers import AT_RUN_TIME, with_slow
 
 import jaxode
 from jaxode import Result
@@ -78,7 +78,7 @@ GRADIENT_LOUD = jax.jit(jax.grad(lambda y0, given: solve(given, y0).y1.sum()))
 
 
 def raises(argument, run, *inputs):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"SolveError: solve\([^)]*{argument}="):
+    with pytest.raises(AT_RUN_TIME, match=rf"SolveError: solve\([^)]*{argument}="):
         jax.block_until_ready(run(*inputs))
 
 
@@ -280,8 +280,18 @@ def test_a_state_that_is_not_finite_is_named(name, compile):
 
 
 def test_a_state_that_is_not_finite_is_named_by_an_implicit_solver():
-    with pytest.raises(RuntimeError, match=rf"solve\(y0=...\): {OF_ONE}"):
+    with pytest.raises(AT_RUN_TIME, match=rf"SolveError: solve\(y0=...\): {OF_ONE}"):
         jax.block_until_ready(RUN_IMPLICIT_LOUD(values({}), Y0.at[1].set(jnp.nan)))
+
+
+def test_a_program_that_has_run_before_says_the_same():
+    run = jax.jit(lambda y0: jaxode.solve(lambda t, y, args: -y, y0, 0.0, 1.0).y1)
+    bad, said = Y0.at[1].set(jnp.nan), rf"SolveError: solve\(y0=...\): {OF_ONE}"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+        jax.block_until_ready(run(bad))
+    jax.block_until_ready(run(Y0))
+    with pytest.raises(AT_RUN_TIME, match=said):
+        jax.block_until_ready(run(bad))
 
 
 def test_a_list_of_arrays_is_a_state():

@@ -128,8 +128,9 @@ def solve(
             `max_steps` then count between two jumps, and so does `first_step`. Not with `dense` or
             `event`.
         throw: raise `jaxode.SolveError` if the solve fails; under `jit` it is the message of a
-            `jax.errors.JaxRuntimeError`. With `throw=False`, `Solution.result` says how the solve
-            ended, and the state and all gradients of a failed solve are NaN.
+            `jax.errors.JaxRuntimeError`, or of a `ValueError` in later calls on a CPU. With
+            `throw=False`, `Solution.result` says how the solve ended, and the state and all
+            gradients of a failed solve are NaN.
 
     Returns:
         A `Solution`. With "per_sample" steps its `stats` and `result` have one entry per sample.

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, assert_close, gradient, of_feature, with_slow
+from helpers import AT_RUN_TIME, METHODS, assert_close, gradient, of_feature, with_slow
 from problems import STIFF
 
 import jaxode
@@ -141,7 +141,5 @@ def test_a_traced_one_that_breaks_its_rule():
 
     assert jnp.isfinite(run(jnp.array([0.0, 1e-5]), 1e-5)).all()
     for rtol, argument in ((1e-5, "atol=..."), (0.0, "rtol=..., atol=...")):
-        with pytest.raises(
-            (jax.errors.JaxRuntimeError, ValueError), match=rf"solve\({argument}\): "
-        ):
+        with pytest.raises(AT_RUN_TIME, match=rf"solve\({argument}\): "):
             jax.block_until_ready(run(jnp.array([-1e-5 if rtol else 0.0, 1e-5]), rtol))
