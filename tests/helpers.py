@@ -1,5 +1,7 @@
 """What several test modules use: the gradient methods, comparisons, optional libraries."""
 
+import contextlib
+import gc
 import importlib
 import os
 import pathlib
@@ -24,6 +26,17 @@ AT_RUN_TIME = (jax.errors.JaxRuntimeError, ValueError)
 
 # For `jax.shard_map` around a solve: types that say over which devices an array varies.
 typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+
+
+@contextlib.contextmanager
+def checking_leaks():
+    """`jax.checking_leaks`, which collects garbage after each trace: here only what is new."""
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
 
 
 class GradientMethod(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
+from helpers import checking_leaks, with_slow
 
 import jaxode
 
@@ -86,7 +86,7 @@ PROGRAMS = {
         jax.vmap(jax.grad(chosen(end)), (None, 0))
     )(A, ON),
     "linearize": lambda end: jax.linearize(lambda a: end(a, **FORWARD), A)[1](jnp.ones(2)),
-    "checks of leaks": lambda end: jax.checking_leaks()(
+    "checks of leaks": lambda end: checking_leaks()(
         lambda: jax.jit(jax.grad(summed(end)))(1.01 * A)
     )(),
 }  # fmt: skip

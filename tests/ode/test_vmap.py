@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
+from helpers import checking_leaks, with_slow
 
 import jaxode
 from jaxode.ode.adjoints import vmapped
@@ -333,7 +333,7 @@ def test_no_leaks():
     flow = jaxode.cnf(lambda t, y, p: jnp.tanh(p * y), jaxode.standard_normal(2))
     kept = []
     leaking = lambda t, y, p: (kept.append(y), -p * y)[1]
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.make_jaxpr(jax.vmap(jax.grad(lambda p: flow.nll(p, Y0))))(A)
         jax.make_jaxpr(jax.vmap(jax.grad(weighted(end))))(Y0, A)
         with pytest.raises(Exception, match="Leaked"):
