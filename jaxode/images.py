@@ -57,12 +57,14 @@ def dequantize(
     _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
     x = jnp.asarray(x)
     dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
-    x, noise = x.astype(dtype), jax.random.uniform(check_key(key), x.shape, dtype)
-    # The sum may round up to the next level, which would put it in the wrong cell.
-    end = jax.lax.stop_gradient(x)
-    noisy = jnp.minimum(x + noise, jnp.nextafter(end + 1, end))
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
-    return noisy / levels, log_det
+    return in_cells(check_key(key), x.astype(dtype)) / levels, log_det
+
+
+def in_cells(key: PRNGKeyArray, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` plus uniform noise in (0, 1), away from the ends by more than rounding can move it."""
+    margin = 2 * float(jnp.finfo(x.dtype).eps) * (jnp.abs(jax.lax.stop_gradient(x)) + 1)
+    return x + (margin + (1 - 2 * margin) * jax.random.uniform(key, x.shape, x.dtype))
 
 
 @public("quantize")

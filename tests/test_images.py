@@ -43,14 +43,26 @@ def test_dequantization_keeps_the_dtype_and_needs_its_key():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.uint8])
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_the_largest_noise_stays_in_the_cell_of_its_level(levels, dtype, monkeypatch):
-    largest = lambda key, shape, dtype: jnp.full(shape, jnp.nextafter(*jnp.array([1, 0], dtype)))
-    monkeypatch.setattr(jax.random, "uniform", largest)
+def test_the_most_extreme_noise_stays_in_the_cell_of_its_level(levels, dtype, monkeypatch):
     x = jnp.arange(levels).astype(dtype)[:, None]
-    u, _ = images.dequantize(jax.random.key(0), x, levels)
-    assert u.dtype == (jnp.float32 if dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else float)
-    assert (u < 1).all()
-    np.testing.assert_array_equal(images.quantize(u, levels), np.arange(levels)[:, None])
+    for noise in (0, jnp.nextafter(*jnp.array([1, 0], jnp.float32))):
+        extreme = lambda key, shape, dtype, noise=noise: jnp.full(shape, noise, dtype)
+        monkeypatch.setattr(jax.random, "uniform", extreme)
+        u, _ = images.dequantize(jax.random.key(0), x, levels)
+        half = dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        assert u.dtype == (jnp.float32 if half else float)
+        assert ((u > 0) & (u < 1)).all()
+        np.testing.assert_array_equal(images.quantize(u, levels), np.arange(levels)[:, None])
+
+
+@pytest.mark.parametrize("levels", [10, 255, 1000, 65_535])
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_levels_come_back_whatever_the_noise(levels, compile):
+    """XLA multiplies by the inverse of a number of levels that it knows."""
+    x = jax.random.randint(jax.random.key(0), (1, 500_000), 0, levels).astype(jnp.float32)
+    u, _ = compile(lambda key: images.dequantize(key, x, levels))(jax.random.key(1))
+    for quantize in (images.quantize, jax.jit(images.quantize, static_argnums=1)):
+        np.testing.assert_array_equal(quantize(u, levels), x)
 
 
 def test_half_precision_levels_have_noise_of_single_precision():

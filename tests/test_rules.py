@@ -245,6 +245,11 @@ BAD_INPUT = [
         "solve(rtol=...): must be a finite tolerance of at least 0; got -1.0.",
     ),
     (
+        lambda: jaxode.solve(decay, jnp.ones(1, "f4"), 0.0, 1.0, rtol=0.0, atol=1e-40), ValueError,
+        "solve(rtol=0, atol=1e-40): at least one tolerance must be positive in float32, in which "
+        "the state is solved.",
+    ),
+    (
         lambda: solve(rtol=0.0, atol=0.0), ValueError,
         "solve(rtol=0, atol=0): at least one tolerance must be positive.",
     ),

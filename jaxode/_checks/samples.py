@@ -118,13 +118,13 @@ def normalized(
     return weights / jnp.where(valid, total, jnp.nan), valid
 
 
-def check_count(n: Any) -> Any:
+def check_count(n: Any, name: str = "n") -> Any:
     """A number of samples; a symbolic one of `jax.export` as it is."""
     from jax import export  # not loaded by older versions of JAX
 
     if export.is_symbolic_dim(n):
         return n
-    return integer("n", n, least=0, rule="a number of samples")
+    return integer(name, n, least=0, rule="a number of samples")
 
 
 def check_steer(steer: Any, t0: Time, t1: Time) -> float:

@@ -31,7 +31,7 @@ from jaxode.density.inputs import (
     shapes_of_context,
 )
 from jaxode.density.maps import Map
-from jaxode.density.standardize import as_map, context_maps, deprecated_pair
+from jaxode.density.standardize import as_map, check_affine, context_maps, deprecated_pair
 from jaxode.density.support import as_support
 from jaxode.distributions import CenteredNormal
 from jaxode.divergence import noiseless
@@ -267,7 +267,7 @@ class Density(eqx.Module):
     def _counted(self, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
         """The sample shape as a tuple, and its product."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
-        shape = tuple(check_count(size) for size in sizes)
+        shape = tuple(check_count(size, "sample_shape") for size in sizes)
         return shape, math.prod(shape)
 
 
@@ -325,6 +325,7 @@ def bind(
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
     allowed = as_support(support, event)
+    check_affine(standardize_context)
     context = context_numbers("standardize_context", standardize_context)
     return Density(
         _flow=_wrap_constants(flow),

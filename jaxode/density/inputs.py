@@ -23,15 +23,20 @@ Shape = tuple[int, ...]
 
 
 def floating(x: Any) -> Array:
-    """A floating array. Integers get the default floating dtype."""
-    x = jnp.asarray(x)
-    return x.astype(floating_dtype(x.dtype))
+    """A floating array of at least float32. Integers get the default floating dtype."""
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    # Cast first: JAX wraps integers that are too large for int32.
+    return jnp.asarray(x.astype(floating_dtype(x.dtype)))
 
 
 def floating_dtype(dtype: Any) -> Any:
     """The dtype of `floating` for an array of this dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = float
+    elif jnp.finfo(dtype).bits < 32:
+        dtype = jnp.float32
     # `jnp.result_type` warns of a float64 that JAX does not have.
-    return jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def numbers(name: str, x: Any, real: bool = True) -> Any:
@@ -119,13 +124,14 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Affine | None) ->
     try:
         if cut < 0 or jnp.shape(leaf)[cut:] != shape:
             raise ValueError
+        leaf = leaf if of_leaf is None else floating(leaf)
         rows = jnp.broadcast_to(leaf, (*samples, *shape)).reshape(math.prod(samples), *shape)
     except ValueError:
         raise ValueError(
             f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
             f"{samples}; got shape {jnp.shape(leaf)}."
         ) from None
-    return rows if of_leaf is None else of_leaf.inverse(floating(rows))[0]
+    return rows if of_leaf is None else of_leaf.inverse(rows)[0]
 
 
 def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:

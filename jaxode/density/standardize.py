@@ -51,7 +51,7 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
         )
     if isinstance(given, tuple):
         return _affine(name, given, event)
-    if not jnp.ndim(given):
+    if callable(given) or not jnp.ndim(given):
         raise TypeError(
             f"{arg(name)} must be the data, or (mean, scale); got {given!r}. Pass your data, an "
             f"array {shape_of('n', event)}."
@@ -63,7 +63,7 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
             f"{data.shape}."
         )
     if is_known(data):
-        _check_values(name, np.asarray(data))
+        check_values(name, np.asarray(data))
     if fit is not fit_affine and not is_known((data, support)):
         raise TypeError(
             f"{arg(name)} needs data that are known, to sort them; got a tracer. Call bind outside "
@@ -94,7 +94,7 @@ def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
     return Affine(mean, scale)
 
 
-def _check_values(name: str, data: np.ndarray) -> None:
+def check_values(name: str, data: np.ndarray) -> None:
     """Raise for NaN and infinity, and for numbers that JAX's dtype makes infinite."""
     dtype = floating_dtype(data.dtype)
     with np.errstate(over="ignore"):
@@ -132,6 +132,16 @@ def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -
     return jax.tree.map(lambda part: jnp.asarray(part, dtype), fit(wide))
 
 
+def check_affine(given: Any) -> None:
+    """Raise for another map of a context."""
+    unfitted = lambda x: isinstance(x, Unfitted)
+    if any(map(unfitted, jax.tree.leaves(given, is_leaf=unfitted))):
+        raise TypeError(
+            "bind(standardize_context=...): a context has affine maps only; got one of "
+            "jaxode.standardize. Pass the data themselves."
+        )
+
+
 def context_maps(given: Any) -> PyTree:
     """A map for each floating leaf of the context, None for the others."""
     if isinstance(given, tuple):
@@ -142,5 +152,5 @@ def context_maps(given: Any) -> PyTree:
             )
         return as_map("standardize_context", given, max(jnp.shape(part) for part in given))
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    one = lambda x: as_map("standardize_context", x, x.shape[1:]) if is_floating(x) else None
+    one = lambda x: as_map("standardize_context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

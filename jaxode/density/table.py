@@ -15,14 +15,23 @@ from jaxode._checks.arguments import check_number, shape_of
 from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
-from jaxode.density.inputs import check_inside, floating, numbers, rows_in_flow
+from jaxode.density.inputs import (
+    check_inside,
+    context_numbers,
+    floating,
+    numbers,
+    rows_in_flow,
+)
 from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
+from jaxode.density.standardize import check_values
+from jaxode.images import in_cells
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
 OFTEN = 0.01
 # Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
 LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
+COARSE = 1 / 64  # the most that dequantized integers may be apart in their dtype
 
 PART = Rule(NUMBER, lambda part: (part > 0) & (part < 1), "must be between 0 and 1")
 
@@ -50,16 +59,17 @@ class Table(NamedTuple):
         """Check the rows, set some aside, and warn of columns without a density."""
         rows, aside = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
+        check_noise(rows.x[:, integers])
         columns = rows.x.reshape(len(rows.x), -1)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
         return cls(rows, aside, integers)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
-        """The rows with uniform noise in [0, 1) on the columns of integers."""
+        """The rows with uniform noise in (0, 1) on the columns of integers."""
         if not self.integers.any():
             return rows
-        noise = jax.random.uniform(key, rows.x.shape, rows.x.dtype)
-        return rows._replace(x=rows.x + noise * self.integers[None].astype(rows.x.dtype))
+        x = jnp.asarray(rows.x)
+        return rows._replace(x=jnp.where(self.integers[None], in_cells(key, x), x))
 
     def in_flow(
         self, density: Density, aside: Rows, key: PRNGKeyArray
@@ -121,17 +131,18 @@ def set_aside(
 
 
 def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
-    x, event = floating(numbers(name, x)), density.event_shape
+    x, event = numbers(name, x), density.event_shape
     if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
         raise ValueError(
             f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
             f"{LEAST_ROWS} rows; got {x.shape}."
         )
-    context = check_rows("context", context, len(x))
+    check_values(name, np.asarray(x))
+    context = check_rows("context", context_numbers("context", context), len(x))
     as_bound = density.context_maps, density.context_shapes, (len(x),)
     jax.eval_shape(lambda context: rows_in_flow(context, *as_bound), context)  # raises
-    check_finite({name: x, "context": context})
-    x = np.asarray(x)
+    check_finite({"context": context})
+    x = np.asarray(floating(x))
     if density.support is not None:
         middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
         check_inside(jax.vmap(partial(contains, density.support))(middle), middle)
@@ -141,6 +152,16 @@ def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: b
 def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
     """Which columns hold integers alone."""
     return (columns == np.round(columns)).all(axis=0)
+
+
+def check_noise(integers: Float[np.ndarray, "rows some"]) -> None:
+    """Raise if the columns hold numbers beside which noise in (0, 1) is lost."""
+    largest, eps = np.max(np.abs(integers), initial=0.0), float(jnp.finfo(integers.dtype).eps)
+    if largest * eps > COARSE:
+        raise ValueError(
+            f"fit(dequantize=True): noise below 1 is lost in {integers.dtype} beside integers as "
+            f"large as {largest:g}. Subtract an offset from their column first, or use float64."
+        )
 
 
 def warn_of_columns(

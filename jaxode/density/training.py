@@ -80,6 +80,9 @@ class State(NamedTuple):
 @compiled
 def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows: Rows, keys):
     """The state after a step of the optimizer for each key."""
+    import optax  # `import jaxode` does not load it
+
+    update = optax.with_extra_args_support(optimizer).update
     rate, warm_up = rates  # the part of an update that is made, and the steps of the warm-up
 
     def step(state, key):
@@ -87,8 +90,9 @@ def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows:
         drawn = jax.random.randint(row_key, (batch_size,), 0, len(rows.x))
         x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
         of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, key)
-        gradient = jax.grad(of_arrays)(state.arrays)
-        updates, inner = optimizer.update(gradient, state.optimizer, state.arrays)
+        value, gradient = jax.value_and_grad(of_arrays)(state.arrays)
+        of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
+        updates, inner = update(gradient, state.optimizer, state.arrays, **of_loss)
         now = rate * jnp.minimum(1.0, (state.count + 1) / warm_up)
         arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
         # The mean of the last tenth of the steps, at most of the last 500.

@@ -290,7 +290,7 @@ class CNF(eqx.Module):
             path: take the path gradient, which leaves out a term of mean zero. It has less noise
                 near the target, and none where `q = p`.
 
-        Differentiation: reverse mode, once. For `x = F(z)` the path gradient is
+        Differentiation: once; a second time raises. For `x = F(z)` the path gradient is
         `(dx/dparams)^T (grad log q(x) - grad log p(x))`. Its first factor is exact for the computed
         samples. The score of `q` is solved along with them, `dg/dt = -J^T g - grad div f`, to ten
         times `atol`. So unlike the gradient of the value (`path=False`), the path gradient does not

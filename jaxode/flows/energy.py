@@ -16,12 +16,18 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._checks.arguments import check_scalar, takes
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import compiled
+from jaxode._jax.primitives import first_derivatives_only
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import SCORE
 from jaxode.flows.programs import probes_of
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
+
+ONCE = (
+    "reverse_kl_loss: has first derivatives only. For second ones, differentiate the mean of "
+    "log_q - log_density(x) of flow.sample_and_log_prob, which has no path gradient."
+)
 
 Target = Callable[..., Float[Array, ""]]
 """The unnormalized log-density of one sample, `(x)` or `(x, context_row)`."""
@@ -67,6 +73,8 @@ def reverse_kl(
         solution.result,
     )
     loss = jnp.mean(losses * nan_unless(fine, losses.dtype))
+    # The derivatives of the slope and the score are stopped above.
+    loss = first_derivatives_only(loss, ONCE)
     return loss, result, solution.t_reached, finite
 
 

@@ -169,9 +169,11 @@ class SolveOptions(eqx.Module):
 
 @functools.cache
 def _least(dtype: jnp.dtype) -> float:
-    """The largest number that rounds to zero in `dtype`: half of the smallest denormal."""
+    """The largest number that becomes zero in `dtype`. Programs flush denormals of float32."""
     info = jnp.finfo(dtype)
-    return 0.5 * float(info.tiny) * float(info.eps)
+    if info.bits < 32:
+        return 0.5 * float(info.tiny) * float(info.eps)
+    return float(np.nextafter(info.tiny, info.dtype.type(0)))
 
 
 def choice_of_steps(batch: Any, solve_options: dict[str, Any]) -> Literal["joint", "per_sample"]:

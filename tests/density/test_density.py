@@ -220,6 +220,26 @@ def test_integers_are_numbers():
     np.testing.assert_allclose(found, flow.log_prob(DATA[0], context=np.array([3.0, 4.0])))
 
 
+def test_integers_do_not_wrap(default_settings):
+    """Those that int32 does not hold, such as time stamps."""
+    x = np.random.default_rng(1).integers(2_000_000_000, 4_000_000_000, (40, 2))
+    density = jaxode.bind(
+        jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2)), trained(2),
+        standardize=x, standardize_context=1.0 * x,
+    )  # fmt: skip
+    found = density.log_prob(x, context=x)
+    np.testing.assert_array_equal(found, density.log_prob(1.0 * x, context=1.0 * x))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_data_in_half_precision_are_mapped_in_single(dtype, default_settings):
+    x = DATA.astype(dtype)
+    density = jaxode.bind(jaxode.cnf(lambda t, z, p: p * z, FLOW.base), 0.1, standardize=x)
+    found, wanted = density.log_prob(x), density.log_prob(x.astype(np.float32))
+    assert found.dtype == wanted.dtype == np.float32
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_far_outside_of_the_support_the_flow_is_not_asked():
     """It has never seen such data: its field may be NaN there."""
     field = lambda t, z, a: jnp.where(jnp.abs(z) > 8.0, jnp.nan, a * z)
@@ -610,6 +630,18 @@ WRONG = {
     "a context of several arrays": (
         {"standardize_context": (DATA, DATA)},
         r"standardize_context=...\): must be \(mean, scale\), .* got a tuple of 2 parts",
+    ),
+    "a number as data of a context": (
+        {"standardize_context": {"a": 3.0}},
+        r"standardize_context=...\): must be the data, or \(mean, scale\); got 3.0. Pass your",
+    ),
+    "another map for a context": (
+        {"standardize_context": {"a": jaxode.standardize.normal(DATA)}},
+        r"standardize_context=...\): a context has affine maps only; .* Pass the data themselves.",
+    ),
+    "a function in place of its map": (
+        {"standardize": jaxode.standardize.normal},
+        r"must be the data, or \(mean, scale\); got <function normal",
     ),
     "bounds in the wrong order": ({"support": (1.0, 0.0)}, r"each lower bound must be less"),
     "bounds of another shape": ({"support": (np.zeros(3), 1.0)}, r"the shape of an event, \(2,\)"),

@@ -537,6 +537,15 @@ WRONG = {
         "support=...): the data must lie strictly inside; got values on or outside it in 1 of "
         "200 rows, first in row 3. Widen the support, or leave those rows out.",
     ),
+    "more than float32 holds": (
+        {"x": 1e39 * BENT}, ValueError,
+        "x=...): data must fit float32; got larger numbers in 165 of 200 rows, first in row 1. ",
+    ),
+    "noise that is lost": (
+        {"x": INTEGERS * [1, 0] + [1e7, 0.0], "dequantize": True}, ValueError,
+        "dequantize=True): noise below 1 is lost in float32 beside integers as large as 1e+07. "
+        "Subtract an offset from their column first, or use float64.",
+    ),
     "integers at the upper bound": (
         {"density": lambda: on((0.0, -9.0), (7.0, 9.0)), "x": INTEGERS, "dequantize": True},
         ValueError,
@@ -558,6 +567,47 @@ def test_integers_from_the_lower_bound_on():
     """With noise, they lie strictly inside."""
     density, _ = fit(on((0.0, -9.0), (8.0, 9.0)), INTEGERS, dequantize=True, steps=50)
     assert np.isfinite(density.log_prob(INTEGERS + 0.5)).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-24])
+def test_noise_never_reaches_a_bound(noise, monkeypatch):
+    """Which would end a training, by chance."""
+    table = Table.of(on((0.0, -9.0), (8.0, 9.0)), INTEGERS, None, 0.1, True, jax.random.key(0))
+    extreme = lambda key, shape, dtype: jnp.full(shape, noise, dtype)
+    monkeypatch.setattr(jax.random, "uniform", extreme)
+    whole, noisy = table.rows.x, np.asarray(table.noisy(table.rows, jax.random.key(1)).x)
+    assert (noisy[:, 0] > whole[:, 0]).all()
+    assert (noisy[:, 0] < whole[:, 0] + 1).all()
+    np.testing.assert_array_equal(noisy[:, 1], whole[:, 1])
+
+
+class Frame:
+    """Like a DataFrame of pandas."""
+
+    def __init__(self, values):
+        self._values, self.shape, self.ndim = values, values.shape, values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return self._values.astype(dtype or self._values.dtype)
+
+
+def test_tables_are_data_and_contexts():
+    of = lambda kind: fit(
+        bound(params=parameters(2, 1), context_shape=(1,)), kind(BENT), steps=2,
+        context=kind(CONTEXT[:200]), validation=(kind(OTHERS), kind(CONTEXT[200:])),
+    )[1][-1].nats  # fmt: skip
+    assert of(Frame) == of(np.asarray)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer", [optax.lbfgs(), optax.chain(FAST, optax.contrib.reduce_on_plateau())]
+)
+def test_optimizers_that_look_at_the_loss(optimizer):
+    """They get it. A line search on noisy losses need not improve a density."""
+    _, history = fit(steps=50, batch_size=200, optimizer=optimizer)
+    assert np.isfinite(history[-1].nats)
+    assert history[-1].nats != history[0].nats
 
 
 def test_a_constant_column():

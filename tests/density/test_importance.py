@@ -81,6 +81,13 @@ def test_weights_of_zero():
     assert none.log_z == -np.inf
 
 
+def test_weights_in_half_precision_are_summed_in_single():
+    log_w = (0.3 * np.random.default_rng(0).standard_normal(70_000) - 9).astype(np.float16)
+    np.testing.assert_array_equal(
+        fields(jaxode.importance(log_w)), fields(jaxode.importance(log_w.astype(np.float32)))
+    )
+
+
 def test_equal_weights_are_perfect():
     report = jaxode.importance(jnp.full(N, 3.0))
     np.testing.assert_allclose(fields(report)[:3], [1, 3, 0], atol=1e-6)

@@ -86,6 +86,20 @@ def test_plain_loss_is_that_of_sample_and_log_prob():
     assert_close(found, wanted, rtol=1e-13)
 
 
+@pytest.mark.parametrize("path", [True, False])
+def test_a_second_derivative_raises(path):
+    """It would lack that of the target's slope, and of the score."""
+
+    def gradient(a, adjoint):
+        flow = jaxode.cnf(lambda t, z, a: a * z, jaxode.standard_normal(2), adjoint=adjoint)
+        loss = lambda a: flow.reverse_kl_loss(a, double_well, 3, key=KEY, path=path)
+        return jax.grad(loss)(a)
+
+    for twice, name in ((jax.jacfwd, "discrete"), (jax.grad, "backsolve")):
+        with pytest.raises(RuntimeError, match="reverse_kl_loss: has first derivatives only"):
+            twice(gradient)(0.3, METHODS[name].adjoint)
+
+
 def gradients(flow, target, path, count, n):
     """Of independent losses, one by one."""
     loss = lambda A, key: flow.reverse_kl_loss(A, target, n, key=key, path=path)
