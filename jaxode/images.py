@@ -31,7 +31,7 @@ from jaxode._checks.samples import check_key
 def dequantize(
     key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int
 ) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
-    """`u = (x + noise) / levels` in `[0, 1)`, with uniform noise in `[0, 1)`.
+    """`u = (x + noise) / levels` in `(0, 1)`, with uniform noise in `(0, 1)`.
 
     Args:
         key: draws the noise. Use a new key for each pass over the data.

@@ -84,7 +84,7 @@ def fit(
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4.
         time_power: as for `matching_loss`.
-        dequantize: add uniform noise in [0, 1) to columns of integers, new in every block of steps.
+        dequantize: add uniform noise in (0, 1) to columns of integers, new in every block of steps.
             `log_prob` is then that of `x + noise`.
         progress: show steps and nats on stderr.
 

@@ -31,7 +31,7 @@ from jaxode.images import in_cells
 OFTEN = 0.01
 # Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
 LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
-COARSE = 1 / 64  # the most that dequantized integers may be apart in their dtype
+COARSE = 1 / 8  # the most that dequantized integers may be apart in their dtype
 
 PART = Rule(NUMBER, lambda part: (part > 0) & (part < 1), "must be between 0 and 1")
 
@@ -59,7 +59,10 @@ class Table(NamedTuple):
         """Check the rows, set some aside, and warn of columns without a density."""
         rows, aside = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
-        check_noise(rows.x[:, integers])
+        apart = np.abs(rows.x).max(axis=0) * float(jnp.finfo(rows.x.dtype).eps)
+        coarse = integers & (apart > COARSE)
+        warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
+        integers &= ~coarse
         columns = rows.x.reshape(len(rows.x), -1)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
         return cls(rows, aside, integers)
@@ -154,13 +157,14 @@ def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
     return (columns == np.round(columns)).all(axis=0)
 
 
-def check_noise(integers: Float[np.ndarray, "rows some"]) -> None:
-    """Raise if the columns hold numbers beside which noise in (0, 1) is lost."""
-    largest, eps = np.max(np.abs(integers), initial=0.0), float(jnp.finfo(integers.dtype).eps)
-    if largest * eps > COARSE:
-        raise ValueError(
-            f"fit(dequantize=True): noise below 1 is lost in {integers.dtype} beside integers as "
-            f"large as {largest:g}. Subtract an offset from their column first, or use float64."
+def warn_of_coarse(coarse: Bool[np.ndarray, " columns"], dtype: np.dtype) -> None:
+    """Warn of columns of integers beside which noise in (0, 1) is lost."""
+    if coarse.any():
+        warnings.warn(
+            f"fit(dequantize=True): columns {column_list(np.flatnonzero(coarse))} hold integers so "
+            f"large that noise below 1 is lost in {dtype}, and get none. Subtract an offset first, "
+            "or use float64.",
+            stacklevel=5,
         )
 
 

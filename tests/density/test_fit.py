@@ -541,11 +541,6 @@ WRONG = {
         {"x": 1e39 * BENT}, ValueError,
         "x=...): data must fit float32; got larger numbers in 165 of 200 rows, first in row 1. ",
     ),
-    "noise that is lost": (
-        {"x": INTEGERS * [1, 0] + [1e7, 0.0], "dequantize": True}, ValueError,
-        "dequantize=True): noise below 1 is lost in float32 beside integers as large as 1e+07. "
-        "Subtract an offset from their column first, or use float64.",
-    ),
     "integers at the upper bound": (
         {"density": lambda: on((0.0, -9.0), (7.0, 9.0)), "x": INTEGERS, "dequantize": True},
         ValueError,
@@ -579,6 +574,16 @@ def test_noise_never_reaches_a_bound(noise, monkeypatch):
     assert (noisy[:, 0] > whole[:, 0]).all()
     assert (noisy[:, 0] < whole[:, 0] + 1).all()
     np.testing.assert_array_equal(noisy[:, 1], whole[:, 1])
+
+
+def test_integers_beside_which_noise_is_lost():
+    x = np.stack([INTEGERS[:, 0], 1e6 + np.arange(ROWS), 1e7 + np.arange(ROWS)], 1)
+    with pytest.warns(UserWarning, match=r"^fit\(dequantize=True\): columns 2 .* in float32, and"):
+        table = Table.of(bound(3, standardize=x), x, None, 0.1, True, jax.random.key(0))
+    assert table.integers.tolist() == [True, True, False]
+    noisy = np.asarray(table.noisy(table.rows, jax.random.key(1)).x)
+    assert (noisy[:, :2] != np.round(noisy[:, :2])).all()
+    np.testing.assert_array_equal(noisy[:, 2], table.rows.x[:, 2])
 
 
 class Frame:
