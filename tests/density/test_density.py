@@ -11,6 +11,7 @@ import sys
 
 import equinox as eqx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -566,7 +567,7 @@ def test_an_exported_density_needs_no_jaxode(tmp_path):
         (tmp_path / name).write_bytes(exported.serialize())
     np.save(tmp_path / "x.npy", DATA[:4])
     code = (
-        "import sys, jax, numpy as np; jax.config.update('jax_enable_x64', True)\n"
+        "import sys, jax.export, numpy as np; jax.config.update('jax_enable_x64', True)\n"
         "load = lambda name: jax.export.deserialize(open(name, 'rb').read()).call\n"
         "np.savez('out.npz', log_prob=load('log_prob')(np.load('x.npy')),\n"
         "    sample=load('sample')(np.zeros(2, np.uint32), np.zeros(4, np.float32)))\n"
