@@ -58,13 +58,20 @@ def dequantize(
     x = jnp.asarray(x)
     dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
-    return in_cells(check_key(key), x.astype(dtype)) / levels, log_det
+    # A division by the levels and a product with them round, too.
+    return in_cells(check_key(key), x.astype(dtype), 2) / levels, log_det
 
 
-def in_cells(key: PRNGKeyArray, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x` plus uniform noise in (0, 1), away from the ends by more than rounding can move it."""
-    margin = 2 * float(jnp.finfo(x.dtype).eps) * (jnp.abs(jax.lax.stop_gradient(x)) + 1)
-    return x + (margin + (1 - 2 * margin) * jax.random.uniform(key, x.shape, x.dtype))
+def in_cells(
+    key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51
+) -> Float[Array, "..."]:
+    """`x` plus uniform noise, so far from `x` and `x + 1` that rounding does not reach them.
+
+    So far in spacings of the dtype: for a sum alone, half of one and a little.
+    """
+    margin = float(jnp.finfo(x.dtype).eps) * (jnp.abs(jax.lax.stop_gradient(x)) + 1)
+    margin = jnp.minimum(spacings * margin, 0.5)
+    return x + jnp.clip(jax.random.uniform(key, x.shape, x.dtype), margin, 1 - margin)
 
 
 @public("quantize")
@@ -94,6 +101,8 @@ def logit(
     _check_margin(margin)
     in_range = lambda u: (u >= 0) & (u <= 1)
     _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
+    u = jnp.asarray(u)
+    u = u.astype(state_dtype(u)) if jnp.issubdtype(u.dtype, jnp.floating) else u
     v = margin + (1 - 2 * margin) * u
     y = jnp.log(v) - jnp.log1p(-v)
     slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log1p(-v)

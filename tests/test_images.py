@@ -45,8 +45,8 @@ def test_dequantization_keeps_the_dtype_and_needs_its_key():
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_the_most_extreme_noise_stays_in_the_cell_of_its_level(levels, dtype, monkeypatch):
     x = jnp.arange(levels).astype(dtype)[:, None]
-    for noise in (0, jnp.nextafter(*jnp.array([1, 0], jnp.float32))):
-        extreme = lambda key, shape, dtype, noise=noise: jnp.full(shape, noise, dtype)
+    for noise in (lambda dtype: 0, lambda dtype: jnp.nextafter(*jnp.array([1, 0], dtype))):
+        extreme = lambda key, shape, dtype, noise=noise: jnp.full(shape, noise(dtype), dtype)
         monkeypatch.setattr(jax.random, "uniform", extreme)
         u, _ = images.dequantize(jax.random.key(0), x, levels)
         half = dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -63,6 +63,20 @@ def test_levels_come_back_whatever_the_noise(levels, compile):
     u, _ = compile(lambda key: images.dequantize(key, x, levels))(jax.random.key(1))
     for quantize in (images.quantize, jax.jit(images.quantize, static_argnums=1)):
         np.testing.assert_array_equal(quantize(u, levels), x)
+
+
+@pytest.mark.parametrize("x", [0.0, 255.0, 65_535.0, 250_000.0])
+def test_noise_covers_its_cell(x):
+    """Of integers of any size: a density is no higher where it covers less."""
+    noise = images.in_cells(jax.random.key(0), jnp.full(100_000, x, jnp.float32)) - x
+    # The standard deviation of a uniform number. At 250,000 single precision is 1/64 apart.
+    np.testing.assert_allclose(noise.std() * 12**0.5, 1, rtol=0.02)
+
+
+def test_logits_of_half_precision_have_determinants_of_single_precision():
+    u = jax.random.uniform(jax.random.key(0), (1, 3000), jnp.bfloat16)
+    found, wanted = (images.logit(each)[1] for each in (u, u.astype(jnp.float32)))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_half_precision_levels_have_noise_of_single_precision():

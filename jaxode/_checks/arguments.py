@@ -141,6 +141,19 @@ def described(value: Any) -> str:
     return type(value).__name__
 
 
+def check_integers(name: str, value: Any) -> None:
+    """Raise for integers of NumPy that JAX would wrap, since its dtype does not hold them."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu" and value.size:
+        dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+        if dtype != value.dtype:
+            held = jnp.iinfo(dtype)
+            if value.min() < held.min or value.max() > held.max:
+                raise ValueError(
+                    f"{arg(name)} integers must fit {dtype}; got {value.min()} to {value.max()}. "
+                    "Convert them with .astype(np.float32), or set jax_enable_x64."
+                )
+
+
 def check_args(name: str, args: PyTree) -> PyTree:
     """The arguments. Raises for NumPy arrays whose dtype JAX does not have."""
     args = native(args)
@@ -150,6 +163,7 @@ def check_args(name: str, args: PyTree) -> PyTree:
                 f"{arg(name)} arrays must be numeric; got {described(leaf)}. "
                 "Encode it as numbers, or let the vector field close over it."
             )
+        check_integers(name, leaf)
     return args
 
 

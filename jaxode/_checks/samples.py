@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import (
     Time,
+    check_integers,
     described,
     integer,
     native,
@@ -67,6 +68,7 @@ def check_rows(name: str, tree: PyTree, batch: int, *others: Any) -> PyTree:
                 f"{arg(name)} leaves must be arrays of numbers; got {described(leaf)}. "
                 "Convert them with np.asarray(..., np.float32)."
             )
+        check_integers(name, leaf)
         if leaf.shape[:1] != (batch,):
             raise ValueError(
                 f"{arg(name)} leaves must have a leading axis of {batch}, one row per "

@@ -192,7 +192,7 @@ class Density(eqx.Module):
         `log_prob` does; the log-determinants of the maps count. Steps and divergence are those of
         the flow. To train, minimize `density.with_params(params).reverse_kl_loss(...)`.
         """
-        flow, (shape, _) = self.flow, self._counted(n)
+        flow, (shape, _) = self.flow, self._counted(n, "n")
         target = InFlow(log_density, self.support, self.standardize, self.context_maps)
         context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         return flow.reverse_kl_loss(self.params, target, n, key=key, context=context, path=path)
@@ -264,10 +264,12 @@ class Density(eqx.Module):
         shape = x.shape[:cut]
         return x.reshape(math.prod(shape), *event), shape
 
-    def _counted(self, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
+    def _counted(
+        self, sample_shape: Any, name: str = "sample_shape"
+    ) -> tuple[tuple[Any, ...], Any]:
         """The sample shape as a tuple, and its product."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
-        shape = tuple(check_count(size, "sample_shape") for size in sizes)
+        shape = tuple(check_count(size, name) for size in sizes)
         return shape, math.prod(shape)
 
 

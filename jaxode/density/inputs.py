@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import (
     PYTHON_NUMBERS,
+    check_integers,
     described,
     is_list_of_numbers,
     native,
@@ -121,6 +122,8 @@ def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
 def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Affine | None) -> Array:
     """One context for each of the samples, `[rows, *shape]`, by the map of the leaf."""
     cut = jnp.ndim(leaf) - len(shape)
+    if of_leaf is None:
+        check_integers("context", leaf)
     try:
         if cut < 0 or jnp.shape(leaf)[cut:] != shape:
             raise ValueError

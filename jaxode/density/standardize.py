@@ -78,7 +78,7 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
 def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
     """From mean and scale."""
     with np.errstate(over="ignore"):  # checked below
-        mean, scale = map(floating, given)
+        mean, scale = (floating(numbers(name, part)) for part in given)
     for part in (mean, scale):
         if part.shape not in ((), event):
             raise ValueError(

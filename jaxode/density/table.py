@@ -59,13 +59,12 @@ class Table(NamedTuple):
         """Check the rows, set some aside, and warn of columns without a density."""
         rows, aside = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
-        apart = np.abs(rows.x).max(axis=0) * float(jnp.finfo(rows.x.dtype).eps)
-        coarse = integers & (apart > COARSE)
+        largest = np.maximum(np.abs(rows.x).max(axis=0), np.abs(aside.x).max(axis=0))
+        coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
-        integers &= ~coarse
         columns = rows.x.reshape(len(rows.x), -1)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
-        return cls(rows, aside, integers)
+        return cls(rows, aside, integers & ~coarse)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
         """The rows with uniform noise in (0, 1) on the columns of integers."""
@@ -161,9 +160,9 @@ def warn_of_coarse(coarse: Bool[np.ndarray, " columns"], dtype: np.dtype) -> Non
     """Warn of columns of integers beside which noise in (0, 1) is lost."""
     if coarse.any():
         warnings.warn(
-            f"fit(dequantize=True): columns {column_list(np.flatnonzero(coarse))} hold integers so "
-            f"large that noise below 1 is lost in {dtype}, and get none. Subtract an offset first, "
-            "or use float64.",
+            f"fit(dequantize=True): columns {column_list(np.flatnonzero(coarse))} hold whole "
+            f"numbers in {dtype}, so large that noise below 1 is lost, and get none. Subtract an "
+            "offset first, or use float64.",
             stacklevel=5,
         )
 

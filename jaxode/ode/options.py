@@ -147,7 +147,7 @@ class SolveOptions(eqx.Module):
                 raise ValueError(
                     f"{caller()}({both}): at least one tolerance must be positive{lost}."
                 )
-        elif coarsest != dtype:
+        else:
             lost = jnp.any(jnp.maximum(rtol, atol) <= lost_up_to)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
         breakpoints = value(self.breakpoints)

@@ -230,6 +230,13 @@ def test_integers_do_not_wrap(default_settings):
     )  # fmt: skip
     found = density.log_prob(x, context=x)
     np.testing.assert_array_equal(found, density.log_prob(1.0 * x, context=1.0 * x))
+    said = r"context=...\): integers must fit int32; got 2\d{9} to 3\d{9}\. Convert them with"
+    unmapped = jaxode.bind(density.flow, density.params, context_shape=(2,))
+    for call in (unmapped.log_prob, functools.partial(density.flow.log_prob, density.params)):
+        with pytest.raises(ValueError, match=said):
+            call(1.0 * DATA, context=x)
+    with pytest.raises(ValueError, match=r"solve\(args=...\): integers must fit int32; got"):
+        jaxode.solve(lambda t, y, a: a * y, DATA, 0.0, 1.0, x[0, 0])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -639,6 +646,10 @@ WRONG = {
     "another map for a context": (
         {"standardize_context": {"a": jaxode.standardize.normal(DATA)}},
         r"standardize_context=...\): a context has affine maps only; .* Pass the data themselves.",
+    ),
+    "a masked mean": (
+        {"standardize": (np.ma.array([1.0, 2.0], mask=[0, 1]), 1.0)},
+        r"standardize=...\): must be an array of numbers; got a masked array",
     ),
     "a function in place of its map": (
         {"standardize": jaxode.standardize.normal},

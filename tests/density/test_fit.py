@@ -578,7 +578,7 @@ def test_noise_never_reaches_a_bound(noise, monkeypatch):
 
 def test_integers_beside_which_noise_is_lost():
     x = np.stack([INTEGERS[:, 0], 1e6 + np.arange(ROWS), 1e7 + np.arange(ROWS)], 1)
-    with pytest.warns(UserWarning, match=r"^fit\(dequantize=True\): columns 2 .* in float32, and"):
+    with pytest.warns(UserWarning, match=r"^fit\(dequantize=True\): columns 2 .* in float32, so"):
         table = Table.of(bound(3, standardize=x), x, None, 0.1, True, jax.random.key(0))
     assert table.integers.tolist() == [True, True, False]
     noisy = np.asarray(table.noisy(table.rows, jax.random.key(1)).x)

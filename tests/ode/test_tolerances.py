@@ -140,6 +140,9 @@ def test_a_traced_one_that_breaks_its_rule():
         return jaxode.solve(f, jnp.ones(2), 0.0, 1.0, atol=atol, rtol=rtol).y1
 
     assert jnp.isfinite(run(jnp.array([0.0, 1e-5]), 1e-5)).all()
+    denormal = jnp.array([0.0, 1e-310])
+    with pytest.raises(AT_RUN_TIME, match=r"solve\(rtol=..., atol=...\): "):
+        jax.block_until_ready(run(denormal, 0.0))
     for rtol, argument in ((1e-5, "atol=..."), (0.0, "rtol=..., atol=...")):
         with pytest.raises(AT_RUN_TIME, match=rf"solve\({argument}\): "):
             jax.block_until_ready(run(jnp.array([-1e-5 if rtol else 0.0, 1e-5]), rtol))
