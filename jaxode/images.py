@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode._checks.arguments import integer, state_dtype
+from jaxode._checks.arguments import floating, integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_key
@@ -55,11 +55,10 @@ def dequantize(
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
     _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
-    x = jnp.asarray(x)
-    dtype = state_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(()).dtype
-    log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), dtype)
+    x = floating(x)
+    log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), x.dtype)
     # A division by the levels and a product with them round, too.
-    return in_cells(check_key(key), x.astype(dtype), 2) / levels, log_det
+    return in_cells(check_key(key), x, 2) / levels, log_det
 
 
 def in_cells(
@@ -77,6 +76,8 @@ def in_cells(
 @public("quantize")
 def quantize(u: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
     """The level of each value: the inverse of `dequantize`, clipped to `0, ..., levels - 1`.
+
+    Of more than 2^20 levels, float32 loses some.
 
     Raises:
         ValueError: if `levels` is not an integer of at least 2.
@@ -101,8 +102,7 @@ def logit(
     _check_margin(margin)
     in_range = lambda u: (u >= 0) & (u <= 1)
     _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
-    u = jnp.asarray(u)
-    u = u.astype(state_dtype(u)) if jnp.issubdtype(u.dtype, jnp.floating) else u
+    u = floating(u)
     v = margin + (1 - 2 * margin) * u
     y = jnp.log(v) - jnp.log1p(-v)
     slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log1p(-v)

@@ -28,6 +28,16 @@ AT_RUN_TIME = (jax.errors.JaxRuntimeError, ValueError)
 typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 
 
+class Frame:
+    """As a DataFrame of pandas: with a shape, without a dtype, and a way to become an array."""
+
+    def __init__(self, values):
+        self._values, self.shape, self.ndim = values, values.shape, values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return self._values.astype(dtype or self._values.dtype)
+
+
 @contextlib.contextmanager
 def checking_leaks():
     """`jax.checking_leaks`, which collects garbage after each trace: here only what is new."""

@@ -167,6 +167,23 @@ def check_args(name: str, args: PyTree) -> PyTree:
     return args
 
 
+def floating(x: Any) -> Array:
+    """A floating array of at least float32. Integers get the default floating dtype."""
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    # Cast first: JAX wraps integers that are too large for int32.
+    return jnp.asarray(x.astype(floating_dtype(x.dtype)))
+
+
+def floating_dtype(dtype: Any) -> Any:
+    """The dtype of `floating` for an array of this dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = float
+    elif jnp.finfo(dtype).bits < 32:
+        dtype = jnp.float32
+    # `jnp.result_type` warns of a float64 that JAX does not have.
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
 def state_dtype(y0: PyTree) -> jnp.dtype:
     """The dtype in which a state is solved: common to its leaves, at least float32."""
     with jax.numpy_dtype_promotion("standard"):

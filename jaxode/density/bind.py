@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import shape_of
+from jaxode._checks.arguments import floating, shape_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_count, check_finite, check_key
@@ -25,7 +25,6 @@ from jaxode.density.inputs import (
     Shape,
     check_inside,
     context_numbers,
-    floating,
     numbers,
     rows_in_flow,
     shapes_of_context,

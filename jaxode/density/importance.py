@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxode._checks.arguments import described, native, numeric_dtype, state_dtype
+from jaxode._checks.arguments import described, floating, native, numeric_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 
@@ -95,8 +95,7 @@ def importance(log_weights: Float[Array, " n"]) -> Importance:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = described(log_weights)
         raise TypeError(f"{arg('log_weights')} must be an array of floating numbers; got {got}.")
-    log_weights = jnp.asarray(log_weights)
-    log_weights = log_weights.astype(state_dtype(log_weights))
+    log_weights = floating(log_weights)
     if log_weights.ndim != 1 or len(log_weights) < 2:
         raise ValueError(
             f"{arg('log_weights')} must be a vector of at least two numbers; got shape "

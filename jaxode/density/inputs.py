@@ -12,6 +12,7 @@ from jaxode._checks.arguments import (
     PYTHON_NUMBERS,
     check_integers,
     described,
+    floating,
     is_list_of_numbers,
     native,
     numeric_dtype,
@@ -21,23 +22,6 @@ from jaxode._checks.rules import in_rows, is_known
 from jaxode.density.maps import Affine
 
 Shape = tuple[int, ...]
-
-
-def floating(x: Any) -> Array:
-    """A floating array of at least float32. Integers get the default floating dtype."""
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
-    # Cast first: JAX wraps integers that are too large for int32.
-    return jnp.asarray(x.astype(floating_dtype(x.dtype)))
-
-
-def floating_dtype(dtype: Any) -> Any:
-    """The dtype of `floating` for an array of this dtype."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = float
-    elif jnp.finfo(dtype).bits < 32:
-        dtype = jnp.float32
-    # `jnp.result_type` warns of a float64 that JAX does not have.
-    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def numbers(name: str, x: Any, real: bool = True) -> Any:

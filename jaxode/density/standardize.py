@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode._checks.arguments import shape_of
+from jaxode._checks.arguments import floating, floating_dtype, shape_of
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import in_rows, is_known
 from jaxode._checks.samples import check_finite
-from jaxode.density.inputs import Shape, check_inside, floating, floating_dtype, numbers
+from jaxode.density.inputs import Shape, check_inside, numbers
 from jaxode.density.maps import Affine, Map, Unfitted, contains, fit_affine
 
 

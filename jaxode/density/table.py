@@ -11,17 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_number, shape_of
+from jaxode._checks.arguments import check_number, floating, shape_of
 from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
-from jaxode.density.inputs import (
-    check_inside,
-    context_numbers,
-    floating,
-    numbers,
-    rows_in_flow,
-)
+from jaxode.density.inputs import check_inside, context_numbers, numbers, rows_in_flow
 from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
 from jaxode.density.standardize import check_values
 from jaxode.images import in_cells

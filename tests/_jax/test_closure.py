@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
+from helpers import typed, with_slow
 from jax.extend.backend import get_backend
 
 import jaxode
@@ -283,13 +283,13 @@ def test_methods_of_any_flow_can_be_compiled(flow):
     np.testing.assert_allclose(jax.jit(flow.nll)(NETWORK, X), flow.nll(NETWORK, X), rtol=1e-12)
 
 
-newer = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="older JAX keeps gradients")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("derive", [lambda f: f, pytest.param(jax.grad, marks=newer)])
+@pytest.mark.parametrize("derive", [lambda f: f, pytest.param(jax.grad, marks=typed)])
 def test_only_so_many_programs_are_kept(derive, monkeypatch):
-    """Of fields that are new functions. A gradient has two programs, one of them of the value."""
+    """Of fields that are new functions. A gradient has two programs, one of them of the value.
+
+    Before JAX 0.8, those of gradients stay.
+    """
     monkeypatch.setattr("jaxode._jax.closure.KEPT", 2)
     count = lambda: (gc.collect(), len(get_backend().live_executables()))[1]
 

@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import optional, trained, with_slow
+from helpers import Frame, optional, trained, with_slow
 from scipy import stats
 
 import jaxode
@@ -359,20 +359,10 @@ def test_a_pair_of_data_is_deprecated(x, context):
     assert eqx.tree_equal(pair, named)
 
 
-class Table:
-    """As a DataFrame of pandas: with a shape, without a dtype, and a way to become an array."""
-
-    def __init__(self, values):
-        self._values, self.shape, self.ndim = values, values.shape, values.ndim
-
-    def __array__(self, dtype=None, copy=None):
-        return self._values.astype(dtype or self._values.dtype)
-
-
 def test_tables_are_data_and_contexts():
     flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1].sum(), FLOW.base, **OPTIONS)
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
-    x, context = Table(DATA), Table(contexts)
+    x, context = Frame(DATA), Frame(contexts)
     density = jaxode.bind(flow, 0.1, standardize=x, standardize_context=context)
     expected = jaxode.bind(flow, 0.1, standardize=DATA, standardize_context=contexts).log_prob(
         DATA, context=contexts

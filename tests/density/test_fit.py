@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import with_slow
+from helpers import Frame, with_slow
 
 import jaxode
 from jaxode.density import training as module
@@ -584,16 +584,6 @@ def test_integers_beside_which_noise_is_lost():
     noisy = np.asarray(table.noisy(table.rows, jax.random.key(1)).x)
     assert (noisy[:, :2] != np.round(noisy[:, :2])).all()
     np.testing.assert_array_equal(noisy[:, 2], table.rows.x[:, 2])
-
-
-class Frame:
-    """Like a DataFrame of pandas."""
-
-    def __init__(self, values):
-        self._values, self.shape, self.ndim = values, values.shape, values.ndim
-
-    def __array__(self, dtype=None, copy=None):
-        return self._values.astype(dtype or self._values.dtype)
 
 
 def test_tables_are_data_and_contexts():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import optional, with_slow
+from helpers import optional, typed, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -204,7 +204,7 @@ def test_transformations():
     assert len(np.unique(np.asarray(each[0]))) == 3
 
 
-@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+@typed
 @pytest.mark.parametrize("coupling", [independent(), optimal_transport(2, 0.0)])
 @pytest.mark.parametrize("check_vma", with_slow([True, False], [False]))
 def test_a_batch_over_devices_has_the_noise_of_one(coupling, check_vma):

@@ -20,7 +20,7 @@ import pytest
 from common import checkpoint, tables
 from common.arguments import InputError, parser, status
 from common.descent import BLOCK, minimize
-from helpers import optional
+from helpers import optional, typed
 from scipy import stats
 
 import jaxode
@@ -28,7 +28,6 @@ import jaxode
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 WITH_A_PACKAGE = {"flax_field": "flax", "numpyro_guide": "numpyro", "patients": "numpyro"}
 PNG = b"\x89PNG"
-SHARD_MAP = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 
 
 def load(name):
@@ -221,7 +220,7 @@ def test_patients(run, default_settings):
     assert 20 < min(fitted, mean) <= max(fitted, mean) < 30
 
 
-@SHARD_MAP
+@typed
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "own_steps"), [(2, False), (1, True)])
 def test_sharded_training_has_the_numbers_of_one_device(tmp_path, processes, own_steps):
@@ -434,7 +433,7 @@ def test_interruption_of_training_goes_on_with_what_there_is(tmp_path):
     assert 2.3 < gaussian[0] < gaussian[1] < 2.6 < min(flow) < max(flow) < 3.2
 
 
-@SHARD_MAP
+@typed
 @pytest.mark.slow
 def test_interruption_ends_all_processes(tmp_path):
     """The output ends only when the last process has."""
