@@ -419,7 +419,7 @@ def test_an_interruption_ends_what_runs_side_by_side(monkeypatch, tmp_path):
     assert processes[0].wait(timeout=10) == -signal.SIGKILL
 
 
-def test_results_are_reported_with_failures_and_crashes(tmp_path):
+def test_results_are_reported_with_failures_and_crashes(monkeypatch, tmp_path):
     case = {
         "failed": {"jax odeint": "ValueError: no"},
         "curves": {"jaxode": [[8, 2**20], [512, 2**22]], "diffrax backsolve": [[8, 2**21]]},
@@ -430,9 +430,14 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     }}  # fmt: skip
     called = dict.fromkeys(compile_time.BENCHMARK.cases, first)
     benchmarks = {"memory": cases, "compile_time": called}
-    results = {"machine": machine.machine(), "benchmarks": benchmarks}
+    own = machine.machine()
+    monkeypatch.setattr(report, "PUBLISHED", own["name"])
+    results = {"machine": own, "benchmarks": benchmarks}
     (tmp_path / "mine.json").write_text(json.dumps(results))
-    (tmp_path / "other.json").write_text(json.dumps({"machine": "of another kind"}))
+    called = {case: first | {"code": "def", "ratios": {"zuko": 0.9}} for case in called}
+    results = {"machine": own | {"name": "other"}, "benchmarks": {"compile_time": called}}
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    (tmp_path / "table.json").write_text(json.dumps({"machine": "of another kind"}))
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "README.md").write_text(
         "before <!-- benchmarks -->old<!-- end of benchmarks -->"
@@ -445,6 +450,7 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     case = next(iter(compile_time.BENCHMARK.cases))
     assert "| first call, flow / Neural ODE | 0.50 / 0.50 |  |" in readme
     assert "commit abc" in readme
+    assert "commit def" not in readme  # of a machine that is not the published one
     assert "old" not in readme
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert f"| jaxode divided by | diffrax |\n|---|---|\n| {case} | 0.50 |" in text
@@ -454,6 +460,10 @@ def test_results_are_reported_with_failures_and_crashes(tmp_path):
     assert "batch crashed: start: ended the process" in text
     picture = tmp_path / "docs" / "images" / "bench_memory.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"## {own['name']}" in text
+    assert "## other" in text
+    assert "docs/images/bench_compile_time_other.png" in text
+    assert (picture.parent / "bench_compile_time_other.png").exists()
 
 
 def test_times_to_a_likelihood_stand_beside_the_nats_within_a_minute():
@@ -465,7 +475,15 @@ def test_times_to_a_likelihood_stand_beside_the_nats_within_a_minute():
         f"8 Gaussians: {name}, seed 0": run(5.0, 8400, 2.7),
         f"8 Gaussians: {name}, seed 1": run(4.0, 4000, 2.5),
     }
-    assert f"| {name} | 5.0, 4.0 | 2.500 | 2.700 |" in time_to_nll.BENCHMARK.table(done)
+    assert f"| {name} | 5.0, 4.0 | 2.500 | 2.700 |  |" in time_to_nll.BENCHMARK.table(done)
+    peer = time_to_nll.SAME_METHOD
+    done[f"8 Gaussians: {peer}, seed 0"] = run(8.0, 400, 2.45) | {"reached": 7.0}
+    table = time_to_nll.BENCHMARK.table(done)
+    assert f"| {name} | 5.0, 4.0 | 2.500 | 2.700 | not reached |" in table
+    assert f"| {peer} | 7.0 | 2.450 | 2.450 | 59.0 |" in table
+    done[f"8 Gaussians: {name}, seed 0"]["curve"].insert(1, [30.0, 2.45])
+    table = time_to_nll.BENCHMARK.table(done)
+    assert f"| {name} | 5.0, 4.0 | 2.450 | 2.700 | 30.0 |" in table
 
 
 def test_columns_without_a_density_are_left_out_of_tables():
