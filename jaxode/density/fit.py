@@ -139,7 +139,7 @@ def fit(
     def start(density):
         data, looked_at, log_det = table.in_flow(density, aside, noise_key)
         evaluate = evaluation(density, looked_at, log_det, look_key)
-        return Training(density, data, evaluate, batch_size, begin, progress)
+        return Training(density, data, evaluate, len(table.rows.x), batch_size, begin, progress)
 
     maps = [density]
     if density.standardize is None:
@@ -191,11 +191,11 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
         )
     if run.explosions:
         first, *others = run.explosions
-        again = f", and {len(others)} times after that" if others else ""
+        often = f"{len(run.explosions)} times, first" if others else "once,"
         warnings.warn(
-            f"fit: training exploded at step {first.step} of {first.phase}, to {first.nats:.3g} "
-            f"nats of the validation rows{again}. Each time, it went on from the best parameters "
-            "at a quarter of the rate. Lower the rate of the optimizer.",
+            f"fit: training exploded {often} at step {first.step} of {first.phase}, to "
+            f"{first.nats:.3g} nats of the validation rows. It went on from the best parameters "
+            "at a quarter of the rate, each time. Lower the rate of the optimizer.",
             stacklevel=4,
         )
     taken = max(point.step for point in run.points if point.phase == "matching")

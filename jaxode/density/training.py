@@ -24,7 +24,8 @@ from jaxode.flows.cnf import CNF
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 BLOCK = 50  # steps in one compiled loop
-FIRST_LOOK, APART = 500, 1.3  # steps before the first look, and the ratio from each to the next
+FIRST_LOOK, PASSES = (100, 500), 64  # steps before the first look, by passes over the rows
+APART = 1.3  # the ratio of steps from one look to the next
 APART_SECONDS = 10.0  # from one look to the next at most, if there is a time limit
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
 UNCOUNTED = 1000  # those of the first steps do not count
@@ -133,12 +134,17 @@ class Training:
     data: Callable[[PRNGKeyArray], Rows]
     """The rows to train on, as the flow sees them."""
     evaluate: Callable[[PyTree], float]
+    count: int
+    """Of the rows to train on."""
     batch_size: int
     begin: float
     progress: bool
 
     def __post_init__(self):
         self.best, self.least = self.density, math.inf
+        least, most = FIRST_LOOK
+        # A few hundred rows are overfitted within `most` steps.
+        self.first = min(max(PASSES * self.count / self.batch_size, least), most)
         self.points: list[Point] = []
         self.explosions: list[Point] = []
         self.phase: Any = None
@@ -210,7 +216,7 @@ class Training:
         params = eqx.combine(self.state.average, self.static)
         nats = self.evaluate(params)
         self.looked = time.perf_counter()
-        self.due = max(FIRST_LOOK, APART * self.step)
+        self.due = max(self.first, APART * self.step)
         self.points.append(Point(self.phase.name, self.step, self.looked - self.begin, nats))
         worse = self.step > UNCOUNTED and not nats <= self.least + WORSE
         self.stale = self.stale + 1 if worse else 0
