@@ -25,9 +25,9 @@ brings.
 
 The levels are nats that jaxode reaches by likelihood alone within a minute on two cores. They were
 chosen from its trainings, before any peer had run. Those that match reach them in two seconds, of
-which one compiles: how long they train for a density that matching is used for is in the last
-column, the time to the best that torchcfm has within the minute with the same network and pairs.
-The seeds come one after the other: an interrupted run has the first of them, for all.
+which one compiles. So there is also the time to the best that torchcfm has within the minute, with
+the same network and independent pairs. The seeds come one after the other: an interrupted run has
+the first of them, for all.
 """
 
 import math
@@ -248,12 +248,12 @@ def within_budget(name: str, result: Result) -> tuple[str, str]:
 
 def later_level(name: str, result: Result, contenders: dict[str, list[Result]]) -> str:
     """Seconds to the best nats that torchcfm's matching has within the budget."""
+    if SAME_METHOD not in contenders:
+        return ""
     within = lambda result: [point for point in result["curve"] if point[0] <= BUDGET]
-    best = [nll for found in contenders.get(SAME_METHOD, [])[:1] for _, nll in within(found)]
-    reached = [t for t, nll in within(result) if best and nll <= min(best)]
-    if reached:
-        return f"{reached[0]:.1f}"
-    return "not reached" if best and not ended_at_level(name, result) else ""
+    best = min((nll for _, nll in within(contenders[SAME_METHOD][0])), default=-math.inf)
+    reached = next((f"{t:.1f}" for t, nll in within(result) if nll <= best), "not reached")
+    return "" if reached == "not reached" and ended_at_level(name, result) else reached
 
 
 def ended_at_level(name: str, result: Result) -> bool:

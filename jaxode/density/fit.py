@@ -195,7 +195,7 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
         warnings.warn(
             f"fit: training exploded {often} at step {first.step} of {first.phase}, to "
             f"{first.nats:.3g} nats of the validation rows. It went on from the best parameters "
-            "at a quarter of the rate, each time. Lower the rate of the optimizer.",
+            "at a quarter of the rate. Lower the rate of the optimizer.",
             stacklevel=4,
         )
     taken = max(point.step for point in run.points if point.phase == "matching")
