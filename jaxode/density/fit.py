@@ -30,6 +30,7 @@ from jaxode.distributions import CenteredNormal
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
 LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
+DECAY, FEW = 0.3, 2000  # of the weights in matching, up to so many rows
 WARM_UP = 100  # steps of matching
 TRIAL = 0.05  # the part of training in which each choice is tried
 CLEARLY = 0.2  # nats by which uniform times must be better in the trial
@@ -79,7 +80,7 @@ def fit(
             most 1000 of them are used.
         batch_size: rows in a step, drawn with replacement.
         optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
-            clipped to norm one.
+            clipped to norm one, with a weight decay of 0.3 of matrices at up to 2000 rows.
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4.
@@ -117,8 +118,7 @@ def fit(
     limits = Limits(math.inf if steps is None else integer("steps", steps), end)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
-    optimizer = _adam(RATE) if optimizer is None else optimizer
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             f"fit(optimizer=...): must be an optimizer of Optax; got {optimizer!r}. Pass "
             "optax.adam(1e-3)."
@@ -134,6 +134,8 @@ def fit(
     matching_key, look_key, likelihood_key = keys
     # The power of the time is an input of the program, which is then the same for all.
     losses = [Partial(_matching, flow, coupling, jnp.asarray(power)) for power in powers]
+    if optimizer is None:
+        optimizer = _adam(RATE, DECAY if len(table.rows.x) <= FEW else 0.0)
     phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
 
     def start(density):
@@ -218,11 +220,19 @@ def _likelihood(flow, params, x, context, key):
 
 
 @functools.cache
-def _adam(rate: float) -> Any:
-    """Adam, clipped; for the same rate the same object, which is not compiled again."""
+def _adam(rate: float, decay: float = 0.0) -> Any:
+    """Adam, clipped; for the same numbers the same object, which is not compiled again."""
     import optax
 
-    return optax.chain(optax.clip_by_global_norm(LONGEST), optax.adam(rate))
+    def decayed(update, leaf):  # constants of the network have no gradient
+        return update + decay * leaf * (update != 0) if decay and leaf.ndim > 1 else update
+
+    return optax.chain(
+        optax.clip_by_global_norm(LONGEST),
+        optax.scale_by_adam(),
+        optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params)),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _trainable(density: Density) -> Density:
