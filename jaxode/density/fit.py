@@ -30,7 +30,8 @@ from jaxode.distributions import CenteredNormal
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
 LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
-DECAY, FEW = 0.3, 2000  # of the weights in matching, up to so many rows
+DECAY = 0.3  # of the weights in matching,
+FEW, A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
 WARM_UP = 100  # steps of matching
 TRIAL = 0.05  # the part of training in which each choice is tried
 CLEARLY = 0.2  # nats by which uniform times must be better in the trial
@@ -80,7 +81,8 @@ def fit(
             most 1000 of them are used.
         batch_size: rows in a step, drawn with replacement.
         optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
-            clipped to norm one, with a weight decay of 0.3 of matrices at up to 2000 rows.
+            clipped to norm one. Matrices have a weight decay of 0.3, if there are at most 2000
+            rows, and 100 for each column.
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4.
@@ -135,7 +137,8 @@ def fit(
     # The power of the time is an input of the program, which is then the same for all.
     losses = [Partial(_matching, flow, coupling, jnp.asarray(power)) for power in powers]
     if optimizer is None:
-        optimizer = _adam(RATE, DECAY if len(table.rows.x) <= FEW else 0.0)
+        few = min(FEW, A_COLUMN * math.prod(density.event_shape))
+        optimizer = _adam(RATE, DECAY if len(table.rows.x) <= few else 0.0)
     phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
 
     def start(density):
