@@ -156,8 +156,8 @@ class Tables(Benchmark):
     def scores_at(self, results: Results, end: str, best: bool = False) -> dict[str, Scores]:
         """By table: the scores of the documented settings after this time, or the best of three.
 
-        The best is chosen by the validation rows, for each seed; contenders and seeds of which a
-        setting is missing are left out.
+        The best is chosen by the validation rows, for each seed; seeds of which a setting is
+        missing are left out, and tables of which a contender then is missing.
         """
         found: dict[str, dict[tuple[str, int], dict[str, dict[str, Any]]]] = {}
         for case, result in results.items():
@@ -173,7 +173,8 @@ class Tables(Benchmark):
                 if not best or len(settings) == len(CONTENDERS[contender].settings):
                     chosen = min(settings.values(), key=validation)
                     rows.setdefault(label, {}).setdefault(contender, {})[seed] = chosen
-        return rows
+        there = {label: {name for name, _ in by_seed} for label, by_seed in found.items()}
+        return {label: row for label, row in rows.items() if set(row) == there[label]}
 
     def table(self, results: Results) -> str:
         times = times_of(results)
@@ -181,7 +182,8 @@ class Tables(Benchmark):
         parts.append(self.below(results))
         if any(self.cases[case].setting for case in results):
             parts += ["The best of three settings by the validation rows, where all were measured:"]
-            parts += [self.after(results, end, best=True) for end in times]
+            found = [end for end in times if self.scores_at(results, end, best=True)]
+            parts += [self.after(results, end, best=True) for end in found]
         return "\n\n".join(parts)
 
     def after(self, results: Results, end: str, best: bool = False) -> str:
@@ -250,7 +252,8 @@ class Tables(Benchmark):
             if own:
                 parts.append((np.mean(own), f"{name} {own.count(1)} ({np.mean(own):.1f})"))
         told = ", ".join(text for _, text in sorted(parts))
-        return f"Best after {end} s, of {len(placed)} tables (mean rank): {told}."
+        count = f"{len(placed)} table{'s' if len(placed) != 1 else ''}"
+        return f"Best after {end} s, of {count} (mean rank): {told}."
 
 
 BENCHMARK = Tables()

@@ -572,9 +572,8 @@ def test_the_best_of_three_settings_is_that_of_the_validation_rows():
         for seed in (0, 1, 2)
         for place, setting in enumerate(settings)
     }
-    done["magic: zuko NSF, seed 0"] = run(5.0, 0.0)  # of one setting only
     documented, best = tables.BENCHMARK.table(done).split("The best of three settings")
-    assert "| magic, 80 x 2, 1 to 3 seeds | 10.000 |  | **5.000** |" in documented
+    assert "| magic, 80 x 2, 3 seeds | **10.000** |" in documented
     # Settings 0 and 2 are equal on the validation rows: the first counts.
     assert "| magic, 80 x 2, 3 seeds | **10.000** |  |  |" in best
     for seed in (0, 1, 2):
@@ -582,6 +581,10 @@ def test_the_best_of_three_settings_is_that_of_the_validation_rows():
     assert "| **13.000** |" in tables.BENCHMARK.table(done).split("three settings")[1]
     del done[name("width 256", 2)]  # then its third seed has no best
     assert "2 seeds | **8.000** |" in tables.BENCHMARK.table(done).split("three settings")[1]
+    done["magic: zuko NSF, seed 0"] = run(5.0, 0.0)  # of one setting only: who is best?
+    documented, best = tables.BENCHMARK.table(done).split("The best of three settings")
+    assert "| magic, 80 x 2, 1 to 3 seeds | 10.000 |  | **5.000** |" in documented
+    assert "magic" not in best
 
 
 @pytest.mark.slow
