@@ -227,7 +227,8 @@ def _adam(rate: float, decay: float = 0.0) -> Any:
     """Adam, clipped; for the same numbers the same object, which is not compiled again."""
     import optax
 
-    def decayed(update, leaf):  # constants of the network have no gradient
+    # Unlike that of `optax.adamw`, the decay leaves constants alone, which have no gradient.
+    def decayed(update, leaf):
         return update + decay * leaf * (update != 0) if decay and leaf.ndim > 1 else update
 
     return optax.chain(
