@@ -58,6 +58,14 @@ class WrongShape:
 # (call, exception, message). A new rule is one row.
 BAD_INPUT = [
     (
+        lambda: jax.vmap(
+            lambda y0: solve(y0=y0, axis_name="i", event=jaxode.Event(lambda t, y, args: y[0])),
+            axis_name="i",
+        )(jnp.ones((2, 2))), ValueError,
+        "solve(event=...): needs the whole state; got axis_name='i', along which it is split. "
+        "Leave axis_name out: rows with steps of their own need none.",
+    ),
+    (
         lambda: jaxode.bind(cnf(), None).log_prob(X, batch_size=0), ValueError,
         "log_prob(batch_size=...): must be a positive integer; got 0.",
     ),
@@ -285,7 +293,7 @@ BAD_INPUT = [
         lambda: flow(f=lambda t, y, args: jnp.ones((3, 2))), ValueError,
         "flow(f=...): f(t, y, args) must return the shapes of y; got (3, 2) where y has (2,). "
         "f sees one sample of a batch. All samples share args: pass what each has for itself as "
-        "row_args (docs/irregular.md).",
+        "row_args (docs/many.md).",
     ),
     *(
         (

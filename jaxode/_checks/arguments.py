@@ -243,9 +243,9 @@ def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:
     differ = sorted(axes_of(times).intersection(names))
     if differ:
         raise ValueError(
-            f"{arg('axis_name', axis_name)} the devices take the same steps, so the times must "
-            f"be the same on all; got times that vary over {differ}. With steer=, pass a key that "
-            "all devices share."
+            f"{arg('axis_name', axis_name)} the devices take the same steps, so times and step "
+            f"sizes must be the same on all; got some that vary over {differ}. With steer=, pass a "
+            "key that all devices share."
         )
 
 

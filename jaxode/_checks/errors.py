@@ -45,7 +45,8 @@ EXPLANATIONS = {
     ),
     Result.INVALID_ARGUMENT: (
         "an argument known only at run time breaks its rule",
-        "Check t0, t1, ts, jumps, breakpoints, rtol, atol, first_step, max_step and weights.",
+        "Check t0, t1, ts, jumps, breakpoints, rtol, atol, first_step, max_step, steer and "
+        "weights.",
     ),
     Result.EVENT_NOT_FOUND: (
         "the solves do not settle on the time of the event",

@@ -84,7 +84,7 @@ def in_rows(found: Any) -> str:
     return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
 
 
-def _finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
+def finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
     finite = (jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in leaves)
     return functools.reduce(operator.and_, finite)
 
@@ -147,23 +147,23 @@ POSITIVE = Rule(NUMBER, _is_positive, "must be positive and finite")
 NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(jnp.asarray(x)).any(), "must not be NaN")
 
 FINITE_STATE = Rule(
-    NUMBER, lambda *leaves: _finite_rows(*(leaf[None] for leaf in leaves))[0],
+    NUMBER, lambda *leaves: finite_rows(*(leaf[None] for leaf in leaves))[0],
     "must be finite; got NaN or inf", "Fix its source.",
 )  # fmt: skip
 FINITE = Rule(
-    NUMBER, _finite_rows, f"must be finite; {ROWS}",
+    NUMBER, finite_rows, f"must be finite; {ROWS}",
     "Leave those rows out, or fix their source.",
 )  # fmt: skip
 FINITE_WEIGHTED = FINITE._replace(
-    holds=lambda weights, *leaves: (weights == 0) | _finite_rows(*leaves)
+    holds=lambda weights, *leaves: (weights == 0) | finite_rows(*leaves)
 )
 FINITE_UNWEIGHTED = Rule(
-    NUMBER, lambda weights, *leaves: (weights != 0) | _finite_rows(*leaves),
+    NUMBER, lambda weights, *leaves: (weights != 0) | finite_rows(*leaves),
     f"must be finite, with joint steps also in rows of weight 0; {ROWS}",
     "Leave those rows out, or pass batch='per_sample' to cnf.",
 )  # fmt: skip
 FINITE_BASE = Rule(
-    "base=...", _finite_rows, f"must draw finite samples; {ROWS}",
+    "base=...", finite_rows, f"must draw finite samples; {ROWS}",
     "Fix its parameters or its method `sample`.",
 )  # fmt: skip
 # Of the target of the reverse divergence, at the samples of the flow.

@@ -218,7 +218,14 @@ def hash_of(tree: PyTree) -> int:
     """A hash, so that `jax.jit` accepts methods of a module. Unhashable leaves count by
     identity."""
     leaves, structure = jax.tree.flatten(tree)
-    return hash((structure, *(x if type(x).__hash__ else id(x) for x in leaves)))
+
+    def of_leaf(x):
+        try:
+            return hash(x)
+        except TypeError:
+            return id(x)
+
+    return hash((structure, *map(of_leaf, leaves)))
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[Any]:

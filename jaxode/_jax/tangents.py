@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from jaxode._jax.sharding import axes_of
 
 T = TypeVar("T")
 
@@ -29,6 +31,20 @@ def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> tuple[Array
         # Mapped, because JAX would otherwise notice only in the compiler that `f` has none.
         value, push = jax.linearize(f, t)
         return value, jax.vmap(push)(ones[None])[0]
+
+
+def undifferentiated_unless(needed: Bool[Array, ""], tree: T) -> T:
+    """The tree, through which no cotangent passes unless it is needed: zero times NaN is NaN.
+
+    What is the same on all devices is left alone: its cotangent is that of all of them.
+    """
+
+    def cut(x):
+        if not eqx.is_inexact_array(x) or axes_of(needed) - axes_of(x):
+            return x
+        return jnp.where(needed, x, jax.lax.stop_gradient(x))
+
+    return jax.tree.map(cut, tree)
 
 
 @eqx.filter_custom_jvp

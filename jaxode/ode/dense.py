@@ -82,7 +82,10 @@ class Interpolant(eqx.Module):
                 f"t1={float(self.t1[0])!r}; got {np.asarray(t)[~np.asarray(inside)][0]}. Extend "
                 "the solve."
             )
-        values = jax.vmap(lambda t: self._value(t, derivative))(t)
+        # At times outside, powers of which may be infinite, nothing is evaluated. A row without a
+        # start has its steps at zero.
+        start = jnp.where(jnp.isnan(self.t0), 0, self.t0)[None]
+        values = jax.vmap(lambda t: self._value(t, derivative))(jnp.where(inside, t, start))
         values = jnp.where(inside[..., None], values, jnp.nan)
         values = jnp.where(self.ok[None, :, None], values, self.y1[None])
         states = jax.vmap(self.ravel.back)(values)

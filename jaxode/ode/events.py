@@ -26,7 +26,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
-from jaxode._jax.tangents import filled, with_tangent
+from jaxode._jax.tangents import filled, undifferentiated_unless, with_tangent
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Curve
@@ -95,9 +95,15 @@ class Event(eqx.Module):
 
 
 def solve_to_event(
-    event: Event, condition: Condition, problem: Problem, stepper: Stepper, adjoint: Any
+    event: Event,
+    condition_of: Callable[..., Float[Array, " rows"]],
+    args: tuple[PyTree, PyTree],
+    problem: Problem,
+    stepper: Stepper,
+    adjoint: Any,
 ) -> tuple[Problem, Integration]:
-    """Solve the problem up to the event of each row."""
+    """Solve the problem up to the event of each row, where `condition_of(t, y, args)` is zero."""
+    condition = lambda t, y: condition_of(t, y, args)
     fixed = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, problem
     )
@@ -118,7 +124,7 @@ def solve_to_event(
     out = adjoint.integrate(problem, stepper)
     result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
     failed = result != Result.SUCCESS
-    t1, y1 = _moved(condition, came & ~failed, problem, out)
+    t1, y1 = _moved(condition_of, args, came & ~failed, problem, out)
     t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
     ys = out.ys
     if ys is not None and beyond is not None:
@@ -199,13 +205,15 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
     return t1, jnp.where(far, Result.EVENT_NOT_FOUND, Result.SUCCESS), stats
 
 
-def _moved(condition: Condition, came, problem: Problem, out: Integration):
+def _moved(condition_of: Callable[..., Array], args, came, problem: Problem, out: Integration):
     """The time of the event or the end, and the state there, both with their derivatives."""
     good = jnp.where(came.any(), came, out.result == Result.SUCCESS)
-    t, y = replace_rows((problem.t1, out.y1), ~came, good)
-    # With its closed-over values as leaves, which have derivatives.
-    condition = eqx.filter_closure_convert(condition, t, y)
-    t, y = _of_zero((t, y), condition, problem.field, problem.args, came)
+    shared, row_args = args
+    t, y, row_args = replace_rows((problem.t1, out.y1, row_args), ~came, good)
+    args = shared, row_args
+    condition = eqx.filter_closure_convert(lambda t, y: condition_of(t, y, args), t, y)
+    inputs = (t, y), condition, problem.field, eqx.filter(args, eqx.is_array)
+    t, y = _of_zero(*undifferentiated_unless(came.any(), inputs), came)
     return jnp.where(came, t, problem.t1), jnp.where(came[:, None], y, out.y1)
 
 

@@ -119,8 +119,9 @@ def _controller(stepper: Stepper) -> diffrax.AbstractStepSizeController:
     # The minimum step ends a solve whose steps no longer move the time.
     dtmin = float(jnp.finfo(stepper.rtol.dtype).tiny)
     tolerances = diffrax.PIDController(
-        rtol=stepper.rtol, atol=stepper.atol, dtmin=dtmin, dtmax=stepper.max_step
-    )
+        rtol=stepper.rtol, atol=stepper.atol, dtmin=dtmin, dtmax=stepper.max_step,
+        force_dtmin=False,
+    )  # fmt: skip
     control = tolerances
     if stepper.breakpoints is not None:
         control = diffrax.ClipStepSizeController(control, jump_ts=stepper.breakpoints)
@@ -140,6 +141,10 @@ class _Remembering(diffrax.AbstractAdaptiveStepSizeController):
 
     def init(self, terms, t0, *rest):
         t1, state = self.control.init(terms, t0, *rest)
+        # The first step must not vanish relative to the time. Error control makes it smaller.
+        end, *_ = rest
+        least = 100 * jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(end))
+        t1 = jnp.minimum(jnp.maximum(t1, t0 + jax.lax.stop_gradient(least)), end)
         return t1, (t0, state)
 
     def adapt_step_size(self, t0, t1, y0, y1, args, error, order, controller_state):

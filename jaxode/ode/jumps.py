@@ -19,12 +19,13 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import JumpTimes, all_hold
 from jaxode._jax.sharding import vary_alike
+from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import entry_of_each, replace_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.step_size import rms_norm
+from jaxode.ode.loop.step_size import is_lost
 from jaxode.ode.loop.stepper import Stepper
 
 # (t [rows], number [rows], y [samples, n], row_args) -> y [samples, n]
@@ -41,7 +42,7 @@ class Jumps(eqx.Module):
     Args:
         times: `[jumps]`, or with "per_sample" steps also `[batch, jumps]`, monotone from `t0` to
             `t1`, both included. Pad a shorter row with infinity, or by repeating its last time: a
-            time equal to the one before is no jump of its own.
+            time equal to the previous one is ignored.
         change: a function of the time, the state before (of one sample, with a batch), the `args`
             of the field (with `row_args`, `(args, row)`), and the number of the jump, an int32
             scalar that counts from 0. It returns the state after, like the state before. It must be
@@ -87,12 +88,12 @@ def solve_across(
     change: Change,
     times: Float[Array, "jumps rows"],
     problem: Problem,
-    row_args: PyTree,
+    args: tuple[PyTree, PyTree],
     stepper: Stepper,
     adjoint: Any,
 ) -> Integration:
     """Solve the problem across the jumps of each row."""
-    problem, row_args, times = vary_alike((problem, row_args, times))
+    problem, args, times = vary_alike((problem, args, times))
     valid = all_hold(problem, stepper, JumpTimes(times))
     is_jump, number, times = _without_padding(times, problem.t0)
     none = jnp.zeros((1, *problem.t0.shape), bool)
@@ -108,7 +109,7 @@ def solve_across(
     def piece(carry, of_piece):
         y, ys, result, reached, stats = carry
         index, start, end, number, jumps, counted = of_piece
-        lost = _is_lost(stepper, y, start) & (result == Result.SUCCESS)
+        lost = is_lost(stepper, y, start) & (result == Result.SUCCESS)
         cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
         result = jnp.where(lost, cause.astype(jnp.int32), result)
         reached = jnp.where(lost, start, reached)
@@ -126,7 +127,7 @@ def solve_across(
         result = jnp.where(going, out.result, result)
         reached = jnp.where(going, out.t_reached, reached)
         jumps = jumps & (result == Result.SUCCESS)
-        y = _changed(change, jumps, end, number, out.y1, row_args)
+        y = _changed(change, jumps, end, number, out.y1, args)
         return (y, ys, result, reached, stats), out.h
 
     result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
@@ -145,7 +146,7 @@ def solve_past_events(
     most: int,
     to_event: Callable[..., Any],
     problem: Problem,
-    row_args: PyTree,
+    args: tuple[PyTree, PyTree],
     stepper: Stepper,
 ) -> tuple[Problem, Integration]:
     """Solve the problem across at most so many events, and up to one more.
@@ -153,11 +154,11 @@ def solve_past_events(
     The time of an event, and the state there, have derivatives. They are the start of the next
     piece, so those of what follows are right, too.
     """
-    problem, row_args = vary_alike((problem, row_args))
+    problem, args = vary_alike((problem, args))
 
     def piece(carry, index):
         t, y, ys, result, reached, stats, going = carry
-        lost = _is_lost(stepper, y, t) & going & (index > 0)
+        lost = is_lost(stepper, y, t) & going & (index > 0)
         result = jnp.where(lost, jnp.int32(Result.NON_FINITE_CHANGE), result)
         # A row that has come to its end has an empty piece there; one that failed has none.
         start = jnp.where(result == Result.SUCCESS, t, jnp.nan)
@@ -174,7 +175,7 @@ def solve_past_events(
         came = going & out.stopped & (result == Result.SUCCESS)
         changes = came & (index < most)
         number = jnp.broadcast_to(index, t.shape)
-        after_event = _changed(change, changes, part.t1, number, out.y1, row_args)
+        after_event = _changed(change, changes, part.t1, number, out.y1, args)
         y, t = jnp.where(going[:, None], after_event, y), jnp.where(going, part.t1, t)
         return (t, y, ys, result, reached, stats, changes), (came, out.h)
 
@@ -190,17 +191,14 @@ def solve_past_events(
     return problem._replace(t1=t1), out
 
 
-def _is_lost(stepper: Stepper, y: Float[Array, "samples n"], t: Float[Array, " rows"]):
-    """Where the start of a piece is not finite, on all devices if on one.
-
-    An empty piece would not notice.
-    """
-    return jnp.isnan(rms_norm(stepper, 0 * jax.lax.stop_gradient(y), t))
-
-
-def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, row_args):
+def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
     """The state after the change, in some rows. In others it may not be finite."""
-    given = replace_rows((t, number, y, row_args), ~where, where)
+    shared, row_args = args
+    t, number, before, row_args = replace_rows((t, number, y, row_args), ~where, where)
+    given = t, number, before, (shared, row_args)
+    # With its closed-over values as leaves. If no row changes, it has no row to be finite at.
+    change = eqx.filter_closure_convert(change, *given)
+    change, given = undifferentiated_unless(where.any(), (change, given))
     return jnp.where(where[:, None], change(*given), y)
 
 

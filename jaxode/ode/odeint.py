@@ -10,13 +10,11 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import check_state, numeric_dtype
 from jaxode._checks.caller import public
-from jaxode._checks.rules import is_known
+from jaxode._checks.rules import forwards, is_known
 from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.field import check_field
-from jaxode.ode.options import SolveOptions
+from jaxode.ode.options import NO_LIMIT, SolveOptions
 from jaxode.ode.solve import solve_checked
-
-_NO_LIMIT = 2**31 - 1
 
 
 class _TimeFirst(eqx.Module):
@@ -73,12 +71,13 @@ def odeint(
         raise ValueError(f"odeint(t=...): must be a vector of times; got shape {jnp.shape(t)}.")
     # Not as a JAX array, which may have lost times that NumPy holds.
     times: Any = np.asarray(t) if is_known(t) else t
-    if is_known(t) and not (np.isfinite(times).all() and _monotone(times)):
+    in_order = lambda: forwards(times[0], times[-1], times).all()
+    if is_known(t) and not (np.isfinite(times).all() and in_order()):
         raise ValueError(f"odeint(t=...): times must be finite, and increase or decrease; got {t}.")
     for name, value in (("mxstep", mxstep), ("hmax", hmax)):
         if not is_known(value) or not value > 0:
             raise ValueError(f"odeint({name}=...): must be a positive number; got {value}.")
-    steps = int(min(mxstep * max(len(t) - 1, 1), _NO_LIMIT))
+    steps = int(min(mxstep * max(len(t) - 1, 1), NO_LIMIT))
     if steps < 1:
         raise ValueError(f"odeint(mxstep=...): must allow at least one step; got {mxstep}.")
     max_step = None if hmax == jnp.inf else hmax
@@ -89,8 +88,3 @@ def odeint(
     f, y0 = _TimeFirst(func), check_state("y0", y0)
     span = times[0], times[-1]
     return solve_checked(f, y0, span, args, options, ts=times, throw=False).ys
-
-
-def _monotone(times: np.ndarray) -> bool:
-    steps = np.diff(times)
-    return bool((steps >= 0).all() or (steps <= 0).all())

@@ -23,6 +23,7 @@ from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
+NO_LIMIT = 2**31 - 1  # steps are counted in int32
 OWN_SOLVER = "a solver of jaxode's own loop, such as diffrax.Tsit5() or jaxode.Rodas5P()"
 
 
@@ -58,7 +59,7 @@ class SolveOptions(eqx.Module):
         if given.get("steps") is not None:
             given["steps"] = integer("steps", given["steps"])
         if "max_steps" in given:
-            given["max_steps"] = integer("max_steps", given["max_steps"])
+            given["max_steps"] = min(integer("max_steps", given["max_steps"]), NO_LIMIT)
         options = cls(**given)
         options._check()
         return options

@@ -83,7 +83,7 @@ def solve(
             no result depends on the other samples.
         row_args: what each sample of a batch has for itself, such as its parameters: a pytree of
             arrays `[batch, ...]`. The field is then called as `f(t, y, (args, row))`, with the row
-            of its sample, and so is the condition of an event.
+            of its sample, and so are the condition and the change of an event, and that of `jumps`.
         ts: times at which to save the state, `[times]`, monotone from `t0` towards `t1`. Values
             between steps come from the solver's dense output. With "per_sample" steps also
             `[batch, times]`: pad a shorter row by repeating its last time, which costs no
@@ -238,7 +238,7 @@ class UserField(eqx.Module):
     f: VectorField
     jacobian_of_f: Callable[..., Array] | None = None
     hint: ClassVar[str] = (
-        " All samples share args: pass what each has for itself as row_args (docs/irregular.md)."
+        " All samples share args: pass what each has for itself as row_args (docs/many.md)."
     )
 
     def __call__(self, t, y, shared, row):
@@ -326,6 +326,11 @@ def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) ->
             f"{arg('event')} samples with joint steps end together; got batch='joint'. Use "
             "batch='per_sample'."
         )
+    if options.axis_name is not None:
+        raise ValueError(
+            f"{arg('event')} needs the whole state; got axis_name={options.axis_name!r}, along "
+            "which it is split. Leave axis_name out: rows with steps of their own need none."
+        )
     if dense and event.change is not None:
         raise ValueError(
             f"{arg('dense', dense)} needs an event without change; got one with change. Pass the "
@@ -345,9 +350,10 @@ def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) ->
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     problem, stepper, ravel = pose(system)
+    args = eqx.combine(problem.args, (system.shared, system.row_args))
     if system.event is not None:
         to_event = partial(
-            solve_to_event, system.event, condition_on_rows(system, ravel),
+            solve_to_event, system.event, condition_on_rows(system, ravel), args,
             stepper=stepper, adjoint=system.adjoint,
         )  # fmt: skip
         if system.event.change is None:
@@ -355,11 +361,11 @@ def run(system: System) -> Solution:
         else:
             change = change_on_rows(system, ravel)
             problem, out = solve_past_events(
-                change, system.event.most, to_event, problem, system.row_args, stepper
+                change, system.event.most, to_event, problem, args, stepper
             )
     elif system.jumps is not None:
         change, times = change_on_rows(system, ravel), system.jumps_on_rows(len(problem.t0))
-        out = solve_across(change, times, problem, system.row_args, stepper, system.adjoint)
+        out = solve_across(change, times, problem, args, stepper, system.adjoint)
     else:
         out = system.adjoint.integrate(problem, stepper)
     per_sample, interpolant = system.batch == "per_sample", None

@@ -106,7 +106,8 @@ def make_system(
     if jumps is not None:
         of_jumps = check_jump_times(*span, jumps.times, dtype, count)
         jumps = dataclasses.replace(jumps, times=of_jumps)
-    check_same_times((t0, t1, ts, options.breakpoints, of_jumps), options.axis_name)
+    steps = options.first_step, options.max_step
+    check_same_times((t0, t1, ts, options.breakpoints, of_jumps, steps), options.axis_name)
     row = y0
     if batch is not None:
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
@@ -178,7 +179,7 @@ def condition_on_rows(system: System, ravel: Ravel):
         return check_scalar("event", value, rule, "It sees one sample of a batch.")
 
     on_rows = _on_rows(system, checked)
-    return lambda t, y: on_rows(t, ravel.back(y), system.shared, system.row_args)
+    return lambda t, y, args: on_rows(t, ravel.back(y), *args)
 
 
 def change_on_rows(system: System, ravel: Ravel):
@@ -197,8 +198,8 @@ def change_on_rows(system: System, ravel: Ravel):
 
     rows_change = _on_rows(system, checked)
 
-    def change(t, number, y, row_args):
-        return ravel(rows_change((t, number), ravel.back(y), system.shared, row_args))
+    def change(t, number, y, args):
+        return ravel(rows_change((t, number), ravel.back(y), *args))
 
     return change
 

@@ -288,11 +288,37 @@ def test_joint_steps_of_a_batch_over_two_axes(check_vma):
     assert_same(jax.jit(run)(*inputs), loss_of(None)(*inputs))
 
 
+def test_a_part_of_a_state_without_a_cotangent_of_its_own_goes_along():
+    """Its cotangent comes from the other parts, by the field."""
+    f = lambda t, y, _: jax.lax.psum(y, "i")
+    options = {"axis_name": "i", "adjoint": jaxode.BacksolveAdjoint(), "rtol": 1e-7, "atol": 1e-7}
+
+    def first(y):
+        end = jaxode.solve(f, y, 0.0, 1.0, **options).y1[0]
+        return jnp.where(jax.lax.axis_index("i") == 0, end, 0)
+
+    gradient = jax.jit(jax.vmap(jax.grad(first), axis_name="i"))(jnp.array([[1.0], [2.0]]))
+    other = (np.exp(2) - 1) / 2  # of the exponential of a matrix of ones
+    np.testing.assert_allclose(gradient, [[1 + other], [other]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["first_step", "max_step"])
+def test_step_sizes_must_be_those_of_all_devices(option):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("i",))
+    run = lambda z: jaxode.flow(
+        lambda t, y, a: -y, z, 0.0, 1.0, axis_name="i", **{option: 0.1 / jnp.abs(z).max()}
+    )
+    with pytest.raises(ValueError, match=r"axis_name='i'.*got some that vary over \['i'\]"):
+        jax.shard_map(run, mesh=mesh, in_specs=P("i"), out_specs=P("i"))(jnp.ones((2, 1)))
+
+
 def test_steps_over_two_axes_need_the_same_times_on_all():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))
     ends = lambda z, t: jaxode.flow(lambda t, y, a: -y, z, 0.0, t[0], axis_name=("x", "a"))
     run = jax.shard_map(ends, mesh=mesh, in_specs=(P(("x", "a")), P("a")), out_specs=P(("x", "a")))
-    with pytest.raises(ValueError, match=r"axis_name=\('x', 'a'\).*times that vary over \['a'\]"):
+    with pytest.raises(
+        ValueError, match=r"axis_name=\('x', 'a'\).*got some that vary over \['a'\]"
+    ):
         run(X, jnp.ones(2))
 
 

@@ -194,15 +194,6 @@ def test_equal_steps_converge_to_the_gradient(name):
     assert errors[1] < 1e-4
 
 
-@pytest.mark.parametrize("name", of_feature(KINDS))
-def test_closed_over_values(name):
-    def run(a):
-        f = lambda t, y, _: -a * y
-        return jaxode.solve(f, jnp.ones(1), 0.0, 1.0, **METHODS[name].options(rtol=1e-9)).y1[0]
-
-    np.testing.assert_allclose(gradient(name)(run)(0.7), -np.exp(-0.7), rtol=1e-4)
-
-
 @functools.cache
 def of_a_batch(name, control):
     """Its gradient as a function of the tolerance."""
@@ -282,15 +273,6 @@ def test_exact_methods_equal_discrete(name, transform):
         return jax.jit(each)(y0, *INPUTS[1:], TS)
 
     assert_close(run(name), run("discrete", **METHODS[name].needs), 1e-12)
-
-
-def test_forward_mode_of_a_failed_solve_is_nan():
-    run = lambda y0: (
-        jaxode.solve(
-            lambda t, y, _: y**2, y0, 0.0, 3.0, adjoint=jaxode.ForwardMode(), throw=False
-        ).y1
-    )
-    assert jnp.isnan(jax.jacfwd(run)(jnp.ones(2))).all()
 
 
 @functools.cache

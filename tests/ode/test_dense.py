@@ -158,3 +158,19 @@ def test_a_failed_solve_raises_where_only_the_interpolant_is_used():
     ).evaluate(0.01))  # fmt: skip
     with pytest.raises(jax.errors.JaxRuntimeError, match="solve: the steps ran out"):
         jax.block_until_ready(run(1e3))
+
+
+def test_masked_times_outside_of_the_span_add_nothing_to_a_gradient():
+    """Padding may be infinite."""
+    times = jnp.array([[0.5, jnp.inf], [0.5, 1.5]])
+
+    def total(a):
+        s = jaxode.solve(
+            lambda t, y, a: a * y, jnp.ones((2, 1)), 0.0, jnp.array([1.0, 2.0]), a,
+            batch="per_sample", dense=True, max_steps=64, rtol=1e-8, atol=1e-8,
+        )  # fmt: skip
+        return jnp.sum(jnp.where(jnp.isfinite(times), s.evaluate(times)[..., 0], 0))
+
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(total))(1.0), np.exp(0.5) + 1.5 * np.exp(1.5), rtol=1e-6
+    )

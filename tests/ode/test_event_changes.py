@@ -116,6 +116,21 @@ def test_a_row_that_fails_fails_alone():
     np.testing.assert_allclose(bar, expected, rtol=1e-12)
 
 
+def test_a_change_is_differentiated_only_where_it_happens():
+    """Each bounce costs the energy `a`. Where the ball is slow, there is no root."""
+    fall = lambda t, y, a: jnp.stack([y[1], -9.81 + 0 * y[1]])
+    bounce = lambda t, y, a, i: jnp.stack([0 * y[0], jnp.sqrt(y[1] ** 2 - 2 * a)])
+
+    def height(a):
+        event = jaxode.Event(lambda t, y, a: y[0], direction=-1, change=bounce, most=3)
+        return jaxode.solve(fall, jnp.array([1.0, 0.0]), 0.0, 0.8, a, event=event).y1[0]
+
+    left = 0.8 - np.sqrt(2 / 9.81)  # after the first bounce, with the speed v
+    v = lambda a: np.sqrt(2 * 9.81 - 2 * a)
+    np.testing.assert_allclose(height(3.0), v(3.0) * left - 9.81 / 2 * left**2, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(height))(3.0), -left / v(3.0), rtol=1e-5)
+
+
 def test_a_change_that_is_not_finite_is_named():
     """It fails in its row alone, at the time of the event."""
     event = jaxode.Event(

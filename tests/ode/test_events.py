@@ -180,6 +180,44 @@ def test_a_row_at_rest_without_an_event_has_the_gradient_of_its_end():
     assert jax.jit(jax.grad(run))(0.5) == 1
 
 
+def no_event(rate):
+    """The condition is not a number at the end."""
+    event = jaxode.Event(lambda t, y, _: jnp.sqrt(y[0]) - 3)
+    fall = lambda t, y, rate: -rate * jnp.ones_like(y)
+    return jaxode.solve(fall, jnp.ones(1), 0.0, 2.0, rate, event=event).y1[0]
+
+
+TO_TWO = jaxode.Event(lambda t, y, args: y[0] - 2)
+
+
+def one_of_two_solves_fails(rate):
+    f = lambda t, y, rate: jnp.where(y > 5, jnp.nan, rate * y)
+    solve = lambda y0: jaxode.solve(f, y0, 0.0, 1.0, rate, event=TO_TWO, throw=False)
+    solution = jax.vmap(solve)(jnp.array([[1.0], [6.0]]))
+    return jnp.sum(jnp.where(solution.ok, solution.t1, 0))
+
+
+def one_of_two_rows_fails(rate):
+    solution = jaxode.solve(
+        lambda t, y, args: args[0] * args[1] * y, jnp.ones((2, 1)), 0.0, 1.0, rate, event=TO_TWO,
+        row_args=jnp.array([1.0, jnp.nan]), batch="per_sample", throw=False,
+    )  # fmt: skip
+    return jnp.sum(jnp.where(solution.ok, solution.t1, 0))
+
+
+@pytest.mark.parametrize(
+    ("run", "slope"),
+    [
+        (no_event, -2.0),
+        (one_of_two_solves_fails, -np.log(2) / 0.9**2),
+        (one_of_two_rows_fails, -np.log(2) / 0.9**2),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_has_no_event_adds_nothing_that_is_not_finite(run, slope):
+    np.testing.assert_allclose(jax.jit(jax.grad(run))(0.9), slope, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_rows_without_an_event_have_the_gradient_of_their_end():
     """Before it hits the ground; and beside rows that rest, or fail, which are masked."""

@@ -104,7 +104,8 @@ def test_odeint_over_an_empty_span(t):
 @pytest.mark.parametrize(
     ("event", "batch", "control"),
     [
-        ((), 0, "joint"), ((), 0, "per_sample"), ((), 3, "joint"), ((2, 3, 4), 1, "per_sample"),
+        ((), 0, "joint"), ((), 0, "per_sample"), ((), 1, "joint"), ((), 3, "joint"),
+        ((2, 3, 4), 1, "per_sample"),
     ],
     ids=str,
 )  # fmt: skip
@@ -274,3 +275,22 @@ def test_parameters_that_are_not_of_this_world(p):
     assert np.isnan(gradient)
     assert np.isnan(quiet.log_prob(p, x)).all()
     assert np.isnan(quiet.sample(p, jax.random.key(0), 3)).all()
+
+
+def test_more_steps_than_can_be_counted_are_no_limit():
+    run = lambda **options: jaxode.solve(decay, jnp.ones(1), 0.0, 1.0, 1.0, **options).y1
+    np.testing.assert_array_equal(run(max_steps=10**10), run(max_steps=2**31 - 1))
+
+
+def test_second_derivatives_of_an_empty_batch():
+    options = {"batch": "per_sample", "adjoint": jaxode.BacksolveAdjoint()}
+    run = lambda z: jaxode.flow(lambda t, z, _: -z * z, z, 0.0, 1.0, **options).sum()
+    assert jax.jacrev(jax.grad(run))(jnp.zeros((0, 2))).shape == (0, 2, 0, 2)
+
+
+def test_a_state_that_is_not_finite_fails_over_an_empty_span():
+    """A row of padding, which a mask of `ok` leaves out."""
+    y0, t1 = jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0])
+    solution = jaxode.solve(decay, y0, 0.0, t1, 1.0, batch="per_sample", throw=False)
+    np.testing.assert_array_equal(solution.ok, [True, False])
+    assert solution.result[1] == jaxode.Result.NON_FINITE

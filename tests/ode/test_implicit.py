@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from problems import robertson
 
 import jaxode
 
@@ -21,11 +22,6 @@ OF_DIFFRAX = [jaxode.DiscreteAdjoint(), jaxode.ForwardMode()]
 
 def van_der_pol(t, y, mu):
     return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
-
-
-def robertson(t, y, k):
-    a, b, c = k[0] * y[0], k[1] * y[1] ** 2, k[2] * y[1] * y[2]
-    return jnp.stack([-a + c, a - b - c, b])
 
 
 def radau(f, y0, span, args, ts, **options):
@@ -71,13 +67,30 @@ def test_robertson_and_its_gradient():
     np.testing.assert_allclose(gradient, differences, rtol=1e-4)
 
 
-def test_failed_implicit_solve():
-    run = lambda y0, **options: jaxode.solve(
-        lambda t, y, _: y**2, y0, 0.0, 3.0, solver=diffrax.Kvaerno3(), max_steps=50, **options
-    )
-    with pytest.raises(jaxode.SolveError, match=r"^solve: "):
-        run(jnp.ones(1))
-    assert jnp.isnan(run(jnp.ones(1), throw=False).y1).all()
+@pytest.mark.parametrize(
+    ("f", "result"),
+    [
+        (lambda t, y, _: jnp.sign(0.5 - y), jaxode.Result.STEP_SIZE_UNDERFLOW),
+        (lambda t, y, _: jnp.where(t > 0.5, jnp.nan, 1.0) * y, jaxode.Result.NON_FINITE),
+    ],
+    ids=["jumps", "NaN"],
+)
+def test_steps_that_no_longer_move_the_time_end_the_solve(f, result):
+    solution = jaxode.solve(f, jnp.ones(1), 0.0, 2.0, solver=diffrax.Kvaerno3(), throw=False)
+    assert solution.result == result
+    assert solution.stats.num_steps < 300
+    np.testing.assert_allclose(solution.t_reached, 0.5, atol=1e-6)
+    assert jnp.isnan(solution.y1).all()
+
+
+def test_first_step_far_from_time_zero_in_single_precision():
+    """As `test_solve.py` has for other solvers."""
+    t0 = jnp.asarray(1e4, jnp.float32)
+    solution = jaxode.solve(
+        lambda t, y, _: jnp.ones_like(y), jnp.zeros(1, jnp.float32), t0, t0 + 10,
+        solver=diffrax.Kvaerno3(),
+    )  # fmt: skip
+    np.testing.assert_allclose(solution.y1, 10.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("adjoint", OF_DIFFRAX, ids=str)

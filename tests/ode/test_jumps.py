@@ -228,6 +228,20 @@ def test_a_row_that_fails_fails_alone():
         assert np.isnan(run(ARGS, *given, every)[0]).all()
 
 
+def test_a_change_is_differentiated_only_where_it_happens():
+    """At the end of the solve, its square root is that of a negative number."""
+
+    def end(a):
+        jumps = jaxode.Jumps([0.1], lambda t, y, a, i: jnp.sqrt(y - a))
+        return jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 0.0, 2.0, a, jumps=jumps).y1[0]
+
+    slope = -0.5 * np.exp(-1.9) / np.sqrt(np.exp(-0.1) - 0.5)
+    np.testing.assert_allclose(jax.jit(jax.grad(end))(0.5), slope, rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(jax.jacfwd(jax.grad(end)))(0.5), slope / 2 / (np.exp(-0.1) - 0.5), rtol=1e-3
+    )
+
+
 def test_a_failure_between_two_jumps_is_the_first():
     """The field explodes after the second jump; the outputs before are NaN, too."""
     blow = lambda t, y, _: jnp.where(y > 10, y**2, 0.0)

@@ -214,22 +214,6 @@ def test_flow_composes_and_inverts():
     np.testing.assert_allclose(end[1], single, atol=1e-8)
 
 
-def test_per_sample_rows_do_not_see_each_other():
-    """Each row takes the steps that it takes alone, whatever the stiffness of its neighbours."""
-    f = lambda t, y, args: jnp.stack([jnp.zeros(()), -y[0] * y[1]])
-    z = jnp.array([[1.0, 1.0], [50.0, 1.0], [0.1, 1.0]])
-    ts = jnp.array([0.3, 1.0, 2.0])
-    run = lambda z: jaxode.solve(f, z, 0.0, 2.0, ts=ts, batch="per_sample")
-    together = run(z)
-    assert together.stats.num_steps.shape == (3,)
-    assert together.stats.num_steps[1] > 3 * together.stats.num_steps[2]
-    for i in range(3):
-        alone = jaxode.solve(f, z[i], 0.0, 2.0, ts=ts)
-        np.testing.assert_allclose(together.y1[i], alone.y1, rtol=1e-12)
-        np.testing.assert_allclose(together.ys[:, i], alone.ys, rtol=1e-12)
-        assert together.stats.num_evals[i] == alone.stats.num_evals
-
-
 def test_values_are_no_reason_to_compile_again(compiled):
     """Tolerances, times, arguments and the initial state may change from call to call."""
     f = lambda t, y, args: -args["rate"] * y
@@ -255,15 +239,6 @@ def test_first_step_far_from_time_zero_in_single_precision():
         lambda t, y, _: jnp.ones_like(y), jnp.zeros(1, jnp.float32), t0, t0 + 10
     )
     np.testing.assert_allclose(solution.y1, 10.0, rtol=1e-5)
-
-
-@pytest.mark.parametrize("batch", [0, 1])
-def test_empty_and_single_batches(batch):
-    f = lambda t, y, args: -y
-    for control in ("joint", "per_sample"):
-        y1 = jaxode.flow(f, jnp.ones((batch, 3)), 0.0, 1.0, batch=control)
-        assert y1.shape == (batch, 3)
-        np.testing.assert_allclose(y1, np.exp(-1.0), rtol=1e-4)
 
 
 def test_joint_control_over_devices_takes_the_norm_over_the_whole_batch():

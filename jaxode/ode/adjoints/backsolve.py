@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxode._checks.errors import Result
 from jaxode._jax.pullback import vjp
-from jaxode._jax.sharding import fori_loop
+from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode._jax.tangents import filled
 from jaxode.ode.adjoints.base import Solved, in_reverse, solve, without_cotangent
 from jaxode.ode.adjoints.continuous import (
@@ -59,7 +59,9 @@ class BacksolveAdjoint(ContinuousAdjoint):
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:
         """The adjoint solve, with the state beside its cotangent."""
         problem, integration = solved.problem, solved.integration
-        idle = without_cotangent(bar, problem.t0)
+        idle, name = without_cotangent(bar, problem.t0), solved.stepper.axis_name
+        if name is not None:  # devices that take the same steps rest together
+            idle = vary(jax.lax.pmin(idle.astype(jnp.int32), name), axes_of(idle)) == 1
         ys = None if integration.ys is None else padded(problem, integration.ys)
         ys_bar = None if problem.ts is None else bar.ys
         # A row on which nothing depends stays at the end, where its cotangent is zero.
@@ -138,6 +140,8 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
     diff, fixed = eqx.partition(inputs, perturbed)
     stepper = eqx.tree_at(lambda m: m.first_step, stepper, None, is_leaf=lambda x: x is None)
     shape, size = problem.y0.shape, problem.y0.size
+    if not shape[0]:
+        return jax.tree.map(jnp.zeros_like, diff)
     _, unravel = ravel_pytree(params)
 
     def pack(y, a, b):

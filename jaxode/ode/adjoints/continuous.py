@@ -109,7 +109,8 @@ def solve_segment(
         accept, then = judge(stepper, now, ahead, y, k)
         # A step cut short to reach the end says little about the next one.
         longer = jnp.abs(then.h) > jnp.abs(now.h)
-        then = then._replace(h=jnp.where(accept & ahead.last & ~longer, now.h, then.h))
+        h = jnp.where(accept & ahead.last & ~longer, now.h, then.h)
+        then = then._replace(h=jax.lax.stop_gradient(h))
         return Segment(then, quadrature_where(accept))
 
     segment = segment.moved(done=start == end)

@@ -82,13 +82,10 @@ def _moved(solved: Solved, times, steps_bar: Steps | None, t0_bar, t1_bar):
     """Add the cotangents of the step times, which move with both ends."""
     if steps_bar is None or steps_bar.times is None:
         return t0_bar, t1_bar
-
-    def add(carry, step):
-        t, bar = step
-        by_t0, by_t1 = solved.speeds(t, jnp.zeros_like(t), jnp.int32(1))
-        return (carry[0] + bar * by_t0.t, carry[1] + bar * by_t1.t), None
-
-    return jax.lax.scan(add, (t0_bar, t1_bar), (times, steps_bar.times))[0]
+    speeds = jax.vmap(lambda t: solved.speeds(t, jnp.zeros_like(t), jnp.int32(1)))
+    by_t0, by_t1 = speeds(times)
+    total = lambda by_end: jnp.sum(steps_bar.times * by_end.t, axis=0)
+    return t0_bar + total(by_t0), t1_bar + total(by_t1)
 
 
 def _of_steps(steps_bar: Steps, outputs: Any):

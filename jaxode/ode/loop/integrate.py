@@ -22,7 +22,7 @@ from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.step_size import first_step
+from jaxode.ode.loop.step_size import first_step, is_lost
 from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
 
 # (before a step, the step) -> whether an accepted step stops inside, the time and state there.
@@ -116,9 +116,9 @@ def integrate(
     state = while_loop(lambda state: state.progress.active.any(), advance, state)
     final, tableau = state.progress, stepper.tableau
     stats = final.stats(tableau.evaluations, first_evals)
-    # Over an empty span, a vector field that is not finite changes nothing.
+    # Over an empty span, a vector field that is not finite changes nothing that is finite.
     of_field = (final.result == Result.NON_FINITE) | (final.result == Result.NON_FINITE_JACOBIAN)
-    harmless = (start == end) & of_field
+    harmless = (start == end) & of_field & ~is_lost(stepper, final.y, start)
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
     ok = result == Result.SUCCESS
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
@@ -195,7 +195,8 @@ def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array,
         return slope if reused else None, limit_step(stepper, h), 2
     h = jnp.zeros_like(start)
     if stepper.steps is None and stepper.first_step is not None:
-        h = jnp.sign(span) * jnp.minimum(stepper.first_step.astype(start.dtype), jnp.abs(span))
+        h = jnp.minimum(stepper.first_step.astype(start.dtype), jnp.abs(span))
+        h = limit_step(stepper, jnp.sign(span) * h)
     return (field(start, problem.y0), h, 1) if reused else (None, h, 0)
 
 

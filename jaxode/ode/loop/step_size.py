@@ -30,6 +30,13 @@ def rms_norm(
     return jnp.sqrt(mean_square)
 
 
+def is_lost(
+    stepper: Stepper, y: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
+) -> Bool[Array, " rows"]:
+    """Where the state is not finite, on all devices if on one. An empty solve would not notice."""
+    return jnp.isnan(rms_norm(stepper, 0 * jax.lax.stop_gradient(y), of_rows))
+
+
 def error_scale(stepper: Stepper, y0, y1) -> Float[Array, "samples n"]:
     """The error that the tolerances allow in each number."""
     return stepper.atol + stepper.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
