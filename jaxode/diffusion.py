@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -140,19 +141,18 @@ def _check_order(path: Any, zero: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _ProbabilityFlow:
+class _ProbabilityFlow(eqx.Module):
     """The vector field. Equal to another with the same model and path."""
 
     model: Model
     path: Path
-    predicts: Literal["score", "noise"]
+    predicts: Literal["score", "noise"] = eqx.field(static=True)
 
     def __call__(self, t: Time, z: Float[Array, " *event"], args: PyTree):
         """The velocity of one sample."""
         out = self.model(t, z, args)
         if jax.tree.structure(out) != jax.tree.structure(z) or jnp.shape(out) != z.shape:
-            return out  # not broadcast: the usual check names it
+            return out  # the field's usual check names the shape
         return self.path.drift(t) * z + self._factor(t) * out
 
     def value_and_divergence(self, t: Time, z: Float[Array, " *event"], args: PyTree):

@@ -92,7 +92,8 @@ class DiagonalNormal(eqx.Module):
         _check_events(z, self.event_shape)
         spread = lambda leaf: leaf.reshape((1,) * (z.ndim - leaf.ndim) + leaf.shape)
         standard = (z - spread(self.mean)) * jnp.exp(-spread(self.log_scale))
-        return StandardNormal(self.event_shape).log_prob(standard) - jnp.sum(self.log_scale)
+        log_scale = jnp.broadcast_to(self.log_scale, self.event_shape)
+        return StandardNormal(self.event_shape).log_prob(standard) - jnp.sum(log_scale)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
         """Independent draws in the dtype of the mean."""
@@ -192,9 +193,9 @@ def as_base(density: Any) -> BaseDensity:
             "Make its axes part of the event: .to_event() in numpyro, Independent in distrax."
         )
     seed = "seed" in inspect.signature(density.sample).parameters
-    if hasattr(density, "event_shape") and not seed:
+    if isinstance(getattr(density, "event_shape", None), tuple) and not seed:
         return density
-    return _Adapted(density, tuple(event_shape), seed)
+    return _Adapted(density, as_event_shape(event_shape), seed)
 
 
 def log_prob_of(base: BaseDensity, z: Float[Array, "batch *event"]) -> Float[Array, " batch"]:

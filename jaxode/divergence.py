@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import check_derivative, integer, one_of
+from jaxode._checks.arguments import check_derivative, integer, one_of, state_dtype
 from jaxode._checks.caller import public
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.field import call_field
@@ -214,8 +214,9 @@ def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
             f"got {probes} for {z.size} dimensions. Use divergence=jaxode.divergence.exact()."
         )
     # `probes` columns cost less than a whole matrix.
-    columns = jax.random.orthogonal(key, z.size, dtype=z.dtype, m=probes)
-    return columns.T.reshape(probes, *z.shape) * np.sqrt(z.size).astype(z.dtype)
+    dtype = state_dtype(z)  # LAPACK has no half precision
+    columns = jax.random.orthogonal(key, z.size, dtype=dtype, m=probes)
+    return (columns.T.reshape(probes, *z.shape) * np.sqrt(z.size).astype(dtype)).astype(z.dtype)
 
 
 _DRAWS = {
@@ -230,7 +231,7 @@ def closed_form() -> Divergence:
 
     A field provides it with a method `value_and_divergence(t, z, args) -> (dz, div)`, which may
     return `NotImplemented` for arguments without a closed form. `jaxode.nn.field` has this method;
-    it works for `jaxode.nn` networks with at most two hidden layers.
+    docs/divergence.md lists the networks of `jaxode.nn` that it works for.
 
     Raises:
         ValueError: at trace time, if the field has no closed form.

@@ -47,7 +47,7 @@ def dequantize(
         level.
 
     Raises:
-        TypeError: if the key is none of `jax.random`.
+        TypeError: if `key` is not a key of `jax.random`.
         ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
             2.
     """
@@ -103,9 +103,9 @@ def logit(
     in_range = lambda u: (u >= 0) & (u <= 1)
     _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
     u = floating(u)
-    v = margin + (1 - 2 * margin) * u
-    y = jnp.log(v) - jnp.log1p(-v)
-    slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log1p(-v)
+    v, rest = (margin + (1 - 2 * margin) * part for part in (u, 1 - u))  # their sum is one
+    y = jnp.log(v) - jnp.log(rest)
+    slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log(rest)
     return y, jnp.sum(slope, axis=tuple(range(1, u.ndim)))
 
 

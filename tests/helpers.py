@@ -169,3 +169,19 @@ def optional(library):
             return importlib.import_module(library)
     reason = f"{library} is not installed: make test-all installs it"
     return pytest.importorskip(library, reason=reason)
+
+
+def numpyro_normal(mean, scale):
+    return importlib.import_module("numpyro.distributions").Normal(mean, scale).to_event(1)
+
+
+def distrax_normal(mean, scale):
+    return importlib.import_module("distrax").MultivariateNormalDiag(mean, scale)
+
+
+def flowjax_normal(mean, scale):
+    return importlib.import_module("flowjax.distributions").Normal(mean, scale)
+
+
+# Independent normals of each library. A new one is one row.
+LIBRARIES = {"numpyro": numpyro_normal, "distrax": distrax_normal, "flowjax": flowjax_normal}

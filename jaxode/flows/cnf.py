@@ -296,7 +296,8 @@ class CNF(eqx.Module):
         times `atol`. So unlike the gradient of the value (`path=False`), the path gradient does not
         look for errors of the solver that lower the loss. With a stochastic
         divergence both are unbiased, and the noise of the probes stays in the path gradient where
-        `q = p`: use an exact one if you can.
+        `q = p`: use an exact one if you can. A learned base needs samples that have derivatives by
+        its parameters: those of a mixture have none by its weights, which then learn nothing.
 
         Under `jax.shard_map` it is the mean over the samples of this device: give each device its
         own key, and differentiate `jax.lax.pmean` of the loss, as for `nll`.

@@ -58,6 +58,8 @@ def reverse_kl(
         field, state = integrands.density, (system.y0, log_prob_of(base, system.y0))
     solution = run(system._replace(field=field, y0=state, row_args=row_args))
     x, log_q, *score = solution.y1
+    if path:  # it moves with the end times, of which the score has the derivative
+        log_q = fixed(log_q)
     log_p, slope, finite = _target(log_density, fixed(x), system.row_args)
     # The derivative along the path: that of what is added to `log q - log p`, which is zero.
     along = fixed(score[0]) / SCORE - slope if path else -slope

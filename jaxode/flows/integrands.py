@@ -8,11 +8,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from jaxode._jax.sharding import AxisName
 from jaxode.divergence import Divergence, FieldAt
-from jaxode.flows.noise import of_each_row
 from jaxode.ode.field import VectorField, of_row
 from jaxode.regularizers import Regularizer
 
@@ -86,35 +84,19 @@ class Integrands(eqx.Module):
         costs = [regularizer.cost(dz, norm) for regularizer in self.regularizers]
         return dz, jnp.stack([div, *costs])
 
-    def probes(
-        self,
-        key: PRNGKeyArray | None,
-        x: Float[Array, "batch *event"],
-        params,
-        context,
-        axis_name: AxisName | None,
-        *,
-        of_costs: bool = False,
-    ) -> Array | None:
-        """One probe per sample, which depends only on the key and the sample's index.
-
-        `of_costs`: for the divergence and the running costs.
-        """
-        norm = of_costs and self._needs_norm
-        divergence = self.chosen_divergence(x, params, context, norm=norm)
-        return of_each_row(divergence.init, key, x, axis_name)
-
     @property
     def _needs_norm(self) -> bool:
         return any(regularizer.needs_norm for regularizer in self.regularizers)
 
     def chosen_divergence(
-        self, x: Float[Array, "batch *event"], params, context, *, norm: bool = False
+        self, x: Float[Array, "batch *event"], params, context, *, of_costs: bool = False
     ) -> Divergence:
-        """The divergence that `auto()` stands for. So a closed form needs no key."""
+        """The divergence that `auto()` stands for, also for the running costs. So a closed form
+        needs no key."""
         of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
         t = jnp.zeros((), x.dtype)
-        return self._chosen(self.at(t, params, jax.tree.map(of_row, context)), of_row(x), norm)
+        g = self.at(t, params, jax.tree.map(of_row, context))
+        return self._chosen(g, of_row(x), of_costs and self._needs_norm)
 
     def _chosen(self, g: FieldAt, z: Any, norm: bool) -> Divergence:
         """With `norm`, `auto()` skips the closed form, which has no Jacobian norm."""

@@ -6,6 +6,7 @@ References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:23
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from jaxode._checks.rules import (
     PERMUTATION,
     POSITIVE,
     data_faults,
+    finite_rows,
     is_known,
     weights_faults,
 )
@@ -75,12 +77,21 @@ def matching_loss(
     of_context = data_faults({"context": context}, given)
     if given is not None:
         # Zero times NaN is NaN, so another row stands in for one of weight zero.
-        rows = jnp.where(weights == 0, jnp.argmax(weights), jnp.arange(x.shape[0]))
-        x, z0, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (x, z0, context))
-    check_number("time_power", time_power, POSITIVE)
+        data = jax.tree.map(jnp.asarray, (x, z0, context))
+        finite = finite_rows(*filter(eqx.is_inexact_array, jax.tree.leaves(data)))
+        # This device may have no other one.
+        some = jnp.any(weights != 0)
+        source = jnp.argmax(jnp.where(some, weights, finite.astype(weights.dtype)))
+        rows = jnp.where(weights == 0, source, jnp.arange(x.shape[0]))
+        there = some | finite.any()
+        stand_in = lambda leaf: jnp.where(there, leaf[rows], jnp.zeros_like(leaf))
+        x, z0, context = jax.tree.map(stand_in, data)
+    check_number("time_power", time_power)
+    faults |= POSITIVE.check(time_power, name="time_power")
     u = _stratified(time_key, x, axis_name)
     if not (is_known(time_power) and time_power == 1):
-        u = 1 - (1 - u) ** jnp.asarray(time_power, x.dtype)
+        power = jnp.asarray(time_power, x.dtype)
+        u = 1 - (1 - u) ** jnp.where(POSITIVE.holds(power), power, jnp.nan)
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 

@@ -17,7 +17,7 @@ from jaxode._jax.closure import compiled
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import Objective, evaluate, unused_rows
-from jaxode.flows.noise import random_end, random_phases
+from jaxode.flows.noise import of_each_row, random_end, random_phases
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
@@ -76,7 +76,9 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     integrands, base = parts
     axis_name, x, phase = system.stepper.axis_name, system.y0, None
     if steer > 0:
-        system = system._replace(t1=random_end(key, system.t1, steer))
+        end = random_end(key, system.t1, steer)
+        fits = steer < jnp.abs(system.t1 - system.t0)
+        system = system._replace(t1=jnp.where(fits, end, jnp.nan))
         check_same_times(system.t1, axis_name)
     if quadrature == "stochastic":
         phase = random_phases(key, x, axis_name)
@@ -97,11 +99,13 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
 
 
 def probes_of(system: System, integrands: Integrands, key, *, of_costs: bool = False):
-    """The noise of the divergence, one probe per sample."""
-    axis_name = system.stepper.axis_name
-    return integrands.probes(
-        key, system.y0, system.shared, system.row_args, axis_name, of_costs=of_costs
-    )
+    """One probe per sample, which depends only on the key and the sample's index.
+
+    `of_costs`: for the divergence and the running costs.
+    """
+    x, context = system.y0, system.row_args
+    chosen = integrands.chosen_divergence(x, system.shared, context, of_costs=of_costs)
+    return of_each_row(chosen.init, key, x, system.stepper.axis_name)
 
 
 def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Solution:

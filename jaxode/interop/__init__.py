@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from jaxode.density.bind import Density
+from jaxode.distributions import CenteredNormal
 
 
 def numpyro(density: Density, context: PyTree = None) -> Any:
@@ -16,8 +17,14 @@ def numpyro(density: Density, context: PyTree = None) -> Any:
             use `density.log_prob` in `numpyro.factor`.
 
     Raises:
+        ValueError: for a flow of centred particles, whose density has no scale along a shift.
         ModuleNotFoundError: if numpyro is not installed.
     """
+    if isinstance(density.flow.base, CenteredNormal):
+        raise ValueError(
+            "interop.numpyro(density=...): needs a density of all coordinates; got one of centred "
+            "configurations, which a shift does not change. Sample from the density itself."
+        )
     from jaxode.interop.to_numpyro import FlowDistribution
 
     return FlowDistribution(density, context)

@@ -1,10 +1,10 @@
 """A density as a numpyro distribution."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -22,6 +22,9 @@ class FlowDistribution(dist.Distribution):
     pytree_data_fields = ("density", "context")
 
     def __init__(self, density: Density, context: PyTree = None, *, validate_args=None):
+        if context is not None and density.context_shapes is None:
+            shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(context))
+            density = dataclasses.replace(density, context_shapes=shapes)
         self.density, self.context = density, context
         super().__init__(event_shape=density.event_shape, validate_args=validate_args)
 
@@ -53,9 +56,6 @@ class _Events:
 
     def tree_flatten(self):
         return (self.held,), (("held",), {"event": self.event})
-
-    def eq(self, other, static=False):
-        return isinstance(other, type(self)) and eqx.tree_equal(self.held, other.held)
 
     def map(self, f, x):
         """Apply `f` to each event of a batch."""

@@ -34,14 +34,14 @@ def _orbits(shape: tuple[int, ...], isotropic: bool) -> np.ndarray:
 
 
 class Lattice(Symmetric):
-    """A scalar field on a periodic lattice that changes at each site with all others.
+    """A vector field for scalar fields `y` on a periodic lattice. Each site moves with all others.
 
-        f_x = sum_y sum_a K_a(x - y, t) h_a(y_y),  h = y, sin(w_a y) and, unless odd, cos(w_a y).
+        f_i = sum_j sum_a K_a(i - j, t) h_a(y_j),  h = y, sin(w_a y) and, unless odd, cos(w_a y).
 
     Shifting a configuration along an axis does so with `f`, and if it is odd, `f(-y) = -f(y)`. So a
     flow from `jaxode.standard_normal(shape)` has a density with these symmetries. Kernels
     reach over the whole lattice, as products of Fourier transforms; they and the frequencies `w`
-    are trained. The divergence is `sum_x sum_a K_a(0, t) h_a'(y_x)`, in closed form. Times as in
+    are trained. The divergence is `sum_i sum_a K_a(0, t) h_a'(y_i)`, in closed form. Times as in
     `Residual`.
 
     Args:

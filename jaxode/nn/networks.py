@@ -159,7 +159,8 @@ class _Network(Network):
         bound = 0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1])
         self.weight = jax.random.uniform(last, (outputs, sizes[-1]), minval=-bound, maxval=bound)
         self.bias = jnp.zeros(outputs)
-        self.shift = jnp.zeros((1 + context_size, outputs)) if self.time_in_output else None
+        timed_output = self.time_in_output or not (keys or self.scalar_output)
+        self.shift = jnp.zeros((1 + context_size, outputs)) if timed_output else None
         self.activation = activation
         self.context_size = context_size
 

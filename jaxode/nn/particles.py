@@ -108,14 +108,16 @@ class Particles(Symmetric):
 
     where `s_ij` describes what is around the pair: sums of bumps over all pairs and over those of
     `i` and of `j`, and of products of two functions of the distance over the triangles on the pair.
-    Turning, mirroring or shifting a configuration `x [n, dim]`, or exchanging its particles, does
-    so with `f`; a flow from `jaxode.centered_normal(n, dim)` then has a density with these
-    symmetries. The mean of `f` is zero, so configurations stay centred, and `div f` is that on the
-    space of centred ones. Samples are `[n, dim]`, or flat, `[n dim]`. Times as in `Residual`.
+    Turning or mirroring a configuration `x [n, dim]`, or exchanging its particles, does the same to
+    `f`, and shifting it changes nothing; a flow from `jaxode.centered_normal(n, dim)` then has a
+    density with these symmetries. The mean of `f` is zero, so configurations stay centred, and
+    `div f` is that on the space of centred ones. Samples are `[n, dim]`, or flat, `[n dim]`. Times
+    as in `Residual`.
 
     The bumps are normal densities, up to a factor, with trained centers and widths. The divergence
     is in closed form: `1/n` times the sum over pairs of `2 dim phi` and of the derivative of `phi`
-    as the pair moves apart. An evaluation takes time and memory as `n^3`.
+    as the pair moves apart. An evaluation takes time and memory as `n^3`, with the
+    divergence as `n^4`.
 
     Args:
         n: number of particles, at least 2.

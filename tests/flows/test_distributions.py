@@ -1,6 +1,5 @@
 """Base densities: the library's own, and those of other libraries."""
 
-import importlib
 import warnings
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import optional
+from helpers import LIBRARIES, optional
 
 import jaxode
 from jaxode.nn import ConcatSquash, field
@@ -30,6 +29,9 @@ def test_diagonal_normal(shape):
     scale = np.exp(log_scale)
     exact = scipy.stats.norm.logpdf(z, mean, scale).reshape(5, 4, -1).sum(-1)
     np.testing.assert_allclose(base.log_prob(z), exact, rtol=1e-12)
+    shared = type(base)(mean, jnp.ones(()))  # one scale for all numbers
+    exact = scipy.stats.norm.logpdf(z, mean, np.e).reshape(5, 4, -1).sum(-1)
+    np.testing.assert_allclose(shared.log_prob(z), exact, rtol=1e-12)
     draws = np.asarray(base.sample(jax.random.key(3), (20_000,)))
     assert (np.abs(draws.mean(0) - mean) < 5 * scale / np.sqrt(20_000)).all()
     assert (np.abs(draws.std(0) / scale - 1) < 5 / np.sqrt(2 * 20_000)).all()
@@ -89,22 +91,6 @@ def test_a_base_density_is_learned_together_with_the_field():
     assert sample(base).shape == (3, 2)
 
 
-def numpyro_normal(mean, scale):
-    return importlib.import_module("numpyro.distributions").Normal(mean, scale).to_event(1)
-
-
-def distrax_normal(mean, scale):
-    return importlib.import_module("distrax").MultivariateNormalDiag(mean, scale)
-
-
-def flowjax_normal(mean, scale):
-    return importlib.import_module("flowjax.distributions").Normal(mean, scale)
-
-
-# Independent normals of each library. A new one is one row.
-LIBRARIES = {"numpyro": numpyro_normal, "distrax": distrax_normal, "flowjax": flowjax_normal}
-
-
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_densities_of_other_libraries(library, default_settings):
     with warnings.catch_warnings():
@@ -146,6 +132,18 @@ def test_a_batch_of_densities_is_not_one_density():
 
     with pytest.raises(ValueError, match=r"got a batch of shape \(3,\)"):
         jaxode.cnf(field, Batched())
+
+
+def test_an_integer_as_event_shape_stands_for_a_vector():
+    normal = jaxode.standard_normal(3)
+
+    class Own:
+        event_shape = 3
+        log_prob, sample = staticmethod(normal.log_prob), staticmethod(normal.sample)
+
+    x = jnp.ones((4, 3))
+    of = lambda base: jaxode.cnf(lambda t, z, a: a * z, base).nll(0.1, x)
+    np.testing.assert_array_equal(of(Own()), of(normal))
 
 
 def test_a_density_of_each_coordinate_is_refused():

@@ -128,6 +128,13 @@ def test_orthogonal_probes_are_orthogonal_and_unbiased(probes):
     assert jnp.abs(second_moment - jnp.eye(D)[None]).max() < 4.5 * np.sqrt(3 / len(frames))
 
 
+def test_orthogonal_probes_of_half_precision(default_settings):
+    estimator, key = divergence.hutchinson(2, "orthogonal"), jax.random.key(3)
+    half, single = (estimator.init(key, Z.astype(dtype)) for dtype in (jnp.bfloat16, jnp.float32))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half, single.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["rademacher", "gaussian", "orthogonal"])
 @pytest.mark.parametrize("probes", [2, 5])
 def test_standard_error_is_the_spread_of_the_estimate(name, probes):

@@ -1,6 +1,5 @@
 """The loss of flow matching: its minimum, its noise, and what it must not depend on."""
 
-import importlib
 import warnings
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import optional, typed, with_slow
+from helpers import AT_RUN_TIME, LIBRARIES, optional, typed, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -173,6 +172,17 @@ def test_times_of_a_power(power):
     np.testing.assert_allclose(powers[0], one, rtol=1e-12)
 
 
+@pytest.mark.parametrize("power", [0.0, -1.0, jnp.inf, jnp.nan])
+def test_a_traced_power_that_is_not_positive_has_no_loss(power):
+    def loss(power, throw):
+        flow = jaxode.cnf(lambda t, z, p: p * z + t, jaxode.standard_normal(2), throw=throw)
+        return flow.matching_loss(0.3, X, key=KEY, time_power=power)
+
+    assert np.isnan(jax.jit(loss, static_argnums=1)(power, False))
+    with pytest.raises(AT_RUN_TIME, match=r"matching_loss\(time_power=...\): must be positive"):
+        jax.block_until_ready(jax.jit(loss, static_argnums=1)(power, True))
+
+
 def test_times_of_power_one_are_those_without():
     """With all their digits: `1 - (1 - v)` would be a multiple of 2^-24 in float32."""
     u = times_of(KEY, np.float32, time_power=1.0)
@@ -258,37 +268,23 @@ def test_low_precision(dtype, rtol, atol):
     np.testing.assert_allclose(gradient.astype(slope.dtype), slope, atol=atol)
 
 
-def numpyro_normal():
-    normal = importlib.import_module("numpyro.distributions").Normal
-    return normal(jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2])).to_event(1)
-
-
-def distrax_normal():
-    normal = importlib.import_module("distrax").MultivariateNormalDiag
-    return normal(jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2]))
-
-
-def flowjax_normal():
-    normal = importlib.import_module("flowjax.distributions").Normal
-    return normal(jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2]))
-
-
 def own_normal():
     return DiagonalNormal(jnp.array([1.0, 5.0]), jnp.log(jnp.array([0.1, 0.2])))
 
 
-@pytest.mark.parametrize("library", ["own", "numpyro", "distrax", "flowjax"])
+@pytest.mark.parametrize("library", ["own", *LIBRARIES])
 def test_base_samples_are_those_of_the_base(library, default_settings):
+    mean, scale = jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their imports warn of what they should change
         if library != "own":
             optional(library)
-        base = globals()[f"{library}_normal"]()
+        base = own_normal() if library == "own" else LIBRARIES[library](mean, scale)
         flow = jaxode.cnf(lambda t, z, p: p - z * 0, base)
         x = jnp.zeros((400, 2), jnp.float32)
         # Its gradient by a constant field is the mean of `p - (x - z0)`.
         gradient = jax.grad(lambda p: flow.matching_loss(p, x, key=KEY))(jnp.zeros(2))
-    np.testing.assert_allclose(gradient, jnp.array([1.0, 5.0]), atol=0.05)
+    np.testing.assert_allclose(gradient, mean, atol=0.05)
 
 
 def test_a_learned_base_learns_nothing_from_matching():

@@ -158,11 +158,16 @@ def test_a_fresh_flow_is_close_to_the_identity(make, event):
     assert 1e-4 < moved < 0.15
 
 
+LAYERED = (nn.MLP, nn.Concat, nn.ConcatSquash)
+
+
 @pytest.mark.parametrize(
-    "make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient, residual, *SYMMETRIC]
+    ("make", "widths"),
+    [(make, (8,)) for make in (*LAYERED, nn.PotentialGradient, residual, *SYMMETRIC)]
+    + [(make, ()) for make in LAYERED],
 )
-def test_fields_depend_on_the_time_and_the_context(make):
-    m = network(make, (8,), context_size=2)
+def test_fields_depend_on_the_time_and_the_context(make, widths):
+    m = network(make, widths, context_size=2)
     run = jax.jit(lambda t, context: m(t, Y, context))
     base = np.asarray(run(T, CONTEXT))
     assert np.abs(run(T + 1, CONTEXT) - base).max() > 1e-2

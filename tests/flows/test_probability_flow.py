@@ -1,5 +1,6 @@
 """The ODE of a diffusion model, for a Gaussian, whose score is known at all times."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,30 @@ def test_the_probability_flow_of_a_gaussian_has_its_density(path, predicts):
         samples = flow.from_base(None, base.mean[None] + jnp.exp(base.log_scale)[None] * z)
         expected = np.asarray(mean) + np.sqrt(variance) * np.asarray(z)
         np.testing.assert_allclose(samples, expected, atol=1e-6)
+
+
+class Score(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, z, args):
+        return -self.rate * z
+
+
+def test_a_model_of_arrays_is_a_part_of_the_flow():
+    """Compiled, bound, and with a gradient."""
+    path, base = PATHS[0], jaxode.standard_normal(2)
+
+    def flow(model):
+        return jaxode.cnf(jaxode.probability_flow(model, path), base, t0=1.0, t1=1e-3)
+
+    model, of_function = Score(jnp.ones(2)), lambda t, z, args: -z
+    expected = flow(of_function).log_prob(None, X)
+    density = jaxode.bind(flow(model), None)
+    of_density = jax.jit(lambda density, x: density.log_prob(x))
+    for found in (jax.jit(flow(model).log_prob)(None, X), of_density(density, X)):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    gradient = eqx.filter_grad(lambda model: flow(model).nll(None, X))(model)
+    assert (jnp.abs(gradient.rate) > 1e-3).all()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
