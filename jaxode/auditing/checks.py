@@ -114,7 +114,7 @@ def _gradient(s: Subject) -> Row:
 def _norm(tree: PyTree) -> float:
     """The norm of all floating arrays as one vector."""
     leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return math.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in leaves))
+    return math.sqrt(sum(float(jnp.sum(jnp.square(jnp.abs(leaf)))) for leaf in leaves))
 
 
 def _evaluations(s: Subject) -> Row | None:

@@ -13,6 +13,7 @@ from jaxode._jax.closure import compiled
 from jaxode.auditing.balance import imbalance
 from jaxode.auditing.importance import importance
 from jaxode.auditing.subject import BASE_DISTANCE, CHUNK, Row, Subject, cast, tight_dtype
+from jaxode.distributions import CenteredNormal
 from jaxode.divergence import EXACT_UP_TO, exact
 from jaxode.flows.cnf import CNF
 
@@ -137,8 +138,10 @@ def base_distance(s: Subject) -> Row:
     )  # fmt: skip
 
 
-def base_samples(s: Subject) -> Row:
+def base_samples(s: Subject) -> Row | None:
     """Whether the base draws samples of its density."""
+    if isinstance(s.flow.base, CenteredNormal):
+        return None  # its density is that of fewer coordinates than its samples have
     log_density = lambda x: _log_density(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)))
     samples = np.asarray(s.base_samples)
     row = s.judge(
@@ -150,8 +153,10 @@ def base_samples(s: Subject) -> Row:
     return row._replace(advice=s.base_fault or row.advice)
 
 
-def base_probability(s: Subject) -> Row:
+def base_probability(s: Subject) -> Row | None:
     """The integral of the base density."""
+    if isinstance(s.flow.base, CenteredNormal):
+        return None  # its density is that of fewer coordinates than its samples have
     if s.base_fault:
         return Row("base probability", np.nan, f"1 within {PROBABILITY:g}")
     return _integrated(
@@ -160,8 +165,10 @@ def base_probability(s: Subject) -> Row:
     )  # fmt: skip
 
 
-def total_probability(s: Subject) -> Row:
+def total_probability(s: Subject) -> Row | None:
     """The integral of the density of the flow."""
+    if isinstance(s.flow.base, CenteredNormal):
+        return None  # its density is that of fewer coordinates than its samples have
     name, size = "total probability", math.prod(s.flow.base.event_shape)
     if s.failure or s.tight_failure or bool(s.outside.all()):
         return Row(name, np.nan, f"1 within {PROBABILITY:g}")

@@ -137,18 +137,19 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     """The flow with a tight solve, and a description of it."""
     dtype = tight_dtype(x)
     tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
-    solver = flow.solve_options.solver
-    if not flow.solve_options.implicit:
+    own = flow.solve_options
+    solver = own.solver
+    if not own.implicit:
         solver = diffrax.Dopri8()
     divergence = flow.divergence
     if stochastic:
         divergence = _same_probes(divergence, x.dtype)
     elif x[0:1].size <= EXACT_UP_TO:
         divergence = exact()  # so that a wrong closed form is found
-    points = flow.solve_options.breakpoints
     options = SolveOptions(
-        solver, tolerance, tolerance, max_steps=10_000, breakpoints=points, precision="highest"
-    )
+        solver, tolerance, tolerance, max_step=own.max_step, breakpoints=own.breakpoints,
+        max_steps=max(10_000, own.max_steps), precision="highest",
+    )  # fmt: skip
     f, base = cast((flow.f, flow.base), dtype)
     tight = dataclasses.replace(
         flow, f=f, base=base, divergence=divergence, batch="joint", solve_options=options

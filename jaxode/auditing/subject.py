@@ -16,6 +16,7 @@ from jaxode._checks.errors import SolveError, in_rows
 from jaxode._jax.closure import equations
 from jaxode.flows.cnf import CNF
 from jaxode.flows.integrands import Integrands
+from jaxode.flows.noise import of_each_row
 from jaxode.flows.programs import transport
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.system import make_system
@@ -190,7 +191,8 @@ class Subject:
     @cached_property
     def probes(self) -> Any:
         """The noise of the divergence. None if it is exact."""
-        return self.integrands.probes(self.key, self.x, self.params, self.context, None)
+        chosen = self.integrands.chosen_divergence(self.x, self.params, self.context)
+        return of_each_row(chosen.init, self.key, self.x, None)
 
     @property
     def integrands(self) -> Integrands:
@@ -224,8 +226,9 @@ def _loss_and_gradient(flow: CNF, params, x, key, context):
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
-    """The tree with its floating arrays in this dtype."""
-    convert = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf
+    """The tree with its floating arrays in this dtype, and complex ones in one of its width."""
+    kind = lambda leaf: np.result_type(dtype, np.complex64) if jnp.iscomplexobj(leaf) else dtype
+    convert = lambda leaf: leaf.astype(kind(leaf)) if eqx.is_inexact_array(leaf) else leaf
     return jax.tree.map(convert, tree)
 
 

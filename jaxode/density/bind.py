@@ -6,6 +6,7 @@ Let `z` be a sample of the flow, `u` its image under the inverse of the map of `
     log p(x) = log p_flow(z) + log |det dz/du| + log |det du/dx|.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -37,6 +38,7 @@ from jaxode.divergence import noiseless
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.energy import Target
+from jaxode.ode.field import check_field
 
 
 class _Constant(eqx.Module):
@@ -191,6 +193,7 @@ class Density(eqx.Module):
         `log_prob` does; the log-determinants of the maps count. Steps and divergence are those of
         the flow. To train, minimize `density.with_params(params).reverse_kl_loss(...)`.
         """
+        check_field("log_density", log_density, "log_density(x)")
         flow, (shape, _) = self.flow, self._counted(n, "n")
         target = InFlow(log_density, self.support, self.standardize, self.context_maps)
         context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
@@ -221,7 +224,7 @@ class Density(eqx.Module):
     @public("from_flow")
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
-        rows, shape = self._rows(z)
+        rows, shape = self._rows(z, "z")
         return to_data(self.support, self.standardize, rows)[0].reshape(*shape, *self.event_shape)
 
     @public("log_det")
@@ -254,12 +257,14 @@ class Density(eqx.Module):
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
         )
 
-    def _rows(self, x: Any) -> tuple[Float[Array, "rows *event"], Shape]:
+    def _rows(self, x: Any, name: str = "x") -> tuple[Float[Array, "rows *event"], Shape]:
         """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(numbers("x", x))
+        event, x = self.event_shape, floating(numbers(name, x))
         cut = x.ndim - len(event)
         if cut < 0 or x.shape[cut:] != event:
-            raise ValueError(f"{arg('x')} must have shape {shape_of('...', event)}; got {x.shape}.")
+            raise ValueError(
+                f"{arg(name)} must have shape {shape_of('...', event)}; got {x.shape}."
+            )
         shape = x.shape[:cut]
         return x.reshape(math.prod(shape), *event), shape
 
@@ -300,7 +305,8 @@ def bind(
             `standardize_context`.
 
     Returns:
-        A `Density` with `log_prob`, `sample`, `sample_and_log_prob`, `event_shape` and `to_flow`.
+        A `Density`: `log_prob`, `sample` and `sample_and_log_prob` in the units of the data;
+        `to_flow`, `from_flow` and `log_det`, the maps; and `reverse_kl_loss`.
         To train, minimize a loss of `density.flow` on `density.to_flow(x)`, then take
         `density.with_params(trained)`.
 
@@ -325,14 +331,19 @@ def bind(
             )
     if pair := deprecated_pair(standardize, event):
         standardize, standardize_context = pair
-    allowed = as_support(support, event)
-    check_affine(standardize_context)
-    context = context_numbers("standardize_context", standardize_context)
+    known = is_known((standardize, standardize_context, support))
+    # Inside `jit`, the maps of what is known are the same as outside.
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        allowed = as_support(support, event)
+        check_affine(standardize_context)
+        context = context_numbers("standardize_context", standardize_context)
+        map_of_data = as_map("standardize", standardize, event, allowed)
+        maps_of_context = context_maps(context)
     return Density(
         _flow=_wrap_constants(flow),
         _params=_wrap_constants(params, numbers=True),
         support=allowed,
-        standardize=as_map("standardize", standardize, event, allowed),
-        context_maps=context_maps(context),
+        standardize=map_of_data,
+        context_maps=maps_of_context,
         context_shapes=shapes_of_context(context_shape, context),
     )

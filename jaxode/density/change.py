@@ -7,25 +7,19 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import takes
 from jaxode._jax.closure import compiled
-from jaxode.density.maps import Affine, Map, contains
+from jaxode.density.maps import Affine, Chain, Map, contains
 from jaxode.flows.energy import Target
 
 
-def _one(support: Map | None, standardize: Map | None, z: Float[Array, " *event"]):
-    """A sample in the units of the data, and `log |det dz/dx|`."""
-    log_det = jnp.zeros((), z.dtype)
-    for each in (standardize, support):
-        if each is None:
-            continue
-        z, of_map = each.forward(z)
-        log_det = log_det + of_map
-    return z, log_det
+def _maps(support: Map | None, standardize: Map | None) -> Chain:
+    """Both maps, from the data to the flow."""
+    return Chain(tuple(each for each in (support, standardize) if each is not None))
 
 
 @compiled
 def to_data(support: Map | None, standardize: Map | None, z: Float[Array, "rows *event"]):
     """Samples in the units of the data, and `log |det dz/dx|` of each."""
-    return jax.vmap(lambda z: _one(support, standardize, z))(z)
+    return jax.vmap(_maps(support, standardize).forward)(z)
 
 
 class InFlow(eqx.Module):
@@ -37,7 +31,7 @@ class InFlow(eqx.Module):
     context_maps: PyTree
 
     def __call__(self, z: Float[Array, " *event"], *row: PyTree) -> Float[Array, ""]:
-        x, log_det = _one(self.support, self.standardize, z)
+        x, log_det = _maps(self.support, self.standardize).forward(z)
         if row:
             maps = self.context_maps
             if maps is not None:
@@ -51,19 +45,15 @@ class InFlow(eqx.Module):
 @compiled
 def from_data(support: Map | None, standardize: Map | None, x: Float[Array, "rows *event"]):
     """Whether each row is in the support, its `z`, and `log |det dz/dx|`."""
+    maps = _maps(support, standardize)
 
     def one(x):
-        inside, log_det = jnp.ones((), bool), jnp.zeros((), x.dtype)
+        inside = jnp.ones((), bool)
         if support is not None:
             # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
             # the flow is well behaved.
             inside = contains(support, x) | jnp.isnan(x).any()
-            u = jnp.zeros_like(x)
-            center, _ = support.forward(u if standardize is None else standardize.forward(u)[0])
-            x, log_det = support.inverse(jnp.where(inside, x, center))
-        if standardize is not None:
-            x, of_map = standardize.inverse(x)
-            log_det = log_det + of_map
-        return inside, x, log_det
+            x = jnp.where(inside, x, maps.forward(jnp.zeros_like(x))[0])
+        return inside, *maps.inverse(x)
 
     return jax.vmap(one)(x)

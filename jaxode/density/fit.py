@@ -24,7 +24,7 @@ from jaxode.density.bind import Density
 from jaxode.density.maps import fit_affine, fit_normal, fit_white
 from jaxode.density.standardize import fitted
 from jaxode.density.table import WIDEST, Table
-from jaxode.density.training import Limits, Phase, Point, Training, evaluation
+from jaxode.density.training import BLOCK, Limits, Phase, Point, Training, evaluation
 from jaxode.distributions import CenteredNormal
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
@@ -61,9 +61,9 @@ def fit(
     By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
     on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
     after `seconds` or `steps`, a minute by default. After five looks in a row that are worse than
-    the best by 0.02 nats, training resumes from the best parameters and ends after as many steps
-    again. If it explodes, it goes on from the best parameters at a quarter of the rate. Ctrl-C ends
-    it with the best so far.
+    the best by 0.02 nats, training resumes from the best parameters and takes as many more steps as
+    led to them. If it explodes, it goes on from the best parameters at a quarter of the rate.
+    Ctrl-C ends it with the best so far.
 
     What is not given is tried first, each for 5% of the training, and the best goes on: the map of
     the columns of a density without `standardize=`, each of `jaxode.standardize`; and the
@@ -81,8 +81,8 @@ def fit(
             most 1000 of them are used.
         batch_size: rows in a step, drawn with replacement.
         optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
-            clipped to norm one. Matrices have a weight decay of 0.3, if there are at most 2000
-            rows, and 100 for each column.
+            clipped to norm one. It decays matrices by 0.3 if there are at most 2000 rows, and at
+            most 100 for each column.
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4.
@@ -94,7 +94,8 @@ def fit(
     Returns:
         The density with the best parameters, and the looks at the validation rows in its training.
         These rows have chosen the parameters, so report the score of others. To go on, call it
-        again with the density; the state of the optimizer is not kept.
+        again with the density, the same rows as `validation` (another key sets others aside) and
+        its `time_power`; the state of the optimizer is not kept.
 
     Raises:
         TypeError, ValueError: for an invalid argument, and inside `jit`.
@@ -142,7 +143,7 @@ def fit(
     phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
 
     def start(density):
-        data, looked_at, log_det = table.in_flow(density, aside, noise_key)
+        data, looked_at, log_det = table.in_flow(density, aside, noise_key, BLOCK * batch_size)
         evaluate = evaluation(density, looked_at, log_det, look_key)
         return Training(density, data, evaluate, len(table.rows.x), batch_size, begin, progress)
 

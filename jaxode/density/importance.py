@@ -51,7 +51,8 @@ class Importance(eqx.Module):
         return tuple(found)
 
     def __str__(self) -> str:
-        if not is_known((self.ess, self.log_z, self.log_z_error, self.pareto_k)):
+        values = self.ess, self.log_z, self.log_z_error, self.pareto_k
+        if not (is_known(values) and all(eqx.is_array(x) and x.ndim == 0 for x in values)):
             return eqx.tree_pformat(self)
         lines = [
             f"effective sample size  {self.ess:.1%} of {self.count:,}",
@@ -106,10 +107,13 @@ def importance(log_weights: Float[Array, " n"]) -> Importance:
 
 @jax.jit
 def _judge(log_w: Float[Array, " n"]) -> tuple[Any, ...]:
-    total, n = jax.nn.logsumexp(log_w), len(log_w)
-    ess = jnp.exp(2 * total - jax.nn.logsumexp(2 * log_w)) / n
+    # In units of the largest: the difference of two large logarithms is rounding.
+    top = jnp.max(log_w)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    total, n = jax.nn.logsumexp(log_w - top), len(log_w)
+    ess = jnp.exp(2 * total - jax.nn.logsumexp(2 * (log_w - top))) / n
     error = jnp.sqrt(jnp.maximum(1 / ess - 1, 0) / (n - 1))
-    return ess, total - math.log(n), error, _pareto_k(log_w)
+    return ess, total - math.log(n) + top, error, _pareto_k(log_w)
 
 
 def _pareto_k(log_w: Float[Array, " n"]) -> Float[Array, ""]:
@@ -122,8 +126,8 @@ def _pareto_k(log_w: Float[Array, " n"]) -> Float[Array, ""]:
     tail = min(math.ceil(0.2 * n), math.ceil(3 * math.sqrt(n)), n - 1)
     if tail < 5:
         return jnp.where(jnp.isnan(log_w).any(), jnp.nan, jnp.inf).astype(log_w.dtype)
-    below, *_ = largest = jnp.sort(log_w)[-tail - 1 :]
-    largest, top = largest[1:], largest[-1]
+    largest = jnp.sort(log_w)[-tail - 1 :]
+    below, largest, top = largest[0], largest[1:], largest[-1]
     # What they exceed the next weight by, in units of the largest.
     x = jnp.exp(largest - top) * -jnp.expm1(jnp.where(largest == below, 0, below - largest))
     count = 30 + math.floor(math.sqrt(tail))

@@ -53,7 +53,7 @@ def constant(tree: PyTree) -> PyTree:
     return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
-def _like(tree: PyTree, x: Array) -> PyTree:
+def constants_like(tree: PyTree, x: Array) -> PyTree:
     """Constant arrays in the dtype of `x`."""
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf).astype(x.dtype), tree)
 
@@ -74,7 +74,7 @@ class Affine(eqx.Module):
 
     def _spread(self, like: Array):
         spread = lambda part: jnp.broadcast_to(part, like.shape)
-        return map(spread, _like((self.mean, self.scale), like))
+        return map(spread, constants_like((self.mean, self.scale), like))
 
 
 def fit_affine(data: Float[np.ndarray, "rows *event"]) -> Affine:
@@ -126,13 +126,13 @@ class Monotone(eqx.Module):
 
     def _around(self, value: Array, knots: Numbers):
         """The knots on both sides of each value: their `x`, `z` and slope."""
-        inner = _like(knots[..., 1:-1], value)
+        inner = constants_like(knots[..., 1:-1], value)
         left = jnp.sum(value[..., None] >= inner, axis=-1, keepdims=True)
         # A repeated last knot is no interval.
-        ends = jnp.sum(inner < _like(knots[..., -1:], value), axis=-1, keepdims=True)
+        ends = jnp.sum(inner < constants_like(knots[..., -1:], value), axis=-1, keepdims=True)
         left = jnp.minimum(left, ends)
         at = lambda leaf, i: jnp.take_along_axis(leaf, i, axis=-1)[..., 0]
-        leaves = _like((self.x, self.z, self.slope), value)
+        leaves = constants_like((self.x, self.z, self.slope), value)
         return tuple((at(leaf, left), at(leaf, left + 1)) for leaf in leaves)
 
 
@@ -192,16 +192,16 @@ class Linear(eqx.Module):
     log_det: Float[Numbers, ""]
 
     def inverse(self, x):
-        return _times(self.matrix, x), _like(self.log_det, x)
+        return _times(self.matrix, x), constants_like(self.log_det, x)
 
     def forward(self, z):
-        return _times(self.back, z), _like(self.log_det, z)
+        return _times(self.back, z), constants_like(self.log_det, z)
 
 
 def _times(matrix: Numbers, x: Array) -> Array:
     """The product, in full precision on accelerators too: a density has no rounding to spare."""
     highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(_like(matrix, x), x.reshape(-1), precision=highest).reshape(x.shape)
+    return jnp.matmul(constants_like(matrix, x), x.reshape(-1), precision=highest).reshape(x.shape)
 
 
 class Chain(eqx.Module):

@@ -119,15 +119,15 @@ def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
     kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
     constant = np.argwhere(~((scale > lost) & (kept > 0) & np.isfinite(kept)))
-    if constant.size:
+    if len(constant):
         column = tuple(map(int, constant[0]))
         place = column[0] if len(column) == 1 else column
+        which = f"got column {place} (counting from 0), which is" if column else "it is"
         cure = "Leave it out."
         if np.ptp(wide[:, *column]):
             cure = "Leave it out, or subtract its mean in float64 first and rescale it."
         raise ValueError(
-            f"{arg(name)} must vary; got column {place} (counting from 0), which is constant in "
-            f"{jnp.dtype(dtype).name}. {cure}"
+            f"{arg(name)} must vary; {which} constant in {jnp.dtype(dtype).name}. {cure}"
         )
     return jax.tree.map(lambda part: jnp.asarray(part, dtype), fit(wide))
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import numeric_dtype
 from jaxode._checks.rules import is_known
-from jaxode.density.maps import Map, constant
+from jaxode.density.maps import Map, constant, constants_like
 
 
 class Box(eqx.Module):
@@ -23,7 +23,7 @@ class Box(eqx.Module):
     high: Float[Array, " *event"]
 
     def inverse(self, x):
-        low, high, below, above = self._bounds
+        low, high, below, above = self._bounds(x)
         # Without a bound, the distance is one, whose logarithm is zero.
         from_low = jnp.log(jnp.where(below, x - low, 1.0))
         to_high = jnp.log(jnp.where(above, high - x, 1.0))
@@ -32,7 +32,7 @@ class Box(eqx.Module):
         return u, jnp.sum(width - from_low - to_high)
 
     def forward(self, u):
-        low, high, below, above = self._bounds
+        low, high, below, above = self._bounds(u)
         both, half = below & above, below ^ above
         # Each branch sees only its own coordinates, so no exponential overflows: derivatives of the
         # other coordinates would become NaN.
@@ -47,14 +47,13 @@ class Box(eqx.Module):
         of_half = jnp.where(below, -u, u)
         log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
         # Rounding must not leave the support.
-        first, last = constant((self.low, self.high))
+        first, last = constants_like((self.low, self.high), u)
         return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
-    @property
-    def _bounds(self):
+    def _bounds(self, like: Array):
         """The bounds with zero for missing ones, and masks of where there are bounds."""
-        below, above = jnp.isfinite(self.low), jnp.isfinite(self.high)
-        low, high = constant((self.low, self.high))
+        low, high = constants_like((self.low, self.high), like)
+        below, above = jnp.isfinite(low), jnp.isfinite(high)
         return jnp.where(below, low, 0.0), jnp.where(above, high, 0.0), below, above
 
 
@@ -91,11 +90,11 @@ class DistraxSupport(eqx.Module):
     bijector: Any
 
     def inverse(self, x):
-        u, log_det = self.bijector.inverse_and_log_det(x)
+        u, log_det = constant(self.bijector).inverse_and_log_det(x)
         return u, jnp.sum(log_det)
 
     def forward(self, u):
-        x, log_det = self.bijector.forward_and_log_det(u)
+        x, log_det = constant(self.bijector).forward_and_log_det(u)
         return x, -jnp.sum(log_det)
 
 

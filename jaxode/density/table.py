@@ -68,10 +68,12 @@ class Table(NamedTuple):
         return rows._replace(x=jnp.where(self.integers[None], in_cells(key, x), x))
 
     def in_flow(
-        self, density: Density, aside: Rows, key: PRNGKeyArray
+        self, density: Density, aside: Rows, key: PRNGKeyArray, most: int
     ) -> tuple[Callable[[PRNGKeyArray], Rows], Rows, float]:
         """A function of a key, the rows to train on as the flow sees them, with new noise; and the
         rows that are set aside, with the mean of their log-determinants.
+
+        With noise, at most so many of them, drawn by the key.
 
         All rows are mapped at once, since each number of rows is a program to compile.
         """
@@ -84,7 +86,15 @@ class Table(NamedTuple):
         )
         of_key = lambda key: rows
         if self.integers.any():
-            of_key = lambda key: to_flow(density, self.noisy(self.rows, key))
+
+            def of_key(key):
+                row_key, key = jax.random.split(key)
+                some = self.rows
+                if count > most:
+                    drawn = np.asarray(jax.random.randint(row_key, (most,), 0, count))
+                    some = jax.tree.map(lambda leaf: leaf[drawn], some)
+                return to_flow(density, self.noisy(some, key))
+
         return of_key, aside, float(jnp.mean(log_det[count:]))
 
 
@@ -165,8 +175,8 @@ def warn_of_columns(
     table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
 ) -> None:
     """Warn of columns with atoms, and of columns that depend on each other linearly."""
-    table = table.astype(np.float64)  # float32 would round a dependence away
-    atoms = [i for i in columns if _on_atoms(table[:, i]) > 2 * OFTEN]
+    table = table[:, columns].astype(np.float64)  # float32 would round a dependence away
+    atoms = [i for i, x in zip(columns, table.T, strict=True) if _on_atoms(x) > 2 * OFTEN]
     if atoms:
         warnings.warn(
             f"fit(x=...): columns {column_list(atoms)} repeat values, as integers, classes and "
@@ -176,12 +186,12 @@ def warn_of_columns(
             "they are too large for the dtype: subtract an offset first.",
             stacklevel=5,
         )
-    varying = columns[table.std(axis=0)[columns] > 0]
-    if len(varying) > WIDEST:
+    varying = table.std(axis=0) > 0
+    if varying.sum() > WIDEST:
         return  # it would take minutes
-    involved = varying[dependent_columns(*principal_axes(table[:, varying]))]
+    involved = columns[varying][dependent_columns(*principal_axes(table[:, varying]))]
     # Of few rows, any columns are linear combinations.
-    if len(involved) and len(table) > len(varying):
+    if len(involved) and len(table) > varying.sum():
         warnings.warn(
             f"fit(x=...): columns {column_list(involved)} depend on each other linearly. "
             "Together they have no density: a flow narrows onto the plane that they lie in. Leave "

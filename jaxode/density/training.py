@@ -29,7 +29,8 @@ APART = 1.3  # the ratio of steps from one look to the next
 APART_SECONDS = 10.0  # from one look to the next at most, if there is a time limit
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
 UNCOUNTED = 1000  # those of the first steps do not count
-EXPLODED, SLOWER = 100.0, 0.25  # nats worse, and the factor of the rate after that
+EXPLODED, SLOWER = 100.0, 0.25  # nats worse (10 for each column, if that is more), and the factor
+# of the rate after that
 SHORTEST = 500  # steps of a trial
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
@@ -93,12 +94,13 @@ def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows:
         of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, key)
         value, gradient = jax.value_and_grad(of_arrays)(state.arrays)
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
-        updates, inner = update(gradient, state.optimizer, state.arrays, **of_loss)
+        ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
+        updates, inner = update(ascent, state.optimizer, state.arrays, **of_loss)
         now = rate * jnp.minimum(1.0, (state.count + 1) / warm_up)
         arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
         # The mean of the last tenth of the steps, at most of the last 500.
         weight = jnp.maximum(AVERAGE, 10 / (10 + state.count))
-        mean = lambda a, b: a + (b - a) * weight.astype(a.dtype)
+        mean = lambda a, b: a + (b.astype(a.dtype) - a) * weight.astype(a.dtype)
         average = jax.tree.map(mean, state.average, arrays)
         return State(arrays, average, inner, state.count + 1), None
 
@@ -142,6 +144,7 @@ class Training:
 
     def __post_init__(self):
         self.best, self.least = self.density, math.inf
+        self.exploded = max(EXPLODED, 10.0 * math.prod(self.density.event_shape))
         least, most = FIRST_LOOK
         # A few hundred rows are overfitted within `most` steps.
         self.first = min(max(PASSES * self.count / self.batch_size, least), most)
@@ -154,7 +157,10 @@ class Training:
         """Begin a phase from the best parameters."""
         self.phase, self.step, self.stale = phase, 0, 0
         arrays, self.static = eqx.partition(self.best.params, eqx.is_inexact_array)
-        self.state = State(arrays, arrays, phase.optimizer.init(arrays), jnp.zeros((), jnp.int32))
+        # In half precision, the average would not move by so small steps.
+        wide = lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        average, count = jax.tree.map(wide, arrays), jnp.zeros((), jnp.int32)
+        self.state = State(arrays, average, phase.optimizer.init(arrays), count)
         self.began, self.early, self.left, self.rate = time.perf_counter(), None, 1.0, 1.0
         self.kept = self.step, self.state, self.left
         self.look()
@@ -189,7 +195,9 @@ class Training:
         """Take so many steps."""
         phase, self.blocks = self.phase, self.blocks + 1
         block_key = jax.random.fold_in(phase.key, self.blocks - 1)
-        rows, keys = self.data(block_key), jax.random.split(block_key, count)
+        # `fold_in` of a number beyond those of the steps: a key that none of them has.
+        rows = self.data(jax.random.fold_in(block_key, BLOCK))
+        keys = jax.random.split(block_key, count)
         rate = self.rate * jnp.sin(0.5 * jnp.pi * self.left) ** 2
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         given = phase.loss, phase.optimizer, self.batch_size, self.static
@@ -201,10 +209,11 @@ class Training:
         of_time, now, end = 1.0, time.perf_counter(), limits.end
         if end < math.inf:
             of_time = (end - now) / (end - self.began) if now < end else 0.0
-        if self.early is None:
-            return min(1 - self.step / limits.steps, of_time)
-        best, left = self.early
-        return min(left * (2 - self.step / best) if best else 0.0, of_time)
+        of_steps = 1 - self.step / limits.steps
+        if self.early is not None:
+            best, left = self.early
+            of_steps = min(of_steps, left * (2 - self.step / best) if best else 0.0)
+        return min(of_steps, of_time)
 
     def look_again(self) -> None:
         """Look at what came after the last look."""
@@ -213,7 +222,9 @@ class Training:
 
     def look(self) -> None:
         """Evaluate the average on the validation rows. Keep the best; go back if it exploded."""
-        params = eqx.combine(self.state.average, self.static)
+        as_given = lambda mean, leaf: mean.astype(leaf.dtype)
+        average = jax.tree.map(as_given, self.state.average, self.state.arrays)
+        params = eqx.combine(average, self.static)
         nats = self.evaluate(params)
         self.looked = time.perf_counter()
         self.due = max(self.first, APART * self.step)
@@ -223,7 +234,7 @@ class Training:
         if nats < self.least:
             self.best, self.least = self.best.with_params(params), nats
             self.kept = self.step, self.state, self.left
-        elif self.least < math.inf and not nats < self.least + EXPLODED:
+        elif self.least < math.inf and not nats < self.least + self.exploded:
             self.explosions.append(self.points[-1])
             _, self.state, _ = self.kept
             self.rate *= SLOWER

@@ -83,10 +83,25 @@ def shifted(t, z, args):
 
 
 def audit_of_context(i):
-    """Of a learned base, too."""
+    """Of a learned base and in forward mode, too."""
     base = jax.tree.map(lambda leaf: leaf + 0.1 * i, jaxode.diagonal_normal(1))
     x = 0.5 * jax.random.normal(jax.random.key(i), (16, 1))
-    return jaxode.audit(jaxode.cnf(shifted, base), 0.3 * (1.0 + i), x, KEY, context=0.1 * x)
+    flow = jaxode.cnf(shifted, base, adjoint=jaxode.ForwardMode())
+    return jaxode.audit(flow, 0.3 * (1.0 + i), x, KEY, context=0.1 * x)
+
+
+def pushed(t, z, p):
+    """A short pulse on particles, by complex parameters. Without a largest step it is missed."""
+    force = lambda d: jnp.real(p * jnp.exp(1j * d))
+    pulse = jnp.exp(-(((t - 0.51) / 0.006) ** 2)) / (0.006 * np.pi**0.5)
+    return pulse * (force(z - jnp.roll(z, 1, axis=0)) - force(jnp.roll(z, -1, axis=0) - z))
+
+
+def audit_of_pushed(i):
+    base = jaxode.centered_normal(3, 1)
+    x = base.sample(jax.random.key(1 + i), (16,))
+    flow = jaxode.cnf(pushed, base, max_step=0.01)
+    return jaxode.audit(flow, jnp.asarray(0.2j + 0.1 * i), x, KEY)
 
 
 # Audits of other parameters and samples of the same shapes. A new kind of flow is one row.
@@ -96,8 +111,8 @@ HEALTHY = {
     "probes": lambda i: audit(swirl, 4, 0.03 - 0.01 * i, divergence=divergence.hutchinson(16)),
     # It solves a batch as one system; the grid of the total probability, row by row.
     "implicit": lambda i: audit_wave(i, solver=jaxode.Rodas5P()),
-    "forward mode": lambda i: audit_wave(i, adjoint=jaxode.ForwardMode()),
-    "learned base and context": audit_of_context,
+    "learned base and context, forward mode": audit_of_context,
+    "particles, complex parameters and a largest step": audit_of_pushed,
 }
 
 

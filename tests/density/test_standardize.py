@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import trained, with_slow
+from helpers import optional, trained, with_slow
 from scipy import stats
 
 import jaxode
@@ -316,6 +316,18 @@ def test_wrong_data(name):
     with pytest.raises((TypeError, ValueError)) as caught:
         bound(given, event)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("kind", ["normal", "whiten"])
+def test_known_data_inside_of_a_program(kind):
+    """The map is that of outside, also after the bijection of a support."""
+    positive = optional("numpyro").distributions.constraints.positive
+    data = skewed(2)
+
+    def log_prob(x):
+        return bound(KINDS[kind](data), 2, support=positive).log_prob(x)
+
+    np.testing.assert_allclose(jax.jit(log_prob)(data[:3]), log_prob(data[:3]), rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["normal", "whiten"])
