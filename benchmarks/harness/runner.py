@@ -176,10 +176,10 @@ def run(
         def result_of(job: Job) -> dict[str, Any]:
             name, own, case = job
             tell = lambda peer: progress.update(task, description=f"{name}, {case}: {peer}")
-            return measure(name, case, given(own), own.limit, tell, stop)
+            begun = code()  # what the process imports; a commit may come before it ends
+            return measure(name, case, given(own), own.limit, tell, stop) | {"code": begun}
 
         def done(job: Job, result: dict[str, Any]) -> None:
-            result["code"] = code()
             all_of_it = found.get(job.name, {}) | {job.case: result}
             in_order = [case for case in job.benchmark.cases if case in all_of_it]
             found[job.name] = {case: all_of_it[case] for case in in_order}

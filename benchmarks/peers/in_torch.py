@@ -22,6 +22,7 @@ from benchmarks.peers.flows import augmented, augmented_exact
 from benchmarks.peers.odes import series_loss
 from jaxode.nn import Residual
 from jaxode.nn.network import WAVES
+from jaxode.nn.residual import BOUND
 
 
 def tensor(array) -> torch.Tensor:
@@ -98,7 +99,8 @@ def _residual(m, activation, t, z, *context):
     for block, modulation in zip(m.blocks, m.modulation, strict=True):
         a, b = affine(modulation, known).chunk(2, dim=1)
         h = h + affine(block, silu((1 + a) * h + b))
-    return affine(m.last, silu(h)) + affine(m.scale, known) * z
+    bounded = BOUND * torch.tanh(silu(h) / BOUND)
+    return affine(m.last, bounded) + affine(m.scale, known) * z
 
 
 def negative_log_likelihood(z, log_det):
