@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from common import tables
-from common.arguments import InputError, announce, count, parser, run
+from common.arguments import InputError, announce, beside, count, parser, run
 from common.pictures import draw_scores, save
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.patches import Circle
@@ -167,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     known.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
     known.add_argument("--frames", type=count, default=36, help="of the animation (default 36)")
     options = known.parse_args(arguments)
+    movie = beside(options.out, ".gif")
     rng = np.random.default_rng(options.seed)
     names, points = load(options.data, rng)
     points = rng.permutation(points)
@@ -186,7 +187,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"trained in {history[-1].seconds:.0f} s")
     log_prob = density.log_prob(held_out)
     print(f"held-out log-density: {log_prob.mean():.3f} nats ({len(held_out)} points)")
-    movie = options.out.with_suffix(".gif")
     animate(density, picture_limits(data), options.frames, movie, draw_key)
     draw(density, data, history, options.out, draw_key)
     return 0

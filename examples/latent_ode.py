@@ -157,9 +157,10 @@ def train(model, data: Series, options, key, name: str):
 @eqx.filter_jit
 def errors(model, data: Series):
     """Root mean square error over both species, in the half that was read and in the forecast."""
-    squares = (model(data, data.times) - data.exact) ** 2
-    halves = squares.reshape(len(squares), 2, -1).mean((0, 2))
-    return jnp.sqrt(halves)
+    squares = ((model(data, data.times) - data.exact) ** 2).mean(2)
+    real = data.read.any(2)  # the rest is padding, at which a GRU is not trained
+    of_half = lambda x: x.reshape(len(x), 2, -1).sum((0, 2))
+    return jnp.sqrt(of_half(jnp.where(real, squares, 0.0)) / of_half(real))
 
 
 def draw(models, data: Series, losses, path):

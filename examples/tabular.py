@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import checkpoint, tables
-from common.arguments import InputError, announce, count, parser, run, writable
+from common.arguments import InputError, announce, beside, count, parser, run, writable
 from common.pictures import draw_scores, save
 
 import jaxode
@@ -55,7 +55,7 @@ def train(density, x, aside, settings, options):
         print(f"continuing from step {scores[-1][0]} in {path}", flush=True)
         if step == options.steps:
             print("That training is complete. To train again, delete the file.")
-    optimizer = optax.adam(options.rate)
+    optimizer = options.rate and optax.adam(options.rate)  # or that of `fit`
     while step < options.steps and not options.evaluate:
         steps = min(options.every, options.steps - step)
         density, history = jaxode.fit(
@@ -110,7 +110,7 @@ def draw(names, rows, new, scores, lines, path):
 
 
 def parse(arguments):
-    options = parser(__file__, __doc__, steps=6000, batch=512, width=128, rate=8e-3)
+    options = parser(__file__, __doc__, steps=6000, batch=512, width=128, rate=None)
     options.add_argument("--data", type=Path, help="a CSV file; the MAGIC telescope without it")
     options.add_argument("--rows", type=count, default=5000, help="new rows (default 5000)")
     options.add_argument(
@@ -122,7 +122,7 @@ def parse(arguments):
     )
     options.add_argument("--evaluate", action="store_true", help="use the checkpoint, do not train")
     chosen = options.parse_args(arguments)
-    chosen.table = chosen.out.with_suffix(".csv")
+    chosen.table = beside(chosen.out, ".csv")
     written = (chosen.checkpoint, chosen.out, chosen.table)
     files = [path.resolve() for path in (chosen.data, *written) if path is not None]
     if len(set(files)) < len(files):

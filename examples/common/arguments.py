@@ -31,6 +31,14 @@ def writable(text: str) -> Path:
     return path
 
 
+def beside(out: Path, suffix: str) -> Path:
+    """The file with this suffix beside a picture, checked as that is."""
+    try:
+        return writable(str(out.with_suffix(suffix)))
+    except ArgumentTypeError as error:
+        raise InputError(str(error)) from None
+
+
 def picture(text: str) -> Path:
     if Path(text).suffix not in (".png", ".pdf", ".svg"):
         raise ArgumentTypeError(f"must name a .png, .pdf or .svg file; got {text}")
