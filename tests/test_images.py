@@ -188,3 +188,10 @@ def test_convolutional_flow_on_images():
     assert samples.shape == (2, *event)
     gradient = jax.grad(flow(divergence.hutchinson()).nll)(net, x, key=jax.random.key(2))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("margin", [0.05, 1e-6, 1e-8])
+def test_logits_are_as_exact_at_the_upper_end_as_at_the_lower(margin):
+    (low, high), _ = images.logit(jnp.array([[0.0], [1.0]], jnp.float32), margin)
+    np.testing.assert_allclose(high, -low, rtol=1e-6)
+    np.testing.assert_allclose(low, np.log(margin) - np.log1p(-margin), rtol=1e-6)

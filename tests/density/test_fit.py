@@ -4,7 +4,9 @@ import functools
 import io
 import itertools
 import sys
+from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -643,3 +645,46 @@ def test_a_constant_column():
         ),
     ):
         fit(bound(standardize=None), BENT * [1.0, 0.0])
+
+
+def along(t, z, p):
+    return jnp.imag(p) + 0 * z
+
+
+def test_complex_parameters_are_trained():
+    density, _ = fit(bound(params=jnp.asarray(0j), f=along, standardize=(0.0, 1.0)), BENT + 5)
+    assert density.params.imag > 0.3  # by 0.01 a step, less and less, and averaged
+
+
+def test_a_limit_of_steps_holds_after_an_early_end():
+    """Looks may be closer than 30% of the steps, if there is a limit of time, too."""
+    at = SimpleNamespace(early=(1300, 0.35), step=2000, began=0.0)
+    assert module.Training.part_left(at, module.Limits(2000)) == 0
+    assert module.Training.part_left(at, module.Limits(4000)) > 0
+
+
+def test_the_average_of_half_precision_is_kept_in_single(monkeypatch):
+    averages, advance = [], module.advance
+
+    def seen(*given):
+        state = advance(*given)
+        averages.append(state.average)
+        return state
+
+    monkeypatch.setattr(module, "advance", seen)
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf, parameters()
+    )
+    density, _ = fit(bound(params=half), steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(averages[-1])} == {np.dtype("float32")}
+    arrays = jax.tree.leaves(eqx.filter(density.params, eqx.is_inexact_array))
+    assert {leaf.dtype for leaf in arrays} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_noise_is_drawn_for_as_many_rows_as_are_needed():
+    density = bound(standardize=INTEGERS + 0.5)
+    table = Table.of(density, INTEGERS, None, 0.1, True, jax.random.key(0))
+    rows_of, *_ = table.in_flow(density, table.validation, jax.random.key(1), 10)
+    some = rows_of(jax.random.key(2)).x
+    assert some.shape == (10, 2)
+    assert not np.array_equal(some, rows_of(jax.random.key(3)).x)

@@ -302,6 +302,10 @@ WRONG = {
         "and more rows than columns; got 1000 rows, and a singular covariance of columns 0, 2 "
         "(counting from 0). Leave one of them out.",
     ),
+    "numbers that are all alike": (
+        affine(np.full(20, 3.0)), (),
+        "bind(standardize=...): must vary; it is constant in float64. Leave it out.",
+    ),
     "few rows": (
         whiten(normals(0, 5, 20)), 20,
         "bind(standardize=...): whitening needs columns that do not depend on each other linearly, "

@@ -264,3 +264,17 @@ def test_memory_does_not_grow_with_the_steps():
 
     # Two numbers for each step beside 4 states of 64 rows.
     assert bytes_of(512) < 1.3 * bytes_of(16)
+
+
+def test_the_path_gradient_by_an_end_time_is_zero_where_the_flow_is_the_target():
+    a = 0.5
+    target = lambda x: -0.5 * jnp.sum(x**2) * jnp.exp(-2 * a)  # what the flow has at one
+
+    @jax.jit
+    @jax.grad
+    def slope(t1):
+        base, tight = jaxode.standard_normal(2), {"rtol": 1e-8, "atol": 1e-8}
+        flow = jaxode.cnf(lambda t, z, a: a * z, base, t1=t1, **tight)
+        return flow.reverse_kl_loss(a, target, 4, key=KEY)
+
+    np.testing.assert_allclose(slope(1.0), 0, atol=1e-6)

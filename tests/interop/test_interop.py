@@ -171,3 +171,28 @@ def test_flowjax_passes_a_condition():
         theirs.log_prob(DATA[:3], contexts[:3]), density.log_prob(DATA[:3], context=contexts[:3]),
         rtol=1e-9,
     )  # fmt: skip
+
+
+def test_a_bijector_of_distrax_is_not_trained():
+    distrax = optional("distrax")
+    density = jaxode.bind(FLOW, PARAMS, support=distrax.ScalarAffine(0.0, 10.0))
+    loss = lambda density: density.log_prob(jnp.array([[3.0, 4.0]])).sum()
+    gradient = jax.jit(jax.grad(loss))(density)
+    assert jax.tree.leaves(gradient.support)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.support))
+
+
+def test_numpyro_gets_no_density_of_centred_particles(numpyro):
+    flow = jaxode.cnf(lambda t, z, a: a * z, jaxode.centered_normal(4, 2))
+    with pytest.raises(ValueError, match=r"interop.numpyro\(density=...\): .* a shift does not ch"):
+        jaxode.interop.numpyro(jaxode.bind(flow, 0.0))
+
+
+def test_numpyro_has_one_context_for_any_number_of_samples(numpyro):
+    """Also for as many samples as the context has rows."""
+    f = lambda t, z, args: 0 * z + jnp.mean(args[1])
+    density = jaxode.bind(jaxode.cnf(f, jaxode.standard_normal(2)), None)
+    given = jaxode.interop.numpyro(density, jnp.arange(12.0).reshape(4, 3))
+    for count in (4, 5):
+        log_prob = given.log_prob(jnp.full((count, 2), 5.5))
+        np.testing.assert_allclose(log_prob, -np.log(2 * np.pi), rtol=1e-5)
