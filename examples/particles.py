@@ -125,9 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
     def energy(m, step, key):
         return flow.reverse_kl_loss(m, log_density, options.batch, key=key)
 
+    sampled = jax.jit(tight.sample_and_log_prob, static_argnums=2)
+
     def judge(m, key, samples):
-        draw = jax.jit(tight.sample_and_log_prob, static_argnums=2)
-        x, log_q = draw(m, key, samples)
+        x, log_q = sampled(m, key, samples)
         log_w = jax.vmap(log_density)(x) - log_q
         print(jaxode.importance(log_w))
         return x, log_w

@@ -3,6 +3,7 @@
 Of those that take seconds, `tests/flows/test_cnf.py` and `test_likelihood.py` test the result fast.
 """
 
+import functools
 import itertools
 
 import diffrax
@@ -12,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
-from problems import linear_gradients
 
 import jaxode
 from jaxode.divergence import exact, hutchinson
@@ -139,6 +139,7 @@ def test_07_adjoint_theorem():
     close(jax.jit(jax.grad(loss, (0, 1)))(X[0], THETA), (a0, b0), 1e-8)
 
 
+@functools.cache
 def by(adjoint, **options):
     options = {**TIGHT, **options}
     loss = lambda theta: l(
@@ -147,27 +148,16 @@ def by(adjoint, **options):
     return jax.jit(jax.grad(loss))(THETA)
 
 
-def linear_by(adjoint):
-    """The gradients of `w . z(1)`, where `dz/ds = A z`, with respect to `z(0)` and `A`."""
-    A, v, w = THETA[0][:3], X[0], Y[0]
-    loss = lambda v, A: w @ jaxode.solve(
-        lambda s, z, A: A @ z, v, 0.0, 1.0, A, adjoint=adjoint, **TIGHT
-    ).y1  # fmt: skip
-    return jax.jit(jax.grad(loss, (0, 1)))(v, A), linear_gradients(A, v, w)
-
-
 def test_08_backpropagation_on_the_stored_trajectory():
     """v.1: step 2 uses the stored `z(s)`. It agrees with the gradient of the discrete solution.
 
-    For `dz/ds = A z` both parts are exponentials of matrices.
+    Linear fields, for which both are exponentials of matrices, are in `tests/ode/test_adjoints.py`.
     """
-    close(*linear_by(jaxode.InterpolatingAdjoint()), 1e-8)
     close(by(jaxode.InterpolatingAdjoint()), by(jaxode.DiscreteAdjoint()), 1e-8)
 
 
 def test_09_backpropagation_on_the_recomputed_trajectory():
     """v.2: `z(s)` is recomputed backwards from `z(1)`."""
-    close(*linear_by(jaxode.BacksolveAdjoint()), 1e-8)
     close(by(jaxode.BacksolveAdjoint()), by(jaxode.DiscreteAdjoint()), 1e-8)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import typed, with_slow
+from helpers import AT_RUN_TIME, typed, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -30,6 +30,10 @@ GOOD = {
 def field(t, z, args):
     rate, context = args
     return context - rate * z
+
+
+def opposite(t, z, p):
+    return -z
 
 
 def flow(base=None, f=field, **options):
@@ -150,14 +154,13 @@ def test_weights_that_are_wrong_have_a_code():
     assert codes == [jaxode.Result.SUCCESS, *2 * [jaxode.Result.INVALID_ARGUMENT]]
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("mode", ["eager", "jit"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("scale", [1e308, 1e-307])
-def test_weights_count_by_their_ratios(loss, scale, compile):
+def test_weights_count_by_their_ratios(loss, scale, mode):
     """Their sum overflows, or is near the least number."""
-    of = lambda weights: LOSSES[loss]({}, RATE, **GOOD | {"weights": weights})
-    weights = jnp.array([1.0, 0.5, 0.9])
-    np.testing.assert_allclose(compile(of)(scale * weights), of(weights), rtol=1e-12)
+    of, weights = transformed(loss, mode, False), jnp.array([1.0, 0.5, 0.9])
+    np.testing.assert_allclose(of(weights=scale * weights), of(weights=weights), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +169,16 @@ def test_weights_count_by_their_ratios(loss, scale, compile):
     ids=["x when compiled", "context"],
 )
 def test_a_row_of_weight_zero_is_left_out_of_the_likelihood(name, compile):
-    unused = {"weights": jnp.array([1.0, 0.0, 2.0])}
-    of = lambda data, **options: compile(
-        lambda data: nll({"throw": True} | options, RATE, **GOOD | unused | data)
-    )(data)
-    alone = {"batch": "per_sample"}
-    np.testing.assert_allclose(of(changed(name, 1, NAN), **alone), of({}, **alone), rtol=1e-12)
-    with pytest.raises(RuntimeError, match=rf"{name}=...\).* 1 of 3 rows, first in row 2\."):
-        jax.block_until_ready(of(changed(name, slice(1, 3), NAN), **alone))
-    with pytest.raises(RuntimeError, match=rf"{name}=...\).*with joint steps also .* in row 1\."):
-        jax.block_until_ready(of(changed(name, 1, NAN)))
+    weights = {"weights": jnp.array([1.0, 0.0, 2.0])}
+    of = lambda **options: compile(
+        lambda data: nll({"throw": True} | options, RATE, **data | weights)
+    )
+    alone, joint, failed = of(batch="per_sample"), of(), (jaxode.SolveError, *AT_RUN_TIME)
+    np.testing.assert_allclose(alone(GOOD | changed(name, 1, NAN)), alone(GOOD), rtol=1e-12)
+    with pytest.raises(failed, match=rf"{name}=...\).* 1 of 3 rows, first in row 2\."):
+        jax.block_until_ready(alone(GOOD | changed(name, slice(1, 3), NAN)))
+    with pytest.raises(failed, match=rf"{name}=...\).*with joint steps also .* in row 1\."):
+        jax.block_until_ready(joint(GOOD | changed(name, 1, NAN)))
 
 
 @pytest.mark.parametrize("method", ["nll", "log_prob"])
@@ -407,7 +410,7 @@ class Table:
 
 def of(name, value, method="nll", **options):
     data = {"x": X, "key": KEY, name: value}
-    return lambda: getattr(flow(f=lambda t, z, p: -z, **options), method)(None, **data)
+    return lambda: getattr(flow(f=opposite, **options), method)(None, **data)
 
 
 # (call, exception, start of the message): the argument that is wrong, and what was got.
@@ -478,13 +481,13 @@ FOREIGN = {
     "masked": np.ma.masked_array(np.ones((3, 2)), np.eye(3, 2)),
 }
 TAKEN = {
-    "x": lambda value: flow(f=lambda t, z, p: -z).nll(None, value),
-    "z": lambda value: flow(f=lambda t, z, p: -z).from_base(None, value),
-    "x0": lambda value: flow(f=lambda t, z, p: -z).matching_loss(None, X, key=KEY, x0=value),
-    "context": lambda value: flow(f=lambda t, z, p: -z).nll(None, X, context=value),
-    "params": lambda value: flow(f=lambda t, z, p: -z).matching_loss(value, X, key=KEY),
-    "args": lambda value: jaxode.solve(lambda t, y, args: -y, X, 0.0, 1.0, {"a": value}),
-    "y0": lambda value: jaxode.solve(lambda t, y, args: -y, value, 0.0, 1.0),
+    "x": lambda value: flow(f=opposite).nll(None, value),
+    "z": lambda value: flow(f=opposite).from_base(None, value),
+    "x0": lambda value: flow(f=opposite).matching_loss(None, X, key=KEY, x0=value),
+    "context": lambda value: flow(f=opposite).nll(None, X, context=value),
+    "params": lambda value: flow(f=opposite).matching_loss(value, X, key=KEY),
+    "args": lambda value: jaxode.solve(opposite, X, 0.0, 1.0, {"a": value}),
+    "y0": lambda value: jaxode.solve(opposite, value, 0.0, 1.0),
 }
 
 
@@ -513,7 +516,7 @@ def test_keys_are_no_context():
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0), np.zeros(2, np.uint32)], ids=str)
 def test_good_keys(key):
     keys = jax.random.split(KEY, 3) if key is KEY else jnp.stack([key] * 3)
-    draw = lambda key: flow(f=lambda t, z, p: -z).sample(None, key, 2)
+    draw = lambda key: flow(f=opposite).sample(None, key, 2)
     assert jax.vmap(draw)(keys).shape == (3, 2, 2)
     assert draw(key).shape == (2, 2)
 

@@ -29,19 +29,6 @@ def linear(t, z, A):
 A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
 
 
-@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
-def test_linear_flow_is_a_gaussian(control):
-    """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
-    flow = jaxode.cnf(linear, jaxode.standard_normal(3), batch=control, **TIGHT)
-    E = scipy.linalg.expm(np.asarray(A))
-    x = jax.random.normal(jax.random.key(0), (20, 3)) * 2
-    exact = scipy.stats.multivariate_normal(np.zeros(3), E @ E.T).logpdf(x)
-    np.testing.assert_allclose(flow.log_prob(A, x), exact, rtol=1e-7)
-    np.testing.assert_allclose(flow.nll(A, x), -exact.mean(), rtol=1e-7)
-    np.testing.assert_allclose(flow.from_base(A, x), x @ E.T, atol=1e-7)
-    np.testing.assert_allclose(flow.to_base(A, x), x @ np.linalg.inv(E).T, atol=1e-7)
-
-
 def test_linear_flow_gradient_is_that_of_the_gaussian():
     flow = jaxode.cnf(linear, jaxode.standard_normal(3), **TIGHT)
     x = jax.random.normal(jax.random.key(0), (20, 3)) * 2
@@ -118,18 +105,6 @@ def test_samples_follow_the_density():
     # sqrt(2 s t / n).
     error = np.sqrt(2 * np.outer(np.diag(exact), np.diag(exact)) / 40_000)
     assert (np.abs(np.cov(x.T) - exact) < 5 * error).all()
-
-
-def test_hutchinson_log_prob_is_unbiased():
-    m, x = module(2), jnp.array([[0.5, -1.0], [2.0, 0.3]])
-    exact = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.exact())
-    noisy = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.hutchinson())
-    keys = jax.random.split(jax.random.key(7), 4000)
-    samples = jax.jit(jax.vmap(lambda key: noisy.log_prob(m, x, key=key)))(keys)
-    error = jnp.abs(samples.mean(0) - exact.log_prob(m, x))
-    # 1e-4: tolerance of the two solves, beside the sampling error.
-    assert (error < 4 * samples.std(0) / np.sqrt(len(keys)) + 1e-4).all()
-    assert (samples.std(0) > 1e-2).all()
 
 
 @pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))

@@ -479,19 +479,20 @@ def test_a_failed_solve_is_nan(control):
         flow.nll(PARAMS, X)
 
 
+@functools.cache
+def by_method(name):
+    """The loss with its statistics, and the gradients."""
+    tight = {"rtol": 1e-10, "atol": 1e-10, "regularizers": REGULARIZERS}
+    flow = make(**METHODS[name].options(divergence=ESTIMATORS["hutchinson"], **tight))
+    loss = lambda params, x, context: flow.nll_and_stats(params, x, key=KEY, context=context)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(PARAMS, X, CONTEXT)
+
+
 @pytest.mark.parametrize("name", of_feature(name for name in REVERSE if name != "discrete"))
 def test_other_gradient_methods_agree(name):
     """They solve the augmented ODE: the lecture's own algorithms."""
-    tight = {"rtol": 1e-10, "atol": 1e-10, "regularizers": REGULARIZERS}
-    tight["divergence"] = ESTIMATORS["hutchinson"]
-    inputs = (PARAMS, X, CONTEXT)
-
-    def loss(flow):
-        return lambda params, x, context: flow.nll_and_stats(params, x, key=KEY, context=context)
-
-    run = lambda flow: jax.jit(jax.value_and_grad(loss(flow), (0, 1, 2), has_aux=True))(*inputs)
-    (value, stats), gradient = run(make(**tight))
-    (other, other_stats), other_gradient = run(make(**METHODS[name].options(**tight)))
+    (value, stats), gradient = by_method("discrete")
+    (other, other_stats), other_gradient = by_method(name)
     np.testing.assert_allclose(other, value, rtol=1e-8)
     assert_close(other_gradient, gradient, 1e-6)
     for cost in ("kinetic_energy", "jacobian_frobenius"):

@@ -1,5 +1,6 @@
 """The loss of flow matching: its minimum, its noise, and what it must not depend on."""
 
+import functools
 import warnings
 
 import jax
@@ -139,12 +140,19 @@ def test_context_and_weights_stay_with_their_row():
     assert jnp.isnan(jax.jit(loss)(0 * weights))
 
 
+def by_context(t, z, args):
+    return t * args[1]
+
+
 def times_of(key, dtype=float, **options):
     """Read off the gradient by the context `c` of the loss `mean (t c - 1)^2`, without rounding."""
     x = jnp.ones((BATCH, 1), dtype)
-    flow = flow_of(lambda t, z, args: t * args[1], 1)
+    flow = flow_of(by_context, 1)
     loss = lambda c: flow.matching_loss(None, x, key=key, x0=0 * x, context=c, **options)
     return -jax.grad(loss)(jnp.zeros_like(x))[:, 0] * BATCH / 2
+
+
+OF_POWERS = jax.jit(jax.vmap(lambda key, power: times_of(key, time_power=power), (0, None)))
 
 
 def test_times_are_one_in_each_part():
@@ -163,24 +171,25 @@ def test_times_are_one_in_each_part():
 def test_times_of_a_power(power):
     """`1 - (1 - v)^power` has the distribution function `1 - (1 - u)^(1 / power)`."""
     keys = jax.random.split(KEY, 500)
-    u = jax.jit(jax.vmap(lambda key, power: times_of(key, time_power=power), (0, None)))
-    powers = u(keys, power)
-    np.testing.assert_allclose(powers, 1 - (1 - u(keys, 1)) ** power, rtol=1e-12)
+    powers = OF_POWERS(keys, float(power))
+    np.testing.assert_allclose(powers, 1 - (1 - OF_POWERS(keys, 1)) ** power, rtol=1e-12)
     cdf = lambda u: 1 - (1 - u) ** (1 / power)
     assert scipy.stats.kstest(powers.ravel(), cdf).statistic < 0.02
     one = times_of(keys[0], time_power=power)
     np.testing.assert_allclose(powers[0], one, rtol=1e-12)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def of_power(power, throw):
+    flow = flow_of(lambda t, z, p: p * z + t, throw=throw)
+    return flow.matching_loss(0.3, X, key=KEY, time_power=power)
+
+
 @pytest.mark.parametrize("power", [0.0, -1.0, jnp.inf, jnp.nan])
 def test_a_traced_power_that_is_not_positive_has_no_loss(power):
-    def loss(power, throw):
-        flow = jaxode.cnf(lambda t, z, p: p * z + t, jaxode.standard_normal(2), throw=throw)
-        return flow.matching_loss(0.3, X, key=KEY, time_power=power)
-
-    assert np.isnan(jax.jit(loss, static_argnums=1)(power, False))
+    assert np.isnan(of_power(power, False))
     with pytest.raises(AT_RUN_TIME, match=r"matching_loss\(time_power=...\): must be positive"):
-        jax.block_until_ready(jax.jit(loss, static_argnums=1)(power, True))
+        jax.block_until_ready(of_power(power, True))
 
 
 def test_times_of_power_one_are_those_without():
@@ -517,51 +526,52 @@ def test_bad_input(call, kind, message):
     assert str(caught.value).startswith(message)
 
 
+@jax.jit
+def of_rows(rows):
+    flow = flow_of(lambda t, z, p: p * z)
+    loss = lambda p: flow.matching_loss(p, X[:3], key=KEY, coupling=pairing(rows))
+    return jax.value_and_grad(loss)(1.0)
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 1], [1, 2, 3], [-1, 0, 1]])
 def test_no_permutation_is_no_number(rows):
-    flow = flow_of(lambda t, z, p: p * z)
+    assert np.isnan(of_rows(jnp.array(rows))).all()
+    assert np.isfinite(of_rows(jnp.array([2, 0, 1]))).all()
 
-    @jax.jit
-    def value_and_grad(rows):
-        loss = lambda p: flow.matching_loss(p, X[:3], key=KEY, coupling=pairing(rows))
-        return jax.value_and_grad(loss)(1.0)
 
-    assert np.isnan(value_and_grad(jnp.array(rows))).all()
-    assert np.isfinite(value_and_grad(jnp.array([2, 0, 1]))).all()
+@functools.partial(jax.jit, static_argnums=2)
+def of_span(t0, t1, throw):
+    flow = flow_of(lambda t, z, p: p * z, t0=t0, t1=t1, throw=throw)
+    return jax.value_and_grad(lambda p: flow.matching_loss(p, X.astype("f4"), key=KEY))(1.0)
 
 
 @pytest.mark.parametrize(("t0", "t1"), [(0.5, 0.5), (1e9, 1e9 + 1), (1e8, 1e8 + 5), (0.0, jnp.inf)])
 def test_a_traced_span_that_is_lost_is_no_number_and_is_named(t0, t1):
-    def value_and_grad(t0, t1, throw=None):
-        flow = flow_of(lambda t, z, p: p * z, t0=t0, t1=t1, throw=throw)
-        return jax.value_and_grad(lambda p: flow.matching_loss(p, X.astype("f4"), key=KEY))(1.0)
+    assert np.isnan(of_span(t0, t1, None)).all()
+    assert np.isfinite(of_span(1e6, 1e6 + 100, None)).all()
+    with pytest.raises(AT_RUN_TIME, match=r"matching_loss\(t0=..., t1=...\): must be"):
+        jax.block_until_ready(of_span(t0, t1, True))
 
-    assert np.isnan(jax.jit(value_and_grad)(t0, t1)).all()
-    assert np.isfinite(jax.jit(value_and_grad)(1e6, 1e6 + 100)).all()
-    with pytest.raises(
-        jax.errors.JaxRuntimeError, match=r"matching_loss\(t0=..., t1=...\): must be"
-    ):
-        jax.block_until_ready(jax.jit(lambda *t: value_and_grad(*t, throw=True))(t0, t1))
+
+WEIGHTS = jnp.linspace(1.0, 3.0, BATCH).at[5].set(0)
+
+
+def of_data(data):
+    of = lambda params, data: flow_of().matching_loss(params, key=KEY, weights=WEIGHTS, **data)
+    return jax.value_and_grad(of, (0, 1))(PARAMS, data)
 
 
 @pytest.mark.parametrize("name", ["x", "x0", "context"])
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_a_row_of_weight_zero_may_hold_anything(name, compile):
-    weights = jnp.linspace(1.0, 3.0, BATCH).at[5].set(0)
+@pytest.mark.parametrize("value_and_grad", [of_data, jax.jit(of_data)], ids=["eager", "jit"])
+def test_a_row_of_weight_zero_may_hold_anything(name, value_and_grad):
     data = {"x": X, "x0": START, "context": CONTEXT}
-
-    @compile
-    def value_and_grad(data):
-        of = lambda params, data: flow_of().matching_loss(params, key=KEY, weights=weights, **data)
-        return jax.value_and_grad(of, (0, 1))(PARAMS, data)
-
     expected = value_and_grad(data)
     found = value_and_grad(data | {name: data[name].at[5, 0].set(jnp.nan)})
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
     with pytest.raises(jaxode.SolveError, match=rf"{name}=...\).* 1 of 16 rows, first in row 4\."):
         flow_of().matching_loss(
-            PARAMS, key=KEY, weights=weights, **data | {name: data[name].at[4:6].set(jnp.nan)}
+            PARAMS, key=KEY, weights=WEIGHTS, **data | {name: data[name].at[4:6].set(jnp.nan)}
         )
 
 

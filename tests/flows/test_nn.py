@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
 
 import jaxode
 from jaxode import divergence, nn
@@ -96,7 +95,7 @@ def test_closed_form_equals_the_exact_divergence(name):
     check_closed_form(network(*CLOSED_FORM[name], context_size=2), CONTEXT)
 
 
-@pytest.mark.parametrize("name", with_slow(CLOSED_FORM, [n for n in CLOSED_FORM if "2 h" not in n]))
+@pytest.mark.parametrize("name", [name for name in CLOSED_FORM if "2 hidden" in name])
 def test_closed_form_without_a_context(name):
     check_closed_form(network(*CLOSED_FORM[name]))
 
@@ -137,16 +136,12 @@ def test_deeper_networks_offer_no_closed_form(make):
 
 
 # A scalar, and many numbers, are harder than what is between them.
-BETWEEN = [(make, event) for make in (nn.ConcatSquash, residual) for event in (1, (2, 3))]
-BETWEEN += [(make, ()) for make in (nn.MLP, nn.Concat, nn.PotentialGradient)]
 ENDS = [(make, event) for make in (nn.ConcatSquash, residual) for event in ((), 64)]
 ENDS += [(make, 64) for make in (nn.MLP, nn.Concat, nn.PotentialGradient)]
 
 
 @pytest.mark.parametrize(
-    ("make", "event"),
-    with_slow(ENDS + BETWEEN, BETWEEN),
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ("make", "event"), ENDS, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_a_fresh_flow_is_close_to_the_identity(make, event):
     m = make(event, (64, 64), key=jax.random.key(0))
@@ -338,19 +333,15 @@ def particle_net(**options):
     return jax.tree.map(lambda x: 2 * x + 0.1, m)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [rotated, lambda x: x[jnp.array([2, 0, 3, 1])], lambda x: -x],
-    ids=["rotation", "exchange", "inversion"],
-)
-def test_particles_move_as_their_configuration(change):
+def test_particles_move_as_their_configuration():
     m, x = particle_net(), jax.random.normal(jax.random.key(1), (4, 2))
     run = jax.jit(lambda x: m.value_and_divergence(T, x))
     value, div = run(x)
-    changed, same = run(change(x))
-    np.testing.assert_allclose(changed, change(value), rtol=1e-12)
-    np.testing.assert_allclose(same, div, rtol=1e-12)
     assert jnp.abs(value).max() > 0.1
+    for change in (rotated, lambda x: x[jnp.array([2, 0, 3, 1])], lambda x: -x):
+        changed, same = run(change(x))
+        np.testing.assert_allclose(changed, change(value), rtol=1e-12)
+        np.testing.assert_allclose(same, div, rtol=1e-12)
     # A shift changes nothing, and the mean stays.
     np.testing.assert_allclose(jax.jit(lambda x: m(T, x))(x + 3.0), value, rtol=1e-9)
     np.testing.assert_allclose(value.mean(0), 0, atol=1e-12)

@@ -13,6 +13,7 @@ PARAMS = trained()
 FLOW = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-9, atol=1e-9)
 DATA = np.random.default_rng(0).normal([5.0, -1.0], [3.0, 0.1], (40, 2))
 BOX = (np.array([-200.0, -90.0]), np.array([200.0, 90.0]))
+LOG_PROB = jax.jit(lambda density, x: density.log_prob(x))
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_numpyro_has_the_same_density(numpyro, given, support):
     assert theirs.expand([4]).sample(KEY).shape == (4, 2)
     assert theirs.support(DATA).all()
     # It is a pytree, as numpyro's own.
-    values = jax.jit(lambda d, x: d.log_prob(x))(theirs, DATA[:3])
+    values = LOG_PROB(theirs, DATA[:3])
     np.testing.assert_allclose(values, density.log_prob(DATA[:3]), rtol=1e-12)
     to_support = numpyro.distributions.biject_to(theirs.support)
     assert theirs.support(to_support(jnp.ones(2)))

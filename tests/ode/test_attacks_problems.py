@@ -276,12 +276,13 @@ def test_states(y0):
         np.testing.assert_allclose(np.asarray(after, float), np.exp(-1.0), rtol=precision)
 
 
-# (start, end, output times)
+# (start, end, output times), which are six or none: two programs serve all.
 TIMES = [
     (0, 1, None), (np.int64(0), np.uint8(1), None), (np.uint8(1), np.uint8(0), None),
-    (jnp.array(0), np.float16(1), None), (0.0, 1.0, [0, 0, 0.5, 0.5, 1, 1]), (0, 2, range(3)),
-    (1.0, 0.0, (1.0, 0.5, 0.5, 0.0)), (0.0, 1.0, np.arange(11) * 0.1), (1.0, 1.0, [1.0, 1.0]),
-    (0.0, 1.0, np.float32([0.1, 0.7])), (0.0, 1e-12, [5e-13]), (-3, -1, [-2]),
+    (jnp.array(0), np.float16(1), None), (0.0, 1.0, [0, 0, 0.5, 0.5, 1, 1]), (0, 5, range(6)),
+    (1.0, 0.0, (1.0, 0.5, 0.5, 0.0, 0.0, 0.0)), (0.0, 1.0, np.arange(6) * 0.2),
+    (1.0, 1.0, [1.0] * 6), (0.0, 1.0, np.float32([0.1, 0.7] + 4 * [0.9])),
+    (0.0, 1e-12, [5e-13] * 6), (-3, -1, [-2] * 6),
 ]  # fmt: skip
 
 

@@ -228,18 +228,22 @@ def test_a_row_that_fails_fails_alone():
         assert np.isnan(run(ARGS, *given, every)[0]).all()
 
 
+def decay(t, y, _):
+    return -y
+
+
 def test_a_change_is_differentiated_only_where_it_happens():
     """At the end of the solve, its square root is that of a negative number."""
 
     def end(a):
         jumps = jaxode.Jumps([0.1], lambda t, y, a, i: jnp.sqrt(y - a))
-        return jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 0.0, 2.0, a, jumps=jumps).y1[0]
+        return jaxode.solve(decay, jnp.ones(1), 0.0, 2.0, a, jumps=jumps).y1[0]
 
     slope = -0.5 * np.exp(-1.9) / np.sqrt(np.exp(-0.1) - 0.5)
-    np.testing.assert_allclose(jax.jit(jax.grad(end))(0.5), slope, rtol=1e-4)
-    np.testing.assert_allclose(
-        jax.jit(jax.jacfwd(jax.grad(end)))(0.5), slope / 2 / (np.exp(-0.1) - 0.5), rtol=1e-3
-    )
+    slope_and_itself = lambda a: (s := jax.grad(end)(a), s)
+    second, first = jax.jit(jax.jacfwd(slope_and_itself, has_aux=True))(0.5)
+    np.testing.assert_allclose(first, slope, rtol=1e-4)
+    np.testing.assert_allclose(second, slope / 2 / (np.exp(-0.1) - 0.5), rtol=1e-3)
 
 
 def test_a_failure_between_two_jumps_is_the_first():
@@ -260,11 +264,11 @@ def test_a_failure_between_two_jumps_is_the_first():
 def test_a_change_that_is_not_finite_is_named():
     """In the middle, and at the end, where nothing follows."""
     told = "the state after a change is not finite at t="
-    for number, time in enumerate((1.0, END)):
-        change = lambda t, y, a, i, n=number: jnp.where(i == n, y / 0.0, y)
-        jumps = jaxode.Jumps([1.0, END], change)
+    times = (1.0, END)
+    jumps = jaxode.Jumps(times, lambda t, y, infinite, i: jnp.where(i == infinite, y / 0.0, y))
+    for infinite, time in enumerate(times):
         with pytest.raises(jaxode.SolveError, match=f"^solve: {told}{time:g}. Check the change"):
-            jaxode.solve(lambda t, y, a: -y, jnp.ones(1), 0.0, END, jumps=jumps)
+            jaxode.solve(decay, jnp.ones(1), 0.0, END, jnp.asarray(infinite), jumps=jumps)
 
 
 @pytest.mark.slow
@@ -294,22 +298,30 @@ def on_devices(f):
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
 
 
+def joint(y0, scale, axis_name=None):
+    grow = lambda t, y, a, i: y * jnp.where(y > 2, a[1], 1.0)
+    return jaxode.solve(
+        lambda t, y, a: field(t, y, a[0]), y0, 0.0, END, (ARGS, scale[0]), batch="joint",
+        jumps=jaxode.Jumps(TIMES[0], grow), axis_name=axis_name, throw=False,
+    ).y1  # fmt: skip
+
+
+JOINT_ALONE = jax.jit(joint)
+
+
+@functools.cache
+def joint_on_devices():
+    return on_devices(functools.partial(joint, axis_name="d"))
+
+
 @typed
 @pytest.mark.parametrize("scale", [1.0, np.inf])
 def test_devices_that_share_their_steps(scale):
     """Where one of them alone fails, at the second jump, the others stop with it."""
-    y0 = Y0.at[0].set(5.0)
-
-    def joint(y0, axis_name=None):
-        grow = lambda t, y, a, i: y * jnp.where(y > 2, scale, 1.0)
-        return jaxode.solve(
-            field, y0, 0.0, END, ARGS, batch="joint", jumps=jaxode.Jumps(TIMES[0], grow),
-            axis_name=axis_name, throw=False,
-        ).y1  # fmt: skip
-
-    found = on_devices(functools.partial(joint, axis_name="d"))(y0)
-    assert_close(found, joint(y0), 1e-12)
-    assert np.isnan(found).all() == (scale > 1)
+    y0, scale = Y0.at[0].set(5.0), np.full(2, scale)  # one number for each device
+    found = joint_on_devices()(y0, scale)
+    assert_close(found, JOINT_ALONE(y0, scale), 1e-12)
+    assert np.isnan(found).all() == (scale > 1).all()
 
 
 TOLD = r"solve\(jumps=...\): "

@@ -26,6 +26,11 @@ OPTIONS = {"rtol": 1e-6, "atol": 1e-8, "max_steps": 64}
 RAGGED = (Y0, jnp.asarray(T0), jnp.asarray(T1), jnp.asarray(TS), ARGS, jnp.array(0.3))
 
 
+def field(t, y, args):
+    a, shift = args
+    return jnp.tanh(a @ y) + shift * jnp.sin(t) * y
+
+
 def solve(y0, t0, t1, ts, args, shift, name="discrete", **options):
     # `shift` is closed over.
     f = lambda t, y, a: jnp.tanh(a @ y) + shift * jnp.sin(t) * y
@@ -150,7 +155,9 @@ def test_a_row_with_times_out_of_order_fails_alone():
     ts = np.array(TS)
     ts[1] = ts[1, ::-1]
     ts[2, 1] = np.nan
-    run = lambda ts, throw: solve(*RAGGED[:3], ts, *RAGGED[4:], batch="per_sample", throw=throw)
+    run = lambda ts, throw: jaxode.solve(
+        field, *RAGGED[:3], RAGGED[4:], ts=ts, batch="per_sample", throw=throw, **OPTIONS
+    )
     s = run(ts, False)
     assert list(s.result) == [
         0,
@@ -174,8 +181,8 @@ def test_a_row_with_times_out_of_order_fails_alone():
     rest = np.array([0, 3, 4])
     alone = lambda args: jnp.sum(
         jaxode.solve(
-            lambda t, y, a: jnp.tanh(a @ y) + RAGGED[5] * jnp.sin(t) * y, Y0[rest], T0[rest],
-            T1[rest], args, ts=TS[rest], batch="per_sample", **OPTIONS,
+            field, Y0[rest], T0[rest], T1[rest], (args, RAGGED[5]), ts=TS[rest],
+            batch="per_sample", **OPTIONS,
         ).ys
     )  # fmt: skip
     found, expected = jax.jit(jax.grad(loss))(ARGS, ts), jax.jit(jax.grad(alone))(ARGS)

@@ -189,9 +189,12 @@ def test_a_network_of_the_user_takes_a_context(quick):
     assert jax.eval_shape(p.params, jnp.float32(0.5), p.x[0], p.context[0]).shape == (5,)
 
 
-# `make test` runs the loop and its report with trainings that are made up.
+# `make test` runs the loop and its report with trainings that are made up. Matching alone is the
+# first phase of matching and then likelihood.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", to_level.PHASES)
+@pytest.mark.parametrize(
+    "name", [name for name in to_level.PHASES if name != "jaxode, Residual, matching"]
+)
 def test_every_training_to_a_likelihood_runs_to_its_end(name, quick, monkeypatch, tmp_path):
     library = name.replace(",", "").split()[0]
     pytest.importorskip(library, reason=f"{library} is installed for benchmarks only: make bench")
