@@ -158,7 +158,8 @@ class Training:
         self.phase, self.step, self.stale = phase, 0, 0
         arrays, self.static = eqx.partition(self.best.params, eqx.is_inexact_array)
         # In half precision, the average would not move by so small steps.
-        wide = lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        half = lambda leaf: jnp.finfo(leaf.dtype).bits < 32
+        wide = lambda leaf: leaf.astype(jnp.float32) if half(leaf) else leaf
         average, count = jax.tree.map(wide, arrays), jnp.zeros((), jnp.int32)
         self.state = State(arrays, average, phase.optimizer.init(arrays), count)
         self.began, self.early, self.left, self.rate = time.perf_counter(), None, 1.0, 1.0
