@@ -318,7 +318,7 @@ def test_as_many_steps_as_needed_are_enough():
 
 
 # Flows of z' = M z + c, which carry normals to normals.
-M = np.array([[0.3, 4.0, 0.0], [0.0, -0.5, 2.0], [0.1, 0.0, 0.2]])
+M = np.array([[0.3, 4.0, 0.0], [0.0, -0.5, 2.0], [0.1, 0.0, 0.5]])
 C = np.array([0.5, -1.0, 2.0])
 X = jax.random.normal(jax.random.key(1), (4, 3))
 W = np.array([1.0, 0.0, 3.0, 0.5])
