@@ -92,7 +92,7 @@ def audit_of_context(i):
 
 def pushed(t, z, p):
     """A short pulse on particles, by complex parameters. Without a largest step it is missed."""
-    force = lambda d: jnp.real(p * jnp.exp(1j * d))
+    force = lambda d: jnp.real(p * jax.lax.complex(jnp.cos(d), jnp.sin(d)))
     pulse = jnp.exp(-(((t - 0.51) / 0.006) ** 2)) / (0.006 * np.pi**0.5)
     return pulse * (force(z - jnp.roll(z, 1, axis=0)) - force(jnp.roll(z, -1, axis=0) - z))
 

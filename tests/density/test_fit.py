@@ -128,7 +128,7 @@ def test_rows_are_set_aside(part):
 def test_rows_keep_their_precision_beside_validation_rows_of_another():
     jax.config.update("jax_enable_x64", True)
     table = Table.of(bound(), BENT.astype(np.float32), None, OTHERS, False, jax.random.key(0))
-    data, aside, _ = table.in_flow(bound(), table.validation, jax.random.key(1))
+    data, aside, _ = table.in_flow(bound(), table.validation, jax.random.key(1), ROWS)
     assert table.validation.x.dtype == np.float64
     assert data(jax.random.key(2)).x.dtype == aside.x.dtype == np.float32
 
