@@ -10,7 +10,10 @@ from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 
 PUBLISHED = "amd-epyc-2-cores"
-"""The machine of the README's tables, and of the pictures that bear no name of a machine."""
+"""The machine of the README's times, and of the pictures that bear no name of a machine."""
+
+OF_DENSITIES = "intel-xeon-processor-2-cores"
+"""The machine of the README's densities."""
 
 LIBRARIES = ("diffrax", "jax odeint", "torchdiffeq", "zuko")
 """The columns of the README's table, and the groups of peers with their fastest variant."""
@@ -53,10 +56,11 @@ def write(folder: Path, root: Path) -> None:
         if "benchmarks" in results:
             draw(results, images)
             parts += sections(results)
-            if results["machine"]["name"] == PUBLISHED:
-                readme = between((root / "README.md").read_text(), "benchmarks", ratios(results))
-                readme = between(readme, "densities", densities(results))
-                (root / "README.md").write_text(readme)
+            readme = root / "README.md"
+            shown = ("benchmarks", PUBLISHED, ratios), ("densities", OF_DENSITIES, densities)
+            for name, machine, parts_of in shown:
+                if results["machine"]["name"] == machine:
+                    readme.write_text(between(readme.read_text(), name, parts_of(results)))
     (root / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -158,4 +162,4 @@ def between(text: str, name: str, parts: list[str]) -> str:
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = text.split(start)
     after = rest.split(end)[1]
-    return before + "\n\n".join([start, *parts, end]) + after
+    return before + "\n\n".join([start, *parts]) + f"\n{end}" + after
