@@ -126,9 +126,10 @@ def test_rows_are_set_aside(part):
 
 
 def test_rows_keep_their_precision_beside_validation_rows_of_another():
+    density = bound()
     jax.config.update("jax_enable_x64", True)
-    table = Table.of(bound(), BENT.astype(np.float32), None, OTHERS, False, jax.random.key(0))
-    data, aside, _ = table.in_flow(bound(), table.validation, jax.random.key(1), ROWS)
+    table = Table.of(density, BENT.astype(np.float32), None, OTHERS, False, jax.random.key(0))
+    data, aside, _ = table.in_flow(density, table.validation, jax.random.key(1), ROWS)
     assert table.validation.x.dtype == np.float64
     assert data(jax.random.key(2)).x.dtype == aside.x.dtype == np.float32
 
@@ -404,10 +405,11 @@ def test_events_of_any_shape(event):
 @pytest.mark.slow
 def test_double_precision_and_strict_promotion():
     """Which Adam does not have."""
+    single = parameters()
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    params = jax.tree.map(lambda leaf: leaf.astype(float), parameters())
+    params = jax.tree.map(lambda leaf: leaf.astype(float), single)
     options = {"dequantize": True, "optimizer": optax.sgd(0.01), "steps": 50}
     density, history = fit(bound(params=params, standardize=None), INTEGERS, **options)
     assert np.isfinite([point.nats for point in history]).all()
