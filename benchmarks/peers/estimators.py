@@ -24,12 +24,13 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
+from jaxode.density.table import LOOK_AT
+from jaxode.density.training import APART, EXACT_UP_TO
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
-# is an ODE solve: as in `jaxode.fit`, there are fewer looks, at so many rows, so many seconds apart
-# at most, and in more than so many dimensions with a probe in place of the exact trace.
-OF_FIELD, OF_MAP = (250, 1.3), (20, 1.05)
-ROWS, APART, EXACT_UP_TO = 1000, 5.0, 16
+# is an ODE solve: there are fewer looks, at most so many seconds apart, and each is that of `fit`.
+OF_FIELD, OF_MAP = (250, APART), (20, 1.05)
+SECONDS = 5.0
 
 
 class Candidate(NamedTuple):
@@ -80,9 +81,9 @@ def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterato
                 table.train[rng.integers(0, len(table.train), (1, 512))],
                 rng.integers(2**31, size=1),
             )
-            if look or time.perf_counter() > looked + APART:
+            if look or time.perf_counter() > looked + SECONDS:
                 params = current()
-                nll = float(exact_nll(params, table.validation[:ROWS], 1e-3, key))
+                nll = float(exact_nll(params, table.validation[:LOOK_AT], 1e-3, key))
                 looked = time.perf_counter()
                 yield Candidate(nll, lambda params=params: float(exact_nll(params, table.test)))
 
