@@ -85,6 +85,7 @@ def in_rows(found: Any) -> str:
 
 
 def finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
+    """Where all numbers of all leaves `[rows, ...]` are finite."""
     finite = (jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in leaves)
     return functools.reduce(operator.and_, finite)
 

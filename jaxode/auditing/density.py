@@ -1,6 +1,7 @@
 """Checks of `jaxode.audit` for a density: its divergence, its noise and its integral."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -138,10 +139,16 @@ def base_distance(s: Subject) -> Row:
     )  # fmt: skip
 
 
-def base_samples(s: Subject) -> Row | None:
+def of_all_coordinates(check: Callable[[Subject], Row]) -> Callable[[Subject], Row | None]:
+    """The check, which leaves out configurations of particles: their density is that of fewer
+    coordinates than samples have."""
+    centered = lambda s: isinstance(s.flow.base, CenteredNormal)
+    return functools.wraps(check)(lambda s: None if centered(s) else check(s))
+
+
+@of_all_coordinates
+def base_samples(s: Subject) -> Row:
     """Whether the base draws samples of its density."""
-    if isinstance(s.flow.base, CenteredNormal):
-        return None  # its density is that of fewer coordinates than its samples have
     log_density = lambda x: _log_density(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)))
     samples = np.asarray(s.base_samples)
     row = s.judge(
@@ -153,10 +160,9 @@ def base_samples(s: Subject) -> Row | None:
     return row._replace(advice=s.base_fault or row.advice)
 
 
-def base_probability(s: Subject) -> Row | None:
+@of_all_coordinates
+def base_probability(s: Subject) -> Row:
     """The integral of the base density."""
-    if isinstance(s.flow.base, CenteredNormal):
-        return None  # its density is that of fewer coordinates than its samples have
     if s.base_fault:
         return Row("base probability", np.nan, f"1 within {PROBABILITY:g}")
     return _integrated(
@@ -165,10 +171,9 @@ def base_probability(s: Subject) -> Row | None:
     )  # fmt: skip
 
 
-def total_probability(s: Subject) -> Row | None:
+@of_all_coordinates
+def total_probability(s: Subject) -> Row:
     """The integral of the density of the flow."""
-    if isinstance(s.flow.base, CenteredNormal):
-        return None  # its density is that of fewer coordinates than its samples have
     name, size = "total probability", math.prod(s.flow.base.event_shape)
     if s.failure or s.tight_failure or bool(s.outside.all()):
         return Row(name, np.nan, f"1 within {PROBABILITY:g}")

@@ -107,13 +107,11 @@ def importance(log_weights: Float[Array, " n"]) -> Importance:
 
 @jax.jit
 def _judge(log_w: Float[Array, " n"]) -> tuple[Any, ...]:
-    # In units of the largest: the difference of two large logarithms is rounding.
-    top = jnp.max(log_w)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    total, n = jax.nn.logsumexp(log_w - top), len(log_w)
-    ess = jnp.exp(2 * total - jax.nn.logsumexp(2 * (log_w - top))) / n
+    n = len(log_w)
+    # By their ratios: the difference of two large logarithms would be rounding.
+    ess = 1 / (n * jnp.sum(jax.nn.softmax(log_w) ** 2))
     error = jnp.sqrt(jnp.maximum(1 / ess - 1, 0) / (n - 1))
-    return ess, total - math.log(n) + top, error, _pareto_k(log_w)
+    return ess, jax.nn.logsumexp(log_w) - math.log(n), error, _pareto_k(log_w)
 
 
 def _pareto_k(log_w: Float[Array, " n"]) -> Float[Array, ""]:

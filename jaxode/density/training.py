@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from jaxode._checks.arguments import state_dtype
 from jaxode._jax.closure import compiled
 from jaxode.density.bind import Density
 from jaxode.density.table import Rows
@@ -29,8 +30,8 @@ APART = 1.3  # the ratio of steps from one look to the next
 APART_SECONDS = 10.0  # from one look to the next at most, if there is a time limit
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
 UNCOUNTED = 1000  # those of the first steps do not count
-EXPLODED, SLOWER = 100.0, 0.25  # nats worse (10 for each column, if that is more), and the factor
-# of the rate after that
+EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
+SLOWER = 0.25  # and the factor of the rate after that
 SHORTEST = 500  # steps of a trial
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
@@ -144,7 +145,7 @@ class Training:
 
     def __post_init__(self):
         self.best, self.least = self.density, math.inf
-        self.exploded = max(EXPLODED, 10.0 * math.prod(self.density.event_shape))
+        self.exploded = max(EXPLODED, OF_A_COLUMN * math.prod(self.density.event_shape))
         least, most = FIRST_LOOK
         # A few hundred rows are overfitted within `most` steps.
         self.first = min(max(PASSES * self.count / self.batch_size, least), most)
@@ -158,9 +159,8 @@ class Training:
         self.phase, self.step, self.stale = phase, 0, 0
         arrays, self.static = eqx.partition(self.best.params, eqx.is_inexact_array)
         # In half precision, the average would not move by so small steps.
-        half = lambda leaf: jnp.finfo(leaf.dtype).bits < 32
-        wide = lambda leaf: leaf.astype(jnp.float32) if half(leaf) else leaf
-        average, count = jax.tree.map(wide, arrays), jnp.zeros((), jnp.int32)
+        average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
+        count = jnp.zeros((), jnp.int32)
         self.state = State(arrays, average, phase.optimizer.init(arrays), count)
         self.began, self.early, self.left, self.rate = time.perf_counter(), None, 1.0, 1.0
         self.kept = self.step, self.state, self.left

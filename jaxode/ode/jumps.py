@@ -28,7 +28,7 @@ from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import is_lost
 from jaxode.ode.loop.stepper import Stepper
 
-# (t [rows], number [rows], y [samples, n], row_args) -> y [samples, n]
+# (t [rows], number [rows], y [samples, n], (shared, row_args)) -> y [samples, n]
 Change = Callable[..., Float[Array, "samples n"]]
 
 
