@@ -27,14 +27,15 @@ from jaxode.density.table import WIDEST, Table
 from jaxode.density.training import BLOCK, Limits, Phase, Point, Training, evaluation
 from jaxode.distributions import CenteredNormal
 
-TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try
+TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
+MANY = 16  # the second one in more than so many dimensions
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
 LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
 DECAY = 0.3  # of the weights in matching,
 FEW, A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
 WARM_UP = 100  # steps of matching
-TRIAL = 0.05  # the part of training in which each choice is tried
-CLEARLY = 0.2  # nats by which uniform times must be better in the trial
+ROUNDS, TRIAL = 2, 0.025  # in which each choice is tried, and the part of training of each
+BEHIND, CLEARLY = 0.2, 0.2  # nats by which a map is out after a round, and uniform times are taken
 MINUTE = 60.0  # seconds, if there is no other end
 
 
@@ -65,9 +66,10 @@ def fit(
     led to them. If it explodes, it goes on from the best parameters at a quarter of the rate.
     Ctrl-C ends it with the best so far.
 
-    What is not given is tried first, each for 5% of the training, and the best goes on: the map of
-    the columns of a density without `standardize=`, each of `jaxode.standardize`; and the
-    `time_power`, 2 unless 1 is better by 0.2 nats. More times near the data make tables better, and
+    What is not given is tried first, each for at most 5% of the training, and the best goes on: the
+    map of the columns of a density without `standardize=`, each of `jaxode.standardize` (those that
+    are 0.2 nats behind after half of it go no further); and the `time_power`, 2 unless, in more
+    than 16 dimensions, 1 is better by 0.2 nats. More times near the data make tables better, and
     small sets of images worse.
 
     Args:
@@ -126,7 +128,7 @@ def fit(
             f"fit(optimizer=...): must be an optimizer of Optax; got {optimizer!r}. Pass "
             "optax.adam(1e-3)."
         )
-    powers = TIME_POWERS
+    powers = TIME_POWERS if math.prod(density.event_shape) > MANY else TIME_POWERS[:1]
     if time_power is not None:
         check_number("time_power", time_power, POSITIVE)
         powers = (time_power,)
@@ -153,7 +155,7 @@ def fit(
     runs = [start(each) for each in maps]
     try:
         if len(runs) * len(phases) > 1:
-            runs[:] = [_tried(runs, phases, limits, start)]
+            _try(runs, phases, limits, start)
         (run,) = runs
         run.train(run.phase or phases[0], limits)
         if likelihood:
@@ -171,17 +173,22 @@ def fit(
     return _result(_best(runs), limits)
 
 
-def _tried(runs: list[Training], phases: list[Phase], limits: Limits, start: Any) -> Training:
-    """The best of some maps, then of some phases, each after a part of the training."""
-    for run in runs:
-        run.train(phases[0], limits, TRIAL)
-    best = _best(runs)
+def _try(runs: list[Training], phases: list[Phase], limits: Limits, start: Any) -> None:
+    """Leave the best of some maps, then of some phases, after a part of the training."""
+    for _ in range(ROUNDS):
+        for run in runs:
+            run.train(phases[0], limits, TRIAL)
+        enough = _best(runs).least + BEHIND
+        runs[:] = [run for run in runs if run.least <= enough]
+        if len(runs) * len(phases) == 1:
+            return
+    runs[:] = [_best(runs)]
     for phase in phases[1:]:
-        runs.append(start(best.density))
-        runs[-1].train(phase, limits, TRIAL)
+        runs.append(start(runs[0].density))
+        for _ in range(ROUNDS):
+            runs[1].train(phase, limits, TRIAL)
         # Early on uniform times often look a little better, and are worse later.
-        best = runs[-1] if runs[-1].least < best.least - CLEARLY else best
-    return best
+        del runs[0 if runs[1].least < runs[0].least - CLEARLY else 1]
 
 
 def _best(runs: list[Training]) -> Training:

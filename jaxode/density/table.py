@@ -114,7 +114,9 @@ def set_aside(
 ) -> tuple[Rows, Rows]:
     """Rows to train on, and at most `LOOK_AT` validation rows."""
     rows = _checked("x", density, x, context, dequantize)
-    order = lambda rows: np.asarray(jax.random.permutation(key, len(rows.x)))
+    # In NumPy, whose programs need not be compiled.
+    seed = np.asarray(jax.random.key_data(key))
+    order = lambda rows: np.random.default_rng(seed).permutation(len(rows.x))
     part = lambda rows, chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
     if not isinstance(validation, int | float | np.number):
         pair = validation if isinstance(validation, tuple) else (validation, None)

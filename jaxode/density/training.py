@@ -32,7 +32,7 @@ PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which trai
 UNCOUNTED = 1000  # those of the first steps do not count
 EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
 SLOWER = 0.25  # and the factor of the rate after that
-SHORTEST = 500  # steps of a trial
+SHORTEST = 250  # steps of a round of a trial
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
 

@@ -15,7 +15,7 @@ from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
-from jaxode.nn.network import WAVES, Dense, Symmetric
+from jaxode.nn.network import WAVES, Dense, Symmetric, draws
 
 
 @functools.cache
@@ -88,16 +88,14 @@ class Lattice(Symmetric):
         modes, width = integer("modes", modes), integer("width", width)
         self.event_shape, self.odd, self.isotropic = event, bool(odd), bool(isotropic)
         self.context_size = integer("context_size", context_size, 0)
-        kernel_key, hidden_key, last_key = jax.random.split(check_key(key), 3)
         features = 1 + frequencies * (1 if odd else 2)
         orbits = int(_orbits(event, self.isotropic).max()) + 1
-        bound = 0.1 / math.sqrt(features * math.prod(event))
-        self.kernel = jax.random.uniform(
-            kernel_key, (modes, features, orbits), minval=-bound, maxval=bound
-        )
+        known = 2 * WAVES + self.context_size
+        shapes = (modes, features, orbits), (width, known), (modes, width)
+        kernel, hidden, last = draws(check_key(key), shapes)
+        self.kernel = kernel * (0.1 / math.sqrt(features * math.prod(event)))
         self.frequency = jnp.linspace(0.5, 3.0, frequencies)
-        self.hidden = Dense(2 * WAVES + self.context_size, width, hidden_key)
-        self.last = Dense(width, modes, last_key)
+        self.hidden, self.last = Dense(hidden), Dense(last)
         self.activation = activation
 
     def _field(self, t, x, context):

@@ -1,6 +1,8 @@
 """What the networks of `jaxode.nn` share: a layer, how they are called, and `pickle`."""
 
 import abc
+import functools
+import itertools
 import math
 import pkgutil
 from collections.abc import Callable
@@ -34,15 +36,27 @@ def waves(t: Float[Array, ""], dtype: Any) -> list[Array]:
     return [jnp.sin(angles), jnp.cos(angles)]
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def draws(key: PRNGKeyArray, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
+    """Arrays of these shapes with numbers between -1 and 1.
+
+    From one draw: each is a program of its own, which takes a third of a second to compile.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+    parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 class Dense(eqx.Module):
     """`W x + b`."""
 
     weight: Float[Array, "out in"]
     bias: Float[Array, " out"]
 
-    def __init__(self, size_in: int, size_out: int, key: PRNGKeyArray, scale: float = 1.0):
-        bound = scale / math.sqrt(size_in)
-        self.weight = jax.random.uniform(key, (size_out, size_in), minval=-bound, maxval=bound)
+    def __init__(self, drawn: Float[Array, "out in"], scale: float = 1.0):
+        size_out, size_in = drawn.shape
+        self.weight = drawn * (scale / math.sqrt(size_in))
         self.bias = jnp.zeros(size_out)
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:

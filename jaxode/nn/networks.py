@@ -4,6 +4,7 @@ With at most two hidden layers (`PotentialGradient`: exactly one), `m.value_and_
 returns the exact divergence in closed form, for one extra matrix-vector product.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
-from jaxode.nn.network import Dense, Network
+from jaxode.nn.network import Dense, Network, draws
 
 
 class _ModuleField(eqx.Module):
@@ -97,14 +98,9 @@ class _Layer(Dense):
     gate: Float[Array, "2+context out"] | None  # time, context, bias
     shift: Float[Array, "1+context out"] | None  # time, context
 
-    def __init__(
-        self, size_in: int, size_out: int, context: int, gated: bool, timed: bool, key: PRNGKeyArray
-    ):
-        weight_key, gate_key, shift_key = jax.random.split(key, 3)
-        super().__init__(size_in, size_out, weight_key)
-        rows = lambda key, n: jax.random.uniform(key, (n, size_out), minval=-1.0, maxval=1.0)
-        self.gate = rows(gate_key, 2 + context) if gated else None
-        self.shift = rows(shift_key, 1 + context) if timed else None
+    def __init__(self, drawn: Float[Array, "out in"], gate: Any, shift: Any):
+        super().__init__(drawn)
+        self.gate, self.shift = gate, shift
 
     def with_gate(self, t, x, context) -> tuple[Float[Array, " out"], Float[Array, " out"] | None]:
         """The output and the gate. The gate times `W` is the Jacobian with respect to `x`."""
@@ -150,16 +146,20 @@ class _Network(Network):
         context_size = integer("context_size", context_size, 0)
         outputs = 1 if self.scalar_output else size
         sizes = [size, *(integer("widths", width) for width in widths)]
-        *keys, last = jax.random.split(check_key(key), len(sizes))
-        timed = [i == 0 or self.time_in_every_layer for i in range(len(keys))]
+        shapes = [(outputs, sizes[-1])]
+        for a, b in itertools.pairwise(sizes):
+            shapes += [(b, a), (2 + context_size, b), (1 + context_size, b)]
+        last, *drawn = draws(check_key(key), tuple(shapes))
+        timed = lambda i: i == 0 or self.time_in_every_layer
         self.hidden = tuple(
-            _Layer(a, b, context_size, self.gated, of_time, layer_key)
-            for a, b, of_time, layer_key in zip(sizes[:-1], sizes[1:], timed, keys, strict=True)
+            _Layer(weight, gate if self.gated else None, shift if timed(i) else None)
+            for i, (weight, gate, shift) in enumerate(
+                zip(drawn[::3], drawn[1::3], drawn[2::3], strict=True)
+            )
         )
-        bound = 0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1])
-        self.weight = jax.random.uniform(last, (outputs, sizes[-1]), minval=-bound, maxval=bound)
+        self.weight = last * (0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1]))
         self.bias = jnp.zeros(outputs)
-        timed_output = self.time_in_output or not (keys or self.scalar_output)
+        timed_output = self.time_in_output or not (self.hidden or self.scalar_output)
         self.shift = jnp.zeros((1 + context_size, outputs)) if timed_output else None
         self.activation = activation
         self.context_size = context_size

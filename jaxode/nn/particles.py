@@ -16,7 +16,7 @@ from jaxode._checks.arguments import check_bool, check_number, integer
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode.nn.network import WAVES, Dense, Symmetric
+from jaxode.nn.network import WAVES, Dense, Symmetric, draws
 
 
 class _Places(NamedTuple):
@@ -64,12 +64,6 @@ class _Around(eqx.Module):
     of_ends: Float[Array, "width bumps"]
     of_sides: Float[Array, "width bumps"]
     of_triangles: Float[Array, "width width"]
-
-    def __init__(self, bumps: int, width: int, key: PRNGKeyArray):
-        sizes = (bumps, bumps, bumps, width)
-        keys = jax.random.split(key, 4)
-        made = [Dense(n, width, k).weight for n, k in zip(sizes, keys, strict=True)]
-        self.of_all, self.of_ends, self.of_sides, self.of_triangles = made
 
     def seen(self, pairs: _Pairs, places: _Places) -> Float[Array, "pairs width"]:
         bumps, ends = pairs.bumps, jnp.asarray(np.abs(places.signs), pairs.bumps.dtype)
@@ -166,13 +160,15 @@ class Particles(Symmetric):
         width = integer("width", width)
         blocks = integer("blocks", blocks, 0)
         self.context_size = integer("context_size", context_size, 0)
-        keys = iter(jax.random.split(check_key(key), 3 + 2 * blocks))
         known = 2 * WAVES + self.context_size
-        self.hidden = Dense(known, width, next(keys))
-        self.last = Dense(width, 1 + bumps, next(keys), 0.1)
-        self.around = _Around(bumps, width, next(keys)) if many_body else None
-        self.blocks = tuple(Dense(width, width, next(keys)) for _ in range(blocks))
-        self.modulation = tuple(Dense(known, 2 * width, next(keys)) for _ in range(blocks))
+        ends = (width, known), (1 + bumps, width)
+        each = [(width, width)] * blocks + [(2 * width, known)] * blocks
+        around = [(width, size) for size in (bumps, bumps, bumps, width)] if many_body else []
+        hidden, last, *drawn = draws(check_key(key), (*ends, *each, *around))
+        dense = tuple(map(Dense, drawn))
+        self.hidden, self.last = Dense(hidden), Dense(last, 0.1)
+        self.blocks, self.modulation = dense[:blocks], dense[blocks : 2 * blocks]
+        self.around = _Around(*(each.weight for each in dense[2 * blocks :])) if many_body else None
         self.center = jnp.linspace(0.0, reach, bumps)
         self.log_width = jnp.full(bumps, math.log(reach / (bumps - 1)), self.center.dtype)
         self.activation = activation

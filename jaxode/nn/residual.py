@@ -12,7 +12,7 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
-from jaxode.nn.network import WAVES, Dense, Network, waves
+from jaxode.nn.network import WAVES, Dense, Network, draws, waves
 
 BOUND = 20.0  # of the activations before the output; near the data they are below 10
 
@@ -64,17 +64,15 @@ class Residual(Network):
         width = integer("width", width)
         blocks = integer("blocks", blocks)
         context_size = integer("context_size", context_size, 0)
-        keys = iter(jax.random.split(check_key(key), 2 * blocks + 5))
-        dense = lambda size_in, size_out: Dense(size_in, size_out, next(keys))
         known = 2 * WAVES + (width if context_size else 0)
-        self.first = dense(size, width)
-        self.blocks = tuple(dense(width, width) for _ in range(blocks))
-        self.modulation = tuple(dense(known, 2 * width) for _ in range(blocks))
-        self.last = Dense(width, size, next(keys), 0.1)
-        self.scale = Dense(known, size, next(keys), 0.0)
-        self.encoder = None
-        if context_size:
-            self.encoder = dense(context_size, width), dense(width, width)
+        ends = (width, size), (size, width), (size, known)
+        each = [(width, width)] * blocks + [(2 * width, known)] * blocks
+        encoder = [(width, context_size), (width, width)] if context_size else []
+        first, last, scale, *drawn = draws(check_key(key), (*ends, *each, *encoder))
+        dense = tuple(map(Dense, drawn))
+        self.first, self.last, self.scale = Dense(first), Dense(last, 0.1), Dense(scale, 0.0)
+        self.blocks, self.modulation = dense[:blocks], dense[blocks : 2 * blocks]
+        self.encoder = (dense[-2], dense[-1]) if context_size else None
         self.activation = activation
 
     @property
@@ -90,7 +88,9 @@ class Residual(Network):
         e = jnp.concatenate(known)
         h = self.first(x)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
-            a, b = jnp.split(modulation(e), 2)
+            # Halves of the weights, since halves of the outputs of a batch would be copied.
+            parts = zip(*(jnp.split(leaf, 2) for leaf in jax.tree.leaves(modulation)), strict=True)
+            a, b = (e @ weight.T + bias for weight, bias in parts)
             h = h + block(self.activation((1 + a) * h + b))
         bounded = BOUND * jnp.tanh(self.activation(h) / BOUND)
         return self.last(bounded) + self.scale(e) * x
