@@ -371,6 +371,11 @@ BAD_INPUT = [
         "cnf(batch=...): must be 'joint' or 'per_sample'; got 'per-sample'.",
     ),
     (
+        lambda: cnf(regularizers=jaxode.regularizers.kinetic_energy(0.1)), TypeError,
+        f"cnf(regularizers=...): must be a tuple of jaxode.regularizers; got "
+        f"{jaxode.regularizers.kinetic_energy(0.1)!r}.",
+    ),
+    (
         lambda: cnf(regularizers=2 * (jaxode.regularizers.kinetic_energy(0.1),)), ValueError,
         "cnf(regularizers=...): their names must differ; got ['kinetic_energy', 'kinetic_energy'].",
     ),

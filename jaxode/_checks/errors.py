@@ -129,17 +129,18 @@ def nan_or_raise(
     Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
     but keeps the program out of JAX's persistent compilation cache.
     """
-    where = where or caller()
+    where, faults = where or caller(), faults or {}
     # While a solve is differentiated, its time can be traced although its result is not.
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
-    find = lambda: {sentence: rows() for sentence, rows in (faults or {}).items()}
-    advice, sentences = IMPLICIT if implicit else None, tuple(faults or {})
+    find = lambda: {sentence: rows() for sentence, rows in faults.items()}
+    # Not the faults themselves, whose arrays would be kept with the callback.
+    advice, sentences = IMPLICIT if implicit else None, tuple(faults)
     if is_known(result):
-        if np.any(np.asarray(result)):
-            out_of_steps = bool(np.any(np.asarray(result) == Result.MAX_STEPS_REACHED))
-            if out_of_steps and not implicit and stiff():
+        codes = np.asarray(result)
+        if codes.any():
+            if (codes == Result.MAX_STEPS_REACHED).any() and not implicit and stiff():
                 advice = STIFF
-            raise SolveError(_message(where, result, t_reached, find(), advice))
+            raise SolveError(_message(where, codes, t_reached, find(), advice))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, rows: list[Any]) -> np.ndarray:

@@ -26,17 +26,15 @@ def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = 
     start, end = as_array(t0, dtype), as_array(t1, dtype)
     if not is_known(span_lost) or np.ndim(span_lost):
         start = jnp.where(span_lost, jnp.nan, start)
-    if any(ragged):
-        return start, end, ts, ts_lost
-    if is_known(span_lost) and span_lost:
+    elif span_lost:
         raise ValueError(
             f"{caller()}(t0=..., t1=...): the span from {float(t0)!r} to {float(t1)!r} is lost in "
             f"the precision of {dtype}, in which the state is solved. Shift the time, or use "
             "float64 for the state."
         )
-    if ts is not None and is_known((t0, t1, given)):
+    if ts is not None and not any(ragged) and is_known((t0, t1, given)):
         _check_order("ts", float(t0), float(t1), np.asarray(given, dtype))
-    _check_kept("ts", ts_lost, given, dtype)
+        _check_kept("ts", ts_lost, given, dtype)
     return start, end, ts, ts_lost
 
 
@@ -53,9 +51,7 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
         _check_order("jumps", float(t0), float(t1), np.asarray(given, dtype))
         _check_kept("jumps", lost, times, dtype)
-    lost = jnp.asarray(lost)
-    jumps = jnp.broadcast_to(jumps, (*lost.shape, jumps.shape[-1])) if lost.ndim else jumps
-    return jnp.where(lost[..., None], jnp.nan, jumps)
+    return jnp.where(jnp.asarray(lost)[..., None], jnp.nan, jumps)
 
 
 def _check_several(name: str, times: Any, dtype: jnp.dtype, rows: int | None):
@@ -72,8 +68,8 @@ def _check_several(name: str, times: Any, dtype: jnp.dtype, rows: int | None):
 
 
 def _check_kept(name: str, lost: Any, given: Any, dtype: jnp.dtype) -> None:
-    """Raise if times are known to be lost."""
-    if is_known(lost) and lost:
+    """Raise if known times are lost."""
+    if lost:
         raise ValueError(
             f"{arg(name)} times are lost in the precision of {dtype}, in which the state is "
             f"solved; got {given}. Shift the time, or use float64 for the state."

@@ -1,4 +1,4 @@
-"""Tolerances of each number of a state."""
+"""The absolute tolerance, of all numbers of a state or of each."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from jaxode._checks.caller import arg
 from jaxode._checks.rules import is_known, rules_of
 
 
-def check_tolerances(name: str, tree: PyTree) -> None:
-    """Raise unless the leaves are real arrays that are not known to break a rule of `name`."""
-    leaves = [tree] if isinstance(tree, float) else jax.tree.leaves(tree)
+def check_atol(tree: PyTree) -> None:
+    """Raise unless the leaves are real arrays that are not known to break a rule."""
+    leaves = jax.tree.leaves(tree)
     if not leaves:
-        raise TypeError(f"{arg(name)} must be a real number; got {tree!r}.")
+        raise TypeError(f"{arg('atol')} must be a real number; got {tree!r}.")
     for leaf in leaves:
         if not isinstance(leaf, float):
-            check_real(name, leaf)
-        for rule in rules_of(name):
-            rule.check(leaf, name=name)
+            check_real("atol", leaf)
+        for rule in rules_of("atol"):
+            rule.check(leaf, name="atol")
 
 
-def for_each_number(name: str, tree: PyTree, row: PyTree, dtype: jnp.dtype) -> Any:
+def for_each_number(tree: PyTree, row: PyTree, dtype: jnp.dtype) -> Any:
     """A value for each number of a row of the state, `[1, n]`, from a pytree like the row.
 
     Its arrays broadcast to those of the row; one leaf may stand for several.
@@ -42,7 +42,7 @@ def for_each_number(name: str, tree: PyTree, row: PyTree, dtype: jnp.dtype) -> A
     except ValueError as error:
         got, expected = (jax.tree.map(np.shape, tree) for tree in (tree, row))
         raise ValueError(
-            f"{arg(name)} must be a number, or like the state of one row; got shapes {got} where "
+            f"{arg('atol')} must be a number, or like the state of one row; got shapes {got} where "
             f"it has {expected}. All rows share it."
         ) from error
     return xp.concatenate([xp.asarray(part, dtype) for part in parts])[None]

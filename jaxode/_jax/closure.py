@@ -105,7 +105,11 @@ def _contents(value: Any) -> tuple[Any, ...]:
         return (value.__self__, *_contents(value.__self__))
     if inspect.isfunction(value):
         return tuple(map(_cell_contents, value.__closure__ or ()))
-    return tuple(getattr(value, "__dict__", {}).values())
+    slots = (vars(base).get("__slots__", ()) for base in type(value).__mro__)
+    names = {name for own in slots for name in ([own] if isinstance(own, str) else own)}
+    names = sorted(names - {"__dict__", "__weakref__"})
+    in_slots = (getattr(value, name) for name in names if hasattr(value, name))
+    return (*getattr(value, "__dict__", {}).values(), *in_slots)
 
 
 def _cell_contents(cell: Any) -> Any:

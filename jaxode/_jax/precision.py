@@ -9,11 +9,6 @@ import jax.experimental
 from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Parameters of a call to a function with custom rules: functions that return a rule as a program,
-# and functions that are the rule.
-_PROGRAMS = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk")
-_RULES = ("bwd",)
-
 
 def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> ClosedJaxpr:
     """The program `f(*args)`, with its products and those of its derivatives at this precision.
@@ -44,6 +39,11 @@ def _program(rule, precision, *args):
     return _of_value(jaxpr, precision), *rest
 
 
+# Parameters of a call to a function with custom rules: functions that return a rule as a program,
+# and functions that are the rule.
+_CUSTOM = {"jvp_jaxpr_fun": _program, "fwd_jaxpr_thunk": _program, "bwd": _rule}
+
+
 def _of_value(value: Any, precision: str) -> Any:
     """Convert the programs in a parameter of an equation, and leave the rest."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
@@ -63,9 +63,8 @@ def _of_value(value: Any, precision: str) -> Any:
 
 
 def _of_equation(equation: Any, precision: str) -> Any:
-    params = {name: _of_value(value, precision) for name, value in equation.params.items()}
-    for names, wrap in ((_PROGRAMS, _program), (_RULES, _rule)):
-        params.update({name: wrap(params[name], precision) for name in names if name in params})
+    convert = lambda name, value: _CUSTOM.get(name, _of_value)(value, precision)
+    params = {name: convert(name, value) for name, value in equation.params.items()}
     changed = any(params[name] is not value for name, value in equation.params.items())
     return equation.replace(params=params) if changed else equation
 

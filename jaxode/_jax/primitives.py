@@ -52,13 +52,11 @@ def _refuse(*_, message: str, **__):
 
 def _reverse_jvp(primals, tangents, *, message: str):
     # The values leave the guard, so forward over reverse still works.
-    moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
-    moved = [tangent for tangent, moves in zip(tangents, moving, strict=True) if moves]
+    moved = [tangent for tangent in tangents if not isinstance(tangent, ad.Zero)]
     # Bound with the values: otherwise `vmap` would reach the code after the guard before a tangent
     # that it does not change.
-    moved = iter(_tangent.bind(*moved, *primals, message=message, count=len(moved)))
-    pairs = zip(tangents, moving, strict=True)
-    return [*primals], [next(moved) if moves else tangent for tangent, moves in pairs]
+    guarded = iter(_tangent.bind(*moved, *primals, message=message, count=len(moved)))
+    return [*primals], [x if isinstance(x, ad.Zero) else next(guarded) for x in tangents]
 
 
 def _tangent_transpose(bars, *inputs, message: str, count: int):

@@ -7,6 +7,7 @@ all inputs. Here a derivative is that of the function.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.core
 from jax.extend.core import Primitive, jaxpr_as_fun
@@ -49,16 +50,8 @@ def plain(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
 
 def one_by_one(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
     """One after the other, in a loop."""
-    leaves, structure = jax.tree.flatten(args)
-    flags = jax.tree.leaves(mapped)
-
-    pairs = list(zip(leaves, flags, strict=True))
-
-    def one(own):
-        own = iter(own)
-        return f(*structure.unflatten(next(own) if its else x for x, its in pairs))
-
-    return jax.lax.map(one, [x for x, its in pairs if its])
+    own, shared = eqx.partition(args, mapped)
+    return jax.lax.map(lambda one: f(*eqx.combine(one, shared)), own)
 
 
 _call = Primitive("with_vmap_rule")
@@ -73,15 +66,10 @@ def _run(*leaves, program, rule):
 
 def _jvp(primals, tangents, *, program, rule):
     del rule
-    moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
-    still = [x for x, moves in zip(primals, moving, strict=True) if not moves]
-
-    def of_moving(*moved):
-        moved, rest = iter(moved), iter(still)
-        return jaxpr_as_fun(program)(*(next(moved if moves else rest) for moves in moving))
-
-    pick = lambda xs: [x for x, moves in zip(xs, moving, strict=True) if moves]
-    out, dots = jax.jvp(of_moving, pick(primals), pick(tangents))
+    dots = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
+    moved, still = eqx.partition(list(primals), [dot is not None for dot in dots])
+    of_moved = lambda moved: jaxpr_as_fun(program)(*eqx.combine(moved, still))
+    out, dots = jax.jvp(of_moved, (moved,), (dots,))
     zero = lambda dot: ad.Zero(jax.typeof(dot)) if dot.dtype == jax.dtypes.float0 else dot
     return out, list(map(zero, dots))
 

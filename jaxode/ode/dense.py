@@ -85,7 +85,10 @@ class Interpolant(eqx.Module):
         # At times outside, powers of which may be infinite, nothing is evaluated. A row without a
         # start has its steps at zero.
         start = jnp.where(jnp.isnan(self.t0), 0, self.t0)[None]
-        values = jax.vmap(lambda t: self._value(t, derivative))(jnp.where(inside, t, start))
+        path = self.path
+        if derivative:  # each row depends only on its own time
+            path = lambda t: jax.jvp(self.path, (t,), (jnp.ones_like(t),))[1]
+        values = jax.vmap(path)(jnp.where(inside, t, start))
         values = jnp.where(inside[..., None], values, jnp.nan)
         values = jnp.where(self.ok[None, :, None], values, self.y1[None])
         states = jax.vmap(self.ravel.back)(values)
@@ -110,9 +113,3 @@ class Interpolant(eqx.Module):
         if self.per_sample:
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"
         raise ValueError(f"{arg('t')} must be {shapes}; got shape {t.shape}.")
-
-    def _value(self, t: Float[Array, " rows"], derivative: bool) -> Float[Array, "samples n"]:
-        if not derivative:
-            return self.path(t)
-        # Each row depends only on its own time.
-        return jax.jvp(self.path, (t,), (jnp.ones_like(t),))[1]

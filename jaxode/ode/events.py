@@ -104,15 +104,14 @@ def solve_to_event(
 ) -> tuple[Problem, Integration]:
     """Solve the problem up to the event of each row, where `condition_of(t, y, args)` is zero."""
     condition = lambda t, y: condition_of(t, y, args)
-    fixed = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, problem
-    )
+    fixed = jax.lax.stop_gradient(problem._replace(ts=None))
+    searching = dataclasses.replace(stepper, dense=False)
     look = lambda t, y: jax.lax.stop_gradient(condition(t, y))
-    first = _find(event, look, fixed, stepper)
+    first = _find(event, look, fixed, searching)
     came = first.stopped
     assert came is not None
     start = jnp.where(came, first.t_reached, fixed.t1)
-    t1, landed, stats = _land(condition, fixed, stepper, came, start, first.stats)
+    t1, landed, stats = _land(condition, fixed, searching, came, start, first.stats)
     ts, beyond = problem.ts, None
     if ts is not None:
         beyond = came[None] & (jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0)
@@ -163,8 +162,7 @@ def _find(event: Event, look: Condition, problem: Problem, stepper: Stepper) -> 
         time = t + h * jax.lax.cond(found.any(), refined, lambda: bracket[1])
         return found, time, curve.at(time)
 
-    stepper = dataclasses.replace(stepper, dense=False)
-    return integrate(problem._replace(ts=None), stepper, stop=stop)[0]
+    return integrate(problem, stepper, stop=stop)[0]
 
 
 def _rate(condition: Condition, slope, t, y):
@@ -178,14 +176,13 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
     Newton's method. Where the condition has no slope, the time stays where the interpolant crosses
     zero.
     """
-    stepper = dataclasses.replace(stepper, dense=False)
     span = jnp.abs(problem.t1 - problem.t0)
     info = jnp.finfo(t1.dtype)
     close = jnp.maximum(100 * info.eps, 1e-4 * stepper.rtol.astype(t1.dtype)) * span
 
     def solve(carry):
         count, t1, _, stats = carry
-        out, _ = integrate(problem._replace(t1=t1, ts=None), stepper)
+        out, _ = integrate(problem._replace(t1=t1), stepper)
         value, rate = _rate(condition, problem.slope(t1, out.y1), t1, out.y1)
         value, rate = jax.lax.stop_gradient((value, rate))
         move = (-value / jnp.where(rate == 0, 1, rate)).astype(t1.dtype)
@@ -234,8 +231,8 @@ def _of_zero(end, *inputs):
             y = y + after * field(t, y, args)
             return y, condition(time, y)
 
-        moved = eqx.filter_jvp(at_fixed_time, (*inputs[:3], y), (*dots[:3], y_dot))
-        (near, value), dots = moved
+        given, their_dots = (*inputs[:3], y), (*dots[:3], y_dot)
+        (near, value), dots = eqx.filter_jvp(at_fixed_time, given, their_dots)
         y_dot, value_dot = map(filled, dots, (near, value))
         slope = field(time, near, args)
         _, rate = _rate(condition, slope, time, near)

@@ -241,11 +241,8 @@ def _result(
         attempt = jnp.where(sign * (rejected - t) > 0, rejected, t)
 
     def finite_beyond():
-        times, states = (
-            jnp.stack([t + h, attempt]),
-            jnp.stack([y + h.astype(y.dtype) * ode(t, y), y]),
-        )
-        return jnp.isfinite(jax.lax.map(lambda point: ode(*point), (times, states))).all()
+        points = jnp.stack([t + h, attempt]), jnp.stack([y + h.astype(y.dtype) * ode(t, y), y])
+        return jnp.isfinite(jax.lax.map(lambda point: ode(*point), points)).all()
 
     failed = code != Result.SUCCESS
     finite = jax.lax.cond(failed, finite_beyond, lambda: jnp.isfinite(states).all())

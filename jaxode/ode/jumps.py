@@ -23,7 +23,7 @@ from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.rows import entry_of_each, replace_rows
+from jaxode.ode.loop.rows import entry_of_each, over_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import is_lost
 from jaxode.ode.loop.stepper import Stepper
@@ -192,14 +192,25 @@ def solve_past_events(
 
 
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
-    """The state after the change, in some rows. In others it may not be finite."""
+    """The state after the change, in some rows, or NaN where that is not finite.
+
+    The change is differentiated in rows alone in which it is finite: zero times NaN is NaN.
+    """
     shared, row_args = args
-    t, number, before, row_args = replace_rows((t, number, y, row_args), ~where, where)
-    given = t, number, before, (shared, row_args)
-    # With its closed-over values as leaves. If no row changes, it has no row to be finite at.
-    change = eqx.filter_closure_convert(change, *given)
-    change, given = undifferentiated_unless(where.any(), (change, given))
-    return jnp.where(where[:, None], change(*given), y)
+
+    def in_rows(chosen):
+        *own, of_rows = replace_rows((t, number, y, row_args), ~chosen, chosen)
+        return *own, (shared, of_rows)
+
+    # With its closed-over values as leaves.
+    change = eqx.filter_closure_convert(change, *in_rows(where))
+    after = jax.lax.stop_gradient(change(*in_rows(where)))
+    good = where & over_rows(jnp.all, jnp.isfinite(after), where)
+    # If no row changes, it has no row to be finite at.
+    change, given = undifferentiated_unless(good.any(), (change, in_rows(good)))
+    changed = jnp.where(good[:, None], change(*given), y)
+    # Added to the state, so that a failure on which nothing depends has no gradient.
+    return changed + jnp.where((where & ~good)[:, None], jnp.nan, 0.0)
 
 
 def _no_outputs(problem: Problem) -> Float[Array, "times samples n"] | None:
@@ -214,9 +225,8 @@ def _no_work(of_rows: Int[Array, " rows"]) -> Stats:
 
 def _valid(ys, result: Int[Array, " rows"], y1: Float[Array, "samples n"]):
     """The outputs, with the NaN of the end in failed rows, whose outputs have no derivatives."""
-    return (
-        None if ys is None else jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
-    )
+    ok = (result == Result.SUCCESS)[None, :, None]
+    return None if ys is None else jnp.where(ok, ys, y1[None])
 
 
 def _counted(where: Bool[Array, " rows"], total: Int[Array, " rows"], more: Int[Array, " rows"]):
@@ -231,8 +241,7 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     """
     repeats = jnp.concatenate([jnp.zeros_like(times[:1], bool), times[1:] == times[:-1]])
     is_jump = ~jnp.isposinf(times) & ~repeats
-    numbers = jnp.arange(len(times), dtype=jnp.int32)[:, None]
-    last = jax.lax.cummax(jnp.where(is_jump, numbers, -1), axis=0)
+    last = jax.lax.cummax(jnp.where(is_jump, _numbers(times), -1), axis=0)
     number = jnp.maximum(last, 0)
     latest = jnp.take_along_axis(times, number, axis=0)
     return is_jump, number, jnp.where(last < 0, start[None], latest)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import as_array, check_breakpoints, check_number, integer, one_of
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known, rules_of
-from jaxode._checks.tolerances import check_tolerances, for_each_number
+from jaxode._checks.tolerances import check_atol, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.stepper import Stepper
@@ -112,7 +112,7 @@ class SolveOptions(eqx.Module):
                 "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
-        check_tolerances("atol", self.atol)
+        check_atol(self.atol)
         for name in ("rtol", "first_step", "max_step"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), *rules_of(name))
@@ -126,17 +126,14 @@ class SolveOptions(eqx.Module):
             return None if x is None else jax.lax.stop_gradient(as_array(x, dtype))
 
         rtol, atol = value(self.rtol), self.atol
-        # Most are floats and need no array.
-        of_all = isinstance(atol, float) or (
-            jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
-        )
+        of_all = jax.tree_util.all_leaves([atol]) and np.shape(atol) == ()
         coarsest = max((dtype, *(leaf.dtype for leaf in jax.tree.leaves(row))), key=_least)
         lost_up_to: Any = _least(coarsest)
         if not of_all:
             # Each number is compared in the dtype of its leaf.
             lost_up_to = jax.tree.map(lambda leaf: _least(leaf.dtype), row)
-            lost_up_to = for_each_number("atol", lost_up_to, row, dtype)
-            atol = for_each_number("atol", atol, row, dtype)
+            lost_up_to = for_each_number(lost_up_to, row, dtype)
+            atol = for_each_number(atol, row, dtype)
         atol = value(atol)
         if is_known((rtol, atol)):
             lost = np.maximum(rtol, atol) <= lost_up_to

@@ -368,7 +368,7 @@ def run(system: System) -> Solution:
         out = solve_across(change, times, problem, args, stepper, system.adjoint)
     else:
         out = system.adjoint.integrate(problem, stepper)
-    per_sample, interpolant = system.batch == "per_sample", None
+    interpolant = None
     if stepper.dense:
         path = DiffraxPath(out.steps)
         if isinstance(out.steps, Steps):
@@ -389,7 +389,7 @@ def run(system: System) -> Solution:
     elif system.rows_have_outputs:
         ys = jax.tree.map(lambda x: x.swapaxes(0, 1), ys)
     of_rows = (out.stats, out.result, out.t_reached, problem.t1, out.stopped)
-    if not per_sample:
+    if system.batch != "per_sample":
         of_rows = jax.tree.map(lambda x: x[0], of_rows)
     stats, result, t_reached, t1, came = of_rows
     return Solution(y1, system.ts, ys, stats, result, t_reached, t1, came, interpolant)

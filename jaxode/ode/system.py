@@ -178,8 +178,7 @@ def condition_on_rows(system: System, ravel: Ravel):
         rule = "the condition must return a floating scalar"
         return check_scalar("event", value, rule, "It sees one sample of a batch.")
 
-    on_rows = _on_rows(system, checked)
-    return lambda t, y, args: on_rows(t, ravel.back(y), *args)
+    return _on_rows(system, ravel, checked)
 
 
 def change_on_rows(system: System, ravel: Ravel):
@@ -196,15 +195,11 @@ def change_on_rows(system: System, ravel: Ravel):
         check_derivative(y, after, name=name, call="change(t, y, args, i)")
         return jax.tree.map(jnp.asarray, after)
 
-    rows_change = _on_rows(system, checked)
-
-    def change(t, number, y, args):
-        return ravel(rows_change((t, number), ravel.back(y), *args))
-
-    return change
+    on_rows = _on_rows(system, ravel, checked)
+    return lambda t, number, y, args: ravel(on_rows((t, number), y, args))
 
 
-def _rows_field(system: System):
+def _rows_field(system: System, ravel: Ravel):
     hint = "" if system.batch is None else getattr(system.field, "hint", "")
 
     def checked(t, y, shared, row):
@@ -212,7 +207,8 @@ def _rows_field(system: System):
         check_derivative(y, dy, hint)
         return jax.tree.map(jnp.asarray, dy)
 
-    return _on_rows(system, checked)
+    on_rows = _on_rows(system, ravel, checked)
+    return lambda t, y, args: ravel(on_rows(t, y, args))
 
 
 def _rows_jacobian(system: System, ravel: Ravel):
@@ -226,23 +222,21 @@ def _rows_jacobian(system: System, ravel: Ravel):
         check_jacobian(sum(ravel.sizes), jacobian)
         return jnp.asarray(jacobian, ravel.dtype)
 
-    of_rows = _on_rows(system, checked)
-    return lambda t, y, args: of_rows(t, ravel.back(y), *args)
+    return _on_rows(system, ravel, checked)
 
 
-def _on_rows(system: System, of_sample: Callable[..., PyTree]):
-    """A function of one sample on rows: of one system, of one batch, or with a time for each."""
-    if system.batch == "per_sample":
-        return jax.vmap(of_sample, in_axes=(0, 0, None, 0))
+def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
+    """A function of one sample as `(t, y, args)` on rows of the solver: of one system, of one
+    batch, or with a time for each."""
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    on_rows: Any = jax.vmap(of_sample, in_axes=(0, 0, None, 0))
     if system.batch == "joint":
-        batched = jax.vmap(of_sample, in_axes=(None, 0, None, 0))
-        return lambda t, y, shared, rows: batched(first(t), y, shared, rows)
-
-    def alone(t, y, shared, rows):
-        return jax.tree.map(lambda x: x[None], of_sample(first(t), first(y), shared, rows))
-
-    return alone
+        of_batch = jax.vmap(of_sample, in_axes=(None, 0, None, 0))
+        on_rows = lambda t, *rest: of_batch(first(t), *rest)
+    elif system.batch is None:
+        alone = lambda t, y, *args: of_sample(first(t), first(y), *args)
+        on_rows = lambda *given: jax.tree.map(lambda x: x[None], alone(*given))
+    return lambda t, y, args: on_rows(t, ravel.back(y), *args)
 
 
 def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
@@ -253,18 +247,15 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     y0 = system.y0
     if system.batch is None:
         y0 = jax.tree.map(lambda x: x[None], y0)
-    ravel, field = Ravel.of(y0), _rows_field(system)
-    raveled = lambda t, y, args: ravel(field(t, ravel.back(y), *args))
+    ravel = Ravel.of(y0)
     start = ravel(y0)
     rows = start.shape[0] if system.batch == "per_sample" else 1
-    start, times, args, stepper = vary_alike(
+    start, (t0, t1, ts), args, stepper = vary_alike(
         (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
     )
-    closed, arrays = close_field(
-        raveled, times[0], start, args, stepper.precision, _rows_jacobian(system, ravel)
-    )
+    field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
+    closed, arrays = close_field(field, t0, start, args, stepper.precision, jacobian)
     outputs = None
-    if system.rows_have_outputs and times[2] is not None:
-        last = times[2] == times[2][-1:]
-        outputs = jnp.argmax(last, axis=0).astype(jnp.int32) + 1
-    return Problem(closed, arrays, start, *times, outputs), stepper, ravel
+    if ts is not None and system.rows_have_outputs:
+        outputs = jnp.argmax(ts == ts[-1:], axis=0).astype(jnp.int32) + 1
+    return Problem(closed, arrays, start, t0, t1, ts, outputs), stepper, ravel

@@ -156,6 +156,14 @@ def changed(rate, thing=Changing()):
     return thing
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    rate: object = 1.0
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
 def closure():
     rate = None
 
@@ -171,11 +179,13 @@ def closure():
 
 
 RATES = (1.0, 2.0, 1.0)
+SLOTTED = Slotted()
 use = closure()
 # Each gives `y' = -rate y` for a rate. A new one is one row.
 CHANGED = {
     "field that is not compared": lambda rate: solve(Frozen(1.0, jnp.asarray(rate))),
     "attribute of a field": lambda rate: solve(changed(rate)),
+    "attribute in a slot": lambda rate: solve(changed(rate, SLOTTED)),
     "attribute of an argument": lambda rate: solve(held, changed(rate)),
     "bound method": lambda rate: solve(changed(rate).__call__),
     "variable of a closure": lambda rate: solve(use(rate)),

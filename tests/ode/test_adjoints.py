@@ -296,6 +296,25 @@ def test_second_derivatives(name, again):
     assert_close(second_derivatives(name, again), expected, 1e-10 if method.exact else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_reverse_over_reverse_without_parameters_or_with_narrow_ones(dtype):
+    """The exact end is `y0 / (1 + rate y0)`."""
+
+    def end(y0, rate):
+        f = lambda t, y, r: -(1.0 if dtype is None else r.astype(y.dtype)) * y**2
+        given = None if dtype is None else rate
+        return jaxode.solve(
+            f, y0, 0.0, 1.0, given, adjoint=jaxode.BacksolveAdjoint(), rtol=1e-9, atol=1e-9
+        ).y1.sum()
+
+    rate = jnp.ones((), dtype or float)
+    hessian = jax.jacrev(jax.grad(end))(jnp.full(1, 2.0), rate)
+    np.testing.assert_allclose(hessian, [[-2 / 27]], rtol=1e-6)
+    if dtype is not None:
+        second = jax.grad(jax.grad(end, 1), 1)(jnp.full(1, 2.0), rate)
+        np.testing.assert_allclose(second, 16 / 27, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "again"), of_feature(AGAIN))
 def test_second_derivatives_of_a_failed_solve_are_nan(name, again):
     """The solution of `y' = r y^2` ends at `t = 1 / (r y0)`."""

@@ -57,6 +57,39 @@ def test_a_pulse_is_found_wherever_it_is(solver):
         assert (solution.stats.num_rejected == 0).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_pulse_early_in_a_long_span_in_single_precision(sign):
+    """The steps across its edges are a few roundings of their times long, and not of the last."""
+    dose = lambda t, y, _: jnp.where((sign * t >= 5) & (sign * t < 5.01), 100.0, 0.0) + 0 * y
+    run = lambda t0, t1: jaxode.solve(
+        dose, jnp.zeros(1, jnp.float32), t0, t1, breakpoints=(sign * 5.0, sign * 5.01)
+    )
+    for t0, t1 in ((0.0, 1e5), (1e5, 0.0), (-1e5, 1e4)):
+        np.testing.assert_allclose(run(sign * t0, sign * t1).y1, sign * np.sign(t1 - t0), rtol=1e-4)
+
+
+ENDS = {
+    "a breakpoint at the end, backwards": (1.0, 0.5, 0.5, jnp.float64),
+    "a breakpoint before a long span": (5.0, 1e5, 4.99, jnp.float32),
+    "a breakpoint beside the end": (1.0, 0.0, -1e-16, jnp.float64),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_ends_move_the_same_pieces_in_each_step(name):
+    """`y' = cos(t / t1)`; a reverse derivative by the ends asks each step for its piece again."""
+    t0, t1, point, dtype = ENDS[name]
+    scale = max(abs(t0), abs(t1))
+
+    def end(t0, t1):
+        f = lambda t, y, _: (jnp.cos(t / scale) / scale).astype(y.dtype)
+        return jaxode.solve(f, jnp.zeros((), dtype), t0, t1, breakpoints=(point,)).y1
+
+    slopes = jax.jit(jax.grad(end, (0, 1)))(t0, t1)
+    expected = -np.cos(t0 / scale) / scale, np.cos(t1 / scale) / scale
+    np.testing.assert_allclose(slopes, expected, rtol=2e-3, atol=1e-3 / scale)
+
+
 def test_a_singularity_that_can_be_integrated():
     f = lambda t, y, _: 1 / jnp.sqrt(jnp.abs(t - 0.5)) + 0 * y
     ends = [

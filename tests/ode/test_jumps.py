@@ -246,6 +246,25 @@ def test_a_change_is_differentiated_only_where_it_happens():
     np.testing.assert_allclose(second, slope / 2 / (np.exp(-0.1) - 0.5), rtol=1e-3)
 
 
+def test_a_change_that_is_not_finite_adds_nothing_where_it_is_masked():
+    """One subject of two has no record of its dose."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.grad, has_aux=True)
+    def run(factor, masked, doses):
+        take = lambda t, y, args, i: y + args[0] * args[1]
+        s = jaxode.solve(
+            decay, jnp.zeros(2), 0.0, 2.0, factor, row_args=doses, batch="per_sample", throw=False,
+            jumps=jaxode.Jumps([1.0], take),
+        )  # fmt: skip
+        return jnp.sum(jnp.where(s.ok, s.y1, 0.0) if masked else s.y1), s.result
+
+    gradient, result = run(1.0, True, jnp.array([100.0, jnp.nan]))
+    assert list(result) == [0, jaxode.Result.NON_FINITE_CHANGE]
+    np.testing.assert_allclose(gradient, 100 * np.exp(-1), rtol=1e-4)
+    assert np.isnan(run(1.0, False, jnp.array([100.0, jnp.nan]))[0])
+
+
 def test_a_failure_between_two_jumps_is_the_first():
     """The field explodes after the second jump; the outputs before are NaN, too."""
     blow = lambda t, y, _: jnp.where(y > 10, y**2, 0.0)

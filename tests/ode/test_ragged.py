@@ -189,6 +189,12 @@ def test_a_row_with_times_out_of_order_fails_alone():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_a_lost_span_of_all_rows_raises_beside_outputs_of_each():
+    y0, ts = jnp.zeros((2, 1), jnp.float32), np.full((2, 1), 1e8)
+    with pytest.raises(ValueError, match=r"the span from 100000000.0 to 100000005.0 is lost in"):
+        jaxode.solve(field, y0, 1e8, 1e8 + 5, ts=ts, batch="per_sample")
+
+
 def test_times_of_rows_that_float32_cannot_tell_apart():
     y0 = jnp.ones((2, 1), jnp.float32)
     f = lambda t, y, _: -y

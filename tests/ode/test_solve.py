@@ -254,6 +254,17 @@ def test_joint_control_over_devices_takes_the_norm_over_the_whole_batch():
     np.testing.assert_allclose(halves.y1.reshape(4, 2), whole.y1, rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize(("solver", "steps"), [(diffrax.Tsit5(), None), (diffrax.Euler(), 20)])
+def test_devices_that_share_their_steps_fail_together(solver, steps):
+    """The state of the other one is part of the field."""
+    options = {"axis_name": "half", "solver": solver, "steps": steps, "throw": False}
+    f = lambda t, y, _: jnp.where(y > 2, jnp.nan, jax.lax.psum(y, "half"))
+    run = lambda y: jaxode.solve(f, y, 0.0, 0.7, **options)
+    solution = jax.vmap(run, axis_name="half")(jnp.array([[1.0], [0.0]]))
+    np.testing.assert_array_equal(solution.result, jaxode.Result.NON_FINITE)
+    assert np.isnan(solution.y1).all()
+
+
 @pytest.mark.parametrize(
     "y0", [2.0, jnp.asarray(2.0), jnp.full((), 2.0)], ids=["float", "weak", "full"]
 )

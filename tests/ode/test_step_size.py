@@ -11,7 +11,7 @@ import pytest
 from problems import ALL_SOLVERS, solver_name
 
 import jaxode
-from jaxode.ode.loop.progress import next_time
+from jaxode.ode.loop.progress import aim
 from jaxode.ode.loop.step_size import first_step, propose
 from jaxode.ode.loop.tableau import tableau_of
 
@@ -113,9 +113,10 @@ def test_a_guess_that_is_rejected_shrinks_by_more_in_high_order(order, guessed, 
 )
 def test_the_last_steps_are_equally_long(h, max_step, end, steps):
     t, last, taken = jnp.zeros(1), [False], []
+    settings = SimpleNamespace(max_step=max_step, breakpoints=None)
     while not last[0]:
         state = SimpleNamespace(t=t, h=jnp.full(1, h))
-        t_next, last = next_time(None, max_step, state, 0, jnp.zeros(1), jnp.full(1, end))
+        t_next, _, last = aim(settings, None, state, 0, jnp.zeros(1), jnp.full(1, end))
         taken.append(float(t_next[0] - t[0]))
         t = t_next
     assert float(t[0]) == pytest.approx(end)

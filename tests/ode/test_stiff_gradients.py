@@ -153,6 +153,22 @@ def test_a_failed_row_on_which_nothing_depends(fails):
     assert jnp.isfinite(gradients[1]).all()
 
 
+def test_a_failed_row_with_a_jacobian_by_the_user():
+    """It is NaN from its start, and so are its stages."""
+    solver = jaxode.Rodas5P(jacobian=lambda t, y, a: -a * jnp.eye(1))
+
+    @jax.jit
+    @jax.grad
+    def gradient(a):
+        solution = jaxode.solve(
+            lambda t, y, a: -a * y, jnp.array([[1.0], [jnp.nan]]), 0.0, 1.0, a, solver=solver,
+            batch="per_sample", throw=False, max_steps=64,
+        )  # fmt: skip
+        return jnp.sum(jnp.where(solution.ok[:, None], solution.y1, 0.0))
+
+    np.testing.assert_allclose(gradient(1.0), -np.exp(-1), rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_thousand_rows():
     """Rates over three decades: all succeed, and so do their gradients."""

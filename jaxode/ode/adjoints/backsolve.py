@@ -23,7 +23,7 @@ from jaxode.ode.adjoints.continuous import (
 )
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Slope
 from jaxode.ode.loop.stepper import Stepper
 
 
@@ -63,10 +63,9 @@ class BacksolveAdjoint(ContinuousAdjoint):
         if name is not None:  # devices that take the same steps rest together
             idle = vary(jax.lax.pmin(idle.astype(jnp.int32), name), axes_of(idle)) == 1
         ys = None if integration.ys is None else padded(problem, integration.ys)
-        ys_bar = None if problem.ts is None else bar.ys
         # A row on which nothing depends stays at the end, where its cotangent is zero.
         resting = ~solved.ok | idle
-        ends = _Ends(integration.y1, ys, integration.h, resting, filled(bar.y1, problem.y0), ys_bar)
+        ends = _Ends(integration.y1, ys, integration.h, resting, filled(bar.y1, problem.y0), bar.ys)
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
         inputs = in_reverse(inputs, "BacksolveAdjoint")
         segment = _solve_back(inputs, self.backward_stepper(solved.stepper))
@@ -85,11 +84,6 @@ class _Ends(NamedTuple):
     ys_bar: Float[Array, "times samples n"] | None
 
 
-def _apply(params, rest, t, y):
-    field, args = eqx.combine(params, rest)
-    return field(t, y, args)
-
-
 @eqx.filter_custom_vjp
 def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
@@ -98,7 +92,7 @@ def _solve_back(inputs, stepper):
 
     def adjoint_field(t, state, weight):
         y, a = state[:, :n], state[:, n:]
-        apply = lambda params, t, y: _apply(params, rest, t, y)
+        apply = lambda params, t, y: Slope(*eqx.combine(params, rest))(t, y)
         f, da, integrand = adjoint_product(apply, params, t, y, a, weight)
         return jnp.concatenate([f, da], axis=1), integrand
 
@@ -138,26 +132,22 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
     del residuals
     params, _, problem, *_ = inputs
     diff, fixed = eqx.partition(inputs, perturbed)
-    stepper = eqx.tree_at(lambda m: m.first_step, stepper, None, is_leaf=lambda x: x is None)
-    shape, size = problem.y0.shape, problem.y0.size
-    if not shape[0]:
+    if not len(problem.y0):
         return jax.tree.map(jnp.zeros_like, diff)
-    _, unravel = ravel_pytree(params)
+    in_one = lambda tree: jax.tree.map(lambda x: x.astype(problem.y0.dtype), tree)
+    _, unravel = ravel_pytree(in_one((problem.y0, problem.y0, params)))
+    pack = lambda *parts: ravel_pytree(in_one(parts))[0][None]
+    unpack = lambda state: unravel(state[0])
 
-    def pack(y, a, b):
-        return jnp.concatenate([y.reshape(-1), a.reshape(-1), b])[None]
-
-    def unpack(state):
-        y, a, b = jnp.split(state[0], [size, 2 * size])
-        return y.reshape(shape), a.reshape(shape), b
+    as_given = lambda b, x: b.astype(x.dtype)
 
     def adjoint_ode(s, state, args):
         (params, rest, start, span), _ = args
         y, a, _ = unpack(state)
         t = start + s * span
-        f, pull = vjp(lambda params, y: _apply(params, rest, t, y), params, y)
+        f, pull = vjp(lambda params, y: Slope(*eqx.combine(params, rest))(t, y), params, y)
         params_bar, y_bar = pull(-a * span[:, None])
-        return pack(f * span[:, None], y_bar, ravel_pytree(params_bar)[0])
+        return pack(f * span[:, None], y_bar, params_bar)
 
     def reference(diff):
         params, rest, problem, ends = eqx.combine(diff, fixed)
@@ -175,13 +165,13 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
             _, a, b = unpack(end_of(state, start, time))
             return (pack(y, a + y_bar, b), time), None
 
-        b = jnp.zeros_like(ravel_pytree(params)[0])
-        carry = pack(ends.y1, ends.y1_bar, b), problem.t1
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        carry = pack(ends.y1, ends.y1_bar, zeros), problem.t1
         if problem.ts is not None and ends.ys is not None and ends.ys_bar is not None:
             outputs = (problem.ts, ends.ys, ends.ys_bar)
             carry, _ = jax.lax.scan(segment, carry, outputs, reverse=True)
         y, a, b = unpack(end_of(*carry, problem.t0))
-        return jnp.concatenate([y, a], axis=1), unravel(b)
+        return jnp.concatenate([y, a], axis=1), jax.tree.map(as_given, b, params)
 
     values, pull = jax.vjp(reference, diff)
     bars = jax.tree.map(lambda value, bar: filled(bar, value), values, (bar.y, bar.quadrature))
@@ -191,7 +181,10 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
 def _over_unit(
     stepper: Stepper, start: Float[Array, " rows"], span: Float[Array, " rows"]
 ) -> Stepper:
-    """The stepper for solving the `span` of every row at once, rescaled to the unit interval."""
+    """The stepper for solving the `span` of every row at once, rescaled to the unit interval.
+
+    The first step is chosen anew.
+    """
     start, span = jax.lax.stop_gradient((start, span))
     longest, safe = jnp.max(jnp.abs(span)), jnp.where(span == 0, 1.0, span)
     max_step, breakpoints = stepper.max_step, stepper.breakpoints
@@ -200,4 +193,4 @@ def _over_unit(
     if breakpoints is not None:
         points = (breakpoints[:, None] - start[None]) / safe[None]
         breakpoints = jnp.where(span[None] == 0, 2.0, points).reshape(-1)
-    return dataclasses.replace(stepper, max_step=max_step, breakpoints=breakpoints)
+    return dataclasses.replace(stepper, first_step=None, max_step=max_step, breakpoints=breakpoints)

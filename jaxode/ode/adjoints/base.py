@@ -102,7 +102,7 @@ class Solved(NamedTuple):
         ok = integration.result == Result.SUCCESS
         shared, of_rows = problem.args
         replace = lambda tree: replace_rows(tree, replaced, ok, of_rows)
-        ts, ys = (jax.tree.map(jax.vmap(replace), x) for x in (problem.ts, integration.ys))
+        ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
         own = replace(problem._replace(field=None, args=of_rows, ts=None))
         problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
@@ -160,9 +160,9 @@ class Solved(NamedTuple):
         shared, of_rows = bars.args
         field, shared = jax.tree.map(for_all, (bars.field, shared))
         args = shared, jax.tree.map(per_row, of_rows)
-        t0, t1 = jax.tree.map(per_row, (bars.t0, bars.t1))
-        ts = None if bars.ts is None else jax.vmap(per_row)(bars.ts)
-        return eqx.filter(Problem(field, args, per_row(bars.y0), t0, t1, ts), self.perturbed)
+        y0, t0, t1 = jax.tree.map(per_row, (bars.y0, bars.t0, bars.t1))
+        ts = jax.tree.map(jax.vmap(per_row), bars.ts)
+        return eqx.filter(Problem(field, args, y0, t0, t1, ts), self.perturbed)
 
 
 def without_cotangent(bar: Integration, of_rows: Float[Array, " rows"]) -> Bool[Array, " rows"]:
@@ -211,25 +211,24 @@ def solve(problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint) -> Integr
 
 @solve.def_fwd
 def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint):
-    recorded = Reverse(adjoint.record, _pull(adjoint), perturbed).forward(problem, stepper)
+    recorded = _reverse(adjoint, perturbed).forward(problem, stepper)
     return recorded[0], recorded
 
 
 @solve.def_bwd
 def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
-    reverse = Reverse(adjoint.record, _pull(adjoint), perturbed)
-    bars = reverse.backward(recorded, bar, problem, stepper)
+    bars = _reverse(adjoint, perturbed).backward(recorded, bar, problem, stepper)
     return bars if adjoint.any_order else once_only(type(adjoint).__name__, bars)
 
 
-def _pull(adjoint: ReverseAdjoint):
+def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
     def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
         unused = without_cotangent(bar, problem.t0)
         replaced = unused & (recorded[0].result != Result.SUCCESS)
         solved = Solved.of(problem, wanted, stepper, recorded, replaced)
         return solved.masked(*adjoint.pull_back(solved, bar))
 
-    return pull
+    return Reverse(adjoint.record, pull, perturbed)
 
 
 def in_reverse(inputs: T, name: str) -> T:

@@ -225,13 +225,10 @@ class ContinuousAdjoint(ReverseAdjoint):
             t, y, bar = point
             return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
 
-        t0_bar: Any = None
-        t1_bar: Any = None
+        end = problem.t1, integration.y1, filled(bar.y1, y0)
+        t0_bar: Any = by_time((problem.t0, y0, -y0_bar)) if wanted.t0 else None
+        t1_bar: Any = by_time(end) if wanted.t1 else None
         ts_bar = None
-        if wanted.t0:
-            t0_bar = by_time((problem.t0, y0, -y0_bar))
-        if wanted.t1:
-            t1_bar = by_time((problem.t1, integration.y1, filled(bar.y1, y0)))
         if ts is not None and wanted.ts:
             points = ts, integration.ys, bar.ys
             ts_bar = jnp.zeros_like(ts) if bar.ys is None else jax.lax.map(by_time, points)

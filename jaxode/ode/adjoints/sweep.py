@@ -91,17 +91,6 @@ class Sweep(NamedTuple):
         """Whether the last stage of a step is left to the next step: nothing else depends on it."""
         return self.interior is not None and self.tableau.first_same_as_last
 
-    @property
-    def count(self) -> int:
-        """The number of stages that matter."""
-        tableau = self.tableau
-        return tableau.advancing_stages if self.interior is None else tableau.stages
-
-    @property
-    def pulled(self) -> int:
-        """The number of stages that are pulled back here."""
-        return self.count - 1 if self.interior_pulls_last else self.count
-
     def run(self, y1_bar: Float[Array, "samples n"], carry: Any = None) -> Swept:
         """Go from the cotangent of the end state to the cotangents at the start."""
         solved, zero = self.solved, jnp.zeros_like(self.solved.problem.t0)
@@ -111,8 +100,9 @@ class Sweep(NamedTuple):
         return walk_back(solved, self._step, swept, whole=self.interior is not None)
 
     def _step(self, step: Step, number, swept: Swept) -> Swept:
-        if self.solved.timed and not one_row(self.solved.replaced):
-            # Derivatives with respect to times are sums of products with the stages.
+        products = self.solved.timed or self.tableau.needs_jacobian
+        if products and not one_row(self.solved.replaced):
+            # Derivatives with respect to times, and to a Jacobian, are products with the stages.
             step = step._replace(k=jnp.where(self.solved.replaced[:, None], 0.0, step.k))
         bar, params_bar, carry = jax.tree.map(jnp.zeros_like, step), swept.params, swept.interior
         if swept.slope is not None:
@@ -120,8 +110,7 @@ class Sweep(NamedTuple):
         if self.interior is not None:
             bar, params_bar, carry = self.interior(step, number, bar, params_bar, carry)
         # Before the first step, only its first stage is left: the last stage of step number 0.
-        start = self.pulled if self.interior_pulls_last else self.pulled - 1
-        lowest = jnp.where(number == 0, start, 1) if self.waits else 0
+        lowest = jnp.where(number == 0, len(step.k) - 1, 1) if self.waits else 0
         bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.solved.timed:
@@ -138,7 +127,8 @@ class Sweep(NamedTuple):
         Stages below `lowest` are not pulled back; their cotangents wait.
         """
         t, h, y, k = step
-        tableau, count = self.tableau, self.count
+        tableau, count = self.tableau, len(k)
+        pulled = count - self.interior_pulls_last  # so many stages are pulled back here
         A = jnp.asarray(tableau.A[:count, :count], y.dtype)
         b = jnp.asarray(tableau.b[:count], y.dtype)
         c = jnp.asarray(tableau.c, t.dtype)
@@ -154,7 +144,7 @@ class Sweep(NamedTuple):
 
         def stage(j, carry):
             z_bars, k_bar, params_bar, t_bar, h_bar = carry
-            i = self.pulled - 1 - j
+            i = pulled - 1 - j
             increment, stage_bar = weighted_sum(A[i], k), k_bar_of(i, z_bars, k_bar)
             z, time = y + h[:, None] * increment, t + c[i] * h
             apply = lambda params, t, z: apply_at(self.solved.params if per_step else params, t, z)
@@ -168,7 +158,7 @@ class Sweep(NamedTuple):
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
 
         carry = (jnp.zeros_like(k), bar.k, params_bar, bar.t, bar.h)
-        carry = fori_loop(0, self.pulled - lowest, stage, carry)
+        carry = fori_loop(0, pulled - lowest, stage, carry)
         z_bars, k_bar, params_bar, t_bar, h_bar = carry
         if self.waits:
             k_bar = k_bar.at[0].set(k_bar_of(0, z_bars, k_bar))
@@ -188,9 +178,10 @@ class Sweep(NamedTuple):
 
     def _gather(self, step: Step, A, c, k_bar, params_bar):
         """Add the parameter gradient of all stages of a step, except one that waits."""
-        own = slice(2 if self.tableau.needs_jacobian else int(self.waits), self.pulled)
-        z = step.y[None] + step.h[None, :, None] * jax.vmap(weighted_sum, (0, None))(A, step.k)
-        times = step.t[None] + c[: self.count, None] * step.h[None]
+        first = 2 if self.tableau.needs_jacobian else int(self.waits)
+        own = slice(first, len(k_bar) - self.interior_pulls_last)
+        z = step.y[None] + step.h[None, :, None] * weighted_sum(A, step.k)
+        times = step.t[None] + c[: len(k_bar), None] * step.h[None]
         stages = lambda params: jax.vmap(self.solved.apply, (None, 0, 0))(
             params, times[own], z[own]
         )

@@ -194,9 +194,7 @@ class Many(NamedTuple):
         (of_problem, of_stepper), rows = mapped, problem.t0.shape[-1]
         samples, n = problem.y0.shape[-2:]
         shared = of_problem.field, of_problem.args[0]
-        if size * rows == 0:
-            return None
-        if any(jax.tree.leaves(of_stepper)):
+        if size * rows == 0 or any(jax.tree.leaves(of_stepper)):
             return None
         if rows == 1 < samples and (stepper.tableau.needs_jacobian or stepper.atol.ndim):
             # All samples of a problem would have one Jacobian, and tolerances are those of one.

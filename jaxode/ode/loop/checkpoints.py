@@ -36,12 +36,13 @@ class Checkpoints(NamedTuple):
         return cls(jnp.full(slots, -1, jnp.int32), y, k, jnp.ones((), jnp.int32))
 
     def _write(self, free: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
-        """Keep a step in the first free slot if `keep`."""
+        """Keep a step in the first free slot if `keep` and there is one.
+
+        Writing beyond a buffer is writing into its last place.
+        """
         slots = self.step.shape[0]
         slot = jnp.where(keep, _first(free, slots), slots)
-        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
-            buffer, value, jnp.minimum(slot, len(buffer) - 1), 0
-        )
+        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
         number = jnp.where(jnp.arange(slots, dtype=jnp.int32) == slot, step, self.step)
         buffer = self.k
         if buffer is not None:
@@ -92,7 +93,7 @@ class Checkpoints(NamedTuple):
     def keep_replayed(self, step: Int[Array, ""], y, k, stop: Int[Array, ""], keep):
         """Keep a replayed step in a slot that the steps before `stop` do not need."""
         free = (self.step < 0) | (self.step >= stop)
-        return self._write(free, step, y, k, keep & free.any())
+        return self._write(free, step, y, k, keep)
 
 
 def _first(mask: Bool[Array, " places"], otherwise: int) -> Int[Array, ""]:

@@ -89,10 +89,6 @@ def integrate(
     """
     # A row with a NaN time takes no steps and adds nothing to the gradients of other rows.
     start, end = (jnp.where(jnp.isnan(t), 0, t) for t in (problem.t0, problem.t1))
-    ts, count = problem.ts, problem.outputs
-    if ts is not None and count is None:
-        count = ts.shape[0]
-    sign = jnp.sign(end - start)
     state, first_evals = _initial(problem, stepper, start, end, checkpoints)
     if stop is not None:
         state = state._replace(stopped=jnp.zeros(start.shape, bool))
@@ -100,8 +96,8 @@ def integrate(
     def advance(state: _State) -> _State:
         step, progress = _attempt(problem, stepper, state, start, end)
         ys, saved, stopped = state.ys, state.saved, state.stopped
-        if ts is not None and ys is not None:
-            ys, saved = save(stepper.tableau, ts, sign, step, state.progress, ys, saved, count)
+        if ys is not None:
+            ys, saved = save(problem, stepper.tableau, step, state.progress, ys, saved)
         if stop is not None and stopped is not None:
             found, t, y = stop(state.progress, step)
             progress = progress._replace(
@@ -190,13 +186,14 @@ def _recorded(state: _State, step: Attempt, progress: Progress) -> _State:
 def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array, int]:
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
     field, reused = problem.slope, stepper.tableau.first_same_as_last
-    if stepper.steps is None and stepper.first_step is None:
-        h, slope = first_step(field, stepper, start, problem.y0, span)
-        return slope if reused else None, limit_step(stepper, h), 2
-    h = jnp.zeros_like(start)
-    if stepper.steps is None and stepper.first_step is not None:
+    if stepper.steps is not None:
+        h = jnp.zeros_like(start)
+    elif stepper.first_step is not None:
         h = jnp.minimum(stepper.first_step.astype(start.dtype), jnp.abs(span))
         h = limit_step(stepper, jnp.sign(span) * h)
+    else:
+        h, slope = first_step(field, stepper, start, problem.y0, span)
+        return slope if reused else None, limit_step(stepper, h), 2
     return (field(start, problem.y0), h, 1) if reused else (None, h, 0)
 
 

@@ -37,21 +37,24 @@ def piece_at(breakpoints: Float[Array, " points"] | None, t, start, end) -> Piec
         return Piece(start, end, first=True, last=True, jump=False)
     start, end = jnp.broadcast_to(start, t.shape), jnp.broadcast_to(end, t.shape)
     t, low, high = jax.lax.stop_gradient((t, start, end))
-    # The last stage of a step is up to one and a half roundings away from the end of its piece.
-    gap = 2 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))[None]
     points = jnp.broadcast_to(breakpoints[:, None], (len(breakpoints), *t.shape))
-    sides = jnp.concatenate([points - gap[None], points + gap[None]])
+    # Beside zero a time needs a size, and padding at infinity an end.
+    size, far = jnp.clip(jnp.abs(points), eps * largest, largest), jnp.abs(t)[None]
+    # The last stage of a step is up to one and a half roundings, of the times that it goes between,
+    # away from the end of its piece: a step from far away ends sooner.
+    gap, wide = 2 * eps * size, 2 * eps * jnp.where(far > 2 * size, far, size)
+    sides = lambda gap: jnp.concatenate([points - gap, points + gap])
     sign = jnp.sign(high - low)
-    beyond = lambda a, b: sign[None] * (a - b) > gap[None] / 2
-    inside = beyond(sides, low[None]) & beyond(high[None], sides)
-    ahead = inside & beyond(sides, t[None])
-    behind = inside & ~ahead
+    beyond = lambda a, b, gap: sign[None] * (a - b) > jnp.concatenate([gap, gap]) / 2
+    inside = beyond(sides(gap), low[None], gap) & beyond(high[None], sides(gap), gap)
+    to_come = beyond(sides(wide), t[None], wide)
+    ahead, behind = inside & to_come, inside & ~to_come
     first, last = ~behind.any(axis=0), ~ahead.any(axis=0)
-    along = sign[None] * sides
-    before = sign * jnp.max(along, axis=0, where=behind, initial=-jnp.inf)
-    after = sign * jnp.min(along, axis=0, where=ahead, initial=jnp.inf)
+    before = sign * jnp.max(sign[None] * sides(gap), axis=0, where=behind, initial=-jnp.inf)
+    after = sign * jnp.min(sign[None] * sides(wide), axis=0, where=ahead, initial=jnp.inf)
     start, end = jnp.where(first, start, before), jnp.where(last, end, after)
-    jump = jax.lax.stop_gradient(jnp.abs(end - start)) <= 3 * gap
+    jump = jnp.not_equal(*jnp.split(to_come, 2)).any(axis=0)  # between the sides
     return Piece(start, end, first, last, jump)
 
 

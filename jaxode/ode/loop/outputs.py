@@ -10,6 +10,7 @@ from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import moving
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import entry_of_each, place_of_each
+from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 
@@ -50,7 +51,7 @@ class Curve(NamedTuple):
     @classmethod
     def of(cls, tableau: Tableau, t, h, y, k: Float[Array, "stages samples n"]) -> "Curve":
         """The dense output of the step `t -> t + h` with these stages."""
-        powers = jnp.tensordot(jnp.asarray(tableau.dense, y.dtype), k, axes=1, precision="highest")
+        powers = weighted_sum(jnp.asarray(tableau.dense, y.dtype), k)
         return cls(t, h, y, h.astype(y.dtype)[None, :, None] * powers, k[0])
 
     def at(self, time: Float[Array, " rows"]) -> Float[Array, "samples n"]:
@@ -75,20 +76,14 @@ def save_times_at(
     return entry_of_each(ts, jnp.clip(index, 0, ts.shape[0] - 1))
 
 
-def save(
-    tableau: Tableau,
-    ts: Float[Array, "times rows"],
-    sign: Float[Array, " rows"],
-    step: Any,
-    start: Any,
-    ys: Float[Array, "times samples n"],
-    saved: Int[Array, " rows"],
-    count: Any,
-):
-    """Write the dense output at every time of `ts` that an accepted `step` has reached.
+def save(problem: Problem, tableau: Tableau, step: Any, start: Any, ys, saved: Int[Array, " rows"]):
+    """Write the dense output at every output time that an accepted `step` has reached.
 
-    The step goes on from `start`. `saved` counts the outputs written per row, out of `count`.
+    The step goes on from `start`. `saved` counts the outputs written per row.
     """
+    ts, sign = problem.ts, jnp.sign(problem.t1 - problem.t0)
+    assert ts is not None
+    count = len(ts) if problem.outputs is None else problem.outputs
     curve = Curve.of(tableau, start.t, step.t - start.t, start.y, step.k)
 
     def pending(saved):

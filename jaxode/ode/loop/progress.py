@@ -10,7 +10,7 @@ from jaxode._checks.errors import Result
 from jaxode.ode.loop.mesh import Piece, piece_at
 from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.step_size import error_ratio, propose
+from jaxode.ode.loop.step_size import error_ratio, is_lost, propose
 from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
 
 # If at most this many steps are left, they are made equal. Measured: benchmarks/NOTES.md.
@@ -66,18 +66,13 @@ class Aim(NamedTuple):
 
 
 def aim(stepper: Stepper, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
-    """The next step from `state`. Without error control, one of `steps` equal ones."""
-    piece = piece_at(stepper.breakpoints, state.t, start, end)
-    t, reached = next_time(steps, stepper.max_step, state, taken, piece.start, piece.end)
-    return Aim(t, piece, reached)
-
-
-def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"], start, end):
-    """Where the next step of each row ends, and whether that is the end time.
+    """The next step from `state`.
 
     `steps` is None with error control. Otherwise it is the number of equal steps from `start` to
     `end`, of which `taken` are done.
     """
+    piece = piece_at(stepper.breakpoints, state.t, start, end)
+    start, end, max_step = piece.start, piece.end, stepper.max_step
     if steps is None:
         # The last steps are equally long: a short one at the end would cost as much as any other,
         # and leave the error to the rest. SAFETY leaves room for a tenth more.
@@ -91,11 +86,11 @@ def next_time(steps: Any, max_step: Any, state: Any, taken: Int[Array, " rows"],
         resolved = jnp.abs(left) > 200 * info.eps * jnp.maximum(jnp.abs(state.t), jnp.abs(end))
         step = jnp.where((count <= LAST_STEPS) & resolved, left / count, state.h)
         last = (count == 1) | (state.t + step == end)
-        return jnp.where(last, end, state.t + step), last
+        return Aim(jnp.where(last, end, state.t + step), piece, last)
     count = taken + 1
     last = count == steps
     fraction = count.astype(end.dtype) / jnp.asarray(steps, end.dtype)
-    return jnp.where(last, end, start + fraction * (end - start)), last
+    return Aim(jnp.where(last, end, start + fraction * (end - start)), piece, last)
 
 
 def judge(
@@ -119,7 +114,7 @@ def judge(
 def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     """Which rows accept, their next step sizes, results and overreach."""
     if stepper.steps is not None:
-        finite = _all_finite(y_next, running)
+        finite = ~is_lost(stepper, y_next, running)
         result = jnp.where(running & ~finite, _not_finite(stepper, k, running), state.result)
         return running & finite, state.h, result, state.overreach
     t_next, last = aim.t, aim.last

@@ -36,8 +36,8 @@ class Stepper(eqx.Module):
         return self.max_steps if self.steps is None else self.steps
 
 
-def weighted_sum(weights: Float[Array, " stages"], k: Float[Array, "stages samples n"]):
-    """`sum_i weights_i k_i`."""
+def weighted_sum(weights: Float[Array, "*sums stages"], k: Float[Array, "stages samples n"]):
+    """`sum_i weights_i k_i`, or several of them."""
     return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
