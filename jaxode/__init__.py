@@ -6,19 +6,10 @@ from jaxode.auditing.report import audit
 from jaxode.density.bind import bind
 from jaxode.density.fit import fit
 from jaxode.density.importance import importance
-from jaxode.diffusion import (
-    VarianceExploding,
-    VariancePreserving,
-    probability_flow,
-)
+from jaxode.diffusion import VarianceExploding, VariancePreserving, probability_flow
 from jaxode.distributions import centered_normal, diagonal_normal, standard_normal
 from jaxode.flows.make import cnf
-from jaxode.ode.adjoints import (
-    BacksolveAdjoint,
-    DiscreteAdjoint,
-    ForwardMode,
-    InterpolatingAdjoint,
-)
+from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode, InterpolatingAdjoint
 from jaxode.ode.backward_stats import backward_stats
 from jaxode.ode.events import Event
 from jaxode.ode.jumps import Jumps

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
+from jaxode._checks.rules import is_known
 
 
 class BaseDensity(Protocol):
@@ -131,9 +132,10 @@ def standard_normal(event_shape: int | tuple[int, ...]) -> StandardNormal:
 def centered_normal(n: int, dim: int) -> CenteredNormal:
     """The standard normal density on configurations `[n, dim]` of particles whose mean is zero.
 
-    The base of flows of `jaxode.nn.Particles`, which keep the mean. Their densities, too, are on
-    the `(n - 1) dim` dimensions of centred configurations. So subtract the mean from data: it does
-    not count in `log_prob`, but matching would learn it. `bind` takes no maps around such a flow.
+    The base of flows of `jaxode.nn.Particles`. Of other fields, `cnf` subtracts the mean over the
+    particles, so that all keep it. Their densities, too, are on the `(n - 1) dim` dimensions of
+    centred configurations; a shift of data does not count in `log_prob`, but subtract the mean of
+    each configuration before matching. `bind` takes no maps around such a flow.
 
     Raises:
         ValueError: unless `n` is an integer of at least 2, and `dim` a positive one.
@@ -145,8 +147,7 @@ def centered_normal(n: int, dim: int) -> CenteredNormal:
 def as_event_shape(event_shape: Any, name: str = "event_shape") -> tuple[int, ...]:
     """The shape of an event, the argument `name`, as a tuple. An integer stands for a vector."""
     try:
-        sizes = np.atleast_1d(event_shape) if np.size(event_shape) else ()
-        shape = tuple(map(operator.index, sizes))
+        shape = tuple(map(operator.index, np.atleast_1d(event_shape)))
     except TypeError:
         shape = (0,)
     if not all(size > 0 for size in shape):
@@ -196,6 +197,14 @@ def as_base(density: Any) -> BaseDensity:
     if isinstance(getattr(density, "event_shape", None), tuple) and not seed:
         return density
     return _Adapted(density, as_event_shape(event_shape), seed)
+
+
+def has_edge(base: BaseDensity, dtype: Any) -> bool:
+    """Whether the density is known to be zero far away: it may jump on the way there."""
+    with jax.ensure_compile_time_eval():
+        far = jnp.full((1, *base.event_shape), 1e4, dtype)
+        values = [base.log_prob(far), base.log_prob(-far)]
+    return is_known(values) and any(np.isneginf(value).any() for value in values)
 
 
 def log_prob_of(base: BaseDensity, z: Float[Array, "batch *event"]) -> Float[Array, " batch"]:

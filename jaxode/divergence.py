@@ -171,7 +171,7 @@ def hutchinson(
         _Probes(probes, distribution),
         _WithoutNorm(_mean_of_probes),
         f"hutchinson(probes={probes}, distribution={distribution!r})",
-        standard_error=_StandardError(probes, distribution),
+        standard_error=_StandardError(distribution),
         with_norm=_mean_of_probes,
     )
 
@@ -197,14 +197,13 @@ def _mean_of_probes(g, z, probe):
 
 @dataclass(frozen=True)
 class _StandardError:
-    probes: int
     distribution: str
 
     def __call__(self, estimates, size):
-        variance = jnp.var(estimates, ddof=1) / self.probes
+        probes = len(estimates)
         # Orthogonal probes are drawn without replacement: the mean over all `size` is exact.
-        left = 1 - self.probes / size if self.distribution == "orthogonal" else 1.0
-        return jnp.sqrt(variance * left)
+        left = 1 - probes / size if self.distribution == "orthogonal" else 1.0
+        return jnp.sqrt(jnp.var(estimates, ddof=1) / probes * left)
 
 
 def _orthogonal(key: PRNGKeyArray, z: Float[Array, " *event"], probes: int):
@@ -276,6 +275,11 @@ def auto() -> Divergence:
 def noiseless() -> Divergence:
     """The closed form if the field has one, else `exact()`, for events of any size."""
     return Divergence(_no_probe, _apply_noiseless, "noiseless()", _choose_noiseless)
+
+
+def without_noise(divergence: Divergence) -> Divergence:
+    """The divergence itself if it is known to draw nothing, else `noiseless()`."""
+    return divergence if divergence.init is _no_probe else noiseless()
 
 
 def _choose_noiseless(g: Field, z: Any) -> Divergence:

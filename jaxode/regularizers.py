@@ -66,7 +66,7 @@ def _norm(dz: Array, norm: Array | None) -> Array:
 def check_regularizers(regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:
     """The regularizers as a tuple. Their names must differ."""
     given = tuple(regularizers) if isinstance(regularizers, Iterable) else (regularizers,)
-    if isinstance(regularizers, Regularizer) or not all(isinstance(r, Regularizer) for r in given):
+    if not all(isinstance(regularizer, Regularizer) for regularizer in given):
         raise TypeError(
             f"{arg('regularizers')} must be a tuple of jaxode.regularizers; got {regularizers!r}."
         )

@@ -161,7 +161,7 @@ def _stiffness(s: Subject) -> Row | None:
         return None  # Stability does not limit its steps.
     times, points = s.trajectories
     v = jax.random.normal(s.key, s.x.shape[1:], s.x.dtype)
-    radius = _spectral_radii((s.integrands, s.params), times, points, s.context, v)
+    radius = _spectral_radii(s.integrands, s.params, times, points, s.context, v)
     span = abs(float(s.flow.t0) - float(s.flow.t1))
     return s.judge(
         "stiffness", jnp.max(radius) * span, STIFFNESS, "time constants",
@@ -171,9 +171,8 @@ def _stiffness(s: Subject) -> Row | None:
 
 
 @compiled
-def _spectral_radii(parts, times, points, context, v):
+def _spectral_radii(integrands, params, times, points, context, v):
     """The spectral radius of the Jacobian at each time and sample."""
-    integrands, params = parts
 
     def at(t, z, context):
         field = lambda z: integrands.field(t, z, params, context).astype(z.dtype)

@@ -41,10 +41,11 @@ def divergence(s: Subject) -> Row:
     context = jax.tree.map(lambda leaf: leaf[:4], s.context)
     times, points, context = cast((times[::4], points[::4, :4], context), dtype)
     integrands = dataclasses.replace(s.integrands, f=s.tight.f)
-    parts = integrands, cast(s.params, dtype)
+    params = cast(s.params, dtype)
     shape = (*points.shape[:2], ESTIMATES if s.probes is not None else 1)
     keys = jax.random.split(s.key, shape)
-    field, own_field, trace, norm, estimates = _traces(parts, times, points, context, keys)
+    compared = _traces(integrands, params, times, points, context, keys)
+    field, own_field, trace, norm, estimates = compared
     error = np.asarray(estimates, float) - np.asarray(trace, float)[..., None]
     of_trace = _relative(
         _rms(error) if s.probes is None else _bias(error), _rms(trace) + 0.1 * _rms(norm)
@@ -85,10 +86,9 @@ def _relative(error: float, size: float) -> float:
 
 
 @compiled
-def _traces(parts, times, points, context, keys):
+def _traces(integrands, params, times, points, context, keys):
     """`dz` from the field and from the divergence, the trace, the Jacobian's norm, the
     estimates."""
-    integrands, params = parts
     chosen = integrands.chosen_divergence(points[0], params, context)
     exact_with_norm = exact(chunk=16).with_norm
     assert exact_with_norm is not None

@@ -138,9 +138,7 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     dtype = tight_dtype(x)
     tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
     own = flow.solve_options
-    solver = own.solver
-    if not own.implicit:
-        solver = diffrax.Dopri8()
+    solver = own.solver if own.implicit else diffrax.Dopri8()
     divergence = flow.divergence
     if stochastic:
         divergence = _same_probes(divergence, x.dtype)
@@ -167,7 +165,5 @@ def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
         return None if probe is None else probe.astype(z.dtype)
 
     choose = divergence.choose
-    changed: dict[str, Any] = {"init": init}
-    if choose is not None:
-        changed["choose"] = lambda g, z: _same_probes(choose(g, z), dtype)
-    return divergence._replace(**changed)
+    same = None if choose is None else lambda g, z: _same_probes(choose(g, z), dtype)
+    return divergence._replace(init=init, choose=same)

@@ -34,7 +34,7 @@ from jaxode.density.maps import Map
 from jaxode.density.standardize import as_map, check_affine, context_maps, deprecated_pair
 from jaxode.density.support import as_support
 from jaxode.distributions import CenteredNormal
-from jaxode.divergence import noiseless
+from jaxode.divergence import without_noise
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.energy import Target
@@ -115,6 +115,12 @@ class Density(eqx.Module):
                 f"{arg('flow')} must be made by jaxode.cnf, with samples of shape "
                 f"{self.event_shape}; got {got}."
             )
+        mapped = self.support is not None or self.standardize is not None
+        if mapped and isinstance(flow.base, CenteredNormal):
+            raise ValueError(
+                f"{arg('flow')} needs a base with a density of all coordinates, since there are "
+                "maps around it; got jaxode.centered_normal. Bind it without maps."
+            )
         return dataclasses.replace(self, _flow=_wrap_constants(flow))
 
     @property
@@ -194,7 +200,7 @@ class Density(eqx.Module):
         the flow. To train, minimize `density.with_params(params).reverse_kl_loss(...)`.
         """
         check_field("log_density", log_density, "log_density(x)")
-        flow, (shape, _) = self.flow, self._counted(n, "n")
+        flow, shape = self.flow, (check_count(n),)
         target = InFlow(log_density, self.support, self.standardize, self.context_maps)
         context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         return flow.reverse_kl_loss(self.params, target, n, key=key, context=context, path=path)
@@ -242,7 +248,7 @@ class Density(eqx.Module):
         throw = flow.throw
         if throw is None:
             throw = is_known((self.params, inputs))
-        divergence = noiseless() if key is None else flow.divergence
+        divergence = without_noise(flow.divergence) if key is None else flow.divergence
         chunks = Chunks.make(batch_size, progress, self.params)
         steps, options = "per_sample", flow.solve_options
         if options.tableau is None or options.axis_name is not None:
@@ -268,12 +274,10 @@ class Density(eqx.Module):
         shape = x.shape[:cut]
         return x.reshape(math.prod(shape), *event), shape
 
-    def _counted(
-        self, sample_shape: Any, name: str = "sample_shape"
-    ) -> tuple[tuple[Any, ...], Any]:
+    def _counted(self, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
         """The sample shape as a tuple, and its product."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
-        shape = tuple(check_count(size, name) for size in sizes)
+        shape = tuple(check_count(size, "sample_shape") for size in sizes)
         return shape, math.prod(shape)
 
 

@@ -33,11 +33,9 @@ class InFlow(eqx.Module):
     def __call__(self, z: Float[Array, " *event"], *row: PyTree) -> Float[Array, ""]:
         x, log_det = _maps(self.support, self.standardize).forward(z)
         if row:
-            maps = self.context_maps
-            if maps is not None:
-                back = lambda m, leaf: leaf if m is None else m.forward(leaf)[0]
-                is_map = lambda x: x is None or isinstance(x, Affine)
-                row = (jax.tree.map(back, maps, *row, is_leaf=is_map),)
+            back = lambda m, leaf: leaf if m is None else m.forward(leaf)[0]
+            is_map = lambda x: x is None or isinstance(x, Affine)
+            row = (jax.tree.map(back, self.context_maps, *row, is_leaf=is_map),)
             row = row if takes(self.log_density, x, *row) else ()
         return self.log_density(x, *row) - log_det
 

@@ -48,13 +48,8 @@ class Unfitted(NamedTuple):
     fit: Callable[[Float[np.ndarray, "rows *event"]], Map]
 
 
-def constant(tree: PyTree) -> PyTree:
-    """The tree as constants of differentiation: training must not move the units."""
-    return jax.tree.map(jax.lax.stop_gradient, tree)
-
-
 def constants_like(tree: PyTree, x: Array) -> PyTree:
-    """Constant arrays in the dtype of `x`."""
+    """Constant arrays in the dtype of `x`: training must not move the units."""
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf).astype(x.dtype), tree)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import numeric_dtype
 from jaxode._checks.rules import is_known
-from jaxode.density.maps import Map, constant, constants_like
+from jaxode.density.maps import Map, constants_like
 
 
 class Box(eqx.Module):
@@ -72,7 +72,7 @@ class NumpyroSupport(eqx.Module):
     def _bijection(self) -> Any:
         from numpyro.distributions import biject_to
 
-        return biject_to(constant(self.constraint))
+        return biject_to(jax.lax.stop_gradient(self.constraint))
 
     def inverse(self, x):
         u = self._bijection.inv(x)
@@ -90,11 +90,11 @@ class DistraxSupport(eqx.Module):
     bijector: Any
 
     def inverse(self, x):
-        u, log_det = constant(self.bijector).inverse_and_log_det(x)
+        u, log_det = jax.lax.stop_gradient(self.bijector).inverse_and_log_det(x)
         return u, jnp.sum(log_det)
 
     def forward(self, u):
-        x, log_det = constant(self.bijector).forward_and_log_det(u)
+        x, log_det = jax.lax.stop_gradient(self.bijector).forward_and_log_det(u)
         return x, -jnp.sum(log_det)
 
 

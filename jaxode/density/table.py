@@ -80,10 +80,8 @@ class Table(NamedTuple):
         count = len(self.rows.x)
         together = jax.tree.map(_joined, self.noisy(self.rows, key), aside)
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
-        rows, aside = (
-            jax.tree.map(lambda leaf, part=part: leaf[part], mapped)
-            for part in (slice(count), slice(count, None))
-        )
+        rows = jax.tree.map(lambda leaf: leaf[:count], mapped)
+        aside = jax.tree.map(lambda leaf: leaf[count:], mapped)
         of_key = lambda key: rows
         if self.integers.any():
 
@@ -125,7 +123,7 @@ def set_aside(
                 "fit(validation=...): must be a part, rows of x, or a pair (x, context); got "
                 f"{len(pair)} parts."
             )
-        aside = _checked("validation", density, *pair, dequantize)
+        aside = _checked("validation", density, *pair, dequantize, least=1)
         shape, got = (jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, aside))
         if shape != got:
             raise ValueError(
@@ -138,12 +136,14 @@ def set_aside(
     return part(rows, order(rows)[count:]), part(rows, order(rows)[:count])
 
 
-def _checked(name: str, density: Density, x: Any, context: PyTree, dequantize: bool) -> Rows:
+def _checked(
+    name: str, density: Density, x: Any, context: PyTree, dequantize: bool, least: int = LEAST_ROWS
+) -> Rows:
     x, event = numbers(name, x), density.event_shape
-    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < LEAST_ROWS:
+    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < least:
         raise ValueError(
-            f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least "
-            f"{LEAST_ROWS} rows; got {x.shape}."
+            f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least {least} "
+            f"row{'s' * (least > 1)}; got {x.shape}."
         )
     check_values(name, np.asarray(x))
     context = check_rows("context", context_numbers("context", context), len(x))

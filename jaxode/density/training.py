@@ -20,7 +20,7 @@ from jaxode._checks.arguments import state_dtype
 from jaxode._jax.closure import compiled
 from jaxode.density.bind import Density
 from jaxode.density.table import Rows
-from jaxode.divergence import auto, noiseless
+from jaxode.divergence import auto, without_noise
 from jaxode.flows.cnf import CNF
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
@@ -122,8 +122,8 @@ def evaluation(
     options = flow.solve_options
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
-        flow, regularizers=(), steer=0.0, throw=False, solve_options=options,
-        divergence=noiseless() if size <= EXACT_UP_TO else auto(),
+        flow, regularizers=(), steer=0.0, quadrature="gauss", throw=False, solve_options=options,
+        divergence=without_noise(flow.divergence) if size <= EXACT_UP_TO else auto(),
     )  # fmt: skip
     return lambda params: float(_nll(flow, params, rows, key)) - log_det
 

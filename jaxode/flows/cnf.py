@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import Time, check_args, check_bool
-from jaxode._checks.caller import public
+from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import report_loss
 from jaxode._checks.rules import (
     FINITE_BASE,
@@ -39,7 +40,7 @@ from jaxode._checks.samples import (
 )
 from jaxode._jax.closure import hash_of
 from jaxode.coupling import Coupling, independent
-from jaxode.distributions import BaseDensity
+from jaxode.distributions import BaseDensity, has_edge
 from jaxode.divergence import Divergence
 from jaxode.flows import energy, programs
 from jaxode.flows.chunks import Chunks, in_chunks
@@ -176,10 +177,9 @@ class CNF(eqx.Module):
         loss, stats, result, t_reached = programs.nll(
             system, self._parts, key, weights, self.quadrature, self.steer
         )
-        faults = weights_faults(weights, self.solve_options.axis_name)
-        faults |= self._faults("x", system, weights)
-        implicit = self.solve_options.implicit
-        return report_loss(loss, result, t_reached, self.throw, faults, implicit), stats
+        faults = self._faults("x", system, weights)
+        loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.implicit)
+        return loss, stats
 
     @public("matching_loss")
     def matching_loss(
@@ -288,7 +288,8 @@ class CNF(eqx.Module):
             n: number of samples, drawn with `key` as by `sample_and_log_prob`.
             context: leaves `[n, ...]`.
             path: take the path gradient, which leaves out a term of mean zero. It has less noise
-                near the target, and none where `q = p`.
+                near the target, and none where `q = p`. Not for a base whose density jumps, as that
+                of a uniform does at its edge: there the mean of the term is not zero.
 
         Differentiation: once; a second time raises. For `x = F(z)` the path gradient is
         `(dx/dparams)^T (grad log q(x) - grad log p(x))`. Its first factor is exact for the computed
@@ -303,6 +304,7 @@ class CNF(eqx.Module):
         own key, and differentiate `jax.lax.pmean` of the loss, as for `nll`.
 
         Raises:
+            ValueError: also with `path`, for a base that is known to be zero far away.
             SolveError: if the solve fails, or the target or its gradient is not finite at a sample,
                 under the conditions on which `nll` raises.
 
@@ -312,6 +314,11 @@ class CNF(eqx.Module):
         check_bool("path", path)
         base_key, probe_key = jax.random.split(check_key(key))
         z = self.base.sample(base_key, (check_count(n),))
+        if path and has_edge(self.base, jnp.result_type(z)):
+            raise ValueError(
+                f"{arg('path')} needs a base that is nowhere zero, since jumps of its density make "
+                f"the path gradient biased; got {self.base!r}. Pass path=False."
+            )
         system = self._system("base", z, params, context).raising(bool(self.throw))
         check_not_empty(system.y0, "n")
         loss, result, t_reached, (value, slope) = energy.reverse_kl(
@@ -319,8 +326,7 @@ class CNF(eqx.Module):
         )
         faults = self._faults("base", system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
-        implicit = self.solve_options.implicit
-        return report_loss(loss, result, t_reached, self.throw, faults, implicit)
+        return report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.implicit)
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:
@@ -340,12 +346,13 @@ class CNF(eqx.Module):
     def _faults(
         self, name: Samples, system: System, weights: Float[Array, " batch"] | None = None
     ) -> Faults:
-        """The faults that samples, context, times and options may have."""
-        faults, context = {}, {"context": system.row_args}
+        """The faults that weights, samples, context, times and options may have."""
+        context = {"context": system.row_args}
         if name == "base":
-            faults |= FINITE_BASE.fault(system.y0, where="cnf") | data_faults(context)
+            faults = FINITE_BASE.fault(system.y0, where="cnf") | data_faults(context)
         else:
             joint = self.batch == "joint"
+            faults = weights_faults(weights, self.solve_options.axis_name)
             faults |= data_faults({name: system.y0} | context, weights, joint=joint)
         if hasattr(self.f, "span_faults"):
             faults |= self.f.span_faults(self.t0)

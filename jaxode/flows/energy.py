@@ -89,8 +89,7 @@ def _target(log_density: Target, x: Float[Array, "n *event"], context):
         return check_scalar("log_density", value, rule, "It is mapped over the samples.")
 
     rows = () if context is None else (context,)
-    row = jax.tree.map(lambda leaf: leaf[0], (x, *rows))
-    rows = rows if takes(log_density, *row) else ()
+    rows = rows if takes(log_density, x, *rows) else ()
     log_p, slope = jax.vmap(jax.value_and_grad(one))(x, *rows)
     slope, event = jax.lax.stop_gradient(slope), tuple(range(1, x.ndim))
     return log_p, slope, (jnp.isfinite(log_p), jnp.isfinite(slope).all(event))

@@ -49,10 +49,10 @@ class Integrands(eqx.Module):
 
     def score(self, t, state, params, row):
         """Derivative of `(z, log p(z), SCORE grad log p(z))`. Only that of `z` has derivatives."""
-        (z, _, score), (probe, context) = state, row
+        z, _, score = state
 
         def change(z):
-            dz, div = self.divergence.apply(self.at(t, params, context), z, probe)
+            dz, div = self.volume(t, (z,), params, row)
             return jnp.sum(score * dz) + SCORE * div, (dz, div)
 
         slope, (dz, div) = jax.grad(change, has_aux=True)(z)
@@ -61,8 +61,7 @@ class Integrands(eqx.Module):
     def volume_of_each_probe(self, t, state, params, row):
         """Derivative of `(z, integral of each estimate of div f)`, on one linearization."""
         probe, context = row
-        g = self.at(t, params, context)
-        one = lambda v: self.divergence.apply(g, state[0], v[None])
+        one = lambda v: self.volume(t, state, params, (v[None], context))
         return jax.vmap(one, out_axes=(None, 0))(probe)
 
     def field_and_costs(self, t, state, params, row):
@@ -93,10 +92,10 @@ class Integrands(eqx.Module):
     ) -> Divergence:
         """The divergence that `auto()` stands for, also for the running costs. So a closed form
         needs no key."""
-        of_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+        like_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
         t = jnp.zeros((), x.dtype)
-        g = self.at(t, params, jax.tree.map(of_row, context))
-        return self._chosen(g, of_row(x), of_costs and self._needs_norm)
+        g = self.at(t, params, jax.tree.map(like_row, context))
+        return self._chosen(g, like_row(x), of_costs and self._needs_norm)
 
     def _chosen(self, g: FieldAt, z: Any, norm: bool) -> Divergence:
         """With `norm`, `auto()` skips the closed form, which has no Jacobian norm."""

@@ -6,8 +6,9 @@ from jaxode._checks.arguments import check_number, one_of
 from jaxode._checks.caller import public
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_steer
-from jaxode.distributions import BaseDensity, as_base
+from jaxode.distributions import BaseDensity, CenteredNormal, as_base
 from jaxode.divergence import Divergence, auto
+from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
@@ -37,7 +38,7 @@ def cnf(
         base: base density at time `t0`: `jaxode.standard_normal(event_shape)`, or any object with
             `event_shape`, `log_prob` and `sample`, such as a distribution of numpyro, distrax or
             flowjax. To learn its parameters, call `cnf` inside the loss with a density made from
-            them.
+            them. With `jaxode.centered_normal`, `f` loses the part that moves the mean.
         t0: time of the base density.
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
@@ -82,6 +83,8 @@ def cnf(
         check_number(name, time, TIME, kind="time")
     if hasattr(f, "check_span"):  # a field that fixes the direction of time
         t0 = f.check_span(t0, t1)
+    if isinstance(base, CenteredNormal):
+        f = Centered(f)
     one_of("quadrature", quadrature, ("gauss", "stochastic"))
     check_implicit(options, batch)
     if batch == "per_sample" and options.axis_name is not None:

@@ -38,6 +38,7 @@ from jaxode._jax.sharding import row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling
 from jaxode.distributions import BaseDensity
 from jaxode.flows.likelihood.quadrature import GOLDEN
+from jaxode.flows.noise import of_each_row
 from jaxode.ode.field import call_field, of_row
 
 
@@ -65,7 +66,7 @@ def matching_loss(
     else:
         z0 = _check_start(check_samples("x0", x0, event), x)
         start = data_faults({"x0": z0}, given)
-    rows = _row_numbers(coupling, pair_key, z0, x, context, given)
+    rows = _paired_rows(coupling, pair_key, z0, x, context, given)
     if rows is not None:
         permuted = (jnp.sort(rows) == jnp.arange(len(rows), dtype=rows.dtype)).all()
         if not (is_known(permuted) and permuted):  # which rows are wrong takes longer to find
@@ -121,8 +122,7 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
 
     A base that followed the gradient of this loss would shrink to a point, which is easy to match.
     """
-    draw = lambda i: base.sample(jax.random.fold_in(key, i), ())
-    z0 = jax.vmap(draw)(row_numbers(x, key, axis_name))
+    z0 = of_each_row(lambda key, _: base.sample(key, ()), key, x, axis_name)
     if z0.shape != x.shape:
         raise ValueError(
             f"cnf(base=...): sample(key, ()) must have the shape of an event, {x.shape[1:]}; got "
@@ -154,7 +154,7 @@ def _scattered(count: int) -> np.ndarray:
     return (np.arange(count) * stride % count).astype(np.int32)
 
 
-def _row_numbers(
+def _paired_rows(
     coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context, weights
 ) -> Int[Array, " batch"] | None:
     """The number of the base sample of each row. None if they stay as drawn."""

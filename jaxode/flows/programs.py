@@ -16,7 +16,12 @@ from jaxode._checks.samples import normalized
 from jaxode._jax.closure import compiled
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.likelihood.objective import Objective, evaluate, unused_rows
+from jaxode.flows.likelihood.objective import (
+    Objective,
+    evaluate,
+    unused_rows,
+    with_integrals,
+)
 from jaxode.flows.noise import of_each_row, random_end, random_phases
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
@@ -54,7 +59,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
             f"standard_error; got probes of shape {probes.shape[1:]} from {chosen.name}. "
             "Pass divergence=jaxode.divergence.hutchinson(probes=8) to cnf."
         )
-    solution = _with_volume(system, integrands.volume_of_each_probe, probes, probes.shape[1:2])
+    solution = with_integrals(system, integrands.volume_of_each_probe, probes, probes.shape[1:2])
     z, log_dets = solution.y1
     error = jax.vmap(lambda estimates: standard_error(estimates, math.prod(shape[1:])))(log_dets)
     log_probs = log_prob_of(base, z) + jnp.mean(log_dets, axis=1)
@@ -93,7 +98,8 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
 
 
 def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
-    solution = _with_volume(system, integrands.volume, probes, ())
+    # From data to base, `-integral over [t0, t1] of div f`.
+    solution = with_integrals(system, integrands.volume, probes, ())
     z, log_det = solution.y1
     return dataclasses.replace(solution, y1=log_prob_of(base, z) + log_det)
 
@@ -106,13 +112,3 @@ def probes_of(system: System, integrands: Integrands, key, *, of_costs: bool = F
     x, context = system.y0, system.row_args
     chosen = integrands.chosen_divergence(x, system.shared, context, of_costs=of_costs)
     return of_each_row(chosen.init, key, x, system.stepper.axis_name)
-
-
-def _with_volume(system: System, field, probes, each: tuple[int, ...]) -> Solution:
-    """From data to base, with the integral `-integral over [t0, t1] of div f`: the log-determinant.
-
-    The integral has shape `each` per sample.
-    """
-    x = system.y0
-    zeros = jnp.zeros((*x.shape[:1], *each), x.dtype)
-    return run(system._replace(field=field, y0=(x, zeros), row_args=(probes, system.row_args)))

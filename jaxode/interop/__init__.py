@@ -20,11 +20,7 @@ def numpyro(density: Density, context: PyTree = None) -> Any:
         ValueError: for a flow of centred particles, whose density has no scale along a shift.
         ModuleNotFoundError: if numpyro is not installed.
     """
-    if isinstance(density.flow.base, CenteredNormal):
-        raise ValueError(
-            "interop.numpyro(density=...): needs a density of all coordinates; got one of centred "
-            "configurations, which a shift does not change. Sample from the density itself."
-        )
+    _check_all_coordinates("numpyro", density)
     from jaxode.interop.to_numpyro import FlowDistribution
 
     return FlowDistribution(density, context)
@@ -35,12 +31,22 @@ def flowjax(density: Density) -> Any:
 
     Args:
         density: made by `jaxode.bind`. A context must be a single array whose shape is known from
-            `standardize_context` or `context_shape`.
+            `standardize_context` or `context_shape`. In `log_prob` flowjax makes it floating: use
+            one-hot vectors in place of labels.
 
     Raises:
-        ValueError: if the context has several arrays.
+        ValueError: if the context has several arrays, and for a flow of centred particles.
         ModuleNotFoundError: if flowjax is not installed.
     """
+    _check_all_coordinates("flowjax", density)
     from jaxode.interop.to_flowjax import FlowDistribution
 
     return FlowDistribution.of(density)
+
+
+def _check_all_coordinates(name: str, density: Density) -> None:
+    if isinstance(density.flow.base, CenteredNormal):
+        raise ValueError(
+            f"interop.{name}(density=...): needs a density of all coordinates; got one of centred "
+            "configurations, which a shift does not change. Sample from the density itself."
+        )

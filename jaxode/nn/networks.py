@@ -38,6 +38,11 @@ class _ModuleField(eqx.Module):
         found = getattr(m, "value_and_divergence", None)
         return NotImplemented if found is None else found(t, y, *context)
 
+    def is_centered(self, args: Any) -> bool:
+        """Whether the module keeps the mean of particles, and is blind to it."""
+        m = args[0] if isinstance(args, tuple) else args
+        return getattr(m, "is_centered", False)
+
 
 def _check_network(m: Any) -> None:
     if not callable(m):

@@ -16,7 +16,7 @@ from jaxode._checks.arguments import check_bool, check_number, integer
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode.nn.network import WAVES, Dense, Symmetric, draws
+from jaxode.nn.network import WAVES, Dense, Network, Symmetric, draws
 
 
 class _Places(NamedTuple):
@@ -172,6 +172,11 @@ class Particles(Symmetric):
         self.center = jnp.linspace(0.0, reach, bumps)
         self.log_width = jnp.full(bumps, math.log(reach / (bumps - 1)), self.center.dtype)
         self.activation = activation
+
+    @property
+    def is_centered(self) -> bool:
+        """Whether it keeps the mean, and is blind to it: a subclass may have another field."""
+        return type(self).__call__ is Network.__call__
 
     def _field(self, t, x, context):
         pairs = self._pairs(x)

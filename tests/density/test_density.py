@@ -298,10 +298,11 @@ def test_each_of_200_rows_has_the_density_that_it_has_alone():
     """To rounding, at a tolerance at which joint steps move densities by 1e-5 nats and more."""
     options: dict = {"rtol": 1e-3, "atol": 1e-3}
     flow = jaxode.cnf(jaxode.nn.field, FLOW.base, **options)
-    density, x = jaxode.bind(flow, PARAMS), np.random.default_rng(0).normal(0, 2, (200, 2))
+    params = jax.tree.map(lambda leaf: 2 * leaf, PARAMS)
+    density, x = jaxode.bind(flow, params), np.random.default_rng(0).normal(0, 2, (200, 2))
     alone = np.concatenate([density.log_prob(x[i : i + 1]) for i in range(len(x))])
     np.testing.assert_allclose(density.log_prob(x), alone, rtol=0, atol=1e-12)
-    assert np.abs(flow.log_prob(PARAMS, x) - alone).max() > 1e-5
+    assert np.abs(flow.log_prob(params, x) - alone).max() > 1e-5
 
 
 @pytest.mark.slow
@@ -408,6 +409,23 @@ def test_labels_in_a_context_stay_as_they_are():
     np.testing.assert_array_equal(carried["label"], context["label"])
     np.testing.assert_allclose(carried["size"].std(), 1, rtol=1e-12)
     assert np.isfinite(density.log_prob(DATA, context=context)).all()
+
+
+def test_without_a_key_an_exact_divergence_is_the_one_that_was_chosen():
+    """That of a wrong closed form is right by `exact()`, as the audit advises."""
+
+    class Wrong(eqx.Module):
+        def __call__(self, t, z, a):
+            return a * z
+
+        def value_and_divergence(self, t, z, a):
+            return a * z, a
+
+    x = DATA[:2]
+    flow = jaxode.cnf(Wrong(), FLOW.base, divergence=jaxode.divergence.exact())
+    np.testing.assert_allclose(
+        jaxode.bind(flow, jnp.array(0.5)).log_prob(x), flow.log_prob(jnp.array(0.5), x), rtol=1e-4
+    )
 
 
 def test_without_a_key_the_divergence_is_exact():
@@ -708,6 +726,9 @@ def test_no_maps_around_centred_particles(given):
     flow = jaxode.cnf(jaxode.nn.field, jaxode.centered_normal(3, 2))
     with pytest.raises(ValueError, match=rf"bind\({next(iter(given))}=...\): needs a base with"):
         jaxode.bind(flow, None, **given)
+    mapped = jaxode.bind(jaxode.cnf(flow.f, jaxode.standard_normal((3, 2))), None, **given)
+    with pytest.raises(ValueError, match=r"with_flow\(flow=...\): needs a base with"):
+        mapped.with_flow(flow)
 
 
 @pytest.mark.parametrize("name", WRONG_IN_FLOAT32)

@@ -134,9 +134,16 @@ def test_rows_keep_their_precision_beside_validation_rows_of_another():
     assert data(jax.random.key(2)).x.dtype == aside.x.dtype == np.float32
 
 
+def test_validation_rows_may_be_few():
+    """As few as a tenth of the rows would be."""
+    _, history = fit(validation=OTHERS[:2], steps=50)
+    np.testing.assert_allclose(history[0].nats, score(bound(), OTHERS[:2]), atol=0.02)
+
+
 def test_it_stops_when_it_gets_worse():
     """After five looks, not counting those of the first 1000 steps."""
-    density, history = fit(optimizer=optax.sgd(-1e-4), steps=100_000, batch_size=16)
+    others = OTHERS * [1.0, -1.0]  # bent to the other side
+    density, history = fit(validation=others, steps=100_000, batch_size=16)
     *steps, back = [point.step for point in history]
     assert steps[:2] == [0, 500]
     # In blocks of 50.
@@ -508,7 +515,7 @@ WRONG = {
     ),
     "validation rows of another event": (
         {"validation": OTHERS[:, 0]}, ValueError,
-        "validation=...): must have shape [rows, 2], with at least 10 rows; got (100,).",
+        "validation=...): must have shape [rows, 2], with at least 1 row; got (100,).",
     ),
     **{
         f"a part of {part}": (

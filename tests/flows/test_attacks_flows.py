@@ -181,6 +181,15 @@ def test_a_row_of_weight_zero_is_left_out_of_the_likelihood(name, compile):
         jax.block_until_ready(joint(GOOD | changed(name, 1, NAN)))
 
 
+@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()])
+def test_a_row_of_weight_zero_may_end_where_the_base_density_is_zero(adjoint):
+    """Such as the number that stands for missing values in some files."""
+    weights = {"weights": jnp.array([1.0, 0.0, 2.0])}
+    loss = lambda x: nll({"adjoint": adjoint, "throw": True}, RATE, **{**GOOD, "x": x} | weights)
+    far = GOOD["x"].at[1].set(9.97e200)
+    np.testing.assert_allclose(loss(far), loss(GOOD["x"]), rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["nll", "log_prob"])
 def test_a_traced_option_that_is_wrong_is_named(method):
     def run(rtol):

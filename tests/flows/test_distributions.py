@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +51,44 @@ def test_centered_normal():
     exact = scipy.stats.norm.logpdf(axes.T @ draws[:5]).sum((1, 2))
     np.testing.assert_allclose(base.log_prob(draws[:5]), exact, rtol=1e-12)
     np.testing.assert_allclose(base.log_prob(draws[:5] + 3.0), exact, rtol=1e-10)
+
+
+class Growing(eqx.Module):
+    """A field that moves with a shift, with its divergence in all coordinates, or without."""
+
+    closed: bool = eqx.field(static=True)
+
+    def __call__(self, t, z, a):
+        return a * z
+
+    def value_and_divergence(self, t, z, a):
+        return (a * z, a * z.size) if self.closed else NotImplemented
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_field_that_moves_the_mean_has_the_divergence_of_centred_configurations(closed):
+    """Four particles in the plane have six dimensions, in which it grows."""
+    base = jaxode.centered_normal(4, 2)
+    options = {"divergence": jaxode.divergence.exact()} if not closed else {}
+    flow = jaxode.cnf(Growing(closed), base, rtol=1e-9, atol=1e-9, **options)
+    x, log_q = flow.sample_and_log_prob(0.5, jax.random.key(0), 5)
+    expected = base.log_prob(x * np.exp(-0.5)) - 6 * 0.5
+    np.testing.assert_allclose(log_q, expected, rtol=1e-7)
+    np.testing.assert_allclose(flow.log_prob(0.5, x), expected, rtol=1e-7)
+    shifted = jaxode.cnf(lambda t, z, a: a * z + 3.0, base, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(shifted.log_prob(0.5, x), expected, rtol=1e-7)
+
+
+def test_the_probability_flow_of_centred_particles():
+    """With the exact score of centred normals, it moves nothing."""
+    base = jaxode.centered_normal(4, 3)
+    score = lambda t, z, _: -(z - z.mean(0, keepdims=True))
+    field = jaxode.probability_flow(score, jaxode.VariancePreserving())
+    x = base.sample(jax.random.key(0), (5,))
+    flow = jaxode.cnf(field, base, t0=1.0, t1=0.0, divergence=jaxode.divergence.exact())
+    np.testing.assert_allclose(flow.log_prob(None, x), base.log_prob(x), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"cnf\(t0=..., t1=...\)"):
+        jaxode.cnf(field, base)
 
 
 @pytest.mark.parametrize("density", [jaxode.standard_normal, jaxode.diagonal_normal])

@@ -158,6 +158,33 @@ def test_every_gradient_method_has_the_path_gradient(name):
     np.testing.assert_allclose(jax.jit(gradient(name)(loss(flow)))(A), expected, rtol=1e-5)
 
 
+class Cube:
+    """A uniform density, which jumps at its edge."""
+
+    event_shape = (2,)
+
+    def log_prob(self, z):
+        inside = (jnp.abs(z) <= 1).all(-1)
+        return jnp.where(inside, -2 * jnp.log(2.0), -jnp.inf)
+
+    def sample(self, key, shape):
+        return jax.random.uniform(key, (*shape, 2), minval=-1.0, maxval=1.0)
+
+
+def test_no_path_gradient_with_a_base_that_jumps():
+    """The loss is `-2 p + exp(2 p) / 3`, up to a constant; the path would leave out the first."""
+    flow = jaxode.cnf(lambda t, z, p: p * z, Cube())
+    loss = lambda p, **options: flow.reverse_kl_loss(
+        p, lambda x: -0.5 * jnp.sum(x**2), 4096, key=KEY, **options
+    )
+    with pytest.raises(ValueError, match=r"reverse_kl_loss\(path=...\): needs a base that is now"):
+        loss(0.0)
+    with pytest.raises(ValueError, match="needs a base that is nowhere zero"):
+        jax.jit(jax.grad(loss))(0.0)
+    slope = jax.jit(jax.grad(lambda p: loss(p, path=False)))(0.0)
+    np.testing.assert_allclose(slope, -4 / 3, atol=0.05)
+
+
 def test_base_and_target_have_gradients():
     """A learned base by its samples, and what the target closes over."""
     still = lambda t, z, args: 0 * z

@@ -383,6 +383,38 @@ def test_particles_are_those_of_the_docstring(many_body):
     np.testing.assert_allclose(m(T, jnp.asarray(x)), expected, rtol=1e-7)
 
 
+def test_a_subclass_with_a_field_of_its_own_has_no_closed_form():
+    class Damped(nn.MLP):
+        def __call__(self, t, y, context=None):
+            return super().__call__(t, y, context) - y
+
+    m = Damped(2, (4,), key=jax.random.key(0))
+    assert m.value_and_divergence(T, jnp.ones(2)) is NotImplemented
+    flow = jaxode.cnf(nn.field, jaxode.standard_normal(2))
+    x, _ = flow.sample_and_log_prob(m, jax.random.key(1), 3)
+    z = flow.base.sample(jax.random.split(jax.random.key(1))[0], (3,))
+    np.testing.assert_allclose(x, flow.from_base(m, z), rtol=1e-3, atol=1e-4)
+
+
+class Trapped(nn.Particles):
+    def __call__(self, t, y, context=None):
+        return super().__call__(t, y, context) - 0.3 * y
+
+
+def test_particles_with_another_field_or_as_the_field_itself():
+    """The trap shrinks the six dimensions of four centred particles in the plane."""
+    base, options = jaxode.centered_normal(4, 2), {"rtol": 1e-8, "atol": 1e-8}
+    m, trapped = (kind(4, 2, 4, width=4, key=jax.random.key(0)) for kind in (nn.Particles, Trapped))
+    still = jax.tree.map(jnp.zeros_like, trapped)  # the trap alone
+    x = base.sample(jax.random.key(1), (3,))
+    flow = jaxode.cnf(nn.field, base, divergence=divergence.exact(), **options)
+    expected = base.log_prob(x * np.exp(0.3)) + 6 * 0.3
+    np.testing.assert_allclose(flow.log_prob(still, x), expected, rtol=1e-6)
+    itself = jaxode.cnf(m, base, **options)
+    alone = jaxode.cnf(lambda t, z, _: m(t, z), base, divergence=divergence.exact(), **options)
+    np.testing.assert_allclose(itself.log_prob(None, x), alone.log_prob(None, x), rtol=1e-6)
+
+
 def test_particles_at_the_same_place_have_derivatives():
     m = particle_net()
     total = lambda x: jnp.sum(m(T, x)) + m.value_and_divergence(T, x)[1]

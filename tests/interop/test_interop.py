@@ -183,10 +183,12 @@ def test_a_bijector_of_distrax_is_not_trained():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.support))
 
 
-def test_numpyro_gets_no_density_of_centred_particles(numpyro):
+@pytest.mark.parametrize("library", ["numpyro", "flowjax"])
+def test_other_libraries_get_no_density_of_centred_particles(library):
     flow = jaxode.cnf(lambda t, z, a: a * z, jaxode.centered_normal(4, 2))
-    with pytest.raises(ValueError, match=r"interop.numpyro\(density=...\): .* a shift does not ch"):
-        jaxode.interop.numpyro(jaxode.bind(flow, 0.0))
+    message = rf"interop.{library}\(density=...\): .* a shift does not change"
+    with pytest.raises(ValueError, match=message):
+        getattr(jaxode.interop, library)(jaxode.bind(flow, 0.0))
 
 
 def test_numpyro_has_one_context_for_any_number_of_samples(numpyro):

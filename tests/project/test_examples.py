@@ -336,6 +336,8 @@ REFUSED = {
     "numpyro_guide": ("--tolerance 1", "--tolerance must be below 1"),
     "patients": ("--patients 19", "--patients must be at least 20"),
     "posterior": ("--simulations 99", "--simulations must be at least 100"),
+    "lattice": ("--samples 15", "--samples must be at least 16"),
+    "particles": ("--samples 1", "--samples must be at least 2"),
     "resnet_to_ode": ("--depths 4 4", "--depths needs two depths to compare"),
     "segments": ("--segments 3", "--segments must divide the 400 intervals"),
     "sharded": ("--devices 3", "--batch 256 must be a multiple of --devices 3"),

@@ -31,6 +31,7 @@ from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.stepper import Stepper
+from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System, pose
 
@@ -86,24 +87,24 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
 def _augmented(objective: Objective):
     """One solve of the samples together with the integrals of their costs."""
     system, integrands = objective.system, objective.integrands
-    x = system.y0
-    zeros = jnp.zeros((x.shape[0], 1 + len(integrands.regularizers)), x.dtype)
-    solution = run(
-        system._replace(
-            field=integrands.field_and_costs,
-            y0=(x, zeros),
-            row_args=(objective.probes, system.row_args),
-        )
-    )
+    count = 1 + len(integrands.regularizers)
+    solution = with_integrals(system, integrands.field_and_costs, objective.probes, (count,))
     z, costs = solution.y1
     ok, unused = jnp.atleast_1d(solution.ok), unused_rows(solution.result, objective.weights)
     z, costs = replace_rows((z, costs), unused, ok)
     # The divergence is integrated in the direction of the solve, running costs forward in time.
-    forward = jnp.sign(system.t1 - system.t0).astype(x.dtype)
+    forward = jnp.sign(system.t1 - system.t0).astype(system.y0.dtype)
     integrals = jnp.concatenate([costs[:, :1], costs[:, 1:] * forward], axis=1)
     log_base, coefficients = log_prob_of(objective.base, z), objective.coefficients(costs.dtype)
     loss, _, values = _assemble(log_base, integrals, coefficients, objective.weights, ok, unused)
     return loss, (*values, solution.stats, solution.result, solution.t_reached)
+
+
+def with_integrals(system: System, field, probes, each: tuple[int, ...]) -> Solution:
+    """Solve for the samples, and for integrals of shape `each` along the way of each sample."""
+    x = system.y0
+    zeros = jnp.zeros((*x.shape[:1], *each), x.dtype)
+    return run(system._replace(field=field, y0=(x, zeros), row_args=(probes, system.row_args)))
 
 
 def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
@@ -118,7 +119,9 @@ def _assemble(log_base, integrals, coefficients, weights, ok, unused):
     log_prob = log_base + log_det
     penalty = jnp.matmul(running, coefficients, precision=jax.lax.Precision.HIGHEST)
     losses = (penalty - log_prob) * nan_unless(ok | unused, log_prob.dtype)
-    losses = jnp.where(unused, 0, losses.astype(weights.dtype))
+    losses = losses.astype(weights.dtype)
+    # A row of weight zero may also end where the base density is zero.
+    losses = jnp.where(unused | ((weights == 0) & ~jnp.isfinite(losses)), 0, losses)
     valid = nan_unless(ok, log_prob.dtype)
     values = log_prob * valid, log_det * valid, running * valid[:, None]
     return jnp.sum(weights * losses), losses, values
@@ -248,12 +251,8 @@ def one_after_the_other(run, inputs: Inputs, settings: Settings):
 
 
 def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
-    problem, wanted = inputs.problem, perturbed.problem
-    for closed, by in (
-        (problem.field, wanted.field),
-        (inputs.costs, perturbed.costs),
-        (inputs.base, perturbed.base),
-    ):
+    problem = inputs.problem
+    for closed, by in ((inputs.costs, perturbed.costs), (inputs.base, perturbed.base)):
         closed.check_closed_over(by, problem.y0)
     solved, quadrature = _solve(perturbed, inputs, settings)
     base_params, rest = eqx.partition(inputs.base, perturbed.base)

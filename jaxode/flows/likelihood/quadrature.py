@@ -88,17 +88,12 @@ class Quadrature(NamedTuple):
         time = lambda t: jnp.broadcast_to(t, phase.shape)
         return step._replace(t=time(step.t), h=time(step.h))
 
-    def _place(self, step: Step, after: Float[Array, " rows"], number, index):
-        """The position of a node, `[rows]` in the unit interval, and its weight times the step
-        size.
-
-        `after` is the size of the next step, which has a node at the same place.
-        """
-        weight = self._weight(index, step.h, after)
+    def _place(self, step: Step, number, index) -> Float[Array, " rows"]:
+        """The position of a node in the unit interval."""
         if self.phase is not None:
-            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0), weight
+            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0)
         theta = jnp.asarray(self._rule[0], step.t.dtype)[index]
-        return jnp.broadcast_to(theta, step.t.shape), weight
+        return jnp.broadcast_to(theta, step.t.shape)
 
     @property
     def _rule(self) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +103,10 @@ class Quadrature(NamedTuple):
         return nodes[start:], weights[start:]
 
     def _weight(self, index, h: Float[Array, " rows"], after: Float[Array, " rows"]):
-        """The weight of a node times the step size, linear in the sizes `h` and `after`."""
+        """The weight of a node times the step size, linear in the sizes `h` and `after`.
+
+        `after` is the size of the next step, which has a node at the same place.
+        """
         if self.phase is not None:
             return h
         h = jnp.where(index == self.inner, h + after, h) if self.shared else h
@@ -138,10 +136,10 @@ class Quadrature(NamedTuple):
     def evaluate(self, step: Step, after, number, index) -> Float[Array, "batch costs"]:
         """The contribution of a node to the integrals."""
         step = self._split(step)
-        theta, weight = self._place(step, after, number, index)
-        time, state, _, _ = self._state(step, theta)
+        time, state, _, _ = self._state(step, self._place(step, number, index))
         values = self.apply(self.solved.params, time, state)
-        return self._scale(weight) * values[:, : self.bars.shape[1]]
+        scale = self._scale(self._weight(index, step.h, after))
+        return scale * values[:, : self.bars.shape[1]]
 
     def along(self) -> Float[Array, "batch costs"]:
         """The integrals along the recorded steps, summed in the order of the sweep."""
@@ -197,8 +195,8 @@ class Quadrature(NamedTuple):
         bar, params_bar, integrals, by_times = carry
 
         def place(index):
-            theta, weight = self._place(step, after, number, index)
-            scale = self._scale(weight)
+            theta = self._place(step, number, index)
+            scale = self._scale(self._weight(index, step.h, after))
             return theta, scale, self._state(step, theta), self._values_bar(scale, bar, index)
 
         theta, scale, (time, state, slope, beta), values_bar = each(place)(index)

@@ -1,0 +1,51 @@
+"""Vector fields of particles, on the space of configurations whose mean is zero."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxode.ode.field import VectorField
+
+
+class Centered(eqx.Module):
+    """`P f(P z)`, where `P z` is `z` less its mean over the particles.
+
+    Its divergence in all coordinates, `tr(P df/dz)`, is that on the space of centred
+    configurations, also for a field that moves with a shift of all particles.
+    """
+
+    f: VectorField
+
+    def __call__(self, t: Float[Array, ""], z: Float[Array, "n dim"], args: Any):
+        if self._is_centered(args):
+            return self.f(t, z, args)
+        dz = self.f(t, _centered(z), args)
+        fits = jax.tree.structure(dz) == jax.tree.structure(z) and jnp.shape(dz) == z.shape
+        return _centered(dz) if fits else dz  # the usual check names the shape
+
+    def value_and_divergence(self, t: Float[Array, ""], z: Float[Array, "n dim"], args: Any):
+        """The field and its divergence, or `NotImplemented` if `f` has no closed form."""
+        is_centered = self._is_centered(args)
+        z = z if is_centered else _centered(z)
+        out = getattr(self.f, "value_and_divergence", lambda *_: NotImplemented)(t, z, args)
+        if out is NotImplemented or is_centered:
+            return out
+        dz, div = out
+        moved = jax.jacfwd(lambda shift: jnp.mean(self.f(t, z + shift[None], args), axis=0))
+        return _centered(dz), div - jnp.trace(moved(jnp.zeros_like(z[0])))
+
+    def _is_centered(self, args: Any) -> bool:
+        """Whether the field is known to be `P f(P z)` already."""
+        known: Any = getattr(self.f, "is_centered", False)
+        return bool(known(args) if callable(known) else known)
+
+    def span_faults(self, t0: Any) -> Any:
+        """The faults of the field's start time, if it has a rule for it."""
+        return getattr(self.f, "span_faults", lambda _: {})(t0)
+
+
+def _centered(z: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
+    return z - jnp.mean(z, axis=0, keepdims=True)
