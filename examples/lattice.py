@@ -119,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     known.add_argument("--size", type=count, default=6, help="sites along each axis (default 6)")
     known.add_argument("--samples", type=count, default=8192, help="to judge (default 8192)")
     options = known.parse_args(arguments)
+    if options.samples < 16:
+        known.error("--samples must be at least 16, which the picture shows")
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 5))
     shape = options.size, options.size

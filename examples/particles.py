@@ -106,8 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
     known.add_argument(
         "--matching", type=count, default=6000, help="steps of matching (default 6000)"
     )
-    known.add_argument("--samples", type=count, default=10_000, help="to judge (default 10000)")
+    samples = "of the chain, to train on, and of the flow, to judge (default 10000)"
+    known.add_argument("--samples", type=count, default=10_000, help=samples)
     options = known.parse_args(arguments)
+    if options.samples < 2:
+        known.error("--samples must be at least 2")
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 5))
     chain = markov_chain(next(keys), options.samples, 3000)

@@ -230,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = known.parse_args(arguments)
     if options.patients < 20:
         known.error("--patients must be at least 20")
+    if options.samples < 4:
+        known.error("--samples must be at least 4, to tell whether the chains agree")
 
     announce(__doc__)
     data, truth = simulate(options.patients, np.random.default_rng(options.seed))

@@ -9,7 +9,7 @@ Cases run side by side, each bound to one core. The tables, how their columns ar
 all tables: `estimators.py`. Compilation and the validation rows that stop and choose are in the
 seconds, imports are not. A score is that of the parameters which are best on the validation rows,
 in mean nats of a standardized test row. A contender whose course depends on its time is trained
-once for each time, and ends a little later than asked; any other is trained once, and may be as
+once for each time, and ends a little later than asked; any other is trained once, and may be 3%
 late.
 
 The documented settings come first, seed after seed, then the others: an interrupted run has the
@@ -21,7 +21,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,7 +182,7 @@ class Tables(Benchmark):
     def table(self, results: Results) -> str:
         times = times_of(results)
         parts = [f(results, end) for f in (self.ranking, self.after) for end in times]
-        parts.append(self.below(results))
+        parts.append(self.below(results, times))
         if any(self.cases[case].setting for case in results):
             parts += ["The best of three settings by the validation rows, where all were measured:"]
             found = [end for end in times if self.scores_at(results, end, best=True)]
@@ -204,13 +204,14 @@ class Tables(Benchmark):
         header = [f"nats after {end} s, training rows x columns", *CONTENDERS]
         return show.markdown(header, rows)
 
-    def below(self, results: Results) -> str:
+    def below(self, results: Results, ends: Sequence[str]) -> str:
         seeds = sorted({self.cases[case].seed for case in results})
         delays = [
             score["seconds"] / float(end) - 1
             for case, result in results.items()
             if self.cases[case].contender in AT_ONCE
             for end, score in result["scores"].items()
+            if end in ends
         ]
         told = "Seed" if len(seeds) == 1 else "Medians over the available ones of seeds"
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
