@@ -10,10 +10,7 @@ from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 
 PUBLISHED = "amd-epyc-2-cores"
-"""The machine of the README's times, and of the pictures that bear no name of a machine."""
-
-OF_DENSITIES = "intel-xeon-processor-2-cores"
-"""The machine of the README's densities."""
+"""The machine of the README's tables, and of the pictures that bear no name of a machine."""
 
 LIBRARIES = ("diffrax", "jax odeint", "torchdiffeq", "zuko")
 """The columns of the README's table, and the groups of peers with their fastest variant."""
@@ -56,10 +53,9 @@ def write(folder: Path, root: Path) -> None:
         if "benchmarks" in results:
             draw(results, images)
             parts += sections(results)
-            readme = root / "README.md"
-            shown = ("benchmarks", PUBLISHED, ratios), ("densities", OF_DENSITIES, densities)
-            for name, machine, parts_of in shown:
-                if results["machine"]["name"] == machine:
+            if results["machine"]["name"] == PUBLISHED:
+                readme = root / "README.md"
+                for name, parts_of in (("benchmarks", ratios), ("densities", densities)):
                     readme.write_text(between(readme.read_text(), name, parts_of(results)))
     (root / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
 

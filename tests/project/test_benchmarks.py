@@ -432,7 +432,6 @@ def test_results_are_reported_with_failures_and_crashes(monkeypatch, tmp_path):
     benchmarks = {"memory": cases, "compile_time": called}
     own = machine.machine()
     monkeypatch.setattr(report, "PUBLISHED", own["name"])
-    monkeypatch.setattr(report, "OF_DENSITIES", own["name"])
     results = {"machine": own, "benchmarks": benchmarks}
     (tmp_path / "mine.json").write_text(json.dumps(results))
     called = {case: first | {"code": "def", "ratios": {"zuko": 0.9}} for case in called}
