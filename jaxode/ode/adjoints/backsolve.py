@@ -134,12 +134,11 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
     diff, fixed = eqx.partition(inputs, perturbed)
     if not len(problem.y0):
         return jax.tree.map(jnp.zeros_like, diff)
-    in_one = lambda tree: jax.tree.map(lambda x: x.astype(problem.y0.dtype), tree)
-    _, unravel = ravel_pytree(in_one((problem.y0, problem.y0, params)))
-    pack = lambda *parts: ravel_pytree(in_one(parts))[0][None]
-    unpack = lambda state: unravel(state[0])
-
+    of_state = lambda x: x.astype(problem.y0.dtype) if jnp.isrealobj(x) else x
     as_given = lambda b, x: b.astype(x.dtype)
+    _, unravel = ravel_pytree(jax.tree.map(of_state, (problem.y0, problem.y0, params)))
+    pack = lambda *parts: ravel_pytree(jax.tree.map(of_state, parts))[0][None]
+    unpack = lambda state: unravel(state[0])
 
     def adjoint_ode(s, state, args):
         (params, rest, start, span), _ = args
