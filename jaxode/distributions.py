@@ -66,15 +66,16 @@ class CenteredNormal:
         """Log-density in nats, on the space of centred configurations. A shift does not count."""
         _check_events(z, self.event_shape)
         n, dim = self.event_shape
-        square = jnp.sum(_centered(z) ** 2, axis=(-2, -1))
+        square = jnp.sum(centered(z) ** 2, axis=(-2, -1))
         return -0.5 * square - 0.5 * (n - 1) * dim * math.log(2 * math.pi)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
         """Independent draws in JAX's default floating dtype."""
-        return _centered(jax.random.normal(key, (*sample_shape, *self.event_shape)))
+        return centered(jax.random.normal(key, (*sample_shape, *self.event_shape)))
 
 
-def _centered(z: Float[Array, "... n dim"]) -> Float[Array, "... n dim"]:
+def centered(z: Float[Array, "... n dim"]) -> Float[Array, "... n dim"]:
+    """Configurations less their mean over the particles."""
     return z - jnp.mean(z, axis=-2, keepdims=True)
 
 

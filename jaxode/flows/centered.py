@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxode.distributions import centered
 from jaxode.ode.field import VectorField
 
 
@@ -22,20 +23,20 @@ class Centered(eqx.Module):
     def __call__(self, t: Float[Array, ""], z: Float[Array, "n dim"], args: Any):
         if self._is_centered(args):
             return self.f(t, z, args)
-        dz = self.f(t, _centered(z), args)
+        dz = self.f(t, centered(z), args)
         fits = jax.tree.structure(dz) == jax.tree.structure(z) and jnp.shape(dz) == z.shape
-        return _centered(dz) if fits else dz  # the usual check names the shape
+        return centered(dz) if fits else dz  # the usual check names the shape
 
     def value_and_divergence(self, t: Float[Array, ""], z: Float[Array, "n dim"], args: Any):
         """The field and its divergence, or `NotImplemented` if `f` has no closed form."""
         is_centered = self._is_centered(args)
-        z = z if is_centered else _centered(z)
+        z = z if is_centered else centered(z)
         out = getattr(self.f, "value_and_divergence", lambda *_: NotImplemented)(t, z, args)
         if out is NotImplemented or is_centered:
             return out
         dz, div = out
         moved = jax.jacfwd(lambda shift: jnp.mean(self.f(t, z + shift[None], args), axis=0))
-        return _centered(dz), div - jnp.trace(moved(jnp.zeros_like(z[0])))
+        return centered(dz), div - jnp.trace(moved(jnp.zeros_like(z[0])))
 
     def _is_centered(self, args: Any) -> bool:
         """Whether the field is known to be `P f(P z)` already."""
@@ -45,7 +46,3 @@ class Centered(eqx.Module):
     def span_faults(self, t0: Any) -> Any:
         """The faults of the field's start time, if it has a rule for it."""
         return getattr(self.f, "span_faults", lambda _: {})(t0)
-
-
-def _centered(z: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
-    return z - jnp.mean(z, axis=0, keepdims=True)
