@@ -133,7 +133,8 @@ def set_aside(
         return rows, part(aside, order(aside)[:LOOK_AT])
     check_number("validation", validation, PART, kind="part")
     count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
-    return part(rows, order(rows)[count:]), part(rows, order(rows)[:count])
+    shuffled = order(rows)
+    return part(rows, shuffled[count:]), part(rows, shuffled[:count])
 
 
 def _checked(

@@ -185,6 +185,19 @@ def test_no_path_gradient_with_a_base_that_jumps():
     np.testing.assert_allclose(slope, -4 / 3, atol=0.05)
 
 
+def test_samples_in_half_precision_have_a_path_gradient():
+    """Of the mean of `log q + x^2` for `q` of scale `exp(p)`: `2 exp(2 p) - 1` a dimension."""
+
+    class Half(Cube):
+        log_prob = lambda self, z: jaxode.standard_normal(2).log_prob(z)
+        sample = lambda self, key, shape: jax.random.normal(key, (*shape, 2), jnp.float16)
+
+    flow = jaxode.cnf(lambda t, z, p: p.astype(z.dtype) * z, Half())
+    loss = lambda p: flow.reverse_kl_loss(p, lambda x: -jnp.sum(x**2), 4096, key=KEY)
+    slope = jax.jit(jax.grad(loss))(jnp.float32(0.1))
+    np.testing.assert_allclose(slope, 2 * (-1 + 2 * np.exp(0.2)), rtol=0.05)
+
+
 def test_base_and_target_have_gradients():
     """A learned base by its samples, and what the target closes over."""
     still = lambda t, z, args: 0 * z
