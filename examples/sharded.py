@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.process_id == 0:
         print(f"training on {label}, then on one", flush=True)
     losses, params = train(jax.devices(), axis_name, data, options, label)
-    one, params_of_one = train(jax.local_devices()[:1], None, data, options, "one device")
     if options.process_id == 0:
+        one, params_of_one = train(jax.local_devices()[:1], None, data, options, "one device")
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(params_of_one), strict=True)
         apart = max(float(np.abs(a - b).max()) for a, b in pairs)
         print(

@@ -107,6 +107,8 @@ class _OptimalTransport:
         cost = _squared_distances(grouped(x), grouped(z), real)
         weight = self.condition_weight or 0.0
         for leaf in map(grouped, self._conditions(context)):
+            if jnp.iscomplexobj(leaf):
+                leaf = jnp.concatenate([leaf.real, leaf.imag], axis=-1)
             if jnp.issubdtype(leaf.dtype, jnp.floating):
                 distance = _distances_within(leaf, real)
             else:  # the number of entries that differ

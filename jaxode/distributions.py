@@ -20,7 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
@@ -172,12 +172,36 @@ class _Adapted(eqx.Module):
     seed: bool = eqx.field(static=True)
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.density.log_prob(z)
+        if not _has_support(self.density):
+            return self.density.log_prob(z)
+        # numpyro's own check is lost whenever the density goes through a pytree.
+        inside, axes = self.inside(z), tuple(range(-len(self.event_shape), 0))
+        stand_in = self.density.support.feasible_like(z).astype(z.dtype)
+        keep = jnp.expand_dims(inside, axes) | ~jnp.isfinite(stand_in)
+        log_prob = jnp.where(inside, self.density.log_prob(jnp.where(keep, z, stand_in)), -jnp.inf)
+        return jnp.where(jnp.isnan(z).any(axes), jnp.nan, log_prob)
+
+    def inside(self, z: Float[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether events are in the support. NaN counts, so that it stays."""
+        axes, support = range(-len(self.event_shape), 0), self.density.support
+        holds = jnp.all(support(z), tuple(range(support.event_dim - len(axes), 0)))
+        return holds | jnp.isnan(z).any(tuple(axes))
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
         if self.seed:
             return self.density.sample(seed=key, sample_shape=sample_shape)
         return self.density.sample(key, sample_shape)
+
+
+def _has_support(density: Any) -> bool:
+    """Whether it has a support with an element, as most distributions of numpyro."""
+    support = getattr(density, "support", None)
+    if hasattr(density, "component_distributions") and getattr(density, "_support", None) is None:
+        return False  # numpyro takes that of the first component
+    try:
+        return support.feasible_like(jnp.zeros(density.event_shape)) is not None
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def as_base(density: Any) -> BaseDensity:
@@ -195,7 +219,8 @@ def as_base(density: Any) -> BaseDensity:
             "Make its axes part of the event: .to_event() in numpyro, Independent in distrax."
         )
     seed = "seed" in inspect.signature(density.sample).parameters
-    if isinstance(getattr(density, "event_shape", None), tuple) and not seed:
+    is_base = isinstance(getattr(density, "event_shape", None), tuple) and not seed
+    if is_base and not _has_support(density):
         return density
     return _Adapted(density, as_event_shape(event_shape), seed)
 
@@ -207,8 +232,11 @@ def has_edge(base: BaseDensity, dtype: Any) -> bool:
         return False
     with jax.ensure_compile_time_eval():
         far = jnp.full((1, *base.event_shape), 1e4, dtype)
-        values = [base.log_prob(far), base.log_prob(-far)]
-    return is_known(values) and any(np.isneginf(value).any() for value in values)
+        positive = lambda z: base.log_prob(z) > -jnp.inf
+        if isinstance(base, _Adapted) and _has_support(base.density):
+            positive = base.inside
+        values = [positive(far), positive(-far)]
+    return is_known(values) and not np.all([np.asarray(value) for value in values])
 
 
 def log_prob_of(base: BaseDensity, z: Float[Array, "batch *event"]) -> Float[Array, " batch"]:

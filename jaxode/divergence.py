@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,12 +255,15 @@ def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
     if not hasattr(g, "value_and_divergence"):
         return NotImplemented
     out = g.value_and_divergence(z)
-    if out is not NotImplemented and (len(out) != 2 or jnp.shape(out[1]) != ()):
+    if out is NotImplemented:
+        return out
+    if len(out) != 2 or jnp.shape(out[1]) != ():
         raise ValueError(
             "value_and_divergence(t, z, args): must return the derivative and a scalar divergence "
             f"of one sample; got shapes {jax.tree.map(jnp.shape, out)}."
         )
-    return out
+    dz, div = out
+    return dz, div if eqx.is_inexact_array(div) else jnp.asarray(div, jnp.result_type(dz))
 
 
 def auto() -> Divergence:
@@ -277,9 +281,18 @@ def noiseless() -> Divergence:
     return Divergence(_no_probe, _apply_noiseless, "noiseless()", _choose_noiseless)
 
 
-def without_noise(divergence: Divergence) -> Divergence:
-    """The divergence itself if it is known to draw nothing, else `noiseless()`."""
-    return divergence if divergence.init is _no_probe else noiseless()
+def is_trace(divergence: Divergence) -> bool:
+    """Whether it is `exact()`, in chunks or not."""
+    return isinstance(divergence.with_norm, _Trace)
+
+
+def without_noise(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
+    """The divergence itself if it draws nothing without a key, else `noiseless()`."""
+    try:
+        probe = divergence.init(None, jnp.zeros(event, jnp.float32))
+    except Exception:  # whatever it says about a key that is missing
+        return noiseless()
+    return divergence if probe is None else noiseless()
 
 
 def _choose_noiseless(g: Field, z: Any) -> Divergence:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode._checks.arguments import floating, integer
+from jaxode._checks.arguments import floating, integer, numbers
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_key
@@ -52,6 +52,7 @@ def dequantize(
             2.
     """
     integer("levels", levels, 2)
+    x = numbers("x", x)
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
     _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
@@ -100,6 +101,7 @@ def logit(
         ValueError: if a value is known not to be in `[0, 1]`, or `margin` is not in `[0, 1/2)`.
     """
     _check_margin(margin)
+    u = numbers("u", u)
     in_range = lambda u: (u >= 0) & (u <= 1)
     _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
     u = floating(u)

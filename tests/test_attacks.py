@@ -238,7 +238,11 @@ FINITE = {
 
 
 @pytest.mark.parametrize(
-    "name", with_slow(FINITE, ["vmap of gradient", "gradient of log_prob", "backsolve", "nll"])
+    "name",
+    with_slow(
+        FINITE,
+        ["vmap of gradient", "gradient of log_prob", "backsolve", "nll", "solve", "vmap"],
+    ),
 )
 def test_a_solve_that_succeeds_passes_under_debug_nans(name):
     with jax.debug_nans(True):

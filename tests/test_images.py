@@ -195,3 +195,9 @@ def test_logits_are_as_exact_at_the_upper_end_as_at_the_lower(margin):
     (low, high), _ = images.logit(jnp.array([[0.0], [1.0]], jnp.float32), margin)
     np.testing.assert_allclose(high, -low, rtol=1e-6)
     np.testing.assert_allclose(low, np.log(margin) - np.log1p(-margin), rtol=1e-6)
+
+
+@pytest.mark.parametrize("f", [lambda x: images.dequantize(jax.random.key(0), x, 9), images.logit])
+def test_what_is_masked_is_no_pixel(f):
+    with pytest.raises(TypeError, match="fill what is masked"):
+        f(np.ma.masked_array(np.zeros((2, 3)), mask=np.eye(2, 3)))

@@ -41,6 +41,8 @@ KEY = jax.random.key(0)
 
 NETWORK = jaxode.nn.MLP(2, (4,), key=KEY)
 OWN_DIVERGENCE = divergence.Divergence(lambda key, z: None, divergence.exact().apply)
+OF_EACH_PROBE = divergence.Divergence(lambda key, z: None, lambda g, z, probe: (g(z), z))
+OF_EACH_NUMBER = jaxode.regularizers.Regularizer("kinetic", 0.1, lambda dz, norm: dz**2)
 # Other methods than nll look at more than these two.
 INIT_AND_APPLY = SimpleNamespace(init=OWN_DIVERGENCE.init, apply=OWN_DIVERGENCE.apply)
 
@@ -499,6 +501,20 @@ BAD_INPUT = [
         lambda: jaxode.cnf(WrongShape(), jaxode.standard_normal(2)).nll(None, X), ValueError,
         "value_and_divergence(t, z, args): must return the derivative and a scalar divergence of "
         "one sample; got shapes ((2,), (2,)).",
+    ),
+    *(
+        (
+            lambda f=f: f(cnf(divergence=OF_EACH_PROBE)),
+            ValueError,
+            "cnf(divergence=...): must return one number of a sample; got float64 of shape (2,). "
+            "Sum over the event, and average over probes.",
+        )
+        for f in (lambda flow: flow.nll(None, X), lambda flow: flow.log_prob(None, X))
+    ),
+    (
+        lambda: cnf(regularizers=(OF_EACH_NUMBER,)).nll(None, X), ValueError,
+        "cnf(regularizers=...): must return one number of a sample; got float64 of shape (2,). "
+        "Sum over the event, and average over probes.",
     ),
     (
         lambda: jaxode.backward_stats(decay, ONE, 0.0, 1.0, adjoint=jaxode.DiscreteAdjoint()),

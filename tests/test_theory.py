@@ -148,6 +148,7 @@ def by(adjoint, **options):
     return jax.jit(jax.grad(loss))(THETA)
 
 
+@pytest.mark.slow
 def test_08_backpropagation_on_the_stored_trajectory():
     """v.1: step 2 uses the stored `z(s)`. It agrees with the gradient of the discrete solution.
 
@@ -156,6 +157,7 @@ def test_08_backpropagation_on_the_stored_trajectory():
     close(by(jaxode.InterpolatingAdjoint()), by(jaxode.DiscreteAdjoint()), 1e-8)
 
 
+@pytest.mark.slow
 def test_09_backpropagation_on_the_recomputed_trajectory():
     """v.2: `z(s)` is recomputed backwards from `z(1)`."""
     close(by(jaxode.BacksolveAdjoint()), by(jaxode.DiscreteAdjoint()), 1e-8)

@@ -74,6 +74,9 @@ PROGRAMS = {
     "vmap of reverse over reverse by time": lambda end: jax.jit(
         jax.vmap(jax.grad(jax.grad(lambda t: summed(end)(A, t, **BACK))))
     )(THREE),
+    "gradient of a vmap of gradients": lambda end: jax.jit(jax.grad(lambda a: jnp.sum(
+        jax.vmap(jax.grad(lambda y0: jnp.sum(end(a, y0=y0, **BACK) ** 2)))(AS) ** 2
+    )))(A),
     "donation": donated,
     "checkpoint": lambda end: jax.grad(jax.checkpoint(summed(end)))(A),
     "gradient of a scan": lambda end: jax.jit(jax.grad(scanned(end)))(A),
@@ -93,7 +96,7 @@ PROGRAMS = {
 
 
 # Of what others do as well: a gradient of `cond` under `vmap`, and plain gradients.
-SLOW = ("gradient of a cond", "checkpoint")
+SLOW = ("gradient of a cond", "checkpoint", "forward over forward, by time, too")
 
 
 @pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))

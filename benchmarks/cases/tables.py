@@ -183,9 +183,8 @@ class Tables(Benchmark):
         times = times_of(results)
         parts = [f(results, end) for f in (self.ranking, self.after) for end in times]
         parts.append(self.below(results, times))
-        if any(self.cases[case].setting for case in results):
+        if found := [end for end in times if self.scores_at(results, end, best=True)]:
             parts += ["The best of three settings by the validation rows, where all were measured:"]
-            found = [end for end in times if self.scores_at(results, end, best=True)]
             parts += [self.after(results, end, best=True) for end in found]
         return "\n\n".join(parts)
 
@@ -213,7 +212,11 @@ class Tables(Benchmark):
             for end, score in result["scores"].items()
             if end in ends
         ]
-        told = "Seed" if len(seeds) == 1 else "Medians over the available ones of seeds"
+        told = (
+            "Seed"
+            if len(seeds) == 1
+            else "Medians where a row says of how many seeds, else of one; seeds"
+        )
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
         return f"{told} {', '.join(map(str, seeds))}{late}."
 

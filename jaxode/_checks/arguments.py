@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from jaxode._checks.caller import arg, caller
-from jaxode._checks.rules import NOT_NAN, Rule, is_known
+from jaxode._checks.rules import NOT_NAN, Rule, is_eager, is_known
 from jaxode._jax.sharding import AxisName, axes_of
 
 Time = float | Real[Array, ""]
@@ -94,6 +94,27 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{arg(name)} must be True or False; got {value!r}.")
 
 
+def numbers(name: str, x: Any, real: bool = True) -> Any:
+    """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
+    if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise TypeError(
+                f"{arg(name)} must be an array of numbers; got a {type(x).__name__} whose entries "
+                "differ in shape. Fill or cut them to one shape."
+            ) from None
+    x = native(x)
+    if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
+        raise TypeError(
+            f"{arg(name)} must be an array of numbers; got {described(x)}. Encode text as numbers "
+            "or leave it out, fill what is masked, and convert with .astype(np.float32)."
+        )
+    if real and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        raise TypeError(f"{arg(name)} must be real; got {x.dtype}. Pass real and imaginary parts.")
+    return x
+
+
 def check_scalar(name: str, value: Any, rule: str, cure: str) -> Float[Array, ""]:
     """What the function of a user returned, the argument `name`, as a floating scalar."""
     dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
@@ -105,7 +126,7 @@ def check_scalar(name: str, value: Any, rule: str, cure: str) -> Float[Array, ""
 
 def check_not_traced(does: str, *values: PyTree) -> None:
     """Raise if a value is traced, for a function that `does` what a program cannot."""
-    if not is_known(values):
+    if not is_eager(values):
         raise ValueError(
             f"{caller()}: {does}, so it runs outside jax.jit, jax.grad and jax.vmap; got arguments "
             "that are traced. Call it between training steps."

@@ -78,6 +78,11 @@ def is_known(value: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
+def is_eager(value: Any) -> bool:
+    """Whether a value is known, and nothing that is computed with it goes into a program."""
+    return is_known((value, jnp.zeros(())))
+
+
 def in_rows(found: Any) -> str:
     """How many rows are true, and which is the first."""
     found = np.ravel(found)

@@ -89,4 +89,4 @@ def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> tuple[Any, 
     if not axes_of(x) and axis_name is not None:
         axes = frozenset(axis_name if isinstance(axis_name, tuple) else (axis_name,))
     ordered = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
-    return tuple(ordered or axes)
+    return tuple(ordered or sorted(axes))

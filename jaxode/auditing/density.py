@@ -23,8 +23,10 @@ PROBE_ERROR = 0.1
 PROBABILITY = 1e-2
 IMBALANCE = 6.0
 
-# Grid points per side for the total probability, by the number of dimensions.
-GRIDS = {1: (4097, 16385), 2: (129, 257, 513)}
+# Rows that are solved at once; and grid points per side for the total probability, by the number of
+# dimensions: odd, and so many that their grids nearly fill such chunks.
+AT_ONCE = 2**12
+GRIDS = {1: (4095, 16383), 2: (127, 255, 511)}
 # An effective sample size below this fraction of the proposals decides nothing.
 EFFECTIVE = 0.1
 # Trace estimates per point, for a stochastic divergence.
@@ -202,7 +204,7 @@ def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.n
 
     A single row that fails, such as a point that no sample reaches, is NaN.
     """
-    chunk = lambda leaf: jnp.broadcast_to(leaf[:1], (CHUNK, *leaf.shape[1:]))
+    chunk = lambda leaf: jnp.broadcast_to(leaf[:1], (AT_ONCE, *leaf.shape[1:]))
     context = jax.tree.map(lambda leaf: chunk(jnp.asarray(leaf)), s.context)
     alone = flow if s.implicit else dataclasses.replace(flow, batch="per_sample")
 
@@ -215,8 +217,8 @@ def _in_chunks(s: Subject, flow: CNF, solve: Callable[..., Array], rows) -> np.n
         return solve(alone, x, context) if jnp.isnan(out).any() else out
 
     out = []
-    for i in range(0, len(rows), CHUNK):
-        part = jnp.asarray(rows[i : i + CHUNK], s.x.dtype)
+    for i in range(0, len(rows), AT_ONCE):
+        part = jnp.asarray(rows[i : i + AT_ONCE], s.x.dtype)
         padded = jnp.concatenate([part, chunk(part)[len(part) :]])
         out.append(np.asarray(run(padded))[: len(part)])
     return np.concatenate(out)

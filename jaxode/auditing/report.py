@@ -119,7 +119,7 @@ def audit(
     x = check_samples("x", x, tuple(flow.base.event_shape))
     x = x.astype(state_dtype(x))
     check_key(key)
-    check_rows("context", context, x.shape[0])
+    context = check_rows("context", context, x.shape[0])
     check_not_empty(x)
     check_finite({"x": x})
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)

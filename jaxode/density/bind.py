@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import floating, shape_of
+from jaxode._checks.arguments import floating, numbers, shape_of
 from jaxode._checks.caller import arg, public
-from jaxode._checks.rules import is_known
+from jaxode._checks.rules import is_eager, is_known
 from jaxode._checks.samples import check_count, check_finite, check_key
 from jaxode._jax.closure import hash_of
 from jaxode.density.change import InFlow, from_data, to_data
@@ -26,7 +26,6 @@ from jaxode.density.inputs import (
     Shape,
     check_inside,
     context_numbers,
-    numbers,
     rows_in_flow,
     shapes_of_context,
 )
@@ -66,8 +65,9 @@ class Density(eqx.Module):
     samples, or has one row per sample, `[..., *row]`; its leading axes broadcast to those of `x`.
 
     Each sample takes its own steps, so its density does not depend on the batch around it; with an
-    implicit solver or an `axis_name`, the steps are joint. Without a key the divergence is exact;
-    with a key it is the divergence of the flow. The maps are constants of differentiation.
+    implicit solver of diffrax or an `axis_name`, the steps are joint. Without a key the divergence
+    is exact; with a key it is the divergence of the flow. The maps are constants of
+    differentiation.
 
     Many samples are solved in batches, in the memory of one: `batch_size` of them at a time, by
     default as many as are fast (docs/evaluate.md). Outside of transformations, `progress=True`
@@ -247,8 +247,10 @@ class Density(eqx.Module):
         flow = self.flow
         throw = flow.throw
         if throw is None:
-            throw = is_known((self.params, inputs))
-        divergence = without_noise(flow.divergence) if key is None else flow.divergence
+            throw = is_eager((self.params, inputs))
+        divergence = (
+            without_noise(flow.divergence, self.event_shape) if key is None else flow.divergence
+        )
         chunks = Chunks.make(batch_size, progress, self.params)
         steps, options = "per_sample", flow.solve_options
         if options.tableau is None or options.axis_name is not None:

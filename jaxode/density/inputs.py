@@ -11,38 +11,15 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import (
     PYTHON_NUMBERS,
     check_integers,
-    described,
     floating,
     is_list_of_numbers,
-    native,
-    numeric_dtype,
+    numbers,
 )
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import in_rows, is_known
 from jaxode.density.maps import Affine
 
 Shape = tuple[int, ...]
-
-
-def numbers(name: str, x: Any, real: bool = True) -> Any:
-    """An array of numbers, `real` or not. Raises for text, objects and masked arrays."""
-    if is_known(x) and not isinstance(x, jax.Array | np.ndarray):
-        try:
-            x = np.asarray(x)
-        except ValueError:
-            raise TypeError(
-                f"{arg(name)} must be an array of numbers; got a {type(x).__name__} whose entries "
-                "differ in shape. Fill or cut them to one shape."
-            ) from None
-    x = native(x)
-    if isinstance(x, np.ndarray) and numeric_dtype(x) is None:
-        raise TypeError(
-            f"{arg(name)} must be an array of numbers; got {described(x)}. Encode text as numbers "
-            "or leave it out, fill what is masked, and convert with .astype(np.float32)."
-        )
-    if real and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
-        raise TypeError(f"{arg(name)} must be real; got {x.dtype}. Pass real and imaginary parts.")
-    return x
 
 
 def context_numbers(name: str, context: PyTree) -> PyTree:
@@ -136,7 +113,7 @@ def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
     if data is None:
         return None
     if isinstance(data, tuple):
-        shape = max(jnp.shape(part) for part in data)
+        shape = max(np.shape(part) for part in data)
         return (shape,) if shape else None
     return tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 # Columns whose correlation matrix has a smaller eigenvalue depend on each other linearly.
 SINGULAR = 1e-9
+LEAST = 1e-30  # of a scale, also of one in standard deviations
 # Knots of the spline of a column, at most; rows between two of them, on average and at least; and
 # rows between the last quantile and the extreme.
 KNOTS, BETWEEN, BEYOND = 41, 25, 10
@@ -151,7 +152,8 @@ def fit_normal(data: Float[np.ndarray, "rows *event"]) -> "Chain":
     standard, rows = NormalDist(), len(data)
     columns = data.reshape(rows, -1)
     low, center, high = np.quantile(columns, (0.25, 0.5, 0.75), axis=0)
-    scale = np.where(high > low, (high - low) / 1.349, columns.std(axis=0))
+    spread, std = high - low, columns.std(axis=0)
+    scale = np.where(spread > LEAST * np.maximum(std, 1), spread / 1.349, std)
     extreme = standard.inv_cdf(1 - min(1 / rows, 0.1))
     widest = standard.inv_cdf(1 - min(BEYOND / rows, 0.16))
     z = np.linspace(-widest, widest, min(max(rows // BETWEEN, 5), KNOTS - 2))

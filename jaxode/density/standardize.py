@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxode._checks.arguments import floating, floating_dtype, shape_of
+from jaxode._checks.arguments import floating, floating_dtype, numbers, shape_of
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import in_rows, is_known
 from jaxode._checks.samples import check_finite
-from jaxode.density.inputs import Shape, check_inside, numbers
+from jaxode.density.inputs import Shape, check_inside
 from jaxode.density.maps import Affine, Map, Unfitted, contains, fit_affine
 
 
@@ -26,7 +26,7 @@ def deprecated_pair(given: Any, event: Shape) -> tuple[Any, Any] | None:
             f"bind(standardize=...): must be data, or (mean, scale); got {len(given)} parts."
         )
     first = given[0]
-    if first is not None and not isinstance(first, tuple) and jnp.ndim(first) != len(event) + 1:
+    if first is not None and not isinstance(first, tuple) and np.ndim(first) != len(event) + 1:
         return None
     warnings.warn(
         "bind(standardize=(x, context)) is deprecated. Pass standardize=x and "
@@ -51,7 +51,7 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
         )
     if isinstance(given, tuple):
         return _affine(name, given, event)
-    if callable(given) or not jnp.ndim(given):
+    if callable(given) or not np.ndim(given):
         raise TypeError(
             f"{arg(name)} must be the data, or (mean, scale); got {given!r}. Pass your data, an "
             f"array {shape_of('n', event)}."
@@ -85,13 +85,19 @@ def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
                 f"{arg(name)} mean and scale must be numbers, or have shape {event}; got "
                 f"{part.shape}."
             )
-    if is_known(scale) and not (np.isfinite(scale).all() and (np.asarray(scale) > 0).all()):
+    if is_known(scale) and not _is_scale(scale).all():
         raise ValueError(
             f"{arg(name)} the scale must be positive and finite in {scale.dtype}; got {given[1]}."
         )
     if is_known(mean) and not np.isfinite(mean).all():
         raise ValueError(f"{arg(name)} the mean must be finite in {mean.dtype}; got {given[0]}.")
     return Affine(mean, scale)
+
+
+def _is_scale(x: Any) -> Any:
+    """Where a scale is finite, and large enough that XLA does not take it for zero."""
+    x = np.asarray(x)
+    return (x >= jnp.finfo(x.dtype).tiny) & np.isfinite(x)
 
 
 def check_values(name: str, data: np.ndarray) -> None:
@@ -118,7 +124,7 @@ def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -
     wide = np.asarray(data, np.float64)
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
     kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
-    constant = np.argwhere(~((scale > lost) & (kept > 0) & np.isfinite(kept)))
+    constant = np.argwhere(~((scale > lost) & _is_scale(kept)))
     if len(constant):
         column = tuple(map(int, constant[0]))
         place = column[0] if len(column) == 1 else column
@@ -145,12 +151,12 @@ def check_affine(given: Any) -> None:
 def context_maps(given: Any) -> PyTree:
     """A map for each floating leaf of the context, None for the others."""
     if isinstance(given, tuple):
-        if len(given) != 2 or any(jnp.ndim(part) > 1 for part in given):
+        if len(given) != 2 or any(np.ndim(part) > 1 for part in given):
             raise ValueError(
                 "bind(standardize_context=...): must be (mean, scale), an array of data, or a "
                 f"dictionary of such arrays; got a tuple of {len(given)} parts."
             )
-        return as_map("standardize_context", given, max(jnp.shape(part) for part in given))
+        return as_map("standardize_context", given, max(np.shape(part) for part in given))
     is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
     one = lambda x: as_map("standardize_context", x, jnp.shape(x)[1:]) if is_floating(x) else None
     return jax.tree.map(one, given)

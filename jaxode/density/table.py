@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_number, floating, shape_of
+from jaxode._checks.arguments import check_number, floating, numbers, shape_of
 from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
-from jaxode.density.inputs import check_inside, context_numbers, numbers, rows_in_flow
+from jaxode.density.inputs import check_inside, context_numbers, rows_in_flow
 from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
 from jaxode.density.standardize import check_values
+from jaxode.distributions import CenteredNormal
 from jaxode.images import in_cells
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
@@ -57,7 +58,8 @@ class Table(NamedTuple):
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         columns = rows.x.reshape(len(rows.x), -1)
-        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)))
+        centred = isinstance(density.flow.base, CenteredNormal)  # columns with a sum of zero
+        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent=not centred)
         return cls(rows, aside, integers & ~coarse)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
@@ -175,9 +177,11 @@ def warn_of_coarse(coarse: Bool[np.ndarray, " columns"], dtype: np.dtype) -> Non
 
 
 def warn_of_columns(
-    table: Float[np.ndarray, "rows columns"], columns: Int[np.ndarray, " some"]
+    table: Float[np.ndarray, "rows columns"],
+    columns: Int[np.ndarray, " some"],
+    independent: bool = True,
 ) -> None:
-    """Warn of columns with atoms, and of columns that depend on each other linearly."""
+    """Warn of columns with atoms, and of those that are no `independent` ones, if they must be."""
     table = table[:, columns].astype(np.float64)  # float32 would round a dependence away
     atoms = [i for i, x in zip(columns, table.T, strict=True) if _on_atoms(x) > 2 * OFTEN]
     if atoms:
@@ -190,8 +194,8 @@ def warn_of_columns(
             stacklevel=5,
         )
     varying = table.std(axis=0) > 0
-    if varying.sum() > WIDEST:
-        return  # it would take minutes
+    if not independent or varying.sum() > WIDEST:  # of more, it would take minutes
+        return
     involved = columns[varying][dependent_columns(*principal_axes(table[:, varying]))]
     # Of few rows, any columns are linear combinations.
     if len(involved) and len(table) > varying.sum():

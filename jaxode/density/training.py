@@ -20,7 +20,7 @@ from jaxode._checks.arguments import state_dtype
 from jaxode._jax.closure import compiled
 from jaxode.density.bind import Density
 from jaxode.density.table import Rows
-from jaxode.divergence import auto, without_noise
+from jaxode.divergence import Divergence, auto, hutchinson, is_trace, without_noise
 from jaxode.flows.cnf import CNF
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
@@ -117,15 +117,25 @@ def evaluation(
     density: Density, rows: Rows, log_det: float, key: PRNGKeyArray
 ) -> Callable[[PyTree], float]:
     """A function of parameters: the mean negative log-density of rows in the flow."""
-    flow, size = density.flow, math.prod(density.event_shape)
+    flow = density.flow
     loose = lambda value: jnp.maximum(jnp.asarray(value, float), LOOSE)
     options = flow.solve_options
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
         flow, regularizers=(), steer=0.0, quadrature="gauss", throw=False, solve_options=options,
-        divergence=without_noise(flow.divergence) if size <= EXACT_UP_TO else auto(),
+        divergence=_of_look(flow.divergence, density.event_shape),
     )  # fmt: skip
     return lambda params: float(_nll(flow, params, rows, key)) - log_det
+
+
+def _of_look(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
+    """Exact in few dimensions, and cheap in many, where `exact()` asks for no closed form."""
+    exact = without_noise(divergence, event)
+    if math.prod(event) <= EXACT_UP_TO:
+        return exact
+    if is_trace(divergence):
+        return hutchinson()
+    return divergence if divergence is exact and divergence.choose is None else auto()
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ tell how far it is, and be interrupted. Inside of one the loop is a part of the 
 mode solves each chunk again on its way back.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import caller
-from jaxode._checks.rules import is_known
+from jaxode._checks.rules import is_eager
 from jaxode._jax.closure import compiled
 from jaxode.flows.noise import keys_of_rows
 from jaxode.ode.solution import Solution
@@ -66,16 +67,23 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
     keys = None if key is None else keys_of_rows(key, system.y0, None)
     rows = _split(_Rows(system.y0, system.row_args, keys), count, chunks.size)
     whole = system._replace(y0=None, row_args=None)
-    if is_known((rows, whole, parts)) and is_known(jnp.zeros(())):  # and nothing is staged
+    if is_eager((rows, whole, parts)):
         told = count if chunks.progress else None
         solutions = _one_by_one(program, whole, parts, rows, told)
         solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
     else:
         solution = _looped(program, whole, parts, rows)
+    return _join(solution, count)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _join(solution: Solution, count: int) -> Solution:
+    """The inverse of `_split`."""
     join = lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:count]
     return jax.tree.map(join, solution)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _split(rows: _Rows, count: int, most: int) -> _Rows:
     """Leaves `[chunks, rows, ...]`. Neighbouring rows come into different chunks.
 
@@ -99,14 +107,19 @@ def _one(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
     return program(whole._replace(y0=rows.y0, row_args=rows.row_args), parts, rows.keys)
 
 
+@jax.jit
+def _chunk(rows: _Rows, i: Int[Array, ""]) -> _Rows:
+    """Chunk `i`. By a Python number, each would be a program of its own."""
+    return jax.tree.map(lambda leaf: leaf[i], rows)
+
+
 def _one_by_one(
     program: Program, whole: System, parts: Any, rows: _Rows, told: int | None
 ) -> Iterator[Solution]:
     """Each chunk. Write on stderr how many of the rows that are `told` are done, and seconds."""
     chunks, begin = rows.y0.shape[0], time.perf_counter()
     for i in range(chunks):
-        chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
-        yield jax.block_until_ready(_one(program, whole, parts, chunk))
+        yield jax.block_until_ready(_one(program, whole, parts, _chunk(rows, i)))
         if told is not None:
             done, seconds = (i + 1) * told // chunks, time.perf_counter() - begin
             text = f"\r{caller()}: {done:,} of {told:,} rows, {seconds:.0f} s "

@@ -141,7 +141,7 @@ class CNF(eqx.Module):
         The error control covers only the samples. A quadrature on the dense output of their solve
         integrates the change of volume, and `jax.value_and_grad` gets value and gradient from one
         sweep back over the steps. With a gradient method other than `DiscreteAdjoint`, or with an
-        implicit solver, the loss solves the augmented ODE instead.
+        implicit solver of diffrax, the loss solves the augmented ODE instead.
 
         Args:
             weights: weights of the samples in the mean, at least 0 and not all 0; equal by default.

@@ -19,6 +19,7 @@ from jaxode._jax.closure import compiled
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode.distributions import log_prob_of
 from jaxode.flows.integrands import SCORE
+from jaxode.flows.likelihood.objective import with_integrals
 from jaxode.flows.programs import probes_of
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.solve import run
@@ -45,7 +46,7 @@ def reverse_kl(
     """
     integrands, base = parts
     fixed = jax.lax.stop_gradient
-    row_args = probes_of(system, integrands, key), system.row_args
+    probes = probes_of(system, integrands, key)
     if path:
 
         def of_base(z):
@@ -53,17 +54,22 @@ def reverse_kl(
             return jnp.sum(log_prob), log_prob
 
         score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
-        field, state = integrands.score, (system.y0, *fixed((log_base, SCORE * score)))
+        tableau, field = system.stepper.tableau, integrands.score
+        if tableau is None or tableau.needs_jacobian:
+            field = integrands.score_with_jacobian
+        state = system.y0, *fixed((log_base, SCORE * score))
+        row_args = probes, system.row_args
+        solution = run(system._replace(field=field, y0=state, row_args=row_args))
+        x, log_q, score = solution.y1
+        log_q = fixed(log_q)  # it moves with the end times, of which the score has the derivative
+        along = fixed(score) / SCORE
     else:
-        field, state = integrands.density, (system.y0, log_prob_of(base, system.y0))
-    solution = run(system._replace(field=field, y0=state, row_args=row_args))
-    x, log_q, *score = solution.y1
-    if path:  # it moves with the end times, of which the score has the derivative
-        log_q = fixed(log_q)
+        solution = with_integrals(system, integrands.volume, probes, ())
+        x, log_det = solution.y1
+        log_q, along = log_prob_of(base, system.y0) - log_det, 0.0
     log_p, slope, finite = _target(log_density, fixed(x), system.row_args)
     # The derivative along the path: that of what is added to `log q - log p`, which is zero.
-    along = fixed(score[0]) / SCORE - slope if path else -slope
-    along = jnp.sum((along * (x - fixed(x))).reshape(len(log_q), -1), axis=1)
+    along = jnp.sum(((along - slope) * (x - fixed(x))).reshape(len(log_q), -1), axis=1)
     losses = log_q + along.astype(log_q.dtype) - log_p.astype(log_q.dtype)
     # As far as solves that failed do not explain it.
     solved = solution.ok

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxode._checks.arguments import check_scalar
+from jaxode._checks.caller import public
 from jaxode.divergence import Divergence, FieldAt
 from jaxode.ode.field import VectorField, of_row
 from jaxode.regularizers import Regularizer
@@ -17,6 +19,12 @@ from jaxode.regularizers import Regularizer
 # The scale of a score in a state: its absolute tolerance is ten times that of the samples. With the
 # same, it would take half as many steps again, for errors far below the noise of a gradient.
 SCORE = 0.1
+
+
+def of_one_sample(name: str, value: Any) -> Float[Array, ""]:
+    """What a divergence or a regularizer, the argument `name` of `cnf`, returned."""
+    cure = "Sum over the event, and average over probes."
+    return public("cnf")(check_scalar)(name, value, "must return one number of a sample", cure)
 
 
 class Integrands(eqx.Module):
@@ -40,15 +48,16 @@ class Integrands(eqx.Module):
     def volume(self, t, state, params, row):
         """Derivative of `(z, integral of div f)`."""
         probe, context = row
-        return self.divergence.apply(self.at(t, params, context), state[0], probe)
-
-    def density(self, t, state, params, row):
-        """Derivative of `(z, log p(z))`: the instantaneous change of variables."""
-        dz, div = self.volume(t, state, params, row)
-        return dz, -div
+        dz, div = self.divergence.apply(self.at(t, params, context), state[0], probe)
+        return dz, of_one_sample("divergence", div)
 
     def score(self, t, state, params, row):
         """Derivative of `(z, log p(z), SCORE grad log p(z))`. Only that of `z` has derivatives."""
+        dz, *others = self.score_with_jacobian(t, state, params, row)
+        return dz, *jax.lax.stop_gradient(others)
+
+    def score_with_jacobian(self, t, state, params, row):
+        """`score` for a solver that takes derivatives by the state."""
         z, _, score = state
 
         def change(z):
@@ -56,7 +65,7 @@ class Integrands(eqx.Module):
             return jnp.sum(score * dz) + SCORE * div, (dz, div)
 
         slope, (dz, div) = jax.grad(change, has_aux=True)(z)
-        return dz, *jax.lax.stop_gradient((-div, -slope))
+        return dz, -div, -slope
 
     def volume_of_each_probe(self, t, state, params, row):
         """Derivative of `(z, integral of each estimate of div f)`, on one linearization."""
@@ -81,7 +90,8 @@ class Integrands(eqx.Module):
         else:
             dz, div = self.divergence.apply(g, z, probe)
         costs = [regularizer.cost(dz, norm) for regularizer in self.regularizers]
-        return dz, jnp.stack([div, *costs])
+        costs = [of_one_sample("regularizers", cost) for cost in costs]
+        return dz, jnp.stack([of_one_sample("divergence", div), *costs])
 
     @property
     def _needs_norm(self) -> bool:

@@ -70,9 +70,9 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 def sample(system: System, parts, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
     integrands, base = parts
-    state = (system.y0, log_prob_of(base, system.y0))
-    row_args = (probes_of(system, integrands, key), system.row_args)
-    return run(system._replace(field=integrands.density, y0=state, row_args=row_args))
+    solution = with_integrals(system, integrands.volume, probes_of(system, integrands, key), ())
+    x, log_det = solution.y1
+    return dataclasses.replace(solution, y1=(x, log_prob_of(base, system.y0) - log_det))
 
 
 @compiled

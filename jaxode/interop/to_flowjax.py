@@ -24,11 +24,20 @@ class FlowDistribution(AbstractDistribution):
         condition = shapes[0] if shapes else None
         return cls(density=density, shape=density.event_shape, cond_shape=condition)
 
+    def _context(self, condition):
+        if condition is not None and self.cond_shape is None:
+            # flowjax would pass those of all samples as that of each.
+            raise ValueError(
+                "interop.flowjax(density=...): a condition needs a context whose shape is known. "
+                "Pass context_shape= to bind."
+            )
+        return condition
+
     def _log_prob(self, x, condition=None):
-        return self.density.log_prob(x, context=condition)
+        return self.density.log_prob(x, context=self._context(condition))
 
     def _sample(self, key, condition=None):
-        return self.density.sample(key, context=condition)
+        return self.density.sample(key, context=self._context(condition))
 
     def _sample_and_log_prob(self, key, condition=None):
-        return self.density.sample_and_log_prob(key, context=condition)
+        return self.density.sample_and_log_prob(key, context=self._context(condition))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import check_bool, integer
+from jaxode._checks.arguments import check_bool, integer, state_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode.distributions import as_event_shape
@@ -122,7 +122,7 @@ class Lattice(Symmetric):
     def _convolved(self, kernels, features) -> Float[Array, " size"]:
         """The sum over features of the circular convolutions, flattened."""
         axes = tuple(range(1, features.ndim))
-        transform = lambda x: jnp.fft.rfftn(x, axes=axes)
+        transform = lambda x: jnp.fft.rfftn(x.astype(state_dtype(x)), axes=axes)
         product = jnp.sum(transform(kernels) * transform(features), axis=0)
         out = jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
         return out.reshape(-1)

@@ -128,7 +128,8 @@ def solve_to_event(
     ys = out.ys
     if ys is not None and beyond is not None:
         ys = jnp.where(beyond[..., None], y1[None], ys)
-    reached = jax.lax.stop_gradient(jnp.where(failed, out.t_reached, t1))
+    reached = jnp.where(landed == Result.SUCCESS, out.t_reached, start)
+    reached = jax.lax.stop_gradient(jnp.where(failed, reached, t1))
     out = out._replace(y1=y1, ys=ys, result=result, t_reached=reached, stopped=came)
     return problem._replace(t1=t1), out._replace(stats=jax.tree.map(jnp.add, stats, out.stats))
 

@@ -188,7 +188,11 @@ def solve_past_events(
     )
     t1, y1, ys, result, reached, stats, _ = carry
     out = Integration(y1, _valid(ys, result, y1), stats, result, reached, h[-1], stopped=came[-1])
-    return problem._replace(t1=t1), out
+    ts = problem.ts
+    if ts is not None:  # beyond the last event, the outputs are its state, whatever their times
+        ended = came[-1][None] & _beyond(problem, t1)
+        ts = jnp.where(ended, jax.lax.stop_gradient(t1)[None], ts)
+    return problem._replace(t1=t1, ts=ts), out
 
 
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):

@@ -16,6 +16,8 @@ from jaxode._checks.errors import Result
 from jaxode._checks.rules import FINITE, FINITE_STATE
 from jaxode._checks.samples import check_rows
 from jaxode._jax.closure import compiled
+from jaxode._jax.precision import at_precision
+from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
@@ -351,21 +353,30 @@ def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     problem, stepper, ravel = pose(system)
     args = eqx.combine(problem.args, (system.shared, system.row_args))
+
+    def closed_change(times=None):
+        number = jnp.zeros(problem.t0.shape, jnp.int32)
+        given = problem.t0, number, problem.y0, args, times
+        *given, _ = vary(given, axes_of(given))
+        return at_precision(stepper.precision, change_on_rows(system, ravel), *given)
+
     if system.event is not None:
+        condition = at_precision(
+            stepper.precision, condition_on_rows(system, ravel), problem.t0, problem.y0, args
+        )
         to_event = partial(
-            solve_to_event, system.event, condition_on_rows(system, ravel), args,
-            stepper=stepper, adjoint=system.adjoint,
-        )  # fmt: skip
+            solve_to_event, system.event, condition, args, stepper=stepper, adjoint=system.adjoint
+        )
         if system.event.change is None:
             problem, out = to_event(problem)
         else:
-            change = change_on_rows(system, ravel)
+            change = closed_change()
             problem, out = solve_past_events(
                 change, system.event.most, to_event, problem, args, stepper
             )
     elif system.jumps is not None:
-        change, times = change_on_rows(system, ravel), system.jumps_on_rows(len(problem.t0))
-        out = solve_across(change, times, problem, args, stepper, system.adjoint)
+        times = system.jumps_on_rows(len(problem.t0))
+        out = solve_across(closed_change(times), times, problem, args, stepper, system.adjoint)
     else:
         out = system.adjoint.integrate(problem, stepper)
     interpolant = None

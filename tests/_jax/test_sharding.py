@@ -1,5 +1,6 @@
 """A batch over eight devices, under `jax.shard_map`: the numbers of one device."""
 
+import functools
 import subprocess
 import sys
 
@@ -40,6 +41,12 @@ def loss_of(axis_name, key=KEY, **options):
     return lambda params, x, context, weights: flow.nll(
         params, x, key=key, context=context, weights=weights
     )
+
+
+@functools.cache
+def of_one_device(**options):
+    """The loss of a batch on one device and its gradient, as a program."""
+    return jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))
 
 
 def sharded(loss, check_vma=True):
@@ -99,7 +106,7 @@ def test_joint_steps_over_devices_are_those_of_one(name):
     # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
     rtol = 1e-10 if name in METHODS and not METHODS[name].exact else 1e-12
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    expected = jax.jit(jax.value_and_grad(loss_of(None, **LOSSES[name]), (0, 1)))(*inputs)
+    expected = of_one_device(**LOSSES[name])(*inputs)
     assert_same(sharded(loss_of(AXIS, **LOSSES[name]))(*inputs), expected, rtol)
 
 
@@ -107,7 +114,7 @@ def test_joint_steps_over_devices_are_those_of_one(name):
 @pytest.mark.parametrize("options", with_slow(OWN_STEPS, OWN_STEPS[:1]), ids=str)
 def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
     inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
-    expected = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))(*inputs)
+    expected = of_one_device(**options)(*inputs)
     assert_same(sharded(loss_of(None, **options))(*inputs), expected)
 
 
@@ -193,7 +200,7 @@ def test_each_device_draws_its_own_noise_from_a_key_that_all_share():
 def test_without_the_types_of_shard_map():
     """With `check_vma=False` the name of the axis says which rows are whose."""
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    expected = jax.jit(loss_of(None))(*inputs)
+    expected, _ = of_one_device()(*inputs)
     assert_same(sharded(loss_of(AXIS), check_vma=False)(*inputs)[0], expected)
 
 
@@ -285,7 +292,7 @@ def test_joint_steps_of_a_batch_over_two_axes(check_vma):
         check_vma=check_vma,
     )  # fmt: skip
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    assert_same(jax.jit(run)(*inputs), loss_of(None)(*inputs))
+    assert_same(jax.jit(run)(*inputs), of_one_device()(*inputs)[0])
 
 
 def test_a_part_of_a_state_without_a_cotangent_of_its_own_goes_along():
@@ -326,7 +333,7 @@ def test_steps_over_two_axes_need_the_same_times_on_all():
 def test_a_sharded_batch_under_plain_jit(options):
     """XLA splits the program itself, and the numbers are those of one device."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)
-    run = jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))
+    run = of_one_device(**options)
     expected = run(PARAMS, X, CONTEXT, WEIGHTS)
     actual = run(PARAMS, *(jax.device_put(rows, split) for rows in (X, CONTEXT, WEIGHTS)))
     assert actual[1][1].sharding.device_set == split.device_set

@@ -1,5 +1,6 @@
 """The audit finds what is wrong with a flow, and nothing where nothing is."""
 
+import functools
 from types import SimpleNamespace
 
 import diffrax
@@ -78,8 +79,8 @@ def audit_wave(i, event=1, **options):
 
 
 def shifted(t, z, args):
-    p, shift = args
-    return jnp.tanh(p * z) + shift
+    p, (shift, label) = args
+    return jnp.tanh(p * z) + shift + 0 * label.astype(z.dtype)
 
 
 def audit_of_context(i):
@@ -87,7 +88,8 @@ def audit_of_context(i):
     base = jax.tree.map(lambda leaf: leaf + 0.1 * i, jaxode.diagonal_normal(1))
     x = 0.5 * jax.random.normal(jax.random.key(i), (16, 1))
     flow = jaxode.cnf(shifted, base, adjoint=jaxode.ForwardMode())
-    return jaxode.audit(flow, 0.3 * (1.0 + i), x, KEY, context=0.1 * x)
+    context = 0.1 * x, np.arange(16).astype(">i4")  # labels, as of a FITS table
+    return jaxode.audit(flow, 0.3 * (1.0 + i), x, KEY, context=context)
 
 
 def pushed(t, z, p):
@@ -139,6 +141,11 @@ def test_healthy_flow_gets_no_advice_and_a_second_audit_compiles_nothing(run, co
     assert ("part of steps rejected" in report.values) == explicit
 
 
+@functools.cache
+def out_of_steps():
+    return audit(wave, p=40.0, max_steps=23)
+
+
 # (flow broken on purpose, what must be found, a word of the advice)
 BROKEN = {
     "too loose a tolerance": (
@@ -157,7 +164,7 @@ BROKEN = {
         "the field is not smooth",
     ),
     "too small max_steps": (
-        lambda: audit(wave, p=40.0, max_steps=23),
+        lambda: out_of_steps(),
         {"solves that fail"},
         "the steps ran out at t=",
     ),
@@ -212,12 +219,12 @@ def test_total_probability_that_the_grid_does_not_resolve_is_not_in_range():
     report = audit(stretch, 2, 5.0, batch="per_sample")
     row = next(row for row in report.rows if row.name == "total probability")
     assert np.isnan(row.value)
-    assert row.limit == "not resolved by 513 points a side"
+    assert row.limit == "not resolved by 511 points a side"
     assert row.advice == ""
 
 
 def test_report_is_a_table():
-    report = audit(wave, p=40.0, max_steps=23)
+    report = out_of_steps()
     lines = str(report).splitlines()
     assert lines[0].split() == ["check", "value", "in", "range"]
     assert [line.split("  ")[0] for line in lines[1 : 1 + len(report.rows)]] == list(report.values)

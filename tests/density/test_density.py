@@ -71,7 +71,7 @@ def test_the_density_on_a_box_integrates_to_one(name):
     middles = [(side[1:] + side[:-1]) / 2 for side in sides]
     grid = jnp.asarray(np.stack(np.meshgrid(*middles, indexing="ij"), -1))
     area = np.prod([side[1] - side[0] for side in sides])
-    density = bounded(name)
+    density = bounded(name).with_flow(jaxode.cnf(FLOW.f, FLOW.base, rtol=1e-6, atol=1e-6))
     total = jnp.exp(jax.jit(lambda x: density.log_prob(x))(grid)).sum() * area
     np.testing.assert_allclose(total, 1, atol=1e-3)
 
@@ -104,9 +104,13 @@ def test_outside_of_the_support():
         density.log_prob(x.at[1].set(jnp.nan))
 
 
+def scaled(t, z, a):
+    return a * z
+
+
 def normal(**maps):
     """The density of a standard normal within the maps: a field of zero."""
-    return jaxode.bind(jaxode.cnf(lambda t, z, a: a * z, FLOW.base), jnp.zeros(()), **maps)
+    return jaxode.bind(jaxode.cnf(scaled, FLOW.base), jnp.zeros(()), **maps)
 
 
 LOGNORMAL = np.random.default_rng(2).lognormal([7.0, -2.0], [0.5, 1.0], (50, 2))
@@ -241,7 +245,7 @@ def test_integers_do_not_wrap(default_settings):
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_data_in_half_precision_are_mapped_in_single(dtype, default_settings):
     x = DATA.astype(dtype)
-    density = jaxode.bind(jaxode.cnf(lambda t, z, p: p * z, FLOW.base), 0.1, standardize=x)
+    density = jaxode.bind(jaxode.cnf(scaled, FLOW.base), 0.1, standardize=x)
     found, wanted = density.log_prob(x), density.log_prob(x.astype(np.float32))
     assert found.dtype == wanted.dtype == np.float32
     np.testing.assert_array_equal(found, wanted)
@@ -411,7 +415,12 @@ def test_labels_in_a_context_stay_as_they_are():
     assert np.isfinite(density.log_prob(DATA, context=context)).all()
 
 
-def test_without_a_key_an_exact_divergence_is_the_one_that_was_chosen():
+EXACT = jaxode.divergence.exact()
+OWN = jaxode.divergence.Divergence(lambda key, z: None, EXACT.apply)
+
+
+@pytest.mark.parametrize("chosen", [EXACT, OWN], ids=["exact", "own"])
+def test_without_a_key_an_exact_divergence_is_the_one_that_was_chosen(chosen):
     """That of a wrong closed form is right by `exact()`, as the audit advises."""
 
     class Wrong(eqx.Module):
@@ -422,7 +431,7 @@ def test_without_a_key_an_exact_divergence_is_the_one_that_was_chosen():
             return a * z, a
 
     x = DATA[:2]
-    flow = jaxode.cnf(Wrong(), FLOW.base, divergence=jaxode.divergence.exact())
+    flow = jaxode.cnf(Wrong(), FLOW.base, divergence=chosen)
     np.testing.assert_allclose(
         jaxode.bind(flow, jnp.array(0.5)).log_prob(x), flow.log_prob(jnp.array(0.5), x), rtol=1e-4
     )
@@ -805,3 +814,13 @@ def test_a_table_in_float64_warns_of_nothing(default_settings):
     z, context = density.to_flow(DATA, DATA)
     assert z.dtype == context.dtype == jnp.float32
     assert np.isfinite(flow.matching_loss(params, z, key=KEY, context=context))
+
+
+def test_known_samples_in_a_program_do_not_call_the_host():
+    """Nor keep it from being exported: a failure is NaN there."""
+    density = jaxode.bind(FLOW, PARAMS)
+    program = jax.jit(lambda s: s * density.sample(KEY, (2,)))
+    assert "callback" not in str(jax.make_jaxpr(program)(1.0))
+    fit = lambda s: jaxode.fit(density, DATA, key=KEY, steps=1)
+    with pytest.raises(ValueError, match=r"fit: looks at data.* runs outside jax\.jit"):
+        jax.jit(fit)(1.0)

@@ -29,7 +29,6 @@ HUTCHINSON = {"divergence": jaxode.divergence.hutchinson()}
 # Of the density, the keywords of a call.
 CALLS = {
     "log_prob": lambda **size: density().log_prob(X, **size),
-    "with a context": lambda **size: density(1).log_prob(X, context=CONTEXT, **size),
     "with noise": lambda **size: density(**HUTCHINSON).log_prob(X, key=KEY, **size),
     "of more axes": lambda **size: density().log_prob(X.reshape(4, 5, 2), **size),
     "sample": lambda **size: density().sample(KEY, ROWS, **size),
@@ -69,12 +68,11 @@ def test_an_ensemble_does_not_depend_on_the_size():
     bound = density()
     params = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), bound.params)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def members(params, size):
-        one = lambda params: bound.with_params(params).log_prob(X, batch_size=size)
-        return jax.vmap(one)(params)
-
-    assert_close(members(params, SIZE), members(params, ROWS), 1e-12)
+    one = lambda params: bound.with_params(params).log_prob(X, batch_size=SIZE)
+    members = jax.jit(jax.vmap(one))(params)
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(2)]
+    expected = jnp.stack([bound.with_params(one).log_prob(X) for one in each])
+    assert_close(members, expected, 1e-12)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -169,3 +167,14 @@ def test_rows_that_are_split_over_devices_are_so_in_every_batch():
     # Devices tell each other when their rows are done, and nothing else.
     assert "all-reduce" in program.as_text()
     assert not any(word in program.as_text() for word in ("all-gather", "all-to-all", "permute"))
+
+
+def test_the_programs_of_a_batch_do_not_depend_on_the_number_of_chunks(compiled):
+    bound, counts = density(), []
+    bound.log_prob(jnp.zeros((2 * SIZE, 2)), batch_size=SIZE)  # what is compiled once
+    for rows in (3 * SIZE, 9 * SIZE):
+        x = jnp.zeros((rows, 2))
+        compiled.clear()
+        bound.log_prob(x, batch_size=SIZE)
+        counts.append(len(compiled))
+    assert counts[1] < counts[0] + 4  # with a program of each, six more

@@ -72,8 +72,9 @@ def test_exact_with_ties():
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_a_permutation_whatever_the_data(name):
     z, x = normal(1, 7, 2), normal(2, 7, 2)
+    pair = jax.jit(COUPLINGS[name]().pair)
     for number in (0.0, jnp.nan, jnp.inf, 1e300):
-        rows = jax.jit(COUPLINGS[name]().pair)(KEY, z, x.at[3, 0].set(number), None)
+        rows = pair(KEY, z, x.at[3, 0].set(number), None)
         assert rows is None or sorted(np.asarray(rows)) == list(range(7))
 
 
@@ -160,3 +161,13 @@ def test_a_call_outside_of_jit_compiles_once(compiled):
         before = len(compiled)
         coupling.pair(key, x, x, None)
     assert len(compiled) == before
+
+
+def test_a_complex_condition_is_its_real_and_imaginary_part():
+    z, x = jax.random.normal(jax.random.key(0), (2, 16, 2))
+    angle = jnp.linspace(0.0, 6.0, 16)[:, None]
+    pair = optimal_transport(16, 10.0).pair
+    parts = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
+    expected, on_circle = pair(KEY, z, x, parts), jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
+    np.testing.assert_array_equal(pair(KEY, z, x, on_circle), expected)
+    assert (pair(KEY, z, x, jnp.arange(16)[:, None]) != expected).any()

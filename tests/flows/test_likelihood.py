@@ -307,7 +307,7 @@ def test_steer_is_the_loss_of_a_flow_that_ends_there():
     np.testing.assert_allclose(jax.jit(loss)(*inputs), actual[0], rtol=1e-13)
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["per_sample"]))
 def test_steer_leaves_the_density_alone(control):
     options = {"batch": control, "divergence": ESTIMATORS["hutchinson"]}
     flow, plain = make(steer=0.3, **options), make(**options)

@@ -42,9 +42,13 @@ def masked(name, way, ts=None):
     return loss, lambda z: (z, 0.0, 1.0, ts, (jnp.array(1.0), jnp.array(0.1)), jnp.array(1.1))
 
 
+MASKED = [(name, way) for name in KINDS for way in WAYS]
+OTHERS = [case for case in MASKED if case[0] in ("interpolating", "forward")]
+
+
 @pytest.mark.parametrize(
     ("name", "way"),
-    of_feature((name, way) for name in KINDS for way in WAYS),
+    with_slow(MASKED, [*OTHERS, ("backsolve", "vmap")]),
 )
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     loss, inputs = masked(name, way, TS)
@@ -82,7 +86,7 @@ def test_second_derivatives_where_failed_rows_are_masked(name, again):
     assert jnp.isnan(run(by, BAD, jnp.ones(5, bool))).all()
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if METHODS[name].masks])
+@pytest.mark.parametrize("name", of_feature(name for name in KINDS if METHODS[name].masks))
 def test_a_failed_joint_solve_that_is_masked_adds_nothing(name):
     """One row that fails fails all, and so does a system without a batch."""
 
@@ -272,22 +276,40 @@ def of_nll(product):
     return jax.value_and_grad(lambda A, y: flow.nll(A, y[None]), (0, 1))
 
 
+def of_jump(A, y0):
+    jumps = jaxode.Jumps(jnp.array([0.5]), lambda t, y, A, i: product_with_vjp(A, y))
+    return jaxode.solve(lambda t, y, A: y, y0, 0.0, 1.0, A, jumps=jumps, throw=False).y1.sum()
+
+
+def of_event(A, y0):
+    event = jaxode.Event(lambda t, y, A: product_with_jvp(A, y)[0] - 1.5)
+    return jaxode.solve(lambda t, y, A: y, y0, 0.0, 1.0, A, event=event, throw=False).t1
+
+
+def by_either(A, y):
+    return product_with_vjp(A, y) + product_with_jvp(A, y)
+
+
 PRODUCTS = {
-    **{f"vjp, {name}": derivative(product_with_vjp, name) for name in REVERSE},
-    **{f"jvp, {name}": derivative(product_with_jvp, name) for name in KINDS},
+    # Both kinds of rules, where a method takes both.
+    **{f"both, {name}": derivative(by_either, name) for name in REVERSE},
+    **{f"jvp, {name}": derivative(product_with_jvp, name) for name in KINDS if name not in REVERSE},
     "vjp in a branch": derivative(in_branch(product_with_vjp), "discrete"),
     "jvp in a branch": derivative(in_branch(product_with_jvp), "forward"),
     **{
         f"jvp, {again.__name__} of {name}": derivative(product_with_jvp, name, again)
         for name, again in AGAIN
+        if again is not jax.jacrev
     },
-    "vjp, again": derivative(product_with_vjp, "backsolve", jax.jacrev),
+    "both, jacrev of backsolve": derivative(by_either, "backsolve", jax.jacrev),
     "nll": of_nll(product_with_jvp),
+    "the change at a jump": jax.grad(of_jump, (0, 1)),
+    "the condition for an event": jax.grad(of_event, (0, 1)),
     "vmap": jax.vmap(derivative(product_with_vjp, "discrete"), (None, 0)),
 }
 
 
-SLOW_PRODUCTS = [case for case in PRODUCTS if "interpolating" in case or case == "vjp, again"]
+SLOW_PRODUCTS = [case for case in PRODUCTS if "interpolating" in case or " of " in case]
 
 
 @pytest.mark.parametrize("case", with_slow(PRODUCTS, SLOW_PRODUCTS))
@@ -295,7 +317,7 @@ def test_products_in_rules_of_differentiation_run_at_full_precision(case):
     y0 = jnp.ones((3, 2)) if case == "vmap" else jnp.ones(2)
     program = jax.jit(PRODUCTS[case]).lower(jnp.eye(2), y0).as_text()
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) > 3
+    assert len(products) > (7 if "both" in case else 3)
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
 
 

@@ -201,7 +201,10 @@ def reference(group, name, t1):
         return np.concatenate([value.real, value.imag / tiny])
 
     start = np.concatenate([y0, directions(n)[0]])
-    options = {"rtol": 1e-12, "atol": 1e-13, "method": "Radau" if group == "stiff" else "DOP853"}
+    # Far below what is allowed; Radau is of order five.
+    options = {"rtol": 1e-12, "atol": 1e-13, "method": "DOP853"}
+    if group == "stiff":
+        options = {"rtol": 1e-10, "atol": 1e-12, "method": "Radau"}
     out = scipy.integrate.solve_ivp(both, (0.0, t1), start, **options).y[:, -1]
     return out[:n], out[n:] @ directions(n)[1]
 
@@ -230,7 +233,6 @@ def test_detest_backwards(name):
     ("name", "solver"),
     [
         *((name, diffrax.Kvaerno5()) for name in STIFF),
-        *((name, diffrax.Kvaerno3()) for name in ("C1", "D2", "E2")),
         *((name, jaxode.Rodas5P()) for name in STIFF),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,

@@ -103,14 +103,15 @@ def test_rows_have_their_own_events():
 
 @pytest.mark.slow
 def test_a_row_that_fails_fails_alone():
-    heights = jnp.array([1.0, jnp.nan, 2.0])
+    heights, others = jnp.array([1.0, 1.5, 2.0]), jnp.array([True, False, True])
 
     def loss(g, heights):
         s = bounce(heights, 0.7, g, batch="per_sample", throw=False)
-        return jnp.sum(jnp.where(s.ok[:, None], s.y1, 0.0)), s
+        return jnp.sum(jnp.where((s.ok & others)[:, None], s.y1, 0.0)), s
 
     run = jax.jit(jax.grad(loss, has_aux=True))
-    (bar, s), (expected, _) = run(BALL[2], heights), run(BALL[2], heights[::2])
+    (bar, s), (expected, right) = (run(BALL[2], heights.at[1].set(h)) for h in (jnp.nan, 1.5))
+    assert right.ok.all()
     assert list(s.ok) == [True, False, True]
     assert np.isnan(s.y1[1]).all()
     np.testing.assert_allclose(bar, expected, rtol=1e-12)
@@ -192,3 +193,19 @@ def test_wrong_changes(name):
     )  # fmt: skip
     with pytest.raises((TypeError, ValueError), match=message):
         run()
+
+
+def test_outputs_after_the_last_event_do_not_move_with_their_times():
+    event = jaxode.Event(lambda t, y, _: y[0] - 1, change=lambda t, y, _, i: y - 1, most=1)
+
+    def last(ts):
+        s = jaxode.solve(
+            lambda t, y, _: jnp.ones_like(y), jnp.zeros((1, 1)), 0.0, 9.0, ts=ts, event=event,
+            batch="per_sample", **OPTIONS,
+        )  # fmt: skip
+        assert s.ys.shape == (1, 3, 1)
+        return s.ys[0, 2, 0]
+
+    value, slope = jax.value_and_grad(last)(jnp.array([[0.1, 5.0, 5.0]]))
+    np.testing.assert_allclose(value, 1, rtol=1e-6)
+    np.testing.assert_allclose(slope, 0, atol=1e-12)

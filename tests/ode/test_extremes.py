@@ -191,12 +191,14 @@ def test_cnf_of_any_event_and_batch(control, event, batch):
     np.testing.assert_allclose(log_prob, exact_log_prob(sample), rtol=1e-6)
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+EXACT, NOISY = (divergence.exact(), "gauss"), (divergence.hutchinson(), "stochastic")
+EMPTY = [("joint", *EXACT), ("per_sample", *NOISY), ("joint", *NOISY), ("per_sample", *EXACT)]
+
+
 @pytest.mark.parametrize(
-    ("estimator", "quadrature"),
-    [(divergence.exact(), "gauss"), (divergence.hutchinson(), "stochastic")],
-    ids=["exact", "noisy"],
-)
+    ("control", "estimator", "quadrature"), with_slow(EMPTY, EMPTY[2:]),
+    ids=["joint-exact", "per_sample-noisy", "joint-noisy", "per_sample-exact"],
+)  # fmt: skip
 def test_cnf_of_an_empty_batch(control, estimator, quadrature):
     """No densities, and no samples; the mean of nothing is an error."""
     flow = normal((2,), batch=control, divergence=estimator, quadrature=quadrature)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 import jaxode
 
@@ -65,8 +66,9 @@ COMPILED += [(jax.vmap, *FAILURES[0]), (lambda f: jax.jit(jax.vmap(f)), *FAILURE
 
 
 @pytest.mark.parametrize(
-    ("transform", "f", "options", "code", "message"), COMPILED, ids=[*IDS, "vmap", "jit of vmap"]
-)
+    ("transform", "f", "options", "code", "message"), with_slow(COMPILED, COMPILED[3:5]),
+    ids=[*IDS, "vmap", "jit of vmap"],
+)  # fmt: skip
 def test_failed_solve_raises_when_compiled(transform, f, options, code, message):
     del code
     run = transform(lambda y0: solve(f, y0, t1=2.0, **options).y1)

@@ -3,6 +3,7 @@
 import functools
 from functools import partial
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,3 +235,35 @@ def test_negative_padding_is_named():
     ts = np.where(np.arange(4) < COUNTS[:, None], np.abs(TS) + 1, -1.0)
     with pytest.raises(jaxode.SolveError, match=r"ts=.* Pad a row with .* rows, first in row"):
         jaxode.solve(lambda t, y, _: y, Y0, 0.0, 9.0, ts=np.sort(ts)[:, ::-1], batch="per_sample")
+
+
+@pytest.mark.parametrize("name", of_feature(KINDS))
+def test_a_padding_row_at_a_singular_time_adds_nothing(name):
+    """It has an empty span, where the field is infinite, and nothing depends on it."""
+
+    def loss(p, t0, t1):
+        y0, f = jnp.ones((len(t0), 1)), lambda t, y, p: p * y / t
+        options = METHODS[name].options(batch="per_sample", **OPTIONS)
+        return jaxode.solve(f, y0, t0, t1, p, **options).y1[0, 0]
+
+    slope = gradient(name)(loss, 0)
+    rows = slope(0.5, jnp.array([0.1, 0.0]), jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(rows, np.log(10) * 10**0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("times", [False, True])
+def test_a_row_waits_for_others_where_the_field_is_no_number(times):
+    """The midpoint rule never comes to the end of its steps."""
+
+    def loss(c, y0, rows, t1):
+        f = lambda t, y, a: a[1] * (a[0] - y) / (1.0 - t)
+        options = {"batch": "per_sample", "solver": diffrax.Midpoint(), "rtol": 1e-3, "atol": 1e-3}
+        return jaxode.solve(f, y0, 0.0, t1, c, row_args=rows, **options).y1.sum()
+
+    slope = jax.grad(loss, (0, 3) if times else 0)
+    rows, y0 = jnp.array([1.0, 3.0]), jnp.zeros((2, 1))
+    alone = [slope(2.0, y0[:1], rows[i : i + 1], 1.0) for i in range(2)]
+    expected = jax.tree.map(lambda a, b: a + b, *alone)
+    for a, b in zip(*map(jax.tree.leaves, (slope(2.0, y0, rows, 1.0), expected)), strict=True):
+        assert np.isfinite(b).all()
+        np.testing.assert_allclose(a, b, rtol=1e-9)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, of_feature
+from helpers import METHODS, of_feature, with_slow
 
 import jaxode
 
@@ -62,7 +62,7 @@ def scalar(solve, *inputs):
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(solve(*inputs)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_slow(CASES, ["per-sample steps", "joint, equal steps"]))
 def test_equal_to_single_solves(case):
     found, expected = (
         jax.jit(functools.partial(solve, CASES[case]))(Y0, ARGS, ROW_ARGS)

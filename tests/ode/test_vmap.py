@@ -119,19 +119,21 @@ def test_as_rows_of_one_solve(name, only_rows):
     f, inputs, axes = CASES[name]
     axes = axes if isinstance(axes, tuple) else (axes,) * len(inputs)
     argnums = tuple(range(len(inputs)))
-    loss = lambda *inputs: jnp.sum(jnp.sin(1.3 * f(*inputs)))
-    values, each = one_by_one(
-        jax.jit(lambda *inputs: (f(*inputs), jax.grad(loss, argnums)(*inputs))), axes, inputs
-    )
-    total = lambda *inputs: jnp.sum(jax.vmap(loss, axes)(*inputs))
-    every = jax.jit(lambda *inputs: (
-        jax.vmap(f, axes)(*inputs), jax.vmap(jax.grad(loss, argnums), axes)(*inputs),
-        jax.grad(total, argnums)(*inputs),
-    ))  # fmt: skip
+
+    def with_value(f):
+        def loss(*inputs):
+            value = f(*inputs)
+            return jnp.sum(jnp.sin(1.3 * value)), value
+
+        return jax.grad(loss, argnums, has_aux=True)
+
+    one, of_all = with_value(f), with_value(jax.vmap(f, axes))
+    each, values = one_by_one(jax.jit(one), axes, inputs)
+    every = jax.jit(lambda *inputs: (jax.vmap(one, axes)(*inputs), of_all(*inputs)))
     summed = tuple(
         jnp.sum(x, axis=0) if axis is None else x for x, axis in zip(each, axes, strict=True)
     )
-    check(every(*inputs), (values, each, summed))
+    check(every(*inputs), ((each, values), (summed, values)))
 
 
 def in_two(f):
@@ -199,11 +201,31 @@ SLOW = {
 }  # fmt: skip
 
 
+ONE = jax.jit(lambda y0, a, rtol: end(y0, a, rtol=rtol))
+
+
+def alone(y0s, rows, rtols=3 * (1e-6,)):
+    return jnp.stack([ONE(*each) for each in zip(y0s, rows, rtols, strict=True)])
+
+
+# Of which one solve after the other, by one program, is the reference.
+ALONE = {
+    "nested": lambda: jnp.stack([alone(Y0, 3 * [a]) for a in A]),
+    "nested, both": lambda: alone(Y0, A)[None],
+    "scan": lambda: alone(alone(Y0, A), A),
+    "vmap of a scan": lambda: alone(alone(Y0, A), A),
+    "the settings": lambda: alone(Y0, 3 * [A[0]], (1e-6, 1e-7, 1e-8)),
+}
+
+
 @pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))
 def test_programs_are_those_of_the_plain_rule(name, monkeypatch):
     # As one program: without the small ones of an array each, which are compiled twice here.
     run = lambda: jax.jit(lambda: PROGRAMS[name](end))()
     got = run()
+    if name in ALONE:
+        check(got, ALONE[name](), 1e-11)
+        return
     by_plain_rule = lambda f, rule, *args: (PLAIN.add(name), f(*args))[1]
     monkeypatch.setattr(vmapped, "_with_rule", by_plain_rule)
     # A setting that no solve depends on, and for which JAX finds no program of the rule.

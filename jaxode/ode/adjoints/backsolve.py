@@ -134,8 +134,9 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
     diff, fixed = eqx.partition(inputs, perturbed)
     if not len(problem.y0):
         return jax.tree.map(jnp.zeros_like, diff)
-    of_state = lambda x: x.astype(problem.y0.dtype) if jnp.isrealobj(x) else x
-    as_given = lambda b, x: b.astype(x.dtype)
+    as_real = lambda x: x if jnp.isrealobj(x) else jnp.stack([x.real, x.imag])
+    of_state = lambda x: as_real(x).astype(problem.y0.dtype)
+    as_given = lambda b, x: (b if jnp.isrealobj(x) else jax.lax.complex(*b)).astype(x.dtype)
     _, unravel = ravel_pytree(jax.tree.map(of_state, (problem.y0, problem.y0, params)))
     pack = lambda *parts: ravel_pytree(jax.tree.map(of_state, parts))[0][None]
     unpack = lambda state: unravel(state[0])

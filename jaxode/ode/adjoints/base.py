@@ -67,7 +67,8 @@ class Adjoint:
 
 
 class Solved(NamedTuple):
-    """A solve on the way back. Rows that failed and on which nothing depends are replaced.
+    """A solve on the way back. Rows that failed, or took no step, and on which nothing depends are
+    replaced.
 
     Problem and end states have the first successful row in place of each. The field sees their
     start instead of recorded steps, which may not be finite.
@@ -99,7 +100,7 @@ class Solved(NamedTuple):
         if isinstance(problem.field, ClosedField):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, tape = recorded
-        ok = integration.result == Result.SUCCESS
+        ok = (integration.result == Result.SUCCESS) & ~replaced
         shared, of_rows = problem.args
         replace = lambda tree: replace_rows(tree, replaced, ok, of_rows)
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
@@ -223,8 +224,9 @@ def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
 
 def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
     def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
-        unused = without_cotangent(bar, problem.t0)
-        replaced = unused & (recorded[0].result != Result.SUCCESS)
+        # Over an empty span, too, the field need not be finite.
+        none, unused = recorded[0].stats.num_accepted == 0, without_cotangent(bar, problem.t0)
+        replaced = unused & ((recorded[0].result != Result.SUCCESS) | none)
         solved = Solved.of(problem, wanted, stepper, recorded, replaced)
         return solved.masked(*adjoint.pull_back(solved, bar))
 

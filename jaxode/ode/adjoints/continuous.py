@@ -214,7 +214,7 @@ class ContinuousAdjoint(ReverseAdjoint):
             # differentiates both branches of a `cond`, with zeros in place of the solve in the
             # branch that is not taken (or values of the other branch with the same shape, which
             # cannot be told apart).
-            ran = solved.ok & (integration.stats.num_steps > 0)
+            ran = solved.ok & ~solved.replaced & (integration.stats.num_steps > 0)
             result = jnp.where(ran, segment.progress.result, Result.SUCCESS)
             nan = nan_or_raise(result, segment.progress.t, where="backward solve")
             # The check is part of the value, so it cannot be eliminated as dead code.

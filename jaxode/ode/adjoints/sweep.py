@@ -100,10 +100,15 @@ class Sweep(NamedTuple):
         return walk_back(solved, self._step, swept, whole=self.interior is not None)
 
     def _step(self, step: Step, number, swept: Swept) -> Swept:
-        products = self.solved.timed or self.tableau.needs_jacobian
-        if products and not one_row(self.solved.replaced):
-            # Derivatives with respect to times, and to a Jacobian, are products with the stages.
-            step = step._replace(k=jnp.where(self.solved.replaced[:, None], 0.0, step.k))
+        replaced, problem = self.solved.replaced, self.solved.problem
+        if not one_row(replaced):
+            # A row waits at its end for the others. The field need not be finite there.
+            waits = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
+            replaced = replaced | waits
+            if self.solved.timed or self.tableau.needs_jacobian:
+                # Derivatives by times, and by a Jacobian, are products with the stages.
+                step = step._replace(k=jnp.where(replaced[:, None], 0.0, step.k))
+        at_step = self._replace(solved=self.solved._replace(replaced=replaced))
         bar, params_bar, carry = jax.tree.map(jnp.zeros_like, step), swept.params, swept.interior
         if swept.slope is not None:
             bar = bar._replace(k=bar.k.at[-1].set(swept.slope))
@@ -111,7 +116,7 @@ class Sweep(NamedTuple):
             bar, params_bar, carry = self.interior(step, number, bar, params_bar, carry)
         # Before the first step, only its first stage is left: the last stage of step number 0.
         lowest = jnp.where(number == 0, len(step.k) - 1, 1) if self.waits else 0
-        bar, params_bar = self._pull(step, bar, swept.y, params_bar, lowest)
+        bar, params_bar = at_step._pull(step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.solved.timed:
             by_t0, by_t1 = self.solved.speeds(step.t, step.h, number)

@@ -91,7 +91,9 @@ class Reverse(NamedTuple):
                 tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
                 tape = tape._replace(num_steps=tape.num_steps - 1)
             joined = many.join(mapped[0], problem, stepper)
-            return many.split(integrate(joined, stepper)[0]), tape
+            # Without a tape, the solution itself has the derivatives of the method.
+            solve = integrate if tape is not None else self.record
+            return many.split(solve(joined, stepper)[0]), tape
 
         rule = _rule(self.record, as_rows, self.wanted)
         return _with_rule(self.record, rule, problem, stepper)

@@ -178,6 +178,8 @@ def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
     table = getattr(cls, "tableau", None)
     if not issubclass(cls, diffrax.AbstractERK) or not isinstance(table, diffrax.ButcherTableau):
         return None
+    if cls.step is not diffrax.AbstractERK.step:  # it does more than its tableau says
+        return None
     A = np.zeros((table.num_stages, table.num_stages))
     for i, row in enumerate(table.a_lower, start=1):
         A[i, :i] = row
