@@ -159,8 +159,8 @@ class Tables(Benchmark):
     def scores_at(self, results: Results, end: str, best: bool = False) -> dict[str, Scores]:
         """By table: the scores of the documented settings after this time, or the best of three.
 
-        The best is chosen by the validation rows, for each seed; seeds of which a setting is
-        missing are left out, and tables of which a contender then is missing.
+        The best is chosen by the validation rows, for each seed; seeds of which any contender
+        lacks a setting are left out, and tables of which no seed is left.
         """
         found: dict[str, dict[tuple[str, int], dict[str, dict[str, Any]]]] = {}
         for case, result in results.items():
@@ -176,6 +176,10 @@ class Tables(Benchmark):
                 if not best or len(settings) == len(CONTENDERS[contender].settings):
                     chosen = min(settings.values(), key=validation)
                     rows.setdefault(label, {}).setdefault(contender, {})[seed] = chosen
+        if best:  # of the same seeds for all
+            for label, row in rows.items():
+                seeds = set.intersection(*map(set, row.values()))
+                rows[label] = {name: {s: by[s] for s in seeds} for name, by in row.items() if seeds}
         there = {label: {name for name, _ in by_seed} for label, by_seed in found.items()}
         return {label: row for label, row in rows.items() if set(row) == there[label]}
 

@@ -5,7 +5,6 @@ tell how far it is, and be interrupted. Inside of one the loop is a part of the 
 mode solves each chunk again on its way back.
 """
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import caller
@@ -73,17 +72,10 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
         solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
     else:
         solution = _looped(program, whole, parts, rows)
-    return _join(solution, count)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _join(solution: Solution, count: int) -> Solution:
-    """The inverse of `_split`."""
     join = lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:count]
     return jax.tree.map(join, solution)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _split(rows: _Rows, count: int, most: int) -> _Rows:
     """Leaves `[chunks, rows, ...]`. Neighbouring rows come into different chunks.
 
@@ -107,19 +99,14 @@ def _one(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
     return program(whole._replace(y0=rows.y0, row_args=rows.row_args), parts, rows.keys)
 
 
-@jax.jit
-def _chunk(rows: _Rows, i: Int[Array, ""]) -> _Rows:
-    """Chunk `i`. By a Python number, each would be a program of its own."""
-    return jax.tree.map(lambda leaf: leaf[i], rows)
-
-
 def _one_by_one(
     program: Program, whole: System, parts: Any, rows: _Rows, told: int | None
 ) -> Iterator[Solution]:
     """Each chunk. Write on stderr how many of the rows that are `told` are done, and seconds."""
     chunks, begin = rows.y0.shape[0], time.perf_counter()
     for i in range(chunks):
-        yield jax.block_until_ready(_one(program, whole, parts, _chunk(rows, i)))
+        chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
+        yield jax.block_until_ready(_one(program, whole, parts, chunk))
         if told is not None:
             done, seconds = (i + 1) * told // chunks, time.perf_counter() - begin
             text = f"\r{caller()}: {done:,} of {told:,} rows, {seconds:.0f} s "
