@@ -209,7 +209,7 @@ class Training:
         # `fold_in` of a number beyond those of the steps: a key that none of them has.
         rows = self.data(jax.random.fold_in(block_key, BLOCK))
         keys = jax.random.split(block_key, count)
-        rate = self.rate * jnp.sin(0.5 * jnp.pi * self.left) ** 2
+        rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         given = phase.loss, phase.optimizer, self.batch_size, self.static
         self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, keys))
