@@ -195,7 +195,7 @@ class _Adapted(eqx.Module):
 
 def _has_support(density: Any) -> bool:
     """Whether it has a support with an element, as most distributions of numpyro."""
-    support = getattr(density, "support", None)
+    support: Any = getattr(density, "support", None)
     if hasattr(density, "component_distributions") and getattr(density, "_support", None) is None:
         return False  # numpyro takes that of the first component
     try:
