@@ -1,7 +1,8 @@
 """Base densities: any object with `event_shape`, `log_prob` and `sample`.
 
 Distributions of numpyro, distrax, TensorFlow Probability and flowjax qualify. To learn the
-parameters of a density, make it inside the loss; `cnf` costs nothing at run time.
+parameters of a density, make it inside the loss; `cnf` costs nothing at run time. One of numpyro
+with bounds must be made there from arrays: as a pytree, it keeps the bounds it was made with.
 
 ```python
 def loss(params, x):
@@ -194,14 +195,23 @@ class _Adapted(eqx.Module):
 
 
 def _has_support(density: Any) -> bool:
-    """Whether it has a support with an element, as most distributions of numpyro."""
-    support: Any = getattr(density, "support", None)
-    if hasattr(density, "component_distributions") and getattr(density, "_support", None) is None:
-        return False  # numpyro takes that of the first component
+    """Whether it has bounds, of an interval or a half-line, that numpyro knows."""
+    inner: Any = density
+    while inner is not None:
+        of = next((cls.__name__ for cls in type(inner).__mro__ if "support" in vars(cls)), "")
+        # numpyro takes all that the last transform could return, and that of the first component.
+        if of == "TransformedDistribution" or (of == "MixtureGeneral" and inner._support is None):
+            return False
+        inner = getattr(inner, "base_dist", None)
     try:
-        return support.feasible_like(jnp.zeros(density.event_shape)) is not None
-    except (AttributeError, NotImplementedError):
+        support: Any = density.support
+    except (AssertionError, AttributeError, NotImplementedError):  # none is known
         return False
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    bounded = hasattr(support, "lower_bound") or hasattr(support, "upper_bound")
+    # Densities on a circle are periodic.
+    return bounded and not support.is_discrete and type(support).__name__ != "_Circular"
 
 
 def as_base(density: Any) -> BaseDensity:

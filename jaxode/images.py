@@ -47,7 +47,7 @@ def dequantize(
         level.
 
     Raises:
-        TypeError: if `key` is not a key of `jax.random`.
+        TypeError: if `x` is not an array of real numbers, or `key` not a key of `jax.random`.
         ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
             2.
     """
@@ -98,6 +98,7 @@ def logit(
         margin: keeps `y` finite at both ends. At least 0 and below 1/2.
 
     Raises:
+        TypeError: if `u` is not an array of real numbers.
         ValueError: if a value is known not to be in `[0, 1]`, or `margin` is not in `[0, 1/2)`.
     """
     _check_margin(margin)

@@ -219,7 +219,7 @@ class Tables(Benchmark):
         told = (
             "Seed"
             if len(seeds) == 1
-            else "Medians where a row says of how many seeds, else of one; seeds"
+            else "Medians over as many seeds as a row names, other rows are of one; seeds"
         )
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
         return f"{told} {', '.join(map(str, seeds))}{late}."

@@ -64,8 +64,8 @@ class Density(eqx.Module):
     Shapes: `x` is `[..., *event]`, log-densities are `[...]` in nats. A `context` is shared by all
     samples, or has one row per sample, `[..., *row]`; its leading axes broadcast to those of `x`.
 
-    Each sample takes its own steps, so its density does not depend on the batch around it; with an
-    implicit solver of diffrax or an `axis_name`, the steps are joint. Without a key the divergence
+    Each sample takes its own steps, so its density does not depend on the batch around it; with a
+    solver that diffrax runs or an `axis_name`, the steps are joint. Without a key the divergence
     is exact; with a key it is the divergence of the flow. The maps are constants of
     differentiation.
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 # Columns whose correlation matrix has a smaller eigenvalue depend on each other linearly.
 SINGULAR = 1e-9
-LEAST = 1e-30  # of a scale, also of one in standard deviations
+LEAST = 1e-30  # the least distance of quartiles, in units and in standard deviations
 # Knots of the spline of a column, at most; rows between two of them, on average and at least; and
 # rows between the last quantile and the extreme.
 KNOTS, BETWEEN, BEYOND = 41, 25, 10

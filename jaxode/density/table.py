@@ -181,7 +181,8 @@ def warn_of_columns(
     columns: Int[np.ndarray, " some"],
     independent: bool = True,
 ) -> None:
-    """Warn of columns with atoms, and of those that are no `independent` ones, if they must be."""
+    """Warn of columns with atoms and, if they should be `independent`, of columns that depend on
+    each other linearly."""
     table = table[:, columns].astype(np.float64)  # float32 would round a dependence away
     atoms = [i for i, x in zip(columns, table.T, strict=True) if _on_atoms(x) > 2 * OFTEN]
     if atoms:

@@ -46,7 +46,8 @@ class Point(NamedTuple):
     nats: float
     """Mean negative log-density of the validation rows, in the units of the data.
 
-    At a tolerance of 1e-3, and with one probe of the divergence in more than 16 dimensions.
+    At a tolerance of 1e-3; in more than 16 dimensions with one probe of the divergence, unless
+    it is exact without one.
     """
 
 

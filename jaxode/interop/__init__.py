@@ -35,7 +35,8 @@ def flowjax(density: Density) -> Any:
             one-hot vectors in place of labels.
 
     Raises:
-        ValueError: if the context has several arrays, and for a flow of centred particles.
+        ValueError: if the context has several arrays, for a flow of centred particles, and when
+            called with a condition whose shape `bind` does not know.
         ModuleNotFoundError: if flowjax is not installed.
     """
     _check_all_coordinates("flowjax", density)

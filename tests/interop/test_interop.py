@@ -226,11 +226,27 @@ def test_a_base_of_numpyro_is_zero_outside_of_its_support(name, numpyro, default
     assert jnp.isfinite(slope(z[:2])).all()
     np.testing.assert_allclose(slope(z[:1])[0], jax.grad(base.log_prob)(z[0]), rtol=1e-5)
     loss = lambda: density.reverse_kl_loss(lambda x: -jnp.sum(x**2), 4, key=jax.random.key(0))
+    assert (flow.base is base) == (outside is None)
     if outside is None:
         assert jnp.isfinite(loss())
     else:
         with pytest.raises(ValueError, match="nowhere zero"):
             loss()
+
+
+def test_a_base_of_numpyro_whose_support_is_wider_than_it_says_is_left_alone(
+    numpyro, default_settings
+):
+    """On a circle, and where numpyro takes the range of a transform."""
+    dist = numpyro.distributions
+    turn = lambda base: jaxode.cnf(lambda t, z, p: p + 0 * z, base).log_prob(
+        1.0, jnp.full((1, 1), -3.0)
+    )
+    circle = dist.VonMises(0.0, jnp.full(1, 2.0)).to_event(1)
+    np.testing.assert_allclose(turn(circle), circle.log_prob(jnp.full(1, 2 * np.pi - 4)), rtol=1e-5)
+    flip = dist.transforms.AffineTransform(0.0, -jnp.ones(1), domain=dist.constraints.positive)
+    mirrored = dist.TransformedDistribution(dist.Exponential(jnp.ones(1)).to_event(1), flip)
+    np.testing.assert_allclose(turn(mirrored), -4.0, rtol=1e-5)
 
 
 def test_flowjax_needs_the_shape_of_a_context():
