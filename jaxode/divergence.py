@@ -288,8 +288,9 @@ def is_trace(divergence: Divergence) -> bool:
 
 def without_noise(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
     """The divergence itself if it draws nothing without a key, else `noiseless()`."""
+    like: Any = jax.ShapeDtypeStruct(event, jnp.float32)
     try:
-        probe = divergence.init(None, jnp.zeros(event, jnp.float32))
+        probe = divergence.init(None, like)
     except Exception:  # whatever it says about a key that is missing
         return noiseless()
     return divergence if probe is None else noiseless()

@@ -102,9 +102,9 @@ class Sweep(NamedTuple):
     def _step(self, step: Step, number, swept: Swept) -> Swept:
         replaced, problem = self.solved.replaced, self.solved.problem
         if not one_row(replaced):
-            # A row waits at its end for the others. The field need not be finite there.
-            waits = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
-            replaced = replaced | waits
+            # A row that has come to its end rests there, where the field need not be finite.
+            rests = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
+            replaced = replaced | rests
             if self.solved.timed or self.tableau.needs_jacobian:
                 # Derivatives by times, and by a Jacobian, are products with the stages.
                 step = step._replace(k=jnp.where(replaced[:, None], 0.0, step.k))
