@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # The newest Python there is: the newest versions of JAX and NumPy may need it.
 NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c "import venv, sys; print(sys.executable)" 2>/dev/null && break; done)
+# The lowest versions have no wheels for the newest.
+OLDEST ?= $(shell for p in python3.11 python3.12 $(PYTHON); do $$p -c "import venv, sys; print(sys.executable)" 2>/dev/null && break; done)
 BIN := .venv/bin
 # A worker keeps to neighbouring tests, which share compiled programs, until it runs out of its own.
 PYTEST := python -m pytest -n 2 --dist worksteal
@@ -30,7 +32,7 @@ test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that py
 	JAXODE_TEST_CACHE=.jax_cache/lowest .venv-lowest/bin/$(PYTEST)
 
 .venv-lowest/ready: pyproject.toml .ci/lowest.txt
-	$(PYTHON) -m venv --clear .venv-lowest
+	$(OLDEST) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint .ci/lowest.txt --editable '.[examples,tests]'
 	touch $@
 
@@ -48,7 +50,7 @@ docs: .venv/full  ## Build the documentation; open site/index.html
 docs-serve: .venv/full  ## Show the documentation, and rebuild it on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-dist: .venv/full  ## Build wheel and sdist, install each in a fresh environment, and test them
+dist: .venv/full  ## Build the sdist, and from it the wheel, and test that in a fresh environment
 	sh .ci/dist
 
 bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FRESH=1 to measure again
@@ -106,4 +108,4 @@ typecheck: .venv/full  ## Check the types of the package, the examples, the benc
 	sh .ci/setup full
 
 clean:  ## Remove environments, caches, and everything built
-	rm -rf .venv .venv-lowest .venv-newest .venv-bench .venv-accelerators .venv-dist .jax_cache .pytest_cache .ruff_cache .hypothesis out dist site
+	rm -rf .venv .venv-lowest .venv-newest .venv-bench .venv-accelerators .venv-dist .jax_cache .pytest_cache .ruff_cache .mypy_cache .hypothesis out dist site

@@ -3,7 +3,6 @@
 XLA runs a product of small matrices on one core, so a single device keeps other cores idle.
 """
 
-import os
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from benchmarks.cases.ffjord_step import SIZES
 from benchmarks.harness.benchmark import Contest, WorkPrecision
+from benchmarks.harness.machine import core_count
 from benchmarks.harness.problems import FlowProblem, Workload, flow
 from benchmarks.peers import flows
 
@@ -20,7 +20,7 @@ SINGLE = "jaxode, one device"
 
 def device_count() -> int:
     """The largest power of two that has a core for each, so that it divides the batch."""
-    return 2 ** min(len(os.sched_getaffinity(0)).bit_length() - 1, 6)
+    return 2 ** min(core_count().bit_length() - 1, 6)
 
 
 def mesh_of(count: int) -> Mesh:

@@ -21,7 +21,7 @@ PACKAGES = (
 
 def machine() -> dict[str, Any]:
     """Hardware, threads and versions. `BENCH_MACHINE` in the environment overrides the name."""
-    device, cores = jax.devices()[0], len(os.sched_getaffinity(0))
+    device, cores = jax.devices()[0], core_count()
     kind = f"{cpu()} {cores} cores" if device.platform == "cpu" else device.device_kind
     return {
         "name": os.environ.get("BENCH_MACHINE") or slug(kind),
@@ -33,6 +33,12 @@ def machine() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "threads": {"jax": cores, "torch": _torch_threads()},
     }
+
+
+def core_count() -> int:
+    """Of this process; macOS binds none to cores."""
+    bound = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if bound else os.cpu_count() or 1
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
