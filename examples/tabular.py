@@ -138,8 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     names, values = read(options.data)
     values = np.random.default_rng(options.seed).permutation(values)
     split = min(len(values) // 5, 2000)
-    tables.check_density(names, values[split:])
     few = min(math.ceil((len(values) - split) / 10), 1000)
+    tables.check_density(names, values[split + few :])
     network_key, sample_key = jax.random.split(jax.random.key(options.seed))
     held_out, aside, x = jnp.split(jnp.asarray(values, float), [split, split + few])
     density = jaxode.bind(

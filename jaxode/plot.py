@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxode._checks.caller import arg, public
+from jaxode.density.training import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +119,7 @@ def trajectories(
 
 @public("history")
 def history(
-    losses: Float[Array | np.ndarray, " steps"] | Sequence[float],
+    losses: Float[Array | np.ndarray, " steps"] | Sequence[float] | Sequence[Point],
     *,
     ax: Axes | None = None,
     window: int = 50,
@@ -127,7 +128,8 @@ def history(
     """Draw a training history: each loss faintly, and the mean of the last `window` losses.
 
     Args:
-        losses: one per training step, `[steps]`.
+        losses: one per training step, `[steps]`; or the looks of `jaxode.fit`, drawn over seconds
+            and without a mean.
         ax: axes to draw on.
         window: steps in the mean, capped at half of all steps; 1 draws only the losses.
         **style: passed to `Axes.plot` for the mean.
@@ -135,6 +137,12 @@ def history(
     Raises:
         ValueError: if there is not one number per step.
     """
+    looks = [p for p in losses if isinstance(p, Point)] if isinstance(losses, Sequence) else []
+    if looks:
+        ax = _axes(ax)
+        ax.plot([p.seconds for p in looks], [p.nats for p in looks], **{"marker": ".", **style})
+        ax.set(xlabel="seconds of training", ylabel="nats of validation rows")
+        return ax
     return _curve("losses", losses, window, "loss", ax, style)
 
 

@@ -277,8 +277,16 @@ NOT_FINITE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", NOT_FINITE)
+EAGER = lambda f: f
+# Where the compiled program is that of another.
+LIKE_OTHERS = [(name, jax.jit) for name in ("a tree", "flow", "joint")]
+
+
+@pytest.mark.parametrize(
+    ("name", "compile"),
+    with_slow([(name, f) for f in (EAGER, jax.jit) for name in NOT_FINITE], LIKE_OTHERS),
+    ids=lambda x: {EAGER: "eager", jax.jit: "jit"}.get(x, x),
+)
 def test_a_state_that_is_not_finite_is_named(name, compile):
     call, state, message = NOT_FINITE[name]
     with pytest.raises(RuntimeError, match=message):

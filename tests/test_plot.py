@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxode
+from jaxode.density.training import Point
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,6 +86,12 @@ def test_a_curve_shorter_than_the_window_is_a_line(ax, size):
     mean = ax.lines[0]
     assert len(mean.get_xdata()) > size / 2
     assert mean.get_linewidth() > 0.5
+
+
+def test_the_looks_of_fit_are_drawn_over_seconds(ax):
+    looks = [Point("matching", 0, 2.0, 5.0), Point("likelihood", 3, 4.0, 1.0)]
+    jaxode.plot.history(looks, ax=ax)
+    assert ax.lines[0].get_xydata().tolist() == [[2.0, 5.0], [4.0, 1.0]]
 
 
 def test_a_short_history_and_the_current_axes(ax):

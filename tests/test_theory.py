@@ -17,7 +17,8 @@ import scipy.linalg
 import jaxode
 from jaxode.divergence import exact, hutchinson
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+# A failure is NaN, which is `close` to nothing: programs that can raise take longer to compile.
+TIGHT = {"rtol": 1e-10, "atol": 1e-10, "throw": False}
 KEYS = jax.random.split(jax.random.key(0), 3)
 THETA = (0.5 * jax.random.normal(KEYS[0], (4, 3)), 0.5 * jax.random.normal(KEYS[1], (3, 4)))
 X = jax.random.normal(KEYS[2], (5, 3))
@@ -36,7 +37,8 @@ def l(h, y):  # noqa: E743
 
 def close(actual, expected, rtol=1e-12):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+        atol = rtol * np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, equal_nan=False)
 
 
 def test_01_residual_network_and_its_backpropagation():
@@ -62,6 +64,7 @@ def test_01_residual_network_and_its_backpropagation():
     close(of_loss(X[0], THETA), (a, g))
 
 
+@pytest.mark.slow
 def test_02_neural_ode_and_the_loss_over_samples():
     """`L = (1/N) sum_i l(h(X_i), Y_i)`: its gradient is the mean of the samples' gradients."""
 
@@ -109,6 +112,7 @@ def test_05_flow_operator():
     close(X + jnp.tensordot(weights / 2, slopes, 1), z1, 1e-7)
 
 
+@pytest.mark.slow
 def test_06_adjoint_of_the_input():
     """`da/ds = -a df/dz`, `a(1) = dL/dz(1)`: `dL/dX = a(0)`."""
     path = lambda s: jaxode.solve(f, X[0], 0.0, s, THETA, **TIGHT).y1

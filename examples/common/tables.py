@@ -66,6 +66,11 @@ def _split_header(path: Path, rows: list[Row], columns: list[int]) -> dict[int, 
     if not numbers:
         del rows[0]
         return cells
+    if len(cells) > 2 and [cell.strip() for cell in first] == [str(i) for i in range(len(first))]:
+        raise InputError(
+            f"{path}, line {line}: looks like the column numbers of pandas, not like data. Write "
+            "names in their place, or no header"
+        )
     if len(numbers) < len(cells):
         other = next(cell for cell in cells.values() if not _is_number(cell))
         raise InputError(
@@ -82,6 +87,11 @@ def check_density(names: list[str], x: np.ndarray) -> None:
             raise InputError(
                 f"{name} is constant in the rows to train on, so they have no density. Leave it out"
             )
+    if len(x) <= len(names):
+        raise InputError(
+            f"{len(names)} columns need more than as many rows to train on; got {len(x)}. Leave "
+            "columns out, or get more rows"
+        )
     # Linear dependence, such as c = 2 a, leaves a direction with nothing but rounding.
     variances, directions = np.linalg.eigh(np.corrcoef(x.T))
     if variances[0] < 1e-9 * len(names):

@@ -270,12 +270,24 @@ def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:
         )
 
 
+def is_weak(x: Any) -> bool:
+    """Whether its precision is that of what it meets."""
+    own = isinstance(x, PYTHON_NUMBERS) and not isinstance(x, np.generic)
+    return getattr(x, "weak_type", own)
+
+
 def check_derivative(
-    y: PyTree, dy: PyTree, hint: str = "", name: str = "f", call: str = "f(t, y, args)"
+    y: PyTree,
+    dy: PyTree,
+    hint: str = "",
+    name: str = "f",
+    call: str = "f(t, y, args)",
+    casts: bool = False,
 ) -> None:
     """Raise unless what a `call` returned has the structure, shapes and precision of the state.
 
-    The `hint` follows the message for a wrong shape.
+    The `hint` follows the message for a wrong shape. If the caller `casts`, numbers without a
+    precision of their own, as Python's, will do.
     """
     must = f"{arg(name)} {call} must"
     if jax.tree.structure(dy) != jax.tree.structure(y):
@@ -294,7 +306,9 @@ def check_derivative(
         dtype = jnp.result_type(actual)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{must} return floating arrays; got {dtype}.")
-        if jnp.finfo(dtype).bits > max(jnp.finfo(expected.dtype).bits, 32):
+        if not (casts and is_weak(actual)) and jnp.finfo(dtype).bits > max(
+            jnp.finfo(expected.dtype).bits, 32
+        ):
             raise TypeError(
                 f"{must} not return more precision than y has; got {dtype} where y is "
                 f"{expected.dtype}. Convert args, or y (the parameters of a flow, or its data), to "

@@ -25,12 +25,6 @@ from jaxode._jax.sharding import AxisName
 Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
 
 
-class JumpTimes(NamedTuple):
-    """The times of the jumps of each row, in order; infinity is padding."""
-
-    times: Float[Array, "jumps rows"] | None
-
-
 class Rule(NamedTuple):
     """What must hold of arguments."""
 
@@ -270,11 +264,11 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
-def _of_solve(*sources: Any):
-    """Each rule of a solve with its values, attributes of the sources. None of them is None."""
-    read = lambda name: next((getattr(s, name) for s in sources if hasattr(s, name)), None)
+def _of_solve(problem: Any, stepper: Any, times: Float[Array, "jumps rows"] | None):
+    """Each rule of a solve with its values. None of them is None."""
+    found = {**vars(stepper), **problem._asdict(), "times": times}
     for rule, names in SOLVE:
-        values = tuple(map(read, names))
+        values = tuple(found[name] for name in names)
         if all(value is not None for value in values):
             yield rule, values, names[0]
 
@@ -284,20 +278,19 @@ def rules_of(name: str) -> Iterator[Rule]:
     return (rule for rule, names in SOLVE if names == (name,))
 
 
-def all_hold(*sources: Any) -> Bool[Array, " rows"]:
+def all_hold(problem: Any, stepper: Any, times: Any = None) -> Bool[Array, " rows"]:
     """Whether every rule of a solve holds, in each row.
 
-    Its values are attributes of the sources: a problem, a stepper and `JumpTimes`.
+    The times are those of the jumps, `[jumps, rows]`, in order; infinity is padding.
     """
-    return functools.reduce(
-        operator.and_, (rule.holds(*values) for rule, values, _ in _of_solve(*sources))
-    )
+    rules = _of_solve(problem, stepper, times)
+    return functools.reduce(operator.and_, (rule.holds(*values) for rule, values, _ in rules))
 
 
-def solve_faults(*sources: Any) -> Faults:
+def solve_faults(problem: Any, stepper: Any, times: Any) -> Faults:
     """The rules of a solve that its arguments may break, as for `all_hold`."""
     faults: Faults = {}
-    for rule, values, name in _of_solve(*sources):
+    for rule, values, name in _of_solve(problem, stepper, times):
         faults |= rule.fault(*values, name=name)
     return faults
 

@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from jaxode._jax.precision import trace_at
 from jaxode._jax.sharding import axes_of
@@ -180,9 +180,9 @@ def _decoded(tree: PyTree) -> PyTree:
 
 
 class ClosedField(eqx.Module):
-    """A vector field on rows whose closed-over values are leaves, with gradients.
+    """A function whose closed-over values are leaves, with gradients: the vector field on rows.
 
-    Call it with the arrays of the `args` of its trace. Static parts are in the program.
+    Call it with the arrays of the arguments of its trace. Static parts are in the program.
     """
 
     program: Jaxpr = eqx.field(static=True)
@@ -196,10 +196,8 @@ class ClosedField(eqx.Module):
         outputs = (v.aval for equation in equations(self.program) for v in equation.outvars)
         return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 
-    def __call__(
-        self, t: Float[Array, " rows"], y: Float[Array, "samples n"], args: PyTree
-    ) -> Float[Array, "samples n"]:
-        return jax.core.eval_jaxpr(self.program, self.consts, t, y, *jax.tree.leaves(args))[0]
+    def __call__(self, *args: PyTree) -> Array:
+        return jax.core.eval_jaxpr(self.program, self.consts, *jax.tree.leaves(args))[0]
 
     def check_closed_over(self, perturbed: "ClosedField", like: Array) -> None:
         """Raise if a differentiated closed-over value varies over fewer axes than `like`.
@@ -243,22 +241,19 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 
 def close_field(
-    field: Callable[..., Float[Array, "samples n"]],
-    t: Float[Array, " rows"],
-    y: Float[Array, "samples n"],
-    args: PyTree,
     precision: str | None,
-    jacobian: Callable[..., Float[Array, "samples n n"]] | None = None,
+    field: Callable[..., Array],
+    *args: PyTree,
+    jacobian: Callable[..., Array] | None = None,
 ) -> tuple[ClosedField, PyTree]:
-    """Trace `field(t, y, args)` once, and its Jacobian if it is given.
+    """Trace `field(*args)` once, by `trace_at`, and its Jacobian if it is given.
 
-    Returns the closed field and the arrays of `args`.
+    Returns the closed field and the arrays of the last of its arguments.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
 
     def close(f, of_state=None):
-        run = lambda t, y, arrays: f(t, y, eqx.combine(arrays, static))
-        closed = trace_at(precision, run, t, y, arrays)
+        closed = trace_at(precision, lambda *arrays: f(*eqx.combine(arrays, static)), *arrays)
         return ClosedField(closed.jaxpr, list(closed.consts), of_state)
 
-    return close(field, None if jacobian is None else close(jacobian)), arrays
+    return close(field, None if jacobian is None else close(jacobian)), arrays[-1]

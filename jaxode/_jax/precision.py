@@ -4,13 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.core
 import jax.experimental
 from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jaxtyping import Array, PyTree
 
 
 def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> ClosedJaxpr:
@@ -26,18 +23,6 @@ def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> Closed
     name = precision or config.jax_default_matmul_precision or "highest"
     with jax.default_matmul_precision(name):
         return _of_value(jax.make_jaxpr(f)(*args), name)
-
-
-def at_precision(precision: str | None, f: Callable[..., Array], *like: PyTree):
-    """`f` as a program for arguments like these, which returns an array, by `trace_at`."""
-    arrays, static = eqx.partition(like, eqx.is_array)
-    program = trace_at(precision, lambda *arrays: f(*eqx.combine(arrays, static)), *arrays)
-
-    def run(*args):
-        leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
-        return jax.core.eval_jaxpr(program.jaxpr, program.consts, *leaves)[0]
-
-    return run
 
 
 @linear_util.transformation2

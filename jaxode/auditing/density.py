@@ -84,7 +84,7 @@ def _rms(x) -> float:
 
 
 def _relative(error: float, size: float) -> float:
-    return error / size if error else 0.0
+    return error / size if size else (math.inf if error else 0.0)
 
 
 @compiled

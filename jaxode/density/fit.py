@@ -60,17 +60,18 @@ def fit(
     """Train a density on data, and keep the parameters that are best on rows set aside.
 
     By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
-    on the validation rows. The updates of the optimizer shrink to zero by a cosine up to the end:
-    after `seconds` or `steps`, a minute by default. After five looks in a row that are worse than
-    the best by 0.02 nats, training resumes from the best parameters and takes as many more steps as
-    led to them. If it explodes, it goes on from the best parameters at a quarter of the rate.
-    Ctrl-C ends it with the best so far.
+    on the validation rows. Every 50 steps, the updates of the optimizer shrink, to zero by a cosine
+    at the end: after `seconds` or `steps`, a minute by default. After five looks in a row that are
+    worse than the best by 0.02 nats, training resumes from the best parameters and takes as many
+    more steps as led to them. If it explodes, it goes on from the best parameters at a quarter of
+    the rate. Ctrl-C ends it with the best so far.
 
     What is not given is tried first, and the best goes on: the map of the columns of a density
     without `standardize=`, each of `jaxode.standardize`; and the `time_power`, 2 unless, in more
     than 16 dimensions, 1 is better by 0.2 nats: more times near the data make tables better, and
-    small sets of images worse. Each is tried for 5% of the training, or for 500 steps if that is
-    more, but at most about a fifth of them. Maps that are 0.2 nats behind after half of it are out.
+    small sets of images worse. Each is tried for 5% of the training; by `steps` alone for 500 if
+    that is more, but at most about a fifth of them. Maps that are 0.2 nats behind after half of it
+    are out.
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
@@ -87,7 +88,7 @@ def fit(
             most 100 for each column.
         coupling: which base sample goes with which row, as for `matching_loss`.
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
-            parameters, with Adam at 5e-4.
+            parameters, with Adam at 5e-4, the first 50 at the full rate.
         time_power: as for `matching_loss`.
         dequantize: add uniform noise in (0, 1) to columns of integers, new in every block of steps.
             `log_prob` is then that of `x + noise`.
@@ -97,7 +98,7 @@ def fit(
         The density with the best parameters, and the looks at the validation rows in its training.
         These rows have chosen the parameters, so report the score of others. To go on, call it
         again with the density, the same rows as `validation` (another key sets others aside) and
-        its `time_power`; the state of the optimizer is not kept.
+        the same `time_power`, if you gave one; the state of the optimizer is not kept.
 
     Raises:
         TypeError, ValueError: for an invalid argument, and inside `jit`.

@@ -100,6 +100,12 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Affine | None) ->
 
 def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
     """The shapes that were given, or those of the context data."""
+    of_data = None
+    if isinstance(data, tuple):
+        shape = max(np.shape(part) for part in data)
+        of_data = (shape,) if shape else None
+    elif data is not None:
+        of_data = tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
     if given is not None:
         is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
         is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
@@ -109,13 +115,15 @@ def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
                 "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
                 f"pytree of shapes; got {given!r}."
             )
-        return tuple(tuple(map(int, shape)) for shape in shapes)
-    if data is None:
-        return None
-    if isinstance(data, tuple):
-        shape = max(np.shape(part) for part in data)
-        return (shape,) if shape else None
-    return tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
+        shapes = tuple(tuple(map(int, shape)) for shape in shapes)
+        # A mean and scale may be of the last axes alone.
+        if not isinstance(data, tuple) and of_data not in (None, shapes):
+            raise ValueError(
+                "bind(context_shape=...): must be that of the rows of standardize_context, "
+                f"{of_data}; got {shapes}. Leave it out."
+            )
+        return shapes
+    return of_data
 
 
 def check_inside(inside: Bool[Array, " rows"], rows: Float[Array, "rows *event"]) -> None:

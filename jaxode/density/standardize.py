@@ -91,7 +91,20 @@ def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
         )
     if is_known(mean) and not np.isfinite(mean).all():
         raise ValueError(f"{arg(name)} the mean must be finite in {mean.dtype}; got {given[0]}.")
+    if (
+        is_known((mean, scale))
+        and not (np.asarray(scale) > _lost(mean, floating_dtype(float))).all()
+    ):
+        raise ValueError(
+            f"{arg(name)} the scale must be more than the rounding of the mean; got {given[1]} "
+            f"beside {given[0]}. Subtract an offset in float64 first."
+        )
     return Affine(mean, scale)
+
+
+def _lost(mean: Any, dtype: Any) -> np.ndarray:
+    """The scale of data around a mean that is lost in their rounding."""
+    return 4 * float(jnp.finfo(dtype).eps) * np.abs(np.asarray(mean, np.float64))
 
 
 def _is_scale(x: Any) -> Any:
@@ -123,8 +136,8 @@ def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -
         return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
-    kept, lost = scale.astype(dtype), 4 * float(jnp.finfo(dtype).eps) * np.abs(mean)
-    constant = np.argwhere(~((scale > lost) & _is_scale(kept)))
+    kept = scale.astype(dtype)
+    constant = np.argwhere(~((scale > _lost(mean, dtype)) & _is_scale(kept)))
     if len(constant):
         column = tuple(map(int, constant[0]))
         place = column[0] if len(column) == 1 else column

@@ -28,6 +28,7 @@ OFTEN = 0.01
 LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
 COARSE = 1 / 8  # the most that dequantized integers may be apart in their dtype
 
+PARTS = int | float | np.number
 PART = Rule(NUMBER, lambda part: (part > 0) & (part < 1), "must be between 0 and 1")
 
 
@@ -54,6 +55,8 @@ class Table(NamedTuple):
         """Check the rows, set some aside, and warn of columns without a density."""
         rows, aside = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
+        if isinstance(validation, PARTS):  # of the same table
+            integers &= is_integer(aside.x)
         largest = np.maximum(np.abs(rows.x).max(axis=0), np.abs(aside.x).max(axis=0))
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
@@ -63,11 +66,15 @@ class Table(NamedTuple):
         return cls(rows, aside, integers & ~coarse)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
-        """The rows with uniform noise in (0, 1) on the columns of integers."""
-        if not self.integers.any():
+        """The rows with uniform noise in (0, 1) on the columns of integers.
+
+        Given validation rows may have noise of their own.
+        """
+        integers = self.integers & is_integer(rows.x)
+        if not integers.any():
             return rows
         x = jnp.asarray(rows.x)
-        return rows._replace(x=jnp.where(self.integers[None], in_cells(key, x), x))
+        return rows._replace(x=jnp.where(integers[None], in_cells(key, x), x))
 
     def in_flow(
         self, density: Density, aside: Rows, key: PRNGKeyArray, most: int
@@ -118,7 +125,7 @@ def set_aside(
     seed = np.asarray(jax.random.key_data(key))
     order = lambda rows: np.random.default_rng(seed).permutation(len(rows.x))
     part = lambda rows, chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
-    if not isinstance(validation, int | float | np.number):
+    if not isinstance(validation, PARTS):
         pair = validation if isinstance(validation, tuple) else (validation, None)
         if len(pair) != 2:
             raise ValueError(
@@ -155,8 +162,13 @@ def _checked(
     check_finite({"context": context})
     x = np.asarray(floating(x))
     if density.support is not None:
-        middle = x + (0.5 * (is_integer(x) & dequantize))[None].astype(x.dtype)
-        check_inside(jax.vmap(partial(contains, density.support))(middle), middle)
+        integers = (is_integer(x) & dequantize)[None].astype(x.dtype)
+        # A bound may lie less far from the noise than this, but not within its rounding.
+        margin = 0.51 * float(jnp.finfo(x.dtype).eps) * (np.abs(x) + 1)
+        margin = np.clip(margin, 1 / 64, 0.5).astype(x.dtype)
+        for noise in (margin, 1 - margin):
+            noisy = x + noise * integers
+            check_inside(jax.vmap(partial(contains, density.support))(noisy), noisy)
     return Rows(x, context)
 
 

@@ -24,7 +24,7 @@ from jaxode.divergence import Divergence, auto, hutchinson, is_trace, without_no
 from jaxode.flows.cnf import CNF
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
-BLOCK = 50  # steps in one compiled loop
+BLOCK = 50  # steps in one compiled loop, and at one rate
 FIRST_LOOK, PASSES = (100, 500), 64  # steps before the first look, by passes over the rows
 APART = 1.3  # the ratio of steps from one look to the next
 APART_SECONDS = 10.0  # from one look to the next at most, if there is a time limit

@@ -49,14 +49,6 @@ class Chunks(NamedTuple):
         return cls(integer("batch_size", size), progress)
 
 
-class _Rows(NamedTuple):
-    """What a solve has for each row."""
-
-    y0: Any
-    row_args: PyTree
-    keys: Any
-
-
 def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: Any, key) -> Solution:
     """`program(system, parts, key)`. Neither noise nor steps of a row depend on the chunks."""
     count = system.y0.shape[0]
@@ -64,7 +56,7 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
     if chunks is None or not isinstance(count, int) or count <= chunks.size:
         return program(system, parts, key)
     keys = None if key is None else keys_of_rows(key, system.y0, None)
-    rows = _split(_Rows(system.y0, system.row_args, keys), count, chunks.size)
+    rows = _split((system.y0, system.row_args, keys), count, chunks.size)
     whole = system._replace(y0=None, row_args=None)
     if is_eager((rows, whole, parts)):
         told = count if chunks.progress else None
@@ -76,7 +68,7 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
     return jax.tree.map(join, solution)
 
 
-def _split(rows: _Rows, count: int, most: int) -> _Rows:
+def _split(rows: PyTree, count: int, most: int) -> PyTree:
     """Leaves `[chunks, rows, ...]`. Neighbouring rows come into different chunks.
 
     So what devices each have some neighbouring rows of is split over them in every chunk, too. The
@@ -95,15 +87,16 @@ def _split(rows: _Rows, count: int, most: int) -> _Rows:
     return jax.tree.map(split, rows)
 
 
-def _one(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
-    return program(whole._replace(y0=rows.y0, row_args=rows.row_args), parts, rows.keys)
+def _one(program: Program, whole: System, parts: Any, rows: PyTree) -> Solution:
+    y0, row_args, keys = rows
+    return program(whole._replace(y0=y0, row_args=row_args), parts, keys)
 
 
 def _one_by_one(
-    program: Program, whole: System, parts: Any, rows: _Rows, told: int | None
+    program: Program, whole: System, parts: Any, rows: PyTree, told: int | None
 ) -> Iterator[Solution]:
     """Each chunk. Write on stderr how many of the rows that are `told` are done, and seconds."""
-    chunks, begin = rows.y0.shape[0], time.perf_counter()
+    chunks, begin = rows[0].shape[0], time.perf_counter()
     for i in range(chunks):
         chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
         yield jax.block_until_ready(_one(program, whole, parts, chunk))
@@ -114,6 +107,6 @@ def _one_by_one(
 
 
 @compiled
-def _looped(program: Program, whole: System, parts: Any, rows: _Rows) -> Solution:
+def _looped(program: Program, whole: System, parts: Any, rows: PyTree) -> Solution:
     one = jax.checkpoint(lambda rows: _one(program, whole, parts, rows))
     return jax.lax.map(one, rows)

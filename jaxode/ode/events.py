@@ -30,10 +30,9 @@ from jaxode._jax.tangents import filled, undifferentiated_unless, with_tangent
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Curve
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import entry_of_each, replace_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.stepper import Stepper
 
 # The condition is evaluated this often per step. Two crossings in between go unnoticed.
 LOOKS = 8
@@ -97,13 +96,12 @@ class Event(eqx.Module):
 def solve_to_event(
     event: Event,
     condition_of: Callable[..., Float[Array, " rows"]],
-    args: tuple[PyTree, PyTree],
     problem: Problem,
     stepper: Stepper,
     adjoint: Any,
 ) -> tuple[Problem, Integration]:
     """Solve the problem up to the event of each row, where `condition_of(t, y, args)` is zero."""
-    condition = lambda t, y: condition_of(t, y, args)
+    condition = lambda t, y: condition_of(t, y, problem.args)
     fixed = jax.lax.stop_gradient(problem._replace(ts=None))
     searching = dataclasses.replace(stepper, dense=False)
     look = lambda t, y: jax.lax.stop_gradient(condition(t, y))
@@ -123,7 +121,7 @@ def solve_to_event(
     out = adjoint.integrate(problem, stepper)
     result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
     failed = result != Result.SUCCESS
-    t1, y1 = _moved(condition_of, args, came & ~failed, problem, out)
+    t1, y1 = _moved(condition_of, came & ~failed, problem, out)
     t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
     ys = out.ys
     if ys is not None and beyond is not None:
@@ -203,14 +201,12 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
     return t1, jnp.where(far, Result.EVENT_NOT_FOUND, Result.SUCCESS), stats
 
 
-def _moved(condition_of: Callable[..., Array], args, came, problem: Problem, out: Integration):
+def _moved(condition: Callable[..., Array], came, problem: Problem, out: Integration):
     """The time of the event or the end, and the state there, both with their derivatives."""
     good = jnp.where(came.any(), came, out.result == Result.SUCCESS)
-    shared, row_args = args
+    shared, row_args = problem.args
     t, y, row_args = replace_rows((problem.t1, out.y1, row_args), ~came, good)
-    args = shared, row_args
-    condition = eqx.filter_closure_convert(lambda t, y: condition_of(t, y, args), t, y)
-    inputs = (t, y), condition, problem.field, eqx.filter(args, eqx.is_array)
+    inputs = (t, y), condition, problem.field, (shared, row_args)
     t, y = _of_zero(*undifferentiated_unless(came.any(), inputs), came)
     return jnp.where(came, t, problem.t1), jnp.where(came[:, None], y, out.y1)
 
@@ -230,13 +226,13 @@ def _of_zero(end, *inputs):
 
         def at_fixed_time(condition, field, args, y):
             y = y + after * field(t, y, args)
-            return y, condition(time, y)
+            return y, condition(time, y, args)
 
         given, their_dots = (*inputs[:3], y), (*dots[:3], y_dot)
         (near, value), dots = eqx.filter_jvp(at_fixed_time, given, their_dots)
         y_dot, value_dot = map(filled, dots, (near, value))
         slope = field(time, near, args)
-        _, rate = _rate(condition, slope, time, near)
+        _, rate = _rate(lambda t, y: condition(t, y, args), slope, time, near)
         rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
         # Without a slope, the time is unknown also where the condition does not depend on the
         # state.

@@ -16,9 +16,8 @@ from jaxode._jax.tangents import filled, moving, with_tangent
 from jaxode.ode.adjoints.base import Adjoint, in_reverse
 from jaxode.ode.adjoints.forward import FORWARD_ONLY
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.stepper import Stepper
 
 FIRST_ONLY = (
     "DiscreteAdjoint: with an implicit solver, the gradient of a solve cannot be differentiated. "

@@ -17,16 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
-from jaxode._checks.rules import JumpTimes, all_hold
+from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import entry_of_each, over_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import is_lost
-from jaxode.ode.loop.stepper import Stepper
 
 # (t [rows], number [rows], y [samples, n], (shared, row_args)) -> y [samples, n]
 Change = Callable[..., Float[Array, "samples n"]]
@@ -88,13 +87,12 @@ def solve_across(
     change: Change,
     times: Float[Array, "jumps rows"],
     problem: Problem,
-    args: tuple[PyTree, PyTree],
     stepper: Stepper,
     adjoint: Any,
 ) -> Integration:
     """Solve the problem across the jumps of each row."""
-    problem, args, times = vary_alike((problem, args, times))
-    valid = all_hold(problem, stepper, JumpTimes(times))
+    problem, times = vary_alike((problem, times))
+    valid = all_hold(problem, stepper, times)
     is_jump, number, times = _without_padding(times, problem.t0)
     none = jnp.zeros((1, *problem.t0.shape), bool)
     pieces = (
@@ -127,7 +125,7 @@ def solve_across(
         result = jnp.where(going, out.result, result)
         reached = jnp.where(going, out.t_reached, reached)
         jumps = jumps & (result == Result.SUCCESS)
-        y = _changed(change, jumps, end, number, out.y1, args)
+        y = _changed(change, jumps, end, number, out.y1, problem.args)
         return (y, ys, result, reached, stats), out.h
 
     result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
@@ -146,7 +144,6 @@ def solve_past_events(
     most: int,
     to_event: Callable[..., Any],
     problem: Problem,
-    args: tuple[PyTree, PyTree],
     stepper: Stepper,
 ) -> tuple[Problem, Integration]:
     """Solve the problem across at most so many events, and up to one more.
@@ -154,7 +151,7 @@ def solve_past_events(
     The time of an event, and the state there, have derivatives. They are the start of the next
     piece, so those of what follows are right, too.
     """
-    problem, args = vary_alike((problem, args))
+    problem = vary_alike(problem)
 
     def piece(carry, index):
         t, y, ys, result, reached, stats, going = carry
@@ -175,7 +172,7 @@ def solve_past_events(
         came = going & out.stopped & (result == Result.SUCCESS)
         changes = came & (index < most)
         number = jnp.broadcast_to(index, t.shape)
-        after_event = _changed(change, changes, part.t1, number, out.y1, args)
+        after_event = _changed(change, changes, part.t1, number, out.y1, problem.args)
         y, t = jnp.where(going[:, None], after_event, y), jnp.where(going, part.t1, t)
         return (t, y, ys, result, reached, stats, changes), (came, out.h)
 
@@ -206,8 +203,6 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
         *own, of_rows = replace_rows((t, number, y, row_args), ~chosen, chosen)
         return *own, (shared, of_rows)
 
-    # With its closed-over values as leaves.
-    change = eqx.filter_closure_convert(change, *in_rows(where))
     after = jax.lax.stop_gradient(change(*in_rows(where)))
     good = where & over_rows(jnp.all, jnp.isfinite(after), where)
     # If no row changes, it has no row to be finite at.

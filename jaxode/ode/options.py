@@ -19,7 +19,7 @@ from jaxode._checks.rules import is_known, rules_of
 from jaxode._checks.tolerances import check_atol, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
-from jaxode.ode.loop.stepper import Stepper
+from jaxode.ode.loop.problem import Stepper
 from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")

@@ -15,8 +15,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import FINITE, FINITE_STATE
 from jaxode._checks.samples import check_rows
-from jaxode._jax.closure import compiled
-from jaxode._jax.precision import at_precision
+from jaxode._jax.closure import close_field, compiled
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
@@ -238,22 +237,14 @@ class UserField(eqx.Module):
     """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
     f: VectorField
-    jacobian_of_f: Callable[..., Array] | None = None
+    jacobian: Callable[..., Array] | None = None
+    """By the state, a function of the same arguments."""
     hint: ClassVar[str] = (
         " All samples share args: pass what each has for itself as row_args (docs/many.md)."
     )
 
     def __call__(self, t, y, shared, row):
         return call_field(self.f, t, y, shared, row=row)
-
-    @property
-    def jacobian(self) -> Callable[..., Array] | None:
-        """Its Jacobian by the state, a function of the same arguments, if it is given."""
-        names = "jacobian", "the Jacobian"
-        given = self.jacobian_of_f
-        return given and (
-            lambda t, y, shared, row: call_field(given, t, y, shared, *names, row=row)
-        )
 
 
 def solve_checked(
@@ -358,25 +349,22 @@ def run(system: System) -> Solution:
         number = jnp.zeros(problem.t0.shape, jnp.int32)
         given = problem.t0, number, problem.y0, args, times
         *given, _ = vary(given, axes_of(given))
-        return at_precision(stepper.precision, change_on_rows(system, ravel), *given)
+        return close_field(stepper.precision, change_on_rows(system, ravel), *given)[0]
 
     if system.event is not None:
-        condition = at_precision(
-            stepper.precision, condition_on_rows(system, ravel), problem.t0, problem.y0, args
-        )
+        on_rows = condition_on_rows(system, ravel)
+        condition, _ = close_field(stepper.precision, on_rows, problem.t0, problem.y0, args)
         to_event = partial(
-            solve_to_event, system.event, condition, args, stepper=stepper, adjoint=system.adjoint
+            solve_to_event, system.event, condition, stepper=stepper, adjoint=system.adjoint
         )
         if system.event.change is None:
             problem, out = to_event(problem)
         else:
-            change = closed_change()
-            problem, out = solve_past_events(
-                change, system.event.most, to_event, problem, args, stepper
-            )
+            most = system.event.most
+            problem, out = solve_past_events(closed_change(), most, to_event, problem, stepper)
     elif system.jumps is not None:
         times = system.jumps_on_rows(len(problem.t0))
-        out = solve_across(closed_change(times), times, problem, args, stepper, system.adjoint)
+        out = solve_across(closed_change(times), times, problem, stepper, system.adjoint)
     else:
         out = system.adjoint.integrate(problem, stepper)
     interpolant = None

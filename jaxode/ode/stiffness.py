@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool
 from jaxode._checks.rules import is_known
 from jaxode._jax.closure import compiled
 from jaxode.ode.loop.integrate import integrate
+from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.step_size import error_scale, rms_norm
-from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.system import System, pose
 
 

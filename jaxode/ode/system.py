@@ -23,14 +23,13 @@ from jaxode._checks.arguments import (
     check_scalar,
     state_dtype,
 )
-from jaxode._checks.rules import Faults, JumpTimes, solve_faults
+from jaxode._checks.rules import Faults, solve_faults
 from jaxode._checks.times import check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import call_field
 from jaxode.ode.implicit import DiffraxSolve
-from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.stepper import Stepper
+from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
@@ -132,7 +131,7 @@ def argument_faults(system: System) -> Faults:
     ragged |= jumps is not None and jumps.times.ndim == 2
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     t0, t1, ts = system.on_rows(rows)
-    times = JumpTimes(None if jumps is None else system.jumps_on_rows(rows))
+    times = None if jumps is None else system.jumps_on_rows(rows)
     return solve_faults(Problem(None, None, system.y0, t0, t1, ts), system.stepper, times)
 
 
@@ -192,7 +191,7 @@ def change_on_rows(system: System, ravel: Ravel):
         after = call_field(
             change, t, y, shared, "change", f"the change of {name}", "(t, y, args, i)", row
         )
-        check_derivative(y, after, name=name, call="change(t, y, args, i)")
+        check_derivative(y, after, name=name, call="change(t, y, args, i)", casts=True)
         return jax.tree.map(jnp.asarray, after)
 
     on_rows = _on_rows(system, ravel, checked)
@@ -204,7 +203,7 @@ def _rows_field(system: System, ravel: Ravel):
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
-        check_derivative(y, dy, hint)
+        check_derivative(y, dy, hint, casts=True)
         return jax.tree.map(jnp.asarray, dy)
 
     on_rows = _on_rows(system, ravel, checked)
@@ -218,7 +217,7 @@ def _rows_jacobian(system: System, ravel: Ravel):
         return None
 
     def checked(t, y, shared, row):
-        jacobian = given(t, y, shared, row)
+        jacobian = call_field(given, t, y, shared, "jacobian", "the Jacobian", row=row)
         check_jacobian(sum(ravel.sizes), jacobian)
         return jnp.asarray(jacobian, ravel.dtype)
 
@@ -254,7 +253,7 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
         (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
     )
     field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
-    closed, arrays = close_field(field, t0, start, args, stepper.precision, jacobian)
+    closed, arrays = close_field(stepper.precision, field, t0, start, args, jacobian=jacobian)
     outputs = None
     if ts is not None and system.rows_have_outputs:
         outputs = jnp.argmax(ts == ts[-1:], axis=0).astype(jnp.int32) + 1

@@ -68,6 +68,12 @@ def sharded(loss, check_vma=True):
     )  # fmt: skip
 
 
+@functools.cache
+def of_all_devices(**options):
+    """The same of a batch over all devices, with joint steps."""
+    return sharded(loss_of(AXIS, **options))
+
+
 def assert_same(actual, expected, rtol=1e-12):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * np.abs(e).max())
@@ -107,7 +113,7 @@ def test_joint_steps_over_devices_are_those_of_one(name):
     rtol = 1e-10 if name in METHODS and not METHODS[name].exact else 1e-12
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
     expected = of_one_device(**LOSSES[name])(*inputs)
-    assert_same(sharded(loss_of(AXIS, **LOSSES[name]))(*inputs), expected, rtol)
+    assert_same(of_all_devices(**LOSSES[name])(*inputs), expected, rtol)
 
 
 @typed
@@ -226,7 +232,7 @@ def test_flow_and_its_gradient_over_devices():
 @typed
 def test_a_failure_on_one_device_makes_the_loss_nan():
     inputs = (PARAMS, X.at[3].set(jnp.nan), CONTEXT, WEIGHTS)
-    value, (gradient, _) = sharded(loss_of(AXIS))(*inputs)
+    value, (gradient, _) = of_all_devices()(*inputs)
     assert np.isnan(value)
     assert np.isnan(gradient[0]).all()
 

@@ -59,6 +59,16 @@ def draw_normal(key, z):
     return jax.random.normal(key, z.shape, z.dtype)
 
 
+class Still:
+    """Nothing moves, and the divergence is said to be one."""
+
+    def __call__(self, t, z, p):
+        return jnp.zeros_like(z)
+
+    def value_and_divergence(self, t, z, p):
+        return jnp.zeros_like(z), 1.0
+
+
 def multiple_of_trace(g, z, v):
     """The factor is the last of the arguments, so that one program serves all of them."""
     dz, jv = jax.jvp(g, (z,), (v,))
@@ -164,6 +174,9 @@ WRONG = {
     ),
     "another derivative than the field": (
         lambda: audit_offered(12, derivative=1.01), {"divergence error"}, "different derivative",
+    ),
+    "a divergence of a field that is zero": (
+        lambda: audit(Still(), 12), {"divergence error"}, "is not the trace",
     ),
     "an estimate of twice the trace": (
         lambda: audit_estimate(2.0, False), {"divergence error"}, "is not the trace",

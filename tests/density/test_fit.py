@@ -595,6 +595,11 @@ WRONG = {
         ValueError,
         "support=...): the data must lie strictly inside; got values on or outside it in ",
     ),
+    "integers whose noise crosses the upper bound": (
+        {"density": lambda: on((0.0, -9.0), (7.75, 9.0)), "x": INTEGERS, "dequantize": True},
+        ValueError,
+        "support=...): the data must lie strictly inside; got values on or outside it in ",
+    ),
 }  # fmt: skip
 
 
@@ -612,6 +617,22 @@ def test_integers_from_the_lower_bound_on():
     x, others = INTEGERS[:200], INTEGERS[200:]
     density, _ = fit(on((0.0, -9.0), (8.0, 9.0)), x, validation=others, dequantize=True, steps=50)
     assert np.isfinite(density.log_prob(INTEGERS + 0.5)).all()
+
+
+def test_validation_rows_that_have_noise_get_no_more():
+    """Integers do. A column with a single other number, in either part, is none of integers."""
+    key, has_noise = jax.random.key(0), INTEGERS[200:] + np.array([0.25, 0.0])
+    for others in INTEGERS[200:], has_noise:
+        given = on((0.0, -9.0), (8.0, 9.0)), INTEGERS[:200], None, others, True, key
+        table = Table.of(*given)
+        seen = np.asarray(table.noisy(table.validation, key).x)
+        assert (seen == table.validation.x).all() == (others is has_noise)
+    for part in set_aside(bound(), INTEGERS, None, 0.1, True, key):
+        almost = INTEGERS.copy()
+        almost[INTEGERS[:, 1].astype(part.x.dtype) == part.x[0, 1], 0] += 0.5
+        with pytest.warns(UserWarning, match="repeat values"):
+            table = Table.of(bound(), almost, None, 0.1, True, key)
+        assert not table.integers.any()
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-24])

@@ -42,8 +42,12 @@ def skewed(*event):
     return data + 0.5 * data.sum(axis=tuple(range(1, data.ndim)), keepdims=True)
 
 
-@pytest.mark.parametrize("event", [(), (3,), (2, 2)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+OF_EVENTS = [(kind, event) for kind in KINDS for event in ((), (3,), (2, 2))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "event"), with_slow(OF_EVENTS, [("affine", ()), ("affine", (2, 2))]), ids=str
+)
 def test_the_inverse_and_the_determinants(kind, event):
     """Among the data, at one of them, and far outside."""
     data = skewed(*event)
@@ -67,6 +71,17 @@ def test_the_inverse_and_the_determinants(kind, event):
         np.testing.assert_array_equal(signs, 1)
     np.testing.assert_allclose(density.to_flow(x), z, rtol=1e-12)
     np.testing.assert_allclose(density.log_det(x), log_det, rtol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["inverse", "forward"])
+def test_at_a_knot_the_determinant_has_the_slope_of_a_side(way):
+    """Knots are among the data, and so are they where scores are evaluated."""
+    maps = bound(normal(EVEN), ()).standardize.maps[1]
+    knots = (maps.x if way == "inverse" else maps.z)[1:-1]
+    slope = jax.jit(jax.vmap(jax.grad(lambda x: getattr(maps, way)(x)[1])))
+    below, at, above = (slope(knots + shift) for shift in (-1e-10, 0, 1e-10))
+    off = np.minimum(abs(at - below), abs(at - above)) / (1 + abs(at))
+    np.testing.assert_allclose(off, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,7 +41,9 @@ CALLS = {
 EAGER, JITTED = ([(name, jit) for name in CALLS] for jit in (False, True))
 
 
-@pytest.mark.parametrize(("name", "jit"), with_slow(JITTED + EAGER, EAGER[1:-1]))
+@pytest.mark.parametrize(
+    ("name", "jit"), with_slow(JITTED + EAGER, [*EAGER[1:-1], ("of more axes", True)])
+)
 def test_results_do_not_depend_on_the_size(name, jit):
     call = CALLS[name]
     expected, in_batches = call(), lambda: call(batch_size=SIZE)

@@ -31,18 +31,15 @@ A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
 
 def test_linear_flow_gradient_is_that_of_the_gaussian():
     flow = jaxode.cnf(linear, jaxode.standard_normal(3), **TIGHT)
-    x = jax.random.normal(jax.random.key(0), (20, 3)) * 2
-
-    def exact(A, x):
-        E = jax.scipy.linalg.expm(A)
-        z = jnp.linalg.solve(E, x.T)
-        return (
-            jnp.mean(jnp.sum(z * z, 0)) / 2 + jnp.linalg.slogdet(E)[1] + 1.5 * jnp.log(2 * jnp.pi)
-        )
-
-    both = (jax.jit(jax.grad(f, (0, 1)))(A, x) for f in (flow.nll, exact))
-    for actual, expected in zip(*both, strict=True):
-        np.testing.assert_allclose(actual, expected, atol=1e-7)
+    x = 2 * np.random.default_rng(0).standard_normal((20, 3))
+    # Of |z|^2 / 2 + tr A, where z = expm(-A) x: the adjoint of the derivative of an exponential at
+    # a matrix is that derivative at its transpose.
+    back = scipy.linalg.expm(-np.asarray(A))
+    z = x @ back.T
+    by_exponential = scipy.linalg.expm_frechet(-np.asarray(A).T, z.T @ x / 20, compute_expm=False)
+    expected = np.eye(3) - by_exponential, z @ back / 20
+    for a, b in zip(jax.jit(jax.grad(flow.nll, (0, 1)))(A, x), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
 
 
 @pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (-2.0, 0.5)], ids=str)
@@ -65,7 +62,9 @@ def test_density_of_two_dimensions_integrates_to_one():
     assert abs(np.trapezoid(np.trapezoid(density, edge), edge) - 1) < 1e-4
 
 
-@pytest.mark.parametrize("event", [(2,), (2, 3), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "event", [(2,), pytest.param((2, 3), marks=pytest.mark.slow), (1, 2, 2)], ids=str
+)
 def test_from_base_inverts_to_base_for_any_event_shape(event):
     flow = jaxode.cnf(field, jaxode.standard_normal(event), **TIGHT)
     m = ConcatSquash(event, (8,), key=jax.random.key(3))
@@ -86,7 +85,10 @@ def test_log_prob_is_the_change_of_variables_of_the_whole_flow():
     np.testing.assert_allclose(flow.log_prob(m, x), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("estimator", [divergence.exact(), divergence.exact(chunk=1)])
+@pytest.mark.parametrize(
+    "estimator",
+    [divergence.exact(), pytest.param(divergence.exact(chunk=1), marks=pytest.mark.slow)],
+)
 def test_sample_and_log_prob_agrees_with_log_prob(estimator):
     flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=estimator, **TIGHT)
     m = module(2)
@@ -140,8 +142,7 @@ def test_noise_depends_on_the_key_and_the_index_alone(control):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "orthogonal"])
-def test_standard_error_of_log_prob_is_calibrated(distribution):
+def test_standard_error_of_log_prob_is_calibrated():
     """Its square is unbiased, and it covers the exact value as often as Student's t says."""
     size, probes, draws = 6, 5, 2000
     m = ConcatSquash(size, (16, 16, 16), key=jax.random.key(2))
@@ -150,7 +151,7 @@ def test_standard_error_of_log_prob_is_calibrated(distribution):
     # One sequence of steps for all, so that the tolerance does not enter.
     fixed = {"steps": 8, "base": jaxode.standard_normal(size)}
     exact = jaxode.cnf(field, divergence=divergence.exact(), **fixed).log_prob(m, x)
-    flow = jaxode.cnf(field, divergence=divergence.hutchinson(probes, distribution), **fixed)
+    flow = jaxode.cnf(field, divergence=divergence.hutchinson(probes, "orthogonal"), **fixed)
     keys = jax.random.split(jax.random.key(2), draws)
     value, error = jax.jit(jax.vmap(lambda key: flow.log_prob_and_error(m, x, key=key)))(keys)
     np.testing.assert_allclose(value[0], flow.log_prob(m, x, key=keys[0]), rtol=1e-12)
@@ -264,13 +265,7 @@ def test_training_loss_gradient_in_float32_matches_float64():
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
-def test_standard_normal(shape):
-    base = jaxode.standard_normal(shape)
-    z = base.sample(jax.random.key(0), (5, 4))
-    assert z.shape == (5, 4, *shape)
-    exact = scipy.stats.norm.logpdf(z).reshape(5, 4, -1).sum(-1)
-    np.testing.assert_allclose(base.log_prob(z), exact, rtol=1e-13)
+def test_an_integer_is_the_size_of_a_vector():
     assert jaxode.standard_normal(3) == jaxode.standard_normal((3,))
 
 

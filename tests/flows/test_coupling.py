@@ -43,7 +43,8 @@ def costs(cost, rows, sizes):
 @pytest.mark.parametrize(
     ("batch", "group", "sizes", "event"),
     [
-        (128, 64, (64, 64), (2,)), (130, 64, (43, 43, 44), (2,)), (7, 3, (2, 2, 3), (3, 2)),
+        (128, 64, (64, 64), (2,)), (7, 3, (2, 2, 3), (3, 2)),
+        pytest.param(130, 64, (43, 43, 44), (2,), marks=pytest.mark.slow),
         (57, 8, (7, 7, 7, 7, 7, 7, 7, 8), (2,)), (1, 64, (1,), ()),
     ],
 )  # fmt: skip
@@ -94,7 +95,11 @@ def test_the_condition_counts_as_much_as_its_weight():
 
 @pytest.mark.parametrize(
     ("one_hot", "weight", "dtype"),
-    [(False, 1e4, jnp.float64), (True, 1e4, jnp.float64), (True, 1e8, jnp.float32)],
+    [
+        (False, 1e4, jnp.float64),
+        (True, 1e8, jnp.float32),
+        pytest.param(True, 1e4, jnp.float64, marks=pytest.mark.slow),
+    ],
 )
 def test_a_large_weight_exchanges_only_within_a_condition(one_hot, weight, dtype):
     labels = jax.random.randint(KEY, (64,), 0, 3)
@@ -114,9 +119,8 @@ def test_a_large_weight_exchanges_only_within_a_condition(one_hot, weight, dtype
         np.testing.assert_allclose(cost, best, rtol=4 * jnp.finfo(dtype).eps)
 
 
-def test_a_function_of_its_arguments():
+def test_equal_settings_are_equal():
     z, x = normal(1, 20, 2), normal(2, 20, 2)
-    assert (rows_of(optimal_transport(8), z, x) == rows_of(optimal_transport(8), z, x)).all()
     assert optimal_transport(8, 0.5) == optimal_transport(np.int64(8), np.float32(0.5))
     assert len({optimal_transport(64, 0.0), optimal_transport(64, 0), optimal_transport(32)}) == 2
     assert independent() != optimal_transport()

@@ -179,9 +179,10 @@ def by_autodiff(name):
 
 
 PROGRAMS = [(name, False) for name in CASES] + [(name, True) for name in GATHERED]
-# Of options that others have as well, and of few checkpoints, which `test_discrete.py` compares.
-OTHERS = ("regularized, Dopri8", GATHERED[1])
-SLOW = [case for case in PROGRAMS if case[0] in OTHERS] + [(GATHERED[2], True)]
+# Of options that others have as well, of few checkpoints, which `test_discrete.py` compares, and of
+# Heun's method, which `test_attacks_steps.py` takes.
+OTHERS = ("regularized, Dopri8", *GATHERED[1:])
+SLOW = [case for case in PROGRAMS if case[0] in OTHERS]
 
 
 @pytest.mark.parametrize(("name", "gathered"), with_slow(PROGRAMS, SLOW))
@@ -200,16 +201,6 @@ def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch)
     assert_close((value, gradient), expected, 1e-11)
     if name in VALUES and not gathered:
         np.testing.assert_allclose(jax.jit(loss)(*inputs), value, rtol=1e-13)
-
-
-@pytest.mark.slow
-def test_without_context_or_weights():
-    flow = make(divergence=ESTIMATORS["exact"])
-    times = recorded_times(flow, PARAMS, X, None)
-    plain = lambda params, x: reference(flow, times)(params, x, None, jnp.ones(BATCH))
-    expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(PARAMS, X)
-    actual = jax.value_and_grad(lambda params, x: flow.nll(params, x), (0, 1))(PARAMS, X)
-    assert_close(actual, expected, 1e-11)
 
 
 @pytest.mark.parametrize("name", with_slow(["hutchinson", GATHERED[2]], GATHERED[2:]))
@@ -347,15 +338,14 @@ def test_converges_to_the_tight_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_samples_of_half_precision(dtype, default_settings):
+def test_samples_of_half_precision(default_settings):
     """They are solved in float32; the derivative and the base density see them as they are."""
     flow = jaxode.cnf(jaxode.nn.field, BASE)
     m = jaxode.nn.ConcatSquash(DIM, (8, 8), key=KEY)
-    x = jax.random.normal(jax.random.key(0), (8, DIM)).astype(dtype)
+    x = jax.random.normal(jax.random.key(0), (8, DIM)).astype(jnp.bfloat16)
     loss, gradient = jax.value_and_grad(flow.nll)(m, x)
     expected, single = jax.value_and_grad(flow.nll)(m, x.astype(jnp.float32))
-    eps = float(jnp.finfo(dtype).eps)
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
     np.testing.assert_allclose(loss, expected, rtol=2 * eps)
     for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(single), strict=True):
         assert leaf.dtype == jnp.float32
@@ -402,17 +392,6 @@ def test_under_transformations():
         lambda carry, inputs: (carry, gradient(PARAMS, *inputs)), 0, (two, keys)
     ))()  # fmt: skip
     assert_close(jax.tree.map(lambda leaf: leaf[0], scanned), expected, 1e-12)
-
-
-@pytest.mark.slow
-def test_gradients_accumulate_over_parts_of_a_batch():
-    """With the same steps, the mean over equal parts is the gradient of the whole."""
-    flow = make(divergence=ESTIMATORS["exact"], steps=4)
-    x = normal(7, 8, DIM)
-    gradient = jax.jit(jax.grad(flow.nll))
-    parts = [gradient(PARAMS, part) for part in jnp.split(x, 2)]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
-    assert_close(mean, gradient(PARAMS, x), 1e-12)
 
 
 def test_parameters_of_flax():
@@ -467,7 +446,8 @@ def test_values_that_the_field_and_the_base_close_over_get_gradients():
     assert_close((by_params, by_mean), jax.jit(jax.grad(total, (0, 1)))(PARAMS, mean), 1e-11)
 
 
-@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
 def test_a_failed_solve_is_nan(control):
     """Loss and gradients; also the other way round, with an error."""
     flow = make(batch=control, divergence=ESTIMATORS["exact"], max_steps=1, rtol=1e-9)

@@ -247,13 +247,14 @@ def test_a_batch_over_devices_has_the_noise_of_one(coupling, check_vma):
     step = jax.jit(
         jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
     )
-    value, gradient = step(*inputs)
+    program = step.lower(*inputs).compile()
+    value, gradient = program(*inputs)
     expected = jax.value_and_grad(lambda params, *rows: loss(alone, params, *rows))(*inputs)
     np.testing.assert_allclose(value, expected[0], rtol=1e-12)
     if check_vma:
         # All of the gradient crosses at once; beside it the loss, the sum and the largest of the
         # weights.
-        crossing = collectives(step.lower(*inputs).compile().as_text())
+        crossing = collectives(program.as_text())
         assert sum(c["bytes"] for c in crossing) <= sum(leaf.nbytes for leaf in PARAMS) + 24
         for a, b in zip(gradient, expected[1], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import AT_RUN_TIME
+from helpers import AT_RUN_TIME, with_slow
 
 import jaxode
 from jaxode.distributions import DiagonalNormal
@@ -16,8 +16,13 @@ MEAN, SCALE = jnp.array([0.5, -1.0]), jnp.array([0.8, 1.7])
 PATHS = [jaxode.VariancePreserving(), jaxode.VarianceExploding(0.05, 10.0)]
 
 
-@pytest.mark.parametrize("predicts", ["score", "noise"])
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+MODELS = [(path, predicts) for path in PATHS for predicts in ("score", "noise")]
+
+
+@pytest.mark.parametrize(
+    ("path", "predicts"), with_slow(MODELS, MODELS[3:]),
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)  # fmt: skip
 def test_the_probability_flow_of_a_gaussian_has_its_density(path, predicts):
     one = jnp.ones(())
     marginal = lambda t: (

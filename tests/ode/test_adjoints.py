@@ -45,14 +45,22 @@ def linear(t, y, A):
 
 
 def loss(adjoint, tolerance=1e-10, **options):
+    """NaN for a solve that fails."""
+
     def loss(y0, t0, t1, args, ts=None):
         solution = jaxode.solve(
             pendulum, y0, t0, t1, args, ts=ts, adjoint=adjoint, rtol=tolerance, atol=tolerance,
-            **options,
+            throw=False, **options,
         )  # fmt: skip
         return scalar(solution.y1, jnp.zeros(0) if ts is None else solution.ys)
 
     return loss
+
+
+def finite(values):
+    """The same, of solves that have not failed."""
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(values))
+    return values
 
 
 def test_methods_are_compared_by_value():
@@ -127,29 +135,36 @@ def by_everything(name, **options):
 def test_agrees_with_discrete_with_respect_to_everything(name):
     # 1e-7: the tolerance of 1e-10, amplified by the flow and by the interpolation.
     actual, expected = (by_everything(n)(1e-10, *INPUTS, TS) for n in (name, "discrete"))
-    assert_close(actual, expected, 1e-7)
+    assert_close(actual, finite(expected), 1e-7)
 
 
-@pytest.mark.parametrize("name", with_slow(METHODS, VARIANTS))
-def test_outputs_on_and_beside_the_ends_of_steps(name):
-    """`y' = a cos(t) y` has `y = y0 exp(a (sin t - sin t0))`; every 16th step ends on a half."""
+@functools.cache
+def exact_outputs():
+    """Inputs of `y' = a cos(t) y`, and the gradient of `y = y0 exp(a (sin t - sin t0))`."""
     knots = jnp.array([0.0, 0.5, 1.0, 1.5, 2.0])
     beside = jnp.array([0.5 - 1e-13, jnp.nextafter(0.5, 1.0), 1.5 - 1e-5, 1.5 + 1e-5])
     inputs = (jnp.array([0.7]), 0.9, 0.0, 2.0, jnp.sort(jnp.concatenate([knots, beside])))
+
+    def exact(y0, a, t0, t1, ts):
+        y = lambda t: y0[0] * jnp.exp(a * (jnp.sin(t) - jnp.sin(t0)))
+        return y(t1) + jnp.arange(1.0, 10.0) @ jnp.sin(y(ts))
+
+    return inputs, jax.jit(jax.grad(exact, range(5)))(*inputs)
+
+
+# Of the discrete adjoint there is `test_discrete.py`; the others agree with it.
+@pytest.mark.parametrize("name", with_slow(METHODS, [n for n in METHODS if n != "backsolve"]))
+def test_outputs_on_and_beside_the_ends_of_steps(name):
+    """Every 16th step ends on a half."""
 
     def ours(y0, a, t0, t1, ts):
         f = lambda t, y, a: a * jnp.cos(t) * y
         solution = jaxode.solve(f, y0, t0, t1, a, ts=ts, **METHODS[name].options(steps=64))
         return solution.y1[0] + jnp.arange(1.0, 10.0) @ jnp.sin(solution.ys[:, 0])
 
-    def exact(y0, a, t0, t1, ts):
-        y = lambda t: y0[0] * jnp.exp(a * (jnp.sin(t) - jnp.sin(t0)))
-        return y(t1) + jnp.arange(1.0, 10.0) @ jnp.sin(y(ts))
-
-    argnums = (0, 1, 2, 3, 4)
+    inputs, expected = exact_outputs()
     # 1e-7: the dense output of 64 steps of Tsit5 has order 4.
-    actual = jax.jit(gradient(name)(ours, argnums))(*inputs)
-    assert_close(actual, jax.jit(jax.grad(exact, argnums))(*inputs), 1e-7)
+    assert_close(jax.jit(gradient(name)(ours, range(5)))(*inputs), expected, 1e-7)
 
 
 @pytest.mark.parametrize("name", of_feature(KINDS))
@@ -177,7 +192,7 @@ BACK = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 2.9, 1.0, 1.0,
 @pytest.mark.parametrize("name", with_slow(METHODS, VARIANTS))
 def test_backwards_in_time(name):
     expected = by_everything("discrete", steps=400)(1e-10, *BACK)
-    assert_close(by_everything(name)(1e-10, *BACK), expected, 1e-7)
+    assert_close(by_everything(name)(1e-10, *BACK), finite(expected), 1e-7)
 
 
 @functools.cache
@@ -186,7 +201,7 @@ def by_state_and_args(name, tolerance=1e-10, **options):
     return jax.jit(jax.grad(solved, (0, 3)))(*INPUTS)
 
 
-@pytest.mark.parametrize("name", [name for name in CONTINUOUS if name in KINDS])
+@pytest.mark.parametrize("name", of_feature(name for name in CONTINUOUS if name in KINDS))
 def test_equal_steps_converge_to_the_gradient(name):
     """The error of 20 and 40 steps of Tsit5 falls by about 2 ** 5."""
     exact = by_state_and_args("discrete", 1e-12)
@@ -222,14 +237,15 @@ def test_batches(name, control):
     assert_close(of_a_batch(name, control)(1e-9), of_a_batch("discrete", control)(1e-11), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "transform"),
-    [
-        *of_feature((name, t) for name in KINDS for t in ("grad of vmap", "vmap of grad of scan")),
-        ("discrete", "scan"),
-        ("backsolve", "checkpoint"),
-    ],
-)
+# Of other methods there is `test_vmap.py`, but for a tangent of rows.
+FAST = [(name, "grad of vmap") for name in ("discrete", "backsolve")]
+FAST += [("backsolve", "vmap of grad of scan")]
+SLOW = [("discrete", "vmap of grad of scan"), ("forward", "grad of vmap")]
+SLOW += [("discrete", "scan"), ("backsolve", "checkpoint")]
+SLOW += [("interpolating", "vmap of grad of scan")]
+
+
+@pytest.mark.parametrize(("name", "transform"), with_slow(FAST + SLOW, SLOW))
 def test_under_transformations(name, transform):
     grad, values = gradient(name), jnp.array([0.5, 1.0, 3.0])
     options = METHODS[name].options(rtol=1e-9, atol=1e-9, throw=False)
@@ -275,7 +291,7 @@ def test_exact_methods_equal_discrete(name, transform):
     def run(name, **options):
         return TRANSFORMS[transform](by_everything(name, **options))(1e-6, y0, *INPUTS[1:], TS)
 
-    assert_close(run(name), run("discrete", **METHODS[name].needs), 1e-12)
+    assert_close(run(name), finite(run("discrete", **METHODS[name].needs)), 1e-12)
 
 
 @functools.cache
@@ -285,18 +301,15 @@ def second_derivatives(name, again, **options):
     return jax.jit(again(gradient(name)(run)))(jnp.array([1.0, 0.5, 2.0, 0.3]))
 
 
-# Reverse over reverse mode is in `test_transforms.py`.
-@pytest.mark.parametrize(
-    ("name", "again"),
-    of_feature(
-        (case for case in AGAIN if case[0] != "forward"), slow=["interpolating", "backsolve"]
-    ),
-)
+# `test_transforms.py` has others, against a closed form.
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if case[0] != "forward"])
 def test_second_derivatives(name, again):
     method = METHODS[name]
     expected = second_derivatives("forward", jax.jacfwd, **method.needs)
     # Those of the adjoint ODE are as exact as its solution.
-    assert_close(second_derivatives(name, again), expected, 1e-10 if method.exact else 1e-6)
+    actual = second_derivatives(name, again)
+    assert_close(actual, finite(expected), 1e-10 if method.exact else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
@@ -311,10 +324,10 @@ def test_reverse_over_reverse_without_parameters_or_with_narrow_ones(dtype):
         ).y1.sum()
 
     rate = jnp.ones((), dtype or float)
-    hessian = jax.jacrev(jax.grad(end))(jnp.full(1, 2.0), rate)
+    hessian = jax.jit(jax.jacrev(jax.grad(end)))(jnp.full(1, 2.0), rate)
     np.testing.assert_allclose(hessian, [[-2 / 27]], rtol=1e-6)
     if dtype is not None:
-        second = jax.grad(jax.grad(end, 1), 1)(jnp.full(1, 2.0), rate)
+        second = jax.jit(jax.grad(jax.grad(end, 1), 1))(jnp.full(1, 2.0), rate)
         np.testing.assert_allclose(second, 16 / 27, rtol=1e-5)
 
 
@@ -470,7 +483,7 @@ def test_failure_of_the_backward_solve_is_nan():
         jax.block_until_ready(gradient(throw=True))
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 def test_row_whose_backward_solve_fails(control):
     """Row 1 is stiff and runs out of steps backwards; row 0 has nothing to solve."""
     f = lambda t, y, _: jnp.stack([jnp.zeros(()), -y[0] * y[1]])
@@ -610,5 +623,6 @@ def test_reverse_over_reverse_by_complex_parameters():
         f, jnp.ones(1), 0.0, 1.0, c, adjoint=jaxode.BacksolveAdjoint(), rtol=1e-9, atol=1e-9
     ).y1[0]  # fmt: skip
     exact = lambda c: jnp.exp(-(c * jnp.conj(c)).real)
-    again = lambda end: jax.grad(lambda c: (jax.grad(end)(c) * (1 - 2j)).real)(jnp.array(1 + 1j))
-    np.testing.assert_allclose(again(end), again(exact), rtol=1e-6)
+    again = lambda end: jax.jit(jax.grad(lambda c: (jax.grad(end)(c) * (1 - 2j)).real))
+    c = jnp.array(1 + 1j)
+    np.testing.assert_allclose(again(end)(c), again(exact)(c), rtol=1e-6)

@@ -14,8 +14,6 @@ TS = jnp.array([0.3, 0.8])
 BAD = jnp.array([[2.0], [jnp.nan], [jnp.inf], [0.1], [0.2]])
 GOOD = jnp.where(jnp.arange(5)[:, None] < 3, 0.15, BAD)
 KEEP = jnp.arange(5) >= 3
-# How rows are solved.
-WAYS = ("per_sample", "vmap")
 
 
 def explosive(t, y, args):
@@ -42,14 +40,12 @@ def masked(name, way, ts=None):
     return loss, lambda z: (z, 0.0, 1.0, ts, (jnp.array(1.0), jnp.array(0.1)), jnp.array(1.1))
 
 
-MASKED = [(name, way) for name in KINDS for way in WAYS]
-OTHERS = [case for case in MASKED if case[0] in ("interpolating", "forward")]
+# `vmap` is rows of one solve, and of one without a tape.
+MASKED = [*((name, "per_sample") for name in KINDS), ("discrete", "vmap"), ("backsolve", "vmap")]
+OTHERS = [(name, "per_sample") for name in ("interpolating", "forward")]
 
 
-@pytest.mark.parametrize(
-    ("name", "way"),
-    with_slow(MASKED, [*OTHERS, ("backsolve", "vmap")]),
-)
+@pytest.mark.parametrize(("name", "way"), with_slow(MASKED, [*OTHERS, ("backsolve", "vmap")]))
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     loss, inputs = masked(name, way, TS)
     run = jax.jit(gradient(name)(loss))
@@ -146,7 +142,10 @@ PARAMS = {"w": jnp.array([[0.3, -0.2], [0.5, 0.1]]), "base": jaxode.diagonal_nor
 LOSSES = [(name, "gauss") for name in REVERSE if METHODS[name].masks] + [("discrete", "stochastic")]
 
 
-@pytest.mark.parametrize(("name", "quadrature"), of_feature(LOSSES))
+@pytest.mark.parametrize(
+    ("name", "quadrature"),
+    with_slow(LOSSES, [("interpolating", "gauss"), ("discrete", "stochastic")]),
+)
 def test_failed_samples_of_weight_zero_add_nothing_to_nll(name, quadrature):
     """One has data that is NaN, one such a context."""
 
@@ -217,7 +216,7 @@ RAISING = {
 # Programs around a solve of which there are others: of outputs, of rows, and of densities.
 SLOW = {
     "jit(grad), implicit", "jit(grad) of ts", "jit(grad) of scan", "jit(grad) of vmap",
-    "jit(grad), interpolating", "jit(grad) of log_prob",
+    "jit(grad), interpolating", "jit(grad) of log_prob", "jit(vmap) of grad",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import scipy.stats
+from helpers import with_slow
 
 import jaxode
 
@@ -346,7 +347,7 @@ PARAMS = (jnp.asarray(M), jnp.asarray(C))
 
 
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (-0.5, -2.0)])
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["per_sample"]))
 def test_nonnormal_flow_in_both_directions_of_time(control, t0, t1):
     flow, expected = affine_flow(t1, t0, batch=control), normal(t1, t0).logpdf(X)
     np.testing.assert_allclose(flow.log_prob(PARAMS, X), expected, rtol=1e-7)
@@ -377,6 +378,7 @@ def test_curvature_of_the_likelihood():
     np.testing.assert_allclose(curvature, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_divergence_is_unbiased():
     keys = jax.random.split(jax.random.key(0), 512)
     flow = affine_flow(divergence=jaxode.divergence.hutchinson())
@@ -387,7 +389,7 @@ def test_stochastic_divergence_is_unbiased():
     assert (error > 0.01).all()
 
 
-@pytest.mark.parametrize("event", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize("event", [(), pytest.param((2, 3), marks=pytest.mark.slow)], ids=str)
 def test_nonlinear_flow_of_each_number_by_itself(event):
     """`z' = p sin z` carries `tan(z / 2)` to `exp(p) tan(z / 2)`."""
     flow = jaxode.cnf(lambda t, z, p: p * jnp.sin(z), jaxode.standard_normal(event), **FINE)

@@ -173,7 +173,9 @@ ACROSS_JUMPS = {
 }
 
 
-@pytest.mark.parametrize("name", of_feature(ACROSS_JUMPS))
+@pytest.mark.parametrize(
+    "name", of_feature(ACROSS_JUMPS, slow=("interpolating", "forward", "few checkpoints"))
+)
 def test_gradients_across_jumps(name):
     """Also by the ends of the span: with a mesh that moved as one, they would be wrong by far."""
     method = ACROSS_JUMPS[name]

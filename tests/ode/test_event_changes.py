@@ -12,7 +12,8 @@ from helpers import ADAPTIVE, METHODS, assert_close, gradient, of_feature
 import jaxode
 
 G, TS = 9.81, np.linspace(0.0, 2.0, 9)
-OPTIONS = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 64}
+# A failure is NaN, which equals no closed form: programs that can raise take longer to compile.
+OPTIONS = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 64, "throw": False}
 
 
 def fall(t, y, g):
@@ -47,16 +48,6 @@ BALL = jnp.array(1.0), jnp.array(0.7), jnp.array(G)
 BOUNCES = [0, 0, 1, 1, 1, 2, 2, 3, 4]
 
 
-def test_outputs_and_work():
-    s = bounce(*BALL, ts=TS)
-    expected = height_at(TS, *BALL, BOUNCES)
-    np.testing.assert_allclose(s.ys[:, 0], expected, atol=1e-8)
-    np.testing.assert_allclose(s.y1[0], expected[-1], atol=1e-8)
-    assert not s.event_occurred
-    assert s.t1 == s.t_reached == 2.0
-    assert s.stats.num_steps == s.stats.num_accepted + s.stats.num_rejected
-
-
 def test_one_more_event_ends_the_solve():
     """At its time, with the state before; outputs beyond it repeat that."""
     s = bounce(*BALL, most=1, ts=TS)
@@ -71,13 +62,26 @@ def test_one_more_event_ends_the_solve():
 @pytest.mark.parametrize(
     "name", of_feature(ADAPTIVE, slow=["interpolating", "forward", "backsolve"])
 )
-def test_gradients(name):
+def test_outputs_and_gradients(name):
     """By the start, what the change closes over, and the arguments."""
-    options = METHODS[name].options(ts=TS[5:])
-    found = lambda *x: jnp.sum(jnp.sin(3 * bounce(*x, **options).ys[:, 0]))
-    exact = lambda *x: jnp.sum(jnp.sin(3 * height_at(TS[5:], *x, BOUNCES[5:])))
-    bars = jax.jit(gradient(name)(found, (0, 1, 2)))(*BALL)
-    assert_close(bars, jax.grad(exact, (0, 1, 2))(*BALL), 1e-6)
+    loss = lambda heights: jnp.sum(jnp.sin(3 * heights[5:]))
+
+    def found(*inputs):
+        s = bounce(*inputs, **METHODS[name].options(ts=TS))
+        return loss(s.ys[:, 0]), s
+
+    def exact(*inputs):
+        heights = height_at(TS, *inputs, BOUNCES)
+        return loss(heights), heights
+
+    bars, s = jax.jit(gradient(name)(found, (0, 1, 2), has_aux=True))(*BALL)
+    expected_bars, expected = jax.jit(jax.grad(exact, (0, 1, 2), has_aux=True))(*BALL)
+    assert_close(bars, expected_bars, 1e-6)
+    np.testing.assert_allclose(s.ys[:, 0], expected, atol=1e-8)
+    np.testing.assert_allclose(s.y1[0], expected[-1], atol=1e-8)
+    assert not s.event_occurred
+    assert s.t1 == s.t_reached == 2.0
+    assert s.stats.num_steps == s.stats.num_accepted + s.stats.num_rejected
 
 
 @pytest.mark.slow
@@ -96,6 +100,7 @@ def test_rows_have_their_own_events():
     run = lambda f: jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(heights, *BALL[1:])
     bars, s = run(loss)
     expected, single = run(one_by_one)
+    assert s.ok.all()
     assert list(s.event_occurred) == [False, False, True]
     assert_close((s.y1, s.ys.swapaxes(0, 1)), (single.y1, single.ys), 1e-12)
     assert_close(bars, expected, 1e-10)
@@ -128,8 +133,9 @@ def test_a_change_is_differentiated_only_where_it_happens():
 
     left = 0.8 - np.sqrt(2 / 9.81)  # after the first bounce, with the speed v
     v = lambda a: np.sqrt(2 * 9.81 - 2 * a)
-    np.testing.assert_allclose(height(3.0), v(3.0) * left - 9.81 / 2 * left**2, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(jax.grad(height))(3.0), -left / v(3.0), rtol=1e-5)
+    value, slope = jax.jit(jax.value_and_grad(height))(3.0)
+    np.testing.assert_allclose(value, v(3.0) * left - 9.81 / 2 * left**2, rtol=1e-5)
+    np.testing.assert_allclose(slope, -left / v(3.0), rtol=1e-5)
 
 
 def test_a_change_that_is_not_finite_is_named():
@@ -206,6 +212,6 @@ def test_outputs_after_the_last_event_do_not_move_with_their_times():
         assert s.ys.shape == (1, 3, 1)
         return s.ys[0, 2, 0]
 
-    value, slope = jax.value_and_grad(last)(jnp.array([[0.1, 5.0, 5.0]]))
+    value, slope = jax.jit(jax.value_and_grad(last))(jnp.array([[0.1, 5.0, 5.0]]))
     np.testing.assert_allclose(value, 1, rtol=1e-6)
     np.testing.assert_allclose(slope, 0, atol=1e-12)

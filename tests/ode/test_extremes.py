@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, REVERSE, with_slow
+from helpers import METHODS, REVERSE, of_feature, with_slow
 
 import jaxode
 from jaxode import Result, divergence
@@ -82,7 +82,7 @@ def test_overflow_on_the_way_is_an_error():
     assert 0.5 < solution.t_reached < 0.71
 
 
-@pytest.mark.parametrize("name", REVERSE)
+@pytest.mark.parametrize("name", of_feature(REVERSE))
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 def test_gradients_at_extreme_scales(name, scale):
     """`d (y0 e^-rate) / d (y0, rate)`."""
@@ -103,14 +103,13 @@ def test_odeint_over_an_empty_span(t):
     np.testing.assert_array_equal(odeint(jnp.array([2.0, 3.0]), t), [2.0, 3.0])
 
 
-@pytest.mark.parametrize(
-    ("event", "batch", "control"),
-    [
-        ((), 0, "joint"), ((), 0, "per_sample"), ((), 1, "joint"), ((), 3, "joint"),
-        ((2, 3, 4), 1, "per_sample"),
-    ],
-    ids=str,
-)  # fmt: skip
+FLOWS = [
+    ((), 0, "joint"), ((), 0, "per_sample"), ((), 1, "joint"), ((), 3, "joint"),
+    ((2, 3, 4), 1, "per_sample"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("event", "batch", "control"), with_slow(FLOWS, [FLOWS[2]]), ids=str)
 def test_flow_of_any_event_and_batch(control, event, batch):
     z = 1 + jnp.arange(batch * np.prod(event, dtype=int), dtype=float).reshape(batch, *event)
     options = {"batch": control, "rtol": 1e-7, "atol": 1e-7}
@@ -122,7 +121,9 @@ def test_flow_of_any_event_and_batch(control, event, batch):
 
 
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), jaxode.Rodas5P()], ids=str)
-@pytest.mark.parametrize("y0", [jnp.zeros((0,)), jnp.zeros((2, 0))], ids=str)
+@pytest.mark.parametrize(
+    "y0", [jnp.zeros((0,)), pytest.param(jnp.zeros((2, 0)), marks=pytest.mark.slow)], ids=str
+)
 def test_state_of_no_numbers(y0, solver):
     solution = jaxode.solve(decay, y0, 0.0, 1.0, 1.0, solver=solver)
     assert solution.ok
@@ -175,8 +176,11 @@ def exact_log_prob(x, p=P):
     return -0.5 * ((x * np.exp(-p)) ** 2).sum(1) - dims * (p + 0.5 * np.log(2 * np.pi))
 
 
+DENSITIES = [((), 3, "joint"), ((2, 1, 2), 1, "per_sample")]
+
+
 @pytest.mark.parametrize(
-    ("event", "batch", "control"), [((), 3, "joint"), ((2, 1, 2), 1, "per_sample")], ids=str
+    ("event", "batch", "control"), with_slow(DENSITIES, DENSITIES[:1]), ids=str
 )
 def test_cnf_of_any_event_and_batch(control, event, batch):
     flow = normal(event, batch=control)
@@ -251,7 +255,7 @@ def quiet(control):
     return flow, jax.jit(jax.value_and_grad(flow.nll))
 
 
-@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("control", with_slow(["joint", "per_sample"], ["joint"]))
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_cnf_of_data_that_is_not_finite(control, value):
     """An error that says so, or NaN: in the loss, in every gradient, and in that row's density."""

@@ -69,7 +69,7 @@ UPSTREAM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", with_slow(UPSTREAM, ["weird time", "swoop"]))
+@pytest.mark.parametrize("name", with_slow(UPSTREAM, ["weird time", "decay with arrays", "swoop"]))
 def test_upstream_fields_against_scipy_and_differences(name):
     func, y0, t, args = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | float) else x,

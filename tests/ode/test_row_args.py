@@ -76,7 +76,7 @@ def test_equal_to_single_solves(case):
     ("name", "batch"),
     [
         *of_feature((name, "per_sample") for name in METHODS if name != "interpolating"),
-        ("discrete", "joint"),
+        pytest.param("discrete", "joint", marks=pytest.mark.slow),
     ],
 )
 def test_gradients(name, batch):

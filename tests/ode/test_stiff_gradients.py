@@ -141,23 +141,25 @@ def test_dense_output():
     assert_close(found[0][0][2], found[1][0][2], 1e-7)
 
 
+@jax.jit
+@functools.partial(jax.grad, argnums=range(4), has_aux=True)
+def of_rows_that_end(y0, rates, factors, t1):
+    """The gradient of their sum, and which they are."""
+    options = {"throw": False, "max_steps": 128, "rtol": 1e-4}
+    solution = run(y0, rates, factors, 0.0, t1, None, **options)
+    values = jnp.sum(WEIGHTS[: len(y0)] * solution.y1, axis=1)
+    return jnp.sum(jnp.where(solution.ok, values, 0)), solution.ok
+
+
 @pytest.mark.parametrize("fails", ["before", "after"])
 def test_a_failed_row_on_which_nothing_depends(fails):
     """One that never takes a step, or one whose steps run out."""
     y0, t1 = Y0, jnp.full(3, 40.0)
     y0, t1 = (y0.at[1, 0].set(jnp.inf), t1) if fails == "before" else (y0, t1.at[1].set(1e6))
-
-    def total(y0, rates, factors, t1):
-        options = {"throw": False, "max_steps": 128, "rtol": 1e-4}
-        solution = run(y0, rates, factors, 0.0, t1, None, **options)
-        values = jnp.sum(WEIGHTS[: len(y0)] * solution.y1, axis=1)
-        return jnp.sum(jnp.where(solution.ok, values, 0)), solution.ok
-
-    gradient = jax.jit(jax.grad(total, range(4), has_aux=True))
-    gradients, ok = gradient(y0, RATES, FACTORS, t1)
+    gradients, ok = of_rows_that_end(y0, RATES, FACTORS, t1)
     np.testing.assert_array_equal(ok, [True, False, True])
     # The same as if the row were one of the others, with weights of zero.
-    others = gradient(Y0, RATES, FACTORS, jnp.full(3, 40.0))[0]
+    others = of_rows_that_end(Y0, RATES, FACTORS, jnp.full(3, 40.0))[0]
     for number in (0, 2, 3):
         np.testing.assert_array_equal(gradients[number][1], 0)
         np.testing.assert_allclose(gradients[number][::2], others[number][::2], rtol=1e-10)

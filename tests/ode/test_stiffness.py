@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from problems import ARGS, STIFF, pendulum
 
 import jaxode
@@ -28,7 +29,7 @@ def message(problem, **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", with_slow(PROBLEMS, ["hires", "oregonator", "pollution"]))
 def test_stiff_problems(name):
     assert "The problem looks stiff there: use solver=jaxode.Rodas5P()" in message(
         PROBLEMS[name], max_steps=500

@@ -537,6 +537,14 @@ BAD_FOR = {
         lines(*(f"{i % 7},{i * i % 11},{2 * (i % 7)}" for i in range(30)), header="a,b,c\n"),
         "the columns a, c depend linearly on each other",
     ),
+    ("tabular", "column numbers of pandas"): (
+        lines(*(f"{row},{i % 7}" for i, row in enumerate(SQUARES)), header="0,1,2\n"),
+        "line 1: looks like the column numbers of pandas, not like data",
+    ),
+    ("tabular", "fewer rows than columns"): (
+        lines(*(",".join(map(str, row)) for row in np.random.default_rng(0).normal(size=(20, 14)))),
+        "14 columns need more than as many rows to train on; got 14",
+    ),
     ("tabular", "sum"): (
         lines(*(f"{a},{b},{a + b},{c}" for a, b, c in NORMAL)),
         "the columns column 1, column 2, column 3 depend linearly on each other",

@@ -67,10 +67,10 @@ FLOORS = (
     r"ode\.loop\.",
     r"ode\.adjoints($|\.)",
     r"ode\.",
-    r"(coupling|distributions|divergence|images|nn(\..*)?|plot|regularizers)$",
+    r"(coupling|distributions|divergence|images|nn(\..*)?|regularizers)$",
     r"(flows\.|diffusion$)",
     r"density\.|standardize$",
-    r"(auditing\.|interop($|\.))",
+    r"(auditing\.|interop($|\.)|plot$)",
     r"__init__$",
 )
 

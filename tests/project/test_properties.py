@@ -103,7 +103,8 @@ def _mirrored(t, y, A):
     return -nonlinear(-t, y, A)
 
 
-@given(seeds, times, times, explicit)
+# Without a shared stage, and with one.
+@given(seeds, times, times, st.sampled_from([diffrax.Euler(), diffrax.Tsit5()]))
 def test_equal_steps_compose(seed, t0, t1, solver):
     """Twice as many steps over twice the span."""
     y0, A = numbers(seed, SIZE), numbers(seed + 1, SIZE, SIZE)

@@ -28,10 +28,9 @@ from jaxode.flows.likelihood.quadrature import Quadrature, shares_stages
 from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
 from jaxode.ode.adjoints.vmapped import is_busy
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System, pose
@@ -178,10 +177,10 @@ def _fused(objective: Objective):
     of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
     shared = (system.shared, (objective.probes, system.row_args))
     precision = stepper.precision
-    costs, (_, (probes, _)) = close_field(costs_of_samples, of_nodes, y0, shared, precision)
+    costs, (_, (probes, _)) = close_field(precision, costs_of_samples, of_nodes, y0, shared)
     # The samples, and so their density, may have lower precision than the solve.
     log_prob = lambda t, y, args: log_prob_of(objective.base, samples(y)).astype(ravel.dtype)
-    base, _ = close_field(log_prob, t0, y0, (), precision)
+    base, _ = close_field(precision, log_prob, t0, y0, ())
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
     settings = Settings(stepper, system.adjoint, coefficients, phase)

@@ -18,8 +18,8 @@ from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step, walk_back
+from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.rows import one_row, over_rows
-from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # The golden ratio: its multiples spread evenly over the unit interval.

@@ -23,8 +23,7 @@ from jaxode.ode.adjoints.continuous import (
 )
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.problem import Problem, Slope
-from jaxode.ode.loop.stepper import Stepper
+from jaxode.ode.loop.problem import Problem, Slope, Stepper
 
 
 @dataclass(frozen=True)

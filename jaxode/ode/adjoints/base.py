@@ -14,9 +14,8 @@ from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import piece_at, speeds_in
-from jaxode.ode.loop.problem import Problem, Slope
+from jaxode.ode.loop.problem import Problem, Slope, Stepper
 from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
-from jaxode.ode.loop.stepper import Stepper
 
 T = TypeVar("T")
 
@@ -186,6 +185,8 @@ class ReverseAdjoint(Adjoint):
 
     any_order: ClassVar[bool] = False
     """Whether its gradient has reverse-mode derivatives."""
+    checkpoints: int
+    """How many states the tape keeps, of a method that inherits `record`."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         run = lambda problem, stepper: solve(problem, stepper, self)
@@ -193,7 +194,7 @@ class ReverseAdjoint(Adjoint):
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape | None]:
         """Solve the problem, with what the backward pass needs."""
-        raise NotImplementedError
+        return integrate(problem, stepper, self.checkpoints)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Any]:
         """The cotangents of the problem, and a factor per row that is NaN where there are none.

@@ -27,11 +27,11 @@ from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode._jax.tangents import filled
 from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.outputs import padded
+from jaxode.ode.loop.problem import Problem, Stepper, weighted_sum
 from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.stepper import Stepper, weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 # (t [rows], state [samples, n], weight [rows]) -> (derivative [samples, n], weighted integrand)
@@ -230,6 +230,8 @@ class ContinuousAdjoint(ReverseAdjoint):
         t1_bar: Any = by_time(end) if wanted.t1 else None
         ts_bar = None
         if ts is not None and wanted.ts:
-            points = ts, integration.ys, bar.ys
-            ts_bar = jnp.zeros_like(ts) if bar.ys is None else jax.lax.map(by_time, points)
+            ts_bar = jnp.zeros_like(ts)
+            if integration.ys is not None and bar.ys is not None:
+                points = ts, padded(problem, integration.ys), bar.ys
+                ts_bar = jax.lax.map(by_time, points)
         return Problem(*segment.quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid

@@ -16,11 +16,10 @@ from jaxode._jax.tangents import filled
 from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.adjoints.sweep import Sweep
 from jaxode.ode.adjoints.tape import OutputBars, Step
-from jaxode.ode.loop.integrate import Integration, Tape, integrate
+from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import place_of_each
-from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Tableau
 
 
@@ -55,9 +54,6 @@ class DiscreteAdjoint(ReverseAdjoint):
 
     def of_diffrax(self) -> diffrax.AbstractAdjoint:
         return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
-
-    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape]:
-        return integrate(problem, stepper, self.checkpoints)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
         problem, tape = solved.problem, solved.tape

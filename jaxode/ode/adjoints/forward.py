@@ -9,8 +9,7 @@ from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.adjoints.base import Adjoint
 from jaxode.ode.adjoints.vmapped import vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.stepper import Stepper
+from jaxode.ode.loop.problem import Problem, Stepper
 
 FORWARD_ONLY = (
     "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "

@@ -17,10 +17,8 @@ from jaxode.ode.adjoints.continuous import (
     solve_segment,
 )
 from jaxode.ode.adjoints.tape import OutputBars, Step, walk_back
-from jaxode.ode.loop.integrate import Integration, Tape, integrate
+from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import Curve
-from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,6 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     def __post_init__(self) -> None:
         super().__post_init__()
         integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
-
-    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape]:
-        return integrate(problem, stepper, self.checkpoints)
 
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:
         """The adjoint solve, over one recorded step of the forward solve after the other."""

@@ -10,9 +10,9 @@ from jaxode._jax.pullback import pulled_back
 from jaxode._jax.tangents import along
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step
+from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.rosenbrock import Linearized
 from jaxode.ode.loop.rows import over_rows
-from jaxode.ode.loop.stepper import weighted_sum
 
 
 class StartOfStep(NamedTuple):

@@ -12,9 +12,8 @@ from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import save_times_at
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, weighted_sum
 from jaxode.ode.loop.rows import entry_of_each
-from jaxode.ode.loop.stepper import weighted_sum
 
 T = TypeVar("T")
 
@@ -41,7 +40,7 @@ def walk_back(
     tape, tableau = solved.tape, solved.stepper.tableau
     assert tape is not None
     chained = whole and tableau.first_same_as_last
-    count = tableau.stages if whole and not chained else tableau.advancing_stages
+    count = tableau.stages - chained if whole else tableau.advancing_stages
 
     def back(state):
         stop, slope, checkpoints, carry = state

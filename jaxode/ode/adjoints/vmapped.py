@@ -18,8 +18,7 @@ from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.vmapped import Rule, one_by_one, plain, with_vmap_rule
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Steps
-from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.stepper import Stepper
+from jaxode.ode.loop.problem import Problem, Stepper
 
 Solver = Callable[[Problem, Stepper], Integration]
 
@@ -245,7 +244,8 @@ class Many(NamedTuple):
         field, jacobian = of_all(lambda field: field, 1), None
         if problem.field.jacobian is not None:
             jacobian = of_all(lambda field: field.jacobian, 2)
-        closed, args = close_field(field, t0, y0, (shared, own), stepper.precision, jacobian)
+        given = t0, y0, (shared, own)
+        closed, args = close_field(stepper.precision, field, *given, jacobian=jacobian)
         return Problem(closed, args, y0, t0, t1, ts, outputs)
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:

@@ -18,12 +18,11 @@ from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
 from jaxode.ode.loop.mesh import on_mesh
 from jaxode.ode.loop.outputs import Steps, save
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, Stepper, limit_step, weighted_sum
 from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step, is_lost
-from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
 
 # (before a step, the step) -> whether an accepted step stops inside, the time and state there.
 Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "samples n"]]]
@@ -176,10 +175,13 @@ def _recorded(state: _State, step: Attempt, progress: Progress) -> _State:
     # A waiting row has a step of size zero with all stages at its start, and not the stages of the
     # failed attempt, which may be NaN.
     kept = k if one_row(t) else jnp.where(accept[None, :, None], k, k[:1])
+    advanced = accept.any()  # what no row accepted is overwritten later
     if tape is not None:
-        tape = _record(tape, t, y, kept, slope, accept.any())
+        times = jax.lax.dynamic_update_index_in_dim(tape.times, t, tape.num_steps + 1, 0)
+        checkpoints = tape.checkpoints.offer(tape.num_steps, y, kept, advanced)
+        tape = Tape(times, tape.num_steps + advanced.astype(jnp.int32), checkpoints, slope)
     if steps is not None:
-        steps = steps.append(t, y, kept, accept.any())
+        steps = steps.append(t, y, kept, advanced)
     return state._replace(progress=progress, slope=slope, tape=tape, steps=steps)
 
 
@@ -195,11 +197,3 @@ def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array,
         h, slope = first_step(field, stepper, start, problem.y0, span)
         return slope if reused else None, limit_step(stepper, h), 2
     return (field(start, problem.y0), h, 1) if reused else (None, h, 0)
-
-
-def _record(tape: Tape, t, y, k, slope, advanced: Bool[Array, ""]) -> Tape:
-    """Append a step from `y` to the time `t`. If no row accepted it, it is overwritten later."""
-    index = tape.num_steps + 1
-    times = jax.lax.dynamic_update_index_in_dim(tape.times, t, index, 0)
-    checkpoints = tape.checkpoints.offer(tape.num_steps, y, k, advanced)
-    return Tape(times, tape.num_steps + advanced.astype(jnp.int32), checkpoints, slope)

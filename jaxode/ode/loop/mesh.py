@@ -66,6 +66,7 @@ def on_mesh(t, start, end):
         start_dot, end_dot = map(filled, dots, (start, end))
         span = end - start
         s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
+        s = jax.lax.stop_gradient(s)  # also in second derivatives
         return (1 - s) * start_dot + s * end_dot
 
     return with_tangent(t, between, start, end)

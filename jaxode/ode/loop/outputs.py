@@ -8,9 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import moving
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.problem import Problem, weighted_sum
 from jaxode.ode.loop.rows import entry_of_each, place_of_each
-from jaxode.ode.loop.stepper import weighted_sum
 from jaxode.ode.loop.tableau import Tableau
 
 

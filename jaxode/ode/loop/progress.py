@@ -8,10 +8,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
 from jaxode.ode.loop.mesh import Piece, piece_at
+from jaxode.ode.loop.problem import Stepper, limit_step, weighted_sum
 from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import error_ratio, is_lost, propose
-from jaxode.ode.loop.stepper import Stepper, limit_step, weighted_sum
 
 # If at most this many steps are left, they are made equal. Measured: benchmarks/NOTES.md.
 LAST_STEPS = 3
@@ -154,10 +154,5 @@ def _not_finite(stepper: Stepper, k: Float[Array, "stages samples n"], of_rows) 
     """
     if not stepper.tableau.needs_jacobian:
         return Result.NON_FINITE
-    of_jacobian = _all_finite(k[0], of_rows) & ~_all_finite(k[1], of_rows)
-    return jnp.where(of_jacobian, Result.NON_FINITE_JACOBIAN, Result.NON_FINITE)
-
-
-def _all_finite(y: Float[Array, "samples n"], of_rows) -> Bool[Array, " rows"]:
-    largest = lambda y, axis: jnp.max(jnp.abs(y), axis=axis, initial=0.0)
-    return jnp.isfinite(over_rows(largest, y, of_rows))
+    finite = lambda k: over_rows(jnp.all, jnp.isfinite(k), of_rows)
+    return jnp.where(finite(k[0]) & ~finite(k[1]), Result.NON_FINITE_JACOBIAN, Result.NON_FINITE)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxode._jax.linear import Factors, factorize, solve
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode._jax.tangents import along
-from jaxode.ode.loop.stepper import weighted_sum
+from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.tableau import Field, Solver, Tableau
 
 

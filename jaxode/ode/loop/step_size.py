@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxode._jax.sharding import axes_of, fori_loop, vary
+from jaxode.ode.loop.problem import Stepper
 from jaxode.ode.loop.rows import over_rows, size_of_row
-from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.tableau import Field, Tableau
 
 SAFETY = 0.9

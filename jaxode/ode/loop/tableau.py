@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxode._checks.caller import arg, public
 from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.loop.stepper import weighted_sum
+from jaxode.ode.loop.problem import weighted_sum
 
 MOST_DEGREE = 9  # of a dense output
 
