@@ -132,7 +132,7 @@ def history(
             and without a mean.
         ax: axes to draw on.
         window: steps in the mean, capped at half of all steps; 1 draws only the losses.
-        **style: passed to `Axes.plot` for the mean.
+        **style: passed to `Axes.plot` for the mean, or for the looks.
 
     Raises:
         ValueError: if there is not one number per step.

@@ -216,7 +216,7 @@ class Tables(Benchmark):
             for end, score in result["scores"].items()
             if end in ends
         ]
-        told = "Medians over seeds, as many as a row names:" if len(seeds) > 1 else "Seed"
+        told = "Medians over seeds, as many as a row names, or one:" if len(seeds) > 1 else "Seed"
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
         return f"{told} {', '.join(map(str, seeds))}{late}."
 

@@ -89,8 +89,8 @@ def check_density(names: list[str], x: np.ndarray) -> None:
             )
     if len(x) <= len(names):
         raise InputError(
-            f"{len(names)} columns need more than as many rows to train on; got {len(x)}. Leave "
-            "columns out, or get more rows"
+            f"{len(names)} columns need at least {len(names) + 1} rows to train on; got {len(x)}. "
+            "Leave columns out, or get more rows"
         )
     # Linear dependence, such as c = 2 a, leaves a direction with nothing but rounding.
     variances, directions = np.linalg.eigh(np.corrcoef(x.T))

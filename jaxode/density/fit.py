@@ -90,8 +90,9 @@ def fit(
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4, the first 50 at the full rate.
         time_power: as for `matching_loss`.
-        dequantize: add uniform noise in (0, 1) to columns of integers, new in every block of steps.
-            `log_prob` is then that of `x + noise`.
+        dequantize: add uniform noise in (0, 1) to columns of integers, new in every block of steps;
+            not to validation rows of your own that have noise. `log_prob` is then that of
+            `x + noise`.
         progress: show steps and nats on stderr.
 
     Returns:

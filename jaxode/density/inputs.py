@@ -116,10 +116,10 @@ def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
                 f"pytree of shapes; got {given!r}."
             )
         shapes = tuple(tuple(map(int, shape)) for shape in shapes)
-        # A mean and scale may be of the last axes alone.
-        if not isinstance(data, tuple) and of_data not in (None, shapes):
+        ends = lambda shape, own: len(own) <= len(shape) and shape[len(shape) - len(own) :] == own
+        if of_data and not (len(shapes) == len(of_data) and all(map(ends, shapes, of_data))):
             raise ValueError(
-                "bind(context_shape=...): must be that of the rows of standardize_context, "
+                "bind(context_shape=...): must end in that of the rows of standardize_context, "
                 f"{of_data}; got {shapes}. Leave it out."
             )
         return shapes

@@ -70,10 +70,9 @@ class Table(NamedTuple):
 
         Given validation rows may have noise of their own.
         """
-        integers = self.integers & is_integer(rows.x)
-        if not integers.any():
+        if not self.integers.any():
             return rows
-        x = jnp.asarray(rows.x)
+        integers, x = self.integers & is_integer(rows.x), jnp.asarray(rows.x)
         return rows._replace(x=jnp.where(integers[None], in_cells(key, x), x))
 
     def in_flow(
@@ -163,10 +162,10 @@ def _checked(
     x = np.asarray(floating(x))
     if density.support is not None:
         integers = (is_integer(x) & dequantize)[None].astype(x.dtype)
-        # A bound may lie less far from the noise than this, but not within its rounding.
+        # Bounds within a 64th of the ends of the noise are found when it comes there.
         margin = 0.51 * float(jnp.finfo(x.dtype).eps) * (np.abs(x) + 1)
         margin = np.clip(margin, 1 / 64, 0.5).astype(x.dtype)
-        for noise in (margin, 1 - margin):
+        for noise in (margin, 1 - margin) if integers.any() else (margin,):
             noisy = x + noise * integers
             check_inside(jax.vmap(partial(contains, density.support))(noisy), noisy)
     return Rows(x, context)

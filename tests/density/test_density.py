@@ -680,7 +680,7 @@ WRONG = {
     "a negative size": ({"context_shape": (-1,)}, r"context_shape=...\): must be .* got \(-1,\)\."),
     "another shape than that of the context data": (
         {"standardize_context": DATA, "context_shape": ()},
-        r"must be that of the rows of standardize_context, \(\(2,\),\); got \(\(\),\)\.",
+        r"must end in that of the rows of standardize_context, \(\(2,\),\); got \(\(\),\)\.",
     ),
 }
 FAR = np.finfo(np.float32)

@@ -554,7 +554,7 @@ def test_the_table_of_densities_says_which_is_best_and_what_is_missing():
     assert "| banana, 80 x 2, 1 to 2 seeds | 1.500 |  | **1.250** |" in after
     assert "| magic, 80 x 2 | **3.000** |  | none in time |" in after
     assert "| banana, 80 x 2, 1 to 2 seeds | **2.000** |  | none in time |" in before
-    assert "as a row names: 0, 1; jaxode at most 215% late." in before
+    assert "as a row names, or one: 0, 1; jaxode at most 215% late." in before
     assert shown(done).startswith(
         "Best after 60 s, of 2 tables (mean rank): jaxode 1 (1.5), zuko NSF 1 (1.5)."
     )

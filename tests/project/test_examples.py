@@ -543,7 +543,7 @@ BAD_FOR = {
     ),
     ("tabular", "fewer rows than columns"): (
         lines(*(",".join(map(str, row)) for row in np.random.default_rng(0).normal(size=(20, 14)))),
-        "14 columns need more than as many rows to train on; got 14",
+        "14 columns need at least 15 rows to train on; got 14",
     ),
     ("tabular", "sum"): (
         lines(*(f"{a},{b},{a + b},{c}" for a, b, c in NORMAL)),
