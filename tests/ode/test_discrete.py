@@ -1,6 +1,7 @@
 """DiscreteAdjoint: exact for the computed solution, in bounded memory."""
 
 import functools
+from typing import ClassVar
 
 import diffrax
 import equinox as eqx
@@ -169,6 +170,33 @@ def test_hessian_where_the_error_estimate_is_zero():
     np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.grad(y1)))(1.3), 12 * 1.3, rtol=1e-12)
     forward = jax.jacfwd(jax.jacfwd(functools.partial(y1, adjoint=jaxode.ForwardMode())))
     np.testing.assert_allclose(jax.jit(forward)(1.3), 12 * 1.3, rtol=1e-12)
+
+
+class Kutta(diffrax.AbstractERK):
+    """Of order two, whose last stage is the next step's first; the one before has no weight."""
+
+    tableau: ClassVar = diffrax.ButcherTableau(
+        a_lower=(np.array([0.5]), np.array([-1.0, 2.0]), np.array([0.0, 1.0, 0.0])),
+        b_sol=np.array([0.0, 1.0, 0.0, 0.0]),
+        b_error=np.array([-1 / 6, 1 / 3, -1 / 6, 0.0]),
+        c=np.array([0.5, 1.0, 1.0]),
+    )
+    interpolation_cls: ClassVar = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+    term_compatible_contr_kwargs = None
+
+    def order(self, terms):
+        return 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", [jaxode.DiscreteAdjoint(), jaxode.InterpolatingAdjoint()])
+def test_a_stage_without_weight_before_one_that_is_used_again(adjoint):
+    ts, options = jnp.array([0.3, 1.0]), {"solver": Kutta(), "rtol": 1e-7, "atol": 1e-7}
+    ends = lambda a: jaxode.solve(
+        lambda t, y, a: -a * y, jnp.ones(1), 0.0, 1.0, a, ts=ts, adjoint=adjoint, **options
+    ).ys.sum()
+    expected = -(ts * jnp.exp(-2.0 * ts)).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(ends))(2.0), expected, rtol=1e-4)
 
 
 class Inner(eqx.Module):
