@@ -69,9 +69,13 @@ def in_cells(
 
     So far in spacings of the dtype: for a sum alone, half of one and a little.
     """
-    margin = float(jnp.finfo(x.dtype).eps) * (jnp.abs(jax.lax.stop_gradient(x)) + 1)
-    margin = jnp.minimum(spacings * margin, 0.5)
+    margin = margin_of(jax.lax.stop_gradient(x), spacings)
     return x + jnp.clip(jax.random.uniform(key, x.shape, x.dtype), margin, 1 - margin)
+
+
+def margin_of(x: Any, spacings: float = 0.51) -> Any:
+    """What the noise of `in_cells` keeps from its ends; `x` in JAX or NumPy."""
+    return (spacings * (float(jnp.finfo(x.dtype).eps) * (abs(x) + 1))).clip(max=0.5)
 
 
 @public("quantize")

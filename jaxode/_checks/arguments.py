@@ -270,12 +270,6 @@ def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:
         )
 
 
-def is_weak(x: Any) -> bool:
-    """Whether its precision is that of what it meets."""
-    own = isinstance(x, PYTHON_NUMBERS) and not isinstance(x, np.generic)
-    return getattr(x, "weak_type", own)
-
-
 def check_derivative(
     y: PyTree,
     dy: PyTree,
@@ -306,9 +300,10 @@ def check_derivative(
         dtype = jnp.result_type(actual)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{must} return floating arrays; got {dtype}.")
-        if not (casts and is_weak(actual)) and jnp.finfo(dtype).bits > max(
-            jnp.finfo(expected.dtype).bits, 32
-        ):
+        if casts:  # what is weakly typed takes the precision that it meets
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = jnp.result_type(actual, expected.dtype)
+        if jnp.finfo(dtype).bits > max(jnp.finfo(expected.dtype).bits, 32):
             raise TypeError(
                 f"{must} not return more precision than y has; got {dtype} where y is "
                 f"{expected.dtype}. Convert args, or y (the parameters of a flow, or its data), to "

@@ -116,7 +116,7 @@ def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
                 f"pytree of shapes; got {given!r}."
             )
         shapes = tuple(tuple(map(int, shape)) for shape in shapes)
-        ends = lambda shape, own: len(own) <= len(shape) and shape[len(shape) - len(own) :] == own
+        ends = lambda shape, own: shape[len(shape) - len(own) :] == own
         if of_data and not (len(shapes) == len(of_data) and all(map(ends, shapes, of_data))):
             raise ValueError(
                 "bind(context_shape=...): must end in that of the rows of standardize_context, "

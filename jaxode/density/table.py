@@ -19,7 +19,7 @@ from jaxode.density.inputs import check_inside, context_numbers, rows_in_flow
 from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
 from jaxode.density.standardize import check_values
 from jaxode.distributions import CenteredNormal
-from jaxode.images import in_cells
+from jaxode.images import in_cells, margin_of
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -161,12 +161,12 @@ def _checked(
     check_finite({"context": context})
     x = np.asarray(floating(x))
     if density.support is not None:
-        integers = (is_integer(x) & dequantize)[None].astype(x.dtype)
-        # Bounds within a 64th of the ends of the noise are found when it comes there.
-        margin = 0.51 * float(jnp.finfo(x.dtype).eps) * (np.abs(x) + 1)
-        margin = np.clip(margin, 1 / 64, 0.5).astype(x.dtype)
-        for noise in (margin, 1 - margin) if integers.any() else (margin,):
-            noisy = x + noise * integers
+        integers, ends = (is_integer(x) & dequantize)[None], [x]
+        if integers.any():
+            # Bounds within a 64th of the ends of the noise are found when it comes there.
+            margin = margin_of(x).clip(min=1 / 64)
+            ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
+        for noisy in ends:
             check_inside(jax.vmap(partial(contains, density.support))(noisy), noisy)
     return Rows(x, context)
 
