@@ -27,6 +27,8 @@ from jaxode.density.training import Point
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ALIASES = {"linewidth": ("lw", "linewidths"), "color": ("c",)}  # of styles with a default here
+
 
 def density(
     log_prob: Callable[[Float[Array, "points 2"]], Float[Array, " points"]],
@@ -84,7 +86,7 @@ def samples(x: Float[Array | np.ndarray, "n 2"], *, ax: Axes | None = None, **st
     """
     points = _plane("x", x, 2)
     ax = _axes(ax)
-    ax.scatter(*points.T, **{"s": 4, "alpha": 0.5, "linewidths": 0, **style})
+    ax.scatter(*points.T, **_styled({"s": 4, "alpha": 0.5, "linewidth": 0}, style))
     return _named(ax)
 
 
@@ -111,7 +113,11 @@ def trajectories(
     """
     paths = _plane("ys", ys, 3)
     ax = _axes(ax)
-    ax.plot(paths[:, :, 0], paths[:, :, 1], **{"color": "gray", "lw": 0.6, **style})
+    ax.plot(
+        paths[:, :, 0],
+        paths[:, :, 1],
+        **_styled({"color": "gray", "linewidth": 0.6}, style),
+    )
     for points, label in ((paths[0], start), (paths[-1], end)):
         ax.scatter(*points.T, s=10, label=label, zorder=3)
     return _named(ax)
@@ -180,7 +186,7 @@ def _curve(name: str, values, window: int, ylabel: str, ax, style) -> Axes:
         (line,) = ax.plot(np.arange(window, values.size + 1), mean, **style)
         ax.plot(np.arange(1, values.size + 1), values, color=line.get_color(), lw=0.5, alpha=0.35)
     else:
-        ax.plot(np.arange(1, values.size + 1), values, **{"lw": 0.8, **style})
+        ax.plot(np.arange(1, values.size + 1), values, **_styled({"linewidth": 0.8}, style))
     ax.set(xlabel="training step", ylabel=ylabel)
     return ax
 
@@ -207,6 +213,12 @@ def _axes(ax: Axes | None) -> Axes:
             name="matplotlib",
         ) from None
     return pyplot.gca() if ax is None else ax
+
+
+def _styled(defaults: dict[str, Any], style: dict[str, Any]) -> dict[str, Any]:
+    """The user's style, and the defaults that it does not replace, also as `lw` for `linewidth`."""
+    given = lambda name: not style.keys().isdisjoint((name, *ALIASES.get(name, ())))
+    return {name: value for name, value in defaults.items() if not given(name)} | style
 
 
 def _named(ax: Axes) -> Axes:

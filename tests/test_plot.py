@@ -68,6 +68,16 @@ def test_samples_and_trajectories_show_the_points(ax):
     assert [first.get_label(), last.get_label()] == ["noise", "data"]
 
 
+def test_styles_have_any_of_the_names_of_matplotlib(ax):
+    x = np.ones((4, 2))
+    points = jaxode.plot.samples(x, ax=ax, lw=2.0, c="red").collections[0]
+    assert points.get_linewidth().tolist() == [2.0]
+    lines = jaxode.plot.trajectories(x[None], ax=ax, linewidth=3.0, c="red").lines
+    jaxode.plot.history(x[:, 0], ax=ax, window=1, linewidth=4.0)
+    assert [line.get_linewidth() for line in lines] == [3.0] * 4 + [4.0]
+    assert {line.get_color() for line in lines[:4]} == {"red"}
+
+
 def test_curves_show_each_step_and_the_mean_of_the_last(ax):
     losses = jnp.arange(10.0) ** 2
     jaxode.plot.history(losses, ax=ax, window=4)

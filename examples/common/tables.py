@@ -21,11 +21,12 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
     header = _split_header(path, rows, columns)
     if len(rows) < 20:
         raise InputError(f"{path}: at least 20 rows are needed; got {len(rows)}")
-    if len(columns) < 2:
-        marks = [mark for mark in ";\t|" if any(mark in cell for cell in rows[0][1])]
-        hint = f". Its cells seem to be separated by {marks[0]!r}" if marks else ""
+    mark = _other_separator(rows[-1][1])
+    if mark or len(columns) < 2:
+        got = f"cells that seem to be separated by {mark!r}" if mark else len(columns)
         raise InputError(
-            f"{path}: two numeric columns separated by a comma are needed; got {len(columns)}{hint}"
+            f"{path}: two numeric columns separated by a comma are needed, with points in the "
+            f"numbers; got {got}"
         )
     names = [header.get(i, "").strip() or f"column {i + 1}" for i in columns]
     for line, row in rows:
@@ -34,9 +35,23 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
                 cell = repr(row[i]) if i < len(row) else "nothing"
                 raise InputError(f"{path}, line {line}: {name} must be a finite number; got {cell}")
     values = np.array([[float(row[i]) for i in columns] for _, row in rows])
+    if header and not header[columns[0]].strip() and (np.diff(values[:, 0]) == 1).all():
+        raise InputError(
+            f"{path}: {names[0]} has no name and counts the rows, as an index does. "
+            "Leave it out (pandas: index=False), or give it a name"
+        )
     if np.abs(values).max() > 1e30:
         raise InputError(f"{path}: numbers beyond 1e30 are too large for single precision")
     return names, values
+
+
+def _other_separator(row: list[str]) -> str | None:
+    """What separates the numbers of a row, if not commas. They may be those of decimals."""
+    for mark in ";\t|":
+        cells = ",".join(row).split(mark)
+        if len(cells) > 1 and all(_is_number(cell.replace(",", ".", 1)) for cell in cells):
+            return mark
+    return None
 
 
 def _is_number(cell: str) -> bool:
@@ -82,8 +97,10 @@ def _split_header(path: Path, rows: list[Row], columns: list[int]) -> dict[int, 
 
 def check_density(names: list[str], x: np.ndarray) -> None:
     """Raise `InputError` if the rows lie in a hyperplane, where they have no density."""
-    for name, column in zip(names, x.astype(np.float32).T, strict=True):  # as the flow sees it
-        if np.ptp(column) <= 1e-6 * np.abs(column).max():
+    as_flow_sees = x.astype(np.float32).astype(float)
+    for name, column in zip(names, as_flow_sees.T, strict=True):
+        # `bind` refuses columns whose spread is nearly lost in the rounding of float32.
+        if column.std() <= 5e-7 * abs(column.mean()):
             raise InputError(
                 f"{name} is constant in the rows to train on, so they have no density. Leave it out"
             )
