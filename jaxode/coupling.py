@@ -105,7 +105,8 @@ class _OptimalTransport:
         # A group that is one row short borrows the first row of the next group, at zero cost.
         grouped = lambda leaf: jnp.reshape(leaf, (batch, -1))[np.minimum(own, batch - 1)]
         cost = _squared_distances(grouped(x), grouped(z), real)
-        weight = self.condition_weight or 0.0
+        # Infinity times zero would be NaN.
+        weight = min(self.condition_weight or 0.0, float(jnp.finfo(jnp.float32).max))
         for leaf in map(grouped, self._conditions(context)):
             if jnp.iscomplexobj(leaf):
                 leaf = jnp.concatenate([leaf.real, leaf.imag], axis=-1)

@@ -221,6 +221,12 @@ BAD_INPUT = [
         "not split the state, or pass the samples of a batch with batch='joint'.",
     ),
     (
+        lambda: solve(solver=jaxode.Rodas5P(), axis_name="batch", batch="per_sample"), ValueError,
+        "solve(axis_name=...): Rodas5P needs the Jacobian of the whole state; got "
+        "batch='per_sample'. Do not split the state, or pass the samples of a batch with "
+        "batch='joint'.",
+    ),
+    (
         lambda: jaxode.BacksolveAdjoint(rtol=-1), ValueError,
         "BacksolveAdjoint(rtol=...): must be None or a finite tolerance of at least 0; got -1.",
     ),

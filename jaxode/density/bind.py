@@ -65,9 +65,9 @@ class Density(eqx.Module):
     samples, or has one row per sample, `[..., *row]`; its leading axes broadcast to those of `x`.
 
     Each sample takes its own steps, so its density does not depend on the batch around it; with a
-    solver that diffrax runs or an `axis_name`, the steps are joint. Without a key the divergence
-    is exact; with a key it is the divergence of the flow. The maps are constants of
-    differentiation.
+    solver that diffrax runs or an `axis_name`, the steps are joint. The divergence is
+    exact, also in `sample_and_log_prob`; `log_prob` with a key and `reverse_kl_loss` take that of
+    the flow. The maps are constants of differentiation.
 
     Many samples are solved in batches, in the memory of one: `batch_size` of them at a time, by
     default as many as are fast (docs/evaluate.md). Outside of transformations, `progress=True`

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -12,6 +13,7 @@ from jaxode._checks.arguments import Time, check_state
 from jaxode._checks.caller import arg, public
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import BacksolveAdjoint, InterpolatingAdjoint
+from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.field import VectorField
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.options import SolveOptions
@@ -85,5 +87,10 @@ def _backward_stats(system: System, y1_bar: PyTree, ys_bar: PyTree) -> Stats:
     problem, stepper, ravel = pose(system)
     row = lambda y: ravel(jax.tree.map(lambda x: jnp.asarray(x)[None], y))
     ys_bar = None if ys_bar is None else jax.vmap(row)(ys_bar)
-    stats = system.adjoint.backward_stats(problem, stepper, row(y1_bar), ys_bar)
-    return jax.tree.map(lambda x: x[0], stats)
+    recorded = system.adjoint.record(problem, stepper)
+    bar = recorded[0]._replace(y1=row(y1_bar), ys=ys_bar)
+    perturbed = jax.tree.map(eqx.is_inexact_array, problem)
+    none = jnp.zeros(problem.t0.shape, bool)
+    solved = Solved.of(problem, perturbed, stepper, recorded, none)
+    progress = system.adjoint.solve_back(solved, bar).progress
+    return jax.tree.map(lambda x: x[0], progress.stats(stepper.tableau.stages))

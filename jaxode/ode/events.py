@@ -39,6 +39,8 @@ LOOKS = 8
 UP_TO_SECOND = (
     "Event: the time of an event, and what depends on it, has only first and second derivatives."
 )
+# Where the condition is continuous, the time found is off by rounding, not by this part of a step.
+OF_STEP = 0.1
 # The largest number of solves that may land on the event.
 LANDINGS = 8
 
@@ -51,8 +53,8 @@ class Event(eqx.Module):
 
     Args:
         condition: a function of time, state (of one sample, with a batch) and `args` that returns a
-            floating scalar. Its sign is checked at eight equal parts of each step. Set `max_step`
-            if it can change sign twice within one part.
+            floating scalar, with derivatives in forward mode. Its sign is checked at eight equal
+            parts of each step. Set `max_step` if it can change sign twice within one part.
         direction: 1 if only a rise through zero along the solve counts, -1 if only a fall does, 0
             for both. A condition that is zero at the start and then moves in this direction ends
             the solve there.
@@ -109,7 +111,9 @@ def solve_to_event(
     came = first.stopped
     assert came is not None
     start = jnp.where(came, first.t_reached, fixed.t1)
-    t1, landed, stats = _land(condition, fixed, searching, came, start, first.stats)
+    jumps = came & _jumps(condition, fixed, start, first)
+    t1, landed, stats = _land(condition, fixed, searching, came & ~jumps, start, first.stats)
+    landed = jnp.where(jumps, Result.EVENT_NOT_FOUND, landed)
     ts, beyond = problem.ts, None
     if ts is not None:
         beyond = came[None] & (jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0)
@@ -167,6 +171,18 @@ def _find(event: Event, look: Condition, problem: Problem, stepper: Stepper) -> 
 def _rate(condition: Condition, slope, t, y):
     """The condition, and its derivative along the trajectory."""
     return jax.jvp(condition, (t, y), (jnp.ones_like(t), slope))
+
+
+def _jumps(condition: Condition, problem: Problem, t, found: Integration):
+    """Whether the condition jumps across zero: Newton's method would go to another time.
+
+    Not if it has no slope: the time then stays where it is.
+    """
+    of_time = jax.lax.stop_gradient(_rate(condition, problem.slope(t, found.y1), t, found.y1))
+    value, rate = (jnp.abs(x).astype(t.dtype) for x in of_time)
+    step = jnp.abs(t - problem.t0) / jnp.maximum(found.stats.num_accepted, 1).astype(t.dtype)
+    span, eps = jnp.abs(problem.t1 - problem.t0), jnp.finfo(t.dtype).eps
+    return (rate != 0) & (value > rate * (OF_STEP * step + 4 * eps * (span + jnp.abs(t))))
 
 
 def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, stats: Stats):

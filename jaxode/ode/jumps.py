@@ -96,47 +96,13 @@ def solve_across(
     is_jump, number, times = _without_padding(times, problem.t0)
     none = jnp.zeros((1, *problem.t0.shape), bool)
     pieces = (
-        jnp.arange(len(times) + 1, dtype=jnp.int32),
-        jnp.concatenate([problem.t0[None], times]),
         jnp.concatenate([times, problem.t1[None]]),
         jnp.concatenate([number, number[-1:]]),
         jnp.concatenate([is_jump, none]),
         jnp.concatenate([is_jump, ~none]),
     )
-
-    def piece(carry, of_piece):
-        y, ys, result, reached, stats = carry
-        index, start, end, number, jumps, counted = of_piece
-        lost = is_lost(stepper, y, start) & (result == Result.SUCCESS)
-        cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
-        result = jnp.where(lost, cause.astype(jnp.int32), result)
-        reached = jnp.where(lost, start, reached)
-        going = result == Result.SUCCESS
-        # A row that failed takes no steps, and adds nothing to the gradients of others.
-        part = problem._replace(y0=y, t0=jnp.where(going, start, jnp.nan), t1=end)
-        inside = None
-        if problem.ts is not None:
-            inside = _after(problem, start, index) & ~_beyond(problem, end)
-            part = _with_outputs(part, inside)
-        out = adjoint.integrate(part, stepper)
-        if inside is not None:
-            ys = _filled_in(ys, out.ys, inside)
-        stats = jax.tree.map(partial(_counted, going & counted), stats, out.stats)
-        result = jnp.where(going, out.result, result)
-        reached = jnp.where(going, out.t_reached, reached)
-        jumps = jumps & (result == Result.SUCCESS)
-        y = _changed(change, jumps, end, number, out.y1, problem.args)
-        return (y, ys, result, reached, stats), out.h
-
-    result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
-    carry = problem.y0, _no_outputs(problem), result, problem.t0, _no_work(result)
-    # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
-    # as long, or longer, and ten times the memory.
-    carry, h = jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), *vary_alike((carry, pieces)))
-    y1, ys, result, reached, stats = carry
-    return Integration(
-        y1, _valid(ys, result, y1), stats, result, jax.lax.stop_gradient(reached), h[-1]
-    )
+    solve = lambda part: (part, adjoint.integrate(part, stepper))
+    return _over_pieces(change, solve, problem, stepper, pieces, valid)[-1]
 
 
 def solve_past_events(
@@ -152,44 +118,68 @@ def solve_past_events(
     piece, so those of what follows are right, too.
     """
     problem = vary_alike(problem)
-
-    def piece(carry, index):
-        t, y, ys, result, reached, stats, going = carry
-        lost = is_lost(stepper, y, t) & going & (index > 0)
-        result = jnp.where(lost, jnp.int32(Result.NON_FINITE_CHANGE), result)
-        # A row that has come to its end has an empty piece there; one that failed has none.
-        start = jnp.where(result == Result.SUCCESS, t, jnp.nan)
-        part, after = problem._replace(y0=y, t0=start), None
-        if problem.ts is not None:
-            after = _after(problem, t, index) & going[None]
-            part = _with_outputs(part, after)
-        part, out = to_event(part)
-        if after is not None:
-            ys = _filled_in(ys, out.ys, after)
-        stats = jax.tree.map(partial(_counted, going), stats, out.stats)
-        result = jnp.where(going & ~lost, out.result, result)
-        reached = jnp.where(going & ~lost, out.t_reached, reached)
-        came = going & out.stopped & (result == Result.SUCCESS)
-        changes = came & (index < most)
-        number = jnp.broadcast_to(index, t.shape)
-        after_event = _changed(change, changes, part.t1, number, out.y1, problem.args)
-        y, t = jnp.where(going[:, None], after_event, y), jnp.where(going, part.t1, t)
-        return (t, y, ys, result, reached, stats, changes), (came, out.h)
-
-    zero = jnp.zeros(problem.t0.shape, jnp.int32)
-    none = _no_outputs(problem), zero, problem.t0, _no_work(zero)
-    carry = (problem.t0, problem.y0, *none, zero == 0)
-    carry, (came, h) = jax.lax.scan(
-        jax.checkpoint(piece, prevent_cse=False),
-        *vary_alike((carry, jnp.arange(most + 1, dtype=jnp.int32))),
-    )
-    t1, y1, ys, result, reached, stats, _ = carry
-    out = Integration(y1, _valid(ys, result, y1), stats, result, reached, h[-1], stopped=came[-1])
+    index, shape = jnp.arange(most + 1, dtype=jnp.int32)[:, None], (most + 1, *problem.t0.shape)
+    pieces = tuple(jnp.broadcast_to(x, shape) for x in (problem.t1, index, index < most, True))
+    every = jnp.ones(problem.t0.shape, bool)
+    t1, came, out = _over_pieces(change, to_event, problem, stepper, pieces, every)
     ts = problem.ts
     if ts is not None:  # beyond the last event, the outputs are its state, whatever their times
-        ended = came[-1][None] & _beyond(problem, t1)
-        ts = jnp.where(ended, jax.lax.stop_gradient(t1)[None], ts)
-    return problem._replace(t1=t1, ts=ts), out
+        ts = jnp.where(came[None] & _beyond(problem, t1), jax.lax.stop_gradient(t1)[None], ts)
+    return problem._replace(t1=t1, ts=ts), out._replace(stopped=came)
+
+
+def _over_pieces(change: Change, solve, problem: Problem, stepper: Stepper, pieces, valid):
+    """The time to which each row comes, whether an event stopped it there, and the solution.
+
+    `solve(part)` returns a piece, with its end, and its solution. The `pieces` are their ends, the
+    number of the change at each, the rows in which there is one, and those whose work counts.
+    """
+
+    def piece(carry, of_piece):
+        t, y, ys, result, reached, stats, going = carry
+        index, end, number, jumps, counted = of_piece
+        lost = is_lost(stepper, y, t) & going & (result == Result.SUCCESS)
+        cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
+        result = jnp.where(lost, cause.astype(jnp.int32), result)
+        # A row that has come to its end has an empty piece there. One that failed takes no steps,
+        # and adds nothing to the gradients of others.
+        start = jnp.where(result == Result.SUCCESS, t, jnp.nan)
+        part, inside = problem._replace(y0=y, t0=start, t1=end), None
+        if problem.ts is not None:
+            inside = _after(problem, t, index) & ~_beyond(problem, end) & going[None]
+            part = _with_outputs(part, inside)
+        part, out = solve(part)
+        if inside is not None:
+            ys = _filled_in(ys, out.ys, inside)
+        solved = going & (result == Result.SUCCESS)
+        stats = jax.tree.map(partial(_counted, solved & counted), stats, out.stats)
+        result = jnp.where(solved, out.result, result)
+        reached = jnp.where(solved, out.t_reached, reached)
+        came = solved & (result == Result.SUCCESS)
+        stopped = came if out.stopped is None else came & out.stopped
+        after = _changed(change, stopped & jumps, part.t1, number, out.y1, problem.args)
+        # What has come to its end rests. What failed goes on, for NaN gradients by later times.
+        rests = ~going & (result == Result.SUCCESS)
+        y, t = jnp.where(rests[:, None], y, after), jnp.where(rests, t, part.t1)
+        going = came if out.stopped is None else stopped & jumps
+        return (t, y, ys, result, reached, stats, going), (stopped, out.h)
+
+    result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
+    ys, none = problem.ts, Stats(*[jnp.zeros_like(result)] * 4)
+    if ys is not None:
+        ys = jnp.broadcast_to(problem.y0, (len(ys), *problem.y0.shape))
+    carry = problem.t0, problem.y0, ys, result, problem.t0, none, jnp.ones_like(valid)
+    numbered = jnp.arange(len(pieces[0]), dtype=jnp.int32), *pieces
+    # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
+    # as long, or longer, and ten times the memory.
+    carry, (stopped, h) = jax.lax.scan(
+        jax.checkpoint(piece, prevent_cse=False), *vary_alike((carry, numbered))
+    )
+    t1, y1, ys, result, reached, stats, _ = carry
+    if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
+        ys = jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
+    reached = jax.lax.stop_gradient(reached)
+    return t1, stopped[-1], Integration(y1, ys, stats, result, reached, h[-1])
 
 
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
@@ -210,22 +200,6 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
     changed = jnp.where(good[:, None], change(*given), y)
     # Added to the state, so that a failure on which nothing depends has no gradient.
     return changed + jnp.where((where & ~good)[:, None], jnp.nan, 0.0)
-
-
-def _no_outputs(problem: Problem) -> Float[Array, "times samples n"] | None:
-    if problem.ts is None:
-        return None
-    return jnp.broadcast_to(problem.y0, (len(problem.ts), *problem.y0.shape))
-
-
-def _no_work(of_rows: Int[Array, " rows"]) -> Stats:
-    return Stats(*[jnp.zeros_like(of_rows)] * 4)
-
-
-def _valid(ys, result: Int[Array, " rows"], y1: Float[Array, "samples n"]):
-    """The outputs, with the NaN of the end in failed rows, whose outputs have no derivatives."""
-    ok = (result == Result.SUCCESS)[None, :, None]
-    return None if ys is None else jnp.where(ok, ys, y1[None])
 
 
 def _counted(where: Bool[Array, " rows"], total: Int[Array, " rows"], more: Int[Array, " rows"]):

@@ -294,10 +294,11 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
             f"{arg('batch', batch)} needs {OWN_SOLVER}; got {name}. Use such a solver, jax.vmap "
             "over jaxode.solve, or batch='joint', whose cost grows as the cube of the whole state."
         )
-    if options.axis_name is not None and batch is None:
+    if options.axis_name is not None and batch != "joint":
         raise ValueError(
-            f"{arg('axis_name')} {name} needs the Jacobian of the whole state; got batch=None. Do "
-            "not split the state, or pass the samples of a batch with batch='joint'."
+            f"{arg('axis_name')} {name} needs the Jacobian of the whole state; got "
+            f"batch={batch!r}. Do not split the state, or pass the samples of a batch with "
+            "batch='joint'."
         )
     if adjoint.of_diffrax() is None if in_diffrax else adjoint.solves_backwards:
         raise ValueError(

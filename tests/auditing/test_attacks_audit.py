@@ -100,11 +100,11 @@ class Base(eqx.Module):
     scale: jax.Array = eqx.field(converter=jnp.asarray)
 
     def log_prob(self, z):
-        densities = normal_density, cube_density, apart_density
+        densities = normal_density, cube_density, apart_density, narrow_density
         return jax.lax.switch(self.which, densities, z) + self.log_factor
 
     def sample(self, key, shape=()):
-        draws = jax.random.normal, draw_cube, draw_apart
+        draws = jax.random.normal, draw_cube, draw_apart, draw_narrow
         drawn = [lambda key, draw=draw: draw(key, (*shape, *self.event_shape)) for draw in draws]
         return self.scale * jax.lax.switch(self.which, drawn, key)
 
@@ -150,6 +150,22 @@ def draw_apart(key, shape):
     one, two = jax.random.split(key)
     sign = jax.random.rademacher(one, (*shape[:-1], 1), float)
     return sign + 0.1 * jax.random.normal(two, shape)
+
+
+def narrow(size):
+    """A normal density, of which a half lies in a part that no grid and few proposals meet."""
+    return Base(3, (size,), 0.0, 1.0)
+
+
+def narrow_density(z):
+    wide, size = normal_density(z), z.shape[-1]
+    return jnp.logaddexp(wide, normal_density(1e3 * z) + size * jnp.log(1e3)) - jnp.log(2.0)
+
+
+def draw_narrow(key, shape):
+    one, two = jax.random.split(key)
+    scale = jnp.where(jax.random.bernoulli(one, shape=(*shape[:-1], 1)), 1.0, 1e-3)
+    return scale * jax.random.normal(two, shape)
 
 
 def audit(f, base, p=None, x=None, **options):
@@ -314,6 +330,16 @@ def test_integral_without_the_power_to_tell_says_so():
     assert np.isnan(row.value)
     assert row.limit.startswith("not resolved: effective sample size")
     assert row.advice == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_integral_that_misses_a_narrow_part_says_so(size):
+    report = audit(tanh, narrow(size))
+    limits = {row.name: row.limit for row in report.rows}
+    for name in ("base probability", "total probability"):
+        assert limits[name].startswith("not resolved")
+        assert name not in report.advice
 
 
 @pytest.mark.slow

@@ -176,6 +176,26 @@ def test_a_condition_without_slope_has_no_derivative():
         assert not np.isfinite(slope)
 
 
+def cooling(condition, t1):
+    f = lambda t, y, args: -0.02 * (y - 15)
+    return jaxode.solve(f, 20.0, 0.0, t1, event=Event(condition, direction=1), throw=False)
+
+
+@pytest.mark.parametrize(
+    ("condition", "t1", "at"),
+    [
+        (lambda t, y, args: y - jnp.where(t < 8, 25.0, 18.0), 24.0, 8),  # Newton: to the end
+        (lambda t, y, args: y - jnp.where(t < 8, 25.0, 18.0), 2000.0, 8),  # to a fall through zero
+        (lambda t, y, args: jnp.where(t < 5, -1 - t, 1 + t), 900.0, 5),  # to the start
+    ],
+)
+def test_a_condition_that_jumps_across_zero_is_not_found_elsewhere(condition, t1, at):
+    solution = cooling(condition, t1)
+    assert solution.result == jaxode.Result.EVENT_NOT_FOUND
+    assert np.isnan(solution.t1)
+    np.testing.assert_allclose(solution.t_reached, at, atol=1e-6)
+
+
 def test_the_level_of_a_condition_without_slope_has_no_derivative():
     run = lambda a: jaxode.solve(decay, 1.0, 0.0, 1.0, 1.0, event=Event(lambda t, *_: (t - a) ** 3))
     assert not np.isfinite(jax.jit(jax.grad(lambda a: run(a).t1))(0.5))

@@ -50,12 +50,13 @@ def by_hand(y, times, **options):
     """The end and the outputs of one system, which raises, and the evaluations of all pieces."""
     edges, ys, evals = [0.0, *times, END], [], 0
     for i, (start, end) in enumerate(itertools.pairwise(edges)):
-        inside = (end >= TS) & ((start < TS) | (i == 0))
-        ts = TS[inside] if inside.any() else None
+        inside = TS[(end >= TS) & ((start < TS) | (i == 0))]
+        # As many in each piece, for one program: the end fills up.
+        ts = np.append(inside, np.full(len(TS) - len(inside), end))
         s = jaxode.solve(field, y, start, end, ARGS, ts=ts, **OPTIONS | options)
-        ys, evals = ys + ([] if ts is None else [s.ys]), evals + s.stats.num_evals
+        ys, evals = [*ys, np.asarray(s.ys)[: len(inside)]], evals + s.stats.num_evals
         y = s.y1 if i == len(times) else change(end, s.y1, ARGS, i)
-    return y, jnp.concatenate(ys), evals
+    return y, np.concatenate(ys), evals
 
 
 @functools.cache
@@ -151,7 +152,9 @@ def exact_decay_gradients():
 @pytest.mark.parametrize("name", of_feature(KINDS))
 def test_gradients(name):
     """By the state, all times, what the change closes over, and the arguments."""
-    options = METHODS[name].options(batch="per_sample", rtol=1e-9, atol=1e-9, max_steps=128)
+    options = METHODS[name].options(
+        batch="per_sample", rtol=1e-9, atol=1e-9, max_steps=128, throw=False
+    )
 
     def solved(y0, times, amounts, end, ts, rate, keep):
         jumps = jaxode.Jumps(times, lambda t, y, a, i: keep * y + amounts[i])
@@ -265,7 +268,7 @@ def test_a_change_is_differentiated_only_where_it_happens():
 def test_a_change_that_is_not_finite_adds_nothing_where_it_is_masked():
     """One subject of two has no record of its dose."""
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def run(factor, masked, doses):
         take = lambda t, y, args, i: y + args[0] * args[1]
@@ -273,7 +276,7 @@ def test_a_change_that_is_not_finite_adds_nothing_where_it_is_masked():
             decay, jnp.zeros(2), 0.0, 2.0, factor, row_args=doses, batch="per_sample", throw=False,
             jumps=jaxode.Jumps([1.0], take),
         )  # fmt: skip
-        return jnp.sum(jnp.where(s.ok, s.y1, 0.0) if masked else s.y1), s.result
+        return jnp.sum(jnp.where(s.ok | ~masked, s.y1, 0.0)), s.result
 
     gradient, result = run(1.0, True, jnp.array([100.0, jnp.nan]))
     assert list(result) == [0, jaxode.Result.NON_FINITE_CHANGE]
@@ -294,6 +297,14 @@ def test_a_failure_between_two_jumps_is_the_first():
     assert np.isnan(s.ys).all()
     with pytest.raises(jaxode.SolveError, match=r"at t=2.0\d+"):
         run()
+
+    def end(t1, times):
+        jumps = jaxode.Jumps(times, lambda t, y, a, i: jnp.where(i == 1, 20.0, y))
+        return jaxode.solve(blow, jnp.ones(1), 0.0, t1, jumps=jumps, throw=False).y1[0]
+
+    # Also by times after the failure.
+    slope, slopes = jax.jit(jax.grad(end, (0, 1)))(4.0, jnp.array([1.0, 2.0, 3.0]))
+    assert np.isnan([slope, *slopes[1:]]).all()
 
 
 def test_a_change_that_is_not_finite_is_named():

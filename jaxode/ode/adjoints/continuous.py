@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -31,8 +30,6 @@ from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.problem import Problem, Stepper, weighted_sum
 from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row, over_rows
-from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.tableau import Tableau
 
 # (t [rows], state [samples, n], weight [rows]) -> (derivative [samples, n], weighted integrand)
 AdjointField = Callable[..., tuple[Float[Array, "samples n"], PyTree]]
@@ -66,11 +63,6 @@ class Segment(NamedTuple):
     @property
     def y(self) -> Float[Array, "samples n"]:
         return self.progress.y
-
-    def stats(self, tableau: Tableau) -> Stats:
-        # With several rows, the stages are evaluated again once it is known which rows accept.
-        passes = 1 if one_row(self.progress.t) else 2
-        return self.progress.stats(passes * tableau.stages)
 
     @classmethod
     def start(cls, t, h, y, quadrature, failed) -> "Segment":
@@ -179,21 +171,6 @@ class ContinuousAdjoint(ReverseAdjoint):
     def solve_back(self, solved: Solved, bar: Integration) -> Segment:
         """The adjoint solve. The last `n` entries of its state are the cotangent of `y0`."""
         raise NotImplementedError
-
-    def backward_stats(
-        self,
-        problem: Problem,
-        stepper: Stepper,
-        y1_bar: Float[Array, "samples n"],
-        ys_bar: Float[Array, "times samples n"] | None,
-    ) -> Stats:
-        """The work of the backward solve, given the cotangents of the end state and the outputs."""
-        perturbed = jax.tree.map(eqx.is_inexact_array, problem)
-        recorded = self.record(problem, stepper)
-        bar = recorded[0]._replace(y1=y1_bar, ys=ys_bar)
-        none = jnp.zeros(problem.t0.shape, bool)
-        solved = Solved.of(problem, perturbed, stepper, recorded, none)
-        return self.solve_back(solved, bar).stats(stepper.tableau)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
         """The cotangents of the problem, NaN where the forward or the backward solve failed.
