@@ -84,7 +84,6 @@ PROGRAMS = {
         lambda y: y.max() > 0.1, lambda y: end(A, y0=y), Y0
     ),
     "map": lambda end: jax.lax.map(lambda y0: end(A, y0=y0), AS),
-    "gradient of a cond": lambda end: [jax.jit(jax.grad(chosen(end)))(A, on) for on in ON],
     "vmap of the gradient of a cond": lambda end: jax.jit(
         jax.vmap(jax.grad(chosen(end)), (None, 0))
     )(A, ON),
@@ -95,10 +94,9 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-# Of what others do as well: a gradient of `cond` under `vmap`, plain gradients, and second ones.
+# Of what others do as well: plain gradients, and second ones.
 SLOW = (
-    "gradient of a cond", "checkpoint", "forward over forward, by time, too",
-    "vmap of reverse over reverse by time",
+    "checkpoint", "forward over forward, by time, too", "vmap of reverse over reverse by time",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import optional, trained, with_slow
+from helpers import optional, trained
 from scipy import stats
 
 import jaxode
@@ -42,12 +42,14 @@ def skewed(*event):
     return data + 0.5 * data.sum(axis=tuple(range(1, data.ndim)), keepdims=True)
 
 
-OF_EVENTS = [(kind, event) for kind in KINDS for event in ((), (3,), (2, 2))]
+# The affine map is the first of both others.
+OF_EVENTS = [
+    (kind, event) for kind in KINDS for event in ((), (3,), (2, 2))
+    if kind != "affine" or event == (3,)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "event"), with_slow(OF_EVENTS, [("affine", ()), ("affine", (2, 2))]), ids=str
-)
+@pytest.mark.parametrize(("kind", "event"), OF_EVENTS, ids=str)
 def test_the_inverse_and_the_determinants(kind, event):
     """Among the data, at one of them, and far outside."""
     data = skewed(*event)
@@ -210,7 +212,8 @@ def test_an_untrained_flow_on_whitened_data_is_a_normal():
     np.testing.assert_allclose(density.log_prob(data), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Of an affine map there is `test_density.py`.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "affine"])
 def test_training_and_use_agree(kind):
     """The loss on what the flow sees is the mean of `log_det - log_prob`."""
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-8, atol=1e-8)
@@ -223,10 +226,7 @@ def test_training_and_use_agree(kind):
     np.testing.assert_allclose(density.log_prob(x), log_prob, rtol=1e-5)
 
 
-SIZES = [("normal", 1), ("whiten", 2), ("normal", 2), ("whiten", 1)]
-
-
-@pytest.mark.parametrize(("kind", "event"), with_slow(SIZES, SIZES[2:]))
+@pytest.mark.parametrize(("kind", "event"), [("normal", 1), ("whiten", 2)])
 def test_the_density_integrates_to_one(kind, event):
     """Over a grid that is even in `z`, so that it reaches into the tails."""
     data = skewed(event)
@@ -266,18 +266,15 @@ def test_a_map_and_data_of_a_context(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_stays_nan(kind):
-    density = bound(KINDS[kind](skewed(2)), 2)
-    x = jnp.asarray(skewed(2)[:3]).at[1, 0].set(jnp.nan)
-    assert np.isnan(log_prob_of(density, x)).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_other_data_take_the_same_program(kind):
-    """However many of their values are tied."""
+    """However many of their values are tied. NaN stays NaN, in its row alone."""
     f = jax.jit(lambda density, x: density.log_prob(x))
     for data in (skewed(2), np.round(skewed(2))):
-        assert np.isfinite(f(bound(KINDS[kind](data), 2), data)).all()
+        density, x = bound(KINDS[kind](data), 2), data.copy()
+        x[1, 0] = np.nan
+        log_prob = np.asarray(f(density, x))
+        assert np.flatnonzero(~np.isfinite(log_prob)).tolist() == [1]
+        assert np.isnan(log_prob[1])
     assert f._cache_size() == 1
 
 

@@ -38,12 +38,11 @@ CALLS = {
 
 
 # Outside of `jit` the same loop is compiled once.
-EAGER, JITTED = ([(name, jit) for name in CALLS] for jit in (False, True))
+RUNS = [(name, True) for name in CALLS]
+RUNS += [("log_prob", False), ("sample_and_log_prob", False)]
 
 
-@pytest.mark.parametrize(
-    ("name", "jit"), with_slow(JITTED + EAGER, [*EAGER[1:-1], ("of more axes", True)])
-)
+@pytest.mark.parametrize(("name", "jit"), with_slow(RUNS, [("of more axes", True)]))
 def test_results_do_not_depend_on_the_size(name, jit):
     call = CALLS[name]
     expected, in_batches = call(), lambda: call(batch_size=SIZE)

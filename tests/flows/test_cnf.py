@@ -62,9 +62,7 @@ def test_density_of_two_dimensions_integrates_to_one():
     assert abs(np.trapezoid(np.trapezoid(density, edge), edge) - 1) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "event", [(2,), pytest.param((2, 3), marks=pytest.mark.slow), (1, 2, 2)], ids=str
-)
+@pytest.mark.parametrize("event", [(2,), (1, 2, 2)], ids=str)
 def test_from_base_inverts_to_base_for_any_event_shape(event):
     flow = jaxode.cnf(field, jaxode.standard_normal(event), **TIGHT)
     m = ConcatSquash(event, (8,), key=jax.random.key(3))
@@ -85,12 +83,8 @@ def test_log_prob_is_the_change_of_variables_of_the_whole_flow():
     np.testing.assert_allclose(flow.log_prob(m, x), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [divergence.exact(), pytest.param(divergence.exact(chunk=1), marks=pytest.mark.slow)],
-)
-def test_sample_and_log_prob_agrees_with_log_prob(estimator):
-    flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=estimator, **TIGHT)
+def test_sample_and_log_prob_agrees_with_log_prob():
+    flow = jaxode.cnf(field, jaxode.standard_normal(2), divergence=divergence.exact(), **TIGHT)
     m = module(2)
     x, log_prob = flow.sample_and_log_prob(m, jax.random.key(5), 50)
     assert x.shape == (50, 2)
@@ -277,9 +271,10 @@ def test_the_old_word_for_the_choice_of_steps():
                 lambda t, z, _: -z, jaxode.standard_normal(2), step_control="per_sample"
             ).batch
         ),
-        lambda: (
-            jaxode.flow(lambda t, z, _: -z, jnp.ones((3, 2)), 0.0, 1.0, step_control="joint")
-            is not None
+        # While it is traced.
+        lambda: jax.eval_shape(
+            lambda z: jaxode.flow(lambda t, z, _: -z, z, 0.0, 1.0, step_control="joint"),
+            jnp.ones((3, 2)),
         ),
     ):
         with pytest.warns(DeprecationWarning, match="is called batch now") as caught:

@@ -142,7 +142,8 @@ def test_densities_of_other_libraries(library, default_settings):
     own = jaxode.cnf(field, jaxode.distributions.DiagonalNormal(mean, jnp.log(scale)))
 
     @jax.jit
-    def loss(params, x):
+    @jax.grad
+    def slope(params, x):
         mean, scale = params
         return jaxode.cnf(field, make(mean, scale)).nll(m, x)
 
@@ -154,7 +155,7 @@ def test_densities_of_other_libraries(library, default_settings):
     np.testing.assert_allclose(flow.log_prob(m, x), own.log_prob(m, x), atol=1e-5)
     z = flow.base.sample(jax.random.key(2), (1000,))
     assert (jnp.abs(z.mean(0) - mean) < 5 * scale / np.sqrt(1000)).all()
-    gradient = jax.grad(loss)((mean, scale), x)
+    gradient = slope((mean, scale), x)
     expected = -(flow.to_base(m, x) - mean).mean(0) / scale**2
     np.testing.assert_allclose(gradient[0], expected, atol=1e-4)
 

@@ -127,14 +127,11 @@ def test_path_gradient_has_no_noise_where_the_flow_is_the_target(batch):
     assert (path < 1e-3 * plain).all()
 
 
-PATHS = [
-    (path, of) for path in (True, False) for of in (divergence.exact(), divergence.hutchinson())
-]
-
-
-@pytest.mark.parametrize(("path", "estimator"), with_slow(PATHS, [PATHS[0], PATHS[3]]))
+@pytest.mark.parametrize(
+    ("path", "estimator"), [(True, divergence.hutchinson()), (False, divergence.exact())]
+)
 def test_gradient_is_that_of_the_divergence_on_average(path, estimator):
-    """With the closed form between two normals. Hutchinson's noise biases neither."""
+    """With the closed form between two normals. Hutchinson's noise does not bias it."""
     flow = jaxode.cnf(linear, jaxode.standard_normal(2), divergence=estimator, steps=8)
     mean, precision = jnp.array([1.0, -0.5]), jnp.array([[2.0, 0.3], [0.3, 0.5]])
     target = lambda x: -0.5 * (x - mean) @ precision @ (x - mean)
@@ -217,7 +214,7 @@ def test_base_and_target_have_gradients():
         return jaxode.cnf(still, base).reverse_kl_loss(None, target, 4, key=KEY)
 
     z = base.sample(jax.random.split(KEY)[0], (4,))
-    of_base, of_width = jax.grad(loss, (0, 1))(base, 2.0)
+    of_base, of_width = jax.jit(jax.grad(loss, (0, 1)))(base, 2.0)
     along = -z + z / 4  # grad log q - grad log p
     np.testing.assert_allclose(of_base.mean, along.mean(0), rtol=1e-12)
     np.testing.assert_allclose(of_base.log_scale, (along * z).mean(0), rtol=1e-12)

@@ -103,7 +103,8 @@ def test_linear_system_against_the_matrix_exponential(name):
     """`y(1) = expm(A) y(0)`, whose derivatives are known in closed form."""
     run = jax.jit(lambda tolerance: gradient(name)(
         lambda y0, A: W @ jaxode.solve(
-            linear, y0, 0.0, 1.0, A, rtol=tolerance, atol=tolerance, **METHODS[name].options()
+            linear, y0, 0.0, 1.0, A,
+            **METHODS[name].options(rtol=tolerance, atol=tolerance, throw=False),
         ).y1,
         (0, 1),
     )(V, A))  # fmt: skip
@@ -152,8 +153,8 @@ def exact_outputs():
     return inputs, jax.jit(jax.grad(exact, range(5)))(*inputs)
 
 
-# Of the discrete adjoint there is `test_discrete.py`; the others agree with it.
-@pytest.mark.parametrize("name", with_slow(METHODS, [n for n in METHODS if n != "backsolve"]))
+# Of the discrete adjoint there is `test_discrete.py`.
+@pytest.mark.parametrize("name", of_feature(name for name in KINDS if name != "discrete"))
 def test_outputs_on_and_beside_the_ends_of_steps(name):
     """Every 16th step ends on a half."""
 
@@ -173,7 +174,7 @@ def test_zero_span(name):
 
     def run(y0, t0, t1, ts, rate):
         f = lambda t, y, rate: rate * t * y
-        solution = jaxode.solve(f, y0, t0, t1, rate, ts=ts, **METHODS[name].options())
+        solution = jaxode.solve(f, y0, t0, t1, rate, ts=ts, **METHODS[name].options(throw=False))
         return solution.y1[0] + 10 * solution.ys[0, 0], solution.y1
 
     t, y0 = jnp.array(2.0), jnp.array([3.0])
@@ -221,28 +222,31 @@ def of_a_batch(name, control):
 
     @jax.jit
     def run(tolerance):
-        options = METHODS[name].options(rtol=tolerance, atol=tolerance, batch=control)
+        options = METHODS[name].options(rtol=tolerance, atol=tolerance, batch=control, throw=False)
         loss = lambda z, args: jnp.sum(jnp.sin(jaxode.flow(pendulum, z, 2.0, 0.0, args, **options)))
         return jax.grad(loss, (0, 1))(z, ARGS)
 
     return run
 
 
-BATCHES = [(name, control) for name in OF_ROWS for control in ("joint", "per_sample")]
+# Rows that wait are harder on few checkpoints than joint steps.
+BATCHES = [
+    (name, control) for name in OF_ROWS for control in ("joint", "per_sample")
+    if name not in VARIANTS or control == "per_sample"
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "control"), with_slow(BATCHES, [(OF_ROWS[-1], "joint")]))
+@pytest.mark.parametrize(("name", "control"), BATCHES)
 def test_batches(name, control):
     """Parameter gradients add up over the rows."""
-    assert_close(of_a_batch(name, control)(1e-9), of_a_batch("discrete", control)(1e-11), 1e-6)
+    expected = of_a_batch("discrete", control)(1e-11)
+    assert_close(of_a_batch(name, control)(1e-9), finite(expected), 1e-6)
 
 
 # Of other methods there is `test_vmap.py`, but for a tangent of rows.
 FAST = [(name, "grad of vmap") for name in ("discrete", "backsolve")]
 FAST += [("backsolve", "vmap of grad of scan")]
-SLOW = [("discrete", "vmap of grad of scan"), ("forward", "grad of vmap")]
-SLOW += [("discrete", "scan"), ("backsolve", "checkpoint")]
-SLOW += [("interpolating", "vmap of grad of scan")]
+SLOW = [("discrete", "vmap of grad of scan"), ("forward", "grad of vmap"), ("discrete", "scan")]
 
 
 @pytest.mark.parametrize(("name", "transform"), with_slow(FAST + SLOW, SLOW))
@@ -254,23 +258,17 @@ def test_under_transformations(name, transform):
         f = lambda t, y, a: -a * jnp.sin(y)
         return jaxode.solve(f, jnp.ones(2), 0.0, 1.0, a, **options).y1[0]
 
-    # y' = -a sin y with y(0) = 1 has tan(y / 2) = tan(1 / 2) exp(-a t).
-    exact = jax.vmap(jax.grad(lambda a: 2 * jnp.arctan(jnp.tan(0.5) * jnp.exp(-a))))(values)
+    # y' = -a sin y with y(0) = 1 has tan(y / 2) = tan(1 / 2) exp(-a t), whose slope is -sin y.
+    exact = -np.sin(2 * np.arctan(np.tan(0.5) * np.exp(-np.asarray(values))))
     over_scan = lambda f, values: jax.lax.scan(lambda c, a: (c, f(a)), 0.0, values)[1]
-
-    def one_by_one(f):
-        f = jax.jit(f)
-        return lambda values: jnp.stack([f(a) for a in values])
-
     gradients = {
-        "grad of vmap": jax.jit(grad(lambda values: jnp.sum(jax.vmap(one)(values)))),
+        "grad of vmap": grad(lambda values: jnp.sum(jax.vmap(one)(values))),
         "scan": lambda values: over_scan(grad(one), values),
-        "checkpoint": one_by_one(grad(jax.checkpoint(one))),
         "vmap of grad of scan": jax.vmap(
             lambda a: grad(lambda a: over_scan(one, a)[0])(a[None])[0]
         ),
     }
-    np.testing.assert_allclose(gradients[transform](values), exact, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(gradients[transform])(values), exact, rtol=1e-6)
 
 
 TRANSFORMS = {
@@ -496,14 +494,15 @@ def test_row_whose_backward_solve_fails(control):
             return jaxode.flow(f, z, 0.0, 1.0, batch=control, **options).sum()
         return jax.vmap(lambda y: jaxode.solve(f, y, 0.0, 1.0, **options).y1)(z).sum()
 
-    lost = jnp.isnan(jax.grad(run)(z, False))
+    gradient = jax.jit(jax.grad(run), static_argnums=1)
+    lost = jnp.isnan(gradient(z, False))
     assert lost.tolist() == [[False, False], [True, True]]
     message = (
         r"SolveError: backward solve: the steps ran out at t=0\.\d+ in 1 of 2 rows, first in row 1"
         ". Raise max_steps"
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(jax.jit(jax.grad(run), static_argnums=1)(z, True))
+        jax.block_until_ready(gradient(z, True))
 
 
 @pytest.mark.parametrize("name", with_slow(OF_ROWS, ["backsolve"]))
@@ -611,7 +610,10 @@ def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that
         return jnp.sum(y1)
 
     gradient = jax.jit(jax.grad(loss, (0, 1)))(z, jnp.array(1.0))
-    exact = jax.grad(lambda z, a: jnp.sum(z / jnp.sqrt(1 + 2 * a * z**2)), (0, 1))(z, 1.0)
+    # Of z / sqrt(1 + 2 a z^2), at a = 1.
+    start = np.asarray(z)
+    slope = (1 + 2 * start**2) ** -1.5
+    exact = slope, -np.sum(start**3 * slope)
     for ours, theirs in zip(gradient, exact, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 

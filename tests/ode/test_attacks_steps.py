@@ -181,15 +181,15 @@ def test_gradients_across_jumps(name):
     method = ACROSS_JUMPS[name]
 
     def end(y0, t0, t1, k):
-        options = method.options(breakpoints=JUMPS, rtol=1e-9, atol=1e-9)
+        options = method.options(breakpoints=JUMPS, rtol=1e-9, atol=1e-9, throw=False)
         return jaxode.solve(linear, y0, t0, t1, k, **options).y1[0]
 
     closed = lambda y0, t0, t1, k: y0[0] * jnp.exp(k * (exponent(t1) - exponent(t0)))
+    expected = jax.jit(jax.grad(closed, (0, 1, 2, 3)))
     compiled = jax.jit(method.gradient(end, (0, 1, 2, 3)))
     for span in ((0.0, 1.0), (1.0, 0.0)):
         inputs = (jnp.array([1.3]), *map(jnp.asarray, span), jnp.asarray(K))
-        exact = jax.grad(closed, (0, 1, 2, 3))(*inputs)
-        for a, b in zip(compiled(*inputs), exact, strict=True):
+        for a, b in zip(compiled(*inputs), expected(*inputs), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 

@@ -64,13 +64,11 @@ def plain(solver, mesh, y0, t0, t1, args, ts):
     return jax.lax.scan(step, start, intervals)[0]
 
 
-# Low orders get a loose tolerance, so that they take few steps.
-CASES = [(solver, 64, 1e-2, TS) for solver in (diffrax.Heun(), diffrax.Bosh3())]
-CASES += [(diffrax.Dopri8(), 64, 1e-5, TS)]
-CASES += [(diffrax.Tsit5(), checkpoints, 1e-5, TS) for checkpoints in (2, 3)]
-CASES += [(diffrax.Tsit5(), 3, 1e-5, None)]
-# Solvers and checkpoints between others, and many stages.
-SLOW = CASES[1:4]
+# A low order gets a loose tolerance, so that it takes few steps.
+CASES = [(diffrax.Heun(), 64, 1e-2, TS), (diffrax.Dopri8(), 64, 1e-5, TS)]
+CASES += [(diffrax.Tsit5(), 3, 1e-5, ts) for ts in (TS, None)]
+# Of many stages.
+SLOW = CASES[1:2]
 
 
 def case_name(value):
@@ -100,6 +98,7 @@ def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, toleran
         solution = jaxode.solve(
             pendulum, y0, t0, t1, args, ts=ts, solver=solver,
             adjoint=jaxode.DiscreteAdjoint(checkpoints), rtol=tolerance, atol=tolerance,
+            throw=False,
         )  # fmt: skip
         return scalar(solution.y1, jnp.zeros(0) if ts is None else solution.ys)
 
@@ -110,9 +109,8 @@ def test_equals_autodiff_through_the_recorded_steps(solver, checkpoints, toleran
         (value, (*bars, bar_ts)), (exact, (*exact_bars, exact_ts)) = actual, expected
         actual, expected = (value, bars), (exact, exact_bars)
         np.testing.assert_allclose(bar_ts, exact_ts, rtol=1e-11, atol=1e-12)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), actual, expected
-    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13, equal_nan=False)
+    jax.tree.map(close, actual, expected)
 
 
 def test_outputs_on_and_beside_the_ends_of_steps_equal_autodiff():
@@ -122,14 +120,15 @@ def test_outputs_on_and_beside_the_ends_of_steps_equal_autodiff():
     mesh = jnp.linspace(0.0, 1.0, 5)
 
     def ours(y0, t0, t1, args, ts):
-        solution = jaxode.solve(pendulum, y0, t0, t1, args, ts=ts, steps=4)
+        solution = jaxode.solve(pendulum, y0, t0, t1, args, ts=ts, steps=4, throw=False)
         return scalar(solution.y1, solution.ys)
 
     reference = lambda *inputs: scalar(*plain(diffrax.Tsit5(), mesh, *inputs))
     argnums = (0, 1, 2, 3, 4)
     expected = jax.jit(jax.value_and_grad(reference, argnums))(*inputs)
     actual = jax.jit(jax.value_and_grad(ours, argnums))(*inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), actual, expected)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, equal_nan=False)
+    jax.tree.map(close, actual, expected)
 
 
 def test_module_as_vector_field_gets_gradients():
@@ -233,8 +232,10 @@ def test_rules_of_differentiation_in_a_field_are_followed(adjoint):
 
     reverse.defvjp(lambda y: (-y, None), lambda _, bar: (-2.0 * bar,))
     f = lambda t, y, _: jnp.stack([forward(y[0]), reverse(y[1])])
-    run = lambda y0: jaxode.solve(f, y0, 0.0, 1.0, rtol=1e-8, atol=1e-8, adjoint=adjoint).y1
-    gradient, y1 = jax.grad(lambda y0: ((y := run(y0)).sum(), y), has_aux=True)(jnp.ones(2))
+    options = {"rtol": 1e-8, "atol": 1e-8, "adjoint": adjoint, "throw": False}
+    run = lambda y0: jaxode.solve(f, y0, 0.0, 1.0, **options).y1
+    with_end = jax.grad(lambda y0: ((y := run(y0)).sum(), y), has_aux=True)
+    gradient, y1 = jax.jit(with_end)(jnp.ones(2))
     np.testing.assert_allclose(y1, np.exp(-1.0) * np.ones(2), rtol=1e-6)
     np.testing.assert_allclose(gradient, np.exp(-2.0) * np.ones(2), rtol=1e-6)
 
@@ -355,11 +356,11 @@ def test_many_steps_within_few_checkpoints(checkpoints):
     def loss(a):
         return jaxode.solve(
             lambda t, y, a: -a * y, jnp.ones(1), 0.0, 1.0, a, solver=diffrax.Euler(), steps=20_000,
-            adjoint=jaxode.DiscreteAdjoint(checkpoints),
+            adjoint=jaxode.DiscreteAdjoint(checkpoints), throw=False,
         ).y1[0]  # fmt: skip
 
-    expected = jax.grad(lambda a: (1 - a / 20_000) ** 20_000)(2.0)
-    np.testing.assert_allclose(jax.grad(loss)(2.0), expected, rtol=1e-11)
+    expected = -((1 - 2.0 / 20_000) ** 19_999)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(2.0), expected, rtol=1e-11)
 
 
 def test_float32():
@@ -371,17 +372,6 @@ def test_float32():
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(double), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-3)
-
-
-def test_failed_solve_has_nan_gradients():
-    def loss(y0, rate, **options):
-        solution = jaxode.solve(
-            lambda t, y, r: r * y**2, y0, 0.0, 3.0, rate, throw=False, max_steps=200, **options
-        )
-        return jnp.sum(solution.y1)
-
-    gradients = jax.grad(loss, (0, 1))(jnp.array([1.0, 0.1]), jnp.array(1.0))
-    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_with_per_sample_steps_the_memory_is_that_of_the_times_of_max_steps_for_each_sample():

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
 
 import jaxode
 
@@ -60,14 +59,14 @@ def test_failed_solve_raises(f, options, code, message):
         solve(f, t1=2.0, ts=TS, **options)
 
 
-COMPILED = [(jax.jit, *row) for row in FAILURES]
+COMPILED = [(jax.jit, *row) for row in FAILURES[:3]]
 # The message is put together from the codes of all rows, whichever these are.
 COMPILED += [(jax.vmap, *FAILURES[0]), (lambda f: jax.jit(jax.vmap(f)), *FAILURES[1])]
 
 
 @pytest.mark.parametrize(
-    ("transform", "f", "options", "code", "message"), with_slow(COMPILED, COMPILED[3:5]),
-    ids=[*IDS, "vmap", "jit of vmap"],
+    ("transform", "f", "options", "code", "message"), COMPILED,
+    ids=[*IDS[:3], "vmap", "jit of vmap"],
 )  # fmt: skip
 def test_failed_solve_raises_when_compiled(transform, f, options, code, message):
     del code
@@ -135,9 +134,9 @@ def test_training_loss_of_a_failed_solve():
     x = jnp.full((4, 2), 3.0)
     with pytest.raises(jaxode.SolveError, match=r"^nll: the steps ran out at t="):
         make().nll(1.0, x)
-    loss, gradient = jax.jit(jax.value_and_grad(make().nll))(1.0, x)
+    loss, gradients = jax.jit(jax.value_and_grad(make().nll, (0, 1)))(1.0, x)
     assert np.isnan(loss)
-    assert np.isnan(gradient)
+    assert all(np.isnan(gradient).all() for gradient in gradients)
     with pytest.raises(
         jax.errors.JaxRuntimeError, match="SolveError: nll: the steps ran out at t="
     ):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, of_feature, with_slow
+from helpers import METHODS, of_feature
 
 import jaxode
 
@@ -29,10 +29,8 @@ def field(t, y, args):
 
 # Options of both solves. `per_row` are those with an entry for each row.
 CASES = {
-    "per-sample steps": {"batch": "per_sample"},
     "outputs": {"batch": "per_sample", "ts": TS},
     "times of each row": {"batch": "per_sample", "t1": END, "ts": jnp.outer(END, TS)},
-    "joint, equal steps": {"batch": "joint", "steps": 8},
     "joint, outputs": {"batch": "joint", "steps": 8, "ts": TS},
 }
 
@@ -62,7 +60,7 @@ def scalar(solve, *inputs):
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(solve(*inputs)))
 
 
-@pytest.mark.parametrize("case", with_slow(CASES, ["per-sample steps", "joint, equal steps"]))
+@pytest.mark.parametrize("case", CASES)
 def test_equal_to_single_solves(case):
     found, expected = (
         jax.jit(functools.partial(solve, CASES[case]))(Y0, ARGS, ROW_ARGS)

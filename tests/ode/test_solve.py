@@ -46,10 +46,9 @@ def any_problem(t, y, args):
 
 
 # Of the same interpolants as others, and of orders that are tested above.
-ALIKE = [
-    row for row in SOLVERS if type(row[0]) in (diffrax.Midpoint, diffrax.Ralston, diffrax.Dopri5)
-]
-OF_EACH_KIND = with_slow(ALL_ADAPTIVE, [solver for solver, *_ in ALIKE])
+KNOWN = diffrax.Midpoint, diffrax.Ralston, diffrax.Dopri5
+ALIKE = [row for row in SOLVERS if type(row[0]) in KNOWN]
+OF_EACH_KIND = [solver for solver in ALL_ADAPTIVE if type(solver) not in KNOWN]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -66,14 +65,10 @@ def test_exact_solution_at_tolerance(solver, problem):
     np.testing.assert_allclose(solution.y1[:n], problem.exact(problem.t1), atol=50 * tolerance)
 
 
-OF_ORDERS = [diffrax.Heun(), diffrax.Tsit5(), diffrax.Dopri8()]
-
-
-@pytest.mark.parametrize("solver", with_slow(OF_ORDERS, OF_ORDERS[::2]), ids=solver_name)
-def test_agrees_with_diffrax_and_scipy(solver):
+def test_agrees_with_diffrax_and_scipy():
     """Pendulum, which has no elementary solution."""
     f = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0])])
-    y0, tolerance = np.array([1.0, 0.3]), 1e-7 if solver.order(None) > 3 else 1e-5
+    solver, y0, tolerance = diffrax.Tsit5(), np.array([1.0, 0.3]), 1e-7
     ours = jaxode.solve(f, y0, 0.0, 5.0, solver=solver, rtol=tolerance, atol=tolerance)
     theirs = diffrax.diffeqsolve(
         diffrax.ODETerm(f), solver, 0.0, 5.0, None, jnp.asarray(y0), max_steps=None,
@@ -269,11 +264,15 @@ def test_devices_that_share_their_steps_fail_together(solver, steps):
     assert np.isnan(solution.y1).all()
 
 
+def falling(t, y, args):
+    return -y
+
+
 @pytest.mark.parametrize(
     "y0", [2.0, jnp.asarray(2.0), jnp.full((), 2.0)], ids=["float", "weak", "full"]
 )
 def test_weakly_typed_state_is_solved_in_double_precision(y0):
-    solution = jaxode.solve(lambda t, y, _: -y, y0, 0.0, 1.0, rtol=1e-12, atol=1e-12)
+    solution = jaxode.solve(falling, y0, 0.0, 1.0, rtol=1e-12, atol=1e-12)
     assert solution.t_reached.dtype == jnp.float64
     np.testing.assert_allclose(solution.y1, 2 * np.exp(-1), rtol=1e-11)
 
@@ -285,10 +284,6 @@ def test_numbers_of_python_have_the_precision_of_the_state():
     y1 = jaxode.solve(fall, y0, 0.0, 1.0, jumps=stop).y1
     assert {leaf.dtype for leaf in y1.values()} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose([y1["x"], y1["v"]], [0.5, -1.0], rtol=1e-5)
-
-
-def test_field_may_return_a_python_float():
-    np.testing.assert_allclose(jaxode.solve(lambda t, y, _: 1.0, jnp.array(0.0), 0.0, 2.0).y1, 2.0)
 
 
 def test_relative_tolerance_alone_with_a_component_that_stays_zero():

@@ -49,7 +49,8 @@ def test_order_reduction(solver, steps, order):
     assert errors[0] < (1e-10 if order == 3 else 1e-4)
 
 
-@pytest.mark.parametrize("n", with_slow([0, 1, 5], [0, 1]), ids=["robertson", "hires", "pollution"])
+# With few unknowns, for which the elimination is unrolled, and with many.
+@pytest.mark.parametrize("n", with_slow([0, 5], [0]), ids=["robertson", "pollution"])
 def test_single_precision(n):
     problem = STIFF[n]
     single = lambda x: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x)
@@ -118,11 +119,6 @@ def test_events_and_breakpoints():
         on, jnp.zeros(1), 0.0, 2.0, solver=RODAS, breakpoints=[1.0], rtol=1e-8, atol=1e-8
     )
     np.testing.assert_allclose(cut.y1, 1.0, rtol=1e-8)
-
-
-def test_flow():
-    end = jaxode.flow(robertson, Y0, 0.0, 40.0, RATES, solver=RODAS, rtol=1e-7, atol=1e-10)
-    assert STIFF[0].error(end[0]) < 1e-5
 
 
 def test_an_empty_span_keeps_the_state_and_follows_the_field():

@@ -592,7 +592,8 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
     tmp_path, monkeypatch, default_settings
 ):
     """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
-    monkeypatch.delitem(adjoints.ADJOINTS, "InterpolatingAdjoint()")  # in tests of its own
+    for name in ("InterpolatingAdjoint()", "DiscreteAdjoint(checkpoints=8)"):
+        monkeypatch.delitem(adjoints.ADJOINTS, name)  # in tests of their own
     workload = problems.Workload(2, 4, (5,), steps=200)
     rows = tolerance.measure(workload, (1e-1, 1e-5), ("Tsit5",))
     assert rows[1]["gradient"] < rows[0]["gradient"]
