@@ -218,13 +218,14 @@ BAD_INPUT = [
     (
         lambda: solve(solver=jaxode.Rodas5P(), axis_name="batch"), ValueError,
         "solve(axis_name=...): Rodas5P needs the Jacobian of the whole state; got batch=None. Do "
-        "not split the state, or pass the samples of a batch with batch='joint'.",
+        "not split the state. If a batch is split, pass batch='joint', or 'per_sample' without "
+        "axis_name.",
     ),
     (
         lambda: solve(solver=jaxode.Rodas5P(), axis_name="batch", batch="per_sample"), ValueError,
         "solve(axis_name=...): Rodas5P needs the Jacobian of the whole state; got "
-        "batch='per_sample'. Do not split the state, or pass the samples of a batch with "
-        "batch='joint'.",
+        "batch='per_sample'. Do not split the state. If a batch is split, pass batch='joint', or "
+        "'per_sample' without axis_name.",
     ),
     (
         lambda: jaxode.BacksolveAdjoint(rtol=-1), ValueError,

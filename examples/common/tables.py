@@ -21,7 +21,10 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
     header = _split_header(path, rows, columns)
     if len(rows) < 20:
         raise InputError(f"{path}: at least 20 rows are needed; got {len(rows)}")
-    mark = _other_separator(rows[-1][1])
+    last = rows[-1][1]
+    mark = _other_separator(last)
+    if mark is None and len(columns) < 2:
+        mark = next((mark for mark in ";\t|" if any(mark in cell for cell in last)), None)
     if mark or len(columns) < 2:
         got = f"cells that seem to be separated by {mark!r}" if mark else len(columns)
         raise InputError(
@@ -102,7 +105,8 @@ def check_density(names: list[str], x: np.ndarray) -> None:
         # `bind` refuses columns whose spread is nearly lost in the rounding of float32.
         if column.std() <= 5e-7 * abs(column.mean()):
             raise InputError(
-                f"{name} is constant in the rows to train on, so they have no density. Leave it out"
+                f"{name} is constant in the rows to train on, at least in single precision, so "
+                "they have no density. Leave it out, or subtract an offset from it"
             )
     if len(x) <= len(names):
         raise InputError(

@@ -49,8 +49,8 @@ EXPLANATIONS = {
         "weights.",
     ),
     Result.EVENT_NOT_FOUND: (
-        "the solves do not settle on the time of the event",
-        "Tighten rtol and atol, or use a condition that is smooth where it crosses zero.",
+        "the condition of the event jumps across zero, or the solves do not settle on its time",
+        "Use a condition that is smooth where it crosses zero, or tighten rtol and atol.",
     ),
     Result.IMPLICIT_SOLVE_FAILED: (
         "the implicit equations of a step could not be solved",

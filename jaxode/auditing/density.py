@@ -242,7 +242,8 @@ def _on_grids(s: Subject, name: str, samples, log_prob, advice: str) -> Row:
         change = abs(value - _integral(density[coarse], [axis[::2] for axis in axes]))
         if abs(value - 1) > PROBABILITY:
             there = np.exp(_log_density(log_prob(samples[:AT_ONCE])))
-            places = (flat[:AT_ONCE].astype(float) - low) / (high - low) * (points - 1)
+            width = np.where(high > low, high - low, 1.0)  # samples may be alike
+            places = (flat[:AT_ONCE].astype(float) - low) / width * (points - 1)
             nearest = density[tuple(np.rint(places).astype(int).T)]
             change = max(change, float(np.mean(nearest < there / 2)))
         if not change > 0.1 * PROBABILITY:

@@ -67,7 +67,8 @@ class Event(eqx.Module):
         most: how often the state may change. Each change costs three or four solves up to it.
 
     If the condition crosses zero with zero slope, the time is found but its derivative is not
-    finite. A NaN condition never crosses.
+    finite. If it jumps across zero and has a slope there, the solve fails (`EVENT_NOT_FOUND`). A
+    NaN condition never crosses.
 
     Raises:
         TypeError, ValueError: for functions and numbers of the wrong kind.

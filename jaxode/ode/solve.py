@@ -297,8 +297,8 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
     if options.axis_name is not None and batch != "joint":
         raise ValueError(
             f"{arg('axis_name')} {name} needs the Jacobian of the whole state; got "
-            f"batch={batch!r}. Do not split the state, or pass the samples of a batch with "
-            "batch='joint'."
+            f"batch={batch!r}. Do not split the state. If a batch is split, pass batch='joint', or "
+            "'per_sample' without axis_name."
         )
     if adjoint.of_diffrax() is None if in_diffrax else adjoint.solves_backwards:
         raise ValueError(

@@ -215,6 +215,10 @@ WRONG = {
         lambda: audit_offered(normal(2, scale=jnp.nan)), {"base samples"},
         "Fix the base: it draws samples with NaN or inf, in 16384 of 16384 rows",
     ),
+    "a base that draws one point": (
+        lambda: audit_offered(normal(2, scale=0.0)),
+        {"distance from the base", "base samples", "total probability"}, "do not have its log_prob",
+    ),
     "too few probes": (
         lambda: audit(tanh, 12, 0.3 * matrix(12), divergence=divergence.hutchinson()),
         {"probe standard error"}, "times as many probes, or",

@@ -513,7 +513,8 @@ BAD_TABLES = {
     "huge": (lines(*SQUARES, "1e200,2"), "numbers beyond 1e30 are too large"),
     "constant": (
         lines(*["0.1,2"] * 20),
-        "column 1 is constant in the rows to train on, so they have no density. Leave it out",
+        "column 1 is constant in the rows to train on, at least in single precision, so they have "
+        "no density. Leave it out, or subtract an offset from it",
     ),
     "constant in float32": (
         lines(*(f"{1e9 + i},{i * i}" for i in range(20))),

@@ -50,7 +50,7 @@ class Adjoint:
     supports_dense: ClassVar[bool] = False
     """Whether it returns and differentiates `Integration.steps`, for `dense=True`."""
     solves_backwards: ClassVar[bool] = False
-    """Whether its gradient is a solve of its own, with tolerances, `backward_stats` and errors."""
+    """Whether its gradient is a solve of its own, `solve_back`, with tolerances and errors."""
     forward_only: ClassVar[bool] = False
     """Whether it has `jax.jvp` and `jax.jacfwd` only."""
     fused: ClassVar[bool] = False
