@@ -17,14 +17,11 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
             rows = [row for row in enumerate(csv.reader(file), 1) if any(map(str.strip, row[1]))]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+    mark = _other_separator([row for _, row in rows])
     columns = _numeric_columns([row for _, row in rows[1:]])
     header = _split_header(path, rows, columns)
     if len(rows) < 20:
         raise InputError(f"{path}: at least 20 rows are needed; got {len(rows)}")
-    last = rows[-1][1]
-    mark = _other_separator(last)
-    if mark is None and len(columns) < 2:
-        mark = next((mark for mark in ";\t|" if any(mark in cell for cell in last)), None)
     if mark or len(columns) < 2:
         got = f"cells that seem to be separated by {mark!r}" if mark else len(columns)
         raise InputError(
@@ -48,11 +45,16 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
     return names, values
 
 
-def _other_separator(row: list[str]) -> str | None:
-    """What separates the numbers of a row, if not commas. They may be those of decimals."""
+def _other_separator(rows: list[list[str]]) -> str | None:
+    """What separates cells, if not commas, which may be those of decimals or of texts."""
+    if not rows:
+        return None
+    first, last = rows[0], rows[-1]
     for mark in ";\t|":
-        cells = ",".join(row).split(mark)
-        if len(cells) > 1 and all(_is_number(cell.replace(",", ".", 1)) for cell in cells):
+        cells = ",".join(last).split(mark)
+        numbers = all(_is_number(cell.replace(",", ".", 1)) for cell in cells)
+        alone = len(first) == 1 or len(first) < len(last)  # a header with other separators
+        if mark in ",".join(last) and (numbers or (alone and mark in ",".join(first))):
             return mark
     return None
 

@@ -483,6 +483,10 @@ BAD_TABLES = {
         lines(*(f"{i},5;{i * i},25" for i in range(30)), header="a;b\n"),
         f"{TWO}cells that seem to be separated by ';'",
     ),
+    "semicolons and commas in texts": (
+        lines(*(f"{i},5;hello, world;{i * i},25" for i in range(30)), header="a;note;b\n"),
+        f"{TWO}cells that seem to be separated by ';'",
+    ),
     "index of pandas": (
         lines(*(f"{i},{row}" for i, row in enumerate(SQUARES[3:])), header=",a,b\n"),
         "column 1 has no name and counts the rows",
