@@ -113,11 +113,8 @@ def trajectories(
     """
     paths = _plane("ys", ys, 3)
     ax = _axes(ax)
-    ax.plot(
-        paths[:, :, 0],
-        paths[:, :, 1],
-        **_styled({"color": "gray", "linewidth": 0.6}, style),
-    )
+    style = _styled({"color": "gray", "linewidth": 0.6}, style)
+    ax.plot(paths[:, :, 0], paths[:, :, 1], **style)
     for points, label in ((paths[0], start), (paths[-1], end)):
         ax.scatter(*points.T, s=10, label=label, zorder=3)
     return _named(ax)

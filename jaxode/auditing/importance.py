@@ -55,11 +55,12 @@ def importance(
         return log_values - log_proposal
 
     found, others = judge(log_weights(proposals)), flat[CENTERS : CENTERS + OTHERS]
-    if len(others) < 2:
+    if not len(others):
         return found
-    of_others = judge(log_weights(_times(others - mean, axes) / scale))
+    of_others = log_weights(_times(others - mean, axes) / scale)
+    log_mean = float(np.logaddexp.reduce(of_others)) - math.log(len(others))
     # The effective sample size is `(E_q w)^2 / E_q w^2`, which is `E_q w / E_p w`.
-    ess = jnp.minimum(found.ess, jnp.exp(found.log_z - of_others.log_z))
+    ess = jnp.minimum(found.ess, jnp.exp(found.log_z - log_mean))
     return dataclasses.replace(found, ess=ess)
 
 

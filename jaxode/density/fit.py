@@ -62,9 +62,9 @@ def fit(
     By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
     on the validation rows. Every 50 steps, the updates of the optimizer shrink, to zero by a cosine
     at the end: after `seconds` or `steps`, a minute by default. After five looks in a row that are
-    worse than the best by 0.02 nats, training resumes from the best parameters and takes as many
-    more steps as led to them. If it explodes, it goes on from the best parameters at a quarter of
-    the rate. Ctrl-C ends it with the best so far.
+    worse than the best by 0.02 nats, not counting the first 1000 steps, training resumes from the
+    best parameters and takes as many more steps as led to them. If it explodes, it goes on from the
+    best parameters at a quarter of the rate. Ctrl-C ends it with the best so far.
 
     What is not given is tried first, and the best goes on: the map of the columns of a density
     without `standardize=`, each of `jaxode.standardize`; and the `time_power`, 2 unless, in more
