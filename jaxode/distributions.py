@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
+from jaxode._jax.precision import at_precision
 
 
 class BaseDensity(Protocol):
@@ -249,9 +250,12 @@ def has_edge(base: BaseDensity, dtype: Any) -> bool:
     return is_known(values) and not np.all([np.asarray(value) for value in values])
 
 
-def log_prob_of(base: BaseDensity, z: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
-    """The log-density of the base, one number per sample."""
-    log_prob = base.log_prob(z)
+def log_prob_of(
+    base: BaseDensity, z: Float[Array, "batch *event"], precision: str | None
+) -> Float[Array, " batch"]:
+    """The log-density of the base, one number per sample, by products of this precision."""
+    with at_precision(precision):
+        log_prob = base.log_prob(z)
     if jnp.shape(log_prob) != z.shape[:1]:
         raise ValueError(
             f"cnf(base=...): log_prob must have one number per sample, shape {z.shape[:1]}; got "

@@ -34,7 +34,7 @@ def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
 
 
 def whiten(data: Float[Numbers, "rows *event"]) -> Unfitted:
-    """Subtract the mean and multiply by the inverse root of the covariance.
+    """Standardize each column, then multiply by the inverse root of the correlation matrix.
 
     An untrained flow is then the normal distribution with the mean and the covariance of the data:
     a good start for few rows.

@@ -123,7 +123,9 @@ def test_a_broken_rule_is_named(check, argument, changes):
 
 
 # One rule for each argument: all ways evaluate the same ones.
-@pytest.mark.parametrize("check", [vmapped, differentiated, implicit])
+@pytest.mark.parametrize(
+    "check", [vmapped, differentiated, pytest.param(implicit, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("argument", "changes"), dict(BROKEN).items(), ids=str)
 def test_a_broken_rule_is_named_in_every_way_to_solve(check, argument, changes):
     check(values(changes), argument)
@@ -146,6 +148,7 @@ def test_what_keeps_the_rules_has_a_gradient(run):
     np.testing.assert_allclose(run(Y0, values({})), np.exp(-1.0), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_what_keeps_the_rules_does_not_raise():
     for y1 in (RUN_LOUD(values({})), RUN_IMPLICIT_LOUD(values({}), Y0)):
         np.testing.assert_allclose(y1, np.exp(-1.0), rtol=1e-2)
@@ -241,9 +244,12 @@ FINITE = {
     "name",
     with_slow(
         FINITE,
-        ["vmap of gradient", "gradient of log_prob", "backsolve", "nll", "solve", "vmap"],
+        [
+            "vmap of gradient", "jit of vmap of gradient", "gradient of log_prob", "backsolve",
+            "nll", "solve", "vmap",
+        ],
     ),
-)
+)  # fmt: skip
 def test_a_solve_that_succeeds_passes_under_debug_nans(name):
     with jax.debug_nans(True):
         assert jnp.isfinite(FINITE[name]()).all()
@@ -293,6 +299,7 @@ def test_a_state_that_is_not_finite_is_named(name, compile):
         jax.block_until_ready(compile(call)(state))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_named_by_an_implicit_solver():
     with pytest.raises(AT_RUN_TIME, match=rf"SolveError: solve\(y0=...\): {OF_ONE}"):
         jax.block_until_ready(RUN_IMPLICIT_LOUD(values({}), Y0.at[1].set(jnp.nan)))

@@ -15,7 +15,7 @@ from jaxode import divergence, images
 SHAPES = {"vector": (6,), "matrix": (2, 3), "channels": (1, 2, 3)}
 
 
-@pytest.mark.parametrize("name", with_slow(SHAPES, ["matrix"]))
+@pytest.mark.parametrize("name", with_slow(SHAPES, ["vector", "matrix"]))
 def test_maps_invert_and_have_their_log_determinants(name):
     shape = SHAPES[name]
     x = jax.random.randint(jax.random.key(0), (4, *shape), 0, 17)
@@ -58,7 +58,7 @@ def test_the_most_extreme_noise_stays_in_the_cell_of_its_level(levels, dtype, mo
 QUANTIZE = jax.jit(images.quantize, static_argnums=1)
 
 
-@pytest.mark.parametrize("levels", [10, 255, 1000, 65_535])
+@pytest.mark.parametrize("levels", with_slow([10, 255, 1000, 65_535], [255, 1000, 65_535]))
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_levels_come_back_whatever_the_noise(levels, compile):
     """XLA multiplies by the inverse of a number of levels that it knows."""

@@ -41,6 +41,7 @@ def close(actual, expected, rtol=1e-12):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, equal_nan=False)
 
 
+@pytest.mark.slow
 def test_01_residual_network_and_its_backpropagation():
     """`z_{l+1} = z_l + f(z_l, theta, l)`; `g += a_l df/dtheta`, `a_{l-1} = a_l dz_l/dz_{l-1}`."""
     depth = 6
@@ -99,6 +100,7 @@ def test_04_an_adaptive_solver_is_more_accurate_for_its_evaluations():
     assert error(adaptive) < error(euler) / 1000
 
 
+@pytest.mark.slow
 def test_05_flow_operator():
     """`F^{0,1} = F^{s,1} F^{0,s}`, `F^{1,0}` inverts it, and `z(t) = z(s) + integral of dz`."""
     F = lambda z, s, t: jaxode.flow(f, z, s, t, THETA, **TIGHT)
@@ -126,6 +128,7 @@ def test_06_adjoint_of_the_input():
     close(jax.jit(jax.grad(loss))(X[0]), a0, 1e-7)
 
 
+@pytest.mark.slow
 def test_07_adjoint_theorem():
     """`(z, a, b)` backwards from `(z(1), dL/dz(1), 0)`: `dL/dtheta = b(0)`."""
 
@@ -167,6 +170,7 @@ def test_09_backpropagation_on_the_recomputed_trajectory():
     close(by(jaxode.BacksolveAdjoint()), by(jaxode.DiscreteAdjoint()), 1e-8)
 
 
+@pytest.mark.slow
 def test_10_vector_jacobian_products_without_a_jacobian():
     """The backward pass of a linear field multiplies vectors and forms no `D x D` product."""
     D = 257
@@ -218,6 +222,7 @@ def along_the_trajectory(integrand, x):
     return jnp.sum(weights / 2 * jax.vmap(integrand)(ts, z))
 
 
+@pytest.mark.slow
 def test_11_flow_model_samples():
     """`Z ~ p_Z`, then `X = F^{0,1}(Z)`."""
     samples = flow_model(exact()).sample(THETA, KEY, 4)
@@ -253,6 +258,7 @@ def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
     close(slope(s, z[0]), -divergence_of_f(s, z_s), 1e-6)
 
 
+@pytest.mark.slow
 def test_13_log_likelihood_in_forward_and_backward_form():
     """`l' = -div f` from `l(0) = log p_Z(z(0))` forwards, or from `l(1) = 0` backwards."""
     x, flow = X[0], flow_model(exact())
@@ -270,6 +276,7 @@ def test_13_log_likelihood_in_forward_and_backward_form():
     close(flow.log_prob(THETA, samples), log_prob, 1e-8)
 
 
+@pytest.mark.slow
 def test_14_exact_log_likelihood_on_the_stored_trajectory_and_in_one_solve():
     """v.1 integrates `div f` on a stored `z(s)`; v.2, `log_prob`, solves for both together."""
     z0 = jaxode.flow(f, X, 1.0, 0.0, THETA, **TIGHT)

@@ -96,7 +96,8 @@ PROGRAMS = {
 
 # Of what others do as well: plain gradients, and second ones.
 SLOW = (
-    "checkpoint", "forward over forward, by time, too", "vmap of reverse over reverse by time",
+    "checkpoint", "jit of all jacobians", "linearize", "forward over forward, by time, too",
+    "vmap of reverse over reverse by time", "gradient of a vmap of gradients",
 )  # fmt: skip
 
 

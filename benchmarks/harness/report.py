@@ -85,7 +85,8 @@ def draw(results: dict[str, Any], images: Path) -> None:
 
 def sections(results: dict[str, Any]) -> list[str]:
     machine = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    # That of jaxode is in the commit of each section.
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if k != "jaxode")
     threads = ", ".join(f"{n} of {name}" for name, n in machine["threads"].items() if n)
     hardware = f"{machine['device']}, {machine['memory_gib']} GiB of memory, threads: {threads}."
     parts = [f"## {machine['name']}", f"{hardware} Versions: {versions}."]

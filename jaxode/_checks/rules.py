@@ -254,14 +254,15 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (POSITIVE, ("first_step",)),
     (POSITIVE, ("max_step",)),
     (NOT_NAN, ("breakpoints",)),
-    (
-        Rule(
-            "breakpoints=...", _are_apart,
-            "the span must be longer than 4,000 roundings of the time",
-            "Shift the time, or use float64 for the state.",
-        ), ("breakpoints", "t0", "t1"),
-    ),
 )  # fmt: skip
+
+# Of the whole solve: its pieces between jumps and events may be shorter.
+OF_SPAN = Rule(
+    "breakpoints=...",
+    _are_apart,
+    "the span must be longer than 4,000 roundings of the time",
+    "Shift the time, or use float64 for the state.",
+)
 
 
 def _of_solve(problem: Any, stepper: Any, times: Float[Array, "jumps rows"] | None):
@@ -292,6 +293,8 @@ def solve_faults(problem: Any, stepper: Any, times: Any) -> Faults:
     faults: Faults = {}
     for rule, values, name in _of_solve(problem, stepper, times):
         faults |= rule.fault(*values, name=name)
+    if stepper.breakpoints is not None:
+        faults |= OF_SPAN.fault(stepper.breakpoints, problem.t0, problem.t1, name="breakpoints")
     return faults
 
 

@@ -48,6 +48,10 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     given = xp.asarray(times, float)
     given = xp.where(xp.isposinf(given), xp.asarray(t1, float)[..., None], given)
     _, lost = _lost_times(t0, t1, given, dtype)
+    # However small the gap: a jump at the time of the one before is left out.
+    exact = xp.asarray(times, float)
+    kept, apart = exact.astype(dtype), exact[..., 1:] != exact[..., :-1]
+    lost = lost | (apart & (kept[..., 1:] == kept[..., :-1])).any(axis=-1)
     if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
         _check_order("jumps", float(t0), float(t1), np.asarray(given, dtype))
         _check_kept("jumps", lost, times, dtype)

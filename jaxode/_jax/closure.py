@@ -32,12 +32,11 @@ def compiled(f: F) -> F:
     forgets its programs whenever it has traced `KEPT` of them: JAX itself keeps thousands, and a
     vector field that is a new function at each call makes one at each call.
     """
-    traced = 0
+    traced = [0]  # a list stays the same object, which `_Held` compares
 
     @functools.wraps(f)
     def counted(*args):
-        nonlocal traced
-        traced += 1
+        traced[0] += 1
         return f(*_decoded(args))
 
     programs: Any = eqx.filter_jit(counted)
@@ -45,10 +44,9 @@ def compiled(f: F) -> F:
 
     @functools.wraps(f)
     def run(*args):
-        nonlocal traced
-        if traced >= KEPT:
+        if traced[0] >= KEPT:
             forget()
-            traced = 0
+            traced[0] = 0
         inputs = encoded(args)
         out = programs(*inputs)
         # Ignore what tracing changed in the arguments, such as a call counter.

@@ -10,19 +10,25 @@ from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
+def at_precision(precision: str | None):
+    """Products that are traced here get this precision. None means the one that the user has set
+    for JAX, or "highest"."""
+    config: Any = jax.config
+    return jax.default_matmul_precision(
+        precision or config.jax_default_matmul_precision or "highest"
+    )
+
+
 def trace_at(precision: str | None, f: Callable[..., Any], *args: Any) -> ClosedJaxpr:
     """The program `f(*args)`, with its products and those of its derivatives at this precision.
-
-    None means the precision that the user has set for JAX, or "highest".
 
     A product gets the precision that is set when it is traced. JAX traces the rules of a
     `jax.custom_vjp` or `jax.custom_jvp` when the program is differentiated: in a loop or by the
     user, when no function of this library is on the call stack.
     """
     config: Any = jax.config
-    name = precision or config.jax_default_matmul_precision or "highest"
-    with jax.default_matmul_precision(name):
-        return _of_value(jax.make_jaxpr(f)(*args), name)
+    with at_precision(precision):
+        return _of_value(jax.make_jaxpr(f)(*args), config.jax_default_matmul_precision)
 
 
 @linear_util.transformation2
@@ -75,5 +81,9 @@ def concrete_double_precision() -> Iterator[None]:
     enable = getattr(jax, "enable_x64", None)
     if enable is None:  # JAX before 0.8
         enable = jax.experimental.enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    with jax.ensure_compile_time_eval(), enable(True):
+    try:  # a TPU has no float64
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use no CPU
+        device = None
+    with jax.default_device(device), jax.ensure_compile_time_eval(), enable(True):
         yield

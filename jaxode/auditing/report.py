@@ -37,7 +37,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is in range."""
+        """Whether nothing that could be measured is out of range. What could not is NaN."""
         return not self.advice
 
     @property
@@ -100,9 +100,10 @@ def audit(
         context: as for the methods of the flow.
 
     Returns:
-        A `Report`: `print` shows it as a table, `report.ok` says whether everything is in range,
-        and `report.values` and `report.advice` are dictionaries by the name of a check. A failed
-        solve is reported, and values that it makes impossible to measure are NaN.
+        A `Report`: `print` shows it as a table, `report.ok` says whether nothing that could be
+        measured is out of range, and `report.values` and `report.advice` are dictionaries by the
+        name of a check. A failed solve is reported, and values that it makes impossible to measure
+        are NaN.
 
     Raises:
         TypeError, ValueError: for wrong arguments, as in the methods of the flow; for samples that

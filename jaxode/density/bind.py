@@ -62,7 +62,8 @@ class Density(eqx.Module):
     """The distribution of a flow, made by `jaxode.bind`. A pytree of its parameters and maps.
 
     Shapes: `x` is `[..., *event]`, log-densities are `[...]` in nats. A `context` is shared by all
-    samples, or has one row per sample, `[..., *row]`; its leading axes broadcast to those of `x`.
+    samples, or has one row per sample, `[..., *row]`. Its leading axes broadcast to those of `x` if
+    `bind` knows the shape of a row; if not, they must equal them.
 
     Each sample takes its own steps, so its density does not depend on the batch around it; with a
     solver that diffrax runs or an `axis_name`, the steps are joint. The divergence is
@@ -209,7 +210,8 @@ class Density(eqx.Module):
     def to_flow(self, x: Float[Array, "batch *event"], context: PyTree = None) -> Any:
         """Map data to what the flow trains on: `z`, or `(z, context)` if there is a context.
 
-        `density.flow.nll(params, density.to_flow(x))` is the mean of `log_det - log_prob`.
+        `density.flow.nll(params, density.to_flow(x))` is the mean of `log_det - log_prob`, if the
+        flow has no `regularizers` and no `steer`.
 
         Raises:
             ValueError: if data lie outside the support or are not finite. If that is known only at
@@ -307,8 +309,8 @@ def bind(
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
             strictly inside. `(mean, scale)` then refer to the data after the bijection.
-        context_shape: shape of one context, or of each of its arrays. Not needed with
-            `standardize_context`.
+        context_shape: shape of one context, or of each of its arrays, so that its leading axes are
+            known. Not needed with data, or arrays, as `standardize_context`.
 
     Returns:
         A `Density`: `log_prob`, `sample` and `sample_and_log_prob` in the units of the data;

@@ -107,7 +107,8 @@ def fit(
 
     Warns:
         UserWarning: of columns that have no density: they repeat values, or depend linearly on each
-            other; of a training that explodes; and of one that took hardly a step in its seconds.
+            other, or hold integers so large that `dequantize` adds no noise to them; of a training
+            that explodes; and of one that took hardly a step in its seconds.
     """
     begin = time.perf_counter()
     if not isinstance(density, Density):

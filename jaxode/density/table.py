@@ -24,6 +24,7 @@ from jaxode.images import in_cells, margin_of
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
 OFTEN = 0.01
+ENOUGH = 20_000  # rows that show atoms and dependences
 # Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
 LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
 COARSE = 1 / 8  # the most that dequantized integers may be apart in their dtype
@@ -194,6 +195,8 @@ def warn_of_columns(
 ) -> None:
     """Warn of columns with atoms and, if they should be `independent`, of columns that depend on
     each other linearly."""
+    if len(table) > ENOUGH:  # to sort all would take longer than the training
+        table = table[np.random.default_rng(0).choice(len(table), ENOUGH, replace=False)]
     table = table[:, columns].astype(np.float64)  # float32 would round a dependence away
     atoms = [i for i, x in zip(columns, table.T, strict=True) if _on_atoms(x) > 2 * OFTEN]
     if atoms:

@@ -46,8 +46,9 @@ class Point(NamedTuple):
     nats: float
     """Mean negative log-density of the validation rows, in the units of the data.
 
-    At a tolerance of 1e-3; in more than 16 dimensions with one probe of the divergence, unless
-    it is exact without one.
+    At a tolerance of 1e-3, or that of the flow if it is looser. In more than 16 dimensions with one
+    probe of the divergence, unless the flow takes a closed form or an exact divergence of your own:
+    `exact()` is estimated there, too.
     """
 
 

@@ -67,7 +67,8 @@ class CNF(eqx.Module):
     Shapes: `x` and `z` are `[batch, *event]`, log-densities are `[batch]` in nats. The vector field
     gets `params` as its `args`; with a `context`, whose leaves are `[batch, ...]`, it gets
     `args = (params, context_row)`. `key` draws one probe per sample and solve, which depends only
-    on the key and the sample's index. Exact divergences need no key.
+    on the key and the sample's index (with JAX's rbg keys, also on the batch). Exact divergences
+    need no key.
 
     Raises:
         TypeError, ValueError: all methods, at trace time, if samples are not floating arrays,
@@ -206,7 +207,7 @@ class CNF(eqx.Module):
 
         Args:
             key: draws base samples, times and the coupling. The times of a batch are stratified:
-                one in each of `batch` equal parts of the span.
+                one `v` (see `time_power`) in each of `batch` equal parts of [0, 1].
             x0: start samples to use instead of base samples, one per row of `x`.
             context: moves with the rows of `x`.
             weights: weights of the rows in the mean, as for `nll`. Only for independent pairs: with

@@ -45,12 +45,12 @@ def reverse_kl(
     The latter says of each sample whether the value is, and whether the gradient is.
     """
     integrands, base = parts
-    fixed = jax.lax.stop_gradient
+    fixed, precision = jax.lax.stop_gradient, system.stepper.precision
     probes = probes_of(system, integrands, key)
     if path:
 
         def of_base(z):
-            log_prob = log_prob_of(base, z)
+            log_prob = log_prob_of(base, z, precision)
             return jnp.sum(log_prob), log_prob
 
         score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
@@ -66,7 +66,7 @@ def reverse_kl(
     else:
         solution = with_integrals(system, integrands.volume, probes, ())
         x, log_det = solution.y1
-        log_q, along = log_prob_of(base, system.y0) - log_det, 0.0
+        log_q, along = log_prob_of(base, system.y0, precision) - log_det, 0.0
     log_p, slope, finite = _target(log_density, fixed(x), system.row_args)
     # The derivative along the path: that of what is added to `log q - log p`, which is zero.
     along = jnp.sum(((along - slope) * (x - fixed(x))).reshape(len(log_q), -1), axis=1)

@@ -39,6 +39,7 @@ from jaxode.coupling import Coupling
 from jaxode.distributions import BaseDensity
 from jaxode.flows.likelihood.quadrature import GOLDEN
 from jaxode.flows.noise import of_each_row
+from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.field import call_field, of_row
 
 
@@ -112,6 +113,7 @@ def matching_loss(
     faults |= NO_OVERFLOW.fault(errors, finite)
     loss = jnp.sum(weights * errors)
     ok = jnp.isfinite(jax.lax.stop_gradient(loss))
+    loss = loss * nan_unless(ok, loss.dtype)  # the gradient of one that overflows may be finite
     result = jnp.where(ok, int(Result.SUCCESS), int(Result.NON_FINITE))
     no_time = jnp.where(ok, 0.0, jnp.nan).astype(loss.dtype)
     return report_loss(loss, result, no_time, flow.throw, faults)

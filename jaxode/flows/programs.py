@@ -62,7 +62,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
     solution = with_integrals(system, integrands.volume_of_each_probe, probes, probes.shape[1:2])
     z, log_dets = solution.y1
     error = jax.vmap(lambda estimates: standard_error(estimates, math.prod(shape[1:])))(log_dets)
-    log_probs = log_prob_of(base, z) + jnp.mean(log_dets, axis=1)
+    log_probs = log_prob_of(base, z, system.stepper.precision) + jnp.mean(log_dets, axis=1)
     return dataclasses.replace(solution, y1=(log_probs, error))
 
 
@@ -72,7 +72,8 @@ def sample(system: System, parts, key) -> Solution:
     integrands, base = parts
     solution = with_integrals(system, integrands.volume, probes_of(system, integrands, key), ())
     x, log_det = solution.y1
-    return dataclasses.replace(solution, y1=(x, log_prob_of(base, system.y0) - log_det))
+    log_base = log_prob_of(base, system.y0, system.stepper.precision)
+    return dataclasses.replace(solution, y1=(x, log_base - log_det))
 
 
 @compiled
@@ -101,7 +102,8 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
     # From data to base, `-integral over [t0, t1] of div f`.
     solution = with_integrals(system, integrands.volume, probes, ())
     z, log_det = solution.y1
-    return dataclasses.replace(solution, y1=log_prob_of(base, z) + log_det)
+    log_base = log_prob_of(base, z, system.stepper.precision)
+    return dataclasses.replace(solution, y1=log_base + log_det)
 
 
 def probes_of(system: System, integrands: Integrands, key, *, of_costs: bool = False):

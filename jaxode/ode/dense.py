@@ -76,7 +76,8 @@ class Interpolant(eqx.Module):
         t, several = self._on_rows(t)
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
         inside = (low[None] <= t) & (t <= high[None])
-        if not self.per_sample and is_known((t, self.t0, self.t1)) and not np.all(inside):
+        known = is_known((t, self.t0, self.t1, self.ok)) and np.all(self.ok)
+        if not self.per_sample and known and not np.all(inside):
             raise ValueError(
                 f"{arg('t')} must lie between t0={float(self.t0[0])!r} and "
                 f"t1={float(self.t1[0])!r}; got {np.asarray(t)[~np.asarray(inside)][0]}. Extend "

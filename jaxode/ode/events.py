@@ -27,6 +27,7 @@ from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode._jax.tangents import filled, undifferentiated_unless, with_tangent
+from jaxode.ode.adjoints.base import integrate_between
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Curve
@@ -39,8 +40,6 @@ LOOKS = 8
 UP_TO_SECOND = (
     "Event: the time of an event, and what depends on it, has only first and second derivatives."
 )
-# Where the condition is continuous, the time found is off by rounding, not by this part of a step.
-OF_STEP = 0.1
 # The largest number of solves that may land on the event.
 LANDINGS = 8
 
@@ -66,9 +65,9 @@ class Event(eqx.Module):
             ends the solve there.
         most: how often the state may change. Each change costs three or four solves up to it.
 
-    If the condition crosses zero with zero slope, the time is found but its derivative is not
-    finite. If it jumps across zero and has a slope there, the solve fails (`EVENT_NOT_FOUND`). A
-    NaN condition never crosses.
+    If the condition crosses zero with zero slope, the derivative of the time is not finite, and the
+    solve can fail (`EVENT_NOT_FOUND`): take a root of the condition. If it jumps across zero and
+    has a slope there, the solve fails, too. A NaN condition never crosses.
 
     Raises:
         TypeError, ValueError: for functions and numbers of the wrong kind.
@@ -123,7 +122,7 @@ def solve_to_event(
     # A row whose solves do not land on the event fails, together with its derivatives.
     t1 = jnp.where(landed == Result.SUCCESS, t1, jnp.nan)
     problem = problem._replace(t1=t1, ts=ts)
-    out = adjoint.integrate(problem, stepper)
+    out = integrate_between(adjoint, problem, stepper)
     result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
     failed = result != Result.SUCCESS
     t1, y1 = _moved(condition_of, came & ~failed, problem, out)
@@ -183,7 +182,8 @@ def _jumps(condition: Condition, problem: Problem, t, found: Integration):
     value, rate = (jnp.abs(x).astype(t.dtype) for x in of_time)
     step = jnp.abs(t - problem.t0) / jnp.maximum(found.stats.num_accepted, 1).astype(t.dtype)
     span, eps = jnp.abs(problem.t1 - problem.t0), jnp.finfo(t.dtype).eps
-    return (rate != 0) & (value > rate * (OF_STEP * step + 4 * eps * (span + jnp.abs(t))))
+    # Where the condition is continuous, the time is off by rounding, not by this part of a step.
+    return (rate != 0) & (value > rate * (eps**0.25 * step + 4 * eps * (span + jnp.abs(t))))
 
 
 def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, stats: Stats):
@@ -194,28 +194,31 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
     """
     span = jnp.abs(problem.t1 - problem.t0)
     info = jnp.finfo(t1.dtype)
-    close = jnp.maximum(100 * info.eps, 1e-4 * stepper.rtol.astype(t1.dtype)) * span
+    settled = jnp.maximum(100 * info.eps, 1e-4 * stepper.rtol.astype(t1.dtype)) * span
 
     def solve(carry):
-        count, t1, _, stats = carry
+        count, t1, far, _, stats = carry
         out, _ = integrate(problem._replace(t1=t1), stepper)
         value, rate = _rate(condition, problem.slope(t1, out.y1), t1, out.y1)
         value, rate = jax.lax.stop_gradient((value, rate))
         move = (-value / jnp.where(rate == 0, 1, rate)).astype(t1.dtype)
-        move = jnp.where(came & (rate != 0) & jnp.isfinite(move), move, 0)
+        # A row that has settled stays, whatever the others do.
+        move = jnp.where(far & (rate != 0) & jnp.isfinite(move), move, 0)
         moved = jnp.clip(
             t1 + move, *(f(problem.t0, problem.t1) for f in (jnp.minimum, jnp.maximum))
         )
-        far = jnp.abs(moved - t1) > close
-        return count + 1, moved, far, jax.tree.map(jnp.add, stats, out.stats)
+        size, stats = jnp.abs(moved - t1), jax.tree.map(jnp.add, stats, out.stats)
+        # Moves as small as the rounding of the condition need not end, and are no failure.
+        rounded = jnp.maximum(settled, 1e4 * info.eps * jnp.abs(t1 - problem.t0))
+        return count + 1, moved, size > settled, size > rounded, stats
 
     def proceed(carry):
-        count, _, far, _ = carry
+        count, _, far, *_ = carry
         return (count < LANDINGS) & far.any()
 
-    carry = jnp.int32(0), t1, came, stats
-    _, t1, far, stats = while_loop(proceed, solve, carry)
-    return t1, jnp.where(far, Result.EVENT_NOT_FOUND, Result.SUCCESS), stats
+    carry = jnp.int32(0), t1, came, jnp.zeros_like(came), stats
+    _, t1, _, lost, stats = while_loop(proceed, solve, carry)
+    return t1, jnp.where(lost, Result.EVENT_NOT_FOUND, Result.SUCCESS), stats
 
 
 def _moved(condition: Callable[..., Array], came, problem: Problem, out: Integration):

@@ -20,6 +20,7 @@ from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.tangents import undifferentiated_unless
+from jaxode.ode.adjoints.base import integrate_between
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.problem import Problem, Stepper
@@ -101,7 +102,7 @@ def solve_across(
         jnp.concatenate([is_jump, none]),
         jnp.concatenate([is_jump, ~none]),
     )
-    solve = lambda part: (part, adjoint.integrate(part, stepper))
+    solve = lambda part: (part, integrate_between(adjoint, part, stepper))
     return _over_pieces(change, solve, problem, stepper, pieces, valid)[-1]
 
 

@@ -40,8 +40,9 @@ def odeint(
     """Solve `dy/dt = func(y, t, *args)`, `y(t[0]) = y0`, at the times `t`.
 
     Differences from the original: the solver is Tsit5 instead of Dormand-Prince, a failed solve
-    returns NaN instead of an unfinished result, and the error norm of the gradient leaves out the
-    parameters. Use `jaxode.solve` for errors that say what failed, and for other gradients.
+    returns NaN instead of an unfinished result, the error norm of the gradient leaves out the
+    parameters, states are real (pass real and imaginary parts), and `mxstep` is a mean over the
+    intervals of `t`. Use `jaxode.solve` for errors that say what failed, and for other gradients.
 
     Args:
         func: time derivative of `y` at time `t`, with the structure and shapes of `y0`.

@@ -34,9 +34,11 @@ class Solution(eqx.Module):
     """The time at which the solve stopped: the end time unless it failed. NaN if unknown, which
     happens only if a diffrax solver without error control stepped on after a NaN."""
     t1: Float[Array, "*rows"]
-    """The end time as passed, or the time of the event. Per row with per-sample steps."""
+    """The end time as passed, or the time of the event that ended the solve; NaN if a solve with an
+    event failed. Per row with per-sample steps."""
     event_occurred: Bool[Array, "*rows"] | None = None
-    """Whether the event occurred. None without `event`."""
+    """Whether an event ended the solve. Those at which the state changed do not count. None without
+    `event`."""
     interpolant: Interpolant | None = None
     """What `evaluate` needs. None without `dense`."""
 

@@ -18,6 +18,7 @@ from jaxode._checks.samples import check_rows
 from jaxode._jax.closure import close_field, compiled
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
+from jaxode.ode.adjoints.base import integrate_between
 from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
@@ -367,7 +368,7 @@ def run(system: System) -> Solution:
         times = system.jumps_on_rows(len(problem.t0))
         out = solve_across(closed_change(times), times, problem, stepper, system.adjoint)
     else:
-        out = system.adjoint.integrate(problem, stepper)
+        out = integrate_between(system.adjoint, problem, stepper)
     interpolant = None
     if stepper.dense:
         path = DiffraxPath(out.steps)

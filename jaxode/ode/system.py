@@ -23,7 +23,7 @@ from jaxode._checks.arguments import (
     check_scalar,
     state_dtype,
 )
-from jaxode._checks.rules import Faults, solve_faults
+from jaxode._checks.rules import OF_SPAN, Faults, solve_faults
 from jaxode._checks.times import check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
@@ -252,6 +252,8 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     start, (t0, t1, ts), args, stepper = vary_alike(
         (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
     )
+    if stepper.breakpoints is not None:  # then as a start that is not a number
+        t0 = jnp.where(OF_SPAN.holds(stepper.breakpoints, t0, t1), t0, jnp.nan)
     field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
     closed, arrays = close_field(stepper.precision, field, t0, start, args, jacobian=jacobian)
     outputs = None

@@ -115,7 +115,8 @@ def of_args(t, y, matrix):
     return linear(matrix, t, y, None)
 
 
-@pytest.mark.parametrize("name", ONCE)
+# Of each option there are flows that are compared, below.
+@pytest.mark.parametrize("name", with_slow(ONCE, ["probes"]))
 def test_compiles_once(name, compiled):
     first = ONCE[name](0)
     assert compiled
@@ -193,7 +194,11 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", with_slow(CHANGED, ["attribute of an argument", "bound method"]))
+# They have attributes, as a field has.
+LIKE_OTHERS = ["attribute in a slot", "attribute of an argument", "bound method"]
+
+
+@pytest.mark.parametrize("name", with_slow(CHANGED, LIKE_OTHERS))
 def test_a_change_is_not_taken_for_what_it_was(name):
     run = CHANGED[name]
     for rate in RATES:
@@ -288,7 +293,10 @@ SHORT = {"solver": diffrax.Euler(), "steps": 2}
 @pytest.mark.parametrize(
     "flow",
     [
-        jaxode.cnf(field, jaxode.diagonal_normal(2), t1=np.float64(1.0), **SHORT),
+        pytest.param(
+            jaxode.cnf(field, jaxode.diagonal_normal(2), t1=np.float64(1.0), **SHORT),
+            marks=pytest.mark.slow,
+        ),
         jaxode.cnf(Unhashable(1.0), jaxode.standard_normal(2), atol=np.array(1e-4), **SHORT),
         jaxode.cnf(Module(np.eye(2)), jaxode.standard_normal(2), **SHORT),
     ],

@@ -52,11 +52,12 @@ def close(actual, expected):
 
 MODES = {"value": lambda f: f, "forward": jax.jacfwd, "reverse": jax.jacrev}
 CASES = [(name, "value") for name in FUNCTIONS]
+CASES += [("convolved", "reverse")]
 # `repeated` calls `layers`.
-CASES += [("repeated", "forward"), ("convolved", "reverse"), ("repeated", "reverse")]
+SLOW = [("repeated", "forward"), ("repeated", "reverse")]
 
 
-@pytest.mark.parametrize(("name", "mode"), with_slow(CASES, CASES[-1:]))
+@pytest.mark.parametrize(("name", "mode"), with_slow(CASES + SLOW, SLOW))
 def test_is_that_of_jax(name, mode):
     actual, expected = (
         jax.jit(MODES[mode](gradient(v, FUNCTIONS[name])))(M, X, CT) for v in (vjp, jax.vjp)

@@ -100,6 +100,7 @@ LOSSES = {
 OTHERS = (
     "exact in chunks, regularized",
     "orthogonal probes, random nodes, two checkpoints, raising",
+    "backsolve",
     "interpolating",
 )
 OWN_STEPS = [{"steps": 6}, {"batch": "per_sample"}]
@@ -116,8 +117,9 @@ def test_joint_steps_over_devices_are_those_of_one(name):
     assert_same(of_all_devices(**LOSSES[name])(*inputs), expected, rtol)
 
 
+@pytest.mark.slow
 @typed
-@pytest.mark.parametrize("options", with_slow(OWN_STEPS, OWN_STEPS[:1]), ids=str)
+@pytest.mark.parametrize("options", OWN_STEPS, ids=str)
 def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
     inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
     expected = of_one_device(**options)(*inputs)
@@ -192,6 +194,7 @@ def test_devices_that_step_for_themselves_reduce_the_gradient_and_the_loss_alone
     assert sum(c["bytes"] for c in found) == PARAMETER_BYTES + 8
 
 
+@pytest.mark.slow
 @typed
 def test_each_device_draws_its_own_noise_from_a_key_that_all_share():
     """With the same points on all devices, equal noise would give equal losses."""
@@ -335,7 +338,8 @@ def test_steps_over_two_axes_need_the_same_times_on_all():
         run(X, jnp.ones(2))
 
 
-@pytest.mark.parametrize("options", with_slow([{}, OWN_STEPS[1]], OWN_STEPS), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, OWN_STEPS[1]], ids=str)
 def test_a_sharded_batch_under_plain_jit(options):
     """XLA splits the program itself, and the numbers are those of one device."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)

@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Frame, optional, trained, with_slow
+from helpers import Frame, optional, trained
 from scipy import stats
 
 import jaxode
@@ -35,7 +35,7 @@ MAPS = {
     "whiten": jaxode.standardize.whiten(DATA),
 }
 # The map of data is the first of both others.
-with_chains = pytest.mark.parametrize("given", with_slow(["normal", "whiten"], ["whiten"]))
+with_chains = pytest.mark.parametrize("given", ["normal", "whiten"])
 
 
 def test_units_move_the_density_by_their_logarithm_alone():
@@ -64,7 +64,8 @@ def bounded(name):
     return jaxode.bind(FLOW, PARAMS, support=SUPPORTS[name][0])
 
 
-@pytest.mark.parametrize("name", with_slow(["box", "one number"], ["one number"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["box", "one number"])
 def test_the_density_on_a_box_integrates_to_one(name):
     n = 201
     sides = [np.linspace(a, b, n + 1) for a, b in SUPPORTS[name][1]]
@@ -85,6 +86,7 @@ def test_samples_are_in_the_support_with_their_density(name):
     np.testing.assert_allclose(bounded(name).sample(KEY, (50,)), x, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_outside_of_the_support():
     """Minus infinity, on the bounds, too, with a gradient of zero; what is NaN stays so."""
     x = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
@@ -199,6 +201,7 @@ def test_another_flow_keeps_parameters_and_maps(given):
         density.with_flow(jaxode.cnf(FLOW.f, jaxode.standard_normal(3)))
 
 
+@pytest.mark.slow
 @with_chains
 def test_units_are_not_trained(given):
     density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given], support=(-100.0, 100.0))
@@ -214,6 +217,7 @@ def test_units_are_not_trained(given):
     assert np.any(gradient.params.weight)
 
 
+@pytest.mark.slow
 def test_integers_are_numbers():
     counts = np.random.default_rng(1).integers(0, 9, (40, 2))
     whole, same = (jaxode.bind(FLOW, PARAMS, standardize=c) for c in (counts, counts.astype(float)))
@@ -251,6 +255,7 @@ def test_data_in_half_precision_are_mapped_in_single(dtype, default_settings):
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_far_outside_of_the_support_the_flow_is_not_asked():
     """It has never seen such data: its field may be NaN there."""
     field = lambda t, z, a: jnp.where(jnp.abs(z) > 8.0, jnp.nan, a * z)
@@ -298,6 +303,7 @@ def test_a_sample_has_the_same_density_alone_and_in_any_batch():
     assert density.event_shape == (2,)
 
 
+@pytest.mark.slow
 def test_each_of_200_rows_has_the_density_that_it_has_alone():
     """To rounding, at a tolerance at which joint steps move densities by 1e-5 nats and more."""
     options: dict = {"rtol": 1e-3, "atol": 1e-3}
@@ -419,7 +425,9 @@ EXACT = jaxode.divergence.exact()
 OWN = jaxode.divergence.Divergence(lambda key, z: None, EXACT.apply)
 
 
-@pytest.mark.parametrize("chosen", [EXACT, OWN], ids=["exact", "own"])
+@pytest.mark.parametrize(
+    "chosen", [EXACT, pytest.param(OWN, marks=pytest.mark.slow)], ids=["exact", "own"]
+)
 def test_without_a_key_an_exact_divergence_is_the_one_that_was_chosen(chosen):
     """That of a wrong closed form is right by `exact()`, as the audit advises."""
 
@@ -445,6 +453,7 @@ def test_without_a_key_the_divergence_is_exact():
     assert np.abs(noisy.log_prob(DATA[:4], key=KEY) - exact.log_prob(DATA[:4])).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_energy_in_the_units_and_on_the_support_of_the_data():
     """A flow that stands still is the lognormal of the maps: no sample has any loss."""
     still = jaxode.cnf(lambda t, z, a: a * z, jaxode.standard_normal(2), **OPTIONS)
@@ -479,6 +488,7 @@ def test_an_energy_of_contexts_as_they_are_given():
     np.testing.assert_allclose(blind, jnp.mean(log_q), rtol=1e-7)
 
 
+@pytest.mark.slow
 @with_chains
 def test_it_is_a_pytree(given, tmp_path):
     density = jaxode.bind(FLOW, PARAMS, standardize=MAPS[given], support=(-100.0, 100.0))
@@ -498,6 +508,7 @@ def test_it_is_a_pytree(given, tmp_path):
     np.testing.assert_array_equal(loaded.log_prob(DATA[:4]), density.log_prob(DATA[:4]))
 
 
+@pytest.mark.slow
 def test_orbax_saves_it_bit_for_bit(tmp_path):
     orbax = optional("orbax.checkpoint")
     density = jaxode.bind(FLOW, PARAMS, standardize=DATA, support=(-100.0, 100.0))

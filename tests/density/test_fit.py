@@ -134,6 +134,7 @@ def test_rows_keep_their_precision_beside_validation_rows_of_another():
     assert data(jax.random.key(2)).x.dtype == aside.x.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_validation_rows_may_be_few():
     """As few as a tenth of the rows would be."""
     _, history = fit(validation=OTHERS[:2], steps=50)
@@ -160,6 +161,7 @@ def test_the_first_look_is_sooner_at_few_rows():
     assert [point.step for point in history[:2]] == [0, 100]
 
 
+@pytest.mark.slow
 def test_it_goes_back_to_the_best_and_ends_early():
     """On few rows, which a constant rate overfits."""
     _, history = fit(x=BENT[:20], validation=OTHERS, steps=100_000)
@@ -176,6 +178,7 @@ def linear(t, z, params):
     return params["a"] @ z + params["b"]
 
 
+@pytest.mark.slow
 def test_after_an_explosion_it_goes_on_at_a_lower_rate():
     """From the best parameters, until it does not explode, to the end."""
     params = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
@@ -210,6 +213,7 @@ def test_weights_decay_at_few_rows(less, few, decayed, monkeypatch):
     assert changed == {"drift"} | decayed
 
 
+@pytest.mark.slow
 def test_a_row_far_away_does_not_spoil_the_default_optimizer():
     """Its gradient, in a few batches of many, is clipped: without, 3.3 nats."""
     x = np.concatenate([BENT, [[0.0, 1e4]]])
@@ -244,9 +248,12 @@ class Interrupting(io.StringIO):
 # Without a map, two are tried.
 @pytest.mark.parametrize(
     ("standardize", "step"),
-    [(BENT, 0), (BENT, 300), (None, 0), (None, 200), (None, 300)],
+    [
+        (BENT, 0), (BENT, 300), (None, 0), (None, 200),
+        pytest.param(None, 300, marks=pytest.mark.slow),
+    ],
     ids=["start", "later", "start of two", "end of a trial", "later of two"],
-)
+)  # fmt: skip
 def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch, accurate):
     monkeypatch.setattr(sys, "stderr", Interrupting(f"step {step},"))
     start = bound(standardize=standardize)
@@ -255,6 +262,7 @@ def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch, ac
     np.testing.assert_allclose(min(p.nats for p in history), score(density), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_numbers_of_python_are_trained():
     density, _ = fit(bound(params={"a": 0.5}, f=lambda t, z, p: p["a"] * z), validation=OTHERS)
     assert density.params["a"] != 0.5
@@ -306,7 +314,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", with_slow(OPTIMIZERS, ["a chain"]))
 def test_any_optimizer_and_any_field(name):
     weights = jax.random.normal(jax.random.key(3), (8, 2))
     params = {"in": weights, "out": jnp.zeros((2, 8)), "shift": jnp.zeros(2)}
@@ -324,7 +332,7 @@ COUPLINGS = {
 }
 
 
-@pytest.mark.parametrize("name", COUPLINGS)
+@pytest.mark.parametrize("name", with_slow(COUPLINGS, ["independent"]))
 def test_a_context(name, accurate):
     start = bound(params=parameters(context_size=1), standardize=MOVED, standardize_context=CONTEXT)
     x, context = MOVED[200:], CONTEXT[200:]
@@ -346,7 +354,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("name", with_slow(AROUND, ["a map", "no map"]))
+@pytest.mark.parametrize("name", with_slow(AROUND, ["a support", "a map", "no map"]))
 def test_looks_are_in_the_units_of_the_data(name, accurate):
     density, history = fit(bound(**AROUND[name]), LOGNORMAL[:200], validation=LOGNORMAL[200:])
     best = min(point.nats for point in history)
@@ -386,6 +394,7 @@ def test_likelihood_follows_matching():
     assert equal(again, density)
 
 
+@pytest.mark.slow
 def test_integers_get_noise():
     """Their density has a bound: the entropy of eight values, and of a normal."""
     start = bound(standardize=INTEGERS + np.array([0.5, 0.0]))
@@ -400,7 +409,8 @@ def test_integers_get_noise():
 LARGE = (module.EXACT_UP_TO + 1, 1)
 
 
-@pytest.mark.parametrize("event", [pytest.param((), marks=pytest.mark.slow), LARGE], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("event", [(), LARGE], ids=str)
 def test_events_of_any_shape(event):
     """Looks at the largest one estimate the divergence."""
     x = np.random.default_rng(1).normal(size=(40, *event))
@@ -428,7 +438,7 @@ def nan(t, z, a):
     return a * z * jnp.nan
 
 
-@pytest.mark.parametrize("steps", [STEPS, 10_000])
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_flow_that_is_never_finite(steps):
     nowhere = bound(params=jnp.ones(()), f=nan)
     with pytest.raises(
@@ -439,6 +449,7 @@ def test_a_flow_that_is_never_finite(steps):
 
 EVEN = np.linspace(-2.0, 2.0, ROWS)
 WAVE = np.sin(40 * EVEN)
+LONG = np.linspace(-1.0, 1.0, 100 * ROWS)
 ATOMS, PLANE = "repeat values, as integers", "depend on each other linearly"
 # The columns of a table, and which of them are told of as what.
 WARNED = {
@@ -454,6 +465,15 @@ WARNED = {
     "many": (
         [np.round(np.sin((i + 1) * EVEN)) for i in range(12)],
         [("0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more", ATOMS)],
+    ),
+    "a part of many rows": (
+        [
+            np.repeat(np.round(EVEN), 100),
+            np.repeat(WAVE, 100) + LONG,
+            np.repeat(WAVE, 100) + 2 * LONG,
+            LONG,
+        ],
+        [("0", ATOMS), ("1, 2, 3", PLANE)],
     ),
     "as many rows as columns": ([*np.random.default_rng(0).normal(size=(12, 12))], []),
 }
@@ -691,6 +711,7 @@ def along(t, z, p):
     return jnp.imag(p) + 0 * z
 
 
+@pytest.mark.slow
 def test_complex_parameters_are_trained():
     density, _ = fit(bound(params=jnp.asarray(0j), f=along, standardize=(0.0, 1.0)), BENT + 5)
     assert density.params.imag > 0.3  # by 0.01 a step, less and less, and averaged
@@ -703,6 +724,7 @@ def test_a_limit_of_steps_holds_after_an_early_end():
     assert module.Training.part_left(at, module.Limits(4000)) > 0
 
 
+@pytest.mark.slow
 def test_the_average_of_half_precision_is_kept_in_single(monkeypatch):
     averages, advance = [], module.advance
 

@@ -213,6 +213,7 @@ def test_an_untrained_flow_on_whitened_data_is_a_normal():
 
 
 # Of an affine map there is `test_density.py`.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "affine"])
 def test_training_and_use_agree(kind):
     """The loss on what the flow sees is the mean of `log_det - log_prob`."""
@@ -226,6 +227,7 @@ def test_training_and_use_agree(kind):
     np.testing.assert_allclose(density.log_prob(x), log_prob, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "event"), [("normal", 1), ("whiten", 2)])
 def test_the_density_integrates_to_one(kind, event):
     """Over a grid that is even in `z`, so that it reaches into the tails."""
@@ -343,7 +345,7 @@ def test_wrong_data(name):
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("kind", ["normal", "whiten"])
+@pytest.mark.parametrize("kind", [pytest.param("normal", marks=pytest.mark.slow), "whiten"])
 def test_known_data_inside_of_a_program(kind):
     """The map is that of outside, also after the bijection of a support."""
     positive = optional("numpyro").distributions.constraints.positive

@@ -101,7 +101,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "mode", "name"), CASES)
+# Rows under `vmap` are numbered as those of a solve.
+SLOW = [case for case in CASES if case[1] == "vmap"]
+
+
+@pytest.mark.parametrize(("loss", "mode", "name"), with_slow(CASES, SLOW))
 def test_bad_data_is_named_where_the_loss_raises(loss, mode, name):
     changes, first, count = BAD_DATA[name]
     (argument,) = changes
@@ -114,7 +118,7 @@ def test_bad_data_is_named_where_the_loss_raises(loss, mode, name):
         transformed(loss, mode, True)(**changes)
 
 
-@pytest.mark.parametrize(("loss", "mode", "name"), CASES)
+@pytest.mark.parametrize(("loss", "mode", "name"), with_slow(CASES, SLOW))
 def test_bad_data_is_no_number_where_it_does_not_raise(loss, mode, name):
     changes, *_ = BAD_DATA[name]
     call = transformed(loss, mode, False)
@@ -126,11 +130,11 @@ def test_bad_data_is_no_number_where_it_does_not_raise(loss, mode, name):
     if mode == "vmap":
         assert np.isfinite(out[0])
         out = out[1]
-    assert not np.isfinite(out)
+    assert np.isnan(out)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", with_slow(MODES, ["vmap"]))
 def test_good_data_is_not_in_the_way(loss, mode):
     quiet, loud = (transformed(loss, mode, throw)() for throw in (False, True))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(quiet))
@@ -165,7 +169,7 @@ def test_weights_count_by_their_ratios(loss, scale, mode):
 
 @pytest.mark.parametrize(
     ("name", "compile"),
-    [("x", jax.jit), ("context", lambda f: f)],
+    [pytest.param("x", jax.jit, marks=pytest.mark.slow), ("context", lambda f: f)],
     ids=["x when compiled", "context"],
 )
 def test_a_row_of_weight_zero_is_left_out_of_the_likelihood(name, compile):

@@ -42,7 +42,11 @@ RUNS = [(name, True) for name in CALLS]
 RUNS += [("log_prob", False), ("sample_and_log_prob", False)]
 
 
-@pytest.mark.parametrize(("name", "jit"), with_slow(RUNS, [("of more axes", True)]))
+# Samples with their densities have more axes, too, and noise is on two devices, below.
+SLOW = [("of more axes", True), ("with noise", True), ("sample", True)]
+
+
+@pytest.mark.parametrize(("name", "jit"), with_slow(RUNS, SLOW))
 def test_results_do_not_depend_on_the_size(name, jit):
     call = CALLS[name]
     expected, in_batches = call(), lambda: call(batch_size=SIZE)
@@ -52,6 +56,7 @@ def test_results_do_not_depend_on_the_size(name, jit):
     assert_close(found, expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_derivatives_do_not_depend_on_the_size():
     """By samples, parameters and contexts; of a loop inside of the program."""
     bound = density(1)
@@ -102,6 +107,17 @@ def test_memory_is_that_of_one_batch():
     small, large = (forward(size).temp_size_in_bytes for size in (64, 2048))
     assert 4 * small < large
     assert 4 * temporary_bytes(value(64), rows) < temporary_bytes(value(2048), rows)
+
+
+def test_gradients_outside_of_a_program_are_compiled_once(compiled):
+    """Also after the density was traced for another number of rows."""
+    bound = jaxode.bind(jaxode.cnf(lambda t, z, rate: -rate * z, BASE), jnp.asarray(0.1))
+    gradient = jax.grad(lambda x: jnp.sum(bound.log_prob(x, batch_size=SIZE)))
+    first = gradient(X)
+    bound.log_prob(X[:3])
+    count = len(compiled)
+    np.testing.assert_array_equal(gradient(X), first)
+    assert len(compiled) == count > 0
 
 
 def test_batches_of_many_sizes_share_a_program():

@@ -53,6 +53,7 @@ def test_density_of_one_dimension_integrates_to_one(times):
     assert jnp.abs(density - jax.scipy.stats.norm.pdf(grid)).max() > 0.05  # not the base density
 
 
+@pytest.mark.slow
 def test_density_of_two_dimensions_integrates_to_one():
     flow = jaxode.cnf(field, jaxode.standard_normal(2))
     m = module(2)
@@ -74,6 +75,7 @@ def test_from_base_inverts_to_base_for_any_event_shape(event):
     np.testing.assert_allclose(flow.from_base(m, z), x, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_log_prob_is_the_change_of_variables_of_the_whole_flow():
     """`log p(x) = log p_base(z) + log |det dz/dx|`, with the Jacobian of the solve by autodiff."""
     flow = jaxode.cnf(field, jaxode.standard_normal(2), **TIGHT)
@@ -221,6 +223,7 @@ def test_context_selects_the_density():
     )
 
 
+@pytest.mark.slow
 def test_weights_of_the_loss():
     flow = jaxode.cnf(field, jaxode.standard_normal(2))
     m, x = module(2), jax.random.normal(jax.random.key(0), (4, 2))

@@ -95,7 +95,7 @@ def test_the_condition_counts_as_much_as_its_weight():
 @pytest.mark.parametrize(
     ("one_hot", "weight", "dtype"),
     [
-        (False, 1e4, jnp.float64),
+        pytest.param(False, 1e4, jnp.float64, marks=pytest.mark.slow),
         (True, 1e8, jnp.float32),
         (False, 1e300, jnp.float32),
     ],
@@ -166,6 +166,7 @@ def test_a_call_outside_of_jit_compiles_once(compiled):
     assert len(compiled) == before
 
 
+@pytest.mark.slow
 def test_a_complex_condition_is_its_real_and_imaginary_part():
     z, x = jax.random.normal(jax.random.key(0), (2, 16, 2))
     angle = jnp.linspace(0.0, 6.0, 16)[:, None]

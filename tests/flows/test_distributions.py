@@ -15,7 +15,7 @@ import jaxode
 from jaxode.nn import ConcatSquash, field
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), pytest.param((3,), marks=pytest.mark.slow), (2, 3)], ids=str)
 def test_diagonal_normal(shape):
     base = jaxode.diagonal_normal(shape)
     assert base.event_shape == shape
@@ -65,7 +65,7 @@ class Growing(eqx.Module):
         return (a * z, a * z.size) if self.closed else NotImplemented
 
 
-@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("closed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_field_that_moves_the_mean_has_the_divergence_of_centred_configurations(closed):
     """Four particles in the plane have six dimensions, in which it grows."""
     base = jaxode.centered_normal(4, 2)
@@ -100,6 +100,7 @@ def test_events_of_another_shape_have_no_density(density, event, shape):
         density(event).log_prob(jnp.ones(shape))
 
 
+@pytest.mark.slow
 def test_a_base_density_is_learned_together_with_the_field():
     """Its gradient is the closed form's, and training finds the data's mean and scale."""
 
@@ -130,6 +131,7 @@ def test_a_base_density_is_learned_together_with_the_field():
     assert sample(base).shape == (3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_densities_of_other_libraries(library, default_settings):
     with warnings.catch_warnings():
@@ -184,6 +186,32 @@ def test_an_integer_as_event_shape_stands_for_a_vector():
     x = jnp.ones((4, 3))
     of = lambda base: jaxode.cnf(lambda t, z, a: a * z, base).nll(0.1, x)
     np.testing.assert_array_equal(of(Own()), of(normal))
+
+
+def test_products_of_a_base_have_the_precision_of_those_of_the_field():
+    """Accelerators would otherwise round them to 10 or 7 bits."""
+
+    class Whitened:
+        event_shape = (2,)
+
+        def log_prob(self, z):
+            return normal.log_prob(z @ jnp.eye(2))
+
+        def sample(self, key, sample_shape):
+            return normal.sample(key, sample_shape)
+
+    normal, key = jaxode.standard_normal(2), jax.random.key(0)
+    flow = jaxode.cnf(lambda t, z, a: a * z, Whitened())
+    methods = [
+        lambda a: flow.log_prob(a, jnp.ones((3, 2))),
+        lambda a: flow.nll(a, jnp.ones((3, 2))),
+        lambda a: flow.sample_and_log_prob(a, key, 3),
+        jax.grad(lambda a: flow.reverse_kl_loss(a, normal.log_prob, 3, key=key)),
+    ]
+    for method in methods:
+        program = str(jax.make_jaxpr(method)(0.1))
+        products = program.count("dot_general[")
+        assert 0 < products == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
 
 
 def test_a_density_of_each_coordinate_is_refused():

@@ -125,6 +125,17 @@ def test_auto_switches_to_hutchinson_for_large_events():
         auto.init(None, large)
 
 
+def test_a_noiseless_trace_takes_few_columns_at_once():
+    """All of the Jacobian of many rows would not fit into memory."""
+    noiseless, size = divergence.noiseless(), 2 * divergence.AT_ONCE + 1
+    wave = lambda t, z, _: jnp.sin(z) * jnp.roll(z, 1)
+    assert noiseless.describe(wave, jnp.ones(size - 1)) == "exact(chunk=None)"
+    assert noiseless.describe(wave, jnp.ones(size)) == f"exact(chunk={divergence.AT_ONCE})"
+    z = jnp.linspace(-1.0, 1.0, size)
+    _, div = jax.jit(lambda z: noiseless.apply(lambda z: wave(0.0, z, None), z, None))(z)
+    np.testing.assert_allclose(div, jnp.sum(jnp.cos(z) * jnp.roll(z, 1)), rtol=1e-12)
+
+
 @pytest.mark.parametrize("probes", [1, 4, D])
 def test_orthogonal_probes_are_orthogonal_and_unbiased(probes):
     estimator = divergence.hutchinson(probes, "orthogonal")

@@ -16,7 +16,6 @@ from helpers import (
     temporary_bytes,
     trained,
     typed,
-    with_slow,
 )
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -49,7 +48,8 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("name", with_slow(FLOWS, ["joint", "backwards, hutchinson"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLOWS)
 def test_path_gradient_is_the_scores_carried_back_along_the_samples(name):
     """`(dx/dparams)^T (grad log q(x) - grad log p(x)) / n`, with `grad log q` by autodiff.
 
@@ -82,6 +82,7 @@ def test_path_gradient_is_the_scores_carried_back_along_the_samples(name):
     np.testing.assert_allclose(value, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_plain_loss_is_that_of_sample_and_log_prob():
     flow, m = flow_of(), trained()
 
@@ -115,7 +116,8 @@ def gradients(flow, target, path, count, n):
     return each(jax.random.split(jax.random.key(0), count))
 
 
-@pytest.mark.parametrize("batch", with_slow(["joint", "per_sample"], ["joint"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["joint", "per_sample"])
 def test_path_gradient_has_no_noise_where_the_flow_is_the_target(batch):
     """`dz/dt = A z` carries `N(0, I)` to `N(0, E E^T)` with `E = expm(A)`."""
     flow = jaxode.cnf(linear, jaxode.standard_normal(2), batch=batch, **TIGHT)
@@ -157,7 +159,8 @@ def path_gradient():
     return jax.jit(jax.grad(path_loss()))(A)
 
 
-@pytest.mark.parametrize("name", of_feature(KINDS))
+# Of the discrete adjoint there are other tests.
+@pytest.mark.parametrize("name", of_feature(KINDS, slow=["discrete", "interpolating", "forward"]))
 def test_every_gradient_method_has_the_path_gradient(name):
     options = METHODS[name].options(steps=40) if METHODS[name].exact else METHODS[name].options()
     found = jax.jit(gradient(name)(path_loss(**options)))(A)
@@ -191,6 +194,7 @@ def test_no_path_gradient_with_a_base_that_jumps():
     np.testing.assert_allclose(slope, -4 / 3, atol=0.05)
 
 
+@pytest.mark.slow
 def test_samples_in_half_precision_have_a_path_gradient():
     """Of the mean of `log q + x^2` for `q` of scale `exp(p)`: `2 exp(2 p) - 1` a dimension."""
 

@@ -180,13 +180,12 @@ def by_autodiff(name):
 
 # That of Heun's method is gathered with nodes as one batch.
 PROGRAMS = [(name, False) for name in CASES] + [(name, True) for name in GATHERED[:2]]
-# Of options that others have as well, of few checkpoints, which `test_discrete.py` compares, and of
-# Heun's method, which `test_attacks_steps.py` takes.
-OTHERS = ("regularized, Dopri8", *GATHERED[1:])
-SLOW = [case for case in PROGRAMS if case[0] in OTHERS]
 
 
-@pytest.mark.parametrize(("name", "gathered"), with_slow(PROGRAMS, SLOW))
+# Others have options that others have as well: few checkpoints and gathered gradients, which
+# `test_discrete.py` compares, random nodes and Heun's method, which `test_attacks_steps.py` takes,
+# and regularizers, which other gradient methods have below.
+@pytest.mark.parametrize(("name", "gathered"), with_slow(PROGRAMS, PROGRAMS[1:]))
 def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
     """Value and gradient, the parameters' by stage or gathered by step."""
     expected = by_autodiff(name)
@@ -221,7 +220,9 @@ NODES = [
 ]
 
 
-@pytest.mark.parametrize(("control", "quadrature", "together"), with_slow(NODES, NODES[1:]))
+# Across jumps they are in `test_attacks_steps.py`.
+@pytest.mark.slow
+@pytest.mark.parametrize(("control", "quadrature", "together"), NODES)
 def test_gradient_by_the_times(control, quadrature, together, monkeypatch):
     """The mesh stays where it is relative to its two ends."""
     if together:
@@ -394,6 +395,7 @@ def test_under_transformations():
     assert_close(jax.tree.map(lambda leaf: leaf[0], scanned), expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_parameters_of_flax():
     linen = optional("flax.linen")
     module = linen.Dense(DIM, param_dtype=jnp.float64)

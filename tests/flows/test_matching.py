@@ -86,6 +86,7 @@ def test_the_best_field_between_two_gaussians(times):
     np.testing.assert_allclose(found, log_prob, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_times_in_the_other_direction():
     backward = lambda t, z, args: -field(1 - t, z, args)
     flows = flow_of(), flow_of(backward, t0=1.0, t1=0.0)
@@ -95,6 +96,7 @@ def test_times_in_the_other_direction():
     np.testing.assert_allclose(densities[1], densities[0], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_shape_of_an_event_does_not_matter():
     w = normal(7, 16, 16)
     flat = lambda t, z, w: jnp.tanh(w @ z) + t
@@ -196,6 +198,7 @@ def test_a_traced_power_that_is_not_positive_has_no_loss(power):
         jax.block_until_ready(of_power(power, True))
 
 
+@pytest.mark.slow
 def test_times_of_power_one_are_those_without():
     """With all their digits: `1 - (1 - v)` would be a multiple of 2^-24 in float32."""
     u = times_of(KEY, np.float32, time_power=1.0)
@@ -214,6 +217,7 @@ def test_no_solve_and_no_divergence():
     assert "while" not in str(jax.make_jaxpr(jax.value_and_grad(loss))(PARAMS))
 
 
+@pytest.mark.slow
 def test_transformations():
     loss = lambda key, params: flow_of().matching_loss(
         params, X, key=key, context=CONTEXT, coupling=optimal_transport(8, 0.0)
@@ -228,7 +232,9 @@ def test_transformations():
 
 
 @typed
-@pytest.mark.parametrize("coupling", [independent(), optimal_transport(2, 0.0)])
+@pytest.mark.parametrize(
+    "coupling", [pytest.param(independent(), marks=pytest.mark.slow), optimal_transport(2, 0.0)]
+)
 @pytest.mark.parametrize("check_vma", with_slow([True, False], [False]))
 def test_a_batch_over_devices_has_the_noise_of_one(coupling, check_vma):
     flow = flow_of(axis_name="batch")

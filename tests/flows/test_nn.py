@@ -142,7 +142,7 @@ ENDS += [(nn.MLP, 64), (nn.PotentialGradient, 64)]
 
 
 @pytest.mark.parametrize(
-    ("make", "event"), with_slow(ENDS, [(nn.MLP, 64)]),
+    ("make", "event"), with_slow(ENDS, [(nn.ConcatSquash, 64), (residual, ()), (nn.MLP, 64)]),
     ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
 def test_a_fresh_flow_is_close_to_the_identity(make, event):
@@ -194,6 +194,7 @@ def test_the_residual_network_is_that_of_its_docstring(context):
     np.testing.assert_allclose(m(T, Y.reshape(2, 3), context), expected.reshape(2, 3), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_residual_network_of_large_weights_has_finite_densities_far_from_the_data():
     """As after long training. Without a bound, all of these samples overflow on their way."""
     m = network(residual, (16, 16, 16), jax.nn.silu, event=2)
@@ -216,6 +217,7 @@ def test_the_residual_network_is_smooth():
         close(derivative(*at), (f(*moved(1e-5)) - f(*moved(-1e-5))) / 2e-5, 1e-7)
 
 
+@pytest.mark.slow
 def test_the_divergence_of_the_residual_network_is_exact_without_a_key():
     """Also for events that are large enough to be estimated in training."""
     size = divergence.EXACT_UP_TO + 2
@@ -312,6 +314,7 @@ def test_own_field_offers_a_closed_form():
     assert divergence.exact(chunk=3).describe(Linear(), jnp.ones(12), A) == "exact(chunk=3)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [-3, -3.0])
 def test_a_closed_form_may_be_a_number_of_python(number):
     class Shrink:
@@ -328,6 +331,7 @@ def test_a_closed_form_may_be_a_number_of_python(number):
     np.testing.assert_allclose(flow.nll(None, x), -expected.mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lattice_in_half_precision():
     half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     m, x = nn.Lattice(4, key=jax.random.key(0)), jnp.linspace(-1.0, 1.0, 4)
@@ -379,7 +383,7 @@ def waves():
     return np.concatenate([np.sin(angles), np.cos(angles)])
 
 
-@pytest.mark.parametrize("many_body", [True, False])
+@pytest.mark.parametrize("many_body", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_particles_are_those_of_the_docstring(many_body):
     m = particle_net(many_body=many_body, blocks=1)
     x = np.random.default_rng(0).standard_normal((4, 2))
@@ -428,6 +432,7 @@ class Trapped(nn.Particles):
         return super().__call__(t, y, context) - 0.3 * y
 
 
+@pytest.mark.slow
 def test_particles_with_another_field_or_as_the_field_itself():
     """The trap shrinks the six dimensions of four centred particles in the plane."""
     base, options = jaxode.centered_normal(4, 2), {"rtol": 1e-8, "atol": 1e-8}

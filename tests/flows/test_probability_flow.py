@@ -55,6 +55,7 @@ class Score(eqx.Module):
         return -self.rate * z
 
 
+@pytest.mark.slow
 def test_a_model_of_arrays_is_a_part_of_the_flow():
     """Compiled, bound, and with a gradient."""
     path, base = PATHS[0], jaxode.standard_normal(2)

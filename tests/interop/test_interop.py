@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import optional, trained
+from helpers import optional, trained, with_slow
 
 import jaxode
 
@@ -24,8 +24,10 @@ def numpyro():
 @pytest.mark.parametrize(
     ("given", "support"),
     [
-        (DATA, None), (DATA, BOX), (DATA, (-jnp.inf, 60.0)), (DATA, (-90.0, jnp.inf)),
-        (jaxode.standardize.normal(DATA), BOX), (jaxode.standardize.whiten(DATA), None),
+        pytest.param(DATA, None, marks=pytest.mark.slow),
+        (DATA, BOX), (DATA, (-jnp.inf, 60.0)), (DATA, (-90.0, jnp.inf)),
+        pytest.param(jaxode.standardize.normal(DATA), BOX, marks=pytest.mark.slow),
+        (jaxode.standardize.whiten(DATA), None),
     ],
     ids=["no support", "box", "below", "above", "normal", "whiten"],
 )  # fmt: skip
@@ -72,6 +74,7 @@ def test_numpyro_takes_it_as_a_prior_and_in_a_plate(numpyro, default_settings):
 MIXED = (np.array([0.0, -np.inf]), np.array([1.0, 1.0]))
 
 
+@pytest.mark.slow
 def test_numpyro_gets_the_support_whatever_its_kind(numpyro):
     """Its transform of the real numbers, in a jitted function that takes the density."""
     density = jaxode.bind(FLOW, PARAMS, support=MIXED)
@@ -113,6 +116,7 @@ def test_a_bound_that_numpyro_includes_has_density_zero(numpyro):
             jaxode.bind(FLOW, PARAMS, support=constraint)
 
 
+@pytest.mark.slow
 def test_constraints_of_numpyro_are_supports(numpyro):
     constraints = numpyro.distributions.constraints
     for constraint, bounds in (
@@ -150,7 +154,11 @@ def test_a_bijector_of_distrax_is_a_support():
     assert theirs.log_prob(-x[0]) == -np.inf
 
 
-@pytest.mark.parametrize("given", [DATA, jaxode.standardize.normal(DATA)], ids=["data", "normal"])
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(DATA, marks=pytest.mark.slow), jaxode.standardize.normal(DATA)],
+    ids=["data", "normal"],
+)
 def test_flowjax_has_the_same_density(given):
     optional("flowjax")
     density = jaxode.bind(FLOW, PARAMS, standardize=given)
@@ -175,6 +183,7 @@ def test_flowjax_passes_a_condition():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_bijector_of_distrax_is_not_trained():
     distrax = optional("distrax")
     density = jaxode.bind(FLOW, PARAMS, support=distrax.ScalarAffine(0.0, 10.0))
@@ -210,7 +219,7 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("name", with_slow(BOUNDED, ["uniform", "gamma", "normal"]))
 def test_a_base_of_numpyro_is_zero_outside_of_its_support(name, numpyro, default_settings):
     """Also in a program, where numpyro checks nothing; with its gradient."""
     make, inside, outside = BOUNDED[name]
@@ -234,6 +243,7 @@ def test_a_base_of_numpyro_is_zero_outside_of_its_support(name, numpyro, default
             loss()
 
 
+@pytest.mark.slow
 def test_a_base_of_numpyro_whose_support_is_wider_than_it_says_is_left_alone(
     numpyro, default_settings
 ):

@@ -132,7 +132,7 @@ def by_everything(name, **options):
     return jax.jit(gradient(name)(solved, (1, 2, 3, 4, 5)))
 
 
-@pytest.mark.parametrize("name", with_slow(CONTINUOUS, VARIANTS))
+@pytest.mark.parametrize("name", of_feature(CONTINUOUS))
 def test_agrees_with_discrete_with_respect_to_everything(name):
     # 1e-7: the tolerance of 1e-10, amplified by the flow and by the interpolation.
     actual, expected = (by_everything(n)(1e-10, *INPUTS, TS) for n in (name, "discrete"))
@@ -190,7 +190,7 @@ def test_zero_span(name):
 BACK = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 2.9, 1.0, 1.0, 0.5, 0.5]))
 
 
-@pytest.mark.parametrize("name", with_slow(METHODS, VARIANTS))
+@pytest.mark.parametrize("name", of_feature(METHODS, slow=["interpolating"]))
 def test_backwards_in_time(name):
     expected = by_everything("discrete", steps=400)(1e-10, *BACK)
     assert_close(by_everything(name)(1e-10, *BACK), finite(expected), 1e-7)
@@ -202,7 +202,8 @@ def by_state_and_args(name, tolerance=1e-10, **options):
     return jax.jit(jax.grad(solved, (0, 3)))(*INPUTS)
 
 
-@pytest.mark.parametrize("name", of_feature(name for name in CONTINUOUS if name in KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONTINUOUS if name in KINDS])
 def test_equal_steps_converge_to_the_gradient(name):
     """The error of 20 and 40 steps of Tsit5 falls by about 2 ** 5."""
     exact = by_state_and_args("discrete", 1e-12)
@@ -236,7 +237,7 @@ BATCHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "control"), BATCHES)
+@pytest.mark.parametrize(("name", "control"), of_feature(BATCHES))
 def test_batches(name, control):
     """Parameter gradients add up over the rows."""
     expected = of_a_batch("discrete", control)(1e-11)
@@ -244,9 +245,10 @@ def test_batches(name, control):
 
 
 # Of other methods there is `test_vmap.py`, but for a tangent of rows.
-FAST = [(name, "grad of vmap") for name in ("discrete", "backsolve")]
-FAST += [("backsolve", "vmap of grad of scan")]
-SLOW = [("discrete", "vmap of grad of scan"), ("forward", "grad of vmap"), ("discrete", "scan")]
+FAST = [("backsolve", "grad of vmap")]
+SLOW = [(name, "grad of vmap") for name in ("discrete", "forward")]
+SLOW += [(name, "vmap of grad of scan") for name in ("discrete", "backsolve")]
+SLOW += [("discrete", "scan")]
 
 
 @pytest.mark.parametrize(("name", "transform"), with_slow(FAST + SLOW, SLOW))
@@ -310,6 +312,8 @@ def test_second_derivatives(name, again):
     assert_close(actual, finite(expected), 1e-10 if method.exact else 1e-6)
 
 
+# With complex ones it is below.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
 def test_reverse_over_reverse_without_parameters_or_with_narrow_ones(dtype):
     """The exact end is `y0 / (1 + rate y0)`."""
@@ -345,9 +349,8 @@ def test_second_derivatives_of_a_failed_solve_are_nan(name, again):
     assert [bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(second)] == [True] * 4
 
 
-@pytest.mark.parametrize(
-    ("name", "again"), of_feature((name, again) for name, again in AGAIN if METHODS[name].exact)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if METHODS[case[0]].exact])
 def test_hessian_at_zero_span(name, again):
     """`y1 = y0 exp(-2 (t1 - t0))`, which has curvature where no step is taken, too."""
     run = lambda t: jaxode.solve(
@@ -443,6 +446,7 @@ def stiff_decay(name):
     return run
 
 
+@pytest.mark.slow
 def test_backsolve_fails_where_the_docs_say_so():
     """Decay by e^-1000 is growth by e^1000 backwards: from noise to overflow, which is NaN."""
     assert jnp.isnan(stiff_decay("backsolve")(0.0, 10.0)[1][0]).all()
@@ -451,6 +455,7 @@ def test_backsolve_fails_where_the_docs_say_so():
         np.testing.assert_allclose(stiff_decay(name)(0.0, 10.0)[1][0], 0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_methods_for_stiff_decay():
     """By the methods that do not recompute the state."""
     # y(1) is k times (100^2 cos 1 + 100 sin 1) / (100^2 + 1), up to e^-100.
@@ -460,6 +465,7 @@ def test_methods_for_stiff_decay():
         np.testing.assert_allclose((value, by_k), slope, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_failure_of_the_backward_solve_is_nan():
     """The backward solve runs out of steps where the forward one does not."""
 
@@ -505,7 +511,7 @@ def test_row_whose_backward_solve_fails(control):
         jax.block_until_ready(gradient(z, True))
 
 
-@pytest.mark.parametrize("name", with_slow(OF_ROWS, ["backsolve"]))
+@pytest.mark.parametrize("name", with_slow(OF_ROWS, ["discrete", "backsolve"]))
 def test_gradient_of_a_row_does_not_depend_on_its_neighbours(name):
     """Nor do the gradients of its outputs, in rows of opposite stiffness."""
     f = lambda t, y, rate: jnp.stack([jnp.zeros(()), -rate * y[0] * y[1]])
@@ -597,7 +603,7 @@ def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     assert small < 1.5 * size
 
 
-@pytest.mark.parametrize("name", ["discrete", "interpolating"])
+@pytest.mark.parametrize("name", of_feature(["discrete", "interpolating"]))
 def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that_waits(name):
     """Its stages are not finite, and are of a step that another row has taken alone."""
     z = jnp.array([[0.1], [1000.0]])

@@ -42,10 +42,11 @@ def masked(name, way, ts=None):
 
 # `vmap` is rows of one solve, and of one without a tape.
 MASKED = [*((name, "per_sample") for name in KINDS), ("discrete", "vmap"), ("backsolve", "vmap")]
-OTHERS = [(name, "per_sample") for name in ("interpolating", "forward")]
+# Of rows by backsolve there are two, below.
+OTHERS = [case for case in MASKED if case != ("discrete", "vmap")]
 
 
-@pytest.mark.parametrize(("name", "way"), with_slow(MASKED, [*OTHERS, ("backsolve", "vmap")]))
+@pytest.mark.parametrize(("name", "way"), with_slow(MASKED, OTHERS))
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     loss, inputs = masked(name, way, TS)
     run = jax.jit(gradient(name)(loss))
@@ -61,13 +62,8 @@ def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     np.testing.assert_array_equal(actual[0][:3], 0.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "again"),
-    of_feature(
-        ((name, again) for name, again in AGAIN if name in REVERSE),
-        slow=["interpolating", "backsolve"],
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if case[0] in REVERSE])
 def test_second_derivatives_where_failed_rows_are_masked(name, again):
     loss, inputs = masked(name, "per_sample")
 
@@ -142,10 +138,7 @@ PARAMS = {"w": jnp.array([[0.3, -0.2], [0.5, 0.1]]), "base": jaxode.diagonal_nor
 LOSSES = [(name, "gauss") for name in REVERSE if METHODS[name].masks] + [("discrete", "stochastic")]
 
 
-@pytest.mark.parametrize(
-    ("name", "quadrature"),
-    with_slow(LOSSES, [("interpolating", "gauss"), ("discrete", "stochastic")]),
-)
+@pytest.mark.parametrize(("name", "quadrature"), with_slow(LOSSES, LOSSES[1:]))
 def test_failed_samples_of_weight_zero_add_nothing_to_nll(name, quadrature):
     """One has data that is NaN, one such a context."""
 
@@ -217,6 +210,7 @@ RAISING = {
 SLOW = {
     "jit(grad), implicit", "jit(grad) of ts", "jit(grad) of scan", "jit(grad) of vmap",
     "jit(grad), interpolating", "jit(grad) of log_prob", "jit(vmap) of grad",
+    "jit(grad), per sample", "jit(jacfwd), forward", "grad",
 }  # fmt: skip
 
 

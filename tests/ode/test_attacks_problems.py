@@ -217,11 +217,13 @@ def matches(group, name, t1, solver, **options):
     np.testing.assert_allclose(slope, expected_slope, rtol=10 * ALLOWED, atol=10 * ALLOWED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NON_STIFF)
 def test_detest(name):
     matches("large" if name in GROUPS["large"] else "small", name, 20.0, diffrax.Dopri8())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["A1", "A4", "B1", "B4", "B5", "D1", "D5", "E2", "E3", "E5"])
 def test_detest_backwards(name):
     """Not to where solutions explode or cross a singularity."""
@@ -355,6 +357,7 @@ def test_nonnormal_flow_in_both_directions_of_time(t0, t1):
     np.testing.assert_allclose(back, X, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_gradients_by_the_end_time_and_a_vmap_over_parameters():
     h = 1e-5  # Its square is the error of the differences, with the noise of 1e-11.
     slope = np.mean(normal(1 + h).logpdf(X) - normal(1 - h).logpdf(X)) / (2 * h)

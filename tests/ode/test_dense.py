@@ -53,6 +53,7 @@ def test_evaluate_is_what_is_saved(solver):
     np.testing.assert_allclose(derivative, slopes, atol=atol)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_what_is_saved():
     """By everything: the saved outputs of the same times are tested against closed forms."""
     adjoint = jaxode.DiscreteAdjoint(4)
@@ -124,6 +125,14 @@ def test_outside_is_an_error_or_nan():
     assert np.isfinite(inside).all()
     assert np.isnan(outside).all()
     assert np.isnan(jax.jit(lambda t: s.derivative(t))(-0.1)).all()
+
+
+@pytest.mark.slow
+def test_a_failed_solve_with_an_event_is_nan_at_any_time():
+    f = lambda t, y, _: jnp.where(t > 0.5, jnp.nan, -y)
+    event = jaxode.Event(lambda t, y, _: y - 0.1)
+    s = jaxode.solve(f, 1.0, 0.0, 1.0, event=event, dense=True, max_steps=64, throw=False)
+    assert np.isnan(s.evaluate(0.2))
 
 
 def test_without_dense():

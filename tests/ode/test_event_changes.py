@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTIVE, METHODS, assert_close, gradient, of_feature
+from helpers import ADAPTIVE, METHODS, assert_close, gradient
 
 import jaxode
 
@@ -60,10 +60,8 @@ def test_one_more_event_ends_the_solve():
     np.testing.assert_array_equal(s.ys[5:], np.broadcast_to(s.y1, (4, 2)))
 
 
-# That of backsolve at single events is in `test_events.py`.
-@pytest.mark.parametrize(
-    "name", of_feature(ADAPTIVE, slow=["interpolating", "forward", "backsolve"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTIVE)
 def test_outputs_and_gradients(name):
     """By the start, what the change closes over, and the arguments."""
     loss = lambda heights: jnp.sum(jnp.sin(3 * heights[5:]))
@@ -203,6 +201,7 @@ def test_wrong_changes(name):
         run()
 
 
+@pytest.mark.slow
 def test_outputs_after_the_last_event_do_not_move_with_their_times():
     event = jaxode.Event(lambda t, y, _: y[0] - 1, change=lambda t, y, _, i: y - 1, most=1)
 

@@ -125,6 +125,7 @@ def test_times_known_only_at_run_time():
     assert negative == jaxode.Result.INVALID_ARGUMENT
 
 
+@pytest.mark.slow
 def test_training_loss_of_a_failed_solve():
     """At once when it runs outside jit, NaN under jit, and an error there with throw=True."""
     unstable = lambda t, z, p: -p * z**3

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, typed, with_slow
+from helpers import assert_close, typed
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +51,8 @@ def loss(*inputs, **options):
 PAIRS = [(SOLVERS[0], "per_sample"), (SOLVERS[1], "joint")]
 
 
-@pytest.mark.parametrize(("solver", "batch"), with_slow(PAIRS, PAIRS[1:]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("solver", "batch"), PAIRS)
 def test_equal_to_forward_mode(solver, batch):
     """Solutions, and gradients by all that there is, with a replay of most steps."""
     of = lambda f, *inputs: loss(
@@ -62,6 +63,7 @@ def test_equal_to_forward_mode(solver, batch):
     assert_close(jax.tree.leaves(given), jax.tree.leaves(by_forward_mode), 1e-12)
 
 
+@pytest.mark.slow
 def test_order_with_one_that_is_wrong():
     """Two, of both methods."""
     inputs = *INPUTS[:-1], None

@@ -65,7 +65,7 @@ def all_by_hand():
     return [jnp.stack(x) for x in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("ragged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equal_to_solves_from_jump_to_jump(ragged):
     """To 1e-12, with no more evaluations; padding costs none."""
     ts = np.broadcast_to(TS, (4, 5)) if ragged else TS
@@ -76,6 +76,7 @@ def test_equal_to_solves_from_jump_to_jump(ragged):
     np.testing.assert_array_equal(s.t_reached, END)
 
 
+@pytest.mark.slow
 def test_one_system_and_joint_steps():
     y1, ys, evals = (x[0] for x in all_by_hand())
     s = in_one_call(Y0[0], TIMES[0], ts=TS)
@@ -149,7 +150,8 @@ def exact_decay_gradients():
     return decay_gradients(jax.grad, exact)
 
 
-@pytest.mark.parametrize("name", of_feature(KINDS))
+# Of a piece between two jumps, each method is that of a solve.
+@pytest.mark.parametrize("name", of_feature(KINDS, slow=["backsolve", "interpolating", "forward"]))
 def test_gradients(name):
     """By the state, all times, what the change closes over, and the arguments."""
     options = METHODS[name].options(
@@ -217,6 +219,7 @@ def test_subjects_with_doses():
     assert_close(bars, exact_bars, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_fails_alone():
     """Masked, it adds nothing to any gradient; otherwise all shared gradients are NaN."""
 
@@ -251,6 +254,7 @@ def decay(t, y, _):
     return -y
 
 
+@pytest.mark.slow
 def test_a_change_is_differentiated_only_where_it_happens():
     """At the end of the solve, its square root is that of a negative number."""
 
@@ -284,6 +288,7 @@ def test_a_change_that_is_not_finite_adds_nothing_where_it_is_masked():
     assert np.isnan(run(1.0, False, jnp.array([100.0, jnp.nan]))[0])
 
 
+@pytest.mark.slow
 def test_a_failure_between_two_jumps_is_the_first():
     """The field explodes after the second jump; the outputs before are NaN, too."""
     blow = lambda t, y, _: jnp.where(y > 10, y**2, 0.0)
@@ -331,6 +336,7 @@ def test_under_vmap():
     assert_close(mapped, all_by_hand()[0], 1e-12)
 
 
+@pytest.mark.slow
 @typed
 def test_rows_over_devices():
     found = on_devices(
@@ -449,6 +455,7 @@ def test_wrong_jumps_known_only_at_run_time(name):
         jax.block_until_ready(ACROSS(times[0]))
 
 
+@pytest.mark.slow
 def test_known_times_of_outputs_in_a_program():
     """Also as NumPy arrays, whose order is checked at once."""
     run = lambda ts: jax.jit(lambda y0: in_one_call(y0, TIMES[0], ts=ts).ys)(Y0[0])
@@ -463,6 +470,10 @@ def test_times_that_float32_cannot_tell_apart(default_settings):
     jumps = jaxode.Jumps(np.array([1e4, 1e4 + 1e-4]), lambda t, y, args, i: y + 1)
     with pytest.raises(ValueError, match=TOLD + "times are lost in the precision of float32"):
         jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 1e4 - 1, 1e4 + 1, jumps=jumps)
+    # Beside a long span the gap is nothing, but a change is not.
+    jumps = jaxode.Jumps(np.array([9e5, 9e5 + 0.02]), lambda t, y, args, i: y + 1)
+    with pytest.raises(ValueError, match=TOLD + "times are lost in the precision of float32"):
+        jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 0.0, 1e6, jumps=jumps)
 
 
 NOT_JUMPS = {

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import with_slow
 from jax.experimental import ode
 from jax.test_util import check_grads
 from scipy.integrate import solve_ivp
@@ -69,7 +68,8 @@ UPSTREAM = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", with_slow(UPSTREAM, ["weird time", "decay with arrays", "swoop"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UPSTREAM)
 def test_upstream_fields_against_scipy_and_differences(name):
     func, y0, t, args = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | float) else x,
@@ -85,6 +85,7 @@ def test_upstream_fields_against_scipy_and_differences(name):
     check_grads(run, (y0, t, args), order=1, modes=("rev",), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_state_of_leaves_of_any_rank():
     y0 = (jnp.array(-0.1), jnp.array([[[0.1]]]))
     run = lambda a: jaxode.odeint(
@@ -130,6 +131,7 @@ def test_gradients_of_second_order():
     check_grads(run, inputs, modes=("rev",), order=2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_grad_of_vmap_and_closures():
     """Upstream issues 8783 (grad with vmap) and 7326 (silent failure)."""
 

@@ -77,7 +77,9 @@ def both(name):
     return of(in_one_call(name))(*RAGGED), ((total, solutions), bars)
 
 
-@pytest.mark.parametrize("name", of_feature(KINDS))
+# Values, and closed forms of gradients, have other tests.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_values_and_gradients_are_those_of_single_solves(name):
     ((value, s), bars), ((expected, singles), single_bars) = both(name)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
@@ -88,6 +90,7 @@ def test_values_and_gradients_are_those_of_single_solves(name):
     assert_close(bars, single_bars, 1e-12 if METHODS[name].exact else 1e-11)
 
 
+@pytest.mark.slow
 def test_the_work_is_that_of_single_solves():
     ((_, s), _), ((_, singles), _) = both("discrete")
     rows = jax.tree.map(lambda *x: np.stack(x), *(single.stats for single in singles))
@@ -104,6 +107,7 @@ def test_padding_changes_neither_results_nor_work():
     np.testing.assert_array_equal(a.stats.num_evals, b.stats.num_evals)
 
 
+@pytest.mark.slow
 def test_shared_times_with_ends_of_rows_under_jit(default_settings):
     """In float32, with as many times as rows, and not."""
     for times in (2, 3):
@@ -152,6 +156,7 @@ def test_flow_there_and_back_with_times_of_each_row():
     np.testing.assert_allclose(jaxode.flow(f, z, T1, T0, ARGS, **options), Y0, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_row_with_times_out_of_order_fails_alone():
     ts = np.array(TS)
     ts[1] = ts[1, ::-1]
@@ -253,7 +258,7 @@ def test_a_padding_row_at_a_singular_time_adds_nothing(name):
     assert ok.all()
 
 
-@pytest.mark.parametrize("name", ["backsolve", "interpolating"])
+@pytest.mark.parametrize("name", of_feature(["backsolve", "interpolating"]))
 def test_padding_has_no_slope_where_the_field_is_no_number(name):
     """At the last time, with the state of the start."""
     ts = jnp.array([[1.0, 2.0], [2.0, 2.0]])
@@ -268,7 +273,8 @@ def test_padding_has_no_slope_where_the_field_is_no_number(name):
     np.testing.assert_allclose(jax.jit(gradient(name)(loss, 0))(ts), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("times", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [False, True])
 def test_a_row_waits_for_others_where_the_field_is_no_number(times):
     """The midpoint rule never comes to the end of its steps."""
 

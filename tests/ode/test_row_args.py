@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, of_feature
+from helpers import METHODS, of_feature, with_slow
 
 import jaxode
 
@@ -60,7 +60,7 @@ def scalar(solve, *inputs):
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(solve(*inputs)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_slow(CASES, ["outputs"]))
 def test_equal_to_single_solves(case):
     found, expected = (
         jax.jit(functools.partial(solve, CASES[case]))(Y0, ARGS, ROW_ARGS)
@@ -92,6 +92,7 @@ def test_gradients(name, batch):
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.slow
 def test_the_condition_of_an_event_sees_the_row():
     levels = jnp.array([0.5, 0.25, 0.1])
     event = jaxode.Event(lambda t, y, args: y[0] - args[1])

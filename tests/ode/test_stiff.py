@@ -106,6 +106,7 @@ def test_joint_steps_solve_each_row_alone():
     assert "12x12" not in program.as_text()
 
 
+@pytest.mark.slow
 def test_events_and_breakpoints():
     half = jaxode.Event(lambda t, y, args: y[0] - 0.5)
     ended = jaxode.solve(
@@ -121,6 +122,7 @@ def test_events_and_breakpoints():
     np.testing.assert_allclose(cut.y1, 1.0, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_an_empty_span_keeps_the_state_and_follows_the_field():
     end = lambda t1, ts: run(Y0, RATES, FACTORS, 1.0, t1, ts[None], adjoint=jaxode.ForwardMode())
     one = jnp.asarray(1.0)

@@ -29,7 +29,10 @@ def message(problem, **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", with_slow(PROBLEMS, ["hires", "oregonator", "pollution"]))
+SLOW = ["hires", "oregonator", "van der pol, mu = 1e6", "pollution"]
+
+
+@pytest.mark.parametrize("name", with_slow(PROBLEMS, SLOW))
 def test_stiff_problems(name):
     assert "The problem looks stiff there: use solver=jaxode.Rodas5P()" in message(
         PROBLEMS[name], max_steps=500

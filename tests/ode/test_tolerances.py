@@ -52,7 +52,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", with_slow(CASES, ["joint steps", "order 8", "by diffrax"]))
+SLOW = ["joint steps", "order 8", "a single state", "by diffrax"]
+
+
+@pytest.mark.parametrize("case", with_slow(CASES, SLOW))
 def test_scaled_units_take_the_same_steps(case):
     options = {"y0": Y0, "t0": 0.0, "t1": 2.0, "args": 3.0, "ts": TS} | CASES[case]
     y0 = options.pop("y0")
@@ -73,9 +76,14 @@ def end(y0, rate, in_new_units, **options):
     return of_units((s.y1, s.ys), inverse=True) if in_new_units else (s.y1, s.ys)
 
 
-# The interpolating adjoint by few checkpoints alone, from which it replays steps.
+# The interpolating adjoint by few checkpoints alone, from which it replays steps. Those of the
+# discrete adjoint have a row that is masked, too, below.
 @pytest.mark.parametrize(
-    "name", of_feature(n for n in METHODS if METHODS[n].adaptive and n != "interpolating")
+    "name",
+    of_feature(
+        (n for n in METHODS if METHODS[n].adaptive and n != "interpolating"),
+        slow=["discrete", "interpolating", "forward"],
+    ),
 )
 def test_gradients(name):
     """A solve of its own back keeps to the smallest tolerance."""

@@ -106,15 +106,9 @@ def only_rows(monkeypatch):
         monkeypatch.setattr(vmapped, name, refused)
 
 
-# Of chains, which are batches, of the adjoint ODE, of arguments and outputs there are others, and
-# stiff rows in `test_jacobian.py`.
-OTHERS = {
-    "chains of the adjoint ODE", "interpolated", "shared arguments", "outputs", "end times",
-    "a joint batch", "a batch with steps of each sample", "equal steps", "a stiff solver",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", with_slow(CASES, OTHERS))
+# Single solves are below, those of the adjoint ODE in `test_adjoints.py`, and stiff rows in
+# `test_jacobian.py`.
+@pytest.mark.parametrize("name", with_slow(CASES, CASES.keys() - {"chains"}))
 def test_as_rows_of_one_solve(name, only_rows):
     f, inputs, axes = CASES[name]
     axes = axes if isinstance(axes, tuple) else (axes,) * len(inputs)
@@ -187,10 +181,10 @@ def with_callback(t, y, a):
 
 
 # Of what others do as well: gradients of chains and of a scan, and the Hessian of a likelihood in
-# `test_attacks_problems.py`. Jacobians of rows are in `test_cnf.py`.
+# `test_attacks_problems.py`.
 SLOW = {
-    "hessian of a sum", "nested chains", "gradient of the settings",
-    "gradient of a vmap of a scan",
+    "hessian of a sum", "nested chains", "nested gradients", "gradient of the settings",
+    "gradient of a vmap of a scan", "stored pullbacks",
 }  # fmt: skip
 
 
@@ -261,6 +255,7 @@ def test_busy_solves_run_one_after_the_other(monkeypatch):
     assert called
 
 
+@pytest.mark.slow
 def test_a_failed_solve_leaves_the_others_alone():
     blows_up = lambda t, y, a: a * y**2
     run = lambda y, a: jaxode.solve(blows_up, y, 0.0, 1.0, a, throw=False, max_steps=50)
@@ -321,7 +316,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", with_slow(METHODS, ["interpolating", "backsolve"]))
+# `test_transforms.py` has a branch for each row.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_a_branch_that_is_not_taken(name):
     """It has zeros in place of the problem, where this field is not finite."""
     singular = lambda t, y, a: -a * jnp.sqrt(y) + 0.3 * y / y**1.5
@@ -335,6 +332,7 @@ def test_a_branch_that_is_not_taken(name):
     check(jax.jit(jax.vmap(each))(y0, a), one_by_one(each, 0, (y0, a)), 1e-10)
 
 
+@pytest.mark.slow
 def test_nothing_to_solve():
     each = lambda y: end(y, A[0], throw=True)
     none = jnp.zeros((0, 2))

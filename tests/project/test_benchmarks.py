@@ -40,6 +40,7 @@ from benchmarks.harness import (
 )
 from benchmarks.peers import estimators, flows
 
+pytestmark = pytest.mark.shown
 TINY = problems.Workload(3, 4, (5, 6), steps=20)
 
 

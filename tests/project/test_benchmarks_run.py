@@ -38,6 +38,7 @@ from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import benchmark, fairness, problems, show
 from benchmarks.peers import estimators, flows, odes
 
+pytestmark = pytest.mark.shown
 # The same for all, so that the steps are compiled once.
 FLOW = problems.Workload(3, 8, (5, 5), own=True)
 ODE = {"state": 4, "width": 4, "batch": 4, "times": 2, "own": True}

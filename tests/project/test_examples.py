@@ -25,6 +25,7 @@ from scipy import stats
 
 import jaxode
 
+pytestmark = pytest.mark.shown
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 WITH_A_PACKAGE = {"flax_field": "flax", "numpyro_guide": "numpyro", "patients": "numpyro"}
 PNG = b"\x89PNG"

@@ -70,6 +70,7 @@ def test_weekly_run_of_ci_draws_other_examples():
     assert settings.get_profile(other).derandomize
 
 
+@pytest.mark.slow
 @given(seeds, times, times, exponents, precise)
 def test_forward_then_backward_returns(seed, t0, t1, exponent, choice):
     solver, dtype = choice
@@ -88,6 +89,7 @@ def test_forward_then_backward_returns(seed, t0, t1, exponent, choice):
     np.testing.assert_allclose(back.y1, y0, atol=min(bound, 1.0))
 
 
+@pytest.mark.slow
 @given(seeds, times, times, explicit)
 def test_equal_steps_of_a_linear_field_are_a_linear_map(seed, t0, t1, solver):
     y, z, A = numbers(seed, SIZE), numbers(seed + 1, SIZE), numbers(seed + 2, SIZE, SIZE)
@@ -95,6 +97,7 @@ def test_equal_steps_of_a_linear_field_are_a_linear_map(seed, t0, t1, solver):
     np.testing.assert_allclose(go(2 * y - 3 * z), 2 * go(y) - 3 * go(z), rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 @given(seeds, times, times, exponents)
 def test_reversed_time_is_the_negated_field(seed, t0, t1, exponent):
     y0, A = numbers(seed, SIZE), numbers(seed + 1, SIZE, SIZE)
@@ -109,6 +112,7 @@ def _mirrored(t, y, A):
 
 
 # Without a shared stage, and with one.
+@pytest.mark.slow
 @given(seeds, times, times, st.sampled_from([diffrax.Euler(), diffrax.Tsit5()]))
 def test_equal_steps_compose(seed, t0, t1, solver):
     """Twice as many steps over twice the span."""
@@ -127,6 +131,7 @@ TREES = [
 ]
 
 
+@pytest.mark.slow
 @given(seeds, times, times, exponents, st.sampled_from(TREES))
 def test_structure_of_the_state_does_not_matter(seed, t0, t1, exponent, tree):
     y0, A = numbers(seed, SIZE), numbers(seed + 1, SIZE, SIZE)
@@ -195,6 +200,7 @@ def test_forward_and_reverse_mode_are_transposes(seed, t0, t1, theta, exponent, 
     np.testing.assert_allclose(pulled, pushed, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @given(seeds, exponents, st.floats(0.1, 3.0))
 def test_training_loss_does_not_see_the_order_of_samples_or_the_scale_of_weights(
     seed, exponent, scale

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.shown
 README = pathlib.Path(__file__).parents[2] / "README.md"
 
 

@@ -40,7 +40,7 @@ class NLLStats(NamedTuple):
     """What `nll_and_stats` returns beside the loss."""
 
     log_prob: Float[Array, " batch"]
-    """Log-density of each sample, in nats."""
+    """Log-density of each sample, in nats; with `steer`, by the solve to a random end."""
     log_det: Float[Array, " batch"]
     """Its change-of-volume part: `log_prob - log p_base(z(t0))`."""
     stats: Stats
@@ -95,7 +95,8 @@ def _augmented(objective: Objective):
     # The divergence is integrated in the direction of the solve, running costs forward in time.
     forward = jnp.sign(system.t1 - system.t0).astype(system.y0.dtype)
     integrals = jnp.concatenate([costs[:, :1], costs[:, 1:] * forward], axis=1)
-    log_base, coefficients = log_prob_of(objective.base, z), objective.coefficients(costs.dtype)
+    log_base = log_prob_of(objective.base, z, system.stepper.precision)
+    coefficients = objective.coefficients(costs.dtype)
     loss, _, values = _assemble(log_base, integrals, coefficients, objective.weights, ok, unused)
     return loss, (*values, solution.stats, solution.result, solution.t_reached)
 
@@ -179,7 +180,8 @@ def _fused(objective: Objective):
     precision = stepper.precision
     costs, (_, (probes, _)) = close_field(precision, costs_of_samples, of_nodes, y0, shared)
     # The samples, and so their density, may have lower precision than the solve.
-    log_prob = lambda t, y, args: log_prob_of(objective.base, samples(y)).astype(ravel.dtype)
+    log_prob_at = lambda z: log_prob_of(objective.base, z, precision)
+    log_prob = lambda t, y, args: log_prob_at(samples(y)).astype(ravel.dtype)
     base, _ = close_field(precision, log_prob, t0, y0, ())
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)

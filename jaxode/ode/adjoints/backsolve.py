@@ -64,7 +64,9 @@ class BacksolveAdjoint(ContinuousAdjoint):
         ys = None if integration.ys is None else padded(problem, integration.ys)
         # A row on which nothing depends stays at the end, where its cotangent is zero.
         resting = ~solved.ok | idle
-        ends = _Ends(integration.y1, ys, integration.h, resting, filled(bar.y1, problem.y0), bar.ys)
+        y1_bar = filled(bar.y1, problem.y0)
+        ys_bar = None if ys is None else filled(bar.ys, ys)  # the state restarts there in any case
+        ends = _Ends(integration.y1, ys, integration.h, resting, y1_bar, ys_bar)
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
         inputs = in_reverse(inputs, "BacksolveAdjoint")
         segment = _solve_back(inputs, self.backward_stepper(solved.stepper))

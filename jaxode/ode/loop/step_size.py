@@ -24,7 +24,8 @@ def rms_norm(
     stepper: Stepper, x: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """Root mean square of each row, over all devices along `axis_name` if given."""
-    mean_square = over_rows(jnp.sum, x * x, of_rows) / size_of_row(x, of_rows)
+    size = jnp.asarray(size_of_row(x, of_rows), x.dtype)  # may be too large for an integer of JAX
+    mean_square = over_rows(jnp.sum, x * x, of_rows) / size
     if stepper.axis_name is not None:
         mean_square = vary(jax.lax.pmean(mean_square, stepper.axis_name), axes_of(mean_square))
     return jnp.sqrt(mean_square)
