@@ -49,7 +49,7 @@ def draw(density, data, history, lines, path, key):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser(__file__, __doc__, seconds=25, steps=None, batch=256, width=256)
+    options = parser(__file__, __doc__, seconds=12, steps=None, batch=256, width=256)
     options = options.parse_args(arguments)
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))

@@ -14,6 +14,7 @@ References: Dinh et al. (2017), arXiv:1605.08803; Theis et al. (2016), arXiv:151
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,6 +63,7 @@ def dequantize(
     return in_cells(check_key(key), x, 2) / levels, log_det
 
 
+@partial(jax.jit, static_argnames="spacings")
 def in_cells(
     key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51
 ) -> Float[Array, "..."]:

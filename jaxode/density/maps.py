@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxode._jax.closure import compiled
+
 # Columns whose correlation matrix has a smaller eigenvalue depend on each other linearly.
 SINGULAR = 1e-9
 LEAST = 1e-30  # the least distance of quartiles, in units and in standard deviations
@@ -40,6 +42,12 @@ def contains(support: Map, x: Float[Array, " *event"]) -> Bool[Array, ""]:
     """Whether an event is in the support of a bijection."""
     u, log_det = support.inverse(x)
     return jnp.isfinite(u).all() & jnp.isfinite(log_det)
+
+
+@compiled
+def contained(support: Map, x: Float[Array, "rows *event"]) -> Bool[Array, " rows"]:
+    """Which events are in the support of a bijection."""
+    return jax.vmap(lambda x: contains(support, x))(x)
 
 
 class Unfitted(NamedTuple):

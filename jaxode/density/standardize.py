@@ -14,7 +14,7 @@ from jaxode._checks.caller import arg
 from jaxode._checks.rules import in_rows, is_known
 from jaxode._checks.samples import check_finite
 from jaxode.density.inputs import Shape, check_inside
-from jaxode.density.maps import Affine, Map, Unfitted, contains, fit_affine
+from jaxode.density.maps import Affine, Map, Unfitted, contained, fit_affine
 
 
 def deprecated_pair(given: Any, event: Shape) -> tuple[Any, Any] | None:
@@ -71,7 +71,7 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
         )
     if support is not None:
         data = floating(data)
-        check_inside(jax.vmap(lambda x: contains(support, x))(data), data)
+        check_inside(contained(support, data), data)
     return fitted(name, data, fit, support)
 
 

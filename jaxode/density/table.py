@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jaxode._checks.rules import NUMBER, Rule
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.density.bind import Density
 from jaxode.density.inputs import check_inside, context_numbers, rows_in_flow
-from jaxode.density.maps import column_list, contains, dependent_columns, principal_axes
+from jaxode.density.maps import column_list, contained, dependent_columns, principal_axes
 from jaxode.density.standardize import check_values
 from jaxode.distributions import CenteredNormal
 from jaxode.images import in_cells, margin_of
@@ -168,7 +167,7 @@ def _checked(
             margin = margin_of(x).clip(min=1 / 64)
             ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
         for noisy in ends:
-            check_inside(jax.vmap(partial(contains, density.support))(noisy), noisy)
+            check_inside(contained(density.support, jnp.asarray(noisy)), noisy)
     return Rows(x, context)
 
 
