@@ -55,6 +55,7 @@ def test_samples_that_cannot_be_solved_spoil_no_other(n):
     np.testing.assert_array_equal(np.isfinite(x).all(axis=1), np.isin(range(SAMPLES), (3, 4)) == 0)
 
 
+@pytest.mark.slow
 def test_the_scale_of_an_equation_does_not_choose_pivots():
     """Without it, the large first row is the pivot, and the second equation is lost in float32."""
     a = jnp.array([[1.0, 1e8], [1.0, 1.0]], jnp.float32)

@@ -234,6 +234,7 @@ def test_weights_of_the_loss():
     np.testing.assert_allclose(flow.nll(m, x, weights=weights), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_nll_and_stats_reports_the_forward_solve():
     flow = jaxode.cnf(field, jaxode.standard_normal(2))
     m, x = module(2), jax.random.normal(jax.random.key(0), (4, 2))

@@ -370,6 +370,7 @@ def test_gradients_by_the_end_time_and_a_vmap_over_parameters():
     np.testing.assert_allclose(several[1], normal(1.0, m=2 * M).logpdf(X), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_curvature_of_the_likelihood():
     """By the shift `c`, of which the log-density is a quadratic form."""
     exp = scipy.linalg.expm(np.block([[M, np.eye(3)], [np.zeros((3, 6))]]))

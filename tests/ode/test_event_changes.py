@@ -122,6 +122,7 @@ def test_a_row_that_fails_fails_alone():
     np.testing.assert_allclose(bars[1:], expected[1:], rtol=1e-12, equal_nan=False)
 
 
+@pytest.mark.slow
 def test_a_change_is_differentiated_only_where_it_happens():
     """Each bounce costs the energy `a`. Where the ball is slow, there is no root."""
     fall = lambda t, y, a: jnp.stack([y[1], -9.81 + 0 * y[1]])

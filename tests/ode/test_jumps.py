@@ -88,6 +88,7 @@ def test_one_system_and_joint_steps():
     assert s.stats.num_evals == evals
 
 
+@pytest.mark.slow
 def test_padding_repeats_or_is_infinite():
     """And has no derivative."""
     repeated = np.where(np.isinf(TIMES), 1.1, TIMES)[:3]

@@ -291,6 +291,7 @@ def test_relative_tolerance_alone_with_a_component_that_stays_zero():
     np.testing.assert_allclose(y1, [np.exp(-1), 0.0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_field_that_solves_is_solved_again():
     inner = lambda t, y, a: -a * y
     outer = lambda t, y, a: -jaxode.solve(inner, y, 0.0, 1.0, a, throw=False).y1

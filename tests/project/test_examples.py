@@ -260,6 +260,7 @@ def test_toy_densities(data):
     assert 1 < np.abs(points).max() < 7
 
 
+@pytest.mark.slow
 def test_latent_ode_reads_one_species_at_a_time_and_pads_with_the_last(default_settings):
     latent = load_once("latent_ode")
     series = latent.simulate(jax.random.key(0), 5)
@@ -288,6 +289,7 @@ def test_the_exact_posterior_is_that_of_the_simulator(default_settings):
         assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(len(close)) + 1e-3
 
 
+@pytest.mark.slow
 def test_spiral_observes_each_series_at_its_own_times(default_settings):
     spiral = load_once("spiral")
     y0 = jnp.array([[1.0, 0.5], [-0.3, 1.2]])
