@@ -25,7 +25,7 @@ density: .venv/ready  ## Train a density on two moons; the picture is out/densit
 test: .venv/ready  ## Run all but the slow tests
 	$(BIN)/$(PYTEST) -m "not slow"
 
-test-all: .venv/full  ## Run all tests, as CI does; a library that is missing is a failure: TESTS="..." for some
+test-all: .venv/full  ## Run all tests, as CI does; a library that is missing is a failure; TESTS="..." for some
 	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) $(TESTS)
 
 test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that pyproject.toml allows

@@ -44,12 +44,11 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     jumps = _check_several("jumps", times, dtype, rows)
     known = is_known((t0, t1, times))
     xp = np if known else jnp
+    exact = (np if is_known(times) else jnp).asarray(times, float)  # JAX may round them first
     # Padding with infinity is at the end.
-    given = xp.asarray(times, float)
-    given = xp.where(xp.isposinf(given), xp.asarray(t1, float)[..., None], given)
+    given = xp.where(xp.isposinf(exact), xp.asarray(t1, float)[..., None], exact)
     _, lost = _lost_times(t0, t1, given, dtype)
     # However small the gap: a jump at the time of the one before is left out.
-    exact = xp.asarray(times, float)
     kept, apart = exact.astype(dtype), exact[..., 1:] != exact[..., :-1]
     lost = lost | (apart & (kept[..., 1:] == kept[..., :-1])).any(axis=-1)
     if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):

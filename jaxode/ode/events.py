@@ -66,8 +66,9 @@ class Event(eqx.Module):
         most: how often the state may change. Each change costs three or four solves up to it.
 
     If the condition crosses zero with zero slope, the derivative of the time is not finite, and the
-    solve can fail (`EVENT_NOT_FOUND`): take a root of the condition. If it jumps across zero and
-    has a slope there, the solve fails, too. A NaN condition never crosses.
+    solve can fail (`EVENT_NOT_FOUND`): use one with a slope there, such as `t - a` for
+    `(t - a) ** 3`. If it jumps across zero and has a slope there, the solve fails, too. A NaN
+    condition never crosses.
 
     Raises:
         TypeError, ValueError: for functions and numbers of the wrong kind.
@@ -208,8 +209,9 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
             t1 + move, *(f(problem.t0, problem.t1) for f in (jnp.minimum, jnp.maximum))
         )
         size, stats = jnp.abs(moved - t1), jax.tree.map(jnp.add, stats, out.stats)
-        # Moves as small as the rounding of the condition need not end, and are no failure.
-        rounded = jnp.maximum(settled, 1e4 * info.eps * jnp.abs(t1 - problem.t0))
+        # Moves as small as the rounding of the condition, or of the time, are no failure.
+        moves = 1e4 * jnp.abs(t1 - problem.t0) + 4 * jnp.abs(t1)
+        rounded = jnp.maximum(settled, info.eps * moves)
         return count + 1, moved, size > settled, size > rounded, stats
 
     def proceed(carry):

@@ -252,7 +252,7 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     start, (t0, t1, ts), args, stepper = vary_alike(
         (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
     )
-    if stepper.breakpoints is not None:  # then as a start that is not a number
+    if stepper.breakpoints is not None:  # a span that is too short fails as a start of NaN does
         t0 = jnp.where(OF_SPAN.holds(stepper.breakpoints, t0, t1), t0, jnp.nan)
     field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
     closed, arrays = close_field(stepper.precision, field, t0, start, args, jacobian=jacobian)

@@ -473,8 +473,12 @@ def test_times_that_float32_cannot_tell_apart(default_settings):
         jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 1e4 - 1, 1e4 + 1, jumps=jumps)
     # Beside a long span the gap is nothing, but a change is not.
     jumps = jaxode.Jumps(np.array([9e5, 9e5 + 0.02]), lambda t, y, args, i: y + 1)
+    run = lambda t1: jaxode.solve(
+        lambda t, y, _: -y, jnp.ones(1), 0.0, t1, jumps=jumps, throw=False
+    )
     with pytest.raises(ValueError, match=TOLD + "times are lost in the precision of float32"):
-        jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 0.0, 1e6, jumps=jumps)
+        run(1e6)
+    assert jax.jit(run)(1e6).result == jaxode.Result.INVALID_ARGUMENT
 
 
 NOT_JUMPS = {
