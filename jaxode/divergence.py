@@ -24,7 +24,7 @@ from jaxode.ode.field import call_field
 # more.
 EXACT_UP_TO = 8
 # Products that `noiseless` computes at a time, in more than twice as many dimensions. All 3,072 at
-# once, for a thousand rows, take 39 GB.
+# once, for 1,024 rows, would take 39 GB.
 AT_ONCE = 64
 
 Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]

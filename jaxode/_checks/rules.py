@@ -294,7 +294,7 @@ def solve_faults(problem: Any, stepper: Any, times: Any) -> Faults:
     for rule, values, name in _of_solve(problem, stepper, times):
         faults |= rule.fault(*values, name=name)
     if stepper.breakpoints is not None:
-        faults |= OF_SPAN.fault(stepper.breakpoints, problem.t0, problem.t1, name="breakpoints")
+        faults |= OF_SPAN.fault(stepper.breakpoints, problem.t0, problem.t1)
     return faults
 
 

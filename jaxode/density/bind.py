@@ -310,8 +310,7 @@ def bind(
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
             strictly inside. `(mean, scale)` then refer to the data after the bijection.
         context_shape: shape of one context, or of each of its arrays, so that its leading axes are
-            known. Not needed if `standardize_context` is data, or a mean
-            and scale that are arrays.
+            known. Not needed if `standardize_context` is data, or a mean and scale that are arrays.
 
     Returns:
         A `Density`: `log_prob`, `sample` and `sample_and_log_prob` in the units of the data;
