@@ -48,7 +48,7 @@ def draw(density, data, labels, history, path, key):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser(__file__, __doc__, seconds=25, steps=None, batch=256, width=128)
+    options = parser(__file__, __doc__, steps=4000, batch=256, width=128)
     options = options.parse_args(arguments)
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         context_shape=(CLASSES,),
     )
     density, history = jaxode.fit(
-        density, data, context=context(labels), key=next(keys), seconds=options.seconds,
-        steps=options.steps, batch_size=options.batch, dequantize=True,
+        density, data, context=context(labels), key=next(keys), steps=options.steps,
+        batch_size=options.batch, dequantize=True,
         validation=(validation, context(validation_labels)),
     )  # fmt: skip
     print(f"trained in {history[-1].seconds:.0f} s; evaluating")

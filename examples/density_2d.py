@@ -163,7 +163,7 @@ def animate(density, limits, frames, path, key):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = parser(__file__, __doc__, seconds=25, steps=None, batch=512, width=64)
+    known = parser(__file__, __doc__, steps=5000, batch=512, width=64)
     known.add_argument("--data", default="8gaussians", help=f"{', '.join(TOYS)} or a CSV file")
     known.add_argument("--frames", type=count, default=36, help="of the animation (default 36)")
     options = known.parse_args(arguments)
@@ -181,9 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     network = jaxode.nn.Residual(2, options.width, key=network_key)
     density = jaxode.bind(flow, network, standardize=data)  # in units of the data
     density, history = jaxode.fit(
-        density, data, key=fit_key, seconds=options.seconds, steps=options.steps,
-        batch_size=options.batch,
-    )  # fmt: skip
+        density, data, key=fit_key, steps=options.steps, batch_size=options.batch
+    )
     print(f"trained in {history[-1].seconds:.0f} s")
     log_prob = density.log_prob(held_out)
     print(f"held-out log-density: {log_prob.mean():.3f} nats ({len(held_out)} points)")

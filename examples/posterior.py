@@ -82,7 +82,7 @@ def draw(panels, counts, history, path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = parser(__file__, __doc__, seconds=45, steps=None, batch=512, width=128)
+    known = parser(__file__, __doc__, steps=7000, batch=512, width=128)
     known.add_argument("--simulations", type=count, default=30_000, help="(default 30000)")
     options = known.parse_args(arguments)
     if options.simulations < 100:
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     density, history = jaxode.fit(
         density, theta[cut:], context=x[cut:], validation=(theta[:cut], x[:cut]), key=next(keys),
-        seconds=options.seconds, steps=options.steps, batch_size=options.batch,
+        steps=options.steps, batch_size=options.batch,
     )  # fmt: skip
     new_theta, new_x = simulate(next(keys), min(2000, options.simulations))
     nats = -float(density.log_prob(new_theta, context=new_x).mean())

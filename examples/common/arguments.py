@@ -66,7 +66,6 @@ def positive(text: str) -> float:
 
 # Options that several examples have: what checks the value, and the help.
 SHARED = {
-    "seconds": (positive, "of training, at most"),
     "steps": (count, "of training"),
     "batch": (count, "rows in a training step"),
     "width": (count, "of the hidden layers"),

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_not_traced, check_number, integer, non_negative
+from jaxode._checks.arguments import (
+    check_bool,
+    check_not_traced,
+    check_number,
+    integer,
+    non_negative,
+)
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
@@ -24,7 +31,7 @@ from jaxode.density.bind import Density
 from jaxode.density.maps import fit_affine, fit_normal, fit_white
 from jaxode.density.standardize import fitted
 from jaxode.density.table import WIDEST, Table
-from jaxode.density.training import BLOCK, Limits, Phase, Point, Training, evaluation
+from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
 from jaxode.distributions import CenteredNormal
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
@@ -34,7 +41,9 @@ LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
 DECAY = 0.3  # of the weights in matching,
 FEW, A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
 WARM_UP = 100  # steps of matching
-ROUNDS, TRIAL = 2, 0.025  # in which each choice is tried, and the part of training of each
+# Rounds in which each choice is tried. A round takes a part of the training, but at least so many
+# steps, or four such parts; and there is none if the training has fewer steps left.
+ROUNDS, TRIAL, SHORTEST, LEFT = 2, 0.025, 250, 1000
 BEHIND, CLEARLY = 0.2, 0.2  # nats by which a map is out after a round, and uniform times are taken
 MINUTE = 60.0  # seconds, if there is no other end
 
@@ -60,25 +69,25 @@ def fit(
     """Train a density on data, and keep the parameters that are best on rows set aside.
 
     By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
-    on the validation rows. Every 50 steps, the updates of the optimizer shrink, to zero by a cosine
-    at the end: after `seconds` or `steps`, a minute by default. After five looks in a row that are
-    worse than the best by 0.02 nats, not counting the first 1000 steps, training resumes from the
-    best parameters and takes as many more steps as led to them. If it explodes, it goes on from the
-    best parameters at a quarter of the rate. Ctrl-C ends it with the best so far.
+    on the validation rows. At least every 50 steps, the updates of the optimizer shrink, to zero by
+    a cosine at the end: after `seconds` or `steps`, a minute by default. After five looks in a row
+    that are worse than the best by 0.02 nats, not counting the first 1000 steps, training resumes
+    from the best parameters and takes as many more steps as led to them. If it explodes, it goes on
+    from the best parameters at a quarter of the rate. Ctrl-C ends it with the best so far.
 
-    What is not given is tried first, and the best goes on: the map of the columns of a density
-    without `standardize=`, each of `jaxode.standardize`; and the `time_power`, 2 unless, in more
-    than 16 dimensions, 1 is better by 0.2 nats: more times near the data make tables better, and
-    small sets of images worse. Each is tried for 5% of the training; by `steps` alone for 500 if
-    that is more, but at most about a fifth of them. Maps that are 0.2 nats behind after half of it
-    are out.
+    A density without `standardize=` is whitened, or, if 1000 steps are left to the training, gets
+    the map that is best after a trial: whitened columns, each column mapped to a normal, or an
+    affine map. In more than 16 dimensions, `time_power` is tried in the same way: it is 2 unless 1
+    is better by 0.2 nats. Each choice is tried for 5% of the training, but at least 500 steps or a
+    fifth of it. Maps that are 0.2 nats behind after half of that are out.
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
         x: data in their own units, `[rows, *event]`.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`.
-        seconds: end after about this time, compilation counted.
+        seconds: end after this time of training, without compilation and the maps of the data, by
+            at most one step, or one look at the validation rows, too late.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
             most 1000 of them are used.
@@ -90,10 +99,10 @@ def fit(
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4, the first 50 at the full rate.
         time_power: as for `matching_loss`.
-        dequantize: add uniform noise in (0, 1) to columns of integers, new in every block of steps;
+        dequantize: add uniform noise in (0, 1) to columns of integers, new every 50 steps;
             not to validation rows of your own that have noise. `log_prob` is then that of
             `x + noise`.
-        progress: show steps and nats on stderr.
+        progress: show steps, nats and the time left on stderr.
 
     Returns:
         The density with the best parameters, and the looks at the validation rows in its training.
@@ -120,8 +129,12 @@ def fit(
     keys = iter(jax.random.split(check_key(key), 6))
     if seconds is None and steps is None:
         seconds = MINUTE
-    end = math.inf if seconds is None else begin + non_negative("seconds", seconds)
-    limits = Limits(math.inf if steps is None else integer("steps", steps), end)
+    limits = Limits(
+        math.inf if steps is None else integer("steps", steps),
+        math.inf if seconds is None else non_negative("seconds", seconds),
+    )
+    for name, value in (("dequantize", dequantize), ("progress", progress)):
+        check_bool(name, value)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
     if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -145,25 +158,35 @@ def fit(
         optimizer = _adam(RATE, DECAY if len(table.rows.x) <= few else 0.0)
     phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
 
+    clock = Clock()
+
     def start(density):
         data, looked_at, log_det = table.in_flow(density, aside, noise_key, BLOCK * batch_size)
         evaluate = evaluation(density, looked_at, log_det, look_key)
-        return Training(density, data, evaluate, len(table.rows.x), batch_size, begin, progress)
+        count = len(table.rows.x)
+        return Training(density, data, evaluate, count, batch_size, begin, clock, progress)
 
-    maps = [density]
-    if density.standardize is None:
-        maps = _mapped(density, table.noisy(table.rows, noise_key).x)
-    runs = [start(each) for each in maps]
+    fits = _fits(density)
+    maps = _mapped(density, fits, table.noisy(table.rows, noise_key).x)
+    runs = [start(next(maps))]
     try:
-        if len(runs) * len(phases) > 1:
-            _try(runs, phases, limits, start)
+        others = max(len(fits) - 1, 0), len(phases) - 1
+        if limits.seconds < math.inf and any(others):
+            runs[0].train(phases[0], limits, BLOCK)  # to know how long a step takes
+        if steps := _round(runs[0], others[0], limits):
+            _try_maps(runs, map(start, maps), phases[0], limits, steps)
+        if steps := _round(runs[0], others[1], limits):
+            runs.append(start(runs[0].density))
+            _try_powers(runs, phases, limits, steps)
         (run,) = runs
         run.train(run.phase or phases[0], limits)
+        run.look_again()
         if likelihood:
             after = Phase(
                 "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key
             )
             run.train(after, Limits(likelihood))
+            run.look_again()
     except KeyboardInterrupt:
         for run in runs:
             run.look_again()
@@ -174,22 +197,43 @@ def fit(
     return _result(_best(runs), limits)
 
 
-def _try(runs: list[Training], phases: list[Phase], limits: Limits, start: Any) -> None:
-    """Leave the best of some maps, then of some phases, after a part of the training."""
-    for _ in range(ROUNDS):
+def _try_maps(
+    runs: list[Training], rest: Iterable[Training], phase: Phase, limits: Limits, steps: int
+) -> None:
+    """Leave the best of some maps after rounds of so many steps."""
+    runs += rest
+    for i in range(1, ROUNDS + 1):
         for run in runs:
-            run.train(phases[0], limits, TRIAL)
+            _advance(run, phase, limits, i * steps)
         enough = _best(runs).least + BEHIND
         runs[:] = [run for run in runs if run.least <= enough]
-        if len(runs) * len(phases) == 1:
+        if len(runs) == 1:
             return
     runs[:] = [_best(runs)]
-    for phase in phases[1:]:
-        runs.append(start(runs[0].density))
-        for _ in range(ROUNDS):
-            runs[1].train(phase, limits, TRIAL)
-        # Early on uniform times often look a little better, and are worse later.
-        del runs[0 if runs[1].least < runs[0].least - CLEARLY else 1]
+
+
+def _try_powers(runs: list[Training], phases: list[Phase], limits: Limits, steps: int) -> None:
+    """Leave the first run, unless the other phase is clearly better."""
+    for run, phase in zip(runs, phases, strict=True):
+        _advance(run, phase, limits, ROUNDS * steps)
+    # Early on uniform times often look a little better, and are worse later.
+    del runs[0 if runs[1].least < runs[0].least - CLEARLY else 1]
+
+
+def _round(run: Training, others: int, limits: Limits) -> int:
+    """Steps of a round of a trial, or zero if it leaves too few to the training itself."""
+    in_time = run.clock.steps_left(limits)
+    total = min(limits.steps, in_time)
+    steps = int(max(TRIAL * total, min(SHORTEST, 4 * TRIAL * total)))
+    left = min(limits.steps, in_time - ROUNDS * steps * others)
+    return steps if others and left >= LEFT else 0
+
+
+def _advance(run: Training, phase: Phase, limits: Limits, until: int) -> None:
+    """Train up to a step, and look."""
+    reached = run.step if run.phase else 0
+    run.train(phase, limits, until - reached)
+    run.look_again()
 
 
 def _best(runs: list[Training]) -> Training:
@@ -213,10 +257,10 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
             stacklevel=4,
         )
     taken = max(point.step for point in run.points if point.phase == "matching")
-    if taken < min(WARM_UP, limits.steps) and time.perf_counter() > limits.end:
+    if taken < min(WARM_UP, limits.steps) and run.clock.spent >= limits.seconds:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
-            "time, in which programs are compiled, too. Pass more seconds, or steps=.",
+            "time. Pass more seconds, or steps=.",
             stacklevel=4,
         )
     return run.best, run.points
@@ -260,13 +304,22 @@ def _trainable(density: Density) -> Density:
     return density.with_params(params)
 
 
-def _mapped(density: Density, x: Float[Array, "rows *event"]) -> list[Density]:
+def _fits(density: Density) -> list[Callable[..., Any]]:
+    """How to fit each map to try. The first is best most often, and starts at a Gaussian."""
+    if density.standardize is not None or isinstance(density.flow.base, CenteredNormal):
+        return []
+    white = [fit_white] if math.prod(density.event_shape) <= WIDEST else []
+    return [*white, fit_normal, fit_affine]
+
+
+def _mapped(
+    density: Density, fits: list[Callable[..., Any]], x: Float[Array, "rows *event"]
+) -> Iterator[Density]:
     """The density with each map that can be fitted to the data."""
-    if isinstance(density.flow.base, CenteredNormal):
-        return [density]
-    map_of = lambda fit: fitted("x", x, fit, density.support)
-    maps = [map_of(fit_affine), map_of(fit_normal)]
-    if math.prod(density.event_shape) <= WIDEST:
-        with contextlib.suppress(ValueError):  # a singular covariance
-            maps.append(map_of(fit_white))
-    return [dataclasses.replace(density, standardize=each) for each in maps]
+    if not fits:
+        yield density
+    for fit in fits:
+        # A singular covariance, or a column that does not vary, which the next one tells.
+        with contextlib.suppress(*[ValueError] if fit is fit_white else []):
+            each = fitted("x", x, fit, density.support)
+            yield dataclasses.replace(density, standardize=each)

@@ -88,8 +88,9 @@ class Table(NamedTuple):
         count = len(self.rows.x)
         together = jax.tree.map(_joined, self.noisy(self.rows, key), aside)
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
-        rows = jax.tree.map(lambda leaf: leaf[:count], mapped)
-        aside = jax.tree.map(lambda leaf: leaf[count:], mapped)
+        # Cut in NumPy, whose programs need not be compiled.
+        part = lambda cut: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
+        rows, aside = part(slice(count)), part(slice(count, None))
         of_key = lambda key: rows
         if self.integers.any():
 
@@ -101,7 +102,7 @@ class Table(NamedTuple):
                     some = jax.tree.map(lambda leaf: leaf[drawn], some)
                 return to_flow(density, self.noisy(some, key))
 
-        return of_key, aside, float(jnp.mean(log_det[count:]))
+        return of_key, aside, float(np.asarray(log_det, np.float64)[count:].mean())
 
 
 def _joined(a: Any, b: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ The losses are those of `density.flow` on rows that `density.to_flow` has mapped
 of Optax. Copy this file to change the loop; docs/training.md has a shorter one.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import state_dtype
@@ -24,15 +26,18 @@ from jaxode.divergence import Divergence, auto, hutchinson, is_trace, without_no
 from jaxode.flows.cnf import CNF
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
-BLOCK = 50  # steps in one compiled loop, and at one rate
+# Steps at one rate between two checks of the limits, at most; and the seconds that they may take if
+# time is limited.
+BLOCK, BLOCK_SECONDS = 50, 1.0
 FIRST_LOOK, PASSES = (100, 500), 64  # steps before the first look, by passes over the rows
 APART = 1.3  # the ratio of steps from one look to the next
-APART_SECONDS = 10.0  # from one look to the next at most, if there is a time limit
+# If time is limited, looks are at most so far apart, or so many times as long as one takes.
+APART_SECONDS, APART_LOOKS = 10.0, 4.0
+SAY_APART = 1.0  # seconds from one line of progress to the next, between looks
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
 UNCOUNTED = 1000  # those of the first steps do not count
 EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
 SLOWER = 0.25  # and the factor of the rate after that
-SHORTEST = 250  # steps of a round of a trial
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
 
 
@@ -68,8 +73,29 @@ class Limits(NamedTuple):
     """When training ends."""
 
     steps: float
-    end: float = math.inf
-    """By `time.perf_counter`."""
+    seconds: float = math.inf
+    """Of training, in all candidates."""
+
+
+class Clock:
+    """Seconds of training so far, without compilation, and of the last step."""
+
+    def __init__(self):
+        self.spent, self.step = 0.0, math.inf
+
+    @contextlib.contextmanager
+    def running(self):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent += time.perf_counter() - begin
+
+    def steps_left(self, limits: Limits) -> float:
+        """How many steps there is time for."""
+        if limits.seconds == math.inf:
+            return math.inf
+        return max(limits.seconds - self.spent, 0.0) / self.step
 
 
 class State(NamedTuple):
@@ -83,18 +109,18 @@ class State(NamedTuple):
 
 
 @compiled
-def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows: Rows, keys):
-    """The state after a step of the optimizer for each key."""
+def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows: Rows, key, count):
+    """The state after `count` steps of the optimizer."""
     import optax  # `import jaxode` does not load it
 
     update = optax.with_extra_args_support(optimizer).update
     rate, warm_up = rates  # the part of an update that is made, and the steps of the warm-up
 
-    def step(state, key):
-        row_key, key = jax.random.split(key)
+    def step(i, state):
+        row_key, step_key = jax.random.split(jax.random.fold_in(key, i))
         drawn = jax.random.randint(row_key, (batch_size,), 0, len(rows.x))
         x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
-        of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, key)
+        of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, step_key)
         value, gradient = jax.value_and_grad(of_arrays)(state.arrays)
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
         ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
@@ -105,9 +131,9 @@ def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows:
         weight = jnp.maximum(AVERAGE, 10 / (10 + state.count))
         mean = lambda a, b: a + (b.astype(a.dtype) - a) * weight.astype(a.dtype)
         average = jax.tree.map(mean, state.average, arrays)
-        return State(arrays, average, inner, state.count + 1), None
+        return State(arrays, average, inner, state.count + 1)
 
-    return jax.lax.scan(step, state, keys)[0]
+    return jax.lax.fori_loop(0, count, step, state)
 
 
 @compiled
@@ -120,7 +146,7 @@ def evaluation(
 ) -> Callable[[PyTree], float]:
     """A function of parameters: the mean negative log-density of rows in the flow."""
     flow = density.flow
-    loose = lambda value: jnp.maximum(jnp.asarray(value, float), LOOSE)
+    loose = lambda value: jnp.asarray(np.maximum(value, LOOSE), float)
     options = flow.solve_options
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
@@ -153,6 +179,7 @@ class Training:
     """Of the rows to train on."""
     batch_size: int
     begin: float
+    clock: Clock
     progress: bool
 
     def __post_init__(self):
@@ -174,54 +201,67 @@ class Training:
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
         self.state = State(arrays, average, phase.optimizer.init(arrays), count)
-        self.began, self.early, self.left, self.rate = time.perf_counter(), None, 1.0, 1.0
+        self.began, self.early, self.left, self.rate = self.clock.spent, None, 1.0, 1.0
         self.kept = self.step, self.state, self.left
+        self.say(f"{phase.name}: compiling")
         self.look()
+        self.advance(0)
+        # Training begins when its programs are compiled.
+        self.clock.spent = self.looked = self.began
+        self.tell()
 
-    def train(self, phase: Phase, limits: Limits, part: float = math.inf) -> None:
-        """Train up to the limits of the phase, or for a part of them."""
+    def train(self, phase: Phase, limits: Limits, steps: float = math.inf) -> None:
+        """Train up to the limits of the phase, or for so many steps."""
+        self.limits = limits
         if phase is not self.phase:
             self.start(phase)
-        most, end = limits
-        pause, until = self.step + min(max(part * most, SHORTEST), 4 * part * most), None
-        self.left = self.part_left(limits)
+        pause = min(self.step + steps, limits.steps)
+        self.left = self.part_left()
         while self.left > 0 and self.step < pause:
-            self.block(int(min(BLOCK, most - self.step)))
-            now = time.perf_counter()
-            if until is None:  # time counts from here, since the first block may have compiled
-                until = now + part * (end - self.begin)
-                self.began = now if self.step <= BLOCK else self.began
-            waited = end < math.inf and now > self.looked + APART_SECONDS
-            if self.step >= min(self.due, most) or waited:
+            self.block(pause - self.step)
+            apart = max(APART_SECONDS, APART_LOOKS * self.look_seconds)
+            waited = limits.seconds < math.inf and self.clock.spent > self.looked + apart
+            if self.step >= min(self.due, limits.steps) or waited:
                 self.look()
+                self.tell()
             if not self.early and self.stale >= PATIENCE:
                 # As many steps again, from where it was best.
                 self.step, self.state, left = self.kept
                 self.early = self.step, left
                 self.due = APART * self.step
-            self.left = self.part_left(limits)
-            if now >= until:
-                break
-        self.look_again()
+            self.left = self.part_left()
 
-    def block(self, count: int) -> None:
-        """Take so many steps."""
+    def block(self, most: float) -> None:
+        """Take some steps: one, to measure it, and then for a second if time is limited."""
+        clock, limits, before = self.clock, self.limits, self.clock.spent
+        count = min(BLOCK, most)
+        if limits.seconds < math.inf:
+            count = min(count, max(BLOCK_SECONDS / clock.step, 1), max(clock.steps_left(limits), 1))
+        with clock.running():
+            self.advance(int(count))
+        self.step += int(count)
+        clock.step = (clock.spent - before) / int(count)
+        if time.perf_counter() > self.said + SAY_APART:
+            self.tell()
+
+    def advance(self, count: int) -> None:
+        """Change the state by so many steps."""
         phase, self.blocks = self.phase, self.blocks + 1
-        block_key = jax.random.fold_in(phase.key, self.blocks - 1)
+        key = jax.random.fold_in(phase.key, self.blocks)
         # `fold_in` of a number beyond those of the steps: a key that none of them has.
-        rows = self.data(jax.random.fold_in(block_key, BLOCK))
-        keys = jax.random.split(block_key, count)
+        rows = self.data(jax.random.fold_in(key, BLOCK))
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         given = phase.loss, phase.optimizer, self.batch_size, self.static
-        self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, keys))
-        self.step += count
+        count = jnp.asarray(count, jnp.int32)
+        self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, key, count))
 
-    def part_left(self, limits: Limits) -> float:
+    def part_left(self) -> float:
         """The part of training that is left."""
-        of_time, now, end = 1.0, time.perf_counter(), limits.end
-        if end < math.inf:
-            of_time = (end - now) / (end - self.began) if now < end else 0.0
+        of_time, limits = 1.0, self.limits
+        if limits.seconds < math.inf:
+            left = limits.seconds - self.clock.spent
+            of_time = left / (limits.seconds - self.began) if left > 0 else 0.0
         of_steps = 1 - self.step / limits.steps
         if self.early is not None:
             best, left = self.early
@@ -232,16 +272,20 @@ class Training:
         """Look at what came after the last look."""
         if self.points and self.points[-1].step != self.step:
             self.look()
+            self.tell()
 
     def look(self) -> None:
         """Evaluate the average on the validation rows. Keep the best; go back if it exploded."""
         as_given = lambda mean, leaf: mean.astype(leaf.dtype)
         average = jax.tree.map(as_given, self.state.average, self.state.arrays)
         params = eqx.combine(average, self.static)
-        nats = self.evaluate(params)
-        self.looked = time.perf_counter()
+        before = self.clock.spent
+        with self.clock.running():
+            nats = self.evaluate(params)
+        self.looked, self.look_seconds = self.clock.spent, self.clock.spent - before
         self.due = max(self.first, APART * self.step)
-        self.points.append(Point(self.phase.name, self.step, self.looked - self.begin, nats))
+        seconds = time.perf_counter() - self.begin
+        self.points.append(Point(self.phase.name, self.step, seconds, nats))
         worse = self.step > UNCOUNTED and not nats <= self.least + WORSE
         self.stale = self.stale + 1 if worse else 0
         if nats < self.least:
@@ -251,6 +295,20 @@ class Training:
             self.explosions.append(self.points[-1])
             _, self.state, _ = self.kept
             self.rate *= SLOWER
+
+    def tell(self) -> None:
+        """Say how far training is."""
+        limits, clock = self.limits, self.clock
+        of = "" if limits.steps == math.inf else f" of {limits.steps}"
+        text = f"{self.phase.name}: step {self.step}{of}, {self.points[-1].nats:.3f} nats of "
+        text += f"validation rows, best {self.least:.3f}"
+        by_steps = (limits.steps - self.step) * clock.step
+        if (left := min(limits.seconds - clock.spent, by_steps)) < math.inf:
+            text += f", {max(left, 0):.0f} s left"
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        self.said = time.perf_counter()
         if self.progress:
-            text = f"\r{self.phase.name}: step {self.step}, {nats:.3f} nats of validation rows"
-            print(f"{text}, best {self.least:.3f} ", end="", file=sys.stderr, flush=True)
+            # As wide as the longest, to cover it.
+            print(f"\r{text:<90}", end="", file=sys.stderr, flush=True)

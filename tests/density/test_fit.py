@@ -17,7 +17,7 @@ from helpers import Frame, with_slow
 import jaxode
 from jaxode.density import training as module
 from jaxode.density.fit import A_COLUMN
-from jaxode.density.maps import Affine, Chain
+from jaxode.density.maps import Affine, Monotone
 from jaxode.density.table import Table, set_aside, warn_of_columns
 
 pytestmark = pytest.mark.usefixtures("default_settings")
@@ -101,15 +101,80 @@ def test_it_goes_on_from_a_fitted_density():
 
 
 @pytest.mark.parametrize("standardize", [BENT, None], ids=["a map", "no map"])
-@pytest.mark.parametrize("seconds", [0, 1e-9])
-def test_no_time_gives_the_start(seconds, standardize):
+def test_no_time_gives_the_start(standardize):
     start = bound(standardize=standardize)
     with pytest.warns(UserWarning, match=r"^fit\(seconds=...\): the density is hardly trained: 0 "):
-        density, history = fit(start, seconds=seconds, steps=None, validation=OTHERS)
+        density, history = fit(start, seconds=0, steps=None, validation=OTHERS)
     assert [point.step for point in history] == [0]
     assert np.isfinite(history[0].nats)
     assert equal(density.params, parameters())
     assert np.isfinite(density.log_prob(BENT[0]))
+
+
+class Machine:
+    """Stands for the programs of a training, and the seconds that they take."""
+
+    def __init__(self, monkeypatch, step, look=0.1, compilation=0.0, nats=lambda calls: -calls):
+        self.now, self.blocks, self.looks, self.nats = 0.0, [], 0, nats
+        self.step, self.of_look, self.compilation = step, look, compilation
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(module, "advance", self.advance)
+        monkeypatch.setattr(module, "_nll", self.look)
+
+    def advance(self, loss, optimizer, batch_size, static, state, rates, rows, key, count):
+        self.now += self.step * int(count) if count else self.compilation
+        self.blocks.append(int(count))
+        return state
+
+    def look(self, *_):
+        self.now += self.of_look if self.looks else self.compilation
+        self.looks += 1
+        return float(self.nats(self.looks))
+
+    def taken(self):
+        return sum(self.blocks)
+
+
+def test_seconds_are_of_training(monkeypatch):
+    """Not of compilation, however slow that is."""
+    machine = Machine(monkeypatch, step=0.01, compilation=60.0)
+    fit(seconds=20, steps=None)
+    looks = 0.1 * (machine.looks - 1)
+    assert machine.taken() == pytest.approx((20 - looks) / 0.01, abs=50)
+    assert machine.now == pytest.approx(120 + 20, abs=0.2)
+
+
+@pytest.mark.parametrize("seconds", [5, 20, 90])
+def test_slow_steps_end_in_time(monkeypatch, seconds):
+    """One at a time, and the last look is all that comes later."""
+    machine = Machine(monkeypatch, step=3.0, look=8.0)
+    with pytest.warns(UserWarning, match="hardly trained"):
+        fit(seconds=seconds, steps=None)
+    assert set(machine.blocks) == {0, 1}
+    assert seconds <= machine.now <= seconds + 3 + 8
+    # Looks take a fifth of the time, at most.
+    assert machine.taken() * 3 >= 0.6 * (machine.now - 8)
+
+
+@pytest.mark.parametrize(
+    ("limits", "losers"),
+    [
+        ({"steps": 999}, 0),
+        ({"steps": 1000}, 200),
+        ({"seconds": 14}, 0),
+        ({"seconds": 30}, 500),
+        ({"seconds": 30, "steps": 999}, 0),
+    ],
+    ids=str,
+)
+def test_maps_are_tried_where_a_thousand_steps_are_left(monkeypatch, limits, losers):
+    """Of 0.01 s each. Each map looks better than those before it, which take steps for nothing."""
+    machine = Machine(monkeypatch, step=0.01)
+    density, history = fit(bound(standardize=None), **{"steps": None} | limits)
+    assert machine.blocks.count(0) == (3 if losers else 1)
+    assert isinstance(density.standardize, Affine) == bool(losers)
+    assert machine.taken() == losers + history[-1].step
+    assert history[-1].step >= min(999, limits.get("steps", 1000))
 
 
 @pytest.mark.parametrize("part", [0.1, 0.25, 0.999, np.float32(0.5)])
@@ -245,17 +310,17 @@ class Interrupting(io.StringIO):
             raise KeyboardInterrupt
 
 
-# Without a map, two are tried.
+# Without a map, three are tried.
 @pytest.mark.parametrize(
     ("standardize", "step"),
     [
-        (BENT, 0), (BENT, 300), (None, 0), (None, 200),
+        (BENT, 0), (BENT, 300), (None, 0), (None, 100),
         pytest.param(None, 300, marks=pytest.mark.slow),
     ],
-    ids=["start", "later", "start of two", "end of a trial", "later of two"],
+    ids=["start", "later", "start of three", "end of a round", "later of three"],
 )  # fmt: skip
 def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch, accurate):
-    monkeypatch.setattr(sys, "stderr", Interrupting(f"step {step},"))
+    monkeypatch.setattr(sys, "stderr", Interrupting(f"step {step} "))
     start = bound(standardize=standardize)
     density, history = fit(start, progress=True, validation=OTHERS, steps=1000)
     assert history[-1].step == step
@@ -273,7 +338,7 @@ def test_an_interrupt_between_two_looks_keeps_what_came_after_the_first(monkeypa
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 8:
+        if len(calls) == 9:
             raise KeyboardInterrupt
         return advance(*args)
 
@@ -295,8 +360,11 @@ def test_progress_is_shown_on_stderr(capsys):
     fit(steps=50, progress=True, validation=OTHERS)
     out, err = capsys.readouterr()
     assert not out
-    assert "matching: step 50, " in err
+    assert err.startswith("\rmatching: compiling ")
+    assert "\rmatching: step 50 of 50, " in err
+    assert "best " in err
     assert err.endswith("\n")
+    assert err.rstrip().endswith(", 0 s left")
     fit(steps=50, validation=OTHERS)
     assert capsys.readouterr() == ("", "")
 
@@ -364,9 +432,10 @@ def test_looks_are_in_the_units_of_the_data(name, accurate):
 @pytest.mark.slow
 def test_a_skewed_table_is_mapped_to_normals():
     x, others = LOGNORMAL[:200], LOGNORMAL[200:]
-    density, history = fit(bound(standardize=None), x, validation=others)
-    assert isinstance(density.standardize, Chain)
-    assert [point.step for point in history] == [0, 50, STEPS]  # the others are far behind at 50
+    density, history = fit(bound(standardize=None), x, validation=others, steps=1000)
+    assert isinstance(density.standardize.maps[1], Monotone)
+    # The others are far behind after a round.
+    assert [point.step for point in history][:3] == [0, 100, 200]
     given, _ = fit(bound(standardize=x), x, validation=others)
     assert isinstance(given.standardize, Affine)
     assert score(density, others) < score(given, others) - 0.3
@@ -375,10 +444,10 @@ def test_a_skewed_table_is_mapped_to_normals():
 @pytest.mark.parametrize(("lead", "power"), [(-np.inf, 1.0), (np.inf, 2.0)])
 def test_powers_of_the_time_are_tried(monkeypatch, lead, power):
     """And uniform times chosen if they are better by so much."""
-    monkeypatch.setattr("jaxode.density.fit.CLEARLY", lead)
-    monkeypatch.setattr("jaxode.density.fit.MANY", 1)
+    for name, value in {"CLEARLY": lead, "MANY": 1, "LEFT": STEPS, "TRIAL": 1 / 12}.items():
+        monkeypatch.setattr(f"jaxode.density.fit.{name}", value)
     density, history = fit(time_power=None, validation=OTHERS)
-    assert [point.step for point in history] == [0, 50, 100, STEPS]
+    assert [point.step for point in history] == [0, 100, STEPS]
     given, _ = fit(time_power=power, validation=OTHERS)
     assert equal(density, given)
 
@@ -565,6 +634,12 @@ WRONG = {
         {"seconds": -1}, ValueError,
         "seconds=...): must be a Python number, finite and at least 0; got -1.",
     ),
+    **{
+        f"{name} as text": (
+            {name: "no"}, TypeError, f"{name}=...): must be True or False; got 'no'.",
+        )
+        for name in ("dequantize", "progress")
+    },
     "a negative power": (
         {"time_power": -1.0}, ValueError,
         "time_power=...): must be positive and finite; got -1.0.",
@@ -720,8 +795,9 @@ def test_complex_parameters_are_trained():
 def test_a_limit_of_steps_holds_after_an_early_end():
     """Looks may be closer than 30% of the steps, if there is a limit of time, too."""
     at = SimpleNamespace(early=(1300, 0.35), step=2000, began=0.0)
-    assert module.Training.part_left(at, module.Limits(2000)) == 0
-    assert module.Training.part_left(at, module.Limits(4000)) > 0
+    for steps, ended in ((2000, True), (4000, False)):
+        at.limits = module.Limits(steps)
+        assert (module.Training.part_left(at) == 0) == ended
 
 
 @pytest.mark.slow

@@ -328,8 +328,8 @@ BAD_ARGUMENTS = [
     ("--seed", str(2**31), f"must be at least 0 and below 2**31; got {2**31}"),
     ("--steps", "0", "must be a whole number of at least 1; got 0"),
     ("--batch", "1.5", "must be a whole number of at least 1; got 1.5"),
-    ("--seconds", "0", "must be a positive number; got 0"),
-    ("--seconds", "nan", "must be a positive number; got nan"),
+    ("--rate", "0", "must be a positive number; got 0"),
+    ("--rate", "nan", "must be a positive number; got nan"),
     ("--rate", "x", "invalid positive value: 'x'"),
 ]
 
@@ -338,7 +338,7 @@ BAD_ARGUMENTS = [
 def test_a_wrong_argument_gets_one_clear_line(option, value, message, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    known = parser("name.py", None, seconds=1, steps=None, batch=1, width=1, rate=1e-3)
+    known = parser("name.py", None, steps=1, batch=1, width=1, rate=1e-3)
     with pytest.raises(SystemExit, match="2"):
         known.parse_args([option, value.format(tmp_path)])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -438,7 +438,7 @@ def interrupt(moment, name, *arguments):
 @pytest.mark.slow
 def test_interruption_of_training_goes_on_with_what_there_is(tmp_path):
     picture = tmp_path / "digits.png"
-    arguments = ["--width", 4, "--batch", 8, "--seconds", 1000, "--out", picture]
+    arguments = ["--width", 4, "--batch", 8, "--steps", 100_000, "--out", picture]
     output, code = interrupt("matching: step 0", "digits", *arguments)
     assert code == 0
     assert picture.read_bytes().startswith(PNG)

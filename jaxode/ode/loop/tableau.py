@@ -110,7 +110,8 @@ class Tableau:
         diffrax's interpolants are linear in `(y0, y1, k)`, so an interpolant of the identity, in
         place of the stages, returns the weights.
         """
-        y0, y1, k = jnp.zeros(self.stages), jnp.asarray(self.b), jnp.eye(self.stages)
+        # From NumPy: operations of JAX would be programs to compile.
+        y0, y1, k = map(jnp.asarray, (np.zeros(self.stages), self.b, np.eye(self.stages)))
         if self.interpolation is diffrax.LocalLinearInterpolation:
             return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1).evaluate(theta)
         return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1, k=k).evaluate(theta)
