@@ -208,6 +208,7 @@ class Training:
         self.advance(0)
         # Training begins when its programs are compiled.
         self.clock.spent = self.looked = self.began
+        self.look_seconds = 0.0
         self.tell()
 
     def train(self, phase: Phase, limits: Limits, steps: float = math.inf) -> None:
