@@ -304,8 +304,8 @@ def bind(
             data `[n, *event]`, whose mean and standard deviation it takes; or a tuple
             `(mean, scale)` of numbers or arrays of an event's shape. `jaxode.standardize` has other
             maps.
-        standardize_context: affine map of the context: data `[n, *row]`, a dictionary of such
-            arrays, or `(mean, scale)`. Integers, such as labels, stay as they are.
+        standardize_context: affine map of the context: data `[n, *row]`, a dictionary or named
+            tuple of such arrays, or `(mean, scale)`. Integers, such as labels, stay as they are.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
             strictly inside. `(mean, scale)` then refer to the data after the bijection.

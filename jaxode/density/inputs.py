@@ -101,7 +101,7 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Affine | None) ->
 def shapes_of_context(given: Any, data: Any) -> tuple[Shape, ...] | None:
     """The shapes that were given, or those of the context data."""
     of_data = None
-    if isinstance(data, tuple):
+    if type(data) is tuple:
         shape = max(np.shape(part) for part in data)
         of_data = (shape,) if shape else None
     elif data is not None:

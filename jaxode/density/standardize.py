@@ -162,8 +162,11 @@ def check_affine(given: Any) -> None:
 
 
 def context_maps(given: Any) -> PyTree:
-    """A map for each floating leaf of the context, None for the others."""
-    if isinstance(given, tuple):
+    """A map for each floating leaf of the context, None for the others.
+
+    A plain tuple is the mean and scale; a named one is a context of several arrays.
+    """
+    if type(given) is tuple:
         if len(given) != 2 or any(np.ndim(part) > 1 for part in given):
             raise ValueError(
                 "bind(standardize_context=...): must be (mean, scale), an array of data, or a "

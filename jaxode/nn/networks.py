@@ -28,20 +28,24 @@ class _ModuleField(eqx.Module):
     def __call__(
         self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any
     ) -> Float[Array, " *event"]:
-        m, *context = args if isinstance(args, tuple) else (args,)
+        m, *context = _network_and_context(args)
         _check_network(m)
         return m(t, y, *context)
 
     def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
         """`(f, div f)`, or `NotImplemented` if the module has no closed form."""
-        m, *context = args if isinstance(args, tuple) else (args,)
+        m, *context = _network_and_context(args)
         found = getattr(m, "value_and_divergence", None)
         return NotImplemented if found is None else found(t, y, *context)
 
     def is_centered(self, args: Any) -> bool:
         """Whether the module keeps the mean of particles, and is blind to it."""
-        m = args[0] if isinstance(args, tuple) else args
-        return getattr(m, "is_centered", False)
+        return getattr(_network_and_context(args)[0], "is_centered", False)
+
+
+def _network_and_context(args: Any) -> tuple[Any, ...]:
+    """The parts of `(network, context)`, or the network alone, which may be a named tuple."""
+    return args if type(args) is tuple else (args,)
 
 
 def _check_network(m: Any) -> None:
@@ -53,7 +57,7 @@ def _check_network(m: Any) -> None:
 
 
 field: _ModuleField = _ModuleField()
-"""The vector field of a module: `field(t, y, m) = m(t, y)`. With a context,
+"""The vector field of a module: `field(t, y, m) = m(t, y)`. With a context, in a plain tuple,
 `field(t, y, (m, context)) = m(t, y, context)`. It has a closed-form divergence if `m` has one."""
 
 

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -378,6 +379,24 @@ def test_tables_are_data_and_contexts():
         DATA, context=contexts
     )
     np.testing.assert_array_equal(density.log_prob(x, context=context), expected)
+
+
+class Weather(NamedTuple):
+    p: np.ndarray
+    q: np.ndarray
+
+
+def test_a_named_tuple_is_a_context():
+    """Also of vectors, which are the mean and the scale in a plain tuple."""
+    flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1][0], FLOW.base, **OPTIONS)
+    context = Weather(*NAMED.values())
+    named = jaxode.bind(flow, 0.1, standardize_context=context)
+    listed = jaxode.bind(flow, 0.1, standardize_context=list(context))
+    assert isinstance(named.context_maps, Weather)
+    assert named.context_shapes == ((), ())
+    np.testing.assert_array_equal(
+        named.log_prob(DATA, context=context), listed.log_prob(DATA, context=list(context))
+    )
 
 
 NAMED = {"p": np.linspace(0.0, 1.0, 40), "q": np.linspace(5.0, 9.0, 40)}

@@ -1,5 +1,7 @@
 """Networks: shapes, size at the start, and the closed form of their divergence."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -312,6 +314,26 @@ def test_own_field_offers_a_closed_form():
     large = divergence.EXACT_UP_TO + 1
     assert auto.describe(lambda t, z, args: z, jnp.ones(large)).startswith("hutchinson(probes=1")
     assert divergence.exact(chunk=3).describe(Linear(), jnp.ones(12), A) == "exact(chunk=3)"
+
+
+class Scaled(NamedTuple):
+    """A network that is a named tuple."""
+
+    inner: nn.MLP
+    scale: jax.Array
+
+    def __call__(self, t, y, context=None):
+        return self.scale * self.inner(t, y, context)
+
+
+@pytest.mark.parametrize("context", [(), (CONTEXT,)], ids=["alone", "with a context"])
+def test_a_named_tuple_is_a_network(context):
+    m = nn.MLP(6, (4,), key=jax.random.key(0), context_size=2 * len(context))
+    args = Scaled(m, jnp.array(3.0))
+    args = (args, *context) if context else args
+    np.testing.assert_array_equal(nn.field(T, Y, args), 3 * m(T, Y, *context))
+    assert nn.field.value_and_divergence(T, Y, args) is NotImplemented
+    assert not nn.field.is_centered(args)
 
 
 @pytest.mark.slow
