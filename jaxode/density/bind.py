@@ -139,13 +139,14 @@ class Density(eqx.Module):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Float[Array, "..."]:
-        """Log-density of the samples. Minus infinity outside the support."""
+        """Log-density of the samples. Minus infinity outside the support, and where the maps
+        overflow."""
         rows, shape = self._rows(x)
-        inside, z, log_det = from_data(self.support, self.standardize, rows)
+        inside, fits, z, log_det = from_data(self.support, self.standardize, rows)
         flow = self._row_by_row(key, (rows, context), batch_size, progress)
         context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
-        return jnp.where(inside, log_prob, -jnp.inf).reshape(shape)
+        return jnp.where(inside & fits, log_prob, -jnp.inf).reshape(shape)
 
     @public("sample")
     def sample(
@@ -215,12 +216,12 @@ class Density(eqx.Module):
 
         Raises:
             ValueError: if data lie outside the support or are not finite. If that is known only at
-                run time, they become NaN.
+                run time, they become NaN; so do data whose `z` overflows.
         """
         rows, shape = self._rows(x)
-        inside, z, _ = from_data(self.support, self.standardize, rows)
+        inside, fits, z, _ = from_data(self.support, self.standardize, rows)
         check_inside(inside, rows)
-        inside = inside.reshape(len(rows), *(1,) * len(self.event_shape))
+        inside = (inside & fits).reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:
             check_finite({"x": rows})
@@ -242,7 +243,7 @@ class Density(eqx.Module):
         For samples inside of the support.
         """
         rows, shape = self._rows(x)
-        return from_data(self.support, self.standardize, rows)[2].reshape(shape)
+        return from_data(self.support, self.standardize, rows)[3].reshape(shape)
 
     def _row_by_row(self, key: Any, inputs: PyTree, batch_size: Any, progress: bool) -> CNF:
         """The flow with per-sample steps in batches, and without noise if there is no key."""

@@ -42,7 +42,10 @@ class InFlow(eqx.Module):
 
 @compiled
 def from_data(support: Map | None, standardize: Map | None, x: Float[Array, "rows *event"]):
-    """Whether each row is in the support, its `z`, and `log |det dz/dx|`."""
+    """Whether each row is in the support, and whether it fits; its `z`, and `log |det dz/dx|`.
+
+    A finite row whose `z` overflows does not fit: `z = 0` stands in.
+    """
     maps = _maps(support, standardize)
 
     def one(x):
@@ -52,6 +55,8 @@ def from_data(support: Map | None, standardize: Map | None, x: Float[Array, "row
             # the flow is well behaved.
             inside = contains(support, x) | jnp.isnan(x).any()
             x = jnp.where(inside, x, maps.forward(jnp.zeros_like(x))[0])
-        return inside, *maps.inverse(x)
+        z, log_det = maps.inverse(x)
+        fits = jnp.isfinite(z).all() | ~jnp.isfinite(x).all()
+        return inside, fits, jnp.where(fits, z, 0.0), log_det
 
     return jax.vmap(one)(x)

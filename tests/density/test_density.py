@@ -277,6 +277,31 @@ def test_where_the_bijection_is_infinite_the_density_is_zero():
     np.testing.assert_array_equal(density.log_prob(x)[1:], -np.inf)
 
 
+OVERFLOWS = {
+    "a small scale": {"standardize": (0.0, 1e-6)},
+    "a map": {"standardize": jaxode.standardize.whiten(1e-6 * DATA)},
+    "a spline": {"standardize": jaxode.standardize.normal(1e-6 * DATA)},
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_where_the_maps_overflow_the_density_is_zero(name):
+    density = jaxode.bind(FLOW, PARAMS, **OVERFLOWS[name])
+    x = jnp.array([[3e-6, 1e-8], [1.7e308, -1e-8], [jnp.nan, 0.0]])
+    near = density.log_prob(x[0])
+    assert jnp.isfinite(near)
+    np.testing.assert_array_equal(density.log_prob(x[1]), -jnp.inf)
+    with pytest.raises(jaxode.SolveError, match="NaN or inf in 1 of 3 rows, first in row 2"):
+        density.log_prob(x)
+    loss = lambda params, x: (density.with_params(params).log_prob(x), 0)
+    np.testing.assert_allclose(jax.jit(loss)(PARAMS, x)[0], [near, -jnp.inf, jnp.nan], rtol=1e-9)
+    of_first = jax.jit(jax.grad(lambda params, x: loss(params, x)[0][0]))
+    gradient = of_first(PARAMS, x[:2])
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    # A loss does not hide it.
+    assert jnp.isnan(density.to_flow(x[:2])[1]).any()
+
+
 @pytest.mark.parametrize("value", [1e-30, 1.0 - 1e-7, 0.5])
 def test_bounds_in_float32(value):
     """A sample next to a bound has the density that it has in float64."""
