@@ -1,7 +1,6 @@
 """Is a flow accurate where it is used? One table of checks against a tight solve."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import diffrax
@@ -157,14 +156,26 @@ def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
     return tight, name
 
 
-@functools.cache
 def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
     """The divergence with probes drawn in this dtype, whatever the dtype of the solve."""
+    choose = divergence.choose
+    same = None if choose is None else _ChosenIn(choose, dtype)
+    return divergence._replace(init=_DrawnIn(divergence.init, dtype), choose=same)
 
-    def init(key, z):
-        probe = divergence.init(key, z.astype(dtype))
+
+# Pytrees, so that audits of equal divergences share their programs.
+class _DrawnIn(eqx.Module):
+    init: Any
+    dtype: Any = eqx.field(static=True)
+
+    def __call__(self, key, z):
+        probe = self.init(key, z.astype(self.dtype))
         return None if probe is None else probe.astype(z.dtype)
 
-    choose = divergence.choose
-    same = None if choose is None else lambda g, z: _same_probes(choose(g, z), dtype)
-    return divergence._replace(init=init, choose=same)
+
+class _ChosenIn(eqx.Module):
+    choose: Any
+    dtype: Any = eqx.field(static=True)
+
+    def __call__(self, g, z):
+        return _same_probes(self.choose(g, z), self.dtype)

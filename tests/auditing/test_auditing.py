@@ -4,6 +4,7 @@ import functools
 from types import SimpleNamespace
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,11 +107,27 @@ def audit_of_pushed(i):
     return jaxode.audit(flow, jnp.asarray(0.2j + 0.1 * i), x, KEY)
 
 
+class Signs(eqx.Module):
+    """Sixteen probes, from an array that it holds."""
+
+    part: jax.Array
+
+    def __call__(self, key, z):
+        positive = jax.random.bernoulli(key, self.part, (16, *z.shape))
+        return jnp.where(positive, 1, -1).astype(z.dtype)
+
+
+def audit_of_signs(i):
+    estimate = divergence.hutchinson(16)._replace(init=Signs(jnp.asarray(0.5)))
+    return audit(swirl, 4, 0.03 - 0.01 * i, divergence=estimate)
+
+
 # Audits of other parameters and samples of the same shapes. A new kind of flow is one row.
 HEALTHY = {
     "joint": audit_wave,
     "two dimensions, per sample": lambda i: audit_wave(i, 2, batch="per_sample"),
     "probes": lambda i: audit(swirl, 4, 0.03 - 0.01 * i, divergence=divergence.hutchinson(16)),
+    "a divergence that holds an array": audit_of_signs,
     # It solves a batch as one system; the grid of the total probability, row by row.
     "implicit": lambda i: audit_wave(i, solver=jaxode.Rodas5P()),
     "learned base and context, forward mode": audit_of_context,
