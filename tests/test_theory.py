@@ -226,7 +226,7 @@ def along_the_trajectory(integrand, x):
 def test_11_flow_model_samples():
     """`Z ~ p_Z`, then `X = F^{0,1}(Z)`."""
     samples = flow_model(exact()).sample(THETA, KEY, 4)
-    z = P_Z.sample(KEY, (4,))
+    z = P_Z.sample(jax.random.split(KEY)[0], (4,))
     one = lambda z: jaxode.solve(f, z, 0.0, 1.0, THETA, **TIGHT).y1
     close(samples, jax.vmap(one)(z), 1e-8)
 

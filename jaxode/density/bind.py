@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import floating, numbers, shape_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_eager, is_known
-from jaxode._checks.samples import check_count, check_finite, check_key
+from jaxode._checks.samples import check_count, check_finite
 from jaxode._jax.closure import hash_of
 from jaxode.density.change import InFlow, from_data, to_data
 from jaxode.density.inputs import (
@@ -162,9 +162,7 @@ class Density(eqx.Module):
         shape, count = self._counted(sample_shape)
         context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
-        # As in `sample_and_log_prob`.
-        base_key, _ = jax.random.split(check_key(key))
-        z = flow.sample(self.params, base_key, count, context=context)
+        z = flow.sample(self.params, key, count, context=context)
         return to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
@@ -181,7 +179,7 @@ class Density(eqx.Module):
         shape, count = self._counted(sample_shape)
         context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
-        z, log_prob = flow.sample_and_log_prob(self.params, check_key(key), count, context=context)
+        z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
         x, log_det = to_data(self.support, self.standardize, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 

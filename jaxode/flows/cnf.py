@@ -252,19 +252,18 @@ class CNF(eqx.Module):
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples. The leaves of a `context` are `[n, ...]`."""
-        z = self.base.sample(check_key(key), (check_count(n),))
+        z, _ = self._drawn(key, n)
         return self._end_state(programs.transport, "base", z, params, None, context)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
         self, params: PyTree, key: PRNGKeyArray, n: int, *, context: PyTree = None
     ) -> tuple[Float[Array, "n *event"], Float[Array, " n"]]:
-        """Draw `n` samples and return their log-densities from the same solve.
+        """Draw the samples of `sample` and return their log-densities from the same solve.
 
         With a stochastic divergence the log-densities are unbiased estimates.
         """
-        base_key, probe_key = jax.random.split(check_key(key))
-        z = self.base.sample(base_key, (check_count(n),))
+        z, probe_key = self._drawn(key, n)
         return self._end_state(programs.sample, "base", z, params, probe_key, context)
 
     @public("reverse_kl_loss")
@@ -286,7 +285,7 @@ class CNF(eqx.Module):
         Args:
             log_density: unnormalized log-density of one sample, `log_density(x)`; with a context
                 also `log_density(x, context_row)`. It may close over values with gradients.
-            n: number of samples, drawn with `key` as by `sample_and_log_prob`.
+            n: number of samples, drawn with `key` as by `sample`.
             context: leaves `[n, ...]`.
             path: take the path gradient, which leaves out a term of mean zero. It has less noise
                 near the target, and none where `q = p`. Not for a base whose density jumps, as that
@@ -313,8 +312,7 @@ class CNF(eqx.Module):
         """
         check_field("log_density", log_density, "log_density(x)")
         check_bool("path", path)
-        base_key, probe_key = jax.random.split(check_key(key))
-        z = self.base.sample(base_key, (check_count(n),))
+        z, probe_key = self._drawn(key, n)
         if path and has_edge(self.base, jnp.result_type(z)):
             raise ValueError(
                 f"{arg('path')} needs a base that is nowhere zero, since jumps of its density make "
@@ -328,6 +326,11 @@ class CNF(eqx.Module):
         faults = self._faults("base", system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
         return report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.implicit)
+
+    def _drawn(self, key: Any, n: Any) -> tuple[Float[Array, "n *event"], PRNGKeyArray]:
+        """Samples of the base, and a key for the probes."""
+        base_key, probe_key = jax.random.split(check_key(key))
+        return self.base.sample(base_key, (check_count(n),)), probe_key
 
     @property
     def _parts(self) -> tuple[Integrands, BaseDensity]:

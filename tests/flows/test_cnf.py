@@ -91,6 +91,8 @@ def test_sample_and_log_prob_agrees_with_log_prob():
     x, log_prob = flow.sample_and_log_prob(m, jax.random.key(5), 50)
     assert x.shape == (50, 2)
     np.testing.assert_allclose(flow.log_prob(m, x), log_prob, atol=1e-6)
+    # Of the same key; its steps see the log-density, too.
+    np.testing.assert_allclose(flow.sample(m, jax.random.key(5), 50), x, atol=1e-6)
 
 
 def test_the_size_of_a_log_density_is_no_scale_of_its_tolerance():
@@ -215,7 +217,7 @@ def test_context_selects_the_density():
     np.testing.assert_allclose(flow.nll(2.0, x, context=context), -exact.mean(), rtol=1e-7)
     np.testing.assert_allclose(flow.to_base(2.0, x, context=context), x - 2 * context, atol=1e-7)
     sample = flow.sample(2.0, jax.random.key(1), 2, context=context)
-    z = flow.base.sample(jax.random.key(1), (2,))
+    z = flow.base.sample(jax.random.split(jax.random.key(1))[0], (2,))
     np.testing.assert_allclose(sample, z + 2 * context, atol=1e-7)
     sample, log_prob = flow.sample_and_log_prob(2.0, jax.random.key(0), 2, context=context)
     np.testing.assert_allclose(
