@@ -26,6 +26,7 @@ from jaxode.density.inputs import (
     Shape,
     check_inside,
     context_numbers,
+    leading_axes,
     rows_in_flow,
     shapes_of_context,
 )
@@ -158,9 +159,12 @@ class Density(eqx.Module):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Float[Array, "..."]:
-        """Independent samples, `[*sample_shape, *event]`."""
-        shape, count = self._counted(sample_shape)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        """Independent samples, `[*sample_shape, *event]`.
+
+        Without a `sample_shape`, `density.sample(key, context=rows)` draws one for each row of the
+        context, `[*rows, *event]`, if `bind` knows the shape of a row.
+        """
+        shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z = flow.sample(self.params, key, count, context=context)
         return to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
@@ -175,9 +179,8 @@ class Density(eqx.Module):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """`sample`, and the log-density of each, from the same solve."""
-        shape, count = self._counted(sample_shape)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        """The samples of `sample`, and the log-density of each, from the same solve."""
+        shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
         x, log_det = to_data(self.support, self.standardize, z)
@@ -277,11 +280,13 @@ class Density(eqx.Module):
         shape = x.shape[:cut]
         return x.reshape(math.prod(shape), *event), shape
 
-    def _counted(self, sample_shape: Any) -> tuple[tuple[Any, ...], Any]:
-        """The sample shape as a tuple, and its product."""
+    def _drawn(self, sample_shape: Any, context: PyTree) -> tuple[tuple[Any, ...], Any, PyTree]:
+        """The shape of the samples, their number, and a context for each."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
         shape = tuple(check_count(size, "sample_shape") for size in sizes)
-        return shape, math.prod(shape)
+        shape = shape or leading_axes(context, self.context_shapes)
+        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        return shape, math.prod(shape), context
 
 
 @public("bind")

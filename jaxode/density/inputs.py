@@ -64,6 +64,19 @@ def rows_in_flow(
     return jax.tree.unflatten(structure, rows)
 
 
+def leading_axes(context: PyTree, shapes: tuple[Shape, ...] | None) -> Shape:
+    """The axes before those of one context; none if its shape is not known."""
+    leaves = jax.tree.leaves(context_numbers("context", context))
+    if shapes is None or len(shapes) != len(leaves):
+        return ()
+    each = zip(leaves, shapes, strict=True)
+    axes = [jnp.shape(leaf)[: max(jnp.ndim(leaf) - len(own), 0)] for leaf, own in each]
+    try:
+        return jnp.broadcast_shapes((), *axes)
+    except ValueError:  # `rows_in_flow` says which does not fit
+        return axes[0]
+
+
 def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
     """The shape of one context, if nothing says it.
 

@@ -360,6 +360,25 @@ def test_one_context_for_all_samples_or_a_row_for_each():
     np.testing.assert_allclose(loss, expected, rtol=1e-7)
 
 
+def test_one_sample_for_each_row_of_a_context():
+    """Without a sample_shape, where the shape of a row is known."""
+    flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1]["a"].sum(), FLOW.base, **OPTIONS)
+    shapes = {"a": (2,), "label": ()}
+    density = jaxode.bind(flow, 0.1, standardize=DATA, context_shape=shapes)
+    context = {"a": DATA[:3], "label": 1}
+    x, log_prob = density.sample_and_log_prob(KEY, context=context)
+    np.testing.assert_allclose(density.sample(KEY, context=context), x, rtol=1e-7)
+    np.testing.assert_allclose(density.sample(KEY, (3,), context=context), x, rtol=1e-7)
+    np.testing.assert_allclose(density.log_prob(x, context=context), log_prob, rtol=1e-7)
+    assert density.sample(KEY, context=context | {"a": DATA[0]}).shape == (2,)
+    grid = context | {"label": np.ones((4, 1))}
+    assert jax.jit(lambda c: density.sample(KEY, context=c))(grid).shape == (4, 3, 2)
+    with pytest.raises(
+        ValueError, match=r"sample\(context=...\): .* samples \(3,\); got shape \(2,\)"
+    ):
+        density.sample(KEY, context=context | {"label": np.ones(2)})
+
+
 def test_as_many_samples_as_a_context_has_entries():
     """A vector of two numbers is one context for two samples, where its shape is known."""
     seen = np.random.default_rng(1).normal(10.0, 4.0, (40, 2))
