@@ -183,7 +183,8 @@ def total_probability(s: Subject) -> Row:
         # No proposals come near enough to its samples.
         return Row(name, np.nan, f"not resolved beyond {EXACT_UP_TO} dimensions")
     # Noise in the log-density would not average out in the density.
-    flow = s.flow if s.probes is None else dataclasses.replace(s.flow, divergence=exact())
+    of_trace = s.wrong_divergence or s.probes is not None
+    flow = dataclasses.replace(s.flow, divergence=exact()) if of_trace else s.flow
     to_data = lambda flow, z, context: flow.from_base(s.params, z, context=context)
     log_prob = lambda flow, x, context: flow.log_prob(s.params, x, context=context)
     of_flow = lambda solve: lambda rows: _in_chunks(s, flow, solve, rows)

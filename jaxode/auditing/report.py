@@ -1,6 +1,7 @@
 """Is a flow accurate where it is used? One table of checks against a tight solve."""
 
 import dataclasses
+import math
 from typing import Any
 
 import diffrax
@@ -18,6 +19,7 @@ from jaxode._checks.samples import (
     check_rows,
     check_samples,
 )
+from jaxode.auditing import density
 from jaxode.auditing.checks import CHECKS
 from jaxode.auditing.subject import Row, Subject, cast, tight_dtype
 from jaxode.density.bind import Density
@@ -129,6 +131,10 @@ def audit(
     flow = dataclasses.replace(flow, throw=False, quadrature="gauss", solve_options=options)
     subject = Subject(flow, flow, params, x, key, context)
     subject.tight, reference = _tighten(flow, x, stochastic=subject.probes is not None)
+    row = density.divergence(subject)
+    if row.advice and not math.isnan(row.value) and subject.probes is None:
+        subject.tight = dataclasses.replace(subject.tight, divergence=flow.divergence)
+        subject.wrong_divergence = True
     rows = [check(subject) for check in CHECKS]
     return Report(reference, tuple(row for row in rows if row is not None))
 

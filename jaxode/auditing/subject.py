@@ -50,6 +50,9 @@ class Subject:
     x: Float[Array, "batch *event"]
     key: PRNGKeyArray
     context: PyTree
+    wrong_divergence: bool = False
+    """Whether the divergence is not the trace. It has a row of its own: errors of the solve are
+    measured with the same divergence, and the total probability with the trace."""
 
     @cached_property
     def failure(self) -> str:

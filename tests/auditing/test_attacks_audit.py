@@ -69,6 +69,16 @@ class Still:
         return jnp.zeros_like(z), 1.0
 
 
+class Growing:
+    """A field with a trace of `2 p`, and a closed form that is 1% off."""
+
+    def __call__(self, t, z, p):
+        return p * z
+
+    def value_and_divergence(self, t, z, p):
+        return p * z, 2.02 * p
+
+
 def multiple_of_trace(g, z, v):
     """The factor is the last of the arguments, so that one program serves all of them."""
     dz, jv = jax.jvp(g, (z,), (v,))
@@ -185,7 +195,15 @@ WRONG = {
         lambda: audit_offered(12, divergence=1.01), {"divergence error"}, "is not the trace",
     ),
     "divergence 1% off in two dimensions": (
-        lambda: audit_offered(normal(2), divergence=1.01), {"divergence error", "gradient error"},
+        lambda: audit_offered(normal(2), divergence=1.01), {"divergence error"},
+        "is not the trace",
+    ),
+    "wrong sign of the divergence in two dimensions": (
+        lambda: audit_offered(normal(2), divergence=-1.0), {"divergence error"},
+        "is not the trace",
+    ),
+    "a divergence 1% off of large volume": (
+        lambda: audit(Growing(), normal(2), jnp.asarray(3.0)), {"divergence error"},
         "is not the trace",
     ),
     "another derivative than the field": (
