@@ -251,7 +251,7 @@ class Density(eqx.Module):
         flow = self.flow
         throw = flow.throw
         if throw is None:
-            throw = is_eager((self.params, inputs))
+            throw = is_eager((flow, self.params, inputs))
         divergence = (
             without_noise(flow.divergence, self.event_shape) if key is None else flow.divergence
         )

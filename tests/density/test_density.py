@@ -677,6 +677,22 @@ def test_a_failed_row_is_nan_inside_of_jit_and_raises_outside():
         density.log_prob(x)
 
 
+@pytest.mark.parametrize("of", ["field", "base"])
+def test_gradients_of_a_failed_row_are_nan(of):
+    """Not an error, whatever is differentiated."""
+    field = lambda t, z, a: jnp.where(z > 3.0, jnp.nan, a * z)
+    made_of = {"field": jnp.array(0.1), "base": jaxode.diagonal_normal(2)}
+
+    def total(part):
+        parts = made_of | {of: part}
+        density = jaxode.bind(jaxode.cnf(field, parts["base"]), parts["field"])
+        return density.log_prob(jnp.array([[4.0, 1.0]]))[0]
+
+    value, gradient = jax.value_and_grad(total)(made_of[of])
+    assert np.isnan(value)
+    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
 CONSTANT = np.stack([DATA[:, 0], np.full(40, 2.0)], 1)
 WRONG = {
     "a constant column": (
