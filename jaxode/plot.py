@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxode._checks.arguments import check_bool
 from jaxode._checks.caller import arg, public
 from jaxode.density.training import Point
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ALIASES = {"linewidth": ("lw", "linewidths"), "color": ("c",)}  # of styles with a default here
 
 
+@public("plot.density")
 def density(
     log_prob: Callable[[Float[Array, "points 2"]], Float[Array, " points"]],
     extent: tuple[float, float, float, float],
@@ -51,7 +53,11 @@ def density(
         points: grid points along each axis, at the centers of the cells.
         colorbar: draw a color bar beside the axes.
         **style: passed to `Axes.imshow`.
+
+    Raises:
+        TypeError: unless `colorbar` is True or False.
     """
+    check_bool("colorbar", colorbar)
     left, right, bottom, top = extent
     centers = (np.arange(points) + 0.5) / points
     x, y = np.meshgrid(left + (right - left) * centers, bottom + (top - bottom) * centers)

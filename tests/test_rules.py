@@ -76,6 +76,14 @@ BAD_INPUT = [
         "sample(progress=...): must be True or False; got 'bar'.",
     ),
     (
+        lambda: cnf(throw="no"), TypeError,
+        "cnf(throw=...): must be True or False; got 'no'.",
+    ),
+    (
+        lambda: jaxode.plot.density(lambda x: x[:, 0], (0, 1, 0, 1), colorbar="no"), TypeError,
+        "plot.density(colorbar=...): must be True or False; got 'no'.",
+    ),
+    (
         lambda: solve(y0=jnp.array([1, 2])), TypeError,
         "solve(y0=...): leaves must have a floating dtype; got int64. "
         "Write 1.0 for 1, or convert with .astype(jnp.float32).",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from jaxode._checks.arguments import check_number, one_of
+from jaxode._checks.arguments import check_bool, check_number, one_of
 from jaxode._checks.caller import public
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_steer
@@ -86,6 +86,8 @@ def cnf(
     if isinstance(base, CenteredNormal):
         f = Centered(f)
     one_of("quadrature", quadrature, ("gauss", "stochastic"))
+    if throw is not None:
+        check_bool("throw", throw)
     check_implicit(options, batch)
     if batch == "per_sample" and options.axis_name is not None:
         raise ValueError(
