@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.sharding import while_loop
-from jaxode._jax.tangents import moving
+from jaxode._jax.tangents import moving, with_tangent
 from jaxode.ode.loop.problem import Problem, weighted_sum
 from jaxode.ode.loop.rows import entry_of_each, place_of_each
 from jaxode.ode.loop.tableau import Tableau
@@ -78,7 +78,8 @@ def save_times_at(
 def save(problem: Problem, tableau: Tableau, step: Any, start: Any, ys, saved: Int[Array, " rows"]):
     """Write the dense output at every output time that an accepted `step` has reached.
 
-    The step goes on from `start`. `saved` counts the outputs written per row.
+    The step goes on from `start`. `saved` counts the outputs written per row. At the end of a step
+    the output is the state there itself, with the derivatives of the dense output.
     """
     ts, sign = problem.ts, jnp.sign(problem.t1 - problem.t0)
     assert ts is not None
@@ -93,7 +94,9 @@ def save(problem: Problem, tableau: Tableau, step: Any, start: Any, ys, saved: I
         ys, saved = carry
         due = pending(saved)
         time = save_times_at(ts, saved)
-        value = curve.at(time)
+        inside = curve.at(time)
+        value = jnp.where((time == step.t)[:, None], step.y, inside)
+        value = with_tangent(value, lambda _, dots: dots[1], inside)
         place = place_of_each(jnp.where(due, saved, ts.shape[0]))
         ys = ys.at[place].set(value, mode="drop")
         return ys, saved + due.astype(jnp.int32)
