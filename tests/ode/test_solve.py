@@ -337,3 +337,28 @@ def test_a_subclass_with_steps_of_its_own_keeps_them():
     turn = lambda t, y, _: jnp.stack([-y[1], y[0]]) + 0.1 * y
     y1 = jaxode.solve(turn, jnp.array([1.0, 0.0]), 0.0, 1.0, solver=OnCircle()).y1
     np.testing.assert_allclose(jnp.linalg.norm(y1), 1, rtol=1e-12)
+
+
+class Heuns(diffrax.Heun):
+    """Second-order methods, with a second stage at `at`: Heun's for 1, the midpoint for 1 / 2."""
+
+    at: float
+    tableau: diffrax.ButcherTableau = diffrax.Heun.tableau
+
+    def __init__(self, at: float):
+        self.at, weight = at, 1 / (2 * at)
+        self.tableau = diffrax.ButcherTableau(
+            c=np.array([at]), a_lower=(np.array([at]),),
+            b_sol=np.array([1 - weight, weight]), b_error=np.array([1.0, -1.0]) * weight,
+        )  # fmt: skip
+
+
+def test_a_subclass_with_arguments_of_its_own():
+    """The tableau is that of the instance."""
+    problem = PROBLEMS[1]
+    run = lambda solver: jaxode.solve(problem.f, problem.y0, 0, 1, problem.args, solver=solver).y1
+    midpoint = run(Heuns(0.5))
+    assert not np.array_equal(run(Heuns(1.0)), midpoint)
+    np.testing.assert_allclose(run(Heuns(1.0)), run(diffrax.Heun()), rtol=1e-13)
+    # The error estimate of diffrax's has the other sign.
+    np.testing.assert_allclose(midpoint, run(diffrax.Midpoint()), rtol=1e-13)

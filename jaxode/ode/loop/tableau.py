@@ -172,36 +172,47 @@ class Solver:
         return self.tableau.order
 
 
-@functools.cache
-def _tableau_of_class(cls: type[diffrax.AbstractSolver]) -> Tableau | None:
-    if cls is diffrax.Euler:
-        one, zero = np.ones(1), np.zeros(1)
-        linear = diffrax.LocalLinearInterpolation
-        return Tableau(cls.__name__, 1, 1, np.zeros((1, 1)), one, zero, None, False, linear)
-    table = getattr(cls, "tableau", None)
-    if not issubclass(cls, diffrax.AbstractERK) or not isinstance(table, diffrax.ButcherTableau):
-        return None
-    if cls.step is not diffrax.AbstractERK.step:  # it does more than its tableau says
-        return None
-    A = np.zeros((table.num_stages, table.num_stages))
-    for i, row in enumerate(table.a_lower, start=1):
-        A[i, :i] = row
-    order = int(cls().order(diffrax.ODETerm(lambda t, y, args: y)) or 1)
-    return Tableau(
-        name=cls.__name__,
-        order=order,
-        error_order=order,
-        A=A,
-        b=np.asarray(table.b_sol),
-        c=np.concatenate([[0.0], table.c]),
-        b_error=np.asarray(table.b_error) if np.any(table.b_error) else None,
-        first_same_as_last=table.fsal,
-        interpolation=cls.interpolation_cls,
-    )
-
-
 def tableau_of(solver: diffrax.AbstractSolver | Solver) -> Tableau | None:
     """The tableau of a solver that runs in jaxode's own loop, or None for one that does not."""
     if isinstance(solver, Solver):
         return solver.tableau
-    return _tableau_of_class(type(solver))
+    cls, table = type(solver), getattr(solver, "tableau", None)
+    if cls is diffrax.Euler:
+        return _EULER
+    if not isinstance(solver, diffrax.AbstractERK) or not isinstance(table, diffrax.ButcherTableau):
+        return None
+    if cls.step is not diffrax.AbstractERK.step:  # it does more than its tableau says
+        return None
+    order = int(solver.order(diffrax.ODETerm(lambda t, y, args: y)) or 1)
+    rows = (*table.a_lower, table.b_sol, table.b_error, table.c)
+    numbers = tuple(tuple(map(float, row)) for row in rows)
+    return _tableau(cls.__name__, order, numbers, table.fsal, solver.interpolation_cls)
+
+
+_EULER = Tableau(
+    "Euler", 1, 1, np.zeros((1, 1)), np.ones(1), np.zeros(1), None, False,
+    diffrax.LocalLinearInterpolation,
+)  # fmt: skip
+
+
+@functools.cache
+def _tableau(
+    name: str, order: int, numbers: tuple[tuple[float, ...], ...], fsal: bool, interpolation: Any
+) -> Tableau:
+    """The same for equal arguments. The numbers are the rows of `A` but the first, `b`, the error
+    estimate, and `c` but the first."""
+    *rows, b, b_error, c = numbers
+    A = np.zeros((len(b), len(b)))
+    for i, row in enumerate(rows, start=1):
+        A[i, :i] = row
+    return Tableau(
+        name=name,
+        order=order,
+        error_order=order,
+        A=A,
+        b=np.asarray(b),
+        c=np.asarray([0.0, *c]),
+        b_error=np.asarray(b_error) if np.any(b_error) else None,
+        first_same_as_last=fsal,
+        interpolation=interpolation,
+    )
