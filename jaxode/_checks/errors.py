@@ -27,6 +27,7 @@ class Result(enum.IntEnum):
     EVENT_NOT_FOUND = 6
     NON_FINITE_JACOBIAN = 7
     NON_FINITE_CHANGE = 8
+    SINGULAR_MATRIX = 9
 
 
 EXPLANATIONS = {
@@ -65,6 +66,10 @@ EXPLANATIONS = {
         "the state after a change is not finite",
         "Check the change of jumps or event for NaN, inf and overflow at this time.",
     ),
+    Result.SINGULAR_MATRIX: (
+        "the linear system of a step is singular",
+        "Take another number of steps, or leave steps out: error control then shortens the step.",
+    ),
 }
 
 # Results that an argument can cause. All others concern only the steps.
@@ -80,21 +85,42 @@ class SolveError(RuntimeError):
     """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
-# What to try if steps ran out, where more is known.
-STIFF = "The problem looks stiff there: use solver=jaxode.Rodas5P(), or raise max_steps."
-IMPLICIT = (
-    "Raise max_steps, loosen rtol and atol, pass discontinuities of the vector field as "
-    "breakpoints, or look for an exploding one."
-)
+# What to try where more is known.
+Remedies = dict[Result, str]
+STIFF = {
+    Result.MAX_STEPS_REACHED: (
+        "The problem looks stiff there: use solver=jaxode.Rodas5P(), or raise max_steps."
+    )
+}
+IMPLICIT = {
+    Result.MAX_STEPS_REACHED: (
+        "Raise max_steps, loosen rtol and atol, pass discontinuities of the vector field as "
+        "breakpoints, or look for an exploding one."
+    )
+}
+JACOBIAN_GIVEN = {
+    Result.MAX_STEPS_REACHED: (
+        "Compare the jacobian of the solver with jax.jacfwd: a wrong one takes many steps. If it "
+        f"is right: {IMPLICIT[Result.MAX_STEPS_REACHED]}"
+    ),
+    Result.NON_FINITE_JACOBIAN: (
+        "Check what the jacobian of the solver returns, and the derivative of the vector field by "
+        "the time, for NaN and inf."
+    ),
+    Result.SINGULAR_MATRIX: (
+        "Compare the jacobian of the solver with jax.jacfwd. If it is right: "
+        f"{EXPLANATIONS[Result.SINGULAR_MATRIX][1]}"
+    ),
+}
 
 
 def _message(
-    where: str, result: Any, t_reached: Any, found: dict[str, Any], out_of_steps: str | None
+    where: str, result: Any, t_reached: Any, found: dict[str, Any], remedies: Remedies
 ) -> str:
     """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
 
     A time that is not finite is left out. If an argument is at fault, the message is the sentence
-    in `found`, with the rows. `out_of_steps` is what to try then.
+    in `found`, with the rows. `remedies` are what to try where more is known.
     """
     codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
     if np.isin(codes, OF_ARGUMENTS).any():
@@ -105,8 +131,7 @@ def _message(
                 return f"{told} This fails in {in_rows(rows)}." if several else told
     first = int(np.flatnonzero(codes)[0])
     cause, remedy = EXPLANATIONS[Result(int(codes[first]))]
-    if codes[first] == Result.MAX_STEPS_REACHED:
-        remedy = out_of_steps or remedy
+    remedy = remedies.get(Result(int(codes[first])), remedy)
     rows = f" in {in_rows(codes)}" if codes.size > 1 else ""
     time = float(times[first])
     at = f" at t={time:.6g}" if np.isfinite(time) else ""
@@ -118,12 +143,13 @@ def nan_or_raise(
     t_reached: Float[Array, "*rows"],
     faults: Faults | None = None,
     where: str = "",
-    implicit: bool = False,
+    remedies: Remedies | None = None,
     stiff: Callable[[], bool] = lambda: False,
 ):
     """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
 
     If steps ran out, of an explicit solver and now, the message says if the problem looks `stiff`.
+    Without `remedies`, it says what `EXPLANATIONS` do.
 
     A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
     Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
@@ -134,18 +160,18 @@ def nan_or_raise(
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
     find = lambda: {sentence: rows() for sentence, rows in faults.items()}
     # Not the faults themselves, whose arrays would be kept with the callback.
-    advice, sentences = IMPLICIT if implicit else None, tuple(faults)
+    remedies, sentences = remedies or {}, tuple(faults)
     if is_known(result):
         codes = np.asarray(result)
         if codes.any():
-            if (codes == Result.MAX_STEPS_REACHED).any() and not implicit and stiff():
-                advice = STIFF
-            raise SolveError(_message(where, codes, t_reached, find(), advice))
+            if (codes == Result.MAX_STEPS_REACHED).any() and not remedies and stiff():
+                remedies = STIFF
+            raise SolveError(_message(where, codes, t_reached, find(), remedies))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, rows: list[Any]) -> np.ndarray:
         found = dict(zip(sentences, rows, strict=True))  # JAX would sort a dictionary
-        raise SolveError(_message(where, codes, times, found, advice))
+        raise SolveError(_message(where, codes, times, found, remedies))
 
     def fail(codes, times):
         shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
@@ -179,11 +205,11 @@ def report_loss(
     t_reached: Float[Array, "*rows"],
     throw: bool | None,
     faults: Faults,
-    implicit: bool = False,
+    remedies: Remedies | None = None,
 ) -> Float[Array, ""]:
     """The loss. If it failed, raises with `throw`, or by default outside transformations."""
     known = is_known(result)
     if not (known if throw is None else throw):
         return loss
-    nan = nan_or_raise(result, t_reached, faults, implicit=implicit)
+    nan = nan_or_raise(result, t_reached, faults, remedies=remedies)
     return loss if known else guarded(loss, jnp.all(result == 0), jnp.sum(nan))

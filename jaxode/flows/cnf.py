@@ -179,7 +179,7 @@ class CNF(eqx.Module):
             system, self._parts, key, weights, self.quadrature, self.steer
         )
         faults = self._faults("x", system, weights)
-        loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.implicit)
+        loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
         return loss, stats
 
     @public("matching_loss")
@@ -325,7 +325,7 @@ class CNF(eqx.Module):
         )
         faults = self._faults("base", system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
-        return report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.implicit)
+        return report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
 
     def _drawn(self, key: Any, n: Any) -> tuple[Float[Array, "n *event"], PRNGKeyArray]:
         """Samples of the base, and a key for the probes."""
@@ -369,5 +369,5 @@ class CNF(eqx.Module):
         key = None if key is None else check_key(key)
         solution = in_chunks(program, self.chunks, system, self._parts, key)
         if throw:
-            solution = report(solution, self._faults(name, system), self.solve_options.implicit)
+            solution = report(solution, self._faults(name, system), self.solve_options.remedies)
         return solution.y1

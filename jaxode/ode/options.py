@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import as_array, check_breakpoints, check_number, integer, one_of
 from jaxode._checks.caller import arg, caller
+from jaxode._checks.errors import IMPLICIT, JACOBIAN_GIVEN, Remedies
 from jaxode._checks.rules import is_known, rules_of
 from jaxode._checks.tolerances import check_atol, for_each_number
 from jaxode._jax.sharding import AxisName
@@ -78,6 +79,13 @@ class SolveOptions(eqx.Module):
     def implicit(self) -> bool:
         """Whether each step solves equations."""
         return self.tableau is None or self.tableau.needs_jacobian
+
+    @property
+    def remedies(self) -> Remedies:
+        """What the message of a failed solve says to try, where that depends on the solver."""
+        if not self.implicit:
+            return {}
+        return IMPLICIT if self.jacobian is None else JACOBIAN_GIVEN
 
     def _check(self) -> None:
         if not isinstance(self.adjoint, Adjoint):

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.caller import caller, public
-from jaxode._checks.errors import Result, guarded, nan_or_raise
+from jaxode._checks.errors import Remedies, Result, guarded, nan_or_raise
 from jaxode._checks.rules import Faults, is_known
 from jaxode.ode.dense import Interpolant
 from jaxode.ode.loop.stats import Stats
@@ -89,11 +89,11 @@ class Solution(eqx.Module):
 def report(
     solution: Solution,
     faults: Faults,
-    implicit: bool,
+    remedies: Remedies,
     stiff: Callable[[], bool] = lambda: False,
 ) -> Solution:
     """Raise `SolveError` if a solve failed: now, or when the compiled program runs."""
-    nan = nan_or_raise(solution.result, solution.t_reached, faults, implicit=implicit, stiff=stiff)
+    nan = nan_or_raise(solution.result, solution.t_reached, faults, remedies=remedies, stiff=stiff)
     if is_known(solution.result):
         return solution
     ok = solution.ok

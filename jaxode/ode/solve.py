@@ -281,7 +281,7 @@ def solve_checked(
     rule = FINITE_STATE if batch is None else FINITE
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
     faults |= argument_faults(system)
-    return report(solution, faults, options.implicit, lambda: ran_into_stiffness(system))
+    return report(solution, faults, options.remedies, lambda: ran_into_stiffness(system))
 
 
 def check_implicit(options: SolveOptions, batch: Batch) -> None:

@@ -134,11 +134,33 @@ def test_closed_over_values_under_vmap_and_second_derivatives():
     assert_close(*(jax.jit(all_of, static_argnums=0)(given) for given in (True, False)), 1e-11)
 
 
-def test_one_that_is_not_finite_is_named():
-    with pytest.raises(
-        jaxode.SolveError, match=r"^solve: the Jacobian is not finite at t=0\. Look"
-    ):
-        end(Y[0], RATES[0], lambda t, y, args: jnp.full((2, 2), jnp.inf))
+# A singular matrix: with one step of size one, `I / gamma - J` is zero.
+RESONANT = jnp.eye(2) / jaxode.Rodas5P.tableau.gamma
+FAILURES = {
+    "not finite": (
+        lambda t, y, args: jnp.full((2, 2), jnp.nan), {},
+        r"the Jacobian is not finite at t=0\. Check what the jacobian of the solver returns",
+    ),
+    "infinite": (
+        lambda t, y, args: jnp.full((2, 2), jnp.inf), {"steps": 1},
+        r"the Jacobian is not finite at t=0\. Check what the jacobian of the solver returns",
+    ),
+    "singular": (
+        lambda t, y, args: RESONANT, {"steps": 1},
+        r"the linear system of a step is singular at t=0\. Compare the jacobian of the solver with",
+    ),
+    "of the wrong sign": (
+        lambda t, y, args: 400 * jnp.eye(2), {},
+        r"the steps ran out at t=0\.\d+\. Compare the jacobian of the solver with jax\.jacfwd",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_one_that_fails_is_named(name):
+    jacobian, options, message = FAILURES[name]
+    with pytest.raises(jaxode.SolveError, match=f"^solve: {message}"):
+        end(Y[0], RATES[2], jacobian, **options)
 
 
 @typed

@@ -218,8 +218,25 @@ def test_jacobian_that_is_not_finite_where_the_field_is():
             jaxode.SolveError, match=r"^solve: the Jacobian is not finite at t=0\. L"
         ):
             jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, solver=RODAS, steps=steps)
+    by_time = lambda t, y, args: -y + jnp.sqrt(t)
+    with pytest.raises(jaxode.SolveError, match=r"the Jacobian is not finite at t=0\. Look"):
+        jaxode.solve(by_time, jnp.zeros(1), 0.0, 1.0, solver=RODAS)
     still = jaxode.solve(f, jnp.zeros(1), 0.0, 0.0, solver=RODAS)
     np.testing.assert_array_equal(still.y1, 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_a_singular_matrix_is_not_a_jacobian_that_is_not_finite(n):
+    """With one step of size one, `I / gamma - J` is zero. Steps of another size succeed."""
+    gamma = RODAS.tableau.gamma
+    run = lambda **options: jaxode.solve(
+        lambda t, y, _: y / gamma, jnp.ones(n), 0.0, 1.0, solver=RODAS, **options
+    )
+    with pytest.raises(
+        jaxode.SolveError, match=r"^solve: the linear system of a step is singular at t=0\. Take an"
+    ):
+        run(steps=1)
+    np.testing.assert_allclose(run(first_step=1.0).y1, np.exp(1 / gamma), rtol=1e-3)
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["at once", "compiled"])

@@ -150,9 +150,14 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
 def _not_finite(stepper: Stepper, k: Float[Array, "stages samples n"], of_rows) -> Any:
     """The result of a step that is not finite.
 
-    With a Jacobian, stage 0 is the vector field at the start, and stage 1 is solved for by it.
+    With a Jacobian, stage 0 is the vector field at the start, and stage 1 is solved for by it, see
+    `Linearized.first`.
     """
     if not stepper.tableau.needs_jacobian:
         return Result.NON_FINITE
-    finite = lambda k: over_rows(jnp.all, jnp.isfinite(k), of_rows)
-    return jnp.where(finite(k[0]) & ~finite(k[1]), Result.NON_FINITE_JACOBIAN, Result.NON_FINITE)
+    every = lambda flags: over_rows(jnp.all, flags, of_rows)
+    of_matrix = jnp.where(
+        every(~jnp.isnan(k[1])), int(Result.SINGULAR_MATRIX), int(Result.NON_FINITE_JACOBIAN)
+    )
+    only_first = every(jnp.isfinite(k[0])) & ~every(jnp.isfinite(k[1]))
+    return jnp.where(only_first, of_matrix, int(Result.NON_FINITE))

@@ -67,6 +67,14 @@ class Linearized(NamedTuple):
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
         return solve(self.factors, b, transposed)
 
+    def first(self, b: Float[Array, "samples n"]) -> Float[Array, "samples n"]:
+        """As `solve`, which is infinite where the matrix is singular, and otherwise NaN where it is
+        not finite."""
+        x = self.solve(b)
+        # The scale of a row that is not finite is zero or NaN.
+        finite = jnp.all((self.factors.scale > 0) & jnp.isfinite(b), axis=1, keepdims=True)
+        return jnp.where(jnp.isfinite(x), x, jnp.where(finite, jnp.inf, jnp.nan))
+
 
 @dataclass(frozen=True, eq=False)
 class RosenbrockTableau(Tableau):
@@ -104,7 +112,7 @@ class RosenbrockTableau(Tableau):
         A, C, d, c = of(self.A[:, :count]), of(self.C[:, :count]), of(self.d), of(self.c)
         at = Linearized.at(self, field, t, h, y)
         k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
-        first = at.solve(at.slope + d[1] * h[:, None] * at.by_time)
+        first = at.first(at.slope + d[1] * h[:, None] * at.by_time)
         k = k.at[0].set(at.slope).at[1].set(first)
 
         def stage(i, k):
