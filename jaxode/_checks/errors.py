@@ -16,7 +16,10 @@ from jaxode._jax.sharding import axes_of, vary
 
 
 class Result(enum.IntEnum):
-    """How a solve ended."""
+    """How a solve ended.
+
+    Operations on arrays take `int(Result...)`: without `jit`, JAX has a member for an int64.
+    """
 
     SUCCESS = 0
     MAX_STEPS_REACHED = 1
@@ -180,10 +183,10 @@ def nan_or_raise(
         return vary(nan, axes_of((codes, times)))
 
     def succeed(codes, times):
-        return jnp.where(codes == Result.SUCCESS, 0.0, jnp.nan).astype(times.dtype)
+        return jnp.where(codes == int(Result.SUCCESS), 0.0, jnp.nan).astype(times.dtype)
 
     # Unbatched: `vmap` would turn the `cond` into a `select` that always calls back.
-    any_failed = unvmap_any(result != Result.SUCCESS)
+    any_failed = unvmap_any(result != int(Result.SUCCESS))
     if is_known(any_failed) and not any_failed:
         # In `vmap` outside of `jit`, which would compile the `cond` at each call.
         return jnp.zeros_like(t_reached)

@@ -91,7 +91,7 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
     loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, phase, weights))
-    failed = stats.result != Result.SUCCESS
+    failed = stats.result != int(Result.SUCCESS)
     result = jnp.where(valid | failed, stats.result, int(Result.INVALID_ARGUMENT))
     unused = unused_rows(result, weights).reshape(result.shape)
     counts = jnp.where(unused, int(Result.SUCCESS), result)

@@ -1,29 +1,43 @@
 """A drop-in replacement for `jax.experimental.ode.odeint`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import check_state, numeric_dtype
+from jaxode._checks.arguments import check_state, is_list_of_numbers, numeric_dtype
 from jaxode._checks.caller import public
 from jaxode._checks.rules import forwards, is_known
 from jaxode.ode.adjoints import BacksolveAdjoint
-from jaxode.ode.field import check_field
+from jaxode.ode.field import call_field
 from jaxode.ode.options import NO_LIMIT, SolveOptions
-from jaxode.ode.solve import solve_checked
+from jaxode.ode.solve import UserField, solve_checked
 
 
-class _TimeFirst(eqx.Module):
-    """`func(y, t, *args)` as `f(t, y, args)`."""
+class _StateFirst(UserField):
+    """`func(y, t, *args)`."""
 
-    func: Callable[..., PyTree]
+    name: ClassVar[str] = "func"
+    call: ClassVar[str] = "(y, t, *args)"
 
-    def __call__(self, t, y, args):
-        return self.func(y, t, *args)
+    def __call__(self, t, y, shared, row):
+        f = lambda t, y, args: _as_state(y, self.f(y, t, *args))
+        return call_field(f, t, y, shared, self.name, call=self.call, row=row)
+
+
+def _as_state(y: PyTree[Array], dy: PyTree) -> PyTree:
+    """`dy` in the structure of `y`. As in the original, it may hold its numbers in another one."""
+    (leaves, structure), found = jax.tree.flatten(y), jax.tree.leaves(dy)
+    sizes = [x.size for x in leaves]
+    if jax.tree.structure(dy) == structure or sum(map(np.size, found)) != sum(sizes):
+        return dy
+    parts = jnp.split(jnp.concatenate(list(map(jnp.ravel, found))), np.cumsum(sizes)[:-1])
+    return structure.unflatten(
+        [x.reshape(like.shape) for x, like in zip(parts, leaves, strict=True)]
+    )
 
 
 @public("odeint")
@@ -45,7 +59,8 @@ def odeint(
     intervals of `t`. Use `jaxode.solve` for errors that say what failed, and for other gradients.
 
     Args:
-        func: time derivative of `y` at time `t`, with the structure and shapes of `y0`.
+        func: time derivative of `y` at time `t`, with the structure and shapes of `y0`, or the same
+            numbers in another structure, such as a list of them.
         y0: initial state, any pytree of floating arrays.
         t: times, `[times]`, monotone; `t[0]` is the start.
         *args: more arguments of `func`.
@@ -63,7 +78,6 @@ def odeint(
     Differentiation: in reverse mode with respect to `y0`, `t`, `args` and values that `func` closes
     over, by the adjoint ODE (`jaxode.BacksolveAdjoint`), to any order.
     """
-    check_field("func", func, "func(y, t, *args)")
     dtype = numeric_dtype(t)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = repr(t) if dtype is None else dtype
@@ -86,6 +100,7 @@ def odeint(
         rtol=rtol, atol=atol, max_steps=steps, max_step=max_step,
         adjoint=BacksolveAdjoint(),
     )  # fmt: skip
-    f, y0 = _TimeFirst(func), check_state("y0", y0)
-    span = times[0], times[-1]
-    return solve_checked(f, y0, span, args, options, ts=times, throw=False).ys
+    if is_list_of_numbers(y0):
+        y0 = jax.tree.map(jnp.asarray, y0)
+    y0, span = check_state("y0", y0), (times[0], times[-1])
+    return solve_checked(func, y0, span, args, options, kind=_StateFirst, ts=times, throw=False).ys

@@ -237,7 +237,10 @@ def flow(
 class UserField(eqx.Module):
     """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
-    f: VectorField
+    name: ClassVar[str] = "f"
+    """As messages call it."""
+    call: ClassVar[str] = "(t, y, args)"
+    f: Callable[..., PyTree]
     jacobian: Callable[..., Array] | None = None
     """By the state, a function of the same arguments."""
     hint: ClassVar[str] = (
@@ -249,12 +252,13 @@ class UserField(eqx.Module):
 
 
 def solve_checked(
-    f: VectorField,
+    f: Callable[..., PyTree],
     y0: PyTree[Array],
     span: tuple[Time, Time],
     args: PyTree,
     options: SolveOptions,
     *,
+    kind: type[UserField] = UserField,
     name: str = "y0",
     row_args: PyTree = None,
     batch: Batch = None,
@@ -262,7 +266,7 @@ def solve_checked(
     **parts: Any,
 ) -> Solution:
     """`solve` for a checked state, the argument `name`, and checked `parts` of its system."""
-    check_field("f", f, "f(t, y, args)")
+    check_field(kind.name, f, f"{kind.name}{kind.call}")
     check_bool("throw", throw)
     args = check_args("args", args)
     if row_args is not None:
@@ -273,7 +277,7 @@ def solve_checked(
             )
         rows = jax.tree.leaves(y0)[0].shape[0]
         row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
-    field = UserField(f, options.jacobian)
+    field = kind(f, options.jacobian)
     system = make_system(field, y0, span, args, options, row_args=row_args, batch=batch, **parts)
     solution = _run(system.raising(throw))
     if not throw:
@@ -378,7 +382,7 @@ def run(system: System) -> Solution:
             path=path,
             t0=problem.t0,
             t1=problem.t1,
-            ok=out.result == Result.SUCCESS,
+            ok=out.result == int(Result.SUCCESS),
             y1=out.y1,
             ravel=ravel,
             batch=system.batch,

@@ -39,7 +39,8 @@ class System(NamedTuple):
     """A system of ODEs: one for each row of a batch, or a single one."""
 
     field: Callable[..., PyTree]
-    """`f(t, y, shared, row)` of one row. It may have a `jacobian` by the state, and a `hint`."""
+    """`f(t, y, shared, row)` of one row. It may have a `jacobian` by the state, and a `hint`
+    and the `name` and `call` for messages."""
     y0: PyTree[Float[Array, "..."]]
     t0: Float[Array, "*rows"]
     """One for all rows or one per row, as for the other times."""
@@ -200,10 +201,11 @@ def change_on_rows(system: System, ravel: Ravel):
 
 def _rows_field(system: System, ravel: Ravel):
     hint = "" if system.batch is None else getattr(system.field, "hint", "")
+    name, call = getattr(system.field, "name", "f"), getattr(system.field, "call", "(t, y, args)")
 
     def checked(t, y, shared, row):
         dy = system.field(t, y, shared, row)
-        check_derivative(y, dy, hint, casts=True)
+        check_derivative(y, dy, hint, name, f"{name}{call}", casts=True)
         return jax.tree.map(jnp.asarray, dy)
 
     on_rows = _on_rows(system, ravel, checked)

@@ -108,6 +108,41 @@ def test_gradients_of_third_order():
     np.testing.assert_allclose(third, -np.exp(-0.7), rtol=1e-6)
 
 
+TURN = {
+    "a list for an array": (lambda y, t: [y[1], -y[0]], jnp.array([0.0, 1.0])),
+    "an array for a list": (lambda y, t: jnp.stack([y[1], -y[0]]), list(jnp.array([0.0, 1.0]))),
+    "a list of numbers": (lambda y, t: [y[1], -y[0]], [0.0, 1.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURN)
+def test_structures_that_the_original_takes(name, default_settings):
+    """In single precision, as most of its users have it."""
+    func, y0 = TURN[name]
+    y0 = jax.tree.map(lambda x: x if isinstance(x, float) else x.astype(jnp.float32), y0)
+    ours, theirs = (
+        odeint(func, y0, T.astype(jnp.float32)) for odeint in (jaxode.odeint, ode.odeint)
+    )
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("func", "message"),
+    [
+        (
+            lambda y, t: y[0],
+            r"odeint\(func=...\): func\(y, t, \*args\) must return the shapes of y",
+        ),
+        (lambda y, t: {"a": y, "b": y}, r"func\(y, t, \*args\) must return the structure of y"),
+        (lambda y, t: y @ y[0], r"^func\(y, t, \*args\): the vector field raised .* that fit func"),
+    ],
+)
+def test_messages_name_func_and_its_arguments(func, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaxode.odeint(func, jnp.ones(2), T)
+
+
 @pytest.mark.slow
 def test_without_jit():
     """Upstream issue 2598: `vmap` of a solve, step by step in Python."""
@@ -115,8 +150,7 @@ def test_without_jit():
         lambda y, t: y, y0, jnp.array([0.0, 1.0]), rtol=1e-3, atol=1e-3
     )[-1]  # fmt: skip
     y0 = jnp.array([[1.0, 2.0], [0.0, -1.0]])
-    # Without jit, JAX takes the members of an enum for int64, which strict promotion forbids.
-    with jax.disable_jit(), jax.numpy_dtype_promotion("standard"):
+    with jax.disable_jit():
         np.testing.assert_allclose(jax.vmap(run)(y0), np.e * y0, rtol=1e-2)
 
 
