@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.closure import ClosedField
+from jaxode._jax.platform import is_for_cpu
 from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode._jax.tangents import along
@@ -46,7 +47,7 @@ WORK_OF_KERNELS = 7_000_000
 
 def rows_are_cheap(field: ClosedField) -> bool:
     """Whether an accelerator takes longer to start kernels than to run them."""
-    return jax.default_backend() != "cpu" and field.work_size <= WORK_OF_KERNELS
+    return not is_for_cpu() and field.work_size <= WORK_OF_KERNELS
 
 
 class Swept(NamedTuple):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from jaxode._jax.closure import ClosedField, close_field
+from jaxode._jax.platform import is_for_cpu
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.vmapped import Rule, one_by_one, plain, with_vmap_rule
 from jaxode.ode.loop.integrate import Integration, integrate
@@ -167,7 +168,7 @@ def _steps_of(recorded: tuple[Integration, Any]) -> Any:
 
 def is_busy(field: ClosedField) -> bool:
     """Whether evaluations one after the other are as fast as those of many rows at once."""
-    return jax.default_backend() == "cpu" and field.work_size >= BUSY_WORK
+    return is_for_cpu() and field.work_size >= BUSY_WORK
 
 
 class Many(NamedTuple):
