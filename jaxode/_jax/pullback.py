@@ -22,11 +22,8 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any
     value, pull = jax.vjp(function, *primals)
 
     def pull_apart(cotangent):
-        try:
-            closed, shape = jax.make_jaxpr(pull, return_shape=True)(cotangent)
-            out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(cotangent))
-        except Exception:  # An unknown program, or an error in it, which is raised again here.
-            return pull(cotangent)
+        closed, shape = jax.make_jaxpr(pull, return_shape=True)(cotangent)
+        out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(cotangent))
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return value, pull_apart
@@ -43,7 +40,7 @@ def pulled_back(f: Callable[..., Any], params: Any, t: Any, y: Any, bar: Any, ti
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Evaluate the program, with a copy of the transpose in every product of a transpose that sums
+    """`jax.core.eval_jaxpr`, with a copy of the transpose in every product of a transpose that sums
     over its columns."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     transposed = set()

@@ -83,9 +83,27 @@ def test_copies_are_for_the_platform_that_a_program_is_lowered_for(platform, cop
     assert ("optimization_barrier" in text) == copies
 
 
-def test_what_it_does_not_know_is_left_to_jax(monkeypatch):
-    def unknown(*_):
-        raise NotImplementedError
+def test_an_error_in_the_backward_pass_is_raised_at_once():
+    calls = []
 
-    monkeypatch.setattr(pullback, "_evaluate", unknown)
-    close(gradient(vjp, layers)(M, X, CT), gradient(jax.vjp, layers)(M, X, CT))
+    @jax.custom_vjp
+    def field(x):
+        return x
+
+    def backward(_, bar):
+        calls.append(bar)
+        raise OSError("mine")
+
+    field.defvjp(lambda x: (x, None), backward)
+    with pytest.raises(OSError, match="mine"):
+        vjp(field, X)[1](CT)
+    assert len(calls) == 1
+
+
+def test_an_error_of_its_own_is_not_hidden(monkeypatch):
+    def broken(*_):
+        raise AssertionError("broken")
+
+    monkeypatch.setattr(pullback, "_evaluate", broken)
+    with pytest.raises(AssertionError, match="broken"):
+        gradient(vjp, layers)(M, X, CT)
