@@ -215,15 +215,19 @@ class ClosedField(eqx.Module):
 
 
 def hash_of(tree: PyTree) -> int:
-    """A hash, so that `jax.jit` accepts methods of a module. Unhashable leaves count by
-    identity."""
+    """A hash, so that `jax.jit` accepts methods of a module. Equal for what `eqx.tree_equal` finds
+    equal: arrays count by shape and dtype."""
     leaves, structure = jax.tree.flatten(tree)
 
     def of_leaf(x):
+        if isinstance(x, jax.core.Tracer):  # equal to itself alone
+            return id(x)
+        if isinstance(x, jax.Array | np.ndarray | np.generic):
+            return hash((x.shape, x.dtype))
         try:
             return hash(x)
         except TypeError:
-            return id(x)
+            return 0
 
     return hash((structure, *map(of_leaf, leaves)))
 

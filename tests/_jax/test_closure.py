@@ -286,6 +286,26 @@ def test_equal_flows_are_equal_and_hashable(name):
     assert make() != make(batch="per_sample")
 
 
+def base(scale):
+    return jaxode.distributions.DiagonalNormal(jnp.zeros(2), jnp.full(2, scale))
+
+
+EQUAL = {
+    "arrays of a base": lambda scale: jaxode.cnf(field, base(scale)),
+    "a NumPy scalar": lambda scale: jaxode.cnf(field, base(0.0), t1=np.float64(scale)),
+    "unhashable": lambda scale: jaxode.cnf(Unhashable(scale), base(0.0)),
+    "a density": lambda scale: jaxode.bind(jaxode.cnf(field, base(0.0)), jnp.full(2, scale)),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_what_is_equal_has_one_hash(name):
+    make = EQUAL[name]
+    assert make(1.0) == make(1.0)
+    assert make(1.0) != make(2.0)
+    assert hash(make(1.0)) == hash(make(1.0))
+
+
 # It is about the flow, not about its solve.
 SHORT = {"solver": diffrax.Euler(), "steps": 2}
 
