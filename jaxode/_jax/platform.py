@@ -1,5 +1,7 @@
 """The platform that a program is for, where the way to compute depends on it."""
 
+from typing import Any
+
 import jax
 
 
@@ -10,7 +12,8 @@ def is_for_cpu() -> bool:
     data is put, nor for which platforms `jax.export` writes: there the choice may be the slower
     one, with the same numbers. `jax.lax.platform_dependent` would trace each backward pass twice.
     """
-    device = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     if device is None:
         return jax.default_backend() == "cpu"
     return getattr(device, "platform", device) == "cpu"
