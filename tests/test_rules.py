@@ -746,8 +746,9 @@ BAD_INPUT = [
     ),
     (
         lambda: jax.jvp(lambda x: cnf().nll(None, x), (X,), (X,)), TypeError,
-        "DiscreteAdjoint: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), "
-        "but no forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode().",
+        "DiscreteAdjoint: can't apply forward-mode differentiation (jax.jvp, jax.jacfwd) to this "
+        "gradient method, which has reverse mode (jax.grad, jax.vjp). Use "
+        "adjoint=jaxode.ForwardMode().",
     ),
     (
         lambda: solve(solver=jaxode.Rodas5P), TypeError,

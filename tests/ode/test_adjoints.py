@@ -373,8 +373,9 @@ UNSUPPORTED = {
             lambda call=call, method=METHODS[name]: call(
                 lambda y0: loss(**method.options())(y0, *INPUTS[1:])
             ),
-            f"{type(METHODS[name].adjoint).__name__}: this gradient method has reverse-mode "
-            "derivatives (jax.grad, jax.vjp), but no forward mode (jax.jvp, jax.jacfwd). Use "
+            f"{type(METHODS[name].adjoint).__name__}: can't apply forward-mode differentiation "
+            "(jax.jvp, jax.jacfwd) to this gradient method, which has reverse mode (jax.grad, "
+            "jax.vjp). Use "
             "adjoint=jaxode.ForwardMode().",
         )
         for name in KINDS

@@ -1,6 +1,7 @@
 """The drop-in replacement against the original."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,14 @@ def test_structures_that_the_original_takes(name, default_settings):
 def test_messages_name_func_and_its_arguments(func, message):
     with pytest.raises((TypeError, ValueError), match=message):
         jaxode.odeint(func, jnp.ones(2), T)
+
+
+def test_forward_mode_raises_what_the_original_does():
+    """Upstream issue 3558."""
+    run = lambda odeint, a: odeint(lambda y, t: -a * y, jnp.ones(()), T)[-1]
+    for odeint in (jaxode.odeint, ode.odeint):
+        with pytest.raises(TypeError, match="can't apply forward-mode"):
+            jax.jacfwd(partial(run, odeint))(0.5)
 
 
 @pytest.mark.slow

@@ -268,8 +268,8 @@ def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
 def in_reverse(inputs: T, name: str) -> T:
     """The inputs of a gradient method. Forward mode raises an error."""
     message = (
-        f"{name}: this gradient method has reverse-mode derivatives (jax.grad, jax.vjp), but no "
-        "forward mode (jax.jvp, jax.jacfwd). Use adjoint=jaxode.ForwardMode()."
+        f"{name}: can't apply forward-mode differentiation (jax.jvp, jax.jacfwd) to this gradient "
+        "method, which has reverse mode (jax.grad, jax.vjp). Use adjoint=jaxode.ForwardMode()."
     )
     return reverse_only(inputs, message)
 
