@@ -16,10 +16,7 @@ from jaxode._jax.sharding import axes_of, vary
 
 
 class Result(enum.IntEnum):
-    """How a solve ended.
-
-    Operations on arrays take `int(Result...)`: without `jit`, JAX has a member for an int64.
-    """
+    """How a solve ended."""
 
     SUCCESS = 0
     MAX_STEPS_REACHED = 1
@@ -31,6 +28,10 @@ class Result(enum.IntEnum):
     NON_FINITE_JACOBIAN = 7
     NON_FINITE_CHANGE = 8
     SINGULAR_MATRIX = 9
+
+    def __jax_array__(self) -> Array:
+        """As the codes of rows. Without `jit`, JAX would take a member for an int64."""
+        return jnp.asarray(self.value, jnp.int32)
 
 
 EXPLANATIONS = {
@@ -183,10 +184,10 @@ def nan_or_raise(
         return vary(nan, axes_of((codes, times)))
 
     def succeed(codes, times):
-        return jnp.where(codes == int(Result.SUCCESS), 0.0, jnp.nan).astype(times.dtype)
+        return jnp.where(codes == Result.SUCCESS, 0.0, jnp.nan).astype(times.dtype)
 
     # Unbatched: `vmap` would turn the `cond` into a `select` that always calls back.
-    any_failed = unvmap_any(result != int(Result.SUCCESS))
+    any_failed = unvmap_any(result != Result.SUCCESS)
     if is_known(any_failed) and not any_failed:
         # In `vmap` outside of `jit`, which would compile the `cond` at each call.
         return jnp.zeros_like(t_reached)

@@ -254,8 +254,8 @@ class Training:
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         given = phase.loss, phase.optimizer, self.batch_size, self.static
-        count = jnp.asarray(count, jnp.int32)
-        self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, key, count))
+        several = jnp.asarray(count, jnp.int32)
+        self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, key, several))
 
     def part_left(self) -> float:
         """The part of training that is left."""

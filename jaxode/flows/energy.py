@@ -77,7 +77,7 @@ def reverse_kl(
     fine = finite[0] & finite[1]
     result = jnp.where(
         solved & ~(fine if solved.shape else fine.all()),
-        int(Result.INVALID_ARGUMENT),
+        Result.INVALID_ARGUMENT,
         solution.result,
     )
     loss = jnp.mean(losses * nan_unless(fine, losses.dtype))

@@ -114,7 +114,7 @@ def matching_loss(
     loss = jnp.sum(weights * errors)
     ok = jnp.isfinite(jax.lax.stop_gradient(loss))
     loss = loss * nan_unless(ok, loss.dtype)  # the gradient of one that overflows may be finite
-    result = jnp.where(ok, int(Result.SUCCESS), int(Result.NON_FINITE))
+    result = jnp.where(ok, Result.SUCCESS, Result.NON_FINITE)
     no_time = jnp.where(ok, 0.0, jnp.nan).astype(loss.dtype)
     return report_loss(loss, result, no_time, flow.throw, faults)
 

@@ -91,10 +91,10 @@ def nll(system: System, parts, key, weights, quadrature: str, steer: float):
     probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
     loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, phase, weights))
-    failed = stats.result != int(Result.SUCCESS)
-    result = jnp.where(valid | failed, stats.result, int(Result.INVALID_ARGUMENT))
+    failed = stats.result != Result.SUCCESS
+    result = jnp.where(valid | failed, stats.result, Result.INVALID_ARGUMENT)
     unused = unused_rows(result, weights).reshape(result.shape)
-    counts = jnp.where(unused, int(Result.SUCCESS), result)
+    counts = jnp.where(unused, Result.SUCCESS, result)
     return loss, stats._replace(result=result), counts, t_reached
 
 

@@ -114,24 +114,24 @@ def solve_to_event(
     start = jnp.where(came, first.t_reached, fixed.t1)
     jumps = came & _jumps(condition, fixed, start, first)
     t1, landed, stats = _land(condition, fixed, searching, came & ~jumps, start, first.stats)
-    landed = jnp.where(jumps, int(Result.EVENT_NOT_FOUND), landed)
+    landed = jnp.where(jumps, Result.EVENT_NOT_FOUND, landed)
     ts, beyond = problem.ts, None
     if ts is not None:
         beyond = came[None] & (jnp.sign(problem.t1 - problem.t0)[None] * (ts - t1[None]) > 0)
         ts = jnp.where(beyond, t1[None], ts)
     t1 = jnp.where(came, t1, problem.t1)
     # A row whose solves do not land on the event fails, together with its derivatives.
-    t1 = jnp.where(landed == int(Result.SUCCESS), t1, jnp.nan)
+    t1 = jnp.where(landed == Result.SUCCESS, t1, jnp.nan)
     problem = problem._replace(t1=t1, ts=ts)
     out = integrate_between(adjoint, problem, stepper)
-    result = jnp.where(landed == int(Result.SUCCESS), out.result, landed).astype(jnp.int32)
-    failed = result != int(Result.SUCCESS)
+    result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
+    failed = result != Result.SUCCESS
     t1, y1 = _moved(condition_of, came & ~failed, problem, out)
     t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
     ys = out.ys
     if ys is not None and beyond is not None:
         ys = jnp.where(beyond[..., None], y1[None], ys)
-    reached = jnp.where(landed == int(Result.SUCCESS), out.t_reached, start)
+    reached = jnp.where(landed == Result.SUCCESS, out.t_reached, start)
     reached = jax.lax.stop_gradient(jnp.where(failed, reached, t1))
     out = out._replace(y1=y1, ys=ys, result=result, t_reached=reached, stopped=came)
     return problem._replace(t1=t1), out._replace(stats=jax.tree.map(jnp.add, stats, out.stats))
@@ -220,12 +220,12 @@ def _land(condition: Condition, problem: Problem, stepper: Stepper, came, t1, st
 
     carry = jnp.int32(0), t1, came, jnp.zeros_like(came), stats
     _, t1, _, lost, stats = while_loop(proceed, solve, carry)
-    return t1, jnp.where(lost, int(Result.EVENT_NOT_FOUND), int(Result.SUCCESS)), stats
+    return t1, jnp.where(lost, Result.EVENT_NOT_FOUND, Result.SUCCESS), stats
 
 
 def _moved(condition: Callable[..., Array], came, problem: Problem, out: Integration):
     """The time of the event or the end, and the state there, both with their derivatives."""
-    good = jnp.where(came.any(), came, out.result == int(Result.SUCCESS))
+    good = jnp.where(came.any(), came, out.result == Result.SUCCESS)
     shared, row_args = problem.args
     t, y, row_args = replace_rows((problem.t1, out.y1, row_args), ~came, good)
     inputs = (t, y), condition, problem.field, (shared, row_args)

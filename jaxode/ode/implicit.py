@@ -55,9 +55,9 @@ class DiffraxSolve(eqx.Module, Adjoint):
         assert solution.ts is not None
         states = _along(states, times, ode, jnp.where(moves, 1.0, 0.0))
         result, reached = _result(ode, solution, states, t0, t1, stepper)
-        result = jnp.where(valid, result, int(Result.INVALID_ARGUMENT)).astype(jnp.int32)
+        result = jnp.where(valid, result, Result.INVALID_ARGUMENT).astype(jnp.int32)
         reached = jnp.where(valid, reached, problem.t0[0])
-        failed = result != int(Result.SUCCESS)
+        failed = result != Result.SUCCESS
         # Not as a product: a NaN cotangent would raise in the linear solves of the backward pass.
         states = jnp.where(failed, jnp.nan, states)
         states = _nan_tangents(states, failed, problem)
@@ -198,11 +198,11 @@ def _nan_tangents(states: Float[Array, "times samples n"], failed: Bool[Array, "
 
 def _code(result: diffrax.RESULTS) -> Int[Array, ""]:
     codes = [
-        (diffrax.RESULTS.successful, int(Result.SUCCESS)),
-        (diffrax.RESULTS.max_steps_reached, int(Result.MAX_STEPS_REACHED)),
-        (diffrax.RESULTS.dt_min_reached, int(Result.STEP_SIZE_UNDERFLOW)),
+        (diffrax.RESULTS.successful, Result.SUCCESS),
+        (diffrax.RESULTS.max_steps_reached, Result.MAX_STEPS_REACHED),
+        (diffrax.RESULTS.dt_min_reached, Result.STEP_SIZE_UNDERFLOW),
     ]
-    code: Any = int(Result.IMPLICIT_SOLVE_FAILED)
+    code: Any = Result.IMPLICIT_SOLVE_FAILED
     for theirs, ours in codes:
         code = jnp.where(result == theirs, ours, code)
     return jnp.asarray(code, jnp.int32)
@@ -243,9 +243,9 @@ def _result(
         points = jnp.stack([t + h, attempt]), jnp.stack([y + h.astype(y.dtype) * ode(t, y), y])
         return jnp.isfinite(jax.lax.map(lambda point: ode(*point), points)).all()
 
-    failed = code != int(Result.SUCCESS)
+    failed = code != Result.SUCCESS
     finite = jax.lax.cond(failed, finite_beyond, lambda: jnp.isfinite(states).all())
-    code = jnp.where(finite, code, int(Result.NON_FINITE))
+    code = jnp.where(finite, code, Result.NON_FINITE)
     if stepper.steps is not None:
         # Without error control, a failed step is taken anyway.
         taken = solution.stats["num_steps"].astype(t.dtype) - 1

@@ -139,12 +139,12 @@ def _over_pieces(change: Change, solve, problem: Problem, stepper: Stepper, piec
     def piece(carry, of_piece):
         t, y, ys, result, reached, stats, going = carry
         index, end, number, jumps, counted = of_piece
-        lost = is_lost(stepper, y, t) & going & (result == int(Result.SUCCESS))
-        cause = jnp.where(index == 0, int(Result.NON_FINITE), int(Result.NON_FINITE_CHANGE))
+        lost = is_lost(stepper, y, t) & going & (result == Result.SUCCESS)
+        cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
         result = jnp.where(lost, cause.astype(jnp.int32), result)
         # A row that has come to its end has an empty piece there. One that failed takes no steps,
         # and adds nothing to the gradients of others.
-        start = jnp.where(result == int(Result.SUCCESS), t, jnp.nan)
+        start = jnp.where(result == Result.SUCCESS, t, jnp.nan)
         part, inside = problem._replace(y0=y, t0=start, t1=end), None
         if problem.ts is not None:
             inside = _after(problem, t, index) & ~_beyond(problem, end) & going[None]
@@ -152,20 +152,20 @@ def _over_pieces(change: Change, solve, problem: Problem, stepper: Stepper, piec
         part, out = solve(part)
         if inside is not None:
             ys = _filled_in(ys, out.ys, inside)
-        solved = going & (result == int(Result.SUCCESS))
+        solved = going & (result == Result.SUCCESS)
         stats = jax.tree.map(partial(_counted, solved & counted), stats, out.stats)
         result = jnp.where(solved, out.result, result)
         reached = jnp.where(solved, out.t_reached, reached)
-        came = solved & (result == int(Result.SUCCESS))
+        came = solved & (result == Result.SUCCESS)
         stopped = came if out.stopped is None else came & out.stopped
         after = _changed(change, stopped & jumps, part.t1, number, out.y1, problem.args)
         # What has come to its end rests. What failed goes on, for NaN gradients by later times.
-        rests = ~going & (result == int(Result.SUCCESS))
+        rests = ~going & (result == Result.SUCCESS)
         y, t = jnp.where(rests[:, None], y, after), jnp.where(rests, t, part.t1)
         going = came if out.stopped is None else stopped & jumps
         return (t, y, ys, result, reached, stats, going), (stopped, out.h)
 
-    result = jnp.where(valid, int(Result.SUCCESS), int(Result.INVALID_ARGUMENT)).astype(jnp.int32)
+    result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
     ys, none = problem.ts, Stats(*[jnp.zeros_like(result)] * 4)
     if ys is not None:
         ys = jnp.broadcast_to(problem.y0, (len(ys), *problem.y0.shape))
@@ -178,7 +178,7 @@ def _over_pieces(change: Change, solve, problem: Problem, stepper: Stepper, piec
     )
     t1, y1, ys, result, reached, stats, _ = carry
     if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
-        ys = jnp.where((result == int(Result.SUCCESS))[None, :, None], ys, y1[None])
+        ys = jnp.where((result == Result.SUCCESS)[None, :, None], ys, y1[None])
     reached = jax.lax.stop_gradient(reached)
     return t1, stopped[-1], Integration(y1, ys, stats, result, reached, h[-1])
 

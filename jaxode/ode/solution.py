@@ -53,7 +53,7 @@ class Solution(eqx.Module):
     @property
     def ok(self) -> Bool[Array, "*rows"]:
         """Whether the solve reached its end time (per row with per-sample steps)."""
-        return self.result == int(Result.SUCCESS)
+        return self.result == Result.SUCCESS
 
     @public("evaluate")
     def evaluate(self, t: Float[Array, "..."]) -> Any:

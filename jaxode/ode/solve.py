@@ -382,7 +382,7 @@ def run(system: System) -> Solution:
             path=path,
             t0=problem.t0,
             t1=problem.t1,
-            ok=out.result == int(Result.SUCCESS),
+            ok=out.result == Result.SUCCESS,
             y1=out.y1,
             ravel=ravel,
             batch=system.batch,

@@ -110,7 +110,7 @@ def with_integrals(system: System, field, probes, each: tuple[int, ...]) -> Solu
 
 def unused_rows(result: Int[Array, "*rows"], weights: Float[Array, " batch"]):
     """Which samples of weight zero failed in their own solve, `[rows]`."""
-    failed = jnp.atleast_1d(result != int(Result.SUCCESS))
+    failed = jnp.atleast_1d(result != Result.SUCCESS)
     return failed & (weights == 0) if result.shape == weights.shape else jnp.zeros_like(failed)
 
 

@@ -70,7 +70,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
         inputs = in_reverse(inputs, "BacksolveAdjoint")
         segment = _solve_back(inputs, self.backward_stepper(solved.stepper))
-        result = jnp.where(idle, int(Result.SUCCESS), segment.progress.result)
+        result = jnp.where(idle, Result.SUCCESS, segment.progress.result)
         return segment.moved(result=result.astype(jnp.int32))
 
 

@@ -130,7 +130,7 @@ class Solved(NamedTuple):
         if isinstance(problem.field, ClosedField):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, tape = recorded
-        ok = (integration.result == int(Result.SUCCESS)) & ~replaced
+        ok = (integration.result == Result.SUCCESS) & ~replaced
         shared, of_rows = problem.args
         replace = lambda tree: replace_rows(tree, replaced, ok, of_rows)
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
@@ -145,7 +145,7 @@ class Solved(NamedTuple):
     @property
     def ok(self) -> Bool[Array, " rows"]:
         """Rows that succeeded."""
-        return self.integration.result == int(Result.SUCCESS)
+        return self.integration.result == Result.SUCCESS
 
     @property
     def timed(self) -> bool:
@@ -258,7 +258,7 @@ def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
     def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
         # Over an empty span, too, the field need not be finite.
         none, unused = recorded[0].stats.num_accepted == 0, without_cotangent(bar, problem.t0)
-        replaced = unused & ((recorded[0].result != int(Result.SUCCESS)) | none)
+        replaced = unused & ((recorded[0].result != Result.SUCCESS) | none)
         solved = Solved.of(problem, wanted, stepper, recorded, replaced)
         return solved.masked(*adjoint.pull_back(solved, bar))
 

@@ -67,7 +67,7 @@ class Segment(NamedTuple):
     @classmethod
     def start(cls, t, h, y, quadrature, failed) -> "Segment":
         """Start at the end of a forward solve. Rows that failed stay there."""
-        result = jnp.where(failed, int(Result.NON_FINITE), int(Result.SUCCESS))
+        result = jnp.where(failed, Result.NON_FINITE, Result.SUCCESS)
         return cls(Progress.start(t, h, y, result), quadrature)
 
     def moved(self, **fields: Array) -> "Segment":
@@ -184,7 +184,7 @@ class ContinuousAdjoint(ReverseAdjoint):
         y0, ts = problem.y0, problem.ts
         y0_bar = segment.y[:, segment.y.shape[1] - y0.shape[1] :]
         valid = nan_unless(
-            solved.ok & (segment.progress.result == int(Result.SUCCESS)) | solved.replaced, y0.dtype
+            solved.ok & (segment.progress.result == Result.SUCCESS) | solved.replaced, y0.dtype
         )
         if stepper.raises:
             # A failed forward solve has already raised. A solve without steps did not run: `vmap`
@@ -192,7 +192,7 @@ class ContinuousAdjoint(ReverseAdjoint):
             # branch that is not taken (or values of the other branch with the same shape, which
             # cannot be told apart).
             ran = solved.ok & ~solved.replaced & (integration.stats.num_steps > 0)
-            result = jnp.where(ran, segment.progress.result, int(Result.SUCCESS))
+            result = jnp.where(ran, segment.progress.result, Result.SUCCESS)
             nan = nan_or_raise(result, segment.progress.t, where="backward solve")
             # The check is part of the value, so it cannot be eliminated as dead code.
             valid = valid + nan.astype(y0.dtype)

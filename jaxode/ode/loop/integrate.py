@@ -112,12 +112,10 @@ def integrate(
     final, tableau = state.progress, stepper.tableau
     stats = final.stats(tableau.evaluations, first_evals)
     # Over an empty span, a vector field that is not finite changes nothing that is finite.
-    of_field = (final.result == int(Result.NON_FINITE)) | (
-        final.result == int(Result.NON_FINITE_JACOBIAN)
-    )
+    of_field = (final.result == Result.NON_FINITE) | (final.result == Result.NON_FINITE_JACOBIAN)
     harmless = (start == end) & of_field & ~is_lost(stepper, final.y, start)
-    result = jnp.where(harmless, int(Result.SUCCESS), final.result).astype(jnp.int32)
-    ok = result == int(Result.SUCCESS)
+    result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)
+    ok = result == Result.SUCCESS
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if state.ys is None else state.ys * valid[None]
@@ -147,9 +145,7 @@ def _initial(
     if stepper.dense:
         steps = Steps.none_yet(stepper.tape_length, stepper.tableau.stages, start, y0)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
-    result = jnp.where(
-        all_hold(problem, stepper), int(Result.SUCCESS), int(Result.INVALID_ARGUMENT)
-    )
+    result = jnp.where(all_hold(problem, stepper), Result.SUCCESS, Result.INVALID_ARGUMENT)
     progress = Progress.start(start, h, y0, result)
     return _State(progress, slope, progress.accepted, ys, tape, steps, None), evals
 

@@ -44,7 +44,7 @@ class Progress(NamedTuple):
     @property
     def active(self) -> Bool[Array, " rows"]:
         """Rows that have neither ended nor failed."""
-        return ~self.done & (self.result == int(Result.SUCCESS))
+        return ~self.done & (self.result == Result.SUCCESS)
 
     def stats(self, evals_per_step: int, first_evals: int = 0) -> Stats:
         steps = self.accepted + self.rejected
@@ -139,10 +139,10 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     rejected = jnp.where(running, jnp.where(finite, 0.0, size), state.overreach)
     overreach = jnp.where(accept, state.overreach - size, rejected)
     finite &= overreach <= 0
-    cause = jnp.where(finite, int(Result.STEP_SIZE_UNDERFLOW), _not_finite(stepper, k, running))
+    cause = jnp.where(finite, Result.STEP_SIZE_UNDERFLOW, _not_finite(stepper, k, running))
     attempts = state.accepted + state.rejected + 1
     exhausted = running & (attempts >= stepper.max_steps) & ~(accept & last)
-    result = jnp.where(exhausted & finite, int(Result.MAX_STEPS_REACHED), state.result)
+    result = jnp.where(exhausted & finite, Result.MAX_STEPS_REACHED, state.result)
     failed = running & (stuck | (exhausted & ~finite))
     return accept, h_next, jnp.where(failed, cause, result), overreach
 
@@ -154,10 +154,10 @@ def _not_finite(stepper: Stepper, k: Float[Array, "stages samples n"], of_rows) 
     `Linearized.first`.
     """
     if not stepper.tableau.needs_jacobian:
-        return int(Result.NON_FINITE)
+        return Result.NON_FINITE
     every = lambda flags: over_rows(jnp.all, flags, of_rows)
     of_matrix = jnp.where(
-        every(~jnp.isnan(k[1])), int(Result.SINGULAR_MATRIX), int(Result.NON_FINITE_JACOBIAN)
+        every(~jnp.isnan(k[1])), Result.SINGULAR_MATRIX, Result.NON_FINITE_JACOBIAN
     )
     only_first = every(jnp.isfinite(k[0])) & ~every(jnp.isfinite(k[1]))
-    return jnp.where(only_first, of_matrix, int(Result.NON_FINITE))
+    return jnp.where(only_first, of_matrix, Result.NON_FINITE)
