@@ -153,10 +153,14 @@ def fit(
     matching_key, look_key, likelihood_key = keys
     # The power of the time is an input of the program, which is then the same for all.
     losses = [Partial(_matching, flow, coupling, jnp.asarray(power)) for power in powers]
+    as_vector = False
     if optimizer is None:
         few = min(FEW, A_COLUMN * math.prod(density.event_shape))
-        optimizer = _adam(RATE, DECAY if len(table.rows.x) <= few else 0.0)
-    phases = [Phase("matching", loss, optimizer, matching_key, WARM_UP) for loss in losses]
+        as_vector = len(table.rows.x) > few
+        optimizer = _adam(RATE, 0.0 if as_vector else DECAY)  # which only matrices have
+    phases = [
+        Phase("matching", loss, optimizer, matching_key, WARM_UP, as_vector) for loss in losses
+    ]
 
     clock = Clock()
 
@@ -183,8 +187,9 @@ def fit(
         run.look_again()
         if likelihood:
             after = Phase(
-                "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key
-            )
+                "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key,
+                as_vector=True,
+            )  # fmt: skip
             run.train(after, Limits(likelihood))
             run.look_again()
     except KeyboardInterrupt:

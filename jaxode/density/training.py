@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import state_dtype
@@ -67,6 +68,8 @@ class Phase(NamedTuple):
     key: PRNGKeyArray
     warm_up: int = 1
     """Steps in which the updates grow to their size."""
+    as_vector: bool = False
+    """Whether the optimizer may get all parameters as one vector. That compiles in less time."""
 
 
 class Limits(NamedTuple):
@@ -102,15 +105,21 @@ class State(NamedTuple):
     """What a step of training changes."""
 
     arrays: PyTree
-    """The floating arrays of the parameters."""
+    """The floating arrays of the parameters, or one vector of them."""
     average: PyTree
     optimizer: Any
     count: Int[Array, ""]
 
 
+def _same(tree: PyTree) -> PyTree:
+    return tree
+
+
 @compiled
-def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows: Rows, key, count):
-    """The state after `count` steps of the optimizer."""
+def advance(
+    loss, optimizer, batch_size: int, static, unravel, state: State, rates, rows: Rows, key, count
+):
+    """The state after `count` steps of the optimizer. `unravel` makes arrays of its parameters."""
     import optax  # `import jaxode` does not load it
 
     update = optax.with_extra_args_support(optimizer).update
@@ -121,7 +130,9 @@ def advance(loss, optimizer, batch_size: int, static, state: State, rates, rows:
         drawn = jax.random.randint(row_key, (batch_size,), 0, len(rows.x))
         x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
         of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, step_key)
-        value, gradient = jax.value_and_grad(of_arrays)(state.arrays)
+        value, gradient = jax.value_and_grad(of_arrays)(unravel(state.arrays))
+        if unravel is not _same:
+            gradient, _ = ravel_pytree(gradient)
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
         ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
         updates, inner = update(ascent, state.optimizer, state.arrays, **of_loss)
@@ -197,6 +208,9 @@ class Training:
         """Begin a phase from the best parameters."""
         self.phase, self.step, self.stale = phase, 0, 0
         arrays, self.static = eqx.partition(self.best.params, eqx.is_inexact_array)
+        self.unravel = _same
+        if phase.as_vector and len({leaf.dtype for leaf in jax.tree.leaves(arrays)}) == 1:
+            arrays, self.unravel = ravel_pytree(arrays)
         # In half precision, the average would not move by so small steps.
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
@@ -253,7 +267,7 @@ class Training:
         rows = self.data(jax.random.fold_in(key, BLOCK))
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
-        given = phase.loss, phase.optimizer, self.batch_size, self.static
+        given = phase.loss, phase.optimizer, self.batch_size, self.static, self.unravel
         several = jnp.asarray(count, jnp.int32)
         self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, key, several))
 
@@ -279,7 +293,7 @@ class Training:
         """Evaluate the average on the validation rows. Keep the best; go back if it exploded."""
         as_given = lambda mean, leaf: mean.astype(leaf.dtype)
         average = jax.tree.map(as_given, self.state.average, self.state.arrays)
-        params = eqx.combine(average, self.static)
+        params = eqx.combine(self.unravel(average), self.static)
         before = self.clock.spent
         with self.clock.running():
             nats = self.evaluate(params)

@@ -16,7 +16,7 @@ from helpers import Frame, with_slow
 
 import jaxode
 from jaxode.density import training as module
-from jaxode.density.fit import A_COLUMN
+from jaxode.density.fit import A_COLUMN, RATE, _adam
 from jaxode.density.maps import Affine, Monotone
 from jaxode.density.table import Table, set_aside, warn_of_columns
 
@@ -83,6 +83,25 @@ def test_it_improves_on_the_start():
     assert equal(density.standardize, bound().standardize)
 
 
+def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
+    """The default optimizer gets one where nothing decays, as with many rows."""
+    monkeypatch.setattr("jaxode.density.fit.FEW", 0)
+    vectors, advance = [], module.advance
+
+    def seen(*given):
+        state = advance(*given)
+        vectors.append(isinstance(state.arrays, jax.Array))
+        return state
+
+    monkeypatch.setattr(module, "advance", seen)
+    as_vector, _ = fit(validation=OTHERS, optimizer=None)
+    assert all(vectors)
+    monkeypatch.setattr(module, "ravel_pytree", None)
+    alike, _ = fit(validation=OTHERS, optimizer=_adam(RATE))
+    for a, b in zip(*map(jax.tree.leaves, (as_vector.params, alike.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # other roundings, 150 steps
+
+
 def test_the_key_decides_everything():
     density, history = fitted()
     again, points = fit(validation=OTHERS)
@@ -121,7 +140,8 @@ class Machine:
         monkeypatch.setattr(module, "advance", self.advance)
         monkeypatch.setattr(module, "_nll", self.look)
 
-    def advance(self, loss, optimizer, batch_size, static, state, rates, rows, key, count):
+    def advance(self, *given):
+        *_, state, _, _, _, count = given
         self.now += self.step * int(count) if count else self.compilation
         self.blocks.append(int(count))
         return state
