@@ -48,7 +48,7 @@ def draw(density, data, labels, history, path, key):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser(__file__, __doc__, steps=4000, batch=256, width=128)
+    options = parser(__file__, __doc__, steps=2500, batch=256, width=128)
     options = options.parse_args(arguments)
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 8))
