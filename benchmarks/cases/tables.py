@@ -7,8 +7,8 @@
 Cases run side by side, each bound to one core. The tables, how their columns are chosen and split:
 `table_data.py`. The contenders and their settings, three for each that has a choice, the same for
 all tables: `estimators.py`. Compilation and the validation rows that stop and choose are in the
-seconds of all contenders, imports are not; `fit`, whose own seconds are of training alone, gets
-those that its compilation leaves. A score is that of the parameters which are best on the
+seconds of all contenders, imports are not; `fit`, whose own seconds are of training alone, gets a
+clock that counts all. A score is that of the parameters which are best on the
 validation rows, in mean nats of a standardized test row. A contender whose course depends on its
 time is trained once for each time, and ends a little later than asked; any other is trained once,
 and may be 3% late.

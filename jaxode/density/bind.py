@@ -24,6 +24,7 @@ from jaxode._jax.closure import hash_of
 from jaxode.density.change import InFlow, from_data, to_data
 from jaxode.density.inputs import (
     Shape,
+    check_fits,
     check_inside,
     context_numbers,
     leading_axes,
@@ -216,12 +217,13 @@ class Density(eqx.Module):
         flow has no `regularizers` and no `steer`.
 
         Raises:
-            ValueError: if data lie outside the support or are not finite. If that is known only at
-                run time, they become NaN; so do data whose `z` overflows.
+            ValueError: if data lie outside the support or are not finite, or their `z` overflows.
+                If that is known only at run time, they become NaN.
         """
         rows, shape = self._rows(x)
         inside, fits, z, _ = from_data(self.support, self.standardize, rows)
         check_inside(inside, rows)
+        check_fits(fits)
         inside = (inside & fits).reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:

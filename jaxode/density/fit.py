@@ -42,7 +42,7 @@ DECAY = 0.3  # of the weights in matching,
 FEW, A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
 WARM_UP = 100  # steps of matching
 # Rounds in which each choice is tried. A round takes a part of the training, but at least so many
-# steps, or four such parts; and there is none if the training has fewer steps left.
+# steps, or four such parts. Skip trials that leave fewer than `LEFT` steps.
 ROUNDS, TRIAL, SHORTEST, LEFT = 2, 0.025, 250, 1000
 BEHIND, CLEARLY = 0.2, 0.2  # nats by which a map is out after a round, and uniform times are taken
 MINUTE = 60.0  # seconds, if there is no other end
@@ -75,19 +75,20 @@ def fit(
     from the best parameters and takes as many more steps as led to them. If it explodes, it goes on
     from the best parameters at a quarter of the rate. Ctrl-C ends it with the best so far.
 
-    A density without `standardize=` is whitened, or, if 1000 steps are left to the training, gets
-    the map that is best after a trial: whitened columns, each column mapped to a normal, or an
-    affine map. In more than 16 dimensions, `time_power` is tried in the same way: it is 2 unless 1
-    is better by 0.2 nats. Each choice is tried for 5% of the training, but at least 500 steps or a
-    fifth of it. Maps that are 0.2 nats behind after half of that are out.
+    A density without `standardize=` is whitened (with over 500 columns, or a singular covariance,
+    each column is mapped to a normal). If trials leave 1000 steps to the training, it gets the map
+    that is best after one: these two, or an affine map. In more than 16 dimensions, `time_power` is
+    tried in the same way: it is 2 unless 1 is better by 0.2 nats. Each choice is tried for 5% of
+    the training, but at least for 500 steps or a fifth of it, whichever is less. Maps that are 0.2
+    nats behind after half of that are out. The map of centred particles is the identity.
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
         x: data in their own units, `[rows, *event]`.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`.
-        seconds: end after this time of training, without compilation and the maps of the data, by
-            at most one step, or one look at the validation rows, too late.
+        seconds: end after this time of training, late by a block of a second and a look. It counts
+            neither compilation, with the first look, nor the fitting of maps.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
             most 1000 of them are used.
@@ -99,7 +100,7 @@ def fit(
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4, the first 50 at the full rate.
         time_power: as for `matching_loss`.
-        dequantize: add uniform noise in (0, 1) to columns of integers, new every 50 steps;
+        dequantize: add uniform noise in (0, 1) to columns of integers, new after 50 steps;
             not to validation rows of your own that have noise. `log_prob` is then that of
             `x + noise`.
         progress: show steps, nats and the time left on stderr.
@@ -176,7 +177,7 @@ def fit(
     try:
         others = max(len(fits) - 1, 0), len(phases) - 1
         if limits.seconds < math.inf and any(others):
-            runs[0].train(phases[0], limits, BLOCK)  # to know how long a step takes
+            _advance(runs[0], phases[0], limits, BLOCK)  # to know how long steps and looks take
         if steps := _round(runs[0], others[0], limits):
             _try_maps(runs, map(start, maps), phases[0], limits, steps)
         if steps := _round(runs[0], others[1], limits):
@@ -230,7 +231,8 @@ def _round(run: Training, others: int, limits: Limits) -> int:
     in_time = run.clock.steps_left(limits)
     total = min(limits.steps, in_time)
     steps = int(max(TRIAL * total, min(SHORTEST, 4 * TRIAL * total)))
-    left = min(limits.steps, in_time - ROUNDS * steps * others)
+    looks = ROUNDS * (others + 1) * run.look_seconds / run.clock.step
+    left = min(limits.steps, in_time - ROUNDS * steps * others - looks)
     return steps if others and left >= LEFT else 0
 
 
@@ -310,7 +312,7 @@ def _trainable(density: Density) -> Density:
 
 
 def _fits(density: Density) -> list[Callable[..., Any]]:
-    """How to fit each map to try. The first is best most often, and starts at a Gaussian."""
+    """Functions that fit each candidate map. The first, a Gaussian at the start, is often best."""
     if density.standardize is not None or isinstance(density.flow.base, CenteredNormal):
         return []
     white = [fit_white] if math.prod(density.event_shape) <= WIDEST else []

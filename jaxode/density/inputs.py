@@ -149,3 +149,12 @@ def check_inside(inside: Bool[Array, " rows"], rows: Float[Array, "rows *event"]
                 f"{arg('support')} the data must lie strictly inside; got values on or outside it "
                 f"in {in_rows(outside)}. Widen the support, or leave those rows out."
             )
+
+
+def check_fits(fits: Bool[Array, " rows"]) -> None:
+    """Raise if finite rows are known to be so far away that the maps overflow."""
+    if is_known(fits) and not np.asarray(fits).all():
+        raise ValueError(
+            f"{arg('x')} must not be so far from the data of standardize= that the map overflows; "
+            f"got {in_rows(~np.asarray(fits))}. Leave those rows out, or rescale the data."
+        )

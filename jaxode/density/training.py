@@ -32,7 +32,8 @@ AVERAGE = 0.002  # the least weight of a step in the moving average of the param
 BLOCK, BLOCK_SECONDS = 50, 1.0
 FIRST_LOOK, PASSES = (100, 500), 64  # steps before the first look, by passes over the rows
 APART = 1.3  # the ratio of steps from one look to the next
-# If time is limited, looks are at most so far apart, or so many times as long as one takes.
+# If time is limited, a look is due after so many seconds, and none before so many times as long as
+# one takes.
 APART_SECONDS, APART_LOOKS = 10.0, 4.0
 SAY_APART = 1.0  # seconds from one line of progress to the next, between looks
 PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
@@ -85,6 +86,7 @@ class Clock:
 
     def __init__(self):
         self.spent, self.step = 0.0, math.inf
+        self.compiled: set[str] = set()  # phases
 
     @contextlib.contextmanager
     def running(self):
@@ -203,26 +205,32 @@ class Training:
         self.explosions: list[Point] = []
         self.phase: Any = None
         self.blocks = 0  # so far, also of those that were taken back
+        self.rows, self.used = None, 0  # to train on, and the steps that have drawn from them
+        self.data_seconds = self.look_seconds = 0.0  # that the last of them took
 
     def start(self, phase: Phase) -> None:
         """Begin a phase from the best parameters."""
-        self.phase, self.step, self.stale = phase, 0, 0
-        arrays, self.static = eqx.partition(self.best.params, eqx.is_inexact_array)
-        self.unravel = _same
+        self.say(f"{phase.name}: compiling")
+        arrays, static = eqx.partition(self.best.params, eqx.is_inexact_array)
+        unravel = _same
         if phase.as_vector and len({leaf.dtype for leaf in jax.tree.leaves(arrays)}) == 1:
-            arrays, self.unravel = ravel_pytree(arrays)
+            arrays, unravel = ravel_pytree(arrays)
         # In half precision, the average would not move by so small steps.
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
-        self.state = State(arrays, average, phase.optimizer.init(arrays), count)
-        self.began, self.early, self.left, self.rate = self.clock.spent, None, 1.0, 1.0
-        self.kept = self.step, self.state, self.left
-        self.say(f"{phase.name}: compiling")
+        state = State(arrays, average, phase.optimizer.init(arrays), count)
+        # Together, since Ctrl-C looks at the state.
+        self.phase, self.static, self.unravel, self.state = phase, static, unravel, state
+        self.step, self.stale, self.early, self.left, self.rate = 0, 0, None, 1.0, 1.0
+        self.kept, before = (self.step, self.state, self.left), self.clock.spent
+        self.clock.step = math.inf
         self.look()
-        self.advance(0)
-        # Training begins when its programs are compiled.
-        self.clock.spent = self.looked = self.began
-        self.look_seconds = 0.0
+        if phase.name not in self.clock.compiled:
+            self.advance(0)
+            self.clock.compiled.add(phase.name)
+            # Training begins when its programs are compiled.
+            self.clock.spent, self.look_seconds = before, 0.0
+        self.began = self.looked = self.clock.spent
         self.tell()
 
     def train(self, phase: Phase, limits: Limits, steps: float = math.inf) -> None:
@@ -230,13 +238,13 @@ class Training:
         self.limits = limits
         if phase is not self.phase:
             self.start(phase)
-        pause = min(self.step + steps, limits.steps)
+        pause, timed = min(self.step + steps, limits.steps), limits.seconds < math.inf
         self.left = self.part_left()
         while self.left > 0 and self.step < pause:
             self.block(pause - self.step)
-            apart = max(APART_SECONDS, APART_LOOKS * self.look_seconds)
-            waited = limits.seconds < math.inf and self.clock.spent > self.looked + apart
-            if self.step >= min(self.due, limits.steps) or waited:
+            since = self.clock.spent - self.looked
+            due = self.step >= min(self.due, limits.steps) or (timed and since > APART_SECONDS)
+            if due and not (timed and since < APART_LOOKS * self.look_seconds):
                 self.look()
                 self.tell()
             if not self.early and self.stale >= PATIENCE:
@@ -247,29 +255,36 @@ class Training:
             self.left = self.part_left()
 
     def block(self, most: float) -> None:
-        """Take some steps: one, to measure it, and then for a second if time is limited."""
-        clock, limits, before = self.clock, self.limits, self.clock.spent
+        """Take up to 50 steps; with a limit of time, first one, and then as many as in a second."""
+        clock, limits = self.clock, self.limits
         count = min(BLOCK, most)
         if limits.seconds < math.inf:
             count = min(count, max(BLOCK_SECONDS / clock.step, 1), max(clock.steps_left(limits), 1))
         with clock.running():
-            self.advance(int(count))
+            seconds = self.advance(int(count))
         self.step += int(count)
-        clock.step = (clock.spent - before) / int(count)
+        clock.step = seconds / int(count) + self.data_seconds / BLOCK
         if time.perf_counter() > self.said + SAY_APART:
             self.tell()
 
-    def advance(self, count: int) -> None:
-        """Change the state by so many steps."""
-        phase, self.blocks = self.phase, self.blocks + 1
+    def advance(self, count: int) -> float:
+        """Change the state by so many steps. Returns the seconds that they took."""
+        phase, self.blocks = self.phase, self.blocks + (count > 0)
         key = jax.random.fold_in(phase.key, self.blocks)
-        # `fold_in` of a number beyond those of the steps: a key that none of them has.
-        rows = self.data(jax.random.fold_in(key, BLOCK))
+        if self.rows is None or self.used + count > BLOCK:
+            begin = time.perf_counter()
+            # `fold_in` of a number beyond those of the steps: a key that none of them has.
+            self.rows = jax.block_until_ready(self.data(jax.random.fold_in(key, BLOCK)))
+            self.used, self.data_seconds = 0, time.perf_counter() - begin
+        self.used += count
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         given = phase.loss, phase.optimizer, self.batch_size, self.static, self.unravel
-        several = jnp.asarray(count, jnp.int32)
-        self.state = jax.block_until_ready(advance(*given, self.state, rates, rows, key, several))
+        several, begin = jnp.asarray(count, jnp.int32), time.perf_counter()
+        self.state = jax.block_until_ready(
+            advance(*given, self.state, rates, self.rows, key, several)
+        )
+        return time.perf_counter() - begin
 
     def part_left(self) -> float:
         """The part of training that is left."""
@@ -317,7 +332,7 @@ class Training:
         of = "" if limits.steps == math.inf else f" of {limits.steps}"
         text = f"{self.phase.name}: step {self.step}{of}, {self.points[-1].nats:.3f} nats of "
         text += f"validation rows, best {self.least:.3f}"
-        by_steps = (limits.steps - self.step) * clock.step
+        by_steps = (limits.steps - self.step) * clock.step  # NaN before the first
         if (left := min(limits.seconds - clock.spent, by_steps)) < math.inf:
             text += f", {max(left, 0):.0f} s left"
         self.say(text)

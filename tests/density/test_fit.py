@@ -133,12 +133,14 @@ def test_no_time_gives_the_start(standardize):
 class Machine:
     """Stands for the programs of a training, and the seconds that they take."""
 
-    def __init__(self, monkeypatch, step, look=0.1, compilation=0.0, nats=lambda calls: -calls):
-        self.now, self.blocks, self.looks, self.nats = 0.0, [], 0, nats
-        self.step, self.of_look, self.compilation = step, look, compilation
+    def __init__(self, monkeypatch, step, look=0.1, compilation=0.0, data=0.0):
+        self.now, self.blocks, self.looks = 0.0, [], 0
+        self.step, self.of_look, self.compilation, self.of_data = step, look, compilation, data
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(module, "advance", self.advance)
         monkeypatch.setattr(module, "_nll", self.look)
+        in_flow = Table.in_flow
+        monkeypatch.setattr(Table, "in_flow", lambda *given: self.slow(*in_flow(*given)))
 
     def advance(self, *given):
         *_, state, _, _, _, count = given
@@ -149,7 +151,14 @@ class Machine:
     def look(self, *_):
         self.now += self.of_look if self.looks else self.compilation
         self.looks += 1
-        return float(self.nats(self.looks))
+        return float(-self.looks)
+
+    def slow(self, rows_of, *rest):
+        def timed(key):
+            self.now += self.of_data
+            return rows_of(key)
+
+        return timed, *rest
 
     def taken(self):
         return sum(self.blocks)
@@ -176,6 +185,33 @@ def test_slow_steps_end_in_time(monkeypatch, seconds):
     assert machine.taken() * 3 >= 0.6 * (machine.now - 8)
 
 
+def test_looks_and_data_leave_time_for_steps(monkeypatch):
+    """Looks take a fifth of the time, and rows with new noise serve 50 steps."""
+    slow_looks = Machine(monkeypatch, step=0.03, look=15.0)
+    fit(seconds=90, steps=None)
+    assert slow_looks.taken() * 0.03 >= 0.6 * 90
+    slow_data = Machine(monkeypatch, step=0.003, data=0.6)
+    fit(seconds=60, steps=None)
+    assert slow_data.taken() >= 0.8 * 50 * 60 / (0.6 + 50 * 0.003)
+
+
+def test_slow_looks_leave_no_trial(monkeypatch):
+    machine = Machine(monkeypatch, step=0.01, look=8.0)
+    density, history = fit(bound(standardize=None), seconds=40, steps=None)
+    assert not isinstance(density.standardize, Affine)
+    assert machine.taken() == history[-1].step >= 1000
+
+
+def test_an_interrupt_while_likelihood_begins_keeps_matching(monkeypatch):
+    def interrupted(arrays):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "ravel_pytree", interrupted)
+    density, history = fit(steps=50, likelihood=5, validation=OTHERS)
+    assert [(point.phase, point.step) for point in history] == [("matching", 0), ("matching", 50)]
+    assert not equal(density, bound())
+
+
 @pytest.mark.parametrize(
     ("limits", "losers"),
     [
@@ -191,7 +227,6 @@ def test_maps_are_tried_where_a_thousand_steps_are_left(monkeypatch, limits, los
     """Of 0.01 s each. Each map looks better than those before it, which take steps for nothing."""
     machine = Machine(monkeypatch, step=0.01)
     density, history = fit(bound(standardize=None), **{"steps": None} | limits)
-    assert machine.blocks.count(0) == (3 if losers else 1)
     assert isinstance(density.standardize, Affine) == bool(losers)
     assert machine.taken() == losers + history[-1].step
     assert history[-1].step >= min(999, limits.get("steps", 1000))
