@@ -412,11 +412,6 @@ BAD_INPUT = [
         "'precision', 'rtol', 'solver', 'steps'].",
     ),
     (
-        lambda: flow(return_solution=True), TypeError,
-        "flow(return_solution=...): it returns only z at time t. Use "
-        "jaxode.solve(f, z, s, t, args, batch='joint'), which returns a Solution.",
-    ),
-    (
         lambda: solve(max_steps=None), ValueError,
         "solve(max_steps=...): must be a positive integer; got None.",
     ),

@@ -32,7 +32,7 @@ from jaxode.density.inputs import (
     shapes_of_context,
 )
 from jaxode.density.maps import Map
-from jaxode.density.standardize import as_map, check_affine, context_maps, deprecated_pair
+from jaxode.density.standardize import as_map, check_affine, context_maps
 from jaxode.density.support import as_support
 from jaxode.distributions import CenteredNormal
 from jaxode.divergence import without_noise
@@ -343,8 +343,6 @@ def bind(
                 "jaxode.centered_normal, whose configurations such a map would not leave centred. "
                 "Divide the positions by one scale yourself, and leave it out."
             )
-    if pair := deprecated_pair(standardize, event):
-        standardize, standardize_context = pair
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():

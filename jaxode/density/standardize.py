@@ -1,6 +1,5 @@
 """The arguments `standardize=` and `standardize_context=` of `bind`, as maps around a flow."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,26 +14,6 @@ from jaxode._checks.rules import in_rows, is_known
 from jaxode._checks.samples import check_finite
 from jaxode.density.inputs import Shape, check_inside
 from jaxode.density.maps import Affine, Map, Unfitted, contained, fit_affine
-
-
-def deprecated_pair(given: Any, event: Shape) -> tuple[Any, Any] | None:
-    """The parts of `standardize=(x, context)`, if it is such a pair, with a warning."""
-    if not isinstance(given, tuple) or isinstance(given, Unfitted):
-        return None
-    if len(given) != 2:
-        raise ValueError(
-            f"bind(standardize=...): must be data, or (mean, scale); got {len(given)} parts."
-        )
-    first = given[0]
-    if first is not None and not isinstance(first, tuple) and np.ndim(first) != len(event) + 1:
-        return None
-    warnings.warn(
-        "bind(standardize=(x, context)) is deprecated. Pass standardize=x and "
-        "standardize_context=context.",
-        DeprecationWarning,
-        stacklevel=4,
-    )
-    return given
 
 
 def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> Map | None:
@@ -77,13 +56,15 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
 
 def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
     """From mean and scale."""
+    if len(given) != 2:
+        raise ValueError(f"{arg(name)} must be data, or (mean, scale); got {len(given)} parts.")
     with np.errstate(over="ignore"):  # checked below
         mean, scale = (floating(numbers(name, part)) for part in given)
     for part in (mean, scale):
         if part.shape not in ((), event):
             raise ValueError(
                 f"{arg(name)} mean and scale must be numbers, or have shape {event}; got "
-                f"{part.shape}."
+                f"{part.shape}. Pass data as an array; those of a context as standardize_context."
             )
     if is_known(scale) and not _is_scale(scale).all():
         raise ValueError(

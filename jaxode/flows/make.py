@@ -11,7 +11,7 @@ from jaxode.divergence import Divergence, auto
 from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
 from jaxode.ode.field import VectorField, check_field
-from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
+from jaxode.ode.options import OWN_SOLVER, SolveOptions
 from jaxode.ode.solve import check_implicit
 from jaxode.regularizers import Regularizer, check_regularizers
 
@@ -76,7 +76,7 @@ def cnf(
             "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your "
             "own, jaxode.divergence.Divergence(init, apply)."
         )
-    batch = choice_of_steps(batch, solve_options)
+    one_of("batch", batch, ("joint", "per_sample"))
     options = SolveOptions.make(**solve_options)
     check_number("atol", options.atol)
     for name, time in (("t0", t0), ("t1", t1)):

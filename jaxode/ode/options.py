@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -180,16 +179,3 @@ def _least(dtype: jnp.dtype) -> float:
     if info.bits < 32:
         return 0.5 * float(info.tiny) * float(info.eps)
     return float(np.nextafter(info.tiny, info.dtype.type(0)))
-
-
-def choice_of_steps(batch: Any, solve_options: dict[str, Any]) -> Literal["joint", "per_sample"]:
-    """The checked `batch`, which was called `step_control` up to version 0.2."""
-    if "step_control" in solve_options:
-        batch = solve_options.pop("step_control")
-        warnings.warn(
-            f"{arg('step_control', batch)} is called batch now, as in solve.",
-            DeprecationWarning,
-            stacklevel=4,
-        )
-    one_of("batch", batch, ("joint", "per_sample"))
-    return batch

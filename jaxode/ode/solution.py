@@ -1,7 +1,6 @@
 """What a solve returns."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,14 +40,6 @@ class Solution(eqx.Module):
     `event`."""
     interpolant: Interpolant | None = None
     """What `evaluate` needs. None without `dense`."""
-
-    @property
-    def event_came(self) -> Bool[Array, "*rows"] | None:
-        """The name of `event_occurred` in version 0.2."""
-        warnings.warn(
-            "Solution.event_came is called event_occurred now.", DeprecationWarning, stacklevel=2
-        )
-        return self.event_occurred
 
     @property
     def ok(self) -> Bool[Array, "*rows"]:

@@ -25,7 +25,7 @@ from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.jumps import Jumps, check_jumps, solve_across, solve_past_events
 from jaxode.ode.loop.outputs import Steps, padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
-from jaxode.ode.options import OWN_SOLVER, SolveOptions, choice_of_steps
+from jaxode.ode.options import OWN_SOLVER, SolveOptions
 from jaxode.ode.solution import Solution, report
 from jaxode.ode.stiffness import ran_into_stiffness
 from jaxode.ode.system import (
@@ -219,13 +219,7 @@ def flow(
     Differentiation: with respect to `z`, `args`, `row_args`, `s`, `t` and values that `f` closes
     over.
     """
-    moved = sorted({"return_solution", "ts"} & set(solve_options))
-    if moved:
-        raise TypeError(
-            f"flow({moved[0]}=...): it returns only z at time t. Use "
-            f"jaxode.solve(f, z, s, t, args, batch={batch!r}), which returns a Solution."
-        )
-    batch = choice_of_steps(batch, solve_options)
+    one_of("batch", batch, ("joint", "per_sample"))
     options = SolveOptions.make(**solve_options)
     check_implicit(options, batch)
     z = check_batch("z", z)

@@ -403,19 +403,6 @@ def test_as_many_samples_as_a_context_has_entries():
     np.testing.assert_allclose(each[1], scalars.log_prob(DATA[1], context=2.0), rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("x", "context"),
-    [(DATA, DATA), ((0.0, 2.0), (1.0, 2.0)), (None, DATA), (jaxode.standardize.normal(DATA), DATA)],
-    ids=["data", "mean and scale", "the context alone", "a map"],
-)
-def test_a_pair_of_data_is_deprecated(x, context):
-    with pytest.warns(DeprecationWarning, match="Pass standardize=x and stand") as caught:
-        pair = jaxode.bind(FLOW, trained(2), standardize=(x, context))
-    assert caught[0].filename == __file__
-    named = jaxode.bind(FLOW, trained(2), standardize=x, standardize_context=context)
-    assert eqx.tree_equal(pair, named)
-
-
 def test_tables_are_data_and_contexts():
     flow = jaxode.cnf(lambda t, z, args: args[0] * z * args[1].sum(), FLOW.base, **OPTIONS)
     contexts = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
@@ -730,6 +717,10 @@ WRONG = {
         r"standardize_context=.*must be an array of numbers; got an array of <U1",
     ),
     "no data": ({"standardize": True}, r"got True. Pass your data, an array \[n, 2\]"),
+    "data and a context": (
+        {"standardize": (DATA, DATA)},
+        r"have shape \(2,\); got \(40, 2\). Pass data as an array; those of a context as stand",
+    ),
     "three parts": (
         {"standardize": (DATA, DATA, DATA)},
         r"must be data, or \(mean, scale\); got 3",

@@ -267,22 +267,3 @@ def test_training_loss_gradient_in_float32_matches_float64():
 
 def test_an_integer_is_the_size_of_a_vector():
     assert jaxode.standard_normal(3) == jaxode.standard_normal((3,))
-
-
-def test_the_old_word_for_the_choice_of_steps():
-    """It warns where it is written."""
-    for call in (
-        lambda: (
-            jaxode.cnf(
-                lambda t, z, _: -z, jaxode.standard_normal(2), step_control="per_sample"
-            ).batch
-        ),
-        # While it is traced.
-        lambda: jax.eval_shape(
-            lambda z: jaxode.flow(lambda t, z, _: -z, z, 0.0, 1.0, step_control="joint"),
-            jnp.ones((3, 2)),
-        ),
-    ):
-        with pytest.warns(DeprecationWarning, match="is called batch now") as caught:
-            assert call()
-        assert caught[0].filename == __file__

@@ -388,12 +388,6 @@ def test_wrong_directions(direction):
         Event(lambda t, y, _: y, direction=direction)
 
 
-def test_the_old_name_of_what_occurred():
-    s = to_the_level()
-    with pytest.warns(DeprecationWarning, match="event_occurred"):
-        assert s.event_came == s.event_occurred
-
-
 @pytest.mark.slow
 def test_an_event_that_is_not_found_is_told_with_its_time():
     event = jaxode.Event(lambda t, y, _: jnp.where(y < 1, y - 3, y))
