@@ -473,20 +473,6 @@ BAD_INPUT = [
         "cnf(f=...): must be a function f(t, z, params); got None.",
     ),
     (
-        lambda: cnf(quadrature="simpson"), ValueError,
-        "cnf(quadrature=...): must be 'gauss' or 'stochastic'; got 'simpson'.",
-    ),
-    (
-        lambda: cnf(quadrature="stochastic", adjoint=jaxode.BacksolveAdjoint()), ValueError,
-        "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and a solver of "
-        "jaxode's own loop, such as diffrax.Tsit5() or jaxode.Rodas5P(). Use quadrature='gauss'.",
-    ),
-    (
-        lambda: cnf(quadrature="stochastic").nll(None, X), ValueError,
-        "nll: quadrature='stochastic' needs random numbers; got key=None. "
-        "Pass key=jax.random.key(...).",
-    ),
-    (
         lambda: cnf(regularizers=("kinetic",)), TypeError,
         "cnf(regularizers=...): must be a tuple of jaxode.regularizers; got ('kinetic',).",
     ),

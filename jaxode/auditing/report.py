@@ -82,8 +82,7 @@ def audit(
     first row of the context, is integrated on a grid in up to two dimensions and by importance
     sampling in up to eight; that of the base density by importance sampling. If the effective
     sample size is too small to tell, the report says so. A Metropolis step must leave the samples
-    of the base density as they are. The audit replaces `quadrature="stochastic"` by "gauss", which
-    has the same mean, and ignores `axis_name`.
+    of the base density as they are. The audit ignores `axis_name`.
 
     Some faults are within its noise. Of a random divergence it sees a bias above a fifth of the
     standard deviation of one estimate; probes with 3% too much variance pass. So do samples of the
@@ -128,7 +127,7 @@ def audit(
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
     params, context = jax.tree.map(floats, (params, context))
     options = dataclasses.replace(flow.solve_options, axis_name=None)
-    flow = dataclasses.replace(flow, throw=False, quadrature="gauss", solve_options=options)
+    flow = dataclasses.replace(flow, throw=False, solve_options=options)
     subject = Subject(flow, flow, params, x, key, context)
     subject.tight, reference = _tighten(flow, x, stochastic=subject.probes is not None)
     row = density.divergence(subject)

@@ -85,7 +85,6 @@ class CNF(eqx.Module):
     regularizers: tuple[Regularizer, ...]
     solve_options: SolveOptions
     batch: Literal["joint", "per_sample"] = eqx.field(static=True)
-    quadrature: Literal["gauss", "stochastic"] = eqx.field(static=True)
     steer: float = eqx.field(static=True)
     throw: bool | None = eqx.field(static=True)
     # How a `Density` solves a large batch; None for all rows at once.
@@ -139,8 +138,9 @@ class CNF(eqx.Module):
     ) -> Float[Array, ""]:
         """The training loss: mean negative log-density in nats, plus the regularizers.
 
-        The error control covers only the samples. A quadrature on the dense output of their solve
-        integrates the change of volume, and `jax.value_and_grad` gets value and gradient from one
+        The error control covers only the samples. Gauss nodes on the dense output of their solve
+        (Gauss-Lobatto, if the solver has stages at both ends of a step) integrate the change of
+        volume, and `jax.value_and_grad` gets value and gradient from one
         sweep back over the steps. With a gradient method other than `DiscreteAdjoint`, or with a
         solver that diffrax runs, the loss solves the augmented ODE instead.
 
@@ -175,9 +175,7 @@ class CNF(eqx.Module):
         check_not_empty(system.y0)
         weights = check_weights(weights, system.y0)
         key = None if key is None else check_key(key)
-        loss, stats, result, t_reached = programs.nll(
-            system, self._parts, key, weights, self.quadrature, self.steer
-        )
+        loss, stats, result, t_reached = programs.nll(system, self._parts, key, weights, self.steer)
         faults = self._faults("x", system, weights)
         loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
         return loss, stats

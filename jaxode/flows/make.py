@@ -11,7 +11,7 @@ from jaxode.divergence import Divergence, auto
 from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
 from jaxode.ode.field import VectorField, check_field
-from jaxode.ode.options import OWN_SOLVER, SolveOptions
+from jaxode.ode.options import SolveOptions
 from jaxode.ode.solve import check_implicit
 from jaxode.regularizers import Regularizer, check_regularizers
 
@@ -25,7 +25,6 @@ def cnf(
     t1: float = 1.0,
     divergence: Divergence = auto(),
     batch: Literal["joint", "per_sample"] = "joint",
-    quadrature: Literal["gauss", "stochastic"] = "gauss",
     regularizers: tuple[Regularizer, ...] = (),
     steer: float = 0.0,
     throw: bool | None = None,
@@ -43,9 +42,6 @@ def cnf(
         t1: time of the data.
         divergence: how to compute `div f`, from `jaxode.divergence`.
         batch: "joint" or "per_sample", as for `jaxode.solve`.
-        quadrature: how `nll` integrates the divergence over a step. "gauss" uses the nodes of a
-            Gauss rule (Gauss-Lobatto if the solver has stages at both ends of a step). "stochastic"
-            uses one random time per sample: unbiased, and cheaper.
         regularizers: running costs to add to `nll`, from `jaxode.regularizers`.
         steer: end the solve of `nll` at a random time between `t0 - steer` and `t0 + steer` instead
             of `t0`: one uniform draw per call, from `key`, for the whole batch. Flows trained this
@@ -85,7 +81,6 @@ def cnf(
         t0 = f.check_span(t0, t1)
     if isinstance(base, CenteredNormal):
         f = Centered(f)
-    one_of("quadrature", quadrature, ("gauss", "stochastic"))
     if throw is not None:
         check_bool("throw", throw)
     check_implicit(options, batch)
@@ -99,12 +94,6 @@ def cnf(
             f"cnf(solver=...): integrates more than the field; got {type(options.solver).__name__}("
             "jacobian=...). Leave jacobian out."
         )
-    fused = options.adjoint.fused and options.tableau is not None
-    if quadrature == "stochastic" and not fused:
-        raise ValueError(
-            "cnf(quadrature='stochastic'): needs adjoint=jaxode.DiscreteAdjoint() and "
-            f"{OWN_SOLVER}. Use quadrature='gauss'."
-        )
     return CNF(
         f=f,
         base=as_base(base),
@@ -114,7 +103,6 @@ def cnf(
         regularizers=check_regularizers(regularizers),
         solve_options=options,
         batch=batch,
-        quadrature=quadrature,
         steer=check_steer(steer, t0, t1),
         throw=throw,
     )

@@ -37,7 +37,6 @@ from jaxode._checks.times import check_times
 from jaxode._jax.sharding import row_count, row_numbers, vary_alike
 from jaxode.coupling import Coupling
 from jaxode.distributions import BaseDensity
-from jaxode.flows.likelihood.quadrature import GOLDEN
 from jaxode.flows.noise import of_each_row
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.field import call_field, of_row
@@ -150,7 +149,7 @@ def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array,
 
 def _scattered(count: int) -> np.ndarray:
     """A permutation by multiples of about the golden ratio, so neighbors end up far apart."""
-    stride = round(count * GOLDEN)
+    stride = round(count * (5**0.5 - 1) / 2)
     while math.gcd(stride, count) > 1:
         stride += 1
     return (np.arange(count) * stride % count).astype(np.int32)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import state_dtype
 from jaxode._jax.sharding import AxisName, row_numbers
 
 # Folded into the key for the end time. No row has this number.
@@ -39,27 +38,13 @@ def keys_of_rows(
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, axis_name))
 
 
-def random_phases(
-    key: PRNGKeyArray | None, x: Float[Array, "batch *event"], axis_name: AxisName | None
-) -> Float[Array, " batch"]:
-    """Uniform random numbers for the nodes of `quadrature="stochastic"`, one per sample."""
-    key = _given(key, "quadrature='stochastic'")
-    dtype = state_dtype(x)
-    draw = lambda key, _: jax.random.uniform(jax.random.fold_in(key, 1), dtype=dtype)
-    return of_each_row(draw, key, x, axis_name)
-
-
 def random_end(key: PRNGKeyArray | None, t0: Float[Array, ""], steer: float) -> Float[Array, ""]:
     """A uniform time between `t0 - steer` and `t0 + steer`, shared by the whole batch."""
-    key = _given(key, f"steer={steer!r}")
+    if key is None:
+        raise ValueError(
+            f"nll: steer={steer!r} needs random numbers; got key=None. Pass "
+            "key=jax.random.key(...)."
+        )
     # Drawn in float32 for samples of any dtype, so that it depends only on the key.
     uniform = jax.random.uniform(jax.random.fold_in(key, END_TIME), (), jnp.float32, -1.0, 1.0)
     return t0 + steer * uniform.astype(t0.dtype)
-
-
-def _given(key: PRNGKeyArray | None, option: str) -> PRNGKeyArray:
-    if key is None:
-        raise ValueError(
-            f"nll: {option} needs random numbers; got key=None. Pass key=jax.random.key(...)."
-        )
-    return key

@@ -22,7 +22,7 @@ from jaxode.flows.likelihood.objective import (
     unused_rows,
     with_integrals,
 )
-from jaxode.flows.noise import of_each_row, random_end, random_phases
+from jaxode.flows.noise import of_each_row, random_end
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
@@ -77,20 +77,18 @@ def sample(system: System, parts, key) -> Solution:
 
 
 @compiled
-def nll(system: System, parts, key, weights, quadrature: str, steer: float):
+def nll(system: System, parts, key, weights, steer: float):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
     integrands, base = parts
-    axis_name, x, phase = system.stepper.axis_name, system.y0, None
+    axis_name, x = system.stepper.axis_name, system.y0
     if steer > 0:
         end = random_end(key, system.t1, steer)
         fits = steer < jnp.abs(system.t1 - system.t0)
         system = system._replace(t1=jnp.where(fits, end, jnp.nan))
         check_same_times(system.t1, axis_name)
-    if quadrature == "stochastic":
-        phase = random_phases(key, x, axis_name)
     probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
-    loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, phase, weights))
+    loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, weights))
     failed = stats.result != Result.SUCCESS
     result = jnp.where(valid | failed, stats.result, Result.INVALID_ARGUMENT)
     unused = unused_rows(result, weights).reshape(result.shape)

@@ -88,8 +88,8 @@ LOSSES = {
             jaxode.regularizers.kinetic_energy(0.7), jaxode.regularizers.jacobian_frobenius(0.2),
         ),
     },
-    "orthogonal probes, random nodes, two checkpoints, raising": {
-        "divergence": jaxode.divergence.hutchinson(2, "orthogonal"), "quadrature": "stochastic",
+    "orthogonal probes, two checkpoints, raising": {
+        "divergence": jaxode.divergence.hutchinson(2, "orthogonal"),
         "adjoint": jaxode.DiscreteAdjoint(2), "throw": True,
     },
     **{name: METHODS[name].options() for name in REVERSE if name != "discrete"},
@@ -99,7 +99,7 @@ LOSSES = {
 # Of options of which there are others, without devices.
 OTHERS = (
     "exact in chunks, regularized",
-    "orthogonal probes, random nodes, two checkpoints, raising",
+    "orthogonal probes, two checkpoints, raising",
     "backsolve",
     "interpolating",
 )

@@ -14,7 +14,7 @@ from helpers import METHODS, REVERSE, assert_close, of_feature, optional, with_s
 import jaxode
 from jaxode._jax.closure import compiled
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.likelihood.quadrature import GOLDEN, gauss
+from jaxode.flows.likelihood.quadrature import gauss
 from jaxode.ode.adjoints import sweep
 from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.system import make_system, pose
@@ -76,18 +76,16 @@ def recorded_times(flow, params, x, context):
     return tape.times[: int(tape.num_steps) + 1]
 
 
-def reference(flow, times, rule=None):
+def reference(flow, times):
     """The objective as a plain function, step by step and stage by stage, for autodiff.
 
-    `rule`: nodes and weights, in place of those of the flow. Its loops are scans, as straight-line
-    code takes long to compile.
+    Its loops are scans, as straight-line code takes long to compile.
     """
     tableau = flow.solve_options.tableau
     A, b, c = (jnp.asarray(x) for x in (tableau.A, tableau.b, tableau.c))
-    theta, weight = map(jnp.asarray, rule or gauss(tableau))
-    random_node = rule is None and flow.quadrature == "stochastic"
+    theta, weight = map(jnp.asarray, gauss(tableau))
 
-    def one(params, x, context, probe, phase, mesh):
+    def one(params, x, context, probe, mesh):
         args = params if context is None else (params, context)
 
         def costs(t, z):
@@ -101,7 +99,7 @@ def reference(flow, times, rule=None):
 
         def step(carry, interval):
             z, log_det, running = carry
-            number, t, h = interval
+            t, h = interval
 
             def stage(k, row):
                 i, a, c = row
@@ -109,26 +107,21 @@ def reference(flow, times, rule=None):
 
             k = jnp.zeros((tableau.stages, DIM))
             k, _ = jax.lax.scan(stage, k, (jnp.arange(tableau.stages), A, c))
-            random = jnp.mod(phase + number * GOLDEN, 1.0)[None]
-            nodes, w = (random, jnp.ones(1)) if random_node else (theta, weight)
             at = lambda s: costs(t + s * h, z + h * tableau.dense_weights(s) @ k)
-            div, cost = jax.vmap(at)(nodes)
-            log_det, running = log_det + h * w @ div, running + jnp.abs(h) * w @ cost
+            div, cost = jax.vmap(at)(theta)
+            log_det, running = log_det + h * weight @ div, running + jnp.abs(h) * weight @ cost
             return (z + h * b @ k, log_det, running), None
 
-        count = len(times) - 1
-        intervals = (jnp.arange(1.0, count + 1), mesh[:-1], jnp.diff(mesh))
+        intervals = mesh[:-1], jnp.diff(mesh)
         start = (x, jnp.zeros(()), jnp.zeros(()))
         (z, log_det, running), _ = jax.lax.scan(step, start, intervals)
         return BASE.log_prob(z) + log_det - running
 
     def loss(params, x, context, weights):
         probes = probes_of(flow, x)
-        draw = lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(KEY, i), 1))
-        phase = jax.vmap(draw)(jnp.arange(len(x)))
         meshes = jnp.broadcast_to(times.T, (len(x), len(times)))
-        axes = (None, 0, None if context is None else 0, None if probes is None else 0, 0, 0)
-        log_prob = jax.vmap(one, axes)(params, x, context, probes, phase, meshes)
+        axes = (None, 0, None if context is None else 0, None if probes is None else 0, 0)
+        log_prob = jax.vmap(one, axes)(params, x, context, probes, meshes)
         return -jnp.sum(weights * log_prob) / jnp.sum(weights)
 
     return loss
@@ -139,7 +132,6 @@ ANEW = {"max_steps": 4095}
 # Each option that changes the program is in one of them at least.
 CASES = {
     "hutchinson": {"divergence": ESTIMATORS["hutchinson"]},
-    "random nodes, per-sample steps": {"quadrature": "stochastic", "batch": "per_sample"},
     "a solver without a shared stage": {"solver": diffrax.Heun(), "rtol": 1e-2, "atol": 1e-2},
     "equal steps": {"solver": diffrax.Euler(), "steps": 7},
     "regularized, Dopri8": {
@@ -152,10 +144,9 @@ CASES = {
         "divergence": ESTIMATORS["three probes"],
         "batch": "per_sample",
     },
-    "regularized, random nodes, few checkpoints": {
+    "regularized, few checkpoints": {
         "regularizers": REGULARIZERS,
         "divergence": ESTIMATORS["hutchinson"],
-        "quadrature": "stochastic",
         "adjoint": jaxode.DiscreteAdjoint(2),
         "rtol": 1e-6,
         "atol": 1e-6,
@@ -163,11 +154,9 @@ CASES = {
 }
 
 
-GATHERED = (
-    "hutchinson", "regularized, random nodes, few checkpoints", "a solver without a shared stage",
-)  # fmt: skip
+GATHERED = "hutchinson", "regularized, few checkpoints", "a solver without a shared stage"
 # Without a gradient other programs run.
-VALUES = ("hutchinson", "random nodes, per-sample steps", GATHERED[1])
+VALUES = ("hutchinson", "regularized, three probes, per-sample steps", GATHERED[1])
 
 
 @functools.cache
@@ -183,8 +172,8 @@ PROGRAMS = [(name, False) for name in CASES] + [(name, True) for name in GATHERE
 
 
 # Others have options that others have as well: few checkpoints and gathered gradients, which
-# `test_discrete.py` compares, random nodes and Heun's method, which `test_attacks_steps.py` takes,
-# and regularizers, which other gradient methods have below.
+# `test_discrete.py` compares, Heun's method, which `test_attacks_steps.py` takes, and regularizers,
+# which other gradient methods have below.
 @pytest.mark.parametrize(("name", "gathered"), with_slow(PROGRAMS, PROGRAMS[1:]))
 def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
     """Value and gradient, the parameters' by stage or gathered by step."""
@@ -213,23 +202,15 @@ def test_nodes_as_one_batch_on_an_accelerator(name, monkeypatch):
     assert_close(actual, expected, 1e-11)
 
 
-NODES = [
-    ("joint", "gauss", False),
-    ("per_sample", "stochastic", False),
-    ("per_sample", "gauss", True),
-]
-
-
 # Across jumps they are in `test_attacks_steps.py`.
 @pytest.mark.slow
-@pytest.mark.parametrize(("control", "quadrature", "together"), NODES)
-def test_gradient_by_the_times(control, quadrature, together, monkeypatch):
+@pytest.mark.parametrize(("control", "together"), [("joint", False), ("per_sample", True)])
+def test_gradient_by_the_times(control, together, monkeypatch):
     """The mesh stays where it is relative to its two ends."""
     if together:
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     make_at = lambda t0, t1: make(
-        t0=t0, t1=t1, batch=control, quadrature=quadrature,
-        divergence=ESTIMATORS["exact"], **(ANEW if together else {}),
+        t0=t0, t1=t1, batch=control, divergence=ESTIMATORS["exact"], **(ANEW if together else {}),
     )  # fmt: skip
     inputs = (jnp.array(0.1), jnp.array(0.9))
     flow = make_at(*inputs)
@@ -352,28 +333,6 @@ def test_samples_of_half_precision(default_settings):
         assert leaf.dtype == jnp.float32
         # A few roundings of each sample, relative to the largest entry.
         np.testing.assert_allclose(leaf, other, rtol=0, atol=4 * eps * jnp.abs(other).max())
-
-
-@pytest.mark.slow
-def test_random_nodes_are_unbiased():
-    """The mean of 10,000 draws is within 4 standard errors of the converged value and gradient."""
-    x, draws = X[:2], 10_000
-    options = {"divergence": ESTIMATORS["exact"], "rtol": 1e-3, "atol": 1e-3}
-    flow = make(quadrature="stochastic", **options)
-    losses, gradients = jax.jit(jax.vmap(
-        lambda key: jax.value_and_grad(lambda b: flow.nll((*PARAMS[:2], b), x, key=key))(PARAMS[2])
-    ))(jax.random.split(KEY, draws))  # fmt: skip
-    # Of the same steps, with so many nodes that the quadrature is exact.
-    rule = (np.arange(200) + 0.5) / 200, np.full(200, 1 / 200)
-    plain = reference(flow, recorded_times(flow, PARAMS, x, None), rule)
-    converged = lambda b: plain((*PARAMS[:2], b), x, None, jnp.ones(2))
-    value, gradient = jax.jit(jax.value_and_grad(converged))(PARAMS[2])
-    samples = np.column_stack([losses, gradients])
-    error = samples.std(axis=0, ddof=1) / np.sqrt(draws)
-    difference = samples.mean(axis=0) - np.concatenate([[value], gradient])
-    assert np.all(samples.std(axis=0) > 0)
-    # 1e-6: what is left of the midpoint rule.
-    assert np.all(np.abs(difference) < 4 * error + 1e-6)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from jaxode._jax.sharding import vary_alike
 from jaxode._jax.vmapped import one_by_one, plain, with_vmap_rule
 from jaxode.distributions import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.likelihood.quadrature import Quadrature, shares_stages
+from jaxode.flows.likelihood.quadrature import Quadrature
 from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
 from jaxode.ode.adjoints.vmapped import is_busy
@@ -61,8 +61,6 @@ class Objective(NamedTuple):
     base: BaseDensity
     probes: PyTree
     """The noise of the divergence, one row per sample."""
-    phase: Float[Array, " batch"] | None
-    """Uniform random numbers for one random node per step and sample. None for Gauss nodes."""
     weights: Float[Array, " batch"]
     """Weights of the samples in the mean. They sum to one."""
 
@@ -149,16 +147,13 @@ class Settings(eqx.Module):
     stepper: Stepper
     adjoint: Any = eqx.field(static=True)
     coefficients: Float[Array, " costs-1"]
-    phase: Float[Array, " batch"] | None
 
 
 def _fused(objective: Objective):
     objective = vary_alike(objective)
     system, x = objective.system, objective.system.y0
     problem, stepper, ravel = pose(system)
-    joint, phase = system.batch == "joint", objective.phase
-    per_row = not joint or phase is not None
-    with_field = shares_stages(stepper.tableau, phase)
+    joint, with_field = system.batch == "joint", stepper.tableau.first_same_as_last
 
     def samples(y):
         return y.reshape(x.shape).astype(x.dtype)
@@ -171,21 +166,20 @@ def _fused(objective: Objective):
             return jnp.concatenate(parts) if with_field else costs
 
         params, rest = args
-        time, axis = (t, 0) if per_row else (t[0], None)
+        time, axis = (t[0], None) if joint else (t, 0)
         return jax.vmap(one, (axis, 0, None, 0))(time, samples(y), params, rest)
 
     y0, t0 = problem.y0, problem.t0
-    of_nodes = jnp.broadcast_to(t0, x.shape[:1]) if per_row else t0
     shared = (system.shared, (objective.probes, system.row_args))
     precision = stepper.precision
-    costs, (_, (probes, _)) = close_field(precision, costs_of_samples, of_nodes, y0, shared)
+    costs, (_, (probes, _)) = close_field(precision, costs_of_samples, t0, y0, shared)
     # The samples, and so their density, may have lower precision than the solve.
     log_prob_at = lambda z: log_prob_of(objective.base, z, precision)
     log_prob = lambda t, y, args: log_prob_at(samples(y)).astype(ravel.dtype)
     base, _ = close_field(precision, log_prob, t0, y0, ())
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
-    settings = Settings(stepper, system.adjoint, coefficients, phase)
+    settings = Settings(stepper, system.adjoint, coefficients)
     inputs = in_reverse(inputs, type(system.adjoint).__name__)
     loss, rest = one_after_the_other(_loss, inputs, settings)
     if joint:
@@ -210,8 +204,7 @@ def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solve
 
     of_costs = jnp.concatenate([-jnp.ones(1, problem.y0.dtype), settings.coefficients])
     bars = jnp.outer(inputs.weights, of_costs)
-    together = settings.phase is None and rows_are_cheap(problem.field)
-    return solved, Quadrature(solved, apply, settings.phase, bars, together)
+    return solved, Quadrature(solved, apply, bars, rows_are_cheap(problem.field))
 
 
 def _outcome(inputs: Inputs, settings: Settings, solved: Solved, log_base, integrals):

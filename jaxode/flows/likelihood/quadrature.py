@@ -1,9 +1,8 @@
 """The quadrature of costs along the recorded steps, on the solver's dense output.
 
-It uses Gauss nodes, or one random node per step and sample, which is unbiased.
-
-If the last stage of a step is the first stage of the next, both steps have a node there (a Lobatto
-rule). Costs are then evaluated together with that stage, whose vector field they need anyway.
+If the last stage of a step is the first stage of the next, both steps have a node there
+(Gauss-Lobatto; otherwise Gauss-Legendre). Costs are then evaluated together with that stage, whose
+vector field they need anyway.
 """
 
 from collections.abc import Callable
@@ -22,9 +21,6 @@ from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.rows import one_row, over_rows
 from jaxode.ode.loop.tableau import Tableau
 
-# The golden ratio: its multiples spread evenly over the unit interval.
-GOLDEN = (5**0.5 - 1) / 2
-
 
 def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights on the unit interval: as many as the solver's order can use.
@@ -42,18 +38,12 @@ def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1) / 2, 1 / (count * (count + 1) * legendre(nodes) ** 2)
 
 
-def shares_stages(tableau: Tableau, phase: Float[Array, " batch"] | None) -> bool:
-    """Whether the end nodes of a step are stages of the solver, and no node is random."""
-    return phase is None and tableau.first_same_as_last
-
-
 class Quadrature(NamedTuple):
     """The quadrature of the costs within a step."""
 
     solved: Solved
     apply: Callable[..., Float[Array, "batch values"]]
     """The costs as a function of `(params, t, y)`; if `shared`, the vector field follows."""
-    phase: Float[Array, " batch"] | None
     bars: Float[Array, "batch costs"]
     """The cotangents of the integrals."""
     together: bool
@@ -66,13 +56,11 @@ class Quadrature(NamedTuple):
     @property
     def shared(self) -> bool:
         """Whether a step ends at a node that is also a stage of the solver."""
-        return shares_stages(self.tableau, self.phase)
+        return self.tableau.first_same_as_last
 
     @property
     def inner(self) -> int:
         """The number of nodes inside a step."""
-        if self.phase is not None:
-            return 1
         return len(gauss(self.tableau)[0]) - (2 if self.shared else 0)
 
     def numbers(self, step: Int[Array, ""]) -> tuple[Any, int]:
@@ -80,18 +68,8 @@ class Quadrature(NamedTuple):
         first = jnp.where(step == 0, self.inner, 0)
         return first, self.inner + 1 if self.shared else self.inner
 
-    def _split(self, step: Step) -> Step:
-        """One row per sample, if each sample has its own nodes."""
-        phase = self.phase
-        if phase is None:
-            return step
-        time = lambda t: jnp.broadcast_to(t, phase.shape)
-        return step._replace(t=time(step.t), h=time(step.h))
-
-    def _place(self, step: Step, number, index) -> Float[Array, " rows"]:
+    def _place(self, step: Step, index) -> Float[Array, " rows"]:
         """The position of a node in the unit interval."""
-        if self.phase is not None:
-            return jnp.mod(self.phase + number.astype(step.t.dtype) * GOLDEN, 1.0)
         theta = jnp.asarray(self._rule[0], step.t.dtype)[index]
         return jnp.broadcast_to(theta, step.t.shape)
 
@@ -107,8 +85,6 @@ class Quadrature(NamedTuple):
 
         `after` is the size of the next step, which has a node at the same place.
         """
-        if self.phase is not None:
-            return h
         h = jnp.where(index == self.inner, h + after, h) if self.shared else h
         return jnp.asarray(self._rule[1], h.dtype)[index] * h
 
@@ -133,10 +109,9 @@ class Quadrature(NamedTuple):
         signed = [weight] + [jnp.abs(weight)] * (costs - 1)
         return jnp.broadcast_to(jnp.stack(signed, -1).astype(self.bars.dtype), (batch, costs))
 
-    def evaluate(self, step: Step, after, number, index) -> Float[Array, "batch costs"]:
+    def evaluate(self, step: Step, after, index) -> Float[Array, "batch costs"]:
         """The contribution of a node to the integrals."""
-        step = self._split(step)
-        time, state, _, _ = self._state(step, self._place(step, number, index))
+        time, state, _, _ = self._state(step, self._place(step, index))
         values = self.apply(self.solved.params, time, state)
         scale = self._scale(self._weight(index, step.h, after))
         return scale * values[:, : self.bars.shape[1]]
@@ -146,34 +121,32 @@ class Quadrature(NamedTuple):
 
         def visit(step: Step, number, carry):
             integrals, after = carry
-            add = lambda i, total: total + self.evaluate(step, after, number, i)
+            add = lambda i, total: total + self.evaluate(step, after, i)
             return fori_loop(*self.numbers(number), add, integrals), step.h
 
         carry = jnp.zeros_like(self.bars), jnp.zeros_like(self.solved.problem.t0)
         return walk_back(self.solved, visit, carry)[0]
 
-    def interior(self, whole: Step, number, bar: Step, params_bar, carry):
+    def interior(self, step: Step, number, bar: Step, params_bar, carry):
         """For `Sweep.interior`.
 
         It carries the integrals, their derivatives with respect to both times through the step
         sizes, and the size of the next step.
         """
         integrals, by_times, after = carry
-        step, speeds = self._split(whole), None
+        speeds = None
         if self.solved.timed:
-            own = self.solved.speeds(whole.t, whole.h, number)
-            others = self.solved.speeds(whole.t + whole.h, after, number + 1)
+            own = self.solved.speeds(step.t, step.h, number)
+            others = self.solved.speeds(step.t + step.h, after, number + 1)
             speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
-        add = lambda index, carry: self._add(step, after, number, index, speeds, carry)
-        carry = (self._split(bar), params_bar, integrals, by_times)
+        add = lambda index, carry: self._add(step, after, index, speeds, carry)
+        carry = (bar, params_bar, integrals, by_times)
         first, last = self.numbers(number)
         if self.together:
             # The start is a step of size zero: nodes inside it have no weight.
             carry, first = add(jnp.arange(self.inner), carry), self.inner
         bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
-        to_rows = lambda x: over_rows(jnp.sum, x, whole.t)
-        bar = bar._replace(t=to_rows(bar.t), h=to_rows(bar.h))
-        return bar, params_bar, (integrals, by_times, whole.h)
+        return bar, params_bar, (integrals, by_times, step.h)
 
     def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:
         """The cotangents of the values at a node."""
@@ -185,7 +158,7 @@ class Quadrature(NamedTuple):
         waiting = jnp.where(index == self.inner, bar.k[-1], 0.0)
         return jnp.concatenate([values_bar, waiting], axis=1)
 
-    def _add(self, step: Step, after, number, index, speeds, carry):
+    def _add(self, step: Step, after, index, speeds, carry):
         """Add the integrals of one or several nodes, and pull their cotangents back to the step.
 
         `speeds` are the derivatives of the sizes of this and the next step, with respect to each
@@ -195,7 +168,7 @@ class Quadrature(NamedTuple):
         bar, params_bar, integrals, by_times = carry
 
         def place(index):
-            theta = self._place(step, number, index)
+            theta = self._place(step, index)
             scale = self._scale(self._weight(index, step.h, after))
             return theta, scale, self._state(step, theta), self._values_bar(scale, bar, index)
 
