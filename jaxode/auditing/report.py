@@ -1,10 +1,7 @@
 """Is a flow accurate where it is used? One table of checks against a tight solve."""
 
 import dataclasses
-import math
-from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -19,13 +16,10 @@ from jaxode._checks.samples import (
     check_rows,
     check_samples,
 )
-from jaxode.auditing import density
 from jaxode.auditing.checks import CHECKS
-from jaxode.auditing.subject import Row, Subject, cast, tight_dtype
+from jaxode.auditing.subject import Row, Subject
 from jaxode.density.bind import Density
-from jaxode.divergence import EXACT_UP_TO, Divergence, exact
 from jaxode.flows.cnf import CNF
-from jaxode.ode.options import SolveOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,35 +69,28 @@ def audit(
 ) -> Report:
     """Check the accuracy of a flow on a batch, with advice for every value out of range.
 
-    Errors are relative to a tight solve with the same probes, in float64 if `jax_enable_x64` is
-    set, otherwise in the dtype of `x` and at least float32; the report says which. Samples that the
-    flow carries far from its base, such as raw columns of a table, are named first. The divergence
-    is compared with the exact trace, in any dimension. The total probability of the flow, for the
-    first row of the context, is integrated on a grid in up to two dimensions and by importance
-    sampling in up to eight; that of the base density by importance sampling. If the effective
-    sample size is too small to tell, the report says so. A Metropolis step must leave the samples
-    of the base density as they are. The audit ignores `axis_name`.
-
-    Some faults are within its noise. Of a random divergence it sees a bias above a fifth of the
-    standard deviation of one estimate; probes with 3% too much variance pass. So do samples of the
-    base whose location or scale is off by less than a fifth of the scale, or which have modes far
-    apart in wrong shares.
+    Errors are relative to a tight solve with the same divergence and probes: in float64 if
+    `jax_enable_x64` is set and there are no probes, otherwise in the dtype of `x` and at least
+    float32. The divergence is compared with the exact trace. A Metropolis step must leave the
+    samples of the base density as they are, which must integrate to one (in up to 8 dimensions).
+    Not seen are the noise of a random divergence (`log_prob_and_error` returns it) or a bias below
+    a fifth of that of one estimate, and of the base a location or scale that is off by less than a
+    fifth of the scale, or modes far apart in wrong shares. `axis_name` is ignored.
 
     It runs outside `jit`, and a few hundred samples are enough. It compiles about a dozen programs,
-    once for all parameters of the same shapes, so later audits take little time.
+    once for all parameters of the same shapes.
 
     Args:
         flow: made by `jaxode.cnf`.
         params: as for the methods of the flow.
         x: samples, `[batch, *event]`: data that the flow is used on.
-        key: draws the probes, and samples of the flow.
+        key: draws the probes, and samples of the base.
         context: as for the methods of the flow.
 
     Returns:
         A `Report`: `print` shows it as a table, `report.ok` says whether nothing that could be
         measured is out of range, and `report.values` and `report.advice` are dictionaries by the
-        name of a check. A failed solve is reported, and values that it makes impossible to measure
-        are NaN.
+        name of a check. Values that a failed solve makes impossible to measure are NaN.
 
     Raises:
         TypeError, ValueError: for wrong arguments, as in the methods of the flow; for samples that
@@ -128,59 +115,8 @@ def audit(
     params, context = jax.tree.map(floats, (params, context))
     options = dataclasses.replace(flow.solve_options, axis_name=None)
     flow = dataclasses.replace(flow, throw=False, solve_options=options)
-    subject = Subject(flow, flow, params, x, key, context)
-    subject.tight, reference = _tighten(flow, x, stochastic=subject.probes is not None)
-    row = density.divergence(subject)
-    if row.advice and not math.isnan(row.value) and subject.probes is None:
-        subject.tight = dataclasses.replace(subject.tight, divergence=flow.divergence)
-        subject.wrong_divergence = True
+    subject = Subject(flow, params, x, key, context)
     rows = [check(subject) for check in CHECKS]
+    tight, dtype = subject.tight.flow.solve_options, subject.tight.x.dtype
+    reference = f"{type(tight.solver).__name__} in {dtype} at tolerance {float(tight.rtol):.1g}"
     return Report(reference, tuple(row for row in rows if row is not None))
-
-
-def _tighten(flow: CNF, x: Array, stochastic: bool) -> tuple[CNF, str]:
-    """The flow with a tight solve, and a description of it."""
-    dtype = tight_dtype(x)
-    tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
-    own = flow.solve_options
-    solver = own.solver if own.implicit else diffrax.Dopri8()
-    divergence = flow.divergence
-    if stochastic:
-        divergence = _same_probes(divergence, x.dtype)
-    elif x[0:1].size <= EXACT_UP_TO:
-        divergence = exact()  # so that a wrong closed form is found
-    options = SolveOptions(
-        solver, tolerance, tolerance, max_step=own.max_step, breakpoints=own.breakpoints,
-        max_steps=max(10_000, own.max_steps), precision="highest",
-    )  # fmt: skip
-    f, base = cast((flow.f, flow.base), dtype)
-    tight = dataclasses.replace(
-        flow, f=f, base=base, divergence=divergence, batch="joint", solve_options=options
-    )
-    name = f"{type(solver).__name__} in {jnp.dtype(dtype).name} at tolerance {tolerance:.1g}"
-    return tight, name
-
-
-def _same_probes(divergence: Divergence, dtype: Any) -> Divergence:
-    """The divergence with probes drawn in this dtype, whatever the dtype of the solve."""
-    choose = divergence.choose
-    same = None if choose is None else _ChosenIn(choose, dtype)
-    return divergence._replace(init=_DrawnIn(divergence.init, dtype), choose=same)
-
-
-# Pytrees, so that audits of equal divergences share their programs.
-class _DrawnIn(eqx.Module):
-    init: Any
-    dtype: Any = eqx.field(static=True)
-
-    def __call__(self, key, z):
-        probe = self.init(key, z.astype(self.dtype))
-        return None if probe is None else probe.astype(z.dtype)
-
-
-class _ChosenIn(eqx.Module):
-    choose: Any
-    dtype: Any = eqx.field(static=True)
-
-    def __call__(self, g, z):
-        return _same_probes(self.choose(g, z), self.dtype)

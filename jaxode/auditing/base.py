@@ -1,0 +1,140 @@
+"""Checks of `jaxode.audit` for the base: its samples, and its integral."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxode.auditing.subject import Row, Subject, judge
+from jaxode.distributions import CenteredNormal
+from jaxode.divergence import EXACT_UP_TO
+
+# Standard deviations. In one dimension, a normal base has no such samples.
+DISTANCE = 10.0
+IMBALANCE = 6.0
+PROBABILITY = 1e-2
+# Sizes of a step, in quartile ranges: some that suit narrow modes and correlated coordinates.
+STEPS = 2.0 / 4.0 ** np.arange(4)
+FAR = 100.0  # apart at most, of log-densities: one sample on a bound weighs little
+CENTERS = 256  # of kernels
+TAIL = 0.1  # the part of the samples where the density is too low to divide by
+Density = Callable[[np.ndarray], np.ndarray]
+
+
+def distance(s: Subject) -> Row:
+    """Where samples end: the median of their distances from the mean of the base, in deviations.
+
+    Far away, log-densities are so large that their rounding is an error.
+    """
+    drawn, z = np.asarray(s.base_samples, float), np.asarray(s.z, float)[~np.asarray(s.outside)]
+    with np.errstate(all="ignore"):
+        square = ((z - drawn.mean(axis=0)) / drawn.std(axis=0)) ** 2
+        value = np.median(np.sqrt(square.mean(axis=tuple(range(1, z.ndim))))) if len(z) else np.nan
+    return judge(
+        "distance from the base", value, DISTANCE, "standard deviations",
+        "The flow does not carry these samples to its base: train it on standardized data, such "
+        "as jaxode.bind(flow, params, standardize=data).to_flow(data), or for longer.",
+    )  # fmt: skip
+
+
+def samples(s: Subject) -> Row | None:
+    """Whether the base draws samples of its density."""
+    if isinstance(s.flow.base, CenteredNormal):
+        return None  # It has a density of fewer coordinates than its samples.
+    finite = np.isfinite(s.base_samples).all()
+    return judge(
+        "base samples", imbalance(_rng(s), s.base_samples, _density(s)) if finite else np.inf,
+        IMBALANCE, "standard errors off",
+        "The samples of the base do not have its log_prob: make both finite, and give them the "
+        "same location, scale and shape.",
+    )  # fmt: skip
+
+
+def probability(s: Subject) -> Row | None:
+    """The integral of the base density, in few dimensions."""
+    drawn = samples(s)
+    if drawn is None or s.x[0].size > EXACT_UP_TO:
+        return None
+    name = "base probability"
+    if drawn.advice:
+        return Row(name, np.nan, "not known without its samples")
+    value, error = integral(_rng(s), s.base_samples, _density(s))
+    if not error < 0.05 * value:
+        return Row(name, np.nan, "not resolved")
+    limit = PROBABILITY + 4 * error
+    advice = "Normalize the base density. A change of variables in it needs its determinant."
+    text = f"1 within {limit:.2g}"
+    return Row(name, value, text, advice if abs(value - 1) > limit else "")
+
+
+def imbalance(rng: Any, samples: Float[np.ndarray, "count *event"], log_density: Density) -> float:
+    """How far a Metropolis step moves the samples, in standard errors.
+
+    If `x` has the density `p`, a step `d`, as likely as `-d`, changes the mean of no function `g`:
+
+        E[min(1, p(x + d) / p(x)) (g(x + d) - g(x))] = 0.
+
+    This takes the largest for `log p`, and the value and distance from the median of each
+    coordinate. Steps are short: moments need not exist. `p` may have bounds, and any factor.
+
+    References: Metropolis et al. (1953), doi:10.1063/1.1699114.
+    """
+    x = np.asarray(samples, float).reshape(len(samples), -1)
+    low, median, high = np.quantile(x, (0.25, 0.5, 0.75), axis=0)
+    spread = np.where(high > low, high - low, 1.0)
+    step = rng.choice(STEPS, size=(len(x), 1)) / math.sqrt(x.shape[1])
+    u = (x - median) / spread
+    moved = u + step * rng.standard_normal(u.shape)
+    before, after = (
+        np.nan_to_num(log_density(at.reshape(samples.shape)), neginf=-1e30, posinf=1e30)
+        for at in (x, median + spread * moved)
+    )
+    accept = np.exp(np.minimum(after - before, 0.0))[:, None]
+    change = np.clip(after - before, -FAR, FAR)[:, None]
+    moves = accept * np.hstack([change, moved - u, np.abs(moved) - np.abs(u)])
+    error = np.std(moves, axis=0) / math.sqrt(len(x))
+    return float(np.max(np.abs(np.mean(moves, axis=0)) / np.where(error > 0, error, 1.0)))
+
+
+def integral(
+    rng: Any, samples: Float[np.ndarray, "count *event"], log_density: Density
+) -> tuple[float, float]:
+    """The integral of a density `p` from its samples, and the standard error.
+
+    For any density `q`, and a set `A` where `p` is not small,
+
+        int p = q(A) / E[1_A(x) q(x) / p(x)].
+
+    `q` is a sum of kernels around some of the samples. No weight is large, whatever the tails.
+
+    References: Gelfand and Dey (1994), doi:10.1111/j.2517-6161.1994.tb01996.x.
+    """
+    x = np.asarray(samples, float).reshape(len(samples), -1)
+    size, spread = x.shape[1], np.std(np.clip(x, *np.quantile(x, (0.01, 0.99), axis=0)), axis=0)
+    width = spread * (4 / (CENTERS * (size + 2))) ** (1 / (size + 4))  # Silverman (1986)
+    centers, x = x[:CENTERS], x[CENTERS:]
+    proposals = centers[rng.integers(CENTERS, size=len(x))] + width * rng.standard_normal(x.shape)
+    of_x, of_proposals = (log_density(at.reshape(-1, *samples.shape[1:])) for at in (x, proposals))
+    level = np.quantile(of_x, TAIL)
+    square = sum((x[:, i, None] - centers[:, i]) ** 2 / width[i] ** 2 for i in range(size))
+    log_scale = math.log(CENTERS) + size / 2 * math.log(2 * math.pi) + np.sum(np.log(width))
+    with np.errstate(all="ignore"):
+        log_q = np.log(np.sum(np.exp(-square / 2), axis=1)) - log_scale
+        weights = np.where(of_x >= level, np.exp(log_q - of_x), 0.0)
+        part, mean = np.mean(of_proposals >= level), np.mean(weights)
+        variance = np.var(weights) / mean**2 + (1 - part) / part
+        return float(part / mean), float(part / mean * np.sqrt(variance / len(x)))
+
+
+def _rng(s: Subject) -> Any:
+    return np.random.default_rng(np.asarray(jax.random.bits(s.key, (4,), "uint32")))
+
+
+def _density(s: Subject) -> Density:
+    """The log-density of the base as a function of NumPy, minus infinity where it is NaN."""
+    of = lambda x: np.asarray(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)), float)
+    return lambda x: np.nan_to_num(of(x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
