@@ -25,6 +25,7 @@ FIELDS = {
     "cubic": lambda t, z, p: -p * z**3,  # its inverse explodes unless |x| < 1 / sqrt(2 p)
     "undefined": lambda t, z, p: jnp.where(t < 0.5, jnp.nan, p) * z,
     "still": lambda t, z, p: 0 * z,
+    "root": lambda t, z, p: jnp.sqrt(jnp.abs(p - 0.3)) * z,  # by p, it has no derivative
 }
 
 
@@ -65,7 +66,6 @@ CUBE = (
 CAUCHY = lambda z: -jnp.sum(jnp.log(jnp.pi * (1 + z * z)), axis=-1), jax.random.cauchy
 APART = mixture((-1.0, 1.0), (0.1, 0.1))
 NARROW = mixture((0.0, 0.0), (1.0, 1e-3))  # no grid would meet half of it
-# Standardized, with the determinant and without.
 SCALED = functools.partial(normal, scale=3.0), lambda *args: 3.0 * jax.random.normal(*args)
 LOST = lambda z: SCALED[0](z) + z.shape[-1] * jnp.log(3.0), SCALED[1]
 
@@ -117,7 +117,6 @@ SOLVER = "round-trip error, log-density error, gradient error"
 # (a wrong flow, the checks that find it, words of the advice). A new plant is one row.
 PLANTS = {
     "closed form": (lambda: audit("tanh", 12, **WRONG), TRACE, "is not the trace"),
-    "sign": (lambda: audit("tanh", off=(1, -1, 0)), TRACE, "is not the trace"),
     "of zero": (lambda: audit("still", off=(1, 1, 1)), TRACE, "is not the trace"),
     "derivative": (lambda: audit(off=(1.01, 1, 0)), TRACE, "returns a different derivative"),
     "my own": (lambda: audit("tanh", **EXACT, **WRONG), TRACE, "(my own) is not the trace"),
@@ -135,6 +134,7 @@ PLANTS = {
     "steps": (lambda: audit(p=2.0, solver=EULER, steps=4), SOLVER, "Raise steps from 4"),
     "jump": (lambda: audit("jump", 1), f"{ROUGH}, round-trip error", "Look for a kink"),
     "max_steps": (lambda: audit(p=40.0, max_steps=23), f"{FAIL}, {USED}", "steps ran out at t="),
+    "root": (lambda: audit("root"), "gradient error", "such as sqrt at 0"),
     "nearly": (lambda: audit(p=4.0, max_steps=23), USED, "Raise max_steps from 23"),
     "undefined": (lambda: audit("undefined"), FAIL, "not finite at t=0.5"),
     "far": (lambda: audit("swirl", 3, x=AWAY), FAR, "standardize=data"),
