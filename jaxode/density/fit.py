@@ -86,7 +86,7 @@ def fit(
         density: made by `jaxode.bind`. Training starts from its parameters.
         x: data in their own units, `[rows, *event]`.
         key: draws everything: the rows set aside, batches, base samples and noise.
-        context: one row for each of `x`.
+        context: one row for each of `x`. The density then knows the shape of a row.
         seconds: end after this time of training, late by a block of a second and a look. It counts
             neither compilation, with the first look, nor the fitting of maps.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
@@ -150,6 +150,9 @@ def fit(
     density = _trainable(density)
     table = Table.of(density, x, context, validation, dequantize, next(keys))
     aside, noise_key = table.noisy(table.validation, next(keys)), next(keys)
+    if density.context_shapes is None and table.rows.context is not None:
+        shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(table.rows.context))
+        density = dataclasses.replace(density, context_shapes=shapes)
     flow = dataclasses.replace(density.flow, throw=False)
     matching_key, look_key, likelihood_key = keys
     # The power of the time is an input of the program, which is then the same for all.

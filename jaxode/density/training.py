@@ -27,8 +27,7 @@ from jaxode.divergence import Divergence, auto, hutchinson, is_trace, without_no
 from jaxode.flows.cnf import CNF
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
-# Steps at one rate between two checks of the limits, at most; and the seconds that they may take if
-# time is limited.
+# Steps at one rate, between two checks of the limits, and seconds of a part of them: a program.
 BLOCK, BLOCK_SECONDS = 50, 1.0
 FIRST_LOOK, PASSES = (100, 500), 64  # steps before the first look, by passes over the rows
 APART = 1.3  # the ratio of steps from one look to the next
@@ -119,9 +118,12 @@ def _same(tree: PyTree) -> PyTree:
 
 @compiled
 def advance(
-    loss, optimizer, batch_size: int, static, unravel, state: State, rates, rows: Rows, key, count
+    loss, optimizer, batch_size: int, static, unravel, state: State, rates, rows: Rows, key, steps
 ):
-    """The state after `count` steps of the optimizer. `unravel` makes arrays of its parameters."""
+    """The state after steps from one number to another, each with a key of its own.
+
+    `unravel` makes arrays of the parameters of the optimizer.
+    """
     import optax  # `import jaxode` does not load it
 
     update = optax.with_extra_args_support(optimizer).update
@@ -146,7 +148,8 @@ def advance(
         average = jax.tree.map(mean, state.average, arrays)
         return State(arrays, average, inner, state.count + 1)
 
-    return jax.lax.fori_loop(0, count, step, state)
+    first, last = steps
+    return jax.lax.fori_loop(first, last, step, state)
 
 
 @compiled
@@ -205,7 +208,7 @@ class Training:
         self.explosions: list[Point] = []
         self.phase: Any = None
         self.blocks = 0  # so far, also of those that were taken back
-        self.rows, self.used = None, 0  # to train on, and the steps that have drawn from them
+        self.used = BLOCK  # steps that have drawn from the rows at hand
         self.data_seconds = self.look_seconds = 0.0  # that the last of them took
 
     def start(self, phase: Phase) -> None:
@@ -226,11 +229,13 @@ class Training:
         self.clock.step = math.inf
         self.look()
         if phase.name not in self.clock.compiled:
+            self.used = BLOCK + 1
             self.advance(0)
             self.clock.compiled.add(phase.name)
             # Training begins when its programs are compiled.
             self.clock.spent, self.look_seconds = before, 0.0
         self.began = self.looked = self.clock.spent
+        self.blocks, self.used = 0, BLOCK
         self.tell()
 
     def train(self, phase: Phase, limits: Limits, steps: float = math.inf) -> None:
@@ -255,34 +260,41 @@ class Training:
             self.left = self.part_left()
 
     def block(self, most: float) -> None:
-        """Take up to 50 steps; with a limit of time, first one, and then as many as in a second."""
+        """Take up to 50 steps, in parts of about a second. With a limit of time, take one part."""
         clock, limits = self.clock, self.limits
-        count = min(BLOCK, most)
-        if limits.seconds < math.inf:
-            count = min(count, max(BLOCK_SECONDS / clock.step, 1), max(clock.steps_left(limits), 1))
-        with clock.running():
-            seconds = self.advance(int(count))
-        self.step += int(count)
-        clock.step = seconds / int(count) + self.data_seconds / BLOCK
-        if time.perf_counter() > self.said + SAY_APART:
-            self.tell()
+        end, timed = self.step + min(BLOCK, most), limits.seconds < math.inf
+        if not timed:
+            self.used = BLOCK
+        while self.step < end:
+            count = min(end - self.step, max(BLOCK_SECONDS / clock.step, 1))
+            if timed:
+                count = min(count, max(clock.steps_left(limits), 1))
+            with clock.running():
+                seconds = self.advance(int(count))
+            self.step += int(count)
+            clock.step = seconds / int(count) + self.data_seconds / BLOCK
+            if time.perf_counter() > self.said + SAY_APART:
+                self.tell()
+            if timed:
+                return
 
     def advance(self, count: int) -> float:
         """Change the state by so many steps. Returns the seconds that they took."""
-        phase, self.blocks = self.phase, self.blocks + (count > 0)
-        key = jax.random.fold_in(phase.key, self.blocks)
-        if self.rows is None or self.used + count > BLOCK:
+        phase = self.phase
+        if self.used + count > BLOCK:
             begin = time.perf_counter()
+            self.blocks, self.used = self.blocks + 1, 0
+            self.key = jax.random.fold_in(phase.key, self.blocks)
             # `fold_in` of a number beyond those of the steps: a key that none of them has.
-            self.rows = jax.block_until_ready(self.data(jax.random.fold_in(key, BLOCK)))
-            self.used, self.data_seconds = 0, time.perf_counter() - begin
-        self.used += count
+            self.rows = jax.block_until_ready(self.data(jax.random.fold_in(self.key, BLOCK)))
+            self.data_seconds = time.perf_counter() - begin
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         given = phase.loss, phase.optimizer, self.batch_size, self.static, self.unravel
-        several, begin = jnp.asarray(count, jnp.int32), time.perf_counter()
+        steps = jnp.asarray(self.used, jnp.int32), jnp.asarray(self.used + count, jnp.int32)
+        begin, self.used = time.perf_counter(), self.used + count
         self.state = jax.block_until_ready(
-            advance(*given, self.state, rates, self.rows, key, several)
+            advance(*given, self.state, rates, self.rows, self.key, steps)
         )
         return time.perf_counter() - begin
 

@@ -143,9 +143,10 @@ class Machine:
         monkeypatch.setattr(Table, "in_flow", lambda *given: self.slow(*in_flow(*given)))
 
     def advance(self, *given):
-        *_, state, _, _, _, count = given
-        self.now += self.step * int(count) if count else self.compilation
-        self.blocks.append(int(count))
+        *_, state, _, _, _, (first, last) = given
+        count = int(last - first)
+        self.now += self.step * count if count else self.compilation
+        self.blocks.append(count)
         return state
 
     def look(self, *_):
@@ -193,6 +194,18 @@ def test_looks_and_data_leave_time_for_steps(monkeypatch):
     slow_data = Machine(monkeypatch, step=0.003, data=0.6)
     fit(seconds=60, steps=None)
     assert slow_data.taken() >= 0.8 * 50 * 60 / (0.6 + 50 * 0.003)
+
+
+def test_slow_steps_are_taken_one_by_one(monkeypatch):
+    """And end with the same parameters: a part of a block continues its keys."""
+    machine = Machine(monkeypatch, step=0.4)
+    fit(steps=53)
+    assert machine.blocks == [0, 1, *[2] * 24, 1, 2, 1]
+    monkeypatch.undo()
+    once, _ = fit(validation=OTHERS)
+    monkeypatch.setattr(module, "BLOCK_SECONDS", 0.0)
+    again, _ = fit(validation=OTHERS)
+    assert equal(again, once)
 
 
 def test_slow_looks_leave_no_trial(monkeypatch):
@@ -393,7 +406,7 @@ def test_an_interrupt_between_two_looks_keeps_what_came_after_the_first(monkeypa
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 9:
+        if len(calls) == 10:
             raise KeyboardInterrupt
         return advance(*args)
 
@@ -467,6 +480,7 @@ def test_a_context(name, accurate):
         looks, [score(each, x, context) for each in (start, density)], atol=1e-3
     )
     assert looks[1] < looks[0] - 1
+    assert density.sample(jax.random.key(0), context=context[:5]).shape == (5, 2)
 
 
 AROUND = {
