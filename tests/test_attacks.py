@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,12 +66,10 @@ def quiet(given):
     return solve(given, throw=False)
 
 
-IMPLICIT = {"solver": diffrax.Kvaerno3()}
 RUN = jax.jit(quiet)
 RUN_TWO = jax.vmap(quiet)
 RUN_LOUD = jax.jit(lambda given: solve(given).y1)
 RUN_TWO_LOUD = jax.jit(jax.vmap(lambda given: solve(given).y1))
-RUN_IMPLICIT_LOUD = jax.jit(lambda given, y0: solve(given, y0, **IMPLICIT).y1)
 GRADIENT = jax.jit(jax.grad(lambda y0, given: solve(given, y0, throw=False).y1.sum()))
 GRADIENT_LOUD = jax.jit(jax.grad(lambda y0, given: solve(given, y0).y1.sum()))
 
@@ -111,11 +108,6 @@ def differentiated(given, argument):
     raises(argument, GRADIENT_LOUD, Y0, given)
 
 
-def implicit(given, argument):
-    """What such a solve returns instead is in `test_implicit.py`."""
-    raises(argument, RUN_IMPLICIT_LOUD, given, Y0)
-
-
 @pytest.mark.parametrize("check", [eager, jitted])
 @pytest.mark.parametrize(("argument", "changes"), BROKEN, ids=str)
 def test_a_broken_rule_is_named(check, argument, changes):
@@ -123,9 +115,7 @@ def test_a_broken_rule_is_named(check, argument, changes):
 
 
 # One rule for each argument: all ways evaluate the same ones.
-@pytest.mark.parametrize(
-    "check", [vmapped, differentiated, pytest.param(implicit, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("check", [vmapped, differentiated])
 @pytest.mark.parametrize(("argument", "changes"), dict(BROKEN).items(), ids=str)
 def test_a_broken_rule_is_named_in_every_way_to_solve(check, argument, changes):
     check(values(changes), argument)
@@ -150,8 +140,7 @@ def test_what_keeps_the_rules_has_a_gradient(run):
 
 @pytest.mark.slow
 def test_what_keeps_the_rules_does_not_raise():
-    for y1 in (RUN_LOUD(values({})), RUN_IMPLICIT_LOUD(values({}), Y0)):
-        np.testing.assert_allclose(y1, np.exp(-1.0), rtol=1e-2)
+    np.testing.assert_allclose(RUN_LOUD(values({})), np.exp(-1.0), rtol=1e-2)
 
 
 ODEINT = jax.jit(lambda t, rtol: jaxode.odeint(lambda y, t: -y, Y0, t, rtol=rtol))
@@ -194,17 +183,6 @@ def test_steps_that_run_out_before_a_nan_are_not_the_cause(max_steps):
     for way in (1.0, -1.0):
         solution = jaxode.solve(nan_after, jnp.ones(1), 0.0, 2 * way, way, **options)
         assert solution.stats.num_steps == max_steps
-        assert solution.result == Result.NON_FINITE
-
-
-@pytest.mark.slow
-def test_steps_of_an_implicit_solver_that_run_out_before_a_nan():
-    """In both directions, of which one mirrors the other."""
-    options = {**IMPLICIT, "throw": False, "max_steps": 12, "first_step": 0.4}
-    run = jax.jit(lambda way: jaxode.solve(nan_after, jnp.ones(1), 0.0, 2 * way, way, **options))
-    for way in (1.0, -1.0):
-        solution = run(way)
-        assert solution.stats.num_steps == 12
         assert solution.result == Result.NON_FINITE
 
 
@@ -297,12 +275,6 @@ def test_a_state_that_is_not_finite_is_named(name, compile):
     call, state, message = NOT_FINITE[name]
     with pytest.raises(RuntimeError, match=message):
         jax.block_until_ready(compile(call)(state))
-
-
-@pytest.mark.slow
-def test_a_state_that_is_not_finite_is_named_by_an_implicit_solver():
-    with pytest.raises(AT_RUN_TIME, match=rf"SolveError: solve\(y0=...\): {OF_ONE}"):
-        jax.block_until_ready(RUN_IMPLICIT_LOUD(values({}), Y0.at[1].set(jnp.nan)))
 
 
 def test_a_program_that_has_run_before_says_the_same():

@@ -23,7 +23,7 @@ class Result(enum.IntEnum):
     STEP_SIZE_UNDERFLOW = 2
     NON_FINITE = 3
     INVALID_ARGUMENT = 4
-    IMPLICIT_SOLVE_FAILED = 5
+    # 5 was IMPLICIT_SOLVE_FAILED.
     EVENT_NOT_FOUND = 6
     NON_FINITE_JACOBIAN = 7
     NON_FINITE_CHANGE = 8
@@ -57,10 +57,6 @@ EXPLANATIONS = {
         "the condition of the event jumps across zero, or the solves do not settle on its time",
         "Use a condition that is smooth where it crosses zero, or tighten rtol and atol.",
     ),
-    Result.IMPLICIT_SOLVE_FAILED: (
-        "the implicit equations of a step could not be solved",
-        "Loosen rtol and atol, or check the vector field for NaN, inf and discontinuities.",
-    ),
     Result.NON_FINITE_JACOBIAN: (
         "the Jacobian is not finite",
         "Look for an infinite derivative of the vector field by the state or the time, such as "
@@ -77,12 +73,7 @@ EXPLANATIONS = {
 }
 
 # Results that an argument can cause. All others concern only the steps.
-OF_ARGUMENTS = (
-    Result.NON_FINITE,
-    Result.INVALID_ARGUMENT,
-    Result.IMPLICIT_SOLVE_FAILED,
-    Result.NON_FINITE_JACOBIAN,
-)
+OF_ARGUMENTS = Result.NON_FINITE, Result.INVALID_ARGUMENT, Result.NON_FINITE_JACOBIAN
 
 
 class SolveError(RuntimeError):

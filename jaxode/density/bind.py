@@ -67,10 +67,10 @@ class Density(eqx.Module):
     samples, or has one row per sample, `[..., *row]`. Its leading axes broadcast to those of `x` if
     `bind` knows the shape of a row; if not, they must equal them.
 
-    Each sample takes its own steps, so its density does not depend on the batch around it; with a
-    solver that diffrax runs or an `axis_name`, the steps are joint. The divergence is
-    exact, also in `sample_and_log_prob`; `log_prob` with a key and `reverse_kl_loss` take that of
-    the flow. The maps are constants of differentiation.
+    Each sample takes its own steps, so its density does not depend on the batch around it; with an
+    `axis_name`, the steps are joint. The divergence is exact, also in `sample_and_log_prob`;
+    `log_prob` with a key and `reverse_kl_loss` take that of the flow. The maps are constants of
+    differentiation.
 
     Many samples are solved in batches, in the memory of one: `batch_size` of them at a time, by
     default as many as are fast (docs/evaluate.md). Outside of transformations, `progress=True`
@@ -259,13 +259,13 @@ class Density(eqx.Module):
         )
         chunks = Chunks.make(batch_size, progress, self.params)
         steps, options = "per_sample", flow.solve_options
-        if options.tableau is None or options.axis_name is not None:
+        if options.axis_name is not None:
             steps, chunks = flow.batch, None
             for name, given in (("batch_size", batch_size), ("progress", progress or None)):
                 if given is not None:
                     raise ValueError(
-                        f"{arg(name)} needs steps of each sample, which neither a solver that "
-                        f"diffrax runs nor an axis_name has; got {given}. Leave it out."
+                        f"{arg(name)} needs steps of each sample, which a flow with an axis_name "
+                        f"does not take; got {given}. Leave it out."
                     )
         return dataclasses.replace(
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks

@@ -141,8 +141,8 @@ class CNF(eqx.Module):
         The error control covers only the samples. Gauss nodes on the dense output of their solve
         (Gauss-Lobatto, if the solver has stages at both ends of a step) integrate the change of
         volume, and `jax.value_and_grad` gets value and gradient from one
-        sweep back over the steps. With a gradient method other than `DiscreteAdjoint`, or with a
-        solver that diffrax runs, the loss solves the augmented ODE instead.
+        sweep back over the steps. With a gradient method other than `DiscreteAdjoint`, the loss
+        solves the augmented ODE instead.
 
         Args:
             weights: weights of the samples in the mean, at least 0 and not all 0; equal by default.

@@ -55,7 +55,7 @@ def reverse_kl(
 
         score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
         tableau, field = system.stepper.tableau, integrands.score
-        if tableau is None or tableau.needs_jacobian:
+        if tableau.needs_jacobian:
             field = integrands.score_with_jacobian
         state = system.y0, *fixed((log_base, SCORE * score))
         row_args = probes, system.row_args

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -37,20 +36,10 @@ class StepsPath(eqx.Module):
         return Curve.of(self.tableau, start, end - start, y, k).at(t)
 
 
-class DiffraxPath(eqx.Module):
-    """The path of a solve by diffrax, which has one row."""
-
-    path: diffrax.DenseInterpolation
-
-    def __call__(self, t: Float[Array, " 1"]) -> Float[Array, "samples n"]:
-        return self.path.evaluate(t[0])
-
-
 class Interpolant(eqx.Module):
     """A solution as a function of time, between its ends."""
 
-    path: Any
-    """`StepsPath` or `DiffraxPath`."""
+    path: StepsPath
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ok: Bool[Array, " rows"]

@@ -6,7 +6,6 @@ the pieces, and JAX differentiates the change itself.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -153,7 +152,8 @@ def _over_pieces(change: Change, solve, problem: Problem, stepper: Stepper, piec
         if inside is not None:
             ys = _filled_in(ys, out.ys, inside)
         solved = going & (result == Result.SUCCESS)
-        stats = jax.tree.map(partial(_counted, solved & counted), stats, out.stats)
+        work = solved & counted
+        stats = jax.tree.map(lambda all, more: jnp.where(work, all + more, all), stats, out.stats)
         result = jnp.where(solved, out.result, result)
         reached = jnp.where(solved, out.t_reached, reached)
         came = solved & (result == Result.SUCCESS)
@@ -201,11 +201,6 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
     changed = jnp.where(good[:, None], change(*given), y)
     # Added to the state, so that a failure on which nothing depends has no gradient.
     return changed + jnp.where((where & ~good)[:, None], jnp.nan, 0.0)
-
-
-def _counted(where: Bool[Array, " rows"], total: Int[Array, " rows"], more: Int[Array, " rows"]):
-    """The total with more work in some rows. Negative, as `more`, if unknown."""
-    return jnp.where(where, jnp.where(more < 0, more, total + more), total)
 
 
 def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " rows"]):

@@ -24,7 +24,6 @@ from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
 
 PRECISIONS = ("highest", "high", "default")
 NO_LIMIT = 2**31 - 1  # steps are counted in int32
-OWN_SOLVER = "a solver of jaxode's own loop, such as diffrax.Tsit5() or jaxode.Rodas5P()"
 
 
 class SolveOptions(eqx.Module):
@@ -65,8 +64,8 @@ class SolveOptions(eqx.Module):
         return options
 
     @property
-    def tableau(self) -> Tableau | None:
-        """The solver's tableau, or None if diffrax runs it."""
+    def tableau(self) -> Tableau:
+        """The solver's tableau."""
         return tableau_of(self.solver)
 
     @property
@@ -77,7 +76,7 @@ class SolveOptions(eqx.Module):
     @property
     def implicit(self) -> bool:
         """Whether each step solves equations."""
-        return self.tableau is None or self.tableau.needs_jacobian
+        return self.tableau.needs_jacobian
 
     @property
     def remedies(self) -> Remedies:
@@ -101,7 +100,7 @@ class SolveOptions(eqx.Module):
                 f"jaxode.Rodas5P(); got {got}"
             )
         tableau = self.tableau
-        if tableau is not None and tableau.b_error is None and self.steps is None:
+        if tableau.b_error is None and self.steps is None:
             raise ValueError(
                 f"{arg('solver')} {tableau.name} has no error estimate; got steps=None. "
                 "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
@@ -111,12 +110,6 @@ class SolveOptions(eqx.Module):
             raise TypeError(
                 f"{arg('axis_name')} must be the name of a mapped axis, or a tuple of names; "
                 f"got {self.axis_name!r}. Pass the name that jax.shard_map has for it."
-            )
-        if tableau is None and self.axis_name is not None:
-            raise ValueError(
-                f"{arg('axis_name')} needs {OWN_SOLVER}; got {type(self.solver).__name__}. The "
-                "implicit equations couple the whole state, so do not split it, or use such a "
-                "solver."
             )
         one_of("precision", self.precision, (None, *PRECISIONS))
         check_atol(self.atol)

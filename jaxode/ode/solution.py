@@ -30,8 +30,7 @@ class Solution(eqx.Module):
     result: Int[Array, "*rows"]
     """A `Result` code; with per-sample steps, one per row."""
     t_reached: Float[Array, "*rows"]
-    """The time at which the solve stopped: the end time unless it failed. NaN if unknown, which
-    happens only if a diffrax solver without error control stepped on after a NaN."""
+    """The time at which the solve stopped: the end time unless it failed."""
     t1: Float[Array, "*rows"]
     """The end time as passed, or the time of the event that ended the solve; NaN if a solve with an
     event failed. Per row with per-sample steps."""

@@ -19,13 +19,13 @@ from jaxode._jax.closure import close_field, compiled
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.adjoints.base import integrate_between
-from jaxode.ode.dense import DiffraxPath, Interpolant, StepsPath
+from jaxode.ode.dense import Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.jumps import Jumps, check_jumps, solve_across, solve_past_events
-from jaxode.ode.loop.outputs import Steps, padded
+from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
-from jaxode.ode.options import OWN_SOLVER, SolveOptions
+from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution, report
 from jaxode.ode.stiffness import ran_into_stiffness
 from jaxode.ode.system import (
@@ -91,9 +91,7 @@ def solve(
             `[batch, times]`: pad a shorter row by repeating its last time, which costs no
             evaluations. Samples whose times are out of order fail.
         solver: an explicit Runge-Kutta solver of diffrax, or for stiff problems `jaxode.Rodas5P()`
-            or `jaxode.Rosenbrock23()` with `DiscreteAdjoint` or `ForwardMode` (docs/stiff.md). All
-            of these run in jaxode's own loop. Other solvers, such as `diffrax.Kvaerno5()`, run in
-            diffrax: without "per_sample" steps and events, and with the same gradient methods.
+            or `jaxode.Rosenbrock23()` with `DiscreteAdjoint` or `ForwardMode` (docs/stiff.md).
         rtol: relative error tolerance per step.
         atol: absolute error tolerance per step. A step is accepted if the root mean square of
             `error / (atol + rtol max(|y before|, |y after|))` is at most one. A number, an array
@@ -287,19 +285,13 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
     if not options.implicit:
         return
     name, adjoint = type(options.solver).__name__, options.adjoint
-    in_diffrax = options.tableau is None
-    if in_diffrax and batch == "per_sample":
-        raise ValueError(
-            f"{arg('batch', batch)} needs {OWN_SOLVER}; got {name}. Use such a solver, jax.vmap "
-            "over jaxode.solve, or batch='joint', whose cost grows as the cube of the whole state."
-        )
     if options.axis_name is not None and batch != "joint":
         raise ValueError(
             f"{arg('axis_name')} {name} needs the Jacobian of the whole state; got "
             f"batch={batch!r}. Do not split the state. If a batch is split, pass batch='joint', or "
             "'per_sample' without axis_name."
         )
-    if adjoint.of_diffrax() is None if in_diffrax else adjoint.solves_backwards:
+    if adjoint.solves_backwards:
         raise ValueError(
             f"{arg('adjoint')} {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
             f"got {name}. Use jaxode.DiscreteAdjoint()."
@@ -333,11 +325,6 @@ def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) ->
         raise ValueError(
             f"{arg('event')} needs error control; got steps={options.steps}. Leave steps out."
         )
-    if options.tableau is None:
-        raise ValueError(
-            f"{arg('event')} needs {OWN_SOLVER}; got {type(options.solver).__name__}. Use such a "
-            "solver, or diffrax.diffeqsolve(event=...)."
-        )
 
 
 def run(system: System) -> Solution:
@@ -368,12 +355,9 @@ def run(system: System) -> Solution:
     else:
         out = integrate_between(system.adjoint, problem, stepper)
     interpolant = None
-    if stepper.dense:
-        path = DiffraxPath(out.steps)
-        if isinstance(out.steps, Steps):
-            path = StepsPath(out.steps, jnp.sign(problem.t1 - problem.t0), stepper.tableau)
+    if out.steps is not None:
         interpolant = Interpolant(
-            path=path,
+            path=StepsPath(out.steps, jnp.sign(problem.t1 - problem.t0), stepper.tableau),
             t0=problem.t0,
             t1=problem.t1,
             ok=out.result == Result.SUCCESS,

@@ -20,7 +20,7 @@ from jaxode.ode.system import System, pose
 def ran_into_stiffness(system: System) -> bool:
     """Whether that is so in any row. False if it cannot be told, as where the state changes."""
     tableau, changes = system.stepper.tableau, system.jumps is not None or system.event is not None
-    if tableau is None or tableau.stability is None or changes or not is_known(system):
+    if tableau.stability is None or changes or not is_known(system):
         return False
     stiff = _looks_stiff(system)
     return is_known(stiff) and bool(stiff.any())

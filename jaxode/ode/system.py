@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +27,6 @@ from jaxode._checks.times import check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import call_field
-from jaxode.ode.implicit import DiffraxSolve
 from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.options import SolveOptions
 
@@ -56,7 +54,7 @@ class System(NamedTuple):
     """None for a single system without a batch axis."""
     stepper: Stepper
     adjoint: Any
-    """The gradient method, which runs the loop, or a solve by diffrax."""
+    """The gradient method, which runs the loop."""
     event: Any = None
     """The event that may end it before `t1`."""
     jumps: Any = None
@@ -112,13 +110,11 @@ def make_system(
     if batch is not None:
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
     stepper = dataclasses.replace(options.stepper(dtype, row), dense=dense)
-    adjoint, solver = options.adjoint, options.solver
-    if isinstance(solver, diffrax.AbstractSolver) and options.tableau is None:
-        adjoint = DiffraxSolve(solver, adjoint)
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
     return System(
-        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, adjoint, event, jumps
-    )
+        field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, options.adjoint,
+        event, jumps,
+    )  # fmt: skip
 
 
 def _times_on_rows(ts: Float[Array, "*rows times"], rows: int) -> Float[Array, "times rows"]:

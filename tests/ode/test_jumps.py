@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,11 +323,10 @@ def test_a_change_that_is_not_finite_is_named():
 
 
 @pytest.mark.slow
-def test_implicit_solvers():
+def test_stiff_solvers():
     y1, ys, _ = (x[0] for x in all_by_hand())
-    s = in_one_call(Y0[0], TIMES[0], ts=TS, solver=diffrax.Kvaerno5(), max_steps=256)
+    s = in_one_call(Y0[0], TIMES[0], ts=TS, solver=jaxode.Rodas5P(), max_steps=256)
     assert_close((s.y1, s.ys), (y1, ys), 1e-4)
-    assert s.stats.num_evals == -1
 
 
 def test_under_vmap():

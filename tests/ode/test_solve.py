@@ -328,17 +328,6 @@ def test_no_array_is_kept_after_a_solve():
     assert not [x for x in jax.live_arrays() if size in x.shape]
 
 
-def test_a_subclass_with_steps_of_its_own_keeps_them():
-    class OnCircle(diffrax.Tsit5):
-        def step(self, *args, **options):
-            y1, *rest = super().step(*args, **options)
-            return y1 / jnp.linalg.norm(y1), *rest
-
-    turn = lambda t, y, _: jnp.stack([-y[1], y[0]]) + 0.1 * y
-    y1 = jaxode.solve(turn, jnp.array([1.0, 0.0]), 0.0, 1.0, solver=OnCircle()).y1
-    np.testing.assert_allclose(jnp.linalg.norm(y1), 1, rtol=1e-12)
-
-
 class Heuns(diffrax.Heun):
     """Second-order methods, with a second stage at `at`: Heun's for 1, the midpoint for 1 / 2."""
 

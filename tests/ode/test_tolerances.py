@@ -48,11 +48,10 @@ CASES = {
     "Rodas5P": {"batch": "per_sample", "solver": jaxode.Rodas5P()},
     "order 8": {"batch": "joint", "solver": diffrax.Dopri8()},
     "a single state": {"y0": jax.tree.map(lambda x: x[0], Y0)},
-    "by diffrax": {"y0": jax.tree.map(lambda x: x[0], Y0), "solver": diffrax.Kvaerno3()},
 }
 
 
-SLOW = ["joint steps", "order 8", "a single state", "by diffrax"]
+SLOW = ["joint steps", "order 8", "a single state"]
 
 
 @pytest.mark.parametrize("case", with_slow(CASES, SLOW))

@@ -5,8 +5,7 @@ samples. The backward sweep evaluates the integrated costs (the divergence first
 nodes on the solver's dense output, and pulls them back to their step at once. So the forward solve
 does not pay for the divergence, and the value is free once the gradient is computed.
 
-Other gradient methods, and solvers that diffrax runs, solve the augmented ODE: samples and costs
-together.
+Other gradient methods solve the augmented ODE: samples and costs together.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -60,10 +59,6 @@ class Adjoint:
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
         raise NotImplementedError
-
-    def of_diffrax(self) -> diffrax.AbstractAdjoint | None:
-        """The same method for a solve that diffrax runs, if there is one."""
-        return None
 
 
 def integrate_between(adjoint: Adjoint, problem: Problem, stepper: Stepper) -> Integration:

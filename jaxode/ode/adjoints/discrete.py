@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -51,9 +50,6 @@ class DiscreteAdjoint(ReverseAdjoint):
     @public("")
     def __post_init__(self) -> None:
         integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
-
-    def of_diffrax(self) -> diffrax.AbstractAdjoint:
-        return diffrax.RecursiveCheckpointAdjoint(checkpoints=self.checkpoints)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
         problem, tape = solved.problem, solved.tape

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import diffrax
-
 from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.adjoints.base import Adjoint
 from jaxode.ode.adjoints.vmapped import vmappable
@@ -28,9 +26,6 @@ class ForwardMode(Adjoint):
 
     supports_dense: ClassVar[bool] = True
     forward_only: ClassVar[bool] = True
-
-    def of_diffrax(self) -> diffrax.AbstractAdjoint:
-        return diffrax.ForwardMode()
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         run = lambda problem, stepper: integrate(problem, stepper)[0]

@@ -49,8 +49,8 @@ class Integration(NamedTuple):
     t_reached: Float[Array, " rows"]
     h: Float[Array, " rows"]
     """The step size that the controller would try next."""
-    steps: Any = None
-    """The accepted `Steps` if the stepper is dense, or diffrax's own interpolation."""
+    steps: Steps | None = None
+    """The accepted steps if the stepper is dense."""
     stopped: Bool[Array, " rows"] | None = None
     """Whether a solve with `stop` ended before `t1`."""
 

@@ -60,7 +60,7 @@ class Stepper(eqx.Module):
     """How to step: a tableau, and either tolerances or a number of equal steps."""
 
     tableau: Any = eqx.field(static=True)
-    """A `Tableau`, or None if diffrax runs the solver."""
+    """A `Tableau`."""
     rtol: Float[Array, ""]
     atol: Float[Array, ""] | Float[Array, "1 n"]
     first_step: Float[Array, ""] | None

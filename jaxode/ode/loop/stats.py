@@ -19,4 +19,4 @@ class Stats(eqx.Module):
     num_rejected: Int[Array, "*rows"]
     """Steps discarded because their error estimate was too large."""
     num_evals: Int[Array, "*rows"]
-    """Evaluations of the vector field. -1 for a solver that diffrax runs."""
+    """Evaluations of the vector field."""

@@ -172,17 +172,27 @@ class Solver:
         return self.tableau.order
 
 
-def tableau_of(solver: diffrax.AbstractSolver | Solver) -> Tableau | None:
-    """The tableau of a solver that runs in jaxode's own loop, or None for one that does not."""
+def tableau_of(solver: diffrax.AbstractSolver | Solver) -> Tableau:
+    """The tableau of a solver.
+
+    Raises:
+        ValueError: for a solver that its tableau does not describe.
+    """
     if isinstance(solver, Solver):
         return solver.tableau
     cls, table = type(solver), getattr(solver, "tableau", None)
     if cls is diffrax.Euler:
         return _EULER
-    if not isinstance(solver, diffrax.AbstractERK) or not isinstance(table, diffrax.ButcherTableau):
-        return None
-    if cls.step is not diffrax.AbstractERK.step:  # it does more than its tableau says
-        return None
+    if (
+        not isinstance(solver, diffrax.AbstractERK)
+        or not isinstance(table, diffrax.ButcherTableau)
+        or cls.step is not diffrax.AbstractERK.step  # it does more than its tableau says
+    ):
+        raise ValueError(
+            f"{arg('solver')} must be an explicit Runge-Kutta solver of diffrax, without a step of "
+            f"its own, or a stiff solver of jaxode; got {cls.__name__}. Use solver=jaxode.Rodas5P()"
+            " for a stiff problem, or call diffrax.diffeqsolve."
+        )
     order = int(solver.order(diffrax.ODETerm(lambda t, y, args: y)) or 1)
     rows = (*table.a_lower, table.b_sol, table.b_error, table.c)
     numbers = tuple(tuple(map(float, row)) for row in rows)
