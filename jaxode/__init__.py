@@ -9,8 +9,7 @@ from jaxode.density.importance import importance
 from jaxode.diffusion import VarianceExploding, VariancePreserving, probability_flow
 from jaxode.distributions import centered_normal, diagonal_normal, standard_normal
 from jaxode.flows.make import cnf
-from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode, InterpolatingAdjoint
-from jaxode.ode.backward_stats import backward_stats
+from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.events import Event
 from jaxode.ode.jumps import Jumps
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
@@ -26,7 +25,6 @@ __all__ = [
     "DiscreteAdjoint",
     "Event",
     "ForwardMode",
-    "InterpolatingAdjoint",
     "Jumps",
     "Result",
     "Rodas5P",
@@ -37,7 +35,6 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "audit",
-    "backward_stats",
     "bind",
     "centered_normal",
     "cnf",

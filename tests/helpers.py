@@ -84,14 +84,11 @@ METHODS = {
     "discrete": GradientMethod(
         jaxode.DiscreteAdjoint(), exact=True, again=(jax.jacfwd,)
     ),
+    "discrete from few checkpoints": GradientMethod(
+        jaxode.DiscreteAdjoint(checkpoints=3), exact=True, again=(jax.jacfwd,), variant=True
+    ),
     "backsolve": GradientMethod(
         jaxode.BacksolveAdjoint(), exact=False, again=(jax.jacrev,)
-    ),
-    "interpolating": GradientMethod(
-        jaxode.InterpolatingAdjoint(), exact=False, again=(jax.jacfwd,)
-    ),
-    "interpolating from few checkpoints": GradientMethod(
-        jaxode.InterpolatingAdjoint(checkpoints=3), exact=False, again=(jax.jacfwd,), variant=True
     ),
     "forward": GradientMethod(
         jaxode.ForwardMode(), exact=True, again=(jax.jacfwd,), gradient=jax.jacfwd, jvp=True
@@ -105,12 +102,11 @@ ADAPTIVE = [name for name in KINDS if METHODS[name].adaptive]
 AGAIN = [(name, mode) for name in KINDS for mode in METHODS[name].again]
 
 
-def of_feature(cases, slow=("interpolating", "forward")):
+def of_feature(cases, slow=("forward",)):
     """Names of methods, or tuples that begin with one, for the tests of a feature with each.
 
-    The interpolating adjoint solves the adjoint ODE with the code of backsolve, and finds the state
-    by that of the discrete adjoint; forward mode is JAX's own, of the loop that all run. So
-    `make test` leaves both out here, or those of `slow`.
+    Forward mode is JAX's own, of the loop that all run. So `make test` leaves it out here, or those
+    of `slow`.
     """
     cases, name = list(cases), lambda case: case if isinstance(case, str) else case[0]
     return with_slow(cases, [case for case in cases if name(case).startswith(tuple(slow))])

@@ -215,16 +215,9 @@ BAD_INPUT = [
         for solver in (diffrax.Kvaerno5(), diffrax.SemiImplicitEuler(), OnCircle())
     ),
     (
-        lambda: cnf(solver=jaxode.Rodas5P(), adjoint=jaxode.InterpolatingAdjoint()), ValueError,
-        "cnf(adjoint=...): InterpolatingAdjoint needs an explicit Runge-Kutta solver; got Rodas5P. "
-        "Use jaxode.DiscreteAdjoint().",
-    ),
-    (
-        lambda: jaxode.backward_stats(
-            decay, ONE, 0.0, 1.0, adjoint=jaxode.BacksolveAdjoint(), solver=jaxode.Rosenbrock23()
-        ), ValueError,
-        "backward_stats(solver=...): must be an explicit Runge-Kutta solver; got Rosenbrock23. Use "
-        "diffrax.Tsit5().",
+        lambda: cnf(solver=jaxode.Rodas5P(), adjoint=jaxode.BacksolveAdjoint()), ValueError,
+        "cnf(adjoint=...): BacksolveAdjoint needs an explicit Runge-Kutta solver; got Rodas5P. Use "
+        "jaxode.DiscreteAdjoint().",
     ),
     (
         lambda: solve(solver=jaxode.Rodas5P(), axis_name="batch"), ValueError,
@@ -508,13 +501,6 @@ BAD_INPUT = [
         lambda: cnf(regularizers=(OF_EACH_NUMBER,)).nll(None, X), ValueError,
         "cnf(regularizers=...): must return one number of a sample; got float64 of shape (2,). "
         "Sum over the event, and average over probes.",
-    ),
-    (
-        lambda: jaxode.backward_stats(decay, ONE, 0.0, 1.0, adjoint=jaxode.DiscreteAdjoint()),
-        TypeError,
-        "backward_stats(adjoint=...): must have a backward solve; got "
-        "DiscreteAdjoint(checkpoints=64). Use jaxode.BacksolveAdjoint() or "
-        "jaxode.InterpolatingAdjoint().",
     ),
     (
         lambda: jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2)).log_prob(

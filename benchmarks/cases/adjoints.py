@@ -30,7 +30,6 @@ TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ADJOINTS = {
     "DiscreteAdjoint()": jaxode.DiscreteAdjoint(),
     "DiscreteAdjoint(checkpoints=8)": jaxode.DiscreteAdjoint(checkpoints=8),
-    "InterpolatingAdjoint()": jaxode.InterpolatingAdjoint(),
     "BacksolveAdjoint()": jaxode.BacksolveAdjoint(),
 }
 BATCH, SIZE = 512, 256

@@ -98,8 +98,7 @@ def solve(
             that broadcasts to the state of one sample, or for other states a pytree like it, with a
             tolerance for each number.
         steps: take this many equal steps, without error control.
-        adjoint: the gradient method: `DiscreteAdjoint`, `BacksolveAdjoint`,
-            `InterpolatingAdjoint` or `ForwardMode`.
+        adjoint: the gradient method: `DiscreteAdjoint`, `BacksolveAdjoint` or `ForwardMode`.
         first_step: size of the first step to try, positive. Chosen automatically by default. Not
             used with `steps`.
         max_step: maximum step size, positive; may be exceeded by 1%. Unlimited by default. Not used

@@ -266,7 +266,7 @@ FLOWS = {
     "hutchinson": lambda: {"divergence": divergence.hutchinson(2, "orthogonal")},
     "closed form": lambda: {"divergence": divergence.closed_form()},
     "backsolve": lambda: {"adjoint": jaxode.BacksolveAdjoint(rtol=1e-3), "rtol": 1e-4},
-    "interpolating": lambda: {"adjoint": jaxode.InterpolatingAdjoint(), "max_steps": 100},
+    "few checkpoints": lambda: {"adjoint": jaxode.DiscreteAdjoint(4), "max_steps": 100},
     "regularized": lambda: {
         "divergence": divergence.hutchinson(),
         "regularizers": [kinetic_energy(0.1), jacobian_frobenius(0.2)],

@@ -101,7 +101,6 @@ OTHERS = (
     "exact in chunks, regularized",
     "orthogonal probes, two checkpoints, raising",
     "backsolve",
-    "interpolating",
 )
 OWN_STEPS = [{"steps": 6}, {"batch": "per_sample"}]
 ADJOINTS = [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()]

@@ -160,7 +160,7 @@ def path_gradient():
 
 
 # Of the discrete adjoint there are other tests.
-@pytest.mark.parametrize("name", of_feature(KINDS, slow=["discrete", "interpolating", "forward"]))
+@pytest.mark.parametrize("name", of_feature(KINDS, slow=["discrete", "forward"]))
 def test_every_gradient_method_has_the_path_gradient(name):
     options = METHODS[name].options(steps=40) if METHODS[name].exact else METHODS[name].options()
     found = jax.jit(gradient(name)(path_loss(**options)))(A)

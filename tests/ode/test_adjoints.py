@@ -28,12 +28,7 @@ from jaxode.ode.loop.checkpoints import STAGE_BYTES
 
 CONTINUOUS = [name for name, method in METHODS.items() if not method.exact]
 VARIANTS = [name for name, method in METHODS.items() if method.variant]
-# Rows that wait while others replay are harder on few checkpoints than on many.
-OF_ROWS = [
-    name
-    for name, method in METHODS.items()
-    if method.gradient is jax.grad and name != "interpolating"
-]
+OF_ROWS = [name for name, method in METHODS.items() if method.gradient is jax.grad]
 INPUTS = (Y0, jnp.array(0.0), jnp.array(3.0), ARGS)
 
 A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
@@ -190,7 +185,7 @@ def test_zero_span(name):
 BACK = (Y0, jnp.array(3.0), jnp.array(0.5), ARGS, jnp.array([2.9, 2.9, 1.0, 1.0, 0.5, 0.5]))
 
 
-@pytest.mark.parametrize("name", of_feature(METHODS, slow=["interpolating"]))
+@pytest.mark.parametrize("name", METHODS)
 def test_backwards_in_time(name):
     expected = by_everything("discrete", steps=400)(1e-10, *BACK)
     assert_close(by_everything(name)(1e-10, *BACK), finite(expected), 1e-7)
@@ -203,7 +198,7 @@ def by_state_and_args(name, tolerance=1e-10, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONTINUOUS if name in KINDS])
+@pytest.mark.parametrize("name", CONTINUOUS)
 def test_equal_steps_converge_to_the_gradient(name):
     """The error of 20 and 40 steps of Tsit5 falls by about 2 ** 5."""
     exact = by_state_and_args("discrete", 1e-12)
@@ -333,9 +328,7 @@ def test_reverse_over_reverse_without_parameters_or_with_narrow_ones(dtype):
         np.testing.assert_allclose(second, 16 / 27, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "again"), of_feature(AGAIN, slow=["interpolating", "forward", "backsolve"])
-)
+@pytest.mark.parametrize(("name", "again"), of_feature(AGAIN, slow=["forward", "backsolve"]))
 def test_second_derivatives_of_a_failed_solve_are_nan(name, again):
     """The solution of `y' = r y^2` ends at `t = 1 / (r y0)`."""
 
@@ -401,7 +394,7 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", with_slow(UNSUPPORTED, ["reverse over reverse of interpolating"]))
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_a_method_cannot_do_names_the_one_that_can(name):
     exception, call, message = UNSUPPORTED[name]
     with pytest.raises(exception) as info:
@@ -425,8 +418,7 @@ def test_backsolve_is_wrong_where_the_docs_say_so():
         return jax.grad(y1)(20.0)
 
     reference = run(jaxode.DiscreteAdjoint(), 1e-11)
-    for name in ("discrete", "interpolating"):
-        np.testing.assert_allclose(run(METHODS[name].adjoint, 1e-5), reference, rtol=1e-2)
+    np.testing.assert_allclose(run(jaxode.DiscreteAdjoint(), 1e-5), reference, rtol=1e-2)
     wrong = run(METHODS["backsolve"].adjoint, 1e-5)
     assert jnp.isfinite(wrong)
     assert abs(wrong) > 1000 * abs(reference)
@@ -452,18 +444,15 @@ def test_backsolve_fails_where_the_docs_say_so():
     """Decay by e^-1000 is growth by e^1000 backwards: from noise to overflow, which is NaN."""
     assert jnp.isnan(stiff_decay("backsolve")(0.0, 10.0)[1][0]).all()
     # The exact gradient, e^-1000, is zero; atol: the default tolerance.
-    for name in ("discrete", "interpolating"):
-        np.testing.assert_allclose(stiff_decay(name)(0.0, 10.0)[1][0], 0.0, atol=1e-5)
+    np.testing.assert_allclose(stiff_decay("discrete")(0.0, 10.0)[1][0], 0.0, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_methods_for_stiff_decay():
-    """By the methods that do not recompute the state."""
+def test_discrete_of_stiff_decay():
     # y(1) is k times (100^2 cos 1 + 100 sin 1) / (100^2 + 1), up to e^-100.
     slope = (1e4 * np.cos(1.0) + 1e2 * np.sin(1.0)) / (1e4 + 1)
-    for name in ("discrete", "interpolating"):
-        value, (_, by_k) = stiff_decay(name)(1.0, 1.0)
-        np.testing.assert_allclose((value, by_k), slope, rtol=1e-3)
+    value, (_, by_k) = stiff_decay("discrete")(1.0, 1.0)
+    np.testing.assert_allclose((value, by_k), slope, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -548,25 +537,16 @@ def memory(name, size=50_000, times=None, compiler_options=None, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["discrete", "interpolating"])
-def test_memory_of_many_steps(name):
+def test_memory_of_many_steps():
     """64 checkpoints by default, some with stages, what is not kept, and a few states at work.
 
     By default, of the program that users run.
     """
-    euler = {"solver": diffrax.Euler(), "max_steps": 4096}
-    euler["compiler_options"] = OPTIMIZED if name == "discrete" else None
-    many = memory(name, steps=20_000, **euler)
+    euler = {"solver": diffrax.Euler(), "max_steps": 4096, "compiler_options": OPTIMIZED}
+    many = memory("discrete", steps=20_000, **euler)
     assert 64 < many < 72 + STAGE_BYTES / (8 * 50_000)
     # Ten times the steps cost their times alone, 8 bytes each, in at most four buffers.
-    assert many - memory(name, steps=2_000, **euler) < 4 * 18_000 / 50_000
-
-
-@pytest.mark.slow
-def test_memory_of_interpolating_does_not_grow_with_max_steps():
-    grown = memory("interpolating", max_steps=10_100) - memory("interpolating", max_steps=100)
-    # As for the discrete adjoint: times alone.
-    assert grown < 4 * 10_000 / 50_000
+    assert many - memory("discrete", steps=2_000, **euler) < 4 * 18_000 / 50_000
 
 
 @pytest.mark.slow
@@ -580,7 +560,7 @@ def test_memory_of_backsolve_does_not_grow_with_steps():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["discrete", "backsolve", "interpolating"])
+@pytest.mark.parametrize("name", ["discrete", "backsolve"])
 def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     """1.5 million parameters, batch 1000, per-sample steps."""
     m = jaxode.nn.ConcatSquash(4, (1220, 1220), key=jax.random.key(0))
@@ -604,15 +584,14 @@ def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     assert small < 1.5 * size
 
 
-@pytest.mark.parametrize("name", of_feature(["discrete", "interpolating"]))
-def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that_waits(name):
+def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that_waits():
     """Its stages are not finite, and are of a step that another row has taken alone."""
     z = jnp.array([[0.1], [1000.0]])
 
     def loss(z, a):
         y1 = jaxode.flow(
             lambda t, y, a: -a * y**3, z, 0.0, 1.0, a, batch="per_sample", first_step=0.1,
-            adjoint=METHODS[name].adjoint, rtol=1e-8, atol=1e-8,
+            rtol=1e-8, atol=1e-8,
         )  # fmt: skip
         return jnp.sum(y1)
 
@@ -623,6 +602,39 @@ def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that
     exact = slope, -np.sum(start**3 * slope)
     for ours, theirs in zip(gradient, exact, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def decay(t, y, rate):
+    return -rate * y * y * jnp.cos(t)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_parameters_are_outside_of_the_error_norm(name):
+    """A parameter in other units has another gradient, but the backward solve the same steps."""
+
+    @jax.jit
+    @jax.grad
+    def by_state(y0, unit):
+        f = lambda t, y, rate: decay(t, y, rate * unit)
+        return jaxode.solve(f, y0, 0.0, 3.0, 2.0 / unit, **METHODS[name].options()).y1.sum()
+
+    # Other steps at the default tolerance would change the fifth digit.
+    np.testing.assert_allclose(by_state(Y0, 1e-8), by_state(Y0, 1.0), rtol=1e-11)
+
+
+def test_the_backward_solve_restarts_where_the_loss_does_not_depend_on_outputs():
+    def loss(rate, ts, weight):
+        solution = jaxode.solve(
+            decay, Y0, 0.0, 1.0, rate, ts=ts, adjoint=jaxode.BacksolveAdjoint(), rtol=1e-2,
+            atol=1e-2,
+        )  # fmt: skip
+        outputs = 0.0 if weight is None else weight * jnp.sum(solution.ys)
+        return jnp.sum(solution.y1**2) + outputs
+
+    ts, gradient = jnp.linspace(0.0, 1.0, 9), jax.jit(jax.grad(loss))
+    unused = float(gradient(2.0, ts, None))
+    assert unused == pytest.approx(float(gradient(2.0, ts, 0.0)), rel=1e-12)
+    assert unused != pytest.approx(float(gradient(2.0, None, None)), rel=1e-6)
 
 
 def test_reverse_over_reverse_by_complex_parameters():

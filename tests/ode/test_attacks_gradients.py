@@ -208,7 +208,7 @@ RAISING = {
 # Programs around a solve of which there are others: of outputs, of rows, and of densities.
 SLOW = {
     "jit(grad), stiff", "jit(grad) of ts", "jit(grad) of scan", "jit(grad) of vmap",
-    "jit(grad), interpolating", "jit(grad) of log_prob", "jit(vmap) of grad",
+    "jit(grad) of log_prob", "jit(vmap) of grad",
     "jit(grad), per sample", "jit(jacfwd), forward", "grad",
 }  # fmt: skip
 
@@ -301,7 +301,7 @@ PRODUCTS = {
 }
 
 
-SLOW_PRODUCTS = [case for case in PRODUCTS if "interpolating" in case or " of " in case]
+SLOW_PRODUCTS = [case for case in PRODUCTS if " of " in case]
 
 
 @pytest.mark.parametrize("case", with_slow(PRODUCTS, SLOW_PRODUCTS))

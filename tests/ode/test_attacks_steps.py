@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTIVE, METHODS, of_feature, with_slow
+from helpers import METHODS, of_feature, with_slow
 
 import jaxode
 from jaxode import Result, divergence
@@ -167,15 +167,10 @@ def test_batches_and_outputs(batch):
 
 
 # Breakpoints need error control.
-ACROSS_JUMPS = {
-    **{name: METHODS[name] for name in ADAPTIVE},
-    "few checkpoints": METHODS["discrete"]._replace(adjoint=jaxode.DiscreteAdjoint(checkpoints=2)),
-}
+ACROSS_JUMPS = {name: method for name, method in METHODS.items() if method.adaptive}
 
 
-@pytest.mark.parametrize(
-    "name", of_feature(ACROSS_JUMPS, slow=("interpolating", "forward", "few checkpoints"))
-)
+@pytest.mark.parametrize("name", of_feature(ACROSS_JUMPS, slow=("forward", "discrete from few")))
 def test_gradients_across_jumps(name):
     """Also by the ends of the span: with a mesh that moved as one, they would be wrong by far."""
     method = ACROSS_JUMPS[name]
@@ -281,7 +276,7 @@ def test_a_field_that_is_not_finite_at_a_breakpoint_fails():
 
 
 @pytest.mark.parametrize(
-    "name", of_feature(ACROSS_JUMPS, slow=("interpolating", "backsolve", "forward", "few"))
+    "name", of_feature(ACROSS_JUMPS, slow=("backsolve", "forward", "discrete from few"))
 )
 def test_a_time_at_a_breakpoint_moves_the_state_along_the_field(name):
     """A dose comes as an infusion starts, whose time does not move."""

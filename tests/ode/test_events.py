@@ -25,9 +25,7 @@ LEVEL = Event(lambda t, y, rate: y - 0.2)
 
 
 # Of the discrete adjoint there are rows, below.
-@pytest.mark.parametrize(
-    "name", of_feature(ADAPTIVE, slow=["discrete", "interpolating", "forward"])
-)
+@pytest.mark.parametrize("name", of_feature(ADAPTIVE, slow=["discrete", "forward"]))
 def test_decay_to_a_level(name):
     """`t = log(y0 / level) / rate + t0`, and what is integrated up to then."""
 

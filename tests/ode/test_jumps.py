@@ -151,7 +151,7 @@ def exact_decay_gradients():
 
 
 # Of a piece between two jumps, each method is that of a solve.
-@pytest.mark.parametrize("name", of_feature(KINDS, slow=["backsolve", "interpolating", "forward"]))
+@pytest.mark.parametrize("name", of_feature(KINDS, slow=["backsolve", "forward"]))
 def test_gradients(name):
     """By the state, all times, what the change closes over, and the arguments."""
     options = METHODS[name].options(

@@ -69,11 +69,10 @@ def test_equal_to_single_solves(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 
-# The interpolating adjoint by few checkpoints alone, from which it replays steps.
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
-        *of_feature((name, "per_sample") for name in METHODS if name != "interpolating"),
+        *of_feature((name, "per_sample") for name in METHODS),
         pytest.param("discrete", "joint", marks=pytest.mark.slow),
     ],
 )

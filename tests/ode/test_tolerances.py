@@ -75,14 +75,10 @@ def end(y0, rate, in_new_units, **options):
     return of_units((s.y1, s.ys), inverse=True) if in_new_units else (s.y1, s.ys)
 
 
-# The interpolating adjoint by few checkpoints alone, from which it replays steps. Those of the
-# discrete adjoint have a row that is masked, too, below.
+# Those of the discrete adjoint have a row that is masked, too, below.
 @pytest.mark.parametrize(
     "name",
-    of_feature(
-        (n for n in METHODS if METHODS[n].adaptive and n != "interpolating"),
-        slow=["discrete", "interpolating", "forward"],
-    ),
+    of_feature((n for n in METHODS if METHODS[n].adaptive), slow=["discrete", "forward"]),
 )
 def test_gradients(name):
     """A solve of its own back keeps to the smallest tolerance."""

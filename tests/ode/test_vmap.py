@@ -75,7 +75,6 @@ CASES = {
     "a stiff solver": (lambda y0, a: end(y0, a, solver=jaxode.Rodas5P()), (Y0, A), 0),
     "dense output": (dense, (Y0, A), 0),
     "the adjoint ODE": (lambda y0, a: end(y0, a, adjoint=jaxode.BacksolveAdjoint()), (Y0, A), 0),
-    "interpolated": (lambda y0, a: end(y0, a, adjoint=jaxode.InterpolatingAdjoint()), (Y0, A), 0),
 }  # fmt: skip
 
 
@@ -312,7 +311,6 @@ def test_failed_rows_of_chains_leave_the_others_alone():
 METHODS = {
     "discrete": jaxode.DiscreteAdjoint(),
     "backsolve": jaxode.BacksolveAdjoint(),
-    "interpolating": jaxode.InterpolatingAdjoint(),
 }
 
 

@@ -593,8 +593,7 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
     tmp_path, monkeypatch, default_settings
 ):
     """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
-    for name in ("InterpolatingAdjoint()", "DiscreteAdjoint(checkpoints=8)"):
-        monkeypatch.delitem(adjoints.ADJOINTS, name)  # in tests of their own
+    monkeypatch.delitem(adjoints.ADJOINTS, "DiscreteAdjoint(checkpoints=8)")  # in a test of its own
     workload = problems.Workload(2, 4, (5,), steps=200)
     rows = tolerance.measure(workload, (1e-1, 1e-5), ("Tsit5",))
     assert rows[1]["gradient"] < rows[0]["gradient"]

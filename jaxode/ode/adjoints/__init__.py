@@ -4,6 +4,5 @@ from jaxode.ode.adjoints.backsolve import BacksolveAdjoint
 from jaxode.ode.adjoints.base import Adjoint
 from jaxode.ode.adjoints.discrete import DiscreteAdjoint
 from jaxode.ode.adjoints.forward import ForwardMode
-from jaxode.ode.adjoints.interpolating import InterpolatingAdjoint
 
-__all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode", "InterpolatingAdjoint"]
+__all__ = ["Adjoint", "BacksolveAdjoint", "DiscreteAdjoint", "ForwardMode"]

@@ -1,33 +1,51 @@
-"""The adjoint ODE with the state recomputed backwards, in the memory of one state."""
+"""The adjoint ODE, solved backwards beside the recomputed state, in the memory of one state.
+
+With `a(t)` the cotangent of `y(t)`, the adjoint theorem reads
+
+    da/dt = -a df/dy,    db/dt = -a df/dparams,    b = 0 at the end,
+
+and the gradients are `a` and `b` at the start (Pontryagin 1962; Chen et al. 2018,
+arXiv:1806.07366). `b` does not feed back, so it is a quadrature: an accumulator as large as the
+parameters, which is part of neither the state nor the error norm.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode._checks.errors import Result
+from jaxode._checks.arguments import non_negative
+from jaxode._checks.caller import public
+from jaxode._checks.errors import Result, nan_or_raise
 from jaxode._jax.pullback import vjp
-from jaxode._jax.sharding import axes_of, fori_loop, vary
+from jaxode._jax.sharding import axes_of, fori_loop, vary, while_loop
 from jaxode._jax.tangents import filled
-from jaxode.ode.adjoints.base import Solved, in_reverse, solve, without_cotangent
-from jaxode.ode.adjoints.continuous import (
-    ContinuousAdjoint,
-    Segment,
-    adjoint_product,
-    solve_segment,
+from jaxode.ode.adjoints.base import (
+    ReverseAdjoint,
+    Solved,
+    in_reverse,
+    nan_unless,
+    solve,
+    without_cotangent,
 )
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.problem import Problem, Slope, Stepper
+from jaxode.ode.loop.problem import Problem, Slope, Stepper, weighted_sum
+from jaxode.ode.loop.progress import Progress, aim, judge
+from jaxode.ode.loop.rows import one_row, over_rows
+
+# (t [rows], state [samples, m], weight [rows]) -> (derivative [samples, m], weighted integrand)
+AdjointField = Callable[..., tuple[Float[Array, "samples m"], PyTree]]
 
 
 @dataclass(frozen=True)
-class BacksolveAdjoint(ContinuousAdjoint):
+class BacksolveAdjoint(ReverseAdjoint):
     """Solve the adjoint ODE backwards, together with the state.
 
     Memory is one state, independent of the number of steps: the forward solve keeps only its end
@@ -38,7 +56,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     state leaves the trajectory. With a linear field it then overflows, and the backward solve
     fails. With a nonlinear field it can settle on another trajectory: the gradient is finite and
     wrong by any factor, without a warning. More times in `ts` restart the state more often and
-    help. `DiscreteAdjoint` and `InterpolatingAdjoint` do not have this weakness.
+    help. `DiscreteAdjoint` does not have this weakness.
 
     Args:
         rtol: relative tolerance of the backward solve. By default as for the forward solve.
@@ -49,14 +67,31 @@ class BacksolveAdjoint(ContinuousAdjoint):
     keeping the parameters out of the error norm.
     """
 
+    solves_backwards: ClassVar[bool] = True
     any_order: ClassVar[bool] = True
+    rtol: float | None = None
+    atol: float | None = None
+
+    @public("")
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None:
+                non_negative(name, value, "None or a finite tolerance of at least 0")
+
+    def _stepper(self, stepper: Stepper) -> Stepper:
+        """The settings of the backward solve."""
+        given = {"rtol": stepper.rtol, "atol": jnp.min(stepper.atol, initial=jnp.inf)}
+        for name, own in (("rtol", self.rtol), ("atol", self.atol)):
+            if own is not None:
+                given[name] = jnp.asarray(own, stepper.rtol.dtype)
+        return dataclasses.replace(stepper, **given)
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, None]:
         """Solve the problem, so that the solution itself has derivatives of any order."""
         return solve(problem, stepper, self), None
 
-    def solve_back(self, solved: Solved, bar: Integration) -> Segment:
-        """The adjoint solve, with the state beside its cotangent."""
+    def _solved_back(self, solved: Solved, bar: Integration) -> "_Segment":
+        """The adjoint solve. The first half of its state is that of the problem."""
         problem, integration = solved.problem, solved.integration
         idle, name = without_cotangent(bar, problem.t0), solved.stepper.axis_name
         if name is not None:  # devices that take the same steps rest together
@@ -69,9 +104,48 @@ class BacksolveAdjoint(ContinuousAdjoint):
         ends = _Ends(integration.y1, ys, integration.h, resting, y1_bar, ys_bar)
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
         inputs = in_reverse(inputs, "BacksolveAdjoint")
-        segment = _solve_back(inputs, self.backward_stepper(solved.stepper))
+        segment = _solve_back(inputs, self._stepper(solved.stepper))
         result = jnp.where(idle, Result.SUCCESS, segment.progress.result)
         return segment.moved(result=result.astype(jnp.int32))
+
+    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
+        """The cotangents of the problem, NaN where the forward or the backward solve failed.
+
+        Moving the time of an output moves the output along its trajectory. Moving the start time
+        moves the trajectory the other way.
+        """
+        segment = self._solved_back(solved, bar)
+        problem, integration, wanted = solved.problem, solved.integration, solved.perturbed
+        y0, ts, back = problem.y0, problem.ts, segment.progress
+        y0_bar = back.y[:, y0.shape[1] :]
+        ok = solved.ok & (back.result == Result.SUCCESS)
+        valid = nan_unless(ok | solved.replaced, y0.dtype)
+        if solved.stepper.raises:
+            # A failed forward solve has already raised. A solve without steps did not run: `vmap`
+            # differentiates both branches of a `cond`, with zeros in place of the solve in the
+            # branch that is not taken (or values of the other branch with the same shape, which
+            # cannot be told apart).
+            ran = solved.ok & ~solved.replaced & (integration.stats.num_steps > 0)
+            result = jnp.where(ran, back.result, Result.SUCCESS)
+            nan = nan_or_raise(result, back.t, where="backward solve")
+            # The check is part of the value, so it cannot be eliminated as dead code.
+            valid = valid + nan.astype(y0.dtype)
+
+        def by_time(point):
+            """`bar . f(t, y)`."""
+            t, y, bar = point
+            return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
+
+        end = problem.t1, integration.y1, filled(bar.y1, y0)
+        t0_bar: Any = by_time((problem.t0, y0, -y0_bar)) if wanted.t0 else None
+        t1_bar: Any = by_time(end) if wanted.t1 else None
+        ts_bar = None
+        if ts is not None and wanted.ts:
+            ts_bar = jnp.zeros_like(ts)
+            if integration.ys is not None and bar.ys is not None:
+                points = ts, padded(problem, integration.ys), bar.ys
+                ts_bar = jax.lax.map(by_time, points)
+        return Problem(*segment.quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid
 
 
 class _Ends(NamedTuple):
@@ -85,6 +159,17 @@ class _Ends(NamedTuple):
     ys_bar: Float[Array, "times samples n"] | None
 
 
+class _Segment(NamedTuple):
+    """How far an adjoint solve has come."""
+
+    progress: Progress
+    quadrature: PyTree
+
+    def moved(self, **fields: Array) -> "_Segment":
+        """With other values in its progress."""
+        return self._replace(progress=self.progress._replace(**fields))
+
+
 @eqx.filter_custom_vjp
 def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
@@ -92,17 +177,25 @@ def _solve_back(inputs, stepper):
     n = problem.y0.shape[1]
 
     def adjoint_field(t, state, weight):
+        """The right-hand side, and the integrand of `b`, weighted and summed over rows.
+
+        Rows are independent, so the weight of a row scales its part of both products, and that by
+        the state is scaled back.
+        """
         y, a = state[:, :n], state[:, n:]
-        apply = lambda params, t, y: Slope(*eqx.combine(params, rest))(t, y)
-        f, da, integrand = adjoint_product(apply, params, t, y, a, weight)
-        return jnp.concatenate([f, da], axis=1), integrand
+        f, pull = vjp(lambda params, y: Slope(*eqx.combine(params, rest))(t, y), params, y)
+        params_bar, y_bar = pull(-weight[:, None] * a)
+        moving = (weight != 0)[:, None]
+        da = jnp.where(moving, y_bar / jnp.where(moving, weight[:, None], 1.0), 0.0)
+        return jnp.concatenate([f, da], axis=1), params_bar
 
     def continued(segment, to):
-        return solve_segment(adjoint_field, stepper, segment, to, problem.t1 - problem.t0)
+        return _continued(adjoint_field, stepper, segment, to, problem.t1 - problem.t0)
 
     state = jnp.concatenate([ends.y1, ends.y1_bar], axis=1)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    segment = Segment.start(problem.t1, -ends.h, state, zeros, ends.resting)
+    result = jnp.where(ends.resting, Result.NON_FINITE, Result.SUCCESS)
+    start = Progress.start(problem.t1, -ends.h, state, result)
+    segment = _Segment(start, jax.tree.map(jnp.zeros_like, params))
     ts, ys, ys_bar = problem.ts, ends.ys, ends.ys_bar
     if ts is None or ys is None or ys_bar is None:
         return continued(segment, problem.t0)
@@ -114,11 +207,77 @@ def _solve_back(inputs, stepper):
         j = ts.shape[0] - 1 - i
         at_output, j = j >= 0, jnp.maximum(j, 0)
         segment = continued(segment, jnp.where(at_output, ts[j], problem.t0))
-        y = jnp.where(at_output & ~ends.resting[:, None], ys[j], segment.y[:, :n])
-        a = segment.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
+        y = jnp.where(at_output & ~ends.resting[:, None], ys[j], segment.progress.y[:, :n])
+        a = segment.progress.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
         return segment.moved(y=jnp.concatenate([y, a], axis=1))
 
     return fori_loop(0, ts.shape[0] + 1, body, segment)
+
+
+def _continued(field: AdjointField, stepper: Stepper, segment: _Segment, end, span) -> _Segment:
+    """Continue an adjoint solve to the times `end`. A failed row stays where it is.
+
+    With equal steps, the segment takes its share of the steps of the whole `span`.
+    """
+    start, before = segment.progress.t, segment.progress.accepted
+    steps = None
+    if stepper.steps is not None:
+        share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
+        # 1e-4 allows for rounding in the share.
+        steps = jnp.maximum(jnp.ceil(share * stepper.steps - 1e-4), 1).astype(jnp.int32)
+
+    def step(segment: _Segment) -> _Segment:
+        now = segment.progress
+        ahead = aim(stepper, steps, now, now.accepted - before, start, end)
+        ahead = ahead._replace(t=jnp.where(now.active, ahead.t, now.t))
+        y, k, quadrature_where = _stages(field, stepper, segment, ahead.t - now.t)
+        accept, then = judge(stepper, now, ahead, y, k)
+        # A step cut short to reach the end says little about the next one.
+        longer = jnp.abs(then.h) > jnp.abs(now.h)
+        h = jnp.where(accept & ahead.last & ~longer, now.h, then.h)
+        then = then._replace(h=jax.lax.stop_gradient(h))
+        return _Segment(then, quadrature_where(accept))
+
+    segment = segment.moved(done=start == end)
+    return while_loop(lambda segment: segment.progress.active.any(), step, segment)
+
+
+def _stages(field: AdjointField, stepper: Stepper, segment: _Segment, h: Float[Array, " rows"]):
+    """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
+    tableau, state, alone = stepper.tableau, segment.progress, one_row(h)
+    A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
+    b = jnp.asarray(tableau.b, state.y.dtype)
+
+    def evaluate(i, k, h, weight):
+        z = state.y + h[:, None] * weighted_sum(A[i], k)
+        return field(state.t + c[i] * h, z, weight)
+
+    def add_used(i, quadrature, integrand):
+        # A stage of weight zero got another weight, because its derivative is needed.
+        used = b[i] != 0
+        return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
+
+    def stage(i, carry):
+        k, quadrature = carry
+        k_i, integrand = evaluate(i, k, h, jnp.where(b[i] != 0, h * b[i], h))
+        if alone:
+            quadrature = add_used(i, quadrature, integrand)
+        return k.at[i].set(k_i), quadrature
+
+    k = jax.lax.full_like(state.y, 0, shape=(tableau.stages, *state.y.shape))
+    k, quadrature = fori_loop(0, tableau.stages, stage, (k, segment.quadrature))
+
+    def quadrature_where(accept):
+        if alone:
+            keep = lambda new, old: jnp.where(accept[0], new, old)
+            return jax.tree.map(keep, quadrature, segment.quadrature)
+        # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
+        # integrand is no way out, as it may not be finite.
+        taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
+        again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
+        return fori_loop(0, tableau.stages, again, segment.quadrature)
+
+    return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 
 
 @_solve_back.def_fwd
@@ -175,7 +334,9 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
         return jnp.concatenate([y, a], axis=1), jax.tree.map(as_given, b, params)
 
     values, pull = jax.vjp(reference, diff)
-    bars = jax.tree.map(lambda value, bar: filled(bar, value), values, (bar.y, bar.quadrature))
+    bars = jax.tree.map(
+        lambda value, bar: filled(bar, value), values, (bar.progress.y, bar.quadrature)
+    )
     return pull(bars)[0]
 
 

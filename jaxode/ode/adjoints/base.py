@@ -1,4 +1,4 @@
-"""What a gradient method is, and what all that have a backward pass of their own share."""
+"""Base classes for gradient methods."""
 
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -50,7 +50,7 @@ class Adjoint:
     supports_dense: ClassVar[bool] = False
     """Whether it returns and differentiates `Integration.steps`, for `dense=True`."""
     solves_backwards: ClassVar[bool] = False
-    """Whether its gradient is a solve of its own, `solve_back`, with tolerances and errors."""
+    """Whether its gradient is a solve of its own, with tolerances and errors."""
     forward_only: ClassVar[bool] = False
     """Whether it has `jax.jvp` and `jax.jacfwd` only."""
     fused: ClassVar[bool] = False
