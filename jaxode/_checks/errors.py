@@ -1,7 +1,6 @@
 """What is said when a solve fails, and the place that raises."""
 
 import enum
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,15 +33,18 @@ class Result(enum.IntEnum):
         return jnp.asarray(self.value, jnp.int32)
 
 
+_UNDERFLOW = (
+    "Loosen rtol and atol, use float64, or look for a discontinuous or exploding vector field."
+)
+_STIFF = "If the problem is stiff, use solver=jaxode.Rodas5P()."
 EXPLANATIONS = {
     Result.MAX_STEPS_REACHED: (
         "the steps ran out",
-        "Raise max_steps, loosen rtol and atol, use solver=jaxode.Rodas5P() for a stiff "
-        "vector field, or look for an exploding one.",
+        "Raise max_steps, loosen rtol and atol, or look for an exploding vector field. " + _STIFF,
     ),
     Result.STEP_SIZE_UNDERFLOW: (
         "the step size fell below the resolution of the time",
-        "Loosen rtol and atol, use float64, or look for a discontinuous or exploding vector field.",
+        f"{_UNDERFLOW} {_STIFF}",
     ),
     Result.NON_FINITE: (
         "the vector field or the state is not finite",
@@ -82,18 +84,14 @@ class SolveError(RuntimeError):
 
 # What to try where more is known.
 Remedies = dict[Result, str]
-STIFF = {
-    Result.MAX_STEPS_REACHED: (
-        "The problem looks stiff there: use solver=jaxode.Rodas5P(), or raise max_steps."
-    )
-}
 IMPLICIT = {
     Result.MAX_STEPS_REACHED: (
         "Raise max_steps, loosen rtol and atol, pass discontinuities of the vector field as "
         "breakpoints, or look for an exploding one."
-    )
+    ),
+    Result.STEP_SIZE_UNDERFLOW: _UNDERFLOW,
 }
-JACOBIAN_GIVEN = {
+JACOBIAN_GIVEN = IMPLICIT | {
     Result.MAX_STEPS_REACHED: (
         "Compare the jacobian of the solver with jax.jacfwd: a wrong one takes many steps. If it "
         f"is right: {IMPLICIT[Result.MAX_STEPS_REACHED]}"
@@ -139,12 +137,10 @@ def nan_or_raise(
     faults: Faults | None = None,
     where: str = "",
     remedies: Remedies | None = None,
-    stiff: Callable[[], bool] = lambda: False,
 ):
     """Zero for each row. Raises if a solve failed: now, or when the compiled program runs.
 
-    If steps ran out, of an explicit solver and now, the message says if the problem looks `stiff`.
-    Without `remedies`, it says what `EXPLANATIONS` do.
+    Without `remedies`, the message says what `EXPLANATIONS` do.
 
     A failed row gets NaN; a successful solve makes none, so that it passes under `jax.debug_nans`.
     Under `jit`, the check is a host callback behind a `lax.cond`. It costs nothing until it fires,
@@ -159,8 +155,6 @@ def nan_or_raise(
     if is_known(result):
         codes = np.asarray(result)
         if codes.any():
-            if (codes == Result.MAX_STEPS_REACHED).any() and not remedies and stiff():
-                remedies = STIFF
             raise SolveError(_message(where, codes, t_reached, find(), remedies))
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 

@@ -1,7 +1,6 @@
 """What a solve returns."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -76,14 +75,9 @@ class Solution(eqx.Module):
         return self.interpolant
 
 
-def report(
-    solution: Solution,
-    faults: Faults,
-    remedies: Remedies,
-    stiff: Callable[[], bool] = lambda: False,
-) -> Solution:
+def report(solution: Solution, faults: Faults, remedies: Remedies) -> Solution:
     """Raise `SolveError` if a solve failed: now, or when the compiled program runs."""
-    nan = nan_or_raise(solution.result, solution.t_reached, faults, remedies=remedies, stiff=stiff)
+    nan = nan_or_raise(solution.result, solution.t_reached, faults, remedies=remedies)
     if is_known(solution.result):
         return solution
     ok = solution.ok

@@ -27,7 +27,6 @@ from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution, report
-from jaxode.ode.stiffness import ran_into_stiffness
 from jaxode.ode.system import (
     Batch,
     System,
@@ -276,7 +275,7 @@ def solve_checked(
     rule = FINITE_STATE if batch is None else FINITE
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
     faults |= argument_faults(system)
-    return report(solution, faults, options.remedies, lambda: ran_into_stiffness(system))
+    return report(solution, faults, options.remedies)
 
 
 def check_implicit(options: SolveOptions, batch: Batch) -> None:

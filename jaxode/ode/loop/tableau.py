@@ -74,21 +74,6 @@ class Tableau:
         return abs(float(self.b_error @ slopes))
 
     @functools.cached_property
-    def stability(self) -> float | None:
-        """Where the region of stability ends on the negative real axis.
-
-        None unless the last two stages are at the same time, whose slopes then tell how fast the
-        fastest component decays.
-        """
-        if self.stages < 2 or self.c[-1] != self.c[-2]:
-            return None
-        # The region of any method of up to ten stages ends before.
-        z = np.linspace(0, 20, 2001)
-        inverse = np.linalg.inv(np.eye(self.stages) + z[:, None, None] * self.A)
-        growth = 1 - z * (self.b @ inverse).sum(axis=-1)
-        return float(z[np.argmax(np.abs(growth) > 1 + 1e-9)])
-
-    @functools.cached_property
     def dense(self) -> np.ndarray:
         """Coefficients of the dense output, a polynomial in `theta` without a constant term:
 
