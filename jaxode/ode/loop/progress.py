@@ -46,7 +46,7 @@ class Progress(NamedTuple):
         """Rows that have neither ended nor failed."""
         return ~self.done & (self.result == Result.SUCCESS)
 
-    def stats(self, evals_per_step: int, first_evals: int = 0) -> Stats:
+    def stats(self, evals_per_step: int, first_evals: int) -> Stats:
         steps = self.accepted + self.rejected
         return Stats(steps, self.accepted, self.rejected, first_evals + evals_per_step * steps)
 
