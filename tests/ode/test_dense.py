@@ -53,25 +53,6 @@ def test_evaluate_is_what_is_saved(solver):
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_what_is_saved():
-    """By everything: the saved outputs of the same times are tested against closed forms."""
-    adjoint = jaxode.DiscreteAdjoint(4)
-
-    def loss(dense):
-        def value(y0, t0, t1, a, ts):
-            s = solved(y0, t0, t1, a, ts=None if dense else ts, dense=dense, adjoint=adjoint)
-            ys = s.evaluate(ts) if dense else s.ys
-            return jnp.sum(jnp.sin(ys) * jnp.arange(14.0).reshape(7, 2)) + s.y1[0]
-
-        return value
-
-    inputs = (Y0, 0.0, 3.0, RATE, TIMES)
-    ours, saved = (jax.jit(jax.grad(loss(dense), range(5)))(*inputs) for dense in (True, False))
-    for a, b in zip(ours, saved, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.slow
 def test_gradients_in_either_mode():
     forward = jaxode.ForwardMode()
     value = lambda a: jnp.sum(

@@ -3,7 +3,6 @@
 The gradients are those of closed forms, which jump with the state ("saltation").
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,44 +81,6 @@ def test_outputs_and_gradients(name):
     assert not s.event_occurred
     assert s.t1 == s.t_reached == 2.0
     assert s.stats.num_steps == s.stats.num_accepted + s.stats.num_rejected
-
-
-@jax.jit
-@functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
-def of_rows(heights, kept, g, used):
-    """The gradients of a loss of the rows that are `used`, and the solution."""
-    s = bounce(heights, kept, g, batch="per_sample", ts=TS[5:])
-    y1, ys = jnp.where(used[:, None], s.y1, 0.0), jnp.where(used[None, :, None], s.ys, 0.0)
-    return jnp.sum(jnp.sin(y1)) + jnp.sum(ys), s
-
-
-@pytest.mark.slow
-def test_rows_have_their_own_events():
-    """None, several, or one that ends the row; equal to single solves, and their gradients."""
-    heights = jnp.array([30.0, 1.0, 0.02])
-
-    def one_by_one(heights, kept, g):
-        s = jax.lax.map(lambda height: bounce(height, kept, g, ts=TS[5:]), heights)
-        return jnp.sum(jnp.sin(s.y1)) + jnp.sum(s.ys), s
-
-    bars, s = of_rows(heights, *BALL[1:], jnp.ones(3, bool))
-    single_gradient = jax.jit(jax.grad(one_by_one, (0, 1, 2), has_aux=True))
-    expected, single = single_gradient(heights, *BALL[1:])
-    assert s.ok.all()
-    assert list(s.event_occurred) == [False, False, True]
-    assert_close((s.y1, s.ys.swapaxes(0, 1)), (single.y1, single.ys), 1e-12)
-    assert_close(bars, expected, 1e-10)
-
-
-@pytest.mark.slow
-def test_a_row_that_fails_fails_alone():
-    heights, others = jnp.array([1.0, 1.5, 2.0]), jnp.array([True, False, True])
-    run = lambda height: of_rows(heights.at[1].set(height), *BALL[1:], others)
-    (bars, s), (expected, right) = run(jnp.nan), run(1.5)
-    assert right.ok.all()
-    assert list(s.ok) == [True, False, True]
-    assert np.isnan(s.y1[1]).all()
-    np.testing.assert_allclose(bars[1:], expected[1:], rtol=1e-12, equal_nan=False)
 
 
 @pytest.mark.slow

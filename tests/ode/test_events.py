@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTIVE, AGAIN, METHODS, assert_close, gradient, of_feature, with_slow
+from helpers import ADAPTIVE, AGAIN, METHODS, assert_close, gradient, with_slow
 
 import jaxode
 from jaxode import Event
@@ -22,28 +22,6 @@ def decay(t, y, rate):
 
 
 LEVEL = Event(lambda t, y, rate: y - 0.2)
-
-
-# Of the discrete adjoint there are rows, below.
-@pytest.mark.parametrize("name", of_feature(ADAPTIVE, slow=["discrete", "forward"]))
-def test_decay_to_a_level(name):
-    """`t = log(y0 / level) / rate + t0`, and what is integrated up to then."""
-
-    def run(y0, t0, rate):
-        options = METHODS[name].options(event=LEVEL, **TIGHT)
-        s = jaxode.solve(decay, y0, t0, 9.0, rate, **options)
-        return jnp.stack([s.t1, s.y1])
-
-    inputs = (jnp.array(1.5), jnp.array(0.5), jnp.array(0.7))
-    jacobian = jax.jacrev if gradient(name) is jax.grad else jax.jacfwd
-    both = lambda *x: (run(*x),) * 2
-    slopes, value = jax.jit(jacobian(both, (0, 1, 2), has_aux=True))(*inputs)
-    y0, t0, rate = inputs
-    time = np.log(y0 / 0.2) / rate
-    np.testing.assert_allclose(value, [t0 + time, 0.2], rtol=1e-9)
-    # The state at the level stays there.
-    expected = np.array([[1 / (rate * y0), 0], [1, 0], [-time / rate, 0]])
-    np.testing.assert_allclose(np.stack(slopes), expected, atol=1e-8)
 
 
 def fall(t, state, g):

@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 from helpers import (
     AT_RUN_TIME,
-    KINDS,
-    METHODS,
     assert_close,
-    gradient,
-    of_feature,
     typed,
 )
 from jax.sharding import PartitionSpec as P
@@ -112,59 +108,6 @@ def test_backwards_and_in_both_directions():
     )  # fmt: skip
     np.testing.assert_array_equal(s.ys[..., 0], [[0.0, 1.0], [0.0, 3.0]])
     np.testing.assert_array_equal(s.y1, [[3.0], [3.0]])
-
-
-def decayed(y0, times, amounts, end, ts, rate, keep):
-    """The outputs and the end of `y' = -rate y`, whose jumps go to `keep y + amount`."""
-    y, at, after = y0, 0.0, []
-    for i in range(times.shape[0]):
-        y = keep * y * jnp.exp(-rate * (times[i] - at)) + amounts[i]
-        at = times[i]
-        after.append((at, y))
-    y1 = y * jnp.exp(-rate * (end - at))
-    starts = [(0.0, y0), *after]
-    which = np.sum(DECAY_TIMES[None] < DECAY_TS[:, None], axis=1)
-    ys = [
-        starts[w][1] * jnp.exp(-rate * (t - starts[w][0])) for w, t in zip(which, ts, strict=True)
-    ]
-    return jnp.stack([*ys, y1])
-
-
-DECAY_TIMES, DECAY_TS = np.array([0.4, 1.1]), np.array([0.2, 1.0, 1.6])
-DECAY_INPUTS = (
-    jnp.array([1.0, 2.0]), jnp.asarray(DECAY_TIMES), jnp.array([0.5, 0.7]), jnp.array(2.0),
-    jnp.asarray(DECAY_TS), jnp.array(0.9), jnp.array(0.8),
-)  # fmt: skip
-
-
-def decay_gradients(derive, of):
-    loss = lambda *inputs: jnp.sum(jnp.sin(of(*inputs)) * jnp.arange(1.0, 5)[:, None])
-    return jax.jit(derive(loss, tuple(range(7))))(*DECAY_INPUTS)
-
-
-@functools.cache
-def exact_decay_gradients():
-    def exact(y0, *inputs):
-        return jax.vmap(lambda y0: decayed(y0, *inputs), out_axes=1)(y0)
-
-    return decay_gradients(jax.grad, exact)
-
-
-# Of a piece between two jumps, each method is that of a solve.
-@pytest.mark.parametrize("name", of_feature(KINDS, slow=["backsolve", "forward"]))
-def test_gradients(name):
-    """By the state, all times, what the change closes over, and the arguments."""
-    options = METHODS[name].options(
-        batch="per_sample", rtol=1e-9, atol=1e-9, max_steps=128, throw=False
-    )
-
-    def solved(y0, times, amounts, end, ts, rate, keep):
-        jumps = jaxode.Jumps(times, lambda t, y, a, i: keep * y + amounts[i])
-        decay = lambda t, y, rate: -rate * y
-        s = jaxode.solve(decay, y0[:, None], 0.0, end, rate, ts=ts, jumps=jumps, **options)
-        return jnp.concatenate([s.ys, s.y1[None]])[..., 0]
-
-    assert_close(decay_gradients(gradient(name), solved), exact_decay_gradients(), 1e-6)
 
 
 # 256 subjects with 12 doses each, which are absorbed at first order, with their own parameters.
@@ -320,19 +263,6 @@ def test_a_change_that_is_not_finite_is_named():
     for infinite, time in enumerate(times):
         with pytest.raises(jaxode.SolveError, match=f"^solve: {told}{time:g}. Check the change"):
             jaxode.solve(decay, jnp.ones(1), 0.0, END, jnp.asarray(infinite), jumps=jumps)
-
-
-@pytest.mark.slow
-def test_stiff_solvers():
-    y1, ys, _ = (x[0] for x in all_by_hand())
-    s = in_one_call(Y0[0], TIMES[0], ts=TS, solver=jaxode.Rodas5P(), max_steps=256)
-    assert_close((s.y1, s.ys), (y1, ys), 1e-4)
-
-
-def test_under_vmap():
-    run = lambda y0, times: in_one_call(y0, times, ts=TS).y1
-    mapped = jax.jit(jax.vmap(run))(Y0, jnp.asarray(TIMES))
-    assert_close(mapped, all_by_hand()[0], 1e-12)
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
 """Parameters of each row: equal to a loop of single solves, and to their gradients."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, of_feature, with_slow
 
 import jaxode
 
@@ -18,77 +16,11 @@ ROW_ARGS = {
     "matrix": jnp.asarray(RNG.normal(size=(ROWS, 2, 2))) / 2,
     "shift": jnp.asarray(RNG.normal(size=ROWS)),
 }
-TS = jnp.linspace(0.1, 1.0, 4)
-END = jnp.array([0.6, 1.0, 0.8])
 
 
 def field(t, y, args):
     scale, row = args
     return jnp.sin(row["matrix"] @ y) * scale + row["shift"] * t
-
-
-# Options of both solves. `per_row` are those with an entry for each row.
-CASES = {
-    "outputs": {"batch": "per_sample", "ts": TS},
-    "times of each row": {"batch": "per_sample", "t1": END, "ts": jnp.outer(END, TS)},
-    "joint, outputs": {"batch": "joint", "steps": 8, "ts": TS},
-}
-
-
-def of_rows(options, y0, args, row_args):
-    given = {"t1": 1.0} | options
-    solution = jaxode.solve(field, y0, 0.0, given.pop("t1"), args, row_args=row_args, **given)
-    ys, ts = solution.ys, solution.ts
-    return solution.y1, ys if ts is None or ts.ndim == 2 else ys.swapaxes(0, 1)
-
-
-def one_by_one(options, y0, args, row_args):
-    given = {"t1": 1.0, "ts": None} | options
-    of_each = {"t1": np.ndim(given["t1"]) == 1, "ts": np.ndim(given["ts"]) == 2}
-    times = {name: given[name] for name in of_each if of_each[name]}
-    given = {name: x for name, x in given.items() if name != "batch" and name not in times}
-
-    def one(inputs):
-        y0, row, times = inputs
-        s = jaxode.solve(field, y0, 0.0, args=(args, row), **given, **times)
-        return s.y1, s.ys
-
-    return jax.lax.map(one, (y0, row_args, times))
-
-
-def scalar(solve, *inputs):
-    return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(solve(*inputs)))
-
-
-@pytest.mark.parametrize("case", with_slow(CASES, ["outputs"]))
-def test_equal_to_single_solves(case):
-    found, expected = (
-        jax.jit(functools.partial(solve, CASES[case]))(Y0, ARGS, ROW_ARGS)
-        for solve in (of_rows, one_by_one)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "batch"),
-    [
-        *of_feature((name, "per_sample") for name in METHODS),
-        pytest.param("discrete", "joint", marks=pytest.mark.slow),
-    ],
-)
-def test_gradients(name, batch):
-    """By the state, what all rows share, and what each has for itself."""
-    method = METHODS[name]
-    options = {"batch": batch, "adjoint": method.adjoint, "max_steps": 64, **method.needs}
-    if batch == "joint":
-        options["steps"] = 8
-    derive = jax.jacfwd if name == "forward" else jax.grad
-    found, expected = (
-        jax.jit(derive(functools.partial(scalar, solve, options), (0, 1, 2)))(Y0, ARGS, ROW_ARGS)
-        for solve in (of_rows, one_by_one)
-    )
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-    jax.tree.map(close, found, expected)
 
 
 @pytest.mark.slow

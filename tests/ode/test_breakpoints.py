@@ -155,39 +155,6 @@ def test_order_and_doubles_do_not_matter():
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, other))
 
 
-@pytest.mark.parametrize("batch", ["joint", "per_sample"])
-def test_batches_and_outputs(batch):
-    y0, ts = jnp.array([[1.0], [-30.0]]), jnp.array([0.1, 0.3, 0.5, 0.7, 0.7, 1.0])
-    solution = jaxode.solve(
-        linear, y0, 0.0, 1.0, K, batch=batch, ts=ts, breakpoints=JUMPS, rtol=1e-9, atol=1e-9
-    )
-    exact = jnp.exp(K * exponent(ts))[:, None, None] * y0[None]
-    np.testing.assert_allclose(solution.ys, exact, rtol=1e-7)
-    np.testing.assert_allclose(solution.y1, exact[-1], rtol=1e-7)
-
-
-# Breakpoints need error control.
-ACROSS_JUMPS = {name: method for name, method in METHODS.items() if method.adaptive}
-
-
-@pytest.mark.parametrize("name", of_feature(ACROSS_JUMPS, slow=("forward", "discrete from few")))
-def test_gradients_across_jumps(name):
-    """Also by the ends of the span: with a mesh that moved as one, they would be wrong by far."""
-    method = ACROSS_JUMPS[name]
-
-    def end(y0, t0, t1, k):
-        options = method.options(breakpoints=JUMPS, rtol=1e-9, atol=1e-9, throw=False)
-        return jaxode.solve(linear, y0, t0, t1, k, **options).y1[0]
-
-    closed = lambda y0, t0, t1, k: y0[0] * jnp.exp(k * (exponent(t1) - exponent(t0)))
-    expected = jax.jit(jax.grad(closed, (0, 1, 2, 3)))
-    compiled = jax.jit(method.gradient(end, (0, 1, 2, 3)))
-    for span in ((0.0, 1.0), (1.0, 0.0)):
-        inputs = (jnp.array([1.3]), *map(jnp.asarray, span), jnp.asarray(K))
-        for a, b in zip(compiled(*inputs), expected(*inputs), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", ["joint", "per_sample"])
 def test_the_gradient_is_exact_on_a_coarse_mesh(batch):
@@ -273,6 +240,10 @@ def test_a_field_that_is_not_finite_at_a_breakpoint_fails():
     solution = jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, breakpoints=(0.5,), throw=False)
     assert solution.result == Result.NON_FINITE
     assert float(solution.t_reached) == pytest.approx(0.5, abs=1e-12)
+
+
+# Breakpoints need error control.
+ACROSS_JUMPS = {name: method for name, method in METHODS.items() if method.adaptive}
 
 
 @pytest.mark.parametrize(
