@@ -172,7 +172,7 @@ PROGRAMS = [(name, False) for name in CASES] + [(name, True) for name in GATHERE
 
 
 # Others have options that others have as well: few checkpoints and gathered gradients, which
-# `test_discrete.py` compares, Heun's method, which `test_attacks_steps.py` takes, and regularizers,
+# `test_discrete.py` compares, Heun's method, which `test_breakpoints.py` takes, and regularizers,
 # which other gradient methods have below.
 @pytest.mark.parametrize(("name", "gathered"), with_slow(PROGRAMS, PROGRAMS[1:]))
 def test_equals_autodiff_through_the_recorded_steps(name, gathered, monkeypatch):
@@ -202,7 +202,7 @@ def test_nodes_as_one_batch_on_an_accelerator(name, monkeypatch):
     assert_close(actual, expected, 1e-11)
 
 
-# Across jumps they are in `test_attacks_steps.py`.
+# Across jumps they are in `test_breakpoints.py`.
 @pytest.mark.slow
 @pytest.mark.parametrize(("control", "together"), [("joint", False), ("per_sample", True)])
 def test_gradient_by_the_times(control, together, monkeypatch):
