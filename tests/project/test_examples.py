@@ -387,103 +387,67 @@ def test_interruption_ends_all_processes(tmp_path):
 # Tables: reading, and a training that survives a crash.
 
 
-def lines(*rows, header=""):
-    return header + "".join(f"{row}\n" for row in rows)
+def lines(*rows):
+    return "".join(f"{row}\n" for row in rows)
 
 
 SQUARES = [f"{i},{i * i}" for i in range(30)]
 WITH_A_THIRD = [f"{row},{i % 7}" for i, row in enumerate(SQUARES)]
+NORMAL = [",".join(map(str, row)) for row in np.random.default_rng(0).normal(size=(20, 14))]
 TWO = "two numeric columns separated by a comma are needed, with points in the numbers; got "
 OTHER = f"{TWO}cells that seem to be separated by ';'"
-# (example, content, what is wrong): a row for each rule of `common.tables`, which both examples
-# share, and for those of one example.
+FEW, CONSTANT = "at least 20 rows are needed; got ", "is constant in the rows to train on"
+# The rules of `common.tables`, which both examples share: (content, what is wrong with it).
 BAD_TABLES = {
-    "missing": ("tabular", None, "cannot read "),
-    "binary": ("tabular", b"\xff\xfe\x00\x01" * 20, "cannot read "),
-    "empty": ("tabular", "", "at least 20 rows are needed; got 0"),
-    "19 rows": (
-        "tabular",
-        lines(*SQUARES[:19], header="a,b\n"),
-        "at least 20 rows are needed; got 19",
-    ),
-    "one column": ("tabular", lines(*range(30)), f"{TWO}1"),
-    "semicolons and decimal commas": (
-        "tabular",
-        lines(*(f"{i},5;{i * i},25" for i in range(30)), header="a;b\n"),
-        OTHER,
-    ),
-    "semicolons and commas in texts": (
-        "tabular",
-        lines(*(f"{i},5;hello, world;{i * i},25" for i in range(30)), header="a;note;b\n"),
-        OTHER,
-    ),
+    "missing": (None, "cannot read "),
+    "binary": (b"\xff\xfe\x00\x01" * 20, "cannot read "),
+    "empty": ("", f"{FEW}0"),
+    "19 rows": (lines("a,b", *SQUARES[:19]), f"{FEW}19"),
+    "one column": (lines(*range(30)), f"{TWO}1"),
+    "decimal commas": (lines("a;b", *(f"{i},5;{i * i},25" for i in range(30))), OTHER),
+    "commas in texts": (lines("a;note;b", *(f"{i},5;o, w;{i * i},2" for i in range(30))), OTHER),
     "index of pandas": (
-        "tabular",
-        lines(*(f"{i},{row}" for i, row in enumerate(SQUARES[3:])), header=",a,b\n"),
+        lines(",a,b", *(f"{i},{row}" for i, row in enumerate(SQUARES[3:]))),
         "column 1 has no name and counts the rows",
     ),
     "column numbers of pandas": (
-        "tabular",
-        lines(*WITH_A_THIRD, header="0,1,2\n"),
+        lines("0,1,2", *WITH_A_THIRD),
         "line 1: looks like the column numbers of pandas, not like data",
     ),
     "mistyped first line": (
-        "tabular",
         lines("1.0x,2", *SQUARES),
         "line 1: must have a name above each column of numbers, or a finite number in each; got "
         "'2' and '1.0x'",
     ),
-    "nothing in a row": (
-        "tabular",
-        lines(*SQUARES, "7", header="a,b\n"),
-        "line 32: b must be a finite number; got nothing",
+    "short row": (lines("a,b", *SQUARES, "7"), "line 32: b must be a finite number; got nothing"),
+    "nan": (lines(*SQUARES, "nan,2"), "line 31: column 1 must be a finite number; got 'nan'"),
+    "huge": (lines(*SQUARES, "1e200,2"), "numbers beyond 1e30 are too large"),
+    "constant in float32": (
+        lines(*(f"{1.7e9 + 120 * i},{i * i}" for i in range(20))), f"column 1 {CONSTANT}"
     ),
-    "nan": (
-        "tabular",
-        lines(*SQUARES, "nan,2"),
-        "line 31: column 1 must be a finite number; got '",
-    ),
-    "huge": ("tabular", lines(*SQUARES, "1e200,2"), "numbers beyond 1e30 are too large"),
-    "nearly constant in float32": (
-        "tabular",
-        lines(*(f"{1.7e9 + 120 * i},{i * i}" for i in range(20))),
-        "column 1 is constant in the rows to train on",
-    ),
-    "fewer rows than columns": (
-        "tabular",
-        lines(*(",".join(map(str, row)) for row in np.random.default_rng(0).normal(size=(20, 14)))),
-        "14 columns need at least 15 rows to train on; got 14",
-    ),
+    "few rows": (lines(*NORMAL), "14 columns need at least 15 rows to train on; got 14"),
     "one column twice": (
-        "tabular",
-        lines(*(f"{i % 7},{i * i % 11},{2 * (i % 7)}" for i in range(30)), header="a,b,c\n"),
+        lines("a,b,c", *(f"{i % 7},{i * i % 11},{2 * (i % 7)}" for i in range(30))),
         "the columns a, c depend linearly on each other",
     ),
     # The rows that seed 0 holds out are the only ones with a 1.
     "constant part": (
-        "tabular",
-        lines(*(f"{i},{int(i in (2, 4, 6, 19))}" for i in range(20))),
-        "column 2 is constant in the rows to train on",
+        lines(*(f"{i},{int(i in (2, 4, 6, 19))}" for i in range(20))), f"column 2 {CONSTANT}"
     ),
-    "constant part of points": (
-        "density_2d",
-        lines(*(f"{i},{int(i in (4, 19))}" for i in range(20))),
-        "column 2 is constant in the rows to train on",
+}  # fmt: skip
+# Of points in the plane alone.
+BAD_POINTS = {
+    "constant part": (
+        lines(*(f"{i},{int(i in (4, 19))}" for i in range(20))), f"column 2 {CONSTANT}"
     ),
-    "three columns of points": (
-        "density_2d",
-        lines(*WITH_A_THIRD),
-        "two numeric columns are needed; got 3. Use tabular.py for more",
-    ),
-    "no points": (
-        "density_2d",
-        None,
-        "is neither one of 8gaussians, moons, checkerboard, pinwheel, rings nor a file",
-    ),
-}
+    "three columns": (lines(*WITH_A_THIRD), "columns are needed; got 3. Use tabular.py for more"),
+    "missing": (None, "is neither one of 8gaussians, moons, checkerboard, pinwheel, rings nor a"),
+}  # fmt: skip
+BAD = [("tabular", *row) for row in BAD_TABLES.values()]
+BAD += [("density_2d", *row) for row in BAD_POINTS.values()]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_TABLES.values(), ids=[*BAD_TABLES])
+@pytest.mark.parametrize(("name", "content", "message"), BAD, ids=[*BAD_TABLES, *BAD_POINTS])
 def test_a_table_that_cannot_be_learned_gets_one_clear_line(name, content, message, run, tmp_path):
     table = tmp_path / "table.csv"
     if content is not None:
@@ -496,8 +460,8 @@ def test_a_table_that_cannot_be_learned_gets_one_clear_line(name, content, messa
 
 def test_a_table_is_read_with_its_header_and_without_its_text(tmp_path):
     table, rows = tmp_path / "table.csv", [f"r{i},{i},,{i * i}" for i in range(20)]
-    for header, expected in (("", ["column 2", "column 4"]), ("0,a,b,c\n", ["a", "c"])):
-        table.write_text(lines(*rows, header=header))
+    for header, expected in (((), ["column 2", "column 4"]), (("0,a,b,c",), ["a", "c"])):
+        table.write_text(lines(*header, *rows))
         names, values = tables.read(table)
         assert names == expected
         np.testing.assert_array_equal(values, [[i, i * i] for i in range(20)])
@@ -543,7 +507,7 @@ def tabular(tmp_path, *more):
     rng, table = np.random.default_rng(0), tmp_path / "table.csv"
     x = rng.normal(size=(200, 3)) @ np.array([[1.0, 2, 0], [0, 0.3, 1], [0, 0, 5]]) + 7
     rows = (f"r{i},{a},{b},{c}" for i, (a, b, c) in enumerate(x))
-    table.write_text(lines(*rows, header="name,a,b,c\n"))
+    table.write_text(lines("name,a,b,c", *rows))
     arguments = ["--data", table, "--width", 8, "--batch", 16, "--rows", 20]
     arguments += ["--checkpoint", tmp_path / "state", "--out", tmp_path / "out.png"]
     return [str(argument) for argument in (*arguments, *more)]
