@@ -248,21 +248,14 @@ def test_training_by_gradient_descent(capsys, default_settings):
 # Arguments, and how an example ends.
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (InputError("the file is empty"), 2, "test_examples: the file is empty\n"),
-        (FloatingPointError("step 3"), 1, "test_examples: step 3\n"),
-        (jaxode.SolveError("log_prob: no"), 1, "test_examples: log_prob: no\n"),
-        (KeyboardInterrupt(), 130, "Stopped.\n"),
-    ],
-)
-def test_what_ends_an_example_early_is_one_line(error, code, message, capsys):
-    def main(arguments):
-        raise error
+def test_what_ends_an_example_early_is_one_line(capsys):
+    for error in (FloatingPointError("step 3"), jaxode.SolveError("log_prob: no")):
 
-    assert status(main) == code
-    assert "".join(capsys.readouterr()) == message
+        def main(arguments, error=error):
+            raise error
+
+        assert status(main) == 1
+        assert "".join(capsys.readouterr()) == f"test_examples: {error}\n"
 
 
 @pytest.mark.parametrize(("name", "package"), WITH_A_PACKAGE.items())
