@@ -3,7 +3,6 @@
 The gradients are those of closed forms, which jump with the state ("saltation").
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,6 +1,5 @@
 """Parameters of each row: equal to a loop of single solves, and to their gradients."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
