@@ -356,6 +356,7 @@ BAD_TABLES = {
                             "or a finite number in each; got '2' and '1.0x'"),
     "short row": (lines("a,b", *SQUARES, "7"), "line 32: b must be a finite number; got nothing"),
     "nan": (lines(*SQUARES, "nan,2"), "line 31: column 1 must be a finite number; got 'nan'"),
+    "underscore": (lines(*SQUARES, "1_0,2"), "column 1 must be a finite number; got '1_0'"),
     "huge": (lines(*SQUARES, "1e200,2"), "numbers beyond 1e30 are too large"),
     "constant in float32": (lines(*(f"{1.7e9 + 120 * i},{i * i}" for i in range(20))),
                             f"column 1 {CONSTANT}"),
