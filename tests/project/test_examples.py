@@ -168,6 +168,11 @@ def test_an_example_does_what_it_promises(
         assert pathlib.Path("out.gif").read_bytes().startswith(b"GIF89a")
 
 
+def test_every_example_runs():
+    own = {"digits", "sharded", "tabular"}  # their tests are below
+    assert {name for name, *_ in RUNS} | own == {path.stem for path in EXAMPLES.glob("*.py")}
+
+
 @typed
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "own_steps"), [(2, False), (1, True)])
