@@ -11,10 +11,10 @@ from jaxode.distributions import centered_normal, diagonal_normal, standard_norm
 from jaxode.flows.make import cnf
 from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.events import Event
-from jaxode.ode.jumps import Jumps
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
+from jaxode.ode.pieces import Jumps
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 

@@ -326,21 +326,16 @@ def check_jacobian(n: int, jacobian: Any) -> None:
         )
 
 
-def check_breakpoints(value: Any, steps: int | None) -> None:
-    """Raise unless the value is a vector of times, not known to hold NaN, with error control."""
+def check_breakpoints(value: Any) -> None:
+    """Raise unless the value holds times, shared or of each row, that are not known to be NaN."""
     check_real_times("breakpoints", value)
     shape = jnp.asarray(value).shape
-    if len(shape) != 1:
+    if len(shape) not in (1, 2):
         raise ValueError(
-            f"{arg('breakpoints')} must be a vector of times, which all rows share; got shape "
-            f"{shape}. For jumps of each row, use jumps=."
+            f"{arg('breakpoints')} must be a vector of times, or one for each row; got shape "
+            f"{shape}. Pad shorter rows with infinity."
         )
     NOT_NAN.check(value, name="breakpoints")
-    if steps is not None:
-        raise ValueError(
-            f"{arg('breakpoints')} needs error control; got steps={steps}. Solve each piece "
-            "between two breakpoints by itself, with its own number of steps."
-        )
 
 
 def numeric_dtype(value: Any) -> Any:

@@ -107,14 +107,6 @@ def forwards(t0: Any, t1: Any, ts: Any) -> Any:
     return xp.where(t1 >= t0, 1, -1)[None] * xp.diff(path, axis=0) >= 0
 
 
-def _are_apart(breakpoints, t0, t1) -> Bool[Array, " rows"]:
-    """Whether the span is long enough: a step of a few roundings crosses each breakpoint."""
-    low, high = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
-    between = jax.vmap(lambda point: (low < point) & (point < high))(breakpoints).any(axis=0)
-    rounding = jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return ~(between & (4000 * rounding > high - low))
-
-
 def _are_weights(weights: Float[Array, " rows"]) -> Bool[Array, " rows"]:
     return (weights >= 0) & _is_finite(weights)
 
@@ -144,7 +136,7 @@ TOLERANCE = Rule(
     NUMBER, lambda x: _all((x >= 0) & _is_finite(x)), "must be a finite tolerance of at least 0"
 )
 POSITIVE = Rule(NUMBER, _is_positive, "must be positive and finite")
-NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(jnp.asarray(x)).any(), "must not be NaN")
+NOT_NAN = Rule(NUMBER, lambda x: ~jnp.isnan(jnp.asarray(x)).any(axis=0), "must not be NaN")
 
 FINITE_STATE = Rule(
     NUMBER, lambda *leaves: finite_rows(*(leaf[None] for leaf in leaves))[0],
@@ -256,18 +248,10 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (NOT_NAN, ("breakpoints",)),
 )  # fmt: skip
 
-# Of the whole solve: its pieces between jumps and events may be shorter.
-OF_SPAN = Rule(
-    "breakpoints=...",
-    _are_apart,
-    "the span must be longer than 4,000 roundings of the time",
-    "Shift the time, or use float64 for the state.",
-)
 
-
-def _of_solve(problem: Any, stepper: Any, times: Float[Array, "jumps rows"] | None):
+def _of_solve(problem: Any, stepper: Any, **cuts: Float[Array, "times rows"] | None):
     """Each rule of a solve with its values. None of them is None."""
-    found = {**vars(stepper), **problem._asdict(), "times": times}
+    found = {"times": None, "breakpoints": None} | vars(stepper) | problem._asdict() | cuts
     for rule, names in SOLVE:
         values = tuple(found[name] for name in names)
         if all(value is not None for value in values):
@@ -279,22 +263,21 @@ def rules_of(name: str) -> Iterator[Rule]:
     return (rule for rule, names in SOLVE if names == (name,))
 
 
-def all_hold(problem: Any, stepper: Any, times: Any = None) -> Bool[Array, " rows"]:
+def all_hold(problem: Any, stepper: Any, **cuts: Any) -> Bool[Array, " rows"]:
     """Whether every rule of a solve holds, in each row.
 
-    The times are those of the jumps, `[jumps, rows]`, in order; infinity is padding.
+    `cuts` are the `times` of jumps, `[jumps, rows]`, in order, and `breakpoints`; infinity is
+    padding.
     """
-    rules = _of_solve(problem, stepper, times)
+    rules = _of_solve(problem, stepper, **cuts)
     return functools.reduce(operator.and_, (rule.holds(*values) for rule, values, _ in rules))
 
 
-def solve_faults(problem: Any, stepper: Any, times: Any) -> Faults:
+def solve_faults(problem: Any, stepper: Any, **cuts: Any) -> Faults:
     """The rules of a solve that its arguments may break, as for `all_hold`."""
     faults: Faults = {}
-    for rule, values, name in _of_solve(problem, stepper, times):
+    for rule, values, name in _of_solve(problem, stepper, **cuts):
         faults |= rule.fault(*values, name=name)
-    if stepper.breakpoints is not None:
-        faults |= OF_SPAN.fault(stepper.breakpoints, problem.t0, problem.t1)
     return faults
 
 

@@ -57,6 +57,13 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     return jnp.where(jnp.asarray(lost)[..., None], jnp.nan, jumps)
 
 
+def check_breakpoint_times(points: Any, dtype: jnp.dtype, rows: int | None = None):
+    """The breakpoints in the dtype of the state, or None."""
+    if points is None or jnp.asarray(points).size == 0:
+        return None
+    return _check_several("breakpoints", points, dtype, rows)
+
+
 def _check_several(name: str, times: Any, dtype: jnp.dtype, rows: int | None):
     """The times as an array: a vector, or one for each of the `rows`."""
     check_real_times(name, times)

@@ -17,22 +17,37 @@ from jaxode.ode.loop.tableau import Tableau
 
 
 class StepsPath(eqx.Module):
-    """The path `[samples, n]` at a time for each row, from the dense output of recorded steps."""
+    """The path `[samples, n]` at a time for each row, from the dense output of recorded steps.
+
+    At the time of a change, it is the state before.
+    """
 
     steps: Steps
+    """Of the pieces of the solve, along the leading axes."""
+    ends: Float[Array, "pieces rows"]
+    """Where each piece ends."""
     sign: Float[Array, " rows"]
     """The sign of the direction of time."""
     tableau: Tableau = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
-        steps = self.steps
-        number = jnp.arange(len(steps.y), dtype=jnp.int32)[:, None]
-        ends, along = jax.lax.stop_gradient((steps.times[1:], t))
+        steps, (pieces, length) = self.steps, self.steps.y.shape[:2]
+        number = jnp.arange(length, dtype=jnp.int32)[None, :, None]
+        ends, last, along = jax.lax.stop_gradient((steps.times[:, 1:], self.ends, t))
         # The index of the step: how many steps end before the time.
-        ends = jnp.where(number < steps.count - 1, self.sign[None] * ends, jnp.inf)
+        sign = self.sign[None]
+        last = jnp.concatenate([sign * last[:-1], jnp.full_like(last[:1], jnp.inf)])[:, None]
+        taken = number < steps.count.reshape(pieces, 1, -1) - 1
+        ends = jnp.where(taken, sign[None] * ends, last)
+        ends = ends.reshape(pieces * length, -1)
         index = jax.vmap(jnp.searchsorted)(ends.T, self.sign * along)
-        start, end = (entry_of_each(steps.times, number) for number in (index, index + 1))
-        y, k = entry_of_each(steps.y, index), jax.vmap(entry_of_each, (1, None))(steps.k, index)
+        merged = lambda x: x.reshape(-1, *x.shape[2:])
+        start, end = (
+            entry_of_each(merged(times), index)
+            for times in (steps.times[:, :-1], steps.times[:, 1:])
+        )
+        y = entry_of_each(merged(steps.y), index)
+        k = jax.vmap(entry_of_each, (1, None))(merged(steps.k), index)
         return Curve.of(self.tableau, start, end - start, y, k).at(t)
 
 

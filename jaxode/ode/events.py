@@ -27,7 +27,6 @@ from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.sharding import fori_loop, while_loop
 from jaxode._jax.tangents import filled, undifferentiated_unless, with_tangent
-from jaxode.ode.adjoints.base import integrate_between
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import Curve
@@ -123,7 +122,7 @@ def solve_to_event(
     # A row whose solves do not land on the event fails, together with its derivatives.
     t1 = jnp.where(landed == Result.SUCCESS, t1, jnp.nan)
     problem = problem._replace(t1=t1, ts=ts)
-    out = integrate_between(adjoint, problem, stepper)
+    out = adjoint.integrate(problem, stepper)
     result = jnp.where(landed == Result.SUCCESS, out.result, landed).astype(jnp.int32)
     failed = result != Result.SUCCESS
     t1, y1 = _moved(condition_of, came & ~failed, problem, out)

@@ -36,7 +36,7 @@ class SolveOptions(eqx.Module):
     adjoint: Adjoint = DiscreteAdjoint()
     first_step: float | Float[Array, ""] | None = None
     max_step: float | Float[Array, ""] | None = None
-    breakpoints: Sequence[float] | Float[Array, " points"] | None = None
+    breakpoints: Sequence[float] | Float[Array, "*rows points"] | None = None
     max_steps: int = eqx.field(static=True, default=4096)
     axis_name: AxisName | None = eqx.field(static=True, default=None)
     precision: str | None = eqx.field(static=True, default=None)
@@ -117,7 +117,7 @@ class SolveOptions(eqx.Module):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), *rules_of(name))
         if self.breakpoints is not None:
-            check_breakpoints(self.breakpoints, self.steps)
+            check_breakpoints(self.breakpoints)
 
     def stepper(self, dtype: jnp.dtype, row: PyTree[jax.ShapeDtypeStruct]) -> Stepper:
         """The settings of the loop for states of which this is one row, solved in `dtype`."""
@@ -148,9 +148,6 @@ class SolveOptions(eqx.Module):
         else:
             lost = jnp.any(jnp.maximum(rtol, atol) <= lost_up_to)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
-        breakpoints = value(self.breakpoints)
-        if breakpoints is not None and breakpoints.size == 0:
-            breakpoints = None
         return Stepper(
             tableau=self.tableau,
             rtol=rtol,
@@ -160,7 +157,6 @@ class SolveOptions(eqx.Module):
             max_steps=self.max_steps,
             axis_name=self.axis_name,
             max_step=value(self.max_step),
-            breakpoints=breakpoints,
             precision=self.precision,
         )
 

@@ -13,19 +13,18 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
-from jaxode._checks.rules import FINITE, FINITE_STATE
+from jaxode._checks.rules import FINITE, FINITE_STATE, all_hold
 from jaxode._checks.samples import check_rows
 from jaxode._jax.closure import close_field, compiled
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
-from jaxode.ode.adjoints.base import integrate_between
 from jaxode.ode.dense import Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
-from jaxode.ode.jumps import Jumps, check_jumps, solve_across, solve_past_events
 from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.pieces import Cuts, Jumps, check_jumps, solve_pieces
 from jaxode.ode.solution import Solution, report
 from jaxode.ode.system import (
     Batch,
@@ -169,8 +168,8 @@ def solve(
             f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
             "jaxode.DiscreteAdjoint()."
         )
-    check_event(options, event, batch, dense)
-    check_jumps(jumps, dense, event)
+    check_event(options, event, batch)
+    check_jumps(jumps)
     return solve_checked(
         f, y0, (t0, t1), args, options,
         row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps, throw=throw,
@@ -296,7 +295,7 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
         )
 
 
-def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) -> None:
+def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
     """Raise for an invalid event, and for options that do not go with events."""
     if event is None:
         return
@@ -314,11 +313,6 @@ def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) ->
             f"{arg('event')} needs the whole state; got axis_name={options.axis_name!r}, along "
             "which it is split. Leave axis_name out: rows with steps of their own need none."
         )
-    if dense and event.change is not None:
-        raise ValueError(
-            f"{arg('dense', dense)} needs an event without change; got one with change. Pass the "
-            "times as ts."
-        )
     if options.steps is not None:
         raise ValueError(
             f"{arg('event')} needs error control; got steps={options.steps}. Leave steps out."
@@ -328,34 +322,42 @@ def check_event(options: SolveOptions, event: Any, batch: Batch, dense: bool) ->
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
     problem, stepper, ravel = pose(system)
-    args = eqx.combine(problem.args, (system.shared, system.row_args))
+    args = eqx.combine(problem.args, system.args(problem.t0, problem.t1))
+    event, jumps = system.event, system.jumps
 
-    def closed_change(times=None):
+    def closed_change(of):
         number = jnp.zeros(problem.t0.shape, jnp.int32)
-        given = problem.t0, number, problem.y0, args, times
+        given = problem.t0, number, problem.y0, args, None if jumps is None else jumps.times
         *given, _ = vary(given, axes_of(given))
-        return close_field(stepper.precision, change_on_rows(system, ravel), *given)[0]
+        return close_field(stepper.precision, change_on_rows(system, ravel, of), *given)[0]
 
-    if system.event is not None:
+    def solve_piece(part):
+        return part, system.adjoint.integrate(part, stepper)
+
+    most = 0
+    if event is not None:
         on_rows = condition_on_rows(system, ravel)
         condition, _ = close_field(stepper.precision, on_rows, problem.t0, problem.y0, args)
-        to_event = partial(
-            solve_to_event, system.event, condition, stepper=stepper, adjoint=system.adjoint
+        solve_piece = partial(
+            solve_to_event, event, condition, stepper=stepper, adjoint=system.adjoint
         )
-        if system.event.change is None:
-            problem, out = to_event(problem)
-        else:
-            most = system.event.most
-            problem, out = solve_past_events(closed_change(), most, to_event, problem, stepper)
-    elif system.jumps is not None:
-        times = system.jumps_on_rows(len(problem.t0))
-        out = solve_across(closed_change(times), times, problem, stepper, system.adjoint)
+        most = event.most or 0
+    cuts = system.cuts_on_rows(len(problem.t0))
+    ends, signs = problem.t1[None], jnp.sign(problem.t1 - problem.t0)
+    if most or any(times is not None for times in cuts.values()):
+        at_jump = None if jumps is None else closed_change("jumps")
+        at_event = closed_change("event") if most else None
+        problem, out, ends = solve_pieces(
+            solve_piece, problem, stepper, Cuts.of(problem, **cuts),
+            all_hold(problem, stepper, **cuts), at_jump, at_event, most,
+        )  # fmt: skip
     else:
-        out = integrate_between(system.adjoint, problem, stepper)
+        problem, out = solve_piece(problem)
+        out = out._replace(steps=jax.tree.map(lambda x: x[None], out.steps))
     interpolant = None
     if out.steps is not None:
         interpolant = Interpolant(
-            path=StepsPath(out.steps, jnp.sign(problem.t1 - problem.t0), stepper.tableau),
+            path=StepsPath(out.steps, ends, signs, stepper.tableau),
             t0=problem.t0,
             t1=problem.t1,
             ok=out.result == Result.SUCCESS,

@@ -22,8 +22,8 @@ from jaxode._checks.arguments import (
     check_scalar,
     state_dtype,
 )
-from jaxode._checks.rules import OF_SPAN, Faults, solve_faults
-from jaxode._checks.times import check_jump_times, check_times
+from jaxode._checks.rules import Faults, solve_faults
+from jaxode._checks.times import check_breakpoint_times, check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import call_field
@@ -31,6 +31,26 @@ from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
+
+
+class Within(NamedTuple):
+    """Shared arguments, and the ends of the piece of a solve in which the field is evaluated."""
+
+    shared: PyTree
+    t0: Float[Array, " rows"]
+    t1: Float[Array, " rows"]
+
+    def inside(self, t: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """The time, or at an end one that is some roundings inside: there the field may jump."""
+        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
+        eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))
+
+        def gap(end):  # beside zero, too, a time has a size
+            return jnp.minimum(4 * eps * jnp.maximum(jnp.abs(end), eps * largest), (high - low) / 4)
+
+        first, last = low + gap(low), high - gap(high)
+        seen = jnp.where(t < first, first, jnp.where(t > last, last, t))
+        return t + jax.lax.stop_gradient(seen - t)
 
 
 class System(NamedTuple):
@@ -59,6 +79,8 @@ class System(NamedTuple):
     """The event that may end it before `t1`."""
     jumps: Any = None
     """The jumps of its state, with an array of times."""
+    breakpoints: Float[Array, "*rows points"] | None = None
+    """Times at which the field may jump."""
 
     @property
     def rows_have_outputs(self) -> bool:
@@ -73,8 +95,16 @@ class System(NamedTuple):
             ts = jnp.where(self.ts_lost, jnp.nan, _times_on_rows(ts, rows))
         return t0, t1, ts
 
-    def jumps_on_rows(self, rows: int) -> Float[Array, "jumps rows"]:
-        return _times_on_rows(self.jumps.times, rows)
+    def cuts_on_rows(self, rows: int) -> dict[str, Float[Array, "times rows"] | None]:
+        """The `times` of the jumps of each row, and its `breakpoints`."""
+        of_jumps = None if self.jumps is None else self.jumps.times
+        given = {"times": of_jumps, "breakpoints": self.breakpoints}
+        return {name: t if t is None else _times_on_rows(t, rows) for name, t in given.items()}
+
+    def args(self, t0: Float[Array, " rows"], t1: Float[Array, " rows"]) -> tuple[PyTree, PyTree]:
+        """The arguments of the field on rows. With breakpoints, it sees the ends of its piece."""
+        shared = self.shared
+        return (shared if self.breakpoints is None else Within(shared, t0, t1)), self.row_args
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
@@ -104,8 +134,9 @@ def make_system(
     if jumps is not None:
         of_jumps = check_jump_times(*span, jumps.times, dtype, count)
         jumps = dataclasses.replace(jumps, times=of_jumps)
+    breakpoints = check_breakpoint_times(options.breakpoints, dtype, count)
     steps = options.first_step, options.max_step
-    check_same_times((t0, t1, ts, options.breakpoints, of_jumps, steps), options.axis_name)
+    check_same_times((t0, t1, ts, breakpoints, of_jumps, steps), options.axis_name)
     row = y0
     if batch is not None:
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
@@ -113,7 +144,7 @@ def make_system(
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
     return System(
         field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, options.adjoint,
-        event, jumps,
+        event, jumps, breakpoints,
     )  # fmt: skip
 
 
@@ -123,13 +154,13 @@ def _times_on_rows(ts: Float[Array, "*rows times"], rows: int) -> Float[Array, "
 
 def argument_faults(system: System) -> Faults:
     """The faults that arguments of a system may have, for the message of a failure."""
-    jumps = system.jumps
-    ragged = system.t0.ndim or system.t1.ndim or system.rows_have_outputs
-    ragged |= jumps is not None and jumps.times.ndim == 2
+    of_jumps = None if system.jumps is None else system.jumps.times
+    times = system.t0, system.t1, system.ts, of_jumps, system.breakpoints
+    ragged = any(jnp.ndim(t) == dim for t, dim in zip(times, (1, 1, 2, 2, 2), strict=True))
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     t0, t1, ts = system.on_rows(rows)
-    times = None if jumps is None else system.jumps_on_rows(rows)
-    return solve_faults(Problem(None, None, system.y0, t0, t1, ts), system.stepper, times)
+    problem = Problem(None, None, system.y0, t0, t1, ts)
+    return solve_faults(problem, system.stepper, **system.cuts_on_rows(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +208,8 @@ def condition_on_rows(system: System, ravel: Ravel):
     return _on_rows(system, ravel, checked)
 
 
-def change_on_rows(system: System, ravel: Ravel):
+def change_on_rows(system: System, ravel: Ravel, name: Literal["jumps", "event"]):
     """The change at a jump or an event, on rows of the solver."""
-    name = "jumps" if system.event is None else "event"
     function = getattr(system, name).change
 
     def checked(at, y, shared, row):
@@ -205,7 +235,12 @@ def _rows_field(system: System, ravel: Ravel):
         return jax.tree.map(jnp.asarray, dy)
 
     on_rows = _on_rows(system, ravel, checked)
-    return lambda t, y, args: ravel(on_rows(t, y, args))
+    return lambda t, y, args: ravel(on_rows(_seen(t, args), y, args))
+
+
+def _seen(t: Float[Array, " rows"], args: tuple[PyTree, PyTree]) -> Float[Array, " rows"]:
+    shared, _ = args
+    return shared.inside(t) if isinstance(shared, Within) else t
 
 
 def _rows_jacobian(system: System, ravel: Ravel):
@@ -219,7 +254,8 @@ def _rows_jacobian(system: System, ravel: Ravel):
         check_jacobian(sum(ravel.sizes), jacobian)
         return jnp.asarray(jacobian, ravel.dtype)
 
-    return _on_rows(system, ravel, checked)
+    on_rows = _on_rows(system, ravel, checked)
+    return lambda t, y, args: on_rows(_seen(t, args), y, args)
 
 
 def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
@@ -233,7 +269,13 @@ def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
     elif system.batch is None:
         alone = lambda t, y, *args: of_sample(first(t), first(y), *args)
         on_rows = lambda *given: jax.tree.map(lambda x: x[None], alone(*given))
-    return lambda t, y, args: on_rows(t, ravel.back(y), *args)
+
+    def call(t, y, args):
+        shared, row_args = args
+        shared = shared.shared if isinstance(shared, Within) else shared
+        return on_rows(t, ravel.back(y), shared, row_args)
+
+    return call
 
 
 def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
@@ -247,11 +289,10 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     ravel = Ravel.of(y0)
     start = ravel(y0)
     rows = start.shape[0] if system.batch == "per_sample" else 1
+    times = system.on_rows(rows)
     start, (t0, t1, ts), args, stepper = vary_alike(
-        (start, system.on_rows(rows), (system.shared, system.row_args), system.stepper)
+        (start, times, system.args(*times[:2]), system.stepper)
     )
-    if stepper.breakpoints is not None:  # a span that is too short fails as a start of NaN does
-        t0 = jnp.where(OF_SPAN.holds(stepper.breakpoints, t0, t1), t0, jnp.nan)
     field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
     closed, arrays = close_field(stepper.precision, field, t0, start, args, jacobian=jacobian)
     outputs = None

@@ -73,7 +73,8 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
 
     Only the loss is differentiable.
     """
-    compute = _fused if objective.system.adjoint.fused else _augmented
+    system = objective.system
+    compute = _fused if system.adjoint.fused and system.breakpoints is None else _augmented
     loss, rest = compute(objective)
     log_prob, log_det, running, stats, result, t_reached = jax.lax.stop_gradient(rest)
     costs = objective.integrands.regularizers

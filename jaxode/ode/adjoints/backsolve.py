@@ -232,10 +232,7 @@ def _continued(field: AdjointField, stepper: Stepper, segment: _Segment, end, sp
         ahead = ahead._replace(t=jnp.where(now.active, ahead.t, now.t))
         y, k, quadrature_where = _stages(field, stepper, segment, ahead.t - now.t)
         accept, then = judge(stepper, now, ahead, y, k)
-        # A step cut short to reach the end says little about the next one.
-        longer = jnp.abs(then.h) > jnp.abs(now.h)
-        h = jnp.where(accept & ahead.last & ~longer, now.h, then.h)
-        then = then._replace(h=jax.lax.stop_gradient(h))
+        then = then._replace(h=jax.lax.stop_gradient(then.h))
         return _Segment(then, quadrature_where(accept))
 
     segment = segment.moved(done=start == end)
@@ -317,7 +314,7 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
             span, unit = to - start, jnp.ones_like(to[:1])
             args = (params, rest, start, span), ()
             back = Problem(adjoint_ode, args, state, 0 * unit, unit, None)
-            return solve(back, _over_unit(stepper, start, span), BacksolveAdjoint()).y1
+            return solve(back, _over_unit(stepper, span), BacksolveAdjoint()).y1
 
         def segment(carry, output):
             state, start = carry
@@ -340,19 +337,12 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
     return pull(bars)[0]
 
 
-def _over_unit(
-    stepper: Stepper, start: Float[Array, " rows"], span: Float[Array, " rows"]
-) -> Stepper:
+def _over_unit(stepper: Stepper, span: Float[Array, " rows"]) -> Stepper:
     """The stepper for solving the `span` of every row at once, rescaled to the unit interval.
 
     The first step is chosen anew.
     """
-    start, span = jax.lax.stop_gradient((start, span))
-    longest, safe = jnp.max(jnp.abs(span)), jnp.where(span == 0, 1.0, span)
-    max_step, breakpoints = stepper.max_step, stepper.breakpoints
+    longest, max_step = jnp.max(jnp.abs(jax.lax.stop_gradient(span))), stepper.max_step
     if max_step is not None:
         max_step = max_step / jnp.where(longest == 0, 1.0, longest)
-    if breakpoints is not None:
-        points = (breakpoints[:, None] - start[None]) / safe[None]
-        breakpoints = jnp.where(span[None] == 0, 2.0, points).reshape(-1)
-    return dataclasses.replace(stepper, first_step=None, max_step=max_step, breakpoints=breakpoints)
+    return dataclasses.replace(stepper, first_step=None, max_step=max_step)

@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
-from jaxode._jax.tangents import moving
 from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
-from jaxode.ode.loop.mesh import piece_at, speeds_in
+from jaxode.ode.loop.mesh import speeds_in
 from jaxode.ode.loop.problem import Problem, Slope, Stepper
 from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
 
@@ -59,36 +58,6 @@ class Adjoint:
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
         raise NotImplementedError
-
-
-def integrate_between(adjoint: Adjoint, problem: Problem, stepper: Stepper) -> Integration:
-    """`adjoint.integrate(problem, stepper)`, also where an end is a breakpoint.
-
-    Such an end is held, and the state moves along the field there: a step that stretches with the
-    end would see the field on both sides.
-    """
-    points, fixed = stepper.breakpoints, jax.lax.stop_gradient
-    if points is None:
-        return adjoint.integrate(problem, stepper)
-
-    def held(t):
-        """The time, without a derivative if it is at a breakpoint, and how it moves there."""
-        still = fixed(t)
-        apart, size = jnp.abs(points[:, None] - still[None]), jnp.abs(points)[:, None]
-        # A last step that starts before the breakpoint ends at most so far behind it.
-        at_point = (apart == 0) | (apart < 3 * jnp.finfo(t.dtype).eps * size)
-        at_point, move = at_point.any(axis=0), t - still
-        # Zero times NaN: the derivative of a failed row stays NaN.
-        return jnp.where(at_point, still + 0 * move, t), jnp.where(at_point, move, 0)
-
-    def slope(y, past, t, problem):
-        slope = problem.slope(t, y)
-        return jnp.where(jnp.isfinite(slope), slope, 0)
-
-    (t0, start), (t1, end) = held(problem.t0), held(problem.t1)
-    y0 = moving(problem.y0, -start, slope, t0, problem)
-    out = adjoint.integrate(problem._replace(y0=y0, t0=t0, t1=t1), stepper)
-    return out._replace(y1=moving(out.y1, end, slope, t1, problem))
 
 
 class Solved(NamedTuple):
@@ -149,8 +118,7 @@ class Solved(NamedTuple):
 
     def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
         """How a step moves with the ends."""
-        piece = piece_at(self.stepper.breakpoints, t, self.problem.t0, self.problem.t1)
-        return speeds_in(piece, t, h, number)
+        return speeds_in(self.problem, t, h, number)
 
     def parts(self, params: PyTree) -> tuple[Any, ...]:
         """`(field, args, *others)` with these differentiated leaves."""

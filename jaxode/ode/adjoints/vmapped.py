@@ -216,7 +216,8 @@ class Many(NamedTuple):
             x = getattr(problem, name)
             return None if x is None else self._join(spread(x, getattr(mapped, name)), axis)
 
-        t0, t1, ts, outputs = map(of_rows, ("t0", "t1", "ts", "outputs"), (0, 0, 1, 0))
+        names, axes = ("t0", "t1", "ts", "outputs", "h0"), (0, 0, 1, 0, 0)
+        t0, t1, ts, outputs, h0 = map(of_rows, names, axes)
         y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
         is_own, of_row = self._own(mapped), self._of_row(mapped)
         merge = lambda x: x.reshape(self.size * x.shape[1], *x.shape[2:])
@@ -247,7 +248,7 @@ class Many(NamedTuple):
             jacobian = of_all(lambda field: field.jacobian, 2)
         given = t0, y0, (shared, own)
         closed, args = close_field(stepper.precision, field, *given, jacobian=jacobian)
-        return Problem(closed, args, y0, t0, t1, ts, outputs)
+        return Problem(closed, args, y0, t0, t1, ts, outputs, h0)
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:
         """Which leaves of one problem are `wanted`, where all of them are `mapped`."""

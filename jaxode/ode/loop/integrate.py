@@ -156,7 +156,7 @@ def _attempt(
     """Attempt one step of each active row, and how far they come by it."""
     now, tableau = state.progress, stepper.tableau
     ahead = aim(stepper, stepper.steps, now, now.accepted, start, end)
-    t = jnp.where(ahead.reached, ahead.t, on_mesh(ahead.t, ahead.piece.start, ahead.piece.end))
+    t = jnp.where(ahead.last, ahead.t, on_mesh(ahead.t, start, end))
     t = jnp.where(now.active, t, now.t)
     h = t - now.t
     k = tableau.evaluate(problem.slope, now.t, h, now.y, state.slope, tableau.stages)
@@ -190,10 +190,19 @@ def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array,
     field, reused = problem.slope, stepper.tableau.first_same_as_last
     if stepper.steps is not None:
         h = jnp.zeros_like(start)
-    elif stepper.first_step is not None:
+    elif stepper.first_step is None:
+        evals: Any = 2
+        if problem.h0 is not None:
+            kept = ~jnp.isnan(problem.h0)
+            evals = jnp.where(kept, int(reused), evals)
+        h, slope = first_step(field, stepper, start, problem.y0, span, jnp.max(evals))
+        h = limit_step(stepper, h)
+        if problem.h0 is not None:
+            h = jnp.where(kept, problem.h0, h)
+        return slope if reused else None, h, evals
+    else:
         h = jnp.minimum(stepper.first_step.astype(start.dtype), jnp.abs(span))
         h = limit_step(stepper, jnp.sign(span) * h)
-    else:
-        h, slope = first_step(field, stepper, start, problem.y0, span)
-        return slope if reused else None, limit_step(stepper, h), 2
+        if problem.h0 is not None:
+            h = jnp.where(jnp.isnan(problem.h0), h, problem.h0)
     return (field(start, problem.y0), h, 1) if reused else (None, h, 0)

@@ -49,6 +49,8 @@ class Problem(NamedTuple):
     """The times of the outputs."""
     outputs: Int[Array, " rows"] | None = None
     """The number of outputs per row. Later ones are padding, with the state of the last output."""
+    h0: Float[Array, " rows"] | None = None
+    """The first step to try, with its sign. NaN in rows for which the stepper chooses it."""
 
     @property
     def slope(self) -> Slope:
@@ -68,8 +70,6 @@ class Stepper(eqx.Module):
     max_steps: int = eqx.field(static=True)
     axis_name: AxisName | None = eqx.field(static=True)
     max_step: Float[Array, ""] | None = None
-    breakpoints: Float[Array, " points"] | None = None
-    """Times at which the vector field may jump."""
     dense: bool = eqx.field(static=True, default=False)
     """Whether to keep all accepted steps, so that the solution is known between the ends."""
     precision: str | None = eqx.field(static=True, default=None)

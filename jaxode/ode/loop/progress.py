@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
-from jaxode.ode.loop.mesh import Piece, piece_at
 from jaxode.ode.loop.problem import Stepper, limit_step, weighted_sum
 from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.loop.stats import Stats
@@ -55,14 +54,8 @@ class Aim(NamedTuple):
     """Where the next step of each row ends."""
 
     t: Float[Array, " rows"]
-    piece: Piece
-    reached: Bool[Array, " rows"]
-    """Whether it is the end of its piece."""
-
-    @property
-    def last(self) -> Bool[Array, " rows"]:
-        """Whether it is the end time."""
-        return self.reached & self.piece.last
+    last: Bool[Array, " rows"]
+    """Whether it is the end time."""
 
 
 def aim(stepper: Stepper, steps: Any, state: Any, taken: Int[Array, " rows"], start, end) -> Aim:
@@ -71,14 +64,12 @@ def aim(stepper: Stepper, steps: Any, state: Any, taken: Int[Array, " rows"], st
     `steps` is None with error control. Otherwise it is the number of equal steps from `start` to
     `end`, of which `taken` are done.
     """
-    piece = piece_at(stepper.breakpoints, state.t, start, end)
-    start, end, max_step = piece.start, piece.end, stepper.max_step
     if steps is None:
         # The last steps are equally long: a short one at the end would cost as much as any other,
         # and leave the error to the rest. SAFETY leaves room for a tenth more.
         reach, left = 1.1 * jnp.abs(state.h), end - state.t
-        if max_step is not None:
-            reach = jnp.minimum(reach, 1.01 * max_step)
+        if stepper.max_step is not None:
+            reach = jnp.minimum(reach, 1.01 * stepper.max_step)
         info = jnp.finfo(reach.dtype)
         count = jnp.maximum(jnp.ceil(jnp.abs(left) / jnp.maximum(reach, info.tiny)), 1.0)
         # If the times are so close that rounding lengthens a step, a rejected step would be divided
@@ -86,11 +77,11 @@ def aim(stepper: Stepper, steps: Any, state: Any, taken: Int[Array, " rows"], st
         resolved = jnp.abs(left) > 200 * info.eps * jnp.maximum(jnp.abs(state.t), jnp.abs(end))
         step = jnp.where((count <= LAST_STEPS) & resolved, left / count, state.h)
         last = (count == 1) | (state.t + step == end)
-        return Aim(jnp.where(last, end, state.t + step), piece, last)
+        return Aim(jnp.where(last, end, state.t + step), last)
     count = taken + 1
     last = count == steps
     fraction = count.astype(end.dtype) / jnp.asarray(steps, end.dtype)
-    return Aim(jnp.where(last, end, start + fraction * (end - start)), piece, last)
+    return Aim(jnp.where(last, end, start + fraction * (end - start)), last)
 
 
 def judge(
@@ -125,12 +116,9 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
     guessed = state.accepted == 0
     accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.error_order, guessed)
     h_next = limit_step(stepper, h * factor)
-    if stepper.breakpoints is not None:
-        # A jump is crossed whatever its error, and a step cut short says nothing.
-        accept |= finite & aim.piece.jump
-        shorter = jnp.abs(h_next) < jnp.abs(state.h)
-        h_next = jnp.where(accept & (aim.reached | aim.piece.jump) & shorter, state.h, h_next)
-    h_next = jnp.where(running, h_next, state.h)
+    # A step cut short to reach the end says little about the next one.
+    shorter = jnp.abs(h_next) < jnp.abs(state.h)
+    h_next = jnp.where(running & ~(accept & last & shorter), h_next, state.h)
     # Underflow: the step does not move the time, or a shorter one would end there again.
     retry = state.t + h_next
     stuck = (~last & (t_next == state.t)) | (~accept & ((retry == state.t) | (retry == t_next)))

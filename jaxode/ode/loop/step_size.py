@@ -6,6 +6,8 @@ References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations
 section II.4.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -87,10 +89,12 @@ def first_step(
     t0: Float[Array, " rows"],
     y0: Float[Array, "samples n"],
     span: Float[Array, " rows"],
+    evals: Any = 2,
 ) -> tuple[Float[Array, " rows"], Float[Array, "samples n"]]:
     """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
 
-    Both evaluations are iterations of one loop, which holds a single copy of `f`. The step has an
+    After one evaluation alone, the size has no meaning. The
+    evaluations are iterations of one loop, which holds a single copy of `f`. The step has an
     error of about the tolerance and changes the state by roughly its own size at most. It is at
     most 1e-4 if state or slope is zero.
     """
@@ -112,7 +116,7 @@ def first_step(
         return jnp.where(i == 0, k, f0), jnp.where(i == 0, trial_step(k), h0), k
 
     zero = jnp.zeros_like(y0)
-    f0, h0, f1 = fori_loop(0, 2, evaluate, (zero, jnp.zeros_like(t0), zero))
+    f0, h0, f1 = fori_loop(0, evals, evaluate, (zero, jnp.zeros_like(t0), zero))
     d1, d2 = norm(f0), norm(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
     h = jnp.minimum(100.0 * h0, _first_step_of_slopes(stepper.tableau, d1, d2))
     # A non-finite slope must not poison the step: the first attempt then fails with a cause.

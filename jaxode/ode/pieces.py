@@ -1,0 +1,299 @@
+"""A solve that is cut into pieces: by jumps, by breakpoints, and by events that change the state.
+
+It is a scan over the pieces of each row. Each piece is a solve of its own, so that gradient methods
+know nothing of cuts: the derivatives by their times are those by the ends of the pieces, and JAX
+differentiates the change of the state itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+
+from jaxode._checks.arguments import check_real_times
+from jaxode._checks.caller import arg, public
+from jaxode._checks.errors import Result
+from jaxode._jax.sharding import vary_alike
+from jaxode._jax.tangents import undifferentiated_unless
+from jaxode.ode.field import check_field
+from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.rows import entry_of_each, over_rows, replace_rows
+from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.step_size import is_lost
+from jaxode.ode.system import Within
+
+# (t [rows], number [rows], y [samples, n], (shared, row_args)) -> y [samples, n]
+Change = Callable[..., Float[Array, "samples n"]]
+
+
+class Jumps(eqx.Module):
+    """Times at which the state of a solve changes at once, to `change(t, y, args, i)`.
+
+    Steps end exactly at each time. `Solution.ys` is the state before the change: at the time of a
+    jump, `change` of it is the state after. `Solution.y1` is the state after all changes, also
+    after one at the end time.
+
+    Args:
+        times: `[jumps]`, or with "per_sample" steps also `[batch, jumps]`, monotone from `t0` to
+            `t1`, both included. Pad a shorter row with infinity, or by repeating its last time: a
+            time equal to the previous one is ignored.
+        change: a function of the time, the state before (of one sample, with a batch), the `args`
+            of the field (with `row_args`, `(args, row)`), and the number of the jump, an int32
+            scalar that counts from 0. It returns the state after, like the state before. It must be
+            pure, as the field.
+
+    Raises:
+        TypeError: if `change` is not a function, or `times` are not real numbers.
+
+    Differentiation: with respect to `times` and values that `change` closes over, and all that the
+    solve is differentiable in.
+    """
+
+    times: Float[Array, "*rows jumps"]
+    change: Callable[[Float[Array, ""], PyTree, PyTree, Int[Array, ""]], PyTree]
+
+    @public("")
+    def __check_init__(self):
+        check_real_times("times", self.times)
+        check_field("change", self.change, "change(t, y, args, i)")
+
+
+def check_jumps(jumps: Any) -> None:
+    """Raise for what is no `Jumps`."""
+    if jumps is not None and not isinstance(jumps, Jumps):
+        raise TypeError(
+            f"{arg('jumps')} must be a jaxode.Jumps; got {jumps!r}. Use jaxode.Jumps(times, "
+            "change)."
+        )
+
+
+class Cuts(NamedTuple):
+    """Times at which a solve is cut into pieces, in the order of each row."""
+
+    times: Float[Array, "cuts rows"]
+    """Padding repeats an earlier time."""
+    number: Int[Array, "cuts rows"]
+    """Of the jump."""
+    jumps: Bool[Array, "cuts rows"]
+    """Whether the state changes there."""
+    counted: Bool[Array, "cuts rows"]
+    """Whether it is no padding."""
+
+    @classmethod
+    def of(cls, problem: Problem, times=None, breakpoints=None) -> "Cuts":
+        """At the `times` of jumps, and at the breakpoints between the ends of each row."""
+        found, sign = [], jnp.sign(problem.t1 - problem.t0)[None]
+        if times is not None:
+            is_jump, number, times = _without_padding(times, problem.t0)
+            found.append(cls(times, number, is_jump, is_jump))
+        if breakpoints is not None:
+            fixed = jax.lax.stop_gradient(breakpoints)
+            start, end = problem.t0[None], problem.t1[None]
+            inside = (sign * (fixed - start) > 0) & (sign * (end - fixed) > 0)
+            points = jnp.where(inside, breakpoints, start)
+            none = jnp.zeros(points.shape, jnp.int32)
+            found.append(cls(points, none, none > 0, inside))
+        if not found:
+            none = jnp.zeros((0, *problem.t0.shape), bool)
+            return cls(none.astype(problem.t0.dtype), none.astype(jnp.int32), none, none)
+        if breakpoints is None:
+            return found[0]
+        cuts = jax.tree.map(lambda *each: jnp.concatenate(each), *found)
+        order = jnp.argsort(sign * jax.lax.stop_gradient(cuts.times), axis=0)
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=0), cuts)
+
+    def then(self, end: Float[Array, " rows"]) -> "Cuts":
+        """With the end of the solve as the last one."""
+        none = jnp.zeros((1, *end.shape), bool)
+        last = Cuts(end[None], none.astype(jnp.int32), none, ~none)
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, last)
+
+
+def solve_pieces(
+    solve: Callable[[Problem], tuple[Problem, Integration]],
+    problem: Problem,
+    stepper: Stepper,
+    cuts: Cuts,
+    valid: Bool[Array, " rows"],
+    at_jump: Change | None,
+    at_event: Change | None,
+    most: int,
+) -> tuple[Problem, Integration, Float[Array, "pieces rows"]]:
+    """Scan `solve`, which returns a piece with its end, over the pieces of each row.
+
+    A piece ends at the next cut, or at an event. `at_event` changes the state at so many events at
+    `most`; the next one ends the solve. The times of both have derivatives. They are the start of
+    the next piece, so those of what follows are right, too.
+    """
+    problem, cuts, valid = vary_alike((problem, cuts.then(problem.t1), valid))
+    last, has_event = len(cuts.times) - 1, []
+
+    def piece(carry: "_Carry", index):
+        place = jnp.minimum(index - carry.events, last)
+        end, number, jumps, counted = (entry_of_each(x, place) for x in cuts)
+        going = carry.going
+        lost = is_lost(stepper, carry.y, carry.t) & going & (carry.result == Result.SUCCESS)
+        cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
+        result = jnp.where(lost, cause.astype(jnp.int32), carry.result)
+        # A row that has come to its end has an empty piece there. One that failed takes no steps,
+        # and adds nothing to the gradients of others.
+        end = jnp.where(going | (result != Result.SUCCESS), end, carry.t)
+        start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
+        part, inside = problem._replace(y0=carry.y, t0=start, t1=end, h0=carry.h), None
+        part = part._replace(args=_between(part.args, carry.t, end))
+        if problem.ts is not None:
+            inside = _after(problem, carry.t, index) & ~_beyond(problem, end) & going[None]
+            part = _with_outputs(part, inside)
+        part, out = solve(part)
+        ys = carry.ys if inside is None else _filled_in(carry.ys, out.ys, inside)
+        solved = going & (result == Result.SUCCESS)
+        work = solved & counted
+        add = lambda all, more: jnp.where(work, all + more, all)
+        stats = jax.tree.map(add, carry.stats, out.stats)
+        result = jnp.where(solved, out.result, result)
+        reached = jnp.where(solved, out.t_reached, carry.reached)
+        came = solved & (result == Result.SUCCESS)
+        stopped = jnp.zeros_like(came)
+        if out.stopped is not None:
+            stopped, _ = came & out.stopped, has_event.append(True)
+        again, at_cut = stopped & (carry.events < most), came & ~stopped
+        after = out.y1
+        if at_jump is not None:
+            after = _changed(at_jump, at_cut & jumps, part.t1, number, after, problem.args)
+        if at_event is not None:
+            after = _changed(at_event, again, part.t1, carry.events, after, problem.args)
+        # What has come to its end rests. What failed goes on, for NaN gradients by later times.
+        rests = ~going & (result == Result.SUCCESS)
+        y, t = jnp.where(rests[:, None], carry.y, after), jnp.where(rests, carry.t, part.t1)
+        # After a change, the step size says nothing.
+        h = jnp.where(counted, jax.lax.stop_gradient(out.h), carry.h)
+        h = jnp.where(at_cut & ~jumps, h, jnp.nan)
+        kept = _Carry(
+            t, y, ys, result, reached, stats, again | (at_cut & (place < last)),
+            carry.ended | (stopped & ~again), carry.events + again.astype(jnp.int32), h,
+        )  # fmt: skip
+        return kept, (out.h, out.steps, part.t1)
+
+    ys, none = problem.ts, Stats(*[jnp.zeros(valid.shape, jnp.int32)] * 4)
+    if ys is not None:
+        ys = jnp.broadcast_to(problem.y0, (len(ys), *problem.y0.shape))
+    t0, result = problem.t0, jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT)
+    first = _Carry(
+        t0, problem.y0, ys, result.astype(jnp.int32), t0, none, jnp.ones_like(valid),
+        jnp.zeros_like(valid), none.num_steps, jnp.full_like(t0, jnp.nan),
+    )  # fmt: skip
+    count = len(cuts.times) + most
+    # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
+    # as long, or longer, and ten times the memory.
+    carry, (h, steps, ends) = jax.lax.scan(
+        jax.checkpoint(piece, prevent_cse=False),
+        *vary_alike((first, jnp.arange(count, dtype=jnp.int32))),
+    )
+    ys, y1, stopped = carry.ys, carry.y, None
+    if has_event:
+        problem, stopped, ts = problem._replace(t1=carry.t), carry.ended, problem.ts
+        if ys is not None:  # beyond the last event, they are its state, whatever their times
+            beyond = stopped[None] & _beyond(problem, carry.t)
+            ys = jnp.where(beyond[..., None], y1[None], ys)
+            ts = jnp.where(beyond, jax.lax.stop_gradient(carry.t)[None], ts)
+            problem = problem._replace(ts=ts)
+    if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
+        ys = jnp.where((carry.result == Result.SUCCESS)[None, :, None], ys, y1[None])
+    reached = jax.lax.stop_gradient(carry.reached)
+    out = Integration(y1, ys, carry.stats, carry.result, reached, h[-1], steps, stopped)
+    return problem, out, ends
+
+
+class _Carry(NamedTuple):
+    """How far the pieces of each row have come."""
+
+    t: Float[Array, " rows"]
+    y: Float[Array, "samples n"]
+    ys: Float[Array, "times samples n"] | None
+    result: Int[Array, " rows"]
+    reached: Float[Array, " rows"]
+    stats: Stats
+    going: Bool[Array, " rows"]
+    ended: Bool[Array, " rows"]
+    """Whether an event ended the solve."""
+    events: Int[Array, " rows"]
+    """How many events have changed the state."""
+    h: Float[Array, " rows"]
+    """The step to try first, or NaN."""
+
+
+def _between(args: Any, start, end) -> Any:
+    """The arguments of the field in a piece, see `System.args`."""
+    shared, row_args = args
+    if isinstance(shared, Within):
+        shared = Within(shared.shared, *jax.lax.stop_gradient((start, end)))
+    return shared, row_args
+
+
+def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
+    """The state after the change, in some rows, or NaN where that is not finite.
+
+    The change is differentiated in rows alone in which it is finite: zero times NaN is NaN.
+    """
+    shared, row_args = args
+
+    def in_rows(chosen):
+        *own, of_rows = replace_rows((t, number, y, row_args), ~chosen, chosen)
+        return *own, (shared, of_rows)
+
+    after = jax.lax.stop_gradient(change(*in_rows(where)))
+    good = where & over_rows(jnp.all, jnp.isfinite(after), where)
+    # If no row changes, it has no row to be finite at.
+    change, given = undifferentiated_unless(good.any(), (change, in_rows(good)))
+    changed = jnp.where(good[:, None], change(*given), y)
+    # Added to the state, so that a failure on which nothing depends has no gradient.
+    return changed + jnp.where((where & ~good)[:, None], jnp.nan, 0.0)
+
+
+def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " rows"]):
+    """Which times are jumps, the number of the last jump up to each, and its time.
+
+    Up to the first jump, the number is 0 and the time is that of the start.
+    """
+    repeats = jnp.concatenate([jnp.zeros_like(times[:1], bool), times[1:] == times[:-1]])
+    is_jump = ~jnp.isposinf(times) & ~repeats
+    last = jax.lax.cummax(jnp.where(is_jump, _numbers(times), -1), axis=0)
+    number = jnp.maximum(last, 0)
+    latest = jnp.take_along_axis(times, number, axis=0)
+    return is_jump, number, jnp.where(last < 0, start[None], latest)
+
+
+def _beyond(problem: Problem, t: Float[Array, " rows"]) -> Bool[Array, "times rows"]:
+    """Which outputs lie beyond a time."""
+    assert problem.ts is not None
+    return jnp.sign(problem.t1 - problem.t0)[None] * (problem.ts - t[None]) > 0
+
+
+def _after(problem: Problem, start, index) -> Bool[Array, "times rows"]:
+    """Which outputs, of those that are no padding, lie beyond the start of a piece."""
+    after = _beyond(problem, start) | (index == 0)
+    return after if problem.outputs is None else after & (_numbers(after) < problem.outputs[None])
+
+
+def _numbers(of_times: Shaped[Array, "times rows"]) -> Int[Array, "times 1"]:
+    return jnp.arange(len(of_times), dtype=jnp.int32)[:, None]
+
+
+def _with_outputs(part: Problem, inside: Bool[Array, "times rows"]) -> Problem:
+    """The piece with these outputs, or one at its end where there are none; the rest is padding."""
+    assert part.ts is not None
+    count, first = inside.sum(axis=0, dtype=jnp.int32), jnp.argmax(inside, axis=0)
+    index = first.astype(jnp.int32)[None] + jnp.clip(_numbers(part.ts), 0, count[None] - 1)
+    ts = jnp.where(count[None] > 0, jnp.take_along_axis(part.ts, index, axis=0), part.t1[None])
+    return part._replace(ts=ts, outputs=jnp.maximum(count, 1))
+
+
+def _filled_in(ys, of_piece: Float[Array, "times samples n"], inside: Bool[Array, "times rows"]):
+    """The outputs, with those of a piece in their places."""
+    index = _numbers(inside) - jnp.argmax(inside, axis=0).astype(jnp.int32)[None]
+    moved = jax.vmap(entry_of_each, (None, 0))(of_piece, jnp.maximum(index, 0))
+    return jnp.where(inside[..., None], moved, ys)
