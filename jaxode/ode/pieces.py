@@ -20,6 +20,7 @@ from jaxode._jax.sharding import vary_alike
 from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.outputs import beyond
 from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import entry_of_each, over_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
@@ -146,7 +147,7 @@ def solve_pieces(
         part, inside = problem._replace(y0=carry.y, t0=start, t1=end, h0=carry.h), None
         part = part._replace(args=_between(part.args, carry.t, end))
         if problem.ts is not None:
-            inside = _after(problem, carry.t, index) & ~_beyond(problem, end) & going[None]
+            inside = _after(problem, carry.t, index) & ~beyond(problem, end) & going[None]
             part = _with_outputs(part, inside)
         part, out = solve(part)
         ys = carry.ys if inside is None else _filled_in(carry.ys, out.ys, inside)
@@ -197,9 +198,9 @@ def solve_pieces(
     if has_event:
         problem, stopped, ts = problem._replace(t1=carry.t), carry.ended, problem.ts
         if ys is not None:  # beyond the last event, they are its state, whatever their times
-            beyond = stopped[None] & _beyond(problem, carry.t)
-            ys = jnp.where(beyond[..., None], y1[None], ys)
-            ts = jnp.where(beyond, jax.lax.stop_gradient(carry.t)[None], ts)
+            after = stopped[None] & beyond(problem, carry.t)
+            ys = jnp.where(after[..., None], y1[None], ys)
+            ts = jnp.where(after, jax.lax.stop_gradient(carry.t)[None], ts)
             problem = problem._replace(ts=ts)
     if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
         ys = jnp.where((carry.result == Result.SUCCESS)[None, :, None], ys, y1[None])
@@ -267,15 +268,9 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     return is_jump, number, jnp.where(last < 0, start[None], latest)
 
 
-def _beyond(problem: Problem, t: Float[Array, " rows"]) -> Bool[Array, "times rows"]:
-    """Which outputs lie beyond a time."""
-    assert problem.ts is not None
-    return jnp.sign(problem.t1 - problem.t0)[None] * (problem.ts - t[None]) > 0
-
-
 def _after(problem: Problem, start, index) -> Bool[Array, "times rows"]:
     """Which outputs, of those that are no padding, lie beyond the start of a piece."""
-    after = _beyond(problem, start) | (index == 0)
+    after = beyond(problem, start) | (index == 0)
     return after if problem.outputs is None else after & (_numbers(after) < problem.outputs[None])
 
 

@@ -13,6 +13,7 @@ from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import speeds_in
+from jaxode.ode.loop.outputs import beyond
 from jaxode.ode.loop.problem import Problem, Slope, Stepper
 from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
 
@@ -33,7 +34,9 @@ class Adjoint:
       if the field is not finite; its derivatives with respect to times are those of the ODE.
     - `stats` up to the end or the failure, where a step that is not finite counts as rejected.
     - `t_reached`, which is `t1`, or the end of the last accepted step of a row that failed.
-    - `h`, zero without error control; `steps`, only if `stepper.dense`; `stopped`, None.
+    - `h`, zero without error control; `steps`, only if `stepper.dense`; `stopped`, only with
+      `stepper.stop`: the rows that a crossing ended. Its time, `t_reached`, is held fixed by
+      derivatives, and outputs beyond it repeat `y1`.
 
     Derivatives: with respect to all floating leaves of `problem`, none of `stepper`. Those of a
     failed row are NaN, and so are those of what it shares with other rows. If its cotangents are
@@ -222,10 +225,24 @@ def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
         # Over an empty span, too, the field need not be finite.
         none, unused = recorded[0].stats.num_accepted == 0, without_cotangent(bar, problem.t0)
         replaced = unused & ((recorded[0].result != Result.SUCCESS) | none)
-        solved = Solved.of(problem, wanted, stepper, recorded, replaced)
-        return solved.masked(*adjoint.pull_back(solved, bar))
+        solved = Solved.of(_ended(problem, recorded[0]), wanted, stepper, recorded, replaced)
+        bars = solved.masked(*adjoint.pull_back(solved, bar))
+        stopped = recorded[0].stopped
+        if stopped is None or bars.t1 is None:
+            return bars
+        return bars._replace(t1=jnp.where(stopped, 0, bars.t1))
 
     return Reverse(adjoint.record, pull, perturbed)
+
+
+def _ended(problem: Problem, out: Integration) -> Problem:
+    """The problem up to where a crossing ended a row, a time that is held fixed."""
+    if out.stopped is None:
+        return problem
+    t1, ts = jnp.where(out.stopped, jax.lax.stop_gradient(out.t_reached), problem.t1), problem.ts
+    if ts is not None:
+        ts = jnp.where(out.stopped[None] & beyond(problem, t1), t1[None], ts)
+    return problem._replace(t1=t1, ts=ts)
 
 
 def in_reverse(inputs: T, name: str) -> T:

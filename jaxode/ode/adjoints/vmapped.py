@@ -60,9 +60,11 @@ def _rule(
 
 
 def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
-    """Not where the state is split over what is mapped, nor for the ODE of a second derivative."""
+    """Not where the state is split over what is mapped, where a crossing may end it, nor for the
+    ODE of a second derivative."""
     *_, problem, stepper = args
-    if stepper.axis_name is not None or not isinstance(problem.field, ClosedField):
+    own = stepper.axis_name is not None or stepper.stop is not None
+    if own or not isinstance(problem.field, ClosedField):
         return f(*args)
     return with_vmap_rule(f, rule, *args)
 

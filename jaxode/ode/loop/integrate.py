@@ -5,7 +5,6 @@ step size and accept flag; otherwise there is one row (`rows.py`). A row that wa
 takes steps of size zero. Nothing here knows about differentiation.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,16 +15,14 @@ from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.checkpoints import Checkpoints
+from jaxode.ode.loop.crossing import Search, watch
 from jaxode.ode.loop.mesh import on_mesh
-from jaxode.ode.loop.outputs import Steps, save
+from jaxode.ode.loop.outputs import Steps, beyond, save
 from jaxode.ode.loop.problem import Problem, Stepper, limit_step, weighted_sum
 from jaxode.ode.loop.progress import Progress, aim, judge
 from jaxode.ode.loop.rows import one_row
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import first_step, is_lost
-
-# (before a step, the step) -> whether an accepted step stops inside, the time and state there.
-Stop = Callable[..., tuple[Bool[Array, " rows"], Float[Array, " rows"], Float[Array, "samples n"]]]
 
 
 class Tape(NamedTuple):
@@ -52,7 +49,7 @@ class Integration(NamedTuple):
     steps: Steps | None = None
     """The accepted steps if the stepper is dense."""
     stopped: Bool[Array, " rows"] | None = None
-    """Whether a solve with `stop` ended before `t1`."""
+    """Whether a crossing ended the row, if the stepper looks for one."""
 
 
 class _State(NamedTuple):
@@ -63,7 +60,7 @@ class _State(NamedTuple):
     ys: Float[Array, "times samples n"] | None
     tape: Tape | None
     steps: Steps | None
-    stopped: Bool[Array, " rows"] | None
+    search: Search | None
 
 
 class Attempt(NamedTuple):
@@ -78,35 +75,25 @@ class Attempt(NamedTuple):
 
 
 def integrate(
-    problem: Problem, stepper: Stepper, checkpoints: int | None = None, stop: Stop | None = None
+    problem: Problem, stepper: Stepper, checkpoints: int | None = None
 ) -> tuple[Integration, Any]:
-    """Solve from `t0` to `t1`, in either direction.
+    """Solve from `t0` to `t1`, in either direction, or to where a crossing stops a row.
 
     With `checkpoints` it also returns a `Tape`: the time of every accepted step, and at most that
-    many states to replay the steps in between. With `stop`, only for problems without outputs, a
-    row ends where `stop` says.
+    many states to replay the steps in between.
     """
     # A row with a NaN time takes no steps and adds nothing to the gradients of other rows.
     start, end = (jnp.where(jnp.isnan(t), 0, t) for t in (problem.t0, problem.t1))
     state, first_evals = _initial(problem, stepper, start, end, checkpoints)
-    if stop is not None:
-        state = state._replace(stopped=jnp.zeros(start.shape, bool))
 
     def advance(state: _State) -> _State:
         step, progress = _attempt(problem, stepper, state, start, end)
-        ys, saved, stopped = state.ys, state.saved, state.stopped
+        ys, saved, search = state.ys, state.saved, state.search
+        if search is not None:
+            step, progress, search = watch(problem, stepper, search, state.progress, step, progress)
         if ys is not None:
             ys, saved = save(problem, stepper.tableau, step, state.progress, ys, saved)
-        if stop is not None and stopped is not None:
-            found, t, y = stop(state.progress, step)
-            progress = progress._replace(
-                t=jnp.where(found, t, progress.t),
-                y=jnp.where(found[:, None], y, progress.y),
-                done=progress.done | found,
-            )
-            stopped = stopped | found
-        state = state._replace(ys=ys, saved=saved, stopped=stopped)
-        return _recorded(state, step, progress)
+        return _recorded(state._replace(ys=ys, saved=saved, search=search), step, progress)
 
     state = while_loop(lambda state: state.progress.active.any(), advance, state)
     final, tableau = state.progress, stepper.tableau
@@ -119,14 +106,19 @@ def integrate(
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if state.ys is None else state.ys * valid[None]
-    at_end = final.done if state.stopped is None else final.done & ~state.stopped
+    at_end, stopped = final.done, None
+    if state.search is not None:
+        stopped = state.search.stopped & ok
+        at_end = at_end & ~stopped
     t_reached = jnp.where(at_end, end, final.t)
+    if ys is not None and stopped is not None:  # they repeat the end
+        ys = jnp.where((stopped[None] & beyond(problem, t_reached))[..., None], y1[None], ys)
     steps = state.steps
     if steps is not None:
         # Finite, for a cotangent of zero.
         keep = lambda x: jnp.where(ok[:, None], x, 0)
         steps = steps._replace(y=keep(steps.y), k=keep(steps.k))
-    out = Integration(y1, ys, stats, result, t_reached, final.h, steps, state.stopped)
+    out = Integration(y1, ys, stats, result, t_reached, final.h, steps, stopped)
     return out, state.tape
 
 
@@ -147,7 +139,8 @@ def _initial(
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
     result = jnp.where(all_hold(problem, stepper), Result.SUCCESS, Result.INVALID_ARGUMENT)
     progress = Progress.start(start, h, y0, result)
-    return _State(progress, slope, progress.accepted, ys, tape, steps, None), evals
+    search = None if stepper.stop is None else Search.start(start)
+    return _State(progress, slope, progress.accepted, ys, tape, steps, search), evals
 
 
 def _attempt(
@@ -155,7 +148,11 @@ def _attempt(
 ) -> tuple[Attempt, Progress]:
     """Attempt one step of each active row, and how far they come by it."""
     now, tableau = state.progress, stepper.tableau
-    ahead = aim(stepper, stepper.steps, now, now.accepted, start, end)
+    ahead, landing = aim(stepper, stepper.steps, now, now.accepted, start, end), None
+    if state.search is not None:
+        landing = state.search.landing
+        t = jnp.where(landing, state.search.target, ahead.t)
+        ahead = ahead._replace(t=t, last=ahead.last | landing)
     t = jnp.where(ahead.last, ahead.t, on_mesh(ahead.t, start, end))
     t = jnp.where(now.active, t, now.t)
     h = t - now.t
@@ -163,7 +160,8 @@ def _attempt(
     y = now.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, now.y.dtype), k)
     accept, then = judge(stepper, now, ahead._replace(t=t), y, k)
     then = then._replace(h=jax.lax.stop_gradient(then.h))
-    return Attempt(t, y, k, ahead.last, accept), then
+    last = ahead.last if landing is None else ahead.last & ~landing
+    return Attempt(t, y, k, last, accept), then
 
 
 def _recorded(state: _State, step: Attempt, progress: Progress) -> _State:

@@ -104,6 +104,12 @@ def save(problem: Problem, tableau: Tableau, step: Any, start: Any, ys, saved: I
     return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))
 
 
+def beyond(problem: Problem, t: Float[Array, " rows"]) -> Bool[Array, "times rows"]:
+    """Which outputs lie beyond a time."""
+    assert problem.ts is not None
+    return jnp.sign(problem.t1 - problem.t0)[None] * (problem.ts - t[None]) > 0
+
+
 def padded(
     problem: Problem, ys: Float[Array, "times samples n"]
 ) -> Float[Array, "times samples n"]:

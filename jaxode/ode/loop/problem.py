@@ -76,6 +76,8 @@ class Stepper(eqx.Module):
     """The precision of matrix products in the vector field."""
     raises: bool = eqx.field(static=True, default=False)
     """Whether a failed backward solve raises."""
+    stop: Any = None
+    """The `Crossing` that may end a row."""
 
     @property
     def tape_length(self) -> int:

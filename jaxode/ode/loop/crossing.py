@@ -1,0 +1,131 @@
+"""Where a condition crosses zero: the loop ends a row there.
+
+A step that is accepted is searched on its dense output. If the condition crosses zero inside, the
+step is taken again to end there, and once or twice more to end where Newton's method moves its end.
+So the steps of the search are those of the solution.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxode._checks.errors import Result
+from jaxode._jax.sharding import fori_loop
+from jaxode.ode.loop.outputs import Curve
+from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.rows import entry_of_each
+
+# The condition is evaluated this often per step. Two crossings in between go unnoticed.
+LOOKS = 8
+# How often a step may be taken again.
+LANDINGS = 8
+
+
+class Crossing(eqx.Module):
+    """A condition that ends a row, without derivatives."""
+
+    condition: Any
+    """`(t [rows], y [samples, n], args) -> [rows]`, without closed-over values."""
+    direction: Literal[-1, 0, 1] = eqx.field(static=True)
+
+    def between(self, before: Float[Array, "..."], after: Float[Array, "..."]):
+        """Whether the condition goes through zero between two values."""
+        rises, falls = (before <= 0) & (after >= 0), (before >= 0) & (after <= 0)
+        return {1: rises, -1: falls, 0: rises | falls}[self.direction]
+
+
+class Search(NamedTuple):
+    """How far the search of each row has come."""
+
+    target: Float[Array, " rows"]
+    """Where the next step ends. NaN if no crossing was found."""
+    landings: Int[Array, " rows"]
+    """How many steps have ended at a target."""
+    stopped: Bool[Array, " rows"]
+
+    @classmethod
+    def start(cls, t0: Float[Array, " rows"]) -> "Search":
+        none = jnp.zeros(t0.shape, jnp.int32)
+        return cls(jnp.full_like(t0, jnp.nan), none, none > 0)
+
+    @property
+    def landing(self) -> Bool[Array, " rows"]:
+        return ~jnp.isnan(self.target)
+
+
+def watch(problem: Problem, stepper: Stepper, search: Search, now: Any, step: Any, then: Any):
+    """The attempted step, the progress and the search, given what error control says.
+
+    A step with a crossing inside, or one that misses its target, does not count. The last one ends
+    the row.
+    """
+    crossing, (args, now_, step_) = stepper.stop, jax.lax.stop_gradient((problem.args, now, step))
+    start, end = jax.lax.stop_gradient((problem.t0, problem.t1))
+    t, h, landing = now_.t, step_.t - now_.t, search.landing
+    curve = Curve.of(stepper.tableau, t, h, now_.y, step_.k)
+    look = lambda t, y: crossing.condition(t, y, args)
+    inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
+
+    def slope(theta):
+        """The condition, and its derivative by the part of the step."""
+        value, rate = jax.jvp(inside, (theta,), (jnp.ones_like(theta),))
+        return value.astype(t.dtype), rate.astype(t.dtype)
+
+    thetas = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype)
+    between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
+    # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
+    ends = look(t, now_.y)[None], look(step_.t, step_.y)[None]
+    values = jnp.concatenate([ends[0], between, ends[1]])
+    crossed = crossing.between(values[:-1], values[1:]) & (step.accept & ~landing)[None]
+    found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
+    span, eps = jnp.abs(end - start), jnp.finfo(t.dtype).eps
+
+    def refined():
+        """The root between two looks, and whether the condition jumps there.
+
+        Newton's method would go elsewhere. Without a slope, the root is not moved.
+        """
+
+        def halve(_, bracket):
+            low, high, at_low = bracket
+            middle = (low + high) / 2
+            at_middle = inside(middle)
+            left = crossing.between(at_low, at_middle)
+            where = lambda a, b: jnp.where(left, a, b)
+            return where(low, middle), where(middle, high), where(at_low, at_middle)
+
+        bracket = thetas[part], thetas[part + 1], entry_of_each(values, part)
+        theta = fori_loop(0, jnp.finfo(t.dtype).nmant + 1, halve, bracket)[1]
+        value, rate = slope(theta)
+        # Where the condition is continuous, the time is off by rounding, not by a part of a step.
+        off = eps**0.25 * jnp.abs(h) + 4 * eps * (span + jnp.abs(t))
+        jumps = (rate != 0) & (jnp.abs(value * h) > jnp.abs(rate) * off)
+        return theta, jumps
+
+    theta, jumps = jax.lax.cond(found.any(), refined, lambda: (jnp.ones_like(t), found))
+    _, rate = slope(jnp.ones_like(t))
+    move = -values[-1].astype(t.dtype) * h / jnp.where(rate == 0, 1, rate)
+    move = jnp.where((rate != 0) & jnp.isfinite(move), move, 0)
+    settled = jnp.maximum(100 * eps, 1e-4 * stepper.rtol.astype(t.dtype)) * span
+    # Moves as small as the rounding of the condition, or of the time, are no failure.
+    rounded = jnp.maximum(settled, eps * (1e4 * jnp.abs(step_.t - start) + 4 * jnp.abs(step_.t)))
+    landed = landing & step.accept
+    far = landed & (jnp.abs(move) > settled)
+    again = far & (search.landings < LANDINGS - 1)
+    lost = (far & ~again & (jnp.abs(move) > rounded)) | (found & jumps)
+    stops = landed & ~again & ~lost
+    low, high = jnp.minimum(t, end), jnp.maximum(t, end)
+    target = jnp.where(again, jnp.clip(step_.t + move, low, high), jnp.nan)
+    target = jnp.where(found, t + theta * h, target)
+    search = Search(target, search.landings + landed.astype(jnp.int32), search.stopped | stops)
+    left_out = found | again | lost
+    keep = lambda new, old: jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+    result = jnp.where(lost, Result.EVENT_NOT_FOUND, then.result).astype(jnp.int32)
+    rejected = then.rejected + (left_out & step.accept).astype(jnp.int32)
+    done = jnp.where(landing, now.done | stops, then.done)
+    kept = jax.tree.map(keep, then._replace(done=done), now)
+    step = step._replace(accept=step.accept & ~left_out)
+    return step, kept._replace(result=result, rejected=rejected), search
