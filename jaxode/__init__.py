@@ -11,12 +11,12 @@ from jaxode.distributions import centered_normal, diagonal_normal, standard_norm
 from jaxode.flows.make import cnf
 from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.events import Event
-from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
 from jaxode.ode.pieces import Jumps
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
+from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
 __version__ = "0.3.0"
 

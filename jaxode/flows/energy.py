@@ -54,8 +54,8 @@ def reverse_kl(
             return jnp.sum(log_prob), log_prob
 
         score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
-        tableau, field = system.stepper.tableau, integrands.score
-        if tableau.needs_jacobian:
+        method, field = system.stepper.method, integrands.score
+        if method.implicit:
             field = integrands.score_with_jacobian
         state = system.y0, *fixed((log_base, SCORE * score))
         row_args = probes, system.row_args

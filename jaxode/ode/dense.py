@@ -13,7 +13,7 @@ from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.rows import entry_of_each
-from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.solvers.base import Method
 
 
 class StepsPath(eqx.Module):
@@ -28,7 +28,7 @@ class StepsPath(eqx.Module):
     """Where each piece ends."""
     sign: Float[Array, " rows"]
     """The sign of the direction of time."""
-    tableau: Tableau = eqx.field(static=True)
+    method: Method = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
         steps, (pieces, length) = self.steps, self.steps.y.shape[:2]
@@ -48,7 +48,7 @@ class StepsPath(eqx.Module):
         )
         y = entry_of_each(merged(steps.y), index)
         k = jax.vmap(entry_of_each, (1, None))(merged(steps.k), index)
-        return Curve.of(self.tableau, start, end - start, y, k).at(t)
+        return Curve.of(self.method, start, end - start, y, k).at(t)
 
 
 class Interpolant(eqx.Module):

@@ -20,7 +20,8 @@ from jaxode._checks.tolerances import check_atol, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.problem import Stepper
-from jaxode.ode.loop.tableau import Solver, Tableau, tableau_of
+from jaxode.ode.solvers.base import Method
+from jaxode.ode.solvers.explicit import Solver, method_of
 
 PRECISIONS = ("highest", "high", "default")
 NO_LIMIT = 2**31 - 1  # steps are counted in int32
@@ -64,9 +65,9 @@ class SolveOptions(eqx.Module):
         return options
 
     @property
-    def tableau(self) -> Tableau:
-        """The solver's tableau."""
-        return tableau_of(self.solver)
+    def method(self) -> Method:
+        """The solver's method."""
+        return method_of(self.solver)
 
     @property
     def jacobian(self) -> Any:
@@ -76,7 +77,7 @@ class SolveOptions(eqx.Module):
     @property
     def implicit(self) -> bool:
         """Whether each step solves equations."""
-        return self.tableau.needs_jacobian
+        return self.method.implicit
 
     @property
     def remedies(self) -> Remedies:
@@ -99,10 +100,10 @@ class SolveOptions(eqx.Module):
                 f"{arg('solver')} must be an ODE solver, such as diffrax.Tsit5() or "
                 f"jaxode.Rodas5P(); got {got}"
             )
-        tableau = self.tableau
-        if tableau.b_error is None and self.steps is None:
+        method = self.method
+        if method.b_error is None and self.steps is None:
             raise ValueError(
-                f"{arg('solver')} {tableau.name} has no error estimate; got steps=None. "
+                f"{arg('solver')} {method.name} has no error estimate; got steps=None. "
                 "Pass steps=N for N equal steps, or an adaptive solver such as diffrax.Tsit5()."
             )
         names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
@@ -149,7 +150,7 @@ class SolveOptions(eqx.Module):
             lost = jnp.any(jnp.maximum(rtol, atol) <= lost_up_to)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
         return Stepper(
-            tableau=self.tableau,
+            method=self.method,
             rtol=rtol,
             atol=atol,
             first_step=value(self.first_step),

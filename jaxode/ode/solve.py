@@ -22,10 +22,10 @@ from jaxode.ode.dense import Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.pieces import Cuts, Jumps, check_jumps, solve_pieces
 from jaxode.ode.solution import Solution, report
+from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.system import (
     Batch,
     System,
@@ -357,7 +357,7 @@ def run(system: System) -> Solution:
     interpolant = None
     if out.steps is not None:
         interpolant = Interpolant(
-            path=StepsPath(out.steps, ends, signs, stepper.tableau),
+            path=StepsPath(out.steps, ends, signs, stepper.method),
             t0=problem.t0,
             t1=problem.t1,
             ok=out.result == Result.SUCCESS,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxode._jax.linear import MOST_UNROLLED, factorize, solve
+from jaxode.ode.solvers.linear import MOST_UNROLLED, factorize, solve
 
 SAMPLES = 7
 

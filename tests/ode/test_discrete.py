@@ -16,7 +16,7 @@ import jaxode
 from jaxode.ode.loop import checkpoints
 from jaxode.ode.loop.integrate import integrate
 from jaxode.ode.loop.problem import Problem
-from jaxode.ode.loop.tableau import tableau_of
+from jaxode.ode.solvers.explicit import method_of
 from jaxode.ode.options import SolveOptions
 
 
@@ -37,7 +37,7 @@ def recorded_times(solver, ts, tolerance):
 
 def plain(solver, mesh, y0, t0, t1, args, ts):
     """The same Runge-Kutta steps as a loop over them and their stages, for plain autodiff."""
-    tableau = tableau_of(solver)
+    tableau = method_of(solver)
     A, b, c = (jnp.asarray(x) for x in (tableau.A, tableau.b, tableau.c))
     mesh = (mesh - mesh[0]) / (mesh[-1] - mesh[0])
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from problems import ROSENBROCK, solver_name
 
-from jaxode.ode.loop.tableau import tableau_of
+from jaxode.ode.solvers.explicit import method_of
 
 
 def trees(order):
@@ -45,7 +45,7 @@ def test_order_conditions(solver, order, adaptive):
     Hairer and Wanner (1996), theorem IV.7.4, in their coefficients before the transformation.
     """
     assert adaptive
-    tableau, orders = tableau_of(solver), range(1, order + 1)
+    tableau, orders = method_of(solver), range(1, order + 1)
     A, C = tableau.A[1:, 1:], tableau.C[1:, 1:]
     gamma = np.linalg.inv(np.eye(len(C)) / tableau.gamma - C)
     alpha = A @ gamma

@@ -13,20 +13,20 @@ from problems import ALL_SOLVERS, solver_name
 import jaxode
 from jaxode.ode.loop.progress import aim
 from jaxode.ode.loop.step_size import first_step, propose
-from jaxode.ode.loop.tableau import tableau_of
+from jaxode.ode.solvers.explicit import method_of
 
 SOLVERS = [solver for solver, _, adaptive in ALL_SOLVERS if adaptive]
 
 
 def stepper(solver, tol):
     rtol = atol = jnp.asarray(tol)
-    return SimpleNamespace(tableau=tableau_of(solver), rtol=rtol, atol=atol, axis_name=None)
+    return SimpleNamespace(tableau=method_of(solver), rtol=rtol, atol=atol, axis_name=None)
 
 
 @functools.cache
 def estimated_error(solver):
     """Maps `z` to the error estimate of one step of `y' = y`, `y(0) = 1`, to the time `z`."""
-    tableau = tableau_of(solver)
+    tableau = method_of(solver)
 
     @jax.jit
     def of(z):
@@ -50,7 +50,7 @@ def first_step_of_decay(solver, tol):
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=solver_name)
 def test_error_constant(solver):
-    tableau = tableau_of(solver)
+    tableau = method_of(solver)
     z = 1e-2 if tableau.order < 8 else 1e-1
     leading = tableau.error_constant * z**tableau.error_order
     assert estimated_error(solver)(z) == pytest.approx(leading, rel=0.1, abs=0)

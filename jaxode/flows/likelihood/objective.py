@@ -153,7 +153,7 @@ def _fused(objective: Objective):
     objective = vary_alike(objective)
     system, x = objective.system, objective.system.y0
     problem, stepper, ravel = pose(system)
-    joint, with_field = system.batch == "joint", stepper.tableau.first_same_as_last
+    joint, with_field = system.batch == "joint", stepper.method.first_same_as_last
 
     def samples(y):
         return y.reshape(x.shape).astype(x.dtype)

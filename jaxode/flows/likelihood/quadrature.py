@@ -19,16 +19,16 @@ from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.tape import Step, walk_back
 from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.rows import one_row, over_rows
-from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.solvers.base import Method
 
 
-def gauss(tableau: Tableau) -> tuple[np.ndarray, np.ndarray]:
+def gauss(method: Method) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights on the unit interval: as many as the solver's order can use.
 
     The first and last node lie at the ends (Lobatto) if the solver has stages there.
     """
-    count = (tableau.order + 2) // 2
-    if not tableau.first_same_as_last:
+    count = (method.order + 2) // 2
+    if not method.first_same_as_last:
         nodes, weights = np.polynomial.legendre.leggauss(count)
         return (nodes + 1) / 2, weights / 2
     # One more node has the same order, `2 * count`.
@@ -50,18 +50,18 @@ class Quadrature(NamedTuple):
     """Whether the nodes inside a step are one batch, for accelerators."""
 
     @property
-    def tableau(self) -> Tableau:
-        return self.solved.stepper.tableau
+    def method(self) -> Method:
+        return self.solved.stepper.method
 
     @property
     def shared(self) -> bool:
         """Whether a step ends at a node that is also a stage of the solver."""
-        return self.tableau.first_same_as_last
+        return self.method.first_same_as_last
 
     @property
     def inner(self) -> int:
         """The number of nodes inside a step."""
-        return len(gauss(self.tableau)[0]) - (2 if self.shared else 0)
+        return len(gauss(self.method)[0]) - (2 if self.shared else 0)
 
     def numbers(self, step: Int[Array, ""]) -> tuple[Any, int]:
         """The range of nodes of a step. Number 0, the start, has only its end."""
@@ -76,7 +76,7 @@ class Quadrature(NamedTuple):
     @property
     def _rule(self) -> tuple[np.ndarray, np.ndarray]:
         """Nodes and weights of a step. The node at its start may belong to the previous step."""
-        nodes, weights = gauss(self.tableau)
+        nodes, weights = gauss(self.method)
         start = 1 if self.shared else 0
         return nodes[start:], weights[start:]
 
@@ -90,7 +90,7 @@ class Quadrature(NamedTuple):
 
     def _state(self, step: Step, theta: Float[Array, " rows"]):
         """The time and state at a node, with the mean slope up to it and the slope's weights."""
-        weights = jax.vmap(self.tableau.dense_weights)(theta.astype(step.y.dtype))
+        weights = jax.vmap(self.method.dense_weights)(theta.astype(step.y.dtype))
         # As a product: XLA's sum over the first axis costs as much as a node of a small network.
         precision = jax.lax.Precision.HIGHEST
         if one_row(weights):

@@ -241,9 +241,9 @@ def _continued(field: AdjointField, stepper: Stepper, segment: _Segment, end, sp
 
 def _stages(field: AdjointField, stepper: Stepper, segment: _Segment, h: Float[Array, " rows"]):
     """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
-    tableau, state, alone = stepper.tableau, segment.progress, one_row(h)
-    A, c = jnp.asarray(tableau.A, state.y.dtype), jnp.asarray(tableau.c, state.t.dtype)
-    b = jnp.asarray(tableau.b, state.y.dtype)
+    method, state, alone = stepper.method, segment.progress, one_row(h)
+    A, c = jnp.asarray(method.A, state.y.dtype), jnp.asarray(method.c, state.t.dtype)
+    b = jnp.asarray(method.b, state.y.dtype)
 
     def evaluate(i, k, h, weight):
         z = state.y + h[:, None] * weighted_sum(A[i], k)
@@ -261,8 +261,8 @@ def _stages(field: AdjointField, stepper: Stepper, segment: _Segment, h: Float[A
             quadrature = add_used(i, quadrature, integrand)
         return k.at[i].set(k_i), quadrature
 
-    k = jax.lax.full_like(state.y, 0, shape=(tableau.stages, *state.y.shape))
-    k, quadrature = fori_loop(0, tableau.stages, stage, (k, segment.quadrature))
+    k = jax.lax.full_like(state.y, 0, shape=(method.stages, *state.y.shape))
+    k, quadrature = fori_loop(0, method.stages, stage, (k, segment.quadrature))
 
     def quadrature_where(accept):
         if alone:
@@ -272,7 +272,7 @@ def _stages(field: AdjointField, stepper: Stepper, segment: _Segment, h: Float[A
         # integrand is no way out, as it may not be finite.
         taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
         again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
-        return fori_loop(0, tableau.stages, again, segment.quadrature)
+        return fori_loop(0, method.stages, again, segment.quadrature)
 
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 

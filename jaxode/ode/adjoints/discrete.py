@@ -19,7 +19,7 @@ from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import place_of_each
-from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.solvers.base import Method
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DiscreteAdjoint(ReverseAdjoint):
         assert tape is not None
         interior, carry, outputs = None, None, OutputBars.of(problem, bar)
         if outputs is not None:
-            interior = _of_outputs(solved.stepper.tableau, outputs, solved.timed)
+            interior = _of_outputs(solved.stepper.method, outputs, solved.timed)
             carry = outputs.count, jnp.zeros_like(outputs.ts)
         if bar.steps is not None:
             interior = _of_steps(bar.steps, interior)
@@ -97,12 +97,12 @@ def _of_steps(steps_bar: Steps, outputs: Any):
     return interior
 
 
-def _of_outputs(tableau: Tableau, outputs: OutputBars, timed: bool):
+def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
     """For `Sweep.interior`: pulls the cotangents of the outputs in a step back to its start and
     stages. It carries how many outputs are left, and the cotangents of their times."""
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
-        whole, pull_curve = jax.vjp(lambda step: Curve.of(tableau, *step), step)
+        whole, pull_curve = jax.vjp(lambda step: Curve.of(method, *step), step)
         # What is differentiated. Without the times: the state and the stages.
         curve = whole if timed else whole._replace(t=None, h=None, slope=None)
 

@@ -37,10 +37,10 @@ def walk_back(
     over whole steps ends with number 0: a step of size zero at the start, whose last stage is the
     slope there.
     """
-    tape, tableau = solved.tape, solved.stepper.tableau
+    tape, method = solved.tape, solved.stepper.method
     assert tape is not None
-    chained = whole and tableau.first_same_as_last
-    count = tableau.stages - chained if whole else tableau.advancing_stages
+    chained = whole and method.first_same_as_last
+    count = method.stages - chained if whole else method.advancing_stages
 
     def back(state):
         stop, slope, checkpoints, carry = state
@@ -70,14 +70,14 @@ def _replay(solved: Solved, times, count: int, checkpoints: Checkpoints, stop: I
     Steps are retaken from the latest checkpoint, with their first `count` stages. Those on the way
     are kept as slots allow.
     """
-    field, tableau = solved.slope(solved.params), solved.stepper.tableau
+    field, method = solved.slope(solved.params), solved.stepper.method
     start, y, k, known = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
     # With zero stages, the previous step leads to this state. The first iteration evaluates them.
     index = start - 1 + known.astype(start.dtype)
     none = jnp.zeros((count, *y.shape), y.dtype)
     k = none if k is None else jnp.where(known, k[:count], none)
-    b = jnp.asarray(tableau.b[:count], y.dtype)
+    b = jnp.asarray(method.b[:count], y.dtype)
 
     def advance(carry):
         index, y, k, checkpoints = carry
@@ -85,7 +85,7 @@ def _replay(solved: Solved, times, count: int, checkpoints: Checkpoints, stop: I
         y = jnp.where(h[:, None] == 0, y, y + h[:, None] * weighted_sum(b, k))
         index = index + 1
         t, h = _interval(times, index)
-        k = tableau.evaluate(field, t, h, y, None, count)
+        k = method.evaluate(field, t, h, y, None, count)
         keep = (index > start) & (jax.lax.rem(index - start, spacing) == 0)
         return index, y, k, checkpoints.keep_replayed(index, y, k, stop, keep)
 

@@ -200,7 +200,7 @@ class Many(NamedTuple):
         shared = of_problem.field, of_problem.args[0]
         if size * rows == 0 or any(jax.tree.leaves(of_stepper)):
             return None
-        if rows == 1 < samples and (stepper.tableau.needs_jacobian or stepper.atol.ndim):
+        if rows == 1 < samples and (stepper.method.implicit or stepper.atol.ndim):
             # All samples of a problem would have one Jacobian, and tolerances are those of one.
             return None
         if wanted is not None:

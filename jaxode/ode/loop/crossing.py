@@ -65,7 +65,7 @@ def watch(problem: Problem, stepper: Stepper, search: Search, now: Any, step: An
     crossing, (args, now_, step_) = stepper.stop, jax.lax.stop_gradient((problem.args, now, step))
     start, end = jax.lax.stop_gradient((problem.t0, problem.t1))
     t, h, landing = now_.t, step_.t - now_.t, search.landing
-    curve = Curve.of(stepper.tableau, t, h, now_.y, step_.k)
+    curve = Curve.of(stepper.method, t, h, now_.y, step_.k)
     look = lambda t, y: crossing.condition(t, y, args)
     inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
 

@@ -92,12 +92,12 @@ def integrate(
         if search is not None:
             step, progress, search = watch(problem, stepper, search, state.progress, step, progress)
         if ys is not None:
-            ys, saved = save(problem, stepper.tableau, step, state.progress, ys, saved)
+            ys, saved = save(problem, stepper.method, step, state.progress, ys, saved)
         return _recorded(state._replace(ys=ys, saved=saved, search=search), step, progress)
 
     state = while_loop(lambda state: state.progress.active.any(), advance, state)
-    final, tableau = state.progress, stepper.tableau
-    stats = final.stats(tableau.evaluations, first_evals)
+    final, method = state.progress, stepper.method
+    stats = final.stats(method.evaluations, first_evals)
     # Over an empty span, a vector field that is not finite changes nothing that is finite.
     of_field = (final.result == Result.NON_FINITE) | (final.result == Result.NON_FINITE_JACOBIAN)
     harmless = (start == end) & of_field & ~is_lost(stepper, final.y, start)
@@ -131,11 +131,11 @@ def _initial(
     tape = None
     if checkpoints is not None:
         times = jnp.broadcast_to(start, (stepper.tape_length + 1, rows))
-        kept = Checkpoints.start(checkpoints, stepper.tableau.stages, y0)
+        kept = Checkpoints.start(checkpoints, stepper.method.stages, y0)
         tape = Tape(times, jnp.zeros((), jnp.int32), kept, slope)
     steps = None
     if stepper.dense:
-        steps = Steps.none_yet(stepper.tape_length, stepper.tableau.stages, start, y0)
+        steps = Steps.none_yet(stepper.tape_length, stepper.method.stages, start, y0)
     ys = None if ts is None else jnp.broadcast_to(y0, (ts.shape[0], *y0.shape))
     result = jnp.where(all_hold(problem, stepper), Result.SUCCESS, Result.INVALID_ARGUMENT)
     progress = Progress.start(start, h, y0, result)
@@ -147,7 +147,7 @@ def _attempt(
     problem: Problem, stepper: Stepper, state: _State, start, end
 ) -> tuple[Attempt, Progress]:
     """Attempt one step of each active row, and how far they come by it."""
-    now, tableau = state.progress, stepper.tableau
+    now, method = state.progress, stepper.method
     ahead, landing = aim(stepper, stepper.steps, now, now.accepted, start, end), None
     if state.search is not None:
         landing = state.search.landing
@@ -156,8 +156,8 @@ def _attempt(
     t = jnp.where(ahead.last, ahead.t, on_mesh(ahead.t, start, end))
     t = jnp.where(now.active, t, now.t)
     h = t - now.t
-    k = tableau.evaluate(problem.slope, now.t, h, now.y, state.slope, tableau.stages)
-    y = now.y + h[:, None] * weighted_sum(jnp.asarray(tableau.b, now.y.dtype), k)
+    k = method.evaluate(problem.slope, now.t, h, now.y, state.slope, method.stages)
+    y = now.y + h[:, None] * weighted_sum(jnp.asarray(method.b, now.y.dtype), k)
     accept, then = judge(stepper, now, ahead._replace(t=t), y, k)
     then = then._replace(h=jax.lax.stop_gradient(then.h))
     last = ahead.last if landing is None else ahead.last & ~landing
@@ -185,7 +185,7 @@ def _recorded(state: _State, step: Attempt, progress: Progress) -> _State:
 
 def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array, int]:
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
-    field, reused = problem.slope, stepper.tableau.first_same_as_last
+    field, reused = problem.slope, stepper.method.first_same_as_last
     if stepper.steps is not None:
         h = jnp.zeros_like(start)
     elif stepper.first_step is None:

@@ -10,7 +10,7 @@ from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import moving, with_tangent
 from jaxode.ode.loop.problem import Problem, weighted_sum
 from jaxode.ode.loop.rows import entry_of_each, place_of_each
-from jaxode.ode.loop.tableau import Tableau
+from jaxode.ode.solvers.base import Method
 
 
 class Steps(NamedTuple):
@@ -48,9 +48,9 @@ class Curve(NamedTuple):
     slope: Float[Array, "samples n"]
 
     @classmethod
-    def of(cls, tableau: Tableau, t, h, y, k: Float[Array, "stages samples n"]) -> "Curve":
+    def of(cls, method: Method, t, h, y, k: Float[Array, "stages samples n"]) -> "Curve":
         """The dense output of the step `t -> t + h` with these stages."""
-        powers = weighted_sum(jnp.asarray(tableau.dense, y.dtype), k)
+        powers = weighted_sum(jnp.asarray(method.dense, y.dtype), k)
         return cls(t, h, y, h.astype(y.dtype)[None, :, None] * powers, k[0])
 
     def at(self, time: Float[Array, " rows"]) -> Float[Array, "samples n"]:
@@ -75,7 +75,7 @@ def save_times_at(
     return entry_of_each(ts, jnp.clip(index, 0, ts.shape[0] - 1))
 
 
-def save(problem: Problem, tableau: Tableau, step: Any, start: Any, ys, saved: Int[Array, " rows"]):
+def save(problem: Problem, method: Method, step: Any, start: Any, ys, saved: Int[Array, " rows"]):
     """Write the dense output at every output time that an accepted `step` has reached.
 
     The step goes on from `start`. `saved` counts the outputs written per row. At the end of a step
@@ -84,7 +84,7 @@ def save(problem: Problem, tableau: Tableau, step: Any, start: Any, ys, saved: I
     ts, sign = problem.ts, jnp.sign(problem.t1 - problem.t0)
     assert ts is not None
     count = len(ts) if problem.outputs is None else problem.outputs
-    curve = Curve.of(tableau, start.t, step.t - start.t, start.y, step.k)
+    curve = Curve.of(method, start.t, step.t - start.t, start.y, step.k)
 
     def pending(saved):
         reached = step.last | (sign * (save_times_at(ts, saved) - step.t) <= 0)

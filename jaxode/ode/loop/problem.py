@@ -59,10 +59,10 @@ class Problem(NamedTuple):
 
 
 class Stepper(eqx.Module):
-    """How to step: a tableau, and either tolerances or a number of equal steps."""
+    """How to step: a method, and either tolerances or a number of equal steps."""
 
-    tableau: Any = eqx.field(static=True)
-    """A `Tableau`."""
+    method: Any = eqx.field(static=True)
+    """A `Method`."""
     rtol: Float[Array, ""]
     atol: Float[Array, ""] | Float[Array, "1 n"]
     first_step: Float[Array, ""] | None

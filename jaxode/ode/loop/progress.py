@@ -110,11 +110,11 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
         return running & finite, state.h, result, state.overreach
     t_next, last = aim.t, aim.last
     h = t_next - state.t
-    error = h[:, None] * weighted_sum(jnp.asarray(stepper.tableau.b_error, y_next.dtype), k)
+    error = h[:, None] * weighted_sum(jnp.asarray(stepper.method.b_error, y_next.dtype), k)
     ratio = error_ratio(stepper, error, state.y, y_next, h)
     finite = jnp.isfinite(ratio)
     guessed = state.accepted == 0
-    accept, factor = propose(ratio.astype(h.dtype), stepper.tableau.error_order, guessed)
+    accept, factor = propose(ratio.astype(h.dtype), stepper.method.error_order, guessed)
     h_next = limit_step(stepper, h * factor)
     # A step cut short to reach the end says little about the next one.
     shorter = jnp.abs(h_next) < jnp.abs(state.h)
@@ -136,16 +136,5 @@ def _verdict(stepper: Stepper, state: Progress, running, aim: Aim, y_next, k):
 
 
 def _not_finite(stepper: Stepper, k: Float[Array, "stages samples n"], of_rows) -> Any:
-    """The result of a step that is not finite.
-
-    With a Jacobian, stage 0 is the vector field at the start, and stage 1 is solved for by it, see
-    `Linearized.first`.
-    """
-    if not stepper.tableau.needs_jacobian:
-        return Result.NON_FINITE
-    every = lambda flags: over_rows(jnp.all, flags, of_rows)
-    of_matrix = jnp.where(
-        every(~jnp.isnan(k[1])), Result.SINGULAR_MATRIX, Result.NON_FINITE_JACOBIAN
-    )
-    only_first = every(jnp.isfinite(k[0])) & ~every(jnp.isfinite(k[1]))
-    return jnp.where(only_first, of_matrix, Result.NON_FINITE)
+    """The result of a step that is not finite."""
+    return stepper.method.failure(k, lambda flags: over_rows(jnp.all, flags, of_rows))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode.ode.loop.problem import Stepper
 from jaxode.ode.loop.rows import over_rows, size_of_row
-from jaxode.ode.loop.tableau import Field, Tableau
+from jaxode.ode.solvers.base import Field, Method
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2
@@ -118,7 +118,7 @@ def first_step(
     zero = jnp.zeros_like(y0)
     f0, h0, f1 = fori_loop(0, evals, evaluate, (zero, jnp.zeros_like(t0), zero))
     d1, d2 = norm(f0), norm(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
-    h = jnp.minimum(100.0 * h0, _first_step_of_slopes(stepper.tableau, d1, d2))
+    h = jnp.minimum(100.0 * h0, _first_step_of_slopes(stepper.method, d1, d2))
     # A non-finite slope must not poison the step: the first attempt then fails with a cause.
     h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
     # Nor may the step vanish relative to the time. Error control makes it smaller if needed.
@@ -128,7 +128,7 @@ def first_step(
 
 
 def _first_step_of_slopes(
-    tableau: Tableau, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
+    method: Method, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """A guess from the norms of the first and second derivative. Infinite for a slope of zero.
 
@@ -137,8 +137,8 @@ def _first_step_of_slopes(
     are as large as these two, whatever the unit of time, which is too careful for smooth solutions:
     every step is also pulled back, so an extra step costs more than a rejection.
     """
-    order, tiny = tableau.error_order, 1e-15
+    order, tiny = method.error_order, 1e-15
     rate = jnp.maximum(d2 / jnp.maximum(d1, tiny), tiny)
-    error = jnp.maximum(tableau.error_constant * d1, tiny)
+    error = jnp.maximum(method.error_constant * d1, tiny)
     h = SAFETY * error ** (-1 / order) * rate ** (1 / order - 1)
     return jnp.where(d1 < 1e-5, jnp.inf, h)

@@ -9,6 +9,11 @@ which is the transformed form of Hairer and Wanner, with `k_i` in place of their
 stages share one factorization. Samples are independent, so each has a matrix of its own, also where
 they share their steps.
 
+Backwards, with `M = I / gamma - h J`, `k_bar_i` of `explicit.py` also gets `sum_{j > i} C_ji r_j`,
+and the vector field is pulled back from `r_i = M^-T k_bar_i`. The rest depends on the start of the
+step alone: `h sum_i r_i . (J k_i + d_i f_t)` is pulled back as a sum of tangents of the vector
+field, with no derivative of the matrix.
+
 References: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), section IV.7.
 """
 
@@ -20,11 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxode._jax.linear import Factors, factorize, solve
+from jaxode._checks.errors import Result
+from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode._jax.tangents import along
 from jaxode.ode.loop.problem import weighted_sum
-from jaxode.ode.loop.tableau import Field, Solver, Tableau
+from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.solvers.base import Field
+from jaxode.ode.solvers.explicit import RungeKutta, Solver
+from jaxode.ode.solvers.linear import Factors, factorize, solve
 
 
 class Linearized(NamedTuple):
@@ -36,7 +45,7 @@ class Linearized(NamedTuple):
 
     @classmethod
     def at(
-        cls, tableau: "RosenbrockTableau", field: Field, t, h, y: Float[Array, "samples n"]
+        cls, method: "RosenbrockMethod", field: Field, t, h, y: Float[Array, "samples n"]
     ) -> "Linearized":
         """Columns of the Jacobians of all samples come from one product with a unit vector, unless
         the user gave the Jacobian."""
@@ -52,16 +61,16 @@ class Linearized(NamedTuple):
                 _, by_time = jax.jvp(lambda t: field(t, y), (t,), (jnp.ones_like(t),))
                 jacobian = columns.transpose(2, 0, 1)
         except (TypeError, ValueError, NotImplementedError) as error:
-            by, cure = "", f"Pass its Jacobian, as jaxode.{tableau.name}(jacobian=...), or use"
+            by, cure = "", f"Pass its Jacobian, as jaxode.{method.name}(jacobian=...), or use"
             if given is not None:
                 by, cure = " by the time", "Use"
             raise TypeError(
-                f"{tableau.name}: f needs a forward mode{by}; got {type(error).__name__}: "
+                f"{method.name}: f needs a forward mode{by}; got {type(error).__name__}: "
                 f"{str(error).rstrip('.')}. {cure} jax.custom_jvp in place of jax.custom_vjp."
             ) from error
         # Of a step of size zero, the Jacobian may not be finite.
         size = h.astype(y.dtype)[None, None]
-        matrix = unit[:, :, None] / tableau.gamma - jnp.where(size == 0, 0, size * jacobian)
+        matrix = unit[:, :, None] / method.gamma - jnp.where(size == 0, 0, size * jacobian)
         return cls(slope, by_time, factorize(matrix))
 
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
@@ -77,7 +86,7 @@ class Linearized(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RosenbrockTableau(Tableau):
+class RosenbrockMethod(RungeKutta):
     """The coefficients of a Rosenbrock method.
 
     Stage 0 is the vector field at the start. It has no weight anywhere, and is what the solution
@@ -89,7 +98,8 @@ class RosenbrockTableau(Tableau):
     gamma: float
     dense_output: np.ndarray
 
-    needs_jacobian: ClassVar[bool] = True
+    implicit: ClassVar[bool] = True
+    first_pulled: ClassVar[int] = 2  # Both first stages are the vector field at the start.
 
     @property
     def error_constant(self) -> float:
@@ -122,15 +132,62 @@ class RosenbrockTableau(Tableau):
 
         return fori_loop(2, count, stage, k)
 
+    @property
+    def evaluations(self) -> int:
+        return self.stages - 1  # stages 0 and 1 share one
 
-def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> RosenbrockTableau:
+    def failure(self, k, every):
+        """Stage 0 is the vector field at the start, and stage 1 is solved for by it, see
+        `Linearized.first`."""
+        of_matrix = jnp.where(
+            every(~jnp.isnan(k[1])), Result.SINGULAR_MATRIX, Result.NON_FINITE_JACOBIAN
+        )
+        only_first = every(jnp.isfinite(k[0])) & ~every(jnp.isfinite(k[1]))
+        return jnp.where(only_first, of_matrix, Result.NON_FINITE)
+
+    def start(self, sweep: Any, step: Any):
+        t, h, y, k = step
+        at = Linearized.at(self, sweep.solved.slope(sweep.solved.params), t, h, y)
+        return at, jnp.asarray(self.C[: len(k), : len(k)], y.dtype)
+
+    def stage_cotangent(self, at_start, i, bar, k_bar):
+        linearized, C = at_start
+        return linearized.solve(bar + weighted_sum(C[:, i], k_bar), transposed=True)
+
+    def pull_start(self, sweep: Any, step: Any, k_bar) -> tuple[Any, Any]:
+        """Given `r_i`, and for stage 0 what depends on it from elsewhere."""
+        (t, h, y, k), solved, r, of = step, sweep.solved, k_bar, type(step)
+        d = jnp.asarray(self.d[1 : len(k)], y.dtype)
+        times = jnp.broadcast_to(d[:, None].astype(t.dtype), (len(d), *t.shape))
+
+        def tangents(params, t, y):
+            """The vector field, and `J k_i + d_i f_t` for each stage."""
+            field = solved.slope(params)
+            if field.jacobian is None:
+                push = lambda dt, dy: jax.jvp(lambda t, y: field(t, y), (t, y), (dt, dy))
+                slopes, moved = jax.vmap(push)(times, k[1:])
+                return slopes[0], moved
+            moved = jnp.einsum("sij,ksj->ksi", field.jacobian(t, y), k[1:], precision="highest")
+            slope, by_time = along(lambda t: field(t, y), t)
+            return slope, moved + d[:, None, None] * by_time[None]
+
+        bars = r[0] + r[1], h[None, :, None] * r[1:]
+        pulled = pulled_back(tangents, solved.params, t, y, bars, solved.timed)
+        (_, moved), by_params, t_bar, y_bar = pulled
+        if t_bar is None:
+            return of(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
+        products = over_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
+        return of(t_bar, products, y_bar, k), by_params
+
+
+def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> RosenbrockMethod:
     """The tableau of a method, with stage 0 put before the given stages."""
     given = {name: np.asarray(value) for name, value in given.items()}
     before = lambda x: np.concatenate([np.zeros((*x.shape[:-1], 1)), x], axis=-1)
     gamma = float(given["gamma"])
     square = {name: before(before(given[name]).T).T for name in ("A", "C")}
     row = {name: before(given[name]) for name in ("b", "c", "d", "b_error")}
-    return RosenbrockTableau(
+    return RosenbrockMethod(
         name=name,
         order=order,
         error_order=error_order,
@@ -143,7 +200,7 @@ def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> Rosenb
     )
 
 
-def _rodas5p() -> RosenbrockTableau:
+def _rodas5p() -> RosenbrockMethod:
     last = [-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256]
     last = [*last, 0.030198172008377946]
     A = np.zeros((8, 8))
@@ -183,7 +240,7 @@ def _rodas5p() -> RosenbrockTableau:
     )
 
 
-def _rosenbrock23() -> RosenbrockTableau:
+def _rosenbrock23() -> RosenbrockMethod:
     """With `k_1 = K_1 / gamma`, `k_2 = (K_1 + K_2) / gamma` and so on for Shampine's `k`, where
     `K` are the stages here."""
     gamma, e32 = 1 / (2 + 2**0.5), 6 + 2**0.5
@@ -226,7 +283,7 @@ class Rodas5P(Solver):
     References: Steinebach (2023), doi:10.1007/s10543-023-00967-x.
     """
 
-    tableau: ClassVar[Tableau] = _rodas5p()
+    method: ClassVar[RosenbrockMethod] = _rodas5p()
 
 
 @dataclass(frozen=True)
@@ -241,4 +298,4 @@ class Rosenbrock23(Solver):
     References: Shampine and Reichelt, "The MATLAB ODE suite" (1997).
     """
 
-    tableau: ClassVar[Tableau] = _rosenbrock23()
+    method: ClassVar[RosenbrockMethod] = _rosenbrock23()
