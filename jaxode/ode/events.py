@@ -53,10 +53,9 @@ class Event(eqx.Module):
         change: if given, the solve goes on from the state `change(t, y, args, i)`, where `i` is
             the number of the event, an int32 scalar that counts from 0. The first event after
             `most` changes ends the solve. `Solution.ys` at the time of an event is the state before
-            it. Not with `dense`. After the change, the condition should be off zero, or move
-            against `direction`: otherwise the event comes at once again, and after `most` changes
-            ends the solve there.
-        most: how often the state may change. Each change costs three or four solves up to it.
+            it. After the change, the condition should be off zero, or move against `direction`:
+            otherwise the event comes at once again, and after `most` changes ends the solve there.
+        most: how often the state may change.
 
     If the condition crosses zero with zero slope, the derivative of the time is not finite, and the
     solve can fail (`EVENT_NOT_FOUND`): use one with a slope there, such as `t - a` for

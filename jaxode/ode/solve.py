@@ -55,7 +55,7 @@ def solve(
     adjoint: Adjoint = DiscreteAdjoint(),
     first_step: float | Float[Array, ""] | None = None,
     max_step: float | Float[Array, ""] | None = None,
-    breakpoints: Sequence[float] | Float[Array, " points"] | None = None,
+    breakpoints: Sequence[float] | Float[Array, "*rows points"] | None = None,
     max_steps: int = 4096,
     axis_name: str | tuple[str, ...] | None = None,
     precision: Literal["highest", "high", "default"] | None = None,
@@ -101,13 +101,13 @@ def solve(
             used with `steps`.
         max_step: maximum step size, positive; may be exceeded by 1%. Unlimited by default. Not used
             with `steps`.
-        breakpoints: times at which `f` jumps or has a kink, in any order. Times outside the span
-            are ignored. Steps end just before and just after each one, with a short step in
-            between, so that no other step contains a jump. Differentiation treats them as
-            constants. Not with `steps`.
+        breakpoints: times at which `f` jumps or has a kink, in any order, `[points]` or with
+            "per_sample" steps also `[batch, points]`. Steps end there, and `f` sees times before it
+            and then after it. Times outside the span are ignored; pad shorter rows with infinity.
         max_steps: attempted steps allowed before the solve fails. Not used with `steps`. A gradient
             keeps the times of this many steps, with "per_sample" steps and under `jax.vmap` for
-            each row: with thousands of rows, lower it.
+            each row: with thousands of rows, lower it. Like `steps`, it counts between two times of
+            `breakpoints` and `jumps`.
         axis_name: inside `jax.shard_map` or `jax.vmap`, the name of the mapped axis, or a tuple of
             names, over which the state is split. The error norm then covers the whole state, and
             devices exchange one number per attempted step.
@@ -115,15 +115,15 @@ def solve(
             "high" and "default" are faster and less accurate (docs/devices.md). The default is the
             setting of `jax.default_matmul_precision`, or "highest" if there is none.
         dense: keep all accepted steps, so that `Solution.evaluate` works at any time between the
-            ends. This stores `max_steps` times (solver stages + 1) states, so lower `max_steps`.
-            Needs `DiscreteAdjoint` or `ForwardMode`.
+            ends. This stores `max_steps` times (solver stages + 1) states, for each piece between
+            breakpoints and jumps, so lower `max_steps`. At the time of a jump it is the state
+            before. Needs `DiscreteAdjoint` or `ForwardMode`.
         event: a `jaxode.Event` that can end the solve before `t1`. `Solution.t1` is its time;
-            outputs after it repeat the state at the event. One solve finds the event, further ones
-            land on it, and the last is the solution. With a batch it needs "per_sample" steps, and
-            each sample has its own event. Not with `steps`.
-        jumps: `jaxode.Jumps`, changes of the state at known times, such as doses. `steps` and
-            `max_steps` then count between two jumps, and so does `first_step`. Not with `dense` or
-            `event`.
+            outputs after it repeat the state at the event. The step that crosses it is taken again
+            to end there. With a batch it needs "per_sample" steps, and each sample has its own
+            event. Not with `steps`.
+        jumps: `jaxode.Jumps`, changes of the state at known times, such as doses. After each one
+            the first step is chosen anew.
         throw: raise `jaxode.SolveError` if the solve fails; under `jit` it is the message of a
             `jax.errors.JaxRuntimeError`, or of a `ValueError` in later calls on a CPU. With
             `throw=False`, `Solution.result` says how the solve ended, and the state and all
@@ -137,8 +137,8 @@ def solve(
         SolveError: at run time, with `throw`, if the steps run out, the step size underflows or the
             vector field is not finite.
 
-    Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts`, the times of
-    `jumps`, and values that `f`, `event` and `jumps` close over.
+    Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts`, `breakpoints`, the
+    times of `jumps`, and values that `f`, `event` and `jumps` close over.
     With an event, by the implicit function theorem: first derivatives, and second ones if
     `adjoint` has them.
 
