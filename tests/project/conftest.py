@@ -11,10 +11,10 @@ import jaxode
 
 @pytest.fixture
 def run(capsys, tmp_path):
-    """Run an example in this process: what it prints. It writes the picture `tmp_path/out.png`."""
+    """Run an example in this process: what it prints. It writes `out.png` in a folder."""
 
-    def of(name, *arguments, code=0):
-        picture = tmp_path / "out.png"
+    def of(name, *arguments, code=0, folder=tmp_path):
+        picture = folder / "out.png"
         arguments = [str(argument) for argument in ("--out", picture, *arguments)]
         try:
             found = status(load_once(name).main, arguments)

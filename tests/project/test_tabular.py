@@ -180,7 +180,11 @@ def test_training_on_a_table_killed_at_any_moment_ends_with_the_same_parameters(
         (tmp_path / name).mkdir()
     state, output = tmp_path / "killed" / "state", tmp_path / "output"
     arguments = lambda where: tabular(tmp_path / where, "--steps", 100, "--every", 10)
-    assert "cannot read the checkpoint" in run("tabular", *arguments("whole"), "--evaluate", code=2)
+
+    def finish(where, *more, code=0):
+        return run("tabular", *arguments(where), *more, code=code, folder=tmp_path / where)
+
+    assert "cannot read the checkpoint" in finish("whole", "--evaluate", code=2)
 
     def step():
         if not state.exists():
@@ -196,7 +200,7 @@ def test_training_on_a_table_killed_at_any_moment_ends_with_the_same_parameters(
         assert process.wait() == code
         assert moment <= step() < 100
     assert "Stopped. Start again to continue from what was last saved." in output.read_text()
-    shown = {where: run("tabular", *arguments(where)) for where in ("killed", "whole")}
+    shown = {where: finish(where) for where in ("killed", "whole")}
     for file in ("state", "out.csv"):
         whole = (tmp_path / "whole" / file).read_bytes()
         assert (tmp_path / "killed" / file).read_bytes() == whole
@@ -214,11 +218,11 @@ def test_training_on_a_table_killed_at_any_moment_ends_with_the_same_parameters(
     gaussian = stats.multivariate_normal(x.mean(0), np.cov(x.T, ddof=0)).logpdf(held_out).mean()
     result = lambda text: [after(text, "^full-covariance Gaussian"), after(text, "^flow ")]
     assert result(shown["whole"])[0][0] == pytest.approx(gaussian, abs=2e-3)
-    again = run("tabular", *arguments("whole"))
+    again = finish("whole")
     assert "continuing from step " in again
     assert "That training is complete" in again
     assert result(again) == result(shown["whole"])
-    error = run("tabular", *arguments("whole"), "--width", 4, code=2)
+    error = finish("whole", "--width", 4, code=2)
     assert "was saved with other settings: width 8" in error
 
     # The first round of another ruins the flow; the best are the parameters that it started with.
