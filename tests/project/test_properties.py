@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +29,6 @@ SIZE = 3
 seeds = st.integers(0, 2**31 - 1)
 times = st.floats(-2.0, 2.0, width=32)
 tolerances = st.integers(3, 9).map(lambda exponent: 10.0**-exponent)
-solvers = st.sampled_from([diffrax.Euler(), diffrax.Tsit5()])  # without a shared stage, and with
 
 
 def numbers(seed, *shape):
@@ -46,20 +44,13 @@ def nonlinear(t, y, A):
     return jnp.sin(A @ y + t)
 
 
-def linear(t, y, A):
-    return jnp.cos(t) * (A @ y)
-
-
 def mirrored(t, y, A):
     return -nonlinear(-t, y, A)
 
 
-@functools.partial(jax.jit, static_argnames=("f", "solver", "steps", "batch"))
-def run(f, y0, t0, t1, A, tolerance=1e-6, solver=diffrax.Tsit5(), steps=None, batch=None):
-    return jaxode.solve(
-        f, y0, t0, t1, A, solver=solver, steps=steps, batch=batch, rtol=tolerance, atol=tolerance,
-        throw=False,
-    )  # fmt: skip
+@functools.partial(jax.jit, static_argnames=("f", "batch"))
+def run(f, y0, t0, t1, A, tolerance, batch=None):
+    return jaxode.solve(f, y0, t0, t1, A, batch=batch, rtol=tolerance, atol=tolerance, throw=False)
 
 
 def test_weekly_run_of_ci_draws_other_examples():
@@ -87,23 +78,10 @@ def test_forward_then_backward_returns(seed, t0, t1, tolerance):
 @given(seeds, times, times, tolerances)
 def test_reversed_time_is_the_negated_field(seed, t0, t1, tolerance):
     y0, A = state_and_matrix(seed)
-    forward, back = (
-        run(f, y0, sign * t0, sign * t1, A, tolerance)
-        for f, sign in ((nonlinear, 1), (mirrored, -1))
-    )
+    forward = run(nonlinear, y0, t0, t1, A, tolerance)
+    back = run(mirrored, y0, -t0, -t1, A, tolerance)
     assert forward.stats.num_steps == back.stats.num_steps
     np.testing.assert_allclose(back.y1, forward.y1, rtol=1e-12)
-
-
-@given(seeds, times, times, solvers)
-def test_equal_steps_of_a_linear_field_are_a_linear_map_and_compose(seed, t0, t1, solver):
-    """Twice as many steps over twice the span."""
-    (y, A), z = state_and_matrix(seed), numbers(seed + 2, SIZE)
-    go = lambda y, t0=t0, t1=t1, steps=6: run(linear, y, t0, t1, A, solver=solver, steps=steps).y1
-    np.testing.assert_allclose(go(2 * y - 3 * z), 2 * go(y) - 3 * go(z), rtol=1e-10, atol=1e-11)
-    middle = (t0 + t1) / 2
-    rest = go(go(y, t1=middle, steps=3), t0=middle, steps=3)
-    np.testing.assert_allclose(rest, go(y), rtol=1e-11, atol=1e-12)
 
 
 TREES = [
@@ -170,19 +148,3 @@ def test_forward_and_reverse_mode_are_transposes(seed, t0, t1, theta, tolerance)
     pushed, pulled = pushed_and_pulled(inputs, tangents, cotangents, tolerance)
     # Terms of size one that may cancel.
     np.testing.assert_allclose(pulled, pushed, rtol=1e-8, atol=1e-10)
-
-
-@jax.jit
-def nll(A, x, weights, tolerance):
-    flow = jaxode.cnf(nonlinear, jaxode.standard_normal(SIZE), rtol=tolerance, atol=tolerance)
-    return jax.value_and_grad(flow.nll)(A, x, weights=weights)
-
-
-@given(seeds, tolerances, st.floats(0.1, 3.0))
-def test_a_loss_does_not_see_the_order_of_samples_or_the_scale_of_weights(seed, tolerance, scale):
-    x, A = 2 * numbers(seed, 4, SIZE), numbers(seed + 1, SIZE, SIZE)
-    weights, order = 1 + numbers(seed + 2, 4) / 2, np.random.default_rng(seed).permutation(4)
-    loss, gradient = nll(A, x, weights, tolerance)
-    other, other_gradient = nll(A, x[order], scale * weights[order], tolerance)
-    np.testing.assert_allclose(other, loss, rtol=1e-9)
-    np.testing.assert_allclose(other_gradient, gradient, rtol=1e-6, atol=1e-9)
