@@ -1,6 +1,6 @@
 """From the equations to the code: one small test for each, which could fail.
 
-The page of equations names each. What a feature does beyond its equation is in its own file.
+Of those that take seconds, `tests/flows/test_flow_features.py` tests the result fast.
 """
 
 import functools
