@@ -18,6 +18,7 @@ from inputs.calls import OUTSIDE, USUAL, S, call
 from inputs.values import VALUES
 
 import jaxode
+from jaxode._checks import rules as checks
 
 ROWS = [
     (name, given, kind, words)
@@ -159,3 +160,80 @@ def test_a_wrong_value_makes_no_number_without_throw(way, name, changes, kind, w
     lost = [np.isnan(leaf) for leaf in jax.tree.leaves(found)]
     assert lost
     assert all(leaf.all() if name.startswith("solve") else leaf.any() for leaf in lost)
+
+
+# What is like a row of "solve", and right.
+KEPT = [
+    {},
+    {"t1": -1.0, "ts": -np.array([0.2, 0.5, 0.8])},
+    {"t0": 100.0, "t1": 101.0, "ts": 100 + np.array([0.2, 0.5, 0.8])},
+    {"ts": np.array([0.5, 1 - 1e-9, 1.0])},
+    {"t1": 0.0, "ts": np.zeros(3)},
+    {"rtol": 0.0},
+    {"atol": 0.0},
+]
+
+
+@pytest.mark.parametrize("changes", KEPT, ids=str)
+def test_what_keeps_the_rules_is_solved(changes):
+    given = inputs("solve", changes)
+    found = given_to(program("solve", "jit", False), "solve", "jit", changes)
+    for s in (found, VALUES["solve"].run(**given, throw=True)):
+        # 1e-2: ten times the tolerance.
+        np.testing.assert_allclose(s["ys"][:, 0], np.exp(given["t0"] - given["ts"]), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n in VALUES for w in VALUES[n].ways])
+def test_good_inputs_are_the_same_whether_wrong_ones_would_raise(name, way):
+    quiet, loud = (given_to(program(name, way, throw), name, way, {}) for throw in (False, True))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(quiet))
+    np.testing.assert_equal(*map(jax.tree.leaves, (quiet, loud)))
+
+
+def test_odeint_is_nan_where_a_rule_is_broken():
+    """It has no `throw`."""
+    run = jax.jit(lambda t, rtol: jaxode.odeint(lambda y, t: -y, jnp.ones(2, "f4"), t, rtol=rtol))
+    times, far = np.arange(3.0), 1e8 + np.arange(1.0, 4.0)
+    for t, rtol in ((10 * far, 1e-3), (times, np.inf), (far, 1e-3)):
+        assert jnp.isnan(run(t, rtol)).all()
+    assert jnp.isfinite(run(times, 1e-3)).all()
+
+
+def test_a_tolerance_that_a_leaf_of_the_state_does_not_resolve():
+    y0 = {"coarse": jnp.ones(1, jnp.float16), "fine": jnp.ones(1, jnp.float32)}
+    f = lambda t, y, args: jax.tree.map(jnp.negative, y)
+    run = lambda rtol, atol: jaxode.solve(f, y0, 0.0, 1.0, throw=False, rtol=rtol, atol=atol)
+    with pytest.raises(ValueError, match=r"^solve\(rtol=1e-10, atol=1e-10\)"):
+        run(1e-10, 1e-10)
+    of_both = jax.jit(lambda tolerance: run(tolerance, tolerance).result)
+    assert of_both(1e-10) == jaxode.Result.INVALID_ARGUMENT
+    assert of_both(1e-5) == jaxode.Result.SUCCESS
+    # Each leaf resolves its own.
+    of_each = jax.jit(lambda fine: run(0.0, {"coarse": 1e-3, "fine": fine}).result)
+    assert of_each(1e-9) == jaxode.Result.SUCCESS
+    assert of_each(0.0) == jaxode.Result.INVALID_ARGUMENT
+    with pytest.raises(ValueError, match=r"positive in float16, a dtype of the state\.$"):
+        run(0.0, {"coarse": 1e-9, "fine": 1e-9})
+
+
+def test_a_new_rule_is_one_row(monkeypatch):
+    """Checked at once where the value is known, by the program where it is traced."""
+    holds = lambda rtol: rtol <= 0.1
+    rule = checks.Rule("{name}=...", holds, "must be at most a tenth", "Tighten it.")
+    monkeypatch.setattr(checks, "SOLVE", (*checks.SOLVE, (rule, ("rtol",))))
+    told = r"solve\(rtol=...\): must be at most a tenth"
+    solve = lambda rtol: jaxode.solve(lambda t, y, _: -y, jnp.ones(2), 0.0, 1.0, rtol=rtol).y1
+    with pytest.raises(ValueError, match=told + "; got 0.5. Tighten it."):
+        solve(0.5)
+    assert jnp.isfinite(jax.jit(solve)(0.01)).all()
+    with pytest.raises(AT_RUN_TIME, match=told + ". Tighten it."):
+        jax.block_until_ready(jax.jit(solve)(0.5))
+
+
+def test_the_innermost_function_is_named_after_a_failure_inside_of_it():
+    density = jaxode.bind(jaxode.cnf(lambda t, z, _: -z, jaxode.standard_normal(2)), None)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^log_prob\(x=...\): must have shape"):
+            density.log_prob(jnp.ones(3))
+        with pytest.raises(ValueError, match=r"^cnf\(rtol=...\): must be a finite tolerance"):
+            jaxode.cnf(lambda t, z, _: -z, jaxode.standard_normal(2), rtol=-1.0)
