@@ -54,15 +54,14 @@ OWN = {
     ).with_flow(flow),
 }  # fmt: skip
 TRAINING = {"x": TABLE, "key": KEY, "steps": 1, "progress": False, "optimizer": optax.adam(1e-2)}
+SOLVE = {"f": decay, "y0": ONE, "t0": 0.0, "t1": 1.0, "args": S}
 SAMPLES, DRAWS = {"params": S, "x": X}, {"params": S, "key": KEY, "n": 3}
 WITH_CONTEXTS = {
     "flow": jaxode.cnf(nn.field, FLOW.base), "params": CONDITIONAL, "standardize_context": CONTEXTS,
 }  # fmt: skip
 NAMED = {"standardize_context": {"p": CONTEXTS[:, 0], "q": CONTEXTS[:, 1]}}
 USUAL = {
-    **dict.fromkeys(
-        ["solve", "solve outside"], {"f": decay, "y0": ONE, "t0": 0.0, "t1": 1.0, "args": S}
-    ),
+    "solve": SOLVE, "solve outside": SOLVE,
     "flow": {"f": decay, "z": X, "s": 0.0, "t": 1.0, "args": S},
     "odeint": {"func": lambda y, t, s: -y, "y0": ONE, "t": jnp.array([0.0, 1.0]), "args": S},
     "nll": SAMPLES, "log_prob": SAMPLES, "log_prob_and_error": SAMPLES, "to_base": SAMPLES,
@@ -77,9 +76,9 @@ USUAL = {
     "log_prob of a density with contexts": {"x": TABLE[:4], **WITH_CONTEXTS},
     "to_flow of a density with contexts": {"x": TABLE[:4], **WITH_CONTEXTS},
     "sample of a density with contexts": {"key": KEY, "sample_shape": (4,), **WITH_CONTEXTS},
-    **dict.fromkeys(["MLP of a sample", "Residual of a sample"], {"t": S, "y": ONE}),
-    **dict.fromkeys(["Particles of a sample", "Lattice of a sample"], {"t": S}),
-    **dict.fromkeys(["MLP", "Residual", "Concat"], {"event_shape": 2, "key": KEY}),
+    **{f"{name} of a sample": {"t": S, "y": ONE} for name in ("MLP", "Residual")},
+    **{f"{name} of a sample": {"t": S} for name in ("Particles", "Lattice")},
+    **{name: {"event_shape": 2, "key": KEY} for name in ("MLP", "Residual", "Concat")},
     "Particles": {"n": 2, "dim": 1, "key": KEY}, "Lattice": {"shape": 2, "key": KEY},
     "Event": {"condition": lambda t, y, args: y[0]}, "centered_normal": {"n": 2, "dim": 2},
     "Jumps": {"times": (0.5,), "change": lambda t, y, args, i: y}, "evaluate": {"s": S},
