@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import AT_RUN_TIME
-from inputs import flows, ode, rules
+from inputs import density, flows, ode, rules
 from inputs.calls import OUTSIDE, USUAL, S, call
 from inputs.values import VALUES
 
@@ -22,7 +22,7 @@ from jaxode._checks import rules as checks
 
 ROWS = [
     (name, given, kind, words)
-    for table in (ode.ROWS, flows.FLOWS, flows.DENSITIES)
+    for table in (ode.ROWS, flows.ROWS, density.ROWS)
     for (name, kind), rows in table.items()
     for given, words in rows
 ] + rules.ROWS
