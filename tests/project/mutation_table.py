@@ -7,7 +7,7 @@ raised. Each folder with logic has at least four.
 # Where to look, first by the longest of these that a file of jaxode starts with.
 FIRST = {
     "": ("tests",),
-    "_checks": ("tests/_checks", "tests/test_rules.py"),
+    "_checks": ("tests/test_inputs.py", "tests/test_not_finite.py"),
     "_jax": ("tests/_jax",),
     "auditing": ("tests/auditing",),
     "coupling": ("tests/flows/test_coupling.py",),
