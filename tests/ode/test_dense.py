@@ -105,13 +105,6 @@ def test_a_failed_solve_with_an_event_is_nan_at_any_time():
     assert np.isnan(s.evaluate(0.2))
 
 
-def test_without_dense():
-    with pytest.raises(ValueError, match=r"evaluate: needs a solve with dense=True"):
-        solved(Y0, 0.0, 3.0, RATE).evaluate(1.0)
-    with pytest.raises(ValueError, match=r"solve\(dense=True\): needs DiscreteAdjoint or"):
-        solved(Y0, 0.0, 3.0, RATE, dense=True, adjoint=jaxode.BacksolveAdjoint())
-
-
 @pytest.mark.slow
 def test_a_failed_row_can_be_masked():
     f = lambda t, y, a: jnp.where(y > 5.0, jnp.nan, a * y)

@@ -137,31 +137,6 @@ def test_cells_that_divide_when_they_are_large():
     np.testing.assert_allclose(s.y1["size"], 2 ** (grown % 1), rtol=1e-7)
 
 
-KEEP = {"change": lambda t, y, args, i: y}
-WRONG = {
-    "no limit": (KEEP, r"Event\(most=...\): must be a positive integer; got None. It bounds"),
-    "no times": (KEEP | {"most": 0}, r"Event\(most=...\): must be a positive integer; got 0"),
-    "no change": ({"most": 2}, r"Event\(most=...\): needs a change; got most=2. Pass change"),
-    "no function": ({"change": 2, "most": 2}, r"Event\(change=...\): must be a function change"),
-    "dense": (KEEP | {"most": 2}, r"solve\(dense=True\): needs an event without change"),
-    "shape": (
-        {"change": lambda t, y, args, i: y[0], "most": 2},
-        r"solve\(event=...\): change\(t, y, args, i\) must return the shapes of y",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_changes(name):
-    given, message = WRONG[name]
-    run = lambda: jaxode.solve(
-        lambda t, y, args: -y, jnp.ones(2), 0.0, 1.0, dense=name == "dense",
-        event=jaxode.Event(lambda t, y, args: y[0], **given),
-    )  # fmt: skip
-    with pytest.raises((TypeError, ValueError), match=message):
-        run()
-
-
 @pytest.mark.slow
 def test_outputs_after_the_last_event_do_not_move_with_their_times():
     event = jaxode.Event(lambda t, y, _: y[0] - 1, change=lambda t, y, _, i: y - 1, most=1)

@@ -336,34 +336,6 @@ def test_the_interpolant_ends_at_the_event():
         s.evaluate(s.t1 + 0.1)
 
 
-WRONG = {
-    "a function": ({"event": lambda t, y, _: y}, r"event=...\): must be a jaxode.Event"),
-    "a vector": ({"event": Event(lambda t, y, _: jnp.ones(3))}, r"must return a floating scalar"),
-    "a tuple": ({"event": Event(lambda t, y, _: (y[0],))}, r"floating scalar; got tuple"),
-    "two arguments": (
-        {"event": Event(lambda t, y: y[0])},
-        r"condition\(t, y, args\): the condition of the event raised TypeError: .* It got y=f64",
-    ),
-    "an error": ({"event": Event(lambda t, y, a: a["k"])}, r"the condition of the event raised"),
-    "nothing": ({"event": Event(lambda t, y, _: None)}, r"floating scalar; got NoneType"),
-    "joint steps": ({"event": LEVEL, "batch": "joint"}, r"event=...\): .* got batch='joint'"),
-    "equal steps": ({"event": LEVEL, "steps": 9}, r"event=...\): .* got steps=9"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_events(name):
-    given, message = WRONG[name]
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxode.solve(decay, jnp.ones((2, 1)), 0.0, 1.0, 1.0, **given)
-
-
-@pytest.mark.parametrize("direction", [2, True, 1.0])
-def test_wrong_directions(direction):
-    with pytest.raises(ValueError, match=r"Event\(direction=...\): must be -1, 0 or 1; got "):
-        Event(lambda t, y, _: y, direction=direction)
-
-
 @pytest.mark.slow
 def test_an_event_that_is_not_found_is_told_with_its_time():
     event = jaxode.Event(lambda t, y, _: jnp.where(y < 1, y - 3, y))

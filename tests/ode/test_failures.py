@@ -118,24 +118,6 @@ def test_failed_rows_are_named():
         jaxode.flow(blow_up, z, 0.0, 1.0, batch="per_sample")
 
 
-def test_times_known_only_at_run_time():
-    run = jax.jit(lambda ts: solve(ts=ts, throw=False))
-    good, bad = run(jnp.array([0.2, 0.5])), run(jnp.array([0.5, 0.2]))
-    assert good.ok
-    assert bad.result == jaxode.Result.INVALID_ARGUMENT
-    assert jnp.isnan(bad.ys).all()
-    assert run(jnp.array([0.5, 1.5])).result == jaxode.Result.INVALID_ARGUMENT
-    assert run(jnp.array([jnp.nan, 1.0])).result == jaxode.Result.INVALID_ARGUMENT
-    loud = jax.jit(lambda ts: solve(ts=ts).ys)
-    with pytest.raises(
-        jax.errors.JaxRuntimeError,
-        match=r"SolveError: solve\(ts=...\): times must be in order from t0 to t1",
-    ):
-        jax.block_until_ready(loud(jnp.array([0.5, 0.2])))
-    negative = jax.jit(lambda rtol: solve(rtol=rtol, throw=False).result)(-1e-3)
-    assert negative == jaxode.Result.INVALID_ARGUMENT
-
-
 @pytest.mark.slow
 def test_training_loss_of_a_failed_solve():
     """At once when it runs outside jit, NaN under jit, and an error there with throw=True."""

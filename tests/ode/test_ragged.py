@@ -216,25 +216,6 @@ def test_times_of_rows_that_float32_cannot_tell_apart():
     assert list(s.result) == [0, jaxode.Result.INVALID_ARGUMENT]
 
 
-WRONG = {
-    "t1 of another length": ({"t1": np.ones(3)}, r"t1=...\): .* one for each of 5 rows; got shape"),
-    "t0 as a matrix": ({"t0": np.zeros((5, 1))}, r"t0=...\): .* one for each of 5 rows; got shape"),
-    "ts of another batch": ({"ts": np.ones((3, 2))}, r"ts=...\): .* 5 rows; got shape \(3, 2\)"),
-    "ts without times": ({"ts": np.ones((5, 0))}, r"ts=...\): .* at least one time"),
-    "text": ({"t1": np.array(["a"] * 5)}, r"t1=...\): must be a vector of real times"),
-    "joint steps": ({"batch": "joint", "t1": T1}, r"t1=...\): .* with per-sample steps only"),
-    "ts with joint steps": ({"batch": "joint", "ts": TS}, r"ts=...\): must be a vector"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_times_of_rows(name):
-    given, message = WRONG[name]
-    given = {"t0": 0.0, "t1": 1.0, "batch": "per_sample", **given}
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxode.solve(lambda t, y, _: y, Y0, **given)
-
-
 @pytest.mark.slow
 def test_negative_padding_is_named():
     ts = np.where(np.arange(4) < COUNTS[:, None], np.abs(TS) + 1, -1.0)

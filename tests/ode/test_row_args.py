@@ -79,25 +79,8 @@ def test_keys_of_random_numbers():
         assert jnp.isfinite(y1).all(1).sum() == len(rows)
 
 
-WRONG = {
-    "no batch": ({"batch": None}, ValueError, r"solve\(row_args=...\): needs a batch; got"),
-    "too few rows": (
-        {"row_args": jnp.ones(2)}, ValueError,
-        r"solve\(row_args=...\): leaves must have a leading axis of 3, one row per sample",
-    ),
-    "text": ({"row_args": ["a"]}, TypeError, r"solve\(row_args=...\): leaves must be arrays"),
-}  # fmt: skip
-
-
 def test_a_field_that_ignores_its_row_is_told_of_the_pair():
     with pytest.raises(TypeError, match=r"raised TypeError: .*, the pair \(args, row\) of a solve"):
         jaxode.solve(
             lambda t, y, args: -args["shift"] * y, Y0, 0.0, 1.0, row_args=ROW_ARGS, batch="joint"
         )
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_rows(name):
-    given, kind, message = WRONG[name]
-    with pytest.raises(kind, match=message):
-        jaxode.solve(field, Y0, 0.0, 1.0, ARGS, **{"batch": "joint", "row_args": ROW_ARGS} | given)
