@@ -42,7 +42,8 @@ class Case(NamedTuple):
     back: str | None = None
     """Whether "all" rows go back in time, or "some" of them."""
     doses: str | None = None
-    """Changes of the state at "two" times of each row, or fewer, which are "padded"."""
+    """Changes of the state at "two" times of each row, or fewer, which are "padded", and at both
+    ends of the first row."""
     kink: bool = False
     """A rate that doubles at a breakpoint."""
     event: str | None = None
@@ -65,7 +66,7 @@ class Case(NamedTuple):
         ts = ts + 0.02 * row[:, None] if self.times == "each" else ts
         at = at if self.is_joint else at + 0.01 * row[:, None]
         if self.doses == "padded":
-            at[1, 1], at[3, 1] = np.inf, at[3, 0]
+            at[0], at[1, 1], at[3, 1] = (0.0, 2.0), np.inf, at[3, 0]
         if self.back:
             back = self.goes_back(row) if self.back == "some" else np.array(True)
             turned = lambda x: np.where(back[..., None], np.flip(x, -1), x)

@@ -33,19 +33,6 @@ def test_an_affine_flow_in_both_directions_of_time(t0, t1):
     np.testing.assert_allclose(back, X, rtol=1e-6, atol=1e-7)
 
 
-def test_nonlinear_flow_of_each_number_by_itself():
-    """`z' = p sin z` carries `tan(z / 2)` to `exp(p) tan(z / 2)`."""
-    flow = jaxode.cnf(lambda t, z, p: p * jnp.sin(z), jaxode.standard_normal(()), **FINE)
-    x, p = np.array([-2.7, 0.3, 1.9]), 0.7
-    tangent = np.exp(-p) * np.tan(x / 2)
-    stretch = np.exp(-p) / np.cos(x / 2) ** 2 / (1 + tangent**2)
-    expected = scipy.stats.norm.logpdf(2 * np.arctan(tangent)) + np.log(stretch)
-    np.testing.assert_allclose(flow.log_prob(p, x), expected, rtol=1e-7)
-    np.testing.assert_allclose(flow.nll(p, x), -expected.mean(), rtol=1e-6)
-    samples, density = flow.sample_and_log_prob(p, jax.random.key(0), 3)
-    np.testing.assert_allclose(density, flow.log_prob(p, samples), rtol=1e-7)
-
-
 # `dz/dt = p z` carries N(0, 1) to N(0, e^2p).
 P, KEY = 0.5, jax.random.key(0)
 

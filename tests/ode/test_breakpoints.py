@@ -224,9 +224,3 @@ def test_a_span_must_be_longer_than_the_steps_across_its_breakpoints():
     # Far outside of the span they are ignored.
     apart = jaxode.solve(f, jnp.float32(0), 1e4, 1e4 + 0.3, breakpoints=[2e4])
     np.testing.assert_allclose(apart.y1, 0.3, rtol=1e-2)
-    # With times of each row it is that row alone.
-    rows = jaxode.solve(
-        f, jnp.zeros((2, 1), jnp.float32), np.array([0.0, 1e4]), np.array([1.0, 1e4 + 1]),
-        breakpoints=[1e4 + 0.4], batch="per_sample", throw=False,
-    )  # fmt: skip
-    assert list(rows.result) == [Result.SUCCESS, Result.INVALID_ARGUMENT]

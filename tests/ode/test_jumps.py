@@ -1,10 +1,9 @@
-"""Jumps: at the ends of a solve, over devices, and changes that fail or are not defined.
+"""Jumps: their work, changes that fail or are not defined, and devices that share their steps.
 
 Rows, outputs, gradients and failures are those of every feature: `test_features.py`.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,52 +15,29 @@ from jax.sharding import PartitionSpec as P
 import jaxode
 
 END = 4.0
-TS = np.array([0.0, 0.7, 1.0, 2.2, 4.0])
-# A row with a jump at its start, one with a jump at its end, and one without any.
-TIMES = np.array([[0.5, 1.0, 2.5], [0.0, 1.1, np.inf], [1.0, 2.0, END], [np.inf] * 3])
-COUNTS = [3, 2, 3, 0]
 Y0 = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
 ARGS = jnp.array([[0.2, 1.1], [-0.9, -0.1]])
-AMOUNTS = jnp.asarray(np.random.default_rng(1).uniform(1, 2, size=(3, 2)))
-OPTIONS = {"rtol": 1e-6, "atol": 1e-8, "max_steps": 64}
 
 
 def field(t, y, a):
     return jnp.tanh(a @ y) + 0.3 * jnp.sin(t) * y
 
 
-def change(t, y, a, i):
-    return 0.8 * y + AMOUNTS[i] + 0.1 * t * a[0]
-
-
-def by_hand(y, times):
-    """The end and the outputs of one system, and the evaluations of all pieces."""
-    edges, ys, evals = [0.0, *times, END], [], 0
-    for i, (start, end) in enumerate(itertools.pairwise(edges)):
-        inside = TS[(end >= TS) & ((start < TS) | (i == 0))]
-        # As many in each piece, for one program: the end fills up.
-        ts = np.append(inside, np.full(len(TS) - len(inside), end))
-        s = jaxode.solve(field, y, start, end, ARGS, ts=ts, **OPTIONS)
-        ys, evals = [*ys, np.asarray(s.ys)[: len(inside)]], evals + s.stats.num_evals
-        y = s.y1 if i == len(times) else change(end, s.y1, ARGS, i)
-    return y, np.concatenate(ys), evals
-
-
-def test_equal_to_solves_from_jump_to_jump():
-    """With no more evaluations; padding costs none."""
-    s = jaxode.solve(
-        field, Y0, 0.0, END, ARGS, ts=np.broadcast_to(TS, (4, 5)), batch="per_sample",
-        jumps=jaxode.Jumps(TIMES, change), **OPTIONS,
-    )  # fmt: skip
-    rows = [by_hand(Y0[i], TIMES[i, : COUNTS[i]]) for i in range(4)]
-    y1, ys, evals = [jnp.stack(x) for x in zip(*rows, strict=True)]
-    assert_close((s.y1, s.ys), (y1, ys), 1e-12)
-    np.testing.assert_array_equal(s.stats.num_evals, evals)
-    np.testing.assert_array_equal(s.t_reached, END)
-
-
 def decay(t, y, _):
     return -y
+
+
+def test_as_much_work_as_solves_from_jump_to_jump():
+    """Padding costs none."""
+    times = np.array([[0.5, 1.0, 1.0, np.inf], [0.5, 1.0, np.inf, np.inf], [0.5, *[np.inf] * 3]])
+    s = jaxode.solve(
+        decay, jnp.ones((3, 1)), 0.0, END, jumps=jaxode.Jumps(times, kept), batch="per_sample"
+    )
+    pieces = [(0.0, 0.5), (0.5, 1.0), (1.0, END), (0.5, END)]
+    one, two, three, rest = (
+        jaxode.solve(decay, jnp.full(1, np.exp(-t0)), t0, t1).stats.num_evals for t0, t1 in pieces
+    )
+    np.testing.assert_array_equal(s.stats.num_evals, [one + two + three] * 2 + [one + rest])
 
 
 def test_a_change_is_differentiated_only_where_it_happens():
@@ -111,7 +87,7 @@ def joint(y0, scale, axis_name=None):
     grow = lambda t, y, a, i: y * jnp.where(y > 2, a[1], 1.0)
     return jaxode.solve(
         lambda t, y, a: field(t, y, a[0]), y0, 0.0, END, (ARGS, scale[0]), batch="joint",
-        jumps=jaxode.Jumps(TIMES[0], grow), axis_name=axis_name, throw=False,
+        jumps=jaxode.Jumps([0.5, 1.0, 2.5], grow), axis_name=axis_name, throw=False,
     ).y1  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import pytest
 from helpers import METHODS, REVERSE
 
 import jaxode
-from jaxode import Result
 
 # The rows have different spans, two go back in time, one is empty.
 T0 = np.array([0.0, 0.3, 2.0, 1.0, -0.5])
@@ -75,19 +74,6 @@ def test_keys_of_random_numbers():
     found = jax.jit(jax.grad(ends))(0.7, y0)
     expected = jnp.sum(rates[::2] * jnp.exp(0.7 * rates[::2]))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-def test_rows_with_times_out_of_order_are_named():
-    """Such as padding with a negative time."""
-    ts = TS.copy()
-    ts[1], ts[2, 1], ts[3, 2:] = ts[1, ::-1], np.nan, -1.0
-    s = solve(ts, throw=False)
-    assert list(s.result) == [0, *[Result.INVALID_ARGUMENT] * 3, 0]
-    np.testing.assert_array_equal(s.ys[::4], solve(TS).ys[::4])
-    assert np.isnan(s.ys[1:4]).all()
-    told = r"solve\(ts=...\): .* in order .* Pad a row with .* 3 of 5 rows, first in row 1"
-    with pytest.raises(jaxode.SolveError, match=told):
-        solve(ts)
 
 
 @pytest.mark.parametrize("name", REVERSE)

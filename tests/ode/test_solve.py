@@ -184,17 +184,6 @@ def test_values_are_no_reason_to_compile_again(compiled):
     assert not compiled
 
 
-@pytest.mark.parametrize(("solver", "steps"), [(diffrax.Tsit5(), None), (diffrax.Euler(), 20)])
-def test_devices_that_share_their_steps_fail_together(solver, steps):
-    """The state of the other one is part of the field."""
-    options = {"axis_name": "half", "solver": solver, "steps": steps, "throw": False}
-    f = lambda t, y, _: jnp.where(y > 2, jnp.nan, jax.lax.psum(y, "half"))
-    run = lambda y: jaxode.solve(f, y, 0.0, 0.7, **options)
-    solution = jax.vmap(run, axis_name="half")(jnp.array([[1.0], [0.0]]))
-    np.testing.assert_array_equal(solution.result, jaxode.Result.NON_FINITE)
-    assert np.isnan(solution.y1).all()
-
-
 def test_numbers_of_python_have_the_precision_of_the_state():
     fall = lambda t, y, _: {"x": y["v"], "v": -2.0}
     stop = jaxode.Jumps([0.5], lambda t, y, _, i: {"x": y["x"], "v": 0.0})
