@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AT_RUN_TIME
+from helpers import AT_RUN_TIME, METHODS, REVERSE
 
 import jaxode
 
@@ -123,6 +123,18 @@ def test_a_tolerance_out_of_reach_is_not_taken_for_a_field_that_is_not_finite(si
     y0 = jnp.full(2, size, jnp.float32)
     solution = solve(y0=y0, rtol=rtol, atol=atol, throw=False)
     assert solution.result == jaxode.Result.MAX_STEPS_REACHED
+
+
+@pytest.mark.parametrize("name", REVERSE)
+def test_the_gradient_of_a_failed_row_is_no_number(name):
+    """Also where its cotangent is one."""
+    options = METHODS[name].options(max_steps=64, throw=False)
+    end = lambda y0, rate: jaxode.flow(
+        lambda t, y, rate: rate * y**2, y0, 0.0, 1.0, rate, batch="per_sample", **options
+    ).sum()
+    by_start, by_rate = jax.jit(jax.grad(end, (0, 1)))(jnp.array([[0.1], [2.0]]), 1.0)
+    assert jnp.isnan(by_start[:, 0]).tolist() == [False, True]
+    assert jnp.isnan(by_rate)
 
 
 def test_failed_rows_are_named():
