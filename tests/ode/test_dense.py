@@ -93,13 +93,6 @@ def test_with_an_event_it_ends_there_and_of_a_failed_solve_it_is_nan():
     assert np.isnan(run(0.5).evaluate(0.2))
 
 
-def test_without_dense():
-    with pytest.raises(ValueError, match=r"evaluate: needs a solve with dense=True"):
-        solved().evaluate(1.0)
-    with pytest.raises(ValueError, match=r"solve\(dense=True\): needs DiscreteAdjoint or"):
-        solved(dense=True, adjoint=jaxode.BacksolveAdjoint())
-
-
 def test_masked_times_outside_of_the_span_add_nothing_to_a_gradient():
     """Padding may be infinite."""
     times = jnp.array([[0.5, jnp.inf], [0.5, 1.5]])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AT_RUN_TIME, assert_close, typed
+from helpers import assert_close, typed
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -25,6 +25,10 @@ def field(t, y, a):
 
 def decay(t, y, _):
     return -y
+
+
+def kept(t, y, args, i):
+    return y
 
 
 def test_as_much_work_as_solves_from_jump_to_jump():
@@ -110,82 +114,6 @@ def test_devices_that_share_their_steps(scale):
 
 
 TOLD = r"solve\(jumps=...\): "
-WRONG = {
-    "out of order": ([2.0, 1.0], TOLD + r".* increase .* got 2.0 before 1.0. Sort them", {}),
-    "padding first": ([np.inf, 1.0], TOLD + ".* got 4.0 before 1.0", {}),
-    "before the start": ([-1.0, 1.0], TOLD + ".* got t0=0.0 before -1.0", {}),
-    "after the end": ([1.0, 5.0], TOLD + ".* got 5.0 before t1=4.0", {}),
-    "NaN": ([1.0, np.nan], TOLD + ".* got 1.0 before nan", {}),
-    "no times": (np.ones(0), TOLD + r"must be a vector of at least one time; got shape \(0,\)", {}),
-    "times of rows": (np.ones((4, 2)), TOLD + r"must be a vector.* got shape \(4, 2\)", {}),
-    "minus infinity": ([1.0, -np.inf], TOLD, {}),
-    "times of other rows": (
-        np.ones((4, 2)), TOLD + "must be a vector.* each of 2 rows", {"batch": "per_sample"},
-    ),
-    "dense": ([1.0], r"solve\(dense=...\): needs a solve without jumps", {"dense": True}),
-    "event": (
-        [1.0], r"solve\(event=...\): needs a solve without jumps",
-        {"event": jaxode.Event(lambda t, y, a: t - 1)},
-    ),
-    "structure": ([1.0], TOLD + "change.* must return the structure", {"change": lambda y: (y, y)}),
-    "shape": (
-        [1.0], TOLD + r"change.* the shapes of y; got \(\) .* change sees one sample",
-        {"change": lambda y: y[0]},
-    ),
-    "dtype": (
-        [1.0], TOLD + "change.* must return floating arrays; got int64",
-        {"change": lambda y: jnp.array([1, 2])},
-    ),
-    "failing change": (
-        [1.0], r"change\(t, y, args, i\): the change of jumps raised TypeError",
-        {"change": lambda y: y["a"]},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_jumps(name):
-    times, message, given = WRONG[name]
-    given = dict(given)
-    apply = given.pop("change", lambda y: y)
-    jumps = jaxode.Jumps(times, lambda t, y, args, i: apply(y))
-    y0 = jnp.ones((2, 2)) if "batch" in given else jnp.ones(2)
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxode.solve(lambda t, y, a: -y, y0, 0.0, 4.0, jumps=jumps, **given)
-
-
-TRACED = {
-    "out of order": (
-        [2.0, 1.0], "times must be in order from t0 to t1. Sort them. Pad a row with its last time",
-    ),
-    "padding first": ([np.inf, 1.0], "times must be in order from t0 to t1. Sort them"),
-    "outside": ([1.0, 5.0], "times must lie between t0 and t1. Extend the solve"),
-    "before the start": ([-np.inf, 1.0], "times must lie between t0 and t1. Extend the solve"),
-    "NaN": ([np.nan, 1.0], "times must not be NaN, nor lost in the precision"),
-}  # fmt: skip
-
-
-def across(times, batch=None):
-    y0 = jnp.ones((2, 2)) if batch else jnp.ones(2)
-    return jaxode.solve(decay, y0, 0.0, 4.0, jumps=jaxode.Jumps(times, kept), batch=batch).y1
-
-
-def kept(t, y, args, i):
-    return y
-
-
-ACROSS = jax.jit(across)
-
-
-@pytest.mark.parametrize("name", TRACED)
-def test_wrong_jumps_known_only_at_run_time(name):
-    wrong, message = TRACED[name]
-    times = jnp.asarray([wrong, [1.0, 2.0]])
-    rows = f"^{TOLD}{message}.* This fails in 1 of 2 rows, first in row 0"
-    with pytest.raises(jaxode.SolveError, match=rows):
-        across(times, "per_sample")
-    with pytest.raises(AT_RUN_TIME, match=TOLD + message):
-        jax.block_until_ready(ACROSS(times[0]))
 
 
 def test_times_that_float32_cannot_tell_apart(default_settings):
@@ -200,19 +128,3 @@ def test_times_that_float32_cannot_tell_apart(default_settings):
     with pytest.raises(ValueError, match=TOLD + "times are lost in the precision of float32"):
         run(1e6)
     assert jax.jit(run)(1e6).result == jaxode.Result.INVALID_ARGUMENT
-
-
-NOT_JUMPS = {
-    "a list": (lambda: [1.0], TypeError, TOLD + r"must be a jaxode.Jumps; got \[1.0\]"),
-    "no function": (
-        lambda: jaxode.Jumps([1.0], 2.0), TypeError, r"Jumps\(change=...\): must be a function"
-    ),
-    "text": (lambda: jaxode.Jumps("a", max), TypeError, r"Jumps\(times=...\): .* real times"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NOT_JUMPS)
-def test_what_is_no_jumps(name):
-    make, kind, message = NOT_JUMPS[name]
-    with pytest.raises(kind, match=message):
-        jaxode.solve(lambda t, y, _: -y, jnp.ones(1), 0.0, 4.0, jumps=make())

@@ -122,44 +122,8 @@ def test_a_row_waits_for_others_where_the_field_is_no_number():
     np.testing.assert_allclose(slope(2.0, y0, rows, 1.0), expected, rtol=1e-9)
 
 
-WRONG = {
-    "t1 of another length": ({"t1": np.ones(3)}, r"t1=...\): .* one for each of 5 rows; got shape"),
-    "t0 as a matrix": ({"t0": np.zeros((5, 1))}, r"t0=...\): .* one for each of 5 rows; got shape"),
-    "ts of another batch": ({"ts": np.ones((3, 2))}, r"ts=...\): .* 5 rows; got shape \(3, 2\)"),
-    "ts without times": ({"ts": np.ones((5, 0))}, r"ts=...\): .* at least one time"),
-    "text": ({"t1": np.array(["a"] * 5)}, r"t1=...\): must be a vector of real times"),
-    "joint steps": ({"batch": "joint", "t1": T1}, r"t1=...\): .* with per-sample steps only"),
-    "ts with joint steps": ({"batch": "joint", "ts": TS}, r"ts=...\): must be a vector"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_times_of_rows(name):
-    given, message = WRONG[name]
-    given = {"t0": 0.0, "t1": 1.0, "batch": "per_sample", **given}
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxode.solve(lambda t, y, _: y, Y0, **given)
-
-
-WRONG_ROWS = {
-    "no batch": ({"batch": None}, ValueError, r"solve\(row_args=...\): needs a batch; got"),
-    "too few rows": (
-        {"row_args": jnp.ones(2)}, ValueError,
-        r"solve\(row_args=...\): leaves must have a leading axis of 5, one row per sample",
-    ),
-    "text": ({"row_args": ["a"]}, TypeError, r"solve\(row_args=...\): leaves must be arrays"),
-}  # fmt: skip
-
-
 def test_a_field_that_ignores_its_row_is_told_of_the_pair():
     with pytest.raises(TypeError, match=r"raised TypeError: .*, the pair \(args, row\) of a solve"):
         jaxode.solve(
             lambda t, y, args: -args["shift"] * y, Y0, 0.0, 1.0, row_args=ROW_ARGS, batch="joint"
         )
-
-
-@pytest.mark.parametrize("name", WRONG_ROWS)
-def test_wrong_rows(name):
-    given, kind, message = WRONG_ROWS[name]
-    with pytest.raises(kind, match=message):
-        jaxode.solve(field, Y0, 0.0, 1.0, ARGS, **{"batch": "joint", "row_args": ROW_ARGS} | given)
