@@ -36,7 +36,7 @@ FIRST = {
     "ode/loop/rosenbrock": ("tests/ode/test_rosenbrock.py", "tests/ode/test_stiff.py"),
     "ode/loop/step_size": ("tests/ode/test_step_size.py", "tests/ode/test_tolerances.py"),
     "ode/odeint": ("tests/ode/test_odeint.py",),
-    "ode/system": ("tests/ode/test_ragged.py",),
+    "ode/system": ("tests/ode/test_rows.py",),
     "plot": ("tests/test_plot.py",),
     "regularizers": ("tests/flows/test_likelihood.py",),
 }
