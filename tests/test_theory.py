@@ -1,6 +1,6 @@
 """From the equations to the code: one small test for each, which could fail.
 
-Of those that take seconds, `tests/flows/test_cnf.py` and `test_likelihood.py` test the result fast.
+Of those that take seconds, `tests/flows/test_flow_features.py` tests the result fast.
 """
 
 import functools

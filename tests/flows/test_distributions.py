@@ -100,7 +100,7 @@ def test_events_of_another_shape_have_no_density(density, event, shape):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_densities_of_other_libraries(library, default_settings):
-    """Values, draws and gradients. Matching takes their draws in `test_matching.py`."""
+    """Values, draws and gradients, also of the matching loss."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their imports warn of what they should change
         optional(library)
@@ -118,6 +118,11 @@ def test_densities_of_other_libraries(library, default_settings):
     np.testing.assert_allclose(flow.log_prob(None, x), exact, atol=1e-5)
     slope = jax.grad(lambda mean: jaxode.cnf(still, make(mean, scale)).nll(None, x))(mean)
     np.testing.assert_allclose(slope, -(x - mean).mean(0) / scale**2, atol=1e-4)
+    # The gradient by a constant field is the mean of the start less the end.
+    shift = jaxode.cnf(lambda t, z, p: p + 0 * z, make(mean, scale))
+    slope = jax.grad(lambda p: shift.matching_loss(p, x, key=jax.random.key(2)))(jnp.zeros(2))
+    z = slope + x.mean(0)
+    assert (jnp.abs(z - mean) < 5 * scale / np.sqrt(1000)).all()
 
 
 def test_a_batch_of_densities_is_not_one_density():

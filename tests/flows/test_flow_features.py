@@ -71,8 +71,8 @@ def test_a_row_that_fails_leaves_the_others_alone(name):
     failed = {key for key, leaf in found.items() if jnp.isnan(leaf).any()}
     assert failed == found.keys() - {"nll", "matching", "sample", "log_q", "plain", "path"}
     others = lambda leaf: np.delete(leaf, LOST, 0) if leaf.ndim and len(leaf) == ROWS else leaf
-    if failed & {"log_prob", "z"}:  # the base density has no derivative at a state of NaN
-        del gradient["mean"], gradient["log_scale"]
+    if "log_prob" in failed:  # the base density has no derivative at a state of NaN
+        gradient = {}
     for key in (*found, *gradient):
         actual, wanted = (found, whole) if key in found else (gradient, slopes)
         np.testing.assert_array_equal(others(actual[key]), others(wanted[key]))
@@ -97,16 +97,16 @@ def test_samples_without_densities_and_the_way_there_and_back(name):
     assert_close(flow.from_base(params, z, context=context), samples, 1e-8)
 
 
-@pytest.mark.parametrize("name", ["a context", "gaussian probes", "in batches"])
+@pytest.mark.parametrize("name", ["a context", "regularized, backwards", "in batches"])
 def test_single_precision_without_jit(name):
     case = CASES[name]
     x = {key: leaf.astype(jnp.float32) for key, leaf in case.inputs.items()}
-    found = case.seen(x, rtol=1e-5, atol=1e-6)
+    # Other draws than signs and uniform numbers depend on the dtype.
+    reads = [read for read in case.reads if read in ("log_prob", "nll")]
+    found = case.seen(x, reads, rtol=1e-5, atol=1e-6)
     assert {leaf.dtype for leaf in found.values()} == {np.dtype("float32")}
-    # The probes of gaussian noise depend on the dtype.
-    if name == "gaussian probes":
-        return
-    assert_close(found, expected(name)[1], 1e-4)
+    values = expected(name)[1]
+    assert_close(found, {key: values[key] for key in found}, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["joint steps", "in batches"])
@@ -116,10 +116,9 @@ def test_an_ensemble_has_the_numbers_of_its_members(name):
     rates = jnp.stack([x["rate"], 0.5 * x["rate"]])
     reads = [read for read in case.reads if read in ("log_prob", "sample", "nll")]
     one = differentiated(lambda rate: case.seen(x | {"rate": rate}, reads))
+    alone = differentiated(lambda rate: case.exact(x | {"rate": rate}, reads))
     members = jax.jit(jax.vmap(one, (0, None)))(rates, ALL)
-    for i in range(2):
-        alone = differentiated(lambda rate: case.exact(x | {"rate": rate}, reads))(rates[i], ALL)
-        assert_close(jax.tree.map(lambda leaf: leaf[i], members), alone, 1e-6)
+    assert_close(members, jax.vmap(alone, (0, None))(rates, ALL), 1e-6)
 
 
 OF_LOSSES = Case(("nll",), divergence.hutchinson(2), context=True, regularized=True)
@@ -160,12 +159,11 @@ def test_the_loss_has_the_order_of_the_solver(solver, order, steps):
         abs(OF_LOSSES.seen(x, steps=count, **options)["nll"] - exact)
         for count in (steps, 2 * steps)
     ]
-    print("ORDER", errors, np.log2(errors[0] / errors[1]))
     assert np.log2(errors[0] / errors[1]) > order - 0.5
 
 
 def test_a_second_derivative_is_forward_over_reverse():
-    case = Case(("nll",), options={"batch": "per_sample"})
+    case = Case(("nll",), options={"steps": 16})
     x = case.inputs
     of = lambda method: lambda k: method(x | {"shear": k})["nll"]
     found = jax.jit(jax.jacfwd(jax.grad(of(case.seen))))(x["shear"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import assert_close, optional
+from helpers import assert_close
 
 import jaxode
 from jaxode import divergence
@@ -86,16 +86,6 @@ def test_transformations_of_the_gradient():
         eqx.filter_value_and_grad(loss)(0.5, X, KEY)[1], scanned()[1][0],
     ):  # fmt: skip
         np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
-@pytest.mark.slow  # Flax takes seconds to import
-def test_parameters_of_flax():
-    module = optional("flax.linen").Dense(2, param_dtype=jnp.float64)
-    params = module.init(KEY, jnp.zeros(2))
-    of = lambda f: jax.jit(jax.grad(jaxode.cnf(f, BASE).nll))
-    found = of(lambda t, z, p: jnp.tanh(module.apply(p, z)))(params, X)["params"]
-    plain = of(lambda t, z, p: jnp.tanh(z @ p["kernel"] + p["bias"]))(params["params"], X)
-    assert_close(found, plain, 1e-10)
 
 
 class Shrinking:

@@ -1,7 +1,6 @@
 """The loss of flow matching: its minimum, its noise, and what it must not depend on."""
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from flow_cases import times_of
-from helpers import AT_RUN_TIME, LIBRARIES, assert_close, optional, typed
+from helpers import AT_RUN_TIME, assert_close, typed
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -37,53 +36,6 @@ def field(t, z, args):
 
 def flow_of(f=field, event=2, **options):
     return jaxode.cnf(f, jaxode.standard_normal(event), **options)
-
-
-# Two Gaussians, of which the best field is known.
-MEANS, SCALES = (jnp.array([1.0, -2.0]), jnp.array([3.0, 0.5])), (0.7, 0.4)
-
-
-def best_field(t0, t1):
-    """`E[x - z0 | z_t] / (t1 - t0)`, and what is to be added to it."""
-
-    def f(t, z, params):
-        u = (t - t0) / (t1 - t0)
-        mean = (1 - u) * MEANS[0] + u * MEANS[1]
-        variance = (1 - u) ** 2 * SCALES[0] ** 2 + u**2 * SCALES[1] ** 2
-        slope = (u * SCALES[1] ** 2 - (1 - u) * SCALES[0] ** 2) / variance
-        best = MEANS[1] - MEANS[0] + slope * (z - mean)
-        shift, by_time, by_state = params
-        return (best + shift + by_time * u + by_state * (z - mean)) / (t1 - t0)
-
-    return f
-
-
-@jax.jit
-def of_the_best_field(t0, t1):
-    """Gradients of the losses of 2000 batches, and the log-densities of `X`."""
-    base = DiagonalNormal(MEANS[0], jnp.full(2, jnp.log(SCALES[0])))
-    options = {"t0": t0, "t1": t1, "rtol": 1e-10, "atol": 1e-10, "throw": False}
-    flow = jaxode.cnf(best_field(t0, t1), base, **options)
-    still = tuple(jnp.zeros(2) for _ in range(3))
-
-    def gradient(key):
-        x_key, key = jax.random.split(key)
-        x = MEANS[1][None] + SCALES[1] * jax.random.normal(x_key, (64, 2))
-        return jax.grad(flow.matching_loss)(still, x, key=key)
-
-    return jax.vmap(gradient)(jax.random.split(KEY, 2000)), flow.log_prob(still, X)
-
-
-@pytest.mark.parametrize("times", [(0.0, 1.0), (2.0, -1.0)])
-def test_the_best_field_between_two_gaussians(times):
-    gradients, found = of_the_best_field(*times)
-    for samples in gradients:
-        # Five standard errors; 0.01 is what a field that is wrong by as much would have.
-        error = samples.std(0) / np.sqrt(len(samples))
-        assert (error < 0.002).all()
-        assert (np.abs(samples.mean(0)) < 5 * error).all()
-    log_prob = scipy.stats.norm(MEANS[1], SCALES[1]).logpdf(X).sum(1)
-    np.testing.assert_allclose(found, log_prob, atol=1e-6)
 
 
 def test_gradients_of_data_and_context_are_those_of_the_pairs():
@@ -183,11 +135,8 @@ def test_a_batch_over_devices_has_the_noise_of_one():
     assert sum(c["bytes"] for c in crossing) <= sum(leaf.nbytes for leaf in PARAMS) + 24
 
 
-# bfloat16 has eight bits.
-@pytest.mark.parametrize(
-    ("dtype", "rtol", "atol"), [(jnp.float32, 1e-6, 1e-5), (jnp.bfloat16, 1e-2, 3e-2)]
-)
-def test_low_precision(dtype, rtol, atol):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_precision(dtype):
     def f(t, z, w):
         return w @ z.astype(w.dtype) + t.astype(w.dtype)
 
@@ -196,31 +145,9 @@ def test_low_precision(dtype, rtol, atol):
     value, gradient = jax.value_and_grad(loss)(w.astype(dtype))
     assert (value.dtype, gradient.dtype) == (jnp.float32, dtype)
     exact, slope = jax.value_and_grad(loss)(w, X)
-    np.testing.assert_allclose(value, exact, rtol=rtol)
-    np.testing.assert_allclose(gradient.astype(slope.dtype), slope, atol=atol)
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_base_samples_are_those_of_the_base(library, default_settings):
-    mean, scale = jnp.array([1.0, 5.0]), jnp.array([0.1, 0.2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # their imports warn of what they should change
-        optional(library)
-        flow = jaxode.cnf(lambda t, z, p: p - z * 0, LIBRARIES[library](mean, scale))
-        x = jnp.zeros((400, 2), jnp.float32)
-        # Its gradient by a constant field is the mean of `p - (x - z0)`.
-        gradient = jax.grad(lambda p: flow.matching_loss(p, x, key=KEY))(jnp.zeros(2))
-    np.testing.assert_allclose(gradient, mean, atol=0.05)
-
-
-def test_transport_that_ignores_the_condition_skews_and_its_weight_mends_it():
-    """One normal at 3 and one at -3, by the condition."""
-    sign = jax.random.rademacher(jax.random.key(1), (512, 1), float)
-    x, z = 3 * sign + 0.5 * normal(2, 512, 1), normal(9, 512, 1)
-    of_plus = lambda coupling: z[coupling.pair(KEY, z, x, sign)][sign > 0]
-    # All of the base belongs to each condition; plain transport gives it half.
-    assert of_plus(optimal_transport(16, 0.0)).mean() > 0.6
-    assert np.abs(of_plus(optimal_transport(16, 100.0)).mean()) < 0.25
+    eps = float(jnp.finfo(dtype).eps)  # a few roundings of each row
+    np.testing.assert_allclose(value, exact, rtol=4 * eps)
+    assert_close(gradient.astype(slope.dtype), slope, 4 * eps)
 
 
 def loss(x=X, flow=None, **options):

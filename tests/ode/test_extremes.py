@@ -264,7 +264,7 @@ def quiet(control):
     return flow, jax.jit(jax.value_and_grad(flow.nll))
 
 
-# With joint steps: `test_attacks_flows.py`.
+# With joint steps: `test_bad_data.py`.
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_cnf_of_data_that_is_not_finite(value):
     """An error that says so, or NaN: in the loss, in every gradient, and in that row's density."""

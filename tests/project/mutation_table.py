@@ -17,11 +17,10 @@ FIRST = {
     "diffusion": ("tests/flows/test_probability_flow.py",),
     "distributions": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
     "divergence": ("tests/flows/test_divergence.py",),
-    "flows": ("tests/flows",),
+    "flows": ("tests/flows/test_flow_features.py", "tests/flows"),
     "flows/chunks": ("tests/flows/test_chunks.py",),
-    "flows/integrands": ("tests/flows/test_energy.py",),
-    "flows/likelihood": ("tests/flows/test_likelihood.py",),
-    "flows/matching": ("tests/flows/test_matching.py",),
+    "flows/centered": ("tests/flows/test_distributions.py",),
+    "flows/likelihood": ("tests/flows/test_flow_features.py", "tests/flows/test_bad_data.py"),
     "images": ("tests/test_images.py",),
     "interop": ("tests/interop",),
     "nn": ("tests/flows/test_nn.py",),
@@ -38,7 +37,7 @@ FIRST = {
     "ode/odeint": ("tests/ode/test_odeint.py",),
     "ode/system": ("tests/ode/test_ragged.py",),
     "plot": ("tests/test_plot.py",),
-    "regularizers": ("tests/flows/test_likelihood.py",),
+    "regularizers": ("tests/flows/test_flow_features.py",),
 }
 
 MUTATIONS: tuple[tuple[str, str, str], ...] = (
