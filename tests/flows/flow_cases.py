@@ -140,6 +140,11 @@ class Case(NamedTuple):
             all_of["x0"] = draw(2, ROWS, *self.event)
         return {name: jnp.asarray(np.asarray(leaf, float)) for name, leaf in all_of.items()}
 
+    @property
+    def errors(self) -> bool:
+        """Whether log-densities have standard errors."""
+        return bool(self.divergence.standard_error) and self.probes(KEY).shape[1] > 1
+
     def base_of(self, x):
         if self.base is not None:
             return self.base(x["mean"], x["log_scale"], self.event)
@@ -172,13 +177,11 @@ class Case(NamedTuple):
         losses = {"context": context, "key": KEY}
         for read in self.reads if reads is None else reads:
             match read:
-                case "log_prob" if self.divergence.standard_error and len(self.probes(KEY)[0]) > 1:
+                case "log_prob" if self.errors:
                     both = flow.log_prob_and_error(*leading, x["x"], key=KEY, **given)
                     found["log_prob"], found["error"] = both
                 case "log_prob":
                     found["log_prob"] = flow.log_prob(*leading, x["x"], key=KEY, **given)
-                case "to_base":
-                    found["z"] = flow.to_base(params, x["x"], context=context)
                 case "sample":
                     found["sample"], found["log_q"] = flow.sample_and_log_prob(*draw, **given)
                 case "nll":
@@ -203,36 +206,28 @@ class Case(NamedTuple):
                 case "log_prob":
                     probes = self.probes(KEY)
                     found["log_prob"], _, each = self.density(x, x["x"], probes)
-                    if self.divergence.standard_error and probes.shape[1] > 1:
-                        left = (
-                            1 - probes.shape[1] / D if "orthogonal" in self.divergence.name else 1
-                        )
-                        spread = jnp.var(each, axis=1, ddof=1) / probes.shape[1] * left
-                        found["error"] = jnp.sqrt(spread)
-                case "to_base":
-                    found["z"] = self.carried(x, x["x"], x["t1"], x["t0"])[0]
+                    if self.errors:
+                        count, orthogonal = each.shape[1], "orthogonal" in self.divergence.name
+                        left = 1 - count / D if orthogonal else 1
+                        found["error"] = jnp.sqrt(jnp.var(each, axis=1, ddof=1) / count * left)
                 case "sample":
                     found["sample"], found["log_q"] = self.drawn(x, noisy=self.chunk is None)
                 case "nll":
-                    end = random_end(KEY, x["t0"], self.steer)
+                    probes, end = self.probes(KEY), random_end(KEY, x["t0"], self.steer)
                     x = x | {"t0": end}
-                    probes = self.probes(KEY)
                     log_prob, u, each = self.density(x, x["x"], probes)
                     costs = self.costs(x, u, probes) if self.regularized else {}
                     penalty = sum(COSTS[name] * cost for name, cost in costs.items())
-                    found |= {"nll": weights @ (penalty - log_prob)}
-                    # Statistics have no gradient.
-                    found |= jax.lax.stop_gradient(
-                        {"stats": jnp.stack([log_prob, -each.mean(1)], 1), **costs}
-                    )
+                    found["nll"] = weights @ (penalty - log_prob)
+                    costs["stats"] = jnp.stack([log_prob, -each.mean(1)], 1)
+                    found |= jax.lax.stop_gradient(costs)
                 case "matching":
                     found["matching"] = weights @ self.squared_errors(x, base)
                 case "plain" | "path":
                     drawn, log_q = self.drawn(x)
                     if read == "path":
-                        log_q, *_ = self.density(
-                            jax.lax.stop_gradient(x), drawn, self.probes(PROBE_KEY)
-                        )
+                        still = jax.lax.stop_gradient(x)
+                        log_q, *_ = self.density(still, drawn, self.probes(PROBE_KEY))
                     rows = self.args(x)[1]
                     of_rows = (drawn,) if rows is None else (drawn, rows)
                     found[read] = jnp.mean(log_q - jax.vmap(target_of(x["shear"]))(*of_rows))
@@ -304,17 +299,15 @@ class Case(NamedTuple):
 
         def one(u, start, end, row):
             args = params if row is None else (params, row)
-            error = (
-                field(x["t0"] + u * span, (1 - u) * start + u * end, args) - (end - start) / span
-            )
-            return jnp.mean(error**2)
+            dz = field(x["t0"] + u * span, (1 - u) * start + u * end, args)
+            return jnp.mean((dz - (end - start) / span) ** 2)
 
         return jax.vmap(one)(u, start, x["x"], rows)
 
 
 EACH = {"batch": "per_sample"}
 NOISY = ("log_prob", "nll")
-ALL = ("log_prob", "to_base", "sample", "nll", "matching", "plain", "path")
+ALL = ("log_prob", "sample", "nll", "matching", "plain", "path")
 
 # (features) A new one is one row; so is a pair of features that go together.
 CASES = {

@@ -121,7 +121,8 @@ STEEP = "must have a finite gradient at .*; got NaN or inf in {} of 6 "
     [("joint", nan_above, NAN), ("per_sample", steep_below, STEEP)],
 )
 def test_a_target_that_is_not_finite_is_named(batch, target, message):
-    of = lambda **options: flow_of(lambda t, z, A: 0 * z, batch=batch, steps=2, **options)
+    of = lambda **options: flow_of(linear, batch=batch, steps=2, **options)
+    A = jnp.zeros((2, 2))
     z = of().sample(A, KEY, 6)
     count = int((z[:, 0] > 0).sum()) if target is nan_above else int((z[:, 0] < 0).sum())
     assert 0 < count < 6
