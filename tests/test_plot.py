@@ -24,15 +24,15 @@ def ax():
 def test_density_is_that_of_the_function_at_the_centers_of_cells(ax):
     base = jaxode.standard_normal(2)
     shift = jnp.array([[1.0, -2.0]])
-    jaxode.plot.density(lambda x: base.log_prob(x - shift), (-5, 7, -8, 4), ax=ax, points=60)
+    jaxode.plot.density(lambda x: base.log_prob(x - shift), (-5, 7, -7, 5), ax=ax, points=60)
     (image,) = ax.images
     values = np.asarray(image.get_array())
     row, column = np.unravel_index(values.argmax(), values.shape)
     # Cells are 0.2 wide; the peak lies on the corner of four of them.
     np.testing.assert_allclose(
-        [-5 + 0.2 * (column + 0.5), -8 + 0.2 * (row + 0.5)], [1, -2], atol=0.11
+        [-5 + 0.2 * (column + 0.5), -7 + 0.2 * (row + 0.5)], [1, -2], atol=0.11
     )
-    assert list(image.get_extent()) == [-5, 7, -8, 4]
+    assert list(image.get_extent()) == [-5, 7, -7, 5]
     # The midpoint rule on a Gaussian that ends within the picture is exact to its tails.
     np.testing.assert_allclose(values.sum() * 0.2**2, 1.0, atol=1e-6)
 
