@@ -92,25 +92,6 @@ def test_the_looks_of_fit_are_drawn_over_seconds(ax):
     assert ax.lines[0].get_xydata().tolist() == [[2.0, 5.0], [4.0, 1.0]]
 
 
-@pytest.mark.parametrize(
-    ("draw", "message"),
-    [
-        (
-            lambda: jaxode.plot.samples(np.zeros((4, 3))),
-            r"samples\(x=...\): must have shape \(n, 2",
-        ),
-        (lambda: jaxode.plot.trajectories(np.zeros((4, 2))), r"must have shape \(times, n, 2\)"),
-        (
-            lambda: jaxode.plot.history(np.zeros((4, 2))),
-            r"must have shape \(steps,\); got \(4, 2\)",
-        ),
-    ],
-)
-def test_wrong_shapes(draw, message):
-    with pytest.raises(ValueError, match=message):
-        draw()
-
-
 def test_without_matplotlib_a_picture_says_what_to_install(monkeypatch):
     """That the library is imported without it is tested in `test_package.py`."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

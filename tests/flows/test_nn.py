@@ -383,23 +383,3 @@ def test_a_lattice_is_that_of_the_docstring():
             d = (x[0] - z[0]) % 2, (x[1] - z[1]) % 3
             expected[x] += kernels[:, *d] @ features[:, *z]
     np.testing.assert_allclose(m(T, jnp.asarray(y)), expected, rtol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda key: nn.Particles(1, 2, key=key), r"Particles\(n=...\).*at least 2; got 1"),
-        (lambda key: nn.Particles(2, 0, key=key), r"Particles\(dim=...\).*positive"),
-        (lambda key: nn.Particles(2, 2, reach=0.0, key=key), r"Particles\(reach=...\)"),
-        (lambda key: nn.Lattice(0, key=key), r"Lattice\(shape=...\).*positive integers; got 0"),
-        (lambda key: nn.Lattice((2,) * 4, key=key), r"Lattice\(shape=...\).*one to three axes"),
-        (lambda key: nn.Lattice(4, odd=1, key=key), r"Lattice\(odd=...\).*True or False"),
-        (lambda key: nn.Particles(3, 2, key=key)(T, Y[:4]), r"\(n, dim=...\).*6 numbers"),
-        (lambda key: nn.Particles(3, 2, key=key)(T, Y.reshape(2, 3)), r"\(n, dim=...\).*\(2, 3\)"),
-        (lambda key: nn.Lattice((3, 2), key=key)(T, Y.reshape(2, 3)), r"\(shape=...\).*\(2, 3\)"),
-        (lambda key: jaxode.centered_normal(1, 2), r"centered_normal\(n=...\).*at least 2"),
-    ],
-)
-def test_wrong_symmetric_fields(make, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        make(jax.random.key(0))

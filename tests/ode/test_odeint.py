@@ -128,22 +128,6 @@ def test_structures_that_the_original_takes(name, default_settings):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("func", "message"),
-    [
-        (
-            lambda y, t: y[0],
-            r"odeint\(func=...\): func\(y, t, \*args\) must return the shapes of y",
-        ),
-        (lambda y, t: {"a": y, "b": y}, r"func\(y, t, \*args\) must return the structure of y"),
-        (lambda y, t: y @ y[0], r"^func\(y, t, \*args\): the vector field raised .* that fit func"),
-    ],
-)
-def test_messages_name_func_and_its_arguments(func, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxode.odeint(func, jnp.ones(2), T)
-
-
 def test_forward_mode_raises_what_the_original_does():
     """Upstream issue 3558."""
     run = lambda odeint, a: odeint(lambda y, t: -a * y, jnp.ones(()), T)[-1]
