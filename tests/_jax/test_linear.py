@@ -46,7 +46,7 @@ def test_the_order_of_the_equations_is_found_once(transposed):
     assert not any(name in str(program) for name in ("pivots", "sort[", "while["))
 
 
-# Rows of three unknowns that fail are in `test_stiff_gradients.py`.
+# Rows of few unknowns that fail are in `test_failed_gradients.py`.
 @pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), MOST_UNROLLED + 1])
 def test_samples_that_cannot_be_solved_spoil_no_other(n):
     a = matrices(n)

@@ -12,7 +12,7 @@ from problems import ALL_SOLVERS, solver_name
 
 import jaxode
 from jaxode.ode.loop.progress import aim
-from jaxode.ode.loop.step_size import first_step, propose
+from jaxode.ode.loop.step_size import first_step
 from jaxode.ode.loop.tableau import tableau_of
 
 SOLVERS = [solver for solver, _, adaptive in ALL_SOLVERS if adaptive]
@@ -62,21 +62,6 @@ def test_first_step_is_finite_for_any_slope(slope):
 def test_a_smooth_solution_takes_one_step():
     solution = jaxode.solve(lambda t, y, a: 0.2 * jnp.sin(y), jnp.ones(3), 0.0, 1.0, rtol=1e-6)
     assert (int(solution.stats.num_accepted), int(solution.stats.num_rejected)) == (1, 0)
-
-
-@pytest.mark.parametrize(
-    ("order", "guessed", "ratio", "factor"),
-    [
-        (8, True, 100.0, 0.9 * 100 ** (-1 / 5)),
-        (8, False, 100.0, 0.9 * 100 ** (-1 / 8)),
-        (8, True, 0.1, 0.9 * 0.1 ** (-1 / 8)),
-        (3, True, 8.0, 0.45),
-    ],
-)
-def test_a_guess_that_is_rejected_shrinks_by_more_in_high_order(order, guessed, ratio, factor):
-    accept, by = propose(jnp.full(1, ratio), order, jnp.full(1, guessed))
-    assert bool(accept[0]) == (ratio <= 1)
-    assert float(by[0]) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(
