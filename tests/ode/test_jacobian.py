@@ -32,13 +32,12 @@ def of_state(y0, rate, rows, t0, t1, **options):
     return jaxode.solve(field, y0, t0, t1, rate, row_args=rows, **options)
 
 
-@pytest.mark.parametrize("solver", [jaxode.Rodas5P, jaxode.Rosenbrock23])
-def test_equal_to_forward_mode(solver):
+def test_equal_to_forward_mode():
     """Solutions, and gradients by all that there is, of a state with structure."""
 
     def both(given):
         def loss(*inputs):
-            y1 = of_state(*inputs, solver=solver(given), steps=6).y1
+            y1 = of_state(*inputs, solver=jaxode.Rosenbrock23(given), steps=6).y1
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in y1.values()), y1
 
         return jax.jit(jax.grad(loss, range(5), has_aux=True))(*INPUTS)
@@ -123,19 +122,15 @@ def test_one_that_fails_is_named(name):
 
 def test_a_failed_row():
     """It is NaN from its start, and so are its stages."""
-    y0 = Y.at[1].set(jnp.nan)
 
     @jax.jit
     @jax.grad
     def gradient(rate):
-        solution = jaxode.solve(
-            decay, y0, 0.0, 1.0, rate, solver=jaxode.Rodas5P(closing_over(rate)),
-            batch="per_sample", throw=False, max_steps=64,
-        )  # fmt: skip
-        return jnp.sum(jnp.where(solution.ok[:, None], solution.y1, 0.0))
+        y1 = end(Y.at[1].set(jnp.nan), rate, closing_over(rate), batch="per_sample", throw=False)
+        return jnp.sum(y1[jnp.array([0, 2])])
 
     alone = jax.grad(lambda rate: 2 * end(Y[0], rate).sum())(RATES[0])
-    np.testing.assert_allclose(gradient(RATES[0]), alone, rtol=1e-2)  # their tolerances
+    np.testing.assert_allclose(gradient(RATES[0]), alone, rtol=1e-10)
 
 
 def test_exported():

@@ -55,14 +55,16 @@ def of_nll(A, y, ts):
     return flow.nll(A, y[None])
 
 
-def of_jump(A, y0, ts):
-    jumps = jaxode.Jumps(jnp.array([0.5]), lambda t, y, A, i: product_with_vjp(A, y))
-    return jaxode.solve(lambda t, y, A: y, y0, 0.0, 1.0, A, jumps=jumps, throw=False).y1.sum()
-
-
-def of_event(A, y0, ts):
+def of_event(A, y0, ts, **options):
     event = jaxode.Event(lambda t, y, A: product_with_jvp(A, y)[0] - 1.5)
-    return jaxode.solve(lambda t, y, A: y, y0, 0.0, 1.0, A, event=event, throw=False).t1
+    options = options or {"event": event}
+    solution = jaxode.solve(lambda t, y, A: y, y0, 0.0, 1.0, A, throw=False, **options)
+    return solution.t1 + solution.y1.sum()
+
+
+def of_jump(A, y0, ts):
+    change = lambda t, y, A, i: product_with_vjp(A, y)
+    return of_event(A, y0, ts, jumps=jaxode.Jumps(ts[:1], change))
 
 
 BACK, FORWARD = {"adjoint": jaxode.BacksolveAdjoint()}, {"adjoint": jaxode.ForwardMode()}
@@ -75,8 +77,8 @@ PROGRAMS = {
     "forward over reverse": by_all(by_all(end(product_with_jvp)), jax.jacfwd),
     "reverse over reverse": by_all(by_all(end(either, **BACK)), jax.jacrev),
     "nll": jax.grad(of_nll, (0, 1)),
-    "the change at a jump": jax.grad(of_jump, (0, 1)),
-    "the condition for an event": jax.grad(of_event, (0, 1)),
+    "the change at a jump": by_all(of_jump),
+    "the condition for an event": by_all(of_event),
 }
 INPUTS = (jnp.eye(2), jnp.ones(2), jnp.array([0.5, 1.0]))
 
