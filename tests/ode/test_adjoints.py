@@ -149,7 +149,8 @@ def of_rows(p, ts, weights, bad, keep, options=None):
 EXACT = jax.jit(jax.hessian(of_rows))
 
 
-@pytest.mark.parametrize(("name", "again"), AGAIN)
+# Of forward mode, which takes as long to trace, `test_transforms.py` has others.
+@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if case[0] != "forward"])
 def test_second_derivatives(name, again):
     """Of one program, at values of each kind."""
     loss = functools.partial(of_rows, options=METHODS[name].options())
@@ -173,6 +174,14 @@ def test_second_derivatives(name, again):
     if METHODS[name].exact:  # there is curvature where no step is taken, too
         p, by_time = jnp.array([0.7, 0.9, 0.0, 0.1, 0.1]), (jnp.full(2, 0.1), jnp.zeros(2))
         close(run(p, *by_time, good, both), exact(p, *by_time, good, both), 1e-12)
+
+
+def test_forward_over_forward_where_the_error_estimate_is_zero():
+    """`y1 = 1 + 2 a^3` has the second derivative `12 a`."""
+    y1 = lambda a: jaxode.solve(
+        lambda t, y, a: a**3 * jnp.ones(1), jnp.ones(1), 0.0, 2.0, a, adjoint=jaxode.ForwardMode()
+    ).y1[0]  # fmt: skip
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.jacfwd(y1)))(1.3), 12 * 1.3, rtol=1e-12)
 
 
 def decay(y0, rate, **options):
