@@ -109,25 +109,6 @@ def test_a_short_history_and_the_current_axes(ax):
     assert jaxode.plot.history([]) is ax
 
 
-@pytest.mark.parametrize(
-    ("draw", "message"),
-    [
-        (
-            lambda: jaxode.plot.samples(np.zeros((4, 3))),
-            r"samples\(x=...\): must have shape \(n, 2",
-        ),
-        (lambda: jaxode.plot.trajectories(np.zeros((4, 2))), r"must have shape \(times, n, 2\)"),
-        (
-            lambda: jaxode.plot.history(np.zeros((4, 2))),
-            r"must have shape \(steps,\); got \(4, 2\)",
-        ),
-    ],
-)
-def test_wrong_shapes(draw, message):
-    with pytest.raises(ValueError, match=message):
-        draw()
-
-
 def test_without_matplotlib_a_picture_says_what_to_install(monkeypatch):
     """That the library is imported without it is tested in `test_package.py`."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

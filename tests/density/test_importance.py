@@ -117,12 +117,3 @@ def test_it_is_a_pytree_under_jit():
     assert "Importance" in seen[0]
     assert "Importance" in repr(report)  # of two vectors
     assert "fewer than 1000" in str(jaxode.importance(log_w[0, :999]))
-
-
-@pytest.mark.parametrize(
-    ("value", "got"),
-    [(3.0, r"shape \(\)"), (np.zeros(1), r"shape \(1,\)"), (np.arange(3), "int64"), ("a", "str")],
-)
-def test_what_is_not_a_vector_of_numbers(value, got):
-    with pytest.raises((TypeError, ValueError), match=r"importance\(log_weights=...\).*" + got):
-        jaxode.importance(value)

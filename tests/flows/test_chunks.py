@@ -155,15 +155,6 @@ def test_a_size_that_is_not_given_depends_on_the_network(weights, size):
     assert Chunks.make(None, False, params).size == size
 
 
-def test_joint_steps_are_not_split():
-    flow = jaxode.cnf(jaxode.nn.field, BASE, axis_name="rows", **OPTIONS)
-    bound = jaxode.bind(flow, trained())
-    with pytest.raises(ValueError, match=r"log_prob\(batch_size=...\): needs steps of each sample"):
-        bound.log_prob(X, batch_size=SIZE)
-    with pytest.raises(ValueError, match=r"log_prob\(progress=...\): needs steps of each sample"):
-        bound.log_prob(X, progress=True)
-
-
 @typed
 def test_devices_have_batches_of_their_own():
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))

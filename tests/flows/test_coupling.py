@@ -126,30 +126,6 @@ def test_equal_settings_are_equal():
     assert independent().pair(KEY, z, x, None) is None
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: optimal_transport(0), r"optimal_transport\(group=...\): must be a positive int"),
-        (lambda: optimal_transport(2.5), r"optimal_transport\(group=...\): must be a positive int"),
-        (
-            lambda: optimal_transport(condition_weight=-1),
-            r"optimal_transport\(condition_weight=...\): must be a .* at least 0; got -1",
-        ),
-        (
-            lambda: optimal_transport(condition_weight=float("nan")),
-            r"optimal_transport\(condition_weight=...\): must be a .*, finite .* got nan",
-        ),
-        (
-            lambda: rows_of(optimal_transport(4, 1.0), jnp.ones((4, 2)), jnp.ones((4, 2))),
-            r"matching_loss\(context=...\): must be given where its distance counts; got None",
-        ),
-    ],
-)
-def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_the_assignment_of_any_costs():
     cost = jax.random.uniform(KEY, (9, 9), jnp.float64)
     ((own, best),) = costs(np.asarray(cost), np.asarray(coupling.assignment(cost)), [9])

@@ -91,15 +91,6 @@ def test_the_probability_flow_of_centred_particles():
         jaxode.cnf(field, base)
 
 
-@pytest.mark.parametrize("density", [jaxode.standard_normal, jaxode.diagonal_normal])
-@pytest.mark.parametrize(
-    ("event", "shape"), [(3, (4, 2)), (1, (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 3, 2)), (1, ())]
-)
-def test_events_of_another_shape_have_no_density(density, event, shape):
-    with pytest.raises(ValueError, match=r"log_prob\(z=...\): must have shape \(..., \*event\)"):
-        density(event).log_prob(jnp.ones(shape))
-
-
 @pytest.mark.slow
 def test_a_base_density_is_learned_together_with_the_field():
     """Its gradient is the closed form's, and training finds the data's mean and scale."""
@@ -162,20 +153,6 @@ def test_densities_of_other_libraries(library, default_settings):
     np.testing.assert_allclose(gradient[0], expected, atol=1e-4)
 
 
-def test_a_batch_of_densities_is_not_one_density():
-    class Batched:
-        event_shape, batch_shape = (), (3,)
-
-        def log_prob(self, z):
-            return z
-
-        def sample(self, key, sample_shape):
-            return key
-
-    with pytest.raises(ValueError, match=r"got a batch of shape \(3,\)"):
-        jaxode.cnf(field, Batched())
-
-
 def test_an_integer_as_event_shape_stands_for_a_vector():
     normal = jaxode.standard_normal(3)
 
@@ -212,19 +189,3 @@ def test_products_of_a_base_have_the_precision_of_those_of_the_field():
         program = str(jax.make_jaxpr(method)(0.1))
         products = program.count("dot_general[")
         assert 0 < products == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
-
-
-def test_a_density_of_each_coordinate_is_refused():
-    class Coordinates:
-        event_shape = (3,)
-
-        def log_prob(self, z):
-            return -(z**2) / 2
-
-        def sample(self, key, shape):
-            return jax.random.normal(key, (*shape, 3))
-
-    flow = jaxode.cnf(lambda t, z, a: a * z, Coordinates())
-    for method in (flow.nll, flow.log_prob):
-        with pytest.raises(ValueError, match=r"one number per sample, shape \(3,\); got \(3, 3\)"):
-            method(0.1, jnp.ones((3, 3)))

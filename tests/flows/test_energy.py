@@ -268,20 +268,6 @@ def test_a_failed_solve_is_named_and_not_the_target():
         flow.reverse_kl_loss(trained(), double_well, 4, key=KEY)
 
 
-@pytest.mark.parametrize(
-    ("target", "n", "message"),
-    [
-        (lambda x: x, 4, r"log_density=...\): must return a floating scalar.* shape \(2,\)"),
-        (lambda x: 1, 4, r"log_density=...\): must return a floating scalar.*got int"),
-        (None, 4, r"log_density=...\): must be a function log_density\(x\); got None"),
-        (double_well, 0, r"n=...\): must have at least one row; got shape \(0, 2\)"),
-    ],
-)
-def test_arguments_are_checked(target, n, message):
-    with pytest.raises((TypeError, ValueError), match=r"reverse_kl_loss\(" + message):
-        flow_of().reverse_kl_loss(trained(), target, n, key=KEY)
-
-
 @typed
 @pytest.mark.slow
 def test_devices_share_a_batch():

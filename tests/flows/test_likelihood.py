@@ -442,23 +442,6 @@ def test_other_gradient_methods_agree(name):
     np.testing.assert_allclose(other_stats.log_det, stats.log_det, atol=1e-7)
 
 
-def test_a_regularizer_needs_what_the_divergence_can_give():
-    class Field:
-        def __call__(self, t, z, args):
-            return -z
-
-        def value_and_divergence(self, t, z, args):
-            return -z, jnp.array(-2.0)
-
-    norm = jaxode.regularizers.jacobian_frobenius(1.0)
-    closed_form = jaxode.divergence.closed_form()
-    flow = jaxode.cnf(Field(), BASE, divergence=closed_form, regularizers=(norm,))
-    with pytest.raises(
-        ValueError, match=r"the Jacobian, which the divergence \(closed form\) does"
-    ):
-        flow.nll(None, X)
-
-
 def test_a_regularizer_of_the_jacobian_with_a_field_that_has_a_closed_form():
     """`auto()` takes the exact trace for the loss, and the closed form for the density."""
     network = jaxode.nn.ConcatSquash(DIM, (8,), key=KEY)

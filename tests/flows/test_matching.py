@@ -1,6 +1,5 @@
 """The loss of flow matching: its minimum, its noise, and what it must not depend on."""
 
-import functools
 import warnings
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import AT_RUN_TIME, LIBRARIES, optional, typed, with_slow
+from helpers import LIBRARIES, optional, typed, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -183,19 +182,6 @@ def test_times_of_a_power(power):
     assert scipy.stats.kstest(powers.ravel(), cdf).statistic < 0.02
     one = times_of(keys[0], time_power=power)
     np.testing.assert_allclose(powers[0], one, rtol=1e-12)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def of_power(power, throw):
-    flow = flow_of(lambda t, z, p: p * z + t, throw=throw)
-    return flow.matching_loss(0.3, X, key=KEY, time_power=power)
-
-
-@pytest.mark.parametrize("power", [0.0, -1.0, jnp.inf, jnp.nan])
-def test_a_traced_power_that_is_not_positive_has_no_loss(power):
-    assert np.isnan(of_power(power, False))
-    with pytest.raises(AT_RUN_TIME, match=r"matching_loss\(time_power=...\): must be positive"):
-        jax.block_until_ready(of_power(power, True))
 
 
 @pytest.mark.slow
@@ -399,169 +385,6 @@ def test_straightening_lowers_the_evaluations(default_settings):
 def loss(x=X, flow=None, **options):
     flow = flow_of(lambda t, z, p: -z) if flow is None else flow
     return flow.matching_loss(None, x, **{"key": KEY, **options})
-
-
-class PerBatch:
-    """A base whose samples are always a batch."""
-
-    event_shape = (2,)
-    log_prob = jaxode.standard_normal(2).log_prob
-
-    def sample(self, key, sample_shape):
-        return jax.random.normal(key, (3, 2))
-
-
-def pairing(rows):
-    return Coupling(lambda key, z, x, context: rows)
-
-
-# (call, exception, message). A new rule is one row.
-BAD_INPUT = [
-    (
-        lambda: loss(X[:, 0]), ValueError,
-        "matching_loss(x=...): must have shape [batch, 2]; got (16,).",
-    ),
-    (
-        lambda: loss(jnp.ones((3, 2), jnp.int32)), TypeError,
-        "matching_loss(x=...): must have a floating dtype; got int32. Integer-valued data has no "
-        "density: dequantize it and convert with .astype(jnp.float32).",
-    ),
-    (
-        lambda: loss(key=None), TypeError,
-        "matching_loss(key=...): must be a key of jax.random; got NoneType. ",
-    ),
-    (
-        lambda: loss(x0=START[:3]), ValueError,
-        "matching_loss(x0=...): must have one start sample for each of the 16 rows of x; got 3. "
-        "Draw as many of each, with replacement if one set is smaller.",
-    ),
-    (
-        lambda: loss(x0=START[:, :1]), ValueError,
-        "matching_loss(x0=...): must have shape [batch, 2]; got (16, 1).",
-    ),
-    (
-        lambda: loss(flow=flow_of(lambda t, z, p: z[0])), ValueError,
-        "matching_loss(f=...): f(t, y, args) must return the shapes of y; got () where y has (2,). "
-        "f sees one sample of a batch.",
-    ),
-    (
-        lambda: loss(flow=jaxode.cnf(lambda t, z, p: -z, PerBatch())), ValueError,
-        "cnf(base=...): sample(key, ()) must have the shape of an event, (2,); got (3, 2).",
-    ),
-    (
-        lambda: loss(coupling=optimal_transport), TypeError,
-        "matching_loss(coupling=...): must be a Coupling; got <function optimal_transport at ",
-    ),
-    (
-        lambda: loss(weights=jnp.ones(16), coupling=optimal_transport(8)), ValueError,
-        "matching_loss(weights=...): must be left out with a coupling that pairs rows, for which "
-        "all rows count the same; got weights with _OptimalTransport(group=8, condition_weight="
-        "None). Draw rows by their weights instead, or use jaxode.coupling.independent().",
-    ),
-    (
-        lambda: loss(context=CONTEXT, coupling=optimal_transport(8)), ValueError,
-        "optimal_transport(condition_weight=...): must be given with a context; got None. Pass a "
-        "positive weight of the squared distance of conditions, or 0.0 for transport that ignores "
-        "them, which skews the trained flow.",
-    ),
-    (
-        lambda: loss(coupling=pairing(jnp.arange(3))), ValueError,
-        "matching_loss(coupling=...): must return one row number per sample, integers of shape "
-        "(16,); got int64 of shape (3,).",
-    ),
-    (
-        lambda: loss(coupling=pairing(jnp.ones(16))), ValueError,
-        "matching_loss(coupling=...): must return one row number per sample, integers of shape "
-        "(16,); got float64 of shape (16,).",
-    ),
-    (
-        lambda: loss(X[:3], coupling=pairing(jnp.array([0, 1, 1]))), ValueError,
-        "matching_loss(coupling=...): must return a permutation of the rows; got numbers that are "
-        "out of range or repeated in 2 of 3 rows, first in row 1. Return each row number once.",
-    ),
-    (
-        lambda: loss(X[:3], coupling=pairing(jnp.array([2, 1, 3]))), ValueError,
-        "matching_loss(coupling=...): must return a permutation of the rows; got numbers that are "
-        "out of range or repeated in 1 of 3 rows, first in row 2. Return each row number once.",
-    ),
-    *(
-        (
-            lambda rows=rows: loss(X[:3], coupling=pairing(rows)), TypeError,
-            "matching_loss(coupling=...): must return an array of row numbers, or None; got "
-            f"{type(rows).__name__}. Return jnp.array of it.",
-        )
-        for rows in ([0, 1, 2], (0, 1, 2), "012")
-    ),
-    *(
-        (
-            lambda power=power: loss(time_power=power), kind,
-            f"matching_loss(time_power=...): must be {said}",
-        )
-        for power, kind, said in (
-            (0, ValueError, "positive and finite; got 0."),
-            (-1.0, ValueError, "positive and finite; got -1.0."),
-            (float("inf"), ValueError, "positive and finite; got inf."),
-            (float("nan"), ValueError, "positive and finite; got nan."),
-            ("2", TypeError, "a real number; got '2'."),
-            (None, TypeError, "a real number; got None."),
-            (jnp.ones(2), ValueError, "a scalar; got shape (2,)."),
-        )
-    ),
-    *(
-        (
-            lambda pair=pair: loss(coupling=Coupling(pair)), TypeError,
-            f"matching_loss(coupling=...): must be a Coupling; got Coupling(pair={pair!r}). Use a "
-            "function of jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
-            "jaxode.coupling.Coupling(pair) with pair(key, z, x, context).",
-        )
-        for pair in (None, optimal_transport)
-    ),
-    *(
-        (
-            lambda t0=t0, t1=t1, x=x: loss(x, flow_of(lambda t, z, p: -z, t0=t0, t1=t1)),
-            ValueError, "matching_loss(t0=..., t1=...): " + said,
-        )
-        for x, t0, t1, said in (
-            (X, 0.5, 0.5, "must be finite times that differ in the precision of the "),
-            (X.astype(jnp.float32), 1e9, 1e9 + 1, "the span from 1000000000.0 to 1000000001.0 is "),
-            (X.astype(jnp.float32), 1e8, 1e8 + 5, "the span from 100000000.0 to 100000005.0 is "),
-        )
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "kind", "message"), BAD_INPUT)
-def test_bad_input(call, kind, message):
-    with pytest.raises(kind) as caught:
-        call()
-    assert str(caught.value).startswith(message)
-
-
-@jax.jit
-def of_rows(rows):
-    flow = flow_of(lambda t, z, p: p * z)
-    loss = lambda p: flow.matching_loss(p, X[:3], key=KEY, coupling=pairing(rows))
-    return jax.value_and_grad(loss)(1.0)
-
-
-@pytest.mark.parametrize("rows", [[0, 1, 1], [1, 2, 3], [-1, 0, 1]])
-def test_no_permutation_is_no_number(rows):
-    assert np.isnan(of_rows(jnp.array(rows))).all()
-    assert np.isfinite(of_rows(jnp.array([2, 0, 1]))).all()
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def of_span(t0, t1, throw):
-    flow = flow_of(lambda t, z, p: p * z, t0=t0, t1=t1, throw=throw)
-    return jax.value_and_grad(lambda p: flow.matching_loss(p, X.astype("f4"), key=KEY))(1.0)
-
-
-@pytest.mark.parametrize(("t0", "t1"), [(0.5, 0.5), (1e9, 1e9 + 1), (1e8, 1e8 + 5), (0.0, jnp.inf)])
-def test_a_traced_span_that_is_lost_is_no_number_and_is_named(t0, t1):
-    assert np.isnan(of_span(t0, t1, None)).all()
-    assert np.isfinite(of_span(1e6, 1e6 + 100, None)).all()
-    with pytest.raises(AT_RUN_TIME, match=r"matching_loss\(t0=..., t1=...\): must be"):
-        jax.block_until_ready(of_span(t0, t1, True))
 
 
 WEIGHTS = jnp.linspace(1.0, 3.0, BATCH).at[5].set(0)

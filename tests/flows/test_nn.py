@@ -363,19 +363,6 @@ def test_a_lattice_in_half_precision():
     )
 
 
-def test_closed_form_of_a_wrong_shape_is_an_error():
-    class Wrong:
-        def __call__(self, t, z, args):
-            return z
-
-        def value_and_divergence(self, t, z, args):
-            return z, z
-
-    flow = jaxode.cnf(Wrong(), jaxode.standard_normal(3))
-    with pytest.raises(ValueError, match="a scalar divergence of one sample; got shapes"):
-        flow.log_prob(None, jnp.ones((2, 3)))
-
-
 def rotated(x):
     """Turned and mirrored about the origin."""
     return x @ jnp.array([[0.6, 0.8], [0.8, -0.6]])
@@ -544,23 +531,3 @@ def test_a_fresh_symmetric_flow_is_close_to_the_identity(make):
     x = base.sample(jax.random.key(1), (20,))
     moved = jaxode.cnf(nn.field, base).to_base(m, x) - x
     assert 1e-4 < jnp.sqrt(jnp.mean(moved**2)) < 0.15
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda key: nn.Particles(1, 2, key=key), r"Particles\(n=...\).*at least 2; got 1"),
-        (lambda key: nn.Particles(2, 0, key=key), r"Particles\(dim=...\).*positive"),
-        (lambda key: nn.Particles(2, 2, reach=0.0, key=key), r"Particles\(reach=...\)"),
-        (lambda key: nn.Lattice(0, key=key), r"Lattice\(shape=...\).*positive integers; got 0"),
-        (lambda key: nn.Lattice((2,) * 4, key=key), r"Lattice\(shape=...\).*one to three axes"),
-        (lambda key: nn.Lattice(4, odd=1, key=key), r"Lattice\(odd=...\).*True or False"),
-        (lambda key: nn.Particles(3, 2, key=key)(T, Y[:4]), r"\(n, dim=...\).*6 numbers"),
-        (lambda key: nn.Particles(3, 2, key=key)(T, Y.reshape(2, 3)), r"\(n, dim=...\).*\(2, 3\)"),
-        (lambda key: nn.Lattice((3, 2), key=key)(T, Y.reshape(2, 3)), r"\(shape=...\).*\(2, 3\)"),
-        (lambda key: jaxode.centered_normal(1, 2), r"centered_normal\(n=...\).*at least 2"),
-    ],
-)
-def test_wrong_symmetric_fields(make, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        make(jax.random.key(0))

@@ -104,22 +104,6 @@ def test_structures_that_the_original_takes(name, default_settings):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("func", "message"),
-    [
-        (
-            lambda y, t: y[0],
-            r"odeint\(func=...\): func\(y, t, \*args\) must return the shapes of y",
-        ),
-        (lambda y, t: {"a": y, "b": y}, r"func\(y, t, \*args\) must return the structure of y"),
-        (lambda y, t: y @ y[0], r"^func\(y, t, \*args\): the vector field raised .* that fit func"),
-    ],
-)
-def test_messages_name_func_and_its_arguments(func, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxode.odeint(func, jnp.ones(2), T)
-
-
 def test_a_failed_solve_is_nan_and_so_is_its_gradient():
     """Steps are unlimited, so a backward solve from nowhere would never end."""
     ys = jaxode.odeint(lambda y, t: y**2, jnp.ones(1), jnp.array([0.0, 0.5, 2.0]), mxstep=100)
