@@ -131,7 +131,7 @@ def solve_pieces(
     the next piece, so those of what follows are right, too.
     """
     problem, cuts, valid = vary_alike((problem, cuts.then(problem.t1), valid))
-    last, has_event = len(cuts.times) - 1, []
+    last, has_event, sign = len(cuts.times) - 1, [], jnp.sign(problem.t1 - problem.t0)
 
     def piece(carry: "_Carry", index):
         place = jnp.minimum(index - carry.events, last)
@@ -145,7 +145,10 @@ def solve_pieces(
         end = jnp.where(going | (result != Result.SUCCESS), end, carry.t)
         start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
         part, inside = problem._replace(y0=carry.y, t0=start, t1=end, h0=carry.h), None
-        part = part._replace(args=_between(part.args, carry.t, end))
+        # An empty piece between a jump and a breakpoint at the same time lies before that.
+        before = sign * 8 * jnp.finfo(end.dtype).eps * jnp.abs(end)
+        first = jnp.where((carry.t == end) & counted & ~jumps, end - before, carry.t)
+        part = part._replace(args=_between(part.args, first, end))
         if problem.ts is not None:
             inside = _after(problem, carry.t, index) & ~beyond(problem, end) & going[None]
             part = _with_outputs(part, inside)
@@ -170,9 +173,9 @@ def solve_pieces(
         # What has come to its end rests. What failed goes on, for NaN gradients by later times.
         rests = ~going & (result == Result.SUCCESS)
         y, t = jnp.where(rests[:, None], carry.y, after), jnp.where(rests, carry.t, part.t1)
-        # After a change, the step size says nothing.
-        h = jnp.where(counted, jax.lax.stop_gradient(out.h), carry.h)
-        h = jnp.where(at_cut & ~jumps, h, jnp.nan)
+        # After a change, the step size says nothing, nor does that of an empty piece.
+        h = jax.lax.stop_gradient(out.h)
+        h = jnp.where(at_cut & ~jumps, jnp.where(counted & (h != 0), h, carry.h), jnp.nan)
         kept = _Carry(
             t, y, ys, result, reached, stats, again | (at_cut & (place < last)),
             carry.ended | (stopped & ~again), carry.events + again.astype(jnp.int32), h,

@@ -127,5 +127,6 @@ def watch(problem: Problem, stepper: Stepper, search: Search, now: Any, step: An
     rejected = then.rejected + (left_out & step.accept).astype(jnp.int32)
     done = jnp.where(landing, now.done | stops, then.done)
     kept = jax.tree.map(keep, then._replace(done=done), now)
+    at = jnp.where(lost, jnp.where(found, t + theta * h, step_.t), kept.t)
     step = step._replace(accept=step.accept & ~left_out)
-    return step, kept._replace(result=result, rejected=rejected), search
+    return step, kept._replace(t=at, result=result, rejected=rejected), search

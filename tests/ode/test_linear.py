@@ -47,7 +47,7 @@ def test_the_order_of_the_equations_is_found_once(transposed):
 
 
 def test_samples_that_cannot_be_solved_spoil_no_other():
-    """Rows of few unknowns that fail are in `test_stiff_gradients.py`."""
+    """Rows of few unknowns that fail are in `test_failed_gradients.py`."""
     a = matrices(MOST_UNROLLED + 1)
     a[3], a[4] = np.nan, 0
     x = solve(factorize(jnp.asarray(a.transpose(1, 2, 0))), jnp.ones((SAMPLES, len(a[0]))))
