@@ -66,26 +66,16 @@ def test_likelihood_follows_matching_and_the_key_decides_everything():
     assert not equal(run(key=jax.random.key(2))[0], density)
 
 
-def watch(monkeypatch):
-    """The states of a training, as they come."""
-    states, advance = [], training.advance
-
-    def seen(*given):
-        states.append(advance(*given))
-        return states[-1]
-
-    monkeypatch.setattr(training, "advance", seen)
-    return states
-
-
 def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
     """The default optimizer gets one where nothing decays, as with many rows."""
     monkeypatch.setattr("jaxode.density.fit.FEW", 0)
-    states = watch(monkeypatch)
+    ravel, ravelled = training.ravel_pytree, []
+    monkeypatch.setattr(training, "ravel_pytree", lambda tree: ravelled.append(1) or ravel(tree))
     as_vector, _ = fit(validation=OTHERS, optimizer=None)
-    assert all(isinstance(state.arrays, jax.Array) for state in states)
-    monkeypatch.setattr(training, "ravel_pytree", None)
+    assert ravelled
+    ravelled.clear()
     alike, _ = fit(validation=OTHERS, optimizer=_adam(RATE))
+    assert not ravelled
     for a, b in zip(*map(jax.tree.leaves, (as_vector.params, alike.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # other roundings, 150 steps
 
@@ -116,11 +106,11 @@ def own_field(t, z, params):
     return params["scale"] * (params["out"] @ jnp.tanh(params["in"] @ z + t)) + params["shift"]
 
 
-# An optimizer, steps, and nats that it gains. A line search on noisy losses need not gain any.
+# An optimizer, steps, and nats that it gains. A line search on noisy losses need not gain much.
 OPTIMIZERS = {
     "lion": (optax.lion(3e-3), 500, 0.05),
     "of the loss": (optax.chain(FAST, optax.contrib.reduce_on_plateau(patience=500)), 500, 0.05),
-    "a line search": (optax.lbfgs(), 20, -np.inf),
+    "a line search": (optax.lbfgs(), 50, 0.0),
 }
 
 
@@ -143,17 +133,6 @@ def along(t, z, p):
 def test_complex_parameters_are_trained():
     density, _ = fit(bound(params=jnp.asarray(0j), f=along, standardize=(0.0, 1.0)), BENT + 5)
     assert density.params.imag > 0.3  # by 0.01 a step, less and less, and averaged
-
-
-def half(t, z, a):
-    return a.astype(z.dtype) * z
-
-
-def test_the_average_of_half_precision_is_kept_in_single(monkeypatch):
-    states, params = watch(monkeypatch), jnp.asarray(0.1, jnp.bfloat16)
-    density, _ = fit(bound(params=params, f=half), steps=1)
-    assert states[-1].average.dtype == np.float32
-    assert density.params.dtype == jnp.bfloat16
 
 
 def test_double_precision_and_strict_promotion():

@@ -104,13 +104,11 @@ ATOMS, PLANE = "repeat values, as integers", "depend on each other linearly"
 # The columns of a table, and which of them are told of as what.
 WARNED = {
     "ordinary": ([EVEN, WAVE, np.exp(EVEN), np.tan(0.7 * EVEN)], []),
-    "integers": ([np.round(EVEN), WAVE], [("0", ATOMS)]),
     "many values, each rarely": ([np.arange(ROWS) // 2, WAVE], []),
     "zero, or any number": ([EVEN, np.maximum(WAVE, 0)], [("1", ATOMS)]),
     "the sum of others": ([EVEN, np.exp(EVEN), WAVE, 1 - EVEN + WAVE], [("0, 2, 3", PLANE)]),
     "nearly a sum": ([EVEN, WAVE, EVEN + WAVE + 1e-2 * np.exp(EVEN)], []),
     "in other units": ([1e-20 * EVEN, WAVE, 1e6 + 1e20 * EVEN], [("0, 2", PLANE)]),
-    "a constant": ([EVEN, np.ones(ROWS), WAVE], [("1", ATOMS)]),
     "both": ([np.round(EVEN), WAVE, 2 * WAVE], [("0", ATOMS), ("1, 2", PLANE)]),
     "many": (
         [np.round(np.sin((i + 1) * EVEN)) for i in range(12)],
@@ -143,17 +141,6 @@ def test_columns_are_named_as_in_the_table(monkeypatch):
     with pytest.warns(UserWarning, match=r"^fit\(x=...\): columns 1 \(counting") as caught:
         fit(x=table[:200], validation=table[200:], dequantize=True, steps=50)
     assert caught[0].filename == fitting.__file__
-
-
-def test_a_constant_column():
-    with (
-        pytest.warns(UserWarning, match="columns 1 "),
-        pytest.raises(
-            ValueError,
-            match=r"^fit\(x=...\): must vary; got column 1 \(counting from 0\)",
-        ),
-    ):
-        fit(bound(standardize=None), BENT * [1.0, 0.0])
 
 
 def test_centred_particles_do_not_depend_on_each_other(recwarn, monkeypatch):

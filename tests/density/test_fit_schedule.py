@@ -17,53 +17,40 @@ from jaxode.density.maps import Affine, Monotone
 pytestmark = pytest.mark.usefixtures("default_settings")
 
 
-def test_seconds_are_of_training(monkeypatch):
-    """Not of compilation, however slow that is."""
-    machine = Machine(monkeypatch, compilation=60.0)
-    fit(seconds=20, steps=None)
-    looks = 0.1 * (machine.looks - 1)
-    assert machine.taken() == pytest.approx((20 - looks) / 0.01, abs=50)
-    assert machine.now == pytest.approx(120 + 20, abs=0.2)
+# Seconds of programs, a limit, and the least part of it that is left to steps.
+TIMES = {
+    "a compilation is not counted": ({"compilation": 60.0}, 20, 0.95),
+    "slow steps": ({"step": 3.0, "look": 8.0}, 90, 0.6),
+    "slow steps in a short time": ({"step": 3.0, "look": 8.0}, 5, 0.6),
+    "slow looks": ({"step": 0.03, "look": 15.0}, 90, 0.6),
+    "slow noise": ({"step": 0.003, "data": 0.6}, 60, 0.15),  # which serves 50 steps
+}
 
 
-@pytest.mark.parametrize("seconds", [5, 20, 90])
-def test_slow_steps_end_in_time(monkeypatch, seconds):
-    """One at a time, and the last look is all that comes later."""
-    machine = Machine(monkeypatch, step=3.0, look=8.0)
-    with pytest.warns(UserWarning, match="hardly trained"):
-        fit(seconds=seconds, steps=None)
-    assert set(machine.blocks) == {0, 1}
-    assert seconds <= machine.now <= seconds + 3 + 8
-    # Looks take a fifth of the time, at most.
-    assert machine.taken() * 3 >= 0.6 * (machine.now - 8)
-
-
-def test_looks_and_data_leave_time_for_steps(monkeypatch):
-    """Looks take a fifth of the time, and rows with new noise serve 50 steps."""
-    slow_looks = Machine(monkeypatch, step=0.03, look=15.0)
-    fit(seconds=90, steps=None)
-    assert slow_looks.taken() * 0.03 >= 0.6 * 90
-    slow_data = Machine(monkeypatch, step=0.003, data=0.6)
-    fit(seconds=60, steps=None)
-    assert slow_data.taken() >= 0.8 * 50 * 60 / (0.6 + 50 * 0.003)
+@pytest.mark.filterwarnings("ignore:.*hardly trained")
+@pytest.mark.parametrize("name", TIMES)
+def test_seconds_are_of_training_and_go_to_steps(name, monkeypatch):
+    """The last step and look are all that comes later."""
+    given, seconds, part = TIMES[name]
+    machine = Machine(monkeypatch, **given)
+    fit(seconds=seconds, steps=None)
+    last = 50 * machine.step if machine.step < 0.02 else machine.step
+    now = machine.now - 2 * machine.compilation - machine.of_data * (machine.step < 0.01)
+    assert seconds <= now + 0.5
+    assert now <= seconds + last + machine.of_look + 1
+    assert machine.taken() * machine.step >= part * seconds
 
 
 def test_slow_steps_are_taken_one_by_one(monkeypatch):
     """And end with the same parameters: a part of a block continues its keys."""
-    machine = Machine(monkeypatch, step=0.4)
-    fit(steps=53)
-    assert machine.blocks == [0, 1, *[2] * 24, 1, 2, 1]
-    monkeypatch.undo()
     monkeypatch.setattr(training, "BLOCK_SECONDS", 0.0)
     again, _ = fit(validation=OTHERS)
     assert equal(again, fitted()[0])
 
 
-@pytest.mark.parametrize("standardize", [BENT, None], ids=["a map", "no map"])
-def test_no_time_gives_the_start(standardize):
-    start = bound(standardize=standardize)
+def test_no_time_gives_the_start():
     with pytest.warns(UserWarning, match=r"^fit\(seconds=...\): the density is hardly trained: 0 "):
-        density, history = fit(start, seconds=0, steps=None, validation=OTHERS)
+        density, history = fit(bound(standardize=None), seconds=0, steps=None, validation=OTHERS)
     assert [point.step for point in history] == [0]
     assert np.isfinite(history[0].nats)
     assert equal(density.params, parameters())
@@ -218,28 +205,26 @@ def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch):
     np.testing.assert_allclose(min(p.nats for p in history), score(density), atol=1e-3)
 
 
-def test_an_interrupt_between_two_looks_keeps_what_came_after_the_first(monkeypatch):
-    advance, calls = training.advance, []
+# What is interrupted, in which of its calls, options, and the steps of the looks then.
+INTERRUPTED = {
+    "between two looks": ("advance", 10, {"steps": 1000}, [0, 200, 300, 350]),
+    "as likelihood begins": ("ravel_pytree", 1, {"steps": 50, "likelihood": 5}, [0, 50]),
+}
 
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 10:
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupt_keeps_what_came_after_the_last_look(name, monkeypatch):
+    what, number, options, looks = INTERRUPTED[name]
+    program, calls = getattr(training, what), iter(range(1, number))
+
+    def interrupted(*given):
+        if next(calls, None) is None:
             raise KeyboardInterrupt
-        return advance(*args)
+        return program(*given)
 
-    monkeypatch.setattr(training, "advance", interrupted)
-    density, history = fit(validation=OTHERS, steps=1000)
-    assert [point.step for point in history] == [0, 200, 300, 350]
-    assert not equal(density, bound())
-
-
-def test_an_interrupt_while_likelihood_begins_keeps_matching(monkeypatch):
-    def interrupted(arrays):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "ravel_pytree", interrupted)
-    density, history = fit(steps=50, likelihood=5, validation=OTHERS)
-    assert [(point.phase, point.step) for point in history] == [("matching", 0), ("matching", 50)]
+    monkeypatch.setattr(training, what, interrupted)
+    density, history = fit(validation=OTHERS, **options)
+    assert [(point.phase, point.step) for point in history] == [("matching", n) for n in looks]
     assert not equal(density, bound())
 
 

@@ -94,7 +94,10 @@ OUTSIDE = {
         {"support": (np.array([0.0, -1.0]), np.array([2.0, 1.0]))},
         [0.5, 0.5], [[3.0, 0.0], [0.0, 0.0], [1.0, 1.0]], OUT,
     ),
-    "a half line": ({"support": (0.0, np.inf)}, [1.0, 2.0], [[5e-324, 1.0], [-1.0, 1.0]], OUT),
+    "a half line": (
+        {"support": (0.0, np.inf)},
+        [1.0, 2.0], [[5e-324, 1.0], [-1.0, 1.0], [1.0, np.inf]], OUT,
+    ),
     "units": ({"standardize": POSITIVE, "support": (0.0, np.inf)}, POSITIVE[0], -POSITIVE[:2], OUT),
     "a small scale": ({"standardize": (0.0, 1e-6)}, [3e-6, 1e-8], [[1.7e308, -1e-8]], OVER),
     "whitening": (
@@ -111,8 +114,8 @@ def test_out_of_reach_of_the_maps_the_density_is_zero(name):
     """Its gradients, too, and the flow is not asked. What is NaN stays so, or raises."""
     maps, near, far, told = OUTSIDE[name]
     density = jaxode.bind(jaxode.cnf(careless, BASE), jnp.array(0.1), **maps)
-    x, lost = jnp.asarray([near, *far, [1.0, np.inf]]), jnp.asarray([near, far[0], [np.nan, 0.0]])
-    log_prob = density.log_prob(x[:-1])
+    x, lost = jnp.asarray([near, *far]), jnp.asarray([near, far[0], [np.nan, 0.0]])
+    log_prob = density.log_prob(x)
     assert np.isfinite(log_prob[0])
     np.testing.assert_array_equal(log_prob[1:], -np.inf)
 
@@ -122,7 +125,7 @@ def test_out_of_reach_of_the_maps_the_density_is_zero(name):
 
     of_first = lambda a, x: jnp.sum(jnp.where(jnp.isfinite(v := values(a, x)), v, 0))
     np.testing.assert_allclose(values(0.1, lost), [log_prob[0], -np.inf, np.nan], rtol=1e-9)
-    by_a, by_x = jax.jit(jax.grad(of_first, (0, 1)))(0.1, x[:-1])
+    by_a, by_x = jax.jit(jax.grad(of_first, (0, 1)))(0.1, x)
     assert np.isfinite(by_a)
     assert by_a != 0
     assert (by_x[0] != 0).all()
@@ -130,6 +133,8 @@ def test_out_of_reach_of_the_maps_the_density_is_zero(name):
     with pytest.raises(jaxode.SolveError, match=r"\(x=...\): .* 1 of 3 rows, first in row 2"):
         density.log_prob(lost)
     # Training does not hide it.
-    with pytest.raises(ValueError, match=rf"to_flow\(.*{told}.* 1 of 2 rows, first in row 1"):
-        density.to_flow(x[:2])
-    assert np.isnan(jax.jit(density.to_flow)(x[:2])).any(1).tolist() == [False, True]
+    for rows, message in ((lost[:2], told), (lost[::2], r"x=...\): must be finite")):
+        with pytest.raises(ValueError, match=rf"to_flow\(.*{message}.* 1 of 2 rows, .* row 1"):
+            density.to_flow(rows)
+    assert np.isnan(jax.jit(density.to_flow)(lost)).any(1).tolist() == [False, True, True]
+    assert np.isfinite(jax.jit(lambda: density.to_flow(lost[:1]))()).all()
