@@ -80,6 +80,18 @@ def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # other roundings, 150 steps
 
 
+def constant(t, z, p):
+    return p + 0 * z
+
+
+def test_each_step_draws_rows_and_noise_of_its_own():
+    """The mean of 50 base samples, one in each step, is less off than one of them, by about 1."""
+    x = np.full((40, 8), 3.0) + 0.01 * RNG.normal(size=(40, 8))
+    start = bound(8, params=jnp.zeros(8), f=constant, standardize=(0.0, 1.0))
+    density, _ = fit(start, x, batch_size=1, steps=50, optimizer=optax.sgd(1.5))
+    assert jnp.sqrt(jnp.mean((density.params - 3) ** 2)) < 0.5
+
+
 def drifting(t, y, p):
     """The gradients of `matrix` and `vector` are so small that Adam leaves them alone."""
     constant, *idle = jax.lax.stop_gradient(p["constant"]), p["matrix"], p["vector"]
