@@ -86,7 +86,7 @@ def constant(t, z, p):
 
 def test_each_step_draws_rows_and_noise_of_its_own():
     """The mean of 50 base samples, one in each step, is less off than one of them, by about 1."""
-    x = np.full((40, 8), 3.0) + 0.01 * RNG.normal(size=(40, 8))
+    x = 3 + 0.01 * np.random.default_rng(0).normal(size=(40, 8))
     start = bound(8, params=jnp.zeros(8), f=constant, standardize=(0.0, 1.0))
     density, _ = fit(start, x, batch_size=1, steps=50, optimizer=optax.sgd(1.5))
     assert jnp.sqrt(jnp.mean((density.params - 3) ** 2)) < 0.5
