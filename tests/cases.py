@@ -28,45 +28,62 @@ def time_to(level, y, rate):
     return (jnp.log(level / (1 - level)) - jnp.log(y / (1 - y))) / rate
 
 
+BOTH = "t0", "t1"
+OF_EACH_ROW = "q", "dose", "kept"
+
+
 class Case(NamedTuple):
     """Which features a solve has."""
 
     times: str | None = None
     """Outputs at times that rows "share", at times of "each" row, or of the "dense" solution."""
-    ends: bool = False
-    """Whether each row has a span of its own."""
-    back: bool = False
-    doses: bool = False
-    """Two changes of the state at times of each row."""
+    ends: tuple[str, ...] = ()
+    """Which of `t0` and `t1` are of each row."""
+    back: str | None = None
+    """Whether "all" rows go back in time, or "some" of them."""
+    doses: str | None = None
+    """Changes of the state at "two" times of each row, or fewer, which are "padded", and at both
+    ends of the first row."""
     kink: bool = False
     """A rate that doubles at a breakpoint."""
     event: str | None = None
-    """A level of the first number that "ends" the solve, or that "changes" the state the first
-    time, and ends it the second time."""
+    """A level of the first number, times the rate of the row, that "ends" the solve, or that
+    "changes" the state the first time, and ends it the second time."""
+    level: float = 0.45
     options: Mapping[str, Any] = {}
     """More options of the solve."""
 
     @property
+    def is_joint(self) -> bool:
+        return self.options.get("batch") == "joint"
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What the solve is differentiable in, at the dtype of JAX."""
-        y0 = [[0.2, 0.5], [0.3, 0.6], [0.1, 0.4], [0.25, 0.7]]
-        span = [[0.0, 0.1, -0.1, 0.05], [2.0, 1.9, 2.1, 1.8]] if self.ends else [0.0, 2.0]
-        rate = [1.0, 0.9, 1.1, 0.8]
-        all_of = {"y0": y0, "p": 1.3, "q": rate, "t0": span[0], "t1": span[1]}
-        ts = [0.3, 0.6, 1.0, 1.7]
-        each = np.array(ts) + 0.02 * np.arange(ROWS)[:, None]
-        if self.times:
-            all_of["ts"] = each[:, :4] if self.times == "each" else ts
-        if self.doses:
-            all_of["at"] = np.array([0.5, 1.5]) + 0.01 * np.arange(ROWS)[:, None]
-            all_of["dose"] = [0.05, -0.1]
-        if self.event:
-            all_of["level"] = 0.45
+        t0 = np.array([0.0, 0.1, -0.1, 0.05] if "t0" in self.ends else 0.0)
+        t1 = np.array([2.0, 1.9, 2.1, 1.8] if "t1" in self.ends else 2.0)
+        ts, at, row = np.array([0.3, 0.6, 1.0, 1.7]), np.array([0.5, 1.5]), np.arange(ROWS)
+        ts = ts + 0.02 * row[:, None] if self.times == "each" else ts
+        at = at if self.is_joint else at + 0.01 * row[:, None]
+        if self.doses == "padded":
+            at[0], at[1, 1], at[3, 1] = (0.0, 2.0), np.inf, at[3, 0]
         if self.back:
-            all_of["t0"], all_of["t1"] = all_of["t1"], all_of["t0"]
-            for name in {"ts", "at"} & all_of.keys():
-                all_of[name] = np.flip(all_of[name], -1)
+            back = self.goes_back(row) if self.back == "some" else np.array(True)
+            turned = lambda x: np.where(back[..., None], np.flip(x, -1), x)
+            t0, t1 = np.where(back, t1, t0), np.where(back, t0, t1)
+            ts, at = ts if self.times == "dense" else turned(ts), turned(at)
+        y0 = [[0.2, 0.5], [0.3, 0.6], [0.1, 0.4], [0.25, 0.7]]
+        all_of = {"y0": y0, "p": 1.3, "q": [1.0, 0.9, 1.1, 0.8], "t0": t0, "t1": t1}
+        all_of |= {"ts": ts} if self.times else {}
+        if self.doses:
+            all_of |= {"at": at, "dose": np.array([0.05, -0.1]) * (1 + row[:, None] / 10)}
+        if self.event:
+            all_of |= {"level": self.level, "kept": [0.5, 0.55, 0.5, 0.45]}
         return {name: jnp.asarray(np.asarray(x, float)) for name, x in all_of.items()}
+
+    def goes_back(self, row):
+        """Whether a row goes back in time."""
+        return row % 2 == 1 if self.back == "some" else self.back == "all"
 
     def solve(self, x, **more) -> jaxode.Solution:
         """The solve of all rows, or of one system without `batch`."""
@@ -75,31 +92,37 @@ class Case(NamedTuple):
         if self.times in ("share", "each"):
             options["ts"] = x["ts"]
         if self.doses:
-            options["jumps"] = jaxode.Jumps(x["at"], lambda t, y, args, i: y + x["dose"][i])
+            taken = lambda t, y, args, i: y + args[1]["q"] * args[1]["dose"][i]
+            options["jumps"] = jaxode.Jumps(x["at"], taken)
         if self.kink:
             options["breakpoints"] = [KINK]
         if self.event:
-            condition, direction = lambda t, y, args: y[0] - x["level"], -1 if self.back else 1
-            change = (lambda t, y, args, i: 0.5 * y) if self.event == "changes" else None
-            most = 1 if change else None
+            condition = lambda t, y, args: y[0] - args[1]["q"] * x["level"]
+            kept = lambda t, y, args, i: args[1]["q"] * args[1]["kept"] * y
+            change = kept if self.changes else None
+            direction, most = {None: 1, "all": -1, "some": 0}[self.back], 1 if change else None
             options["event"] = jaxode.Event(condition, direction, change, most)
         doubled = KINK if self.kink else np.inf
 
         def field(t, y, args):
-            p, q = args
-            return p * q * jnp.where(t < doubled, 1, 2).astype(y.dtype) * y * (1 - y)
+            p, row = args
+            return p * row["q"] * jnp.where(t < doubled, 1, 2).astype(y.dtype) * y * (1 - y)
 
+        args, own = x["p"], {name: x[name] for name in OF_EACH_ROW if name in x}
         if x["y0"].ndim == 2:
-            args, options = x["p"], {"row_args": x["q"], "batch": "per_sample"} | options
+            options |= {"row_args": own, "batch": "per_sample"}
         else:
-            args = x["p"], x["q"]
+            args = args, own
         options |= {**self.options, **more}
         return jaxode.solve(field, x["y0"], x["t0"], x["t1"], args, **options)
 
-    def seen(self, x, **more) -> dict[str, Any]:
+    @property
+    def changes(self) -> bool:
+        return self.event == "changes"
+
+    def seen(self, x, solution: jaxode.Solution) -> dict[str, Any]:
         """What a user reads off the solve: `y1 [rows, 2]`, `ys [rows, times, 2]`, `t1 [rows]`."""
-        solution, rows = self.solve(x, **more), x["y0"].shape[:-1]
-        found = {"y1": solution.y1}
+        rows, found = x["y0"].shape[:-1], {"y1": solution.y1}
         if self.times == "dense":
             found["ys"] = solution.evaluate(jnp.broadcast_to(x["ts"], (*rows, len(x["ts"]))))
         elif self.times:
@@ -111,10 +134,14 @@ class Case(NamedTuple):
 
     def exact(self, x) -> dict[str, Any]:
         """The same in closed form."""
-        with jax.ensure_compile_time_eval():
-            plans = [_plan(self, i) for i in range(ROWS)]
-        rows = [self._row(x, i, *plan) for i, plan in enumerate(plans)]
+        rows = [self._row(x, i, *plan) for i, plan in enumerate(self.plans)]
         return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
+
+    @property
+    def plans(self) -> list[tuple[list[str], list[int]]]:
+        """What happens in each row, and the piece in which each output lies."""
+        with jax.ensure_compile_time_eval():
+            return [_plan(self, i) for i in range(ROWS)]
 
     def _row(self, x, i: int, happens: list[str], places: list[int]) -> dict[str, Any]:
         """One row, from what happens in it and the piece in which each output lies."""
@@ -132,30 +159,32 @@ class Case(NamedTuple):
     def walk(self, x, i: int, happens: list[str]):
         """The start, state and rate of each piece, and the state and time after the last one."""
         of = lambda name: x[name][i] if x[name].ndim else x[name]
-        t, y, rate, pieces = of("t0"), x["y0"][i], x["p"] * x["q"][i], []
-        rate = rate * (2 if self.kink and self.back else 1)
+        t, y, q, pieces, back = of("t0"), x["y0"][i], x["q"][i], [], self.goes_back(i)
+        rate = x["p"] * q * (2 if self.kink and back else 1)
         for what in happens:
             pieces.append((t, y, rate))
-            if what.startswith("event"):
-                end = t + time_to(x["level"], y[0], rate)
+            kind, *number = what.split()
+            if kind == "event":
+                end = t + time_to(q * x["level"], y[0], rate)
+            elif kind == "dose":
+                end = jnp.broadcast_to(x["at"], (ROWS, 2))[i, int(*number)]
             else:
-                end = {"kink": KINK, "end": of("t1")}.get(what)
-                k = int(what[-1]) if end is None else 0
-                end = x["at"][i, k] if end is None else end
+                end = KINK if kind == "kink" else of("t1")
             y, t = advance(y, end - t, rate), end
-            if what == "event 0" and self.event == "changes":
-                y = 0.5 * y
-            elif what == "kink":
-                rate = rate / 2 if self.back else rate * 2
-            elif what.startswith("dose"):
-                y = y + x["dose"][int(what[-1])]
+            if what == "event 0" and self.changes:
+                y = q * x["kept"][i] * y
+            elif kind == "kink":
+                rate = rate / 2 if back else rate * 2
+            elif kind == "dose":
+                y = y + q * x["dose"][i, int(*number)]
         return pieces, y, t
 
 
 def _plan(case: Case, i: int) -> tuple[list[str], list[int]]:
     """What happens in a row, in its order, and in which piece each output lies."""
-    x, sign = case.inputs, -1 if case.back else 1
-    at = {f"dose {k}": float(x["at"][i, k]) for k in range(2)} if case.doses else {}
+    x, sign = case.inputs, -1 if case.goes_back(i) else 1
+    doses = np.broadcast_to(x["at"], (ROWS, 2))[i] if case.doses else []
+    at = {f"dose {k}": t for k, t in enumerate(doses) if t < np.inf and t not in doses[:k]}
     at |= {"kink": KINK} if case.kink else {}
     happens = [*sorted(at, key=lambda what: sign * at[what]), "end"]
     place, events = 0, 0
@@ -178,35 +207,34 @@ def _plan(case: Case, i: int) -> tuple[list[str], list[int]]:
     return happens, [int(np.flatnonzero(starts < time)[-1]) for time in times]
 
 
+STIFF = {"solver": jaxode.Rodas5P()}
 # (features) A new one is one row; so is a pair of features that go together.
 CASES = {
     "the end": Case(),
     "outputs": Case("share"),
-    "outputs of each row": Case("each", ends=True),
-    "the solution between steps": Case("dense", ends=True),
-    "spans of each row": Case(ends=True),
-    "backwards": Case("share", back=True),
-    "doses": Case(doses=True),
-    "doses and outputs": Case("each", doses=True),
-    "doses backwards": Case("share", doses=True, back=True),
-    "doses in spans of each row": Case("each", ends=True, doses=True),
+    "outputs of each row": Case("each", BOTH, "some"),
+    "the solution between steps": Case("dense", BOTH, "some"),
+    "spans of each row": Case(ends=BOTH),
+    "backwards": Case("share", back="all"),
+    "doses": Case(doses="padded"),
+    "doses and outputs": Case("each", ("t0",), doses="padded"),
+    "doses backwards": Case("share", back="all", doses="two"),
+    "doses in spans of each row": Case("each", BOTH, "some", doses="two"),
     "a breakpoint": Case(kink=True),
-    "a breakpoint and outputs": Case("share", ends=True, kink=True),
-    "a breakpoint backwards": Case("each", kink=True, back=True),
+    "a breakpoint and outputs": Case("share", ("t1",), kink=True),
+    "a breakpoint backwards": Case("each", back="all", kink=True),
     "a breakpoint between steps": Case("dense", kink=True),
-    "a breakpoint and doses": Case("share", doses=True, kink=True),
-    "an event": Case(event="ends"),
+    "a breakpoint and doses": Case("share", doses="two", kink=True),
+    "an event": Case(event="ends", level=0.8),  # to which two rows do not come
     "an event and outputs": Case("share", event="ends"),
-    "an event in spans of each row": Case("each", ends=True, event="ends"),
+    "an event in spans of each row": Case("each", BOTH, "some", event="ends", level=0.22),
     "an event and a breakpoint": Case("share", kink=True, event="ends"),
     "an event that changes the state": Case("share", event="changes"),
     "an event that changes the state, and a breakpoint": Case(kink=True, event="changes"),
-    "joint steps": Case("share", kink=True, options={"batch": "joint"}),
-    "equal steps": Case("share", doses=True, options={"steps": 60}),
-    "stiff": Case("each", ends=True, options={"solver": jaxode.Rodas5P()}),
-    "stiff, doses and a breakpoint": Case(
-        "share", doses=True, kink=True, options={"solver": jaxode.Rodas5P()}
-    ),
-    "stiff, an event": Case("share", event="ends", options={"solver": jaxode.Rodas5P()}),
-    "order 8": Case("share", doses=True, options={"solver": diffrax.Dopri8()}),
+    "joint steps": Case("share", doses="two", kink=True, options={"batch": "joint"}),
+    "equal steps": Case("share", doses="two", options={"steps": 60}),
+    "stiff": Case("each", BOTH, options=STIFF),
+    "stiff, doses and a breakpoint": Case("share", doses="two", kink=True, options=STIFF),
+    "stiff, an event": Case("share", event="ends", options=STIFF),
+    "order 8": Case("share", doses="two", options={"solver": diffrax.Dopri8()}),
 }

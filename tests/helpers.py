@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxode
+from jaxode.ode.adjoints import vmapped
 
 # Of `jax.jit` and `compile`, for tests of what the compiler makes of a program: see conftest.py.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
@@ -117,6 +118,19 @@ def with_slow(cases, slow):
     mark = lambda case: [pytest.mark.slow] * (case in slow)
     values = lambda case: case if isinstance(case, tuple) else (case,)
     return [pytest.param(*values(case), marks=mark(case)) for case in cases]
+
+
+@contextlib.contextmanager
+def only_rows_of_one_solve(monkeypatch):
+    """Fails where `jax.vmap` does not make rows of one solve of several ones."""
+
+    def refused(*_):
+        raise AssertionError("not rows of one solve")
+
+    with monkeypatch.context() as patch:
+        for name in ("plain", "one_by_one"):
+            patch.setattr(vmapped, name, refused)
+        yield
 
 
 def gradient(name):

@@ -28,51 +28,28 @@ class Problem:
 
 PROBLEMS = [
     Problem(
-        "decay",
-        lambda t, y, rate: -rate * y,
-        1.5,
-        np.array([1.0, -2.0]),
-        0.0,
-        2.0,
+        "decay", lambda t, y, rate: -rate * y, 1.5, np.array([1.0, -2.0]), 0.0, 2.0,
         lambda t: np.array([1.0, -2.0]) * np.exp(-1.5 * t),
     ),
     Problem(
-        "oscillator",
-        lambda t, y, k: jnp.stack([y[1], -k * y[0]]),
-        4.0,
-        np.array([1.0, 0.0]),
-        0.0,
-        3.0,
-        lambda t: np.array([np.cos(2 * t), -2 * np.sin(2 * t)]),
+        "oscillator", lambda t, y, k: jnp.stack([y[1], -k * y[0]]), 4.0, np.array([1.0, 0.0]),
+        0.0, 3.0, lambda t: np.array([np.cos(2 * t), -2 * np.sin(2 * t)]),
     ),
     Problem(
-        "forced",
-        lambda t, y, a: a * jnp.cos(t) * y,
-        1.0,
-        np.array([0.7]),
-        0.5,
-        4.0,
+        "forced", lambda t, y, a: a * jnp.cos(t) * y, 1.0, np.array([0.7]), 0.5, 4.0,
         lambda t: 0.7 * np.exp(np.array([np.sin(t) - np.sin(0.5)])),
     ),
     Problem(
-        "logistic",
-        lambda t, y, r: r * y * (1 - y),
-        2.0,
-        np.array([0.1]),
-        0.0,
-        3.0,
+        "logistic", lambda t, y, r: r * y * (1 - y), 2.0, np.array([0.1]), 0.0, 3.0,
         lambda t: np.array([1 / (1 + 9 * np.exp(-2 * t))]),
     ),
     Problem(
         "coupled",
         lambda t, y, a: a * t * jnp.stack([y[0] * jnp.log(y[1]), -y[1] * jnp.log(y[0])]),
-        2.0,
-        np.array([1.0, np.e]),
-        0.0,
-        2.0,
+        2.0, np.array([1.0, np.e]), 0.0, 2.0,
         lambda t: np.exp(np.array([np.sin(t * t), np.cos(t * t)])),
     ),
-]
+]  # fmt: skip
 
 
 def pendulum(t, y, args):

@@ -24,15 +24,15 @@ def ax():
 def test_density_is_that_of_the_function_at_the_centers_of_cells(ax):
     base = jaxode.standard_normal(2)
     shift = jnp.array([[1.0, -2.0]])
-    jaxode.plot.density(lambda x: base.log_prob(x - shift), (-5, 7, -8, 4), ax=ax, points=60)
+    jaxode.plot.density(lambda x: base.log_prob(x - shift), (-5, 7, -7, 5), ax=ax, points=60)
     (image,) = ax.images
     values = np.asarray(image.get_array())
     row, column = np.unravel_index(values.argmax(), values.shape)
     # Cells are 0.2 wide; the peak lies on the corner of four of them.
     np.testing.assert_allclose(
-        [-5 + 0.2 * (column + 0.5), -8 + 0.2 * (row + 0.5)], [1, -2], atol=0.11
+        [-5 + 0.2 * (column + 0.5), -7 + 0.2 * (row + 0.5)], [1, -2], atol=0.11
     )
-    assert image.get_extent() == [-5, 7, -8, 4] or image.get_extent() == (-5, 7, -8, 4)
+    assert list(image.get_extent()) == [-5, 7, -7, 5]
     # The midpoint rule on a Gaussian that ends within the picture is exact to its tails.
     np.testing.assert_allclose(values.sum() * 0.2**2, 1.0, atol=1e-6)
 
@@ -44,19 +44,16 @@ def test_low_density_is_visible_and_the_scale_is_yours(ax):
     ).images[-1]
     image = draw()
     assert image.norm(0.25 * image.norm.vmax) == pytest.approx(0.5)
-    assert [axes.get_ylabel() for axes in ax.figure.axes] == [
-        "$x_2$",
-        "density (square-root scale)",
-    ]
-    assert draw(vmax=7.0, colorbar=False).norm.vmax == 7.0
-    linear = draw(norm="linear", vmin=0.0, colorbar=False)
-    assert linear.norm(0.25 * linear.norm.vmax) == pytest.approx(0.25)
+    assert ax.figure.axes[1].get_ylabel() == "density (square-root scale)"
+    linear = draw(norm="linear", vmin=0.0, vmax=7.0, colorbar=False)
+    assert (linear.norm.vmax, linear.norm(1.75)) == (7.0, pytest.approx(0.25))
     assert len(ax.figure.axes) == 2
 
 
 def test_samples_and_trajectories_show_the_points(ax):
     x = np.random.default_rng(0).normal(size=(7, 2))
-    assert jaxode.plot.samples(x, ax=ax, color="red") is ax
+    assert jaxode.plot.samples(x, ax=ax, lw=2.0, c="red") is ax  # names of matplotlib
+    assert ax.collections[0].get_linewidth().tolist() == [2.0]
     np.testing.assert_array_equal(np.asarray(ax.collections[0].get_offsets()), x)
     ys = np.random.default_rng(1).normal(size=(5, 3, 2))
     jaxode.plot.trajectories(ys, ax=ax, start="noise", end="data")
@@ -66,16 +63,6 @@ def test_samples_and_trajectories_show_the_points(ax):
     np.testing.assert_array_equal(np.asarray(first.get_offsets()), ys[0])
     np.testing.assert_array_equal(np.asarray(last.get_offsets()), ys[-1])
     assert [first.get_label(), last.get_label()] == ["noise", "data"]
-
-
-def test_styles_have_any_of_the_names_of_matplotlib(ax):
-    x = np.ones((4, 2))
-    points = jaxode.plot.samples(x, ax=ax, lw=2.0, c="red").collections[0]
-    assert points.get_linewidth().tolist() == [2.0]
-    lines = jaxode.plot.trajectories(x[None], ax=ax, linewidth=3.0, c="red").lines
-    jaxode.plot.history(x[:, 0], ax=ax, window=1, linewidth=4.0)
-    assert [line.get_linewidth() for line in lines] == [3.0] * 4 + [4.0]
-    assert {line.get_color() for line in lines[:4]} == {"red"}
 
 
 def test_curves_show_each_step_and_the_mean_of_the_last(ax):
@@ -90,42 +77,19 @@ def test_curves_show_each_step_and_the_mean_of_the_last(ax):
     assert ax.get_ylabel() == "vector field evaluations"
 
 
-@pytest.mark.parametrize("size", [2, 3, 20, 50, 60])
+@pytest.mark.parametrize("size", [0, 1, 2, 20, 60])
 def test_a_curve_shorter_than_the_window_is_a_line(ax, size):
-    jaxode.plot.history(np.arange(size), ax=ax)
-    mean = ax.lines[0]
-    assert len(mean.get_xdata()) > size / 2
-    assert mean.get_linewidth() > 0.5
+    """On the current axes."""
+    assert jaxode.plot.history(np.arange(size)) is ax
+    if size > 1:
+        assert len(ax.lines[0].get_xdata()) > size / 2
+        assert ax.lines[0].get_linewidth() > 0.5
 
 
 def test_the_looks_of_fit_are_drawn_over_seconds(ax):
     looks = [Point("matching", 0, 2.0, 5.0), Point("likelihood", 3, 4.0, 1.0)]
     jaxode.plot.history(looks, ax=ax)
     assert ax.lines[0].get_xydata().tolist() == [[2.0, 5.0], [4.0, 1.0]]
-
-
-def test_a_short_history_and_the_current_axes(ax):
-    assert jaxode.plot.history([3.0]) is ax
-    assert jaxode.plot.history([]) is ax
-
-
-@pytest.mark.parametrize(
-    ("draw", "message"),
-    [
-        (
-            lambda: jaxode.plot.samples(np.zeros((4, 3))),
-            r"samples\(x=...\): must have shape \(n, 2",
-        ),
-        (lambda: jaxode.plot.trajectories(np.zeros((4, 2))), r"must have shape \(times, n, 2\)"),
-        (
-            lambda: jaxode.plot.history(np.zeros((4, 2))),
-            r"must have shape \(steps,\); got \(4, 2\)",
-        ),
-    ],
-)
-def test_wrong_shapes(draw, message):
-    with pytest.raises(ValueError, match=message):
-        draw()
 
 
 def test_without_matplotlib_a_picture_says_what_to_install(monkeypatch):

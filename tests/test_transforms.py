@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import checking_leaks, with_slow
+from helpers import checking_leaks
 
 import jaxode
 
@@ -59,8 +59,7 @@ def traced_settings(end):
     return jax.vmap(run)(tolerances, firsts, jnp.array([1.0, 0.1, 0.05]), jnp.array([0.3, 0.5, 7]))
 
 
-AS, THREE, ON = jnp.stack([A, 2 * A]), jnp.array([-1.0, 0.0, 2.0]), jnp.array([True, False])
-ALL = (jnp.append(A, 1.0), lambda end, **options: lambda p: summed(end)(p[:2], p[2], **options))
+AS, ON = jnp.stack([A, 2 * A]), jnp.array([True, False])
 PROGRAMS = {
     "vmap of the settings": traced_settings,
     "jit of all jacobians": lambda end: jax.jit(jax.jacrev(end, (0, 1, 2)))(A, 1.0, Y0),
@@ -68,12 +67,6 @@ PROGRAMS = {
         jax.jacfwd(lambda *inputs: end(*inputs, **FORWARD), (0, 1, 2))
     )(A, 1.0, Y0),
     "forward over reverse": lambda end: jax.jit(jax.hessian(summed(end)))(A),
-    "forward over forward, by time, too": lambda end: jax.jit(
-        jax.jacfwd(jax.jacfwd(ALL[1](end, **FORWARD)))
-    )(ALL[0]),
-    "vmap of reverse over reverse by time": lambda end: jax.jit(
-        jax.vmap(jax.grad(jax.grad(lambda t: summed(end)(A, t, **BACK))))
-    )(THREE),
     "gradient of a vmap of gradients": lambda end: jax.jit(jax.grad(lambda a: jnp.sum(
         jax.vmap(jax.grad(lambda y0: jnp.sum(end(a, y0=y0, **BACK) ** 2)))(AS) ** 2
     )))(A),
@@ -94,14 +87,7 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-# Of what others do as well: plain gradients, and second ones.
-SLOW = (
-    "checkpoint", "jit of all jacobians", "linearize", "forward over forward, by time, too",
-    "vmap of reverse over reverse by time", "gradient of a vmap of gradients",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", with_slow(PROGRAMS, SLOW))
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_around_a_solve(name):
     # 1e-7: a hundred times the tolerance, for derivatives of second order.
     both = map(PROGRAMS[name], (solved, exact))
@@ -151,7 +137,6 @@ FIELDS = {
         lambda a: jnp.where(ON, a, 0.0),
     ),
     "complex parameters": (of_square, {}, COMPLEX, as_it_is, square),
-    "complex parameters, by the adjoint ODE": (of_square, BACK, COMPLEX, as_it_is, square),
 }  # fmt: skip
 
 

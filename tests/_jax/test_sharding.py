@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, OPTIMIZED, REVERSE, typed, with_slow
+from helpers import OPTIMIZED, typed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,29 +49,23 @@ def of_one_device(**options):
     return jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))
 
 
-def sharded(loss, check_vma=True):
-    """Value and gradient of the mean over the devices."""
-    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
-
-    def mean(*inputs):
-        return jax.lax.pmean(loss(*inputs), AXIS)
-
-    def step(*inputs):
-        return jax.value_and_grad(mean, (0, 1))(*inputs)
-
-    specs = (EVERYWHERE, SPLIT, SPLIT, SPLIT)
+def sharded(loss, axes=AXIS, check_vma=True):
+    """Value and gradient of the mean over the devices, which are in two rows for two axes."""
+    two = isinstance(axes, tuple)
+    devices = np.array(jax.devices()[:DEVICES]).reshape((4, 2) if two else -1)
+    mesh, split = Mesh(devices, axes if two else (axes,)), P(axes)
+    mean = lambda *inputs: jax.lax.pmean(loss(*inputs), axes)
     return jax.jit(
         jax.shard_map(
-            step, mesh=mesh, in_specs=specs, out_specs=(EVERYWHERE, (EVERYWHERE, SPLIT)),
-            check_vma=check_vma,
+            jax.value_and_grad(mean, (0, 1)), mesh=mesh, in_specs=(EVERYWHERE, split, split, split),
+            out_specs=(EVERYWHERE, (EVERYWHERE, split)), check_vma=check_vma,
         )
     )  # fmt: skip
 
 
 @functools.cache
-def of_all_devices(**options):
-    """The same of a batch over all devices, with joint steps."""
-    return sharded(loss_of(AXIS, **options))
+def of_all_devices(axis_name=AXIS, axes=AXIS, check_vma=True, **options):
+    return sharded(loss_of(axis_name, **options), axes, check_vma)
 
 
 def assert_same(actual, expected, rtol=1e-12):
@@ -79,79 +73,55 @@ def assert_same(actual, expected, rtol=1e-12):
         np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * np.abs(e).max())
 
 
-# Options of a flow with joint steps, by the default gradient method or by another.
+TWO = ("x", "a")
+# The axes of the mesh, `axis_name`, and options of the flow. Samples with their own steps need no
+# name; then the mean over devices is that of the batch if all weights are one.
 LOSSES = {
-    "hutchinson": {},
-    "exact in chunks, regularized": {
-        "divergence": jaxode.divergence.exact(chunk=1),
+    "joint steps": (AXIS, AXIS, {}),
+    "over two axes": (TWO, TWO, {}),
+    "orthogonal probes, regularized, two checkpoints, raising": (AXIS, AXIS, {
+        "divergence": jaxode.divergence.hutchinson(2, "orthogonal"),
         "regularizers": (
             jaxode.regularizers.kinetic_energy(0.7), jaxode.regularizers.jacobian_frobenius(0.2),
         ),
-    },
-    "orthogonal probes, two checkpoints, raising": {
-        "divergence": jaxode.divergence.hutchinson(2, "orthogonal"),
         "adjoint": jaxode.DiscreteAdjoint(2), "throw": True,
-    },
-    **{name: METHODS[name].options() for name in REVERSE if name != "discrete"},
+    }),
+    "backsolve": (AXIS, AXIS, {"adjoint": jaxode.BacksolveAdjoint()}),
+    "steps of each sample, over two axes": (TWO, None, {"batch": "per_sample"}),
 }  # fmt: skip
 
 
-# Of options of which there are others, without devices.
-OTHERS = (
-    "exact in chunks, regularized",
-    "orthogonal probes, two checkpoints, raising",
-    "backsolve",
-)
-OWN_STEPS = [{"steps": 6}, {"batch": "per_sample"}]
-ADJOINTS = [jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()]
-
-
 @typed
-@pytest.mark.parametrize("name", with_slow(LOSSES, OTHERS))
-def test_joint_steps_over_devices_are_those_of_one(name):
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_over_devices_is_that_of_one(name):
+    axes, axis_name, options = LOSSES[name]
     # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
-    rtol = 1e-10 if name in METHODS and not METHODS[name].exact else 1e-12
-    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    expected = of_one_device(**LOSSES[name])(*inputs)
-    assert_same(of_all_devices(**LOSSES[name])(*inputs), expected, rtol)
-
-
-@pytest.mark.slow
-@typed
-@pytest.mark.parametrize("options", OWN_STEPS, ids=str)
-def test_devices_that_step_for_themselves_share_nothing_but_the_mean(options):
-    inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
+    rtol = 1e-10 if name == "backsolve" else 1e-12
+    inputs = (PARAMS, X, CONTEXT, WEIGHTS if axis_name else jnp.ones(BATCH))
     expected = of_one_device(**options)(*inputs)
-    assert_same(sharded(loss_of(None, **options))(*inputs), expected)
+    assert_same(of_all_devices(axis_name, axes, **options)(*inputs), expected, rtol)
 
 
-@pytest.mark.slow
 @typed
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
-def test_each_device_takes_the_joint_steps_of_its_own_rows(adjoint):
+def test_each_device_takes_the_joint_steps_of_its_own_rows():
     """With error control a part of the batch has other steps than the whole."""
-    options = {"divergence": jaxode.divergence.exact(), "adjoint": adjoint}
-    inputs, loss = (PARAMS, X, CONTEXT, WEIGHTS), loss_of(None, **options)
-    # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
-    rtol = 1e-12 if isinstance(adjoint, jaxode.DiscreteAdjoint) else 1e-10
-    # Its part of the mean, since an adjoint ODE has an absolute tolerance.
-    alone = jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs) / DEVICES, (0, 1)))
     rows = [slice(i, i + BATCH // DEVICES) for i in range(0, BATCH, BATCH // DEVICES)]
+    options = {"divergence": jaxode.divergence.exact()}
+    alone, inputs = of_one_device(**options), (PARAMS, X, CONTEXT, WEIGHTS)
     each = [alone(PARAMS, X[row], CONTEXT[row], WEIGHTS[row]) for row in rows]
-    value, by_params = jax.tree.map(lambda *parts: sum(parts), *[(v, bars[0]) for v, bars in each])
-    by_x = jnp.concatenate([bars[1] for _, bars in each])
-    expected = (value, (by_params, by_x))
-    assert_same(sharded(loss_of(None, **options))(*inputs), expected, rtol)
+    mean = jax.tree.map(lambda *parts: sum(parts) / DEVICES, *[(v, bars[0]) for v, bars in each])
+    by_x = jnp.concatenate([bars[1] for _, bars in each]) / DEVICES
+    found = of_all_devices(None, **options)(*inputs)
+    assert_same(found, (mean[0], (mean[1], by_x)))
 
 
 @typed
-@pytest.mark.parametrize("adjoint", with_slow(ADJOINTS, ADJOINTS[1:]), ids=str)
-def test_closed_over_parameters_must_vary(adjoint):
+def test_closed_over_parameters_must_vary():
     def loss(params, x, context, weights, vary=lambda params: params):
         params = vary(params)
         flow = jaxode.cnf(
             lambda t, z, args: field(t, z, (params, args[1])), jaxode.standard_normal(DIM),
-            steps=6, divergence=jaxode.divergence.exact(), adjoint=adjoint,
+            steps=6, divergence=jaxode.divergence.exact(),
         )  # fmt: skip
         return flow.nll(None, x, context=context, weights=weights)
 
@@ -163,16 +133,17 @@ def test_closed_over_parameters_must_vary(adjoint):
     assert_same(sharded(lambda *inputs: loss(*inputs, vary))(*inputs), expected)
 
 
-def crossing(axis_name, **options):
+def crossing(axis_name):
+    """What devices exchange in a program with XLA's optimizations."""
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    compiled = sharded(loss_of(axis_name, **options)).lower(*inputs).compile(OPTIMIZED)
+    compiled = of_all_devices(axis_name).lower(*inputs).compile(OPTIMIZED)
     return collectives(compiled.as_text())
 
 
 PARAMETER_BYTES = sum(leaf.nbytes for leaf in PARAMS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # XLA optimizes two programs
 @typed
 def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_each():
     found = crossing(AXIS)
@@ -183,36 +154,19 @@ def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_eac
     outside = [c["bytes"] for c in found if c["depth"] == 0]
     assert sum(size >= PARAMETER_BYTES for size in outside) == 1
     assert sum(outside) <= PARAMETER_BYTES + 8 * 8
-
-
-@typed
-@pytest.mark.slow
-def test_devices_that_step_for_themselves_reduce_the_gradient_and_the_loss_alone():
+    # Devices that step for themselves share the gradient and the loss alone.
     found = crossing(None)
     assert [c["depth"] for c in found] == [0]
     assert sum(c["bytes"] for c in found) == PARAMETER_BYTES + 8
-
-
-@pytest.mark.slow
-@typed
-def test_each_device_draws_its_own_noise_from_a_key_that_all_share():
-    """With the same points on all devices, equal noise would give equal losses."""
-    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
-    x = jnp.tile(X[:2], (DEVICES, 1))
-    loss = loss_of(None, steps=3, divergence=jaxode.divergence.hutchinson(1, "gaussian"))
-    local = lambda x: loss(PARAMS, x, jnp.zeros_like(x), None)[None]
-    losses = jax.shard_map(local, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT)(x)
-    assert len(np.unique(losses)) == DEVICES
 
 
 def test_without_the_types_of_shard_map():
     """With `check_vma=False` the name of the axis says which rows are whose."""
     inputs = (PARAMS, X, CONTEXT, WEIGHTS)
     expected, _ = of_one_device()(*inputs)
-    assert_same(sharded(loss_of(AXIS), check_vma=False)(*inputs)[0], expected)
+    assert_same(of_all_devices(check_vma=False)(*inputs)[0], expected)
 
 
-@pytest.mark.slow
 @typed
 def test_flow_and_its_gradient_over_devices():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
@@ -255,7 +209,6 @@ jax.block_until_ready(jax.jit(run)(x))
 
 
 @typed
-@pytest.mark.slow
 def test_a_failure_on_one_device_raises():
     """In a separate process: JAX keeps the error of an effect for whatever waits next."""
     process = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True)
@@ -271,36 +224,6 @@ def test_devices_with_end_times_of_their_own_cannot_take_the_same_steps():
     run = jax.shard_map(local, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT)
     with pytest.raises(ValueError, match=r"axis_name='batch'.*pass a key that all devices share"):
         run(X, jax.random.split(KEY, DEVICES))
-
-
-@pytest.mark.slow
-@typed
-def test_rows_of_a_batch_over_two_axes_are_numbered_in_the_order_of_the_mesh():
-    mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))
-    loss = loss_of(None, steps=3)
-
-    def mean(x):
-        return jax.lax.pmean(loss(PARAMS, x, jnp.zeros_like(x), None), ("x", "a"))
-
-    sharded = jax.shard_map(mean, mesh=mesh, in_specs=P(("x", "a")), out_specs=P())
-    alone = loss(PARAMS, X, jnp.zeros_like(X), None)
-    np.testing.assert_allclose(jax.jit(sharded)(X), alone, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "check_vma", [pytest.param(True, marks=typed), pytest.param(False, marks=pytest.mark.slow)]
-)
-def test_joint_steps_of_a_batch_over_two_axes(check_vma):
-    """`axis_name` as a tuple: for the error norm, the noise and the mean of the weights."""
-    axes = ("x", "a")
-    mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), axes)
-    mean = lambda *inputs: jax.lax.pmean(loss_of(axes)(*inputs), axes)
-    run = jax.shard_map(
-        mean, mesh=mesh, in_specs=(P(), P(axes), P(axes), P(axes)), out_specs=P(),
-        check_vma=check_vma,
-    )  # fmt: skip
-    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    assert_same(jax.jit(run)(*inputs), of_one_device()(*inputs)[0])
 
 
 def test_a_part_of_a_state_without_a_cotangent_of_its_own_goes_along():
@@ -337,12 +260,10 @@ def test_steps_over_two_axes_need_the_same_times_on_all():
         run(X, jnp.ones(2))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, OWN_STEPS[1]], ids=str)
-def test_a_sharded_batch_under_plain_jit(options):
+def test_a_sharded_batch_under_plain_jit():
     """XLA splits the program itself, and the numbers are those of one device."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)
-    run = of_one_device(**options)
+    run = of_one_device()
     expected = run(PARAMS, X, CONTEXT, WEIGHTS)
     actual = run(PARAMS, *(jax.device_put(rows, split) for rows in (X, CONTEXT, WEIGHTS)))
     assert actual[1][1].sharding.device_set == split.device_set

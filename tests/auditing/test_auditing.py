@@ -225,23 +225,3 @@ def test_samples_of_a_density(name):
         for scale, shift in ((1.5, 0.0), (0.5, 0.0), (1.0, 1.0), (0.0, 0.0)):
             moved = scale * (x - np.median(x, axis=0)) + np.median(x, axis=0) + shift
             assert of_base.imbalance(rng(0), moved, log_density) > of_base.IMBALANCE
-
-
-FLOW, X, P = jaxode.cnf(half, jaxode.standard_normal(2)), jnp.ones((3, 2)), jnp.asarray(0.3)
-BAD_INPUT = [
-    (lambda: jaxode.audit(half, P, X, KEY), "must be a flow made by jaxode.cnf; got function."),
-    (lambda: jaxode.audit(jaxode.bind(FLOW, P), P, X, KEY), "Pass density.flow, density.params"),
-    (lambda: jaxode.audit(FLOW, P, X, 0), "audit(key=...): must be a key of jax.random; got int"),
-    (lambda: jaxode.audit(FLOW, P, [[1.0]], KEY), "audit(x=...): must be an array of numbers"),
-    (lambda: jaxode.audit(FLOW, P, X[:0], KEY), "audit(x=...): must have at least one row"),
-    (lambda: jaxode.audit(FLOW, P, X * jnp.inf, KEY), "must be finite; got NaN or inf in 3 of 3"),
-    (lambda: jaxode.audit(FLOW, P, X, KEY, context=X[:2]), "have a leading axis of 3, one row per"),
-    (lambda: jax.jit(lambda p: jaxode.audit(FLOW, p, X, KEY).values)(P), "outside jax.jit, jax."),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "message"), BAD_INPUT, ids=[row[1][:40] for row in BAD_INPUT])
-def test_wrong_argument_gets_one_sentence(call, message):
-    with pytest.raises((TypeError, ValueError)) as info:
-        call()
-    assert message in str(info.value)

@@ -111,12 +111,3 @@ def test_it_maps_over_columns_and_is_printed_inside_of_a_program():
     jax.eval_shape(lambda x: (str(jaxode.importance(x)), x)[1], log_w[0])
     assert "Importance" in str(report)
     assert "fewer than 1000" in str(jaxode.importance(log_w[0, :999]))
-
-
-@pytest.mark.parametrize(
-    ("value", "got"),
-    [(3.0, r"shape \(\)"), (np.zeros(1), r"shape \(1,\)"), (np.arange(3), "int64"), ("a", "str")],
-)
-def test_what_is_not_a_vector_of_numbers(value, got):
-    with pytest.raises((TypeError, ValueError), match=r"importance\(log_weights=...\).*" + got):
-        jaxode.importance(value)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from jaxode import coupling
 from jaxode.coupling import independent, optimal_transport
 
 KEY = jax.random.key(0)
@@ -78,11 +77,6 @@ def test_a_permutation_whatever_the_data(name):
         assert rows is None or sorted(np.asarray(rows)) == list(range(7))
 
 
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_equal_to_its_like(name):
-    assert COUPLINGS[name]() == COUPLINGS[name]()
-
-
 def test_the_condition_counts_as_much_as_its_weight():
     weight = 0.5
     z, x, c = normal(1, 32, 2), normal(2, 32, 2), {"a": normal(3, 32, 3), "b": normal(4, 32)}
@@ -95,7 +89,6 @@ def test_the_condition_counts_as_much_as_its_weight():
 @pytest.mark.parametrize(
     ("one_hot", "weight", "dtype"),
     [
-        pytest.param(False, 1e4, jnp.float64, marks=pytest.mark.slow),
         (True, 1e8, jnp.float32),
         (False, 1e300, jnp.float32),
     ],
@@ -122,51 +115,10 @@ def test_equal_settings_are_equal():
     z, x = normal(1, 20, 2), normal(2, 20, 2)
     assert optimal_transport(8, 0.5) == optimal_transport(np.int64(8), np.float32(0.5))
     assert len({optimal_transport(64, 0.0), optimal_transport(64, 0), optimal_transport(32)}) == 2
-    assert independent() != optimal_transport()
+    assert independent() == independent() != optimal_transport()
     assert independent().pair(KEY, z, x, None) is None
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: optimal_transport(0), r"optimal_transport\(group=...\): must be a positive int"),
-        (lambda: optimal_transport(2.5), r"optimal_transport\(group=...\): must be a positive int"),
-        (
-            lambda: optimal_transport(condition_weight=-1),
-            r"optimal_transport\(condition_weight=...\): must be a .* at least 0; got -1",
-        ),
-        (
-            lambda: optimal_transport(condition_weight=float("nan")),
-            r"optimal_transport\(condition_weight=...\): must be a .*, finite .* got nan",
-        ),
-        (
-            lambda: rows_of(optimal_transport(4, 1.0), jnp.ones((4, 2)), jnp.ones((4, 2))),
-            r"matching_loss\(context=...\): must be given where its distance counts; got None",
-        ),
-    ],
-)
-def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_the_assignment_of_any_costs():
-    cost = jax.random.uniform(KEY, (9, 9), jnp.float64)
-    ((own, best),) = costs(np.asarray(cost), np.asarray(coupling.assignment(cost)), [9])
-    np.testing.assert_allclose(own, best, rtol=1e-12)
-
-
-def test_a_call_outside_of_jit_compiles_once(compiled):
-    """The loops of the assignment are a separate program."""
-    coupling = optimal_transport(4)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
-    for key in jax.random.split(jax.random.key(0), 2):
-        before = len(compiled)
-        coupling.pair(key, x, x, None)
-    assert len(compiled) == before
-
-
-@pytest.mark.slow
 def test_a_complex_condition_is_its_real_and_imaginary_part():
     z, x = jax.random.normal(jax.random.key(0), (2, 16, 2))
     angle = jnp.linspace(0.0, 6.0, 16)[:, None]

@@ -6,16 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.stats
 from helpers import LIBRARIES, optional
 
 import jaxode
-from jaxode.nn import ConcatSquash, field
 
 
-@pytest.mark.parametrize("shape", [(), pytest.param((3,), marks=pytest.mark.slow), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 3)], ids=str)
 def test_diagonal_normal(shape):
     base = jaxode.diagonal_normal(shape)
     assert base.event_shape == shape
@@ -38,6 +36,7 @@ def test_diagonal_normal(shape):
     assert (np.abs(draws.std(0) / scale - 1) < 5 / np.sqrt(2 * 20_000)).all()
     with pytest.raises(ValueError, match=r"diagonal_normal\(event_shape=...\)"):
         jaxode.diagonal_normal(-1)
+    assert jaxode.standard_normal(3) == jaxode.standard_normal((3,))
 
 
 def test_centered_normal():
@@ -59,13 +58,13 @@ class Growing(eqx.Module):
     closed: bool = eqx.field(static=True)
 
     def __call__(self, t, z, a):
-        return a * z
+        return a * z + 3.0
 
     def value_and_divergence(self, t, z, a):
-        return (a * z, a * z.size) if self.closed else NotImplemented
+        return (self(t, z, a), a * z.size) if self.closed else NotImplemented
 
 
-@pytest.mark.parametrize("closed", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("closed", [True, False])
 def test_a_field_that_moves_the_mean_has_the_divergence_of_centred_configurations(closed):
     """Four particles in the plane have six dimensions, in which it grows."""
     base = jaxode.centered_normal(4, 2)
@@ -75,8 +74,6 @@ def test_a_field_that_moves_the_mean_has_the_divergence_of_centred_configuration
     expected = base.log_prob(x * np.exp(-0.5)) - 6 * 0.5
     np.testing.assert_allclose(log_q, expected, rtol=1e-7)
     np.testing.assert_allclose(flow.log_prob(0.5, x), expected, rtol=1e-7)
-    shifted = jaxode.cnf(lambda t, z, a: a * z + 3.0, base, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(shifted.log_prob(0.5, x), expected, rtol=1e-7)
 
 
 def test_the_probability_flow_of_centred_particles():
@@ -91,89 +88,31 @@ def test_the_probability_flow_of_centred_particles():
         jaxode.cnf(field, base)
 
 
-@pytest.mark.parametrize("density", [jaxode.standard_normal, jaxode.diagonal_normal])
-@pytest.mark.parametrize(
-    ("event", "shape"), [(3, (4, 2)), (1, (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 3, 2)), (1, ())]
-)
-def test_events_of_another_shape_have_no_density(density, event, shape):
-    with pytest.raises(ValueError, match=r"log_prob\(z=...\): must have shape \(..., \*event\)"):
-        density(event).log_prob(jnp.ones(shape))
-
-
-@pytest.mark.slow
-def test_a_base_density_is_learned_together_with_the_field():
-    """Its gradient is the closed form's, and training finds the data's mean and scale."""
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params, x):
-        m, base = params
-        return jaxode.cnf(field, base, rtol=1e-9, atol=1e-9).nll(m, x)
-
-    still = jax.tree.map(jnp.zeros_like, ConcatSquash(2, (4,), key=jax.random.key(0)))
-    noise = jax.random.normal(jax.random.key(1), (500, 2))
-    x = jnp.array([[5.0, -1.0]]) + jnp.array([[0.5, 3.0]]) * noise
-    base = jaxode.diagonal_normal(2)
-    gradient = loss((still, base), x)[1][1]
-    np.testing.assert_allclose(gradient.mean, -x.mean(0), rtol=1e-7)
-    np.testing.assert_allclose(gradient.log_scale, 1 - (x**2).mean(0), rtol=1e-7)
-
-    # The maximum of the likelihood is the data's own mean and scale.
-    best = jaxode.distributions.DiagonalNormal(x.mean(0), jnp.log(x.std(0)))
-    for leaf in jax.tree.leaves(loss((still, best), x)[1][1]):
-        np.testing.assert_allclose(leaf, jnp.zeros(2), atol=1e-7)
-
-    params, optimizer = (ConcatSquash(2, (4,), key=jax.random.key(0)), base), optax.sgd(0.01)
-    before, gradient = loss(params, x)
-    updates, _ = optimizer.update(gradient, optimizer.init(params))
-    assert loss(optax.apply_updates(params, updates), x)[0] < before - 0.1
-    sample = jax.jit(lambda base: jaxode.cnf(field, base).sample(still, jax.random.key(0), 3))
-    assert sample(base).shape == (3, 2)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_densities_of_other_libraries(library, default_settings):
+    """Values, draws and gradients, also of the matching loss."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # their imports warn of what they should change
         optional(library)
         mean, scale = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
         make = LIBRARIES[library]
         make(mean, scale)
-    m = ConcatSquash(2, (8,), key=jax.random.key(0))
-    own = jaxode.cnf(field, jaxode.distributions.DiagonalNormal(mean, jnp.log(scale)))
-
-    @jax.jit
-    @jax.grad
-    def slope(params, x):
-        mean, scale = params
-        return jaxode.cnf(field, make(mean, scale)).nll(m, x)
-
-    flow = jaxode.cnf(field, make(mean, scale))
+    still = lambda t, z, args: 0 * z
+    flow = jaxode.cnf(still, make(mean, scale))
     assert flow.base.event_shape == (2,)
-    x, log_prob = flow.sample_and_log_prob(m, jax.random.key(1), 1000)
+    x, log_prob = flow.sample_and_log_prob(None, jax.random.key(1), 1000)
     assert x.shape == (1000, 2)
-    np.testing.assert_allclose(log_prob, own.log_prob(m, x), atol=1e-3)
-    np.testing.assert_allclose(flow.log_prob(m, x), own.log_prob(m, x), atol=1e-5)
-    z = flow.base.sample(jax.random.key(2), (1000,))
-    assert (jnp.abs(z.mean(0) - mean) < 5 * scale / np.sqrt(1000)).all()
-    gradient = slope((mean, scale), x)
-    expected = -(flow.to_base(m, x) - mean).mean(0) / scale**2
-    np.testing.assert_allclose(gradient[0], expected, atol=1e-4)
-
-
-def test_a_batch_of_densities_is_not_one_density():
-    class Batched:
-        event_shape, batch_shape = (), (3,)
-
-        def log_prob(self, z):
-            return z
-
-        def sample(self, key, sample_shape):
-            return key
-
-    with pytest.raises(ValueError, match=r"got a batch of shape \(3,\)"):
-        jaxode.cnf(field, Batched())
+    assert (jnp.abs(x.mean(0) - mean) < 5 * scale / np.sqrt(1000)).all()
+    exact = scipy.stats.norm.logpdf(x, mean, scale).sum(1)
+    np.testing.assert_allclose(log_prob, exact, atol=1e-5)
+    np.testing.assert_allclose(flow.log_prob(None, x), exact, atol=1e-5)
+    slope = jax.grad(lambda mean: jaxode.cnf(still, make(mean, scale)).nll(None, x))(mean)
+    np.testing.assert_allclose(slope, -(x - mean).mean(0) / scale**2, atol=1e-4)
+    # The gradient by a constant field is the mean of the start less the end.
+    shift = jaxode.cnf(lambda t, z, p: p + 0 * z, make(mean, scale))
+    slope = jax.grad(lambda p: shift.matching_loss(p, x, key=jax.random.key(2)))(jnp.zeros(2))
+    z = slope + x.mean(0)
+    assert (jnp.abs(z - mean) < 5 * scale / np.sqrt(1000)).all()
 
 
 def test_an_integer_as_event_shape_stands_for_a_vector():
@@ -212,19 +151,3 @@ def test_products_of_a_base_have_the_precision_of_those_of_the_field():
         program = str(jax.make_jaxpr(method)(0.1))
         products = program.count("dot_general[")
         assert 0 < products == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
-
-
-def test_a_density_of_each_coordinate_is_refused():
-    class Coordinates:
-        event_shape = (3,)
-
-        def log_prob(self, z):
-            return -(z**2) / 2
-
-        def sample(self, key, shape):
-            return jax.random.normal(key, (*shape, 3))
-
-    flow = jaxode.cnf(lambda t, z, a: a * z, Coordinates())
-    for method in (flow.nll, flow.log_prob):
-        with pytest.raises(ValueError, match=r"one number per sample, shape \(3,\); got \(3, 3\)"):
-            method(0.1, jnp.ones((3, 3)))

@@ -1,7 +1,6 @@
 """Divergence estimators: exact ones agree with the Jacobian, random ones are unbiased."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,8 @@ def g(z):
 
 
 def trace(g, z):
-    size = z.size
-    return jnp.trace(
-        jax.jacfwd(lambda flat: g(flat.reshape(z.shape)).reshape(-1))(z.reshape(-1)).reshape(
-            size, size
-        )
-    )
+    flat = lambda y: g(y.reshape(z.shape)).reshape(-1)
+    return jnp.trace(jax.jacfwd(flat)(z.reshape(-1)))
 
 
 # Estimators that give the trace itself. A new one is one row.
@@ -56,16 +51,8 @@ def of_the_jacobian(shape):
     return jax.jit(both)(Z.reshape(shape))
 
 
-# Of a sample of another shape, `exact()` has the products of as many probes as dimensions, and
-# those one by one are those in chunks.
-OF_SHAPES = [(name, (D,)) for name in EXACT]
-OF_SHAPES += [
-    ("exact in chunks", (1, 2, 3)),
-    ("as many orthogonal probes as dimensions", (1, 2, 3)),
-]
-
-
-@pytest.mark.parametrize(("name", "shape"), OF_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(D,), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", EXACT)
 def test_exact_equals_the_trace_of_the_jacobian(name, shape):
     z = Z.reshape(shape)
     estimator = EXACT[name]
@@ -93,15 +80,7 @@ def test_random_probes_are_unbiased(name):
     assert samples.std() > 1e-3  # random at all
 
 
-def test_rademacher_mean_over_all_signs_is_the_trace():
-    """The average over all `2 ** D` sign vectors is exact, not only in expectation."""
-    signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=D)))
-    apply = divergence.hutchinson().apply
-    values = jax.jit(jax.vmap(lambda sign: apply(g, Z, sign[None])[1]))(signs)
-    np.testing.assert_allclose(values.mean(), of_the_jacobian((D,))[1], rtol=1e-13)
-
-
-@pytest.mark.parametrize("name", EXACT | RANDOM | {"five probes": None})
+@pytest.mark.parametrize("name", EXACT | RANDOM)
 def test_all_products_share_one_linearization(name):
     """More probes, or more dimensions, evaluate the field no more often."""
     calls = []
@@ -110,7 +89,7 @@ def test_all_products_share_one_linearization(name):
         calls.append(1)
         return g(z)
 
-    estimator = (EXACT | RANDOM | {"five probes": divergence.hutchinson(5)})[name]
+    estimator = (EXACT | RANDOM)[name]
     probe = estimator.init(jax.random.key(0), Z)
     jax.eval_shape(lambda z: estimator.apply(counted, z, probe), Z)
     assert len(calls) == 1
@@ -173,9 +152,7 @@ def test_standard_error_is_the_spread_of_the_estimate(name, probes):
     assert difference.std() / np.sqrt(difference.size) < 0.02 * mean.var()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("argument", [None, 0, 1], ids=["value", "parameters", "sample"])
-def test_chunks_bound_the_memory_of_a_large_event(argument):
+def test_chunks_bound_the_memory_of_a_large_event():
     """784 dimensions, as in MNIST, with the memory that the docstring states."""
     size, width, batch, chunk = 784, 256, 32, 4
     m = ConcatSquash(size, (width, width), key=jax.random.key(0))
@@ -183,11 +160,9 @@ def test_chunks_bound_the_memory_of_a_large_event(argument):
     def temporary_bytes(chunk):
         apply = divergence.exact(chunk).apply
         loss = lambda m, z: jnp.sum(jax.vmap(lambda z: apply(lambda z: m(0.3, z), z, None)[1])(z))
-        function = loss if argument is None else jax.grad(loss, argument)
-        lowered = jax.jit(function).lower(m, jnp.ones((batch, size)))
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(m, jnp.ones((batch, size)))
         return lowered.compile(OPTIMIZED).memory_analysis().temp_size_in_bytes
 
     layers = 8 * batch * (2 * size + 2 * width)
     assert temporary_bytes(chunk) < 3 * (chunk + 1) * layers < 8e6
-    if argument is None:
-        assert temporary_bytes(None) > 20 * 3 * (chunk + 1) * layers
+    assert temporary_bytes(None) > 20 * 3 * (chunk + 1) * layers

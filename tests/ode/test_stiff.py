@@ -1,4 +1,4 @@
-"""Stiff problems by jaxode's own solvers: errors, orders, and all that a solve can do."""
+"""Stiff problems by jaxode's own solvers: errors, orders, gradients, devices and failures."""
 
 import itertools
 
@@ -7,26 +7,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import typed, with_slow
-from jax.sharding import Mesh, PartitionSpec
-from problems import ROSENBROCK, STIFF, robertson, solver_name
+from helpers import typed
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from problems import ROSENBROCK, STIFF, linear_gradients, robertson, solver_name
 
 import jaxode
 
 SOLVERS = [solver for solver, _, _ in ROSENBROCK]
-RODAS, RATES = SOLVERS[0], jnp.array([0.04, 3e7, 1e4])
-Y0 = jnp.array([[1.0, 0.0, 0.0], [0.9, 0.0, 0.1], [0.5, 1e-5, 0.5]])
+RODAS = SOLVERS[0]
+FEW = 8
+"""So many unknowns, for which the elimination is unrolled, have all but two of the problems."""
 
 
-# Between Robertson's reactions, a fast oscillator and a system of many unknowns.
-@pytest.mark.parametrize("problem", with_slow(STIFF, [STIFF[n] for n in (1, 2, 3, 5)]), ids=str)
+def of_few(t, y, number):
+    """One program for all of them. The other numbers of a smaller state stay zero."""
+    branches = [
+        lambda t, y, p=p, n=len(p.y0): jnp.pad(p.f(t, y[:n], p.args), (0, FEW - n))
+        for p in STIFF if len(p.y0) <= FEW
+    ]  # fmt: skip
+    return jax.lax.switch(number, branches, t, y)
+
+
+@pytest.mark.parametrize("problem", STIFF, ids=str)
 def test_error_of_reference_problems(problem):
+    n, f, y0, args = len(problem.y0), problem.f, problem.y0, problem.args
+    if n <= FEW:
+        number = [p.name for p in STIFF if len(p.y0) <= FEW].index(problem.name)
+        f, y0, args = of_few, np.pad(y0, (0, FEW - n)), np.int32(number)
     solution = jaxode.solve(
-        problem.f, problem.y0, 0.0, problem.t1, problem.args, solver=RODAS, rtol=1e-7,
-        atol=problem.atol,
-    )  # fmt: skip
+        f, y0, 0.0, problem.t1, args, solver=RODAS, rtol=1e-7, atol=problem.atol
+    )
     # 1e-5: two orders above the tolerance, also of species whose own tolerance is looser.
-    assert problem.error(solution.y1) < 1e-5
+    assert problem.error(solution.y1[:n]) < 1e-5
 
 
 # Equal steps, and the order of the error when the rate is 1e6: classical orders are 5 and 2.
@@ -49,159 +62,116 @@ def test_order_reduction(solver, steps, order):
     assert errors[0] < (1e-10 if order == 3 else 1e-4)
 
 
-# With few unknowns, for which the elimination is unrolled, and with many.
-@pytest.mark.parametrize("n", with_slow([0, 5], [0]), ids=["robertson", "pollution"])
-def test_single_precision(n):
-    problem = STIFF[n]
-    single = lambda x: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x)
-    solution = jaxode.solve(
-        problem.f, single(problem.y0), 0.0, problem.t1, single(problem.args), solver=RODAS,
-        rtol=1e-4, atol=1e-8,
-    )  # fmt: skip
-    assert solution.y1.dtype == jnp.float32
-    assert problem.error(solution.y1) < 5e-3  # what rounding leaves of species of 1e-4
-
-
-def driven(t, y, args, xp=jnp):
-    """Robertson's reactions with a rate of its own for each row, and a source that depends on the
-    time."""
-    rates, factor = args
-    a, b, c = rates[0] * factor * y[0], rates[1] * y[1] ** 2, rates[2] * y[1] * y[2]
-    return xp.stack([-a + c + 0.01 * xp.sin(t) * y[0], a - b - c, b])
-
-
-FACTORS = jnp.array([1.0, 0.3, 3.0])
-TS = jnp.array([0.5, 3.0, 33.0])
-
-
-def run(y0, rates, factors, t0, t1, ts, **options):
-    options = {"solver": RODAS, "rtol": 1e-5, "atol": 1e-9, "batch": "per_sample", **options}
-    return jaxode.solve(driven, y0, t0, t1, rates, row_args=factors, ts=ts, **options)
-
-
-@pytest.mark.parametrize("solver", with_slow(SOLVERS, SOLVERS[1:]), ids=solver_name)
-def test_rows_are_single_solves(solver):
-    batch = run(Y0, RATES, FACTORS, 0.0, 40.0, TS, solver=solver, rtol=1e-4)
-    single = jax.jit(
-        lambda y0, factor: jaxode.solve(
-            driven, y0, 0.0, 40.0, (RATES, factor), ts=TS, solver=solver, rtol=1e-4, atol=1e-9
-        )
+def test_no_matrix_of_joint_steps_is_larger_than_that_of_a_row():
+    solve = lambda y0: jaxode.solve(
+        robertson, y0, 0.0, 40.0, STIFF[0].args, solver=RODAS, batch="joint", throw=False
     )
-    for row in range(3):
-        alone = single(Y0[row], FACTORS[row])
-        np.testing.assert_allclose(batch.y1[row], alone.y1, rtol=1e-9)
-        np.testing.assert_allclose(batch.ys[:, row], alone.ys, rtol=1e-9)
-        assert batch.stats.num_steps[row] == alone.stats.num_steps
-        assert batch.stats.num_evals[row] == alone.stats.num_evals
+    program = jax.jit(lambda y0: solve(y0).y1).lower(jnp.ones((4, 3))).as_text()
+    assert "3x3x4x" in program
+    assert "12x12" not in program
 
 
-def test_joint_steps_solve_each_row_alone():
-    """They take the same steps; no matrix is larger than that of a row."""
-    joint = run(Y0, RATES, FACTORS, 0.0, 40.0, TS, batch="joint", rtol=1e-8, atol=1e-12)
-    rows = run(Y0, RATES, FACTORS, 0.0, 40.0, TS, rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(joint.ys, rows.ys, rtol=1e-6)
-    four = jnp.concatenate([Y0, Y0[:1]]), RATES, jnp.ones(4)
-    program = jax.jit(lambda *a: run(*a, 0.0, 40.0, None, batch="joint").y1).lower(*four)
-    assert "3x3x4x" in program.as_text()
-    assert "12x12" not in program.as_text()
+# Two numbers, turned against the axes, are drawn to a path: one fast and the other slowly.
+TURN = jnp.array([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
+SPEEDS, LEVELS = jnp.array([1e5, 0.3]), jnp.array([1.0, 0.5])
 
 
-@pytest.mark.slow
-def test_events_and_breakpoints():
-    half = jaxode.Event(lambda t, y, args: y[0] - 0.5)
-    ended = jaxode.solve(
-        robertson, Y0[:2], 0.0, 1e4, RATES, batch="per_sample", solver=RODAS, event=half, rtol=1e-8,
-        atol=1e-12,
-    )  # fmt: skip
-    assert ended.event_occurred.all()
-    np.testing.assert_allclose(ended.y1[:, 0], 0.5, rtol=1e-7)
-    on = lambda t, y, args: jnp.where(t < 1.0, -1e6, -1.0) * (y - 1)
-    cut = jaxode.solve(
-        on, jnp.zeros(1), 0.0, 2.0, solver=RODAS, breakpoints=[1.0], rtol=1e-8, atol=1e-8
-    )
-    np.testing.assert_allclose(cut.y1, 1.0, rtol=1e-8)
+def path(t, k):
+    return TURN @ (k**2 * (2 + jnp.sin(t)) * LEVELS)
 
 
-@pytest.mark.slow
-def test_an_empty_span_keeps_the_state_and_follows_the_field():
-    end = lambda t1, ts: run(Y0, RATES, FACTORS, 1.0, t1, ts[None], adjoint=jaxode.ForwardMode())
-    one = jnp.asarray(1.0)
-    both = lambda *times: ((s := end(*times)).y1, s.ys[0])
-    (by_end, by_output), (y1, _) = jax.jit(
-        lambda *times: (jax.jacfwd(both, (0, 1))(*times), both(*times))
-    )(one, one)
-    np.testing.assert_array_equal(y1, Y0)
-    slopes = jax.jit(jax.vmap(driven, (None, 0, (None, 0))))(1.0, Y0, (RATES, FACTORS))
-    np.testing.assert_allclose(by_end[0], slopes, rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(by_output[1], slopes, rtol=1e-10, atol=1e-10)
-    reverse = lambda t1: run(Y0, RATES, FACTORS, 1.0, t1, None).y1.sum()
-    np.testing.assert_allclose(jax.jit(jax.grad(reverse))(one), slopes.sum(), rtol=1e-10, atol=1e-8)
+def drawn(t, y, args):
+    """`path` is a solution."""
+    k = args[0] * args[1]
+    level, slope = k**2 * (2 + jnp.sin(t)) * LEVELS, k**2 * jnp.cos(t) * LEVELS
+    return TURN @ (slope - SPEEDS * ((TURN.T @ y) ** 3 - level**3))
 
 
-@typed
-@pytest.mark.slow
-def test_over_devices():
-    """Rows and joint steps, split over two devices."""
-    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
-    y0, factors, split = Y0[:2], FACTORS[:2], PartitionSpec("rows")
-
-    def loss(batch, axis_name=None):
-        def of(y0, rates, factors):
-            solution = run(
-                y0, rates, factors, 0.0, 40.0, None, batch=batch, axis_name=axis_name, throw=False
-            )
-            total = jnp.sum(solution.y1**2)
-            return total if axis_name is None else jax.lax.psum(total, axis_name)
-
-        return of
-
-    def summed(*inputs):
-        return jax.lax.psum(loss("per_sample")(*inputs), "rows")
-
-    for batch, split_loss in (("joint", loss("joint", "rows")), ("per_sample", summed)):
-        over = jax.shard_map(
-            split_loss, mesh=mesh, in_specs=(split, PartitionSpec(), split),
-            out_specs=PartitionSpec(),
+def of_path(x, tolerance=None, **options):
+    """A loss of two rows that start on their paths, but for `move`. In closed form without a
+    tolerance, if `move` is zero."""
+    on_path = lambda t: jax.vmap(path, (None, 0))(t, x["k"] * x["q"])
+    if tolerance is None:
+        y1, ys = on_path(x["t1"]), jax.vmap(on_path)(x["ts"])
+    else:
+        solution = jaxode.solve(
+            drawn, on_path(x["t0"]) + x["move"], x["t0"], x["t1"], x["k"], row_args=x["q"],
+            ts=x["ts"], rtol=tolerance, atol=tolerance, max_steps=4096, throw=False, **options,
         )  # fmt: skip
-        many = jax.jit(jax.grad(over, (0, 1)))(y0, RATES, factors)
-        one = jax.jit(jax.grad(loss(batch), (0, 1)))(y0, RATES, factors)
-        for a, b in zip(many, one, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-7)
+        y1, ys = solution.y1, solution.ys
+    return jnp.sum(y1 @ jnp.array([1.0, -2.0])) + jnp.sum(jnp.sin(ys[..., 0]) * ys[..., 1])
 
 
-def nine_unknowns():
-    """More than are unrolled: factors by LAPACK."""
-    matrix = -10 * jnp.eye(9) + jax.random.normal(jax.random.key(0), (9, 9))
-    return jnp.arange(18.0).reshape(2, 9), matrix
+X = {
+    "k": jnp.array(1.1), "q": jnp.array([1.0, 0.7]), "t0": jnp.array(0.1), "t1": jnp.array(2.0),
+    "ts": jnp.array([0.5, 1.3]), "move": jnp.zeros((2, 2)),
+}  # fmt: skip
+# The tolerance of a fine mesh, and the error there: by times, where rates of 1e5 cancel.
+GRADIENTS = [(SOLVERS[0], "per_sample", 1e-9, 1e-5), (SOLVERS[1], "joint", 1e-6, 1e-3)]
 
 
-def end_of_nine(y0, matrix, adjoint=jaxode.DiscreteAdjoint()):
-    return jaxode.solve(
-        lambda t, y, matrix: matrix @ y, y0, 0.0, 1.0, matrix,
-        solver=RODAS, rtol=1e-8, atol=1e-8, throw=False, adjoint=adjoint,
-    ).y1  # fmt: skip
+@pytest.mark.parametrize(("solver", "batch", "fine", "error"), GRADIENTS, ids=solver_name)
+def test_gradients_by_everything(solver, batch, fine, error):
+    """In closed form; and on a coarse mesh, with a replay of most steps, as in forward mode."""
+    of = lambda adjoint: (
+        lambda x, tolerance: of_path(x, tolerance, solver=solver, batch=batch, adjoint=adjoint)
+    )
+    reverse = jax.jit(jax.grad(of(jaxode.DiscreteAdjoint(4))))
+    found, exact = reverse(X, fine), jax.grad(of_path)(X)
+    for name in X.keys() - {"move"}:
+        np.testing.assert_allclose(found[name], exact[name], rtol=error, atol=error)
+    along = jax.tree.map(lambda x: jnp.cos(jnp.arange(1.0, 1 + x.size)).reshape(x.shape), X)
+    push = jax.jit(lambda x, tolerance: jax.jvp(
+        lambda x: of(jaxode.ForwardMode())(x, tolerance), (x,), (along,)
+    )[1])  # fmt: skip
+    x = X | {"move": jnp.full((2, 2), 0.01)}
+    products = jax.tree.map(lambda bar, move: jnp.sum(bar * move), reverse(x, 1e-3), along)
+    # Rates of 1e5 per unit of time, times a derivative by the size of a step: they cancel.
+    np.testing.assert_allclose(sum(products.values()), push(x, 1e-3), rtol=1e-8)
+
+
+# Slow: forward over reverse of a stiff step compiles for ten seconds, and no other test has it.
+@pytest.mark.slow
+def test_second_derivatives():
+    by_k = lambda **options: lambda k: of_path(X | {"k": k}, **options)
+    solved = by_k(tolerance=1e-8, solver=RODAS, batch="per_sample")
+    found = jax.jit(jax.jacfwd(jax.grad(solved)))(X["k"])
+    np.testing.assert_allclose(found, jax.hessian(by_k())(X["k"]), rtol=1e-5)
+
+
+# More unknowns than are unrolled: factors by LAPACK.
+NINE = jnp.sin(jnp.arange(18.0).reshape(2, 9))
+MATRIX = -10 * jnp.eye(9) + jax.random.normal(jax.random.key(0), (9, 9))
+OVER_DEVICES = {
+    "rows": {"batch": "per_sample"},
+    "joint steps": {"batch": "joint", "axis_name": "rows"},
+    "a Jacobian by the user": {
+        "batch": "per_sample", "solver": jaxode.Rodas5P(jacobian=lambda t, y, matrix: matrix),
+    },
+}  # fmt: skip
 
 
 @typed
-def test_more_unknowns_over_devices():
-    y0, matrix = nine_unknowns()
-    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
-    specs = (PartitionSpec("rows"), PartitionSpec())
-    rows = jax.vmap(end_of_nine, (0, None))
-    over = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=specs[0]))
-    exact = y0 @ scipy.linalg.expm(np.asarray(matrix)).T
-    np.testing.assert_allclose(over(y0, matrix), exact, atol=1e-7)
+@pytest.mark.parametrize("case", OVER_DEVICES)
+def test_many_unknowns_over_devices(case):
+    """Rows that are split, with parameters that all share: the end, and its gradients."""
+    given = {"solver": RODAS, "rtol": 1e-8, "atol": 1e-8, "throw": False, **OVER_DEVICES[case]}
+    solve = lambda y0, matrix: jaxode.solve(
+        lambda t, y, matrix: matrix @ y, y0, 0.0, 1.0, matrix, **given
+    ).y1  # fmt: skip
+    mesh, specs = Mesh(np.array(jax.devices()[:2]), ("rows",)), (P("rows"), P())
+    weights = jnp.arange(1.0, 10.0)
 
+    def loss(y0, matrix):
+        y1 = jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=P("rows"))(y0, matrix)
+        return jnp.sum(y1 @ weights), y1
 
-@pytest.mark.slow
-def test_more_unknowns_than_are_unrolled():
-    """Alone, under `vmap`, and in both modes of derivatives."""
-    y0, matrix = nine_unknowns()
-    exact = y0 @ scipy.linalg.expm(np.asarray(matrix)).T
-    np.testing.assert_allclose(jax.vmap(end_of_nine, (0, None))(y0, matrix), exact, atol=1e-7)
-    reverse = jax.jit(jax.jacrev(end_of_nine, 1))(y0[1], matrix)
-    forward = jax.jit(jax.jacfwd(lambda m: end_of_nine(y0[1], m, jaxode.ForwardMode())))(matrix)
-    np.testing.assert_allclose(reverse, forward, rtol=1e-8, atol=1e-8)
+    (by_y0, by_matrix), y1 = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(NINE, MATRIX)
+    exact = NINE @ scipy.linalg.expm(np.asarray(MATRIX)).T
+    np.testing.assert_allclose(y1, exact, atol=1e-7)
+    each = [linear_gradients(MATRIX, v, np.asarray(weights)) for v in NINE]
+    np.testing.assert_allclose(by_y0, [by_v for by_v, _ in each], atol=1e-6)
+    np.testing.assert_allclose(by_matrix, sum(by for _, by in each), atol=1e-6)
 
 
 def test_jacobian_that_is_not_finite_where_the_field_is():
@@ -213,14 +183,11 @@ def test_jacobian_that_is_not_finite_where_the_field_is():
     np.testing.assert_array_equal(solution.ok, [True, False])
     assert solution.result[1] == jaxode.Result.NON_FINITE_JACOBIAN
     np.testing.assert_allclose(solution.y1[0], 0.25, rtol=1e-4)
-    for steps in (None, 2):
-        with pytest.raises(
-            jaxode.SolveError, match=r"^solve: the Jacobian is not finite at t=0\. L"
-        ):
-            jaxode.solve(f, jnp.zeros(1), 0.0, 1.0, solver=RODAS, steps=steps)
     by_time = lambda t, y, args: -y + jnp.sqrt(t)
-    with pytest.raises(jaxode.SolveError, match=r"the Jacobian is not finite at t=0\. Look"):
-        jaxode.solve(by_time, jnp.zeros(1), 0.0, 1.0, solver=RODAS)
+    for field, steps in ((f, None), (f, 2), (by_time, None)):
+        message = r"^solve: the Jacobian is not finite at t=0\. Look"
+        with pytest.raises(jaxode.SolveError, match=message):
+            jaxode.solve(field, jnp.zeros(1), 0.0, 1.0, solver=RODAS, steps=steps)
     still = jaxode.solve(f, jnp.zeros(1), 0.0, 0.0, solver=RODAS)
     np.testing.assert_array_equal(still.y1, 0.0)
 
@@ -232,20 +199,14 @@ def test_a_singular_matrix_is_not_a_jacobian_that_is_not_finite(n):
     run = lambda **options: jaxode.solve(
         lambda t, y, _: y / gamma, jnp.ones(n), 0.0, 1.0, solver=RODAS, **options
     )
-    with pytest.raises(
-        jaxode.SolveError, match=r"^solve: the linear system of a step is singular at t=0\. Take an"
-    ):
+    message = r"^solve: the linear system of a step is singular at t=0\. Take an"
+    with pytest.raises(jaxode.SolveError, match=message):
         run(steps=1)
     np.testing.assert_allclose(run(first_step=1.0).y1, np.exp(1 / gamma), rtol=1e-3)
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["at once", "compiled"])
-def test_out_of_steps_does_not_advise_the_solver_in_use(transform):
-    run = transform(
-        lambda y0: jaxode.solve(robertson, y0, 0.0, 40.0, RATES, solver=RODAS, max_steps=5).y1
-    )
-    with pytest.raises(
-        (jaxode.SolveError, jax.errors.JaxRuntimeError),
-        match=r"the steps ran out at t=.*\. Raise max_steps, loosen rtol and atol, pass disc",
-    ):
-        jax.block_until_ready(run(Y0[0]))
+def test_out_of_steps_does_not_advise_the_solver_in_use():
+    y0, rates = STIFF[0].y0, STIFF[0].args
+    message = r"the steps ran out at t=.*\. Raise max_steps, loosen rtol and atol, pass disc"
+    with pytest.raises(jaxode.SolveError, match=message):
+        jaxode.solve(robertson, y0, 0.0, 40.0, rates, solver=RODAS, max_steps=5)

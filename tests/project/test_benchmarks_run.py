@@ -1,24 +1,28 @@
 """Every benchmark runs to its end, at a size of seconds: its contenders, table, picture.
 
 Contenders whose library is installed for benchmarks only are left out, as the runner does.
-`accelerators` is not among them: it compiles with libraries that only its own environment has.
 """
 
 import json
+import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import diffrax
 import jax
-import jax.numpy as jnp
 import joblib
 import numpy as np
 import pytest
+from helpers import typed
+from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import cases
 from benchmarks.cases import (
+    accelerators,
+    adjoints,
     compile_time,
     cores,
     divergence,
@@ -32,9 +36,10 @@ from benchmarks.cases import (
     rows,
     stiff,
     tables,
+    tolerance,
 )
 from benchmarks.cases import time_to_nll as to_level
-from benchmarks.harness import benchmark, fairness, problems, show
+from benchmarks.harness import benchmark, fairness, problems, runner, show
 from benchmarks.peers import estimators, flows, odes
 
 pytestmark = pytest.mark.shown
@@ -78,7 +83,6 @@ BESIDES = {
     "memory": {"base": {"max_steps": MAX_STEPS, "width": 5, "batch": FLOW.batch, "dim": FLOW.dim}},
     "stiff": {"number": 2},
 }
-
 AT_EQUAL_ERROR = ("ffjord_step", "neural_ode_step", "per_sample", "evaluate", "ragged", "cores")
 
 MAKERS = [
@@ -135,143 +139,182 @@ def quick(default_settings, monkeypatch):
         bench, makers, exact, (1e-5,), *rest
     )
     monkeypatch.setattr(benchmark, "work_precision", compare)
+    return monkeypatch
 
 
-def run(name, case, picture, seconds=float("inf")):
-    """The result of a case as the runner keeps it, after it was reported."""
-    chosen = cases.load(name)
-    result = chosen.run(case, fairness.Bench(seconds))
-    assert "crashed" not in result, result
-    for contender, reason in result.get("failed", {}).items():
-        assert reason.startswith("ModuleNotFoundError"), (contender, reason)
-    for contender, curve in result["curves"].items() if name in AT_EQUAL_ERROR else ():
-        assert curve[0]["error"] < 2e-3, contender  # float32, and a tolerance of 1e-5
-    result = json.loads(json.dumps(result)) | {"code": "abc"}
-    show.save(chosen.draw({case: result}), chosen.title, picture)
-    assert chosen.table({case: result})
-    assert picture.stat().st_size > 0
-    return result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", cases.BENCHMARKS)
-def test_every_benchmark_runs_to_its_end(name, quick, monkeypatch, tmp_path):
-    if name == "cores" and not hasattr(jax.lax, "pcast"):
-        pytest.skip("needs JAX 0.8 or newer")
-    chosen = cases.load(name)
-    monkeypatch.setattr(cores, "device_count", lambda: 8)
-    monkeypatch.setattr(evaluate, "SECONDS", 0.1)
+def of_sizes(patch, name):
+    """The cases of `TINY`."""
+    patch.setattr(cores, "device_count", lambda: 8)
+    patch.setattr(evaluate, "SECONDS", 0.1)
     # One of the solvers, and one number of products: the others are the same code.
     tsit5 = {name: way for name, way in ffjord_step.DIFFRAX.items() if "Tsit5" in name}
-    monkeypatch.setattr(ffjord_step, "DIFFRAX", tsit5)
+    patch.setattr(ffjord_step, "DIFFRAX", tsit5)
     for solvers in (stiff.OURS, stiff.THEIRS):
         for other in [*solvers][1:]:
-            monkeypatch.delitem(solvers, other)
+            patch.delitem(solvers, other)
     least = {name: dict([*by.items()][:1]) for name, by in divergence.by_noise().items()}
-    monkeypatch.setattr(divergence, "by_noise", lambda: least)
+    patch.setattr(divergence, "by_noise", lambda: least)
     for attribute, value in ({"cases": TINY[name]} | BESIDES.get(name, {})).items():
-        monkeypatch.setattr(chosen, attribute, value)
-    for case in chosen.cases:
-        run(name, case, tmp_path / "picture.png")
-        monkeypatch.setattr(stiff, "THEIRS", {})  # one case has them
+        patch.setattr(cases.load(name), attribute, value)
+    for case in TINY[name]:
+        yield case, float("inf")
+        patch.setattr(stiff, "THEIRS", {})  # one case has them
 
 
-def needs(library):
-    if library in ("torchcfm", "torchdiffeq", "zuko", "flowjax", "sbi"):
-        pytest.importorskip(library, reason=f"{library} is installed for benchmarks: make bench")
-
-
-# `make test` runs the loop and its report with trainings that are made up. Matching alone is the
-# first phase of matching and then likelihood.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in to_level.PHASES if name != "jaxode, Residual, matching"]
-)
-def test_every_training_to_a_likelihood_runs_to_its_end(name, quick, monkeypatch, tmp_path):
-    needs(name.replace(",", "").split()[0])
+def of_training(patch, name):
     x = problems.eight_gaussians(np.random.default_rng(0), 16)
     task = to_level.Task(lambda: to_level.Data(x, x[:8]), FLOW.widths, 4, level=1e9)
     phases = [phase._replace(steps=2, block=2) for phase in to_level.PHASES[name]]
-    if "transport" in name:
-        del phases[1:]  # likelihood, as after matching
-    monkeypatch.setattr(to_level, "TASKS", {"tiny": task})
-    monkeypatch.setitem(to_level.PHASES, name, phases)
-    monkeypatch.setattr(to_level.BENCHMARK, "cases", {"case": ("tiny", name, 0)})
-    result = run("time_to_nll", "case", tmp_path / "picture.png")
-    assert result["steps"] == 2 * len(phases)
+    patch.setattr(to_level, "TASKS", {"tiny": task})
+    patch.setitem(to_level.PHASES, name, phases[: 1 if "transport" in name else None])
+    patch.setattr(to_level.BENCHMARK, "cases", {"case": ("tiny", name, 0)})
+    yield "case", float("inf")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", posterior.CONTENDERS)
-def test_every_posterior_runs_to_its_end(name, quick, monkeypatch, tmp_path):
-    needs(name.split(",")[0].split(".")[0])
+def of_posterior(patch, name):
     fit = {"steps": 2, "batch_size": 4, "time_power": 2.0}
-    network = {"width": 4, "blocks": 1}
-    monkeypatch.setattr(posterior.BENCHMARK, "size", posterior.Size(200, 20, network, fit))
-    monkeypatch.setattr(posterior, "OBSERVATIONS", 1)
+    size = posterior.Size(200, 20, {"width": 4, "blocks": 1}, fit)
+    patch.setattr(posterior.BENCHMARK, "size", size)
+    patch.setattr(posterior, "OBSERVATIONS", 1)
     samples = np.random.default_rng(0).uniform(-1, 1, (20, 2)).astype(np.float32)
-    monkeypatch.setattr(posterior, "reference", lambda task, number: (samples[number], samples))
+    patch.setattr(posterior, "reference", lambda task, number: (samples[number], samples))
     with joblib.parallel_config("sequential"):
-        run("posterior", f"two moons: {name}", tmp_path / "picture.png")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", posterior.TASKS)
-def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
-    """Whose ratio has mean one, for any other parameters."""
-    task, scale = posterior.TASKS[name], 1.003
-    theta, x = task.simulate(jax.random.key(0), 20_000)
-    if name == "slcp":  # where its Gaussian is not nearly flat
-        wide = ((jnp.abs(theta[:, 2:]) > 0.5) & (jnp.abs(theta[:, 2:]) < 2.0)).all(axis=1)
-        theta, x = theta[wide], x[wide]
-    log_joint = jax.vmap(task.log_joint)
-    ratio = jnp.exp(log_joint(scale * theta, x) - log_joint(theta, x))
-    prior = 1.0 if task.bounds else scale ** -theta.shape[1]
-    assert abs(float(ratio.mean()) / prior - 1) < 0.01
-    assert float(jnp.std(ratio)) > 0.01
-
-
-# Of contenders that share their settings, one has them all; widths are one.
-ALL_OF_THEM = ("jaxode", "torchcfm", "zuko NSF", "flowjax coupling")
-SETTINGS = [
-    (name, setting)
-    for name, each in estimators.CONTENDERS.items()
-    for setting in each.settings
-    if not setting or (name in ALL_OF_THEM and setting != "width 256")
-]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:fit.seconds")  # a few steps are enough here
-@pytest.mark.parametrize(("name", "setting"), SETTINGS)
-def test_every_estimator_of_tables_runs_to_its_end(name, setting, quick, monkeypatch, tmp_path):
-    library = name.split()[0].lower()
-    needs(library)
-    monkeypatch.setattr(tables, "time", Ticks())
-    monkeypatch.setattr(tables, "own_core", lambda: None)  # this process runs other tests, too
-    monkeypatch.setattr(tables, "TIMES", () if setting else (1.5,))
-    monkeypatch.setattr(estimators, "OF_FIELD", (2, 1.15))
-    monkeypatch.setattr(estimators, "OF_MAP", (2, 1.05))
-    if library in ("jaxode", "torchcfm"):  # of one block in place of three, which are the same code
-        one = {width: size | {"blocks": 1} for width, size in estimators.WIDTHS.items()}
-        contender = estimators.CONTENDERS[name]._replace(settings=one)
-        monkeypatch.setitem(estimators.CONTENDERS, name, contender)
-    x = np.random.default_rng(0).standard_normal((120, 3))
-    monkeypatch.setattr(tables, "TABLES", {"banana": lambda: x})
-    case = tables.Case("banana", name, setting, 0)
-    result = run("tables", case.name, tmp_path / "picture.png", seconds=2.5)
-    assert (result["rows"], result["columns"]) == (96, 3)
-    assert result["times"] == list(result["scores"]) == ["1.5", "2.5"][bool(setting) :]
-    # A standard normal has 4.26 nats; nothing has learned much else in a few steps.
-    assert all(3 < score["nats"] < 8 for score in result["scores"].values())
+        yield f"two moons: {name}", float("inf")
 
 
 class Ticks:
     """A clock by which each candidate takes a second."""
 
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def perf_counter(self):
         self.now += 0.5
         return self.now
+
+
+def of_table(patch, of):
+    name, _, setting = of.partition("; ")
+    patch.setattr(tables, "time", Ticks())
+    patch.setattr(tables, "own_core", lambda: None)  # this process runs other tests, too
+    patch.setattr(tables, "TIMES", () if setting else (1.5,))
+    patch.setattr(estimators, "OF_FIELD", (2, 1.15))
+    patch.setattr(estimators, "OF_MAP", (2, 1.05))
+    if name.split()[0] in ("jaxode", "torchcfm"):  # of one block in place of three
+        one = {width: size | {"blocks": 1} for width, size in estimators.WIDTHS.items()}
+        contender = estimators.CONTENDERS[name]._replace(settings=one)
+        patch.setitem(estimators.CONTENDERS, name, contender)
+    x = np.random.default_rng(0).standard_normal((120, 3))
+    patch.setattr(tables, "TABLES", {"banana": lambda: x})
+    yield tables.Case("banana", name, setting, 0).name, 2.5
+
+
+# Matching alone is the first phase of matching and then likelihood. Of contenders for tables that
+# share their settings, one has them all; widths are one.
+TRAININGS = [name for name in to_level.PHASES if name != "jaxode, Residual, matching"]
+WITH_SETTINGS = ("jaxode", "torchcfm", "zuko NSF", "flowjax coupling")
+OF_TABLES = [
+    f"{name}; {setting}" if setting else name
+    for name, each in estimators.CONTENDERS.items()
+    for setting in each.settings
+    if not setting or (name in WITH_SETTINGS and setting != "width 256")
+]
+RUNS = [(name, of_sizes, name) for name in cases.BENCHMARKS]
+RUNS += [("time_to_nll", of_training, contender) for contender in TRAININGS]
+RUNS += [("posterior", of_posterior, contender) for contender in posterior.CONTENDERS]
+RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
+
+
+@pytest.mark.slow  # dozens of programs are compiled, which are those of other libraries, too
+@pytest.mark.filterwarnings("ignore:fit.seconds")  # a few steps are enough here
+@pytest.mark.parametrize(
+    ("name", "small", "of"), RUNS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
+    library = of.replace(",", " ").replace(";", " ").split(".")[0].split()[0].lower()
+    if library in ("torchcfm", "torchdiffeq", "zuko", "flowjax", "sbi"):
+        pytest.importorskip(library, reason=f"{library} is installed for benchmarks: make bench")
+    if name == "cores" and not hasattr(jax.lax, "pcast"):
+        pytest.skip("needs JAX 0.8 or newer")
+    for case, seconds in small(quick, of):
+        chosen, picture = cases.load(name), tmp_path / "picture.png"
+        result = chosen.run(case, fairness.Bench(seconds))
+        assert "crashed" not in result, result
+        for contender, reason in result.get("failed", {}).items():
+            assert reason.startswith("ModuleNotFoundError"), (contender, reason)
+        for contender, curve in result["curves"].items() if name in AT_EQUAL_ERROR else ():
+            assert curve[0]["error"] < 2e-3, contender  # float32, and a tolerance of 1e-5
+        kept = json.loads(json.dumps(result)) | {"code": "abc"}  # as the runner does
+        show.save(chosen.draw({case: kept}), chosen.title, picture)
+        assert chosen.table({case: kept})
+        assert picture.stat().st_size > 0
+    if name == "time_to_nll":
+        assert result["steps"] == 2 * len(to_level.PHASES[of])
+    if name == "tables":
+        assert (result["rows"], result["columns"]) == (96, 3)
+        assert result["times"] == list(result["scores"]) == ["1.5", "2.5"][";" in of :]
+        # A standard normal has 4.26 nats; nothing has learned much else in a few steps.
+        assert all(3 < score["nats"] < 8 for score in result["scores"].values())
+
+
+@typed
+def test_programs_for_accelerators_are_measured_and_stand_on_their_page(
+    monkeypatch, tmp_path, default_settings
+):
+    """Here for two CPUs, without the libraries that describe others."""
+    page = tmp_path / "devices.md"
+    page.write_text("kept <!-- accelerators -->old<!-- end of accelerators -->")
+    mesh = lambda target: Mesh(np.array(jax.devices()[: target.chips]), (flows.AXIS,))
+    targets = {f"{n} CPUs": accelerators.Target("cpu", "", n) for n in (1, 2)}
+    compared = accelerators.contenders
+    # CPUs have loops of their own, for random numbers, too.
+    ours = lambda *args: {
+        k: v._replace(once=(2, 1, 1)) for k, v in compared(*args).items() if "joint" in k
+    }
+    for module, name, value in (
+        (accelerators, "mesh_of", mesh), (accelerators, "TARGETS", targets),
+        (accelerators, "WORKLOADS", {"flow": FLOW}), (accelerators, "JAXODE", {"flow": (0, 3, 5)}),
+        (accelerators, "STIFF", {"stiff": "robertson"}), (accelerators, "ENVIRONMENT", {}),
+        (accelerators, "RESULTS", tmp_path / "results.json"), (accelerators, "PAGE", page),
+        (accelerators, "contenders", ours), (stiff, "ROWS", 3), (runner, "code", lambda: "abc"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    small = {"one": ("1 CPUs", "stiff"), "two": ("2 CPUs", "flow")}
+    monkeypatch.setattr(accelerators.BENCHMARK, "cases", small)
+    here = lambda name, case, *_: accelerators.BENCHMARK.run(case, fairness.Bench(0.0))
+    monkeypatch.setattr(runner, "measure", here)
+    assert accelerators.measured(Namespace(fresh=False)) == 0
+    found = json.loads(accelerators.RESULTS.read_text())["cases"]
+    assert [found[case]["failed"] for case in small] == [{}, {}]
+    text = page.read_text()
+    assert text.startswith("kept <!-- accelerators -->\n\n| 1 CPUs |")
+    assert "\n| stiff | jaxode | full |" in text
+    assert re.search(
+        r"\n\| 2 CPUs \| flow \| jaxode, shard_map, joint steps \| \d+, \d+ bytes", text
+    )
+    monkeypatch.setattr(runner, "measure", None)  # an interrupted run goes on; nothing is left
+    accelerators.measured(Namespace(fresh=False))
+    assert page.read_text() == text
+
+
+def test_the_scripts_behind_the_pictures_of_the_documentation(
+    tmp_path, monkeypatch, default_settings
+):
+    """On tiny settings: errors fall with the tolerance, and the adjoint ODE needs less memory."""
+    for other in set(adjoints.ADJOINTS) - {"DiscreteAdjoint()", "BacksolveAdjoint()"}:
+        monkeypatch.delitem(adjoints.ADJOINTS, other)
+    workload = problems.Workload(2, 4, (5,), steps=200)
+    loose, tight = found = tolerance.measure(workload, (1e-1, 1e-5), ("Tsit5",))
+    assert tight["gradient"] < loose["gradient"]
+    assert tight["evaluations"] > loose["evaluations"]
+    tolerance.draw({"rows": found}, tmp_path / "tolerance.png")
+    measured = {"memory": adjoints.memory((4,)), "contraction": adjoints.contraction((1,))}
+    states = {row["adjoint"]: row["states"] for row in measured["memory"]}
+    assert states["BacksolveAdjoint()"] < states["DiscreteAdjoint()"]
+    # The tolerance is 1e-5; the gradient multiplies the error by less than a hundred.
+    assert all(row["error"] < 1e-3 for row in measured["contraction"])
+    adjoints.draw(measured, tmp_path / "adjoints.png")
+    loose, tight = adjoints.moving_mesh((1e-2, 1e-6))
+    gap = lambda row: abs(row["gradient"] - row["finite difference of the computed loss"])
+    # What the page on gradients says: they agree as the tolerance is tightened, and not before.
+    assert gap(loose) > 1 > 1e-4 > gap(tight)
+    assert {path.name for path in tmp_path.iterdir()} == {"tolerance.png", "adjoints.png"}

@@ -15,39 +15,23 @@ from helpers import REQUIRED
 
 import jaxode
 
-
-def run(code: str) -> str:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+ROOT = Path(__file__).parents[2]
 
 
-def test_all_lists_the_public_names():
+def test_all_lists_the_public_names_and_each_has_a_docstring():
     public = {name for name in vars(jaxode) if not name.startswith("_")}
-    modules = {name for name in public if type(getattr(jaxode, name)).__name__ == "module"}
-    assert public - modules | {
-        "coupling",
-        "divergence",
-        "images",
-        "interop",
-        "nn",
-        "plot",
-        "regularizers",
-        "standardize",
-    } == set(jaxode.__all__)
+    modules = {name for name in public if inspect.ismodule(getattr(jaxode, name))}
+    namespaces = "coupling divergence images interop nn plot regularizers standardize"
+    assert public - modules | set(namespaces.split()) == set(jaxode.__all__)
     assert list(jaxode.__all__) == sorted(jaxode.__all__)
+    assert [name for name in jaxode.__all__ if not getattr(jaxode, name).__doc__] == []
 
 
 def test_the_version_is_the_same_everywhere():
-    root = Path(__file__).parents[2]
-    assert f"\nversion: {jaxode.__version__}\n" in (root / "CITATION.cff").read_text()
-    newest = re.search(r"^## (.*)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert f"\nversion: {jaxode.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest[1] in (jaxode.__version__, "Unreleased")
-
-
-def test_every_public_name_has_a_docstring():
-    for name in jaxode.__all__:
-        assert getattr(jaxode, name).__doc__, name
 
 
 def test_import_loads_nothing_that_diffrax_does_not_and_starts_no_backend():
@@ -57,7 +41,9 @@ def test_import_loads_nothing_that_diffrax_does_not_and_starts_no_backend():
         "print(sorted(m for m in set(sys.modules) - before if not m.startswith('jaxode'))); "
         "from jax._src import xla_bridge; print(len(xla_bridge._backends))"
     )
-    assert run(code).split("\n") == ["[]", "0"]
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output == "[]\n0\n"
 
 
 # From the ground up. A module may import from its own floor, without circles, and from those below.
@@ -75,42 +61,28 @@ FLOORS = (
 )
 
 
-def imports():
-    """The modules of the package, and which of them each one imports."""
-    found = {}
-    for path in (Path(__file__).parents[2] / "jaxode").rglob("*.py"):
-        root = Path(__file__).parents[2] / "jaxode"
+def test_imports_go_downwards_and_take_no_private_name():
+    imports, root = {}, ROOT / "jaxode"
+    for path in root.rglob("*.py"):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-        found[name] = [
+        imports[name] = [
             (node.module.removeprefix("jaxode").removeprefix("."), alias.name)
             for node in nodes
             for alias in node.names
             if (node.module or "").split(".")[0] == "jaxode"
         ]
-    return found
-
-
-def test_imports_only_downwards():
-    modules = imports()
     floor = lambda name: next(i for i, rule in enumerate(FLOORS) if re.match(rule, name))
-    names = set(modules)
     graph = {}
-    for name, imported in modules.items():
+    for name, imported in imports.items():
+        assert not [what for _, what in imported if what.startswith("_")], name
         used = {f"{module}.{what}".lstrip(".") for module, what in imported}
-        used = {u if u in names else u.rpartition(".")[0] for u in used}
-        graph[name] = used
+        graph[name] = used = {u if u in imports else u.rpartition(".")[0] for u in used}
         if name != "__init__" and not name.endswith(("_jax", "ode", "loop", "flows")):
             assert all(floor(u) <= floor(name) for u in used), (name, used)
         if name.startswith("_jax."):
             assert all(u.startswith("_jax.") for u in used), (name, used)
     graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
-
-
-def test_no_private_name_is_imported_from_another_folder():
-    for name, imported in imports().items():
-        for module, what in imported:
-            assert not what.startswith("_"), (name, module, what)
 
 
 def test_no_function_shadows_its_module():

