@@ -1,6 +1,6 @@
 """The audit finds what is wrong with a flow, and condemns no flow that is right."""
 
-import functools
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import memory_maps
+from helpers import with_slow
 from scipy import stats
 
 import jaxode
@@ -41,49 +41,31 @@ class Offered:
         return of_derivative * dz, of_divergence * trace + more
 
 
-def normal(z, scale=1.0, mean=0.0):
-    z = (z - mean) / scale
-    return jaxode.standard_normal(z.shape[-1]).log_prob(z) - z.shape[-1] * jnp.log(scale)
+NORMAL = lambda z: jaxode.standard_normal(z.shape[-1]).log_prob(z), jax.random.normal
 
 
-def mixture(means, scales):
-    def log_prob(z):
-        return jnp.logaddexp(*map(functools.partial(normal, z), scales, means)) - jnp.log(2.0)
-
-    def draw(key, shape):
-        i = jax.random.bernoulli(key, shape=(*shape[:-1], 1)).astype(int)
-        z = jax.random.normal(jax.random.fold_in(key, 1), shape)
-        return jnp.asarray(means)[i] + jnp.asarray(scales)[i] * z
-
-    return log_prob, draw
+def semicircle(z):
+    """Each column with the density `2 / pi sqrt(1 - z^2)`, whose gradient outside is NaN."""
+    inside = (jnp.abs(z) < 1).all(-1)
+    return jnp.where(inside, jnp.sum(jnp.log(2 / jnp.pi * jnp.sqrt(1 - z * z)), -1), -jnp.inf)
 
 
-NORMAL = normal, jax.random.normal
-CUBE = (
-    lambda z: jnp.where((jnp.abs(z) < 1).all(-1), -z.shape[-1] * jnp.log(2.0), -jnp.inf),
-    lambda key, shape: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0),
-)
-CAUCHY = lambda z: -jnp.sum(jnp.log(jnp.pi * (1 + z * z)), axis=-1), jax.random.cauchy
-APART = mixture((-1.0, 1.0), (0.1, 0.1))
-NARROW = mixture((0.0, 0.0), (1.0, 1e-3))  # no grid would meet half of it
-SCALED = functools.partial(normal, scale=3.0), lambda *args: 3.0 * jax.random.normal(*args)
-LOST = lambda z: SCALED[0](z) + z.shape[-1] * jnp.log(3.0), SCALED[1]
+BOUNDED = semicircle, lambda key, shape: 2 * jax.random.beta(key, 1.5, 1.5, shape) - 1
 
 
 class Base(eqx.Module):
-    """A density times a factor, and samples at another scale and place."""
+    """A density times a factor, and samples at another scale."""
 
     event_shape: tuple[int, ...] = eqx.field(static=True, converter=lambda n: (n,))
     of: tuple = eqx.field(static=True, default=NORMAL)
     scale: jax.Array = eqx.field(converter=jnp.asarray, default=1.0)
-    shift: jax.Array = eqx.field(converter=jnp.asarray, default=0.0)
     log_factor: jax.Array = eqx.field(converter=jnp.asarray, default=0.0)
 
     def log_prob(self, z):
         return self.of[0](z) + self.log_factor
 
     def sample(self, key, shape=()):
-        return self.scale * self.of[1](key, (*shape, *self.event_shape)) + self.shift
+        return self.scale * self.of[1](key, (*shape, *self.event_shape))
 
 
 def audit(f="wave", base=2, p=0.3, off=(1.0, 1.0, 0.0), x=None, context=None, **options):
@@ -92,7 +74,7 @@ def audit(f="wave", base=2, p=0.3, off=(1.0, 1.0, 0.0), x=None, context=None, **
     tolerances = {name: jnp.asarray(options.pop(name, 1e-5)) for name in ("rtol", "atol")}
     if isinstance(f, str):
         which = jnp.asarray(list(FIELDS).index(f))
-        f, p = OFFERED, (which, jnp.asarray(p), tuple(map(jnp.asarray, off)))
+        f, p = OFFERED, (which, jnp.asarray(p), tuple(jnp.asarray(each, float) for each in off))
     return jaxode.audit(jaxode.cnf(f, base, **tolerances, **options), p, x, KEY, context=context)
 
 
@@ -111,7 +93,7 @@ WRONG, LOOSE = {"off": (1, 1.01, 0)}, {"rtol": 0.3, "atol": 0.3, "p": 4.0}
 TRACE, DRAWS, TOTAL = "divergence error", "base samples", "base probability"
 FAIL, USED, ROUGH = "solves that fail", "part of max_steps used", "part of steps rejected"
 FAR, OUTSIDE = "distance from the base", "samples of density zero"
-BACKSOLVE, EULER, AWAY = jaxode.BacksolveAdjoint(), diffrax.Euler(), jnp.full((16, 3), 900.0)
+BACKSOLVE, EULER, AWAY = jaxode.BacksolveAdjoint(), diffrax.Euler(), jnp.full((16, 2), 900.0)
 SOLVER = "round-trip error, log-density error, gradient error"
 
 # (a wrong flow, the checks that find it, words of the advice). A new plant is one row.
@@ -122,13 +104,9 @@ PLANTS = {
     "my own": (lambda: audit("tanh", **EXACT, **WRONG), TRACE, "(my own) is not the trace"),
     "noisy": (lambda: audit("tanh", 12, 0.01, (1, 2, 0), **NOISY), TRACE, "(my own) is not the"),
     "wide": (lambda: audit(base=Base(2, scale=1.5)), DRAWS, "do not have its log_prob"),
-    "12 wide": (lambda: audit(base=Base(12, scale=1.5)), DRAWS, "do not have its log_prob"),
-    "shifted": (lambda: audit(base=Base(2, shift=1.0)), DRAWS, "do not have its log_prob"),
     "one point": (lambda: audit(base=Base(2, scale=0.0)), f"{DRAWS}, {FAR}", "its log_prob"),
     "NaN": (lambda: audit(base=Base(2, scale=jnp.nan)), DRAWS, "make both finite"),
     "factor": (lambda: audit(base=Base(2, log_factor=0.1)), TOTAL, "Normalize the base"),
-    "one column": (lambda: audit(base=Base(1, log_factor=-0.1)), TOTAL, "Normalize the base"),
-    "determinant": (lambda: audit(base=Base(2, LOST)), TOTAL, "needs its determinant"),
     "tolerance": (lambda: audit(**LOOSE), SOLVER, "Tighten rtol and atol"),
     "adjoint": (lambda: audit(**LOOSE, adjoint=BACKSOLVE), SOLVER, "DiscreteAdjoint() instead of"),
     "steps": (lambda: audit(p=2.0, solver=EULER, steps=4), SOLVER, "Raise steps from 4"),
@@ -137,12 +115,11 @@ PLANTS = {
     "root": (lambda: audit("root"), "gradient error", "such as sqrt at 0"),
     "nearly": (lambda: audit(p=4.0, max_steps=23), USED, "Raise max_steps from 23"),
     "undefined": (lambda: audit("undefined"), FAIL, "not finite at t=0.5"),
-    "far": (lambda: audit("swirl", 3, x=AWAY), FAR, "standardize=data"),
-    "outside": (lambda: audit(base=Base(3, CUBE), x=AWAY), OUTSIDE, "nothing to measure"),
+    "far": (lambda: audit("swirl", x=AWAY), FAR, "standardize=data"),
+    "outside": (lambda: audit(base=Base(2, BOUNDED), x=AWAY), OUTSIDE, "nothing to measure"),
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("run", "found", "words"), PLANTS.values(), ids=PLANTS)
 def test_plant_is_found(run, found, words):
     report = run()
@@ -172,48 +149,68 @@ near = lambda size: jax.random.uniform(jax.random.key(1), (16, size), minval=-0.
 # Right flows by their parameter. A new one is one row.
 RIGHT = {
     "two columns": lambda p: audit(p=p),
-    "one column, per sample": lambda p: audit(base=1, p=p, batch="per_sample"),
     "12 columns": lambda p: audit("tanh", 12, p),
-    "256 columns": lambda p: audit("tanh", 256, 0.1 * p),
     "gradient of zero": lambda p: audit("spin", p=10 * p),
-    "implicit": lambda p: audit(base=1, p=p, solver=jaxode.Rodas5P()),
+    "implicit, per sample": lambda p: audit(
+        base=1, p=p, solver=jaxode.Rodas5P(), batch="per_sample"
+    ),
     "probes": lambda p: audit("swirl", 4, p, divergence=divergence.hutchinson(16)),
     "noisy": lambda p: audit("tanh", 12, 0.1 * p, **NOISY),
-    "exact divergence": lambda p: audit("tanh", p=p, **EXACT),
     "learned base, context, forward": lambda p: audit(
         shifted, jaxode.diagonal_normal(1), p, context=ROWS, adjoint=jaxode.ForwardMode()
     ),
     "particles": lambda p: audit(
         pushed, PARTICLES, jnp.asarray(p + 0.2j), x=PARTICLES.sample(KEY, (16,)), max_step=0.01
     ),
-    "bounds": lambda p: audit("tanh", Base(2, CUBE), p, x=near(2).at[3].set(5.0)),
-    "bounds, 3 columns": lambda p: audit("tanh", Base(3, CUBE), p, x=near(3)),
-    "modes apart": lambda p: audit("tanh", Base(3, APART), p),
-    "narrow mode": lambda p: audit("tanh", Base(2, NARROW), p),
-    "narrow mode, 3 columns": lambda p: audit("tanh", Base(3, NARROW), p),
-    "heavy tails": lambda p: audit("tanh", Base(2, CAUCHY), p),
-    "standardized": lambda p: audit("tanh", Base(2, SCALED), p),
+    "bounds": lambda p: audit("tanh", Base(2, BOUNDED), p, x=near(2).at[3].set(5.0)),
     "no way back for most": lambda p: audit("cubic", 1, p, x=near(1)),
     "half precision": lambda p: audit(half, x=near(2).astype(jnp.float16), p=jnp.float32(p)),
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RIGHT.values(), ids=RIGHT)
-def test_right_flow_is_not_condemned_and_a_second_audit_compiles_nothing(run, compiled):
+# Each compiles a dozen programs of its own, for 10 s.
+SLOW = ["implicit, per sample", "probes", "particles", "half precision"]
+
+
+@pytest.mark.parametrize("name", with_slow(RIGHT, SLOW))
+def test_right_flow_is_not_condemned_and_a_second_audit_compiles_nothing(name, compiled):
+    run = RIGHT[name]
     report = run(0.3)
     compiled.clear()
-    before = memory_maps()
     again = run(0.29)
     assert not compiled
-    assert before is None or memory_maps() < before + 20  # the allocator makes some itself
     assert again.values != report.values
     assert (report.advice, again.advice, report.ok) == ({}, {}, True)
 
 
+class Mixture(NamedTuple):
+    """Of two normals."""
+
+    means: tuple[float, float]
+    scales: tuple[float, float]
+
+    def rvs(self, shape, random_state):
+        rng = np.random.default_rng(random_state)
+        which = rng.integers(2, size=shape)
+        return np.array(self.means)[which] + np.array(self.scales)[which] * rng.normal(size=shape)
+
+    def logpdf(self, x):
+        parts = map(stats.norm.logpdf, (x, x), self.means, self.scales)
+        return np.logaddexp(*parts) - np.log(2.0)
+
+
 # Densities with few moments, without mean, with bounds, and infinite at the bounds.
-SAMPLED = {"normal": stats.norm(), "t": stats.t(3), "Cauchy": stats.cauchy(), "wide": stats.t(0.5)}
-SAMPLED |= {"box": stats.uniform(), "exp": stats.expon(), "arcsine": stats.beta(0.5, 0.5)}
+SAMPLED = {
+    "normal": stats.norm(),
+    "t": stats.t(3),
+    "Cauchy": stats.cauchy(),
+    "wide": stats.t(0.5),
+    "box": stats.uniform(),
+    "exp": stats.expon(),
+    "arcsine": stats.beta(0.5, 0.5),
+    "modes apart": Mixture((-1.0, 1.0), (0.1, 0.1)),
+    "a narrow mode": Mixture((0.0, 0.0), (1.0, 1e-3)),  # no grid would meet half of it
+}
 
 
 @pytest.mark.parametrize("name", SAMPLED)

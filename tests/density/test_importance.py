@@ -88,32 +88,26 @@ def test_weights_in_half_precision_are_summed_in_single():
     )
 
 
-@pytest.mark.parametrize("shift", [1e3, 1e5])
-def test_a_common_factor_of_the_weights_does_not_count(shift):
+def test_a_common_factor_of_the_weights_does_not_count():
     """In float32: the numbers themselves have errors of 1e-7 of their size."""
     log_w = 0.05 * np.random.default_rng(0).standard_normal(N)
     exact = jaxode.importance(log_w)
-    shifted = jaxode.importance((log_w - shift).astype(np.float32))
+    shifted = jaxode.importance((log_w - 1e5).astype(np.float32))
     np.testing.assert_allclose(shifted.ess, exact.ess, atol=1e-4)
     np.testing.assert_allclose(shifted.log_z_error, exact.log_z_error, rtol=0.02)
-    np.testing.assert_allclose(shifted.log_z, exact.log_z - shift, rtol=1e-6)
+    np.testing.assert_allclose(shifted.log_z, exact.log_z - 1e5, rtol=1e-6)
+    equal = jaxode.importance(jnp.full(N, 3.0))
+    np.testing.assert_allclose(fields(equal)[:3], [1, 3, 0], atol=1e-6)
+    assert equal.pareto_k == -np.inf
+    assert "!" not in str(equal)
 
 
-def test_equal_weights_are_perfect():
-    report = jaxode.importance(jnp.full(N, 3.0))
-    np.testing.assert_allclose(fields(report)[:3], [1, 3, 0], atol=1e-6)
-    assert report.pareto_k == -np.inf
-    assert "!" not in str(report)
-
-
-def test_it_is_a_pytree_under_jit():
+def test_it_maps_over_columns_and_is_printed_inside_of_a_program():
     log_w = jax.random.normal(jax.random.key(0), (2, N))
     report = jax.jit(jax.vmap(jaxode.importance))(log_w)
     for i in range(2):
         one = jaxode.importance(log_w[i])
         np.testing.assert_allclose([x[i] for x in fields(report)], fields(one), rtol=1e-12)
-    seen = []
-    jax.jit(lambda x: seen.append(str(jaxode.importance(x))))(log_w[0])
-    assert "Importance" in seen[0]
-    assert "Importance" in repr(report)  # of two vectors
+    jax.eval_shape(lambda x: (str(jaxode.importance(x)), x)[1], log_w[0])
+    assert "Importance" in str(report)
     assert "fewer than 1000" in str(jaxode.importance(log_w[0, :999]))

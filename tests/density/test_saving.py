@@ -1,0 +1,109 @@
+"""A density as a pytree: in transformations, on disk, and in programs that are served."""
+
+import copy
+import functools
+import pickle
+
+import equinox as eqx
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import optional, trained
+
+import jaxode
+
+KEY = jax.random.key(0)
+PARAMS, FLOW = trained(), jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+DATA = np.random.default_rng(0).normal([5.0, -1.0], [3.0, 0.1], (40, 2))
+# The map of data is the first of both others.
+MAPS = [DATA, jaxode.standardize.normal(DATA), jaxode.standardize.whiten(DATA)]
+# What `jax.jit` and `jax.custom_jvp` return, which `pickle` does not find by name, and a function.
+ACTIVATIONS = (jnp.tanh, jaxode.nn.softplus, jax.nn.gelu)
+
+
+def density_of(params=PARAMS, given=MAPS[1]):
+    return jaxode.bind(FLOW, params, standardize=given, support=(-100.0, 100.0))
+
+
+@pytest.mark.parametrize("given", MAPS[1:], ids=["normal", "whiten"])
+def test_units_are_not_trained(given):
+    density = jaxode.bind(
+        jaxode.cnf(lambda t, z, a: a * z, FLOW.base), jnp.asarray(0.1), standardize=given,
+        support=(-100.0, 100.0),
+    )  # fmt: skip
+
+    def loss(density):
+        x, log_prob = density.sample_and_log_prob(KEY, (2,))
+        return x.sum() + log_prob.sum() + density.log_prob(DATA[:2]).sum()
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))(density)
+    maps = jax.tree.leaves((gradient.support, gradient.standardize))
+    assert len(maps) == 2 + 5  # the bounds, and a chain
+    assert not any(np.any(leaf) for leaf in maps)
+    assert gradient.params != 0
+
+
+def test_it_is_an_argument_and_a_member_of_an_ensemble():
+    density, half = density_of(), jax.tree.map(lambda a: 0.5 * a, PARAMS)
+    log_prob = jax.jit(lambda density, x: density.log_prob(x))
+    values = log_prob(density, DATA[:4])
+    np.testing.assert_allclose(values, density.log_prob(DATA[:4]), rtol=1e-12)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), PARAMS, half)
+    each = jax.jit(jax.vmap(lambda params: density.with_params(params).log_prob(DATA[:4])))(both)
+    expected = [values, log_prob(density.with_params(half), DATA[:4])]
+    np.testing.assert_allclose(each, expected, rtol=1e-9)
+
+
+def by_equinox(path, density, zeros):
+    eqx.tree_serialise_leaves(path / "density.eqx", density)
+    return eqx.tree_deserialise_leaves(path / "density.eqx", zeros)
+
+
+def by_orbax(path, density, zeros):
+    with optional("orbax.checkpoint").StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "density", density)
+        return checkpointer.restore(path / "density", zeros)
+
+
+@pytest.mark.parametrize("save_and_load", [by_equinox, by_orbax])
+def test_it_is_saved_bit_for_bit(save_and_load, tmp_path):
+    density = density_of()
+    zeros = jax.tree.map(lambda x: x * 0 if eqx.is_array(x) else x, density)
+    assert not eqx.tree_equal(zeros, density)
+    assert eqx.tree_equal(save_and_load(tmp_path, density, zeros), density)
+
+
+def test_it_is_pickled_and_copied():
+    """With all that it consists of."""
+    layers = {jaxode.nn.ConcatSquash: (2, (4,)), jaxode.nn.Residual: (2, 4, 1)}
+    for make, sizes in layers.items():
+        for f, given in zip(ACTIVATIONS, MAPS, strict=True):
+            density = density_of(make(*sizes, activation=f, key=KEY), given)
+            for again in (pickle.loads(pickle.dumps(density)), copy.copy(density)):
+                assert eqx.tree_equal(again, density)
+                assert again.params.activation is f
+
+
+def test_an_exported_program_serves_any_batch_and_platform():
+    """It calls nothing on the host. (Equal samples on other platforms are for their tests.)"""
+    density = density_of()
+    export = functools.partial(jax.export.export, platforms=("cpu", "cuda", "tpu"))
+    log_prob = export(jax.jit(lambda x: density.log_prob(x)))
+    draw = lambda key, rows: density.sample(jax.random.wrap_key_data(key), rows.shape)
+    shape = lambda names, dtype=float: jax.ShapeDtypeStruct(jax.export.symbolic_shape(names), dtype)
+    key, count = jax.ShapeDtypeStruct((2,), np.uint32), shape("count", np.float32)
+    served = []
+    for exported in (log_prob(shape("batch, 2")), export(jax.jit(draw))(key, count)):
+        assert "callback" not in exported.mlir_module()
+        served.append(jax.export.deserialize(exported.serialize()).call)
+    np.testing.assert_allclose(served[0](DATA[:4]), density.log_prob(DATA[:4]), rtol=1e-9)
+    given = np.zeros(2, np.uint32), np.zeros(4, np.float32)
+    np.testing.assert_allclose(served[1](*given), density.sample(KEY, (4,)), rtol=1e-9)
+
+
+def test_known_samples_in_a_program_do_not_call_the_host():
+    """Nor keep it from being exported: a failure is NaN there."""
+    program = jax.jit(lambda s: s * density_of().sample(KEY, (2,)))
+    assert "callback" not in str(jax.make_jaxpr(program)(1.0))
