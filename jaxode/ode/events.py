@@ -96,8 +96,9 @@ def solve_to_event(
     failed, came, ts = out.result != Result.SUCCESS, out.stopped, problem.ts
     assert came is not None
     t1 = jnp.where(came, jax.lax.stop_gradient(out.t_reached), problem.t1)
-    after = None if ts is None else came[None] & beyond(problem, t1)
-    if after is not None:
+    after = None
+    if ts is not None:
+        after = came[None] & beyond(problem, t1)
         ts = jnp.where(after, t1[None], ts)
     problem = problem._replace(t1=t1, ts=ts)
     t1, y1 = _moved(condition, came, problem, out)

@@ -153,7 +153,9 @@ def solve_pieces(
             inside = _after(problem, carry.t, index) & ~beyond(problem, end) & going[None]
             part = _with_outputs(part, inside)
         part, out = solve(part)
-        ys = carry.ys if inside is None else _filled_in(carry.ys, out.ys, inside)
+        ys = carry.ys
+        if inside is not None and out.ys is not None:
+            ys = _filled_in(ys, out.ys, inside)
         solved = going & (result == Result.SUCCESS)
         work = solved & counted
         add = lambda all, more: jnp.where(work, all + more, all)
@@ -200,7 +202,9 @@ def solve_pieces(
     ys, y1, stopped = carry.ys, carry.y, None
     if has_event:
         problem, stopped, ts = problem._replace(t1=carry.t), carry.ended, problem.ts
-        if ys is not None:  # beyond the last event, they are its state, whatever their times
+        if (
+            ys is not None and ts is not None
+        ):  # beyond the last event, they are its state, whatever their times
             after = stopped[None] & beyond(problem, carry.t)
             ys = jnp.where(after[..., None], y1[None], ys)
             ts = jnp.where(after, jax.lax.stop_gradient(carry.t)[None], ts)

@@ -21,7 +21,9 @@ from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.dense import Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import padded
+from jaxode.ode.loop.problem import Problem
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.pieces import Cuts, Jumps, check_jumps, solve_pieces
 from jaxode.ode.solution import Solution, report
@@ -331,8 +333,8 @@ def run(system: System) -> Solution:
         *given, _ = vary(given, axes_of(given))
         return close_field(stepper.precision, change_on_rows(system, ravel, of), *given)[0]
 
-    def solve_piece(part):
-        return part, system.adjoint.integrate(part, stepper)
+    def solve_piece(problem: Problem) -> tuple[Problem, Integration]:
+        return problem, system.adjoint.integrate(problem, stepper)
 
     most = 0
     if event is not None:

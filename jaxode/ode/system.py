@@ -156,7 +156,8 @@ def argument_faults(system: System) -> Faults:
     """The faults that arguments of a system may have, for the message of a failure."""
     of_jumps = None if system.jumps is None else system.jumps.times
     times = system.t0, system.t1, system.ts, of_jumps, system.breakpoints
-    ragged = any(np.ndim(t) == dim for t, dim in zip(times, (1, 1, 2, 2, 2), strict=True))
+    dims = zip(times, (1, 1, 2, 2, 2), strict=True)
+    ragged = any(t is not None and t.ndim == dim for t, dim in dims)
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     t0, t1, ts = system.on_rows(rows)
     problem = Problem(None, None, system.y0, t0, t1, ts)
