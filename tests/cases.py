@@ -225,6 +225,8 @@ CASES = {
     "a breakpoint backwards": Case("each", back="all", kink=True),
     "a breakpoint between steps": Case("dense", kink=True),
     "a breakpoint and doses": Case("share", doses="two", kink=True),
+    "doses and a breakpoint between steps": Case("dense", doses="two", kink=True),
+    "doses, a breakpoint and an event": Case("share", doses="two", kink=True, event="ends"),
     "an event": Case(event="ends", level=0.8),  # to which two rows do not come
     "an event and outputs": Case("share", event="ends"),
     "an event in spans of each row": Case("each", BOTH, "some", event="ends", level=0.22),
@@ -232,7 +234,7 @@ CASES = {
     "an event that changes the state": Case("share", event="changes"),
     "an event that changes the state, and a breakpoint": Case(kink=True, event="changes"),
     "joint steps": Case("share", doses="two", kink=True, options={"batch": "joint"}),
-    "equal steps": Case("share", doses="two", options={"steps": 60}),
+    "equal steps": Case("share", doses="two", kink=True, options={"steps": 60}),
     "stiff": Case("each", BOTH, options=STIFF),
     "stiff, doses and a breakpoint": Case("share", doses="two", kink=True, options=STIFF),
     "stiff, an event": Case("share", event="ends", options=STIFF),

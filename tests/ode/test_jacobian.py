@@ -96,7 +96,7 @@ def test_rows_under_vmap():
 
 
 # A singular matrix: with one step of size one, `I / gamma - J` is zero.
-RESONANT = jnp.eye(2) / jaxode.Rodas5P.tableau.gamma
+RESONANT = jnp.eye(2) / jaxode.Rodas5P.method.gamma
 NOT_FINITE = r"the Jacobian is not finite at t=0\. Check what the jacobian of the solver returns"
 # (the Jacobian, options, start of the message)
 FAILURES = {

@@ -195,7 +195,7 @@ def test_jacobian_that_is_not_finite_where_the_field_is():
 @pytest.mark.parametrize("n", [2, 9])
 def test_a_singular_matrix_is_not_a_jacobian_that_is_not_finite(n):
     """With one step of size one, `I / gamma - J` is zero. Steps of another size succeed."""
-    gamma = RODAS.tableau.gamma
+    gamma = RODAS.method.gamma
     run = lambda **options: jaxode.solve(
         lambda t, y, _: y / gamma, jnp.ones(n), 0.0, 1.0, solver=RODAS, **options
     )
