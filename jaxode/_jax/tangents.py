@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float
 
 from jaxode._jax.sharding import axes_of
@@ -47,21 +49,67 @@ def undifferentiated_unless(needed: Bool[Array, ""], tree: T) -> T:
     return jax.tree.map(cut, tree)
 
 
-@eqx.filter_custom_jvp
 def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
     """`x`, whose tangent is `tangent((x, *inputs), (x_dot, *input_dots))`.
 
     Tangents that JAX knows to be zero are None, given and returned. `tangent` must not close over
-    arrays. Second derivatives are those of what it computes.
+    arrays. Second derivatives are those of what it computes. Unlike `jax.custom_jvp`, whose rule
+    JAX forgets there, it also holds in a `scan` that is differentiated twice.
     """
-    del tangent, inputs
-    return x
+    leaves, structure = jax.tree.flatten(x)
+    arrays, static = eqx.partition(inputs, eqx.is_array)
+    given, of_inputs = jax.tree.flatten(arrays)
+    count = len(leaves)
+
+    def of_leaves(primals, dots):
+        inputs = eqx.combine(jax.tree.unflatten(of_inputs, primals[count:]), static)
+        trees = [
+            (jax.tree.unflatten(structure, of[:count]), *rest)
+            for of, rest in ((primals, inputs), (dots, jax.tree.unflatten(of_inputs, dots[count:])))
+        ]
+        return jax.tree.leaves(tangent(*trees), is_leaf=lambda dot: dot is None)
+
+    return jax.tree.unflatten(structure, _moved.bind(*leaves, *given, rule=of_leaves, count=count))
 
 
-@with_tangent.def_jvp
-def _with_tangent_jvp(primals, tangents):
-    (x, tangent, *inputs), (x_dot, _, *dots) = primals, tangents
-    return with_tangent(*primals), tangent((x, *inputs), (x_dot, *dots))
+_moved = Primitive("with_tangent")
+_moved.multiple_results = True
+
+
+@_moved.def_impl
+def _values(*leaves, rule, count):
+    del rule
+    return list(leaves[:count])
+
+
+def _jvp(primals, tangents, *, rule, count):
+    is_none = lambda dot: isinstance(dot, ad.Zero) or dot.dtype == jax.dtypes.float0
+    out = _moved.bind(*primals, rule=rule, count=count)
+    dots = rule(list(primals), [None if is_none(dot) else dot for dot in tangents])
+    zero = lambda x, dot: ad.Zero(jax.typeof(x).to_tangent_aval()) if dot is None else dot
+    return out, list(map(zero, out, dots))
+
+
+def _batched(leaves, axes, *, rule, count):
+    size = next(x.shape[i] for x, i in zip(leaves, axes, strict=True) if i is not None)
+    to_front = lambda x, axis: x if axis is None else jnp.moveaxis(x, axis, 0)
+    leaves = list(map(to_front, leaves, axes))
+    axes = [None if axis is None else 0 for axis in axes]
+    spread = lambda x, axis: jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
+    leaves[:count] = map(spread, leaves[:count], axes[:count])
+    axes[:count] = [0] * count
+
+    def of_each(primals, dots):
+        of_dots = [axis if dot is not None else None for axis, dot in zip(axes, dots, strict=True)]
+        return jax.vmap(rule, (axes, of_dots))(primals, dots)
+
+    return _moved.bind(*leaves, rule=of_each, count=count), [0] * count
+
+
+_moved.def_abstract_eval(lambda *leaves, rule, count: list(leaves[:count]))
+ad.primitive_jvps[_moved] = _jvp
+batching.primitive_batchers[_moved] = _batched
+mlir.register_lowering(_moved, lambda _, *leaves, rule, count: list(leaves[:count]))
 
 
 def moving(

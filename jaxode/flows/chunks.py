@@ -56,8 +56,10 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
     if chunks is None or not isinstance(count, int) or count <= chunks.size:
         return program(system, parts, key)
     keys = None if key is None else keys_of_rows(key, system.y0, None)
-    rows = _split((system.y0, system.row_args, keys), count, chunks.size)
-    whole = system._replace(y0=None, row_args=None)
+    points = system.breakpoints
+    of_rows = None if points is None or points.ndim == 1 else points
+    rows = _split((system.y0, system.row_args, of_rows, keys), count, chunks.size)
+    whole = system._replace(y0=None, row_args=None, breakpoints=points if of_rows is None else None)
     if is_eager((rows, whole, parts)):
         told = count if chunks.progress else None
         solutions = _one_by_one(program, whole, parts, rows, told)
@@ -88,8 +90,9 @@ def _split(rows: PyTree, count: int, most: int) -> PyTree:
 
 
 def _one(program: Program, whole: System, parts: Any, rows: PyTree) -> Solution:
-    y0, row_args, keys = rows
-    return program(whole._replace(y0=y0, row_args=row_args), parts, keys)
+    y0, row_args, points, keys = rows
+    points = whole.breakpoints if points is None else points
+    return program(whole._replace(y0=y0, row_args=row_args, breakpoints=points), parts, keys)
 
 
 def _one_by_one(

@@ -201,14 +201,12 @@ def solve_pieces(
     )
     ys, y1, stopped = carry.ys, carry.y, None
     if has_event:
-        problem, stopped, ts = problem._replace(t1=carry.t), carry.ended, problem.ts
-        if (
-            ys is not None and ts is not None
-        ):  # beyond the last event, they are its state, whatever their times
+        stopped, ts = carry.ended, problem.ts
+        if ys is not None and ts is not None:  # beyond the last event, they are its state
             after = stopped[None] & beyond(problem, carry.t)
             ys = jnp.where(after[..., None], y1[None], ys)
             ts = jnp.where(after, jax.lax.stop_gradient(carry.t)[None], ts)
-            problem = problem._replace(ts=ts)
+        problem = problem._replace(t1=carry.t, ts=ts)
     if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
         ys = jnp.where((carry.result == Result.SUCCESS)[None, :, None], ys, y1[None])
     reached = jax.lax.stop_gradient(carry.reached)

@@ -344,7 +344,7 @@ def run(system: System) -> Solution:
             solve_to_event, event, condition, stepper=stepper, adjoint=system.adjoint
         )
         most = event.most or 0
-    cuts = system.cuts_on_rows(len(problem.t0))
+    cuts = system.cuts_on_rows(problem.t0.shape[0])
     ends, signs = problem.t1[None], jnp.sign(problem.t1 - problem.t0)
     if most or any(times is not None for times in cuts.values()):
         at_jump = None if jumps is None else closed_change("jumps")

@@ -40,6 +40,10 @@ class Within(NamedTuple):
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
 
+    def of_rows(self, t0: Float[Array, " rows"], t1: Float[Array, " rows"]) -> "Within":
+        """With other ends."""
+        return self._replace(t0=t0, t1=t1)
+
     def inside(self, t: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """The time, or at an end one that is some roundings inside: there the field may jump."""
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)

@@ -244,3 +244,17 @@ def test_rows_have_breakpoints_of_their_own():
         found = jax.jit(jax.value_and_grad(run))(points)
         for a, b in zip(found, jax.value_and_grad(exact)(points), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("points", [[5.0], [[5.0], [0.5]]], ids=["shared", "of each row"])
+def test_a_row_that_fails_beyond_a_breakpoint_adds_nothing_to_others(points):
+    f = lambda t, y, a: a * jnp.where(t > 5, jnp.inf, 1.0) * y
+
+    def loss(a):
+        s = jaxode.solve(
+            f, jnp.ones((2, 1)), 0.0, jnp.array([10.0, 1.0]), a, batch="per_sample",
+            breakpoints=jnp.array(points), throw=False, rtol=1e-8, atol=1e-8,
+        )  # fmt: skip
+        return s.y1[1, 0]
+
+    np.testing.assert_allclose(jax.grad(loss)(0.3), np.exp(0.3), rtol=1e-6)

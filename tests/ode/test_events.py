@@ -172,3 +172,47 @@ def test_cells_that_divide_when_they_are_large():
     grown = rates * 1.5 / np.log(2)
     np.testing.assert_array_equal(s.y1["divided"], np.floor(grown))
     np.testing.assert_allclose(s.y1["size"], 2 ** (grown % 1), rtol=1e-7)
+
+
+FALLS = Event(lambda t, y, args: y[0], direction=-1)
+CUTS = {
+    "none": {},
+    "a breakpoint outside": {"breakpoints": [5.0]},
+    "a breakpoint": {"breakpoints": [0.5]},
+    "a dose at the start": {"jumps": jaxode.Jumps([0.0], lambda t, y, args, i: y)},
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_a_condition_that_is_zero_at_the_start_and_rises_is_no_fall(cuts):
+    """A ball is thrown from the ground."""
+    ball = lambda t, y, args: jnp.stack([y[1], -10.0 * jnp.ones(())])
+    s = jaxode.solve(ball, jnp.array([0.0, 5.0]), 0.0, 2.0, event=FALLS, **cuts)
+    np.testing.assert_allclose(s.t1, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["discrete", "backsolve"])
+def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint(method):
+    """`t1 = 2 / a`, in a scan over pieces."""
+    level = Event(lambda t, y, args: y - 2.0)
+    options = {"breakpoints": [0.5], "rtol": 1e-8, "atol": 1e-8, "event": level}
+    twice = jax.grad if method == "backsolve" else jax.jacfwd
+
+    def time(a):
+        f = lambda t, y, a: a * jnp.ones(())
+        adjoint = METHODS[method].adjoint
+        return jnp.sin(jaxode.solve(f, jnp.zeros(()), 0.0, 2.0, a, adjoint=adjoint, **options).t1)
+
+    closed = lambda a: jnp.sin(2 / a)
+    np.testing.assert_allclose(
+        twice(jax.grad(time))(1.3), jax.grad(jax.grad(closed))(1.3), rtol=1e-5
+    )
+
+
+def test_outputs_after_an_event_at_the_start_repeat_its_state():
+    counted = Event(lambda t, y, args: y[0], 0, lambda t, y, args, i: y + jnp.array([0, 1.0]), 2)
+    s = jaxode.solve(
+        lambda t, y, args: jnp.array([1.0, 0.0]), jnp.zeros(2), 1.0, 2.0, ts=[1.0, 1.25, 2.0],
+        event=counted, breakpoints=[1.5],
+    )  # fmt: skip
+    np.testing.assert_array_equal(s.ys[-1], s.y1)

@@ -50,7 +50,7 @@ def test_import_loads_nothing_that_diffrax_does_not_and_starts_no_backend():
 FLOORS = (
     r"_jax\.",
     r"_checks\.",
-    r"ode\.loop\.",
+    r"ode\.(loop|solvers)\.",
     r"ode\.adjoints($|\.)",
     r"ode\.",
     r"(coupling|distributions|divergence|images|nn(\..*)?|regularizers)$",

@@ -345,4 +345,4 @@ def _over_unit(stepper: Stepper, span: Float[Array, " rows"]) -> Stepper:
     longest, max_step = jnp.max(jnp.abs(jax.lax.stop_gradient(span))), stepper.max_step
     if max_step is not None:
         max_step = max_step / jnp.where(longest == 0, 1.0, longest)
-    return dataclasses.replace(stepper, first_step=None, max_step=max_step)
+    return dataclasses.replace(stepper, first_step=None, max_step=max_step, stop=None)

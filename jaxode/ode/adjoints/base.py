@@ -103,6 +103,8 @@ class Solved(NamedTuple):
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
         own = replace(problem._replace(field=None, args=of_rows, ts=None))
+        if hasattr(shared, "of_rows"):  # the ends of the piece that the field sees
+            shared = shared.of_rows(*replace((shared.t0, shared.t1)))
         problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
         parts = (problem.field, problem.args, *others)
         flags = (perturbed.field, perturbed.args, *perturbed_others)
@@ -121,7 +123,7 @@ class Solved(NamedTuple):
 
     def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
         """How a step moves with the ends."""
-        return speeds_in(self.problem, t, h, number)
+        return speeds_in(self.problem, t, h, number, self.stepper.stop is not None)
 
     def parts(self, params: PyTree) -> tuple[Any, ...]:
         """`(field, args, *others)` with these differentiated leaves."""

@@ -88,6 +88,9 @@ class Sweep(NamedTuple):
             # A row that has come to its end rests there, where the field need not be finite.
             rests = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
             replaced = replaced | rests
+            if self.solved.timed or self.method.implicit:
+                # Derivatives by times, and by a Jacobian, are products with the stages.
+                step = step._replace(k=jnp.where(replaced[:, None], 0.0, step.k))
         at_step = self._replace(solved=self.solved._replace(replaced=replaced))
         bar, params_bar, carry = jax.tree.map(jnp.zeros_like, step), swept.params, swept.interior
         if swept.slope is not None:

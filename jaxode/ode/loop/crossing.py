@@ -79,7 +79,7 @@ def watch(problem: Problem, stepper: Stepper, search: Search, now: Any, step: An
     # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
     ends = look(t, now_.y)[None], look(step_.t, step_.y)[None]
     values = jnp.concatenate([ends[0], between, ends[1]])
-    crossed = crossing.between(values[:-1], values[1:]) & (step.accept & ~landing)[None]
+    crossed = crossing.between(values[:-1], values[1:]) & (step.accept & ~landing & (h != 0))[None]
     found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
     span, eps = jnp.abs(end - start), jnp.finfo(t.dtype).eps
 

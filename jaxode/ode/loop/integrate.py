@@ -153,7 +153,7 @@ def _attempt(
         landing = state.search.landing
         t = jnp.where(landing, state.search.target, ahead.t)
         ahead = ahead._replace(t=t, last=ahead.last | landing)
-    t = jnp.where(ahead.last, ahead.t, on_mesh(ahead.t, start, end))
+    t = jnp.where(ahead.last, ahead.t, on_mesh(ahead.t, start, end, stepper.stop is not None))
     t = jnp.where(now.active, t, now.t)
     h = t - now.t
     k = method.evaluate(problem.slope, now.t, h, now.y, state.slope, method.stages)

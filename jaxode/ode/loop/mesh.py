@@ -1,6 +1,7 @@
 """How the times of the steps move with the two ends of a solve.
 
-The error control is not differentiated: relative to its ends, the mesh is a constant.
+The error control is not differentiated: relative to its ends, the mesh is a constant. Where an
+event may end the solve, at a time that nobody knows before, all times but the ends stay in place.
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from jaxtyping import Array, Float
 from jaxode._jax.tangents import filled, with_tangent
 
 
-def on_mesh(t, start, end):
-    """The time `t`, which differentiation keeps in place relative to `start` and `end`."""
+def on_mesh(t, start, end, in_place: bool):
+    """The time `t`, inside of the solve or at its start, with its derivatives by both ends."""
 
     def between(primals, dots):
         (t, start, end), (_, *dots) = primals, dots
         start_dot, end_dot = map(filled, dots, (start, end))
+        if in_place:
+            return jnp.where(t == start, start_dot, 0)
         span = end - start
         s = jnp.where(span == 0, 0.0, (t - start) / jnp.where(span == 0, 1.0, span))
         s = jax.lax.stop_gradient(s)  # also in second derivatives
@@ -33,13 +36,24 @@ class Speeds(NamedTuple):
     h: Float[Array, " rows"]
 
 
-def speeds_in(problem: Any, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
+def speeds_in(
+    problem: Any, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array, in_place: bool
+):
     """The derivatives of step `number` (from 1) with respect to both ends of the solve.
 
     Number 0 is the start of the solve, a step that keeps size zero.
     """
-    span = problem.t1 - problem.t0
+    start, end = problem.t0, problem.t1
+    span = end - start
     safe = jnp.where(span == 0, 1.0, span)
-    s = jnp.where(span == 0, 0.0, (t - problem.t0) / safe)
+    s = jnp.where(span == 0, 0.0, (t - start) / safe)
     ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)
-    return Speeds(1 - s, -ds), Speeds(s, ds)
+    by_start, by_end = Speeds(1 - s, -ds), Speeds(s, ds)
+    if not in_place:
+        return by_start, by_end
+    rounding = 4 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(t), jnp.abs(end))
+    first, moves = t == start, (h != 0) | (span == 0) & (number == 1)
+    last = jnp.abs(end - t - h) <= rounding
+    one = lambda flag: flag.astype(t.dtype)
+    by_start = Speeds(one(first), -one(first & moves))
+    return by_start, Speeds(one((t == end) & (span != 0)), one(last & moves))

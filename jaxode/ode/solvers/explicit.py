@@ -24,7 +24,7 @@ from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.loop.problem import weighted_sum
-from jaxode.ode.loop.rows import one_row, over_rows
+from jaxode.ode.loop.rows import over_rows
 from jaxode.ode.solvers.base import Field, Method
 
 MOST_DEGREE = 9  # of a dense output
@@ -91,11 +91,7 @@ class RungeKutta(Method):
     def pull_back(self, sweep: Any, step: Any, bar: Any, y_bar, params_bar: Any, lowest: Any):
         """Stage by stage, last to first. The steps themselves are given, and not taken again."""
         solved, count = sweep.solved, len(step.k)
-        timed, replaced = solved.timed, solved.replaced
-        if (timed or self.implicit) and not one_row(replaced):
-            # Derivatives by times, and by a Jacobian, are products with the stages.
-            step = step._replace(k=jnp.where(replaced[:, None], 0.0, step.k))
-        t, h, y, k = step
+        timed, (t, h, y, k) = solved.timed, step
         pulled = count - sweep.interior_pulls_last  # so many stages are pulled back here
         A, b = (jnp.asarray(x[:count, ...], y.dtype) for x in (self.A[:, :count], self.b))
         c, per_step = jnp.asarray(self.c, t.dtype), sweep.per_step
