@@ -34,7 +34,7 @@ from jaxode.density.inputs import (
 from jaxode.density.maps import Map
 from jaxode.density.standardize import as_map, check_affine, context_maps
 from jaxode.density.support import as_support
-from jaxode.distributions import CenteredNormal
+from jaxode.distributions import has_full_support
 from jaxode.divergence import without_noise
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
@@ -119,7 +119,7 @@ class Density(eqx.Module):
                 f"{self.event_shape}; got {got}."
             )
         mapped = self.support is not None or self.standardize is not None
-        if mapped and isinstance(flow.base, CenteredNormal):
+        if mapped and not has_full_support(flow.base):
             raise ValueError(
                 f"{arg('flow')} needs a base with a density of all coordinates, since there are "
                 "maps around it; got jaxode.centered_normal. Bind it without maps."
@@ -337,7 +337,7 @@ def bind(
         )
     event = tuple(flow.base.event_shape)
     for name, given in (("standardize", standardize), ("support", support)):
-        if given is not None and isinstance(flow.base, CenteredNormal):
+        if given is not None and not has_full_support(flow.base):
             raise ValueError(
                 f"{arg(name)} needs a base with a density of all coordinates; got "
                 "jaxode.centered_normal, whose configurations such a map would not leave centred. "

@@ -32,7 +32,7 @@ from jaxode.density.maps import fit_affine, fit_normal, fit_white
 from jaxode.density.standardize import fitted
 from jaxode.density.table import WIDEST, Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
-from jaxode.distributions import CenteredNormal
+from jaxode.distributions import has_full_support
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
 MANY = 16  # the second one in more than so many dimensions
@@ -316,7 +316,7 @@ def _trainable(density: Density) -> Density:
 
 def _fits(density: Density) -> list[Callable[..., Any]]:
     """Functions that fit each candidate map. The first, a Gaussian at the start, is often best."""
-    if density.standardize is not None or isinstance(density.flow.base, CenteredNormal):
+    if density.standardize is not None or not has_full_support(density.flow.base):
         return []
     white = [fit_white] if math.prod(density.event_shape) <= WIDEST else []
     return [*white, fit_normal, fit_affine]

@@ -17,7 +17,7 @@ from jaxode.density.bind import Density
 from jaxode.density.inputs import check_inside, context_numbers, rows_in_flow
 from jaxode.density.maps import column_list, contained, dependent_columns, principal_axes
 from jaxode.density.standardize import check_values
-from jaxode.distributions import CenteredNormal
+from jaxode.distributions import has_full_support
 from jaxode.images import in_cells, margin_of
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
@@ -61,8 +61,10 @@ class Table(NamedTuple):
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         columns = rows.x.reshape(len(rows.x), -1)
-        centred = isinstance(density.flow.base, CenteredNormal)  # columns with a sum of zero
-        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent=not centred)
+        independent = has_full_support(
+            density.flow.base
+        )  # those of centred rows have a sum of zero
+        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
         return cls(rows, aside, integers & ~coarse)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
