@@ -18,22 +18,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import floating, numbers, shape_of
 from jaxode._checks.caller import arg, public
-from jaxode._checks.rules import is_eager, is_known
+from jaxode._checks.rules import IN_REACH, INSIDE, is_eager, is_known
 from jaxode._checks.samples import check_count, check_finite
 from jaxode._jax.closure import hash_of
-from jaxode.density.change import InFlow, from_data, to_data
-from jaxode.density.inputs import (
-    Shape,
-    check_fits,
-    check_inside,
-    context_numbers,
-    leading_axes,
-    rows_in_flow,
-    shapes_of_context,
-)
-from jaxode.density.maps import Map
-from jaxode.density.standardize import as_map, check_affine, context_maps
-from jaxode.density.support import as_support
+from jaxode.density.contexts import Contexts, InFlow
+from jaxode.density.maps.base import Map
+from jaxode.density.maps.chain import Chain, from_data, to_data
+from jaxode.density.maps.given import Shape, as_map, as_support
 from jaxode.distributions import has_full_support
 from jaxode.divergence import without_noise
 from jaxode.flows.chunks import Chunks
@@ -85,12 +76,8 @@ class Density(eqx.Module):
 
     _flow: Any
     _params: PyTree
-    support: Map | None
-    standardize: Map | None
-    context_maps: PyTree
-    """`Affine` for each standardized leaf of a context, None for the others."""
-    context_shapes: tuple[Shape, ...] | None = eqx.field(static=True)
-    """The shapes of one context, leaf by leaf. None if they are not known."""
+    maps: Chain
+    contexts: Contexts
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -105,6 +92,16 @@ class Density(eqx.Module):
         """The parameters of the vector field."""
         return _unwrap_constants(self._params)
 
+    @property
+    def support(self) -> Map | None:
+        """The bijection of the support."""
+        return self.maps.support
+
+    @property
+    def standardize(self) -> Map | None:
+        """The map of the units, after that of the support."""
+        return self.maps.standardize
+
     def with_params(self, params: PyTree) -> "Density":
         """The same maps around the flow with other parameters."""
         return dataclasses.replace(self, _params=_wrap_constants(params, numbers=True))
@@ -118,8 +115,7 @@ class Density(eqx.Module):
                 f"{arg('flow')} must be made by jaxode.cnf, with samples of shape "
                 f"{self.event_shape}; got {got}."
             )
-        mapped = self.support is not None or self.standardize is not None
-        if mapped and not has_full_support(flow.base):
+        if self.maps.maps and not has_full_support(flow.base):
             raise ValueError(
                 f"{arg('flow')} needs a base with a density of all coordinates, since there are "
                 "maps around it; got jaxode.centered_normal. Bind it without maps."
@@ -144,9 +140,9 @@ class Density(eqx.Module):
         """Log-density of the samples. Minus infinity outside the support, and where the maps
         overflow."""
         rows, shape = self._rows(x)
-        inside, fits, z, log_det = from_data(self.support, self.standardize, rows)
+        inside, fits, z, log_det = from_data(self.maps, rows)
         flow = self._row_by_row(key, (rows, context), batch_size, progress)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        context = self.contexts.rows(context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
         return jnp.where(inside & fits, log_prob, -jnp.inf).reshape(shape)
 
@@ -168,7 +164,7 @@ class Density(eqx.Module):
         shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z = flow.sample(self.params, key, count, context=context)
-        return to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
+        return to_data(self.maps, z)[0].reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -184,7 +180,7 @@ class Density(eqx.Module):
         shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
-        x, log_det = to_data(self.support, self.standardize, z)
+        x, log_det = to_data(self.maps, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 
     @public("reverse_kl_loss")
@@ -205,8 +201,8 @@ class Density(eqx.Module):
         """
         check_field("log_density", log_density, "log_density(x)")
         flow, shape = self.flow, (check_count(n),)
-        target = InFlow(log_density, self.support, self.standardize, self.context_maps)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        target = InFlow(log_density, self.maps, self.contexts)
+        context = self.contexts.rows(context, shape)
         return flow.reverse_kl_loss(self.params, target, n, key=key, context=context, path=path)
 
     @public("to_flow")
@@ -221,15 +217,15 @@ class Density(eqx.Module):
                 If that is known only at run time, they become NaN.
         """
         rows, shape = self._rows(x)
-        inside, fits, z, _ = from_data(self.support, self.standardize, rows)
-        check_inside(inside, rows)
-        check_fits(fits)
+        inside, fits, z, _ = from_data(self.maps, rows)
+        INSIDE.check(inside, rows)
+        IN_REACH.check(fits)
         inside = (inside & fits).reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:
             check_finite({"x": rows})
             return z
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        context = self.contexts.rows(context, shape)
         check_finite({"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
@@ -237,7 +233,7 @@ class Density(eqx.Module):
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
         rows, shape = self._rows(z, "z")
-        return to_data(self.support, self.standardize, rows)[0].reshape(*shape, *self.event_shape)
+        return to_data(self.maps, rows)[0].reshape(*shape, *self.event_shape)
 
     @public("log_det")
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
@@ -246,7 +242,7 @@ class Density(eqx.Module):
         For samples inside of the support.
         """
         rows, shape = self._rows(x)
-        return from_data(self.support, self.standardize, rows)[3].reshape(shape)
+        return from_data(self.maps, rows)[3].reshape(shape)
 
     def _row_by_row(self, key: Any, inputs: PyTree, batch_size: Any, progress: bool) -> CNF:
         """The flow with per-sample steps in batches, and without noise if there is no key."""
@@ -286,8 +282,8 @@ class Density(eqx.Module):
         """The shape of the samples, their number, and a context for each."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
         shape = tuple(check_count(size, "sample_shape") for size in sizes)
-        shape = shape or leading_axes(context, self.context_shapes)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        shape = shape or self.contexts.leading_axes(context)
+        context = self.contexts.rows(context, shape)
         return shape, math.prod(shape), context
 
 
@@ -347,15 +343,11 @@ def bind(
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         allowed = as_support(support, event)
-        check_affine(standardize_context)
-        context = context_numbers("standardize_context", standardize_context)
-        map_of_data = as_map("standardize", standardize, event, allowed)
-        maps_of_context = context_maps(context)
+        units = as_map("standardize", standardize, event, allowed)
+        contexts = Contexts.of(standardize_context, context_shape)
     return Density(
         _flow=_wrap_constants(flow),
         _params=_wrap_constants(params, numbers=True),
-        support=allowed,
-        standardize=map_of_data,
-        context_maps=maps_of_context,
-        context_shapes=shapes_of_context(context_shape, context),
+        maps=Chain(tuple(part for part in (allowed, units) if part is not None)),
+        contexts=contexts,
     )
