@@ -1,5 +1,6 @@
 """Checks of the arguments of flows: each error names the function, the argument, rule and cure."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxode._checks.arguments import (
     Time,
     check_integers,
     described,
+    floating,
     floating_dtype,
     integer,
     native,
@@ -66,6 +68,18 @@ def check_data(name: str, x: Any, event: tuple[int, ...], least: int, rule: str)
         )
     check_finite({name: narrow})
     return x
+
+
+def check_batches(
+    name: str, x: Any, event: tuple[int, ...]
+) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
+    """Real numbers `[..., *event]` as floating rows, and the axes before those of an event."""
+    x = floating(numbers(name, x))
+    cut = x.ndim - len(event)
+    if cut < 0 or x.shape[cut:] != event:
+        raise ValueError(f"{arg(name)} must have shape {shape_of('...', event)}; got {x.shape}.")
+    shape = x.shape[:cut]
+    return x.reshape(math.prod(shape), *event), shape
 
 
 def check_finite(data: dict[str, PyTree]) -> None:

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import floating, numbers, shape_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import IN_REACH, INSIDE, is_eager, is_known
-from jaxode._checks.samples import check_count, check_finite
-from jaxode._jax.closure import hash_of
+from jaxode._checks.samples import check_batches, check_count, check_finite
+from jaxode._jax.closure import hash_of, unwrap_constants, wrap_constants
 from jaxode.density.contexts import Contexts, InFlow
 from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain, from_data, to_data
@@ -31,24 +30,6 @@ from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.energy import Target
 from jaxode.ode.field import check_field
-
-
-class _Constant(eqx.Module):
-    """A leaf that is not an array, as a node without leaves, so that `jax.jit` accepts the tree."""
-
-    value: Any = eqx.field(static=True)
-
-
-def _wrap_constants(tree: PyTree, numbers: bool = False) -> PyTree:
-    """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
-    keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
-    return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
-
-
-def _unwrap_constants(tree: PyTree) -> PyTree:
-    is_constant = lambda leaf: isinstance(leaf, _Constant)
-    unwrap = lambda leaf: leaf.value if is_constant(leaf) else leaf
-    return jax.tree.map(unwrap, tree, is_leaf=is_constant)
 
 
 class Density(eqx.Module):
@@ -85,12 +66,12 @@ class Density(eqx.Module):
     @property
     def flow(self) -> CNF:
         """The flow, to train it."""
-        return _unwrap_constants(self._flow)
+        return unwrap_constants(self._flow)
 
     @property
     def params(self) -> PyTree:
         """The parameters of the vector field."""
-        return _unwrap_constants(self._params)
+        return unwrap_constants(self._params)
 
     @property
     def support(self) -> Map | None:
@@ -104,7 +85,7 @@ class Density(eqx.Module):
 
     def with_params(self, params: PyTree) -> "Density":
         """The same maps around the flow with other parameters."""
-        return dataclasses.replace(self, _params=_wrap_constants(params, numbers=True))
+        return dataclasses.replace(self, _params=wrap_constants(params, numbers=True))
 
     @public("with_flow")
     def with_flow(self, flow: CNF) -> "Density":
@@ -120,12 +101,12 @@ class Density(eqx.Module):
                 f"{arg('flow')} needs a base with a density of all coordinates, since there are "
                 "maps around it; got jaxode.centered_normal. Bind it without maps."
             )
-        return dataclasses.replace(self, _flow=_wrap_constants(flow))
+        return dataclasses.replace(self, _flow=wrap_constants(flow))
 
     @property
     def event_shape(self) -> Shape:
         """The shape of one sample."""
-        return tuple(_unwrap_constants(self._flow.base).event_shape)
+        return tuple(unwrap_constants(self._flow.base).event_shape)
 
     @public("log_prob")
     def log_prob(
@@ -139,7 +120,7 @@ class Density(eqx.Module):
     ) -> Float[Array, "..."]:
         """Log-density of the samples. Minus infinity outside the support, and where the maps
         overflow."""
-        rows, shape = self._rows(x)
+        rows, shape = check_batches("x", x, self.event_shape)
         inside, fits, z, log_det = from_data(self.maps, rows)
         flow = self._row_by_row(key, (rows, context), batch_size, progress)
         context = self.contexts.rows(context, shape)
@@ -216,7 +197,7 @@ class Density(eqx.Module):
             ValueError: if data lie outside the support or are not finite, or their `z` overflows.
                 If that is known only at run time, they become NaN.
         """
-        rows, shape = self._rows(x)
+        rows, shape = check_batches("x", x, self.event_shape)
         inside, fits, z, _ = from_data(self.maps, rows)
         INSIDE.check(inside, rows)
         IN_REACH.check(fits)
@@ -232,7 +213,7 @@ class Density(eqx.Module):
     @public("from_flow")
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
-        rows, shape = self._rows(z, "z")
+        rows, shape = check_batches("z", z, self.event_shape)
         return to_data(self.maps, rows)[0].reshape(*shape, *self.event_shape)
 
     @public("log_det")
@@ -241,7 +222,7 @@ class Density(eqx.Module):
 
         For samples inside of the support.
         """
-        rows, shape = self._rows(x)
+        rows, shape = check_batches("x", x, self.event_shape)
         return from_data(self.maps, rows)[3].reshape(shape)
 
     def _row_by_row(self, key: Any, inputs: PyTree, batch_size: Any, progress: bool) -> CNF:
@@ -250,9 +231,9 @@ class Density(eqx.Module):
         throw = flow.throw
         if throw is None:
             throw = is_eager((flow, self.params, inputs))
-        divergence = (
-            without_noise(flow.divergence, self.event_shape) if key is None else flow.divergence
-        )
+        divergence = flow.divergence
+        if key is None:
+            divergence = without_noise(divergence, self.event_shape)
         chunks = Chunks.make(batch_size, progress, self.params)
         steps, options = "per_sample", flow.solve_options
         if options.axis_name is not None:
@@ -266,17 +247,6 @@ class Density(eqx.Module):
         return dataclasses.replace(
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
         )
-
-    def _rows(self, x: Any, name: str = "x") -> tuple[Float[Array, "rows *event"], Shape]:
-        """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(numbers(name, x))
-        cut = x.ndim - len(event)
-        if cut < 0 or x.shape[cut:] != event:
-            raise ValueError(
-                f"{arg(name)} must have shape {shape_of('...', event)}; got {x.shape}."
-            )
-        shape = x.shape[:cut]
-        return x.reshape(math.prod(shape), *event), shape
 
     def _drawn(self, sample_shape: Any, context: PyTree) -> tuple[tuple[Any, ...], Any, PyTree]:
         """The shape of the samples, their number, and a context for each."""
@@ -346,8 +316,8 @@ def bind(
         units = as_map("standardize", standardize, event, allowed)
         contexts = Contexts.of(standardize_context, context_shape)
     return Density(
-        _flow=_wrap_constants(flow),
-        _params=_wrap_constants(params, numbers=True),
+        _flow=wrap_constants(flow),
+        _params=wrap_constants(params, numbers=True),
         maps=Chain(tuple(part for part in (allowed, units) if part is not None)),
         contexts=contexts,
     )

@@ -60,9 +60,8 @@ class Table(NamedTuple):
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         columns = rows.x.reshape(len(rows.x), -1)
-        independent = has_full_support(
-            density.flow.base
-        )  # those of centred rows have a sum of zero
+        # Those of centred rows have a sum of zero.
+        independent = has_full_support(density.flow.base)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
         return cls(rows, aside, integers & ~coarse)
 
