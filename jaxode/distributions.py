@@ -15,7 +15,7 @@ import inspect
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import equinox as eqx
 import jax
@@ -38,6 +38,14 @@ class BaseDensity(Protocol):
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]: ...
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...]) -> Float[Array, "..."]: ...
+
+
+def has_full_support(base: BaseDensity) -> bool:
+    """Whether it has a density of all coordinates, as a base has that does not say otherwise.
+
+    `CenteredNormal` says that it has not: its samples are centred.
+    """
+    return getattr(base, "full_support", True)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class CenteredNormal:
     """The standard normal density on configurations of particles whose mean is zero."""
 
     event_shape: tuple[int, ...]
+    full_support: ClassVar[bool] = False
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats, on the space of centred configurations. A shift does not count."""

@@ -7,22 +7,24 @@ density = jaxode.bind(flow, params, standardize=jaxode.standardize.normal(data))
 ```
 """
 
+from jax.tree_util import Partial
 from jaxtyping import Float
 
-from jaxode.density.maps import Numbers, Unfitted, fit_affine, fit_normal, fit_white
+from jaxode.density import maps
+from jaxode.density.maps.base import Numbers
 
 __all__ = ["affine", "normal", "whiten"]
 
 
-def affine(data: Float[Numbers, "rows *event"]) -> Unfitted:
+def affine(data: Float[Numbers, "rows *event"]) -> Partial:
     """Subtract the mean of each column and divide by its standard deviation.
 
     `bind(standardize=data)` is short for it.
     """
-    return Unfitted(data, fit_affine)
+    return Partial(maps.affine.fit, data)
 
 
-def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
+def normal(data: Float[Numbers, "rows *event"]) -> Partial:
     """Map each column to a normal by a smooth monotone spline through its quantiles.
 
     A rational quadratic spline, whose inverse is exact, with logarithmic tails beyond the extremes.
@@ -30,10 +32,10 @@ def normal(data: Float[Numbers, "rows *event"]) -> Unfitted:
 
     References: Gregory and Delbourgo (1982); Durkan et al. (2019), arXiv:1906.04032.
     """
-    return Unfitted(data, fit_normal)
+    return Partial(maps.normal.fit, data)
 
 
-def whiten(data: Float[Numbers, "rows *event"]) -> Unfitted:
+def whiten(data: Float[Numbers, "rows *event"]) -> Partial:
     """Standardize each column, then multiply by the inverse root of the correlation matrix.
 
     An untrained flow is then the normal distribution with the mean and the covariance of the data:
@@ -42,4 +44,4 @@ def whiten(data: Float[Numbers, "rows *event"]) -> Unfitted:
     Raises:
         ValueError: by `bind`, if the covariance is singular.
     """
-    return Unfitted(data, fit_white)
+    return Partial(maps.whiten.fit, data)

@@ -89,6 +89,10 @@ def finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
     return functools.reduce(operator.and_, finite)
 
 
+def _finite_in_numpy(rows: Any) -> Any:
+    return np.isfinite(np.asarray(rows)).all(tuple(range(1, np.ndim(rows))))
+
+
 def _is_finite(x: Any) -> Any:
     return abs(x) < np.inf
 
@@ -167,6 +171,17 @@ FINITE_TARGET = _TARGET._replace(words=f"must be finite at the samples of the fl
 FINITE_SLOPE = _TARGET._replace(
     words=f"must have a finite gradient at the samples of the flow; {ROWS}"
 )
+# Of the maps around a density.
+INSIDE = Rule(
+    "support=...", lambda inside, rows: np.asarray(inside) | ~_finite_in_numpy(rows),
+    "the data must lie strictly inside; got values on or outside it in {rows}",
+    "Widen the support, or leave those rows out.",
+)  # fmt: skip
+IN_REACH = Rule(
+    "x=...", np.asarray,
+    "must not be so far from the data of standardize= that the map overflows; got {rows}",
+    "Leave those rows out, or rescale the data.",
+)  # fmt: skip
 
 _WEIGHTS = "must be finite, at least 0, and not all 0; got other values in {rows}"
 _LEFT_OUT = "To leave a row out, give it the weight 0."

@@ -1,5 +1,6 @@
 """Checks of the arguments of flows: each error names the function, the argument, rule and cure."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,15 +12,18 @@ from jaxode._checks.arguments import (
     Time,
     check_integers,
     described,
+    floating,
+    floating_dtype,
     integer,
     native,
     non_negative,
+    numbers,
     numeric_dtype,
     shape_of,
     state_dtype,
 )
 from jaxode._checks.caller import arg
-from jaxode._checks.rules import FINITE, WEIGHTS, inexact_leaves, is_known
+from jaxode._checks.rules import FINITE, WEIGHTS, in_rows, inexact_leaves, is_known
 from jaxode._jax.sharding import AxisName
 
 
@@ -44,6 +48,38 @@ def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "ba
             f"{arg(name)} must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
         )
     return jnp.asarray(x)
+
+
+def check_data(name: str, x: Any, event: tuple[int, ...], least: int, rule: str) -> Any:
+    """Rows of finite real numbers, as an array of JAX or NumPy. The `rule` says their shape."""
+    x = numbers(name, x)
+    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < least:
+        raise ValueError(f"{arg(name)} {rule}; got {x.shape}.")
+    if not is_known(x):
+        return x
+    given, dtype = np.asarray(x), floating_dtype(x.dtype)
+    with np.errstate(over="ignore"):
+        narrow = given.astype(dtype)
+    lost = (np.isfinite(given) & ~np.isfinite(narrow)).reshape(len(given), -1).any(axis=1)
+    if lost.any():
+        raise ValueError(
+            f"{arg(name)} data must fit {dtype}; got larger numbers in {in_rows(lost)}. Rescale "
+            "the data, or leave those rows out."
+        )
+    check_finite({name: narrow})
+    return x
+
+
+def check_batches(
+    name: str, x: Any, event: tuple[int, ...]
+) -> tuple[Float[Array, "rows *event"], tuple[int, ...]]:
+    """Real numbers `[..., *event]` as floating rows, and the axes before those of an event."""
+    x = floating(numbers(name, x))
+    cut = x.ndim - len(event)
+    if cut < 0 or x.shape[cut:] != event:
+        raise ValueError(f"{arg(name)} must have shape {shape_of('...', event)}; got {x.shape}.")
+    shape = x.shape[:cut]
+    return x.reshape(math.prod(shape), *event), shape
 
 
 def check_finite(data: dict[str, PyTree]) -> None:

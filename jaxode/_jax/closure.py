@@ -177,6 +177,25 @@ def _decoded(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, _Partial))
 
 
+class _Constant(eqx.Module):
+    """A leaf that is not an array, as a node without leaves, so that `jax.jit` accepts the tree."""
+
+    value: Any = eqx.field(static=True)
+
+
+def wrap_constants(tree: PyTree, numbers: bool = False) -> PyTree:
+    """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
+    keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
+    return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
+
+
+def unwrap_constants(tree: PyTree) -> PyTree:
+    """The inverse of `wrap_constants`."""
+    is_constant = lambda leaf: isinstance(leaf, _Constant)
+    unwrap = lambda leaf: leaf.value if is_constant(leaf) else leaf
+    return jax.tree.map(unwrap, tree, is_leaf=is_constant)
+
+
 class ClosedField(eqx.Module):
     """A function whose closed-over values are leaves, with gradients: the vector field on rows.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode.auditing.subject import Row, Subject, judge
-from jaxode.distributions import CenteredNormal
+from jaxode.distributions import has_full_support
 from jaxode.divergence import EXACT_UP_TO
 
 # Standard deviations. In one dimension, a normal base has no such samples.
@@ -43,7 +43,7 @@ def distance(s: Subject) -> Row:
 
 def samples(s: Subject) -> Row | None:
     """Whether the base draws samples of its density."""
-    if isinstance(s.flow.base, CenteredNormal):
+    if not has_full_support(s.flow.base):
         return None  # It has a density of fewer coordinates than its samples.
     finite = np.isfinite(s.base_samples).all()
     return judge(

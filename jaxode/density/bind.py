@@ -16,48 +16,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import floating, numbers, shape_of
 from jaxode._checks.caller import arg, public
-from jaxode._checks.rules import is_eager, is_known
-from jaxode._checks.samples import check_count, check_finite
-from jaxode._jax.closure import hash_of
-from jaxode.density.change import InFlow, from_data, to_data
-from jaxode.density.inputs import (
-    Shape,
-    check_fits,
-    check_inside,
-    context_numbers,
-    leading_axes,
-    rows_in_flow,
-    shapes_of_context,
-)
-from jaxode.density.maps import Map
-from jaxode.density.standardize import as_map, check_affine, context_maps
-from jaxode.density.support import as_support
-from jaxode.distributions import CenteredNormal
+from jaxode._checks.rules import IN_REACH, INSIDE, is_eager, is_known
+from jaxode._checks.samples import check_batches, check_count, check_finite
+from jaxode._jax.closure import hash_of, unwrap_constants, wrap_constants
+from jaxode.density.contexts import Contexts, InFlow
+from jaxode.density.maps.base import Map
+from jaxode.density.maps.chain import Chain, from_data, to_data
+from jaxode.density.maps.given import Shape, as_map, as_support
+from jaxode.distributions import has_full_support
 from jaxode.divergence import without_noise
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.energy import Target
 from jaxode.ode.field import check_field
-
-
-class _Constant(eqx.Module):
-    """A leaf that is not an array, as a node without leaves, so that `jax.jit` accepts the tree."""
-
-    value: Any = eqx.field(static=True)
-
-
-def _wrap_constants(tree: PyTree, numbers: bool = False) -> PyTree:
-    """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
-    keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
-    return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
-
-
-def _unwrap_constants(tree: PyTree) -> PyTree:
-    is_constant = lambda leaf: isinstance(leaf, _Constant)
-    unwrap = lambda leaf: leaf.value if is_constant(leaf) else leaf
-    return jax.tree.map(unwrap, tree, is_leaf=is_constant)
 
 
 class Density(eqx.Module):
@@ -85,12 +57,8 @@ class Density(eqx.Module):
 
     _flow: Any
     _params: PyTree
-    support: Map | None
-    standardize: Map | None
-    context_maps: PyTree
-    """`Affine` for each standardized leaf of a context, None for the others."""
-    context_shapes: tuple[Shape, ...] | None = eqx.field(static=True)
-    """The shapes of one context, leaf by leaf. None if they are not known."""
+    maps: Chain
+    contexts: Contexts
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -98,16 +66,26 @@ class Density(eqx.Module):
     @property
     def flow(self) -> CNF:
         """The flow, to train it."""
-        return _unwrap_constants(self._flow)
+        return unwrap_constants(self._flow)
 
     @property
     def params(self) -> PyTree:
         """The parameters of the vector field."""
-        return _unwrap_constants(self._params)
+        return unwrap_constants(self._params)
+
+    @property
+    def support(self) -> Map | None:
+        """The bijection of the support."""
+        return self.maps.support
+
+    @property
+    def standardize(self) -> Map | None:
+        """The map of the units, after that of the support."""
+        return self.maps.standardize
 
     def with_params(self, params: PyTree) -> "Density":
         """The same maps around the flow with other parameters."""
-        return dataclasses.replace(self, _params=_wrap_constants(params, numbers=True))
+        return dataclasses.replace(self, _params=wrap_constants(params, numbers=True))
 
     @public("with_flow")
     def with_flow(self, flow: CNF) -> "Density":
@@ -118,18 +96,17 @@ class Density(eqx.Module):
                 f"{arg('flow')} must be made by jaxode.cnf, with samples of shape "
                 f"{self.event_shape}; got {got}."
             )
-        mapped = self.support is not None or self.standardize is not None
-        if mapped and isinstance(flow.base, CenteredNormal):
+        if self.maps.maps and not has_full_support(flow.base):
             raise ValueError(
                 f"{arg('flow')} needs a base with a density of all coordinates, since there are "
                 "maps around it; got jaxode.centered_normal. Bind it without maps."
             )
-        return dataclasses.replace(self, _flow=_wrap_constants(flow))
+        return dataclasses.replace(self, _flow=wrap_constants(flow))
 
     @property
     def event_shape(self) -> Shape:
         """The shape of one sample."""
-        return tuple(_unwrap_constants(self._flow.base).event_shape)
+        return tuple(unwrap_constants(self._flow.base).event_shape)
 
     @public("log_prob")
     def log_prob(
@@ -143,10 +120,10 @@ class Density(eqx.Module):
     ) -> Float[Array, "..."]:
         """Log-density of the samples. Minus infinity outside the support, and where the maps
         overflow."""
-        rows, shape = self._rows(x)
-        inside, fits, z, log_det = from_data(self.support, self.standardize, rows)
+        rows, shape = check_batches("x", x, self.event_shape)
+        inside, fits, z, log_det = from_data(self.maps, rows)
         flow = self._row_by_row(key, (rows, context), batch_size, progress)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        context = self.contexts.rows(context, shape)
         log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
         return jnp.where(inside & fits, log_prob, -jnp.inf).reshape(shape)
 
@@ -168,7 +145,7 @@ class Density(eqx.Module):
         shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z = flow.sample(self.params, key, count, context=context)
-        return to_data(self.support, self.standardize, z)[0].reshape(*shape, *self.event_shape)
+        return to_data(self.maps, z)[0].reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -184,7 +161,7 @@ class Density(eqx.Module):
         shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
-        x, log_det = to_data(self.support, self.standardize, z)
+        x, log_det = to_data(self.maps, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
 
     @public("reverse_kl_loss")
@@ -205,8 +182,8 @@ class Density(eqx.Module):
         """
         check_field("log_density", log_density, "log_density(x)")
         flow, shape = self.flow, (check_count(n),)
-        target = InFlow(log_density, self.support, self.standardize, self.context_maps)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        target = InFlow(log_density, self.maps, self.contexts)
+        context = self.contexts.rows(context, shape)
         return flow.reverse_kl_loss(self.params, target, n, key=key, context=context, path=path)
 
     @public("to_flow")
@@ -220,24 +197,24 @@ class Density(eqx.Module):
             ValueError: if data lie outside the support or are not finite, or their `z` overflows.
                 If that is known only at run time, they become NaN.
         """
-        rows, shape = self._rows(x)
-        inside, fits, z, _ = from_data(self.support, self.standardize, rows)
-        check_inside(inside, rows)
-        check_fits(fits)
+        rows, shape = check_batches("x", x, self.event_shape)
+        inside, fits, z, _ = from_data(self.maps, rows)
+        INSIDE.check(inside, rows)
+        IN_REACH.check(fits)
         inside = (inside & fits).reshape(len(rows), *(1,) * len(self.event_shape))
         z = jnp.where(inside, z, jnp.nan).reshape(*shape, *self.event_shape)
         if context is None:
             check_finite({"x": rows})
             return z
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        context = self.contexts.rows(context, shape)
         check_finite({"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     @public("from_flow")
     def from_flow(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map samples of the flow to the units of the data: the inverse of `to_flow`."""
-        rows, shape = self._rows(z, "z")
-        return to_data(self.support, self.standardize, rows)[0].reshape(*shape, *self.event_shape)
+        rows, shape = check_batches("z", z, self.event_shape)
+        return to_data(self.maps, rows)[0].reshape(*shape, *self.event_shape)
 
     @public("log_det")
     def log_det(self, x: Float[Array, "batch *event"]) -> Float[Array, " batch"]:
@@ -245,8 +222,8 @@ class Density(eqx.Module):
 
         For samples inside of the support.
         """
-        rows, shape = self._rows(x)
-        return from_data(self.support, self.standardize, rows)[3].reshape(shape)
+        rows, shape = check_batches("x", x, self.event_shape)
+        return from_data(self.maps, rows)[3].reshape(shape)
 
     def _row_by_row(self, key: Any, inputs: PyTree, batch_size: Any, progress: bool) -> CNF:
         """The flow with per-sample steps in batches, and without noise if there is no key."""
@@ -254,9 +231,9 @@ class Density(eqx.Module):
         throw = flow.throw
         if throw is None:
             throw = is_eager((flow, self.params, inputs))
-        divergence = (
-            without_noise(flow.divergence, self.event_shape) if key is None else flow.divergence
-        )
+        divergence = flow.divergence
+        if key is None:
+            divergence = without_noise(divergence, self.event_shape)
         chunks = Chunks.make(batch_size, progress, self.params)
         steps, options = "per_sample", flow.solve_options
         if options.axis_name is not None:
@@ -271,23 +248,12 @@ class Density(eqx.Module):
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
         )
 
-    def _rows(self, x: Any, name: str = "x") -> tuple[Float[Array, "rows *event"], Shape]:
-        """The samples as a batch, and the axes before those of an event."""
-        event, x = self.event_shape, floating(numbers(name, x))
-        cut = x.ndim - len(event)
-        if cut < 0 or x.shape[cut:] != event:
-            raise ValueError(
-                f"{arg(name)} must have shape {shape_of('...', event)}; got {x.shape}."
-            )
-        shape = x.shape[:cut]
-        return x.reshape(math.prod(shape), *event), shape
-
     def _drawn(self, sample_shape: Any, context: PyTree) -> tuple[tuple[Any, ...], Any, PyTree]:
         """The shape of the samples, their number, and a context for each."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
         shape = tuple(check_count(size, "sample_shape") for size in sizes)
-        shape = shape or leading_axes(context, self.context_shapes)
-        context = rows_in_flow(context, self.context_maps, self.context_shapes, shape)
+        shape = shape or self.contexts.leading_axes(context)
+        context = self.contexts.rows(context, shape)
         return shape, math.prod(shape), context
 
 
@@ -337,7 +303,7 @@ def bind(
         )
     event = tuple(flow.base.event_shape)
     for name, given in (("standardize", standardize), ("support", support)):
-        if given is not None and isinstance(flow.base, CenteredNormal):
+        if given is not None and not has_full_support(flow.base):
             raise ValueError(
                 f"{arg(name)} needs a base with a density of all coordinates; got "
                 "jaxode.centered_normal, whose configurations such a map would not leave centred. "
@@ -347,15 +313,11 @@ def bind(
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         allowed = as_support(support, event)
-        check_affine(standardize_context)
-        context = context_numbers("standardize_context", standardize_context)
-        map_of_data = as_map("standardize", standardize, event, allowed)
-        maps_of_context = context_maps(context)
+        units = as_map("standardize", standardize, event, allowed)
+        contexts = Contexts.of(standardize_context, context_shape)
     return Density(
-        _flow=_wrap_constants(flow),
-        _params=_wrap_constants(params, numbers=True),
-        support=allowed,
-        standardize=map_of_data,
-        context_maps=maps_of_context,
-        context_shapes=shapes_of_context(context_shape, context),
+        _flow=wrap_constants(flow),
+        _params=wrap_constants(params, numbers=True),
+        maps=Chain(tuple(part for part in (allowed, units) if part is not None)),
+        contexts=contexts,
     )

@@ -28,11 +28,12 @@ from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
 from jaxode.coupling import Coupling, independent
 from jaxode.density.bind import Density
-from jaxode.density.maps import fit_affine, fit_normal, fit_white
-from jaxode.density.standardize import fitted
-from jaxode.density.table import WIDEST, Table
+from jaxode.density.maps import FITS
+from jaxode.density.maps.chain import Chain
+from jaxode.density.maps.given import fitted
+from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
-from jaxode.distributions import CenteredNormal
+from jaxode.distributions import has_full_support
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
 MANY = 16  # the second one in more than so many dimensions
@@ -150,9 +151,9 @@ def fit(
     density = _trainable(density)
     table = Table.of(density, x, context, validation, dequantize, next(keys))
     aside, noise_key = table.noisy(table.validation, next(keys)), next(keys)
-    if density.context_shapes is None and table.rows.context is not None:
+    if table.rows.context is not None:
         shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(table.rows.context))
-        density = dataclasses.replace(density, context_shapes=shapes)
+        density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
     flow = dataclasses.replace(density.flow, throw=False)
     matching_key, look_key, likelihood_key = keys
     # The power of the time is an input of the program, which is then the same for all.
@@ -315,11 +316,11 @@ def _trainable(density: Density) -> Density:
 
 
 def _fits(density: Density) -> list[Callable[..., Any]]:
-    """Functions that fit each candidate map. The first, a Gaussian at the start, is often best."""
-    if density.standardize is not None or isinstance(density.flow.base, CenteredNormal):
+    """Functions that fit each candidate map."""
+    if density.standardize is not None or not has_full_support(density.flow.base):
         return []
-    white = [fit_white] if math.prod(density.event_shape) <= WIDEST else []
-    return [*white, fit_normal, fit_affine]
+    columns = math.prod(density.event_shape)
+    return [fit for fit, most in FITS if columns <= most]
 
 
 def _mapped(
@@ -329,7 +330,6 @@ def _mapped(
     if not fits:
         yield density
     for fit in fits:
-        # A singular covariance, or a column that does not vary, which the next one tells.
-        with contextlib.suppress(*[ValueError] if fit is fit_white else []):
-            each = fitted("x", x, fit, density.support)
-            yield dataclasses.replace(density, standardize=each)
+        with contextlib.suppress(*[ValueError] if fit is not fits[-1] else []):
+            units = fitted("x", x, fit, density.support)
+            yield dataclasses.replace(density, maps=Chain((*density.maps.maps, units)))

@@ -10,22 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_number, floating, numbers, shape_of
-from jaxode._checks.rules import NUMBER, Rule
-from jaxode._checks.samples import check_finite, check_rows
+from jaxode._checks.arguments import check_number, floating, shape_of
+from jaxode._checks.rules import INSIDE, NUMBER, Rule
+from jaxode._checks.samples import check_data, check_finite, check_rows
 from jaxode.density.bind import Density
-from jaxode.density.inputs import check_inside, context_numbers, rows_in_flow
-from jaxode.density.maps import column_list, contained, dependent_columns, principal_axes
-from jaxode.density.standardize import check_values
-from jaxode.distributions import CenteredNormal
+from jaxode.density.contexts import context_numbers
+from jaxode.density.maps.base import contained
+from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
+from jaxode.distributions import has_full_support
 from jaxode.images import in_cells, margin_of
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
 OFTEN = 0.01
 ENOUGH = 20_000  # rows that show atoms and dependences
-# Rows to look at, rows that there must be, and columns whose correlations are looked at, at most.
-LOOK_AT, LEAST_ROWS, WIDEST = 1000, 10, 500
+LOOK_AT, LEAST_ROWS = 1000, 10  # rows to look at, at most, and rows that there must be
 COARSE = 1 / 8  # the most that dequantized integers may be apart in their dtype
 
 PARTS = int | float | np.number
@@ -61,8 +60,9 @@ class Table(NamedTuple):
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         columns = rows.x.reshape(len(rows.x), -1)
-        centred = isinstance(density.flow.base, CenteredNormal)  # columns with a sum of zero
-        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent=not centred)
+        # Those of centred rows have a sum of zero.
+        independent = has_full_support(density.flow.base)
+        warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
         return cls(rows, aside, integers & ~coarse)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
@@ -149,16 +149,10 @@ def set_aside(
 def _checked(
     name: str, density: Density, x: Any, context: PyTree, dequantize: bool, least: int = LEAST_ROWS
 ) -> Rows:
-    x, event = numbers(name, x), density.event_shape
-    if x.ndim != len(event) + 1 or x.shape[1:] != event or len(x) < least:
-        raise ValueError(
-            f"fit({name}=...): must have shape {shape_of('rows', event)}, with at least {least} "
-            f"row{'s' * (least > 1)}; got {x.shape}."
-        )
-    check_values(name, np.asarray(x))
+    rule = f"must have shape {shape_of('rows', density.event_shape)}, with at least {least} row"
+    x = check_data(name, x, density.event_shape, least, rule + "s" * (least > 1))
     context = check_rows("context", context_numbers("context", context), len(x))
-    as_bound = density.context_maps, density.context_shapes, (len(x),)
-    jax.eval_shape(lambda context: rows_in_flow(context, *as_bound), context)  # raises
+    jax.eval_shape(lambda context: density.contexts.rows(context, (len(x),)), context)  # raises
     check_finite({"context": context})
     x = np.asarray(floating(x))
     if density.support is not None:
@@ -168,7 +162,7 @@ def _checked(
             margin = margin_of(x).clip(min=1 / 64)
             ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
         for noisy in ends:
-            check_inside(contained(density.support, jnp.asarray(noisy)), noisy)
+            INSIDE.check(contained(density.support, jnp.asarray(noisy)), noisy)
     return Rows(x, context)
 
 

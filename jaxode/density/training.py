@@ -116,26 +116,34 @@ def _same(tree: PyTree) -> PyTree:
     return tree
 
 
-@compiled
-def advance(
-    loss, optimizer, batch_size: int, static, unravel, state: State, rates, rows: Rows, key, steps
-):
-    """The state after steps from one number to another, each with a key of its own.
+class Program(NamedTuple):
+    """What a step of training is compiled for."""
 
-    `unravel` makes arrays of the parameters of the optimizer.
-    """
+    loss: Callable[..., Float[Array, ""]]
+    optimizer: Any
+    batch_size: int
+    static: PyTree
+    """The parameters but for their floating arrays."""
+    unravel: Callable[[Any], PyTree]
+    """Makes floating arrays of the parameters of the optimizer."""
+
+
+@compiled
+def advance(program: Program, state: State, rates, rows: Rows, key, steps):
+    """The state after steps from one number to another, each with a key of its own."""
     import optax  # `import jaxode` does not load it
 
-    update = optax.with_extra_args_support(optimizer).update
+    update = optax.with_extra_args_support(program.optimizer).update
     rate, warm_up = rates  # the part of an update that is made, and the steps of the warm-up
 
     def step(i, state):
         row_key, step_key = jax.random.split(jax.random.fold_in(key, i))
-        drawn = jax.random.randint(row_key, (batch_size,), 0, len(rows.x))
+        drawn = jax.random.randint(row_key, (program.batch_size,), 0, len(rows.x))
         x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
-        of_arrays = lambda arrays: loss(eqx.combine(arrays, static), x, context, step_key)
-        value, gradient = jax.value_and_grad(of_arrays)(unravel(state.arrays))
-        if unravel is not _same:
+        params = lambda arrays: eqx.combine(arrays, program.static)
+        of_arrays = lambda arrays: program.loss(params(arrays), x, context, step_key)
+        value, gradient = jax.value_and_grad(of_arrays)(program.unravel(state.arrays))
+        if program.unravel is not _same:
             gradient, _ = ravel_pytree(gradient)
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
         ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
@@ -222,8 +230,9 @@ class Training:
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
         state = State(arrays, average, phase.optimizer.init(arrays), count)
+        program = Program(phase.loss, phase.optimizer, self.batch_size, static, unravel)
         # Together, since Ctrl-C looks at the state.
-        self.phase, self.static, self.unravel, self.state = phase, static, unravel, state
+        self.phase, self.program, self.state = phase, program, state
         self.step, self.stale, self.early, self.left, self.rate = 0, 0, None, 1.0, 1.0
         self.kept, before = (self.step, self.state, self.left), self.clock.spent
         self.clock.step = math.inf
@@ -290,11 +299,10 @@ class Training:
             self.data_seconds = time.perf_counter() - begin
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
-        given = phase.loss, phase.optimizer, self.batch_size, self.static, self.unravel
         steps = jnp.asarray(self.used, jnp.int32), jnp.asarray(self.used + count, jnp.int32)
         begin, self.used = time.perf_counter(), self.used + count
         self.state = jax.block_until_ready(
-            advance(*given, self.state, rates, self.rows, self.key, steps)
+            advance(self.program, self.state, rates, self.rows, self.key, steps)
         )
         return time.perf_counter() - begin
 
@@ -320,7 +328,7 @@ class Training:
         """Evaluate the average on the validation rows. Keep the best; go back if it exploded."""
         as_given = lambda mean, leaf: mean.astype(leaf.dtype)
         average = jax.tree.map(as_given, self.state.average, self.state.arrays)
-        params = eqx.combine(self.unravel(average), self.static)
+        params = eqx.combine(self.program.unravel(average), self.program.static)
         before = self.clock.spent
         with self.clock.running():
             nats = self.evaluate(params)

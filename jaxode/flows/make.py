@@ -6,7 +6,7 @@ from jaxode._checks.arguments import check_bool, check_number, one_of
 from jaxode._checks.caller import public
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_steer
-from jaxode.distributions import BaseDensity, CenteredNormal, as_base
+from jaxode.distributions import BaseDensity, as_base, has_full_support
 from jaxode.divergence import Divergence, auto
 from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
@@ -79,7 +79,7 @@ def cnf(
         check_number(name, time, TIME, kind="time")
     if hasattr(f, "check_span"):  # a field that fixes the direction of time
         t0 = f.check_span(t0, t1)
-    if isinstance(base, CenteredNormal):
+    if not has_full_support(base):
         f = Centered(f)
     if throw is not None:
         check_bool("throw", throw)

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from jaxode.density.bind import Density
-from jaxode.distributions import CenteredNormal
+from jaxode.distributions import has_full_support
 
 
 def numpyro(density: Density, context: PyTree = None) -> Any:
@@ -46,7 +46,7 @@ def flowjax(density: Density) -> Any:
 
 
 def _check_all_coordinates(name: str, density: Density) -> None:
-    if isinstance(density.flow.base, CenteredNormal):
+    if not has_full_support(density.flow.base):
         raise ValueError(
             f"interop.{name}(density=...): needs a density of all coordinates; got one of centred "
             "configurations, which a shift does not change. Sample from the density itself."

@@ -15,7 +15,7 @@ class FlowDistribution(AbstractDistribution):
 
     @classmethod
     def of(cls, density: Density) -> "FlowDistribution":
-        shapes = density.context_shapes
+        shapes = density.contexts.shapes
         if shapes is not None and len(shapes) > 1:
             raise ValueError(
                 "interop.flowjax(density=...): the context must be one array; got shapes "

@@ -1,7 +1,6 @@
 """A density as a numpyro distribution."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
 
 from jaxode.density.bind import Density
-from jaxode.density.maps import Map, contains
+from jaxode.density.maps.base import Map
 
 
 class FlowDistribution(dist.Distribution):
@@ -22,9 +21,9 @@ class FlowDistribution(dist.Distribution):
     pytree_data_fields = ("density", "context")
 
     def __init__(self, density: Density, context: PyTree = None, *, validate_args=None):
-        if context is not None and density.context_shapes is None:
+        if context is not None:
             shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(context))
-            density = dataclasses.replace(density, context_shapes=shapes)
+            density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
         self.density, self.context = density, context
         super().__init__(event_shape=density.event_shape, validate_args=validate_args)
 
@@ -72,7 +71,7 @@ class _InSupport(_Events, constraints.Constraint):
         return len(self.event)
 
     def __call__(self, x):
-        return self.map(functools.partial(contains, self.held), x)
+        return self.map(self.held.contains, x)
 
     def feasible_like(self, prototype):
         return _ToSupport(self.held, self.event)(jnp.zeros_like(prototype))

@@ -12,7 +12,8 @@ import pytest
 from fitting import BENT, OTHERS, STEPS, Machine, bound, equal, fit, fitted, parameters, score
 
 from jaxode.density import training
-from jaxode.density.maps import Affine, Monotone
+from jaxode.density.maps.affine import Affine
+from jaxode.density.maps.normal import Monotone
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

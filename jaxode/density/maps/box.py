@@ -1,8 +1,7 @@
-"""Bijections between real numbers and the support of a density."""
+"""An interval or a half-line for each coordinate."""
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +9,10 @@ from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import numeric_dtype
 from jaxode._checks.rules import is_known
-from jaxode.density.maps import Map, constants_like
+from jaxode.density.maps.base import Support, constants_like
 
 
-class Box(eqx.Module):
+class Box(Support):
     """Each coordinate between two bounds, which may be infinite.
 
     A logit between finite bounds, the logarithm of the distance to a single bound.
@@ -63,73 +62,10 @@ def _beside(bound, towards):
     return jnp.where(bound == 0, least, jnp.nextafter(bound, towards))
 
 
-class NumpyroSupport(eqx.Module):
-    """A numpyro constraint, through numpyro's bijection for it."""
-
-    constraint: Any
-
-    @property
-    def _bijection(self) -> Any:
-        from numpyro.distributions import biject_to
-
-        return biject_to(jax.lax.stop_gradient(self.constraint))
-
-    def inverse(self, x):
-        u = self._bijection.inv(x)
-        log_det = -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
-        return u, jnp.where(jnp.all(self.constraint(x)), log_det, -jnp.inf)
-
-    def forward(self, u):
-        x = self._bijection(u)
-        return x, -jnp.sum(self._bijection.log_abs_det_jacobian(u, x))
-
-
-class DistraxSupport(eqx.Module):
-    """A distrax bijector from real numbers to the support."""
-
-    bijector: Any
-
-    def inverse(self, x):
-        u, log_det = jax.lax.stop_gradient(self.bijector).inverse_and_log_det(x)
-        return u, jnp.sum(log_det)
-
-    def forward(self, u):
-        x, log_det = jax.lax.stop_gradient(self.bijector).forward_and_log_det(u)
-        return x, -jnp.sum(log_det)
-
-
-def as_support(support: Any, event: tuple[int, ...]) -> Map | None:
-    """The support that a user passed: two bounds, or an object of numpyro or distrax."""
-    if support is None:
+def support_of(bounds: Any, event: tuple[int, ...]) -> Box | None:
+    """The box of two bounds."""
+    if not (isinstance(bounds, tuple) and len(bounds) == 2):
         return None
-    if isinstance(support, tuple) and len(support) == 2:
-        return _box(support, event)
-    if hasattr(support, "inverse_and_log_det") and hasattr(support, "forward_and_log_det"):
-        return DistraxSupport(support)
-    if hasattr(support, "feasible_like") and callable(support):
-        return _of_numpyro(support, event)
-    raise TypeError(
-        "bind(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
-        f"of distrax; got {support!r}."
-    )
-
-
-def _of_numpyro(constraint: Any, event: tuple[int, ...]) -> NumpyroSupport:
-    from numpyro.distributions import biject_to
-
-    try:
-        shape = biject_to(constraint).forward_shape(event)
-    except (NotImplementedError, ValueError):  # numpyro has none, or none for events of this shape
-        shape = None
-    if shape != event:
-        raise ValueError(
-            "bind(support=...): must be a constraint with a bijection from real numbers of the "
-            f"same shape, {event}; got {constraint!r}."
-        )
-    return NumpyroSupport(constraint)
-
-
-def _box(bounds: tuple[Any, Any], event: tuple[int, ...]) -> Box:
     for bound in bounds:
         kind = numeric_dtype(bound)
         if kind is None or jnp.issubdtype(kind, jnp.complexfloating):

@@ -1,0 +1,207 @@
+"""What a density depends on beside its samples: contexts of any shape and structure."""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PyTree
+
+from jaxode._checks.arguments import (
+    PYTHON_NUMBERS,
+    check_integers,
+    floating,
+    is_list_of_numbers,
+    numbers,
+    takes,
+)
+from jaxode._checks.caller import arg
+from jaxode.density.maps.base import Map
+from jaxode.density.maps.chain import Chain
+from jaxode.density.maps.given import Shape, as_map
+from jaxode.flows.energy import Target
+
+
+class Contexts(eqx.Module):
+    """What is known of contexts, leaf by leaf."""
+
+    maps: PyTree
+    """`Affine` for each standardized leaf, None for the others; or None for all."""
+    shapes: tuple[Shape, ...] | None = eqx.field(static=True)
+    """The shapes of one context. None if they are not known."""
+
+    @classmethod
+    def of(cls, standardize: Any, shape: Any) -> "Contexts":
+        """From the arguments `standardize_context` and `context_shape` of `bind`."""
+        data = context_numbers("standardize_context", standardize)
+        return cls(_maps_of(data), _shapes_of(shape, data))
+
+    def knowing(self, shapes: tuple[Shape, ...]) -> "Contexts":
+        """With these shapes, unless they were known."""
+        return self if self.shapes is not None else dataclasses.replace(self, shapes=shapes)
+
+    def rows(self, context: PyTree, samples: Shape) -> PyTree:
+        """A context with one row for each of the samples, as the flow sees it."""
+        shapes = self.shapes
+        if context is None:
+            if shapes:
+                raise ValueError(
+                    f"{arg('context')} must be given, with arrays of shape "
+                    f"{', '.join(map(str, shapes))}, as bind was told; got None."
+                )
+            return None
+        leaves, structure = jax.tree.flatten(context_numbers("context", context))
+        maps, expected = jax.tree.flatten(self.maps, is_leaf=_is_map)
+        if self.maps is None:
+            maps, expected = [None] * len(leaves), structure
+        if shapes is not None and len(shapes) != len(leaves):
+            raise ValueError(f"{arg('context')} must have {len(shapes)} arrays; got {len(leaves)}.")
+        if structure != expected:
+            raise ValueError(
+                f"{arg('context')} must have the structure of bind's context, {expected}; got "
+                f"{structure}."
+            )
+        if shapes is None:
+            shapes = tuple(_guessed_shape(jnp.shape(leaf), samples) for leaf in leaves)
+        each = zip(leaves, shapes, maps, strict=True)
+        rows = [_rows_of(leaf, samples, shape, of_leaf) for leaf, shape, of_leaf in each]
+        return jax.tree.unflatten(structure, rows)
+
+    def given(self, row: PyTree) -> PyTree:
+        """One context of the flow as the user gave it."""
+        back = lambda part, leaf: leaf if part is None else part.forward(leaf)[0]
+        return jax.tree.map(back, self.maps, row, is_leaf=_is_map)
+
+    def leading_axes(self, context: PyTree) -> Shape:
+        """The axes before those of one context; none if its shape is not known."""
+        leaves = jax.tree.leaves(context_numbers("context", context))
+        if self.shapes is None or len(self.shapes) != len(leaves):
+            return ()
+        each = zip(leaves, self.shapes, strict=True)
+        axes = [jnp.shape(leaf)[: max(jnp.ndim(leaf) - len(own), 0)] for leaf, own in each]
+        try:
+            return jnp.broadcast_shapes((), *axes)
+        except ValueError:  # `rows` says which does not fit
+            return axes[0]
+
+
+class InFlow(eqx.Module):
+    """A target density as one of the flow's own samples `z` and contexts."""
+
+    log_density: Target
+    maps: Chain
+    contexts: Contexts
+
+    def __call__(self, z: Float[Array, " *event"], *row: PyTree) -> Float[Array, ""]:
+        x, log_det = self.maps.forward(z)
+        row = tuple(map(self.contexts.given, row))
+        row = row if row and takes(self.log_density, x, *row) else ()
+        return self.log_density(x, *row) - log_det
+
+
+def _is_map(x: Any) -> bool:
+    return x is None or isinstance(x, Map)
+
+
+def context_numbers(name: str, context: PyTree) -> PyTree:
+    """The context with its tables as arrays. Numbers of Python stay as they are."""
+    if is_list_of_numbers(context):
+        raise TypeError(
+            f"{arg(name)} must be an array or a pytree of arrays; got a list of numbers. Pass "
+            "np.asarray of it."
+        )
+    is_scalar = lambda leaf: isinstance(leaf, PYTHON_NUMBERS)
+    convert = lambda leaf: leaf if is_scalar(leaf) else numbers(name, leaf, real=False)
+    return jax.tree.map(convert, context)
+
+
+def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
+    """The shape of one context, if nothing says it.
+
+    An array whose leading axes are those of the samples has one context for each of them, and any
+    other array is one for all.
+    """
+    if leaf[: len(samples)] != samples:
+        return leaf
+    if leaf and leaf == samples:
+        raise ValueError(
+            f"{arg('context')} may be one for all samples, or a number for each; got shape "
+            f"{leaf} for samples {samples}. Pass context_shape= to bind."
+        )
+    return leaf[len(samples) :]
+
+
+def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Array:
+    """One context for each of the samples, `[rows, *shape]`, by the map of the leaf."""
+    cut = jnp.ndim(leaf) - len(shape)
+    if of_leaf is None:
+        check_integers("context", leaf)
+    try:
+        if cut < 0 or jnp.shape(leaf)[cut:] != shape:
+            raise ValueError
+        leaf = leaf if of_leaf is None else floating(leaf)
+        rows = jnp.broadcast_to(leaf, (*samples, *shape)).reshape(math.prod(samples), *shape)
+    except ValueError:
+        raise ValueError(
+            f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
+            f"{samples}; got shape {jnp.shape(leaf)}."
+        ) from None
+    return rows if of_leaf is None else of_leaf.inverse(rows)[0]
+
+
+def _maps_of(given: Any) -> PyTree:
+    """A map for each floating leaf of the context, None for the others.
+
+    A plain tuple is the mean and scale; a named one is a context of several arrays.
+    """
+    if type(given) is tuple:
+        if len(given) != 2 or any(np.ndim(part) > 1 for part in given):
+            raise ValueError(
+                "bind(standardize_context=...): must be (mean, scale), an array of data, or a "
+                f"dictionary of such arrays; got a tuple of {len(given)} parts."
+            )
+        return as_map("standardize_context", given, max(np.shape(part) for part in given))
+
+    def one(leaf):
+        if isinstance(leaf, Partial):
+            raise TypeError(
+                "bind(standardize_context=...): a context has affine maps only; got one of "
+                "jaxode.standardize. Pass the data themselves."
+            )
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return as_map("standardize_context", leaf, jnp.shape(leaf)[1:])
+        return None
+
+    return jax.tree.map(one, given, is_leaf=lambda x: isinstance(x, Partial))
+
+
+def _shapes_of(given: Any, data: Any) -> tuple[Shape, ...] | None:
+    """The shapes that were given, or those of the context data."""
+    of_data = None
+    if type(data) is tuple:
+        shape = max(np.shape(part) for part in data)
+        of_data = (shape,) if shape else None
+    elif data is not None:
+        of_data = tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
+    if given is not None:
+        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
+        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
+        shapes = jax.tree.leaves(given, is_leaf=is_shape)
+        if not all(map(is_shape, shapes)):
+            raise TypeError(
+                "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
+                f"pytree of shapes; got {given!r}."
+            )
+        shapes = tuple(tuple(map(int, shape)) for shape in shapes)
+        ends = lambda shape, own: shape[len(shape) - len(own) :] == own
+        if of_data and not (len(shapes) == len(of_data) and all(map(ends, shapes, of_data))):
+            raise ValueError(
+                "bind(context_shape=...): must end in that of the rows of standardize_context, "
+                f"{of_data}; got {shapes}. Leave it out."
+            )
+        return shapes
+    return of_data
