@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import METHODS
 
 import jaxode
 from jaxode import Event, Result
