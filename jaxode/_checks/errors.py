@@ -56,7 +56,7 @@ EXPLANATIONS = {
         "weights.",
     ),
     Result.EVENT_NOT_FOUND: (
-        "the condition of the event jumps across zero, or the solves do not settle on its time",
+        "the condition of the event jumps across zero, or the steps do not settle on its time",
         "Use a condition that is smooth where it crosses zero, or tighten rtol and atol.",
     ),
     Result.NON_FINITE_JACOBIAN: (
