@@ -26,6 +26,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
 from jaxode._jax.tangents import filled, undifferentiated_unless, with_tangent
+from jaxode.ode.adjoints.base import ended
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.crossing import Crossing
 from jaxode.ode.loop.integrate import Integration
@@ -93,19 +94,13 @@ def solve_to_event(
     """Solve the problem up to the event of each row, where `condition(t, y, args)` is zero."""
     crossing = jax.lax.stop_gradient(Crossing(condition, event.direction))
     out = adjoint.integrate(problem, dataclasses.replace(stepper, stop=crossing))
-    failed, came, ts = out.result != Result.SUCCESS, out.stopped, problem.ts
-    assert came is not None
-    t1 = jnp.where(came, jax.lax.stop_gradient(out.t_reached), problem.t1)
-    after = None
-    if ts is not None:
-        after = came[None] & beyond(problem, t1)
-        ts = jnp.where(after, t1[None], ts)
-    problem = problem._replace(t1=t1, ts=ts)
-    t1, y1 = _moved(condition, came, problem, out)
+    given, problem, ys = problem, ended(problem, out), out.ys
+    t1, y1 = _moved(condition, out.stopped, problem, out)
     # With the derivatives of a failed row, which are NaN.
+    failed = out.result != Result.SUCCESS
     t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
-    ys = out.ys
-    if ys is not None and after is not None:
+    if ys is not None and out.stopped is not None:
+        after = out.stopped[None] & beyond(given, problem.t1)
         ys = jnp.where(after[..., None], y1[None], ys)
     return problem._replace(t1=t1), out._replace(y1=y1, ys=ys)
 

@@ -21,11 +21,10 @@ from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import beyond
-from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.problem import Problem, Stepper, Within
 from jaxode.ode.loop.rows import entry_of_each, over_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import is_lost
-from jaxode.ode.system import Within
 
 # (t [rows], number [rows], y [samples, n], (shared, row_args)) -> y [samples, n]
 Change = Callable[..., Float[Array, "samples n"]]
@@ -104,7 +103,9 @@ class Cuts(NamedTuple):
         if breakpoints is None:
             return found[0]
         cuts = jax.tree.map(lambda *each: jnp.concatenate(each), *found)
-        order = jnp.argsort(sign * jax.lax.stop_gradient(cuts.times), axis=0)
+        # Times that a program holds as constants would be sorted by XLA's evaluator, for seconds.
+        order = jax.lax.optimization_barrier(sign * jax.lax.stop_gradient(cuts.times))
+        order = jnp.argsort(order, axis=0)
         return jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=0), cuts)
 
     def then(self, end: Float[Array, " rows"]) -> "Cuts":
@@ -131,7 +132,7 @@ def solve_pieces(
     the next piece, so those of what follows are right, too.
     """
     problem, cuts, valid = vary_alike((problem, cuts.then(problem.t1), valid))
-    last, has_event, sign = len(cuts.times) - 1, [], jnp.sign(problem.t1 - problem.t0)
+    last, sign = len(cuts.times) - 1, jnp.sign(problem.t1 - problem.t0)
 
     def piece(carry: "_Carry", index):
         place = jnp.minimum(index - carry.events, last)
@@ -163,9 +164,7 @@ def solve_pieces(
         result = jnp.where(solved, out.result, result)
         reached = jnp.where(solved, out.t_reached, carry.reached)
         came = solved & (result == Result.SUCCESS)
-        stopped = jnp.zeros_like(came)
-        if out.stopped is not None:
-            stopped, _ = came & out.stopped, has_event.append(True)
+        stopped = jnp.zeros_like(came) if out.stopped is None else came & out.stopped
         again, at_cut = stopped & (carry.events < most), came & ~stopped
         after = out.y1
         if at_jump is not None:
@@ -180,9 +179,10 @@ def solve_pieces(
         h = jnp.where(at_cut & ~jumps, jnp.where(counted & (h != 0), h, carry.h), jnp.nan)
         kept = _Carry(
             t, y, ys, result, reached, stats, again | (at_cut & (place < last)),
-            carry.ended | (stopped & ~again), carry.events + again.astype(jnp.int32), h,
+            carry.events + again.astype(jnp.int32), h,
         )  # fmt: skip
-        return kept, (out.h, out.steps, part.t1)
+        ended = None if out.stopped is None else stopped & ~again
+        return kept, (out.h, out.steps, part.t1, ended)
 
     ys, none = problem.ts, Stats(*[jnp.zeros(valid.shape, jnp.int32)] * 4)
     if ys is not None:
@@ -190,18 +190,18 @@ def solve_pieces(
     t0, result = problem.t0, jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT)
     first = _Carry(
         t0, problem.y0, ys, result.astype(jnp.int32), t0, none, jnp.ones_like(valid),
-        jnp.zeros_like(valid), none.num_steps, jnp.full_like(t0, jnp.nan),
+        none.num_steps, jnp.full_like(t0, jnp.nan),
     )  # fmt: skip
     count = len(cuts.times) + most
     # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
     # as long, or longer, and ten times the memory.
-    carry, (h, steps, ends) = jax.lax.scan(
+    carry, (h, steps, ends, ended) = jax.lax.scan(
         jax.checkpoint(piece, prevent_cse=False),
         *vary_alike((first, jnp.arange(count, dtype=jnp.int32))),
     )
     ys, y1, stopped = carry.ys, carry.y, None
-    if has_event:
-        stopped, ts = carry.ended, problem.ts
+    if ended is not None:
+        stopped, ts = ended.any(axis=0), problem.ts
         if ys is not None and ts is not None:  # beyond the last event, they are its state
             after = stopped[None] & beyond(problem, carry.t)
             ys = jnp.where(after[..., None], y1[None], ys)
@@ -224,8 +224,6 @@ class _Carry(NamedTuple):
     reached: Float[Array, " rows"]
     stats: Stats
     going: Bool[Array, " rows"]
-    ended: Bool[Array, " rows"]
-    """Whether an event ended the solve."""
     events: Int[Array, " rows"]
     """How many events have changed the state."""
     h: Float[Array, " rows"]
@@ -236,7 +234,8 @@ def _between(args: Any, start, end) -> Any:
     """The arguments of the field in a piece, see `System.args`."""
     shared, row_args = args
     if isinstance(shared, Within):
-        shared = Within(shared.shared, *jax.lax.stop_gradient((start, end)))
+        start, end = jax.lax.stop_gradient((start, end))
+        shared = shared._replace(t0=start, t1=end)
     return shared, row_args
 
 

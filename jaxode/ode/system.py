@@ -27,34 +27,10 @@ from jaxode._checks.times import check_breakpoint_times, check_jump_times, check
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import call_field
-from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.problem import Problem, Stepper, Within
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
-
-
-class Within(NamedTuple):
-    """Shared arguments, and the ends of the piece of a solve in which the field is evaluated."""
-
-    shared: PyTree
-    t0: Float[Array, " rows"]
-    t1: Float[Array, " rows"]
-
-    def of_rows(self, t0: Float[Array, " rows"], t1: Float[Array, " rows"]) -> "Within":
-        """With other ends."""
-        return self._replace(t0=t0, t1=t1)
-
-    def inside(self, t: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """The time, or at an end one that is some roundings inside: there the field may jump."""
-        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
-        eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))
-
-        def gap(end):  # beside zero, too, a time has a size
-            return jnp.minimum(4 * eps * jnp.maximum(jnp.abs(end), eps * largest), (high - low) / 4)
-
-        first, last = low + gap(low), high - gap(high)
-        seen = jnp.where(t < first, first, jnp.where(t > last, last, t))
-        return t + jax.lax.stop_gradient(seen - t)
 
 
 class System(NamedTuple):

@@ -152,7 +152,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A row with an event counts as having come to its end.
     ("ode/loop/integrate.py", "at_end = at_end & ~stopped", "at_end = at_end"),
     # The field sees the other side of a breakpoint.
-    ("ode/system.py", "jnp.where(t < first, first,", "jnp.where(t < first, t,"),
+    ("ode/loop/problem.py", "jnp.where(t < first, first,", "jnp.where(t < first, t,"),
     # The next piece begins with the first step of a new solve.
     ("ode/pieces.py", "jnp.where(counted & (h != 0), h, carry.h)", "jnp.nan * h"),
     # Padding of jumps counts.

@@ -14,7 +14,7 @@ from jaxode.ode.adjoints.vmapped import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, Tape, integrate
 from jaxode.ode.loop.mesh import speeds_in
 from jaxode.ode.loop.outputs import beyond
-from jaxode.ode.loop.problem import Problem, Slope, Stepper
+from jaxode.ode.loop.problem import Problem, Slope, Stepper, Within
 from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
 
 T = TypeVar("T")
@@ -103,8 +103,9 @@ class Solved(NamedTuple):
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
         own = replace(problem._replace(field=None, args=of_rows, ts=None))
-        if hasattr(shared, "of_rows"):  # the ends of the piece that the field sees
-            shared = shared.of_rows(*replace((shared.t0, shared.t1)))
+        if isinstance(shared, Within):  # the ends of the piece that the field sees
+            t0, t1 = replace((shared.t0, shared.t1))
+            shared = shared._replace(t0=t0, t1=t1)
         problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
         parts = (problem.field, problem.args, *others)
         flags = (perturbed.field, perturbed.args, *perturbed_others)
@@ -227,7 +228,7 @@ def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
         # Over an empty span, too, the field need not be finite.
         none, unused = recorded[0].stats.num_accepted == 0, without_cotangent(bar, problem.t0)
         replaced = unused & ((recorded[0].result != Result.SUCCESS) | none)
-        solved = Solved.of(_ended(problem, recorded[0]), wanted, stepper, recorded, replaced)
+        solved = Solved.of(ended(problem, recorded[0]), wanted, stepper, recorded, replaced)
         bars = solved.masked(*adjoint.pull_back(solved, bar))
         stopped = recorded[0].stopped
         if stopped is None or bars.t1 is None:
@@ -237,7 +238,7 @@ def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
     return Reverse(adjoint.record, pull, perturbed)
 
 
-def _ended(problem: Problem, out: Integration) -> Problem:
+def ended(problem: Problem, out: Integration) -> Problem:
     """The problem up to where a crossing ended a row, a time that is held fixed."""
     if out.stopped is None:
         return problem

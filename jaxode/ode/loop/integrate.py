@@ -190,17 +190,18 @@ def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array,
         h = jnp.zeros_like(start)
     elif stepper.first_step is None:
         evals: Any = 2
+        count: Any = evals
         if problem.h0 is not None:
-            kept = ~jnp.isnan(problem.h0)
-            evals = jnp.where(kept, int(reused), evals)
-        h, slope = first_step(field, stepper, start, problem.y0, span, jnp.max(evals))
-        h = limit_step(stepper, h)
-        if problem.h0 is not None:
-            h = jnp.where(kept, problem.h0, h)
-        return slope if reused else None, h, evals
+            evals = jnp.where(jnp.isnan(problem.h0), evals, int(reused))
+            count = jnp.max(evals)
+        h, slope = first_step(field, stepper, start, problem.y0, span, count)
+        return slope if reused else None, _known(problem, limit_step(stepper, h)), evals
     else:
         h = jnp.minimum(stepper.first_step.astype(start.dtype), jnp.abs(span))
-        h = limit_step(stepper, jnp.sign(span) * h)
-        if problem.h0 is not None:
-            h = jnp.where(jnp.isnan(problem.h0), h, problem.h0)
+        h = _known(problem, limit_step(stepper, jnp.sign(span) * h))
     return (field(start, problem.y0), h, 1) if reused else (None, h, 0)
+
+
+def _known(problem: Problem, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """The first step, or that of the piece before where the problem has it."""
+    return h if problem.h0 is None else jnp.where(jnp.isnan(problem.h0), h, problem.h0)

@@ -31,6 +31,26 @@ class Slope(NamedTuple):
         return jacobian and (lambda t, y: jacobian(*self.seen(t, y), self.args))
 
 
+class Within(NamedTuple):
+    """Shared arguments, and the ends of the piece of a solve in which the field is evaluated."""
+
+    shared: PyTree
+    t0: Float[Array, " rows"]
+    t1: Float[Array, " rows"]
+
+    def inside(self, t: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """The time, or at an end one that is some roundings inside: there the field may jump."""
+        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
+        eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))
+
+        def gap(end):  # beside zero, too, a time has a size
+            return jnp.minimum(4 * eps * jnp.maximum(jnp.abs(end), eps * largest), (high - low) / 4)
+
+        first, last = low + gap(low), high - gap(high)
+        seen = jnp.where(t < first, first, jnp.where(t > last, last, t))
+        return t + jax.lax.stop_gradient(seen - t)
+
+
 class Problem(NamedTuple):
     """An initial value problem: `dy/dt = field(t, y, args)`, `y(t0) = y0`, up to `t1`.
 

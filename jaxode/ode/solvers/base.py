@@ -55,7 +55,10 @@ class Method:
 
     @property
     def error_constant(self) -> float:
-        """`C` of the estimate `C h^error_order` for the linear equation `y' = y`, `y(t) = 1`."""
+        """`C` of the estimate `C h^error_order` for the linear equation `y' = y`, `y(t) = 1`.
+
+        It guesses the first step. One where a family does not know it.
+        """
         return 1.0
 
     @property
