@@ -1,14 +1,24 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
-from jaxode import coupling, divergence, images, interop, nn, plot, regularizers, standardize
+from jaxode import (
+    coupling,
+    divergence,
+    images,
+    interop,
+    nn,
+    plot,
+    regularizers,
+    standardize,
+    tabular,
+)
 from jaxode._checks.errors import Result, SolveError
 from jaxode.auditing.report import audit
 from jaxode.density.bind import bind
 from jaxode.density.fit import fit
 from jaxode.density.importance import importance
-from jaxode.diffusion import VarianceExploding, VariancePreserving, probability_flow
-from jaxode.distributions import centered_normal, diagonal_normal, standard_normal
-from jaxode.flows.make import cnf
+from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal
+from jaxode.flows.construct import cnf
+from jaxode.flows.diffusion import VarianceExploding, VariancePreserving, probability_flow
 from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.events import Event
 from jaxode.ode.loop.stats import Stats

@@ -73,7 +73,7 @@ NOT_FINITE = {
     ),
     "base": (
         lambda z: jaxode.cnf(
-            decay, jaxode.distributions.DiagonalNormal(z[1], z[0])
+            decay, jaxode.flows.bases.DiagonalNormal(z[1], z[0])
         ).sample(2.0, jax.random.key(0), 3),
         r"cnf\(base=...\): must draw finite samples; got NaN or inf in 3 of 3 rows, first in row 0",
     ),

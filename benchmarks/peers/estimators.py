@@ -25,7 +25,7 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
-from jaxode.density.table import LOOK_AT
+from jaxode.density.table import MAX_VALIDATION
 from jaxode.density.training import APART, EXACT_UP_TO, Clock
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
@@ -101,7 +101,7 @@ def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterato
             )
             if look or time.perf_counter() > looked + SECONDS:
                 params = current()
-                nll = float(exact_nll(params, table.validation[:LOOK_AT], 1e-3, key))
+                nll = float(exact_nll(params, table.validation[:MAX_VALIDATION], 1e-3, key))
                 looked = time.perf_counter()
                 yield Candidate(nll, lambda params=params: float(exact_nll(params, table.test)))
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxode.auditing.subject import Row, Subject, judge
-from jaxode.distributions import has_full_support
-from jaxode.divergence import EXACT_UP_TO
+from jaxode.auditing.audited_flow import AuditedFlow, Row, within
+from jaxode.flows.bases import has_full_support
+from jaxode.flows.divergence import EXACT_UP_TO
 
 # Standard deviations. In one dimension, a normal base has no such samples.
 DISTANCE = 10.0
@@ -25,7 +25,7 @@ TAIL = 0.1  # the part of the samples where the density is too low to divide by
 Density = Callable[[np.ndarray], np.ndarray]
 
 
-def distance(s: Subject) -> Row:
+def distance(s: AuditedFlow) -> Row:
     """Where samples end: the median of their distances from the mean of the base, in deviations.
 
     Far away, log-densities are so large that their rounding is an error.
@@ -34,19 +34,19 @@ def distance(s: Subject) -> Row:
     with np.errstate(all="ignore"):
         square = ((z - drawn.mean(axis=0)) / drawn.std(axis=0)) ** 2
         value = np.median(np.sqrt(square.mean(axis=tuple(range(1, z.ndim))))) if len(z) else np.nan
-    return judge(
+    return within(
         "distance from the base", value, DISTANCE, "standard deviations",
         "The flow does not carry these samples to its base: train it on standardized data, such "
         "as jaxode.bind(flow, params, standardize=data).to_flow(data), or for longer.",
     )  # fmt: skip
 
 
-def samples(s: Subject) -> Row | None:
+def samples(s: AuditedFlow) -> Row | None:
     """Whether the base draws samples of its density."""
     if not has_full_support(s.flow.base):
         return None  # It has a density of fewer coordinates than its samples.
     finite = np.isfinite(s.base_samples).all()
-    return judge(
+    return within(
         "base samples", imbalance(_rng(s), s.base_samples, _density(s)) if finite else np.inf,
         IMBALANCE, "standard errors off",
         "The samples of the base do not have its log_prob: make both finite, and give them the "
@@ -54,7 +54,7 @@ def samples(s: Subject) -> Row | None:
     )  # fmt: skip
 
 
-def probability(s: Subject) -> Row | None:
+def probability(s: AuditedFlow) -> Row | None:
     """The integral of the base density, in few dimensions."""
     drawn = samples(s)
     if drawn is None or s.x[0].size > EXACT_UP_TO:
@@ -130,11 +130,11 @@ def integral(
         return float(part / mean), float(part / mean * np.sqrt(variance / len(x)))
 
 
-def _rng(s: Subject) -> Any:
+def _rng(s: AuditedFlow) -> Any:
     return np.random.default_rng(np.asarray(jax.random.bits(s.key, (4,), "uint32")))
 
 
-def _density(s: Subject) -> Density:
+def _density(s: AuditedFlow) -> Density:
     """The log-density of the base as a function of NumPy, minus infinity where it is NaN."""
     of = lambda x: np.asarray(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)), float)
     return lambda x: np.nan_to_num(of(x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxode.auditing import base
+from jaxode.auditing.audited_flow import AuditedFlow, Row, within
 from jaxode.auditing.divergence import divergence
-from jaxode.auditing.subject import Row, Subject, judge
 from jaxode.ode.adjoints import DiscreteAdjoint
 
 # Errors of log-densities are in nats: 0.01 is one percent of a density. A healthy controller
@@ -23,14 +23,14 @@ ROUND_TRIP, LOG_DENSITY, GRADIENT, STEPS_USED, REJECTED = 1e-3, 1e-2, 1e-2, 0.5,
 SMOOTHER = "Look for a kink, a jump or a singularity of the vector field, or low precision in it"
 
 
-def _solves(s: Subject) -> Row:
+def _solves(s: AuditedFlow) -> Row:
     """Whether all solves reach their end. Without the tight one, errors cannot be measured."""
     tight = s.tight.failed and f"A tight solve fails: {s.tight.failed.split('. ')[0]}. {SMOOTHER}."
     count = bool(s.failed) + bool(s.tight.failed)
     return Row("solves that fail", float(count), "0", s.failed or tight)
 
 
-def _outside(s: Subject) -> Row | None:
+def _outside(s: AuditedFlow) -> Row | None:
     """Samples with density zero in both solves, which have no error to measure."""
     count, batch = int(jnp.sum(s.outside)), s.x.shape[0]
     advice = "No sample is where the base density has a support: there is nothing to measure."
@@ -39,28 +39,28 @@ def _outside(s: Subject) -> Row | None:
     return row if count else None
 
 
-def _round_trip(s: Subject) -> Row:
+def _round_trip(s: AuditedFlow) -> Row:
     """Data to base and back."""
     back = s.flow.from_base(s.params, s.z, context=s.context)
     value = jnp.max(jnp.abs(back - s.x) / (1 + jnp.abs(s.x)), initial=0.0)
     advice = f"{_finer(s)}; if that does not help, the flow contracts too much to be inverted."
-    return judge("round-trip error", value, ROUND_TRIP, "of 1 + |x|", advice)
+    return within("round-trip error", value, ROUND_TRIP, "of 1 + |x|", advice)
 
 
-def _log_density(s: Subject) -> Row:
+def _log_density(s: AuditedFlow) -> Row:
     """`log_prob` with the same probes."""
     error = jnp.abs(s.log_prob.astype(s.tight.log_prob.dtype) - s.tight.log_prob)
     error = jnp.max(jnp.where(s.outside, 0, error))
     advice = f"{_finer(s)} of log_prob; if that does not help, the field is not smooth."
-    return judge("log-density error", error, LOG_DENSITY, "nats", advice)
+    return within("log-density error", error, LOG_DENSITY, "nats", advice)
 
 
-def _finer(s: Subject) -> str:
+def _finer(s: AuditedFlow) -> str:
     steps = s.flow.solve_options.steps
     return "Tighten rtol and atol" if steps is None else f"Raise steps from {steps}"
 
 
-def _gradient(s: Subject) -> Row:
+def _gradient(s: AuditedFlow) -> Row:
     """The gradient of `nll`, all parameters as one vector.
 
     Near a zero gradient, its errors count like errors of the loss: in nats, for a change of all
@@ -73,7 +73,7 @@ def _gradient(s: Subject) -> Row:
     if not isinstance(adjoint, DiscreteAdjoint):
         advice += f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}"
     of = "1 nat / (1 + norm of the parameters)" if size < least else "its norm"
-    row = judge("gradient error", error / np.fmax(size, least), GRADIENT, f"of {of}", f"{advice}.")
+    row = within("gradient error", error / np.fmax(size, least), GRADIENT, f"of {of}", f"{advice}.")
     if not np.isnan(row.value) or s.failed or s.tight.failed or s.outside.all():
         return row
     cure = "look for an operation of the field with an infinite derivative, such as sqrt at 0."
@@ -85,17 +85,17 @@ def _norm(tree: PyTree) -> float:
     return math.sqrt(sum(float(jnp.sum(jnp.square(jnp.abs(leaf)))) for leaf in leaves))
 
 
-def _steps(s: Subject) -> Row | None:
+def _steps(s: AuditedFlow) -> Row | None:
     """The fraction of `max_steps` that `nll` uses: the maximum over rows."""
     options, stats = s.flow.solve_options, s.losses[0][1]
     if options.steps is not None:
         return None
     value = float(jnp.max(stats.num_steps)) / options.max_steps
     advice = f"Raise max_steps from {options.max_steps}: another batch may need more."
-    return judge("part of max_steps used", value, STEPS_USED, "", advice)
+    return within("part of max_steps used", value, STEPS_USED, "", advice)
 
 
-def _rejected(s: Subject) -> Row | None:
+def _rejected(s: AuditedFlow) -> Row | None:
     """The fraction of attempted steps of `nll` that were rejected."""
     if s.flow.solve_options.implicit:
         return None  # Its equations may need smaller steps than the field does.
@@ -104,10 +104,10 @@ def _rejected(s: Subject) -> Row | None:
     # A failed solve has its own row, and may reject all later steps.
     value = np.nan if s.failed else rejected / max(steps, 1.0)
     advice = f"{SMOOTHER}: no step size suits the field."
-    return judge("part of steps rejected", value, REJECTED, "", advice)
+    return within("part of steps rejected", value, REJECTED, "", advice)
 
 
-CHECKS: tuple[Callable[[Subject], Row | None], ...] = (
+CHECKS: tuple[Callable[[AuditedFlow], Row | None], ...] = (
     _solves, _outside, base.distance, _round_trip, _log_density, _gradient,
     divergence, base.samples, base.probability, _steps, _rejected,
 )  # fmt: skip

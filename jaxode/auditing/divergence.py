@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxode._jax.closure import compiled
-from jaxode.auditing.subject import Row, Subject, judge
-from jaxode.divergence import exact
+from jaxode.auditing.audited_flow import AuditedFlow, Row, within
+from jaxode.flows.divergence import exact
 from jaxode.flows.integrands import Integrands
 
 DIVERGENCE = 2e-3
 ESTIMATES = 64  # per point, of a stochastic divergence
 
 
-def divergence(s: Subject) -> Row:
+def divergence(s: AuditedFlow) -> Row:
     """The divergence at three times, between four samples and where they end.
 
     An error counts relative to the trace, and to a tenth of the norm of the Jacobian, since terms
@@ -43,7 +43,7 @@ def divergence(s: Subject) -> Row:
         what = "returns a different derivative from the vector field"
     # A field may compute in lower precision than the solve.
     limit = max(DIVERGENCE, 32 * float(jnp.finfo(parts[0].dtype).eps))
-    return judge(
+    return within(
         "divergence error", np.maximum(of_trace, of_field), limit, "of the exact trace",
         f"The divergence ({s.divergence.name}) {what}: fix it, or use "
         "divergence=jaxode.divergence.exact().",

@@ -16,8 +16,8 @@ from jaxode._checks.samples import (
     check_rows,
     check_samples,
 )
+from jaxode.auditing.audited_flow import AuditedFlow, Row
 from jaxode.auditing.checks import CHECKS
-from jaxode.auditing.subject import Row, Subject
 from jaxode.density.bind import Density
 from jaxode.flows.cnf import CNF
 
@@ -115,7 +115,7 @@ def audit(
     params, context = jax.tree.map(floats, (params, context))
     options = dataclasses.replace(flow.solve_options, axis_name=None)
     flow = dataclasses.replace(flow, throw=False, solve_options=options)
-    subject = Subject(flow, params, x, key, context)
+    subject = AuditedFlow(flow, params, x, key, context)
     rows = [check(subject) for check in CHECKS]
     tight, dtype = subject.tight.flow.solve_options, subject.tight.x.dtype
     reference = f"{type(tight.solver).__name__} in {dtype} at tolerance {float(tight.rtol):.1g}"

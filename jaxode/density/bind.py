@@ -24,11 +24,11 @@ from jaxode.density.contexts import Contexts, InFlow
 from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.density.maps.given import Shape, as_map, as_support
-from jaxode.distributions import has_full_support
-from jaxode.divergence import without_noise
+from jaxode.flows.bases import has_full_support
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
-from jaxode.flows.energy import Target
+from jaxode.flows.divergence import without_noise
+from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import check_field
 
 

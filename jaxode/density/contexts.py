@@ -23,7 +23,7 @@ from jaxode._checks.caller import arg
 from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import Shape, as_map
-from jaxode.flows.energy import Target
+from jaxode.flows.reverse_kl import Target
 
 
 class Contexts(eqx.Module):

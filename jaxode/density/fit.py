@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,25 +26,25 @@ from jaxode._checks.arguments import (
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode.coupling import Coupling, independent
 from jaxode.density.bind import Density
 from jaxode.density.maps import FITS
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
 from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
-from jaxode.distributions import has_full_support
+from jaxode.flows.bases import has_full_support
+from jaxode.flows.coupling import Coupling, independent
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
 MANY = 16  # the second one in more than so many dimensions
 RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
 LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
 DECAY = 0.3  # of the weights in matching,
-FEW, A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
+FEW_ROWS, FEW_FOR_A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
 WARM_UP = 100  # steps of matching
 # Rounds in which each choice is tried. A round takes a part of the training, but at least so many
-# steps, or four such parts. Skip trials that leave fewer than `LEFT` steps.
-ROUNDS, TRIAL, SHORTEST, LEFT = 2, 0.025, 250, 1000
+# steps, or four such parts. Skip trials that leave fewer than `LEAST_REMAINING` steps.
+ROUNDS, TRIAL, SHORTEST, LEAST_REMAINING = 2, 0.025, 250, 1000
 BEHIND, CLEARLY = 0.2, 0.2  # nats by which a map is out after a round, and uniform times are taken
 MINUTE = 60.0  # seconds, if there is no other end
 
@@ -71,10 +71,11 @@ def fit(
 
     By flow matching. At steps that are 30% apart, a moving average of the parameters is evaluated
     on the validation rows. At least every 50 steps, the updates of the optimizer shrink, to zero by
-    a cosine at the end: after `seconds` or `steps`, a minute by default. After five looks in a row
-    that are worse than the best by 0.02 nats, not counting the first 1000 steps, training resumes
-    from the best parameters and takes as many more steps as led to them. If it explodes, it goes on
-    from the best parameters at a quarter of the rate. Ctrl-C ends it with the best so far.
+    a cosine at the end: after `seconds` or `steps`, a minute by default. After five
+    validations in a row that are worse than the best by 0.02 nats, not counting the first 1000
+    steps, training resumes from the best parameters and takes as many more steps as led to them. If
+    it explodes, it goes on from the best parameters at a quarter of the rate. Ctrl-C ends it with
+    the best so far.
 
     A density without `standardize=` is whitened (with over 500 columns, or a singular covariance,
     each column is mapped to a normal). If trials leave 1000 steps to the training, it gets the map
@@ -88,8 +89,8 @@ def fit(
         x: data in their own units, `[rows, *event]`.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`. The density then knows the shape of a row.
-        seconds: end after this time of training, late by a block of a second and a look. It counts
-            neither compilation, with the first look, nor the fitting of maps.
+        seconds: end after this time of training, late by a block of a second and a validation. It
+            counts neither compilation, with the first validation, nor the fitting of maps.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
             most 1000 of them are used.
@@ -107,14 +108,14 @@ def fit(
         progress: show steps, nats and the time left on stderr.
 
     Returns:
-        The density with the best parameters, and the looks at the validation rows in its training.
+        The density with the best parameters, and its validations in training.
         These rows have chosen the parameters, so report the score of others. To go on, call it
         again with the density, the same rows as `validation` (another key sets others aside) and
         the same `time_power`, if you gave one; the state of the optimizer is not kept.
 
     Raises:
         TypeError, ValueError: for an invalid argument, and inside `jit`.
-        FloatingPointError: if no look is finite.
+        FloatingPointError: if no validation is finite.
 
     Warns:
         UserWarning: of columns that have no density: they repeat values, or depend linearly on each
@@ -150,17 +151,40 @@ def fit(
         powers = (time_power,)
     density = _trainable(density)
     table = Table.of(density, x, context, validation, dequantize, next(keys))
-    aside, noise_key = table.noisy(table.validation, next(keys)), next(keys)
+    plan = Plan(limits, batch_size, optimizer, coupling, powers, likelihood, progress)
+    return train(density, table, plan, tuple(keys), begin)
+
+
+class Plan(NamedTuple):
+    """How to train."""
+
+    limits: Limits
+    batch_size: int = 512
+    optimizer: Any = None
+    coupling: Coupling = independent()
+    powers: tuple[float, ...] = TIME_POWERS[:1]
+    likelihood: int = 0
+    progress: bool = True
+
+
+def train(
+    density: Density, table: Table, plan: Plan, keys: tuple[PRNGKeyArray, ...], begin: float
+) -> tuple[Density, list[Point]]:
+    """Train a density on the rows of a table, with five keys. See `fit`."""
+    limits, batch_size, optimizer, progress = (
+        plan.limits, plan.batch_size, plan.optimizer, plan.progress,
+    )  # fmt: skip
+    aside_key, noise_key, matching_key, validation_key, likelihood_key = keys
+    validation_rows = table.noisy(table.validation, aside_key)
     if table.rows.context is not None:
         shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(table.rows.context))
         density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
     flow = dataclasses.replace(density.flow, throw=False)
-    matching_key, look_key, likelihood_key = keys
     # The power of the time is an input of the program, which is then the same for all.
-    losses = [Partial(_matching, flow, coupling, jnp.asarray(power)) for power in powers]
+    losses = [Partial(_matching, flow, plan.coupling, jnp.asarray(power)) for power in plan.powers]
     as_vector = False
     if optimizer is None:
-        few = min(FEW, A_COLUMN * math.prod(density.event_shape))
+        few = min(FEW_ROWS, FEW_FOR_A_COLUMN * math.prod(density.event_shape))
         as_vector = len(table.rows.x) > few
         optimizer = _adam(RATE, 0.0 if as_vector else DECAY)  # which only matrices have
     phases = [
@@ -170,8 +194,10 @@ def fit(
     clock = Clock()
 
     def start(density):
-        data, looked_at, log_det = table.in_flow(density, aside, noise_key, BLOCK * batch_size)
-        evaluate = evaluation(density, looked_at, log_det, look_key)
+        data, in_flow, log_det = table.in_flow(
+            density, validation_rows, noise_key, BLOCK * batch_size
+        )
+        evaluate = evaluation(density, in_flow, log_det, validation_key)
         count = len(table.rows.x)
         return Training(density, data, evaluate, count, batch_size, begin, clock, progress)
 
@@ -181,7 +207,8 @@ def fit(
     try:
         others = max(len(fits) - 1, 0), len(phases) - 1
         if limits.seconds < math.inf and any(others):
-            _advance(runs[0], phases[0], limits, BLOCK)  # to know how long steps and looks take
+            # To know how long steps and validations take.
+            _advance(runs[0], phases[0], limits, BLOCK)
         if steps := _round(runs[0], others[0], limits):
             _try_maps(runs, map(start, maps), phases[0], limits, steps)
         if steps := _round(runs[0], others[1], limits):
@@ -189,18 +216,18 @@ def fit(
             _try_powers(runs, phases, limits, steps)
         (run,) = runs
         run.train(run.phase or phases[0], limits)
-        run.look_again()
-        if likelihood:
+        run.validate_again()
+        if plan.likelihood:
             after = Phase(
                 "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key,
                 as_vector=True,
             )  # fmt: skip
-            run.train(after, Limits(likelihood))
-            run.look_again()
+            run.train(after, Limits(plan.likelihood))
+            run.validate_again()
     except KeyboardInterrupt:
         for run in runs:
-            run.look_again()
-        if _best(runs).least == math.inf:
+            run.validate_again()
+        if _best(runs).best_nll == math.inf:
             raise
     if progress:
         print(file=sys.stderr)
@@ -215,8 +242,8 @@ def _try_maps(
     for i in range(1, ROUNDS + 1):
         for run in runs:
             _advance(run, phase, limits, i * steps)
-        enough = _best(runs).least + BEHIND
-        runs[:] = [run for run in runs if run.least <= enough]
+        enough = _best(runs).best_nll + BEHIND
+        runs[:] = [run for run in runs if run.best_nll <= enough]
         if len(runs) == 1:
             return
     runs[:] = [_best(runs)]
@@ -227,33 +254,33 @@ def _try_powers(runs: list[Training], phases: list[Phase], limits: Limits, steps
     for run, phase in zip(runs, phases, strict=True):
         _advance(run, phase, limits, ROUNDS * steps)
     # Early on uniform times often look a little better, and are worse later.
-    del runs[0 if runs[1].least < runs[0].least - CLEARLY else 1]
+    del runs[0 if runs[1].best_nll < runs[0].best_nll - CLEARLY else 1]
 
 
 def _round(run: Training, others: int, limits: Limits) -> int:
     """Steps of a round of a trial, or zero if it leaves too few to the training itself."""
-    in_time = run.clock.steps_left(limits)
+    in_time = run.clock.steps_remaining(limits)
     total = min(limits.steps, in_time)
     steps = int(max(TRIAL * total, min(SHORTEST, 4 * TRIAL * total)))
-    looks = ROUNDS * (others + 1) * run.look_seconds / run.clock.step
-    left = min(limits.steps, in_time - ROUNDS * steps * others - looks)
-    return steps if others and left >= LEFT else 0
+    validations = ROUNDS * (others + 1) * run.validation_seconds / run.clock.step
+    left = min(limits.steps, in_time - ROUNDS * steps * others - validations)
+    return steps if others and left >= LEAST_REMAINING else 0
 
 
 def _advance(run: Training, phase: Phase, limits: Limits, until: int) -> None:
-    """Train up to a step, and look."""
+    """Train up to a step, and validate."""
     reached = run.step if run.phase else 0
     run.train(phase, limits, until - reached)
-    run.look_again()
+    run.validate_again()
 
 
 def _best(runs: list[Training]) -> Training:
-    return min(runs, key=lambda run: run.least)
+    return min(runs, key=lambda run: run.best_nll)
 
 
 def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
-    """The best density and the looks, with warnings if training exploded or hardly began."""
-    if run.least == math.inf:
+    """The best density and its validations, with warnings if training exploded or hardly began."""
+    if run.best_nll == math.inf:
         raise FloatingPointError(
             "fit: the log-density of the validation rows is never finite. One row is enough "
             "for that. Check the data for outliers, or tighten rtol and atol of the flow."
@@ -265,14 +292,14 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
             f"fit: training exploded {often} at step {first.step} of {first.phase}, to "
             f"{first.nats:.3g} nats of the validation rows. It went on from the best parameters "
             "at a quarter of the rate. Lower the rate of the optimizer.",
-            stacklevel=4,
+            stacklevel=5,
         )
     taken = max(point.step for point in run.points if point.phase == "matching")
     if taken < min(WARM_UP, limits.steps) and run.clock.spent >= limits.seconds:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
             "time. Pass more seconds, or steps=.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return run.best, run.points
 

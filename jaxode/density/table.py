@@ -17,14 +17,14 @@ from jaxode.density.bind import Density
 from jaxode.density.contexts import context_numbers
 from jaxode.density.maps.base import contained
 from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
-from jaxode.distributions import has_full_support
+from jaxode.flows.bases import has_full_support
 from jaxode.images import in_cells, margin_of
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
 OFTEN = 0.01
 ENOUGH = 20_000  # rows that show atoms and dependences
-LOOK_AT, LEAST_ROWS = 1000, 10  # rows to look at, at most, and rows that there must be
+MAX_VALIDATION, LEAST_ROWS = 1000, 10  # validation rows, at most, and rows that there must be
 COARSE = 1 / 8  # the most that dequantized integers may be apart in their dtype
 
 PARTS = int | float | np.number
@@ -52,31 +52,36 @@ class Table(NamedTuple):
         cls, density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, key
     ) -> "Table":
         """Check the rows, set some aside, and warn of columns without a density."""
-        rows, aside = set_aside(density, x, context, validation, dequantize, key)
+        rows, validation_rows = set_aside(density, x, context, validation, dequantize, key)
         integers = is_integer(rows.x) & bool(dequantize)
         if isinstance(validation, PARTS):  # of the same table
-            integers &= is_integer(aside.x)
-        largest = np.maximum(np.abs(rows.x).max(axis=0), np.abs(aside.x).max(axis=0))
+            integers &= is_integer(validation_rows.x)
+        largest = np.maximum(np.abs(rows.x).max(axis=0), np.abs(validation_rows.x).max(axis=0))
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         columns = rows.x.reshape(len(rows.x), -1)
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
-        return cls(rows, aside, integers & ~coarse)
+        return cls(rows, validation_rows, integers & ~coarse)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether `noisy` depends on its key."""
+        return bool(self.integers.any())
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
         """The rows with uniform noise in (0, 1) on the columns of integers.
 
         Given validation rows may have noise of their own.
         """
-        if not self.integers.any():
+        if not self.has_noise:
             return rows
         integers, x = self.integers & is_integer(rows.x), jnp.asarray(rows.x)
         return rows._replace(x=jnp.where(integers[None], in_cells(key, x), x))
 
     def in_flow(
-        self, density: Density, aside: Rows, key: PRNGKeyArray, most: int
+        self, density: Density, validation_rows: Rows, key: PRNGKeyArray, most: int
     ) -> tuple[Callable[[PRNGKeyArray], Rows], Rows, float]:
         """A function of a key, the rows to train on as the flow sees them, with new noise; and the
         rows that are set aside, with the mean of their log-determinants.
@@ -86,13 +91,13 @@ class Table(NamedTuple):
         All rows are mapped at once, since each number of rows is a program to compile.
         """
         count = len(self.rows.x)
-        together = jax.tree.map(_joined, self.noisy(self.rows, key), aside)
+        together = jax.tree.map(_joined, self.noisy(self.rows, key), validation_rows)
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
         # Cut in NumPy, whose programs need not be compiled.
         part = lambda cut: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
-        rows, aside = part(slice(count)), part(slice(count, None))
+        rows, validation_rows = part(slice(count)), part(slice(count, None))
         of_key = lambda key: rows
-        if self.integers.any():
+        if self.has_noise:
 
             def of_key(key):
                 row_key, key = jax.random.split(key)
@@ -102,7 +107,7 @@ class Table(NamedTuple):
                     some = jax.tree.map(lambda leaf: leaf[drawn], some)
                 return to_flow(density, self.noisy(some, key))
 
-        return of_key, aside, float(np.asarray(log_det, np.float64)[count:].mean())
+        return of_key, validation_rows, float(np.asarray(log_det, np.float64)[count:].mean())
 
 
 def _joined(a: Any, b: Any) -> np.ndarray:
@@ -119,7 +124,7 @@ def to_flow(density: Density, rows: Rows) -> Rows:
 def set_aside(
     density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, key: PRNGKeyArray
 ) -> tuple[Rows, Rows]:
-    """Rows to train on, and at most `LOOK_AT` validation rows."""
+    """Rows to train on, and at most `MAX_VALIDATION` validation rows."""
     rows = _checked("x", density, x, context, dequantize)
     # In NumPy, whose programs need not be compiled.
     seed = np.asarray(jax.random.key_data(key))
@@ -132,16 +137,18 @@ def set_aside(
                 "fit(validation=...): must be a part, rows of x, or a pair (x, context); got "
                 f"{len(pair)} parts."
             )
-        aside = _checked("validation", density, *pair, dequantize, least=1)
-        shape, got = (jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, aside))
+        validation_rows = _checked("validation", density, *pair, dequantize, least=1)
+        shape, got = (
+            jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, validation_rows)
+        )
         if shape != got:
             raise ValueError(
                 "fit(validation=...): must be a pair (x, context), with a context as in training, "
                 f"of shape {shape}; got {got}. Leave it out where training has none."
             )
-        return rows, part(aside, order(aside)[:LOOK_AT])
+        return rows, part(validation_rows, order(validation_rows)[:MAX_VALIDATION])
     check_number("validation", validation, PART, kind="part")
-    count = min(math.ceil(validation * len(rows.x)), LOOK_AT, len(rows.x) - 2)
+    count = min(math.ceil(validation * len(rows.x)), MAX_VALIDATION, len(rows.x) - 2)
     shuffled = order(rows)
     return part(rows, shuffled[count:]), part(rows, shuffled[:count])
 

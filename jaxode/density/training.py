@@ -1,4 +1,4 @@
-"""The training loop of `fit`: take steps, look at the validation rows, keep the best parameters.
+"""The training loop of `fit`: take steps, validate, keep the best parameters.
 
 The losses are those of `density.flow` on rows that `density.to_flow` has mapped, with any optimizer
 of Optax. Copy this file to change the loop; docs/training.md has a shorter one.
@@ -23,27 +23,29 @@ from jaxode._checks.arguments import state_dtype
 from jaxode._jax.closure import compiled
 from jaxode.density.bind import Density
 from jaxode.density.table import Rows
-from jaxode.divergence import Divergence, auto, hutchinson, is_trace, without_noise
 from jaxode.flows.cnf import CNF
+from jaxode.flows.divergence import Divergence, auto, hutchinson, is_trace, without_noise
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 # Steps at one rate, between two checks of the limits, and seconds of a part of them: a program.
 BLOCK, BLOCK_SECONDS = 50, 1.0
-FIRST_LOOK, PASSES = (100, 500), 64  # steps before the first look, by passes over the rows
-APART = 1.3  # the ratio of steps from one look to the next
-# If time is limited, a look is due after so many seconds, and none before so many times as long as
-# one takes.
-APART_SECONDS, APART_LOOKS = 10.0, 4.0
-SAY_APART = 1.0  # seconds from one line of progress to the next, between looks
-PATIENCE, WORSE = 5, 0.02  # looks that are so many nats worse, after which training ends early;
-UNCOUNTED = 1000  # those of the first steps do not count
+# Steps before the first validation, at least and at most, by so many passes over the rows; and the
+# ratio of steps from one validation to the next.
+FIRST_VALIDATION, PASSES, APART = (100, 500), 64, 1.3
+# If time is limited, a validation is due after so many seconds, and none before so many times as
+# long as one takes.
+APART_SECONDS, APART_VALIDATIONS = 10.0, 4.0
+SAY_APART = 1.0  # seconds from one line of progress to the next, between validations
+# Validations that are so many nats worse, after which training ends early.
+PATIENCE, WORSE = 5, 0.02
+UNCOUNTED = 1000  # steps at the start, whose validations do not count
 EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
 SLOWER = 0.25  # and the factor of the rate after that
-EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a look with the exact trace, and its tolerance
+EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a validation with the exact trace, and its tolerance
 
 
 class Point(NamedTuple):
-    """A look at the validation rows."""
+    """The parameters, evaluated on the validation rows."""
 
     phase: str
     step: int
@@ -95,7 +97,7 @@ class Clock:
         finally:
             self.spent += time.perf_counter() - begin
 
-    def steps_left(self, limits: Limits) -> float:
+    def steps_remaining(self, limits: Limits) -> float:
         """How many steps there is time for."""
         if limits.seconds == math.inf:
             return math.inf
@@ -175,12 +177,12 @@ def evaluation(
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
         flow, regularizers=(), steer=0.0, throw=False, solve_options=options,
-        divergence=_of_look(flow.divergence, density.event_shape),
+        divergence=_for_validation(flow.divergence, density.event_shape),
     )  # fmt: skip
     return lambda params: float(_nll(flow, params, rows, key)) - log_det
 
 
-def _of_look(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
+def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
     """Exact in few dimensions, and cheap in many, where `exact()` asks for no closed form."""
     exact = without_noise(divergence, event)
     if math.prod(event) <= EXACT_UP_TO:
@@ -207,9 +209,9 @@ class Training:
     progress: bool
 
     def __post_init__(self):
-        self.best, self.least = self.density, math.inf
+        self.best, self.best_nll = self.density, math.inf
         self.exploded = max(EXPLODED, OF_A_COLUMN * math.prod(self.density.event_shape))
-        least, most = FIRST_LOOK
+        least, most = FIRST_VALIDATION
         # A few hundred rows are overfitted within `most` steps.
         self.first = min(max(PASSES * self.count / self.batch_size, least), most)
         self.points: list[Point] = []
@@ -217,7 +219,7 @@ class Training:
         self.phase: Any = None
         self.blocks = 0  # so far, also of those that were taken back
         self.used = BLOCK  # steps that have drawn from the rows at hand
-        self.data_seconds = self.look_seconds = 0.0  # that the last of them took
+        self.data_seconds = self.validation_seconds = 0.0  # that the last of them took
 
     def start(self, phase: Phase) -> None:
         """Begin a phase from the best parameters."""
@@ -231,19 +233,19 @@ class Training:
         count = jnp.zeros((), jnp.int32)
         state = State(arrays, average, phase.optimizer.init(arrays), count)
         program = Program(phase.loss, phase.optimizer, self.batch_size, static, unravel)
-        # Together, since Ctrl-C looks at the state.
+        # Together, since Ctrl-C validates the state.
         self.phase, self.program, self.state = phase, program, state
-        self.step, self.stale, self.early, self.left, self.rate = 0, 0, None, 1.0, 1.0
-        self.kept, before = (self.step, self.state, self.left), self.clock.spent
+        self.step, self.num_worse, self.resumed_at, self.remaining, self.rate = 0, 0, None, 1.0, 1.0
+        self.kept, before = (self.step, self.state, self.remaining), self.clock.spent
         self.clock.step = math.inf
-        self.look()
+        self.validate()
         if phase.name not in self.clock.compiled:
             self.used = BLOCK + 1
             self.advance(0)
             self.clock.compiled.add(phase.name)
             # Training begins when its programs are compiled.
-            self.clock.spent, self.look_seconds = before, 0.0
-        self.began = self.looked = self.clock.spent
+            self.clock.spent, self.validation_seconds = before, 0.0
+        self.began = self.validated = self.clock.spent
         self.blocks, self.used = 0, BLOCK
         self.tell()
 
@@ -253,20 +255,20 @@ class Training:
         if phase is not self.phase:
             self.start(phase)
         pause, timed = min(self.step + steps, limits.steps), limits.seconds < math.inf
-        self.left = self.part_left()
-        while self.left > 0 and self.step < pause:
+        self.remaining = self.part_remaining()
+        while self.remaining > 0 and self.step < pause:
             self.block(pause - self.step)
-            since = self.clock.spent - self.looked
+            since = self.clock.spent - self.validated
             due = self.step >= min(self.due, limits.steps) or (timed and since > APART_SECONDS)
-            if due and not (timed and since < APART_LOOKS * self.look_seconds):
-                self.look()
+            if due and not (timed and since < APART_VALIDATIONS * self.validation_seconds):
+                self.validate()
                 self.tell()
-            if not self.early and self.stale >= PATIENCE:
+            if not self.resumed_at and self.num_worse >= PATIENCE:
                 # As many steps again, from where it was best.
                 self.step, self.state, left = self.kept
-                self.early = self.step, left
+                self.resumed_at = self.step, left
                 self.due = APART * self.step
-            self.left = self.part_left()
+            self.remaining = self.part_remaining()
 
     def block(self, most: float) -> None:
         """Take up to 50 steps, in parts of about a second. With a limit of time, take one part."""
@@ -277,7 +279,7 @@ class Training:
         while self.step < end:
             count = min(end - self.step, max(BLOCK_SECONDS / clock.step, 1))
             if timed:
-                count = min(count, max(clock.steps_left(limits), 1))
+                count = min(count, max(clock.steps_remaining(limits), 1))
             with clock.running():
                 seconds = self.advance(int(count))
             self.step += int(count)
@@ -297,7 +299,7 @@ class Training:
             # `fold_in` of a number beyond those of the steps: a key that none of them has.
             self.rows = jax.block_until_ready(self.data(jax.random.fold_in(self.key, BLOCK)))
             self.data_seconds = time.perf_counter() - begin
-        rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.left) ** 2)
+        rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.remaining) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
         steps = jnp.asarray(self.used, jnp.int32), jnp.asarray(self.used + count, jnp.int32)
         begin, self.used = time.perf_counter(), self.used + count
@@ -306,25 +308,25 @@ class Training:
         )
         return time.perf_counter() - begin
 
-    def part_left(self) -> float:
+    def part_remaining(self) -> float:
         """The part of training that is left."""
         of_time, limits = 1.0, self.limits
         if limits.seconds < math.inf:
             left = limits.seconds - self.clock.spent
             of_time = left / (limits.seconds - self.began) if left > 0 else 0.0
         of_steps = 1 - self.step / limits.steps
-        if self.early is not None:
-            best, left = self.early
+        if self.resumed_at is not None:
+            best, left = self.resumed_at
             of_steps = min(of_steps, left * (2 - self.step / best) if best else 0.0)
         return min(of_steps, of_time)
 
-    def look_again(self) -> None:
-        """Look at what came after the last look."""
+    def validate_again(self) -> None:
+        """Validate what came after the last validation."""
         if self.points and self.points[-1].step != self.step:
-            self.look()
+            self.validate()
             self.tell()
 
-    def look(self) -> None:
+    def validate(self) -> None:
         """Evaluate the average on the validation rows. Keep the best; go back if it exploded."""
         as_given = lambda mean, leaf: mean.astype(leaf.dtype)
         average = jax.tree.map(as_given, self.state.average, self.state.arrays)
@@ -332,16 +334,16 @@ class Training:
         before = self.clock.spent
         with self.clock.running():
             nats = self.evaluate(params)
-        self.looked, self.look_seconds = self.clock.spent, self.clock.spent - before
+        self.validated, self.validation_seconds = self.clock.spent, self.clock.spent - before
         self.due = max(self.first, APART * self.step)
         seconds = time.perf_counter() - self.begin
         self.points.append(Point(self.phase.name, self.step, seconds, nats))
-        worse = self.step > UNCOUNTED and not nats <= self.least + WORSE
-        self.stale = self.stale + 1 if worse else 0
-        if nats < self.least:
-            self.best, self.least = self.best.with_params(params), nats
-            self.kept = self.step, self.state, self.left
-        elif self.least < math.inf and not nats < self.least + self.exploded:
+        worse = self.step > UNCOUNTED and not nats <= self.best_nll + WORSE
+        self.num_worse = self.num_worse + 1 if worse else 0
+        if nats < self.best_nll:
+            self.best, self.best_nll = self.best.with_params(params), nats
+            self.kept = self.step, self.state, self.remaining
+        elif self.best_nll < math.inf and not nats < self.best_nll + self.exploded:
             self.explosions.append(self.points[-1])
             _, self.state, _ = self.kept
             self.rate *= SLOWER
@@ -351,7 +353,7 @@ class Training:
         limits, clock = self.limits, self.clock
         of = "" if limits.steps == math.inf else f" of {limits.steps}"
         text = f"{self.phase.name}: step {self.step}{of}, {self.points[-1].nats:.3f} nats of "
-        text += f"validation rows, best {self.least:.3f}"
+        text += f"validation rows, best {self.best_nll:.3f}"
         by_steps = (limits.steps - self.step) * clock.step  # NaN before the first
         if (left := min(limits.seconds - clock.spent, by_steps)) < math.inf:
             text += f", {max(left, 0):.0f} s left"

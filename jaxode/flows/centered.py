@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxode.distributions import centered
+from jaxode.flows.bases import centered
 from jaxode.ode.field import VectorField
 
 

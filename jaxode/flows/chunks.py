@@ -25,7 +25,7 @@ from jaxode.ode.system import System
 
 # Of a chunk whose size is not given: the least and the most rows, and rows times parameters in
 # between. Measured: benchmarks/NOTES.md.
-LEAST, MOST, AT_ONCE = 1024, 4096, 1 << 25
+LEAST_ROWS, MOST_ROWS, ACTIVATIONS = 1024, 4096, 1 << 25
 
 # A program of a flow: (system, parts, key) -> solution.
 Program = Callable[[System, Any, Any], Solution]
@@ -45,7 +45,7 @@ class Chunks(NamedTuple):
         check_bool("progress", progress)
         if size is None:
             weights = sum(leaf.size for leaf in jax.tree.leaves(params) if eqx.is_array(leaf))
-            size = max(LEAST, min(MOST, AT_ONCE // max(weights, 1)))
+            size = max(LEAST_ROWS, min(MOST_ROWS, ACTIVATIONS // max(weights, 1)))
         return cls(integer("batch_size", size), progress)
 
 

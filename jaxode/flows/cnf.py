@@ -39,20 +39,20 @@ from jaxode._checks.samples import (
     check_weights,
 )
 from jaxode._jax.closure import hash_of
-from jaxode.coupling import Coupling, independent
-from jaxode.distributions import BaseDensity, has_edge
-from jaxode.divergence import Divergence
-from jaxode.flows import energy, programs
+from jaxode.flows import compiled, reverse_kl
+from jaxode.flows.bases import BaseDensity, has_edge
 from jaxode.flows.chunks import Chunks, in_chunks
-from jaxode.flows.energy import Target
+from jaxode.flows.coupling import Coupling, independent
+from jaxode.flows.divergence import Divergence
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
+from jaxode.flows.regularizers import Regularizer
+from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import report
 from jaxode.ode.system import System, argument_faults, make_system
-from jaxode.regularizers import Regularizer
 
 # What is carried to the other end: data, base samples from the user, or samples of the base.
 Samples = Literal["x", "z", "base"]
@@ -106,7 +106,7 @@ class CNF(eqx.Module):
 
         With a stochastic divergence, it is an unbiased estimate.
         """
-        return self._end_state(programs.log_prob, "x", x, params, key, context)
+        return self._end_state(compiled.log_prob, "x", x, params, key, context)
 
     @public("log_prob_and_error")
     def log_prob_and_error(
@@ -125,7 +125,7 @@ class CNF(eqx.Module):
         Raises:
             ValueError: also if the divergence has only one probe, or no `standard_error`.
         """
-        return self._end_state(programs.log_prob_and_error, "x", x, params, key, context)
+        return self._end_state(compiled.log_prob_and_error, "x", x, params, key, context)
 
     def nll(
         self,
@@ -175,7 +175,7 @@ class CNF(eqx.Module):
         check_not_empty(system.y0)
         weights = check_weights(weights, system.y0)
         key = None if key is None else check_key(key)
-        loss, stats, result, t_reached = programs.nll(system, self._parts, key, weights, self.steer)
+        loss, stats, result, t_reached = compiled.nll(system, self._parts, key, weights, self.steer)
         faults = self._faults("x", system, weights)
         loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
         return loss, stats
@@ -236,14 +236,14 @@ class CNF(eqx.Module):
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
-        return self._end_state(programs.transport, "x", x, params, None, context)
+        return self._end_state(compiled.transport, "x", x, params, None, context)
 
     @public("from_base")
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
-        return self._end_state(programs.transport, "z", z, params, None, context)
+        return self._end_state(compiled.transport, "z", z, params, None, context)
 
     @public("sample")
     def sample(
@@ -251,7 +251,7 @@ class CNF(eqx.Module):
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples. The leaves of a `context` are `[n, ...]`."""
         z, _ = self._drawn(key, n)
-        return self._end_state(programs.transport, "base", z, params, None, context)
+        return self._end_state(compiled.transport, "base", z, params, None, context)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -262,7 +262,7 @@ class CNF(eqx.Module):
         With a stochastic divergence the log-densities are unbiased estimates.
         """
         z, probe_key = self._drawn(key, n)
-        return self._end_state(programs.sample, "base", z, params, probe_key, context)
+        return self._end_state(compiled.sample, "base", z, params, probe_key, context)
 
     @public("reverse_kl_loss")
     def reverse_kl_loss(
@@ -318,7 +318,7 @@ class CNF(eqx.Module):
             )
         system = self._system("base", z, params, context).raising(bool(self.throw))
         check_not_empty(system.y0, "n")
-        loss, result, t_reached, (value, slope) = energy.reverse_kl(
+        loss, result, t_reached, (value, slope) = reverse_kl.reverse_kl(
             system, self._parts, probe_key, log_density, path
         )
         faults = self._faults("base", system)

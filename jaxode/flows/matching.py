@@ -35,8 +35,8 @@ from jaxode._checks.samples import (
 )
 from jaxode._checks.times import check_times
 from jaxode._jax.sharding import row_count, row_numbers, vary_alike
-from jaxode.coupling import Coupling
-from jaxode.distributions import BaseDensity
+from jaxode.flows.bases import BaseDensity
+from jaxode.flows.coupling import Coupling
 from jaxode.flows.noise import of_each_row
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.field import call_field, of_row

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from jaxode.density.bind import Density
-from jaxode.distributions import has_full_support
+from jaxode.flows.bases import has_full_support
 
 
 def numpyro(density: Density, context: PyTree = None) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
-from jaxode.distributions import as_event_shape
+from jaxode.flows.bases import as_event_shape
 from jaxode.nn.network import Dense, Network, draws
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
-from jaxode.distributions import as_event_shape
+from jaxode.flows.bases import as_event_shape
 from jaxode.nn.network import WAVES, Dense, Network, draws, waves
 
 BOUND = 20.0  # of the activations before the output; near the data they are below 10

@@ -243,7 +243,7 @@ def test_equal_flows_are_equal_and_hashable(name):
 
 
 def base(scale):
-    return jaxode.distributions.DiagonalNormal(jnp.zeros(2), jnp.full(2, scale))
+    return jaxode.flows.bases.DiagonalNormal(jnp.zeros(2), jnp.full(2, scale))
 
 
 EQUAL = {

@@ -28,7 +28,7 @@ from fitting import (
 
 import jaxode
 from jaxode.density import training
-from jaxode.density.fit import A_COLUMN, RATE, _adam
+from jaxode.density.fit import FEW_FOR_A_COLUMN, RATE, _adam
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 
@@ -66,7 +66,7 @@ def test_likelihood_follows_matching_and_the_key_decides_everything():
 
 def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
     """The default optimizer gets one where nothing decays, as with many rows."""
-    monkeypatch.setattr("jaxode.density.fit.FEW", 0)
+    monkeypatch.setattr("jaxode.density.fit.FEW_ROWS", 0)
     ravel, ravelled = training.ravel_pytree, []
     monkeypatch.setattr(training, "ravel_pytree", lambda tree: ravelled.append(1) or ravel(tree))
     as_vector, _ = fit(validation=OTHERS, optimizer=None)
@@ -101,9 +101,9 @@ def drifting(t, y, p):
 )
 def test_weights_decay_at_few_rows(less, few, decayed, monkeypatch):
     """Matrices that are trained: up to 100 rows for each of two columns, and up to `few`."""
-    monkeypatch.setattr("jaxode.density.fit.FEW", few)
+    monkeypatch.setattr("jaxode.density.fit.FEW_ROWS", few)
     # Not one row more but a limit below: one program serves all.
-    monkeypatch.setattr("jaxode.density.fit.A_COLUMN", A_COLUMN - less)
+    monkeypatch.setattr("jaxode.density.fit.FEW_FOR_A_COLUMN", FEW_FOR_A_COLUMN - less)
     shapes = {"constant": (2, 2), "matrix": (2, 2), "vector": (2,), "drift": (2,)}
     start = {name: jnp.ones(shape) for name, shape in shapes.items()}
     density, _ = fit(bound(f=drifting, params=start), validation=OTHERS, optimizer=None)

@@ -92,7 +92,12 @@ def test_a_map_that_is_far_behind_is_out_after_a_round(monkeypatch):
 @pytest.mark.parametrize(("lead", "power"), [(-np.inf, 1.0), (np.inf, 2.0)])
 def test_powers_of_the_time_are_tried(monkeypatch, lead, power):
     """And uniform times chosen if they are better by so much."""
-    for name, value in {"CLEARLY": lead, "MANY": 1, "LEFT": STEPS, "TRIAL": 1 / 12}.items():
+    for name, value in {
+        "CLEARLY": lead,
+        "MANY": 1,
+        "LEAST_REMAINING": STEPS,
+        "TRIAL": 1 / 12,
+    }.items():
         monkeypatch.setattr(f"jaxode.density.fit.{name}", value)
     density, history = fit(time_power=None, validation=OTHERS)
     assert [point.step for point in history] == [0, 100, STEPS]

@@ -19,7 +19,7 @@ import numpy as np
 
 import jaxode
 from jaxode import divergence
-from jaxode.distributions import DiagonalNormal
+from jaxode.flows.bases import DiagonalNormal
 from jaxode.flows.noise import random_end
 
 ROWS, D = 4, 3

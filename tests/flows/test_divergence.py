@@ -9,6 +9,7 @@ import pytest
 from helpers import OPTIMIZED
 
 from jaxode import divergence
+from jaxode.flows.divergence import TANGENTS_AT_ONCE
 from jaxode.nn import ConcatSquash
 
 D = 6
@@ -106,10 +107,10 @@ def test_auto_switches_to_hutchinson_for_large_events():
 
 def test_a_noiseless_trace_takes_few_columns_at_once():
     """All of the Jacobian of many rows would not fit into memory."""
-    noiseless, size = divergence.noiseless(), 2 * divergence.AT_ONCE + 1
+    noiseless, size = divergence.noiseless(), 2 * TANGENTS_AT_ONCE + 1
     wave = lambda t, z, _: jnp.sin(z) * jnp.roll(z, 1)
     assert noiseless.describe(wave, jnp.ones(size - 1)) == "exact(chunk=None)"
-    assert noiseless.describe(wave, jnp.ones(size)) == f"exact(chunk={divergence.AT_ONCE})"
+    assert noiseless.describe(wave, jnp.ones(size)) == f"exact(chunk={TANGENTS_AT_ONCE})"
     z = jnp.linspace(-1.0, 1.0, size)
     _, div = jax.jit(lambda z: noiseless.apply(lambda z: wave(0.0, z, None), z, None))(z)
     np.testing.assert_allclose(div, jnp.sum(jnp.cos(z) * jnp.roll(z, 1)), rtol=1e-12)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxode
 from benchmarks.harness.hlo import collectives
 from jaxode.coupling import independent, optimal_transport
-from jaxode.distributions import DiagonalNormal
+from jaxode.flows.bases import DiagonalNormal
 
 KEY = jax.random.key(0)
 BATCH = 16

@@ -10,7 +10,7 @@ import pytest
 from helpers import AT_RUN_TIME
 
 import jaxode
-from jaxode.distributions import DiagonalNormal
+from jaxode.flows.bases import DiagonalNormal
 
 X = jax.random.normal(jax.random.key(0), (16, 2), jnp.float64) + 1
 MEAN, SCALE = jnp.array([0.5, -1.0]), jnp.array([0.8, 1.7])

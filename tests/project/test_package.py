@@ -53,10 +53,10 @@ FLOORS = (
     r"ode\.(loop|solvers)\.",
     r"ode\.adjoints($|\.)",
     r"ode\.",
-    r"(coupling|distributions|divergence|images|nn(\..*)?|regularizers)$",
-    r"(flows\.|diffusion$)",
-    r"density\.|standardize$",
-    r"(auditing\.|interop($|\.)|plot$)",
+    r"(flows\.(bases|coupling|divergence|regularizers)|images|nn(\..*)?)$",
+    r"flows\.",
+    r"(density\.|(coupling|divergence|regularizers|standardize)$)",
+    r"(auditing\.|interop($|\.)|plot$|tabular($|\.))",
     r"__init__$",
 )
 

@@ -9,7 +9,7 @@ from jaxode.density.maps.affine import Affine
 from jaxode.density.maps.base import Map, Numbers, constants_like
 from jaxode.density.maps.chain import Chain
 
-LEAST = 1e-30  # the least distance of quartiles, in units and in standard deviations
+LEAST_SPREAD = 1e-30  # the least distance of quartiles, in units and in standard deviations
 # Knots of the spline of a column, at most; rows between two of them, on average and at least; and
 # rows between the last quantile and the extreme.
 KNOTS, BETWEEN, BEYOND = 41, 25, 10
@@ -95,7 +95,7 @@ def fit(data: Float[np.ndarray, "rows *event"]) -> Chain:
     columns = data.reshape(rows, -1)
     low, center, high = np.quantile(columns, (0.25, 0.5, 0.75), axis=0)
     spread, std = high - low, columns.std(axis=0)
-    scale = np.where(spread > LEAST * np.maximum(std, 1), spread / 1.349, std)
+    scale = np.where(spread > LEAST_SPREAD * np.maximum(std, 1), spread / 1.349, std)
     extreme = standard.inv_cdf(1 - min(1 / rows, 0.1))
     widest = standard.inv_cdf(1 - min(BEYOND / rows, 0.16))
     z = np.linspace(-widest, widest, min(max(rows // BETWEEN, 5), KNOTS - 2))

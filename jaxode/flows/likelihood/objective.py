@@ -21,7 +21,7 @@ from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.vmapped import one_by_one, plain, with_vmap_rule
-from jaxode.distributions import BaseDensity, log_prob_of
+from jaxode.flows.bases import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import Quadrature
 from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only

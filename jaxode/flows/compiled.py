@@ -14,7 +14,7 @@ from jaxode._checks.arguments import check_same_times
 from jaxode._checks.errors import Result
 from jaxode._checks.samples import normalized
 from jaxode._jax.closure import compiled
-from jaxode.distributions import log_prob_of
+from jaxode.flows.bases import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import (
     Objective,

@@ -17,10 +17,10 @@ from jaxode._checks.arguments import check_scalar, takes
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import compiled
 from jaxode._jax.primitives import first_derivatives_only
-from jaxode.distributions import log_prob_of
+from jaxode.flows.bases import log_prob_of
+from jaxode.flows.compiled import probes_of
 from jaxode.flows.integrands import SCORE
 from jaxode.flows.likelihood.objective import with_integrals
-from jaxode.flows.programs import probes_of
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.solve import run
 from jaxode.ode.system import System

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import is_number, one_of
 from jaxode._checks.caller import arg, caller, public
 from jaxode._checks.rules import FROM_NOISE, Faults
-from jaxode.distributions import DiagonalNormal, as_event_shape
+from jaxode.flows.bases import DiagonalNormal, as_event_shape
 from jaxode.ode.field import VectorField, check_field
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.errors import SolveError
-from jaxode.divergence import Divergence
 from jaxode.flows.cnf import CNF
+from jaxode.flows.divergence import Divergence
 from jaxode.flows.integrands import Integrands
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.options import SolveOptions
@@ -32,14 +32,14 @@ class Row(NamedTuple):
     """What to do. Empty if the value is in range."""
 
 
-def judge(name: str, value: Any, limit: float, unit: str, advice: str) -> Row:
+def within(name: str, value: Any, limit: float, unit: str, advice: str) -> Row:
     """The row of a value, which is in range up to `limit`."""
     value, text = float(value), f"at most {limit:.4g} {unit}".rstrip()
     return Row(name, value, text, advice if value > limit else "")
 
 
 @dataclasses.dataclass
-class Subject:
+class AuditedFlow:
     """A flow, which does not raise, at some parameters and samples.
 
     Values that several checks need are computed once.
@@ -52,7 +52,7 @@ class Subject:
     context: PyTree
 
     @cached_property
-    def tight(self) -> "Subject":
+    def tight(self) -> "AuditedFlow":
         """By a tight solve: in double precision where it is enabled and draws no other probes."""
         double = jax.config.read("jax_enable_x64") and not self.noisy
         dtype = jnp.dtype(jnp.float64) if double else self.x.dtype
@@ -66,7 +66,7 @@ class Subject:
         given = self.flow.f, self.flow.base, self.params, self.x, self.context
         f, base, params, x, context = _cast(given, dtype)
         flow = dataclasses.replace(self.flow, f=f, base=base, batch="joint", solve_options=options)
-        return Subject(flow, params, x, self.key, context)
+        return AuditedFlow(flow, params, x, self.key, context)
 
     @cached_property
     def log_prob(self) -> Float[Array, " batch"]:
