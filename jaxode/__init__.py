@@ -64,4 +64,5 @@ __all__ = [
     "solve",
     "standard_normal",
     "standardize",
+    "tabular",
 ]

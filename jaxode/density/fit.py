@@ -186,7 +186,7 @@ def train(
     if optimizer is None:
         few = min(FEW_ROWS, FEW_FOR_A_COLUMN * math.prod(density.event_shape))
         as_vector = len(table.rows.x) > few
-        optimizer = _adam(RATE, 0.0 if as_vector else DECAY)  # which only matrices have
+        optimizer = adam(RATE, 0.0 if as_vector else DECAY)  # which only matrices have
     phases = [
         Phase("matching", loss, optimizer, matching_key, WARM_UP, as_vector) for loss in losses
     ]
@@ -219,7 +219,7 @@ def train(
         run.validate_again()
         if plan.likelihood:
             after = Phase(
-                "likelihood", Partial(_likelihood, flow), _adam(RATE_AFTER), likelihood_key,
+                "likelihood", Partial(_likelihood, flow), adam(RATE_AFTER), likelihood_key,
                 as_vector=True,
             )  # fmt: skip
             run.train(after, Limits(plan.likelihood))
@@ -314,7 +314,7 @@ def _likelihood(flow, params, x, context, key):
 
 
 @functools.cache
-def _adam(rate: float, decay: float = 0.0) -> Any:
+def adam(rate: float, decay: float = 0.0) -> Any:
     """Adam, clipped; for the same numbers the same object, which is not compiled again."""
     import optax
 
@@ -324,7 +324,7 @@ def _adam(rate: float, decay: float = 0.0) -> Any:
 
     return optax.chain(
         optax.clip_by_global_norm(LONGEST),
-        optax.scale_by_adam(),
+        optax.scale_byadam(),
         optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params)),
         optax.scale_by_learning_rate(rate),
     )

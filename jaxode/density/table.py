@@ -1,5 +1,6 @@
 """The rows that `fit` trains on: checked, set aside, dequantized, and warned of."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -40,12 +41,13 @@ class Rows(NamedTuple):
     """One row for each of `x`, or None."""
 
 
-class Table(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Table:
     """Rows to train on, rows set aside, and which of their columns get noise."""
 
     rows: Rows
     validation: Rows
-    integers: Bool[np.ndarray, " *event"]
+    integers: Bool[np.ndarray, " *event"] | None = None
 
     @classmethod
     def of(
@@ -68,7 +70,7 @@ class Table(NamedTuple):
     @property
     def has_noise(self) -> bool:
         """Whether `noisy` depends on its key."""
-        return bool(self.integers.any())
+        return self.integers is not None and bool(self.integers.any())
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
         """The rows with uniform noise in (0, 1) on the columns of integers.

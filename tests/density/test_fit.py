@@ -28,7 +28,7 @@ from fitting import (
 
 import jaxode
 from jaxode.density import training
-from jaxode.density.fit import FEW_FOR_A_COLUMN, RATE, _adam
+from jaxode.density.fit import FEW_FOR_A_COLUMN, RATE, adam
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 
@@ -72,7 +72,7 @@ def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
     as_vector, _ = fit(validation=OTHERS, optimizer=None)
     assert ravelled
     ravelled.clear()
-    alike, _ = fit(validation=OTHERS, optimizer=_adam(RATE))
+    alike, _ = fit(validation=OTHERS, optimizer=adam(RATE))
     assert not ravelled
     for a, b in zip(*map(jax.tree.leaves, (as_vector.params, alike.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # other roundings, 150 steps

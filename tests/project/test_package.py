@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_all_lists_the_public_names_and_each_has_a_docstring():
     public = {name for name in vars(jaxode) if not name.startswith("_")}
     modules = {name for name in public if inspect.ismodule(getattr(jaxode, name))}
-    namespaces = "coupling divergence images interop nn plot regularizers standardize"
+    namespaces = "coupling divergence images interop nn plot regularizers standardize tabular"
     assert public - modules | set(namespaces.split()) == set(jaxode.__all__)
     assert list(jaxode.__all__) == sorted(jaxode.__all__)
     assert [name for name in jaxode.__all__ if not getattr(jaxode, name).__doc__] == []

@@ -1,0 +1,191 @@
+"""The joint probability of the modes of a row: an autoregressive network, trained by likelihood.
+
+The logits of a column are an affine function of the columns before it, plus a masked network of
+two layers (MADE; Germain et al. 2015, arXiv:1502.03509), plus a network of the given columns.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxode._jax.closure import compiled
+from jaxode.density.training import Clock, Limits, Point
+
+WIDTH, BATCH, BLOCK = 128, 256, 50
+RATE, DECAY, DROPOUT, PATIENCE = 1e-3, 0.05, 0.5, 12
+PART, MOST_STEPS = 0.25, 6000  # of the training time, and of steps
+
+
+class Categories(eqx.Module):
+    """`log P(modes | given)`, column after column."""
+
+    direct: Float[Array, "logits logits"]
+    inner: Float[Array, "width logits"]
+    middle: Float[Array, "width width"]
+    outer: Float[Array, "logits width"]
+    shared: Float[Array, "width given"]
+    bias: Float[Array, " logits"]
+    offset: Float[Array, " width"]
+    sizes: tuple[int, ...] = eqx.field(static=True)
+
+    @classmethod
+    def make(cls, key: PRNGKeyArray, modes: np.ndarray, sizes: tuple[int, ...], given: int):
+        """A network that starts at independent columns, with the shares of the rows."""
+        total, keys = sum(sizes), jax.random.split(key, 4)
+        counts = [np.bincount(modes[:, i], minlength=size) for i, size in enumerate(sizes)]
+        bias = np.concatenate([np.log((count + 0.5) / len(modes)) for count in counts])
+        draw = lambda key, n, m: jax.random.normal(key, (n, m)) / math.sqrt(max(m, 1))
+        return cls(
+            direct=jnp.zeros((total, total)),
+            inner=draw(keys[0], WIDTH, total) * math.sqrt(max(total / len(sizes), 1)),
+            middle=draw(keys[1], WIDTH, WIDTH),
+            outer=jnp.zeros((total, WIDTH)),
+            shared=draw(keys[2], WIDTH, given),
+            bias=jnp.asarray(bias, float),
+            offset=jnp.zeros(WIDTH),
+            sizes=sizes,
+        )
+
+    def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
+        """Log-probabilities of all modes of each column, given the columns before it. A key drops
+        units."""
+        column, unit = _degrees(self.sizes)
+        before = lambda mask, weight: jnp.where(jnp.asarray(mask), weight, 0.0)
+        h = before(unit[:, None] > column[None], self.inner) @ one_hot
+        h = jax.nn.silu(h + self.shared @ given + self.offset)
+        h = h + jax.nn.silu(before(unit[:, None] >= unit[None], self.middle) @ h)
+        if key is not None:
+            h = jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, h.shape), h / (1 - DROPOUT), 0.0)
+        out = before(column[:, None] >= unit[None], self.outer) @ h + self.bias
+        out = out + before(column[:, None] > column[None], self.direct) @ one_hot
+        cuts = np.cumsum(self.sizes)[:-1]
+        return jnp.concatenate([jax.nn.log_softmax(part) for part in jnp.split(out, cuts)])
+
+    def log_prob(self, modes, given, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
+        """`log P(modes | given)`."""
+        one_hot = self.one_hot(modes)
+        return jnp.sum(jnp.where(one_hot > 0, self.logits(one_hot, given, key), 0.0))
+
+    def one_hot(self, modes: Int[Array, " columns"]) -> Float[Array, " logits"]:
+        """Indicators of the modes."""
+        parts = [jax.nn.one_hot(modes[i], size) for i, size in enumerate(self.sizes)]
+        return jnp.concatenate(parts)
+
+    def sample(
+        self,
+        key: PRNGKeyArray,
+        given: Float[Array, " given"],
+        known: Int[Array, " columns"],
+        allowed: Float[Array, " logits"],
+    ) -> tuple[Int[Array, " columns"], Float[Array, ""]]:
+        """Draw the modes that are not known (-1), among those allowed, and
+        `log P(known modes | those before them)`."""
+        modes, weight, start = jnp.zeros(len(self.sizes), jnp.int32), 0.0, 0
+        one_hot = jnp.zeros(sum(self.sizes))
+        for i, size in enumerate(self.sizes):
+            part = slice(start, start + size)
+            logits = self.logits(one_hot, given)[part]
+            drawn = jax.random.categorical(
+                jax.random.fold_in(key, i), jnp.where(allowed[part] > 0, logits, -jnp.inf)
+            )
+            mode = jnp.where(known[i] < 0, drawn, known[i])
+            weight = weight + jnp.where(known[i] < 0, 0.0, logits[mode])
+            one_hot = one_hot.at[part].set(jax.nn.one_hot(mode, size))
+            modes, start = modes.at[i].set(mode), start + size
+        return modes, weight
+
+
+@functools.cache
+def _degrees(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The column of each logit, and how many columns each unit may see."""
+    column = np.repeat(np.arange(len(sizes)), sizes)
+    return column, np.arange(WIDTH) % len(sizes)
+
+
+@compiled
+def log_probs(network: Categories, modes, given) -> Float[Array, " rows"]:
+    """`log P(modes | given)` of each row."""
+    return jax.vmap(network.log_prob)(modes, given)
+
+
+@compiled
+def draws(network: Categories, keys, given, known, allowed):
+    """`Categories.sample` of each row."""
+    return jax.vmap(network.sample)(keys, given, known, allowed)
+
+
+@functools.cache
+def _optimizer() -> Any:
+    import optax
+
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(DECAY, mask=_matrices))
+
+
+def _matrices(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+@compiled
+def _advance(network, average, state, modes, given, key, rate, smoothing):
+    """The network, its average and the optimizer's state after a block of steps."""
+
+    def step(i, carry):
+        network, average, state = carry
+        row_key, drop_key = jax.random.split(jax.random.fold_in(key, i))
+        rows = jax.random.randint(row_key, (BATCH,), 0, len(modes))
+        keys = jax.random.split(drop_key, BATCH)
+        loss = lambda network: -jnp.mean(jax.vmap(network.log_prob)(modes[rows], given[rows], keys))
+        updates, state = _optimizer().update(jax.grad(loss)(network), state, network)
+        network = jax.tree.map(lambda a, u: a - rate * u, network, updates)
+        average = jax.tree.map(lambda a, b: a + smoothing * (b - a), average, network)
+        return network, average, state
+
+    return jax.lax.fori_loop(0, BLOCK, step, (network, average, state))
+
+
+def train(
+    key: PRNGKeyArray,
+    sizes: tuple[int, ...],
+    rows: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    limits: Limits,
+    say: Callable[[str], None],
+    begin: float,
+) -> tuple[Categories, list[Point]]:
+    """Train on `(modes, given)`, and keep what is best on the validation rows."""
+    init_key, key = jax.random.split(key)
+    modes, given = (jnp.asarray(part) for part in rows)
+    network = Categories.make(init_key, rows[0], sizes, given.shape[1])
+    average, best, best_nll, points, worse = network, network, math.inf, [], 0
+    state, clock, step = _optimizer().init(network), Clock(), 0
+    nll = lambda network: -float(jnp.mean(log_probs(network, *map(jnp.asarray, validation))))
+    total = min(limits.steps, MOST_STEPS)
+    while True:
+        with clock.running():
+            nats = nll(average)
+        points.append(Point("categories", step, time.perf_counter() - begin, nats))
+        worse = 0 if nats < best_nll else worse + 1
+        if nats < best_nll:
+            best, best_nll = average, nats
+        part = max(step / total, clock.spent / limits.seconds)
+        say(f"categories: step {step}, {nats:.3f} nats of validation rows, best {best_nll:.3f}")
+        if part >= 1 or worse >= PATIENCE:
+            return best, points
+        rate = jnp.asarray(RATE * math.cos(0.5 * math.pi * part) ** 2 * min(1, (step + 50) / 200))
+        smoothing = jnp.asarray(max(0.005, 10 / (10 + step)))
+        with clock.running():
+            block_key = jax.random.fold_in(key, step)
+            network, average, state = jax.block_until_ready(
+                _advance(network, average, state, modes, given, block_key, rate, smoothing)
+            )
+        if step == 0:
+            clock.spent = 0.0  # without compilation
+        step += BLOCK

@@ -1,0 +1,279 @@
+"""Train the density of a table."""
+
+import math
+import sys
+import time
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from jaxode._checks.arguments import check_bool, check_number, integer, non_negative
+from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key
+from jaxode.density.bind import bind
+from jaxode.density.fit import MANY, MINUTE, RATE, TIME_POWERS, Plan, adam, train
+from jaxode.density.maps.whiten import dependent_columns, principal_axes
+from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART, PARTS
+from jaxode.density.training import Limits, Point
+from jaxode.flows.bases import standard_normal
+from jaxode.flows.construct import cnf
+from jaxode.nn import Residual, field
+from jaxode.tabular import categorical, frames
+from jaxode.tabular.columns import Column, numeric
+from jaxode.tabular.columns import categorical as categorical_column
+from jaxode.tabular.encoding import Cells, Encoded, Encoder, Numbers
+from jaxode.tabular.table import Table
+
+FEW = 3000  # rows, up to which the weights decay at the rate of one
+TOLERANCE = 1e-3  # of solves, whose errors are then far below those of the noise
+KINDS = ("categorical", "integer", "continuous")
+
+
+@public("tabular.fit")
+def fit(
+    frame: Any,
+    *,
+    key: PRNGKeyArray,
+    given: Any = (),
+    kinds: dict[str, str] | None = None,
+    bounds: dict[str, tuple[float | None, float | None]] | None = None,
+    other: int | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    validation: float | Any = 0.1,
+    progress: bool = True,
+) -> tuple[Table, list[Point]]:
+    """Train the density of a table with categories, integers and missing values.
+
+    A row's log-probability is that of its categories, of what is missing and of numbers that are
+    repeated, by an autoregressive network; plus the log-density of its other numbers given those,
+    by `jaxode.fit`. Numbers that are rounded get noise of the rounding, whose density counts.
+
+    Args:
+        frame: rows, of pandas, polars or pyarrow.
+        key: draws everything: the rows set aside, batches and noise.
+        given: names of columns that are not modelled: the density is conditional on them.
+        kinds: "categorical", "integer" or "continuous", for columns whose type does not say it. By
+            default strings, categories and booleans are categorical, whole numbers are integers.
+        bounds: `(low, high)` of columns that have any, such as `{"income": (0, None)}`. Samples
+            respect them.
+        other: categories with fewer rows are pooled, and unseen ones of given columns count as one
+            of those. By default all are kept, and unseen ones raise.
+        seconds: end after this time of training; a minute by default. A quarter goes to the
+            categories.
+        steps: end both trainings after this many steps. Without `seconds`, the result is a function
+            of `key`.
+        validation: the part of the rows to set aside, or a frame of others. At most 1000 are used.
+        progress: show steps, nats and the time left on stderr.
+
+    Returns:
+        The table, and the validations in training: phases "categories" and "matching".
+
+    Raises:
+        TypeError, ValueError: for a frame that is no table, an unknown column, or a wrong option.
+
+    Warns:
+        UserWarning: of numbers that depend on each other linearly: they have no density.
+    """
+    begin = time.perf_counter()
+    keys = jax.random.split(check_key(key), 4)
+    if seconds is None and steps is None:
+        seconds = MINUTE
+    limits = Limits(
+        math.inf if steps is None else integer("steps", steps),
+        math.inf if seconds is None else non_negative("seconds", seconds),
+    )
+    check_bool("progress", progress)
+    other = None if other is None else integer("other", other, 2)
+    frame = frames.as_frame("frame", frame)
+    if len(frame) < LEAST_ROWS:
+        raise ValueError(f"{arg('frame')} must have at least {LEAST_ROWS} rows; got {len(frame)}.")
+    encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)
+    rows, aside = _split(encoder, frame, validation, keys[0])
+    _warn_of_dependence(encoder, rows)
+
+    network, density, points = None, None, []
+    discrete = encoder.discrete
+    if discrete:
+        part = categorical.PART if encoder.numbers else 1.0
+        pairs = ((r.modes[:, discrete], r.given) for r in (rows, aside))
+        network, points = categorical.train(
+            keys[1], encoder.sizes, *pairs, limits._replace(seconds=part * limits.seconds),
+            _say if progress else lambda text: None, begin,
+        )  # fmt: skip
+        limits = limits._replace(seconds=(1 - part) * limits.seconds)
+    if encoder.numbers:
+        density, more = _numbers(encoder, rows, aside, limits, progress, keys[2:], begin)
+        points += more
+    moments = None
+    if density is not None:
+        table = Table(encoder, network, density, None)
+        moments = _moments(table, rows, keys[3])
+    return Table(encoder, network, density, moments), points
+
+
+def _say(text: str) -> None:
+    print(f"\r{text:<90}", end="", file=sys.stderr, flush=True)
+
+
+def _encoder(frame: Any, given: Any, kinds: dict, bounds: dict, other: int | None) -> Encoder:
+    given = (given,) if isinstance(given, str) else tuple(given)
+    for name, names in (("given", given), ("kinds", kinds), ("bounds", bounds)):
+        if unknown := [column for column in names if column not in frame.columns]:
+            raise ValueError(f"{arg(name)} must name columns of {frame.columns}; got {unknown}.")
+    modelled = [name for name in frame.columns if name not in given]
+    if not modelled:
+        raise ValueError(f"{arg('given')} must leave a column to model; got all of them.")
+    wrong = {name: kind for name, kind in kinds.items() if kind not in KINDS}
+    if wrong:
+        raise ValueError(f"{arg('kinds')} must be of {KINDS}; got {wrong}.")
+    make = lambda name: _column(frame, name, kinds.get(name), bounds.get(name), other)
+    columns = tuple(make(name) for name in modelled)
+    features = tuple(_feature(frame, name, kinds.get(name), other) for name in given)
+    like = frame.select(frame.columns).head(0)
+    return Encoder(like, columns, features)
+
+
+def _column(frame: Any, name: str, kind: str | None, bounds: Any, other: int | None) -> Column:
+    values, missing, dtype = frames.read("frame", frame, name)
+    if missing.all():
+        raise ValueError(
+            f"{arg('frame')} column {name!r} must have a value; got missing ones alone."
+        )
+    kind = _kind(name, kind, values, missing, dtype)
+    if kind == "categorical":
+        return categorical_column(name, values, missing, other, dtype == "Category")
+    low, high = _bounds(name, bounds, values[~missing])
+    return numeric(name, kind, values, missing, low, high)
+
+
+def _feature(frame: Any, name: str, kind: str | None, other: int | None) -> Column:
+    values, missing, dtype = frames.read("frame", frame, name)
+    kind = _kind(name, kind, values, missing, dtype)
+    if kind == "categorical":
+        return categorical_column(name, values, missing, other, dtype == "Category")
+    numbers = values[~missing].astype(float)
+    center, scale = (numbers.mean(), numbers.std() or 1.0) if len(numbers) else (0.0, 1.0)
+    return Column(
+        name, kind, (), (0.0,), bool(missing.any()), center=float(center), scale=float(scale)
+    )
+
+
+def _kind(name: str, kind: str | None, values: Any, missing: Any, dtype: str) -> str:
+    if dtype == "Category":
+        if kind not in (None, "categorical"):
+            raise ValueError(
+                f"{arg('kinds')} column {name!r} holds categories; got {kind!r}. Convert it to "
+                "numbers first."
+            )
+        return "categorical"
+    present = values[~missing]
+    whole = bool((present == np.round(present)).all())
+    if kind == "integer" and not whole:
+        raise ValueError(
+            f"{arg('kinds')} column {name!r} must hold whole numbers to be an integer."
+        )
+    return kind or ("integer" if whole else "continuous")
+
+
+def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
+    if bounds is None:
+        return -np.inf, np.inf
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise ValueError(f"{arg('bounds')} must be pairs (low, high); got {bounds!r} for {name!r}.")
+    for bound in bounds:
+        if bound is not None:
+            check_number("bounds", bound)
+    low = -np.inf if bounds[0] is None else float(bounds[0])
+    high = np.inf if bounds[1] is None else float(bounds[1])
+    least, most = values.min(), values.max()
+    if not (low <= least and most <= high and low < high):
+        raise ValueError(
+            f"{arg('bounds')} must contain the values of {name!r}, from {least:g} to {most:g}; got "
+            f"({low:g}, {high:g})."
+        )
+    return low, high
+
+
+def _split(
+    encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray
+) -> tuple[Encoded, Encoded]:
+    """Rows to train on, and validation rows."""
+    rows = encoder.encode(frame)
+    order = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    take = lambda rows, chosen: Encoded(*(part[chosen] for part in rows))
+    if not isinstance(validation, PARTS) or isinstance(validation, bool):
+        aside = encoder.encode(frames.as_frame("validation", validation), "validation")
+        if not len(aside.modes):
+            raise ValueError(f"{arg('validation')} must have at least one row; got none.")
+        return rows, take(aside, order.permutation(len(aside.modes))[:MAX_VALIDATION])
+    check_number("validation", validation, PART, kind="part")
+    shuffled, n = order.permutation(len(rows.modes)), len(rows.modes)
+    count = min(math.ceil(validation * n), MAX_VALIDATION, n - 2)
+    return take(rows, shuffled[count:]), take(rows, shuffled[:count])
+
+
+def _numbers(encoder, rows, aside, limits, progress, keys, begin):
+    """The density of the numbers, in the modes of their rows."""
+    as_numbers = lambda rows: Numbers(*rows[1:4], encoder.context(rows.modes, rows.given))
+    table = Cells(as_numbers(rows), as_numbers(aside), box=encoder.box)
+    size, context = len(encoder.numbers), table.rows.context
+    network_key, train_key = keys
+    params = Residual(
+        size, key=network_key, context_size=0 if context is None else context.shape[1]
+    )
+    flow = cnf(field, standard_normal(size), rtol=TOLERANCE, atol=TOLERANCE)
+    support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
+    density = bind(flow, params, support=support)
+    powers = TIME_POWERS if size > MANY else TIME_POWERS[:1]
+    # Of few rows, a network learns the rows.
+    optimizer = adam(RATE, min(1.0, FEW / len(rows.modes)))
+    plan = Plan(limits, optimizer=optimizer, powers=powers, progress=progress)
+    return train(density, table, plan, tuple(jax.random.split(train_key, 5)), begin)
+
+
+def _moments(table: Table, rows: Encoded, key: PRNGKeyArray):
+    """Mean and covariance of the numbers as the flow sees them, for proposals."""
+    encoder, some = table.encoder, slice(0, 2000)
+    numbers = Numbers(*(part[some] for part in rows[1:4]), None)
+    from jaxode.tabular.encoding import with_noise
+
+    x, _ = with_noise(encoder.box, numbers, key)
+    context = encoder.context(rows.modes[some], rows.given[some])
+    z = table.density.to_flow(x, context)
+    z = np.asarray(z if context is None else z[0], float)
+    return z.mean(axis=0), np.atleast_2d(np.cov(z.T))
+
+
+def _warn_of_dependence(encoder: Encoder, rows: Encoded) -> None:
+    numbers, names = [], []
+    for j, i in enumerate(encoder.numbers):
+        column = encoder.columns[i]
+        if not column.grids[-1] and not rows.fill[:, j].any():
+            numbers.append(rows.low[:, j])
+            names.append(column.name)
+    start = 0
+    for column in encoder.given:
+        size = column.modes if column.kind == "categorical" else 1 + column.missing
+        if column.kind != "categorical" and not column.missing:
+            numbers.append(rows.given[:, start])
+            names.append(column.name)
+        start += size
+    if len(names) < 2:
+        return
+    table = np.stack(numbers, 1).astype(float)
+    names = [name for name, deviation in zip(names, table.std(axis=0), strict=True) if deviation]
+    table = table[:, table.std(axis=0) > 0]
+    if len(table) <= table.shape[1]:
+        return
+    involved = [names[i] for i in dependent_columns(*principal_axes(table))]
+    modelled = {column.name for column in encoder.columns}
+    if modelled & set(involved):
+        warnings.warn(
+            f"tabular.fit(frame=...): columns {involved} depend on each other linearly. Together "
+            "they have no density: the likelihood has no bound. Leave one out.",
+            stacklevel=4,
+        )
