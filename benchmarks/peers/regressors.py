@@ -19,7 +19,8 @@ import jaxode
 from benchmarks.harness.regression_data import Split
 
 Array = Any  # of NumPy
-STEPS, WIDTH = 6000, 64  # of `fit` and its network: about a minute of one core
+# Of `fit`, about a minute of one core, also for five members of a small table; of its network.
+STEPS, STEPS_OF_MEMBER, WIDTH = 6000, 2000, 64
 STAGES, PATIENCE = 2000, 50  # of NGBoost, and of early stopping
 LEAVES = (1, 2, 5, 10, 20, 50)  # the least rows in a leaf of a forest, to choose from
 DRAWN = 200  # samples of a row from Treeffuser
@@ -41,28 +42,44 @@ class Forecast(NamedTuple):
 Train = Callable[[], Forecast]
 
 
-def by_jaxode(split: Split, seed: int) -> Train:
-    """The defaults of `fit`. A `y` with few levels gets its noise."""
+def by_jaxode(split: Split, seed: int, members: int = 1) -> Train:
+    """The defaults of `fit`. A `y` with few levels gets its noise.
+
+    Several `members` are one flow, whose field is the mean of theirs. Each has other rows set
+    aside, and all have the map of `y` that the first one chose.
+    """
     step = split.step
     # Level k of a `y` in steps is the cell from k to k + 1.
     to_cells = lambda y: y if step is None else y / step + 0.5
     back = lambda v: v if step is None else (v - 0.5) * step
     log_scale = 0.0 if step is None else np.log(step)
+    x: Any = np.concatenate([split.validation.x, split.train.x])
+    y: Any = np.concatenate([split.validation.y, split.train.y])
+    y = np.asarray(y if step is None else np.round(y / step), np.float32)[:, None]
+    aside = len(split.validation.y)
 
-    def column(y: Any) -> Any:
-        return np.asarray(y if step is None else np.round(y / step), np.float32)[:, None]
-
-    def train():
-        flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(1), rtol=1e-5, atol=1e-5)
-        (x, y), (x_aside, y_aside), *_ = split
-        start_key, key = jax.random.split(jax.random.key(seed))
+    def member(density, number):
+        rows = np.roll(np.arange(len(x)), -number * aside)
+        start_key, key = jax.random.split(jax.random.key(10 * seed + number))
         network = jaxode.nn.Residual(1, WIDTH, key=start_key, context_size=x.shape[1])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fit.x=")  # of repeated values
             density, _ = jaxode.fit(
-                jaxode.bind(flow, network), column(y), context=x, key=key, steps=STEPS,
-                validation=(column(y_aside), x_aside), dequantize=step is not None, progress=False,
+                density.with_params(network), y[rows[aside:]], context=x[rows[aside:]], key=key,
+                validation=(y[rows[:aside]], x[rows[:aside]]), dequantize=step is not None,
+                steps=STEPS if members == 1 else STEPS_OF_MEMBER, progress=False,
             )  # fmt: skip
+        return density
+
+    def train():
+        options = {"base": jaxode.standard_normal(1), "rtol": 1e-5, "atol": 1e-5}
+        density = jaxode.bind(jaxode.cnf(jaxode.nn.field, **options), None)
+        networks = []
+        for number in range(members):
+            density = member(density, number)
+            networks.append(density.params)
+        if members > 1:
+            density = density.with_flow(jaxode.cnf(mean_field, **options)).with_params(networks)
         single = lambda y: to_cells(y).astype(np.float32)[:, None]
         return Forecast(
             lambda x, q: back(np.asarray(density.quantile(jnp.asarray(q), context=x), float)),
@@ -71,6 +88,11 @@ def by_jaxode(split: Split, seed: int) -> Train:
         )
 
     return train
+
+
+def mean_field(t: Any, z: Any, args: Any) -> Any:
+    networks, context = args
+    return sum(network(t, z, context) for network in networks) / len(networks)
 
 
 def by_ngboost(split: Split, seed: int) -> Train:
@@ -261,6 +283,7 @@ def trained(train, validation, noise: float, rng, width: int, decay: float):
 
 CONTENDERS: dict[str, Callable[[Split, int], Train]] = {
     "jaxode": by_jaxode,
+    "jaxode, mean of 5": functools.partial(by_jaxode, members=5),
     "NGBoost": by_ngboost,
     "mixture network": by_mixture_network,
     "quantile forest": by_forest,

@@ -214,6 +214,7 @@ def of_regression(patch, of):
     patch.setattr(regression, "own_core", lambda: None)
     patch.setattr(regression, "ROWS", 5)
     patch.setattr(regressors, "STEPS", 2)
+    patch.setattr(regressors, "STEPS_OF_MEMBER", 2)
     patch.setattr(regressors, "WIDTH", 4)
     patch.setattr(regressors, "PATIENCE", 1)
     patch.setattr(regressors, "SETTINGS", ((4, 0.1),))
