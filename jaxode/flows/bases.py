@@ -65,6 +65,14 @@ class StandardNormal:
         """Independent draws in JAX's default floating dtype."""
         return jax.random.normal(key, (*sample_shape, *self.event_shape))
 
+    def cdf(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Level of each coordinate."""
+        return jax.scipy.special.ndtr(z)
+
+    def icdf(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Each coordinate at its level."""
+        return jax.scipy.special.ndtri(q)
+
 
 @dataclass(frozen=True)
 class CenteredNormal:
@@ -114,6 +122,16 @@ class DiagonalNormal(eqx.Module):
         spread = lambda leaf: jnp.broadcast_to(leaf, shape)
         noise = jax.random.normal(key, shape, self.mean.dtype)
         return spread(self.mean) + spread(jnp.exp(self.log_scale)) * noise
+
+    def cdf(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Level of each coordinate."""
+        mean, log_scale = (jnp.broadcast_to(leaf, z.shape) for leaf in (self.mean, self.log_scale))
+        return jax.scipy.special.ndtr((z - mean) * jnp.exp(-log_scale))
+
+    def icdf(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Each coordinate at its level."""
+        mean, log_scale = (jnp.broadcast_to(leaf, q.shape) for leaf in (self.mean, self.log_scale))
+        return mean + jnp.exp(log_scale) * jax.scipy.special.ndtri(q)
 
 
 @public("diagonal_normal")
@@ -243,6 +261,15 @@ def as_base(density: Any) -> BaseDensity:
     if is_base and not _has_support(density):
         return density
     return _Adapted(density, as_event_shape(event_shape), seed)
+
+
+def level_functions(base: BaseDensity) -> tuple[Any, Any]:
+    """The methods `cdf` and `icdf` of a density of one number, or None."""
+    density: Any = base.density if isinstance(base, _Adapted) else base
+    while type(density).__name__ in ("Independent", "ExpandedDistribution"):
+        density = getattr(density, "base_dist", None) or density.distribution
+    icdf = getattr(density, "icdf", getattr(density, "quantile", None))
+    return getattr(density, "cdf", None), icdf
 
 
 def has_edge(base: BaseDensity, dtype: Any) -> bool:

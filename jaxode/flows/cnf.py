@@ -360,12 +360,18 @@ class CNF(eqx.Module):
             faults |= self.f.span_faults(self.t0)
         return faults | argument_faults(system)
 
-    def _end_state(self, program, name: Samples, samples, params, key, context) -> Any:
-        """The end state of the compiled `program(system, parts, key)`."""
+    def _end_state(
+        self, program, name: Samples, samples, params, key, context, faults: Faults | None = None
+    ) -> Any:
+        """The end state of the compiled `program(system, parts, key)`.
+
+        If it fails, `faults` may be the reason, too.
+        """
         throw = self.throw is None or self.throw
         system = self._system(name, samples, params, context).raising(throw)
         key = None if key is None else check_key(key)
         solution = in_chunks(program, self.chunks, system, self._parts, key)
         if throw:
-            solution = report(solution, self._faults(name, system), self.solve_options.remedies)
+            faults = (faults or {}) | self._faults(name, system)
+            solution = report(solution, faults, self.solve_options.remedies)
         return solution.y1

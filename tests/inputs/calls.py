@@ -56,6 +56,7 @@ OWN = {
 TRAINING = {"x": TABLE, "key": KEY, "steps": 1, "progress": False, "optimizer": optax.adam(1e-2)}
 SOLVE = {"f": decay, "y0": ONE, "t0": 0.0, "t1": 1.0, "args": S}
 SAMPLES, DRAWS = {"params": S, "x": X}, {"params": S, "key": KEY, "n": 3}
+OF_A_NUMBER = {"flow": jaxode.cnf(decay, jaxode.standard_normal(1)), "params": S}
 WITH_CONTEXTS = {
     "flow": jaxode.cnf(nn.field, FLOW.base), "params": CONDITIONAL, "standardize_context": CONTEXTS,
 }  # fmt: skip
@@ -72,6 +73,8 @@ USUAL = {
     "bind": {"flow": FLOW, "params": S}, "bind in float32": {"flow": FLOW, "params": None},
     "log_prob of a density": {**SAMPLES, "x": TABLE}, "sample of a density": {"key": KEY},
     "to_flow of a density": {**SAMPLES, "x": TABLE},
+    "cdf of a density": {**OF_A_NUMBER, "x": TABLE[:, :1]},
+    "quantile of a density": {**OF_A_NUMBER, "q": np.array([0.1, 0.9])},
     "log_prob of a density with names": {**SAMPLES, **NAMED, "x": TABLE},
     "log_prob of a density with contexts": {"x": TABLE[:4], **WITH_CONTEXTS},
     "to_flow of a density with contexts": {"x": TABLE[:4], **WITH_CONTEXTS},

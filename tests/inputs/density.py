@@ -99,6 +99,19 @@ ROWS = {
         ({"x": TABLE + 1j}, "must be real; got complex128."),
         ({"x": [[1.0, 2.0], [3.0]]}, "~; got a list whose entries differ in shape."),
     ],
+    ("cdf of a density", ValueError): [
+        ({"flow": FLOW}, "^cdf: needs events of one number; got events of shape (2,). Take the"),
+        ({"x": TABLE}, "must have shape [..., 1]; got (40, 2)."),
+        ({"context": CONTEXTS, "context_shape": (2,)}, "must be one of shape (2,), or one for ea"),
+    ],
+    ("cdf of a density", TypeError): [({"x": "a"}, "must be an array of numbers; got an array of")],
+    ("quantile of a density", ValueError): [
+        ({"flow": FLOW}, "^quantile: needs events of one number; got events of shape (2,). Take"),
+        *(({"q": q}, f"levels must lie strictly between 0 and 1; got {q}. Leave out 0 and 1, whic")
+          for q in (0.0, 1.0, -0.5, np.nan, np.array([0.5, 1.0]))),
+        ({"context": None, "context_shape": (2,)}, "must be given, with arrays of shape (2,), as"),
+    ],
+    ("quantile of a density", TypeError): [({"q": 1j}, "must be real; got complex128.")],
     ("to_flow of a density", TypeError): [
         ({"x": TABLE.astype(object)}, "must be an array of numbers; got an array of object"),
     ],

@@ -32,6 +32,7 @@ from benchmarks.cases import (
     memory,
     posterior,
     ragged,
+    regression,
     regularizers,
     rows,
     stiff,
@@ -40,7 +41,7 @@ from benchmarks.cases import (
 )
 from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import benchmark, fairness, problems, runner, show
-from benchmarks.peers import estimators, flows, odes
+from benchmarks.peers import estimators, flows, odes, regressors
 
 pytestmark = pytest.mark.shown
 # The same for all, so that the steps are compiled once.
@@ -208,6 +209,23 @@ def of_table(patch, of):
     yield tables.Case("banana", name, setting, 0).name, 2.5
 
 
+def of_regression(patch, of):
+    """A small table of its own, with levels."""
+    patch.setattr(regression, "own_core", lambda: None)
+    patch.setattr(regression, "ROWS", 5)
+    patch.setattr(regressors, "STEPS", 2)
+    patch.setattr(regressors, "STEPS_OF_MEMBER", 2)
+    patch.setattr(regressors, "WIDTH", 4)
+    patch.setattr(regressors, "PATIENCE", 1)
+    patch.setattr(regressors, "SETTINGS", ((4, 0.1),))
+    patch.setattr(regressors, "LEAVES", (5,))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 2))
+    y = np.round(x[:, :1] + 0.3 * rng.standard_normal((60, 1)))
+    patch.setattr(regression, "read", lambda name: np.hstack([x, y]))
+    yield regression.Case("wine", of, 0).name, 0.0
+
+
 # Matching alone is the first phase of matching and then likelihood. Of contenders for tables that
 # share their settings, one has them all; widths are one.
 TRAININGS = [name for name in to_level.PHASES if name != "jaxode, Residual, matching"]
@@ -218,10 +236,12 @@ OF_TABLES = [
     for setting in each.settings
     if not setting or (name in WITH_SETTINGS and setting != "width 256")
 ]
+MODULES = {"quantile": "quantile_forest"}
 RUNS = [(name, of_sizes, name) for name in cases.BENCHMARKS]
 RUNS += [("time_to_nll", of_training, contender) for contender in TRAININGS]
 RUNS += [("posterior", of_posterior, contender) for contender in posterior.CONTENDERS]
 RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
+RUNS += [("regression", of_regression, contender) for contender in regressors.CONTENDERS]
 
 
 @pytest.mark.slow  # dozens of programs are compiled, which are those of other libraries, too
@@ -231,8 +251,20 @@ RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
 )
 def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
     library = of.replace(",", " ").replace(";", " ").split(".")[0].split()[0].lower()
-    if library in ("torchcfm", "torchdiffeq", "zuko", "flowjax", "sbi"):
-        pytest.importorskip(library, reason=f"{library} is installed for benchmarks: make bench")
+    if library in (
+        "torchcfm",
+        "torchdiffeq",
+        "zuko",
+        "flowjax",
+        "sbi",
+        "ngboost",
+        "quantile",
+        "treeffuser",
+    ):
+        pytest.importorskip(
+            MODULES.get(library, library),
+            reason=f"{library} is installed for benchmarks: make bench",
+        )
     if name == "cores" and not hasattr(jax.lax, "pcast"):
         pytest.skip("needs JAX 0.8 or newer")
     for case, seconds in small(quick, of):
@@ -249,6 +281,9 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
         assert picture.stat().st_size > 0
     if name == "time_to_nll":
         assert result["steps"] == 2 * len(to_level.PHASES[of])
+    if name == "regression":
+        assert result["crps"] < 1.5
+        assert set(result["covered"]) == {"50", "90"}
     if name == "tables":
         assert (result["rows"], result["columns"]) == (96, 3)
         assert result["times"] == list(result["scores"]) == ["1.5", "2.5"][";" in of :]

@@ -1,0 +1,291 @@
+"""Regressors with uncertainty for `regression`, each set as its own documentation advises.
+
+A contender is a function of the split and a seed. It imports its library and returns a function
+that trains and returns a `Forecast`, whose time is that of training, compilation included.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxode
+from benchmarks.harness.regression_data import Split
+
+Array = Any  # of NumPy
+# Of `fit`, about a minute of one core, also for five members of a small table; of its network.
+STEPS, STEPS_OF_MEMBER, WIDTH = 6000, 2000, 64
+STAGES, PATIENCE = 2000, 50  # of NGBoost, and of early stopping
+LEAVES = (1, 2, 5, 10, 20, 50)  # the least rows in a leaf of a forest, to choose from
+DRAWN = 200  # samples of a row from Treeffuser
+# Mixtures: components, the least scale in those of `y`, looks, and settings to choose from.
+COMPONENTS, LEAST, LOOKS = 8, 1e-3, 400
+SETTINGS = tuple((width, decay) for width in (64, 256) for decay in (1e-4, 0.1))
+
+
+class Forecast(NamedTuple):
+    """The distribution of `y` of each row, in its units."""
+
+    quantiles: Callable[[Array, Sequence[float]], Array]
+    """Of rows `x` and levels: `[rows, levels]`."""
+    log_density: Callable[[Array, Array], Array] | None = None
+    """Of rows `x`, and one `y` for each."""
+    cdf: Callable[[Array, Array], Array] | None = None
+
+
+Train = Callable[[], Forecast]
+
+
+def by_jaxode(split: Split, seed: int, members: int = 1) -> Train:
+    """The defaults of `fit`. A `y` with few levels gets its noise.
+
+    Several `members` are one flow, whose field is the mean of theirs. Each has other rows set
+    aside, and all have the map of `y` that the first one chose.
+    """
+    step = split.step
+    # Level k of a `y` in steps is the cell from k to k + 1.
+    to_cells = lambda y: y if step is None else y / step + 0.5
+    back = lambda v: v if step is None else (v - 0.5) * step
+    log_scale = 0.0 if step is None else np.log(step)
+    x: Any = np.concatenate([split.validation.x, split.train.x])
+    y: Any = np.concatenate([split.validation.y, split.train.y])
+    y = np.asarray(y if step is None else np.round(y / step), np.float32)[:, None]
+    aside = len(split.validation.y)
+
+    def member(density, number):
+        rows = np.roll(np.arange(len(x)), -number * aside)
+        start_key, key = jax.random.split(jax.random.key(10 * seed + number))
+        network = jaxode.nn.Residual(1, WIDTH, key=start_key, context_size=x.shape[1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fit.x=")  # of repeated values
+            density, _ = jaxode.fit(
+                density.with_params(network), y[rows[aside:]], context=x[rows[aside:]], key=key,
+                validation=(y[rows[:aside]], x[rows[:aside]]), dequantize=step is not None,
+                steps=STEPS if members == 1 else STEPS_OF_MEMBER, progress=False,
+            )  # fmt: skip
+        return density
+
+    def train():
+        options = {"base": jaxode.standard_normal(1), "rtol": 1e-5, "atol": 1e-5}
+        density = jaxode.bind(jaxode.cnf(jaxode.nn.field, **options), None)
+        networks = []
+        for number in range(members):
+            density = member(density, number)
+            networks.append(density.params)
+        if members > 1:
+            density = density.with_flow(jaxode.cnf(mean_field, **options)).with_params(networks)
+        single = lambda y: to_cells(y).astype(np.float32)[:, None]
+        return Forecast(
+            lambda x, q: back(np.asarray(density.quantile(jnp.asarray(q), context=x), float)),
+            lambda x, y: np.asarray(density.log_prob(single(y), context=x), float) - log_scale,
+            lambda x, y: np.asarray(density.cdf(single(y), context=x), float),
+        )
+
+    return train
+
+
+def mean_field(t: Any, z: Any, args: Any) -> Any:
+    networks, context = args
+    return sum(network(t, z, context) for network in networks) / len(networks)
+
+
+def by_ngboost(split: Split, seed: int) -> Train:
+    """Normals by natural gradients, up to 2,000 stages as in its paper."""
+    from ngboost import NGBRegressor
+    from scipy import stats
+
+    def train():
+        model = NGBRegressor(n_estimators=STAGES, verbose=False, random_state=seed)
+        aside = {"X_val": split.validation.x, "Y_val": split.validation.y}
+        model.fit(*split.train, **aside, early_stopping_rounds=PATIENCE)
+
+        def normal(x):
+            fitted = model.pred_dist(x, max_iter=model.best_val_loss_itr)
+            return fitted.loc, fitted.scale
+
+        return Forecast(
+            lambda x, q: stats.norm.ppf(np.asarray(q)[:, None], *normal(x)).T,
+            lambda x, y: stats.norm.logpdf(y, *normal(x)),
+            lambda x, y: stats.norm.cdf(y, *normal(x)),
+        )
+
+    return train
+
+
+def by_forest(split: Split, seed: int) -> Train:
+    """The least rows in a leaf are those with the least loss of the validation rows."""
+    from quantile_forest import RandomForestQuantileRegressor
+
+    levels = (np.arange(19) + 1) / 20
+
+    def train():
+        def fitted(leaf):
+            forest = RandomForestQuantileRegressor(min_samples_leaf=leaf, random_state=seed)
+            return forest.fit(*split.train)
+
+        def loss(forest):
+            (x, y) = split.validation
+            return pinball(forest.predict(x, quantiles=list(levels)), y, levels).mean()
+
+        best = min(map(fitted, LEAVES), key=loss)
+
+        def quantiles(x, q):
+            return np.asarray(best.predict(x, quantiles=list(q))).reshape(len(x), len(q))
+
+        return Forecast(quantiles)
+
+    return train
+
+
+def pinball(quantiles: Array, y: Array, levels: Array) -> Array:
+    """The loss of quantiles `[rows, levels]`; twice its mean over many levels is the CRPS."""
+    over = y[:, None] - quantiles
+    return np.maximum(levels * over, (levels - 1) * over)
+
+
+def by_treeffuser(split: Split, seed: int) -> Train:
+    """Its defaults; it sets rows aside itself. Quantiles are those of samples."""
+    from treeffuser import Treeffuser
+
+    def train():
+        model = Treeffuser(seed=seed, n_jobs=1)
+        x, y = (np.concatenate(parts) for parts in zip(split.train, split.validation, strict=True))
+        model.fit(x, y)
+
+        def quantiles(x, q):
+            drawn = model.sample(x, n_samples=DRAWN, seed=seed, verbose=False)
+            return np.quantile(np.reshape(drawn, (DRAWN, len(x))), q, axis=0).T
+
+        return Forecast(quantiles)
+
+    return train
+
+
+def by_mixture_network(split: Split, seed: int) -> Train:
+    """A network of two layers for the weights, means and scales of normals, in JAX."""
+    rng = np.random.default_rng(seed)
+    mean, scale = split.train.y.mean(), split.train.y.std()
+    noise = 0.0 if split.step is None else split.step / scale
+    inputs = lambda rows: (jnp.asarray(rows.x), jnp.asarray((rows.y - mean) / scale, jnp.float32))
+
+    def train():
+        found = [
+            trained(inputs(split.train), inputs(split.validation), noise, rng, *each)
+            for each in SETTINGS
+        ]
+        params, _ = min(found, key=lambda one: one[1])
+        of_rows = jax.jit(lambda x: mixture(params, x))
+        standard = lambda y: jnp.asarray((np.asarray(y) - mean) / scale, jnp.float32)
+
+        def quantiles(x, q):
+            q = jnp.broadcast_to(jnp.asarray(q, jnp.float32), (len(x), len(q)))
+            return mean + scale * np.asarray(mixture_quantiles(*of_rows(x), q), float)
+
+        def log_density(x, y):
+            return np.asarray(mixture_log_density(*of_rows(x), y=standard(y))) - np.log(scale)
+
+        def cdf(x, y):
+            return np.asarray(mixture_cdf(*of_rows(x), y=standard(y)[:, None]), float)[:, 0]
+
+        return Forecast(quantiles, log_density, cdf)
+
+    return train
+
+
+def mixture(params: Any, x: Any) -> tuple[Any, Any, Any]:
+    """Logarithms of the weights, means and scales, each `[rows, components]`."""
+    *hidden, (weight, bias) = params
+    for w, b in hidden:
+        x = jax.nn.silu(x @ w + b)
+    logits, means, scales = jnp.split(x @ weight + bias, 3, axis=-1)
+    return jax.nn.log_softmax(logits), means, jax.nn.softplus(scales) + LEAST
+
+
+def mixture_log_density(log_weights, means, scales, y):
+    return jax.nn.logsumexp(log_weights + jax.scipy.stats.norm.logpdf(y[:, None], means, scales), 1)
+
+
+def mixture_cdf(log_weights, means, scales, y):
+    """At `[rows, levels]`."""
+    each = lambda part: part[:, None]
+    of_parts = jax.scipy.stats.norm.cdf(y[..., None], each(means), each(scales))
+    return jnp.sum(jnp.exp(each(log_weights)) * of_parts, axis=-1)
+
+
+@jax.jit
+def mixture_quantiles(log_weights, means, scales, q):
+    """By bisection."""
+    ends = jnp.min(means - 6 * scales, 1), jnp.max(means + 6 * scales, 1)
+    low, high = (jnp.broadcast_to(end[:, None], q.shape) for end in ends)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        below = mixture_cdf(log_weights, means, scales, middle) < q
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 40, halve, (low, high))
+    return 0.5 * (low + high)
+
+
+def trained(train, validation, noise: float, rng, width: int, decay: float):
+    """The best parameters on the validation rows, and their loss: AdamW at 1e-3, batches of 256,
+    until 50 looks in a row, 50 steps apart, are no better, or after 400."""
+    (x, y), columns = train, train[0].shape[1]
+    sizes = [columns, width, width, 3 * COMPONENTS]
+    params = [
+        (jnp.asarray(rng.normal(0, 1 / np.sqrt(a), (a, b)), jnp.float32), jnp.zeros(b))
+        for a, b in itertools.pairwise(sizes)
+    ]
+    weight, bias = params[-1]
+    spread = np.concatenate([np.zeros(COMPONENTS), np.linspace(-1.5, 1.5, COMPONENTS)])
+    bias = bias + jnp.asarray(np.concatenate([spread, np.zeros(COMPONENTS)]), jnp.float32)
+    params[-1] = 0.1 * weight, bias
+    optimizer = optax.adamw(1e-3, weight_decay=decay)
+
+    def loss(params, x, y):
+        return -jnp.mean(mixture_log_density(*mixture(params, x), y))
+
+    @jax.jit
+    def steps(params, state, key):
+        def step(carry, key):
+            params, state = carry
+            row_key, noise_key = jax.random.split(key)
+            rows = jax.random.randint(row_key, (256,), 0, len(x))
+            noisy = y[rows] + noise * jax.random.uniform(noise_key, (256,), minval=-0.5, maxval=0.5)
+            gradient = jax.grad(loss)(params, x[rows], noisy)
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (params, state), jax.random.split(key, 50))
+        return params, state
+
+    aside_x, aside_y = validation
+    aside_y = aside_y + noise * jnp.asarray(rng.uniform(-0.5, 0.5, aside_y.shape), jnp.float32)
+    look = jax.jit(functools.partial(loss, x=aside_x, y=aside_y))
+    state, key = optimizer.init(params), jax.random.key(int(rng.integers(2**31)))
+    best, least, worse = params, np.inf, 0
+    for _ in range(LOOKS):
+        if worse == PATIENCE:
+            break
+        key, subkey = jax.random.split(key)
+        params, state = steps(params, state, subkey)
+        nats = float(look(params))
+        best, least, worse = (params, nats, 0) if nats < least else (best, least, worse + 1)
+    return best, least
+
+
+CONTENDERS: dict[str, Callable[[Split, int], Train]] = {
+    "jaxode": by_jaxode,
+    "jaxode, mean of 5": functools.partial(by_jaxode, members=5),
+    "NGBoost": by_ngboost,
+    "mixture network": by_mixture_network,
+    "quantile forest": by_forest,
+    "Treeffuser": by_treeffuser,
+}
