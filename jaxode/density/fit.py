@@ -324,7 +324,7 @@ def adam(rate: float, decay: float = 0.0) -> Any:
 
     return optax.chain(
         optax.clip_by_global_norm(LONGEST),
-        optax.scale_byadam(),
+        optax.scale_by_adam(),
         optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params)),
         optax.scale_by_learning_rate(rate),
     )

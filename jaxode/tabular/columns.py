@@ -14,7 +14,7 @@ import numpy as np
 # A repeated number is a mode if this part of the rows have it, and so many times as many as its
 # neighbours, the next numbers that are as round; and if there are few, all are.
 OFTEN, PEAK, NEAR, FEW_VALUES = 0.02, 4.0, 10, 20
-# A coarser grid may be a mode if this part of the rows lie on it; at most so many grids are, each of
+# A coarser grid may be a mode if this part of the rows lie on it. At most so many are, each of
 # which gains so many nats in all.
 ON_GRID, GRIDS, COST = 0.05, 3, 10.0
 RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)

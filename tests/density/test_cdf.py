@@ -30,7 +30,7 @@ def bound(a, base=NORMAL, **given):
     return jaxode.bind(jaxode.cnf(growing, base, **TIGHT), a, **given)
 
 
-LEARNED = jaxode.distributions.DiagonalNormal(jnp.array([2.0]), jnp.log(jnp.array([0.5])))
+LEARNED = jaxode.flows.bases.DiagonalNormal(jnp.array([2.0]), jnp.log(jnp.array([0.5])))
 # A density, and the distribution that it has.
 CLOSED = {
     "a normal": (bound(STILL), stats.norm()),
