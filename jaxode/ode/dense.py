@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known
-from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.rows import entry_of_each
+from jaxode.ode.loop.trajectory import Curve, Step, Trajectory
 from jaxode.ode.solvers.base import Method
 
 
@@ -22,7 +22,7 @@ class StepsPath(eqx.Module):
     At the time of a change, it is the state before.
     """
 
-    steps: Steps
+    steps: Trajectory
     """Of the pieces of the solve, along the leading axes."""
     ends: Float[Array, "pieces rows"]
     """Where each piece ends."""
@@ -31,7 +31,9 @@ class StepsPath(eqx.Module):
     method: Method = eqx.field(static=True)
 
     def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
-        steps, (pieces, length) = self.steps, self.steps.y.shape[:2]
+        steps, y, k = self.steps, self.steps.y, self.steps.k
+        assert y is not None
+        pieces, length = y.shape[:2]
         number = jnp.arange(length, dtype=jnp.int32)[None, :, None]
         ends, last, along = jax.lax.stop_gradient((steps.times[:, 1:], self.ends, t))
         # The index of the step: how many steps end before the time.
@@ -46,9 +48,9 @@ class StepsPath(eqx.Module):
             entry_of_each(merged(times), index)
             for times in (steps.times[:, :-1], steps.times[:, 1:])
         )
-        y = entry_of_each(merged(steps.y), index)
-        k = jax.vmap(entry_of_each, (1, None))(merged(steps.k), index)
-        return Curve.of(self.method, start, end - start, y, k).at(t)
+        y = entry_of_each(merged(y), index)
+        k = jax.vmap(entry_of_each, (1, None))(merged(k), index)
+        return Curve.of(self.method, Step(start, end - start, y, k)).at(t)
 
 
 class Interpolant(eqx.Module):

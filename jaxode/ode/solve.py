@@ -22,7 +22,7 @@ from jaxode.ode.dense import Interpolant, StepsPath
 from jaxode.ode.events import Event, solve_to_event
 from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.outputs import padded
+from jaxode.ode.loop.outputs import beyond, padded
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.pieces import Cuts, Jumps, check_jumps, solve_pieces
@@ -35,7 +35,7 @@ from jaxode.ode.system import (
     change_on_rows,
     condition_on_rows,
     make_system,
-    pose,
+    to_problem,
 )
 
 
@@ -323,8 +323,8 @@ def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
 
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
-    problem, stepper, ravel = pose(system)
-    args = eqx.combine(problem.args, system.args(problem.t0, problem.t1))
+    problem, stepper, ravel = to_problem(system)
+    args = eqx.combine(problem.args, (system.shared, system.row_args))
     event, jumps = system.event, system.jumps
 
     def closed_change(of):
@@ -344,22 +344,22 @@ def run(system: System) -> Solution:
             solve_to_event, event, condition, stepper=stepper, adjoint=system.adjoint
         )
         most = event.most or 0
-    cuts = system.cuts_on_rows(problem.t0.shape[0])
+    given, cuts = problem, system.cuts_on_rows(problem.t0.shape[0])
     ends, signs = problem.t1[None], jnp.sign(problem.t1 - problem.t0)
     if most or any(times is not None for times in cuts.values()):
         at_jump = None if jumps is None else closed_change("jumps")
         at_event = closed_change("event") if most else None
         problem, out, ends = solve_pieces(
             solve_piece, problem, stepper, Cuts.of(problem, **cuts),
-            all_hold(problem, stepper, **cuts), at_jump, at_event, most,
+            all_hold(problem, stepper.controller, **cuts), at_jump, at_event, most,
         )  # fmt: skip
     else:
         problem, out = solve_piece(problem)
-        out = out._replace(steps=jax.tree.map(lambda x: x[None], out.steps))
+        out = out._replace(trajectory=jax.tree.map(lambda x: x[None], out.trajectory))
     interpolant = None
-    if out.steps is not None:
+    if out.trajectory is not None:
         interpolant = Interpolant(
-            path=StepsPath(out.steps, ends, signs, stepper.method),
+            path=StepsPath(out.trajectory, ends, signs, stepper.method),
             t0=problem.t0,
             t1=problem.t1,
             ok=out.result == Result.SUCCESS,
@@ -367,7 +367,13 @@ def run(system: System) -> Solution:
             ravel=ravel,
             batch=system.batch,
         )
-    ys = None if out.ys is None else jax.vmap(ravel.back)(padded(problem, out.ys))
+    ys = None
+    if out.ys is not None:
+        ys = padded(problem, out.ys)
+        if out.stopped is not None:  # beyond the event, they are its state
+            after = out.stopped[None] & beyond(given, problem.t1)
+            ys = jnp.where(after[..., None], out.y1[None], ys)
+        ys = jax.vmap(ravel.back)(ys)
     y1 = ravel.back(out.y1)
     if system.batch is None:
         y1, ys = jax.tree.map(lambda x: x[0], y1), jax.tree.map(lambda x: x[:, 0], ys)

@@ -32,7 +32,8 @@ from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
-from jaxode.ode.system import System, pose
+from jaxode.ode.system import System
+from jaxode.ode.system import to_problem as pose
 
 
 class NLLStats(NamedTuple):

@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, Int
 from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
-from jaxode.ode.adjoints.tape import Step, walk_back
+from jaxode.ode.adjoints.replay import walk_back
 from jaxode.ode.loop.problem import weighted_sum
-from jaxode.ode.loop.rows import one_row, over_rows
+from jaxode.ode.loop.rows import one_row
+from jaxode.ode.loop.rows import reduce_rows as over_rows
+from jaxode.ode.loop.trajectory import Step
 from jaxode.ode.solvers.base import Method
 
 
