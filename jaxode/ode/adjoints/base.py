@@ -124,10 +124,6 @@ class Solved(NamedTuple):
         """How a step moves with the ends."""
         return step_tangents(self.problem, t, h, number, self.stepper.stop is not None)
 
-    # Names that `flows/likelihood` still uses.
-    speeds = step_tangents
-    replaced = property(lambda self: self.masked)
-
     def parts(self, params: PyTree) -> tuple[Any, ...]:
         """`(field, args, *others)` with these differentiated leaves."""
         return eqx.combine(params, self.rest)
