@@ -108,41 +108,61 @@ class Cuts(NamedTuple):
         return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, last)
 
 
-def solve_pieces(
-    solve: Callable[[Problem], tuple[Problem, Integration]],
-    problem: Problem,
-    stepper: Stepper,
-    cuts: Cuts,
-    valid: Bool[Array, " rows"],
-    at_jump: Change | None,
-    at_event: Change | None,
-    most: int,
-) -> tuple[Problem, Integration, Float[Array, "pieces rows"]]:
-    """Scan `solve`, which returns a piece with its end, over the pieces of each row.
+class Pieces(NamedTuple):
+    """How to solve a problem piece by piece."""
 
-    A piece ends at the next cut, or at an event. `at_event` changes the state at so many events at
-    `most`; the next one ends the solve. The times of both have derivatives. They are the start of
-    the next piece, so those of what follows are right, too.
-    """
-    problem, cuts, valid = vary_alike((problem, cuts.then(problem.t1), valid))
-    last = len(cuts.times) - 1
+    solve: Callable[[Problem], tuple[Problem, Integration]]
+    """Solves a piece, and returns it with its end."""
+    problem: Problem
+    stepper: Stepper
+    cuts: Cuts
+    at_jump: Change | None
+    at_event: Change | None
+    most: int
+    """How many events change the state, by `at_event`; the next one ends the solve."""
 
-    def piece(carry: "_Carry", index):
+    def run(
+        self, valid: Bool[Array, " rows"]
+    ) -> tuple[Problem, Integration, Float[Array, "pieces rows"]]:
+        """Scan over the pieces of each row, which end at the next cut, or at an event.
+
+        The times of both have derivatives. They are the start of the next piece, so those of what
+        follows are right, too.
+        """
+        problem, cuts = self.problem, self.cuts.then(self.problem.t1)
+        problem, cuts, valid = vary_alike((problem, cuts, valid))
+        numbers = jnp.arange(len(cuts.times) + self.most, dtype=jnp.int32)
+        # Solved again on the way back: the tapes of all pieces would be written and kept, which
+        # takes as long, or longer, and ten times the memory.
+        piece = jax.checkpoint(self._replace(problem=problem, cuts=cuts)._piece, prevent_cse=False)
+        start = vary_alike((_Carry.start(problem, valid), numbers))
+        end, (trajectory, ends, ended) = jax.lax.scan(piece, *start)
+        ys = end.ys
+        if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
+            ys = jnp.where((end.result == Result.SUCCESS)[None, :, None], ys, end.y[None])
+        if ended is not None:
+            ended, problem = ended.any(axis=0), problem._replace(t1=end.t)
+        reached = jax.lax.stop_gradient(end.reached)
+        out = Integration(end.y, ys, end.stats, end.result, reached, end.h, trajectory, ended)
+        return problem, out, ends
+
+    def _piece(self, carry: "_Carry", index: Int[Array, ""]):
+        last, args = len(self.cuts.times) - 1, self.problem.args
         place = jnp.minimum(index - carry.events, last)
-        cut = jax.tree.map(lambda x: entry_of_each(x, place), cuts)
-        part, inside, result = _next_piece(problem, stepper, cut, carry, index)
-        part, out = solve(part)
+        cut = jax.tree.map(lambda x: entry_of_each(x, place), self.cuts)
+        part, inside, result = self._next(carry, cut, index)
+        part, out = self.solve(part)
         solved, ys = carry.going & (result == Result.SUCCESS), carry.ys
         if inside is not None and out.ys is not None:
             ys = _with_piece(ys, out.ys, inside)
         result = jnp.where(solved, out.result, result)
         came = solved & (result == Result.SUCCESS)
         stopped = jnp.zeros_like(came) if out.stopped is None else came & out.stopped
-        again, at_cut, y = stopped & (carry.events < most), came & ~stopped, out.y1
-        if at_jump is not None:
-            y = _changed(at_jump, at_cut & cut.jumps, part.t1, cut.number, y, problem.args)
-        if at_event is not None:
-            y = _changed(at_event, again, part.t1, carry.events, y, problem.args)
+        again, at_cut, y = stopped & (carry.events < self.most), came & ~stopped, out.y1
+        if self.at_jump is not None:
+            y = _changed(self.at_jump, at_cut & cut.jumps, part.t1, cut.number, y, args)
+        if self.at_event is not None:
+            y = _changed(self.at_event, again, part.t1, carry.events, y, args)
         # What has come to its end rests. What failed goes on, for NaN gradients by later times.
         rests = ~carry.going & (result == Result.SUCCESS)
         # After a change, the step size says nothing, nor does that of an empty piece.
@@ -163,21 +183,29 @@ def solve_pieces(
         ended = None if out.stopped is None else stopped & ~again
         return kept, (out.trajectory, part.t1, ended)
 
-    start = _Carry.start(problem, valid)
-    # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
-    # as long, or longer, and ten times the memory.
-    end, (trajectory, ends, ended) = jax.lax.scan(
-        jax.checkpoint(piece, prevent_cse=False),
-        *vary_alike((start, jnp.arange(last + 1 + most, dtype=jnp.int32))),
-    )
-    ys = end.ys
-    if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
-        ys = jnp.where((end.result == Result.SUCCESS)[None, :, None], ys, end.y[None])
-    if ended is not None:
-        ended, problem = ended.any(axis=0), problem._replace(t1=end.t)
-    reached = jax.lax.stop_gradient(end.reached)
-    out = Integration(end.y, ys, end.stats, end.result, reached, end.h, trajectory, ended)
-    return problem, out, ends
+    def _next(self, carry: "_Carry", cut: Cuts, index: Int[Array, ""]):
+        """The piece up to a cut, which outputs lie inside, and the result so far."""
+        problem, going = self.problem, carry.going
+        lost = self.stepper.controller.is_lost(carry.y, carry.t)
+        lost &= going & (carry.result == Result.SUCCESS)
+        cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
+        result = jnp.where(lost, cause.astype(jnp.int32), carry.result)
+        # A row that has come to its end has an empty piece there. One that failed takes no steps,
+        # and adds nothing to the gradients of others.
+        end = jnp.where(going | (result != Result.SUCCESS), cut.times, carry.t)
+        start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
+        part, inside = problem._replace(y0=carry.y, t0=start, t1=end), None
+        if problem.piece is not None:  # with breakpoints, whose pieces go on with the same step
+            # An empty piece between a jump and a breakpoint at the same time lies before that.
+            before = jnp.sign(problem.t1 - problem.t0) * 8 * jnp.finfo(end.dtype).eps * jnp.abs(end)
+            first = (carry.t == end) & cut.counted & ~cut.jumps
+            first = jnp.where(first, end - before, carry.t)
+            piece = jax.lax.stop_gradient(jnp.stack([first, end], axis=1))
+            part = part._replace(piece=piece, h0=carry.h)
+        if problem.ts is not None:
+            inside = _after(problem, carry.t, index) & ~beyond(problem, end) & going[None]
+            part = _with_outputs(part, inside)
+        return part, inside, result
 
 
 class _Carry(NamedTuple):
@@ -202,29 +230,6 @@ class _Carry(NamedTuple):
         result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
         going, h = jnp.ones_like(valid), jnp.full_like(t, jnp.nan)
         return cls(t, y, ys, result, t, Stats(*[none] * 4), going, none, h)
-
-
-def _next_piece(problem: Problem, stepper: Stepper, cut: Cuts, carry: _Carry, index):
-    """The piece up to a cut, which outputs lie inside, and the result so far."""
-    going = carry.going
-    lost = stepper.controller.is_lost(carry.y, carry.t) & going & (carry.result == Result.SUCCESS)
-    cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
-    result = jnp.where(lost, cause.astype(jnp.int32), carry.result)
-    # A row that has come to its end has an empty piece there. One that failed takes no steps, and
-    # adds nothing to the gradients of others.
-    end = jnp.where(going | (result != Result.SUCCESS), cut.times, carry.t)
-    start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
-    part, inside = problem._replace(y0=carry.y, t0=start, t1=end, h0=carry.h), None
-    if problem.piece is not None:
-        # An empty piece between a jump and a breakpoint at the same time lies before that.
-        before = jnp.sign(problem.t1 - problem.t0) * 8 * jnp.finfo(end.dtype).eps * jnp.abs(end)
-        first = (carry.t == end) & cut.counted & ~cut.jumps
-        first = jnp.where(first, end - before, carry.t)
-        part = part._replace(piece=jax.lax.stop_gradient(jnp.stack([first, end], axis=1)))
-    if problem.ts is not None:
-        inside = _after(problem, carry.t, index) & ~beyond(problem, end) & going[None]
-        part = _with_outputs(part, inside)
-    return part, inside, result
 
 
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
