@@ -15,7 +15,7 @@ from jaxode._jax.sharding import axes_of
 T = TypeVar("T")
 
 
-def filled(dot: Array | None, like: Array) -> Array:
+def instantiate_zeros(dot: Array | None, like: Array) -> Array:
     """The tangent or cotangent. Zero if JAX knows that it is zero."""
     return jnp.zeros_like(like) if dot is None else dot
 
@@ -112,7 +112,7 @@ batching.primitive_batchers[_moved] = _batched
 mlir.register_lowering(_moved, lambda _, *leaves, rule, count: list(leaves[:count]))
 
 
-def moving(
+def with_time_tangent(
     x: Float[Array, "..."], t: Float[Array, "..."], slope: Callable[..., Array], *inputs: Any
 ) -> Float[Array, "..."]:
     """`x`, which moves along `slope(x, t, *inputs)` if `t` moves."""

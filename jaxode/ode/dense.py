@@ -11,55 +11,24 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_real_times
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import is_known
-from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.rows import entry_of_each
+from jaxode.ode.loop.trajectory import Curve, Step, Trajectory
 from jaxode.ode.solvers.base import Method
-
-
-class StepsPath(eqx.Module):
-    """The path `[samples, n]` at a time for each row, from the dense output of recorded steps.
-
-    At the time of a change, it is the state before.
-    """
-
-    steps: Steps
-    """Of the pieces of the solve, along the leading axes."""
-    ends: Float[Array, "pieces rows"]
-    """Where each piece ends."""
-    sign: Float[Array, " rows"]
-    """The sign of the direction of time."""
-    method: Method = eqx.field(static=True)
-
-    def __call__(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
-        steps, (pieces, length) = self.steps, self.steps.y.shape[:2]
-        number = jnp.arange(length, dtype=jnp.int32)[None, :, None]
-        ends, last, along = jax.lax.stop_gradient((steps.times[:, 1:], self.ends, t))
-        # The index of the step: how many steps end before the time.
-        sign = self.sign[None]
-        last = jnp.concatenate([sign * last[:-1], jnp.full_like(last[:1], jnp.inf)])[:, None]
-        taken = number < steps.count.reshape(pieces, 1, -1) - 1
-        ends = jnp.where(taken, sign[None] * ends, last)
-        ends = ends.reshape(pieces * length, -1)
-        index = jax.vmap(jnp.searchsorted)(ends.T, self.sign * along)
-        merged = lambda x: x.reshape(-1, *x.shape[2:])
-        start, end = (
-            entry_of_each(merged(times), index)
-            for times in (steps.times[:, :-1], steps.times[:, 1:])
-        )
-        y = entry_of_each(merged(steps.y), index)
-        k = jax.vmap(entry_of_each, (1, None))(merged(steps.k), index)
-        return Curve.of(self.method, start, end - start, y, k).at(t)
 
 
 class Interpolant(eqx.Module):
     """A solution as a function of time, between its ends."""
 
-    path: StepsPath
+    trajectory: Trajectory
+    """Of the pieces of the solve, along the leading axes."""
+    ends: Float[Array, "pieces rows"]
+    """Where each piece ends."""
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ok: Bool[Array, " rows"]
     y1: Float[Array, "samples n"]
     """The end state. NaN in a failed row, whose whole path is then NaN."""
+    method: Method = eqx.field(static=True)
     ravel: Any = eqx.field(static=True)
     """Its `back` maps rows to states."""
     batch: Any = eqx.field(static=True)
@@ -90,9 +59,9 @@ class Interpolant(eqx.Module):
         # At times outside, powers of which may be infinite, nothing is evaluated. A row without a
         # start has its steps at zero.
         start = jnp.where(jnp.isnan(self.t0), 0, self.t0)[None]
-        path = self.path
+        path = self._path
         if derivative:  # each row depends only on its own time
-            path = lambda t: jax.jvp(self.path, (t,), (jnp.ones_like(t),))[1]
+            path = lambda t: jax.jvp(self._path, (t,), (jnp.ones_like(t),))[1]
         values = jax.vmap(path)(jnp.where(inside, t, start))
         values = jnp.where(inside[..., None], values, jnp.nan)
         values = jnp.where(self.ok[None, :, None], values, self.y1[None])
@@ -118,3 +87,26 @@ class Interpolant(eqx.Module):
         if self.per_sample:
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"
         raise ValueError(f"{arg('t')} must be {shapes}; got shape {t.shape}.")
+
+    def _path(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
+        """The state at a time for each row. At the time of a change, it is the state before."""
+        steps, y, k = self.trajectory, self.trajectory.y, self.trajectory.k
+        assert y is not None
+        pieces, length = y.shape[:2]
+        number = jnp.arange(length, dtype=jnp.int32)[None, :, None]
+        ends, last, along = jax.lax.stop_gradient((steps.times[:, 1:], self.ends, t))
+        # The index of the step: how many steps end before the time.
+        sign = jax.lax.stop_gradient(jnp.sign(self.t1 - self.t0))[None]
+        last = jnp.concatenate([sign * last[:-1], jnp.full_like(last[:1], jnp.inf)])[:, None]
+        taken = number < steps.count.reshape(pieces, 1, -1) - 1
+        ends = jnp.where(taken, sign[None] * ends, last)
+        ends = ends.reshape(pieces * length, -1)
+        index = jax.vmap(jnp.searchsorted)(ends.T, sign[0] * along)
+        merged = lambda x: x.reshape(-1, *x.shape[2:])
+        start, end = (
+            entry_of_each(merged(times), index)
+            for times in (steps.times[:, :-1], steps.times[:, 1:])
+        )
+        y = entry_of_each(merged(y), index)
+        k = jax.vmap(entry_of_each, (1, None))(merged(k), index)
+        return Curve.of(self.method, Step(start, end - start, y, k)).at(t)

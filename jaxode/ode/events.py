@@ -25,20 +25,17 @@ from jaxode._checks.arguments import integer, one_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import Result
 from jaxode._jax.primitives import first_derivatives_only
-from jaxode._jax.tangents import filled, undifferentiated_unless, with_tangent
+from jaxode._jax.tangents import instantiate_zeros, undifferentiated_unless, with_tangent
 from jaxode.ode.adjoints.base import ended
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.crossing import Crossing
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.outputs import beyond
 from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import replace_rows
 
 UP_TO_SECOND = (
     "Event: the time of an event, and what depends on it, has only first and second derivatives."
 )
-# (t [rows], y [samples, n]) -> [rows]
-Condition = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, " rows"]]
 
 
 class Event(eqx.Module):
@@ -94,20 +91,12 @@ def solve_to_event(
     """Solve the problem up to the event of each row, where `condition(t, y, args)` is zero."""
     crossing = jax.lax.stop_gradient(Crossing(condition, event.direction))
     out = adjoint.integrate(problem, dataclasses.replace(stepper, stop=crossing))
-    given, problem, ys = problem, ended(problem, out), out.ys
+    problem = ended(problem, out)
     t1, y1 = _moved(condition, out.stopped, problem, out)
     # With the derivatives of a failed row, which are NaN.
     failed = out.result != Result.SUCCESS
     t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
-    if ys is not None and out.stopped is not None:
-        after = out.stopped[None] & beyond(given, problem.t1)
-        ys = jnp.where(after[..., None], y1[None], ys)
-    return problem._replace(t1=t1), out._replace(y1=y1, ys=ys)
-
-
-def _rate(condition: Condition, slope, t, y):
-    """The condition, and its derivative along the trajectory."""
-    return jax.jvp(condition, (t, y), (jnp.ones_like(t), slope))
+    return problem._replace(t1=t1), out._replace(y1=y1)
 
 
 def _moved(condition: Callable[..., Array], came, problem: Problem, out: Integration):
@@ -115,7 +104,7 @@ def _moved(condition: Callable[..., Array], came, problem: Problem, out: Integra
     good = jnp.where(came.any(), came, out.result == Result.SUCCESS)
     shared, row_args = problem.args
     t, y, row_args = replace_rows((problem.t1, out.y1, row_args), ~came, good)
-    inputs = (t, y), condition, problem.field, (shared, row_args)
+    inputs = (t, y), condition, problem.slope._replace(args=(shared, row_args))
     t, y = _at_zero(*undifferentiated_unless(came.any(), inputs), came)
     return jnp.where(came, t, problem.t1), jnp.where(came[:, None], y, out.y1)
 
@@ -128,20 +117,21 @@ def _at_zero(end, *inputs):
 
     def tangent(primals, dots):
         (end, *inputs), ((_, y_dot), *dots) = primals, dots
-        (condition, field, args, came), (t, y) = inputs, end
+        (condition, field, came), (t, y) = inputs, end
         time, state = _at_zero(end, *inputs)
         # Zero, but it has derivatives. The state at the fixed time `t + after` neglects its square.
         after = first_derivatives_only(time - t, UP_TO_SECOND)[:, None].astype(y.dtype)
 
-        def at_fixed_time(condition, field, args, y):
-            y = y + after * field(t, y, args)
-            return y, condition(time, y, args)
+        def at_fixed_time(condition, field, y):
+            y = y + after * field(t, y)
+            return y, condition(time, y, field.args)
 
-        given, their_dots = (*inputs[:3], y), (*dots[:3], y_dot)
+        given, their_dots = (condition, field, y), (*dots[:2], y_dot)
         (near, value), dots = eqx.filter_jvp(at_fixed_time, given, their_dots)
-        y_dot, value_dot = map(filled, dots, (near, value))
-        slope = field(time, near, args)
-        _, rate = _rate(lambda t, y: condition(t, y, args), slope, time, near)
+        y_dot, value_dot = map(instantiate_zeros, dots, (near, value))
+        slope = field(time, near)
+        along = lambda t, y: condition(t, y, field.args)
+        _, rate = jax.jvp(along, (time, near), (jnp.ones_like(time), slope))
         rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
         # Without a slope, the time is unknown also where the condition does not depend on the
         # state.

@@ -20,6 +20,7 @@ from jaxode._checks.tolerances import check_atol, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.problem import Stepper
+from jaxode.ode.loop.step_size import Controller
 from jaxode.ode.solvers.base import Method
 from jaxode.ode.solvers.explicit import Solver, method_of
 
@@ -149,17 +150,15 @@ class SolveOptions(eqx.Module):
         else:
             lost = jnp.any(jnp.maximum(rtol, atol) <= lost_up_to)
             rtol, atol = (jnp.where(lost, jnp.minimum(x, 0), x) for x in (rtol, atol))
-        return Stepper(
-            method=self.method,
-            rtol=rtol,
-            atol=atol,
-            first_step=value(self.first_step),
-            steps=self.steps,
+        controller = Controller(
+            rtol,
+            atol,
             max_steps=self.max_steps,
-            axis_name=self.axis_name,
+            first_step=value(self.first_step),
             max_step=value(self.max_step),
-            precision=self.precision,
+            axis_name=self.axis_name,
         )
+        return Stepper(self.method, controller, self.steps, precision=self.precision)
 
 
 @functools.cache

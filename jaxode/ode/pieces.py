@@ -21,10 +21,9 @@ from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import beyond
-from jaxode.ode.loop.problem import Problem, Stepper, Within
-from jaxode.ode.loop.rows import entry_of_each, over_rows, replace_rows
+from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.rows import entry_of_each, reduce_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
-from jaxode.ode.loop.step_size import is_lost
 
 # (t [rows], number [rows], y [samples, n], (shared, row_args)) -> y [samples, n]
 Change = Callable[..., Float[Array, "samples n"]]
@@ -72,7 +71,7 @@ def check_jumps(jumps: Any) -> None:
 
 
 class Cuts(NamedTuple):
-    """Times at which a solve is cut into pieces, in the order of each row."""
+    """Times at which a solve is cut into pieces, in the order of each row; or one for each row."""
 
     times: Float[Array, "cuts rows"]
     """Padding repeats an earlier time."""
@@ -86,23 +85,17 @@ class Cuts(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, times=None, breakpoints=None) -> "Cuts":
         """At the `times` of jumps, and at the breakpoints between the ends of each row."""
-        found, sign = [], jnp.sign(problem.t1 - problem.t0)[None]
-        if times is not None:
-            is_jump, number, times = _without_padding(times, problem.t0)
-            found.append(cls(times, number, is_jump, is_jump))
-        if breakpoints is not None:
-            fixed = jax.lax.stop_gradient(breakpoints)
-            start, end = problem.t0[None], problem.t1[None]
-            inside = (sign * (fixed - start) > 0) & (sign * (end - fixed) > 0)
-            points = jnp.where(inside, breakpoints, start)
-            none = jnp.zeros(points.shape, jnp.int32)
-            found.append(cls(points, none, none > 0, inside))
-        if not found:
-            none = jnp.zeros((0, *problem.t0.shape), bool)
-            return cls(none.astype(problem.t0.dtype), none.astype(jnp.int32), none, none)
+        start, end = problem.t0[None], problem.t1[None]
+        times = start[:0] if times is None else times
+        is_jump, number, times = _without_padding(times, problem.t0)
+        jumps = cls(times, number, is_jump, is_jump)
         if breakpoints is None:
-            return found[0]
-        cuts = jax.tree.map(lambda *each: jnp.concatenate(each), *found)
+            return jumps
+        sign, fixed = jnp.sign(end - start), jax.lax.stop_gradient(breakpoints)
+        inside = (sign * (fixed - start) > 0) & (sign * (end - fixed) > 0)
+        none = jnp.zeros(inside.shape, jnp.int32)
+        points = cls(jnp.where(inside, breakpoints, start), none, none > 0, inside)
+        cuts = jax.tree.map(lambda *each: jnp.concatenate(each), jumps, points)
         # Times that a program holds as constants would be sorted by XLA's evaluator, for seconds.
         order = jax.lax.optimization_barrier(sign * jax.lax.stop_gradient(cuts.times))
         order = jnp.argsort(order, axis=0)
@@ -115,103 +108,104 @@ class Cuts(NamedTuple):
         return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, last)
 
 
-def solve_pieces(
-    solve: Callable[[Problem], tuple[Problem, Integration]],
-    problem: Problem,
-    stepper: Stepper,
-    cuts: Cuts,
-    valid: Bool[Array, " rows"],
-    at_jump: Change | None,
-    at_event: Change | None,
-    most: int,
-) -> tuple[Problem, Integration, Float[Array, "pieces rows"]]:
-    """Scan `solve`, which returns a piece with its end, over the pieces of each row.
+class Pieces(NamedTuple):
+    """How to solve a problem piece by piece."""
 
-    A piece ends at the next cut, or at an event. `at_event` changes the state at so many events at
-    `most`; the next one ends the solve. The times of both have derivatives. They are the start of
-    the next piece, so those of what follows are right, too.
-    """
-    problem, cuts, valid = vary_alike((problem, cuts.then(problem.t1), valid))
-    last, sign = len(cuts.times) - 1, jnp.sign(problem.t1 - problem.t0)
+    solve: Callable[[Problem], tuple[Problem, Integration]]
+    """Solves a piece, and returns it with its end."""
+    problem: Problem
+    stepper: Stepper
+    cuts: Cuts
+    at_jump: Change | None
+    at_event: Change | None
+    most: int
+    """How many events change the state, by `at_event`; the next one ends the solve."""
 
-    def piece(carry: "_Carry", index):
+    def run(
+        self, valid: Bool[Array, " rows"]
+    ) -> tuple[Problem, Integration, Float[Array, "pieces rows"]]:
+        """Scan over the pieces of each row, which end at the next cut, or at an event.
+
+        The times of both have derivatives. They are the start of the next piece, so those of what
+        follows are right, too.
+        """
+        problem, cuts = self.problem, self.cuts.then(self.problem.t1)
+        problem, cuts, valid = vary_alike((problem, cuts, valid))
+        numbers = jnp.arange(len(cuts.times) + self.most, dtype=jnp.int32)
+        # Solved again on the way back: the tapes of all pieces would be written and kept, which
+        # takes as long, or longer, and ten times the memory.
+        piece = jax.checkpoint(self._replace(problem=problem, cuts=cuts)._piece, prevent_cse=False)
+        start = vary_alike((_Carry.start(problem, valid), numbers))
+        end, (trajectory, ends, ended) = jax.lax.scan(piece, *start)
+        ys = end.ys
+        if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
+            ys = jnp.where((end.result == Result.SUCCESS)[None, :, None], ys, end.y[None])
+        if ended is not None:
+            ended, problem = ended.any(axis=0), problem._replace(t1=end.t)
+        reached = jax.lax.stop_gradient(end.reached)
+        out = Integration(end.y, ys, end.stats, end.result, reached, end.h, trajectory, ended)
+        return problem, out, ends
+
+    def _piece(self, carry: "_Carry", index: Int[Array, ""]):
+        last, args = len(self.cuts.times) - 1, self.problem.args
         place = jnp.minimum(index - carry.events, last)
-        end, number, jumps, counted = (entry_of_each(x, place) for x in cuts)
-        going = carry.going
-        lost = is_lost(stepper, carry.y, carry.t) & going & (carry.result == Result.SUCCESS)
+        cut = jax.tree.map(lambda x: entry_of_each(x, place), self.cuts)
+        part, inside, result = self._next(carry, cut, index)
+        part, out = self.solve(part)
+        solved, ys = carry.going & (result == Result.SUCCESS), carry.ys
+        if inside is not None and out.ys is not None:
+            ys = _with_piece(ys, out.ys, inside)
+        result = jnp.where(solved, out.result, result)
+        came = solved & (result == Result.SUCCESS)
+        stopped = jnp.zeros_like(came) if out.stopped is None else came & out.stopped
+        again, at_cut, y = stopped & (carry.events < self.most), came & ~stopped, out.y1
+        if self.at_jump is not None:
+            y = _changed(self.at_jump, at_cut & cut.jumps, part.t1, cut.number, y, args)
+        if self.at_event is not None:
+            y = _changed(self.at_event, again, part.t1, carry.events, y, args)
+        # What has come to its end rests. What failed goes on, for NaN gradients by later times.
+        rests = ~carry.going & (result == Result.SUCCESS)
+        # After a change, the step size says nothing, nor does that of an empty piece.
+        h = jax.lax.stop_gradient(out.h)
+        h = jnp.where(cut.counted & (h != 0), h, carry.h)
+        add = lambda all, more: jnp.where(solved & cut.counted, all + more, all)
+        kept = _Carry(
+            t=jnp.where(rests, carry.t, part.t1),
+            y=jnp.where(rests[:, None], carry.y, y),
+            ys=ys,
+            result=result,
+            reached=jnp.where(solved, out.t_reached, carry.reached),
+            stats=jax.tree.map(add, carry.stats, out.stats),
+            going=again | (at_cut & (place < last)),
+            events=carry.events + again.astype(jnp.int32),
+            h=jnp.where(at_cut & ~cut.jumps, h, jnp.nan),
+        )
+        ended = None if out.stopped is None else stopped & ~again
+        return kept, (out.trajectory, part.t1, ended)
+
+    def _next(self, carry: "_Carry", cut: Cuts, index: Int[Array, ""]):
+        """The piece up to a cut, which outputs lie inside, and the result so far."""
+        problem, going = self.problem, carry.going
+        lost = self.stepper.controller.is_lost(carry.y, carry.t)
+        lost &= going & (carry.result == Result.SUCCESS)
         cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
         result = jnp.where(lost, cause.astype(jnp.int32), carry.result)
         # A row that has come to its end has an empty piece there. One that failed takes no steps,
         # and adds nothing to the gradients of others.
-        end = jnp.where(going | (result != Result.SUCCESS), end, carry.t)
+        end = jnp.where(going | (result != Result.SUCCESS), cut.times, carry.t)
         start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
-        part, inside = problem._replace(y0=carry.y, t0=start, t1=end, h0=carry.h), None
-        # An empty piece between a jump and a breakpoint at the same time lies before that.
-        before = sign * 8 * jnp.finfo(end.dtype).eps * jnp.abs(end)
-        first = jnp.where((carry.t == end) & counted & ~jumps, end - before, carry.t)
-        part = part._replace(args=_between(part.args, first, end))
+        part, inside = problem._replace(y0=carry.y, t0=start, t1=end), None
+        if problem.piece is not None:  # with breakpoints, whose pieces go on with the same step
+            # An empty piece between a jump and a breakpoint at the same time lies before that.
+            before = jnp.sign(problem.t1 - problem.t0) * 8 * jnp.finfo(end.dtype).eps * jnp.abs(end)
+            first = (carry.t == end) & cut.counted & ~cut.jumps
+            first = jnp.where(first, end - before, carry.t)
+            piece = jax.lax.stop_gradient(jnp.stack([first, end], axis=1))
+            part = part._replace(piece=piece, h0=carry.h)
         if problem.ts is not None:
             inside = _after(problem, carry.t, index) & ~beyond(problem, end) & going[None]
             part = _with_outputs(part, inside)
-        part, out = solve(part)
-        ys = carry.ys
-        if inside is not None and out.ys is not None:
-            ys = _filled_in(ys, out.ys, inside)
-        solved = going & (result == Result.SUCCESS)
-        work = solved & counted
-        add = lambda all, more: jnp.where(work, all + more, all)
-        stats = jax.tree.map(add, carry.stats, out.stats)
-        result = jnp.where(solved, out.result, result)
-        reached = jnp.where(solved, out.t_reached, carry.reached)
-        came = solved & (result == Result.SUCCESS)
-        stopped = jnp.zeros_like(came) if out.stopped is None else came & out.stopped
-        again, at_cut = stopped & (carry.events < most), came & ~stopped
-        after = out.y1
-        if at_jump is not None:
-            after = _changed(at_jump, at_cut & jumps, part.t1, number, after, problem.args)
-        if at_event is not None:
-            after = _changed(at_event, again, part.t1, carry.events, after, problem.args)
-        # What has come to its end rests. What failed goes on, for NaN gradients by later times.
-        rests = ~going & (result == Result.SUCCESS)
-        y, t = jnp.where(rests[:, None], carry.y, after), jnp.where(rests, carry.t, part.t1)
-        # After a change, the step size says nothing, nor does that of an empty piece.
-        h = jax.lax.stop_gradient(out.h)
-        h = jnp.where(at_cut & ~jumps, jnp.where(counted & (h != 0), h, carry.h), jnp.nan)
-        kept = _Carry(
-            t, y, ys, result, reached, stats, again | (at_cut & (place < last)),
-            carry.events + again.astype(jnp.int32), h,
-        )  # fmt: skip
-        ended = None if out.stopped is None else stopped & ~again
-        return kept, (out.h, out.steps, part.t1, ended)
-
-    ys, none = problem.ts, Stats(*[jnp.zeros(valid.shape, jnp.int32)] * 4)
-    if ys is not None:
-        ys = jnp.broadcast_to(problem.y0, (len(ys), *problem.y0.shape))
-    t0, result = problem.t0, jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT)
-    first = _Carry(
-        t0, problem.y0, ys, result.astype(jnp.int32), t0, none, jnp.ones_like(valid),
-        none.num_steps, jnp.full_like(t0, jnp.nan),
-    )  # fmt: skip
-    count = len(cuts.times) + most
-    # Solved again on the way back: the tapes of all pieces would be written and kept, which takes
-    # as long, or longer, and ten times the memory.
-    carry, (h, steps, ends, ended) = jax.lax.scan(
-        jax.checkpoint(piece, prevent_cse=False),
-        *vary_alike((first, jnp.arange(count, dtype=jnp.int32))),
-    )
-    ys, y1, stopped = carry.ys, carry.y, None
-    if ended is not None:
-        stopped, ts = ended.any(axis=0), problem.ts
-        if ys is not None and ts is not None:  # beyond the last event, they are its state
-            after = stopped[None] & beyond(problem, carry.t)
-            ys = jnp.where(after[..., None], y1[None], ys)
-            ts = jnp.where(after, jax.lax.stop_gradient(carry.t)[None], ts)
-        problem = problem._replace(t1=carry.t, ts=ts)
-    if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
-        ys = jnp.where((carry.result == Result.SUCCESS)[None, :, None], ys, y1[None])
-    reached = jax.lax.stop_gradient(carry.reached)
-    out = Integration(y1, ys, carry.stats, carry.result, reached, h[-1], steps, stopped)
-    return problem, out, ends
+        return part, inside, result
 
 
 class _Carry(NamedTuple):
@@ -229,14 +223,13 @@ class _Carry(NamedTuple):
     h: Float[Array, " rows"]
     """The step to try first, or NaN."""
 
-
-def _between(args: Any, start, end) -> Any:
-    """The arguments of the field in a piece, see `System.args`."""
-    shared, row_args = args
-    if isinstance(shared, Within):
-        start, end = jax.lax.stop_gradient((start, end))
-        shared = shared._replace(t0=start, t1=end)
-    return shared, row_args
+    @classmethod
+    def start(cls, problem: Problem, valid: Bool[Array, " rows"]) -> "_Carry":
+        t, y, ys, none = problem.t0, problem.y0, problem.ts, jnp.zeros(valid.shape, jnp.int32)
+        ys = None if ys is None else jnp.broadcast_to(y, (len(ys), *y.shape))
+        result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
+        going, h = jnp.ones_like(valid), jnp.full_like(t, jnp.nan)
+        return cls(t, y, ys, result, t, Stats(*[none] * 4), going, none, h)
 
 
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
@@ -251,7 +244,7 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
         return *own, (shared, of_rows)
 
     after = jax.lax.stop_gradient(change(*in_rows(where)))
-    good = where & over_rows(jnp.all, jnp.isfinite(after), where)
+    good = where & reduce_rows(jnp.all, jnp.isfinite(after), where)
     # If no row changes, it has no row to be finite at.
     change, given = undifferentiated_unless(good.any(), (change, in_rows(good)))
     changed = jnp.where(good[:, None], change(*given), y)
@@ -291,7 +284,7 @@ def _with_outputs(part: Problem, inside: Bool[Array, "times rows"]) -> Problem:
     return part._replace(ts=ts, outputs=jnp.maximum(count, 1))
 
 
-def _filled_in(ys, of_piece: Float[Array, "times samples n"], inside: Bool[Array, "times rows"]):
+def _with_piece(ys, of_piece: Float[Array, "times samples n"], inside: Bool[Array, "times rows"]):
     """The outputs, with those of a piece in their places."""
     index = _numbers(inside) - jnp.argmax(inside, axis=0).astype(jnp.int32)[None]
     moved = jax.vmap(entry_of_each, (None, 0))(of_piece, jnp.maximum(index, 0))

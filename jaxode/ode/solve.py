@@ -1,42 +1,27 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
 from jaxode._checks.caller import arg, public
-from jaxode._checks.errors import Result
-from jaxode._checks.rules import FINITE, FINITE_STATE, all_hold
+from jaxode._checks.rules import FINITE, FINITE_STATE
 from jaxode._checks.samples import check_rows
-from jaxode._jax.closure import close_field, compiled
-from jaxode._jax.sharding import axes_of, vary
+from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
-from jaxode.ode.dense import Interpolant, StepsPath
-from jaxode.ode.events import Event, solve_to_event
+from jaxode.ode.events import Event
 from jaxode.ode.field import VectorField, call_field, check_field
-from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.problem import Problem
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.pieces import Cuts, Jumps, check_jumps, solve_pieces
+from jaxode.ode.pieces import Jumps, check_jumps
+from jaxode.ode.run import run
 from jaxode.ode.solution import Solution, report
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
-from jaxode.ode.system import (
-    Batch,
-    System,
-    argument_faults,
-    change_on_rows,
-    condition_on_rows,
-    make_system,
-    pose,
-)
+from jaxode.ode.system import Batch, argument_faults, make_system
 
 
 @public("solve")
@@ -319,65 +304,6 @@ def check_event(options: SolveOptions, event: Any, batch: Batch) -> None:
         raise ValueError(
             f"{arg('event')} needs error control; got steps={options.steps}. Leave steps out."
         )
-
-
-def run(system: System) -> Solution:
-    """Pose the problem and integrate it."""
-    problem, stepper, ravel = pose(system)
-    args = eqx.combine(problem.args, system.args(problem.t0, problem.t1))
-    event, jumps = system.event, system.jumps
-
-    def closed_change(of):
-        number = jnp.zeros(problem.t0.shape, jnp.int32)
-        given = problem.t0, number, problem.y0, args, None if jumps is None else jumps.times
-        *given, _ = vary(given, axes_of(given))
-        return close_field(stepper.precision, change_on_rows(system, ravel, of), *given)[0]
-
-    def solve_piece(problem: Problem) -> tuple[Problem, Integration]:
-        return problem, system.adjoint.integrate(problem, stepper)
-
-    most = 0
-    if event is not None:
-        on_rows = condition_on_rows(system, ravel)
-        condition, _ = close_field(stepper.precision, on_rows, problem.t0, problem.y0, args)
-        solve_piece = partial(
-            solve_to_event, event, condition, stepper=stepper, adjoint=system.adjoint
-        )
-        most = event.most or 0
-    cuts = system.cuts_on_rows(problem.t0.shape[0])
-    ends, signs = problem.t1[None], jnp.sign(problem.t1 - problem.t0)
-    if most or any(times is not None for times in cuts.values()):
-        at_jump = None if jumps is None else closed_change("jumps")
-        at_event = closed_change("event") if most else None
-        problem, out, ends = solve_pieces(
-            solve_piece, problem, stepper, Cuts.of(problem, **cuts),
-            all_hold(problem, stepper, **cuts), at_jump, at_event, most,
-        )  # fmt: skip
-    else:
-        problem, out = solve_piece(problem)
-        out = out._replace(steps=jax.tree.map(lambda x: x[None], out.steps))
-    interpolant = None
-    if out.steps is not None:
-        interpolant = Interpolant(
-            path=StepsPath(out.steps, ends, signs, stepper.method),
-            t0=problem.t0,
-            t1=problem.t1,
-            ok=out.result == Result.SUCCESS,
-            y1=out.y1,
-            ravel=ravel,
-            batch=system.batch,
-        )
-    ys = None if out.ys is None else jax.vmap(ravel.back)(padded(problem, out.ys))
-    y1 = ravel.back(out.y1)
-    if system.batch is None:
-        y1, ys = jax.tree.map(lambda x: x[0], y1), jax.tree.map(lambda x: x[:, 0], ys)
-    elif system.rows_have_outputs:
-        ys = jax.tree.map(lambda x: x.swapaxes(0, 1), ys)
-    of_rows = (out.stats, out.result, out.t_reached, problem.t1, out.stopped)
-    if system.batch != "per_sample":
-        of_rows = jax.tree.map(lambda x: x[0], of_rows)
-    stats, result, t_reached, t1, came = of_rows
-    return Solution(y1, system.ts, ys, stats, result, t_reached, t1, came, interpolant)
 
 
 _run = compiled(run)

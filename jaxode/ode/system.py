@@ -1,7 +1,7 @@
 """From a user's arguments to a problem on rows.
 
-A `System` is made outside the compiled program and is its only input. `pose` traces the vector
-field inside.
+A `System` is made outside the compiled program and is its only input. `to_problem` traces the
+vector field inside.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxode._checks.times import check_breakpoint_times, check_jump_times, check
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import call_field
-from jaxode.ode.loop.problem import Problem, Stepper, Within
+from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
@@ -80,11 +80,6 @@ class System(NamedTuple):
         of_jumps = None if self.jumps is None else self.jumps.times
         given = {"times": of_jumps, "breakpoints": self.breakpoints}
         return {name: t if t is None else _times_on_rows(t, rows) for name, t in given.items()}
-
-    def args(self, t0: Float[Array, " rows"], t1: Float[Array, " rows"]) -> tuple[PyTree, PyTree]:
-        """The arguments of the field on rows. With breakpoints, it sees the ends of its piece."""
-        shared = self.shared
-        return (shared if self.breakpoints is None else Within(shared, t0, t1)), self.row_args
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
@@ -141,7 +136,7 @@ def argument_faults(system: System) -> Faults:
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     t0, t1, ts = system.on_rows(rows)
     problem = Problem(None, None, system.y0, t0, t1, ts)
-    return solve_faults(problem, system.stepper, **system.cuts_on_rows(rows))
+    return solve_faults(problem, system.stepper.controller, **system.cuts_on_rows(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +211,7 @@ def _rows_field(system: System, ravel: Ravel):
         return jax.tree.map(jnp.asarray, dy)
 
     on_rows = _on_rows(system, ravel, checked)
-    return lambda t, y, args: ravel(on_rows(_seen(t, args), y, args))
-
-
-def _seen(t: Float[Array, " rows"], args: tuple[PyTree, PyTree]) -> Float[Array, " rows"]:
-    shared, _ = args
-    return shared.inside(t) if isinstance(shared, Within) else t
+    return lambda t, y, args: ravel(on_rows(t, y, args))
 
 
 def _rows_jacobian(system: System, ravel: Ravel):
@@ -235,8 +225,7 @@ def _rows_jacobian(system: System, ravel: Ravel):
         check_jacobian(sum(ravel.sizes), jacobian)
         return jnp.asarray(jacobian, ravel.dtype)
 
-    on_rows = _on_rows(system, ravel, checked)
-    return lambda t, y, args: on_rows(_seen(t, args), y, args)
+    return _on_rows(system, ravel, checked)
 
 
 def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
@@ -253,13 +242,12 @@ def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
 
     def call(t, y, args):
         shared, row_args = args
-        shared = shared.shared if isinstance(shared, Within) else shared
         return on_rows(t, ravel.back(y), shared, row_args)
 
     return call
 
 
-def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
+def to_problem(system: System) -> tuple[Problem, Stepper, Ravel]:
     """The problem on rows, its stepper, and the map to rows. Traces the field once.
 
     A batch with joint steps has one row, and so has a single system, which is one sample.
@@ -270,13 +258,14 @@ def pose(system: System) -> tuple[Problem, Stepper, Ravel]:
     ravel = Ravel.of(y0)
     start = ravel(y0)
     rows = start.shape[0] if system.batch == "per_sample" else 1
-    times = system.on_rows(rows)
-    start, (t0, t1, ts), args, stepper = vary_alike(
-        (start, times, system.args(*times[:2]), system.stepper)
-    )
+    given = start, system.on_rows(rows), (system.shared, system.row_args), system.stepper
+    start, (t0, t1, ts), args, stepper = vary_alike(given)
     field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
     closed, arrays = close_field(stepper.precision, field, t0, start, args, jacobian=jacobian)
-    outputs = None
+    outputs = piece = None
     if ts is not None and system.rows_have_outputs:
         outputs = jnp.argmax(ts == ts[-1:], axis=0).astype(jnp.int32) + 1
-    return Problem(closed, arrays, start, t0, t1, ts, outputs), stepper, ravel
+    if system.breakpoints is not None:
+        piece = jax.lax.stop_gradient(jnp.stack([t0, t1], axis=1))
+    problem = Problem(closed, arrays, start, t0, t1, ts, outputs, piece=piece)
+    return problem, stepper, ravel

@@ -74,7 +74,7 @@ def test_a_crossing_is_not_lost_between_two_steps():
     """Levels at the states between which steps end, in float32."""
     options = {"rtol": 1e-6, "throw": False}
     run = functools.partial(jaxode.solve, decay, jnp.float32(1.5), 0.0, 3.0, 1.0, **options)
-    steps = run(dense=True, max_steps=64).interpolant.path.steps
+    steps = run(dense=True, max_steps=64).interpolant.trajectory
     levels = jnp.asarray(steps.y[0, 1 : int(steps.count[0]), 0, 0])
     around = jnp.concatenate([jnp.nextafter(levels, -9), levels, jnp.nextafter(levels, 9)])
     at = lambda level: Event(lambda t, y, _: y - level)

@@ -1,7 +1,6 @@
 """The first step is neither timid nor rash, and none is longer than the largest."""
 
 import functools
-from types import SimpleNamespace
 
 import diffrax
 import jax
@@ -11,7 +10,7 @@ import pytest
 from problems import ALL_SOLVERS, solver_name
 
 import jaxode
-from jaxode.ode.loop.step_size import first_step
+from jaxode.ode.loop.step_size import Controller
 from jaxode.ode.solvers.explicit import method_of
 
 SOLVERS = [solver for solver, _, adaptive in ALL_SOLVERS if adaptive]
@@ -35,9 +34,9 @@ def estimated_error(solver):
 def first_step_at(solver, slope, span, tol):
     """Of `y' = slope y`."""
     rtol = atol = jnp.asarray(tol)
-    stepper = SimpleNamespace(method=method_of(solver), rtol=rtol, atol=atol, axis_name=None)
-    field = lambda t, y: slope * y
-    return first_step(field, stepper, jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, span))[0][0]
+    controller = Controller(rtol, atol, max_steps=1)
+    field, problem = lambda t, y: slope * y, (jnp.zeros(1), jnp.ones((1, 3)), jnp.full(1, span))
+    return controller.guess_first_step(field, method_of(solver), *problem)[0][0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=solver_name)

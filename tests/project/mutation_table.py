@@ -154,7 +154,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The field sees the other side of a breakpoint.
     ("ode/loop/problem.py", "jnp.where(t < first, first,", "jnp.where(t < first, t,"),
     # The next piece begins with the first step of a new solve.
-    ("ode/pieces.py", "jnp.where(counted & (h != 0), h, carry.h)", "jnp.nan * h"),
+    ("ode/pieces.py", "jnp.where(cut.counted & (h != 0), h, carry.h)", "jnp.nan * h"),
     # Padding of jumps counts.
     ("ode/pieces.py", "~jnp.isposinf(times) & ~repeats", "~jnp.isposinf(times)"),
     # A row with fewer output times loses its last one.
@@ -167,10 +167,10 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("ode/adjoints/sweep.py", "len(step.k) - 1, 1) if self.waits",
      "len(step.k) - 1, 0) if self.waits"),
     # An output at the start has no gradient.
-    ("ode/adjoints/tape.py", " | (number == 1))", ")"),
+    ("ode/adjoints/replay.py", " | (number == 1))", ")"),
     # The gradient of a failed row is finite.
-    ("ode/adjoints/base.py", "replaced = unused & ((recorded[0].result != Result.SUCCESS) | none)",
-     "replaced = (recorded[0].result != Result.SUCCESS) | (unused & none)"),
+    ("ode/adjoints/base.py", "masked = without_cotangent(bar, problem.t0) & useless",
+     "masked = useless"),
     # A stage without a weight in the step has one in the gradient of the parameters.
     ("ode/adjoints/backsolve.py", "used = b[i] != 0", "used = b[i] == b[i]"),
     # The gradient through `evaluate` goes to the next step.
@@ -181,16 +181,17 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Stages that were not kept are taken for kept ones.
     ("ode/loop/checkpoints.py", "slot < len(self.k) - 1", "slot < len(self.k)"),
     # A waiting row keeps the stages of a failed attempt.
-    ("ode/loop/integrate.py",
-     "kept = k if one_row(t) else jnp.where(accept[None, :, None], k, k[:1])", "kept = k"),
+    ("ode/loop/trajectory.py",
+     "k = step.k if one_row(t) else jnp.where(accept[None, :, None], step.k, step.k[:1])",
+     "k = step.k"),
     # A solve takes one step more than it has room for.
-    ("ode/loop/progress.py", "attempts >= stepper.max_steps", "attempts > stepper.max_steps"),
+    ("ode/loop/progress.py", "attempts >= controller.max_steps", "attempts > controller.max_steps"),
     ("ode/loop/step_size.py", "accept = ratio <= 1.0", "accept = ratio <= 10.0"),
     # The order of a stiff solver falls where the field depends on time.
     ("ode/solvers/rosenbrock.py", "at.solve(right + d[i] * h[:, None] * at.by_time)",
      "at.solve(right)"),
     # The gradient by the end of an empty span is zero.
-    ("ode/loop/mesh.py", "ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)",
+    ("ode/loop/step_tangents.py", "ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)",
      "ds = h / safe"),
     ("flows/divergence.py", "jnp.var(estimates, ddof=1)", "jnp.var(estimates, ddof=0)"),
     # A group that is one row short gets a base sample of the next group.

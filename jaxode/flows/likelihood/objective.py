@@ -32,7 +32,7 @@ from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
-from jaxode.ode.system import System, pose
+from jaxode.ode.system import System, to_problem
 
 
 class NLLStats(NamedTuple):
@@ -152,7 +152,7 @@ class Settings(eqx.Module):
 def _fused(objective: Objective):
     objective = vary_alike(objective)
     system, x = objective.system, objective.system.y0
-    problem, stepper, ravel = pose(system)
+    problem, stepper, ravel = to_problem(system)
     joint, with_field = system.batch == "joint", stepper.method.first_same_as_last
 
     def samples(y):
@@ -210,7 +210,7 @@ def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solve
 def _outcome(inputs: Inputs, settings: Settings, solved: Solved, log_base, integrals):
     """The loss with all that `evaluate` returns, and the losses of the samples."""
     loss, losses, values = _assemble(
-        log_base, integrals, settings.coefficients, inputs.weights, solved.ok, solved.replaced
+        log_base, integrals, settings.coefficients, inputs.weights, solved.ok, solved.masked
     )
     integration = solved.integration
     return (
@@ -263,7 +263,7 @@ def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
     t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
     problem_bar = Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None)
     bars = Inputs(problem_bar, costs_bar, probes_bar, base_bar, weights=losses)
-    valid = jnp.prod(nan_unless(solved.ok | solved.replaced, swept.y.dtype))
+    valid = jnp.prod(nan_unless(solved.ok | solved.masked, swept.y.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
     return out, eqx.filter(bars, perturbed)
 

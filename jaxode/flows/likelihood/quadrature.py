@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int
 from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
-from jaxode.ode.adjoints.tape import Step, walk_back
+from jaxode.ode.adjoints.replay import walk_back
 from jaxode.ode.loop.problem import weighted_sum
-from jaxode.ode.loop.rows import one_row, over_rows
+from jaxode.ode.loop.rows import one_row, reduce_rows
+from jaxode.ode.loop.trajectory import Step
 from jaxode.ode.solvers.base import Method
 
 
@@ -136,8 +137,8 @@ class Quadrature(NamedTuple):
         integrals, by_times, after = carry
         speeds = None
         if self.solved.timed:
-            own = self.solved.speeds(step.t, step.h, number)
-            others = self.solved.speeds(step.t + step.h, after, number + 1)
+            own = self.solved.step_tangents(step.t, step.h, number)
+            others = self.solved.step_tangents(step.t + step.h, after, number + 1)
             speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
         add = lambda index, carry: self._add(step, after, index, speeds, carry)
         carry = (bar, params_bar, integrals, by_times)
@@ -185,11 +186,11 @@ class Quadrature(NamedTuple):
             if speeds is None:
                 untimed: Any = None
                 return Step(untimed, untimed, dstate, k_bar), of_node, None
-            along = theta * dtime + over_rows(jnp.sum, dstate * slope, theta)
+            along = theta * dtime + reduce_rows(jnp.sum, dstate * slope, theta)
             weight = self._weight(index, step.h, after)
             per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
             per_size = per_size * jnp.sum(self.bars * of_node, axis=1).astype(weight.dtype)
-            moved = [over_rows(jnp.sum, per_size * self._weight(index, *h), h[0]) for h in speeds]
+            moved = [reduce_rows(jnp.sum, per_size * self._weight(index, *h), h[0]) for h in speeds]
             return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
 
         new = each(contribution)(index, theta, scale, values, slope, beta, dtime, dstate)

@@ -25,20 +25,20 @@ from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, nan_or_raise
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import axes_of, fori_loop, vary, while_loop
-from jaxode._jax.tangents import filled
+from jaxode._jax.tangents import instantiate_zeros
 from jaxode.ode.adjoints.base import (
     ReverseAdjoint,
     Solved,
     in_reverse,
     nan_unless,
-    solve,
+    solve_reverse,
     without_cotangent,
 )
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.problem import Problem, Slope, Stepper, weighted_sum
-from jaxode.ode.loop.progress import Progress, aim, judge
-from jaxode.ode.loop.rows import one_row, over_rows
+from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
+from jaxode.ode.loop.rows import one_row, reduce_rows
 
 # (t [rows], state [samples, m], weight [rows]) -> (derivative [samples, m], weighted integrand)
 AdjointField = Callable[..., tuple[Float[Array, "samples m"], PyTree]]
@@ -80,33 +80,35 @@ class BacksolveAdjoint(ReverseAdjoint):
 
     def _stepper(self, stepper: Stepper) -> Stepper:
         """The settings of the backward solve."""
-        given = {"rtol": stepper.rtol, "atol": jnp.min(stepper.atol, initial=jnp.inf)}
+        controller = stepper.controller
+        given = {"rtol": controller.rtol, "atol": jnp.min(controller.atol, initial=jnp.inf)}
         for name, own in (("rtol", self.rtol), ("atol", self.atol)):
             if own is not None:
-                given[name] = jnp.asarray(own, stepper.rtol.dtype)
-        return dataclasses.replace(stepper, **given)
+                given[name] = jnp.asarray(own, controller.rtol.dtype)
+        return stepper.controlled(**given)
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, None]:
         """Solve the problem, so that the solution itself has derivatives of any order."""
-        return solve(problem, stepper, self), None
+        return solve_reverse(problem, stepper, self), None
 
-    def _solved_back(self, solved: Solved, bar: Integration) -> "_Segment":
+    def _solved_back(self, solved: Solved, bar: Integration) -> tuple[Progress, PyTree]:
         """The adjoint solve. The first half of its state is that of the problem."""
         problem, integration = solved.problem, solved.integration
-        idle, name = without_cotangent(bar, problem.t0), solved.stepper.axis_name
+        ended, name = without_cotangent(bar, problem.t0), solved.stepper.axis_name
         if name is not None:  # devices that take the same steps rest together
-            idle = vary(jax.lax.pmin(idle.astype(jnp.int32), name), axes_of(idle)) == 1
+            ended = vary(jax.lax.pmin(ended.astype(jnp.int32), name), axes_of(ended)) == 1
         ys = None if integration.ys is None else padded(problem, integration.ys)
         # A row on which nothing depends stays at the end, where its cotangent is zero.
-        resting = ~solved.ok | idle
-        y1_bar = filled(bar.y1, problem.y0)
-        ys_bar = None if ys is None else filled(bar.ys, ys)  # the state restarts there in any case
-        ends = _Ends(integration.y1, ys, integration.h, resting, y1_bar, ys_bar)
+        masked = ~solved.ok | ended
+        y1_bar = instantiate_zeros(bar.y1, problem.y0)
+        # The state restarts at outputs in any case.
+        ys_bar = None if ys is None else instantiate_zeros(bar.ys, ys)
+        ends = _Ends(integration.y1, ys, integration.h, masked, y1_bar, ys_bar)
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
         inputs = in_reverse(inputs, "BacksolveAdjoint")
-        segment = _solve_back(inputs, self._stepper(solved.stepper))
-        result = jnp.where(idle, Result.SUCCESS, segment.progress.result)
-        return segment.moved(result=result.astype(jnp.int32))
+        progress, quadrature = _solve_back(inputs, self._stepper(solved.stepper))
+        result = jnp.where(ended, Result.SUCCESS, progress.result).astype(jnp.int32)
+        return progress._replace(result=result), quadrature
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
         """The cotangents of the problem, NaN where the forward or the backward solve failed.
@@ -114,18 +116,18 @@ class BacksolveAdjoint(ReverseAdjoint):
         Moving the time of an output moves the output along its trajectory. Moving the start time
         moves the trajectory the other way.
         """
-        segment = self._solved_back(solved, bar)
+        back, quadrature = self._solved_back(solved, bar)
         problem, integration, wanted = solved.problem, solved.integration, solved.perturbed
-        y0, ts, back = problem.y0, problem.ts, segment.progress
+        y0, ts = problem.y0, problem.ts
         y0_bar = back.y[:, y0.shape[1] :]
         ok = solved.ok & (back.result == Result.SUCCESS)
-        valid = nan_unless(ok | solved.replaced, y0.dtype)
+        valid = nan_unless(ok | solved.masked, y0.dtype)
         if solved.stepper.raises:
             # A failed forward solve has already raised. A solve without steps did not run: `vmap`
             # differentiates both branches of a `cond`, with zeros in place of the solve in the
             # branch that is not taken (or values of the other branch with the same shape, which
             # cannot be told apart).
-            ran = solved.ok & ~solved.replaced & (integration.stats.num_steps > 0)
+            ran = solved.ok & ~solved.masked & (integration.stats.num_steps > 0)
             result = jnp.where(ran, back.result, Result.SUCCESS)
             nan = nan_or_raise(result, back.t, where="backward solve")
             # The check is part of the value, so it cannot be eliminated as dead code.
@@ -134,9 +136,9 @@ class BacksolveAdjoint(ReverseAdjoint):
         def by_time(point):
             """`bar . f(t, y)`."""
             t, y, bar = point
-            return over_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
+            return reduce_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
 
-        end = problem.t1, integration.y1, filled(bar.y1, y0)
+        end = problem.t1, integration.y1, instantiate_zeros(bar.y1, y0)
         t0_bar: Any = by_time((problem.t0, y0, -y0_bar)) if wanted.t0 else None
         t1_bar: Any = by_time(end) if wanted.t1 else None
         ts_bar = None
@@ -145,36 +147,30 @@ class BacksolveAdjoint(ReverseAdjoint):
             if integration.ys is not None and bar.ys is not None:
                 points = ts, padded(problem, integration.ys), bar.ys
                 ts_bar = jax.lax.map(by_time, points)
-        return Problem(*segment.quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid
+        return Problem(*quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid
 
 
 class _Ends(NamedTuple):
-    """Where the backward solve starts, restarts, and rests."""
+    """Where the backward solve starts, restarts, and which rows do neither."""
 
     y1: Float[Array, "samples n"]
     ys: Float[Array, "times samples n"] | None
     h: Float[Array, " rows"]
-    resting: Bool[Array, " rows"]
+    masked: Bool[Array, " rows"]
     y1_bar: Float[Array, "samples n"]
     ys_bar: Float[Array, "times samples n"] | None
 
 
-class _Segment(NamedTuple):
-    """How far an adjoint solve has come."""
-
-    progress: Progress
-    quadrature: PyTree
-
-    def moved(self, **fields: Array) -> "_Segment":
-        """With other values in its progress."""
-        return self._replace(progress=self.progress._replace(**fields))
+def _slope(params: PyTree, rest: PyTree, piece: Any) -> Slope:
+    field, args = eqx.combine(params, rest)
+    return Slope(field, args, piece)
 
 
 @eqx.filter_custom_vjp
 def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
     params, rest, problem, ends = inputs
-    n = problem.y0.shape[1]
+    n, piece = problem.y0.shape[1], problem.piece
 
     def adjoint_field(t, state, weight):
         """The right-hand side, and the integrand of `b`, weighted and summed over rows.
@@ -183,65 +179,65 @@ def _solve_back(inputs, stepper):
         the state is scaled back.
         """
         y, a = state[:, :n], state[:, n:]
-        f, pull = vjp(lambda params, y: Slope(*eqx.combine(params, rest))(t, y), params, y)
+        f, pull = vjp(lambda params, y: _slope(params, rest, piece)(t, y), params, y)
         params_bar, y_bar = pull(-weight[:, None] * a)
-        moving = (weight != 0)[:, None]
-        da = jnp.where(moving, y_bar / jnp.where(moving, weight[:, None], 1.0), 0.0)
+        weighted = (weight != 0)[:, None]
+        da = jnp.where(weighted, y_bar / jnp.where(weighted, weight[:, None], 1.0), 0.0)
         return jnp.concatenate([f, da], axis=1), params_bar
 
-    def continued(segment, to):
-        return _continued(adjoint_field, stepper, segment, to, problem.t1 - problem.t0)
+    def continued(solved, to):
+        return _continued(adjoint_field, stepper, solved, to, problem.t1 - problem.t0)
 
     state = jnp.concatenate([ends.y1, ends.y1_bar], axis=1)
-    result = jnp.where(ends.resting, Result.NON_FINITE, Result.SUCCESS)
-    start = Progress.start(problem.t1, -ends.h, state, result)
-    segment = _Segment(start, jax.tree.map(jnp.zeros_like, params))
+    result = jnp.where(ends.masked, Result.NON_FINITE, Result.SUCCESS)
+    progress = Progress.start(problem.t1, -ends.h, state, result)
+    quadrature = jax.tree.map(jnp.zeros_like, params)
     ts, ys, ys_bar = problem.ts, ends.ys, ends.ys_bar
     if ts is None or ys is None or ys_bar is None:
-        return continued(segment, problem.t0)
+        return continued((progress, quadrature), problem.t0)
 
     # One loop for all segments, so that the program holds a single copy of the solve. Each segment
     # ends at a saved time, where the state restarts and the cotangent jumps; the last ends at the
     # start.
-    def body(i, segment):
+    def body(i, solved):
         j = ts.shape[0] - 1 - i
         at_output, j = j >= 0, jnp.maximum(j, 0)
-        segment = continued(segment, jnp.where(at_output, ts[j], problem.t0))
-        y = jnp.where(at_output & ~ends.resting[:, None], ys[j], segment.progress.y[:, :n])
-        a = segment.progress.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
-        return segment.moved(y=jnp.concatenate([y, a], axis=1))
+        progress, quadrature = continued(solved, jnp.where(at_output, ts[j], problem.t0))
+        y = jnp.where(at_output & ~ends.masked[:, None], ys[j], progress.y[:, :n])
+        a = progress.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
+        return progress._replace(y=jnp.concatenate([y, a], axis=1)), quadrature
 
-    return fori_loop(0, ts.shape[0] + 1, body, segment)
+    return fori_loop(0, ts.shape[0] + 1, body, (progress, quadrature))
 
 
-def _continued(field: AdjointField, stepper: Stepper, segment: _Segment, end, span) -> _Segment:
-    """Continue an adjoint solve to the times `end`. A failed row stays where it is.
+def _continued(field: AdjointField, stepper: Stepper, solved, end, span):
+    """Continue an adjoint solve, its progress and quadrature, to the times `end`. A failed row
+    stays where it is.
 
     With equal steps, the segment takes its share of the steps of the whole `span`.
     """
-    start, before = segment.progress.t, segment.progress.accepted
-    steps = None
+    progress, quadrature = solved
+    start, before, steps = progress.t, progress.accepted, None
     if stepper.steps is not None:
         share = jnp.abs(end - start) / jnp.where(span == 0, 1.0, jnp.abs(span))
         # 1e-4 allows for rounding in the share.
         steps = jnp.maximum(jnp.ceil(share * stepper.steps - 1e-4), 1).astype(jnp.int32)
 
-    def step(segment: _Segment) -> _Segment:
-        now = segment.progress
-        ahead = aim(stepper, steps, now, now.accepted - before, start, end)
-        ahead = ahead._replace(t=jnp.where(now.active, ahead.t, now.t))
-        y, k, quadrature_where = _stages(field, stepper, segment, ahead.t - now.t)
-        accept, then = judge(stepper, now, ahead, y, k)
-        then = then._replace(h=jax.lax.stop_gradient(then.h))
-        return _Segment(then, quadrature_where(accept))
+    def step(solved):
+        now, quadrature = solved
+        t, last = next_step_end(stepper, steps, now, now.accepted - before, start, end)
+        t = jnp.where(now.active, t, now.t)
+        y, k, quadrature_where = _stages(field, stepper, now, quadrature, t - now.t)
+        then = accept_or_reject(stepper, now, t, last, y, k)
+        return then, quadrature_where(then.accepted > now.accepted)
 
-    segment = segment.moved(done=start == end)
-    return while_loop(lambda segment: segment.progress.active.any(), step, segment)
+    solved = progress._replace(done=start == end), quadrature
+    return while_loop(lambda solved: solved[0].active.any(), step, solved)
 
 
-def _stages(field: AdjointField, stepper: Stepper, segment: _Segment, h: Float[Array, " rows"]):
+def _stages(field: AdjointField, stepper: Stepper, state: Progress, before, h):
     """The end of a step, its stages, and the quadrature as a function of which rows accept it."""
-    method, state, alone = stepper.method, segment.progress, one_row(h)
+    method, alone = stepper.method, one_row(h)
     A, c = jnp.asarray(method.A, state.y.dtype), jnp.asarray(method.c, state.t.dtype)
     b = jnp.asarray(method.b, state.y.dtype)
 
@@ -262,17 +258,17 @@ def _stages(field: AdjointField, stepper: Stepper, segment: _Segment, h: Float[A
         return k.at[i].set(k_i), quadrature
 
     k = jax.lax.full_like(state.y, 0, shape=(method.stages, *state.y.shape))
-    k, quadrature = fori_loop(0, method.stages, stage, (k, segment.quadrature))
+    k, quadrature = fori_loop(0, method.stages, stage, (k, before))
 
     def quadrature_where(accept):
         if alone:
             keep = lambda new, old: jnp.where(accept[0], new, old)
-            return jax.tree.map(keep, quadrature, segment.quadrature)
+            return jax.tree.map(keep, quadrature, before)
         # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
         # integrand is no way out, as it may not be finite.
         taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
         again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
-        return fori_loop(0, method.stages, again, segment.quadrature)
+        return fori_loop(0, method.stages, again, before)
 
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
 
@@ -299,10 +295,10 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
     unpack = lambda state: unravel(state[0])
 
     def adjoint_ode(s, state, args):
-        (params, rest, start, span), _ = args
+        (params, rest, piece, start, span), _ = args
         y, a, _ = unpack(state)
         t = start + s * span
-        f, pull = vjp(lambda params, y: Slope(*eqx.combine(params, rest))(t, y), params, y)
+        f, pull = vjp(lambda params, y: _slope(params, rest, piece)(t, y), params, y)
         params_bar, y_bar = pull(-a * span[:, None])
         return pack(f * span[:, None], y_bar, params_bar)
 
@@ -312,9 +308,9 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
         def end_of(state, start, to):
             # All rows are solved as one here, so the time `s` runs from 0 to 1 in each.
             span, unit = to - start, jnp.ones_like(to[:1])
-            args = (params, rest, start, span), ()
+            args = (params, rest, problem.piece, start, span), ()
             back = Problem(adjoint_ode, args, state, 0 * unit, unit, None)
-            return solve(back, _over_unit(stepper, span), BacksolveAdjoint()).y1
+            return solve_reverse(back, _over_unit(stepper, span), BacksolveAdjoint()).y1
 
         def segment(carry, output):
             state, start = carry
@@ -332,7 +328,7 @@ def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
 
     values, pull = jax.vjp(reference, diff)
     bars = jax.tree.map(
-        lambda value, bar: filled(bar, value), values, (bar.progress.y, bar.quadrature)
+        lambda value, bar: instantiate_zeros(bar, value), values, (bar[0].y, bar[1])
     )
     return pull(bars)[0]
 
@@ -342,7 +338,8 @@ def _over_unit(stepper: Stepper, span: Float[Array, " rows"]) -> Stepper:
 
     The first step is chosen anew.
     """
-    longest, max_step = jnp.max(jnp.abs(jax.lax.stop_gradient(span))), stepper.max_step
+    longest, max_step = jnp.max(jnp.abs(jax.lax.stop_gradient(span))), stepper.controller.max_step
     if max_step is not None:
         max_step = max_step / jnp.where(longest == 0, 1.0, longest)
-    return dataclasses.replace(stepper, first_step=None, max_step=max_step, stop=None)
+    controlled = stepper.controlled(first_step=None, max_step=max_step)
+    return dataclasses.replace(controlled, stop=None)

@@ -11,11 +11,12 @@ from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
 from jaxode.ode.adjoints.vmapped import Reverse, vmappable
-from jaxode.ode.loop.integrate import Integration, Tape, integrate
-from jaxode.ode.loop.mesh import speeds_in
+from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import beyond
-from jaxode.ode.loop.problem import Problem, Slope, Stepper, Within
-from jaxode.ode.loop.rows import of_group, one_row, over_rows, replace_rows
+from jaxode.ode.loop.problem import Problem, Slope, Stepper
+from jaxode.ode.loop.rows import of_group, one_row, reduce_rows, replace_rows
+from jaxode.ode.loop.step_tangents import step_tangents
+from jaxode.ode.loop.trajectory import Trajectory
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class Adjoint:
       if the field is not finite; its derivatives with respect to times are those of the ODE.
     - `stats` up to the end or the failure, where a step that is not finite counts as rejected.
     - `t_reached`, which is `t1`, or the end of the last accepted step of a row that failed.
-    - `h`, zero without error control; `steps`, only if `stepper.dense`; `stopped`, only with
+    - `h`, zero without error control; `trajectory`, only if `stepper.dense`; `stopped`, only with
       `stepper.stop`: the rows that a crossing ended. Its time, `t_reached`, is held fixed by
       derivatives, and outputs beyond it repeat `y1`.
 
@@ -50,7 +51,7 @@ class Adjoint:
     """
 
     supports_dense: ClassVar[bool] = False
-    """Whether it returns and differentiates `Integration.steps`, for `dense=True`."""
+    """Whether it returns and differentiates `Integration.trajectory`, for `dense=True`."""
     solves_backwards: ClassVar[bool] = False
     """Whether its gradient is a solve of its own, with tolerances and errors."""
     forward_only: ClassVar[bool] = False
@@ -65,7 +66,7 @@ class Adjoint:
 
 class Solved(NamedTuple):
     """A solve on the way back. Rows that failed, or took no step, and on which nothing depends are
-    replaced.
+    masked.
 
     Problem and end states have the first successful row in place of each. The field sees their
     start instead of recorded steps, which may not be finite.
@@ -76,8 +77,8 @@ class Solved(NamedTuple):
     """Which leaves are differentiated."""
     stepper: Stepper
     integration: Integration
-    tape: Tape | None
-    replaced: Bool[Array, " rows"]
+    trajectory: Trajectory | None
+    masked: Bool[Array, " rows"]
     params: PyTree
     """The differentiated leaves of `(field, args)`, and of what else was given."""
     rest: PyTree
@@ -88,29 +89,26 @@ class Solved(NamedTuple):
         problem: Problem,
         perturbed: Problem,
         stepper: Stepper,
-        recorded: tuple[Integration, Tape | None],
-        replaced: Bool[Array, " rows"],
+        recorded: tuple[Integration, Trajectory | None],
+        masked: Bool[Array, " rows"],
         others: tuple[Any, ...] = (),
         perturbed_others: tuple[Any, ...] = (),
     ) -> "Solved":
-        """With the rows `replaced`. `others` are differentiated together with the field."""
+        """With the rows `masked`. `others` are differentiated together with the field."""
         if isinstance(problem.field, ClosedField):
             problem.field.check_closed_over(perturbed.field, problem.y0)
-        integration, tape = recorded
-        ok = (integration.result == Result.SUCCESS) & ~replaced
+        integration, trajectory = recorded
+        ok = (integration.result == Result.SUCCESS) & ~masked
         shared, of_rows = problem.args
-        replace = lambda tree: replace_rows(tree, replaced, ok, of_rows)
+        replace = lambda tree: replace_rows(tree, masked, ok, of_rows)
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
         own = replace(problem._replace(field=None, args=of_rows, ts=None))
-        if isinstance(shared, Within):  # the ends of the piece that the field sees
-            t0, t1 = replace((shared.t0, shared.t1))
-            shared = shared._replace(t0=t0, t1=t1)
         problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
         parts = (problem.field, problem.args, *others)
         flags = (perturbed.field, perturbed.args, *perturbed_others)
         params, rest = eqx.partition(parts, flags)
-        return cls(problem, perturbed, stepper, integration, tape, replaced, params, rest)
+        return cls(problem, perturbed, stepper, integration, trajectory, masked, params, rest)
 
     @property
     def ok(self) -> Bool[Array, " rows"]:
@@ -122,9 +120,9 @@ class Solved(NamedTuple):
         """Whether times are differentiated."""
         return bool(self.perturbed.t0 or self.perturbed.t1 or self.perturbed.ts)
 
-    def speeds(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
+    def step_tangents(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
         """How a step moves with the ends."""
-        return speeds_in(self.problem, t, h, number, self.stepper.stop is not None)
+        return step_tangents(self.problem, t, h, number, self.stepper.stop is not None)
 
     def parts(self, params: PyTree) -> tuple[Any, ...]:
         """`(field, args, *others)` with these differentiated leaves."""
@@ -133,28 +131,28 @@ class Solved(NamedTuple):
     def slope(self, params: PyTree) -> Slope:
         """The vector field with these differentiated leaves."""
         field, args, *_ = self.parts(params)
-        return Slope(field, args, self.finite)
+        return Slope(field, args, self.problem.piece, self.finite)
 
     def apply(self, params: PyTree, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
         """The vector field as a function of the differentiated leaves."""
         return self.slope(params)(t, y)
 
     def finite(self, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
-        """The time and state, or the start in rows that are replaced."""
-        if one_row(self.replaced):
+        """The time and state, or the start in rows that are masked."""
+        if one_row(self.masked):
             return t, y
-        problem, replaced = self.problem, self.replaced
-        return jnp.where(replaced, problem.t0, t), jnp.where(replaced[:, None], problem.y0, y)
+        problem, masked = self.problem, self.masked
+        return jnp.where(masked, problem.t0, t), jnp.where(masked[:, None], problem.y0, y)
 
-    def masked(self, bars: Problem, valid: Float[Array, " rows"]) -> Problem:
+    def mask(self, bars: Problem, valid: Float[Array, " rows"]) -> Problem:
         """The cotangents times `valid`: per row, and for shared leaves over the rows they share.
 
-        Those of replaced rows are zero, and so are shared ones if no other row is left.
+        Those of masked rows are zero, and so are shared ones if no other row is left.
         """
 
         def per_row(x):
             factor = of_group(jnp.prod, valid, x).astype(x.dtype)
-            return jnp.where(of_group(jnp.all, self.replaced, x), 0, x * factor)
+            return jnp.where(of_group(jnp.all, self.masked, x), 0, x * factor)
 
         for_all = lambda x: per_row(x[None])[0]
         shared, of_rows = bars.args
@@ -167,12 +165,15 @@ class Solved(NamedTuple):
 
 def without_cotangent(bar: Integration, of_rows: Float[Array, " rows"]) -> Bool[Array, " rows"]:
     """Which rows have zero cotangents: nothing depends on them."""
-    times, y, k = (None,) * 3 if bar.steps is None else bar.steps[:3]
-    unused = jnp.ones(of_rows.shape, bool)
-    for x, samples in ((bar.y1, 0), (bar.ys, 1), (times, 1), (y, 1), (k, 2)):
+    bars = [(bar.y1, 0), (bar.ys, 1)]
+    if bar.trajectory is not None:
+        times, _, y, k, *_ = bar.trajectory
+        bars += [(times, 1), (y, 1), (k, 2)]
+    none = jnp.ones(of_rows.shape, bool)
+    for x, samples in bars:
         if x is not None:
-            unused &= over_rows(jnp.all, jnp.moveaxis(x == 0, samples, 0), of_rows)
-    return unused
+            none &= reduce_rows(jnp.all, jnp.moveaxis(x == 0, samples, 0), of_rows)
+    return none
 
 
 def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
@@ -186,38 +187,39 @@ class ReverseAdjoint(Adjoint):
     any_order: ClassVar[bool] = False
     """Whether its gradient has reverse-mode derivatives."""
     checkpoints: int
-    """How many states the tape keeps, of a method that inherits `record`."""
+    """How many states are kept to replay from, by a method that inherits `record`."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
-        run = lambda problem, stepper: solve(problem, stepper, self)
+        run = lambda problem, stepper: solve_reverse(problem, stepper, self)
         return vmappable(run, in_reverse(problem, type(self).__name__), stepper)
 
-    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Tape | None]:
+    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Trajectory | None]:
         """Solve the problem, with what the backward pass needs."""
         return integrate(problem, stepper, self.checkpoints)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Any]:
         """The cotangents of the problem, and a factor per row that is NaN where there are none.
 
-        `bar` has the cotangents of `y1`, `ys` and `steps`, or None. The caller masks the result.
+        `bar` has the cotangents of `y1`, `ys` and `trajectory`, or None. The caller masks the
+        result.
         """
         raise NotImplementedError
 
 
 @eqx.filter_custom_vjp
-def solve(problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint) -> Integration:
+def solve_reverse(problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint) -> Integration:
     """The solution, with the derivatives of the gradient method."""
     del adjoint
     return integrate(problem, stepper)[0]
 
 
-@solve.def_fwd
+@solve_reverse.def_fwd
 def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint):
     recorded = _reverse(adjoint, perturbed).forward(problem, stepper)
     return recorded[0], recorded
 
 
-@solve.def_bwd
+@solve_reverse.def_bwd
 def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
     bars = _reverse(adjoint, perturbed).backward(recorded, bar, problem, stepper)
     return bars if adjoint.any_order else once_only(type(adjoint).__name__, bars)
@@ -226,11 +228,12 @@ def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
 def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
     def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
         # Over an empty span, too, the field need not be finite.
-        none, unused = recorded[0].stats.num_accepted == 0, without_cotangent(bar, problem.t0)
-        replaced = unused & ((recorded[0].result != Result.SUCCESS) | none)
-        solved = Solved.of(ended(problem, recorded[0]), wanted, stepper, recorded, replaced)
-        bars = solved.masked(*adjoint.pull_back(solved, bar))
-        stopped = recorded[0].stopped
+        out = recorded[0]
+        useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
+        masked = without_cotangent(bar, problem.t0) & useless
+        solved = Solved.of(ended(problem, out), wanted, stepper, recorded, masked)
+        bars = solved.mask(*adjoint.pull_back(solved, bar))
+        stopped = out.stopped
         if stopped is None or bars.t1 is None:
             return bars
         return bars._replace(t1=jnp.where(stopped, 0, bars.t1))

@@ -11,14 +11,14 @@ from jaxtyping import Array, Float
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._jax.sharding import while_loop
-from jaxode._jax.tangents import filled
+from jaxode._jax.tangents import instantiate_zeros
 from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
+from jaxode.ode.adjoints.replay import OutputBars
 from jaxode.ode.adjoints.sweep import Sweep
-from jaxode.ode.adjoints.tape import OutputBars, Step
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.outputs import Curve, Steps
 from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import place_of_each
+from jaxode.ode.loop.trajectory import Curve, Step, Trajectory
 from jaxode.ode.solvers.base import Method
 
 
@@ -52,35 +52,35 @@ class DiscreteAdjoint(ReverseAdjoint):
         integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
-        problem, tape = solved.problem, solved.tape
-        assert tape is not None
+        problem, trajectory = solved.problem, solved.trajectory
+        assert trajectory is not None
         interior, carry, outputs = None, None, OutputBars.of(problem, bar)
         if outputs is not None:
             interior = _of_outputs(solved.stepper.method, outputs, solved.timed)
             carry = outputs.count, jnp.zeros_like(outputs.ts)
-        if bar.steps is not None:
-            interior = _of_steps(bar.steps, interior)
-        swept = Sweep(solved, interior).run(filled(bar.y1, problem.y0), carry)
+        if bar.trajectory is not None:
+            interior = _of_steps(bar.trajectory, interior)
+        swept = Sweep(solved, interior).run(instantiate_zeros(bar.y1, problem.y0), carry)
         ts_bar = None
         if problem.ts is not None:
             ts_bar = jnp.zeros_like(problem.ts) if outputs is None else swept.interior[1]
-        t0_bar, t1_bar = _moved(solved, tape.times, bar.steps, swept.t0, swept.t1)
-        ok = solved.ok & (tape.num_steps > 0) | solved.replaced
+        t0_bar, t1_bar = _moved(solved, trajectory.times, bar.trajectory, swept.t0, swept.t1)
+        ok = solved.ok & (trajectory.count > 0) | solved.masked
         bars = Problem(*swept.params, y0=swept.y, t0=t0_bar, t1=t1_bar, ts=ts_bar)
         return bars, nan_unless(ok, problem.y0.dtype)
 
 
-def _moved(solved: Solved, times, steps_bar: Steps | None, t0_bar, t1_bar):
+def _moved(solved: Solved, times, steps_bar: Trajectory | None, t0_bar, t1_bar):
     """Add the cotangents of the step times, which move with both ends."""
     if steps_bar is None or steps_bar.times is None:
         return t0_bar, t1_bar
-    speeds = jax.vmap(lambda t: solved.speeds(t, jnp.zeros_like(t), jnp.int32(1)))
-    by_t0, by_t1 = speeds(times)
+    tangents = jax.vmap(lambda t: solved.step_tangents(t, jnp.zeros_like(t), jnp.int32(1)))
+    by_t0, by_t1 = tangents(times)
     total = lambda by_end: jnp.sum(steps_bar.times * by_end.t, axis=0)
     return t0_bar + total(by_t0), t1_bar + total(by_t1)
 
 
-def _of_steps(steps_bar: Steps, outputs: Any):
+def _of_steps(steps_bar: Trajectory, outputs: Any):
     """For `Sweep.interior`: adds the cotangents of the steps themselves, and those of `outputs`."""
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
@@ -102,7 +102,7 @@ def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
     stages. It carries how many outputs are left, and the cotangents of their times."""
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
-        whole, pull_curve = jax.vjp(lambda step: Curve.of(method, *step), step)
+        whole, pull_curve = jax.vjp(lambda step: Curve.of(method, step), step)
         # What is differentiated. Without the times: the state and the stages.
         curve = whole if timed else whole._replace(t=None, h=None, slope=None)
 

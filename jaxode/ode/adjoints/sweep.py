@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.platform import is_for_cpu
 from jaxode.ode.adjoints.base import Solved
-from jaxode.ode.adjoints.tape import Step, walk_back
+from jaxode.ode.adjoints.replay import walk_back
 from jaxode.ode.loop.rows import one_row
+from jaxode.ode.loop.trajectory import Step
 
 # If parameters outnumber the work of an evaluation by this factor, their gradient is gathered once
 # per step. Measured at batch 8, with 1.2 million parameters and a tenth of the work: 0.8x the time.
@@ -83,15 +84,15 @@ class Sweep(NamedTuple):
         return walk_back(solved, self._step, swept, whole=self.interior is not None)
 
     def _step(self, step: Step, number, swept: Swept) -> Swept:
-        replaced, problem = self.solved.replaced, self.solved.problem
-        if not one_row(replaced):
-            # A row that has come to its end rests there, where the field need not be finite.
-            rests = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
-            replaced = replaced | rests
+        masked, problem = self.solved.masked, self.solved.problem
+        if not one_row(masked):
+            # A row that has come to its end waits there, where the field need not be finite.
+            waits = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
+            masked = masked | waits
             if self.solved.timed or self.method.implicit:
                 # Derivatives by times, and by a Jacobian, are products with the stages.
-                step = step._replace(k=jnp.where(replaced[:, None], 0.0, step.k))
-        at_step = self._replace(solved=self.solved._replace(replaced=replaced))
+                step = step._replace(k=jnp.where(masked[:, None], 0.0, step.k))
+        at_step = self._replace(solved=self.solved._replace(masked=masked))
         bar, params_bar, carry = jax.tree.map(jnp.zeros_like, step), swept.params, swept.interior
         if swept.slope is not None:
             bar = bar._replace(k=bar.k.at[-1].set(swept.slope))
@@ -102,7 +103,7 @@ class Sweep(NamedTuple):
         bar, params_bar = self.method.pull_back(at_step, step, bar, swept.y, params_bar, lowest)
         t0_bar, t1_bar = swept.t0, swept.t1
         if self.solved.timed:
-            by_t0, by_t1 = self.solved.speeds(step.t, step.h, number)
+            by_t0, by_t1 = self.solved.step_tangents(step.t, step.h, number)
             t0_bar = t0_bar + bar.t * by_t0.t + bar.h * by_t0.h
             t1_bar = t1_bar + bar.t * by_t1.t + bar.h * by_t1.h
         slope_bar = bar.k[0] if self.waits else None

@@ -18,8 +18,8 @@ from jaxode._jax.platform import is_for_cpu
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.vmapped import Rule, one_by_one, plain, with_vmap_rule
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.outputs import Steps
 from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.trajectory import Trajectory
 
 Solver = Callable[[Problem, Stepper], Integration]
 
@@ -72,12 +72,12 @@ def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
 class Reverse(NamedTuple):
     """A gradient method under `jax.vmap(jax.grad(...))`, where each problem has its own gradient.
 
-    As rows of one solve there is no tape of each problem, so the way back solves again. In a `cond`
-    with a mapped predicate that is not as rows, because JAX maps the tolerances there, too.
+    As rows of one solve there is no trajectory of each problem, so the way back solves again. In a
+    `cond` with a mapped predicate that is not as rows: JAX maps the tolerances there, too.
     """
 
     record: Callable[[Problem, Stepper], tuple[Integration, Any]]
-    """A solution and its tape."""
+    """A solution and its trajectory."""
     pull: Callable[[Any, Any, Integration, Problem, Stepper], Problem]
     """`(wanted, recorded, bar, problem, stepper)` -> the cotangents of the problem."""
     wanted: Problem
@@ -88,14 +88,14 @@ class Reverse(NamedTuple):
 
         def as_rows(many: Many, mapped: Any, problem: Problem, stepper: Stepper):
             one = jax.tree.map(lambda x, its: x[0] if its else x, (problem, stepper), mapped)
-            tape = jax.eval_shape(self.record, *one)[1]
-            if tape is not None:
-                tape = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tape)
-                tape = tape._replace(num_steps=tape.num_steps - 1)
+            trajectory = jax.eval_shape(self.record, *one)[1]
+            if trajectory is not None:
+                trajectory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trajectory)
+                trajectory = trajectory._replace(count=trajectory.count - 1)
             joined = many.join(mapped[0], problem, stepper)
-            # Without a tape, the solution itself has the derivatives of the method.
-            solve = integrate if tape is not None else self.record
-            return many.split(solve(joined, stepper)[0]), tape
+            # Without a trajectory, the solution itself has the derivatives of the method.
+            solve = integrate if trajectory is not None else self.record
+            return many.split(solve(joined, stepper)[0]), trajectory
 
         rule = _rule(self.record, as_rows, self.wanted)
         return _with_rule(self.record, rule, problem, stepper)
@@ -107,7 +107,7 @@ class Reverse(NamedTuple):
         def pull_of_any(recorded, bar, problem, stepper):
             if recorded[1] is not None:
                 # A `cond` may have mixed real tapes and none, and so may any loop.
-                missing = unvmap_any(recorded[1].num_steps < 0)
+                missing = unvmap_any(recorded[1].count < 0)
                 again = lambda: self._again(problem, stepper, _steps_of(recorded))
                 recorded = jax.lax.cond(missing, again, lambda: recorded)
             return pull(recorded, bar, problem, stepper)
@@ -152,10 +152,10 @@ class Reverse(NamedTuple):
         recorded = self._again(joined, stepper, ran)
         solutions, join_bars = jax.vjp(many.split, eqx.filter(recorded[0], eqx.is_inexact_array))
 
-        def filled(like, bar, its):
+        def instantiate_zeros(like, bar, its):
             return jnp.zeros_like(like) if bar is None else spread(bar, its)
 
-        (bar,) = join_bars(jax.tree.map(filled, solutions, bar, of_bar))
+        (bar,) = join_bars(jax.tree.map(instantiate_zeros, solutions, bar, of_bar))
         return split_bars(self.pull(wanted, recorded, bar, joined, stepper))[0]
 
     def _again(self, problem: Problem, stepper: Stepper, ran: Int[Array, " rows"]):
@@ -200,7 +200,7 @@ class Many(NamedTuple):
         shared = of_problem.field, of_problem.args[0]
         if size * rows == 0 or any(jax.tree.leaves(of_stepper)):
             return None
-        if rows == 1 < samples and (stepper.method.implicit or stepper.atol.ndim):
+        if rows == 1 < samples and (stepper.method.implicit or stepper.controller.atol.ndim):
             # All samples of a problem would have one Jacobian, and tolerances are those of one.
             return None
         if wanted is not None:
@@ -218,8 +218,8 @@ class Many(NamedTuple):
             x = getattr(problem, name)
             return None if x is None else self._join(spread(x, getattr(mapped, name)), axis)
 
-        names, axes = ("t0", "t1", "ts", "outputs", "h0"), (0, 0, 1, 0, 0)
-        t0, t1, ts, outputs, h0 = map(of_rows, names, axes)
+        names, axes = ("t0", "t1", "ts", "outputs", "h0", "piece"), (0, 0, 1, 0, 0, 0)
+        t0, t1, *rest = map(of_rows, names, axes)
         y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
         is_own, of_row = self._own(mapped), self._of_row(mapped)
         merge = lambda x: x.reshape(self.size * x.shape[1], *x.shape[2:])
@@ -250,7 +250,7 @@ class Many(NamedTuple):
             jacobian = of_all(lambda field: field.jacobian, 2)
         given = t0, y0, (shared, own)
         closed, args = close_field(stepper.precision, field, *given, jacobian=jacobian)
-        return Problem(closed, args, y0, t0, t1, ts, outputs, h0)
+        return Problem(closed, args, y0, t0, t1, *rest)
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:
         """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
@@ -274,15 +274,18 @@ class Many(NamedTuple):
     def split(self, joined: Integration) -> Integration:
         """What each problem would return, with a leading axis."""
         states = lambda x, axis: self._split(x, axis, self.sample)
-        steps = joined.steps
-        if isinstance(steps, Steps):
-            count = jax.tree.map(self.spread, steps.count)
-            times = self._split(steps.times, 1)
-            steps = Steps(times, states(steps.y, 1), states(steps.k, 2), count)
+        trajectory = joined.trajectory
+        if isinstance(trajectory, Trajectory):
+            times, count = (
+                self._split(trajectory.times, 1),
+                jax.tree.map(self.spread, trajectory.count),
+            )
+            y, k = states(trajectory.y, 1), states(trajectory.k, 2)
+            trajectory = Trajectory(times, count, y, k)
         ys = None if joined.ys is None else states(joined.ys, 1)
-        parts = joined._replace(y1=None, ys=None, steps=None)
+        parts = joined._replace(y1=None, ys=None, trajectory=None)
         return jax.tree.map(lambda x: self._split(x, 0), parts)._replace(
-            y1=states(joined.y1, 0), ys=ys, steps=steps
+            y1=states(joined.y1, 0), ys=ys, trajectory=trajectory
         )
 
     def _join(self, x: Array, axis: int) -> Array:

@@ -5,6 +5,7 @@ step is taken again to end there, and once or twice more to end where Newton's m
 So the steps of the search are those of the solution.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -14,10 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.loop.outputs import Curve
 from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.progress import Progress
 from jaxode.ode.loop.rows import entry_of_each
+from jaxode.ode.loop.trajectory import Curve, Step
 
+# A condition as a function of the part of a step.
+Inside = Callable[[Float[Array, " rows"]], Float[Array, " rows"]]
 # The condition is evaluated this often per step. Two crossings in between go unnoticed.
 LOOKS = 8
 # How often a step may be taken again.
@@ -56,32 +60,65 @@ class Search(NamedTuple):
         return ~jnp.isnan(self.target)
 
 
-def watch(problem: Problem, stepper: Stepper, search: Search, now: Any, step: Any, then: Any):
-    """The attempted step, the progress and the search, given what error control says.
+def watch(
+    problem: Problem, stepper: Stepper, search: Search, now: Progress, step: Step, then: Progress
+) -> tuple[Progress, Search]:
+    """The progress and the search after a step, given the progress `then` of error control.
 
     A step with a crossing inside, or one that misses its target, does not count. The last one ends
     the row.
     """
-    crossing, (args, now_, step_) = stepper.stop, jax.lax.stop_gradient((problem.args, now, step))
-    start, end = jax.lax.stop_gradient((problem.t0, problem.t1))
-    t, h, landing = now_.t, step_.t - now_.t, search.landing
-    curve = Curve.of(stepper.method, t, h, now_.y, step_.k)
-    look = lambda t, y: crossing.condition(t, y, args)
-    inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
-
-    def slope(theta):
-        """The condition, and its derivative by the part of the step."""
-        value, rate = jax.jvp(inside, (theta,), (jnp.ones_like(theta),))
-        return value.astype(t.dtype), rate.astype(t.dtype)
-
-    thetas = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype)
-    between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
-    # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
-    ends = look(t, now_.y)[None], look(step_.t, step_.y)[None]
-    values = jnp.concatenate([ends[0], between, ends[1]])
-    crossed = crossing.between(values[:-1], values[1:]) & (step.accept & ~landing & (h != 0))[None]
-    found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
+    given = (problem.args, problem.t0, problem.t1, now, step, then)
+    args, start, end, now_, step_, then_ = jax.lax.stop_gradient(given)
+    t, h, landing, accept = step_.t, step_.h, search.landing, then_.accepted > now_.accepted
     span, eps = jnp.abs(end - start), jnp.finfo(t.dtype).eps
+    look, curve = lambda t, y: stepper.stop.condition(t, y, args), Curve.of(stepper.method, step_)
+    inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
+    # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
+    ends, searched = (look(now_.t, now_.y), look(then_.t, then_.y)), accept & ~landing & (h != 0)
+    found, theta, jumps = _first_crossing(stepper.stop, inside, ends, step_, searched, span)
+    _, rate = _slope(inside, jnp.ones_like(t))
+    move = -ends[1].astype(t.dtype) * h / jnp.where(rate == 0, 1, rate)
+    move = jnp.where((rate != 0) & jnp.isfinite(move), move, 0)
+    settled = jnp.maximum(100 * eps, 1e-4 * stepper.controller.rtol.astype(t.dtype)) * span
+    # Moves as small as the rounding of the condition, or of the time, are no failure.
+    rounded = jnp.maximum(settled, eps * (1e4 * jnp.abs(then_.t - start) + 4 * jnp.abs(then_.t)))
+    landed = landing & accept
+    far = landed & (jnp.abs(move) > settled)
+    again = far & (search.landings < LANDINGS - 1)
+    lost = (far & ~again & (jnp.abs(move) > rounded)) | (found & jumps)
+    stops = landed & ~again & ~lost
+    low, high = jnp.minimum(t, end), jnp.maximum(t, end)
+    target = jnp.where(again, jnp.clip(then_.t + move, low, high), jnp.nan)
+    target = jnp.where(found, t + theta * h, target)
+    search = Search(target, search.landings + landed.astype(jnp.int32), search.stopped | stops)
+    left_out = found | again | lost
+    keep = lambda new, old: jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+    done = jnp.where(landing, now.done | stops, then.done)
+    kept = jax.tree.map(keep, then._replace(done=done), now)
+    kept = kept._replace(
+        t=jnp.where(lost, jnp.where(found, t + theta * h, then_.t), kept.t),
+        result=jnp.where(lost, Result.EVENT_NOT_FOUND, then.result).astype(jnp.int32),
+        rejected=then.rejected + (left_out & accept).astype(jnp.int32),
+    )
+    return kept, search
+
+
+def _slope(inside: Inside, theta: Float[Array, " rows"]):
+    """The condition inside a step, and its derivative by the part of the step."""
+    value, rate = jax.jvp(inside, (theta,), (jnp.ones_like(theta),))
+    return value.astype(theta.dtype), rate.astype(theta.dtype)
+
+
+def _first_crossing(crossing: Crossing, inside: Inside, ends, step: Step, searched, span):
+    """Where the condition crosses zero first: whether it does, at which part of the step, and
+    whether it jumps there. It is known at the `ends`, and searched in some rows."""
+    t, h = step.t, step.h
+    thetas, eps = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype), jnp.finfo(t.dtype).eps
+    between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
+    values = jnp.concatenate([ends[0][None], between, ends[1][None]])
+    crossed = crossing.between(values[:-1], values[1:]) & searched[None]
+    found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
 
     def refined():
         """The root between two looks, and whether the condition jumps there.
@@ -99,34 +136,10 @@ def watch(problem: Problem, stepper: Stepper, search: Search, now: Any, step: An
 
         bracket = thetas[part], thetas[part + 1], entry_of_each(values, part)
         theta = fori_loop(0, jnp.finfo(t.dtype).nmant + 1, halve, bracket)[1]
-        value, rate = slope(theta)
+        value, rate = _slope(inside, theta)
         # Where the condition is continuous, the time is off by rounding, not by a part of a step.
         off = eps**0.25 * jnp.abs(h) + 4 * eps * (span + jnp.abs(t))
         jumps = (rate != 0) & (jnp.abs(value * h) > jnp.abs(rate) * off)
         return theta, jumps
 
-    theta, jumps = jax.lax.cond(found.any(), refined, lambda: (jnp.ones_like(t), found))
-    _, rate = slope(jnp.ones_like(t))
-    move = -values[-1].astype(t.dtype) * h / jnp.where(rate == 0, 1, rate)
-    move = jnp.where((rate != 0) & jnp.isfinite(move), move, 0)
-    settled = jnp.maximum(100 * eps, 1e-4 * stepper.rtol.astype(t.dtype)) * span
-    # Moves as small as the rounding of the condition, or of the time, are no failure.
-    rounded = jnp.maximum(settled, eps * (1e4 * jnp.abs(step_.t - start) + 4 * jnp.abs(step_.t)))
-    landed = landing & step.accept
-    far = landed & (jnp.abs(move) > settled)
-    again = far & (search.landings < LANDINGS - 1)
-    lost = (far & ~again & (jnp.abs(move) > rounded)) | (found & jumps)
-    stops = landed & ~again & ~lost
-    low, high = jnp.minimum(t, end), jnp.maximum(t, end)
-    target = jnp.where(again, jnp.clip(step_.t + move, low, high), jnp.nan)
-    target = jnp.where(found, t + theta * h, target)
-    search = Search(target, search.landings + landed.astype(jnp.int32), search.stopped | stops)
-    left_out = found | again | lost
-    keep = lambda new, old: jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
-    result = jnp.where(lost, Result.EVENT_NOT_FOUND, then.result).astype(jnp.int32)
-    rejected = then.rejected + (left_out & step.accept).astype(jnp.int32)
-    done = jnp.where(landing, now.done | stops, then.done)
-    kept = jax.tree.map(keep, then._replace(done=done), now)
-    at = jnp.where(lost, jnp.where(found, t + theta * h, step_.t), kept.t)
-    step = step._replace(accept=step.accept & ~left_out)
-    return step, kept._replace(t=at, result=result, rejected=rejected), search
+    return found, *jax.lax.cond(found.any(), refined, lambda: (jnp.ones_like(t), found))

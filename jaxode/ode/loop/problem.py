@@ -1,5 +1,6 @@
 """What the loop solves, and how it steps."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.sharding import AxisName
+from jaxode.ode.loop.step_size import Controller
 
 
 class Slope(NamedTuple):
@@ -16,31 +18,28 @@ class Slope(NamedTuple):
 
     field: Any
     args: PyTree
+    piece: Float[Array, "rows 2"] | None = None
+    """The ends of the piece of the solve in which it is evaluated, if it may jump there."""
     seen: Callable[..., Any] = lambda t, y: (t, y)
     """The time and state at which it is evaluated instead of the given ones."""
 
     def __call__(
         self, t: Float[Array, " rows"], y: Float[Array, "samples n"]
     ) -> Float[Array, "samples n"]:
-        return self.field(*self.seen(t, y), self.args)
+        return self.field(*self._inside(t, y), self.args)
 
     @property
     def jacobian(self) -> Callable[..., Float[Array, "samples n n"]] | None:
         """Its Jacobian by the state, if the user gave one."""
         jacobian = self.field.jacobian
-        return jacobian and (lambda t, y: jacobian(*self.seen(t, y), self.args))
+        return jacobian and (lambda t, y: jacobian(*self._inside(t, y), self.args))
 
-
-class Within(NamedTuple):
-    """Shared arguments, and the ends of the piece of a solve in which the field is evaluated."""
-
-    shared: PyTree
-    t0: Float[Array, " rows"]
-    t1: Float[Array, " rows"]
-
-    def inside(self, t: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """The time, or at an end one that is some roundings inside: there the field may jump."""
-        low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
+    def _inside(self, t, y):
+        """At an end of the piece, the time is some roundings inside."""
+        t, y = self.seen(t, y)
+        if self.piece is None:
+            return t, y
+        low, high = jnp.min(self.piece, axis=1), jnp.max(self.piece, axis=1)
         eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))
 
         def gap(end):  # beside zero, too, a time has a size
@@ -48,7 +47,7 @@ class Within(NamedTuple):
 
         first, last = low + gap(low), high - gap(high)
         seen = jnp.where(t < first, first, jnp.where(t > last, last, t))
-        return t + jax.lax.stop_gradient(seen - t)
+        return t + jax.lax.stop_gradient(seen - t), y
 
 
 class Problem(NamedTuple):
@@ -71,25 +70,23 @@ class Problem(NamedTuple):
     """The number of outputs per row. Later ones are padding, with the state of the last output."""
     h0: Float[Array, " rows"] | None = None
     """The first step to try, with its sign. NaN in rows for which the stepper chooses it."""
+    piece: Float[Array, "rows 2"] | None = None
+    """The ends between which the field is evaluated, if it has breakpoints."""
 
     @property
     def slope(self) -> Slope:
         """The vector field at one time and state."""
-        return Slope(self.field, self.args)
+        return Slope(self.field, self.args, self.piece)
 
 
 class Stepper(eqx.Module):
-    """How to step: a method, and either tolerances or a number of equal steps."""
+    """How to step: a method, and either error control or a number of equal steps."""
 
     method: Any = eqx.field(static=True)
     """A `Method`."""
-    rtol: Float[Array, ""]
-    atol: Float[Array, ""] | Float[Array, "1 n"]
-    first_step: Float[Array, ""] | None
-    steps: int | None = eqx.field(static=True)
-    max_steps: int = eqx.field(static=True)
-    axis_name: AxisName | None = eqx.field(static=True)
-    max_step: Float[Array, ""] | None = None
+    controller: Controller
+    steps: int | None = eqx.field(static=True, default=None)
+    """The number of equal steps, or None."""
     dense: bool = eqx.field(static=True, default=False)
     """Whether to keep all accepted steps, so that the solution is known between the ends."""
     precision: str | None = eqx.field(static=True, default=None)
@@ -100,15 +97,21 @@ class Stepper(eqx.Module):
     """The `Crossing` that may end a row."""
 
     @property
-    def tape_length(self) -> int:
-        return self.max_steps if self.steps is None else self.steps
+    def axis_name(self) -> AxisName | None:
+        """The device axes over which the state is split."""
+        return self.controller.axis_name
+
+    @property
+    def most_steps(self) -> int:
+        """How many steps can be accepted."""
+        return self.controller.max_steps if self.steps is None else self.steps
+
+    def controlled(self, **changed: Any) -> "Stepper":
+        """With other settings of its controller."""
+        controller = dataclasses.replace(self.controller, **changed)
+        return dataclasses.replace(self, controller=controller)
 
 
 def weighted_sum(weights: Float[Array, "*sums stages"], k: Float[Array, "stages samples n"]):
     """`sum_i weights_i k_i`, or several of them."""
     return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)
-
-
-def limit_step(stepper: Stepper, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """The step size, capped at `max_step`."""
-    return h if stepper.max_step is None else jnp.clip(h, -stepper.max_step, stepper.max_step)

@@ -20,7 +20,7 @@ def one_row(of_rows: Shaped[Array, "rows ..."]) -> bool:
     return of_rows.shape[0] == 1
 
 
-def over_rows(
+def reduce_rows(
     reduce: Callable[..., Array], x: Shaped[Array, "samples ..."], of_rows: Shaped[Array, " rows"]
 ) -> Shaped[Array, " rows"]:
     """`reduce`, such as `jnp.sum`, over all that belongs to each row of `of_rows`."""
@@ -60,17 +60,17 @@ def of_group(
 
 
 def replace_rows(
-    tree: T, replaced: Bool[Array, " rows"], good: Bool[Array, " rows"], groups: Any = ()
+    tree: T, masked: Bool[Array, " rows"], good: Bool[Array, " rows"], groups: Any = ()
 ) -> T:
-    """Leaves `[rows, ...]`, with a `good` row in place of the `replaced` ones.
+    """Leaves `[rows, ...]`, with a `good` row in place of the `masked` ones.
 
     Zero times NaN is NaN: a row must be finite to add nothing to a gradient that rows share.
-    Leaves of `tree` and of `groups` may have values of groups of rows, `[groups, ...]`. A row is
-    replaced by the first good one of its smallest group that has any, a group if it has none.
+    Leaves of `tree` and of `groups` may have values of groups of rows, `[groups, ...]`. The first
+    good row of its smallest group that has any replaces a row, and a group if it has none.
     """
-    if len(replaced) < 2:
+    if len(masked) < 2:
         return tree
-    by, sizes = jnp.argmax(good), {len(replaced) // len(x) for x in jax.tree.leaves((tree, groups))}
+    by, sizes = jnp.argmax(good), {len(masked) // len(x) for x in jax.tree.leaves((tree, groups))}
     for size in sorted(sizes - {1}, reverse=True):
         of_groups = good.reshape(-1, size)
         first = jnp.argmax(of_groups, axis=1) + size * jnp.arange(len(of_groups))
@@ -78,9 +78,9 @@ def replace_rows(
         by = jnp.where(of_groups.any(axis=1)[:, None], first[:, None], by).reshape(-1)
 
     def replace(x):
-        size = len(replaced) // len(x)
+        size = len(masked) // len(x)
         source = by if size == 1 else by[::size] // size
-        missing = of_group(jnp.all, replaced, x)
+        missing = of_group(jnp.all, masked, x)
         if size > 1:
             missing &= ~of_group(jnp.any, good, x)
         return jnp.where(missing, x[source], x)

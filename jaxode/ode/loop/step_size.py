@@ -6,54 +6,108 @@ References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations
 section II.4.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxode._jax.sharding import axes_of, fori_loop, vary
-from jaxode.ode.loop.problem import Stepper
-from jaxode.ode.loop.rows import over_rows, size_of_row
-from jaxode.ode.solvers.base import Field, Method
+from jaxode._jax.sharding import AxisName, axes_of, fori_loop, vary
+from jaxode.ode.loop.rows import reduce_rows, size_of_row
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2
 MAX_FACTOR = 10.0
 
 
-def rms_norm(
-    stepper: Stepper, x: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
-) -> Float[Array, " rows"]:
-    """Root mean square of each row, over all devices along `axis_name` if given."""
-    size = jnp.asarray(size_of_row(x, of_rows), x.dtype)  # may be too large for an integer of JAX
-    mean_square = over_rows(jnp.sum, x * x, of_rows) / size
-    if stepper.axis_name is not None:
-        mean_square = vary(jax.lax.pmean(mean_square, stepper.axis_name), axes_of(mean_square))
-    return jnp.sqrt(mean_square)
+class Controller(eqx.Module):
+    """The error that a step may have, and how long and how many steps may be."""
 
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""] | Float[Array, "1 n"]
+    max_steps: int = eqx.field(static=True)
+    first_step: Float[Array, ""] | None = None
+    max_step: Float[Array, ""] | None = None
+    axis_name: AxisName | None = eqx.field(static=True, default=None)
+    """The device axes over which the state is split."""
 
-def is_lost(
-    stepper: Stepper, y: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
-) -> Bool[Array, " rows"]:
-    """Where the state is not finite, on all devices if on one. An empty solve would not notice."""
-    return jnp.isnan(rms_norm(stepper, 0 * jax.lax.stop_gradient(y), of_rows))
+    def limit(self, h: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """The step size, capped at `max_step`."""
+        return h if self.max_step is None else jnp.clip(h, -self.max_step, self.max_step)
 
+    def norm(
+        self, x: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
+    ) -> Float[Array, " rows"]:
+        """Root mean square of each row, over all devices along `axis_name` if given."""
+        size = jnp.asarray(size_of_row(x, of_rows), x.dtype)  # may be too large for a JAX integer
+        mean_square = reduce_rows(jnp.sum, x * x, of_rows) / size
+        if self.axis_name is not None:
+            mean_square = vary(jax.lax.pmean(mean_square, self.axis_name), axes_of(mean_square))
+        return jnp.sqrt(mean_square)
 
-def error_scale(stepper: Stepper, y0, y1) -> Float[Array, "samples n"]:
-    """The error that the tolerances allow in each number."""
-    return stepper.atol + stepper.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+    def is_lost(
+        self, y: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
+    ) -> Bool[Array, " rows"]:
+        """Where the state is not finite, on all devices if on one. An empty solve would not
+        notice."""
+        return jnp.isnan(self.norm(0 * jax.lax.stop_gradient(y), of_rows))
 
+    def error_ratio(
+        self, error: Float[Array, "samples n"], y0, y1, h: Float[Array, " rows"]
+    ) -> Float[Array, " rows"]:
+        """RMS of `error / (atol + rtol max(|y0|, |y1|))`. A step is good enough if it is at most
+        one.
 
-def error_ratio(
-    stepper: Stepper, error: Float[Array, "samples n"], y0, y1, h: Float[Array, " rows"]
-) -> Float[Array, " rows"]:
-    """RMS of `error / (atol + rtol max(|y0|, |y1|))`. A step is good enough if it is at most one.
+        NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
+        """
+        scale = self.atol + self.rtol * jnp.maximum(jnp.abs(y0), jnp.abs(y1))
+        return self.norm(jnp.where(jnp.isfinite(y1), _relative(error, scale, h), jnp.nan), h)
 
-    NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
-    """
-    relative = _relative(error, error_scale(stepper, y0, y1), h)
-    return rms_norm(stepper, jnp.where(jnp.isfinite(y1), relative, jnp.nan), h)
+    def guess_first_step(
+        self,
+        field: Callable[..., Float[Array, "samples n"]],
+        method: Any,
+        t0: Float[Array, " rows"],
+        y0: Float[Array, "samples n"],
+        span: Float[Array, " rows"],
+        evals: Any = 2,
+    ) -> tuple[Float[Array, " rows"], Float[Array, "samples n"]]:
+        """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
+
+        After one evaluation alone, the size has no meaning. The evaluations are iterations of one
+        loop, which holds a single copy of `f`. The step has an error of about the tolerance and
+        changes the state by roughly its own size at most. It is at most 1e-4 if state or slope is
+        zero.
+        """
+        scale = self.atol + self.rtol * jnp.abs(y0)
+
+        def norm(x):
+            return self.norm(_relative(x, scale, t0), t0)
+
+        d0, sign = norm(y0), jnp.sign(span)
+
+        def trial_step(f0):
+            d1 = norm(f0)
+            h0 = jnp.where((d0 < 1e-5) | ~(d1 >= 1e-5), 1e-6, 0.01 * d0 / jnp.maximum(d1, 1e-5))
+            return jnp.minimum(h0.astype(t0.dtype), jnp.abs(span))
+
+        def evaluate(i, carry):
+            f0, h0, _ = carry
+            k = field(t0 + sign * h0, y0 + (sign * h0)[:, None] * f0)
+            return jnp.where(i == 0, k, f0), jnp.where(i == 0, trial_step(k), h0), k
+
+        zero = jnp.zeros_like(y0)
+        f0, h0, f1 = fori_loop(0, evals, evaluate, (zero, jnp.zeros_like(t0), zero))
+        d1, d2 = norm(f0), norm(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
+        h = jnp.minimum(100.0 * h0, _first_step_of_slopes(method, d1, d2))
+        # A non-finite slope must not poison the step: the first attempt then fails with a cause.
+        h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
+        # Nor may the step vanish relative to the time. Error control makes it smaller if needed.
+        resolution = jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(t0 + span))
+        h = jnp.maximum(h, 100 * resolution)
+        return sign * jnp.minimum(h, jnp.abs(span)), f0
 
 
 def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], of_rows):
@@ -83,52 +137,8 @@ def propose(
     return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), MIN_FACTOR, MAX_FACTOR)
 
 
-def first_step(
-    field: Field,
-    stepper: Stepper,
-    t0: Float[Array, " rows"],
-    y0: Float[Array, "samples n"],
-    span: Float[Array, " rows"],
-    evals: Any = 2,
-) -> tuple[Float[Array, " rows"], Float[Array, "samples n"]]:
-    """First step size (with the sign of `span`) and `f(t0, y0)`, from two evaluations of `f`.
-
-    After one evaluation alone, the size has no meaning. The
-    evaluations are iterations of one loop, which holds a single copy of `f`. The step has an
-    error of about the tolerance and changes the state by roughly its own size at most. It is at
-    most 1e-4 if state or slope is zero.
-    """
-    scale = stepper.atol + stepper.rtol * jnp.abs(y0)
-
-    def norm(x):
-        return rms_norm(stepper, _relative(x, scale, t0), t0)
-
-    d0, sign = norm(y0), jnp.sign(span)
-
-    def trial_step(f0):
-        d1 = norm(f0)
-        h0 = jnp.where((d0 < 1e-5) | ~(d1 >= 1e-5), 1e-6, 0.01 * d0 / jnp.maximum(d1, 1e-5))
-        return jnp.minimum(h0.astype(t0.dtype), jnp.abs(span))
-
-    def evaluate(i, carry):
-        f0, h0, _ = carry
-        k = field(t0 + sign * h0, y0 + (sign * h0)[:, None] * f0)
-        return jnp.where(i == 0, k, f0), jnp.where(i == 0, trial_step(k), h0), k
-
-    zero = jnp.zeros_like(y0)
-    f0, h0, f1 = fori_loop(0, evals, evaluate, (zero, jnp.zeros_like(t0), zero))
-    d1, d2 = norm(f0), norm(f1 - f0) / jnp.where(h0 > 0, h0, 1.0)
-    h = jnp.minimum(100.0 * h0, _first_step_of_slopes(stepper.method, d1, d2))
-    # A non-finite slope must not poison the step: the first attempt then fails with a cause.
-    h = jnp.where(jnp.isfinite(h), h, h0).astype(t0.dtype)
-    # Nor may the step vanish relative to the time. Error control makes it smaller if needed.
-    resolution = jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(t0 + span))
-    h = jnp.maximum(h, 100 * resolution)
-    return sign * jnp.minimum(h, jnp.abs(span)), f0
-
-
 def _first_step_of_slopes(
-    method: Method, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
+    method: Any, d1: Float[Array, " rows"], d2: Float[Array, " rows"]
 ) -> Float[Array, " rows"]:
     """A guess from the norms of the first and second derivative. Infinite for a slope of zero.
 

@@ -24,7 +24,7 @@ from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.loop.problem import weighted_sum
-from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.rows import reduce_rows
 from jaxode.ode.solvers.base import Field, Method
 
 MOST_DEGREE = 9  # of a dense output
@@ -110,7 +110,7 @@ class RungeKutta(Method):
             _, dparams, dtime, z_bar = pulled_back(apply, varied, time, z, stage_bar, timed)
             if dtime is not None:
                 t_bar = t_bar + dtime
-                h_bar = h_bar + c[i] * dtime + over_rows(jnp.sum, z_bar * increment, h)
+                h_bar = h_bar + c[i] * dtime + reduce_rows(jnp.sum, z_bar * increment, h)
             if not per_step:
                 params_bar = jax.tree.map(jnp.add, params_bar, dparams)
             return z_bars.at[i].set(z_bar), k_bar.at[i].set(stage_bar), params_bar, t_bar, h_bar
@@ -134,7 +134,7 @@ class RungeKutta(Method):
             _, pull = vjp(lambda params: each(params, times[own], z[own]), solved.params)
             params_bar = jax.tree.map(jnp.add, params_bar, *pull(k_bar[own]))
         if timed:
-            h_bar = h_bar + over_rows(jnp.sum, y_bar * weighted_sum(b, k), h)
+            h_bar = h_bar + reduce_rows(jnp.sum, y_bar * weighted_sum(b, k), h)
         # XLA's sum over the first axis is slow on a CPU.
         y_bar = y_bar + bar.y + weighted_sum(jnp.ones_like(b), z_bars)
         return type(step)(t_bar, h_bar, y_bar, k_bar), params_bar

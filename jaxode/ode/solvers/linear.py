@@ -40,7 +40,7 @@ def factorize(matrix: Float[Array, "n n samples"]) -> Factors:
     return Factors(*_eliminate(scaled), scale.T)
 
 
-def solve(factors: Factors, b: Float[Array, "samples n"], transposed: bool = False):
+def solve_factorized(factors: Factors, b: Float[Array, "samples n"], transposed: bool = False):
     """The solutions of `M x = b`, or of `M^T x = b`."""
     lu, order, scale = factors
     b = b if transposed else scale * b

@@ -30,10 +30,10 @@ from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode._jax.tangents import along
 from jaxode.ode.loop.problem import weighted_sum
-from jaxode.ode.loop.rows import over_rows
+from jaxode.ode.loop.rows import reduce_rows
 from jaxode.ode.solvers.base import Field
 from jaxode.ode.solvers.explicit import RungeKutta, Solver
-from jaxode.ode.solvers.linear import Factors, factorize, solve
+from jaxode.ode.solvers.linear import Factors, factorize, solve_factorized
 
 
 class Linearized(NamedTuple):
@@ -74,7 +74,7 @@ class Linearized(NamedTuple):
         return cls(slope, by_time, factorize(matrix))
 
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
-        return solve(self.factors, b, transposed)
+        return solve_factorized(self.factors, b, transposed)
 
     def first(self, b: Float[Array, "samples n"]) -> Float[Array, "samples n"]:
         """As `solve`, which is infinite where the matrix is singular, and otherwise NaN where it is
@@ -176,7 +176,7 @@ class RosenbrockMethod(RungeKutta):
         (_, moved), by_params, t_bar, y_bar = pulled
         if t_bar is None:
             return of(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
-        products = over_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
+        products = reduce_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
         return of(t_bar, products, y_bar, k), by_params
 
 

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxode._jax.tangents import filled, with_tangent
+from jaxode._jax.tangents import instantiate_zeros, with_tangent
 
 
-def on_mesh(t, start, end, in_place: bool):
+def with_end_tangents(t, start, end, in_place: bool):
     """The time `t`, inside of the solve or at its start, with its derivatives by both ends."""
 
     def between(primals, dots):
         (t, start, end), (_, *dots) = primals, dots
-        start_dot, end_dot = map(filled, dots, (start, end))
+        start_dot, end_dot = map(instantiate_zeros, dots, (start, end))
         if in_place:
             return jnp.where(t == start, start_dot, 0)
         span = end - start
@@ -29,14 +29,14 @@ def on_mesh(t, start, end, in_place: bool):
     return with_tangent(t, between, start, end)
 
 
-class Speeds(NamedTuple):
+class StepTangents(NamedTuple):
     """The derivatives of a step's start `t` and size `h`."""
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
 
 
-def speeds_in(
+def step_tangents(
     problem: Any, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array, in_place: bool
 ):
     """The derivatives of step `number` (from 1) with respect to both ends of the solve.
@@ -48,12 +48,12 @@ def speeds_in(
     safe = jnp.where(span == 0, 1.0, span)
     s = jnp.where(span == 0, 0.0, (t - start) / safe)
     ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)
-    by_start, by_end = Speeds(1 - s, -ds), Speeds(s, ds)
+    by_start, by_end = StepTangents(1 - s, -ds), StepTangents(s, ds)
     if not in_place:
         return by_start, by_end
     rounding = 4 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(t), jnp.abs(end))
     first, moves = t == start, (h != 0) | (span == 0) & (number == 1)
     last = jnp.abs(end - t - h) <= rounding
     one = lambda flag: flag.astype(t.dtype)
-    by_start = Speeds(one(first), -one(first & moves))
-    return by_start, Speeds(one((t == end) & (span != 0)), one(last & moves))
+    by_start = StepTangents(one(first), -one(first & moves))
+    return by_start, StepTangents(one((t == end) & (span != 0)), one(last & moves))

@@ -14,17 +14,9 @@ from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.problem import Problem, weighted_sum
 from jaxode.ode.loop.rows import entry_of_each
+from jaxode.ode.loop.trajectory import Step
 
 T = TypeVar("T")
-
-
-class Step(NamedTuple):
-    """A recorded step, or the cotangents of one: start, size, state at the start, and stages."""
-
-    t: Float[Array, " rows"]
-    h: Float[Array, " rows"]
-    y: Float[Array, "samples n"]
-    k: Float[Array, "stages samples n"]
 
 
 def walk_back(
@@ -37,21 +29,26 @@ def walk_back(
     over whole steps ends with number 0: a step of size zero at the start, whose last stage is the
     slope there.
     """
-    tape, method = solved.tape, solved.stepper.method
-    assert tape is not None
+    trajectory, method = solved.trajectory, solved.stepper.method
+    assert trajectory is not None
     chained = whole and method.first_same_as_last
     count = method.stages - chained if whole else method.advancing_stages
 
     def back(state):
         stop, slope, checkpoints, carry = state
-        y, k, checkpoints = _replay(solved, tape.times, count, checkpoints, stop)
-        t, h = _interval(tape.times, jnp.maximum(stop - 1, 0))
+        index = jnp.maximum(stop - 1, 0)
+        if checkpoints is None:
+            y, k = _entry(trajectory.y, index), _entry(trajectory.k, index)[:count]
+        else:
+            y, k, checkpoints = _replay(solved, trajectory.times, count, checkpoints, stop)
+        t, h = _interval(trajectory.times, index)
         if slope is not None:
             k, h = jnp.concatenate([k, slope[None]]), jnp.where(stop == 0, 0.0, h)
             slope = k[0]
         return stop - 1, slope, checkpoints, visit(Step(t, h, y, k), stop, carry)
 
-    last: Any = tape.num_steps, tape.slope if chained else None, tape.checkpoints, carry
+    slope = trajectory.slope if chained else None
+    last: Any = trajectory.count, slope, trajectory.checkpoints, carry
     first = 0 if chained else 1
     *_, carry = while_loop(lambda state: state[0] >= first, back, last)
     return carry
@@ -59,9 +56,12 @@ def walk_back(
 
 def _interval(times: Float[Array, "steps+1 rows"], index: Int[Array, ""]):
     """Start and size of a recorded step, per row. A row that waited has size zero."""
-    t = jax.lax.dynamic_index_in_dim(times, index, 0, keepdims=False)
-    t_next = jax.lax.dynamic_index_in_dim(times, index + 1, 0, keepdims=False)
-    return t, t_next - t
+    t = _entry(times, index)
+    return t, _entry(times, index + 1) - t
+
+
+def _entry(x: Any, index: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
 
 def _replay(solved: Solved, times, count: int, checkpoints: Checkpoints, stop: Int[Array, ""]):
