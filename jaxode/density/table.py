@@ -45,8 +45,8 @@ class Rows(NamedTuple):
 class Table:
     """Rows to train on, rows set aside, and which of their columns get noise."""
 
-    rows: Rows
-    validation: Rows
+    rows: Any
+    validation: Any
     integers: Bool[np.ndarray, " *event"] | None = None
 
     @classmethod

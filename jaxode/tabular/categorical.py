@@ -88,7 +88,7 @@ class Categories(eqx.Module):
     ) -> tuple[Int[Array, " columns"], Float[Array, ""]]:
         """Draw the modes that are not known (-1), among those allowed, and
         `log P(known modes | those before them)`."""
-        modes, weight, start = jnp.zeros(len(self.sizes), jnp.int32), 0.0, 0
+        modes, weight, start = jnp.zeros(len(self.sizes), jnp.int32), jnp.zeros(()), 0
         one_hot = jnp.zeros(sum(self.sizes))
         for i, size in enumerate(self.sizes):
             part = slice(start, start + size)

@@ -86,8 +86,8 @@ class Encoder:
         parts = [np.stack(p, 1) if p else np.zeros((n, 0)) for p in zip(*numbers, strict=True)]
         low, width, fill = parts or [np.zeros((n, 0))] * 3
         given = self.features(frame, name)
-        as_floats = [part.astype(np.float32) for part in (low, width)]
-        return Encoded(modes, *as_floats, fill.astype(bool), given)
+        low, width = low.astype(np.float32), width.astype(np.float32)
+        return Encoded(modes, low, width, fill.astype(bool), given)
 
     def features(self, frame: Any, name: str) -> np.ndarray:
         """The given columns as numbers of order one."""
@@ -199,14 +199,23 @@ def with_noise(
     noise = jax.random.uniform(cell_key, x.shape, minval=1e-6)
     in_cell, log_cell = x + width * noise, -jnp.log(jnp.where(width > 0, width, 1.0))
     v = jax.random.normal(fill_key, x.shape)
-    log_fill = -0.5 * v**2 - 0.5 * jnp.log(2 * jnp.pi)
-    if box is not None:
-        v, log_fill = jax.vmap(_bounded, (None, 0, 0))(box, v, log_fill)
-    return jnp.where(fill, v, in_cell), jnp.sum(jnp.where(fill, log_fill, log_cell), axis=1)
+    stand_in, slope = bounded(box, v)
+    log_fill = -0.5 * v**2 - 0.5 * jnp.log(2 * jnp.pi) + slope
+    return jnp.where(fill, stand_in, in_cell), jnp.sum(jnp.where(fill, log_fill, log_cell), axis=1)
 
 
-def _bounded(box: Box, v: Float[Array, " numbers"], log_density: Float[Array, " numbers"]):
-    """Normal numbers within the bounds, and their log-densities."""
-    each = lambda low, high, v: Box(low, high).forward(v)
-    x, log_det = jax.vmap(each)(box.low, box.high, v)
-    return x, log_density + log_det
+def bounded(box: Box | None, v: Float[Array, "rows numbers"]) -> tuple[Array, Array]:
+    """Numbers within the bounds, and `log |dv/dx|` of each."""
+    if box is None:
+        return v, jnp.zeros_like(v)
+    return jax.vmap(jax.vmap(lambda low, high, v: Box(low, high).forward(v)), (None, None, 0))(
+        box.low, box.high, v
+    )
+
+
+def unbounded(box: Box | None, x: Float[Array, "rows numbers"]) -> Array:
+    """The inverse of `bounded`."""
+    if box is None:
+        return x
+    each = jax.vmap(lambda low, high, x: Box(low, high).inverse(x)[0])
+    return jax.vmap(each, (None, None, 0))(box.low, box.high, x)

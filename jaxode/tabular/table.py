@@ -19,9 +19,9 @@ from jaxode.tabular import categorical, frames
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.columns import Column
 from jaxode.tabular.encoding import Encoded, Encoder, Numbers, with_noise
+from jaxode.tabular.impute import impute
 
-NODES, FURTHEST = 129, 4.5  # of a predictive distribution, in the base of the flow
-PROPOSALS, WIDER = 64, 1.3  # of a row that is imputed, and their spread
+NODES, FINE, FURTHEST = 25, 257, 4.5  # of a predictive distribution, in the base of the flow
 DRAWS = 8  # of the noise, in the log-probability of a row
 
 
@@ -70,8 +70,8 @@ class Table:
         total = self._log_modes(rows) + self.encoder.log_units(rows.modes)
         if self.density is not None:
             draws = integer("draws", draws)
-            key = jax.random.key(0) if key is None else check_key(key)
-            total = total + self._log_numbers(rows, draws, key)
+            noise_key = jax.random.key(0) if key is None else check_key(key)
+            total = total + self._log_numbers(self.density, rows, draws, noise_key)
         return np.where((rows.modes < 0).any(axis=1), -np.inf, total)
 
     def _log_modes(self, rows: Encoded) -> np.ndarray:
@@ -80,13 +80,17 @@ class Table:
         modes = rows.modes[:, self.encoder.discrete]
         return np.asarray(categorical.log_probs(self.categories, modes, rows.given), float)
 
-    def _log_numbers(self, rows: Encoded, draws: int, key: PRNGKeyArray) -> np.ndarray:
+    def _log_numbers(
+        self, density: Density, rows: Encoded, draws: int, key: PRNGKeyArray
+    ) -> np.ndarray:
         if not (rows.width.any() or rows.fill.any()):
             draws = 1
-        numbers = Numbers(*rows[1:4], self.encoder.context(rows.modes, rows.given))
+        numbers = Numbers(
+            rows.low, rows.width, rows.fill, self.encoder.context(rows.modes, rows.given)
+        )
         numbers = jax.tree.map(lambda leaf: np.repeat(leaf, draws, axis=0), numbers)
         x, log_noise = with_noise(self.encoder.box, numbers, key)
-        weights = self.density.log_prob(x, context=numbers.context) - log_noise
+        weights = density.log_prob(x, context=numbers.context) - log_noise
         if self._single:  # without a number there is nothing that the flow could say
             weights = jnp.where(jnp.asarray(numbers.fill[:, 0]), 0.0, weights)
         weights = jax.nn.logsumexp(weights.reshape(-1, draws), axis=1) - math.log(draws)
@@ -121,8 +125,9 @@ class Table:
         modes, x, seed = self._draw(key, features)
         data = self.encoder.decode(modes, x, seed)
         rows = np.repeat(np.arange(count // max(n, 1)), n)
-        for name in names:
-            data[name] = np.array(given[name].to_list(), object)[rows]
+        if given is not None:
+            for name in names:
+                data[name] = np.array(given[name].to_list(), object)[rows]
         like = self.encoder.like
         return frames.make(like, {name: data[name] for name in like.columns})
 
@@ -138,14 +143,14 @@ class Table:
             modes[:, encoder.discrete] = drawn
         if self.density is not None and count:
             context = encoder.context(modes, given)
-            x = np.asarray(self.density.sample(number_key, count, context=context))
+            x = np.asarray(self.density.sample(number_key, (count,), context=context))
         return modes, x, int(jax.random.bits(seed_key))
 
     @public("Table.impute")
     def impute(self, key: PRNGKeyArray, frame: Any, n: int = 1) -> Any:
         """Fill in missing values: draws from the model, conditional on the rest of the row.
 
-        Of 64 proposals for each row, one is drawn by its importance weight. Values must be missing
+        Of 32 proposals for each row, one is drawn by its importance weight. Values must be missing
         at random: that one is missing says nothing about it. Given columns stay as they are.
 
         Args:
@@ -156,11 +161,9 @@ class Table:
         Returns:
             A frame of `n` copies of each row, one row after the other, without missing values.
         """
-        from jaxode.tabular.impute import impute
-
         frame, n = frames.as_frame("frame", frame), integer("n", n)
         rows = self.encoder.encode(frame, missing=True)
-        rows = Encoded(*(np.repeat(part, n, axis=0) for part in rows))
+        rows = jax.tree.map(lambda leaf: np.repeat(leaf, n, axis=0), rows)
         modes, x, seed = impute(self, check_key(key), rows)
         drawn = self.encoder.decode(modes, x, seed)
         copies, data = np.repeat(np.arange(len(frame)), n), {}
@@ -171,6 +174,11 @@ class Table:
                 values[missing] = drawn[name][missing]
             data[name] = values
         return frames.make(frame, data)
+
+    @property
+    def _density(self) -> Density:
+        assert self.density is not None  # of a column with grids
+        return self.density
 
     @cached_property
     def _single(self) -> bool:
@@ -218,7 +226,7 @@ class Table:
         flat = levels.reshape(-1)
         if not column.values and len(column.grids) == 1:
             context = self._context_of(0, given)
-            z = self.density.quantile(jnp.asarray(flat, jnp.float32), context=context)
+            z = self._density.quantile(jnp.asarray(flat, jnp.float32), context=context)
             y = np.asarray(z, float).reshape(-1, len(flat)) * column.scale + column.center
             y = np.broadcast_to(y, (len(given), len(flat)))
             y = np.clip(column.round_down(y, 0), column.low, column.high)
@@ -289,7 +297,7 @@ class Table:
         return self.encoder.context(np.full((len(given), 1), mode), given)
 
     def _flow_cdf(self, z: Any, context: np.ndarray | None) -> np.ndarray:
-        return np.asarray(self.density.cdf(z[:, None], context=context), float).reshape(len(z))
+        return np.asarray(self._density.cdf(z[:, None], context=context), float).reshape(len(z))
 
     def _points(self, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sorted values and weights that stand for the distribution of each row."""
@@ -298,13 +306,16 @@ class Table:
         for i, value in enumerate(column.values):
             values.append(np.full((len(given), 1), value))
             weights.append(shares[:, i : i + 1])
-        base = np.linspace(-FURTHEST, FURTHEST, NODES)
-        levels = np.asarray(jax.scipy.stats.norm.cdf(base), float)
-        density = np.exp(-0.5 * base**2)
+        import scipy.interpolate  # as JAX does
+        import scipy.special
+
+        nodes, fine = (np.linspace(-FURTHEST, FURTHEST, n) for n in (NODES, FINE))
+        levels, density = scipy.special.ndtr(nodes), np.exp(-0.5 * fine**2)
         for i in range(len(column.grids)):
             context = self._context_of(len(column.values) + i, given)
-            z = self.density.quantile(jnp.asarray(levels, jnp.float32), context=context)
+            z = self._density.quantile(jnp.asarray(levels, jnp.float32), context=context)
             z = np.broadcast_to(np.asarray(z, float).reshape(-1, NODES), (len(given), NODES))
+            z = scipy.interpolate.PchipInterpolator(nodes, z, axis=1)(fine)
             y = column.round_down(z * column.scale + column.center, i)
             values.append(np.clip(y, column.low, column.high))
             mine = shares[:, len(column.values) + i : len(column.values) + i + 1]

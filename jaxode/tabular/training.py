@@ -24,11 +24,11 @@ from jaxode.nn import Residual, field
 from jaxode.tabular import categorical, frames
 from jaxode.tabular.columns import Column, numeric
 from jaxode.tabular.columns import categorical as categorical_column
-from jaxode.tabular.encoding import Cells, Encoded, Encoder, Numbers
+from jaxode.tabular.encoding import Cells, Encoded, Encoder, Numbers, unbounded, with_noise
 from jaxode.tabular.table import Table
 
 FEW = 3000  # rows, up to which the weights decay at the rate of one
-TOLERANCE = 1e-3  # of solves, whose errors are then far below those of the noise
+TOLERANCE = 1e-4  # of solves
 KINDS = ("categorical", "integer", "continuous")
 
 
@@ -99,19 +99,17 @@ def fit(
     discrete = encoder.discrete
     if discrete:
         part = categorical.PART if encoder.numbers else 1.0
-        pairs = ((r.modes[:, discrete], r.given) for r in (rows, aside))
+        pair = lambda rows: (rows.modes[:, discrete], rows.given)
         network, points = categorical.train(
-            keys[1], encoder.sizes, *pairs, limits._replace(seconds=part * limits.seconds),
+            keys[1], encoder.sizes, pair(rows), pair(aside),
+            limits._replace(seconds=part * limits.seconds),
             _say if progress else lambda text: None, begin,
         )  # fmt: skip
         limits = limits._replace(seconds=(1 - part) * limits.seconds)
     if encoder.numbers:
         density, more = _numbers(encoder, rows, aside, limits, progress, keys[2:], begin)
         points += more
-    moments = None
-    if density is not None:
-        table = Table(encoder, network, density, None)
-        moments = _moments(table, rows, keys[3])
+    moments = _moments(encoder, rows, keys[3]) if encoder.numbers else None
     return Table(encoder, network, density, moments), points
 
 
@@ -204,7 +202,7 @@ def _split(
     """Rows to train on, and validation rows."""
     rows = encoder.encode(frame)
     order = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    take = lambda rows, chosen: Encoded(*(part[chosen] for part in rows))
+    take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
     if not isinstance(validation, PARTS) or isinstance(validation, bool):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
         if not len(aside.modes):
@@ -218,7 +216,9 @@ def _split(
 
 def _numbers(encoder, rows, aside, limits, progress, keys, begin):
     """The density of the numbers, in the modes of their rows."""
-    as_numbers = lambda rows: Numbers(*rows[1:4], encoder.context(rows.modes, rows.given))
+    as_numbers = lambda rows: Numbers(
+        rows.low, rows.width, rows.fill, encoder.context(rows.modes, rows.given)
+    )
     table = Cells(as_numbers(rows), as_numbers(aside), box=encoder.box)
     size, context = len(encoder.numbers), table.rows.context
     network_key, train_key = keys
@@ -235,17 +235,11 @@ def _numbers(encoder, rows, aside, limits, progress, keys, begin):
     return train(density, table, plan, tuple(jax.random.split(train_key, 5)), begin)
 
 
-def _moments(table: Table, rows: Encoded, key: PRNGKeyArray):
-    """Mean and covariance of the numbers as the flow sees them, for proposals."""
-    encoder, some = table.encoder, slice(0, 2000)
-    numbers = Numbers(*(part[some] for part in rows[1:4]), None)
-    from jaxode.tabular.encoding import with_noise
-
-    x, _ = with_noise(encoder.box, numbers, key)
-    context = encoder.context(rows.modes[some], rows.given[some])
-    z = table.density.to_flow(x, context)
-    z = np.asarray(z if context is None else z[0], float)
-    return z.mean(axis=0), np.atleast_2d(np.cov(z.T))
+def _moments(encoder: Encoder, rows: Encoded, key: PRNGKeyArray):
+    """Mean and covariance of the numbers without their bounds, for proposals."""
+    x, _ = with_noise(encoder.box, Numbers(rows.low, rows.width, rows.fill, None), key)
+    v = np.asarray(unbounded(encoder.box, x), float)
+    return v.mean(axis=0), np.atleast_2d(np.cov(v.T))
 
 
 def _warn_of_dependence(encoder: Encoder, rows: Encoded) -> None:

@@ -1,0 +1,96 @@
+"""Draw missing values given the rest of a row, by importance resampling.
+
+Modes are proposed column after column, those that are known being kept; numbers by a normal
+distribution given the known ones, where the flow sees them. The weight of a proposal is its
+probability in the model over that of proposing it.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from jaxode.tabular import categorical
+from jaxode.tabular.encoding import Encoded, Numbers, bounded, unbounded, with_noise
+
+if TYPE_CHECKING:
+    from jaxode.tabular.table import Table
+
+PROPOSALS, WIDER = 32, 1.3  # of a row, and the factor of their standard deviations
+ROWS = 256  # at a time
+
+
+def impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
+    """Modes and numbers of each row, with what is missing drawn, and a seed."""
+    parts = []
+    for start in range(0, len(rows.modes), ROWS):
+        part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
+        parts.append(_impute(table, jax.random.fold_in(key, start), part))
+    modes, x = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return modes, x, int(jax.random.bits(key))
+
+
+def _impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    encoder, n = table.encoder, len(rows.modes)
+    keys = jax.random.split(key, 4)
+    rows = jax.tree.map(lambda leaf: np.repeat(leaf, PROPOSALS, axis=0), rows)
+    last = np.array([column.modes - 1 for column in encoder.columns])
+    may_miss = np.array([column.missing for column in encoder.columns])
+    missing = (rows.modes < 0) | (may_miss & (rows.modes == last))
+    modes, weights = np.where(missing, 0, rows.modes), np.zeros(len(rows.modes))
+    if table.categories is not None:
+        present = [np.arange(c.modes) < c.modes - c.missing for c in encoder.columns]
+        allowed = np.concatenate([present[i] for i in encoder.discrete]).astype(np.float32)
+        known = np.where(missing, -1, rows.modes)[:, encoder.discrete]
+        row_keys = jax.random.split(keys[0], len(known))
+        allowed = np.broadcast_to(allowed, (len(known), len(allowed)))
+        drawn, log_known = categorical.draws(table.categories, row_keys, rows.given, known, allowed)
+        modes[:, encoder.discrete], weights = drawn, np.asarray(log_known, float)
+    x = np.zeros((len(modes), 0))
+    if table.density is not None:
+        x, log_ratio = _numbers(table, keys[1:3], rows, modes, missing[:, encoder.numbers])
+        weights = weights + log_ratio
+    # The largest of weights with Gumbel noise is a draw by the weights.
+    noise = np.asarray(jax.random.gumbel(keys[3], (n, PROPOSALS)), float)
+    weights = np.where(np.isfinite(weights), weights, -1e30).reshape(n, PROPOSALS)
+    best = np.argmax(weights + noise, axis=1) + PROPOSALS * np.arange(n)
+    return modes[best], x[best]
+
+
+def _numbers(table: "Table", keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
+    """Numbers, with proposals for missing ones, and their log-density over the proposal's."""
+    encoder, density = table.encoder, table.density
+    assert density is not None
+    assert table.moments is not None
+    in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]
+    fill = ~np.stack(in_mode, 1)
+    x, log_noise = with_noise(encoder.box, Numbers(rows.low, rows.width, fill, None), keys[0])
+    if (missing & ~fill).any():
+        v = np.asarray(unbounded(encoder.box, x), float)
+        v, log_proposal = _propose(keys[1], v, missing & ~fill, *table.moments)
+        proposed, slope = bounded(encoder.box, jnp.asarray(v, jnp.float32))
+        x = jnp.where(missing & ~fill, proposed, x)
+        log_noise += log_proposal + jnp.sum(jnp.where(missing & ~fill, slope, 0.0), axis=1)
+    log_prob = density.log_prob(x, context=encoder.context(modes, rows.given))
+    return np.asarray(x), np.asarray(log_prob - log_noise, float)
+
+
+def _propose(key, v: np.ndarray, missing: np.ndarray, mean: np.ndarray, cov: np.ndarray):
+    """Normal draws of the missing numbers given the others, and the log-density of each row's."""
+    draws, log_density = np.array(v), np.zeros(len(v))
+    noise = np.asarray(jax.random.normal(key, v.shape), float)
+    for pattern in np.unique(missing, axis=0):
+        here, m, k = (missing == pattern).all(axis=1), pattern, ~pattern
+        if not m.any():
+            continue
+        gain = cov[np.ix_(m, k)] @ np.linalg.pinv(cov[np.ix_(k, k)], hermitian=True)
+        spread = WIDER**2 * (cov[np.ix_(m, m)] - gain @ cov[np.ix_(k, m)])
+        root = np.linalg.cholesky(spread + 1e-6 * np.eye(m.sum()))
+        center = mean[m] + (v[here][:, k] - mean[k]) @ gain.T
+        e = noise[here][:, m]
+        draws[np.ix_(here, m)] = center + e @ root.T
+        log_density[here] = (-0.5 * e**2 - 0.5 * np.log(2 * np.pi)).sum(1)
+        log_density[here] -= np.log(np.diag(root)).sum()
+    return draws, log_density
