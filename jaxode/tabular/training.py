@@ -28,7 +28,8 @@ from jaxode.tabular.encoding import Cells, Encoded, Encoder, Numbers, unbounded,
 from jaxode.tabular.table import Table
 
 FEW = 3000  # rows, up to which the weights decay at the rate of one
-TOLERANCE = 1e-4  # of solves
+# Of solves: of one number, for quantiles, and of several, whose noise is larger than their errors.
+TOLERANCES = 1e-4, 1e-3
 KINDS = ("categorical", "integer", "continuous")
 
 
@@ -225,7 +226,8 @@ def _numbers(encoder, rows, aside, limits, progress, keys, begin):
     params = Residual(
         size, key=network_key, context_size=0 if context is None else context.shape[1]
     )
-    flow = cnf(field, standard_normal(size), rtol=TOLERANCE, atol=TOLERANCE)
+    tolerance = TOLERANCES[size > 1]
+    flow = cnf(field, standard_normal(size), rtol=tolerance, atol=tolerance)
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
     density = bind(flow, params, support=support)
     powers = TIME_POWERS if size > MANY else TIME_POWERS[:1]
