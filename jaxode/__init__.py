@@ -27,6 +27,7 @@ from jaxode.ode.pieces import Jumps
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
+from jaxode.ode.steady import SteadyState, steady_state
 
 __version__ = "0.3.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "SteadyState",
     "VarianceExploding",
     "VariancePreserving",
     "audit",
@@ -64,5 +66,6 @@ __all__ = [
     "solve",
     "standard_normal",
     "standardize",
+    "steady_state",
     "tabular",
 ]

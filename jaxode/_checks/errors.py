@@ -27,6 +27,7 @@ class Result(enum.IntEnum):
     NON_FINITE_JACOBIAN = 7
     NON_FINITE_CHANGE = 8
     SINGULAR_MATRIX = 9
+    NOT_STEADY = 10
 
     def __jax_array__(self) -> Array:
         """As the codes of rows. Without `jit`, JAX would take a member for an int64."""
@@ -71,6 +72,10 @@ EXPLANATIONS = {
     Result.SINGULAR_MATRIX: (
         "the linear system of a step is singular",
         "Take another number of steps, or leave steps out: error control then shortens the step.",
+    ),
+    Result.NOT_STEADY: (
+        "the state does not settle",
+        "Look at its trajectory: it oscillates or drifts, or needs a larger t1 or max_steps.",
     ),
 }
 
