@@ -23,6 +23,7 @@ from jaxode.ode.loop.problem import Stepper
 from jaxode.ode.loop.step_size import Controller
 from jaxode.ode.solvers.base import Method
 from jaxode.ode.solvers.explicit import Solver, method_of
+from jaxode.ode.solvers.rosenbrock import with_mass
 
 PRECISIONS = ("highest", "high", "default")
 NO_LIMIT = 2**31 - 1  # steps are counted in int32
@@ -42,6 +43,8 @@ class SolveOptions(eqx.Module):
     max_steps: int = eqx.field(static=True, default=4096)
     axis_name: AxisName | None = eqx.field(static=True, default=None)
     precision: str | None = eqx.field(static=True, default=None)
+    mass: tuple[tuple[float, ...], ...] | None = eqx.field(static=True, default=None)
+    """Of `solve` alone, which checks it."""
 
     @classmethod
     def make(cls, **given: Any) -> "SolveOptions":
@@ -51,7 +54,7 @@ class SolveOptions(eqx.Module):
             TypeError, ValueError: for an unknown option, and for an invalid value that is known at
                 trace time.
         """
-        known = sorted(field.name for field in dataclasses.fields(cls))
+        known = sorted({field.name for field in dataclasses.fields(cls)} - {"mass"})
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise TypeError(
@@ -68,7 +71,8 @@ class SolveOptions(eqx.Module):
     @property
     def method(self) -> Method:
         """The solver's method."""
-        return method_of(self.solver)
+        method = method_of(self.solver)
+        return method if self.mass is None else with_mass(method, self.mass)
 
     @property
     def jacobian(self) -> Any:

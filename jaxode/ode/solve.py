@@ -1,5 +1,6 @@
 """`solve` and `flow`: check the arguments, run the compiled program, report failures."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.events import Event
 from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.mass import check_consistent, check_mass
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.pieces import Jumps, check_jumps
 from jaxode.ode.run import run
@@ -49,6 +51,7 @@ def solve(
     dense: bool = False,
     event: Event | None = None,
     jumps: Jumps | None = None,
+    mass: Float[Array, "n n"] | None = None,
     throw: bool = True,
 ) -> Solution:
     """Solve the initial value problem `dy/dt = f(t, y, args)`, `y(t0) = y0`, up to `t1`.
@@ -111,6 +114,11 @@ def solve(
             event. Not with `steps`.
         jumps: `jaxode.Jumps`, changes of the state at known times, such as doses. After each one
             the first step is chosen anew.
+        mass: the constant matrix `M [n, n]` of `M dy/dt = f`, for `Rodas5P`, with the numbers of
+            the state of one sample in the order of `jax.flatten_util.ravel_pytree`. It may be
+            singular if the algebraic equations determine the algebraic unknowns (index 1), and `y0`
+            must fulfil them; outside `jit`, both are checked. Not with `event`, `jumps` and
+            `breakpoints`.
         throw: raise `jaxode.SolveError` if the solve fails; under `jit` it is the message of a
             `jax.errors.JaxRuntimeError`, or of a `ValueError` in later calls on a CPU. With
             `throw=False`, `Solution.result` says how the solve ended, and the state and all
@@ -157,6 +165,12 @@ def solve(
         )
     check_event(options, event, batch)
     check_jumps(jumps)
+    if mass is not None:
+        mass = check_mass(
+            mass, options, y0, batch, event=event, jumps=jumps, breakpoints=breakpoints
+        )
+        options = dataclasses.replace(options, mass=mass)
+        check_consistent(f, y0, t0, args, row_args, options, batch)
     return solve_checked(
         f, y0, (t0, t1), args, options,
         row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps, throw=throw,

@@ -9,6 +9,8 @@ which is the transformed form of Hairer and Wanner, with `k_i` in place of their
 stages share one factorization. Samples are independent, so each has a matrix of its own, also where
 they share their steps.
 
+With a mass matrix `M`, it replaces `I`, and multiplies the sum of `C_ij k_j`.
+
 Backwards, with `M = I / gamma - h J`, `k_bar_i` of `explicit.py` also gets `sum_{j > i} C_ji r_j`,
 and the vector field is pulled back from `r_i = M^-T k_bar_i`. The rest depends on the start of the
 step alone: `h sum_i r_i . (J k_i + d_i f_t)` is pulled back as a sum of tangents of the vector
@@ -17,6 +19,8 @@ field, with no derivative of the matrix.
 References: Hairer and Wanner, "Solving Ordinary Differential Equations II" (1996), section IV.7.
 """
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,7 +74,10 @@ class Linearized(NamedTuple):
             ) from error
         # Of a step of size zero, the Jacobian may not be finite.
         size = h.astype(y.dtype)[None, None]
-        matrix = unit[:, :, None] / method.gamma - jnp.where(size == 0, 0, size * jacobian)
+        mass = unit[:, :, None]
+        if method.mass is not None:  # which may be singular
+            mass = jnp.where(size == 0, mass, jnp.asarray(method.mass, y.dtype)[:, :, None])
+        matrix = mass / method.gamma - jnp.where(size == 0, 0, size * jacobian)
         return cls(slope, by_time, factorize(matrix))
 
     def solve(self, b: Float[Array, "samples n"], transposed: bool = False):
@@ -97,6 +104,8 @@ class RosenbrockMethod(RungeKutta):
     d: np.ndarray
     gamma: float
     dense_output: np.ndarray
+    mass: np.ndarray | None = None
+    """`M`, or the identity."""
 
     implicit: ClassVar[bool] = True
     first_pulled: ClassVar[int] = 2  # Both first stages are the vector field at the start.
@@ -127,7 +136,7 @@ class RosenbrockMethod(RungeKutta):
 
         def stage(i, k):
             z = y + h[:, None] * weighted_sum(A[i], k)
-            right = field(t + c[i] * h, z) + weighted_sum(C[i], k)
+            right = field(t + c[i] * h, z) + self.times_mass(weighted_sum(C[i], k))
             return k.at[i].set(at.solve(right + d[i] * h[:, None] * at.by_time))
 
         return fori_loop(2, count, stage, k)
@@ -152,7 +161,15 @@ class RosenbrockMethod(RungeKutta):
 
     def stage_cotangent(self, at_start, i, bar, k_bar):
         linearized, C = at_start
-        return linearized.solve(bar + weighted_sum(C[:, i], k_bar), transposed=True)
+        bar = bar + self.times_mass(weighted_sum(C[:, i], k_bar), transposed=True)
+        return linearized.solve(bar, transposed=True)
+
+    def times_mass(self, k: Float[Array, "samples n"], transposed: bool = False):
+        """`M k` of each sample."""
+        if self.mass is None:
+            return k
+        mass = jnp.asarray(self.mass if transposed else self.mass.T, k.dtype)
+        return jnp.matmul(k, mass, precision=jax.lax.Precision.HIGHEST)
 
     def pull_start(self, sweep: Any, step: Any, k_bar) -> tuple[Any, Any]:
         """Given `r_i`, and for stage 0 what depends on it from elsewhere."""
@@ -178,6 +195,12 @@ class RosenbrockMethod(RungeKutta):
             return of(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
         products = reduce_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
         return of(t_bar, products, y_bar, k), by_params
+
+
+@functools.cache
+def with_mass(method: RosenbrockMethod, mass: tuple[tuple[float, ...], ...]) -> RosenbrockMethod:
+    """The method for `M dy/dt = f`, the same one each time."""
+    return dataclasses.replace(method, mass=np.array(mass))
 
 
 def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> RosenbrockMethod:

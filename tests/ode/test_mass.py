@@ -1,0 +1,112 @@
+"""Mass matrices: algebraic equations, full matrices, exact gradients, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+
+TIGHT = {"solver": jaxode.Rodas5P(), "rtol": 1e-9, "atol": 1e-12, "max_steps": 1024}
+RATES = jnp.array([0.04, 1e4, 3e7])
+START, SINGULAR = jnp.array([1.0, 0.0, 0.0]), np.diag([1.0, 1.0, 0.0])
+
+
+def robertson(t, y, k):
+    first, second = -k[0] * y[0] + k[1] * y[1] * y[2], k[2] * y[1] ** 2
+    return jnp.stack([first, -first - second, second])
+
+
+def conserved(t, y, k):
+    return robertson(t, y, k).at[2].set(y.sum() - 1.0)
+
+
+def as_ode(k, t1=40.0, **options):
+    return jaxode.solve(robertson, START, 0.0, t1, k, **TIGHT, **options)
+
+
+def as_dae(k, t1=40.0, **options):
+    return jaxode.solve(conserved, START, 0.0, t1, k, mass=SINGULAR, **TIGHT, **options)
+
+
+def test_robertson_as_a_dae_is_that_of_the_ode():
+    ts = jnp.array([0.4, 4.0])
+    ode, dae = as_ode(RATES, ts=ts), as_dae(RATES, ts=ts)
+    np.testing.assert_allclose(dae.ys, ode.ys, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(dae.y1, ode.y1, rtol=1e-8, atol=1e-12)
+    assert int(dae.stats.num_steps) <= 1.05 * int(ode.stats.num_steps)
+
+
+def test_derivatives_are_those_of_the_ode():
+    of = lambda solve: jax.grad(lambda k, t1: solve(k, t1).y1[0], (0, 1))(RATES, 40.0)
+    for a, b in zip(of(as_dae), of(as_ode), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+    at = lambda solve: jax.grad(lambda ts: solve(RATES, ts=ts).ys[:, 2].sum())
+    ts = jnp.array([0.4, 4.0])
+    np.testing.assert_allclose(at(as_dae)(ts), at(as_ode)(ts), rtol=1e-6)
+
+
+def test_a_full_matrix_multiplies_the_derivative_in_rows_too():
+    mass = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 0.5], [0.3, 0.0, 1.0]])
+    field = lambda t, y, args: jnp.asarray(mass) @ robertson(t, y, args[1] * RATES)
+    factors = jnp.array([0.5, 1.0])
+
+    def ends(factors):
+        rows = {"row_args": factors, "batch": "per_sample"}
+        y0 = jnp.tile(START, (2, 1))
+        return jaxode.solve(field, y0, 0.0, 40.0, mass=mass, **rows, **TIGHT).y1[:, 0]
+
+    one = lambda factor: as_ode(factor * RATES).y1[0]
+    np.testing.assert_allclose(ends(factors), [one(f) for f in factors], rtol=1e-8)
+    np.testing.assert_allclose(
+        jax.grad(lambda f: ends(f).sum())(factors), [jax.grad(one)(f) for f in factors], rtol=1e-6
+    )
+
+
+def test_akzo_nobel_ends_at_its_reference():
+    """Six species, one of them in equilibrium. Reference: the IVP test set, chemical Akzo Nobel."""
+    ks = 115.83
+
+    def field(t, y, _):
+        r1 = 18.7 * y[0] ** 4 * jnp.sqrt(y[1])
+        r2, r3, r4 = 0.58 * y[2] * y[3], 0.58 / 34.4 * y[0] * y[4], 0.09 * y[0] * y[3] ** 2
+        r5, inflow = 0.42 * y[5] ** 2 * jnp.sqrt(y[1]), 3.3 * (0.9 / 737 - y[1])
+        return jnp.stack(
+            [
+                -2 * r1 + r2 - r3 - r4,
+                -0.5 * r1 - r4 - 0.5 * r5 + inflow,
+                r1 - r2 + r3,
+                -r2 + r3 - 2 * r4,
+                r2 - r3 + r5,
+                ks * y[0] * y[3] - y[5],
+            ]
+        )
+
+    y0 = jnp.array([0.444, 0.00123, 0.0, 0.007, 0.0, ks * 0.444 * 0.007])
+    end = jaxode.solve(field, y0, 0.0, 180.0, mass=np.diag([1.0] * 5 + [0.0]), **TIGHT).y1
+    reference = [0.1150794920661702, 0.1203831471567715e-2, 0.1611562887407974]
+    reference += [0.3656156421249283e-3, 0.1708010885264404e-1, 0.4873531310307455e-2]
+    np.testing.assert_allclose(end, reference, rtol=1e-7)
+
+
+def pendulum(t, y, _):
+    x, z, u, v, tension = y
+    return jnp.stack([u, v, -tension * x, -tension * z - 9.81, x * x + z * z - 1.0])
+
+
+@pytest.mark.parametrize(
+    ("field", "y0", "options", "words"),
+    [
+        (pendulum, [1.0, 0, 0, 0, 0], {"mass": np.diag([1.0] * 4 + [0.0])}, r"\(index 1\); they"),
+        (conserved, [1.0, 0, 0.5], {}, r"y0=\.\.\.\): must fulfil .* off by 0\.5"),
+        (conserved, [1.0, 0, 0], {"mass": np.eye(2)}, r"must be a finite matrix \[3, 3\]"),
+        (conserved, [1.0, 0, 0], {"breakpoints": [0.5]}, "does not go with breakpoints"),
+        (conserved, [1.0, 0, 0], {"solver": jaxode.Rosenbrock23()}, "needs solver=jaxode.Rodas5P"),
+    ],
+    ids=["index 3", "not consistent", "shape", "breakpoints", "solver"],
+)
+def test_what_does_not_go_is_refused(field, y0, options, words):
+    with pytest.raises(ValueError, match=words):
+        jaxode.solve(
+            field, jnp.array(y0), 0.0, 1.0, RATES, **({"mass": SINGULAR} | TIGHT | options)
+        )
