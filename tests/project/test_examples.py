@@ -78,6 +78,9 @@ RUNS = [
     # The error of the mean is the size of the data, 0.64.
     ("segments", "--steps 300", "  trained by (one solve|40 segments)",
      lambda one, many: many < 0.8 * one < 0.8),
+    ("forced", "--rooms 4", "^largest difference|  (loss|air|gain)",
+     lambda apart, *found: apart < 1e-6 and len(found) == 9
+     and (abs(np.subtract(found[::3], found[2::3])) < 4 * np.array(found[1::3])).all()),
     ("kinetics", "--steps 80 --experiments 8",  # blocks of 20 alone
      "^(guess|fitted|true) |^  (fitted constants|learned law) ", kinetics_learns),
     ("resnet_to_ode", "--depths 2 8 --steps 3 --width 8 --batch 32",
