@@ -156,8 +156,8 @@ class Regression(Benchmark):
             return show.markdown([told, *named, *(published if beside else ())], rows)
 
         below = (
-            "Means over the splits. Wine and naval by the cells of their levels, to which quantiles "
-            "are rounded, so that intervals cover more. Published figures are of other trainings, of "
+            "Means over the splits. Wine and naval by cells of their levels, to which quantiles are "
+            "rounded, so that intervals cover more. Published figures are of other trainings, of "
             "all splits."
         )
         parts = [
