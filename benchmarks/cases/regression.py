@@ -156,9 +156,9 @@ class Regression(Benchmark):
             return show.markdown([told, *named, *(published if beside else ())], rows)
 
         below = (
-            "Means over the splits. Wine and naval by cells of their levels, to which quantiles are "
-            "rounded, so that intervals cover more. Published figures are of other trainings, of "
-            "all splits."
+            "Means over the splits. Wine and naval by cells of their levels, to which quantiles "
+            "are rounded, so that intervals cover more. Published figures are of other trainings, "
+            "of all splits."
         )
         parts = [
             part("nats, training rows x columns", "nats", ".2f", True, PUBLISHED), below,
