@@ -139,68 +139,79 @@ class Regression(Benchmark):
     def table(self, results: Results) -> str:
         tables = self.by_table(results)
         named = [name for name in CONTENDERS if any(name in row for row in tables.values())]
+        published = [f"{name}, published" for name in METHODS]
 
-        def part(told: str, value: Any, digits: int, best: bool = True, *more: Any) -> str:
+        def part(told: str, key: str, digits: str, ranked: bool = False, beside: Any = None) -> str:
             rows = []
             for name, row in tables.items():
-                splits = len(next(iter(row.values())))
-                size = next(iter(next(iter(row.values())).values()))
-                label = f"{name}, {size['rows']} x {size['columns']}, {splits} split" + "s" * (
-                    splits > 1
+                found = means(row, key)
+                told_of = {contender: f"{mean:{digits}}" for contender, mean in found.items()}
+                if ranked and len(found) > 1:  # no one is the best of one
+                    best = min(found, key=lambda contender: found[contender])
+                    told_of[best] = f"**{told_of[best]}**"
+                cells = [told_of.get(contender, "") for contender in named]
+                rows.append(
+                    [label(name, row), *cells, *(f"{x:.2f}" for x in (beside or {}).get(name, ()))]
                 )
-                means = {}
-                for contender, of_splits in row.items():
-                    values = [value(result) for result in of_splits.values()]
-                    if None not in values:
-                        means[contender] = float(np.mean(values))
-                least = min(means.values())
-                cell = lambda mean, least=least: (
-                    f"**{mean:.{digits}f}**" if best and mean == least else f"{mean:.{digits}f}"
-                )
-                cells = [cell(means[c]) if c in means else "" for c in named]
-                rows.append([label, *cells, *(f"{x:.2f}" for column in more for x in column[name])])
-            published = [f"{name}, published" for name in METHODS if more]
-            return show.markdown([told, *named, *published], rows)
+            return show.markdown([told, *named, *(published if beside else ())], rows)
 
-        covered = lambda level: lambda result: 100 * result["covered"][level]
+        below = (
+            "Means over the splits. Wine and naval by cells of their levels, to which quantiles "
+            "are rounded, so that intervals cover more. Published figures are of other trainings, "
+            "of all splits."
+        )
         parts = [
-            part("nats, training rows x columns", lambda r: r["nats"], 2, True, PUBLISHED),
-            "Means over the splits. Wine and naval by the cells of their levels. Published figures "
-            "are of other trainings, of the twenty splits.",
-            part("CRPS", lambda r: r["crps"], 4),
-            part("rows in the interval of 50%, in percent", covered("50"), 0, False),
-            part("rows in the interval of 90%, in percent", covered("90"), 0, False),
-            part("seconds of training", lambda r: r["training"], 1, False),
-            part("seconds of 1,000 intervals", lambda r: r["intervals"], 2, False),
-        ]
+            part("nats, training rows x columns", "nats", ".2f", True, PUBLISHED), below,
+            part("CRPS", "crps", "#.3g", True),
+            *(part(f"percent of rows in the {of}% interval", of, ".0f") for of in INTERVALS),
+            part("seconds of training", "training", ".1f"),
+            part("seconds of 1,000 intervals", "intervals", ".2f"),
+        ]  # fmt: skip
         return "\n\n".join(parts)
 
     def draw(self, results: Results) -> Figure:
         """How far each contender is from the best of each table, in nats and in CRPS."""
         tables, styles = self.by_table(results), show.styles(CONTENDERS)
         figure = Figure((9.0, 1.4 + 0.34 * len(tables)), layout="constrained")
-        panels = zip(figure.subplots(1, 2, sharey=True), ("nats", "crps"), strict=True)
-        for axis, score in panels:
+        for axis, key in zip(figure.subplots(1, 2, sharey=True), ("nats", "crps"), strict=True):
+            found = [means(row, key) for row in tables.values()]
             for contender, marker in zip(CONTENDERS, MARKERS, strict=False):
-                points = []
-                for place, row in enumerate(tables.values()):
-                    means = {
-                        name: float(np.mean([r[score] for r in of_splits.values()]))
-                        for name, of_splits in row.items()
-                        if all(r[score] is not None for r in of_splits.values())
-                    }
-                    if contender in means:
-                        least = min(means.values())
-                        gap = means[contender] - least
-                        points.append((gap if score == "nats" else 100 * gap / least, place))
+                points = [
+                    (above(row, contender, key), place)
+                    for place, row in enumerate(found)
+                    if contender in row and len(row) > 1
+                ]
                 if points:
                     style = {"color": styles[contender]["color"], "ms": 5, "label": contender}
                     axis.plot(*zip(*points, strict=True), marker, **style)
-            above = "nats above the best" if score == "nats" else "CRPS above the best, percent"
-            axis.set(xlabel=above, yticks=range(len(tables)), yticklabels=list(tables))
-            axis.set_xscale("symlog", linthresh=0.1 if score == "nats" else 10)
+            told = "nats above the best" if key == "nats" else "CRPS above the best, percent"
+            axis.set(xlabel=told, yticks=range(len(tables)), yticklabels=list(tables))
+            threshold = 0.1 if key == "nats" else 10
+            axis.set_xscale("symlog", linthresh=threshold)
+            axis.set_xlim(left=-0.1 * threshold)
         figure.axes[0].invert_yaxis()
         return figure
+
+
+def label(name: str, row: dict[str, dict[int, Result]]) -> str:
+    of_splits = next(iter(row.values()))
+    size, count = next(iter(of_splits.values())), len(of_splits)
+    splits = f"{count} splits" if count > 1 else "1 split"
+    return f"{name}, {size['rows']} x {size['columns']}, {splits}"
+
+
+def means(row: dict[str, dict[int, Result]], key: str) -> dict[str, float]:
+    """By contender, over the splits: of a score, or of the percent in an interval."""
+    value = lambda result: 100 * result["covered"][key] if key in INTERVALS else result[key]
+    found = {name: [value(result) for result in of.values()] for name, of in row.items()}
+    return {name: float(np.mean(each)) for name, each in found.items() if None not in each}
+
+
+def above(row: dict[str, float], contender: str, key: str) -> float:
+    """By how many nats, or by how many percent of the CRPS, it is worse than the best."""
+    least = min(row.values())
+    gap = row[contender] - least
+    return gap if key == "nats" else 100 * gap / least
 
 
 BENCHMARK = Regression()
