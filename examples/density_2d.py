@@ -69,18 +69,21 @@ TOYS = {
 }
 
 
-def load(name: str, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-    """The names of both columns, and the points, `[points, 2]`."""
+def load(name: str, rng: np.random.Generator) -> np.ndarray:
+    """The points, `[points, 2]`."""
     if name in TOYS:
-        return ["x", "y"], TOYS[name](rng, 20_000)
+        return TOYS[name](rng, 20_000)
     if not Path(name).is_file():
         raise InputError(f"{name} is neither one of {', '.join(TOYS)} nor a file")
-    names, points = tables.read(Path(name))
-    if len(names) > 2:
+    points = tables.read(Path(name)).select_dtypes("number")
+    if points.shape[1] != 2:
         raise InputError(
-            f"{name}: two numeric columns are needed; got {len(names)}. Use tabular.py for more"
+            f"{name}: two numeric columns are needed; got {points.shape[1]}. For other tables use "
+            "tabular.py"
         )
-    return names, points
+    if points.isna().any(axis=None):
+        raise InputError(f"{name}: a number is missing. Leave such rows out, or use tabular.py")
+    return points.to_numpy(float)
 
 
 def draw(density, data, history, path, key):
@@ -169,17 +172,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = known.parse_args(arguments)
     movie = beside(options.out, ".gif")
     rng = np.random.default_rng(options.seed)
-    names, points = load(options.data, rng)
-    points = rng.permutation(points)
+    points = rng.permutation(load(options.data, rng))
     split = min(len(points) // 10, 2000)
-    tables.check_density(names, points[split:])
-
     announce(__doc__)
     network_key, fit_key, draw_key = jax.random.split(jax.random.key(options.seed), 3)
     held_out, data = jnp.split(jnp.asarray(points, float), [split])
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-4, atol=1e-4)
     network = jaxode.nn.Residual(2, options.width, key=network_key)
-    density = jaxode.bind(flow, network, standardize=data)  # in units of the data
+    try:
+        density = jaxode.bind(flow, network, standardize=data)  # in units of the data
+    except ValueError as error:  # such as a constant column
+        raise InputError(str(error)) from None
     density, history = jaxode.fit(
         density, data, key=fit_key, steps=options.steps, batch_size=options.batch
     )

@@ -1,134 +1,91 @@
-"""How the examples read a user's table, and write one: every problem gets one clear line."""
+"""How the examples read a user's table, and the table that they make up."""
 
-import csv
-import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from common.arguments import InputError
 
-Row = tuple[int, list[str]]  # its line number and its cells
+Frame = Column = Any  # of pandas, whose own annotations are too wide for a type checker
+LEAST_ROWS = 20
+FEW = 20  # numbers that are drawn as bars
 
 
-def read(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and values of the numeric columns of a CSV file. A header is optional."""
+def read(path: Path) -> Frame:
+    """The table of a CSV file, as pandas reads it."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in enumerate(csv.reader(file), 1) if any(map(str.strip, row[1]))]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    mark = _other_separator([row for _, row in rows])
-    columns = _numeric_columns([row for _, row in rows[1:]])
-    header = _split_header(path, rows, columns)
-    if len(rows) < 20:
-        raise InputError(f"{path}: at least 20 rows are needed; got {len(rows)}")
-    if mark or len(columns) < 2:
-        got = f"cells that seem to be separated by {mark!r}" if mark else len(columns)
-        raise InputError(
-            f"{path}: two numeric columns separated by a comma are needed, with points in the "
-            f"numbers; got {got}"
-        )
-    names = [header.get(i, "").strip() or f"column {i + 1}" for i in columns]
-    for line, row in rows:
-        for i, name in zip(columns, names, strict=True):
-            if i >= len(row) or not _is_number(row[i]):
-                cell = repr(row[i]) if i < len(row) else "nothing"
-                raise InputError(f"{path}, line {line}: {name} must be a finite number; got {cell}")
-    values = np.array([[float(row[i]) for i in columns] for _, row in rows])
-    if header and not header[columns[0]].strip() and (np.diff(values[:, 0]) == 1).all():
-        raise InputError(
-            f"{path}: {names[0]} has no name and counts the rows, as an index does. "
-            "Leave it out (pandas: index=False), or give it a name"
-        )
-    if np.abs(values).max() > 1e30:
-        raise InputError(f"{path}: numbers beyond 1e30 are too large for single precision")
-    return names, values
+        frame = pd.read_csv(path, skipinitialspace=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {str(error).strip()}") from None
+    if len(frame) < LEAST_ROWS:
+        raise InputError(f"{path}: at least {LEAST_ROWS} rows are needed; got {len(frame)}")
+    return frame
 
 
-def _other_separator(rows: list[list[str]]) -> str | None:
-    """What separates cells, if not commas, which may be those of decimals or of texts."""
-    if not rows:
-        return None
-    first, last = rows[0], rows[-1]
-    for mark in ";\t|":
-        cells = ",".join(last).split(mark)
-        numbers = all(_is_number(cell.replace(",", ".", 1)) for cell in cells)
-        alone = len(first) == 1 or len(first) < len(last)  # a header with other separators
-        if mark in ",".join(last) and (numbers or (alone and mark in ",".join(first))):
-            return mark
-    return None
+def flats(rows: int, seed: int) -> Frame:
+    """Made-up flats with text, integers, decimals, round numbers and missing values.
+
+    The rents of old flats are more uncertain than those of new ones.
+    """
+    rng = np.random.default_rng(seed)
+    cities, levels = (
+        np.array(["Bern", "Lyon", "Porto", "Turin"]),
+        np.array([26.0, 16.0, 13.0, 11.0]),
+    )
+    place = rng.choice(4, rows, p=[0.35, 0.3, 0.15, 0.2])
+    city, level = cities[place], levels[place]
+    rooms = 1 + rng.binomial(5, np.where(city == "Bern", 0.3, 0.4))
+    area = np.round(rng.gamma(20, (14 + 17 * rooms) / 20), 1)
+    old = rng.random(rows) < 0.4
+    year = np.clip(np.round(rng.normal(np.where(old, 1905, 1980), 18)), 1850, 2024)
+    pump = rng.random(rows) < 0.6 / (1 + np.exp((1990 - year) / 8))
+    heating = np.where(pump, "heat pump", rng.choice(["gas", "oil"], rows, p=[0.7, 0.3]))
+    balcony = rng.random(rows) < 1 / (1 + np.exp((1950 - year) / 20 + 0.3 * (2 - rooms)))
+    rent = 1.6 * level * area**0.85 * (1 + 0.05 * balcony + 0.1 * pump)
+    rent = rent * np.exp(np.where(year < 1945, 0.28, 0.12) * rng.normal(size=rows))
+    rent = np.where(rng.random(rows) < 0.5, 10 * np.round(rent / 10), np.round(rent))
+    frame = pd.DataFrame(
+        {
+            "city": city, "rooms": rooms, "area": area, "year": year, "heating": heating,
+            "balcony": balcony, "rent": rent.astype(int),
+        }
+    )  # fmt: skip
+    frame.loc[rng.random(rows) < np.where(old, 0.3, 0.05), "year"] = np.nan
+    frame.loc[rng.random(rows) < 0.08, "heating"] = np.nan
+    return frame
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell)) and "_" not in cell
-    except ValueError:
-        return False
+def without_identifiers(frame: Frame) -> Frame:
+    """Leave out texts that hardly repeat, such as names and dates, and the index of pandas."""
+    names = [str(name) for name in frame if str(name).startswith("Unnamed: ")]
+    texts = [name for name in frame if not pd.api.types.is_numeric_dtype(frame[name])]
+    names += [name for name in texts if frame[name].nunique() > max(len(frame) / 20, 20)]
+    if names:
+        print(f"left out, as texts that hardly repeat or as an index: {', '.join(names)}")
+    return frame.drop(columns=names)
 
 
-def _numeric_columns(rows: list[list[str]]) -> list[int]:
-    """Columns with more numbers than text. Empty cells do not count: they are errors later."""
-    columns = []
-    for i in range(max(map(len, rows), default=0)):
-        cells = [row[i] for row in rows if i < len(row) and row[i].strip()]
-        if 2 * sum(map(_is_number, cells)) > len(cells):
-            columns.append(i)
-    return columns
+def split(frame: Frame, most: int, seed: int) -> tuple[Frame, Frame]:
+    """Rows to train on, and held-out rows whose categories and gaps occur among those."""
+    frame = frame.sample(frac=1, random_state=seed, ignore_index=True)
+    count = min(len(frame) // 5, most)
+    held_out, rest = frame[:count], frame[count:]
+    known = pd.Series(True, held_out.index)
+    for name in frame:
+        if is_bars(frame[name]):
+            known &= held_out[name].isin(rest[name])
+        elif rest[name].notna().all():
+            known &= held_out[name].notna()
+    return pd.concat([held_out[~known], rest]), held_out[known]
 
 
-def _split_header(path: Path, rows: list[Row], columns: list[int]) -> dict[int, str]:
-    """Remove the first row from `rows` if it has no number above the numeric columns."""
-    if not rows or not columns:
-        return {}
-    line, first = rows[0]
-    cells = {i: first[i] if i < len(first) else "" for i in columns}
-    numbers = [cell for cell in cells.values() if _is_number(cell)]
-    if not numbers:
-        del rows[0]
-        return cells
-    if len(cells) > 2 and [cell.strip() for cell in first] == [str(i) for i in range(len(first))]:
-        raise InputError(
-            f"{path}, line {line}: looks like the column numbers of pandas, not like data. Write "
-            "names in their place, or no header"
-        )
-    if len(numbers) < len(cells):
-        other = next(cell for cell in cells.values() if not _is_number(cell))
-        raise InputError(
-            f"{path}, line {line}: must have a name above each column of numbers, or a finite "
-            f"number in each; got {numbers[0]!r} and {other!r}"
-        )
-    return {}
+def is_bars(column: Column) -> bool:
+    """Whether a column has few values, or none that are numbers."""
+    return not is_number(column) or column.nunique() <= FEW
 
 
-def check_density(names: list[str], x: np.ndarray) -> None:
-    """Raise `InputError` if the rows lie in a hyperplane, where they have no density."""
-    as_flow_sees = x.astype(np.float32).astype(float)
-    for name, column in zip(names, as_flow_sees.T, strict=True):
-        # `bind` refuses columns whose spread is nearly lost in the rounding of float32.
-        if column.std() <= 5e-7 * abs(column.mean()):
-            raise InputError(
-                f"{name} is constant in the rows to train on, at least in single precision, so "
-                "they have no density. Leave it out, or subtract an offset from it"
-            )
-    if len(x) <= len(names):
-        raise InputError(
-            f"{len(names)} columns need at least {len(names) + 1} rows to train on; got {len(x)}. "
-            "Leave columns out, or get more rows"
-        )
-    # Linear dependence, such as c = 2 a, leaves a direction with nothing but rounding.
-    variances, directions = np.linalg.eigh(np.corrcoef(x.T))
-    if variances[0] < 1e-9 * len(names):
-        weights = np.abs(directions[:, 0])
-        involved = [name for name, weight in zip(names, weights, strict=True) if weight > 0.01]
-        raise InputError(
-            f"the columns {', '.join(involved)} depend linearly on each other, so the rows have no "
-            "density. Leave one of them out"
-        )
-
-
-def write(path: Path, names: list[str], rows: np.ndarray) -> None:
-    """Write all digits of each number, and quote names that contain a comma."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows(rows)
+def is_number(column: Column) -> bool:
+    """Whether a column holds numbers, not booleans."""
+    types = pd.api.types
+    return types.is_numeric_dtype(column) and not types.is_bool_dtype(column)

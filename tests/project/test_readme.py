@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.shown
@@ -19,14 +20,14 @@ def run(code):
     scope, shown = {}, io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
         exec(code, scope)
-    arrays = [x for x in jax.tree.leaves(scope) if isinstance(x, jax.Array)]
+    arrays = [x for x in jax.tree.leaves(scope) if isinstance(x, jax.Array | np.ndarray)]
     numbers = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
     assert numbers
     assert all(jnp.isfinite(x).all() for x in numbers)
     return scope, shown.getvalue()
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=["fit", "Neural ODE", "own loop"])
+@pytest.mark.parametrize("code", BLOCKS, ids=["fit", "table", "Neural ODE", "own loop"])
 def test_a_code_block_runs_alone(code, default_settings):
     """After three steps of training."""
     _, shown = run(re.sub(r"(steps=|range\()\d+", r"\g<1>3", code))
@@ -35,7 +36,7 @@ def test_a_code_block_runs_alone(code, default_settings):
 
 @pytest.mark.slow  # two whole trainings, whose results the README promises
 def test_code_blocks_learn_what_they_say(default_settings):
-    fitted, _, own = BLOCKS
+    fitted, _, _, own = BLOCKS
     # The four Gaussians have 8.38 nats in the units of the data, and a Gaussian 9.71.
     (output,) = re.findall(r"^```output\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert run(fitted)[1] == output
