@@ -24,7 +24,7 @@ ROWS = 256  # at a time
 
 def impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
     """Modes and numbers of each row, with what is missing drawn, and a seed."""
-    parts = []
+    parts = [(np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1])))]
     for start in range(0, len(rows.modes), ROWS):
         part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
         parts.append(_impute(table, jax.random.fold_in(key, start), part))
@@ -36,16 +36,13 @@ def _impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarra
     encoder, n = table.encoder, len(rows.modes)
     keys = jax.random.split(key, 4)
     rows = jax.tree.map(lambda leaf: np.repeat(leaf, PROPOSALS, axis=0), rows)
-    last = np.array([column.modes - 1 for column in encoder.columns])
-    may_miss = np.array([column.missing for column in encoder.columns])
-    missing = (rows.modes < 0) | (may_miss & (rows.modes == last))
+    missing = encoder.missing(rows.modes)
     modes, weights = np.where(missing, 0, rows.modes), np.zeros(len(rows.modes))
     if table.categories is not None:
-        present = [np.arange(c.modes) < c.modes - c.missing for c in encoder.columns]
-        allowed = np.concatenate([present[i] for i in encoder.discrete]).astype(np.float32)
+        columns = [encoder.columns[i] for i in encoder.discrete]
+        allowed = np.concatenate([np.arange(c.modes) < c.present for c in columns])
         known = np.where(missing, -1, rows.modes)[:, encoder.discrete]
         row_keys = jax.random.split(keys[0], len(known))
-        allowed = np.broadcast_to(allowed, (len(known), len(allowed)))
         drawn, log_known = categorical.draws(table.categories, row_keys, rows.given, known, allowed)
         modes[:, encoder.discrete], weights = drawn, np.asarray(log_known, float)
     x = np.zeros((len(modes), 0))
@@ -70,7 +67,7 @@ def _numbers(table: "Table", keys, rows: Encoded, modes: np.ndarray, missing: np
     if (missing & ~fill).any():
         v = np.asarray(unbounded(encoder.box, x), float)
         v, log_proposal = _propose(keys[1], v, missing & ~fill, *table.moments)
-        proposed, slope = bounded(encoder.box, jnp.asarray(v, jnp.float32))
+        proposed, slope = bounded(encoder.box, jnp.asarray(v))
         x = jnp.where(missing & ~fill, proposed, x)
         log_noise += log_proposal + jnp.sum(jnp.where(missing & ~fill, slope, 0.0), axis=1)
     log_prob = density.log_prob(x, context=encoder.context(modes, rows.given))
