@@ -72,7 +72,7 @@ def read(name: str, frame: Any, column: str) -> Values:
             "out."
         )
     values = np.fromiter(series.to_list(), object, len(series))
-    missing |= [isinstance(value, float) and value != value for value in values]
+    missing |= np.array([isinstance(value, float) and value != value for value in values], bool)
     for row in np.flatnonzero(~missing):
         if not isinstance(values[row], str | bool | np.bool_):
             raise TypeError(

@@ -90,6 +90,8 @@ def fit(
     check_bool("progress", progress)
     other = None if other is None else integer("other", other, 2)
     frame = frames.as_frame("frame", frame)
+    if not frame.columns:
+        raise ValueError(f"{arg('frame')} must have at least one column; got none.")
     if len(frame) < LEAST_ROWS:
         raise ValueError(f"{arg('frame')} must have at least {LEAST_ROWS} rows; got {len(frame)}.")
     encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)

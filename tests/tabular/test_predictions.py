@@ -7,12 +7,12 @@ from trained import FRAMES, KEY, table
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 TARGETS = {"atom": "count", "continuous": "y", "few": "n"}
-VALUES = {"atom": np.arange(-50.0, 90.0), "few": np.arange(5.0)}
+VALUES = {"atom": np.arange(-30.0, 71.0), "few": np.arange(5.0)}
 # Probability between two of the points that stand for a distribution, and of solves.
 COARSE = 0.005
 
 
-def rows(name, n=6):
+def rows(name, n=4):
     return FRAMES[name][:n].reset_index(drop=True)
 
 
@@ -21,7 +21,7 @@ def probabilities(name, frame):
     values = VALUES[name]
     every = frame.loc[np.repeat(frame.index, len(values))]
     every = every.assign(**{TARGETS[name]: np.tile(values, len(frame))})
-    p = np.exp(table(name).log_prob(every, draws=32 if name == "atom" else 1))
+    p = np.exp(table(name).log_prob(every, draws=12 if name == "atom" else 1))
     return p.reshape(len(frame), -1)
 
 
@@ -49,30 +49,30 @@ def test_predictions_are_those_of_the_probabilities(name):
 
 def test_predictions_are_those_of_samples():
     fitted, frame = table("continuous"), rows("continuous", 3)
-    samples = fitted.sample(KEY, 4000, frame).y.to_numpy().reshape(3, -1)
-    error = 4 * samples.std() / 4000**0.5
+    samples = fitted.sample(KEY, 1600, frame).y.to_numpy().reshape(3, -1)
+    error = 4 * samples.std() / 40
     np.testing.assert_allclose(fitted.mean(frame), samples.mean(axis=1), atol=error)
     y = frame.y.to_numpy()[:, None]
-    pairs = np.abs(samples[:, :2000] - samples[:, 2000:]).mean(axis=1)
+    pairs = np.abs(samples[:, :800] - samples[:, 800:]).mean(axis=1)
     score = np.abs(samples - y).mean(axis=1) - pairs / 2
     np.testing.assert_allclose(fitted.crps(frame), score, atol=error)
-    np.testing.assert_allclose(fitted.cdf(frame), (samples <= y).mean(axis=1), atol=0.03)
+    np.testing.assert_allclose(fitted.cdf(frame), (samples <= y).mean(axis=1), atol=0.05)
     low, high = fitted.interval(0.8, frame)
     inside = (samples >= low[:, None]) & (samples <= high[:, None])
-    np.testing.assert_allclose(inside.mean(axis=1), 0.8, atol=0.025)
+    np.testing.assert_allclose(inside.mean(axis=1), 0.8, atol=0.04)
 
 
 def test_the_quantile_is_the_inverse_of_the_distribution():
     fitted, frame = table("continuous"), rows("continuous")
     quantiles = fitted.quantile([0.03, 0.5, 0.9], frame)
-    assert quantiles.shape == (6, 3)
+    assert quantiles.shape == (4, 3)
     np.testing.assert_array_equal(quantiles[:, 1], fitted.quantile(0.5, frame))
     for q, y in zip((0.03, 0.5, 0.9), quantiles.T, strict=True):
         np.testing.assert_allclose(fitted.cdf(frame.assign(y=y)), q, atol=COARSE)
 
 
 def test_the_distribution_ends_at_zero_and_one():
-    frame = rows("atom").assign(count=[-1e6, 1e6, *[0.0] * 4])
+    frame = rows("atom").assign(count=[-1e6, 1e6, *[0.0] * 2])
     cdf = table("atom").cdf(frame)
     np.testing.assert_allclose(cdf[:2], [0, 1], atol=1e-6)
     # The atom counts at its value, which is more than just below it.
@@ -86,9 +86,8 @@ def test_one_bounded_number_without_others():
     quantiles = fitted.quantile([0.001, 0.5, 0.99], frame)
     assert (quantiles == quantiles[0]).all()
     assert (quantiles >= 0).all()
-    np.testing.assert_allclose(
-        fitted.cdf(pd.DataFrame({"x": quantiles[0]})), [0.001, 0.5, 0.99], atol=COARSE
-    )
+    cdf = fitted.cdf(pd.DataFrame({"x": quantiles[0]}))
+    np.testing.assert_allclose(cdf, [0.001, 0.5, 0.99], atol=COARSE)
     assert np.ptp(fitted.mean(frame)) == 0
 
 

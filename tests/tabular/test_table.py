@@ -107,12 +107,12 @@ def test_samples_are_like_the_training_frame():
 
 def test_samples_have_the_density():
     """The mean log-probability of samples is minus the entropy."""
-    frame = table("one").sample(KEY, 2000)
+    frame = table("one").sample(KEY, 900)
     x = np.exp(np.linspace(-12, 4.5, 400))
     log_p = table("one").log_prob(pd.DataFrame({"x": x}))
     entropy = np.sum(np.exp(log_p) * log_p * x) * np.log(x[1] / x[0])
     of_samples = table("one").log_prob(frame)
-    assert abs(of_samples.mean() - entropy) < 4 * of_samples.std() / 2000**0.5
+    assert abs(of_samples.mean() - entropy) < 4 * of_samples.std() / 30
 
 
 def test_samples_of_given_rows():
@@ -156,11 +156,11 @@ def test_imputed_values_follow_the_rest_of_the_row():
 def test_imputed_numbers_have_the_conditional_density():
     """The number of a group and a count, from the joint density by quadrature."""
     row = pd.DataFrame({"group": ["a"], "count": [7], "age": [np.nan]})
-    ages = table("mixed").impute(KEY, row, 400).age
+    ages = table("mixed").impute(KEY, row, 100).age
     frame = all_rows(group=["a"], count=[7], age=AGES)
     p = np.exp(table("mixed").log_prob(frame, draws=32))
     mean, spread = np.sum(p * AGES) / p.sum(), FRAMES["mixed"].age.std()
-    assert abs(ages.mean() - mean) < 4 * spread / 20
+    assert abs(ages.mean() - mean) < 4 * spread / 10
 
 
 def test_the_same_key_trains_the_same_table_which_pickles():

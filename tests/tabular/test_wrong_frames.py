@@ -29,31 +29,31 @@ OF_FIT = [
     ({"frame": {"x": [1, 2]}}, "must be a frame of pandas, polars or pyarrow; got dict. Pass"),
     ({"frame": GOOD[:0]}, "must have at least 10 rows; got 0."),
     ({"frame": GOOD[:1]}, "must have at least 10 rows; got 1."),
-    ({"frame": GOOD[[]]}, "must have at least 10 rows; got 0"),
+    ({"frame": GOOD[[]]}, "must have at least one column; got none."),
     ({"frame": BAD["twice"]}, "must have a name of its own for each column; got ['x'] twice."),
     ({"frame": BAD["numbers as names"]}, "must have column names that are strings; got [0, 'k', "),
     ({"frame": BAD["infinity"]}, "column 'x' must hold finite numbers; got inf in row 39. Leave "),
     ({"frame": BAD["dates"]}, "column 'x' must hold numbers, strings or booleans; got Datetime"),
     ({"frame": BAD["lists"]}, "column 'x' must hold strings, booleans or numbers alone; got [1, 2]"
      " in row 0. Convert the column"),
-    ({"frame": BAD["texts and numbers"]}, "column 'c' must hold strings, ~; got 2 in row 1. Conver"),
+    ({"frame": BAD["texts and numbers"]}, "column 'c' must hold strings, ~; got 2 in row 1. Conve"),
     ({"frame": BAD["nothing"]}, "column 'x' must have a value; got none. Leave it out."),
-    ({"frame": BAD["ids"]}, "column 'c' must repeat its categories; got 40 of them in 40 rows. Lea"),
+    ({"frame": BAD["ids"]}, "column 'c' must repeat its categories; got 40 of them in 40 rows. Le"),
     ({"given": "z"}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"given": ["x", "k", "c"]}, "must leave a column to model; got all of them."),
     ({"given": 3}, "must be a list of names of columns; got 3."),
     ({"kinds": {"z": "integer"}}, "must name columns of ['x', 'k', 'c']; got ['z']."),
-    ({"kinds": {"x": "real"}}, "must be of ('categorical', 'integer', 'continuous'); got {'x': 're"),
+    ({"kinds": {"x": "real"}}, "must be of ('categorical', 'integer', 'continuous'); got {'x': 'r"),
     ({"kinds": ["x"]}, "must be a dict, by names of columns; got ['x']."),
-    ({"kinds": {"c": "integer"}}, "column 'c' holds categories; got 'integer'. Convert it to numbe"),
-    ({"kinds": {"x": "integer"}}, "column 'x' must hold whole numbers to be an integer; got others"),
+    ({"kinds": {"c": "integer"}}, "column 'c' holds categories; got 'integer'. Convert it to numb"),
+    ({"kinds": {"x": "integer"}}, "column 'x' must hold whole numbers to be an integer; got other"),
     ({"bounds": {"z": (0, 1)}}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"bounds": {"k": (0, 1)}}, "must contain the values of 'k', from 0 to 2; got (0, 1)."),
     ({"bounds": {"k": 1}}, "must be pairs (low, high); got 1 for 'k'."),
     ({"bounds": {"k": ("a", 1)}}, "must be a real number; got 'a'."),
     ({"bounds": {"k": (np.nan, 9)}}, "must contain the values of 'k', from 0 to 2; got (nan, 9)."),
     ({"bounds": {"c": (0, 1)}}, "must be of columns of numbers that are modelled; got 'c'."),
-    ({"bounds": {"x": (-9, 9)}, "given": "x"}, "must be of columns of numbers that are modelled; g"),
+    ({"bounds": {"x": (-9, 9)}, "given": "x"}, "must be of columns of numbers that are modelled;"),
     ({"other": 1}, "must be an integer of at least 2; got 1."),
     ({"validation": 1.5}, "must be between 0 and 1; got 1.5"),
     ({"validation": GOOD[["x", "k"]]}, "must have the column 'c'; got ['x', 'k']."),
@@ -66,7 +66,7 @@ OF_FIT = [
 ]  # fmt: skip
 MIXED, ATOM = FRAMES["mixed"][:4], FRAMES["atom"][:4]
 OF_TABLE = [
-    ("mixed", "log_prob", {"frame": [1]}, "must be a frame of pandas, polars or pyarrow; got list."),
+    ("mixed", "log_prob", {"frame": [1]}, "must be a frame of pandas, polars or pyarrow; got list"),
     ("mixed", "log_prob", {"frame": MIXED[["age"]]}, "must have the column 'group'; got ['age']."),
     ("mixed", "log_prob", {"frame": MIXED.assign(group=1)}, "column 'group' must have the type it "
      "had in training, categories; got Int64."),
@@ -83,28 +83,28 @@ OF_TABLE = [
     ("mixed", "log_prob", {"draws": 0, "frame": MIXED}, "must be a positive integer; got 0."),
     ("mixed", "sample", {"key": 1}, "must be a key of jax.random; got int."),
     ("mixed", "sample", {"n": -1, "key": KEY}, "must be an integer of at least 0; got -1."),
-    ("mixed", "sample", {"given": MIXED, "key": KEY}, "must be a frame with the given columns [], "),
+    ("mixed", "sample", {"given": MIXED, "key": KEY}, "must be a frame with the given columns [],"),
     ("atom", "sample", {"given": None, "key": KEY}, "must be a frame with the given columns ['group"
      "', 'age'], and is left out where there are none; got NoneType."),
-    ("atom", "sample", {"given": ATOM[["age"]], "key": KEY}, "must have the column 'group'; got ['a"),
-    ("mixed", "impute", {"frame": MIXED[["age"]], "key": KEY}, "must have the column 'group'; got "),
+    ("atom", "sample", {"given": ATOM[["age"]], "key": KEY}, "must have the column 'group'; got ["),
+    ("mixed", "impute", {"frame": MIXED[["age"]], "key": KEY}, "must have the column 'group'; got"),
     ("mixed", "impute", {"n": 0, "key": KEY, "frame": MIXED}, "must be a positive integer; got 0."),
     *(("mixed", name, {"frame": MIXED}, "predictions need one modelled column, of numbers; got {'gr"
        "oup': 'categorical', 'count': 'integer', 'age': 'continuous'}. Train with given=")
       for name in ("cdf", "mean", "crps")),
-    *(("atom", "quantile", {"q": q, "frame": ATOM}, "must be levels between 0 and 1, a number or a ")
+    *(("atom", "quantile", {"q": q, "frame": ATOM}, "must be levels between 0 and 1, a number")
       for q in (0, 1.0, [0.2, -0.1], [[0.1]], np.nan)),
     ("atom", "interval", {"level": 1, "frame": ATOM}, "must be between 0 and 1; got 1."),
-    ("atom", "interval", {"level": "a", "frame": ATOM}, "must be a Python number, finite and at lea"),
+    ("atom", "interval", {"level": "a", "frame": ATOM}, "must be a Python number, finite and at l"),
     ("atom", "mean", {"frame": ATOM[["age"]]}, "must have the column 'group'; got ['age']."),
-    ("atom", "cdf", {"frame": ATOM[["age", "group"]]}, "must have the column 'count'; got ['age', "),
+    ("atom", "cdf", {"frame": ATOM[["age", "group"]]}, "must have the column 'count'; got ['age',"),
     ("atom", "crps", {"frame": ATOM.assign(count=[1, np.nan, 2, 3])}, "column 'count' must have a v"
      "alue in each row; got a missing one in row 1. Leave the row out."),
 ]  # fmt: skip
 
 
 def said(start, words):
-    return "^" + re.escape(start + words).replace(r"\~", ".*").replace("~", ".*")
+    return "^" + re.escape(start + words).replace(r"\~", ".*")
 
 
 @pytest.mark.parametrize(("given", "words"), OF_FIT, ids=[words[:50] for _, words in OF_FIT])
