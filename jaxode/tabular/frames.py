@@ -87,8 +87,9 @@ def make(like: Any, data: dict[str, np.ndarray]) -> Any:
     import narwhals as nw
 
     schema = {name: like.schema[name] for name in data}
+    whole = lambda v: round(v) if isinstance(v, float) and v == v else v
     columns = {
-        name: [round(v) if schema[name].is_integer() and v is not None else v for v in values]
+        name: [*map(whole, values)] if schema[name].is_integer() else [*values]
         for name, values in data.items()
     }
     if like.implementation.is_pandas_like():

@@ -53,12 +53,13 @@ class Table:
         `draws` of the noise. It is at most the log-probability on average, and close to it.
 
         Args:
-            frame: all modelled and given columns.
+            frame: all modelled and given columns; others are left alone.
             draws: of the noise, for each row.
             key: draws it. The same noise at each call by default.
 
         Returns:
-            `[rows]`. Minus infinity for an integer of a column of few integers that never had it.
+            `[rows]`. Minus infinity for a number of a column of few numbers that never had it, and
+            for an unseen category of a column with rare ones that were pooled.
 
         Raises:
             TypeError, ValueError: for a column that is not as in training, or an unseen category.
@@ -90,7 +91,7 @@ class Table:
 
     @public("Table.sample")
     def sample(self, key: PRNGKeyArray, n: int = 1, given: Any = None) -> Any:
-        """Draw rows: a frame like that of training.
+        """Draw rows: a frame like that of training. Numbers stay in its range.
 
         Args:
             key: draws them.
@@ -113,10 +114,10 @@ class Table:
             given = frames.as_frame("given", given)
             features = self.encoder.features(given, "given")
         rows = np.repeat(np.arange(len(features)), n)
-        modes, x, seed = self._draw(key, features[rows])
-        data = self.encoder.decode(modes, x, seed)
-        for name in names:
-            data[name] = np.array(given[name].to_list(), object)[rows]
+        data = self.encoder.decode(*self._draw(key, features[rows]))
+        if given is not None:
+            for name in names:
+                data[name] = np.array(given[name].to_list(), object)[rows]
         like = self.encoder.like
         return frames.make(like, {name: data[name] for name in like.columns})
 
@@ -160,7 +161,7 @@ class Table:
         drawn = self.encoder.decode(modes, x, seed)
         copies = np.repeat(np.arange(len(frame)), n)
         data = {name: np.array(frame[name].to_list(), object)[copies] for name in frame.columns}
-        at = missing.any(axis=1)[copies]
+        at = np.isin(copies, some)
         for i, column in enumerate(self.encoder.columns):
             here = missing[copies, i]
             data[column.name][here] = drawn[column.name][here[at]]

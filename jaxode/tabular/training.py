@@ -101,10 +101,12 @@ def fit(
     network, density, moments, points = None, None, None, []
     if discrete := encoder.discrete:
         part = categorical.PART if encoder.numbers else 1.0
-        pairs = [(rows.modes[:, discrete], rows.given) for rows in (rows, aside)]
+        pair = lambda rows: (rows.modes[:, discrete], rows.given)
         of_part = limits._replace(seconds=part * limits.seconds)
         say = _say if progress else lambda text: None
-        network, points = categorical.train(keys[1], encoder.sizes, *pairs, of_part, say, begin)
+        network, points = categorical.train(
+            keys[1], encoder.sizes, pair(rows), pair(aside), of_part, say, begin
+        )
         if encoder.numbers:
             limits = limits._replace(seconds=(1 - part) * limits.seconds)
     if encoder.numbers:
@@ -179,11 +181,10 @@ def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
         return -np.inf, np.inf
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"{arg('bounds')} must be pairs (low, high); got {bounds!r} for {name!r}.")
-    for bound in bounds:
-        if bound is not None:
-            check_number("bounds", bound)
-    low = -np.inf if bounds[0] is None else float(bounds[0])
-    high = np.inf if bounds[1] is None else float(bounds[1])
+    ends = zip(bounds, (-np.inf, np.inf), strict=True)
+    low, high = (default if bound is None else bound for bound, default in ends)
+    check_number("bounds", low)
+    check_number("bounds", high)
     least, most = values.min(), values.max()
     if not (low <= least and most <= high and low < high):
         raise ValueError(

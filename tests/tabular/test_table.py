@@ -125,6 +125,18 @@ def test_samples_of_given_rows():
     assert [*samples.age.fillna(-1)] == [-1] * 3 + [30] * 3
 
 
+def test_given_integers_may_be_missing():
+    age = pd.array([30, None, 50, 41] * 10, "Int64")
+    frame = pd.DataFrame({"age": age, "old": [False, True, True, None] * 10})
+    fitted, _ = tabular.fit(frame, given="age", key=KEY, steps=1, progress=False)
+    samples = fitted.sample(KEY, 2, frame[:3])
+    assert samples.dtypes.equals(frame.dtypes)
+    assert [*samples.age.fillna(-1)] == [30, 30, -1, -1, 50, 50]
+    filled = fitted.impute(KEY, frame)
+    pd.testing.assert_series_equal(filled.age, frame.age)
+    assert filled.old.isin([True, False]).all()
+
+
 def test_what_is_missing_is_drawn():
     frame = FRAMES["mixed"].copy()
     frame["count"] = frame["count"].astype("Int64")

@@ -32,7 +32,7 @@ FRAMES = {
     ),
     "continuous": pd.DataFrame({"y": 3 * AGE + RNG.normal(size=ROWS), "group": GROUP, **SIGNS}),
     "few": pd.DataFrame({"n": RNG.integers(0, 5, ROWS), "group": GROUP}),
-    "categories": pd.DataFrame({"group": GROUP, "old": AGE > np.where(GROUP == "a", 30, 45)}),
+    "categories": pd.DataFrame({"group": GROUP, "old": np.where(GROUP == "a", 30, 45) < AGE}),
     "one": pd.DataFrame({"x": RNG.exponential(size=ROWS)}),
 }
 OPTIONS = {
