@@ -5,7 +5,7 @@ distribution given the known ones, where the flow sees them. The weight of a pro
 probability in the model over that of proposing it.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,12 @@ from jaxtyping import PRNGKeyArray
 from jaxode.tabular import categorical
 from jaxode.tabular.encoding import Encoded, Numbers, bounded, unbounded, with_noise
 
-if TYPE_CHECKING:
-    from jaxode.tabular.table import Table
-
 PROPOSALS, WIDER = 32, 1.3  # of a row, and the factor of their standard deviations
 ROWS = 256  # at a time
 
 
-def impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
-    """Modes and numbers of each row, with what is missing drawn, and a seed."""
+def impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
+    """Modes and numbers of each row, with what is missing drawn by a `Table`, and a seed."""
     parts = [(np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1])))]
     for start in range(0, len(rows.modes), ROWS):
         part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
@@ -32,7 +29,7 @@ def impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray
     return modes, x, int(jax.random.bits(key))
 
 
-def _impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray]:
+def _impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray]:
     encoder, n = table.encoder, len(rows.modes)
     keys = jax.random.split(key, 4)
     rows = jax.tree.map(lambda leaf: np.repeat(leaf, PROPOSALS, axis=0), rows)
@@ -56,11 +53,9 @@ def _impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarra
     return modes[best], x[best]
 
 
-def _numbers(table: "Table", keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
+def _numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
     """Numbers, with proposals for missing ones, and their log-density over the proposal's."""
     encoder, density = table.encoder, table.density
-    assert density is not None
-    assert table.moments is not None
     in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]
     fill = ~np.stack(in_mode, 1)
     x, log_noise = with_noise(encoder.box, Numbers(rows.low, rows.width, fill, None), keys[0])
