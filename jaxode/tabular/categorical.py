@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxode._jax.closure import compiled
 from jaxode.density.training import Clock, Limits, Point
@@ -57,7 +57,7 @@ class Categories(eqx.Module):
     def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
         """Log-probabilities of all modes of each column, given the columns before it. A key drops
         units."""
-        column, unit = _degrees(self.sizes)
+        column, unit, table, place = _layout(self.sizes)
         before = lambda mask, weight: jnp.where(jnp.asarray(mask), weight, 0.0)
         h = before(unit[:, None] > column[None], self.inner) @ one_hot
         h = jax.nn.silu(h + self.shared @ given + self.offset)
@@ -66,48 +66,55 @@ class Categories(eqx.Module):
             h = jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, h.shape), h / (1 - DROPOUT), 0.0)
         out = before(column[:, None] >= unit[None], self.outer) @ h + self.bias
         out = out + before(column[:, None] > column[None], self.direct) @ one_hot
-        cuts = np.cumsum(self.sizes)[:-1]
-        return jnp.concatenate([jax.nn.log_softmax(part) for part in jnp.split(out, cuts)])
+        by_column = jnp.append(out, -jnp.inf)[table]
+        return jax.nn.log_softmax(by_column, axis=1).reshape(-1)[place]
 
     def log_prob(self, modes, given, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
         """`log P(modes | given)`."""
-        one_hot = self.one_hot(modes)
-        return jnp.sum(jnp.where(one_hot > 0, self.logits(one_hot, given, key), 0.0))
-
-    def one_hot(self, modes: Int[Array, " columns"]) -> Float[Array, " logits"]:
-        """Indicators of the modes."""
-        parts = [jax.nn.one_hot(modes[i], size) for i, size in enumerate(self.sizes)]
-        return jnp.concatenate(parts)
+        at = _starts(self.sizes) + modes
+        one_hot = jnp.zeros(len(self.bias)).at[at].set(1.0)
+        return jnp.sum(self.logits(one_hot, given, key)[at])
 
     def sample(
         self,
         key: PRNGKeyArray,
         given: Float[Array, " given"],
         known: Int[Array, " columns"],
-        allowed: Float[Array, " logits"],
+        allowed: Bool[Array, " logits"],
     ) -> tuple[Int[Array, " columns"], Float[Array, ""]]:
         """Draw the modes that are not known (-1), among those allowed, and
         `log P(known modes | those before them)`."""
-        modes, weight, start = jnp.zeros(len(self.sizes), jnp.int32), jnp.zeros(()), 0
-        one_hot = jnp.zeros(sum(self.sizes))
-        for i, size in enumerate(self.sizes):
-            part = slice(start, start + size)
-            logits = self.logits(one_hot, given)[part]
+        column, starts = jnp.asarray(_layout(self.sizes)[0]), jnp.asarray(_starts(self.sizes))
+
+        def step(i, carry):
+            at, weight, one_hot = carry
+            logits, may_be = self.logits(one_hot, given), allowed & (column == i)
             drawn = jax.random.categorical(
-                jax.random.fold_in(key, i), jnp.where(allowed[part] > 0, logits, -jnp.inf)
+                jax.random.fold_in(key, i), jnp.where(may_be, logits, -jnp.inf)
             )
-            mode = jnp.where(known[i] < 0, drawn, known[i])
-            weight = weight + jnp.where(known[i] < 0, 0.0, logits[mode])
-            one_hot = one_hot.at[part].set(jax.nn.one_hot(mode, size))
-            modes, start = modes.at[i].set(mode), start + size
-        return modes, weight
+            chosen = jnp.where(known[i] < 0, drawn, starts[i] + known[i])
+            weight = weight + jnp.where(known[i] < 0, 0.0, logits[chosen])
+            return at.at[i].set(chosen), weight, one_hot.at[chosen].set(1.0)
+
+        start = starts, jnp.zeros(()), jnp.zeros(len(self.bias))
+        at, weight, _ = jax.lax.fori_loop(0, len(self.sizes), step, start)
+        return at - starts, weight
+
+
+def _starts(sizes: tuple[int, ...]) -> np.ndarray:
+    """The first logit of each column."""
+    return np.cumsum((0, *sizes[:-1]))
 
 
 @functools.cache
-def _degrees(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The column of each logit, and how many columns each unit may see."""
-    column = np.repeat(np.arange(len(sizes)), sizes)
-    return column, np.arange(WIDTH) % len(sizes)
+def _layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """The column of each logit, how many columns each unit may see, the logits of each column in
+    rows of the same length, filled up with the one after the last, and their places there."""
+    column, most = np.repeat(np.arange(len(sizes)), sizes), max(sizes)
+    within = np.arange(len(column)) - _starts(sizes)[column]
+    table = np.full((len(sizes), most), len(column))
+    table[column, within] = np.arange(len(column))
+    return column, np.arange(WIDTH) % len(sizes), table, column * most + within
 
 
 @compiled
@@ -118,19 +125,16 @@ def log_probs(network: Categories, modes, given) -> Float[Array, " rows"]:
 
 @compiled
 def draws(network: Categories, keys, given, known, allowed):
-    """`Categories.sample` of each row."""
-    return jax.vmap(network.sample)(keys, given, known, allowed)
+    """`Categories.sample` of each row, with the same modes allowed in all."""
+    return jax.vmap(network.sample, (0, 0, 0, None))(keys, given, known, allowed)
 
 
 @functools.cache
 def _optimizer() -> Any:
     import optax
 
-    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(DECAY, mask=_matrices))
-
-
-def _matrices(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(DECAY, mask=matrices))
 
 
 @compiled

@@ -6,10 +6,13 @@ its grid. A density of `number + noise`, with noise in the cell, integrates over
 probability of the number.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from jaxode._checks.caller import arg
 
 # A repeated number is a mode if this part of the rows have it, and so many times as many as its
 # neighbours, the next numbers that are as round; and if there are few, all are.
@@ -19,7 +22,8 @@ OFTEN, PEAK, NEAR, FEW_VALUES = 0.02, 4.0, 10, 20
 ON_GRID, GRIDS, COST = 0.05, 3, 10.0
 RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)
 DECIMALS = 6
-OTHER = "other categories"  # the mode of rare ones
+OTHER = None  # the mode of rare categories
+INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -42,48 +46,78 @@ class Column:
     scale: float = 1.0
     resolution: float = 0.0
     """The distance of the decimals that continuous numbers are rounded to, or 0."""
-    strings: bool = False
+    text: bool = False
     """Whether the frame holds categories, not numbers."""
-    pool: tuple[tuple[Any, ...], tuple[float, ...]] = ((), ())
-    """Rare values that share the last of the `values`, and their shares."""
+    pool: dict[Any, float] = field(default_factory=dict)
+    """Rare values that share the last mode of the `values`, and their shares."""
+
+    @property
+    def present(self) -> int:
+        """The number of modes but for missing."""
+        return len(self.values) + len(self.grids)
 
     @property
     def modes(self) -> int:
         """The number of modes: values, grids, and missing."""
-        return len(self.values) + len(self.grids) + self.missing
+        return self.present + self.missing
+
+    @property
+    def width(self) -> int:
+        """The number of features of a given column."""
+        return self.modes if self.kind == "categorical" else 1 + self.missing
 
     def encode(self, values: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The mode of each value, and its number, zero where it has none. Unknown values: -1."""
-        mode = np.full(len(values), -1)
+        """The mode of each value, -1 if there is none, and its number, or the log of the share of a
+        category in its mode."""
+        mode, x = (
+            np.full(len(values), self.modes - 1 if self.missing else -1),
+            np.zeros(len(values)),
+        )
         if self.kind == "categorical":
-            order = {value: i for i, value in enumerate(self.values)}
-            unknown = len(self.values) - 1 if self.pool[0] else -1
-            known = ~missing
-            mode[known] = [order.get(value, unknown) for value in values[known]]
-            x = np.zeros(len(values))
-        else:
-            x = np.where(missing, 0.0, values.astype(float))
-            for i, grid in reversed(list(enumerate(self.grids))):
-                on_it = on_grid(x, grid) | (i == len(self.grids) - 1)
-                mode[on_it] = len(self.values) + i
-            for i, value in enumerate(self.values):
-                mode[x == value] = i
-        mode[missing] = self.modes - 1 if self.missing else -1
-        return mode, x
+            codes = {value: (i, 0.0) for i, value in enumerate(self.values) if value is not OTHER}
+            last, unseen = len(self.values) - 1, (-1, 0.0)
+            if self.pool:
+                codes |= {value: (last, np.log(share)) for value, share in self.pool.items()}
+                unseen = last, -np.inf
+            for row in np.flatnonzero(~missing):
+                mode[row], x[row] = codes.get(values[row], unseen)
+            return mode, x
+        x = np.where(missing, 0.0, values.astype(float))
+        of_number = np.full(len(x), -1 if not self.grids else self.present - 1)
+        for i, grid in reversed(list(enumerate(self.grids[:-1]))):
+            of_number[on_grid(x, grid)] = len(self.values) + i
+        for i, value in enumerate(self.values):
+            of_number[x == value] = i
+        return np.where(missing, mode, of_number), x
 
     def is_number(self, mode: np.ndarray) -> np.ndarray:
         """Whether there is a number in this mode."""
-        return (mode >= len(self.values)) & (mode < len(self.values) + len(self.grids))
+        return (mode >= len(self.values)) & (mode < self.present)
 
-    def cells(self, mode: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lower end and the width of the cell of each number."""
-        low, width = np.array(x, float), np.zeros(len(x))
+    def scaled(self, x: Any) -> Any:
+        """Numbers of order one."""
+        return (x - self.center) / self.scale
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Between which scaled numbers with noise lie."""
+        return self.scaled(self.low), self.scaled(self.high + self.grids[-1])
+
+    def cells(self, mode: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The lower ends and widths of scaled cells, and where there is no number."""
+        low, width, (first, last) = np.array(x, float), np.zeros(len(x)), self.ends
         for i, grid in enumerate(self.grids):
             here = mode == len(self.values) + i
             if grid and here.any():
-                low[here] = self.round_down(x[here], i)
-                width[here] = self._next(low[here], i, grid) - low[here]
-        return low, width
+                low[here], width[here] = self.cell(x[here], i)
+        inside = lambda end: INSIDE * max(1.0, abs(end)) if np.isfinite(end) else 0.0
+        low = np.clip(self.scaled(low), first + inside(first), last - inside(last))
+        return low, np.minimum(width / self.scale, last - low), ~self.is_number(mode)
+
+    def cell(self, x: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The lower end and the width of the cell in which `x` lies, on grid `i`."""
+        low, grid = self.round_down(x, i), self.grids[i]
+        return low, (self._next(low, i, grid) - low if grid else np.zeros_like(low))
 
     def round_down(self, x: np.ndarray, i: int) -> np.ndarray:
         """The number in whose cell `x` lies, on grid `i`."""
@@ -106,17 +140,17 @@ class Column:
         return other
 
     def decode(self, mode: np.ndarray, x: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """The values, with None where they are missing."""
+        """The values of modes and scaled numbers, with None where they are missing."""
         values = np.full(len(mode), None, object)
         for i, value in enumerate(self.values):
-            here = np.flatnonzero(mode == i)
-            values[here] = [value] * len(here)
-            if self.pool[0] and i == len(self.values) - 1:
-                chosen = draw.choice(len(self.pool[0]), len(here), p=self.pool[1])
-                values[here] = [self.pool[0][j] for j in chosen]
+            values[mode == i] = value
+        if self.pool:
+            here = mode == len(self.values) - 1
+            shares = list(self.pool.values())
+            values[here] = draw.choice(np.array([*self.pool], object), here.sum(), p=shares)
         for i in range(len(self.grids)):
             here = mode == len(self.values) + i
-            numbers = self.round_down(x[here], i)
+            numbers = self.round_down(x[here].astype(float) * self.scale + self.center, i)
             values[here] = np.clip(numbers, *self.seen)
         return values
 
@@ -136,22 +170,23 @@ def tidy(x: np.ndarray, grid: float) -> np.ndarray:
 
 
 def categorical(
-    name: str, values: np.ndarray, missing: np.ndarray, other: int | None, strings: bool
+    name: str, values: np.ndarray, missing: np.ndarray, other: int | None, text: bool
 ) -> Column:
     """A column of categories; those with fewer than `other` rows share a mode."""
-    present = values[~missing]
-    levels, counts = np.unique(present.astype(str), return_counts=True)
-    as_given = {str(value): value for value in present}
-    rare = counts < (other or 0)
-    common = tuple(as_given[level] for level in levels[~rare])
-    pool = ((), ())
-    if rare.any():
-        pool = (
-            tuple(as_given[level] for level in levels[rare]),
-            tuple(counts[rare] / counts[rare].sum()),
+    counts = Counter(values[~missing].tolist())
+    levels = sorted(counts, key=str)
+    rare = [level for level in levels if counts[level] < (other or 0)]
+    common = [level for level in levels if counts[level] >= (other or 0)]
+    if len(common) > max(FEW_VALUES, 0.5 * len(values)):
+        raise ValueError(
+            f"{arg('frame')} column {name!r} must repeat its categories; got {len(common)} of them "
+            f"in {len(values)} rows. Leave it out, or pool rare ones, such as by other=10."
         )
-        common += (OTHER,)
-    return Column(name, "categorical", common, (), bool(missing.any()), strings=strings, pool=pool)
+    total = sum(counts[level] for level in rare)
+    return Column(
+        name, "categorical", (*common, *[OTHER] * bool(rare)), (), bool(missing.any()), text=text,
+        pool={level: counts[level] / total for level in rare},
+    )  # fmt: skip
 
 
 def numeric(
@@ -161,19 +196,17 @@ def numeric(
     x = values[~missing].astype(float)
     levels, counts = np.unique(x, return_counts=True)
     finest = 1.0 if kind == "integer" else _resolution(levels, len(x))
-    often = counts >= max(OFTEN * len(x), 3)
     some, resolution = bool(missing.any()), finest if kind == "continuous" else 0.0
-    if finest and len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
-        return Column(
-            name, kind, tuple(map(float, levels)), (), some, low, high, resolution=resolution
-        )
+    if len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
+        atoms = tuple(map(float, levels))
+        return Column(name, kind, atoms, (), some, low, high, resolution=resolution)
+    often = counts >= max(OFTEN * len(x), 3)
     atoms, grids = _repeated(levels, counts, often, finest), (finest,)
+    rest = ~np.isin(levels, atoms)
     if finest:
-        rest = ~np.isin(levels, atoms)
         grids = _grids(levels[rest], counts[rest], finest)
     seen = float(levels[0]), float(levels[-1])
-    inner = x[~np.isin(x, atoms)]
-    inner = inner if len(inner) else x
+    inner = np.repeat(levels[rest], counts[rest]) if rest.any() else x
     center, scale = float(np.median(inner)), float(inner.std()) or 1.0
     return Column(name, kind, atoms, grids, some, low, high, seen, center, scale, resolution)
 
@@ -221,13 +254,12 @@ def _grids(levels: np.ndarray, counts: np.ndarray, finest: float) -> tuple[float
         chains += [(*c, ratio) for c in chains if len(c) < GRIDS and (not c or c[-1] % ratio == 0)]
     best, best_score = (), 0.0
     for chain in chains[1:]:
-        left, score, share = counts.astype(float), -COST * len(chain), 1.0
+        left, score = counts.astype(float), -COST * len(chain)
         for i, ratio in enumerate((*chain, 1)):
             here = left[on_grid(levels, ratio * finest)]
             left = np.where(on_grid(levels, ratio * finest), 0.0, left)
-            share = 1 - (
-                ratio / chain[i - 1] if i else 0.0
-            )  # of its numbers, not on a coarser grid
+            # Of its numbers, this share is not on a coarser grid.
+            share = 1 - ratio / chain[i - 1] if i else 1.0
             if (n := here.sum()) > 0:
                 score += n * np.log(n / counts.sum() * ratio / share)
         if score > best_score:

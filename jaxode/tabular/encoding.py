@@ -15,11 +15,9 @@ from jaxode.density.table import Rows, Table
 from jaxode.tabular import frames
 from jaxode.tabular.columns import Column
 
-INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
-
 
 class Encoded(NamedTuple):
-    """The rows of a frame. Numbers are standardized."""
+    """The rows of a frame. Numbers are scaled to order one."""
 
     modes: np.ndarray
     """`[rows, columns]`, those of all modelled columns; -1 where a value is not known."""
@@ -30,6 +28,8 @@ class Encoded(NamedTuple):
     """Whether a row has no number there."""
     given: np.ndarray
     """`[rows, features]`."""
+    log_scale: np.ndarray
+    """`[rows]`, what makes log-densities those of the data: units, and shares of categories."""
 
 
 class Numbers(NamedTuple):
@@ -67,113 +67,99 @@ class Encoder:
 
     @cached_property
     def box(self) -> Box | None:
-        """The bounds of the standardized numbers."""
-        columns = [self.columns[i] for i in self.numbers]
-        low = [(c.low - c.center) / c.scale for c in columns]
-        high = [(c.high + c.grids[-1] - c.center) / c.scale for c in columns]
-        if not np.isfinite([low, high]).any():
+        """The bounds of the scaled numbers."""
+        ends = np.array([self.columns[i].ends for i in self.numbers])
+        if not np.isfinite(ends).any():
             return None
-        return Box(jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32))
+        return Box(jnp.asarray(ends[:, 0]), jnp.asarray(ends[:, 1]))
 
     def encode(self, frame: Any, name: str = "frame", *, missing: bool = False) -> Encoded:
         """All columns of a frame; with `missing`, values may be missing that never were."""
         n = len(frame)
-        modes, numbers = np.zeros((n, len(self.columns)), np.int32), []
+        modes, cells, log_scale = np.zeros((n, len(self.columns)), int), [], np.zeros(n)
         for i, column in enumerate(self.columns):
-            modes[:, i], x = self._column(name, frame, column, allow_missing=missing)
+            mode, x = self._read(name, frame, column, missing)
+            modes[:, i] = mode
             if column.grids:
-                numbers.append(self._cells(column, modes[:, i], x))
-        parts = [np.stack(p, 1) if p else np.zeros((n, 0)) for p in zip(*numbers, strict=True)]
-        low, width, fill = parts or [np.zeros((n, 0))] * 3
-        given = self.features(frame, name)
-        low, width = low.astype(np.float32), width.astype(np.float32)
-        return Encoded(modes, low, width, fill.astype(bool), given)
+                cells.append(column.cells(mode, x))
+            if column.pool:
+                log_scale += x
+            elif column.resolution:
+                log_scale -= np.log(column.resolution) * (mode < column.present)
+            elif column.grids and not column.grids[-1]:
+                log_scale -= np.log(column.scale) * column.is_number(mode)
+        low, width, fill = np.array(cells, float).reshape(len(cells), 3, n).transpose(1, 2, 0)
+        features = self.features(frame, name)
+        return Encoded(modes, low, width, fill.astype(bool), features, log_scale)
 
-    def features(self, frame: Any, name: str) -> np.ndarray:
+    def features(self, frame: Any, name: str = "frame") -> np.ndarray:
         """The given columns as numbers of order one."""
         parts = [np.zeros((len(frame), 0))]
         for column in self.given:
-            mode, x = self._column(name, frame, column)
+            mode, x = self._read(name, frame, column)
             if column.kind == "categorical":
                 parts.append(np.eye(column.modes)[mode])
             else:
                 is_number = column.is_number(mode)
-                parts.append(np.where(is_number, (x - column.center) / column.scale, 0.0)[:, None])
+                parts.append(np.where(is_number, column.scaled(x), 0.0)[:, None])
                 if column.missing:
                     parts.append(~is_number[:, None])
-        return np.concatenate(parts, 1, dtype=np.float32)
+        return np.concatenate(parts, 1)
 
-    def _column(
+    def _read(
         self, name: str, frame: Any, column: Column, allow_missing: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        if column.name not in frame.columns:
-            raise ValueError(
-                f"{arg(name)} must have the column {column.name!r}; got {frame.columns}."
-            )
-        values, missing, dtype = frames.read(name, frame, column.name)
-        if (dtype == "Category") != (column.kind == "categorical" and column.strings):
+        values, missing, text = frames.read(name, frame, column.name)
+        start = f"{arg(name)} column {column.name!r}"
+        if text != column.text and not missing.all():
             raise TypeError(
-                f"{arg(name)} column {column.name!r} must have the type it had in training, "
-                f"{'categories' if column.strings else 'numbers'}; got {frame[column.name].dtype}."
-            )
-        if missing.any() and not (column.missing or allow_missing):
-            raise ValueError(
-                f"{arg(name)} column {column.name!r} had no missing values in training; got one in "
-                f"row {np.flatnonzero(missing)[0]}. Leave such rows out, or fill them in."
+                f"{start} must have the type it had in training, "
+                f"{'categories' if column.text else 'numbers'}; got {frame[column.name].dtype}."
             )
         mode, x = column.encode(values, missing)
-        unknown = (mode < 0) & ~missing
-        if unknown.any():
-            row = int(np.flatnonzero(unknown)[0])
-            cure = "Train with other=, which pools rare categories, " if dtype == "Category" else ""
-            raise ValueError(
-                f"{arg(name)} column {column.name!r} must hold values that were in training; got "
-                f"{values[row]!r} in row {row}. {cure}{'or l' if cure else 'L'}eave such rows out."
-            )
-        outside = ~missing & ((x < column.low) | (x > column.high))
-        if outside.any():
-            row = int(np.flatnonzero(outside)[0])
-            raise ValueError(
-                f"{arg(name)} column {column.name!r} must lie within its bounds, {column.low:g} to "
-                f"{column.high:g}; got {values[row]:g} in row {row}."
-            )
-        return mode, x
 
-    def _cells(self, column: Column, mode: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        low, width = column.cells(mode, x)
-        width = np.minimum(width, column.high + column.grids[-1] - low)
-        ends = (
-            np.array([column.low, column.high + column.grids[-1]]) - column.center
-        ) / column.scale
-        low = np.clip((low - column.center) / column.scale, ends[0] + INSIDE, ends[1] - INSIDE)
-        return low, width / column.scale, ~column.is_number(mode)
+        def check(wrong: np.ndarray, rule: str, cure: str = "") -> None:
+            for row in np.flatnonzero(wrong):
+                got = "a missing one" if missing[row] else repr(values[row : row + 1].tolist()[0])
+                raise ValueError(f"{start} {rule}; got {got} in row {row}.{cure}")
+
+        if not (column.missing or allow_missing):
+            check(missing, "had no missing values in training", " Leave it out, or fill it in.")
+        if column.kind == "categorical":
+            cure = " Train with other=, which pools rare ones, or leave the row out."
+            check((mode < 0) & ~missing, "must hold categories that were in training", cure)
+            return mode, x
+        if column.kind == "integer" and column.grids and column.grids[-1]:
+            check(~missing & (x != np.round(x)), "must hold whole numbers, as in training")
+        outside = ~missing & ((x < column.low) | (x > column.high))
+        check(outside, f"must lie within its bounds, {column.low:g} to {column.high:g}")
+        return mode, x
 
     def context(self, modes: np.ndarray, given: np.ndarray) -> np.ndarray | None:
         """What the flow is conditional on: indicators of the modes, and the features."""
         parts = [np.eye(self.columns[i].modes)[modes[:, i]] for i in self.discrete]
-        together = np.concatenate([*parts, given], 1, dtype=np.float32)
+        together = np.concatenate([*parts, given], 1)
         return together if together.shape[1] else None
 
-    def log_units(self, modes: np.ndarray) -> np.ndarray:
-        """What to add to log-densities of standardized cells, for the units of the data."""
-        total = np.zeros(len(modes))
-        for i, column in enumerate(self.columns):
-            if column.kind == "continuous" and column.resolution:
-                present = modes[:, i] < column.modes - column.missing
-                total -= np.where(present, np.log(column.resolution), 0.0)
-            elif column.grids and not column.grids[-1]:
-                total -= np.where(column.is_number(modes[:, i]), np.log(column.scale), 0.0)
-        return total
+    def as_numbers(self, rows: Encoded) -> Numbers:
+        """The cells of rows, with their contexts."""
+        return Numbers(rows.low, rows.width, rows.fill, self.context(rows.modes, rows.given))
+
+    def missing(self, modes: np.ndarray) -> np.ndarray:
+        """Which values are missing."""
+        present = np.array([column.present for column in self.columns])
+        return (modes < 0) | (modes >= present)
 
     def decode(self, modes: np.ndarray, x: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """The values of the modelled columns."""
-        draw, data = np.random.default_rng(seed), {}
-        for i, column in enumerate(self.columns):
-            numbers = np.zeros(len(modes))
-            if column.grids:
-                numbers = x[:, self.numbers.index(i)].astype(float) * column.scale + column.center
-            data[column.name] = column.decode(modes[:, i], numbers, draw)
-        return data
+        draw, numbers = (
+            np.random.default_rng(seed),
+            {i: x[:, j] for j, i in enumerate(self.numbers)},
+        )
+        return {
+            column.name: column.decode(modes[:, i], numbers.get(i, modes[:, i]), draw)
+            for i, column in enumerate(self.columns)
+        }
 
 
 @dataclass(frozen=True)
@@ -206,16 +192,14 @@ def with_noise(
 
 def bounded(box: Box | None, v: Float[Array, "rows numbers"]) -> tuple[Array, Array]:
     """Numbers within the bounds, and `log |dv/dx|` of each."""
-    if box is None:
-        return v, jnp.zeros_like(v)
-    return jax.vmap(jax.vmap(lambda low, high, v: Box(low, high).forward(v)), (None, None, 0))(
-        box.low, box.high, v
-    )
+    return (v, jnp.zeros_like(v)) if box is None else _of_each(box, Box.forward, v)
 
 
 def unbounded(box: Box | None, x: Float[Array, "rows numbers"]) -> Array:
     """The inverse of `bounded`."""
-    if box is None:
-        return x
-    each = jax.vmap(lambda low, high, x: Box(low, high).inverse(x)[0])
-    return jax.vmap(each, (None, None, 0))(box.low, box.high, x)
+    return x if box is None else _of_each(box, Box.inverse, x)[0]
+
+
+def _of_each(box: Box, method: Any, x: Array) -> tuple[Array, Array]:
+    of_number = jax.vmap(lambda low, high, x: method(Box(low, high), x))
+    return jax.vmap(of_number, (None, None, 0))(box.low, box.high, x)

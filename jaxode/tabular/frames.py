@@ -6,15 +6,17 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 
-CATEGORIES = ("String", "Categorical", "Enum", "Boolean", "Object")
+TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
 
 class Values(NamedTuple):
     """A column of a frame."""
 
     values: np.ndarray
+    """Floats, or objects: strings and booleans."""
     missing: np.ndarray
-    dtype: str
+    text: bool
+    """Whether it holds categories, not numbers."""
 
 
 def as_frame(name: str, frame: Any) -> Any:
@@ -25,9 +27,8 @@ def as_frame(name: str, frame: Any) -> Any:
         raise ModuleNotFoundError(
             "jaxode.tabular needs narwhals. Install it: pip install 'jaxode[tabular]'."
         ) from None
-    columns = [str(column) for column in getattr(frame, "columns", ())]
-    twice = sorted({column for column in columns if columns.count(column) > 1})
-    if twice:
+    names = [str(column) for column in getattr(frame, "columns", ())]
+    if twice := sorted({column for column in names if names.count(column) > 1}):
         raise ValueError(
             f"{arg(name)} must have a name of its own for each column; got {twice} twice."
         )
@@ -47,58 +48,52 @@ def as_frame(name: str, frame: Any) -> Any:
 
 
 def read(name: str, frame: Any, column: str) -> Values:
-    """The values of a column, which of them are missing, and their type."""
-    series = frame[column]
-    dtype = str(series.dtype).split("(")[0]
-    numeric = series.dtype.is_numeric()
-    if not numeric and dtype not in CATEGORIES:
-        raise TypeError(
-            f"{arg(name)} column {column!r} must hold numbers, strings, categories or booleans; "
-            f"got {series.dtype}. Convert it, or leave it out."
-        )
-    missing = np.array(series.is_null().to_numpy(), bool)
-    if numeric:
-        values = np.array(series.cast(_float()).to_numpy(), float)
-        missing |= np.isnan(values)
-        if (infinite := np.isinf(values)).any():
-            row = int(np.flatnonzero(infinite)[0])
-            raise ValueError(
-                f"{arg(name)} column {column!r} must hold finite numbers; got {values[row]} in "
-                f"row {row}. Leave the row out, or make it missing."
-            )
-        return Values(values, missing, "Float" if dtype.startswith(("Float", "Decimal")) else "Int")
-    values = np.array(series.to_list(), object)
-    if values.ndim > 1:
-        values = np.array([None, *map(list, values)], object)[1:]
-    for row in np.flatnonzero(~missing):
-        if isinstance(values[row], float) and np.isnan(values[row]):
-            missing[row] = True
-        elif not isinstance(values[row], str | bool | np.bool_):
-            raise TypeError(
-                f"{arg(name)} column {column!r} must hold strings, categories or booleans; got "
-                f"{values[row]!r} in row {row}. Convert the column: "
-                ".astype(str), or a number type."
-            )
-    return Values(values, missing, "Category")
-
-
-def _float() -> Any:
+    """The values of a column, and which of them are missing."""
     import narwhals as nw
 
-    return nw.Float64
+    if column not in frame.columns:
+        raise ValueError(f"{arg(name)} must have the column {column!r}; got {frame.columns}.")
+    series, start = frame[column], f"{arg(name)} column {column!r} must hold"
+    missing = np.array(series.is_null().to_numpy(), bool)
+    if series.dtype.is_numeric():
+        values = np.array(series.cast(nw.Float64).to_numpy(), float)
+        if series.dtype == nw.Float32:  # 0.1 is 0.10000000149 otherwise
+            values = values.astype(np.float32).astype(str).astype(float)
+        missing |= np.isnan(values)
+        for row in np.flatnonzero(np.isinf(values)):
+            raise ValueError(
+                f"{start} finite numbers; got {values[row]} in row {row}. Leave the row out, or "
+                "make it missing."
+            )
+        return Values(values, missing, False)
+    if str(series.dtype).split("(")[0] not in TEXT:
+        raise TypeError(
+            f"{start} numbers, strings or booleans; got {series.dtype}. Convert it, or leave it "
+            "out."
+        )
+    values = np.fromiter(series.to_list(), object, len(series))
+    missing |= np.array([isinstance(value, float) and value != value for value in values], bool)
+    for row in np.flatnonzero(~missing):
+        if not isinstance(values[row], str | bool | np.bool_):
+            raise TypeError(
+                f"{start} strings, booleans or numbers alone; got {values[row]!r} in row {row}. "
+                "Convert the column: .astype(str), or to a type of numbers."
+            )
+    return Values(values, missing, True)
 
 
 def make(like: Any, data: dict[str, np.ndarray]) -> Any:
     """A frame with these columns, of the types of the frame `like`."""
     import narwhals as nw
 
+    schema = {name: like.schema[name] for name in data}
+    whole = lambda v: round(v) if isinstance(v, float) and v == v else v
+    columns = {
+        name: [*map(whole, values)] if schema[name].is_integer() else [*values]
+        for name, values in data.items()
+    }
     if like.implementation.is_pandas_like():
         native = nw.to_native(like)
-        frame = native.__class__({name: list(values) for name, values in data.items()})
+        frame = native.__class__(columns)
         return frame.astype({name: native[name].dtype for name in data})
-    schema = {name: like.schema[name] for name in data}
-    columns = {}
-    for name, values in data.items():
-        integer = schema[name].is_integer()
-        columns[name] = [int(v) if integer and v is not None else v for v in values]
     return nw.from_dict(columns, schema=schema, backend=like.implementation).to_native()

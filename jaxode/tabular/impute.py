@@ -5,7 +5,7 @@ distribution given the known ones, where the flow sees them. The weight of a pro
 probability in the model over that of proposing it.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,13 @@ from jaxtyping import PRNGKeyArray
 from jaxode.tabular import categorical
 from jaxode.tabular.encoding import Encoded, Numbers, bounded, unbounded, with_noise
 
-if TYPE_CHECKING:
-    from jaxode.tabular.table import Table
-
 PROPOSALS, WIDER = 32, 1.3  # of a row, and the factor of their standard deviations
 ROWS = 256  # at a time
 
 
-def impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
-    """Modes and numbers of each row, with what is missing drawn, and a seed."""
-    parts = []
+def impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
+    """Modes and numbers of each row, with what is missing drawn by a `Table`, and a seed."""
+    parts = [(np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1])))]
     for start in range(0, len(rows.modes), ROWS):
         part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
         parts.append(_impute(table, jax.random.fold_in(key, start), part))
@@ -32,20 +29,17 @@ def impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray
     return modes, x, int(jax.random.bits(key))
 
 
-def _impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray]:
+def _impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray]:
     encoder, n = table.encoder, len(rows.modes)
     keys = jax.random.split(key, 4)
     rows = jax.tree.map(lambda leaf: np.repeat(leaf, PROPOSALS, axis=0), rows)
-    last = np.array([column.modes - 1 for column in encoder.columns])
-    may_miss = np.array([column.missing for column in encoder.columns])
-    missing = (rows.modes < 0) | (may_miss & (rows.modes == last))
+    missing = encoder.missing(rows.modes)
     modes, weights = np.where(missing, 0, rows.modes), np.zeros(len(rows.modes))
     if table.categories is not None:
-        present = [np.arange(c.modes) < c.modes - c.missing for c in encoder.columns]
-        allowed = np.concatenate([present[i] for i in encoder.discrete]).astype(np.float32)
+        columns = [encoder.columns[i] for i in encoder.discrete]
+        allowed = np.concatenate([np.arange(c.modes) < c.present for c in columns])
         known = np.where(missing, -1, rows.modes)[:, encoder.discrete]
         row_keys = jax.random.split(keys[0], len(known))
-        allowed = np.broadcast_to(allowed, (len(known), len(allowed)))
         drawn, log_known = categorical.draws(table.categories, row_keys, rows.given, known, allowed)
         modes[:, encoder.discrete], weights = drawn, np.asarray(log_known, float)
     x = np.zeros((len(modes), 0))
@@ -59,18 +53,16 @@ def _impute(table: "Table", key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarra
     return modes[best], x[best]
 
 
-def _numbers(table: "Table", keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
+def _numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
     """Numbers, with proposals for missing ones, and their log-density over the proposal's."""
     encoder, density = table.encoder, table.density
-    assert density is not None
-    assert table.moments is not None
     in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]
     fill = ~np.stack(in_mode, 1)
     x, log_noise = with_noise(encoder.box, Numbers(rows.low, rows.width, fill, None), keys[0])
     if (missing & ~fill).any():
         v = np.asarray(unbounded(encoder.box, x), float)
         v, log_proposal = _propose(keys[1], v, missing & ~fill, *table.moments)
-        proposed, slope = bounded(encoder.box, jnp.asarray(v, jnp.float32))
+        proposed, slope = bounded(encoder.box, jnp.asarray(v))
         x = jnp.where(missing & ~fill, proposed, x)
         log_noise += log_proposal + jnp.sum(jnp.where(missing & ~fill, slope, 0.0), axis=1)
     log_prob = density.log_prob(x, context=encoder.context(modes, rows.given))

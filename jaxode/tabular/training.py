@@ -24,7 +24,7 @@ from jaxode.nn import Residual, field
 from jaxode.tabular import categorical, frames
 from jaxode.tabular.columns import Column, numeric
 from jaxode.tabular.columns import categorical as categorical_column
-from jaxode.tabular.encoding import Cells, Encoded, Encoder, Numbers, unbounded, with_noise
+from jaxode.tabular.encoding import Cells, Encoded, Encoder, unbounded, with_noise
 from jaxode.tabular.table import Table
 
 FEW = 3000  # rows, up to which the weights decay at the rate of one
@@ -90,27 +90,28 @@ def fit(
     check_bool("progress", progress)
     other = None if other is None else integer("other", other, 2)
     frame = frames.as_frame("frame", frame)
+    if not frame.columns:
+        raise ValueError(f"{arg('frame')} must have at least one column; got none.")
     if len(frame) < LEAST_ROWS:
         raise ValueError(f"{arg('frame')} must have at least {LEAST_ROWS} rows; got {len(frame)}.")
     encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)
     rows, aside = _split(encoder, frame, validation, keys[0])
     _warn_of_dependence(encoder, rows)
 
-    network, density, points = None, None, []
-    discrete = encoder.discrete
-    if discrete:
+    network, density, moments, points = None, None, None, []
+    if discrete := encoder.discrete:
         part = categorical.PART if encoder.numbers else 1.0
         pair = lambda rows: (rows.modes[:, discrete], rows.given)
+        of_part = limits._replace(seconds=part * limits.seconds)
+        say = _say if progress else lambda text: None
         network, points = categorical.train(
-            keys[1], encoder.sizes, pair(rows), pair(aside),
-            limits._replace(seconds=part * limits.seconds),
-            _say if progress else lambda text: None, begin,
-        )  # fmt: skip
-        limits = limits._replace(seconds=(1 - part) * limits.seconds)
+            keys[1], encoder.sizes, pair(rows), pair(aside), of_part, say, begin
+        )
+        if encoder.numbers:
+            limits = limits._replace(seconds=(1 - part) * limits.seconds)
     if encoder.numbers:
-        density, more = _numbers(encoder, rows, aside, limits, progress, keys[2:], begin)
-        points += more
-    moments = _moments(encoder, rows, keys[3]) if encoder.numbers else None
+        density, more = _numbers(encoder, rows, aside, limits, progress, keys[2], begin)
+        moments, points = _moments(encoder, rows, keys[3]), points + more
     return Table(encoder, network, density, moments), points
 
 
@@ -118,64 +119,61 @@ def _say(text: str) -> None:
     print(f"\r{text:<90}", end="", file=sys.stderr, flush=True)
 
 
-def _encoder(frame: Any, given: Any, kinds: dict, bounds: dict, other: int | None) -> Encoder:
-    given = (given,) if isinstance(given, str) else tuple(given)
+def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None) -> Encoder:
+    given = (given,) if isinstance(given, str) else given
+    if not isinstance(given, list | tuple | set):
+        raise TypeError(f"{arg('given')} must be a list of names of columns; got {given!r}.")
+    for name, names in (("kinds", kinds), ("bounds", bounds)):
+        if not isinstance(names, dict):
+            raise TypeError(f"{arg(name)} must be a dict, by names of columns; got {names!r}.")
     for name, names in (("given", given), ("kinds", kinds), ("bounds", bounds)):
         if unknown := [column for column in names if column not in frame.columns]:
             raise ValueError(f"{arg(name)} must name columns of {frame.columns}; got {unknown}.")
+    if wrong := {name: kind for name, kind in kinds.items() if kind not in KINDS}:
+        raise ValueError(f"{arg('kinds')} must be of {KINDS}; got {wrong}.")
     modelled = [name for name in frame.columns if name not in given]
     if not modelled:
         raise ValueError(f"{arg('given')} must leave a column to model; got all of them.")
-    wrong = {name: kind for name, kind in kinds.items() if kind not in KINDS}
-    if wrong:
-        raise ValueError(f"{arg('kinds')} must be of {KINDS}; got {wrong}.")
-    make = lambda name: _column(frame, name, kinds.get(name), bounds.get(name), other)
-    columns = tuple(make(name) for name in modelled)
-    features = tuple(_feature(frame, name, kinds.get(name), other) for name in given)
-    like = frame.select(frame.columns).head(0)
-    return Encoder(like, columns, features)
+
+    def columns(names: list[str], is_given: bool) -> tuple[Column, ...]:
+        columns = [_column(frame, n, kinds.get(n), bounds.get(n), other, is_given) for n in names]
+        return tuple(columns)
+
+    features = columns([name for name in frame.columns if name in given], True)
+    return Encoder(frame.head(0), columns(modelled, False), features)
 
 
-def _column(frame: Any, name: str, kind: str | None, bounds: Any, other: int | None) -> Column:
-    values, missing, dtype = frames.read("frame", frame, name)
-    if missing.all():
+def _column(
+    frame: Any, name: str, kind: str | None, bounds: Any, other: int | None, is_given: bool
+) -> Column:
+    values, missing, text = frames.read("frame", frame, name)
+    numbers = values[~missing]
+    if not len(numbers):
         raise ValueError(
-            f"{arg('frame')} column {name!r} must have a value; got missing ones alone."
+            f"{arg('frame')} column {name!r} must have a value; got none. Leave it out."
         )
-    kind = _kind(name, kind, values, missing, dtype)
+    if text and kind not in (None, "categorical"):
+        raise ValueError(
+            f"{arg('kinds')} column {name!r} holds categories; got {kind!r}. Convert it to numbers "
+            "first."
+        )
+    kind = kind or ("categorical" if text else None)
+    if bounds is not None and (is_given or kind == "categorical"):
+        raise ValueError(
+            f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
+        )
     if kind == "categorical":
-        return categorical_column(name, values, missing, other, dtype == "Category")
-    low, high = _bounds(name, bounds, values[~missing])
-    return numeric(name, kind, values, missing, low, high)
-
-
-def _feature(frame: Any, name: str, kind: str | None, other: int | None) -> Column:
-    values, missing, dtype = frames.read("frame", frame, name)
-    kind = _kind(name, kind, values, missing, dtype)
-    if kind == "categorical":
-        return categorical_column(name, values, missing, other, dtype == "Category")
-    numbers = values[~missing].astype(float)
-    center, scale = (numbers.mean(), numbers.std() or 1.0) if len(numbers) else (0.0, 1.0)
-    return Column(
-        name, kind, (), (0.0,), bool(missing.any()), center=float(center), scale=float(scale)
-    )
-
-
-def _kind(name: str, kind: str | None, values: Any, missing: Any, dtype: str) -> str:
-    if dtype == "Category":
-        if kind not in (None, "categorical"):
-            raise ValueError(
-                f"{arg('kinds')} column {name!r} holds categories; got {kind!r}. Convert it to "
-                "numbers first."
-            )
-        return "categorical"
-    present = values[~missing]
-    whole = bool((present == np.round(present)).all())
+        return categorical_column(name, values, missing, other, text)
+    whole = bool((numbers == np.round(numbers)).all())
     if kind == "integer" and not whole:
         raise ValueError(
-            f"{arg('kinds')} column {name!r} must hold whole numbers to be an integer."
+            f"{arg('kinds')} column {name!r} must hold whole numbers to be an integer; got others."
         )
-    return kind or ("integer" if whole else "continuous")
+    kind = kind or ("integer" if whole else "continuous")
+    if is_given:
+        center, scale = float(numbers.mean()), float(numbers.std()) or 1.0
+        return Column(name, kind, (), (0.0,), bool(missing.any()), center=center, scale=scale)
+    return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
 
 
 def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
@@ -183,11 +181,10 @@ def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
         return -np.inf, np.inf
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"{arg('bounds')} must be pairs (low, high); got {bounds!r} for {name!r}.")
-    for bound in bounds:
-        if bound is not None:
-            check_number("bounds", bound)
-    low = -np.inf if bounds[0] is None else float(bounds[0])
-    high = np.inf if bounds[1] is None else float(bounds[1])
+    ends = zip(bounds, (-np.inf, np.inf), strict=True)
+    low, high = (default if bound is None else bound for bound, default in ends)
+    check_number("bounds", low)
+    check_number("bounds", high)
     least, most = values.min(), values.max()
     if not (low <= least and most <= high and low < high):
         raise ValueError(
@@ -202,30 +199,26 @@ def _split(
 ) -> tuple[Encoded, Encoded]:
     """Rows to train on, and validation rows."""
     rows = encoder.encode(frame)
-    order = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    draw, n = np.random.default_rng(np.asarray(jax.random.key_data(key))), len(frame)
     take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
     if not isinstance(validation, PARTS) or isinstance(validation, bool):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
         if not len(aside.modes):
             raise ValueError(f"{arg('validation')} must have at least one row; got none.")
-        return rows, take(aside, order.permutation(len(aside.modes))[:MAX_VALIDATION])
+        return rows, take(aside, draw.permutation(len(aside.modes))[:MAX_VALIDATION])
     check_number("validation", validation, PART, kind="part")
-    shuffled, n = order.permutation(len(rows.modes)), len(rows.modes)
+    shuffled = draw.permutation(n)
     count = min(math.ceil(validation * n), MAX_VALIDATION, n - 2)
     return take(rows, shuffled[count:]), take(rows, shuffled[:count])
 
 
-def _numbers(encoder, rows, aside, limits, progress, keys, begin):
+def _numbers(encoder, rows, aside, limits, progress, key, begin):
     """The density of the numbers, in the modes of their rows."""
-    as_numbers = lambda rows: Numbers(
-        rows.low, rows.width, rows.fill, encoder.context(rows.modes, rows.given)
-    )
-    table = Cells(as_numbers(rows), as_numbers(aside), box=encoder.box)
+    table = Cells(encoder.as_numbers(rows), encoder.as_numbers(aside), box=encoder.box)
     size, context = len(encoder.numbers), table.rows.context
-    network_key, train_key = keys
-    params = Residual(
-        size, key=network_key, context_size=0 if context is None else context.shape[1]
-    )
+    features = 0 if context is None else context.shape[1]
+    network_key, train_key = jax.random.split(key)
+    params = Residual(size, key=network_key, context_size=features)
     tolerance = TOLERANCES[size > 1]
     flow = cnf(field, standard_normal(size), rtol=tolerance, atol=tolerance)
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
@@ -239,35 +232,23 @@ def _numbers(encoder, rows, aside, limits, progress, keys, begin):
 
 def _moments(encoder: Encoder, rows: Encoded, key: PRNGKeyArray):
     """Mean and covariance of the numbers without their bounds, for proposals."""
-    x, _ = with_noise(encoder.box, Numbers(rows.low, rows.width, rows.fill, None), key)
+    x, _ = with_noise(encoder.box, encoder.as_numbers(rows), key)
     v = np.asarray(unbounded(encoder.box, x), float)
     return v.mean(axis=0), np.atleast_2d(np.cov(v.T))
 
 
 def _warn_of_dependence(encoder: Encoder, rows: Encoded) -> None:
-    numbers, names = [], []
-    for j, i in enumerate(encoder.numbers):
-        column = encoder.columns[i]
-        if not column.grids[-1] and not rows.fill[:, j].any():
-            numbers.append(rows.low[:, j])
-            names.append(column.name)
-    start = 0
-    for column in encoder.given:
-        size = column.modes if column.kind == "categorical" else 1 + column.missing
-        if column.kind != "categorical" and not column.missing:
-            numbers.append(rows.given[:, start])
-            names.append(column.name)
-        start += size
-    if len(names) < 2:
+    modelled = [encoder.columns[i] for i in encoder.numbers]
+    smooth = [j for j, c in enumerate(modelled) if not (c.grids[-1] or rows.fill[:, j].any())]
+    start = np.cumsum([0, *(column.width for column in encoder.given)])
+    simple = [i for i, c in enumerate(encoder.given) if c.width == 1 and c.kind != "categorical"]
+    names = np.array([modelled[j].name for j in smooth] + [encoder.given[i].name for i in simple])
+    table = np.concatenate([rows.low[:, smooth], rows.given[:, start[simple]]], 1)
+    names, table = names[table.std(axis=0) > 0], table[:, table.std(axis=0) > 0]
+    if table.shape[1] < 2 or len(table) <= table.shape[1]:
         return
-    table = np.stack(numbers, 1).astype(float)
-    names = [name for name, deviation in zip(names, table.std(axis=0), strict=True) if deviation]
-    table = table[:, table.std(axis=0) > 0]
-    if len(table) <= table.shape[1]:
-        return
-    involved = [names[i] for i in dependent_columns(*principal_axes(table))]
-    modelled = {column.name for column in encoder.columns}
-    if modelled & set(involved):
+    involved = names[dependent_columns(*principal_axes(table))].tolist()
+    if {column.name for column in modelled} & set(involved):
         warnings.warn(
             f"tabular.fit(frame=...): columns {involved} depend on each other linearly. Together "
             "they have no density: the likelihood has no bound. Leave one out.",

@@ -50,6 +50,9 @@ FIRST = {
     "ode/steady": ("tests/ode/test_steady.py",),
     "ode/system": ("tests/ode/test_rows.py",),
     "plot": ("tests/test_plot.py",),
+    "tabular": ("tests/tabular",),
+    "tabular/columns": ("tests/tabular/test_columns.py",),
+    "tabular/predictions": ("tests/tabular/test_predictions.py",),
     "flows/regularizers": ("tests/flows/test_flow_features.py",),
 }
 
@@ -209,6 +212,15 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("flows/regularizers.py", "return jnp.sum(dz * dz)", "return jnp.mean(dz * dz)"),
     ("flows/diffusion.py", "asarray(z.size, z.dtype) + f", "asarray(1, z.dtype) + f"),
     ("images.py", "slope = math.log(1 - 2 * margin) - jnp.log(v)", "slope = -jnp.log(v)"),
+    # The cell of 99 ends at 100, which is an atom: its part of the line has no number.
+    ("tabular/columns.py", "other = np.isin(x, np.array(self.values, float))",
+     "other = np.zeros(np.shape(x), bool)"),
+    # Log-densities are those of standardized numbers.
+    ("tabular/encoding.py", "log_scale -= np.log(column.scale)", "log_scale -= 0"),
+    # An atom counts above its value, not at it.
+    ("tabular/predictions.py", "(atoms <= y[:, None])", "(atoms < y[:, None])"),
+    # Categories are imputed by what comes before them alone.
+    ("tabular/impute.py", "np.asarray(log_known, float)", "np.zeros(len(log_known))"),
     # A density is drawn with its axes exchanged.
     ("plot.py", ".reshape(points, points)", ".reshape(points, points).T"),
 )  # fmt: skip

@@ -1,0 +1,166 @@
+"""What is a mode of a column, and where the cells of its numbers are."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxode.tabular import frames
+from jaxode.tabular.columns import Column, categorical, numeric
+
+RNG = np.random.default_rng(1)
+N = 600
+
+
+def column_of(series, other=None, kind=None) -> tuple[Column, np.ndarray, np.ndarray]:
+    values, missing, text = frames.read(
+        "frame", frames.as_frame("frame", pd.DataFrame({"x": series})), "x"
+    )
+    if text or kind == "categorical":
+        return categorical("x", values, missing, other, text), values, missing
+    kind = kind or ("integer" if (values[~missing] % 1 == 0).all() else "continuous")
+    return numeric("x", kind, values, missing, -np.inf, np.inf), values, missing
+
+
+def holes(x):
+    return np.where(RNG.random(N) < 0.1, np.nan, x)
+
+
+INCOME = np.round(RNG.gamma(2, 900, N))  # dollars, often round
+INCOME = np.where(RNG.random(N) < 0.5, np.round(INCOME / 100) * 100, INCOME)
+INCOME = np.where(RNG.random(N) < 0.2, np.round(INCOME / 50) * 50, INCOME)
+NUMBERS = {
+    "integers": RNG.poisson(50, N),
+    "negative integers": RNG.poisson(50, N) - 60,
+    "floats with holes": holes(RNG.normal(size=N)),
+    "nullable integers": pd.array(
+        np.where(RNG.random(N) < 0.1, np.nan, RNG.poisson(50, N)), "Int64"
+    ),
+    "hundredths": np.round(RNG.normal(size=N), 2),
+    "hundredths in float32": np.round(RNG.normal(size=N), 2).astype(np.float32),
+    "an atom": np.where(RNG.random(N) < 0.4, 0.5, RNG.normal(size=N)),
+    "an atom among integers": np.where(RNG.random(N) < 0.4, 48, RNG.poisson(50, N)),
+    "grids": INCOME,
+    "few values": RNG.choice([1 / 3, 2.0, -7.0], N),
+    "a constant": np.full(N, np.pi),
+    "unsigned": RNG.poisson(50, N).astype(np.uint8),
+}
+CATEGORIES = {
+    "strings": RNG.choice(["a", "b", "c"], N),
+    "booleans": RNG.random(N) < 0.3,
+    "nullable booleans": pd.array(RNG.choice([True, False, None], N), "boolean"),
+    "unused categories": pd.Categorical(RNG.choice(["a", "b"], N), ["b", "z", "a"], ordered=True),
+    "holes": np.where(RNG.random(N) < 0.1, None, RNG.choice(["a", "b"], N)),
+}
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *CATEGORIES])
+def test_values_come_back(name):
+    column, values, missing = column_of({**NUMBERS, **CATEGORIES}[name])
+    assert column.missing == missing.any()
+    assert column.kind == "categorical" or name not in CATEGORIES
+    mode, x = column.encode(values, missing)
+    assert (mode >= 0).all()
+    assert ((mode == column.modes - 1) == missing).all() or not column.missing
+    back = column.decode(mode, column.scaled(x), np.random.default_rng(0))
+    assert (np.equal(back, None) == missing).all()
+    if name in CATEGORIES:
+        assert (back == values)[~missing].all()
+    else:
+        np.testing.assert_allclose(back[~missing].astype(float), values[~missing], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_with_noise_come_back(name):
+    """Also at the very ends of the cell, and exactly unless they are continuous."""
+    column, values, missing = column_of(NUMBERS[name])
+    mode, x = column.encode(values, missing)
+    if not column.grids:
+        return
+    low, width, fill = column.cells(mode, x)
+    assert (fill == ~column.is_number(mode)).all()
+    assert (width[~fill] > 0).all() == bool(column.grids[-1])
+    for noise in (1e-6, 0.3, 1 - 1e-6):
+        back = column.decode(mode, low + noise * width, np.random.default_rng(0))
+        exact = ~missing if column.grids[-1] else fill & ~missing
+        np.testing.assert_array_equal(back[exact].astype(float), values[exact])
+
+
+def test_what_is_a_mode():
+    of = lambda name: column_of({**NUMBERS, **CATEGORIES}[name])[0]
+    assert of("an atom").values == (0.5,)
+    assert of("an atom").grids == (0.0,)
+    assert 48.0 in of("an atom among integers").values
+    assert of("an atom among integers").grids == (1.0,)
+    assert of("grids").grids == (100.0, 50.0, 1.0)
+    assert of("hundredths").resolution == of("hundredths in float32").resolution == 0.01
+    assert of("few values").values == (-7.0, 1 / 3, 2.0)
+    assert of("few values").grids == ()
+    assert of("a constant").modes == 1
+    assert of("unused categories").values == ("a", "b")  # unseen ones have no rows to learn from
+
+
+@pytest.mark.parametrize("name", ["integers", "hundredths", "an atom among integers", "grids"])
+def test_cells_fill_the_line(name):
+    """On each grid, a cell begins where the one before it ends, and each holds its number."""
+    column, *_ = column_of(NUMBERS[name])
+    for i in range(len(column.grids)):
+        at = np.linspace(-300, 300, 7001) * column.grids[-1]
+        low, width = column.cell(at, i)
+        assert ((low <= at + 1e-9) & (at < low + width + 1e-9)).all()
+        starts, first = np.unique(low, return_index=True)
+        np.testing.assert_allclose(np.diff(starts), width[first][:-1], rtol=1e-9)
+        mode, _ = column.encode(starts, np.zeros(len(starts), bool))
+        assert (mode == len(column.values) + i).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(-3000, 3000), min_size=1, max_size=8, unique=True),
+    st.sampled_from([(100, 50, 1), (10, 1), (1,), (0.5, 0.1), (0.01,), (1000, 100)]),
+    st.floats(1e-6, 1 - 1e-6),
+)
+def test_any_noise_decodes_to_its_number(multiples, grids, noise):
+    atoms = (0.0, grids[-1] * 7)
+    column = Column(
+        "x", "continuous", atoms, tuple(map(float, grids)), False, center=3.0, scale=40.0
+    )
+    multiples = np.array(multiples)
+    x = multiples / round(1 / grids[-1]) if grids[-1] < 1 else multiples * float(grids[-1])
+    mode, number = column.encode(x, np.zeros(len(x), bool))
+    low, width, _ = column.cells(mode, number)
+    back = column.decode(mode, low + noise * width, np.random.default_rng(0))
+    np.testing.assert_array_equal(back.astype(float), x)
+
+
+def test_cells_stay_within_bounds():
+    column = Column(
+        "x", "integer", (), (100.0, 1.0), False, low=0.0, high=150.0, center=75.0, scale=40.0
+    )
+    x = np.array([0.0, 100.0, 149.0, 150.0])
+    low, width, _ = column.cells(*column.encode(x, np.zeros(4, bool)))
+    low, high = low * 40 + 75, (low + width) * 40 + 75
+    np.testing.assert_allclose(low, x, atol=1e-3)
+    np.testing.assert_allclose(high, [100, 151, 150, 151], atol=1e-3)
+
+
+def test_rare_categories_share_a_mode():
+    values = np.array(["a"] * 50 + ["b"] * 30 + ["r"] * 3 + ["q"])
+    column, values, missing = column_of(values, other=5)
+    assert column.modes == 3
+    mode, log_share = column.encode(values, missing)
+    assert mode[0] != mode[60] != mode[80] == mode[83]
+    np.testing.assert_allclose(np.exp(log_share[[0, 60, 80, 83]]), [1, 1, 0.75, 0.25])
+    unseen, log_share = column.encode(np.array(["new"], object), np.zeros(1, bool))
+    assert (unseen[0], log_share[0]) == (mode[80], -np.inf)
+    back = column.decode(np.repeat(mode[80], 4000), np.zeros(4000), np.random.default_rng(0))
+    assert set(back) == {"r", "q"}
+    assert abs((back == "r").mean() - 0.75) < 0.03  # four standard errors
+
+
+def test_numbers_as_categories():
+    column, values, missing = column_of(RNG.choice([10, 2, 33], N), kind="categorical")
+    mode, _ = column.encode(values, missing)
+    assert column.modes == 3
+    assert (column.decode(mode, values, RNG) == values).all()

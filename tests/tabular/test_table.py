@@ -1,0 +1,215 @@
+"""The density of a table is one, and what is drawn from it is a frame like that of training."""
+
+import pickle
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import optional
+from trained import FRAMES, KEY, OPTIONS, table
+
+from jaxode import tabular
+from jaxode.tabular import frames
+
+pytestmark = pytest.mark.usefixtures("default_settings")
+AGES = np.linspace(-25, 125, 31)  # half a standard deviation apart
+
+
+def all_rows(**columns):
+    index = pd.MultiIndex.from_product(columns.values(), names=columns)
+    return index.to_frame(index=False)
+
+
+def test_a_table_of_all_kinds_sums_to_one():
+    """Over all groups and counts, and by quadrature over the age where it is not missing."""
+    frame = all_rows(group=["a", "b", None], count=range(41), age=[np.nan, *AGES])
+    weight = np.where(frame.age.isna(), 1.0, AGES[1] - AGES[0])
+    p = weight * np.exp(table("mixed").log_prob(frame, draws=4))
+    assert abs(p.sum() - 1) < 0.005
+    # Where an age is missing is learned, and counts are zero as often as in training.
+    shares = FRAMES["mixed"].age.isna().mean(), (FRAMES["mixed"]["count"] == 0).mean()
+    assert abs(p[frame.age.isna()].sum() - shares[0]) < 0.1
+    assert abs(p[frame["count"] == 0].sum() - shares[1]) < 0.1
+
+
+def test_each_row_of_given_columns_sums_to_one():
+    counts = np.arange(-60, 100)
+    frame = all_rows(age=[40.0, np.nan], group=["a", "z"], count=counts)
+    with pytest.raises(ValueError, match="'z'"):  # a category without rows
+        table("atom").log_prob(frame)
+    frame = all_rows(age=[40.0, np.nan], group=["a", "c"], count=counts)
+    p = np.exp(table("atom").log_prob(frame, draws=16)).reshape(4, -1)
+    np.testing.assert_allclose(p.sum(axis=1), 1, atol=0.01)
+    assert (p > 0).all()
+
+
+def test_categories_alone_sum_to_one_and_are_learned():
+    frame = all_rows(group=["a", "b", "c"], old=[True, False])
+    p = np.exp(table("categories").log_prob(frame))
+    assert abs(p.sum() - 1) < 1e-5
+    data = FRAMES["categories"]
+    share = [((data.group == g) & (data.old == o)).mean() for g, o in frame.itertuples(index=False)]
+    np.testing.assert_allclose(p, share, atol=0.06)
+
+
+def test_one_positive_number_has_a_density():
+    x = np.exp(np.linspace(-12, 4.5, 200))
+    p = np.exp(table("one").log_prob(pd.DataFrame({"x": x}))) * x * np.log(x[1] / x[0])
+    assert abs(p.sum() - 1) < 0.005
+
+
+def test_a_number_of_few_values_is_a_category():
+    frame = all_rows(group=["a", "b", "c"], n=range(5))
+    p = np.exp(table("few").log_prob(frame))
+    np.testing.assert_allclose(p.reshape(3, 5).sum(axis=1), 1, rtol=1e-5)
+    assert (table("few").log_prob(pd.DataFrame({"group": ["a"], "n": [7]})) == -np.inf).all()
+
+
+def test_units():
+    """Log-densities are those of the data: per year, not per standard deviation."""
+    encoder = table("mixed").encoder
+    rows = encoder.encode(frames.as_frame("frame", FRAMES["mixed"]))
+    present = ~FRAMES["mixed"].age.isna()
+    scale = encoder.columns[2].scale
+    np.testing.assert_allclose(rows.log_scale, np.where(present, -np.log(scale), 0.0))
+    rounded = pd.DataFrame({"x": np.round(np.random.default_rng(0).normal(size=300), 1)})
+    fitted, _ = tabular.fit(rounded, key=KEY, steps=1, progress=False)
+    x = np.arange(-80, 81) / 10
+    total = np.exp(fitted.log_prob(pd.DataFrame({"x": x}))).sum() * 0.1
+    assert abs(total - 1) < 0.005
+
+
+def test_pooled_categories_sum_to_one():
+    rows = ["a"] * 60 + ["b"] * 30 + ["q", "r", "r"]
+    frame = pd.DataFrame({"x": rows})
+    fitted, _ = tabular.fit(frame, key=KEY, other=5, steps=1, progress=False)
+    p = np.exp(fitted.log_prob(pd.DataFrame({"x": ["a", "b", "q", "r", "new"]})))
+    assert abs(p.sum() - 1) < 1e-5
+    assert abs(p[3] / p[2] - 2) < 1e-5
+    assert p[4] == 0
+
+
+def test_samples_are_like_the_training_frame():
+    samples = table("mixed").sample(KEY, 400)
+    data = FRAMES["mixed"]
+    assert samples.dtypes.equals(data.dtypes)
+    assert samples["count"].between(0, 40).all()
+    assert set(samples.group.dropna()) == {"a", "b"}
+    for name in ("group", "age"):
+        assert abs(samples[name].isna().mean() - data[name].isna().mean()) < 0.1
+    assert abs((samples["count"] == 0).mean() - (data["count"] == 0).mean()) < 0.1
+    assert np.isfinite(table("mixed").log_prob(samples)).all()
+    pd.testing.assert_frame_equal(samples, table("mixed").sample(KEY, 400))
+    assert not samples.equals(table("mixed").sample(jax.random.key(1), 400))
+    assert len(table("mixed").sample(KEY, 0)) == 0
+
+
+def test_samples_have_the_density():
+    """The mean log-probability of samples is minus the entropy."""
+    frame = table("one").sample(KEY, 900)
+    x = np.exp(np.linspace(-12, 4.5, 400))
+    log_p = table("one").log_prob(pd.DataFrame({"x": x}))
+    entropy = np.sum(np.exp(log_p) * log_p * x) * np.log(x[1] / x[0])
+    of_samples = table("one").log_prob(frame)
+    assert abs(of_samples.mean() - entropy) < 4 * of_samples.std() / 30
+
+
+def test_samples_of_given_rows():
+    """In their order, `n` of each, with the columns and categories of training."""
+    given = pd.DataFrame({"group": ["b", "c"], "age": [np.nan, 30.0], "more": [1, 2]})
+    samples = table("atom").sample(KEY, 3, given)
+    assert samples.columns.equals(FRAMES["atom"].columns)
+    assert samples.dtypes.equals(FRAMES["atom"].dtypes)
+    assert [*samples.group] == ["b"] * 3 + ["c"] * 3
+    assert [*samples.age.fillna(-1)] == [-1] * 3 + [30] * 3
+
+
+def test_given_integers_may_be_missing():
+    age = pd.array([30, None, 50, 41] * 10, "Int64")
+    frame = pd.DataFrame({"age": age, "old": [False, True, True, None] * 10})
+    fitted, _ = tabular.fit(frame, given="age", key=KEY, steps=1, progress=False)
+    samples = fitted.sample(KEY, 2, frame[:3])
+    assert samples.dtypes.equals(frame.dtypes)
+    assert [*samples.age.fillna(-1)] == [30, 30, -1, -1, 50, 50]
+    filled = fitted.impute(KEY, frame)
+    pd.testing.assert_series_equal(filled.age, frame.age)
+    assert filled.old.isin([True, False]).all()
+
+
+def test_what_is_missing_is_drawn():
+    frame = FRAMES["mixed"].copy()
+    frame["count"] = frame["count"].astype("Int64")
+    frame.loc[::4, "count"] = pd.NA  # which training had not
+    frame["note"] = range(len(frame))
+    filled = table("mixed").impute(KEY, frame[:60], 2)
+    assert not filled.isna().any(axis=None)
+    assert filled.dtypes.equals(frame.dtypes)
+    twice = frame.loc[np.repeat(np.arange(60), 2)].reset_index(drop=True)
+    known = ~twice.isna()
+    assert (filled.astype(object) == twice.astype(object))[known].sum().sum() == known.sum().sum()
+    assert filled["count"].between(0, 40).all()
+    pd.testing.assert_frame_equal(filled, table("mixed").impute(KEY, frame[:60], 2))
+    whole = table("mixed").impute(KEY, filled[:3])
+    pd.testing.assert_frame_equal(whole, filled[:3])
+
+
+def test_imputed_values_follow_the_rest_of_the_row():
+    """As the model's conditional distribution, from its joint probabilities."""
+    frame = pd.DataFrame({"group": [None, "a"], "old": [True, None]}, dtype=object)
+    filled = table("categories").impute(KEY, frame, 500)
+    rows = all_rows(group=["a", "b", "c"], old=[True, False])
+    p = np.exp(table("categories").log_prob(rows)).reshape(3, 2)
+    groups = [(filled.group[:500] == group).mean() for group in "abc"]
+    np.testing.assert_allclose(groups, p[:, 0] / p[:, 0].sum(), atol=0.09)  # four errors
+    assert abs((filled.old[500:] == True).mean() - p[0, 0] / p[0].sum()) < 0.09  # noqa: E712
+
+
+def test_imputed_numbers_have_the_conditional_density():
+    """The number of a group and a count, from the joint density by quadrature."""
+    row = pd.DataFrame({"group": ["a"], "count": [7], "age": [np.nan]})
+    ages = table("mixed").impute(KEY, row, 100).age
+    frame = all_rows(group=["a"], count=[7], age=AGES)
+    p = np.exp(table("mixed").log_prob(frame, draws=32))
+    mean, spread = np.sum(p * AGES) / p.sum(), FRAMES["mixed"].age.std()
+    assert abs(ages.mean() - mean) < 4 * spread / 10
+
+
+def test_the_same_key_trains_the_same_table_which_pickles():
+    first = table("categories")
+    again, _ = tabular.fit(FRAMES["categories"], key=KEY, progress=False, **OPTIONS["categories"])
+    log_prob = first.log_prob(FRAMES["categories"])
+    np.testing.assert_array_equal(log_prob, again.log_prob(FRAMES["categories"]))
+    for name in ("mixed", "categories"):
+        loaded = pickle.loads(pickle.dumps(table(name)))
+        frame = FRAMES[name][:300]
+        np.testing.assert_array_equal(table(name).log_prob(frame), loaded.log_prob(frame))
+        assert loaded.sample(KEY, 2).equals(table(name).sample(KEY, 2))
+
+
+def test_validation_rows_of_your_own():
+    frame = FRAMES["categories"]
+    options = {"key": KEY, "progress": False, "steps": 100}
+    fitted, points = tabular.fit(frame[:200], validation=frame[200:], **options)
+    nats = -fitted.log_prob(frame[200:]).mean()
+    assert abs(min(point.nats for point in points) - nats) < 1e-4
+
+
+@pytest.mark.parametrize("library", ["polars", "pyarrow"])
+def test_frames_of_other_libraries(library):
+    made = optional(library)
+    data = {"group": [*"aabc" * 20], "n": [1, 2, None, 4] * 20, "b": [True, False] * 40}
+    frame = made.table(data) if library == "pyarrow" else made.DataFrame(data)
+    if library == "polars":
+        frame = frame.with_columns(made.col("group").cast(made.Categorical))
+    fitted, _ = tabular.fit(frame, key=KEY, steps=1, progress=False)
+    samples = fitted.sample(KEY, 5)
+    assert type(samples) is type(frame)
+    assert samples.schema == frame.schema
+    filled = fitted.impute(KEY, frame)
+    assert filled.schema == frame.schema
+    known = np.array([n is not None for n in data["n"]])
+    column = np.array(filled["n"].to_pylist() if library == "pyarrow" else filled["n"].to_list())
+    assert set(column[~known]) <= {1, 2, 4}
+    assert list(column[known]) == [n for n in data["n"] if n is not None]
+    assert np.isfinite(fitted.log_prob(filled)).all()
