@@ -15,24 +15,27 @@ from jaxtyping import PRNGKeyArray
 from jaxode.tabular import categorical
 from jaxode.tabular.encoding import Encoded, Numbers, bounded, unbounded, with_noise
 
-PROPOSALS, WIDER = 32, 1.3  # of a row, and the factor of their standard deviations
+PROPOSALS, WIDER = 32, 1.3  # of a row, at least, and the factor of their standard deviations
 ROWS = 256  # at a time
 
 
-def impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray, int]:
-    """Modes and numbers of each row, with what is missing drawn by a `Table`, and a seed."""
+def impute(
+    table: Any, key: PRNGKeyArray, rows: Encoded, n: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Modes and numbers of `n` copies of each row, with what is missing drawn by a `Table`, and a
+    seed."""
     parts = [(np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1])))]
     for start in range(0, len(rows.modes), ROWS):
         part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
-        parts.append(_impute(table, jax.random.fold_in(key, start), part))
+        parts.append(_impute(table, jax.random.fold_in(key, start), part, n))
     modes, x = (np.concatenate(part) for part in zip(*parts, strict=True))
     return modes, x, int(jax.random.bits(key))
 
 
-def _impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, np.ndarray]:
-    encoder, n = table.encoder, len(rows.modes)
+def _impute(table: Any, key: PRNGKeyArray, rows: Encoded, n: int) -> tuple[np.ndarray, np.ndarray]:
+    encoder, count, proposals = table.encoder, len(rows.modes), max(PROPOSALS, 4 * n)
     keys = jax.random.split(key, 4)
-    rows = jax.tree.map(lambda leaf: np.repeat(leaf, PROPOSALS, axis=0), rows)
+    rows = jax.tree.map(lambda leaf: np.repeat(leaf, proposals, axis=0), rows)
     missing = encoder.missing(rows.modes)
     modes, weights = np.where(missing, 0, rows.modes), np.zeros(len(rows.modes))
     if table.categories is not None:
@@ -47,10 +50,10 @@ def _impute(table: Any, key: PRNGKeyArray, rows: Encoded) -> tuple[np.ndarray, n
         x, log_ratio = _numbers(table, keys[1:3], rows, modes, missing[:, encoder.numbers])
         weights = weights + log_ratio
     # The largest of weights with Gumbel noise is a draw by the weights.
-    noise = np.asarray(jax.random.gumbel(keys[3], (n, PROPOSALS)), float)
-    weights = np.where(np.isfinite(weights), weights, -1e30).reshape(n, PROPOSALS)
-    best = np.argmax(weights + noise, axis=1) + PROPOSALS * np.arange(n)
-    return modes[best], x[best]
+    noise = np.asarray(jax.random.gumbel(keys[3], (count, n, proposals)), float)
+    weights = np.where(np.isfinite(weights), weights, -1e30).reshape(count, 1, proposals)
+    best = np.argmax(weights + noise, axis=2) + proposals * np.arange(count)[:, None]
+    return modes[best.reshape(-1)], x[best.reshape(-1)]
 
 
 def _numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):

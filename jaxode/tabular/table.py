@@ -142,8 +142,9 @@ class Table:
     def impute(self, key: PRNGKeyArray, frame: Any, n: int = 1) -> Any:
         """Fill in missing values: draws from the model, conditional on the rest of the row.
 
-        Of 32 proposals for each row, one is drawn by its importance weight. Values must be missing
-        at random: that one is missing says nothing about it. Given columns stay as they are.
+        The copies of a row are drawn from 32 proposals, or `4 n` if that is more, by their
+        importance weights. Values must be missing at random: that one is missing says nothing about
+        it. Given columns stay as they are.
 
         Args:
             key: draws them.
@@ -156,8 +157,9 @@ class Table:
         frame, n = frames.as_frame("frame", frame), integer("n", n)
         rows = self.encoder.encode(frame, missing=True)
         missing = self.encoder.missing(rows.modes)
-        some = np.repeat(np.flatnonzero(missing.any(axis=1)), n)
-        modes, x, seed = impute(self, check_key(key), jax.tree.map(lambda leaf: leaf[some], rows))
+        some = np.flatnonzero(missing.any(axis=1))
+        rows = jax.tree.map(lambda leaf: leaf[some], rows)
+        modes, x, seed = impute(self, check_key(key), rows, n)
         drawn = self.encoder.decode(modes, x, seed)
         copies = np.repeat(np.arange(len(frame)), n)
         data = {name: np.array(frame[name].to_list(), object)[copies] for name in frame.columns}
