@@ -133,7 +133,8 @@ class Mixed(Benchmark):
         left_out = {name: next(iter(row.values()))["left_out"] for name, row in tables.items()}
         below = (
             "One split. Held-out rows with a category, or one of few numbers, that no training row "
-            f"has are left out: {', '.join(f'{n} of {name}' for name, n in left_out.items())}."
+            f"has are left out: {', '.join(f'{n} of {name}' for name, n in left_out.items())}. jaxode "
+            "trains for a minute by the clock, CTGAN and TVAE for 300 epochs, few steps of few rows."
         )
         return "\n\n".join([part("nats"), below, *map(part, ("auc", "training", "sampling"))])
 
