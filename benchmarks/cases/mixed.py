@@ -130,11 +130,12 @@ class Mixed(Benchmark):
                 rows.append([label, *(told_of.get(name, "") for name in named)])
             return show.markdown([told, *named], rows) if named else ""
 
-        left_out = {name: next(iter(row.values()))["left_out"] for name, row in tables.items()}
+        sizes = {name: next(iter(row.values())) for name, row in tables.items()}
+        left_out = ", ".join(f"{size['left_out']} of {name}" for name, size in sizes.items())
         below = (
             "One split. Held-out rows with a category, or one of few numbers, that no training row "
-            f"has are left out: {', '.join(f'{n} of {name}' for name, n in left_out.items())}. jaxode "
-            "trains for a minute by the clock, CTGAN and TVAE for 300 epochs, few steps of few rows."
+            f"has are left out: {left_out}. jaxode trains for a minute by the clock, CTGAN and "
+            "TVAE for their default of 300 epochs, which are few steps if there are few rows."
         )
         return "\n\n".join([part("nats"), below, *map(part, ("auc", "training", "sampling"))])
 
