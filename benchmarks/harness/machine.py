@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko", "torchcfm",
     "flowjax", "scikit-learn", "jflows", "bijx", "ngboost", "quantile-forest", "treeffuser",
+    "ctgan", "arfpy",
 )  # fmt: skip
 
 

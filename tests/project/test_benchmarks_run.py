@@ -30,6 +30,7 @@ from benchmarks.cases import (
     evaluate,
     ffjord_step,
     memory,
+    mixed,
     posterior,
     ragged,
     regression,
@@ -41,7 +42,7 @@ from benchmarks.cases import (
 )
 from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import benchmark, fairness, problems, runner, show
-from benchmarks.peers import estimators, flows, odes, regressors
+from benchmarks.peers import estimators, flows, odes, regressors, tabular
 
 pytestmark = pytest.mark.shown
 # The same for all, so that the steps are compiled once.
@@ -226,6 +227,24 @@ def of_regression(patch, of):
     yield regression.Case("wine", of, 0).name, 0.0
 
 
+def of_mixed(patch, of):
+    """A small table of its own, with all that a column may hold."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("sklearn", reason="scikit-learn is installed for benchmarks: make bench")
+    patch.setattr(mixed, "own_core", lambda: None)
+    patch.setattr(mixed, "FOLDS", 2)
+    patch.setattr(tabular, "EPOCHS", 1)
+    patch.setattr(tabular, "TREES", 2)
+    rng = np.random.default_rng(0)
+    words, numbers = rng.choice(["a", "b"], 200), rng.standard_normal((2, 200))
+    frame = pandas.DataFrame({"word": words, "whole": np.round(30 * numbers[0])})
+    frame = frame.assign(rounded=np.round(numbers[1], 1), number=numbers.sum(axis=0))
+    frame.loc[:20, "whole"] = np.nan
+    frame.loc[10:30, "word"] = None
+    patch.setattr(mixed, "TABLES", {"german": lambda: frame})
+    yield mixed.Case("german", of).name, 0.5
+
+
 # Matching alone is the first phase of matching and then likelihood. Of contenders for tables that
 # share their settings, one has them all; widths are one.
 TRAININGS = [name for name in to_level.PHASES if name != "jaxode, Residual, matching"]
@@ -236,12 +255,13 @@ OF_TABLES = [
     for setting in each.settings
     if not setting or (name in WITH_SETTINGS and setting != "width 256")
 ]
-MODULES = {"quantile": "quantile_forest"}
+MODULES = {"quantile": "quantile_forest", "tvae": "ctgan", "arf": "arfpy"}
 RUNS = [(name, of_sizes, name) for name in cases.BENCHMARKS]
 RUNS += [("time_to_nll", of_training, contender) for contender in TRAININGS]
 RUNS += [("posterior", of_posterior, contender) for contender in posterior.CONTENDERS]
 RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
 RUNS += [("regression", of_regression, contender) for contender in regressors.CONTENDERS]
+RUNS += [("mixed", of_mixed, contender) for contender in tabular.CONTENDERS]
 
 
 @pytest.mark.slow  # dozens of programs are compiled, which are those of other libraries, too
@@ -260,6 +280,9 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
         "ngboost",
         "quantile",
         "treeffuser",
+        "ctgan",
+        "tvae",
+        "arf",
     ):
         pytest.importorskip(
             MODULES.get(library, library),
@@ -284,6 +307,9 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
     if name == "regression":
         assert result["crps"] < 1.5
         assert set(result["covered"]) == {"50", "90"}
+    if name == "mixed":
+        assert (result["rows"], result["columns"]) == (160, 4)
+        assert 0.3 < result["auc"] <= 1
     if name == "tables":
         assert (result["rows"], result["columns"]) == (96, 3)
         assert result["times"] == list(result["scores"]) == ["1.5", "2.5"][";" in of :]
