@@ -120,9 +120,11 @@ def _say(text: str) -> None:
 
 
 def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None) -> Encoder:
-    given = (given,) if isinstance(given, str) else given
-    if not isinstance(given, list | tuple | set):
-        raise TypeError(f"{arg('given')} must be a list of names of columns; got {given!r}.")
+    try:
+        given = (given,) if isinstance(given, str) else tuple(given)
+    except TypeError:
+        message = f"{arg('given')} must be a list of names of columns; got {given!r}."
+        raise TypeError(message) from None
     for name, names in (("kinds", kinds), ("bounds", bounds)):
         if not isinstance(names, dict):
             raise TypeError(f"{arg(name)} must be a dict, by names of columns; got {names!r}.")
