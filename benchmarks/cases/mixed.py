@@ -10,7 +10,7 @@ One split of each table, 80% to train; `tabular.py` has the settings of contende
 - AUC: how well boosted trees tell as many samples from the training rows, in five folds; 0.5 if
   they cannot. Copies of training rows would have it, too.
 
-jaxode trains for a minute by the clock, others as long as their defaults take. Seconds are those of
+jaxode is told to train for a minute, others take as long as their defaults do. Seconds are those of
 one core's work: other processes on the machine do not count.
 """
 
@@ -134,7 +134,7 @@ class Mixed(Benchmark):
         left_out = ", ".join(f"{size['left_out']} of {name}" for name, size in sizes.items())
         below = (
             "One split. Held-out rows with a category, or one of few numbers, that no training row "
-            f"has are left out: {left_out}. jaxode trains for a minute by the clock, CTGAN and "
+            f"has are left out: {left_out}. jaxode is told to train for a minute, CTGAN and "
             "TVAE for their default of 300 epochs, which are few steps if there are few rows."
         )
         return "\n\n".join([part("nats"), below, *map(part, ("auc", "training", "sampling"))])
