@@ -79,7 +79,8 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
             f"1); they do not in {in_rows(degenerate)}. Differentiate the constraint by time, as "
             "for a pendulum, until it contains them."
         )
-    limit = FAR * (float(np.max(np.asarray(options.atol))) + float(options.rtol) * max(size, 1.0))
+    atol = max(float(np.max(np.asarray(a))) for a in jax.tree.leaves(options.atol))
+    limit = FAR * (atol + float(options.rtol) * max(size, 1.0))
     wrong = np.abs(g).max(axis=1) > limit
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])

@@ -71,7 +71,7 @@ def steady_state(
         t1: a time at which the state has settled, in units of `t`; a much longer one costs a few
             steps.
         rtol: by which Newton's method ends: `1e-10`, or `1e-5` in single precision.
-        atol: the same, absolute.
+        atol: the same, absolute: far below the size of the state, whose units it has.
         max_steps: of the solve.
         throw: raise `jaxode.SolveError` if a row fails. If false, its state is NaN.
 
@@ -98,7 +98,7 @@ def steady_state(
     )  # fmt: skip
     if batch is not None and row_args is not None:
         row_args = check_rows("row_args", row_args, len(jax.tree.leaves(y0)[0]))
-    improve = functools.partial(_newton, f, t1, rtol, atol)
+    improve = functools.partial(_newton, f, t1, rtol, atol, loose)
     if batch is None:
         y, result = improve(settled.y1, settled.result, args, None)
     else:
@@ -115,7 +115,9 @@ def _like(ok: Array, nan: Any, leaf: Array) -> tuple[Array, Array]:
     return ok.reshape(shape), nan.reshape(shape)
 
 
-def _newton(f, t1: float, rtol: float, atol: float, y: PyTree, result: Array, args, row):
+def _newton(
+    f, t1: float, rtol: float, atol: float, loose: dict, y: PyTree, result: Array, args, row
+):
     """The root near `y`, and whether it is one."""
     import optimistix as optx
 
@@ -134,10 +136,13 @@ def _newton(f, t1: float, rtol: float, atol: float, y: PyTree, result: Array, ar
     root = found.value
     fixed = jax.lax.stop_gradient(root)
     jacobian = jax.jacfwd(lambda v: residual(v, jax.lax.stop_gradient((args, row))))(fixed)
-    values = jnp.linalg.svd(jnp.where(jnp.isfinite(jacobian), jacobian, 0.0), compute_uv=False)
+    jacobian = jnp.where(jnp.isfinite(jacobian), jacobian, 0.0)
+    largest = jnp.max(jnp.abs(jacobian), axis=1, keepdims=True)  # rates may be of any size
+    scaled = jacobian / jnp.where(largest > 0, largest, 1.0)
+    values = jnp.linalg.svd(scaled, compute_uv=False)
     singular = values[-1] <= values[0] * len(values) * 10 * jnp.finfo(flat.dtype).eps
     # From a state that had not settled, Newton's method may run to any root.
-    moved = jnp.max(jnp.abs(fixed - near) / (1 + jnp.abs(near))) > 0.1
+    moved = jnp.any(jnp.abs(fixed - near) > 10 * (loose["atol"] + LOOSE * jnp.abs(near)))
     lost = (found.result != optx.RESULTS.successful) | ~jnp.isfinite(fixed).all() | moved
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)

@@ -179,7 +179,8 @@ def train(
         worse = 0 if nats < best_nll else worse + 1
         if nats < best_nll:
             best, best_nll = average, nats
-        part = max(step / total, clock.spent / limits.seconds)
+        part = max(step / total, clock.spent / max(limits.seconds, 1e-9))
+        part = 1.0 if limits.seconds == 0 else part
         say(f"categories: step {step}, {nats:.3f} nats of validation rows, best {best_nll:.3f}")
         if part >= 1 or worse >= PATIENCE:
             return best, points

@@ -6,6 +6,7 @@ its grid. A density of `number + noise`, with noise in the cell, integrates over
 probability of the number.
 """
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ OFTEN, PEAK, NEAR, FEW_VALUES = 0.02, 4.0, 10, 20
 ON_GRID, GRIDS, COST = 0.05, 3, 10.0
 RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)
 DECIMALS = 6
+EPS = np.finfo(float).eps
+FAR = 1000.0  # standard deviations of the middle half, up to which the others have a say
 OTHER = None  # the mode of rare categories
 INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
 
@@ -124,7 +127,8 @@ class Column:
         grid = self.grids[i]
         if not grid:
             return x
-        return self._next(tidy((np.floor(x / grid + 1e-9) + 1) * grid, grid), i, -grid)
+        multiple = np.floor(x / grid + 1e-9 + 4 * EPS * np.abs(x / grid))
+        return self._next(tidy((multiple + 1) * grid, grid), i, -grid)
 
     def _next(self, x: np.ndarray, i: int, step: float) -> np.ndarray:
         """The next number that is of no other mode."""
@@ -159,8 +163,7 @@ def on_grid(x: np.ndarray, grid: float) -> np.ndarray:
     """Which numbers are multiples of the distance, up to rounding."""
     if not grid:
         return np.ones(np.shape(x), bool)
-    multiple = x / grid
-    return np.abs(multiple - np.round(multiple)) <= 1e-9 * np.maximum(1.0, np.abs(multiple))
+    return np.abs(x - tidy(x, grid)) <= 2 * EPS * np.abs(x)
 
 
 def tidy(x: np.ndarray, grid: float) -> np.ndarray:
@@ -207,8 +210,25 @@ def numeric(
         grids = _grids(levels[rest], counts[rest], finest)
     seen = float(levels[0]), float(levels[-1])
     inner = np.repeat(levels[rest], counts[rest]) if rest.any() else x
-    center, scale = float(np.median(inner)), float(inner.std()) or 1.0
+    center, scale = float(np.median(inner)), spread("frame", name, inner)
     return Column(name, kind, atoms, grids, some, low, high, seen, center, scale, resolution)
+
+
+def spread(argument: str, name: str, x: np.ndarray) -> float:
+    """The standard deviation, or that of the middle half if a few numbers are far away."""
+    std = float(x.std())
+    low, high = np.quantile(x, [0.25, 0.75])
+    middle = float(high - low) / 1.349
+    if middle and std > FAR * middle:
+        worst = x[np.argmax(np.abs(x - np.median(x)))]
+        warnings.warn(
+            f"{arg(argument)} column {name!r} has numbers far from all others, such as {worst:g}, "
+            "beside which the others look alike. Correct them, make them missing, or take "
+            "logarithms.",
+            stacklevel=8,
+        )
+        return middle
+    return std or 1.0
 
 
 def _resolution(levels: np.ndarray, count: int) -> float:

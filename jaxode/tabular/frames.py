@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 
+LARGEST = 2.0**50  # integers, which double precision and its rounding tell apart
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
 
@@ -27,7 +28,7 @@ def as_frame(name: str, frame: Any) -> Any:
         raise ModuleNotFoundError(
             "jaxode.tabular needs narwhals. Install it: pip install 'jaxode[tabular]'."
         ) from None
-    names = [str(column) for column in getattr(frame, "columns", ())]
+    names = [str(column) for column in _names(frame)]
     if twice := sorted({column for column in names if names.count(column) > 1}):
         raise ValueError(
             f"{arg(name)} must have a name of its own for each column; got {twice} twice."
@@ -47,6 +48,10 @@ def as_frame(name: str, frame: Any) -> Any:
     return frame
 
 
+def _names(frame: Any) -> Any:
+    return getattr(frame, "column_names", None) or getattr(frame, "columns", ())  # of pyarrow first
+
+
 def read(name: str, frame: Any, column: str) -> Values:
     """The values of a column, and which of them are missing."""
     import narwhals as nw
@@ -60,13 +65,21 @@ def read(name: str, frame: Any, column: str) -> Values:
         if series.dtype == nw.Float32:  # 0.1 is 0.10000000149 otherwise
             values = values.astype(np.float32).astype(str).astype(float)
         missing |= np.isnan(values)
+        if series.dtype.is_integer():
+            for row in np.flatnonzero(~missing & (np.abs(values) > LARGEST)):
+                raise ValueError(
+                    f"{start} integers up to 2**50; got {values[row]:.0f} in row {row}. Leave "
+                    "identifiers out; subtract an offset from others."
+                )
         for row in np.flatnonzero(np.isinf(values)):
             raise ValueError(
                 f"{start} finite numbers; got {values[row]} in row {row}. Leave the row out, or "
                 "make it missing."
             )
         return Values(values, missing, False)
-    if str(series.dtype).split("(")[0] not in TEXT:
+    kind = str(series.dtype).split("(")[0]
+    named = kind in ("Categorical", "Enum")  # whose categories may be of any type
+    if kind not in TEXT:
         raise TypeError(
             f"{start} numbers, strings or booleans; got {series.dtype}. Convert it, or leave it "
             "out."
@@ -74,7 +87,7 @@ def read(name: str, frame: Any, column: str) -> Values:
     values = np.fromiter(series.to_list(), object, len(series))
     missing |= np.array([isinstance(value, float) and value != value for value in values], bool)
     for row in np.flatnonzero(~missing):
-        if not isinstance(values[row], str | bool | np.bool_):
+        if not named and not isinstance(values[row], str | bool | np.bool_):
             raise TypeError(
                 f"{start} strings, booleans or numbers alone; got {values[row]!r} in row {row}. "
                 "Convert the column: .astype(str), or to a type of numbers."
@@ -82,8 +95,8 @@ def read(name: str, frame: Any, column: str) -> Values:
     return Values(values, missing, True)
 
 
-def make(like: Any, data: dict[str, np.ndarray]) -> Any:
-    """A frame with these columns, of the types of the frame `like`."""
+def make(like: Any, data: dict[str, np.ndarray], rows: np.ndarray | None = None) -> Any:
+    """A frame with these columns, of the types of the frame `like`, and the index of its `rows`."""
     import narwhals as nw
 
     schema = {name: like.schema[name] for name in data}
@@ -94,6 +107,6 @@ def make(like: Any, data: dict[str, np.ndarray]) -> Any:
     }
     if like.implementation.is_pandas_like():
         native = nw.to_native(like)
-        frame = native.__class__(columns)
+        frame = native.__class__(columns, index=None if rows is None else native.index[rows])
         return frame.astype({name: native[name].dtype for name in data})
     return nw.from_dict(columns, schema=schema, backend=like.implementation).to_native()

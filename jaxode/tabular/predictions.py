@@ -38,7 +38,9 @@ class Predictive:
     def values(self) -> np.ndarray:
         """The value of each row."""
         name = self.column.name
-        values, missing, _ = frames.read("frame", self.frame, name)
+        values, missing, text = frames.read("frame", self.frame, name)
+        if text:
+            raise TypeError(f"{arg('frame')} column {name!r} must hold numbers, as in training.")
         for row in np.flatnonzero(missing):
             raise ValueError(
                 f"{arg('frame')} column {name!r} must have a value in each row; got a missing one "

@@ -152,7 +152,8 @@ class Table:
             n: how many times, for each row.
 
         Returns:
-            A frame of `n` copies of each row, one row after the other, without missing values.
+            A frame of `n` copies of each row, one row after the other, without missing values;
+            of pandas, with the index of the rows.
         """
         frame, n = frames.as_frame("frame", frame), integer("n", n)
         rows = self.encoder.encode(frame, missing=True)
@@ -167,7 +168,7 @@ class Table:
         for i, column in enumerate(self.encoder.columns):
             here = missing[copies, i]
             data[column.name][here] = drawn[column.name][here[at]]
-        return frames.make(frame, data)
+        return frames.make(frame, data, copies)
 
     def _predictive(self, frame: Any) -> Predictive:
         return Predictive(self.encoder, self.categories, self.density, frame)

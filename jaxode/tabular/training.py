@@ -22,7 +22,7 @@ from jaxode.flows.bases import standard_normal
 from jaxode.flows.construct import cnf
 from jaxode.nn import Residual, field
 from jaxode.tabular import categorical, frames
-from jaxode.tabular.columns import Column, numeric
+from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.encoding import Cells, Encoded, Encoder, unbounded, with_noise
 from jaxode.tabular.table import Table
@@ -173,7 +173,7 @@ def _column(
         )
     kind = kind or ("integer" if whole else "continuous")
     if is_given:
-        center, scale = float(numbers.mean()), float(numbers.std()) or 1.0
+        center, scale = float(np.median(numbers)), spread("frame", name, numbers)
         return Column(name, kind, (), (0.0,), bool(missing.any()), center=center, scale=scale)
     return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
 

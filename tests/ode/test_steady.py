@@ -75,3 +75,9 @@ def test_what_has_no_steady_state_is_named(field, y0, result, words):
     assert jnp.isnan(state.y).all()
     with pytest.raises(jaxode.SolveError, match=rf"^steady_state: .*{words}"):
         jaxode.steady_state(field, jnp.array(y0), **options)
+
+
+def test_rates_of_any_size_are_not_singular():
+    field = lambda t, y, a: jnp.stack([-1e6 * (y[0] - 1.0), -(y[1] - 2.0)])
+    state = jaxode.steady_state(field, jnp.zeros(2, jnp.float32))
+    np.testing.assert_allclose(state.y, [1.0, 2.0], rtol=1e-6)

@@ -164,3 +164,18 @@ def test_numbers_as_categories():
     mode, _ = column.encode(values, missing)
     assert column.modes == 3
     assert (column.decode(mode, values, RNG) == values).all()
+
+
+@pytest.mark.parametrize("size", [1.65e9, 1.65e12])
+def test_large_integers_keep_their_digits(size):
+    values = size + RNG.integers(0, 10**8, 500)
+    column = numeric("t", "integer", values, np.zeros(500, bool), -np.inf, np.inf)
+    assert column.grids == (1.0,)
+    np.testing.assert_array_equal(column.round_down(values, 0), values)
+
+
+def test_a_number_far_away_is_named_and_leaves_the_scale_of_the_others():
+    values = np.append(RNG.normal(size=200), 1e12)
+    with pytest.warns(UserWarning, match="'x' has numbers far from all others, such as 1e"):
+        column = numeric("x", "continuous", values, np.zeros(201, bool), -np.inf, np.inf)
+    assert 0.5 < column.scale < 2.0
