@@ -69,8 +69,7 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
         axes = (0 if times.ndim else None, 0, None if row_args is None else 0)
         g, block = jax.vmap(at, axes)(times, y0, row_args)
     g, block = np.asarray(g, float), np.asarray(block, float)
-    size = np.asarray(jax.vmap(lambda y: jnp.max(jnp.abs(ravel_pytree(y)[0])))(y0)) if batch else 0
-    size = np.max(size) if batch else float(jnp.max(jnp.abs(ravel_pytree(y0)[0])))
+    size = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(y0))
     spread = np.linalg.svd(block, compute_uv=False)
     degenerate = ~(spread[:, -1] > SINGULAR * spread[:, 0])
     if degenerate.any():

@@ -13,8 +13,9 @@ from jaxode._checks.arguments import check_args, check_bool, check_state, non_ne
 from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, guarded, nan_or_raise
 from jaxode._checks.samples import check_rows
-from jaxode.ode.field import VectorField, call_field
-from jaxode.ode.solve import solve
+from jaxode._jax.closure import compiled
+from jaxode.ode.field import VectorField
+from jaxode.ode.solve import UserField, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
 NEWTON_STEPS = 30
@@ -98,12 +99,8 @@ def steady_state(
     )  # fmt: skip
     if batch is not None and row_args is not None:
         row_args = check_rows("row_args", row_args, len(jax.tree.leaves(y0)[0]))
-    improve = functools.partial(_newton, f, t1, rtol, atol, loose)
-    if batch is None:
-        y, result = improve(settled.y1, settled.result, args, None)
-    else:
-        axes = (0, 0, None, None if row_args is None else 0)
-        y, result = jax.vmap(improve, axes)(settled.y1, settled.result, args, row_args)
+    limits = t1, rtol, atol, loose["atol"]
+    y, result = _improved(UserField(f), limits, settled.y1, settled.result, args, row_args, batch)
     if throw:
         nan = nan_or_raise(result, jnp.full(result.shape, t1, dtype), remedies=REMEDIES)
         y = jax.tree.map(lambda leaf: guarded(leaf, *_like(result == 0, nan, leaf)), y)
@@ -115,12 +112,21 @@ def _like(ok: Array, nan: Any, leaf: Array) -> tuple[Array, Array]:
     return ok.reshape(shape), nan.reshape(shape)
 
 
-def _newton(
-    f, t1: float, rtol: float, atol: float, loose: dict, y: PyTree, result: Array, args, row
-):
+@compiled
+def _improved(field: UserField, limits, y: PyTree, result: Array, args, row_args, batch):
+    """The roots near `y` of all rows, and whether they are."""
+    improve = functools.partial(_newton, field, limits)
+    if batch is None:
+        return improve(y, result, args, None)
+    axes = (0, 0, None, None if row_args is None else 0)
+    return jax.vmap(improve, axes)(y, result, args, row_args)
+
+
+def _newton(field: UserField, limits, y: PyTree, result: Array, args, row):
     """The root near `y`, and whether it is one."""
     import optimistix as optx
 
+    t1, rtol, atol, loose_atol = limits
     flat, unravel = ravel_pytree(y)
     flat = jax.lax.stop_gradient(flat)
     time = jnp.asarray(t1, flat.dtype)
@@ -128,7 +134,7 @@ def _newton(
 
     def residual(flat, inputs):
         args, row = inputs
-        return ravel_pytree(call_field(f, time, unravel(flat), args, row=row))[0]
+        return ravel_pytree(field(time, unravel(flat), args, row))[0]
 
     closed = eqx.filter_closure_convert(residual, near, (args, row))
     solver = optx.Newton(rtol, atol)
@@ -142,7 +148,7 @@ def _newton(
     values = jnp.linalg.svd(scaled, compute_uv=False)
     singular = values[-1] <= values[0] * len(values) * 10 * jnp.finfo(flat.dtype).eps
     # From a state that had not settled, Newton's method may run to any root.
-    moved = jnp.any(jnp.abs(fixed - near) > 10 * (loose["atol"] + LOOSE * jnp.abs(near)))
+    moved = jnp.any(jnp.abs(fixed - near) > 10 * (loose_atol + LOOSE * jnp.abs(near)))
     lost = (found.result != optx.RESULTS.successful) | ~jnp.isfinite(fixed).all() | moved
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)

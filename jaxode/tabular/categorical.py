@@ -179,8 +179,7 @@ def train(
         worse = 0 if nats < best_nll else worse + 1
         if nats < best_nll:
             best, best_nll = average, nats
-        part = max(step / total, clock.spent / max(limits.seconds, 1e-9))
-        part = 1.0 if limits.seconds == 0 else part
+        part = max(step / total, clock.spent / limits.seconds if limits.seconds else 1.0)
         say(f"categories: step {step}, {nats:.3f} nats of validation rows, best {best_nll:.3f}")
         if part >= 1 or worse >= PATIENCE:
             return best, points
