@@ -20,6 +20,7 @@ from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal
 from jaxode.flows.construct import cnf
 from jaxode.flows.diffusion import VarianceExploding, VariancePreserving, probability_flow
 from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
+from jaxode.ode.estimation import Estimate, estimate
 from jaxode.ode.events import Event
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
@@ -34,6 +35,7 @@ __version__ = "0.3.0"
 __all__ = [
     "BacksolveAdjoint",
     "DiscreteAdjoint",
+    "Estimate",
     "Event",
     "ForwardMode",
     "Jumps",
@@ -53,6 +55,7 @@ __all__ = [
     "coupling",
     "diagonal_normal",
     "divergence",
+    "estimate",
     "fit",
     "flow",
     "images",

@@ -48,6 +48,10 @@ FIRST = {
     "ode/mass": ("tests/ode/test_mass.py",),
     "ode/odeint": ("tests/ode/test_odeint.py",),
     "ode/steady": ("tests/ode/test_steady.py",),
+    "ode/estimation": ("tests/ode/test_estimate.py",),
+    "ode/matching": ("tests/ode/test_estimate.py",),
+    "ode/misfit": ("tests/ode/test_estimate.py",),
+    "ode/observations": ("tests/ode/test_estimate.py",),
     "ode/system": ("tests/ode/test_rows.py",),
     "plot": ("tests/test_plot.py",),
     "tabular": ("tests/tabular",),
@@ -172,6 +176,13 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The transpose of a step forgets that of its mass matrix.
     ("ode/solvers/rosenbrock.py", "self.mass if transposed else self.mass.T", "self.mass.T"),
     ("ode/steady.py", "jnp.where(singular, Result.SINGULAR_MATRIX.value, code)", "code"),
+    # What a profile holds moves.
+    ("ode/misfit.py", "residuals(jnp.where(fixed, start, flat), data)", "residuals(flat, data)"),
+    # Observations that are missing count.
+    ("ode/misfit.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
+    # No part of the observations comes first.
+    ("ode/estimation.py", "part = PARTS[min(number, len(PARTS) - 1)]", "part = 1.0"),
+    ("ode/estimation.py", "covariance = scale * inverse", "covariance = inverse"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
     ("ode/solvers/explicit.py", "h_bar + c[i] * dtime", "h_bar + dtime"),

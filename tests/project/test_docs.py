@@ -45,7 +45,7 @@ def with_includes(path):
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): with_includes(path) for path in sorted(DOCS.rglob("*.md"))}
-NEED_LIBRARIES = {"gallery.md": ("flax", "numpyro")}
+NEED_LIBRARIES = {"gallery.md": ("flax", "numpyro"), "estimate.md": ("numpyro",)}
 
 
 @pytest.mark.slow  # pages that train, each a program of a reader

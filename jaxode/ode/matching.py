@@ -1,0 +1,62 @@
+"""A first guess of parameters: slopes of smoothed observations, matched by the field.
+
+Varah (1982, doi:10.1137/0903003). Smoothing splines are those of SciPy, by cross-validation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxode.ode.field import call_field
+from jaxode.ode.misfit import Misfit, least_squares
+
+LEAST, STEPS = 5, 100  # observations of a series, of which a spline can be made; of the search
+
+
+def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Values and slopes of series `[..., times]` at their times, NaN where none was observed; None
+    where there are too few."""
+    from scipy.interpolate import make_smoothing_spline
+
+    values, slopes = np.full(ys.shape, np.nan), np.full(ys.shape, np.nan)
+    for i in np.ndindex(ys.shape[:-1]):
+        first = np.unique(ts[i], return_index=True)[1]
+        kept = first[~np.isnan(ys[i][first])]
+        if len(kept) < LEAST:
+            return None
+        spline = make_smoothing_spline(ts[i][kept], ys[i][kept])
+        values[i], slopes[i] = spline(ts[i]), spline.derivative()(ts[i])
+    return values, slopes
+
+
+def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
+    """Where least squares of the slopes end from each start, and the half sums; None where there
+    are too few observations."""
+    ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
+    last = lambda x: np.moveaxis(x, ts.ndim - 1, -1)
+    first = lambda x: jnp.asarray(np.moveaxis(x, -1, ts.ndim - 1), starts.dtype)
+    times = np.broadcast_to(ts.reshape(ts.shape[:-1] + (1,) * (ys.ndim - ts.ndim) + ts.shape[-1:]),
+                            last(ys).shape)  # fmt: skip
+    found = smoothed(times, last(ys))
+    if found is None:
+        return None
+    scale = found[1].std(axis=-1, keepdims=True)
+    scale = np.where(np.isnan(last(ys)), np.inf, np.where(scale > 0, scale, 1.0))
+    values, slopes, scale = map(first, (*found, scale))
+    fixed = jnp.zeros(starts.shape[1], bool)
+    data = problem, values, slopes, scale
+    flats, costs, _, _ = least_squares(_apart, data, starts, fixed, STEPS)
+    return flats, costs
+
+
+def _apart(flat: Float[Array, " n"], data) -> Array:
+    problem, values, slopes, scale = data
+    params = problem.unravel(flat)
+    slope = lambda t, y, row: call_field(problem.f, t, y, params, row=row)
+    each = jax.vmap(slope, (0, 0, None))
+    if problem.ts.ndim == 1:
+        found = each(problem.ts, values, None)
+    else:
+        found = jax.vmap(each)(problem.ts, values, problem.row_args)
+    return ((found - slopes) / scale).ravel()

@@ -1,0 +1,121 @@
+"""How an ODE with parameters misses observations, and least squares of it from several starts."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxode._jax.closure import compiled
+from jaxode.ode.adjoints import ForwardMode
+from jaxode.ode.field import call_field
+from jaxode.ode.solve import solve
+
+TOLERANCES = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-3}  # of the parameters
+
+
+class Misfit(eqx.Module):
+    """Residuals, whose half squares are negative log-densities, as a function of a vector."""
+
+    f: Callable[..., PyTree]
+    y0: PyTree
+    """The state at `t0`, or a function of the parameters."""
+    t0: Float[Array, ""]
+    ts: Float[Array, " times"] | Float[Array, "rows times"]
+    ys: Float[Array, "times ..."] | Float[Array, "rows times ..."]
+    template: PyTree
+    """Parameters, for their shapes."""
+    observe: Callable[..., Array] | None
+    residual: Callable[[Array, Array], Array] | None
+    noise: Float[Array, "..."]
+    estimated: bool
+    """Whether the residuals say the noise."""
+    prior: Callable[[PyTree], PyTree] | None
+    row_args: PyTree
+    options: dict[str, Any]
+
+    def unravel(self, flat: Float[Array, " n"]) -> PyTree:
+        """The parameters."""
+        return ravel_pytree(self.template)[1](flat)
+
+    def start(self, params: PyTree) -> PyTree:
+        """The state at `t0`."""
+        return self.y0(params) if callable(self.y0) else self.y0
+
+    def predicted(self, params: PyTree, end: Float[Array, ""]) -> Array:
+        """What would be observed without noise, up to `end` and from then on the same."""
+        ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
+        ys = solve(
+            self.f, self.start(params), self.t0, ts[..., -1], params, ts=ts, batch=batch,
+            row_args=self.row_args, adjoint=ForwardMode(), throw=False, **self.options,
+        ).ys  # fmt: skip
+        observe = self.observe
+        if observe is None:
+            return ys
+        call = {"name": "observe", "kind": "what is observed"}
+        seen = lambda t, y, row: call_field(observe, t, y, params, row=row, **call)
+        each = jax.vmap(seen, (0, 0, None))
+        return each(ts, ys, None) if batch is None else jax.vmap(each)(ts, ys, self.row_args)
+
+    def residuals(self, flat: Float[Array, " n"], end: Float[Array, ""]) -> Float[Array, " m"]:
+        """Of the observations up to `end`, zero for those after it or missing; and of the prior."""
+        params = self.unravel(flat)
+        predicted = self.predicted(params, end)
+        seen = (self.ts <= end).reshape(self.ts.shape + (1,) * (self.ys.ndim - self.ts.ndim))
+        seen = seen & ~jnp.isnan(self.ys)
+        ys = jnp.where(seen, self.ys, jax.lax.stop_gradient(predicted))
+        apart = self.residual or (lambda predicted, observed: (predicted - observed) / self.noise)
+        found = [jnp.where(seen, apart(predicted, ys), 0.0).ravel()]
+        if self.prior is not None:
+            found.extend(jnp.ravel(leaf) for leaf in jax.tree.leaves(self.prior(params)))
+        return jnp.concatenate(found)
+
+
+@compiled
+def least_squares(
+    residuals: Callable[..., Array],
+    data: Any,
+    flats: Float[Array, "starts n"],
+    fixed: Bool[Array, " n"],
+    steps: int,
+):
+    """From each start, where the squares are least, their half sum, whether it has converged, and
+    the Jacobian there. What is `fixed` stays."""
+    import optimistix as optx
+
+    tolerance = TOLERANCES[flats.dtype]
+    method = optx.LevenbergMarquardt(tolerance, math.sqrt(tolerance) * tolerance)
+
+    def improve(start):
+        of_free = lambda flat: (lambda r: (r, r))(residuals(jnp.where(fixed, start, flat), data))
+        # The Jacobian once a step: what is linearized would be solved again for each product.
+        search = jax.custom_jvp(lambda flat: jax.jacfwd(of_free, has_aux=True)(flat)[::-1])
+
+        @search.defjvp
+        def derivative(primals, tangents):
+            r, jacobian = search(*primals)
+            return (r, jacobian), (jacobian @ tangents[0], jnp.zeros_like(jacobian))
+
+        def with_aux(flat, _):
+            r, jacobian = search(flat)
+            return r, (r, jacobian)
+
+        found = optx.least_squares(
+            with_aux, method, start, max_steps=steps, throw=False, has_aux=True
+        )
+        r, jacobian = found.aux
+        cost = 0.5 * jnp.sum(r**2)
+        cost = jnp.where(jnp.isfinite(cost), cost, jnp.inf)
+        return found.value, cost, found.result == optx.RESULTS.successful, jacobian
+
+    return jax.vmap(improve)(flats)
+
+
+def of_observations(flat: Float[Array, " n"], data: tuple[Misfit, Float[Array, ""]]) -> Array:
+    """The residuals of observations up to a time, as `least_squares` takes them."""
+    problem, end = data
+    return problem.residuals(flat, end)

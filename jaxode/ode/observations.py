@@ -1,0 +1,120 @@
+"""Check what `jaxode.estimate` gets, and pose the least-squares problem."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from jaxode._checks.arguments import check_args, check_state, floating
+from jaxode._checks.caller import arg
+from jaxode._checks.samples import check_finite, check_rows
+from jaxode.ode.field import check_field
+from jaxode.ode.misfit import TOLERANCES, Misfit
+
+
+def posed(
+    f: Any,
+    y0: Any,
+    ts: Any,
+    ys: Any,
+    starts: Any,
+    t0: Any,
+    functions: dict[str, Any],
+    noise: Any,
+    row_args: Any,
+    options: dict[str, Any],
+) -> tuple[Misfit, Float[Array, "starts n"]]:
+    """The checked problem, and the starts as vectors."""
+    check_field("f", f, "f(t, y, params)")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
+    starts = _starts(starts)
+    flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
+    dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
+    ts, ys, t0 = _observations(ts, ys, t0, dtype)
+    count = int((~jnp.isnan(ys)).sum())
+    weight = _weight(noise, functions, count, flats.shape[1], dtype)
+    state = check_state("y0", y0(template) if callable(y0) else y0)
+    if ts.ndim == 2:
+        check_rows("y0", state, len(ts))
+        row_args = None if row_args is None else check_rows("row_args", row_args, len(ts))
+    elif row_args is not None:
+        raise ValueError(
+            f"{arg('row_args')} are of several experiments; got ts of one. Pass ts [rows, times]."
+        )
+    if functions["observe"] is None:
+        _check_whole(state, ts, ys)
+    if not callable(y0):
+        y0 = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+    tolerance = max(TOLERANCES[dtype] / 100, 1e-6)
+    options = {"rtol": tolerance, "atol": tolerance, **options}
+    problem = Misfit(
+        f=f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, noise=weight, estimated=noise is None,
+        row_args=row_args, options=options, **functions,
+    )  # fmt: skip
+    return problem, flats
+
+
+def _starts(starts: Any) -> PyTree[Array]:
+    starts = check_args("starts", starts)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(starts)]
+    if len({shape[:1] for shape in shapes}) != 1 or shapes[0][:1] in ((), (0,)):
+        raise ValueError(
+            f"{arg('starts')} leaves must share a leading axis of starts; got shapes {shapes}. For "
+            "one start, add an axis: x[None]."
+        )
+    starts = jax.tree.map(floating, starts)
+    check_finite({"starts": starts})
+    return starts
+
+
+def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, Array]:
+    ts, ys, t0 = (floating(x).astype(dtype) for x in (ts, ys, t0))
+    if ts.ndim not in (1, 2) or ys.shape[: ts.ndim] != ts.shape or not ts.size:
+        raise ValueError(
+            f"{arg('ys')} must be [times, ...] for ts [times], or [rows, times, ...] for ts "
+            f"[rows, times]; got shapes {ys.shape} and {ts.shape}."
+        )
+    check_finite({"ts": ts, "t0": t0})
+    if bool((jnp.diff(ts, axis=-1) < 0).any()):
+        raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
+    if bool((ts[..., 0] < t0).any()):
+        raise ValueError(
+            f"{arg('ts')} must not be before t0, {float(t0):g}; got {float(ts.min()):g}. Pass the "
+            "state at the first of them, and t0."
+        )
+    if bool(jnp.isinf(ys).any()):
+        raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
+    return ts, ys, t0
+
+
+def _weight(noise: Any, functions: dict[str, Any], used: int, count: int, dtype: Any) -> Array:
+    """The noise, or one where the residuals say it."""
+    if noise is not None and functions["residual"] is not None:
+        raise ValueError(f"{arg('noise')} is not used with residual. Leave one out.")
+    if noise is None and functions["residual"] is None:
+        if functions["prior"] is not None:
+            raise ValueError(f"{arg('prior')} is weighed against the noise. Pass noise, too.")
+        if used <= count:
+            raise ValueError(
+                f"{arg('ys')} must be more than the {count} parameters, to say the noise; got "
+                f"{used}. Pass noise."
+            )
+    weight = floating(1.0 if noise is None else noise).astype(dtype)
+    if not bool((weight > 0).all()):
+        raise ValueError(f"{arg('noise')} must be positive; got {noise}.")
+    return weight
+
+
+def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
+    if not isinstance(state, jax.Array):
+        raise ValueError(f"{arg('y0')} must be one array without observe. Pass it.")
+    whole = (*ts.shape, *state.shape[ts.ndim - 1 :])
+    if whole != ys.shape:
+        raise ValueError(
+            f"{arg('ys')} must be states, {whole}, without observe; got shape {ys.shape}. Pass "
+            "observe(t, y, params)."
+        )

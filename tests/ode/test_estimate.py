@@ -1,0 +1,204 @@
+"""Parameters from observations: against least squares of closed forms, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import curve_fit
+
+import jaxode
+
+TS = jnp.linspace(0.1, 3.0, 30)
+NOISE = 0.02
+STARTS = {"rate": jnp.array([-1.5, 0.0, 1.5]), "size": jnp.array([0.3, 1.0, 3.0])}
+KNOWN = {"rate": 0.2, "size": 2.0}
+RNG = np.random.default_rng(0)
+
+
+def decay(t, y, params):
+    return -jnp.exp(params["rate"]) * y
+
+
+def start(params):
+    return params["size"][None]
+
+
+def closed(t, rate, size):
+    return size * np.exp(-np.exp(rate) * t)
+
+
+YS = closed(np.asarray(TS), *KNOWN.values()) + NOISE * RNG.normal(size=TS.shape)
+
+
+def estimated(ys=YS, ts=TS, starts=STARTS, **options):
+    return jaxode.estimate(decay, start, ts, jnp.asarray(ys)[:, None], starts, **options)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return estimated()
+
+
+def test_it_is_the_least_squares_of_the_closed_form(fitted):
+    expected, covariance = curve_fit(closed, TS, YS, (0.0, 1.0), ftol=1e-12, xtol=1e-12)
+    np.testing.assert_allclose([*fitted.params.values()], expected, rtol=1e-5)
+    np.testing.assert_allclose(fitted.covariance, covariance, rtol=1e-3)
+    np.testing.assert_allclose([*fitted.errors.values()], np.sqrt(np.diag(covariance)), rtol=1e-3)
+    residuals = YS - closed(np.asarray(TS), *expected)
+    np.testing.assert_allclose(fitted.noise, np.sqrt(np.sum(residuals**2) / 28), rtol=1e-5)
+
+
+def test_every_start_ends_there(fitted):
+    np.testing.assert_allclose(fitted.costs, fitted.cost, rtol=1e-6)
+    np.testing.assert_allclose(fitted.starts["rate"], fitted.params["rate"], atol=1e-4)
+    assert fitted.converged
+
+
+def test_a_missing_observation_is_one_less():
+    ys = np.where(np.arange(30) % 3 == 0, np.nan, YS)
+    expected, covariance = curve_fit(
+        closed, TS[~np.isnan(ys)], YS[~np.isnan(ys)], (0.0, 1.0), ftol=1e-12, xtol=1e-12
+    )
+    found = estimated(ys)
+    np.testing.assert_allclose([*found.params.values()], expected, rtol=1e-5)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-3)
+
+
+def test_with_known_noise_and_a_prior_it_is_the_mode():
+    prior = lambda params: (params["rate"] - 1.0) / 0.01
+    found = estimated(noise=NOISE, prior=prior)
+    times = np.append(TS, -1.0)  # a time that stands for the prior
+    model = lambda t, rate, size: np.where(t < 0, rate, closed(t, rate, size))
+    sigma = np.append(np.full(30, NOISE), 0.01)
+    expected, covariance = curve_fit(
+        model, times, np.append(YS, 1.0), (0.0, 1.0), sigma, absolute_sigma=True, ftol=1e-12
+    )
+    np.testing.assert_allclose([*found.params.values()], expected, rtol=1e-4)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-2)
+
+
+def test_logarithms_are_observed_or_compared():
+    logs = np.log(closed(np.asarray(TS), *KNOWN.values())) + NOISE * RNG.normal(size=TS.shape)
+    observed = estimated(logs, observe=lambda t, y, params: jnp.log(y), noise=NOISE)
+    apart = lambda predicted, observed: jnp.log(predicted / observed) / NOISE
+    compared = estimated(np.exp(logs), residual=apart, match=False)
+    np.testing.assert_allclose([*observed.params.values()], [*compared.params.values()], rtol=1e-5)
+    np.testing.assert_allclose(observed.covariance, compared.covariance, rtol=1e-3)
+    slope, _ = np.polyfit(TS, logs, 1)
+    np.testing.assert_allclose(-jnp.exp(observed.params["rate"]), slope, rtol=1e-4)
+
+
+def test_a_profile_is_what_a_refit_at_each_value_gives(fitted):
+    error = fitted.errors["rate"]
+    values = fitted.params["rate"] + error * jnp.array([-1.96, -1.0, 0.0, 1.0, 1.96])
+    ratio, others = fitted.profile(lambda params: params["rate"], values)
+    np.testing.assert_allclose(ratio, [3.84, 1.0, 0.0, 1.0, 3.84], atol=0.1)
+    best = [np.exp(-np.exp(rate) * TS) for rate in np.asarray(values)]
+    sizes = [basis @ YS / (basis @ basis) for basis in map(np.asarray, best)]
+    np.testing.assert_allclose(others["size"], sizes, rtol=1e-5)
+    np.testing.assert_allclose(others["rate"], values)
+
+
+def test_experiments_share_parameters_and_have_their_own_inputs():
+    rates, ts = jnp.array([0.5, 1.0, 2.0]), jnp.stack([TS, 2 * TS, jnp.minimum(TS, 1.0)])
+    field = lambda t, y, args: -jnp.exp(args[0]["rate"]) * args[1] * y
+    y0 = jnp.array([[1.0], [2.0], [3.0]])
+    exact = y0 * jnp.exp(-jnp.exp(0.2) * rates[:, None] * ts)
+    ys = exact + NOISE * RNG.normal(size=ts.shape)
+    ys = ys.at[2, np.asarray(TS) > 1.0].set(jnp.nan)  # padded
+    found = jaxode.estimate(
+        field, y0, ts, ys[..., None], {"rate": STARTS["rate"]}, row_args=rates, noise=NOISE
+    )
+    seen = ~np.isnan(ys)
+    model = lambda x, rate: x[1] * np.exp(-np.exp(rate) * x[0])
+    x = np.stack([(rates[:, None] * ts)[seen], jnp.broadcast_to(y0, ts.shape)[seen]])
+    sigma = np.full(seen.sum(), NOISE)
+    expected, covariance = curve_fit(model, x, ys[seen], 0.0, sigma, absolute_sigma=True)
+    np.testing.assert_allclose(found.params["rate"], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-2)
+
+
+def circling(t, y, params):
+    return params["speed"] * jnp.stack([y[1], -y[0]])
+
+
+@pytest.mark.parametrize("observe", [None, lambda t, y, params: y[0]], ids=["state", "half of it"])
+def test_starts_that_single_shooting_loses_find_twenty_periods(observe):
+    ts = jnp.linspace(0.1, 40 * jnp.pi, 400)
+    ys = jnp.stack([jnp.sin(ts), jnp.cos(ts)], 1) + 0.1 * RNG.normal(size=(400, 2))
+    starts = {"speed": jnp.array([0.7, 1.3])}
+    ys = ys if observe is None else ys[:, 0]
+    found = jaxode.estimate(
+        circling, jnp.array([0.0, 1.0]), ts, ys, starts, observe=observe, max_steps=1024
+    )
+    assert abs(found.params["speed"] - 1.0) < 4 * found.errors["speed"] < 1e-3
+    if observe is None:
+        np.testing.assert_allclose(found.costs, found.cost, rtol=1e-6)
+
+
+def test_it_names_what_the_observations_do_not_determine():
+    field = lambda t, y, p: -p["a"] * p["b"] * y + 0.0 * p["idle"]
+    starts = {"a": jnp.ones(1), "b": 1.2 * jnp.ones(1), "idle": jnp.ones(1)}
+    with pytest.warns(UserWarning, match=r"do not determine \['a'\], \['b'\], \['idle'\]"):
+        found = jaxode.estimate(field, jnp.full(1, 2.0), TS, YS[:, None], starts, noise=NOISE)
+    assert all(np.isinf(error) for error in found.errors.values())
+    np.testing.assert_allclose(found.params["a"] * found.params["b"], np.exp(0.2), rtol=0.02)
+
+
+def test_it_names_a_parameter_at_its_bound():
+    # Nothing decays: the logarithm of the rate runs away.
+    ys = jnp.asarray(2.0 + 0.01 * np.linspace(0, 1, 30))
+    with pytest.warns(UserWarning, match=r"do not determine \['rate'\]"):
+        found = estimated(ys, starts=jax.tree.map(lambda x: x[:1], STARTS), noise=NOISE)
+    assert found.params["rate"] < -5.0
+
+
+WRONG = {
+    "one start without an axis": ({"starts": {"rate": 1.0, "size": 1.0}}, "share a leading axis"),
+    "starts of two lengths": (
+        {"starts": {"rate": jnp.ones(2), "size": jnp.ones(3)}}, "share a leading axis",
+    ),
+    "an infinite start": (
+        {"starts": {"rate": jnp.array([jnp.inf]), "size": jnp.ones(1)}}, "must be finite",
+    ),
+    "times out of order": ({"ts": TS[::-1]}, "must be in order"),
+    "a time before the start": ({"t0": 1.0}, "must not be before t0, 1"),
+    "fewer times": ({"ts": TS[:5]}, "must be \\[times, ...\\]"),
+    "infinity": ({"ys": np.where(TS > 2, np.inf, YS)}, "NaN where missing"),
+    "fewer observations than parameters": (
+        {"ys": np.where(TS > 0.2, np.nan, YS)}, "more than the 2 parameters",
+    ),
+    "a prior without noise": ({"prior": lambda p: p}, "Pass noise"),
+    "noise twice": ({"noise": 0.1, "residual": lambda p, o: p - o}, "Leave one out"),
+    "noise of zero": ({"noise": 0.0}, "must be positive"),
+    "slopes of what is not observed": (
+        {"match": True, "observe": lambda t, y, p: y}, "needs the whole state",
+    ),
+    "rows of one experiment": ({"row_args": jnp.ones(30)}, "several experiments"),
+    "its own option": ({"batch": "joint"}, "which sets it"),
+    "a list for a function": ({"observe": [1]}, "must be a function"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_it_refuses(case):
+    options, words = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=words) as raised:
+        estimated(**options)
+    assert str(raised.value).startswith("estimate(")
+
+
+def test_it_says_that_no_start_can_be_solved():
+    explode = lambda t, y, params: y**2 + jnp.exp(params["rate"])
+    with pytest.raises(jaxode.SolveError, match="none could be solved"):
+        jaxode.estimate(
+            explode, jnp.full(1, 1e3), TS, YS[:, None], {"rate": jnp.ones(2)},
+            match=False, max_steps=64,
+        )  # fmt: skip
+
+
+def test_a_profile_needs_one_parameter(fitted):
+    with pytest.raises(ValueError, match="must choose one parameter; got 2"):
+        fitted.profile(lambda params: params["rate"] + params["size"], jnp.ones(1))
+    with pytest.raises(TypeError, match="must choose one number"):
+        fitted.profile(lambda params: params["k"], jnp.ones(1))
