@@ -59,12 +59,14 @@ ROWS = [
     *must(-1, ValueError, "a number of steps", {"fit": "likelihood"}),
     *must("no", TypeError, "True or False", {
         **dict.fromkeys(["cnf", "solve", "flow"], "throw"), **dict.fromkeys(DENSITIES, "progress"),
-        "fit": "dequantize progress", "plot.density": "colorbar", "Lattice": "odd",
+        "fit": "progress", "plot.density": "colorbar", "Lattice": "odd",
     }),
     *must("each", ValueError, "'joint' or 'per_sample'", {"flow": "batch", "cnf": "batch"}),
     *must("each", ValueError, "None, 'joint' or 'per_sample'", {"solve": "batch"}),
     *must("low", ValueError, "None, 'highest'~", {"solve": "precision"}),
     *must("x", ValueError, "'score' or 'noise'", {"probability_flow": "predicts"}),
+    *must("no", ValueError, "'uniform' or 'normal'", {"dequantize": "noise"}),
+    *must("no", ValueError, "True, False, 'uniform' or 'normal'", {"fit": "dequantize"}),
     *must("x", ValueError, "'rademacher', 'gaussian' or 'ortho~", {"hutchinson": "distribution"}),
     *(
         row for direction in (2, True, 1.0)
