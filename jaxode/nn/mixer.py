@@ -21,7 +21,7 @@ def rows(layer: Dense, h: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
 
 
 class Block(eqx.Module):
-    """A layer between patches, and one of each patch."""
+    """Two layers between patches, and two of each patch."""
 
     modulation: Dense
     tokens: tuple[Dense, Dense]
@@ -29,17 +29,17 @@ class Block(eqx.Module):
 
 
 class Mixer(Network):
-    """A network for images, which mixes patches, and the features of each patch, in turn.
+    """An MLP-mixer for images: it mixes patches, and the features of each patch, in turn.
 
-    Each number of a sample gets features `phi = activation(w(e) y + v(e))`, with `e` the time and
-    the context as in `Residual`. An affine map of those of a patch, and of its place, is its row
-    of `h`. A block mixes rows by `h + V activation(W u)` and columns by `h + activation(u W) V`,
-    with `u = (1 + a(e)) h + b(e)`. Coefficients `k`, affine in `20 tanh(activation(h) / 20)`, make
-    the output `k_0 + sum_j k_j 20 tanh(phi_j / 20) + c(e) y`. So it grows no faster than `y`, as
-    that of `Residual`.
+    With `e` the time and the context as in `Residual`, each number `y` has features
+    `phi = activation(w(e) y + v(e))`. Those of a patch, its numbers with a margin around it, and
+    its place make its row of `h`. A block is `h + V activation(W u)` over patches, then
+    `h + activation(u W) V` over features, each of `u = (1 + a(e)) h + b(e)`. The output is
+    `k_0 + sum_j k_j 20 tanh(phi_j / 20) + c(e) y`, with `k` affine in
+    `20 tanh(activation(h) / 20)`. So it grows no faster than `y`.
 
-    It consists of products of matrices, which are fast in a solve on any device. (On a CPU, a
-    convolution is slow there.) It has no closed form of its divergence.
+    All of it is matrix products and elementwise functions, since XLA runs a convolution slowly
+    inside a solve on a CPU. It has no closed form of its divergence.
 
     Args:
         event_shape: `(height, width)` or `(height, width, channels)`.
@@ -99,11 +99,14 @@ class Mixer(Network):
         count = event[0] * event[1] // patch**2
         numbers = size // count
         known = 2 * WAVES + (width if context_size else 0)
-        between = max(width * 2 // 3, 1)
+        middle, wide = max(width * 2 // 3, 1), 2 * width
         of_block = (
-            (4 * width, known), (between, count), (count, between), (2 * width, width),
-            (width, 2 * width),
-        )  # fmt: skip
+            (4 * width, known),
+            (middle, count),
+            (count, middle),
+            (wide, width),
+            (width, wide),
+        )
         ends = (
             (2 * features, known), (width, numbers * (4 + features)), (count, width),
             (numbers * (1 + features), width), (size, known),
@@ -117,10 +120,8 @@ class Mixer(Network):
         self.first, self.place = Dense(first), 0.1 * place
         self.last, self.scale = Dense(last, 0.1), Dense(scale, 0.0)
         dense = tuple(map(Dense, drawn))
-        self.blocks = tuple(
-            Block(m, (t1, t2), (c1, c2))
-            for m, t1, t2, c1, c2 in (dense[5 * i : 5 * i + 5] for i in range(blocks))
-        )
+        each = [dense[i : i + 5] for i in range(0, 5 * blocks, 5)]
+        self.blocks = tuple(Block(m, (t, u), (c, d)) for m, t, u, c, d in each)
         self.encoder = (dense[-2], dense[-1]) if context_size else None
         self.event_shape, self.patch, self.activation = event, patch, activation
 
@@ -134,26 +135,24 @@ class Mixer(Network):
 
     def _field(self, t, x, context):
         e = encoded(t, context, self.encoder, self.activation, x.dtype)
-        y = self._patches(x)
-        slope, shift = (part[None, None] for part in parts(self.feature, e, 2))
-        phi = self.activation(slope * y[:, :, None] + shift)
+        down, size, across, *_ = self._tiled
+        y = jnp.swapaxes(x.reshape(self._tiled), 1, 2).reshape(down * across, -1)
+        slope, shift = (part[None, :, None] for part in parts(self.feature, e, 2))
+        phi = self.activation(slope * y[:, None] + shift)
         seen = jnp.concatenate([self._windows(x), phi.reshape(len(y), -1)], axis=1)
         h = rows(self.first, seen) + self.place
         for block in self.blocks:
             a, b, c, d = (part[None] for part in parts(block.modulation, e, 4))
             h = h + self._mixed(block.tokens, ((1 + a) * h + b).T).T
             h = h + self._mixed(block.channels, (1 + c) * h + d)
-        k = rows(self.last, bounded(self.activation(h))).reshape(*y.shape, -1)
-        out = k[:, :, 0] + jnp.sum(k[:, :, 1:] * bounded(phi), axis=2)
-        return self._image(out) + self.scale(e) * x
+        k = rows(self.last, bounded(self.activation(h))).reshape(len(y), -1, y.shape[1])
+        out = k[:, 0] + jnp.sum(k[:, 1:] * bounded(phi), axis=1)
+        image = jnp.swapaxes(out.reshape(down, across, size, size, -1), 1, 2).reshape(-1)
+        return image + self.scale(e) * x
 
     def _mixed(self, layers: tuple[Dense, Dense], u: Float[Array, "rows size"]) -> Array:
         inner, outer = layers
         return rows(outer, self.activation(rows(inner, u)))
-
-    def _patches(self, x: Float[Array, " size"]) -> Float[Array, "patches numbers"]:
-        down, _, across, *_ = self._tiled
-        return jnp.swapaxes(x.reshape(self._tiled), 1, 2).reshape(down * across, -1)
 
     def _windows(self, x: Float[Array, " size"]) -> Float[Array, "patches 4*numbers"]:
         """Patches with a margin: they have twice the height and width, and overlap."""
@@ -164,10 +163,6 @@ class Mixer(Network):
         y = jnp.concatenate([y[:-1], y[1:]], axis=1)
         y = jnp.concatenate([y[:, :, :-1], y[:, :, 1:]], axis=3)
         return jnp.swapaxes(y, 1, 2).reshape(down * across, -1)
-
-    def _image(self, y: Float[Array, "patches numbers"]) -> Float[Array, " size"]:
-        down, size, across, _, channels = self._tiled
-        return jnp.swapaxes(y.reshape(down, across, size, size, channels), 1, 2).reshape(-1)
 
     @property
     def _tiled(self) -> tuple[int, ...]:

@@ -213,13 +213,15 @@ def test_the_mixer_is_that_of_its_docstring(patch):
     dense = lambda layer, x: np.asarray(x) @ layer.weight.T + layer.bias
     e = np.concatenate([waves(), dense(m.encoder[1], silu(dense(m.encoder[0], CONTEXT)))])
     slope, shift = np.split(dense(m.feature, e), 2)
-    phi = silu(slope * y[..., None] + shift)
+    phi = np.moveaxis(silu(slope * y[..., None] + shift), -1, 0)
     before = patch // 2
     wide = np.pad(y, [(before, patch - before)] * 2 + [(0, 0)])
     at = [(patch * i, patch * j) for i in range(down) for j in range(across)]
     cut = lambda x, i, j, size: x[i : i + size, j : j + size]
     seen = [
-        np.concatenate([cut(wide, *ij, 2 * patch).ravel(), cut(phi, *ij, patch).ravel()])
+        np.concatenate(
+            [cut(wide, *ij, 2 * patch).ravel(), *(cut(p, *ij, patch).ravel() for p in phi)]
+        )
         for ij in at
     ]
     h = dense(m.first, np.array(seen)) + m.place
@@ -232,8 +234,8 @@ def test_the_mixer_is_that_of_its_docstring(patch):
     k = dense(m.last, tanh(silu(h)))
     expected = np.zeros_like(y)
     for row, ij in zip(k, at, strict=True):
-        weights = row.reshape(patch, patch, 2, 4)
-        out = weights[..., 0] + np.sum(weights[..., 1:] * tanh(cut(phi, *ij, patch)), -1)
+        first, *others = row.reshape(4, patch, patch, 2)
+        out = sum((w * tanh(cut(p, *ij, patch)) for w, p in zip(others, phi, strict=True)), first)
         cut(expected, *ij, patch)[:] = out
     expected += dense(m.scale, e).reshape(shape) * y
     found = jax.jit(lambda m: m(T, y, CONTEXT))(m)
