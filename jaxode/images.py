@@ -49,7 +49,8 @@ def dequantize(
             density is wrong.
         levels: the number of levels, such as 256.
         noise: "uniform", or "normal" with mean 1/2 and standard deviation 1/6, cut off at the ends.
-            The second leaves a flow no jumps to learn between a common level and a rare one.
+            The second leaves a flow no jumps to learn between a common level and a rare one. Of
+            levels that the flow does not tell apart, it costs 0.56 bits each.
 
     Returns:
         `u [batch, *event]`, in the dtype of `x` if it is floating, and at least float32; otherwise
