@@ -79,7 +79,7 @@ class Mixer(Network):
         key: PRNGKeyArray,
         features: int = 8,
         context_size: int = 0,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Callable[[Array], Array] = jax.nn.gelu,
     ):
         event = as_event_shape(event_shape)
         if len(event) not in (2, 3):

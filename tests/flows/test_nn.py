@@ -205,7 +205,8 @@ def test_the_mixer_is_that_of_its_docstring(patch):
     """Of images of 6 x 4 and 6 x 3 pixels with two channels. Patches have margins."""
     down, across = 6 // patch, 4 // patch
     shape = (6, across * patch, 2)
-    m = nn.Mixer(shape, patch, 5, 2, features=3, key=jax.random.key(0), context_size=2)
+    options = {"features": 3, "context_size": 2, "activation": jax.nn.silu}
+    m = nn.Mixer(shape, patch, 5, 2, key=jax.random.key(0), **options)
     m = jax.tree.map(lambda x: np.asarray(2 * x + 0.1), m)
     y = np.random.default_rng(0).normal(size=shape)
     silu = lambda x: x / (1 + np.exp(-x))
