@@ -10,7 +10,11 @@ y, log_det_2 = logit(u)
 bits = bits_per_dimension(flow.log_prob(params, y) + log_det_1 + log_det_2, x[0].size)
 ```
 
-References: Dinh et al. (2017), arXiv:1605.08803; Theis et al. (2016), arXiv:1511.01844.
+Noise with the density `q` in the cell of a level gives a bound, which is tight if the density in
+the cell is proportional to `q`: `log p(level) >= E_q[log p(level + noise) - log q(noise)]`.
+
+References: Dinh et al. (2017), arXiv:1605.08803; Theis et al. (2016), arXiv:1511.01844; Zheng et
+al. (2023), arXiv:2305.03935.
 """
 
 import math
@@ -22,17 +26,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode._checks.arguments import floating, integer, numbers
+from jaxode._checks.arguments import floating, integer, numbers, one_of
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_key
 
+NOISES = "uniform", "normal"
+NORMAL_SCALE = 1 / 6  # standard deviation of the normal, and its probability of (0, 1)
+NORMAL_MASS = math.erf(0.5 / NORMAL_SCALE / math.sqrt(2))
+
 
 @public("dequantize")
 def dequantize(
-    key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int
+    key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int, *, noise: str = "uniform"
 ) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
-    """`u = (x + noise) / levels` in `(0, 1)`, with uniform noise in `(0, 1)`.
+    """`u = (x + noise) / levels` in `(0, 1)`, with noise in `(0, 1)`.
 
     Args:
         key: draws the noise. Use a new key for each pass over the data.
@@ -40,19 +48,23 @@ def dequantize(
             scaled to `[0, 1]`, raise outside `jit`. Inside `jit` they go unnoticed, and their
             density is wrong.
         levels: the number of levels, such as 256.
+        noise: "uniform", or "normal" with mean 1/2 and standard deviation 1/6, cut off at the ends.
+            The second leaves a flow no jumps to learn between a common level and a rare one. Of
+            levels that the flow does not tell apart, it costs 0.56 bits each.
 
     Returns:
         `u [batch, *event]`, in the dtype of `x` if it is floating, and at least float32; otherwise
-        in the default dtype. And the log-determinant `[batch]`, such that a density of `u` plus
-        it is a density of `x + noise`, whose integral over a unit cell is the probability of a
-        level.
+        in the default dtype. And the log-determinant `[batch]` less the log-density of the noise,
+        `-size log levels - log q(noise)`. The log-density of `u` plus it is, in the mean over
+        noise, at most the log-probability of the levels.
 
     Raises:
         TypeError: if `x` is not an array of real numbers, or `key` not a key of `jax.random`.
-        ValueError: if a value is known not to be a level, or `levels` is not an integer of at least
-            2.
+        ValueError: if a value is known not to be a level, `levels` is not an integer of at least 2,
+            or `noise` is another.
     """
     integer("levels", levels, 2)
+    one_of("noise", noise, NOISES)
     x = numbers("x", x)
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
@@ -60,19 +72,36 @@ def dequantize(
     x = floating(x)
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), x.dtype)
     # A division by the levels and a product with them round, too.
-    return in_cells(check_key(key), x, 2) / levels, log_det
+    noisy = in_cells(check_key(key), x, 2, noise)
+    log_noise = log_density(noise, noisy - x).sum(axis=tuple(range(1, x.ndim)))
+    return noisy / levels, log_det - log_noise
 
 
-@partial(jax.jit, static_argnames="spacings")
+@partial(jax.jit, static_argnames=("spacings", "noise"))
 def in_cells(
-    key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51
+    key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51, noise: str = "uniform"
 ) -> Float[Array, "..."]:
-    """`x` plus uniform noise, so far from `x` and `x + 1` that rounding does not reach them.
+    """`x` plus noise, so far from `x` and `x + 1` that rounding does not reach them.
 
     So far in spacings of the dtype: for a sum alone, half of one and a little.
     """
-    margin = margin_of(jax.lax.stop_gradient(x), spacings)
-    return x + jnp.clip(jax.random.uniform(key, x.shape, x.dtype), margin, 1 - margin)
+    return x + in_unit(key, x, margin_of(jax.lax.stop_gradient(x), spacings), noise)
+
+
+def in_unit(key: PRNGKeyArray, like: Any, margin: Any, noise: str = "uniform") -> Array:
+    """Noise in (0, 1), in the shape and dtype of an array, with a margin at both ends."""
+    v = jax.random.uniform(key, like.shape, like.dtype)
+    if noise == "normal":
+        v = 0.5 + NORMAL_SCALE * jax.scipy.special.ndtri(0.5 + NORMAL_MASS * (v - 0.5))
+    return jnp.clip(v, margin, 1 - margin)
+
+
+def log_density(noise: str, v: Any) -> Array:
+    """The log-density of each noise in (0, 1)."""
+    if noise == "uniform":
+        return jnp.zeros_like(v)
+    log_area = math.log(NORMAL_MASS * NORMAL_SCALE * math.sqrt(2 * math.pi))
+    return -0.5 * ((v - 0.5) / NORMAL_SCALE) ** 2 - log_area
 
 
 def margin_of(x: Any, spacings: float = 0.51) -> Any:

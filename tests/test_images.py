@@ -26,12 +26,13 @@ def test_maps_invert_and_have_their_log_determinants():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64, jnp.uint8])
 @pytest.mark.parametrize("levels", [2, 256])
-def test_the_most_extreme_noise_stays_in_the_cell_of_its_level(levels, dtype, monkeypatch):
+@pytest.mark.parametrize("kind", images.NOISES)
+def test_the_most_extreme_noise_stays_in_the_cell_of_its_level(kind, levels, dtype, monkeypatch):
     x = (np.arange(256) % levels)[:, None]  # of one shape
     for noise in (lambda dtype: 0, lambda dtype: jnp.nextafter(*jnp.array([1, 0], dtype))):
         extreme = lambda key, shape, dtype, noise=noise: jnp.full(shape, noise(dtype), dtype)
         monkeypatch.setattr(jax.random, "uniform", extreme)
-        u, _ = images.dequantize(jax.random.key(0), jnp.asarray(x, dtype), levels)
+        u, _ = images.dequantize(jax.random.key(0), jnp.asarray(x, dtype), levels, noise=kind)
         single = dtype in (jnp.bfloat16, jnp.float32)
         assert u.dtype == (jnp.float32 if single else float)
         assert ((u > 0) & (u < 1)).all()
@@ -54,6 +55,43 @@ def test_noise_covers_its_cell(x):
     noise = images.in_cells(jax.random.key(0), jnp.full(100_000, x, jnp.float32)) - x
     # The standard deviation of a uniform number. At 250,000 single precision is 1/64 apart.
     np.testing.assert_allclose(noise.std() * 12**0.5, 1, rtol=0.02)
+
+
+@pytest.mark.parametrize("noise", images.NOISES)
+def test_noise_has_its_density(noise):
+    """Which integrates to one."""
+    ends = np.linspace(0.0, 1.0, 65)
+    x, weights = np.polynomial.legendre.leggauss(8)
+    nodes = ends[:-1, None] + (x[None] + 1) / 128
+    parts = np.exp(images.log_density(noise, nodes)) @ weights / 128
+    np.testing.assert_allclose(parts.sum(), 1, rtol=1e-12)
+    drawn = images.in_cells(jax.random.key(0), jnp.full(100_000, 7.0), noise=noise) - 7
+    levels = np.searchsorted(np.sort(drawn), ends) / len(drawn)
+    # Of 100,000 draws, a level is off by 0.0016 at most.
+    np.testing.assert_allclose(levels[1:-1], np.cumsum(parts)[:-1], atol=5e-3)
+
+
+# Probabilities of levels, and log-densities in a cell.
+SHARES = np.array([0.5, 0.3, 0.15, 0.05])
+IN_CELL = {
+    **{noise: lambda v, noise=noise: images.log_density(noise, v) for noise in images.NOISES},
+    "neither": lambda v: jnp.log(2 * v),
+}
+
+
+@pytest.mark.parametrize("noise", images.NOISES)
+@pytest.mark.parametrize("density", IN_CELL)
+def test_the_probability_of_a_level_is_bounded(density, noise):
+    """Tightly by noise with the density of the cell."""
+    x = np.repeat(np.arange(4), 5000)[:, None]
+    u, log_det = images.dequantize(jax.random.key(0), x, 4, noise=noise)
+    v = (4 * np.asarray(u) - x)[:, 0]
+    log_prob = np.log(4 * SHARES)[x[:, 0]] + np.asarray(IN_CELL[density](v))  # of u
+    bound = np.asarray(log_prob + log_det).reshape(4, -1)
+    if density == noise:
+        np.testing.assert_allclose(bound.T, [np.log(SHARES)] * 5000, rtol=1e-10)
+    else:
+        assert (bound.mean(1) < np.log(SHARES) - 0.05).all()
 
 
 def test_half_precision_is_mapped_in_single():

@@ -30,7 +30,7 @@ from jaxode.density.bind import Density
 from jaxode.density.maps import FITS
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
-from jaxode.density.table import Table
+from jaxode.density.table import Table, check_dequantize
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
 from jaxode.flows.bases import has_full_support
 from jaxode.flows.coupling import Coupling, independent
@@ -64,7 +64,7 @@ def fit(
     coupling: Coupling = independent(),
     likelihood: int = 0,
     time_power: float | None = None,
-    dequantize: bool = False,
+    dequantize: bool | str = False,
     progress: bool = True,
 ) -> tuple[Density, list[Point]]:
     """Train a density on data, and keep the parameters that are best on rows set aside.
@@ -102,9 +102,10 @@ def fit(
         likelihood: steps of maximum likelihood after matching and its `seconds`, from the best
             parameters, with Adam at 5e-4, the first 50 at the full rate.
         time_power: as for `matching_loss`.
-        dequantize: add uniform noise in (0, 1) to columns of integers, new after 50 steps;
-            not to validation rows of your own that have noise. `log_prob` is then that of
-            `x + noise`.
+        dequantize: add noise in (0, 1) to columns of integers, new after 50 steps; not to
+            validation rows of your own that have noise. True is "uniform", and "normal" as in
+            `jaxode.images.dequantize`. `log_prob` is then that of `x + noise`. Validations subtract
+            the log-density of the noise, so that both are compared by their bounds.
         progress: show steps, nats and the time left on stderr.
 
     Returns:
@@ -136,8 +137,8 @@ def fit(
         math.inf if steps is None else integer("steps", steps),
         math.inf if seconds is None else non_negative("seconds", seconds),
     )
-    for name, value in (("dequantize", dequantize), ("progress", progress)):
-        check_bool(name, value)
+    check_dequantize(dequantize)
+    check_bool("progress", progress)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
     if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):

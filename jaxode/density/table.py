@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, floating, shape_of
+from jaxode._checks.caller import arg
 from jaxode._checks.rules import INSIDE, NUMBER, Rule
 from jaxode._checks.samples import check_data, check_finite, check_rows
 from jaxode.density.bind import Density
@@ -19,7 +20,7 @@ from jaxode.density.contexts import context_numbers
 from jaxode.density.maps.base import contained
 from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
 from jaxode.flows.bases import has_full_support
-from jaxode.images import in_cells, margin_of
+from jaxode.images import NOISES, in_cells, log_density, margin_of
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -48,14 +49,17 @@ class Table:
     rows: Any
     validation: Any
     integers: Bool[np.ndarray, " *event"] | None = None
+    noise: str = NOISES[0]
 
     @classmethod
     def of(
-        cls, density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, key
+        cls, density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool | str, key
     ) -> "Table":
         """Check the rows, set some aside, and warn of columns without a density."""
+        noise = dequantize if isinstance(dequantize, str) else NOISES[0]
+        dequantize = bool(dequantize)
         rows, validation_rows = set_aside(density, x, context, validation, dequantize, key)
-        integers = is_integer(rows.x) & bool(dequantize)
+        integers = is_integer(rows.x) & dequantize
         if isinstance(validation, PARTS):  # of the same table
             integers &= is_integer(validation_rows.x)
         largest = np.maximum(np.abs(rows.x).max(axis=0), np.abs(validation_rows.x).max(axis=0))
@@ -65,7 +69,7 @@ class Table:
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
-        return cls(rows, validation_rows, integers & ~coarse)
+        return cls(rows, validation_rows, integers & ~coarse, noise)
 
     @property
     def has_noise(self) -> bool:
@@ -73,20 +77,30 @@ class Table:
         return self.integers is not None and bool(self.integers.any())
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
-        """The rows with uniform noise in (0, 1) on the columns of integers.
+        """The rows with noise in (0, 1) on the columns of integers.
 
         Given validation rows may have noise of their own.
         """
         if not self.has_noise:
             return rows
         integers, x = self.integers & is_integer(rows.x), jnp.asarray(rows.x)
-        return rows._replace(x=jnp.where(integers[None], in_cells(key, x), x))
+        noisy = in_cells(key, x, noise=self.noise)
+        return rows._replace(x=jnp.where(integers[None], noisy, x))
+
+    def log_noise(self, noisy: Rows) -> float:
+        """Mean log-density of the noise of the validation rows."""
+        if not self.has_noise or self.noise == NOISES[0]:
+            return 0.0
+        integers = self.integers & is_integer(self.validation.x)
+        noise = np.asarray(noisy.x) - self.validation.x
+        return float(log_density(self.noise, noise[:, integers]).sum(axis=1).mean())
 
     def in_flow(
         self, density: Density, validation_rows: Rows, key: PRNGKeyArray, most: int
     ) -> tuple[Callable[[PRNGKeyArray], Rows], Rows, float]:
         """A function of a key, the rows to train on as the flow sees them, with new noise; and the
-        rows that are set aside, with the mean of their log-determinants.
+        rows that are set aside, with the mean of their log-determinants less the log-densities of
+        their noise.
 
         With noise, at most so many of them, drawn by the key.
 
@@ -97,7 +111,7 @@ class Table:
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
         # Cut in NumPy, whose programs need not be compiled.
         part = lambda cut: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
-        rows, validation_rows = part(slice(count)), part(slice(count, None))
+        rows, mapped_validation = part(slice(count)), part(slice(count, None))
         of_key = lambda key: rows
         if self.has_noise:
 
@@ -109,7 +123,8 @@ class Table:
                     some = jax.tree.map(lambda leaf: leaf[drawn], some)
                 return to_flow(density, self.noisy(some, key))
 
-        return of_key, validation_rows, float(np.asarray(log_det, np.float64)[count:].mean())
+        mean = float(np.asarray(log_det, np.float64)[count:].mean())
+        return of_key, mapped_validation, mean - self.log_noise(validation_rows)
 
 
 def _joined(a: Any, b: Any) -> np.ndarray:
@@ -173,6 +188,14 @@ def _checked(
         for noisy in ends:
             INSIDE.check(contained(density.support, jnp.asarray(noisy)), noisy)
     return Rows(x, context)
+
+
+def check_dequantize(value: Any) -> None:
+    """Raise unless it is True, False or the name of a noise."""
+    if not (isinstance(value, bool | np.bool_) or (isinstance(value, str) and value in NOISES)):
+        raise ValueError(
+            f"{arg('dequantize')} must be True, False, 'uniform' or 'normal'; got {value!r}."
+        )
 
 
 def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:

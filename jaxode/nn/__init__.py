@@ -6,11 +6,12 @@ is none.
 """
 
 from jaxode.nn.lattice import Lattice
+from jaxode.nn.mixer import Mixer
 from jaxode.nn.networks import MLP, Concat, ConcatSquash, PotentialGradient, field, softplus
 from jaxode.nn.particles import Particles
 from jaxode.nn.residual import Residual
 
 __all__ = [
-    "MLP", "Concat", "ConcatSquash", "Lattice", "Particles", "PotentialGradient", "Residual",
-    "field", "softplus",
+    "MLP", "Concat", "ConcatSquash", "Lattice", "Mixer", "Particles", "PotentialGradient",
+    "Residual", "field", "softplus",
 ]  # fmt: skip

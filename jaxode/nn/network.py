@@ -36,6 +36,24 @@ def waves(t: Float[Array, ""], dtype: Any) -> list[Array]:
     return [jnp.sin(angles), jnp.cos(angles)]
 
 
+def encoded(t, context, encoder: Any, activation: Callable[[Array], Array], dtype: Any) -> Array:
+    """The time and, by two layers, the context."""
+    known = waves(t, dtype)
+    if encoder is not None:
+        inner, outer = encoder
+        known.append(outer(activation(inner(context))))
+    return jnp.concatenate(known)
+
+
+def parts(layer: "Dense", e: Array, count: int) -> list[Array]:
+    """`layer(e)` in equal parts.
+
+    Products with parts of the weights, since parts of the outputs of a batch would be copied.
+    """
+    weights, biases = (jnp.split(leaf, count) for leaf in (layer.weight, layer.bias))
+    return [e @ weight.T + bias for weight, bias in zip(weights, biases, strict=True)]
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def draws(key: PRNGKeyArray, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
     """Arrays of these shapes with numbers between -1 and 1.

@@ -12,9 +12,13 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
 from jaxode.flows.bases import as_event_shape
-from jaxode.nn.network import WAVES, Dense, Network, draws, waves
+from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
 
 BOUND = 20.0  # of the activations before the output; near the data they are below 10
+
+
+def bounded(h: Array) -> Array:
+    return BOUND * jnp.tanh(h / BOUND)
 
 
 class Residual(Network):
@@ -81,16 +85,9 @@ class Residual(Network):
         return self.first.weight.shape[1], context_size
 
     def _field(self, t, x, context):
-        known = waves(t, x.dtype)
-        if self.encoder is not None:
-            inner, outer = self.encoder
-            known.append(outer(self.activation(inner(context))))
-        e = jnp.concatenate(known)
+        e = encoded(t, context, self.encoder, self.activation, x.dtype)
         h = self.first(x)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
-            # Halves of the weights, since halves of the outputs of a batch would be copied.
-            parts = zip(*(jnp.split(leaf, 2) for leaf in jax.tree.leaves(modulation)), strict=True)
-            a, b = (e @ weight.T + bias for weight, bias in parts)
+            a, b = parts(modulation, e, 2)
             h = h + block(self.activation((1 + a) * h + b))
-        bounded = BOUND * jnp.tanh(self.activation(h) / BOUND)
-        return self.last(bounded) + self.scale(e) * x
+        return self.last(bounded(self.activation(h))) + self.scale(e) * x

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.caller import arg
 from jaxode.density.maps.box import Box
 from jaxode.density.table import Rows, Table
+from jaxode.images import in_unit
 from jaxode.tabular import frames
 from jaxode.tabular.columns import Column
 
@@ -182,8 +183,8 @@ def with_noise(
     """The numbers with noise, and its log-density."""
     cell_key, fill_key = jax.random.split(key)
     x, width, fill = (jnp.asarray(part) for part in (rows.x, rows.width, rows.fill))
-    noise = jax.random.uniform(cell_key, x.shape, minval=1e-6)
-    in_cell, log_cell = x + width * noise, -jnp.log(jnp.where(width > 0, width, 1.0))
+    in_cell = x + width * in_unit(cell_key, x, 1e-6)
+    log_cell = -jnp.log(jnp.where(width > 0, width, 1.0))
     v = jax.random.normal(fill_key, x.shape)
     stand_in, slope = bounded(box, v)
     log_fill = -0.5 * v**2 - 0.5 * jnp.log(2 * jnp.pi) + slope

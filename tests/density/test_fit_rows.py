@@ -25,6 +25,7 @@ from helpers import Frame
 import jaxode
 from jaxode.density import training
 from jaxode.density.table import Table, set_aside, warn_of_columns
+from jaxode.images import log_density
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -162,6 +163,20 @@ def test_validation_rows_that_have_noise_get_no_more():
         almost[INTEGERS[:, 1].astype(part.x.dtype) == part.x[0, 1], 0] += 0.5
         with pytest.warns(UserWarning, match="repeat values"):
             assert not table_of(bound(), almost).integers.any()
+
+
+def test_validations_subtract_the_density_of_the_noise():
+    """Of rows set aside, and not of noise that given ones have."""
+    density, noisy = cheap(standardize=(0.0, 3.0)), INTEGERS[200:] + np.array([0.25, 0.0])
+    for others in INTEGERS[200:], noisy:
+        table = table_of(density, INTEGERS[:200], validation=others, dequantize="normal")
+        seen = table.noisy(table.validation, KEY)
+        *_, log_det = table.in_flow(density, seen, KEY, ROWS)
+        noise = (np.asarray(seen.x) - table.validation.x)[:, :1]
+        has_noise = others[0, 0] % 1 == 0
+        expected = float(log_density("normal", noise).mean()) if has_noise else 0.0
+        assert abs(expected) > 0.1 or not has_noise
+        np.testing.assert_allclose(log_det, -2 * np.log(3) - expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-24])

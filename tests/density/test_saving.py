@@ -9,6 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import optional, trained
 
@@ -77,7 +78,10 @@ def test_it_is_saved_bit_for_bit(save_and_load, tmp_path):
 
 def test_it_is_pickled_and_copied():
     """With all that it consists of."""
-    layers = {jaxode.nn.ConcatSquash: (2, (4,)), jaxode.nn.Residual: (2, 4, 1)}
+    layers = {
+        jaxode.nn.ConcatSquash: (2, (4,)), jaxode.nn.Residual: (2, 4, 1),
+        jaxode.nn.Mixer: ((1, 2), 1, 4, 1),
+    }  # fmt: skip
     for make, sizes in layers.items():
         for f, given in zip(ACTIVATIONS, MAPS, strict=True):
             density = density_of(make(*sizes, activation=f, key=KEY), given)
@@ -101,6 +105,27 @@ def test_an_exported_program_serves_any_batch_and_platform():
     np.testing.assert_allclose(served[0](DATA[:4]), density.log_prob(DATA[:4]), rtol=1e-9)
     given = np.zeros(2, np.uint32), np.zeros(4, np.float32)
     np.testing.assert_allclose(served[1](*given), density.sample(KEY, (4,)), rtol=1e-9)
+
+
+def test_a_density_of_images_is_trained_and_served():
+    """In classes, with noise on its integers."""
+    levels, classes = np.random.default_rng(0).integers(0, 8, (40, 2, 2)), np.eye(2)[[0, 1] * 20]
+    network = jaxode.nn.Mixer((2, 2), 1, 4, 1, features=2, context_size=2, key=KEY)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal((2, 2)), steps=2)
+    density, history = jaxode.fit(
+        jaxode.bind(flow, network, standardize=(4.0, 2.0)), levels, context=classes, key=KEY,
+        steps=2, dequantize="normal", optimizer=optax.sgd(0.01), progress=False,
+    )  # fmt: skip
+    assert np.isfinite([point.nats for point in history]).all()
+    log_prob = jax.jit(lambda x, context: density.log_prob(x, context=context))
+    x, context = levels[:4] + 0.5, classes[:4]
+    expected = log_prob(x, context)
+    each = jax.jit(jax.vmap(lambda x, context: log_prob(x[None], context[None])[0]))
+    np.testing.assert_allclose(each(x, context), expected, rtol=1e-9)
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *event), float) for event in ((2, 2), (2,))]
+    exported = jax.export.export(log_prob, platforms=("cpu", "cuda", "tpu"))(*shapes)
+    np.testing.assert_allclose(exported.call(x, context), expected, rtol=1e-9)
 
 
 def test_known_samples_in_a_program_do_not_call_the_host():

@@ -17,6 +17,12 @@ def residual(event, widths, **options):
     return nn.Residual(event, widths[0], len(widths), **options)
 
 
+def mixer(event, widths, **options):
+    """Of images that are twice as wide as high, or of as many rows as columns."""
+    patch, shape = {(2, 3): (1, (2, 3)), 6: (1, (2, 3)), 64: (2, (8, 8))}[event]
+    return nn.Mixer(shape, patch, widths[0], len(widths), features=3, **options)
+
+
 def particles(event, widths, **options):
     """Three in the plane, which have six coordinates."""
     n = np.prod(event, dtype=int) // 2
@@ -59,7 +65,7 @@ def network(make, widths, activation=jnp.tanh, event=6, **options):
     m = jax.tree.map(lambda x: 2 * x + 0.1, m)
     if make in SYMMETRIC:
         return m
-    last = lambda m: (m.last if make is residual else m).weight
+    last = lambda m: (m.last if make in (residual, mixer) else m).weight
     return eqx.tree_at(last, m, 5 * last(m))
 
 
@@ -121,7 +127,7 @@ def test_the_parameters_product_is_formed_once_for_a_batch():
 
 
 @pytest.mark.parametrize(
-    "make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient, residual]
+    "make", [nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient, residual, mixer]
 )
 def test_deeper_networks_offer_no_closed_form(make):
     m = make(6, (4, 4, 4), key=jax.random.key(0))
@@ -135,6 +141,7 @@ def test_deeper_networks_offer_no_closed_form(make):
 
 # A scalar, and many numbers, are harder than what is between them. `Concat` starts as `MLP` does.
 ENDS = [(nn.ConcatSquash, ()), (nn.MLP, 64), (nn.PotentialGradient, 64), (residual, 64)]
+ENDS += [(mixer, 64)]
 ENDS += [(particles, 6), (odd_lattice, 6)]
 
 
@@ -152,7 +159,7 @@ def test_a_fresh_flow_is_close_to_the_identity(make, event):
 @pytest.mark.parametrize(
     ("make", "widths"),
     [(make, (8,)) for make in (nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient)]
-    + [(make, (8,)) for make in (residual, *SYMMETRIC)]
+    + [(make, (8,)) for make in (residual, mixer, *SYMMETRIC)]
     + [(make, ()) for make in (nn.MLP, nn.Concat, nn.ConcatSquash)],
 )
 def test_fields_depend_on_the_time_and_the_context(make, widths):
@@ -165,6 +172,13 @@ def test_fields_depend_on_the_time_and_the_context(make, widths):
         m(T, Y)
     with pytest.raises(ValueError, match=r"context_size=2.*got shape \(3,\)"):
         m(T, Y, jnp.ones(3))
+
+
+@pytest.mark.parametrize("make", [residual, mixer])
+def test_networks_of_matching_grow_no_faster_than_samples(make):
+    m = network(make, (8, 8))
+    far = jax.jit(lambda y: m(T, y))(1e8 * Y) / 1e8
+    np.testing.assert_allclose(far, m.scale(jnp.asarray(waves())) * Y, atol=1e-5)
 
 
 @pytest.mark.parametrize("context", [None, CONTEXT], ids=["no context", "context"])
@@ -184,6 +198,49 @@ def test_the_residual_network_is_that_of_its_docstring(context):
     last = dense(m.last, 20 * np.tanh(np.tanh(h) / 20))
     expected = last + dense(m.scale, e) * np.asarray(Y)
     np.testing.assert_allclose(m(T, Y.reshape(2, 3), context), expected.reshape(2, 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("patch", [2, 3])
+def test_the_mixer_is_that_of_its_docstring(patch):
+    """Of images of 6 x 4 and 6 x 3 pixels with two channels. Patches have margins."""
+    down, across = 6 // patch, 4 // patch
+    shape = (6, across * patch, 2)
+    options = {"features": 3, "context_size": 2, "activation": jax.nn.silu}
+    m = nn.Mixer(shape, patch, 5, 2, key=jax.random.key(0), **options)
+    m = jax.tree.map(lambda x: np.asarray(2 * x + 0.1), m)
+    y = np.random.default_rng(0).normal(size=shape)
+    silu = lambda x: x / (1 + np.exp(-x))
+    tanh = lambda x: 20 * np.tanh(x / 20)
+    dense = lambda layer, x: np.asarray(x) @ layer.weight.T + layer.bias
+    e = np.concatenate([waves(), dense(m.encoder[1], silu(dense(m.encoder[0], CONTEXT)))])
+    slope, shift = np.split(dense(m.feature, e), 2)
+    phi = np.moveaxis(silu(slope * y[..., None] + shift), -1, 0)
+    before = patch // 2
+    wide = np.pad(y, [(before, patch - before)] * 2 + [(0, 0)])
+    at = [(patch * i, patch * j) for i in range(down) for j in range(across)]
+    cut = lambda x, i, j, size: x[i : i + size, j : j + size]
+    seen = [
+        np.concatenate(
+            [cut(wide, *ij, 2 * patch).ravel(), *(cut(p, *ij, patch).ravel() for p in phi)]
+        )
+        for ij in at
+    ]
+    h = dense(m.first, np.array(seen)) + m.place
+    for block in m.blocks:
+        a, b, c, d = np.split(dense(block.modulation, e), 4)
+        inner, outer = block.tokens
+        h = h + dense(outer, silu(dense(inner, ((1 + a) * h + b).T))).T
+        inner, outer = block.channels
+        h = h + dense(outer, silu(dense(inner, (1 + c) * h + d)))
+    k = dense(m.last, tanh(silu(h)))
+    expected = np.zeros_like(y)
+    for row, ij in zip(k, at, strict=True):
+        first, *others = row.reshape(4, patch, patch, 2)
+        out = sum((w * tanh(cut(p, *ij, patch)) for w, p in zip(others, phi, strict=True)), first)
+        cut(expected, *ij, patch)[:] = out
+    expected += dense(m.scale, e).reshape(shape) * y
+    found = jax.jit(lambda m: m(T, y, CONTEXT))(m)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_potential_gradient_has_a_symmetric_jacobian():

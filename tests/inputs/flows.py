@@ -175,6 +175,11 @@ ROWS = {
         ({"y": jnp.ones((2, 3))}, "^Particles(n, dim=...): ~(2, 3)"),
     ],
     ("Lattice of a sample", TypeError): [({"y": jnp.ones((2, 3))}, "^Lattice(shape=...): ~(2, 3)")],
+    ("Mixer of a sample", TypeError): [({"y": jnp.ones((2, 4))}, "^Mixer(event_shape=...): ~(2, ")],
+    ("Mixer", ValueError): [
+        ({"event_shape": shape}, "must be (height, width) or (height, width, channels); got ")
+        for shape in (4, (4, 4, 1, 1))
+    ] + [({"patch": 4}, "must divide the height and the width, 4 and 6; got 4. Pass one that")],
     ("MLP", TypeError): [({"widths": 8}, "must be a sequence, one size for each hidden~; got 8.")],
     ("Particles", ValueError): [
         ({"n": 1}, "must be ~ at least 2; got 1."), ({"reach": 0.0}, "~; got 0.0."),

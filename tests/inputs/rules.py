@@ -8,7 +8,10 @@ from inputs.calls import KEY, TABLE, X
 
 OF_SAMPLES = ("nll", "log_prob", "log_prob_and_error", "to_base", "matching_loss", "audit")
 DRAWING = ("sample", "sample_and_log_prob", "matching_loss", "reverse_kl_loss", "fit", "audit")
-NETWORKS, OF_X = ("MLP", "Residual", "Particles", "Lattice"), dict.fromkeys(OF_SAMPLES, "x")
+NETWORKS, OF_X = (
+    ("MLP", "Residual", "Mixer", "Particles", "Lattice"),
+    dict.fromkeys(OF_SAMPLES, "x"),
+)
 SAMPLED = {**OF_X, "from_base": "z"}
 LOSSES = "nll", "matching_loss"
 DENSITIES = tuple(f"{name} of a density" for name in ("log_prob", "sample", "cdf", "quantile"))
@@ -39,7 +42,8 @@ def must(value, kind, rule, where, got=None):
 ROWS = [
     *must(0, ValueError, INTEGER, {
         "solve": "steps max_steps", "hutchinson": "probes", "exact": "chunk", "Particles": "dim",
-        "Residual": "width blocks", "optimal_transport": "group", "fit": "steps batch_size",
+        "Residual": "width blocks", "Mixer": "patch width blocks features",
+        "optimal_transport": "group", "fit": "steps batch_size",
         "bits_per_dimension": "size", **dict.fromkeys(DENSITIES, "batch_size"),
     }),
     *must(2.5, ValueError, INTEGER, {"solve": "max_steps", "optimal_transport": "group"}),
@@ -59,12 +63,14 @@ ROWS = [
     *must(-1, ValueError, "a number of steps", {"fit": "likelihood"}),
     *must("no", TypeError, "True or False", {
         **dict.fromkeys(["cnf", "solve", "flow"], "throw"), **dict.fromkeys(DENSITIES, "progress"),
-        "fit": "dequantize progress", "plot.density": "colorbar", "Lattice": "odd",
+        "fit": "progress", "plot.density": "colorbar", "Lattice": "odd",
     }),
     *must("each", ValueError, "'joint' or 'per_sample'", {"flow": "batch", "cnf": "batch"}),
     *must("each", ValueError, "None, 'joint' or 'per_sample'", {"solve": "batch"}),
     *must("low", ValueError, "None, 'highest'~", {"solve": "precision"}),
     *must("x", ValueError, "'score' or 'noise'", {"probability_flow": "predicts"}),
+    *must("no", ValueError, "'uniform' or 'normal'", {"dequantize": "noise"}),
+    *must("no", ValueError, "True, False, 'uniform' or 'normal'", {"fit": "dequantize"}),
     *must("x", ValueError, "'rademacher', 'gaussian' or 'ortho~", {"hutchinson": "distribution"}),
     *(
         row for direction in (2, True, 1.0)
