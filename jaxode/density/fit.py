@@ -86,7 +86,9 @@ def fit(
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
-        x: data in their own units, `[rows, *event]`.
+        x: data in their own units, `[rows, *event]`. A table of more than 100,000 rows is not
+            copied, and may be a file, by `np.load(file, mmap_mode="r")`: maps are fitted to a
+            sample, and 50 steps at a time read their rows.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`. The density then knows the shape of a row.
         seconds: end after this time of training, late by a block of a second and a validation. It
@@ -203,7 +205,7 @@ def train(
         return Training(density, data, evaluate, count, batch_size, begin, clock, progress)
 
     fits = _fits(density)
-    maps = _mapped(density, fits, table.noisy(table.rows, noise_key).x)
+    maps = _mapped(density, fits, table.noisy(table.some(), noise_key).x)
     runs = [start(next(maps))]
     try:
         others = max(len(fits) - 1, 0), len(phases) - 1

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_number, floating, shape_of
+from jaxode._checks.arguments import check_number, floating, floating_dtype, shape_of
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import INSIDE, NUMBER, Rule
 from jaxode._checks.samples import check_data, check_finite, check_rows
 from jaxode.density.bind import Density
 from jaxode.density.contexts import context_numbers
+from jaxode.density.large import LARGE, Without, check_in_parts, parts
 from jaxode.density.maps.base import contained
 from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
 from jaxode.flows.bases import has_full_support
@@ -59,13 +60,16 @@ class Table:
         noise = dequantize if isinstance(dequantize, str) else NOISES[0]
         dequantize = bool(dequantize)
         rows, validation_rows = set_aside(density, x, context, validation, dequantize, key)
-        integers = is_integer(rows.x) & dequantize
+        integers, largest = scanned(rows.x)
+        aside_integers, aside_largest = scanned(validation_rows.x)
+        integers &= dequantize
         if isinstance(validation, PARTS):  # of the same table
-            integers &= is_integer(validation_rows.x)
-        largest = np.maximum(np.abs(rows.x).max(axis=0), np.abs(validation_rows.x).max(axis=0))
+            integers &= aside_integers
+        largest = np.maximum(largest, aside_largest)
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
-        columns = rows.x.reshape(len(rows.x), -1)
+        some = rows.x.sample(ENOUGH) if isinstance(rows.x, Without) else rows.x
+        columns = some.reshape(len(some), -1)
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
@@ -75,6 +79,11 @@ class Table:
     def has_noise(self) -> bool:
         """Whether `noisy` depends on its key."""
         return self.integers is not None and bool(self.integers.any())
+
+    def some(self) -> Any:
+        """Rows to fit a map to: all, or a sample of a large table."""
+        take = lambda leaf: leaf.sample(LARGE) if isinstance(leaf, Without) else leaf
+        return jax.tree.map(take, self.rows)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
         """The rows with noise in (0, 1) on the columns of integers.
@@ -102,18 +111,21 @@ class Table:
         rows that are set aside, with the mean of their log-determinants less the log-densities of
         their noise.
 
-        With noise, at most so many of them, drawn by the key.
+        With noise, and of a large table, at most so many of them, drawn by the key.
 
-        All rows are mapped at once, since each number of rows is a program to compile.
+        Others are mapped with those set aside: each number of rows is a program to compile.
         """
-        count = len(self.rows.x)
-        together = jax.tree.map(_joined, self.noisy(self.rows, key), validation_rows)
+        count, large = len(self.rows.x), isinstance(self.rows.x, Without)
+        together, first = validation_rows, 0
+        if not large:
+            together = jax.tree.map(_joined, self.noisy(self.rows, key), validation_rows)
+            first = count
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
         # Cut in NumPy, whose programs need not be compiled.
         part = lambda cut: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
-        rows, mapped_validation = part(slice(count)), part(slice(count, None))
+        rows, mapped_validation = part(slice(first)), part(slice(first, None))
         of_key = lambda key: rows
-        if self.has_noise:
+        if self.has_noise or large:
 
             def of_key(key):
                 row_key, key = jax.random.split(key)
@@ -123,7 +135,7 @@ class Table:
                     some = jax.tree.map(lambda leaf: leaf[drawn], some)
                 return to_flow(density, self.noisy(some, key))
 
-        mean = float(np.asarray(log_det, np.float64)[count:].mean())
+        mean = float(np.asarray(log_det, np.float64)[first:].mean())
         return of_key, mapped_validation, mean - self.log_noise(validation_rows)
 
 
@@ -144,8 +156,12 @@ def set_aside(
     """Rows to train on, and at most `MAX_VALIDATION` validation rows."""
     rows = _checked("x", density, x, context, dequantize)
     # In NumPy, whose programs need not be compiled.
-    seed = np.asarray(jax.random.key_data(key))
+    seed, large = np.asarray(jax.random.key_data(key)), len(rows.x) > LARGE
     order = lambda rows: np.random.default_rng(seed).permutation(len(rows.x))
+    without = lambda chosen: Rows(
+        Without(rows.x, chosen, floating_dtype(rows.x.dtype)),
+        jax.tree.map(lambda leaf: Without(leaf, chosen, leaf.dtype), rows.context),
+    )
     part = lambda rows, chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
     if not isinstance(validation, PARTS):
         pair = validation if isinstance(validation, tuple) else (validation, None)
@@ -163,9 +179,14 @@ def set_aside(
                 "fit(validation=...): must be a pair (x, context), with a context as in training, "
                 f"of shape {shape}; got {got}. Leave it out where training has none."
             )
-        return rows, part(validation_rows, order(validation_rows)[:MAX_VALIDATION])
+        chosen = part(validation_rows, order(validation_rows)[:MAX_VALIDATION])
+        return without(np.arange(0)) if large else rows, chosen
     check_number("validation", validation, PART, kind="part")
     count = min(math.ceil(validation * len(rows.x)), MAX_VALIDATION, len(rows.x) - 2)
+    if large:  # a permutation would take as long as reading all
+        chosen = np.random.default_rng(seed).choice(len(rows.x), count, replace=False)
+        aside = part(rows, np.sort(chosen))
+        return without(np.sort(chosen)), aside._replace(x=np.asarray(floating(aside.x)))
     shuffled = order(rows)
     return part(rows, shuffled[count:]), part(rows, shuffled[:count])
 
@@ -174,20 +195,30 @@ def _checked(
     name: str, density: Density, x: Any, context: PyTree, dequantize: bool, least: int = LEAST_ROWS
 ) -> Rows:
     rule = f"must have shape {shape_of('rows', density.event_shape)}, with at least {least} row"
-    x = check_data(name, x, density.event_shape, least, rule + "s" * (least > 1))
+    rule, event = rule + "s" * (least > 1), density.event_shape
+    large = isinstance(x, np.ndarray) and len(x) > LARGE
+    if large:
+        check_in_parts(lambda part: check_data(name, part, event, 1, rule), x)
+    else:
+        x = check_data(name, x, event, least, rule)
     context = check_rows("context", context_numbers("context", context), len(x))
     jax.eval_shape(lambda context: density.contexts.rows(context, (len(x),)), context)  # raises
     check_finite({"context": context})
-    x = np.asarray(floating(x))
+    x = x if large else np.asarray(floating(x))
     if density.support is not None:
-        integers, ends = (is_integer(x) & dequantize)[None], [x]
-        if integers.any():
-            # Bounds within a 64th of the ends of the noise are found when it comes there.
-            margin = margin_of(x).clip(min=1 / 64)
-            ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
-        for noisy in ends:
-            INSIDE.check(contained(density.support, jnp.asarray(noisy)), noisy)
+        check_in_parts(lambda part: _check_inside(density.support, part, dequantize), x)
     return Rows(x, context)
+
+
+def _check_inside(support: Any, x: Any, dequantize: bool) -> None:
+    x = np.asarray(floating(x))
+    integers, ends = (is_integer(x) & dequantize)[None], [x]
+    if integers.any():
+        # Bounds within a 64th of the ends of the noise are found when it comes there.
+        margin = margin_of(x).clip(min=1 / 64)
+        ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
+    for noisy in ends:
+        INSIDE.check(contained(support, jnp.asarray(noisy)), noisy)
 
 
 def check_dequantize(value: Any) -> None:
@@ -198,9 +229,17 @@ def check_dequantize(value: Any) -> None:
         )
 
 
-def is_integer(columns: Float[np.ndarray, "rows columns"]) -> np.ndarray:
+def is_integer(columns: np.ndarray) -> np.ndarray:
     """Which columns hold integers alone."""
     return (columns == np.round(columns)).all(axis=0)
+
+
+def scanned(x: Any) -> tuple[Bool[np.ndarray, " *event"], np.ndarray]:
+    """Which columns hold integers alone, and their largest sizes."""
+    whole = x.array if isinstance(x, Without) else x
+    found = [(is_integer(part), np.abs(part).max(axis=0)) for part in parts(whole)]
+    integers, largest = zip(*found, strict=True)
+    return np.logical_and.reduce(integers), np.maximum.reduce(largest)
 
 
 def warn_of_coarse(coarse: Bool[np.ndarray, " columns"], dtype: np.dtype) -> None:

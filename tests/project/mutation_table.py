@@ -58,6 +58,7 @@ FIRST = {
     "tabular/columns": ("tests/tabular/test_columns.py",),
     "tabular/predictions": ("tests/tabular/test_predictions.py",),
     "flows/regularizers": ("tests/flows/test_flow_features.py",),
+    "density/large": ("tests/density/test_fit_large.py",),
 }
 
 MUTATIONS: tuple[tuple[str, str, str], ...] = (
@@ -176,6 +177,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The transpose of a step forgets that of its mass matrix.
     ("ode/solvers/rosenbrock.py", "self.mass if transposed else self.mass.T", "self.mass.T"),
     ("ode/steady.py", "jnp.where(singular, Result.SINGULAR_MATRIX.value, code)", "code"),
+    # Rows that are set aside are drawn.
+    ("density/large.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
     # What a profile holds moves.
     ("ode/misfit.py", "residuals(jnp.where(fixed, start, flat), data)", "residuals(flat, data)"),
     # Observations that are missing count.

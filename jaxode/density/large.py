@@ -1,0 +1,56 @@
+"""Tables too large to copy: rows are read when a step needs them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+LARGE = 100_000  # rows, beyond which steps draw theirs from the table, and maps see a sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Without:
+    """An array in memory or in a file, without some of its rows."""
+
+    array: Any
+    aside: Int[np.ndarray, " some"]
+    """In order."""
+    dtype: Any
+    """Of the rows that are read."""
+
+    def __len__(self) -> int:
+        return len(self.array) - len(self.aside)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.array.shape[1:])
+
+    def __getitem__(self, rows: Int[np.ndarray, " drawn"]) -> np.ndarray:
+        """A copy of rows, by their number among those that are left."""
+        before = self.aside - np.arange(len(self.aside))
+        at = rows + np.searchsorted(before, rows, side="right")
+        return np.asarray(self.array[at], self.dtype)
+
+    def sample(self, count: int) -> np.ndarray:
+        """So many rows, always the same."""
+        return self[np.random.default_rng(0).choice(len(self), count, replace=False)]
+
+
+def parts(x: Any) -> Iterator[np.ndarray]:
+    """Consecutive rows of an array; all at once, if it is not large."""
+    for start in range(0, len(x), LARGE):
+        yield x[start : start + LARGE]
+
+
+def check_in_parts(check: Callable[[Any], Any], x: Any) -> None:
+    """Check rows part by part. A failure counts rows from the first one."""
+    read = 0
+    for part in parts(x):
+        read += len(part)
+        try:
+            check(part)
+        except ValueError:
+            check(x[:read])
+            raise

@@ -1,0 +1,91 @@
+"""Tables of more than 100,000 rows: nothing is copied, and steps read their own rows."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode.density.large import LARGE, Without
+from jaxode.density.table import Table
+
+KEY = jax.random.key(0)
+COUNT = LARGE + 20_000
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(COUNT, 2)) + np.array([3.0, 0.0])
+
+
+def bound(size=2, context_size=0, **options):
+    network = jaxode.nn.Residual(size, 8, 1, key=KEY, context_size=context_size)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(size))
+    return jaxode.bind(flow, network, **options)
+
+
+def posed(x=TABLE, context=None, dequantize=False, density=None):
+    return Table.of(density or bound(), x, context, 0.1, dequantize, KEY)
+
+
+def test_rows_are_those_of_a_copy_without_some():
+    aside = np.array([0, 3, 4, 9])
+    rows = Without(np.arange(10), aside, np.int32)
+    assert len(rows) == 6
+    np.testing.assert_array_equal(rows[np.arange(6)], np.delete(np.arange(10), aside))
+
+
+def test_a_large_table_is_not_copied_and_rows_set_aside_are_not_drawn():
+    table = posed()
+    assert table.rows.x.array is TABLE
+    assert len(table.validation.x) == len(table.rows.x.aside) == 1000
+    np.testing.assert_array_equal(TABLE[table.rows.x.aside], table.validation.x)
+    everything = table.rows.x[np.arange(len(table.rows.x))]
+    np.testing.assert_array_equal(everything, np.delete(TABLE, table.rows.x.aside, axis=0))
+
+
+def test_steps_get_other_rows_with_their_contexts():
+    context = TABLE.sum(axis=1, keepdims=True)
+    density = bound(context_size=1, context_shape=(1,))
+    table = posed(context=context, density=density)
+    of_key, aside, log_det = table.in_flow(density, table.validation, KEY, 64)
+    first, second = of_key(KEY), of_key(jax.random.key(1))
+    assert first.x.shape == (64, 2)
+    assert not (first.x == second.x).any()
+    np.testing.assert_allclose(first.x.sum(axis=1), first.context[:, 0], rtol=1e-6)
+    np.testing.assert_array_equal(aside.x, table.validation.x)
+    assert log_det == 0.0
+
+
+def test_it_trains_from_a_file(tmp_path):
+    np.save(tmp_path / "rows.npy", TABLE)
+    x = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    density, history = jaxode.fit(bound(), x, key=KEY, steps=200, progress=False)
+    exact = 1 + np.log(2 * np.pi)
+    assert abs(history[-1].nats - exact) < 0.1  # the rows set aside have 0.03 of noise
+    np.testing.assert_allclose(density.sample(KEY, (4000,)).mean(0), [3.0, 0.0], atol=0.1)
+
+
+def test_integers_get_noise():
+    levels = RNG.integers(0, 3, (COUNT, 1))
+    x: Any = np.concatenate([levels, levels[::-1]], 1)
+    table = posed(x, dequantize=True)
+    of_key, _, _ = table.in_flow(bound(), table.validation, KEY, 512)
+    x = of_key(KEY).x
+    assert x.dtype == jnp.zeros(()).dtype
+    assert not (x == jnp.round(x)).any()
+    assert set(np.unique(np.floor(x)).tolist()) == {0.0, 1.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "value", "options", "words"),
+    [
+        (110_000, np.nan, {}, "1 of 120000 rows, first in row 110000"),
+        (110_000, 99.0, {"support": (-50.0, 50.0)}, "1 of 120000 rows, first in row 110000"),
+        (50, np.nan, {}, "first in row 50"),
+    ],
+)
+def test_messages_count_rows_from_the_first(row, value, options, words):
+    x = TABLE.copy()
+    x[row, 0] = value
+    with pytest.raises(ValueError, match=words):
+        posed(x, density=bound(**options))
