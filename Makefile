@@ -11,7 +11,7 @@ BIN := .venv/bin
 PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
-	bench bench-accelerators time-to-nll posterior tables regression mixed clean
+	bench bench-accelerators time-to-nll posterior tables regression mixed estimate clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -71,6 +71,9 @@ regression: .venv-bench/ready  ## Regression tables of UCI: likelihood, CRPS and
 
 mixed: .venv-bench/ready  ## Tables with categories and missing values: likelihood and samples; takes an hour
 	.venv-bench/bin/python -m benchmarks mixed $(if $(FRESH),--fresh)
+
+estimate: .venv-bench/ready  ## Parameters of ODEs from far starts, and the time; takes hours
+	.venv-bench/bin/python -m benchmarks estimate $(if $(FRESH),--fresh)
 
 bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 without one: FRESH=1 for all again
 	.venv-accelerators/bin/python -m benchmarks.cases.accelerators $(if $(FRESH),--fresh)

@@ -14,9 +14,9 @@ import jax
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    "jaxode", "jax", "jaxlib", "diffrax", "torch", "torchdiffeq", "torchode", "zuko", "torchcfm",
-    "flowjax", "scikit-learn", "jflows", "bijx", "ngboost", "quantile-forest", "treeffuser",
-    "ctgan", "arfpy",
+    "jaxode", "jax", "jaxlib", "diffrax", "optax", "optimistix", "scipy", "torch",
+    "torchdiffeq", "torchode", "zuko", "torchcfm", "flowjax", "scikit-learn", "jflows", "bijx",
+    "ngboost", "quantile-forest", "treeffuser", "ctgan", "arfpy",
 )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.cases import posterior, tables
 from benchmarks.cases import time_to_nll as to_level
-from benchmarks.harness import table_data
-from benchmarks.peers import estimators
+from benchmarks.harness import estimate_problems, table_data
+from benchmarks.peers import estimators, parameter_fits
 
 pytestmark = pytest.mark.shown
 
@@ -99,3 +99,37 @@ def test_data_of_trainings_are_standardized_and_held_out_is_apart(name):
     else:
         np.testing.assert_allclose(train.std(0), 1, atol=1e-4)  # sums in float32
         np.testing.assert_allclose(train.mean(0), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", estimate_problems.PROBLEMS)
+def test_fits_are_judged_by_the_least_cost_near_the_truth(name):
+    problem = estimate_problems.PROBLEMS[name]
+    data = estimate_problems.observe(problem)
+    lowest, at_truth = estimate_problems.least(data), estimate_problems.cost(data, problem.truth)
+    # Half of chi-squared, which the minimum lowers by about half for each parameter.
+    assert abs(2 * lowest / data.ys.size - 1) < 5 * np.sqrt(2 / data.ys.size)
+    assert 0 < at_truth - lowest < 2 * len(problem.truth)
+    rates = problem.rates_of(data.starts.T) - np.log(problem.rates)[:, None]
+    assert data.starts.shape == (20, len(problem.truth))
+    assert np.log(10) > abs(rates).max() > 0.9 * np.log(10)
+    assert (data.starts.T[len(rates) :] == (data.ys[0][:, None] if not problem.known else 0)).all()
+    assert estimate_problems.cost(data, np.full_like(problem.truth, np.nan)) == np.inf
+    # Arrays of JAX and floats give the same slopes.
+    y, params = np.array(problem.y0) + 0.1, np.float32(problem.truth)
+    found = parameter_fits.slope_of(data)(0.0, jnp.asarray(y, jnp.float32), jnp.asarray(params))
+    expected = problem.slope(y.tolist(), np.array(problem.rates).tolist())
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # float32, sums of large terms
+
+
+def test_a_fit_that_takes_too_long_ends_where_it_is(monkeypatch):
+    data = estimate_problems.observe(estimate_problems.PROBLEMS["Goodwin"])
+    monkeypatch.setattr(parameter_fits, "SECONDS_OF_START", 0.0)
+    few = data._replace(starts=data.starts[:1])
+    ends, _, told = parameter_fits.by_scipy(few)
+    np.testing.assert_array_equal(ends, few.starts)
+    assert told == {"reasons": ["took too long"]}
+    broken = few._replace(ys=few.ys * np.nan)
+    monkeypatch.setattr(parameter_fits, "SECONDS_OF_START", 60.0)
+    ends, _, told = parameter_fits.by_scipy(broken)
+    assert np.isnan(ends).all()
+    assert told["reasons"][0].startswith("ValueError")

@@ -27,6 +27,7 @@ from benchmarks.cases import (
     cores,
     divergence,
     energy,
+    estimate,
     evaluate,
     ffjord_step,
     memory,
@@ -41,8 +42,8 @@ from benchmarks.cases import (
     tolerance,
 )
 from benchmarks.cases import time_to_nll as to_level
-from benchmarks.harness import benchmark, fairness, problems, runner, show
-from benchmarks.peers import estimators, flows, odes, regressors, tabular
+from benchmarks.harness import benchmark, estimate_problems, fairness, problems, runner, show
+from benchmarks.peers import estimators, flows, odes, parameter_fits, regressors, tabular
 
 pytestmark = pytest.mark.shown
 # The same for all, so that the steps are compiled once.
@@ -245,6 +246,19 @@ def of_mixed(patch, of):
     yield mixed.Case("german", of).name, 0.5
 
 
+def of_estimate(patch, of):
+    """A short series, and starts close to the truth."""
+    patch.setattr(estimate, "own_core", lambda: None)
+    patch.setattr(estimate_problems, "STARTS", 2)
+    patch.setattr(estimate_problems, "SPREAD", 1.2)
+    patch.setattr(parameter_fits, "STEPS", 30)
+    patch.setattr(parameter_fits, "RATES", (1e-2, 3e-2))
+    name = "Lotka-Volterra, 20 periods"
+    short = estimate_problems.PROBLEMS[name]._replace(ts=np.linspace(0.2, 6, 30))
+    patch.setitem(estimate_problems.PROBLEMS, name, short)
+    yield estimate.Case(name, of).name, 0.0
+
+
 # Matching alone is the first phase of matching and then likelihood. Of contenders for tables that
 # share their settings, one has them all; widths are one.
 TRAININGS = [name for name in to_level.PHASES if name != "jaxode, Residual, matching"]
@@ -262,6 +276,7 @@ RUNS += [("posterior", of_posterior, contender) for contender in posterior.CONTE
 RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
 RUNS += [("regression", of_regression, contender) for contender in regressors.CONTENDERS]
 RUNS += [("mixed", of_mixed, contender) for contender in tabular.CONTENDERS]
+RUNS += [("estimate", of_estimate, contender) for contender in parameter_fits.CONTENDERS]
 
 
 @pytest.mark.slow  # dozens of programs are compiled, which are those of other libraries, too
@@ -310,6 +325,10 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
     if name == "mixed":
         assert (result["rows"], result["columns"]) == (160, 4)
         assert 0.3 < result["auc"] <= 1
+    if name == "estimate":
+        assert result["starts"] == len(result["relative_costs"]) == 2
+        # Adam has a few steps.
+        assert result["at_truth"] == 100 or "rate" in result
     if name == "tables":
         assert (result["rows"], result["columns"]) == (96, 3)
         assert result["times"] == list(result["scores"]) == ["1.5", "2.5"][";" in of :]
