@@ -47,11 +47,11 @@ def slope_of(data: Data) -> Callable[[Any, Any, Any], Any]:
 def by_jaxode(data: Data) -> Ends:
     """All starts at once."""
     problem, begun = data.problem, time.process_time()
-    seen = jnp.log if problem.logs else lambda y: y
+    observe = (lambda t, y, params: jnp.log(y)) if problem.logs else None
     y0 = jnp.array(problem.y0) if problem.known else problem.y0_of
     found = jaxode.estimate(
         slope_of(data), y0, jnp.asarray(problem.ts), jnp.asarray(data.ys),
-        jnp.asarray(data.starts), observe=lambda t, y, params: seen(y), noise=problem.noise,
+        jnp.asarray(data.starts), observe=observe, noise=problem.noise,
         solver=jaxode.Rodas5P() if problem.stiff else diffrax.Tsit5(), rtol=RTOL,
         atol=problem.atol,
     )  # fmt: skip

@@ -11,10 +11,11 @@ import jaxode
 from jaxode.density.large import LARGE, Without
 from jaxode.density.table import Table
 
+pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
 COUNT = LARGE + 20_000
 RNG = np.random.default_rng(0)
-TABLE = RNG.normal(size=(COUNT, 2)) + np.array([3.0, 0.0])
+TABLE = (RNG.normal(size=(COUNT, 2)) + np.array([3.0, 0.0])).astype(np.float32)
 
 
 def bound(size=2, context_size=0, **options):

@@ -153,7 +153,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("nn/network.py", "return shape in (self.event_shape, (math.prod(self.event_shape),))",
      "return math.prod(shape) == math.prod(self.event_shape)"),
     # Samples far from the data overflow.
-    ("nn/residual.py", "BOUND * jnp.tanh(self.activation(h) / BOUND)", "self.activation(h)"),
+    ("nn/residual.py", "BOUND * jnp.tanh(h / BOUND)", "h"),
     # Wrong backwards in time, and so is the next one.
     ("ode/dense.py", "sign[None] * ends, last)", "ends, last)"),
     # Outputs beyond an event.
