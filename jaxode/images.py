@@ -26,19 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxode._checks.arguments import floating, integer, numbers, one_of
+from jaxode._checks.arguments import floating, integer, is_number, numbers
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_key
 
 NOISES = "uniform", "normal"
+Noise = str | tuple[float, ...]  # the last of levels that get normal noise, uniform elsewhere
 NORMAL_SCALE = 1 / 6  # standard deviation of the normal, and its probability of (0, 1)
 NORMAL_MASS = math.erf(0.5 / NORMAL_SCALE / math.sqrt(2))
 
 
 @public("dequantize")
 def dequantize(
-    key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int, *, noise: str = "uniform"
+    key: PRNGKeyArray, x: Real[Array, "batch *event"], levels: int, *, noise: Noise = "uniform"
 ) -> tuple[Float[Array, "batch *event"], Float[Array, " batch"]]:
     """`u = (x + noise) / levels` in `(0, 1)`, with noise in `(0, 1)`.
 
@@ -48,9 +49,10 @@ def dequantize(
             scaled to `[0, 1]`, raise outside `jit`. Inside `jit` they go unnoticed, and their
             density is wrong.
         levels: the number of levels, such as 256.
-        noise: "uniform", or "normal" with mean 1/2 and standard deviation 1/6, cut off at the ends.
-            The second leaves a flow no jumps to learn between a common level and a rare one. Of
-            levels that the flow does not tell apart, it costs 0.56 bits each.
+        noise: "uniform", or "normal" with mean 1/2 and standard deviation 1/6, cut off at the ends;
+            or a tuple of the levels that get the second, such as `(0,)`. It leaves a flow no jumps
+            to learn between a common level and a rare one. Of levels that the flow does not tell
+            apart, it costs 0.56 bits each.
 
     Returns:
         `u [batch, *event]`, in the dtype of `x` if it is floating, and at least float32; otherwise
@@ -64,7 +66,7 @@ def dequantize(
             or `noise` is another.
     """
     integer("levels", levels, 2)
-    one_of("noise", noise, NOISES)
+    noise = as_noise("noise", noise)
     x = numbers("x", x)
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
@@ -73,13 +75,13 @@ def dequantize(
     log_det = jnp.full(x.shape[:1], -math.prod(x.shape[1:]) * math.log(levels), x.dtype)
     # A division by the levels and a product with them round, too.
     noisy = in_cells(check_key(key), x, 2, noise)
-    log_noise = log_density(noise, noisy - x).sum(axis=tuple(range(1, x.ndim)))
+    log_noise = log_density(noise, noisy - x, x).sum(axis=tuple(range(1, x.ndim)))
     return noisy / levels, log_det - log_noise
 
 
 @partial(jax.jit, static_argnames=("spacings", "noise"))
 def in_cells(
-    key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51, noise: str = "uniform"
+    key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51, noise: Noise = "uniform"
 ) -> Float[Array, "..."]:
     """`x` plus noise, so far from `x` and `x + 1` that rounding does not reach them.
 
@@ -88,20 +90,39 @@ def in_cells(
     return x + in_unit(key, x, margin_of(jax.lax.stop_gradient(x), spacings), noise)
 
 
-def in_unit(key: PRNGKeyArray, like: Any, margin: Any, noise: str = "uniform") -> Array:
-    """Noise in (0, 1), in the shape and dtype of an array, with a margin at both ends."""
-    v = jax.random.uniform(key, like.shape, like.dtype)
-    if noise == "normal":
-        v = 0.5 + NORMAL_SCALE * jax.scipy.special.ndtri(0.5 + NORMAL_MASS * (v - 0.5))
+def as_noise(name: str, noise: Any) -> Noise:
+    """The noise, if it is the name of one or a tuple of levels."""
+    if isinstance(noise, tuple | list) and noise and all(map(is_number, noise)):
+        return tuple(map(float, noise))
+    if not (isinstance(noise, str) and noise in NOISES):
+        raise ValueError(
+            f"{arg(name)} must be 'uniform', 'normal' or a tuple of the levels that get the "
+            f"second, such as (0,); got {noise!r}."
+        )
+    return noise
+
+
+def _is_normal(noise: Noise, levels: Array) -> Any:
+    """Which levels get normal noise."""
+    if isinstance(noise, str):
+        return noise == "normal"
+    return jnp.isin(levels, jnp.asarray(noise, levels.dtype))
+
+
+def in_unit(key: PRNGKeyArray, levels: Any, margin: Any, noise: Noise = "uniform") -> Array:
+    """Noise in (0, 1) for each level, with a margin at both ends."""
+    v = jax.random.uniform(key, levels.shape, levels.dtype)
+    if noise != "uniform":
+        normal = 0.5 + NORMAL_SCALE * jax.scipy.special.ndtri(0.5 + NORMAL_MASS * (v - 0.5))
+        v = jnp.where(_is_normal(noise, levels), normal, v)
     return jnp.clip(v, margin, 1 - margin)
 
 
-def log_density(noise: str, v: Any) -> Array:
+def log_density(noise: Noise, v: Any, levels: Any) -> Array:
     """The log-density of each noise in (0, 1)."""
-    if noise == "uniform":
-        return jnp.zeros_like(v)
     log_area = math.log(NORMAL_MASS * NORMAL_SCALE * math.sqrt(2 * math.pi))
-    return -0.5 * ((v - 0.5) / NORMAL_SCALE) ** 2 - log_area
+    normal = -0.5 * ((v - 0.5) / NORMAL_SCALE) ** 2 - log_area
+    return jnp.where(_is_normal(noise, levels), normal, 0.0)
 
 
 def margin_of(x: Any, spacings: float = 0.51) -> Any:

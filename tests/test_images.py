@@ -63,7 +63,7 @@ def test_noise_has_its_density(noise):
     ends = np.linspace(0.0, 1.0, 65)
     x, weights = np.polynomial.legendre.leggauss(8)
     nodes = ends[:-1, None] + (x[None] + 1) / 128
-    parts = np.exp(images.log_density(noise, nodes)) @ weights / 128
+    parts = np.exp(images.log_density(noise, nodes, jnp.full_like(nodes, 7.0))) @ weights / 128
     np.testing.assert_allclose(parts.sum(), 1, rtol=1e-12)
     drawn = images.in_cells(jax.random.key(0), jnp.full(100_000, 7.0), noise=noise) - 7
     levels = np.searchsorted(np.sort(drawn), ends) / len(drawn)
@@ -74,7 +74,7 @@ def test_noise_has_its_density(noise):
 # Probabilities of levels, and log-densities in a cell.
 SHARES = np.array([0.5, 0.3, 0.15, 0.05])
 IN_CELL = {
-    **{noise: lambda v, noise=noise: images.log_density(noise, v) for noise in images.NOISES},
+    **{noise: lambda v, noise=noise: images.log_density(noise, v, v) for noise in images.NOISES},
     "neither": lambda v: jnp.log(2 * v),
 }
 
@@ -92,6 +92,23 @@ def test_the_probability_of_a_level_is_bounded(density, noise):
         np.testing.assert_allclose(bound.T, [np.log(SHARES)] * 5000, rtol=1e-10)
     else:
         assert (bound.mean(1) < np.log(SHARES) - 0.05).all()
+
+
+def test_some_levels_get_the_normal_noise():
+    x = np.repeat(np.arange(4), 5000)[:, None]
+    key = jax.random.key(0)
+    found, log_det = images.dequantize(key, x, 4, noise=(0, 3))
+    for level, noise in enumerate(["normal", "uniform", "uniform", "normal"]):
+        here = x[:, 0] == level
+        u, expected = images.dequantize(key, x, 4, noise=noise)
+        np.testing.assert_allclose(found[here], u[here], rtol=1e-12)
+        np.testing.assert_allclose(log_det[here], expected[here], rtol=1e-9)
+
+
+@pytest.mark.parametrize("noise", ["no", (), ("a",), 3, None])
+def test_a_noise_that_is_none_raises(noise):
+    with pytest.raises(ValueError, match="must be 'uniform', 'normal' or a tuple"):
+        images.dequantize(jax.random.key(0), jnp.zeros((1, 1)), 4, noise=noise)
 
 
 def test_half_precision_is_mapped_in_single():

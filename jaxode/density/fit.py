@@ -30,10 +30,11 @@ from jaxode.density.bind import Density
 from jaxode.density.maps import FITS
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
-from jaxode.density.table import Table, check_dequantize
+from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
 from jaxode.flows.bases import has_full_support
 from jaxode.flows.coupling import Coupling, independent
+from jaxode.images import Noise
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
 MANY = 16  # the second one in more than so many dimensions
@@ -64,7 +65,7 @@ def fit(
     coupling: Coupling = independent(),
     likelihood: int = 0,
     time_power: float | None = None,
-    dequantize: bool | str = False,
+    dequantize: bool | Noise = False,
     progress: bool = True,
 ) -> tuple[Density, list[Point]]:
     """Train a density on data, and keep the parameters that are best on rows set aside.
@@ -105,9 +106,9 @@ def fit(
             parameters, with Adam at 5e-4, the first 50 at the full rate.
         time_power: as for `matching_loss`.
         dequantize: add noise in (0, 1) to columns of integers, new after 50 steps; not to
-            validation rows of your own that have noise. True is "uniform", and "normal" as in
-            `jaxode.images.dequantize`. `log_prob` is then that of `x + noise`. Validations subtract
-            the log-density of the noise, so that both are compared by their bounds.
+            validation rows of your own that have noise. True is "uniform"; "normal" and a tuple of
+            levels are as in `jaxode.images.dequantize`. `log_prob` is then that of `x + noise`.
+            Validations subtract the log-density of the noise, so that bounds are compared.
         progress: show steps, nats and the time left on stderr.
 
     Returns:
@@ -139,7 +140,6 @@ def fit(
         math.inf if steps is None else integer("steps", steps),
         math.inf if seconds is None else non_negative("seconds", seconds),
     )
-    check_dequantize(dequantize)
     check_bool("progress", progress)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")

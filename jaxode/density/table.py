@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, floating, floating_dtype, shape_of
-from jaxode._checks.caller import arg
 from jaxode._checks.rules import INSIDE, NUMBER, Rule
 from jaxode._checks.samples import check_data, check_finite, check_rows
 from jaxode.density.bind import Density
@@ -21,7 +20,7 @@ from jaxode.density.large import LARGE, Without, check_in_parts, parts
 from jaxode.density.maps.base import contained
 from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
 from jaxode.flows.bases import has_full_support
-from jaxode.images import NOISES, in_cells, log_density, margin_of
+from jaxode.images import NOISES, Noise, as_noise, in_cells, log_density, margin_of
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
@@ -50,14 +49,22 @@ class Table:
     rows: Any
     validation: Any
     integers: Bool[np.ndarray, " *event"] | None = None
-    noise: str = NOISES[0]
+    noise: Noise = NOISES[0]
 
     @classmethod
     def of(
-        cls, density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool | str, key
+        cls,
+        density: Density,
+        x: Any,
+        context: PyTree,
+        validation: Any,
+        dequantize: bool | Noise,
+        key,
     ) -> "Table":
         """Check the rows, set some aside, and warn of columns without a density."""
-        noise = dequantize if isinstance(dequantize, str) else NOISES[0]
+        noise = NOISES[0]
+        if not isinstance(dequantize, bool | np.bool_):
+            noise = as_noise("dequantize", dequantize)
         dequantize = bool(dequantize)
         rows, validation_rows = set_aside(density, x, context, validation, dequantize, key)
         integers, largest = scanned(rows.x)
@@ -101,8 +108,9 @@ class Table:
         if not self.has_noise or self.noise == NOISES[0]:
             return 0.0
         integers = self.integers & is_integer(self.validation.x)
-        noise = np.asarray(noisy.x) - self.validation.x
-        return float(log_density(self.noise, noise[:, integers]).sum(axis=1).mean())
+        levels = jnp.asarray(self.validation.x[:, integers])
+        log_noise = log_density(self.noise, noisy.x[:, integers] - levels, levels)
+        return float(log_noise.sum(axis=1).mean())
 
     def in_flow(
         self, density: Density, validation_rows: Rows, key: PRNGKeyArray, most: int
@@ -219,14 +227,6 @@ def _check_inside(support: Any, x: Any, dequantize: bool) -> None:
         ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
     for noisy in ends:
         INSIDE.check(contained(support, jnp.asarray(noisy)), noisy)
-
-
-def check_dequantize(value: Any) -> None:
-    """Raise unless it is True, False or the name of a noise."""
-    if not (isinstance(value, bool | np.bool_) or (isinstance(value, str) and value in NOISES)):
-        raise ValueError(
-            f"{arg('dequantize')} must be True, False, 'uniform' or 'normal'; got {value!r}."
-        )
 
 
 def is_integer(columns: np.ndarray) -> np.ndarray:
