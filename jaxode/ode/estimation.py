@@ -1,9 +1,10 @@
 """Parameters of an ODE from noisy observations, from one or from many first guesses."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._checks.arguments import (
     check_not_traced,
@@ -22,8 +23,9 @@ from jaxode._checks.errors import SolveError
 from jaxode._checks.samples import check_finite
 from jaxode.ode.field import VectorField
 from jaxode.ode.matching import match_slopes
-from jaxode.ode.misfit import Misfit, least_squares, of_observations
+from jaxode.ode.misfit import Misfit, least_squares, misfits, of_observations
 from jaxode.ode.observations import posed
+from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
 ROWS = 8  # starts that are improved at once
@@ -32,8 +34,12 @@ PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0  # of the observations, one after the o
 STEPS, ROUNDS = 50, 4  # of least squares, and how often all observations get them
 ALIKE = 1e-3  # relative distance of two ends that are one
 TINY = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}  # singular values that are none
-LOOSE, VAGUE = 0.1, 100.0  # of a direction without values; errors beside 1 + the size of a number
-OWN = ("batch", "ts", "t1", "adjoint", "throw", "dense", "event", "axis_name", "steps")
+LOOSE, VAGUE = 1e-3, 10.0  # of a direction without values; errors beside 1 + the size of a number
+UNLIKELY = 10.0  # deviations of a chi-square beyond its mean
+OWN = (  # options of `solve` that it sets, or has no use for
+    "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
+    "axis_name", "steps", "mass",
+)  # fmt: skip
 
 
 class Estimate(eqx.Module):
@@ -66,11 +72,12 @@ class Estimate(eqx.Module):
 
         Where the first result is below 3.84, half of that by the cost, the value is in the
         confidence interval of 95% (Raue et al. 2009, doi:10.1093/bioinformatics/btp358). A profile
-        that stays flat is a parameter that the observations do not determine.
+        that stays flat is a parameter that the observations do not determine. The noise is that of
+        the estimate. Below zero, the value has led to better parameters than the estimate.
 
         Args:
             where: which parameter, as `lambda params: params["k"][0]`.
-            values: of this parameter.
+            values: of this parameter, `[values]`.
 
         Returns:
             Twice the log-likelihood ratio of each value against the estimate, and the other
@@ -80,30 +87,37 @@ class Estimate(eqx.Module):
             TypeError, ValueError: if `where` is not one number of the parameters.
         """
         flat, unravel = ravel_pytree(self.params)
+        choose = lambda flat: jnp.reshape(where(unravel(flat)), ())
         try:
-            chosen = jax.grad(lambda flat: jnp.reshape(where(unravel(flat)), ()))(flat) != 0
+            value, slope = jax.value_and_grad(choose)(flat)
         except (TypeError, KeyError, IndexError) as error:
             raise TypeError(
                 f"{arg('where')} must choose one number, as lambda params: params['k'][0]; got "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if int(chosen.sum()) != 1:
-            raise ValueError(f"{arg('where')} must choose one parameter; got {int(chosen.sum())}.")
-        values = jnp.ravel(floating(values)).astype(flat.dtype)
+        chosen = slope != 0
+        if int(chosen.sum()) != 1 or slope[chosen][0] != 1 or value != flat[chosen][0]:
+            raise ValueError(
+                f"{arg('where')} must choose one parameter itself, and no function of some. Pass "
+                "values of it."
+            )
+        values = floating(values).astype(flat.dtype)
+        if values.ndim != 1:
+            raise ValueError(f"{arg('values')} must be [values]; got shape {values.shape}.")
         check_finite({"values": values})
-        # From the nearest value on, each from where the one before it ended.
-        order = np.argsort(np.abs(np.asarray(values - flat[chosen][0])), kind="stable")
+        # From the nearest value on: each from where the nearest that is done has ended.
+        order = np.argsort(np.abs(np.asarray(values - value)), kind="stable")
         ends, costs = np.zeros((len(values), len(flat))), np.zeros(len(values))
-        known = [(float(flat[chosen][0]), np.asarray(flat))]
+        done = [(float(value), np.asarray(flat))]
         data = self._problem, jnp.max(self._problem.ts)
         size = self._together  # for which there is a program
         for part in np.split(order, range(size, len(order), size)):
             rows = np.resize(part, size)
-            near = [min(known, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
-            starts = jnp.where(chosen, values[rows][:, None], jnp.stack([*map(jnp.asarray, near)]))
+            near = [min(done, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
+            starts = jnp.where(chosen, values[rows][:, None], jnp.asarray(np.stack(near)))
             found = least_squares(of_observations, data, starts, chosen, STEPS)
-            ends[rows], costs[rows] = found[0], found[1]
-            known += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
+            ends[rows], costs[rows] = found.flats, found.costs
+            done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
         given = self._problem.noise if self._problem.residual is None else 1.0
         scale = jnp.mean((given / self.noise) ** 2)
         ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost)
@@ -130,10 +144,10 @@ def estimate(
     """Estimate the parameters of `dy/dt = f(t, y, params)` from observations, by least squares.
 
     From each start, slopes of smoothed observations are matched by the field, which needs no solve
-    and rarely gets stuck. Then Levenberg-Marquardt (Optimistix), with derivatives in forward mode,
-    fits a sixteenth of the observations, an eighth, and so on to all of them, for eight starts at
-    once, as rows of one solve; those that are far worse than others are given up. Let positive
-    parameters be logarithms.
+    and rarely gets stuck; starts that fit the first observations go on, too. Then
+    Levenberg-Marquardt (Optimistix), with derivatives in forward mode, fits a sixteenth of the
+    observations, an eighth, and so on to all of them, eight starts at a time, as rows of one solve;
+    those that are far worse than others are given up. Let positive parameters be logarithms.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -150,8 +164,9 @@ def estimate(
         residual: `residual(predicted, observed)` whose half squares are negative log-densities up
             to a constant, in place of their difference by the noise.
         prior: residuals of the parameters, such as `lambda p: (p - mean) / deviation`.
-        match: whether to match slopes first. By default, if the state is observed and the solver is
-            not one for stiff fields, whose slopes a spline does not resolve.
+        match: whether to match slopes first. By default, if the state is observed, without
+            `jumps`, and the solver is not one for stiff fields, whose slopes a spline does not
+            resolve.
         row_args: arguments of each experiment, `[rows, ...]`.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`
             and `atol` are 1e-6, or 1e-5 in single precision.
@@ -168,78 +183,137 @@ def estimate(
             and if least squares has not converged.
     """
     check_not_traced("chooses among starts", starts, ts, ys)
-    if own := [name for name in OWN if name in options]:
-        raise TypeError(f"{arg(own[0])} is not for estimate, which sets it. Leave it out.")
+    known = inspect.signature(solve).parameters
+    if wrong := [name for name in options if name in OWN or name not in known]:
+        raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")
     functions: dict[str, Any] = {"observe": observe, "residual": residual, "prior": prior}
     problem, flats = posed(f, y0, ts, ys, starts, t0, functions, noise, row_args, options)
     solver = options.get("solver")
     stiff = isinstance(solver, Rodas5P | Rosenbrock23 | diffrax.AbstractImplicitSolver)
-    if match is None:
-        match = observe is None and not stiff
-    elif match and observe is not None:
-        raise ValueError(f"{arg('match')} needs the whole state; got observe, too. Leave one out.")
-    count, came_from = len(flats), np.arange(len(flats))
-    matched = match_slopes(problem, flats) if match else None
-    if matched is not None and np.isfinite(matched[1]).any():
-        ends, costs = map(np.asarray, matched)
-        came_from, flats = _distinct(ends, costs, came_from)
-    return _described(problem, *_improved(problem, flats, came_from, count))
+    cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
+    if match and cannot:
+        raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
+    matched = None
+    if match or (match is None and not (stiff or cannot)):
+        matched = match_slopes(problem, flats)
+    if match and matched is None:
+        raise ValueError(f"{arg('match')} needs five observations of each series. Leave it out.")
+    if matched is None:
+        runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])
+        size = min(ROWS, len(flats))
+    else:
+        runs = _with_matched(problem, np.asarray(flats), *map(np.asarray, matched))
+        size = min(ROWS, 2 * len(flats))
+    return _described(problem, _improved(problem, runs, size), size)
 
 
-def _improved(problem: Misfit, flats: Any, came_from: np.ndarray, count: int):
-    """The best end, its cost, Jacobian and whether it converged, the ends and costs of all starts,
-    and how many are improved at once."""
+class Runs(NamedTuple):
+    """Parameters that are improved side by side."""
+
+    flats: Float[np.ndarray, "runs n"]
+    of_start: Int[np.ndarray, "starts ways"]
+    """The runs of each start, or -1."""
+
+
+class Ends(NamedTuple):
+    """Where runs have come to."""
+
+    runs: Runs
+    costs: Float[np.ndarray, " runs"]
+    converged: Bool[np.ndarray, " runs"]
+    jacobians: Float[np.ndarray, "runs m n"]
+
+
+def _with_matched(problem: Misfit, starts: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> Runs:
+    """Where matched slopes led the starts, and the starts that fit the first observations, too."""
+    count = len(starts)
+    matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs)
+    least = len(matched.flats)
+    # Of a size that does not depend on the data.
+    together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
+    if not least:
+        together[:count] = starts
+    data = problem, _end(problem, 0)
+    of_all = np.asarray(misfits(of_observations, data, jnp.asarray(together)))
+    near = np.flatnonzero(of_all[count:] <= FACTOR * of_all.min())
+    if not least and not len(near):
+        near = np.arange(count)
+    place = np.full(count, -1)
+    place[near] = least + np.arange(len(near))
+    flats = np.concatenate([matched.flats, starts[near]])
+    return Runs(flats, np.concatenate([matched.of_start, place[:, None]], axis=1))
+
+
+def _end(problem: Misfit, number: int) -> Array:
+    """The last time of a part of the observations, which are more than the parameters."""
     times = np.unique(np.asarray(problem.ts))
-    free, flats = jnp.zeros(flats.shape[1], bool), jnp.asarray(flats)
-    size = min(ROWS, len(flats))
+    ts, seen = np.asarray(problem.ts), ~np.isnan(np.asarray(problem.ys))
+    seen = seen.reshape(*ts.shape, -1).sum(axis=-1)
+    enough = [seen[ts <= time].sum() > len(ravel_pytree(problem.template)[0]) for time in times]
+    first = int(np.argmax(enough)) if any(enough) else len(times) - 1
+    part = PARTS[min(number, len(PARTS) - 1)]
+    return jnp.asarray(times[max(math.ceil(part * len(times)) - 1, first)], problem.ts.dtype)
+
+
+def _improved(problem: Misfit, runs: Runs, size: int) -> Ends:
+    """The ends of runs of least squares, `size` at a time, on more and more observations."""
+    free = jnp.zeros(runs.flats.shape[1], bool)
     for number in range(len(PARTS) + ROUNDS - 1):
-        part = PARTS[min(number, len(PARTS) - 1)]
-        end = jnp.asarray(times[math.ceil(part * len(times)) - 1], problem.ts.dtype)
-        found = []
-        for i in range(0, len(flats), size):
-            rows = np.resize(np.arange(i, min(i + size, len(flats))), size)
-            some = least_squares(of_observations, (problem, end), flats[rows], free, STEPS)
-            found.append([np.asarray(x)[: len(flats) - i] for x in some])
-        ends, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
+        data, found = (problem, _end(problem, number)), []
+        for i in range(0, len(runs.flats), size):
+            rows = np.resize(np.arange(i, min(i + size, len(runs.flats))), size)
+            some = least_squares(of_observations, data, jnp.asarray(runs.flats[rows]), free, STEPS)
+            found.append([np.asarray(x)[: len(runs.flats) - i] for x in some])
+        flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
+        runs = runs._replace(flats=flats)
         if not np.isfinite(costs).any():
             raise SolveError(
-                f"{arg('starts')} none could be solved up to t = {float(end):g}. Start nearer, "
+                f"{arg('starts')} none could be solved up to t = {float(data[1]):g}. Start nearer, "
                 "raise max_steps, or pass a solver for stiff fields."
             )
-        last = number == len(PARTS) + ROUNDS - 2
-        if last or (part == 1 and converged[np.argmin(costs)]):
+        whole = number >= len(PARTS) - 1
+        if whole and (converged[np.argmin(costs)] or number == len(PARTS) + ROUNDS - 2):
             break
-        came_from, flats = _distinct(ends, costs, came_from)
-        flats = jnp.asarray(flats)
-    best = int(np.argmin(costs))
-    of_starts = np.full((count, flats.shape[1]), np.nan)
-    of_costs, known = np.full(count, np.inf), came_from >= 0
-    of_starts[known], of_costs[known] = ends[came_from[known]], costs[came_from[known]]
-    end = ends[best], costs[best], jacobians[best], bool(converged[best])
-    return *end, of_starts, of_costs, size
+        runs = _distinct(runs, costs)
+    return Ends(runs, costs, converged, jacobians)
 
 
-def _distinct(ends: np.ndarray, costs: np.ndarray, came_from: np.ndarray):
-    """The ends that differ, without those that are far worse than the best, and the place of each
-    start among them, or -1."""
-    order, kept, to = np.argsort(costs, kind="stable"), [], np.full(len(ends), -1)
+def _distinct(runs: Runs, costs: np.ndarray) -> Runs:
+    """Runs that differ, without those that are far worse than the best."""
+    flats, kept, to = runs.flats, [], np.full(len(costs) + 1, -1)  # the last for those given up
+    order = np.argsort(costs, kind="stable")
     for i in order[np.isfinite(costs[order])]:
-        apart = [np.max(np.abs(ends[i] - ends[j]) / (1 + np.abs(ends[j]))) for j in kept]
-        if apart and min(apart) < ALIKE:
-            to[i] = int(np.argmin(apart))
+        same = [
+            place for place, j in enumerate(kept)
+            if costs[i] <= (1 + ALIKE) * costs[j]
+            and np.max(np.abs(flats[i] - flats[j]) / (1 + np.abs(flats[j]))) < ALIKE
+        ]  # fmt: skip
+        if same:
+            to[i] = same[0]
         elif len(kept) < ROWS or costs[i] <= FACTOR * costs[kept[0]]:
             to[i] = len(kept)
             kept.append(i)
-    return np.where(came_from >= 0, to[came_from], -1), ends[kept]
+    return Runs(flats[kept], to[runs.of_start])
 
 
-def _described(problem: Misfit, flat, cost, jacobian, converged, ends, costs, together) -> Estimate:
-    unravel, dtype = problem.unravel, problem.ts.dtype
+def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
+    unravel, dtype, best = problem.unravel, problem.ts.dtype, int(np.argmin(ends.costs))
+    flat, cost, jacobian = ends.runs.flats[best], float(ends.costs[best]), ends.jacobians[best]
+    costs = np.append(ends.costs, np.inf)[ends.runs.of_start]  # of both ways of a start
+    way = np.argmin(costs, axis=1)[:, None]
+    run = np.take_along_axis(ends.runs.of_start, way, axis=1)[:, 0]
+    starts = np.concatenate([ends.runs.flats, np.full((1, len(flat)), np.nan)])[run]
     used = len(jacobian) - int(np.isnan(problem.ys).sum())
-    noise, scale = problem.noise, 1.0
+    noise, scale, free = problem.noise, 1.0, used - len(flat)
     if problem.residual is None and problem.estimated:
-        scale = 2 * float(cost) / (used - len(flat))
+        scale = 2 * cost / free
         noise = jnp.asarray(math.sqrt(scale), dtype)
+    elif problem.residual is None and free > 0 and 2 * cost > free + UNLIKELY * (2 * free) ** 0.5:
+        warnings.warn(
+            f"estimate: residuals are {math.sqrt(2 * cost / free):.2g} times the noise: the model "
+            "does not fit, or the noise is larger. The standard errors are too small.",
+            stacklevel=4,
+        )
     covariance, errors = _uncertainty(jacobian, scale, TINY[dtype])
     wide = errors > VAGUE * (1 + np.abs(flat))
     if vague := [name for name, of in zip(_names(problem.template), wide, strict=True) if of]:
@@ -249,7 +323,7 @@ def _described(problem: Misfit, flat, cost, jacobian, converged, ends, costs, to
             "a prior, or look at Estimate.profile.",
             stacklevel=4,
         )
-    if not converged:
+    if not ends.converged[best]:
         warnings.warn(
             f"estimate: least squares did not converge in {STEPS * ROUNDS} steps. The standard "
             "errors may be wrong. Start nearer, or lower rtol and atol.",
@@ -258,20 +332,22 @@ def _described(problem: Misfit, flat, cost, jacobian, converged, ends, costs, to
     tree = lambda x: unravel(jnp.asarray(x, dtype))
     return Estimate(
         tree(flat), jnp.asarray(cost, dtype), jnp.asarray(covariance, dtype), tree(errors), noise,
-        jax.vmap(unravel)(jnp.asarray(ends, dtype)), jnp.asarray(costs, dtype),
-        jnp.asarray(converged), problem, together,
+        jax.vmap(unravel)(jnp.asarray(starts, dtype)), jnp.asarray(costs.min(axis=1), dtype),
+        jnp.asarray(ends.converged[best]), problem, together,
     )  # fmt: skip
 
 
 def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):
     """The covariance of the parameters and its root; infinite for those without effect."""
     jacobian = np.nan_to_num(jacobian)
+    # At least as many rows as parameters, so that every direction has a vector.
+    jacobian = np.pad(jacobian, ((0, jacobian.shape[1]), (0, 0)))
     sizes = np.linalg.norm(jacobian, axis=0)
     units = np.where(sizes > 0, sizes, 1.0)
     _, values, vectors = np.linalg.svd(jacobian / units, full_matrices=False)
     none = values <= max(values[0], 1e-30) * tiny
     lost = (sizes == 0) | (np.abs(vectors[none]) > LOOSE).any(axis=0)
-    inverse = vectors.T / np.where(none, 1.0, values) ** 2 @ vectors
+    inverse = vectors[~none].T / values[~none] ** 2 @ vectors[~none]
     covariance = scale * inverse / units / units[:, None]
     unknown = np.where(np.eye(len(units)) > 0, np.inf, 0.0)
     covariance = np.where(lost | lost[:, None], unknown, covariance)

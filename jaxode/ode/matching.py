@@ -46,8 +46,8 @@ def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
     values, slopes, scale = map(first, (*found, scale))
     fixed = jnp.zeros(starts.shape[1], bool)
     data = problem, values, slopes, scale
-    flats, costs, _, _ = least_squares(_apart, data, starts, fixed, STEPS)
-    return flats, costs
+    found = least_squares(_apart, data, starts, fixed, STEPS)
+    return found.flats, found.costs
 
 
 def _apart(flat: Float[Array, " n"], data) -> Array:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.field import call_field
+from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
 TOLERANCES = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-3}  # of the parameters
@@ -49,9 +50,13 @@ class Misfit(eqx.Module):
     def predicted(self, params: PyTree, end: Float[Array, ""]) -> Array:
         """What would be observed without noise, up to `end` and from then on the same."""
         ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
+        options = self.options
+        if (jumps := options.get("jumps")) is not None:  # those after the end are padding
+            times = jnp.where(jumps.times > ts[..., -1:], jnp.inf, jumps.times)
+            options = {**options, "jumps": Jumps(times, jumps.change)}
         ys = solve(
             self.f, self.start(params), self.t0, ts[..., -1], params, ts=ts, batch=batch,
-            row_args=self.row_args, adjoint=ForwardMode(), throw=False, **self.options,
+            row_args=self.row_args, adjoint=ForwardMode(), throw=False, **options,
         ).ys  # fmt: skip
         observe = self.observe
         if observe is None:
@@ -75,6 +80,23 @@ class Misfit(eqx.Module):
         return jnp.concatenate(found)
 
 
+class Fits(NamedTuple):
+    """Where least squares has ended, from each start."""
+
+    flats: Float[Array, "starts n"]
+    costs: Float[Array, " starts"]
+    """Half the sums of squares."""
+    converged: Bool[Array, " starts"]
+    jacobians: Float[Array, "starts m n"]
+
+
+@compiled
+def misfits(residuals: Callable[..., Array], data: Any, flats: Float[Array, "starts n"]) -> Array:
+    """Half the sum of squares at each start; infinite where it cannot be solved."""
+    costs = jax.vmap(lambda flat: 0.5 * jnp.sum(residuals(flat, data) ** 2))(flats)
+    return jnp.where(jnp.isfinite(costs), costs, jnp.inf)
+
+
 @compiled
 def least_squares(
     residuals: Callable[..., Array],
@@ -82,9 +104,8 @@ def least_squares(
     flats: Float[Array, "starts n"],
     fixed: Bool[Array, " n"],
     steps: int,
-):
-    """From each start, where the squares are least, their half sum, whether it has converged, and
-    the Jacobian there. What is `fixed` stays."""
+) -> Fits:
+    """From each start, to where the squares are least. What is `fixed` stays."""
     import optimistix as optx
 
     tolerance = TOLERANCES[flats.dtype]
@@ -110,7 +131,7 @@ def least_squares(
         r, jacobian = found.aux
         cost = 0.5 * jnp.sum(r**2)
         cost = jnp.where(jnp.isfinite(cost), cost, jnp.inf)
-        return found.value, cost, found.result == optx.RESULTS.successful, jacobian
+        return Fits(found.value, cost, found.result == optx.RESULTS.successful, jacobian)
 
     return jax.vmap(improve)(flats)
 

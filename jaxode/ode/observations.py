@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import check_args, check_state, floating
+from jaxode._checks.arguments import check_args, check_state, described, floating
 from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.ode.field import check_field
@@ -35,8 +35,7 @@ def posed(
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
     ts, ys, t0 = _observations(ts, ys, t0, dtype)
-    count = int((~jnp.isnan(ys)).sum())
-    weight = _weight(noise, functions, count, flats.shape[1], dtype)
+    weight = _weight(noise, functions, ys, flats.shape[1])
     state = check_state("y0", y0(template) if callable(y0) else y0)
     if ts.ndim == 2:
         check_rows("y0", state, len(ts))
@@ -55,7 +54,27 @@ def posed(
         f=f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, noise=weight, estimated=noise is None,
         row_args=row_args, options=options, **functions,
     )  # fmt: skip
+    _check_shapes(problem, functions)
     return problem, flats
+
+
+def _check_shapes(problem: Misfit, functions: dict[str, Any]) -> None:
+    """Raise unless predictions and residuals are like observations: others would broadcast."""
+    shape = problem.ys.shape
+    if functions["observe"] is not None:
+        found = jax.eval_shape(problem.predicted, problem.template, jnp.max(problem.ts))
+        if getattr(found, "shape", None) != shape:
+            got = described(found) if not hasattr(found, "shape") else f"shape {found.shape}"
+            raise ValueError(
+                f"{arg('observe')} must return one observation, so that together they are like "
+                f"ys, {shape}; got {got}."
+            )
+    if functions["residual"] is not None:
+        found = jax.eval_shape(functions["residual"], problem.ys, problem.ys)
+        if getattr(found, "shape", None) != shape:
+            raise ValueError(
+                f"{arg('residual')} must return residuals like ys, {shape}; got {found}."
+            )
 
 
 def _starts(starts: Any) -> PyTree[Array]:
@@ -91,8 +110,11 @@ def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, 
     return ts, ys, t0
 
 
-def _weight(noise: Any, functions: dict[str, Any], used: int, count: int, dtype: Any) -> Array:
+def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int) -> Array:
     """The noise, or one where the residuals say it."""
+    used = int((~jnp.isnan(ys)).sum())
+    if not used:
+        raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
     if noise is not None and functions["residual"] is not None:
         raise ValueError(f"{arg('noise')} is not used with residual. Leave one out.")
     if noise is None and functions["residual"] is None:
@@ -103,9 +125,13 @@ def _weight(noise: Any, functions: dict[str, Any], used: int, count: int, dtype:
                 f"{arg('ys')} must be more than the {count} parameters, to say the noise; got "
                 f"{used}. Pass noise."
             )
-    weight = floating(1.0 if noise is None else noise).astype(dtype)
-    if not bool((weight > 0).all()):
-        raise ValueError(f"{arg('noise')} must be positive; got {noise}.")
+    weight = floating(1.0 if noise is None else noise).astype(ys.dtype)
+    if not bool(((weight > 0) & jnp.isfinite(weight)).all()):
+        raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
+    if not _broadcasts(weight.shape, ys.shape):
+        raise ValueError(
+            f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {weight.shape}."
+        )
     return weight
 
 
@@ -118,3 +144,10 @@ def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
             f"{arg('ys')} must be states, {whole}, without observe; got shape {ys.shape}. Pass "
             "observe(t, y, params)."
         )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False

@@ -65,13 +65,13 @@ def test_a_missing_observation_is_one_less():
 
 
 def test_with_known_noise_and_a_prior_it_is_the_mode():
-    prior = lambda params: (params["rate"] - 1.0) / 0.01
+    prior = lambda params: (params["rate"] - 0.3) / 0.03
     found = estimated(noise=NOISE, prior=prior)
     times = np.append(TS, -1.0)  # a time that stands for the prior
     model = lambda t, rate, size: np.where(t < 0, rate, closed(t, rate, size))
-    sigma = np.append(np.full(30, NOISE), 0.01)
+    sigma = np.append(np.full(30, NOISE), 0.03)
     expected, covariance = curve_fit(
-        model, times, np.append(YS, 1.0), (0.0, 1.0), sigma, absolute_sigma=True, ftol=1e-12
+        model, times, np.append(YS, 0.3), (0.0, 1.0), sigma, absolute_sigma=True, ftol=1e-12
     )
     np.testing.assert_allclose([*found.params.values()], expected, rtol=1e-4)
     np.testing.assert_allclose(found.covariance, covariance, rtol=1e-2)
@@ -136,6 +136,43 @@ def test_starts_that_single_shooting_loses_find_twenty_periods(observe):
         np.testing.assert_allclose(found.costs, found.cost, rtol=1e-6)
 
 
+def test_starts_count_where_samples_are_too_sparse_for_slopes():
+    field = lambda t, y, p: jnp.stack([y[1], -p["w2"] * y[0] - p["c"] * y[1]])
+    y0, ts = jnp.array([1.0, 0.0]), 1.3 * jnp.arange(1.0, 31.0)
+    true = {"w2": jnp.asarray(9.0), "c": jnp.asarray(0.05)}
+    ys = jaxode.solve(field, y0, 0.0, ts[-1], true, ts=ts).ys + NOISE * RNG.normal(size=(30, 2))
+    starts = {"w2": jnp.array([9.05, 8.9]), "c": jnp.array([0.05, 0.06])}
+    found = jaxode.estimate(field, y0, ts, ys, starts)
+    assert abs(found.params["w2"] - 9.0) < 4 * found.errors["w2"] < 0.01
+    np.testing.assert_allclose(found.costs, found.cost, rtol=1e-4)
+
+
+def test_doses_come_after_the_first_part():
+    dose = jaxode.Jumps(jnp.array([0.05, 1.0, 2.0]), lambda t, y, params, i: y + 1.0)
+    field = lambda t, y, params: -jnp.exp(params["rate"]) * y
+    exact = jaxode.solve(field, jnp.zeros(1), 0.0, 3.0, {"rate": 0.2}, ts=TS, jumps=dose).ys
+    ys = exact + NOISE * RNG.normal(size=(30, 1))
+    starts = {"rate": STARTS["rate"]}
+    found = jaxode.estimate(field, jnp.zeros(1), TS, ys, starts, jumps=dose, noise=NOISE)
+    assert abs(found.params["rate"] - 0.2) < 4 * found.errors["rate"] < 0.1
+    np.testing.assert_allclose(found.costs, found.cost, rtol=1e-4)
+
+
+def test_fewer_observations_than_parameters_determine_none():
+    field = lambda t, y, p: -(p["a"] + p["b"]) * y
+    starts = {"a": jnp.full(1, 0.5), "b": jnp.full(1, 0.1)}
+    with pytest.warns(UserWarning, match=r"do not determine \['a'\], \['b'\]"):
+        found = jaxode.estimate(
+            field, jnp.ones(1), TS[:1], jnp.full((1, 1), 0.9), starts, noise=0.1
+        )
+    assert all(np.isinf(error) for error in found.errors.values())
+
+
+def test_it_warns_of_a_model_that_does_not_fit():
+    with pytest.warns(UserWarning, match="times the noise"):
+        estimated(YS + 0.2 * np.sin(9 * TS), noise=NOISE)
+
+
 def test_it_names_what_the_observations_do_not_determine():
     field = lambda t, y, p: -p["a"] * p["b"] * y + 0.0 * p["idle"]
     starts = {"a": jnp.ones(1), "b": 1.2 * jnp.ones(1), "idle": jnp.ones(1)}
@@ -172,11 +209,21 @@ WRONG = {
     "noise twice": ({"noise": 0.1, "residual": lambda p, o: p - o}, "Leave one out"),
     "noise of zero": ({"noise": 0.0}, "must be positive"),
     "slopes of what is not observed": (
-        {"match": True, "observe": lambda t, y, p: y}, "needs the whole state",
+        {"match": True, "observe": lambda t, y, p: y}, "needs smooth states",
     ),
     "rows of one experiment": ({"row_args": jnp.ones(30)}, "several experiments"),
-    "its own option": ({"batch": "joint"}, "which sets it"),
+    "its own option": ({"batch": "joint"}, "is not an option"),
     "a list for a function": ({"observe": [1]}, "must be a function"),
+    "an unknown option": ({"maxsteps": 3}, "is not an option"),
+    "nothing observed": ({"ys": np.full(30, np.nan)}, "must hold an observation"),
+    "infinite noise": ({"noise": np.inf}, "positive and finite"),
+    "noise of another shape": ({"noise": np.full(30, 0.1)}, "must broadcast to ys"),
+    "another shape observed": ({"observe": lambda t, y, p: y[0]}, "must return one observation"),
+    "a pair observed": ({"observe": lambda t, y, p: (y, y)}, "must return one observation"),
+    "one residual": ({"residual": lambda p, o: jnp.sum(p - o)}, "must return residuals like ys"),
+    "slopes of four observations": (
+        {"match": True, "ts": TS[:4], "ys": YS[:4]}, "needs five observations",
+    ),
 }  # fmt: skip
 
 
@@ -198,7 +245,12 @@ def test_it_says_that_no_start_can_be_solved():
 
 
 def test_a_profile_needs_one_parameter(fitted):
-    with pytest.raises(ValueError, match="must choose one parameter; got 2"):
-        fitted.profile(lambda params: params["rate"] + params["size"], jnp.ones(1))
+    for where in (
+        lambda params: params["rate"] + params["size"],
+        lambda params: 2 * params["rate"],
+        lambda params: jnp.exp(params["rate"]),
+    ):
+        with pytest.raises(ValueError, match="must choose one parameter itself"):
+            fitted.profile(where, jnp.ones(1))
     with pytest.raises(TypeError, match="must choose one number"):
         fitted.profile(lambda params: params["k"], jnp.ones(1))
