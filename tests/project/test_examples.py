@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -47,6 +48,11 @@ RUNS = [
     # The Gaussian needs no training. The flow still takes the pixels as nearly independent.
     ("digits", "--steps 2 --batch 8 --width 4", "^(full-covariance Gaussian|flow) ",
      lambda *bits: 2.3 < bits[0] < bits[1] < 2.6 < min(bits[2:]) < max(bits[2:]) < 3.2),
+    # A block of steps: still far from independent pixels.
+    ("mnist", "--data . --minutes 0.0001 --batch 8 --width 8 --blocks 1 --test 16 --classes",
+     "^test images:|^noise and|^half the|^Bayes",
+     lambda bits, error, n, noise, of, by_tolerance, right, few: 1 < bits < 9 and n == of == 16
+     and noise < 0.1 and abs(by_tolerance) < 0.01 and 0 <= right <= 100),
     ("sharded", "--steps 3 --batch 32 --processes 2", SHARDED,
      lambda loss, parameter: max(loss, parameter) < 1e-12),
     # Other steps have other errors, each of about the tolerance of 1e-5.
@@ -97,6 +103,7 @@ RUNS = [
      lambda truth, fitted, mean, sd: 20 < min(fitted, mean) <= max(fitted, mean) < truth == 30),
 ]  # fmt: skip
 SMALLER = {
+    "mnist": {"PATCH": lambda _: 14, "CHUNK": lambda _: 16},
     "conditional": {"HELD_OUT": lambda _: 10},
     "latent_ode": {"TRAIN": lambda _: 64},  # as many as are held out
     # Before its step size is known, NUTS takes up to 1023 steps at a time.
@@ -120,6 +127,16 @@ def test_an_example_does_what_it_promises(
     points = np.random.default_rng(0).normal(size=(3000, 2)) * [20.0, 0.1] + [100.0, -3.0]
     np.savetxt("points.csv", points, delimiter=",", header="x,y", comments="")
     load_once("tabular").tables.flats(300, 0).to_csv("flats.csv", index=False)
+    if name == "mnist":
+        for kind, count in (("train", 160), ("t10k", 16)):
+            levels = np.random.default_rng(0).integers(0, 4, (count, 28, 28)) // 3 * 255
+            idx = lambda shape, x: struct.pack(f">i{len(shape)}i", 2048 + len(shape), *shape) + x
+            pathlib.Path(f"{kind}-images-idx3-ubyte").write_bytes(
+                idx(levels.shape, levels.astype(np.uint8).tobytes())
+            )
+            pathlib.Path(f"{kind}-labels-idx1-ubyte").write_bytes(
+                idx((count,), (np.arange(count) % 10).astype(np.uint8).tobytes())
+            )
     if name == "sharded":  # makes its devices, and processes
         if not hasattr(jax.lax, "pcast"):
             pytest.skip("needs JAX 0.8 or newer")
