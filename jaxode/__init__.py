@@ -16,7 +16,7 @@ from jaxode.auditing.report import audit
 from jaxode.density.bind import bind
 from jaxode.density.fit import fit
 from jaxode.density.importance import importance
-from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal
+from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal, torus
 from jaxode.flows.construct import cnf
 from jaxode.flows.diffusion import VarianceExploding, VariancePreserving, probability_flow
 from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
@@ -71,4 +71,5 @@ __all__ = [
     "standardize",
     "steady_state",
     "tabular",
+    "torus",
 ]

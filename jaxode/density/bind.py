@@ -14,6 +14,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.caller import arg, public
@@ -34,7 +35,7 @@ from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.density.maps.given import Shape, as_map, as_support
 from jaxode.flows import compiled
-from jaxode.flows.bases import has_full_support
+from jaxode.flows.bases import Torus, takes_maps
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import without_noise
@@ -106,10 +107,10 @@ class Density(eqx.Module):
                 f"{arg('flow')} must be made by jaxode.cnf, with samples of shape "
                 f"{self.event_shape}; got {got}."
             )
-        if self.maps.maps and not has_full_support(flow.base):
+        if self.maps.maps and not takes_maps(flow.base):
             raise ValueError(
                 f"{arg('flow')} needs a base with a density of all coordinates, since there are "
-                "maps around it; got jaxode.centered_normal. Bind it without maps."
+                f"maps around it; got {type(flow.base).__name__}. Bind it without maps."
             )
         return dataclasses.replace(self, _flow=wrap_constants(flow))
 
@@ -117,6 +118,11 @@ class Density(eqx.Module):
     def event_shape(self) -> Shape:
         """The shape of one sample."""
         return tuple(unwrap_constants(self._flow.base).event_shape)
+
+    def _wrapped(self, x: Float[Array, "rows *event"]) -> Float[Array, "rows *event"]:
+        """Angles in their first period."""
+        base = unwrap_constants(self._flow.base)
+        return base.wrapped(x) if isinstance(base, Torus) else x
 
     @public("log_prob")
     def log_prob(
@@ -155,7 +161,7 @@ class Density(eqx.Module):
         shape, count, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z = flow.sample(self.params, key, count, context=context)
-        return to_data(self.maps, z)[0].reshape(*shape, *self.event_shape)
+        return self._wrapped(to_data(self.maps, z)[0]).reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -172,7 +178,8 @@ class Density(eqx.Module):
         flow = self._row_by_row(None, (key, context), batch_size, progress)
         z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
         x, log_det = to_data(self.maps, z)
-        return x.reshape(*shape, *self.event_shape), (log_prob + log_det).reshape(shape)
+        x = self._wrapped(x).reshape(*shape, *self.event_shape)
+        return x, (log_prob + log_det).reshape(shape)
 
     @public("cdf")
     def cdf(
@@ -383,12 +390,14 @@ def bind(
         )
     event = tuple(flow.base.event_shape)
     for name, given in (("standardize", standardize), ("support", support)):
-        if given is not None and not has_full_support(flow.base):
+        if given is not None and not takes_maps(flow.base):
             raise ValueError(
-                f"{arg(name)} needs a base with a density of all coordinates; got "
-                "jaxode.centered_normal, whose configurations such a map would not leave centred. "
-                "Divide the positions by one scale yourself, and leave it out."
+                f"{arg(name)} needs a base of numbers that are free; got "
+                f"{type(flow.base).__name__}, whose centred configurations or angles such a map "
+                "would not leave so. Divide by one scale yourself, and leave it out."
             )
+    if isinstance(flow.base, Torus) and is_eager(params):
+        _check_period(flow, params)
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
@@ -401,3 +410,20 @@ def bind(
         maps=Chain(tuple(part for part in (allowed, units) if part is not None)),
         contexts=contexts,
     )
+
+
+def _check_period(flow: CNF, params: PyTree) -> None:
+    """Raise if the field is known to differ one period on."""
+    base: Any = flow.base
+    z = jnp.linspace(0.1, 0.9, len(base.period)).reshape(base.event_shape)
+    period = np.where(np.isfinite(base.period), base.period, 0.0).reshape(base.event_shape)
+    try:
+        here, there = (flow.f(jnp.asarray(0.3), at, params) for at in (z, z + period))
+    except Exception:  # a field with a context, or parameters that are still to come
+        return
+    if not np.allclose(here, there, atol=1e-3 * (1 + float(np.max(np.abs(here))))):
+        raise ValueError(
+            "bind(flow=...): its field must have the periods of its base, a torus; got another "
+            "value one period on. Pass jaxode.nn.Residual(..., period=...), or show your field "
+            "sine and cosine of angles."
+        )

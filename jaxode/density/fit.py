@@ -32,7 +32,7 @@ from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
 from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
-from jaxode.flows.bases import has_full_support
+from jaxode.flows.bases import takes_maps
 from jaxode.flows.coupling import Coupling, independent
 from jaxode.images import Noise
 
@@ -347,7 +347,7 @@ def _trainable(density: Density) -> Density:
 
 def _fits(density: Density) -> list[Callable[..., Any]]:
     """Functions that fit each candidate map."""
-    if density.standardize is not None or not has_full_support(density.flow.base):
+    if density.standardize is not None or not takes_maps(density.flow.base):
         return []
     columns = math.prod(density.event_shape)
     return [fit for fit, most in FITS if columns <= most]

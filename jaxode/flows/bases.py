@@ -48,6 +48,11 @@ def has_full_support(base: BaseDensity) -> bool:
     return getattr(base, "full_support", True)
 
 
+def takes_maps(base: BaseDensity) -> bool:
+    """Whether there may be maps around a flow from it: not of centred particles, nor of angles."""
+    return has_full_support(base) and not isinstance(base, Torus)
+
+
 @dataclass(frozen=True)
 class StandardNormal:
     """Independent normals with mean zero and variance one."""
@@ -96,6 +101,48 @@ class CenteredNormal:
 def centered(z: Float[Array, "... n dim"]) -> Float[Array, "... n dim"]:
     """Configurations less their mean over the particles."""
     return z - jnp.mean(z, axis=-2, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Torus:
+    """Angles, uniform over their periods, and standard normals where the period is infinite."""
+
+    event_shape: tuple[int, ...]
+    period: tuple[float, ...]
+    """Of each coordinate, flattened."""
+
+    def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Log-density in nats. The same for all representatives of an angle."""
+        _check_events(z, self.event_shape)
+        axes, (period, angle) = tuple(range(-len(self.event_shape), 0)), self._of(z)
+        normal = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
+        return jnp.sum(jnp.where(angle, -jnp.log(period), normal), axis=axes)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+        """Independent draws in JAX's default floating dtype, angles from 0 on."""
+        angle_key, normal_key = jax.random.split(key)
+        shape = (*sample_shape, *self.event_shape)
+        normal = jax.random.normal(normal_key, shape)
+        period, angle = self._of(normal)
+        return jnp.where(angle, period * jax.random.uniform(angle_key, shape), normal)
+
+    def arc(self, difference: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Differences of angles on the shorter way."""
+        period, angle = self._of(difference)
+        return jnp.where(angle, difference - period * jnp.round(difference / period), difference)
+
+    def wrapped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Events with angles in `[0, period)`."""
+        period, angle = self._of(x)
+        inside = x - period * jnp.floor(x / period)
+        return jnp.where(angle, jnp.where(inside < period, inside, 0.0), x)
+
+    def _of(self, z: Array) -> tuple[Array, Array]:
+        """The period of each coordinate, one where it has none; and whether it has one."""
+        shape = (1,) * (z.ndim - len(self.event_shape)) + self.event_shape
+        period = np.reshape(self.period, shape)
+        angle = np.isfinite(period)
+        return jnp.asarray(np.where(angle, period, 1.0), z.dtype), jnp.asarray(angle)
 
 
 class DiagonalNormal(eqx.Module):
@@ -172,6 +219,43 @@ def centered_normal(n: int, dim: int) -> CenteredNormal:
     """
     n = integer("n", n, 2)
     return CenteredNormal((n, integer("dim", dim)))
+
+
+@public("torus")
+def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Torus:
+    """Angles, uniform over a period: the base of densities on circles and tori.
+
+    The flow runs on the line, and its field must have the same periods, as that of
+    `jaxode.nn.Residual(period=...)` has. Then all representatives of an angle have the same
+    density, which integrates to one over a period. Matching takes the shorter way around, and
+    samples of `bind` are in `[0, period)`.
+
+    Args:
+        event_shape: shape of one sample; an integer stands for a vector.
+        period: of all coordinates, or of each, `[*event]`; infinite for those that are no angles,
+            whose base is standard normal.
+
+    Raises:
+        ValueError: if a dimension is not a positive integer, or a period not positive.
+
+    References: Chen and Lipman (2023), arXiv:2302.03660.
+    """
+    shape = as_event_shape(event_shape)
+    return Torus(shape, as_period(period, shape))
+
+
+def as_period(period: Any, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """The period of each coordinate."""
+    try:
+        periods = np.broadcast_to(np.asarray(period, float), shape)
+    except (TypeError, ValueError):
+        periods = np.zeros(1)
+    if not (periods > 0).all():  # false for NaN, too
+        raise ValueError(
+            f"{arg('period')} must be positive numbers that broadcast to {shape}, infinite for "
+            f"coordinates that are no angles; got {period!r}."
+        )
+    return tuple(map(float, periods.reshape(-1)))
 
 
 def as_event_shape(event_shape: Any, name: str = "event_shape") -> tuple[int, ...]:

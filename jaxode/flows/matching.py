@@ -96,7 +96,10 @@ def matching_loss(
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 
+    arc = getattr(flow.base, "arc", None)
+
     def squared_error(u, z0, x, context):
+        x = x if arc is None else z0 + arc(x - z0)  # the shorter way around
         z = (1 - u) * z0 + u * x
         args = of_row(params, context)
         dz = call_field(flow.f, t0 + u * span, z, args)

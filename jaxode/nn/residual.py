@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
-from jaxode.flows.bases import as_event_shape
+from jaxode.flows.bases import as_event_shape, as_period
 from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
 
 BOUND = 20.0  # of the activations before the output; near the data they are below 10
@@ -39,6 +41,8 @@ class Residual(Network):
         blocks: number of blocks.
         key: draws the initial weights.
         context_size: size of the context vector in `m(t, y, context)`.
+        period: of coordinates that are angles, as for `jaxode.torus`. Of those the network sees
+            sine and cosine alone, so that the field has the same periods.
         activation: a smooth elementwise function.
 
     Raises:
@@ -52,6 +56,7 @@ class Residual(Network):
     scale: Dense
     encoder: tuple[Dense, Dense] | None
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    period: tuple[float, ...] | None = eqx.field(static=True, default=None)
 
     @public("")
     def __init__(
@@ -62,14 +67,18 @@ class Residual(Network):
         *,
         key: PRNGKeyArray,
         context_size: int = 0,
+        period: Any = None,
         activation: Callable[[Array], Array] = jax.nn.silu,
     ):
-        size = math.prod(as_event_shape(event_shape))
+        event = as_event_shape(event_shape)
+        size = math.prod(event)
+        self.period = None if period is None else as_period(period, event)
+        seen = size + sum(map(math.isfinite, self.period or ()))
         width = integer("width", width)
         blocks = integer("blocks", blocks)
         context_size = integer("context_size", context_size, 0)
         known = 2 * WAVES + (width if context_size else 0)
-        ends = (width, size), (size, width), (size, known)
+        ends = (width, seen), (size, width), (size, known)
         each = [(width, width)] * blocks + [(2 * width, known)] * blocks
         encoder = [(width, context_size), (width, width)] if context_size else []
         first, last, scale, *drawn = draws(check_key(key), (*ends, *each, *encoder))
@@ -82,12 +91,22 @@ class Residual(Network):
     @property
     def _sizes(self):
         context_size = self.encoder[0].weight.shape[1] if self.encoder else 0
-        return self.first.weight.shape[1], context_size
+        return self.last.weight.shape[0], context_size
 
     def _field(self, t, x, context):
         e = encoded(t, context, self.encoder, self.activation, x.dtype)
-        h = self.first(x)
+        h, scale = self.first(self._seen(x)), self.scale(e)
+        if self.period is not None:
+            scale = jnp.where(jnp.isfinite(jnp.asarray(self.period)), 0.0, scale)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
             a, b = parts(modulation, e, 2)
             h = h + block(self.activation((1 + a) * h + b))
-        return self.last(bounded(self.activation(h))) + self.scale(e) * x
+        return self.last(bounded(self.activation(h))) + scale * x
+
+    def _seen(self, x: Float[Array, " size"]) -> Float[Array, " seen"]:
+        """Coordinates; sine and cosine of angles."""
+        if self.period is None:
+            return x
+        angle = np.isfinite(self.period)
+        phase = x[angle] * jnp.asarray(2 * np.pi / np.asarray(self.period)[angle], x.dtype)
+        return jnp.concatenate([x[~angle], jnp.sin(phase), jnp.cos(phase)])

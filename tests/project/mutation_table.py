@@ -179,6 +179,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("ode/steady.py", "jnp.where(singular, Result.SINGULAR_MATRIX.value, code)", "code"),
     # Rows that are set aside are drawn.
     ("density/large.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
+    # Matching goes the long way around a circle.
+    ("flows/matching.py", "x if arc is None else z0 + arc(x - z0)", "x"),
     # What a profile holds moves.
     ("ode/misfit.py", "residuals(jnp.where(fixed, start, flat), data)", "residuals(flat, data)"),
     # Observations that are missing count.

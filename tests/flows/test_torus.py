@@ -1,0 +1,116 @@
+"""Flows of angles: one period has all the probability, and no cut shows."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxode
+
+KEY = jax.random.key(0)
+OPTIONS = {"rtol": 1e-7, "atol": 1e-7}
+
+
+def bound(period, size=2, **options):
+    """With a field that is not small."""
+    base = jaxode.torus(size, period)
+    network = jaxode.nn.Residual(size, 16, 2, key=KEY, period=period)
+    network = jax.tree.map(lambda leaf: 2 * leaf, network)
+    return jaxode.bind(jaxode.cnf(jaxode.nn.field, base, **OPTIONS, **options), network)
+
+
+def grid(*axes):
+    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+
+
+@pytest.mark.parametrize("period", [2 * math.pi, 0.5])
+def test_a_circle_has_a_probability_of_one(period):
+    x = period * jnp.arange(200.0)[:, None] / 200
+    density = bound(period, 1)
+    log_prob = density.log_prob(x)
+    assert log_prob.std() > 0.05
+    np.testing.assert_allclose(jnp.exp(log_prob).mean() * period, 1, atol=1e-4)
+    np.testing.assert_allclose(density.log_prob(x + 3 * period), log_prob, atol=1e-4)
+
+
+def test_a_torus_has_a_probability_of_one():
+    period = np.array([1.0, 24.0])
+    x = grid(*(p * jnp.arange(24.0) / 24 for p in period))
+    density = bound(period)
+    np.testing.assert_allclose(jnp.exp(density.log_prob(x)).mean() * 24, 1, atol=1e-4)
+
+
+def test_an_angle_beside_a_number():
+    period = np.array([2 * math.pi, np.inf])
+    density = bound(period)
+    line = jnp.linspace(-25.0, 25.0, 126)
+    x = grid(2 * math.pi * jnp.arange(16.0) / 16, line)
+    total = jnp.exp(density.log_prob(x)).mean() * 2 * math.pi * 126 * 0.4
+    np.testing.assert_allclose(total, 1, atol=1e-3)
+    samples, log_prob = density.sample_and_log_prob(KEY, (100,))
+    assert ((samples[:, 0] >= 0) & (samples[:, 0] < 2 * math.pi)).all()
+    np.testing.assert_allclose(density.log_prob(samples), log_prob, atol=1e-4)
+    assert jnp.abs(samples[:, 1]).max() > 1
+
+
+def test_matching_takes_the_shorter_way_and_sees_no_cut():
+    density = bound(1.0)
+    flow, x = density.flow, jax.random.uniform(KEY, (64, 2))
+    loss = flow.matching_loss(density.params, x, key=KEY)
+    shifted = flow.matching_loss(density.params, x + jnp.array([[3.0, -2.0]]), key=KEY)
+    np.testing.assert_allclose(loss, shifted, rtol=1e-9)
+    still = flow.matching_loss(jax.tree.map(jnp.zeros_like, density.params), x, key=KEY)
+    assert still < 1 / 8  # of uniform arcs of at most a half, 1/12 in the mean
+
+
+def test_representatives_of_an_angle():
+    base = jaxode.torus(2, np.array([1.0, np.inf]))
+    z = jnp.array([[0.9, 5.0], [-1e-9, -7.0]])
+    np.testing.assert_allclose(base.arc(z), [[-0.1, 5.0], [-1e-9, -7.0]], atol=1e-12)
+    assert ((base.wrapped(z) >= 0) | (z == -7.0)).all()
+    assert (base.wrapped(z.astype(jnp.float32))[:, 0] < 1).all()
+    np.testing.assert_allclose(base.log_prob(z), jax.scipy.stats.norm.logpdf(z[:, 1]))
+
+
+@pytest.mark.slow  # trains
+def test_a_mixture_of_von_mises_over_the_cut(default_settings):
+    rng = np.random.default_rng(0)
+    centres, kappa = np.array([[0.0, 1.0], [3.0, 6.2]]), 4.0
+    draw = lambda n: rng.vonmises(centres[rng.integers(0, 2, n)], kappa) % (2 * np.pi)
+    x, held_out = draw(8000), draw(2000)
+    parts = kappa * np.cos(held_out[:, None] - centres) - np.log(2 * np.pi * np.i0(kappa))
+    exact = np.logaddexp.reduce(parts.sum(axis=-1), axis=1) - np.log(2)
+    network = jaxode.nn.Residual(2, 64, key=KEY, period=2 * np.pi)
+    density = jaxode.bind(jaxode.cnf(jaxode.nn.field, jaxode.torus(2)), network)
+    density, _ = jaxode.fit(density, jnp.asarray(x), key=KEY, steps=1500, progress=False)
+    found = density.log_prob(jnp.asarray(held_out))
+    assert (exact - np.asarray(found)).mean() < 0.03
+
+
+WRONG = {
+    "a period of zero": (lambda: jaxode.torus(2, 0.0), "must be positive"),
+    "a period of NaN": (lambda: jaxode.torus(2, np.nan), "must be positive"),
+    "three periods of two": (lambda: jaxode.torus(2, (1.0, 2.0, 3.0)), "broadcast to"),
+    "a field on the line": (
+        lambda: jaxode.bind(
+            jaxode.cnf(jaxode.nn.field, jaxode.torus(2)), jaxode.nn.Residual(2, 8, key=KEY)
+        ),
+        "must have the periods of its base",
+    ),
+    "a map around it": (
+        lambda: jaxode.bind(
+            jaxode.cnf(jaxode.nn.field, jaxode.torus(2)),
+            jaxode.nn.Residual(2, 8, key=KEY, period=2 * np.pi), standardize=(0.0, 2.0),
+        ),
+        "needs a base of numbers that are free",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_it_refuses(case):
+    make, words = WRONG[case]
+    with pytest.raises(ValueError, match=words):
+        make()
