@@ -69,8 +69,8 @@ ROWS = [
     *must("each", ValueError, "None, 'joint' or 'per_sample'", {"solve": "batch"}),
     *must("low", ValueError, "None, 'highest'~", {"solve": "precision"}),
     *must("x", ValueError, "'score' or 'noise'", {"probability_flow": "predicts"}),
-    *must("no", ValueError, "'uniform' or 'normal'", {"dequantize": "noise"}),
-    *must("no", ValueError, "True, False, 'uniform' or 'normal'", {"fit": "dequantize"}),
+    *must("no", ValueError, "'uniform', 'normal' or a tuple~", {"dequantize": "noise"}),
+    *must("no", ValueError, "'uniform', 'normal' or a tuple~", {"fit": "dequantize"}),
     *must("x", ValueError, "'rademacher', 'gaussian' or 'ortho~", {"hutchinson": "distribution"}),
     *(
         row for direction in (2, True, 1.0)
