@@ -174,7 +174,8 @@ def resumed(path: Path, state: State) -> State:
 
 def report(network, test, options, key) -> None:
     """Bits of test images, what a tolerance and probes change, and the accuracy of Bayes' rule."""
-    levels, labels = (None if part is None else part[: options.test] for part in test)
+    levels, labels = test[0][: options.test], test[1]
+    labels = None if labels is None else labels[: options.test]
     bits = bits_of(network, levels, labels, key)
     error = bits.std() / math.sqrt(len(bits))
     print(f"test images: {bits.mean():.3f} +- {error:.3f} bits per dimension, of {len(bits)}")
