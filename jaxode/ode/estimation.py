@@ -246,13 +246,13 @@ def _with_matched(problem: Misfit, starts: np.ndarray, ends: np.ndarray, costs: 
 
 def _end(problem: Misfit, number: int) -> Array:
     """The last time of a part of the observations, which are more than the parameters."""
-    times = np.unique(np.asarray(problem.ts))
-    ts, seen = np.asarray(problem.ts), ~np.isnan(np.asarray(problem.ys))
-    seen = seen.reshape(*ts.shape, -1).sum(axis=-1)
-    enough = [seen[ts <= time].sum() > len(ravel_pytree(problem.template)[0]) for time in times]
-    first = int(np.argmax(enough)) if any(enough) else len(times) - 1
-    part = PARTS[min(number, len(PARTS) - 1)]
-    return jnp.asarray(times[max(math.ceil(part * len(times)) - 1, first)], problem.ts.dtype)
+    ts, ys = (np.asarray(part) for part in (problem.ts, problem.ys))
+    times, at = np.unique(ts, return_inverse=True)
+    seen = (~np.isnan(ys)).reshape(ts.size, -1).sum(axis=1)
+    so_far = np.cumsum(np.bincount(at.ravel(), seen))
+    first = np.searchsorted(so_far, len(ravel_pytree(problem.template)[0]), side="right")
+    last = math.ceil(PARTS[min(number, len(PARTS) - 1)] * len(times)) - 1
+    return jnp.asarray(times[min(max(last, first), len(times) - 1)], ts.dtype)
 
 
 def _improved(problem: Misfit, runs: Runs, size: int) -> Ends:
