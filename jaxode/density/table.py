@@ -170,7 +170,10 @@ def set_aside(
         Without(rows.x, chosen, floating_dtype(rows.x.dtype)),
         jax.tree.map(lambda leaf: Without(leaf, chosen, leaf.dtype), rows.context),
     )
-    part = lambda rows, chosen: jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows)
+    part = lambda rows, chosen: Rows(
+        np.asarray(floating(rows.x[chosen])),
+        jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows.context),
+    )
     if not isinstance(validation, PARTS):
         pair = validation if isinstance(validation, tuple) else (validation, None)
         if len(pair) != 2:
@@ -193,8 +196,7 @@ def set_aside(
     count = min(math.ceil(validation * len(rows.x)), MAX_VALIDATION, len(rows.x) - 2)
     if large:  # a permutation would take as long as reading all
         chosen = np.random.default_rng(seed).choice(len(rows.x), count, replace=False)
-        aside = part(rows, np.sort(chosen))
-        return without(np.sort(chosen)), aside._replace(x=np.asarray(floating(aside.x)))
+        return without(np.sort(chosen)), part(rows, np.sort(chosen))
     shuffled = order(rows)
     return part(rows, shuffled[count:]), part(rows, shuffled[:count])
 

@@ -66,6 +66,13 @@ def test_it_trains_from_a_file(tmp_path):
     np.testing.assert_allclose(density.sample(KEY, (4000,)).mean(0), [3.0, 0.0], atol=0.1)
 
 
+def test_validation_rows_may_be_a_large_table_too():
+    table = Table.of(bound(), TABLE, None, TABLE.astype(np.float64), False, KEY)
+    assert len(table.rows.x) == COUNT
+    assert len(table.validation.x) == 1000
+    assert table.validation.x.dtype == np.float32
+
+
 def test_integers_get_noise():
     levels = RNG.integers(0, 3, (COUNT, 1))
     x: Any = np.concatenate([levels, levels[::-1]], 1)
