@@ -12,6 +12,7 @@ from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.ode.field import check_field
 from jaxode.ode.misfit import TOLERANCES, Misfit
+from jaxode.ode.paths import check_knots
 
 
 def posed(
@@ -44,6 +45,7 @@ def posed(
         raise ValueError(
             f"{arg('row_args')} are of several experiments; got ts of one. Pass ts [rows, times]."
         )
+    check_knots("row_args", row_args, (t0, ts[..., -1]))
     if functions["observe"] is None:
         _check_whole(state, ts, ys)
     if not callable(y0):

@@ -19,6 +19,7 @@ from jaxode.ode.events import Event
 from jaxode.ode.field import VectorField, call_field, check_field
 from jaxode.ode.mass import check_consistent, check_mass
 from jaxode.ode.options import SolveOptions
+from jaxode.ode.paths import check_knots
 from jaxode.ode.pieces import Jumps, check_jumps
 from jaxode.ode.run import run
 from jaxode.ode.solution import Solution, report
@@ -267,6 +268,9 @@ def solve_checked(
             )
         rows = jax.tree.leaves(y0)[0].shape[0]
         row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
+    if parts.get("event") is None:  # which ends a solve before
+        check_knots("args", args, span)
+        check_knots("row_args", row_args, span)
     field = kind(f, options.jacobian)
     system = make_system(field, y0, span, args, options, row_args=row_args, batch=batch, **parts)
     solution = _run(system.raising(throw))

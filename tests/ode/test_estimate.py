@@ -1,5 +1,6 @@
 """Parameters from observations: against least squares of closed forms, and what is refused."""
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,6 +242,17 @@ def test_it_says_that_no_start_can_be_solved():
         jaxode.estimate(
             explode, jnp.full(1, 1e3), TS, YS[:, None], {"rate": jnp.ones(2)},
             match=False, max_steps=64,
+        )  # fmt: skip
+
+
+def test_inputs_of_experiments_must_cover_their_observations():
+    knots = jnp.array([[0.0, 1.0], [0.0, 4.0]])
+    inputs = jax.vmap(diffrax.LinearInterpolation)(knots, knots)
+    field = lambda t, y, args: args[1].evaluate(t) - jnp.exp(args[0]["rate"]) * y
+    with pytest.raises(ValueError, match=r"must cover the span .* first in row 0"):
+        jaxode.estimate(
+            field, jnp.ones((2, 1)), jnp.stack([TS, TS]), jnp.ones((2, 30, 1)),
+            {"rate": STARTS["rate"]}, row_args=inputs,
         )  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""Interpolations of diffrax among the arguments of a field."""
+
+from typing import Any
+
+import diffrax
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import in_rows, is_known
+
+
+def check_knots(name: str, tree: PyTree, span: tuple[Any, Any]) -> None:
+    """Raise for an interpolation that is known not to cover the span: it would extrapolate."""
+    if tree is None:
+        return
+    is_path = lambda leaf: isinstance(leaf, diffrax.AbstractPath)
+    for path in filter(is_path, jax.tree.leaves(tree, is_leaf=is_path)):
+        knots = getattr(path, "ts", None)
+        if knots is None or not is_known((knots, span)):
+            continue
+        first, last = np.asarray(knots)[..., 0], np.asarray(knots)[..., -1]
+        low, high = np.minimum(*span), np.maximum(*span)
+        near = 1e-5 * (last - first)
+        wrong = (low < first - near) | (high > last + near)
+        if wrong.any():
+            of_rows = f", in {in_rows(wrong)}" if wrong.ndim else ""
+            raise ValueError(
+                f"{arg(name)} an interpolation must cover the span of the solve, from "
+                f"{low.min():g} to {high.max():g}; got knots from {first.max():g} to "
+                f"{last.min():g}{of_rows}. Beyond them it would extrapolate: add knots, or "
+                "repeat its last value at a later time."
+            )
