@@ -31,6 +31,7 @@ from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 ROWS = 8  # starts that are improved at once
 FACTOR = 10.0  # of the least cost, above which all but the `ROWS` best starts are given up
 PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0  # of the observations, one after the other
+HOLD = 0.1  # weight of the distance from a start, in residuals of it, but for all observations
 STEPS, ROUNDS = 50, 4  # of least squares, and how often all observations get them
 ALIKE = 1e-3  # relative distance of two ends that are one
 TINY = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}  # singular values that are none
@@ -115,7 +116,9 @@ class Estimate(eqx.Module):
             rows = np.resize(part, size)
             near = [min(done, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
             starts = jnp.where(chosen, values[rows][:, None], jnp.asarray(np.stack(near)))
-            found = least_squares(of_observations, data, starts, chosen, STEPS)
+            found = least_squares(
+                of_observations, data, starts, chosen, STEPS, jnp.zeros(size, flat.dtype)
+            )
             ends[rows], costs[rows] = found.flats, found.costs
             done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
         given = self._problem.noise if self._problem.residual is None else 1.0
@@ -260,9 +263,14 @@ def _improved(problem: Misfit, runs: Runs, size: int) -> Ends:
     free = jnp.zeros(runs.flats.shape[1], bool)
     for number in range(len(PARTS) + ROUNDS - 1):
         data, found = (problem, _end(problem, number)), []
+        whole = number >= len(PARTS) - 1
         for i in range(0, len(runs.flats), size):
             rows = np.resize(np.arange(i, min(i + size, len(runs.flats))), size)
-            some = least_squares(of_observations, data, jnp.asarray(runs.flats[rows]), free, STEPS)
+            starts = jnp.asarray(runs.flats[rows])
+            # What few observations do not determine would run away.
+            hold = jnp.sqrt(misfits(of_observations, data, starts) / problem.ys.size)
+            hold = jnp.where(whole | ~jnp.isfinite(hold), 0.0, HOLD * hold)
+            some = least_squares(of_observations, data, starts, free, STEPS, hold)
             found.append([np.asarray(x)[: len(runs.flats) - i] for x in some])
         flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
         runs = runs._replace(flats=flats)
@@ -271,7 +279,6 @@ def _improved(problem: Misfit, runs: Runs, size: int) -> Ends:
                 f"{arg('starts')} none could be solved up to t = {float(data[1]):g}. Start nearer, "
                 "raise max_steps, or pass a solver for stiff fields."
             )
-        whole = number >= len(PARTS) - 1
         if whole and (converged[np.argmin(costs)] or number == len(PARTS) + ROUNDS - 2):
             break
         runs = _distinct(runs, costs)

@@ -63,10 +63,10 @@ ROWS = {
         ({"support": (0.0, 5e-324)}, BETWEEN + "64; got"),
         ({"context_shape": (), "standardize_context": TABLE},
          "must end in that of the rows of standardize_context, ((2,),); got ((),)."),
-        ({"support": (-9.0, 9.0), "flow": CENTRED}, "needs a base with"),
-        ({"standardize": (0.0, 3.0), "flow": CENTRED}, "needs a base with"),
+        ({"support": (-9.0, 9.0), "flow": CENTRED}, "needs a base "),
+        ({"standardize": (0.0, 3.0), "flow": CENTRED}, "needs a base "),
     ],
-    ("with_flow", ValueError): [({"flow": CENTRED}, "needs a base with")],
+    ("with_flow", ValueError): [({"flow": CENTRED}, "needs a base ")],
     ("bind", TypeError): [
         *(({"standardize": given}, words) for given, words in STANDARDIZE[TypeError]),
         ({"flow": NETWORK}, "must be made by jaxode.cnf"),
