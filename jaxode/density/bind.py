@@ -40,7 +40,7 @@ from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import without_noise
 from jaxode.flows.reverse_kl import Target
-from jaxode.ode.field import check_field
+from jaxode.ode.field import MISFITS, check_field
 
 
 class Density(eqx.Module):
@@ -419,7 +419,7 @@ def _check_period(flow: CNF, params: PyTree) -> None:
     period = np.where(np.isfinite(base.period), base.period, 0.0).reshape(base.event_shape)
     try:
         here, there = (flow.f(jnp.asarray(0.3), at, params) for at in (z, z + period))
-    except Exception:  # a field with a context, or parameters that are still to come
+    except MISFITS:  # a field with a context, or parameters that are still to come
         return
     if not np.allclose(here, there, atol=1e-3 * (1 + float(np.max(np.abs(here))))):
         raise ValueError(

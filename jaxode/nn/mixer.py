@@ -17,6 +17,7 @@ from jaxode.nn.residual import bounded
 
 
 def rows(layer: Dense, h: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
+    """`layer` of each row."""
     return h @ layer.weight.T + layer.bias[None]
 
 

@@ -20,6 +20,7 @@ BOUND = 20.0  # of the activations before the output; near the data they are bel
 
 
 def bounded(h: Array) -> Array:
+    """`h` near zero, and at most `BOUND` in size."""
     return BOUND * jnp.tanh(h / BOUND)
 
 

@@ -14,10 +14,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode._checks.arguments import (
-    check_not_traced,
-    floating,
-)
+from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.samples import check_finite
@@ -71,9 +68,8 @@ class Estimate(eqx.Module):
     ) -> tuple[Float[Array, " values"], PyTree[Array]]:
         """Fix one parameter at each of `values`, and estimate the others again.
 
-        Where the first result is below 3.84, half of that by the cost, the value is in the
-        confidence interval of 95% (Raue et al. 2009, doi:10.1093/bioinformatics/btp358). A profile
-        that stays flat is a parameter that the observations do not determine. The noise is that of
+        Where the first result is below 3.84, the value is in the confidence interval of 95%
+        (Raue et al. 2009, doi:10.1093/bioinformatics/btp358). A profile that stays flat is a parameter that the observations do not determine. The noise is that of
         the estimate. Below zero, the value has led to better parameters than the estimate.
 
         Args:
@@ -200,12 +196,15 @@ def estimate(
     if match or (match is None and not (stiff or cannot)):
         matched = match_slopes(problem, flats)
     if match and matched is None:
-        raise ValueError(f"{arg('match')} needs five observations of each series. Leave it out.")
+        raise ValueError(
+            f"{arg('match')} needs five observations of each series, and a start at which f is "
+            "finite. Leave it out."
+        )
     if matched is None:
         runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])
         size = min(ROWS, len(flats))
     else:
-        runs = _with_matched(problem, np.asarray(flats), *map(np.asarray, matched))
+        runs = _with_matched(problem, np.asarray(flats), *matched)
         size = min(ROWS, 2 * len(flats))
     return _described(problem, _improved(problem, runs, size), size)
 
@@ -231,16 +230,12 @@ def _with_matched(problem: Misfit, starts: np.ndarray, ends: np.ndarray, costs: 
     """Where matched slopes led the starts, and the starts that fit the first observations, too."""
     count = len(starts)
     matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs)
-    least = len(matched.flats)
+    least = len(matched.flats)  # at least one
     # Of a size that does not depend on the data.
     together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
-    if not least:
-        together[:count] = starts
     data = problem, _end(problem, 0)
     of_all = np.asarray(misfits(of_observations, data, jnp.asarray(together)))
     near = np.flatnonzero(of_all[count:] <= FACTOR * of_all.min())
-    if not least and not len(near):
-        near = np.arange(count)
     place = np.full(count, -1)
     place[near] = least + np.arange(len(near))
     flats = np.concatenate([matched.flats, starts[near]])
@@ -267,9 +262,10 @@ def _improved(problem: Misfit, runs: Runs, size: int) -> Ends:
         for i in range(0, len(runs.flats), size):
             rows = np.resize(np.arange(i, min(i + size, len(runs.flats))), size)
             starts = jnp.asarray(runs.flats[rows])
-            # What few observations do not determine would run away.
-            hold = jnp.sqrt(misfits(of_observations, data, starts) / problem.ys.size)
-            hold = jnp.where(whole | ~jnp.isfinite(hold), 0.0, HOLD * hold)
+            hold = jnp.zeros(size, starts.dtype)
+            if not whole:  # what few observations do not determine would run away
+                misfit = misfits(of_observations, data, starts) / problem.ys.size
+                hold = jnp.where(jnp.isfinite(misfit), HOLD * jnp.sqrt(misfit), hold)
             some = least_squares(of_observations, data, starts, free, STEPS, hold)
             found.append([np.asarray(x)[: len(runs.flats) - i] for x in some])
         flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))

@@ -32,7 +32,7 @@ def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
 
 def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
     """Where least squares of the slopes end from each start, and the half sums; None where there
-    are too few observations."""
+    are too few observations, or `f` is finite at none."""
     ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
     last = lambda x: np.moveaxis(x, ts.ndim - 1, -1)
     first = lambda x: jnp.asarray(np.moveaxis(x, -1, ts.ndim - 1), starts.dtype)
@@ -46,8 +46,10 @@ def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
     values, slopes, scale = map(first, (*found, scale))
     fixed = jnp.zeros(starts.shape[1], bool)
     data = problem, values, slopes, scale
-    found = least_squares(_apart, data, starts, fixed, STEPS)
-    return found.flats, found.costs
+    free = jnp.zeros(len(starts), starts.dtype)
+    ends = least_squares(_apart, data, starts, fixed, STEPS, free)
+    costs = np.asarray(ends.costs)
+    return (np.asarray(ends.flats), costs) if np.isfinite(costs).any() else None
 
 
 def _apart(flat: Float[Array, " n"], data) -> Array:

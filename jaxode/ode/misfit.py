@@ -104,7 +104,7 @@ def least_squares(
     flats: Float[Array, "starts n"],
     fixed: Bool[Array, " n"],
     steps: int,
-    hold: Float[Array, " starts"] | None = None,
+    hold: Float[Array, " starts"],
 ) -> Fits:
     """From each start, to where the squares are least. What is `fixed` stays. `hold` weighs the
     distance from the start, as further residuals, which the result does not count."""
@@ -118,8 +118,6 @@ def least_squares(
         # The Jacobian once a step: what is linearized would be solved again for each product.
         search = jax.custom_jvp(lambda flat: jax.jacfwd(of_free, has_aux=True)(flat)[::-1])
 
-        held = jnp.zeros(()) if hold is None else hold
-
         @search.defjvp
         def derivative(primals, tangents):
             r, jacobian = search(*primals)
@@ -127,7 +125,7 @@ def least_squares(
 
         def with_aux(flat, _):
             r, jacobian = search(flat)
-            return jnp.concatenate([r, held * (flat - start)]), (r, jacobian)
+            return jnp.concatenate([r, hold * (flat - start)]), (r, jacobian)
 
         found = optx.least_squares(
             with_aux, method, start, max_steps=steps, throw=False, has_aux=True
@@ -137,7 +135,7 @@ def least_squares(
         cost = jnp.where(jnp.isfinite(cost), cost, jnp.inf)
         return Fits(found.value, cost, found.result == optx.RESULTS.successful, jacobian)
 
-    return jax.vmap(improve, (0, None if hold is None else 0))(flats, hold)
+    return jax.vmap(improve)(flats, hold)
 
 
 def of_observations(flat: Float[Array, " n"], data: tuple[Misfit, Float[Array, ""]]) -> Array:
