@@ -50,6 +50,7 @@ FIRST = {
     "ode/steady": ("tests/ode/test_steady.py",),
     "ode/paths": ("tests/ode/test_paths.py",),
     "ode/estimation": ("tests/ode/test_estimate.py",),
+    "ode/search": ("tests/ode/test_estimate.py",),
     "ode/matching": ("tests/ode/test_estimate.py",),
     "ode/misfit": ("tests/ode/test_estimate.py",),
     "ode/observations": ("tests/ode/test_estimate.py",),
@@ -189,7 +190,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Observations that are missing count.
     ("ode/misfit.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
     # No part of the observations comes first.
-    ("ode/estimation.py", "PARTS[min(number, len(PARTS) - 1)] * len(times)", "len(times)"),
+    ("ode/search.py", "PARTS[min(number, len(PARTS) - 1)] * len(times)", "len(times)"),
     ("ode/estimation.py", "covariance = scale * inverse", "covariance = inverse"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
