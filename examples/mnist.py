@@ -22,8 +22,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common.arguments import InputError, announce, beside, count, parser, positive, run
+from common.cores import AXIS, all_devices
 from common.mnist import load
 from common.pictures import save
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxode
 from jaxode import images
@@ -32,6 +35,7 @@ SHAPE, PIXELS, LEVELS, CLASSES = (28, 28), 784, 256, 10
 MARGIN, MEAN, SCALE = 1e-4, -6.5, 5.0  # of logits, whose mean and deviation are about these
 BLACK = (0,)  # the level of four pixels of five, which gets noise of its own
 PATCH = 4  # pixels, up and down
+MUON = 6.0  # its rate over Adam's
 BLOCK, LOOK = 20, 300.0  # steps of a program, and seconds between looks
 ASIDE, CHUNK = 128, 128  # images for a look, and images that are scored at once
 PUBLISHED = {"RNODE 0.97": 0.97, "FFJORD 0.99": 0.99, "Glow 1.05": 1.05}
@@ -67,69 +71,108 @@ def flow_of(rtol: float):
     return jaxode.cnf(jaxode.nn.field, base, divergence=divergence, rtol=rtol, atol=rtol)
 
 
-FLOW, OPTIMIZER = flow_of(1e-3), optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+def hidden(arrays):
+    """The matrices of the blocks, which Muon updates. Adam updates the other numbers."""
+
+    def of(path, leaf):
+        name = jax.tree_util.keystr(path)
+        inside = leaf.ndim == 2 and ".blocks" in name and ".modulation" not in name
+        return optax.contrib.MuonDimensionNumbers() if inside else None
+
+    return jax.tree_util.tree_map_with_path(of, arrays)
+
+
+FLOW = flow_of(1e-3)
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.contrib.muon(MUON, adam_learning_rate=1.0, muon_weight_dimension_numbers=hidden),
+)
 
 
 def context_of(labels):
     return None if labels is None else jax.nn.one_hot(labels, CLASSES)
 
 
-@functools.partial(jax.jit, static_argnames="batch")
-def advance(state, data, key, rate, batch):
-    """The state after a block of steps, and their mean loss."""
-    levels, labels = data
+@functools.partial(jax.jit, static_argnames=("batch", "mesh"))
+def advance(state, data, key, rate, batch, mesh):
+    """The state after a block of steps, and their mean loss. Devices share each batch."""
+    part = lambda rows: rows.reshape(mesh.size, -1)[jax.lax.axis_index(AXIS)]
 
-    def step(state, key):
+    def step(state, data, rate, key):
+        levels, labels = data
         row_key, noise_key, loss_key = jax.random.split(key, 3)
-        rows = jax.random.randint(row_key, (batch,), 0, len(levels))
-        y, _ = in_flow(noise_key, levels[rows])
+        rows = part(jax.random.randint(row_key, (batch,), 0, len(levels)))
+        y, _ = in_flow(jax.random.fold_in(noise_key, jax.lax.axis_index(AXIS)), levels[rows])
         context = None if labels is None else context_of(labels[rows])
-        loss = lambda network: FLOW.matching_loss(
-            network, y, key=loss_key, context=context, time_power=1.0
-        )
+
+        def loss(network):
+            options = {"key": loss_key, "context": context, "time_power": 1.0}
+            return jax.lax.pmean(FLOW.matching_loss(network, y, **options), AXIS)
+
         value, gradient = eqx.filter_value_and_grad(loss)(state.network)
-        updates, optimizer = OPTIMIZER.update(gradient, state.optimizer)
+        arrays = eqx.filter(state.network, eqx.is_inexact_array)
+        updates, optimizer = OPTIMIZER.update(gradient, state.optimizer, arrays)
         now = rate * jnp.minimum(1.0, (state.step + 1) / 200)
-        move = lambda leaf, update: leaf - now * update if eqx.is_array(update) else leaf
-        network = jax.tree.map(move, state.network, updates, is_leaf=lambda leaf: leaf is None)
+        updates = jax.tree.map(lambda update: now * update, updates)
+        network = eqx.apply_updates(state.network, updates)
         weight = jnp.maximum(0.001, 10 / (10 + state.step))
         mean = lambda a, b: a + weight * (b - a) if eqx.is_inexact_array(a) else a
         average = jax.tree.map(mean, state.average, network)
         return State(network, average, optimizer, state.step + 1, state.seconds), value
 
-    keys = jax.random.split(jax.random.fold_in(key, state.step), BLOCK)
-    state, losses = jax.lax.scan(step, state, keys)
-    return state, losses.mean()
+    def steps(arrays, data, key, rate):
+        def one(arrays, key):
+            state, value = step(eqx.combine(arrays, static), data, rate, key)
+            return eqx.filter(state, eqx.is_array), value
+
+        keys = jax.random.split(jax.random.fold_in(key, arrays.step), BLOCK)
+        arrays, losses = jax.lax.scan(one, arrays, keys)
+        return arrays, losses.mean()
+
+    arrays, static = eqx.partition(state, eqx.is_array)
+    split = jax.shard_map(steps, mesh=mesh, in_specs=P(), out_specs=P())
+    arrays, loss = split(arrays, data, key, rate)
+    return eqx.combine(arrays, static), loss
 
 
-@functools.partial(jax.jit, static_argnames="rtol")
-def log_probs(network, levels, key, labels=None, rtol=1e-3):
+@functools.partial(jax.jit, static_argnames=("mesh", "rtol"))
+def log_probs(network, levels, key, labels=None, *, mesh, rtol=1e-3):
     """A bound of the log-probability of each image, in the mean over noise and probes."""
-    noise_key, probe_key = jax.random.split(key)
-    y, log_det = in_flow(noise_key, levels)
-    context = context_of(labels)
-    return flow_of(rtol).log_prob(network, y, key=probe_key, context=context) + log_det
+    arrays, static = eqx.partition(network, eqx.is_array)
+
+    def of_part(arrays, levels, labels, key):
+        noise_key, probe_key = jax.random.split(key)
+        y, log_det = in_flow(jax.random.fold_in(noise_key, jax.lax.axis_index(AXIS)), levels)
+        flow, network = flow_of(rtol), eqx.combine(arrays, static)
+        return flow.log_prob(network, y, key=probe_key, context=context_of(labels)) + log_det
+
+    specs = P(), P(AXIS), P(AXIS), P()
+    split = jax.shard_map(of_part, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
+    return split(arrays, levels, labels, key)
 
 
-def bits_of(network, levels, labels, key, rtol=1e-3):
+def bits_of(network, levels, labels, key, mesh, rtol=1e-3):
     """Bits per dimension of each image."""
     found = []
     for i in range(0, len(levels), CHUNK):
         rows = np.resize(np.arange(i, min(i + CHUNK, len(levels))), CHUNK)
         classes = None if labels is None else labels[rows]
-        found.append(log_probs(network, levels[rows], jax.random.fold_in(key, i), classes, rtol))
+        chunk = network, levels[rows], jax.random.fold_in(key, i), classes
+        found.append(log_probs(*chunk, mesh=mesh, rtol=rtol))
     bits = images.bits_per_dimension(jnp.concatenate(found), PIXELS)
     return np.asarray(bits)[: len(levels)]
 
 
-def train(state, data, aside, key, options, path):
+def train(state, data, aside, key, options, path, mesh):
     """Until the minutes are over. Returns the state and the minutes and bits of each look."""
     looks = [tuple(look) for look in np.load(path)["looks"]] if path.exists() else []
     total, said, losses = 60 * options.minutes, time.perf_counter(), []
     while (spent := float(state.seconds)) < total:
         begin = time.perf_counter()
         rate = options.rate * math.cos(0.5 * math.pi * spent / total) ** 2
-        state, loss = jax.block_until_ready(advance(state, data, key, rate, options.batch))
+        state, loss = jax.block_until_ready(
+            advance(state, data, key, rate, options.batch, mesh=mesh)
+        )
         if losses or looks:  # the first has compiled
             state = state._replace(seconds=state.seconds + time.perf_counter() - begin)
         losses.append(float(loss))
@@ -138,7 +181,7 @@ def train(state, data, aside, key, options, path):
             continue
         said, told = time.perf_counter(), ""
         if over or not looks or float(state.seconds) > 60 * looks[-1][0] + LOOK:
-            bits = bits_of(state.average, aside[0], aside[1], jax.random.key(1)).mean()
+            bits = bits_of(state.average, *aside, key=jax.random.key(1), mesh=mesh).mean()
             looks.append((float(state.seconds) / 60, float(bits)))
             told = f", {bits:.3f} bits per dimension of images set aside"
         left = max(total - float(state.seconds), 0.0) / 60
@@ -172,20 +215,22 @@ def resumed(path: Path, state: State) -> State:
     return eqx.combine(jax.tree.unflatten(tree, map(jnp.asarray, read)), static)
 
 
-def report(network, test, options, key) -> None:
+def report(network, test, options, key, mesh) -> None:
     """Bits of test images, what a tolerance and probes change, and the accuracy of Bayes' rule."""
     levels, labels = test[0][: options.test], test[1]
     labels = None if labels is None else labels[: options.test]
-    bits = bits_of(network, levels, labels, key)
+    bits = bits_of(network, levels, labels, key, mesh)
     error = bits.std() / math.sqrt(len(bits))
     print(f"test images: {bits.mean():.3f} +- {error:.3f} bits per dimension, of {len(bits)}")
     few = levels[:CHUNK], None if labels is None else labels[:CHUNK]
-    once, again = bits_of(network, *few, key), bits_of(network, *few, jax.random.fold_in(key, 1))
-    tight = bits_of(network, *few, key, 5e-4)
+    of_few = functools.partial(bits_of, network, *few, mesh=mesh)
+    once, again = of_few(key=key), of_few(key=jax.random.fold_in(key, 1))
+    tight = of_few(key=key, rtol=5e-4)
     print(f"noise and probes: {np.std(again - once) / 2**0.5 / len(bits) ** 0.5:.4f}")
     print(f"half the tolerance, on {len(once)} images: {tight.mean() - once.mean():+.4f}")
     if labels is not None:
-        each = [bits_of(network, few[0], jnp.full(len(few[0]), c), key) for c in range(CLASSES)]
+        every = [jnp.full(len(few[0]), c) for c in range(CLASSES)]
+        each = [bits_of(network, few[0], c, key, mesh) for c in every]
         right = np.mean(np.argmin(each, axis=0) == few[1])
         print(f"Bayes' rule names {100 * right:.0f}% of {len(few[0])} test images right")
 
@@ -230,6 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     known.add_argument("--classes", action="store_true", help="a density of each class")
     options = known.parse_args(arguments)
     announce(__doc__)
+    mesh = all_devices()
+    if options.batch % mesh.size or CHUNK % mesh.size:
+        raise InputError(f"--batch must be a multiple of {mesh.size} devices")
     (levels, labels), test = (tuple(map(jnp.asarray, part)) for part in load(options.data))
     if not options.classes:
         labels, test = None, (test[0], None)
@@ -244,11 +292,15 @@ def main(arguments: list[str] | None = None) -> int:
     state = State(network, network, OPTIMIZER.init(arrays), jnp.zeros((), int), jnp.zeros(()))
     path = beside(options.out, ".npz")
     state = resumed(path, state)
+    (levels, labels), arrays = jax.device_put(
+        ((levels, labels), eqx.filter(state, eqx.is_array)), NamedSharding(mesh, P())
+    )
+    state = eqx.combine(arrays, state)
     part = lambda cut: (levels[cut], None if labels is None else labels[cut])
     data, aside = part(slice(ASIDE, None)), part(slice(ASIDE))
-    state, looks = train(state, data, aside, train_key, options, path)
+    state, looks = train(state, data, aside, train_key, options, path, mesh)
     keep(path, state, looks)
-    report(state.average, test, options, test_key)
+    report(state.average, test, options, test_key, mesh)
     draw(state.average, levels, looks, options.classes, options.out, draw_key)
     return 0
 

@@ -7,9 +7,9 @@
 Each device has part of the batch and all parameters. With axis_name=, all devices take the solver
 steps of the whole batch and exchange one number per step. Without it, each device takes its own
 steps, and they exchange only the gradient, once per training step. The same training then runs on
-one device, and the losses are compared. The loop is written out, because `jaxode.fit` trains on one
-device. The eight devices share the cores, so this is about numbers, not speed; one device per core
-can be faster than a single one. Half a minute on two cores.
+one device, and the losses are compared. To train a density on data, `jaxode.fit(mesh=)` does all of
+this; here the loop is written out. The eight devices share the cores, so this is about numbers, not
+speed; one device per core can be faster than a single one. Half a minute on two cores.
 """
 
 import argparse

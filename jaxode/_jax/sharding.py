@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Shaped
 
 T = TypeVar("T")
@@ -62,6 +65,58 @@ def while_loop(proceed: Callable[[T], Any], body: Callable[[T], T], carry: T) ->
 def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> T:
     """`jax.lax.fori_loop` of arrays that vary alike."""
     return jax.lax.fori_loop(lower, upper, body, vary_alike(carry))
+
+
+def over_devices(f: Callable[..., T], mesh: Mesh | None, split: tuple[int, ...] = ()) -> Any:
+    """`f(axes, *args)` on every device of a mesh, whose axes it gets: the rows of the `split` ones
+    of its arguments go to one device each, the others to all. Without a mesh, it has no axes.
+
+    All devices must return the same.
+    """
+    if mesh is None:
+        return lambda *args: f((), *args)
+    names = mesh.axis_names
+
+    def call(*args):
+        specs = tuple(P(names) if i in split else P() for i in range(len(args)))
+        of_device = lambda *args: f(names, *args)
+        return jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=P())(*args)
+
+    return call
+
+
+def on_all(tree: T, mesh: Mesh | None) -> T:
+    """The arrays of `tree` on every device of a mesh."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, P())
+    if everywhere.is_fully_addressable:
+        return jax.device_put(tree, everywhere)
+    # `device_put` would compare those of all processes.
+    put = lambda leaf: jax.make_array_from_callback(
+        leaf.shape, everywhere, np.asarray(leaf).__getitem__
+    )
+    return jax.tree.map(put, tree)
+
+
+def split_over(tree: T, mesh: Mesh) -> T:
+    """The rows of this process, split over its devices of the mesh."""
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+    put = lambda leaf: jax.make_array_from_process_local_data(rows, np.asarray(leaf))
+    return jax.tree.map(put, tree)
+
+
+def of_device(x: Shaped[Array, "batch ..."], axes: tuple[Any, ...]) -> Shaped[Array, "part ..."]:
+    """The rows of this device, in the order of the devices."""
+    if not axes:
+        return x
+    parts = x.reshape(jax.lax.psum(1, axes), -1, *x.shape[1:])
+    return parts[jax.lax.axis_index(axes)]
+
+
+def mean_over(tree: T, axes: tuple[Any, ...]) -> T:
+    """The mean over devices, in one exchange."""
+    return jax.lax.pmean(tree, axes) if axes else tree
 
 
 def row_numbers(

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -30,6 +32,8 @@ from jaxode.density.bind import Density
 from jaxode.density.maps import FITS
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
+from jaxode.density.processes import are_several, check_alike
+from jaxode.density.stream import NoRowsLeftError, is_stream
 from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
 from jaxode.flows.bases import takes_maps
@@ -53,7 +57,7 @@ MINUTE = 60.0  # seconds, if there is no other end
 @public("fit")
 def fit(
     density: Density,
-    x: Float[Array, "rows *event"],
+    x: Float[Array, "rows *event"] | Iterable[Any],
     *,
     key: PRNGKeyArray,
     context: PyTree = None,
@@ -66,6 +70,7 @@ def fit(
     likelihood: int = 0,
     time_power: float | None = None,
     dequantize: bool | Noise = False,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Density, list[Point]]:
     """Train a density on data, and keep the parameters that are best on rows set aside.
@@ -89,14 +94,16 @@ def fit(
         density: made by `jaxode.bind`. Training starts from its parameters.
         x: data in their own units, `[rows, *event]`. A table of more than 100,000 rows is not
             copied, and may be a file, by `np.load(file, mmap_mode="r")`: maps are fitted to a
-            sample, and 50 steps at a time read their rows.
+            sample, and 50 steps at a time read their rows. Or an iterable of arrays of rows, or of
+            pairs `(x, context)`, such as a loader that shuffles: a thread reads ahead, maps are
+            fitted to the first 20,000 rows, and it starts again at its end.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`. The density then knows the shape of a row.
         seconds: end after this time of training, late by a block of a second and a validation. It
             counts neither compilation, with the first validation, nor the fitting of maps.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
-            most 1000 of them are used.
+            most 1000 of them are used. An iterable needs other rows.
         batch_size: rows in a step, drawn with replacement.
         optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
             clipped to norm one. It decays matrices by 0.3 if there are at most 2000 rows, and at
@@ -109,6 +116,9 @@ def fit(
             validation rows of your own that have noise. True is "uniform"; "normal" and a tuple of
             levels are as in `jaxode.images.dequantize`. `log_prob` is then that of `x + noise`.
             Validations subtract the log-density of the noise, so that bounds are compared.
+        mesh: of devices, which take an equal part of each batch each and exchange the mean of their
+            gradients, once a step. The result is that of one device, up to rounding, but for a
+            coupling that pairs rows: a device pairs its own.
         progress: show steps, nats and the time left on stderr.
 
     Returns:
@@ -132,7 +142,8 @@ def fit(
             f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
             "jaxode.bind(flow, params)."
         )
-    check_not_traced("looks at data and at the clock", density, x, context, key)
+    data = None if is_stream(x) else x
+    check_not_traced("looks at data and at the clock", density, data, context, key)
     keys = iter(jax.random.split(check_key(key), 6))
     if seconds is None and steps is None:
         seconds = MINUTE
@@ -148,13 +159,19 @@ def fit(
             f"fit(optimizer=...): must be an optimizer of Optax; got {optimizer!r}. Pass "
             "optax.adam(1e-3)."
         )
+    mesh = check_mesh(mesh, batch_size)
     powers = TIME_POWERS if math.prod(density.event_shape) > MANY else TIME_POWERS[:1]
     if time_power is not None:
         check_number("time_power", time_power, POSITIVE)
         powers = (time_power,)
     density = _trainable(density)
-    table = Table.of(density, x, context, validation, dequantize, next(keys))
-    plan = Plan(limits, batch_size, optimizer, coupling, powers, likelihood, progress)
+    check_alike(
+        f"events of shape {density.event_shape}, key {jax.random.key_data(key)}, {steps} steps, "
+        f"{seconds} seconds, {likelihood} of likelihood, batches of {batch_size}",
+        mesh,
+    )
+    table = Table.of(density, x, context, validation, dequantize, next(keys), mesh)
+    plan = Plan(limits, batch_size, optimizer, coupling, powers, likelihood, progress, mesh)
     return train(density, table, plan, tuple(keys), begin)
 
 
@@ -168,6 +185,7 @@ class Plan(NamedTuple):
     powers: tuple[float, ...] = TIME_POWERS[:1]
     likelihood: int = 0
     progress: bool = True
+    mesh: Mesh | None = None
 
 
 def train(
@@ -188,21 +206,23 @@ def train(
     as_vector = False
     if optimizer is None:
         few = min(FEW_ROWS, FEW_FOR_A_COLUMN * math.prod(density.event_shape))
-        as_vector = len(table.rows.x) > few
+        as_vector = table.count > few
         optimizer = adam(RATE, 0.0 if as_vector else DECAY)  # which only matrices have
     phases = [
         Phase("matching", loss, optimizer, matching_key, WARM_UP, as_vector) for loss in losses
     ]
 
-    clock = Clock()
+    clock = Clock(plan.mesh)
 
     def start(density):
         data, in_flow, log_det = table.in_flow(
             density, validation_rows, noise_key, BLOCK * batch_size
         )
-        evaluate = evaluation(density, in_flow, log_det, validation_key)
-        count = len(table.rows.x)
-        return Training(density, data, evaluate, count, batch_size, begin, clock, progress)
+        evaluate = evaluation(density, in_flow, log_det, validation_key, plan.mesh)
+        count = table.count
+        return Training(
+            density, data, evaluate, count, batch_size, begin, clock, progress, plan.mesh
+        )
 
     fits = _fits(density)
     maps = _mapped(density, fits, table.noisy(table.some(), noise_key).x)
@@ -227,11 +247,22 @@ def train(
             )  # fmt: skip
             run.train(after, Limits(plan.likelihood))
             run.validate_again()
-    except KeyboardInterrupt:
-        for run in runs:
+    except (KeyboardInterrupt, NoRowsLeftError) as end:
+        # Other processes may be at another step when this one is interrupted.
+        alone = isinstance(end, NoRowsLeftError) or not are_several(plan.mesh)
+        for run in runs if alone else ():
             run.validate_again()
         if _best(runs).best_nll == math.inf:
             raise
+        if isinstance(end, NoRowsLeftError):
+            warnings.warn(
+                f"fit(x=...): training ended with the iterator, after {end.count} rows. Pass an "
+                "iterable that starts again, such as a list or a loader, or itertools.cycle of it.",
+                stacklevel=4,
+            )
+    finally:
+        if table.stream is not None:
+            table.stream.close()
     if progress:
         print(file=sys.stderr)
     return _result(_best(runs), limits)
@@ -304,7 +335,11 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
             "time. Pass more seconds, or steps=.",
             stacklevel=5,
         )
-    return run.best, run.points
+    best = run.best
+    if run.mesh is not None:  # each device has them; any program can use those of none
+        on_host = lambda leaf: jnp.asarray(np.asarray(leaf)) if eqx.is_array(leaf) else leaf
+        best = best.with_params(jax.tree.map(on_host, best.params))
+    return best, run.points
 
 
 def _matching(flow, coupling, time_power, params, x, context, key):
@@ -331,6 +366,23 @@ def adam(rate: float, decay: float = 0.0) -> Any:
         optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params)),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def check_mesh(mesh: Any, batch_size: int) -> Mesh | None:
+    """A mesh whose devices the batch can be split over."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"fit(mesh=...): must be a mesh of JAX, or None; got {type(mesh).__name__}. Pass "
+            'jax.sharding.Mesh(jax.devices(), "batch").'
+        )
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"fit(batch_size=...): must be a multiple of the {mesh.size} devices of the mesh, each "
+            f"of which takes a part; got {batch_size}."
+        )
+    return Mesh(mesh.devices, mesh.axis_names)  # without types of its axes
 
 
 def _trainable(density: Density) -> Density:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import check_number, floating, floating_dtype, shape_of
@@ -19,6 +20,8 @@ from jaxode.density.contexts import context_numbers
 from jaxode.density.large import LARGE, Without, check_in_parts, parts
 from jaxode.density.maps.base import contained
 from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
+from jaxode.density.processes import are_several, gathered
+from jaxode.density.stream import NoRowsLeftError, Stream, is_stream
 from jaxode.flows.bases import has_full_support
 from jaxode.images import NOISES, Noise, as_noise, in_cells, log_density, margin_of
 
@@ -50,6 +53,10 @@ class Table:
     validation: Any
     integers: Bool[np.ndarray, " *event"] | None = None
     noise: Noise = NOISES[0]
+    stream: Stream | None = None
+    """What gives more rows."""
+    mesh: Mesh | None = None
+    """Of devices of several processes, each with rows of its own, if there are any."""
 
     @classmethod
     def of(
@@ -60,12 +67,17 @@ class Table:
         validation: Any,
         dequantize: bool | Noise,
         key,
+        mesh: Mesh | None = None,
     ) -> "Table":
         """Check the rows, set some aside, and warn of columns without a density."""
         noise = NOISES[0]
         if not isinstance(dequantize, bool | np.bool_):
             noise = as_noise("dequantize", dequantize)
         dequantize = bool(dequantize)
+        stream = None
+        if is_stream(x):
+            stream = _stream_of(density, x, context, validation, dequantize)
+            x, context = stream.head
         rows, validation_rows = set_aside(density, x, context, validation, dequantize, key)
         integers, largest = scanned(rows.x)
         aside_integers, aside_largest = scanned(validation_rows.x)
@@ -73,6 +85,8 @@ class Table:
         if isinstance(validation, PARTS):  # of the same table
             integers &= aside_integers
         largest = np.maximum(largest, aside_largest)
+        integers = gathered(integers[None], mesh).all(axis=0)
+        largest = gathered(largest[None], mesh).max(axis=0)
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         some = rows.x.sample(ENOUGH) if isinstance(rows.x, Without) else rows.x
@@ -80,17 +94,23 @@ class Table:
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
         warn_of_columns(columns, np.flatnonzero(~integers.reshape(-1)), independent)
-        return cls(rows, validation_rows, integers & ~coarse, noise)
+        validation_rows = gathered(validation_rows, mesh)
+        return cls(rows, validation_rows, integers & ~coarse, noise, stream, mesh)
 
     @property
     def has_noise(self) -> bool:
         """Whether `noisy` depends on its key."""
         return self.integers is not None and bool(self.integers.any())
 
+    @property
+    def count(self) -> int:
+        """The number of rows to train on, in all processes."""
+        return int(gathered(np.array([len(self.rows.x)]), self.mesh).sum())
+
     def some(self) -> Any:
         """Rows to fit a map to: all, or a sample of a large table."""
         take = lambda leaf: leaf.sample(LARGE) if isinstance(leaf, Without) else leaf
-        return jax.tree.map(take, self.rows)
+        return gathered(jax.tree.map(take, self.rows), self.mesh)
 
     def noisy(self, rows: Rows, key: PRNGKeyArray) -> Rows:
         """The rows with noise in (0, 1) on the columns of integers.
@@ -119,11 +139,16 @@ class Table:
         rows that are set aside, with the mean of their log-determinants less the log-densities of
         their noise.
 
-        With noise, and of a large table, at most so many of them, drawn by the key.
+        With noise, and of a large table, at most so many of them, drawn by the key; of an iterable,
+        the next ones.
 
         Others are mapped with those set aside: each number of rows is a program to compile.
         """
-        count, large = len(self.rows.x), isinstance(self.rows.x, Without)
+        count, stream = len(self.rows.x), self.stream
+        several = are_several(self.mesh)
+        large = several or stream is not None or isinstance(self.rows.x, Without)
+        if several:
+            most //= jax.process_count()
         together, first = validation_rows, 0
         if not large:
             together = jax.tree.map(_joined, self.noisy(self.rows, key), validation_rows)
@@ -136,15 +161,48 @@ class Table:
         if self.has_noise or large:
 
             def of_key(key):
+                if several:
+                    key = jax.random.fold_in(key, jax.process_index())
                 row_key, key = jax.random.split(key)
                 some = self.rows
-                if count > most:
+                if stream is not None:
+                    some = _next(stream, most, self.mesh)
+                elif several or count > most:
                     drawn = np.asarray(jax.random.randint(row_key, (most,), 0, count))
                     some = jax.tree.map(lambda leaf: leaf[drawn], some)
                 return to_flow(density, self.noisy(some, key))
 
         mean = float(np.asarray(log_det, np.float64)[first:].mean())
         return of_key, mapped_validation, mean - self.log_noise(validation_rows)
+
+
+def _stream_of(
+    density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool
+) -> Stream:
+    """The rows of an iterable, each checked when it is read."""
+    if context is not None:
+        raise ValueError(
+            "fit(context=...): must be left out where x is an iterable, which gives pairs "
+            "(x, context)."
+        )
+    if isinstance(validation, PARTS):
+        raise ValueError(
+            "fit(validation=...): must be rows of their own where x is an iterable, which may give "
+            f"the same rows again; got {validation}."
+        )
+    return Stream(x, lambda x, context: _checked("x", density, x, context, dequantize, least=1))
+
+
+def _next(stream: Stream, count: int, mesh: Mesh | None) -> Any:
+    """So many rows. If those of one process end, all of them do."""
+    rows, ended = None, None
+    try:
+        rows = stream.next(count)
+    except NoRowsLeftError as end:
+        ended = end
+    if gathered(np.array([ended is not None]), mesh).any():
+        raise ended or NoRowsLeftError(stream.given)
+    return rows
 
 
 def _joined(a: Any, b: Any) -> np.ndarray:

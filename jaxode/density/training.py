@@ -6,6 +6,7 @@ of Optax. Copy this file to change the loop; docs/training.md has a shorter one.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -17,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import state_dtype
 from jaxode._jax.closure import compiled
+from jaxode._jax.sharding import mean_over, of_device, on_all, over_devices, split_over, vary
 from jaxode.density.bind import Density
+from jaxode.density.processes import are_several, of_first
 from jaxode.density.table import Rows
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import Divergence, auto, hutchinson, is_trace, without_noise
@@ -85,17 +89,16 @@ class Limits(NamedTuple):
 class Clock:
     """Seconds of training so far, without compilation, and of the last step."""
 
-    def __init__(self):
+    def __init__(self, mesh: Mesh | None = None):
+        self.mesh = mesh
         self.spent, self.step = 0.0, math.inf
         self.compiled: set[str] = set()  # phases
 
     @contextlib.contextmanager
     def running(self):
         begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent += time.perf_counter() - begin
+        yield
+        self.spent = of_first(self.spent + time.perf_counter() - begin, self.mesh)
 
     def steps_remaining(self, limits: Limits) -> float:
         """How many steps there is time for."""
@@ -128,11 +131,19 @@ class Program(NamedTuple):
     """The parameters but for their floating arrays."""
     unravel: Callable[[Any], PyTree]
     """Makes floating arrays of the parameters of the optimizer."""
+    mesh: Mesh | None = None
 
 
 @compiled
 def advance(program: Program, state: State, rates, rows: Rows, key, steps):
     """The state after steps from one number to another, each with a key of its own."""
+    take = functools.partial(_take_steps, program)
+    split = (2,) if are_several(program.mesh) else ()  # the rows, of which each process has its own
+    return over_devices(take, program.mesh, split)(state, rates, rows, key, steps)
+
+
+def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, steps):
+    """The steps of a device: of its part of each batch, and of all parameters."""
     import optax  # `import jaxode` does not load it
 
     update = optax.with_extra_args_support(program.optimizer).update
@@ -141,12 +152,16 @@ def advance(program: Program, state: State, rates, rows: Rows, key, steps):
     def step(i, state):
         row_key, step_key = jax.random.split(jax.random.fold_in(key, i))
         drawn = jax.random.randint(row_key, (program.batch_size,), 0, len(rows.x))
-        x, context = jax.tree.map(lambda leaf: leaf[drawn], rows)
+        x, context = jax.tree.map(lambda leaf: leaf[of_device(drawn, axes)], rows)
         params = lambda arrays: eqx.combine(arrays, program.static)
-        of_arrays = lambda arrays: program.loss(params(arrays), x, context, step_key)
-        value, gradient = jax.value_and_grad(of_arrays)(program.unravel(state.arrays))
+        of_part = lambda arrays: program.loss(params(arrays), x, context, step_key)
+        # Made to vary, so that devices exchange their gradients at the end, and once.
+        arrays = vary(program.unravel(state.arrays), frozenset(axes))
+        value, gradient = jax.value_and_grad(of_part)(arrays)
         if program.unravel is not _same:
             gradient, _ = ravel_pytree(gradient)
+        value, gradient = mean_over((value, gradient), axes)
+        of_arrays = lambda arrays: mean_over(of_part(arrays), axes)
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
         ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
         updates, inner = update(ascent, state.optimizer, state.arrays, **of_loss)
@@ -163,14 +178,21 @@ def advance(program: Program, state: State, rates, rows: Rows, key, steps):
 
 
 @compiled
-def _nll(flow: CNF, params: PyTree, rows: Rows, key: PRNGKeyArray) -> Float[Array, ""]:
-    return flow.nll(params, rows.x, key=key, context=rows.context)
+def _nll(
+    flow: CNF, mesh: Mesh | None, params: PyTree, rows: Rows, key: PRNGKeyArray
+) -> Float[Array, ""]:
+    def nll(axes, params, rows, key):
+        return mean_over(flow.nll(params, rows.x, key=key, context=rows.context), axes)
+
+    return over_devices(nll, mesh, split=(1,))(params, rows, key)
 
 
 def evaluation(
-    density: Density, rows: Rows, log_det: float, key: PRNGKeyArray
+    density: Density, rows: Rows, log_det: float, key: PRNGKeyArray, mesh: Mesh | None = None
 ) -> Callable[[PyTree], float]:
     """A function of parameters: the mean negative log-density of rows in the flow."""
+    if mesh is not None and len(rows.x) % mesh.size:
+        mesh = None  # each device evaluates all
     flow = density.flow
     loose = lambda value: jnp.asarray(np.maximum(value, LOOSE), float)
     options = flow.solve_options
@@ -179,7 +201,7 @@ def evaluation(
         flow, regularizers=(), steer=0.0, throw=False, solve_options=options,
         divergence=_for_validation(flow.divergence, density.event_shape),
     )  # fmt: skip
-    return lambda params: float(_nll(flow, params, rows, key)) - log_det
+    return lambda params: float(_nll(flow, mesh, params, rows, key)) - log_det
 
 
 def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
@@ -207,9 +229,11 @@ class Training:
     begin: float
     clock: Clock
     progress: bool
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         self.best, self.best_nll = self.density, math.inf
+        self.progress = self.progress and (not are_several(self.mesh) or jax.process_index() == 0)
         self.exploded = max(EXPLODED, OF_A_COLUMN * math.prod(self.density.event_shape))
         least, most = FIRST_VALIDATION
         # A few hundred rows are overfitted within `most` steps.
@@ -232,7 +256,8 @@ class Training:
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
         state = State(arrays, average, phase.optimizer.init(arrays), count)
-        program = Program(phase.loss, phase.optimizer, self.batch_size, static, unravel)
+        state = on_all(state, self.mesh)
+        program = Program(phase.loss, phase.optimizer, self.batch_size, static, unravel, self.mesh)
         # Together, since Ctrl-C validates the state.
         self.phase, self.program, self.state = phase, program, state
         self.step, self.num_worse, self.resumed_at, self.remaining, self.rate = 0, 0, None, 1.0, 1.0
@@ -283,7 +308,7 @@ class Training:
             with clock.running():
                 seconds = self.advance(int(count))
             self.step += int(count)
-            clock.step = seconds / int(count) + self.data_seconds / BLOCK
+            clock.step = of_first(seconds / int(count) + self.data_seconds / BLOCK, self.mesh)
             if time.perf_counter() > self.said + SAY_APART:
                 self.tell()
             if timed:
@@ -297,7 +322,11 @@ class Training:
             self.blocks, self.used = self.blocks + 1, 0
             self.key = jax.random.fold_in(phase.key, self.blocks)
             # `fold_in` of a number beyond those of the steps: a key that none of them has.
-            self.rows = jax.block_until_ready(self.data(jax.random.fold_in(self.key, BLOCK)))
+            rows = self.data(jax.random.fold_in(self.key, BLOCK))
+            if self.mesh is not None:
+                put = split_over if are_several(self.mesh) else on_all
+                rows = put(rows, self.mesh)
+            self.rows = jax.block_until_ready(rows)
             self.data_seconds = time.perf_counter() - begin
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.remaining) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)

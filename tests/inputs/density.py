@@ -1,7 +1,9 @@
 """Wrong inputs of densities, their training and what is around, in rows as those of `ode.py`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy import stats
 
 import jaxode
@@ -144,6 +146,7 @@ ROWS = {
         ({"density": FLOW}, "must be made by jaxode.bind; got CNF. Pass jaxode.bind(flow, params)"),
         ({"x": TABLE.astype(str)}, "must be an array of numbers; got an array of <U32"),
         ({"optimizer": "adam"}, "must be an optimizer of Optax; got 'adam'. Pass optax.adam(1e-3)"),
+        ({"mesh": 2}, "must be a mesh of JAX, or None; got int. Pass jax.sharding.Mesh(jax"),
         ({"params": {"size": 3}}, "^fit(density=...): its parameters must hold floating arrays~;"),
     ],
     ("fit", ValueError): [
@@ -157,6 +160,8 @@ ROWS = {
         ({"validation": (TABLE, None, None)},
          "must be a part, rows of x, or a pair (x, context); got 3 parts."),
         ({"time_power": -1.0}, "must be positive and finite; got -1.0."),
+        ({"mesh": Mesh(np.array(jax.devices()[:3]), "a"), "batch_size": 64},
+         "must be a multiple of the 3 devices of the mesh~; got 64."),
         ({"context": CONTEXTS[:3]}, "leaves must have a leading axis of 40~; got shape (3, 3)."),
         ({"context": TABLE[:, :1], "context_shape": (2,)},
          "must be one of shape (2,), or one for each of the samples (40,); got shape (40, 1)."),

@@ -1,0 +1,134 @@
+"""`fit` on an iterable of arrays of rows."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import jaxode
+from jaxode.density.stream import HEAD, NoRowsLeftError, Stream, is_stream
+from jaxode.density.table import Rows
+
+pytestmark = pytest.mark.usefixtures("default_settings")
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+NUMBERS = np.arange(10_000, dtype=np.float32)[:, None]
+ROWS = RNG.normal(size=(4000, 2)).astype(np.float32) + np.array([3, 0], np.float32)
+
+
+def parts(x, size=700):
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+class Loader:
+    """Starts again with each `iter`, as those of PyTorch do, and gives lists."""
+
+    def __init__(self, *arrays):
+        self.arrays = arrays
+
+    def __iter__(self):
+        return map(list, zip(*map(parts, self.arrays), strict=True))
+
+
+def stream(arrays):
+    return Stream(arrays, lambda x, context: Rows(np.asarray(x), context))
+
+
+@pytest.mark.parametrize("count", [10, 700, 1234, 9999])
+def test_rows_come_in_their_order_and_none_is_lost(count):
+    of = stream(itertools.cycle(parts(NUMBERS)))
+    taken = np.concatenate([of.next(count).x[:, 0] for _ in range(5)])
+    np.testing.assert_array_equal(taken, np.resize(NUMBERS[:, 0], 5 * count))
+    of.close()
+
+
+def test_an_iterable_starts_again_and_an_iterator_ends():
+    of = stream(parts(NUMBERS))
+    assert [len(of.next(6000).x) for _ in range(10)] == [6000] * 10
+    of.close()
+    of = stream(iter(parts(NUMBERS)))
+    of.next(6000)
+    with pytest.raises(NoRowsLeftError) as ended:
+        of.next(6000)
+    assert ended.value.count == 6000
+    of.close()
+
+
+def test_no_more_is_read_than_the_head_and_the_next_rows():
+    read = []
+    of = stream(read.append(i) or NUMBERS for i in itertools.count())
+    assert len(read) == HEAD // len(NUMBERS)
+    of.next(5000)
+    of.close()
+    assert len(read) <= HEAD // len(NUMBERS) + 1
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (ROWS, False), (ROWS.tolist(), False), (list(ROWS[:, 0]), False), ([], False),
+        ({"x": ROWS}, False), ("text", False), (3.0, False),
+        (parts(ROWS), True), ([(ROWS, ROWS)], True), (iter([]), True), (Loader(ROWS), True),
+    ],
+)  # fmt: skip
+def test_what_is_an_iterable_of_rows(x, expected):
+    assert is_stream(x) is expected
+
+
+def bound(context_size=0):
+    network = jaxode.nn.Residual(2, 8, 1, key=KEY, context_size=context_size)
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
+    return jaxode.bind(flow, network)
+
+
+def fit(x, density=None, **options):
+    options = {"steps": 200, "key": KEY, "progress": False, "validation": ROWS[:500]} | options
+    return jaxode.fit(density or bound(), x, **options)
+
+
+def test_it_trains_on_a_loader():
+    density, history = fit(Loader(ROWS[500:]))
+    assert history[-1].nats < 1 + np.log(2 * np.pi) + 0.1
+    np.testing.assert_allclose(density.sample(KEY, (4000,)).mean(0), [3.0, 0.0], atol=0.15)
+
+
+def test_contexts_come_with_their_rows():
+    pairs = Loader(ROWS, ROWS[:, :1])
+    density, _ = fit(pairs, bound(1), validation=(ROWS[:500], ROWS[:500, :1]))
+    at = density.log_prob(ROWS[:200], context=ROWS[:200, :1]).mean()
+    swapped = density.log_prob(ROWS[:200], context=ROWS[200:400, :1]).mean()
+    assert at > swapped
+
+
+def test_the_best_so_far_is_kept_when_an_iterator_ends():
+    with pytest.warns(UserWarning, match="training ended with the iterator, after 76800 rows"):
+        _, history = fit((ROWS for _ in range(24)), steps=500)
+    assert history[-1].step == 100
+
+
+class Unlike:
+    """Gives an array of another shape after some."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def __iter__(self):
+        return iter([*[ROWS] * 5, self.other])
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "words"),
+    [
+        (Unlike(ROWS[:, :1]), {}, r"must have shape \[rows, 2\].*\(4000, 1\)\. It is array 6"),
+        (Unlike(ROWS * np.nan), {}, r"must be finite.*It is array 6 of the iterable"),
+        (Unlike((ROWS, ROWS)), {}, r"contexts of one shape; got \(2,\) after None"),
+        (Unlike((ROWS, ROWS, ROWS)), {}, r"or pairs \(x, context\); got 3 parts"),
+        (Loader(ROWS), {"validation": 0.1}, r"rows of their own where x is an iterable"),
+        (Loader(ROWS), {"context": ROWS}, r"must be left out where x is an iterable"),
+        (iter([]), {}, r"must give arrays of rows; got an iterable without any"),
+    ],
+)
+def test_wrong_iterables(x, options, words):
+    with pytest.raises(ValueError, match=words):
+        fit(x, **options)
