@@ -126,7 +126,7 @@ def log_density(noise: Noise, v: Any, levels: Any) -> Array:
 
 
 def margin_of(x: Any, spacings: float = 0.51) -> Any:
-    """What the noise of `in_cells` keeps from its ends; `x` in JAX or NumPy."""
+    """The distance that the noise of `in_cells` keeps from its ends; `x` in JAX or NumPy."""
     return (spacings * (float(jnp.finfo(x.dtype).eps) * (abs(x) + 1))).clip(max=0.5)
 
 

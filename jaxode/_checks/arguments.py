@@ -116,7 +116,7 @@ def numbers(name: str, x: Any, real: bool = True) -> Any:
 
 
 def check_scalar(name: str, value: Any, rule: str, cure: str) -> Float[Array, ""]:
-    """What the function of a user returned, the argument `name`, as a floating scalar."""
+    """Check that the user's function, argument `name`, returned a floating scalar."""
     dtype = numeric_dtype(value) if jax.tree_util.all_leaves([value]) else None
     if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
         got = type(value).__name__ if dtype is None else f"{dtype} of shape {jnp.shape(value)}"
@@ -154,7 +154,7 @@ def native(tree: PyTree) -> PyTree:
 
 
 def described(value: Any) -> str:
-    """What a value is, for the message that says why it is not accepted."""
+    """Describe a value for the message that refuses it."""
     if isinstance(value, np.ma.MaskedArray):
         return "a masked array, whose entries may have no value"
     if isinstance(value, jax.Array | np.ndarray | np.generic):

@@ -1,4 +1,4 @@
-"""What is said when a solve fails, and the place that raises."""
+"""Results of a solve, their messages, and the one function that raises."""
 
 import enum
 from typing import Any
@@ -15,7 +15,7 @@ from jaxode._jax.sharding import axes_of, vary
 
 
 class Result(enum.IntEnum):
-    """How a solve ended."""
+    """Success, or the reason of the failure."""
 
     SUCCESS = 0
     MAX_STEPS_REACHED = 1
@@ -30,7 +30,7 @@ class Result(enum.IntEnum):
     NOT_STEADY = 10
 
     def __jax_array__(self) -> Array:
-        """As the codes of rows. Without `jit`, JAX would take a member for an int64."""
+        """The code as int32, which a member is not without `jit`."""
         return jnp.asarray(self.value, jnp.int32)
 
 
@@ -115,7 +115,7 @@ JACOBIAN_GIVEN = IMPLICIT | {
 def _message(
     where: str, result: Any, t_reached: Any, found: dict[str, Any], remedies: Remedies
 ) -> str:
-    """One sentence for the first failure among `result` (any shape), reached at `t_reached`.
+    """Describe the first failure among `result` (any shape), reached at `t_reached`.
 
     A time that is not finite is left out. If an argument is at fault, the message is the sentence
     in `found`, with the rows. `remedies` are what to try where more is known.

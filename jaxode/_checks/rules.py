@@ -26,14 +26,14 @@ Faults = dict[str, Callable[[], Bool[Array, " rows"]]]
 
 
 class Rule(NamedTuple):
-    """What must hold of arguments."""
+    """A rule that arguments must satisfy."""
 
     argument: str
-    """As messages write it. `{name}` stands for the name of any argument."""
+    """In messages. `{name}` stands for the name of any argument."""
     holds: Callable[..., Any]
     """Whether it holds, per row of the values."""
     words: str
-    """What must be, and with `{rows}` what was found instead."""
+    """The rule in words; with `{rows}`, also what was found instead."""
     remedy: str = ""
 
     def sentence(self, got: str = "", where: str = "", **name: str) -> str:
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
         return f"{where or caller()}({argument}): {self.words}{got}. {self.remedy}".rstrip()
 
     def fault(self, *values: Any, where: str = "", **name: str) -> Faults:
-        """What a failure may be due to."""
+        """The faults that may explain a failure."""
         find = lambda: ~self.holds(*jax.lax.stop_gradient(values))
         return {self.sentence(where=where, **name): find}
 
@@ -78,13 +78,13 @@ def is_eager(value: Any) -> bool:
 
 
 def in_rows(found: Any) -> str:
-    """How many rows are true, and which is the first."""
+    """Count the true rows, and find the first."""
     found = np.ravel(found)
     return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
 
 
 def finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
-    """Where all numbers of all leaves `[rows, ...]` are finite."""
+    """Mark rows whose numbers are finite in all leaves `[rows, ...]`."""
     finite = (jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in leaves)
     return functools.reduce(operator.and_, finite)
 

@@ -166,7 +166,7 @@ def check_count(n: Any, name: str = "n") -> Any:
 
 
 def check_steer(steer: Any, t0: Time, t1: Time) -> float:
-    """How far a random end time may be from `t0`, without reaching `t1`."""
+    """The largest distance of a random end time from `t0`, short of `t1`."""
     if non_negative("steer", steer) and is_known((t0, t1)):
         span = abs(float(t1) - float(t0))
         if not steer < span:

@@ -80,7 +80,7 @@ class _Held:
 
 
 def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What to compare by `==`, and what by identity."""
+    """Split a value into parts compared by `==` and parts compared by identity."""
     if isinstance(value, NUMBERS):
         return (type(value), repr(value)), ()
     if isinstance(value, set):
@@ -209,7 +209,7 @@ class ClosedField(eqx.Module):
 
     @property
     def work_size(self) -> int:
-        """How many numbers one evaluation computes."""
+        """The number of numbers that one evaluation computes."""
         outputs = (v.aval for equation in equations(self.program) for v in equation.outvars)
         return sum(math.prod(getattr(aval, "shape", ())) for aval in outputs)
 

@@ -43,13 +43,13 @@ def with_vmap_rule(f: Callable[..., T], rule: Rule, *args: PyTree) -> T:
 
 
 def plain(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
-    """What `jax.vmap` does without a rule."""
+    """Apply `jax.vmap` without a rule."""
     axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
     return jax.vmap(f, axes)(*args)
 
 
 def one_by_one(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
-    """One after the other, in a loop."""
+    """Run one problem after the other, in a loop."""
     own, shared = eqx.partition(args, mapped)
     return jax.lax.map(lambda one: f(*eqx.combine(one, shared)), own)
 

@@ -29,7 +29,7 @@ class Row(NamedTuple):
     limit: str
     """The range, in words."""
     advice: str = ""
-    """What to do. Empty if the value is in range."""
+    """Advice. Empty if the value is in range."""
 
 
 def within(name: str, value: Any, limit: float, unit: str, advice: str) -> Row:
@@ -94,7 +94,7 @@ class AuditedFlow:
 
     @cached_property
     def losses(self):
-        """Of the flow and the tight solve. The first sample inside replaces those outside."""
+        """Losses of the flow and the tight solve. A sample inside replaces those outside."""
         rows = jnp.arange(self.x.shape[0])
         rows = jnp.where(self.outside, jnp.argmin(self.outside), rows)
         return self._loss(rows), self.tight._loss(rows)

@@ -26,7 +26,7 @@ Density = Callable[[np.ndarray], np.ndarray]
 
 
 def distance(s: AuditedFlow) -> Row:
-    """Where samples end: the median of their distances from the mean of the base, in deviations.
+    """Median distance of samples from the mean of the base, in standard deviations.
 
     Far away, log-densities are so large that their rounding is an error.
     """
@@ -72,7 +72,7 @@ def probability(s: AuditedFlow) -> Row | None:
 
 
 def imbalance(rng: Any, samples: Float[np.ndarray, "count *event"], log_density: Density) -> float:
-    """How far a Metropolis step moves the samples, in standard errors.
+    """Shift of the samples by a Metropolis step, in standard errors.
 
     If `x` has the density `p`, a step `d`, as likely as `-d`, changes the mean of no function `g`:
 

@@ -24,10 +24,10 @@ from jaxode.flows.cnf import CNF
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `jaxode.audit` returns. `print` shows it as a table."""
+    """The result of `jaxode.audit`. `print` shows it as a table."""
 
     reference: str
-    """What errors are measured against."""
+    """The reference of the errors."""
     rows: tuple[Row, ...]
 
     @property
@@ -37,7 +37,7 @@ class Report:
 
     @property
     def advice(self) -> dict[str, str]:
-        """One sentence per check that is out of range, by the name of the check."""
+        """Advice for each check that is out of range, by its name."""
         return {row.name: row.advice for row in self.rows if row.advice}
 
     @property

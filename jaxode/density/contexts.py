@@ -1,4 +1,4 @@
-"""What a density depends on beside its samples: contexts of any shape and structure."""
+"""Contexts of a density, of any shape and structure."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from jaxode.flows.reverse_kl import Target
 
 
 class Contexts(eqx.Module):
-    """What is known of contexts, leaf by leaf."""
+    """Shapes and maps of the context, leaf by leaf."""
 
     maps: PyTree
     """`Affine` for each standardized leaf, None for the others; or None for all."""
@@ -72,7 +72,7 @@ class Contexts(eqx.Module):
         return jax.tree.unflatten(structure, rows)
 
     def given(self, row: PyTree) -> PyTree:
-        """One context of the flow as the user gave it."""
+        """Undo the map of one context."""
         back = lambda part, leaf: leaf if part is None else part.forward(leaf)[0]
         return jax.tree.map(back, self.maps, row, is_leaf=_is_map)
 
@@ -136,7 +136,7 @@ def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
 
 
 def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Array:
-    """One context for each of the samples, `[rows, *shape]`, by the map of the leaf."""
+    """Map a leaf to one context per sample, `[rows, *shape]`."""
     cut = jnp.ndim(leaf) - len(shape)
     if of_leaf is None:
         check_integers("context", leaf)

@@ -176,7 +176,7 @@ def fit(
 
 
 class Plan(NamedTuple):
-    """How to train."""
+    """Options of a training."""
 
     limits: Limits
     batch_size: int = 512

@@ -1,4 +1,4 @@
-"""What importance weights of samples say: about the integral of a target, and about themselves."""
+"""Importance weights: the integral of a target, and diagnostics of the weights."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ LARGEST_K, FEWEST = 0.7, 1000
 
 
 class Importance(eqx.Module):
-    """What `jaxode.importance` returns, a pytree. `print` says what it may not be used for."""
+    """The result of `jaxode.importance`, a pytree. `print` warns where it is not reliable."""
 
     ess: Float[Array, ""]
     """The effective sample size as a fraction, `(sum w)^2 / (n sum w^2)`."""
@@ -34,7 +34,7 @@ class Importance(eqx.Module):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the weights may not be used for. Not inside `jit`."""
+        """Warnings about uses that the weights do not support. Not inside `jit`."""
         found = []
         if not jnp.isfinite(self.ess):
             found.append("Some weights are NaN or infinite, or all are zero.")

@@ -18,7 +18,7 @@ class Without:
     aside: Int[np.ndarray, " some"]
     """In order."""
     dtype: Any
-    """Of the rows that are read."""
+    """The dtype of the rows that are read."""
 
     def __len__(self) -> int:
         return len(self.array) - len(self.aside)
@@ -34,7 +34,7 @@ class Without:
         return np.asarray(self.array[at], self.dtype)
 
     def sample(self, count: int) -> np.ndarray:
-        """So many rows, always the same."""
+        """Take a fixed sample of `count` rows."""
         return self[np.random.default_rng(0).choice(len(self), count, replace=False)]
 
 

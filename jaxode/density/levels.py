@@ -57,7 +57,7 @@ def of_each_level(context: PyTree, levels: int) -> PyTree:
 def placed(
     maps: Chain, x: Float[Array, "rows *event"]
 ) -> tuple[Float[Array, "rows *event"], Bool[Array, " rows"], Bool[Array, " rows"]]:
-    """Where the flow sees each row, whether it does, and which rows are large.
+    """Map each row into the flow; say whether that succeeds, and which rows are large.
 
     Rows outside of the support, or so far away that the maps overflow, have the level 0, or 1 if
     they are large. A support is an interval, so they lie on one side of a number within.

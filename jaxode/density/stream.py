@@ -52,7 +52,7 @@ class Stream:
             raise ValueError(f"{arg('x')} must give arrays of rows; got an iterable without any.")
 
     def next(self, count: int) -> Any:
-        """So many rows that follow."""
+        """Take the next `count` rows."""
         rows = self.waiting
         if (missing := count - _length(rows)) > 0:
             arrays = self.ahead.result() if self.ahead else self._more(missing, self.again)

@@ -54,9 +54,9 @@ class Table:
     integers: Bool[np.ndarray, " *event"] | None = None
     noise: Noise = NOISES[0]
     stream: Stream | None = None
-    """What gives more rows."""
+    """Gives further rows, if `rows` are the first of an iterable."""
     mesh: Mesh | None = None
-    """Of devices of several processes, each with rows of its own, if there are any."""
+    """Devices to train on; with several processes, each has rows of its own."""
 
     @classmethod
     def of(
@@ -194,7 +194,7 @@ def _stream_of(
 
 
 def _next(stream: Stream, count: int, mesh: Mesh | None) -> Any:
-    """So many rows. If those of one process end, all of them do."""
+    """Take `count` rows. If the rows of one process end, all processes end."""
     rows, ended = None, None
     try:
         rows = stream.next(count)

@@ -65,11 +65,11 @@ class Point(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """What is minimized, and how."""
+    """A loss, and how to minimize it."""
 
     name: str
     loss: Callable[..., Float[Array, ""]]
-    """Of parameters, data, context and a key."""
+    """A function of parameters, data, context and a key."""
     optimizer: Any
     key: PRNGKeyArray
     warm_up: int = 1
@@ -83,7 +83,7 @@ class Limits(NamedTuple):
 
     steps: float
     seconds: float = math.inf
-    """Of training, in all candidates."""
+    """Seconds of training, summed over candidates."""
 
 
 class Clock:
@@ -101,14 +101,14 @@ class Clock:
         self.spent = of_first(self.spent + time.perf_counter() - begin, self.mesh)
 
     def steps_remaining(self, limits: Limits) -> float:
-        """How many steps there is time for."""
+        """The number of steps that fit in the time left."""
         if limits.seconds == math.inf:
             return math.inf
         return max(limits.seconds - self.spent, 0.0) / self.step
 
 
 class State(NamedTuple):
-    """What a step of training changes."""
+    """The state of the optimization."""
 
     arrays: PyTree
     """The floating arrays of the parameters, or one vector of them."""
@@ -122,7 +122,7 @@ def _same(tree: PyTree) -> PyTree:
 
 
 class Program(NamedTuple):
-    """What a step of training is compiled for."""
+    """The static part of a training step."""
 
     loss: Callable[..., Float[Array, ""]]
     optimizer: Any
@@ -219,12 +219,12 @@ class Training:
     """Parameters in training, and the best that the validation rows have seen."""
 
     density: Density
-    """Where it starts."""
+    """The start of the training."""
     data: Callable[[PRNGKeyArray], Rows]
     """The rows to train on, as the flow sees them."""
     evaluate: Callable[[PyTree], float]
     count: int
-    """Of the rows to train on."""
+    """The number of rows to train on."""
     batch_size: int
     begin: float
     clock: Clock

@@ -30,7 +30,7 @@ from jaxode._jax.precision import at_precision
 
 
 class BaseDensity(Protocol):
-    """What `cnf` needs of a base density."""
+    """The interface of a base density."""
 
     @property
     def event_shape(self) -> tuple[int, ...]: ...

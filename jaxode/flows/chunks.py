@@ -32,7 +32,7 @@ Program = Callable[[System, Any, Any], Solution]
 
 
 class Chunks(NamedTuple):
-    """How a batch with per-sample steps is solved."""
+    """Options for solving a batch with per-sample steps in chunks."""
 
     size: int
     """Rows at once."""

@@ -105,7 +105,7 @@ def _log_prob(system: System, integrands: Integrands, base, probes) -> Solution:
 
 
 def probes_of(system: System, integrands: Integrands, key, *, of_costs: bool = False):
-    """One probe per sample, which depends only on the key and the sample's index.
+    """Draw one probe per sample, which depends only on the key and the sample's index.
 
     `of_costs`: for the divergence and the running costs.
     """

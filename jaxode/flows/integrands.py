@@ -1,4 +1,4 @@
-"""What a flow integrates along a trajectory: the field, its divergence, and costs.
+"""The integrands along a trajectory: the field, its divergence, and costs.
 
 All functions are for one sample and increasing time. `cnf` chooses the direction.
 """
@@ -22,7 +22,7 @@ SCORE = 0.1
 
 
 def of_one_sample(name: str, value: Any) -> Float[Array, ""]:
-    """What a divergence or a regularizer, the argument `name` of `cnf`, returned."""
+    """Check the value that a divergence or a regularizer, argument `name` of `cnf`, returned."""
     cure = "Sum over the event, and average over probes."
     return public("cnf")(check_scalar)(name, value, "must return one number of a sample", cure)
 

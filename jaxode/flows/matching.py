@@ -122,7 +122,7 @@ def matching_loss(
 
 
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
-    """One base sample per row, from the key and the row's number, without gradients.
+    """Draw one base sample per row, from the key and the row's number, without gradients.
 
     A base that followed the gradient of this loss would shrink to a point, which is easy to match.
     """

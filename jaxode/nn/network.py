@@ -1,4 +1,4 @@
-"""What the networks of `jaxode.nn` share: a layer, how they are called, and `pickle`."""
+"""Base class of the networks of `jaxode.nn`: a layer, the call, and `pickle`."""
 
 import abc
 import functools
@@ -127,7 +127,7 @@ class Network(eqx.Module):
     @property
     @abc.abstractmethod
     def _sizes(self) -> tuple[int, int]:
-        """Of a sample and of a context."""
+        """The numbers of a sample and of a context."""
 
     def _vector(self, y: Any, context: Any) -> Float[Array, " size"]:
         """The sample, flattened. Raises unless it and the context have the sizes of the network."""

@@ -121,7 +121,7 @@ class _Layer(Dense):
 
 
 class _Network(Network):
-    """What the networks share. They differ in where time enters and in gating."""
+    """Base class of multilayer networks, which differ in gating and in where the time enters."""
 
     hidden: tuple[_Layer, ...]
     weight: Float[Array, "outputs hidden"]

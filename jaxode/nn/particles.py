@@ -58,7 +58,7 @@ class _Pairs(NamedTuple):
 
 
 class _Around(eqx.Module):
-    """What is around each pair: sums over pairs and triangles of functions of the distance."""
+    """Sums over pairs and triangles of functions of the distance, around each pair."""
 
     of_all: Float[Array, "width bumps"]
     of_ends: Float[Array, "width bumps"]

@@ -20,9 +20,9 @@ class Interpolant(eqx.Module):
     """A solution as a function of time, between its ends."""
 
     trajectory: Trajectory
-    """Of the pieces of the solve, along the leading axes."""
+    """Pieces of the solve, stacked along the leading axes."""
     ends: Float[Array, "pieces rows"]
-    """Where each piece ends."""
+    """The end time of each piece."""
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     ok: Bool[Array, " rows"]
@@ -32,7 +32,7 @@ class Interpolant(eqx.Module):
     ravel: Any = eqx.field(static=True)
     """Its `back` maps rows to states."""
     batch: Any = eqx.field(static=True)
-    """How the samples step: "joint", "per_sample", or None for a single state."""
+    """Step sizes of the samples: "joint", "per_sample", or None for a single state."""
 
     @property
     def per_sample(self) -> bool:

@@ -38,17 +38,17 @@ class Estimate(eqx.Module):
     """Parameters that fit observations best."""
 
     params: PyTree[Array]
-    """Those with the least squares, shaped like one of `starts`."""
+    """The parameters with the least squares, shaped like one of `starts`."""
     cost: Float[Array, ""]
     """Half the sum of squares: with known noise, minus the log-likelihood up to a constant."""
     covariance: Float[Array, "n n"]
-    """Of the parameters as one vector, in the order of `jax.tree.leaves(params)`."""
+    """Covariance of the parameters as one vector, in the order of `jax.tree.leaves(params)`."""
     errors: PyTree[Array]
     """The standard error of each parameter; infinite where the observations do not determine it."""
     noise: Float[Array, "..."]
     """The standard deviation of the observations: as given, or what the residuals say."""
     starts: PyTree[Array]
-    """Where each start ended, `[starts, ...]`; NaN where it was given up for a better one."""
+    """The end of each start, `[starts, ...]`; NaN where a better one replaced it."""
     costs: Float[Array, " starts"]
     """Half the sum of squares where each start ended; infinite where it was given up."""
     converged: Bool[Array, ""]
@@ -263,7 +263,7 @@ def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):
 
 
 def _names(template: PyTree) -> list[str]:
-    """Of each number, such as `['k'][0]`."""
+    """Name each number, such as `['k'][0]`."""
     names = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(template):
         name = jax.tree_util.keystr(path) or "params"

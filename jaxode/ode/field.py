@@ -12,11 +12,11 @@ VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
 
 class MisfitError(TypeError):
-    """What a field raises that itself says how its arguments do not fit. It passes unchanged."""
+    """Raised by a field whose arguments do not fit; passes unchanged."""
 
 
 class ContextError(ValueError):
-    """What a network raises for a context that does not fit. It passes unchanged, too."""
+    """Raised by a network whose context does not fit; passes unchanged."""
 
 
 # The types with which Python and JAX report that a function does not fit its arguments. Other
@@ -36,7 +36,7 @@ def check_field(name: str, f: Any, call: str) -> None:
 
 
 def of_row(args: PyTree, row: PyTree) -> PyTree:
-    """What a user's function gets as arguments: with those of its row, if there are any."""
+    """The arguments of a user's function, with those of its row, if there are any."""
     return args if row is None else (args, row)
 
 

@@ -31,7 +31,7 @@ def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
-    """Where least squares of the slopes end from each start, and the half sums; None where there
+    """The end of least squares of slopes from each start, and the half sums; None where there
     are too few observations, or `f` is finite at none."""
     ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
     last = lambda x: np.moveaxis(x, ts.ndim - 1, -1)

@@ -1,4 +1,4 @@
-"""How an ODE with parameters misses observations, and least squares of it from several starts."""
+"""Residuals of an ODE with parameters, and least squares from several starts."""
 
 import math
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Misfit(eqx.Module):
         return self.y0(params) if callable(self.y0) else self.y0
 
     def predicted(self, params: PyTree, end: Float[Array, ""]) -> Array:
-        """What would be observed without noise, up to `end` and from then on the same."""
+        """Predict the observations up to `end`, and hold them constant from there on."""
         ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
         options = self.options
         if (jumps := options.get("jumps")) is not None:  # those after the end are padding
@@ -67,7 +67,7 @@ class Misfit(eqx.Module):
         return each(ts, ys, None) if batch is None else jax.vmap(each)(ts, ys, self.row_args)
 
     def residuals(self, flat: Float[Array, " n"], end: Float[Array, ""]) -> Float[Array, " m"]:
-        """Of the observations up to `end`, zero for those after it or missing; and of the prior."""
+        """Residuals of observations up to `end`, zero where missing or later; and of the prior."""
         params = self.unravel(flat)
         predicted = self.predicted(params, end)
         seen = (self.ts <= end).reshape(self.ts.shape + (1,) * (self.ys.ndim - self.ts.ndim))
@@ -81,7 +81,7 @@ class Misfit(eqx.Module):
 
 
 class Fits(NamedTuple):
-    """Where least squares has ended, from each start."""
+    """The end of least squares from each start."""
 
     flats: Float[Array, "starts n"]
     costs: Float[Array, " starts"]

@@ -30,7 +30,7 @@ NO_LIMIT = 2**31 - 1  # steps are counted in int32
 
 
 class SolveOptions(eqx.Module):
-    """How to solve; `jaxode.solve` explains each option. Equal if all options are equal."""
+    """Options of a solve, explained by `jaxode.solve`. Equal if all options are equal."""
 
     solver: diffrax.AbstractSolver | Solver = diffrax.Tsit5()
     rtol: float | Float[Array, ""] = 1e-5
@@ -44,7 +44,7 @@ class SolveOptions(eqx.Module):
     axis_name: AxisName | None = eqx.field(static=True, default=None)
     precision: str | None = eqx.field(static=True, default=None)
     mass: tuple[tuple[float, ...], ...] | None = eqx.field(static=True, default=None)
-    """Of `solve` alone, which checks it."""
+    """An option of `solve` alone, which checks it."""
 
     @classmethod
     def make(cls, **given: Any) -> "SolveOptions":
@@ -86,7 +86,7 @@ class SolveOptions(eqx.Module):
 
     @property
     def remedies(self) -> Remedies:
-        """What the message of a failed solve says to try, where that depends on the solver."""
+        """Advice in the message of a failed solve that depends on the solver."""
         if not self.implicit:
             return {}
         return IMPLICIT if self.jacobian is None else JACOBIAN_GIVEN

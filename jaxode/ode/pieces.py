@@ -76,7 +76,7 @@ class Cuts(NamedTuple):
     times: Float[Array, "cuts rows"]
     """Padding repeats an earlier time."""
     number: Int[Array, "cuts rows"]
-    """Of the jump."""
+    """The number of the jump."""
     jumps: Bool[Array, "cuts rows"]
     """Whether the state changes there."""
     counted: Bool[Array, "cuts rows"]
@@ -109,7 +109,7 @@ class Cuts(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """How to solve a problem piece by piece."""
+    """Options for solving a problem piece by piece."""
 
     solve: Callable[[Problem], tuple[Problem, Integration]]
     """Solves a piece, and returns it with its end."""
@@ -119,7 +119,7 @@ class Pieces(NamedTuple):
     at_jump: Change | None
     at_event: Change | None
     most: int
-    """How many events change the state, by `at_event`; the next one ends the solve."""
+    """The number of events that change the state by `at_event`; the next one ends the solve."""
 
     def run(
         self, valid: Bool[Array, " rows"]
@@ -209,7 +209,7 @@ class Pieces(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """How far the pieces of each row have come."""
+    """The progress of each row through its pieces."""
 
     t: Float[Array, " rows"]
     y: Float[Array, "samples n"]
@@ -219,7 +219,7 @@ class _Carry(NamedTuple):
     stats: Stats
     going: Bool[Array, " rows"]
     events: Int[Array, " rows"]
-    """How many events have changed the state."""
+    """The number of events that have changed the state."""
     h: Float[Array, " rows"]
     """The step to try first, or NaN."""
 

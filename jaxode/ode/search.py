@@ -29,7 +29,7 @@ class Runs(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Where runs have come to."""
+    """The state of the runs."""
 
     runs: Runs
     costs: Float[np.ndarray, " runs"]
@@ -38,7 +38,7 @@ class Ends(NamedTuple):
 
 
 def with_matched(problem: Misfit, starts: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> Runs:
-    """Where matched slopes led the starts, and the starts that fit the first observations, too."""
+    """Collect the ends of gradient matching and of fits to the first observations."""
     count = len(starts)
     matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs)
     least = len(matched.flats)  # at least one

@@ -1,4 +1,4 @@
-"""What a solve returns."""
+"""The result of a solve."""
 
 import dataclasses
 from typing import Any
@@ -37,7 +37,7 @@ class Solution(eqx.Module):
     """Whether an event ended the solve. Those at which the state changed do not count. None without
     `event`."""
     interpolant: Interpolant | None = None
-    """What `evaluate` needs. None without `dense`."""
+    """Dense output for `evaluate`. None without `dense`."""
 
     @property
     def ok(self) -> Bool[Array, "*rows"]:

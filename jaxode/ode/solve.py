@@ -229,7 +229,7 @@ class UserField(eqx.Module):
     """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
     name: ClassVar[str] = "f"
-    """As messages call it."""
+    """The name in messages."""
     call: ClassVar[str] = "(t, y, args)"
     f: Callable[..., PyTree]
     jacobian: Callable[..., Array] | None = None

@@ -29,7 +29,7 @@ LOOSE = 1e-3  # tolerance of the solve, whose end Newton's method improves
 
 
 class SteadyState(NamedTuple):
-    """Where an ODE comes to rest."""
+    """Steady states of an ODE."""
 
     y: PyTree[Float[Array, "..."]]
     """The state with `f(t, y, args) = 0`, shaped like `y0`; NaN where it was not found."""

@@ -41,7 +41,7 @@ class System(NamedTuple):
     and the `name` and `call` for messages."""
     y0: PyTree[Float[Array, "..."]]
     t0: Float[Array, "*rows"]
-    """One for all rows or one per row, as for the other times."""
+    """A start time for all rows, or one per row."""
     t1: Float[Array, "*rows"]
     ts: Float[Array, "*rows times"] | None
     ts_lost: Bool[Array, "*rows"]

@@ -31,7 +31,7 @@ INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
 
 @dataclass(frozen=True)
 class Column:
-    """How the values of a column are told apart."""
+    """The modes of a column and the cells of its numbers."""
 
     name: str
     kind: str

@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What the flow trains on: cells, and stand-ins where there is no number."""
+    """The training rows of the flow: cells, and stand-ins for rows without a number."""
 
     x: Any
     width: Any
@@ -44,7 +44,7 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """How frames become arrays, and samples a frame."""
+    """Encode frames as arrays, and decode samples to a frame."""
 
     like: Any
     """No rows of the training frame."""
@@ -63,7 +63,7 @@ class Encoder:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many modes the discrete columns have."""
+        """The number of modes of each discrete column."""
         return tuple(self.columns[i].modes for i in self.discrete)
 
     @cached_property
@@ -137,7 +137,7 @@ class Encoder:
         return mode, x
 
     def context(self, modes: np.ndarray, given: np.ndarray) -> np.ndarray | None:
-        """What the flow is conditional on: indicators of the modes, and the features."""
+        """Context of the flow: indicators of the modes, and the features."""
         parts = [np.eye(self.columns[i].modes)[modes[:, i]] for i in self.discrete]
         together = np.concatenate([*parts, given], 1)
         return together if together.shape[1] else None

@@ -34,7 +34,7 @@ class Table:
     categories: Categories | None
     """The probabilities of categories, of missing values, and of numbers that are repeated."""
     density: Density | None
-    """That of standardized numbers plus noise in their cells, conditional on `context`."""
+    """The density of standardized numbers with noise in their cells, given `context`."""
     moments: tuple[np.ndarray, np.ndarray] | None
 
     @property

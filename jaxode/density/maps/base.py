@@ -1,4 +1,4 @@
-"""What a map is."""
+"""Base classes of maps."""
 
 import equinox as eqx
 import jax

@@ -12,7 +12,7 @@ from jaxode.density.maps.base import Map, Support
 
 
 class Chain(Map):
-    """One map after another, from data to `z`. A support, if there is one, comes first."""
+    """Compose maps, from data to `z`. A support, if there is one, comes first."""
 
     maps: tuple[Map, ...]
 

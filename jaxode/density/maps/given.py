@@ -96,7 +96,7 @@ def _lost(mean: Any, dtype: Any) -> np.ndarray:
 
 
 def _is_scale(x: Any) -> Any:
-    """Where a scale is finite, and large enough that XLA does not take it for zero."""
+    """Mark scales that are finite, and that XLA does not flush to zero."""
     x = np.asarray(x)
     return (x >= jnp.finfo(x.dtype).tiny) & np.isfinite(x)
 

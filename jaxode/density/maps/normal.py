@@ -70,7 +70,7 @@ class Monotone(Map):
 
 
 def _between(value, low, high):
-    """As `jnp.clip`, but at a bound with the whole derivative of the inside."""
+    """Clip like `jnp.clip`, but keep the whole derivative at a bound."""
     return jnp.where(value < low, low, jnp.where(value > high, high, value))
 
 

@@ -36,7 +36,7 @@ from jaxode.ode.system import System, to_problem
 
 
 class NLLStats(NamedTuple):
-    """What `nll_and_stats` returns beside the loss."""
+    """Statistics that `nll_and_stats` returns beside the loss."""
 
     log_prob: Float[Array, " batch"]
     """Log-density of each sample, in nats; with `steer`, by the solve to a random end."""
@@ -83,7 +83,7 @@ def evaluate(objective: Objective) -> tuple[Float[Array, ""], NLLStats, Float[Ar
 
 
 def _augmented(objective: Objective):
-    """One solve of the samples together with the integrals of their costs."""
+    """Solve the samples together with the integrals of their costs."""
     system, integrands = objective.system, objective.integrands
     count = 1 + len(integrands.regularizers)
     solution = with_integrals(system, integrands.field_and_costs, objective.probes, (count,))
@@ -142,7 +142,7 @@ class Inputs(NamedTuple):
 
 
 class Settings(eqx.Module):
-    """How to compute the fused loss."""
+    """Options of the fused loss."""
 
     stepper: Stepper
     adjoint: Any = eqx.field(static=True)

@@ -151,7 +151,7 @@ class BacksolveAdjoint(ReverseAdjoint):
 
 
 class _Ends(NamedTuple):
-    """Where the backward solve starts, restarts, and which rows do neither."""
+    """The starts and restarts of the backward solve, and the rows without any."""
 
     y1: Float[Array, "samples n"]
     ys: Float[Array, "times samples n"] | None

@@ -121,7 +121,7 @@ class Solved(NamedTuple):
         return bool(self.perturbed.t0 or self.perturbed.t1 or self.perturbed.ts)
 
     def step_tangents(self, t: Float[Array, " rows"], h: Float[Array, " rows"], number: Array):
-        """How a step moves with the ends."""
+        """Differentiate the times of a step by the two ends."""
         return step_tangents(self.problem, t, h, number, self.stepper.stop is not None)
 
     def parts(self, params: PyTree) -> tuple[Any, ...]:
@@ -187,7 +187,7 @@ class ReverseAdjoint(Adjoint):
     any_order: ClassVar[bool] = False
     """Whether its gradient has reverse-mode derivatives."""
     checkpoints: int
-    """How many states are kept to replay from, by a method that inherits `record`."""
+    """The number of states to replay from, for a method that inherits `record`."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         run = lambda problem, stepper: solve_reverse(problem, stepper, self)

@@ -43,11 +43,11 @@ class Swept(NamedTuple):
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
     interior: Any
-    """Whatever `Sweep.interior` carries from step to step."""
+    """The carry of `Sweep.interior` from step to step."""
 
 
 class Sweep(NamedTuple):
-    """How to go back over the steps."""
+    """Callbacks of a sweep back over the steps."""
 
     solved: Solved
     interior: Callable[..., tuple[Step, PyTree, Any]] | None = None

@@ -211,7 +211,7 @@ class Many(NamedTuple):
         return cls(size, rows, (samples, n))
 
     def join(self, mapped: Problem, problem: Problem, stepper: Stepper) -> Problem:
-        """One problem. Leaves that are `mapped` have a leading axis, the others stay shared."""
+        """Solve one problem. `mapped` leaves have a leading axis, others are shared."""
         spread = lambda x, its: x if its else self.spread(x)
 
         def of_rows(name: str, axis: int) -> Any:
@@ -272,7 +272,7 @@ class Many(NamedTuple):
         return jnp.broadcast_to(x, (self.size, *x.shape))
 
     def split(self, joined: Integration) -> Integration:
-        """What each problem would return, with a leading axis."""
+        """Solve each problem; the results have a leading axis."""
         states = lambda x, axis: self._split(x, axis, self.sample)
         trajectory = joined.trajectory
         if isinstance(trajectory, Trajectory):

@@ -80,7 +80,7 @@ class Checkpoints(NamedTuple):
         return start, get(self.y), get(self.k), slot < len(self.k) - 1
 
     def spacing(self, start: Int[Array, ""], stop: Int[Array, ""]) -> Int[Array, ""]:
-        """How far apart to keep steps when replaying from `start` to the step before `stop`.
+        """Choose the distance of kept steps when replaying from `start` to the step before `stop`.
 
         Slots of steps from `stop` on are free. If they can hold the whole stretch, every step is
         kept. Otherwise half of them split it, and the other half is left for the next level.

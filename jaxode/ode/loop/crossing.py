@@ -1,4 +1,4 @@
-"""Where a condition crosses zero: the loop ends a row there.
+"""Root finding for events: the loop ends a row where its condition crosses zero.
 
 A step that is accepted is searched on its dense output. If the condition crosses zero inside, the
 step is taken again to end there, and once or twice more to end where Newton's method moves its end.
@@ -42,12 +42,12 @@ class Crossing(eqx.Module):
 
 
 class Search(NamedTuple):
-    """How far the search of each row has come."""
+    """The state of the search in each row."""
 
     target: Float[Array, " rows"]
-    """Where the next step ends. NaN if no crossing was found."""
+    """The end of the next step. NaN if no crossing was found."""
     landings: Int[Array, " rows"]
-    """How many steps have ended at a target."""
+    """The number of steps that have ended at a target."""
     stopped: Bool[Array, " rows"]
 
     @classmethod
@@ -111,7 +111,7 @@ def _slope(inside: Inside, theta: Float[Array, " rows"]):
 
 
 def _first_crossing(crossing: Crossing, inside: Inside, ends, step: Step, searched, span):
-    """Where the condition crosses zero first: whether it does, at which part of the step, and
+    """Find the first zero of the condition: whether there is one, at which part of the step, and
     whether it jumps there. It is known at the `ends`, and searched in some rows."""
     t, h = step.t, step.h
     thetas, eps = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype), jnp.finfo(t.dtype).eps

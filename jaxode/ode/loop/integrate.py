@@ -23,7 +23,7 @@ from jaxode.ode.loop.trajectory import Curve, Step, Trajectory
 
 
 class Integration(NamedTuple):
-    """What the loop returns. `y1` and `ys` are NaN in the rows whose `result` is a failure."""
+    """The result of the loop. `y1` and `ys` are NaN in rows that failed."""
 
     y1: Float[Array, "samples n"]
     ys: Float[Array, "times samples n"] | None

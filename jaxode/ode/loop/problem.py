@@ -1,4 +1,4 @@
-"""What the loop solves, and how it steps."""
+"""The problem that the loop solves, and its stepper."""
 
 import dataclasses
 from collections.abc import Callable
@@ -80,7 +80,7 @@ class Problem(NamedTuple):
 
 
 class Stepper(eqx.Module):
-    """How to step: a method, and either error control or a number of equal steps."""
+    """A method, with error control or a number of equal steps."""
 
     method: Any = eqx.field(static=True)
     """A `Method`."""
@@ -103,7 +103,7 @@ class Stepper(eqx.Module):
 
     @property
     def most_steps(self) -> int:
-        """How many steps can be accepted."""
+        """The largest number of accepted steps."""
         return self.controller.max_steps if self.steps is None else self.steps
 
     def controlled(self, **changed: Any) -> "Stepper":

@@ -1,4 +1,4 @@
-"""How far a solve has come: where its next step ends, and what becomes of it."""
+"""Progress of a solve: choose the end of the next step, and accept or reject it."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ LAST_STEPS = 3
 
 
 class Progress(NamedTuple):
-    """How far each row has come."""
+    """The progress of each row."""
 
     t: Float[Array, " rows"]
     h: Float[Array, " rows"]
@@ -29,7 +29,7 @@ class Progress(NamedTuple):
     accepted: Int[Array, " rows"]
     rejected: Int[Array, " rows"]
     nonfinite_ahead: Float[Array, " rows"]
-    """How far the last rejected attempt reaches beyond `t` if it was not finite; otherwise not
+    """The reach beyond `t` of the last rejected attempt if it was not finite; otherwise not
     positive. A solve that ends before passing that time failed because of it."""
 
     @classmethod
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
 def next_step_end(
     stepper: Stepper, steps: Any, state: Progress, taken: Int[Array, " rows"], start, end
 ) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
-    """Where the next step of each row ends, and whether that is the end time.
+    """Choose the end of each row's next step, and say whether it is the end time.
 
     `steps` is None with error control. Otherwise it is the number of equal steps from `start` to
     `end`, of which `taken` are done.
@@ -79,7 +79,7 @@ def next_step_end(
 
 
 def accept_or_reject(stepper: Stepper, state: Progress, t_next, last, y_next, k) -> Progress:
-    """How far each row has come after its step to `t_next`, which may be the `last`."""
+    """Update the progress of each row after its step to `t_next`, which may be the `last`."""
     running = state.active
     accept, h, result, nonfinite_ahead = _verdict(stepper, state, t_next, last, y_next, k)
     return Progress(

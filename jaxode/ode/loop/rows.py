@@ -29,7 +29,7 @@ def reduce_rows(
 
 
 def size_of_row(x: Shaped[Array, "samples ..."], of_rows: Shaped[Array, " rows"]) -> int:
-    """How many numbers belong to each row of `of_rows`. At least one, for means."""
+    """Count the numbers of each row of `of_rows`; at least one, for means."""
     return max(x.size // max(of_rows.shape[0], 1), 1)
 
 

@@ -50,7 +50,7 @@ class Controller(eqx.Module):
     def is_lost(
         self, y: Float[Array, "samples n"], of_rows: Float[Array, " rows"]
     ) -> Bool[Array, " rows"]:
-        """Where the state is not finite, on all devices if on one. An empty solve would not
+        """Mark states that are not finite, on all devices if on one. An empty solve would not
         notice."""
         return jnp.isnan(self.norm(0 * jax.lax.stop_gradient(y), of_rows))
 

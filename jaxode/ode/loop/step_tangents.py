@@ -1,4 +1,4 @@
-"""How the times of the steps move with the two ends of a solve.
+"""Derivatives of the step times by the two ends of a solve.
 
 The error control is not differentiated: relative to its ends, the mesh is a constant. Where an
 event may end the solve, at a time that nobody knows before, all times but the ends stay in place.

@@ -1,4 +1,4 @@
-"""What a method of the loop is: a step on rows, its dense output, and the transpose of its step."""
+"""Interface of a solver: a step on rows, its dense output, and the transpose of the step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

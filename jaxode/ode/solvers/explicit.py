@@ -140,7 +140,7 @@ class RungeKutta(Method):
         return type(step)(t_bar, h_bar, y_bar, k_bar), params_bar
 
     def start(self, sweep: Any, step: Any) -> Any:
-        """What all stages of a step have in common, if anything."""
+        """Data shared by all stages of a step, or None."""
         del sweep, step
 
     def stage_cotangent(self, at_start: Any, i: Any, bar: Float[Array, "samples n"], k_bar):

@@ -90,8 +90,8 @@ def _substitute(lu, order, b: Float[Array, "n samples"], transposed: bool):
 
 
 def _substitute_each(lu, order, b: Float[Array, "samples n"], transposed: bool):
-    """As `jax.scipy.linalg.lu_solve`, which finds the order from LAPACK's pivots at each call: on a
-    TPU, by a loop over the unknowns that takes longer than all the rest (benchmarks/NOTES.md)."""
+    """Solve by substitution. `jax.scipy.linalg.lu_solve` would find the order from the pivots of
+    LAPACK at each call: on a TPU, by a loop longer than all the rest (benchmarks/NOTES.md)."""
     triangular = partial(
         jax.lax.linalg.triangular_solve, lu, left_side=True, transpose_a=transposed
     )

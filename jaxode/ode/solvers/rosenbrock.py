@@ -84,8 +84,7 @@ class Linearized(NamedTuple):
         return solve_factorized(self.factors, b, transposed)
 
     def first(self, b: Float[Array, "samples n"]) -> Float[Array, "samples n"]:
-        """As `solve`, which is infinite where the matrix is singular, and otherwise NaN where it is
-        not finite."""
+        """Solve. Infinite where the matrix is singular, else NaN where it is not finite."""
         x = self.solve(b)
         # The scale of a row that is not finite is zero or NaN.
         finite = jnp.all((self.factors.scale > 0) & jnp.isfinite(b), axis=1, keepdims=True)
