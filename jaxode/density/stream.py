@@ -1,7 +1,6 @@
 """Rows that an iterable gives, such as a loader of PyTorch, Grain or TensorFlow."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -44,6 +43,8 @@ class Stream:
         self.iterator: Iterator[Any] = iter(arrays)
         self.again = self.iterator is not arrays
         self.read = self.given = 0  # arrays and rows
+        from concurrent.futures import ThreadPoolExecutor  # `import jaxode` does not load it
+
         self.reader = ThreadPoolExecutor(1)
         self.waiting = None  # rows that are left over
         self.ahead = None  # of the thread
