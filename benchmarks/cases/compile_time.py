@@ -7,10 +7,8 @@ import diffrax
 import jax
 import numpy as np
 from jax.experimental.ode import odeint
-from matplotlib.figure import Figure
 
 import jaxode
-from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench, alternate_working, ratio, summary
 from benchmarks.harness.problems import Workload, flow, neural_ode
@@ -71,10 +69,6 @@ class CompileTime(Benchmark):
         for case, result in results.items():
             for name, t in result["times"].items():
                 yield case, name, f"{t['median']:.2f} ({t['min']:.2f}-{t['max']:.2f})"
-
-    def draw(self, results: Results) -> Figure:
-        medians = lambda result: {name: t["median"] for name, t in result["times"].items()}
-        return show.bars({case: medians(result) for case, result in results.items()}, "s")
 
 
 BENCHMARK = CompileTime()

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from matplotlib.figure import Figure
 
 import jaxode
 from benchmarks.harness import show
@@ -182,12 +181,14 @@ class Energy(Benchmark):
     def table(self, results: Results) -> str:
         return super().table(results) + "".join(map(show.failures, results.values()))
 
-    def draw(self, results: Results) -> Figure:
-        groups = {
-            case: {name: found["ess"] for name, found in result["found"].items()}
+    def brief(self, results: Results) -> str:
+        named = dict.fromkeys(name for result in results.values() for name in result["found"])
+        cell = lambda of: f"{of['ess']:.3f}, {of['seconds']:.1f} s"
+        rows = [
+            [case, *(cell(result["found"][n]) if n in result["found"] else "" for n in named)]
             for case, result in results.items()
-        }
-        return show.bars(groups, "effective sample size")
+        ]
+        return show.markdown(["effective sample size, time of training", *named], rows)
 
 
 BENCHMARK = Energy()

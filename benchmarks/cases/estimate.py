@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from benchmarks.cases.tables import MARKERS, own_core
+from benchmarks.cases.tables import own_core
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.estimate_problems import EXCESS, PROBLEMS, cost, least, observe
@@ -90,25 +89,15 @@ class Estimate(Benchmark):
 
         return "\n\n".join([*map(part, KEYS), *adams(problems)])
 
-    def draw(self, results: Results) -> Figure:
-        """The share of starts that end at the truth, and the time of all."""
-        problems, styles = self.by_problem(results), show.styles(CONTENDERS)
-        figure = Figure((9.0, 1.6 + 0.34 * len(problems)), layout="constrained")
-        for axis, key in zip(figure.subplots(1, 2, sharey=True), KEYS, strict=True):
-            for contender, marker in zip(CONTENDERS, MARKERS, strict=False):
-                points = [
-                    (row[contender][key], place)
-                    for place, row in enumerate(problems.values())
-                    if contender in row
-                ]
-                if points:
-                    style = {"color": styles[contender]["color"], "ms": 5, "label": contender}
-                    axis.plot(*zip(*points, strict=True), marker, **style)
-            axis.set(xlabel=KEYS[key][0], yticks=range(len(problems)), yticklabels=list(problems))
-        figure.axes[0].set_xlim(-4, 104)
-        figure.axes[1].set_xscale("log")
-        figure.axes[0].invert_yaxis()
-        return figure
+    def brief(self, results: Results) -> str:
+        problems = self.by_problem(results)
+        named = [name for name in CONTENDERS if any(name in row for row in problems.values())]
+        cell = lambda found: f"{found['at_truth']:.0f}, {found['seconds_of_fits']:.1f} s"
+        rows = [
+            [problem, *(cell(row[name]) if name in row else "" for name in named)]
+            for problem, row in problems.items()
+        ]
+        return show.markdown([", ".join(told for told, _ in KEYS.values()), *named], rows)
 
 
 def adams(problems: dict[str, dict[str, Result]]) -> Iterator[str]:

@@ -82,5 +82,18 @@ class Evaluate(WorkPrecision):
             parts.append(f"**{case}, beside spline flows**\n\n{show.markdown(header, rows)}")
         return "\n\n".join(parts)
 
+    def brief(self, results: Results) -> str:
+        """The ratios, and beside spline flows the nats of the same rows and the time."""
+        parts = [super().brief(results)]
+        for case, result in results.items():
+            ms = show.ms(result["at_target"]["jaxode"]["median"])
+            told = [f"the flow {result['nats']:.3f} nats in {ms} ms"]
+            told += [
+                f"{name} {row['nats']:.3f} in {show.ms(row['median'])}"
+                for name, row in result["one_pass"].items()
+            ]
+            parts.append(f"{case}: {', '.join(told)}.")
+        return "\n\n".join(parts)
+
 
 BENCHMARK = Evaluate()

@@ -9,7 +9,6 @@ from functools import partial
 import diffrax
 import equinox as eqx
 import jax
-from matplotlib.figure import Figure
 
 import jaxode
 from benchmarks.harness import show
@@ -81,15 +80,6 @@ class Memory(Benchmark):
             ]
             tables.append(show.markdown(["MiB", *(f"{varied} {at}" for at in values)], rows))
         return "\n\n".join(tables) + "".join(map(show.failures, results.values()))
-
-    def draw(self, results: Results) -> Figure:
-        panels = [
-            show.Panel(
-                varied, "MiB", {name: list(curve.items()) for name, curve in by_name.items()}
-            )
-            for varied, by_name in self.mebibytes(results).items()
-        ]
-        return show.curves(panels)
 
 
 BENCHMARK = Memory()

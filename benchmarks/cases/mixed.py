@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.cases.regression import seconds_of
-from benchmarks.cases.tables import MARKERS, own_core
+from benchmarks.cases.tables import own_core
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
@@ -109,54 +108,49 @@ class Mixed(Benchmark):
             found.setdefault(name, {})[contender] = result
         return found
 
+    def columns(self, results: Results, key: str) -> tuple[list[str], list[list[str]]]:
+        """The contenders that have this score, and theirs of each table, the best in bold."""
+        digits, rows, tables = KEYS[key][1], [], self.by_table(results)
+        named = [
+            name for name in CONTENDERS
+            if any(row.get(name, {}).get(key) is not None for row in tables.values())
+        ]  # fmt: skip
+        for row in tables.values():
+            values = {name: row[name][key] for name in named if name in row}
+            told_of = {name: f"{value:{digits}}" for name, value in values.items()}
+            if key in ("nats", "auc") and len(values) > 1:
+                best = min(values, key=lambda name: values[name])
+                told_of[best] = f"**{told_of[best]}**"
+            rows.append([told_of.get(name, "") for name in named])
+        return named, rows
+
+    def labels(self, results: Results) -> list[str]:
+        sizes = {name: next(iter(row.values())) for name, row in self.by_table(results).items()}
+        return [f"{name}, {size['rows']} x {size['columns']}" for name, size in sizes.items()]
+
+    def part(self, results: Results, key: str) -> str:
+        named, rows = self.columns(results, key)
+        labels = self.labels(results) if key == "nats" else self.by_table(results)
+        table = [[label, *row] for label, row in zip(labels, rows, strict=True)]
+        return show.markdown([KEYS[key][0], *named], table) if named else ""
+
+    def brief(self, results: Results) -> str:
+        (by_nats, nats), (by_auc, auc) = (self.columns(results, key) for key in ("nats", "auc"))
+        header = [*(f"nats, {name}" for name in by_nats), *(f"AUC, {name}" for name in by_auc)]
+        rows = [list(row) for row in zip(self.labels(results), nats, auc, strict=True)]
+        table = [[label, *mine, *others] for label, mine, others in rows]
+        return show.markdown(["training rows x columns", *header], table)
+
     def table(self, results: Results) -> str:
-        tables = self.by_table(results)
-
-        def part(key: str) -> str:
-            told, digits = KEYS[key]
-            named = [
-                name for name in CONTENDERS
-                if any(row.get(name, {}).get(key) is not None for row in tables.values())
-            ]  # fmt: skip
-            rows = []
-            for table, row in tables.items():
-                values = {name: row[name][key] for name in named if name in row}
-                told_of = {name: f"{value:{digits}}" for name, value in values.items()}
-                if key in ("nats", "auc") and len(values) > 1:
-                    best = min(values, key=lambda name: values[name])
-                    told_of[best] = f"**{told_of[best]}**"
-                size = next(iter(row.values()))
-                label = f"{table}, {size['rows']} x {size['columns']}" if key == "nats" else table
-                rows.append([label, *(told_of.get(name, "") for name in named)])
-            return show.markdown([told, *named], rows) if named else ""
-
-        sizes = {name: next(iter(row.values())) for name, row in tables.items()}
+        sizes = {name: next(iter(row.values())) for name, row in self.by_table(results).items()}
         left_out = ", ".join(f"{size['left_out']} of {name}" for name, size in sizes.items())
         below = (
             "One split. Held-out rows with a category, or one of few numbers, that no training row "
             f"has are left out: {left_out}. jaxode is told to train for a minute, CTGAN and "
             "TVAE for their default of 300 epochs, which are few steps if there are few rows."
         )
-        return "\n\n".join([part("nats"), below, *map(part, ("auc", "training", "sampling"))])
-
-    def draw(self, results: Results) -> Figure:
-        """How well samples are told from rows, and what training took."""
-        tables, styles = self.by_table(results), show.styles(CONTENDERS)
-        figure = Figure((9.0, 1.4 + 0.34 * len(tables)), layout="constrained")
-        for axis, key in zip(figure.subplots(1, 2, sharey=True), ("auc", "training"), strict=True):
-            for contender, marker in zip(CONTENDERS, MARKERS, strict=False):
-                points = [
-                    (row[contender][key], place)
-                    for place, row in enumerate(tables.values())
-                    if contender in row
-                ]
-                if points:
-                    style = {"color": styles[contender]["color"], "ms": 5, "label": contender}
-                    axis.plot(*zip(*points, strict=True), marker, **style)
-            axis.set(xlabel=KEYS[key][0], yticks=range(len(tables)), yticklabels=list(tables))
-        figure.axes[1].set_xscale("log")
-        figure.axes[0].invert_yaxis()
-        return figure
+        nats, *others = (self.part(results, key) for key in KEYS)
+        return "\n\n".join([nats, below, *others])
 
 
 BENCHMARK = Mixed()

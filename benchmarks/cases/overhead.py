@@ -9,7 +9,6 @@ from functools import partial
 
 import diffrax
 import jax
-from matplotlib.figure import Figure
 
 import jaxode
 from benchmarks.harness import show
@@ -78,16 +77,8 @@ class Overhead(Benchmark):
                 told = f"{result['over_limit'][name]:.2f}", str(result["evaluations"][name])
                 yield case, name, show.spread(time), show.spread(result["bare"][name]), *told
 
-    def draw(self, results: Results) -> Figure:
-        groups = {
-            case: {
-                label: 1e3 * t["median"]
-                for n in r["times"]
-                for label, t in ((n, r["times"][n]), (f"{n}: its bare loops", r["bare"][n]))
-            }
-            for case, r in results.items()
-        }
-        return show.bars(groups, "ms")
+    def brief(self, results: Results) -> str:
+        return ""  # no peer in the ratio
 
 
 BENCHMARK = Overhead()

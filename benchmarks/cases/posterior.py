@@ -27,10 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jaxode
-from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
 
@@ -295,27 +293,8 @@ class Posterior(Benchmark):
                 )
                 yield task, name, *told
 
-    def draw(self, results: Results) -> Figure:
-        """A dot for each observation, a ring with weights, and lines at their means."""
-        grouped, styles = self.by_task(results), show.styles(CONTENDERS)
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
-        axis = figure.subplots()
-        for place, contenders in enumerate(grouped.values()):
-            for name, result in contenders.items():
-                color = styles[name]["color"]
-                dots: dict[str, Any] = {"color": color, "markersize": 4, "alpha": 0.6}
-                for part, shift, face in (("", 0.0, color), (", weighted", 0.18, "none")):
-                    if f"c2st{part}" not in result:
-                        continue
-                    center = place + shift + 0.36 * list(CONTENDERS).index(name)
-                    scores = np.array(result[f"c2st{part}"])
-                    at = center + np.linspace(-0.05, 0.05, len(scores))
-                    axis.plot(at, scores, "o", label=name + part, mfc=face, **dots)
-                    axis.hlines(scores.mean(), center - 0.08, center + 0.08, color=color)
-        axis.axhline(0.5, color="#888888", linewidth=1, linestyle=":")
-        axis.set(ylim=(0.48, 1), ylabel="C2ST of each observation")
-        axis.set_xticks(range(len(grouped)), list(grouped))
-        return figure
+    def brief(self, results: Results) -> str:
+        return self.table(results)
 
 
 BENCHMARK = Posterior()

@@ -20,13 +20,13 @@ not count. Those of training include compilation, those of the intervals do not.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from benchmarks.cases.tables import MARKERS, own_core
+from benchmarks.cases.tables import own_core
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
@@ -50,6 +50,11 @@ PUBLISHED = {
     "yacht": (0.20, 1.18, 0.10, 2.94),
 }
 METHODS = ("NGBoost", "deep ensembles", "GP", "DistForest")
+BELOW = (
+    "Means over the splits. Wine and naval by cells of their levels, to which quantiles are "
+    "rounded, so that intervals cover more. Published figures are of other trainings, of all "
+    "splits."
+)
 
 
 class Case(NamedTuple):
@@ -136,61 +141,49 @@ class Regression(Benchmark):
                 row[contender] = {split: of_splits[split] for split in sorted(common)}
         return {name: row for name in TABLES if (row := found.get(name)) and all(row.values())}
 
-    def table(self, results: Results) -> str:
-        tables = self.by_table(results)
+    def part(
+        self, results: Results, told: str, key: str, digits: str, ranked: bool = False,
+        beside: Mapping[str, Sequence[str]] | None = None, besides: Sequence[str] = (),
+    ) -> str:  # fmt: skip
+        """A table of a score; `beside` has further cells of each table, `besides` their names."""
+        tables, rows = self.by_table(results), []
         named = [name for name in CONTENDERS if any(name in row for row in tables.values())]
-        published = [f"{name}, published" for name in METHODS]
+        for name, row in tables.items():
+            found = means(row, key)
+            told_of = {contender: f"{mean:{digits}}" for contender, mean in found.items()}
+            if ranked and len(found) > 1:  # no one is the best of one
+                best = min(found, key=lambda contender: found[contender])
+                told_of[best] = f"**{told_of[best]}**"
+            cells = [told_of.get(contender, "") for contender in named]
+            rows.append([label(name, row), *cells, *(beside or {}).get(name, ())])
+        return show.markdown([told, *named, *besides], rows)
 
-        def part(told: str, key: str, digits: str, ranked: bool = False, beside: Any = None) -> str:
-            rows = []
-            for name, row in tables.items():
-                found = means(row, key)
-                told_of = {contender: f"{mean:{digits}}" for contender, mean in found.items()}
-                if ranked and len(found) > 1:  # no one is the best of one
-                    best = min(found, key=lambda contender: found[contender])
-                    told_of[best] = f"**{told_of[best]}**"
-                cells = [told_of.get(contender, "") for contender in named]
-                rows.append(
-                    [label(name, row), *cells, *(f"{x:.2f}" for x in (beside or {}).get(name, ()))]
-                )
-            return show.markdown([told, *named, *(published if beside else ())], rows)
-
-        below = (
-            "Means over the splits. Wine and naval by cells of their levels, to which quantiles "
-            "are rounded, so that intervals cover more. Published figures are of other trainings, "
-            "of all splits."
+    def nats(self, results: Results, covered: bool = False) -> str:
+        """With those that are published, and how many rows jaxode's intervals hold."""
+        beside = {name: [f"{x:.2f}" for x in PUBLISHED.get(name, ())] for name in TABLES}
+        besides = [f"{name}, published" for name in METHODS]
+        if covered:
+            besides.append(f"percent in jaxode's {' / '.join(INTERVALS)}% interval")
+            for name, row in self.by_table(results).items():
+                shares = (means(row, of).get("jaxode") for of in INTERVALS)
+                told = " / ".join("" if share is None else f"{share:.0f}" for share in shares)
+                beside[name].append(told)
+        return self.part(
+            results, "nats, training rows x columns", "nats", ".2f", True, beside, besides
         )
+
+    def brief(self, results: Results) -> str:
+        return f"{self.nats(results, covered=True)}\n\n{BELOW}"
+
+    def table(self, results: Results) -> str:
+        part = partial(self.part, results)
         parts = [
-            part("nats, training rows x columns", "nats", ".2f", True, PUBLISHED), below,
-            part("CRPS", "crps", "#.3g", True),
+            self.nats(results), BELOW, part("CRPS", "crps", "#.3g", True),
             *(part(f"percent of rows in the {of}% interval", of, ".0f") for of in INTERVALS),
             part("seconds of training", "training", ".1f"),
             part("seconds of 1,000 intervals", "intervals", ".2f"),
         ]  # fmt: skip
         return "\n\n".join(parts)
-
-    def draw(self, results: Results) -> Figure:
-        """How far each contender is from the best of each table, in nats and in CRPS."""
-        tables, styles = self.by_table(results), show.styles(CONTENDERS)
-        figure = Figure((9.0, 1.4 + 0.34 * len(tables)), layout="constrained")
-        for axis, key in zip(figure.subplots(1, 2, sharey=True), ("nats", "crps"), strict=True):
-            found = [means(row, key) for row in tables.values()]
-            for contender, marker in zip(CONTENDERS, MARKERS, strict=False):
-                points = [
-                    (above(row, contender, key), place)
-                    for place, row in enumerate(found)
-                    if contender in row and len(row) > 1
-                ]
-                if points:
-                    style = {"color": styles[contender]["color"], "ms": 5, "label": contender}
-                    axis.plot(*zip(*points, strict=True), marker, **style)
-            told = "nats above the best" if key == "nats" else "CRPS above the best, percent"
-            axis.set(xlabel=told, yticks=range(len(tables)), yticklabels=list(tables))
-            threshold = 0.1 if key == "nats" else 10
-            axis.set_xscale("symlog", linthresh=threshold)
-            axis.set_xlim(left=-0.1 * threshold)
-        figure.axes[0].invert_yaxis()
-        return figure
 
 
 def label(name: str, row: dict[str, dict[int, Result]]) -> str:
@@ -205,13 +198,6 @@ def means(row: dict[str, dict[int, Result]], key: str) -> dict[str, float]:
     value = lambda result: 100 * result["covered"][key] if key in INTERVALS else result[key]
     found = {name: [value(result) for result in of.values()] for name, of in row.items()}
     return {name: float(np.mean(each)) for name, each in found.items() if None not in each}
-
-
-def above(row: dict[str, float], contender: str, key: str) -> float:
-    """By how many nats, or by how many percent of the CRPS, it is worse than the best."""
-    least = min(row.values())
-    gap = row[contender] - least
-    return gap if key == "nats" else 100 * gap / least
 
 
 BENCHMARK = Regression()

@@ -13,7 +13,6 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 
 import jaxode
@@ -176,17 +175,6 @@ class Rows(Benchmark):
             table = show.markdown(header, rows) + show.failures(result)
             parts.append(f"**{case}**\n\n{table}")
         return "\n\n".join(parts)
-
-    def draw(self, results: Results) -> Figure:
-        points = lambda curve: [(row["value"], 1e6 * row["median"]) for row in curve]
-        panels = [
-            show.Panel(
-                case, "microseconds per system",
-                {name: points(curve) for name, curve in result["curves"].items()},
-            )
-            for case, result in results.items()
-        ]  # fmt: skip
-        return show.curves(panels)
 
 
 def prepared(name: str, s: Systems, size: Size):

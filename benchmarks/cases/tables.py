@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
@@ -39,7 +38,6 @@ from benchmarks.peers.estimators import AT_ONCE, CONTENDERS
 TIMES = (20.0, 60.0, 300.0)  # seconds of training, up to those of the run
 LATE = 1.03  # the most that a candidate may be late, as a ratio
 SEEDS = (0, 1, 2)
-MARKERS = "os^vDP*Xd"
 
 
 class Case(NamedTuple):
@@ -193,6 +191,15 @@ class Tables(Benchmark):
             parts += [self.after(results, end, best=True) for end in found]
         return "\n\n".join(parts)
 
+    def brief(self, results: Results) -> str:
+        times = times_of(results)
+        after = "60" if "60" in times else times[0]
+        ranks = [self.ranking(results, end) for end in times]
+        if self.scores_at(results, after, best=True):
+            ranks.append(self.ranking(results, after, best=True))
+        told = "\n".join(f"- {ranking}" for ranking in ranks)
+        return "\n\n".join([told, self.after(results, after), self.below(results, [after])])
+
     def after(self, results: Results, end: str, best: bool = False) -> str:
         """The nats of each table after this time, the best in bold."""
         rows = []
@@ -221,38 +228,12 @@ class Tables(Benchmark):
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
         return f"{told} {', '.join(map(str, seeds))}{late}."
 
-    def draw(self, results: Results) -> Figure:
-        """How far each contender is from the best of each table."""
-        times, styles = times_of(results)[::-1], show.styles(CONTENDERS)
-        found = {
-            end: {label: medians(row) for label, row in self.scores_at(results, end).items()}
-            for end in times
-        }
-        labels = list(dict.fromkeys(label for end in reversed(times) for label in found[end]))
-        figure = Figure((4.6 * len(times) + 1, 1.4 + 0.3 * len(labels)), layout="constrained")
-        axes = figure.subplots(1, len(times), squeeze=False, sharey=True)
-        for axis, end in zip(axes.flat, times, strict=True):
-            for name, marker in zip(CONTENDERS, MARKERS, strict=True):
-                points = [
-                    (row[name] - min(row.values()), labels.index(label))
-                    for label, row in found[end].items()
-                    if math.isfinite(row.get(name, math.inf))
-                ]
-                if points:
-                    style = {"color": styles[name]["color"], "ms": 5, "label": name}
-                    axis.plot(*zip(*points, strict=True), marker, **style)
-            axis.set_xscale("symlog", linthresh=0.1)
-            axis.set(title=f"after {end} s", xlabel="nats above the best")
-            axis.set_yticks(range(len(labels)), labels)
-        axes.flat[0].invert_yaxis()
-        return figure
-
-    def ranking(self, results: Results, end: str) -> str:
+    def ranking(self, results: Results, end: str, best: bool = False) -> str:
         """How often each is the best after this time, and its mean rank.
 
         On the tables that have the most contenders: no one is the best of one.
         """
-        placed = [ranks(medians(row)) for row in self.scores_at(results, end).values()]
+        placed = [ranks(medians(row)) for row in self.scores_at(results, end, best).values()]
         placed = [row for row in placed if len(row) == max(map(len, placed))]
         parts = []
         for name in CONTENDERS:
@@ -261,7 +242,8 @@ class Tables(Benchmark):
                 parts.append((np.mean(own), f"{name} {own.count(1)} ({np.mean(own):.1f})"))
         told = ", ".join(text for _, text in sorted(parts))
         count = f"{len(placed)} table{'s' if len(placed) != 1 else ''}"
-        return f"Best after {end} s, of {count} (mean rank): {told}."
+        start = "With the best of three settings, best" if best else "Best"
+        return f"{start} after {end} s, of {count} (mean rank): {told}."
 
 
 BENCHMARK = Tables()

@@ -40,7 +40,6 @@ import diffrax
 import jax
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import jaxode
 from benchmarks.harness import problems, show, table_data
@@ -219,20 +218,23 @@ class TimeToNll(Benchmark):
                 level, nats = f"{TASKS[task].level}", within_budget(name, found[0])
                 yield task, level, name, shown, *nats, later_level(name, found[0], contenders)
 
-    def draw(self, results: Results) -> Figure:
-        """Held-out nats over seconds of training, seed 0."""
-        points = lambda result, level: [(t, nats) for t, nats in result["curve"] if nats < level]
-        panels = [
-            show.Panel(
-                f"seconds of training, {task}", "held-out nats",
-                {
-                    name: points(found[0], 1.25 * TASKS[task].level)
-                    for name, found in contenders.items()
-                },
-            )
-            for task, contenders in self.by_task(results).items()
-        ]  # fmt: skip
-        return show.curves(panels, log_y=False, marker=None)
+    def brief(self, results: Results) -> str:
+        """Seconds to the level and the best nats within the budget, of the first seed."""
+        tasks, columns = self.by_task(results), []
+        for contenders in tasks.values():
+            first = {name: found[0] for name, found in contenders.items()}
+            reached = {
+                name: "not reached" if result["reached"] is None else f"{result['reached']:.1f}"
+                for name, result in first.items()
+            }
+            nats = {name: within_budget(name, result)[0] for name, result in first.items()}
+            reached, nats = show.least_in_bold(reached), show.least_in_bold(nats)
+            columns.append({name: f"{reached[name]}, {nats[name]}" for name in first})
+        named = dict.fromkeys(name for contenders in tasks.values() for name in contenders)
+        rows = [[name, *(column.get(name, "") for column in columns)] for name in named]
+        header = (f"{task}, {TASKS[task].level} nats" for task in tasks)
+        told = f"seconds to the level, best nats within {BUDGET:.0f} s"
+        return show.markdown([told, *header], rows)
 
 
 def within_budget(name: str, result: Result) -> tuple[str, str]:

@@ -21,8 +21,7 @@ class Benchmark:
 
     `make bench` measures the cases that are not in the results file; what a case is called says
     what was measured, so a case that changes its meaning gets another name. Results may have
-    `ratios`, of jaxode's time to that of a group of peers, and `best`, the fastest of each group:
-    the report begins with them.
+    `ratios`, of jaxode's time to that of a group of peers, and `best`, the fastest of each group.
     """
 
     title: str
@@ -51,8 +50,13 @@ class Benchmark:
     def table(self, results: Results) -> str:
         return show.markdown(self.header, self.rows(results))
 
-    def draw(self, results: Results) -> Figure:
-        raise NotImplementedError
+    def brief(self, results: Results) -> str:
+        """What RESULTS.md shows; `table` has all."""
+        return show.brief_ratios(results)
+
+    def draw(self, results: Results) -> Figure | None:
+        """The picture that a page of the docs shows, if there is one."""
+        return None
 
 
 class Contest(NamedTuple):
@@ -108,20 +112,3 @@ class WorkPrecision(Benchmark):
             table = show.markdown(header, rows) + show.failures(result)
             parts.append(f"**{case}**\n\n{table}")
         return "\n\n".join(parts)
-
-    def draw(self, results: Results) -> Figure:
-        figure, axes = show.panels(len(results), min(len(results), 2), 4.6, 3.3)
-        names = dict.fromkeys(name for result in results.values() for name in result["curves"])
-        style = show.styles(names)
-        for axis, (case, result) in zip(axes, results.items(), strict=True):
-            for name, curve in result["curves"].items():
-                xs, *ys = zip(
-                    *((row["error"], *(1e3 * row[k] for k in ("median", "min", "max")))
-                      for row in curve), strict=True,
-                )  # fmt: skip
-                axis.loglog(xs, ys[0], marker="o", markersize=3.5, label=name, **style[name])
-                axis.vlines(xs, *ys[1:], color=style[name]["color"], linewidth=0.8, alpha=0.6)
-            axis.axvline(result["target_error"], color="#999999", linewidth=0.8, zorder=0)
-            axis.set(title=case, xlabel=self.error_of, ylabel="ms")
-            axis.invert_xaxis()
-        return figure

@@ -1,16 +1,16 @@
-"""RESULTS.md and the README's tables, from the results files."""
+"""RESULTS.md, the README's tables, and all tables of a benchmark, from the results files."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import BENCHMARKS, ON_ITS_OWN, load, tables
 from benchmarks.harness import show
-from benchmarks.harness.benchmark import Benchmark, Result, Results
+from benchmarks.harness.benchmark import Benchmark, Results
 
 PUBLISHED = "amd-epyc-2-cores"
-"""The machine of the README's tables, and of the pictures that bear no name of a machine."""
+"""The machine of the README's tables and of the pictures; where it has none, of another."""
 
 LIBRARIES = ("diffrax", "jax odeint", "torchdiffeq", "zuko")
 """The columns of the README's table, and the groups of peers with their fastest variant."""
@@ -42,22 +42,46 @@ ROWS = {
 
 def write(folder: Path, root: Path) -> None:
     """RESULTS.md and pictures from the results files of all machines, the README's from one."""
-    parts = [
-        "# Results",
-        "By `make bench` and its like. [README.md](README.md) says what is measured, and how.",
-    ]
+    machines = read(folder)
     images = root / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.glob("*.json")):
-        results = json.loads(file.read_text())
-        if "benchmarks" in results:
+    (root / "benchmarks" / "RESULTS.md").write_text("\n\n".join(page(machines)) + "\n")
+    for results in machines:
+        if results["machine"]["name"] == PUBLISHED:
             draw(results, images)
-            parts += sections(results)
-            if results["machine"]["name"] == PUBLISHED:
-                readme = root / "README.md"
-                for name, parts_of in (("benchmarks", ratios), ("densities", densities)):
-                    readme.write_text(between(readme.read_text(), name, parts_of(results)))
-    (root / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
+            readme = root / "README.md"
+            for name, parts_of in (("benchmarks", ratios), ("densities", densities)):
+                readme.write_text(between(readme.read_text(), name, parts_of(results)))
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The results of each machine, those of the published one first."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    machines = [results for results in found if "benchmarks" in results]
+    return sorted(machines, key=lambda results: results["machine"]["name"] != PUBLISHED)
+
+
+def page(machines: list[dict[str, Any]]) -> list[str]:
+    """RESULTS.md: what is `brief` of each benchmark, of the first machine that has it."""
+    first = machines[0]["machine"]["device"]
+    shown: dict[str, list[str]] = {}
+    for results in machines:
+        device = results["machine"]["device"]
+        where = [f"On {device}:"] if device != first else []
+        for name, benchmark, done, _ in finished(results):
+            told = benchmark.brief(done)
+            if told and name not in shown:
+                shown[name] = [f"## {benchmark.title}", *where, told]
+    return [
+        "# Results",
+        f"On {first}, if nothing else is said. `python -m benchmarks --show NAME` prints all that "
+        "was measured, on every machine: each contender's times and errors, ranges, commits, and "
+        "what failed. [README.md](README.md) has the names, and says how it is measured.",
+        "Ratios are of jaxode's time, or memory, to that of the fastest variant of each library, "
+        "at equal error: below 1 jaxode is faster, above it, in bold, the other. Of two, the first "
+        "is with a network as users write it, the second with one of `jaxode.nn`.",
+        *(part for parts in shown.values() for part in parts),
+    ]
 
 
 def finished(results: dict[str, Any]) -> Iterator[tuple[str, Benchmark, Results, Results]]:
@@ -72,49 +96,34 @@ def finished(results: dict[str, Any]) -> Iterator[tuple[str, Benchmark, Results,
                 yield name, benchmark, done, {c: r for c, r in known.items() if c not in done}
 
 
-def picture_of(results: dict[str, Any], name: str) -> str:
-    machine = results["machine"]["name"]
-    return f"bench_{name}{'' if machine == PUBLISHED else '_' + machine}.png"
-
-
 def draw(results: dict[str, Any], images: Path) -> None:
     for name, benchmark, done, _ in finished(results):
-        if done:
-            show.save(benchmark.draw(done), benchmark.title, images / picture_of(results, name))
+        figure = benchmark.draw(done) if done else None
+        if figure is not None:
+            show.save(figure, benchmark.title, images / f"bench_{name}.png")
 
 
-def sections(results: dict[str, Any]) -> list[str]:
+def sections(results: dict[str, Any], names: Collection[str] = ()) -> list[str]:
+    """All that was measured on a machine, of these benchmarks or of all."""
     machine = results["machine"]
     # That of jaxode is in the commit of each section.
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if k != "jaxode")
     threads = ", ".join(f"{n} of {name}" for name, n in machine["threads"].items() if n)
     hardware = f"{machine['device']}, {machine['memory_gib']} GiB of memory, threads: {threads}."
-    parts = [f"## {machine['name']}", f"{hardware} Versions: {versions}."]
+    parts = []
     for name, benchmark, done, crashed in finished(results):
+        if names and name not in names:
+            continue
         parts.append(f"### {benchmark.title}")
         if done:
-            shown = f"![{benchmark.title}](../docs/images/{picture_of(results, name)})"
-            parts += [*summary(done), shown, benchmark.table(done)]
-            parts.append(f"Commit {', '.join(commits(done))}.")
+            parts += [
+                *show.ratios(done),
+                benchmark.table(done),
+                f"Commit {', '.join(commits(done))}.",
+            ]
         parts += [f"{case} crashed: {result['crashed']}" for case, result in crashed.items()]
-    return parts
-
-
-def summary(cases: Results) -> list[str]:
-    """A table of the ratios to groups of peers, each with its fastest member."""
-    groups = list(dict.fromkeys(name for case in cases.values() for name in case.get("ratios", {})))
-
-    def cell(result: Result, group: str) -> str:
-        ratio, best = result["ratios"].get(group), result.get("best", {}).get(group, group)
-        shown = "" if ratio is None else f"{ratio:.2f}"
-        return shown if ratio is None or best == group else f"{shown} ({best})"
-
-    rows = [
-        [name, *(cell(case, group) for group in groups)]
-        for name, case in cases.items()
-        if case.get("ratios")
-    ]
-    return [show.markdown(["jaxode divided by", *groups], rows)] if groups else []
+    heading = [f"## {machine['name']}", f"{hardware} Versions: {versions}."]
+    return [*heading, *parts] if parts else []
 
 
 def commits(cases: Results) -> list[str]:

@@ -1,8 +1,11 @@
-"""Run the benchmarks and write tables and pictures.
+"""Run the benchmarks and write tables, or print those of all results.
 
     make bench                 50 minutes on two cores, without those that stand on their own
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
+
+    python -m benchmarks --show overhead   print all tables of one, or of all
+
 
 Each case runs in a separate process, and its result is saved at once.
 """
@@ -18,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -226,11 +229,21 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="names of benchmarks")
     parser.add_argument("--match", default="", help="a part of the names of the cases to measure")
     parser.add_argument("--seconds", type=float, help="of timing, for one case")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print all tables")
     given, known = parser.parse_args(), (*BENCHMARKS, *ON_ITS_OWN)
     unknown = sorted(set(given.only) - set(known))
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}. There are {', '.join(known)}.")
-    return finish(measured, given)
+    return shown(given.only) if given.show else finish(measured, given)
+
+
+def shown(names: Collection[str]) -> int:
+    from benchmarks.harness import report
+
+    for results in report.read(RESULTS):
+        for part in report.sections(results, names):
+            print(part, end="\n\n")
+    return 0
 
 
 def measured(given: argparse.Namespace) -> int:
@@ -243,5 +256,6 @@ def measured(given: argparse.Namespace) -> int:
     from benchmarks.harness import report
 
     report.write(RESULTS, ROOT)
-    console.print(f"Written: {path}, RESULTS.md, docs/images/bench_*.png, the README's tables")
+    console.print(f"Written: {path}, RESULTS.md, the README's tables, pictures of the docs")
+    console.print(f"To see all: python -m benchmarks --show {' '.join(given.only)}")
     return 0

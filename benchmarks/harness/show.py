@@ -29,6 +29,52 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
+def ratios(results: Mapping[str, Any]) -> list[str]:
+    """A table of the ratios to groups of peers, each with its fastest member, if there are any."""
+
+    def cell(result: Mapping[str, Any], group: str) -> str:
+        ratio, best = result["ratios"].get(group), result.get("best", {}).get(group, group)
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        return shown if ratio is None or best == group else f"{shown} ({best})"
+
+    groups = groups_of(results)
+    rows = [
+        [name, *(cell(case, group) for group in groups)]
+        for name, case in results.items()
+        if case.get("ratios")
+    ]
+    return [markdown(["jaxode divided by", *groups], rows)] if groups else []
+
+
+def brief_ratios(results: Mapping[str, Any]) -> str:
+    """A table of the ratios, in bold where peers are faster, both networks of a case in one row."""
+    groups = groups_of(results)
+    rows: dict[str, list[list[str]]] = {}
+    for name, case in results.items():
+        found = case.get("ratios", {})
+        told = {group: f"{ratio:.2f}" for group, ratio in found.items()}
+        told |= {group: f"**{told[group]}**" for group, ratio in found.items() if ratio > 1}
+        if told:
+            label = re.sub(", (a network of the user|jaxode.nn)$", "", name)
+            rows.setdefault(label, []).append([told.get(group, "") for group in groups])
+    cells = {label: [" / ".join(filter(None, of)) for of in zip(*found, strict=True)]
+             for label, found in rows.items()}  # fmt: skip
+    table = [[label, *row] for label, row in cells.items()]
+    return markdown(["jaxode divided by", *groups], table) if groups else ""
+
+
+def groups_of(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for case in results.values() for name in case.get("ratios", {})))
+
+
+def least_in_bold(told: Mapping[str, str]) -> dict[str, str]:
+    """The same texts, the least of those that are numbers in bold."""
+    numbers = {name: float(text) for name, text in told.items() if re.fullmatch(r"-?[\d.]+", text)}
+    least = min(numbers.values(), default=None)
+    bold = {name for name, number in numbers.items() if number == least}
+    return {name: f"**{text}**" if name in bold else text for name, text in told.items()}
+
+
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
@@ -82,18 +128,15 @@ class Panel(NamedTuple):
     title: str = ""
 
 
-def curves(
-    chosen: Sequence[Panel], columns: int = 2, log_y: bool = True, marker: str | None = "o"
-) -> Figure:
+def curves(chosen: Sequence[Panel], columns: int = 2) -> Figure:
     """Curves by contender, in one style in all panels, the axes logarithmic."""
     figure, axes = panels(len(chosen), columns, 4.6, 2.7)
     style = styles(dict.fromkeys(name for panel in chosen for name in panel.curves))
     for axis, panel in zip(axes, chosen, strict=True):
         for name, points in panel.curves.items():
-            lines = {"marker": marker, "markersize": 3.5, "label": name, **style[name]}
+            lines = {"marker": "o", "markersize": 3.5, "label": name, **style[name]}
             axis.loglog(*zip(*points, strict=True), **lines)
         axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
-        axis.set_yscale("log" if log_y else "linear")
     return figure
 
 

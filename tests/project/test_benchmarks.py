@@ -16,8 +16,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.cases import load, memory, tables
-from benchmarks.harness import fairness, hlo, machine, report, runner
+from benchmarks.cases import BENCHMARKS, ON_ITS_OWN, load, memory, tables
+from benchmarks.harness import fairness, hlo, machine, report, runner, show
 
 pytestmark = pytest.mark.shown
 ROOT = Path(__file__).parents[2]
@@ -251,7 +251,6 @@ def test_an_interruption_ends_what_runs_side_by_side(monkeypatch, tmp_path):
 
 
 def test_pages_and_pictures_are_those_of_the_results(monkeypatch, tmp_path):
-    """The README's tables, RESULTS.md with its medians, failures and choices, and each picture."""
     drawn, pages = [], ("README.md", "benchmarks/RESULTS.md")
     monkeypatch.setattr(report.show, "save", lambda figure, title, path: drawn.append(path.name))
     (tmp_path / "benchmarks").mkdir()
@@ -262,7 +261,41 @@ def test_pages_and_pictures_are_those_of_the_results(monkeypatch, tmp_path):
     report.write(ROOT / "benchmarks" / "results", tmp_path)
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    assert len((ROOT / pages[1]).read_text().splitlines()) <= 200
     assert set(drawn) == {path.name for path in (ROOT / "docs/images").glob("bench_*")}
+
+
+def test_show_prints_every_median_failure_and_choice(monkeypatch, capsys):
+    asked = lambda *names: monkeypatch.setattr(sys, "argv", ["benchmarks", "--show", *names])
+    for name in (*BENCHMARKS, *ON_ITS_OWN):
+        asked(name)
+        assert runner.main() == 0
+        printed = capsys.readouterr().out
+        numbers = set(re.findall(r"-?\d[\d.]*(?:e[+-]\d+)?", printed))
+        for results in report.read(ROOT / "benchmarks" / "results"):
+            cases = [*load(name).cases.keys() & results["benchmarks"].get(name, {}).keys()]
+            found = [results["benchmarks"][name][case] for case in cases]
+            assert not found or f"## {results['machine']['name']}\n" in printed
+            for median in medians_in(found):
+                forms = show.ms(median), f"{median:.2f}", f"{1e6 * median:.3g}"
+                assert numbers.intersection(forms), (name, median)
+            for result in found:
+                assert [
+                    best for best in result.get("best", {}).values() if best not in printed
+                ] == []
+                for contender, why in result.get("failed", {}).items():
+                    assert f"{contender} failed: {why}" in printed
+                assert "crashed" not in result or result["crashed"] in printed
+    asked()
+    assert runner.main() == 0
+    assert capsys.readouterr().out.count("\n### ") > len(BENCHMARKS)
+
+
+def medians_in(found):
+    """The numbers under the key `median`, however deep."""
+    if isinstance(found, dict):
+        return [found["median"]] if "median" in found else medians_in([*found.values()])
+    return [m for part in found for m in medians_in(part)] if isinstance(found, list) else []
 
 
 def test_cases_that_crash_and_contenders_that_fail_stand_in_the_report():
