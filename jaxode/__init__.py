@@ -30,7 +30,7 @@ from jaxode.ode.solve import flow, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.steady import SteadyState, steady_state
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "BacksolveAdjoint",
