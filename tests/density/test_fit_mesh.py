@@ -18,7 +18,7 @@ from jaxode.density.table import Rows
 
 pytestmark = [
     pytest.mark.usefixtures("default_settings"),
-    pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map"),
+    pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer"),
 ]
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
