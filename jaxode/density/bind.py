@@ -35,7 +35,7 @@ from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.density.maps.given import Shape, as_map, as_support
 from jaxode.flows import compiled
-from jaxode.flows.bases import Torus, takes_maps
+from jaxode.flows.bases import Torus, fixed_columns
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import without_noise
@@ -107,10 +107,10 @@ class Density(eqx.Module):
                 f"{arg('flow')} must be made by jaxode.cnf, with samples of shape "
                 f"{self.event_shape}; got {got}."
             )
-        if self.maps.maps and not takes_maps(flow.base):
+        if not self.maps.spares(fixed_columns(flow.base)):
             raise ValueError(
-                f"{arg('flow')} needs a base with a density of all coordinates, since there are "
-                f"maps around it; got {type(flow.base).__name__}. Bind it without maps."
+                f"{arg('flow')} needs a base of numbers that are free, since there are maps around "
+                f"it; got {type(flow.base).__name__}. Bind it anew."
             )
         return dataclasses.replace(self, _flow=wrap_constants(flow))
 
@@ -362,12 +362,13 @@ def bind(
         standardize: affine map around the flow, so that the network sees numbers of order one. Pass
             data `[n, *event]`, whose mean and standard deviation it takes; or a tuple
             `(mean, scale)` of numbers or arrays of an event's shape. `jaxode.standardize` has other
-            maps.
+            maps. Angles of `jaxode.torus` stay as they are.
         standardize_context: affine map of the context: data `[n, *row]`, a dictionary or named
             tuple of such arrays, or `(mean, scale)`. Integers, such as labels, stay as they are.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
-            strictly inside. `(mean, scale)` then refer to the data after the bijection.
+            strictly inside. `(mean, scale)` then refer to the data after the bijection. Beside
+            angles, `(low, high)` that are infinite for them.
         context_shape: shape of one context, or of each of its arrays, so that its leading axes are
             known. Not needed if `standardize_context` is data, or a mean and scale that are arrays.
 
@@ -389,26 +390,31 @@ def bind(
             f"{params.__name__}. Call it: {params.__name__}(..., key=key)."
         )
     event = tuple(flow.base.event_shape)
-    for name, given in (("standardize", standardize), ("support", support)):
-        if given is not None and not takes_maps(flow.base):
-            raise ValueError(
-                f"{arg(name)} needs a base of numbers that are free; got "
-                f"{type(flow.base).__name__}, whose centred configurations or angles such a map "
-                "would not leave so. Divide by one scale yourself, and leave it out."
-            )
+    fixed = fixed_columns(flow.base)
+    if standardize is not None and len(fixed) == math.prod(event):
+        raise _fixed("standardize", flow, "Divide by one scale yourself, and leave it out.")
     if isinstance(flow.base, Torus) and is_eager(params):
         _check_period(flow, params)
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         allowed = as_support(support, event)
-        units = as_map("standardize", standardize, event, allowed)
+        if allowed is not None and not allowed.spares(fixed):
+            raise _fixed("support", flow, "Pass (low, high), infinite for angles, or leave it out.")
+        units = as_map("standardize", standardize, event, allowed, fixed)
         contexts = Contexts.of(standardize_context, context_shape)
     return Density(
         _flow=wrap_constants(flow),
         _params=wrap_constants(params, numbers=True),
         maps=Chain(tuple(part for part in (allowed, units) if part is not None)),
         contexts=contexts,
+    )
+
+
+def _fixed(name: str, flow: CNF, cure: str) -> ValueError:
+    return ValueError(
+        f"{arg(name)} needs a base of numbers that are free; got {type(flow.base).__name__}, whose "
+        f"centred configurations or angles such a map would not leave so. {cure}"
     )
 
 

@@ -36,7 +36,7 @@ from jaxode.density.processes import are_several, check_alike
 from jaxode.density.stream import NoRowsLeftError, is_stream
 from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
-from jaxode.flows.bases import takes_maps
+from jaxode.flows.bases import fixed_columns
 from jaxode.flows.coupling import Coupling, independent
 from jaxode.images import Noise
 
@@ -88,7 +88,7 @@ def fit(
     that is best after one: these two, or an affine map. In more than 16 dimensions, `time_power` is
     tried in the same way: it is 2 unless 1 is better by 0.2 nats. Each choice is tried for 5% of
     the training, but at least for 500 steps or a fifth of it, whichever is less. Maps that are 0.2
-    nats behind after half of that are out. The map of centred particles is the identity.
+    nats behind after half of that are out. Angles and centred particles stay as they are.
 
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
@@ -402,9 +402,9 @@ def _trainable(density: Density) -> Density:
 
 def _fits(density: Density) -> list[Callable[..., Any]]:
     """Functions that fit each candidate map."""
-    if density.standardize is not None or not takes_maps(density.flow.base):
+    columns = math.prod(density.event_shape) - len(fixed_columns(density.flow.base))
+    if density.standardize is not None or not columns:
         return []
-    columns = math.prod(density.event_shape)
     return [fit for fit, most in FITS if columns <= most]
 
 
@@ -416,5 +416,5 @@ def _mapped(
         yield density
     for fit in fits:
         with contextlib.suppress(*[ValueError] if fit is not fits[-1] else []):
-            units = fitted("x", x, fit, density.support)
+            units = fitted("x", x, fit, density.support, fixed_columns(density.flow.base))
             yield dataclasses.replace(density, maps=Chain((*density.maps.maps, units)))

@@ -48,9 +48,12 @@ def has_full_support(base: BaseDensity) -> bool:
     return getattr(base, "full_support", True)
 
 
-def takes_maps(base: BaseDensity) -> bool:
-    """Whether there may be maps around a flow from it: not of centred particles, nor of angles."""
-    return has_full_support(base) and not isinstance(base, Torus)
+def fixed_columns(base: BaseDensity) -> tuple[int, ...]:
+    """Coordinates of a flattened event that maps around the flow must leave as they are: angles,
+    and all of centred particles."""
+    if not has_full_support(base):
+        return tuple(range(math.prod(base.event_shape)))
+    return base.angles if isinstance(base, Torus) else ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,11 @@ class Torus:
     event_shape: tuple[int, ...]
     period: tuple[float, ...]
     """Of each coordinate, flattened."""
+
+    @property
+    def angles(self) -> tuple[int, ...]:
+        """Which coordinates have a period."""
+        return tuple(np.flatnonzero(np.isfinite(self.period)).tolist())
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats. The same for all representatives of an angle."""
@@ -228,7 +236,7 @@ def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Toru
     The flow runs on the line, and its field must have the same periods, as that of
     `jaxode.nn.Residual(period=...)` has. Then all representatives of an angle have the same
     density, which integrates to one over a period. Matching takes the shorter way around, and
-    samples of `bind` are in `[0, period)`.
+    samples of `bind` are in `[0, period)`. Its maps leave angles as they are.
 
     Args:
         event_shape: shape of one sample; an integer stands for a vector.

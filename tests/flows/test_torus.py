@@ -1,7 +1,9 @@
 """Flows of angles: one period has all the probability, and no cut shows."""
 
 import math
+import pickle
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,86 @@ def test_representatives_of_an_angle():
     np.testing.assert_allclose(base.log_prob(z), jax.scipy.stats.norm.logpdf(z[:, 1]))
 
 
+NUMBERS = np.random.default_rng(0).normal(50.0, 5.0, (200, 2, 2)) * [1.0, 0.1]
+HOURS = np.where(np.eye(2, dtype=bool), 24.0, np.inf)  # of an event of two angles and two numbers
+
+
+def mapped(**options):
+    base = jaxode.torus((2, 2), HOURS)
+    network = jaxode.nn.Residual((2, 2), 8, 1, key=KEY, period=HOURS)
+    flow = jaxode.cnf(jaxode.nn.field, base, **OPTIONS)
+    return jaxode.bind(flow, jax.tree.map(lambda leaf: 2 * leaf, network), **options)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        NUMBERS,
+        jaxode.standardize.normal(NUMBERS),
+        jaxode.standardize.whiten(NUMBERS),
+        (NUMBERS.mean(axis=0), NUMBERS.std(axis=0)),
+        (30.0, 2.0),
+    ],
+    ids=["data", "normal", "whiten", "mean and scale", "numbers"],
+)
+def test_maps_leave_angles_alone(given, tmp_path):
+    density, x = mapped(standardize=given), NUMBERS[:3]
+    z, angle = density.to_flow(x), np.isfinite(HOURS)
+    np.testing.assert_array_equal(z[:, angle], x[:, angle])
+    assert (z[:, ~angle] != x[:, ~angle]).all()
+    np.testing.assert_allclose(density.from_flow(z), x, rtol=1e-9)
+    one = lambda x: density.to_flow(x.reshape(1, 2, 2)).reshape(-1)
+    _, log_det = np.linalg.slogdet(jax.vmap(jax.jacfwd(one))(x.reshape(3, 4)))
+    np.testing.assert_allclose(density.log_det(x), log_det, rtol=1e-9)
+    assert eqx.tree_equal(pickle.loads(pickle.dumps(density)), density)
+    eqx.tree_serialise_leaves(tmp_path / "density.eqx", density)
+    zeros = jax.tree.map(lambda leaf: 0 * leaf if eqx.is_array(leaf) else leaf, density)
+    assert eqx.tree_equal(eqx.tree_deserialise_leaves(tmp_path / "density.eqx", zeros), density)
+
+
+@pytest.mark.parametrize("support", [None, (np.array([-np.inf, 0.0]), np.inf)])
+def test_an_angle_beside_a_standardized_number_has_a_probability_of_one(support):
+    data = np.stack([np.linspace(0, 1, 64), np.geomspace(200.0, 2000.0, 64)], axis=1)
+    period = np.array([2 * math.pi, np.inf])
+    network = bound(period).params
+    flow = jaxode.cnf(jaxode.nn.field, jaxode.torus(2, period), **OPTIONS)
+    density = jaxode.bind(flow, network, standardize=data, support=support)
+    u = jnp.linspace(-25.0, 25.0, 126)
+    of_u = lambda u: density.from_flow(jnp.stack([0 * u, u], axis=1))[:, 1]
+    line, slope = jax.jvp(of_u, (u,), (jnp.ones_like(u),))
+    x = grid(2 * math.pi * jnp.arange(16.0) / 16, line)
+    log_prob = density.log_prob(x)
+    by_line = jnp.exp(log_prob).reshape(16, -1).mean(axis=0) * slope
+    total = by_line.sum() * 0.4 * 2 * math.pi
+    np.testing.assert_allclose(total, 1, atol=1e-3)
+    shifted = density.log_prob(x[935:955] - jnp.array([[4 * math.pi, 0.0]]))
+    np.testing.assert_allclose(shifted, log_prob[935:955], atol=1e-4)
+    samples = density.sample(KEY, (50,))
+    assert ((samples[:, 0] >= 0) & (samples[:, 0] < period[0])).all()
+    assert samples[:, 1].max() > 200
+
+
+def test_fit_maps_the_numbers_beside_angles(default_settings):
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.vonmises(0.0, 2.0, 300), rng.normal(1e4, 10.0, 300)], axis=1)
+    period = (2 * np.pi, np.inf)
+    network = jaxode.nn.Residual(2, 8, 1, key=KEY, period=period)
+    density = jaxode.bind(jaxode.cnf(jaxode.nn.field, jaxode.torus(2, period)), network)
+    density, _ = jaxode.fit(density, x, key=KEY, steps=20, progress=False)
+    np.testing.assert_allclose(density.to_flow(x)[:, 0], x[:, 0], rtol=1e-6)
+    assert abs(float(density.to_flow(x)[:, 1].std()) - 1) < 0.01
+    # The entropy of independent uniform and normal numbers is 5.56 nats.
+    assert -density.log_prob(x).mean() < 5.6
+
+
+def test_maps_stay_if_the_flow_changes():
+    density = mapped(standardize=NUMBERS)
+    again = density.with_flow(jaxode.cnf(jaxode.nn.field, density.flow.base, rtol=1e-4))
+    assert again.standardize is density.standardize
+    with pytest.raises(ValueError, match="since there are maps around it; got Torus"):
+        density.with_flow(jaxode.cnf(jaxode.nn.field, jaxode.torus((2, 2), 24.0)))
+
+
 @pytest.mark.slow  # trains
 def test_a_mixture_of_von_mises_over_the_cut(default_settings):
     rng = np.random.default_rng(0)
@@ -105,6 +187,19 @@ WRONG = {
             jaxode.nn.Residual(2, 8, key=KEY, period=2 * np.pi), standardize=(0.0, 2.0),
         ),
         "needs a base of numbers that are free",
+    ),
+    "bounds of an angle": (
+        lambda: mapped(support=(0.0, np.inf)), "infinite for angles, or leave it out",
+    ),
+    "a constant number beside it": (
+        lambda: mapped(standardize=NUMBERS * [[1.0, 0.0], [1.0, 1.0]]),
+        r"got column \(0, 1\) \(counting from 0\), which is constant",
+    ),
+    "dependent numbers beside it": (
+        lambda: mapped(
+            standardize=jaxode.standardize.whiten(np.broadcast_to(NUMBERS[:, :1, :1], (200, 2, 2)))
+        ),
+        "Columns are counted without angles",
     ),
 }  # fmt: skip
 

@@ -30,6 +30,10 @@ class Map(eqx.Module):
         """Whether the map is defined at `x`."""
         return jnp.ones((), bool)
 
+    def spares(self, columns: tuple[int, ...]) -> bool:
+        """Whether it is known to leave these coordinates of a flattened event as they are."""
+        return not columns
+
 
 class Support(Map):
     """A map that is defined on a support only: its inverse is not finite outside."""

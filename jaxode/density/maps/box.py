@@ -49,6 +49,11 @@ class Box(Support):
         first, last = constants_like((self.low, self.high), u)
         return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
+    def spares(self, columns):
+        ends = self.low, self.high
+        free = lambda end: np.isinf(np.asarray(end).reshape(-1)[np.array(columns, int)]).all()
+        return is_known(ends) and all(map(free, ends))
+
     def _bounds(self, like: Array):
         """The bounds with zero for missing ones, and masks of where there are bounds."""
         low, high = constants_like((self.low, self.high), like)

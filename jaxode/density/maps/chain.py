@@ -25,6 +25,9 @@ class Chain(Map):
     def contains(self, x):
         return super().contains(x) if self.support is None else self.support.contains(x)
 
+    def spares(self, columns):
+        return all(part.spares(columns) for part in self.maps)
+
     @property
     def support(self) -> Map | None:
         """The map of the support."""

@@ -1,5 +1,6 @@
 """The arguments `support=` and `standardize=` of `bind`, as maps around a flow."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from jaxode._checks.arguments import floating, floating_dtype, numbers, shape_of
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import INSIDE, is_known
 from jaxode._checks.samples import check_data
-from jaxode.density.maps import SUPPORTS, affine
+from jaxode.density.maps import SUPPORTS, affine, whiten
 from jaxode.density.maps.affine import Affine
 from jaxode.density.maps.base import Map, contained
+from jaxode.density.maps.some import Some, columns_of
 
 Shape = tuple[int, ...]
 
@@ -32,8 +34,13 @@ def as_support(given: Any, event: Shape) -> Map | None:
     )
 
 
-def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> Map | None:
-    """The map of the argument `name`: from data to fit it to, or its mean and scale."""
+def as_map(
+    name: str, given: Any, event: Shape, support: Map | None = None, fixed: Shape = ()
+) -> Map | None:
+    """The map of the argument `name`: from data to fit it to, or its mean and scale.
+
+    It leaves the `fixed` coordinates as they are.
+    """
     if given is None:
         return None
     fit = affine.fit
@@ -45,7 +52,11 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
             "np.asarray of it, or a tuple."
         )
     if isinstance(given, tuple):
-        return _affine(name, given, event)
+        units, free = _affine(name, given, event), _others(fixed, event)
+        if not fixed:
+            return units
+        of_free = lambda part: columns_of(part, event, free) if part.ndim else part
+        return Some(jax.tree.map(of_free, units), free)
     if callable(given) or not np.ndim(given):
         raise TypeError(
             f"{arg(name)} must be the data, or (mean, scale); got {given!r}. Pass your data, an "
@@ -61,7 +72,7 @@ def as_map(name: str, given: Any, event: Shape, support: Map | None = None) -> M
     if support is not None:
         data = floating(data)
         INSIDE.check(contained(support, data), data)
-    return fitted(name, data, fit, support)
+    return fitted(name, data, fit, support, fixed)
 
 
 def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
@@ -101,10 +112,33 @@ def _is_scale(x: Any) -> Any:
     return (x >= jnp.finfo(x.dtype).tiny) & np.isfinite(x)
 
 
-def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -> Map:
-    """The map of the data within a support, computed in float64 if they are known."""
+def _others(fixed: Shape, event: Shape) -> Shape:
+    """The coordinates of a flattened event that are not fixed."""
+    return tuple(i for i in range(math.prod(event)) if i not in fixed)
+
+
+def fitted(
+    name: str, data: Any, fit: Callable[..., Map], support: Map | None, fixed: Shape = ()
+) -> Map:
+    """The map of the data within a support, computed in float64 if they are known.
+
+    It leaves the `fixed` coordinates as they are.
+    """
     if support is not None:
         data = jax.vmap(lambda x: support.inverse(x)[0])(data)
+    if not fixed:
+        return _fitted(name, data, fit)
+    event = data.shape[1:]
+    free = _others(fixed, event)
+    at = [tuple(map(int, np.unravel_index(i, event))) for i in free]
+    try:
+        return Some(_fitted(name, columns_of(data, event, free), fit, at), free)
+    except whiten.SingularError as error:
+        raise ValueError(f"{error} Columns are counted without angles.") from None
+
+
+def _fitted(name: str, data: Any, fit: Callable[..., Map], at: list[Shape] | None = None) -> Map:
+    """The map of columns, which are `at` these places of the event."""
     dtype = floating_dtype(data.dtype)
     if not is_known(data):
         return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
@@ -113,11 +147,12 @@ def fitted(name: str, data: Any, fit: Callable[..., Map], support: Map | None) -
     kept = scale.astype(dtype)
     constant = np.argwhere(~((scale > _lost(mean, dtype)) & _is_scale(kept)))
     if len(constant):
-        column = tuple(map(int, constant[0]))
+        index = tuple(map(int, constant[0]))
+        column = at[index[0]] if at else index
         place = column[0] if len(column) == 1 else column
         which = f"got column {place} (counting from 0), which is" if column else "it is"
         cure = "Leave it out."
-        if np.ptp(wide[:, *column]):
+        if np.ptp(wide[:, *index]):
             cure = "Leave it out, or subtract its mean in float64 first and rescale it."
         raise ValueError(
             f"{arg(name)} must vary; {which} constant in {jnp.dtype(dtype).name}. {cure}"

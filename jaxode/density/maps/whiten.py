@@ -16,6 +16,10 @@ SINGULAR = 1e-9
 WIDEST = 500  # columns whose correlations `fit` looks at, at most
 
 
+class SingularError(ValueError):
+    """Columns that depend on each other linearly."""
+
+
 class Linear(Map):
     """`z = matrix x` on flattened events, with the inverse of the matrix beside it."""
 
@@ -41,7 +45,7 @@ def fit(data: Float[np.ndarray, "rows *event"]) -> Chain:
     variances, directions = principal_axes(data.reshape(len(data), -1))
     involved = dependent_columns(variances, directions)
     if involved:
-        raise ValueError(
+        raise SingularError(
             "bind(standardize=...): whitening needs columns that do not depend on each other "
             f"linearly, and more rows than columns; got {len(data)} rows, and a singular "
             f"covariance of columns {column_list(involved)}. Leave one of them out."
