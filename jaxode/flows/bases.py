@@ -139,6 +139,18 @@ class Torus:
         period, angle = self._of(difference)
         return jnp.where(angle, difference - period * jnp.round(difference / period), difference)
 
+    def chords(self, z: Float[Array, "rows *event"]) -> Float[Array, "rows coordinates"]:
+        """Coordinates in which the distance of two angles is that of their points on the circle.
+
+        Flattened numbers, and sine and cosine of angles times the radius, `period / (2 pi)`.
+        """
+        flat, angle = z.reshape(len(z), -1), np.isfinite(self.period)
+        radius = jnp.asarray(np.array(self.period)[angle] / (2 * math.pi), z.dtype)[None]
+        phase = flat[:, angle] / radius
+        return jnp.concatenate(
+            [flat[:, ~angle], radius * jnp.sin(phase), radius * jnp.cos(phase)], axis=1
+        )
+
     def wrapped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Events with angles in `[0, period)`."""
         period, angle = self._of(x)

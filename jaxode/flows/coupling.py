@@ -27,7 +27,8 @@ class Coupling(NamedTuple):
 
     pair: Pair
     """`pair(key, z, x, context) -> rows`: data row `x[i]` is paired with base sample `z[rows[i]]`.
-    `rows` is a permutation, or None to pair rows as they were drawn."""
+    `rows` is a permutation, or None to pair rows as they were drawn. Of a torus, `z` and `x` are
+    rows of the numbers, then sines and cosines of the angles, times `period / (2 pi)`."""
 
 
 def independent() -> Coupling:

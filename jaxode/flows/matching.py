@@ -66,7 +66,7 @@ def matching_loss(
     else:
         z0 = _check_start(check_samples("x0", x0, event), x)
         start = data_faults({"x0": z0}, given)
-    rows = _paired_rows(coupling, pair_key, z0, x, context, given)
+    rows = _paired_rows(coupling, pair_key, flow.base, z0, x, context, given)
     if rows is not None:
         permuted = (jnp.sort(rows) == jnp.arange(len(rows), dtype=rows.dtype)).all()
         if not (is_known(permuted) and permuted):  # which rows are wrong takes longer to find
@@ -159,7 +159,7 @@ def _scattered(count: int) -> np.ndarray:
 
 
 def _paired_rows(
-    coupling: Coupling, key, z0: Float[Array, "batch *event"], x, context, weights
+    coupling: Coupling, key, base, z0: Float[Array, "batch *event"], x, context, weights
 ) -> Int[Array, " batch"] | None:
     """The number of the base sample of each row. None if they stay as drawn."""
     if not isinstance(coupling, Coupling) or not takes(coupling.pair, key, z0, x, context):
@@ -168,6 +168,8 @@ def _paired_rows(
             "jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
             "jaxode.coupling.Coupling(pair) with pair(key, z, x, context)."
         )
+    if hasattr(base, "chords"):  # across the cut, too, near is near
+        z0, x = base.chords(z0), base.chords(x)
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:
         return None

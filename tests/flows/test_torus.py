@@ -67,6 +67,20 @@ def test_matching_takes_the_shorter_way_and_sees_no_cut():
     assert still < 1 / 8  # of uniform arcs of at most a half, 1/12 in the mean
 
 
+def test_couplings_measure_the_shorter_way():
+    period = np.array([np.inf, 1.0])
+    base = jaxode.torus(2, period)
+    flow = jaxode.cnf(lambda t, z, a: a * jnp.sin(z), base)
+    start = jnp.array([[0.0, 0.01], [0.0, 0.5], [5.0, 0.5]])
+    x = jnp.array([[5.0, 0.5], [0.0, 0.45], [0.0, 0.99]])
+    chosen = jaxode.coupling.optimal_transport()
+    loss = flow.matching_loss(jnp.zeros(()), x, key=KEY, x0=start, coupling=chosen)
+    np.testing.assert_allclose(loss, (0.02**2 + 0.05**2) / 6)
+    near = base.chords(jnp.array([[0.0, 0.01], [0.0, 0.99], [0.0, 0.5]]))
+    distances = jnp.linalg.norm(near[:1] - near[1:], axis=1)
+    np.testing.assert_allclose(distances, np.sin(np.pi * np.array([0.02, 0.49])) / np.pi)
+
+
 def test_representatives_of_an_angle():
     base = jaxode.torus(2, np.array([1.0, np.inf]))
     z = jnp.array([[0.9, 5.0], [-1e-9, -7.0]])
