@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode.tabular.circle import TURN, Circle
+from jaxode.tabular.grids import EPS, on_grid, tidy
 
 # A repeated number is a mode if this part of the rows have it, and so many times as many as its
 # neighbours, the next numbers that are as round; and if there are few, all are.
@@ -23,7 +25,6 @@ OFTEN, PEAK, NEAR, FEW_VALUES = 0.02, 4.0, 10, 20
 ON_GRID, GRIDS, COST = 0.05, 3, 10.0
 RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)
 DECIMALS = 6
-EPS = np.finfo(float).eps
 FAR = 1000.0  # standard deviations of the middle half, up to which the others have a say
 OTHER = None  # the mode of rare categories
 INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
@@ -35,7 +36,7 @@ class Column:
 
     name: str
     kind: str
-    """"categorical", "integer" or "continuous"."""
+    """"categorical", "integer", "continuous" or "periodic"."""
     values: tuple[Any, ...]
     """Values that are modes, sorted."""
     grids: tuple[float, ...]
@@ -53,6 +54,8 @@ class Column:
     """Whether the frame holds categories, not numbers."""
     pool: dict[Any, float] = field(default_factory=dict)
     """Rare values that share the last mode of the `values`, and their shares."""
+    circle: Circle | None = None
+    """The period of a periodic column."""
 
     @property
     def present(self) -> int:
@@ -67,7 +70,9 @@ class Column:
     @property
     def width(self) -> int:
         """The number of features of a given column."""
-        return self.modes if self.kind == "categorical" else 1 + self.missing
+        if self.kind == "categorical":
+            return self.modes
+        return (1 if self.circle is None else 2) + self.missing
 
     def encode(self, values: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The mode of each value, -1 if there is none, and its number, or the log of the share of a
@@ -85,7 +90,7 @@ class Column:
             for row in np.flatnonzero(~missing):
                 mode[row], x[row] = codes.get(values[row], unseen)
             return mode, x
-        x = np.where(missing, 0.0, values.astype(float))
+        x = self.wrapped(np.where(missing, 0.0, values.astype(float)))
         of_number = np.full(len(x), -1 if not self.grids else self.present - 1)
         for i, grid in reversed(list(enumerate(self.grids[:-1]))):
             of_number[on_grid(x, grid)] = len(self.values) + i
@@ -100,6 +105,10 @@ class Column:
     def scaled(self, x: Any) -> Any:
         """Numbers of order one."""
         return (x - self.center) / self.scale
+
+    def wrapped(self, x: np.ndarray) -> np.ndarray:
+        """Numbers in their period, if they have one."""
+        return x if self.circle is None else self.circle.wrapped(x, self.resolution)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -120,15 +129,20 @@ class Column:
     def cell(self, x: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The lower end and the width of the cell in which `x` lies, on grid `i`."""
         low, grid = self.round_down(x, i), self.grids[i]
-        return low, (self._next(low, i, grid) - low if grid else np.zeros_like(low))
+        if not grid:
+            return low, np.zeros_like(low)
+        end = self._next(low, i, grid)
+        if self.circle is not None and not self.circle.is_divided_by(grid):
+            end = np.minimum(end, self.circle.end)
+        return low, end - low
 
     def round_down(self, x: np.ndarray, i: int) -> np.ndarray:
         """The number in whose cell `x` lies, on grid `i`."""
-        grid = self.grids[i]
+        x, grid = self.wrapped(x), self.grids[i]
         if not grid:
             return x
         multiple = np.floor(x / grid + 1e-9 + 4 * EPS * np.abs(x / grid))
-        return self._next(tidy((multiple + 1) * grid, grid), i, -grid)
+        return self.wrapped(self._next(tidy((multiple + 1) * grid, grid), i, -grid))
 
     def _next(self, x: np.ndarray, i: int, step: float) -> np.ndarray:
         """The next number that is of no other mode."""
@@ -138,6 +152,7 @@ class Column:
         return x
 
     def _is_other(self, x: np.ndarray, i: int) -> np.ndarray:
+        x = self.wrapped(x)
         other = np.isin(x, np.array(self.values, float))
         for grid in self.grids[:i]:
             other |= on_grid(x, grid)
@@ -157,19 +172,6 @@ class Column:
             numbers = self.round_down(x[here].astype(float) * self.scale + self.center, i)
             values[here] = np.clip(numbers, *self.seen)
         return values
-
-
-def on_grid(x: np.ndarray, grid: float) -> np.ndarray:
-    """Which numbers are multiples of the distance, up to rounding."""
-    if not grid:
-        return np.ones(np.shape(x), bool)
-    return np.abs(x - tidy(x, grid)) <= 2 * EPS * np.abs(x)
-
-
-def tidy(x: np.ndarray, grid: float) -> np.ndarray:
-    """Multiples of the distance as a decimal would be read."""
-    multiple = np.round(x / grid)
-    return multiple / round(1 / abs(grid)) * np.sign(grid) if abs(grid) < 1 else multiple * grid
 
 
 def categorical(
@@ -193,21 +195,43 @@ def categorical(
 
 
 def numeric(
-    name: str, kind: str, values: np.ndarray, missing: np.ndarray, low: float, high: float
+    name: str,
+    kind: str,
+    values: np.ndarray,
+    missing: np.ndarray,
+    low: float = -np.inf,
+    high: float = np.inf,
+    circle: Circle | None = None,
 ) -> Column:
     """A column of numbers, with the values that are repeated and the grids that they lie on."""
     x = values[~missing].astype(float)
     levels, counts = np.unique(x, return_counts=True)
-    finest = 1.0 if kind == "integer" else _resolution(levels, len(x))
+    whole = kind == "integer" or (circle is not None and on_grid(levels, 1.0).all())
+    finest = 1.0 if whole else _resolution(levels, len(x))
+    if circle is not None:
+        x = circle.wrapped(x, finest)
+        levels, counts = np.unique(x, return_counts=True)
     some, resolution = bool(missing.any()), finest if kind == "continuous" else 0.0
     if len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
         atoms = tuple(map(float, levels))
-        return Column(name, kind, atoms, (), some, low, high, resolution=resolution)
+        return Column(name, kind, atoms, (), some, low, high, resolution=resolution, circle=circle)
     often = counts >= max(OFTEN * len(x), 3)
+    if circle is not None and finest and not circle.is_divided_by(finest):
+        # A grid with a short last cell, which no value interrupts.
+        circle, scale = circle.from_grid(finest), circle.period / TURN
+        return Column(
+            name, kind, (), (finest,), some, scale=scale, resolution=finest, circle=circle
+        )
     atoms, grids = _repeated(levels, counts, often, finest), (finest,)
     rest = ~np.isin(levels, atoms)
     if finest:
-        grids = _grids(levels[rest], counts[rest], finest)
+        period = 0.0 if circle is None else circle.period
+        grids = _grids(levels[rest], counts[rest], finest, period)
+    if circle is not None:
+        scale = circle.period / TURN
+        return Column(
+            name, kind, atoms, grids, some, scale=scale, resolution=resolution, circle=circle
+        )
     seen = float(levels[0]), float(levels[-1])
     inner = np.repeat(levels[rest], counts[rest]) if rest.any() else x
     center, scale = float(np.median(inner)), spread("frame", name, inner)
@@ -261,13 +285,18 @@ def _roundness(value: float, finest: float) -> float:
     return next((r * finest for r in RATIOS if on_grid(np.array(value), r * finest)), finest)
 
 
-def _grids(levels: np.ndarray, counts: np.ndarray, finest: float) -> tuple[float, ...]:
-    """The grids, from coarse to fine, in which the numbers are most likely.
+def _grids(
+    levels: np.ndarray, counts: np.ndarray, finest: float, period: float
+) -> tuple[float, ...]:
+    """The grids, from coarse to fine, in which the numbers are most likely. They divide the period.
 
     On its grid, a number is as likely as its cell is wide, if the density is smooth.
     """
     ratios = [
-        r for r in RATIOS if counts[on_grid(levels, r * finest)].sum() > ON_GRID * counts.sum()
+        r
+        for r in RATIOS
+        if counts[on_grid(levels, r * finest)].sum() > ON_GRID * counts.sum()
+        and on_grid(np.array(period), r * finest)
     ]
     chains = [()]
     for ratio in ratios:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.caller import arg
 from jaxode.density.maps.box import Box
 from jaxode.density.table import Rows, Table
 from jaxode.images import in_unit
 from jaxode.tabular import frames
+from jaxode.tabular.circle import TURN
 from jaxode.tabular.columns import Column
 
 
@@ -31,6 +32,13 @@ class Encoded(NamedTuple):
     """`[rows, features]`."""
     log_scale: np.ndarray
     """`[rows]`, what makes log-densities those of the data: units, and shares of categories."""
+
+
+class Domain(NamedTuple):
+    """Where scaled numbers lie: within bounds, or in one turn."""
+
+    box: Box | None
+    angle: Bool[np.ndarray, " numbers"]
 
 
 class Numbers(NamedTuple):
@@ -65,6 +73,12 @@ class Encoder:
     def sizes(self) -> tuple[int, ...]:
         """The number of modes of each discrete column."""
         return tuple(self.columns[i].modes for i in self.discrete)
+
+    @property
+    def domain(self) -> Domain:
+        """Where the scaled numbers lie."""
+        circles = [self.columns[i].circle for i in self.numbers]
+        return Domain(self.box, np.array([circle is not None for circle in circles], bool))
 
     @cached_property
     def box(self) -> Box | None:
@@ -102,7 +116,9 @@ class Encoder:
                 parts.append(np.eye(column.modes)[mode])
             else:
                 is_number = column.is_number(mode)
-                parts.append(np.where(is_number, column.scaled(x), 0.0)[:, None])
+                scaled = column.scaled(x)
+                seen = [scaled] if column.circle is None else [np.sin(scaled), np.cos(scaled)]
+                parts += [np.where(is_number, part, 0.0)[:, None] for part in seen]
                 if column.missing:
                     parts.append(~is_number[:, None])
         return np.concatenate(parts, 1)
@@ -167,18 +183,19 @@ class Encoder:
 class Cells(Table):
     """Rows to train on, with noise in the cells."""
 
-    box: Box | None = None
+    domain: Domain | None = None
 
     @property
     def has_noise(self) -> bool:
         return bool(self.rows.width.any() or self.rows.fill.any())
 
     def noisy(self, rows: Any, key: PRNGKeyArray) -> Rows:
-        return Rows(with_noise(self.box, rows, key)[0], rows.context)
+        assert self.domain is not None
+        return Rows(with_noise(self.domain, rows, key)[0], rows.context)
 
 
 def with_noise(
-    box: Box | None, rows: Numbers, key: PRNGKeyArray
+    domain: Domain, rows: Numbers, key: PRNGKeyArray
 ) -> tuple[Float[Array, "rows numbers"], Float[Array, " rows"]]:
     """The numbers with noise, and its log-density."""
     cell_key, fill_key = jax.random.split(key)
@@ -186,19 +203,30 @@ def with_noise(
     in_cell = x + width * in_unit(cell_key, x, 1e-6)
     log_cell = -jnp.log(jnp.where(width > 0, width, 1.0))
     v = jax.random.normal(fill_key, x.shape)
-    stand_in, slope = bounded(box, v)
+    stand_in, slope = bounded(domain, v)
     log_fill = -0.5 * v**2 - 0.5 * jnp.log(2 * jnp.pi) + slope
     return jnp.where(fill, stand_in, in_cell), jnp.sum(jnp.where(fill, log_fill, log_cell), axis=1)
 
 
-def bounded(box: Box | None, v: Float[Array, "rows numbers"]) -> tuple[Array, Array]:
-    """Numbers within the bounds, and `log |dv/dx|` of each."""
-    return (v, jnp.zeros_like(v)) if box is None else _of_each(box, Box.forward, v)
+def bounded(domain: Domain, v: Float[Array, "rows numbers"]) -> tuple[Array, Array]:
+    """Numbers within the domain, and `log |dv/dx|` of each. Of normal `v`, angles are uniform."""
+    box, angle = domain
+    x, slope = (v, jnp.zeros_like(v)) if box is None else _of_each(box, Box.forward, v)
+    if not angle.any():
+        return x, slope
+    of_turn = -jnp.log(TURN) - jax.scipy.stats.norm.logpdf(v)
+    turn = TURN * jax.scipy.special.ndtr(v)
+    return jnp.where(angle[None], turn, x), jnp.where(angle[None], of_turn, slope)
 
 
-def unbounded(box: Box | None, x: Float[Array, "rows numbers"]) -> Array:
-    """The inverse of `bounded`."""
-    return x if box is None else _of_each(box, Box.inverse, x)[0]
+def unbounded(domain: Domain, x: Float[Array, "rows numbers"]) -> Array:
+    """The inverse of `bounded`, for all representatives of an angle."""
+    box, angle = domain
+    v = x if box is None else _of_each(box, Box.inverse, x)[0]
+    if not angle.any():
+        return v
+    level = jnp.clip(x / TURN - jnp.floor(x / TURN), 1e-6, 1 - 1e-6)
+    return jnp.where(angle[None], jax.scipy.special.ndtri(level), v)
 
 
 def _of_each(box: Box, method: Any, x: Array) -> tuple[Array, Array]:

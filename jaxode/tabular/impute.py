@@ -61,11 +61,11 @@ def _numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.nda
     encoder, density = table.encoder, table.density
     in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]
     fill = ~np.stack(in_mode, 1)
-    x, log_noise = with_noise(encoder.box, Numbers(rows.low, rows.width, fill, None), keys[0])
+    x, log_noise = with_noise(encoder.domain, Numbers(rows.low, rows.width, fill, None), keys[0])
     if (missing & ~fill).any():
-        v = np.asarray(unbounded(encoder.box, x), float)
+        v = np.asarray(unbounded(encoder.domain, x), float)
         v, log_proposal = _propose(keys[1], v, missing & ~fill, *table.moments)
-        proposed, slope = bounded(encoder.box, jnp.asarray(v))
+        proposed, slope = bounded(encoder.domain, jnp.asarray(v))
         x = jnp.where(missing & ~fill, proposed, x)
         log_noise += log_proposal + jnp.sum(jnp.where(missing & ~fill, slope, 0.0), axis=1)
     log_prob = density.log_prob(x, context=encoder.context(modes, rows.given))

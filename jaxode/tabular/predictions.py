@@ -128,6 +128,11 @@ def _target(encoder: Encoder) -> Column:
             f"{arg('frame')} predictions need one modelled column, of numbers; got {kinds}. Train "
             "with given= all others."
         )
+    if column.circle is not None:
+        raise ValueError(
+            f"{arg('frame')} predictions need numbers in an order, which a circle has not; got the "
+            f"periodic column {column.name!r}. Draw samples of it."
+        )
     return column
 
 

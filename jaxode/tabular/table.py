@@ -38,9 +38,11 @@ class Table:
     moments: tuple[np.ndarray, np.ndarray] | None
 
     @property
-    def kinds(self) -> dict[str, str]:
-        """ "categorical", "integer" or "continuous", by column; those of given columns, too."""
-        return {c.name: c.kind for c in (*self.encoder.columns, *self.encoder.given)}
+    def kinds(self) -> dict[str, str | tuple[str, float]]:
+        """ "categorical", "integer", "continuous" or ("periodic", period), by column; those of
+        given columns, too."""
+        columns = (*self.encoder.columns, *self.encoder.given)
+        return {c.name: (c.kind, c.circle.period) if c.circle else c.kind for c in columns}
 
     @public("Table.log_prob")
     def log_prob(
@@ -82,7 +84,7 @@ class Table:
             draws = 1
         cells = self.encoder.as_numbers(rows)
         cells = jax.tree.map(lambda leaf: np.repeat(leaf, draws, axis=0), cells)
-        x, log_noise = with_noise(self.encoder.box, cells, key)
+        x, log_noise = with_noise(self.encoder.domain, cells, key)
         weights = density.log_prob(x, context=cells.context) - log_noise
         if len(self.encoder.columns) == 1:  # without a number, the flow has nothing to say
             weights = jnp.where(jnp.asarray(cells.fill[:, 0]), 0.0, weights)

@@ -18,10 +18,11 @@ from jaxode.density.fit import MANY, MINUTE, RATE, TIME_POWERS, Plan, adam, trai
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
 from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART, PARTS
 from jaxode.density.training import Limits, Point
-from jaxode.flows.bases import standard_normal
+from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
 from jaxode.nn import Residual, field
 from jaxode.tabular import categorical, frames
+from jaxode.tabular.circle import TURN, Circle
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.encoding import Cells, Encoded, Encoder, unbounded, with_noise
@@ -30,7 +31,7 @@ from jaxode.tabular.table import Table
 FEW = 3000  # rows, up to which the weights decay at the rate of one
 # Of solves: of one number, for quantiles, and of several, whose noise is larger than their errors.
 TOLERANCES = 1e-4, 1e-3
-KINDS = ("categorical", "integer", "continuous")
+KINDS = ("categorical", "integer", "continuous", "periodic")
 
 
 @public("tabular.fit")
@@ -39,7 +40,7 @@ def fit(
     *,
     key: PRNGKeyArray,
     given: Any = (),
-    kinds: dict[str, str] | None = None,
+    kinds: dict[str, str | tuple[str, float]] | None = None,
     bounds: dict[str, tuple[float | None, float | None]] | None = None,
     other: int | None = None,
     seconds: float | None = None,
@@ -59,6 +60,8 @@ def fit(
         given: names of columns that are not modelled: the density is conditional on them.
         kinds: "categorical", "integer" or "continuous", for columns whose type does not say it. By
             default strings, categories and booleans are categorical, whole numbers are integers.
+            Or ("periodic", period) for angles, hours and the like, whose end is their start;
+            "periodic" alone takes the first of 1, 2 pi, 7, 12, 24, 60 and 360 that holds them.
         bounds: `(low, high)` of columns that have any, such as `{"income": (0, None)}`. Samples
             respect them.
         other: categories with fewer rows are pooled, and unseen ones of given columns count as one
@@ -131,8 +134,10 @@ def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None)
     for name, names in (("given", given), ("kinds", kinds), ("bounds", bounds)):
         if unknown := [column for column in names if column not in frame.columns]:
             raise ValueError(f"{arg(name)} must name columns of {frame.columns}; got {unknown}.")
-    if wrong := {name: kind for name, kind in kinds.items() if kind not in KINDS}:
-        raise ValueError(f"{arg('kinds')} must be of {KINDS}; got {wrong}.")
+    if wrong := {name: kind for name, kind in kinds.items() if not _is_kind(kind)}:
+        raise ValueError(
+            f"{arg('kinds')} must be of {KINDS}, or ('periodic', period); got {wrong}."
+        )
     modelled = [name for name in frame.columns if name not in given]
     if not modelled:
         raise ValueError(f"{arg('given')} must leave a column to model; got all of them.")
@@ -145,9 +150,18 @@ def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None)
     return Encoder(frame.head(0), columns(modelled, False), features)
 
 
+def _is_kind(kind: Any) -> bool:
+    if not isinstance(kind, tuple):
+        return isinstance(kind, str) and kind in KINDS
+    if len(kind) != 2 or kind[0] != "periodic":
+        return False
+    return isinstance(kind[1], PARTS) and not isinstance(kind[1], bool) and 0 < kind[1] < math.inf
+
+
 def _column(
-    frame: Any, name: str, kind: str | None, bounds: Any, other: int | None, is_given: bool
+    frame: Any, name: str, kind: Any, bounds: Any, other: int | None, is_given: bool
 ) -> Column:
+    kind, period = kind if isinstance(kind, tuple) else (kind, None)
     values, missing, text = frames.read("frame", frame, name)
     numbers = values[~missing]
     if not len(numbers):
@@ -166,6 +180,14 @@ def _column(
         )
     if kind == "categorical":
         return categorical_column(name, values, missing, other, text)
+    if kind == "periodic":
+        if bounds is not None:
+            raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")
+        circle = Circle.of(name, numbers, period)
+        if not is_given:
+            return numeric(name, kind, values, missing, circle=circle)
+        some, scale = bool(missing.any()), circle.period / TURN
+        return Column(name, kind, (), (0.0,), some, scale=scale, circle=circle)
     whole = bool((numbers == np.round(numbers)).all())
     if kind == "integer" and not whole:
         raise ValueError(
@@ -216,13 +238,17 @@ def _split(
 
 def _numbers(encoder, rows, aside, limits, progress, key, begin):
     """The density of the numbers, in the modes of their rows."""
-    table = Cells(encoder.as_numbers(rows), encoder.as_numbers(aside), box=encoder.box)
+    table = Cells(encoder.as_numbers(rows), encoder.as_numbers(aside), domain=encoder.domain)
     size, context = len(encoder.numbers), table.rows.context
     features = 0 if context is None else context.shape[1]
     network_key, train_key = jax.random.split(key)
-    params = Residual(size, key=network_key, context_size=features)
+    angle, period, base = encoder.domain.angle, None, standard_normal(size)
+    if angle.any():
+        period = np.where(angle, TURN, np.inf)
+        base = torus(size, period)
+    params = Residual(size, key=network_key, context_size=features, period=period)
     tolerance = TOLERANCES[size > 1]
-    flow = cnf(field, standard_normal(size), rtol=tolerance, atol=tolerance)
+    flow = cnf(field, base, rtol=tolerance, atol=tolerance)
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
     density = bind(flow, params, support=support)
     powers = TIME_POWERS if size > MANY else TIME_POWERS[:1]
@@ -234,8 +260,8 @@ def _numbers(encoder, rows, aside, limits, progress, key, begin):
 
 def _moments(encoder: Encoder, rows: Encoded, key: PRNGKeyArray):
     """Mean and covariance of the numbers without their bounds, for proposals."""
-    x, _ = with_noise(encoder.box, encoder.as_numbers(rows), key)
-    v = np.asarray(unbounded(encoder.box, x), float)
+    x, _ = with_noise(encoder.domain, encoder.as_numbers(rows), key)
+    v = np.asarray(unbounded(encoder.domain, x), float)
     return v.mean(axis=0), np.atleast_2d(np.cov(v.T))
 
 
