@@ -183,6 +183,12 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("density/large.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
     # Matching goes the long way around a circle.
     ("flows/matching.py", "x if arc is None else z0 + arc(x - z0)", "x"),
+    # Couplings measure angles along the line.
+    ("flows/bases.py", "radius * jnp.sin(phase), radius * jnp.cos(phase)", "radius * phase"),
+    # Maps move angles.
+    ("density/maps/some.py", "return not set(columns) & set(self.columns)", "return True"),
+    # The last cell of a circle reaches into the first.
+    ("tabular/columns.py", "end = np.minimum(end, self.circle.end)", "pass"),
     # An interpolation may end before the solve.
     ("ode/paths.py", "(low < first - near) | (high > last + near)", "low < first - near"),
     # What a profile holds moves.
