@@ -155,7 +155,9 @@ def _is_kind(kind: Any) -> bool:
         return isinstance(kind, str) and kind in KINDS
     if len(kind) != 2 or kind[0] != "periodic":
         return False
-    return isinstance(kind[1], PARTS) and not isinstance(kind[1], bool) and 0 < kind[1] < math.inf
+    period = kind[1]
+    is_number = isinstance(period, PARTS) and not isinstance(period, bool)
+    return is_number and 0 < float(period) < math.inf
 
 
 def _column(
