@@ -6,6 +6,7 @@ some seconds, so that solves need error control.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,17 +123,51 @@ def untrained(workload: Workload) -> FlowProblem:
 
 @functools.cache
 def flow(workload: Workload) -> FlowProblem:
-    cnf = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(workload.dim))
-    data = jnp.asarray(eight_gaussians(np.random.default_rng(0), 50_000, workload.dim))
+    return matched(network(workload), workload.dim, workload.batch, workload.steps, 50_000)
+
+
+def matched(params, dim: int, batch: int, steps: int, rows: int) -> FlowProblem:
+    """Train a network by matching on so many rows, and draw a batch."""
+    cnf = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim))
+    data = jnp.asarray(eight_gaussians(np.random.default_rng(0), rows, dim))
 
     def matching(params, key):
         rows = data[jax.random.randint(key, (ROWS,), 0, len(data))]
         return cnf.matching_loss(params, rows, key=key)
 
-    params = trainer(matching, workload.steps)(network(workload), jax.random.key(1))
+    params = trainer(matching, steps)(params, jax.random.key(1))
     rng, key = np.random.default_rng(1), jax.random.key(2)
-    x = jnp.asarray(eight_gaussians(rng, workload.batch, workload.dim))
+    x = jnp.asarray(eight_gaussians(rng, batch, dim))
     return FlowProblem(params, x, probe_of_jaxode(x, key), key)
+
+
+class Images(NamedTuple):
+    """Flattened images of one channel, and their network: by default those of MNIST's size.
+
+    They stand for real ones in times alone: eight random images with noise.
+    """
+
+    batch: int
+    width: int
+    blocks: int
+    shape: tuple[int, int] = (28, 28)
+    patch: int = 4
+    steps: int = 150
+    """Of matching."""
+
+    @property
+    def dim(self) -> int:
+        return math.prod(self.shape)
+
+
+def mixer(size: Images) -> jaxode.nn.Mixer:
+    """Before its training."""
+    return jaxode.nn.Mixer(size.shape, size.patch, size.width, size.blocks, key=jax.random.key(0))
+
+
+@functools.cache
+def images(size: Images) -> FlowProblem:
+    return matched(mixer(size), size.dim, size.batch, size.steps, 2000)
 
 
 def probe_of_jaxode(x: jax.Array, key: jax.Array) -> jax.Array:

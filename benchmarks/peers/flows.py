@@ -17,19 +17,29 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxode
-from benchmarks.harness.fairness import JaxStep, exact_gradient
+from benchmarks.harness.fairness import (
+    EXACT,
+    JaxStep,
+    Step,
+    double_precision,
+    doubled,
+    exact_gradient,
+)
 from benchmarks.harness.problems import FlowProblem, batched
 
 AXIS = "batch"  # of devices
 
 
+def flow_at(tolerance, dim: int, **options):
+    return jaxode.cnf(
+        jaxode.nn.field, jaxode.standard_normal(dim), rtol=tolerance, atol=tolerance,
+        divergence=jaxode.divergence.hutchinson(), **options,
+    )  # fmt: skip
+
+
 def jaxode_loss(**options):
     def loss(params, x, key, tolerance):
-        flow = jaxode.cnf(
-            jaxode.nn.field, jaxode.standard_normal(x.shape[1]), rtol=tolerance, atol=tolerance,
-            divergence=jaxode.divergence.hutchinson(), **options,
-        )  # fmt: skip
-        return flow.nll(params, x, key=key)
+        return flow_at(tolerance, x.shape[1], **options).nll(params, x, key=key)
 
     return loss
 
@@ -55,9 +65,13 @@ def augmented_exact(t, state, params, probe):
     return jax.vmap(one)(state[0])
 
 
-def negative_log_likelihood(z, log_det):
+def log_likelihoods(z, log_det):
     log_base = -0.5 * jnp.sum(z**2, axis=1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
-    return -jnp.mean(log_base + log_det)
+    return log_base + log_det
+
+
+def negative_log_likelihood(z, log_det):
+    return -jnp.mean(log_likelihoods(z, log_det))
 
 
 def seminorm_backsolve(tolerance) -> diffrax.BacksolveAdjoint:
@@ -74,10 +88,12 @@ def diffrax_loss(
     per_sample: bool = False,
     max_steps: int = 4096,
     dt0: float | None = None,
+    value=negative_log_likelihood,
 ):
     """One step size for all samples or, by `jax.vmap`, one a sample.
 
     `adjoint` is one of diffrax, or makes one for a tolerance. Without a tolerance steps are `dt0`.
+    The loss is `value(z, log_det)`.
     """
 
     def solve(params, x, probe, tolerance):
@@ -95,10 +111,10 @@ def diffrax_loss(
 
     def loss(params, x, probe, tolerance):
         if not per_sample:
-            return negative_log_likelihood(*solve(params, x, probe, tolerance))
+            return value(*solve(params, x, probe, tolerance))
         row = lambda x, v: solve(params, x[None], v[None], tolerance)
         z, log_det = jax.vmap(row)(x, probe)
-        return negative_log_likelihood(z[:, 0], log_det[:, 0])
+        return value(z[:, 0], log_det[:, 0])
 
     return loss
 
@@ -128,6 +144,24 @@ def odeint_step(p: FlowProblem) -> JaxStep:
 
 def exact(p: FlowProblem) -> list[np.ndarray]:
     return exact_gradient(lambda q: diffrax_step(q, diffrax.Dopri8()), p)
+
+
+def jaxode_log_prob(p: FlowProblem) -> Step:
+    def log_prob(params, x, key, tolerance):
+        return flow_at(tolerance, x.shape[1]).log_prob(params, x, key=key)
+
+    program = jax.jit(log_prob)
+    return lambda tolerance: (None, [program(p.params, p.x, p.key, tolerance)])
+
+
+def diffrax_log_prob(p: FlowProblem, *choice) -> Step:
+    program = jax.jit(diffrax_loss(*choice, value=log_likelihoods))
+    return lambda tolerance: (None, [program(p.params, p.x, p.probe, tolerance)])
+
+
+def exact_log_prob(p: FlowProblem) -> list[np.ndarray]:
+    with double_precision():
+        return [np.asarray(diffrax_log_prob(doubled(p), diffrax.Dopri8())(EXACT)[1][0])]
 
 
 @jax.jit

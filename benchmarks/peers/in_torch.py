@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.nn.functional import linear, silu, softplus
+from torch.nn.functional import gelu, linear, pad, silu, softplus, unfold
 
 from benchmarks.harness.fairness import Step, check_equal, double_precision, doubled
 from benchmarks.harness.problems import Conditional, FlowProblem, OdeProblem, Plain, Series, batched
 from benchmarks.peers.flows import augmented, augmented_exact
 from benchmarks.peers.odes import series_loss
-from jaxode.nn import Residual
+from jaxode.nn import Mixer, Residual
 from jaxode.nn.network import WAVES
 from jaxode.nn.residual import BOUND
+
+ACTIVATIONS = {jnp.tanh: torch.tanh, jax.nn.gelu: partial(gelu, approximate="tanh")}
 
 
 def tensor(array) -> torch.Tensor:
@@ -35,12 +37,10 @@ class TorchField:
     def __init__(self, params: Any):
         self.network: Any = jax.tree.map(lambda leaf: tensor(leaf).requires_grad_(), params)
         self.leaves: list[torch.Tensor] = jax.tree.leaves(self.network)
-        self.activation = torch.tanh
-        if params.activation is not jnp.tanh:
-            self.activation = lambda x: softplus(x, threshold=1e9)
-        self.field = _squash
-        if isinstance(params, Plain | Residual):
-            self.field = _plain if isinstance(params, Plain) else _residual
+        self.activation: Any = partial(softplus, threshold=1e9)
+        if params.activation in ACTIVATIONS:
+            self.activation = ACTIVATIONS[params.activation]
+        self.field = FIELDS.get(type(params), _squash)
 
     def __call__(self, t, z, *context) -> torch.Tensor:
         """`t` is a scalar, or `[batch, 1]`."""
@@ -50,7 +50,7 @@ class TorchField:
         arrays = [jnp.asarray(leaf.detach().numpy()) for leaf in leaves]
         return jax.tree.unflatten(jax.tree.structure(self.network), arrays)
 
-    def augmented(self, t, z, probe):
+    def augmented(self, t, z, probe, create_graph=True):
         """FFJORD's `divergence_approx`: a vector-Jacobian product, kept for differentiation.
 
         Without a probe its `divergence_bf`, the exact trace, row by row.
@@ -58,7 +58,7 @@ class TorchField:
         with torch.enable_grad():
             z = z if z.requires_grad else z.requires_grad_(True)
             dz = self(t, z)
-            grad = lambda output, v: torch.autograd.grad(output, z, v, create_graph=True)[0]
+            grad = lambda output, v: torch.autograd.grad(output, z, v, create_graph=create_graph)[0]
             if probe is not None:
                 return dz, (grad(dz, probe) * probe).sum(1)
             diagonal = [grad(dz[:, i].sum(), None)[:, i] for i in range(z.shape[1])]
@@ -103,9 +103,41 @@ def _residual(m, activation, t, z, *context):
     return affine(m.last, bounded) + affine(m.scale, known) * z
 
 
+def _mixer(m, activation, t, z):
+    """A network for images of one channel; `activation` is the default of jaxode."""
+    affine = lambda dense, x: linear(x, dense.weight, dense.bias)
+    bounded = lambda x: BOUND * torch.tanh(x / BOUND)
+    layers = lambda pair, x: affine(pair[1], activation(affine(pair[0], x)))
+    down, size, across = m._tiled[:3]
+    n, numbers = len(z), size * size
+    angles = torch.pi * torch.as_tensor(t, dtype=z.dtype).reshape(-1, 1)
+    angles = angles * torch.arange(1, WAVES + 1, dtype=z.dtype)
+    known = torch.cat([torch.sin(angles), torch.cos(angles)], 1)  # a row, or one for each image
+    patches = z.reshape(n, down, size, across, size).transpose(2, 3).reshape(n, -1, numbers)
+    slope, shift = affine(m.feature, known)[:, None, :, None].chunk(2, dim=2)
+    phi = activation(slope * patches[:, :, None] + shift)
+    before = size // 2
+    image = pad(z.reshape(n, 1, down * size, across * size), (before, size - before) * 2)
+    windows = unfold(image, 2 * size, stride=size).transpose(1, 2)
+    h = affine(m.first, torch.cat([windows, phi.flatten(2)], 2)) + m.place
+    for block in m.blocks:
+        a, b, c, d = affine(block.modulation, known)[:, None].chunk(4, dim=2)
+        h = h + layers(block.tokens, ((1 + a) * h + b).transpose(1, 2)).transpose(1, 2)
+        h = h + layers(block.channels, (1 + c) * h + d)
+    k = affine(m.last, bounded(activation(h))).unflatten(2, (-1, numbers))
+    out = (k[:, :, 0] + (k[:, :, 1:] * bounded(phi)).sum(2)).reshape(n, down, across, size, size)
+    return out.transpose(2, 3).reshape(z.shape) + affine(m.scale, known) * z
+
+
+FIELDS = {Plain: _plain, Residual: _residual, Mixer: _mixer}
+
+
+def log_likelihoods(z, log_det):
+    return -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi) + log_det
+
+
 def negative_log_likelihood(z, log_det):
-    log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
-    return -(log_base + log_det).mean()
+    return -log_likelihoods(z, log_det).mean()
 
 
 def torch_step(field: TorchField, loss: Callable[[float], torch.Tensor]) -> Step:
@@ -140,6 +172,26 @@ def torchdiffeq_loss(field: TorchField, x, probe, rtol, atol, adjoint=True):
     return negative_log_likelihood(z[-1], log_det[-1])
 
 
+def torchdiffeq_log_prob(p: FlowProblem) -> Step:
+    """FFJORD's dynamics, without what only gradients by the parameters need."""
+    field, x, probe = TorchField(p.params), tensor(p.x), tensor(p.probe)
+    for leaf in field.leaves:
+        leaf.requires_grad_(False)
+    start, times = (x, torch.zeros_like(x[:, 0])), torch.tensor([1.0, 0.0], dtype=x.dtype)
+
+    def dynamics(t, state):
+        dz, divergence = field.augmented(t, state[0].detach(), probe, create_graph=False)
+        return dz.detach(), divergence
+
+    def step(tolerance):
+        with torch.no_grad():
+            ends = torchdiffeq_solve(field, dynamics, start, times, tolerance, tolerance, False)
+        z, log_det = (leaf[-1] for leaf in ends)
+        return None, [log_likelihoods(z, log_det).numpy()]
+
+    return step
+
+
 def zuko_loss(field: TorchField, x, probe, rtol, atol):
     """As its `FreeFormJacobianTransform`, whose error control sees a hundredth of the trace."""
     import zuko
@@ -169,8 +221,7 @@ def zuko_log_prob(p: Conditional, **tolerances: float) -> Step:
         flow = FreeFormJacobianTransform(lambda t, z: field(t, z, context), 0.0, 1.0, **given)
         with torch.no_grad():
             z, log_det = flow.inv.call_and_ladj(x)
-        log_base = -0.5 * (z**2).sum(1) - 0.5 * z.shape[1] * np.log(2 * np.pi)
-        return None, [(log_base + log_det).numpy()]
+        return None, [log_likelihoods(z, log_det).numpy()]
 
     return step
 
@@ -252,18 +303,38 @@ def check_conditional(p: Conditional) -> None:
         check_equal({"JAX": ours, "PyTorch": theirs.detach().numpy()})
 
 
-def check_networks(p: FlowProblem) -> None:
-    """Raise unless field and divergences in PyTorch equal those in JAX, in float64."""
+def check_matching(p: FlowProblem) -> None:
+    """Raise unless the matching loss and its gradient in PyTorch equal those in JAX, in float64,
+    at the same times and states."""
+    with double_precision():
+        q = doubled(p._replace(x=p.x[:4], probe=p.probe[:4]))
+        times, target = np.array([0.0, 0.3, 0.7, 1.0])[: len(q.x)], np.roll(q.x, 1, axis=1)
+
+        def loss(params):
+            return jnp.mean((jax.vmap(params)(times, q.x) - target) ** 2)
+
+        value, gradient = jax.jit(jax.value_and_grad(loss))(q.params)
+        field = TorchField(q.params)
+        found = (field(tensor(times)[:, None], tensor(q.x)) - tensor(target)).square().mean()
+        theirs = torch.autograd.grad(found, field.leaves)
+        check_equal({"JAX": value, "PyTorch": found.detach().numpy()})
+        for ours, other in zip(jax.tree.leaves(gradient), theirs, strict=True):
+            check_equal({"JAX": ours, "PyTorch": other.numpy()})
+
+
+def check_networks(p: FlowProblem, traced: bool = True) -> None:
+    """Raise unless field, estimates and traces in PyTorch equal those in JAX, in float64."""
     with double_precision():
         q = doubled(p)
         field, x, probe = TorchField(q.params), tensor(q.x), tensor(q.probe)
         for t in (0.0, 0.37, 1.0):
             at, state = jnp.asarray(t), (q.x,)
-            dz, divergence = augmented(at, state, q.params, q.probe)
+            dz, divergence = jax.jit(augmented)(at, state, q.params, q.probe)
             # FFJORD's vector-Jacobian product and ours the other way are the same number.
             other, estimate = field.augmented(torch.tensor(t, dtype=x.dtype), x.clone(), probe)
-            _, trace = field.augmented(t, x, None)
             pairs: list[Any] = [(dz, other), (divergence, estimate)]
-            pairs.append((augmented_exact(at, state, q.params, None)[1], trace))
+            if traced:
+                _, trace = field.augmented(t, x, None)
+                pairs.append((augmented_exact(at, state, q.params, None)[1], trace))
             for ours, theirs in pairs:
                 check_equal({"JAX": ours, "PyTorch": theirs.detach().numpy()})
