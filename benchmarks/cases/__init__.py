@@ -6,7 +6,7 @@ from benchmarks.harness.benchmark import Benchmark
 
 BENCHMARKS = (
     "ffjord_step", "neural_ode_step", "per_sample", "evaluate", "ragged", "rows", "stiff",
-    "overhead", "divergence", "regularizers", "energy", "compile_time", "memory", "cores",
+    "images", "overhead", "divergence", "regularizers", "energy", "compile_time", "memory", "cores",
 )  # fmt: skip
 ON_ITS_OWN = ("time_to_nll", "posterior", "tables", "regression", "mixed", "estimate")
 

@@ -170,6 +170,12 @@ def images(size: Images) -> FlowProblem:
     return matched(mixer(size), size.dim, size.batch, size.steps, 2000)
 
 
+def untrained_images(size: Images) -> FlowProblem:
+    """For what does not depend on the numbers."""
+    x = jnp.asarray(eight_gaussians(np.random.default_rng(0), size.batch, size.dim))
+    return FlowProblem(mixer(size), x, jnp.ones_like(x), jax.random.key(0))
+
+
 def probe_of_jaxode(x: jax.Array, key: jax.Array) -> jax.Array:
     """The signs with which `flow.nll(..., key=key)` estimates the divergence, `[batch, dim]`.
 

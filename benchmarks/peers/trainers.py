@@ -5,6 +5,7 @@ of the step. It returns `train(xs, seeds)`, which takes a step for each batch, a
 parameters to evaluate and to go on with.
 """
 
+import functools
 from typing import Any
 
 import diffrax
@@ -110,18 +111,18 @@ def zuko(params, dim, rate):
     return torch_likelihood(params, dim, rate, "zuko_loss", 1e-5, 1e-6)
 
 
-def torchcfm_matching(params, dim, rate, matcher="ConditionalFlowMatcher"):
+def torchcfm_matching(params, dim, rate, matcher="ConditionalFlowMatcher", compiled=False):
+    import torch
     from torchcfm import conditional_flow_matching
 
     draw: Any = getattr(conditional_flow_matching, matcher)(sigma=0.0)
+    forward = functools.cache(lambda field: torch.compile(field.__call__) if compiled else field)
 
     def loss(field, x, generator):
-        import torch
-
         # torchcfm draws times with PyTorch's generator, and pairs with NumPy's.
         torch.manual_seed(generator.initial_seed())
         np.random.seed(generator.initial_seed())  # noqa: NPY002
         t, z, target = draw.sample_location_and_conditional_flow(torch.randn_like(x), x)
-        return (field(t[:, None], z) - target).square().mean()
+        return (forward(field)(t[:, None], z) - target).square().mean()
 
     return in_torch(loss, params, rate, AVERAGE)
