@@ -152,7 +152,7 @@ class Images(NamedTuple):
     blocks: int
     shape: tuple[int, int] = (28, 28)
     patch: int = 4
-    steps: int = 150
+    steps: int = 60
     """Of matching."""
 
     @property
