@@ -40,7 +40,7 @@ MATCHING = {
 class Matching(Benchmark):
     """The times of a step of matching, which solves no ODE."""
 
-    groups = {"all peers": show.peers(MATCHING), "torchcfm": show.peers(MATCHING)}
+    groups = {"all peers": show.peers(MATCHING), **{name: [name] for name in show.peers(MATCHING)}}
 
     def __init__(self, size: Images):
         self.size = size
