@@ -98,7 +98,7 @@ class Clock:
     def running(self):
         begin = time.perf_counter()
         yield
-        self.spent = of_first(self.spent + time.perf_counter() - begin, self.mesh)
+        self.spent = of_first(self.spent + (time.perf_counter() - begin), self.mesh)
 
     def steps_remaining(self, limits: Limits) -> float:
         """The number of steps that fit in the time left."""
