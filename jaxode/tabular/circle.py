@@ -21,19 +21,26 @@ class Circle:
 
     @classmethod
     def of(cls, name: str, values: np.ndarray, period: float | None) -> "Circle":
-        """From 0, or from minus half a period if there are negative values. Without a period, the
-        first of `PERIODS` that holds them; whole numbers have a whole period of several."""
+        """From 0; from 1 for whole numbers from 1 to the period, such as months; or from minus half
+        a period if there are negative values. Without a period, the first of `PERIODS` that holds
+        them; whole numbers have a whole period of several."""
         low, high = float(values.min()), float(values.max())
-        start_of = lambda period: -period / 2 if low < 0 else 0.0
-        if period is not None:
-            return cls(start_of(period), float(period))
         whole = bool((values == np.round(values)).all())
+
+        def of(period: float) -> Circle:
+            from_one = whole and high == period and low >= 1
+            return cls(-period / 2 if low < 0 else float(from_one), float(period))
+
+        if period is not None:
+            return of(period)
         for period in PERIODS[2 if whole else 0 :]:
-            if start_of(period) <= low and high <= start_of(period) + period:
-                return cls(start_of(period), period)
+            circle = of(period)
+            if circle.start <= low and high <= circle.end:
+                return circle
         raise ValueError(
-            f"{arg('kinds')} column {name!r} must have its period where no usual one holds its "
-            f"values, from {low:g} to {high:g}; got 'periodic' alone. Pass ('periodic', 365.25)."
+            f"{arg('kinds')} column {name!r} must have a period that is given, since its values, "
+            f"from {low:g} to {high:g}, fit no usual one; got 'periodic' alone. Pass ('periodic', "
+            "period)."
         )
 
     def wrapped(self, x: np.ndarray, grid: float) -> np.ndarray:

@@ -136,7 +136,7 @@ def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None)
             raise ValueError(f"{arg(name)} must name columns of {frame.columns}; got {unknown}.")
     if wrong := {name: kind for name, kind in kinds.items() if not _is_kind(kind)}:
         raise ValueError(
-            f"{arg('kinds')} must be of {KINDS}, or ('periodic', period); got {wrong}."
+            f"{arg('kinds')} must be one of {KINDS}, or ('periodic', period); got {wrong}."
         )
     modelled = [name for name in frame.columns if name not in given]
     if not modelled:

@@ -81,7 +81,12 @@ def test_usual_periods():
     for period, values in periods.items():
         circle = Circle.of("x", np.array(values, float), None)
         assert circle.period == period
-        assert circle.start == (-period / 2 if values[0] < 0 else 0)
+        assert circle.start == (-period / 2 if values[0] < 0 else values == [1, 12])
+
+
+def test_months_stay_from_1_to_12():
+    circle = Circle.of("month", np.arange(1.0, 13), 12)
+    np.testing.assert_array_equal(circle.wrapped(np.array([0.0, 12, 13, 24]), 1.0), [12, 12, 1, 12])
 
 
 FRAMES = {
