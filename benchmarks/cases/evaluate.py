@@ -84,7 +84,7 @@ class Evaluate(WorkPrecision):
 
     def brief(self, results: Results) -> str:
         """The ratios, and beside spline flows the nats of the same rows and the time."""
-        parts = [super().brief(results)]
+        beside = []
         for case, result in results.items():
             ms = show.ms(result["at_target"]["jaxode"]["median"])
             told = [f"the flow {result['nats']:.3f} nats in {ms} ms"]
@@ -92,8 +92,8 @@ class Evaluate(WorkPrecision):
                 f"{name} {row['nats']:.3f} in {show.ms(row['median'])}"
                 for name, row in result["one_pass"].items()
             ]
-            parts.append(f"{case}: {', '.join(told)}.")
-        return "\n\n".join(parts)
+            beside.append(f"{case}: {', '.join(told)}.")
+        return f"{super().brief(results)}\n\n{' '.join(beside)}"
 
 
 BENCHMARK = Evaluate()

@@ -74,7 +74,7 @@ def page(machines: list[dict[str, Any]]) -> list[str]:
         "# Results",
         f"On {first}, if nothing else is said. `python -m benchmarks --show NAME` prints all that "
         "was measured, on every machine: each contender's times and errors, ranges, commits, and "
-        "what failed. [README.md](README.md) has the names, and says how it is measured.",
+        "what failed. [README.md](README.md) has the names, and says how it is measured. "
         "Ratios are of jaxode's time, or memory, to that of the fastest variant of each library, "
         "at equal error: below 1 jaxode is faster, above it, in bold, the other. Of two, the first "
         "is with a network as users write it, the second with one of `jaxode.nn`.",

@@ -44,7 +44,7 @@ OF_FIT = [
     ({"given": 3}, "must be a list of names of columns; got 3."),
     ({"kinds": {"z": "integer"}}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"kinds": {"x": "real"}}, "must be one of ('categorical', 'integer', 'continuous', 'period"),
-    ({"kinds": {"x": ("periodic", 0)}}, "must be one of ~, or ('periodic', period); got {'x': ('pe"),
+    ({"kinds": {"x": ("periodic", 0)}}, "must be one of ~, or ('periodic', period); got {'x': ('p"),
     ({"kinds": {"x": ("periodic", np.nan)}}, "must be one of ~, or ('periodic', period); got {'x'"),
     ({"kinds": {"x": ("integer", 7)}}, "must be one of ~, or ('periodic', period); got {'x': ('in"),
     ({"kinds": {"x": "periodic"}, "frame": GOOD.assign(x=np.arange(N) * 10.0)},
