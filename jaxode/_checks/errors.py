@@ -75,7 +75,8 @@ EXPLANATIONS = {
     ),
     Result.NOT_STEADY: (
         "the state does not settle",
-        "Look at its trajectory: it oscillates or drifts, or needs a larger t1 or max_steps.",
+        "Look at its trajectory: it oscillates or drifts, f depends on t, or it needs a larger t1 "
+        "or max_steps.",
     ),
 }
 
