@@ -6,7 +6,8 @@ from benchmarks.harness.benchmark import Benchmark
 
 BENCHMARKS = (
     "ffjord_step", "neural_ode_step", "per_sample", "evaluate", "ragged", "rows", "stiff",
-    "images", "overhead", "divergence", "regularizers", "energy", "compile_time", "memory", "cores",
+    "images", "angles", "overhead", "divergence", "regularizers", "energy", "compile_time",
+    "memory", "cores",
 )  # fmt: skip
 ON_ITS_OWN = ("time_to_nll", "posterior", "tables", "regression", "mixed", "estimate")
 

@@ -3,10 +3,12 @@
 The wells are those of the example `CNF_vs_OTFlow` of jflows, three double wells among unit normals:
 the same Adam, rate, batch and number of steps for all, but none trains for longer than jaxode by
 path gradients. The field is phi^4 theory, 64 samples a step, and others may train for twice as
-long. Then the effective sample size, and the acceptance of a Metropolis test whose proposals the
-samples are. The first call, which compiles, does not count.
+long. The ring is the XY model of angles, which the others lack. Then the effective sample size, and
+the acceptance of a Metropolis test whose proposals the samples are. The first call, which compiles,
+does not count.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxode
@@ -26,11 +29,24 @@ from benchmarks.peers.energies import Contender, by_bijx, by_jflows
 OURS, PLAIN = "jaxode", "jaxode, plain gradient"
 WELLS, BARRIER, PLACE = 3, 1.5, 1.5
 MASS, COUPLING = -4.0, 6.975  # m^2 and lambda
+CHAIN = 2.0  # of the XY model, over the temperature
 
 
 def wells(x):
     barriers = BARRIER * ((x[:WELLS] / PLACE) ** 2 - 1) ** 2
     return -jnp.sum(barriers) - 0.5 * jnp.sum(x[WELLS:] ** 2)
+
+
+def xy(x):
+    """Each angle is drawn to its neighbours on a ring."""
+    return CHAIN * jnp.sum(jnp.cos(x - jnp.roll(x, 1)))
+
+
+def log_z_of_xy(angles: int) -> float:
+    """By the eigenvalues of the transfer matrix."""
+    from scipy.special import iv
+
+    return float(np.log(np.sum((2 * np.pi * iv(np.arange(-60, 61), CHAIN)) ** angles)))
 
 
 def minus_action(y):
@@ -91,6 +107,25 @@ class Sites(NamedTuple):
         return {OURS: make(True), PLAIN: make(False), "bijx": bijx}
 
 
+class Ring(NamedTuple):
+    angles: int
+    steps: int = 1000
+    batch: int = 256
+    width: int = 64
+    samples: int = 8192
+    log_density = staticmethod(xy)
+    allowance = 1.0
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        flow = jaxode.cnf(jaxode.nn.field, jaxode.torus(self.angles), rtol=1e-4, atol=1e-4)
+        key = jax.random.key(0)
+        start = jaxode.nn.Residual(self.angles, self.width, 2, key=key, period=2 * math.pi)
+        rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, self.steps // 8, self.steps + 1)
+        adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
+        make = lambda path: partial(ours, flow, start, xy, self.batch, path, adam)
+        return {OURS: make(True), PLAIN: make(False)}
+
+
 def trained(contender: Contender, steps: int, seconds: float) -> tuple[Any, int, float]:
     """The parameters after so many steps or seconds, the steps made, and the seconds they took."""
     step = jax.jit(stepper(contender.loss, contender.optimizer))
@@ -127,6 +162,7 @@ class Energy(Benchmark):
         "wells in 64 dimensions": Wells(64),
         "wells in 128 dimensions": Wells(128, ("OTFlow",)),
         "phi^4 on 6 x 6": Sites(6),
+        f"XY model on a ring of 16, log Z {log_z_of_xy(16):.3f}": Ring(16),
     }
     header = (
         "", "", "steps", "seconds", "effective sample size", "acceptance", "log Z, error",

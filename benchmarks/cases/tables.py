@@ -33,7 +33,7 @@ from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
 from benchmarks.harness.table_data import TABLES, Table, prepare
-from benchmarks.peers.estimators import AT_ONCE, CONTENDERS
+from benchmarks.peers.estimators import AT_ONCE, CONTENDERS, Contender
 
 TIMES = (20.0, 60.0, 300.0)  # seconds of training, up to those of the run
 LATE = 1.03  # the most that a candidate may be late, as a ratio
@@ -65,10 +65,10 @@ def all_cases() -> list[Case]:
     ]
 
 
-def scores(case: Case, table: Table, times: list[float]) -> dict[str, Any]:
+def scores(contender: Contender, case: Case, table: Table, times: list[float]) -> dict[str, Any]:
     """Of the best candidate of one training after each of these times."""
     best: dict[float, tuple[float, float, Callable[[], float]]] = {}
-    train, settings = CONTENDERS[case.contender]
+    train, settings = contender
     # Imports its library.
     training = train(table, case.seed, times[-1], **settings[case.setting])
     clock, late = 0.0, math.inf if case.contender in AT_ONCE else LATE
@@ -150,7 +150,7 @@ class Tables(Benchmark):
         found: dict[str, Any] = {}
         for part in [[end] for end in times] if chosen.contender in AT_ONCE else [times]:
             jax.clear_caches()  # each training compiles its programs
-            found |= scores(chosen, table, part)
+            found |= scores(CONTENDERS[chosen.contender], chosen, table, part)
         rows, columns = table.train.shape
         looks = [f"{end:g}" for end in times]
         return {"rows": rows, "columns": columns, "times": looks, "scores": found}

@@ -65,11 +65,11 @@ def page(machines: list[dict[str, Any]]) -> list[str]:
     shown: dict[str, list[str]] = {}
     for results in machines:
         device = results["machine"]["device"]
-        where = [f"On {device}:"] if device != first else []
+        where = f", on {device}" if device != first else ""
         for name, benchmark, done, _ in finished(results):
             told = benchmark.brief(done)
             if told and name not in shown:
-                shown[name] = [f"## {benchmark.title}", *where, told]
+                shown[name] = [f"## {benchmark.title}{where}", told]
     return [
         "# Results",
         f"On {first}, if nothing else is said. `python -m benchmarks --show NAME` prints all that "

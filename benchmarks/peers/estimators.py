@@ -64,15 +64,19 @@ class WallClock(Clock):
         del value
 
 
-def by_jaxode(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[Candidate]:
+def by_jaxode(
+    table: Table, seed: int, seconds: float, period: float | None = None, **size: Any
+) -> Iterator[Candidate]:
+    """Of angles, if they have a period."""
     start_key, key = jax.random.split(jax.random.key(seed))
     dim = table.train.shape[1]
 
     def train():
         begin = time.perf_counter()
-        params = jaxode.nn.Residual(dim, key=start_key, **size)
+        params = jaxode.nn.Residual(dim, key=start_key, period=period, **size)
+        base = jaxode.standard_normal(dim) if period is None else jaxode.torus(dim, period)
         # Matching takes no tolerance, and `log_prob` has the exact trace.
-        flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim), rtol=1e-6, atol=1e-6)
+        flow = jaxode.cnf(jaxode.nn.field, base, rtol=1e-6, atol=1e-6)
         options: dict[str, Any] = {"validation": table.validation, "progress": False}
         # `fit` counts training alone, this benchmark all.
         with mock.patch("jaxode.density.fit.Clock", return_value=WallClock(begin)):
@@ -109,7 +113,7 @@ def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterato
 
 
 def by_zuko(name: str):
-    """`zuko.flows.NSF` or `MAF` with their defaults, and the optimizer of its tutorials."""
+    """`zuko.flows.NSF` and others with their defaults, and the optimizer of its tutorials."""
 
     def contender(table: Table, seed: int, seconds: float, **size: Any) -> Iterator[Candidate]:
         import torch
@@ -203,6 +207,56 @@ def mixture(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
     counts = [count for count in dict.fromkeys(counts) if 4 * count <= len(table.train)]
     make = lambda count: GaussianMixture(count, random_state=seed).fit(table.train)
     return until_worse(quiet(make, counts), table)
+
+
+class VonMises:
+    """A mixture of products of von Mises distributions, by expectation and maximization."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+
+    def fit(self, x: np.ndarray, iterations: int = 500, tolerance: float = 1e-6) -> "VonMises":
+        from scipy.special import i0e, i1e
+        from sklearn.cluster import KMeans
+
+        z = np.exp(1j * np.asarray(x, float))
+        points = np.concatenate([z.real, z.imag], axis=1)
+        part = KMeans(self.count, n_init=4, random_state=self.seed).fit_predict(points)
+        belongs, before = np.eye(self.count)[part], -math.inf
+        for _ in range(iterations):
+            weights = belongs.sum(axis=0) + 1e-10
+            mean = belongs.T @ z / weights[:, None]
+            length = np.clip(np.abs(mean), 1e-6, 1 - 1e-6)
+            kappa = length * (2 - length**2) / (1 - length**2)
+            for _ in range(5):  # Newton's method, on the ratio of Bessel functions
+                ratio = i1e(kappa) / i0e(kappa)
+                kappa = np.maximum(kappa - (ratio - length) / (1 - ratio**2 - ratio / kappa), 1e-6)
+            self.weights, self.centres, self.kappa = weights / len(x), np.angle(mean), kappa
+            parts = self.parts(x)
+            log_prob = np.logaddexp.reduce(parts, axis=1)
+            belongs, now = np.exp(parts - log_prob[:, None]), log_prob.mean()
+            if now - before < tolerance:
+                break
+            before = now
+        return self
+
+    def parts(self, x: np.ndarray) -> np.ndarray:
+        from scipy.special import i0e
+
+        found = np.log(self.weights) + np.zeros((len(x), 1))
+        for i in range(x.shape[1]):  # kappa (cos - 1), and so a Bessel function that is scaled
+            near = np.cos(x[:, i, None] - self.centres[:, i]) - 1
+            found += self.kappa[:, i] * near - np.log(2 * np.pi * i0e(self.kappa[:, i]))
+        return found
+
+    def score_samples(self, x: np.ndarray) -> np.ndarray:
+        return np.logaddexp.reduce(self.parts(np.asarray(x, float)), axis=1)
+
+
+def von_mises(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:
+    """More and more parts, as of `mixture`."""
+    counts = dict.fromkeys(round(2 ** (i / 2)) for i in range(20))
+    return until_worse((VonMises(count, seed).fit(table.train) for count in counts), table)
 
 
 def kernels(table: Table, seed: int, seconds: float) -> Iterator[Candidate]:

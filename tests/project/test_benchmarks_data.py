@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.cases import posterior, tables
+from benchmarks.cases import angles, energy, posterior, tables
 from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import estimate_problems, table_data
 from benchmarks.peers import estimators, parameter_fits
@@ -56,9 +56,8 @@ def test_scores_are_those_of_the_best_on_the_validation_rows_in_time(monkeypatch
         return train()
 
     monkeypatch.setattr(tables, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    contenders = dict.fromkeys(("any", "jaxode"), estimators.Contender(contender))
-    monkeypatch.setattr(tables, "CONTENDERS", contenders)
-    scores = lambda name, times: tables.scores(tables.Case("", name, "", 0), None, times)
+    chosen = estimators.Contender(contender)
+    scores = lambda name, times: tables.scores(chosen, tables.Case("", name, "", 0), None, times)
     found = scores("any", [5.0, 20.0, 60.0])
     # At 20.5 s is in time for 20, at 100.5 not for 60, and there is none at 5.
     assert {end: score["nats"] for end, score in found.items()} == {"20": 20, "60": 20}
@@ -133,3 +132,23 @@ def test_a_fit_that_takes_too_long_ends_where_it_is(monkeypatch):
     ends, _, told = parameter_fits.by_scipy(broken)
     assert np.isnan(ends).all()
     assert told["reasons"][0].startswith("ValueError")
+
+
+def test_mixtures_of_angles_are_fitted_by_their_own_family():
+    pytest.importorskip("sklearn", reason="scikit-learn is installed for benchmarks: make bench")
+    data = angles.mixture(2, 5000)
+    fitted = estimators.VonMises(angles.PARTS, 0).fit(data.table.train)
+    assert abs(-fitted.score_samples(data.table.test).mean() - data.truth) < 0.02
+    np.testing.assert_allclose(fitted.kappa, angles.CONCENTRATION, rtol=0.15)
+    grid = np.linspace(-np.pi, np.pi, 100, endpoint=False)
+    x = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    np.testing.assert_allclose(
+        np.exp(fitted.score_samples(x)).mean() * angles.PERIOD**2, 1, rtol=1e-6
+    )
+
+
+def test_log_z_of_the_xy_model_is_that_of_quadrature():
+    grid = 2 * np.pi * np.arange(40) / 40
+    x = np.stack(np.meshgrid(grid, grid, grid), axis=-1).reshape(-1, 3)
+    by_grid = np.log(np.mean(np.exp(jax.vmap(energy.xy)(x)))) + 3 * np.log(2 * np.pi)
+    np.testing.assert_allclose(energy.log_z_of_xy(3), by_grid, rtol=1e-6)

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import diffrax
@@ -23,6 +24,7 @@ from benchmarks import cases
 from benchmarks.cases import (
     accelerators,
     adjoints,
+    angles,
     compile_time,
     cores,
     divergence,
@@ -80,6 +82,7 @@ TINY = {
     "energy": {
         "wells": energy.Wells(4, steps=2, batch=4, width=4, samples=16),
         "phi^4": energy.Sites(3, steps=2, batch=4, samples=16),
+        "ring": energy.Ring(3, steps=2, batch=4, width=4, samples=16),
     },
     "compile_time": {"flow": FLOW, "Neural ODE": ODE},
     "memory": {"width": (5,)},
@@ -220,6 +223,17 @@ def of_table(patch, of):
     yield tables.Case("banana", name, setting, 0).name, 2.5
 
 
+def of_angles(patch, of):
+    patch.setattr(tables, "time", Ticks())
+    patch.setattr(tables, "own_core", lambda: None)
+    patch.setattr(estimators, "OF_MAP", (2, 1.05))
+    small = estimators.Contender(partial(angles.CONTENDERS["jaxode"].train, width=4, blocks=1))
+    patch.setitem(angles.CONTENDERS, "jaxode", small)
+    table = "mixture of von Mises, 2 angles"
+    patch.setattr(angles, "TABLES", {table: lambda: angles.mixture(2, 150)})
+    yield f"{table}: {of}", 2.5
+
+
 def of_regression(patch, of):
     """A small table of its own, with levels."""
     patch.setattr(regression, "own_core", lambda: None)
@@ -279,7 +293,8 @@ OF_TABLES = [
     if not setting or (name in WITH_SETTINGS and setting != "width 256")
 ]
 MODULES = {"quantile": "quantile_forest", "tvae": "ctgan", "arf": "arfpy"}
-RUNS = [(name, of_sizes, name) for name in cases.BENCHMARKS]
+RUNS = [(name, of_sizes, name) for name in cases.BENCHMARKS if name != "angles"]
+RUNS += [("angles", of_angles, contender) for contender in angles.CONTENDERS]
 RUNS += [("time_to_nll", of_training, contender) for contender in TRAININGS]
 RUNS += [("posterior", of_posterior, contender) for contender in posterior.CONTENDERS]
 RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
@@ -339,6 +354,10 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
     if name == "mixed":
         assert (result["rows"], result["columns"]) == (160, 4)
         assert 0.3 < result["auc"] <= 1
+    if name == "angles":
+        assert (result["rows"], result["columns"]) == (120, 2)
+        # Of uniform angles 3.68; of the truth 2.8, of 15 rows.
+        assert result["truth"] - 0.5 < result["nats"] < 4.5
     if name == "estimate":
         assert result["starts"] == len(result["relative_costs"]) == 2
         # Adam has a few steps.
