@@ -5,7 +5,8 @@
 
 Flow matching with `jaxode.nn.Mixer`, on logits of dequantized pixels. Prints the loss each minute
 and bits per dimension of images set aside, and at the end those of test images, with their standard
-errors. It writes its state each minute beside the picture: the same command goes on from there.
+errors. It writes its state each minute beside the picture: the same command goes on from there,
+with the optimizer and the average, which `jaxode.fit` does not keep; so its loop is its own.
 `--classes` learns a density of each class, and classifies test images by Bayes' rule.
 """
 
@@ -167,14 +168,16 @@ def train(state, data, aside, key, options, path, mesh):
     """Until the minutes are over. Returns the state and the minutes and bits of each look."""
     looks = [tuple(look) for look in np.load(path)["looks"]] if path.exists() else []
     total, said, losses = 60 * options.minutes, time.perf_counter(), []
+    compiled = False
     while (spent := float(state.seconds)) < total:
         begin = time.perf_counter()
         rate = options.rate * math.cos(0.5 * math.pi * spent / total) ** 2
         state, loss = jax.block_until_ready(
             advance(state, data, key, rate, options.batch, mesh=mesh)
         )
-        if losses or looks:  # the first has compiled
+        if compiled:
             state = state._replace(seconds=state.seconds + time.perf_counter() - begin)
+        compiled = True
         losses.append(float(loss))
         over = float(state.seconds) >= total
         if time.perf_counter() - said < 60 and not over:
@@ -237,7 +240,7 @@ def report(network, test, options, key, mesh) -> None:
 
 def draw(network, train_levels, looks, classes, path, key):
     """Real images, samples, the way from noise to an image, and bits by minutes."""
-    context = context_of(jnp.arange(40) // 4) if classes else None
+    context = context_of(jnp.arange(40) % 10) if classes else None
     samples = out_of_flow(FLOW.sample(network, key, 40, context=context))
     z = FLOW.base.sample(key, (4,))
     args = network if context is None else (network, context[0])
@@ -275,8 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     known.add_argument("--classes", action="store_true", help="a density of each class")
     options = known.parse_args(arguments)
     announce(__doc__)
-    mesh = all_devices()
-    if options.batch % mesh.size or CHUNK % mesh.size:
+    mesh = all_devices(most=CHUNK)
+    if options.batch % mesh.size:
         raise InputError(f"--batch must be a multiple of {mesh.size} devices")
     (levels, labels), test = (tuple(map(jnp.asarray, part)) for part in load(options.data))
     if not options.classes:

@@ -9,11 +9,16 @@ from jax.sharding import Mesh
 AXIS = "batch"
 
 
-def all_devices() -> Mesh:
+def all_devices(most: int) -> Mesh:
     """Before JAX starts: a device for each core of the CPU, up to a power of two, which divides a
-    batch. JAX uses an accelerator instead, if there is one."""
+    batch, and to `most`. JAX uses an accelerator instead, if there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # it has started
-        jax.config.update("jax_num_cpu_devices", 2 ** ((cores or 1).bit_length() - 1))
-    count = 2 ** (len(jax.devices()).bit_length() - 1)
+        jax.config.update("jax_num_cpu_devices", _power_of_two(min(cores or 1, most)))
+    count = _power_of_two(min(len(jax.devices()), most))
     return Mesh(jax.devices()[:count], AXIS)
+
+
+def _power_of_two(most: int) -> int:
+    """The largest one."""
+    return 2 ** (most.bit_length() - 1)
