@@ -21,14 +21,14 @@ class Circle:
 
     @classmethod
     def of(cls, name: str, values: np.ndarray, period: float | None) -> "Circle":
-        """From 0; from 1 for whole numbers from 1 to the period, such as months; or from minus half
-        a period if there are negative values. Without a period, the first of `PERIODS` that holds
-        them; whole numbers have a whole period of several."""
+        """From 0; from 1 for whole numbers from 1 to about the period, such as months and days of
+        the year; or from minus half a period if there are negative values. Without a period, the
+        first of `PERIODS` that holds them; whole numbers have a whole period of several."""
         low, high = float(values.min()), float(values.max())
         whole = bool((values == np.round(values)).all())
 
         def of(period: float) -> Circle:
-            from_one = whole and high == period and low >= 1
+            from_one = whole and low >= 1 and period - 1 < high < period + 1
             return cls(-period / 2 if low < 0 else float(from_one), float(period))
 
         if period is not None:

@@ -211,7 +211,7 @@ def numeric(
     if circle is not None:
         x = circle.wrapped(x, finest)
         levels, counts = np.unique(x, return_counts=True)
-    some, resolution = bool(missing.any()), finest if kind == "continuous" else 0.0
+    some, resolution = bool(missing.any()), finest if kind != "integer" else 0.0
     if len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
         atoms = tuple(map(float, levels))
         return Column(name, kind, atoms, (), some, low, high, resolution=resolution, circle=circle)

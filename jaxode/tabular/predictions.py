@@ -130,8 +130,8 @@ def _target(encoder: Encoder) -> Column:
         )
     if column.circle is not None:
         raise ValueError(
-            f"{arg('frame')} predictions need numbers in an order, which a circle has not; got the "
-            f"periodic column {column.name!r}. Draw samples of it."
+            f"{arg('frame')} predictions need an ordered column; {column.name!r} is periodic. Draw "
+            "samples of it."
         )
     return column
 

@@ -84,6 +84,12 @@ def test_usual_periods():
         assert circle.start == (-period / 2 if values[0] < 0 else values == [1, 12])
 
 
+def test_days_of_the_year_stay_from_1():
+    circle = Circle.of("day", np.arange(1.0, 367), 365.25)
+    days = np.array([1.0, 365, 366, 367, 0.0])
+    np.testing.assert_allclose(circle.wrapped(days, 1.0), [1, 365, 366, 1.75, 365.25])
+
+
 def test_months_stay_from_1_to_12():
     circle = Circle.of("month", np.arange(1.0, 13), 12)
     np.testing.assert_array_equal(circle.wrapped(np.array([0.0, 12, 13, 24]), 1.0), [12, 12, 1, 12])
@@ -132,6 +138,15 @@ def test_rounded_winds_sum_to_one():
     for f in (np.sin, np.cos):
         mean, of_drawn = np.sum(p * f(angle)), f(np.radians(drawn))
         assert abs(of_drawn.mean() - mean) < 4 * of_drawn.std() / np.sqrt(200)
+
+
+@pytest.mark.parametrize(("period", "digits"), [(24.0, 1), (2 * math.pi, 2)])
+def test_log_prob_of_rounded_numbers_is_a_density(period, digits):
+    x = np.round(RNG.uniform(0, period, 2000), digits)
+    options = {"kinds": {"x": ("periodic", period)}, "steps": 1, "key": KEY, "progress": False}
+    fitted, _ = tabular.fit(pd.DataFrame({"x": x}), **options)
+    found = fitted.log_prob(pd.DataFrame({"x": x[:200]})).mean()
+    assert abs(found + np.log(period)) < 0.5
 
 
 def test_both_ends_of_a_period_are_one_value():
@@ -183,9 +198,9 @@ def test_given_angles_are_seen_as_points_on_a_circle():
 def test_a_circle_has_no_order(method):
     frame = pd.DataFrame({"wind": np.arange(N) % 8 * 45.0})
     fitted, _ = tabular.fit(frame, key=KEY, steps=1, kinds={"wind": "periodic"}, progress=False)
-    with pytest.raises(ValueError, match="numbers in an order, which a circle has not; got the"):
+    with pytest.raises(ValueError, match="need an ordered column; "):
         getattr(fitted, method)(frame)
-    with pytest.raises(ValueError, match="numbers in an order"):
+    with pytest.raises(ValueError, match="need an ordered column"):
         fitted.quantile(0.5, frame)
-    with pytest.raises(ValueError, match="numbers in an order"):
+    with pytest.raises(ValueError, match="need an ordered column"):
         fitted.interval(0.9, frame)
