@@ -50,9 +50,9 @@ def dequantize(
             density is wrong.
         levels: the number of levels, such as 256.
         noise: "uniform", or "normal" with mean 1/2 and standard deviation 1/6, cut off at the ends;
-            or a tuple of the levels that get the second, such as `(0,)`. It leaves a flow no jumps
-            to learn between a common level and a rare one. Of levels that the flow does not tell
-            apart, it costs 0.56 bits each.
+            or a tuple of the levels that get normal noise, such as `(0,)`. Normal noise leaves a
+            flow no jumps to learn between a common level and a rare one. Of levels that the flow
+            does not tell apart, it costs 0.56 bits each.
 
     Returns:
         `u [batch, *event]`, in the dtype of `x` if it is floating, and at least float32; otherwise
@@ -83,9 +83,10 @@ def dequantize(
 def in_cells(
     key: PRNGKeyArray, x: Float[Array, "..."], spacings: float = 0.51, noise: Noise = "uniform"
 ) -> Float[Array, "..."]:
-    """`x` plus noise, so far from `x` and `x + 1` that rounding does not reach them.
+    """`x` plus noise that rounding never moves onto `x` or `x + 1`.
 
-    So far in spacings of the dtype: for a sum alone, half of one and a little.
+    `spacings`: the distance from both, in spacings of the dtype. A sum alone needs a little more
+    than half of one.
     """
     return x + in_unit(key, x, margin_of(jax.lax.stop_gradient(x), spacings), noise)
 
@@ -95,9 +96,10 @@ def as_noise(name: str, noise: Any) -> Noise:
     if isinstance(noise, tuple | list) and noise and all(map(is_number, noise)):
         return tuple(map(float, noise))
     if not (isinstance(noise, str) and noise in NOISES):
+        also = "True, False, " if name == "dequantize" else ""
         raise ValueError(
-            f"{arg(name)} must be 'uniform', 'normal' or a tuple of the levels that get the "
-            f"second, such as (0,); got {noise!r}."
+            f"{arg(name)} must be {also}'uniform', 'normal' or a tuple of the levels that get "
+            f"normal noise, such as (0,); got {noise!r}."
         )
     return noise
 

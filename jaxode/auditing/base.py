@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode.auditing.audited_flow import AuditedFlow, Row, within
-from jaxode.flows.bases import has_full_support
+from jaxode.flows.bases import Torus, has_full_support
 from jaxode.flows.divergence import EXACT_UP_TO
 
 # Standard deviations. In one dimension, a normal base has no such samples.
@@ -135,6 +135,18 @@ def _rng(s: AuditedFlow) -> Any:
 
 
 def _density(s: AuditedFlow) -> Density:
-    """The log-density of the base as a function of NumPy, minus infinity where it is NaN."""
-    of = lambda x: np.asarray(s.flow.base.log_prob(jnp.asarray(x, s.x.dtype)), float)
+    """The log-density of the base as a function of NumPy, minus infinity where it is NaN.
+
+    That of a torus is of one period.
+    """
+    base: Any = s.flow.base
+
+    def of(x: np.ndarray) -> np.ndarray:
+        z = jnp.asarray(x, s.x.dtype)
+        log_prob = np.asarray(base.log_prob(z), float)
+        if not isinstance(base, Torus):
+            return log_prob
+        inside = np.asarray(base.wrapped(z) == z).reshape(len(z), -1).all(axis=1)
+        return np.where(inside, log_prob, -np.inf)
+
     return lambda x: np.nan_to_num(of(x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)

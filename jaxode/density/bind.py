@@ -392,9 +392,12 @@ def bind(
     event = tuple(flow.base.event_shape)
     fixed = fixed_columns(flow.base)
     if standardize is not None and len(fixed) == math.prod(event):
-        raise _fixed("standardize", flow, "Divide by one scale yourself, and leave it out.")
-    if isinstance(flow.base, Torus) and is_eager(params):
-        _check_period(flow, params)
+        cure = "Divide by one scale yourself, and leave it out."
+        if isinstance(flow.base, Torus):
+            cure = "Leave it out: angles keep their units."
+        raise _fixed("standardize", flow, cure)
+    if is_eager(params):
+        check_period(flow, params)
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
@@ -413,18 +416,20 @@ def bind(
 
 def _fixed(name: str, flow: CNF, cure: str) -> ValueError:
     return ValueError(
-        f"{arg(name)} needs a base of numbers that are free; got {type(flow.base).__name__}, whose "
-        f"centred configurations or angles such a map would not leave so. {cure}"
+        f"{arg(name)} would move the angles or the centre of its base, {type(flow.base).__name__}. "
+        f"{cure}"
     )
 
 
-def _check_period(flow: CNF, params: PyTree) -> None:
-    """Raise if the field is known to differ one period on."""
-    base: Any = flow.base
+def check_period(flow: CNF, args: PyTree) -> None:
+    """Raise if the base has angles, and the field is known to differ one period on."""
+    base = flow.base
+    if not isinstance(base, Torus):
+        return
     z = jnp.linspace(0.1, 0.9, len(base.period)).reshape(base.event_shape)
     period = np.where(np.isfinite(base.period), base.period, 0.0).reshape(base.event_shape)
     try:
-        here, there = (flow.f(jnp.asarray(0.3), at, params) for at in (z, z + period))
+        here, there = (flow.f(jnp.asarray(0.3), at, args) for at in (z, z + period))
     except MISFITS:  # a field with a context, or parameters that are still to come
         return
     if not np.allclose(here, there, atol=1e-3 * (1 + float(np.max(np.abs(here))))):

@@ -28,7 +28,7 @@ from jaxode._checks.arguments import (
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode.density.bind import Density
+from jaxode.density.bind import Density, check_period
 from jaxode.density.maps import FITS
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
@@ -96,7 +96,8 @@ def fit(
             copied, and may be a file, by `np.load(file, mmap_mode="r")`: maps are fitted to a
             sample, and 50 steps at a time read their rows. Or an iterable of arrays of rows, or of
             pairs `(x, context)`, such as a loader that shuffles: a thread reads ahead, maps are
-            fitted to the first 20,000 rows, and it starts again at its end.
+            fitted to the first 20,000 rows, and it starts again at its end. An iterator cannot, and
+            ends training; its last rows are left out, if they are fewer than those of 50 batches.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`. The density then knows the shape of a row.
         seconds: end after this time of training, late by a block of a second and a validation. It
@@ -104,7 +105,7 @@ def fit(
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
             most 1000 of them are used. An iterable needs other rows.
-        batch_size: rows in a step, drawn with replacement.
+        batch_size: rows in a step, drawn with replacement; each once, if `x` is an iterable.
         optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
             clipped to norm one. It decays matrices by 0.3 if there are at most 2000 rows, and at
             most 100 for each column.
@@ -116,9 +117,10 @@ def fit(
             validation rows of your own that have noise. True is "uniform"; "normal" and a tuple of
             levels are as in `jaxode.images.dequantize`. `log_prob` is then that of `x + noise`.
             Validations subtract the log-density of the noise, so that bounds are compared.
-        mesh: of devices, which take an equal part of each batch each and exchange the mean of their
-            gradients, once a step. The result is that of one device, up to rounding, but for a
-            coupling that pairs rows: a device pairs its own.
+        mesh: devices to train on. Each takes an equal part of every batch, and they average their
+            gradients once a step. The result is that of one device, up to rounding, but for a
+            coupling that pairs rows: a device pairs its own. Processes count equally, whatever
+            their rows: give each about as many.
         progress: show steps, nats and the time left on stderr.
 
     Returns:
@@ -201,6 +203,8 @@ def train(
     if table.rows.context is not None:
         shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(table.rows.context))
         density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
+        first = jax.tree.map(lambda leaf: jnp.asarray(leaf[np.array([0])][0]), table.rows.context)
+        check_period(density.flow, (density.params, first))
     flow = dataclasses.replace(density.flow, throw=False)
     # The power of the time is an input of the program, which is then the same for all.
     losses = [Partial(_matching, flow, plan.coupling, jnp.asarray(power)) for power in plan.powers]
@@ -222,8 +226,9 @@ def train(
         evaluate = evaluation(density, in_flow, log_det, validation_key, plan.mesh)
         count = table.count
         return Training(
-            density, data, evaluate, count, batch_size, begin, clock, progress, plan.mesh
-        )
+            density, data, evaluate, count, batch_size, begin, clock, progress, plan.mesh,
+            in_order=table.stream is not None,
+        )  # fmt: skip
 
     fits = _fits(density)
     maps = _mapped(density, fits, table.noisy(table.some(), noise_key).x)
@@ -253,6 +258,12 @@ def train(
         alone = isinstance(end, NoRowsLeftError) or not are_several(plan.mesh)
         for run in runs if alone else ():
             run.validate_again()
+        if isinstance(end, NoRowsLeftError) and not any(p.step for run in runs for p in run.points):
+            raise ValueError(
+                f"fit(x=...): the iterator must give the rows of {BLOCK} batches of {batch_size}, "
+                "which training reads at a time; it ended before. Pass its rows as an array, or "
+                "an iterable that starts again, such as a list or a loader."
+            ) from None
         if _best(runs).best_nll == math.inf:
             raise
         if isinstance(end, NoRowsLeftError):

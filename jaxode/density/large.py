@@ -34,7 +34,8 @@ class Without:
         return np.asarray(self.array[at], self.dtype)
 
     def sample(self, count: int) -> np.ndarray:
-        """Take a fixed sample of `count` rows."""
+        """Take a fixed sample of `count` rows, or all if there are fewer."""
+        count = min(count, len(self))
         return self[np.random.default_rng(0).choice(len(self), count, replace=False)]
 
 

@@ -84,7 +84,9 @@ class Stream:
                 continue
             found.append(array)
             x = array[0] if isinstance(array, list | tuple) and array else array
-            count -= len(x) if np.ndim(x) else 1
+            if not np.ndim(x):
+                break  # no array of rows, which the check says
+            count -= len(x)
             started = False
         return found
 

@@ -166,7 +166,7 @@ class Table:
                 row_key, key = jax.random.split(key)
                 some = self.rows
                 if stream is not None:
-                    some = _next(stream, most, self.mesh)
+                    some = _shuffled(_next(stream, most, self.mesh), row_key)
                 elif several or count > most:
                     drawn = np.asarray(jax.random.randint(row_key, (most,), 0, count))
                     some = jax.tree.map(lambda leaf: leaf[drawn], some)
@@ -203,6 +203,12 @@ def _next(stream: Stream, count: int, mesh: Mesh | None) -> Any:
     if gathered(np.array([ended is not None]), mesh).any():
         raise ended or NoRowsLeftError(stream.given)
     return rows
+
+
+def _shuffled(rows: Rows, key: PRNGKeyArray) -> Rows:
+    seed = np.asarray(jax.random.key_data(key))
+    order = np.random.default_rng(seed).permutation(len(rows.x))
+    return jax.tree.map(lambda leaf: leaf[order], rows)
 
 
 def _joined(a: Any, b: Any) -> np.ndarray:

@@ -132,6 +132,8 @@ class Program(NamedTuple):
     unravel: Callable[[Any], PyTree]
     """Makes floating arrays of the parameters of the optimizer."""
     mesh: Mesh | None = None
+    in_order: bool = False
+    """Whether steps take the rows of a block one after the other, or draw them."""
 
 
 @compiled
@@ -151,8 +153,14 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
 
     def step(i, state):
         row_key, step_key = jax.random.split(jax.random.fold_in(key, i))
-        drawn = jax.random.randint(row_key, (program.batch_size,), 0, len(rows.x))
-        x, context = jax.tree.map(lambda leaf: leaf[of_device(drawn, axes)], rows)
+        if program.in_order:
+            count = len(rows.x) // BLOCK  # less than a batch, if the device has rows of its own
+            drawn = i * count + jnp.arange(count)
+        else:
+            count = program.batch_size
+            drawn = jax.random.randint(row_key, (count,), 0, len(rows.x))
+        part = of_device(drawn, axes) if count == program.batch_size else drawn
+        x, context = jax.tree.map(lambda leaf: leaf[part], rows)
         params = lambda arrays: eqx.combine(arrays, program.static)
         of_part = lambda arrays: program.loss(params(arrays), x, context, step_key)
         # Made to vary, so that devices exchange their gradients at the end, and once.
@@ -230,6 +238,8 @@ class Training:
     clock: Clock
     progress: bool
     mesh: Mesh | None = None
+    in_order: bool = False
+    """Whether steps take the rows of a block one after the other."""
 
     def __post_init__(self):
         self.best, self.best_nll = self.density, math.inf
@@ -257,21 +267,23 @@ class Training:
         count = jnp.zeros((), jnp.int32)
         state = State(arrays, average, phase.optimizer.init(arrays), count)
         state = on_all(state, self.mesh)
-        program = Program(phase.loss, phase.optimizer, self.batch_size, static, unravel, self.mesh)
+        program = Program(
+            phase.loss, phase.optimizer, self.batch_size, static, unravel, self.mesh, self.in_order
+        )
         # Together, since Ctrl-C validates the state.
         self.phase, self.program, self.state = phase, program, state
         self.step, self.num_worse, self.resumed_at, self.remaining, self.rate = 0, 0, None, 1.0, 1.0
         self.kept, before = (self.step, self.state, self.remaining), self.clock.spent
         self.clock.step = math.inf
         self.validate()
+        self.blocks, self.used = 0, BLOCK
         if phase.name not in self.clock.compiled:
             self.used = BLOCK + 1
-            self.advance(0)
+            self.advance(0)  # on the rows of the first block
             self.clock.compiled.add(phase.name)
             # Training begins when its programs are compiled.
             self.clock.spent, self.validation_seconds = before, 0.0
         self.began = self.validated = self.clock.spent
-        self.blocks, self.used = 0, BLOCK
         self.tell()
 
     def train(self, phase: Phase, limits: Limits, steps: float = math.inf) -> None:
@@ -299,12 +311,14 @@ class Training:
         """Take up to 50 steps, in parts of about a second. With a limit of time, take one part."""
         clock, limits = self.clock, self.limits
         end, timed = self.step + min(BLOCK, most), limits.seconds < math.inf
-        if not timed:
+        if not timed and self.used:
             self.used = BLOCK
         while self.step < end:
             count = min(end - self.step, max(BLOCK_SECONDS / clock.step, 1))
             if timed:
                 count = min(count, max(clock.steps_remaining(limits), 1))
+                if self.used < BLOCK:
+                    count = min(count, BLOCK - self.used)
             with clock.running():
                 seconds = self.advance(int(count))
             self.step += int(count)

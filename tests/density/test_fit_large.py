@@ -44,6 +44,11 @@ def test_a_large_table_is_not_copied_and_rows_set_aside_are_not_drawn():
     np.testing.assert_array_equal(everything, np.delete(TABLE, table.rows.x.aside, axis=0))
 
 
+def test_maps_see_all_rows_that_are_left_of_few_more_than_large():
+    table = posed(TABLE[: LARGE + 500])
+    assert len(table.some().x) == LARGE - 500
+
+
 def test_steps_get_other_rows_with_their_contexts():
     context = TABLE.sum(axis=1, keepdims=True)
     density = bound(context_size=1, context_shape=(1,))

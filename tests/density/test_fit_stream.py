@@ -3,12 +3,16 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxode
+from jaxode.density import training
 from jaxode.density.stream import HEAD, NoRowsLeftError, Stream, is_stream
-from jaxode.density.table import Rows
+from jaxode.density.table import Rows, Table
+from jaxode.density.training import BLOCK
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -104,7 +108,31 @@ def test_contexts_come_with_their_rows():
 def test_the_best_so_far_is_kept_when_an_iterator_ends():
     with pytest.warns(UserWarning, match="training ended with the iterator, after 76800 rows"):
         _, history = fit((ROWS for _ in range(24)), steps=500)
-    assert history[-1].step == 100
+    assert history[-1].step == 150
+
+
+def test_an_iterator_that_ends_before_training_raises():
+    with pytest.raises(ValueError, match="must give the rows of 50 batches of 512, which training"):
+        fit((ROWS for _ in range(6)), steps=500)
+
+
+def test_steps_use_each_row_once():
+    """The sum of all steps is that of all rows."""
+    numbers = RNG.normal(size=(BLOCK * 8, 2)).astype(np.float32)
+    table = Table(Rows(ROWS, None), Rows(ROWS[:9], None), stream=stream(iter([ROWS[:1], numbers])))
+    table.stream.next(1)
+    density = jaxode.bind(bound().flow, bound().params, standardize=(0.0, 1.0))
+    data, _, _ = table.in_flow(density, table.validation, KEY, len(numbers))
+    rows = data(KEY)
+    assert (np.asarray(rows.x) != numbers).any()
+    loss = lambda params, x, context, key: jnp.sum(params * x)
+    start, optimizer = jnp.zeros(2), optax.sgd(1.0)
+    program = training.Program(loss, optimizer, 8, None, training._same, in_order=True)
+    state = training.State(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
+    rates = jnp.ones(()), jnp.ones((), jnp.int32)
+    state = training.advance(program, state, rates, rows, KEY, jnp.array([0, BLOCK]))
+    np.testing.assert_allclose(-state.arrays, numbers.sum(axis=0), rtol=1e-4)
+    table.stream.close()
 
 
 class Unlike:
@@ -117,6 +145,18 @@ class Unlike:
         return iter([*[ROWS] * 5, self.other])
 
 
+class Endless:
+    """Gives one thing again and again, a hundred times at most."""
+
+    def __init__(self, thing):
+        self.thing = thing
+
+    def __iter__(self):
+        for _ in range(100):
+            yield self.thing
+        raise AssertionError("read on after a thing that is no array of rows")
+
+
 @pytest.mark.parametrize(
     ("x", "options", "words"),
     [
@@ -127,8 +167,9 @@ class Unlike:
         (Loader(ROWS), {"validation": 0.1}, r"rows of their own where x is an iterable"),
         (Loader(ROWS), {"context": ROWS}, r"must be left out where x is an iterable"),
         (iter([]), {}, r"must give arrays of rows; got an iterable without any"),
+        (Endless({"x": ROWS}), {}, r"got a dict|must be an array"),
     ],
 )
 def test_wrong_iterables(x, options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         fit(x, **options)
