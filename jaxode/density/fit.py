@@ -23,7 +23,6 @@ from jaxode._checks.arguments import (
     check_not_traced,
     check_number,
     integer,
-    non_negative,
 )
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
@@ -51,7 +50,6 @@ WARM_UP = 100  # steps of matching
 # steps, or four such parts. Skip trials that leave fewer than `LEAST_REMAINING` steps.
 ROUNDS, TRIAL, SHORTEST, LEAST_REMAINING = 2, 0.025, 250, 1000
 BEHIND, CLEARLY = 0.2, 0.2  # nats by which a map is out after a round, and uniform times are taken
-MINUTE = 60.0  # seconds, if there is no other end
 
 
 @public("fit")
@@ -148,12 +146,7 @@ def fit(
     data = None if is_stream(x) else x
     check_not_traced("looks at data and at the clock", density, data, context, key)
     keys = iter(jax.random.split(check_key(key), 6))
-    if seconds is None and steps is None:
-        seconds = MINUTE
-    limits = Limits(
-        math.inf if steps is None else integer("steps", steps),
-        math.inf if seconds is None else non_negative("seconds", seconds),
-    )
+    limits = Limits.of(steps, seconds)
     check_bool("progress", progress)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")

@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import state_dtype
+from jaxode._checks.arguments import integer, non_negative, state_dtype
 from jaxode._jax.closure import compiled
 from jaxode._jax.sharding import mean_over, of_device, on_all, over_devices, split_over, vary
 from jaxode.density.bind import Density
@@ -45,6 +45,7 @@ PATIENCE, WORSE = 5, 0.02
 UNCOUNTED = 1000  # steps at the start, whose validations do not count
 EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
 SLOWER = 0.25  # and the factor of the rate after that
+MINUTE = 60.0  # seconds, if there is no other end
 EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a validation with the exact trace, and its tolerance
 
 
@@ -84,6 +85,16 @@ class Limits(NamedTuple):
     steps: float
     seconds: float = math.inf
     """Seconds of training, summed over candidates."""
+
+    @classmethod
+    def of(cls, steps: Any, seconds: Any) -> "Limits":
+        """Those that are given, or a minute."""
+        if seconds is None and steps is None:
+            seconds = MINUTE
+        return cls(
+            math.inf if steps is None else integer("steps", steps),
+            math.inf if seconds is None else non_negative("seconds", seconds),
+        )
 
 
 class Clock:

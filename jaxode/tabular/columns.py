@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 from jaxode.tabular.circle import TURN, Circle
-from jaxode.tabular.grids import EPS, on_grid, tidy
+from jaxode.tabular.grids import EPS, LARGEST, on_grid, tidy
 
 # A repeated number is a mode if this part of the rows have it, and so many times as many as its
 # neighbours, the next numbers that are as round; and if there are few, all are.
@@ -123,8 +123,10 @@ class Column:
             if grid and here.any():
                 low[here], width[here] = self.cell(x[here], i)
         inside = lambda end: INSIDE * max(1.0, abs(end)) if np.isfinite(end) else 0.0
-        low = np.clip(self.scaled(low), first + inside(first), last - inside(last))
-        return low, np.minimum(width / self.scale, last - low), ~self.is_number(mode)
+        # In single precision, too, the upper end of a cell is inside.
+        low = np.clip(self.scaled(low), first + inside(first), last - 2 * inside(last))
+        width = np.minimum(width / self.scale, last - inside(last) - low)
+        return low, width, ~self.is_number(mode)
 
     def cell(self, x: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The lower end and the width of the cell in which `x` lies, on grid `i`."""
@@ -234,11 +236,11 @@ def numeric(
         )
     seen = float(levels[0]), float(levels[-1])
     inner = np.repeat(levels[rest], counts[rest]) if rest.any() else x
-    center, scale = float(np.median(inner)), spread("frame", name, inner)
+    center, scale = float(np.median(inner)), spread(name, inner)
     return Column(name, kind, atoms, grids, some, low, high, seen, center, scale, resolution)
 
 
-def spread(argument: str, name: str, x: np.ndarray) -> float:
+def spread(name: str, x: np.ndarray) -> float:
     """The standard deviation, or that of the middle half if a few numbers are far away."""
     std = float(x.std())
     low, high = np.quantile(x, [0.25, 0.75])
@@ -246,13 +248,13 @@ def spread(argument: str, name: str, x: np.ndarray) -> float:
     if middle and std > FAR * middle:
         worst = x[np.argmax(np.abs(x - np.median(x)))]
         warnings.warn(
-            f"{arg(argument)} column {name!r} has numbers far from all others, such as {worst:g}, "
+            f"{arg('frame')} column {name!r} has numbers far from all others, such as {worst:g}, "
             "beside which the others look alike. Correct them, make them missing, or take "
             "logarithms.",
             stacklevel=8,
         )
         return middle
-    return std or 1.0
+    return std if std > 4 * EPS * np.abs(x).max() else 1.0  # of a constant, it may be rounding
 
 
 def _resolution(levels: np.ndarray, count: int) -> float:
@@ -260,7 +262,8 @@ def _resolution(levels: np.ndarray, count: int) -> float:
     if len(levels) > 0.98 * count:
         return 0.0
     for digits in range(DECIMALS + 1):
-        if on_grid(levels, 10.0**-digits).all():
+        told_apart = np.abs(levels).max() <= LARGEST * 10.0**-digits
+        if told_apart and on_grid(levels, 10.0**-digits).all():
             return 10.0**-digits
     return 0.0
 

@@ -147,9 +147,14 @@ class Encoder:
             check((mode < 0) & ~missing, "must hold categories that were in training", cure)
             return mode, x
         if column.kind == "integer" and column.grids and column.grids[-1]:
-            check(~missing & (x != np.round(x)), "must hold whole numbers, as in training")
+            cure = f" Train with kinds={{{column.name!r}: 'continuous'}}, or round it."
+            check(~missing & (x != np.round(x)), "must hold whole numbers, as in training", cure)
         outside = ~missing & ((x < column.low) | (x > column.high))
-        check(outside, f"must lie within its bounds, {column.low:g} to {column.high:g}")
+        rule = f"must lie within its bounds, {column.low:g} to {column.high:g}"
+        check(outside, rule, " Train with wider bounds, or leave the row out.")
+        if allow_missing:
+            cure = " Make it missing, or leave the row out."
+            check((mode < 0) & ~missing, "must hold numbers that were in training", cure)
         return mode, x
 
     def context(self, modes: np.ndarray, given: np.ndarray) -> np.ndarray | None:

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode.tabular.grids import LARGEST
 
-LARGEST = 2.0**50  # integers, which double precision and its rounding tell apart
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
 
@@ -60,6 +60,10 @@ def read(name: str, frame: Any, column: str) -> Values:
         raise ValueError(f"{arg(name)} must have the column {column!r}; got {frame.columns}.")
     series, start = frame[column], f"{arg(name)} column {column!r} must hold"
     missing = np.array(series.is_null().to_numpy(), bool)
+    if missing.all():  # whatever its type
+        return Values(np.full(len(missing), np.nan), missing, False)
+    if series.dtype == nw.Decimal:
+        raise TypeError(f"{start} floats or integers; got {series.dtype}. Convert it to floats.")
     if series.dtype.is_numeric():
         values = np.array(series.cast(nw.Float64).to_numpy(), float)
         if series.dtype == nw.Float32:  # 0.1 is 0.10000000149 otherwise
@@ -95,11 +99,23 @@ def read(name: str, frame: Any, column: str) -> Values:
     return Values(values, missing, True)
 
 
-def make(like: Any, data: dict[str, np.ndarray], rows: np.ndarray | None = None) -> Any:
-    """A frame with these columns, of the types of the frame `like`, and the index of its `rows`."""
+def make(
+    like: Any, data: dict[str, np.ndarray], rows: np.ndarray | None = None, types: tuple = ()
+) -> Any:
+    """A frame with these columns, of the kind of the frame `like`, and the index of its `rows`.
+
+    A column has its type in the first of the frames `types`, and then of `like`, that have it.
+    """
     import narwhals as nw
 
-    schema = {name: like.schema[name] for name in data}
+    def of(name: str) -> Any:
+        for frame in types:
+            same = frame.implementation == like.implementation and name in frame.columns
+            if same and not (len(frame) and frame[name].is_null().all()):  # of no type
+                return frame
+        return like
+
+    schema = {name: of(name).schema[name] for name in data}
     whole = lambda v: round(v) if isinstance(v, float) and v == v else v
     columns = {
         name: [*map(whole, values)] if schema[name].is_integer() else [*values]
@@ -108,5 +124,26 @@ def make(like: Any, data: dict[str, np.ndarray], rows: np.ndarray | None = None)
     if like.implementation.is_pandas_like():
         native = nw.to_native(like)
         frame = native.__class__(columns, index=None if rows is None else native.index[rows])
-        return frame.astype({name: native[name].dtype for name in data})
+        dtypes = {name: nw.to_native(of(name))[name].dtype for name in data}
+        return frame.astype({name: _holding(dtypes[name], columns[name]) for name in data})
     return nw.from_dict(columns, schema=schema, backend=like.implementation).to_native()
+
+
+def with_fractions(frame: Any, like: Any, names: list[str]) -> list[str]:
+    """Which columns hold fractions, and are of integers in the frame `like`."""
+
+    def has_any(name: str) -> bool:
+        values, missing, _ = read("given", frame, name)
+        return bool((values[~missing] % 1).any())
+
+    return [name for name in names if like.schema[name].is_integer() and has_any(name)]
+
+
+def _holding(dtype: Any, values: list[Any]) -> Any:
+    """The dtype of pandas; one of categories with those of the values, too."""
+    categories = getattr(dtype, "categories", None)
+    if categories is None:
+        return dtype
+    more = [value for value in dict.fromkeys(values) if value is not None and value == value]
+    more = [value for value in more if value not in categories]
+    return type(dtype)([*categories, *more], dtype.ordered) if more else dtype

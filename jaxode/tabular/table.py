@@ -20,6 +20,7 @@ from jaxode.tabular.impute import impute
 from jaxode.tabular.predictions import Predictive
 
 DRAWS = 8  # of the noise, in the log-probability of a row
+ROWS = 10_000  # whose log-probability is computed at once
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,20 @@ class Table:
         rows = self.encoder.encode(frames.as_frame("frame", frame))
         draws = integer("draws", draws)
         noise_key = jax.random.key(0) if key is None else check_key(key)
+        parts = [np.zeros(0)]
+        for start in range(0, len(rows.modes), ROWS):
+            part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
+            part_key = jax.random.fold_in(noise_key, start) if start else noise_key
+            parts.append(self._log_prob(part, draws, part_key))
+        return np.concatenate(parts)
+
+    def _log_prob(self, rows: Encoded, draws: int, key: PRNGKeyArray) -> np.ndarray:
         total = rows.log_scale
         if self.categories is not None:
             modes = rows.modes[:, self.encoder.discrete]
             total = total + np.asarray(categorical.log_probs(self.categories, modes, rows.given))
         if self.density is not None:
-            total = total + self._log_numbers(self.density, rows, draws, noise_key)
+            total = total + self._log_numbers(self.density, rows, draws, key)
         return np.where((rows.modes < 0).any(axis=1), -np.inf, total)
 
     def _log_numbers(
@@ -121,7 +130,8 @@ class Table:
             for name in names:
                 data[name] = np.array(given[name].to_list(), object)[rows]
         like = self.encoder.like
-        return frames.make(like, {name: data[name] for name in like.columns})
+        types = () if given is None else (given.select(frames.with_fractions(given, like, names)),)
+        return frames.make(like, {name: data[name] for name in like.columns}, types=types)
 
     def _draw(self, key: PRNGKeyArray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         mode_key, number_key, seed_key = jax.random.split(key, 3)
@@ -170,7 +180,8 @@ class Table:
         for i, column in enumerate(self.encoder.columns):
             here = missing[copies, i]
             data[column.name][here] = drawn[column.name][here[at]]
-        return frames.make(frame, data, copies)
+        types = frame, self.encoder.like  # which has one for a column that was all missing
+        return frames.make(frame, data, copies, types)
 
     def _predictive(self, frame: Any) -> Predictive:
         return Predictive(self.encoder, self.categories, self.density, frame)

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxode._checks.arguments import check_bool, check_number, integer, non_negative
+from jaxode._checks.arguments import check_bool, check_number, integer, is_number
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode.density.bind import bind
-from jaxode.density.fit import MANY, MINUTE, RATE, TIME_POWERS, Plan, adam, train
+from jaxode.density.fit import MANY, RATE, TIME_POWERS, Plan, adam, train
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
-from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART, PARTS
+from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART
 from jaxode.density.training import Limits, Point
 from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
@@ -84,12 +84,7 @@ def fit(
     """
     begin = time.perf_counter()
     keys = jax.random.split(check_key(key), 4)
-    if seconds is None and steps is None:
-        seconds = MINUTE
-    limits = Limits(
-        math.inf if steps is None else integer("steps", steps),
-        math.inf if seconds is None else non_negative("seconds", seconds),
-    )
+    limits = Limits.of(steps, seconds)
     check_bool("progress", progress)
     other = None if other is None else integer("other", other, 2)
     frame = frames.as_frame("frame", frame)
@@ -115,6 +110,8 @@ def fit(
     if encoder.numbers:
         density, more = _numbers(encoder, rows, aside, limits, progress, keys[2], begin)
         moments, points = _moments(encoder, rows, keys[3]), points + more
+    elif progress:
+        print(file=sys.stderr)
     return Table(encoder, network, density, moments), points
 
 
@@ -155,9 +152,7 @@ def _is_kind(kind: Any) -> bool:
         return isinstance(kind, str) and kind in KINDS
     if len(kind) != 2 or kind[0] != "periodic":
         return False
-    period = kind[1]
-    is_number = isinstance(period, PARTS) and not isinstance(period, bool)
-    return is_number and 0 < float(period) < math.inf
+    return is_number(kind[1]) and 0 < float(kind[1]) < math.inf
 
 
 def _column(
@@ -190,14 +185,15 @@ def _column(
             return numeric(name, kind, values, missing, circle=circle)
         some, scale = bool(missing.any()), circle.period / TURN
         return Column(name, kind, (), (0.0,), some, scale=scale, circle=circle)
-    whole = bool((numbers == np.round(numbers)).all())
+    whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= frames.LARGEST)
     if kind == "integer" and not whole:
         raise ValueError(
-            f"{arg('kinds')} column {name!r} must hold whole numbers to be an integer; got others."
+            f"{arg('kinds')} column {name!r} must hold whole numbers up to 2**50 to be an integer; "
+            "got others."
         )
     kind = kind or ("integer" if whole else "continuous")
     if is_given:
-        center, scale = float(np.median(numbers)), spread("frame", name, numbers)
+        center, scale = float(np.median(numbers)), spread(name, numbers)
         return Column(name, kind, (), (0.0,), bool(missing.any()), center=center, scale=scale)
     return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
 
@@ -227,11 +223,15 @@ def _split(
     rows = encoder.encode(frame)
     draw, n = np.random.default_rng(np.asarray(jax.random.key_data(key))), len(frame)
     take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
-    if not isinstance(validation, PARTS) or isinstance(validation, bool):
+    if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
-        if not len(aside.modes):
-            raise ValueError(f"{arg('validation')} must have at least one row; got none.")
-        return rows, take(aside, draw.permutation(len(aside.modes))[:MAX_VALIDATION])
+        known = np.flatnonzero((aside.modes >= 0).all(axis=1))  # the others have a density of zero
+        if not len(known):
+            raise ValueError(
+                f"{arg('validation')} must have at least one row whose values were in training; "
+                "got none."
+            )
+        return rows, take(aside, draw.permutation(known)[:MAX_VALIDATION])
     check_number("validation", validation, PART, kind="part")
     shuffled = draw.permutation(n)
     count = min(math.ceil(validation * n), MAX_VALIDATION, n - 2)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxode.tabular import frames
-from jaxode.tabular.columns import Column, categorical, numeric
+from jaxode.tabular.columns import Column, categorical, numeric, spread
 
 RNG = np.random.default_rng(1)
 N = 600
@@ -143,6 +143,12 @@ def test_cells_stay_within_bounds():
     low, high = low * 40 + 75, (low + width) * 40 + 75
     np.testing.assert_allclose(low, x, atol=1e-3)
     np.testing.assert_allclose(high, [100, 151, 150, 151], atol=1e-3)
+    # In single precision, too, for noise that rounds to zero and to one.
+    low, width, _ = column.cells(*column.encode(x, np.zeros(4, bool)))
+    first, last = np.float32(column.ends)
+    for v in np.float32([0.0, 1.0]):
+        noisy = np.float32(low) + v * np.float32(width)
+        assert ((first < noisy) & (noisy < last)).all()
 
 
 def test_rare_categories_share_a_mode():
@@ -164,6 +170,20 @@ def test_numbers_as_categories():
     mode, _ = column.encode(values, missing)
     assert column.modes == 3
     assert (column.decode(mode, values, RNG) == values).all()
+
+
+def test_floats_beyond_their_own_decimals_have_no_grid():
+    for size in (2e30, 1e19, 3.7e9):
+        values = size * RNG.normal(1.0, 0.1, 500)
+        values[1::2] = values[::2]  # repeated, as of joined tables
+        column = numeric("x", "continuous", values, np.zeros(500, bool))
+        assert column.grids == (0.0,)
+        np.testing.assert_array_equal(column.round_down(values, 0), values)
+
+
+def test_a_constant_has_a_scale_of_one():
+    for n in (300, 777, 1000):
+        assert spread("x", np.full(n, 0.1)) == 1.0
 
 
 @pytest.mark.parametrize("size", [1.65e9, 1.65e12])

@@ -125,6 +125,56 @@ def test_samples_of_given_rows():
     assert [*samples.age.fillna(-1)] == [-1] * 3 + [30] * 3
 
 
+def test_given_fractions_stay_as_they_are():
+    frame = pd.DataFrame({"area": np.arange(40), "old": [True, False, None, True] * 10})
+    fitted, _ = tabular.fit(frame, given="area", key=KEY, steps=1, progress=False)
+    samples = fitted.sample(KEY, 1, pd.DataFrame({"area": [20.5, 21.0]}))
+    assert [*samples.area] == [20.5, 21.0]
+    assert (
+        fitted.sample(KEY, 1, pd.DataFrame({"area": [20.0, 21.0]})).area.dtype == frame.area.dtype
+    )
+
+
+def test_categories_that_a_frame_lacks_are_drawn_and_kept():
+    frame = FRAMES["categories"].assign(group=pd.Categorical(FRAMES["categories"].group))
+    options = {"key": KEY, "steps": 1, "progress": False, "other": 5}
+    frame.loc[:1, "group"] = pd.NA
+    rows = pd.DataFrame({"group": pd.Categorical(["a", None, None]), "old": True})
+    fitted, _ = tabular.fit(frame, **options)
+    filled = fitted.impute(KEY, rows, 20)
+    assert not filled.group.isna().any()
+    assert set(filled.group) == {"a", "b", "c"}
+    frame.loc[5:7, "group"] = "a"
+    frame["group"] = frame.group.cat.add_categories("rare")
+    frame.loc[5:7, "group"] = "rare"
+    fitted, _ = tabular.fit(frame, given="group", **options)
+    samples = fitted.sample(KEY, 1, pd.DataFrame({"group": ["Rome", "a"]}))
+    assert [*samples.group] == ["Rome", "a"]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_column_may_be_missing_altogether(library):
+    fitted = table("mixed")
+    if library == "pandas":
+        rows = pd.DataFrame({"group": ["a"], "count": [3]}).assign(age=pd.NA)
+    else:
+        made = optional("polars")
+        frame = made.from_pandas(FRAMES["mixed"])
+        fitted, _ = tabular.fit(frame, key=KEY, steps=1, progress=False)
+        rows = made.DataFrame({"group": ["a"], "count": [3], "age": [None]})
+    filled = fitted.impute(KEY, rows)
+    assert float(filled["age"][0]) > 0
+    assert np.isfinite(fitted.log_prob(rows)).all()
+
+
+def test_rows_are_the_same_in_parts(monkeypatch):
+    frame = FRAMES["categories"]
+    together = table("categories").log_prob(frame)
+    monkeypatch.setattr(tabular.table, "ROWS", 128)
+    np.testing.assert_allclose(table("categories").log_prob(frame), together, rtol=1e-5)
+    assert table("categories").log_prob(frame[:0]).shape == (0,)
+
+
 def test_given_integers_may_be_missing():
     age = pd.array([30, None, 50, 41] * 10, "Int64")
     frame = pd.DataFrame({"age": age, "old": [False, True, True, None] * 10})
@@ -193,6 +243,12 @@ def test_validation_rows_of_your_own():
     fitted, points = tabular.fit(frame[:200], validation=frame[200:], **options)
     nats = -fitted.log_prob(frame[200:]).mean()
     assert abs(min(point.nats for point in points) - nats) < 1e-4
+    # A number of few that training had not has a density of zero, and is left out.
+    few, unseen = FRAMES["one integer"], pd.DataFrame({"n": [9], "group": ["a"]})
+    both = pd.concat([few[:50], unseen])
+    _, points = tabular.fit(few, validation=both, **options)
+    _, expected = tabular.fit(few, validation=few[:50], **options)
+    np.testing.assert_allclose([p.nats for p in points], [p.nats for p in expected], rtol=1e-4)
 
 
 @pytest.mark.parametrize("library", ["polars", "pyarrow"])

@@ -53,7 +53,7 @@ OF_FIT = [
     ({"bounds": {"k": (0, 7)}, "kinds": {"k": "periodic"}}, "must leave periodic columns out; go"),
     ({"kinds": ["x"]}, "must be a dict, by names of columns; got ['x']."),
     ({"kinds": {"c": "integer"}}, "column 'c' holds categories; got 'integer'. Convert it to numb"),
-    ({"kinds": {"x": "integer"}}, "column 'x' must hold whole numbers to be an integer; got other"),
+    ({"kinds": {"x": "integer"}}, "column 'x' must hold whole numbers up to 2**50 to be an integ"),
     ({"bounds": {"z": (0, 1)}}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"bounds": {"k": (0, 1)}}, "must contain the values of 'k', from 0 to 2; got (0, 1)."),
     ({"bounds": {"k": 1}}, "must be pairs (low, high); got 1 for 'k'."),
@@ -64,7 +64,7 @@ OF_FIT = [
     ({"other": 1}, "must be an integer of at least 2; got 1."),
     ({"validation": 1.5}, "must be between 0 and 1; got 1.5"),
     ({"validation": GOOD[["x", "k"]]}, "must have the column 'c'; got ['x', 'k']."),
-    ({"validation": GOOD[:0]}, "must have at least one row; got none."),
+    ({"validation": GOOD[:0]}, "must have at least one row whose values were in training; got "),
     ({"validation": True}, "must be a frame of pandas, polars or pyarrow; got bool."),
     ({"steps": 0}, "must be a positive integer; got 0."),
     ({"seconds": -1}, "must be a Python number, finite and at least 0; got -1."),
@@ -84,9 +84,9 @@ OF_TABLE = [
     ("mixed", "log_prob", {"frame": MIXED.assign(count=[1, 2, np.nan, 3])}, "column 'count' had no "
      "missing values in training; got a missing one in row 2. Leave it out, or fill it in."),
     ("mixed", "log_prob", {"frame": MIXED.assign(count=[1, 2, 41, 3])}, "column 'count' must lie "
-     "within its bounds, 0 to 40; got 41.0 in row 2."),
+     "within its bounds, 0 to 40; got 41.0 in row 2. Train with wider bounds"),
     ("mixed", "log_prob", {"frame": MIXED.assign(count=[1, 2.5, 4, 3])}, "column 'count' must hold "
-     "whole numbers, as in training; got 2.5 in row 1."),
+     "whole numbers, as in training; got 2.5 in row 1. Train with kinds={'count': 'continuous'}"),
     ("mixed", "log_prob", {"draws": 0, "frame": MIXED}, "must be a positive integer; got 0."),
     ("mixed", "sample", {"key": 1}, "must be a key of jax.random; got int."),
     ("mixed", "sample", {"n": -1, "key": KEY}, "must be an integer of at least 0; got -1."),
@@ -95,6 +95,8 @@ OF_TABLE = [
      "', 'age'], and is left out where there are none; got NoneType."),
     ("atom", "sample", {"given": ATOM[["age"]], "key": KEY}, "must have the column 'group'; got ["),
     ("mixed", "impute", {"frame": MIXED[["age"]], "key": KEY}, "must have the column 'group'; got"),
+    ("one integer", "impute", {"frame": pd.DataFrame({"n": [9], "group": [None]}), "key": KEY},
+     "column 'n' must hold numbers that were in training; got 9.0 in row 0. Make it missing"),
     ("mixed", "impute", {"n": 0, "key": KEY, "frame": MIXED}, "must be a positive integer; got 0."),
     *(("mixed", name, {"frame": MIXED}, "predictions need one modelled column, of numbers; got {'gr"
        "oup': 'categorical', 'count': 'integer', 'age': 'continuous'}. Train with given=")

@@ -32,6 +32,7 @@ FRAMES = {
     ),
     "continuous": pd.DataFrame({"y": 3 * AGE + RNG.normal(size=ROWS), "group": GROUP, **SIGNS}),
     "few": pd.DataFrame({"n": RNG.integers(0, 5, ROWS), "group": GROUP}),
+    "one integer": pd.DataFrame({"n": np.arange(ROWS) % 5, "group": GROUP}),
     "categories": pd.DataFrame({"group": GROUP, "old": np.where(GROUP == "a", 30, 45) < AGE}),
     "one": pd.DataFrame({"x": RNG.exponential(size=ROWS)}),
 }
@@ -40,6 +41,7 @@ OPTIONS = {
     "atom": {"given": ["age", "group"]},
     "continuous": {"given": ["group", *SIGNS]},
     "few": {"given": "group"},
+    "one integer": {},
     "categories": {"steps": 300},
     "one": {"bounds": {"x": (0, None)}},
 }
