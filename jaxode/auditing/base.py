@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode.auditing.audited_flow import AuditedFlow, Row, within
-from jaxode.flows.bases import Torus, has_full_support
+from jaxode.flows.bases import has_full_support, in_one_period
 from jaxode.flows.divergence import EXACT_UP_TO
 
 # Standard deviations. In one dimension, a normal base has no such samples.
@@ -144,9 +144,7 @@ def _density(s: AuditedFlow) -> Density:
     def of(x: np.ndarray) -> np.ndarray:
         z = jnp.asarray(x, s.x.dtype)
         log_prob = np.asarray(base.log_prob(z), float)
-        if not isinstance(base, Torus):
-            return log_prob
-        inside = np.asarray(base.wrapped(z) == z).reshape(len(z), -1).all(axis=1)
-        return np.where(inside, log_prob, -np.inf)
+        outside = np.asarray(in_one_period(base, z) != z) & np.isfinite(x)
+        return np.where(outside.reshape(len(z), -1).any(axis=1), -np.inf, log_prob)
 
     return lambda x: np.nan_to_num(of(x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)

@@ -35,7 +35,7 @@ from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.density.maps.given import Shape, as_map, as_support
 from jaxode.flows import compiled
-from jaxode.flows.bases import Torus, fixed_columns
+from jaxode.flows.bases import Torus, fixed_columns, in_one_period
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import without_noise
@@ -121,8 +121,7 @@ class Density(eqx.Module):
 
     def _wrapped(self, x: Float[Array, "rows *event"]) -> Float[Array, "rows *event"]:
         """Angles in their first period."""
-        base = unwrap_constants(self._flow.base)
-        return base.wrapped(x) if isinstance(base, Torus) else x
+        return in_one_period(unwrap_constants(self._flow.base), x)
 
     @public("log_prob")
     def log_prob(

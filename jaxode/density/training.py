@@ -46,7 +46,7 @@ UNCOUNTED = 1000  # steps at the start, whose validations do not count
 EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
 SLOWER = 0.25  # and the factor of the rate after that
 MINUTE = 60.0  # seconds, if there is no other end
-EXACT_UP_TO, LOOSE = 16, 1e-3  # dimensions of a validation with the exact trace, and its tolerance
+TRACED_UP_TO, LOOSE = 16, 1e-3  # dimensions of a validation with the exact trace, and its tolerance
 
 
 class Point(NamedTuple):
@@ -226,7 +226,7 @@ def evaluation(
 def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
     """Exact in few dimensions, and cheap in many, where `exact()` asks for no closed form."""
     exact = without_noise(divergence, event)
-    if math.prod(event) <= EXACT_UP_TO:
+    if math.prod(event) <= TRACED_UP_TO:
         return exact
     if is_trace(divergence):
         return hutchinson()

@@ -56,6 +56,11 @@ def fixed_columns(base: BaseDensity) -> tuple[int, ...]:
     return base.angles if isinstance(base, Torus) else ()
 
 
+def in_one_period(base: BaseDensity, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Events with angles in their first period, where the base has any."""
+    return base.wrapped(x) if isinstance(base, Torus) else x
+
+
 @dataclass(frozen=True)
 class StandardNormal:
     """Independent normals with mean zero and variance one."""
@@ -349,7 +354,8 @@ def _has_support(density: Any) -> bool:
 def as_base(density: Any) -> BaseDensity:
     """The density itself, or an adapter to `BaseDensity` if another library made it."""
     event_shape = getattr(density, "event_shape", getattr(density, "shape", None))
-    if event_shape is None or not all(hasattr(density, name) for name in ("log_prob", "sample")):
+    has_all = all(hasattr(density, name) for name in ("log_prob", "sample"))
+    if event_shape is None or not has_all or isinstance(density, type):
         raise TypeError(
             f"cnf(base=...): must have event_shape, log_prob and sample; got {density!r}. "
             "Use jaxode.standard_normal(event_shape)."

@@ -17,7 +17,7 @@ from jaxode._checks.arguments import check_scalar, takes
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import compiled
 from jaxode._jax.primitives import first_derivatives_only
-from jaxode.flows.bases import log_prob_of
+from jaxode.flows.bases import in_one_period, log_prob_of
 from jaxode.flows.compiled import probes_of
 from jaxode.flows.integrands import SCORE
 from jaxode.flows.likelihood.objective import with_integrals
@@ -67,7 +67,8 @@ def reverse_kl(
         solution = with_integrals(system, integrands.volume, probes, ())
         x, log_det = solution.y1
         log_q, along = log_prob_of(base, system.y0, precision) - log_det, 0.0
-    log_p, slope, finite = _target(log_density, fixed(x), system.row_args)
+    seen = in_one_period(base, fixed(x))
+    log_p, slope, finite = _target(log_density, seen, system.row_args)
     # The derivative along the path: that of what is added to `log q - log p`, which is zero.
     along = jnp.sum(((along - slope) * (x - fixed(x))).reshape(len(log_q), -1), axis=1)
     losses = log_q + along.astype(log_q.dtype) - log_p.astype(log_q.dtype)

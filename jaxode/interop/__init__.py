@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from jaxode.density.bind import Density
-from jaxode.flows.bases import has_full_support
+from jaxode.flows.bases import Torus, has_full_support
 
 
 def numpyro(density: Density, context: PyTree = None) -> Any:
@@ -17,10 +17,16 @@ def numpyro(density: Density, context: PyTree = None) -> Any:
             use `density.log_prob` in `numpyro.factor`.
 
     Raises:
-        ValueError: for a flow of centred particles, whose density has no scale along a shift.
+        ValueError: for a flow of centred particles, whose density has no scale along a shift, and
+            for one of angles.
         ModuleNotFoundError: if numpyro is not installed.
     """
     _check_all_coordinates("numpyro", density)
+    if isinstance(density.flow.base, Torus):
+        raise ValueError(
+            "interop.numpyro(density=...): needs a density of numbers; got one of angles, which "
+            "numpyro would take for numbers on the whole line. Sample from the density itself."
+        )
     from jaxode.interop.to_numpyro import FlowDistribution
 
     return FlowDistribution(density, context)

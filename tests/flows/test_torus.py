@@ -181,6 +181,17 @@ def test_an_audit_finds_nothing_wrong(period):
     assert abs(rows["base probability"].value - 1) < 0.02
 
 
+def test_a_target_sees_angles_of_one_period():
+    density = bound(1.0)
+    table = jnp.linspace(0.0, 1.0, 50)
+    clamped = lambda x: jnp.interp(x, table, jnp.cos(2 * math.pi * table)).sum()
+    smooth = lambda x: jnp.cos(2 * math.pi * x).sum()
+    loss = lambda target: density.flow.reverse_kl_loss(density.params, target, 256, key=KEY)
+    x = density.flow.sample(density.params, KEY, 256)
+    assert ((x < 0) | (x > 1)).any()
+    np.testing.assert_allclose(loss(clamped), loss(smooth), atol=0.01)
+
+
 def test_fit_checks_the_period_of_a_field_with_a_context():
     network = jaxode.nn.Residual(2, 8, 1, key=KEY, context_size=1)
     density = jaxode.bind(jaxode.cnf(jaxode.nn.field, jaxode.torus(2)), network)

@@ -65,8 +65,8 @@ ROWS = {
         ({"support": (0.0, 5e-324)}, BETWEEN + "64; got"),
         ({"context_shape": (), "standardize_context": TABLE},
          "must end in that of the rows of standardize_context, ((2,),); got ((),)."),
-        ({"support": (-9.0, 9.0), "flow": CENTRED}, "needs a base "),
-        ({"standardize": (0.0, 3.0), "flow": CENTRED}, "needs a base "),
+        ({"support": (-9.0, 9.0), "flow": CENTRED}, "would move the angles or the centre"),
+        ({"standardize": (0.0, 3.0), "flow": CENTRED}, "would move the angles or the centre"),
     ],
     ("with_flow", ValueError): [({"flow": CENTRED}, "needs a base ")],
     ("bind", TypeError): [

@@ -8,6 +8,7 @@ import jaxode
 from inputs.calls import CONTEXTS, FLOW, KEY, NETWORK, ONE, X, decay
 from jaxode import divergence, nn
 from jaxode.coupling import Coupling, optimal_transport
+from jaxode.flows.bases import DiagonalNormal
 from jaxode.regularizers import Regularizer, jacobian_frobenius, kinetic_energy
 
 ALIKE = SimpleNamespace(init=lambda key, z: None, apply=divergence.exact().apply)
@@ -51,6 +52,7 @@ ROWS = {
     ("cnf", TypeError): [
         ({"f": nn.MLP}, "must be a function f(t, z, params); got the class MLP."),
         ({"base": 2}, "must have event_shape, log_prob and sample; got 2."),
+        ({"base": DiagonalNormal}, "must have event_shape, log_prob and sample; got <class"),
         ({"divergence": "exact"}, "must be a Divergence; got 'exact'. Use a function of jaxode.di"),
         ({"divergence": ALIKE}, "must be a Divergence; got namespace(~ Use a function of"),
         ({"regularizers": COST}, "must be a tuple of jaxode.regularizers; got Regularizer("),

@@ -70,7 +70,7 @@ ROWS = [
     *must("low", ValueError, "None, 'highest'~", {"solve": "precision"}),
     *must("x", ValueError, "'score' or 'noise'", {"probability_flow": "predicts"}),
     *must("no", ValueError, "'uniform', 'normal' or a tuple~", {"dequantize": "noise"}),
-    *must("no", ValueError, "'uniform', 'normal' or a tuple~", {"fit": "dequantize"}),
+    *must("no", ValueError, "True, False, 'uniform', 'normal' or a tuple~", {"fit": "dequantize"}),
     *must("x", ValueError, "'rademacher', 'gaussian' or 'ortho~", {"hutchinson": "distribution"}),
     *(
         row for direction in (2, True, 1.0)

@@ -205,6 +205,12 @@ def test_other_libraries_get_no_density_of_centred_particles(library):
         getattr(jaxode.interop, library)(jaxode.bind(flow, 0.0))
 
 
+def test_numpyro_gets_no_density_of_angles():
+    flow = jaxode.cnf(lambda t, z, a: a * jnp.sin(z), jaxode.torus(1))
+    with pytest.raises(ValueError, match=r"interop.numpyro\(density=...\): .* got one of angles"):
+        jaxode.interop.numpyro(jaxode.bind(flow, 0.1))
+
+
 BOUNDED = {
     "uniform": (lambda dist: dist.Uniform(-1.0, jnp.ones(2)).to_event(1), [0.5, -0.5], [3.0, 0.5]),
     "exponential": (lambda dist: dist.Exponential(jnp.ones(2)).to_event(1), [0.5, 2.0], [0.5, -1]),
