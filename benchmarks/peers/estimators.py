@@ -26,7 +26,7 @@ from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
 from jaxode.density.table import MAX_VALIDATION
-from jaxode.density.training import APART, EXACT_UP_TO, Clock
+from jaxode.density.training import APART, TRACED_UP_TO, Clock
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
 # is an ODE solve: there are fewer looks, at most so many seconds apart, and each is that of `fit`.
@@ -97,7 +97,7 @@ def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterato
     step, current = torchcfm_matching(params, dim, 2e-3)
 
     def train():
-        looked, key = time.perf_counter(), jax.random.key(seed) if dim > EXACT_UP_TO else None
+        looked, key = time.perf_counter(), jax.random.key(seed) if dim > TRACED_UP_TO else None
         for look in looks(*OF_FIELD):
             step(
                 table.train[rng.integers(0, len(table.train), (1, 512))],
