@@ -162,7 +162,7 @@ class Energy(Benchmark):
         "wells in 64 dimensions": Wells(64),
         "wells in 128 dimensions": Wells(128, ("OTFlow",)),
         "phi^4 on 6 x 6": Sites(6),
-        f"XY model on a ring of 16, log Z {log_z_of_xy(16):.3f}": Ring(16),
+        f"XY model on a ring of 8, log Z {log_z_of_xy(8):.3f}": Ring(8),
     }
     header = (
         "", "", "steps", "seconds", "effective sample size", "acceptance", "log Z, error",
