@@ -219,9 +219,9 @@ class VonMises:
         from scipy.special import i0e, i1e
         from sklearn.cluster import KMeans
 
-        z = np.exp(1j * np.asarray(x, float))
-        points = np.concatenate([z.real, z.imag], axis=1)
-        part = KMeans(self.count, n_init=4, random_state=self.seed).fit_predict(points)
+        z, options = np.exp(1j * np.asarray(x, float)), dict[str, Any](n_init=4)
+        points = np.concatenate([np.cos(x), np.sin(x)], axis=1)
+        part = KMeans(self.count, random_state=self.seed, **options).fit_predict(points)
         belongs, before = np.eye(self.count)[part], -math.inf
         for _ in range(iterations):
             weights = belongs.sum(axis=0) + 1e-10
