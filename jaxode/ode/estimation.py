@@ -112,9 +112,9 @@ class Estimate(eqx.Module):
             )
             ends[rows], costs[rows] = found.flats, found.costs
             done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
-        given = self._problem.noise if self._problem.residual is None else 1.0
+        given, unit = self._problem.noise, self._problem.unit
         scale = jnp.mean((given / self.noise) ** 2)
-        ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost)
+        ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost / unit**2)
         return ratio, jax.vmap(unravel)(jnp.asarray(ends, flat.dtype))
 
 
@@ -163,7 +163,8 @@ def estimate(
             resolve.
         row_args: arguments of each experiment, `[rows, ...]`.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`
-            and `atol` are 1e-6, or 1e-5 in single precision.
+            and `atol` are 1e-6, or 1e-5 in single precision; without `observe`, `atol` is this part
+            of the spread of `ys`, if that is below one.
 
     Returns:
         An `Estimate`.
@@ -215,7 +216,7 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
     noise, scale, free = problem.noise, 1.0, used - len(flat)
     if problem.residual is None and problem.estimated:
         scale = 2 * cost / free
-        noise = jnp.asarray(math.sqrt(scale), dtype)
+        noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
     elif problem.residual is None and free > 0 and 2 * cost > free + UNLIKELY * (2 * free) ** 0.5:
         warnings.warn(
             f"estimate: residuals are {math.sqrt(2 * cost / free):.2g} times the noise: the model "
@@ -237,11 +238,12 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
             "errors may be wrong. Start nearer, or lower rtol and atol.",
             stacklevel=4,
         )
-    tree = lambda x: unravel(jnp.asarray(x, dtype))
+    tree, square = lambda x: unravel(jnp.asarray(x, dtype)), float(problem.unit) ** 2
     return Estimate(
-        tree(flat), jnp.asarray(cost, dtype), jnp.asarray(covariance, dtype), tree(errors), noise,
-        jax.vmap(unravel)(jnp.asarray(starts, dtype)), jnp.asarray(costs.min(axis=1), dtype),
-        jnp.asarray(ends.converged[best]), problem, together,
+        tree(flat), jnp.asarray(cost * square, dtype), jnp.asarray(covariance, dtype),
+        tree(errors), noise, jax.vmap(unravel)(jnp.asarray(starts, dtype)),
+        jnp.asarray(costs.min(axis=1) * square, dtype), jnp.asarray(ends.converged[best]),
+        problem, together,
     )  # fmt: skip
 
 

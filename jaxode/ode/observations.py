@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
@@ -36,7 +37,8 @@ def posed(
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
     ts, ys, t0 = _observations(ts, ys, t0, dtype)
-    weight = _weight(noise, functions, ys, flats.shape[1])
+    spread = _spread(np.asarray(ys, float), ts.ndim - 1)
+    weight = _weight(noise, functions, ys, flats.shape[1], spread)
     state = check_state("y0", y0(template) if callable(y0) else y0)
     if ts.ndim == 2:
         check_rows("y0", state, len(ts))
@@ -51,7 +53,9 @@ def posed(
     if not callable(y0):
         y0 = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     tolerance = max(TOLERANCES[dtype] / 100, 1e-6)
-    options = {"rtol": tolerance, "atol": tolerance, **options}
+    size = min(spread, 1.0) if functions["observe"] is None else 1.0  # of the state
+    atol = jnp.asarray(tolerance * size, dtype)  # an input of the program, since it varies
+    options = {"rtol": tolerance, "atol": atol, **options}
     problem = Misfit(
         f=f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, noise=weight, estimated=noise is None,
         row_args=row_args, options=options, **functions,
@@ -109,14 +113,17 @@ def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, 
         )
     if bool(jnp.isinf(ys).any()):
         raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
+    if bool(jnp.isnan(ys).all()):
+        raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
     return ts, ys, t0
 
 
-def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int) -> Array:
-    """The noise, or one where the residuals say it."""
+def _weight(
+    noise: Any, functions: dict[str, Any], ys: Array, count: int, spread: float
+) -> Array:
+    """By what residuals are divided: the noise, or the spread of `ys` where the residuals say it,
+    since least squares has absolute tolerances."""
     used = int((~jnp.isnan(ys)).sum())
-    if not used:
-        raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
     if noise is not None and functions["residual"] is not None:
         raise ValueError(f"{arg('noise')} is not used with residual. Leave one out.")
     if noise is None and functions["residual"] is None:
@@ -127,7 +134,9 @@ def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int) -> Arr
                 f"{arg('ys')} must be more than the {count} parameters, to say the noise; got "
                 f"{used}. Pass noise."
             )
-    weight = floating(1.0 if noise is None else noise).astype(ys.dtype)
+    if noise is None:
+        return jnp.asarray(1.0 if functions["residual"] is not None else spread, ys.dtype)
+    weight = floating(noise).astype(ys.dtype)
     if not bool(((weight > 0) & jnp.isfinite(weight)).all()):
         raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
     if not _broadcasts(weight.shape, ys.shape):
@@ -135,6 +144,14 @@ def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int) -> Arr
             f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {weight.shape}."
         )
     return weight
+
+
+def _spread(ys: np.ndarray, axis: int) -> float:
+    """The standard deviation of series along the axis of times, of which some may be missing."""
+    seen, count = ~np.isnan(ys), (~np.isnan(ys)).sum(axis, keepdims=True)
+    mean = np.nansum(ys, axis, keepdims=True) / np.maximum(count, 1)
+    root = lambda x: float(np.sqrt(np.mean(x[seen] ** 2)))
+    return max(root(ys - mean), 1e-3 * root(ys)) or 1.0  # series may be constant
 
 
 def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
