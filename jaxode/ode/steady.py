@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode._checks.arguments import check_args, check_bool, check_state, non_negative
+from jaxode._checks.arguments import check_args, check_bool, check_state, non_negative, one_of
 from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, guarded, nan_or_raise
 from jaxode._checks.samples import check_rows
@@ -71,7 +71,8 @@ def steady_state(
         batch: "per_sample" for rows `[batch, ...]`, each with its steps and its steady state.
         t1: a time at which the state has settled, in units of `t`; a much longer one costs a few
             steps.
-        rtol: by which Newton's method ends: `1e-10`, or `1e-5` in single precision.
+        rtol: of Newton's method: the state is found where one more step would change it by at most
+            `atol + rtol |y|`. `1e-10`, or `1e-5` in single precision.
         atol: the same, absolute: far below the size of the state, whose units it has.
         max_steps: of the solve.
         throw: raise `jaxode.SolveError` if a row fails. If false, its state is NaN.
@@ -86,25 +87,31 @@ def steady_state(
             conserved quantity, or it is a bifurcation).
     """
     y0, args = check_state("y0", y0), check_args("args", args)
+    one_of("batch", batch, (None, "per_sample"))
     check_bool("throw", throw)
     dtype = jnp.result_type(*jax.tree.leaves(y0))
     least = 1e-10 if dtype == jnp.float64 else 1e-5
     rtol = least if rtol is None else non_negative("rtol", rtol)
     atol = least if atol is None else non_negative("atol", atol)
-    fixed = jax.lax.stop_gradient
     loose = {"rtol": LOOSE, "atol": min(LOOSE, 10 * atol**0.5), "max_steps": max_steps}
     settled = solve(
-        f, fixed(y0), 0.0, t1, fixed(args), solver=Rodas5P(), batch=batch,
-        row_args=fixed(row_args), throw=False, **loose,
+        f, _fixed(y0), 0.0, t1, _fixed(args), solver=Rodas5P(), batch=batch,
+        row_args=_fixed(row_args), throw=False, **loose,
     )  # fmt: skip
     if batch is not None and row_args is not None:
         row_args = check_rows("row_args", row_args, len(jax.tree.leaves(y0)[0]))
     limits = t1, rtol, atol, loose["atol"]
     y, result = _improved(UserField(f), limits, settled.y1, settled.result, args, row_args, batch)
     if throw:
-        nan = nan_or_raise(result, jnp.full(result.shape, t1, dtype), remedies=REMEDIES)
+        nan = nan_or_raise(result, settled.t_reached, remedies=REMEDIES)
         y = jax.tree.map(lambda leaf: guarded(leaf, *_like(result == 0, nan, leaf)), y)
     return SteadyState(y, result)
+
+
+def _fixed(tree: PyTree) -> PyTree:
+    """The tree without derivatives. It may hold functions, as networks do."""
+    stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
+    return jax.tree.map(stop, tree)
 
 
 def _like(ok: Array, nan: Any, leaf: Array) -> tuple[Array, Array]:
@@ -128,7 +135,7 @@ def _newton(field: UserField, limits, y: PyTree, result: Array, args, row):
 
     t1, rtol, atol, loose_atol = limits
     flat, unravel = ravel_pytree(y)
-    flat = jax.lax.stop_gradient(flat)
+    flat = _fixed(flat)
     time = jnp.asarray(t1, flat.dtype)
     near = jnp.where(jnp.isfinite(flat), flat, 0.0)
 
@@ -140,16 +147,21 @@ def _newton(field: UserField, limits, y: PyTree, result: Array, args, row):
     solver = optx.Newton(rtol, atol)
     found = optx.root_find(closed, solver, near, (args, row), max_steps=NEWTON_STEPS, throw=False)
     root = found.value
-    fixed = jax.lax.stop_gradient(root)
-    jacobian = jax.jacfwd(lambda v: residual(v, jax.lax.stop_gradient((args, row))))(fixed)
+    fixed, rates = _fixed(root), lambda v: residual(v, _fixed((args, row)))
+    jacobian = jax.jacfwd(rates)(fixed)
     jacobian = jnp.where(jnp.isfinite(jacobian), jacobian, 0.0)
     largest = jnp.max(jnp.abs(jacobian), axis=1, keepdims=True)  # rates may be of any size
-    scaled = jacobian / jnp.where(largest > 0, largest, 1.0)
+    largest = jnp.where(largest > 0, largest, 1.0)
+    scaled = jacobian / largest
     values = jnp.linalg.svd(scaled, compute_uv=False)
     singular = values[-1] <= values[0] * len(values) * 10 * jnp.finfo(flat.dtype).eps
+    # Newton's own end asks for rates below `atol`, which have another unit.
+    invertible = jnp.where(singular, jnp.eye(len(flat), dtype=flat.dtype), scaled)
+    step = jnp.linalg.solve(invertible, rates(fixed) / largest[:, 0])
+    close = jnp.all(jnp.abs(step) <= atol + rtol * jnp.abs(fixed))
     # From a state that had not settled, Newton's method may run to any root.
     moved = jnp.any(jnp.abs(fixed - near) > 10 * (loose_atol + LOOSE * jnp.abs(near)))
-    lost = (found.result != optx.RESULTS.successful) | ~jnp.isfinite(fixed).all() | moved
+    lost = ~close | ~jnp.isfinite(fixed).all() | moved
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)
     code = jnp.where(singular, Result.SINGULAR_MATRIX.value, code)

@@ -1,5 +1,6 @@
 """Steady states: roots, derivatives by the implicit function theorem, and what has none."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,3 +82,40 @@ def test_rates_of_any_size_are_not_singular():
     field = lambda t, y, a: jnp.stack([-1e6 * (y[0] - 1.0), -(y[1] - 2.0)])
     state = jaxode.steady_state(field, jnp.zeros(2, jnp.float32))
     np.testing.assert_allclose(state.y, [1.0, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "y0", "root"),
+    [
+        (lambda t, y, a: 1e6 * (0.3 - y * y), [1.0], [0.3**0.5]),
+        (lambda t, y, a: jnp.stack([1e3 - y[0], y[0] - 2 * y[1]]), [1.0, 1.0], [1e3, 500.0]),
+        (lambda t, y, a: 1e4 * (1e-3 - y), [0.0], [1e-3]),
+    ],
+    ids=["fast", "of counts", "small"],
+)
+def test_opposing_rates_of_any_size_are_at_rest_in_single_precision(field, y0, root):
+    state = jaxode.steady_state(field, jnp.array(y0, jnp.float32))
+    np.testing.assert_allclose(state.y, root, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [None, "per_sample"])
+def test_args_may_hold_a_network(batch):
+    net = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+    field = lambda t, y, net: net(y) - y
+    y0 = Y0 if batch is None else jnp.stack([Y0, 2 * Y0])
+    rest = lambda net: jaxode.steady_state(field, y0, net, batch=batch).y
+    y, grads = jnp.atleast_2d(rest(net))[0], eqx.filter_grad(lambda net: rest(net).sum())(net)
+    np.testing.assert_allclose(net(y), y, atol=1e-9)
+    by_y, rows = jax.jacfwd(net)(y), 1 if batch is None else 2
+    expected = rows * jnp.linalg.solve((jnp.eye(2) - by_y).T, jnp.ones(2))
+    np.testing.assert_allclose(grads.layers[-1].bias, expected, rtol=1e-7)
+
+
+def test_a_failure_names_the_time_at_which_the_solve_stopped():
+    with pytest.raises(jaxode.SolveError, match=r"^steady_state: .* at t=0\.613"):  # 2 - 2 log(2)
+        jaxode.steady_state(lambda t, y, a: -1.0 - jnp.sqrt(y), jnp.ones(1))
+
+
+def test_a_batch_has_steps_of_its_own():
+    with pytest.raises(ValueError, match=r"steady_state\(batch=\.\.\.\): must be None or 'per_sa"):
+        jaxode.steady_state(switch, jnp.ones((4, 2)), PARAMS, batch="joint")
