@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from jaxode._checks.caller import arg
-from jaxode._checks.rules import in_rows, is_known
+from jaxode._checks.rules import in_rows, is_eager, is_known
 from jaxode.ode.field import call_field
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
@@ -53,7 +53,8 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
     matrix = np.array(options.mass)
     left, values, right = np.linalg.svd(matrix)
     null = values <= SINGULAR * max(values[0], 1e-300)
-    if not null.any() or not is_known((y0, t0, args, row_args)):
+    given = y0, t0, args, row_args, options.rtol, options.atol
+    if not null.any() or not is_eager(given):
         return
     left, right = left[:, null].T, right[null].T
 
@@ -68,6 +69,8 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
     else:
         axes = (0 if times.ndim else None, 0, None if row_args is None else 0)
         g, block = jax.vmap(at, axes)(times, y0, row_args)
+    if not is_known((g, block)):  # `f` closes over what is traced
+        return
     g, block = np.asarray(g, float), np.asarray(block, float)
     size = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(y0))
     spread = np.linalg.svd(block, compute_uv=False)

@@ -89,6 +89,20 @@ def test_akzo_nobel_ends_at_its_reference():
     np.testing.assert_allclose(end, reference, rtol=1e-7)
 
 
+@pytest.mark.parametrize("start", [START, START + 0.5], ids=["consistent", "not"])
+def test_a_program_does_not_check_the_start(start):
+    end = lambda k, y0: jaxode.solve(conserved, y0, 0.0, 1.0, k, mass=SINGULAR, throw=False, **TIGHT)
+    assert jax.jit(lambda: end(RATES, start))().result >= 0
+
+
+def test_what_the_field_closes_over_has_derivatives():
+    over = lambda k: lambda t, y, _: conserved(t, y, k)
+    closed = lambda k: jaxode.solve(over(k), START, 0.0, 40.0, mass=SINGULAR, **TIGHT).y1[0]
+    np.testing.assert_allclose(
+        jax.grad(closed)(RATES), jax.grad(lambda k: as_dae(k).y1[0])(RATES), rtol=1e-8
+    )
+
+
 def pendulum(t, y, _):
     x, z, u, v, tension = y
     return jnp.stack([u, v, -tension * x, -tension * z - 9.81, x * x + z * z - 1.0])
