@@ -38,6 +38,13 @@ def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = 
     return start, end, ts, ts_lost
 
 
+def check_observed_times(t0: Any, ts: Any, dtype: jnp.dtype) -> None:
+    """Raise if times of observations, `[times]` or `[rows, times]`, are lost in the dtype of the
+    state."""
+    lost = _lost_times(t0, np.asarray(ts)[..., -1], ts, dtype)
+    _check_kept("ts", any(map(np.any, lost)), ts, dtype)
+
+
 def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int | None = None):
     """The times of jumps in the dtype of the state; NaN in rows, and if traced, where it loses
     them."""

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -184,7 +183,7 @@ def estimate(
     functions: dict[str, Any] = {"observe": observe, "residual": residual, "prior": prior}
     problem, flats = posed(f, y0, ts, ys, starts, t0, functions, noise, row_args, options)
     solver = options.get("solver")
-    stiff = isinstance(solver, Rodas5P | Rosenbrock23 | diffrax.AbstractImplicitSolver)
+    stiff = isinstance(solver, Rodas5P | Rosenbrock23)
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
     if match and cannot:
         raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")

@@ -8,12 +8,22 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from jaxode._checks.arguments import check_args, check_state, described, floating
+from jaxode._checks.arguments import (
+    check_args,
+    check_number,
+    check_state,
+    described,
+    floating,
+    numbers,
+)
 from jaxode._checks.caller import arg
+from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
+from jaxode._checks.times import check_observed_times
 from jaxode.ode.field import check_field
 from jaxode.ode.misfit import TOLERANCES, Misfit
 from jaxode.ode.paths import check_knots
+from jaxode.ode.pieces import check_jumps
 
 
 def posed(
@@ -33,6 +43,7 @@ def posed(
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
+    check_jumps(options.get("jumps"))
     starts = _starts(starts)
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
@@ -97,13 +108,16 @@ def _starts(starts: Any) -> PyTree[Array]:
 
 
 def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, Array]:
-    ts, ys, t0 = (floating(x).astype(dtype) for x in (ts, ys, t0))
+    check_number("t0", t0, TIME, kind="time")
+    start, given = t0, numbers("ts", ts)
+    ts, ys, t0 = (floating(x).astype(dtype) for x in (given, numbers("ys", ys), t0))
     if ts.ndim not in (1, 2) or ys.shape[: ts.ndim] != ts.shape or not ts.size:
         raise ValueError(
             f"{arg('ys')} must be [times, ...] for ts [times], or [rows, times, ...] for ts "
             f"[rows, times]; got shapes {ys.shape} and {ts.shape}."
         )
-    check_finite({"ts": ts, "t0": t0})
+    check_finite({"ts": ts})
+    check_observed_times(float(start), given, dtype)
     if bool((jnp.diff(ts, axis=-1) < 0).any()):
         raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
     if bool((ts[..., 0] < t0).any()):
@@ -118,9 +132,7 @@ def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, 
     return ts, ys, t0
 
 
-def _weight(
-    noise: Any, functions: dict[str, Any], ys: Array, count: int, spread: float
-) -> Array:
+def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int, spread: float) -> Array:
     """By what residuals are divided: the noise, or the spread of `ys` where the residuals say it,
     since least squares has absolute tolerances."""
     used = int((~jnp.isnan(ys)).sum())
@@ -136,7 +148,7 @@ def _weight(
             )
     if noise is None:
         return jnp.asarray(1.0 if functions["residual"] is not None else spread, ys.dtype)
-    weight = floating(noise).astype(ys.dtype)
+    weight = floating(numbers("noise", noise)).astype(ys.dtype)
     if not bool(((weight > 0) & jnp.isfinite(weight)).all()):
         raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
     if not _broadcasts(weight.shape, ys.shape):
