@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxode._checks.arguments import check_derivative
 from jaxode.ode.field import call_field
 from jaxode.ode.misfit import Misfit, least_squares
 
@@ -16,7 +17,7 @@ LEAST, STEPS = 5, 100  # observations of a series, of which a spline can be made
 
 def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Values and slopes of series `[..., times]` at their times, NaN where none was observed; None
-    where there are too few."""
+    where there are too few, or too uneven ones."""
     from scipy.interpolate import make_smoothing_spline
 
     values, slopes = np.full(ys.shape, np.nan), np.full(ys.shape, np.nan)
@@ -25,8 +26,13 @@ def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
         kept = first[~np.isnan(ys[i][first])]
         if len(kept) < LEAST:
             return None
-        spline = make_smoothing_spline(ts[i][kept], ys[i][kept])
-        values[i], slopes[i] = spline(ts[i]), spline.derivative()(ts[i])
+        start, unit = ts[i][kept[0]], np.ptp(ts[i][kept]) / (len(kept) - 1)
+        at = (ts[i] - start) / unit  # SciPy's bounds of the smoothing fit a spacing of about one
+        try:
+            spline = make_smoothing_spline(at[kept], ys[i][kept])
+        except ValueError:  # too uneven
+            return None
+        values[i], slopes[i] = spline(at), spline.derivative()(at) / unit
     return values, slopes
 
 
@@ -55,7 +61,12 @@ def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
 def _apart(flat: Float[Array, " n"], data) -> Array:
     problem, values, slopes, scale = data
     params = problem.unravel(flat)
-    slope = lambda t, y, row: call_field(problem.f, t, y, params, row=row)
+
+    def slope(t, y, row):
+        dy = call_field(problem.f, t, y, params, row=row)
+        check_derivative(y, dy, casts=True)
+        return jnp.asarray(dy)
+
     each = jax.vmap(slope, (0, 0, None))
     if problem.ts.ndim == 1:
         found = each(problem.ts, values, None)
