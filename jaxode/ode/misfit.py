@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxode._checks.arguments import floating
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.field import call_field
@@ -53,16 +54,17 @@ class Misfit(eqx.Module):
         """The state at `t0`."""
         return self.y0(params) if callable(self.y0) else self.y0
 
-    def predicted(self, params: PyTree, end: Float[Array, ""]) -> Array:
+    def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
         """Predict the observations up to `end`, and hold them constant from there on."""
         ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
         options = self.options
         if (jumps := options.get("jumps")) is not None:  # those after the end are padding
-            times = jnp.where(jumps.times > ts[..., -1:], jnp.inf, jumps.times)
+            times = floating(jumps.times)
+            times = jnp.where(times > ts[..., -1:], jnp.inf, times)
             options = {**options, "jumps": Jumps(times, jumps.change)}
         ys = solve(
             self.f, self.start(params), self.t0, ts[..., -1], params, ts=ts, batch=batch,
-            row_args=self.row_args, adjoint=ForwardMode(), throw=False, **options,
+            row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
         ).ys  # fmt: skip
         observe = self.observe
         if observe is None:

@@ -79,17 +79,39 @@ def improved(problem: Misfit, runs: Runs, size: int) -> Ends:
                 hold = jnp.where(jnp.isfinite(misfit), HOLD * jnp.sqrt(misfit), hold)
             some = least_squares(of_observations, data, starts, free, STEPS, hold)
             found.append([np.asarray(x)[: len(runs.flats) - i] for x in some])
+        given = runs.flats
         flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
         runs = runs._replace(flats=flats)
         if not np.isfinite(costs).any():
             raise SolveError(
-                f"{arg('starts')} none could be solved up to t = {float(data[1]):g}. Start nearer, "
-                "raise max_steps, or pass a solver for stiff fields."
+                f"{arg('starts')} none could be solved up to t = {float(data[1]):g}. From one of "
+                f"them, {_cause(*data, given[0])}"
             )
         if whole and (converged[np.argmin(costs)] or number == len(PARTS) + ROUNDS - 2):
             break
         runs = _distinct(runs, costs)
     return Ends(runs, costs, converged, jacobians)
+
+
+def _cause(problem: Misfit, end: Array, start: np.ndarray) -> str:
+    """Why the residuals at a start are not finite."""
+    flat = jnp.asarray(start)
+    params = problem.unravel(flat)
+    try:
+        predicted = problem.predicted(params, end, throw=True)
+    except SolveError as error:
+        return str(error).removeprefix("solve: ")
+    residuals, seen = problem.residuals(flat, end), ~jnp.isnan(problem.ys)
+    parts = {
+        "observe": jnp.where(seen, predicted, 0.0),
+        "residual": residuals[: predicted.size],
+        "prior": residuals[predicted.size :],
+    }
+    names = [name for name, part in parts.items() if not jnp.isfinite(part).all()]
+    return (
+        f"{(names or ['the sum of squares'])[0]} is not finite. Start nearer, or look for a "
+        "logarithm or a root of what is negative."
+    )
 
 
 def _distinct(runs: Runs, costs: np.ndarray) -> Runs:
