@@ -8,6 +8,7 @@ import pytest
 from scipy.optimize import curve_fit
 
 import jaxode
+from jaxode.ode.matching import smoothed
 
 TS = jnp.linspace(0.1, 3.0, 30)
 NOISE = 0.02
@@ -32,7 +33,7 @@ YS = closed(np.asarray(TS), *KNOWN.values()) + NOISE * RNG.normal(size=TS.shape)
 
 
 def estimated(ys=YS, ts=TS, starts=STARTS, **options):
-    return jaxode.estimate(decay, start, ts, jnp.asarray(ys)[:, None], starts, **options)
+    return jaxode.estimate(decay, start, ts, ys[:, None], starts, **options)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,24 @@ def test_a_profile_is_what_a_refit_at_each_value_gives(fitted):
     np.testing.assert_allclose(others["rate"], values)
 
 
+@pytest.mark.parametrize(("unit", "dtype"), [(1e-5, jnp.float64), (1e-3, jnp.float32)])
+def test_data_may_have_any_unit(unit, dtype):
+    field = lambda t, y, rate: -jnp.exp(rate) * y
+    y0, starts = jnp.full(1, 2 * unit, dtype), jnp.array([-1.5], dtype)
+    found = jaxode.estimate(field, y0, TS, unit * YS[:, None], starts)
+    model = lambda t, rate: closed(t, rate, 2.0)
+    (expected,), covariance = curve_fit(model, TS, YS, 0.0, ftol=1e-12, xtol=1e-12)
+    rtol = 1e-5 if dtype == jnp.float64 else 1e-3
+    np.testing.assert_allclose(found.params, expected, rtol=rtol)
+    np.testing.assert_allclose(found.errors, np.sqrt(covariance[0, 0]), rtol=1e-3)
+    squares = np.sum((YS - model(np.asarray(TS), expected)) ** 2)
+    np.testing.assert_allclose(found.cost / unit**2, squares / 2, rtol=1e-3)
+    np.testing.assert_allclose(found.costs, found.cost, rtol=1e-6)
+    np.testing.assert_allclose(found.noise / unit, np.sqrt(squares / 29), rtol=1e-3)
+    values = found.params + found.errors * jnp.array([-1.96, 0.0], dtype)
+    np.testing.assert_allclose(found.profile(lambda rate: rate, values)[0], [3.84, 0.0], atol=0.1)
+
+
 def test_experiments_share_parameters_and_have_their_own_inputs():
     rates, ts = jnp.array([0.5, 1.0, 2.0]), jnp.stack([TS, 2 * TS, jnp.minimum(TS, 1.0)])
     field = lambda t, y, args: -jnp.exp(args[0]["rate"]) * args[1] * y
@@ -148,8 +167,9 @@ def test_starts_count_where_samples_are_too_sparse_for_slopes():
     np.testing.assert_allclose(found.costs, found.cost, rtol=1e-4)
 
 
-def test_doses_come_after_the_first_part():
-    dose = jaxode.Jumps(jnp.array([0.05, 1.0, 2.0]), lambda t, y, params, i: y + 1.0)
+@pytest.mark.parametrize("kind", [jnp.array, list])
+def test_doses_come_after_the_first_part(kind):
+    dose = jaxode.Jumps(kind([0.05, 1.0, 2.0]), lambda t, y, params, i: y + 1.0)
     field = lambda t, y, params: -jnp.exp(params["rate"]) * y
     exact = jaxode.solve(field, jnp.zeros(1), 0.0, 3.0, {"rate": 0.2}, ts=TS, jumps=dose).ys
     ys = exact + NOISE * RNG.normal(size=(30, 1))
@@ -222,6 +242,23 @@ WRONG = {
     "another shape observed": ({"observe": lambda t, y, p: y[0]}, "must return one observation"),
     "a pair observed": ({"observe": lambda t, y, p: (y, y)}, "must return one observation"),
     "one residual": ({"residual": lambda p, o: jnp.sum(p - o)}, "must return residuals like ys"),
+    "masked observations": (
+        {"ys": np.ma.masked_less(YS, 0.5)}, r"ys=.* got a masked array",
+    ),
+    "masked times": (
+        {"ts": np.ma.masked_less(np.asarray(TS), 0.5)}, r"ts=.* got a masked array",
+    ),
+    "masked noise": (
+        {"noise": np.ma.masked_less(YS, 0.5)[:, None]}, r"noise=.* got a masked array",
+    ),
+    "a word for a time": ({"t0": "noon"}, "must be a real time"),
+    "jumps of another kind": ({"jumps": [0.0, 8.0]}, "must be a jaxode.Jumps"),
+    "times that single precision loses": (
+        {
+            "starts": jax.tree.map(lambda x: x.astype(jnp.float32), STARTS), "t0": 2459000.0,
+            "ts": 2459000.0 + np.asarray(TS) / 10,
+        }, "ts=.*times are lost in the precision of float32",
+    ),
     "slopes of four observations": (
         {"match": True, "ts": TS[:4], "ys": YS[:4]}, "needs five observations",
     ),
@@ -236,13 +273,48 @@ def test_it_refuses(case):
     assert str(raised.value).startswith("estimate(")
 
 
+@pytest.mark.parametrize("f", [lambda t, y, p: [-y[0]], lambda t, y, p: -y[0]], ids=["list", "0"])
+def test_a_field_must_return_the_like_of_the_state(f):
+    with pytest.raises(
+        ValueError, match=r"estimate\(f=\.\.\.\): f\(t, y, args\) must return the s"
+    ):
+        jaxode.estimate(f, jnp.ones(1), TS, YS[:, None], {"rate": STARTS["rate"]})
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_slopes_do_not_depend_on_the_unit_of_time(unit):
+    ts, ys = np.asarray(TS) + 5.0, YS[None]
+    values, slopes = smoothed(ts[None], ys)
+    others = smoothed(unit * ts[None], ys)
+    np.testing.assert_allclose(others[0], values, rtol=1e-4)
+    np.testing.assert_allclose(unit * others[1], slopes, rtol=1e-2, atol=1e-3)
+
+
+def test_times_too_uneven_for_a_spline_have_no_slopes():
+    ts = np.array([[0.0, 1e-10, 2e-10, 1.0, 1e6]])
+    assert smoothed(ts, np.array([[1.0, 2.0, 3.0, 2.0, 1.0]])) is None
+
+
 def test_it_says_that_no_start_can_be_solved():
     explode = lambda t, y, params: y**2 + jnp.exp(params["rate"])
-    with pytest.raises(jaxode.SolveError, match="none could be solved"):
+    with pytest.raises(jaxode.SolveError, match=r"none could be solved .* steps ran out at t=0\.0"):
         jaxode.estimate(
             explode, jnp.full(1, 1e3), TS, YS[:, None], {"rate": jnp.ones(2)},
             match=False, max_steps=64,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("observe", {"observe": lambda t, y, p: jnp.log(-y)}),
+        ("residual", {"residual": lambda p, o: jnp.log(-p)}),
+        ("prior", {"prior": lambda p: jnp.log(p["rate"] - 9.0), "noise": NOISE}),
+    ],
+)
+def test_it_names_what_is_not_finite(name, options):
+    with pytest.raises(jaxode.SolveError, match=f"none .* From one of them, {name} is not finite"):
+        estimated(YS[:6], TS[:6], match=False, **options)
 
 
 def test_inputs_of_experiments_must_cover_their_observations():
