@@ -129,6 +129,12 @@ def _improved(field: UserField, limits, y: PyTree, result: Array, args, row_args
     return jax.vmap(improve, axes)(y, result, args, row_args)
 
 
+def _largest(matrix: Float[Array, "n n"], axis: int) -> Array:
+    """The largest magnitudes along an axis, or one."""
+    largest = jnp.max(jnp.abs(matrix), axis=axis, keepdims=True)
+    return jnp.where(largest > 0, largest, 1.0)
+
+
 def _newton(field: UserField, limits, y: PyTree, result: Array, args, row):
     """The root near `y`, and whether it is one."""
     import optimistix as optx
@@ -150,14 +156,14 @@ def _newton(field: UserField, limits, y: PyTree, result: Array, args, row):
     fixed, rates = _fixed(root), lambda v: residual(v, _fixed((args, row)))
     jacobian = jax.jacfwd(rates)(fixed)
     jacobian = jnp.where(jnp.isfinite(jacobian), jacobian, 0.0)
-    largest = jnp.max(jnp.abs(jacobian), axis=1, keepdims=True)  # rates may be of any size
-    largest = jnp.where(largest > 0, largest, 1.0)
-    scaled = jacobian / largest
+    rows = _largest(jacobian, 1)  # rates and states may be of any size
+    columns = _largest(jacobian / rows, 0)
+    scaled = jacobian / rows / columns
     values = jnp.linalg.svd(scaled, compute_uv=False)
     singular = values[-1] <= values[0] * len(values) * 10 * jnp.finfo(flat.dtype).eps
     # Newton's own end asks for rates below `atol`, which have another unit.
     invertible = jnp.where(singular, jnp.eye(len(flat), dtype=flat.dtype), scaled)
-    step = jnp.linalg.solve(invertible, rates(fixed) / largest[:, 0])
+    step = jnp.linalg.solve(invertible, rates(fixed) / rows[:, 0]) / columns[0]
     close = jnp.all(jnp.abs(step) <= atol + rtol * jnp.abs(fixed))
     # From a state that had not settled, Newton's method may run to any root.
     moved = jnp.any(jnp.abs(fixed - near) > 10 * (loose_atol + LOOSE * jnp.abs(near)))

@@ -98,6 +98,13 @@ def test_opposing_rates_of_any_size_are_at_rest_in_single_precision(field, y0, r
     np.testing.assert_allclose(state.y, root, rtol=1e-5)
 
 
+def test_units_of_any_size_are_not_singular():
+    far = jnp.array([1.0, 1e-8], jnp.float32)  # the unit of each state
+    field = lambda t, y, a: far * (lambda z: jnp.stack([1 + z[1] - 2 * z[0], z[0] - z[1]]))(y / far)
+    state = jaxode.steady_state(field, jnp.zeros(2, jnp.float32), atol=1e-12)
+    np.testing.assert_allclose(state.y / far, 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [None, "per_sample"])
 def test_args_may_hold_a_network(batch):
     net = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
