@@ -115,13 +115,15 @@ def least_squares(
     hold: Float[Array, " starts"],
 ) -> Fits:
     """From each start, to where the squares are least. What is `fixed` stays. `hold` weighs the
-    distance from the start, as further residuals, which the result does not count."""
+    distance from the start, in units of its size or one, as further residuals, which the result
+    does not count."""
     import optimistix as optx
 
     tolerance = TOLERANCES[flats.dtype]
     method = optx.LevenbergMarquardt(tolerance, math.sqrt(tolerance) * tolerance)
 
     def improve(start, hold):
+        unit = jnp.maximum(jnp.abs(start), 1.0)  # of each parameter, since the damping has none
         of_free = lambda flat: (lambda r: (r, r))(residuals(jnp.where(fixed, start, flat), data))
         # The Jacobian once a step: what is linearized would be solved again for each product.
         search = jax.custom_jvp(lambda flat: jax.jacfwd(of_free, has_aux=True)(flat)[::-1])
@@ -131,17 +133,17 @@ def least_squares(
             r, jacobian = search(*primals)
             return (r, jacobian), (jacobian @ tangents[0], jnp.zeros_like(jacobian))
 
-        def with_aux(flat, _):
-            r, jacobian = search(flat)
-            return jnp.concatenate([r, hold * (flat - start)]), (r, jacobian)
+        def with_aux(scaled, _):
+            r, jacobian = search(unit * scaled)
+            return jnp.concatenate([r, hold * (scaled - start / unit)]), (r, jacobian)
 
         found = optx.least_squares(
-            with_aux, method, start, max_steps=steps, throw=False, has_aux=True
+            with_aux, method, start / unit, max_steps=steps, throw=False, has_aux=True
         )
         r, jacobian = found.aux
         cost = 0.5 * jnp.sum(r**2)
         cost = jnp.where(jnp.isfinite(cost), cost, jnp.inf)
-        return Fits(found.value, cost, found.result == optx.RESULTS.successful, jacobian)
+        return Fits(unit * found.value, cost, found.result == optx.RESULTS.successful, jacobian)
 
     return jax.vmap(improve)(flats, hold)
 
