@@ -102,7 +102,8 @@ def _starts(starts: Any) -> PyTree[Array]:
             f"{arg('starts')} leaves must share a leading axis of starts; got shapes {shapes}. For "
             "one start, add an axis: x[None]."
         )
-    starts = jax.tree.map(floating, starts)
+    # Least squares of Optimistix is in the default precision alone.
+    starts = jax.tree.map(lambda leaf: floating(leaf).astype(jnp.result_type(float)), starts)
     check_finite({"starts": starts})
     return starts
 

@@ -101,22 +101,54 @@ def test_a_profile_is_what_a_refit_at_each_value_gives(fitted):
     np.testing.assert_allclose(others["rate"], values)
 
 
-@pytest.mark.parametrize(("unit", "dtype"), [(1e-5, jnp.float64), (1e-3, jnp.float32)])
-def test_data_may_have_any_unit(unit, dtype):
+@pytest.mark.parametrize(("unit", "double"), [(1e-5, True), (1e-3, False)])
+def test_data_may_have_any_unit(unit, double, request):
+    if not double:
+        request.getfixturevalue("default_settings")
+    ts, rtol = np.asarray(TS), 1e-5 if double else 1e-3
     field = lambda t, y, rate: -jnp.exp(rate) * y
-    y0, starts = jnp.full(1, 2 * unit, dtype), jnp.array([-1.5], dtype)
-    found = jaxode.estimate(field, y0, TS, unit * YS[:, None], starts)
+    found = jaxode.estimate(field, np.full(1, 2 * unit), ts, unit * YS[:, None], np.array([-1.5]))
     model = lambda t, rate: closed(t, rate, 2.0)
-    (expected,), covariance = curve_fit(model, TS, YS, 0.0, ftol=1e-12, xtol=1e-12)
-    rtol = 1e-5 if dtype == jnp.float64 else 1e-3
+    (expected,), covariance = curve_fit(model, ts, YS, 0.0, ftol=1e-12, xtol=1e-12)
     np.testing.assert_allclose(found.params, expected, rtol=rtol)
     np.testing.assert_allclose(found.errors, np.sqrt(covariance[0, 0]), rtol=1e-3)
-    squares = np.sum((YS - model(np.asarray(TS), expected)) ** 2)
+    squares = np.sum((YS - model(ts, expected)) ** 2)
     np.testing.assert_allclose(found.cost / unit**2, squares / 2, rtol=1e-3)
     np.testing.assert_allclose(found.costs, found.cost, rtol=1e-6)
     np.testing.assert_allclose(found.noise / unit, np.sqrt(squares / 29), rtol=1e-3)
-    values = found.params + found.errors * jnp.array([-1.96, 0.0], dtype)
+    values = found.params + found.errors * jnp.array([-1.96, 0.0])
     np.testing.assert_allclose(found.profile(lambda rate: rate, values)[0], [3.84, 0.0], atol=0.1)
+
+
+@pytest.mark.usefixtures("default_settings")
+def test_parameters_may_have_any_unit():
+    temperatures, ts = np.array([290.0, 310.0]), np.stack([TS, TS])
+    field = lambda t, y, args: -jnp.exp(20.0 - args[0] / (8.314 * args[1])) * y
+    exact = lambda at, energy: np.exp(-np.exp(20 - energy / (8.314 * at[1])) * at[0])
+    at = np.stack([ts.ravel(), np.repeat(temperatures, 30)])
+    ys = exact(at, 5e4) + NOISE * RNG.normal(size=60)
+    found = jaxode.estimate(
+        field, np.ones((2, 1)), ts, ys.reshape(2, 30, 1), np.array([4.5e4, 5.5e4]),
+        row_args=jnp.asarray(temperatures),
+    )  # fmt: skip
+    (expected,), covariance = curve_fit(exact, at, ys, 5.1e4)
+    assert abs(found.params - expected) < 0.05 * covariance[0, 0] ** 0.5
+    np.testing.assert_allclose(found.errors, covariance[0, 0] ** 0.5, rtol=1e-2)
+    np.testing.assert_allclose(found.costs, found.cost, rtol=1e-3)
+
+
+def test_starts_in_single_precision_are_taken_in_the_default_one(fitted):
+    found = estimated(starts=jax.tree.map(lambda x: x.astype(jnp.float32), STARTS))
+    np.testing.assert_allclose([*found.params.values()], [*fitted.params.values()], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("default_settings")
+def test_it_refuses_times_that_single_precision_loses():
+    ts = 2459000.0 + np.asarray(TS) / 10
+    words = r"estimate\(ts=.*times are lost in the precision of float32"
+    with pytest.raises(ValueError, match=words):
+        estimated(ts=ts, t0=2459000.0)
+    estimated(YS[:6], ts[:6] - 2459000.0, match=False)
 
 
 def test_experiments_share_parameters_and_have_their_own_inputs():
@@ -253,12 +285,6 @@ WRONG = {
     ),
     "a word for a time": ({"t0": "noon"}, "must be a real time"),
     "jumps of another kind": ({"jumps": [0.0, 8.0]}, "must be a jaxode.Jumps"),
-    "times that single precision loses": (
-        {
-            "starts": jax.tree.map(lambda x: x.astype(jnp.float32), STARTS), "t0": 2459000.0,
-            "ts": 2459000.0 + np.asarray(TS) / 10,
-        }, "ts=.*times are lost in the precision of float32",
-    ),
     "slopes of four observations": (
         {"match": True, "ts": TS[:4], "ys": YS[:4]}, "needs five observations",
     ),
