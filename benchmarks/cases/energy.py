@@ -109,7 +109,7 @@ class Sites(NamedTuple):
 
 class Ring(NamedTuple):
     angles: int
-    steps: int = 1000
+    steps: int = 300
     batch: int = 256
     width: int = 64
     samples: int = 8192
