@@ -29,7 +29,7 @@ from benchmarks.peers.energies import Contender, by_bijx, by_jflows
 OURS, PLAIN = "jaxode", "jaxode, plain gradient"
 WELLS, BARRIER, PLACE = 3, 1.5, 1.5
 MASS, COUPLING = -4.0, 6.975  # m^2 and lambda
-CHAIN = 2.0  # of the XY model, over the temperature
+CHAIN = 1.0  # of the XY model, over the temperature
 
 
 def wells(x):

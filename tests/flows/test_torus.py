@@ -203,13 +203,14 @@ def test_fit_checks_the_period_of_a_field_with_a_context():
 @pytest.mark.slow  # trains
 def test_an_energy_of_angles(default_settings):
     """The XY model on a ring of three, whose log Z is known."""
-    log_density = lambda x: 2 * jnp.cos(x - jnp.roll(x, 1)).sum()
+    log_density = lambda x: jnp.cos(x - jnp.roll(x, 1)).sum()
     flow = jaxode.cnf(jaxode.nn.field, jaxode.torus(3), rtol=1e-4, atol=1e-4)
     network = jaxode.nn.Residual(3, 16, 1, key=KEY, period=2 * np.pi)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 300))
 
     def step(carry, key):
-        loss = lambda network: flow.reverse_kl_loss(network, log_density, 128, key=key)
+        options = {"key": key, "path": False}  # where a flow parts, scores are large
+        loss = lambda network: flow.reverse_kl_loss(network, log_density, 128, **options)
         updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
         return (optax.apply_updates(carry[0], updates), state), None
 
@@ -218,7 +219,7 @@ def test_an_energy_of_angles(default_settings):
     x, log_q = flow.sample_and_log_prob(network, KEY, 2000)
     found = jaxode.importance(jax.vmap(log_density)(x) - log_q)
     k = np.arange(-30, 31)
-    exact = np.log(np.sum((2 * np.pi * scipy.special.iv(k, 2.0)) ** 3))
+    exact = np.log(np.sum((2 * np.pi * scipy.special.iv(k, 1.0)) ** 3))
     assert found.ess > 0.9
     assert abs(found.log_z - exact) < 5 * found.log_z_error
 
