@@ -209,8 +209,7 @@ def test_an_energy_of_angles(default_settings):
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 300))
 
     def step(carry, key):
-        options = {"key": key, "path": False}  # where a flow parts, scores are large
-        loss = lambda network: flow.reverse_kl_loss(network, log_density, 128, **options)
+        loss = lambda network: flow.reverse_kl_loss(network, log_density, 128, key=key)
         updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
         return (optax.apply_updates(carry[0], updates), state), None
 
