@@ -63,16 +63,19 @@ def page(machines: list[dict[str, Any]]) -> list[str]:
     """RESULTS.md: what is `brief` of each benchmark, of the first machine that has it."""
     first = machines[0]["machine"]["device"]
     shown: dict[str, list[str]] = {}
+    elsewhere: dict[str, list[str]] = {}
     for results in machines:
         device = results["machine"]["device"]
-        where = f", on {device}" if device != first else ""
         for name, benchmark, done, _ in finished(results):
             told = benchmark.brief(done)
             if told and name not in shown:
-                shown[name] = [f"## {benchmark.title}{where}", told]
+                shown[name] = [f"## {benchmark.title}", told]
+                if device != first:
+                    elsewhere.setdefault(device, []).append(benchmark.title)
+    others = "".join(f"; on {device}: {', '.join(told)}" for device, told in elsewhere.items())
     return [
         "# Results",
-        f"On {first}, if nothing else is said. `python -m benchmarks --show NAME` prints all that "
+        f"On {first}{others}. `python -m benchmarks --show NAME` prints all that "
         "was measured, on every machine: each contender's times and errors, ranges, commits, and "
         "what failed. [README.md](README.md) has the names, and says how it is measured. "
         "Ratios are of jaxode's time, or memory, to that of the fastest variant of each library, "

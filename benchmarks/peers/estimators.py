@@ -67,7 +67,7 @@ class WallClock(Clock):
 def by_jaxode(
     table: Table, seed: int, seconds: float, period: float | None = None, **size: Any
 ) -> Iterator[Candidate]:
-    """Of angles, if they have a period."""
+    """With a `period`, on a torus."""
     start_key, key = jax.random.split(jax.random.key(seed))
     dim = table.train.shape[1]
 

@@ -137,7 +137,7 @@ def _rng(s: AuditedFlow) -> Any:
 def _density(s: AuditedFlow) -> Density:
     """The log-density of the base as a function of NumPy, minus infinity where it is NaN.
 
-    That of a torus is of one period.
+    On a torus, one period counts.
     """
     base: Any = s.flow.base
 

@@ -396,7 +396,7 @@ def bind(
             cure = "Leave it out: angles keep their units."
         raise _fixed("standardize", flow, cure)
     if is_eager(params):
-        check_period(flow, params)
+        check_period("bind(flow=...)", flow, params)
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
@@ -420,7 +420,7 @@ def _fixed(name: str, flow: CNF, cure: str) -> ValueError:
     )
 
 
-def check_period(flow: CNF, args: PyTree) -> None:
+def check_period(start: str, flow: CNF, args: PyTree) -> None:
     """Raise if the base has angles, and the field is known to differ one period on."""
     base = flow.base
     if not isinstance(base, Torus):
@@ -433,7 +433,7 @@ def check_period(flow: CNF, args: PyTree) -> None:
         return
     if not np.allclose(here, there, atol=1e-3 * (1 + float(np.max(np.abs(here))))):
         raise ValueError(
-            "bind(flow=...): its field must have the periods of its base, a torus; got another "
+            f"{start}: its field must have the periods of its base, a torus; got another "
             "value one period on. Pass jaxode.nn.Residual(..., period=...), or show your field "
             "sine and cosine of angles."
         )

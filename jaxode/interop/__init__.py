@@ -22,11 +22,6 @@ def numpyro(density: Density, context: PyTree = None) -> Any:
         ModuleNotFoundError: if numpyro is not installed.
     """
     _check_all_coordinates("numpyro", density)
-    if isinstance(density.flow.base, Torus):
-        raise ValueError(
-            "interop.numpyro(density=...): needs a density of numbers; got one of angles, which "
-            "numpyro would take for numbers on the whole line. Sample from the density itself."
-        )
     from jaxode.interop.to_numpyro import FlowDistribution
 
     return FlowDistribution(density, context)
@@ -41,7 +36,7 @@ def flowjax(density: Density) -> Any:
             one-hot vectors in place of labels.
 
     Raises:
-        ValueError: if the context has several arrays, for a flow of centred particles, and when
+        ValueError: if the context has several arrays, for centred particles and angles, and when
             called with a condition whose shape `bind` does not know.
         ModuleNotFoundError: if flowjax is not installed.
     """
@@ -56,4 +51,9 @@ def _check_all_coordinates(name: str, density: Density) -> None:
         raise ValueError(
             f"interop.{name}(density=...): needs a density of all coordinates; got one of centred "
             "configurations, which a shift does not change. Sample from the density itself."
+        )
+    if isinstance(density.flow.base, Torus):
+        raise ValueError(
+            f"interop.{name}(density=...): needs a density of numbers; got one of angles, which "
+            f"{name} would take for numbers on the whole line. Sample from the density itself."
         )

@@ -192,8 +192,8 @@ def estimate(
         matched = match_slopes(problem, flats)
     if match and matched is None:
         raise ValueError(
-            f"{arg('match')} needs five observations of each series, and a start at which f is "
-            "finite. Leave it out."
+            f"{arg('match')} needs five observations of each series, at times that are not too "
+            "uneven, and a start at which f is finite. Leave it out."
         )
     if matched is None:
         runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])

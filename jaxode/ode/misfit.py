@@ -34,7 +34,7 @@ class Misfit(eqx.Module):
     observe: Callable[..., Array] | None
     residual: Callable[[Array, Array], Array] | None
     noise: Float[Array, "..."]
-    """By what residuals are divided: the noise, or where they say it, the spread of `ys`."""
+    """Divides the residuals: the noise if it is given, else the spread of `ys`."""
     estimated: bool
     """Whether the residuals say the noise."""
     prior: Callable[[PyTree], PyTree] | None
@@ -43,7 +43,7 @@ class Misfit(eqx.Module):
 
     @property
     def unit(self) -> Float[Array, ""] | float:
-        """The unit of residuals: of a sum of squares, its root times this is in those of `ys`."""
+        """Multiply residuals by this to get units of `ys`."""
         return self.noise if self.estimated else 1.0
 
     def unravel(self, flat: Float[Array, " n"]) -> PyTree:

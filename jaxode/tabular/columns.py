@@ -49,7 +49,7 @@ class Column:
     center: float = 0.0
     scale: float = 1.0
     resolution: float = 0.0
-    """The distance of the decimals that continuous numbers are rounded to, or 0."""
+    """The distance of the decimals that continuous or periodic numbers are rounded to, or 0."""
     text: bool = False
     """Whether the frame holds categories, not numbers."""
     pool: dict[Any, float] = field(default_factory=dict)

@@ -62,8 +62,6 @@ def read(name: str, frame: Any, column: str) -> Values:
     missing = np.array(series.is_null().to_numpy(), bool)
     if missing.all():  # whatever its type
         return Values(np.full(len(missing), np.nan), missing, False)
-    if series.dtype == nw.Decimal:
-        raise TypeError(f"{start} floats or integers; got {series.dtype}. Convert it to floats.")
     if series.dtype.is_numeric():
         values = np.array(series.cast(nw.Float64).to_numpy(), float)
         if series.dtype == nw.Float32:  # 0.1 is 0.10000000149 otherwise
@@ -100,22 +98,26 @@ def read(name: str, frame: Any, column: str) -> Values:
 
 
 def make(
-    like: Any, data: dict[str, np.ndarray], rows: np.ndarray | None = None, types: tuple = ()
+    like: Any, data: dict[str, np.ndarray], rows: np.ndarray | None = None, fallback: Any = None
 ) -> Any:
-    """A frame with these columns, of the kind of the frame `like`, and the index of its `rows`.
+    """Make a frame of these columns, of the kind of the frame `like`, with the index of its `rows`.
 
-    A column has its type in the first of the frames `types`, and then of `like`, that have it.
+    Columns have the types of `like`; those that are all missing there, of `fallback`. Decimals, and
+    integers that would lose fractions, become floats.
     """
     import narwhals as nw
 
     def of(name: str) -> Any:
-        for frame in types:
-            same = frame.implementation == like.implementation and name in frame.columns
-            if same and not (len(frame) and frame[name].is_null().all()):  # of no type
-                return frame
-        return like
+        if fallback is None or name not in fallback.columns:
+            return like
+        same = fallback.implementation == like.implementation
+        return fallback if same and len(like) and like[name].is_null().all() else like
 
     schema = {name: of(name).schema[name] for name in data}
+    fraction = lambda v: isinstance(v, float) and v % 1 > 0
+    loses = lambda name: schema[name].is_integer() and any(map(fraction, data[name]))
+    floats = [name for name in data if schema[name] == nw.Decimal or loses(name)]
+    schema |= dict.fromkeys(floats, nw.Float64())
     whole = lambda v: round(v) if isinstance(v, float) and v == v else v
     columns = {
         name: [*map(whole, values)] if schema[name].is_integer() else [*values]
@@ -124,26 +126,19 @@ def make(
     if like.implementation.is_pandas_like():
         native = nw.to_native(like)
         frame = native.__class__(columns, index=None if rows is None else native.index[rows])
-        dtypes = {name: nw.to_native(of(name))[name].dtype for name in data}
-        return frame.astype({name: _holding(dtypes[name], columns[name]) for name in data})
+        dtypes = {
+            name: _holding(nw.to_native(of(name))[name].dtype, frame[name])
+            for name in data
+            if name not in floats
+        }
+        return frame.astype(dtypes | dict.fromkeys(floats, float))
     return nw.from_dict(columns, schema=schema, backend=like.implementation).to_native()
 
 
-def with_fractions(frame: Any, like: Any, names: list[str]) -> list[str]:
-    """Which columns hold fractions, and are of integers in the frame `like`."""
-
-    def has_any(name: str) -> bool:
-        values, missing, _ = read("given", frame, name)
-        return bool((values[~missing] % 1).any())
-
-    return [name for name in names if like.schema[name].is_integer() and has_any(name)]
-
-
-def _holding(dtype: Any, values: list[Any]) -> Any:
-    """The dtype of pandas; one of categories with those of the values, too."""
+def _holding(dtype: Any, column: Any) -> Any:
+    """The dtype of pandas; one of categories with those of the column, too."""
     categories = getattr(dtype, "categories", None)
     if categories is None:
         return dtype
-    more = [value for value in dict.fromkeys(values) if value is not None and value == value]
-    more = [value for value in more if value not in categories]
+    more = [value for value in column.dropna().unique() if value not in categories]
     return type(dtype)([*categories, *more], dtype.ordered) if more else dtype

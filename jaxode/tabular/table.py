@@ -51,9 +51,10 @@ class Table:
     ) -> Float[np.ndarray, " rows"]:
         """The log-probability of each row, in nats, given its given columns.
 
-        A density per unit of continuous columns; a probability of all else. Integers and decimals
-        are integrated over their cells, and what has no number over its stand-in: by the mean over
-        `draws` of the noise. It is at most the log-probability on average, and close to it.
+        A density per unit of continuous columns and periodic decimals; a probability of all else.
+        Integers and decimals are integrated over their cells, and what has no number over its
+        stand-in: by the mean over `draws` of the noise. It is at most the log-probability on
+        average, and close to it.
 
         Args:
             frame: all modelled and given columns; others are left alone.
@@ -130,8 +131,7 @@ class Table:
             for name in names:
                 data[name] = np.array(given[name].to_list(), object)[rows]
         like = self.encoder.like
-        types = () if given is None else (given.select(frames.with_fractions(given, like, names)),)
-        return frames.make(like, {name: data[name] for name in like.columns}, types=types)
+        return frames.make(like, {name: data[name] for name in like.columns})
 
     def _draw(self, key: PRNGKeyArray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         mode_key, number_key, seed_key = jax.random.split(key, 3)
@@ -180,8 +180,7 @@ class Table:
         for i, column in enumerate(self.encoder.columns):
             here = missing[copies, i]
             data[column.name][here] = drawn[column.name][here[at]]
-        types = frame, self.encoder.like  # which has one for a column that was all missing
-        return frames.make(frame, data, copies, types)
+        return frames.make(frame, data, copies, self.encoder.like)
 
     def _predictive(self, frame: Any) -> Predictive:
         return Predictive(self.encoder, self.categories, self.density, frame)

@@ -26,6 +26,7 @@ from jaxode.tabular.circle import TURN, Circle
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.encoding import Cells, Encoded, Encoder, unbounded, with_noise
+from jaxode.tabular.grids import LARGEST
 from jaxode.tabular.table import Table
 
 FEW = 3000  # rows, up to which the weights decay at the rate of one
@@ -185,7 +186,7 @@ def _column(
             return numeric(name, kind, values, missing, circle=circle)
         some, scale = bool(missing.any()), circle.period / TURN
         return Column(name, kind, (), (0.0,), some, scale=scale, circle=circle)
-    whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= frames.LARGEST)
+    whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= LARGEST)
     if kind == "integer" and not whole:
         raise ValueError(
             f"{arg('kinds')} column {name!r} must hold whole numbers up to 2**50 to be an integer; "

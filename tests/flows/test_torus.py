@@ -196,7 +196,7 @@ def test_fit_checks_the_period_of_a_field_with_a_context():
     network = jaxode.nn.Residual(2, 8, 1, key=KEY, context_size=1)
     density = jaxode.bind(jaxode.cnf(jaxode.nn.field, jaxode.torus(2)), network)
     x = np.random.default_rng(0).uniform(0, 6, (100, 2))
-    with pytest.raises(ValueError, match="must have the periods of its base"):
+    with pytest.raises(ValueError, match=r"^fit\(density=...\): its field must have the periods"):
         jaxode.fit(density, x, context=x[:, :1], key=KEY, steps=1, progress=False)
 
 

@@ -205,10 +205,11 @@ def test_other_libraries_get_no_density_of_centred_particles(library):
         getattr(jaxode.interop, library)(jaxode.bind(flow, 0.0))
 
 
-def test_numpyro_gets_no_density_of_angles():
+@pytest.mark.parametrize("library", ["numpyro", "flowjax"])
+def test_other_libraries_get_no_density_of_angles(library):
     flow = jaxode.cnf(lambda t, z, a: a * jnp.sin(z), jaxode.torus(1))
-    with pytest.raises(ValueError, match=r"interop.numpyro\(density=...\): .* got one of angles"):
-        jaxode.interop.numpyro(jaxode.bind(flow, 0.1))
+    with pytest.raises(ValueError, match=rf"interop.{library}\(density=...\): .* one of angles"):
+        getattr(jaxode.interop, library)(jaxode.bind(flow, 0.1))
 
 
 BOUNDED = {
