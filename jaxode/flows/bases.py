@@ -354,8 +354,9 @@ def _has_support(density: Any) -> bool:
 def as_base(density: Any) -> BaseDensity:
     """The density itself, or an adapter to `BaseDensity` if another library made it."""
     event_shape = getattr(density, "event_shape", getattr(density, "shape", None))
-    has_all = all(hasattr(density, name) for name in ("log_prob", "sample"))
-    if event_shape is None or not has_all or isinstance(density, type):
+    has_both = all(hasattr(density, name) for name in ("log_prob", "sample"))
+    # A class whose objects have a shape is no density.
+    if event_shape is None or isinstance(event_shape, property) or not has_both:
         raise TypeError(
             f"cnf(base=...): must have event_shape, log_prob and sample; got {density!r}. "
             "Use jaxode.standard_normal(event_shape)."

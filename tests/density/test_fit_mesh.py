@@ -102,7 +102,7 @@ if case == "seconds":
 if case == "iterator":
     options["validation"] = x[:200]
     rows = x
-    x = (rows for _ in range(30 if me else 40))
+    x = (rows for _ in range(20 if me else 30))
 else:
     x = x[:, :columns]
 network = jaxode.nn.Residual(columns, 16, 1, key=jax.random.key(0))

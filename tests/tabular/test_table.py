@@ -176,11 +176,13 @@ def test_decimals_are_numbers():
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_a_column_may_be_missing_altogether(library):
     fitted = table("mixed")
+    gaps = lambda value: None if pd.isna(value) else value
     if library == "pandas":
         rows = pd.DataFrame({"group": ["a"], "count": [3]}).assign(age=pd.NA)
     else:
         made = optional("polars")
-        frame = made.from_pandas(FRAMES["mixed"])
+        columns = FRAMES["mixed"].items()
+        frame = made.DataFrame({name: [*map(gaps, column)] for name, column in columns})
         fitted, _ = tabular.fit(frame, key=KEY, steps=1, progress=False)
         rows = made.DataFrame({"group": ["a"], "count": [3], "age": [None]})
     filled = fitted.impute(KEY, rows)
