@@ -61,6 +61,12 @@ def ours(flow, start, log_density, batch: int, path: bool, optimizer) -> Contend
     return Contender(start, loss, flow.sample_and_log_prob, optimizer)
 
 
+def clipped_adam(steps: int) -> optax.GradientTransformation:
+    """As in examples/lattice.py."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, steps // 8, steps + 1)
+    return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
+
+
 class Wells(NamedTuple):
     dim: int
     peers: tuple[str, ...] = ("CNF", "OTFlow")
@@ -99,9 +105,7 @@ class Sites(NamedTuple):
         shape = self.size, self.size
         flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(shape), rtol=1e-4, atol=1e-4)
         start = jaxode.nn.Lattice(shape, key=jax.random.key(0))
-        # As in examples/lattice.py.
-        rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, self.steps // 8, self.steps + 1)
-        adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
+        adam = clipped_adam(self.steps)
         make = lambda path: partial(ours, flow, start, minus_action, self.batch, path, adam)
         bijx = partial(by_bijx, minus_action, shape, self.batch)
         return {OURS: make(True), PLAIN: make(False), "bijx": bijx}
@@ -120,8 +124,7 @@ class Ring(NamedTuple):
         flow = jaxode.cnf(jaxode.nn.field, jaxode.torus(self.angles), rtol=1e-4, atol=1e-4)
         key = jax.random.key(0)
         start = jaxode.nn.Residual(self.angles, self.width, 2, key=key, period=2 * math.pi)
-        rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, self.steps // 8, self.steps + 1)
-        adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
+        adam = clipped_adam(self.steps)
         make = lambda path: partial(ours, flow, start, xy, self.batch, path, adam)
         return {OURS: make(True), PLAIN: make(False)}
 
