@@ -6,10 +6,11 @@ of `examples/mnist.py`. The others are compared at equal error, with a small net
 trained, so that a case takes minutes. Pixels are random: no time of matching depends on them.
 
 The trainings are on MNIST itself, dequantized as in `examples/mnist.py`, five minutes for each
-contender, of which compilation is a part; the likelihood by diffrax gets batches of 32, so that it
-takes more steps, and a tolerance of 1e-3. diffrax judges all, at 1e-4 and with the same noise and
-probe; torchdiffeq must find the same of the first images. A Gaussian with the covariance of the
-training images is beside them.
+contender, of which compilation is a part, from one seed. Those that match evaluate the moving
+average of their parameters. The likelihood by diffrax gets batches of 32, so that it takes more
+steps, and a tolerance of 1e-3. diffrax judges all, at 1e-4 and with the same noise and probe;
+torchdiffeq must find the same of the first 100 images: their mean to 0.001 bits, each to 0.01. A
+Gaussian with the covariance of the training images is beside them.
 """
 
 import math
@@ -176,10 +177,12 @@ class Training(Benchmark):
             found = attempt(bench, failed, name, partial(self.trained, contender, train))
             if found is None:
                 continue
-            params, steps = found
-            problem = FlowProblem(params, x, probe, jax.random.key(0))
+            problem = FlowProblem(found[0], x, probe, jax.random.key(0))
             bits = told(flows.diffrax_log_prob(problem)(1e-4)[1][0])
-            of[name] = {"bits": bits, "steps": steps, "batch": contender.batch}
+            if not np.isfinite(bits).all():
+                failed[name] = "the result is not finite"
+                continue
+            of[name] = {"bits": bits, "steps": found[1], "batch": contender.batch}
             check_same(failed, f"{name} by torchdiffeq", partial(check_bits, problem, told, bits))
         for one in of.values():
             one["error"] = float(one["bits"].std() / math.sqrt(len(x)))
@@ -211,7 +214,7 @@ class Training(Benchmark):
     def brief(self, results: Results) -> str:
         """A sentence a case."""
         told = [
-            f"{case}, bits per dimension of {result['images']} test images: " + ", ".join(
+            f"{case}, bits per dimension of the first {result['images']} test images: " + ", ".join(
                 f"{name} {one['bits']:.3f} +- {one['error']:.3f}"
                 + (f" ({one['steps']} steps of {one['batch']})" if "steps" in one else "")
                 for name, one in result["trained"].items()
@@ -222,11 +225,12 @@ class Training(Benchmark):
 
 
 def check_bits(problem: FlowProblem, told, bits: np.ndarray, few: int = 100) -> None:
-    """Raise unless torchdiffeq finds the same of the first images, in their mean."""
+    """Raise unless torchdiffeq finds the same of the first images."""
     p = problem._replace(x=problem.x[:few], probe=problem.probe[:few])
-    difference = np.mean(told(in_torch().torchdiffeq_log_prob(p)(1e-4)[1][0]) - bits[:few])
-    if not abs(difference) < 1e-3:
-        raise AssertionError(f"bits differ by {difference}")
+    difference = told(in_torch().torchdiffeq_log_prob(p)(1e-4)[1][0]) - bits[:few]
+    mean, most = abs(difference.mean()), abs(difference).max()
+    if not (mean < 1e-3 and most < 1e-2):
+        raise AssertionError(f"bits differ by {mean} in the mean, by {most} at most")
 
 
 def gaussian(train, x) -> np.ndarray:
@@ -255,9 +259,7 @@ class OnImages(Benchmark):
         return "\n\n".join(self.cases[case].table({case: of}) for case, of in results.items())
 
     def brief(self, results: Results) -> str:
-        trained = {
-            case: of for case, of in results.items() if isinstance(self.cases[case], Training)
-        }
+        trained = {case: of for case, of in results.items() if "trained" in of}
         told = [self.cases[case].brief({case: of}) for case, of in trained.items()]
         return "\n\n".join(filter(None, [super().brief(results), *told]))
 

@@ -197,11 +197,11 @@ class Tables(Benchmark):
         ranks = [self.ranking(results, end) for end in times]
         if self.scores_at(results, after, best=True):
             ranks.append(self.ranking(results, after, best=True))
-        ranks[-1] += f" {self.below(results, [after])}"
         told = "\n".join(f"- {ranking}" for ranking in ranks)
-        return f"{told}\n\n{self.after(results, after)}"
+        note = f". {self.below(results, [after])}"
+        return f"{told}\n\n{self.after(results, after, note=note)}"
 
-    def after(self, results: Results, end: str, best: bool = False) -> str:
+    def after(self, results: Results, end: str, best: bool = False, note: str = "") -> str:
         """The nats of each table after this time, the best in bold."""
         rows = []
         for label, scores in self.scores_at(results, end, best).items():
@@ -213,7 +213,7 @@ class Tables(Benchmark):
             counts = sorted({len(by_seed) for by_seed in scores.values()})
             seeds = f", {' to '.join(map(str, counts))} seeds" if counts != [1] else ""
             rows.append([label + seeds, *(told.get(name, "") for name in CONTENDERS)])
-        header = [f"nats after {end} s, training rows x columns", *CONTENDERS]
+        header = [f"nats after {end} s, training rows x columns{note}", *CONTENDERS]
         return show.markdown(header, rows)
 
     def below(self, results: Results, ends: Sequence[str]) -> str:

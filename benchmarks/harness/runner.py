@@ -1,6 +1,6 @@
 """Run the benchmarks and write tables, or print those of all results.
 
-    make bench                 an hour on two cores, without those that stand on their own
+    make bench                 90 minutes on two cores, without those that stand on their own
     make bench ONLY=overhead   one of them
     make bench FRESH=1         measure again what is already in the results file
 

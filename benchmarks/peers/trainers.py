@@ -1,4 +1,4 @@
-"""Trainings for `time_to_nll`, one step of Adam for each batch.
+"""Trainings for `time_to_nll` and `images`, one step of Adam for each batch.
 
 A trainer is made from the parameters, the dimension of the data and a rate, which may be a function
 of the step. It returns `train(xs, seeds)`, which takes a step for each batch, and `current()`, the

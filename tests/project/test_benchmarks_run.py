@@ -352,6 +352,9 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
         if figure is not None:
             show.save(figure, chosen.title, picture)
             assert picture.stat().st_size > 0
+    if name == "images":  # the last case, of uniform levels: the truth is 8
+        assert all(7 < one["bits"] < 14 for one in result["trained"].values())
+        assert len(result["trained"]) + len(set(result["failed"]) & set(images.TRAINED)) == 4
     if name == "time_to_nll":
         assert result["steps"] == 2 * len(to_level.PHASES[of])
     if name == "regression":
