@@ -6,10 +6,12 @@ parameters to evaluate and to go on with.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import diffrax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,16 +23,18 @@ AVERAGE = 0.005  # weight of a step in the moving average of the parameters
 TOLERANCE = 1e-5  # of those that control the error
 
 
-def in_jax(loss, params, rate, average=1.0):
-    """Of `loss(params, x, key)`."""
+def in_jax(loss, params, rate, average=1.0, first=0.0):
+    """Of `loss(params, x, key)`. Step `n` has the weight `first / (first + n)` in the average, and
+    `average` at least."""
     optimizer = optax.adam(rate)
-    carry, step = (params, params, optimizer.init(params)), stepper(loss, optimizer)
+    carry, step = (params, params, optimizer.init(params), 0), stepper(loss, optimizer)
 
     def one(carry, inputs):
-        params, averaged, state = carry
+        params, averaged, state, n = carry
         x, seed = inputs
         params, state = step(params, state, x, jax.random.key(seed))
-        return (params, optax.incremental_update(params, averaged, average), state), None
+        weight = jnp.maximum(average, first / jnp.maximum(first + n, 1.0))
+        return (params, optax.incremental_update(params, averaged, weight), state, n + 1), None
 
     steps = jax.jit(lambda carry, inputs: jax.lax.scan(one, carry, inputs)[0])
 
@@ -46,10 +50,10 @@ def jaxode_likelihood(params, dim, rate):
     return in_jax(lambda params, x, key: flow.nll(params, x, key=key), params, rate)
 
 
-def jaxode_matching(params, dim, rate, **options):
+def jaxode_matching(params, dim, rate, first=0.0, **options):
     flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim))
     loss = lambda params, x, key: flow.matching_loss(params, x, key=key, **options)
-    return in_jax(loss, params, rate, AVERAGE)
+    return in_jax(loss, params, rate, AVERAGE, first)
 
 
 def diffrax_likelihood(params, dim, rate, dt0=None, tolerance=TOLERANCE):
@@ -64,8 +68,8 @@ def diffrax_likelihood(params, dim, rate, dt0=None, tolerance=TOLERANCE):
     return in_jax(loss, params, rate)
 
 
-def in_torch(loss, params, rate, average=1.0):
-    """Of `loss(field, x, generator)`."""
+def in_torch(loss, params, rate, average=1.0, first=0.0):
+    """Of `loss(field, x, generator)`, as `in_jax`."""
     import torch
 
     from benchmarks.peers.in_torch import TorchField
@@ -75,6 +79,7 @@ def in_torch(loss, params, rate, average=1.0):
     of_step: Any = rate if callable(rate) else lambda n: rate
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: float(of_step(n)))
     averaged = [leaf.detach().clone() for leaf in field.leaves]
+    steps = itertools.count()
 
     def train(xs, seeds):
         for x, seed in zip(torch.tensor(xs), seeds, strict=True):
@@ -82,8 +87,9 @@ def in_torch(loss, params, rate, average=1.0):
             loss(field, x, torch.Generator().manual_seed(int(seed))).backward()
             optimizer.step()
             rates.step()
+            weight = max(average, first / max(first + next(steps), 1.0))
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, field.leaves, average)
+                torch._foreach_lerp_(averaged, field.leaves, weight)
 
     return train, lambda: field.in_jax(averaged)
 
@@ -111,7 +117,9 @@ def zuko(params, dim, rate):
     return torch_likelihood(params, dim, rate, "zuko_loss", 1e-5, 1e-6)
 
 
-def torchcfm_matching(params, dim, rate, matcher="ConditionalFlowMatcher", compiled=False):
+def torchcfm_matching(
+    params, dim, rate, matcher="ConditionalFlowMatcher", compiled=False, first=0.0
+):
     import torch
     from torchcfm import conditional_flow_matching
 
@@ -125,4 +133,4 @@ def torchcfm_matching(params, dim, rate, matcher="ConditionalFlowMatcher", compi
         t, z, target = draw.sample_location_and_conditional_flow(torch.randn_like(x), x)
         return (forward(field)(t[:, None], z) - target).square().mean()
 
-    return in_torch(loss, params, rate, AVERAGE)
+    return in_torch(loss, params, rate, AVERAGE, first)
