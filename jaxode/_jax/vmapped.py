@@ -87,3 +87,6 @@ _call.def_abstract_eval(lambda *_, program, rule: program.out_avals)
 ad.primitive_jvps[_call] = _jvp
 batching.primitive_batchers[_call] = _batched
 mlir.register_lowering(_call, mlir.lower_fun(_run, multiple_results=True))
+# Since JAX 0.11, a program with types of JAX's higher level is replaced by one without, once all
+# transformations are done. As in JAX's own `custom_vmap`, the program then stands for the call.
+_call.to_lojax = _run
