@@ -25,9 +25,6 @@ if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
 # What a program raises for a failed solve: after a first run on a CPU, JAX makes it the latter.
 AT_RUN_TIME = (jax.errors.JaxRuntimeError, ValueError)
 
-# For `jax.shard_map` around a solve: types that say over which devices an array varies.
-typed = pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
-
 
 class Frame:
     """As a DataFrame of pandas: with a shape, without a dtype, and a way to become an array."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import (
@@ -158,8 +159,6 @@ def normalized(
 
 def check_count(n: Any, name: str = "n") -> Any:
     """A number of samples; a symbolic one of `jax.export` as it is."""
-    from jax import export  # not loaded by older versions of JAX
-
     if export.is_symbolic_dim(n):
         return n
     return integer(name, n, least=0, rule="a number of samples")

@@ -80,12 +80,9 @@ def _of_equation(equation: Any, precision: str) -> Any:
 @contextlib.contextmanager
 def concrete_double_precision() -> Iterator[None]:
     """Compute with concrete float64 numbers, even while a program is traced."""
-    enable = getattr(jax, "enable_x64", None)
-    if enable is None:  # JAX before 0.8
-        enable = jax.experimental.enable_x64  # pyright: ignore[reportAttributeAccessIssue]
     try:  # a TPU has no float64
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to use no CPU
         device = None
-    with jax.default_device(device), jax.ensure_compile_time_eval(), enable(True):
+    with jax.default_device(device), jax.ensure_compile_time_eval(), jax.enable_x64(True):
         yield

@@ -41,15 +41,9 @@ def vary(tree: T, axes: frozenset[Any]) -> T:
 
     def one(x):
         missing = tuple(axes - _varying(x)) if eqx.is_array(x) else ()
-        return _pcast(x, missing) if missing else x
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree) if axes else tree
-
-
-def _pcast(x, axes):
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue], JAX before 0.8
 
 
 def vary_alike(tree: T) -> T:

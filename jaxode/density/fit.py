@@ -382,8 +382,6 @@ def check_mesh(mesh: Any, batch_size: int) -> Mesh | None:
             f"fit(mesh=...): must be a mesh of JAX, or None; got {type(mesh).__name__}. Pass "
             'jax.sharding.Mesh(jax.devices(), "batch").'
         )
-    if not hasattr(jax.lax, "pcast"):
-        raise RuntimeError(f"fit(mesh=...): needs JAX 0.8 or newer; got {jax.__version__}.")
     if batch_size % mesh.size:
         raise ValueError(
             f"fit(batch_size=...): must be a multiple of the {mesh.size} devices of the mesh, each "

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import typed
 from jax.extend.backend import get_backend
 
 import jaxode
@@ -262,12 +261,9 @@ def test_what_is_equal_has_one_hash(name):
     assert hash(make(1.0)) == hash(make(1.0))
 
 
-@pytest.mark.parametrize("derive", [lambda f: f, pytest.param(jax.grad, marks=typed)])
+@pytest.mark.parametrize("derive", [lambda f: f, jax.grad])
 def test_only_so_many_programs_are_kept(derive, monkeypatch):
-    """Of fields that are new functions. A gradient has two programs, one of them of the value.
-
-    Before JAX 0.8, those of gradients stay.
-    """
+    """Of fields that are new functions. A gradient has two programs, one of them of the value."""
     monkeypatch.setattr("jaxode._jax.closure.KEPT", 2)
     count = lambda: (gc.collect(), len(get_backend().live_executables()))[1]
 

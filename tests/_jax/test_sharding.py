@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import OPTIMIZED, typed
+from helpers import OPTIMIZED
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,7 +91,6 @@ LOSSES = {
 }  # fmt: skip
 
 
-@typed
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_over_devices_is_that_of_one(name):
     axes, axis_name, options = LOSSES[name]
@@ -102,7 +101,6 @@ def test_a_batch_over_devices_is_that_of_one(name):
     assert_same(of_all_devices(axis_name, axes, **options)(*inputs), expected, rtol)
 
 
-@typed
 def test_each_device_takes_the_joint_steps_of_its_own_rows():
     """With error control a part of the batch has other steps than the whole."""
     rows = [slice(i, i + BATCH // DEVICES) for i in range(0, BATCH, BATCH // DEVICES)]
@@ -115,7 +113,6 @@ def test_each_device_takes_the_joint_steps_of_its_own_rows():
     assert_same(found, (mean[0], (mean[1], by_x)))
 
 
-@typed
 def test_closed_over_parameters_must_vary():
     def loss(params, x, context, weights, vary=lambda params: params):
         params = vary(params)
@@ -144,7 +141,6 @@ PARAMETER_BYTES = sum(leaf.nbytes for leaf in PARAMS)
 
 
 @pytest.mark.slow  # XLA optimizes two programs
-@typed
 def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_each():
     found = crossing(AXIS)
     inside = [c for c in found if c["depth"] > 0]
@@ -167,7 +163,6 @@ def test_without_the_types_of_shard_map():
     assert_same(of_all_devices(check_vma=False)(*inputs)[0], expected)
 
 
-@typed
 def test_flow_and_its_gradient_over_devices():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
 
@@ -185,7 +180,6 @@ def test_flow_and_its_gradient_over_devices():
     assert_same(jax.jit(step)(PARAMS, X), expected)
 
 
-@typed
 def test_a_failure_on_one_device_makes_the_loss_nan():
     inputs = (PARAMS, X.at[3].set(jnp.nan), CONTEXT, WEIGHTS)
     value, (gradient, _) = of_all_devices()(*inputs)
@@ -208,7 +202,6 @@ jax.block_until_ready(jax.jit(run)(x))
 """
 
 
-@typed
 def test_a_failure_on_one_device_raises():
     """In a separate process: JAX keeps the error of an effect for whatever waits next."""
     process = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True)
@@ -216,7 +209,6 @@ def test_a_failure_on_one_device_raises():
     assert "log_prob(x=...): must be finite" in process.stderr
 
 
-@typed
 def test_devices_with_end_times_of_their_own_cannot_take_the_same_steps():
     loss = lambda key: loss_of(AXIS, key=key, steer=0.5)
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))

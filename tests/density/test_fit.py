@@ -116,11 +116,17 @@ def own_field(t, z, params):
     return params["scale"] * (params["out"] @ jnp.tanh(params["in"] @ z + t)) + params["shift"]
 
 
-# An optimizer, steps, and nats that it gains. A line search on noisy losses need not gain much.
+# An optimizer and steps. All gain a nat on rows three deviations away, where the start has twelve
+# more than the best. Near the best, or with L-BFGS, a line search on noisy losses may gain nothing.
 OPTIMIZERS = {
-    "lion": (optax.lion(3e-3), 500, 0.05),
-    "of the loss": (optax.chain(FAST, optax.contrib.reduce_on_plateau(patience=500)), 500, 0.05),
-    "a line search": (optax.lbfgs(), 50, 0.0),
+    "lion": (optax.lion(1e-2), 250),
+    "of the loss": (optax.chain(FAST, optax.contrib.reduce_on_plateau(patience=500)), 250),
+    "a line search": (
+        optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=15)
+        ),
+        25,
+    ),
 }
 
 
@@ -128,11 +134,12 @@ OPTIMIZERS = {
 def test_any_optimizer_and_any_field(name):
     weights = jax.random.normal(jax.random.key(3), (8, 2))
     params = {"in": weights, "out": jnp.zeros((2, 8)), "shift": jnp.zeros(2), "scale": 0.5}
-    start = bound(params=params, f=own_field)
-    optimizer, steps, gain = OPTIMIZERS[name]
-    density, history = fit(start, optimizer=optimizer, validation=OTHERS, steps=steps)
-    assert history[-1].nats < history[0].nats - gain
-    assert score(density) < score(start) - gain
+    start = bound(params=params, f=own_field, standardize=(0.0, 1.0))
+    optimizer, steps = OPTIMIZERS[name]
+    far = BENT + 3, OTHERS + 3
+    density, history = fit(start, far[0], optimizer=optimizer, validation=far[1], steps=steps)
+    assert history[-1].nats < history[0].nats - 1
+    assert score(density, far[1]) < score(start, far[1]) - 1
     assert density.params["scale"] != 0.5
 
 

@@ -16,10 +16,7 @@ import jaxode
 from jaxode.density import training
 from jaxode.density.table import Rows
 
-pytestmark = [
-    pytest.mark.usefixtures("default_settings"),
-    pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer"),
-]
+pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(500, 2)).astype(np.float32) @ np.array([[2.0, 1.0], [0.0, 1.0]], np.float32)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import typed
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -108,7 +107,6 @@ def test_another_failure_is_not_put_down_to_the_data(f, options, said):
         flow(f, **options).nll(None, 50 * GOOD["x"], **unused)
 
 
-@typed
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_device_whose_rows_weigh_nothing_is_part_of_the_mean(loss):
     """Only the total of the weights counts."""

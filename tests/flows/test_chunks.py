@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, temporary_bytes, trained, typed
+from helpers import assert_close, temporary_bytes, trained
 
 import jaxode
 from jaxode.flows.chunks import LEAST_ROWS, MOST_ROWS, Chunks
@@ -112,7 +112,6 @@ def test_a_size_that_is_not_given_depends_on_the_network(weights, size):
     assert Chunks.make(None, False, params).size == size
 
 
-@typed
 def test_devices_have_batches_of_their_own():
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
     bound = density(divergence=jaxode.divergence.hutchinson())

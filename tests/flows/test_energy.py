@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, assert_close, temporary_bytes, trained, typed
+from helpers import METHODS, assert_close, temporary_bytes, trained
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -142,7 +142,6 @@ def test_a_failed_solve_is_named_and_not_the_target():
         flow.reverse_kl_loss(trained(), double_well, 4, key=KEY)
 
 
-@typed
 def test_devices_share_a_batch():
     """With a key for each device, the gradient is the mean of theirs."""
     keys = jax.random.split(KEY, 2)

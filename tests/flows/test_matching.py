@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from flow_cases import times_of
-from helpers import assert_close, typed
+from helpers import assert_close
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -98,7 +98,6 @@ def test_no_solve_and_no_divergence():
     assert "while" not in str(jax.make_jaxpr(jax.value_and_grad(loss))(PARAMS))
 
 
-@typed
 def test_a_batch_over_devices_has_the_noise_of_one():
     """With a coupling of neighbouring rows. With weights it is tested in `test_bad_data.py`."""
 

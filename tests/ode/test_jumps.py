@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, typed
+from helpers import assert_close
 from jax.sharding import PartitionSpec as P
 
 import jaxode
@@ -103,7 +103,6 @@ def joint_on_devices():
     return on_devices(functools.partial(joint, axis_name="d"))
 
 
-@typed
 @pytest.mark.parametrize("scale", [1.0, np.inf])
 def test_devices_that_share_their_steps(scale):
     """Where one of them alone fails, at the second jump, the others stop with it."""

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import typed
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from problems import ROSENBROCK, STIFF, linear_gradients, robertson, solver_name
@@ -151,7 +150,6 @@ OVER_DEVICES = {
 }  # fmt: skip
 
 
-@typed
 @pytest.mark.parametrize("case", OVER_DEVICES)
 def test_many_unknowns_over_devices(case):
     """Rows that are split, with parameters that all share: the end, and its gradients."""

@@ -15,7 +15,6 @@ import jax
 import joblib
 import numpy as np
 import pytest
-from helpers import typed
 from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -378,7 +377,6 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
         assert all(3 < score["nats"] < 8 for score in result["scores"].values())
 
 
-@typed
 def test_programs_for_accelerators_are_measured_and_stand_on_their_page(
     monkeypatch, tmp_path, default_settings
 ):
