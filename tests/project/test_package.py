@@ -92,3 +92,17 @@ def test_no_function_shadows_its_module():
             continue
         package, _, name = importlib.import_module(info.name).__name__.rpartition(".")
         assert inspect.ismodule(getattr(sys.modules[package], name)), info.name
+
+
+def test_the_table_of_slow_tests_names_each():
+    """`with_slow` marks some rows of a test."""
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"^\| `([\w/]+\.py)`: .*`(test_\w+)` \|", table, re.MULTILINE)
+    marked = [
+        (str(path.relative_to(ROOT / "tests")), node.name)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and re.search("mark\\.slow|with_slow", " ".join(map(ast.unparse, node.decorator_list)))
+    ]
+    assert sorted(named) == sorted(marked)
