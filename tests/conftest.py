@@ -21,7 +21,17 @@ if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax
+import numpy as np
 import pytest
+
+# Other random numbers for every test and example. None may hang on those of one seed.
+SHIFT = 1000 * int(os.environ.get("JAXODE_TEST_SEED", "0"))
+if SHIFT:
+    key, default_rng = jax.random.key, np.random.default_rng
+    jax.random.key = lambda seed, **options: key(seed + SHIFT, **options)
+    np.random.default_rng = lambda seed=None: default_rng(
+        seed + SHIFT if isinstance(seed, int) else seed
+    )
 
 jax.config.update("jax_platforms", "cpu")
 # Devices to split a batch over; whatever does not ask for them runs on the first.

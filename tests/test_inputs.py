@@ -46,28 +46,23 @@ def total(tree):
 
 def run(way, name, given):
     """The call, in a program with the arrays of the input and with a number as inputs."""
-    is_traced = lambda x: isinstance(x, jax.Array) and (way != "grad" or eqx.is_inexact_array(x))
-    arrays, others = eqx.partition(given, is_traced)
+    arrays, others = eqx.partition(given, lambda x: isinstance(x, jax.Array))
     whole = lambda s, arrays: call(name, s, eqx.combine(arrays, others))
-    of_rows = lambda s: total(jax.vmap(lambda s: whole(s, arrays))(s))
-    each = lambda x: jnp.stack([x, x])
-    return {
-        "eager": whole,
-        "jit": jax.jit(whole),
-        "vmap": lambda *inputs: jax.vmap(whole)(*jax.tree.map(each, inputs)),
-        "grad": jax.grad(lambda *inputs: total(whole(*inputs)), (0, 1)),
-        "all": lambda s, arrays: jax.jit(jax.grad(of_rows))(jnp.full(2, s)),
-    }[way](1.0, arrays)
+    if way != "all":
+        return (jax.jit(whole) if way == "jit" else whole)(1.0, arrays)
+    floats, rest = eqx.partition((jnp.ones(()), arrays), eqx.is_inexact_array)
+    floats, rest = jax.tree.map(lambda x: jnp.stack([x, x]), (floats, rest))
+    of_row = lambda floats, rest: whole(*eqx.combine(floats, rest))
+    return jax.jit(jax.grad(lambda floats: total(jax.vmap(of_row)(floats, rest))))(floats)
 
 
 def ways(name, given):
-    """Each by itself for an array; all at once if no more than a number is traced."""
+    """Eagerly, and in a program of all transformations."""
     if name.startswith(OUTSIDE) or "outside" in name:
         return ("eager",)
     if not any(value is S for value in USUAL.get(name, {}).values()):
         return ("eager", "jit")
-    several = any(isinstance(x, jax.Array) for x in jax.tree.leaves(given))
-    return ("eager", "jit", "vmap", "grad") if several else ("eager", "all")
+    return ("eager", "all")
 
 
 def ids(x):
