@@ -10,7 +10,7 @@ BIN := .venv/bin
 # A worker keeps to neighbouring tests, which share compiled programs, until it runs out of its own.
 PYTEST := python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo help density test test-all test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
+.PHONY: demo help density test test-all test-benchmarks test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
 	bench bench-accelerators time-to-nll posterior tables regression mixed estimate clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
@@ -23,13 +23,21 @@ density: .venv/ready  ## Train a density on two moons; the picture is out/densit
 	$(BIN)/python examples/density_2d.py --data moons
 
 test: .venv/ready  ## Run all but the slow tests
-	$(BIN)/$(PYTEST) -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow and not benchmarks"
 
-test-all: .venv/full  ## Run all tests, as CI does; a library that is missing is a failure; TESTS="..." for some
-	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) $(TESTS)
+test-all: .venv/full  ## Run all tests but runs of benchmarks; a library that is missing is a failure; TESTS="..." for some
+	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m "not benchmarks" $(TESTS)
+
+# What the runs of benchmarks depend on, beside jaxode. The stamp is that of the last run that passed.
+BENCHMARKS := benchmarks/cases benchmarks/harness benchmarks/peers tests/project/test_benchmarks_run.py
+STAMP = git ls-files -z $(BENCHMARKS) | xargs -0 cat | sha256sum
+
+test-benchmarks: .venv/full  ## Run every benchmark at a tiny size, if benchmarks/ changed since it last passed
+	@if [ "$$($(STAMP))" = "$$(cat .ci/benchmarks.stamp)" ]; then echo "benchmarks/ is as at its last run"; else \
+		JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m benchmarks && $(STAMP) > .ci/benchmarks.stamp; fi
 
 test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that pyproject.toml allows
-	JAXODE_TEST_CACHE=.jax_cache/lowest .venv-lowest/bin/$(PYTEST)
+	JAXODE_TEST_CACHE=.jax_cache/lowest .venv-lowest/bin/$(PYTEST) -m "not benchmarks"
 
 .venv-lowest/ready: pyproject.toml .ci/lowest.txt
 	$(OLDEST) -m venv --clear .venv-lowest
@@ -37,7 +45,7 @@ test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that py
 	touch $@
 
 test-newest: .venv-newest/ready  ## Run the tests at the newest versions: TESTS="..." for some
-	JAXODE_TEST_CACHE=.jax_cache/newest .venv-newest/bin/$(PYTEST) $(TESTS)
+	JAXODE_TEST_CACHE=.jax_cache/newest .venv-newest/bin/$(PYTEST) -m "not benchmarks" $(TESTS)
 
 .venv-newest/ready: pyproject.toml
 	$(NEWEST) -m venv --clear .venv-newest

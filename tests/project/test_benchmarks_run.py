@@ -47,7 +47,7 @@ from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import benchmark, estimate_problems, fairness, problems, runner, show
 from benchmarks.peers import estimators, flows, odes, parameter_fits, regressors, tabular
 
-pytestmark = pytest.mark.shown
+pytestmark = pytest.mark.benchmarks
 # The same for all, so that the steps are compiled once.
 FLOW = problems.Workload(3, 8, (5, 5), own=True)
 ODE = {"state": 4, "width": 4, "batch": 4, "times": 2, "own": True}
@@ -308,7 +308,6 @@ RUNS += [("mixed", of_mixed, contender) for contender in tabular.CONTENDERS]
 RUNS += [("estimate", of_estimate, contender) for contender in parameter_fits.CONTENDERS]
 
 
-@pytest.mark.slow  # dozens of programs are compiled, which are those of other libraries, too
 @pytest.mark.filterwarnings("ignore:fit.seconds")  # a few steps are enough here
 @pytest.mark.parametrize(
     ("name", "small", "of"), RUNS, ids=lambda value: getattr(value, "__name__", value)
