@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
@@ -20,10 +21,14 @@ def arg(name: str, value: object = ...) -> str:
     return f"{_caller.get()}({name}={'...' if value is ... else repr(value)}):"
 
 
-def public(name: str) -> Callable[[F], F]:
+def public(
+    name: str, within: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Callable[[F], F]:
     """The decorator of a public function, which messages call `name`.
 
-    `""` stands for the class of the first argument, in a method that makes an object.
+    `""` stands for the class of the first argument, in a method that makes an object. The function
+    runs `within()`, such as at another precision; a second decorator would shift the `stacklevel`
+    of its warnings.
     """
 
     def decorate(f: F) -> F:
@@ -31,7 +36,8 @@ def public(name: str) -> Callable[[F], F]:
         def run(*args, **kwargs):
             token = _caller.set(name or type(args[0]).__name__)
             try:
-                return f(*args, **kwargs)
+                with within():
+                    return f(*args, **kwargs)
             finally:
                 _caller.reset(token)
 

@@ -86,3 +86,8 @@ def concrete_double_precision() -> Iterator[None]:
         device = None
     with jax.default_device(device), jax.ensure_compile_time_eval(), jax.enable_x64(True):
         yield
+
+
+def single_precision() -> Any:
+    """Compute with float32 and int32, whatever `jax_enable_x64` says."""
+    return jax.enable_x64(False)

@@ -12,6 +12,7 @@ from jaxtyping import Float, PRNGKeyArray
 from jaxode._checks.arguments import integer, non_negative, numbers
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
+from jaxode._jax.precision import single_precision
 from jaxode.density.bind import Density
 from jaxode.tabular import categorical, frames, predictions
 from jaxode.tabular.categorical import Categories
@@ -45,7 +46,7 @@ class Table:
         columns = (*self.encoder.columns, *self.encoder.given)
         return {c.name: (c.kind, c.circle.period) if c.circle else c.kind for c in columns}
 
-    @public("Table.log_prob")
+    @public("Table.log_prob", single_precision)
     def log_prob(
         self, frame: Any, *, draws: int = DRAWS, key: PRNGKeyArray | None = None
     ) -> Float[np.ndarray, " rows"]:
@@ -101,7 +102,7 @@ class Table:
         weights = jax.nn.logsumexp(weights.reshape(-1, draws), axis=1) - math.log(draws)
         return np.asarray(weights, float)
 
-    @public("Table.sample")
+    @public("Table.sample", single_precision)
     def sample(self, key: PRNGKeyArray, n: int = 1, given: Any = None) -> Any:
         """Draw rows: a frame like that of training. Numbers stay in its range.
 
@@ -150,7 +151,7 @@ class Table:
                 x = np.asarray(self.density.sample(number_key, (count,), context=context))
         return modes, x, int(jax.random.bits(seed_key))
 
-    @public("Table.impute")
+    @public("Table.impute", single_precision)
     def impute(self, key: PRNGKeyArray, frame: Any, n: int = 1) -> Any:
         """Fill in missing values: draws from the model, conditional on the rest of the row.
 
@@ -185,7 +186,7 @@ class Table:
     def _predictive(self, frame: Any) -> Predictive:
         return Predictive(self.encoder, self.categories, self.density, frame)
 
-    @public("Table.cdf")
+    @public("Table.cdf", single_precision)
     def cdf(self, frame: Any) -> Float[np.ndarray, " rows"]:
         """The probability of at most the value in each row, given the others: the PIT value.
 
@@ -194,7 +195,7 @@ class Table:
         predictive = self._predictive(frame)
         return predictive.cdf(predictive.values())
 
-    @public("Table.quantile")
+    @public("Table.quantile", single_precision)
     def quantile(self, q: Any, frame: Any) -> Float[np.ndarray, "..."]:
         """The quantiles of the modelled column at levels `q`, `[rows]` or `[rows, levels]`."""
         levels = numbers("q", q)
@@ -205,7 +206,7 @@ class Table:
         y = self._predictive(frame).each(predictions.quantiles(np.atleast_1d(levels)))
         return y.reshape(len(y), *levels.shape)
 
-    @public("Table.interval")
+    @public("Table.interval", single_precision)
     def interval(self, level: float, frame: Any) -> tuple[np.ndarray, np.ndarray]:
         """The central prediction interval: `(low, high)`, each `[rows]`, such as of level 0.9."""
         if not 0 < non_negative("level", level) < 1:
@@ -213,12 +214,12 @@ class Table:
         ends = self.quantile([(1 - level) / 2, (1 + level) / 2], frame)
         return ends[:, 0], ends[:, 1]
 
-    @public("Table.mean")
+    @public("Table.mean", single_precision)
     def mean(self, frame: Any) -> Float[np.ndarray, " rows"]:
         """The expected value of the modelled column in each row."""
         return self._predictive(frame).each(predictions.mean)
 
-    @public("Table.crps")
+    @public("Table.crps", single_precision)
     def crps(self, frame: Any) -> Float[np.ndarray, " rows"]:
         """The continuous ranked probability score of each row, in units of the column; low is good.
 

@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 from jaxode._checks.arguments import check_bool, check_number, integer, is_number
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
+from jaxode._jax.precision import single_precision
 from jaxode.density.bind import bind
 from jaxode.density.fit import MANY, RATE, TIME_POWERS, Plan, adam, train
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
@@ -35,7 +36,7 @@ TOLERANCES = 1e-4, 1e-3
 KINDS = ("categorical", "integer", "continuous", "periodic")
 
 
-@public("tabular.fit")
+@public("tabular.fit", single_precision)
 def fit(
     frame: Any,
     *,

@@ -294,3 +294,26 @@ def test_frames_of_other_libraries(library):
     assert set(column[~known]) <= {1, 2, 4}
     assert list(column[known]) == [n for n in data["n"] if n is not None]
     assert np.isfinite(fitted.log_prob(filled)).all()
+
+
+def test_double_precision_changes_nothing():
+    """Tables are trained and used in single precision, whatever JAX is set to between."""
+    rows = {"mixed": FRAMES["mixed"][:8], "atom": FRAMES["atom"].dropna()[:8]}
+    calls = {
+        "log_prob": lambda: table("mixed").log_prob(rows["mixed"]),
+        "sample": lambda: table("mixed").sample(KEY, 8),
+        "impute": lambda: table("mixed").impute(KEY, rows["mixed"]),
+        "cdf": lambda: table("atom").cdf(rows["atom"]),
+        "quantile": lambda: table("atom").quantile([0.1, 0.5], rows["atom"]),
+        "fit": lambda: tabular.fit(FRAMES["categories"], key=KEY, steps=1, progress=False)[0],
+    }
+    single = {name: call() for name, call in calls.items()}
+    jax.config.update("jax_enable_x64", True)
+    double = {name: call() for name, call in calls.items()}
+    for name in ("log_prob", "cdf", "quantile"):
+        np.testing.assert_array_equal(single[name], double[name])
+    for name in ("sample", "impute"):
+        pd.testing.assert_frame_equal(single[name], double[name])
+    jax.config.update("jax_enable_x64", False)  # trained in double precision, used without
+    drawn = [tables["fit"].sample(KEY, 8) for tables in (single, double)]
+    pd.testing.assert_frame_equal(*drawn)
