@@ -84,8 +84,8 @@ class Stream:
                 continue
             found.append(array)
             x = array[0] if isinstance(array, list | tuple) and array else array
-            if not np.ndim(x):
-                break  # no array of rows, which the check says
+            if not np.ndim(x) or not len(x):
+                break  # no array of rows, or none in it, which the check says
             count -= len(x)
             started = False
         return found

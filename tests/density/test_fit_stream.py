@@ -145,6 +145,17 @@ class Unlike:
         return iter([*[ROWS] * 5, self.other])
 
 
+class Again:
+    """Gives an array at first, and another each time that it starts again."""
+
+    def __init__(self, first, other):
+        self.first, self.other = first, other
+
+    def __iter__(self):
+        yield self.first
+        self.first = self.other
+
+
 class Endless:
     """Gives one thing again and again, a hundred times at most."""
 
@@ -168,6 +179,8 @@ class Endless:
         (Loader(ROWS), {"context": ROWS}, r"must be left out where x is an iterable"),
         (iter([]), {}, r"must give arrays of rows; got an iterable without any"),
         (Endless({"x": ROWS}), {}, r"got a dict|must be an array"),
+        (Endless(ROWS[:0]), {}, r"at least 1 row; got .*\(0, 2\)\. It is array 1"),
+        (Again(ROWS, ROWS[:0]), {}, r"at least 1 row; got .*\(0, 2\)\. It is array 2"),
     ],
 )
 def test_wrong_iterables(x, options, words):
