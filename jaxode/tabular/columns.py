@@ -25,6 +25,9 @@ OFTEN, PEAK, NEAR, FEW_VALUES = 0.02, 4.0, 10, 20
 ON_GRID, GRIDS, COST = 0.05, 3, 10.0
 RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)
 DECIMALS = 6
+# More categories warn, in all or as a share of the rows, and a larger share raises. `POOLED` rows
+# are what the messages advise.
+MANY, SHARE, TOO_LARGE_SHARE, POOLED = 500, 0.1, 0.5, 10
 FAR = 1000.0  # standard deviations of the middle half, up to which the others have a say
 OTHER = None  # the mode of rare categories
 INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
@@ -177,17 +180,34 @@ class Column:
 
 
 def categorical(
-    name: str, values: np.ndarray, missing: np.ndarray, other: int | None, text: bool
+    name: str,
+    values: np.ndarray,
+    missing: np.ndarray,
+    other: int | None,
+    text: bool,
+    of_dates: str = "",
 ) -> Column:
-    """A column of categories; those with fewer than `other` rows share a mode."""
+    """A column of categories; those with fewer than `other` rows share a mode.
+
+    `of_dates`: what to do with them if they are dates.
+    """
     counts = Counter(values[~missing].tolist())
     levels = sorted(counts, key=str)
     rare = [level for level in levels if counts[level] < (other or 0)]
     common = [level for level in levels if counts[level] >= (other or 0)]
-    if len(common) > max(FEW_VALUES, 0.5 * len(values)):
-        raise ValueError(
-            f"{arg('frame')} column {name!r} must repeat its categories; got {len(common)} of them "
-            f"in {len(values)} rows. Leave it out, or pool rare ones, such as by other=10."
+    number, rows = len(common), len(values)
+    if number > min(MANY, max(FEW_VALUES, SHARE * rows)):
+        cure = of_dates or (
+            f"Drop the column, or pool categories with fewer than {POOLED} rows by other={POOLED}."
+        )
+        message = f"{arg('frame')} column {name!r} must repeat its categories; got {number} of them"
+        message += f" in {rows} rows. {cure}"
+        if number > max(FEW_VALUES, TOO_LARGE_SHARE * rows):
+            raise ValueError(message)
+        warnings.warn(
+            f"{message} With so many, the model is large, and its samples combine what never "
+            "belongs together.",
+            stacklevel=8,
         )
     total = sum(counts[level] for level in rare)
     return Column(
@@ -216,6 +236,8 @@ def numeric(
     some, resolution = bool(missing.any()), finest if kind != "integer" else 0.0
     if len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
         atoms = tuple(map(float, levels))
+        if len(atoms) == 1:
+            resolution = 0.0  # a constant has no density, but a probability of one
         return Column(name, kind, atoms, (), some, low, high, resolution=resolution, circle=circle)
     often = counts >= max(OFTEN * len(x), 3)
     if circle is not None and finest and not circle.is_divided_by(finest):

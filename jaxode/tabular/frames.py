@@ -1,5 +1,8 @@
 """Frames of pandas, polars and others, in and out, by narwhals."""
 
+import datetime
+import itertools
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,6 +10,9 @@ import numpy as np
 from jaxode._checks.caller import arg
 from jaxode.tabular.grids import LARGEST
 
+# Texts such as 2020-01-31, 31.1.20 and 1/31/2020, also with a time after them.
+DATE = re.compile(r"\s*(\d{4}([-/.])\d\d?\2\d\d?|\d\d?([-/.])\d\d?\3\d{2,4})(?!\d)")
+SOME = 100  # texts, which are dates if all of them look like that
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
 
@@ -66,6 +72,7 @@ def read(name: str, frame: Any, column: str) -> Values:
         values = np.array(series.cast(nw.Float64).to_numpy(), float)
         if series.dtype == nw.Float32:  # 0.1 is 0.10000000149 otherwise
             values = values.astype(np.float32).astype(str).astype(float)
+        values += 0.0  # makes -0.0 0.0
         missing |= np.isnan(values)
         if series.dtype.is_integer():
             for row in np.flatnonzero(~missing & (np.abs(values) > LARGEST)):
@@ -82,19 +89,43 @@ def read(name: str, frame: Any, column: str) -> Values:
     kind = str(series.dtype).split("(")[0]
     named = kind in ("Categorical", "Enum")  # whose categories may be of any type
     if kind not in TEXT:
-        raise TypeError(
-            f"{start} numbers, strings or booleans; got {series.dtype}. Convert it, or leave it "
-            "out."
-        )
+        is_date = kind in ("Datetime", "Date")
+        cure = f" {_as_days(frame, column)}" if is_date else " Convert it, or leave it out."
+        raise TypeError(f"{start} numbers, strings or booleans; got {series.dtype}.{cure}")
     values = np.fromiter(series.to_list(), object, len(series))
     missing |= np.array([isinstance(value, float) and value != value for value in values], bool)
     for row in np.flatnonzero(~missing):
         if not named and not isinstance(values[row], str | bool | np.bool_):
+            cure = "Convert the column: .astype(str), or to a type of numbers."
+            if isinstance(values[row], datetime.date):
+                cure = _as_days(frame, column)
             raise TypeError(
                 f"{start} strings, booleans or numbers alone; got {values[row]!r} in row {row}. "
-                "Convert the column: .astype(str), or to a type of numbers."
+                f"{cure}"
             )
     return Values(values, missing, True)
+
+
+def cure_of_dates(frame: Any, column: str) -> str:
+    """How to turn texts that are dates into numbers, or nothing if they are none."""
+    texts = (v for v in frame[column].drop_nulls().to_list() if not isinstance(v, bool))
+    first = [str(text) for text in itertools.islice(texts, SOME)]
+    return _as_days(frame, column) if first and all(map(DATE.match, first)) else ""
+
+
+def _as_days(frame: Any, column: str) -> str:
+    """The line that makes the dates of a column numbers."""
+    dtype = frame[column].dtype
+    if frame.implementation.is_polars():
+        casts = {"String": ".str.to_datetime()", "Categorical": ".cast(str).str.to_datetime()"}
+        dates = f"polars.col({column!r}){casts.get(str(dtype), '')}"
+        line = f"frame = frame.with_columns(({dates} - polars.date(2020, 1, 1)).dt.total_days())"
+    else:
+        start = "" if frame.implementation.is_pandas_like() else "frame = frame.to_pandas(); "
+        local = ".dt.tz_localize(None)" if getattr(dtype, "time_zone", None) else ""
+        days = f"pandas.to_datetime(frame[{column!r}]){local} - pandas.Timestamp('2020-01-01')"
+        line = f"{start}frame[{column!r}] = ({days}).dt.days"
+    return f"Make dates numbers: {line}."
 
 
 def make(

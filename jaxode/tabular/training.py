@@ -82,7 +82,8 @@ def fit(
         TypeError, ValueError: for a frame that is no table, an unknown column, or a wrong option.
 
     Warns:
-        UserWarning: of numbers that depend on each other linearly: they have no density.
+        UserWarning: of numbers that depend on each other linearly: they have no density; and of
+            more than 500 categories in a column, or more than a tenth of the rows.
     """
     begin = time.perf_counter()
     keys = jax.random.split(check_key(key), 4)
@@ -142,8 +143,10 @@ def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None)
         raise ValueError(f"{arg('given')} must leave a column to model; got all of them.")
 
     def columns(names: list[str], is_given: bool) -> tuple[Column, ...]:
-        columns = [_column(frame, n, kinds.get(n), bounds.get(n), other, is_given) for n in names]
-        return tuple(columns)
+        return tuple(
+            _column(frame, name, kinds.get(name), bounds.get(name), other, is_given)
+            for name in names
+        )
 
     features = columns([name for name in frame.columns if name in given], True)
     return Encoder(frame.head(0), columns(modelled, False), features)
@@ -178,7 +181,8 @@ def _column(
             f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
         )
     if kind == "categorical":
-        return categorical_column(name, values, missing, other, text)
+        of_dates = frames.cure_of_dates(frame, name) if text else ""
+        return categorical_column(name, values, missing, other, text, of_dates)
     if kind == "periodic":
         if bounds is not None:
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")

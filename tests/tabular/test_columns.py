@@ -1,5 +1,7 @@
 """What is a mode of a column, and where the cells of its numbers are."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -149,6 +151,31 @@ def test_cells_stay_within_bounds():
     for v in np.float32([0.0, 1.0]):
         noisy = np.float32(low) + v * np.float32(width)
         assert ((first < noisy) & (noisy < last)).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "number", "other", "warns"),
+    [
+        (60, 20, None, False), (60, 21, None, True), (300, 30, None, False), (300, 31, None, True),
+        (300, 31, 10, False), (6000, 500, None, False), (6000, 501, None, True),
+    ],
+)  # fmt: skip
+def test_too_many_categories_warn(rows, number, other, warns):
+    """More than 20, and than a tenth of the rows; or more than 500."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        column_of((np.arange(rows) % number).astype(str), other)
+    assert [f"got {number} of them in {rows} rows" in str(w.message) for w in caught] == [
+        True
+    ] * warns
+
+
+def test_a_negative_zero_is_zero():
+    for x in (np.array([-0.0, 0.0, 1.0] * 200), np.r_[[-0.0, 0.0] * 100, RNG.normal(size=400)]):
+        column, *_ = column_of(x)
+        assert not np.signbit([value for value in column.values if value == 0]).any()
+    categories, *_ = column_of(np.array([-0.0, 0.0] * 300), kind="categorical")
+    assert str(categories.values) == "(0.0,)"
 
 
 def test_rare_categories_share_a_mode():

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import optional
 from trained import FRAMES, KEY, table
 
 from jaxode import tabular
@@ -22,6 +23,9 @@ BAD = {
     "twice": pd.concat([GOOD, GOOD[["x"]]], axis=1),
     "numbers as names": GOOD.rename(columns={"x": 0}),
     "nothing": GOOD.assign(x=np.nan),
+    "text dates": GOOD.assign(c=pd.date_range("2020", periods=N).strftime("%d/%m/%Y")),
+    "date objects": GOOD.assign(x=pd.Series(pd.date_range("2020", periods=N).date, dtype=object)),
+    "local times": GOOD.assign(x=pd.date_range("2020", periods=N, tz="UTC")),
     "ids": GOOD.assign(c=[f"id{i}" for i in range(N)]),
 }
 OF_FIT = [
@@ -34,11 +38,15 @@ OF_FIT = [
     ({"frame": BAD["numbers as names"]}, "must have column names that are strings; got [0, 'k', "),
     ({"frame": BAD["infinity"]}, "column 'x' must hold finite numbers; got inf in row 39. Leave "),
     ({"frame": BAD["dates"]}, "column 'x' must hold numbers, strings or booleans; got Datetime"),
+    *(({"frame": BAD[name]}, f"column '{c}' must ~Make dates numbers: frame['{c}'] = (pandas.to_da"
+       f"tetime(frame['{c}']){local} - pandas.Timestamp('2020-01-01')).dt.days.")
+      for name, c, local in (("dates", "x", ""), ("text dates", "c", ""), ("date objects", "x", ""),
+                             ("local times", "x", ".dt.tz_localize(None)"))),
     ({"frame": BAD["lists"]}, "column 'x' must hold strings, booleans or numbers alone; got [1, 2]"
      " in row 0. Convert the column"),
     ({"frame": BAD["texts and numbers"]}, "column 'c' must hold strings, ~; got 2 in row 1. Conve"),
     ({"frame": BAD["nothing"]}, "column 'x' must have a value; got none. Leave it out."),
-    ({"frame": BAD["ids"]}, "column 'c' must repeat its categories; got 40 of them in 40 rows. Le"),
+    ({"frame": BAD["ids"]}, "column 'c' must repeat its categories; got 40 of them in 40 rows. Dr"),
     ({"given": "z"}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"given": ["x", "k", "c"]}, "must leave a column to model; got all of them."),
     ({"given": 3}, "must be a list of names of columns; got 3."),
@@ -164,8 +172,29 @@ def test_given_columns_that_depend_on_each_other_do_not_matter():
         tabular.fit(frame, given=["x", "y"], key=KEY, steps=1, progress=False)
 
 
+def test_polars_gets_its_own_line_for_dates():
+    polars = optional("polars")
+    for dates, text in ((BAD["dates"].x, ""), (BAD["text dates"].c, ".str.to_datetime()")):
+        frame = polars.DataFrame({"x": dates.to_list()})
+        line = f"(polars.col('x'){text} - polars.date(2020, 1, 1)).dt.total_days()"
+        with pytest.raises((TypeError, ValueError), match=re.escape(line)) as error:
+            tabular.fit(frame, key=KEY, steps=1, progress=False)
+        names = {"frame": frame, "polars": polars}
+        exec(str(error.value).split("numbers: ")[1][:-1], names)
+        assert names["frame"]["x"].to_list() == [*range(N)]
+
+
+def test_too_many_categories_warn():
+    frame = pd.DataFrame({"c": (np.arange(300) % 31).astype(str)})
+    words = r"'c' must repeat its categories; got 31 of them in 300 rows. Drop the .* by other=10\."
+    with pytest.warns(UserWarning, match=words) as caught:
+        tabular.fit(frame, key=KEY, steps=1, progress=False)
+    assert caught[0].filename == __file__
+
+
 def test_a_constant_column_has_nothing_to_learn():
     frame = pd.DataFrame({"one": 1, "pi": np.pi, "n": np.arange(N) % 2, "given": 3.5})
+    frame["half"] = 0.5
     fitted, _ = tabular.fit(frame, given="given", key=KEY, steps=1, progress=False)
     alone, _ = tabular.fit(frame[["n"]], key=KEY, steps=1, progress=False)
     assert abs(np.exp(fitted.log_prob(frame[:2])).sum() - 1) < 1e-5
