@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +31,7 @@ from jaxode.density.maps import FITS
 from jaxode.density.maps.chain import Chain
 from jaxode.density.maps.given import fitted
 from jaxode.density.processes import are_several, check_alike
+from jaxode.density.progress import finish
 from jaxode.density.stream import NoRowsLeftError, is_stream
 from jaxode.density.table import Table
 from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
@@ -119,7 +119,8 @@ def fit(
             gradients once a step. The result is that of one device, up to rounding, but for a
             coupling that pairs rows: a device pairs its own. Processes count equally, whatever
             their rows: give each about as many.
-        progress: show steps, nats and the time left on stderr.
+        progress: show steps, the loss of validation rows and the time left on stderr: on one line
+            of a terminal, and a line for each validation in a file or a notebook.
 
     Returns:
         The density with the best parameters, and its validations in training.
@@ -188,9 +189,7 @@ def train(
     density: Density, table: Table, plan: Plan, keys: tuple[PRNGKeyArray, ...], begin: float
 ) -> tuple[Density, list[Point]]:
     """Train a density on the rows of a table, with five keys. See `fit`."""
-    limits, batch_size, optimizer, progress = (
-        plan.limits, plan.batch_size, plan.optimizer, plan.progress,
-    )  # fmt: skip
+    limits, batch_size, optimizer = plan.limits, plan.batch_size, plan.optimizer
     aside_key, noise_key, matching_key, validation_key, likelihood_key = keys
     validation_rows = table.noisy(table.validation, aside_key)
     if table.rows.context is not None:
@@ -219,7 +218,7 @@ def train(
         evaluate = evaluation(density, in_flow, log_det, validation_key, plan.mesh)
         count = table.count
         return Training(
-            density, data, evaluate, count, batch_size, begin, clock, progress, plan.mesh,
+            density, data, evaluate, count, batch_size, begin, clock, plan.progress, plan.mesh,
             in_order=table.stream is not None,
         )  # fmt: skip
 
@@ -268,8 +267,8 @@ def train(
     finally:
         if table.stream is not None:
             table.stream.close()
-    if progress:
-        print(file=sys.stderr)
+    if plan.progress:
+        finish()
     return _result(_best(runs), limits)
 
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from jaxode._jax.closure import compiled
 from jaxode._jax.sharding import mean_over, of_device, on_all, over_devices, split_over, vary
 from jaxode.density.bind import Density
 from jaxode.density.processes import are_several, of_first
+from jaxode.density.progress import described, show
 from jaxode.density.table import Rows
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import Divergence, auto, hutchinson, is_trace, without_noise
@@ -335,7 +335,7 @@ class Training:
             self.step += int(count)
             clock.step = of_first(seconds / int(count) + self.data_seconds / BLOCK, self.mesh)
             if time.perf_counter() > self.said + SAY_APART:
-                self.tell()
+                self.tell(look=False)
             if timed:
                 return
 
@@ -402,19 +402,17 @@ class Training:
             _, self.state, _ = self.kept
             self.rate *= SLOWER
 
-    def tell(self) -> None:
-        """Say how far training is."""
+    def tell(self, *, look: bool = True) -> None:
+        """Say how far training is, at a look at the validation rows or between two."""
         limits, clock = self.limits, self.clock
-        of = "" if limits.steps == math.inf else f" of {limits.steps}"
-        text = f"{self.phase.name}: step {self.step}{of}, {self.points[-1].nats:.3f} nats of "
-        text += f"validation rows, best {self.best_nll:.3f}"
+        steps = f"{self.step}" if limits.steps == math.inf else f"{self.step} of {limits.steps}"
+        text = described(self.phase.name, steps, self.points[-1].nats, self.best_nll)
         by_steps = (limits.steps - self.step) * clock.step  # NaN before the first
         if (left := min(limits.seconds - clock.spent, by_steps)) < math.inf:
             text += f", {max(left, 0):.0f} s left"
-        self.say(text)
+        self.say(text, look=look)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, look: bool = True) -> None:
         self.said = time.perf_counter()
         if self.progress:
-            # As wide as the longest, to cover it.
-            print(f"\r{text:<90}", end="", file=sys.stderr, flush=True)
+            show(text, look=look)

@@ -7,7 +7,6 @@ two layers (MADE; Germain et al. 2015, arXiv:1502.03509), plus a network of the 
 import functools
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -17,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxode._jax.closure import compiled
-from jaxode.density.training import Clock, Limits, Point
+from jaxode.density.progress import described, show
+from jaxode.density.training import APART, Clock, Limits, Point
 
 WIDTH, BATCH, BLOCK = 128, 256, 50
 RATE, DECAY, DROPOUT, PATIENCE = 1e-3, 0.05, 0.5, 12
@@ -138,8 +138,8 @@ def _optimizer() -> Any:
 
 
 @compiled
-def _advance(network, average, state, modes, given, key, rate, smoothing):
-    """The network, its average and the optimizer's state after a block of steps."""
+def _advance(network, average, state, modes, given, key, rate, smoothing, steps):
+    """The network, its average and the optimizer's state after some steps."""
 
     def step(i, carry):
         network, average, state = carry
@@ -152,7 +152,7 @@ def _advance(network, average, state, modes, given, key, rate, smoothing):
         average = jax.tree.map(lambda a, b: a + smoothing * (b - a), average, network)
         return network, average, state
 
-    return jax.lax.fori_loop(0, BLOCK, step, (network, average, state))
+    return jax.lax.fori_loop(0, steps, step, (network, average, state))
 
 
 def train(
@@ -161,7 +161,7 @@ def train(
     rows: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray],
     limits: Limits,
-    say: Callable[[str], None],
+    progress: bool,
     begin: float,
 ) -> tuple[Categories, list[Point]]:
     """Train on `(modes, given)`, and keep what is best on the validation rows."""
@@ -169,7 +169,7 @@ def train(
     modes, given = (jnp.asarray(part) for part in rows)
     network = Categories.make(init_key, rows[0], sizes, given.shape[1])
     average, best, best_nll, points, worse = network, network, math.inf, [], 0
-    state, clock, step = _optimizer().init(network), Clock(), 0
+    state, clock, step, due = _optimizer().init(network), Clock(), 0, 0.0
     nll = lambda network: -float(jnp.mean(log_probs(network, *map(jnp.asarray, validation))))
     total = min(limits.steps, MOST_STEPS)
     while True:
@@ -182,16 +182,22 @@ def train(
         if nats < best_nll:
             best, best_nll = average, nats
         part = max(step / total, clock.spent / limits.seconds if limits.seconds else 1.0)
-        say(f"categories: step {step}, {nats:.3f} nats of validation rows, best {best_nll:.3f}")
-        if part >= 1 or worse >= PATIENCE:
+        ended = part >= 1 or worse >= PATIENCE
+        if progress:
+            show(described("categories", f"{step}", nats, best_nll), look=ended or step >= due)
+        if step >= due:
+            due = APART * step
+        if ended:
             return best, points
         rate = jnp.asarray(RATE * math.cos(0.5 * math.pi * part) ** 2 * min(1, (step + 50) / 200))
         smoothing = jnp.asarray(max(0.005, 10 / (10 + step)))
         with clock.running():
             block_key = jax.random.fold_in(key, step)
+            steps = int(min(BLOCK, total - step))
+            schedule = rate, smoothing, jnp.asarray(steps, jnp.int32)
             network, average, state = jax.block_until_ready(
-                _advance(network, average, state, modes, given, block_key, rate, smoothing)
+                _advance(network, average, state, modes, given, block_key, *schedule)
             )
         if step == 0:
             clock.spent = 0.0  # without compilation
-        step += BLOCK
+        step += steps

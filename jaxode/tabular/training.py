@@ -1,7 +1,6 @@
 """Train the density of a table."""
 
 import math
-import sys
 import time
 import warnings
 from typing import Any
@@ -17,6 +16,7 @@ from jaxode._jax.precision import single_precision
 from jaxode.density.bind import bind
 from jaxode.density.fit import MANY, RATE, TIME_POWERS, Plan, adam, train
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
+from jaxode.density.progress import finish
 from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART
 from jaxode.density.training import Limits, Point
 from jaxode.flows.bases import standard_normal, torus
@@ -73,7 +73,7 @@ def fit(
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
             of `key`.
         validation: the part of the rows to set aside, or a frame of others. At most 1000 are used.
-        progress: show steps, nats and the time left on stderr.
+        progress: show steps, the loss of validation rows and the time left on stderr.
 
     Returns:
         The table, and the validations in training: phases "categories" and "matching".
@@ -104,9 +104,8 @@ def fit(
         part = categorical.PART if encoder.numbers else 1.0
         pair = lambda rows: (rows.modes[:, discrete], rows.given)
         of_part = limits._replace(seconds=part * limits.seconds)
-        say = _say if progress else lambda text: None
         network, points = categorical.train(
-            keys[1], encoder.sizes, pair(rows), pair(aside), of_part, say, begin
+            keys[1], encoder.sizes, pair(rows), pair(aside), of_part, progress, begin
         )
         if encoder.numbers:
             limits = limits._replace(seconds=(1 - part) * limits.seconds)
@@ -114,12 +113,8 @@ def fit(
         density, more = _numbers(encoder, rows, aside, limits, progress, keys[2], begin)
         moments, points = _moments(encoder, rows, keys[3]), points + more
     elif progress:
-        print(file=sys.stderr)
+        finish()
     return Table(encoder, network, density, moments), points
-
-
-def _say(text: str) -> None:
-    print(f"\r{text:<90}", end="", file=sys.stderr, flush=True)
 
 
 def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None) -> Encoder:

@@ -243,14 +243,28 @@ def test_an_interrupt_before_the_first_look_is_raised():
         fit(bound(f=interrupted))
 
 
-def test_progress_is_shown_on_stderr(capsys):
+def test_progress_is_one_line_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fit(steps=50, progress=True, validation=OTHERS)
     out, err = capsys.readouterr()
     assert not out
     assert err.startswith("\rmatching: compiling ")
-    assert "\rmatching: step 50 of 50, " in err
-    assert "best " in err
+    assert "\rmatching: step 50 of 50, validation loss " in err
+    assert ", best " in err
     assert err.rstrip().endswith(", 0 s left")
+    assert err.count("\n") == 1
     assert err.endswith("\n")
+
+
+def test_progress_in_a_file_is_a_line_for_each_look(capsys, monkeypatch):
+    Machine(monkeypatch, step=1.0)  # slow enough to say something between looks
+    _, history = fit(progress=True, validation=OTHERS)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "\r" not in err
+    first, *looks = err.splitlines()
+    assert first == "matching: compiling"
+    words = [f": step {p.step} of {STEPS}, validation loss {p.nats:.3f} nats, " for p in history]
+    assert [word in line for word, line in zip(words, looks, strict=True)] == [True] * len(words)
     fit(steps=50, validation=OTHERS)
     assert capsys.readouterr() == ("", "")

@@ -54,6 +54,14 @@ def test_categories_alone_sum_to_one_and_are_learned():
     np.testing.assert_allclose(p, share, atol=0.06)
 
 
+def test_steps_of_categories_end_where_they_should_and_progress_is_a_line_for_each_look(capsys):
+    _, history = tabular.fit(FRAMES["categories"], key=KEY, steps=60)
+    assert [point.step for point in history] == [0, 50, 60]
+    words = [f"categories: step {p.step}, validation loss {p.nats:.3f} nats, " for p in history]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * 3
+
+
 def test_one_positive_number_has_a_density():
     x = np.exp(np.linspace(-12, 4.5, 200))
     p = np.exp(table("one").log_prob(pd.DataFrame({"x": x}))) * x * np.log(x[1] / x[0])

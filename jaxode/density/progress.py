@@ -1,0 +1,24 @@
+"""Lines that show how far a training is."""
+
+import sys
+
+WIDEST = 100  # characters of a line, which cover the line before it
+
+
+def show(text: str, *, look: bool = True) -> None:
+    """Write a line on stderr: over the last one on a terminal, and elsewhere one for each look."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<{WIDEST}}", end="", file=sys.stderr, flush=True)
+    elif look:
+        print(text, file=sys.stderr, flush=True)
+
+
+def finish() -> None:
+    """End the last line of a terminal."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def described(phase: str, steps: str, nats: float, best: float) -> str:
+    """What a look at the validation rows found: their mean negative log-density, and the best."""
+    return f"{phase}: step {steps}, validation loss {nats:.3f} nats, best {best:.3f}"
