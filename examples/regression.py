@@ -40,7 +40,7 @@ class Prediction(NamedTuple):
 def of_table(table: tabular.Table, target: str, rows: Frame, seed: int) -> Prediction:
     """A PIT value is uniform between the probability of less and of at most."""
     at_most = table.cdf(rows)
-    whole = table.kinds[target] == "integer"
+    whole = bool((rows[target] % 1 == 0).all())
     less = table.cdf(rows.assign(**{target: rows[target] - 1})) if whole else at_most
     pit = less + np.random.default_rng(seed).random(len(rows)) * (at_most - less)
     return Prediction(table.quantile(QUANTILES, rows), pit, table.crps(rows))

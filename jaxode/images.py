@@ -63,10 +63,10 @@ def dequantize(
     Raises:
         TypeError: if `x` is not an array of real numbers, or `key` not a key of `jax.random`.
         ValueError: if a value is known not to be a level, `levels` is not an integer of at least 2,
-            or `noise` is another.
+            or `noise` is another, or names others than the levels.
     """
     integer("levels", levels, 2)
-    noise = as_noise("noise", noise)
+    noise = as_noise("noise", noise, (0, levels - 1))
     x = numbers("x", x)
     is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
     rule = f"must be integers from 0 to {levels - 1}"
@@ -91,9 +91,16 @@ def in_cells(
     return x + in_unit(key, x, margin_of(jax.lax.stop_gradient(x), spacings), noise)
 
 
-def as_noise(name: str, noise: Any) -> Noise:
-    """The noise, if it is the name of one or a tuple of levels."""
+def as_noise(name: str, noise: Any, ends: tuple[int, int] | None = None) -> Noise:
+    """The noise, if it is the name of one or a tuple of levels, which lie between `ends`."""
     if isinstance(noise, tuple | list) and noise and all(map(is_number, noise)):
+        low, high = ends or (-math.inf, math.inf)
+        wrong = [v for v in noise if not (low <= v <= high and v == math.floor(v))]
+        if wrong and ends:
+            raise ValueError(
+                f"{arg(name)} must name levels, whole numbers from {low} to {high}; got {wrong}. "
+                "Leave out what is no level: it would change nothing."
+            )
         return tuple(map(float, noise))
     if not (isinstance(noise, str) and noise in NOISES):
         also = "True, False, " if name == "dequantize" else ""

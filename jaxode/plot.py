@@ -150,7 +150,7 @@ def history(
     if looks:
         ax = _axes(ax)
         ax.plot([p.seconds for p in looks], [p.nats for p in looks], **{"marker": ".", **style})
-        ax.set(xlabel="seconds of training", ylabel="nats of validation rows")
+        ax.set(xlabel="seconds of training", ylabel="validation loss in nats")
         return ax
     return _curve("losses", losses, window, "loss", ax, style)
 

@@ -111,6 +111,13 @@ def test_a_noise_that_is_none_raises(noise):
         images.dequantize(jax.random.key(0), jnp.zeros((1, 1)), 4, noise=noise)
 
 
+@pytest.mark.parametrize("noise", [(9,), (0, 8), (-1,), (0.5,), (np.nan,), (np.inf,)])
+def test_noise_of_what_is_no_level_raises(noise):
+    x = np.arange(8).repeat(5)[:, None]
+    with pytest.raises(ValueError, match="must name levels, whole numbers from 0 to 7; got "):
+        images.dequantize(jax.random.key(0), x, 8, noise=noise)
+
+
 def test_half_precision_is_mapped_in_single():
     u = jax.random.uniform(jax.random.key(0), (1, 3000), jnp.bfloat16)
     found, wanted = (images.logit(each)[1] for each in (u, u.astype(jnp.float32)))

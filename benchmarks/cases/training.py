@@ -69,7 +69,7 @@ def draw(found: Found) -> None:
         best = min(nats for nats, _ in first.values())
         axis.set(title=name, xlabel="seconds, with compilation", ylim=(best - 0.3, best + 1.5))
         axis.grid(color="#dddddd", linewidth=0.6)
-    axes[0].set(ylabel="nats of validation rows")
+    axes[0].set(ylabel="validation loss in nats")
     axes[-1].legend(fontsize=7, frameon=False)
     figure.savefig(PICTURE, dpi=110)
 

@@ -73,20 +73,23 @@ class Table:
         noise = NOISES[0]
         if not isinstance(dequantize, bool | np.bool_):
             noise = as_noise("dequantize", dequantize)
-        dequantize = bool(dequantize)
+        has_noise = bool(dequantize)
         stream = None
         if is_stream(x):
-            stream = _stream_of(density, x, context, validation, dequantize)
+            stream = _stream_of(density, x, context, validation, has_noise)
             x, context = stream.head
-        rows, validation_rows = set_aside(density, x, context, validation, dequantize, key)
+        rows, validation_rows = set_aside(density, x, context, validation, has_noise, key)
         integers, largest = scanned(rows.x)
         aside_integers, aside_largest = scanned(validation_rows.x)
-        integers &= dequantize
+        integers &= has_noise
         if isinstance(validation, PARTS):  # of the same table
             integers &= aside_integers
         largest = np.maximum(largest, aside_largest)
         integers = gathered(integers[None], mesh).all(axis=0)
         largest = gathered(largest[None], mesh).max(axis=0)
+        if not isinstance(noise, str) and integers.any():
+            reach = int(largest[integers].max())
+            as_noise("dequantize", dequantize, (-reach, reach))
         coarse = integers & (largest * float(jnp.finfo(rows.x.dtype).eps) > COARSE)
         warn_of_coarse(coarse.reshape(-1), rows.x.dtype)
         some = rows.x.sample(ENOUGH) if isinstance(rows.x, Without) else rows.x

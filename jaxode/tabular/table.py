@@ -42,9 +42,12 @@ class Table:
     @property
     def kinds(self) -> dict[str, str | tuple[str, float]]:
         """ "categorical", "integer", "continuous" or ("periodic", period), by column; those of
-        given columns, too."""
+        given columns, too. Numbers of few values, which are modelled as such, are "categorical".
+        """
+        kinds = {c.name: c.kind if c.grids else "categorical" for c in self.encoder.columns}
+        kinds |= {c.name: c.kind for c in self.encoder.given}
         columns = (*self.encoder.columns, *self.encoder.given)
-        return {c.name: (c.kind, c.circle.period) if c.circle else c.kind for c in columns}
+        return kinds | {c.name: ("periodic", c.circle.period) for c in columns if c.circle}
 
     @public("Table.log_prob", single_precision)
     def log_prob(

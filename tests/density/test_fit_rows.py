@@ -179,6 +179,14 @@ def test_validations_subtract_the_density_of_the_noise():
         np.testing.assert_allclose(log_det, -2 * np.log(3) - expected, rtol=1e-5)
 
 
+def test_noise_of_a_level_that_the_data_lack_raises():
+    with pytest.raises(
+        ValueError, match=r"must name levels, whole numbers from -7 to 7; got \[9\]"
+    ):
+        table_of(cheap(), INTEGERS, dequantize=(0, 9))
+    assert table_of(cheap(), INTEGERS, dequantize=(0, 7)).noise == (0.0, 7.0)
+
+
 @pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-24])
 def test_noise_never_reaches_a_bound(noise, monkeypatch):
     """Which would end a training, by chance."""

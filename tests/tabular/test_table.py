@@ -73,6 +73,7 @@ def test_a_number_of_few_values_is_a_category():
     p = np.exp(table("few").log_prob(frame))
     np.testing.assert_allclose(p.reshape(3, 5).sum(axis=1), 1, rtol=1e-5)
     assert (table("few").log_prob(pd.DataFrame({"group": ["a"], "n": [7]})) == -np.inf).all()
+    assert table("few").kinds == {"n": "categorical", "group": "categorical"}
 
 
 def test_units():
