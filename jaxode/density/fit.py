@@ -23,7 +23,7 @@ from jaxode._checks.arguments import (
     check_number,
     integer,
 )
-from jaxode._checks.caller import public
+from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
 from jaxode.density.bind import Density, check_period
@@ -130,7 +130,6 @@ def fit(
 
     Raises:
         TypeError, ValueError: for an invalid argument, and inside `jit`.
-        RuntimeError: for a `mesh` with a JAX older than 0.8.
         FloatingPointError: if no validation is finite.
 
     Warns:
@@ -378,13 +377,13 @@ def check_mesh(mesh: Any, batch_size: int) -> Mesh | None:
         return None
     if not isinstance(mesh, Mesh):
         raise TypeError(
-            f"fit(mesh=...): must be a mesh of JAX, or None; got {type(mesh).__name__}. Pass "
+            f"{arg('mesh')} must be a mesh of JAX, or None; got {type(mesh).__name__}. Pass "
             'jax.sharding.Mesh(jax.devices(), "batch").'
         )
     if batch_size % mesh.size:
         raise ValueError(
-            f"fit(batch_size=...): must be a multiple of the {mesh.size} devices of the mesh, each "
-            f"of which takes a part; got {batch_size}."
+            f"{arg('mesh')} must have a number of devices that divides the {batch_size} rows of a "
+            f"batch; got {mesh.size}."
         )
     return Mesh(mesh.devices, mesh.axis_names)  # without types of its axes
 

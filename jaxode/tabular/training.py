@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from jaxode._checks.arguments import check_bool, check_number, integer, is_number
@@ -14,8 +15,9 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
 from jaxode.density.bind import bind
-from jaxode.density.fit import MANY, RATE, TIME_POWERS, Plan, adam, train
+from jaxode.density.fit import MANY, RATE, TIME_POWERS, Plan, adam, check_mesh, train
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
+from jaxode.density.processes import are_several
 from jaxode.density.progress import finish
 from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART
 from jaxode.density.training import Limits, Point
@@ -48,6 +50,7 @@ def fit(
     seconds: float | None = None,
     steps: int | None = None,
     validation: float | Any = 0.1,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Table, list[Point]]:
     """Train the density of a table with categories, integers and missing values.
@@ -73,6 +76,8 @@ def fit(
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
             of `key`.
         validation: the part of the rows to set aside, or a frame of others. At most 1000 are used.
+        mesh: devices of one process to train the numbers on, as for `jaxode.fit`; the categories
+            take one of them.
         progress: show steps, the loss of validation rows and the time left on stderr.
 
     Returns:
@@ -89,6 +94,12 @@ def fit(
     keys = jax.random.split(check_key(key), 4)
     limits = Limits.of(steps, seconds)
     check_bool("progress", progress)
+    plan = Plan(limits, progress=progress, mesh=check_mesh(mesh, Plan(limits).batch_size))
+    if are_several(plan.mesh):
+        raise ValueError(
+            f"{arg('mesh')} must have devices of one process, since each would read its own "
+            "columns; got several. Train in one process."
+        )
     other = None if other is None else integer("other", other, 2)
     frame = frames.as_frame("frame", frame)
     if not frame.columns:
@@ -108,9 +119,10 @@ def fit(
             keys[1], encoder.sizes, pair(rows), pair(aside), of_part, progress, begin
         )
         if encoder.numbers:
-            limits = limits._replace(seconds=(1 - part) * limits.seconds)
+            of_rest = limits._replace(seconds=(1 - part) * limits.seconds)
+            plan = plan._replace(limits=of_rest)
     if encoder.numbers:
-        density, more = _numbers(encoder, rows, aside, limits, progress, keys[2], begin)
+        density, more = _numbers(encoder, rows, aside, plan, keys[2], begin)
         moments, points = _moments(encoder, rows, keys[3]), points + more
     elif progress:
         finish()
@@ -239,9 +251,10 @@ def _split(
     return take(rows, shuffled[count:]), take(rows, shuffled[:count])
 
 
-def _numbers(encoder, rows, aside, limits, progress, key, begin):
+def _numbers(encoder, rows, aside, plan, key, begin):
     """The density of the numbers, in the modes of their rows."""
-    table = Cells(encoder.as_numbers(rows), encoder.as_numbers(aside), domain=encoder.domain)
+    cells = encoder.as_numbers(rows), encoder.as_numbers(aside)
+    table = Cells(*cells, mesh=plan.mesh, domain=encoder.domain)
     size, context = len(encoder.numbers), table.rows.context
     features = 0 if context is None else context.shape[1]
     network_key, train_key = jax.random.split(key)
@@ -257,7 +270,7 @@ def _numbers(encoder, rows, aside, limits, progress, key, begin):
     powers = TIME_POWERS if size > MANY else TIME_POWERS[:1]
     # Of few rows, a network learns the rows.
     optimizer = adam(RATE, min(1.0, FEW / len(rows.modes)))
-    plan = Plan(limits, optimizer=optimizer, powers=powers, progress=progress)
+    plan = plan._replace(optimizer=optimizer, powers=powers)
     return train(density, table, plan, tuple(jax.random.split(train_key, 5)), begin)
 
 

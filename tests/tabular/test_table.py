@@ -326,3 +326,12 @@ def test_double_precision_changes_nothing():
     jax.config.update("jax_enable_x64", False)  # trained in double precision, used without
     drawn = [tables["fit"].sample(KEY, 8) for tables in (single, double)]
     pd.testing.assert_frame_equal(*drawn)
+
+
+@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
+def test_several_devices_train_the_table_of_one():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "batch")
+    options = {"key": KEY, "steps": 50, "mesh": mesh, "progress": False} | OPTIONS["one"]
+    fitted, _ = tabular.fit(FRAMES["one"], **options)
+    found, expected = (t.log_prob(FRAMES["one"][:9]) for t in (fitted, table("one")))
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # sums of single precision, in parts

@@ -77,6 +77,7 @@ OF_FIT = [
     ({"steps": 0}, "must be a positive integer; got 0."),
     ({"seconds": -1}, "must be a Python number, finite and at least 0; got -1."),
     ({"key": 0}, "must be a key of jax.random; got int."),
+    ({"mesh": 2}, "must be a mesh of JAX, or None; got int. Pass jax.sharding.Mesh(jax.dev"),
     ({"progress": 1}, "must be True or False; got 1."),
 ]  # fmt: skip
 MIXED, ATOM = FRAMES["mixed"][:4], FRAMES["atom"][:4]
