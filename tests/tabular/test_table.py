@@ -330,6 +330,7 @@ def test_double_precision_changes_nothing():
 
 @pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 def test_several_devices_train_the_table_of_one():
+    """Compiles a training for two devices, which no other test shares."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "batch")
     options = {"key": KEY, "steps": 50, "mesh": mesh, "progress": False} | OPTIONS["one"]
     fitted, _ = tabular.fit(FRAMES["one"], **options)
