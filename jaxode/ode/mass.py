@@ -15,11 +15,12 @@ from jaxtyping import PyTree
 
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import in_rows, is_eager, is_known
+from jaxode._checks.tolerances import for_each_number
 from jaxode.ode.field import call_field
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
-SINGULAR = 1e-10  # the least singular value, as a part of the largest
-FAR = 100.0  # how many tolerances the algebraic equations may be off at the start
+SINGULAR = 1e-10  # the least singular value, as a part of the largest, in units of rows and columns
+FAR = 100.0  # how many tolerances the start may be off
 
 
 def check_mass(mass: Any, options: Any, y0: PyTree, batch: Any, **others: Any) -> Any:
@@ -50,29 +51,26 @@ def check_mass(mass: Any, options: Any, y0: PyTree, batch: Any, **others: Any) -
 def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: Any, batch) -> None:
     """Raise if the algebraic equations are known not to hold at the start, or not to determine the
     algebraic unknowns."""
-    matrix = np.array(options.mass)
-    left, values, right = np.linalg.svd(matrix)
-    null = values <= SINGULAR * max(values[0], 1e-300)
-    given = y0, t0, args, row_args, options.rtol, options.atol
-    if not null.any() or not is_eager(given):
+    left, right = _null_spaces(np.array(options.mass))
+    if not left.size or not is_eager((y0, t0, args, row_args, options.rtol, options.atol)):
         return
-    left, right = left[:, null].T, right[null].T
 
     def at(t, y, row):
         flat, unravel = ravel_pytree(y)
-        residual = lambda v: left @ ravel_pytree(call_field(f, t, unravel(v), args, row=row))[0]
-        return residual(flat), jax.jacfwd(residual)(flat) @ right
+        sums = jnp.asarray(left, flat.dtype)
+        residual = lambda v: sums @ ravel_pytree(call_field(f, t, unravel(v), args, row=row))[0]
+        return residual(flat), jax.jacfwd(residual)(flat), flat
 
     times = jnp.asarray(t0, jnp.result_type(float))
     if batch is None:
-        g, block = (leaf[None] for leaf in at(times, y0, row_args))
+        found = tuple(leaf[None] for leaf in at(times, y0, row_args))
     else:
         axes = (0 if times.ndim else None, 0, None if row_args is None else 0)
-        g, block = jax.vmap(at, axes)(times, y0, row_args)
-    if not is_known((g, block)):  # `f` closes over what is traced
+        found = jax.vmap(at, axes)(times, y0, row_args)
+    if not is_known(found):  # `f` closes over what is traced
         return
-    g, block = np.asarray(g, float), np.asarray(block, float)
-    size = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(y0))
+    g, jacobian, y = (np.asarray(leaf, float) for leaf in found)
+    block, rows, columns = _equilibrated(jacobian @ right)
     spread = np.linalg.svd(block, compute_uv=False)
     degenerate = ~(spread[:, -1] > SINGULAR * spread[:, 0])
     if degenerate.any():
@@ -81,13 +79,43 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
             f"1); they do not in {in_rows(degenerate)}. Differentiate the constraint by time, as "
             "for a pendulum, until it contains them."
         )
-    atol = max(float(np.max(np.asarray(a))) for a in jax.tree.leaves(options.atol))
-    limit = FAR * (atol + float(options.rtol) * max(size, 1.0))
-    wrong = np.abs(g).max(axis=1) > limit
+    # By Newton's step, in units of the state, which is compared with what the equations sum up.
+    inverse = right @ (np.linalg.inv(block) / np.swapaxes(columns, 1, 2) / np.swapaxes(rows, 1, 2))
+    product = lambda matrix, x: (matrix @ x[..., None])[..., 0]
+    off = np.abs(product(inverse, g))
+    size = np.abs(y) + product(np.abs(inverse), product(np.abs(jacobian), np.abs(y)))
+    wrong = ~(off <= _limit(options, y0, batch, size, found[2].dtype))
     if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
+        row, number = np.argwhere(wrong)[np.argmax(off[wrong])]
         raise ValueError(
-            f"{arg('y0')} must fulfil the algebraic equations of the mass matrix; they are off by "
-            f"{np.abs(g[row]).max():.3g} in {in_rows(wrong)}. Solve them first, for example by "
-            "optimistix.root_find."
+            f"{arg('y0')} must fulfil the algebraic equations of the mass matrix; its number "
+            f"{number} is off by {off[row, number]:.3g} in {in_rows(wrong.any(axis=1))}. Solve "
+            "them first, for example by optimistix.root_find."
         )
+
+
+def _limit(options: Any, y0: PyTree, batch: Any, size: np.ndarray, dtype: Any) -> np.ndarray:
+    """How far each number of the state may be from the algebraic equations."""
+    row = y0 if batch is None else jax.tree.map(lambda leaf: leaf[0], y0)
+    atol = np.ravel(np.asarray(for_each_number(options.atol, row, dtype), float))
+    rounding = float(jnp.finfo(dtype).eps)
+    return FAR * (atol + max(float(options.rtol), rounding) * size)
+
+
+def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which sums of equations have no derivative, and which changes of the state none notices.
+
+    Equations and states may have any units: a small diagonal entry is no algebraic equation.
+    """
+    scaled, rows, columns = _equilibrated(matrix)
+    left, values, right = np.linalg.svd(scaled)
+    null = values <= SINGULAR * max(values[0], 1e-300)
+    return left[:, null].T / rows[:, 0], right[null].T / columns[0][:, None]
+
+
+def _equilibrated(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The matrices with rows and columns of size one, and their sizes."""
+    size = lambda x, axis: (lambda m: np.where(m > 0, m, 1.0))(np.abs(x).max(axis, keepdims=True))
+    rows = size(matrix, -1)
+    columns = size(matrix / rows, -2)
+    return matrix / rows / columns, rows, columns

@@ -96,6 +96,22 @@ def test_a_program_does_not_check_the_start(start):
     assert end().shape == start.shape
 
 
+@pytest.mark.parametrize(
+    ("field", "y0", "mass"),
+    [
+        # Rounding in single precision.
+        (lambda t, y, k: jnp.stack([-y[0], 1e6 * (y[1] - y[0]) - 3e5 * y[0]]), [0.7, 0.91], 0.0),
+        (lambda t, y, k: jnp.stack([-y[0], 1e-12 * (y[0] - y[1])]), [1.0, 50.0], 1e-12),
+    ],
+    ids=["large rates", "no algebraic equation"],
+)
+def test_the_start_is_judged_in_units_of_the_state(field, y0, mass):
+    y0, options = jnp.array(y0, jnp.float32), {"mass": np.diag([1.0, mass]), "rtol": 1e-6}
+    options |= {"solver": jaxode.Rodas5P(), "atol": 1e-9}
+    end = jaxode.solve(field, y0, 0.0, 1.0, **options).y1
+    np.testing.assert_allclose(end[0], y0[0] * jnp.exp(-1.0), rtol=1e-5)
+
+
 def test_what_the_field_closes_over_has_derivatives():
     over = lambda k: lambda t, y, _: conserved(t, y, k)
     closed = lambda k: jaxode.solve(over(k), START, 0.0, 40.0, mass=SINGULAR, **TIGHT).y1[0]
@@ -114,11 +130,17 @@ def pendulum(t, y, _):
     [
         (pendulum, [1.0, 0, 0, 0, 0], {"mass": np.diag([1.0] * 4 + [0.0])}, r"\(index 1\); they"),
         (conserved, [1.0, 0, 0.5], {}, r"y0=\.\.\.\): must fulfil .* off by 0\.5"),
+        (
+            lambda t, y, k: jnp.stack([-y[0], 1e-9 * (y[1] - y[0] / 2)]),
+            [1.0, 50.0],
+            {"mass": np.diag([1.0, 0.0])},
+            r"number 1 is off by 49\.5 in 1 of 1 rows",
+        ),
         (conserved, [1.0, 0, 0], {"mass": np.eye(2)}, r"must be a finite matrix \[3, 3\]"),
         (conserved, [1.0, 0, 0], {"breakpoints": [0.5]}, "does not go with breakpoints"),
         (conserved, [1.0, 0, 0], {"solver": jaxode.Rosenbrock23()}, "needs solver=jaxode.Rodas5P"),
     ],
-    ids=["index 3", "not consistent", "shape", "breakpoints", "solver"],
+    ids=["index 3", "not consistent", "small rates", "shape", "breakpoints", "solver"],
 )
 def test_what_does_not_go_is_refused(field, y0, options, words):
     with pytest.raises(ValueError, match=words):
