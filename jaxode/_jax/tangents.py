@@ -49,6 +49,47 @@ def undifferentiated_unless(needed: Bool[Array, ""], tree: T) -> T:
     return jax.tree.map(cut, tree)
 
 
+def nan_unless(ok: Bool[Array, ""], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, or NaN, as are its derivatives. A cotangent of zero stays zero: nothing depends on it."""
+    return _nan_unless.bind(x, jnp.broadcast_to(ok, x.shape))
+
+
+_nan_unless = Primitive("nan_unless")
+
+
+@_nan_unless.def_impl
+@jax.jit
+def _values_or_nan(x, ok):
+    return jnp.where(ok, x, jnp.nan)
+
+
+def _jvp_or_nan(primals, tangents):
+    (x, ok), (dot, _) = primals, tangents
+    still = isinstance(dot, ad.Zero)
+    return _nan_unless.bind(x, ok), dot if still else _nan_unless.bind(dot, ok)
+
+
+def _transposed(bar, x, ok):
+    if isinstance(bar, ad.Zero):
+        return ad.Zero(x.aval), None
+    return jnp.where(ok | (bar == 0), bar, jnp.nan), None
+
+
+def _batched_or_nan(values, axes):
+    size = next(x.shape[i] for x, i in zip(values, axes, strict=True) if i is not None)
+    front = lambda x, i: (
+        jnp.broadcast_to(x, (size, *x.shape)) if i is None else jnp.moveaxis(x, i, 0)
+    )
+    return _nan_unless.bind(*map(front, values, axes)), 0
+
+
+_nan_unless.def_abstract_eval(lambda x, ok: x)
+ad.primitive_jvps[_nan_unless] = _jvp_or_nan
+ad.primitive_transposes[_nan_unless] = _transposed
+batching.primitive_batchers[_nan_unless] = _batched_or_nan
+mlir.register_lowering(_nan_unless, mlir.lower_fun(_values_or_nan, multiple_results=False))
+
+
 def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
     """`x`, whose tangent is `tangent((x, *inputs), (x_dot, *input_dots))`.
 

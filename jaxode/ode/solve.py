@@ -260,14 +260,7 @@ def solve_checked(
     check_field(kind.name, f, f"{kind.name}{kind.call}")
     check_bool("throw", throw)
     args = check_args("args", args)
-    if row_args is not None:
-        if batch is None:
-            raise ValueError(
-                f"{arg('row_args')} needs a batch; got batch=None. Pass "
-                "batch='per_sample' or 'joint', or everything as args."
-            )
-        rows = jax.tree.leaves(y0)[0].shape[0]
-        row_args = check_rows("row_args", row_args, rows, jax.dtypes.prng_key)
+    row_args = check_row_args(row_args, y0, batch)
     if parts.get("event") is None:  # which ends a solve before
         check_knots("args", args, span)
         check_knots("row_args", row_args, span)
@@ -280,6 +273,18 @@ def solve_checked(
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
     faults |= argument_faults(system)
     return report(solution, faults, options.remedies)
+
+
+def check_row_args(row_args: PyTree, y0: PyTree[Array], batch: Batch) -> PyTree:
+    """The arguments of each row, if there are any."""
+    if row_args is None:
+        return None
+    if batch is None:
+        raise ValueError(
+            f"{arg('row_args')} needs a batch; got batch=None. Pass "
+            "batch='per_sample' or 'joint', or everything as args."
+        )
+    return check_rows("row_args", row_args, len(jax.tree.leaves(y0)[0]), jax.dtypes.prng_key)
 
 
 def check_implicit(options: SolveOptions, batch: Batch) -> None:

@@ -7,18 +7,28 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode._checks.arguments import check_args, check_bool, check_state, non_negative, one_of
+from jaxode._checks.arguments import (
+    check_args,
+    check_batch,
+    check_bool,
+    check_derivative,
+    check_number,
+    check_state,
+    non_negative,
+    one_of,
+    state_dtype,
+)
 from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, guarded, nan_or_raise
-from jaxode._checks.samples import check_rows
+from jaxode._checks.rules import TIME
 from jaxode._jax.closure import compiled
 from jaxode.ode.field import VectorField
-from jaxode.ode.solve import UserField, solve
+from jaxode.ode.roots import NOISE, find_root, implicit, is_stable, natural_sizes
+from jaxode.ode.solve import UserField, check_row_args, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
-NEWTON_STEPS = 30
 REMEDIES = {
     Result.SINGULAR_MATRIX: (
         "The Jacobian of f is singular there: eliminate a conserved quantity, or look for a "
@@ -35,11 +45,21 @@ class SteadyState(NamedTuple):
     """The state with `f(t, y, args) = 0`, shaped like `y0`; NaN where it was not found."""
     result: Int[Array, "*rows"]
     """A `jaxode.Result` for each row: 0 for success."""
+    jacobian: Float[Array, "*rows n n"]
+    """The Jacobian of `f` there, in the order of `jax.flatten_util.ravel_pytree`; NaN where it was
+    not found. It has no derivatives."""
 
     @property
-    def ok(self) -> Array:
+    def ok(self) -> Bool[Array, "*rows"]:
         """Whether it was found."""
         return self.result == Result.SUCCESS
+
+    @property
+    def stable(self) -> Bool[Array, "*rows"]:
+        """Whether it attracts all states near it: all eigenvalues of `jacobian` have negative real
+        parts. False where these are zero up to rounding, as of a center; and where no state was
+        found, as along a conserved total, whose eigenvalue is zero."""
+        return _stable(self.jacobian)
 
 
 @public("steady_state")
@@ -58,10 +78,12 @@ def steady_state(
 ) -> SteadyState:
     """Find the state at which `dy/dt = f(t, y, args)` comes to rest, from `y0` on.
 
-    Solves by `Rodas5P` up to `t1` at a loose tolerance, then by Newton's method (Optimistix).
+    Solves by `Rodas5P` up to `t1` at a loose tolerance, then by Newton's method. States may be of
+    any size, and their numbers in units far apart: both compare each number with its own size.
     Derivatives by `args`, `row_args` and what `f` closes over are those of the implicit function
     theorem: one linear system, whatever the solve took. The state does not depend on `y0`, but for
-    which of several steady states it is.
+    which of several steady states it is. From a state at rest, it may be unstable: see
+    `SteadyState.stable`.
 
     Args:
         f: vector field `f(t, y, args)`, as for `jaxode.solve`, which does not depend on `t`.
@@ -71,14 +93,17 @@ def steady_state(
         batch: "per_sample" for rows `[batch, ...]`, each with its steps and its steady state.
         t1: a time at which the state has settled, in units of `t`; a much longer one costs a few
             steps.
-        rtol: of Newton's method: the state is found where one more step would change it by at most
-            `atol + rtol |y|`. `1e-10`, or `1e-5` in single precision.
-        atol: the same, absolute: far below the size of the state, whose units it has.
+        rtol: of Newton's method: the state is found where one more step would change each number by
+            at most `atol + rtol |y|`, or by rounding. `1e-10`, or `1e-5` in single precision.
+        atol: the same, absolute: far below the size of the state, whose units it has. By default
+            zero.
         max_steps: of the solve.
-        throw: raise `jaxode.SolveError` if a row fails. If false, its state is NaN.
+        throw: raise `jaxode.SolveError` if a row fails. If false, its state and derivatives are
+            NaN.
 
     Returns:
-        A `SteadyState`: `y`, shaped like `y0`, and the `result` of each row.
+        A `SteadyState`: `y`, shaped like `y0`, the `result` of each row, and whether it is
+        `stable`.
 
     Raises:
         TypeError, ValueError: for an invalid argument.
@@ -86,26 +111,63 @@ def steady_state(
             larger `t1`), or where the Jacobian is singular (`SINGULAR_MATRIX`: eliminate a
             conserved quantity, or it is a bifurcation).
     """
-    y0, args = check_state("y0", y0), check_args("args", args)
+    y0 = (check_state if batch is None else check_batch)("y0", y0)
+    args, row_args = check_args("args", args), check_row_args(row_args, y0, batch)
     one_of("batch", batch, (None, "per_sample"))
+    check_number("t1", t1, TIME, kind="time")
     check_bool("throw", throw)
-    dtype = jnp.result_type(*jax.tree.leaves(y0))
-    least = 1e-10 if dtype == jnp.float64 else 1e-5
+    rows = y0 if batch is not None else jax.tree.map(lambda leaf: leaf[None], y0)
+    field = _Row(UserField(f), jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), rows))
+    flats = jax.vmap(field.flat)(_fixed(rows))
+    least = 1e-10 if flats.dtype == jnp.float64 else 1e-5
     rtol = least if rtol is None else non_negative("rtol", rtol)
-    atol = least if atol is None else non_negative("atol", atol)
-    loose = {"rtol": LOOSE, "atol": min(LOOSE, 10 * atol**0.5), "max_steps": max_steps}
+    atol = 0.0 if atol is None else non_negative("atol", atol)
+    fixed = _fixed((args, row_args))
+    sizes = _sizes(field, t1, flats, *fixed)
     settled = solve(
-        f, _fixed(y0), 0.0, t1, _fixed(args), solver=Rodas5P(), batch=batch,
-        row_args=_fixed(row_args), throw=False, **loose,
+        field.scaled, flats / sizes, 0.0, t1, fixed[0], row_args=(fixed[1], sizes),
+        batch="per_sample", solver=Rodas5P(), rtol=LOOSE, atol=NOISE[flats.dtype],
+        max_steps=max_steps, throw=False,
     )  # fmt: skip
-    if batch is not None and row_args is not None:
-        row_args = check_rows("row_args", row_args, len(jax.tree.leaves(y0)[0]))
-    limits = t1, rtol, atol, loose["atol"]
-    y, result = _improved(UserField(f), limits, settled.y1, settled.result, args, row_args, batch)
+    found = settled.y1 * sizes, settled.result
+    y, result, jacobian = _improved(field, (t1, rtol, atol), flats, found, sizes, args, row_args)
+    t_reached = settled.t_reached
+    if batch is None:
+        y, result, jacobian, t_reached = jax.tree.map(
+            lambda leaf: leaf[0], (y, result, jacobian, t_reached)
+        )
     if throw:
-        nan = nan_or_raise(result, settled.t_reached, remedies=REMEDIES)
+        nan = nan_or_raise(result, t_reached, remedies=REMEDIES)
         y = jax.tree.map(lambda leaf: guarded(leaf, *_like(result == 0, nan, leaf)), y)
-    return SteadyState(y, result)
+    return SteadyState(y, result, jacobian)
+
+
+class _Row(eqx.Module):
+    """The vector field of one row, of its state as a vector."""
+
+    field: UserField
+    template: PyTree[Array]
+
+    def flat(self, y: PyTree[Array]) -> Float[Array, " n"]:
+        dtype = state_dtype(self.template)
+        leaves = (jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(y))
+        return jnp.concatenate(list(leaves))
+
+    def unravel(self, flat: Float[Array, " n"]) -> PyTree[Array]:
+        like = lambda leaf, of: leaf.astype(of.dtype)
+        wide = jax.tree.map(lambda leaf: leaf.astype(flat.dtype), self.template)
+        return jax.tree.map(like, ravel_pytree(wide)[1](flat), self.template)
+
+    def __call__(self, t, flat: Float[Array, " n"], args: PyTree, row: PyTree):
+        y = self.unravel(flat)
+        dy = self.field(t, y, args, row)
+        check_derivative(y, dy, casts=True)
+        return self.flat(dy)
+
+    def scaled(self, t, y: Float[Array, " n"], inputs):
+        """As `jaxode.solve` takes it, of a state in units of its size."""
+        args, (row, size) = inputs
+        return self(t, y * size, args, row) / size
 
 
 def _fixed(tree: PyTree) -> PyTree:
@@ -120,58 +182,43 @@ def _like(ok: Array, nan: Any, leaf: Array) -> tuple[Array, Array]:
 
 
 @compiled
-def _improved(field: UserField, limits, y: PyTree, result: Array, args, row_args, batch):
-    """The roots near `y` of all rows, and whether they are."""
-    improve = functools.partial(_newton, field, limits)
-    if batch is None:
-        return improve(y, result, args, None)
-    axes = (0, 0, None, None if row_args is None else 0)
-    return jax.vmap(improve, axes)(y, result, args, row_args)
+def _stable(jacobian: Float[Array, "*rows n n"]) -> Bool[Array, "*rows"]:
+    each = jacobian.reshape(-1, *jacobian.shape[-2:])
+    return jax.vmap(is_stable)(each).reshape(jacobian.shape[:-2])
 
 
-def _largest(matrix: Float[Array, "n n"], axis: int) -> Array:
-    """The largest magnitudes along an axis, or one."""
-    largest = jnp.max(jnp.abs(matrix), axis=axis, keepdims=True)
-    return jnp.where(largest > 0, largest, 1.0)
+@compiled
+def _sizes(field: _Row, t1, flats: Float[Array, "rows n"], args, row_args):
+    """The natural sizes of the numbers of each row."""
+    t1 = jnp.asarray(t1, flats.dtype)
+    of_row = lambda flat, row: natural_sizes(lambda y: field(t1, y, args, row), flat, t1)
+    return jax.vmap(of_row)(flats, row_args)
 
 
-def _newton(field: UserField, limits, y: PyTree, result: Array, args, row):
-    """The root near `y`, and whether it is one."""
-    import optimistix as optx
+@compiled
+def _improved(field: _Row, limits, flats, found, sizes, args, row_args):
+    """The steady states near what was found, their results and Jacobians."""
+    of_row = functools.partial(_improved_row, field, limits, args)
+    return jax.vmap(of_row)(flats, found, sizes, row_args)
 
-    t1, rtol, atol, loose_atol = limits
-    flat, unravel = ravel_pytree(y)
-    flat = _fixed(flat)
-    time = jnp.asarray(t1, flat.dtype)
-    near = jnp.where(jnp.isfinite(flat), flat, 0.0)
 
-    def residual(flat, inputs):
-        args, row = inputs
-        return ravel_pytree(field(time, unravel(flat), args, row))[0]
-
-    closed = eqx.filter_closure_convert(residual, near, (args, row))
-    solver = optx.Newton(rtol, atol)
-    found = optx.root_find(closed, solver, near, (args, row), max_steps=NEWTON_STEPS, throw=False)
-    root = found.value
-    fixed, rates = _fixed(root), lambda v: residual(v, _fixed((args, row)))
-    jacobian = jax.jacfwd(rates)(fixed)
-    jacobian = jnp.where(jnp.isfinite(jacobian), jacobian, 0.0)
-    rows = _largest(jacobian, 1)  # rates and states may be of any size
-    columns = _largest(jacobian / rows, 0)
-    scaled = jacobian / rows / columns
-    values = jnp.linalg.svd(scaled, compute_uv=False)
-    singular = values[-1] <= values[0] * len(values) * 10 * jnp.finfo(flat.dtype).eps
-    # Newton's own end asks for rates below `atol`, which have another unit.
-    invertible = jnp.where(singular, jnp.eye(len(flat), dtype=flat.dtype), scaled)
-    step = jnp.linalg.solve(invertible, rates(fixed) / rows[:, 0]) / columns[0]
-    close = jnp.all(jnp.abs(step) <= atol + rtol * jnp.abs(fixed))
+def _improved_row(field: _Row, limits, args, start, found, size, row):
+    (t1, rtol, atol), (near, result) = limits, found
+    time = jnp.asarray(t1, near.dtype)
+    near, start = (jnp.where(jnp.isfinite(y), y, 0.0) for y in (near, start))
+    fixed = _fixed((args, row))
+    root = find_root(lambda y: field(time, y, *fixed), near, size, rtol, atol)
     # From a state that had not settled, Newton's method may run to any root.
-    moved = jnp.any(jnp.abs(fixed - near) > 10 * (loose_atol + LOOSE * jnp.abs(near)))
-    lost = ~close | ~jnp.isfinite(fixed).all() | moved
+    limit = atol + LOOSE * jnp.abs(near) + NOISE[near.dtype] * size
+    lost = ~root.close | jnp.any(jnp.abs(root.y - near) > 10 * limit)
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)
-    code = jnp.where(singular, Result.SINGULAR_MATRIX.value, code)
+    code = jnp.where(root.singular, Result.SINGULAR_MATRIX.value, code)
     own = (result != Result.SUCCESS) & (result != Result.MAX_STEPS_REACHED)
     code = jnp.where(own, result, code).astype(result.dtype)
     ok = code == Result.SUCCESS
-    return unravel(jnp.where(ok, root, jnp.nan)), code
+    # Where it was not found, a state at which the derivatives of `f` should be finite.
+    rates = lambda y, inputs: inputs[0](y, *inputs[1:])
+    inputs = eqx.filter_closure_convert(functools.partial(field, time), near, args, row), args, row
+    y = implicit(rates, jnp.where(ok, root.y, start), ok, inputs)
+    return field.unravel(y), code, jnp.where(ok, root.jacobian, jnp.nan)

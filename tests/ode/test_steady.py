@@ -106,6 +106,108 @@ def test_units_of_any_size_are_not_singular():
     np.testing.assert_allclose(state.y / far, 1.0, rtol=1e-5)
 
 
+def switch_of_size(t, y, args):
+    """At rest at 0.0689 and 3.79, and unstably at 0.1915, in units of a size."""
+    size = args[1]
+    z = y / size
+    return size * (4 * z * z / (1 + z * z) - z + 0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_states_of_any_size_are_those_that_the_flow_settles_to(dtype):
+    starts, sizes = np.geomspace(0.02, 50, 30), 10.0 ** np.array([0, -4, -6, -8, -12])
+    starts, sizes = np.tile(starts, 5), np.repeat(sizes, 30)
+    roots = np.sort(np.roots([-1, 4.05, -1, 0.05]).real)
+    settled = np.where(starts < roots[1], roots[0], roots[2])  # a flow in one dimension
+    y0 = jnp.asarray((starts * sizes)[:, None], dtype)
+    state = jaxode.steady_state(
+        switch_of_size, y0, row_args=jnp.asarray(sizes, dtype), batch="per_sample"
+    )
+    # Up to `rtol`: that of single precision is 1e-5.
+    np.testing.assert_allclose(np.asarray(state.y[:, 0]) / sizes, settled, rtol=1e-5)
+    assert state.stable.all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("start", [0.0, 1.5], ids=["from zero", "at rest"])
+def test_a_number_that_only_rounding_moves_takes_few_steps(dtype, start):
+    # A velocity comes to rest at zero, where forces cancel; another mode takes a long time.
+    field = lambda t, y, _: jnp.stack(
+        [y[1], 3 - 2 * y[0] - 0.7 * y[1], 1e-4 * (1 - y[2] ** 2), y[4], y[2] ** 2 - y[3] - y[4]]
+    )
+    y0 = jnp.array([start, 0.0, 0.2, 0.0, 0.0], dtype)
+    state = jaxode.steady_state(field, y0, max_steps=256)
+    np.testing.assert_allclose(state.y, [1.5, 0.0, 1.0, 1.0, 0.0], rtol=1e-5, atol=1e-5)
+
+
+def pitchfork(t, y, args):
+    x, v = y
+    return jnp.stack([args[1] * x - x**3, -v])
+
+
+def test_states_are_stable_or_not():
+    r, x = jnp.array([-1.0, 1.0, 1.0, 1.0]), jnp.array([0.5, 0.0, 0.5, -1e-6])
+    state = jaxode.steady_state(pitchfork, jnp.stack([x, 0 * x], 1), row_args=r, batch="per_sample")
+    np.testing.assert_allclose(state.y[:, 0], [0.0, 0.0, 1.0, -1.0], atol=1e-9)
+    np.testing.assert_array_equal(state.stable, [True, False, True, True])
+    one = jax.jit(lambda r: jaxode.steady_state(pitchfork, jnp.zeros(2), (None, r)).stable)
+    np.testing.assert_array_equal(jax.vmap(one)(jnp.array([-1.0, 1.0])), [True, False])
+    assert one(1.0).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "stable"),
+    [
+        ([[1.0, 0.0], [0.0, -1.0]], False),  # a saddle
+        ([[1e-6, -1.0], [1.0, 1e-6]], False),  # an unstable focus
+        ([[0.0, -1.0], [1.0, 0.0]], False),  # a center
+        ([[-1e-3, -1.0], [1.0, -1e-3]], True),
+        ([[-2.0, 1e8], [1e-8, -1.0]], True),  # units far apart
+        ([[-2.0, 3e8], [1e-8, -1.0]], False),
+        ([[-1e6, 0.0, 1.0], [3.0, -1e-2, 0.0], [0.0, 1.0, -1.0]], True),  # rates far apart
+        ([[-1e6, 0.0, 1.0], [3.0, 1e-2, 0.0], [0.0, 1.0, -1.0]], False),
+        ([[-1.0, 1e4], [0.0, -1.0]], True),  # a Jordan block
+        ([[jnp.nan]], False),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stability_is_that_of_the_eigenvalues(matrix, stable, dtype):
+    none = jnp.zeros((), jnp.int32)
+    state = jaxode.SteadyState(none, none, jnp.array(matrix, dtype))
+    assert bool(state.stable) == stable
+
+
+def test_a_state_inside_a_limit_cycle_is_not_stable():
+    field = lambda t, y, r: jnp.stack([y[0], y[1]]) * (r**2 - y @ y) + jnp.stack([-y[1], y[0]])
+    state = jaxode.steady_state(field, jnp.zeros(2), 0.003)
+    assert state.ok and not state.stable
+    outside = jaxode.steady_state(field, jnp.array([1e-3, 0.0]), 0.003, t1=1e3, throw=False)
+    assert outside.result == jaxode.Result.NOT_STEADY
+
+
+def test_gradients_of_rows_that_fail_are_nan_and_no_others():
+    # A drift with a singular Jacobian, what has no root, and two rows as usual.
+    field = lambda t, y, args: args[0] * args[1] - jnp.where(args[1] < 0, 0.0, y**2)
+    rest = lambda p, rows: jaxode.steady_state(
+        field, jnp.ones((4, 1)), p, row_args=rows, batch="per_sample", throw=False
+    )
+    rows, used = jnp.array([-1.0, jnp.nan, 1.0, 4.0]), jnp.array([False, False, True, True])
+    lost = jax.grad(lambda rows: rest(2.0, rows).y.sum())(rows)
+    expected = [jnp.nan, jnp.nan, *(0.5 * np.sqrt(2.0 / rows[2:]))]
+    np.testing.assert_allclose(lost, expected, rtol=1e-9)
+    masked = lambda p, rows: jnp.where(used[:, None], rest(p, rows).y, 0.0).sum()
+    by_all, by_rows = jax.jit(jax.grad(masked, (0, 1)))(2.0, rows)
+    np.testing.assert_allclose(by_all, (1 + 2) / np.sqrt(8.0), rtol=1e-9)
+    np.testing.assert_allclose(by_rows, [0.0, 0.0, *expected[2:]], rtol=1e-9)
+    pushed = jax.jacfwd(lambda p: rest(p, rows).y[:, 0])(2.0)
+    np.testing.assert_allclose(pushed, [np.nan, np.nan, 8**-0.5, 2 * 8**-0.5], rtol=1e-9)
+
+
+def test_second_derivatives():
+    root = lambda p: jaxode.steady_state(lambda t, y, p: p - y**2, jnp.ones(1), p).y[0]
+    np.testing.assert_allclose(jax.hessian(root)(2.0), -0.25 * 2**-1.5, rtol=1e-9)
+
+
 @pytest.mark.parametrize("batch", [None, "per_sample"])
 def test_args_may_hold_a_network(batch):
     net = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))

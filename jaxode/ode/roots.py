@@ -1,0 +1,170 @@
+"""Roots of vector fields by Newton's method, with derivatives by the implicit function theorem.
+
+Numbers of a state may be in any units, so every tolerance is relative: to the number itself, to its
+natural size, or to what rounding does to it (Higham 2002, section 7.2).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxode._jax.tangents import nan_unless, undifferentiated_unless
+
+NEWTON_STEPS = 30
+# Of its natural size, below which a number is noise: far above rounding, far below the tolerances.
+NOISE = {jnp.dtype("float64"): 1e-10, jnp.dtype("float32"): 1e-5}
+VANISHING = 1e-6  # of its largest size, the least natural size of a number that decays
+CREEP = 10**1.5  # from one step of the crude path to the next
+CRUDE_STEPS = 16
+ROUNDING = 100.0  # errors of a rate, in rounding errors of `|J| |y|`
+WRONG = 1e-3  # of its natural size, the most that is put down to rounding
+
+# Of the sign function. Each doubles the angle of an eigenvalue against the imaginary axis, so that
+# those which rounding has put beside it stay undecided.
+SIGN_STEPS = {jnp.dtype("float64"): 40, jnp.dtype("float32"): 16}
+
+Rates = Callable[[Float[Array, " n"]], Float[Array, " n"]]
+
+
+class Root(NamedTuple):
+    """The end of Newton's method."""
+
+    y: Float[Array, " n"]
+    jacobian: Float[Array, "n n"]
+    close: Bool[Array, ""]
+    """Whether one more step would change nothing."""
+    singular: Bool[Array, ""]
+
+
+class Equilibrated(NamedTuple):
+    """A matrix with rows and columns of size one, and whether it is singular."""
+
+    matrix: Float[Array, "n n"]
+    """The identity where it is singular."""
+    rows: Float[Array, "n 1"]
+    columns: Float[Array, "1 n"]
+    singular: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, matrix: Float[Array, "n n"]) -> "Equilibrated":
+        """Rates and states may be of any size."""
+        matrix = jnp.where(jnp.isfinite(matrix), matrix, 0.0)
+        rows = _largest(matrix, 1)
+        columns = _largest(matrix / rows, 0)
+        scaled = matrix / rows / columns
+        values = jnp.linalg.svd(jax.lax.stop_gradient(scaled), compute_uv=False)
+        limit = len(values) * 10 * jnp.finfo(values.dtype).eps
+        singular = values[-1] <= values[0] * limit
+        unit = jnp.eye(len(matrix), dtype=matrix.dtype)
+        return cls(jnp.where(singular, unit, scaled), rows, columns, singular)
+
+    def solve(self, b: Float[Array, " n"]) -> Float[Array, " n"]:
+        return jnp.linalg.solve(self.matrix, b / self.rows[:, 0]) / self.columns[0]
+
+    def inverse(self) -> Float[Array, "n n"]:
+        return jnp.linalg.inv(self.matrix) / self.columns.T / self.rows.T
+
+
+def _largest(matrix: Float[Array, "n n"], axis: int) -> Array:
+    """The largest magnitudes along an axis, or one."""
+    largest = jnp.max(jnp.abs(matrix), axis=axis, keepdims=True)
+    return jnp.where(largest > 0, largest, 1.0)
+
+
+def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> Float[Array, " n"]:
+    """How large each number of the state becomes, in powers of two: one of a crude path to `t1`.
+
+    A number that ends near zero, such as a velocity, is as large as what the others that move it
+    would bring in its own time.
+    """
+
+    def step(carry, h):
+        y, peak = carry
+        moved = Equilibrated.of(jnp.eye(len(y), dtype=y.dtype) / h - jax.jacfwd(rates)(y))
+        far = jnp.where(
+            peak > 0, CREEP**3 * peak, jnp.inf
+        )  # as by a matrix that is nearly singular
+        to = y + jnp.clip(moved.solve(rates(y)), -far, far)
+        to = jnp.where(jnp.isfinite(to).all(), to, y)
+        return (to, jnp.maximum(peak, jnp.abs(to))), None
+
+    y = jnp.where(jnp.isfinite(y), y, 0.0)
+    hs = t1 * CREEP ** -jnp.arange(CRUDE_STEPS - 1, -1, -1, dtype=y.dtype)
+    (end, peak), _ = jax.lax.scan(step, (y, jnp.abs(y)), hs)
+    jacobian = jnp.nan_to_num(jnp.abs(jax.jacfwd(rates)(end)), posinf=0.0)
+    speed = jnp.sqrt(jnp.max(jacobian * jacobian.T, axis=1))  # one over a time
+    brought = jnp.where(speed > 0, jacobian @ jnp.abs(end) / jnp.where(speed > 0, speed, 1.0), 0.0)
+    size = jnp.maximum(jnp.maximum(jnp.abs(end), brought), VANISHING * peak)
+    largest = jnp.max(size, initial=0.0)
+    size = jnp.where(size > 0, size, jnp.where(largest > 0, largest, 1.0))
+    return jnp.ldexp(jnp.ones_like(size), jnp.frexp(size)[1])
+
+
+def find_root(
+    rates: Rates, near: Float[Array, " n"], size: Float[Array, " n"], rtol: Any, atol: Any
+) -> Root:
+    """Newton's method, which has no derivatives."""
+    info = jnp.finfo(near.dtype)
+
+    def step(carry):
+        y, _, count, _, _ = carry
+        jacobian = jax.jacfwd(rates)(y)
+        matrix = Equilibrated.of(jacobian)
+        move = matrix.solve(rates(y))
+        gross = jnp.abs(matrix.inverse()) @ (jnp.abs(jacobian) @ jnp.abs(y))
+        rounding = jnp.minimum(ROUNDING * info.eps * gross, WRONG * size)
+        least = rtol * NOISE[near.dtype] * size
+        close = jnp.abs(move) <= atol + rtol * jnp.abs(y) + least + rounding
+        return y - move, jacobian, count + 1, jnp.all(close), matrix.singular
+
+    def goes_on(carry):
+        y, _, count, close, singular = carry
+        return ~close & ~singular & (count < NEWTON_STEPS) & jnp.isfinite(y).all()
+
+    no = jnp.zeros((), bool)
+    start = near, jnp.zeros((len(near), len(near)), near.dtype), jnp.int32(0), no, no
+    y, jacobian, _, close, singular = jax.lax.while_loop(goes_on, step, start)
+    return Root(y, jacobian, close & jnp.isfinite(y).all(), singular)
+
+
+def implicit(
+    rates: Callable[..., Array], at: Float[Array, " n"], ok: Bool[Array, ""], inputs: PyTree
+) -> Float[Array, " n"]:
+    """`at`, a root of `rates(y, inputs)`, with derivatives by the inputs. NaN unless it is `ok`.
+
+    All derivatives of what is not `ok` are NaN, and zero where nothing depends on it, as those of a
+    failed solve.
+    """
+    solve = lambda linear, b: Equilibrated.of(jax.jacfwd(linear)(jnp.zeros_like(b))).solve(b)
+    used = undifferentiated_unless(ok, inputs)
+    root = jax.lax.custom_root(lambda y: rates(y, used), at, lambda _, at: at, solve)
+    # Zero, with a derivative by each of the inputs.
+    moved = (x - jax.lax.stop_gradient(x) for x in jax.tree.leaves(inputs) if _has_tangent(x))
+    touched = sum((jnp.sum(x).astype(at.dtype) for x in moved), jnp.zeros((), at.dtype))
+    return nan_unless(ok, root + jnp.where(ok, 0.0, touched))
+
+
+def _has_tangent(x: Any) -> bool:
+    return eqx.is_inexact_array(x) and not jnp.iscomplexobj(x)
+
+
+def is_stable(jacobian: Float[Array, "n n"]) -> Bool[Array, ""]:
+    """Whether all eigenvalues have negative real parts: the matrix sign function is then `-I`.
+
+    JAX has eigenvalues of nonsymmetric matrices on CPUs alone. Newton's iteration with scaling by
+    the determinant (Higham 2008, "Functions of Matrices", section 5.5) compiles everywhere.
+    """
+    n, unit = len(jacobian), jnp.eye(len(jacobian), dtype=jacobian.dtype)
+
+    def step(_, x):
+        inverse = Equilibrated.of(x).inverse()
+        scale = jnp.exp(-jnp.linalg.slogdet(x)[1] / n)
+        return (scale * x + inverse / scale) / 2
+
+    finite = jnp.isfinite(jacobian).all()
+    sign = jax.lax.fori_loop(0, SIGN_STEPS[jacobian.dtype], step, jnp.where(finite, jacobian, unit))
+    return jnp.trace(sign) < 0.5 - n
