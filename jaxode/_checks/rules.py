@@ -194,6 +194,12 @@ PERMUTATION = Rule(
     "{rows}", "Return each row number once.",
 )  # fmt: skip
 
+# Of a field one period on, in units of the tolerance; what is not finite fails elsewhere.
+PERIODIC = Rule(
+    NUMBER, lambda off: ~(off > 1),
+    "the field must have the periods of its base, a torus; got another value one period on",
+    "Pass jaxode.nn.Residual(..., period=...), or show your field sine and cosine of angles.",
+)  # fmt: skip
 DIFFER = Rule(
     "t0=..., t1=...", lambda t0, t1: jnp.isfinite(t1 - t0) & (t0 != t1),
     "must be finite times that differ in the precision of the samples",

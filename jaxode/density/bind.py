@@ -14,11 +14,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.caller import arg, public
-from jaxode._checks.rules import IN_REACH, INSIDE, is_eager, is_known
+from jaxode._checks.rules import IN_REACH, INSIDE, PERIODIC, is_eager, is_known
 from jaxode._checks.samples import check_batches, check_count, check_finite
 from jaxode._jax.closure import hash_of, unwrap_constants, wrap_constants
 from jaxode.density.contexts import Contexts, InFlow
@@ -39,6 +38,7 @@ from jaxode.flows.bases import Torus, fixed_columns, in_one_period
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import without_noise
+from jaxode.flows.periods import off_period_of
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import MISFITS, check_field
 
@@ -396,7 +396,7 @@ def bind(
             cure = "Leave it out: angles keep their units."
         raise _fixed("standardize", flow, cure)
     if is_eager(params):
-        check_period("bind(flow=...)", flow, params)
+        check_period("bind", "flow", flow, params)
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
@@ -420,20 +420,11 @@ def _fixed(name: str, flow: CNF, cure: str) -> ValueError:
     )
 
 
-def check_period(start: str, flow: CNF, args: PyTree) -> None:
+def check_period(start: str, name: str, flow: CNF, params: PyTree, row: PyTree = None) -> None:
     """Raise if the base has angles, and the field is known to differ one period on."""
-    base = flow.base
-    if not isinstance(base, Torus):
-        return
-    z = jnp.linspace(0.1, 0.9, len(base.period)).reshape(base.event_shape)
-    period = np.where(np.isfinite(base.period), base.period, 0.0).reshape(base.event_shape)
     try:
-        here, there = (flow.f(jnp.asarray(0.3), at, args) for at in (z, z + period))
+        off = off_period_of(flow.f, flow.base, (flow.t0, flow.t1), params, row, jnp.zeros(()))
     except MISFITS:  # a field with a context, or parameters that are still to come
         return
-    if not np.allclose(here, there, atol=1e-3 * (1 + float(np.max(np.abs(here))))):
-        raise ValueError(
-            f"{start}: its field must have the periods of its base, a torus; got another "
-            "value one period on. Pass jaxode.nn.Residual(..., period=...), or show your field "
-            "sine and cosine of angles."
-        )
+    if off is not None and is_known(off) and not PERIODIC.holds(off):
+        raise ValueError(PERIODIC.sentence(where=start, name=name))

@@ -195,7 +195,7 @@ def train(
         shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(table.rows.context))
         density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
         first = jax.tree.map(lambda leaf: jnp.asarray(leaf[np.array([0])][0]), table.rows.context)
-        check_period("fit(density=...)", density.flow, (density.params, first))
+        check_period("fit", "density", density.flow, density.params, first)
     flow = dataclasses.replace(density.flow, throw=False)
     # The power of the time is an input of the program, which is then the same for all.
     losses = [Partial(_matching, flow, plan.coupling, jnp.asarray(power)) for power in plan.powers]

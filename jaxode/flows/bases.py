@@ -252,8 +252,9 @@ def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Toru
 
     The flow runs on the line, and its field must have the same periods, as that of
     `jaxode.nn.Residual(period=...)` has. Then all representatives of an angle have the same
-    density, which integrates to one over a period. Matching takes the shorter way around, and
-    samples of `bind` are in `[0, period)`. Its maps leave angles as they are.
+    density, which integrates to one over a period. All methods of a flow compare the field one
+    period on, and fail if it differs. Matching takes the shorter way around, and samples of `bind`
+    are in `[0, period)`. Its maps leave angles as they are.
 
     Args:
         event_shape: shape of one sample; an integer stands for a vector.

@@ -47,6 +47,7 @@ from jaxode.flows.divergence import Divergence
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
+from jaxode.flows.periods import period_faults
 from jaxode.flows.regularizers import Regularizer
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import VectorField, check_field
@@ -358,7 +359,7 @@ class CNF(eqx.Module):
             faults |= data_faults({name: system.y0} | context, weights, joint=joint)
         if hasattr(self.f, "span_faults"):
             faults |= self.f.span_faults(self.t0)
-        return faults | argument_faults(system)
+        return period_faults(system, self._parts) | faults | argument_faults(system)
 
     def _end_state(
         self, program, name: Samples, samples, params, key, context, faults: Faults | None = None

@@ -23,12 +23,14 @@ from jaxode.flows.likelihood.objective import (
     with_integrals,
 )
 from jaxode.flows.noise import of_each_row, random_end
+from jaxode.flows.periods import with_periods
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
 
 
 @compiled
+@with_periods
 def transport(system: System, parts, key) -> Solution:
     """The samples at the other end."""
     del parts, key
@@ -36,6 +38,7 @@ def transport(system: System, parts, key) -> Solution:
 
 
 @compiled
+@with_periods
 def log_prob(system: System, parts, key) -> Solution:
     """The log-density of data, as the end state."""
     integrands, base = parts
@@ -43,6 +46,7 @@ def log_prob(system: System, parts, key) -> Solution:
 
 
 @compiled
+@with_periods
 def log_prob_and_error(system: System, parts, key) -> Solution:
     """The log-density of data and its standard error, as the end state."""
     integrands, base = parts
@@ -67,6 +71,7 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 
 
 @compiled
+@with_periods
 def sample(system: System, parts, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
     integrands, base = parts
@@ -77,6 +82,7 @@ def sample(system: System, parts, key) -> Solution:
 
 
 @compiled
+@with_periods
 def nll(system: System, parts, key, weights, steer: float):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
     integrands, base = parts

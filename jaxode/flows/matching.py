@@ -19,6 +19,7 @@ from jaxode._checks.rules import (
     DIFFER,
     FINITE_BASE,
     NO_OVERFLOW,
+    PERIODIC,
     PERMUTATION,
     POSITIVE,
     data_faults,
@@ -34,10 +35,11 @@ from jaxode._checks.samples import (
     normalized,
 )
 from jaxode._checks.times import check_times
-from jaxode._jax.sharding import row_count, row_numbers, vary_alike
+from jaxode._jax.sharding import axes_of, row_count, row_numbers, vary, vary_alike
 from jaxode.flows.bases import BaseDensity
 from jaxode.flows.coupling import Coupling
 from jaxode.flows.noise import of_each_row
+from jaxode.flows.periods import off_period, turned
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.field import call_field, of_row
 
@@ -96,7 +98,9 @@ def matching_loss(
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
 
-    arc = getattr(flow.base, "arc", None)
+    arc, count, points = getattr(flow.base, "arc", None), x.shape[0], turned(flow.base, x)
+    if points is not None:  # more rows are cheaper than another evaluation
+        u, z0, x, context = _with_points(points, u, z0, x, context)
 
     def squared_error(u, z0, x, context):
         x = x if arc is None else z0 + arc(x - z0)  # the shorter way around
@@ -105,9 +109,15 @@ def matching_loss(
         dz = call_field(flow.f, t0 + u * span, z, args)
         check_derivative(z, dz)
         finite = jnp.isfinite(jax.lax.stop_gradient(dz)).all()
-        return jnp.mean((jnp.asarray(dz, x.dtype) - (x - z0) / span) ** 2), finite
+        dz = jnp.asarray(dz, x.dtype)
+        return jnp.mean((dz - (x - z0) / span) ** 2), finite, dz
 
-    errors, finite = jax.vmap(squared_error)(u, z0, x, context)
+    errors, finite, dz = jax.vmap(squared_error)(u, z0, x, context)
+    errors, finite, of_points = errors[:count], finite[:count], dz[count:]
+    if points is not None:
+        off = off_period(flow.base, of_points, span)
+        faults = PERIODIC.fault(off, name="params") | faults
+        weights = jnp.where(PERIODIC.holds(off), weights, jnp.nan)
     failed = ~jnp.isfinite(jax.lax.stop_gradient(errors))
     for sentence, find in of_context.items():
         # A field may accept NaN in the context. Then rows without NaN fail as well.
@@ -133,6 +143,15 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
             f"{z0.shape[1:]}."
         )
     return jax.lax.stop_gradient(jnp.asarray(z0, x.dtype))
+
+
+def _with_points(points: Float[Array, "points *event"], u, z0, x, context):
+    """The rows, and as many more as there are points, each of which rests at its point."""
+    spread = lambda leaf: jnp.broadcast_to(leaf[:1], (len(points), *leaf.shape[1:]))
+    context = jax.tree.map(lambda leaf: jnp.concatenate([leaf, spread(leaf)]), context)
+    half = vary(jnp.full(len(points), 0.5, u.dtype), axes_of(u))
+    z0, x = (jnp.concatenate([rows, points]) for rows in (z0, x))
+    return jnp.concatenate([u, half]), z0, x, context
 
 
 def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array, " batch"]:

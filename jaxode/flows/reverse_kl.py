@@ -21,6 +21,7 @@ from jaxode.flows.bases import in_one_period, log_prob_of
 from jaxode.flows.compiled import probes_of
 from jaxode.flows.integrands import SCORE
 from jaxode.flows.likelihood.objective import with_integrals
+from jaxode.flows.periods import with_periods
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
@@ -35,6 +36,7 @@ Target = Callable[..., Float[Array, ""]]
 
 
 @compiled
+@with_periods
 def reverse_kl(
     system: System, parts, key, log_density: Target, path: bool
 ) -> tuple[

@@ -196,8 +196,64 @@ def test_fit_checks_the_period_of_a_field_with_a_context():
     network = jaxode.nn.Residual(2, 8, 1, key=KEY, context_size=1)
     density = jaxode.bind(jaxode.cnf(jaxode.nn.field, jaxode.torus(2)), network)
     x = np.random.default_rng(0).uniform(0, 6, (100, 2))
-    with pytest.raises(ValueError, match=r"^fit\(density=...\): its field must have the periods"):
+    with pytest.raises(ValueError, match=r"^fit\(density=...\): the field must have the periods"):
         jaxode.fit(density, x, context=x[:, :1], key=KEY, steps=1, progress=False)
+
+
+X = jax.random.uniform(KEY, (3, 2), maxval=6.0)
+ALONE = jaxode.nn.Residual(2, 4, 1, key=KEY)
+# Fields on the torus whose density over a period is not one, with their parameters.
+NOT_PERIODIC = {
+    "the line": (lambda t, z, p: p * z, 0.5),
+    "of the difference alone": (lambda t, z, p: p * (z - z[::-1]), 0.5),
+    "no period": (jaxode.nn.field, ALONE),
+    "another period": (jaxode.nn.field, jaxode.nn.Residual(2, 4, 1, key=KEY, period=24.0)),
+    "a context": (lambda t, z, args: args[0] * args[1] * z, 0.5),
+}
+METHODS = {
+    "log_prob": lambda flow, p, c: flow.log_prob(p, X, context=c),
+    "nll": lambda flow, p, c: flow.nll(p, X, context=c),
+    "matching_loss": lambda flow, p, c: flow.matching_loss(p, X, key=KEY, context=c),
+    "reverse_kl_loss": lambda flow, p, c: flow.reverse_kl_loss(p, TARGET, 3, key=KEY, context=c),
+    "sample": lambda flow, p, c: flow.sample(p, KEY, 3, context=c),
+    "sample_and_log_prob": lambda flow, p, c: flow.sample_and_log_prob(p, KEY, 3, context=c),
+    "to_base": lambda flow, p, c: flow.to_base(p, X, context=c),
+}
+TARGET = lambda x, *_: jnp.cos(x).sum()
+LOSSES = ("nll", "matching_loss", "reverse_kl_loss")
+
+
+def on_a_torus(field, **options):
+    f, params = NOT_PERIODIC[field]
+    context = jnp.ones(3) if field == "a context" else None
+    flow = jaxode.cnf(f, jaxode.torus(2), steps=1, **options)
+    return flow, params, context
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [*((name, "the line") for name in METHODS), *(("log_prob", name) for name in NOT_PERIODIC)],
+)
+def test_a_field_without_the_periods_has_no_density(method, field):
+    flow, params, context = on_a_torus(field)
+    message = rf"^{method}\(params=...\): the field must have the periods of its base, a torus"
+    with pytest.raises(jaxode.SolveError, match=message):
+        METHODS[method](flow, params, context)
+
+
+@pytest.mark.parametrize("method", LOSSES)
+@pytest.mark.parametrize("field", ["the line", "a context"])
+def test_a_loss_of_traced_parameters_without_the_periods_is_nan(method, field):
+    flow, params, context = on_a_torus(field)
+    loss = jax.jit(jax.value_and_grad(lambda p: METHODS[method](flow, p, context)))
+    assert jnp.isnan(jnp.stack(loss(params))).all()
+    assert jnp.isfinite(jnp.stack(loss(0.0))).all()  # which has any period
+
+
+def test_a_loss_inside_of_jit_says_why_it_is_nan():
+    flow, params, _ = on_a_torus("the line", throw=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="must have the periods of its base"):
+        jax.block_until_ready(jax.jit(flow.matching_loss)(params, X, key=KEY))
 
 
 @pytest.mark.slow  # trains
