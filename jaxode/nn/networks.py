@@ -1,7 +1,8 @@
 """Networks with a closed-form divergence.
 
-With at most two hidden layers (`PotentialGradient`: exactly one), `m.value_and_divergence(t, y)`
-returns the exact divergence in closed form, for one extra matrix-vector product.
+With at most two hidden layers (`PotentialGradient`: exactly one) and an elementwise activation,
+`m.value_and_divergence(t, y)` returns the exact divergence in closed form, for one extra
+matrix-vector product.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
+from jaxode._jax.elementwise import is_elementwise
 from jaxode.flows.bases import as_event_shape
 from jaxode.nn.network import Dense, Network, draws
 
@@ -194,6 +196,8 @@ class _Network(Network):
         slopes = []
         for layer in self.hidden:
             u, gate = layer.with_gate(t, x, context)
+            if not is_elementwise(self.activation, u):
+                return NotImplemented
             x, slope = _value_and_slope(self.activation, u)
             slopes.append(slope if gate is None else slope * gate)
         match [layer.weight for layer in self.hidden]:
@@ -217,8 +221,8 @@ class MLP(_Network):
         event_shape: shape of one sample; an integer stands for a vector.
         widths: sizes of the hidden layers.
         key: draws the initial weights.
-        activation: elementwise function after each hidden layer. It must be smooth: it is
-            differentiated twice.
+        activation: function after each hidden layer. It must be smooth: it is differentiated
+            twice. If it is not elementwise, such as `jax.nn.softmax`, there is no closed form.
         context_size: size of the context vector in `m(t, y, context)`, which enters wherever the
             time does.
 
@@ -279,6 +283,8 @@ class PotentialGradient(_Network):
             return NotImplemented
         (layer,), (w,) = self.hidden, self.weight
         u, _ = layer.with_gate(t, x, context)
+        if not is_elementwise(self.activation, u):
+            return NotImplemented
         slope, curvature = _value_and_slope(lambda u: _value_and_slope(self.activation, u)[1], u)
         div = (w * jnp.sum(layer.weight**2, axis=1)) @ curvature
         return layer.weight.T @ (w * slope), div

@@ -10,6 +10,7 @@ import pytest
 
 import jaxode
 from jaxode import divergence, nn
+from jaxode.flows.divergence import FieldAt
 
 
 def residual(event, widths, **options):
@@ -106,6 +107,22 @@ def test_closed_form_equals_the_exact_divergence(name, activation, size):
 
     both = jax.jit(lambda *inputs: [with_gradient(f)(*inputs) for f in (closed, exact)])
     close(*both(m, T, Y), 1e-12)
+
+
+MIXED = {
+    "MLP, 1 hidden": jax.nn.softmax,
+    "MLP, 2 hidden": lambda x: x / jnp.linalg.norm(x),
+    "PotentialGradient, 1 hidden": jnp.cumsum,
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_an_activation_that_is_not_elementwise_has_no_closed_form(name):
+    """The slopes of the closed form are not its Jacobian, which for softmax gave zero."""
+    m = network(*CLOSED_FORM[name], MIXED[name])
+    assert m.value_and_divergence(T, Y) is NotImplemented
+    _, div = divergence.auto().apply(FieldAt(nn.field, T, m), Y, None)
+    np.testing.assert_allclose(div, jnp.trace(jax.jacfwd(lambda y: m(T, y))(Y)), rtol=1e-12)
 
 
 def test_the_parameters_product_is_formed_once_for_a_batch():

@@ -1,0 +1,47 @@
+"""Is a function of a vector elementwise? Read off the program of its tangent."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr, Literal, Var
+from jaxtyping import Array
+
+# Linear functions of a tangent that keep each number at its place, by the names of JAX. Rules of
+# differentiation turn all elementwise functions into these.
+LINEAR = {
+    "mul", "div", "neg", "add", "sub", "add_any", "select_n", "convert_element_type", "copy",
+}  # fmt: skip
+CALLS = {"jit", "pjit", "closed_call", "checkpoint", "remat2"}
+
+
+def is_elementwise(f: Callable[[Array], Array], like: Array) -> bool:
+    """Whether `f` is known to have a diagonal Jacobian at all arrays such as `like`.
+
+    Traces it, and computes nothing.
+    """
+    like: Any = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    tangent = lambda u, v: jax.jvp(f, (u,), (v,))[1]
+    program = jax.make_jaxpr(tangent)(like, like).jaxpr
+    return _moved(program, {program.invars[1]}) is not None
+
+
+def _moved(program: Jaxpr, moved: set[Var]) -> list[bool] | None:
+    """Which results depend on the variables `moved`. None if numbers change their place."""
+    shapes = {var.aval.shape for var in moved}
+    for equation in program.eqns:
+        flags = [not isinstance(x, Literal) and x in moved for x in equation.invars]
+        if not any(flags):
+            continue
+        outputs: list[bool] | None = [True] * len(equation.outvars)
+        if equation.primitive.name in CALLS:
+            inner = equation.params["jaxpr"]
+            inner = getattr(inner, "jaxpr", inner)
+            pairs = zip(inner.invars, flags, strict=True)
+            outputs = _moved(inner, {var for var, flag in pairs if flag})
+        elif equation.primitive.name not in LINEAR:
+            return None
+        if outputs is None or any(out.aval.shape not in shapes for out in equation.outvars):
+            return None
+        moved |= {var for var, flag in zip(equation.outvars, outputs, strict=True) if flag}
+    return [not isinstance(x, Literal) and x in moved for x in program.outvars]
