@@ -293,9 +293,11 @@ def is_trace(divergence: Divergence) -> bool:
 def without_noise(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
     """The divergence itself if it draws nothing without a key, else `noiseless()`."""
     like: Any = jax.ShapeDtypeStruct(event, jnp.float32)
+    drawn = lambda key: jax.eval_shape(lambda z: divergence.init(key, z), like)
     try:
-        probe = divergence.init(None, like)
+        probe = drawn(None)
     except Exception:  # whatever it says about a key that is missing
+        drawn(jax.random.key(0))  # an error with a key is about something else
         return noiseless()
     return divergence if probe is None else noiseless()
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import OPTIMIZED
 
+import jaxode
 from jaxode import divergence
-from jaxode.flows.divergence import TANGENTS_AT_ONCE
+from jaxode.flows.divergence import TANGENTS_AT_ONCE, without_noise
 from jaxode.nn import ConcatSquash
 
 D = 6
@@ -114,6 +115,35 @@ def test_a_noiseless_trace_takes_few_columns_at_once():
     z = jnp.linspace(-1.0, 1.0, size)
     _, div = jax.jit(lambda z: noiseless.apply(lambda z: wave(0.0, z, None), z, None))(z)
     np.testing.assert_allclose(div, jnp.sum(jnp.cos(z) * jnp.roll(z, 1)), rtol=1e-12)
+
+
+def own_error(key, z):
+    raise TypeError("of the user")
+
+
+# What `init` of a divergence does without a key, and whether a density then computes the trace.
+INITS = {
+    "draws": (lambda key, z: jax.random.normal(key, z.shape, z.dtype), True),
+    "draws nothing": (lambda key, z: None, False),
+    "looks at the sample": (lambda key, z: None if (2 * z).size else z, False),
+    "fails": (lambda key, z: [z][0 if key is not None else 1], True),
+}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_without_noise(name):
+    init, is_noiseless = INITS[name]
+    given = divergence.Divergence(init, lambda g, z, probe: (g(z), jnp.zeros(())))
+    assert without_noise(given, (D,)) == (divergence.noiseless() if is_noiseless else given)
+
+
+def test_without_noise_lets_errors_of_the_user_through():
+    given = divergence.Divergence(own_error, lambda g, z, probe: (g(z), jnp.zeros(())))
+    density = jaxode.bind(
+        jaxode.cnf(lambda t, z, _: z, jaxode.standard_normal(D), divergence=given), ()
+    )
+    with pytest.raises(TypeError, match="of the user"):
+        density.log_prob(Z)
 
 
 @pytest.mark.parametrize("probes", [1, 4, D])
