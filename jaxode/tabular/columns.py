@@ -152,7 +152,8 @@ class Column:
     def _next(self, x: np.ndarray, i: int, step: float) -> np.ndarray:
         """The next number that is of no other mode."""
         x = tidy(x + step, step)
-        while (taken := self._is_other(x, i)).any():
+        # Beyond, the next number is the same.
+        while (taken := self._is_other(x, i) & (np.abs(x) < LARGEST * abs(step))).any():
             x = np.where(taken, tidy(x + step, step), x)
         return x
 
