@@ -33,8 +33,10 @@ from jaxode.tabular.grids import LARGEST
 from jaxode.tabular.table import Table
 
 FEW = 3000  # rows, up to which the weights decay at the rate of one
-# Of solves: of one number, for quantiles, and of several, whose noise is larger than their errors.
-TOLERANCES = 1e-4, 1e-3
+# Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
+# then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
+ONE = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
+SEVERAL = {"rtol": 1e-3, "atol": 1e-3}
 KINDS = ("categorical", "integer", "continuous", "periodic")
 
 
@@ -263,8 +265,7 @@ def _numbers(encoder, rows, aside, plan, key, begin):
         period = np.where(angle, TURN, np.inf)
         base = torus(size, period)
     params = Residual(size, key=network_key, context_size=features, period=period)
-    tolerance = TOLERANCES[size > 1]
-    flow = cnf(field, base, rtol=tolerance, atol=tolerance)
+    flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
     density = bind(flow, params, support=support)
     powers = TIME_POWERS if size > MANY else TIME_POWERS[:1]
