@@ -1,23 +1,49 @@
-"""The distribution of one modelled number given the other columns, as points with weights."""
+"""The distribution of one modelled number given the other columns.
 
-from collections.abc import Callable, Iterator
-from typing import Any
+It is a mixture of atoms, which are numbers that are repeated, and of a density for each grid. A
+density of one number has exact levels and quantiles, one solve each. So the quantile of atoms and
+one grid takes the levels at the atoms, and then one quantile of the density; that of several grids
+is searched for among their numbers. Means and scores are sums over points of the curve of level and
+value, which are dense where it is steep, and where it is flat.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxode._checks.arguments import floating_dtype
 from jaxode._checks.caller import arg
+from jaxode._checks.errors import SolveError
 from jaxode.density.bind import Density
 from jaxode.tabular import frames
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.columns import Column
 from jaxode.tabular.encoding import Encoder
+from jaxode.tabular.grids import tidy
 
-# Quantiles of a row that are solved for, points between them, and how far out, in the base.
-NODES, FINE, FURTHEST = 21, 1025, 4.5
+# Points of a curve: so many quantiles, at equal distances in the base up to the furthest; then in
+# each round so many more where it is coarsest, until a rectangle of two neighbours is at most this
+# part of the spread; and points of a straight line between two.
+NODES, FURTHEST = 21, 4.5
+ROUNDS, MORE, COARSE = 3, 16, 0.02
+BETWEEN = 8
 LEAST = 1e-6  # probability of a grid that counts
+LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
+TAIL = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
+FAR = 1e30  # scaled numbers beyond are infinite
 ROWS = 1000  # at a time
+
+
+class Grid(NamedTuple):
+    """The density of the numbers on a grid, in some rows."""
+
+    index: int
+    share: np.ndarray
+    """`[rows]`, its probability."""
+    context: Any
 
 
 class Predictive:
@@ -29,9 +55,12 @@ class Predictive:
         self.column, self.encoder, self.density = _target(encoder), encoder, density
         self.frame = frames.as_frame("frame", frame)
         self.given = encoder.features(self.frame)
+        self.atoms = np.array(self.column.values, float)
         shares = np.ones((len(self.given), self.column.present))
         if categories is not None:
             shares = np.exp(np.asarray(_log_shares(categories, self.given), float))
+            if (wrong := ~np.isfinite(shares).all(axis=1)).any():
+                raise self._failure(int(np.argmax(wrong)))
         shares = shares[:, : self.column.present]
         self.shares = shares / shares.sum(axis=1, keepdims=True)
 
@@ -50,67 +79,220 @@ class Predictive:
 
     def cdf(self, y: np.ndarray) -> np.ndarray:
         """The probability of at most `y`."""
-        column = self.column
-        atoms = np.array(column.values, float)
-        total = np.sum(self.shares[:, : len(atoms)] * (atoms <= y[:, None]), axis=1)
-        for i, grid, density, context in self._grids(slice(None)):
-            end = sum(column.cell(y, i)) if grid else y
-            level = density.cdf(jnp.asarray(column.scaled(end))[:, None], context=context)
-            total += self.shares[:, len(atoms) + i] * np.asarray(level, float)
-        return np.clip(total, 0.0, 1.0)
+        return self._cdf(slice(0, None), y[:, None])[:, 0]
+
+    def quantile(self, levels: np.ndarray) -> np.ndarray:
+        """The least numbers that reach these levels, `[rows, levels]`."""
+        if not levels.size:
+            return np.zeros((len(self.given), 0))
+        if self.column.grids:
+            _check_tails(levels)
+        return self._each(lambda part: self._quantiles(part, levels))
 
     def each(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
         """A function of sorted values, their weights, and rows."""
-        parts = [slice(start, start + ROWS) for start in range(0, max(len(self.given), 1), ROWS)]
-        return np.concatenate([f(*self._points(part), *[x[part] for x in rows]) for part in parts])
+        return self._each(lambda part: f(*self._points(part), *[x[part] for x in rows]))
 
-    def _grids(self, part: slice) -> Iterator[tuple[int, float, Density, Any]]:
-        """The grids that count, with the density, and its contexts for some rows."""
-        first, given = len(self.column.values), self.given[part]
-        for i, grid in enumerate(self.column.grids):
-            assert self.density is not None
-            if self.shares[part, first + i].max(initial=0) > LEAST:
-                modes = np.full((len(given), 1), first + i)
-                yield i, grid, self.density, self.encoder.context(modes, given)
+    def _each(self, f: Callable[[slice], np.ndarray]) -> np.ndarray:
+        """A function of some rows at a time."""
+        starts = range(0, max(len(self.given), 1), ROWS)
+        return np.concatenate([f(slice(start, start + ROWS)) for start in starts])
+
+    def _grids(self, part: slice) -> list[Grid]:
+        """The grids that count."""
+        first, given = len(self.atoms), self.given[part]
+        shares = self.shares[part, first:].T
+        counts = [i for i, share in enumerate(shares) if share.max(initial=0) > LEAST]
+        modes = [np.full((len(given), 1), first + i) for i in counts]
+        return [
+            Grid(i, shares[i], self.encoder.context(mode, given))
+            for i, mode in zip(counts, modes, strict=True)
+        ]
+
+    def _cdf(self, part: slice, y: np.ndarray) -> np.ndarray:
+        """The probability of at most `y`, `[rows, numbers]`."""
+        atoms = self.shares[part, : len(self.atoms)]
+        total = np.sum(atoms[:, None] * (self.atoms <= y[..., None]), axis=2)
+        for grid in self._grids(part):
+            on_grid = self.column.grids[grid.index]
+            end = sum(self.column.cell(y, grid.index)) if on_grid else y
+            total += grid.share[:, None] * self._levels(part, grid, self.column.scaled(end))
+        return np.clip(total, 0.0, 1.0)
+
+    def _quantiles(self, part: slice, levels: np.ndarray) -> np.ndarray:
+        grids = self._grids(part)
+        if len(grids) > 1:
+            return self._searched(part, grids, levels)
+        if grids and not len(self.atoms):
+            return self._numbers(part, grids[0], levels)
+        shares = self.shares[part, : len(self.atoms)]
+        below = np.cumsum(np.pad(shares, ((0, 0), (1, 0))), axis=1)
+        reached = self._cdf(part, np.broadcast_to(self.atoms, shares.shape))
+        passed = np.sum(reached[:, None] < levels[:, None], axis=2)
+        # The next atom is the quantile if the numbers before it do not reach the level.
+        ends = np.concatenate([reached - shares, np.full((len(shares), 1), np.inf)], axis=1)
+        is_atom = np.take_along_axis(ends, passed, 1) < levels
+        around = np.concatenate([[-np.inf], self.atoms, [np.inf]])
+        low, high = around[passed], around[passed + 1]
+        if not grids:  # rounding may keep the sum of all atoms below a level
+            return np.where(np.isfinite(high), high, low)
+        rest = levels - np.take_along_axis(below, passed, 1)
+        y = self._numbers(part, grids[0], rest / np.maximum(grids[0].share, LEAST)[:, None])
+        return np.where(is_atom, high, np.clip(y, low, high))
+
+    def _searched(self, part: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
+        """Bisect the multiples of the finest grid, from the least quantile of a part to the
+        largest."""
+        unit = self.column.grids[-1]
+        parts = [self._numbers(part, grid, levels) for grid in grids]
+        parts += [np.full_like(parts[0], atom) for atom in self.atoms]
+        low = np.round(np.min(parts, axis=0) / unit) - 1
+        high = np.round(np.max(parts, axis=0) / unit)
+        while (high - low > 1).any():
+            middle = np.floor((low + high) / 2)
+            reached = self._cdf(part, tidy(middle * unit, unit)) >= levels
+            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+        return tidy(high * unit, unit)
+
+    def _numbers(self, part: slice, grid: Grid, levels: np.ndarray) -> np.ndarray:
+        """The numbers on a grid at levels, of all rows or `[rows, levels]` of each."""
+        column = self.column
+        x = self._solved_quantiles(part, grid, np.clip(levels, LOWEST, 1 - _eps() / 2))
+        y = column.round_down(x * column.scale + column.center, grid.index)
+        return np.clip(y, column.low, column.high)
+
+    def _solved_quantiles(self, part: slice, grid: Grid, levels: np.ndarray) -> np.ndarray:
+        """Scaled numbers `[rows, levels]`."""
+        density, rows = self.density, len(grid.share)
+        assert density is not None
+        if levels.ndim > 1:
+            return self._solved(part, lambda c: _of_rows(density, jnp.asarray(levels), c), grid)
+        q = jnp.asarray(levels)
+        x = self._solved(part, lambda c: density.quantile(q, context=c), grid)
+        return np.broadcast_to(x, (rows, len(levels)))
+
+    def _levels(self, part: slice, grid: Grid, x: np.ndarray) -> np.ndarray:
+        """The levels of scaled numbers `[rows, numbers]` in the density of a grid."""
+        x = np.where(np.abs(x) < FAR, x, np.copysign(np.inf, x))
+        density, numbers = self.density, jnp.asarray(x)[..., None]
+        assert density is not None
+        context = None if grid.context is None else grid.context[:, None]
+        return self._solved(
+            part, lambda c: density.cdf(numbers, context=c), grid._replace(context=context)
+        )
+
+    def _solved(self, part: slice, solve: Callable[[Any], Any], grid: Grid) -> np.ndarray:
+        """Solve in a context. If that fails, name the row of the frame."""
+        try:
+            found = np.asarray(solve(grid.context), float)
+        except SolveError:
+            if not self.encoder.given:
+                raise
+            found = np.asarray(jax.jit(solve)(grid.context), float)  # with NaN where it fails
+        wrong = np.isnan(found)
+        if wrong.any():
+            raise self._failure(part.start + int(np.argwhere(wrong)[0, 0]))
+        return found
+
+    def _failure(self, row: int) -> SolveError:
+        """Name the row, and the given number that is furthest from those of training."""
+        found = [(0.0, "")]
+        for column in self.encoder.given:
+            if column.kind != "categorical":
+                values, missing, _ = frames.read("frame", self.frame, column.name)
+                far = 0.0 if missing[row] else abs(float(column.scaled(values[row])))
+                found.append((far, f"{column.name!r} has {values[row]:g}"))
+        return SolveError(
+            f"{arg('frame')} must have given columns in which the distribution can be computed; "
+            f"in row {row}, column {max(found)[1]}. Leave the row out, or correct it."
+        )
 
     def _points(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """Sorted values and weights that stand for the distribution of each row."""
-        import scipy.interpolate  # as JAX does
-        import scipy.special
-
         column, shares = self.column, self.shares[part]
-        atoms = np.array(column.values, float)
-        values = [np.broadcast_to(atoms, (len(shares), len(atoms)))]
-        weights = [shares[:, : len(atoms)]]
-        nodes, fine = (np.linspace(-FURTHEST, FURTHEST, n) for n in (NODES, FINE))
-        levels, bell = jnp.asarray(scipy.special.ndtr(nodes)), np.exp(-0.5 * fine**2)
-        for i, _, density, context in self._grids(part):
-            z = np.asarray(density.quantile(levels, context=context), float).reshape(-1, NODES)
-            z = scipy.interpolate.PchipInterpolator(nodes, z, axis=1)(fine)
-            y = column.round_down(z * column.scale + column.center, i)
-            y = np.broadcast_to(np.clip(y, column.low, column.high), (len(shares), FINE))
-            values.append(y)
-            weights.append(shares[:, [len(atoms) + i]] * bell / bell.sum())
+        values = [np.broadcast_to(self.atoms, (len(shares), len(self.atoms)))]
+        weights = [shares[:, : len(self.atoms)]]
+        for grid in self._grids(part):
+            x, weight = _between(*self._curve(part, grid))
+            y = column.round_down(x * column.scale + column.center, grid.index)
+            values.append(np.clip(y, column.low, column.high))
+            weights.append(grid.share[:, None] * weight)
         values, weights = np.concatenate(values, 1), np.concatenate(weights, 1)
         order = np.argsort(values, axis=1)
         return np.take_along_axis(values, order, 1), np.take_along_axis(weights, order, 1)
+
+    def _curve(self, part: slice, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+        """Levels and scaled numbers, `[rows, points]` in order."""
+        from scipy.special import ndtr  # as JAX does
+
+        q = ndtr(np.linspace(-FURTHEST, FURTHEST, NODES))
+        x = self._solved_quantiles(part, grid, q)
+        q = np.broadcast_to(q, x.shape)
+        for i in range(ROUNDS):
+            more, coarse = _coarse(q, x)
+            coarse = coarse[:, None] | (i == 0)
+            if not coarse.any():
+                break
+            # A row has the same points whatever rows are beside it.
+            more = np.where(coarse, _stored(more), x[:, -1:])
+            q = np.concatenate([q, np.where(coarse, self._levels(part, grid, more), q[:, -1:])], 1)
+            x = np.concatenate([x, more], 1)
+            order = np.argsort(x, axis=1)
+            x, q = (np.take_along_axis(leaf, order, 1) for leaf in (x, q))
+            q = np.maximum.accumulate(q, axis=1)
+        return q, x
+
+
+def _check_tails(levels: np.ndarray) -> None:
+    wrong = np.abs(_stored(levels) - levels) > TAIL * np.minimum(levels, 1 - levels)
+    for level in levels[wrong]:
+        raise ValueError(
+            f"{arg('q')} must be levels that {floating_dtype(float)} tells apart from 1; got "
+            f"{level:.17g}. Take one further from 1, or train with jax_enable_x64."
+        )
+
+
+def _eps() -> float:
+    return float(jnp.finfo(floating_dtype(float)).eps)
+
+
+def _stored(x: np.ndarray) -> np.ndarray:
+    """The numbers as the density sees them."""
+    return x.astype(floating_dtype(x.dtype)).astype(float)
+
+
+def _coarse(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers between those of a curve, most where it is coarse; and which rows are coarse.
+
+    The curve increases, so it lies within the rectangles of neighbours, whose areas are the error
+    of an integral at most. Their sum is least with so many points in each as its root.
+    """
+    area = np.diff(q, axis=1) * np.diff(x, axis=1)
+    middle = 0.5 * (q[:, 1:] + q[:, :-1])
+    spread = np.sum(middle * (1 - middle) * np.diff(x, axis=1), axis=1)
+    coarse = area.max(axis=1) > COARSE * spread
+    sums = np.cumsum(np.pad(np.sqrt(area), ((0, 0), (1, 0))), axis=1)
+    at = (np.arange(MORE) + 0.5) / MORE
+    each = zip(sums, x, strict=True)
+    return np.stack([np.interp(at * row[-1], row, numbers) for row, numbers in each]), coarse
+
+
+def _between(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights of a curve that is straight between its points, in units of the base."""
+    from scipy.special import ndtr, ndtri
+
+    z = np.clip(ndtri(q), -FURTHEST, FURTHEST)[..., None]
+    ends = np.arange(BETWEEN + 1) / BETWEEN
+    levels = ndtr(z[:, :-1] + np.diff(z, axis=1) * ends)
+    weights = np.diff(levels, axis=2).reshape(len(q), -1)
+    steps = np.diff(x, axis=1)[..., None] * (0.5 * (ends[1:] + ends[:-1]))
+    values = (x[:, :-1, None] + steps).reshape(len(q), -1)
+    return values, weights / weights.sum(axis=1, keepdims=True)
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The expected value of each row."""
     return np.sum(values * weights, axis=1)
-
-
-def quantiles(levels: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function of points: the first value of each row up to which the weights reach a level."""
-
-    def of_points(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        below = np.cumsum(weights, axis=1)
-        at = [np.sum(below < level, axis=1) for level in levels]
-        at = np.minimum(np.stack(at, 1), values.shape[1] - 1)
-        return np.take_along_axis(values, at, 1)
-
-    return of_points
 
 
 def crps(values: np.ndarray, weights: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -139,5 +321,11 @@ def _target(encoder: Encoder) -> Column:
 _log_shares: Callable[..., Any] = jax.jit(
     lambda network, given: jax.vmap(lambda row: network.logits(jnp.zeros(network.bias.shape), row))(
         given
+    )
+)
+# The quantiles of each row of the context, at levels of its own.
+_of_rows: Callable[..., Any] = jax.jit(
+    lambda density, levels, context: jax.vmap(lambda q, row: density.quantile(q, context=row))(
+        levels, context
     )
 )

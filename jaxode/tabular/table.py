@@ -1,6 +1,7 @@
 """The density of a table, conditional on some of its columns."""
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +79,7 @@ class Table:
         parts = [np.zeros(0)]
         for start in range(0, len(rows.modes), ROWS):
             part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
-            part_key = jax.random.fold_in(noise_key, start) if start else noise_key
-            parts.append(self._log_prob(part, draws, part_key))
+            parts.append(self._log_prob(part, draws, noise_key))
         return np.concatenate(parts)
 
     def _log_prob(self, rows: Encoded, draws: int, key: PRNGKeyArray) -> np.ndarray:
@@ -97,8 +97,13 @@ class Table:
         if not (rows.width.any() or rows.fill.any()):
             draws = 1
         cells = self.encoder.as_numbers(rows)
+        # The noise of a row depends on what it holds, not on where it stands.
+        keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(_seeds(rows))
         cells = jax.tree.map(lambda leaf: np.repeat(leaf, draws, axis=0), cells)
-        x, log_noise = with_noise(self.encoder.domain, cells, key)
+        own = jax.tree.map(lambda leaf: leaf.reshape(-1, draws, leaf.shape[1]), cells)
+        noisy = jax.vmap(lambda cell, key: with_noise(self.encoder.domain, cell, key))
+        x, log_noise = noisy(own._replace(context=None), keys)
+        x, log_noise = x.reshape(cells.x.shape), log_noise.reshape(-1)
         weights = density.log_prob(x, context=cells.context) - log_noise
         if len(self.encoder.columns) == 1:  # without a number, the flow has nothing to say
             weights = jnp.where(jnp.asarray(cells.fill[:, 0]), 0.0, weights)
@@ -206,7 +211,8 @@ class Table:
             raise ValueError(
                 f"{arg('q')} must be levels between 0 and 1, a number or a list; got {q}."
             )
-        y = self._predictive(frame).each(predictions.quantiles(np.atleast_1d(levels)))
+        levels = np.asarray(levels, float)
+        y = self._predictive(frame).quantile(levels.reshape(-1))
         return y.reshape(len(y), *levels.shape)
 
     @public("Table.interval", single_precision)
@@ -230,3 +236,10 @@ class Table:
         """
         predictive = self._predictive(frame)
         return predictive.each(predictions.crps, predictive.values())
+
+
+def _seeds(rows: Encoded) -> np.ndarray:
+    """A hash of each row."""
+    parts = (rows.modes, rows.low, rows.fill, rows.given)
+    table = np.concatenate([np.asarray(part, float) for part in parts], 1) + 0.0  # no -0.0
+    return np.array([zlib.crc32(row.tobytes()) for row in table], np.uint32)

@@ -199,6 +199,14 @@ def test_a_column_may_be_missing_altogether(library):
     assert np.isfinite(fitted.log_prob(rows)).all()
 
 
+@pytest.mark.parametrize("name", ["mixed", "atom"])
+def test_a_row_has_its_log_probability_wherever_it_stands(name):
+    """Its noise does not depend on the rows before it. Up to rounding of solves."""
+    frame, fitted = FRAMES[name][:12], table(name)
+    moved = fitted.log_prob(frame[::-1].reset_index(drop=True))[::-1]
+    np.testing.assert_allclose(moved, fitted.log_prob(frame), atol=1e-4)
+
+
 def test_rows_are_the_same_in_parts(monkeypatch):
     for name in ("categories", "one"):
         frame = FRAMES[name]
