@@ -35,8 +35,8 @@ from jaxode.tabular.table import Table
 FEW = 3000  # rows, up to which the weights decay at the rate of one
 # Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
 # then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
-ONE = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
-SEVERAL = {"rtol": 1e-3, "atol": 1e-3}
+ONE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
+SEVERAL: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 KINDS = ("categorical", "integer", "continuous", "periodic")
 
 

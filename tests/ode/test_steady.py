@@ -180,7 +180,8 @@ def test_stability_is_that_of_the_eigenvalues(matrix, stable, dtype):
 def test_a_state_inside_a_limit_cycle_is_not_stable():
     field = lambda t, y, r: jnp.stack([y[0], y[1]]) * (r**2 - y @ y) + jnp.stack([-y[1], y[0]])
     state = jaxode.steady_state(field, jnp.zeros(2), 0.003)
-    assert state.ok and not state.stable
+    assert state.ok
+    assert not state.stable
     outside = jaxode.steady_state(field, jnp.array([1e-3, 0.0]), 0.003, t1=1e3, throw=False)
     assert outside.result == jaxode.Result.NOT_STEADY
 
