@@ -50,7 +50,7 @@ def undifferentiated_unless(needed: Bool[Array, ""], tree: T) -> T:
 
 
 def nan_unless(ok: Bool[Array, ""], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, or NaN, as are its derivatives. A cotangent of zero, of what nothing uses, stays zero."""
+    """`x`, or NaN, as are its derivatives. A cotangent of zero stays: nothing depends on it."""
     return _nan_unless.bind(x, jnp.broadcast_to(ok, x.shape))
 
 

@@ -26,7 +26,7 @@ from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
 TINY = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}  # singular values that are none
 LOOSE, VAGUE = 1e-3, 10.0  # of a direction without values; errors beside 1 + the size of a number
-UNLIKELY = 10.0  # deviations of a chi-square beyond its mean
+UNLIKELY, MATTERS = 4.5, 1.2  # normal deviations of a chi-square; part of it that errors notice
 OWN = (  # options of `solve` that it sets, or has no use for
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
     "axis_name", "steps", "mass",
@@ -44,8 +44,9 @@ class Estimate(eqx.Module):
     """Covariance of the parameters as one vector, in the order of `jax.tree.leaves(params)`."""
     errors: PyTree[Array]
     """The standard error of each parameter; infinite where the observations do not determine it."""
-    noise: Float[Array, "..."]
-    """The standard deviation of the observations: as given, or what the residuals say."""
+    noise: Float[Array, "..."] | None
+    """The standard deviation of the observations: as given, or what the residuals say. None with
+    `residual`, which has its own."""
     starts: PyTree[Array]
     """The end of each start, `[starts, ...]`; NaN where a better one replaced it."""
     costs: Float[Array, " starts"]
@@ -112,7 +113,7 @@ class Estimate(eqx.Module):
             ends[rows], costs[rows] = found.flats, found.costs
             done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
         given, unit = self._problem.noise, self._problem.unit
-        scale = jnp.mean((given / self.noise) ** 2)
+        scale = 1.0 if self.noise is None else jnp.mean((given / self.noise) ** 2)
         ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost / unit**2)
         return ratio, jax.vmap(unravel)(jnp.asarray(ends, flat.dtype))
 
@@ -155,7 +156,7 @@ def estimate(
         noise: standard deviation of the observations, shaped to broadcast with one of `ys`. By
             default it is one number, which the residuals say.
         residual: `residual(predicted, observed)` whose half squares are negative log-densities up
-            to a constant, in place of their difference by the noise.
+            to a constant, in place of their difference by the noise: in units of its deviations.
         prior: residuals of the parameters, such as `lambda p: (p - mean) / deviation`.
         match: whether to match slopes first. By default, if the state is observed, without
             `jumps`, and the solver is not one for stiff fields, whose slopes a spline does not
@@ -173,8 +174,9 @@ def estimate(
         SolveError: if no start could be solved for the first observations.
 
     Warns:
-        UserWarning: of parameters that the observations do not determine, such as those at a bound,
-            and if least squares has not converged.
+        UserWarning: of parameters that the observations do not determine, such as those at a bound;
+            of residuals that are larger than the given noise, or `residual`, says; and if least
+            squares has not converged.
     """
     check_not_traced("chooses among starts", starts, ts, ys)
     known = inspect.signature(solve).parameters
@@ -216,12 +218,14 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
     if problem.residual is None and problem.estimated:
         scale = 2 * cost / free
         noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
-    elif problem.residual is None and free > 0 and 2 * cost > free + UNLIKELY * (2 * free) ** 0.5:
+    elif _is_unlikely(2 * cost, free):
         warnings.warn(
-            f"estimate: residuals are {math.sqrt(2 * cost / free):.2g} times the noise: the model "
-            "does not fit, or the noise is larger. The standard errors are too small.",
+            f"estimate: residuals are {math.sqrt(2 * cost / free):.3g} times the noise: half their "
+            f"squares sum to {cost:.3g} for {free} degrees of freedom. The model does not fit, or "
+            "the noise is larger. The standard errors are too small.",
             stacklevel=4,
         )
+    noise = noise if problem.residual is None else None
     covariance, errors = _uncertainty(jacobian, scale, TINY[dtype])
     wide = errors > VAGUE * (1 + np.abs(flat))
     if vague := [name for name, of in zip(_names(problem.template), wide, strict=True) if of]:
@@ -244,6 +248,15 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
         jnp.asarray(costs.min(axis=1) * square, dtype), jnp.asarray(ends.converged[best]),
         problem, together,
     )  # fmt: skip
+
+
+def _is_unlikely(square: float, free: int) -> bool:
+    """Whether a chi-square is too large, by Wilson and Hilferty (1931), and by how much errors
+    would change."""
+    if free <= 0 or square <= MATTERS * free:
+        return False
+    spread = 2 / (9 * free)
+    return (square / free) ** (1 / 3) - (1 - spread) > UNLIKELY * math.sqrt(spread)
 
 
 def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):

@@ -1,5 +1,6 @@
 """Check what `jaxode.estimate` gets, and pose the least-squares problem."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxode._checks.arguments import (
     described,
     floating,
     numbers,
+    takes,
 )
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
@@ -24,6 +26,13 @@ from jaxode.ode.field import check_field
 from jaxode.ode.misfit import TOLERANCES, Misfit
 from jaxode.ode.paths import check_knots
 from jaxode.ode.pieces import check_jumps
+
+CALLS = {  # arguments of a user's functions
+    "observe": ("t", "y", "params"),
+    "residual": ("predicted", "observed"),
+    "prior": ("params",),
+    "y0": ("params",),
+}
 
 
 def posed(
@@ -41,8 +50,10 @@ def posed(
     """The checked problem, and the starts as vectors."""
     check_field("f", f, "f(t, y, params)")
     for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
+        if function is not None:
+            _check_function(name, function)
+    if callable(y0):
+        _check_function("y0", y0)
     check_jumps(options.get("jumps"))
     starts = _starts(starts)
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
@@ -75,6 +86,17 @@ def posed(
     return problem, flats
 
 
+def _check_function(name: str, function: Any) -> None:
+    """Raise unless it takes what it will be called with."""
+    if not callable(function):
+        raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
+    if not takes(function, *CALLS[name]):
+        raise TypeError(
+            f"{arg(name)} must be a function ({', '.join(CALLS[name])}); got one of "
+            f"{inspect.signature(function)}."
+        )
+
+
 def _check_shapes(problem: Misfit, functions: dict[str, Any]) -> None:
     """Raise unless predictions and residuals are like observations: others would broadcast."""
     shape = problem.ys.shape
@@ -100,7 +122,7 @@ def _starts(starts: Any) -> PyTree[Array]:
     if len({shape[:1] for shape in shapes}) != 1 or shapes[0][:1] in ((), (0,)):
         raise ValueError(
             f"{arg('starts')} leaves must share a leading axis of starts; got shapes {shapes}. For "
-            "one start, add an axis: x[None]."
+            "one start, add it: jax.tree.map(lambda x: jnp.asarray(x)[None], starts)."
         )
     # Least squares of Optimistix is in the default precision alone.
     starts = jax.tree.map(lambda leaf: floating(leaf).astype(jnp.result_type(float)), starts)
@@ -137,6 +159,11 @@ def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int, spread
     """By what residuals are divided: the noise, or the spread of `ys` where the residuals say it,
     since least squares has absolute tolerances."""
     used = int((~jnp.isnan(ys)).sum())
+    if callable(noise):
+        raise TypeError(
+            f"{arg('noise')} must be numbers; got a function. Pass a number, or an array that "
+            "broadcasts to ys; or leave it out, and the residuals say one number."
+        )
     if noise is not None and functions["residual"] is not None:
         raise ValueError(f"{arg('noise')} is not used with residual. Leave one out.")
     if noise is None and functions["residual"] is None:

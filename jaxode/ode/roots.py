@@ -4,6 +4,7 @@ Numbers of a state may be in any units, so every tolerance is relative: to the n
 natural size, or to what rounding does to it (Higham 2002, section 7.2).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._jax.tangents import nan_unless, undifferentiated_unless
+from jaxode.ode.solvers.linear import factorize, solve_factorized
 
 NEWTON_STEPS = 30
 # Of its natural size, below which a number is noise: far above rounding, far below the tolerances.
@@ -27,6 +29,7 @@ WRONG = 1e-3  # of its natural size, the most that is put down to rounding
 # those which rounding has put beside it stay undecided.
 SIGN_STEPS = {jnp.dtype("float64"): 40, jnp.dtype("float32"): 16}
 
+product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 Rates = Callable[[Float[Array, " n"]], Float[Array, " n"]]
 
 
@@ -41,32 +44,35 @@ class Root(NamedTuple):
 
 
 class Equilibrated(NamedTuple):
-    """A matrix with rows and columns of size one, and whether it is singular."""
+    """A matrix as one with rows and columns of size one, and their sizes: rates and states may have
+    any units."""
 
     matrix: Float[Array, "n n"]
-    """The identity where it is singular."""
     rows: Float[Array, "n 1"]
     columns: Float[Array, "1 n"]
-    singular: Bool[Array, ""]
 
     @classmethod
     def of(cls, matrix: Float[Array, "n n"]) -> "Equilibrated":
-        """Rates and states may be of any size."""
-        matrix = jnp.where(jnp.isfinite(matrix), matrix, 0.0)
         rows = _largest(matrix, 1)
         columns = _largest(matrix / rows, 0)
-        scaled = matrix / rows / columns
-        values = jnp.linalg.svd(jax.lax.stop_gradient(scaled), compute_uv=False)
-        limit = len(values) * 10 * jnp.finfo(values.dtype).eps
-        singular = values[-1] <= values[0] * limit
-        unit = jnp.eye(len(matrix), dtype=matrix.dtype)
-        return cls(jnp.where(singular, unit, scaled), rows, columns, singular)
+        return cls(matrix / rows / columns, rows, columns)
+
+    @property
+    def singular(self) -> Bool[Array, ""]:
+        """Whether it is, up to rounding."""
+        matrix = jnp.where(jnp.isfinite(self.matrix), self.matrix, 0.0)
+        values = jnp.linalg.svd(matrix, compute_uv=False)
+        return values[-1] <= values[0] * len(values) * 10 * jnp.finfo(values.dtype).eps
 
     def solve(self, b: Float[Array, " n"]) -> Float[Array, " n"]:
-        return jnp.linalg.solve(self.matrix, b / self.rows[:, 0]) / self.columns[0]
+        factors = factorize(self.matrix[..., None])
+        return solve_factorized(factors, (b / self.rows[:, 0])[None])[0] / self.columns[0]
 
     def inverse(self) -> Float[Array, "n n"]:
-        return jnp.linalg.inv(self.matrix) / self.columns.T / self.rows.T
+        factors, unit = factorize(self.matrix[..., None]), jnp.eye(len(self.rows))
+        column = lambda b: solve_factorized(factors, b[None])[0]
+        columns = jax.vmap(column)(unit.astype(self.matrix.dtype))
+        return columns.T / self.columns.T / self.rows.T
 
 
 def _largest(matrix: Float[Array, "n n"], axis: int) -> Array:
@@ -97,7 +103,9 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
     (end, peak), _ = jax.lax.scan(step, (y, jnp.abs(y)), hs)
     jacobian = jnp.nan_to_num(jnp.abs(jax.jacfwd(rates)(end)), posinf=0.0)
     speed = jnp.sqrt(jnp.max(jacobian * jacobian.T, axis=1))  # one over a time
-    brought = jnp.where(speed > 0, jacobian @ jnp.abs(end) / jnp.where(speed > 0, speed, 1.0), 0.0)
+    brought = jnp.where(
+        speed > 0, product(jacobian, jnp.abs(end)) / jnp.where(speed > 0, speed, 1.0), 0.0
+    )
     size = jnp.maximum(jnp.maximum(jnp.abs(end), brought), VANISHING * peak)
     largest = jnp.max(size, initial=0.0)
     size = jnp.where(size > 0, size, jnp.where(largest > 0, largest, 1.0))
@@ -113,22 +121,24 @@ def find_root(
     def step(carry):
         y, _, count, _, _ = carry
         jacobian = jax.jacfwd(rates)(y)
-        matrix = Equilibrated.of(jacobian)
-        move = matrix.solve(rates(y))
-        gross = jnp.abs(matrix.inverse()) @ (jnp.abs(jacobian) @ jnp.abs(y))
+        inverse = Equilibrated.of(jacobian).inverse()
+        move = product(inverse, rates(y))
+        finite = jnp.isfinite(move).all()
+        y = jnp.where(finite, y - move, y)
+        gross = product(jnp.abs(inverse), product(jnp.abs(jacobian), jnp.abs(y)))
         rounding = jnp.minimum(ROUNDING * info.eps * gross, WRONG * size)
         least = rtol * NOISE[near.dtype] * size
-        close = jnp.abs(move) <= atol + rtol * jnp.abs(y) + least + rounding
-        return y - move, jacobian, count + 1, jnp.all(close), matrix.singular
+        close = jnp.all(jnp.abs(move) <= atol + rtol * jnp.abs(y) + least + rounding)
+        return y, jacobian, count + 1, close, ~finite
 
     def goes_on(carry):
-        y, _, count, close, singular = carry
-        return ~close & ~singular & (count < NEWTON_STEPS) & jnp.isfinite(y).all()
+        _, _, count, close, lost = carry
+        return ~close & ~lost & (count < NEWTON_STEPS)
 
     no = jnp.zeros((), bool)
     start = near, jnp.zeros((len(near), len(near)), near.dtype), jnp.int32(0), no, no
-    y, jacobian, _, close, singular = jax.lax.while_loop(goes_on, step, start)
-    return Root(y, jacobian, close & jnp.isfinite(y).all(), singular)
+    y, jacobian, _, close, _ = jax.lax.while_loop(goes_on, step, start)
+    return Root(y, jacobian, close, Equilibrated.of(jacobian).singular)
 
 
 def implicit(
@@ -139,7 +149,12 @@ def implicit(
     All derivatives of what is not `ok` are NaN, and zero where nothing depends on it, as those of a
     failed solve.
     """
-    solve = lambda linear, b: Equilibrated.of(jax.jacfwd(linear)(jnp.zeros_like(b))).solve(b)
+
+    def solve(linear, b):
+        jacobian = jax.jacfwd(linear)(jnp.zeros_like(b))
+        unit = jnp.eye(len(b), dtype=b.dtype)
+        return Equilibrated.of(jnp.where(ok, jacobian, unit)).solve(b)
+
     used = undifferentiated_unless(ok, inputs)
     root = jax.lax.custom_root(lambda y: rates(y, used), at, lambda _, at: at, solve)
     # Zero, with a derivative by each of the inputs.

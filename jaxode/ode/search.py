@@ -102,14 +102,18 @@ def _cause(problem: Misfit, end: Array, start: np.ndarray) -> str:
     except SolveError as error:
         return str(error).removeprefix("solve: ")
     residuals, seen = problem.residuals(flat, end), ~jnp.isnan(problem.ys)
-    parts = {
-        "observe": jnp.where(seen, predicted, 0.0),
-        "residual": residuals[: predicted.size],
-        "prior": residuals[predicted.size :],
-    }
-    names = [name for name, part in parts.items() if not jnp.isfinite(part).all()]
+    for name, found in (("observe", predicted), ("residual", residuals[: predicted.size])):
+        lost = np.asarray(seen & ~jnp.isfinite(found.reshape(predicted.shape)))
+        if lost.any():
+            at = tuple(map(int, np.argwhere(lost)[0]))
+            return (
+                f"{name} is not finite for {lost.sum()} of {seen.sum()} observations, first for "
+                f"ys{list(at)} = {problem.ys[at]:.4g}, where {predicted[at]:.4g} is predicted. "
+                "Look for a logarithm or a root of what is not positive, or start nearer."
+            )
+    lost = not jnp.isfinite(residuals[predicted.size :]).all()
     return (
-        f"{(names or ['the sum of squares'])[0]} is not finite. Start nearer, or look for a "
+        f"{'prior' if lost else 'the sum of squares'} is not finite. Start nearer, or look for a "
         "logarithm or a root of what is negative."
     )
 

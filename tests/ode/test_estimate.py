@@ -8,6 +8,7 @@ import pytest
 from scipy.optimize import curve_fit
 
 import jaxode
+from jaxode.ode.estimation import _is_unlikely
 from jaxode.ode.matching import smoothed
 
 TS = jnp.linspace(0.1, 3.0, 30)
@@ -221,9 +222,32 @@ def test_fewer_observations_than_parameters_determine_none():
     assert all(np.isinf(error) for error in found.errors.values())
 
 
-def test_it_warns_of_a_model_that_does_not_fit():
-    with pytest.warns(UserWarning, match="times the noise"):
-        estimated(YS + 0.2 * np.sin(9 * TS), noise=NOISE)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"noise": NOISE},
+        {"residual": lambda predicted, observed: (predicted - observed) / NOISE},
+    ],
+    ids=["noise", "residual"],
+)
+def test_it_warns_of_a_model_that_does_not_fit(options):
+    wrong = YS + 0.062 * np.sin(9 * TS)
+    with pytest.warns(UserWarning, match=r"are 2\.\d* times the noise: .* for 28 degrees"):
+        found = estimated(wrong, match=False, **options)
+    assert found.noise == options.get("noise")
+    ratio, _ = found.profile(
+        lambda p: p["rate"], (found.params["rate"] + found.errors["rate"])[None]
+    )
+    np.testing.assert_allclose(ratio, 1.0, atol=0.1)
+
+
+# The last differs from the noise by less than 10%, whatever the chance.
+@pytest.mark.parametrize(
+    ("square", "free", "said"),
+    [(54, 11, True), (29, 11, False), (15, 1, False), (25, 1, True), (11000, 10000, False)],
+)
+def test_a_sum_of_squares_is_told_that_chance_rarely_makes(square, free, said):
+    assert _is_unlikely(square, free) == said
 
 
 def test_it_names_what_the_observations_do_not_determine():
@@ -244,6 +268,18 @@ def test_it_names_a_parameter_at_its_bound():
 
 
 WRONG = {
+    "numbers as starts": (
+        {"starts": {"rate": 1.0, "size": 1.0}}, r"lambda x: jnp\.asarray\(x\)\[None\], starts\)",
+    ),
+    "a function of noise": ({"noise": lambda p: p["s"]}, r"noise=.* be numbers; got a function"),
+    "a residual of three": (
+        {"residual": lambda p, o, s: p - o}, r"must be a function \(predicted, observed\); got one "
+        r"of \(p, o, s\)",
+    ),
+    "a prior of two": ({"prior": lambda p, q: p, "noise": 0.1}, r"must be a function \(params\)"),
+    "an observation of two": (
+        {"observe": lambda t, y: y}, r"must be a function \(t, y, params\)",
+    ),
     "one start without an axis": ({"starts": {"rate": 1.0, "size": 1.0}}, "share a leading axis"),
     "starts of two lengths": (
         {"starts": {"rate": jnp.ones(2), "size": jnp.ones(3)}}, "share a leading axis",
@@ -299,6 +335,13 @@ def test_it_refuses(case):
     assert str(raised.value).startswith("estimate(")
 
 
+def test_a_start_takes_the_parameters():
+    with pytest.raises(
+        TypeError, match=r"estimate\(y0=.* function \(params\); got one of \(a, b\)"
+    ):
+        jaxode.estimate(decay, lambda a, b: a, TS, YS[:, None], STARTS)
+
+
 @pytest.mark.parametrize("f", [lambda t, y, p: [-y[0]], lambda t, y, p: -y[0]], ids=["list", "0"])
 def test_a_field_must_return_the_like_of_the_state(f):
     with pytest.raises(
@@ -333,13 +376,19 @@ def test_it_says_that_no_start_can_be_solved():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("observe", {"observe": lambda t, y, p: jnp.log(-y)}),
-        ("residual", {"residual": lambda p, o: jnp.log(-p)}),
-        ("prior", {"prior": lambda p: jnp.log(p["rate"] - 9.0), "noise": NOISE}),
+        (
+            r"observe .* 6 of 6 obs.*, first for ys\[0, 0\] = ",
+            {"observe": lambda t, y, p: jnp.log(-y)},
+        ),
+        (
+            r"residual .* 1 of 6 obs.* first for ys\[2, 0\] = .*, where .* is predicted",
+            {"residual": lambda p, o: jnp.where(o == YS[2], jnp.log(-p), p - o)},
+        ),
+        ("prior is not", {"prior": lambda p: jnp.log(p["rate"] - 9.0), "noise": NOISE}),
     ],
 )
 def test_it_names_what_is_not_finite(name, options):
-    with pytest.raises(jaxode.SolveError, match=f"none .* From one of them, {name} is not finite"):
+    with pytest.raises(jaxode.SolveError, match=f"none .* From one of them, {name}"):
         estimated(YS[:6], TS[:6], match=False, **options)
 
 

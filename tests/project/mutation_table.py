@@ -48,6 +48,7 @@ FIRST = {
     "ode/mass": ("tests/ode/test_mass.py",),
     "ode/odeint": ("tests/ode/test_odeint.py",),
     "ode/steady": ("tests/ode/test_steady.py",),
+    "ode/roots": ("tests/ode/test_steady.py",),
     "ode/paths": ("tests/ode/test_paths.py",),
     "ode/estimation": ("tests/ode/test_estimate.py",),
     "ode/search": ("tests/ode/test_estimate.py",),
@@ -178,7 +179,12 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The largest step is ignored.
     # The transpose of a step forgets that of its mass matrix.
     ("ode/solvers/rosenbrock.py", "self.mass if transposed else self.mass.T", "self.mass.T"),
-    ("ode/steady.py", "jnp.where(singular, Result.SINGULAR_MATRIX.value, code)", "code"),
+    ("ode/steady.py", "jnp.where(root.singular, Result.SINGULAR_MATRIX.value, code)", "code"),
+    ("ode/steady.py", "settled.y1 * sizes, settled.result", "settled.y1, settled.result"),
+    ("ode/roots.py", "jnp.maximum(jnp.maximum(jnp.abs(end), brought), VANISHING * peak)", "peak"),
+    ("ode/roots.py", "CREEP**3 * peak", "peak"),
+    ("ode/roots.py", "jnp.where(ok, 0.0, touched)", "0.0"),
+    ("ode/roots.py", "< 0.5 - n", "< 0"),
     # Rows that are set aside are drawn.
     ("density/large.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
     # Matching goes the long way around a circle.
