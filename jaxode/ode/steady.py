@@ -123,13 +123,13 @@ def steady_state(
     rtol = least if rtol is None else non_negative("rtol", rtol)
     atol = 0.0 if atol is None else non_negative("atol", atol)
     fixed = _fixed((args, row_args))
-    sizes = _sizes(field, t1, flats, *fixed)
+    sizes = _fixed(_sizes(field, t1, flats, *fixed))  # `f` may close over what is differentiated
     settled = solve(
         field.scaled, flats / sizes, 0.0, t1, fixed[0], row_args=(fixed[1], sizes),
         batch="per_sample", solver=Rodas5P(), rtol=LOOSE, atol=NOISE[flats.dtype],
         max_steps=max_steps, throw=False,
     )  # fmt: skip
-    found = settled.y1 * sizes, settled.result
+    found = _fixed((settled.y1 * sizes, settled.result))
     y, result, jacobian = _improved(field, (t1, rtol, atol), flats, found, sizes, args, row_args)
     t_reached = settled.t_reached
     if batch is None:
@@ -206,8 +206,10 @@ def _improved_row(field: _Row, limits, args, start, found, size, row):
     (t1, rtol, atol), (near, result) = limits, found
     time = jnp.asarray(t1, near.dtype)
     near, start = (jnp.where(jnp.isfinite(y), y, 0.0) for y in (near, start))
-    fixed = _fixed((args, row))
-    root = find_root(lambda y: field(time, y, *fixed), near, size, rtol, atol)
+    rates = lambda y, inputs: inputs[0](y, *inputs[1:])
+    inputs = eqx.filter_closure_convert(functools.partial(field, time), near, args, row), args, row
+    fixed = _fixed(inputs)
+    root = find_root(lambda y: rates(y, fixed), near, size, rtol, atol)
     # From a state that had not settled, Newton's method may run to any root.
     limit = atol + LOOSE * jnp.abs(near) + NOISE[near.dtype] * size
     lost = ~root.close | jnp.any(jnp.abs(root.y - near) > 10 * limit)
@@ -218,7 +220,5 @@ def _improved_row(field: _Row, limits, args, start, found, size, row):
     code = jnp.where(own, result, code).astype(result.dtype)
     ok = code == Result.SUCCESS
     # Where it was not found, a state at which the derivatives of `f` should be finite.
-    rates = lambda y, inputs: inputs[0](y, *inputs[1:])
-    inputs = eqx.filter_closure_convert(functools.partial(field, time), near, args, row), args, row
     y = implicit(rates, jnp.where(ok, root.y, start), ok, inputs)
     return field.unravel(y), code, jnp.where(ok, root.jacobian, jnp.nan)

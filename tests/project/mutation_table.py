@@ -180,10 +180,13 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The transpose of a step forgets that of its mass matrix.
     ("ode/solvers/rosenbrock.py", "self.mass if transposed else self.mass.T", "self.mass.T"),
     ("ode/steady.py", "jnp.where(root.singular, Result.SINGULAR_MATRIX.value, code)", "code"),
-    ("ode/steady.py", "settled.y1 * sizes, settled.result", "settled.y1, settled.result"),
-    ("ode/roots.py", "jnp.maximum(jnp.maximum(jnp.abs(end), brought), VANISHING * peak)", "peak"),
+    # The search ends in its own units.
+    ("ode/steady.py", "settled.y1 * sizes, settled", "settled.y1, settled"),
+    # The natural size of what starts at zero stays tiny.
     ("ode/roots.py", "CREEP**3 * peak", "peak"),
+    # Gradients of what was not found are zero.
     ("ode/roots.py", "jnp.where(ok, 0.0, touched)", "0.0"),
+    # One unstable direction of three is none.
     ("ode/roots.py", "< 0.5 - n", "< 0"),
     # Rows that are set aside are drawn.
     ("density/large.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
