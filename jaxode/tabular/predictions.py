@@ -34,16 +34,23 @@ LEAST = 1e-6  # probability of a grid that counts
 LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
 TAIL = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
 FAR = 1e30  # scaled numbers beyond are infinite
-ROWS = 1000  # at a time
+ROWS, UNIT = 1000, 64  # at a time, and of which some are a multiple
 
 
 class Grid(NamedTuple):
     """The density of the numbers on a grid, in some rows."""
 
     index: int
+    rows: np.ndarray
+    """`[rows]`, their numbers in the frame."""
     share: np.ndarray
     """`[rows]`, its probability."""
     context: Any
+
+    def of(self, rows: np.ndarray) -> "Grid":
+        """Some of these rows."""
+        context = None if self.context is None else self.context[rows]
+        return Grid(self.index, self.rows[rows], self.share[rows], context)
 
 
 class Predictive:
@@ -104,8 +111,9 @@ class Predictive:
         shares = self.shares[part, first:].T
         counts = [i for i, share in enumerate(shares) if share.max(initial=0) > LEAST]
         modes = [np.full((len(given), 1), first + i) for i in counts]
+        rows = np.arange(len(self.given))[part]
         return [
-            Grid(i, shares[i], self.encoder.context(mode, given))
+            Grid(i, rows, shares[i], self.encoder.context(mode, given))
             for i, mode in zip(counts, modes, strict=True)
         ]
 
@@ -116,7 +124,7 @@ class Predictive:
         for grid in self._grids(part):
             on_grid = self.column.grids[grid.index]
             end = sum(self.column.cell(y, grid.index)) if on_grid else y
-            total += grid.share[:, None] * self._levels(part, grid, self.column.scaled(end))
+            total += grid.share[:, None] * self._levels(grid, self.column.scaled(end))
         return np.clip(total, 0.0, 1.0)
 
     def _quantiles(self, part: slice, levels: np.ndarray) -> np.ndarray:
@@ -124,7 +132,7 @@ class Predictive:
         if len(grids) > 1:
             return self._searched(part, grids, levels)
         if grids and not len(self.atoms):
-            return self._numbers(part, grids[0], levels)
+            return self._numbers(grids[0], levels)
         shares = self.shares[part, : len(self.atoms)]
         below = np.cumsum(np.pad(shares, ((0, 0), (1, 0))), axis=1)
         reached = self._cdf(part, np.broadcast_to(self.atoms, shares.shape))
@@ -137,14 +145,15 @@ class Predictive:
         if not grids:  # rounding may keep the sum of all atoms below a level
             return np.where(np.isfinite(high), high, low)
         rest = levels - np.take_along_axis(below, passed, 1)
-        y = self._numbers(part, grids[0], rest / np.maximum(grids[0].share, LEAST)[:, None])
+        rest = rest / np.maximum(grids[0].share, LEAST)[:, None]
+        y = self._numbers(grids[0], np.where(is_atom, 0.5, rest))
         return np.where(is_atom, high, np.clip(y, low, high))
 
     def _searched(self, part: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
         """Bisect the multiples of the finest grid, from the least quantile of a part to the
         largest."""
         unit = self.column.grids[-1]
-        parts = [self._numbers(part, grid, levels) for grid in grids]
+        parts = [self._numbers(grid, levels) for grid in grids]
         parts += [np.full_like(parts[0], atom) for atom in self.atoms]
         low = np.round(np.min(parts, axis=0) / unit) - 1
         high = np.round(np.max(parts, axis=0) / unit)
@@ -154,34 +163,33 @@ class Predictive:
             low, high = np.where(reached, low, middle), np.where(reached, middle, high)
         return tidy(high * unit, unit)
 
-    def _numbers(self, part: slice, grid: Grid, levels: np.ndarray) -> np.ndarray:
+    def _numbers(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
         """The numbers on a grid at levels, of all rows or `[rows, levels]` of each."""
         column = self.column
-        x = self._solved_quantiles(part, grid, np.clip(levels, LOWEST, 1 - _eps() / 2))
+        x = self._solved_quantiles(grid, np.clip(levels, LOWEST, 1 - _eps() / 2))
         y = column.round_down(x * column.scale + column.center, grid.index)
         return np.clip(y, column.low, column.high)
 
-    def _solved_quantiles(self, part: slice, grid: Grid, levels: np.ndarray) -> np.ndarray:
+    def _solved_quantiles(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
         """Scaled numbers `[rows, levels]`."""
         density, rows = self.density, len(grid.share)
         assert density is not None
         if levels.ndim > 1:
-            return self._solved(part, lambda c: _of_rows(density, jnp.asarray(levels), c), grid)
+            return self._solved(lambda c: _of_rows(density, jnp.asarray(levels), c), grid)
         q = jnp.asarray(levels)
-        x = self._solved(part, lambda c: density.quantile(q, context=c), grid)
+        x = self._solved(lambda c: density.quantile(q, context=c), grid)
         return np.broadcast_to(x, (rows, len(levels)))
 
-    def _levels(self, part: slice, grid: Grid, x: np.ndarray) -> np.ndarray:
+    def _levels(self, grid: Grid, x: np.ndarray) -> np.ndarray:
         """The levels of scaled numbers `[rows, numbers]` in the density of a grid."""
         x = np.where(np.abs(x) < FAR, x, np.copysign(np.inf, x))
         density, numbers = self.density, jnp.asarray(x)[..., None]
         assert density is not None
         context = None if grid.context is None else grid.context[:, None]
-        return self._solved(
-            part, lambda c: density.cdf(numbers, context=c), grid._replace(context=context)
-        )
+        each = grid._replace(context=context)
+        return self._solved(lambda c: density.cdf(numbers, context=c), each)
 
-    def _solved(self, part: slice, solve: Callable[[Any], Any], grid: Grid) -> np.ndarray:
+    def _solved(self, solve: Callable[[Any], Any], grid: Grid) -> np.ndarray:
         """Solve in a context. If that fails, name the row of the frame."""
         try:
             found = np.asarray(solve(grid.context), float)
@@ -191,20 +199,20 @@ class Predictive:
             found = np.asarray(jax.jit(solve)(grid.context), float)  # with NaN where it fails
         wrong = np.isnan(found)
         if wrong.any():
-            raise self._failure(part.start + int(np.argwhere(wrong)[0, 0]))
+            raise self._failure(int(grid.rows[np.argwhere(wrong)[0, 0]]))
         return found
 
     def _failure(self, row: int) -> SolveError:
         """Name the row, and the given number that is furthest from those of training."""
-        found = [(0.0, "")]
+        found = [(0.0, "")]  # of categories
         for column in self.encoder.given:
             if column.kind != "categorical":
                 values, missing, _ = frames.read("frame", self.frame, column.name)
                 far = 0.0 if missing[row] else abs(float(column.scaled(values[row])))
-                found.append((far, f"{column.name!r} has {values[row]:g}"))
+                found.append((far, f", column {column.name!r} has {values[row]:g}"))
         return SolveError(
             f"{arg('frame')} must have given columns in which the distribution can be computed; "
-            f"in row {row}, column {max(found)[1]}. Leave the row out, or correct it."
+            f"it fails in row {row}{max(found)[1]}. Leave the row out, or correct it."
         )
 
     def _points(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +221,7 @@ class Predictive:
         values = [np.broadcast_to(self.atoms, (len(shares), len(self.atoms)))]
         weights = [shares[:, : len(self.atoms)]]
         for grid in self._grids(part):
-            x, weight = _between(*self._curve(part, grid))
+            x, weight = _between(*self._curve(grid))
             y = column.round_down(x * column.scale + column.center, grid.index)
             values.append(np.clip(y, column.low, column.high))
             weights.append(grid.share[:, None] * weight)
@@ -221,22 +229,25 @@ class Predictive:
         order = np.argsort(values, axis=1)
         return np.take_along_axis(values, order, 1), np.take_along_axis(weights, order, 1)
 
-    def _curve(self, part: slice, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    def _curve(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
         """Levels and scaled numbers, `[rows, points]` in order."""
         from scipy.special import ndtr  # as JAX does
 
         q = ndtr(np.linspace(-FURTHEST, FURTHEST, NODES))
-        x = self._solved_quantiles(part, grid, q)
+        x = self._solved_quantiles(grid, q)
         q = np.broadcast_to(q, x.shape)
         for i in range(ROUNDS):
             more, coarse = _coarse(q, x)
-            coarse = coarse[:, None] | (i == 0)
-            if not coarse.any():
+            rows = np.flatnonzero(coarse | (i == 0))
+            if not len(rows):
                 break
-            # A row has the same points whatever rows are beside it.
-            more = np.where(coarse, _stored(more), x[:, -1:])
-            q = np.concatenate([q, np.where(coarse, self._levels(part, grid, more), q[:, -1:])], 1)
-            x = np.concatenate([x, more], 1)
+            # Filled up with some of them, so that few programs are compiled.
+            rows = np.resize(rows, min(len(x), -(-len(rows) // UNIT) * UNIT))
+            # The other rows repeat their last points, which have no weight.
+            new_x, new_q = (np.repeat(leaf[:, -1:], MORE, axis=1) for leaf in (x, q))
+            new_x[rows] = _stored(more[rows])
+            new_q[rows] = self._levels(grid.of(rows), new_x[rows])
+            q, x = np.concatenate([q, new_q], 1), np.concatenate([x, new_x], 1)
             order = np.argsort(x, axis=1)
             x, q = (np.take_along_axis(leaf, order, 1) for leaf in (x, q))
             q = np.maximum.accumulate(q, axis=1)

@@ -261,5 +261,5 @@ def test_no_levels_and_wrong_ones():
 def test_a_row_that_fails_is_named(name):
     frame = rows("continuous").assign(s2=[0.0, 0.0, 1e30, 0.0])
     call = getattr(table("continuous"), name)
-    with pytest.raises(SolveError, match=r"in row 2, column 's2' has 1e\+30"):
+    with pytest.raises(SolveError, match=r"it fails in row 2, column 's2' has 1e\+30"):
         call([0.5, 0.6], frame) if name == "quantile" else call(frame)
