@@ -27,8 +27,8 @@ from jaxode.tabular.grids import tidy
 # Points of a curve: so many quantiles, at equal distances in the base up to the furthest; then in
 # each round so many more where it is coarsest, until a rectangle of two neighbours is at most this
 # part of the spread; and points of a straight line between two.
-NODES, FURTHEST = 21, 4.5
-ROUNDS, MORE, COARSE = 3, 16, 0.02
+NODES, FURTHEST = 33, 4.5
+ROUNDS, MORE, COARSE = 3, 16, 0.03
 BETWEEN = 8
 LEAST = 1e-6  # probability of a grid that counts
 LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
