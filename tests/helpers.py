@@ -86,7 +86,7 @@ METHODS = {
         jaxode.DiscreteAdjoint(checkpoints=3), exact=True, again=(jax.jacfwd,), variant=True
     ),
     "backsolve": GradientMethod(
-        jaxode.BacksolveAdjoint(), exact=False, again=(jax.jacrev,)
+        jaxode.BacksolveAdjoint(), exact=False, again=()
     ),
     "forward": GradientMethod(
         jaxode.ForwardMode(), exact=True, again=(jax.jacfwd,), gradient=jax.jacfwd, jvp=True

@@ -67,8 +67,8 @@ PROGRAMS = {
         jax.jacfwd(lambda *inputs: end(*inputs, **FORWARD), (0, 1, 2))
     )(A, 1.0, Y0),
     "forward over reverse": lambda end: jax.jit(jax.hessian(summed(end)))(A),
-    "gradient of a vmap of gradients": lambda end: jax.jit(jax.grad(lambda a: jnp.sum(
-        jax.vmap(jax.grad(lambda y0: jnp.sum(end(a, y0=y0, **BACK) ** 2)))(AS) ** 2
+    "forward over a vmap of gradients": lambda end: jax.jit(jax.jacfwd(lambda a: jnp.sum(
+        jax.vmap(jax.grad(lambda y0: jnp.sum(end(a, y0=y0) ** 2)))(AS) ** 2
     )))(A),
     "donation": donated,
     "checkpoint": lambda end: jax.grad(jax.checkpoint(summed(end)))(A),

@@ -201,11 +201,19 @@ def of_one_tangent(f, y0, rate):
 
 NO_FORWARD = r"Adjoint: can't apply forward-mode.*Use adjoint=jaxode\.ForwardMode\(\)"
 NO_REVERSE = r"ForwardMode: .*forward-mode derivatives only.*adjoint=jaxode\.DiscreteAdjoint\(\)"
-ONCE = r"DiscreteAdjoint: .*in forward mode only.*adjoint=jaxode\.BacksolveAdjoint\(\)"
+FORWARD_AGAIN = r"DiscreteAdjoint: .*in forward mode only\. Use jax\.jacfwd\(jax\.grad"
+ONCE = r"BacksolveAdjoint: has first derivatives only\..*adjoint=jaxode\.DiscreteAdjoint\(\)"
 # (error, method, how to differentiate a function, message)
 UNSUPPORTED = [
     (RuntimeError, "forward", lambda f, *x: jax.eval_shape(jax.jacrev(f), *x), NO_REVERSE),
-    (RuntimeError, "discrete", lambda f, *x: jax.eval_shape(jax.jacrev(jax.jacrev(f)), *x), ONCE),
+    (
+        RuntimeError,
+        "discrete",
+        lambda f, *x: jax.eval_shape(jax.jacrev(jax.jacrev(f)), *x),
+        FORWARD_AGAIN,
+    ),
+    (RuntimeError, "backsolve", lambda f, *x: jax.eval_shape(jax.jacrev(jax.jacrev(f)), *x), ONCE),
+    (RuntimeError, "backsolve", lambda f, *x: jax.eval_shape(jax.hessian(f), *x), ONCE),
 ]
 in_jit = lambda f, *x: of_one_tangent(jax.jit(f), *x)
 for way in (lambda f, *x: jax.jacfwd(f)(*x), of_one_tangent, in_jit):

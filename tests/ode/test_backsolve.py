@@ -86,27 +86,3 @@ def test_the_backward_solve_restarts_at_outputs_on_which_the_loss_does_not_depen
     exact = gradient(jaxode.DiscreteAdjoint())
     np.testing.assert_allclose(gradient(BACK, jnp.linspace(0.0, 2.0, 81)), exact, rtol=1e-2)
     assert not abs(gradient(BACK) / exact - 1) < 10
-
-
-def test_reverse_over_reverse_by_narrow_and_complex_parameters():
-    """The derivatives of `y0 / (1 + r |c|^2 y0)`, for `r` in single precision."""
-
-    def solved(y0, r, c):
-        f = lambda t, y, args: -args[0].astype(y.dtype) * (args[1] * jnp.conj(args[1])).real * y**2
-        return jaxode.solve(
-            f, y0, 0.0, 1.0, (r, c), adjoint=BACK, rtol=1e-9, atol=1e-9, throw=False
-        ).y1  # fmt: skip
-
-    def exact(y0, r, c):
-        return y0 / (1 + r.astype(y0.dtype) * (c * jnp.conj(c)).real * y0)
-
-    def second(end):
-        def slopes(*inputs):
-            by_y0, by_r, by_c = jax.grad(lambda *x: end(*x).sum(), (0, 1, 2))(*inputs)
-            return by_y0.sum() + 2 * by_r.astype(float) + (by_c * (1 - 2j)).real
-
-        return jax.jit(jax.grad(slopes, (0, 1, 2)))(jnp.full(1, 2.0), jnp.float32(1.0), 1 + 0.5j)
-
-    for found, expected in zip(second(solved), second(exact), strict=True):
-        assert found.dtype == expected.dtype
-        np.testing.assert_allclose(found, expected, rtol=1e-5)  # spacings of single precision

@@ -192,22 +192,27 @@ def test_a_condition_that_is_zero_at_the_start_and_rises_is_no_fall(cuts):
     np.testing.assert_allclose(s.t1, 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["discrete", "backsolve"])
-def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint(method):
-    """`t1 = 2 / a`, in a scan over pieces."""
+def sine_of_the_time(a, method, **options):
+    """`sin(t1)` with `t1 = 2 / a`."""
     level = Event(lambda t, y, args: y - 2.0)
-    options = {"breakpoints": [0.5], "rtol": 1e-8, "atol": 1e-8, "event": level}
-    twice = jax.grad if method == "backsolve" else jax.jacfwd
+    options = {"rtol": 1e-8, "atol": 1e-8, "adjoint": METHODS[method].adjoint, **options}
+    f = lambda t, y, a: a * jnp.ones(())
+    return jnp.sin(jaxode.solve(f, jnp.zeros(()), 0.0, 2.0, a, event=level, **options).t1)
 
-    def time(a):
-        f = lambda t, y, a: a * jnp.ones(())
-        adjoint = METHODS[method].adjoint
-        return jnp.sin(jaxode.solve(f, jnp.zeros(()), 0.0, 2.0, a, adjoint=adjoint, **options).t1)
 
-    closed = lambda a: jnp.sin(2 / a)
-    np.testing.assert_allclose(
-        twice(jax.grad(time))(1.3), jax.grad(jax.grad(closed))(1.3), rtol=1e-5
-    )
+def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint():
+    """In a scan over pieces."""
+    found = jax.jacfwd(jax.grad(sine_of_the_time))(1.3, "discrete", breakpoints=[0.5])
+    exact = jax.grad(jax.grad(lambda a: jnp.sin(2 / a)))(1.3)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"breakpoints": [0.5]}], ids=["one", "pieces"])
+@pytest.mark.parametrize("twice", [jax.grad, jax.jacfwd])
+def test_a_second_derivative_by_the_adjoint_ode_names_the_method_that_has_it(twice, options):
+    time = lambda a: sine_of_the_time(a, "backsolve", **options)
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*jaxode\.DiscreteAdjoint\(\)"):
+        jax.eval_shape(twice(jax.grad(time)), 1.3)
 
 
 def test_outputs_after_an_event_at_the_start_repeat_its_state():

@@ -75,7 +75,6 @@ PROGRAMS = {
     "forward": by_all(end(product_with_jvp, **FORWARD), jax.jacfwd),
     "in a branch": by_all(end(in_branch)),
     "forward over reverse": by_all(by_all(end(product_with_jvp)), jax.jacfwd),
-    "reverse over reverse": by_all(by_all(end(either, **BACK)), jax.jacrev),
     "nll": jax.grad(of_nll, (0, 1)),
     "the change at a jump": by_all(of_jump),
     "the condition for an event": by_all(of_event),

@@ -9,7 +9,6 @@ arXiv:1806.07366). `b` does not feed back, so it is a quadrature: an accumulator
 parameters, which is part of neither the state nor the error norm.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -17,24 +16,22 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import non_negative
 from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, nan_or_raise
+from jaxode._jax.primitives import nondifferentiable
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import axes_of, fori_loop, vary, while_loop
 from jaxode._jax.tangents import instantiate_zeros
 from jaxode.ode.adjoints.base import (
     ReverseAdjoint,
     Solved,
-    in_reverse,
     nan_unless,
-    solve_reverse,
     without_cotangent,
 )
-from jaxode.ode.loop.integrate import Integration
+from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.problem import Problem, Slope, Stepper, weighted_sum
 from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
@@ -42,6 +39,12 @@ from jaxode.ode.loop.rows import one_row, reduce_rows
 
 # (t [rows], state [samples, m], weight [rows]) -> (derivative [samples, m], weighted integrand)
 AdjointField = Callable[..., tuple[Float[Array, "samples m"], PyTree]]
+
+
+ONCE = (
+    "BacksolveAdjoint: has first derivatives only. For second ones, use "
+    "adjoint=jaxode.DiscreteAdjoint(), with jax.jacfwd(jax.grad(...)) or jax.hessian."
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class BacksolveAdjoint(ReverseAdjoint):
     wrong by any factor, without a warning. More times in `ts` restart the state more often and
     help. `DiscreteAdjoint` does not have this weakness.
 
+    Differentiation: once, in reverse mode. A second time raises; take `DiscreteAdjoint`.
+
     Args:
         rtol: relative tolerance of the backward solve. By default as for the forward solve.
         atol: absolute tolerance of the backward solve, a number. By default as for the forward
@@ -68,7 +73,6 @@ class BacksolveAdjoint(ReverseAdjoint):
     """
 
     solves_backwards: ClassVar[bool] = True
-    any_order: ClassVar[bool] = True
     rtol: float | None = None
     atol: float | None = None
 
@@ -88,8 +92,8 @@ class BacksolveAdjoint(ReverseAdjoint):
         return stepper.controlled(**given)
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, None]:
-        """Solve the problem, so that the solution itself has derivatives of any order."""
-        return solve_reverse(problem, stepper, self), None
+        """Solve the problem, and keep nothing of the way."""
+        return integrate(problem, stepper)[0], None
 
     def _solved_back(self, solved: Solved, bar: Integration) -> tuple[Progress, PyTree]:
         """The adjoint solve. The first half of its state is that of the problem."""
@@ -105,7 +109,6 @@ class BacksolveAdjoint(ReverseAdjoint):
         ys_bar = None if ys is None else instantiate_zeros(bar.ys, ys)
         ends = _Ends(integration.y1, ys, integration.h, masked, y1_bar, ys_bar)
         inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
-        inputs = in_reverse(inputs, "BacksolveAdjoint")
         progress, quadrature = _solve_back(inputs, self._stepper(solved.stepper))
         result = jnp.where(ended, Result.SUCCESS, progress.result).astype(jnp.int32)
         return progress._replace(result=result), quadrature
@@ -116,6 +119,7 @@ class BacksolveAdjoint(ReverseAdjoint):
         Moving the time of an output moves the output along its trajectory. Moving the start time
         moves the trajectory the other way.
         """
+        solved, bar = nondifferentiable((solved, bar), msg=ONCE)
         back, quadrature = self._solved_back(solved, bar)
         problem, integration, wanted = solved.problem, solved.integration, solved.perturbed
         y0, ts = problem.y0, problem.ts
@@ -166,7 +170,6 @@ def _slope(params: PyTree, rest: PyTree, piece: Any) -> Slope:
     return Slope(field, args, piece)
 
 
-@eqx.filter_custom_vjp
 def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
     params, rest, problem, ends = inputs
@@ -271,75 +274,3 @@ def _stages(field: AdjointField, stepper: Stepper, state: Progress, before, h):
         return fori_loop(0, method.stages, again, before)
 
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where
-
-
-@_solve_back.def_fwd
-def _solve_back_forward(perturbed, inputs, stepper):
-    del perturbed
-    return _solve_back(inputs, stepper), None
-
-
-@_solve_back.def_bwd
-def _solve_back_backward(residuals, bar, perturbed, inputs, stepper):
-    """Reverse over reverse: the adjoint of the adjoint ODE, `b` now part of its state."""
-    del residuals
-    params, _, problem, *_ = inputs
-    diff, fixed = eqx.partition(inputs, perturbed)
-    if not len(problem.y0):
-        return jax.tree.map(jnp.zeros_like, diff)
-    as_real = lambda x: x if jnp.isrealobj(x) else jnp.stack([x.real, x.imag])
-    of_state = lambda x: as_real(x).astype(problem.y0.dtype)
-    as_given = lambda b, x: (b if jnp.isrealobj(x) else jax.lax.complex(*b)).astype(x.dtype)
-    _, unravel = ravel_pytree(jax.tree.map(of_state, (problem.y0, problem.y0, params)))
-    pack = lambda *parts: ravel_pytree(jax.tree.map(of_state, parts))[0][None]
-    unpack = lambda state: unravel(state[0])
-
-    def adjoint_ode(s, state, args):
-        (params, rest, piece, start, span), _ = args
-        y, a, _ = unpack(state)
-        t = start + s * span
-        f, pull = vjp(lambda params, y: _slope(params, rest, piece)(t, y), params, y)
-        params_bar, y_bar = pull(-a * span[:, None])
-        return pack(f * span[:, None], y_bar, params_bar)
-
-    def reference(diff):
-        params, rest, problem, ends = eqx.combine(diff, fixed)
-
-        def end_of(state, start, to):
-            # All rows are solved as one here, so the time `s` runs from 0 to 1 in each.
-            span, unit = to - start, jnp.ones_like(to[:1])
-            args = (params, rest, problem.piece, start, span), ()
-            back = Problem(adjoint_ode, args, state, 0 * unit, unit, None)
-            return solve_reverse(back, _over_unit(stepper, span), BacksolveAdjoint()).y1
-
-        def segment(carry, output):
-            state, start = carry
-            time, y, y_bar = output
-            _, a, b = unpack(end_of(state, start, time))
-            return (pack(y, a + y_bar, b), time), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        carry = pack(ends.y1, ends.y1_bar, zeros), problem.t1
-        if problem.ts is not None and ends.ys is not None and ends.ys_bar is not None:
-            outputs = (problem.ts, ends.ys, ends.ys_bar)
-            carry, _ = jax.lax.scan(segment, carry, outputs, reverse=True)
-        y, a, b = unpack(end_of(*carry, problem.t0))
-        return jnp.concatenate([y, a], axis=1), jax.tree.map(as_given, b, params)
-
-    values, pull = jax.vjp(reference, diff)
-    bars = jax.tree.map(
-        lambda value, bar: instantiate_zeros(bar, value), values, (bar[0].y, bar[1])
-    )
-    return pull(bars)[0]
-
-
-def _over_unit(stepper: Stepper, span: Float[Array, " rows"]) -> Stepper:
-    """The stepper for solving the `span` of every row at once, rescaled to the unit interval.
-
-    The first step is chosen anew.
-    """
-    longest, max_step = jnp.max(jnp.abs(jax.lax.stop_gradient(span))), stepper.controller.max_step
-    if max_step is not None:
-        max_step = max_step / jnp.where(longest == 0, 1.0, longest)
-    controlled = stepper.controlled(first_step=None, max_step=max_step)
-    return dataclasses.replace(controlled, stop=None)

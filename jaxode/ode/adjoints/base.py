@@ -184,8 +184,6 @@ def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
 class ReverseAdjoint(Adjoint):
     """A gradient method with a backward pass of its own."""
 
-    any_order: ClassVar[bool] = False
-    """Whether its gradient has reverse-mode derivatives."""
     checkpoints: int
     """The number of states to replay from, for a method that inherits `record`."""
 
@@ -222,7 +220,7 @@ def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjo
 @solve_reverse.def_bwd
 def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
     bars = _reverse(adjoint, perturbed).backward(recorded, bar, problem, stepper)
-    return bars if adjoint.any_order else once_only(type(adjoint).__name__, bars)
+    return once_only(type(adjoint).__name__, bars)
 
 
 def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
@@ -263,7 +261,7 @@ def in_reverse(inputs: T, name: str) -> T:
 def once_only(name: str, cotangents: PyTree) -> PyTree:
     """The cotangents of a solve. Differentiating them in reverse mode raises an error."""
     message = (
-        f"{name}: the gradient of a solve can be differentiated in forward mode only, as in "
-        "jax.jacfwd(jax.grad(...)). Use adjoint=jaxode.BacksolveAdjoint() for reverse over reverse."
+        f"{name}: the gradient of a solve can be differentiated in forward mode only. "
+        "Use jax.jacfwd(jax.grad(...)), or jax.hessian."
     )
     return nondifferentiable_backward(cotangents, msg=message)

@@ -60,11 +60,9 @@ def _rule(
 
 
 def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
-    """Not where the state is split over what is mapped, where a crossing may end it, nor for the
-    ODE of a second derivative."""
-    *_, problem, stepper = args
-    own = stepper.axis_name is not None or stepper.stop is not None
-    if own or not isinstance(problem.field, ClosedField):
+    """Not where the state is split over what is mapped, nor where a crossing may end it."""
+    *_, stepper = args
+    if stepper.axis_name is not None or stepper.stop is not None:
         return f(*args)
     return with_vmap_rule(f, rule, *args)
 
@@ -93,9 +91,7 @@ class Reverse(NamedTuple):
                 trajectory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trajectory)
                 trajectory = trajectory._replace(count=trajectory.count - 1)
             joined = many.join(mapped[0], problem, stepper)
-            # Without a trajectory, the solution itself has the derivatives of the method.
-            solve = integrate if trajectory is not None else self.record
-            return many.split(solve(joined, stepper)[0]), trajectory
+            return many.split(integrate(joined, stepper)[0]), trajectory
 
         rule = _rule(self.record, as_rows, self.wanted)
         return _with_rule(self.record, rule, problem, stepper)
