@@ -20,15 +20,16 @@ def is_elementwise(f: Callable[[Array], Array], like: Array) -> bool:
 
     Traces it, and computes nothing.
     """
-    like: Any = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    shape = jax.ShapeDtypeStruct(like.shape, like.dtype)
     tangent = lambda u, v: jax.jvp(f, (u,), (v,))[1]
-    program = jax.make_jaxpr(tangent)(like, like).jaxpr
+    program = jax.make_jaxpr(tangent)(shape, shape).jaxpr
     return _moved(program, {program.invars[1]}) is not None
 
 
 def _moved(program: Jaxpr, moved: set[Var]) -> list[bool] | None:
     """Which results depend on the variables `moved`. None if numbers change their place."""
-    shapes = {var.aval.shape for var in moved}
+    shape: Any = lambda var: var.aval.shape
+    shapes = set(map(shape, moved))
     for equation in program.eqns:
         flags = [not isinstance(x, Literal) and x in moved for x in equation.invars]
         if not any(flags):
@@ -41,7 +42,7 @@ def _moved(program: Jaxpr, moved: set[Var]) -> list[bool] | None:
             outputs = _moved(inner, {var for var, flag in pairs if flag})
         elif equation.primitive.name not in LINEAR:
             return None
-        if outputs is None or any(out.aval.shape not in shapes for out in equation.outvars):
+        if outputs is None or any(shape(out) not in shapes for out in equation.outvars):
             return None
         moved |= {var for var, flag in zip(equation.outvars, outputs, strict=True) if flag}
     return [not isinstance(x, Literal) and x in moved for x in program.outvars]

@@ -46,10 +46,10 @@ def turned(base: BaseDensity, like: Float[Array, "..."]) -> Float[Array, "points
     return vary(points, axes_of(like))
 
 
-def off_period(base: Torus, dz: Float[Array, "points *event"], span: Any) -> Float[Array, ""]:
+def off_period(base: Any, dz: Float[Array, "points *event"], span: Any) -> Float[Array, ""]:
     """The largest difference of the field at the events of `turned`, in units of the tolerance.
 
-    `span` is the difference of the end times. Not differentiable.
+    `base` is a torus, `span` is the difference of the end times. Not differentiable.
     """
     dz = jax.lax.stop_gradient(dz).reshape(len(dz), -1)
     period = np.array(base.period)
