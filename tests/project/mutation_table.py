@@ -194,6 +194,13 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("flows/matching.py", "x if arc is None else z0 + arc(x - z0)", "x"),
     # Couplings measure angles along the line.
     ("flows/bases.py", "radius * jnp.sin(phase), radius * jnp.cos(phase)", "radius * phase"),
+    # A field of differences of angles needs no period.
+    (
+        "flows/periods.py", ">> np.arange(len(angles).bit_length())[:, None]",
+        "> 0 * np.arange(len(angles).bit_length())[:, None]",
+    ),
+    # Every activation is elementwise.
+    ("_jax/elementwise.py", "elif equation.primitive.name not in LINEAR", "elif not flags"),
     # Maps move angles.
     ("density/maps/some.py", "return not set(columns) & set(self.columns)", "return True"),
     # The last cell of a circle reaches into the first.
