@@ -259,7 +259,7 @@ def _check_tails(levels: np.ndarray) -> None:
     for level in levels[wrong]:
         raise ValueError(
             f"{arg('q')} must be levels that {floating_dtype(float)} tells apart from 1; got "
-            f"{level:.17g}. Take one further from 1, or train with jax_enable_x64."
+            f"{level:.17g}. Take one further from 1."
         )
 
 
