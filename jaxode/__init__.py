@@ -12,15 +12,15 @@ from jaxode import (
     tabular,
 )
 from jaxode._checks.errors import Result, SolveError
-from jaxode.auditing.report import audit
-from jaxode.density.bind import bind
-from jaxode.density.fit import fit
-from jaxode.density.importance import importance
+from jaxode.auditing.report import Report, audit
+from jaxode.density.density import Density, bind
+from jaxode.density.importance import Importance, importance
+from jaxode.estimation.estimate import Estimate, estimate
 from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal, torus
+from jaxode.flows.cnf import CNF
 from jaxode.flows.construct import cnf
 from jaxode.flows.diffusion import VarianceExploding, VariancePreserving, probability_flow
 from jaxode.ode.adjoints import BacksolveAdjoint, DiscreteAdjoint, ForwardMode
-from jaxode.ode.estimation import Estimate, estimate
 from jaxode.ode.events import Event
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.odeint import odeint
@@ -29,16 +29,23 @@ from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.steady import SteadyState, steady_state
+from jaxode.training.fit import fit
+from jaxode.training.loop import Point
 
 __version__ = "0.4.0"
 
 __all__ = [
+    "CNF",
     "BacksolveAdjoint",
+    "Density",
     "DiscreteAdjoint",
     "Estimate",
     "Event",
     "ForwardMode",
+    "Importance",
     "Jumps",
+    "Point",
+    "Report",
     "Result",
     "Rodas5P",
     "Rosenbrock23",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxode
-from jaxode.ode.adjoints import vmapped
+from jaxode.ode.adjoints import vmap
 
 # Of `jax.jit` and `compile`, for tests of what the compiler makes of a program: see conftest.py.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
@@ -126,7 +126,7 @@ def only_rows_of_one_solve(monkeypatch):
 
     with monkeypatch.context() as patch:
         for name in ("plain", "one_by_one"):
-            patch.setattr(vmapped, name, refused)
+            patch.setattr(vmap, name, refused)
         yield
 
 

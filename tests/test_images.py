@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxode import images
+from jaxode.density.noise import NOISES, in_cells, log_density
 
 
 def test_maps_invert_and_have_their_log_determinants():
@@ -26,7 +27,7 @@ def test_maps_invert_and_have_their_log_determinants():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64, jnp.uint8])
 @pytest.mark.parametrize("levels", [2, 256])
-@pytest.mark.parametrize("kind", images.NOISES)
+@pytest.mark.parametrize("kind", NOISES)
 def test_the_most_extreme_noise_stays_in_the_cell_of_its_level(kind, levels, dtype, monkeypatch):
     x = (np.arange(256) % levels)[:, None]  # of one shape
     for noise in (lambda dtype: 0, lambda dtype: jnp.nextafter(*jnp.array([1, 0], dtype))):
@@ -52,20 +53,20 @@ def test_levels_come_back_whatever_the_noise(levels, compile):
 @pytest.mark.parametrize("x", [0.0, 250_000.0])
 def test_noise_covers_its_cell(x):
     """Of integers of any size: a density is no higher where it covers less."""
-    noise = images.in_cells(jax.random.key(0), jnp.full(100_000, x, jnp.float32)) - x
+    noise = in_cells(jax.random.key(0), jnp.full(100_000, x, jnp.float32)) - x
     # The standard deviation of a uniform number. At 250,000 single precision is 1/64 apart.
     np.testing.assert_allclose(noise.std() * 12**0.5, 1, rtol=0.02)
 
 
-@pytest.mark.parametrize("noise", images.NOISES)
+@pytest.mark.parametrize("noise", NOISES)
 def test_noise_has_its_density(noise):
     """Which integrates to one."""
     ends = np.linspace(0.0, 1.0, 65)
     x, weights = np.polynomial.legendre.leggauss(8)
     nodes = ends[:-1, None] + (x[None] + 1) / 128
-    parts = np.exp(images.log_density(noise, nodes, jnp.full_like(nodes, 7.0))) @ weights / 128
+    parts = np.exp(log_density(noise, nodes, jnp.full_like(nodes, 7.0))) @ weights / 128
     np.testing.assert_allclose(parts.sum(), 1, rtol=1e-12)
-    drawn = images.in_cells(jax.random.key(0), jnp.full(100_000, 7.0), noise=noise) - 7
+    drawn = in_cells(jax.random.key(0), jnp.full(100_000, 7.0), noise=noise) - 7
     levels = np.searchsorted(np.sort(drawn), ends) / len(drawn)
     # Of 100,000 draws, a level is off by 0.0016 at most.
     np.testing.assert_allclose(levels[1:-1], np.cumsum(parts)[:-1], atol=5e-3)
@@ -74,12 +75,12 @@ def test_noise_has_its_density(noise):
 # Probabilities of levels, and log-densities in a cell.
 SHARES = np.array([0.5, 0.3, 0.15, 0.05])
 IN_CELL = {
-    **{noise: lambda v, noise=noise: images.log_density(noise, v, v) for noise in images.NOISES},
+    **{noise: lambda v, noise=noise: log_density(noise, v, v) for noise in NOISES},
     "neither": lambda v: jnp.log(2 * v),
 }
 
 
-@pytest.mark.parametrize("noise", images.NOISES)
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("density", IN_CELL)
 def test_the_probability_of_a_level_is_bounded(density, noise):
     """Tightly by noise with the density of the cell."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxode
-from jaxode.density.training import Point
+from jaxode.training.loop import Point
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

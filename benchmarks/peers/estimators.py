@@ -25,8 +25,8 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
-from jaxode.density.table import MAX_VALIDATION
-from jaxode.density.training import APART, TRACED_UP_TO, Clock
+from jaxode.training.loop import APART, TRACED_UP_TO, Clock
+from jaxode.training.rows import MAX_VALIDATION
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
 # is an ODE solve: there are fewer looks, at most so many seconds apart, and each is that of `fit`.
@@ -79,7 +79,7 @@ def by_jaxode(
         flow = jaxode.cnf(jaxode.nn.field, base, rtol=1e-6, atol=1e-6)
         options: dict[str, Any] = {"validation": table.validation, "progress": False}
         # `fit` counts training alone, this benchmark all.
-        with mock.patch("jaxode.density.fit.Clock", return_value=WallClock(begin)):
+        with mock.patch("jaxode.training.fit.Clock", return_value=WallClock(begin)):
             density, looks = jaxode.fit(
                 jaxode.bind(flow, params), table.train, key=key, seconds=seconds, **options
             )

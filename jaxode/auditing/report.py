@@ -18,7 +18,7 @@ from jaxode._checks.samples import (
 )
 from jaxode.auditing.audited_flow import AuditedFlow, Row
 from jaxode.auditing.checks import CHECKS
-from jaxode.density.bind import Density
+from jaxode.density.density import Density
 from jaxode.flows.cnf import CNF
 
 

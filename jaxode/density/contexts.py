@@ -20,9 +20,9 @@ from jaxode._checks.arguments import (
     takes,
 )
 from jaxode._checks.caller import arg
+from jaxode.density.maps.arguments import Shape, as_map
 from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain
-from jaxode.density.maps.given import Shape, as_map
 from jaxode.flows.reverse_kl import Target
 
 

@@ -19,7 +19,7 @@ from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import caller
 from jaxode._checks.rules import is_eager
 from jaxode._jax.closure import compiled
-from jaxode.flows.noise import keys_of_rows
+from jaxode.flows.keys import keys_of_rows
 from jaxode.ode.solution import Solution
 from jaxode.ode.system import System
 

@@ -16,13 +16,13 @@ from jaxode._checks.samples import normalized
 from jaxode._jax.closure import compiled
 from jaxode.flows.bases import log_prob_of
 from jaxode.flows.integrands import Integrands
+from jaxode.flows.keys import of_each_row, random_end
 from jaxode.flows.likelihood.objective import (
     Objective,
     evaluate,
     unused_rows,
     with_integrals,
 )
-from jaxode.flows.noise import of_each_row, random_end
 from jaxode.flows.periods import with_periods
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run

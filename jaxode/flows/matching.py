@@ -38,7 +38,7 @@ from jaxode._checks.times import check_times
 from jaxode._jax.sharding import axes_of, row_count, row_numbers, vary, vary_alike
 from jaxode.flows.bases import BaseDensity
 from jaxode.flows.coupling import Coupling
-from jaxode.flows.noise import of_each_row
+from jaxode.flows.keys import of_each_row
 from jaxode.flows.periods import off_period, turned
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.field import call_field, of_row

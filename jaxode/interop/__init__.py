@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from jaxode.density.bind import Density
+from jaxode.density.density import Density
 from jaxode.flows.bases import Torus, has_full_support
 
 

@@ -3,7 +3,7 @@
 import equinox as eqx
 from flowjax.distributions import AbstractDistribution
 
-from jaxode.density.bind import Density
+from jaxode.density.density import Density
 
 
 class FlowDistribution(AbstractDistribution):

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
 
-from jaxode.density.bind import Density
+from jaxode.density.density import Density
 from jaxode.density.maps.base import Map
 
 

@@ -17,9 +17,9 @@ from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.events import Event
 from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.interpolations import check_knots
 from jaxode.ode.mass import check_consistent, check_mass
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.paths import check_knots
 from jaxode.ode.pieces import Jumps, check_jumps
 from jaxode.ode.run import run
 from jaxode.ode.solution import Solution, report

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxode._jax.closure import compiled
-from jaxode.density.progress import described, show
-from jaxode.density.training import APART, Clock, Limits, Point
+from jaxode.training.display import described, show
+from jaxode.training.loop import APART, Clock, Limits, Point
 
 WIDTH, BATCH, BLOCK = 128, 256, 50
 RATE, DECAY, DROPOUT, PATIENCE = 1e-3, 0.05, 0.5, 12

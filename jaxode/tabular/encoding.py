@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.caller import arg
 from jaxode.density.maps.box import Box
-from jaxode.density.table import Rows, Table
-from jaxode.images import in_unit
+from jaxode.density.noise import in_unit
 from jaxode.tabular import frames
-from jaxode.tabular.circle import TURN
 from jaxode.tabular.columns import Column
+from jaxode.tabular.periodic import TURN
+from jaxode.training.rows import Rows, Table
 
 
 class Encoded(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxode._checks.caller import arg
-from jaxode.tabular.grids import LARGEST
+from jaxode.tabular.rounding import LARGEST
 
 # Texts such as 2020-01-31, 31.1.20 and 1/31/2020, also with a time after them.
 DATE = re.compile(r"\s*(\d{4}([-/.])\d\d?\2\d\d?|\d\d?([-/.])\d\d?\3\d{2,4})(?!\d)")

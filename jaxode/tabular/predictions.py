@@ -17,12 +17,12 @@ import numpy as np
 from jaxode._checks.arguments import floating_dtype
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
-from jaxode.density.bind import Density
+from jaxode.density.density import Density
 from jaxode.tabular import frames
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.columns import Column
 from jaxode.tabular.encoding import Encoder
-from jaxode.tabular.grids import tidy
+from jaxode.tabular.rounding import tidy
 
 # Points of a curve: so many quantiles, at equal distances in the base up to the furthest; then in
 # each round so many more where it is coarsest, until a rectangle of two neighbours is at most this

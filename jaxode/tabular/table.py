@@ -14,7 +14,7 @@ from jaxode._checks.arguments import integer, non_negative, numbers
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
-from jaxode.density.bind import Density
+from jaxode.density.density import Density
 from jaxode.tabular import categorical, frames, predictions
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.encoding import Encoded, Encoder, with_noise

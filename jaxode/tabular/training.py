@@ -14,23 +14,23 @@ from jaxode._checks.arguments import check_bool, check_number, integer, is_numbe
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
-from jaxode.density.bind import bind
-from jaxode.density.fit import MANY, RATE, TIME_POWERS, Plan, adam, check_mesh, train
+from jaxode.density.density import bind
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
-from jaxode.density.processes import are_several
-from jaxode.density.progress import finish
-from jaxode.density.table import LEAST_ROWS, MAX_VALIDATION, PART
-from jaxode.density.training import Limits, Point
 from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
 from jaxode.nn import Residual, field
 from jaxode.tabular import categorical, frames
-from jaxode.tabular.circle import TURN, Circle
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.encoding import Cells, Encoded, Encoder, unbounded, with_noise
-from jaxode.tabular.grids import LARGEST
+from jaxode.tabular.periodic import TURN, Circle
+from jaxode.tabular.rounding import LARGEST
 from jaxode.tabular.table import Table
+from jaxode.training.display import finish
+from jaxode.training.fit import MANY, RATE, TIME_POWERS, Plan, adam, check_mesh, train
+from jaxode.training.loop import Limits, Point
+from jaxode.training.processes import are_several
+from jaxode.training.rows import LEAST_ROWS, MAX_VALIDATION, PART
 
 FEW = 3000  # rows, up to which the weights decay at the rate of one
 # Of solves of one number, whose levels must not fall: the estimate of its error is zero now and

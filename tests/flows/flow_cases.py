@@ -20,7 +20,7 @@ import numpy as np
 import jaxode
 from jaxode import divergence
 from jaxode.flows.bases import DiagonalNormal
-from jaxode.flows.noise import random_end
+from jaxode.flows.keys import random_end
 
 ROWS, D = 4, 3
 KEY = jax.random.key(7)

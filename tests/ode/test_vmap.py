@@ -10,7 +10,7 @@ import pytest
 from helpers import only_rows_of_one_solve
 
 import jaxode
-from jaxode.ode.adjoints import vmapped
+from jaxode.ode.adjoints import vmap
 
 Y0 = jnp.array([[1.0, 0.5], [2.0, 1.0], [0.3, 0.2]])
 A = jnp.array([[1.0, 0.5], [0.7, 1.1], [1.3, 0.2]])
@@ -156,17 +156,17 @@ def test_programs_do_the_same_one_by_one(name):
 def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
     stiff = {"solver": jaxode.Rodas5P(), "batch": "joint", **OPTIONS}
     rows = lambda y0: jaxode.solve(field, y0, 0.0, 1.0, A[0], **stiff).y1
-    y0, called, plain = jnp.stack([Y0, 2 * Y0]), [], vmapped.plain
-    monkeypatch.setattr(vmapped, "plain", lambda *args: (called.append(1), plain(*args))[1])
+    y0, called, plain = jnp.stack([Y0, 2 * Y0]), [], vmap.plain
+    monkeypatch.setattr(vmap, "plain", lambda *args: (called.append(1), plain(*args))[1])
     check(jax.vmap(rows)(y0), jnp.stack([rows(y) for y in y0]))
     assert called
 
 
 def test_busy_solves_run_one_after_the_other(monkeypatch):
-    called, of_each = [], vmapped.one_by_one
-    monkeypatch.setattr(vmapped, "BUSY_WORK", 0)
-    monkeypatch.setattr(vmapped, "plain", None)
-    monkeypatch.setattr(vmapped, "one_by_one", lambda *args: (called.append(1), of_each(*args))[1])
+    called, of_each = [], vmap.one_by_one
+    monkeypatch.setattr(vmap, "BUSY_WORK", 0)
+    monkeypatch.setattr(vmap, "plain", None)
+    monkeypatch.setattr(vmap, "one_by_one", lambda *args: (called.append(1), of_each(*args))[1])
     # Of its own, so that no program of rows is found.
     each = with_gradient(lambda y0, a: end(y0, a, max_steps=63))
     check(*(jax.jit(over(each))(Y0, A) for over in (jax.vmap, mapped)))

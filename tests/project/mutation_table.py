@@ -16,9 +16,9 @@ FIRST = {
     "density/maps/box": ("tests/density/test_support.py",),
     "density/maps/chain": ("tests/density/test_support.py",),
     "density/maps/of_": ("tests/interop",),
-    "density/fit": ("tests/density/test_fit.py", "tests/density/test_fit_schedule.py"),
-    "density/table": ("tests/density/test_fit_rows.py",),
-    "density/training": ("tests/density/test_fit.py", "tests/density/test_fit_schedule.py"),
+    "training/fit": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
+    "training/rows": ("tests/training/test_rows.py",),
+    "training/loop": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
     "flows/diffusion": ("tests/flows/test_probability_flow.py",),
     "flows/bases": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
     "flows/divergence": ("tests/flows/test_divergence.py",),
@@ -49,19 +49,15 @@ FIRST = {
     "ode/odeint": ("tests/ode/test_odeint.py",),
     "ode/steady": ("tests/ode/test_steady.py",),
     "ode/roots": ("tests/ode/test_steady.py",),
-    "ode/paths": ("tests/ode/test_paths.py",),
-    "ode/estimation": ("tests/ode/test_estimate.py",),
-    "ode/search": ("tests/ode/test_estimate.py",),
-    "ode/matching": ("tests/ode/test_estimate.py",),
-    "ode/misfit": ("tests/ode/test_estimate.py",),
-    "ode/observations": ("tests/ode/test_estimate.py",),
+    "ode/interpolations": ("tests/ode/test_interpolations.py",),
+    "estimation": ("tests/estimation",),
     "ode/system": ("tests/ode/test_rows.py",),
     "plot": ("tests/test_plot.py",),
     "tabular": ("tests/tabular",),
     "tabular/columns": ("tests/tabular/test_columns.py",),
     "tabular/predictions": ("tests/tabular/test_predictions.py",),
     "flows/regularizers": ("tests/flows/test_flow_features.py",),
-    "density/large": ("tests/density/test_fit_large.py",),
+    "training/files": ("tests/training/test_files.py",),
 }
 
 MUTATIONS: tuple[tuple[str, str, str], ...] = (
@@ -87,7 +83,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # NaN derivatives of a change that did not happen reach the gradient.
     ("_jax/tangents.py", "return jnp.where(needed, x, jax.lax.stop_gradient(x))", "return x"),
     # Wrong under `jax.vmap` with `in_axes=1`.
-    ("_jax/vmapped.py", "else jax.numpy.moveaxis(x, axis, 0)", "else x"),
+    ("_jax/vmap_rule.py", "else jax.numpy.moveaxis(x, axis, 0)", "else x"),
     # The reference of all errors is as loose as what it judges.
     ("auditing/audited_flow.py", "tolerance = 1e-10 if", "tolerance = 1e-2 if"),
     # A sample of density zero stands in for the others.
@@ -97,7 +93,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A right divergence with probes is condemned for its noise.
     ("auditing/divergence.py", "- 5 * noise, 0.0)", "+ 5 * noise, 0.0)"),
     # Samples outside the support have the density of a stand-in.
-    ("density/bind.py", "jnp.where(inside & fits, log_prob,", "jnp.where(inside | fits, log_prob,"),
+    ("density/density.py", "jnp.where(inside & fits, log_prob,",
+     "jnp.where(inside | fits, log_prob,"),
     ("density/contexts.py", "self.log_density(x, *row) - log_det",
      "self.log_density(x, *row) + log_det"),
     # A row with NaN has density zero.
@@ -110,11 +107,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("density/maps/box.py", "of_half = jnp.where(below, -u, u)",
      "of_half = jnp.where(below, u, -u)"),
     # `fit` trains on the rows that it sets aside.
-    ("density/table.py", "part(rows, shuffled[count:])", "part(rows, shuffled)"),
+    ("training/rows.py", "part(rows, shuffled[count:])", "part(rows, shuffled)"),
     # All steps of a block see the same rows.
-    ("density/training.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
+    ("training/loop.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
     # Two neighbouring rows share their noise.
-    ("flows/noise.py", "jax.random.fold_in(key, i))", "jax.random.fold_in(key, i // 2))"),
+    ("flows/keys.py", "jax.random.fold_in(key, i))", "jax.random.fold_in(key, i // 2))"),
     # Wrong for times other than 0 and 1.
     ("flows/matching.py", "- (x - z0) / span) ** 2", "- (x - z0)) ** 2"),
     # A learned base shrinks to a point.
@@ -189,7 +186,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # One unstable direction of three is none.
     ("ode/roots.py", "< 0.5 - n", "< 0"),
     # Rows that are set aside are drawn.
-    ("density/large.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
+    ("training/files.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
     # Matching goes the long way around a circle.
     ("flows/matching.py", "x if arc is None else z0 + arc(x - z0)", "x"),
     # Couplings measure angles along the line.
@@ -202,18 +199,19 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Every activation is elementwise.
     ("_jax/elementwise.py", "elif equation.primitive.name not in LINEAR", "elif not flags"),
     # Maps move angles.
-    ("density/maps/some.py", "return not set(columns) & set(self.columns)", "return True"),
+    ("density/maps/columns.py", "return not set(columns) & set(self.columns)", "return True"),
     # The last cell of a circle reaches into the first.
     ("tabular/columns.py", "end = np.minimum(end, self.circle.end)", "pass"),
     # An interpolation may end before the solve.
-    ("ode/paths.py", "(low < first - near) | (high > last + near)", "low < first - near"),
+    ("ode/interpolations.py", "(low < first - near) | (high > last + near)", "low < first - near"),
     # What a profile holds moves.
-    ("ode/misfit.py", "residuals(jnp.where(fixed, start, flat), data)", "residuals(flat, data)"),
+    ("estimation/residuals.py", "residuals(jnp.where(fixed, start, flat), data)",
+     "residuals(flat, data)"),
     # Observations that are missing count.
-    ("ode/misfit.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
+    ("estimation/residuals.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
     # No part of the observations comes first.
-    ("ode/search.py", "PARTS[min(number, len(PARTS) - 1)] * len(times)", "len(times)"),
-    ("ode/estimation.py", "covariance = scale * inverse", "covariance = inverse"),
+    ("estimation/starts.py", "PARTS[min(number, len(PARTS) - 1)] * len(times)", "len(times)"),
+    ("estimation/estimate.py", "covariance = scale * inverse", "covariance = inverse"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
     ("ode/solvers/explicit.py", "h_bar + c[i] * dtime", "h_bar + dtime"),
@@ -260,7 +258,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Log-densities are those of standardized numbers.
     ("tabular/encoding.py", "log_scale -= np.log(column.scale)", "log_scale -= 0"),
     # An atom counts above its value, not at it.
-    ("tabular/predictions.py", "(atoms <= y[:, None])", "(atoms < y[:, None])"),
+    ("tabular/predictions.py", "self.atoms <= y[..., None]", "self.atoms < y[..., None]"),
     # Categories are imputed by what comes before them alone.
     ("tabular/impute.py", "np.asarray(log_known, float)", "np.zeros(len(log_known))"),
     # A density is drawn with its axes exchanged.

@@ -181,7 +181,7 @@ def test_no_docstring_has_code_that_is_not_run_or_becomes_a_box_of_the_reference
 def test_pages_name_all_that_they_are_about():
     reference = "\n".join(text for page, text in PAGES.items() if page.startswith("api/"))
     documented = set(re.findall(r"^::: jaxode\.(?:\w+\.)*(\w+)$", reference, re.MULTILINE))
-    assert {*jaxode.__all__, "Report", "Row"} <= documented  # the last two by jaxode.audit
+    assert {*jaxode.__all__, "Row"} <= documented
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert examples == set(re.findall(r"`(\w+\.py)`", PAGES["gallery.md"]))
     tests = re.findall(r"^def (test_\d\d_\w+)", (ROOT / "tests/test_theory.py").read_text(), re.M)

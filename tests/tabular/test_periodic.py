@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from jaxode import tabular
-from jaxode.tabular.circle import Circle
 from jaxode.tabular.columns import numeric
+from jaxode.tabular.periodic import Circle
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY, N, RNG = jax.random.key(0), 300, np.random.default_rng(0)

@@ -20,13 +20,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.sharding import vary_alike
-from jaxode._jax.vmapped import one_by_one, plain, with_vmap_rule
+from jaxode._jax.vmap_rule import one_by_one, plain, with_vmap_rule
 from jaxode.flows.bases import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import Quadrature
 from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
-from jaxode.ode.adjoints.vmapped import is_busy
+from jaxode.ode.adjoints.vmap import is_busy
 from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
-from jaxode.ode.adjoints.vmapped import Reverse, vmappable
+from jaxode.ode.adjoints.vmap import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import beyond
 from jaxode.ode.loop.problem import Problem, Slope, Stepper

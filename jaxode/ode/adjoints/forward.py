@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.adjoints.base import Adjoint
-from jaxode.ode.adjoints.vmapped import vmappable
+from jaxode.ode.adjoints.vmap import vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.problem import Problem, Stepper
 

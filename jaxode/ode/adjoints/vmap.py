@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.platform import is_for_cpu
 from jaxode._jax.primitives import unvmap_any
-from jaxode._jax.vmapped import Rule, one_by_one, plain, with_vmap_rule
+from jaxode._jax.vmap_rule import Rule, one_by_one, plain, with_vmap_rule
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.trajectory import Trajectory

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxode
-from jaxode.density import training
-from jaxode.density.table import Rows
+from jaxode.training import loop
+from jaxode.training.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -67,10 +67,10 @@ def test_devices_exchange_their_gradients_once_a_step():
     arrays, static = eqx.partition(network, eqx.is_inexact_array)
     loss = lambda params, x, context, key: flow.matching_loss(params, x, key=key)
     optimizer, mesh = optax.adam(1e-3), mesh_of(4)
-    program = training.Program(loss, optimizer, 64, static, training._same, mesh)
-    state = training.State(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
-    take = partial(training._take_steps, program)
-    split = training.over_devices(take, mesh)
+    program = loop.Program(loss, optimizer, 64, static, loop._same, mesh)
+    state = loop.State(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
+    take = partial(loop._take_steps, program)
+    split = loop.over_devices(take, mesh)
     compiled = jax.jit(
         lambda state, key: split(state, (1.0, 1), Rows(jnp.asarray(X), None), key, (0, 2))
     )

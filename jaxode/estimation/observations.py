@@ -22,9 +22,9 @@ from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import check_observed_times
+from jaxode.estimation.residuals import TOLERANCES, Misfit
 from jaxode.ode.field import check_field
-from jaxode.ode.misfit import TOLERANCES, Misfit
-from jaxode.ode.paths import check_knots
+from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
 
 CALLS = {  # arguments of a user's functions

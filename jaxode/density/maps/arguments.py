@@ -16,7 +16,7 @@ from jaxode._checks.samples import check_data
 from jaxode.density.maps import SUPPORTS, affine, whiten
 from jaxode.density.maps.affine import Affine
 from jaxode.density.maps.base import Map, contained
-from jaxode.density.maps.some import Some, columns_of
+from jaxode.density.maps.columns import Some, columns_of
 
 Shape = tuple[int, ...]
 

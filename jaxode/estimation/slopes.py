@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import check_derivative
+from jaxode.estimation.residuals import Misfit, least_squares
 from jaxode.ode.field import call_field
-from jaxode.ode.misfit import Misfit, least_squares
 
 LEAST, STEPS = 5, 100  # observations of a series, of which a spline can be made; of the search
 

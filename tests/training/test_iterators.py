@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import jaxode
-from jaxode.density import training
-from jaxode.density.stream import HEAD, NoRowsLeftError, Stream, is_stream
-from jaxode.density.table import Rows, Table
-from jaxode.density.training import BLOCK
+from jaxode.training import loop
+from jaxode.training.iterators import HEAD, NoRowsLeftError, Stream, is_stream
+from jaxode.training.loop import BLOCK
+from jaxode.training.rows import Rows, Table
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -127,10 +127,10 @@ def test_steps_use_each_row_once():
     assert (np.asarray(rows.x) != numbers).any()
     loss = lambda params, x, context, key: jnp.sum(params * x)
     start, optimizer = jnp.zeros(2), optax.sgd(1.0)
-    program = training.Program(loss, optimizer, 8, None, training._same, in_order=True)
-    state = training.State(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
+    program = loop.Program(loss, optimizer, 8, None, loop._same, in_order=True)
+    state = loop.State(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
     rates = jnp.ones(()), jnp.ones((), jnp.int32)
-    state = training.advance(program, state, rates, rows, KEY, jnp.array([0, BLOCK]))
+    state = loop.advance(program, state, rates, rows, KEY, jnp.array([0, BLOCK]))
     np.testing.assert_allclose(-state.arrays, numbers.sum(axis=0), rtol=1e-4)
     table.stream.close()
 

@@ -8,8 +8,8 @@ import pytest
 from scipy.optimize import curve_fit
 
 import jaxode
-from jaxode.ode.estimation import _is_unlikely
-from jaxode.ode.matching import smoothed
+from jaxode.estimation.estimate import _is_unlikely
+from jaxode.estimation.slopes import smoothed
 
 TS = jnp.linspace(0.1, 3.0, 30)
 NOISE = 0.02

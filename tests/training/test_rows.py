@@ -23,9 +23,9 @@ from fitting import (
 from helpers import Frame
 
 import jaxode
-from jaxode.density import training
-from jaxode.density.table import Table, set_aside, warn_of_columns
-from jaxode.images import log_density
+from jaxode.density.noise import log_density
+from jaxode.training import loop
+from jaxode.training.rows import Table, set_aside, warn_of_columns
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -79,7 +79,7 @@ AROUND = {
 @pytest.mark.parametrize("name", AROUND)
 def test_looks_are_in_the_units_of_the_data(name, monkeypatch):
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(training, "LOOSE", 1e-6)
+    monkeypatch.setattr(loop, "LOOSE", 1e-6)
     rows, others = LOGNORMAL[:200], LOGNORMAL[200:]
     density, history = fit(cheap(**AROUND[name]), rows, validation=others, steps=1)
     best = min(point.nats for point in history)
@@ -91,7 +91,7 @@ def test_looks_in_many_dimensions_take_no_closed_form_that_was_not_asked_for():
         return args * z
 
     wrong.value_and_divergence = lambda t, z, args: (args * z, jnp.asarray(1e6, z.dtype))
-    n, x = training.TRACED_UP_TO + 1, np.random.default_rng(0).normal(size=(40, 17))
+    n, x = loop.TRACED_UP_TO + 1, np.random.default_rng(0).normal(size=(40, 17))
     flow = jaxode.cnf(wrong, jaxode.standard_normal(n), divergence=jaxode.divergence.exact())
     density = jaxode.bind(flow, 0.1, standardize=(0.0, 1.0))
     _, history = jaxode.fit(density, x, key=KEY, steps=1, progress=False)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
-from jaxode.ode.misfit import Misfit, least_squares, misfits, of_observations
+from jaxode.estimation.residuals import Misfit, least_squares, misfits, of_observations
 
 ROWS = 8  # starts that are improved at once
 FACTOR = 10.0  # of the least cost, above which all but the `ROWS` best starts are given up

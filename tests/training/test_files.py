@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxode
-from jaxode.density.large import LARGE, Without
-from jaxode.density.table import Table
+from jaxode.training.files import LARGE, Without
+from jaxode.training.rows import Table
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 import jaxode
-from jaxode.density import training
-from jaxode.density.table import Table
+from jaxode.training import loop
+from jaxode.training.rows import Table
 
 ROWS, STEPS = 300, 150
 FAST = optax.adam(1e-2)  # one object, so that all tests share its program
@@ -84,9 +84,9 @@ class Machine:
         self.now, self.blocks, self.rates, self.looks, self.steps = 0.0, [], [], 0, None
         self.step, self.of_look, self.compilation, self.of_data = step, look, compilation, data
         self.nats = itertools.count(0, -1) if nats is None else iter(nats)
-        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        monkeypatch.setattr(training, "advance", self.advance)
-        monkeypatch.setattr("jaxode.density.fit.evaluation", lambda *_: self.look)
+        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(loop, "advance", self.advance)
+        monkeypatch.setattr("jaxode.training.fit.evaluation", lambda *_: self.look)
         in_flow = Table.in_flow
         monkeypatch.setattr(Table, "in_flow", lambda *given: self.slow(*in_flow(*given)))
 

@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import integer, non_negative, state_dtype
 from jaxode._jax.closure import compiled
 from jaxode._jax.sharding import mean_over, of_device, on_all, over_devices, split_over, vary
-from jaxode.density.bind import Density
-from jaxode.density.processes import are_several, of_first
-from jaxode.density.progress import described, show
-from jaxode.density.table import Rows
+from jaxode.density.density import Density
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import Divergence, auto, hutchinson, is_trace, without_noise
+from jaxode.training.display import described, show
+from jaxode.training.processes import are_several, of_first
+from jaxode.training.rows import Rows
 
 AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
 # Steps at one rate, between two checks of the limits, and seconds of a part of them: a program.

@@ -11,9 +11,9 @@ import optax
 import pytest
 from fitting import BENT, OTHERS, STEPS, Machine, bound, equal, fit, fitted, parameters, score
 
-from jaxode.density import training
 from jaxode.density.maps.affine import Affine
 from jaxode.density.maps.normal import Monotone
+from jaxode.training import loop
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 
@@ -44,7 +44,7 @@ def test_seconds_are_of_training_and_go_to_steps(name, monkeypatch):
 
 def test_slow_steps_are_taken_one_by_one(monkeypatch):
     """And end with the same parameters: a part of a block continues its keys."""
-    monkeypatch.setattr(training, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "BLOCK_SECONDS", 0.0)
     again, _ = fit(validation=OTHERS)
     assert equal(again, fitted()[0])
 
@@ -98,7 +98,7 @@ def test_powers_of_the_time_are_tried(monkeypatch, lead, power):
         "LEAST_REMAINING": STEPS,
         "TRIAL": 1 / 12,
     }.items():
-        monkeypatch.setattr(f"jaxode.density.fit.{name}", value)
+        monkeypatch.setattr(f"jaxode.training.fit.{name}", value)
     density, history = fit(time_power=None, validation=OTHERS)
     assert [point.step for point in history] == [0, 100, STEPS]
     monkeypatch.undo()
@@ -203,7 +203,7 @@ class Interrupting(io.StringIO):
 )
 def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch):
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(training, "LOOSE", 1e-6)
+    monkeypatch.setattr(loop, "LOOSE", 1e-6)
     monkeypatch.setattr(sys, "stderr", Interrupting(f"step {step} "))
     start = bound(standardize=standardize)
     density, history = fit(start, progress=True, validation=OTHERS, steps=1000)
@@ -221,15 +221,15 @@ INTERRUPTED = {
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_an_interrupt_keeps_what_came_after_the_last_look(name, monkeypatch):
     what, number, options, looks = INTERRUPTED[name]
-    program, calls = getattr(training, what), iter(range(1, number))
+    program, calls = getattr(loop, what), iter(range(1, number))
 
     def interrupted(*given):
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return program(*given)
 
-    monkeypatch.setattr(training, what, interrupted)
-    monkeypatch.setattr(training, "BLOCK_SECONDS", 1e9)  # on a busy computer, too
+    monkeypatch.setattr(loop, what, interrupted)
+    monkeypatch.setattr(loop, "BLOCK_SECONDS", 1e9)  # on a busy computer, too
     density, history = fit(validation=OTHERS, **options)
     assert [(point.phase, point.step) for point in history] == [("matching", n) for n in looks]
     assert not equal(density, bound())

@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_finite
+from jaxode.estimation.observations import posed
+from jaxode.estimation.residuals import Misfit, least_squares, of_observations
+from jaxode.estimation.slopes import match_slopes
+from jaxode.estimation.starts import ROUNDS, ROWS, STEPS, Ends, Runs, improved, with_matched
 from jaxode.ode.field import VectorField
-from jaxode.ode.matching import match_slopes
-from jaxode.ode.misfit import Misfit, least_squares, of_observations
-from jaxode.ode.observations import posed
-from jaxode.ode.search import ROUNDS, ROWS, STEPS, Ends, Runs, improved, with_matched
 from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 

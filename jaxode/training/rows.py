@@ -15,15 +15,15 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import check_number, floating, floating_dtype, shape_of
 from jaxode._checks.rules import INSIDE, NUMBER, Rule
 from jaxode._checks.samples import check_data, check_finite, check_rows
-from jaxode.density.bind import Density
 from jaxode.density.contexts import context_numbers
-from jaxode.density.large import LARGE, Without, check_in_parts, parts
+from jaxode.density.density import Density
 from jaxode.density.maps.base import contained
 from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
-from jaxode.density.processes import are_several, gathered
-from jaxode.density.stream import NoRowsLeftError, Stream, is_stream
+from jaxode.density.noise import NOISES, Noise, as_noise, in_cells, log_density, margin_of
 from jaxode.flows.bases import has_full_support
-from jaxode.images import NOISES, Noise, as_noise, in_cells, log_density, margin_of
+from jaxode.training.files import LARGE, Without, check_in_parts, parts
+from jaxode.training.iterators import NoRowsLeftError, Stream, is_stream
+from jaxode.training.processes import are_several, gathered
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.

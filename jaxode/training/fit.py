@@ -26,18 +26,18 @@ from jaxode._checks.arguments import (
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode.density.bind import Density, check_period
+from jaxode.density.density import Density, check_period
 from jaxode.density.maps import FITS
+from jaxode.density.maps.arguments import fitted
 from jaxode.density.maps.chain import Chain
-from jaxode.density.maps.given import fitted
-from jaxode.density.processes import are_several, check_alike
-from jaxode.density.progress import finish
-from jaxode.density.stream import NoRowsLeftError, is_stream
-from jaxode.density.table import Table
-from jaxode.density.training import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
+from jaxode.density.noise import Noise
 from jaxode.flows.bases import fixed_columns
 from jaxode.flows.coupling import Coupling, independent
-from jaxode.images import Noise
+from jaxode.training.display import finish
+from jaxode.training.iterators import NoRowsLeftError, is_stream
+from jaxode.training.loop import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
+from jaxode.training.processes import are_several, check_alike
+from jaxode.training.rows import Table
 
 TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
 MANY = 16  # the second one in more than so many dimensions

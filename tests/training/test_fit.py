@@ -27,8 +27,8 @@ from fitting import (
 )
 
 import jaxode
-from jaxode.density import training
-from jaxode.density.fit import FEW_FOR_A_COLUMN, RATE, adam
+from jaxode.training import loop
+from jaxode.training.fit import FEW_FOR_A_COLUMN, RATE, adam
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 
@@ -66,9 +66,9 @@ def test_likelihood_follows_matching_and_the_key_decides_everything():
 
 def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
     """The default optimizer gets one where nothing decays, as with many rows."""
-    monkeypatch.setattr("jaxode.density.fit.FEW_ROWS", 0)
-    ravel, ravelled = training.ravel_pytree, []
-    monkeypatch.setattr(training, "ravel_pytree", lambda tree: ravelled.append(1) or ravel(tree))
+    monkeypatch.setattr("jaxode.training.fit.FEW_ROWS", 0)
+    ravel, ravelled = loop.ravel_pytree, []
+    monkeypatch.setattr(loop, "ravel_pytree", lambda tree: ravelled.append(1) or ravel(tree))
     as_vector, _ = fit(validation=OTHERS, optimizer=None)
     assert ravelled
     ravelled.clear()
@@ -101,9 +101,9 @@ def drifting(t, y, p):
 )
 def test_weights_decay_at_few_rows(less, few, decayed, monkeypatch):
     """Matrices that are trained: up to 100 rows for each of two columns, and up to `few`."""
-    monkeypatch.setattr("jaxode.density.fit.FEW_ROWS", few)
+    monkeypatch.setattr("jaxode.training.fit.FEW_ROWS", few)
     # Not one row more but a limit below: one program serves all.
-    monkeypatch.setattr("jaxode.density.fit.FEW_FOR_A_COLUMN", FEW_FOR_A_COLUMN - less)
+    monkeypatch.setattr("jaxode.training.fit.FEW_FOR_A_COLUMN", FEW_FOR_A_COLUMN - less)
     shapes = {"constant": (2, 2), "matrix": (2, 2), "vector": (2,), "drift": (2,)}
     start = {name: jnp.ones(shape) for name, shape in shapes.items()}
     density, _ = fit(bound(f=drifting, params=start), validation=OTHERS, optimizer=None)
@@ -177,7 +177,7 @@ MOVED = 3 * CONTEXT + 0.5 * RNG.normal(size=(ROWS, 2))  # a normal whose mean is
 def test_a_context(monkeypatch):
     """With base samples that go to rows of like contexts."""
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(training, "LOOSE", 1e-6)
+    monkeypatch.setattr(loop, "LOOSE", 1e-6)
     coupling = jaxode.coupling.optimal_transport(16, condition_weight=1.0)
     start = bound(params=parameters(context_size=1), standardize=MOVED, standardize_context=CONTEXT)
     rows, aside = (MOVED[:200], CONTEXT[:200]), (MOVED[200:], CONTEXT[200:])
