@@ -30,7 +30,7 @@ test-all: .venv/full  ## Run all tests but runs of benchmarks; a library that is
 
 # What the runs of benchmarks depend on, beside jaxode. The stamp is that of the last run that passed.
 BENCHMARKS := benchmarks/cases benchmarks/harness benchmarks/peers tests/project/test_benchmarks_run.py
-STAMP = git ls-files -z $(BENCHMARKS) | xargs -0 cat | sha256sum
+STAMP = git ls-files -z $(BENCHMARKS) | xargs -0 cat | cksum
 
 test-benchmarks: .venv/full  ## Run every benchmark at a tiny size, if benchmarks/ changed since it last passed
 	@if [ "$$($(STAMP))" = "$$(cat .ci/benchmarks.stamp)" ]; then echo "benchmarks/ is as at its last run"; else \

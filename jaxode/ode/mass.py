@@ -79,12 +79,13 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
             f"1); they do not in {in_rows(degenerate)}. Differentiate the constraint by time, as "
             "for a pendulum, until it contains them."
         )
-    # By Newton's step, in units of the state, which is compared with what the equations sum up.
+    # By Newton's step, in units of the state.
     inverse = right @ (np.linalg.inv(block) / np.swapaxes(columns, 1, 2) / np.swapaxes(rows, 1, 2))
     product = lambda matrix, x: (matrix @ x[..., None])[..., 0]
     off = np.abs(product(inverse, g))
-    size = np.abs(y) + product(np.abs(inverse), product(np.abs(jacobian), np.abs(y)))
-    wrong = ~(off <= _limit(options, y0, batch, size, found[2].dtype))
+    # The terms that the equations sum up, whose rounding moves the root.
+    terms = product(np.abs(inverse), product(np.abs(jacobian), np.abs(y)))
+    wrong = ~(off <= _limit(options, y0, batch, np.abs(y), terms, found[2].dtype))
     if wrong.any():
         row, number = np.argwhere(wrong)[np.argmax(off[wrong])]
         raise ValueError(
@@ -94,12 +95,12 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
         )
 
 
-def _limit(options: Any, y0: PyTree, batch: Any, size: np.ndarray, dtype: Any) -> np.ndarray:
+def _limit(options: Any, y0: PyTree, batch: Any, size: Any, terms: Any, dtype: Any) -> np.ndarray:
     """How far each number of the state may be from the algebraic equations."""
     row = y0 if batch is None else jax.tree.map(lambda leaf: leaf[0], y0)
     atol = np.ravel(np.asarray(for_each_number(options.atol, row, dtype), float))
     rounding = float(jnp.finfo(dtype).eps)
-    return FAR * (atol + max(float(options.rtol), rounding) * size)
+    return FAR * (atol + float(options.rtol) * size + rounding * (size + terms))
 
 
 def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +116,12 @@ def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _equilibrated(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The matrices with rows and columns of size one, and their sizes."""
-    size = lambda x, axis: (lambda m: np.where(m > 0, m, 1.0))(np.abs(x).max(axis, keepdims=True))
-    rows = size(matrix, -1)
-    columns = size(matrix / rows, -2)
+    rows = _largest(matrix, -1)
+    columns = _largest(matrix / rows, -2)
     return matrix / rows / columns, rows, columns
+
+
+def _largest(matrices: np.ndarray, axis: int) -> np.ndarray:
+    """The largest magnitudes along an axis, or one."""
+    largest = np.abs(matrices).max(axis, keepdims=True)
+    return np.where(largest > 0, largest, 1.0)

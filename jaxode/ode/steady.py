@@ -22,7 +22,7 @@ from jaxode._checks.arguments import (
 )
 from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, guarded, nan_or_raise
-from jaxode._checks.rules import TIME
+from jaxode._checks.rules import POSITIVE
 from jaxode._jax.closure import compiled
 from jaxode.ode.field import VectorField
 from jaxode.ode.roots import NOISE, find_root, implicit, is_stable, natural_sizes
@@ -114,7 +114,7 @@ def steady_state(
     y0 = (check_state if batch is None else check_batch)("y0", y0)
     args, row_args = check_args("args", args), check_row_args(row_args, y0, batch)
     one_of("batch", batch, (None, "per_sample"))
-    check_number("t1", t1, TIME, kind="time")
+    check_number("t1", t1, POSITIVE, kind="time")
     check_bool("throw", throw)
     rows = y0 if batch is not None else jax.tree.map(lambda leaf: leaf[None], y0)
     field = _Row(UserField(f), jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), rows))

@@ -11,7 +11,7 @@ from jaxode._checks.caller import arg
 from jaxode.tabular.rounding import LARGEST
 
 # Texts such as 2020-01-31, 31.1.20 and 1/31/2020, also with a time after them.
-DATE = re.compile(r"\s*(\d{4}([-/.])\d\d?\2\d\d?|\d\d?([-/.])\d\d?\3\d{2,4})(?!\d)")
+DATE = re.compile(r"\s*(\d{4}|\d\d?)([-/.])(\d\d?)\2(\d{4}|\d\d?)(?!\d)(.*)")
 SOME = 100  # texts, which are dates if all of them look like that
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
@@ -109,23 +109,40 @@ def read(name: str, frame: Any, column: str) -> Values:
 def cure_of_dates(frame: Any, column: str) -> str:
     """How to turn texts that are dates into numbers, or nothing if they are none."""
     texts = (v for v in frame[column].drop_nulls().to_list() if not isinstance(v, bool))
-    first = [str(text) for text in itertools.islice(texts, SOME)]
-    return _as_days(frame, column) if first and all(map(DATE.match, first)) else ""
+    found = [DATE.match(str(text)) for text in itertools.islice(texts, SOME)]
+    dates = [date for date in found if date]
+    return _as_days(frame, column, dates) if dates and len(dates) == len(found) else ""
 
 
-def _as_days(frame: Any, column: str) -> str:
+def _format(dates: list[re.Match[str]]) -> tuple[str, str]:
+    """The format of dates in text, none if years come first, and a warning if it may be another."""
+    first, between, _, last, time = dates[0].groups()
+    if len(first) == 4:
+        return "", ""
+    largest = [max(int(date[i]) for date in dates) for i in (1, 3)]
+    days_first = largest[0] > 12 or largest[1] <= 12
+    parts = [*(("%d", "%m") if days_first else ("%m", "%d")), "%Y" if len(last) == 4 else "%y"]
+    clock = ("", " %H:%M", " %H:%M:%S")[min(time.count(":"), 2)]
+    unsure = "" if max(largest) > 12 else " If months come first, swap %d and %m."
+    return between.join(parts) + clock, unsure
+
+
+def _as_days(frame: Any, column: str, texts: list[re.Match[str]] | None = None) -> str:
     """The line that makes the dates of a column numbers."""
     dtype = frame[column].dtype
+    how, unsure = _format(texts) if texts else ("", "")
     if frame.implementation.is_polars():
-        casts = {"String": ".str.to_datetime()", "Categorical": ".cast(str).str.to_datetime()"}
-        dates = f"polars.col({column!r}){casts.get(str(dtype), '')}"
+        cast = ".cast(str)" if texts and str(dtype) != "String" else ""
+        parsed = f".str.to_datetime({repr(how) if how else ''})" if texts else ""
+        dates = f"polars.col({column!r}){cast}{parsed}"
         line = f"frame = frame.with_columns(({dates} - polars.date(2020, 1, 1)).dt.total_days())"
     else:
         start = "" if frame.implementation.is_pandas_like() else "frame = frame.to_pandas(); "
         local = ".dt.tz_localize(None)" if getattr(dtype, "time_zone", None) else ""
-        days = f"pandas.to_datetime(frame[{column!r}]){local} - pandas.Timestamp('2020-01-01')"
-        line = f"{start}frame[{column!r}] = ({days}).dt.days"
-    return f"Make dates numbers: {line}."
+        of_text = f", format={how!r}" if how else ""
+        days = f"pandas.to_datetime(frame[{column!r}]{of_text}){local}"
+        line = f"{start}frame[{column!r}] = ({days} - pandas.Timestamp('2020-01-01')).dt.days"
+    return f"Make dates numbers: {line}.{unsure}"
 
 
 def make(

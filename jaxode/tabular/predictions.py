@@ -88,12 +88,12 @@ class Predictive:
         """The probability of at most `y`."""
         return self._cdf(slice(0, None), y[:, None])[:, 0]
 
-    def quantile(self, levels: np.ndarray) -> np.ndarray:
-        """The least numbers that reach these levels, `[rows, levels]`."""
+    def quantile(self, levels: np.ndarray, name: str = "q") -> np.ndarray:
+        """The least numbers that reach these levels of the argument `name`, `[rows, levels]`."""
         if not levels.size:
             return np.zeros((len(self.given), 0))
         if self.column.grids:
-            _check_tails(levels)
+            _check_tails(name, levels)
         return self._each(lambda part: self._quantiles(part, levels))
 
     def each(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
@@ -157,10 +157,11 @@ class Predictive:
         parts += [np.full_like(parts[0], atom) for atom in self.atoms]
         low = np.round(np.min(parts, axis=0) / unit) - 1
         high = np.round(np.max(parts, axis=0) / unit)
-        while (high - low > 1).any():
-            middle = np.floor((low + high) / 2)
+        middle = np.floor((low + high) / 2)
+        while ((low < middle) & (middle < high)).any():  # beyond 2^53, neighbours are further apart
             reached = self._cdf(part, tidy(middle * unit, unit)) >= levels
             low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+            middle = np.floor((low + high) / 2)
         return tidy(high * unit, unit)
 
     def _numbers(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
@@ -234,7 +235,8 @@ class Predictive:
         from scipy.special import ndtr  # as JAX does
 
         q = ndtr(np.linspace(-FURTHEST, FURTHEST, NODES))
-        x = self._solved_quantiles(grid, q)
+        # Errors of solves may swap quantiles of a narrow peak.
+        x = np.maximum.accumulate(self._solved_quantiles(grid, q), axis=1)
         q = np.broadcast_to(q, x.shape)
         for i in range(ROUNDS):
             more, coarse = _coarse(q, x)
@@ -254,11 +256,11 @@ class Predictive:
         return q, x
 
 
-def _check_tails(levels: np.ndarray) -> None:
+def _check_tails(name: str, levels: np.ndarray) -> None:
     wrong = np.abs(_stored(levels) - levels) > TAIL * np.minimum(levels, 1 - levels)
     for level in levels[wrong]:
         raise ValueError(
-            f"{arg('q')} must be levels that {floating_dtype(float)} tells apart from 1; got "
+            f"{arg(name)} must be of levels that {floating_dtype(float)} tells apart from 1; got "
             f"{level:.17g}. Take one further from 1."
         )
 

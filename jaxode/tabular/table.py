@@ -228,8 +228,10 @@ class Table:
         """The central prediction interval: `(low, high)`, each `[rows]`, such as of level 0.9."""
         if not 0 < non_negative("level", level) < 1:
             raise ValueError(f"{arg('level')} must be between 0 and 1; got {level}.")
-        ends = self.quantile([(1 - level) / 2, (1 + level) / 2], frame)
-        return ends[:, 0], ends[:, 1]
+        ends = np.array([(1 - level) / 2, (1 + level) / 2])
+        predictive = self._predictive(frame)
+        low, high = predictive.quantile(ends, "level").T
+        return low, high
 
     @public("Table.mean", single_precision)
     def mean(self, frame: Any) -> Float[np.ndarray, " rows"]:

@@ -136,11 +136,25 @@ def pendulum(t, y, _):
             {"mass": np.diag([1.0, 0.0])},
             r"number 1 is off by 49\.5 in 1 of 1 rows",
         ),
+        (
+            lambda t, y, k: jnp.stack([-y[0], y[0] + y[1] - 1e6]),
+            [1e6 - 1.0, 300.0],
+            {"mass": np.diag([1.0, 0.0]), "rtol": 1e-3},
+            r"number 1 is off by 299 in 1 of 1 rows",
+        ),
         (conserved, [1.0, 0, 0], {"mass": np.eye(2)}, r"must be a finite matrix \[3, 3\]"),
         (conserved, [1.0, 0, 0], {"breakpoints": [0.5]}, "does not go with breakpoints"),
         (conserved, [1.0, 0, 0], {"solver": jaxode.Rosenbrock23()}, "needs solver=jaxode.Rodas5P"),
     ],
-    ids=["index 3", "not consistent", "small rates", "shape", "breakpoints", "solver"],
+    ids=[
+        "index 3",
+        "not consistent",
+        "small rates",
+        "of large terms",
+        "shape",
+        "breakpoints",
+        "solver",
+    ],
 )
 def test_what_does_not_go_is_refused(field, y0, options, words):
     with pytest.raises(ValueError, match=words):

@@ -167,6 +167,8 @@ def test_states_are_stable_or_not():
         ([[-1e6, 0.0, 1.0], [3.0, -1e-2, 0.0], [0.0, 1.0, -1.0]], True),  # rates far apart
         ([[-1e6, 0.0, 1.0], [3.0, 1e-2, 0.0], [0.0, 1.0, -1.0]], False),
         ([[-1.0, 1e4], [0.0, -1.0]], True),  # a Jordan block
+        (np.diag([-1e-8, 1.0] + 28 * [-1.0]), False),  # many, and one that is slow
+        (np.diag([-1e-5, -1.0] + 28 * [-1.0]), True),
         ([[jnp.nan]], False),
     ],
 )

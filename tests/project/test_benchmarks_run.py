@@ -331,8 +331,6 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
             MODULES.get(library, library),
             reason=f"{library} is installed for benchmarks: make bench",
         )
-    if name == "cores" and not hasattr(jax.lax, "pcast"):
-        pytest.skip("needs JAX 0.8 or newer")
     for case, seconds in small(quick, of):
         chosen, picture = cases.load(name), tmp_path / "picture.png"
         result = chosen.run(case, fairness.Bench(seconds))

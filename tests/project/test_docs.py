@@ -51,8 +51,6 @@ NEED_LIBRARIES = {"gallery.md": ("flax", "numpyro"), "estimate.md": ("numpyro",)
 @pytest.mark.slow  # pages that train, each a program of a reader
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_code_blocks_run(page, default_settings):
-    if page == "devices.md" and not hasattr(jax.lax, "pcast"):
-        pytest.skip("needs JAX 0.8 or newer")
     for library in NEED_LIBRARIES.get(page, ()):
         pytest.importorskip(library)
     # The page on contributing says what to write into a module.

@@ -138,8 +138,6 @@ def test_an_example_does_what_it_promises(
                 idx((count,), (np.arange(count) % 10).astype(np.uint8).tobytes())
             )
     if name == "sharded":  # makes its devices, and processes
-        if not hasattr(jax.lax, "pcast"):
-            pytest.skip("needs JAX 0.8 or newer")
         process = start(name, *options.split(), "--out", "out.png", output=subprocess.PIPE)
         output, _ = process.communicate()
         assert process.returncode == 0, output

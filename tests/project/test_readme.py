@@ -27,6 +27,7 @@ def run(code):
     return scope, shown.getvalue()
 
 
+@pytest.mark.slow  # each block compiles what it trains
 @pytest.mark.parametrize("code", BLOCKS, ids=["fit", "table", "Neural ODE", "own loop"])
 def test_a_code_block_runs_alone(code, default_settings):
     """After three steps of training."""

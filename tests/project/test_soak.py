@@ -26,6 +26,7 @@ def held():
     return len(jax.live_arrays()), sys.getallocatedblocks()
 
 
+@pytest.mark.slow  # trains for 600 steps
 @pytest.mark.parametrize("step", [jax.jit(gradient), gradient], ids=["compiled", "one by one"])
 def test_training_keeps_nothing_and_compiles_nothing_again(step, compiled):
     key, steps, kept = jax.random.key(1), 100, []

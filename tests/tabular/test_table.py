@@ -336,7 +336,6 @@ def test_double_precision_changes_nothing():
     pd.testing.assert_frame_equal(*drawn)
 
 
-@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="needs JAX 0.8 or newer")
 def test_several_devices_train_the_table_of_one():
     """Compiles a training for two devices, which no other test shares."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "batch")

@@ -39,9 +39,10 @@ OF_FIT = [
     ({"frame": BAD["infinity"]}, "column 'x' must hold finite numbers; got inf in row 39. Leave "),
     ({"frame": BAD["dates"]}, "column 'x' must hold numbers, strings or booleans; got Datetime"),
     *(({"frame": BAD[name]}, f"column '{c}' must ~Make dates numbers: frame['{c}'] = (pandas.to_da"
-       f"tetime(frame['{c}']){local} - pandas.Timestamp('2020-01-01')).dt.days.")
-      for name, c, local in (("dates", "x", ""), ("text dates", "c", ""), ("date objects", "x", ""),
-                             ("local times", "x", ".dt.tz_localize(None)"))),
+       f"tetime(frame['{c}']{local} - pandas.Timestamp('2020-01-01')).dt.days.")
+      for name, c, local in (("dates", "x", ")"), ("text dates", "c", ", format='%d/%m/%Y')"),
+                             ("date objects", "x", ")"),
+                             ("local times", "x", ").dt.tz_localize(None)"))),
     ({"frame": BAD["lists"]}, "column 'x' must hold strings, booleans or numbers alone; got [1, 2]"
      " in row 0. Convert the column"),
     ({"frame": BAD["texts and numbers"]}, "column 'c' must hold strings, ~; got 2 in row 1. Conve"),
@@ -173,16 +174,34 @@ def test_given_columns_that_depend_on_each_other_do_not_matter():
         tabular.fit(frame, given=["x", "y"], key=KEY, steps=1, progress=False)
 
 
-def test_polars_gets_its_own_line_for_dates():
-    polars = optional("polars")
-    for dates, text in ((BAD["dates"].x, ""), (BAD["text dates"].c, ".str.to_datetime()")):
-        frame = polars.DataFrame({"x": dates.to_list()})
-        line = f"(polars.col('x'){text} - polars.date(2020, 1, 1)).dt.total_days()"
-        with pytest.raises((TypeError, ValueError), match=re.escape(line)) as error:
-            tabular.fit(frame, key=KEY, steps=1, progress=False)
-        names = {"frame": frame, "polars": polars}
-        exec(str(error.value).split("numbers: ")[1][:-1], names)
-        assert names["frame"]["x"].to_list() == [*range(N)]
+DATES = pd.date_range("2020", periods=N)
+LINES = {
+    "dates": DATES,
+    "years first": DATES.strftime("%Y-%m-%d"),
+    "years first, and times": DATES.strftime("%Y-%m-%d %H:%M:%S"),
+    "days first": DATES.strftime("%d/%m/%Y"),
+    "days first, short": DATES.strftime("%d.%m.%y"),
+    "months first": DATES.strftime("%m/%d/%Y"),
+    "months first, and times": DATES.strftime("%m/%d/%Y %H:%M"),
+}
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+@pytest.mark.parametrize("dates", LINES.values(), ids=LINES)
+def test_the_line_for_dates_makes_them_days(dates, library):
+    made = pd if library == "pandas" else optional(library)
+    frame = made.DataFrame({"x": dates.to_list()})
+    with pytest.raises((TypeError, ValueError), match="Make dates numbers: ") as error:
+        tabular.fit(frame, key=KEY, steps=1, progress=False)
+    names = {"frame": frame, library: made}
+    exec(str(error.value).split("numbers: ")[1][:-1], names)
+    assert [*names["frame"]["x"]] == [*range(N)]
+
+
+def test_dates_that_may_be_of_months_or_days_are_told():
+    frame = pd.DataFrame({"x": [f"{1 + i // 12:02}/{1 + i % 12:02}/2020" for i in range(40)]})
+    with pytest.raises(ValueError, match="If months come first, swap %d and %m"):
+        tabular.fit(frame, key=KEY, steps=1, progress=False)
 
 
 def test_too_many_categories_warn():

@@ -33,11 +33,9 @@ def bound(context_size=0, **options):
 
 
 CASES = {
-    "two devices": ((2,), {}),
     "two axes": ((2, 2), {}),
     "devices that do not divide the validation rows": ((8,), {"validation": X[:50]}),
-    "contexts": ((2,), {"context": X[:, :1]}),
-    "noise": ((2,), {"x": np.floor(X), "dequantize": True}),
+    "contexts and noise": ((2,), {"context": X[:, :1], "x": np.floor(X), "dequantize": True}),
     "likelihood": ((2,), {"likelihood": 3}),
     "an optimizer with a line search": ((2,), {"optimizer": optax.lbfgs(), "steps": 2}),
 }
