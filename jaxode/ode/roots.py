@@ -91,8 +91,10 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
     def step(carry, h):
         y, peak = carry
         moved = Equilibrated.of(jnp.eye(len(y), dtype=y.dtype) / h - jax.jacfwd(rates)(y))
-        # A matrix that is nearly singular would move it further.
-        far = jnp.where(peak > 0, CREEP**3 * peak, jnp.inf)
+        # A matrix that is nearly singular would move it further. The end of a long chain that was
+        # empty is next to nothing at first, and may go anywhere.
+        some = peak > jnp.finfo(y.dtype).eps ** 2 * jnp.max(peak, initial=0.0)
+        far = jnp.where(some, CREEP**3 * peak, jnp.inf)
         to = y + jnp.clip(moved.solve(rates(y)), -far, far)
         to = jnp.where(jnp.isfinite(to).all(), to, y)
         return (to, jnp.maximum(peak, jnp.abs(to))), None

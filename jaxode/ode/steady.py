@@ -25,7 +25,7 @@ from jaxode._checks.errors import Result, guarded, nan_or_raise
 from jaxode._checks.rules import POSITIVE
 from jaxode._jax.closure import compiled
 from jaxode.ode.field import VectorField
-from jaxode.ode.roots import NOISE, find_root, implicit, is_stable, natural_sizes
+from jaxode.ode.roots import NOISE, Equilibrated, find_root, implicit, is_stable, natural_sizes
 from jaxode.ode.solve import UserField, check_row_args, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
@@ -215,7 +215,10 @@ def _improved_row(field: _Row, limits, args, start, found, size, row):
     lost = ~root.close | jnp.any(jnp.abs(root.y - near) > 10 * limit)
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)
-    code = jnp.where(root.singular, Result.SINGULAR_MATRIX.value, code)
+    # Newton's method may end at a singular Jacobian far from where the solve did.
+    there = Equilibrated.of(jax.jacfwd(lambda y: rates(y, fixed))(near)).singular
+    singular = jnp.where(root.close, root.singular, there)
+    code = jnp.where(singular, Result.SINGULAR_MATRIX.value, code)
     own = (result != Result.SUCCESS) & (result != Result.MAX_STEPS_REACHED)
     code = jnp.where(own, result, code).astype(result.dtype)
     ok = code == Result.SUCCESS

@@ -23,6 +23,8 @@ OFTEN, PEAK, NEAR, FEW_VALUES = 0.02, 4.0, 10, 20
 # A coarser grid may be a mode if this part of the rows lie on it. At most so many are, each of
 # which gains so many nats in all.
 ON_GRID, GRIDS, COST = 0.05, 3, 10.0
+# The share of draws beyond the training rows that is told, if there are so many draws.
+MOST_MOVED, DRAWS_TO_JUDGE = 0.05, 200
 RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)
 DECIMALS = 6
 # More categories warn, in all or as a share of the rows, and a larger share raises. `POOLED` rows
@@ -177,7 +179,19 @@ class Column:
             here = mode == len(self.values) + i
             numbers = self.round_down(x[here].astype(float) * self.scale + self.center, i)
             values[here] = np.clip(numbers, *self.seen)
+            self._warn_of_moved(numbers, len(mode))
         return values
+
+    def _warn_of_moved(self, numbers: np.ndarray, drawn: int) -> None:
+        """Warn if many draws lie beyond the training rows, to whose ends they are moved."""
+        moved = np.mean(numbers != np.clip(numbers, *self.seen)) if len(numbers) else 0.0
+        if drawn >= DRAWS_TO_JUDGE and moved > MOST_MOVED:
+            warnings.warn(
+                f"{arg('n')} {moved:.0%} of the numbers of column {self.name!r} lie beyond the "
+                "training rows, to whose ends they are moved: the density is too wide. Train "
+                "longer, or on more rows.",
+                stacklevel=6,
+            )
 
 
 def categorical(

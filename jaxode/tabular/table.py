@@ -112,7 +112,10 @@ class Table:
 
     @public("Table.sample", single_precision)
     def sample(self, key: PRNGKeyArray, n: int = 1, given: Any = None) -> Any:
-        """Draw rows: a frame like that of training. Numbers stay in its range.
+        """Draw rows: a frame like that of training.
+
+        Numbers beyond the range of the training rows are moved to its ends, with a warning if these
+        are more than 5% of a column. Quantiles and means are those of the density itself.
 
         Args:
             key: draws them.
