@@ -59,8 +59,6 @@ class Regularizers(Benchmark):
         "RNODE: both, (0.05), (0.02)": {
             "regularizers": (kinetic_energy(0.05), jacobian_frobenius(0.02))
         },
-        "STEER: steer=0.1": {"steer": 0.1},
-        "STEER: steer=0.25": {"steer": 0.25},
     }
     training = Training()
     header = (

@@ -265,8 +265,8 @@ def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:
     if differ:
         raise ValueError(
             f"{arg('axis_name', axis_name)} the devices take the same steps, so times and step "
-            f"sizes must be the same on all; got some that vary over {differ}. With steer=, pass a "
-            "key that all devices share."
+            f"sizes must be the same on all; got some that vary over {differ}. Compute them from "
+            "what all devices share."
         )
 
 

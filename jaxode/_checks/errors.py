@@ -53,8 +53,7 @@ EXPLANATIONS = {
     ),
     Result.INVALID_ARGUMENT: (
         "an argument known only at run time breaks its rule",
-        "Check t0, t1, ts, jumps, breakpoints, rtol, atol, first_step, max_step, steer and "
-        "weights.",
+        "Check t0, t1, ts, jumps, breakpoints, rtol, atol, first_step, max_step and weights.",
     ),
     Result.EVENT_NOT_FOUND: (
         "the condition of the event jumps across zero, or the steps do not settle on its time",

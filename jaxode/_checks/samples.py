@@ -10,14 +10,12 @@ from jax import export
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import (
-    Time,
     check_integers,
     described,
     floating,
     floating_dtype,
     integer,
     native,
-    non_negative,
     numbers,
     numeric_dtype,
     shape_of,
@@ -162,18 +160,6 @@ def check_count(n: Any, name: str = "n") -> Any:
     if export.is_symbolic_dim(n):
         return n
     return integer(name, n, least=0, rule="a number of samples")
-
-
-def check_steer(steer: Any, t0: Time, t1: Time) -> float:
-    """The largest distance of a random end time from `t0`, short of `t1`."""
-    if non_negative("steer", steer) and is_known((t0, t1)):
-        span = abs(float(t1) - float(t0))
-        if not steer < span:
-            raise ValueError(
-                f"{arg('steer')} must be less than the span |t1 - t0| = {span}; got {steer!r}. "
-                "A tenth of the span is a start."
-            )
-    return float(steer)
 
 
 def check_key(key: Any) -> Any:

@@ -277,7 +277,7 @@ class Density(eqx.Module):
         """Map data to what the flow trains on: `z`, or `(z, context)` if there is a context.
 
         `density.flow.nll(params, density.to_flow(x))` is the mean of `log_det - log_prob`, if the
-        flow has no `regularizers` and no `steer`.
+        flow has no `regularizers`.
 
         Raises:
             ValueError: if data lie outside the support or are not finite, or their `z` overflows.

@@ -8,8 +8,7 @@ trajectory `d/dt log p(z(t)) = -div f`, so
 This file decides in which direction of time each method solves, and with which sign. The training
 loss is in `jaxode/flows/likelihood/objective.py`.
 
-References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367;
-Ghosh et al. (2020), arXiv:2006.10711 ("STEER").
+References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
 from typing import Any, Literal
@@ -86,7 +85,6 @@ class CNF(eqx.Module):
     regularizers: tuple[Regularizer, ...]
     solve_options: SolveOptions
     batch: Literal["joint", "per_sample"] = eqx.field(static=True)
-    steer: float = eqx.field(static=True)
     throw: bool | None = eqx.field(static=True)
     # How a `Density` solves a large batch; None for all rows at once.
     chunks: Chunks | None = eqx.field(static=True, default=None)
@@ -176,7 +174,7 @@ class CNF(eqx.Module):
         check_not_empty(system.y0)
         weights = check_weights(weights, system.y0)
         key = None if key is None else check_key(key)
-        loss, stats, result, t_reached = compiled.nll(system, self._parts, key, weights, self.steer)
+        loss, stats, result, t_reached = compiled.nll(system, self._parts, key, weights)
         faults = self._faults("x", system, weights)
         loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
         return loss, stats

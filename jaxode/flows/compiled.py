@@ -10,13 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxode._checks.arguments import check_same_times
 from jaxode._checks.errors import Result
 from jaxode._checks.samples import normalized
 from jaxode._jax.closure import compiled
 from jaxode.flows.bases import log_prob_of
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.keys import of_each_row, random_end
+from jaxode.flows.keys import of_each_row
 from jaxode.flows.likelihood.objective import (
     Objective,
     evaluate,
@@ -83,15 +82,10 @@ def sample(system: System, parts, key) -> Solution:
 
 @compiled
 @with_periods
-def nll(system: System, parts, key, weights, steer: float):
+def nll(system: System, parts, key, weights):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
     integrands, base = parts
     axis_name, x = system.stepper.axis_name, system.y0
-    if steer > 0:
-        end = random_end(key, system.t1, steer)
-        fits = steer < jnp.abs(system.t1 - system.t0)
-        system = system._replace(t1=jnp.where(fits, end, jnp.nan))
-        check_same_times(system.t1, axis_name)
     probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
     loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, weights))

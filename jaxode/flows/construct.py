@@ -5,7 +5,6 @@ from typing import Any, Literal
 from jaxode._checks.arguments import check_bool, check_number, one_of
 from jaxode._checks.caller import public
 from jaxode._checks.rules import TIME
-from jaxode._checks.samples import check_steer
 from jaxode.flows.bases import BaseDensity, as_base, has_full_support
 from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
@@ -26,7 +25,6 @@ def cnf(
     divergence: Divergence = auto(),
     batch: Literal["joint", "per_sample"] = "joint",
     regularizers: tuple[Regularizer, ...] = (),
-    steer: float = 0.0,
     throw: bool | None = None,
     **solve_options: Any,
 ) -> CNF:
@@ -43,10 +41,6 @@ def cnf(
         divergence: how to compute `div f`, from `jaxode.divergence`.
         batch: "joint" or "per_sample", as for `jaxode.solve`.
         regularizers: running costs to add to `nll`, from `jaxode.regularizers`.
-        steer: end the solve of `nll` at a random time between `t0 - steer` and `t0 + steer` instead
-            of `t0`: one uniform draw per call, from `key`, for the whole batch. Flows trained this
-            way take fewer steps (STEER). At least 0 and less than `|t1 - t0|`. `nll` then evaluates
-            the field up to `steer` beyond `t0`; all other methods end at `t0`.
         throw: raise `jaxode.SolveError` when a solve fails or the matching loss is not finite. By
             default all methods raise, except that training losses inside a transformation (`jit`,
             `vmap`) become NaN together with their gradients: a host callback that raises would keep
@@ -103,6 +97,5 @@ def cnf(
         regularizers=check_regularizers(regularizers),
         solve_options=options,
         batch=batch,
-        steer=check_steer(steer, t0, t1),
         throw=throw,
     )

@@ -8,13 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._jax.sharding import AxisName, row_numbers
-
-# Folded into the key for the end time. No row has this number.
-END_TIME = 2**32 - 2
 
 
 def of_each_row(
@@ -36,15 +32,3 @@ def keys_of_rows(
 ) -> PRNGKeyArray:
     """A different key for each row of `x`."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(row_numbers(x, key, axis_name))
-
-
-def random_end(key: PRNGKeyArray | None, t0: Float[Array, ""], steer: float) -> Float[Array, ""]:
-    """A uniform time between `t0 - steer` and `t0 + steer`, shared by the whole batch."""
-    if key is None:
-        raise ValueError(
-            f"nll: steer={steer!r} needs random numbers; got key=None. Pass "
-            "key=jax.random.key(...)."
-        )
-    # Drawn in float32 for samples of any dtype, so that it depends only on the key.
-    uniform = jax.random.uniform(jax.random.fold_in(key, END_TIME), (), jnp.float32, -1.0, 1.0)
-    return t0 + steer * uniform.astype(t0.dtype)

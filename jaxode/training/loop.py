@@ -217,7 +217,7 @@ def evaluation(
     options = flow.solve_options
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
-        flow, regularizers=(), steer=0.0, throw=False, solve_options=options,
+        flow, regularizers=(), throw=False, solve_options=options,
         divergence=_for_validation(flow.divergence, density.event_shape),
     )  # fmt: skip
     return lambda params: float(_nll(flow, mesh, params, rows, key)) - log_det

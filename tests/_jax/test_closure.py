@@ -225,7 +225,6 @@ FLOWS = {
     "regularized": lambda: {
         "divergence": divergence.hutchinson(),
         "regularizers": [kinetic_energy(0.1), jacobian_frobenius(0.2)],
-        "steer": 0.1,
     },
 }
 

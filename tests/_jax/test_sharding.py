@@ -35,11 +35,11 @@ def field(t, z, args):
     return w2 @ jnp.tanh(w1 @ (z + context) + b * t) + 0.3 * jnp.sin(z) * t
 
 
-def loss_of(axis_name, key=KEY, **options):
+def loss_of(axis_name, **options):
     options = {"divergence": jaxode.divergence.hutchinson(), "rtol": 1e-4, "atol": 1e-4, **options}
     flow = jaxode.cnf(field, jaxode.standard_normal(DIM), axis_name=axis_name, **options)
     return lambda params, x, context, weights: flow.nll(
-        params, x, key=key, context=context, weights=weights
+        params, x, key=KEY, context=context, weights=weights
     )
 
 
@@ -207,15 +207,6 @@ def test_a_failure_on_one_device_raises():
     process = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True)
     assert process.returncode != 0
     assert "log_prob(x=...): must be finite" in process.stderr
-
-
-def test_devices_with_end_times_of_their_own_cannot_take_the_same_steps():
-    loss = lambda key: loss_of(AXIS, key=key, steer=0.5)
-    mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
-    local = lambda x, keys: loss(keys[0])(PARAMS, x, jnp.zeros_like(x), None)[None]
-    run = jax.shard_map(local, mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT)
-    with pytest.raises(ValueError, match=r"axis_name='batch'.*pass a key that all devices share"):
-        run(X, jax.random.split(KEY, DEVICES))
 
 
 def test_a_part_of_a_state_without_a_cotangent_of_its_own_goes_along():

@@ -20,7 +20,6 @@ import numpy as np
 import jaxode
 from jaxode import divergence
 from jaxode.flows.bases import DiagonalNormal
-from jaxode.flows.keys import random_end
 
 ROWS, D = 4, 3
 KEY = jax.random.key(7)
@@ -122,7 +121,6 @@ class Case(NamedTuple):
     regularized: bool = False
     chunk: int | None = None
     """Rows at once, of the density that `jaxode.bind` makes."""
-    steer: float = 0.0
     options: Mapping[str, Any] = {}
 
     @property
@@ -156,7 +154,7 @@ class Case(NamedTuple):
         of = [getattr(jaxode.regularizers, name)(weight) for name, weight in COSTS.items()]
         return jaxode.cnf(
             self.f, self.base_of(x), t0=x["t0"], t1=x["t1"], divergence=self.divergence,
-            steer=self.steer, regularizers=of if self.regularized else (),
+            regularizers=of if self.regularized else (),
             **{**options, **self.options, **more},
         )  # fmt: skip
 
@@ -214,8 +212,7 @@ class Case(NamedTuple):
                 case "sample":
                     found["sample"], found["log_q"] = self.drawn(x, noisy=self.chunk is None)
                 case "nll":
-                    probes, end = self.probes(KEY), random_end(KEY, x["t0"], self.steer)
-                    x = x | {"t0": end}
+                    probes = self.probes(KEY)
                     log_prob, u, each = self.density(x, x["x"], probes)
                     costs = self.costs(x, u, probes) if self.regularized else {}
                     penalty = sum(COSTS[name] * cost for name, cost in costs.items())
@@ -335,7 +332,6 @@ CASES = {
         ("nll", "path"), divergence.hutchinson(), context=True, regularized=True,
         options=EACH | {"adjoint": jaxode.BacksolveAdjoint()},
     ),
-    "steer": Case(("nll",), divergence.hutchinson(), steer=0.3, regularized=True),
     "stiff": Case(
         ("nll", "path"), context=True, options=EACH | {"solver": jaxode.Rodas5P()}
     ),

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from helpers import assert_close
 
 import jaxode
@@ -114,47 +113,6 @@ def test_any_key_draws_samples(key):
     # The keys are known, and nothing is compiled.
     assert jax.eval_shape(lambda: jax.vmap(draw)(keys)).shape == (3, 2, 3)
     assert jax.eval_shape(lambda: draw(key)).shape == (2, 3)
-
-
-def ones(t, z, args):
-    return jnp.ones_like(z)
-
-
-@jax.jit
-def end_times(keys, t0, rows):
-    """Where solves of the loss end: for `f = 1` they carry `x` to `x - t1 + end`."""
-    flow = jaxode.cnf(ones, jaxode.standard_normal(1), t0=t0, t1=1 - t0, steer=0.4, steps=1)
-    of = lambda key: flow.nll_and_stats(None, rows[:, None], key=key)[1].log_prob
-    log_prob = jax.vmap(of)(keys)
-    return log_prob[:, 0] - log_prob[:, 1] - 0.5 + flow.t1
-
-
-@pytest.mark.parametrize("t0", [0.0, 2.0])
-def test_steer_ends_at_a_uniform_random_time(t0):
-    keys = jax.random.split(KEY, 2000)
-    ends = end_times(keys, t0, jnp.arange(2.0))
-    # The keys are fixed, and the ends are those of 2000 draws that no test of size 1% rejects.
-    assert scipy.stats.kstest(ends, scipy.stats.uniform(t0 - 0.4, 0.8).cdf).pvalue > 0.01
-    # Of the key alone, whatever the batch and the dtype.
-    np.testing.assert_allclose(end_times(keys[:3], t0, jnp.arange(5.0)), ends[:3], rtol=1e-12)
-    single = end_times(keys[:3], jnp.float32(t0), jnp.arange(2.0, dtype=jnp.float32))
-    np.testing.assert_allclose(single, ends[:3], atol=1e-5)
-
-
-def test_steer_beyond_a_traced_span_has_no_loss():
-    """Some ends would be on the other side of the data."""
-    flow = lambda t1: jaxode.cnf(ones, PLANE, t1=t1, steer=0.5, steps=2, throw=False)
-    losses = jax.jit(jax.vmap(lambda t1: flow(t1).nll(None, X, key=KEY)))(
-        jnp.array([0.6, 0.5, 0.1])
-    )
-    np.testing.assert_array_equal(jnp.isfinite(losses), [True, False, False])
-
-
-def test_steer_leaves_the_density_alone():
-    flow, plain = (jaxode.cnf(ones, PLANE, steer=steer, steps=2) for steer in (0.3, 0.0))
-    for method in ("log_prob", "to_base"):
-        found, wanted = (getattr(of, method)(None, X) for of in (flow, plain))
-        np.testing.assert_array_equal(found, wanted)
 
 
 def test_samples_of_half_precision(default_settings):

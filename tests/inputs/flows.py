@@ -69,7 +69,6 @@ ROWS = {
          "integrates more than the field; got Rosenbrock23(jacobian=...). Leave jacobian out."),
         ({"adjoint": jaxode.BacksolveAdjoint(), "solver": jaxode.Rodas5P()},
          "BacksolveAdjoint needs an explicit Runge-Kutta solver; got Rodas5P. Use jaxode.Discrete"),
-        ({"steer": 2, "t0": 1.0, "t1": -1.0}, "must be less than the span |t1 - t0| = 2.0; got 2."),
         ({"axis_name": "batch", "batch": "per_sample"}, "^cnf(axis_name='batch'): joins the~"
          "a batch that is split over devices; with batch='per_sample' each sample has its own."),
         ({"atol": [1e-5, 1e-5]}, "must be a scalar; got shape (2,)."),
@@ -100,7 +99,6 @@ ROWS = {
          "distribution='orthogonal'): at most one probe per dimension; got 3 for 2 dimensions."),
         ({"divergence": PER_PROBE}, f"^cnf(divergence=...): {OF_EACH}"),
         ({"regularizers": (PER_NUMBER,)}, f"^cnf(regularizers=...): {OF_EACH}"),
-        ({"steer": 0.1}, "^nll: steer=0.1 needs random numbers; got key=None. Pass key=jax.random"),
         *(
             ({"divergence": given, "regularizers": (jacobian_frobenius(0.1),)}, "^nll: a ~"
              f"needs the norm of the Jacobian, which the divergence ({called}) does not provide")

@@ -77,10 +77,10 @@ ROWS = [
         for row in must(direction, ValueError, "-1, 0 or 1", {"Event": "direction"})
     ),
     *must(-1, ValueError, "~finite and at least 0", {
-        "cnf": "steer", "kinetic_energy": "weight", "jacobian_frobenius": "weight",
+        "kinetic_energy": "weight", "jacobian_frobenius": "weight",
         "optimal_transport": "condition_weight", "fit": "seconds",
     }),
-    *must("a", ValueError, "a Python number, finite and at least 0", {"cnf": "steer"}),
+    *must("a", ValueError, "a Python number, finite and at least 0", {"kinetic_energy": "weight"}),
     *must(np.nan, ValueError, "~finite~", {"optimal_transport": "condition_weight"}),
     *must("a", TypeError, "a real number", {"solve": "rtol", "matching_loss": "time_power"}),
     *must(None, TypeError, "a real number", {"matching_loss": "time_power"}),

@@ -53,7 +53,7 @@ FLOW = problems.Workload(3, 8, (5, 5), own=True)
 ODE = {"state": 4, "width": 4, "batch": 4, "times": 2, "own": True}
 IMAGES = problems.Images(4, 4, 1, (4, 4), patch=2)
 MAX_STEPS = 4096  # the default of all
-KINDS = ("RNODE: both, (0.05), (0.02)", "STEER: steer=0.1")
+KINDS = ("none", "RNODE: both, (0.05), (0.02)")
 OF_VALUES = ("jaxode", "diffrax, vmap", "torchode", "scipy")
 OF_GRADIENTS = ("jaxode, vmap", "torchode", "scipy")
 

@@ -39,7 +39,7 @@ class NLLStats(NamedTuple):
     """Statistics that `nll_and_stats` returns beside the loss."""
 
     log_prob: Float[Array, " batch"]
-    """Log-density of each sample, in nats; with `steer`, by the solve to a random end."""
+    """Log-density of each sample, in nats."""
     log_det: Float[Array, " batch"]
     """Its change-of-volume part: `log_prob - log p_base(z(t0))`."""
     stats: Stats
