@@ -16,18 +16,30 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_finite
-from jaxode.estimation.observations import posed
-from jaxode.estimation.residuals import Misfit, least_squares, of_observations
+from jaxode.estimation.observations import Given, posed
+from jaxode.estimation.residuals import ObservedODE, least_squares, of_observations
 from jaxode.estimation.slopes import match_slopes
-from jaxode.estimation.starts import ROUNDS, ROWS, STEPS, Ends, Runs, improved, with_matched
+from jaxode.estimation.starts import (
+    FULL_ROUNDS,
+    STARTS_AT_ONCE,
+    STEPS_PER_ROUND,
+    Ends,
+    Runs,
+    improved,
+    with_matched,
+)
 from jaxode.ode.field import VectorField
 from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
-TINY = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}  # singular values that are none
-LOOSE, VAGUE = 1e-3, 10.0  # of a direction without values; errors beside 1 + the size of a number
-UNLIKELY, MATTERS = 4.5, 1.2  # normal deviations of a chi-square; part of it that errors notice
-OWN = (  # options of `solve` that it sets, or has no use for
+# The largest singular value, as a part of the first, of a direction that changes no residual.
+NULL_SINGULAR_VALUE = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}
+NULL_COMPONENT = 1e-3  # the largest component of a null vector in a parameter that is determined
+VAGUE_ERROR = 10.0  # warn of standard errors above this, in units of 1 + |parameter|
+# Warn of residuals beyond the given noise if their chi-square is this many standard deviations
+# above its mean, and this many times the mean: a smaller factor hardly changes standard errors.
+UNLIKELY_DEVIATIONS, UNLIKELY_FACTOR = 4.5, 1.2
+NOT_OPTIONS = (  # options of `solve` that it sets, or has no use for
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
     "axis_name", "steps", "mass",
 )  # fmt: skip
@@ -53,7 +65,7 @@ class Estimate(eqx.Module):
     """Half the sum of squares where each start ended; infinite where it was given up."""
     converged: Bool[Array, ""]
     """Whether least squares ended at its tolerance."""
-    _problem: Misfit
+    _problem: ObservedODE
     _together: int = eqx.field(static=True)
 
     @public("profile")
@@ -108,7 +120,7 @@ class Estimate(eqx.Module):
             near = [min(done, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
             starts = jnp.where(chosen, values[rows][:, None], jnp.asarray(np.stack(near)))
             found = least_squares(
-                of_observations, data, starts, chosen, STEPS, jnp.zeros(size, flat.dtype)
+                of_observations, data, starts, chosen, STEPS_PER_ROUND, jnp.zeros(size, flat.dtype)
             )
             ends[rows], costs[rows] = found.flats, found.costs
             done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
@@ -180,10 +192,11 @@ def estimate(
     """
     check_not_traced("chooses among starts", starts, ts, ys)
     known = inspect.signature(solve).parameters
-    if wrong := [name for name in options if name in OWN or name not in known]:
+    if wrong := [name for name in options if name in NOT_OPTIONS or name not in known]:
         raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")
-    functions: dict[str, Any] = {"observe": observe, "residual": residual, "prior": prior}
-    problem, flats = posed(f, y0, ts, ys, starts, t0, functions, noise, row_args, options)
+    problem, flats = posed(
+        Given(f, y0, ts, ys, starts, t0, observe, noise, residual, prior, row_args, options)
+    )
     solver = options.get("solver")
     stiff = isinstance(solver, Rodas5P | Rosenbrock23)
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
@@ -199,14 +212,14 @@ def estimate(
         )
     if matched is None:
         runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])
-        size = min(ROWS, len(flats))
+        size = min(STARTS_AT_ONCE, len(flats))
     else:
         runs = with_matched(problem, np.asarray(flats), *matched)
-        size = min(ROWS, 2 * len(flats))
+        size = min(STARTS_AT_ONCE, 2 * len(flats))
     return _described(problem, improved(problem, runs, size), size)
 
 
-def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
+def _described(problem: ObservedODE, ends: Ends, together: int) -> Estimate:
     unravel, dtype, best = problem.unravel, problem.ts.dtype, int(np.argmin(ends.costs))
     flat, cost, jacobian = ends.runs.flats[best], float(ends.costs[best]), ends.jacobians[best]
     costs = np.append(ends.costs, np.inf)[ends.runs.of_start]  # of both ways of a start
@@ -226,8 +239,8 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
             stacklevel=4,
         )
     noise = noise if problem.residual is None else None
-    covariance, errors = _uncertainty(jacobian, scale, TINY[dtype])
-    wide = errors > VAGUE * (1 + np.abs(flat))
+    covariance, errors = _uncertainty(jacobian, scale, NULL_SINGULAR_VALUE[dtype])
+    wide = errors > VAGUE_ERROR * (1 + np.abs(flat))
     if vague := [name for name, of in zip(_names(problem.template), wide, strict=True) if of]:
         warnings.warn(
             f"estimate: the observations do not determine {', '.join(vague)}: their standard "
@@ -237,8 +250,8 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
         )
     if not ends.converged[best]:
         warnings.warn(
-            f"estimate: least squares did not converge in {STEPS * ROUNDS} steps. The standard "
-            "errors may be wrong. Start nearer, or lower rtol and atol.",
+            f"estimate: least squares did not converge in {STEPS_PER_ROUND * FULL_ROUNDS} steps. "
+            "The standard errors may be wrong. Start nearer, or lower rtol and atol.",
             stacklevel=4,
         )
     tree, square = lambda x: unravel(jnp.asarray(x, dtype)), float(problem.unit) ** 2
@@ -253,10 +266,10 @@ def _described(problem: Misfit, ends: Ends, together: int) -> Estimate:
 def _is_unlikely(square: float, free: int) -> bool:
     """Whether a chi-square is too large, by Wilson and Hilferty (1931), and by how much errors
     would change."""
-    if free <= 0 or square <= MATTERS * free:
+    if free <= 0 or square <= UNLIKELY_FACTOR * free:
         return False
     spread = 2 / (9 * free)
-    return (square / free) ** (1 / 3) - (1 - spread) > UNLIKELY * math.sqrt(spread)
+    return (square / free) ** (1 / 3) - (1 - spread) > UNLIKELY_DEVIATIONS * math.sqrt(spread)
 
 
 def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):
@@ -268,7 +281,7 @@ def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):
     units = np.where(sizes > 0, sizes, 1.0)
     _, values, vectors = np.linalg.svd(jacobian / units, full_matrices=False)
     none = values <= max(values[0], 1e-30) * tiny
-    lost = (sizes == 0) | (np.abs(vectors[none]) > LOOSE).any(axis=0)
+    lost = (sizes == 0) | (np.abs(vectors[none]) > NULL_COMPONENT).any(axis=0)
     inverse = vectors[~none].T / values[~none] ** 2 @ vectors[~none]
     covariance = scale * inverse / units / units[:, None]
     unknown = np.where(np.eye(len(units)) > 0, np.inf, 0.0)

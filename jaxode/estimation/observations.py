@@ -1,7 +1,7 @@
 """Check what `jaxode.estimate` gets, and pose the least-squares problem."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import check_observed_times
-from jaxode.estimation.residuals import TOLERANCES, Misfit
+from jaxode.estimation.residuals import PARAMETER_TOLERANCE, ObservedODE
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
@@ -35,32 +35,57 @@ CALLS = {  # arguments of a user's functions
 }
 
 
-def posed(
-    f: Any,
-    y0: Any,
-    ts: Any,
-    ys: Any,
-    starts: Any,
-    t0: Any,
-    functions: dict[str, Any],
-    noise: Any,
-    row_args: Any,
-    options: dict[str, Any],
-) -> tuple[Misfit, Float[Array, "starts n"]]:
+class Given(NamedTuple):
+    """The arguments of `estimate`, as the user passed them."""
+
+    f: Any
+    y0: Any
+    ts: Any
+    ys: Any
+    starts: Any
+    t0: Any
+    observe: Any
+    noise: Any
+    residual: Any
+    prior: Any
+    row_args: Any
+    options: dict[str, Any]
+    """Options of `solve`."""
+
+
+def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"]]:
     """The checked problem, and the starts as vectors."""
-    check_field("f", f, "f(t, y, params)")
-    for name, function in functions.items():
-        if function is not None:
-            _check_function(name, function)
-    if callable(y0):
-        _check_function("y0", y0)
-    check_jumps(options.get("jumps"))
-    starts = _starts(starts)
+    _check_functions(given)
+    starts = _starts(given.starts)
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
-    ts, ys, t0 = _observations(ts, ys, t0, dtype)
+    ts, ys, t0 = _observations(given, dtype)
     spread = _spread(np.asarray(ys, float), ts.ndim - 1)
-    weight = _weight(noise, functions, ys, flats.shape[1], spread)
+    noise = _weight(given, ys, flats.shape[1], spread)
+    y0, row_args = _experiments(given, template, ts, ys, t0)
+    problem = ObservedODE(
+        f=given.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=given.observe,
+        residual=given.residual, noise=noise, estimated=given.noise is None, prior=given.prior,
+        row_args=row_args, options=_solve_options(given, spread, dtype),
+    )  # fmt: skip
+    _check_shapes(problem)
+    return problem, flats
+
+
+def _check_functions(given: Given) -> None:
+    """Raise for functions that cannot be called as they will be."""
+    check_field("f", given.f, "f(t, y, params)")
+    for name in ("observe", "residual", "prior"):
+        if getattr(given, name) is not None:
+            _check_function(name, getattr(given, name))
+    if callable(given.y0):
+        _check_function("y0", given.y0)
+    check_jumps(given.options.get("jumps"))
+
+
+def _experiments(given: Given, template: PyTree, ts: Array, ys: Array, t0: Array):
+    """The state at the start, or its function, and the arguments of each experiment."""
+    y0, row_args = given.y0, given.row_args
     state = check_state("y0", y0(template) if callable(y0) else y0)
     if ts.ndim == 2:
         check_rows("y0", state, len(ts))
@@ -70,20 +95,19 @@ def posed(
             f"{arg('row_args')} are of several experiments; got ts of one. Pass ts [rows, times]."
         )
     check_knots("row_args", row_args, (t0, ts[..., -1]))
-    if functions["observe"] is None:
+    if given.observe is None:
         _check_whole(state, ts, ys)
     if not callable(y0):
-        y0 = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-    tolerance = max(TOLERANCES[dtype] / 100, 1e-6)
-    size = min(spread, 1.0) if functions["observe"] is None else 1.0  # of the state
+        y0 = jax.tree.map(lambda leaf: leaf.astype(ts.dtype), state)
+    return y0, row_args
+
+
+def _solve_options(given: Given, spread: float, dtype: Any) -> dict[str, Any]:
+    """The options of the solves: tolerances a hundred times finer than those of the parameters."""
+    tolerance = max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6)
+    size = min(spread, 1.0) if given.observe is None else 1.0  # of the state
     atol = jnp.asarray(tolerance * size, dtype)  # an input of the program, since it varies
-    options = {"rtol": tolerance, "atol": atol, **options}
-    problem = Misfit(
-        f=f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, noise=weight, estimated=noise is None,
-        row_args=row_args, options=options, **functions,
-    )  # fmt: skip
-    _check_shapes(problem, functions)
-    return problem, flats
+    return {"rtol": tolerance, "atol": atol, **given.options}
 
 
 def _check_function(name: str, function: Any) -> None:
@@ -97,10 +121,10 @@ def _check_function(name: str, function: Any) -> None:
         )
 
 
-def _check_shapes(problem: Misfit, functions: dict[str, Any]) -> None:
+def _check_shapes(problem: ObservedODE) -> None:
     """Raise unless predictions and residuals are like observations: others would broadcast."""
     shape = problem.ys.shape
-    if functions["observe"] is not None:
+    if problem.observe is not None:
         found = jax.eval_shape(problem.predicted, problem.template, jnp.max(problem.ts))
         if getattr(found, "shape", None) != shape:
             got = described(found) if not hasattr(found, "shape") else f"shape {found.shape}"
@@ -108,8 +132,8 @@ def _check_shapes(problem: Misfit, functions: dict[str, Any]) -> None:
                 f"{arg('observe')} must return one observation, so that together they are like "
                 f"ys, {shape}; got {got}."
             )
-    if functions["residual"] is not None:
-        found = jax.eval_shape(functions["residual"], problem.ys, problem.ys)
+    if problem.residual is not None:
+        found = jax.eval_shape(problem.residual, problem.ys, problem.ys)
         if getattr(found, "shape", None) != shape:
             raise ValueError(
                 f"{arg('residual')} must return residuals like ys, {shape}; got {found}."
@@ -130,17 +154,18 @@ def _starts(starts: Any) -> PyTree[Array]:
     return starts
 
 
-def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, Array]:
-    check_number("t0", t0, TIME, kind="time")
-    start, given = t0, numbers("ts", ts)
-    ts, ys, t0 = (floating(x).astype(dtype) for x in (given, numbers("ys", ys), t0))
+def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
+    """Their times, the values, and the time of the start."""
+    check_number("t0", given.t0, TIME, kind="time")
+    exact, values = numbers("ts", given.ts), numbers("ys", given.ys)
+    ts, ys, t0 = (floating(x).astype(dtype) for x in (exact, values, given.t0))
     if ts.ndim not in (1, 2) or ys.shape[: ts.ndim] != ts.shape or not ts.size:
         raise ValueError(
             f"{arg('ys')} must be [times, ...] for ts [times], or [rows, times, ...] for ts "
             f"[rows, times]; got shapes {ys.shape} and {ts.shape}."
         )
     check_finite({"ts": ts})
-    check_observed_times(float(start), given, dtype)
+    check_observed_times(float(given.t0), exact, dtype)
     if bool((jnp.diff(ts, axis=-1) < 0).any()):
         raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
     if bool((ts[..., 0] < t0).any()):
@@ -155,19 +180,26 @@ def _observations(ts: Any, ys: Any, t0: Any, dtype: Any) -> tuple[Array, Array, 
     return ts, ys, t0
 
 
-def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int, spread: float) -> Array:
-    """By what residuals are divided: the noise, or the spread of `ys` where the residuals say it,
-    since least squares has absolute tolerances."""
-    used = int((~jnp.isnan(ys)).sum())
+def _weight(given: Given, ys: Array, count: int, spread: float) -> Array:
+    """Returns what divides the residuals: the noise if it is given, else the spread of `ys`, since
+    least squares has absolute tolerances.
+
+    Args:
+        given: arguments of the user.
+        ys: observations.
+        count: number of parameters.
+        spread: the standard deviation of `ys`.
+    """
+    noise, used = given.noise, int((~jnp.isnan(ys)).sum())
     if callable(noise):
         raise TypeError(
             f"{arg('noise')} must be numbers; got a function. Pass a number, or an array that "
             "broadcasts to ys; or leave it out, and the residuals say one number."
         )
-    if noise is not None and functions["residual"] is not None:
+    if noise is not None and given.residual is not None:
         raise ValueError(f"{arg('noise')} is not used with residual. Leave one out.")
-    if noise is None and functions["residual"] is None:
-        if functions["prior"] is not None:
+    if noise is None and given.residual is None:
+        if given.prior is not None:
             raise ValueError(f"{arg('prior')} is weighed against the noise. Pass noise, too.")
         if used <= count:
             raise ValueError(
@@ -175,7 +207,7 @@ def _weight(noise: Any, functions: dict[str, Any], ys: Array, count: int, spread
                 f"{used}. Pass noise."
             )
     if noise is None:
-        return jnp.asarray(1.0 if functions["residual"] is not None else spread, ys.dtype)
+        return jnp.asarray(1.0 if given.residual is not None else spread, ys.dtype)
     weight = floating(numbers("noise", noise)).astype(ys.dtype)
     if not bool(((weight > 0) & jnp.isfinite(weight)).all()):
         raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")

@@ -1,5 +1,6 @@
 """Residuals of an ODE with parameters, and least squares from several starts."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,11 +18,15 @@ from jaxode.ode.field import call_field
 from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
-TOLERANCES = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-3}  # of the parameters
+# Least squares ends when a step changes the parameters by less than this part.
+PARAMETER_TOLERANCE = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-3}
 
 
-class Misfit(eqx.Module):
-    """Residuals, whose half squares are negative log-densities, as a function of a vector."""
+class ObservedODE(eqx.Module):
+    """An ODE with unknown parameters, and its observations.
+
+    Half squares of its residuals are negative log-densities, up to a constant.
+    """
 
     f: Callable[..., PyTree]
     y0: PyTree
@@ -69,8 +74,10 @@ class Misfit(eqx.Module):
         observe = self.observe
         if observe is None:
             return ys
-        call = {"name": "observe", "kind": "what is observed"}
-        seen = lambda t, y, row: call_field(observe, t, y, params, row=row, **call)
+
+        def seen(t, y, row):
+            return call_field(observe, t, y, params, "observe", "what is observed", row=row)
+
         each = jax.vmap(seen, (0, 0, None))
         return each(ts, ys, None) if batch is None else jax.vmap(each)(ts, ys, self.row_args)
 
@@ -81,8 +88,11 @@ class Misfit(eqx.Module):
         seen = (self.ts <= end).reshape(self.ts.shape + (1,) * (self.ys.ndim - self.ts.ndim))
         seen = seen & ~jnp.isnan(self.ys)
         ys = jnp.where(seen, self.ys, jax.lax.stop_gradient(predicted))
-        apart = self.residual or (lambda predicted, observed: (predicted - observed) / self.noise)
-        found = [jnp.where(seen, apart(predicted, ys), 0.0).ravel()]
+        if self.residual is None:
+            apart = (predicted - ys) / self.noise
+        else:
+            apart = self.residual(predicted, ys)
+        found = [jnp.where(seen, apart, 0.0).ravel()]
         if self.prior is not None:
             found.extend(jnp.ravel(leaf) for leaf in jax.tree.leaves(self.prior(params)))
         return jnp.concatenate(found)
@@ -99,7 +109,7 @@ class Fits(NamedTuple):
 
 
 @compiled
-def misfits(residuals: Callable[..., Array], data: Any, flats: Float[Array, "starts n"]) -> Array:
+def costs_at(residuals: Callable[..., Array], data: Any, flats: Float[Array, "starts n"]) -> Array:
     """Half the sum of squares at each start; infinite where it cannot be solved."""
     costs = jax.vmap(lambda flat: 0.5 * jnp.sum(residuals(flat, data) ** 2))(flats)
     return jnp.where(jnp.isfinite(costs), costs, jnp.inf)
@@ -114,31 +124,33 @@ def least_squares(
     steps: int,
     hold: Float[Array, " starts"],
 ) -> Fits:
-    """From each start, to where the squares are least. What is `fixed` stays. `hold` weighs the
-    distance from the start, in units of its size or one, as further residuals, which the result
-    does not count."""
+    """Minimize half the sum of squares from each start, by Levenberg-Marquardt.
+
+    Args:
+        residuals: a function `residuals(flat, data)` of one vector of parameters.
+        data: whatever else it depends on.
+        flats: the starts.
+        fixed: parameters that stay where they start.
+        steps: the largest number of steps.
+        hold: weighs the distance from the start, in units of its size or one, as further residuals,
+            which the result does not count.
+    """
     import optimistix as optx
 
-    tolerance = TOLERANCES[flats.dtype]
+    tolerance = PARAMETER_TOLERANCE[flats.dtype]
     method = optx.LevenbergMarquardt(tolerance, math.sqrt(tolerance) * tolerance)
 
     def improve(start, hold):
-        unit = jnp.maximum(jnp.abs(start), 1.0)  # of each parameter, since the damping has none
-        of_free = lambda flat: (lambda r: (r, r))(residuals(jnp.where(fixed, start, flat), data))
-        # The Jacobian once a step: what is linearized would be solved again for each product.
-        search = jax.custom_jvp(lambda flat: jax.jacfwd(of_free, has_aux=True)(flat)[::-1])
+        def of_free(flat):
+            return residuals(jnp.where(fixed, start, flat), data)
 
-        @search.defjvp
-        def derivative(primals, tangents):
-            r, jacobian = search(*primals)
-            return (r, jacobian), (jacobian @ tangents[0], jnp.zeros_like(jacobian))
-
-        def with_aux(scaled, _):
-            r, jacobian = search(unit * scaled)
+        def held(scaled, _):
+            r, jacobian = linearized(of_free, unit * scaled)
             return jnp.concatenate([r, hold * (scaled - start / unit)]), (r, jacobian)
 
+        unit = jnp.maximum(jnp.abs(start), 1.0)  # of each parameter, since the damping has none
         found = optx.least_squares(
-            with_aux, method, start / unit, max_steps=steps, throw=False, has_aux=True
+            held, method, start / unit, max_steps=steps, throw=False, has_aux=True
         )
         r, jacobian = found.aux
         cost = 0.5 * jnp.sum(r**2)
@@ -148,7 +160,28 @@ def least_squares(
     return jax.vmap(improve)(flats, hold)
 
 
-def of_observations(flat: Float[Array, " n"], data: tuple[Misfit, Float[Array, ""]]) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def linearized(
+    f: Callable[[Array], Array], x: Float[Array, " n"]
+) -> tuple[Float[Array, " m"], Float[Array, "m n"]]:
+    """`f(x)` and its Jacobian, which is also the derivative of the first: a product with it solves
+    no ODE again."""
+
+    def twice(x):
+        y = f(x)
+        return y, y
+
+    jacobian, y = jax.jacfwd(twice, has_aux=True)(x)
+    return y, jacobian
+
+
+@linearized.defjvp
+def _(f, primals, tangents):
+    y, jacobian = linearized(f, *primals)
+    return (y, jacobian), (jacobian @ tangents[0], jnp.zeros_like(jacobian))
+
+
+def of_observations(flat: Float[Array, " n"], data: tuple[ObservedODE, Float[Array, ""]]) -> Array:
     """The residuals of observations up to a time, as `least_squares` takes them."""
     problem, end = data
     return problem.residuals(flat, end)

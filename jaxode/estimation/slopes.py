@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import check_derivative
-from jaxode.estimation.residuals import Misfit, least_squares
+from jaxode.estimation.residuals import ObservedODE, least_squares
 from jaxode.ode.field import call_field
 
-LEAST, STEPS = 5, 100  # observations of a series, of which a spline can be made; of the search
+FEWEST_FOR_A_SPLINE = 5  # observations of a series
+MATCHING_STEPS = 100
 
 
 def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -24,7 +25,7 @@ def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
     for i in np.ndindex(ys.shape[:-1]):
         first = np.unique(ts[i], return_index=True)[1]
         kept = first[~np.isnan(ys[i][first])]
-        if len(kept) < LEAST:
+        if len(kept) < FEWEST_FOR_A_SPLINE:
             return None
         start, unit = ts[i][kept[0]], np.ptp(ts[i][kept]) / (len(kept) - 1)
         at = (ts[i] - start) / unit  # SciPy's bounds of the smoothing fit a spacing of about one
@@ -36,7 +37,7 @@ def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
     return values, slopes
 
 
-def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
+def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"]):
     """The end of least squares of slopes from each start, and the half sums; None where there
     are too few observations, or `f` is finite at none."""
     ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
@@ -53,7 +54,7 @@ def match_slopes(problem: Misfit, starts: Float[Array, "starts n"]):
     fixed = jnp.zeros(starts.shape[1], bool)
     data = problem, values, slopes, scale
     free = jnp.zeros(len(starts), starts.dtype)
-    ends = least_squares(_apart, data, starts, fixed, STEPS, free)
+    ends = least_squares(_apart, data, starts, fixed, MATCHING_STEPS, free)
     costs = np.asarray(ends.costs)
     return (np.asarray(ends.flats), costs) if np.isfinite(costs).any() else None
 

@@ -1,5 +1,6 @@
 """Least squares from many starts, on more and more of the observations."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -10,14 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
-from jaxode.estimation.residuals import Misfit, least_squares, misfits, of_observations
+from jaxode.estimation.residuals import ObservedODE, costs_at, least_squares, of_observations
 
-ROWS = 8  # starts that are improved at once
-FACTOR = 10.0  # of the least cost, above which all but the `ROWS` best starts are given up
-PARTS = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0  # of the observations, one after the other
-HOLD = 0.1  # weight of the distance from a start, in residuals of it, but for all observations
-STEPS, ROUNDS = 50, 4  # of least squares, and how often all observations get them
-ALIKE = 1e-3  # relative distance of two ends that are one
+STARTS_AT_ONCE = 8  # the rows of one solve
+GIVE_UP_FACTOR = 10.0  # drop runs above this many times the least cost, except the best eight
+# Fit the observations up to these parts of their times, one part after the other.
+PARTS_OF_TIMES = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0
+# Until all observations are fitted, weigh the distance from a start by this much of its residuals.
+HOLD_WEIGHT = 0.1
+STEPS_PER_ROUND = 50  # of least squares
+FULL_ROUNDS = 4  # rounds on all observations, at most
+SAME_END = 1e-3  # merge ends whose parameters and costs differ by less than this part
 
 
 class Runs(NamedTuple):
@@ -37,7 +41,9 @@ class Ends(NamedTuple):
     jacobians: Float[np.ndarray, "runs m n"]
 
 
-def with_matched(problem: Misfit, starts: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> Runs:
+def with_matched(
+    problem: ObservedODE, starts: np.ndarray, ends: np.ndarray, costs: np.ndarray
+) -> Runs:
     """Collect the ends of gradient matching and of fits to the first observations."""
     count = len(starts)
     matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs)
@@ -45,55 +51,60 @@ def with_matched(problem: Misfit, starts: np.ndarray, ends: np.ndarray, costs: n
     # Of a size that does not depend on the data.
     together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
     data = problem, _end(problem, 0)
-    of_all = np.asarray(misfits(of_observations, data, jnp.asarray(together)))
-    near = np.flatnonzero(of_all[count:] <= FACTOR * of_all.min())
+    of_all = np.asarray(costs_at(of_observations, data, jnp.asarray(together)))
+    near = np.flatnonzero(of_all[count:] <= GIVE_UP_FACTOR * of_all.min())
     place = np.full(count, -1)
     place[near] = least + np.arange(len(near))
     flats = np.concatenate([matched.flats, starts[near]])
     return Runs(flats, np.concatenate([matched.of_start, place[:, None]], axis=1))
 
 
-def _end(problem: Misfit, number: int) -> Array:
+def _end(problem: ObservedODE, number: int) -> Array:
     """The last time of a part of the observations, which are more than the parameters."""
     ts, ys = (np.asarray(part) for part in (problem.ts, problem.ys))
     times, at = np.unique(ts, return_inverse=True)
     seen = (~np.isnan(ys)).reshape(ts.size, -1).sum(axis=1)
     so_far = np.cumsum(np.bincount(at.ravel(), seen))
     first = np.searchsorted(so_far, len(ravel_pytree(problem.template)[0]), side="right")
-    last = math.ceil(PARTS[min(number, len(PARTS) - 1)] * len(times)) - 1
+    last = math.ceil(PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)) - 1
     return jnp.asarray(times[min(max(last, first), len(times) - 1)], ts.dtype)
 
 
-def improved(problem: Misfit, runs: Runs, size: int) -> Ends:
+def improved(problem: ObservedODE, runs: Runs, size: int) -> Ends:
     """The ends of runs of least squares, `size` at a time, on more and more observations."""
-    free = jnp.zeros(runs.flats.shape[1], bool)
-    for number in range(len(PARTS) + ROUNDS - 1):
-        data, found = (problem, _end(problem, number)), []
-        whole = number >= len(PARTS) - 1
-        for i in range(0, len(runs.flats), size):
-            rows = np.resize(np.arange(i, min(i + size, len(runs.flats))), size)
-            starts = jnp.asarray(runs.flats[rows])
-            hold = jnp.zeros(size, starts.dtype)
-            if not whole:  # what few observations do not determine would run away
-                misfit = misfits(of_observations, data, starts) / problem.ys.size
-                hold = jnp.where(jnp.isfinite(misfit), HOLD * jnp.sqrt(misfit), hold)
-            some = least_squares(of_observations, data, starts, free, STEPS, hold)
-            found.append([np.asarray(x)[: len(runs.flats) - i] for x in some])
-        given = runs.flats
-        flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
-        runs = runs._replace(flats=flats)
-        if not np.isfinite(costs).any():
+    first_whole = len(PARTS_OF_TIMES) - 1
+    for number in itertools.count():
+        end, whole = _end(problem, number), number >= first_whole
+        ends = _fitted(problem, end, runs, size, hold=not whole)
+        if not np.isfinite(ends.costs).any():
             raise SolveError(
-                f"{arg('starts')} none could be solved up to t = {float(data[1]):g}. From one of "
-                f"them, {_cause(*data, given[0])}"
+                f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
+                f"them, {_cause(problem, end, runs.flats[0])}"
             )
-        if whole and (converged[np.argmin(costs)] or number == len(PARTS) + ROUNDS - 2):
+        settled = ends.converged[np.argmin(ends.costs)] or number == first_whole + FULL_ROUNDS - 1
+        if whole and settled:
             break
-        runs = _distinct(runs, costs)
-    return Ends(runs, costs, converged, jacobians)
+        runs = _distinct(ends.runs, ends.costs)
+    return ends
 
 
-def _cause(problem: Misfit, end: Array, start: np.ndarray) -> str:
+def _fitted(problem: ObservedODE, end: Array, runs: Runs, size: int, hold: bool) -> Ends:
+    """Fit the observations up to `end`, from `size` starts at a time."""
+    data, found, count = (problem, end), [], len(runs.flats)
+    free = jnp.zeros(runs.flats.shape[1], bool)
+    for i in range(0, count, size):
+        starts = jnp.asarray(runs.flats[np.resize(np.arange(i, min(i + size, count)), size)])
+        weights = jnp.zeros(size, starts.dtype)
+        if hold:  # what few observations do not determine would run away
+            mean = costs_at(of_observations, data, starts) / problem.ys.size
+            weights = jnp.where(jnp.isfinite(mean), HOLD_WEIGHT * jnp.sqrt(mean), weights)
+        fits = least_squares(of_observations, data, starts, free, STEPS_PER_ROUND, weights)
+        found.append([np.asarray(leaf)[: count - i] for leaf in fits])
+    flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
+    return Ends(runs._replace(flats=flats), costs, converged, jacobians)
+
+
+def _cause(problem: ObservedODE, end: Array, start: np.ndarray) -> str:
     """Why the residuals at a start are not finite."""
     flat = jnp.asarray(start)
     params = problem.unravel(flat)
@@ -125,12 +136,12 @@ def _distinct(runs: Runs, costs: np.ndarray) -> Runs:
     for i in order[np.isfinite(costs[order])]:
         same = [
             place for place, j in enumerate(kept)
-            if costs[i] <= (1 + ALIKE) * costs[j]
-            and np.max(np.abs(flats[i] - flats[j]) / (1 + np.abs(flats[j]))) < ALIKE
+            if costs[i] <= (1 + SAME_END) * costs[j]
+            and np.max(np.abs(flats[i] - flats[j]) / (1 + np.abs(flats[j]))) < SAME_END
         ]  # fmt: skip
         if same:
             to[i] = same[0]
-        elif len(kept) < ROWS or costs[i] <= FACTOR * costs[kept[0]]:
+        elif len(kept) < STARTS_AT_ONCE or costs[i] <= GIVE_UP_FACTOR * costs[kept[0]]:
             to[i] = len(kept)
             kept.append(i)
     return Runs(flats[kept], to[runs.of_start])

@@ -210,7 +210,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Observations that are missing count.
     ("estimation/residuals.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
     # No part of the observations comes first.
-    ("estimation/starts.py", "PARTS[min(number, len(PARTS) - 1)] * len(times)", "len(times)"),
+    ("estimation/starts.py", "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)", "len(times)"),
     ("estimation/estimate.py", "covariance = scale * inverse", "covariance = inverse"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
