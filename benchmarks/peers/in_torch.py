@@ -22,7 +22,7 @@ from benchmarks.peers.flows import augmented, augmented_exact
 from benchmarks.peers.odes import series_loss
 from jaxode.nn import Mixer, Residual
 from jaxode.nn.network import WAVES
-from jaxode.nn.residual import BOUND
+from jaxode.nn.residual import LARGEST_ACTIVATION
 
 ACTIVATIONS = {jnp.tanh: torch.tanh, jax.nn.gelu: partial(gelu, approximate="tanh")}
 
@@ -99,14 +99,14 @@ def _residual(m, activation, t, z, *context):
     for block, modulation in zip(m.blocks, m.modulation, strict=True):
         a, b = affine(modulation, known).chunk(2, dim=1)
         h = h + affine(block, silu((1 + a) * h + b))
-    bounded = BOUND * torch.tanh(silu(h) / BOUND)
+    bounded = LARGEST_ACTIVATION * torch.tanh(silu(h) / LARGEST_ACTIVATION)
     return affine(m.last, bounded) + affine(m.scale, known) * z
 
 
 def _mixer(m, activation, t, z):
     """A network for images of one channel; `activation` is the default of jaxode."""
     affine = lambda dense, x: linear(x, dense.weight, dense.bias)
-    bounded = lambda x: BOUND * torch.tanh(x / BOUND)
+    bounded = lambda x: LARGEST_ACTIVATION * torch.tanh(x / LARGEST_ACTIVATION)
     layers = lambda pair, x: affine(pair[1], activation(affine(pair[0], x)))
     down, size, across = m._tiled[:3]
     n, numbers = len(z), size * size

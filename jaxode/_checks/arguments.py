@@ -146,11 +146,16 @@ def takes(function: Any, *args: Any) -> bool:
 
 def native(tree: PyTree) -> PyTree:
     """The tree with NumPy arrays in native byte order, the only one that JAX accepts."""
-    is_foreign = lambda x: isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
-    if not any(map(is_foreign, jax.tree.leaves(tree))):
+    if not any(map(_is_foreign, jax.tree.leaves(tree))):
         return tree
-    turn = lambda x: x.astype(x.dtype.newbyteorder("=")) if is_foreign(x) else x
-    return jax.tree.map(turn, tree)
+    return jax.tree.map(
+        lambda x: x.astype(x.dtype.newbyteorder("=")) if _is_foreign(x) else x, tree
+    )
+
+
+def _is_foreign(x: Any) -> bool:
+    """Whether it is a NumPy array in another byte order."""
+    return isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
 
 
 def described(value: Any) -> str:

@@ -87,7 +87,7 @@ class SolveError(RuntimeError):
     """A solve did not reach its end time, or a loss is not finite. The message names the cause."""
 
 
-# What to try where more is known.
+# Advice that replaces that of `EXPLANATIONS` for some solvers.
 Remedies = dict[Result, str]
 IMPLICIT = {
     Result.MAX_STEPS_REACHED: (

@@ -134,7 +134,7 @@ def _all(holds: Any) -> Any:
 
 
 # The argument that a caller names, and the rows of a batch that break a rule.
-NUMBER, ROWS = "{name}=...", "got NaN or inf in {rows}"
+NUMBER, NOT_FINITE = "{name}=...", "got NaN or inf in {rows}"
 TIME = Rule(NUMBER, _is_finite, "must be a finite time")
 TOLERANCE = Rule(
     NUMBER, lambda x: _all((x >= 0) & _is_finite(x)), "must be a finite tolerance of at least 0"
@@ -147,7 +147,7 @@ FINITE_STATE = Rule(
     "must be finite; got NaN or inf", "Fix its source.",
 )  # fmt: skip
 FINITE = Rule(
-    NUMBER, finite_rows, f"must be finite; {ROWS}",
+    NUMBER, finite_rows, f"must be finite; {NOT_FINITE}",
     "Leave those rows out, or fix their source.",
 )  # fmt: skip
 FINITE_WEIGHTED = FINITE._replace(
@@ -155,23 +155,23 @@ FINITE_WEIGHTED = FINITE._replace(
 )
 FINITE_UNWEIGHTED = Rule(
     NUMBER, lambda weights, *leaves: (weights != 0) | finite_rows(*leaves),
-    f"must be finite, with joint steps also in rows of weight 0; {ROWS}",
+    f"must be finite, with joint steps also in rows of weight 0; {NOT_FINITE}",
     "Leave those rows out, or pass batch='per_sample' to cnf.",
 )  # fmt: skip
 FINITE_BASE = Rule(
-    "base=...", finite_rows, f"must draw finite samples; {ROWS}",
+    "base=...", finite_rows, f"must draw finite samples; {NOT_FINITE}",
     "Fix its parameters or its method `sample`.",
 )  # fmt: skip
-# Of the target of the reverse divergence, at the samples of the flow.
+# The target of the reverse divergence, at samples of the flow.
 _TARGET = Rule(
     "log_density=...", lambda finite: finite, "",
     "Bound the energy where samples may come, or start with a flow that stays away from there.",
 )  # fmt: skip
-FINITE_TARGET = _TARGET._replace(words=f"must be finite at the samples of the flow; {ROWS}")
+FINITE_TARGET = _TARGET._replace(words=f"must be finite at the samples of the flow; {NOT_FINITE}")
 FINITE_SLOPE = _TARGET._replace(
-    words=f"must have a finite gradient at the samples of the flow; {ROWS}"
+    words=f"must have a finite gradient at the samples of the flow; {NOT_FINITE}"
 )
-# Of the maps around a density.
+# The maps around a density.
 INSIDE = Rule(
     "support=...", lambda inside, rows: np.asarray(inside) | ~_finite_in_numpy(rows),
     "the data must lie strictly inside; got values on or outside it in {rows}",
@@ -194,7 +194,7 @@ PERMUTATION = Rule(
     "{rows}", "Return each row number once.",
 )  # fmt: skip
 
-# Of a field one period on, in units of the tolerance; what is not finite fails elsewhere.
+# Differences of a field one period on, in units of the tolerance. NaN fails elsewhere.
 PERIODIC = Rule(
     NUMBER, lambda off: ~(off > 1),
     "the field must have the periods of its base, a torus; got another value one period on",

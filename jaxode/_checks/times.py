@@ -144,17 +144,20 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
         if ts is None:
             return span_lost, np.False_
         outputs, outputs_moved = _stored(ts, dtype)
-        shape = np.broadcast_shapes(span.shape, outputs.shape[:-1])
         xp = np if is_known((t0, t1, ts)) else jnp
-        column = lambda x: xp.broadcast_to(x, shape)[..., None]
-        rows = lambda x: xp.broadcast_to(x, (*shape, x.shape[-1]))
-        steps = lambda t0, ts, t1: xp.diff(
-            xp.concatenate([column(t0), rows(ts), column(t1)], axis=-1)
-        )
-        gaps, moved = steps(start, outputs, end), steps(start_moved, outputs_moved, end_moved)
-        merged = (gaps + moved == 0) & (abs(gaps) > eps * column(span))
-        far = abs(rows(outputs_moved) - column(start_moved)) > 1e-3 * column(span)
+        times = _from_end_to_end(xp, start, outputs, end)
+        moved = _from_end_to_end(xp, start_moved, outputs_moved, end_moved)
+        gaps, whole = xp.diff(times), abs(times[..., -1:] - times[..., :1])
+        merged = (gaps + xp.diff(moved) == 0) & (abs(gaps) > eps * whole)
+        far = abs(moved[..., 1:-1] - moved[..., :1]) > 1e-3 * whole
         return span_lost, far.any(axis=-1) | merged.any(axis=-1)
+
+
+def _from_end_to_end(xp: Any, start: Any, ts: Any, end: Any) -> Any:
+    """The start, the times `[..., times]` and the end of each row, `[..., times + 2]`."""
+    shape = np.broadcast_shapes(start.shape, ts.shape[:-1], end.shape)
+    first, last = (xp.broadcast_to(t, shape)[..., None] for t in (start, end))
+    return xp.concatenate([first, xp.broadcast_to(ts, (*shape, ts.shape[-1])), last], axis=-1)
 
 
 def _check_order(name: str, t0: float, t1: float, ts: np.ndarray) -> None:

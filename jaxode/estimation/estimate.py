@@ -91,25 +91,14 @@ class Estimate(eqx.Module):
             TypeError, ValueError: if `where` is not one number of the parameters.
         """
         flat, unravel = ravel_pytree(self.params)
-        choose = lambda flat: jnp.reshape(where(unravel(flat)), ())
-        try:
-            value, slope = jax.value_and_grad(choose)(flat)
-        except (TypeError, KeyError, IndexError) as error:
-            raise TypeError(
-                f"{arg('where')} must choose one number, as lambda params: params['k'][0]; got "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        chosen = slope != 0
-        if int(chosen.sum()) != 1 or slope[chosen][0] != 1 or value != flat[chosen][0]:
-            raise ValueError(
-                f"{arg('where')} must choose one parameter itself, and no function of some. Pass "
-                "values of it."
-            )
+        chosen = _one_parameter(where, flat, unravel)
+        value = flat[chosen][0]
         values = floating(values).astype(flat.dtype)
         if values.ndim != 1:
             raise ValueError(f"{arg('values')} must be [values]; got shape {values.shape}.")
         check_finite({"values": values})
-        # From the nearest value on: each from where the nearest that is done has ended.
+        # In order of distance from the estimate. Each starts where the nearest one that is done
+        # has ended.
         order = np.argsort(np.abs(np.asarray(values - value)), kind="stable")
         ends, costs = np.zeros((len(values), len(flat))), np.zeros(len(values))
         done = [(float(value), np.asarray(flat))]
@@ -222,10 +211,6 @@ def estimate(
 def _described(problem: ObservedODE, ends: Ends, together: int) -> Estimate:
     unravel, dtype, best = problem.unravel, problem.ts.dtype, int(np.argmin(ends.costs))
     flat, cost, jacobian = ends.runs.flats[best], float(ends.costs[best]), ends.jacobians[best]
-    costs = np.append(ends.costs, np.inf)[ends.runs.of_start]  # of both ways of a start
-    way = np.argmin(costs, axis=1)[:, None]
-    run = np.take_along_axis(ends.runs.of_start, way, axis=1)[:, 0]
-    starts = np.concatenate([ends.runs.flats, np.full((1, len(flat)), np.nan)])[run]
     used = len(jacobian) - int(np.isnan(problem.ys).sum())
     noise, scale, free = problem.noise, 1.0, used - len(flat)
     if problem.residual is None and problem.estimated:
@@ -254,13 +239,50 @@ def _described(problem: ObservedODE, ends: Ends, together: int) -> Estimate:
             "The standard errors may be wrong. Start nearer, or lower rtol and atol.",
             stacklevel=4,
         )
-    tree, square = lambda x: unravel(jnp.asarray(x, dtype)), float(problem.unit) ** 2
+    starts, costs = _ends_of_starts(ends)
+    square = float(problem.unit) ** 2
     return Estimate(
-        tree(flat), jnp.asarray(cost * square, dtype), jnp.asarray(covariance, dtype),
-        tree(errors), noise, jax.vmap(unravel)(jnp.asarray(starts, dtype)),
-        jnp.asarray(costs.min(axis=1) * square, dtype), jnp.asarray(ends.converged[best]),
-        problem, together,
-    )  # fmt: skip
+        params=unravel(jnp.asarray(flat, dtype)),
+        cost=jnp.asarray(cost * square, dtype),
+        covariance=jnp.asarray(covariance, dtype),
+        errors=unravel(jnp.asarray(errors, dtype)),
+        noise=noise,
+        starts=jax.vmap(unravel)(jnp.asarray(starts, dtype)),
+        costs=jnp.asarray(costs * square, dtype),
+        converged=jnp.asarray(ends.converged[best]),
+        _problem=problem,
+        _together=together,
+    )
+
+
+def _ends_of_starts(ends: Ends) -> tuple[np.ndarray, np.ndarray]:
+    """Where each start ended on the better of its ways, and half the sum of squares there."""
+    flats, of_start = ends.runs
+    costs = np.append(ends.costs, np.inf)[of_start]
+    way = np.argmin(costs, axis=1)[:, None]
+    run = np.take_along_axis(of_start, way, axis=1)[:, 0]
+    given_up = np.full((1, flats.shape[1]), np.nan)
+    return np.concatenate([flats, given_up])[run], costs.min(axis=1)
+
+
+def _one_parameter(
+    where: Callable[[PyTree], Array], flat: Float[Array, " n"], unravel: Callable[[Array], PyTree]
+) -> Bool[Array, " n"]:
+    """Mark the parameter that `where` chooses, in the vector of all."""
+    try:
+        value, slope = jax.value_and_grad(lambda flat: jnp.reshape(where(unravel(flat)), ()))(flat)
+    except (TypeError, KeyError, IndexError) as error:
+        raise TypeError(
+            f"{arg('where')} must choose one number, as lambda params: params['k'][0]; got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    chosen = slope != 0
+    if int(chosen.sum()) != 1 or slope[chosen][0] != 1 or value != flat[chosen][0]:
+        raise ValueError(
+            f"{arg('where')} must choose one parameter itself, and no function of some. Pass "
+            "values of it."
+        )
+    return chosen
 
 
 def _is_unlikely(square: float, free: int) -> bool:
@@ -273,7 +295,8 @@ def _is_unlikely(square: float, free: int) -> bool:
 
 
 def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):
-    """The covariance of the parameters and its root; infinite for those without effect."""
+    """The covariance and the standard errors of the parameters, infinite for those without effect.
+    Singular values up to this `tiny` part of the largest count as zero."""
     jacobian = np.nan_to_num(jacobian)
     # At least as many rows as parameters, so that every direction has a vector.
     jacobian = np.pad(jacobian, ((0, jacobian.shape[1]), (0, 0)))

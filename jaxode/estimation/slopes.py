@@ -41,16 +41,17 @@ def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"]):
     """The end of least squares of slopes from each start, and the half sums; None where there
     are too few observations, or `f` is finite at none."""
     ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
-    last = lambda x: np.moveaxis(x, ts.ndim - 1, -1)
-    first = lambda x: jnp.asarray(np.moveaxis(x, -1, ts.ndim - 1), starts.dtype)
-    times = np.broadcast_to(ts.reshape(ts.shape[:-1] + (1,) * (ys.ndim - ts.ndim) + ts.shape[-1:]),
-                            last(ys).shape)  # fmt: skip
-    found = smoothed(times, last(ys))
+    axis = ts.ndim - 1  # of the times, which `smoothed` takes last
+    series = np.moveaxis(ys, axis, -1)
+    times = ts.reshape(ts.shape[:-1] + (1,) * (ys.ndim - ts.ndim) + ts.shape[-1:])
+    found = smoothed(np.broadcast_to(times, series.shape), series)
     if found is None:
         return None
     scale = found[1].std(axis=-1, keepdims=True)
-    scale = np.where(np.isnan(last(ys)), np.inf, np.where(scale > 0, scale, 1.0))
-    values, slopes, scale = map(first, (*found, scale))
+    scale = np.where(np.isnan(series), np.inf, np.where(scale > 0, scale, 1.0))
+    values, slopes, scale = (
+        jnp.asarray(np.moveaxis(x, -1, axis), starts.dtype) for x in (*found, scale)
+    )
     fixed = jnp.zeros(starts.shape[1], bool)
     data = problem, values, slopes, scale
     free = jnp.zeros(len(starts), starts.dtype)

@@ -48,7 +48,7 @@ def with_matched(
     count = len(starts)
     matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs)
     least = len(matched.flats)  # at least one
-    # Of a size that does not depend on the data.
+    # Repeat them, so that the size of the program does not depend on the data.
     together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
     data = problem, _end(problem, 0)
     of_all = np.asarray(costs_at(of_observations, data, jnp.asarray(together)))

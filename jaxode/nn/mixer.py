@@ -13,12 +13,34 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode.flows.bases import as_event_shape
 from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
-from jaxode.nn.residual import bounded
+from jaxode.nn.residual import saturated
 
 
 def rows(layer: Dense, h: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
     """`layer` of each row."""
     return h @ layer.weight.T + layer.bias[None]
+
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+def _shapes(
+    event: tuple[int, ...], patch: int, width: int, features: int, context_size: int
+) -> tuple[Shapes, Shapes, Shapes]:
+    """Shapes `(out, in)` of the weights outside of blocks, in a block, and of the encoder."""
+    size, count = math.prod(event), event[0] * event[1] // patch**2  # numbers, patches
+    numbers = size // count
+    known = 2 * WAVES + (width if context_size else 0)
+    middle, wide = max(width * 2 // 3, 1), 2 * width
+    ends = (
+        (2 * features, known), (width, numbers * (4 + features)), (count, width),
+        (numbers * (1 + features), width), (size, known),
+    )  # fmt: skip
+    of_block = (
+        (4 * width, known), (middle, count), (count, middle), (wide, width), (width, wide),
+    )  # fmt: skip
+    encoder = ((width, context_size), (width, width)) if context_size else ()
+    return ends, of_block, encoder
 
 
 class Block(eqx.Module):
@@ -96,23 +118,7 @@ class Mixer(Network):
                 f"{arg('patch')} must divide the height and the width, {event[0]} and {event[1]}; "
                 f"got {patch}. Pass one that does, or pad the images."
             )
-        size = math.prod(event)
-        count = event[0] * event[1] // patch**2
-        numbers = size // count
-        known = 2 * WAVES + (width if context_size else 0)
-        middle, wide = max(width * 2 // 3, 1), 2 * width
-        of_block = (
-            (4 * width, known),
-            (middle, count),
-            (count, middle),
-            (wide, width),
-            (width, wide),
-        )
-        ends = (
-            (2 * features, known), (width, numbers * (4 + features)), (count, width),
-            (numbers * (1 + features), width), (size, known),
-        )  # fmt: skip
-        encoder = [(width, context_size), (width, width)] if context_size else []
+        ends, of_block, encoder = _shapes(event, patch, width, features, context_size)
         feature, first, place, last, scale, *drawn = draws(
             check_key(key), (*ends, *of_block * blocks, *encoder)
         )
@@ -146,8 +152,8 @@ class Mixer(Network):
             a, b, c, d = (part[None] for part in parts(block.modulation, e, 4))
             h = h + self._mixed(block.tokens, ((1 + a) * h + b).T).T
             h = h + self._mixed(block.channels, (1 + c) * h + d)
-        k = rows(self.last, bounded(self.activation(h))).reshape(len(y), -1, y.shape[1])
-        out = k[:, 0] + jnp.sum(k[:, 1:] * bounded(phi), axis=1)
+        k = rows(self.last, saturated(self.activation(h))).reshape(len(y), -1, y.shape[1])
+        out = k[:, 0] + jnp.sum(k[:, 1:] * saturated(phi), axis=1)
         image = jnp.swapaxes(out.reshape(down, across, size, size, -1), 1, 2).reshape(-1)
         return image + self.scale(e) * x
 

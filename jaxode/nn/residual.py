@@ -16,12 +16,13 @@ from jaxode._checks.samples import check_key
 from jaxode.flows.bases import as_event_shape, as_period
 from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
 
-BOUND = 20.0  # of the activations before the output; near the data they are below 10
+# Activations before the output stay below this. Near the data they are below 10.
+LARGEST_ACTIVATION = 20.0
 
 
-def bounded(h: Array) -> Array:
-    """`h` near zero, and at most `BOUND` in size."""
-    return BOUND * jnp.tanh(h / BOUND)
+def saturated(h: Array) -> Array:
+    """`h` near zero, and at most `LARGEST_ACTIVATION` in size."""
+    return LARGEST_ACTIVATION * jnp.tanh(h / LARGEST_ACTIVATION)
 
 
 class Residual(Network):
@@ -102,7 +103,7 @@ class Residual(Network):
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
             a, b = parts(modulation, e, 2)
             h = h + block(self.activation((1 + a) * h + b))
-        return self.last(bounded(self.activation(h))) + scale * x
+        return self.last(saturated(self.activation(h))) + scale * x
 
     def _seen(self, x: Float[Array, " size"]) -> Float[Array, " seen"]:
         """Coordinates; sine and cosine of angles."""

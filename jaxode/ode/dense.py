@@ -102,11 +102,9 @@ class Interpolant(eqx.Module):
         ends = jnp.where(taken, sign[None] * ends, last)
         ends = ends.reshape(pieces * length, -1)
         index = jax.vmap(jnp.searchsorted)(ends.T, sign[0] * along)
-        merged = lambda x: x.reshape(-1, *x.shape[2:])
-        start, end = (
-            entry_of_each(merged(times), index)
-            for times in (steps.times[:, :-1], steps.times[:, 1:])
+        *of_steps, k = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (steps.times[:, :-1], steps.times[:, 1:], y, k)
         )
-        y = entry_of_each(merged(y), index)
-        k = jax.vmap(entry_of_each, (1, None))(merged(k), index)
+        start, end, y = (entry_of_each(x, index) for x in of_steps)
+        k = jax.vmap(entry_of_each, (1, None))(k, index)
         return Curve.of(self.method, Step(start, end - start, y, k)).at(t)

@@ -130,8 +130,9 @@ def _at_zero(end, *inputs):
         (near, value), dots = eqx.filter_jvp(at_fixed_time, given, their_dots)
         y_dot, value_dot = map(instantiate_zeros, dots, (near, value))
         slope = field(time, near)
-        along = lambda t, y: condition(t, y, field.args)
-        _, rate = jax.jvp(along, (time, near), (jnp.ones_like(time), slope))
+        _, rate = jax.jvp(
+            lambda t, y: condition(t, y, field.args), (time, near), (jnp.ones_like(time), slope)
+        )
         rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
         # Without a slope, the time is unknown also where the condition does not depend on the
         # state.

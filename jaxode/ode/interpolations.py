@@ -15,8 +15,7 @@ def check_knots(name: str, tree: PyTree, span: tuple[Any, Any]) -> None:
     """Raise for an interpolation that is known not to cover the span: it would extrapolate."""
     if tree is None:
         return
-    is_path = lambda leaf: isinstance(leaf, diffrax.AbstractPath)
-    for path in filter(is_path, jax.tree.leaves(tree, is_leaf=is_path)):
+    for path in filter(_is_path, jax.tree.leaves(tree, is_leaf=_is_path)):
         knots = getattr(path, "ts", None)
         if knots is None or not is_known((knots, span)):
             continue
@@ -32,3 +31,7 @@ def check_knots(name: str, tree: PyTree, span: tuple[Any, Any]) -> None:
                 f"{last.min():g}{of_rows}. Beyond them it would extrapolate: add knots, or "
                 "repeat its last value at a later time."
             )
+
+
+def _is_path(leaf: Any) -> bool:
+    return isinstance(leaf, diffrax.AbstractPath)

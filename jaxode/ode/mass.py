@@ -19,8 +19,9 @@ from jaxode._checks.tolerances import for_each_number
 from jaxode.ode.field import call_field
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
-SINGULAR = 1e-10  # the least singular value, as a part of the largest, in units of rows and columns
-FAR = 100.0  # how many tolerances the start may be off
+# A singular value up to this part of the largest counts as zero, in units of rows and columns.
+ZERO_SINGULAR_VALUE = 1e-10
+MOST_TOLERANCES_OFF = 100.0  # by which the start may miss the algebraic equations
 
 
 def check_mass(mass: Any, options: Any, y0: PyTree, batch: Any, **others: Any) -> Any:
@@ -72,7 +73,7 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
     g, jacobian, y = (np.asarray(leaf, float) for leaf in found)
     block, rows, columns = _equilibrated(jacobian @ right)
     spread = np.linalg.svd(block, compute_uv=False)
-    degenerate = ~(spread[:, -1] > SINGULAR * spread[:, 0])
+    degenerate = ~(spread[:, -1] > ZERO_SINGULAR_VALUE * spread[:, 0])
     if degenerate.any():
         raise ValueError(
             f"{arg('mass')} the algebraic equations must determine the algebraic unknowns (index "
@@ -81,10 +82,9 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
         )
     # By Newton's step, in units of the state.
     inverse = right @ (np.linalg.inv(block) / np.swapaxes(columns, 1, 2) / np.swapaxes(rows, 1, 2))
-    product = lambda matrix, x: (matrix @ x[..., None])[..., 0]
-    off = np.abs(product(inverse, g))
+    off = np.abs(_products(inverse, g))
     # The terms that the equations sum up, whose rounding moves the root.
-    terms = product(np.abs(inverse), product(np.abs(jacobian), np.abs(y)))
+    terms = _products(np.abs(inverse), _products(np.abs(jacobian), np.abs(y)))
     wrong = ~(off <= _limit(options, y0, batch, np.abs(y), terms, found[2].dtype))
     if wrong.any():
         row, number = np.argwhere(wrong)[np.argmax(off[wrong])]
@@ -95,12 +95,17 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
         )
 
 
+def _products(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """The product of each matrix `[rows, m, n]` and vector `[rows, n]`."""
+    return (matrices @ vectors[..., None])[..., 0]
+
+
 def _limit(options: Any, y0: PyTree, batch: Any, size: Any, terms: Any, dtype: Any) -> np.ndarray:
     """How far each number of the state may be from the algebraic equations."""
     row = y0 if batch is None else jax.tree.map(lambda leaf: leaf[0], y0)
     atol = np.ravel(np.asarray(for_each_number(options.atol, row, dtype), float))
     rounding = float(jnp.finfo(dtype).eps)
-    return FAR * (atol + float(options.rtol) * size + rounding * (size + terms))
+    return MOST_TOLERANCES_OFF * (atol + float(options.rtol) * size + rounding * (size + terms))
 
 
 def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +115,7 @@ def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     scaled, rows, columns = _equilibrated(matrix)
     left, values, right = np.linalg.svd(scaled)
-    null = values <= SINGULAR * max(values[0], 1e-300)
+    null = values <= ZERO_SINGULAR_VALUE * max(values[0], 1e-300)
     return left[:, null].T / rows[:, 0], right[null].T / columns[0][:, None]
 
 

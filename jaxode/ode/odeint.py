@@ -15,6 +15,7 @@ from jaxode.ode.adjoints import BacksolveAdjoint
 from jaxode.ode.field import call_field
 from jaxode.ode.options import NO_LIMIT, SolveOptions
 from jaxode.ode.solve import UserField, solve_checked
+from jaxode.ode.system import OnTheWay
 
 
 class _StateFirst(UserField):
@@ -24,7 +25,9 @@ class _StateFirst(UserField):
     call: ClassVar[str] = "(y, t, *args)"
 
     def __call__(self, t, y, shared, row):
-        f = lambda t, y, args: _as_state(y, self.f(y, t, *args))
+        def f(t, y, args):
+            return _as_state(y, self.f(y, t, *args))
+
         return call_field(f, t, y, shared, self.name, call=self.call, row=row)
 
 
@@ -85,11 +88,13 @@ def odeint(
         raise TypeError(f"odeint(t=...): must be an array of floats; got {got}.")
     if jnp.ndim(t) != 1 or len(t) == 0:
         raise ValueError(f"odeint(t=...): must be a vector of times; got shape {jnp.shape(t)}.")
-    # Not as a JAX array, which may have lost times that NumPy holds.
-    times: Any = np.asarray(t) if is_known(t) else t
-    in_order = lambda: forwards(times[0], times[-1], times).all()
-    if is_known(t) and not (np.isfinite(times).all() and in_order()):
-        raise ValueError(f"odeint(t=...): times must be finite, and increase or decrease; got {t}.")
+    times: Any = t
+    if is_known(t):
+        times = np.asarray(t)  # a JAX array may have lost times that NumPy holds
+        if not (np.isfinite(times).all() and forwards(times[0], times[-1], times).all()):
+            raise ValueError(
+                f"odeint(t=...): times must be finite, and increase or decrease; got {t}."
+            )
     for name, value in (("mxstep", mxstep), ("hmax", hmax)):
         if not is_known(value) or not value > 0:
             raise ValueError(f"odeint({name}=...): must be a positive number; got {value}.")
@@ -104,4 +109,6 @@ def odeint(
     if is_list_of_numbers(y0):
         y0 = jax.tree.map(jnp.asarray, y0)
     y0, span = check_state("y0", y0), (times[0], times[-1])
-    return solve_checked(func, y0, span, args, options, kind=_StateFirst, ts=times, throw=False).ys
+    return solve_checked(
+        func, y0, span, args, options, OnTheWay(ts=times), kind=_StateFirst, throw=False
+    ).ys

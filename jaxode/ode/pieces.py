@@ -163,7 +163,8 @@ class Pieces(NamedTuple):
             y = _changed(self.at_jump, at_cut & cut.jumps, part.t1, cut.number, y, args)
         if self.at_event is not None:
             y = _changed(self.at_event, again, part.t1, carry.events, y, args)
-        # What has come to its end rests. What failed goes on, for NaN gradients by later times.
+        # Rows that reached their end stop. Failed rows go on, so that gradients by later times are
+        # NaN.
         rests = ~carry.going & (result == Result.SUCCESS)
         # After a change, the step size says nothing, nor does that of an empty piece.
         h = jax.lax.stop_gradient(out.h)
@@ -190,8 +191,8 @@ class Pieces(NamedTuple):
         lost &= going & (carry.result == Result.SUCCESS)
         cause = jnp.where(index == 0, Result.NON_FINITE, Result.NON_FINITE_CHANGE)
         result = jnp.where(lost, cause.astype(jnp.int32), carry.result)
-        # A row that has come to its end has an empty piece there. One that failed takes no steps,
-        # and adds nothing to the gradients of others.
+        # A row that reached its end gets an empty piece there. A failed row takes no steps, and
+        # adds nothing to the gradients of others.
         end = jnp.where(going | (result != Result.SUCCESS), cut.times, carry.t)
         start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
         part, inside = problem._replace(y0=carry.y, t0=start, t1=end), None
@@ -235,7 +236,7 @@ class _Carry(NamedTuple):
 def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
     """The state after the change, in some rows, or NaN where that is not finite.
 
-    The change is differentiated in rows alone in which it is finite: zero times NaN is NaN.
+    Differentiate the change only in rows where it is finite: zero times NaN is NaN.
     """
     shared, row_args = args
 
@@ -245,7 +246,7 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
 
     after = jax.lax.stop_gradient(change(*in_rows(where)))
     good = where & reduce_rows(jnp.all, jnp.isfinite(after), where)
-    # If no row changes, it has no row to be finite at.
+    # If no row changes, there is none at which the change is finite.
     change, given = undifferentiated_unless(good.any(), (change, in_rows(good)))
     changed = jnp.where(good[:, None], change(*given), y)
     # Added to the state, so that a failure on which nothing depends has no gradient.
@@ -259,7 +260,7 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     """
     repeats = jnp.concatenate([jnp.zeros_like(times[:1], bool), times[1:] == times[:-1]])
     is_jump = ~jnp.isposinf(times) & ~repeats
-    last = jax.lax.cummax(jnp.where(is_jump, _numbers(times), -1), axis=0)
+    last = jax.lax.cummax(jnp.where(is_jump, _indices(times), -1), axis=0)
     number = jnp.maximum(last, 0)
     latest = jnp.take_along_axis(times, number, axis=0)
     return is_jump, number, jnp.where(last < 0, start[None], latest)
@@ -268,10 +269,11 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
 def _after(problem: Problem, start, index) -> Bool[Array, "times rows"]:
     """Which outputs, of those that are no padding, lie beyond the start of a piece."""
     after = beyond(problem, start) | (index == 0)
-    return after if problem.outputs is None else after & (_numbers(after) < problem.outputs[None])
+    return after if problem.outputs is None else after & (_indices(after) < problem.outputs[None])
 
 
-def _numbers(of_times: Shaped[Array, "times rows"]) -> Int[Array, "times 1"]:
+def _indices(of_times: Shaped[Array, "times rows"]) -> Int[Array, "times 1"]:
+    """0, 1, 2 and so on, to broadcast with `of_times`."""
     return jnp.arange(len(of_times), dtype=jnp.int32)[:, None]
 
 
@@ -279,13 +281,13 @@ def _with_outputs(part: Problem, inside: Bool[Array, "times rows"]) -> Problem:
     """The piece with these outputs, or one at its end where there are none; the rest is padding."""
     assert part.ts is not None
     count, first = inside.sum(axis=0, dtype=jnp.int32), jnp.argmax(inside, axis=0)
-    index = first.astype(jnp.int32)[None] + jnp.clip(_numbers(part.ts), 0, count[None] - 1)
+    index = first.astype(jnp.int32)[None] + jnp.clip(_indices(part.ts), 0, count[None] - 1)
     ts = jnp.where(count[None] > 0, jnp.take_along_axis(part.ts, index, axis=0), part.t1[None])
     return part._replace(ts=ts, outputs=jnp.maximum(count, 1))
 
 
 def _with_piece(ys, of_piece: Float[Array, "times samples n"], inside: Bool[Array, "times rows"]):
     """The outputs, with those of a piece in their places."""
-    index = _numbers(inside) - jnp.argmax(inside, axis=0).astype(jnp.int32)[None]
+    index = _indices(inside) - jnp.argmax(inside, axis=0).astype(jnp.int32)[None]
     moved = jax.vmap(entry_of_each, (None, 0))(of_piece, jnp.maximum(index, 0))
     return jnp.where(inside[..., None], moved, ys)

@@ -17,16 +17,17 @@ from jaxode._jax.tangents import nan_unless, undifferentiated_unless
 from jaxode.ode.solvers.linear import factorize, solve_factorized
 
 NEWTON_STEPS = 30
-# Of its natural size, below which a number is noise: far above rounding, far below the tolerances.
+# A number below this part of its natural size is noise: far above rounding, far below tolerances.
 NOISE = {jnp.dtype("float64"): 1e-10, jnp.dtype("float32"): 1e-5}
-VANISHING = 1e-6  # of its largest size, the least natural size of a number that decays
-CREEP = 10**1.5  # from one step of the crude path to the next
+# The natural size of a number that decays is at least this part of the largest it had.
+LEAST_NATURAL_SIZE = 1e-6
 CRUDE_STEPS = 16
-ROUNDING = 100.0  # errors of a rate, in rounding errors of `|J| |y|`
-WRONG = 1e-3  # of its natural size, the most that is put down to rounding
+CREEP = 10**1.5  # the factor of the step size from one crude step to the next
+RATE_ROUNDING = 100.0  # errors of a rate, in rounding errors of `|J| |y|`
+MOST_ROUNDING = 1e-3  # put no more down to rounding than this part of a natural size
 
-# Of the sign function. Each doubles the angle of an eigenvalue against the imaginary axis, so that
-# those which rounding has put beside it stay undecided.
+# Iterations of the sign function. Each doubles the angle of an eigenvalue against the imaginary
+# axis, so that those which rounding has put beside it stay undecided.
 SIGN_STEPS = {jnp.dtype("float64"): 40, jnp.dtype("float32"): 16}
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -107,7 +108,7 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
     brought = jnp.where(
         speed > 0, product(jacobian, jnp.abs(end)) / jnp.where(speed > 0, speed, 1.0), 0.0
     )
-    size = jnp.maximum(jnp.maximum(jnp.abs(end), brought), VANISHING * peak)
+    size = jnp.maximum(jnp.maximum(jnp.abs(end), brought), LEAST_NATURAL_SIZE * peak)
     largest = jnp.max(size, initial=0.0)
     size = jnp.where(size > 0, size, jnp.where(largest > 0, largest, 1.0))
     return jnp.ldexp(jnp.ones_like(size), jnp.frexp(size)[1])
@@ -127,7 +128,7 @@ def find_root(
         finite = jnp.isfinite(move).all()
         y = jnp.where(finite, y - move, y)
         gross = product(jnp.abs(inverse), product(jnp.abs(jacobian), jnp.abs(y)))
-        rounding = jnp.minimum(ROUNDING * info.eps * gross, WRONG * size)
+        rounding = jnp.minimum(RATE_ROUNDING * info.eps * gross, MOST_ROUNDING * size)
         least = rtol * NOISE[near.dtype] * size
         close = jnp.all(jnp.abs(move) <= atol + rtol * jnp.abs(y) + least + rounding)
         return y, jacobian, count + 1, close, ~finite

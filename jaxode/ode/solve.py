@@ -24,7 +24,7 @@ from jaxode.ode.pieces import Jumps, check_jumps
 from jaxode.ode.run import run
 from jaxode.ode.solution import Solution, report
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
-from jaxode.ode.system import Batch, argument_faults, make_system
+from jaxode.ode.system import Batch, OnTheWay, argument_faults, make_system
 
 
 @public("solve")
@@ -141,41 +141,24 @@ def solve(
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """
     options = SolveOptions.make(
-        solver=solver,
-        rtol=rtol,
-        atol=atol,
-        steps=steps,
-        adjoint=adjoint,
-        first_step=first_step,
-        max_step=max_step,
-        breakpoints=breakpoints,
-        max_steps=max_steps,
-        axis_name=axis_name,
+        solver=solver, rtol=rtol, atol=atol, steps=steps, adjoint=adjoint, first_step=first_step,
+        max_step=max_step, breakpoints=breakpoints, max_steps=max_steps, axis_name=axis_name,
         precision=precision,
-    )
+    )  # fmt: skip
     one_of("batch", batch, (None, "joint", "per_sample"))
     check_implicit(options, batch)
-    check = check_state if batch is None else check_batch
-    y0 = check("y0", y0)
-    check_bool("dense", dense)
-    if dense and not options.adjoint.supports_dense:
-        raise ValueError(
-            "solve(dense=True): needs DiscreteAdjoint or ForwardMode, which differentiate the "
-            f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
-            "jaxode.DiscreteAdjoint()."
-        )
+    y0 = (check_state if batch is None else check_batch)("y0", y0)
+    check_dense(options, dense)
     check_event(options, event, batch)
     check_jumps(jumps)
     if mass is not None:
-        mass = check_mass(
-            mass, options, y0, batch, event=event, jumps=jumps, breakpoints=breakpoints
-        )
-        options = dataclasses.replace(options, mass=mass)
+        others = {"event": event, "jumps": jumps, "breakpoints": breakpoints}
+        options = dataclasses.replace(options, mass=check_mass(mass, options, y0, batch, **others))
         check_consistent(f, y0, t0, args, row_args, options, batch)
+    on_the_way = OnTheWay(ts, dense, event, jumps)
     return solve_checked(
-        f, y0, (t0, t1), args, options,
-        row_args=row_args, ts=ts, batch=batch, dense=dense, event=event, jumps=jumps, throw=throw,
-    )  # fmt: skip
+        f, y0, (t0, t1), args, options, on_the_way, row_args=row_args, batch=batch, throw=throw
+    )
 
 
 @public("flow")
@@ -248,24 +231,26 @@ def solve_checked(
     span: tuple[Time, Time],
     args: PyTree,
     options: SolveOptions,
+    on_the_way: OnTheWay = OnTheWay(),
     *,
     kind: type[UserField] = UserField,
     name: str = "y0",
     row_args: PyTree = None,
     batch: Batch = None,
     throw: bool,
-    **parts: Any,
 ) -> Solution:
-    """`solve` for a checked state, the argument `name`, and checked `parts` of its system."""
+    """`solve` for a checked state, which is the argument `name`, and what was checked with it."""
     check_field(kind.name, f, f"{kind.name}{kind.call}")
     check_bool("throw", throw)
     args = check_args("args", args)
     row_args = check_row_args(row_args, y0, batch)
-    if parts.get("event") is None:  # which ends a solve before
+    if on_the_way.event is None:  # which ends a solve before
         check_knots("args", args, span)
         check_knots("row_args", row_args, span)
     field = kind(f, options.jacobian)
-    system = make_system(field, y0, span, args, options, row_args=row_args, batch=batch, **parts)
+    system = make_system(
+        field, y0, span, args, options, row_args=row_args, batch=batch, on_the_way=on_the_way
+    )
     solution = _run(system.raising(throw))
     if not throw:
         return solution
@@ -302,6 +287,17 @@ def check_implicit(options: SolveOptions, batch: Batch) -> None:
         raise ValueError(
             f"{arg('adjoint')} {type(adjoint).__name__} needs an explicit Runge-Kutta solver; "
             f"got {name}. Use jaxode.DiscreteAdjoint()."
+        )
+
+
+def check_dense(options: SolveOptions, dense: Any) -> None:
+    """Raise if the gradient method does not know the solution between its steps."""
+    check_bool("dense", dense)
+    if dense and not options.adjoint.supports_dense:
+        raise ValueError(
+            "solve(dense=True): needs DiscreteAdjoint or ForwardMode, which differentiate the "
+            f"steps themselves; got {type(options.adjoint).__name__}. Pass the times as ts, or use "
+            "jaxode.DiscreteAdjoint()."
         )
 
 

@@ -25,7 +25,7 @@ from jaxode._checks.errors import Result, guarded, nan_or_raise
 from jaxode._checks.rules import POSITIVE
 from jaxode._jax.closure import compiled
 from jaxode.ode.field import VectorField
-from jaxode.ode.roots import NOISE, Equilibrated, find_root, implicit, is_stable, natural_sizes
+from jaxode.ode.roots import NOISE, find_root, implicit, is_stable, natural_sizes
 from jaxode.ode.solve import UserField, check_row_args, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 
@@ -35,7 +35,7 @@ REMEDIES = {
         "bifurcation or a drift."
     ),
 }
-LOOSE = 1e-3  # tolerance of the solve, whose end Newton's method improves
+SETTLING_RTOL = 1e-3  # of the solve, whose end Newton's method improves
 
 
 class SteadyState(NamedTuple):
@@ -126,7 +126,7 @@ def steady_state(
     sizes = _fixed(_sizes(field, t1, flats, *fixed))  # `f` may close over what is differentiated
     settled = solve(
         field.scaled, flats / sizes, 0.0, t1, fixed[0], row_args=(fixed[1], sizes),
-        batch="per_sample", solver=Rodas5P(), rtol=LOOSE, atol=NOISE[flats.dtype],
+        batch="per_sample", solver=Rodas5P(), rtol=SETTLING_RTOL, atol=NOISE[flats.dtype],
         max_steps=max_steps, throw=False,
     )  # fmt: skip
     found = _fixed((settled.y1 * sizes, settled.result))
@@ -154,9 +154,9 @@ class _Row(eqx.Module):
         return jnp.concatenate(list(leaves))
 
     def unravel(self, flat: Float[Array, " n"]) -> PyTree[Array]:
-        like = lambda leaf, of: leaf.astype(of.dtype)
         wide = jax.tree.map(lambda leaf: leaf.astype(flat.dtype), self.template)
-        return jax.tree.map(like, ravel_pytree(wide)[1](flat), self.template)
+        y = ravel_pytree(wide)[1](flat)
+        return jax.tree.map(lambda leaf, of: leaf.astype(of.dtype), y, self.template)
 
     def __call__(self, t, flat: Float[Array, " n"], args: PyTree, row: PyTree):
         y = self.unravel(flat)
@@ -172,8 +172,9 @@ class _Row(eqx.Module):
 
 def _fixed(tree: PyTree) -> PyTree:
     """The tree without derivatives. It may hold functions, as networks do."""
-    stop = lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf
-    return jax.tree.map(stop, tree)
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, tree
+    )
 
 
 def _like(ok: Array, nan: Any, leaf: Array) -> tuple[Array, Array]:
@@ -191,7 +192,10 @@ def _stable(jacobian: Float[Array, "*rows n n"]) -> Bool[Array, "*rows"]:
 def _sizes(field: _Row, t1, flats: Float[Array, "rows n"], args, row_args):
     """The natural sizes of the numbers of each row."""
     t1 = jnp.asarray(t1, flats.dtype)
-    of_row = lambda flat, row: natural_sizes(lambda y: field(t1, y, args, row), flat, t1)
+
+    def of_row(flat, row):
+        return natural_sizes(lambda y: field(t1, y, args, row), flat, t1)
+
     return jax.vmap(of_row)(flats, row_args)
 
 
@@ -206,19 +210,20 @@ def _improved_row(field: _Row, limits, args, start, found, size, row):
     (t1, rtol, atol), (near, result) = limits, found
     time = jnp.asarray(t1, near.dtype)
     near, start = (jnp.where(jnp.isfinite(y), y, 0.0) for y in (near, start))
-    rates = lambda y, inputs: inputs[0](y, *inputs[1:])
+
+    def rates(y, inputs):
+        f, *rest = inputs
+        return f(y, *rest)
+
     inputs = eqx.filter_closure_convert(functools.partial(field, time), near, args, row), args, row
     fixed = _fixed(inputs)
     root = find_root(lambda y: rates(y, fixed), near, size, rtol, atol)
     # From a state that had not settled, Newton's method may run to any root.
-    limit = atol + LOOSE * jnp.abs(near) + NOISE[near.dtype] * size
+    limit = atol + SETTLING_RTOL * jnp.abs(near) + NOISE[near.dtype] * size
     lost = ~root.close | jnp.any(jnp.abs(root.y - near) > 10 * limit)
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)
-    # Newton's method may end at a singular Jacobian far from where the solve did.
-    there = Equilibrated.of(jax.jacfwd(lambda y: rates(y, fixed))(near)).singular
-    singular = jnp.where(root.close, root.singular, there)
-    code = jnp.where(singular, Result.SINGULAR_MATRIX.value, code)
+    code = jnp.where(root.singular, Result.SINGULAR_MATRIX.value, code)
     own = (result != Result.SUCCESS) & (result != Result.MAX_STEPS_REACHED)
     code = jnp.where(own, result, code).astype(result.dtype)
     ok = code == Result.SUCCESS

@@ -33,6 +33,15 @@ from jaxode.ode.options import SolveOptions
 Batch = Literal["joint", "per_sample"] | None
 
 
+class OnTheWay(NamedTuple):
+    """What a solve returns and meets between its ends, as the user passed it."""
+
+    ts: Any = None
+    dense: bool = False
+    event: Any = None
+    jumps: Any = None
+
+
 class System(NamedTuple):
     """A system of ODEs: one for each row of a batch, or a single one."""
 
@@ -83,8 +92,8 @@ class System(NamedTuple):
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
-        backward = self.adjoint.solves_backwards
-        return self._replace(stepper=dataclasses.replace(self.stepper, raises=throw and backward))
+        throw = throw and self.adjoint.solves_backwards
+        return self._replace(stepper=dataclasses.replace(self.stepper, throw=throw))
 
 
 def make_system(
@@ -94,18 +103,15 @@ def make_system(
     shared: PyTree,
     options: SolveOptions,
     *,
-    ts: Any = None,
     row_args: PyTree = None,
     batch: Batch = None,
-    dense: bool = False,
-    event: Any = None,
-    jumps: Any = None,
+    on_the_way: OnTheWay = OnTheWay(),
 ) -> System:
     """Check the times, and turn everything that varies into arrays to avoid recompilation."""
     dtype = state_dtype(y0)
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
-    t0, t1, ts, ts_lost = check_times(*span, ts, dtype, count)
-    of_jumps = None
+    t0, t1, ts, ts_lost = check_times(*span, on_the_way.ts, dtype, count)
+    jumps, of_jumps = on_the_way.jumps, None
     if jumps is not None:
         of_jumps = check_jump_times(*span, jumps.times, dtype, count)
         jumps = dataclasses.replace(jumps, times=of_jumps)
@@ -115,11 +121,11 @@ def make_system(
     row = y0
     if batch is not None:
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
-    stepper = dataclasses.replace(options.stepper(dtype, row), dense=dense)
+    stepper = dataclasses.replace(options.stepper(dtype, row), dense=on_the_way.dense)
     shared, row_args = encoded((shared, row_args), dtype)  # so that floats are inputs
     return System(
         field, y0, t0, t1, ts, ts_lost, shared, row_args, batch, stepper, options.adjoint,
-        event, jumps, breakpoints,
+        on_the_way.event, jumps, breakpoints,
     )  # fmt: skip
 
 
@@ -190,7 +196,10 @@ def change_on_rows(system: System, ravel: Ravel, name: Literal["jumps", "event"]
 
     def checked(at, y, shared, row):
         t, number = at
-        change = lambda t, y, args: function(t, y, args, number)
+
+        def change(t, y, args):
+            return function(t, y, args, number)
+
         after = call_field(
             change, t, y, shared, "change", f"the change of {name}", "(t, y, args, i)", row
         )
@@ -231,18 +240,16 @@ def _rows_jacobian(system: System, ravel: Ravel):
 def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
     """A function of one sample as `(t, y, args)` on rows of the solver: of one system, of one
     batch, or with a time for each."""
-    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    on_rows: Any = jax.vmap(of_sample, in_axes=(0, 0, None, 0))
-    if system.batch == "joint":
-        of_batch = jax.vmap(of_sample, in_axes=(None, 0, None, 0))
-        on_rows = lambda t, *rest: of_batch(first(t), *rest)
-    elif system.batch is None:
-        alone = lambda t, y, *args: of_sample(first(t), first(y), *args)
-        on_rows = lambda *given: jax.tree.map(lambda x: x[None], alone(*given))
 
     def call(t, y, args):
-        shared, row_args = args
-        return on_rows(t, ravel.back(y), shared, row_args)
+        (shared, row_args), y = args, ravel.back(y)
+        if system.batch == "per_sample":
+            return jax.vmap(of_sample, in_axes=(0, 0, None, 0))(t, y, shared, row_args)
+        t = jax.tree.map(lambda x: x[0], t)
+        if system.batch == "joint":
+            return jax.vmap(of_sample, in_axes=(None, 0, None, 0))(t, y, shared, row_args)
+        alone = of_sample(t, jax.tree.map(lambda x: x[0], y), shared, row_args)
+        return jax.tree.map(lambda x: x[None], alone)
 
     return call
 

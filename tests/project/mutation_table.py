@@ -153,7 +153,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("nn/network.py", "return shape in (self.event_shape, (math.prod(self.event_shape),))",
      "return math.prod(shape) == math.prod(self.event_shape)"),
     # Samples far from the data overflow.
-    ("nn/residual.py", "BOUND * jnp.tanh(h / BOUND)", "h"),
+    ("nn/residual.py", "LARGEST_ACTIVATION * jnp.tanh(h / LARGEST_ACTIVATION)", "h"),
     # Wrong backwards in time, and so is the next one.
     ("ode/dense.py", "sign[None] * ends, last)", "ends, last)"),
     # Outputs beyond an event.
@@ -210,7 +210,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Observations that are missing count.
     ("estimation/residuals.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
     # No part of the observations comes first.
-    ("estimation/starts.py", "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)", "len(times)"),
+    ("estimation/starts.py", "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)",
+     "len(times)"),
     ("estimation/estimate.py", "covariance = scale * inverse", "covariance = inverse"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.

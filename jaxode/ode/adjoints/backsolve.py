@@ -126,7 +126,7 @@ class BacksolveAdjoint(ReverseAdjoint):
         y0_bar = back.y[:, y0.shape[1] :]
         ok = solved.ok & (back.result == Result.SUCCESS)
         valid = nan_unless(ok | solved.masked, y0.dtype)
-        if solved.stepper.raises:
+        if solved.stepper.throw:
             # A failed forward solve has already raised. A solve without steps did not run: `vmap`
             # differentiates both branches of a `cond`, with zeros in place of the solve in the
             # branch that is not taken (or values of the other branch with the same shape, which

@@ -45,7 +45,7 @@ class Adjoint:
 
     Errors are raised at trace time: `"<Class>: <rule>; got <value>. <What to change>."`. At run
     time the caller raises by `result`; only a failed backward solve is raised here, if
-    `stepper.raises`.
+    `stepper.throw`.
 
     What a method can do beyond that stands in attributes, which the rest of the library asks for.
     """
@@ -99,11 +99,14 @@ class Solved(NamedTuple):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, trajectory = recorded
         ok = (integration.result == Result.SUCCESS) & ~masked
-        shared, of_rows = problem.args
-        replace = lambda tree: replace_rows(tree, masked, ok, of_rows)
+        shared, row_args = problem.args
+
+        def replace(tree):
+            return replace_rows(tree, masked, ok, row_args)
+
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
-        own = replace(problem._replace(field=None, args=of_rows, ts=None))
+        own = replace(problem._replace(field=None, args=row_args, ts=None))
         problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
         parts = (problem.field, problem.args, *others)
         flags = (perturbed.field, perturbed.args, *perturbed_others)
@@ -154,10 +157,9 @@ class Solved(NamedTuple):
             factor = of_group(jnp.prod, valid, x).astype(x.dtype)
             return jnp.where(of_group(jnp.all, self.masked, x), 0, x * factor)
 
-        for_all = lambda x: per_row(x[None])[0]
-        shared, of_rows = bars.args
-        field, shared = jax.tree.map(for_all, (bars.field, shared))
-        args = shared, jax.tree.map(per_row, of_rows)
+        shared, row_args = bars.args
+        field, shared = jax.tree.map(lambda x: per_row(x[None])[0], (bars.field, shared))
+        args = shared, jax.tree.map(per_row, row_args)
         y0, t0, t1 = jax.tree.map(per_row, (bars.y0, bars.t0, bars.t1))
         ts = jax.tree.map(jax.vmap(per_row), bars.ts)
         return eqx.filter(Problem(field, args, y0, t0, t1, ts), self.perturbed)

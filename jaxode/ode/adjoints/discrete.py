@@ -103,7 +103,7 @@ def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
         whole, pull_curve = jax.vjp(lambda step: Curve.of(method, step), step)
-        # What is differentiated. Without the times: the state and the stages.
+        # Differentiate the state and the stages alone, unless times have derivatives.
         curve = whole if timed else whole._replace(t=None, h=None, slope=None)
 
         def at(curve: Curve, time):

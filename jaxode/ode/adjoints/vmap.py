@@ -25,8 +25,11 @@ Solver = Callable[[Problem, Stepper], Integration]
 
 # An evaluation of this many numbers keeps a CPU busy. Measured: benchmarks/NOTES.md.
 BUSY_WORK = 20_000
-# Values that problems share have a gradient in each of them, up to this size as a row's own.
-FEW = 64
+# The gradient by values that problems share is computed with a copy of them in each row, up to so
+# many numbers.
+MOST_COPIED = 64
+# Fields of a `Problem` with an entry for each row, and which of their axes counts the rows.
+AXIS_OF_ROWS = {"t0": 0, "t1": 0, "ts": 1, "outputs": 0, "h0": 0, "piece": 0}
 
 
 def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
@@ -131,9 +134,11 @@ class Reverse(NamedTuple):
 
     def _of_rows(self, many: "Many", mapped: Any, recorded: Any, bar, problem, stepper):
         of_recorded, of_bar, own, _ = mapped
-        spread = lambda x, its: x if its else many.spread(x)
-        copied = lambda x, its, wanted: spread(x, its) if wanted else x
-        problem = jax.tree.map(copied, problem, own, self.wanted)
+
+        def of_each(x, its, wanted):
+            return many.spread(x, its) if wanted else x
+
+        problem = jax.tree.map(of_each, problem, own, self.wanted)
         own = jax.tree.map(operator.or_, own, self.wanted)
         values, rest = eqx.partition(problem, self.wanted)
         wanted = many.flags(own, self.wanted)
@@ -144,12 +149,12 @@ class Reverse(NamedTuple):
 
         _, split_bars, joined = jax.vjp(join, values, has_aux=True)
         wanted = wanted._replace(field=joined.field)  # which has no constants of its own
-        ran = spread(_steps_of(recorded), _steps_of(of_recorded)).reshape(joined.t0.shape)
+        ran = many.spread(_steps_of(recorded), _steps_of(of_recorded)).reshape(joined.t0.shape)
         recorded = self._again(joined, stepper, ran)
         solutions, join_bars = jax.vjp(many.split, eqx.filter(recorded[0], eqx.is_inexact_array))
 
         def instantiate_zeros(like, bar, its):
-            return jnp.zeros_like(like) if bar is None else spread(bar, its)
+            return jnp.zeros_like(like) if bar is None else many.spread(bar, its)
 
         (bar,) = join_bars(jax.tree.map(instantiate_zeros, solutions, bar, of_bar))
         return split_bars(self.pull(wanted, recorded, bar, joined, stepper))[0]
@@ -202,51 +207,61 @@ class Many(NamedTuple):
         if wanted is not None:
             copied = eqx.filter(problem, wanted)
             copied = eqx.filter((copied.field, copied.args[0]), shared, inverse=True)
-            if sum(x.size for x in jax.tree.leaves(copied)) > FEW:
+            if sum(x.size for x in jax.tree.leaves(copied)) > MOST_COPIED:
                 return None
         return cls(size, rows, (samples, n))
 
     def join(self, mapped: Problem, problem: Problem, stepper: Stepper) -> Problem:
-        """Solve one problem. `mapped` leaves have a leading axis, others are shared."""
-        spread = lambda x, its: x if its else self.spread(x)
-
-        def of_rows(name: str, axis: int) -> Any:
-            x = getattr(problem, name)
-            return None if x is None else self._join(spread(x, getattr(mapped, name)), axis)
-
-        names, axes = ("t0", "t1", "ts", "outputs", "h0", "piece"), (0, 0, 1, 0, 0, 0)
-        t0, t1, *rest = map(of_rows, names, axes)
-        y0 = spread(problem.y0, mapped.y0).reshape(len(t0), -1)
-        is_own, of_row = self._own(mapped), self._of_row(mapped)
-        merge = lambda x: x.reshape(self.size * x.shape[1], *x.shape[2:])
-        separate = lambda x: x.reshape(self.size, -1, *x.shape[1:])
-        merged = lambda x, its, of_row: merge(spread(x, its)) if of_row else x
-        parts = (problem.field, problem.args), (mapped.field, mapped.args), of_row
-        own, shared = eqx.partition(jax.tree.map(merged, *parts), is_own)
-        own_of_row = eqx.filter(of_row, is_own)
-
-        def of_all(call, axes: int):
-            def joined(t, y, args):
-                shared, own = args
-
-                def one(t, y, own):
-                    field, args = eqx.combine(own, shared)
-                    return call(field)(t, y, args)
-
-                states = y.reshape(self.size, *self.sample)
-                times = t.reshape(self.size, self.rows)
-                own = jax.tree.map(lambda x, its: separate(x) if its else x, own, own_of_row)
-                out = jax.vmap(one)(times, states, own)
-                return out.reshape(len(y), *y.shape[1:] * axes)
-
-            return joined
-
-        field, jacobian = of_all(lambda field: field, 1), None
+        """All problems as one. `mapped` leaves have a leading axis, others are shared."""
+        of_rows = {
+            name: self._join(self.spread(x, getattr(mapped, name)), axis)
+            for name, axis in AXIS_OF_ROWS.items()
+            if (x := getattr(problem, name)) is not None
+        }
+        t0 = of_rows["t0"]
+        y0 = self.spread(problem.y0, mapped.y0).reshape(len(t0), -1)
+        args, own_of_row = self._join_args(mapped, problem)
+        field, jacobian = self._on_all(lambda field: field, own_of_row, 1), None
         if problem.field.jacobian is not None:
-            jacobian = of_all(lambda field: field.jacobian, 2)
-        given = t0, y0, (shared, own)
-        closed, args = close_field(stepper.precision, field, *given, jacobian=jacobian)
-        return Problem(closed, args, y0, t0, t1, *rest)
+            jacobian = self._on_all(lambda field: field.jacobian, own_of_row, 2)
+        closed, args = close_field(stepper.precision, field, t0, y0, args, jacobian=jacobian)
+        return problem._replace(field=closed, args=args, y0=y0, **of_rows)
+
+    def _join_args(self, mapped: Problem, problem: Problem) -> tuple[tuple[PyTree, PyTree], PyTree]:
+        """The values of `(field, args)` that problems share, and their own ones, whose first axis
+        is that of all rows, or of the problems; and flags of the former among these."""
+        of_row, is_own = self._of_row(mapped), self._own(mapped)
+
+        def joined(x, its, of_row):
+            return self._join(self.spread(x, its), 0) if of_row else x
+
+        given = (problem.field, problem.args), (mapped.field, mapped.args)
+        own, shared = eqx.partition(jax.tree.map(joined, *given, of_row), is_own)
+        return (shared, own), eqx.filter(of_row, is_own)
+
+    def _on_all(self, part: Callable[[Any], Callable[..., Array]], own_of_row: PyTree, axes: int):
+        """`part` of the field of each problem, on the rows of all: `(t, y, args) -> [rows, ...]`.
+
+        Args:
+            part: the field itself, or its Jacobian.
+            own_of_row: which values a row has for itself.
+            axes: how many axes of the size of a state its values have.
+        """
+
+        def call(t, y, args):
+            shared, own = args
+
+            def one(t, y, own):
+                field, args = eqx.combine(own, shared)
+                return part(field)(t, y, args)
+
+            states = y.reshape(self.size, *self.sample)
+            times = t.reshape(self.size, self.rows)
+            own = jax.tree.map(lambda x, its: self._split(x, 0) if its else x, own, own_of_row)
+            out = jax.vmap(one)(times, states, own)
+            return out.reshape(len(y), *y.shape[1:] * axes)
+
+        return call
 
     def flags(self, mapped: Problem, wanted: Problem) -> Problem:
         """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
@@ -259,29 +274,27 @@ class Many(NamedTuple):
 
     def _of_row(self, problem: Problem) -> PyTree:
         """Which values of `(field, args)` each row of a problem has for itself."""
-        shared, of_rows = problem.args
-        flags = lambda flag, tree: jax.tree.map(lambda _: flag, tree)
-        return flags(False, problem.field), (flags(False, shared), flags(self.rows > 1, of_rows))
+        shared, row_args = problem.args
+        field, shared = jax.tree.map(lambda _: False, (problem.field, shared))
+        return field, (shared, jax.tree.map(lambda _: self.rows > 1, row_args))
 
-    def spread(self, x: Array) -> Array:
-        """The same for each problem."""
-        return jnp.broadcast_to(x, (self.size, *x.shape))
+    def spread(self, x: Array, mapped: Any = False) -> Array:
+        """The value of each problem: the same, unless it is `mapped`."""
+        return x if mapped else jnp.broadcast_to(x, (self.size, *x.shape))
 
     def split(self, joined: Integration) -> Integration:
         """Solve each problem; the results have a leading axis."""
-        states = lambda x, axis: self._split(x, axis, self.sample)
-        trajectory = joined.trajectory
+        sample, trajectory = self.sample, joined.trajectory
         if isinstance(trajectory, Trajectory):
-            times, count = (
-                self._split(trajectory.times, 1),
-                jax.tree.map(self.spread, trajectory.count),
-            )
-            y, k = states(trajectory.y, 1), states(trajectory.k, 2)
+            times = self._split(trajectory.times, 1)
+            count = jax.tree.map(self.spread, trajectory.count)
+            y, k = self._split(trajectory.y, 1, sample), self._split(trajectory.k, 2, sample)
             trajectory = Trajectory(times, count, y, k)
-        ys = None if joined.ys is None else states(joined.ys, 1)
-        parts = joined._replace(y1=None, ys=None, trajectory=None)
-        return jax.tree.map(lambda x: self._split(x, 0), parts)._replace(
-            y1=states(joined.y1, 0), ys=ys, trajectory=trajectory
+        of_rows = joined._replace(y1=None, ys=None, trajectory=None)
+        return jax.tree.map(lambda x: self._split(x, 0), of_rows)._replace(
+            y1=self._split(joined.y1, 0, sample),
+            ys=None if joined.ys is None else self._split(joined.ys, 1, sample),
+            trajectory=trajectory,
         )
 
     def _join(self, x: Array, axis: int) -> Array:
@@ -289,7 +302,7 @@ class Many(NamedTuple):
         x = jnp.moveaxis(x, 0, axis)
         return x.reshape(*x.shape[:axis], self.size * self.rows, *x.shape[axis + 2 :])
 
-    def _split(self, x: Array, axis: int, sample: tuple[int, ...] | None = None) -> Array:
+    def _split(self, x: Any, axis: int, sample: tuple[int, ...] | None = None) -> Array:
         """The inverse of `_join`. States are given by the shape of a `sample`."""
         shape = (self.rows, *x.shape[axis + 1 :]) if sample is None else sample
         return jnp.moveaxis(x.reshape(*x.shape[:axis], self.size, *shape), axis, 0)

@@ -22,10 +22,10 @@ from jaxode.ode.loop.trajectory import Curve, Step
 
 # A condition as a function of the part of a step.
 Inside = Callable[[Float[Array, " rows"]], Float[Array, " rows"]]
-# The condition is evaluated this often per step. Two crossings in between go unnoticed.
-LOOKS = 8
-# How often a step may be taken again.
-LANDINGS = 8
+# Evaluate the condition this often per step. Two crossings in between go unnoticed.
+LOOKS_PER_STEP = 8
+# Take a step again at most this often.
+MOST_LANDINGS = 8
 
 
 class Crossing(eqx.Module):
@@ -72,8 +72,14 @@ def watch(
     args, start, end, now_, step_, then_ = jax.lax.stop_gradient(given)
     t, h, landing, accept = step_.t, step_.h, search.landing, then_.accepted > now_.accepted
     span, eps = jnp.abs(end - start), jnp.finfo(t.dtype).eps
-    look, curve = lambda t, y: stepper.stop.condition(t, y, args), Curve.of(stepper.method, step_)
-    inside = lambda theta: look(t + theta * h, curve.at(t + theta * h))
+    curve = Curve.of(stepper.method, step_)
+
+    def look(t, y):
+        return stepper.stop.condition(t, y, args)
+
+    def inside(theta):
+        return look(t + theta * h, curve.at(t + theta * h))
+
     # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
     ends, searched = (look(now_.t, now_.y), look(then_.t, then_.y)), accept & ~landing & (h != 0)
     found, theta, jumps = _first_crossing(stepper.stop, inside, ends, step_, searched, span)
@@ -85,7 +91,7 @@ def watch(
     rounded = jnp.maximum(settled, eps * (1e4 * jnp.abs(then_.t - start) + 4 * jnp.abs(then_.t)))
     landed = landing & accept
     far = landed & (jnp.abs(move) > settled)
-    again = far & (search.landings < LANDINGS - 1)
+    again = far & (search.landings < MOST_LANDINGS - 1)
     lost = (far & ~again & (jnp.abs(move) > rounded)) | (found & jumps)
     stops = landed & ~again & ~lost
     low, high = jnp.minimum(t, end), jnp.maximum(t, end)
@@ -114,7 +120,7 @@ def _first_crossing(crossing: Crossing, inside: Inside, ends, step: Step, search
     """Find the first zero of the condition: whether there is one, at which part of the step, and
     whether it jumps there. It is known at the `ends`, and searched in some rows."""
     t, h = step.t, step.h
-    thetas, eps = jnp.linspace(0, 1, LOOKS + 1, dtype=t.dtype), jnp.finfo(t.dtype).eps
+    thetas, eps = jnp.linspace(0, 1, LOOKS_PER_STEP + 1, dtype=t.dtype), jnp.finfo(t.dtype).eps
     between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
     values = jnp.concatenate([ends[0][None], between, ends[1][None]])
     crossed = crossing.between(values[:-1], values[1:]) & searched[None]
@@ -131,8 +137,8 @@ def _first_crossing(crossing: Crossing, inside: Inside, ends, step: Step, search
             middle = (low + high) / 2
             at_middle = inside(middle)
             left = crossing.between(at_low, at_middle)
-            where = lambda a, b: jnp.where(left, a, b)
-            return where(low, middle), where(middle, high), where(at_low, at_middle)
+            halves = (low, middle, at_low), (middle, high, at_middle)
+            return jax.tree.map(lambda first, second: jnp.where(left, first, second), *halves)
 
         bracket = thetas[part], thetas[part + 1], entry_of_each(values, part)
         theta = fori_loop(0, jnp.finfo(t.dtype).nmant + 1, halve, bracket)[1]

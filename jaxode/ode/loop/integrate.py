@@ -7,6 +7,7 @@ takes steps of size zero. Nothing here knows about differentiation.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -78,8 +79,17 @@ def integrate(
         return _State(then, slope, saved, ys, trajectory, search)
 
     state = while_loop(lambda state: state.progress.active.any(), advance, state)
-    final, method = state.progress, stepper.method
-    stats = final.stats(method.evaluations, first_evals)
+    out = _outcome(problem, stepper, state, start, end, first_evals)
+    trajectory = state.trajectory if out.trajectory is None else out.trajectory
+    return out, trajectory and trajectory._replace(slope=state.slope)
+
+
+def _outcome(
+    problem: Problem, stepper: Stepper, state: _State, start, end, first_evals: Any
+) -> Integration:
+    """The result of the loop from its last state."""
+    final = state.progress
+    stats = final.stats(stepper.method.evaluations, first_evals)
     # Over an empty span, a vector field that is not finite changes nothing that is finite.
     of_field = (final.result == Result.NON_FINITE) | (final.result == Result.NON_FINITE_JACOBIAN)
     harmless = (start == end) & of_field & ~stepper.controller.is_lost(final.y, start)
@@ -95,14 +105,12 @@ def integrate(
     t_reached = jnp.where(at_end, end, final.t)
     if ys is not None and stopped is not None:  # they repeat the end
         ys = jnp.where((stopped[None] & beyond(problem, t_reached))[..., None], y1[None], ys)
-    trajectory = state.trajectory
-    if trajectory is not None and stepper.dense:
+    trajectory = state.trajectory if stepper.dense else None
+    if trajectory is not None:
         # Finite, for a cotangent of zero.
-        keep = lambda x: jnp.where(ok[:, None], x, 0)
-        trajectory = trajectory._replace(y=keep(trajectory.y), k=keep(trajectory.k))
-    dense = trajectory if stepper.dense else None
-    out = Integration(y1, ys, stats, result, t_reached, final.h, dense, stopped)
-    return out, trajectory and trajectory._replace(slope=state.slope)
+        y, k = jax.tree.map(lambda x: jnp.where(ok[:, None], x, 0), (trajectory.y, trajectory.k))
+        trajectory = trajectory._replace(y=y, k=k)
+    return Integration(y1, ys, stats, result, t_reached, final.h, trajectory, stopped)
 
 
 def _initial(

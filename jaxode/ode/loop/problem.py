@@ -60,7 +60,7 @@ class Problem(NamedTuple):
     field: Any
     """`(t [rows], y [samples, n], args) -> dy/dt [samples, n]`, without closed-over values."""
     args: PyTree
-    """`(shared, rows)`: arguments that all samples share, and leaves `[samples, ...]`."""
+    """`(shared, row_args)`: arguments that all samples share, and leaves `[samples, ...]`."""
     y0: Float[Array, "samples n"]
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
@@ -91,7 +91,7 @@ class Stepper(eqx.Module):
     """Whether to keep all accepted steps, so that the solution is known between the ends."""
     precision: str | None = eqx.field(static=True, default=None)
     """The precision of matrix products in the vector field."""
-    raises: bool = eqx.field(static=True, default=False)
+    throw: bool = eqx.field(static=True, default=False)
     """Whether a failed backward solve raises."""
     stop: Any = None
     """The `Crossing` that may end a row."""

@@ -72,7 +72,7 @@ class Linearized(NamedTuple):
                 f"{method.name}: f needs a forward mode{by}; got {type(error).__name__}: "
                 f"{str(error).rstrip('.')}. {cure} jax.custom_jvp in place of jax.custom_vjp."
             ) from error
-        # Of a step of size zero, the Jacobian may not be finite.
+        # At a step of size zero, the Jacobian may not be finite.
         size = h.astype(y.dtype)[None, None]
         mass = unit[:, :, None]
         if method.mass is not None:  # which may be singular
@@ -126,8 +126,8 @@ class RosenbrockMethod(RungeKutta):
     def evaluate(self, field: Field, t, h, y, slope, count: int):
         """The first `count` stages of one step, with one Jacobian and one factorization."""
         del slope
-        of = lambda x: jnp.asarray(x[:count], y.dtype)
-        A, C, d, c = of(self.A[:, :count]), of(self.C[:, :count]), of(self.d), of(self.c)
+        coefficients = self.A[:, :count], self.C[:, :count], self.d, self.c
+        A, C, d, c = (jnp.asarray(x[:count], y.dtype) for x in coefficients)
         at = Linearized.at(self, field, t, h, y)
         k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
         first = at.first(at.slope + d[1] * h[:, None] * at.by_time)
@@ -205,10 +205,13 @@ def with_mass(method: RosenbrockMethod, mass: tuple[tuple[float, ...], ...]) -> 
 def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> RosenbrockMethod:
     """The tableau of a method, with stage 0 put before the given stages."""
     given = {name: np.asarray(value) for name, value in given.items()}
-    before = lambda x: np.concatenate([np.zeros((*x.shape[:-1], 1)), x], axis=-1)
+
+    def with_first(x):
+        return np.concatenate([np.zeros((*x.shape[:-1], 1)), x], axis=-1)
+
     gamma = float(given["gamma"])
-    square = {name: before(before(given[name]).T).T for name in ("A", "C")}
-    row = {name: before(given[name]) for name in ("b", "c", "d", "b_error")}
+    square = {name: with_first(with_first(given[name]).T).T for name in ("A", "C")}
+    row = {name: with_first(given[name]) for name in ("b", "c", "d", "b_error")}
     return RosenbrockMethod(
         name=name,
         order=order,
@@ -216,7 +219,7 @@ def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> Rosenb
         first_same_as_last=False,
         interpolation=None,
         gamma=gamma,
-        dense_output=before(given["dense"]),
+        dense_output=with_first(given["dense"]),
         **square,
         **row,
     )
