@@ -25,12 +25,12 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
-from jaxode.training.loop import APART, TRACED_UP_TO, Clock
-from jaxode.training.rows import MAX_VALIDATION
+from jaxode.training.dataset import MAX_VALIDATION_ROWS
+from jaxode.training.loop import MAX_EXACT_DIMENSIONS, VALIDATION_STEP_RATIO, Clock
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
 # is an ODE solve: there are fewer looks, at most so many seconds apart, and each is that of `fit`.
-OF_FIELD, OF_MAP = (250, APART), (20, 1.05)
+OF_FIELD, OF_MAP = (250, VALIDATION_STEP_RATIO), (20, 1.05)
 SECONDS = 5.0
 
 
@@ -50,10 +50,6 @@ def looks(first: int, apart: float) -> Iterator[bool]:
 
 class WallClock(Clock):
     """Counts compilation and all else since `begin`."""
-
-    def __init__(self, begin: float):
-        self.begin = begin
-        super().__init__()
 
     @property
     def spent(self) -> float:
@@ -97,7 +93,10 @@ def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterato
     step, current = torchcfm_matching(params, dim, 2e-3)
 
     def train():
-        looked, key = time.perf_counter(), jax.random.key(seed) if dim > TRACED_UP_TO else None
+        looked, key = (
+            time.perf_counter(),
+            jax.random.key(seed) if dim > MAX_EXACT_DIMENSIONS else None,
+        )
         for look in looks(*OF_FIELD):
             step(
                 table.train[rng.integers(0, len(table.train), (1, 512))],
@@ -105,7 +104,7 @@ def by_torchcfm(table: Table, seed: int, seconds: float, **size: Any) -> Iterato
             )
             if look or time.perf_counter() > looked + SECONDS:
                 params = current()
-                nll = float(exact_nll(params, table.validation[:MAX_VALIDATION], 1e-3, key))
+                nll = float(exact_nll(params, table.validation[:MAX_VALIDATION_ROWS], 1e-3, key))
                 looked = time.perf_counter()
                 yield Candidate(nll, lambda params=params: float(exact_nll(params, table.test)))
 

@@ -4,9 +4,9 @@ The logits of a column are an affine function of the columns before it, plus a m
 two layers (MADE; Germain et al. 2015, arXiv:1502.03509), plus a network of the given columns.
 """
 
+import dataclasses
 import functools
 import math
-import time
 from typing import Any
 
 import equinox as eqx
@@ -17,11 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxode._jax.closure import compiled
 from jaxode.training.display import described, show
-from jaxode.training.loop import APART, Clock, Limits, Point
+from jaxode.training.loop import VALIDATION_STEP_RATIO, Clock, Limits, Point
 
-WIDTH, BATCH, BLOCK = 128, 256, 50
-RATE, DECAY, DROPOUT, PATIENCE = 1e-3, 0.05, 0.5, 12
-PART, MOST_STEPS = 0.25, 6000  # of the training time, and of steps
+WIDTH, DROPOUT = 128, 0.5  # of hidden layers
+RATE, WEIGHT_DECAY, BATCH_SIZE = 1e-3, 0.05, 256
+WARM_UP_STEPS = 50, 200  # the first of them have happened before the start
+MIN_AVERAGE_WEIGHT = 0.005  # of a step in the moving average of the network
+STEPS_PER_VALIDATION, PATIENCE_VALIDATIONS, MAX_STEPS = 50, 12, 6000
+PART_OF_SECONDS = 0.25  # which the categories take of a training, if there are numbers
 
 
 class Categories(eqx.Module):
@@ -124,7 +127,7 @@ def log_probs(network: Categories, modes, given) -> Float[Array, " rows"]:
 
 
 @compiled
-def draws(network: Categories, keys, given, known, allowed):
+def sampled_modes(network: Categories, keys, given, known, allowed):
     """`Categories.sample` of each row, with the same modes allowed in all."""
     return jax.vmap(network.sample, (0, 0, 0, None))(keys, given, known, allowed)
 
@@ -134,7 +137,9 @@ def _optimizer() -> Any:
     import optax
 
     matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
-    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(DECAY, mask=matrices))
+    return optax.chain(
+        optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY, mask=matrices)
+    )
 
 
 @compiled
@@ -144,8 +149,8 @@ def _advance(network, average, state, modes, given, key, rate, smoothing, steps)
     def step(i, carry):
         network, average, state = carry
         row_key, drop_key = jax.random.split(jax.random.fold_in(key, i))
-        rows = jax.random.randint(row_key, (BATCH,), 0, len(modes))
-        keys = jax.random.split(drop_key, BATCH)
+        rows = jax.random.randint(row_key, (BATCH_SIZE,), 0, len(modes))
+        keys = jax.random.split(drop_key, BATCH_SIZE)
         loss = lambda network: -jnp.mean(jax.vmap(network.log_prob)(modes[rows], given[rows], keys))
         updates, state = _optimizer().update(jax.grad(loss)(network), state, network)
         network = jax.tree.map(lambda a, u: a - rate * u, network, updates)
@@ -153,6 +158,22 @@ def _advance(network, average, state, modes, given, key, rate, smoothing, steps)
         return network, average, state
 
     return jax.lax.fori_loop(0, steps, step, (network, average, state))
+
+
+@dataclasses.dataclass
+class _Validations:
+    """The best network so far, and how many validations in a row were not better."""
+
+    best: Categories
+    best_nll: float = math.inf
+    worse: int = 0
+    points: list[Point] = dataclasses.field(default_factory=list)
+
+    def add(self, network: Categories, step: int, seconds: float, nats: float) -> None:
+        self.points.append(Point("categories", step, seconds, nats))
+        self.worse += 1
+        if nats < self.best_nll:
+            self.best, self.best_nll, self.worse = network, nats, 0
 
 
 def train(
@@ -167,37 +188,45 @@ def train(
     """Train on `(modes, given)`, and keep what is best on the validation rows."""
     init_key, key = jax.random.split(key)
     modes, given = (jnp.asarray(part) for part in rows)
-    network = Categories.make(init_key, rows[0], sizes, given.shape[1])
-    average, best, best_nll, points, worse = network, network, math.inf, [], 0
-    state, clock, step, due = _optimizer().init(network), Clock(), 0, 0.0
-    nll = lambda network: -float(jnp.mean(log_probs(network, *map(jnp.asarray, validation))))
-    total = min(limits.steps, MOST_STEPS)
+    network = average = Categories.make(init_key, rows[0], sizes, given.shape[1])
+    seen, state, clock, step, due = (
+        _Validations(network),
+        _optimizer().init(network),
+        Clock(begin),
+        0,
+        0.0,
+    )
+    total = min(limits.steps, MAX_STEPS)
     while True:
         with clock.running():
-            nats = nll(average)
+            nats = -float(jnp.mean(log_probs(average, *map(jnp.asarray, validation))))
         if step == 0:
             clock.spent = 0.0  # without compilation
-        points.append(Point("categories", step, time.perf_counter() - begin, nats))
-        worse = 0 if nats < best_nll else worse + 1
-        if nats < best_nll:
-            best, best_nll = average, nats
+        seen.add(average, step, clock.since_call, nats)
         part = max(step / total, clock.spent / limits.seconds if limits.seconds else 1.0)
-        ended = part >= 1 or worse >= PATIENCE
+        ended = part >= 1 or seen.worse >= PATIENCE_VALIDATIONS
         if progress:
-            show(described("categories", f"{step}", nats, best_nll), look=ended or step >= due)
+            text = described("categories", f"{step}", nats, seen.best_nll)
+            show(text, look=ended or step >= due)
         if step >= due:
-            due = APART * step
+            due = VALIDATION_STEP_RATIO * step
         if ended:
-            return best, points
-        rate = jnp.asarray(RATE * math.cos(0.5 * math.pi * part) ** 2 * min(1, (step + 50) / 200))
-        smoothing = jnp.asarray(max(0.005, 10 / (10 + step)))
+            return seen.best, seen.points
+        steps = int(min(STEPS_PER_VALIDATION, total - step))
         with clock.running():
             block_key = jax.random.fold_in(key, step)
-            steps = int(min(BLOCK, total - step))
-            schedule = rate, smoothing, jnp.asarray(steps, jnp.int32)
+            schedule = *_rates(step, part), jnp.asarray(steps, jnp.int32)
             network, average, state = jax.block_until_ready(
                 _advance(network, average, state, modes, given, block_key, *schedule)
             )
         if step == 0:
             clock.spent = 0.0  # without compilation
         step += steps
+
+
+def _rates(step: int, part: float) -> tuple[Array, Array]:
+    """The rate, and the weight of a step in the average, after a part of the training."""
+    before, warm_up = WARM_UP_STEPS
+    growth = min(1, (step + before) / warm_up)
+    rate = RATE * math.cos(0.5 * math.pi * part) ** 2 * growth
+    return jnp.asarray(rate), jnp.asarray(max(MIN_AVERAGE_WEIGHT, 10 / (10 + step)))

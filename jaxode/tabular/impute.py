@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jaxode.tabular import categorical
-from jaxode.tabular.encoding import Encoded, Numbers, bounded, unbounded, with_noise
+from jaxode.tabular.encoding import Cells, Encoded, into_domain, out_of_domain, with_noise
 
 PROPOSALS, WIDER = 32, 1.3  # of a row, at least, and the factor of their standard deviations
 ROWS = 256  # at a time
@@ -43,7 +43,9 @@ def _impute(table: Any, key: PRNGKeyArray, rows: Encoded, n: int) -> tuple[np.nd
         allowed = np.concatenate([np.arange(c.modes) < c.present for c in columns])
         known = np.where(missing, -1, rows.modes)[:, encoder.discrete]
         row_keys = jax.random.split(keys[0], len(known))
-        drawn, log_known = categorical.draws(table.categories, row_keys, rows.given, known, allowed)
+        drawn, log_known = categorical.sampled_modes(
+            table.categories, row_keys, rows.given, known, allowed
+        )
         modes[:, encoder.discrete], weights = drawn, np.asarray(log_known, float)
     x = np.zeros((len(modes), 0))
     if table.density is not None:
@@ -61,11 +63,11 @@ def _numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.nda
     encoder, density = table.encoder, table.density
     in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]
     fill = ~np.stack(in_mode, 1)
-    x, log_noise = with_noise(encoder.domain, Numbers(rows.low, rows.width, fill, None), keys[0])
+    x, log_noise = with_noise(encoder.domain, Cells(rows.low, rows.width, fill, None), keys[0])
     if (missing & ~fill).any():
-        v = np.asarray(unbounded(encoder.domain, x), float)
+        v = np.asarray(out_of_domain(encoder.domain, x), float)
         v, log_proposal = _propose(keys[1], v, missing & ~fill, *table.moments)
-        proposed, slope = bounded(encoder.domain, jnp.asarray(v))
+        proposed, slope = into_domain(encoder.domain, jnp.asarray(v))
         x = jnp.where(missing & ~fill, proposed, x)
         log_noise += log_proposal + jnp.sum(jnp.where(missing & ~fill, slope, 0.0), axis=1)
     log_prob = density.log_prob(x, context=encoder.context(modes, rows.given))

@@ -96,7 +96,7 @@ class Table:
     ) -> np.ndarray:
         if not (rows.width.any() or rows.fill.any()):
             draws = 1
-        cells = self.encoder.as_numbers(rows)
+        cells = self.encoder.as_cells(rows)
         # The noise of a row depends on what it holds, not on where it stands.
         keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(_seeds(rows))
         cells = jax.tree.map(lambda leaf: np.repeat(leaf, draws, axis=0), cells)
@@ -153,7 +153,7 @@ class Table:
             known = np.full((count, len(encoder.discrete)), -1)
             keys = jax.random.split(mode_key, count)
             allowed = np.ones(sum(encoder.sizes), bool)
-            drawn, _ = categorical.draws(self.categories, keys, given, known, allowed)
+            drawn, _ = categorical.sampled_modes(self.categories, keys, given, known, allowed)
             modes[:, encoder.discrete] = drawn
         if self.density is not None:
             x = np.zeros((count, len(encoder.numbers)))

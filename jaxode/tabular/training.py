@@ -14,7 +14,7 @@ from jaxode._checks.arguments import check_bool, check_number, integer, is_numbe
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
-from jaxode.density.density import bind
+from jaxode.density.density import Density, bind
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
 from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
@@ -22,17 +22,19 @@ from jaxode.nn import Residual, field
 from jaxode.tabular import categorical, frames
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
-from jaxode.tabular.encoding import Cells, Encoded, Encoder, unbounded, with_noise
+from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, with_noise
 from jaxode.tabular.periodic import TURN, Circle
 from jaxode.tabular.rounding import LARGEST
 from jaxode.tabular.table import Table
+from jaxode.training.dataset import MAX_VALIDATION_ROWS, MIN_ROWS, PART_RULE, Dataset
+from jaxode.training.devices import Devices
 from jaxode.training.display import finish
-from jaxode.training.fit import MANY, RATE, TIME_POWERS, Plan, adam, check_mesh, train
-from jaxode.training.loop import Limits, Point
-from jaxode.training.processes import are_several
-from jaxode.training.rows import LEAST_ROWS, MAX_VALIDATION, PART
+from jaxode.training.fit import MATCHING_RATE, Keys, adam, train
+from jaxode.training.loop import Clock, Limits, Plan, Point
+from jaxode.training.rows import InMemory
+from jaxode.training.schedule import powers_to_try
 
-FEW = 3000  # rows, up to which the weights decay at the rate of one
+FEW_ROWS = 3000  # up to which the weights decay at the rate of one
 # Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
 # then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
 ONE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
@@ -96,39 +98,48 @@ def fit(
     keys = jax.random.split(check_key(key), 4)
     limits = Limits.of(steps, seconds)
     check_bool("progress", progress)
-    plan = Plan(limits, progress=progress, mesh=check_mesh(mesh, Plan(limits).batch_size))
-    if are_several(plan.mesh):
+    plan = Plan(limits, progress=progress, devices=Devices.of(mesh, Plan(limits).batch_size))
+    if plan.devices.several_processes:
         raise ValueError(
             f"{arg('mesh')} must have devices of one process, since each would read its own "
             "columns; got several. Train in one process."
         )
     other = None if other is None else integer("other", other, 2)
-    frame = frames.as_frame("frame", frame)
-    if not frame.columns:
-        raise ValueError(f"{arg('frame')} must have at least one column; got none.")
-    if len(frame) < LEAST_ROWS:
-        raise ValueError(f"{arg('frame')} must have at least {LEAST_ROWS} rows; got {len(frame)}.")
+    frame = _checked_frame(frame)
     encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)
     rows, aside = _split(encoder, frame, validation, keys[0])
     _warn_of_dependence(encoder, rows)
 
     network, density, moments, points = None, None, None, []
     if discrete := encoder.discrete:
-        part = categorical.PART if encoder.numbers else 1.0
-        pair = lambda rows: (rows.modes[:, discrete], rows.given)
-        of_part = limits._replace(seconds=part * limits.seconds)
-        network, points = categorical.train(
-            keys[1], encoder.sizes, pair(rows), pair(aside), of_part, progress, begin
-        )
         if encoder.numbers:
-            of_rest = limits._replace(seconds=(1 - part) * limits.seconds)
+            limits, of_rest = _split_seconds(limits, categorical.PART_OF_SECONDS)
             plan = plan._replace(limits=of_rest)
+        pair = lambda rows: (rows.modes[:, discrete], rows.given)
+        network, points = categorical.train(
+            keys[1], encoder.sizes, pair(rows), pair(aside), limits, progress, begin
+        )
     if encoder.numbers:
-        density, more = _numbers(encoder, rows, aside, plan, keys[2], begin)
+        density, more = _train_numbers(encoder, rows, aside, plan, keys[2], begin)
         moments, points = _moments(encoder, rows, keys[3]), points + more
     elif progress:
         finish()
     return Table(encoder, network, density, moments), points
+
+
+def _checked_frame(frame: Any) -> Any:
+    frame = frames.as_frame("frame", frame)
+    if not frame.columns:
+        raise ValueError(f"{arg('frame')} must have at least one column; got none.")
+    if len(frame) < MIN_ROWS:
+        raise ValueError(f"{arg('frame')} must have at least {MIN_ROWS} rows; got {len(frame)}.")
+    return frame
+
+
+def _split_seconds(limits: Limits, part: float) -> tuple[Limits, Limits]:
+    """Limits of two trainings, of which the first one gets a part of the seconds."""
+    first, rest = part * limits.seconds, (1 - part) * limits.seconds
+    return limits._replace(seconds=first), limits._replace(seconds=rest)
 
 
 def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None) -> Encoder:
@@ -246,18 +257,26 @@ def _split(
                 f"{arg('validation')} must have at least one row whose values were in training; "
                 "got none."
             )
-        return rows, take(aside, draw.permutation(known)[:MAX_VALIDATION])
-    check_number("validation", validation, PART, kind="part")
+        return rows, take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
+    check_number("validation", validation, PART_RULE, kind="part")
     shuffled = draw.permutation(n)
-    count = min(math.ceil(validation * n), MAX_VALIDATION, n - 2)
+    count = min(math.ceil(validation * n), MAX_VALIDATION_ROWS, n - 2)
     return take(rows, shuffled[count:]), take(rows, shuffled[:count])
 
 
-def _numbers(encoder, rows, aside, plan, key, begin):
-    """The density of the numbers, in the modes of their rows."""
-    cells = encoder.as_numbers(rows), encoder.as_numbers(aside)
-    table = Cells(*cells, mesh=plan.mesh, domain=encoder.domain)
-    size, context = len(encoder.numbers), table.rows.context
+def _train_numbers(
+    encoder: Encoder,
+    rows: Encoded,
+    aside: Encoded,
+    plan: Plan,
+    key: PRNGKeyArray,
+    begin: float,
+) -> tuple[Density, list[Point]]:
+    """Train the density of the numbers, with the modes of their rows as context."""
+    cells = encoder.as_cells(rows)
+    noise = CellNoise.of(encoder.domain, cells)
+    dataset = Dataset(InMemory(cells), encoder.as_cells(aside), noise)
+    size, context = len(encoder.numbers), cells.context
     features = 0 if context is None else context.shape[1]
     network_key, train_key = jax.random.split(key)
     angle, period, base = encoder.domain.angle, None, standard_normal(size)
@@ -268,17 +287,17 @@ def _numbers(encoder, rows, aside, plan, key, begin):
     flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
     density = bind(flow, params, support=support)
-    powers = TIME_POWERS if size > MANY else TIME_POWERS[:1]
     # Of few rows, a network learns the rows.
-    optimizer = adam(RATE, min(1.0, FEW / len(rows.modes)))
-    plan = plan._replace(optimizer=optimizer, powers=powers)
-    return train(density, table, plan, tuple(jax.random.split(train_key, 5)), begin)
+    optimizer = adam(MATCHING_RATE, min(1.0, FEW_ROWS / len(rows.modes)))
+    plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
+    keys = Keys(*jax.random.split(train_key, 5))
+    return train(density, dataset, plan, keys, Clock(begin))
 
 
 def _moments(encoder: Encoder, rows: Encoded, key: PRNGKeyArray):
     """Mean and covariance of the numbers without their bounds, for proposals."""
-    x, _ = with_noise(encoder.domain, encoder.as_numbers(rows), key)
-    v = np.asarray(unbounded(encoder.domain, x), float)
+    x, _ = with_noise(encoder.domain, encoder.as_cells(rows), key)
+    v = np.asarray(out_of_domain(encoder.domain, x), float)
     return v.mean(axis=0), np.atleast_2d(np.cov(v.T))
 
 

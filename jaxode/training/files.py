@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-LARGE = 100_000  # rows, beyond which steps draw theirs from the table, and maps see a sample
+# Of more rows, steps read theirs from the table, which is not copied, and maps see a sample.
+MAX_ROWS_COPIED = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,16 @@ class Without:
         return self[np.random.default_rng(0).choice(len(self), count, replace=False)]
 
 
-def parts(x: Any) -> Iterator[np.ndarray]:
-    """Consecutive rows of an array; all at once, if it is not large."""
-    for start in range(0, len(x), LARGE):
-        yield x[start : start + LARGE]
+def consecutive_parts(x: Any) -> Iterator[np.ndarray]:
+    """The rows of an array in parts; all at once, if it is not large."""
+    for start in range(0, len(x), MAX_ROWS_COPIED):
+        yield x[start : start + MAX_ROWS_COPIED]
 
 
 def check_in_parts(check: Callable[[Any], Any], x: Any) -> None:
     """Check rows part by part. A failure counts rows from the first one."""
     read = 0
-    for part in parts(x):
+    for part in consecutive_parts(x):
         read += len(part)
         try:
             check(part)

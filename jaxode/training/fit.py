@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -23,7 +22,7 @@ from jaxode._checks.arguments import (
     check_number,
     integer,
 )
-from jaxode._checks.caller import arg, public
+from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
 from jaxode.density.density import Density, check_period
@@ -32,24 +31,29 @@ from jaxode.density.maps.arguments import fitted
 from jaxode.density.maps.chain import Chain
 from jaxode.density.noise import Noise
 from jaxode.flows.bases import fixed_columns
+from jaxode.flows.cnf import CNF
 from jaxode.flows.coupling import Coupling, independent
+from jaxode.training.dataset import Dataset
+from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.iterators import NoRowsLeftError, is_stream
-from jaxode.training.loop import BLOCK, Clock, Limits, Phase, Point, Training, evaluation
-from jaxode.training.processes import are_several, check_alike
-from jaxode.training.rows import Table
+from jaxode.training.loop import (
+    STEPS_PER_BLOCK,
+    Clock,
+    Limits,
+    Phase,
+    Plan,
+    Point,
+    Training,
+    evaluation,
+)
+from jaxode.training.schedule import Candidates, powers_to_try
 
-TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
-MANY = 16  # the second one in more than so many dimensions
-RATE, RATE_AFTER = 8e-3, 5e-4  # of Adam, in matching and in the likelihood after it
-LONGEST = 1.0  # of a gradient of all parameters, to which Adam's are clipped
-DECAY = 0.3  # of the weights in matching,
-FEW_ROWS, FEW_FOR_A_COLUMN = 2000, 100  # up to so many rows, and so many for each column
-WARM_UP = 100  # steps of matching
-# Rounds in which each choice is tried. A round takes a part of the training, but at least so many
-# steps, or four such parts. Skip trials that leave fewer than `LEAST_REMAINING` steps.
-ROUNDS, TRIAL, SHORTEST, LEAST_REMAINING = 2, 0.025, 250, 1000
-BEHIND, CLEARLY = 0.2, 0.2  # nats by which a map is out after a round, and uniform times are taken
+MATCHING_RATE, LIKELIHOOD_RATE = 8e-3, 5e-4  # of Adam
+MAX_GRADIENT_NORM = 1.0  # of all parameters, to which gradients are clipped
+WEIGHT_DECAY = 0.3  # in matching, of at most so many rows, and so many for each column
+FEW_ROWS, FEW_ROWS_PER_COLUMN = 2000, 100
+WARM_UP_STEPS = 100  # of matching
 
 
 @public("fit")
@@ -137,7 +141,7 @@ def fit(
             other, or hold integers so large that `dequantize` adds no noise to them; of a training
             that explodes; and of one that took hardly a step in its seconds.
     """
-    begin = time.perf_counter()
+    clock = Clock(time.perf_counter())
     if not isinstance(density, Density):
         raise TypeError(
             f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
@@ -145,177 +149,99 @@ def fit(
         )
     data = None if is_stream(x) else x
     check_not_traced("looks at data and at the clock", density, data, context, key)
-    keys = iter(jax.random.split(check_key(key), 6))
+    aside_key, *keys = jax.random.split(check_key(key), 6)
     limits = Limits.of(steps, seconds)
     check_bool("progress", progress)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
-    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"fit(optimizer=...): must be an optimizer of Optax; got {optimizer!r}. Pass "
-            "optax.adam(1e-3)."
-        )
-    mesh = check_mesh(mesh, batch_size)
-    powers = TIME_POWERS if math.prod(density.event_shape) > MANY else TIME_POWERS[:1]
+    _check_optimizer(optimizer)
+    devices = Devices.of(mesh, batch_size)
+    powers = powers_to_try(math.prod(density.event_shape))
     if time_power is not None:
         check_number("time_power", time_power, POSITIVE)
         powers = (time_power,)
+    plan = Plan(limits, batch_size, optimizer, coupling, powers, likelihood, progress, devices)
     density = _trainable(density)
-    check_alike(
+    devices.check_alike(
         f"events of shape {density.event_shape}, key {jax.random.key_data(key)}, {steps} steps, "
-        f"{seconds} seconds, {likelihood} of likelihood, batches of {batch_size}",
-        mesh,
+        f"{seconds} seconds, {likelihood} of likelihood, batches of {batch_size}"
     )
-    table = Table.of(density, x, context, validation, dequantize, next(keys), mesh)
-    plan = Plan(limits, batch_size, optimizer, coupling, powers, likelihood, progress, mesh)
-    return train(density, table, plan, tuple(keys), begin)
+    dataset = Dataset.of(density, x, context, validation, dequantize, aside_key, devices)
+    return train(density, dataset, plan, Keys(*keys), clock)
 
 
-class Plan(NamedTuple):
-    """Options of a training."""
+class Keys(NamedTuple):
+    """Keys of a training, each of what it draws."""
 
-    limits: Limits
-    batch_size: int = 512
-    optimizer: Any = None
-    coupling: Coupling = independent()
-    powers: tuple[float, ...] = TIME_POWERS[:1]
-    likelihood: int = 0
-    progress: bool = True
-    mesh: Mesh | None = None
+    validation_noise: PRNGKeyArray
+    noise: PRNGKeyArray
+    """Of rows that a map is fitted to."""
+    matching: PRNGKeyArray
+    validation: PRNGKeyArray
+    """Probes of the divergence."""
+    likelihood: PRNGKeyArray
 
 
 def train(
-    density: Density, table: Table, plan: Plan, keys: tuple[PRNGKeyArray, ...], begin: float
+    density: Density, dataset: Dataset, plan: Plan, keys: Keys, clock: Clock
 ) -> tuple[Density, list[Point]]:
-    """Train a density on the rows of a table, with five keys. See `fit`."""
-    limits, batch_size, optimizer = plan.limits, plan.batch_size, plan.optimizer
-    aside_key, noise_key, matching_key, validation_key, likelihood_key = keys
-    validation_rows = table.noisy(table.validation, aside_key)
-    if table.rows.context is not None:
-        shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(table.rows.context))
-        density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
-        first = jax.tree.map(lambda leaf: jnp.asarray(leaf[np.array([0])][0]), table.rows.context)
-        check_period("fit", "density", density.flow, density.params, first)
+    """Choose a map and a power of the time by trials, then train on, and refine by likelihood."""
+    density = _knowing_contexts(density, dataset.validation.context)
+    validation = dataset.noise.add(dataset.validation, keys.validation_noise)
     flow = dataclasses.replace(density.flow, throw=False)
-    # The power of the time is an input of the program, which is then the same for all.
-    losses = [Partial(_matching, flow, plan.coupling, jnp.asarray(power)) for power in plan.powers]
-    as_vector = False
-    if optimizer is None:
-        few = min(FEW_ROWS, FEW_FOR_A_COLUMN * math.prod(density.event_shape))
-        as_vector = table.count > few
-        optimizer = adam(RATE, 0.0 if as_vector else DECAY)  # which only matrices have
-    phases = [
-        Phase("matching", loss, optimizer, matching_key, WARM_UP, as_vector) for loss in losses
-    ]
-
-    clock = Clock(plan.mesh)
-
-    def start(density):
-        data, in_flow, log_det = table.in_flow(
-            density, validation_rows, noise_key, BLOCK * batch_size
-        )
-        evaluate = evaluation(density, in_flow, log_det, validation_key, plan.mesh)
-        count = table.count
-        return Training(
-            density, data, evaluate, count, batch_size, begin, clock, plan.progress, plan.mesh,
-            in_order=table.stream is not None,
-        )  # fmt: skip
-
+    phases = _matching_phases(flow, dataset.source.count, plan, keys.matching)
     fits = _fits(density)
-    maps = _mapped(density, fits, table.noisy(table.some(), noise_key).x)
-    runs = [start(next(maps))]
-    try:
-        others = max(len(fits) - 1, 0), len(phases) - 1
-        if limits.seconds < math.inf and any(others):
-            # To know how long steps and validations take.
-            _advance(runs[0], phases[0], limits, BLOCK)
-        if steps := _round(runs[0], others[0], limits):
-            _try_maps(runs, map(start, maps), phases[0], limits, steps)
-        if steps := _round(runs[0], others[1], limits):
-            runs.append(start(runs[0].density))
-            _try_powers(runs, phases, limits, steps)
-        (run,) = runs
-        run.train(run.phase or phases[0], limits)
-        run.validate_again()
-        if plan.likelihood:
-            after = Phase(
-                "likelihood", Partial(_likelihood, flow), adam(RATE_AFTER), likelihood_key,
-                as_vector=True,
-            )  # fmt: skip
-            run.train(after, Limits(plan.likelihood))
+    maps = _mapped(density, fits, dataset, keys.noise)
+
+    def start(density: Density) -> Training:
+        most = STEPS_PER_BLOCK * plan.batch_size
+        take, in_flow, log_det = dataset.in_flow(density, validation, keys.noise, most)
+        evaluate = evaluation(density, in_flow, log_det, keys.validation, plan.devices)
+        return Training(density, dataset.source, take, evaluate, plan, clock)
+
+    with contextlib.closing(dataset.source):
+        candidates = Candidates([start(next(maps))], start, phases, plan.limits)
+        with _keeping_the_best(candidates, plan):
+            run = candidates.choose(maps, max(len(fits) - 1, 0))
+            run.train(run.phase or phases[0], plan.limits)
             run.validate_again()
-    except (KeyboardInterrupt, NoRowsLeftError) as end:
-        # Other processes may be at another step when this one is interrupted.
-        alone = isinstance(end, NoRowsLeftError) or not are_several(plan.mesh)
-        for run in runs if alone else ():
-            run.validate_again()
-        if isinstance(end, NoRowsLeftError) and not any(p.step for run in runs for p in run.points):
-            raise ValueError(
-                f"fit(x=...): the iterator must give the rows of {BLOCK} batches of {batch_size}, "
-                "which training reads at a time; it ended before. Pass its rows as an array, or "
-                "an iterable that starts again, such as a list or a loader."
-            ) from None
-        if _best(runs).best_nll == math.inf:
-            raise
-        if isinstance(end, NoRowsLeftError):
-            warnings.warn(
-                f"fit(x=...): training ended with the iterator, after {end.count} rows. Pass an "
-                "iterable that starts again, such as a list or a loader, or itertools.cycle of it.",
-                stacklevel=4,
-            )
-    finally:
-        if table.stream is not None:
-            table.stream.close()
+            if plan.likelihood:
+                run.train(_likelihood_phase(flow, keys.likelihood), Limits(plan.likelihood))
+                run.validate_again()
     if plan.progress:
         finish()
-    return _result(_best(runs), limits)
+    return _result(candidates.best, plan)
 
 
-def _try_maps(
-    runs: list[Training], rest: Iterable[Training], phase: Phase, limits: Limits, steps: int
-) -> None:
-    """Leave the best of some maps after rounds of so many steps."""
-    runs += rest
-    for i in range(1, ROUNDS + 1):
-        for run in runs:
-            _advance(run, phase, limits, i * steps)
-        enough = _best(runs).best_nll + BEHIND
-        runs[:] = [run for run in runs if run.best_nll <= enough]
-        if len(runs) == 1:
-            return
-    runs[:] = [_best(runs)]
+@contextlib.contextmanager
+def _keeping_the_best(candidates: Candidates, plan: Plan) -> Iterator[None]:
+    """End training at Ctrl-C, or with an iterator, if there is a validation that is finite."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Other processes may be at another step.
+        if not plan.devices.several_processes:
+            candidates.validate()
+        if candidates.best.best_nll == math.inf:
+            raise
+    except NoRowsLeftError as end:
+        candidates.validate()
+        if not any(point.step for run in candidates.runs for point in run.points):
+            raise ValueError(
+                f"fit(x=...): the iterator must give the rows of {STEPS_PER_BLOCK} batches of "
+                f"{plan.batch_size}, which training reads at a time; it ended before. Pass its "
+                "rows as an array, or an iterable that starts again, such as a list or a loader."
+            ) from None
+        if candidates.best.best_nll == math.inf:
+            raise
+        warnings.warn(
+            f"fit(x=...): training ended with the iterator, after {end.count} rows. Pass an "
+            "iterable that starts again, such as a list or a loader, or itertools.cycle of it.",
+            stacklevel=6,
+        )
 
 
-def _try_powers(runs: list[Training], phases: list[Phase], limits: Limits, steps: int) -> None:
-    """Leave the first run, unless the other phase is clearly better."""
-    for run, phase in zip(runs, phases, strict=True):
-        _advance(run, phase, limits, ROUNDS * steps)
-    # Early on uniform times often look a little better, and are worse later.
-    del runs[0 if runs[1].best_nll < runs[0].best_nll - CLEARLY else 1]
-
-
-def _round(run: Training, others: int, limits: Limits) -> int:
-    """Steps of a round of a trial, or zero if it leaves too few to the training itself."""
-    in_time = run.clock.steps_remaining(limits)
-    total = min(limits.steps, in_time)
-    steps = int(max(TRIAL * total, min(SHORTEST, 4 * TRIAL * total)))
-    validations = ROUNDS * (others + 1) * run.validation_seconds / run.clock.step
-    left = min(limits.steps, in_time - ROUNDS * steps * others - validations)
-    return steps if others and left >= LEAST_REMAINING else 0
-
-
-def _advance(run: Training, phase: Phase, limits: Limits, until: int) -> None:
-    """Train up to a step, and validate."""
-    reached = run.step if run.phase else 0
-    run.train(phase, limits, until - reached)
-    run.validate_again()
-
-
-def _best(runs: list[Training]) -> Training:
-    return min(runs, key=lambda run: run.best_nll)
-
-
-def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
+def _result(run: Training, plan: Plan) -> tuple[Density, list[Point]]:
     """The best density and its validations, with warnings if training exploded or hardly began."""
     if run.best_nll == math.inf:
         raise FloatingPointError(
@@ -332,17 +258,31 @@ def _result(run: Training, limits: Limits) -> tuple[Density, list[Point]]:
             stacklevel=5,
         )
     taken = max(point.step for point in run.points if point.phase == "matching")
-    if taken < min(WARM_UP, limits.steps) and run.clock.spent >= limits.seconds:
+    limits = plan.limits
+    if taken < min(WARM_UP_STEPS, limits.steps) and run.clock.spent >= limits.seconds:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
             "time. Pass more seconds, or steps=.",
             stacklevel=5,
         )
-    best = run.best
-    if run.mesh is not None:  # each device has them; any program can use those of none
-        on_host = lambda leaf: jnp.asarray(np.asarray(leaf)) if eqx.is_array(leaf) else leaf
-        best = best.with_params(jax.tree.map(on_host, best.params))
-    return best, run.points
+    return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
+
+
+def _matching_phases(flow: CNF, rows: int, plan: Plan, key: PRNGKeyArray) -> list[Phase]:
+    """Matching at each power of the time."""
+    optimizer, as_vector = plan.optimizer, False
+    if optimizer is None:
+        few = min(FEW_ROWS, FEW_ROWS_PER_COLUMN * math.prod(flow.base.event_shape))
+        as_vector = rows > few
+        optimizer = adam(MATCHING_RATE, 0.0 if as_vector else WEIGHT_DECAY)  # of matrices alone
+    # The power of the time is an input of the program, which is then the same for all.
+    losses = [Partial(_matching, flow, plan.coupling, jnp.asarray(power)) for power in plan.powers]
+    return [Phase("matching", loss, optimizer, key, WARM_UP_STEPS, as_vector) for loss in losses]
+
+
+def _likelihood_phase(flow: CNF, key: PRNGKeyArray) -> Phase:
+    loss = Partial(_likelihood, flow)
+    return Phase("likelihood", loss, adam(LIKELIHOOD_RATE), key, as_vector=True)
 
 
 def _matching(flow, coupling, time_power, params, x, context, key):
@@ -364,28 +304,30 @@ def adam(rate: float, decay: float = 0.0) -> Any:
         return update + decay * leaf * (update != 0) if decay and leaf.ndim > 1 else update
 
     return optax.chain(
-        optax.clip_by_global_norm(LONGEST),
+        optax.clip_by_global_norm(MAX_GRADIENT_NORM),
         optax.scale_by_adam(),
         optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params)),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def check_mesh(mesh: Any, batch_size: int) -> Mesh | None:
-    """A mesh whose devices the batch can be split over."""
-    if mesh is None:
-        return None
-    if not isinstance(mesh, Mesh):
+def _check_optimizer(optimizer: Any) -> None:
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
-            f"{arg('mesh')} must be a mesh of JAX, or None; got {type(mesh).__name__}. Pass "
-            'jax.sharding.Mesh(jax.devices(), "batch").'
+            f"fit(optimizer=...): must be an optimizer of Optax; got {optimizer!r}. Pass "
+            "optax.adam(1e-3)."
         )
-    if batch_size % mesh.size:
-        raise ValueError(
-            f"{arg('mesh')} must have a number of devices that divides the {batch_size} rows of a "
-            f"batch; got {mesh.size}."
-        )
-    return Mesh(mesh.devices, mesh.axis_names)  # without types of its axes
+
+
+def _knowing_contexts(density: Density, context: PyTree) -> Density:
+    """The density with the shapes of contexts, on one of which periods are checked."""
+    if context is None:
+        return density
+    shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(context))
+    density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
+    first = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), context)
+    check_period("fit", "density", density.flow, density.params, first)
+    return density
 
 
 def _trainable(density: Density) -> Density:
@@ -409,11 +351,13 @@ def _fits(density: Density) -> list[Callable[..., Any]]:
 
 
 def _mapped(
-    density: Density, fits: list[Callable[..., Any]], x: Float[Array, "rows *event"]
+    density: Density, fits: list[Callable[..., Any]], dataset: Dataset, key: PRNGKeyArray
 ) -> Iterator[Density]:
     """The density with each map that can be fitted to the data."""
     if not fits:
         yield density
+        return
+    x = dataset.sample(key).x
     for fit in fits:
         with contextlib.suppress(*[ValueError] if fit is not fits[-1] else []):
             units = fitted("x", x, fit, density.support, fixed_columns(density.flow.base))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 
-HEAD = 20_000  # rows that maps and warnings are made from
+HEAD_ROWS = 20_000  # that maps are fitted to, and warnings come from
 
 
 class NoRowsLeftError(Exception):
@@ -38,8 +38,15 @@ class Stream:
     At its end it starts again, unless it is an iterator.
     """
 
-    def __init__(self, arrays: Iterable[Any], check: Callable[[Any, Any], Any]):
-        self.arrays, self.check = arrays, check
+    def __init__(
+        self,
+        arrays: Iterable[Any],
+        check: Callable[[Any, Any], Any],
+        any_ended: Callable[[bool], bool] = bool,
+    ):
+        """`check` makes rows of each array and its context. `any_ended` says whether the rows of
+        any process have ended, from whether those of this one have."""
+        self.arrays, self.check, self.any_ended = arrays, check, any_ended
         self.iterator: Iterator[Any] = iter(arrays)
         self.again = self.iterator is not arrays
         self.read = self.given = 0  # arrays and rows
@@ -48,12 +55,12 @@ class Stream:
         self.reader = ThreadPoolExecutor(1)
         self.waiting = None  # rows that are left over
         self.ahead = None  # of the thread
-        self.head = self.waiting = self._joined(self._more(HEAD, False))
+        self.head = self.waiting = self._joined(self._more(HEAD_ROWS, False))
         if self.head is None:
             raise ValueError(f"{arg('x')} must give arrays of rows; got an iterable without any.")
 
     def next(self, count: int) -> Any:
-        """Take the next `count` rows."""
+        """Take the next `count` rows. If the rows of one process end, all processes end."""
         rows = self.waiting
         if (missing := count - _length(rows)) > 0:
             arrays = self.ahead.result() if self.ahead else self._more(missing, self.again)
@@ -61,7 +68,7 @@ class Stream:
             rows = self._joined(arrays, rows)
             if (missing := count - _length(rows)) > 0:
                 rows = self._joined(self._more(missing, self.again), rows)
-        if _length(rows) < count:
+        if self.any_ended(_length(rows) < count):
             raise NoRowsLeftError(self.given)
         self.given += count
         self.waiting = jax.tree.map(lambda leaf: leaf[count:], rows)

@@ -17,36 +17,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import integer, non_negative, state_dtype
 from jaxode._jax.closure import compiled
-from jaxode._jax.sharding import mean_over, of_device, on_all, over_devices, split_over, vary
+from jaxode._jax.sharding import mean_over, of_device, over_devices, vary
 from jaxode.density.density import Density
 from jaxode.flows.cnf import CNF
+from jaxode.flows.coupling import Coupling, independent
 from jaxode.flows.divergence import Divergence, auto, hutchinson, is_trace, without_noise
+from jaxode.training.devices import Devices
 from jaxode.training.display import described, show
-from jaxode.training.processes import are_several, of_first
-from jaxode.training.rows import Rows
+from jaxode.training.rows import Rows, Source
 
-AVERAGE = 0.002  # the least weight of a step in the moving average of the parameters
+MIN_AVERAGE_WEIGHT = 0.002  # of a step in the moving average of the parameters
 # Steps at one rate, between two checks of the limits, and seconds of a part of them: a program.
-BLOCK, BLOCK_SECONDS = 50, 1.0
-# Steps before the first validation, at least and at most, by so many passes over the rows; and the
-# ratio of steps from one validation to the next.
-FIRST_VALIDATION, PASSES, APART = (100, 500), 64, 1.3
+STEPS_PER_BLOCK, SECONDS_PER_PROGRAM = 50, 1.0
+# The first validation is due after so many passes over the rows, within these bounds.
+FIRST_VALIDATION_PASSES, FIRST_VALIDATION_STEPS = 64, (100, 500)
+VALIDATION_STEP_RATIO = 1.3  # of the steps at one validation to those at the last one
 # If time is limited, a validation is due after so many seconds, and none before so many times as
 # long as one takes.
-APART_SECONDS, APART_VALIDATIONS = 10.0, 4.0
-SAY_APART = 1.0  # seconds from one line of progress to the next, between validations
-# Validations that are so many nats worse, after which training ends early.
-PATIENCE, WORSE = 5, 0.02
-UNCOUNTED = 1000  # steps at the start, whose validations do not count
-EXPLODED, OF_A_COLUMN = 100.0, 10.0  # nats worse, the larger of both,
-SLOWER = 0.25  # and the factor of the rate after that
-MINUTE = 60.0  # seconds, if there is no other end
-TRACED_UP_TO, LOOSE = 16, 1e-3  # dimensions of a validation with the exact trace, and its tolerance
+SECONDS_PER_VALIDATION, VALIDATION_TIME_RATIO = 10.0, 4.0
+SECONDS_PER_LINE = 1.0  # of progress, between validations
+# Training ends early after so many validations that are so much worse than the best. Those of the
+# first steps do not count.
+PATIENCE_VALIDATIONS, WORSE_NATS, UNCOUNTED_STEPS = 5, 0.02, 1000
+# Training has exploded if a validation is worse by the larger of both. The rate then shrinks.
+EXPLOSION_NATS, EXPLOSION_NATS_PER_COLUMN = 100.0, 10.0
+EXPLOSION_RATE_FACTOR = 0.25
+DEFAULT_SECONDS = 60.0  # of training, if it has no limit
+MAX_EXACT_DIMENSIONS = 16  # of validations with the exact trace
+VALIDATION_TOLERANCE = 1e-3  # at least
 
 
 class Point(NamedTuple):
@@ -90,26 +92,45 @@ class Limits(NamedTuple):
     def of(cls, steps: Any, seconds: Any) -> "Limits":
         """Those that are given, or a minute."""
         if seconds is None and steps is None:
-            seconds = MINUTE
+            seconds = DEFAULT_SECONDS
         return cls(
             math.inf if steps is None else integer("steps", steps),
             math.inf if seconds is None else non_negative("seconds", seconds),
         )
 
 
-class Clock:
-    """Seconds of training so far, without compilation, and of the last step."""
+class Plan(NamedTuple):
+    """Options of a training. `fit` documents them."""
 
-    def __init__(self, mesh: Mesh | None = None):
-        self.mesh = mesh
+    limits: Limits
+    batch_size: int = 512
+    optimizer: Any = None
+    coupling: Coupling = independent()
+    powers: tuple[float, ...] = (2.0,)
+    """Powers of the time, to be tried."""
+    likelihood: int = 0
+    progress: bool = True
+    devices: Devices = Devices()
+
+
+class Clock:
+    """Seconds since the call, seconds of training so far, without compilation, and of a step."""
+
+    def __init__(self, begin: float):
+        self.begin = begin
         self.spent, self.step = 0.0, math.inf
         self.compiled: set[str] = set()  # phases
 
+    @property
+    def since_call(self) -> float:
+        return time.perf_counter() - self.begin
+
     @contextlib.contextmanager
-    def running(self):
+    def running(self, devices: Devices = Devices()):
+        """Count the time within. All processes have the clock of the first one."""
         begin = time.perf_counter()
         yield
-        self.spent = of_first(self.spent + (time.perf_counter() - begin), self.mesh)
+        self.spent = devices.of_first(self.spent + (time.perf_counter() - begin))
 
     def steps_remaining(self, limits: Limits) -> float:
         """The number of steps that fit in the time left."""
@@ -142,7 +163,7 @@ class Program(NamedTuple):
     """The parameters but for their floating arrays."""
     unravel: Callable[[Any], PyTree]
     """Makes floating arrays of the parameters of the optimizer."""
-    mesh: Mesh | None = None
+    devices: Devices = Devices()
     in_order: bool = False
     """Whether steps take the rows of a block one after the other, or draw them."""
 
@@ -151,8 +172,9 @@ class Program(NamedTuple):
 def advance(program: Program, state: State, rates, rows: Rows, key, steps):
     """The state after steps from one number to another, each with a key of its own."""
     take = functools.partial(_take_steps, program)
-    split = (2,) if are_several(program.mesh) else ()  # the rows, of which each process has its own
-    return over_devices(take, program.mesh, split)(state, rates, rows, key, steps)
+    # Each of several processes has rows of its own.
+    split = (2,) if program.devices.several_processes else ()
+    return over_devices(take, program.devices.mesh, split)(state, rates, rows, key, steps)
 
 
 def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, steps):
@@ -165,7 +187,9 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
     def step(i, state):
         row_key, step_key = jax.random.split(jax.random.fold_in(key, i))
         if program.in_order:
-            count = len(rows.x) // BLOCK  # less than a batch, if the device has rows of its own
+            count = (
+                len(rows.x) // STEPS_PER_BLOCK
+            )  # less than a batch, if the device has rows of its own
             drawn = i * count + jnp.arange(count)
         else:
             count = program.batch_size
@@ -187,7 +211,7 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
         now = rate * jnp.minimum(1.0, (state.count + 1) / warm_up)
         arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
         # The mean of the last tenth of the steps, at most of the last 500.
-        weight = jnp.maximum(AVERAGE, 10 / (10 + state.count))
+        weight = jnp.maximum(MIN_AVERAGE_WEIGHT, 10 / (10 + state.count))
         mean = lambda a, b: a + (b.astype(a.dtype) - a) * weight.astype(a.dtype)
         average = jax.tree.map(mean, state.average, arrays)
         return State(arrays, average, inner, state.count + 1)
@@ -198,35 +222,35 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
 
 @compiled
 def _nll(
-    flow: CNF, mesh: Mesh | None, params: PyTree, rows: Rows, key: PRNGKeyArray
+    flow: CNF, devices: Devices, params: PyTree, rows: Rows, key: PRNGKeyArray
 ) -> Float[Array, ""]:
     def nll(axes, params, rows, key):
         return mean_over(flow.nll(params, rows.x, key=key, context=rows.context), axes)
 
-    return over_devices(nll, mesh, split=(1,))(params, rows, key)
+    return over_devices(nll, devices.mesh, split=(1,))(params, rows, key)
 
 
 def evaluation(
-    density: Density, rows: Rows, log_det: float, key: PRNGKeyArray, mesh: Mesh | None = None
+    density: Density, rows: Rows, log_det: float, key: PRNGKeyArray, devices: Devices
 ) -> Callable[[PyTree], float]:
     """A function of parameters: the mean negative log-density of rows in the flow."""
-    if mesh is not None and len(rows.x) % mesh.size:
-        mesh = None  # each device evaluates all
+    if devices.mesh is not None and len(rows.x) % devices.mesh.size:
+        devices = Devices()  # each device evaluates all
     flow = density.flow
-    loose = lambda value: jnp.asarray(np.maximum(value, LOOSE), float)
+    loose = lambda value: jnp.asarray(np.maximum(value, VALIDATION_TOLERANCE), float)
     options = flow.solve_options
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
         flow, regularizers=(), throw=False, solve_options=options,
         divergence=_for_validation(flow.divergence, density.event_shape),
     )  # fmt: skip
-    return lambda params: float(_nll(flow, mesh, params, rows, key)) - log_det
+    return lambda params: float(_nll(flow, devices, params, rows, key)) - log_det
 
 
 def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
     """Exact in few dimensions, and cheap in many, where `exact()` asks for no closed form."""
     exact = without_noise(divergence, event)
-    if math.prod(event) <= TRACED_UP_TO:
+    if math.prod(event) <= MAX_EXACT_DIMENSIONS:
         return exact
     if is_trace(divergence):
         return hutchinson()
@@ -239,31 +263,30 @@ class Training:
 
     density: Density
     """The start of the training."""
-    data: Callable[[PRNGKeyArray], Rows]
-    """The rows to train on, as the flow sees them."""
+    source: Source
+    take: Callable[[PRNGKeyArray], Rows]
+    """Takes rows of the source for a block of steps, as the flow sees them."""
     evaluate: Callable[[PyTree], float]
-    count: int
-    """The number of rows to train on."""
-    batch_size: int
-    begin: float
+    plan: Plan
     clock: Clock
-    progress: bool
-    mesh: Mesh | None = None
-    in_order: bool = False
-    """Whether steps take the rows of a block one after the other."""
 
     def __post_init__(self):
         self.best, self.best_nll = self.density, math.inf
-        self.progress = self.progress and (not are_several(self.mesh) or jax.process_index() == 0)
-        self.exploded = max(EXPLODED, OF_A_COLUMN * math.prod(self.density.event_shape))
-        least, most = FIRST_VALIDATION
+        self.devices = self.plan.devices
+        self.progress = self.plan.progress and self.devices.first_process
+        self.exploded = max(
+            EXPLOSION_NATS, EXPLOSION_NATS_PER_COLUMN * math.prod(self.density.event_shape)
+        )
+        least, most = FIRST_VALIDATION_STEPS
         # A few hundred rows are overfitted within `most` steps.
-        self.first = min(max(PASSES * self.count / self.batch_size, least), most)
+        self.first = min(
+            max(FIRST_VALIDATION_PASSES * self.source.count / self.plan.batch_size, least), most
+        )
         self.points: list[Point] = []
         self.explosions: list[Point] = []
         self.phase: Any = None
         self.blocks = 0  # so far, also of those that were taken back
-        self.used = BLOCK  # steps that have drawn from the rows at hand
+        self.used = STEPS_PER_BLOCK  # steps that have drawn from the rows at hand
         self.data_seconds = self.validation_seconds = 0.0  # that the last of them took
 
     def start(self, phase: Phase) -> None:
@@ -277,19 +300,20 @@ class Training:
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
         state = State(arrays, average, phase.optimizer.init(arrays), count)
-        state = on_all(state, self.mesh)
+        state = self.devices.put_state(state)
         program = Program(
-            phase.loss, phase.optimizer, self.batch_size, static, unravel, self.mesh, self.in_order
-        )
+            phase.loss, phase.optimizer, self.plan.batch_size, static, unravel, self.devices,
+            self.source.in_order,
+        )  # fmt: skip
         # Together, since Ctrl-C validates the state.
         self.phase, self.program, self.state = phase, program, state
         self.step, self.num_worse, self.resumed_at, self.remaining, self.rate = 0, 0, None, 1.0, 1.0
         self.kept, before = (self.step, self.state, self.remaining), self.clock.spent
         self.clock.step = math.inf
         self.validate()
-        self.blocks, self.used = 0, BLOCK
+        self.blocks, self.used = 0, STEPS_PER_BLOCK
         if phase.name not in self.clock.compiled:
-            self.used = BLOCK + 1
+            self.used = STEPS_PER_BLOCK + 1
             self.advance(0)  # on the rows of the first block
             self.clock.compiled.add(phase.name)
             # Training begins when its programs are compiled.
@@ -307,34 +331,37 @@ class Training:
         while self.remaining > 0 and self.step < pause:
             self.block(pause - self.step)
             since = self.clock.spent - self.validated
-            due = self.step >= min(self.due, limits.steps) or (timed and since > APART_SECONDS)
-            if due and not (timed and since < APART_VALIDATIONS * self.validation_seconds):
+            due = self.step >= min(self.due, limits.steps) or (
+                timed and since > SECONDS_PER_VALIDATION
+            )
+            if due and not (timed and since < VALIDATION_TIME_RATIO * self.validation_seconds):
                 self.validate()
                 self.tell()
-            if not self.resumed_at and self.num_worse >= PATIENCE:
+            if not self.resumed_at and self.num_worse >= PATIENCE_VALIDATIONS:
                 # As many steps again, from where it was best.
                 self.step, self.state, left = self.kept
                 self.resumed_at = self.step, left
-                self.due = APART * self.step
+                self.due = VALIDATION_STEP_RATIO * self.step
             self.remaining = self.part_remaining()
 
     def block(self, most: float) -> None:
         """Take up to 50 steps, in parts of about a second. With a limit of time, take one part."""
         clock, limits = self.clock, self.limits
-        end, timed = self.step + min(BLOCK, most), limits.seconds < math.inf
+        end, timed = self.step + min(STEPS_PER_BLOCK, most), limits.seconds < math.inf
         if not timed and self.used:
-            self.used = BLOCK
+            self.used = STEPS_PER_BLOCK
         while self.step < end:
-            count = min(end - self.step, max(BLOCK_SECONDS / clock.step, 1))
+            count = min(end - self.step, max(SECONDS_PER_PROGRAM / clock.step, 1))
             if timed:
                 count = min(count, max(clock.steps_remaining(limits), 1))
-                if self.used < BLOCK:
-                    count = min(count, BLOCK - self.used)
-            with clock.running():
+                if self.used < STEPS_PER_BLOCK:
+                    count = min(count, STEPS_PER_BLOCK - self.used)
+            with clock.running(self.devices):
                 seconds = self.advance(int(count))
             self.step += int(count)
-            clock.step = of_first(seconds / int(count) + self.data_seconds / BLOCK, self.mesh)
-            if time.perf_counter() > self.said + SAY_APART:
+            of_step = seconds / int(count) + self.data_seconds / STEPS_PER_BLOCK
+            clock.step = self.devices.of_first(of_step)
+            if time.perf_counter() > self.said + SECONDS_PER_LINE:
                 self.tell(look=False)
             if timed:
                 return
@@ -342,16 +369,13 @@ class Training:
     def advance(self, count: int) -> float:
         """Change the state by so many steps. Returns the seconds that they took."""
         phase = self.phase
-        if self.used + count > BLOCK:
+        if self.used + count > STEPS_PER_BLOCK:
             begin = time.perf_counter()
             self.blocks, self.used = self.blocks + 1, 0
             self.key = jax.random.fold_in(phase.key, self.blocks)
             # `fold_in` of a number beyond those of the steps: a key that none of them has.
-            rows = self.data(jax.random.fold_in(self.key, BLOCK))
-            if self.mesh is not None:
-                put = split_over if are_several(self.mesh) else on_all
-                rows = put(rows, self.mesh)
-            self.rows = jax.block_until_ready(rows)
+            key = self.devices.own_key(jax.random.fold_in(self.key, STEPS_PER_BLOCK))
+            self.rows = jax.block_until_ready(self.devices.put_rows(self.take(key)))
             self.data_seconds = time.perf_counter() - begin
         rate = jnp.asarray(self.rate * math.sin(0.5 * math.pi * self.remaining) ** 2)
         rates = rate, jnp.asarray(phase.warm_up, jnp.int32)
@@ -386,13 +410,12 @@ class Training:
         average = jax.tree.map(as_given, self.state.average, self.state.arrays)
         params = eqx.combine(self.program.unravel(average), self.program.static)
         before = self.clock.spent
-        with self.clock.running():
+        with self.clock.running(self.devices):
             nats = self.evaluate(params)
         self.validated, self.validation_seconds = self.clock.spent, self.clock.spent - before
-        self.due = max(self.first, APART * self.step)
-        seconds = time.perf_counter() - self.begin
-        self.points.append(Point(self.phase.name, self.step, seconds, nats))
-        worse = self.step > UNCOUNTED and not nats <= self.best_nll + WORSE
+        self.due = max(self.first, VALIDATION_STEP_RATIO * self.step)
+        self.points.append(Point(self.phase.name, self.step, self.clock.since_call, nats))
+        worse = self.step > UNCOUNTED_STEPS and not nats <= self.best_nll + WORSE_NATS
         self.num_worse = self.num_worse + 1 if worse else 0
         if nats < self.best_nll:
             self.best, self.best_nll = self.best.with_params(params), nats
@@ -400,7 +423,7 @@ class Training:
         elif self.best_nll < math.inf and not nats < self.best_nll + self.exploded:
             self.explosions.append(self.points[-1])
             _, self.state, _ = self.kept
-            self.rate *= SLOWER
+            self.rate *= EXPLOSION_RATE_FACTOR
 
     def tell(self, *, look: bool = True) -> None:
         """Say how far training is, at a look at the validation rows or between two."""

@@ -16,8 +16,9 @@ FIRST = {
     "density/maps/box": ("tests/density/test_support.py",),
     "density/maps/chain": ("tests/density/test_support.py",),
     "density/maps/of_": ("tests/interop",),
+    "training/schedule": ("tests/training/test_schedule.py",),
     "training/fit": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
-    "training/rows": ("tests/training/test_rows.py",),
+    "training/dataset": ("tests/training/test_dataset.py",),
     "training/loop": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
     "flows/diffusion": ("tests/flows/test_probability_flow.py",),
     "flows/bases": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
@@ -107,7 +108,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("density/maps/box.py", "of_half = jnp.where(below, -u, u)",
      "of_half = jnp.where(below, u, -u)"),
     # `fit` trains on the rows that it sets aside.
-    ("training/rows.py", "part(rows, shuffled[count:])", "part(rows, shuffled)"),
+    ("training/dataset.py", "_chosen(rows, shuffled[count:])", "_chosen(rows, shuffled)"),
     # All steps of a block see the same rows.
     ("training/loop.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
     # Two neighbouring rows share their noise.

@@ -11,7 +11,7 @@ import optax
 
 import jaxode
 from jaxode.training import loop
-from jaxode.training.rows import Table
+from jaxode.training.dataset import Dataset
 
 ROWS, STEPS = 300, 150
 FAST = optax.adam(1e-2)  # one object, so that all tests share its program
@@ -87,8 +87,8 @@ class Machine:
         monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(loop, "advance", self.advance)
         monkeypatch.setattr("jaxode.training.fit.evaluation", lambda *_: self.look)
-        in_flow = Table.in_flow
-        monkeypatch.setattr(Table, "in_flow", lambda *given: self.slow(*in_flow(*given)))
+        in_flow = Dataset.in_flow
+        monkeypatch.setattr(Dataset, "in_flow", lambda *given: self.slow(*in_flow(*given)))
 
     def advance(self, *given):
         *_, state, (rate, _), _, _, (first, last) = given
@@ -104,10 +104,10 @@ class Machine:
         self.looks += 1
         return float(next(self.nats))
 
-    def slow(self, rows_of, *rest):
+    def slow(self, take, *rest):
         def timed(key):
             self.now += self.of_data
-            return rows_of(key)
+            return take(key)
 
         return timed, *rest
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import jaxode
-from jaxode.training.files import LARGE, Without
-from jaxode.training.rows import Table
+from jaxode.training.dataset import Dataset
+from jaxode.training.files import MAX_ROWS_COPIED, Without
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
-COUNT = LARGE + 20_000
+COUNT = MAX_ROWS_COPIED + 20_000
 RNG = np.random.default_rng(0)
 TABLE = (RNG.normal(size=(COUNT, 2)) + np.array([3.0, 0.0])).astype(np.float32)
 
@@ -25,7 +25,7 @@ def bound(size=2, context_size=0, **options):
 
 
 def posed(x=TABLE, context=None, dequantize=False, density=None):
-    return Table.of(density or bound(), x, context, 0.1, dequantize, KEY)
+    return Dataset.of(density or bound(), x, context, 0.1, dequantize, KEY)
 
 
 def test_rows_are_those_of_a_copy_without_some():
@@ -36,29 +36,30 @@ def test_rows_are_those_of_a_copy_without_some():
 
 
 def test_a_large_table_is_not_copied_and_rows_set_aside_are_not_drawn():
-    table = posed()
-    assert table.rows.x.array is TABLE
-    assert len(table.validation.x) == len(table.rows.x.aside) == 1000
-    np.testing.assert_array_equal(TABLE[table.rows.x.aside], table.validation.x)
-    everything = table.rows.x[np.arange(len(table.rows.x))]
-    np.testing.assert_array_equal(everything, np.delete(TABLE, table.rows.x.aside, axis=0))
+    dataset = posed()
+    rows, aside = dataset.source.rows.x, dataset.validation.x
+    assert rows.array is TABLE
+    assert len(aside) == len(rows.aside) == 1000
+    np.testing.assert_array_equal(TABLE[rows.aside], aside)
+    everything = rows[np.arange(len(rows))]
+    np.testing.assert_array_equal(everything, np.delete(TABLE, rows.aside, axis=0))
 
 
 def test_maps_see_all_rows_that_are_left_of_few_more_than_large():
-    table = posed(TABLE[: LARGE + 500])
-    assert len(table.some().x) == LARGE - 500
+    dataset = posed(TABLE[: MAX_ROWS_COPIED + 500])
+    assert len(dataset.sample(KEY).x) == MAX_ROWS_COPIED - 500
 
 
 def test_steps_get_other_rows_with_their_contexts():
     context = TABLE.sum(axis=1, keepdims=True)
     density = bound(context_size=1, context_shape=(1,))
-    table = posed(context=context, density=density)
-    of_key, aside, log_det = table.in_flow(density, table.validation, KEY, 64)
-    first, second = of_key(KEY), of_key(jax.random.key(1))
+    dataset = posed(context=context, density=density)
+    take, aside, log_det = dataset.in_flow(density, dataset.validation, KEY, 64)
+    first, second = take(KEY), take(jax.random.key(1))
     assert first.x.shape == (64, 2)
     assert not (first.x == second.x).any()
     np.testing.assert_allclose(first.x.sum(axis=1), first.context[:, 0], rtol=1e-6)
-    np.testing.assert_array_equal(aside.x, table.validation.x)
+    np.testing.assert_array_equal(aside.x, dataset.validation.x)
     assert log_det == 0.0
 
 
@@ -72,18 +73,18 @@ def test_it_trains_from_a_file(tmp_path):
 
 
 def test_validation_rows_may_be_a_large_table_too():
-    table = Table.of(bound(), TABLE, None, TABLE.astype(np.float64), False, KEY)
-    assert len(table.rows.x) == COUNT
-    assert len(table.validation.x) == 1000
-    assert table.validation.x.dtype == np.float32
+    dataset = Dataset.of(bound(), TABLE, None, TABLE.astype(np.float64), False, KEY)
+    assert dataset.source.count == COUNT
+    assert len(dataset.validation.x) == 1000
+    assert dataset.validation.x.dtype == np.float32
 
 
 def test_integers_get_noise():
     levels = RNG.integers(0, 3, (COUNT, 1))
     x: Any = np.concatenate([levels, levels[::-1]], 1)
-    table = posed(x, dequantize=True)
-    of_key, _, _ = table.in_flow(bound(), table.validation, KEY, 512)
-    x = of_key(KEY).x
+    dataset = posed(x, dequantize=True)
+    take, _, _ = dataset.in_flow(bound(), dataset.validation, KEY, 512)
+    x = take(KEY).x
     assert x.dtype == jnp.zeros(()).dtype
     assert not (x == jnp.round(x)).any()
     assert set(np.unique(np.floor(x)).tolist()) == {0.0, 1.0, 2.0}

@@ -28,7 +28,7 @@ from fitting import (
 
 import jaxode
 from jaxode.training import loop
-from jaxode.training.fit import FEW_FOR_A_COLUMN, RATE, adam
+from jaxode.training.fit import FEW_ROWS_PER_COLUMN, MATCHING_RATE, adam
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 
@@ -72,7 +72,7 @@ def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
     as_vector, _ = fit(validation=OTHERS, optimizer=None)
     assert ravelled
     ravelled.clear()
-    alike, _ = fit(validation=OTHERS, optimizer=adam(RATE))
+    alike, _ = fit(validation=OTHERS, optimizer=adam(MATCHING_RATE))
     assert not ravelled
     for a, b in zip(*map(jax.tree.leaves, (as_vector.params, alike.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)  # other roundings, 150 steps
@@ -103,7 +103,7 @@ def test_weights_decay_at_few_rows(less, few, decayed, monkeypatch):
     """Matrices that are trained: up to 100 rows for each of two columns, and up to `few`."""
     monkeypatch.setattr("jaxode.training.fit.FEW_ROWS", few)
     # Not one row more but a limit below: one program serves all.
-    monkeypatch.setattr("jaxode.training.fit.FEW_FOR_A_COLUMN", FEW_FOR_A_COLUMN - less)
+    monkeypatch.setattr("jaxode.training.fit.FEW_ROWS_PER_COLUMN", FEW_ROWS_PER_COLUMN - less)
     shapes = {"constant": (2, 2), "matrix": (2, 2), "vector": (2,), "drift": (2,)}
     start = {name: jnp.ones(shape) for name, shape in shapes.items()}
     density, _ = fit(bound(f=drifting, params=start), validation=OTHERS, optimizer=None)
@@ -177,7 +177,7 @@ MOVED = 3 * CONTEXT + 0.5 * RNG.normal(size=(ROWS, 2))  # a normal whose mean is
 def test_a_context(monkeypatch):
     """With base samples that go to rows of like contexts."""
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(loop, "LOOSE", 1e-6)
+    monkeypatch.setattr(loop, "VALIDATION_TOLERANCE", 1e-6)
     coupling = jaxode.coupling.optimal_transport(16, condition_weight=1.0)
     start = bound(params=parameters(context_size=1), standardize=MOVED, standardize_context=CONTEXT)
     rows, aside = (MOVED[:200], CONTEXT[:200]), (MOVED[200:], CONTEXT[200:])

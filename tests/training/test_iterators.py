@@ -10,9 +10,11 @@ import pytest
 
 import jaxode
 from jaxode.training import loop
-from jaxode.training.iterators import HEAD, NoRowsLeftError, Stream, is_stream
-from jaxode.training.loop import BLOCK
-from jaxode.training.rows import Rows, Table
+from jaxode.training.dataset import Dataset
+from jaxode.training.dequantization import Dequantization
+from jaxode.training.iterators import HEAD_ROWS, NoRowsLeftError, Stream, is_stream
+from jaxode.training.loop import STEPS_PER_BLOCK
+from jaxode.training.rows import FromIterable, InMemory, Rows
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -62,10 +64,10 @@ def test_an_iterable_starts_again_and_an_iterator_ends():
 def test_no_more_is_read_than_the_head_and_the_next_rows():
     read = []
     of = stream(read.append(i) or NUMBERS for i in itertools.count())
-    assert len(read) == HEAD // len(NUMBERS)
+    assert len(read) == HEAD_ROWS // len(NUMBERS)
     of.next(5000)
     of.close()
-    assert len(read) <= HEAD // len(NUMBERS) + 1
+    assert len(read) <= HEAD_ROWS // len(NUMBERS) + 1
 
 
 @pytest.mark.parametrize(
@@ -118,21 +120,22 @@ def test_an_iterator_that_ends_before_training_raises():
 
 def test_steps_use_each_row_once():
     """The sum of all steps is that of all rows."""
-    numbers = RNG.normal(size=(BLOCK * 8, 2)).astype(np.float32)
-    table = Table(Rows(ROWS, None), Rows(ROWS[:9], None), stream=stream(iter([ROWS[:1], numbers])))
-    table.stream.next(1)
+    numbers = RNG.normal(size=(STEPS_PER_BLOCK * 8, 2)).astype(np.float32)
+    source = FromIterable(stream(iter([ROWS[:1], numbers])), InMemory(Rows(ROWS, None)))
+    source.stream.next(1)
+    dataset = Dataset(source, Rows(ROWS[:9], None), Dequantization(np.zeros(2, bool)))
     density = jaxode.bind(bound().flow, bound().params, standardize=(0.0, 1.0))
-    data, _, _ = table.in_flow(density, table.validation, KEY, len(numbers))
-    rows = data(KEY)
+    take, _, _ = dataset.in_flow(density, dataset.validation, KEY, len(numbers))
+    rows = take(KEY)
     assert (np.asarray(rows.x) != numbers).any()
     loss = lambda params, x, context, key: jnp.sum(params * x)
     start, optimizer = jnp.zeros(2), optax.sgd(1.0)
     program = loop.Program(loss, optimizer, 8, None, loop._same, in_order=True)
     state = loop.State(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
     rates = jnp.ones(()), jnp.ones((), jnp.int32)
-    state = loop.advance(program, state, rates, rows, KEY, jnp.array([0, BLOCK]))
+    state = loop.advance(program, state, rates, rows, KEY, jnp.array([0, STEPS_PER_BLOCK]))
     np.testing.assert_allclose(-state.arrays, numbers.sum(axis=0), rtol=1e-4)
-    table.stream.close()
+    source.close()
 
 
 class Unlike:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import jaxode
 from jaxode.training import loop
+from jaxode.training.devices import Devices
 from jaxode.training.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("default_settings")
@@ -65,7 +66,7 @@ def test_devices_exchange_their_gradients_once_a_step():
     arrays, static = eqx.partition(network, eqx.is_inexact_array)
     loss = lambda params, x, context, key: flow.matching_loss(params, x, key=key)
     optimizer, mesh = optax.adam(1e-3), mesh_of(4)
-    program = loop.Program(loss, optimizer, 64, static, loop._same, mesh)
+    program = loop.Program(loss, optimizer, 64, static, loop._same, Devices(mesh))
     state = loop.State(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
     take = partial(loop._take_steps, program)
     split = loop.over_devices(take, mesh)

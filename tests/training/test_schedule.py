@@ -44,7 +44,7 @@ def test_seconds_are_of_training_and_go_to_steps(name, monkeypatch):
 
 def test_slow_steps_are_taken_one_by_one(monkeypatch):
     """And end with the same parameters: a part of a block continues its keys."""
-    monkeypatch.setattr(loop, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SECONDS_PER_PROGRAM", 0.0)
     again, _ = fit(validation=OTHERS)
     assert equal(again, fitted()[0])
 
@@ -93,12 +93,12 @@ def test_a_map_that_is_far_behind_is_out_after_a_round(monkeypatch):
 def test_powers_of_the_time_are_tried(monkeypatch, lead, power):
     """And uniform times chosen if they are better by so much."""
     for name, value in {
-        "CLEARLY": lead,
-        "MANY": 1,
-        "LEAST_REMAINING": STEPS,
-        "TRIAL": 1 / 12,
+        "CLEARLY_BETTER_NATS": lead,
+        "MAX_DIMENSIONS_OF_ONE_POWER": 1,
+        "MIN_REMAINING_STEPS": STEPS,
+        "ROUND_PART": 1 / 12,
     }.items():
-        monkeypatch.setattr(f"jaxode.training.fit.{name}", value)
+        monkeypatch.setattr(f"jaxode.training.schedule.{name}", value)
     density, history = fit(time_power=None, validation=OTHERS)
     assert [point.step for point in history] == [0, 100, STEPS]
     monkeypatch.undo()
@@ -203,7 +203,7 @@ class Interrupting(io.StringIO):
 )
 def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch):
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(loop, "LOOSE", 1e-6)
+    monkeypatch.setattr(loop, "VALIDATION_TOLERANCE", 1e-6)
     monkeypatch.setattr(sys, "stderr", Interrupting(f"step {step} "))
     start = bound(standardize=standardize)
     density, history = fit(start, progress=True, validation=OTHERS, steps=1000)
@@ -229,7 +229,7 @@ def test_an_interrupt_keeps_what_came_after_the_last_look(name, monkeypatch):
         return program(*given)
 
     monkeypatch.setattr(loop, what, interrupted)
-    monkeypatch.setattr(loop, "BLOCK_SECONDS", 1e9)  # on a busy computer, too
+    monkeypatch.setattr(loop, "SECONDS_PER_PROGRAM", 1e9)  # on a busy computer, too
     density, history = fit(validation=OTHERS, **options)
     assert [(point.phase, point.step) for point in history] == [("matching", n) for n in looks]
     assert not equal(density, bound())

@@ -25,21 +25,24 @@ from helpers import Frame
 import jaxode
 from jaxode.density.noise import log_density
 from jaxode.training import loop
-from jaxode.training.rows import Table, set_aside, warn_of_columns
+from jaxode.training.column_warnings import warn_of_columns
+from jaxode.training.dataset import Dataset, checked_rows, set_aside
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
 
 
-def table_of(density, x, *, context=None, validation=0.1, dequantize=True):
-    return Table.of(density, x, context, validation, dequantize, KEY)
+def dataset_of(density, x, *, context=None, validation=0.1, dequantize=True):
+    return Dataset.of(density, x, context, validation, dequantize, KEY)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.25, 0.999, np.float32(0.5)])
 def test_rows_are_set_aside(part):
     """Each row is on one side, with its context."""
     x, context = np.arange(40.0).reshape(20, 2), {"row": np.arange(20)}
-    rows, aside = set_aside(bound(context_shape=()), x, context, part, False, KEY)
+    together = checked_rows("x", bound(context_shape=()), x, context, False)
+    source, aside = set_aside(together, part, KEY)
+    rows = source.whole()
     assert len(aside[0]) == min(np.ceil(20 * part), 18)
     both = np.concatenate([rows[0], aside[0]])
     labels = np.concatenate([rows[1]["row"], aside[1]["row"]])
@@ -53,19 +56,20 @@ def test_rows_keep_their_precision_beside_validation_rows_of_another():
     density = bound()
     jax.config.update("jax_enable_x64", True)
     x = BENT.astype(np.float32)
-    table = table_of(density, x, validation=OTHERS[:2], dequantize=False)
-    data, aside, _ = table.in_flow(density, table.validation, KEY, ROWS)
-    assert table.validation.x.dtype == np.float64
-    assert data(KEY).x.dtype == aside.x.dtype == np.float32
+    dataset = dataset_of(density, x, validation=OTHERS[:2], dequantize=False)
+    take, aside, _ = dataset.in_flow(density, dataset.validation, KEY, ROWS)
+    assert dataset.validation.x.dtype == np.float64
+    assert take(KEY).x.dtype == aside.x.dtype == np.float32
     assert aside.x.shape == (2, 2)
 
 
 def test_tables_are_data_and_contexts():
-    of = lambda kind: table_of(
+    of = lambda kind: dataset_of(
         bound(context_shape=(1,)), kind(BENT), context=kind(CONTEXT[:200]),
         validation=(kind(OTHERS), kind(CONTEXT[200:])),
     )  # fmt: skip
-    assert equal(vars(of(Frame)), vars(of(np.asarray)))
+    sides = lambda dataset: (dataset.source.whole(), dataset.validation)
+    assert equal(sides(of(Frame)), sides(of(np.asarray)))
 
 
 AROUND = {
@@ -79,7 +83,7 @@ AROUND = {
 @pytest.mark.parametrize("name", AROUND)
 def test_looks_are_in_the_units_of_the_data(name, monkeypatch):
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(loop, "LOOSE", 1e-6)
+    monkeypatch.setattr(loop, "VALIDATION_TOLERANCE", 1e-6)
     rows, others = LOGNORMAL[:200], LOGNORMAL[200:]
     density, history = fit(cheap(**AROUND[name]), rows, validation=others, steps=1)
     best = min(point.nats for point in history)
@@ -91,7 +95,7 @@ def test_looks_in_many_dimensions_take_no_closed_form_that_was_not_asked_for():
         return args * z
 
     wrong.value_and_divergence = lambda t, z, args: (args * z, jnp.asarray(1e6, z.dtype))
-    n, x = loop.TRACED_UP_TO + 1, np.random.default_rng(0).normal(size=(40, 17))
+    n, x = loop.MAX_EXACT_DIMENSIONS + 1, np.random.default_rng(0).normal(size=(40, 17))
     flow = jaxode.cnf(wrong, jaxode.standard_normal(n), divergence=jaxode.divergence.exact())
     density = jaxode.bind(flow, 0.1, standardize=(0.0, 1.0))
     _, history = jaxode.fit(density, x, key=KEY, steps=1, progress=False)
@@ -155,24 +159,25 @@ def test_centred_particles_do_not_depend_on_each_other(recwarn, monkeypatch):
 def test_validation_rows_that_have_noise_get_no_more():
     """Integers do. A column with a single other number, in either part, is none of integers."""
     for others in INTEGERS[200:], INTEGERS[200:] + np.array([0.25, 0.0]):
-        table = table_of(on((0.0, -9.0), (8.0, 9.0)), INTEGERS[:200], validation=others)
-        seen = np.asarray(table.noisy(table.validation, KEY).x)
-        assert (seen == table.validation.x).all() == (others[0, 0] % 1 > 0)
-    for part in set_aside(bound(), INTEGERS, None, 0.1, True, KEY):
+        dataset = dataset_of(on((0.0, -9.0), (8.0, 9.0)), INTEGERS[:200], validation=others)
+        seen = np.asarray(dataset.noise.add(dataset.validation, KEY).x)
+        assert (seen == dataset.validation.x).all() == (others[0, 0] % 1 > 0)
+    source, aside = set_aside(checked_rows("x", bound(), INTEGERS, None, True), 0.1, KEY)
+    for part in source.whole(), aside:
         almost = INTEGERS.copy()
         almost[INTEGERS[:, 1].astype(part.x.dtype) == part.x[0, 1], 0] += 0.5
         with pytest.warns(UserWarning, match="repeat values"):
-            assert not table_of(bound(), almost).integers.any()
+            assert not dataset_of(bound(), almost).noise.exists
 
 
 def test_validations_subtract_the_density_of_the_noise():
     """Of rows set aside, and not of noise that given ones have."""
     density, noisy = cheap(standardize=(0.0, 3.0)), INTEGERS[200:] + np.array([0.25, 0.0])
     for others in INTEGERS[200:], noisy:
-        table = table_of(density, INTEGERS[:200], validation=others, dequantize="normal")
-        seen = table.noisy(table.validation, KEY)
-        *_, log_det = table.in_flow(density, seen, KEY, ROWS)
-        noise = (np.asarray(seen.x) - table.validation.x)[:, :1]
+        dataset = dataset_of(density, INTEGERS[:200], validation=others, dequantize="normal")
+        seen = dataset.noise.add(dataset.validation, KEY)
+        *_, log_det = dataset.in_flow(density, seen, KEY, ROWS)
+        noise = (np.asarray(seen.x) - dataset.validation.x)[:, :1]
         has_noise = others[0, 0] % 1 == 0
         expected = float(log_density("normal", noise, noise).mean()) if has_noise else 0.0
         assert abs(expected) > 0.1 or not has_noise
@@ -183,17 +188,17 @@ def test_noise_of_a_level_that_the_data_lack_raises():
     with pytest.raises(
         ValueError, match=r"must name levels, whole numbers from -7 to 7; got \[9\]"
     ):
-        table_of(cheap(), INTEGERS, dequantize=(0, 9))
-    assert table_of(cheap(), INTEGERS, dequantize=(0, 7)).noise == (0.0, 7.0)
+        dataset_of(cheap(), INTEGERS, dequantize=(0, 9))
+    assert dataset_of(cheap(), INTEGERS, dequantize=(0, 7)).noise.kind == (0.0, 7.0)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-24])
 def test_noise_never_reaches_a_bound(noise, monkeypatch):
     """Which would end a training, by chance."""
-    table = table_of(on((0.0, -9.0), (8.0, 9.0)), INTEGERS)
+    dataset = dataset_of(on((0.0, -9.0), (8.0, 9.0)), INTEGERS)
     extreme = lambda key, shape, dtype: jnp.full(shape, noise, dtype)
     monkeypatch.setattr(jax.random, "uniform", extreme)
-    whole, noisy = table.rows.x, np.asarray(table.noisy(table.rows, KEY).x)
+    whole, noisy = dataset.source.whole().x, np.asarray(dataset.sample(KEY).x)
     assert (noisy[:, 0] > whole[:, 0]).all()
     assert (noisy[:, 0] < whole[:, 0] + 1).all()
     np.testing.assert_array_equal(noisy[:, 1], whole[:, 1])
@@ -202,20 +207,20 @@ def test_noise_never_reaches_a_bound(noise, monkeypatch):
 def test_integers_beside_which_noise_is_lost():
     x = np.stack([INTEGERS[:, 0], 1e6 + np.arange(ROWS), 1e7 + np.arange(ROWS)], 1)
     with pytest.warns(UserWarning, match=r"^fit\(dequantize=True\): columns 2 .* in float32, so"):
-        table = table_of(bound(3, standardize=x), x)
-    assert table.integers.tolist() == [True, True, False]
-    noisy = np.asarray(table.noisy(table.rows, KEY).x)
+        dataset = dataset_of(bound(3, standardize=x), x)
+    assert dataset.noise.columns.tolist() == [True, True, False]
+    noisy = np.asarray(dataset.sample(KEY).x)
     assert (noisy[:, :2] != np.round(noisy[:, :2])).all()
-    np.testing.assert_array_equal(noisy[:, 2], table.rows.x[:, 2])
+    np.testing.assert_array_equal(noisy[:, 2], dataset.source.whole().x[:, 2])
 
 
 def test_noise_is_drawn_for_as_many_rows_as_are_needed():
     """Anew for each key, and uniform in (0, 1)."""
     density = bound(standardize=(0.0, 1.0))
-    table = table_of(density, INTEGERS)
-    rows_of, *_ = table.in_flow(density, table.validation, KEY, 100)
-    some = rows_of(KEY).x
+    dataset = dataset_of(density, INTEGERS)
+    take, *_ = dataset.in_flow(density, dataset.validation, KEY, 100)
+    some = take(KEY).x
     assert some.shape == (100, 2)
-    assert not np.array_equal(some, rows_of(jax.random.key(3)).x)
+    assert not np.array_equal(some, take(jax.random.key(3)).x)
     noise = np.sort(some[:, 0] % 1)
     np.testing.assert_allclose(noise, np.linspace(0, 1, 100), atol=0.2)

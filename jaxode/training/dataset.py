@@ -1,0 +1,250 @@
+"""What `fit` trains on: rows that are checked, some set aside, with noise, and as the flow sees
+them."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from jaxode._checks.arguments import check_number, floating, floating_dtype, shape_of
+from jaxode._checks.rules import INSIDE, NUMBER, Rule
+from jaxode._checks.samples import check_data, check_finite, check_rows
+from jaxode.density.contexts import context_numbers
+from jaxode.density.density import Density
+from jaxode.density.maps.base import contained
+from jaxode.density.noise import NOISES, Noise, as_noise, margin_of
+from jaxode.flows.bases import has_full_support
+from jaxode.training.column_warnings import MAX_ROWS_SEEN, warn_of_columns
+from jaxode.training.dequantization import (
+    MAX_INTEGER_SPACING,
+    Dequantization,
+    RowNoise,
+    is_integer,
+    scanned,
+    warn_of_coarse,
+)
+from jaxode.training.devices import Devices
+from jaxode.training.files import MAX_ROWS_COPIED, Without, check_in_parts
+from jaxode.training.iterators import Stream, is_stream
+from jaxode.training.rows import FromIterable, InFile, InMemory, Rows, Share, Source
+
+MAX_VALIDATION_ROWS, MIN_ROWS = 1000, 10
+
+PART_TYPES = int | float | np.number
+PART_RULE = Rule(NUMBER, lambda part: (part > 0) & (part < 1), "must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Rows to train on, rows set aside, and the noise that both get."""
+
+    source: Source
+    validation: Any
+    noise: RowNoise
+
+    @classmethod
+    def of(
+        cls,
+        density: Density,
+        x: Any,
+        context: PyTree,
+        validation: Any,
+        dequantize: bool | Noise,
+        key: PRNGKeyArray,
+        devices: Devices = Devices(),
+    ) -> "Dataset":
+        """Check the rows, set some aside, and warn of columns without a density."""
+        is_flag = isinstance(dequantize, bool | np.bool_)
+        kind = NOISES[0] if is_flag else as_noise("dequantize", dequantize)
+        has_noise, stream = bool(dequantize), None
+        if is_stream(x):
+            stream = _stream_of(density, x, context, validation, has_noise, devices)
+            x, context = stream.head
+        rows = checked_rows("x", density, x, context, has_noise)
+        integers, largest = scanned(rows.x)
+        if isinstance(validation, PART_TYPES):
+            own, aside = set_aside(rows, validation, key, devices)
+        else:
+            aside = _validation_rows(density, rows, validation, has_noise, key)
+            own = _source_of(rows, devices)
+            largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
+        integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
+        largest = devices.gathered(largest[None]).max(axis=0)
+        if not isinstance(kind, str) and integers.any():
+            reach = int(largest[integers].max())
+            as_noise("dequantize", dequantize, (-reach, reach))
+        dtype = floating_dtype(rows.x.dtype)
+        coarse = integers & (largest * float(jnp.finfo(dtype).eps) > MAX_INTEGER_SPACING)
+        warn_of_coarse(coarse.reshape(-1), dtype)
+        some = own.sample(MAX_ROWS_SEEN).x
+        # Those of centred rows have a sum of zero.
+        independent = has_full_support(density.flow.base)
+        others = np.flatnonzero(~integers.reshape(-1))
+        warn_of_columns(some.reshape(len(some), -1), others, independent)
+        if stream is not None:
+            own = FromIterable(stream, own)
+        source = Share(own, devices) if devices.several_processes else own
+        return cls(source, devices.gathered(aside), Dequantization(integers & ~coarse, kind))
+
+    def sample(self, key: PRNGKeyArray) -> Rows:
+        """Rows to fit a map to, with noise."""
+        return self.noise.add(self.source.sample(MAX_ROWS_COPIED), key)
+
+    def take(self, key: PRNGKeyArray, count: int) -> Rows:
+        """Rows for the next steps, at most `count`, with new noise."""
+        row_key, noise_key = jax.random.split(key)
+        return self.noise.add(self.source.take(row_key, count), noise_key)
+
+    def in_flow(
+        self, density: Density, validation: Rows, key: PRNGKeyArray, count: int
+    ) -> tuple[Callable[[PRNGKeyArray], Rows], Rows, float]:
+        """The dataset as the flow sees it.
+
+        Args:
+            density: maps the rows.
+            validation: the validation rows with their noise.
+            key: draws the noise of the rows that are mapped now.
+            count: the number of rows to take, at most.
+
+        Returns:
+            A function of a key that takes rows to train on; the validation rows; and the mean of
+            their log-determinants less the log-densities of their noise.
+        """
+        together, first, whole = validation, 0, self.source.whole()
+        if whole is not None:  # at once, since each number of rows is a program to compile
+            together = jax.tree.map(_joined, self.noise.add(whole, key), validation)
+            first = len(whole.x)
+        mapped, log_det = to_flow(density, together), density.log_det(together.x)
+        # Cut in NumPy, whose programs need not be compiled.
+        part = lambda cut: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
+        rows, validation_in_flow = part(slice(first)), part(slice(first, None))
+        take = lambda key: to_flow(density, self.take(key, count))
+        if whole is not None and not self.noise.exists:
+            take = lambda key: rows
+        mean = float(np.asarray(log_det, np.float64)[first:].mean())
+        log_noise = self.noise.log_density(self.validation, validation)
+        return take, validation_in_flow, mean - log_noise
+
+
+def _stream_of(
+    density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, devices: Devices
+) -> Stream:
+    """The rows of an iterable, each checked when it is read."""
+    if context is not None:
+        raise ValueError(
+            "fit(context=...): must be left out where x is an iterable, which gives pairs "
+            "(x, context)."
+        )
+    if isinstance(validation, PART_TYPES):
+        raise ValueError(
+            "fit(validation=...): must be rows of their own where x is an iterable, which may give "
+            f"the same rows again; got {validation}."
+        )
+    check = lambda x, context: checked_rows("x", density, x, context, dequantize, least=1)
+    return Stream(x, check, devices.any)
+
+
+def _joined(a: Any, b: Any) -> np.ndarray:
+    """The rows of both, in the precision of the first."""
+    return np.concatenate([a, b], dtype=a.dtype if jnp.issubdtype(a.dtype, jnp.floating) else None)
+
+
+def to_flow(density: Density, rows: Rows) -> Rows:
+    """The rows as the flow sees them."""
+    z = density.to_flow(*rows)
+    return Rows(z, None) if rows.context is None else Rows(*z)
+
+
+def set_aside(
+    rows: Rows, part: Any, key: PRNGKeyArray, devices: Devices = Devices()
+) -> tuple[Source, Rows]:
+    """Split rows: those to train on, and a part of at most `MAX_VALIDATION_ROWS` for validation."""
+    check_number("validation", part, PART_RULE, kind="part")
+    total = len(rows.x)
+    count = min(math.ceil(part * total), MAX_VALIDATION_ROWS, total - 2)
+    draw = _generator(key)
+    if total > MAX_ROWS_COPIED:  # a permutation would take as long as reading all
+        chosen = np.sort(draw.choice(total, count, replace=False))
+        return _source_of(rows, devices, chosen), _chosen(rows, chosen)
+    shuffled = draw.permutation(total)
+    return _source_of(_chosen(rows, shuffled[count:]), devices), _chosen(rows, shuffled[:count])
+
+
+def _source_of(rows: Rows, devices: Devices, aside: np.ndarray = np.arange(0)) -> Source:
+    """The rows of this process, without those that are set aside of a large table."""
+    exact = devices.several_processes
+    if len(rows.x) <= MAX_ROWS_COPIED:
+        return InMemory(rows, exact)
+    without = Rows(
+        Without(rows.x, aside, floating_dtype(rows.x.dtype)),
+        jax.tree.map(lambda leaf: Without(leaf, aside, leaf.dtype), rows.context),
+    )
+    return InFile(without, exact)
+
+
+def _validation_rows(
+    density: Density, rows: Rows, validation: Any, dequantize: bool, key: PRNGKeyArray
+) -> Rows:
+    """At most `MAX_VALIDATION_ROWS` of the validation rows that were given, checked."""
+    pair = validation if isinstance(validation, tuple) else (validation, None)
+    if len(pair) != 2:
+        raise ValueError(
+            "fit(validation=...): must be a part, rows of x, or a pair (x, context); got "
+            f"{len(pair)} parts."
+        )
+    others = checked_rows("validation", density, *pair, dequantize, least=1)
+    shape, got = (jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, others))
+    if shape != got:
+        raise ValueError(
+            "fit(validation=...): must be a pair (x, context), with a context as in training, "
+            f"of shape {shape}; got {got}. Leave it out where training has none."
+        )
+    return _chosen(others, _generator(key).permutation(len(others.x))[:MAX_VALIDATION_ROWS])
+
+
+def _generator(key: PRNGKeyArray) -> np.random.Generator:
+    """Of NumPy, whose programs need not be compiled."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def _chosen(rows: Rows, chosen: np.ndarray) -> Rows:
+    """A copy of some rows."""
+    return Rows(
+        np.asarray(floating(rows.x[chosen])),
+        jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], rows.context),
+    )
+
+
+def checked_rows(
+    name: str, density: Density, x: Any, context: PyTree, dequantize: bool, least: int = MIN_ROWS
+) -> Rows:
+    rule = f"must have shape {shape_of('rows', density.event_shape)}, with at least {least} row"
+    rule, event = rule + "s" * (least > 1), density.event_shape
+    large = isinstance(x, np.ndarray) and len(x) > MAX_ROWS_COPIED
+    if large:
+        check_in_parts(lambda part: check_data(name, part, event, 1, rule), x)
+    else:
+        x = check_data(name, x, event, least, rule)
+    context = check_rows("context", context_numbers("context", context), len(x))
+    jax.eval_shape(lambda context: density.contexts.rows(context, (len(x),)), context)  # raises
+    check_finite({"context": context})
+    x = x if large else np.asarray(floating(x))
+    if density.support is not None:
+        check_in_parts(lambda part: _check_inside(density.support, part, dequantize), x)
+    return Rows(x, context)
+
+
+def _check_inside(support: Any, x: Any, dequantize: bool) -> None:
+    x = np.asarray(floating(x))
+    integers, ends = (is_integer(x) & dequantize)[None], [x]
+    if integers.any():
+        # Bounds within a 64th of the ends of the noise are found when it comes there.
+        margin = margin_of(x).clip(min=1 / 64)
+        ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
+    for noisy in ends:
+        INSIDE.check(contained(support, jnp.asarray(noisy)), noisy)
