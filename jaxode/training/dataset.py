@@ -17,16 +17,15 @@ from jaxode._checks.samples import check_data, check_finite, check_rows
 from jaxode.density.contexts import context_numbers
 from jaxode.density.density import Density
 from jaxode.density.maps.base import contained
-from jaxode.density.noise import NOISES, Noise, as_noise, margin_of
+from jaxode.density.noise import Noise, margin_of
 from jaxode.flows.bases import has_full_support
 from jaxode.training.column_warnings import MAX_ROWS_SEEN, warn_of_columns
 from jaxode.training.dequantization import (
-    MAX_INTEGER_SPACING,
     Dequantization,
     RowNoise,
     is_integer,
+    noise_kind,
     scanned,
-    warn_of_coarse,
 )
 from jaxode.training.devices import Devices
 from jaxode.training.files import MAX_ROWS_COPIED, Without, check_in_parts
@@ -59,8 +58,7 @@ class Dataset:
         devices: Devices = Devices(),
     ) -> "Dataset":
         """Check the rows, set some aside, and warn of columns without a density."""
-        is_flag = isinstance(dequantize, bool | np.bool_)
-        kind = NOISES[0] if is_flag else as_noise("dequantize", dequantize)
+        noise_kind(dequantize)  # raises before any rows are read
         has_noise, stream = bool(dequantize), None
         if is_stream(x):
             stream = _stream_of(density, x, context, validation, has_noise, devices)
@@ -75,12 +73,7 @@ class Dataset:
             largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
         integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
         largest = devices.gathered(largest[None]).max(axis=0)
-        if not isinstance(kind, str) and integers.any():
-            reach = int(largest[integers].max())
-            as_noise("dequantize", dequantize, (-reach, reach))
-        dtype = floating_dtype(rows.x.dtype)
-        coarse = integers & (largest * float(jnp.finfo(dtype).eps) > MAX_INTEGER_SPACING)
-        warn_of_coarse(coarse.reshape(-1), dtype)
+        noise = Dequantization.of(dequantize, integers, largest, floating_dtype(rows.x.dtype))
         some = own.sample(MAX_ROWS_SEEN).x
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
@@ -89,7 +82,7 @@ class Dataset:
         if stream is not None:
             own = FromIterable(stream, own)
         source = Share(own, devices) if devices.several_processes else own
-        return cls(source, devices.gathered(aside), Dequantization(integers & ~coarse, kind))
+        return cls(source, devices.gathered(aside), noise)
 
     def sample(self, key: PRNGKeyArray) -> Rows:
         """Rows to fit a map to, with noise."""

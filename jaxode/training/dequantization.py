@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, PRNGKeyArray
 
 from jaxode.density.maps.whiten import column_list
-from jaxode.density.noise import NOISES, Noise, in_cells, log_density
+from jaxode.density.noise import NOISES, Noise, as_noise, in_cells, log_density
 from jaxode.training.files import consecutive_parts
 from jaxode.training.rows import Rows
 
@@ -41,6 +41,32 @@ class Dequantization:
     """Which columns get noise."""
     kind: Noise = NOISES[0]
 
+    @classmethod
+    def of(
+        cls,
+        dequantize: bool | Noise,
+        integers: Bool[np.ndarray, " *event"],
+        largest: np.ndarray,
+        dtype: np.dtype,
+    ) -> "Dequantization":
+        """Noise on columns of integers of these largest sizes.
+
+        Columns beside which noise in (0, 1) is lost get none, with a warning.
+        """
+        kind = noise_kind(dequantize)
+        if not isinstance(kind, str) and integers.any():
+            reach = int(largest[integers].max())
+            as_noise("dequantize", dequantize, (-reach, reach))
+        coarse = integers & (largest * float(jnp.finfo(dtype).eps) > MAX_INTEGER_SPACING)
+        if coarse.any():
+            warnings.warn(
+                f"fit(dequantize=True): columns {column_list(np.flatnonzero(coarse))} hold whole "
+                f"numbers in {dtype}, so large that noise below 1 is lost, and get none. Subtract "
+                "an offset first, or use float64.",
+                stacklevel=5,
+            )
+        return cls(integers & ~coarse, kind)
+
     @property
     def exists(self) -> bool:
         return bool(self.columns.any())
@@ -62,6 +88,12 @@ class Dequantization:
         return float(log_noise.sum(axis=1).mean())
 
 
+def noise_kind(dequantize: bool | Noise) -> Noise:
+    """The noise that the argument `dequantize` asks for."""
+    is_flag = isinstance(dequantize, bool | np.bool_)
+    return NOISES[0] if is_flag else as_noise("dequantize", dequantize)
+
+
 def is_integer(columns: np.ndarray) -> Bool[np.ndarray, " *event"]:
     """Which columns hold integers alone."""
     return (columns == np.round(columns)).all(axis=0)
@@ -72,14 +104,3 @@ def scanned(x: Any) -> tuple[Bool[np.ndarray, " *event"], np.ndarray]:
     found = [(is_integer(part), np.abs(part).max(axis=0)) for part in consecutive_parts(x)]
     integers, largest = zip(*found, strict=True)
     return np.logical_and.reduce(integers), np.maximum.reduce(largest)
-
-
-def warn_of_coarse(coarse: Bool[np.ndarray, " columns"], dtype: np.dtype) -> None:
-    """Warn of columns of integers beside which noise in (0, 1) is lost."""
-    if coarse.any():
-        warnings.warn(
-            f"fit(dequantize=True): columns {column_list(np.flatnonzero(coarse))} hold whole "
-            f"numbers in {dtype}, so large that noise below 1 is lost, and get none. Subtract an "
-            "offset first, or use float64.",
-            stacklevel=5,
-        )

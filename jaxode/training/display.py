@@ -2,13 +2,13 @@
 
 import sys
 
-WIDEST = 100  # characters of a line, which cover the line before it
+LINE_CHARACTERS = 100  # which cover the line before
 
 
 def show(text: str, *, look: bool = True) -> None:
     """Write a line on stderr: over the last one on a terminal, and elsewhere one for each look."""
     if sys.stderr.isatty():
-        print(f"\r{text:<{WIDEST}}", end="", file=sys.stderr, flush=True)
+        print(f"\r{text:<{LINE_CHARACTERS}}", end="", file=sys.stderr, flush=True)
     elif look:
         print(text, file=sys.stderr, flush=True)
 

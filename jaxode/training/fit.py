@@ -1,4 +1,4 @@
-"""Train a density on data in one call: what is tried, and for how long."""
+"""Train a density on data in one call."""
 
 import contextlib
 import dataclasses
@@ -194,6 +194,7 @@ def train(
     maps = _mapped(density, fits, dataset, keys.noise)
 
     def start(density: Density) -> Training:
+        """A training of the density with its map."""
         most = STEPS_PER_BLOCK * plan.batch_size
         take, in_flow, log_det = dataset.in_flow(density, validation, keys.noise, most)
         evaluate = evaluation(density, in_flow, log_det, keys.validation, plan.devices)
@@ -215,7 +216,7 @@ def train(
 
 @contextlib.contextmanager
 def _keeping_the_best(candidates: Candidates, plan: Plan) -> Iterator[None]:
-    """End training at Ctrl-C, or with an iterator, if there is a validation that is finite."""
+    """End training at Ctrl-C or with the rows of an iterator, unless no validation is finite."""
     try:
         yield
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from jaxode.density.density import Density
 from jaxode.training.loop import STEPS_PER_BLOCK, Limits, Phase, Training
 
-TIME_POWERS = (2.0, 1.0)  # of `matching_loss`, to try,
-MAX_DIMENSIONS_OF_ONE_POWER = 16  # and the second one in more dimensions alone
+# Powers of the time in `matching_loss`. In few dimensions, only the first one is tried.
+TIME_POWERS, MAX_DIMENSIONS_OF_ONE_POWER = (2.0, 1.0), 16
 # Rounds of a trial. A round takes a part of the training, but at least so many steps, or four such
 # parts. Trials that leave fewer than `MIN_REMAINING_STEPS` are left out.
 ROUNDS, ROUND_PART, MIN_ROUND_STEPS, MIN_REMAINING_STEPS = 2, 0.025, 250, 1000
