@@ -1,7 +1,6 @@
 """A check of `jaxode.audit`: the divergence of a flow against the trace of the Jacobian."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from jaxode._jax.closure import compiled
 from jaxode.auditing.audited_flow import AuditedFlow, Row, within
-from jaxode.flows.divergence import exact
+from jaxode.flows.divergence import Exact
 from jaxode.flows.integrands import Integrands
 
 DIVERGENCE = 2e-3
@@ -58,11 +57,11 @@ def _rms(x: np.ndarray) -> float:
 def _traces(integrands, params, times, points, context, keys):
     """`dz` by the field and by the divergence, the trace, the Jacobian's norm, and estimates."""
     chosen = integrands.chosen_divergence(points[0], params, context)
-    exact_with_norm: Any = exact(chunk=16).with_norm
+    exact = Exact(chunk=16)
 
     def at(t, z, context, keys):
         g = integrands.at(t, params, context)
-        dz, trace, square = exact_with_norm(g, z, None)
+        dz, trace, square = exact.with_norm(g, z, None)
         own = lambda key: chosen.apply(g, z, chosen.init(key, z))
         own_dz, estimates = jax.lax.map(own, keys)
         return dz, own_dz[0], trace, jnp.sqrt(square), estimates

@@ -37,7 +37,6 @@ from jaxode.flows import compiled
 from jaxode.flows.bases import Torus, fixed_columns, in_one_period
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
-from jaxode.flows.divergence import without_noise
 from jaxode.flows.periods import off_period_of
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import MISFITS, check_field
@@ -319,7 +318,7 @@ class Density(eqx.Module):
             throw = is_eager((flow, self.params, inputs))
         divergence = flow.divergence
         if key is None:
-            divergence = without_noise(divergence, self.event_shape)
+            divergence = divergence.without_noise(self.event_shape)
         chunks = Chunks.make(batch_size, progress, self.params)
         steps, options = "per_sample", flow.solve_options
         if options.axis_name is not None:

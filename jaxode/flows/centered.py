@@ -1,5 +1,6 @@
 """Vector fields of particles, on the space of configurations whose mean is zero."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxode.flows.bases import centered
-from jaxode.ode.field import VectorField
+from jaxode.ode.field import Completed, Field, VectorField
 
 
-class Centered(eqx.Module):
+class Centered(eqx.Module, Field):
     """`P f(P z)`, where `P z` is `z` less its mean over the particles.
 
     Its divergence in all coordinates, `tr(P df/dz)`, is that on the space of centred
@@ -21,7 +22,7 @@ class Centered(eqx.Module):
     f: VectorField
 
     def __call__(self, t: Float[Array, ""], z: Float[Array, "n dim"], args: Any):
-        if self._is_centered(args):
+        if Completed(self.f).is_centered(args):
             return self.f(t, z, args)
         dz = self.f(t, centered(z), args)
         fits = jax.tree.structure(dz) == jax.tree.structure(z) and jnp.shape(dz) == z.shape
@@ -29,20 +30,22 @@ class Centered(eqx.Module):
 
     def value_and_divergence(self, t: Float[Array, ""], z: Float[Array, "n dim"], args: Any):
         """The field and its divergence, or `NotImplemented` if `f` has no closed form."""
-        is_centered = self._is_centered(args)
+        f = Completed(self.f)
+        is_centered = f.is_centered(args)
         z = z if is_centered else centered(z)
-        out = getattr(self.f, "value_and_divergence", lambda *_: NotImplemented)(t, z, args)
+        out = f.value_and_divergence(t, z, args)
         if out is NotImplemented or is_centered:
             return out
         dz, div = out
         moved = jax.jacfwd(lambda shift: jnp.mean(self.f(t, z + shift[None], args), axis=0))
         return centered(dz), div - jnp.trace(moved(jnp.zeros_like(z[0])))
 
-    def _is_centered(self, args: Any) -> bool:
-        """Whether the field is known to be `P f(P z)` already."""
-        known: Any = getattr(self.f, "is_centered", False)
-        return bool(known(args) if callable(known) else known)
+    def is_centered(self, args: Any) -> bool:
+        del args
+        return True
 
-    def span_faults(self, t0: Any) -> Any:
-        """The faults of the field's start time, if it has a rule for it."""
-        return getattr(self.f, "span_faults", lambda _: {})(t0)
+    def check_span(self, t0: Any, t1: Any) -> Any:
+        return Completed(self.f).check_span(t0, t1)
+
+    def span_faults(self, t0: Any) -> dict[str, Callable[[], Any]]:
+        return Completed(self.f).span_faults(t0)

@@ -49,7 +49,7 @@ from jaxode.flows.matching import matching_loss
 from jaxode.flows.periods import period_faults
 from jaxode.flows.regularizers import Regularizer
 from jaxode.flows.reverse_kl import Target
-from jaxode.ode.field import VectorField, check_field
+from jaxode.ode.field import Completed, VectorField, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import report
 from jaxode.ode.system import System, argument_faults, make_system
@@ -355,8 +355,7 @@ class CNF(eqx.Module):
             joint = self.batch == "joint"
             faults = weights_faults(weights, self.solve_options.axis_name)
             faults |= data_faults({name: system.y0} | context, weights, joint=joint)
-        if hasattr(self.f, "span_faults"):
-            faults |= self.f.span_faults(self.t0)
+        faults |= Completed(self.f).span_faults(self.t0)
         return period_faults(system, self._parts) | faults | argument_faults(system)
 
     def _end_state(

@@ -10,7 +10,7 @@ from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
 from jaxode.flows.divergence import Divergence, auto
 from jaxode.flows.regularizers import Regularizer, check_regularizers
-from jaxode.ode.field import VectorField, check_field
+from jaxode.ode.field import Completed, VectorField, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solve import check_implicit
 
@@ -60,34 +60,18 @@ def cnf(
         TypeError, ValueError: for an unknown option or an invalid argument.
     """
     check_field("f", f, "f(t, z, params)")
-    if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "
-            "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your "
-            "own, jaxode.divergence.Divergence(init, apply)."
-        )
+    _check_divergence(divergence)
     one_of("batch", batch, ("joint", "per_sample"))
     options = SolveOptions.make(**solve_options)
     check_number("atol", options.atol)
     for name, time in (("t0", t0), ("t1", t1)):
         check_number(name, time, TIME, kind="time")
-    if hasattr(f, "check_span"):  # a field that fixes the direction of time
-        t0 = f.check_span(t0, t1)
+    t0 = Completed(f).check_span(t0, t1)
     if not has_full_support(base):
         f = Centered(f)
     if throw is not None:
         check_bool("throw", throw)
-    check_implicit(options, batch)
-    if batch == "per_sample" and options.axis_name is not None:
-        raise ValueError(
-            f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
-            "devices; with batch='per_sample' each sample has its own. Leave it out."
-        )
-    if options.jacobian is not None:
-        raise ValueError(
-            f"cnf(solver=...): integrates more than the field; got {type(options.solver).__name__}("
-            "jacobian=...). Leave jacobian out."
-        )
+    _check_steps(options, batch)
     return CNF(
         f=f,
         base=as_base(base),
@@ -99,3 +83,27 @@ def cnf(
         batch=batch,
         throw=throw,
     )
+
+
+def _check_divergence(divergence: Any) -> None:
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"cnf(divergence=...): must be a Divergence; got {divergence!r}. "
+            "Use a function of jaxode.divergence, called: jaxode.divergence.exact(); or, for your "
+            "own, jaxode.divergence.Divergence(init, apply)."
+        )
+
+
+def _check_steps(options: SolveOptions, batch: Literal["joint", "per_sample"]) -> None:
+    """Raise if the options of the solver do not go with the steps of a batch, or with a flow."""
+    check_implicit(options, batch)
+    if batch == "per_sample" and options.axis_name is not None:
+        raise ValueError(
+            f"cnf(axis_name={options.axis_name!r}): joins the steps of a batch that is split over "
+            "devices; with batch='per_sample' each sample has its own. Leave it out."
+        )
+    if options.jacobian is not None:
+        raise ValueError(
+            f"cnf(solver=...): integrates more than the field; got {type(options.solver).__name__}("
+            "jacobian=...). Leave jacobian out."
+        )

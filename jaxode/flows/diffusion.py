@@ -23,7 +23,7 @@ from jaxode._checks.arguments import is_number, one_of
 from jaxode._checks.caller import arg, caller, public
 from jaxode._checks.rules import FROM_NOISE, Faults
 from jaxode.flows.bases import DiagonalNormal, as_event_shape
-from jaxode.ode.field import VectorField, check_field
+from jaxode.ode.field import Completed, Field, VectorField, check_field
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]
 Time = Float[Array, ""]
@@ -141,7 +141,7 @@ def _check_order(path: Any, zero: bool) -> None:
         )
 
 
-class _ProbabilityFlow(eqx.Module):
+class _ProbabilityFlow(eqx.Module, Field):
     """The vector field. Equal to another with the same model and path."""
 
     model: Model
@@ -157,8 +157,7 @@ class _ProbabilityFlow(eqx.Module):
 
     def value_and_divergence(self, t: Time, z: Float[Array, " *event"], args: PyTree):
         """`(velocity, divergence)`, or `NotImplemented` if the model has no closed form."""
-        offered = getattr(self.model, "value_and_divergence", lambda *args: NotImplemented)
-        out = offered(t, z, args)
+        out = Completed(self.model).value_and_divergence(t, z, args)
         if out is NotImplemented:
             return out
         drift, factor = self.path.drift(t), self._factor(t)

@@ -1,12 +1,13 @@
 """The divergence of a vector field: exact, or estimated without bias.
 
-Each function here returns a `Divergence`, which works on one sample: `g` maps `z [*event]` to
-`dz [*event]`. A flow passes `FieldAt` as `g`, so an estimator can ask it for a closed form.
+A `Divergence` works on one sample: `g` maps `z [*event]` to `dz [*event]`. A flow passes `FieldAt`
+as `g`, so a divergence can ask it for a closed form.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import check_derivative, integer, one_of, state_dtype
 from jaxode._checks.caller import public
 from jaxode._jax.sharding import axes_of, vary
-from jaxode.ode.field import call_field
+from jaxode.ode.field import Completed, call_field
 
 # Up to this many dimensions, `auto` takes the exact trace. benchmarks/cases/divergence.py: at 8
 # dimensions it costs less than 8 probes, which still leave 5% noise in a gradient; at 16 it costs
@@ -27,7 +28,7 @@ EXACT_UP_TO = 8
 # once, for 1,024 rows, would take 39 GB.
 TANGENTS_AT_ONCE = 64
 
-Field = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
+StateField = Callable[[Float[Array, " *event"]], Float[Array, " *event"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,46 +41,95 @@ class FieldAt:
 
     def __call__(self, z: Float[Array, " *event"]) -> Float[Array, " *event"]:
         dz = call_field(self.f, self.t, z, self.args)
-        public("cnf")(check_derivative)(z, dz)  # before an estimator meets it
+        public("cnf")(check_derivative)(z, dz)  # before a divergence meets it
         return dz
 
     def value_and_divergence(self, z: Float[Array, " *event"]) -> Any:
         """`(g(z), div g)` in the closed form that `f` offers, or `NotImplemented`."""
-        if not hasattr(self.f, "value_and_divergence"):
-            return NotImplemented
-        return call_field(self.f.value_and_divergence, self.t, z, self.args)
+        return call_field(Completed(self.f).value_and_divergence, self.t, z, self.args)
 
 
-WithNorm = Callable[[Field, Array, Array | None], tuple[Array, Array, Array]]
+class Divergence:
+    """The divergence of a vector field, as methods on one sample. The base class of all.
 
+    For your own, write a frozen dataclass with `apply`, and with `init` if it draws random numbers
+    (docs/divergence.md has an example). All else is optional. Programs are compiled once for equal
+    ones.
 
-class Divergence(NamedTuple):
-    """A divergence as two pure functions of one sample. The other fields are optional.
-
-    Equal if its functions are equal: create a custom one once, not at every call.
+    `Divergence(init, apply, name)` makes one of two functions, equal to another if its functions
+    are: create it once, not at every call.
     """
 
-    init: Callable[[PRNGKeyArray | None, Float[Array, " *event"]], Array | None]
-    """`init(key, z) -> probe`: the noise, or None. Drawn once per solve."""
-    apply: Callable[[Field, Float[Array, " *event"], Array | None], tuple[Array, Array]]
-    """`apply(g, z, probe) -> (g(z), divergence of g at z)`."""
-    name: str = "a custom divergence"
-    """For `describe`."""
-    choose: Callable[[Field, Any], "Divergence"] | None = None
-    """`choose(g, z)`: the divergence that this one stands for, given the shape and dtype of `z`."""
     standard_error: Callable[[Float[Array, " probes"], int], Array] | None = None
     """`standard_error(estimates, size)`: the standard error of the mean of one estimate per probe,
-    in `size` dimensions. For divergences with probes `[probes, *event]`, one estimate each."""
-    with_norm: WithNorm | None = None
-    """`with_norm(g, z, probe)`: like `apply`, plus the squared Frobenius norm of `dg/dz`."""
+    in `size` dimensions. For divergences with probes `[probes, *event]`, one estimate each. None if
+    it has no standard error."""
+    with_norm: Callable[[StateField, Array, Any], tuple[Array, Array, Array]] | None = None
+    """`with_norm(g, z, probe)`: like `apply`, plus the squared Frobenius norm of `dg/dz`. None if
+    it does not tell the norm."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Divergence":
+        del args, kwargs  # `__init__` takes them
+        made: Any = _OfFunctions if cls is Divergence else cls
+        return super().__new__(made)
+
+    @property
+    def name(self) -> str:
+        """For `describe` and messages."""
+        return repr(self)
+
+    def init(self, key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> Any:
+        """The noise of one solve, the probe, or None. By default, there is none."""
+        del key, z
+
+    def apply(self, g: StateField, z: Float[Array, " *event"], probe: Any) -> tuple[Array, Array]:
+        """`(g(z), divergence of g at z)`."""
+        raise NotImplementedError
+
+    def chosen(self, g: StateField, z: Any, needs_norm: bool = False) -> "Divergence":
+        """The divergence that this one stands for, given the field and the shape and dtype of `z`.
+
+        Itself, except for `auto()` and `noiseless()`, which with `needs_norm` choose one that has
+        `with_norm`.
+        """
+        del g, z, needs_norm
+        return self
 
     def describe(self, f: Callable[..., Any], z: Float[Array, " *event"], args: Any = None) -> str:
         """Which divergence this is for the vector field `f(t, z, args)`, and why."""
-        g = FieldAt(f, jnp.zeros((), z.dtype), args)
-        return self.name if self.choose is None else self.choose(g, z).name
+        return self.chosen(FieldAt(f, jnp.zeros((), z.dtype), args), z).name
+
+    def without_noise(self, event: tuple[int, ...]) -> "Divergence":
+        """This divergence if it draws nothing without a key, else `noiseless()`."""
+        like: Any = jax.ShapeDtypeStruct(event, jnp.float32)
+        drawn = lambda key: jax.eval_shape(lambda z: self.init(key, z), like)
+        try:
+            probe = drawn(None)
+        except Exception:  # whatever it says about a key that is missing
+            drawn(jax.random.key(0))  # an error with a key is about something else
+            return noiseless()
+        return self if probe is None else noiseless()
+
+    def cheap(self, event: tuple[int, ...]) -> "Divergence":
+        """A divergence that takes few products in any dimension: this one if it draws nothing
+        without a key, else `auto()`."""
+        return self if self.without_noise(event) is self else auto()
 
 
-def _push(g: Field, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
+# A pytree, so that arrays in the functions are inputs of a program.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _OfFunctions(Divergence):
+    """A divergence of two functions."""
+
+    init: Callable[..., Any]
+    apply: Callable[..., tuple[Array, Array]]
+    name: str = dataclasses.field(default="a custom divergence", metadata={"static": True})
+    standard_error: Callable[..., Array] | None = dataclasses.field(default=None, kw_only=True)
+    with_norm: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
+
+
+def _push(g: StateField, z: Float[Array, " *event"], tangents: Float[Array, "k *event"]):
     """`g(z)`; `v . (dg/dz v)` and `|dg/dz v|^2` for every tangent, on one linearization."""
     tangents = vary(tangents, axes_of(z))
     if len(tangents) == 1:
@@ -96,15 +146,6 @@ def _products(v: Float[Array, " *event"], jv: Float[Array, " *event"]):
     return jnp.sum(v * jv), jnp.sum(jv * jv)
 
 
-@dataclass(frozen=True)
-class _WithoutNorm:
-    with_norm: WithNorm
-
-    def __call__(self, g, z, probe):
-        dz, div, _ = self.with_norm(g, z, probe)
-        return dz, div
-
-
 @public("exact")
 def exact(chunk: int | None = None) -> Divergence:
     """The trace of the Jacobian, `sum_i e_i . (dg/dz e_i)`: one product per dimension.
@@ -118,16 +159,26 @@ def exact(chunk: int | None = None) -> Divergence:
     Raises:
         ValueError: if `chunk` is not a positive integer.
     """
-    chunk = None if chunk is None else integer("chunk", chunk)
-    trace = _Trace(chunk)
-    return Divergence(_no_probe, _WithoutNorm(trace), f"exact(chunk={chunk})", with_norm=trace)
+    return Exact(None if chunk is None else integer("chunk", chunk))
 
 
 @dataclass(frozen=True)
-class _Trace:
-    chunk: int | None
+class Exact(Divergence):
+    """`exact()`."""
 
-    def __call__(self, g, z, probe):
+    chunk: int | None = None
+    because: str = ""
+    """Why it was chosen, for messages."""
+
+    @property
+    def name(self):
+        return f"exact(), {self.because}" if self.because else f"exact(chunk={self.chunk})"
+
+    def apply(self, g, z, probe):
+        dz, div, _ = self.with_norm(g, z, probe)
+        return dz, div
+
+    def with_norm(self, g, z, probe):
         del probe
         if self.chunk is None or self.chunk >= z.size:
             basis = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
@@ -145,9 +196,9 @@ class _Trace:
         terms, squares = jax.lax.map(column, jnp.arange(z.size), batch_size=self.chunk)
         return dz, jnp.sum(terms), jnp.sum(squares)
 
-
-def _no_probe(key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> None:
-    del key, z
+    def cheap(self, event):
+        # Not `auto()`: whoever passes `exact()` asks for no closed form.
+        return hutchinson()
 
 
 @public("hutchinson")
@@ -170,22 +221,21 @@ def hutchinson(
     References: Hutchinson (1990); Grathwohl et al. (2019), arXiv:1810.01367.
     """
     one_of("distribution", distribution, tuple(_DRAWS))
-    probes = integer("probes", probes)
-    return Divergence(
-        _Probes(probes, distribution),
-        _WithoutNorm(_mean_of_probes),
-        f"hutchinson(probes={probes}, distribution={distribution!r})",
-        standard_error=_StandardError(distribution),
-        with_norm=_mean_of_probes,
-    )
+    return Hutchinson(integer("probes", probes), distribution)
 
 
 @dataclass(frozen=True)
-class _Probes:
-    probes: int
-    distribution: str
+class Hutchinson(Divergence):
+    """`hutchinson()`."""
 
-    def __call__(self, key, z):
+    probes: int = 1
+    distribution: str = "rademacher"
+
+    @property
+    def name(self):
+        return f"hutchinson(probes={self.probes}, distribution={self.distribution!r})"
+
+    def init(self, key, z):
         if key is None:
             raise ValueError(
                 "hutchinson: a stochastic divergence needs random numbers; got key=None. "
@@ -193,17 +243,15 @@ class _Probes:
             )
         return _DRAWS[self.distribution](key, z, self.probes)
 
+    def apply(self, g, z, probe):
+        dz, div, _ = self.with_norm(g, z, probe)
+        return dz, div
 
-def _mean_of_probes(g, z, probe):
-    dz, terms, squares = _push(g, z, probe)
-    return dz, jnp.mean(terms), jnp.mean(squares)
+    def with_norm(self, g, z, probe):
+        dz, terms, squares = _push(g, z, probe)
+        return dz, jnp.mean(terms), jnp.mean(squares)
 
-
-@dataclass(frozen=True)
-class _StandardError:
-    distribution: str
-
-    def __call__(self, estimates, size):
+    def standard_error(self, estimates, size):
         probes = len(estimates)
         # Orthogonal probes are drawn without replacement: the mean over all `size` is exact.
         left = 1 - probes / size if self.distribution == "orthogonal" else 1.0
@@ -239,25 +287,31 @@ def closed_form() -> Divergence:
     Raises:
         ValueError: at trace time, if the field has no closed form.
     """
-    return Divergence(_no_probe, _apply_closed_form, "closed form")
+    return ClosedForm()
 
 
-def _apply_closed_form(g: Field, z: Float[Array, " *event"], probe: Array | None) -> Any:
-    del probe
-    out = _closed_form(g, z)
-    if out is NotImplemented:
-        raise ValueError(
-            "closed_form: the vector field offers no value_and_divergence(t, z, args) for "
-            "these arguments. Use divergence=jaxode.divergence.exact() or hutchinson()."
-        )
-    return out
+@dataclass(frozen=True)
+class ClosedForm(Divergence):
+    """`closed_form()`."""
+
+    @property
+    def name(self):
+        return "closed form"
+
+    def apply(self, g, z, probe):
+        del probe
+        out = _of_field(g, z)
+        if out is NotImplemented:
+            raise ValueError(
+                "closed_form: the vector field offers no value_and_divergence(t, z, args) for "
+                "these arguments. Use divergence=jaxode.divergence.exact() or hutchinson()."
+            )
+        return out
 
 
-def _closed_form(g: Field, z: Float[Array, " *event"]) -> Any:
-    """The checked closed form of `g`, or `NotImplemented`."""
-    if not hasattr(g, "value_and_divergence"):
-        return NotImplemented
-    out = g.value_and_divergence(z)
+def _of_field(g: StateField, z: Float[Array, " *event"]) -> Any:
+    """The checked closed form that the field of `g` offers, or `NotImplemented`."""
+    out = g.value_and_divergence(z) if isinstance(g, FieldAt) else NotImplemented
     if out is NotImplemented:
         return out
     if len(out) != 2 or jnp.shape(out[1]) != ():
@@ -276,68 +330,48 @@ def auto() -> Divergence:
     which one a field gets. A closed form has no Jacobian norm, so a regularizer that needs the norm
     makes `auto` choose by size.
     """
-    return Divergence(_init_auto, _apply_auto, "auto()", _choose, with_norm=_auto_with_norm)
+    return Auto()
 
 
 def noiseless() -> Divergence:
     """The closed form if the field has one, else the exact trace; in more than 128 dimensions, 64
     columns at a time."""
-    return Divergence(_no_probe, _apply_noiseless, "noiseless()", _choose_noiseless)
+    return Auto(noiseless=True)
 
 
-def is_trace(divergence: Divergence) -> bool:
-    """Whether it is `exact()`, in chunks or not."""
-    return isinstance(divergence.with_norm, _Trace)
+@dataclass(frozen=True)
+class Auto(Divergence):
+    """`auto()` and `noiseless()`: the closed form if the field has one, else by the size of `z`."""
 
+    noiseless: bool = False
 
-def without_noise(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
-    """The divergence itself if it draws nothing without a key, else `noiseless()`."""
-    like: Any = jax.ShapeDtypeStruct(event, jnp.float32)
-    drawn = lambda key: jax.eval_shape(lambda z: divergence.init(key, z), like)
-    try:
-        probe = drawn(None)
-    except Exception:  # whatever it says about a key that is missing
-        drawn(jax.random.key(0))  # an error with a key is about something else
-        return noiseless()
-    return divergence if probe is None else noiseless()
+    @property
+    def name(self):
+        return "noiseless()" if self.noiseless else "auto()"
 
+    def init(self, key, z):
+        return self._by_size(z).init(key, z)
 
-def _trace_of(z: Any) -> Divergence:
-    return exact(chunk=TANGENTS_AT_ONCE) if z.size > 2 * TANGENTS_AT_ONCE else exact()
+    def apply(self, g, z, probe):
+        out = _of_field(g, z)
+        return self._by_size(z).apply(g, z, probe) if out is NotImplemented else out
 
+    def with_norm(self, g, z, probe):
+        return self._by_size(z).with_norm(g, z, probe)
 
-def _choose_noiseless(g: Field, z: Any) -> Divergence:
-    chosen = _choose(g, z)
-    return chosen if chosen == closed_form() else _trace_of(z)
+    def chosen(self, g, z, needs_norm=False):
+        if needs_norm:  # which a closed form does not have
+            return self._by_size(z)
+        offered = []
+        jax.eval_shape(lambda z: offered.append(_of_field(g, z) is not NotImplemented), z)
+        return ClosedForm() if offered[0] else self._by_size(z)
 
+    def cheap(self, event):
+        return auto()
 
-def _apply_noiseless(g, z, probe):
-    out = _closed_form(g, z)
-    return _trace_of(z).apply(g, z, probe) if out is NotImplemented else out
-
-
-def _by_size(z: Any) -> Divergence:
-    if z.size <= EXACT_UP_TO:
-        return exact()._replace(name=f"exact(), for at most {EXACT_UP_TO} dimensions")
-    return hutchinson()
-
-
-def _choose(g: Field, z: Any) -> Divergence:
-    offered = []
-    jax.eval_shape(lambda z: offered.append(_closed_form(g, z) is not NotImplemented), z)
-    return closed_form() if offered[0] else _by_size(z)
-
-
-def _init_auto(key, z):
-    return _by_size(z).init(key, z)
-
-
-def _apply_auto(g, z, probe):
-    out = _closed_form(g, z)
-    return _by_size(z).apply(g, z, probe) if out is NotImplemented else out
-
-
-def _auto_with_norm(g, z, probe):
-    of_size = _by_size(z).with_norm
-    assert of_size is not None
-    return of_size(g, z, probe)
+    def _by_size(self, z: Any) -> Exact | Hutchinson:
+        if self.noiseless:
+            return Exact(TANGENTS_AT_ONCE if z.size > 2 * TANGENTS_AT_ONCE else None)
+        if z.size <= EXACT_UP_TO:
+            return Exact(because=f"for at most {EXACT_UP_TO} dimensions")
+        return Hutchinson()

@@ -78,7 +78,7 @@ class Integrands(eqx.Module):
         (z, _), (probe, context) = state, row
         g, norm = self.at(t, params, context), None
         if self._needs_norm:
-            divergence = self._chosen(g, z, True)
+            divergence = self.divergence.chosen(g, z, needs_norm=True)
             with_norm = divergence.with_norm
             if with_norm is None:
                 raise ValueError(
@@ -105,11 +105,4 @@ class Integrands(eqx.Module):
         like_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
         t = jnp.zeros((), x.dtype)
         g = self.at(t, params, jax.tree.map(like_row, context))
-        return self._chosen(g, like_row(x), of_costs and self._needs_norm)
-
-    def _chosen(self, g: FieldAt, z: Any, norm: bool) -> Divergence:
-        """With `norm`, `auto()` skips the closed form, which has no Jacobian norm."""
-        choose = self.divergence.choose
-        if choose is None or (norm and self.divergence.with_norm is not None):
-            return self.divergence
-        return choose(g, z)
+        return self.divergence.chosen(g, like_row(x), needs_norm=of_costs and self._needs_norm)

@@ -22,9 +22,10 @@ from jaxode._checks.samples import check_key
 from jaxode._jax.elementwise import is_elementwise
 from jaxode.flows.bases import as_event_shape
 from jaxode.nn.network import Dense, Network, draws
+from jaxode.ode.field import Completed, Field
 
 
-class _ModuleField(eqx.Module):
+class _ModuleField(eqx.Module, Field):
     """The type of `field`."""
 
     def __call__(
@@ -37,12 +38,12 @@ class _ModuleField(eqx.Module):
     def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
         """`(f, div f)`, or `NotImplemented` if the module has no closed form."""
         m, *context = _network_and_context(args)
-        found = getattr(m, "value_and_divergence", None)
-        return NotImplemented if found is None else found(t, y, *context)
+        return Completed(m).value_and_divergence(t, y, *context)
 
     def is_centered(self, args: Any) -> bool:
         """Whether the module keeps the mean of particles, and is blind to it."""
-        return getattr(_network_and_context(args)[0], "is_centered", False)
+        m, *context = _network_and_context(args)
+        return Completed(m).is_centered(*context)
 
 
 def _network_and_context(args: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""The user's vector field: what it may be, and the place that calls it."""
+"""The user's vector field: what it may offer, who asks it for that, and the place that calls it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
@@ -9,6 +9,103 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.caller import arg
 
 VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
+
+
+class Field:
+    """A vector field `f(t, y, args)` of one sample, and what it may offer beside its call.
+
+    A function is a vector field. An object, such as an Equinox module, may have any of these
+    methods. Those that it lacks do what they do here, whether or not its class inherits from this
+    one (`jaxode.ode.field.Field`).
+    """
+
+    def __call__(self, t: Float[Array, ""], y: PyTree, args: Any) -> PyTree:
+        """The time derivative of the state `y`. In a flow, `y` is a sample `[*event]`."""
+        raise NotImplementedError
+
+    def value_and_divergence(self, t: Float[Array, ""], y: Float[Array, " *event"], args: Any):
+        """`(f(t, y, args), divergence of f by y)` in closed form, in `jaxode.cnf`.
+
+        `NotImplemented` if there is no closed form for these arguments. Python decides, while a
+        program is traced.
+        """
+        del t, y, args
+        return NotImplemented
+
+    def is_centered(self, args: Any) -> bool:
+        """Whether, for particles, it keeps their mean and does not depend on it.
+
+        `jaxode.cnf` then leaves the mean to the field. It subtracts it from other fields if the
+        base is `jaxode.centered_normal`.
+        """
+        del args
+        return False
+
+    def check_span(self, t0: Any, t1: Any) -> Any:
+        """The time `t0` of the base in `jaxode.cnf`, for a field that fixes the direction of time.
+
+        Raises if the field does not go from `t0` to `t1`. NaN if only the run can tell.
+        """
+        del t1
+        return t0
+
+    def span_faults(self, t0: Any) -> dict[str, Callable[[], Any]]:
+        """A sentence for the message of a failed solve if `check_span` returned NaN, and a function
+        that says whether it applies."""
+        del t0
+        return {}
+
+
+class Completed(Field):
+    """A callable with the methods of `Field`: its own, and the defaults for those it lacks.
+
+    All other code asks a field through this class. Networks are asked as fields whose `args` are
+    the context, if they have one.
+    """
+
+    def __init__(self, f: Callable[..., Any]):
+        self.f = f
+
+    def __call__(self, t, y, *args):
+        return self.f(t, y, *args)
+
+    def value_and_divergence(self, t, y, *args):
+        own = getattr(self.f, "value_and_divergence", None)
+        return super().value_and_divergence(t, y, args) if own is None else own(t, y, *args)
+
+    def is_centered(self, *args):
+        own = getattr(self.f, "is_centered", None)
+        if own is None:
+            return super().is_centered(args)
+        return bool(own(*args) if callable(own) else own)  # a network has a property
+
+    def check_span(self, t0, t1):
+        return getattr(self.f, "check_span", super().check_span)(t0, t1)
+
+    def span_faults(self, t0):
+        return getattr(self.f, "span_faults", super().span_faults)(t0)
+
+
+class SystemField(eqx.Module):
+    """The vector field of a `System`, `f(t, y, shared, row)` of one row, and its name in messages.
+
+    `System.field` may also be a function, which has the defaults.
+    """
+
+    f: Callable[..., PyTree]
+    jacobian: Callable[..., Array] | None = None
+    """By the state, a function of the same arguments as `f` of the user."""
+    name: ClassVar[str] = "f"
+    call: ClassVar[str] = "(t, y, args)"
+    hint: ClassVar[str] = ""
+    """A sentence for a derivative of the wrong shape in a batch."""
+
+    @classmethod
+    def of(cls, field: Callable[..., PyTree]) -> "SystemField":
+        return field if isinstance(field, cls) else cls(field)
+
+    def __call__(self, t, y, shared, row):
+        return self.f(t, y, shared, row)
 
 
 class MisfitError(TypeError):

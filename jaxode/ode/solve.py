@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import diffrax
-import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PyTree, Shaped
 
@@ -16,7 +15,7 @@ from jaxode._checks.samples import check_rows
 from jaxode._jax.closure import compiled
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.events import Event
-from jaxode.ode.field import VectorField, call_field, check_field
+from jaxode.ode.field import SystemField, VectorField, call_field, check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.mass import check_consistent, check_mass
 from jaxode.ode.options import SolveOptions
@@ -208,15 +207,9 @@ def flow(
     ).y1
 
 
-class UserField(eqx.Module):
+class UserField(SystemField):
     """The vector field of a user: `f(t, y, args)`, or `f(t, y, (args, row))` with `row_args`."""
 
-    name: ClassVar[str] = "f"
-    """The name in messages."""
-    call: ClassVar[str] = "(t, y, args)"
-    f: Callable[..., PyTree]
-    jacobian: Callable[..., Array] | None = None
-    """By the state, a function of the same arguments."""
     hint: ClassVar[str] = (
         " All samples share args: pass what each has for itself as row_args (docs/many.md)."
     )

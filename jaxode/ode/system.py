@@ -26,7 +26,7 @@ from jaxode._checks.rules import Faults, solve_faults
 from jaxode._checks.times import check_breakpoint_times, check_jump_times, check_times
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
-from jaxode.ode.field import call_field
+from jaxode.ode.field import SystemField, call_field
 from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.options import SolveOptions
 
@@ -46,8 +46,7 @@ class System(NamedTuple):
     """A system of ODEs: one for each row of a batch, or a single one."""
 
     field: Callable[..., PyTree]
-    """`f(t, y, shared, row)` of one row. It may have a `jacobian` by the state, and a `hint`
-    and the `name` and `call` for messages."""
+    """`f(t, y, shared, row)` of one row, a function or a `SystemField`."""
     y0: PyTree[Float[Array, "..."]]
     t0: Float[Array, "*rows"]
     """A start time for all rows, or one per row."""
@@ -211,12 +210,12 @@ def change_on_rows(system: System, ravel: Ravel, name: Literal["jumps", "event"]
 
 
 def _rows_field(system: System, ravel: Ravel):
-    hint = "" if system.batch is None else getattr(system.field, "hint", "")
-    name, call = getattr(system.field, "name", "f"), getattr(system.field, "call", "(t, y, args)")
+    field = SystemField.of(system.field)
+    hint = "" if system.batch is None else field.hint
 
     def checked(t, y, shared, row):
-        dy = system.field(t, y, shared, row)
-        check_derivative(y, dy, hint, name, f"{name}{call}", casts=True)
+        dy = field(t, y, shared, row)
+        check_derivative(y, dy, hint, field.name, f"{field.name}{field.call}", casts=True)
         return jax.tree.map(jnp.asarray, dy)
 
     on_rows = _on_rows(system, ravel, checked)
@@ -225,7 +224,7 @@ def _rows_field(system: System, ravel: Ravel):
 
 def _rows_jacobian(system: System, ravel: Ravel):
     """The Jacobian of the field of the solver, if the user gave one."""
-    given = getattr(system.field, "jacobian", None)
+    given = SystemField.of(system.field).jacobian
     if given is None:
         return None
 
