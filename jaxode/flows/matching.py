@@ -4,13 +4,13 @@ References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:23
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxode._checks.arguments import check_args, check_derivative, check_number, state_dtype, takes
 from jaxode._checks.caller import arg
@@ -22,6 +22,7 @@ from jaxode._checks.rules import (
     PERIODIC,
     PERMUTATION,
     POSITIVE,
+    Faults,
     data_faults,
     finite_rows,
     is_known,
@@ -41,16 +42,25 @@ from jaxode.flows.coupling import Coupling
 from jaxode.flows.keys import of_each_row
 from jaxode.flows.periods import off_period, turned
 from jaxode.ode.adjoints.base import nan_unless
-from jaxode.ode.field import call_field, of_row
+from jaxode.ode.field import VectorField, call_field, of_row
+
+
+class Paths(NamedTuple):
+    """Straight paths from start samples to data, one per row, and a time on each."""
+
+    u: Float[Array, " batch"]
+    """The times, from 0 at the start to 1 at the data."""
+    z0: Float[Array, "batch *event"]
+    x: Float[Array, "batch *event"]
+    context: PyTree
 
 
 def matching_loss(
     flow: Any, params, x, key, x0, context, weights, coupling: Coupling, time_power
 ) -> Float[Array, ""]:
     """`flow.matching_loss`, which explains the arguments."""
-    axis_name = flow.solve_options.axis_name
-    event = tuple(flow.base.event_shape)
-    x = check_samples("x", x, event)
+    base, axis_name = flow.base, flow.solve_options.axis_name
+    x = check_samples("x", x, tuple(base.event_shape))
     x = x.astype(state_dtype(x))
     check_not_empty(x)
     context = check_rows("context", context, x.shape[0])
@@ -62,73 +72,136 @@ def matching_loss(
     # NaN if only the run can tell that the times are wrong.
     span = jnp.where(DIFFER.holds(t0, t1), jnp.asarray(t1 - t0), jnp.nan)
     base_key, time_key, pair_key = jax.random.split(key, 3)
-    if x0 is None:
-        z0 = _base_samples(flow.base, base_key, x, axis_name)
-        start = FINITE_BASE.fault(z0, where="cnf")
-    else:
-        z0 = _check_start(check_samples("x0", x0, event), x)
-        start = data_faults({"x0": z0}, given)
-    rows = _paired_rows(coupling, pair_key, flow.base, z0, x, context, given)
-    if rows is not None:
-        permuted = (jnp.sort(rows) == jnp.arange(len(rows), dtype=rows.dtype)).all()
-        if not (is_known(permuted) and permuted):  # which rows are wrong takes longer to find
-            faults |= PERMUTATION.check(rows)
+    z0, of_start = _start_samples(base, base_key, x0, x, given, axis_name)
+    order = _paired_rows(coupling, pair_key, base, z0, x, context, given)
+    if order is not None:
+        permuted, of_order = _check_permutation(order)
+        faults |= of_order
         # Set through the weights, so that the gradient is NaN, too.
-        weights = jnp.where(permuted, weights, jnp.nan)
-        z0 = z0[rows]
-    faults |= data_faults({"x": x}, given) | start
+        weights, z0 = jnp.where(permuted, weights, jnp.nan), z0[order]
+    faults |= data_faults({"x": x}, given) | of_start
     of_context = data_faults({"context": context}, given)
     if given is not None:
-        # Zero times NaN is NaN, so another row stands in for one of weight zero.
-        data = jax.tree.map(jnp.asarray, (x, z0, context))
-        finite = finite_rows(*filter(eqx.is_inexact_array, jax.tree.leaves(data)))
-        # This device may have no other one.
-        some = jnp.any(weights != 0)
-        source = jnp.argmax(jnp.where(some, weights, finite.astype(weights.dtype)))
-        rows = jnp.where(weights == 0, source, jnp.arange(x.shape[0]))
-        there = some | finite.any()
-        stand_in = lambda leaf: jnp.where(there, leaf[rows], jnp.zeros_like(leaf))
-        x, z0, context = jax.tree.map(stand_in, data)
-    check_number("time_power", time_power)
-    faults |= POSITIVE.check(time_power, name="time_power")
-    u = _stratified(time_key, x, axis_name)
-    if not (is_known(time_power) and time_power == 1):
-        power = jnp.asarray(time_power, x.dtype)
-        u = 1 - (1 - u) ** jnp.where(POSITIVE.holds(power), power, jnp.nan)
+        x, z0, context = _with_stand_ins(weights, (x, z0, context))
+    u, of_power = _path_times(time_key, x, axis_name, time_power)
     # Make the parameters vary like the rows: devices then exchange their gradient once.
     params, x, z0 = vary_alike((params, x, z0))
+    errors, finite, off = _errors_and_periods(flow, params, Paths(u, z0, x, context), t0, span)
+    faults |= of_power
+    if off is not None:
+        faults = PERIODIC.fault(off, name="params") | faults
+        weights = jnp.where(PERIODIC.holds(off), weights, jnp.nan)
+    faults |= _unless_others_fail(of_context, errors) | NO_OVERFLOW.fault(errors, finite)
+    return _reported(jnp.sum(weights * errors), faults, flow.throw)
 
-    arc, count, points = getattr(flow.base, "arc", None), x.shape[0], turned(flow.base, x)
-    if points is not None:  # more rows are cheaper than another evaluation
-        u, z0, x, context = _with_points(points, u, z0, x, context)
 
-    def squared_error(u, z0, x, context):
-        x = x if arc is None else z0 + arc(x - z0)  # the shorter way around
+def squared_errors(
+    f: VectorField, params: PyTree, paths: Paths, t0: Any, span: Any, arc: Any = None
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"], Float[Array, "batch *event"]]:
+    """The loss of each row: the mean of `(f(t, z_t) - (x - z0) / span)^2` over its coordinates.
+
+    The path is `z_t = (1 - u) z0 + u x`, at the time `t = t0 + u span`.
+
+    Args:
+        f: vector field of one sample, as for `jaxode.cnf`.
+        params: its parameters.
+        paths: the paths, and where on them.
+        t0: time of the start samples.
+        span: time from there to the data.
+        arc: a function of differences that takes the shorter way around, if there are angles.
+
+    Returns:
+        The losses, whether the field is finite, and its values.
+    """
+
+    def of_path(u, z0, x, context):
+        x = x if arc is None else z0 + arc(x - z0)
         z = (1 - u) * z0 + u * x
         args = of_row(params, context)
-        dz = call_field(flow.f, t0 + u * span, z, args)
+        dz = call_field(f, t0 + u * span, z, args)
         check_derivative(z, dz)
         finite = jnp.isfinite(jax.lax.stop_gradient(dz)).all()
         dz = jnp.asarray(dz, x.dtype)
         return jnp.mean((dz - (x - z0) / span) ** 2), finite, dz
 
-    errors, finite, dz = jax.vmap(squared_error)(u, z0, x, context)
-    errors, finite, of_points = errors[:count], finite[:count], dz[count:]
-    if points is not None:
-        off = off_period(flow.base, of_points, span)
-        faults = PERIODIC.fault(off, name="params") | faults
-        weights = jnp.where(PERIODIC.holds(off), weights, jnp.nan)
+    return jax.vmap(of_path)(*paths)
+
+
+def _errors_and_periods(flow: Any, params: PyTree, paths: Paths, t0: Any, span: Any):
+    """`squared_errors` without the values, and how far the field is off its periods, if the base
+    has any."""
+    base, count = flow.base, len(paths.x)
+    points = turned(base, paths.x)
+    if points is not None:  # more rows are cheaper than another evaluation
+        paths = _with_points(points, paths)
+    arc = getattr(base, "arc", None)
+    errors, finite, dz = squared_errors(flow.f, params, paths, t0, span, arc)
+    off = None if points is None else off_period(base, dz[count:], span)
+    return errors[:count], finite[:count], off
+
+
+def _unless_others_fail(of_context: Faults, errors: Float[Array, " batch"]) -> Faults:
+    """The faults of the context, unless rows fail that have none.
+
+    A field may accept NaN in the context: then it is not why rows fail.
+    """
     failed = ~jnp.isfinite(jax.lax.stop_gradient(errors))
-    for sentence, find in of_context.items():
-        # A field may accept NaN in the context. Then rows without NaN fail as well.
-        faults[sentence] = lambda find=find: find() & ~jnp.any(failed & ~find())
-    faults |= NO_OVERFLOW.fault(errors, finite)
-    loss = jnp.sum(weights * errors)
+    alone = lambda find: lambda: find() & ~jnp.any(failed & ~find())
+    return {sentence: alone(find) for sentence, find in of_context.items()}
+
+
+def _reported(loss: Float[Array, ""], faults: Faults, throw: bool | None) -> Float[Array, ""]:
+    """The loss. NaN with its gradient, or an error, if it is not finite."""
     ok = jnp.isfinite(jax.lax.stop_gradient(loss))
     loss = loss * nan_unless(ok, loss.dtype)  # the gradient of one that overflows may be finite
     result = jnp.where(ok, Result.SUCCESS, Result.NON_FINITE)
     no_time = jnp.where(ok, 0.0, jnp.nan).astype(loss.dtype)
-    return report_loss(loss, result, no_time, flow.throw, faults)
+    return report_loss(loss, result, no_time, throw, faults)
+
+
+def _start_samples(base: BaseDensity, key, x0, x: Float[Array, "batch *event"], given, axis_name):
+    """A start sample for each row, of the user or of the base, and the faults that it may have."""
+    if x0 is None:
+        z0 = _base_samples(base, key, x, axis_name)
+        return z0, FINITE_BASE.fault(z0, where="cnf")
+    z0 = _check_start(check_samples("x0", x0, x.shape[1:]), x)
+    return z0, data_faults({"x0": z0}, given)
+
+
+def _check_permutation(rows: Int[Array, " batch"]) -> tuple[Bool[Array, ""], Faults]:
+    """Whether each row number occurs once. Raises if it is known that one does not."""
+    permuted = (jnp.sort(rows) == jnp.arange(len(rows), dtype=rows.dtype)).all()
+    if is_known(permuted) and permuted:
+        return permuted, {}
+    return permuted, PERMUTATION.check(rows)  # to find which rows are wrong takes longer
+
+
+def _with_stand_ins(weights: Float[Array, " batch"], data: PyTree) -> PyTree:
+    """The data with another row in place of each of weight zero, which may hold NaN.
+
+    Zero times NaN is NaN. Zeros stand in if this device has no other row.
+    """
+    data = jax.tree.map(jnp.asarray, data)
+    finite = finite_rows(*filter(eqx.is_inexact_array, jax.tree.leaves(data)))
+    weighted = jnp.any(weights != 0)
+    source = jnp.argmax(jnp.where(weighted, weights, finite.astype(weights.dtype)))
+    rows = jnp.where(weights == 0, source, jnp.arange(len(weights)))
+    there = weighted | finite.any()
+    stand_in = lambda leaf: jnp.where(there, leaf[rows], jnp.zeros_like(leaf))
+    return jax.tree.map(stand_in, data)
+
+
+def _path_times(
+    key, x: Float[Array, "batch *event"], axis_name, time_power
+) -> tuple[Float[Array, " batch"], Faults]:
+    """`u = 1 - (1 - v)^time_power` for stratified `v`, and the faults of the power."""
+    check_number("time_power", time_power)
+    faults = POSITIVE.check(time_power, name="time_power")
+    v = _stratified(key, x, axis_name)
+    if is_known(time_power) and time_power == 1:
+        return v, faults
+    power = jnp.asarray(time_power, x.dtype)
+    return 1 - (1 - v) ** jnp.where(POSITIVE.holds(power), power, jnp.nan), faults
 
 
 def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_name):
@@ -145,13 +218,14 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
     return jax.lax.stop_gradient(jnp.asarray(z0, x.dtype))
 
 
-def _with_points(points: Float[Array, "points *event"], u, z0, x, context):
-    """The rows, and as many more as there are points, each of which rests at its point."""
+def _with_points(points: Float[Array, "points *event"], paths: Paths) -> Paths:
+    """The paths, and one more for each point, which rests there."""
+    u, z0, x, context = paths
     spread = lambda leaf: jnp.broadcast_to(leaf[:1], (len(points), *leaf.shape[1:]))
     context = jax.tree.map(lambda leaf: jnp.concatenate([leaf, spread(leaf)]), context)
     half = vary(jnp.full(len(points), 0.5, u.dtype), axes_of(u))
     z0, x = (jnp.concatenate([rows, points]) for rows in (z0, x))
-    return jnp.concatenate([u, half]), z0, x, context
+    return Paths(jnp.concatenate([u, half]), z0, x, context)
 
 
 def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array, " batch"]:

@@ -8,6 +8,7 @@ References: Roeder, Wu and Duvenaud (2017), arXiv:1703.09194; Vaitl et al. (2022
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from jaxode._checks.arguments import check_scalar, takes
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import compiled
 from jaxode._jax.primitives import first_derivatives_only
-from jaxode.flows.bases import in_one_period, log_prob_of
+from jaxode.flows.bases import BaseDensity, in_one_period, log_prob_of
 from jaxode.flows.compiled import probes_of
-from jaxode.flows.integrands import SCORE
+from jaxode.flows.integrands import SCORE, Integrands
 from jaxode.flows.likelihood.objective import with_integrals
 from jaxode.flows.periods import with_periods
 from jaxode.ode.adjoints.base import nan_unless
+from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
 
@@ -33,6 +35,16 @@ ONCE = (
 
 Target = Callable[..., Float[Array, ""]]
 """The unnormalized log-density of one sample, `(x)` or `(x, context_row)`."""
+
+
+class Samples(NamedTuple):
+    """Samples of the flow, `x = F(z)`, and `log q(x)`."""
+
+    solution: Solution
+    x: Float[Array, "n *event"]
+    log_q: Float[Array, " n"]
+    score: Float[Array, "n *event"] | float
+    """`grad log q(x)`, without derivatives. Zero if the derivatives of `log_q` are to be taken."""
 
 
 @compiled
@@ -47,36 +59,15 @@ def reverse_kl(
     The latter says of each sample whether the value is, and whether the gradient is.
     """
     integrands, base = parts
-    fixed, precision = jax.lax.stop_gradient, system.stepper.precision
-    probes = probes_of(system, integrands, key)
-    if path:
-
-        def of_base(z):
-            log_prob = log_prob_of(base, z, precision)
-            return jnp.sum(log_prob), log_prob
-
-        score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
-        method, field = system.stepper.method, integrands.score
-        if method.implicit:
-            field = integrands.score_with_jacobian
-        state = system.y0, *fixed((log_base, SCORE * score))
-        row_args = probes, system.row_args
-        solution = run(system._replace(field=field, y0=state, row_args=row_args))
-        x, log_q, score = solution.y1
-        log_q = fixed(log_q)  # it moves with the end times, of which the score has the derivative
-        along = fixed(score) / SCORE
-    else:
-        solution = with_integrals(system, integrands.volume, probes, ())
-        x, log_det = solution.y1
-        log_q, along = log_prob_of(base, system.y0, precision) - log_det, 0.0
-    seen = in_one_period(base, fixed(x))
-    log_p, slope, finite = _target(log_density, seen, system.row_args)
-    # The derivative along the path: that of what is added to `log q - log p`, which is zero.
-    along = jnp.sum(((along - slope) * (x - fixed(x))).reshape(len(log_q), -1), axis=1)
+    draw = _with_score if path else _with_volume
+    solution, x, log_q, score = draw(system, integrands, base, probes_of(system, integrands, key))
+    there = jax.lax.stop_gradient(x)
+    log_p, slope, finite = _target(log_density, in_one_period(base, there), system.row_args)
+    # Zero, with the derivative of `log q(x) - log p(x)` along the path.
+    along = jnp.sum(((score - slope) * (x - there)).reshape(len(log_q), -1), axis=1)
     losses = log_q + along.astype(log_q.dtype) - log_p.astype(log_q.dtype)
-    # As far as solves that failed do not explain it.
     solved = solution.ok
-    finite = tuple(each | ~solved for each in finite)
+    finite = tuple(each | ~solved for each in finite)  # a failed solve has its own message
     fine = finite[0] & finite[1]
     result = jnp.where(
         solved & ~(fine if solved.shape else fine.all()),
@@ -84,9 +75,35 @@ def reverse_kl(
         solution.result,
     )
     loss = jnp.mean(losses * nan_unless(fine, losses.dtype))
-    # The derivatives of the slope and the score are stopped above.
+    # The derivatives of the slope and the score are stopped.
     loss = first_derivatives_only(loss, ONCE)
     return loss, result, solution.t_reached, finite
+
+
+def _with_score(system: System, integrands: Integrands, base: BaseDensity, probes) -> Samples:
+    """The samples with their score, solved along: `dg/dt = -J^T g - grad div f`."""
+    fixed, precision = jax.lax.stop_gradient, system.stepper.precision
+
+    def of_base(z):
+        log_prob = log_prob_of(base, z, precision)
+        return jnp.sum(log_prob), log_prob
+
+    score, log_base = jax.grad(of_base, has_aux=True)(fixed(system.y0))
+    implicit = system.stepper.method.implicit
+    field = integrands.score_with_jacobian if implicit else integrands.score
+    state, row_args = (system.y0, *fixed((log_base, SCORE * score))), (probes, system.row_args)
+    solution = run(system._replace(field=field, y0=state, row_args=row_args))
+    x, log_q, score = solution.y1
+    # `log_q` moves with the end times, of which the score has the derivative.
+    return Samples(solution, x, fixed(log_q), fixed(score) / SCORE)
+
+
+def _with_volume(system: System, integrands: Integrands, base: BaseDensity, probes) -> Samples:
+    """The samples with the change of their volume, whose derivatives are those of `log_q`."""
+    solution = with_integrals(system, integrands.volume, probes, ())
+    x, log_det = solution.y1
+    log_q = log_prob_of(base, system.y0, system.stepper.precision) - log_det
+    return Samples(solution, x, log_q, 0.0)
 
 
 def _target(log_density: Target, x: Float[Array, "n *event"], context):
