@@ -59,12 +59,34 @@ class Frozen:
         return -self.rate * self.array * y
 
 
+@dataclasses.dataclass(frozen=True)
+class Gaussian(divergence.Divergence):
+    """A user's own."""
+
+    probes: int
+
+    def init(self, key, z):
+        return jax.random.normal(key, (self.probes, *z.shape), z.dtype)
+
+    def apply(self, g, z, probe):
+        return divergence.hutchinson().apply(g, z, probe)
+
+
+def no_noise(key, z):
+    return None
+
+
+def trace_times(matrix, g, z, probe):
+    dz, trace = divergence.exact().apply(g, z, probe)
+    return dz, matrix[0, 0] * trace
+
+
 HELD = Unhashable(2.0)
 # Equal steps make smaller programs; sixteen are exact to 1e-6.
 solve = lambda f, args=None: jaxode.solve(f, Y0, 0.0, 1.0, args, steps=16).y1
 # Options of no other test, which may have compiled the same program.
 OWN = {"rtol": 1e-3, "atol": 1e-3, "max_steps": 1234}
-flow = lambda: jaxode.cnf(field, jaxode.standard_normal(2), **OWN)
+flow = lambda **more: jaxode.cnf(field, jaxode.standard_normal(2), **OWN, **more)
 NETWORK = MLP(2, (4,), key=jax.random.key(0))
 scaled = lambda i: (1.0 + i) * jnp.eye(2)
 
@@ -77,6 +99,9 @@ ONCE = {
     "numbers among args": lambda i: solve(decay, {"rate": 1.0 + i, "power": 2}),
     "unhashable among args": lambda i: solve(decay_first, (1.0 + i, {"a", "set"}, HELD)),
     "log_prob": lambda i: flow().log_prob(NETWORK, X + i),
+    "arrays in the functions of a divergence": lambda i: flow(
+        divergence=divergence.Divergence(no_noise, functools.partial(trace_times, scaled(i)))
+    ).log_prob(NETWORK, X),
     "nll": lambda i: flow().nll(NETWORK, X + i, weights=jnp.ones(3)),
     "sample": lambda i: flow().sample(NETWORK, jax.random.key(i), 3),
     "learned base": lambda i: jaxode.cnf(field, jaxode.diagonal_normal(2), **OWN).log_prob(
@@ -220,6 +245,8 @@ def test_nothing_is_kept_of_many_eager_calls(compiled):
 FLOWS = {
     "plain": lambda: {},
     "hutchinson": lambda: {"divergence": divergence.hutchinson(2, "orthogonal")},
+    "own divergence": lambda: {"divergence": Gaussian(2)},
+    "two functions": lambda: {"divergence": divergence.Divergence(no_noise, decay)},
     "backsolve": lambda: {"adjoint": jaxode.BacksolveAdjoint(rtol=1e-3), "rtol": 1e-4},
     "few checkpoints": lambda: {"adjoint": jaxode.DiscreteAdjoint(4), "max_steps": 100},
     "regularized": lambda: {

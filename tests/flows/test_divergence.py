@@ -10,7 +10,7 @@ from helpers import OPTIMIZED
 
 import jaxode
 from jaxode import divergence
-from jaxode.flows.divergence import TANGENTS_AT_ONCE
+from jaxode.flows.divergence import TANGENTS_AT_ONCE, FieldAt
 from jaxode.nn import ConcatSquash
 
 D = 6
@@ -115,6 +115,15 @@ def test_a_noiseless_trace_takes_few_columns_at_once():
     z = jnp.linspace(-1.0, 1.0, size)
     _, div = jax.jit(lambda z: noiseless.apply(lambda z: wave(0.0, z, None), z, None))(z)
     np.testing.assert_allclose(div, jnp.sum(jnp.cos(z) * jnp.roll(z, 1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["auto", "noiseless"])
+def test_a_norm_is_not_asked_of_a_closed_form(name):
+    chooses, at = getattr(divergence, name)(), FieldAt(jaxode.nn.field, jnp.zeros(()), MODULE)
+    assert chooses.chosen(at, Z) == divergence.closed_form()
+    found, wanted = (of.with_norm(at, Z, None) for of in (chooses, divergence.exact()))
+    np.testing.assert_array_equal(found[2], wanted[2])
+    assert chooses.chosen(at, Z, needs_norm=True).with_norm is not None
 
 
 def own_error(key, z):

@@ -11,6 +11,7 @@ import pytest
 import jaxode
 from jaxode import divergence, nn
 from jaxode.flows.divergence import FieldAt
+from jaxode.ode.field import Field
 
 
 def residual(event, widths, **options):
@@ -305,6 +306,14 @@ def test_own_field_offers_a_closed_form():
     assert auto.describe(Shrinking(), jnp.ones(3)).startswith("exact()")
     assert auto.describe(lambda t, z, args: z, jnp.ones(large)).startswith("hutchinson(probes=1")
     assert divergence.exact(chunk=3).describe(Shrinking(), jnp.ones(12)) == "exact(chunk=3)"
+
+
+@pytest.mark.parametrize("bases", [(), (Field,), (eqx.Module, Field)], ids=str)
+def test_a_field_may_inherit_what_it_does_not_offer(bases):
+    offered = type("Offered", bases, {"__call__": lambda self, t, z, args: -z})()
+    assert divergence.auto().describe(offered, jnp.ones(3)).startswith("exact()")
+    moved = jaxode.cnf(offered, jaxode.centered_normal(3, 2)).f(T, jnp.ones((3, 2)), None)
+    np.testing.assert_array_equal(moved, 0.0)
 
 
 class Scaled(NamedTuple):
