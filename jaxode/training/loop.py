@@ -249,17 +249,8 @@ def evaluation(
 
 def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
     """Exact in few dimensions, and cheap in many, where `exact()` asks for no closed form."""
-<<<<<<< HEAD
-    exact = without_noise(divergence, event)
-    if math.prod(event) <= MAX_EXACT_DIMENSIONS:
-        return exact
-    if is_trace(divergence):
-        return hutchinson()
-    return divergence if divergence is exact and divergence.choose is None else auto()
-=======
-    few = math.prod(event) <= TRACED_UP_TO
+    few = math.prod(event) <= MAX_EXACT_DIMENSIONS
     return divergence.without_noise(event) if few else divergence.cheap(event)
->>>>>>> c834eec (Say in one class what a vector field may offer, and make divergences classes)
 
 
 @dataclasses.dataclass
