@@ -36,11 +36,11 @@ from jaxode._checks.samples import (
     normalized,
 )
 from jaxode._checks.times import check_times
-from jaxode._jax.sharding import axes_of, row_count, row_numbers, vary, vary_alike
+from jaxode._jax.sharding import row_count, row_numbers, vary_alike
 from jaxode.flows.bases import BaseDensity
 from jaxode.flows.coupling import Coupling
 from jaxode.flows.keys import of_each_row
-from jaxode.flows.periods import off_period, turned
+from jaxode.flows.periods import Turns, off_period, turns_of
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.field import VectorField, call_field, of_row
 
@@ -131,12 +131,12 @@ def _errors_and_periods(flow: Any, params: PyTree, paths: Paths, t0: Any, span: 
     """`squared_errors` without the values, and how far the field is off its periods, if the base
     has any."""
     base, count = flow.base, len(paths.x)
-    points = turned(base, paths.x)
-    if points is not None:  # more rows are cheaper than another evaluation
-        paths = _with_points(points, paths)
+    turns = turns_of(base, paths.x)
+    if turns is not None:  # more rows are cheaper than another evaluation
+        paths = _with_turns(turns, paths)
     arc = getattr(base, "arc", None)
     errors, finite, dz = squared_errors(flow.f, params, paths, t0, span, arc)
-    off = None if points is None else off_period(base, dz[count:], span)
+    off = None if turns is None else off_period(base, dz[count:], span)
     return errors[:count], finite[:count], off
 
 
@@ -218,14 +218,13 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
     return jax.lax.stop_gradient(jnp.asarray(z0, x.dtype))
 
 
-def _with_points(points: Float[Array, "points *event"], paths: Paths) -> Paths:
-    """The paths, and one more for each point, which rests there."""
+def _with_turns(turns: Turns, paths: Paths) -> Paths:
+    """The paths, and one more for each turn, which rests there."""
     u, z0, x, context = paths
-    spread = lambda leaf: jnp.broadcast_to(leaf[:1], (len(points), *leaf.shape[1:]))
+    spread = lambda leaf: jnp.broadcast_to(leaf[:1], (len(turns.u), *leaf.shape[1:]))
     context = jax.tree.map(lambda leaf: jnp.concatenate([leaf, spread(leaf)]), context)
-    half = vary(jnp.full(len(points), 0.5, u.dtype), axes_of(u))
-    z0, x = (jnp.concatenate([rows, points]) for rows in (z0, x))
-    return Paths(jnp.concatenate([u, half]), z0, x, context)
+    z0, x = (jnp.concatenate([rows, turns.z]) for rows in (z0, x))
+    return Paths(jnp.concatenate([u, turns.u.astype(u.dtype)]), z0, x, context)
 
 
 def _stratified(key, x: Float[Array, "batch *event"], axis_name) -> Float[Array, " batch"]:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,25 @@ from jaxode.ode.system import System
 
 # The difference one period on that still counts as rounding, relative to the field. Networks in
 # float32 reach 1e-5.
-LOOSE = 1e-3
+ROUNDING_PART = 1e-3
+# Parts of the span at which fields are compared: a field may be zero, or symmetric, in its middle.
+AT = 0.13, 0.47, 0.83
+MOST_TURNS = 4  # at each of these times
 
 
-def turned(base: BaseDensity, like: Float[Array, "..."]) -> Float[Array, "points *event"] | None:
-    """One event, and others some angles of which are one period on. None if there are no angles.
+class Turns(NamedTuple):
+    """One event at each of some times, and others whose angles are whole periods on."""
 
-    Turn `j` moves the angles that have the bit `j` in their number, counted from one. So each
-    moves, and no two move alike: a field of their difference needs the periods, too.
+    u: Float[Array, " points"]
+    """Parts of the span."""
+    z: Float[Array, "points *event"]
+
+
+def turns_of(base: BaseDensity, like: Float[Array, "..."]) -> Turns | None:
+    """Where to compare a field with itself whole periods on. None if the base has no angles.
+
+    Up to `MOST_TURNS` angles turn one after the other. Of more, all turn at once, each by another
+    number of periods, and by others in the next turn, so that no simple sum of angles stays.
 
     Args:
         base: the base of the flow.
@@ -35,41 +46,44 @@ def turned(base: BaseDensity, like: Float[Array, "..."]) -> Float[Array, "points
     """
     if not isinstance(base, Torus) or not base.angles:
         return None
-    period, angles = np.array(base.period), list(base.angles)
-    numbers = np.zeros(len(period), int)
-    numbers[angles] = 1 + np.arange(len(angles))
-    moves = (numbers[None] >> np.arange(len(angles).bit_length())[:, None]) & 1
-    finite = np.isfinite(period)
-    start = (np.linspace(0.1, 0.9, len(period)) * np.where(finite, period, 1.0))[None]
-    points = np.concatenate([start, start + moves * np.where(finite, period, 0.0)[None]])
-    points = jnp.asarray(points.reshape(-1, *base.event_shape), like.dtype)
-    return vary(points, axes_of(like))
+    period, count = np.array(base.period), len(base.angles)
+    finite = np.where(np.isfinite(period), period, 0.0)
+    rng = np.random.default_rng(0)
+    moves = np.zeros((len(AT), 1 + min(count, MOST_TURNS), len(period)))
+    for of_time in moves[:, 1:]:
+        few, many = np.eye(count), lambda: rng.permutation(count) + 1
+        turns = few if count <= MOST_TURNS else [many() for _ in of_time]
+        of_time[:, list(base.angles)] = turns
+    start = np.linspace(0.1, 0.9, len(period)) * np.where(np.isfinite(period), period, 1.0)
+    z = (start + moves * finite).reshape(-1, *base.event_shape)
+    u = np.repeat(AT, moves.shape[1])
+    return vary(Turns(*(jnp.asarray(x, like.dtype) for x in (u, z))), axes_of(like))
 
 
 def off_period(base: Any, dz: Float[Array, "points *event"], span: Any) -> Float[Array, ""]:
-    """The largest difference of the field at the events of `turned`, in units of the tolerance.
+    """The largest difference of the field at `turns_of` the base, in units of the tolerance.
 
     `base` is a torus, `span` is the difference of the end times. Not differentiable.
     """
-    dz = jax.lax.stop_gradient(dz).reshape(len(dz), -1)
     period = np.array(base.period)
+    dz = jax.lax.stop_gradient(dz).reshape(len(AT), -1, len(period))
     radius = np.where(np.isfinite(period), period / (2 * math.pi), 1.0)
     still = jnp.asarray(radius, dz.dtype) / jnp.abs(span).astype(dz.dtype)
-    scale = jnp.max(jnp.abs(dz), axis=0) + still
-    tolerance = LOOSE + 64 * float(jnp.finfo(dz.dtype).eps)  # bfloat16 turns angles by 0.03
-    return jnp.max(jnp.abs(dz[1:] - dz[:1]) / (tolerance * scale)[None])
+    scale = jnp.max(jnp.abs(dz), axis=1, keepdims=True) + still[None, None]
+    tolerance = ROUNDING_PART + 64 * float(jnp.finfo(dz.dtype).eps)  # bfloat16 turns angles by 0.03
+    return jnp.max(jnp.abs(dz[:, 1:] - dz[:, :1]) / (tolerance * scale))
 
 
 def off_period_of(
     f: VectorField, base: BaseDensity, span: Any, params: PyTree, row: PyTree, like: Any
 ) -> Float[Array, ""] | None:
-    """`off_period` of the field halfway through the `span` of two times, for a context `row`."""
-    points = turned(base, like)
-    if points is None:
+    """`off_period` of the field between two times, for a context `row`."""
+    turns = turns_of(base, like)
+    if turns is None:
         return None
     t0, t1 = (jnp.asarray(t, like.dtype) for t in span)
     args = jax.lax.stop_gradient(of_row(params, row))
-    dz = jax.vmap(FieldAt(f, t0 + (t1 - t0) / 2, args))(points)
+    dz = jax.vmap(lambda u, z: FieldAt(f, t0 + u * (t1 - t0), args)(z))(*turns)
     return off_period(base, dz, t1 - t0)
 
 
@@ -89,7 +103,7 @@ def with_periods(program: Callable[..., Any]) -> Callable[..., Any]:
 
 def period_faults(system: System, parts: Any) -> Faults:
     """The fault for which a program `with_periods` may fail."""
-    if turned(parts[1], system.y0) is None:
+    if turns_of(parts[1], system.y0) is None:
         return {}
     return {PERIODIC.sentence(name="params"): lambda: ~PERIODIC.holds(_compiled(system, parts))}
 

@@ -206,6 +206,7 @@ ALONE = jaxode.nn.Residual(2, 4, 1, key=KEY)
 NOT_PERIODIC = {
     "the line": (lambda t, z, p: p * z, 0.5),
     "of the difference alone": (lambda t, z, p: p * (z - z[::-1]), 0.5),
+    "late": (lambda t, z, p: p * (t - 0.5) * jnp.where(t > 0.5, 1.0, 0.0) * z, 0.5),
     "no period": (jaxode.nn.field, ALONE),
     "another period": (jaxode.nn.field, jaxode.nn.Residual(2, 4, 1, key=KEY, period=24.0)),
     "a context": (lambda t, z, args: args[0] * args[1] * z, 0.5),
@@ -239,6 +240,13 @@ def test_a_field_without_the_periods_has_no_density(method, field):
     message = rf"^{method}\(params=...\): the field must have the periods of its base, a torus"
     with pytest.raises(jaxode.SolveError, match=message):
         METHODS[method](flow, params, context)
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_a_field_of_a_sum_of_angles_needs_the_periods_too(n):
+    flow = jaxode.cnf(lambda t, z, p: p * (z[0] + z[1] - z[2]) + 0 * z, jaxode.torus(n), steps=1)
+    with pytest.raises(ValueError, match="must have the periods of its base"):
+        jaxode.bind(flow, 0.5)
 
 
 @pytest.mark.parametrize("method", LOSSES)

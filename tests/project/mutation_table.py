@@ -193,10 +193,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Couplings measure angles along the line.
     ("flows/bases.py", "radius * jnp.sin(phase), radius * jnp.cos(phase)", "radius * phase"),
     # A field of differences of angles needs no period.
-    (
-        "flows/periods.py", ">> np.arange(len(angles).bit_length())[:, None]",
-        "> 0 * np.arange(len(angles).bit_length())[:, None]",
-    ),
+    ("flows/periods.py", "np.eye(count)", "np.ones((count, count))"),
     # Every activation is elementwise.
     ("_jax/elementwise.py", "elif equation.primitive.name not in LINEAR", "elif not flags"),
     # Maps move angles.
