@@ -49,12 +49,12 @@ def undifferentiated_unless(needed: Bool[Array, ""], tree: T) -> T:
     return jax.tree.map(cut, tree)
 
 
-def nan_unless(ok: Bool[Array, ""], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def nan_everywhere_unless(ok: Bool[Array, ""], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`, or NaN, as are its derivatives. A cotangent of zero stays: nothing depends on it."""
     return _nan_unless.bind(x, jnp.broadcast_to(ok, x.shape))
 
 
-_nan_unless = Primitive("nan_unless")
+_nan_unless = Primitive("nan_everywhere_unless")
 
 
 @_nan_unless.def_impl

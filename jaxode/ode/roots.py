@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode._jax.tangents import nan_unless, undifferentiated_unless
+from jaxode._jax.tangents import nan_everywhere_unless, undifferentiated_unless
 from jaxode.ode.solvers.linear import factorize, solve_factorized
 
 NEWTON_STEPS = 30
@@ -162,7 +162,7 @@ def implicit(
     # Zero, with a derivative by each of the inputs.
     moved = (x - jax.lax.stop_gradient(x) for x in jax.tree.leaves(inputs) if _has_tangent(x))
     touched = sum((jnp.sum(x).astype(at.dtype) for x in moved), jnp.zeros((), at.dtype))
-    return nan_unless(ok, root + jnp.where(ok, 0.0, touched))
+    return nan_everywhere_unless(ok, root + jnp.where(ok, 0.0, touched))
 
 
 def _has_tangent(x: Any) -> bool:

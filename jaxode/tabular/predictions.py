@@ -21,15 +21,11 @@ from jaxode.density.density import Density
 from jaxode.tabular import frames
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.columns import Column
+from jaxode.tabular.curves import FURTHEST, MORE_POINTS, points_between, refined
 from jaxode.tabular.encoding import Encoder
 from jaxode.tabular.rounding import tidy
 
-# Points of a curve: so many quantiles, at equal distances in the base up to the furthest; then in
-# each round so many more where it is coarsest, until a rectangle of two neighbours is at most this
-# part of the spread; and points of a straight line between two.
-NODES, FURTHEST = 33, 4.5
-ROUNDS, MORE, COARSE = 3, 16, 0.03
-BETWEEN = 8
+NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
 LEAST = 1e-6  # probability of a grid that counts
 LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
 TAIL = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
@@ -222,7 +218,7 @@ class Predictive:
         values = [np.broadcast_to(self.atoms, (len(shares), len(self.atoms)))]
         weights = [shares[:, : len(self.atoms)]]
         for grid in self._grids(part):
-            x, weight = _between(*self._curve(grid))
+            x, weight = points_between(*self._curve(grid))
             y = column.round_down(x * column.scale + column.center, grid.index)
             values.append(np.clip(y, column.low, column.high))
             weights.append(grid.share[:, None] * weight)
@@ -239,14 +235,14 @@ class Predictive:
         x = np.maximum.accumulate(self._solved_quantiles(grid, q), axis=1)
         q = np.broadcast_to(q, x.shape)
         for i in range(ROUNDS):
-            more, coarse = _coarse(q, x)
+            more, coarse = refined(q, x)
             rows = np.flatnonzero(coarse | (i == 0))
             if not len(rows):
                 break
             # Filled up with some of them, so that few programs are compiled.
             rows = np.resize(rows, min(len(x), -(-len(rows) // UNIT) * UNIT))
             # The other rows repeat their last points, which have no weight.
-            new_x, new_q = (np.repeat(leaf[:, -1:], MORE, axis=1) for leaf in (x, q))
+            new_x, new_q = (np.repeat(leaf[:, -1:], MORE_POINTS, axis=1) for leaf in (x, q))
             new_x[rows] = _stored(more[rows])
             new_q[rows] = self._levels(grid.of(rows), new_x[rows])
             q, x = np.concatenate([q, new_q], 1), np.concatenate([x, new_x], 1)
@@ -272,47 +268,6 @@ def _eps() -> float:
 def _stored(x: np.ndarray) -> np.ndarray:
     """The numbers as the density sees them."""
     return x.astype(floating_dtype(x.dtype)).astype(float)
-
-
-def _coarse(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers between those of a curve, most where it is coarse; and which rows are coarse.
-
-    The curve increases, so it lies within the rectangles of neighbours, whose areas are the error
-    of an integral at most. Their sum is least with so many points in each as its root.
-    """
-    area = np.diff(q, axis=1) * np.diff(x, axis=1)
-    middle = 0.5 * (q[:, 1:] + q[:, :-1])
-    spread = np.sum(middle * (1 - middle) * np.diff(x, axis=1), axis=1)
-    coarse = area.max(axis=1) > COARSE * spread
-    sums = np.cumsum(np.pad(np.sqrt(area), ((0, 0), (1, 0))), axis=1)
-    at = (np.arange(MORE) + 0.5) / MORE
-    each = zip(sums, x, strict=True)
-    return np.stack([np.interp(at * row[-1], row, numbers) for row, numbers in each]), coarse
-
-
-def _between(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and weights of a curve that is straight between its points, in units of the base."""
-    from scipy.special import ndtr, ndtri
-
-    z = np.clip(ndtri(q), -FURTHEST, FURTHEST)[..., None]
-    ends = np.arange(BETWEEN + 1) / BETWEEN
-    levels = ndtr(z[:, :-1] + np.diff(z, axis=1) * ends)
-    weights = np.diff(levels, axis=2).reshape(len(q), -1)
-    steps = np.diff(x, axis=1)[..., None] * (0.5 * (ends[1:] + ends[:-1]))
-    values = (x[:, :-1, None] + steps).reshape(len(q), -1)
-    return values, weights / weights.sum(axis=1, keepdims=True)
-
-
-def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The expected value of each row."""
-    return np.sum(values * weights, axis=1)
-
-
-def crps(values: np.ndarray, weights: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`E|Y - y| - E|Y - Y'| / 2` of each row."""
-    below = np.cumsum(weights, axis=1) - weights / 2
-    spread = np.sum(weights * values * (2 * below - 1), axis=1)
-    return np.sum(weights * np.abs(values - y[:, None]), axis=1) - spread
 
 
 def _target(encoder: Encoder) -> Column:

@@ -15,7 +15,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
 from jaxode.density.density import Density
-from jaxode.tabular import categorical, frames, predictions
+from jaxode.tabular import categorical, curves, frames
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.encoding import Encoded, Encoder, with_noise
 from jaxode.tabular.impute import impute
@@ -239,7 +239,7 @@ class Table:
     @public("Table.mean", single_precision)
     def mean(self, frame: Any) -> Float[np.ndarray, " rows"]:
         """The expected value of the modelled column in each row."""
-        return self._predictive(frame).each(predictions.mean)
+        return self._predictive(frame).each(curves.mean)
 
     @public("Table.crps", single_precision)
     def crps(self, frame: Any) -> Float[np.ndarray, " rows"]:
@@ -248,7 +248,7 @@ class Table:
         `E|Y - y| - E|Y - Y'| / 2` (Gneiting and Raftery 2007).
         """
         predictive = self._predictive(frame)
-        return predictive.each(predictions.crps, predictive.values())
+        return predictive.each(curves.crps, predictive.values())
 
 
 def _seeds(rows: Encoded) -> np.ndarray:
