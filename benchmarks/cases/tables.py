@@ -130,6 +130,17 @@ def medians(row: Scores) -> dict[str, float]:
     return {name: float(np.median([nats(s) for s in by.values()])) for name, by in row.items()}
 
 
+def spreads(row: Scores) -> dict[str, str]:
+    """By contender, half of the range over the seeds, as it stands behind a median."""
+    found = {}
+    for name, by in row.items():
+        nats = [
+            score["nats"] for score in by.values() if math.isfinite(score.get("nats", math.nan))
+        ]
+        found[name] = f" ± {(max(nats) - min(nats)) / 2:.2f}" if len(nats) > 1 else ""
+    return found
+
+
 class Tables(Benchmark):
     title = "Densities of tables"
     timed = False  # each case has a core
@@ -209,6 +220,7 @@ class Tables(Benchmark):
             least = min(row.values())
             told = {name: f"{score:.3f}" for name, score in row.items()}
             told |= {name: f"**{told[name]}**" for name, score in row.items() if score == least}
+            told = {name: text + spreads(scores)[name] for name, text in told.items()}
             told |= {name: "none in time" for name, score in row.items() if score == math.inf}
             counts = sorted({len(by_seed) for by_seed in scores.values()})
             seeds = f", {' to '.join(map(str, counts))} seeds" if counts != [1] else ""
@@ -225,7 +237,11 @@ class Tables(Benchmark):
             for end, score in result["scores"].items()
             if end in ends
         ]
-        told = "Medians over seeds, as many as a row names, or one:" if len(seeds) > 1 else "Seed"
+        told = (
+            "Medians over seeds ± half of their range, as many as a row names, or one:"
+            if len(seeds) > 1
+            else "Seed"
+        )
         late = f"; {' and '.join(AT_ONCE)} at most {max(0, *delays):.0%} late" if delays else ""
         return f"{told} {', '.join(map(str, seeds))}{late}."
 
