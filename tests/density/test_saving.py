@@ -103,7 +103,7 @@ def test_an_exported_program_serves_any_batch_and_platform():
         assert "callback" not in exported.mlir_module()
         served.append(jax.export.deserialize(exported.serialize()).call)
     np.testing.assert_allclose(served[0](DATA[:4]), density.log_prob(DATA[:4]), rtol=1e-9)
-    given = np.zeros(2, np.uint32), np.zeros(4, np.float32)
+    given = np.asarray(jax.random.key_data(KEY)), np.zeros(4, np.float32)
     np.testing.assert_allclose(served[1](*given), density.sample(KEY, (4,)), rtol=1e-9)
 
 

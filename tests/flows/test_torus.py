@@ -159,7 +159,8 @@ def test_fit_maps_the_numbers_beside_angles(default_settings):
     density = jaxode.bind(jaxode.cnf(jaxode.nn.field, jaxode.torus(2, period)), network)
     density, _ = jaxode.fit(density, x, key=KEY, steps=20, progress=False)
     np.testing.assert_allclose(density.to_flow(x)[:, 0], x[:, 0], rtol=1e-6)
-    assert abs(float(density.to_flow(x)[:, 1].std()) - 1) < 0.01
+    # The map is that of 270 of the rows: four standard errors of what 30 others change.
+    assert abs(float(density.to_flow(x)[:, 1].std()) - 1) < 0.06
     # The entropy of independent uniform and normal numbers is 5.56 nats.
     assert -density.log_prob(x).mean() < 5.6
 
