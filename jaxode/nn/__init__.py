@@ -5,6 +5,7 @@ A fresh network has small outputs, so its flow is close to the identity.
 is none.
 """
 
+from jaxode.nn.ensemble import Ensemble
 from jaxode.nn.lattice import Lattice
 from jaxode.nn.mixer import Mixer
 from jaxode.nn.networks import MLP, Concat, ConcatSquash, PotentialGradient, field, softplus
@@ -12,6 +13,6 @@ from jaxode.nn.particles import Particles
 from jaxode.nn.residual import Residual
 
 __all__ = [
-    "MLP", "Concat", "ConcatSquash", "Lattice", "Mixer", "Particles", "PotentialGradient",
-    "Residual", "field", "softplus",
+    "MLP", "Concat", "ConcatSquash", "Ensemble", "Lattice", "Mixer", "Particles",
+    "PotentialGradient", "Residual", "field", "softplus",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from jaxode.density.density import Density, bind
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
 from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
-from jaxode.nn import Residual, field
+from jaxode.nn import Ensemble, Residual, field
 from jaxode.tabular import categorical, frames
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
@@ -34,6 +34,8 @@ from jaxode.training.loop import Clock, Limits, Plan, Point
 from jaxode.training.rows import InMemory
 from jaxode.training.schedule import powers_to_try
 
+MEMBERS, MAX_ROWS_OF_SEVERAL = 5, 5000  # networks, up to so many rows
+PART = 0.1  # of the rows to set aside
 FEW_ROWS = 3000  # up to which the weights decay at the rate of one
 # Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
 # then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
@@ -53,7 +55,8 @@ def fit(
     other: int | None = None,
     seconds: float | None = None,
     steps: int | None = None,
-    validation: float | Any = 0.1,
+    validation: float | Any | None = None,
+    members: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Table, list[Point]]:
@@ -107,7 +110,9 @@ def fit(
     other = None if other is None else integer("other", other, 2)
     frame = _checked_frame(frame)
     encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)
-    rows, aside = _split(encoder, frame, validation, keys[0])
+    members = _members(members, len(frame))
+    parts = _split(encoder, frame, validation, keys[0], members)
+    rows, aside = parts[0]
     _warn_of_dependence(encoder, rows)
 
     network, density, moments, points = None, None, None, []
@@ -120,7 +125,7 @@ def fit(
             keys[1], encoder.sizes, pair(rows), pair(aside), limits, progress, begin
         )
     if encoder.numbers:
-        density, more = _train_numbers(encoder, rows, aside, plan, keys[2], begin)
+        density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
         moments, points = _moments(encoder, rows, keys[3]), points + more
     elif progress:
         finish()
@@ -242,13 +247,21 @@ def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
+def _members(members: int | None, rows: int) -> int:
+    """The number of networks of the numbers."""
+    if members is not None:
+        return integer("members", members)
+    return 1
+
+
 def _split(
-    encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray
-) -> tuple[Encoded, Encoded]:
-    """Rows to train on, and validation rows."""
+    encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray, members: int
+) -> list[tuple[Encoded, Encoded]]:
+    """Rows to train each member on, and validation rows."""
     rows = encoder.encode(frame)
     draw, n = np.random.default_rng(np.asarray(jax.random.key_data(key))), len(frame)
     take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
+    validation = PART if validation is None else validation
     if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
         known = np.flatnonzero((aside.modes >= 0).all(axis=1))  # the others have a density of zero
@@ -257,41 +270,46 @@ def _split(
                 f"{arg('validation')} must have at least one row whose values were in training; "
                 "got none."
             )
-        return rows, take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
+        return [(rows, take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS]))] * members
     check_number("validation", validation, PART_RULE, kind="part")
     shuffled = draw.permutation(n)
     count = min(math.ceil(validation * n), MAX_VALIDATION_ROWS, n - 2)
-    return take(rows, shuffled[count:]), take(rows, shuffled[:count])
+    turns = [np.split(np.roll(shuffled, -turn * count), [count]) for turn in range(members)]
+    return [(take(rows, own), take(rows, aside)) for aside, own in turns]
 
 
 def _train_numbers(
     encoder: Encoder,
-    rows: Encoded,
-    aside: Encoded,
+    parts: list[tuple[Encoded, Encoded]],
     plan: Plan,
     key: PRNGKeyArray,
     begin: float,
 ) -> tuple[Density, list[Point]]:
     """Train the density of the numbers, with the modes of their rows as context."""
-    cells = encoder.as_cells(rows)
-    noise = CellNoise.of(encoder.domain, cells)
-    dataset = Dataset(InMemory(cells), encoder.as_cells(aside), noise)
-    size, context = len(encoder.numbers), cells.context
+    cells = [tuple(map(encoder.as_cells, pair)) for pair in parts]
+    noise = CellNoise.of(encoder.domain, cells[0][0])
+    datasets = [Dataset(InMemory(own), aside, noise) for own, aside in cells]
+    size, context = len(encoder.numbers), cells[0][0].context
     features = 0 if context is None else context.shape[1]
     network_key, train_key = jax.random.split(key)
     angle, period, base = encoder.domain.angle, None, standard_normal(size)
     if angle.any():
         period = np.where(angle, TURN, np.inf)
         base = torus(size, period)
-    params = Residual(size, key=network_key, context_size=features, period=period)
+
+    def make(key: PRNGKeyArray) -> Residual:
+        return Residual(size, key=key, context_size=features, period=period)
+
     flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
+    members = len(parts)
+    params = make(network_key) if members == 1 else Ensemble(make, members, key=network_key)
     density = bind(flow, params, support=support)
     # Of few rows, a network learns the rows.
-    optimizer = adam(MATCHING_RATE, min(1.0, FEW_ROWS / len(rows.modes)))
+    optimizer = adam(MATCHING_RATE, min(1.0, FEW_ROWS / len(parts[0][0].modes)))
     plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
     keys = Keys(*jax.random.split(train_key, 5))
-    return train(density, dataset, plan, keys, Clock(begin))
+    return train(density, datasets, plan, keys, Clock(begin))
 
 
 def _moments(encoder: Encoder, rows: Encoded, key: PRNGKeyArray):

@@ -56,8 +56,13 @@ class Dataset:
         dequantize: bool | Noise,
         key: PRNGKeyArray,
         devices: Devices = Devices(),
-    ) -> "Dataset":
-        """Check the rows, set some aside, and warn of columns without a density."""
+        members: int = 1,
+    ) -> list["Dataset"]:
+        """Check the rows, set some aside, and warn of columns without a density.
+
+        Returns:
+            One for each member of an ensemble, with other rows aside.
+        """
         noise_kind(dequantize)  # raises before any rows are read
         has_noise, stream = bool(dequantize), None
         if is_stream(x):
@@ -66,23 +71,26 @@ class Dataset:
         rows = checked_rows("x", density, x, context, has_noise)
         integers, largest = scanned(rows.x)
         if isinstance(validation, PART_TYPES):
-            own, aside = set_aside(rows, validation, key, devices)
+            parts = set_aside(rows, validation, key, devices, members)
         else:
             aside = _validation_rows(density, rows, validation, has_noise, key)
-            own = _source_of(rows, devices)
+            parts = [(_source_of(rows, devices), aside)] * members
             largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
         integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
         largest = devices.gathered(largest[None]).max(axis=0)
         noise = Dequantization.of(dequantize, integers, largest, floating_dtype(rows.x.dtype))
-        some = own.sample(MAX_ROWS_SEEN).x
+        some = parts[0][0].sample(MAX_ROWS_SEEN).x
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
         others = np.flatnonzero(~integers.reshape(-1))
         warn_of_columns(some.reshape(len(some), -1), others, independent)
-        if stream is not None:
-            own = FromIterable(stream, own)
-        source = Share(own, devices) if devices.several_processes else own
-        return cls(source, devices.gathered(aside), noise)
+
+        def of_part(own: Source, aside: Rows) -> Dataset:
+            own = own if stream is None else FromIterable(stream, own)
+            source = Share(own, devices) if devices.several_processes else own
+            return cls(source, devices.gathered(aside), noise)
+
+        return [of_part(*part) for part in parts]
 
     def sample(self, key: PRNGKeyArray) -> Rows:
         """Rows to fit a map to, with noise."""
@@ -154,18 +162,26 @@ def to_flow(density: Density, rows: Rows) -> Rows:
 
 
 def set_aside(
-    rows: Rows, part: Any, key: PRNGKeyArray, devices: Devices = Devices()
-) -> tuple[Source, Rows]:
-    """Split rows: those to train on, and a part of at most `MAX_VALIDATION_ROWS` for validation."""
+    rows: Rows,
+    part: Any,
+    key: PRNGKeyArray,
+    devices: Devices = Devices(),
+    members: int = 1,
+) -> list[tuple[Source, Rows]]:
+    """For each member, the rows to train on and a part for validation, of at most
+    `MAX_VALIDATION_ROWS`. Parts of a small table have no row in common, if they can."""
     check_number("validation", part, PART_RULE, kind="part")
     total = len(rows.x)
     count = min(math.ceil(part * total), MAX_VALIDATION_ROWS, total - 2)
     draw = _generator(key)
     if total > MAX_ROWS_COPIED:  # a permutation would take as long as reading all
-        chosen = np.sort(draw.choice(total, count, replace=False))
-        return _source_of(rows, devices, chosen), _chosen(rows, chosen)
-    shuffled = draw.permutation(total)
-    return _source_of(_chosen(rows, shuffled[count:]), devices), _chosen(rows, shuffled[:count])
+        each = [np.sort(draw.choice(total, count, replace=False)) for _ in range(members)]
+        return [(_source_of(rows, devices, aside), _chosen(rows, aside)) for aside in each]
+    shuffled, found = draw.permutation(total), []
+    for turn in range(members):
+        aside, own = np.split(np.roll(shuffled, -turn * count), [count])
+        found.append((_source_of(_chosen(rows, own), devices), _chosen(rows, aside)))
+    return found
 
 
 def _source_of(rows: Rows, devices: Devices, aside: np.ndarray = np.arange(0)) -> Source:

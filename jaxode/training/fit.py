@@ -6,7 +6,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -33,6 +33,7 @@ from jaxode.density.noise import Noise
 from jaxode.flows.bases import fixed_columns
 from jaxode.flows.cnf import CNF
 from jaxode.flows.coupling import Coupling, independent
+from jaxode.nn import Ensemble
 from jaxode.training.dataset import Dataset
 from jaxode.training.devices import Devices
 from jaxode.training.display import finish
@@ -47,7 +48,7 @@ from jaxode.training.loop import (
     Training,
     evaluation,
 )
-from jaxode.training.schedule import Candidates, powers_to_try
+from jaxode.training.schedule import Candidates, powers_to_try, take_turns
 
 MATCHING_RATE, LIKELIHOOD_RATE = 8e-3, 5e-4  # of Adam
 MAX_GRADIENT_NORM = 1.0  # of all parameters, to which gradients are clipped
@@ -92,6 +93,9 @@ def fit(
     the training, but at least for 500 steps or a fifth of it, whichever is less. Maps that are 0.2
     nats behind after half of that are out. Angles and centred particles stay as they are.
 
+    The networks of a `jaxode.nn.Ensemble` are trained apart, 50 steps each in turn, on batches of
+    their own. The first one chooses maps for all. Each keeps its own best parameters.
+
     Args:
         density: made by `jaxode.bind`. Training starts from its parameters.
         x: data in their own units, `[rows, *event]`. A table of more than 100,000 rows is not
@@ -104,9 +108,11 @@ def fit(
         context: one row for each of `x`. The density then knows the shape of a row.
         seconds: end after this time of training, late by a block of a second and a validation. It
             counts neither compilation, with the first validation, nor the fitting of maps.
-        steps: end after this many steps. Without `seconds`, the result is a function of `key`.
-        validation: the part of the rows to set aside, or other rows: `x`, or `(x, context)`. At
-            most 1000 of them are used. An iterable needs other rows.
+        steps: end after this many steps, of each network. Without `seconds`, the result is a
+            function of `key`.
+        validation: the part of the rows to set aside, another one for each network of an ensemble;
+            or other rows: `x`, or `(x, context)`. At most 1000 of them are used. An iterable needs
+            other rows.
         batch_size: rows in a step, drawn with replacement; each once, if `x` is an iterable.
         optimizer: of Optax, for matching. Adam at 8e-3 by default, on gradients that are
             clipped to norm one. It decays matrices by 0.3 if there are at most 2000 rows, and at
@@ -127,7 +133,8 @@ def fit(
             of a terminal, and a line for each validation in a file or a notebook.
 
     Returns:
-        The density with the best parameters, and its validations in training.
+        The density with the best parameters, and its validations in training; of an ensemble, the
+        mean of the last one of each network.
         These rows have chosen the parameters, so report the score of others. To go on, call it
         again with the density, the same rows as `validation` (another key sets others aside) and
         the same `time_power`, if you gave one; the state of the optimizer is not kept.
@@ -166,8 +173,9 @@ def fit(
         f"events of shape {density.event_shape}, key {jax.random.key_data(key)}, {steps} steps, "
         f"{seconds} seconds, {likelihood} of likelihood, batches of {batch_size}"
     )
-    dataset = Dataset.of(density, x, context, validation, dequantize, aside_key, devices)
-    return train(density, dataset, plan, Keys(*keys), clock)
+    members = len(members_of(density.params))
+    aside = x, context, validation, dequantize, aside_key, devices, members
+    return train(density, Dataset.of(density, *aside), plan, Keys(*keys), clock)
 
 
 class Keys(NamedTuple):
@@ -182,36 +190,62 @@ class Keys(NamedTuple):
     likelihood: PRNGKeyArray
 
 
-def train(
-    density: Density, dataset: Dataset, plan: Plan, keys: Keys, clock: Clock
-) -> tuple[Density, list[Point]]:
-    """Choose a map and a power of the time by trials, then train on, and refine by likelihood."""
-    density = _knowing_contexts(density, dataset.validation.context)
-    validation = dataset.noise.add(dataset.validation, keys.validation_noise)
-    flow = dataclasses.replace(density.flow, throw=False)
-    phases = _matching_phases(flow, dataset.source.count, plan, keys.matching)
-    fits = _fits(density)
-    maps = _mapped(density, fits, dataset, keys.noise)
+def members_of(params: PyTree) -> tuple[Any, ...]:
+    """The networks of an ensemble, each of which is trained apart, or the parameters alone."""
+    return params.members if isinstance(params, Ensemble) else (params,)
 
-    def start(density: Density) -> Training:
-        """A training of the density with its map."""
-        most = STEPS_PER_BLOCK * plan.batch_size
+
+def train(
+    density: Density, datasets: Sequence[Dataset], plan: Plan, keys: Keys, clock: Clock
+) -> tuple[Density, list[Point]]:
+    """Choose a map and a power of the time by trials, then train on, and refine by likelihood.
+
+    The first member of an ensemble chooses for all. They then take turns, 50 steps each, so that
+    all of them end with the seconds.
+
+    Args:
+        density: with parameters to start from.
+        datasets: of each of its `members_of`.
+        plan: the options.
+        keys: the keys.
+        clock: runs since the call.
+
+    Returns:
+        The best density and its validations.
+    """
+    first, *others = members_of(density.params)
+    density = _knowing_contexts(density, datasets[0].validation.context)
+    flow = dataclasses.replace(density.flow, throw=False)
+    phases = _matching_phases(flow, datasets[0].source.count, plan, keys.matching)
+    fits = _fits(density)
+    maps = _mapped(density.with_params(first), fits, datasets[0], keys.noise)
+
+    def start(density: Density, number: int = 0) -> Training:
+        """A training of a member in the density with its map."""
+        dataset, most = datasets[number], STEPS_PER_BLOCK * plan.batch_size
+        validation = dataset.noise.add(dataset.validation, keys.validation_noise)
         take, in_flow, log_det = dataset.in_flow(density, validation, keys.noise, most)
         evaluate = evaluation(density, in_flow, log_det, keys.validation, plan.devices)
-        return Training(density, dataset.source, take, evaluate, plan, clock)
+        label = f" of network {number + 1}" if others else ""
+        return Training(density, dataset.source, take, evaluate, plan, clock, label)
 
-    with contextlib.closing(dataset.source):
+    with contextlib.ExitStack() as stack:
+        for dataset in datasets:
+            stack.callback(dataset.source.close)
         candidates = Candidates([start(next(maps))], start, phases, plan.limits)
+        runs: list[Training] = []
         with _keeping_the_best(candidates, plan):
-            run = candidates.choose(maps, max(len(fits) - 1, 0))
-            run.train(run.phase or phases[0], plan.limits)
-            run.validate_again()
+            chosen = candidates.choose(maps, max(len(fits) - 1, 0))
+            runs = candidates.runs
+            for number, network in enumerate(others, 1):
+                runs.append(start(chosen.density.with_params(network), number))
+            take_turns(runs, chosen.phase or phases[0], plan.limits)
             if plan.likelihood:
-                run.train(_likelihood_phase(flow, keys.likelihood), Limits(plan.likelihood))
-                run.validate_again()
+                refine = _likelihood_phase(flow, keys.likelihood)
+                take_turns(runs, refine, Limits(plan.likelihood))
     if plan.progress:
         finish()
-    return _result(candidates.best, plan)
+    return _result(runs or [candidates.best], plan, isinstance(density.params, Ensemble))
 
 
 @contextlib.contextmanager
@@ -242,31 +276,52 @@ def _keeping_the_best(candidates: Candidates, plan: Plan) -> Iterator[None]:
         )
 
 
-def _result(run: Training, plan: Plan) -> tuple[Density, list[Point]]:
+def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, list[Point]]:
     """The best density and its validations, with warnings if training exploded or hardly began."""
-    if run.best_nll == math.inf:
+    points = _together([run.points for run in runs])
+    explosions = [point for run in runs for point in run.explosions]
+    taken = min(_steps_of_matching(run) for run in runs)
+    runs = [run for run in runs if run.best_nll < math.inf]
+    if not runs:
         raise FloatingPointError(
             "fit: the log-density of the validation rows is never finite. One row is enough "
             "for that. Check the data for outliers, or tighten rtol and atol of the flow."
         )
-    if run.explosions:
-        first, *others = run.explosions
-        often = f"{len(run.explosions)} times, first" if others else "once,"
+    if explosions:
+        first, *others = explosions
+        often = f"{len(explosions)} times, first" if others else "once,"
         warnings.warn(
             f"fit: training exploded {often} at step {first.step} of {first.phase}, to "
             f"{first.nats:.3g} nats of the validation rows. It went on from the best parameters "
             "at a quarter of the rate. Lower the rate of the optimizer.",
             stacklevel=5,
         )
-    taken = max(point.step for point in run.points if point.phase == "matching")
-    limits = plan.limits
-    if taken < min(WARM_UP_STEPS, limits.steps) and run.clock.spent >= limits.seconds:
+    limits, clock = plan.limits, runs[0].clock
+    if taken < min(WARM_UP_STEPS, limits.steps) and clock.spent >= limits.seconds:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
             "time. Pass more seconds, or steps=.",
             stacklevel=5,
         )
-    return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
+    best = [plan.devices.from_all(run.best.params) for run in runs]
+    return runs[0].best.with_params(Ensemble.of(best) if ensemble else best[0]), points
+
+
+def _steps_of_matching(run: Training) -> int:
+    return max((point.step for point in run.points if point.phase == "matching"), default=0)
+
+
+def _together(points: list[list[Point]]) -> list[Point]:
+    """The validations of all networks in order, with the mean of what each had last."""
+    if len(points) == 1:
+        return points[0]
+    last, found = {}, []
+    by_time = sorted((one.seconds, i, one) for i, each in enumerate(points) for one in each)
+    for _, i, one in by_time:
+        last[i] = one.nats
+        if len(last) == len(points):
+            found.append(one._replace(nats=sum(last.values()) / len(last)))
+    return found
 
 
 def _matching_phases(flow: CNF, rows: int, plan: Plan, key: PRNGKeyArray) -> list[Phase]:

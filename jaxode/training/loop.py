@@ -265,6 +265,8 @@ class Training:
     evaluate: Callable[[PyTree], float]
     plan: Plan
     clock: Clock
+    label: str = ""
+    """Tells a network from others in messages."""
 
     def __post_init__(self):
         self.best, self.best_nll = self.density, math.inf
@@ -287,7 +289,7 @@ class Training:
 
     def start(self, phase: Phase) -> None:
         """Begin a phase from the best parameters."""
-        self.say(f"{phase.name}: compiling")
+        self.say(f"{phase.name}{self.label}: compiling")
         arrays, static = eqx.partition(self.best.params, eqx.is_inexact_array)
         unravel = _same
         if phase.as_vector and len({leaf.dtype for leaf in jax.tree.leaves(arrays)}) == 1:
@@ -339,6 +341,11 @@ class Training:
                 self.resumed_at = self.step, left
                 self.due = VALIDATION_STEP_RATIO * self.step
             self.remaining = self.part_remaining()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is at the limits of its phase."""
+        return not (self.remaining > 0 and self.step < self.limits.steps)
 
     def block(self, most: float) -> None:
         """Take up to 50 steps, in parts of about a second. With a limit of time, take one part."""
@@ -425,7 +432,7 @@ class Training:
         """Say how far training is, at a look at the validation rows or between two."""
         limits, clock = self.limits, self.clock
         steps = f"{self.step}" if limits.steps == math.inf else f"{self.step} of {limits.steps}"
-        text = described(self.phase.name, steps, self.points[-1].nats, self.best_nll)
+        text = described(self.phase.name + self.label, steps, self.points[-1].nats, self.best_nll)
         by_steps = (limits.steps - self.step) * clock.step  # NaN before the first
         if (left := min(limits.seconds - clock.spent, by_steps)) < math.inf:
             text += f", {max(left, 0):.0f} s left"

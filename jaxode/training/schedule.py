@@ -1,8 +1,10 @@
-"""Trials of maps and powers of the time, from which `fit` chooses."""
+"""Trials of maps and powers of the time, from which `fit` chooses, and turns of networks."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+
+import jax
 
 from jaxode.density.density import Density
 from jaxode.training.loop import STEPS_PER_BLOCK, Limits, Phase, Training
@@ -19,6 +21,19 @@ CLEARLY_BETTER_NATS = 0.2  # by which uniform times must be better
 def powers_to_try(columns: int) -> tuple[float, ...]:
     """Powers of the time, of which trials choose one."""
     return TIME_POWERS if columns > MAX_DIMENSIONS_OF_ONE_POWER else TIME_POWERS[:1]
+
+
+def take_turns(runs: list[Training], phase: Phase, limits: Limits) -> None:
+    """Train all of them up to the limits, a block of steps each at a time, and validate."""
+    keys = jax.random.split(phase.key, len(runs))[1:]
+    phases = [phase, *(phase._replace(key=key) for key in keys)]
+    going = list(zip(runs, phases, strict=True))
+    while going:
+        for run, own in going:
+            run.train(own, limits, STEPS_PER_BLOCK if len(going) > 1 else math.inf)
+        going = [(run, own) for run, own in going if not run.ended]
+    for run in runs:
+        run.validate_again()
 
 
 @dataclasses.dataclass

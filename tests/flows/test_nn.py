@@ -43,6 +43,12 @@ def any_lattice(event, widths, **options):
     return odd_lattice(event, widths, odd=False, isotropic=False, **options)
 
 
+def ensemble(event, widths, **options):
+    """Of networks with a closed form."""
+    key = options.pop("key")
+    return nn.Ensemble(lambda key: nn.ConcatSquash(event, widths, key=key, **options), 3, key=key)
+
+
 SYMMETRIC = (particles, pairs_of_particles, odd_lattice, any_lattice)
 T, Y = jnp.array(0.3), jnp.linspace(-1.0, 1.5, 6)
 CONTEXT = jnp.array([0.4, -1.1])
@@ -58,6 +64,7 @@ CLOSED_FORM = {
     "Particles, pairs": (pairs_of_particles, (7,)),
     "Lattice, odd": (odd_lattice, (7,)),
     "Lattice": (any_lattice, (7,)),
+    "Ensemble": (ensemble, (7,)),
 }
 
 
@@ -67,6 +74,8 @@ def network(make, widths, activation=jnp.tanh, event=6, **options):
     m = jax.tree.map(lambda x: 2 * x + 0.1, m)
     if make in SYMMETRIC:
         return m
+    if make is ensemble:
+        return eqx.tree_at(lambda m: m.stacked.weight, m, replace_fn=lambda w: 5 * w)
     last = lambda m: (m.last if make in (residual, mixer) else m).weight
     return eqx.tree_at(last, m, 5 * last(m))
 
@@ -466,3 +475,29 @@ def test_a_lattice_is_that_of_the_docstring():
             d = (x[0] - z[0]) % 2, (x[1] - z[1]) % 3
             expected[x] += kernels[:, *d] @ features[:, *z]
     np.testing.assert_allclose(m(T, jnp.asarray(y)), expected, rtol=1e-10)
+
+
+def test_an_ensemble_is_the_mean_of_its_members():
+    """Those that its key draws; without a closed form, if they have none."""
+    make = lambda key: nn.Residual(6, 5, 1, key=key, context_size=2)
+    m = nn.Ensemble(make, 3, key=jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    each = [make(key) for key in keys]
+    assert eqx.tree_equal(list(m.members), each)
+    assert eqx.tree_equal(nn.Ensemble.of(each), m)
+    expected = sum(network(T, Y, CONTEXT) for network in each) / 3
+    np.testing.assert_allclose(m(T, Y, CONTEXT), expected, rtol=1e-12)
+    assert m.value_and_divergence(T, Y, CONTEXT) is NotImplemented
+
+
+def test_members_of_an_ensemble_are_alike():
+    widths = iter((4, 5))
+    with pytest.raises(ValueError, match=r"^Ensemble\(make=...\): must make networks that differ"):
+        nn.Ensemble(lambda key: nn.MLP(2, (next(widths),), key=key), 2, key=jax.random.key(0))
+    functions = iter((jnp.tanh, jax.nn.silu))
+    with pytest.raises(ValueError, match=r"^Ensemble\(make=...\): must make networks that differ"):
+        nn.Ensemble(
+            lambda key: nn.MLP(2, (4,), key=key, activation=next(functions)),
+            2,
+            key=jax.random.key(0),
+        )

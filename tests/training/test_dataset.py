@@ -33,7 +33,8 @@ KEY = jax.random.key(0)
 
 
 def dataset_of(density, x, *, context=None, validation=0.1, dequantize=True):
-    return Dataset.of(density, x, context, validation, dequantize, KEY)
+    (dataset,) = Dataset.of(density, x, context, validation, dequantize, KEY)
+    return dataset
 
 
 @pytest.mark.parametrize("part", [0.1, 0.25, 0.999, np.float32(0.5)])
@@ -41,7 +42,7 @@ def test_rows_are_set_aside(part):
     """Each row is on one side, with its context."""
     x, context = np.arange(40.0).reshape(20, 2), {"row": np.arange(20)}
     together = checked_rows("x", bound(context_shape=()), x, context, False)
-    source, aside = set_aside(together, part, KEY)
+    ((source, aside),) = set_aside(together, part, KEY)
     rows = source.whole()
     assert len(aside[0]) == min(np.ceil(20 * part), 18)
     both = np.concatenate([rows[0], aside[0]])
@@ -162,7 +163,8 @@ def test_validation_rows_that_have_noise_get_no_more():
         dataset = dataset_of(on((0.0, -9.0), (8.0, 9.0)), INTEGERS[:200], validation=others)
         seen = np.asarray(dataset.noise.add(dataset.validation, KEY).x)
         assert (seen == dataset.validation.x).all() == (others[0, 0] % 1 > 0)
-    source, aside = set_aside(checked_rows("x", bound(), INTEGERS, None, True), 0.1, KEY)
+    rows = checked_rows("x", bound(), INTEGERS, None, True)
+    ((source, aside),) = set_aside(rows, 0.1, KEY)
     for part in source.whole(), aside:
         almost = INTEGERS.copy()
         almost[INTEGERS[:, 1].astype(part.x.dtype) == part.x[0, 1], 0] += 0.5

@@ -25,7 +25,8 @@ def bound(size=2, context_size=0, **options):
 
 
 def posed(x=TABLE, context=None, dequantize=False, density=None):
-    return Dataset.of(density or bound(), x, context, 0.1, dequantize, KEY)
+    (dataset,) = Dataset.of(density or bound(), x, context, 0.1, dequantize, KEY)
+    return dataset
 
 
 def test_rows_are_those_of_a_copy_without_some():
@@ -73,7 +74,7 @@ def test_it_trains_from_a_file(tmp_path):
 
 
 def test_validation_rows_may_be_a_large_table_too():
-    dataset = Dataset.of(bound(), TABLE, None, TABLE.astype(np.float64), False, KEY)
+    (dataset,) = Dataset.of(bound(), TABLE, None, TABLE.astype(np.float64), False, KEY)
     assert dataset.source.count == COUNT
     assert len(dataset.validation.x) == 1000
     assert dataset.validation.x.dtype == np.float32
