@@ -108,7 +108,10 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("density/maps/box.py", "of_half = jnp.where(below, -u, u)",
      "of_half = jnp.where(below, u, -u)"),
     # `fit` trains on the rows that it sets aside.
-    ("training/dataset.py", "_chosen(rows, shuffled[count:])", "_chosen(rows, shuffled)"),
+    ("training/dataset.py", "_source_of(_chosen(rows, own), devices)",
+     "_source_of(_chosen(rows, shuffled), devices)"),
+    # All members of an ensemble take the same batches.
+    ("training/schedule.py", "phase._replace(key=key)", "phase"),
     # All steps of a block see the same rows.
     ("training/loop.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
     # Two neighbouring rows share their noise.
