@@ -16,7 +16,10 @@ FIRST = {
     "density/maps/box": ("tests/density/test_support.py",),
     "density/maps/chain": ("tests/density/test_support.py",),
     "density/maps/of_": ("tests/interop",),
-    "training/schedule": ("tests/training/test_schedule.py",),
+    "training/schedule": (
+        "tests/training/test_schedule.py",
+        "tests/training/test_ensembles.py",
+    ),
     "training/fit": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
     "training/dataset": ("tests/training/test_dataset.py",),
     "training/loop": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
