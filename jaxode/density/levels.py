@@ -19,7 +19,7 @@ from jaxode._checks.caller import caller
 from jaxode._checks.rules import Rule, is_known
 from jaxode._jax.closure import compiled
 from jaxode.density.maps.chain import Chain, from_data
-from jaxode.flows.bases import BaseDensity, level_functions
+from jaxode.flows.bases import BaseDensity, Torus, level_functions
 
 LEVELS = Rule(
     "q=...", lambda q: (q > 0) & (q < 1), "levels must lie strictly between 0 and 1",
@@ -106,6 +106,11 @@ def _called(base: BaseDensity, which: int, x: Float[Array, "rows *event"]) -> Ar
 
 
 def _no_levels(base: BaseDensity) -> ValueError:
+    if isinstance(base, Torus):
+        return ValueError(
+            f"{caller()}: needs numbers in order, and angles have none. Draw samples with "
+            "density.sample."
+        )
     return ValueError(
         f"{caller()}: needs a base with cdf and icdf; got {base!r}. Pass "
         f"jaxode.standard_normal({tuple(base.event_shape)}) to cnf."

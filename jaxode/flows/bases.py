@@ -124,6 +124,12 @@ class Torus:
         """Which coordinates have a period."""
         return tuple(np.flatnonzero(np.isfinite(self.period)).tolist())
 
+    @property
+    def radius(self) -> np.ndarray:
+        """Of the circle of each angle, `period / (2 pi)`, and one where the period is infinite."""
+        period = np.array(self.period)
+        return np.where(np.isfinite(period), period / (2 * math.pi), 1.0)
+
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats. The same for all representatives of an angle."""
         _check_events(z, self.event_shape)
@@ -150,7 +156,7 @@ class Torus:
         Flattened numbers, and sine and cosine of angles times the radius, `period / (2 pi)`.
         """
         flat, angle = z.reshape(len(z), -1), np.isfinite(self.period)
-        radius = jnp.asarray(np.array(self.period)[angle] / (2 * math.pi), z.dtype)[None]
+        radius = jnp.asarray(self.radius[angle], z.dtype)[None]
         phase = flat[:, angle] / radius
         return jnp.concatenate(
             [flat[:, ~angle], radius * jnp.sin(phase), radius * jnp.cos(phase)], axis=1
@@ -253,8 +259,10 @@ def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Toru
     The flow runs on the line, and its field must have the same periods, as that of
     `jaxode.nn.Residual(period=...)` has. Then all representatives of an angle have the same
     density, which integrates to one over a period. All methods of a flow compare the field one
-    period on, and fail if it differs. Matching takes the shorter way around, and samples of `bind`
-    are in `[0, period)`. Its maps leave angles as they are.
+    period on, at three places, and fail if it differs there. They do not see a field that differs
+    elsewhere, or that jumps within a period, as one of `jnp.mod(x, period)` does: let it see sine
+    and cosine. Matching takes the shorter way around, in radians, and samples of `bind` are in
+    `[0, period)`. Its maps leave angles as they are.
 
     Args:
         event_shape: shape of one sample; an integer stands for a vector.

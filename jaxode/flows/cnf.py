@@ -197,7 +197,9 @@ class CNF(eqx.Module):
         With base samples `z0` and `u` in [0, 1], this fits the field to the velocity of the
         straight path, `z_t = (1 - u) z0 + u x` at `t = t0 + u (t1 - t0)`:
 
-            mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2.
+            mean over rows and coordinates of (f(t, z_t) - (x - z0) / (t1 - t0))^2,
+
+        with angles of a `jaxode.torus` in radians.
 
         The field that minimizes the loss carries the base density to the data density. `nll` on the
         same parameters then sharpens it (docs/training.md).

@@ -37,7 +37,7 @@ from jaxode._checks.samples import (
 )
 from jaxode._checks.times import check_times
 from jaxode._jax.sharding import row_count, row_numbers, vary_alike
-from jaxode.flows.bases import BaseDensity
+from jaxode.flows.bases import BaseDensity, Torus
 from jaxode.flows.coupling import Coupling
 from jaxode.flows.keys import of_each_row
 from jaxode.flows.periods import Turns, off_period, turns_of
@@ -96,7 +96,7 @@ def matching_loss(
 
 
 def squared_errors(
-    f: VectorField, params: PyTree, paths: Paths, t0: Any, span: Any, arc: Any = None
+    f: VectorField, params: PyTree, paths: Paths, t0: Any, span: Any, torus: Torus | None = None
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"], Float[Array, "batch *event"]]:
     """The loss of each row: the mean of `(f(t, z_t) - (x - z0) / span)^2` over its coordinates.
 
@@ -108,21 +108,26 @@ def squared_errors(
         paths: the paths, and where on them.
         t0: time of the start samples.
         span: time from there to the data.
-        arc: a function of differences that takes the shorter way around, if there are angles.
+        torus: the base, if there are angles: paths take the shorter way around, and the field
+            counts in radians.
 
     Returns:
         The losses, whether the field is finite, and its values.
     """
 
+    unit = 1.0
+    if torus is not None:
+        unit = jnp.asarray(torus.radius.reshape(torus.event_shape), paths.x.dtype)
+
     def of_path(u, z0, x, context):
-        x = x if arc is None else z0 + arc(x - z0)
+        x = x if torus is None else z0 + torus.arc(x - z0)
         z = (1 - u) * z0 + u * x
         args = of_row(params, context)
         dz = call_field(f, t0 + u * span, z, args)
         check_derivative(z, dz)
         finite = jnp.isfinite(jax.lax.stop_gradient(dz)).all()
         dz = jnp.asarray(dz, x.dtype)
-        return jnp.mean((dz - (x - z0) / span) ** 2), finite, dz
+        return jnp.mean(((dz - (x - z0) / span) / unit) ** 2), finite, dz
 
     return jax.vmap(of_path)(*paths)
 
@@ -134,8 +139,8 @@ def _errors_and_periods(flow: Any, params: PyTree, paths: Paths, t0: Any, span: 
     turns = turns_of(base, paths.x)
     if turns is not None:  # more rows are cheaper than another evaluation
         paths = _with_turns(turns, paths)
-    arc = getattr(base, "arc", None)
-    errors, finite, dz = squared_errors(flow.f, params, paths, t0, span, arc)
+    torus = base if isinstance(base, Torus) else None
+    errors, finite, dz = squared_errors(flow.f, params, paths, t0, span, torus)
     off = None if turns is None else off_period(base, dz[count:], span)
     return errors[:count], finite[:count], off
 
@@ -260,7 +265,7 @@ def _paired_rows(
             "jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
             "jaxode.coupling.Coupling(pair) with pair(key, z, x, context)."
         )
-    if hasattr(base, "chords"):  # across the cut, too, near is near
+    if isinstance(base, Torus):  # across the cut, too, near is near
         z0, x = base.chords(z0), base.chords(x)
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:

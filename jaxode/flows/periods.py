@@ -1,7 +1,6 @@
 """Does a field have the periods of its base? Otherwise its density over one period is not one."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,8 +53,10 @@ def turns_of(base: BaseDensity, like: Float[Array, "..."]) -> Turns | None:
         few, many = np.eye(count), lambda: rng.permutation(count) + 1
         turns = few if count <= MOST_TURNS else [many() for _ in of_time]
         of_time[:, list(base.angles)] = turns
-    start = np.linspace(0.1, 0.9, len(period)) * np.where(np.isfinite(period), period, 1.0)
-    z = (start + moves * finite).reshape(-1, *base.event_shape)
+    # Elsewhere at each time.
+    part = (np.linspace(0.1, 0.9, len(period)) + np.array(AT)[:, None]) % 1
+    start = part * np.where(np.isfinite(period), period, 1.0)
+    z = (start[:, None] + moves * finite).reshape(-1, *base.event_shape)
     u = np.repeat(AT, moves.shape[1])
     return vary(Turns(*(jnp.asarray(x, like.dtype) for x in (u, z))), axes_of(like))
 
@@ -65,10 +66,8 @@ def off_period(base: Any, dz: Float[Array, "points *event"], span: Any) -> Float
 
     `base` is a torus, `span` is the difference of the end times. Not differentiable.
     """
-    period = np.array(base.period)
-    dz = jax.lax.stop_gradient(dz).reshape(len(AT), -1, len(period))
-    radius = np.where(np.isfinite(period), period / (2 * math.pi), 1.0)
-    still = jnp.asarray(radius, dz.dtype) / jnp.abs(span).astype(dz.dtype)
+    dz = jax.lax.stop_gradient(dz).reshape(len(AT), -1, len(base.period))
+    still = jnp.asarray(base.radius, dz.dtype) / jnp.abs(span).astype(dz.dtype)
     scale = jnp.max(jnp.abs(dz), axis=1, keepdims=True) + still[None, None]
     tolerance = ROUNDING_PART + 64 * float(jnp.finfo(dz.dtype).eps)  # bfloat16 turns angles by 0.03
     return jnp.max(jnp.abs(dz[:, 1:] - dz[:, :1]) / (tolerance * scale))

@@ -44,7 +44,8 @@ class Residual(Network):
         key: draws the initial weights.
         context_size: size of the context vector in `m(t, y, context)`.
         period: of coordinates that are angles, as for `jaxode.torus`. Of those the network sees
-            sine and cosine alone, so that the field has the same periods.
+            sine and cosine alone, so that the field has the same periods, and outputs are in
+            radians times `period / (2 pi)`.
         activation: a smooth elementwise function.
 
     Raises:
@@ -103,7 +104,11 @@ class Residual(Network):
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
             a, b = parts(modulation, e, 2)
             h = h + block(self.activation((1 + a) * h + b))
-        return self.last(saturated(self.activation(h))) + scale * x
+        out = self.last(saturated(self.activation(h)))
+        if self.period is not None:  # of the size of the angles, whatever their unit
+            period = np.asarray(self.period)
+            out = out * jnp.asarray(np.where(np.isfinite(period), period / (2 * np.pi), 1), x.dtype)
+        return out + scale * x
 
     def _seen(self, x: Float[Array, " size"]) -> Float[Array, " seen"]:
         """Coordinates; sine and cosine of angles."""

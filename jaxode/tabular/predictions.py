@@ -90,7 +90,10 @@ class Predictive:
             return np.zeros((len(self.given), 0))
         if self.column.grids:
             _check_tails(name, levels)
-        return self._each(lambda part: self._quantiles(part, levels))
+        # Errors of solves may swap quantiles at levels that are hardly apart.
+        order = np.argsort(levels)
+        y = self._each(lambda part: self._quantiles(part, levels[order]))
+        return np.maximum.accumulate(y, axis=1)[:, np.argsort(order)]
 
     def each(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
         """A function of sorted values, their weights, and rows."""

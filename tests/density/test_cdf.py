@@ -133,6 +133,13 @@ def test_maps_of_the_user_may_decrease():
     np.testing.assert_allclose(density.quantile(Q), exact.ppf(Q), rtol=1e-6)
 
 
+def test_angles_have_no_order():
+    turn = jaxode.cnf(lambda t, z, a: a * jnp.sin(z), jaxode.torus(1))
+    density = jaxode.bind(turn, jnp.asarray(0.1))
+    with pytest.raises(ValueError, match=r"^cdf: needs numbers in order, and angles have none"):
+        density.cdf(X[:, None])
+
+
 def test_bases_of_numpyro():
     """Those that know their levels; of the others, the cure is told."""
     dist = optional("numpyro").distributions

@@ -66,7 +66,22 @@ def test_matching_takes_the_shorter_way_and_sees_no_cut():
     shifted = flow.matching_loss(density.params, x + jnp.array([[3.0, -2.0]]), key=KEY)
     np.testing.assert_allclose(loss, shifted, rtol=1e-9)
     still = flow.matching_loss(jax.tree.map(jnp.zeros_like, density.params), x, key=KEY)
-    assert still < 1 / 8  # of uniform arcs of at most a half, 1/12 in the mean
+    # In radians. Of uniform arcs of at most half a turn, a twelfth of a turn squared in the mean.
+    assert still < (2 * math.pi) ** 2 / 8
+
+
+def test_the_unit_of_angles_does_not_matter():
+    """Neither to the loss, in which angles beside a number count in radians, nor to the network."""
+    degrees = np.array([360 / (2 * math.pi), 1.0])
+    x = jax.random.uniform(KEY, (64, 2)) * 2 * math.pi
+
+    def loss(unit):
+        period = np.array([2 * math.pi, np.inf]) * unit
+        network = jaxode.nn.Residual(2, 8, 1, key=KEY, period=period)
+        flow = jaxode.cnf(jaxode.nn.field, jaxode.torus(2, period))
+        return flow.matching_loss(network, x * jnp.asarray(unit)[None], key=KEY)
+
+    np.testing.assert_allclose(loss(degrees), loss(np.ones(2)), rtol=1e-9)
 
 
 def test_couplings_measure_the_shorter_way():
@@ -77,7 +92,8 @@ def test_couplings_measure_the_shorter_way():
     x = jnp.array([[5.0, 0.5], [0.0, 0.45], [0.0, 0.99]])
     chosen = jaxode.coupling.optimal_transport()
     loss = flow.matching_loss(jnp.zeros(()), x, key=KEY, x0=start, coupling=chosen)
-    np.testing.assert_allclose(loss, (0.02**2 + 0.05**2) / 6)
+    # In radians.
+    np.testing.assert_allclose(loss, (2 * np.pi) ** 2 * (0.02**2 + 0.05**2) / 6)
     near = base.chords(jnp.array([[0.0, 0.01], [0.0, 0.99], [0.0, 0.5]]))
     distances = jnp.linalg.norm(near[:1] - near[1:], axis=1)
     np.testing.assert_allclose(distances, np.sin(np.pi * np.array([0.02, 0.49])) / np.pi)

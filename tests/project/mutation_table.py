@@ -111,8 +111,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("density/maps/box.py", "of_half = jnp.where(below, -u, u)",
      "of_half = jnp.where(below, u, -u)"),
     # `fit` trains on the rows that it sets aside.
-    ("training/dataset.py", "_source_of(_chosen(rows, own), devices)",
-     "_source_of(_chosen(rows, shuffled), devices)"),
+    ("training/dataset.py", "_source_of(_chosen(rows, own), devices",
+     "_source_of(_chosen(rows, shuffled), devices"),
     # All members of an ensemble take the same batches.
     ("training/schedule.py", "phase._replace(key=key)", "phase"),
     # All steps of a block see the same rows.
@@ -120,7 +120,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Two neighbouring rows share their noise.
     ("flows/keys.py", "jax.random.fold_in(key, i))", "jax.random.fold_in(key, i // 2))"),
     # Wrong for times other than 0 and 1.
-    ("flows/matching.py", "- (x - z0) / span) ** 2", "- (x - z0)) ** 2"),
+    ("flows/matching.py", "- (x - z0) / span) / unit", "- (x - z0)) / unit"),
+    # Angles in degrees outweigh other numbers.
+    ("flows/matching.py", "jnp.asarray(torus.radius.", "jnp.asarray((0 * torus.radius + 1)."),
     # A learned base shrinks to a point.
     ("flows/matching.py", "return jax.lax.stop_gradient(jnp.asarray(z0, x.dtype))",
      "return jnp.asarray(z0, x.dtype)"),
@@ -195,7 +197,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Rows that are set aside are drawn.
     ("training/files.py", "at = rows + np.searchsorted(before, rows, side=\"right\")", "at = rows"),
     # Matching goes the long way around a circle.
-    ("flows/matching.py", "x if arc is None else z0 + arc(x - z0)", "x"),
+    ("flows/matching.py", "x if torus is None else z0 + torus.arc(x - z0)", "x"),
     # Couplings measure angles along the line.
     ("flows/bases.py", "radius * jnp.sin(phase), radius * jnp.cos(phase)", "radius * phase"),
     # A field of differences of angles needs no period.

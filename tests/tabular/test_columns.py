@@ -226,3 +226,12 @@ def test_a_number_far_away_is_named_and_leaves_the_scale_of_the_others():
     with pytest.warns(UserWarning, match="'x' has numbers far from all others, such as 1e"):
         column = numeric("x", "continuous", values, np.zeros(201, bool), -np.inf, np.inf)
     assert 0.5 < column.scale < 2.0
+
+
+def test_a_repeated_number_is_found_beside_its_rounding():
+    """Such as one that is computed in training and read from a file later."""
+    column, *_ = column_of(np.where(RNG.random(N) < 0.4, 0.3, RNG.normal(size=N)))
+    assert column.values == (0.3,)
+    near = np.array([0.1 + 0.2, 0.3, 0.3 + 1e-12])
+    mode, _ = column.encode(near, np.zeros(3, bool))
+    assert mode.tolist() == [0, 0, 1]

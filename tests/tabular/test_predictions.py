@@ -249,6 +249,16 @@ def test_levels_never_fall():
     assert np.diff(fitted.cdf(frame)).min() > -1e-6  # single precision
 
 
+def test_quantiles_never_cross():
+    """Nor at levels that are hardly apart, whose solves differ by their errors."""
+    fitted, frame = table("continuous"), rows("continuous", 20)
+    low, high = fitted.interval(1e-9, frame)
+    assert (low <= high).all()
+    levels = np.array([0.5, 0.5 + 1e-8, 0.2, 0.5 - 1e-8])
+    y = fitted.quantile(levels, frame)
+    assert (np.diff(y[:, np.argsort(levels)]) >= 0).all()
+
+
 def test_no_levels_and_wrong_ones():
     exact = made(Column("y", "continuous", (), (0.0,), False), Exact(scipy.stats.norm()))
     frame = pd.DataFrame({"y": [0.0, 1.0]})
