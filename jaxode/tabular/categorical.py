@@ -7,6 +7,7 @@ two layers (MADE; Germain et al. 2015, arXiv:1502.03509), plus a network of the 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxode._jax.closure import compiled
 from jaxode.training.display import described, show
 from jaxode.training.loop import VALIDATION_STEP_RATIO, Clock, Limits, Point
+from jaxode.training.rows import InMemory, Rows
 
 WIDTH, DROPOUT = 128, 0.5  # of hidden layers
 RATE, WEIGHT_DECAY, BATCH_SIZE = 1e-3, 0.05, 256
@@ -181,25 +183,25 @@ def train(
     sizes: tuple[int, ...],
     rows: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray],
+    weights: Sequence[np.ndarray | None],
     limits: Limits,
     progress: bool,
     begin: float,
 ) -> tuple[Categories, list[Point]]:
-    """Train on `(modes, given)`, and keep what is best on the validation rows."""
+    """Train on `(modes, given)`, and keep what is best on the validation rows. Both may have
+    weights."""
     init_key, key = jax.random.split(key)
-    modes, given = (jnp.asarray(part) for part in rows)
-    network = average = Categories.make(init_key, rows[0], sizes, given.shape[1])
-    seen, state, clock, step, due = (
-        _Validations(network),
-        _optimizer().init(network),
-        Clock(begin),
-        0,
-        0.0,
-    )
+    of_rows, of_aside = weights
+    source, weighted = InMemory(Rows(*rows), weights=of_rows), of_rows is not None
+    modes, aside = source.sample(len(rows[0])).x, tuple(map(jnp.asarray, validation))
+    network = average = Categories.make(init_key, modes, sizes, rows[1].shape[1])
+    seen, state = _Validations(network), _optimizer().init(network)
+    clock, step, due, drawn = Clock(begin), 0, 0.0, jax.tree.map(jnp.asarray, source.rows)
     total = min(limits.steps, MAX_STEPS)
     while True:
         with clock.running():
-            nats = -float(jnp.mean(log_probs(average, *map(jnp.asarray, validation))))
+            found = np.asarray(log_probs(average, *aside), float)
+            nats = -float(np.average(found, weights=of_aside))
         if step == 0:
             clock.spent = 0.0  # without compilation
         seen.add(average, step, clock.since_call, nats)
@@ -215,9 +217,12 @@ def train(
         steps = int(min(STEPS_PER_VALIDATION, total - step))
         with clock.running():
             block_key = jax.random.fold_in(key, step)
+            if weighted:
+                block = source.take(block_key, STEPS_PER_VALIDATION * BATCH_SIZE)
+                drawn = jax.tree.map(jnp.asarray, block)
             schedule = *_rates(step, part), jnp.asarray(steps, jnp.int32)
             network, average, state = jax.block_until_ready(
-                _advance(network, average, state, modes, given, block_key, *schedule)
+                _advance(network, average, state, *drawn, block_key, *schedule)
             )
         if step == 0:
             clock.spent = 0.0  # without compilation

@@ -3,16 +3,17 @@
 import math
 import time
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from jaxode._checks.arguments import check_bool, check_number, integer, is_number
 from jaxode._checks.caller import arg, public
-from jaxode._checks.samples import check_key
+from jaxode._checks.samples import check_key, check_weights
 from jaxode._jax.precision import single_precision
 from jaxode.density.density import Density, bind
 from jaxode.density.maps.whiten import dependent_columns, principal_axes
@@ -35,7 +36,6 @@ from jaxode.training.rows import InMemory
 from jaxode.training.schedule import powers_to_try
 
 MEMBERS, MAX_ROWS_OF_SEVERAL = 5, 5000  # networks, up to so many rows
-PART = 0.1  # of the rows to set aside
 FEW_ROWS = 3000  # up to which the weights decay at the rate of one
 # Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
 # then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
@@ -55,8 +55,9 @@ def fit(
     other: int | None = None,
     seconds: float | None = None,
     steps: int | None = None,
-    validation: float | Any | None = None,
+    validation: float | Any = 0.1,
     members: int | None = None,
+    weights: Any = None,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Table, list[Point]]:
@@ -82,7 +83,10 @@ def fit(
             categories.
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
             of `key`.
-        validation: the part of the rows to set aside, or a frame of others. At most 1000 are used.
+        validation: the part of the rows to set aside, another one for each network, or a frame of
+            others. At most 1000 are used.
+        members: networks of the numbers, as one `jaxode.nn.Ensemble`.
+        weights: of the rows, at least 0, as for `jaxode.fit`.
         mesh: devices of one process to train the numbers on, as for `jaxode.fit`; the categories
             take one of them.
         progress: show steps, the loss of validation rows and the time left on stderr.
@@ -108,11 +112,11 @@ def fit(
             "columns; got several. Train in one process."
         )
     other = None if other is None else integer("other", other, 2)
-    frame = _checked_frame(frame)
+    frame, weights = _checked_frame(frame, weights)
     encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)
     members = _members(members, len(frame))
-    parts = _split(encoder, frame, validation, keys[0], members)
-    rows, aside = parts[0]
+    parts = _split(encoder, frame, validation, keys[0], members, weights)
+    rows, aside, *of_rows = parts[0]
     _warn_of_dependence(encoder, rows)
 
     network, density, moments, points = None, None, None, []
@@ -122,23 +126,27 @@ def fit(
             plan = plan._replace(limits=of_rest)
         pair = lambda rows: (rows.modes[:, discrete], rows.given)
         network, points = categorical.train(
-            keys[1], encoder.sizes, pair(rows), pair(aside), limits, progress, begin
+            keys[1], encoder.sizes, pair(rows), pair(aside), of_rows, limits, progress, begin
         )
     if encoder.numbers:
         density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
-        moments, points = _moments(encoder, rows, keys[3]), points + more
+        moments, points = _moments(encoder, parts[0], keys[3]), points + more
     elif progress:
         finish()
     return Table(encoder, network, density, moments), points
 
 
-def _checked_frame(frame: Any) -> Any:
+def _checked_frame(frame: Any, weights: Any) -> tuple[Any, np.ndarray | None]:
+    """The rows that have a weight, and their weights, if there are any."""
     frame = frames.as_frame("frame", frame)
+    if weights is not None:
+        weights = np.asarray(check_weights(weights, jnp.zeros(len(frame))))
+        frame, weights = frame.filter((weights > 0).tolist()), weights[weights > 0]
     if not frame.columns:
         raise ValueError(f"{arg('frame')} must have at least one column; got none.")
     if len(frame) < MIN_ROWS:
         raise ValueError(f"{arg('frame')} must have at least {MIN_ROWS} rows; got {len(frame)}.")
-    return frame
+    return frame, weights
 
 
 def _split_seconds(limits: Limits, part: float) -> tuple[Limits, Limits]:
@@ -254,14 +262,22 @@ def _members(members: int | None, rows: int) -> int:
     return 1
 
 
+class Part(NamedTuple):
+    """Rows to train a network on, and rows aside, with weights if there are any."""
+
+    rows: Encoded
+    aside: Encoded
+    weights: np.ndarray | None = None
+    of_aside: np.ndarray | None = None
+
+
 def _split(
-    encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray, members: int
-) -> list[tuple[Encoded, Encoded]]:
-    """Rows to train each member on, and validation rows."""
+    encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray, members: int, weights: Any
+) -> list[Part]:
+    """The part of each member, with other rows aside, if they are rows of the frame."""
     rows = encoder.encode(frame)
     draw, n = np.random.default_rng(np.asarray(jax.random.key_data(key))), len(frame)
     take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
-    validation = PART if validation is None else validation
     if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
         known = np.flatnonzero((aside.modes >= 0).all(axis=1))  # the others have a density of zero
@@ -270,26 +286,33 @@ def _split(
                 f"{arg('validation')} must have at least one row whose values were in training; "
                 "got none."
             )
-        return [(rows, take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS]))] * members
+        aside = take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
+        return [Part(rows, aside, weights)] * members
     check_number("validation", validation, PART_RULE, kind="part")
     shuffled = draw.permutation(n)
     count = min(math.ceil(validation * n), MAX_VALIDATION_ROWS, n - 2)
     turns = [np.split(np.roll(shuffled, -turn * count), [count]) for turn in range(members)]
-    return [(take(rows, own), take(rows, aside)) for aside, own in turns]
+    of = lambda chosen: None if weights is None else weights[chosen]
+    return [Part(take(rows, own), take(rows, aside), of(own), of(aside)) for aside, own in turns]
 
 
 def _train_numbers(
     encoder: Encoder,
-    parts: list[tuple[Encoded, Encoded]],
+    parts: list[Part],
     plan: Plan,
     key: PRNGKeyArray,
     begin: float,
 ) -> tuple[Density, list[Point]]:
     """Train the density of the numbers, with the modes of their rows as context."""
-    cells = [tuple(map(encoder.as_cells, pair)) for pair in parts]
-    noise = CellNoise.of(encoder.domain, cells[0][0])
-    datasets = [Dataset(InMemory(own), aside, noise) for own, aside in cells]
-    size, context = len(encoder.numbers), cells[0][0].context
+    cells = encoder.as_cells(parts[0].rows)
+    noise = CellNoise.of(encoder.domain, cells)
+
+    def dataset(part: Part) -> Dataset:
+        source = InMemory(encoder.as_cells(part.rows), weights=part.weights)
+        return Dataset(source, encoder.as_cells(part.aside), noise, part.of_aside)
+
+    datasets = list(map(dataset, parts))
+    size, context = len(encoder.numbers), cells.context
     features = 0 if context is None else context.shape[1]
     network_key, train_key = jax.random.split(key)
     angle, period, base = encoder.domain.angle, None, standard_normal(size)
@@ -306,17 +329,18 @@ def _train_numbers(
     params = make(network_key) if members == 1 else Ensemble(make, members, key=network_key)
     density = bind(flow, params, support=support)
     # Of few rows, a network learns the rows.
-    optimizer = adam(MATCHING_RATE, min(1.0, FEW_ROWS / len(parts[0][0].modes)))
+    optimizer = adam(MATCHING_RATE, min(1.0, FEW_ROWS / len(parts[0].rows.modes)))
     plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
     keys = Keys(*jax.random.split(train_key, 5))
     return train(density, datasets, plan, keys, Clock(begin))
 
 
-def _moments(encoder: Encoder, rows: Encoded, key: PRNGKeyArray):
+def _moments(encoder: Encoder, part: Part, key: PRNGKeyArray):
     """Mean and covariance of the numbers without their bounds, for proposals."""
-    x, _ = with_noise(encoder.domain, encoder.as_cells(rows), key)
+    x, _ = with_noise(encoder.domain, encoder.as_cells(part.rows), key)
     v = np.asarray(out_of_domain(encoder.domain, x), float)
-    return v.mean(axis=0), np.atleast_2d(np.cov(v.T))
+    covariance = np.atleast_2d(np.cov(v.T, aweights=part.weights))
+    return np.average(v, axis=0, weights=part.weights), covariance
 
 
 def _warn_of_dependence(encoder: Encoder, rows: Encoded) -> None:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import check_number, floating, floating_dtype, shape_of
+from jaxode._checks.arguments import check_number, floating, floating_dtype, native, shape_of
 from jaxode._checks.rules import INSIDE, NUMBER, Rule
-from jaxode._checks.samples import check_data, check_finite, check_rows
+from jaxode._checks.samples import check_data, check_finite, check_rows, check_weights
 from jaxode.density.contexts import context_numbers
 from jaxode.density.density import Density
 from jaxode.density.maps.base import contained
@@ -45,6 +45,8 @@ class Dataset:
     source: Source
     validation: Any
     noise: RowNoise
+    weights: np.ndarray | None = None
+    """Of the validation rows, `[rows]`; equal by default."""
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class Dataset:
         key: PRNGKeyArray,
         devices: Devices = Devices(),
         members: int = 1,
+        weights: Any = None,
     ) -> list["Dataset"]:
         """Check the rows, set some aside, and warn of columns without a density.
 
@@ -66,29 +69,34 @@ class Dataset:
         noise_kind(dequantize)  # raises before any rows are read
         has_noise, stream = bool(dequantize), None
         if is_stream(x):
-            stream = _stream_of(density, x, context, validation, has_noise, devices)
+            stream = _stream_of(density, x, context, validation, weights, has_noise, devices)
             x, context = stream.head
+        if weights is not None:
+            x, context, weights = weighted_rows(x, context, weights)
         rows = checked_rows("x", density, x, context, has_noise)
         integers, largest = scanned(rows.x)
         if isinstance(validation, PART_TYPES):
-            parts = set_aside(rows, validation, key, devices, members)
+            parts = set_aside(rows, validation, key, devices, members, weights)
         else:
             aside = _validation_rows(density, rows, validation, has_noise, key)
-            parts = [(_source_of(rows, devices), aside)] * members
+            parts = [(_source_of(rows, devices, weights=weights), aside, None)] * members
             largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
         integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
         largest = devices.gathered(largest[None]).max(axis=0)
         noise = Dequantization.of(dequantize, integers, largest, floating_dtype(rows.x.dtype))
-        some = parts[0][0].sample(MAX_ROWS_SEEN).x
+        # Not drawn by their weights, which would repeat them.
+        some = dataclasses.replace(parts[0][0], weights=None).sample(MAX_ROWS_SEEN).x
         # Those of centred rows have a sum of zero.
         independent = has_full_support(density.flow.base)
         others = np.flatnonzero(~integers.reshape(-1))
         warn_of_columns(some.reshape(len(some), -1), others, independent)
 
-        def of_part(own: Source, aside: Rows) -> Dataset:
+        gathered = lambda weights: None if weights is None else devices.gathered(weights)
+
+        def of_part(own: Source, aside: Rows, weights: np.ndarray | None) -> Dataset:
             own = own if stream is None else FromIterable(stream, own)
             source = Share(own, devices) if devices.several_processes else own
-            return cls(source, devices.gathered(aside), noise)
+            return cls(source, devices.gathered(aside), noise, gathered(weights))
 
         return [of_part(*part) for part in parts]
 
@@ -127,15 +135,26 @@ class Dataset:
         take = lambda key: to_flow(density, self.take(key, count))
         if whole is not None and not self.noise.exists:
             take = lambda key: rows
-        mean = float(np.asarray(log_det, np.float64)[first:].mean())
+        mean = float(np.average(np.asarray(log_det, np.float64)[first:], weights=self.weights))
         log_noise = self.noise.log_density(self.validation, validation)
         return take, validation_in_flow, mean - log_noise
 
 
 def _stream_of(
-    density: Density, x: Any, context: PyTree, validation: Any, dequantize: bool, devices: Devices
+    density: Density,
+    x: Any,
+    context: PyTree,
+    validation: Any,
+    weights: Any,
+    dequantize: bool,
+    devices: Devices,
 ) -> Stream:
     """The rows of an iterable, each checked when it is read."""
+    if weights is not None:
+        raise ValueError(
+            "fit(weights=...): must be left out where x is an iterable. Let it give rows in "
+            "proportion to their weights."
+        )
     if context is not None:
         raise ValueError(
             "fit(context=...): must be left out where x is an iterable, which gives pairs "
@@ -161,39 +180,64 @@ def to_flow(density: Density, rows: Rows) -> Rows:
     return Rows(z, None) if rows.context is None else Rows(*z)
 
 
+def weighted_rows(x: Any, context: PyTree, weights: Any) -> tuple[Any, PyTree, np.ndarray]:
+    """Rows, contexts and weights, without the rows of weight zero."""
+    x = native(np.asarray(x))
+    context = check_rows("context", context, len(x))
+    weights = np.asarray(check_weights(weights, jnp.zeros(len(x))))
+    if weights.all():
+        return x, context, weights
+    kept = np.flatnonzero(weights)
+    return x[kept], jax.tree.map(lambda leaf: leaf[kept], context), weights[kept]
+
+
 def set_aside(
     rows: Rows,
     part: Any,
     key: PRNGKeyArray,
     devices: Devices = Devices(),
     members: int = 1,
-) -> list[tuple[Source, Rows]]:
-    """For each member, the rows to train on and a part for validation, of at most
-    `MAX_VALIDATION_ROWS`. Parts of a small table have no row in common, if they can."""
+    weights: np.ndarray | None = None,
+) -> list[tuple[InMemory, Rows, np.ndarray | None]]:
+    """For each member, the rows to train on, and a part for validation with its weights.
+
+    A part has at most `MAX_VALIDATION_ROWS`. Those of a small table have no row in common, if they
+    can.
+    """
     check_number("validation", part, PART_RULE, kind="part")
     total = len(rows.x)
     count = min(math.ceil(part * total), MAX_VALIDATION_ROWS, total - 2)
     draw = _generator(key)
+    of = lambda chosen: None if weights is None else weights[chosen]
     if total > MAX_ROWS_COPIED:  # a permutation would take as long as reading all
         each = [np.sort(draw.choice(total, count, replace=False)) for _ in range(members)]
-        return [(_source_of(rows, devices, aside), _chosen(rows, aside)) for aside in each]
+        return [
+            (_source_of(rows, devices, aside, weights), _chosen(rows, aside), of(aside))
+            for aside in each
+        ]
     shuffled, found = draw.permutation(total), []
     for turn in range(members):
         aside, own = np.split(np.roll(shuffled, -turn * count), [count])
-        found.append((_source_of(_chosen(rows, own), devices), _chosen(rows, aside)))
+        source = _source_of(_chosen(rows, own), devices, weights=of(own))
+        found.append((source, _chosen(rows, aside), of(aside)))
     return found
 
 
-def _source_of(rows: Rows, devices: Devices, aside: np.ndarray = np.arange(0)) -> Source:
+def _source_of(
+    rows: Rows,
+    devices: Devices,
+    aside: np.ndarray = np.arange(0),
+    weights: np.ndarray | None = None,
+) -> InMemory:
     """The rows of this process, without those that are set aside of a large table."""
     exact = devices.several_processes
     if len(rows.x) <= MAX_ROWS_COPIED:
-        return InMemory(rows, exact)
+        return InMemory(rows, exact, weights)
     without = Rows(
         Without(rows.x, aside, floating_dtype(rows.x.dtype)),
         jax.tree.map(lambda leaf: Without(leaf, aside, leaf.dtype), rows.context),
     )
-    return InFile(without, exact)
+    return InFile(without, exact, None if weights is None else np.delete(weights, aside))
 
 
 def _validation_rows(

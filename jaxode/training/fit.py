@@ -64,6 +64,7 @@ def fit(
     *,
     key: PRNGKeyArray,
     context: PyTree = None,
+    weights: Float[Array, " rows"] | None = None,
     seconds: float | None = None,
     steps: int | None = None,
     validation: float | Any = 0.1,
@@ -106,6 +107,9 @@ def fit(
             ends training; its last rows are left out, if they are fewer than those of 50 batches.
         key: draws everything: the rows set aside, batches, base samples and noise.
         context: one row for each of `x`. The density then knows the shape of a row.
+        weights: of the rows, at least 0; only their ratios count. Steps draw rows in proportion to
+            them, and validations take weighted means; validation rows of your own count equally. A
+            row of weight 0 is left out, whatever it holds.
         seconds: end after this time of training, late by a block of a second and a validation. It
             counts neither compilation, with the first validation, nor the fitting of maps.
         steps: end after this many steps, of each network. Without `seconds`, the result is a
@@ -174,7 +178,7 @@ def fit(
         f"{seconds} seconds, {likelihood} of likelihood, batches of {batch_size}"
     )
     members = len(members_of(density.params))
-    aside = x, context, validation, dequantize, aside_key, devices, members
+    aside = x, context, validation, dequantize, aside_key, devices, members, weights
     return train(density, Dataset.of(density, *aside), plan, Keys(*keys), clock)
 
 
@@ -225,7 +229,9 @@ def train(
         dataset, most = datasets[number], STEPS_PER_BLOCK * plan.batch_size
         validation = dataset.noise.add(dataset.validation, keys.validation_noise)
         take, in_flow, log_det = dataset.in_flow(density, validation, keys.noise, most)
-        evaluate = evaluation(density, in_flow, log_det, keys.validation, plan.devices)
+        evaluate = evaluation(
+            density, in_flow, log_det, keys.validation, plan.devices, dataset.weights
+        )
         label = f" of network {number + 1}" if others else ""
         return Training(density, dataset.source, take, evaluate, plan, clock, label)
 

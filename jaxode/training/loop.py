@@ -222,19 +222,27 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
 
 @compiled
 def _nll(
-    flow: CNF, devices: Devices, params: PyTree, rows: Rows, key: PRNGKeyArray
+    flow: CNF, devices: Devices, params: PyTree, rows: Rows, key: PRNGKeyArray, weights: Any
 ) -> Float[Array, ""]:
     def nll(axes, params, rows, key):
-        return mean_over(flow.nll(params, rows.x, key=key, context=rows.context), axes)
+        options = {"context": rows.context, "weights": weights}
+        return mean_over(flow.nll(params, rows.x, key=key, **options), axes)
 
     return over_devices(nll, devices.mesh, split=(1,))(params, rows, key)
 
 
 def evaluation(
-    density: Density, rows: Rows, log_det: float, key: PRNGKeyArray, devices: Devices
+    density: Density,
+    rows: Rows,
+    log_det: float,
+    key: PRNGKeyArray,
+    devices: Devices,
+    weights: np.ndarray | None = None,
 ) -> Callable[[PyTree], float]:
     """A function of parameters: the mean negative log-density of rows in the flow."""
-    if devices.mesh is not None and len(rows.x) % devices.mesh.size:
+    weighted = weights is not None
+    of_rows = jnp.asarray(weights) if weighted else None
+    if devices.mesh is not None and (weighted or len(rows.x) % devices.mesh.size):
         devices = Devices()  # each device evaluates all
     flow = density.flow
     loose = lambda value: jnp.asarray(np.maximum(value, VALIDATION_TOLERANCE), float)
@@ -244,7 +252,7 @@ def evaluation(
         flow, regularizers=(), throw=False, solve_options=options,
         divergence=_for_validation(flow.divergence, density.event_shape),
     )  # fmt: skip
-    return lambda params: float(_nll(flow, devices, params, rows, key)) - log_det
+    return lambda params: float(_nll(flow, devices, params, rows, key, of_rows)) - log_det
 
 
 def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:

@@ -54,6 +54,15 @@ class Source(abc.ABC):
         return None
 
 
+def drawn_by(weights: np.ndarray, key: PRNGKeyArray, count: int) -> np.ndarray:
+    """Numbers of `count` rows, drawn in proportion to their weights."""
+    ends = np.cumsum(np.asarray(weights, float))
+    seed = np.asarray(jax.random.key_data(key))
+    levels = np.random.default_rng(seed).random(count) * ends[-1]
+    last = np.flatnonzero(weights)[-1]  # to which rounding may add
+    return np.minimum(np.searchsorted(ends, levels, side="right"), last)
+
+
 @dataclasses.dataclass(frozen=True)
 class InMemory(Source):
     """Rows of arrays in memory."""
@@ -61,21 +70,29 @@ class InMemory(Source):
     rows: Any
     exact: bool = False
     """Whether `take` gives `count` rows even if there are fewer: shapes of all processes agree."""
+    weights: np.ndarray | None = None
+    """`[rows]`, in proportion to which they are drawn; equally by default."""
 
     @property
     def count(self) -> int:
         return len(self.rows.x)
 
     def sample(self, count: int) -> Any:
-        return self.rows
+        return self.rows if self.weights is None else self._drawn(jax.random.key(0), self.count)
 
     def whole(self) -> Any | None:
-        return self.rows
+        return self.rows if self.weights is None else None
 
     def take(self, key: PRNGKeyArray, count: int) -> Any:
-        if self.count <= count and not self.exact:
+        if self.count <= count and not self.exact and self.weights is None:
             return self.rows
-        drawn = np.asarray(jax.random.randint(key, (count,), 0, self.count))
+        return self._drawn(key, count)
+
+    def _drawn(self, key: PRNGKeyArray, count: int) -> Any:
+        if self.weights is None:
+            drawn = np.asarray(jax.random.randint(key, (count,), 0, self.count))
+        else:
+            drawn = drawn_by(self.weights, key, count)
         return jax.tree.map(lambda leaf: leaf[drawn], self.rows)
 
 
@@ -84,6 +101,8 @@ class InFile(InMemory):
     """Rows of `Without`: tables in a file, or too large to copy."""
 
     def sample(self, count: int) -> Any:
+        if self.weights is not None:
+            return self._drawn(jax.random.key(0), count)._replace(context=None)
         return Rows(self.rows.x.sample(count), None)
 
     def whole(self) -> None:

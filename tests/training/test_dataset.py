@@ -42,7 +42,7 @@ def test_rows_are_set_aside(part):
     """Each row is on one side, with its context."""
     x, context = np.arange(40.0).reshape(20, 2), {"row": np.arange(20)}
     together = checked_rows("x", bound(context_shape=()), x, context, False)
-    ((source, aside),) = set_aside(together, part, KEY)
+    ((source, aside, _),) = set_aside(together, part, KEY)
     rows = source.whole()
     assert len(aside[0]) == min(np.ceil(20 * part), 18)
     both = np.concatenate([rows[0], aside[0]])
@@ -164,7 +164,7 @@ def test_validation_rows_that_have_noise_get_no_more():
         seen = np.asarray(dataset.noise.add(dataset.validation, KEY).x)
         assert (seen == dataset.validation.x).all() == (others[0, 0] % 1 > 0)
     rows = checked_rows("x", bound(), INTEGERS, None, True)
-    ((source, aside),) = set_aside(rows, 0.1, KEY)
+    ((source, aside, _),) = set_aside(rows, 0.1, KEY)
     for part in source.whole(), aside:
         almost = INTEGERS.copy()
         almost[INTEGERS[:, 1].astype(part.x.dtype) == part.x[0, 1], 0] += 0.5

@@ -56,14 +56,14 @@ def test_each_member_has_other_rows_aside(rows, part, members):
     context = x.repeat(2, 1)
     parts = set_aside(Rows(x, context), part, jax.random.key(0), members=members)
     assert len(parts) == members
-    for source, aside in parts:
+    for source, aside, _ in parts:
         own = source.whole()
         together = np.concatenate([own.x, aside.x])[:, 0]
         np.testing.assert_array_equal(np.sort(together), x[:, 0])
         np.testing.assert_array_equal(own.context[:, 0], own.x[:, 0])
-    used = np.concatenate([aside.x[:, 0] for _, aside in parts])
+    used = np.concatenate([aside.x[:, 0] for _, aside, _ in parts])
     assert len(np.unique(used)) == min(rows, len(used))
-    assert all(len(aside.x) == np.ceil(part * rows) <= MAX_VALIDATION_ROWS for _, aside in parts)
+    assert all(len(aside.x) == np.ceil(part * rows) <= MAX_VALIDATION_ROWS for _, aside, _ in parts)
 
 
 def test_contexts_likelihood_and_maps():

@@ -1,0 +1,48 @@
+"""Rows of a table that count more than others."""
+
+import jax
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+
+from jaxode import tabular
+
+pytestmark = pytest.mark.usefixtures("default_settings")
+KEY = jax.random.key(0)
+N, COUNT = 400, 4000
+RNG = np.random.default_rng(0)
+CLASS = RNG.integers(0, 2, N)
+DATA = {
+    "class": np.array(["a", "b"])[CLASS].tolist(),
+    "y": (RNG.normal(size=N) + 3 * CLASS).tolist(),
+}
+WEIGHTS = np.where(CLASS == 1, 4.0, 1.0) * (np.arange(N) >= 10)
+
+
+@pytest.mark.parametrize("kind", [pd.DataFrame, pl.DataFrame])
+def test_samples_have_the_weighted_shares(kind):
+    """Those of categories and of numbers, whose proposals see the weights, too.
+
+    The share of 4,000 samples strays by 0.006; that of the network, by its smoothing and training,
+    by about 0.01. Without weights it would be 0.5.
+    """
+    table, _ = tabular.fit(kind(DATA), key=KEY, steps=200, weights=WEIGHTS, progress=False)
+    drawn = np.array(table.sample(KEY, COUNT)["class"].to_list()) == "b"
+    share = np.average(CLASS, weights=WEIGHTS)
+    assert abs(drawn.mean() - share) < 0.04
+    (mean,), _ = table.moments
+    column = table.encoder.columns[1]
+    expected = np.average(DATA["y"], weights=WEIGHTS)
+    # Of the training rows, a part of all.
+    np.testing.assert_allclose(mean * column.scale + column.center, expected, atol=0.1)
+
+
+def test_wrong_weights():
+    frame = pd.DataFrame(DATA)
+    with pytest.raises(ValueError, match=r"^tabular.fit\(weights=...\): must have one weight per"):
+        tabular.fit(frame, key=KEY, weights=np.ones(3))
+    with pytest.raises(
+        ValueError, match=r"^tabular.fit\(frame=...\): must have at least 10 rows; got 3"
+    ):
+        tabular.fit(frame, key=KEY, weights=(np.arange(N) < 3).astype(float))
