@@ -94,8 +94,8 @@ def test_values_and_gradients_are_those_of_the_closed_form(name):
         np.testing.assert_array_equal(solution.event_occurred, came)
 
 
-# What an adjoint does on its own, one case of each: it sees pieces of a solve, not features. Forward
-# mode is JAX's own, of the loop that all run.
+# What an adjoint does on its own, one case of each: it sees pieces of a solve, not features.
+# Forward mode is JAX's own, of the loop that all run.
 BY_METHOD = {
     "backsolve": ["doses and outputs", "doses backwards", "a breakpoint and outputs"],
     "forward": ["doses and outputs", "doses backwards"],

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.caller import arg
+from jaxode._jax.closure import compiled
 from jaxode.density.maps.box import Box
 from jaxode.density.noise import in_unit
 from jaxode.tabular import frames
@@ -209,19 +210,35 @@ def with_noise(
     domain: Domain, rows: Cells, key: PRNGKeyArray
 ) -> tuple[Float[Array, "rows numbers"], Float[Array, " rows"]]:
     """The numbers with noise, and its log-density."""
+    return _with_noise(*_split_domain(domain), rows.x, rows.width, rows.fill, key)
+
+
+def _split_domain(domain: Domain) -> tuple[Box | None, tuple[bool, ...]]:
+    """Values for a program, and what it must know."""
+    return domain.box, tuple(domain.angle.tolist())
+
+
+@compiled
+def _with_noise(box, are_angles, x, width, fill, key):
+    """One program: several calls have shapes of their own, and would compile each operation."""
     cell_key, fill_key = jax.random.split(key)
-    x, width, fill = (jnp.asarray(part) for part in (rows.x, rows.width, rows.fill))
+    x, width, fill = jnp.asarray(x), jnp.asarray(width), jnp.asarray(fill)
     in_cell = x + width * in_unit(cell_key, x, 1e-6)
     log_cell = -jnp.log(jnp.where(width > 0, width, 1.0))
     v = jax.random.normal(fill_key, x.shape)
-    stand_in, slope = into_domain(domain, v)
+    stand_in, slope = _into_domain(box, are_angles, v)
     log_fill = -0.5 * v**2 - 0.5 * jnp.log(2 * jnp.pi) + slope
     return jnp.where(fill, stand_in, in_cell), jnp.sum(jnp.where(fill, log_fill, log_cell), axis=1)
 
 
 def into_domain(domain: Domain, v: Float[Array, "rows numbers"]) -> tuple[Array, Array]:
     """Numbers within the domain, and `log |dv/dx|` of each. Of normal `v`, angles are uniform."""
-    box, angle = domain
+    return _into_domain(*_split_domain(domain), v)
+
+
+@compiled
+def _into_domain(box, are_angles, v):
+    angle = np.array(are_angles)
     x, slope = (v, jnp.zeros_like(v)) if box is None else _of_each(box, Box.forward, v)
     if not angle.any():
         return x, slope
@@ -232,7 +249,12 @@ def into_domain(domain: Domain, v: Float[Array, "rows numbers"]) -> tuple[Array,
 
 def out_of_domain(domain: Domain, x: Float[Array, "rows numbers"]) -> Array:
     """The inverse of `into_domain`, for all representatives of an angle."""
-    box, angle = domain
+    return _out_of_domain(*_split_domain(domain), x)
+
+
+@compiled
+def _out_of_domain(box, are_angles, x):
+    angle = np.array(are_angles)
     v = x if box is None else _of_each(box, Box.inverse, x)[0]
     if not angle.any():
         return v

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
@@ -104,11 +103,10 @@ class Table:
         noisy = jax.vmap(lambda cell, key: with_noise(self.encoder.domain, cell, key))
         x, log_noise = noisy(own._replace(context=None), keys)
         x, log_noise = x.reshape(cells.x.shape), log_noise.reshape(-1)
-        weights = density.log_prob(x, context=cells.context) - log_noise
+        weights = np.asarray(density.log_prob(x, context=cells.context) - log_noise, float)
         if len(self.encoder.columns) == 1:  # without a number, the flow has nothing to say
-            weights = jnp.where(jnp.asarray(cells.fill[:, 0]), 0.0, weights)
-        weights = jax.nn.logsumexp(weights.reshape(-1, draws), axis=1) - math.log(draws)
-        return np.asarray(weights, float)
+            weights = np.where(cells.fill[:, 0], 0.0, weights)
+        return np.logaddexp.reduce(weights.reshape(-1, draws), axis=1) - math.log(draws)
 
     @public("Table.sample", single_precision)
     def sample(self, key: PRNGKeyArray, n: int = 1, given: Any = None) -> Any:

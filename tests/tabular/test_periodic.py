@@ -130,9 +130,9 @@ def test_rounded_winds_sum_to_one():
     frame = pd.DataFrame({"wind": np.tile(winds, 2), "group": np.repeat(["a", "b"], 361)})
     # Angles that stand in for calms and missing winds need more draws than the noise of a degree.
     p, stands_in = np.zeros(len(frame)), (frame.wind.isna() | (frame.wind == 0)).to_numpy()
-    for rows, draws in ((stands_in, 4096), (~stands_in, 16)):
+    for rows, draws in ((stands_in, 2048), (~stands_in, 8)):
         p[rows] = np.exp(table("calms").log_prob(frame[rows], draws=draws))
-    assert abs(p.sum() - 1) < 0.02  # the noise of 16 draws is 0.001 to 0.004, by the seed
+    assert abs(p.sum() - 1) < 0.02  # the noise of 8 draws is up to 0.002, by the seed
     # An imputed wind has the conditional probability.
     row = pd.DataFrame({"wind": [np.nan], "group": ["a"]})
     drawn = table("calms").impute(KEY, row, 200).wind
