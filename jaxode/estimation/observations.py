@@ -166,16 +166,17 @@ def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
         )
     check_finite({"ts": ts})
     check_observed_times(float(given.t0), exact, dtype)
-    if bool((jnp.diff(ts, axis=-1) < 0).any()):
+    times, found = np.asarray(ts), np.asarray(ys)  # which compile nothing
+    if (np.diff(times, axis=-1) < 0).any():
         raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
-    if bool((ts[..., 0] < t0).any()):
+    if (times[..., 0] < np.asarray(t0)).any():
         raise ValueError(
-            f"{arg('ts')} must not be before t0, {float(t0):g}; got {float(ts.min()):g}. Pass the "
+            f"{arg('ts')} must not be before t0, {float(t0):g}; got {times.min():g}. Pass the "
             "state at the first of them, and t0."
         )
-    if bool(jnp.isinf(ys).any()):
+    if np.isinf(found).any():
         raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
-    if bool(jnp.isnan(ys).all()):
+    if np.isnan(found).all():
         raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
     return ts, ys, t0
 
@@ -190,7 +191,7 @@ def _weight(given: Given, ys: Array, count: int, spread: float) -> Array:
         count: number of parameters.
         spread: the standard deviation of `ys`.
     """
-    noise, used = given.noise, int((~jnp.isnan(ys)).sum())
+    noise, used = given.noise, int((~np.isnan(np.asarray(ys))).sum())
     if callable(noise):
         raise TypeError(
             f"{arg('noise')} must be numbers; got a function. Pass a number, or an array that "

@@ -311,7 +311,7 @@ CASES = {
     "joint steps": Case(("sample", "nll", "matching", "path"), divergence.auto()),
     "a context": Case(("nll", "matching", "plain"), context=True, options=EACH),
     "backwards": Case(
-        ("log_prob", "nll", "matching", "path"), divergence.hutchinson(2), context=True,
+        ("nll", "matching", "path"), divergence.hutchinson(2), context=True,
         back=True, options=EACH,
     ),
     "gaussian probes": Case(NOISY, divergence.hutchinson(3, "gaussian")),
@@ -333,10 +333,9 @@ CASES = {
         options=EACH | {"adjoint": jaxode.BacksolveAdjoint()},
     ),
     "stiff": Case(
-        ("nll", "path"), context=True, options=EACH | {"solver": jaxode.Rodas5P()}
+        ("nll",), context=True, options=EACH | {"solver": jaxode.Rodas5P()}
     ),
-    "order 8": Case(("nll",), options={"solver": diffrax.Dopri8()}),
-    "equal steps": Case(("nll",), options={"solver": diffrax.Dopri8(), "steps": 20}),
+    "order 8 in equal steps": Case(("nll",), options={"solver": diffrax.Dopri8(), "steps": 20}),
     "in batches": Case(
         ("log_prob", "sample"), divergence.hutchinson(), context=True, chunk=3, options=EACH
     ),
