@@ -76,10 +76,11 @@ def all_cases() -> Iterator[Case]:
 
 def nats_of(forecast: Forecast, split: Split) -> float | None:
     x, y, step = *split.test, split.step
-    if forecast.log_density is None or forecast.cdf is None:
+    if forecast.log_density is None:
         return None
-    if step is None:
+    if step is None or forecast.of_levels:
         return -float(np.mean(forecast.log_density(x, y)))
+    assert forecast.cdf is not None
     cell = forecast.cdf(x, y + step / 2) - forecast.cdf(x, y - step / 2)
     return -float(np.mean(np.log(np.maximum(cell, LEAST) / step)))
 

@@ -6,21 +6,25 @@ that trains and returns a `Forecast`, whose time is that of training, compilatio
 
 import functools
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 
-import jaxode
 from benchmarks.harness.regression_data import Split
+from jaxode import tabular
 
 Array = Any  # of NumPy
-# Of `fit`, about a minute of one core, also for five members of a small table; of its network.
-STEPS, STEPS_OF_MEMBER, WIDTH = 6000, 2000, 64
+SECONDS = 60.0  # of `tabular.fit`
+MEMBERS = 5  # of the mixture networks
 STAGES, PATIENCE = 2000, 50  # of NGBoost, and of early stopping
 LEAVES = (1, 2, 5, 10, 20, 50)  # the least rows in a leaf of a forest, to choose from
 DRAWN = 200  # samples of a row from Treeffuser
@@ -37,62 +41,39 @@ class Forecast(NamedTuple):
     log_density: Callable[[Array, Array], Array] | None = None
     """Of rows `x`, and one `y` for each."""
     cdf: Callable[[Array, Array], Array] | None = None
+    of_levels: bool = False
+    """Whether the density is already the mean of the cell around a level, where `y` has levels."""
 
 
 Train = Callable[[], Forecast]
 
 
-def by_jaxode(split: Split, seed: int, members: int = 1) -> Train:
-    """The defaults of `fit`. A `y` with few levels gets its noise.
+def by_jaxode(split: Split, seed: int, **options: Any) -> Train:
+    """The defaults of `tabular.fit` for a minute of this process."""
+    x, y = (np.concatenate(both) for both in zip(split.validation, split.train, strict=True))
+    inputs = [f"x{column}" for column in range(x.shape[1])]
 
-    Several `members` are one flow, whose field is the mean of theirs. Each has other rows set
-    aside, and all have the map of `y` that the first one chose.
-    """
-    step = split.step
-    # Level k of a `y` in steps is the cell from k to k + 1.
-    to_cells = lambda y: y if step is None else y / step + 0.5
-    back = lambda v: v if step is None else (v - 0.5) * step
-    log_scale = 0.0 if step is None else np.log(step)
-    x: Any = np.concatenate([split.validation.x, split.train.x])
-    y: Any = np.concatenate([split.validation.y, split.train.y])
-    y = np.asarray(y if step is None else np.round(y / step), np.float32)[:, None]
-    aside = len(split.validation.y)
-
-    def member(density, number):
-        rows = np.roll(np.arange(len(x)), -number * aside)
-        start_key, key = jax.random.split(jax.random.key(10 * seed + number))
-        network = jaxode.nn.Residual(1, WIDTH, key=start_key, context_size=x.shape[1])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fit.x=")  # of repeated values
-            density, _ = jaxode.fit(
-                density.with_params(network), y[rows[aside:]], context=x[rows[aside:]], key=key,
-                validation=(y[rows[:aside]], x[rows[:aside]]), dequantize=step is not None,
-                steps=STEPS if members == 1 else STEPS_OF_MEMBER, progress=False,
-            )  # fmt: skip
-        return density
+    def frame(x: Array, y: Array | None = None) -> pd.DataFrame:
+        rows = pd.DataFrame(np.asarray(x, float), columns=inputs)
+        return rows if y is None else rows.assign(y=y)
 
     def train():
-        options = {"base": jaxode.standard_normal(1), "rtol": 1e-5, "atol": 1e-5}
-        density = jaxode.bind(jaxode.cnf(jaxode.nn.field, **options), None)
-        networks = []
-        for number in range(members):
-            density = member(density, number)
-            networks.append(density.params)
-        if members > 1:
-            density = density.with_flow(jaxode.cnf(mean_field, **options)).with_params(networks)
-        single = lambda y: to_cells(y).astype(np.float32)[:, None]
+        clock = SimpleNamespace(perf_counter=time.process_time)
+        with mock.patch("jaxode.training.loop.time", clock), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "tabular.fit.frame=")  # of columns that depend
+            table, _ = tabular.fit(
+                frame(x, y), given=inputs, key=jax.random.key(seed), seconds=SECONDS,
+                progress=False, **options,
+            )  # fmt: skip
+
+        # Of a rounded `y`, the density of a table is the mean of the cell around each level.
         return Forecast(
-            lambda x, q: back(np.asarray(density.quantile(jnp.asarray(q), context=x), float)),
-            lambda x, y: np.asarray(density.log_prob(single(y), context=x), float) - log_scale,
-            lambda x, y: np.asarray(density.cdf(single(y), context=x), float),
+            lambda x, q: table.quantile(list(q), frame(x)),
+            lambda x, y: table.log_prob(frame(x, y)),
+            of_levels=True,
         )
 
     return train
-
-
-def mean_field(t: Any, z: Any, args: Any) -> Any:
-    networks, context = args
-    return sum(network(t, z, context) for network in networks) / len(networks)
 
 
 def by_ngboost(split: Split, seed: int) -> Train:
@@ -167,20 +148,35 @@ def by_treeffuser(split: Split, seed: int) -> Train:
     return train
 
 
-def by_mixture_network(split: Split, seed: int) -> Train:
-    """A network of two layers for the weights, means and scales of normals, in JAX."""
+def by_mixture_networks(split: Split, seed: int) -> Train:
+    """Five networks of two layers for the weights, means and scales of normals, in JAX.
+
+    The mean of their densities is a mixture again. Each has another fifth of all rows aside. The
+    first one takes the best of the settings for all (Lakshminarayanan et al. 2017,
+    arXiv:1612.01474).
+    """
     rng = np.random.default_rng(seed)
-    mean, scale = split.train.y.mean(), split.train.y.std()
+    x, y = (np.concatenate(both) for both in zip(split.validation, split.train, strict=True))
+    mean, scale = y.mean(), y.std()
     noise = 0.0 if split.step is None else split.step / scale
-    inputs = lambda rows: (jnp.asarray(rows.x), jnp.asarray((rows.y - mean) / scale, jnp.float32))
+    folds = np.array_split(rng.permutation(len(y)), MEMBERS)
+    inputs = lambda rows: (jnp.asarray(x[rows]), jnp.asarray((y[rows] - mean) / scale, jnp.float32))
+
+    def member(aside, settings):
+        own = inputs(np.setdiff1d(np.arange(len(y)), aside))
+        found = [(*trained(own, inputs(aside), noise, rng, *each), each) for each in settings]
+        return min(found, key=lambda one: one[1])
 
     def train():
-        found = [
-            trained(inputs(split.train), inputs(split.validation), noise, rng, *each)
-            for each in SETTINGS
-        ]
-        params, _ = min(found, key=lambda one: one[1])
-        of_rows = jax.jit(lambda x: mixture(params, x))
+        first, _, best = member(folds[0], SETTINGS)
+        members = [first, *(member(aside, [best])[0] for aside in folds[1:])]
+
+        @jax.jit
+        def of_rows(x):
+            log_weights, means, scales = zip(*(mixture(each, x) for each in members), strict=True)
+            joined = lambda parts: jnp.concatenate(parts, axis=1)
+            return joined(log_weights) - np.log(MEMBERS), joined(means), joined(scales)
+
         standard = lambda y: jnp.asarray((np.asarray(y) - mean) / scale, jnp.float32)
 
         def quantiles(x, q):
@@ -283,9 +279,9 @@ def trained(train, validation, noise: float, rng, width: int, decay: float):
 
 CONTENDERS: dict[str, Callable[[Split, int], Train]] = {
     "jaxode": by_jaxode,
-    "jaxode, mean of 5": functools.partial(by_jaxode, members=5),
+    "jaxode, calibrated": functools.partial(by_jaxode, calibrate=True),
     "NGBoost": by_ngboost,
-    "mixture network": by_mixture_network,
+    "five mixture networks": by_mixture_networks,
     "quantile forest": by_forest,
     "Treeffuser": by_treeffuser,
 }

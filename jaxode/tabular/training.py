@@ -21,6 +21,7 @@ from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
 from jaxode.nn import Ensemble, Residual, field
 from jaxode.tabular import categorical, frames
+from jaxode.tabular.calibration import calibrated
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, with_noise
@@ -30,13 +31,16 @@ from jaxode.tabular.table import Table
 from jaxode.training.dataset import MAX_VALIDATION_ROWS, MIN_ROWS, PART_RULE, Dataset
 from jaxode.training.devices import Devices
 from jaxode.training.display import finish
-from jaxode.training.fit import MATCHING_RATE, Keys, adam, train
+from jaxode.training.fit import MATCHING_RATE, Keys, adam, members_of, train
 from jaxode.training.loop import Clock, Limits, Plan, Point
 from jaxode.training.rows import InMemory
 from jaxode.training.schedule import powers_to_try
 
 MEMBERS, MAX_ROWS_OF_SEVERAL = 5, 5000  # networks, up to so many rows
-FEW_ROWS = 3000  # up to which the weights decay at the rate of one
+WIDTH_OF_MEMBER, BATCH_OF_MEMBER = 64, 256
+# Up to which the weights decay at the full rate: that of one network, which learns the rows, and
+# that of each of several, whose mean does not.
+FEW_ROWS, DECAY, DECAY_OF_MEMBER = 3000, 1.0, 0.3
 # Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
 # then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
 ONE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
@@ -57,6 +61,7 @@ def fit(
     steps: int | None = None,
     validation: float | Any = 0.1,
     members: int | None = None,
+    calibrate: bool | None = None,
     weights: Any = None,
     mesh: Mesh | None = None,
     progress: bool = True,
@@ -85,7 +90,12 @@ def fit(
             of `key`.
         validation: the part of the rows to set aside, another one for each network, or a frame of
             others. At most 1000 are used.
-        members: networks of the numbers, as one `jaxode.nn.Ensemble`.
+        members: networks of the numbers, whose fields are averaged (`jaxode.nn.Ensemble`). Each
+            gets an equal part of the seconds. Five by default up to 5000 rows, and one beyond.
+        calibrate: whether to change the levels of a number, given other columns, so that they hold
+            on the rows aside, each judged by a network that did not train on it. The mean of
+            several networks is often sharper than they are, and its intervals then cover too much.
+            No by default: networks that are best on rows aside have about right levels there.
         weights: of the rows, at least 0, as for `jaxode.fit`.
         mesh: devices of one process to train the numbers on, as for `jaxode.fit`; the categories
             take one of them.
@@ -114,6 +124,7 @@ def fit(
     other = None if other is None else integer("other", other, 2)
     frame, weights = _checked_frame(frame, weights)
     encoder = _encoder(frame, given, kinds or {}, bounds or {}, other)
+    calibrate = _calibrates(encoder, calibrate)
     members = _members(members, len(frame))
     parts = _split(encoder, frame, validation, keys[0], members, weights)
     rows, aside, *of_rows = parts[0]
@@ -130,6 +141,8 @@ def fit(
         )
     if encoder.numbers:
         density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
+        if calibrate:
+            density = calibrated(density, _levels_aside(encoder, density, parts, keys[3]))
         moments, points = _moments(encoder, parts[0], keys[3]), points + more
     elif progress:
         finish()
@@ -259,7 +272,7 @@ def _members(members: int | None, rows: int) -> int:
     """The number of networks of the numbers."""
     if members is not None:
         return integer("members", members)
-    return 1
+    return MEMBERS if rows <= MAX_ROWS_OF_SEVERAL else 1
 
 
 class Part(NamedTuple):
@@ -320,19 +333,51 @@ def _train_numbers(
         period = np.where(angle, TURN, np.inf)
         base = torus(size, period)
 
-    def make(key: PRNGKeyArray) -> Residual:
-        return Residual(size, key=key, context_size=features, period=period)
-
+    known = {"context_size": features, "period": period}
+    part_of_few, decay = min(1.0, FEW_ROWS / len(parts[0].rows.modes)), DECAY
+    if len(parts) == 1:
+        params = Residual(size, key=network_key, **known)
+    else:
+        make = lambda key: Residual(size, WIDTH_OF_MEMBER, key=key, **known)
+        params = Ensemble(make, len(parts), key=network_key)
+        plan, decay = plan._replace(batch_size=BATCH_OF_MEMBER), DECAY_OF_MEMBER
     flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
-    members = len(parts)
-    params = make(network_key) if members == 1 else Ensemble(make, members, key=network_key)
     density = bind(flow, params, support=support)
-    # Of few rows, a network learns the rows.
-    optimizer = adam(MATCHING_RATE, min(1.0, FEW_ROWS / len(parts[0].rows.modes)))
+    optimizer = adam(MATCHING_RATE, decay * part_of_few)
     plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
     keys = Keys(*jax.random.split(train_key, 5))
     return train(density, datasets, plan, keys, Clock(begin))
+
+
+def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
+    """Whether levels are calibrated. Raises if they cannot be."""
+    if calibrate is not None:
+        check_bool("calibrate", calibrate)
+    if calibrate and (len(encoder.numbers) != 1 or len(encoder.columns) != 1):
+        raise ValueError(
+            f"{arg('calibrate')} needs one modelled column, of numbers; got "
+            f"{[column.name for column in encoder.columns]}. Train with given= all others."
+        )
+    if calibrate and encoder.domain.angle.any():
+        raise ValueError(
+            f"{arg('calibrate')} needs a number with an order; {encoder.columns[0].name!r} is "
+            "periodic. Leave it out."
+        )
+    return bool(calibrate)
+
+
+def _levels_aside(
+    encoder: Encoder, density: Density, parts: list[Part], key: PRNGKeyArray
+) -> np.ndarray:
+    """The levels of rows aside, each in the density of a network that did not train on it."""
+    found = []
+    for part, network in zip(parts, members_of(density.params), strict=False):
+        cells = encoder.as_cells(part.aside)
+        x, _ = with_noise(encoder.domain, cells, key)
+        levels = density.with_params(network).cdf(x, context=cells.context)
+        found.append(np.asarray(levels)[~cells.fill[:, 0]])
+    return np.concatenate(found)
 
 
 def _moments(encoder: Encoder, part: Part, key: PRNGKeyArray):

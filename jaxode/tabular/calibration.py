@@ -1,0 +1,64 @@
+"""Levels that hold on rows which trained no network: another base in place of the normal one.
+
+The flow maps a number to `z` at the base. If its levels are right, `z` of new rows is normal. If
+not, a monotone map `w(z)` makes it so, and the base is the density of the `z` whose `w` is normal:
+then densities, levels, quantiles and samples are all of one distribution, which is normalized.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode.density.density import Density
+from jaxode.density.maps.chain import Chain, from_data, to_data
+from jaxode.density.maps.normal import fit as normalizing
+from jaxode.flows.bases import StandardNormal
+from jaxode.flows.cnf import CNF
+
+NORMAL = StandardNormal((1,))
+FURTHEST = 1e-7  # level of a single number in float32 that is neither 0 nor 1
+
+
+class Calibrated(eqx.Module):
+    """The density of one number `z` whose image under a monotone map is standard normal."""
+
+    to_normal: Chain
+    event_shape: ClassVar[tuple[int, ...]] = (1,)
+
+    def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        w, log_det = self._normal(z)
+        return NORMAL.log_prob(w) + log_det
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+        return self._back(NORMAL.sample(key, sample_shape))
+
+    def cdf(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        return NORMAL.cdf(self._normal(z)[0])
+
+    def icdf(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self._back(NORMAL.icdf(q))
+
+    def _normal(self, z: Array) -> tuple[Array, Array]:
+        _, _, w, log_det = from_data(self.to_normal, z.reshape(-1, 1))
+        return w.reshape(z.shape), log_det.reshape(z.shape[:-1])
+
+    def _back(self, w: Array) -> Array:
+        return to_data(self.to_normal, w.reshape(-1, 1))[0].reshape(w.shape)
+
+
+def calibrated(density: Density, levels: Float[np.ndarray, " rows"]) -> Density:
+    """The density with a base for which these levels, of rows that did not train it, are uniform.
+
+    Args:
+        density: of one number, with a normal base.
+        levels: `density.cdf` of at least ten rows.
+    """
+    z = np.asarray(NORMAL.icdf(jnp.clip(jnp.asarray(levels), FURTHEST, 1 - FURTHEST)))
+    base = Calibrated(jax.tree.map(jnp.asarray, normalizing(z[:, None])))
+    flow: CNF = density.flow
+    return density.with_flow(dataclasses.replace(flow, base=base))
