@@ -28,7 +28,7 @@ def _public_names():
     for statement in ast.parse((PACKAGE / "__init__.py").read_text()).body:
         if isinstance(statement, ast.Assign) and statement.targets[0].id == "__all__":
             names = ast.literal_eval(statement.value)
-    for name in names:
+    for name in (*names, "sklearn"):  # which `import jaxode` leaves out
         yield f"jaxode.{name}"
         for path in (PACKAGE / f"{name}.py", PACKAGE / name / "__init__.py"):
             for item in ast.parse(path.read_text()).body if path.exists() else ():

@@ -183,7 +183,7 @@ IN_REACH = Rule(
     "Leave those rows out, or rescale the data.",
 )  # fmt: skip
 
-_WEIGHTS = "must be finite, at least 0, and not all 0; got other values in {rows}"
+_WEIGHTS = "must be finite, at least 0, and not all zero; got other values in {rows}"
 _LEFT_OUT = "To leave a row out, give it the weight 0."
 WEIGHTS = Rule("weights=...", _are_weights_of_some, _WEIGHTS, _LEFT_OUT)
 # The rows of one of several devices may all have weight 0.

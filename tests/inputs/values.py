@@ -112,8 +112,8 @@ OF_DATA = [
     *finite("x", DATA["x"], 1), *finite("x", DATA["x"], 0, -INF),
     *finite("x", DATA["x"], 1, NAN, 2), *finite("context", DATA["context"], 2),
     *told([
-        ({"weights": np.array(weights, float)}, "must be finite, at least 0, and not all 0; got ~"
-         f"values in {in_rows(*where)}. To leave a row out, give it the weight 0.")
+        ({"weights": np.array(weights, float)}, "must be finite, at least 0, and not all zero; "
+         f"got ~values in {in_rows(*where)}. To leave a row out, give it the weight 0.")
         for weights, *where in WEIGHTS
     ]),
 ]  # fmt: skip

@@ -73,7 +73,7 @@ def test_validations_are_weighted_means():
     ("x", "weights", "message"),
     [
         (BENT, np.ones(3), "must have one weight per sample"),
-        (BENT, -np.ones(len(BENT)), "must be finite, at least 0, and not all 0"),
+        (BENT, -np.ones(len(BENT)), "must be finite, at least 0, and not all zero"),
         (BENT, "equal", "must be real numbers"),
         ([BENT, BENT], np.ones(len(BENT)), "must be left out where x is an iterable"),
     ],
