@@ -141,8 +141,7 @@ class FlowRegressor(RegressorMixin, _Flow):
             `y` is the column "target".
 
     Attributes:
-        table_: the `tabular.Table`, of the column "target" given the others.
-        history_, n_features_in_, feature_names_in_: as for `FlowDensity`.
+        table_, history_, n_features_in_, feature_names_in_: as for `FlowDensity`.
     """
 
     @public("FlowRegressor.fit")

@@ -29,6 +29,8 @@ EXPECTED_TO_FAIL = {
     "check_sample_weight_equivalence_on_dense_data": (
         "steps draw rows by their weights: repeated rows are other draws than weighted ones"
     ),
+    # It asks for 1e-7; `test_a_density_is_a_table` for what single precision gives.
+    "check_methods_subset_invariance": "a batch of another size rounds otherwise, by 5e-7",
 }
 STEPS_TO_LEARN = 100  # R^2 is 0.87 then, of which `check_regressors_train` asks for 0.5
 
@@ -93,6 +95,7 @@ def test_a_density_is_a_table():
     table, _ = tabular.fit(frame, key=key(0), steps=20, progress=False)
     np.testing.assert_array_equal(model.score_samples(X), table.log_prob(frame))
     assert model.score(X) == model.score_samples(X).mean()
+    np.testing.assert_allclose(model.score_samples(X[:7]), model.score_samples(X)[:7], rtol=1e-5)
     drawn = model.sample(5, random_state=1)
     np.testing.assert_array_equal(drawn, table.sample(key(1), 5).to_numpy())
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).sample(5, 1), drawn)
