@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode.tabular.dates import Dates
 from jaxode.tabular.periodic import TURN, Circle
 from jaxode.tabular.rounding import EPS, LARGEST, on_grid, tidy
 
@@ -41,7 +42,7 @@ class Column:
 
     name: str
     kind: str
-    """"categorical", "integer", "continuous" or "periodic"."""
+    """"categorical", "integer", "continuous", "periodic" or "date"."""
     values: tuple[Any, ...]
     """Values that are modes, sorted."""
     grids: tuple[float, ...]
@@ -61,6 +62,8 @@ class Column:
     """Rare values that share the last mode of the `values`, and their shares."""
     circle: Circle | None = None
     """The period of a periodic column."""
+    dates: Dates | None = None
+    """How the numbers of a date column are dates."""
 
     @property
     def present(self) -> int:
@@ -77,7 +80,25 @@ class Column:
         """The number of features of a given column."""
         if self.kind == "categorical":
             return self.modes
-        return (1 if self.circle is None else 2) + self.missing
+        turns = 0 if self.dates is None else len(self.dates.turns)
+        return (1 if self.circle is None else 2) + 2 * turns + self.missing
+
+    def features(self, mode: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """The features of a given column, `[rows, width]`."""
+        if self.kind == "categorical":
+            return np.eye(self.modes)[mode]
+        is_number, scaled = self.is_number(mode), self.scaled(x)
+        if self.circle is not None:
+            numbers, angles = [], [scaled]
+        else:
+            numbers, angles = [scaled], [] if self.dates is None else self.dates.angles(x)
+        parts = [*numbers, *(f(angle) for angle in angles for f in (np.sin, np.cos))]
+        seen = [np.where(is_number, part, 0.0) for part in parts]
+        return np.stack([*seen, *[~is_number] * self.missing], 1)
+
+    def show(self, x: float) -> str:
+        """A number as users know it."""
+        return f"{x:g}" if self.dates is None else self.dates.show(x)
 
     def encode(self, values: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The mode of each value, -1 if there is none, and its number, or the log of the share of a
@@ -240,21 +261,34 @@ def numeric(
     low: float = -np.inf,
     high: float = np.inf,
     circle: Circle | None = None,
+    dates: Dates | None = None,
 ) -> Column:
     """A column of numbers, with the values that are repeated and the grids that they lie on."""
     x = values[~missing].astype(float)
     levels, counts = np.unique(x, return_counts=True)
-    whole = kind == "integer" or (circle is not None and on_grid(levels, 1.0).all())
+    is_count = kind in ("integer", "date")
+    whole = is_count or (circle is not None and on_grid(levels, 1.0).all())
     finest = 1.0 if whole else _resolution(levels, len(x))
     if circle is not None:
         x = circle.wrapped(x, finest)
         levels, counts = np.unique(x, return_counts=True)
-    some, resolution = bool(missing.any()), finest if kind != "integer" else 0.0
+    some, resolution = bool(missing.any()), 0.0 if is_count else finest
     if len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
         atoms = tuple(map(float, levels))
         if len(atoms) == 1:
             resolution = 0.0  # a constant has no density, but a probability of one
-        return Column(name, kind, atoms, (), some, low, high, resolution=resolution, circle=circle)
+        return Column(
+            name,
+            kind,
+            atoms,
+            (),
+            some,
+            low,
+            high,
+            resolution=resolution,
+            circle=circle,
+            dates=dates,
+        )
     often = counts >= max(OFTEN * len(x), 3)
     if circle is not None and finest and not circle.is_divided_by(finest):
         # A grid with a short last cell, which no value interrupts.
@@ -262,11 +296,12 @@ def numeric(
         return Column(
             name, kind, (), (finest,), some, scale=scale, resolution=finest, circle=circle
         )
-    atoms, grids = _repeated(levels, counts, often, finest), (finest,)
+    ratios = RATIOS if dates is None else dates.ratios
+    atoms, grids = _repeated(levels, counts, often, finest, ratios), (finest,)
     rest = ~np.isin(levels, atoms)
     if finest:
         period = 0.0 if circle is None else circle.period
-        grids = _grids(levels[rest], counts[rest], finest, period)
+        grids = _grids(levels[rest], counts[rest], finest, period, ratios)
     if circle is not None:
         scale = circle.period / TURN
         return Column(
@@ -274,19 +309,22 @@ def numeric(
         )
     seen = float(levels[0]), float(levels[-1])
     inner = np.repeat(levels[rest], counts[rest]) if rest.any() else x
-    center, scale = float(np.median(inner)), spread(name, inner)
-    return Column(name, kind, atoms, grids, some, low, high, seen, center, scale, resolution)
+    center, scale = float(np.median(inner)), spread(name, inner, dates)
+    return Column(
+        name, kind, atoms, grids, some, low, high, seen, center, scale, resolution, dates=dates
+    )
 
 
-def spread(name: str, x: np.ndarray) -> float:
+def spread(name: str, x: np.ndarray, dates: Dates | None = None) -> float:
     """The standard deviation, or that of the middle half if a few numbers are far away."""
     std = float(x.std())
     low, high = np.quantile(x, [0.25, 0.75])
     middle = float(high - low) / 1.349
     if middle and std > FAR * middle:
-        worst = x[np.argmax(np.abs(x - np.median(x)))]
+        worst = float(x[np.argmax(np.abs(x - np.median(x)))])
+        worst = f"{worst:g}" if dates is None else dates.show(worst)
         warnings.warn(
-            f"{arg('frame')} column {name!r} has numbers far from all others, such as {worst:g}, "
+            f"{arg('frame')} column {name!r} has numbers far from all others, such as {worst}, "
             "beside which the others look alike. Correct them, make them missing, or take "
             "logarithms.",
             stacklevel=8,
@@ -307,13 +345,17 @@ def _resolution(levels: np.ndarray, count: int) -> float:
 
 
 def _repeated(
-    levels: np.ndarray, counts: np.ndarray, often: np.ndarray, finest: float
+    levels: np.ndarray,
+    counts: np.ndarray,
+    often: np.ndarray,
+    finest: float,
+    ratios: tuple[int, ...],
 ) -> tuple[float, ...]:
     """Numbers with a probability of their own."""
     found = []
     for value, count in zip(levels[often], counts[often], strict=True):
         # As many as nearby numbers that are as round.
-        grid = _roundness(value, finest)
+        grid = _roundness(value, finest, ratios)
         near = (np.abs(levels - value) <= NEAR * grid * (1 + 1e-9)) & (levels != value)
         around = counts[near & on_grid(levels, grid)] if finest else counts[:0]
         if count > PEAK * (np.median(around) if len(around) else 0):
@@ -321,21 +363,22 @@ def _repeated(
     return tuple(found)
 
 
-def _roundness(value: float, finest: float) -> float:
+def _roundness(value: float, finest: float, ratios: tuple[int, ...]) -> float:
     """The coarsest grid that a number lies on."""
-    return next((r * finest for r in RATIOS if on_grid(np.array(value), r * finest)), finest)
+    return next((r * finest for r in ratios if on_grid(np.array(value), r * finest)), finest)
 
 
 def _grids(
-    levels: np.ndarray, counts: np.ndarray, finest: float, period: float
+    levels: np.ndarray, counts: np.ndarray, finest: float, period: float, among: tuple[int, ...]
 ) -> tuple[float, ...]:
-    """The grids, from coarse to fine, in which the numbers are most likely. They divide the period.
+    """The grids, from coarse to fine, in which the numbers are most likely, of some ratios to the
+    finest. They divide the period.
 
     On its grid, a number is as likely as its cell is wide, if the density is smooth.
     """
     ratios = [
         r
-        for r in RATIOS
+        for r in among
         if counts[on_grid(levels, r * finest)].sum() > ON_GRID * counts.sum()
         and on_grid(np.array(period), r * finest)
     ]

@@ -53,6 +53,13 @@ class Cells(NamedTuple):
     context: Any
 
 
+def read(name: str, frame: Any, column: Column) -> frames.Values:
+    """The values of a column; dates as numbers."""
+    if column.dates is None:
+        return frames.read(name, frame, column.name)
+    return column.dates.values(name, frame, column.name)
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Encode frames as arrays, and decode samples to a frame."""
@@ -114,22 +121,13 @@ class Encoder:
         """The given columns as numbers of order one."""
         parts = [np.zeros((len(frame), 0))]
         for column in self.given:
-            mode, x = self._read(name, frame, column)
-            if column.kind == "categorical":
-                parts.append(np.eye(column.modes)[mode])
-            else:
-                is_number = column.is_number(mode)
-                scaled = column.scaled(x)
-                seen = [scaled] if column.circle is None else [np.sin(scaled), np.cos(scaled)]
-                parts += [np.where(is_number, part, 0.0)[:, None] for part in seen]
-                if column.missing:
-                    parts.append(~is_number[:, None])
+            parts.append(column.features(*self._read(name, frame, column)))
         return np.concatenate(parts, 1)
 
     def _read(
         self, name: str, frame: Any, column: Column, allow_missing: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        values, missing, text = frames.read(name, frame, column.name)
+        values, missing, text = read(name, frame, column)
         start = f"{arg(name)} column {column.name!r}"
         if text != column.text and not missing.all():
             raise TypeError(
@@ -141,6 +139,8 @@ class Encoder:
         def check(wrong: np.ndarray, rule: str, cure: str = "") -> None:
             for row in np.flatnonzero(wrong):
                 got = "a missing one" if missing[row] else repr(values[row : row + 1].tolist()[0])
+                if column.dates is not None and not missing[row]:
+                    got = str(frame[column.name].to_list()[row])
                 raise ValueError(f"{start} {rule}; got {got} in row {row}.{cure}")
 
         if not (column.missing or allow_missing):
@@ -149,11 +149,18 @@ class Encoder:
             cure = " Train with other=, which pools rare ones, or leave the row out."
             check((mode < 0) & ~missing, "must hold categories that were in training", cure)
             return mode, x
+        if column.dates is not None:
+            unit = column.dates.name_of_unit
+            rule = f"must hold whole {unit}, as in training"
+            between = ~missing & (x != np.round(x)) & bool(column.grids[-1:] != (0.0,))
+            check(between, rule, f" Round it down to {unit}.")
         if column.kind == "integer" and column.grids and column.grids[-1]:
             cure = f" Train with kinds={{{column.name!r}: 'continuous'}}, or round it."
             check(~missing & (x != np.round(x)), "must hold whole numbers, as in training", cure)
         outside = ~missing & ((x < column.low) | (x > column.high))
-        rule = f"must lie within its bounds, {column.low:g} to {column.high:g}"
+        rule = (
+            f"must lie within its bounds, {column.show(column.low)} to {column.show(column.high)}"
+        )
         check(outside, rule, " Train with wider bounds, or leave the row out.")
         if allow_missing:
             cure = " Make it missing, or leave the row out."
@@ -181,10 +188,11 @@ class Encoder:
             np.random.default_rng(seed),
             {i: x[:, j] for j, i in enumerate(self.numbers)},
         )
-        return {
-            column.name: column.decode(modes[:, i], numbers.get(i, modes[:, i]), draw)
-            for i, column in enumerate(self.columns)
-        }
+        data = {}
+        for i, column in enumerate(self.columns):
+            values = column.decode(modes[:, i], numbers.get(i, modes[:, i]), draw)
+            data[column.name] = values if column.dates is None else column.dates.objects(values)
+        return data
 
 
 @dataclass(frozen=True)

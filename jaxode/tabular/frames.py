@@ -1,8 +1,6 @@
 """Frames of pandas, polars and others, in and out, by narwhals."""
 
 import datetime
-import itertools
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +8,6 @@ import numpy as np
 from jaxode._checks.caller import arg
 from jaxode.tabular.rounding import LARGEST
 
-# Texts such as 2020-01-31, 31.1.20 and 1/31/2020, also with a time after them.
-DATE = re.compile(r"\s*(\d{4}|\d\d?)([-/.])(\d\d?)\2(\d{4}|\d\d?)(?!\d)(.*)")
-SOME = 100  # texts, which are dates if all of them look like that
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
 
@@ -58,13 +53,18 @@ def _names(frame: Any) -> Any:
     return getattr(frame, "column_names", None) or getattr(frame, "columns", ())  # of pyarrow first
 
 
+def column_of(name: str, frame: Any, column: str) -> Any:
+    """A column of a frame, which must have it."""
+    if column not in frame.columns:
+        raise ValueError(f"{arg(name)} must have the column {column!r}; got {frame.columns}.")
+    return frame[column]
+
+
 def read(name: str, frame: Any, column: str) -> Values:
     """The values of a column, and which of them are missing."""
     import narwhals as nw
 
-    if column not in frame.columns:
-        raise ValueError(f"{arg(name)} must have the column {column!r}; got {frame.columns}.")
-    series, start = frame[column], f"{arg(name)} column {column!r} must hold"
+    series, start = column_of(name, frame, column), f"{arg(name)} column {column!r} must hold"
     missing = np.array(series.is_null().to_numpy(), bool)
     if missing.all():  # whatever its type
         return Values(np.full(len(missing), np.nan), missing, False)
@@ -89,60 +89,19 @@ def read(name: str, frame: Any, column: str) -> Values:
     kind = str(series.dtype).split("(")[0]
     named = kind in ("Categorical", "Enum")  # whose categories may be of any type
     if kind not in TEXT:
-        is_date = kind in ("Datetime", "Date")
-        cure = f" {_as_days(frame, column)}" if is_date else " Convert it, or leave it out."
-        raise TypeError(f"{start} numbers, strings or booleans; got {series.dtype}.{cure}")
+        raise TypeError(
+            f"{start} numbers, strings or booleans; got {series.dtype}. Convert it, or leave it "
+            "out."
+        )
     values = np.fromiter(series.to_list(), object, len(series))
     missing |= np.array([isinstance(value, float) and value != value for value in values], bool)
     for row in np.flatnonzero(~missing):
         if not named and not isinstance(values[row], str | bool | np.bool_):
-            cure = "Convert the column: .astype(str), or to a type of numbers."
-            if isinstance(values[row], datetime.date):
-                cure = _as_days(frame, column)
             raise TypeError(
                 f"{start} strings, booleans or numbers alone; got {values[row]!r} in row {row}. "
-                f"{cure}"
+                "Convert the column: .astype(str), or to a type of numbers or dates."
             )
     return Values(values, missing, True)
-
-
-def cure_of_dates(frame: Any, column: str) -> str:
-    """How to turn texts that are dates into numbers, or nothing if they are none."""
-    texts = (v for v in frame[column].drop_nulls().to_list() if not isinstance(v, bool))
-    found = [DATE.match(str(text)) for text in itertools.islice(texts, SOME)]
-    dates = [date for date in found if date]
-    return _as_days(frame, column, dates) if dates and len(dates) == len(found) else ""
-
-
-def _format(dates: list[re.Match[str]]) -> tuple[str, str]:
-    """The format of dates in text, none if years come first, and a warning if it may be another."""
-    first, between, _, last, time = dates[0].groups()
-    if len(first) == 4:
-        return "", ""
-    largest = [max(int(date[i]) for date in dates) for i in (1, 3)]
-    days_first = largest[0] > 12 or largest[1] <= 12
-    parts = [*(("%d", "%m") if days_first else ("%m", "%d")), "%Y" if len(last) == 4 else "%y"]
-    clock = ("", " %H:%M", " %H:%M:%S")[min(time.count(":"), 2)]
-    unsure = "" if max(largest) > 12 else " If months come first, swap %d and %m."
-    return between.join(parts) + clock, unsure
-
-
-def _as_days(frame: Any, column: str, texts: list[re.Match[str]] | None = None) -> str:
-    """The line that makes the dates of a column numbers."""
-    dtype = frame[column].dtype
-    how, unsure = _format(texts) if texts else ("", "")
-    if frame.implementation.is_polars():
-        cast = ".cast(str)" if texts and str(dtype) != "String" else ""
-        parsed = f".str.to_datetime({repr(how) if how else ''})" if texts else ""
-        dates = f"polars.col({column!r}){cast}{parsed}"
-        line = f"frame = frame.with_columns(({dates} - polars.date(2020, 1, 1)).dt.total_days())"
-    else:
-        start = "" if frame.implementation.is_pandas_like() else "frame = frame.to_pandas(); "
-        local = ".dt.tz_localize(None)" if getattr(dtype, "time_zone", None) else ""
-        of_text = f", format={how!r}" if how else ""
-        days = f"pandas.to_datetime(frame[{column!r}]{of_text}){local}"
-        line = f"{start}frame[{column!r}] = ({days} - pandas.Timestamp('2020-01-01')).dt.days"
-    return f"Make dates numbers: {line}.{unsure}"
 
 
 def make(
@@ -168,7 +127,7 @@ def make(
     schema |= dict.fromkeys(floats, nw.Float64())
     whole = lambda v: round(v) if isinstance(v, float) and v == v else v
     columns = {
-        name: [*map(whole, values)] if schema[name].is_integer() else [*values]
+        name: [*map(whole, values)] if schema[name].is_integer() else _dated(schema[name], values)
         for name, values in data.items()
     }
     if like.implementation.is_pandas_like():
@@ -181,6 +140,19 @@ def make(
         }
         return frame.astype(dtypes | dict.fromkeys(floats, float))
     return nw.from_dict(columns, schema=schema, backend=like.implementation).to_native()
+
+
+def _dated(dtype: Any, values: Any) -> list[Any]:
+    """The values; dates as the type has them, with a time or without."""
+    if str(dtype) == "Date":
+        return [v.date() if isinstance(v, datetime.datetime) else v for v in values]
+    if str(dtype).startswith("Datetime"):
+        midnight = datetime.time()
+        return [
+            datetime.datetime.combine(v, midnight) if type(v) is datetime.date else v
+            for v in values
+        ]
+    return [*values]
 
 
 def _holding(dtype: Any, column: Any) -> Any:

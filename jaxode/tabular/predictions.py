@@ -22,7 +22,7 @@ from jaxode.tabular import frames
 from jaxode.tabular.categorical import Categories
 from jaxode.tabular.columns import Column
 from jaxode.tabular.curves import FURTHEST, MORE_POINTS, points_between, refined
-from jaxode.tabular.encoding import Encoder
+from jaxode.tabular.encoding import Encoder, read
 from jaxode.tabular.rounding import tidy
 
 NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
@@ -70,7 +70,7 @@ class Predictive:
     def values(self) -> np.ndarray:
         """The value of each row."""
         name = self.column.name
-        values, missing, text = frames.read("frame", self.frame, name)
+        values, missing, text = read("frame", self.frame, self.column)
         if text:
             raise TypeError(f"{arg('frame')} column {name!r} must hold numbers, as in training.")
         for row in np.flatnonzero(missing):
@@ -79,6 +79,18 @@ class Predictive:
                 f"in row {row}. Leave the row out."
             )
         return values.astype(float)
+
+    def in_units_of_data(self, y: np.ndarray) -> np.ndarray:
+        """Numbers as they are, or as dates."""
+        return y if self.column.dates is None else self.column.dates.moments(y)
+
+    def refuse_dates(self) -> None:
+        """Raise for a column of dates, which have no unit to add or to measure in."""
+        if self.column.dates is not None:
+            raise ValueError(
+                f"{arg('frame')} means and scores need a column of numbers; got the dates "
+                f"{self.column.name!r}. Take quantile(0.5, frame) or cdf(frame)."
+            )
 
     def cdf(self, y: np.ndarray) -> np.ndarray:
         """The probability of at most `y`."""
@@ -207,9 +219,9 @@ class Predictive:
         found = [(0.0, "")]  # of categories
         for column in self.encoder.given:
             if column.kind != "categorical":
-                values, missing, _ = frames.read("frame", self.frame, column.name)
+                values, missing, _ = read("frame", self.frame, column)
                 far = 0.0 if missing[row] else abs(float(column.scaled(values[row])))
-                found.append((far, f", column {column.name!r} has {values[row]:g}"))
+                found.append((far, f", column {column.name!r} has {column.show(values[row])}"))
         return SolveError(
             f"{arg('frame')} must have given columns in which the distribution can be computed; "
             f"it fails in row {row}{max(found)[1]}. Leave the row out, or correct it."

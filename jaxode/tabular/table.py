@@ -41,10 +41,11 @@ class Table:
 
     @property
     def kinds(self) -> dict[str, str | tuple[str, float]]:
-        """ "categorical", "integer", "continuous" or ("periodic", period), by column; those of
-        given columns, too. Numbers of few values, which are modelled as such, are "categorical".
+        """ "categorical", "integer", "continuous", "date" or ("periodic", period), by column; those
+        of given columns, too. Numbers of few values, modelled as such, are "categorical".
         """
-        kinds = {c.name: c.kind if c.grids else "categorical" for c in self.encoder.columns}
+        is_own = lambda column: column.grids or column.dates
+        kinds = {c.name: c.kind if is_own(c) else "categorical" for c in self.encoder.columns}
         kinds |= {c.name: c.kind for c in self.encoder.given}
         columns = (*self.encoder.columns, *self.encoder.given)
         return kinds | {c.name: ("periodic", c.circle.period) for c in columns if c.circle}
@@ -206,9 +207,9 @@ class Table:
         return predictive.cdf(predictive.values())
 
     @public("Table.quantile", single_precision)
-    def quantile(self, q: Any, frame: Any) -> Float[np.ndarray, "..."]:
+    def quantile(self, q: Any, frame: Any) -> np.ndarray:
         """The least numbers that reach levels `q`: the inverse of `cdf`, `[rows]` or
-        `[rows, levels]`.
+        `[rows, levels]`. Dates are `datetime64` of NumPy, in wall-clock time.
 
         Raises:
             ValueError: for levels outside (0, 1), and those that single precision does not tell
@@ -221,23 +222,29 @@ class Table:
                 f"{arg('q')} must be levels between 0 and 1, a number or a list; got {q}."
             )
         levels = np.asarray(levels, float)
-        y = self._predictive(frame).quantile(levels.reshape(-1))
+        predictive = self._predictive(frame)
+        y = predictive.in_units_of_data(predictive.quantile(levels.reshape(-1)))
         return y.reshape(len(y), *levels.shape)
 
     @public("Table.interval", single_precision)
     def interval(self, level: float, frame: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The central prediction interval: `(low, high)`, each `[rows]`, such as of level 0.9."""
+        """The central prediction interval: `(low, high)`, each `[rows]`, such as of level 0.9.
+
+        Dates are `datetime64` of NumPy, in wall-clock time.
+        """
         if not 0 < non_negative("level", level) < 1:
             raise ValueError(f"{arg('level')} must be between 0 and 1; got {level}.")
         ends = np.array([(1 - level) / 2, (1 + level) / 2])
         predictive = self._predictive(frame)
-        low, high = predictive.quantile(ends, "level").T
+        low, high = predictive.in_units_of_data(predictive.quantile(ends, "level")).T
         return low, high
 
     @public("Table.mean", single_precision)
     def mean(self, frame: Any) -> Float[np.ndarray, " rows"]:
         """The expected value of the modelled column in each row."""
-        return self._predictive(frame).each(curves.mean)
+        predictive = self._predictive(frame)
+        predictive.refuse_dates()
+        return predictive.each(curves.mean)
 
     @public("Table.crps", single_precision)
     def crps(self, frame: Any) -> Float[np.ndarray, " rows"]:
@@ -246,6 +253,7 @@ class Table:
         `E|Y - y| - E|Y - Y'| / 2` (Gneiting and Raftery 2007).
         """
         predictive = self._predictive(frame)
+        predictive.refuse_dates()
         return predictive.each(curves.crps, predictive.values())
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jaxode.tabular import categorical, frames
 from jaxode.tabular.calibration import calibrated
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
+from jaxode.tabular.dates import Dates, cure_of_dates, is_date
 from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, with_noise
 from jaxode.tabular.periodic import TURN, Circle
 from jaxode.tabular.rounding import LARGEST
@@ -45,7 +47,7 @@ FEW_ROWS, DECAY, DECAY_OF_MEMBER = 3000, 1.0, 0.3
 # then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
 ONE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
 SEVERAL: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
-KINDS = ("categorical", "integer", "continuous", "periodic")
+KINDS = ("categorical", "integer", "continuous", "periodic", "date")
 
 
 @public("tabular.fit", single_precision)
@@ -182,7 +184,8 @@ def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None)
             raise ValueError(f"{arg(name)} must name columns of {frame.columns}; got {unknown}.")
     if wrong := {name: kind for name, kind in kinds.items() if not _is_kind(kind)}:
         raise ValueError(
-            f"{arg('kinds')} must be one of {KINDS}, or ('periodic', period); got {wrong}."
+            f"{arg('kinds')} must be one of {KINDS}, ('periodic', period) or ('date', format); got "
+            f"{wrong}."
         )
     modelled = [name for name in frame.columns if name not in given]
     if not modelled:
@@ -201,16 +204,20 @@ def _encoder(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None)
 def _is_kind(kind: Any) -> bool:
     if not isinstance(kind, tuple):
         return isinstance(kind, str) and kind in KINDS
-    if len(kind) != 2 or kind[0] != "periodic":
+    if len(kind) != 2 or kind[0] not in ("periodic", "date"):
         return False
+    if kind[0] == "date":
+        return isinstance(kind[1], str)
     return is_number(kind[1]) and 0 < float(kind[1]) < math.inf
 
 
 def _column(
     frame: Any, name: str, kind: Any, bounds: Any, other: int | None, is_given: bool
 ) -> Column:
-    kind, period = kind if isinstance(kind, tuple) else (kind, None)
-    values, missing, text = frames.read("frame", frame, name)
+    kind, more = kind if isinstance(kind, tuple) else (kind, None)
+    dates = _dates(frame, name, kind, more, is_given)
+    read = frames.read if dates is None else dates.values
+    values, missing, text = read("frame", frame, name)
     numbers = values[~missing]
     if not len(numbers):
         raise ValueError(
@@ -226,13 +233,16 @@ def _column(
         raise ValueError(
             f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
         )
+    if dates is not None and not is_given:
+        ends = _bounds(name, dates.bounds(name, bounds), numbers, dates.show)
+        return numeric(name, "date", values, missing, *ends, dates=dates)
     if kind == "categorical":
-        of_dates = frames.cure_of_dates(frame, name) if text else ""
+        of_dates = cure_of_dates(frame, name) if text else ""
         return categorical_column(name, values, missing, other, text, of_dates)
     if kind == "periodic":
         if bounds is not None:
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")
-        circle = Circle.of(name, numbers, period)
+        circle = Circle.of(name, numbers, more)
         if not is_given:
             return numeric(name, kind, values, missing, circle=circle)
         some, scale = bool(missing.any()), circle.period / TURN
@@ -243,14 +253,29 @@ def _column(
             f"{arg('kinds')} column {name!r} must hold whole numbers up to 2**50 to be an integer; "
             "got others."
         )
-    kind = kind or ("integer" if whole else "continuous")
+    kind = "date" if dates is not None else kind or ("integer" if whole else "continuous")
     if is_given:
-        center, scale = float(np.median(numbers)), spread(name, numbers)
-        return Column(name, kind, (), (0.0,), bool(missing.any()), center=center, scale=scale)
+        some, center = bool(missing.any()), float(np.median(numbers))
+        scale = spread(name, numbers, dates)
+        return Column(name, kind, (), (0.0,), some, center=center, scale=scale, dates=dates)
     return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
 
 
-def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
+def _dates(frame: Any, name: str, kind: str | None, format: Any, is_given: bool) -> Dates | None:
+    """How the dates of a column are numbers, if it holds dates."""
+    if kind != "date" and not is_date(frame[name]):
+        return None
+    if kind not in (None, "date"):
+        raise ValueError(
+            f"{arg('kinds')} column {name!r} holds dates; got {kind!r}. Leave it out of kinds, or "
+            "convert the column."
+        )
+    return Dates.of(name, frame, format, is_given)
+
+
+def _bounds(
+    name: str, bounds: Any, values: np.ndarray, show: Callable[[float], str] = "{:g}".format
+) -> tuple[float, float]:
     if bounds is None:
         return -np.inf, np.inf
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
@@ -262,8 +287,8 @@ def _bounds(name: str, bounds: Any, values: np.ndarray) -> tuple[float, float]:
     least, most = values.min(), values.max()
     if not (low <= least and most <= high and low < high):
         raise ValueError(
-            f"{arg('bounds')} must contain the values of {name!r}, from {least:g} to {most:g}; got "
-            f"({low:g}, {high:g})."
+            f"{arg('bounds')} must contain the values of {name!r}, from {show(least)} to "
+            f"{show(most)}; got ({show(low)}, {show(high)})."
         )
     return low, high
 

@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import optional
 from trained import FRAMES, KEY, table
 
 from jaxode import tabular
@@ -18,14 +17,15 @@ GOOD = pd.DataFrame({"x": RNG.normal(size=N), "k": np.arange(N) % 3, "c": [*"abc
 BAD = {
     "infinity": GOOD.assign(x=[*GOOD.x[:-1], np.inf]),
     "dates": GOOD.assign(x=pd.date_range("2020", periods=N)),
+    "spans": GOOD.assign(x=pd.timedelta_range("1s", periods=N)),
     "lists": GOOD.assign(x=[[1, 2]] * N),
     "texts and numbers": GOOD.assign(c=["a", 2] * 20),
     "twice": pd.concat([GOOD, GOOD[["x"]]], axis=1),
     "numbers as names": GOOD.rename(columns={"x": 0}),
     "nothing": GOOD.assign(x=np.nan),
     "text dates": GOOD.assign(c=pd.date_range("2020", periods=N).strftime("%d/%m/%Y")),
-    "date objects": GOOD.assign(x=pd.Series(pd.date_range("2020", periods=N).date, dtype=object)),
-    "local times": GOOD.assign(x=pd.date_range("2020", periods=N, tz="UTC")),
+    "months or days": GOOD.assign(c=[f"{1 + i % 9:02}/{1 + i % 7:02}/2020" for i in range(N)]),
+    "fine times": GOOD.assign(x=pd.date_range("1950", "2150", periods=N).astype("datetime64[us]")),
     "ids": GOOD.assign(c=[f"id{i}" for i in range(N)]),
 }
 OF_FIT = [
@@ -37,12 +37,24 @@ OF_FIT = [
     ({"frame": BAD["twice"]}, "must have a name of its own for each column; got ['x'] twice."),
     ({"frame": BAD["numbers as names"]}, "must have column names that are strings; got [0, 'k', "),
     ({"frame": BAD["infinity"]}, "column 'x' must hold finite numbers; got inf in row 39. Leave "),
-    ({"frame": BAD["dates"]}, "column 'x' must hold numbers, strings or booleans; got Datetime"),
-    *(({"frame": BAD[name]}, f"column '{c}' must ~Make dates numbers: frame['{c}'] = (pandas.to_da"
-       f"tetime(frame['{c}']{local} - pandas.Timestamp('2020-01-01')).dt.days.")
-      for name, c, local in (("dates", "x", ")"), ("text dates", "c", ", format='%d/%m/%Y')"),
-                             ("date objects", "x", ")"),
-                             ("local times", "x", ").dt.tz_localize(None)"))),
+    ({"frame": BAD["spans"]}, "column 'x' must hold numbers, strings or booleans; got Duration"),
+    ({"frame": BAD["fine times"]}, "column 'x' must span at most 2**50 of the units that its times"
+     " are rounded to; got microseconds from 1950"),
+    ({"frame": BAD["text dates"]}, "column 'c' must ~Read it as dates: kinds={'c': 'date'}."),
+    ({"frame": BAD["months or days"]}, "column 'c' must ~ Read it as dates: kinds={'c': ('date', '"
+     "%d/%m/%Y')}."),
+    ({"kinds": {"c": "date"}, "frame": BAD["months or days"]}, "column 'c' must hold texts of one "
+     "format of dates; got ['01/01/2020', ~, which %d/%m/%Y and %m/%d/%Y read. Pass one: kinds={'c'"
+     ": ('date', '%d/%m/%Y')}."),
+    ({"kinds": {"c": "date"}}, "column 'c' must hold texts of one format of dates; got ['a', "),
+    ({"kinds": {"x": "date"}}, "column 'x' must hold dates, or texts of dates, to be a date; "),
+    ({"kinds": {"c": ("date", 3)}}, "must be one of ~, ('periodic', period) or ('date', form"),
+    ({"kinds": {"x": ("date", "%Y")}, "frame": BAD["dates"]}, "column 'x' holds dates, not text"),
+    ({"kinds": {"x": "integer"}, "frame": BAD["dates"]}, "column 'x' holds dates; got 'integer'"),
+    ({"bounds": {"x": ("May", None)}, "frame": BAD["dates"]}, "column 'x' must have dates as bounds"
+     ", or texts such as '2020-01-31', without a time zone if it has none; got 'May'."),
+    ({"bounds": {"x": ("2020-02-01", None)}, "frame": BAD["dates"]}, "must contain the values of 'x"
+     "', from 2020-01-01 to 2020-02-09; got (2020-02-01, inf)."),
     ({"frame": BAD["lists"]}, "column 'x' must hold strings, booleans or numbers alone; got [1, 2]"
      " in row 0. Convert the column"),
     ({"frame": BAD["texts and numbers"]}, "column 'c' must hold strings, ~; got 2 in row 1. Conve"),
@@ -53,9 +65,9 @@ OF_FIT = [
     ({"given": 3}, "must be a list of names of columns; got 3."),
     ({"kinds": {"z": "integer"}}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"kinds": {"x": "real"}}, "must be one of ('categorical', 'integer', 'continuous', 'period"),
-    ({"kinds": {"x": ("periodic", 0)}}, "must be one of ~, or ('periodic', period); got {'x': ('p"),
-    ({"kinds": {"x": ("periodic", np.nan)}}, "must be one of ~, or ('periodic', period); got {'x'"),
-    ({"kinds": {"x": ("integer", 7)}}, "must be one of ~, or ('periodic', period); got {'x': ('in"),
+    ({"kinds": {"x": ("periodic", 0)}}, "must be one of ~, ('periodic', period) or ('date', for"),
+    ({"kinds": {"x": ("periodic", np.nan)}}, "must be one of ~, ('periodic', period) or ('date'"),
+    ({"kinds": {"x": ("integer", 7)}}, "must be one of ~, ('periodic', period) or ('date', for"),
     ({"kinds": {"x": "periodic"}, "frame": GOOD.assign(x=np.arange(N) * 10.0)},
      "column 'x' must have a period that is given, since its values, from 0 to 390, fit no "),
     ({"kinds": {"c": ("periodic", 7)}}, "column 'c' holds categories; got 'periodic'. Convert it"),
@@ -172,36 +184,6 @@ def test_given_columns_that_depend_on_each_other_do_not_matter():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tabular.fit(frame, given=["x", "y"], key=KEY, steps=1, progress=False)
-
-
-DATES = pd.date_range("2020", periods=N)
-LINES = {
-    "dates": DATES,
-    "years first": DATES.strftime("%Y-%m-%d"),
-    "years first, and times": DATES.strftime("%Y-%m-%d %H:%M:%S"),
-    "days first": DATES.strftime("%d/%m/%Y"),
-    "days first, short": DATES.strftime("%d.%m.%y"),
-    "months first": DATES.strftime("%m/%d/%Y"),
-    "months first, and times": DATES.strftime("%m/%d/%Y %H:%M"),
-}
-
-
-@pytest.mark.parametrize("library", ["pandas", "polars"])
-@pytest.mark.parametrize("dates", LINES.values(), ids=LINES)
-def test_the_line_for_dates_makes_them_days(dates, library):
-    made = pd if library == "pandas" else optional(library)
-    frame = made.DataFrame({"x": dates.to_list()})
-    with pytest.raises((TypeError, ValueError), match="Make dates numbers: ") as error:
-        tabular.fit(frame, key=KEY, steps=1, progress=False)
-    names = {"frame": frame, library: made}
-    exec(str(error.value).split("numbers: ")[1][:-1], names)
-    assert [*names["frame"]["x"]] == [*range(N)]
-
-
-def test_dates_that_may_be_of_months_or_days_are_told():
-    frame = pd.DataFrame({"x": [f"{1 + i // 12:02}/{1 + i % 12:02}/2020" for i in range(40)]})
-    with pytest.raises(ValueError, match="If months come first, swap %d and %m"):
-        tabular.fit(frame, key=KEY, steps=1, progress=False)
 
 
 def test_too_many_categories_warn():
