@@ -31,6 +31,8 @@ DECIMALS = 6
 # More categories warn, in all or as a share of the rows, and a larger share raises. `POOLED` rows
 # are what the messages advise.
 MANY, SHARE, TOO_LARGE_SHARE, POOLED = 500, 0.1, 0.5, 10
+# A given column of more modes enters as so many numbers, which are random and fixed for each mode.
+DIRECTIONS = 64
 FAR = 1000.0  # standard deviations of the middle half, up to which the others have a say
 OTHER = None  # the mode of rare categories
 INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
@@ -79,12 +81,15 @@ class Column:
     def width(self) -> int:
         """The number of features of a given column."""
         if self.kind == "categorical":
-            return self.modes
+            return min(self.modes, DIRECTIONS)
         turns = 0 if self.dates is None else len(self.dates.turns)
         return (1 if self.circle is None else 2) + 2 * turns + self.missing
 
     def features(self, mode: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The features of a given column, `[rows, width]`."""
+        if self.modes > DIRECTIONS:
+            draw = np.random.default_rng(0)
+            return draw.normal(size=(self.modes, DIRECTIONS))[mode]
         if self.kind == "categorical":
             return np.eye(self.modes)[mode]
         is_number, scaled = self.is_number(mode), self.scaled(x)
@@ -223,34 +228,46 @@ def categorical(
     other: int | None,
     text: bool,
     of_dates: str = "",
+    is_given: bool = False,
 ) -> Column:
     """A column of categories; those with fewer than `other` rows share a mode.
 
+    By default, those beyond the `MANY` that are most frequent do, unless the column is given.
     `of_dates`: what to do with them if they are dates.
     """
     counts = Counter(values[~missing].tolist())
     levels = sorted(counts, key=str)
-    rare = [level for level in levels if counts[level] < (other or 0)]
-    common = [level for level in levels if counts[level] >= (other or 0)]
-    number, rows = len(common), len(values)
-    if number > min(MANY, max(FEW_VALUES, SHARE * rows)):
-        cure = of_dates or (
-            f"Drop the column, or pool categories with fewer than {POOLED} rows by other={POOLED}."
-        )
-        message = f"{arg('frame')} column {name!r} must repeat its categories; got {number} of them"
-        message += f" in {rows} rows. {cure}"
-        if number > max(FEW_VALUES, TOO_LARGE_SHARE * rows):
-            raise ValueError(message)
-        warnings.warn(
-            f"{message} With so many, the model is large, and its samples combine what never "
-            "belongs together.",
-            stacklevel=8,
-        )
+    rare = {level for level in levels if counts[level] < (other or 0)}
+    pools = other is None and not is_given
+    _check_levels(name, len(levels) - len(rare), len(values), of_dates, is_given, pools)
+    if pools:
+        rare = set(sorted(levels, key=lambda level: -counts[level])[MANY:])
+    common = [level for level in levels if level not in rare]
     total = sum(counts[level] for level in rare)
     return Column(
         name, "categorical", (*common, *[OTHER] * bool(rare)), (), bool(missing.any()), text=text,
-        pool={level: counts[level] / total for level in rare},
+        pool={level: counts[level] / total for level in levels if level in rare},
     )  # fmt: skip
+
+
+def _check_levels(
+    name: str, number: int, rows: int, of_dates: str, is_given: bool, pools: bool
+) -> None:
+    """Warn of many categories, and raise if they are a large part of the rows."""
+    if number <= min(MANY, max(FEW_VALUES, SHARE * rows)):
+        return
+    cure = f"Drop the column, or pool categories with fewer than {POOLED} rows by other={POOLED}."
+    message = f"{arg('frame')} column {name!r} must repeat its categories; got {number} of them"
+    message += f" in {rows} rows. {of_dates or cure}"
+    if number > max(FEW_VALUES, TOO_LARGE_SHARE * rows):
+        raise ValueError(message)
+    effect = (
+        "With so many, the model is large, and its samples combine what never belongs together."
+    )
+    if pools and number > MANY:
+        effect = f"The {number - MANY} rarest are pooled."
+    if not is_given:
+        warnings.warn(f"{message} {effect}", stacklevel=9)
 
 
 def numeric(

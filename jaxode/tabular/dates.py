@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode.tabular.formats import format_of, parse, texts_of
 from jaxode.tabular.frames import Values, column_of
 from jaxode.tabular.rounding import LARGEST
 
@@ -21,14 +22,6 @@ ROUND = tuple(np.timedelta64(n, unit) for n, unit in (
 ))  # fmt: skip
 EPOCH = np.datetime64(0, "us")
 YEAR, WEEK = 365.25, 7  # days
-# Formats of texts that are tried: a date, alone or with a time.
-FORMATS = (
-    "%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%Y-%m", "%d %b %Y", "%d-%b-%Y", "%b %d, %Y",
-    "%d %B %Y", "%B %d, %Y", "%b-%Y", *(f"{first}{sep}%{year}" for sep in "./-" for year in "Yy"
-    for first in (f"%d{sep}%m", f"%m{sep}%d")),
-)  # fmt: skip
-CLOCKS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%H:%M:%SZ", "%H:%M:%S.%fZ")
-LOOKED_AT = 100  # texts, which tell whether categories are dates
 
 
 @dataclass(frozen=True)
@@ -55,14 +48,16 @@ class Dates:
         if series.is_null().all():
             return cls(None, None, False)
         if not is_date(series):
-            format = _format(name, _texts(name, series)) if format is None else format
+            format = format_of(name, texts_of(name, series)) if format is None else format
         elif format is not None:
             raise ValueError(
                 f"{arg('kinds')} column {name!r} holds dates, not text; got the format {format!r}. "
                 f"Pass kinds={{{name!r}: 'date'}}."
             )
-        zone, first = _zone_of(series), series.drop_nulls().head(1).to_list()
-        dates = cls(zone, format, days_alone=type(first[0]) is datetime.date)
+        known = series.drop_nulls()
+        some = (known if str(series.dtype) == "Object" else known.head(1)).to_list()
+        days_alone = all(type(date) is datetime.date for date in some)
+        dates = cls(_zone_of(series), format, days_alone)
         moments, missing = dates.read("frame", frame, name)
         moments = np.sort(moments[~missing])
         middle = moments[len(moments) // 2].astype("M8[D]")
@@ -111,7 +106,7 @@ class Dates:
             )
         if self.format is not None:
             moments[~missing] = self._parsed(
-                start, _texts(column, series), np.flatnonzero(~missing)
+                start, texts_of(column, series), np.flatnonzero(~missing)
             )
             return moments, missing
         zone = _zone_of(series)
@@ -131,7 +126,7 @@ class Dates:
         return moments, missing
 
     def _parsed(self, start: str, texts: list[str], rows: np.ndarray) -> np.ndarray:
-        parsed = {text: _parse(text, str(self.format)) for text in dict.fromkeys(texts)}
+        parsed = {text: parse(text, str(self.format)) for text in dict.fromkeys(texts)}
         for text, row in zip(texts, rows, strict=True):
             if parsed[text] is None:
                 raise ValueError(
@@ -224,58 +219,6 @@ def is_date(series: Any) -> bool:
     values = series.drop_nulls().to_list()
     naive = lambda v: isinstance(v, datetime.date) and getattr(v, "tzinfo", None) is None
     return bool(values) and all(map(naive, values))
-
-
-def cure_of_dates(frame: Any, column: str) -> str:
-    """How to read texts that are dates, or nothing if they are none."""
-    texts = frame[column].drop_nulls().head(LOOKED_AT).to_list()
-    if not all(isinstance(text, str) for text in texts) or not (found := _formats(texts)):
-        return ""
-    kind = "date" if len(found) == 1 else ("date", found[0])
-    return f"Read it as dates: kinds={{{column!r}: {kind!r}}}."
-
-
-def _texts(name: str, series: Any) -> list[str]:
-    texts = series.drop_nulls().to_list()
-    if str(series.dtype).startswith("Enum") or not all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            f"{arg('kinds')} column {name!r} must hold dates, or texts of dates, to be a date; got "
-            f"{series.dtype}. Convert it, such as by pandas.to_datetime."
-        )
-    return texts
-
-
-def _format(name: str, texts: list[str]) -> str:
-    found = _formats(texts)
-    if len(found) == 1:
-        return found[0]
-    start = f"{arg('kinds')} column {name!r} must hold texts of one format of dates"
-    if not found:
-        raise ValueError(
-            f"{start}; got {texts[:3]}. Pass kinds={{{name!r}: ('date', format)}}, with the format "
-            "as datetime.strptime has it, or convert the column."
-        )
-    raise ValueError(
-        f"{start}; got {texts[:3]}, which {' and '.join(found)} read. Pass one: kinds={{{name!r}: "
-        f"('date', {found[0]!r})}}."
-    )
-
-
-def _formats(texts: list[str]) -> list[str]:
-    """The formats that read all texts."""
-    distinct = dict.fromkeys(texts)
-    between = {f"{date}{sep}{clock}" for date in FORMATS for sep in " T" for clock in CLOCKS}
-    formats = [*FORMATS, *sorted(between)] if distinct else []
-    for text in distinct:
-        formats = [format for format in formats if _parse(text, format) is not None]
-    return formats
-
-
-def _parse(text: str, format: str) -> datetime.datetime | None:
-    try:
-        return datetime.datetime.strptime(text, format).replace(tzinfo=None)
-    except ValueError:
-        return None
 
 
 def _zone_of(series: Any) -> str | None:

@@ -56,7 +56,8 @@ class Table:
     ) -> Float[np.ndarray, " rows"]:
         """The log-probability of each row, in nats, given its given columns.
 
-        A density per unit of continuous columns and periodic decimals; a probability of all else.
+        A density per unit of continuous columns and periodic decimals; a probability of all else,
+        such as of a date among those of its unit.
         Integers and decimals are integrated over their cells, and what has no number over its
         stand-in: by the mean over `draws` of the noise. It is at most the log-probability on
         average, and close to it.

@@ -25,8 +25,9 @@ from jaxode.tabular import categorical, frames
 from jaxode.tabular.calibration import calibrated
 from jaxode.tabular.columns import Column, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
-from jaxode.tabular.dates import Dates, cure_of_dates, is_date
+from jaxode.tabular.dates import Dates, is_date
 from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, with_noise
+from jaxode.tabular.formats import cure_of_dates
 from jaxode.tabular.periodic import TURN, Circle
 from jaxode.tabular.rounding import LARGEST
 from jaxode.tabular.table import Table
@@ -56,7 +57,7 @@ def fit(
     *,
     key: PRNGKeyArray,
     given: Any = (),
-    kinds: dict[str, str | tuple[str, float]] | None = None,
+    kinds: dict[str, str | tuple[str, float] | tuple[str, str]] | None = None,
     bounds: dict[str, tuple[float | None, float | None]] | None = None,
     other: int | None = None,
     seconds: float | None = None,
@@ -82,10 +83,15 @@ def fit(
             default strings, categories and booleans are categorical, whole numbers are integers.
             Or ("periodic", period) for angles, hours and the like, whose end is their start;
             "periodic" alone takes the first of 1, 2 pi, 7, 12, 24, 60 and 360 that holds them.
-        bounds: `(low, high)` of columns that have any, such as `{"income": (0, None)}`. Samples
-            respect them.
+            Dates and times are "date": integers of the coarsest unit that holds them all, from
+            years to microseconds, in wall-clock time. So are texts that you call "date", or
+            ("date", format) with a format of `datetime.strptime`. Given ones also enter as angles
+            of the year, the week and the day.
+        bounds: `(low, high)` of columns that have any, such as `{"income": (0, None)}`; of dates,
+            dates or ISO texts. Samples respect them.
         other: categories with fewer rows are pooled, and unseen ones of given columns count as one
-            of those. By default all are kept, and unseen ones raise.
+            of those. By default all of given columns and the 500 most frequent ones of others are
+            kept, and unseen ones raise where none are pooled.
         seconds: end after this time of training; a minute by default. A quarter goes to the
             categories.
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
@@ -111,7 +117,7 @@ def fit(
 
     Warns:
         UserWarning: of numbers that depend on each other linearly: they have no density; and of
-            more than 500 categories in a column, or more than a tenth of the rows.
+            more than 500 categories in a modelled column, or more than a tenth of the rows.
     """
     begin = time.perf_counter()
     keys = jax.random.split(check_key(key), 4)
@@ -238,7 +244,7 @@ def _column(
         return numeric(name, "date", values, missing, *ends, dates=dates)
     if kind == "categorical":
         of_dates = cure_of_dates(frame, name) if text else ""
-        return categorical_column(name, values, missing, other, text, of_dates)
+        return categorical_column(name, values, missing, other, text, of_dates, is_given)
     if kind == "periodic":
         if bounds is not None:
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")

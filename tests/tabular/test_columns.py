@@ -192,6 +192,29 @@ def test_rare_categories_share_a_mode():
     assert abs((back == "r").mean() - 0.75) < 0.03  # four standard errors
 
 
+def test_beyond_500_the_rarest_categories_are_pooled():
+    values = np.array([f"c{i % 600:03}" for i in range(1300)])  # the first 100 thrice
+    with pytest.warns(
+        UserWarning, match=r"got 600 of them in 1300 rows\. .* The 100 rarest are po"
+    ):
+        column, *_ = column_of(values)
+    assert column.modes == 501
+    assert sum(column.pool.values()) == pytest.approx(1.0)
+    assert {f"c{i:03}" for i in range(100)} < set(column.values)
+    with pytest.warns(UserWarning, match="With so many, the model is large"):
+        assert column_of(values, other=2)[0].modes == 600
+
+
+def test_given_categories_of_many_are_points_that_lie_apart():
+    values = np.array([f"c{i % 300}" for i in range(900)], object)
+    column = categorical("x", values, np.zeros(900, bool), None, True, is_given=True)
+    features = column.features(*column.encode(values, np.zeros(900, bool)))
+    assert features.shape == (900, column.width) == (900, 64)
+    np.testing.assert_array_equal(features[:300], features[300:600])
+    apart = np.linalg.norm(features[:300, None] - features[None, :300], axis=2)
+    assert apart[~np.eye(300, dtype=bool)].min() > 5  # of about 11
+
+
 def test_numbers_as_categories():
     column, values, missing = column_of(RNG.choice([10, 2, 33], N), kind="categorical")
     mode, _ = column.encode(values, missing)
