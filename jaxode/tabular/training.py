@@ -239,9 +239,6 @@ def _column(
         raise ValueError(
             f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
         )
-    if dates is not None and not is_given:
-        ends = _bounds(name, dates.bounds(name, bounds), numbers, dates.show)
-        return numeric(name, "date", values, missing, *ends, dates=dates)
     if kind == "categorical":
         of_dates = cure_of_dates(frame, name) if text else ""
         return categorical_column(name, values, missing, other, text, of_dates, is_given)
@@ -253,18 +250,27 @@ def _column(
             return numeric(name, kind, values, missing, circle=circle)
         some, scale = bool(missing.any()), circle.period / TURN
         return Column(name, kind, (), (0.0,), some, scale=scale, circle=circle)
+    kind = _number_kind(name, kind, numbers, dates)
+    if is_given:
+        some, center = bool(missing.any()), float(np.median(numbers))
+        scale = spread(name, numbers, dates)
+        return Column(name, kind, (), (0.0,), some, center=center, scale=scale, dates=dates)
+    if dates is None:
+        return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
+    ends = _bounds(name, dates.bounds(name, bounds), numbers, dates.show)
+    return numeric(name, kind, values, missing, *ends, dates=dates)
+
+
+def _number_kind(name: str, kind: str | None, numbers: np.ndarray, dates: Dates | None) -> str:
+    if dates is not None:
+        return "date"
     whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= LARGEST)
     if kind == "integer" and not whole:
         raise ValueError(
             f"{arg('kinds')} column {name!r} must hold whole numbers up to 2**50 to be an integer; "
             "got others."
         )
-    kind = "date" if dates is not None else kind or ("integer" if whole else "continuous")
-    if is_given:
-        some, center = bool(missing.any()), float(np.median(numbers))
-        scale = spread(name, numbers, dates)
-        return Column(name, kind, (), (0.0,), some, center=center, scale=scale, dates=dates)
-    return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
+    return kind or ("integer" if whole else "continuous")
 
 
 def _dates(frame: Any, name: str, kind: str | None, format: Any, is_given: bool) -> Dates | None:
