@@ -2,7 +2,6 @@
 
 import datetime
 import re
-import zoneinfo
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,6 +228,8 @@ def _zone_of(series: Any) -> str | None:
 
 def _zone(name: str) -> datetime.tzinfo:
     """A named zone, or a fixed offset such as UTC+01:00."""
+    import zoneinfo  # not loaded with jaxode
+
     if offset := re.search(r"[+-]\d\d:\d\d$", name):
         zone = datetime.datetime.strptime(offset.group(), "%z").tzinfo
         assert zone is not None
