@@ -194,7 +194,9 @@ def test_dates_are_predicted():
     assert ((low < median) & (median < high)).all()
     assert (low >= np.datetime64("2020-02-01")).all()
     of_median = frame.assign(day=pd.Series(median).dt.strftime("%d/%m/%Y"))
-    of_day_before = frame.assign(day=pd.Series(median - 1).dt.strftime("%d/%m/%Y"))
+    of_day_before = frame.assign(
+        day=pd.Series(median - np.timedelta64(1, "D")).dt.strftime("%d/%m/%Y")
+    )
     assert (table("target").cdf(of_median) > 0.4999).all()
     assert (table("target").cdf(of_day_before) < 0.5001).all()  # the error of a solve
     for method in ("mean", "crps"):
