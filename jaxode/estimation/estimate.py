@@ -16,8 +16,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_finite
+from jaxode.estimation.bounds import names
+from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.observations import Given, posed
-from jaxode.estimation.residuals import ObservedODE, least_squares, of_observations
+from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.search import Box, minimize
 from jaxode.estimation.slopes import match_slopes
 from jaxode.estimation.starts import (
     FULL_ROUNDS,
@@ -25,20 +28,25 @@ from jaxode.estimation.starts import (
     STEPS_PER_ROUND,
     Ends,
     Runs,
+    ends_of_starts,
     improved,
     with_matched,
+)
+from jaxode.estimation.uncertainty import (
+    NULL_SINGULAR_VALUE,
+    VAGUE_ERROR,
+    chi_square,
+    cure,
+    has_known_variance,
+    has_noise,
+    is_unlikely,
+    nll_of,
+    uncertainty,
 )
 from jaxode.ode.field import VectorField
 from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
-# The largest singular value, as a part of the first, of a direction that changes no residual.
-NULL_SINGULAR_VALUE = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}
-NULL_COMPONENT = 1e-3  # the largest component of a null vector in a parameter that is determined
-VAGUE_ERROR = 10.0  # warn of standard errors above this, in units of 1 + |parameter|
-# Warn of residuals beyond the given noise if their chi-square is this many standard deviations
-# above its mean, and this many times the mean: a smaller factor hardly changes standard errors.
-UNLIKELY_DEVIATIONS, UNLIKELY_FACTOR = 4.5, 1.2
 NOT_OPTIONS = (  # options of `solve` that it sets, or has no use for
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
     "axis_name", "steps", "mass",
@@ -49,24 +57,45 @@ class Estimate(eqx.Module):
     """Parameters that fit observations best."""
 
     params: PyTree[Array]
-    """The parameters with the least squares, shaped like one of `starts`."""
+    """The likeliest parameters, shaped like one of `starts`."""
     cost: Float[Array, ""]
-    """Half the sum of squares: with known noise, minus the log-likelihood up to a constant."""
+    """Half the sum of squares, or what stands for it: with known noise, minus the log-likelihood
+    above that of a perfect fit, and half the squares of the prior. With a function of noise, or a
+    likelihood of your own, `nll` and half the squares of the prior."""
+    nll: Float[Array, ""]
+    """Minus the log-likelihood, with all constants, without the prior. NaN with `residual`, whose
+    constants are not known."""
     covariance: Float[Array, "n n"]
     """Covariance of the parameters as one vector, in the order of `jax.tree.leaves(params)`."""
     errors: PyTree[Array]
-    """The standard error of each parameter; infinite where the observations do not determine it."""
+    """The standard error of each parameter: infinite where the observations do not determine it,
+    NaN at a bound."""
     noise: Float[Array, "..."] | None
-    """The standard deviation of the observations: as given, or what the residuals say. None with
-    `residual`, which has its own."""
+    """The noise: as given, at these parameters, or what the residuals say. None for Poisson's
+    likelihood, one of your own, and `residual`."""
     starts: PyTree[Array]
     """The end of each start, `[starts, ...]`; NaN where a better one replaced it."""
     costs: Float[Array, " starts"]
-    """Half the sum of squares where each start ended; infinite where it was given up."""
+    """`cost` where each start ended; infinite where it was given up."""
     converged: Bool[Array, ""]
-    """Whether least squares ended at its tolerance."""
+    """Whether the search ended at its tolerance."""
     _problem: ObservedODE
+    _box: Box
     _together: int = eqx.field(static=True)
+    _counts: tuple[int, int] = eqx.field(static=True)
+    """Of parameters, with the noise that the residuals say, and of observations."""
+
+    @property
+    def aic(self) -> Float[Array, ""]:
+        """Akaike's criterion: `2 * nll` and two for each parameter, the noise too if the residuals
+        say it."""
+        return 2 * self.nll + 2 * self._counts[0]
+
+    @property
+    def bic(self) -> Float[Array, ""]:
+        """The Bayesian criterion: `2 * nll` and the logarithm of the number of observations for
+        each parameter, the noise too if the residuals say it."""
+        return 2 * self.nll + self._counts[0] * math.log(self._counts[1])
 
     @public("profile")
     def profile(
@@ -102,19 +131,20 @@ class Estimate(eqx.Module):
         order = np.argsort(np.abs(np.asarray(values - value)), kind="stable")
         ends, costs = np.zeros((len(values), len(flat))), np.zeros(len(values))
         done = [(float(value), np.asarray(flat))]
-        data = self._problem, jnp.max(self._problem.ts)
+        objective = of_observations(self._problem, jnp.max(self._problem.ts))
         size = self._together  # for which there is a program
         for part in np.split(order, range(size, len(order), size)):
             rows = np.resize(part, size)
             near = [min(done, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
             starts = jnp.where(chosen, values[rows][:, None], jnp.asarray(np.stack(near)))
-            found = least_squares(
-                of_observations, data, starts, chosen, STEPS_PER_ROUND, jnp.zeros(size, flat.dtype)
-            )
+            held = [jnp.where(chosen, starts, bound) for bound in self._box]
+            free = jnp.zeros(size, flat.dtype)
+            found = minimize(objective, starts, Box(*held), STEPS_PER_ROUND, free)
             ends[rows], costs[rows] = found.flats, found.costs
             done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
-        given, unit = self._problem.noise, self._problem.unit
-        scale = 1.0 if self.noise is None else jnp.mean((given / self.noise) ** 2)
+        unit = self._problem.unit
+        known = not self._problem.estimated
+        scale = 1.0 if self.noise is None or known else (unit / self.noise) ** 2
         ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost / unit**2)
         return ratio, jax.vmap(unravel)(jnp.asarray(ends, flat.dtype))
 
@@ -129,20 +159,24 @@ def estimate(
     *,
     t0: float | Float[Array, ""] = 0.0,
     observe: Callable[[Array, PyTree, PyTree], Array] | None = None,
-    noise: float | Float[Array, "..."] | None = None,
+    likelihood: str | Callable[[Array, Array, PyTree], Array] | None = None,
+    noise: float | Float[Array, "..."] | Callable[..., Array] | None = None,
     residual: Callable[[Array, Array], Array] | None = None,
     prior: Callable[[PyTree], PyTree] | None = None,
+    bounds: tuple[PyTree, PyTree] | None = None,
     match: bool | None = None,
     row_args: PyTree = None,
     **options: Any,
 ) -> Estimate:
-    """Estimate the parameters of `dy/dt = f(t, y, params)` from observations, by least squares.
+    """Estimate the parameters of `dy/dt = f(t, y, params)` by maximum likelihood.
 
     From each start, slopes of smoothed observations are matched by the field, which needs no solve
     and rarely gets stuck; starts that fit the first observations go on, too. Then
-    Levenberg-Marquardt (Optimistix), with derivatives in forward mode, fits a sixteenth of the
-    observations, an eighth, and so on to all of them, eight starts at a time, as rows of one solve;
-    those that are far worse than others are given up. Let positive parameters be logarithms.
+    Levenberg-Marquardt, with derivatives in forward mode, fits a sixteenth of the observations, an
+    eighth, and so on to all of them, eight starts at a time, as rows of one solve; those that are
+    far worse than others are given up. Likelihoods other than the normal one take the place of
+    squares by their Fisher information (Fisher scoring). Let positive parameters be logarithms, or
+    give bounds.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -154,11 +188,19 @@ def estimate(
         t0: the time of `y0`.
         observe: what is observed, `observe(t, y, params)`; with `row_args`, of `(params, row)`. By
             default the state.
-        noise: standard deviation of the observations, shaped to broadcast with one of `ys`. By
-            default it is one number, which the residuals say.
+        likelihood: "normal" by default; "log_normal", whose median is predicted; "laplace";
+            "poisson" or "negative_binomial", whose mean is predicted; or `likelihood(predicted,
+            observed, params)`, the log-density of each observation, shaped like `ys`.
+        noise: standard deviation of the observations (of their logarithms if log-normal), their
+            mean distance (Laplace), or the size k (negative binomial: the variance is `mean +
+            mean**2 / k`), shaped to broadcast with one of `ys`. Or a function `noise(params)` or
+            `noise(params, row)` of what is estimated, too: until all observations are fitted, it
+            stays at the start. By default it is one number, which the residuals say.
         residual: `residual(predicted, observed)` whose half squares are negative log-densities up
             to a constant, in place of their difference by the noise: in units of its deviations.
         prior: residuals of the parameters, such as `lambda p: (p - mean) / deviation`.
+        bounds: `(low, high)`, each a number or a pytree like one of `starts`; infinite where there
+            is none. They hold at each step.
         match: whether to match slopes first. By default, if the state is observed, without
             `jumps`, and the solver is not one for stiff fields, whose slopes a spline does not
             resolve.
@@ -175,17 +217,20 @@ def estimate(
         SolveError: if no start could be solved for the first observations.
 
     Warns:
-        UserWarning: of parameters that the observations do not determine, such as those at a bound;
-            of residuals that are larger than the given noise, or `residual`, says; and if least
-            squares has not converged.
+        UserWarning: of parameters that the observations do not determine; of those that ended at a
+            bound; of residuals that are larger than a known noise says; and if the search has not
+            converged.
     """
     check_not_traced("chooses among starts", starts, ts, ys)
     known = inspect.signature(solve).parameters
     if wrong := [name for name in options if name in NOT_OPTIONS or name not in known]:
         raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")
-    problem, flats = posed(
-        Given(f, y0, ts, ys, starts, t0, observe, noise, residual, prior, row_args, options)
-    )
+    problem, flats, box = posed(
+        Given(
+            f, y0, ts, ys, starts, t0, observe, likelihood, noise, residual, prior, bounds,
+            row_args, options,
+        )
+    )  # fmt: skip
     solver = options.get("solver")
     stiff = isinstance(solver, Rodas5P | Rosenbrock23)
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
@@ -193,7 +238,7 @@ def estimate(
         raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
     matched = None
     if match or (match is None and not (stiff or cannot)):
-        matched = match_slopes(problem, flats)
+        matched = match_slopes(problem, flats, box)
     if match and matched is None:
         raise ValueError(
             f"{arg('match')} needs five observations of each series, at times that are not too "
@@ -205,64 +250,79 @@ def estimate(
     else:
         runs = with_matched(problem, np.asarray(flats), *matched)
         size = min(STARTS_AT_ONCE, 2 * len(flats))
-    return _described(problem, improved(problem, runs, size), size)
+    return _described(problem, improved(problem, runs, box, size), box, size)
 
 
-def _described(problem: ObservedODE, ends: Ends, together: int) -> Estimate:
+def _described(problem: ObservedODE, ends: Ends, box: Box, together: int) -> Estimate:
     unravel, dtype, best = problem.unravel, problem.ts.dtype, int(np.argmin(ends.costs))
-    flat, cost, jacobian = ends.runs.flats[best], float(ends.costs[best]), ends.jacobians[best]
-    used = len(jacobian) - int(np.isnan(problem.ys).sum())
-    noise, scale, free = problem.noise, 1.0, used - len(flat)
-    if problem.residual is None and problem.estimated:
-        scale = 2 * cost / free
+    flat, cost, residuals = ends.runs.flats[best], float(ends.costs[best]), ends.residuals[best]
+    params = unravel(jnp.asarray(flat, dtype))
+    used = int((~np.isnan(problem.ys)).sum())
+    # A prior has a row for each of its residuals; what is missing has none.
+    rows = len(residuals) - (problem.ys.size - used)
+    square, free = chi_square(problem, residuals, cost), rows - len(flat)
+    noise, scale, count = None, 1.0, len(flat)
+    if problem.estimated:
+        scale, count = square / free, count + 1
         noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
-    elif _is_unlikely(2 * cost, free):
+    elif has_noise(problem):
+        noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
+    if has_known_variance(problem) and is_unlikely(square, free):
         warnings.warn(
-            f"estimate: residuals are {math.sqrt(2 * cost / free):.3g} times the noise: half their "
-            f"squares sum to {cost:.3g} for {free} degrees of freedom. The model does not fit, or "
-            "the noise is larger. The standard errors are too small.",
+            f"estimate: residuals are {math.sqrt(square / free):.3g} times the noise: half their "
+            f"squares sum to {square / 2:.3g} for {free} degrees of freedom. The model does not "
+            f"fit, or the noise is larger{cure(problem)}. The standard errors are too small.",
             stacklevel=4,
         )
-    noise = noise if problem.residual is None else None
-    covariance, errors = _uncertainty(jacobian, scale, NULL_SINGULAR_VALUE[dtype])
-    wide = errors > VAGUE_ERROR * (1 + np.abs(flat))
-    if vague := [name for name, of in zip(_names(problem.template), wide, strict=True) if of]:
-        warnings.warn(
-            f"estimate: the observations do not determine {', '.join(vague)}: their standard "
-            "errors are of no use. They are at a bound, or others make up for them. Fix them, give "
-            "a prior, or look at Estimate.profile.",
-            stacklevel=4,
-        )
+    stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
+    covariance, errors = uncertainty(
+        ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
+    )
+    _warn_of_parameters(problem, flat, errors, stopped)
     if not ends.converged[best]:
         warnings.warn(
-            f"estimate: least squares did not converge in {STEPS_PER_ROUND * FULL_ROUNDS} steps. "
+            f"estimate: the search did not converge in {STEPS_PER_ROUND * FULL_ROUNDS} steps. "
             "The standard errors may be wrong. Start nearer, or lower rtol and atol.",
             stacklevel=4,
         )
-    starts, costs = _ends_of_starts(ends)
-    square = float(problem.unit) ** 2
+    starts, costs = ends_of_starts(ends)
+    unit = float(problem.unit) ** 2
     return Estimate(
-        params=unravel(jnp.asarray(flat, dtype)),
-        cost=jnp.asarray(cost * square, dtype),
+        params=params,
+        cost=jnp.asarray(cost * unit, dtype),
+        nll=nll_of(problem, params, cost, used),
         covariance=jnp.asarray(covariance, dtype),
         errors=unravel(jnp.asarray(errors, dtype)),
         noise=noise,
         starts=jax.vmap(unravel)(jnp.asarray(starts, dtype)),
-        costs=jnp.asarray(costs * square, dtype),
+        costs=jnp.asarray(costs * unit, dtype),
         converged=jnp.asarray(ends.converged[best]),
         _problem=problem,
+        _box=box,
         _together=together,
+        _counts=(count, used),
     )
 
 
-def _ends_of_starts(ends: Ends) -> tuple[np.ndarray, np.ndarray]:
-    """Where each start ended on the better of its ways, and half the sum of squares there."""
-    flats, of_start = ends.runs
-    costs = np.append(ends.costs, np.inf)[of_start]
-    way = np.argmin(costs, axis=1)[:, None]
-    run = np.take_along_axis(of_start, way, axis=1)[:, 0]
-    given_up = np.full((1, flats.shape[1]), np.nan)
-    return np.concatenate([flats, given_up])[run], costs.min(axis=1)
+def _warn_of_parameters(
+    problem: ObservedODE, flat: np.ndarray, errors: np.ndarray, stopped: np.ndarray
+) -> None:
+    """Warn of parameters at a bound, and of those that the observations do not determine."""
+    called = np.asarray(names(problem.template))
+    if stopped.any():
+        warnings.warn(
+            f"estimate: {', '.join(called[stopped])} ended at a bound. The standard errors are "
+            "those of the others, with these fixed.",
+            stacklevel=5,
+        )
+    vague = errors > VAGUE_ERROR * (1 + np.abs(flat))
+    if vague.any():
+        warnings.warn(
+            f"estimate: the observations do not determine {', '.join(called[vague])}: their "
+            "standard errors are of no use. They run away, or others make up for them. Fix "
+            "them, give a prior or bounds, or look at Estimate.profile.",
+            stacklevel=5,
+        )
 
 
 def _one_parameter(
@@ -283,39 +343,3 @@ def _one_parameter(
             "values of it."
         )
     return chosen
-
-
-def _is_unlikely(square: float, free: int) -> bool:
-    """Whether a chi-square is too large, by Wilson and Hilferty (1931), and by how much errors
-    would change."""
-    if free <= 0 or square <= UNLIKELY_FACTOR * free:
-        return False
-    spread = 2 / (9 * free)
-    return (square / free) ** (1 / 3) - (1 - spread) > UNLIKELY_DEVIATIONS * math.sqrt(spread)
-
-
-def _uncertainty(jacobian: np.ndarray, scale: float, tiny: float):
-    """The covariance and the standard errors of the parameters, infinite for those without effect.
-    Singular values up to this `tiny` part of the largest count as zero."""
-    jacobian = np.nan_to_num(jacobian)
-    # At least as many rows as parameters, so that every direction has a vector.
-    jacobian = np.pad(jacobian, ((0, jacobian.shape[1]), (0, 0)))
-    sizes = np.linalg.norm(jacobian, axis=0)
-    units = np.where(sizes > 0, sizes, 1.0)
-    _, values, vectors = np.linalg.svd(jacobian / units, full_matrices=False)
-    none = values <= max(values[0], 1e-30) * tiny
-    lost = (sizes == 0) | (np.abs(vectors[none]) > NULL_COMPONENT).any(axis=0)
-    inverse = vectors[~none].T / values[~none] ** 2 @ vectors[~none]
-    covariance = scale * inverse / units / units[:, None]
-    unknown = np.where(np.eye(len(units)) > 0, np.inf, 0.0)
-    covariance = np.where(lost | lost[:, None], unknown, covariance)
-    return covariance, np.sqrt(np.diag(covariance))
-
-
-def _names(template: PyTree) -> list[str]:
-    """Name each number, such as `['k'][0]`."""
-    names = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(template):
-        name = jax.tree_util.keystr(path) or "params"
-        names += [name + "".join(f"[{i}]" for i in at) for at in np.ndindex(leaf.shape)]
-    return names

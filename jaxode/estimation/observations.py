@@ -1,4 +1,4 @@
-"""Check what `jaxode.estimate` gets, and pose the least-squares problem."""
+"""Check what `jaxode.estimate` gets, and pose the problem."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -16,13 +16,17 @@ from jaxode._checks.arguments import (
     described,
     floating,
     numbers,
+    one_of,
     takes,
 )
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import check_observed_times
-from jaxode.estimation.residuals import PARAMETER_TOLERANCE, ObservedODE
+from jaxode.estimation.bounds import boxed
+from jaxode.estimation.likelihoods import LIKELIHOODS, Likelihood, LogNormal
+from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.search import PARAMETER_TOLERANCE, Box
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
@@ -30,6 +34,7 @@ from jaxode.ode.pieces import check_jumps
 CALLS = {  # arguments of a user's functions
     "observe": ("t", "y", "params"),
     "residual": ("predicted", "observed"),
+    "likelihood": ("predicted", "observed", "params"),
     "prior": ("params",),
     "y0": ("params",),
 }
@@ -45,41 +50,49 @@ class Given(NamedTuple):
     starts: Any
     t0: Any
     observe: Any
+    likelihood: Any
     noise: Any
     residual: Any
     prior: Any
+    bounds: Any
     row_args: Any
     options: dict[str, Any]
     """Options of `solve`."""
 
 
-def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"]]:
-    """The checked problem, and the starts as vectors."""
+def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
+    """The checked problem, the starts as vectors, and their bounds."""
     _check_functions(given)
     starts = _starts(given.starts)
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
     ts, ys, t0 = _observations(given, dtype)
+    likelihood = _likelihood(given, ys)
     spread = _spread(np.asarray(ys, float), ts.ndim - 1)
-    noise = _weight(given, ys, flats.shape[1], spread)
+    noise = _noise(given, likelihood, ys, flats.shape[1])
+    box = boxed(given.bounds, template, flats)
     y0, row_args = _experiments(given, template, ts, ys, t0)
     problem = ObservedODE(
         f=given.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=given.observe,
-        residual=given.residual, noise=noise, estimated=given.noise is None, prior=given.prior,
-        row_args=row_args, options=_solve_options(given, spread, dtype),
+        likelihood=likelihood, residual=given.residual, noise=noise,
+        estimated=given.noise is None and getattr(likelihood, "noise_rule", "") == "estimated",
+        prior=given.prior, row_args=row_args, options=_solve_options(given, spread, dtype),
     )  # fmt: skip
     _check_shapes(problem)
-    return problem, flats
+    return problem, flats, box
 
 
 def _check_functions(given: Given) -> None:
     """Raise for functions that cannot be called as they will be."""
     check_field("f", given.f, "f(t, y, params)")
+    if given.likelihood is not None and not callable(given.likelihood):
+        one_of("likelihood", given.likelihood, tuple(LIKELIHOODS))
     for name in ("observe", "residual", "prior"):
         if getattr(given, name) is not None:
             _check_function(name, getattr(given, name))
-    if callable(given.y0):
-        _check_function("y0", given.y0)
+    for name in ("y0", "likelihood"):
+        if callable(getattr(given, name)):
+            _check_function(name, getattr(given, name))
     check_jumps(given.options.get("jumps"))
 
 
@@ -132,12 +145,18 @@ def _check_shapes(problem: ObservedODE) -> None:
                 f"{arg('observe')} must return one observation, so that together they are like "
                 f"ys, {shape}; got {got}."
             )
-    if problem.residual is not None:
-        found = jax.eval_shape(problem.residual, problem.ys, problem.ys)
+    if callable(problem.noise):
+        _check_noise_shape(problem)
+    args = problem.ys, problem.ys
+    for name, of, returns, more in (
+        ("residual", problem.residual, "residuals", ()),
+        ("likelihood", problem.likelihood, "log-densities", (problem.template,)),
+    ):
+        if of is None or isinstance(of, Likelihood):
+            continue
+        found = jax.eval_shape(of, *args, *more)
         if getattr(found, "shape", None) != shape:
-            raise ValueError(
-                f"{arg('residual')} must return residuals like ys, {shape}; got {found}."
-            )
+            raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {found}.")
 
 
 def _starts(starts: Any) -> PyTree[Array]:
@@ -148,7 +167,7 @@ def _starts(starts: Any) -> PyTree[Array]:
             f"{arg('starts')} leaves must share a leading axis of starts; got shapes {shapes}. For "
             "one start, add it: jax.tree.map(lambda x: jnp.asarray(x)[None], starts)."
         )
-    # Least squares of Optimistix is in the default precision alone.
+    # In the default precision: with that of single numbers, a search ends far from the best.
     starts = jax.tree.map(lambda leaf: floating(leaf).astype(jnp.result_type(float)), starts)
     check_finite({"starts": starts})
     return starts
@@ -181,25 +200,49 @@ def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
     return ts, ys, t0
 
 
-def _weight(given: Given, ys: Array, count: int, spread: float) -> Array:
-    """Returns what divides the residuals: the noise if it is given, else the spread of `ys`, since
-    least squares has absolute tolerances.
-
-    Args:
-        given: arguments of the user.
-        ys: observations.
-        count: number of parameters.
-        spread: the standard deviation of `ys`.
-    """
-    noise, used = given.noise, int((~np.isnan(np.asarray(ys))).sum())
-    if callable(noise):
-        raise TypeError(
-            f"{arg('noise')} must be numbers; got a function. Pass a number, or an array that "
-            "broadcasts to ys; or leave it out, and the residuals say one number."
+def _likelihood(given: Given, ys: Array) -> Any:
+    """The likelihood that is known by name, the user's own, or None with a residual."""
+    name = given.likelihood
+    if given.residual is not None:
+        if name is not None:
+            raise ValueError(f"{arg('likelihood')} is not used with residual. Leave one out.")
+        return None
+    if callable(name):
+        return name
+    found = LIKELIHOODS["normal" if name is None else name]
+    values = np.asarray(ys)
+    if found.values == "counts":
+        wrong, rule = (values < 0) | (values != np.round(values)), "counts: whole, from zero"
+    elif found.values == "positive":
+        wrong, rule = values <= 0, "positive"
+    else:
+        return found
+    if (wrong := wrong & ~np.isnan(values)).any():
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(
+            f"{arg('ys')} must be {rule}, for likelihood={name!r}; got ys{list(at)} = "
+            f"{values[at]:g}. Pass NaN where one is missing, or another likelihood."
         )
-    if noise is not None and given.residual is not None:
-        raise ValueError(f"{arg('noise')} is not used with residual. Leave one out.")
-    if noise is None and given.residual is None:
+    return found
+
+
+def _noise(given: Given, likelihood: Any, ys: Array, count: int) -> Any:
+    """The noise as given, checked; else the spread of `ys`, since the search has absolute
+    tolerances."""
+    noise, used = given.noise, int((~np.isnan(np.asarray(ys))).sum())
+    rule = getattr(likelihood, "noise_rule", "unused")
+    if noise is not None and rule == "unused":
+        what = "residual" if likelihood is None else f"likelihood={given.likelihood!r}"
+        what = "a likelihood of your own" if callable(given.likelihood) else what
+        raise ValueError(f"{arg('noise')} is not used with {what}. Leave one out.")
+    if noise is None and rule == "needed":
+        raise ValueError(
+            f"{arg('noise')} is needed for likelihood={given.likelihood!r}. Pass numbers, or a "
+            "function of the parameters to estimate it: noise=lambda params: params['k']."
+        )
+    if noise is None and rule == "unused":
+        return jnp.asarray(1.0, ys.dtype)
+    if noise is None:
         if given.prior is not None:
             raise ValueError(f"{arg('prior')} is weighed against the noise. Pass noise, too.")
         if used <= count:
@@ -207,16 +250,40 @@ def _weight(given: Given, ys: Array, count: int, spread: float) -> Array:
                 f"{arg('ys')} must be more than the {count} parameters, to say the noise; got "
                 f"{used}. Pass noise."
             )
-    if noise is None:
-        return jnp.asarray(1.0 if given.residual is not None else spread, ys.dtype)
-    weight = floating(numbers("noise", noise)).astype(ys.dtype)
-    if not bool(((weight > 0) & jnp.isfinite(weight)).all()):
+        values = np.asarray(ys, float)
+        values = np.log(values) if isinstance(likelihood, LogNormal) else values
+        return jnp.asarray(_spread(values, jnp.ndim(given.ts) - 1), ys.dtype)
+    return noise if callable(noise) else _noise_numbers(noise, ys)
+
+
+def _noise_numbers(noise: Any, ys: Array) -> Array:
+    found = floating(numbers("noise", noise)).astype(ys.dtype)
+    if not bool(((found > 0) & jnp.isfinite(found)).all()):
         raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
-    if not _broadcasts(weight.shape, ys.shape):
+    if not _broadcasts(found.shape, ys.shape):
         raise ValueError(
-            f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {weight.shape}."
+            f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {found.shape}."
         )
-    return weight
+    return found
+
+
+def _check_noise_shape(problem: ObservedODE) -> None:
+    """Raise unless a function of the noise returns what broadcasts with an observation."""
+    noise: Any = problem.noise
+    rows = problem.row_args
+    by_row = rows is not None and takes(noise, "params", "row")
+    if not by_row and not takes(noise, "params"):
+        raise TypeError(
+            f"{arg('noise')} must be a function (params), or (params, row) with row_args; got one "
+            f"of {inspect.signature(noise)}."
+        )
+    row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
+    found = jax.eval_shape(noise, problem.template, *row)
+    one = problem.ys.shape[problem.ts.ndim :]
+    if not _broadcasts(getattr(found, "shape", (-1,)), one):
+        raise ValueError(
+            f"{arg('noise')} must return what broadcasts with an observation, {one}; got {found}."
+        )
 
 
 def _spread(ys: np.ndarray, axis: int) -> float:
@@ -241,5 +308,5 @@ def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     try:
         return jnp.broadcast_shapes(shape, to) == to
-    except ValueError:
+    except (ValueError, TypeError):
         return False

@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import check_derivative
-from jaxode.estimation.residuals import ObservedODE, least_squares
+from jaxode.estimation.objectives import Objective
+from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.search import Box, minimize
 from jaxode.ode.field import call_field
 
 FEWEST_FOR_A_SPLINE = 5  # observations of a series
@@ -37,7 +39,32 @@ def smoothed(ts: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray] | 
     return values, slopes
 
 
-def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"]):
+class OfSlopes(Objective):
+    """Squares of the distances between slopes of the smoothed observations and those of `f`."""
+
+    problem: ObservedODE
+    values: Float[Array, "..."]
+    slopes: Float[Array, "..."]
+    scale: Float[Array, "..."]
+
+    def quantities(self, flat, start):
+        problem = self.problem
+        params = problem.unravel(flat)
+
+        def slope(t, y, row):
+            dy = call_field(problem.f, t, y, params, row=row)
+            check_derivative(y, dy, casts=True)
+            return jnp.asarray(dy)
+
+        each = jax.vmap(slope, (0, 0, None))
+        if problem.ts.ndim == 1:
+            found = each(problem.ts, self.values, None)
+        else:
+            found = jax.vmap(each)(problem.ts, self.values, problem.row_args)
+        return ((found - self.slopes) / self.scale).ravel()
+
+
+def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"], box: Box):
     """The end of least squares of slopes from each start, and the half sums; None where there
     are too few observations, or `f` is finite at none."""
     ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
@@ -52,26 +79,7 @@ def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"]):
     values, slopes, scale = (
         jnp.asarray(np.moveaxis(x, -1, axis), starts.dtype) for x in (*found, scale)
     )
-    fixed = jnp.zeros(starts.shape[1], bool)
-    data = problem, values, slopes, scale
     free = jnp.zeros(len(starts), starts.dtype)
-    ends = least_squares(_apart, data, starts, fixed, MATCHING_STEPS, free)
+    ends = minimize(OfSlopes(problem, values, slopes, scale), starts, box, MATCHING_STEPS, free)
     costs = np.asarray(ends.costs)
     return (np.asarray(ends.flats), costs) if np.isfinite(costs).any() else None
-
-
-def _apart(flat: Float[Array, " n"], data) -> Array:
-    problem, values, slopes, scale = data
-    params = problem.unravel(flat)
-
-    def slope(t, y, row):
-        dy = call_field(problem.f, t, y, params, row=row)
-        check_derivative(y, dy, casts=True)
-        return jnp.asarray(dy)
-
-    each = jax.vmap(slope, (0, 0, None))
-    if problem.ts.ndim == 1:
-        found = each(problem.ts, values, None)
-    else:
-        found = jax.vmap(each)(problem.ts, values, problem.row_args)
-    return ((found - slopes) / scale).ravel()

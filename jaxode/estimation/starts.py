@@ -1,4 +1,4 @@
-"""Least squares from many starts, on more and more of the observations."""
+"""The search from many starts, on more and more of the observations."""
 
 import itertools
 import math
@@ -11,15 +11,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
-from jaxode.estimation.residuals import ObservedODE, costs_at, least_squares, of_observations
+from jaxode.estimation.objectives import of_observations
+from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.search import Box, costs_at, minimize
 
 STARTS_AT_ONCE = 8  # the rows of one solve
-GIVE_UP_FACTOR = 10.0  # drop runs above this many times the least cost, except the best eight
+# Drop runs above this many times the least cost, except the best eight; or above it by so many
+# nats an observation where the cost is a density, which has no least value.
+GIVE_UP_FACTOR, GIVE_UP_NATS = 10.0, 10.0
 # Fit the observations up to these parts of their times, one part after the other.
 PARTS_OF_TIMES = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0
 # Until all observations are fitted, weigh the distance from a start by this much of its residuals.
 HOLD_WEIGHT = 0.1
-STEPS_PER_ROUND = 50  # of least squares
+STEPS_PER_ROUND = 50  # of the search
 FULL_ROUNDS = 4  # rounds on all observations, at most
 SAME_END = 1e-3  # merge ends whose parameters and costs differ by less than this part
 
@@ -38,7 +42,9 @@ class Ends(NamedTuple):
     runs: Runs
     costs: Float[np.ndarray, " runs"]
     converged: Bool[np.ndarray, " runs"]
-    jacobians: Float[np.ndarray, "runs m n"]
+    residuals: Float[np.ndarray, "runs m"]
+    information: Float[np.ndarray, "runs k n"]
+    """A root of the Fisher information."""
 
 
 def with_matched(
@@ -46,13 +52,13 @@ def with_matched(
 ) -> Runs:
     """Collect the ends of gradient matching and of fits to the first observations."""
     count = len(starts)
-    matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs)
+    matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs, 0.0)
     least = len(matched.flats)  # at least one
     # Repeat them, so that the size of the program does not depend on the data.
     together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
-    data = problem, _end(problem, 0)
-    of_all = np.asarray(costs_at(of_observations, data, jnp.asarray(together)))
-    near = np.flatnonzero(of_all[count:] <= GIVE_UP_FACTOR * of_all.min())
+    objective = of_observations(problem, _end(problem, 0))
+    of_all = np.asarray(costs_at(objective, jnp.asarray(together))[0])
+    near = np.flatnonzero(of_all[count:] <= _limit(of_all.min(), _slack(problem)))
     place = np.full(count, -1)
     place[near] = least + np.arange(len(near))
     flats = np.concatenate([matched.flats, starts[near]])
@@ -70,12 +76,12 @@ def _end(problem: ObservedODE, number: int) -> Array:
     return jnp.asarray(times[min(max(last, first), len(times) - 1)], ts.dtype)
 
 
-def improved(problem: ObservedODE, runs: Runs, size: int) -> Ends:
-    """The ends of runs of least squares, `size` at a time, on more and more observations."""
+def improved(problem: ObservedODE, runs: Runs, box: Box, size: int) -> Ends:
+    """The ends of runs of the search, `size` at a time, on more and more observations."""
     first_whole = len(PARTS_OF_TIMES) - 1
     for number in itertools.count():
         end, whole = _end(problem, number), number >= first_whole
-        ends = _fitted(problem, end, runs, size, hold=not whole)
+        ends = _fitted(problem, end, runs, box, size, hold=not whole)
         if not np.isfinite(ends.costs).any():
             raise SolveError(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
@@ -84,24 +90,35 @@ def improved(problem: ObservedODE, runs: Runs, size: int) -> Ends:
         settled = ends.converged[np.argmin(ends.costs)] or number == first_whole + FULL_ROUNDS - 1
         if whole and settled:
             break
-        runs = _distinct(ends.runs, ends.costs)
+        runs = _distinct(ends.runs, ends.costs, _slack(problem))
     return ends
 
 
-def _fitted(problem: ObservedODE, end: Array, runs: Runs, size: int, hold: bool) -> Ends:
+def _fitted(problem: ObservedODE, end: Array, runs: Runs, box: Box, size: int, hold: bool) -> Ends:
     """Fit the observations up to `end`, from `size` starts at a time."""
-    data, found, count = (problem, end), [], len(runs.flats)
-    free = jnp.zeros(runs.flats.shape[1], bool)
+    objective, found, count = of_observations(problem, end), [], len(runs.flats)
     for i in range(0, count, size):
         starts = jnp.asarray(runs.flats[np.resize(np.arange(i, min(i + size, count)), size)])
         weights = jnp.zeros(size, starts.dtype)
         if hold:  # what few observations do not determine would run away
-            mean = costs_at(of_observations, data, starts) / problem.ys.size
+            mean = costs_at(objective, starts)[1] / problem.ys.size
+            if problem.is_density:  # whose squares may vanish, as if residuals were one
+                mean = jnp.maximum(mean, 0.5)
             weights = jnp.where(jnp.isfinite(mean), HOLD_WEIGHT * jnp.sqrt(mean), weights)
-        fits = least_squares(of_observations, data, starts, free, STEPS_PER_ROUND, weights)
+        fits = minimize(objective, starts, box, STEPS_PER_ROUND, weights)
         found.append([np.asarray(leaf)[: count - i] for leaf in fits])
-    flats, costs, converged, jacobians = map(np.concatenate, zip(*found, strict=True))
-    return Ends(runs._replace(flats=flats), costs, converged, jacobians)
+    flats, *others = map(np.concatenate, zip(*found, strict=True))
+    return Ends(runs._replace(flats=flats), *others)
+
+
+def ends_of_starts(ends: Ends) -> tuple[np.ndarray, np.ndarray]:
+    """Where each start ended on the better of its ways, and the costs there."""
+    flats, of_start = ends.runs
+    costs = np.append(ends.costs, np.inf)[of_start]
+    way = np.argmin(costs, axis=1)[:, None]
+    run = np.take_along_axis(of_start, way, axis=1)[:, 0]
+    given_up = np.full((1, flats.shape[1]), np.nan)
+    return np.concatenate([flats, given_up])[run], costs.min(axis=1)
 
 
 def _cause(problem: ObservedODE, end: Array, start: np.ndarray) -> str:
@@ -112,9 +129,13 @@ def _cause(problem: ObservedODE, end: Array, start: np.ndarray) -> str:
         predicted = problem.predicted(params, end, throw=True)
     except SolveError as error:
         return str(error).removeprefix("solve: ")
-    residuals, seen = problem.residuals(flat, end), ~jnp.isnan(problem.ys)
-    for name, found in (("observe", predicted), ("residual", residuals[: predicted.size])):
-        lost = np.asarray(seen & ~jnp.isfinite(found.reshape(predicted.shape)))
+    noise = problem.noise_at(params)
+    if not bool(jnp.all((noise > 0) & jnp.isfinite(noise))):
+        return f"noise is {float(jnp.min(noise)):.4g}. Let it be positive, such as an exponential."
+    seen, of_each = ~jnp.isnan(problem.ys), problem.misfit(predicted, params)
+    of = "residual" if problem.likelihood is None else "likelihood"
+    for name, found in (("observe", predicted), (of, of_each)):
+        lost = np.asarray(seen & ~jnp.isfinite(found))
         if lost.any():
             at = tuple(map(int, np.argwhere(lost)[0]))
             return (
@@ -122,26 +143,35 @@ def _cause(problem: ObservedODE, end: Array, start: np.ndarray) -> str:
                 f"ys{list(at)} = {problem.ys[at]:.4g}, where {predicted[at]:.4g} is predicted. "
                 "Look for a logarithm or a root of what is not positive, or start nearer."
             )
-    lost = not jnp.isfinite(residuals[predicted.size :]).all()
+    lost = not jnp.isfinite(problem.prior_residuals(params)).all()
     return (
-        f"{'prior' if lost else 'the sum of squares'} is not finite. Start nearer, or look for a "
+        f"{'prior' if lost else 'the cost'} is not finite. Start nearer, or look for a "
         "logarithm or a root of what is negative."
     )
 
 
-def _distinct(runs: Runs, costs: np.ndarray) -> Runs:
+def _slack(problem: ObservedODE) -> float:
+    """How far the cost of a run may be above the least, beyond a factor."""
+    return GIVE_UP_NATS * problem.ys.size if problem.is_density else 0.0
+
+
+def _limit(least: float, slack: float) -> float:
+    return least + slack if slack else GIVE_UP_FACTOR * least
+
+
+def _distinct(runs: Runs, costs: np.ndarray, slack: float) -> Runs:
     """Runs that differ, without those that are far worse than the best."""
     flats, kept, to = runs.flats, [], np.full(len(costs) + 1, -1)  # the last for those given up
     order = np.argsort(costs, kind="stable")
     for i in order[np.isfinite(costs[order])]:
         same = [
             place for place, j in enumerate(kept)
-            if costs[i] <= (1 + SAME_END) * costs[j]
+            if costs[i] - costs[j] <= SAME_END * abs(costs[j])
             and np.max(np.abs(flats[i] - flats[j]) / (1 + np.abs(flats[j]))) < SAME_END
         ]  # fmt: skip
         if same:
             to[i] = same[0]
-        elif len(kept) < STARTS_AT_ONCE or costs[i] <= GIVE_UP_FACTOR * costs[kept[0]]:
+        elif len(kept) < STARTS_AT_ONCE or costs[i] <= _limit(float(costs[kept[0]]), slack):
             to[i] = len(kept)
             kept.append(i)
     return Runs(flats[kept], to[runs.of_start])

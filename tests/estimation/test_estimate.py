@@ -8,8 +8,8 @@ import pytest
 from scipy.optimize import curve_fit
 
 import jaxode
-from jaxode.estimation.estimate import _is_unlikely
 from jaxode.estimation.slopes import smoothed
+from jaxode.estimation.uncertainty import is_unlikely
 
 TS = jnp.linspace(0.1, 3.0, 30)
 NOISE = 0.02
@@ -247,7 +247,7 @@ def test_it_warns_of_a_model_that_does_not_fit(options):
     [(54, 11, True), (29, 11, False), (15, 1, False), (25, 1, True), (11000, 10000, False)],
 )
 def test_a_sum_of_squares_is_told_that_chance_rarely_makes(square, free, said):
-    assert _is_unlikely(square, free) == said
+    assert is_unlikely(square, free) == said
 
 
 def test_it_names_what_the_observations_do_not_determine():
@@ -271,7 +271,7 @@ WRONG = {
     "numbers as starts": (
         {"starts": {"rate": 1.0, "size": 1.0}}, r"lambda x: jnp\.asarray\(x\)\[None\], starts\)",
     ),
-    "a function of noise": ({"noise": lambda p: p["s"]}, r"noise=.* be numbers; got a function"),
+    "noise of three": ({"noise": lambda p, q, r: p["s"]}, r"be a function \(params\), or"),
     "a residual of three": (
         {"residual": lambda p, o, s: p - o}, r"must be a function \(predicted, observed\); got one "
         r"of \(p, o, s\)",

@@ -211,14 +211,17 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # An interpolation may end before the solve.
     ("ode/interpolations.py", "(low < first - near) | (high > last + near)", "low < first - near"),
     # What a profile holds moves.
-    ("estimation/residuals.py", "residuals(jnp.where(fixed, start, flat), data)",
-     "residuals(flat, data)"),
+    ("estimation/estimate.py", "jnp.where(chosen, starts, bound)", "bound + 0 * starts"),
+    # Bounds hold only at the end of a step that is solved without them.
+    ("estimation/search.py", "stopped | (inside != flat + step)", "stopped"),
+    # The score of the noise is as if the residuals were one.
+    ("estimation/objectives.py", "append(down_noise /", "append(0 * down_noise /"),
     # Observations that are missing count.
-    ("estimation/residuals.py", "seen = seen & ~jnp.isnan(self.ys)", "seen = seen & True"),
+    ("estimation/problem.py", "return seen & ~jnp.isnan(self.ys)", "return seen & True"),
     # No part of the observations comes first.
     ("estimation/starts.py", "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)",
      "len(times)"),
-    ("estimation/estimate.py", "covariance = scale * inverse", "covariance = inverse"),
+    ("estimation/uncertainty.py", "covariance = scale * inverse", "covariance = inverse"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
     ("ode/solvers/explicit.py", "h_bar + c[i] * dtime", "h_bar + dtime"),

@@ -1,0 +1,114 @@
+"""An ODE with unknown parameters, and what is known of its observations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxode._checks.arguments import floating, takes
+from jaxode.estimation.likelihoods import Likelihood
+from jaxode.ode.adjoints import ForwardMode
+from jaxode.ode.field import call_field
+from jaxode.ode.pieces import Jumps
+from jaxode.ode.solve import solve
+
+
+class ObservedODE(eqx.Module):
+    """An ODE with unknown parameters, and its observations."""
+
+    f: Callable[..., PyTree]
+    y0: PyTree
+    """The state at `t0`, or a function of the parameters."""
+    t0: Float[Array, ""]
+    ts: Float[Array, " times"] | Float[Array, "rows times"]
+    ys: Float[Array, "times ..."] | Float[Array, "rows times ..."]
+    template: PyTree
+    """Parameters, for their shapes."""
+    observe: Callable[..., Array] | None
+    likelihood: Any
+    """A `Likelihood`, a user's log-density, or None with `residual`."""
+    residual: Any
+    """A user's function, or None."""
+    noise: Any
+    """An array or a function, as given; else the spread of `ys`."""
+    estimated: bool
+    """Whether the residuals say the noise."""
+    prior: Callable[[PyTree], PyTree] | None
+    row_args: PyTree
+    options: dict[str, Any]
+
+    @property
+    def unit(self) -> Float[Array, ""] | float:
+        """Multiply residuals by this to get units of `ys`."""
+        return jnp.asarray(self.noise) if self.estimated else 1.0
+
+    @property
+    def is_density(self) -> bool:
+        """Whether costs are log-densities, and not distances from a perfect fit."""
+        named = isinstance(self.likelihood, Likelihood)
+        return self.likelihood is not None and not (named and not callable(self.noise))
+
+    def unravel(self, flat: Float[Array, " n"]) -> PyTree:
+        """The parameters."""
+        return ravel_pytree(self.template)[1](flat)
+
+    def start(self, params: PyTree) -> PyTree:
+        """The state at `t0`."""
+        return self.y0(params) if callable(self.y0) else self.y0
+
+    def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
+        """Predict the observations up to `end`, and hold them constant from there on."""
+        ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
+        options = self.options
+        if (jumps := options.get("jumps")) is not None:  # those after the end are padding
+            times = floating(jumps.times)
+            times = jnp.where(times > ts[..., -1:], jnp.inf, times)
+            options = {**options, "jumps": Jumps(times, jumps.change)}
+        ys = solve(
+            self.f, self.start(params), self.t0, ts[..., -1], params, ts=ts, batch=batch,
+            row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
+        ).ys  # fmt: skip
+        observe = self.observe
+        if observe is None:
+            return ys
+
+        def seen(t, y, row):
+            return call_field(observe, t, y, params, "observe", "what is observed", row=row)
+
+        each = jax.vmap(seen, (0, 0, None))
+        return each(ts, ys, None) if batch is None else jax.vmap(each)(ts, ys, self.row_args)
+
+    def noise_at(self, params: PyTree) -> Float[Array, "..."]:
+        """The noise of each observation."""
+        noise: Any = self.noise
+        if not callable(noise):
+            return jnp.broadcast_to(noise, self.ys.shape)
+        if self.row_args is None or not takes(noise, "params", "row"):
+            return jnp.broadcast_to(jnp.asarray(noise(params)), self.ys.shape)
+        each = lambda row: jnp.broadcast_to(jnp.asarray(noise(params, row)), self.ys.shape[1:])
+        return jax.vmap(each)(self.row_args)
+
+    def misfit(self, predicted: Array, params: PyTree) -> Array:
+        """Minus the log-density of each observation; with `residual`, up to a constant."""
+        if self.likelihood is None:
+            return 0.5 * self.residual(predicted, self.ys) ** 2
+        if not isinstance(self.likelihood, Likelihood):
+            return -self.likelihood(predicted, self.ys, params)
+        noise = self.noise_at(params)
+        apart = self.likelihood.half_deviance(predicted, self.ys, noise)
+        return apart + self.likelihood.saturated(self.ys, noise)
+
+    def seen(self, end: Float[Array, ""]) -> Bool[Array, "..."]:
+        """Mark the observations up to `end` that are not missing."""
+        seen = (self.ts <= end).reshape(self.ts.shape + (1,) * (self.ys.ndim - self.ts.ndim))
+        return seen & ~jnp.isnan(self.ys)
+
+    def prior_residuals(self, params: PyTree) -> Float[Array, " k"]:
+        """Residuals of the parameters."""
+        if self.prior is None:
+            return jnp.zeros(0, self.ts.dtype)
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(self.prior(params))])
