@@ -16,16 +16,15 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_finite
-from jaxode.estimation.bounds import names
+from jaxode.estimation.bounds import names, one_parameter
+from jaxode.estimation.budget import STEPS_PER_ROUND, Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.observations import Given, posed
 from jaxode.estimation.problem import ObservedODE
 from jaxode.estimation.search import Box, minimize
 from jaxode.estimation.slopes import match_slopes
 from jaxode.estimation.starts import (
-    FULL_ROUNDS,
     STARTS_AT_ONCE,
-    STEPS_PER_ROUND,
     Ends,
     Runs,
     ends_of_starts,
@@ -120,7 +119,7 @@ class Estimate(eqx.Module):
             TypeError, ValueError: if `where` is not one number of the parameters.
         """
         flat, unravel = ravel_pytree(self.params)
-        chosen = _one_parameter(where, flat, unravel)
+        chosen = one_parameter(where, flat, unravel)
         value = flat[chosen][0]
         values = floating(values).astype(flat.dtype)
         if values.ndim != 1:
@@ -166,6 +165,9 @@ def estimate(
     bounds: tuple[PyTree, PyTree] | None = None,
     match: bool | None = None,
     row_args: PyTree = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Estimate:
     """Estimate the parameters of `dy/dt = f(t, y, params)` by maximum likelihood.
@@ -175,8 +177,8 @@ def estimate(
     Levenberg-Marquardt, with derivatives in forward mode, fits a sixteenth of the observations, an
     eighth, and so on to all of them, eight starts at a time, as rows of one solve; those that are
     far worse than others are given up. Likelihoods other than the normal one take the place of
-    squares by their Fisher information (Fisher scoring). Let positive parameters be logarithms, or
-    give bounds.
+    squares by their Fisher information (Fisher scoring). Ctrl-C ends the search with the best so
+    far. Let positive parameters be logarithms, or give bounds.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -205,6 +207,9 @@ def estimate(
             `jumps`, and the solver is not one for stiff fields, whose slopes a spline does not
             resolve.
         row_args: arguments of each experiment, `[rows, ...]`.
+        seconds: end after this time, with compilation, late by 50 steps of eight starts.
+        steps: of the search on all observations, 200 by default.
+        progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`
             and `atol` are 1e-6, or 1e-5 in single precision; without `observe`, `atol` is this part
             of the spread of `ys`, if that is below one.
@@ -222,6 +227,7 @@ def estimate(
             converged.
     """
     check_not_traced("chooses among starts", starts, ts, ys)
+    budget = Budget(seconds, steps, progress)
     known = inspect.signature(solve).parameters
     if wrong := [name for name in options if name in NOT_OPTIONS or name not in known]:
         raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")
@@ -250,10 +256,13 @@ def estimate(
     else:
         runs = with_matched(problem, np.asarray(flats), *matched)
         size = min(STARTS_AT_ONCE, 2 * len(flats))
-    return _described(problem, improved(problem, runs, box, size), box, size)
+    ends = improved(problem, runs, box, size, budget)
+    return _described(problem, ends, box, size, budget)
 
 
-def _described(problem: ObservedODE, ends: Ends, box: Box, together: int) -> Estimate:
+def _described(
+    problem: ObservedODE, ends: Ends, box: Box, together: int, budget: Budget
+) -> Estimate:
     unravel, dtype, best = problem.unravel, problem.ts.dtype, int(np.argmin(ends.costs))
     flat, cost, residuals = ends.runs.flats[best], float(ends.costs[best]), ends.residuals[best]
     params = unravel(jnp.asarray(flat, dtype))
@@ -267,7 +276,8 @@ def _described(problem: ObservedODE, ends: Ends, box: Box, together: int) -> Est
         noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
     elif has_noise(problem):
         noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
-    if has_known_variance(problem) and is_unlikely(square, free):
+    converged = bool(ends.converged[best])
+    if converged and has_known_variance(problem) and is_unlikely(square, free):
         warnings.warn(
             f"estimate: residuals are {math.sqrt(square / free):.3g} times the noise: half their "
             f"squares sum to {square / 2:.3g} for {free} degrees of freedom. The model does not "
@@ -279,10 +289,10 @@ def _described(problem: ObservedODE, ends: Ends, box: Box, together: int) -> Est
         ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
     )
     _warn_of_parameters(problem, flat, errors, stopped)
-    if not ends.converged[best]:
+    if not converged:
         warnings.warn(
-            f"estimate: the search did not converge in {STEPS_PER_ROUND * FULL_ROUNDS} steps. "
-            "The standard errors may be wrong. Start nearer, or lower rtol and atol.",
+            f"estimate: the search {budget.describe()}. The standard errors may be wrong. Start "
+            "nearer, give more time, or lower rtol and atol.",
             stacklevel=4,
         )
     starts, costs = ends_of_starts(ends)
@@ -296,7 +306,7 @@ def _described(problem: ObservedODE, ends: Ends, box: Box, together: int) -> Est
         noise=noise,
         starts=jax.vmap(unravel)(jnp.asarray(starts, dtype)),
         costs=jnp.asarray(costs * unit, dtype),
-        converged=jnp.asarray(ends.converged[best]),
+        converged=jnp.asarray(converged),
         _problem=problem,
         _box=box,
         _together=together,
@@ -323,23 +333,3 @@ def _warn_of_parameters(
             "them, give a prior or bounds, or look at Estimate.profile.",
             stacklevel=5,
         )
-
-
-def _one_parameter(
-    where: Callable[[PyTree], Array], flat: Float[Array, " n"], unravel: Callable[[Array], PyTree]
-) -> Bool[Array, " n"]:
-    """Mark the parameter that `where` chooses, in the vector of all."""
-    try:
-        value, slope = jax.value_and_grad(lambda flat: jnp.reshape(where(unravel(flat)), ()))(flat)
-    except (TypeError, KeyError, IndexError) as error:
-        raise TypeError(
-            f"{arg('where')} must choose one number, as lambda params: params['k'][0]; got "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    chosen = slope != 0
-    if int(chosen.sum()) != 1 or slope[chosen][0] != 1 or value != flat[chosen][0]:
-        raise ValueError(
-            f"{arg('where')} must choose one parameter itself, and no function of some. Pass "
-            "values of it."
-        )
-    return chosen

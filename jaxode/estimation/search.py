@@ -1,7 +1,7 @@
 """Levenberg-Marquardt within bounds, from several starts."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,6 @@ def costs_at(objective: Objective, flats: Float[Array, "starts n"]) -> tuple[Arr
     return jnp.where(jnp.isfinite(costs), costs, jnp.inf), squares
 
 
-@compiled
 def minimize(
     objective: Objective,
     flats: Float[Array, "starts n"],
@@ -85,16 +84,26 @@ def minimize(
         objective: what to minimize.
         flats: the starts, within the bounds.
         box: bounds of the parameters, `[n]` or `[starts, n]`.
-        steps: the largest number of steps.
+        steps: the largest number of steps. The first only evaluates the start.
         hold: weighs the distance from the start, in units of its size or one, as further residuals,
             which the result does not count.
     """
     box = Box(*(jnp.broadcast_to(bound, flats.shape) for bound in box))
-    return jax.vmap(lambda *of_start: _improved(objective, steps, *of_start))(flats, box, hold)
+    # One program, whatever the number of steps.
+    return _minimize(objective, jnp.asarray(steps), flats, box, hold)
+
+
+@compiled
+def _minimize(objective: Objective, steps: Int[Array, ""], *of_starts: Any) -> Fits:
+    return jax.vmap(lambda *of_start: _improved(objective, steps, *of_start))(*of_starts)
 
 
 def _improved(
-    objective: Objective, steps: int, start: Float[Array, " n"], box: Box, hold: Float[Array, ""]
+    objective: Objective,
+    steps: Int[Array, ""],
+    start: Float[Array, " n"],
+    box: Box,
+    hold: Float[Array, ""],
 ) -> Fits:
     unit = jnp.maximum(jnp.abs(start), 1.0)  # of each parameter, since the damping has none
     held = jnp.diag(hold / unit)

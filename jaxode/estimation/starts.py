@@ -1,9 +1,9 @@
 """The search from many starts, on more and more of the observations."""
 
-import itertools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
+from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.problem import ObservedODE
 from jaxode.estimation.search import Box, costs_at, minimize
@@ -23,8 +24,6 @@ GIVE_UP_FACTOR, GIVE_UP_NATS = 10.0, 10.0
 PARTS_OF_TIMES = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0
 # Until all observations are fitted, weigh the distance from a start by this much of its residuals.
 HOLD_WEIGHT = 0.1
-STEPS_PER_ROUND = 50  # of the search
-FULL_ROUNDS = 4  # rounds on all observations, at most
 SAME_END = 1e-3  # merge ends whose parameters and costs differ by less than this part
 
 
@@ -76,27 +75,35 @@ def _end(problem: ObservedODE, number: int) -> Array:
     return jnp.asarray(times[min(max(last, first), len(times) - 1)], ts.dtype)
 
 
-def improved(problem: ObservedODE, runs: Runs, box: Box, size: int) -> Ends:
+def improved(problem: ObservedODE, runs: Runs, box: Box, size: int, budget: Budget) -> Ends:
     """The ends of runs of the search, `size` at a time, on more and more observations."""
-    first_whole = len(PARTS_OF_TIMES) - 1
-    for number in itertools.count():
+    first_whole, number = len(PARTS_OF_TIMES) - 1, 0
+    while True:
+        if budget.over:  # evaluate what there is on all observations
+            number = max(number, first_whole)
         end, whole = _end(problem, number), number >= first_whole
-        ends = _fitted(problem, end, runs, box, size, hold=not whole)
+        ends = _fitted(problem, end, runs, box, size, budget, max(number - first_whole, 0))
         if not np.isfinite(ends.costs).any():
             raise SolveError(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
                 f"them, {_cause(problem, end, runs.flats[0])}"
             )
-        settled = ends.converged[np.argmin(ends.costs)] or number == first_whole + FULL_ROUNDS - 1
-        if whole and settled:
+        settled = ends.converged[np.argmin(ends.costs)] or number - first_whole >= budget.rounds - 1
+        if whole and (settled or budget.over):
             break
         runs = _distinct(ends.runs, ends.costs, _slack(problem))
+        number += 1
+    budget.finish()
     return ends
 
 
-def _fitted(problem: ObservedODE, end: Array, runs: Runs, box: Box, size: int, hold: bool) -> Ends:
-    """Fit the observations up to `end`, from `size` starts at a time."""
+def _fitted(
+    problem: ObservedODE, end: Array, runs: Runs, box: Box, size: int, budget: Budget, rounds: int
+) -> Ends:
+    """Fit the observations up to `end`, from `size` starts at a time, after so many rounds."""
     objective, found, count = of_observations(problem, end), [], len(runs.flats)
+    last = jnp.max(problem.ts)
+    hold, part = bool(end < last), f"estimate: observations up to {float(end):.4g}"
     for i in range(0, count, size):
         starts = jnp.asarray(runs.flats[np.resize(np.arange(i, min(i + size, count)), size)])
         weights = jnp.zeros(size, starts.dtype)
@@ -105,8 +112,16 @@ def _fitted(problem: ObservedODE, end: Array, runs: Runs, box: Box, size: int, h
             if problem.is_density:  # whose squares may vanish, as if residuals were one
                 mean = jnp.maximum(mean, 0.5)
             weights = jnp.where(jnp.isfinite(mean), HOLD_WEIGHT * jnp.sqrt(mean), weights)
-        fits = minimize(objective, starts, box, STEPS_PER_ROUND, weights)
+        fits = None
+        with budget.until_stopped():
+            fits = jax.block_until_ready(
+                minimize(objective, starts, box, budget.steps_of(rounds), weights)
+            )
+        if fits is None:
+            fits = minimize(objective, starts, box, 1, weights)
         found.append([np.asarray(leaf)[: count - i] for leaf in fits])
+        best = min(float(of.min()) for _, of, *_ in found)
+        budget.show(part, min(i + size, count), count, best)
     flats, *others = map(np.concatenate, zip(*found, strict=True))
     return Ends(runs._replace(flats=flats), *others)
 

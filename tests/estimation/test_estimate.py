@@ -8,6 +8,8 @@ import pytest
 from scipy.optimize import curve_fit
 
 import jaxode
+from jaxode.estimation import starts as rounds
+from jaxode.estimation.search import minimize
 from jaxode.estimation.slopes import smoothed
 from jaxode.estimation.uncertainty import is_unlikely
 
@@ -413,3 +415,33 @@ def test_a_profile_needs_one_parameter(fitted):
             fitted.profile(where, jnp.ones(1))
     with pytest.raises(TypeError, match="must choose one number"):
         fitted.profile(lambda params: params["k"], jnp.ones(1))
+
+
+def test_it_ends_after_few_steps_or_seconds_with_what_it_has(capfd):
+    with pytest.warns(UserWarning, match="did not converge in 1 steps"):
+        few = estimated(noise=NOISE, match=False, steps=1)
+    with pytest.warns(UserWarning, match=r"ended by seconds=0 before it converged"):
+        none = estimated(noise=NOISE, match=False, seconds=0, progress=True)
+    assert few.cost <= none.cost
+    best = np.argmin(none.costs)  # of the starts themselves
+    assert none.params["rate"] == STARTS["rate"][best]
+    at = (STARTS["rate"][best], STARTS["size"][best])
+    squares = np.sum((YS - closed(np.asarray(TS), *map(float, at))) ** 2) / NOISE**2
+    np.testing.assert_allclose(none.cost, squares / 2, rtol=1e-4)
+    assert "up to 3: 3 of 3 starts, best cost" in capfd.readouterr().err
+
+
+def test_an_interrupt_keeps_the_best_so_far(monkeypatch):
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return minimize(*args)
+
+    monkeypatch.setattr(rounds, "minimize", interrupted)
+    with pytest.warns(UserWarning, match="ended by Ctrl-C before it converged"):
+        found = estimated(noise=NOISE, match=False)
+    assert len(calls) == 5  # two parts, the third twice, and all observations
+    assert np.isfinite(found.cost)

@@ -7,7 +7,6 @@ import pytest
 from scipy import optimize, stats
 
 import jaxode
-from jaxode.estimation import starts as rounds
 from jaxode.estimation.likelihoods import LIKELIHOODS
 
 RNG = np.random.default_rng(1)
@@ -116,11 +115,9 @@ def test_the_end_is_that_of_scipy(name):
     assert found.converged
 
 
-def test_estimated_noise_is_the_closed_form_after_few_steps(monkeypatch):
-    monkeypatch.setattr(rounds, "STEPS_PER_ROUND", 12)
-    monkeypatch.setattr(rounds, "FULL_ROUNDS", 1)
+def test_estimated_noise_is_the_closed_form_after_few_steps():
     starts = {"noise": 0.0, "rate": -0.8, "size": 3.2}
-    found = estimated(REAL, starts, noise=lambda p: jnp.exp(p["noise"]))
+    found = estimated(REAL, starts, noise=lambda p: jnp.exp(p["noise"]), steps=12)
     apart = REAL - mean(found.params["rate"], found.params["size"])
     np.testing.assert_allclose(found.noise, np.sqrt(np.nanmean(apart**2)), rtol=1e-5)
     assert found.converged
