@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_finite
-from jaxode.estimation.bounds import names, one_parameter
+from jaxode.estimation.bounds import one_parameter
 from jaxode.estimation.budget import STEPS_PER_ROUND, Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.observations import Given, posed
+from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.problem import ObservedODE
 from jaxode.estimation.search import Box, minimize
 from jaxode.estimation.slopes import match_slopes
@@ -33,7 +34,6 @@ from jaxode.estimation.starts import (
 )
 from jaxode.estimation.uncertainty import (
     NULL_SINGULAR_VALUE,
-    VAGUE_ERROR,
     chi_square,
     cure,
     has_known_variance,
@@ -41,6 +41,7 @@ from jaxode.estimation.uncertainty import (
     is_unlikely,
     nll_of,
     uncertainty,
+    warn_of_parameters,
 )
 from jaxode.ode.field import VectorField
 from jaxode.ode.solve import solve
@@ -95,6 +96,24 @@ class Estimate(eqx.Module):
         """The Bayesian criterion: `2 * nll` and the logarithm of the number of observations for
         each parameter, the noise too if the residuals say it."""
         return 2 * self.nll + self._counts[0] * math.log(self._counts[1])
+
+    @public("predict")
+    def predict(self, ts: Float[Array, " times"] | Float[Array, "rows times"]) -> Band:
+        """Predict what is observed at other times, without noise.
+
+        Args:
+            ts: times, `[times]`, in order, not before `t0`; or `[rows, times]` of the experiments.
+
+        Returns:
+            `mean`, and `low` and `high`, which hold 95% of predictions for parameters as uncertain
+            as estimated: the delta method by `covariance`. They are infinite where the observations
+            do not determine what is predicted.
+
+        Raises:
+            TypeError, ValueError: if `ts` are not such times.
+            SolveError: if the solve fails.
+        """
+        return predicted_band(self._problem, self.params, self.covariance, ts)
 
     @public("profile")
     def profile(
@@ -288,7 +307,7 @@ def _described(
     covariance, errors = uncertainty(
         ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
     )
-    _warn_of_parameters(problem, flat, errors, stopped)
+    warn_of_parameters(problem, flat, errors, stopped)
     if not converged:
         warnings.warn(
             f"estimate: the search {budget.describe()}. The standard errors may be wrong. Start "
@@ -312,24 +331,3 @@ def _described(
         _together=together,
         _counts=(count, used),
     )
-
-
-def _warn_of_parameters(
-    problem: ObservedODE, flat: np.ndarray, errors: np.ndarray, stopped: np.ndarray
-) -> None:
-    """Warn of parameters at a bound, and of those that the observations do not determine."""
-    called = np.asarray(names(problem.template))
-    if stopped.any():
-        warnings.warn(
-            f"estimate: {', '.join(called[stopped])} ended at a bound. The standard errors are "
-            "those of the others, with these fixed.",
-            stacklevel=5,
-        )
-    vague = errors > VAGUE_ERROR * (1 + np.abs(flat))
-    if vague.any():
-        warnings.warn(
-            f"estimate: the observations do not determine {', '.join(called[vague])}: their "
-            "standard errors are of no use. They run away, or others make up for them. Fix "
-            "them, give a prior or bounds, or look at Estimate.profile.",
-            stacklevel=5,
-        )

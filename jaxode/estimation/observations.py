@@ -183,9 +183,20 @@ def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
             f"{arg('ys')} must be [times, ...] for ts [times], or [rows, times, ...] for ts "
             f"[rows, times]; got shapes {ys.shape} and {ts.shape}."
         )
+    check_times(exact, ts, t0)
+    found = np.asarray(ys)  # which compiles nothing
+    if np.isinf(found).any():
+        raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
+    if np.isnan(found).all():
+        raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
+    return ts, ys, t0
+
+
+def check_times(exact: Any, ts: Array, t0: Array) -> None:
+    """Raise unless times, and what they were before they were rounded, are in order after `t0`."""
     check_finite({"ts": ts})
-    check_observed_times(float(given.t0), exact, dtype)
-    times, found = np.asarray(ts), np.asarray(ys)  # which compile nothing
+    check_observed_times(float(t0), exact, ts.dtype)
+    times = np.asarray(ts)  # which compiles nothing
     if (np.diff(times, axis=-1) < 0).any():
         raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
     if (times[..., 0] < np.asarray(t0)).any():
@@ -193,11 +204,6 @@ def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
             f"{arg('ts')} must not be before t0, {float(t0):g}; got {times.min():g}. Pass the "
             "state at the first of them, and t0."
         )
-    if np.isinf(found).any():
-        raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
-    if np.isnan(found).all():
-        raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
-    return ts, ys, t0
 
 
 def _likelihood(given: Given, ys: Array) -> Any:

@@ -1,11 +1,13 @@
 """What the end of a search says: likelihood, standard errors, and whether noise explains it."""
 
 import math
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jaxode.estimation.bounds import names
 from jaxode.estimation.likelihoods import Laplace, Likelihood, Poisson
 from jaxode.estimation.problem import ObservedODE
 
@@ -84,3 +86,24 @@ def uncertainty(jacobian: np.ndarray, scale: float, tiny: float, free: np.ndarra
     covariance = np.where(lost | lost[:, None], unknown, covariance)
     covariance = np.where(free & free[:, None], covariance, np.nan)
     return covariance, np.sqrt(np.diag(covariance))
+
+
+def warn_of_parameters(
+    problem: ObservedODE, flat: np.ndarray, errors: np.ndarray, stopped: np.ndarray
+) -> None:
+    """Warn of parameters at a bound, and of those that the observations do not determine."""
+    called = np.asarray(names(problem.template))
+    if stopped.any():
+        warnings.warn(
+            f"estimate: {', '.join(called[stopped])} ended at a bound. The standard errors are "
+            "those of the others, with these fixed.",
+            stacklevel=5,
+        )
+    vague = errors > VAGUE_ERROR * (1 + np.abs(flat))
+    if vague.any():
+        warnings.warn(
+            f"estimate: the observations do not determine {', '.join(called[vague])}: their "
+            "standard errors are of no use. They run away, or others make up for them. Fix "
+            "them, give a prior or bounds, or look at Estimate.profile.",
+            stacklevel=5,
+        )

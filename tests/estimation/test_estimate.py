@@ -445,3 +445,18 @@ def test_an_interrupt_keeps_the_best_so_far(monkeypatch):
         found = estimated(noise=NOISE, match=False)
     assert len(calls) == 5  # two parts, the third twice, and all observations
     assert np.isfinite(found.cost)
+
+
+def test_a_prediction_has_the_band_of_the_delta_method(fitted):
+    ts = np.array([0.5, 6.0])
+    band = fitted.predict(ts)
+    rate, size = (float(fitted.params[name]) for name in ("rate", "size"))
+    mean = closed(ts, rate, size)
+    slopes = np.stack([-np.exp(rate) * ts * mean, mean / size], 1)
+    apart = 1.96 * np.sqrt(np.einsum("ti,ij,tj->t", slopes, fitted.covariance, slopes))
+    np.testing.assert_allclose(band.mean[:, 0], mean, rtol=1e-4)
+    np.testing.assert_allclose(band.high[:, 0] - mean, apart, rtol=1e-2)
+    np.testing.assert_allclose(mean - band.low[:, 0], apart, rtol=1e-2)
+    for wrong in (ts[::-1], ts[None], ts - 1.0):
+        with pytest.raises(ValueError, match=r"predict\(ts=\.\.\.\): must"):
+            fitted.predict(wrong)
