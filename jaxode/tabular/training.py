@@ -258,7 +258,7 @@ def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
         check_bool("calibrate", calibrate)
     if calibrate and (len(encoder.numbers) != 1 or len(encoder.columns) != 1):
         raise ValueError(
-            f"{arg('calibrate')} needs one modelled column, of numbers; got "
+            f"{arg('calibrate')} needs one modelled column, of more than a few numbers; got "
             f"{[column.name for column in encoder.columns]}. Train with given= all others."
         )
     if calibrate and encoder.domain.angle.any():
