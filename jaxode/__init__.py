@@ -8,6 +8,7 @@ from jaxode import (
     nn,
     plot,
     regularizers,
+    series,
     standardize,
     tabular,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "plot",
     "probability_flow",
     "regularizers",
+    "series",
     "solve",
     "standard_normal",
     "standardize",

@@ -1,0 +1,118 @@
+"""Mixtures of normals with covariances of low rank, whose gaps are integrated out exactly."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+COMPONENTS, MAX_RANK = 3, 4
+SMALLEST = 1e-3  # standard deviation, in units of that of a channel
+TAIL = 3.0  # standard deviations of the last component at first, of which there is little
+BISECTIONS = 50
+
+
+def rank(channels: int) -> int:
+    """Of the covariance that channels share."""
+    return min(channels - 1, MAX_RANK)
+
+
+class Mixture(NamedTuple):
+    """`sum_k w_k N(mean_k, diag(sd_k^2) + loadings loadings^T)` of the channels of a time."""
+
+    log_weight: Float[Array, " components"]
+    mean: Float[Array, "components channels"]
+    sd: Float[Array, "components channels"]
+    loading: Float[Array, "channels rank"]
+
+    @staticmethod
+    def size(channels: int) -> int:
+        """How many numbers `of` needs."""
+        return COMPONENTS * (1 + 2 * channels) + channels * (2 + rank(channels))
+
+    @staticmethod
+    def bias(channels: int) -> Float[Array, " numbers"]:
+        """A standard normal with heavy tails, for `of`."""
+        weights = np.array([0.0] * (COMPONENTS - 1) + [-4.0])
+        spread = np.zeros((COMPONENTS, channels))
+        spread[-1] = math.log(TAIL)
+        scale = np.full(channels, math.log(math.expm1(1.0)))
+        rest = np.zeros((COMPONENTS + 1) * channels + rank(channels) * channels)
+        return jnp.asarray(np.concatenate([weights, spread.ravel(), scale, rest]), float)
+
+    @classmethod
+    def of(cls, numbers: Float[Array, " numbers"], channels: int) -> "Mixture":
+        """The mixture with these parameters, which may be any numbers."""
+        k, c = COMPONENTS, channels
+        ends = np.cumsum([k, k * c, c, c, k * c])
+        weight, spread, scale, mean, offset, loading = jnp.split(numbers, ends)
+        scale = SMALLEST + jax.nn.softplus(scale)
+        offset, spread = offset.reshape(k, c), spread.reshape(k, c)
+        return cls(
+            jax.nn.log_softmax(weight),
+            mean[None] + scale[None] * offset,
+            scale[None] * jnp.exp(spread),
+            scale[:, None] * loading.reshape(c, rank(c)),
+        )
+
+    @property
+    def variance(self) -> Float[Array, "components channels"]:
+        """Of each channel alone."""
+        return self.sd**2 + jnp.sum(self.loading**2, axis=1)[None]
+
+    def moments(self) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
+        """Mean and variance of each channel."""
+        weight = jnp.exp(self.log_weight)
+        mean = weight @ self.mean
+        return mean, weight @ (self.variance + (self.mean - mean[None]) ** 2)
+
+    def log_prob(
+        self, y: Float[Array, " channels"], there: Bool[Array, " channels"]
+    ) -> Float[Array, ""]:
+        """Nats of the values that are there.
+
+        Channel after channel, each given those before, by a Kalman filter of the common factors.
+        """
+
+        def step(carry, each):
+            found, m, p = carry  # the factors: mean [k, rank] and covariance [k, rank, rank]
+            y, there, mean, sd, loading = each
+            shared = p @ loading
+            variance = sd**2 + shared @ loading
+            error = y - mean - m @ loading
+            nats = -0.5 * (jnp.log(2 * math.pi * variance) + error**2 / variance)
+            gain = jnp.where(there, 1.0, 0.0) * shared / variance[:, None]
+            m = m + gain * error[:, None]
+            p = p - gain[:, :, None] * shared[:, None, :]
+            return (found + jnp.where(there, nats, 0.0), m, p), None
+
+        k, r = len(self.log_weight), self.loading.shape[1]
+        eye = jnp.broadcast_to(jnp.eye(r, dtype=y.dtype), (k, r, r))
+        start = jnp.zeros_like(self.log_weight), jnp.zeros((k, r), y.dtype), eye
+        each = y, there, self.mean.T, self.sd.T, self.loading
+        (found, _, _), _ = jax.lax.scan(step, start, each)
+        return jax.nn.logsumexp(self.log_weight + found)
+
+    def sample(self, key: PRNGKeyArray) -> Float[Array, " channels"]:
+        """Draw all channels."""
+        of_component, of_factors, of_noise = jax.random.split(key, 3)
+        k = jax.random.categorical(of_component, self.log_weight)
+        factors = jax.random.normal(of_factors, self.loading.shape[1:], self.mean.dtype)
+        noise = jax.random.normal(of_noise, self.mean.shape[1:], self.mean.dtype)
+        return self.mean[k] + self.sd[k] * noise + self.loading @ factors
+
+    def quantile(self, q: Float[Array, ""]) -> Float[Array, " channels"]:
+        """Of each channel alone, by bisection."""
+        sd, weight = jnp.sqrt(self.variance), jnp.exp(self.log_weight)
+        least = jax.scipy.special.ndtri(q) * sd + self.mean  # of each component
+
+        def halve(_, ends):
+            low, high = ends
+            middle = 0.5 * (low + high)
+            below = weight @ jax.scipy.special.ndtr((middle[None] - self.mean) / sd) < q
+            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+        low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (least.min(0), least.max(0)))
+        return 0.5 * (low + high)

@@ -1,0 +1,212 @@
+"""What `series.fit` returns: densities, forecasts and states of irregular series."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from jaxode._checks.arguments import check_not_traced, integer, numbers
+from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key
+from jaxode._jax.closure import compiled
+from jaxode.series.mixture import Mixture
+from jaxode.series.network import STEPS, Seen, SeriesNetwork
+from jaxode.series.units import Units, as_float, check_at, check_series
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """The distribution of irregular series with gaps. Made by `series.fit`.
+
+    Each method takes series as `fit` does: times `[rows, times]` and values
+    `[rows, times, channels]`, NaN where nothing was observed; and the `context` of training, if
+    there was one. Times of a forecast are `[times]`, or `[rows, times]` for each row. They increase,
+    and none lies before the last observation of its row. What a series holds after that counts as
+    padding.
+    """
+
+    params: SeriesNetwork
+    units: Units
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The channels of a time."""
+        return self.units.mean.shape
+
+    def with_params(self, params: SeriesNetwork) -> "Series":
+        """The same model with another network."""
+        return dataclasses.replace(self, params=params)
+
+    @public("Series.log_prob")
+    def log_prob(self, ts: Any, ys: Any, *, context: Any = None) -> Float[np.ndarray, " rows"]:
+        """The log-density of all observed values of each row, in nats, in the units of the data.
+
+        By the chain rule over times: the sum of the log-densities of the values at each time, given
+        those before. At one time, the density of the observed channels is a marginal of the joint
+        density, in closed form.
+
+        Returns:
+            `[rows]`.
+
+        Raises:
+            TypeError, ValueError: for times out of order, a row without an observation, and wrong
+                shapes.
+        """
+        _, seen, given = self._read(ts, ys, context)
+        nats = np.asarray(_log_prob(self.params, seen, given), float)
+        return nats - (seen.there * np.log(self.units.sd)).sum(axis=(1, 2))
+
+    @public("Series.forecast")
+    def forecast(
+        self, key: PRNGKeyArray, ts: Any, ys: Any, at: Any, n: int = 100, *, context: Any = None
+    ) -> Float[np.ndarray, "n rows times channels"]:
+        """Draw values of all channels at later times, each given the drawn ones before.
+
+        Args:
+            key: draws them.
+            ts: times of the past.
+            ys: values of the past.
+            at: later times.
+            n: how many draws of each row.
+            context: of each row.
+
+        Returns:
+            `[n, rows, times, channels]`.
+
+        Raises:
+            TypeError, ValueError: as `log_prob`, and for a time before the last observation.
+        """
+        n, key = integer("n", n), check_key(key)
+        seen, given, dt, steps = self._read_to(ts, ys, at, context)
+        keys = jax.random.split(key, (len(dt), n))
+        drawn = np.asarray(_forecast(self.params, seen, given, dt, keys, steps), float)
+        return self._in_units(drawn.swapaxes(0, 1))
+
+    @public("Series.mean")
+    def mean(
+        self, ts: Any, ys: Any, at: Any, *, context: Any = None
+    ) -> Float[np.ndarray, "rows times channels"]:
+        """The mean at each of the later times, given the past. Exact, without draws.
+
+        Returns:
+            `[rows, times, channels]`.
+        """
+        _, ahead = self._ahead(ts, ys, at, context)
+        return self._in_units(np.asarray(_mean(ahead), float))
+
+    @public("Series.quantile")
+    def quantile(
+        self, q: Any, ts: Any, ys: Any, at: Any, *, context: Any = None
+    ) -> Float[np.ndarray, "*levels rows times channels"]:
+        """Quantiles of each channel at each of the later times, given the past, without draws.
+
+        Args:
+            q: a level between 0 and 1, or an array of them.
+            ts: times of the past.
+            ys: values of the past.
+            at: later times.
+            context: of each row.
+
+        Returns:
+            `[*levels, rows, times, channels]`.
+        """
+        levels = np.asarray(numbers("q", q), float)
+        if not ((levels > 0) & (levels < 1)).all():
+            raise ValueError(f"{arg('q')} must lie between 0 and 1; got {q}.")
+        _, ahead = self._ahead(ts, ys, at, context)
+        found = np.asarray(_quantile(ahead, as_float(levels.ravel())), float)
+        return self._in_units(found.reshape(*levels.shape, *found.shape[1:]))
+
+    @public("Series.state")
+    def state(
+        self, ts: Any, ys: Any, at: Any, *, context: Any = None
+    ) -> Float[np.ndarray, "rows times size"]:
+        """The hidden state at each of the later times: what the model knows of a series.
+
+        Returns:
+            `[rows, times, size]`.
+        """
+        return np.asarray(self._ahead(ts, ys, at, context)[0])
+
+    def _read(self, ts: Any, ys: Any, context: Any) -> tuple[np.ndarray, Seen, Any]:
+        """The times, the series as the network sees them, and the context."""
+        check_not_traced("looks at the data", ts, ys, context)
+        ts, ys = check_series(ts, ys)
+        if ys.shape[2:] != self.event_shape:
+            raise ValueError(
+                f"{arg('ys')} must have {len(self.units.mean)} channels, as in training; got "
+                f"{ys.shape[2]}. Fill channels that were not observed with NaN."
+            )
+        return ts, self.units.seen(ts, ys), self.units.known(context, len(ts))
+
+    def _read_to(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Seen, Any, Any, int]:
+        """The series, the context, the times between forecasts, and the steps in each."""
+        ts, seen, given = self._read(ts, ys, context)
+        at, last = check_at(at, ts, seen.there)
+        dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
+        # No step is longer than the longest one of training.
+        parts = max(float(dt.max()) / self.units.longest, 1.0)
+        steps = STEPS * 2 ** math.ceil(math.log2(parts) - 1e-6)
+        past = np.minimum(ts, last[:, None])
+        return self.units.with_times(seen, past), given, as_float(dt), steps
+
+    def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
+        return _ahead(self.params, *self._read_to(ts, ys, at, context))
+
+    def _in_units(self, y: np.ndarray) -> np.ndarray:
+        return self.units.mean + self.units.sd * y
+
+
+@compiled
+def _log_prob(network: SeriesNetwork, seen: Seen, context: Any):
+    return jax.vmap(network.log_prob)(seen, context)
+
+
+@compiled
+def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, steps: int):
+    """States and densities at later times, without jumps."""
+
+    def of(seen, context, dt):
+        def step(h, dt):
+            h = network.flow(h, dt, steps)
+            return h, (h, network.predict(h))
+
+        return jax.lax.scan(step, network.read(seen, context)[0], dt)[1]
+
+    return jax.vmap(of)(seen, context, dt)
+
+
+@compiled
+def _forecast(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, keys: Any, steps: int):
+    """Draws `[rows, n, times, channels]`, which the state jumps at."""
+
+    def draw(h, dt, key):
+        def step(h, each):
+            dt, key = each
+            h = network.flow(h, dt, steps)
+            mixture = network.predict(h)
+            y = mixture.sample(key)
+            return network.jumped(h, mixture, dt, y, jnp.ones(y.shape, bool)), y
+
+        return jax.lax.scan(step, h, (dt, jax.random.split(key, len(dt))))[1]
+
+    def of(seen, context, dt, keys):
+        h, _ = network.read(seen, context)
+        return jax.vmap(draw, (None, None, 0))(h, dt, keys)
+
+    return jax.vmap(of)(seen, context, dt, keys)
+
+
+@compiled
+def _mean(ahead: Mixture):
+    return jax.vmap(jax.vmap(lambda mixture: mixture.moments()[0]))(ahead)
+
+
+@compiled
+def _quantile(ahead: Mixture, levels: Any):
+    of_rows = lambda q: jax.vmap(jax.vmap(lambda mixture: mixture.quantile(q)))(ahead)
+    return jax.lax.map(of_rows, levels)

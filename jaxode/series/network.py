@@ -1,0 +1,163 @@
+"""A state that follows a Neural ODE between observations and jumps at each of them.
+
+Of one series, in standardized units. The linear part of the field is diagonal, in pairs of decaying
+waves, and is solved exactly (Lawson, 1967); the network beside it by the midpoint rule.
+
+References: De Brouwer et al. (2019), arXiv:1905.12374; Herrera et al. (2021), arXiv:2006.04727.
+"""
+
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jaxode.nn.network import Dense, draws
+from jaxode.series.mixture import Mixture
+
+LARGEST_SURPRISE = 3.0  # standard deviations, which no surprise exceeds
+STEPS = 2  # of the field between two observations
+FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
+
+
+class Seen(NamedTuple):
+    """A series as the network sees it. Fields have a leading axis of times."""
+
+    dt: Float[Array, " times"]
+    """Since the time before; zero at the first one."""
+    y: Float[Array, "times channels"]
+    """Zero where there is no value."""
+    there: Bool[Array, "times channels"]
+
+
+class SeriesNetwork(eqx.Module):
+    """The field, the jumps and the conditional density."""
+
+    start: Float[Array, " size"]
+    of_context: tuple[Dense, Dense] | None
+    decay: Float[Array, " pairs"]
+    """Logarithms of the rates of the linear part."""
+    frequency: Float[Array, " pairs"]
+    field: tuple[Dense, Dense]
+    jump: tuple[Dense, Dense, Dense]
+    """A hidden layer, gates, and what surprises add."""
+    density: tuple[Dense, Dense, Dense]
+    """A hidden layer, what comes from it, and what comes from the state itself."""
+    log_gap: Float[Array, ""]
+    """The logarithm of a typical gap between times."""
+    channels: int = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
+
+    @classmethod
+    def make(
+        cls, key: PRNGKeyArray, channels: int, context: int, size: int, gap: float, dropout: float
+    ) -> "SeriesNetwork":
+        """A network for times whose typical gap is `gap` of the span."""
+        width, pairs, out = 2 * size, size // 2, Mixture.size(channels)
+        seen = 2 * channels
+        shapes = (
+            (width, size), (size, width),
+            (width, size + 3 * channels + 1), (3 * size, width), (size, seen),
+            (width, size), (out, width), (out, size),
+            (width, max(context, 1)), (size, width),
+        )  # fmt: skip
+        drawn = draws(key, shapes)
+        scales = 1.7, 0.1, 1.7, 0.5, 1.0, 1.7, 0.1, 0.3, 1.7, 0.5
+        layers = [Dense(one, scale) for one, scale in zip(drawn, scales, strict=True)]
+        gates = layers[3].bias.at[size : 2 * size].set(-2.0)  # states hardly forget at first
+        layers[3] = eqx.tree_at(lambda layer: layer.bias, layers[3], gates)
+        layers[6] = eqx.tree_at(lambda layer: layer.bias, layers[6], Mixture.bias(channels))
+        rates = jnp.linspace(math.log(0.3), math.log(FASTEST / gap), pairs, dtype=float)
+        return cls(
+            start=jnp.zeros(size),
+            of_context=(layers[8], layers[9]) if context else None,
+            decay=jnp.roll(rates, pairs // 2) - 1.0,
+            frequency=rates,
+            field=(layers[0], layers[1]),
+            jump=(layers[2], layers[3], layers[4]),
+            density=(layers[5], layers[6], layers[7]),
+            log_gap=jnp.asarray(math.log(gap), float),
+            channels=channels,
+            dropout=dropout,
+        )
+
+    def initial(self, context: Float[Array, " context"] | None) -> Float[Array, " size"]:
+        """The state before the first observation."""
+        if self.of_context is None:
+            return self.start
+        first, last = self.of_context
+        return self.start + last(jax.nn.silu(first(context)))
+
+    def flow(self, h: Float[Array, " size"], dt: Float[Array, ""], steps: int = STEPS):
+        """The state `dt` later."""
+        step = dt / steps
+        size = jnp.exp(-jnp.exp(self.decay) * (0.5 * step))
+        angle = jnp.exp(self.frequency) * (0.5 * step)
+        turn = size * jnp.cos(angle), size * jnp.sin(angle)
+
+        def half(h):  # of a step of the linear part
+            a, b = jnp.split(h, 2)
+            return jnp.concatenate([turn[0] * a - turn[1] * b, turn[1] * a + turn[0] * b])
+
+        for _ in range(steps):
+            middle = half(h + 0.5 * step * self._push(h))
+            h = half(half(h) + step * self._push(middle))
+        return h
+
+    def _push(self, h):
+        first, last = self.field
+        rate = jnp.exp(-self.log_gap) * 0.3
+        return rate * last(jnp.tanh(first(h)))
+
+    def predict(self, h: Float[Array, " size"], key: PRNGKeyArray | None = None) -> Mixture:
+        """The density of the values, given the state. A key drops units."""
+        first, last, direct = self.density
+        hidden = self._dropped(jax.nn.silu(first(h)), key)
+        return Mixture.of(last(hidden) + direct(h), self.channels)
+
+    def _dropped(self, x, key):
+        if key is None or not self.dropout:
+            return x
+        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.dropout), 0.0)
+
+    def jumped(self, h, mixture: Mixture, dt, y, there, key=None) -> Float[Array, " size"]:
+        """The state after an observation, which stays as it is if there is none."""
+        first, gates, gain = self.jump
+        mean, variance = mixture.moments()
+        surprise = (y - mean) * jax.lax.rsqrt(variance)
+        surprise = surprise / jnp.sqrt(1 + (surprise / LARGEST_SURPRISE) ** 2)
+        surprise = jnp.where(there, surprise, 0.0)
+        mask = there.astype(h.dtype)
+        size = jnp.sqrt(variance) * mask
+        gap = jnp.log(dt + 0.01 * jnp.exp(self.log_gap)) - self.log_gap
+        known = jnp.concatenate([h, surprise, mask, jnp.where(there, y, 0.0), gap[None]])
+        out = gates(self._dropped(jax.nn.silu(first(known)), key))
+        scale, forget, new = jnp.split(out, 3)
+        added = gain(jnp.concatenate([surprise, surprise * size]))
+        moved = h + 2 * jax.nn.sigmoid(scale) * added
+        moved = moved + jax.nn.sigmoid(forget) * (jnp.tanh(new) - h)
+        return jnp.where(there.any(), moved, h)
+
+    def read(
+        self, seen: Seen, context=None, fed: Bool[Array, "times channels"] | None = None, key=None
+    ) -> tuple[Float[Array, " size"], Mixture]:
+        """The last state, and the density before each time, given the values that were `fed`."""
+        fed = seen.there if fed is None else fed
+
+        def step(h, each):
+            dt, y, there, key = each
+            h = self.flow(h, dt)
+            mixture = self.predict(h, key)
+            drop = None if key is None else jax.random.fold_in(key, 0)
+            return self.jumped(h, mixture, dt, y, there, drop), mixture
+
+        keys = None if key is None else jax.random.split(key, len(seen.dt))
+        return jax.lax.scan(step, self.initial(context), (seen.dt, seen.y, fed, keys))
+
+    def log_prob(self, seen: Seen, context=None, fed=None, key=None) -> Float[Array, ""]:
+        """Nats of all values that are there, by the chain rule."""
+        _, mixtures = self.read(seen, context, fed, key)
+        return jnp.sum(jax.vmap(Mixture.log_prob)(mixtures, seen.y, seen.there))

@@ -1,0 +1,168 @@
+"""`series.fit`: train by the likelihood of series, and keep what is best on series set aside."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jaxode._checks.arguments import check_bool, check_not_traced, integer, is_number
+from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key
+from jaxode._jax.closure import compiled
+from jaxode.series.model import Series
+from jaxode.series.network import Seen, SeriesNetwork
+from jaxode.series.units import Units, check_context, check_series
+from jaxode.training.display import finish
+from jaxode.training.fit import adam
+from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
+from jaxode.training.rows import InMemory, Rows
+
+RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 4e-3, 0.1, 64, 50
+DROPOUT = 0.1  # of hidden units
+# The part of the series in a step that are read without some of their values, and the part of those
+# that are read up to some time alone. All values count in the loss.
+THINNED, CUT = 0.5, 0.5
+MAX_VALIDATION_ROWS = 1000
+
+
+@public("series.fit")
+def fit(
+    ts: Float[np.ndarray, "rows times"],
+    ys: Float[np.ndarray, "rows times channels"],
+    *,
+    key: PRNGKeyArray,
+    seconds: float | None = None,
+    steps: int | None = None,
+    context: Float[np.ndarray, "rows columns"] | None = None,
+    validation: float = 0.1,
+    size: int = 32,
+    progress: bool = True,
+) -> tuple[Series, list[Point]]:
+    """Train a model of irregular series with gaps, and keep what is best on series set aside.
+
+    A hidden state follows a Neural ODE between observations and jumps at each one, by a gated unit
+    that sees the values, which of them are there, and how surprising they were. Just before each
+    jump, the state gives a mixture of normals of all channels, whose gaps are integrated out in
+    closed form. So the likelihood of a series is exact, and training maximizes it. Half of the series
+    in a step are read without some of their values, or up to some time, which teaches forecasts over
+    long gaps. The loop is that of `jaxode.fit`: a moving average of the network is validated, the
+    best one is kept, and training ends early if it gets worse.
+
+    The law of a series may depend on the time since its first observation, and not on the clock. For
+    the time of day, add columns to `context`.
+
+    Args:
+        ts: times in any unit, `[rows, times]`, increasing within a row. A shorter row is padded: it
+            repeats its last time, with NaN in `ys`.
+        ys: values in any units, `[rows, times, channels]`. NaN where nothing was observed.
+        key: draws everything: the series set aside, the first network, batches.
+        seconds: end after this time of training, which does not count compilation. A minute by
+            default.
+        steps: end after this many steps. Without `seconds`, the result is a function of `key`.
+        context: what is known of each series, such as age and sex, `[rows, columns]` without gaps.
+            The state starts from it.
+        validation: the part of the series to set aside, above 0 and below 1. At most 1000 are used.
+        size: numbers in the hidden state.
+        progress: show steps, the loss on the series set aside and the time left on stderr.
+
+    Returns:
+        The model, and its validations in training, in nats of a value.
+
+    Raises:
+        TypeError, ValueError: for times out of order or repeated, a row without an observation, a
+            channel that is never seen, and wrong shapes.
+        FloatingPointError: if no validation is finite.
+    """
+    clock = Clock(time.perf_counter())
+    check_not_traced("looks at data and at the clock", ts, ys, context, key)
+    ts, ys = check_series(ts, ys)
+    context, limits = check_context(context, len(ts)), Limits.of(steps, seconds)
+    check_bool("progress", progress)
+    size = 2 * integer("size", integer("size", size, 2) // 2)  # pairs
+    split_key, network_key, key = jax.random.split(check_key(key), 3)
+    part, aside = _split(len(ts), validation, split_key)
+    given = None if context is None else context[part]
+    units = Units.of(ts[part], ys[part], given)
+    columns = 0 if context is None else context.shape[1]
+    network = SeriesNetwork.make(network_key, ys.shape[2], columns, size, units.gap, DROPOUT)
+    model, batch_size = Series(network, units), min(BATCH_SIZE, len(part))
+    source, held_out = (InMemory(_rows(units, ts, ys, context, rows)) for rows in (part, aside))
+    there, held_out = held_out.rows.context[1], jax.tree.map(jnp.asarray, held_out.rows)
+    offset = float(np.sum(there * np.log(units.sd)) / np.sum(there))
+    plan = Plan(limits, batch_size, progress=progress)
+    take = lambda key: source.take(key, STEPS_PER_BLOCK * batch_size)
+    evaluate = lambda network: float(_nats(network, held_out)) + offset
+    run = Training(model, source, take, evaluate, plan, clock)
+    phase = Phase("series", Partial(_loss), adam(RATE, WEIGHT_DECAY), key, WARM_UP_STEPS)
+    try:
+        run.train(phase, limits)
+    except KeyboardInterrupt:
+        if not run.points:
+            raise
+    run.validate_again()
+    if progress:
+        finish()
+    if run.best_nll == np.inf:
+        raise FloatingPointError(
+            "series.fit: the log-density of the series set aside is never finite. Check the data "
+            "for outliers."
+        )
+    return run.best, run.points
+
+
+def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to train on, and those set aside."""
+    if not is_number(validation) or not 0 < validation < 1:
+        raise ValueError(
+            f"{arg('validation')} must be a number above 0 and below 1, the part of the series to "
+            f"set aside; got {validation!r}."
+        )
+    if rows < 2:
+        raise ValueError(
+            f"{arg('ts')} must have two rows at least, one of which is set aside; got {rows}. Cut "
+            "a long series into several."
+        )
+    order = np.asarray(jax.random.permutation(key, rows))
+    count = min(max(round(validation * rows), 1), rows - 1)
+    return np.sort(order[count:]), np.sort(order[: min(count, MAX_VALIDATION_ROWS)])
+
+
+def _rows(units: Units, ts: Any, ys: Any, context: Any, rows: np.ndarray) -> Rows:
+    """Some of the series as the network sees them."""
+    seen = units.seen(ts[rows], ys[rows])
+    given = units.known(None if context is None else context[rows], len(rows))
+    return Rows(seen.y, (seen.dt, seen.there, given))
+
+
+def _loss(network: SeriesNetwork, x: Any, context: Any, key: PRNGKeyArray) -> Float[Array, ""]:
+    """Nats of a value in a batch, given some of the values before."""
+    dt, there, given = context
+
+    def of(seen, given, key):
+        feed_key, drop_key = jax.random.split(key)
+        return network.log_prob(seen, given, _fed(feed_key, seen.there), drop_key)
+
+    nats = jax.vmap(of)(Seen(dt, x, there), given, jax.random.split(key, len(dt)))
+    return -jnp.sum(nats) / jnp.sum(there, dtype=x.dtype)
+
+
+def _fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, "times channels"]:
+    """The values of a series that the network reads in a step."""
+    keys = jax.random.split(key, 4)
+    kind = jax.random.uniform(keys[0])
+    kept = jax.random.uniform(keys[1], there.shape) < jax.random.uniform(keys[2])
+    before = jnp.arange(len(there)) < jax.random.randint(keys[3], (), 0, len(there))
+    some = there & jnp.where(kind < THINNED * CUT, before[:, None], kept)
+    return jnp.where(kind < THINNED, some, there)
+
+
+@compiled
+def _nats(network: SeriesNetwork, rows: Rows) -> Float[Array, ""]:
+    """Of a value, in standardized units."""
+    dt, there, given = rows.context
+    nats = jax.vmap(network.log_prob)(Seen(dt, rows.x, there), given)
+    return -jnp.sum(nats) / jnp.sum(there, dtype=nats.dtype)

@@ -1,0 +1,238 @@
+"""Series: exact likelihoods, forecasts, frames, and what is refused."""
+
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+import jaxode
+
+NAN = np.nan
+AT = np.array([3.5, 4.0, 9.0])
+
+
+def simulated(rows: int = 24, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Sine and cosine with noise at 4 to 6 times below 3, a third of the values missing."""
+    rng = np.random.default_rng(seed)
+    ts, ys = np.sort(rng.uniform(0.0, 3.0, (rows, 6)), axis=1), np.full((rows, 6, 2), NAN)
+    for t, y in zip(ts, ys, strict=True):
+        count = rng.integers(4, 7)
+        t[count:] = t[count - 1]
+        phase = t[:count] + rng.uniform(0.0, 6.0)
+        y[:count] = np.stack([5 + np.sin(phase), 100 * np.cos(phase)], axis=1)
+        y[:count] *= 1 + 0.1 * rng.normal(size=(count, 2))
+        y[:count][rng.random((count, 2)) < 0.3] = NAN
+        y[0] = y[0] if not np.isnan(y[0]).all() else [5.0, 0.0]
+    return ts, ys
+
+
+TS, YS = simulated()
+
+
+def trained(ys: np.ndarray = YS, **options) -> jaxode.series.Series:
+    options = {"key": jax.random.key(0), "steps": 30, "size": 4, "progress": False} | options
+    with jax.numpy_dtype_promotion("standard"):  # Adam has no strict one
+        model, history = jaxode.series.fit(TS, ys, **options)
+    assert history[-1].step == options["steps"]
+    assert min(point.nats for point in history) < history[0].nats
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> jaxode.series.Series:
+    return trained()
+
+
+def with_last(values: np.ndarray, at: float = 3.5) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of the first series, with each of these values `[n, channels]` at a later time."""
+    n = len(values)
+    ts = np.repeat(np.append(TS[0], at)[None], n, axis=0)
+    return ts, np.concatenate([np.repeat(YS[:1], n, axis=0), values[:, None]], axis=1)
+
+
+def test_the_density_of_one_value_integrates_to_one(model):
+    """And its quantiles are those of `quantile`, its mean that of `mean`."""
+    x = np.linspace(-2000.0, 2000.0, 4001)
+    ts, ys = with_last(np.stack([np.full_like(x, NAN), x], axis=1))
+    before = model.log_prob(TS[:1], YS[:1])
+    density = np.exp(model.log_prob(ts, ys) - before)
+    # Its standard deviation is about 70, so the trapezoidal rule is exact to rounding but for the
+    # tail beyond, which is below 1e-6.
+    assert np.trapezoid(density, x) == pytest.approx(1.0, abs=1e-6)
+    mean = model.mean(TS[:1], YS[:1], [3.5])[0, 0, 1]
+    assert np.trapezoid(x * density, x) == pytest.approx(mean, abs=1e-3)
+    levels = np.array([0.1, 0.9])
+    low, high = model.quantile(levels, TS[:1], YS[:1], [3.5])[:, 0, 0, 1]
+    below = np.interp([low, high], x, np.cumsum(density) - 0.5 * density)
+    np.testing.assert_allclose(below, levels, atol=1e-3)
+
+
+def test_a_gap_is_integrated_out(model):
+    """The density of the second channel is that of both, integrated over the first."""
+    x = np.linspace(-30.0, 40.0, 2001)
+    both = model.log_prob(*with_last(np.stack([x, np.full_like(x, 30.0)], axis=1)))
+    alone = model.log_prob(*with_last(np.array([[NAN, 30.0]])))
+    # The trapezoidal rule is exact to rounding but for the tails.
+    assert np.trapezoid(np.exp(both - alone), x) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_later_values_do_not_change_the_density_of_earlier_ones(model):
+    """The chain rule: that of a series less that of its past is a function of the last value."""
+    longer = model.log_prob(*with_last(np.array([[5.0, 10.0], [5.0, -10.0]])))
+    assert longer[0] != longer[1]
+    cut = YS.copy()
+    cut[:, 3:] = NAN
+    halves = model.log_prob(TS, cut)
+    short = TS[:, :3], YS[:, :3]
+    np.testing.assert_allclose(halves, model.log_prob(*short), rtol=1e-12)
+
+
+def test_padding_changes_nothing(model):
+    padded = (
+        np.pad(TS, ((0, 0), (0, 3)), mode="edge"),
+        np.pad(YS, ((0, 0), (0, 3), (0, 0)), constant_values=NAN),
+    )
+    np.testing.assert_allclose(model.log_prob(*padded), model.log_prob(TS, YS), rtol=1e-12)
+    np.testing.assert_array_equal(model.mean(*padded, AT), model.mean(TS, YS, AT))
+
+
+def test_units_shift_the_density(model):
+    """Training on scaled and shifted data gives the same model, up to rounding."""
+    scale, shift = np.array([10.0, 0.01]), np.array([3.0, -4.0])
+    other = trained(YS * scale + shift)
+    lost = (~np.isnan(YS) * np.log(scale)).sum(axis=(1, 2))
+    expected = model.log_prob(TS, YS) - lost
+    # Standardization rounds differently, and training amplifies it.
+    np.testing.assert_allclose(other.log_prob(TS, YS * scale + shift), expected, atol=1e-6)
+    mean = other.mean(TS, YS * scale + shift, AT)
+    np.testing.assert_allclose(mean, model.mean(TS, YS, AT) * scale + shift, atol=1e-6, rtol=1e-6)
+
+
+def test_draws_are_a_function_of_the_key_and_have_the_moments_of_the_density(model):
+    key, some = jax.random.key(1), (TS[:3], YS[:3])
+    draws = model.forecast(key, *some, AT, n=4000)
+    assert draws.shape == (4000, 3, 3, 2)
+    np.testing.assert_array_equal(draws, model.forecast(key, *some, AT, n=4000))
+    assert (draws != model.forecast(jax.random.key(2), *some, AT, n=4000)).any()
+    # Five standard errors of the mean of 4000 draws, at the first time, which has none before it.
+    error = 5 * draws[:, :, 0].std(axis=0) / 4000**0.5
+    assert (abs(draws[:, :, 0].mean(axis=0) - model.mean(*some, AT)[:, 0]) < error).all()
+    low, high = model.quantile([0.25, 0.75], *some, AT)[:, :, 0]
+    inside = ((draws[:, :, 0] > low) & (draws[:, :, 0] < high)).mean(axis=0)
+    np.testing.assert_allclose(inside, 0.5, atol=5 * 0.5 / 4000**0.5)
+
+
+def test_forecasts_start_at_the_last_observation_of_each_row(model):
+    """Rows may have times of their own."""
+    each = np.stack([AT + i for i in range(3)])
+    means = model.mean(TS[:3], YS[:3], each)
+    for i, at in enumerate(each):
+        np.testing.assert_allclose(model.mean(TS[i : i + 1], YS[i : i + 1], at)[0], means[i])
+    assert model.state(TS[:3], YS[:3], AT).shape == (3, 3, 4)
+    at_once = model.state(TS[:3], YS[:3], each)
+    assert (at_once[0, 0] != at_once[1, 0]).any()
+
+
+def test_it_survives_pickle(model):
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.log_prob(TS, YS), model.log_prob(TS, YS))
+
+
+def test_context_moves_the_start():
+    """A context that decides the level of a series is worth nats; without it, it is refused."""
+    rng = np.random.default_rng(1)
+    context = np.where(rng.random(len(TS)) < 0.5, 0.0, 1.0)[:, None]
+    model = trained(YS + 50 * context[:, :, None], context=context, steps=60)
+    of = lambda given: model.log_prob(TS, YS + 50 * context[:, :, None], context=given).mean()
+    assert of(context) > of(1 - context)
+    with pytest.raises(ValueError, match=r"Series.log_prob\(context=...\): must be given"):
+        of(None)
+    with pytest.raises(ValueError, match=r"\(context=...\): must have 1 columns, as in training"):
+        of(np.ones((len(TS), 2)))
+
+
+LINES = {
+    "patient": ["b", "a", "b", "a", "a"],
+    "hour": [2.0, 0.0, 1.0, 5.0, 3.0],
+    "pulse": [80, 60, 70, 63, 62],
+    "ph": [7.1, NAN, 7.3, NAN, 7.4],
+}
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_frames(library):
+    frame = pytest.importorskip(library).DataFrame(LINES)
+    ts, ys = jaxode.series.from_frame(frame, row="patient", time="hour")
+    np.testing.assert_array_equal(ts, [[1, 2, 2], [0, 3, 5]])
+    np.testing.assert_array_equal(ys[0], [[70, 7.3], [80, 7.1], [NAN, NAN]])
+    np.testing.assert_array_equal(ys[1], [[60, NAN], [62, 7.4], [63, NAN]])
+
+
+FRAMES = {
+    "twice": ({"hour": [2.0, 0.0, 1.0, 0.0, 3.0]}, "each time of a series once; got 0 twice in pa"),
+    "no time": (
+        {"hour": [2.0, NAN, 1.0, 0.0, 3.0]},
+        "column 'hour' must have a value in each line",
+    ),
+    "text": ({"ph": list("vwxyz")}, "column 'ph' must hold numbers, as a channel; got text"),
+    "words": ({"hour": list("vwxyz")}, r"\(time='hour'\): must be a column of numbers; got text"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), FRAMES.values(), ids=FRAMES)
+def test_wrong_frames(change, match):
+    frame = pytest.importorskip("pandas").DataFrame(LINES | change)
+    with pytest.raises((TypeError, ValueError), match=match):
+        jaxode.series.from_frame(frame, row="patient", time="hour")
+
+
+def changed(x: np.ndarray, where, value) -> np.ndarray:
+    x = x.copy()
+    x[where] = value
+    return x
+
+
+WRONG = {
+    "order": (changed(TS, (2, 1), -1.0), YS, {}, r"\(ts=...\): must increase within a row .* row 2"),
+    "repeated": (changed(TS, (2, 1), TS[2, 0]), YS, {}, "got .* and then .* in row 2. Sort the"),
+    "time": (changed(TS, (3, 1), NAN), YS, {}, "must be finite; got nan in row 3, at place 1. Pad"),
+    "empty": (TS, changed(YS, 4, NAN), {}, "must have an observation in each row; got none in row 4"),
+    "unseen": (TS, changed(YS, (..., 1), NAN), {}, "different values .*; got none in channel 1"),
+    "constant": (TS, YS * [1.0, 0.0], {}, "got only 0 in channel 1"),
+    "infinite": (TS, changed(YS, (1, 2, 0), np.inf), {}, "got inf in row 1, channel 0. Leave it out"),
+    "shape": (TS, YS[:, :, 0], {}, r"must be \[rows, times, channels\] .*; got ts of shape \(24, 6\)"),
+    "one row": (TS[:1], YS[:1], {}, "must have two rows at least"),
+    "one time": (TS[:, :1], changed(YS[:, :1], ..., YS[:, :1]), {}, "two observed times in some row"),
+    "validation": (TS, YS, {"validation": 1.0}, "must be a number above 0 and below 1"),
+    "context": (TS, YS, {"context": np.ones(24)}, r"\(context=...\): must be finite numbers \[rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ts", "ys", "options", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_series(ts, ys, options, match):
+    with pytest.raises(ValueError, match=match):
+        jaxode.series.fit(ts, ys, key=jax.random.key(0), steps=1, progress=False, **options)
+
+
+AHEAD = {
+    "past": (
+        [1e-3],
+        "must not lie before the last observation of a row; got 0.001 in row 0, whose",
+    ),
+    "order": ([5.0, 4.0], "must increase; got 5 and then 4 in row 0"),
+    "shape": (np.ones((7, 2)), r"must be \[times\], or \[rows, times\] with 24 rows as in ts"),
+}
+
+
+@pytest.mark.parametrize(("at", "match"), AHEAD.values(), ids=AHEAD)
+def test_wrong_times_of_forecasts(model, at, match):
+    with pytest.raises(ValueError, match=r"Series.mean\(at=...\): " + match):
+        model.mean(TS, YS, at)
+
+
+def test_wrong_levels_and_channels(model):
+    with pytest.raises(ValueError, match=r"Series.quantile\(q=...\): must lie between 0 and 1"):
+        model.quantile(1.0, TS, YS, AT)
+    with pytest.raises(ValueError, match=r"must have 2 channels, as in training; got 1"):
+        model.log_prob(TS, YS[:, :, :1])
