@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 COMPONENTS, MAX_RANK = 3, 4
 SMALLEST = 1e-3  # standard deviation, in units of that of a channel
-TAIL = 3.0  # standard deviations of the last component at first, of which there is little
+TAIL, LOG_TAIL_WEIGHT = 3.0, -4.0  # standard deviation and weight of the last component at first
 BISECTIONS = 50
 
 
@@ -32,29 +32,19 @@ class Mixture(NamedTuple):
         """How many numbers `of` needs."""
         return COMPONENTS * (1 + 2 * channels) + channels * (2 + rank(channels))
 
-    @staticmethod
-    def bias(channels: int) -> Float[Array, " numbers"]:
-        """A standard normal with heavy tails, for `of`."""
-        weights = np.array([0.0] * (COMPONENTS - 1) + [-4.0])
-        spread = np.zeros((COMPONENTS, channels))
-        spread[-1] = math.log(TAIL)
-        scale = np.full(channels, math.log(math.expm1(1.0)))
-        rest = np.zeros((COMPONENTS + 1) * channels + rank(channels) * channels)
-        return jnp.asarray(np.concatenate([weights, spread.ravel(), scale, rest]), float)
-
     @classmethod
     def of(cls, numbers: Float[Array, " numbers"], channels: int) -> "Mixture":
-        """The mixture with these parameters, which may be any numbers."""
+        """The mixture with these numbers. Zeros are a standard normal with heavy tails."""
         k, c = COMPONENTS, channels
-        ends = np.cumsum([k, k * c, c, c, k * c])
-        weight, spread, scale, mean, offset, loading = jnp.split(numbers, ends)
-        scale = SMALLEST + jax.nn.softplus(scale)
-        offset, spread = offset.reshape(k, c), spread.reshape(k, c)
+        parts = jnp.split(numbers, np.cumsum([k, c, c, k * c, k * c]))
+        weight, mean, scale, offset, spread, loading = parts
+        last = jnp.arange(k) == k - 1
+        scale = SMALLEST + jax.nn.softplus(scale + math.log(math.e - 1))[None]
         return cls(
-            jax.nn.log_softmax(weight),
-            mean[None] + scale[None] * offset,
-            scale[None] * jnp.exp(spread),
-            scale[:, None] * loading.reshape(c, rank(c)),
+            jax.nn.log_softmax(weight + jnp.where(last, LOG_TAIL_WEIGHT, 0.0)),
+            mean[None] + scale * offset.reshape(k, c),
+            scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL, 1.0)[:, None],
+            scale.T * loading.reshape(c, rank(c)),
         )
 
     @property

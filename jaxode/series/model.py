@@ -22,11 +22,10 @@ from jaxode.series.units import Units, as_float, check_at, check_series
 class Series:
     """The distribution of irregular series with gaps. Made by `series.fit`.
 
-    Each method takes series as `fit` does: times `[rows, times]` and values
+    Methods take series as `fit` does: times `ts` `[rows, times]` and values `ys`
     `[rows, times, channels]`, NaN where nothing was observed; and the `context` of training, if
-    there was one. Times of a forecast are `[times]`, or `[rows, times]` for each row. They increase,
-    and none lies before the last observation of its row. What a series holds after that counts as
-    padding.
+    there was one. Later times `at` are `[times]`, or `[rows, times]`. They increase, and none lies
+    before the last observation of its row. Wrong series and times raise TypeError or ValueError.
     """
 
     params: SeriesNetwork
@@ -43,18 +42,10 @@ class Series:
 
     @public("Series.log_prob")
     def log_prob(self, ts: Any, ys: Any, *, context: Any = None) -> Float[np.ndarray, " rows"]:
-        """The log-density of all observed values of each row, in nats, in the units of the data.
+        """The log-density of all observed values, `[rows]`, in nats, in the units of the data.
 
-        By the chain rule over times: the sum of the log-densities of the values at each time, given
-        those before. At one time, the density of the observed channels is a marginal of the joint
-        density, in closed form.
-
-        Returns:
-            `[rows]`.
-
-        Raises:
-            TypeError, ValueError: for times out of order, a row without an observation, and wrong
-                shapes.
+        By the chain rule over times. At one time, the density of the channels that were observed is
+        a marginal of the joint density, in closed form.
         """
         _, seen, given = self._read(ts, ys, context)
         nats = np.asarray(_log_prob(self.params, seen, given), float)
@@ -64,23 +55,9 @@ class Series:
     def forecast(
         self, key: PRNGKeyArray, ts: Any, ys: Any, at: Any, n: int = 100, *, context: Any = None
     ) -> Float[np.ndarray, "n rows times channels"]:
-        """Draw values of all channels at later times, each given the drawn ones before.
-
-        Args:
-            key: draws them.
-            ts: times of the past.
-            ys: values of the past.
-            at: later times.
-            n: how many draws of each row.
-            context: of each row.
-
-        Returns:
-            `[n, rows, times, channels]`.
-
-        Raises:
-            TypeError, ValueError: as `log_prob`, and for a time before the last observation.
-        """
-        n, key = integer("n", n), check_key(key)
+        """Draw `n` futures of each row by the key, `[n, rows, times, channels]`: the values at each
+        of the later times, given the past and the drawn ones before."""
+        key, n = check_key(key), integer("n", n)
         seen, given, dt, steps = self._read_to(ts, ys, at, context)
         keys = jax.random.split(key, (len(dt), n))
         drawn = np.asarray(_forecast(self.params, seen, given, dt, keys, steps), float)
@@ -90,19 +67,16 @@ class Series:
     def mean(
         self, ts: Any, ys: Any, at: Any, *, context: Any = None
     ) -> Float[np.ndarray, "rows times channels"]:
-        """The mean at each of the later times, given the past. Exact, without draws.
-
-        Returns:
-            `[rows, times, channels]`.
-        """
-        _, ahead = self._ahead(ts, ys, at, context)
+        """The mean at each of the later times given the past, `[rows, times, channels]`. It needs
+        no draws."""
+        ahead = self._ahead(ts, ys, at, context)[1]
         return self._in_units(np.asarray(_mean(ahead), float))
 
     @public("Series.quantile")
     def quantile(
         self, q: Any, ts: Any, ys: Any, at: Any, *, context: Any = None
     ) -> Float[np.ndarray, "*levels rows times channels"]:
-        """Quantiles of each channel at each of the later times, given the past, without draws.
+        """Quantiles of each channel at each of the later times given the past, without draws.
 
         Args:
             q: a level between 0 and 1, or an array of them.
@@ -117,7 +91,7 @@ class Series:
         levels = np.asarray(numbers("q", q), float)
         if not ((levels > 0) & (levels < 1)).all():
             raise ValueError(f"{arg('q')} must lie between 0 and 1; got {q}.")
-        _, ahead = self._ahead(ts, ys, at, context)
+        ahead = self._ahead(ts, ys, at, context)[1]
         found = np.asarray(_quantile(ahead, as_float(levels.ravel())), float)
         return self._in_units(found.reshape(*levels.shape, *found.shape[1:]))
 
@@ -125,11 +99,7 @@ class Series:
     def state(
         self, ts: Any, ys: Any, at: Any, *, context: Any = None
     ) -> Float[np.ndarray, "rows times size"]:
-        """The hidden state at each of the later times: what the model knows of a series.
-
-        Returns:
-            `[rows, times, size]`.
-        """
+        """The hidden state at each of the later times, `[rows, times, size]`."""
         return np.asarray(self._ahead(ts, ys, at, context)[0])
 
     def _read(self, ts: Any, ys: Any, context: Any) -> tuple[np.ndarray, Seen, Any]:
@@ -151,10 +121,11 @@ class Series:
         # No step is longer than the longest one of training.
         parts = max(float(dt.max()) / self.units.longest, 1.0)
         steps = STEPS * 2 ** math.ceil(math.log2(parts) - 1e-6)
-        past = np.minimum(ts, last[:, None])
-        return self.units.with_times(seen, past), given, as_float(dt), steps
+        past = self.units.with_times(seen, np.minimum(ts, last[:, None]))
+        return past, given, as_float(dt), steps
 
     def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
+        """States and densities at later times."""
         return _ahead(self.params, *self._read_to(ts, ys, at, context))
 
     def _in_units(self, y: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from jaxode.nn.network import Dense, draws
 from jaxode.series.mixture import Mixture
 
 LARGEST_SURPRISE = 3.0  # standard deviations, which no surprise exceeds
+LINEAR = 3.0  # times as fast, and as little decayed, learn the linear parts
 STEPS = 2  # of the field between two observations
 FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
 
@@ -56,28 +57,23 @@ class SeriesNetwork(eqx.Module):
     ) -> "SeriesNetwork":
         """A network for times whose typical gap is `gap` of the span."""
         width, pairs, out = 2 * size, size // 2, Mixture.size(channels)
-        seen = 2 * channels
         shapes = (
             (width, size), (size, width),
-            (width, size + 3 * channels + 1), (3 * size, width), (size, seen),
+            (width, size + 3 * channels + 1), (3 * size, width), (size, 2 * channels),
             (width, size), (out, width), (out, size),
             (width, max(context, 1)), (size, width),
         )  # fmt: skip
-        drawn = draws(key, shapes)
-        scales = 1.7, 0.1, 1.7, 0.5, 1.0, 1.7, 0.1, 0.3, 1.7, 0.5
-        layers = [Dense(one, scale) for one, scale in zip(drawn, scales, strict=True)]
-        gates = layers[3].bias.at[size : 2 * size].set(-2.0)  # states hardly forget at first
-        layers[3] = eqx.tree_at(lambda layer: layer.bias, layers[3], gates)
-        layers[6] = eqx.tree_at(lambda layer: layer.bias, layers[6], Mixture.bias(channels))
+        scales = 1.7, 0.1, 1.7, 0.5, 0.3, 1.7, 0.1, 0.1, 1.7, 0.5
+        layer = [Dense(one, by) for one, by in zip(draws(key, shapes), scales, strict=True)]
         rates = jnp.linspace(math.log(0.3), math.log(FASTEST / gap), pairs, dtype=float)
         return cls(
             start=jnp.zeros(size),
-            of_context=(layers[8], layers[9]) if context else None,
+            of_context=(layer[8], layer[9]) if context else None,
             decay=jnp.roll(rates, pairs // 2) - 1.0,
             frequency=rates,
-            field=(layers[0], layers[1]),
-            jump=(layers[2], layers[3], layers[4]),
-            density=(layers[5], layers[6], layers[7]),
+            field=(layer[0], layer[1]),
+            jump=(layer[2], layer[3], layer[4]),
+            density=(layer[5], layer[6], layer[7]),
             log_gap=jnp.asarray(math.log(gap), float),
             channels=channels,
             dropout=dropout,
@@ -115,7 +111,7 @@ class SeriesNetwork(eqx.Module):
         """The density of the values, given the state. A key drops units."""
         first, last, direct = self.density
         hidden = self._dropped(jax.nn.silu(first(h)), key)
-        return Mixture.of(last(hidden) + direct(h), self.channels)
+        return Mixture.of(last(hidden) + LINEAR * direct(h), self.channels)
 
     def _dropped(self, x, key):
         if key is None or not self.dropout:
@@ -136,9 +132,9 @@ class SeriesNetwork(eqx.Module):
         known = jnp.concatenate([h, surprise, mask, jnp.where(there, y, 0.0), gap[None]])
         out = gates(self._dropped(jax.nn.silu(first(known)), key))
         scale, forget, new = jnp.split(out, 3)
-        added = gain(jnp.concatenate([surprise, surprise * size]))
+        added = LINEAR * gain(jnp.concatenate([surprise, surprise * size]))
         moved = h + 2 * jax.nn.sigmoid(scale) * added
-        moved = moved + jax.nn.sigmoid(forget) * (jnp.tanh(new) - h)
+        moved = moved + jax.nn.sigmoid(forget - 2.0) * (jnp.tanh(new) - h)
         return jnp.where(there.any(), moved, h)
 
     def read(

@@ -21,11 +21,11 @@ from jaxode.training.fit import adam
 from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
 from jaxode.training.rows import InMemory, Rows
 
-RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 4e-3, 0.1, 64, 50
-DROPOUT = 0.1  # of hidden units
+RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 4e-3, 2.0, 64, 50
+DROPOUT = 0.2  # of hidden units
 # The part of the series in a step that are read without some of their values, and the part of those
 # that are read up to some time alone. All values count in the loss.
-THINNED, CUT = 0.5, 0.5
+THINNED, CUT = 0.9, 0.5
 MAX_VALIDATION_ROWS = 1000
 
 
@@ -47,24 +47,20 @@ def fit(
     A hidden state follows a Neural ODE between observations and jumps at each one, by a gated unit
     that sees the values, which of them are there, and how surprising they were. Just before each
     jump, the state gives a mixture of normals of all channels, whose gaps are integrated out in
-    closed form. So the likelihood of a series is exact, and training maximizes it. Half of the series
-    in a step are read without some of their values, or up to some time, which teaches forecasts over
-    long gaps. The loop is that of `jaxode.fit`: a moving average of the network is validated, the
-    best one is kept, and training ends early if it gets worse.
-
-    The law of a series may depend on the time since its first observation, and not on the clock. For
-    the time of day, add columns to `context`.
+    closed form: the likelihood of a series is exact, and training maximizes it, in the loop of
+    `jaxode.fit`. Most series in a step are read without some of their values, or up to some time,
+    and scored at all. The law of a series may depend on the time since its first observation, not
+    on the clock.
 
     Args:
-        ts: times in any unit, `[rows, times]`, increasing within a row. A shorter row is padded: it
-            repeats its last time, with NaN in `ys`.
+        ts: times in any unit, `[rows, times]`, increasing within a row. A shorter row repeats its
+            last time, with NaN in `ys`.
         ys: values in any units, `[rows, times, channels]`. NaN where nothing was observed.
         key: draws everything: the series set aside, the first network, batches.
         seconds: end after this time of training, which does not count compilation. A minute by
             default.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         context: what is known of each series, such as age and sex, `[rows, columns]` without gaps.
-            The state starts from it.
         validation: the part of the series to set aside, above 0 and below 1. At most 1000 are used.
         size: numbers in the hidden state.
         progress: show steps, the loss on the series set aside and the time left on stderr.
@@ -116,15 +112,10 @@ def fit(
 
 def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
     """The rows to train on, and those set aside."""
-    if not is_number(validation) or not 0 < validation < 1:
+    if not is_number(validation) or not 0 < validation < 1 or rows < 2:
         raise ValueError(
-            f"{arg('validation')} must be a number above 0 and below 1, the part of the series to "
-            f"set aside; got {validation!r}."
-        )
-    if rows < 2:
-        raise ValueError(
-            f"{arg('ts')} must have two rows at least, one of which is set aside; got {rows}. Cut "
-            "a long series into several."
+            f"{arg('validation')} must be a number above 0 and below 1, the part to set aside of at "
+            f"least two series; got {validation!r} of {rows}. Cut a long series into several."
         )
     order = np.asarray(jax.random.permutation(key, rows))
     count = min(max(round(validation * rows), 1), rows - 1)
