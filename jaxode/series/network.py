@@ -7,7 +7,7 @@ References: De Brouwer et al. (2019), arXiv:1905.12374; Herrera et al. (2021), a
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,13 +24,14 @@ FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
 
 
 class Seen(NamedTuple):
-    """A series as the network sees it. Fields have a leading axis of times."""
+    """A series as the network sees it, in JAX or NumPy."""
 
-    dt: Float[Array, " times"]
-    """Since the time before; zero at the first one."""
-    y: Float[Array, "times channels"]
-    """Zero where there is no value."""
-    there: Bool[Array, "times channels"]
+    dt: Any
+    """`[times]`: since the time before, and zero at the first one."""
+    y: Any
+    """`[times, channels]`, zero where there is no value."""
+    there: Any
+    """`[times, channels]`: which values there are."""
 
 
 class SeriesNetwork(eqx.Module):
@@ -79,7 +80,7 @@ class SeriesNetwork(eqx.Module):
             dropout=dropout,
         )
 
-    def initial(self, context: Float[Array, " context"] | None) -> Float[Array, " size"]:
+    def initial(self, context: Any) -> Float[Array, " size"]:
         """The state before the first observation."""
         if self.of_context is None:
             return self.start

@@ -21,7 +21,7 @@ from jaxode.training.fit import adam
 from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
 from jaxode.training.rows import InMemory, Rows
 
-RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 4e-3, 2.0, 64, 50
+RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 8e-3, 2.0, 64, 50
 DROPOUT = 0.2  # of hidden units
 # The part of the series in a step that are read without some of their values, and the part of those
 # that are read up to some time alone. All values count in the loss.
@@ -114,8 +114,8 @@ def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, n
     """The rows to train on, and those set aside."""
     if not is_number(validation) or not 0 < validation < 1 or rows < 2:
         raise ValueError(
-            f"{arg('validation')} must be a number above 0 and below 1, the part to set aside of at "
-            f"least two series; got {validation!r} of {rows}. Cut a long series into several."
+            f"{arg('validation')} must be a number above 0 and below 1, the part to set aside "
+            f"of at least two series; got {validation!r} of {rows}. Cut a long series into several."
         )
     order = np.asarray(jax.random.permutation(key, rows))
     count = min(max(round(validation * rows), 1), rows - 1)

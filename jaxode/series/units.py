@@ -101,7 +101,7 @@ class Units:
     @classmethod
     def of(cls, ts: np.ndarray, ys: np.ndarray, context: np.ndarray | None) -> "Units":
         """Units of training series. Raises for a channel without two different values."""
-        there = ~np.isnan(ys)
+        there: Any = ~np.isnan(ys)
         values = [ys[:, :, c][there[:, :, c]] for c in range(ys.shape[2])]
         got = lambda c: f"{f'only {values[c][0]:g}' if len(values[c]) else 'none'} in channel {c}"
         wrong = np.array([not len(v) or v.min() == v.max() for v in values])
@@ -134,9 +134,12 @@ class Units:
     def known(self, context: Any, rows: int) -> np.ndarray | None:
         """The context as the network sees it."""
         given = check_context(context, rows)
-        mean, sd = self.context or (None, None)
-        if np.shape(given)[1:] != np.shape(mean) or (given is None) != (mean is None):
-            must = "be left out" if mean is None else f"be given, with {len(mean)} columns"
+        columns = 0 if self.context is None else len(self.context[0])
+        if columns != (0 if given is None else given.shape[1]):
+            must = f"be given, with {columns} columns" if columns else "be left out"
             got = "none" if given is None else f"shape {given.shape}"
             raise ValueError(f"{arg('context')} must {must}, as in training; got {got}.")
-        return None if given is None else as_float((given - mean) / sd)
+        if given is None or self.context is None:
+            return None
+        mean, sd = self.context
+        return as_float((given - mean) / sd)

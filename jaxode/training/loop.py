@@ -265,8 +265,9 @@ def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergenc
 class Training:
     """Parameters in training, and the best that the validation rows have seen."""
 
-    density: Density
-    """The start of the training."""
+    density: Any
+    """The start of the training: a `Density`, or a model with its `params`, `with_params` and
+    `event_shape`."""
     source: Source
     take: Callable[[PRNGKeyArray], Rows]
     """Takes rows of the source for a block of steps, as the flow sees them."""

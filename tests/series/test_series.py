@@ -148,7 +148,7 @@ def test_context_moves_the_start():
     assert of(context) > of(1 - context)
     with pytest.raises(ValueError, match=r"log_prob\(context=...\): must be given, with 1 .*none"):
         of(None)
-    with pytest.raises(ValueError, match=r"must be given, with 1 columns, as in training; got shape"):
+    with pytest.raises(ValueError, match=r"must be given, with 1 columns, .* got shape"):
         of(np.ones((len(TS), 2)))
 
 
@@ -194,18 +194,18 @@ def changed(x: np.ndarray, where, value) -> np.ndarray:
 
 
 WRONG = {
-    "order": (changed(TS, (2, 1), -1.0), YS, {}, r"\(ts=...\): must increase within a row .* row 2"),
+    "order": (changed(TS, (2, 1), -1.0), YS, {}, r"\(ts=...\): must increase within .* row 2"),
     "repeated": (changed(TS, (2, 1), TS[2, 0]), YS, {}, "got .* and then .* in row 2. Sort the"),
-    "time": (changed(TS, (3, 1), NAN), YS, {}, "must be finite; got nan in row 3, at place 1. Pad"),
-    "empty": (TS, changed(YS, 4, NAN), {}, "must have an observation in each row; got none in row 4"),
+    "time": (changed(TS, (3, 1), NAN), YS, {}, "finite; got nan in row 3, at place 1. Pad"),
+    "empty": (TS, changed(YS, 4, NAN), {}, "observation in each row; got none in row 4"),
     "unseen": (TS, changed(YS, (..., 1), NAN), {}, "different values .*; got none in channel 1"),
     "constant": (TS, YS * [1.0, 0.0], {}, "got only 0 in channel 1"),
-    "infinite": (TS, changed(YS, (1, 2, 0), np.inf), {}, "got inf in row 1, channel 0. Leave it out"),
-    "shape": (TS, YS[:, :, 0], {}, r"must be \[rows, times, channels\] .*; got ts of shape \(24, 6\)"),
+    "infinite": (TS, changed(YS, (1, 2, 0), np.inf), {}, "got inf in row 1, channel 0. Leave"),
+    "shape": (TS, YS[:, :, 0], {}, r"must be \[rows, times, channels\] .* shape \(24, 6\)"),
     "one row": (TS[:1], YS[:1], {}, r"\(validation=...\): .* of at least two series; got 0.1 of 1"),
-    "one time": (TS[:, :1], changed(YS[:, :1], ..., YS[:, :1]), {}, "two observed times in some row"),
+    "one time": (TS[:, :1], YS[:, :1], {}, "two observed times in"),
     "validation": (TS, YS, {"validation": 1.0}, "must be a number above 0 and below 1"),
-    "context": (TS, YS, {"context": np.ones(24)}, r"\(context=...\): must be finite numbers \[rows"),
+    "context": (TS, YS, {"context": np.ones(24)}, r"\(context=...\): must be finite"),
 }  # fmt: skip
 
 
