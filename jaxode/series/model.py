@@ -76,18 +76,9 @@ class Series:
     def quantile(
         self, q: Any, ts: Any, ys: Any, at: Any, *, context: Any = None
     ) -> Float[np.ndarray, "*levels rows times channels"]:
-        """Quantiles of each channel at each of the later times given the past, without draws.
-
-        Args:
-            q: a level between 0 and 1, or an array of them.
-            ts: times of the past.
-            ys: values of the past.
-            at: later times.
-            context: of each row.
-
-        Returns:
-            `[*levels, rows, times, channels]`.
-        """
+        """Quantiles of each channel at each of the later times given the past,
+        `[*levels, rows, times, channels]`. `q` is a level between 0 and 1, or an array of them. It
+        needs no draws."""
         levels = np.asarray(numbers("q", q), float)
         if not ((levels > 0) & (levels < 1)).all():
             raise ValueError(f"{arg('q')} must lie between 0 and 1; got {q}.")

@@ -99,11 +99,12 @@ class SeriesNetwork(eqx.Module):
             return jnp.concatenate([turn[0] * a - turn[1] * b, turn[1] * a + turn[0] * b])
 
         for _ in range(steps):
-            middle = half(h + 0.5 * step * self._push(h))
-            h = half(half(h) + step * self._push(middle))
+            middle = half(h + 0.5 * step * self.push(h))
+            h = half(half(h) + step * self.push(middle))
         return h
 
-    def _push(self, h):
+    def push(self, h: Float[Array, " size"]) -> Float[Array, " size"]:
+        """The field beside its linear part."""
         first, last = self.field
         rate = jnp.exp(-self.log_gap) * 0.3
         return rate * last(jnp.tanh(first(h)))

@@ -22,10 +22,10 @@ from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Po
 from jaxode.training.rows import InMemory, Rows
 
 RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 8e-3, 2.0, 64, 50
-DROPOUT = 0.2  # of hidden units
+DROPOUT = 0.35  # of hidden units
 # The part of the series in a step that are read without some of their values, and the part of those
 # that are read up to some time alone. All values count in the loss.
-THINNED, CUT = 0.9, 0.5
+THINNED, CUT = 0.95, 0.5
 MAX_VALIDATION_ROWS = 1000
 
 
@@ -62,7 +62,7 @@ def fit(
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         context: what is known of each series, such as age and sex, `[rows, columns]` without gaps.
         validation: the part of the series to set aside, above 0 and below 1. At most 1000 are used.
-        size: numbers in the hidden state.
+        size: numbers in the hidden state, in pairs.
         progress: show steps, the loss on the series set aside and the time left on stderr.
 
     Returns:
@@ -81,8 +81,7 @@ def fit(
     size = 2 * integer("size", integer("size", size, 2) // 2)  # pairs
     split_key, network_key, key = jax.random.split(check_key(key), 3)
     part, aside = _split(len(ts), validation, split_key)
-    given = None if context is None else context[part]
-    units = Units.of(ts[part], ys[part], given)
+    units = Units.of(ts, ys, context)
     columns = 0 if context is None else context.shape[1]
     network = SeriesNetwork.make(network_key, ys.shape[2], columns, size, units.gap, DROPOUT)
     model, batch_size = Series(network, units), min(BATCH_SIZE, len(part))
@@ -135,13 +134,13 @@ def _loss(network: SeriesNetwork, x: Any, context: Any, key: PRNGKeyArray) -> Fl
 
     def of(seen, given, key):
         feed_key, drop_key = jax.random.split(key)
-        return network.log_prob(seen, given, _fed(feed_key, seen.there), drop_key)
+        return network.log_prob(seen, given, fed(feed_key, seen.there), drop_key)
 
     nats = jax.vmap(of)(Seen(dt, x, there), given, jax.random.split(key, len(dt)))
     return -jnp.sum(nats) / jnp.sum(there, dtype=x.dtype)
 
 
-def _fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, "times channels"]:
+def fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, "times channels"]:
     """The values of a series that the network reads in a step."""
     keys = jax.random.split(key, 4)
     kind = jax.random.uniform(keys[0])

@@ -3,10 +3,12 @@
 import pickle
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxode
+from jaxode.series import training
 
 NAN = np.nan
 AT = np.array([3.5, 4.0, 9.0])
@@ -132,6 +134,31 @@ def test_forecasts_start_at_the_last_observation_of_each_row(model):
     assert model.state(TS[:3], YS[:3], AT).shape == (3, 3, 4)
     at_once = model.state(TS[:3], YS[:3], each)
     assert (at_once[0, 0] != at_once[1, 0]).any()
+
+
+def test_between_observations_the_state_follows_an_ode(model):
+    network = model.params
+
+    def field(t, h, network):
+        (a, b), rate, turn = jnp.split(h, 2), jnp.exp(network.decay), jnp.exp(network.frequency)
+        linear = jnp.concatenate([-rate * a - turn * b, turn * a - rate * b])
+        return linear + network.push(h)
+
+    h = jnp.asarray([0.3, -1.0, 2.0, 0.5])
+    exact = jaxode.solve(field, h, 0.0, 0.4, network, rtol=1e-9, atol=1e-9).y1
+    found = [network.flow(h, jnp.asarray(0.4), steps) - exact for steps in (8, 64)]
+    errors = [float(jnp.abs(error).max()) for error in found]
+    assert errors[1] < 1e-3
+    assert errors[0] / errors[1] == pytest.approx(64, rel=0.2)  # of second order
+
+
+def test_training_reads_observed_values_alone_and_often_fewer():
+    there = ~np.isnan(YS)
+    keys = jax.random.split(jax.random.key(0), len(there))
+    fed = np.asarray(jax.vmap(training.fed)(keys, there))
+    assert not (fed & ~there).any()
+    fewer = (fed < there).any(axis=(1, 2))
+    assert 0.5 < fewer.mean()
 
 
 def test_it_survives_pickle(model):
