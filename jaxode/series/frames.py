@@ -8,6 +8,7 @@ from jaxtyping import Float
 from jaxode._checks.caller import arg, public
 from jaxode.series.units import check
 from jaxode.tabular import frames
+from jaxode.tabular.dates import is_date
 
 
 @public("series.from_frame")
@@ -62,8 +63,13 @@ def from_frame(
 
 def _numbers(frame: Any, column: str) -> np.ndarray:
     """A column, NaN where it has no value."""
+    start = f"{arg('frame')} column {column!r} must hold numbers"
+    if is_date(frames.column_of("frame", frame, column)):
+        raise TypeError(
+            f"{start}; got dates. Pass the hours or days since a start, such as "
+            f"(frame[{column!r}] - frame[{column!r}].min()).dt.total_seconds() / 3600 in pandas."
+        )
     found = frames.read("frame", frame, column)
     if found.text:
-        cure = frames.cure_of_dates(frame, column) or "Encode it as numbers, or leave it out."
-        raise TypeError(f"{arg('frame')} column {column!r} must hold numbers; got text. {cure}")
+        raise TypeError(f"{start}; got text. Encode it as numbers, or leave it out.")
     return np.where(found.missing, np.nan, found.values)

@@ -5,6 +5,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 import jaxode
@@ -158,7 +159,7 @@ def test_training_reads_observed_values_alone_and_often_fewer():
     fed = np.asarray(jax.vmap(training.fed)(keys, there))
     assert not (fed & ~there).any()
     fewer = (fed < there).any(axis=(1, 2))
-    assert 0.5 < fewer.mean()
+    assert fewer.mean() > 0.5
 
 
 def test_it_survives_pickle(model):
@@ -203,6 +204,10 @@ FRAMES = {
         "must have a value of 'hour' in each line; got none in line 1",
     ),
     "text": ({"ph": list("vwxyz")}, "column 'ph' must hold numbers; got text. Encode"),
+    "dates": (
+        {"hour": pd.date_range("2020-01-01", periods=5, freq="h")},
+        "column 'hour' must hold numbers; got dates. Pass the hours",
+    ),
     "words": ({"hour": list("vwxyz")}, "column 'hour' must hold numbers; got text"),
 }
 
