@@ -284,16 +284,14 @@ def _keeping_the_best(candidates: Candidates, plan: Plan) -> Iterator[None]:
 
 def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, list[Point]]:
     """The best density and its validations, with warnings if training exploded or hardly began."""
-    points = _together([run.points for run in runs])
-    explosions = [point for run in runs for point in run.explosions]
-    taken = min(_steps_of_matching(run) for run in runs)
+    # An interrupt may come before the first validation of some.
     runs = [run for run in runs if run.best_nll < math.inf]
     if not runs:
         raise FloatingPointError(
             "fit: the log-density of the validation rows is never finite. One row is enough "
             "for that. Check the data for outliers, or tighten rtol and atol of the flow."
         )
-    if explosions:
+    if explosions := [point for run in runs for point in run.explosions]:
         first, *others = explosions
         often = f"{len(explosions)} times, first" if others else "once,"
         warnings.warn(
@@ -303,6 +301,7 @@ def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, 
             stacklevel=5,
         )
     limits, clock = plan.limits, runs[0].clock
+    taken = min(map(_steps_of_matching, runs))
     if taken < min(WARM_UP_STEPS, limits.steps) and clock.spent >= limits.seconds:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
@@ -310,11 +309,12 @@ def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, 
             stacklevel=5,
         )
     best = [plan.devices.from_all(run.best.params) for run in runs]
-    return runs[0].best.with_params(Ensemble.of(best) if ensemble else best[0]), points
+    params = Ensemble.of(best) if ensemble else best[0]
+    return runs[0].best.with_params(params), _together([run.points for run in runs])
 
 
 def _steps_of_matching(run: Training) -> int:
-    return max((point.step for point in run.points if point.phase == "matching"), default=0)
+    return max(point.step for point in run.points if point.phase == "matching")
 
 
 def _together(points: list[list[Point]]) -> list[Point]:

@@ -96,6 +96,21 @@ def test_an_interrupt_keeps_all_members(monkeypatch):
         assert not equal(before, after)
 
 
+def test_an_early_interrupt_keeps_those_that_began(monkeypatch):
+    start, began = fit_module.Training.start, []
+
+    def interrupted(run, phase):
+        began.append(run)
+        if len(began) == 3:
+            raise KeyboardInterrupt
+        start(run, phase)
+
+    monkeypatch.setattr(fit_module.Training, "start", interrupted)
+    density, history = fit(bound(params=ensemble()), validation=OTHERS)
+    assert len(density.params.members) == 2
+    assert [at.step for at in history] == [0, 50, 50]
+
+
 def test_progress_tells_networks_apart(monkeypatch):
     written = []
     monkeypatch.setattr(sys, "stderr", type("File", (), {
