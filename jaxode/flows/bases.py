@@ -126,9 +126,8 @@ class Torus:
 
     @property
     def radius(self) -> np.ndarray:
-        """Of the circle of each angle, `period / (2 pi)`, and one where the period is infinite."""
-        period = np.array(self.period)
-        return np.where(np.isfinite(period), period / (2 * math.pi), 1.0)
+        """Of the circle of each coordinate, flattened."""
+        return radius_of(self.period)
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats. The same for all representatives of an angle."""
@@ -276,6 +275,11 @@ def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Toru
     """
     shape = as_event_shape(event_shape)
     return Torus(shape, as_period(period, shape))
+
+
+def radius_of(period: tuple[float, ...]) -> np.ndarray:
+    """Of the circle of each angle, `period / (2 pi)`, and one where the period is infinite."""
+    return np.where(np.isfinite(period), np.asarray(period) / (2 * math.pi), 1.0)
 
 
 def as_period(period: Any, shape: tuple[int, ...]) -> tuple[float, ...]:

@@ -115,10 +115,6 @@ def squared_errors(
         The losses, whether the field is finite, and its values.
     """
 
-    unit = 1.0
-    if torus is not None:
-        unit = jnp.asarray(torus.radius.reshape(torus.event_shape), paths.x.dtype)
-
     def of_path(u, z0, x, context):
         x = x if torus is None else z0 + torus.arc(x - z0)
         z = (1 - u) * z0 + u * x
@@ -127,7 +123,10 @@ def squared_errors(
         check_derivative(z, dz)
         finite = jnp.isfinite(jax.lax.stop_gradient(dz)).all()
         dz = jnp.asarray(dz, x.dtype)
-        return jnp.mean(((dz - (x - z0) / span) / unit) ** 2), finite, dz
+        off = dz - (x - z0) / span
+        if torus is not None:
+            off = off / jnp.asarray(torus.radius.reshape(torus.event_shape), x.dtype)
+        return jnp.mean(off**2), finite, dz
 
     return jax.vmap(of_path)(*paths)
 

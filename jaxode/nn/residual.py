@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
-from jaxode.flows.bases import as_event_shape, as_period
+from jaxode.flows.bases import as_event_shape, as_period, radius_of
 from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
 
 # Activations before the output stay below this. Near the data they are below 10.
@@ -106,8 +106,7 @@ class Residual(Network):
             h = h + block(self.activation((1 + a) * h + b))
         out = self.last(saturated(self.activation(h)))
         if self.period is not None:  # of the size of the angles, whatever their unit
-            period = np.asarray(self.period)
-            out = out * jnp.asarray(np.where(np.isfinite(period), period / (2 * np.pi), 1), x.dtype)
+            out = out * jnp.asarray(radius_of(self.period), x.dtype)
         return out + scale * x
 
     def _seen(self, x: Float[Array, " size"]) -> Float[Array, " seen"]:

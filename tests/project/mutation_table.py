@@ -120,7 +120,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Two neighbouring rows share their noise.
     ("flows/keys.py", "jax.random.fold_in(key, i))", "jax.random.fold_in(key, i // 2))"),
     # Wrong for times other than 0 and 1.
-    ("flows/matching.py", "- (x - z0) / span) / unit", "- (x - z0)) / unit"),
+    ("flows/matching.py", "off = dz - (x - z0) / span", "off = dz - (x - z0)"),
     # Angles in degrees outweigh other numbers.
     ("flows/matching.py", "jnp.asarray(torus.radius.", "jnp.asarray((0 * torus.radius + 1)."),
     # A learned base shrinks to a point.
