@@ -20,7 +20,7 @@ import optax
 import pandas as pd
 
 import jaxode
-from benchmarks.harness.regression_data import Split
+from benchmarks.harness.regression_data import Rows, Split
 from jaxode import tabular
 
 Array = Any  # of NumPy
@@ -210,28 +210,11 @@ def by_mixture_network(split: Split, seed: int) -> Train:
     rng = np.random.default_rng(seed)
     mean, scale = split.train.y.mean(), split.train.y.std()
     noise = 0.0 if split.step is None else split.step / scale
-    inputs = lambda rows: (jnp.asarray(rows.x), jnp.asarray((rows.y - mean) / scale, jnp.float32))
 
     def train():
-        found = [
-            trained(inputs(split.train), inputs(split.validation), noise, rng, *each)
-            for each in SETTINGS
-        ]
-        params, _ = min(found, key=lambda one: one[1])
-        of_rows = jax.jit(lambda x: mixture(params, x))
-        standard = lambda y: jnp.asarray((np.asarray(y) - mean) / scale, jnp.float32)
-
-        def quantiles(x, q):
-            q = jnp.broadcast_to(jnp.asarray(q, jnp.float32), (len(x), len(q)))
-            return mean + scale * np.asarray(mixture_quantiles(*of_rows(x), q), float)
-
-        def log_density(x, y):
-            return np.asarray(mixture_log_density(*of_rows(x), y=standard(y))) - np.log(scale)
-
-        def cdf(x, y):
-            return np.asarray(mixture_cdf(*of_rows(x), y=standard(y)[:, None]), float)[:, 0]
-
-        return Forecast(quantiles, log_density, cdf)
+        own, aside = (standardized(rows, mean, scale) for rows in (split.train, split.validation))
+        params, _, _ = best_of(own, aside, noise, rng, SETTINGS)
+        return of_mixture(jax.jit(lambda x: mixture(params, x)), mean, scale)
 
     return train
 
@@ -244,16 +227,16 @@ def by_mixture_networks(split: Split, seed: int) -> Train:
     arXiv:1612.01474).
     """
     rng = np.random.default_rng(seed)
-    x, y = (np.concatenate(both) for both in zip(split.validation, split.train, strict=True))
-    mean, scale = y.mean(), y.std()
+    together = zip(split.validation, split.train, strict=True)
+    rows = Rows(*(np.concatenate(both) for both in together))
+    mean, scale = rows.y.mean(), rows.y.std()
     noise = 0.0 if split.step is None else split.step / scale
-    folds = np.array_split(rng.permutation(len(y)), MEMBERS)
-    inputs = lambda rows: (jnp.asarray(x[rows]), jnp.asarray((y[rows] - mean) / scale, jnp.float32))
+    folds = np.array_split(rng.permutation(len(rows.y)), MEMBERS)
 
     def member(aside, settings):
-        own = inputs(np.setdiff1d(np.arange(len(y)), aside))
-        found = [(*trained(own, inputs(aside), noise, rng, *each), each) for each in settings]
-        return min(found, key=lambda one: one[1])
+        own = np.setdiff1d(np.arange(len(rows.y)), aside)
+        of = lambda part: standardized(Rows(rows.x[part], rows.y[part]), mean, scale)
+        return best_of(of(own), of(aside), noise, rng, settings)
 
     def train():
         first, _, best = member(folds[0], SETTINGS)
@@ -265,21 +248,36 @@ def by_mixture_networks(split: Split, seed: int) -> Train:
             joined = lambda parts: jnp.concatenate(parts, axis=1)
             return joined(log_weights) - np.log(MEMBERS), joined(means), joined(scales)
 
-        standard = lambda y: jnp.asarray((np.asarray(y) - mean) / scale, jnp.float32)
-
-        def quantiles(x, q):
-            q = jnp.broadcast_to(jnp.asarray(q, jnp.float32), (len(x), len(q)))
-            return mean + scale * np.asarray(mixture_quantiles(*of_rows(x), q), float)
-
-        def log_density(x, y):
-            return np.asarray(mixture_log_density(*of_rows(x), y=standard(y))) - np.log(scale)
-
-        def cdf(x, y):
-            return np.asarray(mixture_cdf(*of_rows(x), y=standard(y)[:, None]), float)[:, 0]
-
-        return Forecast(quantiles, log_density, cdf)
+        return of_mixture(of_rows, mean, scale)
 
     return train
+
+
+def standardized(rows: Rows, mean: float, scale: float) -> tuple[Any, Any]:
+    return jnp.asarray(rows.x), jnp.asarray((rows.y - mean) / scale, jnp.float32)
+
+
+def best_of(train, validation, noise: float, rng, settings) -> tuple[Any, float, Any]:
+    """The parameters that are best on the validation rows, their loss and their settings."""
+    found = [(*trained(train, validation, noise, rng, *each), each) for each in settings]
+    return min(found, key=lambda one: one[1])
+
+
+def of_mixture(of_rows: Callable[[Array], Any], mean: float, scale: float) -> Forecast:
+    """The distribution of `y` from its mixture in standardized units."""
+    standard = lambda y: jnp.asarray((np.asarray(y) - mean) / scale, jnp.float32)
+
+    def quantiles(x, q):
+        q = jnp.broadcast_to(jnp.asarray(q, jnp.float32), (len(x), len(q)))
+        return mean + scale * np.asarray(mixture_quantiles(*of_rows(x), q), float)
+
+    def log_density(x, y):
+        return np.asarray(mixture_log_density(*of_rows(x), y=standard(y))) - np.log(scale)
+
+    def cdf(x, y):
+        return np.asarray(mixture_cdf(*of_rows(x), y=standard(y)[:, None]), float)[:, 0]
+
+    return Forecast(quantiles, log_density, cdf)
 
 
 def mixture(params: Any, x: Any) -> tuple[Any, Any, Any]:

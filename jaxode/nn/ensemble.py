@@ -93,8 +93,7 @@ class Ensemble(eqx.Module):
         return Completed(self.stacked).is_centered(*context)
 
     def _mean(self, of_member: Callable[[Any], Any]) -> Any:
-        arrays, static = eqx.partition(self.stacked, eqx.is_array)
-        each = jax.vmap(lambda arrays: of_member(eqx.combine(arrays, static)))(arrays)
+        each = eqx.filter_vmap(of_member)(self.stacked)
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each)
 
 
