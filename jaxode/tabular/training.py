@@ -1,6 +1,5 @@
 """Train the density of a table."""
 
-import math
 import time
 import warnings
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from jaxode._checks.arguments import check_bool, check_number, integer, is_number
+from jaxode._checks.arguments import check_bool, integer, is_number
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key, check_weights
 from jaxode._jax.precision import single_precision
@@ -26,7 +25,7 @@ from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, 
 from jaxode.tabular.kinds import encoder_of
 from jaxode.tabular.periodic import TURN
 from jaxode.tabular.table import Table
-from jaxode.training.dataset import MAX_VALIDATION_ROWS, MIN_ROWS, PART_RULE, Dataset
+from jaxode.training.dataset import MAX_VALIDATION_ROWS, MIN_ROWS, Dataset, split_rows
 from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.fit import MATCHING_RATE, Keys, adam, members_of, train
@@ -191,7 +190,7 @@ def _split(
 ) -> list[Part]:
     """The part of each member, with other rows aside, if they are rows of the frame."""
     rows = encoder.encode(frame)
-    draw, n = np.random.default_rng(np.asarray(jax.random.key_data(key))), len(frame)
+    draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
     if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
@@ -203,12 +202,11 @@ def _split(
             )
         aside = take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
         return [Part(rows, aside, weights)] * members
-    check_number("validation", validation, PART_RULE, kind="part")
-    shuffled = draw.permutation(n)
-    count = min(math.ceil(validation * n), MAX_VALIDATION_ROWS, n - 2)
-    turns = [np.split(np.roll(shuffled, -turn * count), [count]) for turn in range(members)]
     of = lambda chosen: None if weights is None else weights[chosen]
-    return [Part(take(rows, own), take(rows, aside), of(own), of(aside)) for aside, own in turns]
+    return [
+        Part(take(rows, own), take(rows, aside), of(own), of(aside))
+        for own, aside in split_rows(validation, draw.permutation(len(frame)), members)
+    ]
 
 
 def _train_numbers(

@@ -204,23 +204,31 @@ def set_aside(
     A part has at most `MAX_VALIDATION_ROWS`. Those of a small table have no row in common, if they
     can.
     """
-    check_number("validation", part, PART_RULE, kind="part")
-    total = len(rows.x)
-    count = min(math.ceil(part * total), MAX_VALIDATION_ROWS, total - 2)
-    draw = _generator(key)
+    total, draw = len(rows.x), _generator(key)
     of = lambda chosen: None if weights is None else weights[chosen]
     if total > MAX_ROWS_COPIED:  # a permutation would take as long as reading all
+        count = _count_aside(part, total)
         each = [np.sort(draw.choice(total, count, replace=False)) for _ in range(members)]
         return [
             (_source_of(rows, devices, aside, weights), _chosen(rows, aside), of(aside))
             for aside in each
         ]
-    shuffled, found = draw.permutation(total), []
-    for turn in range(members):
-        aside, own = np.split(np.roll(shuffled, -turn * count), [count])
-        source = _source_of(_chosen(rows, own), devices, weights=of(own))
-        found.append((source, _chosen(rows, aside), of(aside)))
-    return found
+    return [
+        (_source_of(_chosen(rows, own), devices, weights=of(own)), _chosen(rows, aside), of(aside))
+        for own, aside in split_rows(part, draw.permutation(total), members)
+    ]
+
+
+def split_rows(part: Any, shuffled: np.ndarray, members: int) -> list[tuple[np.ndarray, ...]]:
+    """For each member, the numbers of rows to train on, and of a part of them that is set aside."""
+    count = _count_aside(part, len(shuffled))
+    turned = (np.roll(shuffled, -turn * count) for turn in range(members))
+    return [(each[count:], each[:count]) for each in turned]
+
+
+def _count_aside(part: Any, total: int) -> int:
+    check_number("validation", part, PART_RULE, kind="part")
+    return min(math.ceil(part * total), MAX_VALIDATION_ROWS, total - 2)
 
 
 def _source_of(
