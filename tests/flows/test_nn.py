@@ -75,7 +75,8 @@ def network(make, widths, activation=jnp.tanh, event=6, **options):
     if make in SYMMETRIC:
         return m
     if make is ensemble:
-        return eqx.tree_at(lambda m: m.stacked.weight, m, replace_fn=lambda w: 5 * w)
+        weights = lambda m: [member.weight for member in m.members]
+        return eqx.tree_at(weights, m, replace_fn=lambda w: 5 * w)
     last = lambda m: (m.last if make in (residual, mixer) else m).weight
     return eqx.tree_at(last, m, 5 * last(m))
 
@@ -490,14 +491,19 @@ def test_an_ensemble_is_the_mean_of_its_members():
     assert m.value_and_divergence(T, Y, CONTEXT) is NotImplemented
 
 
-def test_members_of_an_ensemble_are_alike():
-    widths = iter((4, 5))
-    with pytest.raises(ValueError, match=r"^Ensemble\(make=...\): must make networks that differ"):
-        nn.Ensemble(lambda key: nn.MLP(2, (next(widths),), key=key), 2, key=jax.random.key(0))
-    functions = iter((jnp.tanh, jax.nn.silu))
-    with pytest.raises(ValueError, match=r"^Ensemble\(make=...\): must make networks that differ"):
-        nn.Ensemble(
-            lambda key: nn.MLP(2, (4,), key=key, activation=next(functions)),
-            2,
-            key=jax.random.key(0),
-        )
+def test_members_of_an_ensemble_may_differ():
+    """In their sizes; and there is a closed form only if all have one."""
+    key = jax.random.key(0)
+    small, large = (nn.MLP(6, widths, key=key) for widths in ((4,), (5, 7)))
+    m = nn.Ensemble.of([small, large])
+    np.testing.assert_allclose(m(T, Y), (small(T, Y) + large(T, Y)) / 2, rtol=1e-12)
+    assert m.value_and_divergence(T, Y) is not NotImplemented
+    without = nn.Ensemble.of([small, nn.Residual(6, 5, 1, key=key)])
+    assert without.value_and_divergence(T, Y) is NotImplemented
+
+
+def test_particles_in_an_ensemble_stay_centred():
+    key = jax.random.key(0)
+    each = particles(6, (7,), key=key)
+    assert nn.Ensemble.of([each, each]).is_centered()
+    assert not nn.Ensemble.of([each, nn.MLP(6, (4,), key=key)]).is_centered()
