@@ -80,9 +80,8 @@ class OfLikelihood(OfObservations):
         return self._weighed(quantities, jacobian, self.problem.likelihood.curvature)
 
     def information(self, flat, start, quantities, jacobian):
-        fisher = lambda predicted, ys, noise: self.problem.likelihood.information(predicted, noise)[
-            0
-        ]
+        of = self.problem.likelihood
+        fisher = lambda predicted, _, noise: of.information(predicted, noise)[0]
         return self._weighed(quantities, jacobian, fisher).jacobian
 
     def _weighed(self, quantities: Array, jacobian: Array, curvature: Any) -> Local:

@@ -87,11 +87,10 @@ class Column:
 
     def features(self, mode: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The features of a given column, `[rows, width]`."""
-        if self.modes > DIRECTIONS:
-            draw = np.random.default_rng(0)
-            return draw.normal(size=(self.modes, DIRECTIONS))[mode]
         if self.kind == "categorical":
-            return np.eye(self.modes)[mode]
+            if self.modes <= DIRECTIONS:
+                return np.eye(self.modes)[mode]
+            return np.random.default_rng(0).normal(size=(self.modes, DIRECTIONS))[mode]
         is_number, scaled = self.is_number(mode), self.scaled(x)
         if self.circle is not None:
             numbers, angles = [], [scaled]
