@@ -51,9 +51,9 @@ PUBLISHED = {
 }
 METHODS = ("NGBoost", "deep ensembles", "GP", "DistForest")
 BELOW = (
-    "Means over the splits. Wine and naval by cells of their levels, to which quantiles are "
-    "rounded, so that intervals cover more. Published figures are of other trainings, of all "
-    "splits."
+    "Means over the splits, with standard errors. Wine and naval by cells of their levels, to "
+    "which quantiles are rounded, so that intervals cover more. Published figures are of other "
+    "trainings, of all splits."
 )
 
 
@@ -151,9 +151,12 @@ class Regression(Benchmark):
         named = [name for name in CONTENDERS if any(name in row for row in tables.values())]
         for name, row in tables.items():
             found = means(row, key)
-            told_of = {contender: f"{mean:{digits}}" for contender, mean in found.items()}
+            told_of = {
+                contender: told_with_spread(mean, spread, digits)
+                for contender, (mean, spread) in found.items()
+            }
             if ranked and len(found) > 1:  # no one is the best of one
-                best = min(found, key=lambda contender: found[contender])
+                best = min(found, key=lambda contender: found[contender][0])
                 told_of[best] = f"**{told_of[best]}**"
             cells = [told_of.get(contender, "") for contender in named]
             rows.append([label(name, row), *cells, *(beside or {}).get(name, ())])
@@ -167,7 +170,7 @@ class Regression(Benchmark):
             besides.append(f"percent in jaxode's {' / '.join(INTERVALS)}% interval")
             for name, row in self.by_table(results).items():
                 shares = (means(row, of).get("jaxode") for of in INTERVALS)
-                told = " / ".join("" if share is None else f"{share:.0f}" for share in shares)
+                told = " / ".join("" if share is None else f"{share[0]:.0f}" for share in shares)
                 beside[name].append(told)
         return self.part(
             results, "nats, training rows x columns", "nats", ".2f", True, beside, besides
@@ -194,11 +197,21 @@ def label(name: str, row: dict[str, dict[int, Result]]) -> str:
     return f"{name}, {size['rows']} x {size['columns']}, {splits}"
 
 
-def means(row: dict[str, dict[int, Result]], key: str) -> dict[str, float]:
-    """By contender, over the splits: of a score, or of the percent in an interval."""
+def told_with_spread(mean: float, spread: float, digits: str) -> str:
+    return f"{mean:{digits}}" + (f" +- {spread:{digits}}" if spread else "")
+
+
+def means(row: dict[str, dict[int, Result]], key: str) -> dict[str, tuple[float, float]]:
+    """By contender, the mean over the splits and its standard error: of a score, or of the
+    percent in an interval."""
     value = lambda result: 100 * result["covered"][key] if key in INTERVALS else result[key]
     found = {name: [value(result) for result in of.values()] for name, of in row.items()}
-    return {name: float(np.mean(each)) for name, each in found.items() if None not in each}
+    error = lambda each: float(np.std(each, ddof=1) / np.sqrt(len(each))) if len(each) > 1 else 0.0
+    return {
+        name: (float(np.mean(each)), error(each))
+        for name, each in found.items()
+        if None not in each
+    }
 
 
 BENCHMARK = Regression()

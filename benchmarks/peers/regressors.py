@@ -9,7 +9,6 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,13 +18,10 @@ import numpy as np
 import optax
 import pandas as pd
 
-import jaxode
 from benchmarks.harness.regression_data import Rows, Split
 from jaxode import tabular
 
 Array = Any  # of NumPy
-# Of `fit`, about a minute of one core, also for five members of a small table; of its network.
-STEPS, STEPS_OF_MEMBER, WIDTH = 6000, 2000, 64
 SECONDS = 60.0  # of `tabular.fit`
 MEMBERS = 5  # of the mixture networks
 STAGES, PATIENCE = 2000, 50  # of NGBoost, and of early stopping
@@ -62,8 +58,8 @@ def by_table(split: Split, seed: int, calibrate: bool = False) -> Train:
         return rows if y is None else rows.assign(y=y)
 
     def train():
-        clock = SimpleNamespace(perf_counter=time.process_time)
-        with mock.patch("jaxode.training.loop.time", clock), warnings.catch_warnings():
+        clock = mock.patch("time.perf_counter", time.process_time)
+        with clock, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "tabular.fit.frame=")  # of columns that depend
             table, _ = tabular.fit(
                 frame(x, y), given=inputs, key=jax.random.key(seed), seconds=SECONDS,
@@ -78,59 +74,6 @@ def by_table(split: Split, seed: int, calibrate: bool = False) -> Train:
         )
 
     return train
-
-
-def by_fit(split: Split, seed: int, members: int = 1) -> Train:
-    """The defaults of `jaxode.fit`. A `y` with few levels gets its noise.
-
-    Several `members` are one flow, whose field is the mean of theirs. Each has other rows set
-    aside, and all have the map of `y` that the first one chose.
-    """
-    step = split.step
-    # Level k of a `y` in steps is the cell from k to k + 1.
-    to_cells = lambda y: y if step is None else y / step + 0.5
-    back = lambda v: v if step is None else (v - 0.5) * step
-    log_scale = 0.0 if step is None else np.log(step)
-    x: Any = np.concatenate([split.validation.x, split.train.x])
-    y: Any = np.concatenate([split.validation.y, split.train.y])
-    y = np.asarray(y if step is None else np.round(y / step), np.float32)[:, None]
-    aside = len(split.validation.y)
-
-    def member(density, number):
-        rows = np.roll(np.arange(len(x)), -number * aside)
-        start_key, key = jax.random.split(jax.random.key(10 * seed + number))
-        network = jaxode.nn.Residual(1, WIDTH, key=start_key, context_size=x.shape[1])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fit.x=")  # of repeated values
-            density, _ = jaxode.fit(
-                density.with_params(network), y[rows[aside:]], context=x[rows[aside:]], key=key,
-                validation=(y[rows[:aside]], x[rows[:aside]]), dequantize=step is not None,
-                steps=STEPS if members == 1 else STEPS_OF_MEMBER, progress=False,
-            )  # fmt: skip
-        return density
-
-    def train():
-        options = {"base": jaxode.standard_normal(1), "rtol": 1e-5, "atol": 1e-5}
-        density = jaxode.bind(jaxode.cnf(jaxode.nn.field, **options), None)
-        networks = []
-        for number in range(members):
-            density = member(density, number)
-            networks.append(density.params)
-        if members > 1:
-            density = density.with_flow(jaxode.cnf(mean_field, **options)).with_params(networks)
-        single = lambda y: to_cells(y).astype(np.float32)[:, None]
-        return Forecast(
-            lambda x, q: back(np.asarray(density.quantile(jnp.asarray(q), context=x), float)),
-            lambda x, y: np.asarray(density.log_prob(single(y), context=x), float) - log_scale,
-            lambda x, y: np.asarray(density.cdf(single(y), context=x), float),
-        )
-
-    return train
-
-
-def mean_field(t: Any, z: Any, args: Any) -> Any:
-    networks, context = args
-    return sum(network(t, z, context) for network in networks) / len(networks)
 
 
 def by_ngboost(split: Split, seed: int) -> Train:
@@ -201,20 +144,6 @@ def by_treeffuser(split: Split, seed: int) -> Train:
             return np.quantile(np.reshape(drawn, (DRAWN, len(x))), q, axis=0).T
 
         return Forecast(quantiles)
-
-    return train
-
-
-def by_mixture_network(split: Split, seed: int) -> Train:
-    """A network of two layers for the weights, means and scales of normals, in JAX."""
-    rng = np.random.default_rng(seed)
-    mean, scale = split.train.y.mean(), split.train.y.std()
-    noise = 0.0 if split.step is None else split.step / scale
-
-    def train():
-        own, aside = (standardized(rows, mean, scale) for rows in (split.train, split.validation))
-        params, _, _ = best_of(own, aside, noise, rng, SETTINGS)
-        return of_mixture(jax.jit(lambda x: mixture(params, x)), mean, scale)
 
     return train
 
@@ -364,12 +293,9 @@ def trained(train, validation, noise: float, rng, width: int, decay: float):
 
 
 CONTENDERS: dict[str, Callable[[Split, int], Train]] = {
-    "jaxode": by_fit,
-    "jaxode, mean of 5": functools.partial(by_fit, members=5),
-    "jaxode.tabular": by_table,
-    "jaxode.tabular, calibrated": functools.partial(by_table, calibrate=True),
+    "jaxode": by_table,
+    "jaxode, calibrated": functools.partial(by_table, calibrate=True),
     "NGBoost": by_ngboost,
-    "mixture network": by_mixture_network,
     "five mixture networks": by_mixture_networks,
     "quantile forest": by_forest,
     "Treeffuser": by_treeffuser,

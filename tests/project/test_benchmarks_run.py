@@ -243,10 +243,7 @@ def of_regression(patch, of):
     """A small table of its own, with levels."""
     patch.setattr(regression, "own_core", lambda: None)
     patch.setattr(regression, "ROWS", 5)
-    patch.setattr(regressors, "STEPS", 2)
-    patch.setattr(regressors, "STEPS_OF_MEMBER", 2)
     patch.setattr(regressors, "SECONDS", 0.0)
-    patch.setattr(regressors, "WIDTH", 4)
     patch.setattr(regressors, "PATIENCE", 1)
     patch.setattr(regressors, "SETTINGS", ((4, 0.1),))
     patch.setattr(regressors, "LEAVES", (5,))
