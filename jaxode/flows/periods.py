@@ -23,10 +23,17 @@ ROUNDING_PART = 1e-3
 # Parts of the span at which fields are compared: a field may be zero, or symmetric, in its middle.
 AT = 0.13, 0.47, 0.83
 MOST_TURNS = 4  # at each of these times
+# In periods, the places at these times where wrapped angles jump: `x % period` at 0,
+# `arctan2(sin(x), cos(x))` at 1/2.
+CUTS = 0.0, 0.5, 0.0
+# How far from a cut the field is compared with itself on its other side. Smooth fields differ less
+# than the tolerance there, unless angles move 1e4 times faster within a thousandth of a period.
+ROUNDINGS_FROM_CUT = 8
 
 
 class Turns(NamedTuple):
-    """One event at each of some times, and others whose angles are whole periods on."""
+    """One event at each of some times, others whose angles are whole periods on, and two on both
+    sides of a cut."""
 
     u: Float[Array, " points"]
     """Parts of the span."""
@@ -34,7 +41,8 @@ class Turns(NamedTuple):
 
 
 def turns_of(base: BaseDensity, like: Float[Array, "..."]) -> Turns | None:
-    """Where to compare a field with itself whole periods on. None if the base has no angles.
+    """Where to compare a field with itself, whole periods on and across a cut. None if the base has
+    no angles.
 
     Up to `MOST_TURNS` angles turn one after the other. Of more, all turn at once, each by another
     number of periods, and by others in the next turn, so that no simple sum of angles stays.
@@ -56,9 +64,25 @@ def turns_of(base: BaseDensity, like: Float[Array, "..."]) -> Turns | None:
     # Elsewhere at each time.
     part = (np.linspace(0.1, 0.9, len(period)) + np.array(AT)[:, None]) % 1
     start = part * np.where(np.isfinite(period), period, 1.0)
-    z = (start[:, None] + moves * finite).reshape(-1, *base.event_shape)
-    u = np.repeat(AT, moves.shape[1])
+    turned = start[:, None] + moves * finite
+    z = np.concatenate([turned, _beside_cuts(base, start, finite, like)], axis=1)
+    u = np.repeat(AT, z.shape[1])
+    z = z.reshape(-1, *base.event_shape)
     return vary(Turns(*(jnp.asarray(x, like.dtype) for x in (u, z))), axes_of(like))
+
+
+def _beside_cuts(base: Torus, start: Any, period: Any, like: Any) -> Any:
+    """All angles before and behind a cut at each time, `[times, 2, size]`.
+
+    In 16 bits a rounding is too far: both are the same event there.
+    """
+    eps = float(jnp.finfo(like.dtype).eps)
+    apart = ROUNDINGS_FROM_CUT * eps if eps < 1e-5 else 0.0
+    z = np.repeat(start[:, None], 2, axis=1)
+    parts = np.array(CUTS)[:, None] + apart * np.array([-1.0, 1.0])
+    angles = list(base.angles)
+    z[:, :, angles] = parts[:, :, None] * period[angles]
+    return z
 
 
 def off_period(base: Any, dz: Float[Array, "points *event"], span: Any) -> Float[Array, ""]:
@@ -70,7 +94,8 @@ def off_period(base: Any, dz: Float[Array, "points *event"], span: Any) -> Float
     still = jnp.asarray(base.radius, dz.dtype) / jnp.abs(span).astype(dz.dtype)
     scale = jnp.max(jnp.abs(dz), axis=1, keepdims=True) + still[None, None]
     tolerance = ROUNDING_PART + 64 * float(jnp.finfo(dz.dtype).eps)  # bfloat16 turns angles by 0.03
-    return jnp.max(jnp.abs(dz[:, 1:] - dz[:, :1]) / (tolerance * scale))
+    difference = jnp.concatenate([dz[:, 1:-2] - dz[:, :1], dz[:, -1:] - dz[:, -2:-1]], axis=1)
+    return jnp.max(jnp.abs(difference) / (tolerance * scale))
 
 
 def off_period_of(

@@ -23,6 +23,7 @@ NOISE = {jnp.dtype("float64"): 1e-10, jnp.dtype("float32"): 1e-5}
 LEAST_NATURAL_SIZE = 1e-6
 CRUDE_STEPS = 16
 CREEP = 10**1.5  # the factor of the step size from one crude step to the next
+CREEPS = 0.4, 0.9  # factors of moves to a multiple root: 1/2 to a double one
 RATE_ROUNDING = 100.0  # errors of a rate, in rounding errors of `|J| |y|`
 MOST_ROUNDING = 1e-3  # put no more down to rounding than this part of a natural size
 
@@ -121,7 +122,7 @@ def find_root(
     info = jnp.finfo(near.dtype)
 
     def step(carry):
-        y, _, count, _, _ = carry
+        y, _, before, count, _, _ = carry
         jacobian = jax.jacfwd(rates)(y)
         inverse = Equilibrated.of(jacobian).inverse()
         move = product(inverse, rates(y))
@@ -129,17 +130,19 @@ def find_root(
         y = jnp.where(finite, y - move, y)
         gross = product(jnp.abs(inverse), product(jnp.abs(jacobian), jnp.abs(y)))
         rounding = jnp.minimum(RATE_ROUNDING * info.eps * gross, MOST_ROUNDING * size)
-        least = rtol * NOISE[near.dtype] * size
+        # At a multiple root, moves shrink by the same factor for ever, down to any noise.
+        creeps = (CREEPS[0] * before < jnp.abs(move)) & (jnp.abs(move) < CREEPS[1] * before)
+        least = jnp.where(creeps, 0.0, rtol * NOISE[near.dtype] * size)
         close = jnp.all(jnp.abs(move) <= atol + rtol * jnp.abs(y) + least + rounding)
-        return y, jacobian, count + 1, close, ~finite
+        return y, jacobian, jnp.abs(move), count + 1, close, ~finite
 
     def goes_on(carry):
-        _, _, count, close, lost = carry
+        _, _, _, count, close, lost = carry
         return ~close & ~lost & (count < NEWTON_STEPS)
 
     no = jnp.zeros((), bool)
-    start = near, jnp.zeros((len(near), len(near)), near.dtype), jnp.int32(0), no, no
-    y, jacobian, _, close, _ = jax.lax.while_loop(goes_on, step, start)
+    start = near, jnp.zeros((len(near), len(near)), near.dtype), 0 * near, jnp.int32(0), no, no
+    y, jacobian, _, _, close, _ = jax.lax.while_loop(goes_on, step, start)
     return Root(y, jacobian, close, Equilibrated.of(jacobian).singular)
 
 

@@ -226,6 +226,8 @@ NOT_PERIODIC = {
     "late": (lambda t, z, p: p * (t - 0.5) * jnp.where(t > 0.5, 1.0, 0.0) * z, 0.5),
     "no period": (jaxode.nn.field, ALONE),
     "another period": (jaxode.nn.field, jaxode.nn.Residual(2, 4, 1, key=KEY, period=24.0)),
+    "a jump at a period": (lambda t, z, p: p * jnp.mod(z, 2 * np.pi), 0.5),
+    "a jump at half of it": (lambda t, z, p: p * jnp.arctan2(jnp.sin(z), jnp.cos(z)), 0.5),
     "a context": (lambda t, z, args: args[0] * args[1] * z, 0.5),
 }
 METHODS = {

@@ -184,6 +184,16 @@ def test_stability_is_that_of_the_eigenvalues(matrix, stable, dtype):
     assert bool(state.stable) == stable
 
 
+@pytest.mark.parametrize("power", [2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_multiple_root_is_not_found(power, dtype):
+    """Newton's method halves its distance at each step, down to what counts as noise."""
+    field = lambda t, y, _: -(y**power)
+    state = jaxode.steady_state(field, jnp.array([1.0], dtype), throw=False)
+    assert not state.ok
+    assert not state.stable
+
+
 def test_a_state_inside_a_limit_cycle_is_not_stable():
     field = lambda t, y, r: jnp.stack([y[0], y[1]]) * (r**2 - y @ y) + jnp.stack([-y[1], y[0]])
     state = jaxode.steady_state(field, jnp.zeros(2), 0.003)
