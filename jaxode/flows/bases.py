@@ -260,8 +260,8 @@ def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Toru
     density, which integrates to one over a period. All methods of a flow compare the field one
     period on, at three places, and on both sides of 0 and of half a period, where wrapped angles
     jump, and fail if it differs there. They do not see a field that differs, or jumps, elsewhere
-    alone: let it see sine and cosine. Matching takes the shorter way around, in radians, and samples of `bind` are in
-    `[0, period)`. Its maps leave angles as they are.
+    alone: let it see sine and cosine. Matching takes the shorter way around, in radians, and
+    samples of `bind` are in `[0, period)`. Its maps leave angles as they are.
 
     Args:
         event_shape: shape of one sample; an integer stands for a vector.
