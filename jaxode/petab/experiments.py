@@ -1,0 +1,120 @@
+"""The conditions of a problem: constants and states at the start, and when the field switches."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxode._checks.caller import arg
+from jaxode.petab.field import Field
+from jaxode.petab.formulas import Names, evaluate
+from jaxode.petab.model import Model
+from jaxode.petab.parameters import Entries, Parameters
+from jaxode.petab.tables import Tables
+
+
+class Experiments:
+    """A row for each pair of a pre-equilibration, or none, and a simulation."""
+
+    def __init__(self, model: Model, parameters: Parameters, tables: Tables) -> None:
+        self.model, self.parameters = model, parameters
+        lines = {line["conditionId"]: line for line in tables.condition}
+        keys = dict.fromkeys(key for line in tables.condition for key in line)
+        self.columns = [key for key in keys if key not in ("conditionId", "conditionName")]
+        known = {*model.initial, *parameters.ids}
+        for column in self.columns:
+            if column not in known:
+                raise ValueError(
+                    f"{arg('path')} conditions must set what has a start value in the model or is "
+                    f"in the table of parameters; got the column {column!r}. Mend it."
+                )
+        kinds = "preequilibrationConditionId", "simulationConditionId"
+        pairs = [tuple(line.get(kind, "") for kind in kinds) for line in tables.measurement]
+        rows = list(dict.fromkeys(pairs))
+        for name in (name for pair in rows for name in pair):
+            if name and name not in lines:
+                raise ValueError(
+                    f"{arg('path')} measurements must be of conditions in their table; got "
+                    f"{name!r}. Add it."
+                )
+
+        def entries(names: list[str]) -> Entries:
+            cells = [[lines[name].get(column, "") for column in self.columns] for name in names]
+            return parameters.entries(cells, len(self.columns), "condition", model.initial)
+
+        before = list(dict.fromkeys(pair[0] for pair in rows if pair[0]))
+        self.row_of = np.array([rows.index(pair) for pair in pairs])
+        self.rows, self.before = entries([pair[1] for pair in rows]), entries(before)
+        self.before_of = np.array([before.index(pair[0]) if pair[0] else -1 for pair in rows])
+        empty = np.concatenate([self.rows.empty, self.before.empty]).any(axis=0)
+        self._partial = [name for name, some in zip(self.columns, empty, strict=True) if some]
+        fixed = dict.fromkeys([*model.initial, *parameters.ids])
+        self.field = Field(model, [name for name in fixed if name not in model.states])
+
+    def start(self, vector: Float[Array, " parameters"], entries: Entries) -> tuple[Array, Array]:
+        """The constants `[..., k]` and states `[..., n]` of conditions at the start."""
+        names = Names(self.model.rules | self.model.initial, lambda _: jnp.nan, time=0.0)
+        names.update({name: vector[i] for name, i in self.parameters.place.items()})
+        cells = dict(zip(self.columns, jnp.moveaxis(entries.of(vector), -1, 0), strict=True))
+        partial = {name: cells.pop(name) for name in self._partial}
+        names.update(cells)
+        for name, cell in partial.items():
+            of_table = name in self.parameters.place
+            default = names[name] if of_table else evaluate(self.model.initial[name], names)
+            names[name] = jnp.where(jnp.isnan(cell), default, cell)
+        shape = entries.number.shape[:-1]
+
+        def stacked(of: Iterable[str]) -> Array:
+            found = [jnp.broadcast_to(jnp.asarray(names[name], float), shape) for name in of]
+            return jnp.stack(found, axis=-1)
+
+        return stacked(self.field.constants), stacked(self.model.states)
+
+    def kept(self) -> np.ndarray:
+        """Which states of which rows go on from the pre-equilibration, `[rows, n]`."""
+        shape = len(self.before_of), len(self.model.states)
+        kept = np.array(np.broadcast_to((self.before_of >= 0)[:, None], shape))
+        for i, name in enumerate(self.model.states):
+            if name in self.columns:
+                kept[:, i] &= self.rows.empty[:, self.columns.index(name)]
+        return kept
+
+    def switches(self, entries: Entries) -> Float[np.ndarray, "rows points"] | None:
+        """When the field switches in each row, padded with infinity; None if it never does."""
+        if not self.model.switches or not len(entries.number):
+            return None
+        nominal = jnp.asarray(self.parameters.nominal)
+        of = lambda vector: self._switch_times(vector, entries)
+        times, bent = jax.jit(of)(nominal)
+        moves, _ = jax.jit(jax.jacfwd(of))(nominal)
+        moving = np.any(np.asarray(moves)[..., self.parameters.estimated] != 0)
+        if moving or not np.all(np.abs(bent) < 1e-6):
+            got = "switches at times that are estimated" if moving else "one of a power of time"
+            raise ValueError(
+                f"{arg('path')} the field must switch at known times; got {got}. Fix these "
+                "parameters, or solve the model by jaxode.solve with breakpoints."
+            )
+        each = [np.unique(row[np.isfinite(row) & (row > 0)]) for row in np.asarray(times)]
+        size = max(map(len, each))
+        pad = lambda row: np.pad(row, (0, size - len(row)), constant_values=np.inf)
+        return np.stack([pad(row) for row in each]) if size else None
+
+    def _switch_times(self, vector: Array, entries: Entries) -> tuple[Array, Array]:
+        """The times of all switches of each row, and how much each bends with time."""
+        values, y = self.start(vector, entries)
+        found = []
+        for relation in self.model.switches:
+            apart = []
+            for t in (0.0, 1.0, 2.0):
+                left, right = (
+                    evaluate(part, self.field.names(t, y, values)) for part in relation.parts
+                )
+                apart.append(jnp.broadcast_to(jnp.asarray(left - right, float), values.shape[:-1]))
+            slope = apart[1] - apart[0]
+            still = slope == 0
+            times = jnp.where(still, jnp.inf, -apart[0] / jnp.where(still, 1.0, slope))
+            found.append((times, apart[2] - 2 * apart[1] + apart[0]))
+        times, bent = (jnp.stack(each, axis=-1) for each in zip(*found, strict=True))
+        return times, bent

@@ -1,0 +1,77 @@
+"""The measurements of a problem, and their likelihood."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxode._checks.caller import arg
+from jaxode.petab.experiments import Experiments
+from jaxode.petab.observables import Observable, observables_of, placeholders_of
+from jaxode.petab.parameters import Entries
+from jaxode.petab.tables import Tables
+
+SETTLED = 1e8  # a time at which a state is steady: that of pre-equilibrations, and of "inf"
+
+
+class Series(NamedTuple):
+    """The measurements of one observable."""
+
+    observable: Observable
+    rows: Int[np.ndarray, " m"]
+    times: Int[np.ndarray, " m"]
+    """Which of the times of its row."""
+    measured: Float[np.ndarray, " m"]
+    placeholders: Entries
+
+
+class Measurements:
+    """The times of each row, and a series for each observable."""
+
+    def __init__(self, experiments: Experiments, tables: Tables) -> None:
+        self.experiments, lines = experiments, tables.measurement
+        model, parameters, row_of = experiments.model, experiments.parameters, experiments.row_of
+        known = {*experiments.field.constants, *model.states, *model.rules, "time"}
+        observables = observables_of(tables.observable, known)
+        for line in lines:
+            if line["observableId"] not in observables:
+                raise ValueError(
+                    f"{arg('path')} measurements must be of observables in their table; got "
+                    f"{line['observableId']!r}. Add it."
+                )
+        at = np.minimum([float(line["time"]) for line in lines], SETTLED)
+        measured = np.array([float(line["measurement"]) for line in lines])
+        times = [np.unique(at[row_of == row]) for row in range(max(row_of) + 1)]
+        place = np.array(
+            [np.searchsorted(times[row], t) for row, t in zip(row_of, at, strict=True)]
+        )
+        size = max(map(len, times))
+        self.ts = np.stack([np.pad(each, (0, size - len(each)), "edge") for each in times])
+        self.series = []
+        for name, observable in observables.items():
+            which = np.array(
+                [i for i, line in enumerate(lines) if line["observableId"] == name], int
+            )
+            if not len(which):
+                continue
+            cells = [placeholders_of(lines[i], observable) for i in which]
+            width = len(observable.placeholders)
+            entries = parameters.entries(cells, width, "measurement", model.initial)
+            self.series.append(
+                Series(observable, row_of[which], place[which], measured[which], entries)
+            )
+
+    def nll(
+        self, vector: Float[Array, " parameters"], values: Float[Array, "rows k"],
+        ys: Float[Array, "rows times n"],
+    ) -> Float[Array, ""]:  # fmt: skip
+        """Minus the log-likelihood of solutions at the times of each row."""
+        total = jnp.zeros((), ys.dtype)
+        for observable, rows, times, measured, placeholders in self.series:
+            t = jnp.asarray(self.ts[rows, times])
+            names = self.experiments.field.names(t, ys[rows, times], values[rows])
+            predicted, noise = observable.at(names, placeholders.of(vector))
+            of_each = observable.log_density(predicted, noise, jnp.asarray(measured))
+            total = total - jnp.sum(of_each)
+        return total

@@ -1,0 +1,98 @@
+"""Observables: predictions, their noise, and the likelihood of measurements."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxode._checks.caller import arg
+from jaxode.petab.formulas import Names, evaluate, names_in, parsed
+from jaxode.petab.parameters import SCALES
+from jaxode.petab.tables import Table
+
+DISTRIBUTIONS = "normal", "laplace"
+PLACEHOLDERS = ("observableParameter", "noiseParameter")
+
+
+class Observable(NamedTuple):
+    """A line of the table of observables."""
+
+    name: str
+    formula: Any
+    noise_formula: Any
+    scale: str
+    distribution: str
+    placeholders: tuple[str, ...]
+
+    def at(self, names: Names, placeholders: Float[Array, "..."]) -> tuple[Array, Array]:
+        """The prediction and its noise, from the values of names and of the placeholders."""
+        names.update({each: placeholders[..., i] for i, each in enumerate(self.placeholders)})
+        names[self.name] = predicted = evaluate(self.formula, names)
+        return predicted, evaluate(self.noise_formula, names)
+
+    def log_density(self, predicted: Array, noise: Array, measured: Array) -> Array:
+        """Of measurements, which are normal or Laplace's on the scale of the observable."""
+        apart = self.scaled(measured) - self.scaled(predicted)
+        return log_density(self.distribution, apart, noise) - self.shift(measured)
+
+    def scaled(self, values: Array) -> Array:
+        """Predictions or measurements on the scale of the observable."""
+        return jnp.log(values) / SCALES[self.scale] if self.scale != "lin" else values
+
+    def shift(self, measured: Array) -> Array:
+        """How much larger the log-density of a measurement is on the scale of the observable."""
+        if self.scale == "lin":
+            return jnp.zeros_like(measured)
+        return jnp.log(measured) + math.log(SCALES[self.scale])
+
+
+def log_density(distribution: str, apart: Array, noise: Array) -> Array:
+    """Of what is so far apart: of the normal distribution or Laplace's."""
+    if distribution == "laplace":
+        return -jnp.abs(apart / noise) - jnp.log(2 * noise)
+    return -0.5 * (apart / noise) ** 2 - jnp.log(noise) - 0.5 * math.log(2 * math.pi)
+
+
+def observables_of(table: Table, known: set[str]) -> dict[str, Observable]:
+    """The observables by name. `known` are the names that formulas may have."""
+    found, ids = {}, {line["observableId"] for line in table}
+    for line in table:
+        name = line["observableId"]
+        scale = line.get("observableTransformation") or "lin"
+        distribution = line.get("noiseDistribution") or "normal"
+        for column, value, of in (
+            ("observableTransformation", scale, SCALES),
+            ("noiseDistribution", distribution, DISTRIBUTIONS),
+        ):
+            if value not in of:
+                raise ValueError(
+                    f"{arg('path')} {column} must be one of {', '.join(of)}; got {value!r} for "
+                    f"{name!r}. Mend the table of observables."
+                )
+        formulas = [parsed(line[key]) for key in ("observableFormula", "noiseFormula")]
+        used = set().union(*(names_in(formula, {}) for formula in formulas))
+        placeholders = {each for each in used if each.startswith(PLACEHOLDERS)}
+        if unknown := sorted(used - placeholders - known - ids):
+            raise ValueError(
+                f"{arg('path')} formulas of observables must be of names in the model or the table "
+                f"of parameters; got {unknown[0]!r} in {name!r}. Add it to one."
+            )
+        found[name] = Observable(name, *formulas, scale, distribution, tuple(sorted(placeholders)))
+    return found
+
+
+def placeholders_of(line: dict[str, str], observable: Observable) -> list[str]:
+    """The cells of a measurement that stand for the placeholders."""
+    given = {
+        f"{kind}{i + 1}_{observable.name}": cell.strip()
+        for kind in PLACEHOLDERS
+        for i, cell in enumerate(line.get(f"{kind}s", "").split(";"))
+    }
+    for name in observable.placeholders:
+        if not given.get(name):
+            raise ValueError(
+                f"{arg('path')} measurements must give all that formulas leave open; got none for "
+                f"{name!r} at time {line['time']}. Mend the table of measurements."
+            )
+    return [given[name] for name in observable.placeholders]

@@ -1,0 +1,152 @@
+"""The parameters of a problem: their scales, bounds, priors and values."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxode._checks.caller import arg
+from jaxode.petab.tables import Table
+
+SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
+NORMAL, UNIFORM = ("parameterScaleNormal", "normal"), ("parameterScaleUniform", "uniform", "")
+
+
+class Entries(NamedTuple):
+    """Cells of a table: numbers, or where `index` is not negative, parameters."""
+
+    number: Float[np.ndarray, "..."]
+    index: Int[np.ndarray, "..."]
+
+    def of(self, vector: Float[Array, " parameters"]) -> Float[Array, "..."]:
+        """Their values for parameters on a linear scale. NaN where a cell is empty."""
+        return jnp.where(self.index >= 0, vector[self.index], self.number)
+
+    @property
+    def empty(self) -> Bool[np.ndarray, "..."]:
+        """Where a cell is empty."""
+        return (self.index < 0) & np.isnan(self.number)
+
+
+class Parameters:
+    """The table of parameters."""
+
+    def __init__(self, table: Table) -> None:
+        self.ids = [line["parameterId"] for line in table]
+        self.place = {name: i for i, name in enumerate(self.ids)}
+        self.estimated = np.array([float(line["estimate"]) == 1 for line in table], bool)
+        self.names = [
+            name for name, is_free in zip(self.ids, self.estimated, strict=True) if is_free
+        ]
+        self.lines = {line["parameterId"]: line for line in table}
+        self.rates = np.array([self._rate(line) for line in table])
+        self.nominal = np.array([_number(line, "nominalValue") for line in table])
+        low, high = (
+            self.scaled(np.array([_number(line, key) for line in table]))
+            for key in ("lowerBound", "upperBound")
+        )
+        self.bounds = self.by_name(low), self.by_name(high)
+
+    def _rate(self, line: dict[str, str]) -> float:
+        scale = line["parameterScale"] or "lin"
+        if scale not in SCALES:
+            raise ValueError(
+                f"{arg('path')} parameterScale must be one of {', '.join(SCALES)}; got {scale!r} "
+                f"for {line['parameterId']!r}. Mend the table of parameters."
+            )
+        return SCALES[scale]
+
+    def by_name(self, values: Any) -> dict[str, Float[Array, ""]]:
+        """Those of the table that are estimated, as a dictionary."""
+        return dict(zip(self.names, jnp.asarray(values[self.estimated]), strict=True))
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Values on the scales of the table."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(
+                self.rates > 0, np.log(values) / np.where(self.rates, self.rates, 1), values
+            )
+
+    def vector(self, params: dict[str, Array]) -> Float[Array, " parameters"]:
+        """All parameters on a linear scale, from the estimated ones on their scales."""
+        if set(params) != set(self.names):
+            odd = sorted(set(params) ^ set(self.names))
+            raise ValueError(
+                f"{arg('params')} must have the names of problem.names; got {odd} too many or too "
+                "few. Take problem.nominal as a pattern."
+            )
+        flat = jnp.stack([jnp.asarray(params[name], float) for name in self.names])
+        rates = jnp.asarray(self.rates[self.estimated])
+        free = jnp.where(rates > 0, jnp.exp(rates * flat), flat)
+        return jnp.asarray(self.nominal).at[np.flatnonzero(self.estimated)].set(free)
+
+    def entries(
+        self, cells: list[list[str]], columns: int, table: str, numbers: dict[str, Any]
+    ) -> Entries:
+        """Read cells, which may also name what has a number in the model."""
+        read = [[self._entry(cell, table, numbers) for cell in line] for line in cells]
+        shape = len(cells), columns
+        return Entries(
+            np.array([[number for number, _ in line] for line in read], float).reshape(shape),
+            np.array([[index for _, index in line] for line in read], int).reshape(shape),
+        )
+
+    def _entry(self, cell: str, table: str, numbers: dict[str, Any]) -> tuple[float, int]:
+        if cell in self.place:
+            return math.nan, self.place[cell]
+        try:
+            return float(cell or "nan"), -1
+        except ValueError:
+            if isinstance(numbers.get(cell), float):
+                return numbers[cell], -1
+            raise ValueError(
+                f"{arg('path')} the table of {table}s must hold numbers and parameters; got "
+                f"{cell!r}. Add it to the table of parameters."
+            ) from None
+
+    def starts(self, key: PRNGKeyArray, n: int) -> dict[str, Float[Array, " n"]]:
+        """Draw first guesses between the bounds, by the priors of the initialization."""
+        found, (low, high) = {}, self.bounds
+        for name, one in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
+            kind, (first, second) = self._prior(name, "initialization")
+            if kind in NORMAL:
+                drawn = first + second * jax.random.normal(one, (n,))
+            else:
+                drawn = jax.random.uniform(one, (n,), minval=first, maxval=second)
+            if kind in ("normal", "uniform") and (rate := self.rates[self.place[name]]):
+                drawn = jnp.log(drawn) / rate
+            found[name] = jnp.clip(drawn, low[name], high[name])
+        return found
+
+    def prior(self, params: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Residuals of the parameters that have a normal objective prior."""
+        found = {}
+        for name in self.names:
+            kind, (mean, deviation) = self._prior(name, "objective")
+            if kind in NORMAL:
+                rate = self.rates[self.place[name]] if kind == "normal" else 0.0
+                value = jnp.exp(rate * params[name]) if rate else params[name]
+                found[name] = (value - mean) / deviation
+        return found
+
+    def _prior(self, name: str, of: str) -> tuple[str, tuple[Any, Any]]:
+        """The kind of a prior and its two parameters; by default the bounds."""
+        line, (low, high) = self.lines[name], self.bounds
+        kind = line.get(f"{of}PriorType", "")
+        if kind not in NORMAL + UNIFORM:
+            raise ValueError(
+                f"{arg('path')} {of}PriorType must be uniform or normal; got {kind!r} for {name!r}. "
+                "Leave it out, and pass a prior of your own to jaxode.estimate."
+            )
+        given = line.get(f"{of}PriorParameters", "")
+        if not given:
+            return kind if kind in NORMAL else "", (low[name], high[name])
+        first, second = map(float, given.split(";"))
+        return kind, (first, second)
+
+
+def _number(line: dict[str, str], column: str) -> float:
+    return float(line[column] or "nan")

@@ -1,0 +1,89 @@
+"""The files of a problem: its YAML file and tables."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxode._checks.caller import arg
+
+Table = list[dict[str, str]]
+COLUMNS = {
+    "parameter": (
+        "parameterId", "parameterScale", "lowerBound", "upperBound", "nominalValue", "estimate",
+    ),
+    "condition": ("conditionId",),
+    "observable": ("observableId", "observableFormula", "noiseFormula"),
+    "measurement": ("observableId", "simulationConditionId", "measurement", "time"),
+}  # fmt: skip
+
+
+class Tables(NamedTuple):
+    """The lines of each table, and the file of the model."""
+
+    sbml: Path
+    parameter: Table
+    condition: Table
+    observable: Table
+    measurement: Table
+
+
+def read_tables(path: Any) -> Tables:
+    """Read the YAML file of a problem, and the tables that it names."""
+    import yaml
+
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{arg('path')} must be a file; got {str(path)!r}. Look for it.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("problems"), list):
+        raise ValueError(
+            f"{arg('path')} must be the YAML file of a PEtab problem; got {path.name!r}, which has "
+            "no problems. Pass the file that names the tables."
+        )
+    if str(content.get("format_version")) != "1" or len(content["problems"]) != 1:
+        raise ValueError(
+            f"{arg('path')} must be one problem of PEtab's version 1; got version "
+            f"{content.get('format_version')!r} and {len(content['problems'])} problems. Write a "
+            "file for each."
+        )
+    given = {**content["problems"][0], "parameter_files": content.get("parameter_file")}
+    files = lambda kind: _files(path, given, f"{kind}_files")
+    (sbml, *others), tables = files("sbml"), {}
+    if others:
+        raise ValueError(
+            f"{arg('path')} must have one model; got {1 + len(others)} sbml_files. Write a file for "
+            "each."
+        )
+    for kind, columns in COLUMNS.items():
+        tables[kind] = [line for file in files(kind) for line in _lines(file, columns)]
+    return Tables(sbml, **tables)
+
+
+def _files(path: Path, given: dict[str, Any], key: str) -> list[Path]:
+    named = given.get(key) or []
+    files = [path.parent / name for name in ([named] if isinstance(named, str) else named)]
+    if not files:
+        raise ValueError(f"{arg('path')} must have {key}; got none in {path.name!r}. Add them.")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"{arg('path')} {key} must be files; got {str(file)!r}, which there is not. Add it."
+            )
+    return files
+
+
+def _lines(file: Path, columns: Sequence[str]) -> Table:
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        reader = csv.DictReader(opened, delimiter="\t")
+        lines = [
+            {key: (cell or "").strip() for key, cell in line.items() if key} for line in reader
+        ]
+    for column in columns:
+        if column not in (reader.fieldnames or ()):
+            raise ValueError(
+                f"{arg('path')} {file.name} must have the column {column!r}; got "
+                f"{reader.fieldnames}. Add it."
+            )
+    return lines
