@@ -1,17 +1,21 @@
 """A problem of PEtab: its ODE, its likelihood and its estimate."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.caller import public
+from jaxode.estimation.estimate import Estimate, estimate
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
+from jaxode.petab.channels import Channels
 from jaxode.petab.experiments import Experiments
 from jaxode.petab.measurements import SETTLED, Measurements
 from jaxode.petab.model import read_model
@@ -35,8 +39,6 @@ class Problem:
     """Their nominal values."""
     bounds: tuple[Params, Params]
     """Their lower and upper bounds."""
-    row_args: dict[str, tuple[Array, Array]]
-    """What each condition sets, `[rows, ...]`: numbers and indices of parameters."""
 
     def __init__(
         self, experiments: Experiments, measurements: Measurements, options: dict[str, Any]
@@ -75,6 +77,50 @@ class Problem:
     def starts(self, key: PRNGKeyArray, n: int) -> dict[str, Float[Array, " n"]]:
         """Draw `n` first guesses between the bounds, or by the table's priors of initialization."""
         return self._parameters.starts(key, n)
+
+    def prior(self, params: Params) -> Params:
+        """The residuals of the normal objective priors of the table."""
+        return self._parameters.prior(params)
+
+    @public("Problem.estimate")
+    def estimate(self, starts: dict[str, Float[Array, " n"]], **options: Any) -> Estimate:
+        """Estimate the parameters from first guesses, within the bounds and with the priors.
+
+        Args:
+            starts: first guesses `[n]` of each parameter, as `starts(key, n)` draws them.
+            options: of `jaxode.estimate`, such as `seconds`, `progress`, `bounds` and `rtol`.
+                Tolerances are those of `jaxode.estimate`.
+
+        Returns:
+            The estimate of `jaxode.estimate`, whose `nll` is that of `Problem.nll`. What it
+            predicts are series on the scales of their observables.
+        """
+        channels, measurements = self._channels, self._measurements
+        if channels.is_simple:
+            of_noise = {"observe": channels.observe, "noise": channels.noise}
+            ys = channels.ys
+        else:
+            likelihood = channels.log_density
+            of_noise = {"observe": channels.observe_with_noise, "likelihood": likelihood}
+            ys = np.stack([channels.ys, np.full_like(channels.ys, np.nan)], axis=-1)
+        given = {"solver": self._options["solver"], "max_steps": self._options["max_steps"]}
+        if self._breaks is not None:
+            given["breakpoints"] = self._breaks
+        given |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}
+        given |= of_noise | ({"prior": self.prior} if self.prior(self.nominal) else {})
+        found = estimate(
+            self.f, self.y0, measurements.ts, ys, starts, **(given | options)
+        )
+        return eqx.tree_at(lambda each: each.nll, found, found.nll + channels.shift)
+
+    @functools.cached_property
+    def _channels(self) -> Channels:
+        return Channels(self._measurements)
+
+    @property
+    def row_args(self) -> dict[str, Any]:
+        """What each condition sets, and the placeholders of its series, `[rows, ...]`."""
+        return self._channels.row_args
 
     def _nll(self, params: Params) -> Float[Array, ""]:
         vector = self._parameters.vector(params)
