@@ -34,11 +34,12 @@ class Channels:
         ]
         self.shift = float(np.sum(shifts))
         """How much larger the log-likelihood is on the scales of the observables."""
+        formulas = [(each.formula, each.noise_formula) for each in self._observables]
+        rules = experiments.model.rules
+        used = [names_in(formula, rules) for both in formulas for formula in both]
+        self._used = set().union(*used)
         moving = {*experiments.model.states, "time", *(each.name for each in self._observables)}
-        of_noise = [
-            names_in(each.noise_formula, experiments.model.rules) for each in self._observables
-        ]
-        self.is_simple = not any(names & moving for names in of_noise) and all(
+        self.is_simple = not any(names & moving for names in used[1::2]) and all(
             each.distribution == "normal" for each in self._observables
         )
         """Whether all noise is normal, and does not depend on what is predicted."""
@@ -46,11 +47,12 @@ class Channels:
     def _at(self, t: Any, y: Array, params: Params, row: Any) -> tuple[Array, Array]:
         """The predictions and the noise of all channels of a row."""
         vector = self._parameters.vector(params)
-        values, _ = self._experiments.start(vector, Entries(*row["condition"]))
+        entries = Entries(*row["condition"])
+        values = self._experiments.constants(vector, entries, self._used)
         names, found = self._experiments.field.names(t, y, values), []
         cells = zip(self._observables, self._counts, row["placeholders"], strict=True)
-        for observable, count, entries in cells:
-            predicted, noise = observable.at(names, Entries(*entries).of(vector))
+        for observable, count, placeholders in cells:
+            predicted, noise = observable.at(names, Entries(*placeholders).of(vector))
             both = observable.scaled(predicted), noise
             found.append([jnp.broadcast_to(jnp.asarray(each, y.dtype), (count,)) for each in both])
         predicted, noise = (jnp.concatenate(each) for each in zip(*found, strict=True))

@@ -1,6 +1,7 @@
 """The conditions of a problem: constants and states at the start, and when the field switches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,19 @@ class Experiments:
 
     def start(self, vector: Float[Array, " parameters"], entries: Entries) -> tuple[Array, Array]:
         """The constants `[..., k]` and states `[..., n]` of conditions at the start."""
+        names, shape = self._names(vector, entries), entries.number.shape[:-1]
+        return _stacked(names, self.field.constants, shape), _stacked(
+            names, self.model.states, shape
+        )
+
+    def constants(self, vector: Array, entries: Entries, used: set[str]) -> Float[Array, " k"]:
+        """The constants of one condition; zeros for those that are not used."""
+        names = self._names(vector, entries)
+        values = {name: names[name] if name in used else 0.0 for name in self.field.constants}
+        return _stacked(values, values, ())
+
+    def _names(self, vector: Array, entries: Entries) -> Names:
+        """The values of names at the start."""
         names = Names(self.model.rules | self.model.initial, lambda _: jnp.nan, time=0.0)
         names.update({name: vector[i] for name, i in self.parameters.place.items()})
         cells = dict(zip(self.columns, jnp.moveaxis(entries.of(vector), -1, 0), strict=True))
@@ -64,13 +78,7 @@ class Experiments:
             of_table = name in self.parameters.place
             default = names[name] if of_table else evaluate(self.model.initial[name], names)
             names[name] = jnp.where(jnp.isnan(cell), default, cell)
-        shape = entries.number.shape[:-1]
-
-        def stacked(of: Iterable[str]) -> Array:
-            found = [jnp.broadcast_to(jnp.asarray(names[name], float), shape) for name in of]
-            return jnp.stack(found, axis=-1)
-
-        return stacked(self.field.constants), stacked(self.model.states)
+        return names
 
     def kept(self) -> np.ndarray:
         """Which states of which rows go on from the pre-equilibration, `[rows, n]`."""
@@ -108,9 +116,8 @@ class Experiments:
         for relation in self.model.switches:
             apart = []
             for t in (0.0, 1.0, 2.0):
-                left, right = (
-                    evaluate(part, self.field.names(t, y, values)) for part in relation.parts
-                )
+                names = self.field.names(t, y, values)
+                left, right = (evaluate(part, names) for part in relation.parts)
                 apart.append(jnp.broadcast_to(jnp.asarray(left - right, float), values.shape[:-1]))
             slope = apart[1] - apart[0]
             still = slope == 0
@@ -118,3 +125,10 @@ class Experiments:
             found.append((times, apart[2] - 2 * apart[1] + apart[0]))
         times, bent = (jnp.stack(each, axis=-1) for each in zip(*found, strict=True))
         return times, bent
+
+
+def _stacked(
+    names: Mapping[str, Any], of: Iterable[str], shape: tuple[int, ...]
+) -> Float[Array, "... k"]:
+    found = [jnp.broadcast_to(jnp.asarray(names[name], float), shape) for name in of]
+    return jnp.stack(found, axis=-1)

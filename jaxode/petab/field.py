@@ -26,6 +26,9 @@ class Field:
     def __init__(self, model: Model, constants: Sequence[str]) -> None:
         self.model = model
         self.constants = {name: i for i, name in enumerate(constants)}
+        used = set().union(*(names_in(law, model.rules) for law in model.laws), model.sizes)
+        self.used = used & set(constants)
+        """The constants on which the field depends."""
         of_laws = set().union(*(names_in(law, {}) for law in model.laws))
         self._follow = ["time", *sorted(of_laws & set(model.rules))]
         place = {name: i for i, name in enumerate((*model.states, *constants, *self._follow, None))}

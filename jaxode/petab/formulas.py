@@ -46,6 +46,10 @@ def _all(of_two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda *parts: functools.reduce(of_two, parts)
 
 
+SHARED = (  # by their names in JAX
+    "abs", "exp", "floor", "sin", "cos", "tan", "sinh", "cosh", "tanh", "arcsin", "arccos",
+    "arctan", "arcsinh", "arccosh", "arctanh",
+)  # fmt: skip
 COMPARED = {"GT": jnp.greater, "GEQ": jnp.greater_equal, "LT": jnp.less, "LEQ": jnp.less_equal}
 RELATIONS = {f"RELATIONAL_{name}": each for name, each in COMPARED.items()}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -69,11 +73,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "RELATIONAL_EQ": jnp.equal,
     "RELATIONAL_NEQ": jnp.not_equal,
     **RELATIONS,
-    **{
-        f"FUNCTION_{name.upper()}": getattr(jnp, name)
-        for name in ("abs", "exp", "floor", "sin", "cos", "tan", "sinh", "cosh", "tanh")
-        + ("arcsin", "arccos", "arctan", "arcsinh", "arccosh", "arctanh")
-    },
+    **{f"FUNCTION_{name.upper()}": getattr(jnp, name) for name in SHARED},
 }
 CONSTANTS = {
     "CONSTANT_E": math.e,

@@ -138,8 +138,8 @@ class Parameters:
         kind = line.get(f"{of}PriorType", "")
         if kind not in NORMAL + UNIFORM:
             raise ValueError(
-                f"{arg('path')} {of}PriorType must be uniform or normal; got {kind!r} for {name!r}. "
-                "Leave it out, and pass a prior of your own to jaxode.estimate."
+                f"{arg('path')} {of}PriorType must be uniform or normal; got {kind!r} for "
+                f"{name!r}. Leave it out, and pass a prior of your own to jaxode.estimate."
             )
         given = line.get(f"{of}PriorParameters", "")
         if not given:

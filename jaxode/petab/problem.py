@@ -1,6 +1,8 @@
 """A problem of PEtab: its ODE, its likelihood and its estimate."""
 
 import functools
+import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode._checks.caller import public
+from jaxode._checks.caller import arg, public
 from jaxode.estimation.estimate import Estimate, estimate
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.solve import solve
@@ -25,12 +27,17 @@ from jaxode.petab.tables import read_tables
 Params = dict[str, Float[Array, ""]]
 OPTIONS = {"solver": Rodas5P(), "rtol": 1e-8, "atol": 1e-10, "max_steps": 4096}
 
+SET = (  # options of `solve` that it sets, or has no use for
+    "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
+    "jumps", "breakpoints", "axis_name", "steps", "mass",
+)  # fmt: skip
+
 
 class Problem:
     """An estimation problem.
 
     Parameters are dictionaries of those that are estimated, by name, on the scales of their table:
-    logarithms to base 10, natural ones, or the numbers themselves.
+    logarithms to base 10, natural ones, or the numbers themselves. Made by `jaxode.petab.load`.
     """
 
     names: list[str]
@@ -53,12 +60,17 @@ class Problem:
         self._kept = experiments.kept()
         self._value = jax.jit(self._nll)
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the numbers in a state, concentrations or amounts as the model says."""
+        return self._experiments.model.states
+
     def f(self, t: Float[Array, ""], y: Float[Array, " n"], args: Any) -> Float[Array, " n"]:
         """The vector field `f(t, y, (params, row))`, with a row of `row_args`."""
         params, row = args
-        vector = self._parameters.vector(params)
-        values, _ = self._experiments.start(vector, Entries(*row["condition"]))
-        return self._experiments.field(t, y, values)
+        field, vector = self._experiments.field, self._parameters.vector(params)
+        entries = Entries(*row["condition"])
+        return field(t, y, self._experiments.constants(vector, entries, field.used))
 
     def y0(self, params: Params) -> Float[Array, "rows n"]:
         """The states of all conditions at time 0, after their pre-equilibration.
@@ -67,6 +79,7 @@ class Problem:
         """
         return self._start(self._parameters.vector(params), ForwardMode())[1]
 
+    @public("Problem.nll")
     def nll(self, params: Params) -> Float[Array, ""]:
         """Minus the log-likelihood, with all constants, without priors; NaN where a solve fails.
 
@@ -108,9 +121,7 @@ class Problem:
             given["breakpoints"] = self._breaks
         given |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}
         given |= of_noise | ({"prior": self.prior} if self.prior(self.nominal) else {})
-        found = estimate(
-            self.f, self.y0, measurements.ts, ys, starts, **(given | options)
-        )
+        found = estimate(self.f, self.y0, measurements.ts, ys, starts, **(given | options))
         return eqx.tree_at(lambda each: each.nll, found, found.nll + channels.shift)
 
     @functools.cached_property
@@ -151,6 +162,46 @@ class Problem:
 
 @public("petab.load")
 def load(path: str | Path, **options: Any) -> Problem:
+    """Read an estimation problem in version 1 of PEtab: a YAML file, tables, and a model in SBML.
+
+    It reads reactions with local parameters, functions, compartments, amounts and concentrations,
+    assignment and rate rules, initial assignments; conditions that set parameters, compartments and
+    states, also after pre-equilibration; formulas of observables and of noise with overrides,
+    observables on logarithmic scales, normal noise and Laplace's; inputs that switch at known
+    times. All conditions are rows of one solve. A state is steady, and a time "inf" reached, at
+    1e8.
+
+    Args:
+        path: the YAML file.
+        options: of `jaxode.solve`, such as `solver`, `rtol`, `atol` and `max_steps`. By default
+            `jaxode.Rodas5P()`, 1e-8, 1e-10 and 4096.
+
+    Returns:
+        A `Problem`.
+
+    Raises:
+        ImportError: without python-libsbml or PyYAML: `pip install "jaxode[petab]"`.
+        TypeError, ValueError: in single precision; for files that lack a table or a column, or name
+            what there is not; and for what it does not read: events, switches at times that are
+            estimated, algebraic rules, delays, stoichiometries that are computed, conversion
+            factors, species in a compartment whose size changes.
+
+    References: Schmiester et al. (2021), doi:10.1371/journal.pcbi.1008646.
+    """
+    for module in ("libsbml", "yaml"):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(
+                "jaxode.petab needs python-libsbml and PyYAML. Install them: "
+                "pip install 'jaxode[petab]'."
+            )
+    if jnp.zeros(0).dtype != jnp.float64:
+        raise ValueError(
+            f"{arg('path')} needs double precision; got float32. Call "
+            "jax.config.update('jax_enable_x64', True) first."
+        )
+    for name in options:
+        if name in SET or name not in inspect.signature(solve).parameters:
+            raise TypeError(f"{arg(name)} is not an option of petab.load. Leave it out.")
     tables = read_tables(path)
     experiments = Experiments(read_model(tables.sbml), Parameters(tables.parameter), tables)
     return Problem(experiments, Measurements(experiments, tables), options)

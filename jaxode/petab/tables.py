@@ -53,8 +53,8 @@ def read_tables(path: Any) -> Tables:
     (sbml, *others), tables = files("sbml"), {}
     if others:
         raise ValueError(
-            f"{arg('path')} must have one model; got {1 + len(others)} sbml_files. Write a file for "
-            "each."
+            f"{arg('path')} must have one model; got {1 + len(others)} sbml_files. Write a file "
+            "for each."
         )
     for kind, columns in COLUMNS.items():
         tables[kind] = [line for file in files(kind) for line in _lines(file, columns)]

@@ -1,5 +1,7 @@
 """Problems of PEtab: the likelihood of a small one, its gradient, its estimate, and bad input."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -19,34 +21,52 @@ REACTIONS = {
     "decay": ("B", None, "part * slow * B"),
     "feed": (None, "A", "volume * dose * piecewise(1, time < until, 0)"),
 }
+PARAMETERS = """
+parameterId parameterScale lowerBound upperBound nominalValue estimate
+k           log10          0.01       100        0.8          1
+slow        lin            0          10         0.3          1
+scale       log            0.1        10         1.5          1
+noise       log10          0.001      10         0.2          1
+high        lin            0          5          2.0          0
+"""
+CONDITIONS = """
+conditionId dose A   until
+before      0.5  -   1e9
+low         1.0  -   3
+high        high 3.0 3
+"""
+OBSERVABLES = """
+observableId observableFormula noiseFormula observableTransformation noiseDistribution
+amount observableParameter1_amount*B noise log10 normal
+total A*volume+B noiseParameter1_total+0.1*A lin laplace
+"""
+MEASUREMENTS = """
+preequilibrationConditionId simulationConditionId observableId time measurement \
+observableParameters noiseParameters
+before low  amount 0   2.0 scale -
+before low  amount 2   4.0 scale -
+before low  amount 2   4.5 2.0   -
+before low  total  2   5.0 -     noise
+before low  total  6   2.0 -     0.3
+before high amount 4   7.0 scale -
+-      high total  4   7.5 -     noise
+-      high total  inf 6.1 -     noise
+"""
 FILES = {
-    "parameters": """\
-        parameterId parameterScale lowerBound upperBound nominalValue estimate
-        k           log10          0.01       100        0.8          1
-        slow        lin            0          10         0.3          1
-        scale       log            0.1        10         1.5          1
-        noise       log10          0.001      10         0.2          1
-        high        lin            0          5          2.0          0""",
-    "conditions": """\
-        conditionId dose A   until
-        before      0.5  -   1e9
-        low         1.0  -   3
-        high        high 3.0 3""",
-    "observables": """\
-        observableId observableFormula           observableTransformation noiseFormula noiseDistribution
-        amount       observableParameter1_amount*B log10                  noise        normal
-        total        A*volume+B                  lin                      noiseParameter1_total+0.1*A laplace""",
-    "measurements": """\
-        observableId preequilibrationConditionId simulationConditionId measurement time observableParameters noiseParameters
-        amount       before                      low                   2.0         0    scale                -
-        amount       before                      low                   4.0         2    scale                -
-        amount       before                      low                   4.5         2    2.0                  -
-        total        before                      low                   5.0         2    -                    noise
-        total        before                      low                   2.0         6    -                    0.3
-        amount       before                      high                  7.0         4    scale                -
-        total        -                           high                  7.5         4    -                    noise
-        total        -                           high                  6.1         inf  -                    noise""",
+    "parameters.tsv": PARAMETERS,
+    "conditions.tsv": CONDITIONS,
+    "observables.tsv": OBSERVABLES,
+    "measurements.tsv": MEASUREMENTS.replace("\\\n", ""),
 }
+YAML = """
+format_version: 1
+parameter_file: parameters.tsv
+problems:
+- sbml_files: [model.xml]
+  condition_files: [conditions.tsv]
+  observable_files: [observables.tsv]
+  measurement_files: [measurements.tsv]
+"""
 
 
 def model() -> str:
@@ -96,18 +116,16 @@ def model() -> str:
     return libsbml.writeSBMLToString(document)
 
 
-def written(folder: Path, change: dict[str, tuple[str, str]] = {}) -> Path:
+def written(folder: Path, change: Mapping[str, tuple[str, str]] = {}) -> Path:
     """A problem in `folder`, with one text for another in some of its files."""
-    yaml = "format_version: 1\nparameter_file: parameters.tsv\nproblems:\n- sbml_files: [model.xml]\n"
-    yaml += "".join(f"  {name[:-1]}_files: [{name}.tsv]\n" for name in list(FILES)[1:])
-    files = {"problem.yaml": yaml, "model.xml": model()}
+    files = {"problem.yaml": YAML, "model.xml": model()}
     for name, text in FILES.items():
-        lines = [line.split() for line in text.splitlines()]
-        files[f"{name}.tsv"] = "\n".join("\t".join(line).replace("-", "") for line in lines)
+        lines = ["\t".join(line.split()) for line in text.strip().splitlines()]
+        files[name] = "\n".join(re.sub("(?<!\\S)-(?!\\S)", "", line) for line in lines)
     for name, text in files.items():
-        for old, new in [change[name]] if name in change else []:
-            assert old in text
-            text = text.replace(old, new)
+        if name in change:
+            assert change[name][0] in text
+            text = text.replace(*change[name])
         (folder / name).write_text(text)
     return folder / "problem.yaml"
 
@@ -119,12 +137,15 @@ def problem(tmp_path_factory):
 
 def states(p: dict[str, float], start: list[float], dose: float, until: float, t: float):
     """Concentration of A and amount of B at time t, by SciPy."""
+
+    def slope(_, y, feed):
+        return [feed - p["k"] * y[0], 2 * p["k"] * y[0] - 2 * p["slow"] * y[1]]
+
     y, reached = np.array(start), 0.0
     for end, feed in ((min(t, until), dose), (t, 0.0)):
-        slope = lambda _, y: [feed - p["k"] * y[0], 2 * p["k"] * y[0] - 2 * p["slow"] * y[1]]
         if end > reached:
-            y = solve_ivp(slope, (reached, end), y, "LSODA", rtol=1e-10, atol=1e-12).y[:, -1]
-            reached = end
+            options = {"method": "LSODA", "rtol": 1e-10, "atol": 1e-12, "args": (feed,)}
+            y, reached = solve_ivp(slope, (reached, end), y, **options).y[:, -1], end
     return y
 
 
@@ -172,3 +193,69 @@ def test_its_gradient_is_that_of_finite_differences(problem):
         )
         # The solves of both differ by some 1e-7, which 2e-4 divides.
         np.testing.assert_allclose(gradient[name], (up - down) / 2e-4, rtol=1e-3, atol=1e-3)
+
+
+EVENT = (
+    '<listOfEvents><event id="pulse" useValuesFromTriggerTime="true"><trigger initialValue="true" '
+    'persistent="true"><math xmlns="http://www.w3.org/1998/Math/MathML"><true/></math></trigger>'
+    "</event></listOfEvents></model>"
+)
+BAD = {
+    "a missing table": (
+        "problem.yaml", "observables.tsv", "other.tsv", "observable_files must be .*other",
+    ),
+    "no table": ("problem.yaml", "condition_f", "more_f", "must have condition_files; got none"),
+    "a version": ("problem.yaml", "version: 1", "version: 2", "version 1; got version 2"),
+    "a missing column": ("observables.tsv", "noiseFormula", "x", "the column 'noiseFormula'"),
+    "a parameter": ("measurements.tsv", "scale", "gain", "must hold numbers .*got 'gain'"),
+    "a name in a formula": ("observables.tsv", "*volume", "*size", "got 'size' in 'total'"),
+    "a formula": ("observables.tsv", "A*volume", "A*(volume", "must be of numbers, names and"),
+    "a condition": ("measurements.tsv", "low", "lower", "got 'lower'. Add it"),
+    "an observable": ("measurements.tsv", "total", "all", "got 'all'. Add it"),
+    "a column": ("conditions.tsv", "dose", "drug", "got the column 'drug'"),
+    "no override": ("measurements.tsv", "0.3", "", "none for 'noiseParameter1_total' at time 6"),
+    "a scale": ("parameters.tsv", "log10", "log2", "one of lin, log, log10; got 'log2'"),
+    "a distribution": ("observables.tsv", "laplace", "cauchy", "got 'cauchy' for 'total'"),
+    "an event": ("model.xml", "</model>", EVENT, r"without events \(pulse\), which"),
+    "an estimated switch": ("conditions.tsv", "1e9", "k", "known times; got switches at times th"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_read_is_named(case, tmp_path):
+    file, *change, message = BAD[case]
+    with pytest.raises(ValueError, match=r"^petab.load\(path=\.\.\.\): .*" + message):
+        jaxode.petab.load(written(tmp_path, {file: tuple(change)}))
+
+
+def test_other_wrong_arguments(problem, tmp_path):
+    with pytest.raises(ValueError, match="must be a file; got"):
+        jaxode.petab.load(tmp_path / "none.yaml")
+    with pytest.raises(TypeError, match=r"load\(jumps=...\): is not an option"):
+        jaxode.petab.load(tmp_path / "none.yaml", jumps=None)
+    with pytest.raises(ValueError, match=r"nll\(params=...\): must have the names .* \['k'\]"):
+        problem.nll({name: problem.nominal[name] for name in problem.names[1:]})
+
+
+def test_starts_are_within_bounds_and_drawn_by_the_table(problem):
+    starts, (low, high) = problem.starts(jax.random.key(0), 50), problem.bounds
+    for name in problem.names:
+        assert starts[name].shape == (50,)
+        assert low[name] <= starts[name].min() < starts[name].max() <= high[name]
+    assert float(high["k"]) == 2.0
+    assert float(low["scale"]) == pytest.approx(np.log(0.1))
+
+
+FORMULAS = {
+    "a ** 2 / (1 + a^-1)": 8 / 3, "piecewise(1, a > 3, 2, a >= 2, 3)": 2.0, "-a": -2.0,
+    "log10(10 * a / 2)": 1.0, "log(exp(a)) + ln(1)": 2.0, "log(4, 16)": 2.0,
+    "sqrt(a + 2) + root(3, 8)": 4.0, "min(a, b, 1) - max(b, 0)": -4.0,
+    "abs(-a) * pow(a, 3) + time": 23.0, "piecewise(1, a == 2 && !(b < 1), 0)": 1.0,
+    "floor(2.5) + ceil(2.5)": 5.0,
+}  # fmt: skip
+
+
+def test_formulas():
+    for text, value in FORMULAS.items():
+        names = Names({"b": parsed("a + 3")}, {"a": 2.0}.__getitem__, time=7.0)
+        np.testing.assert_allclose(evaluate(parsed(text), names), value, rtol=1e-14, err_msg=text)
