@@ -39,10 +39,9 @@ class Channels:
         used = [names_in(formula, rules) for both in formulas for formula in both]
         self._used = set().union(*used)
         moving = {*experiments.model.states, "time", *(each.name for each in self._observables)}
-        self.is_simple = not any(names & moving for names in used[1::2]) and all(
-            each.distribution == "normal" for each in self._observables
-        )
-        """Whether all noise is normal, and does not depend on what is predicted."""
+        self.kinds = {each.distribution for each in self._observables}
+        self.is_simple = len(self.kinds) == 1 and not any(names & moving for names in used[1::2])
+        """Whether all noise is of one kind, and does not depend on what is predicted."""
 
     def _at(self, t: Any, y: Array, params: Params, row: Any) -> tuple[Array, Array]:
         """The predictions and the noise of all channels of a row."""

@@ -49,7 +49,7 @@ class Experiments:
         self.row_of = np.array([rows.index(pair) for pair in pairs])
         self.rows, self.before = entries([pair[1] for pair in rows]), entries(before)
         self.before_of = np.array([before.index(pair[0]) if pair[0] else -1 for pair in rows])
-        empty = np.concatenate([self.rows.empty, self.before.empty]).any(axis=0)
+        empty = np.any(np.concatenate([self.rows.empty, self.before.empty]), axis=0).tolist()
         self._partial = [name for name, some in zip(self.columns, empty, strict=True) if some]
         fixed = dict.fromkeys([*model.initial, *parameters.ids])
         self.field = Field(model, [name for name in fixed if name not in model.states])

@@ -27,7 +27,7 @@ class Field:
         self.model = model
         self.constants = {name: i for i, name in enumerate(constants)}
         used = set().union(*(names_in(law, model.rules) for law in model.laws), model.sizes)
-        self.used = used & set(constants)
+        self.used = {name for name in constants if name in used}
         """The constants on which the field depends."""
         of_laws = set().union(*(names_in(law, {}) for law in model.laws))
         self._follow = ["time", *sorted(of_laws & set(model.rules))]
@@ -63,7 +63,7 @@ class Field:
             shape = form.place.shape[1:] or (1,)
             rate = jnp.asarray(evaluate(form.pattern, these), y.dtype)
             rates.append(jnp.broadcast_to(rate, shape))
-        return self._stoichiometry @ jnp.concatenate(rates) / numbers[self._sizes]
+        return jnp.asarray(self._stoichiometry) @ jnp.concatenate(rates) / numbers[self._sizes]
 
 
 def _pattern(formula: Any, names: list[str]) -> Any:

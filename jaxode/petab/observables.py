@@ -70,15 +70,16 @@ def observables_of(table: Table, known: set[str]) -> dict[str, Observable]:
                     f"{arg('path')} {column} must be one of {', '.join(of)}; got {value!r} for "
                     f"{name!r}. Mend the table of observables."
                 )
-        formulas = [parsed(line[key]) for key in ("observableFormula", "noiseFormula")]
-        used = set().union(*(names_in(formula, {}) for formula in formulas))
+        formula, of_noise = (parsed(line[f"{kind}Formula"]) for kind in ("observable", "noise"))
+        used = names_in(formula, {}) | names_in(of_noise, {})
         placeholders = {each for each in used if each.startswith(PLACEHOLDERS)}
         if unknown := sorted(used - placeholders - known - ids):
             raise ValueError(
                 f"{arg('path')} formulas of observables must be of names in the model or the table "
                 f"of parameters; got {unknown[0]!r} in {name!r}. Add it to one."
             )
-        found[name] = Observable(name, *formulas, scale, distribution, tuple(sorted(placeholders)))
+        left = tuple(sorted(placeholders))
+        found[name] = Observable(name, formula, of_noise, scale, distribution, left)
     return found
 
 

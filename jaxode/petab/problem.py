@@ -109,19 +109,26 @@ class Problem:
             predicts are series on the scales of their observables.
         """
         channels, measurements = self._channels, self._measurements
+        ys = jnp.asarray(channels.ys)
         if channels.is_simple:
-            of_noise = {"observe": channels.observe, "noise": channels.noise}
-            ys = channels.ys
+            (kind,) = channels.kinds
+            how = {"observe": channels.observe, "noise": channels.noise, "likelihood": kind}
+        elif "laplace" in channels.kinds:
+            raise ValueError(
+                "Problem.estimate: Laplace's noise must be that of all observables, and not depend "
+                "on what is predicted; got another. Minimize Problem.nll by other means."
+            )
         else:
-            likelihood = channels.log_density
-            of_noise = {"observe": channels.observe_with_noise, "likelihood": likelihood}
-            ys = np.stack([channels.ys, np.full_like(channels.ys, np.nan)], axis=-1)
+            how = {"observe": channels.observe_with_noise, "likelihood": channels.log_density}
+            ys = jnp.stack([ys, jnp.full(ys.shape, jnp.nan)], axis=-1)
         given = {"solver": self._options["solver"], "max_steps": self._options["max_steps"]}
         if self._breaks is not None:
             given["breakpoints"] = self._breaks
         given |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}
-        given |= of_noise | ({"prior": self.prior} if self.prior(self.nominal) else {})
-        found = estimate(self.f, self.y0, measurements.ts, ys, starts, **(given | options))
+        given |= how | ({"prior": self.prior} if self.prior(self.nominal) else {})
+        found = estimate(
+            self.f, self.y0, jnp.asarray(measurements.ts), ys, starts, **(given | options)
+        )
         return eqx.tree_at(lambda each: each.nll, found, found.nll + channels.shift)
 
     @functools.cached_property

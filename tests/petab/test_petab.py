@@ -1,6 +1,7 @@
 """Problems of PEtab: the likelihood of a small one, its gradient, its estimate, and bad input."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -233,8 +234,43 @@ def test_other_wrong_arguments(problem, tmp_path):
         jaxode.petab.load(tmp_path / "none.yaml")
     with pytest.raises(TypeError, match=r"load\(jumps=...\): is not an option"):
         jaxode.petab.load(tmp_path / "none.yaml", jumps=None)
+    with pytest.raises(ValueError, match="Laplace's noise must be that of all"):
+        problem.estimate(problem.starts(jax.random.key(0), 1))
     with pytest.raises(ValueError, match=r"nll\(params=...\): must have the names .* \['k'\]"):
         problem.nll({name: problem.nominal[name] for name in problem.names[1:]})
+
+
+def test_the_parts_of_an_estimate_have_the_same_likelihood(problem):
+    """The field, the start and the channels of observations, as `estimate` gets them."""
+    channels, ts, params = problem._channels, problem._measurements.ts, problem.nominal
+    ys = jaxode.solve(
+        problem.f, problem.y0(params), 0.0, ts[:, -1], params, row_args=problem.row_args, ts=ts,
+        batch="per_sample", solver=jaxode.Rodas5P(), rtol=1e-8, atol=1e-10,
+        adjoint=jaxode.ForwardMode(),
+    ).ys  # fmt: skip
+    of_time = jax.vmap(
+        lambda t, y, row: channels.observe_with_noise(t, y, (params, row)), (0, 0, None)
+    )
+    predicted = jax.vmap(of_time)(jnp.asarray(ts), ys, problem.row_args)
+    observed = jnp.stack([channels.ys, channels.ys], axis=-1)
+    of_each = channels.log_density(predicted, observed, params)
+    # The field of this solve has no breakpoints at which its steps end.
+    np.testing.assert_allclose(channels.shift - jnp.nansum(of_each), problem.nll(params), rtol=1e-5)
+
+
+NORMAL = {"observables.tsv": ("+0.1*A\tlin\tlaplace", "\tlin\tnormal")}
+
+
+@pytest.mark.slow
+def test_an_estimate_is_likelier_than_its_start(tmp_path):
+    problem = jaxode.petab.load(written(tmp_path, NORMAL), solver=jaxode.Rosenbrock23())
+    starts = {name: value[None] for name, value in problem.nominal.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # eight measurements, few steps
+        found = problem.estimate(starts, steps=5, rtol=1e-5)
+    assert found.nll < problem.nll(problem.nominal) - 0.1
+    # Solves of the estimate have a tolerance of 1e-5.
+    np.testing.assert_allclose(found.nll, problem.nll(found.params), rtol=1e-3)
 
 
 def test_starts_are_within_bounds_and_drawn_by_the_table(problem):
