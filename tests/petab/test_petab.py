@@ -295,3 +295,15 @@ def test_formulas():
     for text, value in FORMULAS.items():
         names = Names({"b": parsed("a + 3")}, {"a": 2.0}.__getitem__, time=7.0)
         np.testing.assert_allclose(evaluate(parsed(text), names), value, rtol=1e-14, err_msg=text)
+
+
+@pytest.mark.benchmarks
+def test_the_benchmark_reads_a_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks.cases import petab
+
+    folder = tmp_path / "Benchmark-Models" / "small"
+    folder.mkdir(parents=True)
+    written(folder)
+    petab.main(["--data", str(tmp_path)])
+    assert f"| small | 4 | {by_hand(NOMINAL):.4f} |  |" in capsys.readouterr().out
