@@ -5,9 +5,9 @@
     python -m benchmarks.cases.petab --data Benchmark-Models-PEtab --match Boehm
 
 Published are those of AMICI's tests of the collection (`tests/benchmark_models` in
-AMICI-dev/AMICI); the best known of Bertozzi, Crauste and Rahman. Seconds are those of one core's work, by
-the clock of the process: to load a problem, to compile and compute its likelihood, and to compute
-it again.
+AMICI-dev/AMICI); the best known of Bertozzi, Crauste and Rahman. Seconds are those of one core's
+work, by the clock of the process: to load a problem, to compile and compute its likelihood, and to
+compute it again.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def problems(data: Path, match: str) -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="a clone of the collection")
     parser.add_argument("--match", default="", help="a part of the names of problems")
     given = parser.parse_args(arguments)
