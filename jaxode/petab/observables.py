@@ -1,6 +1,7 @@
 """Observables: predictions, their noise, and the likelihood of measurements."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -72,7 +73,8 @@ def observables_of(table: Table, known: set[str]) -> dict[str, Observable]:
                 )
         formula, of_noise = (parsed(line[f"{kind}Formula"]) for kind in ("observable", "noise"))
         used = names_in(formula, {}) | names_in(of_noise, {})
-        placeholders = {each for each in used if each.startswith(PLACEHOLDERS)}
+        pattern = re.compile(rf"({'|'.join(PLACEHOLDERS)})\d+_{re.escape(name)}")
+        placeholders = {each for each in used if pattern.fullmatch(each)}
         if unknown := sorted(used - placeholders - known - ids):
             raise ValueError(
                 f"{arg('path')} formulas of observables must be of names in the model or the table "

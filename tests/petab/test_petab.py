@@ -29,6 +29,7 @@ slow        lin            0          10         0.3          1
 scale       log            0.1        10         1.5          1
 noise       log10          0.001      10         0.2          1
 high        lin            0          5          2.0          0
+noiseParameter1 lin        0          5          0.0          0
 """
 CONDITIONS = """
 conditionId dose A   until
@@ -38,7 +39,7 @@ high        high 3.0 3
 """
 OBSERVABLES = """
 observableId observableFormula noiseFormula observableTransformation noiseDistribution
-amount observableParameter1_amount*B noise log10 normal
+amount observableParameter1_amount*B noise+noiseParameter1 log10 normal
 total A*volume+B noiseParameter1_total+0.1*A lin laplace
 """
 MEASUREMENTS = """
