@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxode._checks.caller import arg
+from jaxode._checks.caller import arg, caller
 from jaxode.petab.tables import Table
 
 SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
@@ -138,7 +138,7 @@ class Parameters:
         kind = line.get(f"{of}PriorType", "")
         if kind not in NORMAL + UNIFORM:
             raise ValueError(
-                f"{arg('path')} {of}PriorType must be uniform or normal; got {kind!r} for "
+                f"{caller()}: {of}PriorType must be uniform or normal; got {kind!r} for "
                 f"{name!r}. Leave it out, and pass a prior of your own to jaxode.estimate."
             )
         given = line.get(f"{of}PriorParameters", "")

@@ -87,6 +87,7 @@ class Problem:
         """
         return self._value(params)
 
+    @public("Problem.starts")
     def starts(self, key: PRNGKeyArray, n: int) -> dict[str, Float[Array, " n"]]:
         """Draw `n` first guesses between the bounds, or by the table's priors of initialization."""
         return self._parameters.starts(key, n)

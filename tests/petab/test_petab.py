@@ -297,6 +297,16 @@ FORMULAS = {
 }  # fmt: skip
 
 
+def test_a_prior_that_is_not_known(tmp_path):
+    text = (written(tmp_path).parent / "parameters.tsv").read_text()
+    lines = [f"{line}\tcauchy" for line in text.splitlines()]
+    lines[0] = lines[0].replace("cauchy", "initializationPriorType")
+    (tmp_path / "parameters.tsv").write_text("\n".join(lines))
+    problem = jaxode.petab.load(tmp_path / "problem.yaml")
+    with pytest.raises(ValueError, match=r"^Problem.starts: initializationPriorType must be .*'k'"):
+        problem.starts(jax.random.key(0), 1)
+
+
 def test_formulas():
     for text, value in FORMULAS.items():
         names = Names({"b": parsed("a + 3")}, {"a": 2.0}.__getitem__, time=7.0)
