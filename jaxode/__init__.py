@@ -1,6 +1,7 @@
 """Neural ODEs and continuous normalizing flows in JAX."""
 
 from jaxode import (
+    calibration,
     coupling,
     divergence,
     images,
@@ -59,6 +60,7 @@ __all__ = [
     "VariancePreserving",
     "audit",
     "bind",
+    "calibration",
     "centered_normal",
     "cnf",
     "coupling",

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxode._checks.arguments import check_bool
+from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import arg, public
 from jaxode.training.loop import Point
 
@@ -175,6 +175,78 @@ def evaluations(
         ValueError: if there is not one number per step.
     """
     return _curve("num_evals", num_evals, window, "vector field evaluations", ax, style)
+
+
+@public("ranks")
+def ranks(
+    ranks: Int[Array | np.ndarray, "simulations parameters"],
+    draws: int,
+    *,
+    ax: Axes | None = None,
+    bins: int = 20,
+    **style: Any,
+) -> Axes:
+    """Draw histograms of the ranks of `jaxode.calibration.sbc`, which are flat if it is right.
+
+    A band shows where 99% of the bars lie if the posterior is right.
+
+    Args:
+        ranks: `SBC.ranks`.
+        draws: `SBC.draws`.
+        ax: axes to draw on.
+        bins: bars, at most one for each rank.
+        **style: passed to `Axes.stairs`.
+
+    Raises:
+        ValueError: unless there is a row for each simulation, or for `bins` that are no number.
+    """
+    from scipy.stats import binom
+
+    ranks = np.asarray(ranks)
+    if ranks.ndim != 2:
+        raise ValueError(
+            f"plot.{arg('ranks')} must have shape (simulations, parameters); got {ranks.shape}."
+        )
+    edges = np.linspace(0, draws + 1, min(integer("bins", bins), draws + 1) + 1).round()
+    ax, count, widths = _axes(ax), len(ranks), np.diff(edges)
+    band = binom(count, widths / (draws + 1)).ppf([[0.005], [0.995]])
+    low, high = (np.append(end, end[-1]) for end in band)
+    ax.fill_between(edges, low, high, step="post", color="0.9", label="99% if calibrated")
+    for number, column in enumerate(ranks.T):
+        counts = np.histogram(column, edges)[0]
+        label = f"$\\theta_{{{number + 1}}}$"
+        ax.stairs(counts, edges, **{"baseline": None, "label": label, **style})
+    ax.set(xlabel=f"rank among {draws} draws", ylabel="simulations", ylim=(0, None))
+    return ax
+
+
+@public("coverage")
+def coverage(
+    levels: Float[Array | np.ndarray, " levels"],
+    coverage: Float[Array | np.ndarray, " levels"],
+    error: Float[Array | np.ndarray, " levels"] | None = None,
+    *,
+    ax: Axes | None = None,
+    **style: Any,
+) -> Axes:
+    """Draw the coverage of regions over their levels, which is the diagonal if it is right.
+
+    Args:
+        levels: as of `jaxode.calibration.coverage`.
+        coverage: the part that each covers.
+        error: standard errors, twice which are drawn as a band around the diagonal.
+        ax: axes to draw on.
+        **style: passed to `Axes.plot`.
+    """
+    levels = np.asarray(levels)
+    ax = _axes(ax)
+    if error is not None:
+        low, high = levels - 2 * np.asarray(error), levels + 2 * np.asarray(error)
+        ax.fill_between(levels, low, high, color="0.9", label="95% if calibrated")
+    ax.plot([0, 1], [0, 1], color="0.6", lw=1)
+    ax.plot(levels, np.asarray(coverage), **{"marker": ".", **style})
+    ax.set(xlabel="level", ylabel="coverage")
+    return ax
 
 
 def _curve(name: str, values, window: int, ylabel: str, ax, style) -> Axes:

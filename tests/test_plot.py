@@ -97,3 +97,16 @@ def test_without_matplotlib_a_picture_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         jaxode.plot.history([1.0])
+
+
+def test_ranks_are_counted_in_cells_and_coverage_is_over_levels(ax):
+    ranks = np.stack([np.arange(21), np.zeros(21, int)], 1)
+    jaxode.plot.ranks(ranks, 20, ax=ax, bins=7)
+    even, low = ax.patches
+    assert even.get_data().values.tolist() == [3] * 7
+    assert low.get_data().values.tolist() == [21] + [0] * 6
+    with pytest.raises(ValueError, match=r"plot.ranks\(ranks=...\): must have shape"):
+        jaxode.plot.ranks(ranks[0], 20)
+    levels = np.array([0.5, 0.9])
+    jaxode.plot.coverage(levels, levels + 0.05, 0.1 * levels, ax=ax)
+    np.testing.assert_array_equal(ax.lines[-1].get_xydata(), np.stack([levels, levels + 0.05], 1))

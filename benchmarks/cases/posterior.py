@@ -163,19 +163,6 @@ def reference(task: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     return read(folder / "observation.csv")[0], read(folder / "reference_posterior_samples.csv.bz2")
 
 
-def c2st(samples: np.ndarray, other: np.ndarray) -> float:
-    """Accuracy of a classifier that tells the samples apart, with the settings of sbibm."""
-    from sklearn.model_selection import KFold, cross_val_score
-    from sklearn.neural_network import MLPClassifier
-
-    mean, scale, dim = samples.mean(0), samples.std(0, ddof=1), samples.shape[1]
-    x = (np.concatenate([samples, other]) - mean) / scale
-    label = np.repeat([0, 1], [len(samples), len(other)])
-    classifier = MLPClassifier((10 * dim, 10 * dim), max_iter=10_000, random_state=1)
-    folds = KFold(5, shuffle=True, random_state=1)
-    return float(cross_val_score(classifier, x, label, cv=folds, n_jobs=2).mean())
-
-
 def by_jaxode(task: Task, theta, x, observations, size: "Size", key):
     """Seconds of training, samples of each posterior, nats of new simulations, weighted samples."""
     start = time.perf_counter()
@@ -263,7 +250,7 @@ class Posterior(Benchmark):
 
         def scores(samples):
             pairs = zip(references, samples, strict=True)
-            return [c2st(expected, np.asarray(got)) for expected, got in pairs]
+            return [jaxode.calibration.c2st(expected, got, jobs=2) for expected, got in pairs]
 
         result: Result = {"seconds of training": seconds, "nats": nats, "c2st": scores(samples)}
         if weighted is not None:

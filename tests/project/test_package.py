@@ -22,7 +22,8 @@ def test_all_lists_the_public_names_and_each_has_a_docstring():
     public = {name for name in vars(jaxode) if not name.startswith("_")}
     modules = {name for name in public if inspect.ismodule(getattr(jaxode, name))}
     namespaces = (
-        "coupling divergence images interop nn petab plot regularizers series standardize tabular"
+        "calibration coupling divergence images interop nn petab plot regularizers series "
+        "standardize tabular"
     )
     assert public - modules | set(namespaces.split()) == set(jaxode.__all__)
     assert [name for name in jaxode.__all__ if not getattr(jaxode, name).__doc__] == []
@@ -58,14 +59,19 @@ FLOORS = (
     r"flows\.",
     r"(density\.|(coupling|divergence|images|regularizers|standardize)$)",
     r"training\.",
-    r"(auditing\.|estimation\.|interop($|\.)|plot$|sklearn$|(petab|series|tabular)($|\.))",
+    r"(auditing\.|estimation\.|interop($|\.)|plot$|sklearn$"
+    r"|(calibration|petab|series|tabular)($|\.))",
     r"__init__$",
 )
 # What users enter by, and which other doors each may use. The engine imports none of them.
 DOORS = {
-    "estimation": (), "petab": ("estimation",), "series": ("tabular",), "sklearn": ("tabular",),
+    "calibration": (),
+    "estimation": (),
+    "petab": ("estimation",),
+    "series": ("tabular",),
+    "sklearn": ("tabular",),
     "tabular": (),
-}  # fmt: skip
+}
 
 
 def test_imports_go_downwards_and_take_no_private_name():
