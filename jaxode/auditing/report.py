@@ -20,6 +20,7 @@ from jaxode.auditing.audited_flow import AuditedFlow, Row
 from jaxode.auditing.checks import CHECKS
 from jaxode.density.density import Density
 from jaxode.flows.cnf import CNF
+from jaxode.flows.embedding import embedded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def audit(
     check_finite({"x": x})
     as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
     floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
-    params, context = jax.tree.map(floats, (params, context))
+    params, context = jax.tree.map(floats, embedded(params, context))
     options = dataclasses.replace(flow.solve_options, axis_name=None)
     flow = dataclasses.replace(flow, throw=False, solve_options=options)
     subject = AuditedFlow(flow, params, x, key, context)

@@ -23,6 +23,7 @@ from jaxode._checks.caller import arg
 from jaxode.density.maps.arguments import Shape, as_map
 from jaxode.density.maps.base import Map
 from jaxode.density.maps.chain import Chain
+from jaxode.flows.embedding import Embedded, embedded
 from jaxode.flows.reverse_kl import Target
 
 
@@ -35,10 +36,14 @@ class Contexts(eqx.Module):
     """The shapes of one context. None if they are not known."""
 
     @classmethod
-    def of(cls, standardize: Any, shape: Any) -> "Contexts":
-        """From the arguments `standardize_context` and `context_shape` of `bind`."""
+    def of(cls, standardize: Any, shape: Any, columns: bool = False) -> "Contexts":
+        """From the arguments `standardize_context` and `context_shape` of `bind`.
+
+        Args:
+            columns: take means and deviations of the last axis, as for rows of a set.
+        """
         data = context_numbers("standardize_context", standardize)
-        return cls(_maps_of(data), _shapes_of(shape, data))
+        return cls(_maps_of(data, columns), _shapes_of(shape, data))
 
     def knowing(self, shapes: tuple[Shape, ...]) -> "Contexts":
         """With these shapes, unless they were known."""
@@ -70,6 +75,24 @@ class Contexts(eqx.Module):
         each = zip(leaves, shapes, maps, strict=True)
         rows = [_rows_of(leaf, samples, shape, of_leaf) for leaf, shape, of_leaf in each]
         return jax.tree.unflatten(structure, rows)
+
+    def embedded(self, params: PyTree, context: PyTree, samples: Shape) -> tuple[PyTree, PyTree]:
+        """Parameters of the field, and a context for each of the samples, as the field sees it.
+
+        The network of `Embedded` sees each context once, whatever the number of samples.
+        """
+        if not isinstance(params, Embedded) or context is None or self.shapes is None:
+            return embedded(params, self.rows(context, samples))
+        jax.eval_shape(lambda: self.rows(context, samples))  # raises
+        own = self.leading_axes(context)
+        params, vectors = embedded(params, self.rows(context, own))
+
+        def spread(leaf):
+            row = leaf.shape[1:]
+            whole = jnp.broadcast_to(leaf.reshape(*own, *row), (*samples, *row))
+            return whole.reshape(math.prod(samples), *row)
+
+        return params, jax.tree.map(spread, vectors)
 
     def given(self, row: PyTree) -> PyTree:
         """Undo the map of one context."""
@@ -153,7 +176,7 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Ar
     return rows if of_leaf is None else of_leaf.inverse(rows)[0]
 
 
-def _maps_of(given: Any) -> PyTree:
+def _maps_of(given: Any, columns: bool = False) -> PyTree:
     """A map for each floating leaf of the context, None for the others.
 
     A plain tuple is the mean and scale; a named one is a context of several arrays.
@@ -173,6 +196,10 @@ def _maps_of(given: Any) -> PyTree:
                 "jaxode.standardize. Pass the data themselves."
             )
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            if columns and jnp.ndim(leaf) > 1:
+                axes, size = tuple(range(jnp.ndim(leaf) - 1)), jnp.shape(leaf)[-1]
+                units = jnp.nanmean(leaf, axes), jnp.nanstd(leaf, axes)
+                return as_map("standardize_context", units, (size,))
             return as_map("standardize_context", leaf, jnp.shape(leaf)[1:])
         return None
 

@@ -37,6 +37,7 @@ from jaxode.flows import compiled
 from jaxode.flows.bases import Torus, fixed_columns, in_one_period
 from jaxode.flows.chunks import Chunks
 from jaxode.flows.cnf import CNF
+from jaxode.flows.embedding import Embedded
 from jaxode.flows.periods import off_period_of
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import MISFITS, check_field
@@ -80,8 +81,14 @@ class Density(eqx.Module):
 
     @property
     def params(self) -> PyTree:
-        """The parameters of the vector field."""
+        """The parameters of the vector field; with `embed=`, a pair `(params, embed)`."""
         return unwrap_constants(self._params)
+
+    @property
+    def embed(self) -> Any:
+        """The network of the contexts, if there is one."""
+        params = self.params
+        return params.embed if isinstance(params, Embedded) else None
 
     @property
     def support(self) -> Map | None:
@@ -94,7 +101,12 @@ class Density(eqx.Module):
         return self.maps.standardize
 
     def with_params(self, params: PyTree) -> "Density":
-        """The same maps around the flow with other parameters."""
+        """The same maps around the flow with other parameters, such as trained `density.params`."""
+        if isinstance(self._params, Embedded) and not isinstance(params, Embedded):
+            raise TypeError(
+                "with_params(params=...): must be a pair as density.params, since there is embed=; "
+                f"got {type(params).__name__}. Pass density.params._replace(params=...)."
+            )
         return dataclasses.replace(self, _params=wrap_constants(params, numbers=True))
 
     @public("with_flow")
@@ -137,8 +149,8 @@ class Density(eqx.Module):
         rows, shape = check_batches("x", x, self.event_shape)
         inside, fits, z, log_det = from_data(self.maps, rows)
         flow = self._row_by_row(key, (rows, context), batch_size, progress)
-        context = self.contexts.rows(context, shape)
-        log_prob = flow.log_prob(self.params, z, key=key, context=context) + log_det
+        params, context = self.contexts.embedded(self.params, context, shape)
+        log_prob = flow.log_prob(params, z, key=key, context=context) + log_det
         return jnp.where(inside & fits, log_prob, -jnp.inf).reshape(shape)
 
     @public("sample")
@@ -156,9 +168,9 @@ class Density(eqx.Module):
         Without a `sample_shape`, `density.sample(key, context=rows)` draws one for each row of the
         context, `[*rows, *event]`, if `bind` knows the shape of a row.
         """
-        shape, count, context = self._drawn(sample_shape, context)
+        shape, count, params, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
-        z = flow.sample(self.params, key, count, context=context)
+        z = flow.sample(params, key, count, context=context)
         return self._wrapped(to_data(self.maps, z)[0]).reshape(*shape, *self.event_shape)
 
     @public("sample_and_log_prob")
@@ -172,9 +184,9 @@ class Density(eqx.Module):
         progress: bool = False,
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """The samples of `sample`, and the log-density of each, from the same solve."""
-        shape, count, context = self._drawn(sample_shape, context)
+        shape, count, params, context = self._drawn(sample_shape, context)
         flow = self._row_by_row(None, (key, context), batch_size, progress)
-        z, log_prob = flow.sample_and_log_prob(self.params, key, count, context=context)
+        z, log_prob = flow.sample_and_log_prob(params, key, count, context=context)
         x, log_det = to_data(self.maps, z)
         x = self._wrapped(x).reshape(*shape, *self.event_shape)
         return x, (log_prob + log_det).reshape(shape)
@@ -208,8 +220,8 @@ class Density(eqx.Module):
         check_one_number(flow.base)
         rows, shape = check_batches("x", x, self.event_shape)
         z, seen, large = placed(self.maps, rows)
-        context = self.contexts.rows(context, shape)
-        z = flow._end_state(compiled.transport, "x", z, self.params, None, context)
+        params, context = self.contexts.embedded(self.params, context, shape)
+        z = flow._end_state(compiled.transport, "x", z, params, None, context)
         levels = levels_at(self.maps, flow.base, z)
         return jnp.where(seen, levels, jnp.where(large, 1.0, 0.0)).reshape(shape)
 
@@ -243,10 +255,11 @@ class Density(eqx.Module):
         check_one_number(flow.base)
         levels, of_levels = check_levels(q)
         shape = self.contexts.leading_axes(context)
-        context = of_each_level(self.contexts.rows(context, shape), len(levels))
+        params, context = self.contexts.embedded(self.params, context, shape)
+        context = of_each_level(context, len(levels))
         levels = jnp.tile(levels, math.prod(shape))
         z, wrong = base_quantiles(self.maps, flow.base, levels), LEVELS.fault(levels)
-        z = flow._end_state(compiled.transport, "z", z, self.params, None, context, wrong)
+        z = flow._end_state(compiled.transport, "z", z, params, None, context, wrong)
         return to_data(self.maps, z)[0].reshape(*shape, *of_levels)
 
     @public("reverse_kl_loss")
@@ -292,7 +305,8 @@ class Density(eqx.Module):
             check_finite({"x": rows})
             return z
         context = self.contexts.rows(context, shape)
-        check_finite({"x": rows, "context": context})
+        # A network may know what to make of gaps.
+        check_finite({"x": rows} if self.embed else {"x": rows, "context": context})
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     @public("from_flow")
@@ -333,13 +347,14 @@ class Density(eqx.Module):
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
         )
 
-    def _drawn(self, sample_shape: Any, context: PyTree) -> tuple[tuple[Any, ...], Any, PyTree]:
-        """The shape of the samples, their number, and a context for each."""
+    def _drawn(
+        self, sample_shape: Any, context: PyTree
+    ) -> tuple[tuple[Any, ...], Any, PyTree, PyTree]:
+        """The shape of the samples, their number, parameters of the field, and their contexts."""
         sizes = sample_shape if isinstance(sample_shape, tuple | list) else (sample_shape,)
         shape = tuple(check_count(size, "sample_shape") for size in sizes)
         shape = shape or self.contexts.leading_axes(context)
-        context = self.contexts.rows(context, shape)
-        return shape, math.prod(shape), context
+        return shape, math.prod(shape), *self.contexts.embedded(self.params, context, shape)
 
 
 @public("bind")
@@ -351,6 +366,7 @@ def bind(
     standardize_context: Any = None,
     support: Any = None,
     context_shape: Any = None,
+    embed: Any = None,
 ) -> Density:
     """Bind a flow to its parameters: a distribution, and a pytree.
 
@@ -369,6 +385,13 @@ def bind(
             angles, `(low, high)` that are infinite for them.
         context_shape: shape of one context, or of each of its arrays, so that its leading axes are
             known. Not needed if `standardize_context` is data, or a mean and scale that are arrays.
+        embed: a network `embed(row)`, such as `jaxode.nn.DeepSet`, from the context of one sample,
+            after its affine map, to the vector that the vector field gets. It is evaluated once for
+            each context, before the solve, and trained by `jaxode.fit`: `density.params` is then a
+            pair `(params, embed)`, which the losses of `density.flow` also take. Contexts may hold
+            NaN, if it knows what to make of them. `standardize_context` then takes means and
+            deviations of the last axis, without NaN: of the numbers of a point, or the channels of
+            an image or series.
 
     Returns:
         A `Density`: `log_prob`, `sample` and `sample_and_log_prob` in the units of the data;
@@ -396,6 +419,13 @@ def bind(
         raise _fixed("standardize", flow, cure)
     if is_eager(params):
         check_period("bind", "flow", flow, params)
+    if embed is not None:
+        if not callable(embed) or isinstance(embed, type):
+            raise TypeError(
+                f"{arg('embed')} must be a function of the context of one sample; got {embed!r}. "
+                "Pass a network, such as jaxode.nn.DeepSet(2, 16, key=key)."
+            )
+        params = Embedded(params, embed)
     known = is_known((standardize, standardize_context, support))
     # Inside `jit`, the maps of what is known are the same as outside.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
@@ -403,7 +433,7 @@ def bind(
         if allowed is not None and not allowed.spares(fixed):
             raise _fixed("support", flow, "Pass (low, high), infinite for angles, or leave it out.")
         units = as_map("standardize", standardize, event, allowed, fixed)
-        contexts = Contexts.of(standardize_context, context_shape)
+        contexts = Contexts.of(standardize_context, context_shape, embed is not None)
     return Density(
         _flow=wrap_constants(flow),
         _params=wrap_constants(params, numbers=True),

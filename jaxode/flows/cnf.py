@@ -43,6 +43,7 @@ from jaxode.flows.bases import BaseDensity, has_edge
 from jaxode.flows.chunks import Chunks, in_chunks
 from jaxode.flows.coupling import Coupling, independent
 from jaxode.flows.divergence import Divergence
+from jaxode.flows.embedding import Embedded, embedded
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
@@ -311,6 +312,11 @@ class CNF(eqx.Module):
         """
         check_field("log_density", log_density, "log_density(x)")
         check_bool("path", path)
+        if isinstance(params, Embedded):
+            raise ValueError(
+                f"{arg('params')} must come without embed=, since the target would see embedded "
+                "contexts; got a pair. Embed the context in the vector field."
+            )
         z, probe_key = self._drawn(key, n)
         if path and has_edge(self.base, jnp.result_type(z)):
             raise ValueError(
@@ -342,7 +348,7 @@ class CNF(eqx.Module):
         check = public("cnf")(check_samples) if name == "base" else check_samples
         y0 = check(name, samples, tuple(self.base.event_shape))
         context = check_rows("context", context, y0.shape[0])
-        params = check_args("params", params)
+        params, context = embedded(check_args("params", params), context)
         field, options = Integrands(self.f, self.divergence).field, self.solve_options
         return make_system(field, y0, span, params, options, row_args=context, batch=self.batch)
 

@@ -39,6 +39,7 @@ from jaxode._checks.times import check_times
 from jaxode._jax.sharding import row_count, row_numbers, vary_alike
 from jaxode.flows.bases import BaseDensity, Torus
 from jaxode.flows.coupling import Coupling
+from jaxode.flows.embedding import embedded
 from jaxode.flows.keys import of_each_row
 from jaxode.flows.periods import Turns, off_period, turns_of
 from jaxode.ode.adjoints.base import nan_unless
@@ -64,7 +65,7 @@ def matching_loss(
     x = x.astype(state_dtype(x))
     check_not_empty(x)
     context = check_rows("context", context, x.shape[0])
-    params = check_args("params", params)
+    params, context = embedded(check_args("params", params), context)
     given = check_weights(weights, x)
     weights, _ = normalized(given, x, axis_name)
     t0, t1, *_ = check_times(flow.t0, flow.t1, None, x.dtype)

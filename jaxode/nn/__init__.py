@@ -2,9 +2,10 @@
 
 A fresh network has small outputs, so its flow is close to the identity.
 `m.value_and_divergence(t, y)` is `(m(t, y), div m)` in closed form, or `NotImplemented` where there
-is none.
+is none. `DeepSet` is no vector field: it maps the context of one, for `jaxode.bind(embed=...)`.
 """
 
+from jaxode.nn.deep_set import DeepSet
 from jaxode.nn.ensemble import Ensemble
 from jaxode.nn.lattice import Lattice
 from jaxode.nn.mixer import Mixer
@@ -13,6 +14,6 @@ from jaxode.nn.particles import Particles
 from jaxode.nn.residual import Residual
 
 __all__ = [
-    "MLP", "Concat", "ConcatSquash", "Ensemble", "Lattice", "Mixer", "Particles",
+    "MLP", "Concat", "ConcatSquash", "DeepSet", "Ensemble", "Lattice", "Mixer", "Particles",
     "PotentialGradient", "Residual", "field", "softplus",
 ]  # fmt: skip

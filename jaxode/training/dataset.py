@@ -293,7 +293,11 @@ def checked_rows(
         x = check_data(name, x, event, least, rule)
     context = check_rows("context", context_numbers("context", context), len(x))
     jax.eval_shape(lambda context: density.contexts.rows(context, (len(x),)), context)  # raises
-    check_finite({"context": context})
+    seen = context
+    if density.embed is not None:  # which may know what to make of gaps
+        some = jax.tree.map(lambda leaf: leaf[:MAX_ROWS_COPIED], context)
+        _, seen = density.contexts.embedded(density.params, some, x.shape[:1])
+    check_finite({"context": seen})
     x = x if large else np.asarray(floating(x))
     if density.support is not None:
         check_in_parts(lambda part: _check_inside(density.support, part, dequantize), x)

@@ -33,6 +33,7 @@ from jaxode.density.noise import Noise
 from jaxode.flows.bases import fixed_columns
 from jaxode.flows.cnf import CNF
 from jaxode.flows.coupling import Coupling, independent
+from jaxode.flows.embedding import Embedded, embedded
 from jaxode.nn import Ensemble
 from jaxode.training.dataset import Dataset
 from jaxode.training.devices import Devices
@@ -387,8 +388,10 @@ def _knowing_contexts(density: Density, context: PyTree) -> Density:
         return density
     shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(context))
     density = dataclasses.replace(density, contexts=density.contexts.knowing(shapes))
-    first = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), context)
-    check_period("fit", "density", density.flow, density.params, first)
+    first = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), context)
+    params, rows = embedded(density.params, first)
+    row = jax.tree.map(lambda leaf: leaf[0], rows)
+    check_period("fit", "density", density.flow, params, row)
     return density
 
 
@@ -396,6 +399,11 @@ def _trainable(density: Density) -> Density:
     """The density with Python's numbers among its parameters as arrays."""
     as_array = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
     params = jax.tree.map(as_array, density.params)
+    if isinstance(params, Embedded) and isinstance(params.params, Ensemble):
+        raise ValueError(
+            "fit(density=...): must have one network beside embed=, which those of an Ensemble "
+            "would share; got an Ensemble. Pass one of its members."
+        )
     if not any(map(eqx.is_inexact_array, jax.tree.leaves(params))):
         raise TypeError(
             "fit(density=...): its parameters must hold floating arrays, to train them; got none. "

@@ -10,6 +10,7 @@ FIRST = {
     "_checks": ("tests/test_inputs.py", "tests/test_not_finite.py"),
     "_jax": ("tests/_jax",),
     "auditing": ("tests/auditing",),
+    "calibration": ("tests/calibration",),
     "flows/coupling": ("tests/flows/test_coupling.py",),
     "density": ("tests/density",),
     "density/maps": ("tests/density/test_standardize.py",),
@@ -27,12 +28,14 @@ FIRST = {
     "flows/bases": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
     "flows/divergence": ("tests/flows/test_divergence.py",),
     "flows": ("tests/flows/test_flow_features.py", "tests/flows"),
+    "flows/embedding": ("tests/density/test_embed.py",),
     "flows/chunks": ("tests/flows/test_chunks.py",),
     "flows/centered": ("tests/flows/test_distributions.py",),
     "flows/likelihood": ("tests/flows/test_flow_features.py", "tests/flows/test_bad_data.py"),
     "images": ("tests/test_images.py",),
     "interop": ("tests/interop",),
     "nn": ("tests/flows/test_nn.py",),
+    "nn/deep_set": ("tests/density/test_embed.py",),
     "ode": ("tests/ode",),
     "ode/adjoints": ("tests/ode/test_adjoints.py", "tests/ode/test_discrete.py"),
     "ode/adjoints/backsolve": ("tests/ode/test_backsolve.py",),
@@ -96,6 +99,22 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("auditing/base.py", "IMBALANCE = 6.0", "IMBALANCE = 600.0"),
     # A right divergence with probes is condemned for its noise.
     ("auditing/divergence.py", "- 5 * noise, 0.0)", "+ 5 * noise, 0.0)"),
+    # Ranks are those from above, so that faults have the wrong sign.
+    ("calibration/ranks.py", "samples < theta[None]", "samples > theta[None]"),
+    # Posteriors that are too narrow seem too wide.
+    ("calibration/regions.py", "of_draws > of_truth[None]", "of_draws < of_truth[None]"),
+    ("calibration/regions.py", "u[:, None] <= levels[None]", "u[:, None] >= levels[None]"),
+    # Right posteriors fail.
+    ("calibration/uniformity.py", "2 * np.arange(1, DEGREES + 1) + 1",
+     "4 * np.arange(1, DEGREES + 1)"),
+    # Each half of the rows holds both samples.
+    ("calibration/classifier.py", "np.repeat([0, 1], count)", "np.tile([0, 1], count)"),
+    # A network sees a context once for each sample.
+    ("density/contexts.py", "or context is None or self.shapes is None:", "or True:"),
+    # The gradient of a set with gaps is NaN.
+    ("nn/deep_set.py", "x = jnp.where(there[:, None], points, 0.0)", "x = points"),
+    # A point of which some numbers are missing counts.
+    ("nn/deep_set.py", "jnp.isnan(points).any(axis=1)", "jnp.isnan(points).all(axis=1)"),
     # Samples outside the support have the density of a stand-in.
     ("density/density.py", "jnp.where(inside & fits, log_prob,",
      "jnp.where(inside | fits, log_prob,"),

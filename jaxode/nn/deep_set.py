@@ -1,0 +1,75 @@
+"""The network for sets of `jaxode.nn`."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode._checks.arguments import integer
+from jaxode._checks.caller import public
+from jaxode._checks.samples import check_key
+from jaxode.nn.mixer import rows
+from jaxode.nn.network import Dense, draws
+from jaxode.nn.residual import saturated
+
+
+class DeepSet(eqx.Module):
+    """A vector for a set of points, whatever their order and number, for `jaxode.bind(embed=...)`.
+
+    With `h = f(x)` of each point and means over points, it is `g(mean(k(h, mean(h))), n)`, of
+    layers with `silu`. So each point is seen beside the mean of all. Points with a NaN are missing:
+    fill up sets of unequal number with NaN. A series with gaps is a set of points
+    `(time, *values)`.
+
+    `embed(points)` maps one set `[points, size]` to `[features]`.
+
+    Args:
+        size: numbers of a point.
+        features: numbers of the vector.
+        width: of the layers.
+        key: draws the initial weights.
+
+    Raises:
+        ValueError: for a wrong argument; when called, for points of another size.
+
+    References: Zaheer et al. (2017), arXiv:1703.06114.
+    """
+
+    point: tuple[Dense, Dense]
+    others: tuple[Dense, Dense]
+    count: Dense
+    whole: tuple[Dense, Dense]
+
+    @public("")
+    def __init__(self, size: int, features: int, width: int = 128, *, key: PRNGKeyArray):
+        size, features = integer("size", size), integer("features", features)
+        width = integer("width", width)
+        square = width, width
+        shapes = (width, size), *[square] * 4, (features, width), (width, 2)
+        *layers, self.count = map(Dense, draws(check_key(key), shapes))
+        self.point, self.others, self.whole = zip(layers[::2], layers[1::2], strict=True)
+
+    def __call__(self, points: Float[Array, "points size"]) -> Float[Array, " features"]:
+        size = self.point[0].weight.shape[1]
+        if jnp.ndim(points) != 2 or jnp.shape(points)[1] != size:
+            raise ValueError(
+                f"DeepSet(size={size}): a set must have shape (points, {size}); got "
+                f"{jnp.shape(points)}. Pass context_shape=(points, {size}) to bind."
+            )
+        there = ~jnp.isnan(points).any(axis=1)
+        count = jnp.sum(there).astype(points.dtype)
+
+        def mean(h):
+            total = jnp.sum(jnp.where(there[:, None], h, 0.0), axis=0)
+            return total / jnp.maximum(count, 1.0)
+
+        act: Any = jax.nn.silu
+        # Replaced before any product, or the gradient would be NaN.
+        x = jnp.where(there[:, None], points, 0.0)
+        h = saturated(rows(self.point[1], act(rows(self.point[0], x))))
+        beside = self.others[0](mean(act(h)))[None]
+        h = h + rows(self.others[1], act(h + beside))
+        of_count = self.count(jnp.stack([jnp.log1p(count), jax.lax.rsqrt(1 + count)]))
+        return self.whole[1](act(self.whole[0](mean(act(h))) + of_count))
