@@ -4,9 +4,9 @@
 
 The simulator is "two moons": two parameters, two observed numbers, and a posterior of two thin
 crescents. A conditional flow q(theta | x) is bound to the box of the prior and the units of the
-simulator, and `jaxode.fit` trains it. Two checks follow. Rank histograms over new simulations are
-flat if the posteriors are calibrated. For one observation the exact posterior is known, and the
-total variation distance to it is printed. A minute and a half on two cores.
+simulator, and `jaxode.fit` trains it. Two checks follow. `jaxode.calibration.sbc` ranks the
+parameters of new simulations among draws. For one observation the exact posterior is known, and
+the total variation distance to it is printed. A minute and a half on two cores.
 """
 
 import jax
@@ -16,12 +16,10 @@ import numpy as np
 from common.arguments import announce, count, parser, run
 from common.pictures import draw_scores, save
 from matplotlib.colors import PowerNorm
-from scipy import stats
 
 import jaxode
 
 OBSERVATION = np.zeros(2, np.float32)
-RANKS = 20  # possible ranks of a parameter among 19 samples of its posterior
 
 
 def arm(theta):
@@ -47,14 +45,7 @@ def exact_posterior(theta, x):
     return jnp.where(u > 0, jnp.exp(-0.5 * ((radius - 0.1) / 0.01) ** 2) / radius, 0.0)
 
 
-def ranks(density, theta, x, key):
-    """How many of 19 posterior samples each parameter exceeds, `[simulations, 2]`."""
-    shape = (RANKS - 1, len(theta))
-    samples = density.sample(key, shape, context=jnp.broadcast_to(x, (*shape, *x.shape[1:])))
-    return np.asarray(jnp.sum(samples < theta, axis=0))
-
-
-def draw(panels, counts, history, path) -> None:
+def draw(panels, found, history, path) -> None:
     """The exact and the learned posterior, rank histograms, and scores during training."""
     figure = plt.figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplot_mosaic([["exact", "learned"], ["ranks", "scores"]])
@@ -67,15 +58,8 @@ def draw(panels, counts, history, path) -> None:
         axes[name].set(title=f"{name} posterior", xlabel="$\\theta_1$", ylabel="$\\theta_2$")
     bar = figure.colorbar(image, ax=[axes["exact"], axes["learned"]], shrink=0.8)
     bar.set_label("density (square-root scale)")
-    expected = counts.sum(0)[0] / len(counts)
-    low, high = stats.binom(counts.sum(0)[0], 1 / len(counts)).ppf([0.005, 0.995])
-    axes["ranks"].axhspan(low, high, color="0.9", label="99% if calibrated")
-    axes["ranks"].axhline(expected, color="0.6", lw=1)
-    for index in range(counts.shape[1]):
-        axes["ranks"].stairs(counts[:, index], np.linspace(0, RANKS, len(counts) + 1),
-                             baseline=None, label=f"$\\theta_{index + 1}$")  # fmt: skip
-    axes["ranks"].set(title="calibration", xlabel="rank among 19 samples", ylabel="simulations")
-    axes["ranks"].set_ylim(0, 2 * expected)
+    jaxode.plot.ranks(found.ranks, found.draws, ax=axes["ranks"])
+    axes["ranks"].set_title("calibration")
     axes["ranks"].legend(loc="lower center")
     draw_scores(axes["scores"], [(p.step, p.nats) for p in history])
     save(figure, path)
@@ -91,19 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
     announce(__doc__)
     keys = iter(jax.random.split(jax.random.key(options.seed), 6))
     theta, x = simulate(next(keys), options.simulations)
-    cut = min(len(theta) // 10, 1000)
     # The density of parameters, in their units and within the prior's box.
     density = jaxode.bind(
         jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), rtol=1e-3, atol=1e-3),
         jaxode.nn.Residual(2, options.width, key=next(keys), context_size=2),
-        support=(-1.0, 1.0),
-        standardize=theta[cut:],
-        standardize_context=x[cut:],
-    )
-    density, history = jaxode.fit(
-        density, theta[cut:], context=x[cut:], validation=(theta[:cut], x[:cut]), key=next(keys),
-        steps=options.steps, batch_size=options.batch,
+        support=(-1.0, 1.0), standardize=theta, standardize_context=x,
     )  # fmt: skip
+    density, history = jaxode.fit(
+        density, theta, context=x, key=next(keys), steps=options.steps, batch_size=options.batch
+    )
     new_theta, new_x = simulate(next(keys), min(2000, options.simulations))
     nats = -float(density.log_prob(new_theta, context=new_x).mean())
     print(
@@ -122,12 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
     variation = 0.5 * (np.abs(panels["exact"] - panels["learned"]).sum() * cell + elsewhere)
     print(f"total variation to the exact posterior: {variation:.3f}")
 
-    counted = ranks(density, new_theta, new_x, next(keys))
-    bins = np.arange(RANKS + 1) - 0.5
-    counts = np.stack([np.histogram(counted[:, i], bins)[0] for i in range(2)], 1)
-    values = ", ".join(f"{stats.chisquare(column).pvalue:.2f}" for column in counts.T)
-    print(f"calibration over {len(counted)} new simulations: p = {values} (uniform ranks)")
-    draw(panels, counts, history, options.out)
+    found = jaxode.calibration.sbc(density, new_theta, new_x, key=next(keys))
+    values = ", ".join(f"{p:.2f}" for p in found.p_values)
+    print(f"calibration over {len(new_x)} new simulations: p = {values} (uniform ranks)")
+    draw(panels, found, history, options.out)
     return 0
 
 
