@@ -179,10 +179,11 @@ def estimate(
     observe: Callable[[Array, PyTree, PyTree], Array] | None = None,
     likelihood: str | Callable[[Array, Array, PyTree], Array] | None = None,
     noise: float | Float[Array, "..."] | Callable[..., Array] | None = None,
-    residual: Callable[[Array, Array], Array] | None = None,
+    residual: Callable[..., Array] | None = None,
     prior: Callable[[PyTree], PyTree] | None = None,
     bounds: tuple[PyTree, PyTree] | None = None,
     match: bool | None = None,
+    args: PyTree = None,
     row_args: PyTree = None,
     seconds: float | None = None,
     steps: int | None = None,
@@ -201,7 +202,8 @@ def estimate(
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
-        y0: state at `t0`, or a function of the parameters that returns it.
+        y0: state at `t0`, or a function `y0(params)` that returns it. With `row_args`, it may be
+            `y0(params, row)`, the state of one row.
         ts: times of the observations, `[times]`, in order; or of several experiments, `[rows,
             times]`, each with its own state `y0`, `[rows, ...]`.
         ys: observations, `[times, ...]` or `[rows, times, ...]`. NaN where one is missing.
@@ -217,14 +219,17 @@ def estimate(
             mean**2 / k`), shaped to broadcast with one of `ys`. Or a function `noise(params)` or
             `noise(params, row)` of what is estimated, too: until all observations are fitted, it
             stays at the start. By default it is one number, which the residuals say.
-        residual: `residual(predicted, observed)` whose half squares are negative log-densities up
-            to a constant, in place of their difference by the noise: in units of its deviations.
+        residual: `residual(predicted, observed)`, or of `(predicted, observed, params)`, whose half
+            squares are negative log-densities up to a constant, in place of their difference by
+            the noise: in units of its deviations.
         prior: residuals of the parameters, such as `lambda p: (p - mean) / deviation`.
         bounds: `(low, high)`, each a number or a pytree like one of `starts`; infinite where there
             is none. They hold at each step.
         match: whether to match slopes first. By default, if the state is observed, without
             `jumps`, and the solver is not one for stiff fields, whose slopes a spline does not
             resolve.
+        args: data that change from call to call, a pytree: with it, all functions get the pair
+            `(params, args)` in place of `params`. Others of the same shapes compile nothing anew.
         row_args: arguments of each experiment, `[rows, ...]`.
         seconds: end after this time, with compilation, late by 50 steps of eight starts.
         steps: of the search on all observations, 200 by default.
@@ -253,7 +258,7 @@ def estimate(
     problem, flats, box = posed(
         Given(
             f, y0, ts, ys, starts, t0, observe, likelihood, noise, residual, prior, bounds,
-            row_args, options,
+            args, row_args, options,
         )
     )  # fmt: skip
     solver = options.get("solver")

@@ -61,7 +61,7 @@ class OfResidual(OfObservations):
         params, problem = self.problem.unravel(flat), self.problem
         predicted, seen = problem.predicted(params, self.end), problem.seen(self.end)
         ys = jnp.where(seen, problem.ys, jax.lax.stop_gradient(predicted))
-        apart = jnp.where(seen, problem.residual(predicted, ys), 0.0)
+        apart = jnp.where(seen, problem.residuals(predicted, ys, params), 0.0)
         return jnp.concatenate([apart.ravel(), problem.prior_residuals(params)])
 
 
@@ -143,7 +143,9 @@ class OfDensity(OfObservations):
             predicted = (quantities[:size] + jacobian[:size] @ (unit * step)).reshape(shape)
             params = self.noise_params(flat + unit * step, start)
             ys = jnp.where(seen, problem.ys, jax.lax.stop_gradient(predicted))
-            return jnp.sum(jnp.where(seen, -problem.likelihood(predicted, ys, params), 0.0))
+            return jnp.sum(
+                jnp.where(seen, -problem.likelihood(predicted, ys, problem.given(params)), 0.0)
+            )
 
         here = jnp.zeros_like(flat)
         cost, down = jax.value_and_grad(misfit)(here)

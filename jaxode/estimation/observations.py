@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,18 +26,19 @@ from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import check_observed_times
 from jaxode.estimation.bounds import boxed
 from jaxode.estimation.likelihoods import LIKELIHOODS, Likelihood, LogNormal
-from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.problem import ObservedODE, of_rows
 from jaxode.estimation.search import PARAMETER_TOLERANCE, Box
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
 
-CALLS = {  # arguments of a user's functions
-    "observe": ("t", "y", "params"),
-    "residual": ("predicted", "observed"),
-    "likelihood": ("predicted", "observed", "params"),
+CALLS = {  # arguments of a user's functions, and others that they may take
+    "observe": ("t, y, params",),
+    "residual": ("predicted, observed", "predicted, observed, params"),
+    "likelihood": ("predicted, observed, params",),
     "prior": ("params",),
-    "y0": ("params",),
+    "y0": ("params", "params, row"),
+    "noise": ("params", "params, row"),
 }
 
 
@@ -55,6 +57,7 @@ class Given(NamedTuple):
     residual: Any
     prior: Any
     bounds: Any
+    args: Any
     row_args: Any
     options: dict[str, Any]
     """Options of `solve`."""
@@ -71,12 +74,14 @@ def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
     spread = _spread(np.asarray(ys, float), ts.ndim - 1)
     noise = _noise(given, likelihood, ys, flats.shape[1])
     box = boxed(given.bounds, template, flats)
-    y0, row_args = _experiments(given, template, ts, ys, t0)
+    args = _args(given.args, (t0, jnp.max(ts)))
+    y0, row_args = _experiments(given, template, args, ts, ys, t0)
     problem = ObservedODE(
         f=given.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=given.observe,
         likelihood=likelihood, residual=given.residual, noise=noise,
         estimated=given.noise is None and getattr(likelihood, "noise_rule", "") == "estimated",
-        prior=given.prior, row_args=row_args, options=_solve_options(given, spread, dtype),
+        prior=given.prior, args=args, row_args=row_args,
+        options=_solve_options(given, spread, dtype),
     )  # fmt: skip
     _check_shapes(problem)
     return problem, flats, box
@@ -90,19 +95,28 @@ def _check_functions(given: Given) -> None:
     for name in ("observe", "residual", "prior"):
         if getattr(given, name) is not None:
             _check_function(name, getattr(given, name))
-    for name in ("y0", "likelihood"):
+    for name in ("y0", "likelihood", "noise"):
         if callable(getattr(given, name)):
-            _check_function(name, getattr(given, name))
+            _check_function(name, getattr(given, name), given.row_args is not None)
     check_jumps(given.options.get("jumps"))
 
 
-def _experiments(given: Given, template: PyTree, ts: Array, ys: Array, t0: Array):
+def _args(args: Any, span: tuple[Array, Array]) -> PyTree:
+    """The data, with numbers as arrays, so that other ones are no new program."""
+    check_knots("args", args, span)
+    as_array = lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf
+    return jax.tree.map(as_array, check_args("args", args))
+
+
+def _experiments(given: Given, template: PyTree, args: PyTree, ts: Array, ys: Array, t0: Array):
     """The state at the start, or its function, and the arguments of each experiment."""
     y0, row_args = given.y0, given.row_args
-    state = check_state("y0", y0(template) if callable(y0) else y0)
+    if ts.ndim == 2 and row_args is not None:
+        row_args = check_rows("row_args", row_args, len(ts))
+    both = template if args is None else (template, args)
+    state = check_state("y0", of_rows(y0, both, row_args) if callable(y0) else y0)
     if ts.ndim == 2:
         check_rows("y0", state, len(ts))
-        row_args = None if row_args is None else check_rows("row_args", row_args, len(ts))
     elif row_args is not None:
         raise ValueError(
             f"{arg('row_args')} are of several experiments; got ts of one. Pass ts [rows, times]."
@@ -123,14 +137,16 @@ def _solve_options(given: Given, spread: float, dtype: Any) -> dict[str, Any]:
     return {"rtol": tolerance, "atol": atol, **given.options}
 
 
-def _check_function(name: str, function: Any) -> None:
+def _check_function(name: str, function: Any, rows: bool = True) -> None:
     """Raise unless it takes what it will be called with."""
     if not callable(function):
         raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
-    if not takes(function, *CALLS[name]):
+    calls = [call for call in CALLS[name] if rows or "row" not in call]
+    if not any(takes(function, *call.split(", ")) for call in calls):
+        said = ", or ".join(f"({call})" for call in CALLS[name])
+        said += " with row_args" if "row" in CALLS[name][-1] else ""
         raise TypeError(
-            f"{arg(name)} must be a function ({', '.join(CALLS[name])}); got one of "
-            f"{inspect.signature(function)}."
+            f"{arg(name)} must be a function {said}; got one of {inspect.signature(function)}."
         )
 
 
@@ -147,16 +163,15 @@ def _check_shapes(problem: ObservedODE) -> None:
             )
     if callable(problem.noise):
         _check_noise_shape(problem)
-    args = problem.ys, problem.ys
-    for name, of, returns, more in (
-        ("residual", problem.residual, "residuals", ()),
-        ("likelihood", problem.likelihood, "log-densities", (problem.template,)),
-    ):
-        if of is None or isinstance(of, Likelihood):
-            continue
-        found = jax.eval_shape(of, *args, *more)
-        if getattr(found, "shape", None) != shape:
-            raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {found}.")
+    if isinstance(problem.likelihood, Likelihood):
+        return
+    name, returns, of = "residual", "residuals", problem.residuals
+    if problem.likelihood is not None:
+        name, returns = "likelihood", "log-densities"
+        of = lambda *pair, params: problem.likelihood(*pair, problem.given(params))
+    found = jax.eval_shape(of, problem.ys, problem.ys, params=problem.template)
+    if getattr(found, "shape", None) != shape:
+        raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {found}.")
 
 
 def _starts(starts: Any) -> PyTree[Array]:
@@ -278,13 +293,8 @@ def _check_noise_shape(problem: ObservedODE) -> None:
     noise: Any = problem.noise
     rows = problem.row_args
     by_row = rows is not None and takes(noise, "params", "row")
-    if not by_row and not takes(noise, "params"):
-        raise TypeError(
-            f"{arg('noise')} must be a function (params), or (params, row) with row_args; got one "
-            f"of {inspect.signature(noise)}."
-        )
     row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
-    found = jax.eval_shape(noise, problem.template, *row)
+    found = jax.eval_shape(noise, problem.given(problem.template), *row)
     one = problem.ys.shape[problem.ts.ndim :]
     if not _broadcasts(getattr(found, "shape", (-1,)), one):
         raise ValueError(

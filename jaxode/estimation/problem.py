@@ -38,6 +38,8 @@ class ObservedODE(eqx.Module):
     estimated: bool
     """Whether the residuals say the noise."""
     prior: Callable[[PyTree], PyTree] | None
+    args: PyTree
+    """Data that the functions get together with the parameters, or None."""
     row_args: PyTree
     options: dict[str, Any]
 
@@ -56,12 +58,19 @@ class ObservedODE(eqx.Module):
         """The parameters."""
         return ravel_pytree(self.template)[1](flat)
 
+    def given(self, params: PyTree) -> PyTree:
+        """The parameters as a user's function gets them: with `args`, the pair."""
+        return params if self.args is None else (params, self.args)
+
     def start(self, params: PyTree) -> PyTree:
         """The state at `t0`."""
-        return self.y0(params) if callable(self.y0) else self.y0
+        if not callable(self.y0):
+            return self.y0
+        return of_rows(self.y0, self.given(params), self.row_args)
 
     def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
         """Predict the observations up to `end`, and hold them constant from there on."""
+        given = self.given(params)
         ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
         options = self.options
         if (jumps := options.get("jumps")) is not None:  # those after the end are padding
@@ -69,7 +78,7 @@ class ObservedODE(eqx.Module):
             times = jnp.where(times > ts[..., -1:], jnp.inf, times)
             options = {**options, "jumps": Jumps(times, jumps.change)}
         ys = solve(
-            self.f, self.start(params), self.t0, ts[..., -1], params, ts=ts, batch=batch,
+            self.f, self.start(params), self.t0, ts[..., -1], given, ts=ts, batch=batch,
             row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
         ).ys  # fmt: skip
         observe = self.observe
@@ -77,7 +86,7 @@ class ObservedODE(eqx.Module):
             return ys
 
         def seen(t, y, row):
-            return call_field(observe, t, y, params, "observe", "what is observed", row=row)
+            return call_field(observe, t, y, given, "observe", "what is observed", row=row)
 
         each = jax.vmap(seen, (0, 0, None))
         return each(ts, ys, None) if batch is None else jax.vmap(each)(ts, ys, self.row_args)
@@ -87,6 +96,7 @@ class ObservedODE(eqx.Module):
         noise: Any = self.noise
         if not callable(noise):
             return jnp.broadcast_to(noise, self.ys.shape)
+        params = self.given(params)
         if self.row_args is None or not takes(noise, "params", "row"):
             return jnp.broadcast_to(jnp.asarray(noise(params)), self.ys.shape)
         each = lambda row: jnp.broadcast_to(jnp.asarray(noise(params, row)), self.ys.shape[1:])
@@ -95,12 +105,18 @@ class ObservedODE(eqx.Module):
     def misfit(self, predicted: Array, params: PyTree) -> Array:
         """Minus the log-density of each observation; with `residual`, up to a constant."""
         if self.likelihood is None:
-            return 0.5 * self.residual(predicted, self.ys) ** 2
+            return 0.5 * self.residuals(predicted, self.ys, params) ** 2
         if not isinstance(self.likelihood, Likelihood):
-            return -self.likelihood(predicted, self.ys, params)
+            return -self.likelihood(predicted, self.ys, self.given(params))
         noise = self.noise_at(params)
         apart = self.likelihood.half_deviance(predicted, self.ys, noise)
         return apart + self.likelihood.saturated(self.ys, noise)
+
+    def residuals(self, predicted: Array, observed: Array, params: PyTree) -> Array:
+        """The user's residuals."""
+        knows = takes(self.residual, "predicted", "observed", "params")
+        more = (self.given(params),) if knows else ()
+        return self.residual(predicted, observed, *more)
 
     def seen(self, end: Float[Array, ""]) -> Bool[Array, "..."]:
         """Mark the observations up to `end` that are not missing."""
@@ -111,4 +127,12 @@ class ObservedODE(eqx.Module):
         """Residuals of the parameters."""
         if self.prior is None:
             return jnp.zeros(0, self.ts.dtype)
-        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(self.prior(params))])
+        found = jax.tree.leaves(self.prior(self.given(params)))
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in found])
+
+
+def of_rows(function: Callable[..., PyTree], given: PyTree, rows: PyTree) -> PyTree:
+    """`function(params)`, or `function(params, row)` of each row if it takes two."""
+    if rows is None or not takes(function, "params", "row"):
+        return function(given)
+    return jax.vmap(lambda row: function(given, row))(rows)

@@ -49,7 +49,7 @@ class OfSlopes(Objective):
 
     def quantities(self, flat, start):
         problem = self.problem
-        params = problem.unravel(flat)
+        params = problem.given(problem.unravel(flat))
 
         def slope(t, y, row):
             dy = call_field(problem.f, t, y, params, row=row)

@@ -173,6 +173,64 @@ def test_experiments_share_parameters_and_have_their_own_inputs():
     np.testing.assert_allclose(found.covariance, covariance, rtol=1e-2)
 
 
+# With `args`, each gets the pair of parameters and data.
+def decay_of(t, y, given):
+    (params, data), row = given
+    return -jnp.exp(params["rate"]) * data["speed"] * row * y
+
+
+def start_of(given, row):
+    params, data = given
+    return params["size"] * data["dose"] * row * jnp.ones(1)
+
+
+def channels(t, y, given):
+    return jnp.concatenate([y, 2.0 * y])
+
+
+def prior_of(given):
+    return (given[0]["rate"] - given[1]["mean"]) / 0.01
+
+
+def noise_of(given, row):
+    return given[1]["noise"] * row
+
+
+def residual_of(predicted, observed, given):
+    return (predicted - observed) / given[1]["noise"]
+
+
+@pytest.mark.parametrize(
+    "by", [{"noise": noise_of}, {"residual": residual_of}], ids=["noise", "residual"]
+)
+def test_other_data_are_no_new_program(by, compiled):
+    rows, ts = np.array([0.5, 2.0]), np.stack([TS, TS])
+    sigma = (rows if "noise" in by else np.ones(2))[:, None, None]
+
+    def found(mean, speed, dose):
+        exact = dose * 2.0 * rows[:, None] * np.exp(-np.exp(0.2) * speed * rows[:, None] * ts)
+        ys = exact[..., None] * np.array([1.0, 2.0]) + NOISE * sigma * RNG.normal(size=(2, 30, 2))
+        args = {"mean": mean, "speed": speed, "dose": dose, "noise": NOISE}
+        return ys, jaxode.estimate(
+            decay_of, start_of, ts, ys, STARTS, observe=channels, prior=prior_of, args=args,
+            row_args=rows, **by,
+        )  # fmt: skip
+
+    found(0.2, 1.0, 1.0)
+    compiled.clear()
+    ys, fit = found(0.25, 1.3, 3.0)
+    assert not compiled
+
+    def model(x, rate, size):
+        fits = 3.0 * size * rows[:, None] * np.exp(-np.exp(rate) * 1.3 * rows[:, None] * ts)
+        fits = (fits[..., None] * np.array([1.0, 2.0]) / sigma).ravel()
+        return np.append(fits / NOISE, rate / 0.01)
+
+    target = np.append((ys / sigma).ravel() / NOISE, 25.0)
+    expected, _ = curve_fit(model, 0.0, target, (0.2, 2.0), ftol=1e-12)
+    np.testing.assert_allclose([*fit.params.values()], expected, rtol=1e-5)
+
+
 def circling(t, y, params):
     return params["speed"] * jnp.stack([y[1], -y[0]])
 
@@ -275,8 +333,9 @@ WRONG = {
     ),
     "noise of three": ({"noise": lambda p, q, r: p["s"]}, r"be a function \(params\), or"),
     "a residual of three": (
-        {"residual": lambda p, o, s: p - o}, r"must be a function \(predicted, observed\); got one "
-        r"of \(p, o, s\)",
+        {"residual": lambda p, o, s, t: p - o},
+        r"must be a function \(predicted, observed\), or \(predicted, observed, params\); got one "
+        r"of \(p, o, s, t\)",
     ),
     "a prior of two": ({"prior": lambda p, q: p, "noise": 0.1}, r"must be a function \(params\)"),
     "an observation of two": (
@@ -339,7 +398,7 @@ def test_it_refuses(case):
 
 def test_a_start_takes_the_parameters():
     with pytest.raises(
-        TypeError, match=r"estimate\(y0=.* function \(params\); got one of \(a, b\)"
+        TypeError, match=r"estimate\(y0=.* function \(params\), .* got one of \(a, b\)"
     ):
         jaxode.estimate(decay, lambda a, b: a, TS, YS[:, None], STARTS)
 
