@@ -246,6 +246,31 @@ def coverage(
     ax.plot([0, 1], [0, 1], color="0.6", lw=1)
     ax.plot(levels, np.asarray(coverage), **{"marker": ".", **style})
     ax.set(xlabel="level", ylabel="coverage")
+
+
+@public("waterfall")
+def waterfall(
+    costs: Float[Array | np.ndarray, " starts"], *, ax: Axes | None = None, **style: Any
+) -> Axes:
+    """Draw the cost at the end of each start, in order: `Estimate.costs` above the least.
+
+    A plateau at one is the best cost, found from many starts. Further plateaus are local optima.
+
+    Args:
+        costs: `Estimate.costs`, `[starts]`. Starts that could not be solved are left out.
+        ax: axes to draw on.
+        **style: passed to `Axes.plot`.
+
+    Raises:
+        ValueError: if there is not one number per start.
+    """
+    values = np.asarray(costs, float)
+    if values.ndim != 1:
+        raise ValueError(f"plot.{arg('costs')} must have shape (starts,); got {values.shape}.")
+    values, ax = np.sort(values[np.isfinite(values)]), _axes(ax)
+    above = 1 + values - values[:1]
+    ax.plot(np.arange(1, values.size + 1), above, **{"marker": ".", **style})
+    ax.set(xlabel="starts, best first", ylabel="cost above the least, plus one", yscale="log")
     return ax
 
 

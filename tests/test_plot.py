@@ -92,6 +92,14 @@ def test_the_looks_of_fit_are_drawn_over_seconds(ax):
     assert ax.lines[0].get_xydata().tolist() == [[2.0, 5.0], [4.0, 1.0]]
 
 
+def test_a_waterfall_is_in_order_and_leaves_out_what_failed(ax):
+    jaxode.plot.waterfall(np.array([30.0, np.inf, 12.0, 12.0]), ax=ax)
+    assert ax.lines[0].get_xydata().tolist() == [[1, 1], [2, 1], [3, 19]]
+    assert ax.get_yscale() == "log"
+    with pytest.raises(ValueError, match=r"waterfall\(costs=.* must have shape \(starts,\)"):
+        jaxode.plot.waterfall(1.0, ax=ax)
+
+
 def test_without_matplotlib_a_picture_says_what_to_install(monkeypatch):
     """That the library is imported without it is tested in `test_package.py`."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -9,7 +9,6 @@ from typing import Any
 from jaxode._checks.arguments import check_bool, integer, non_negative
 from jaxode.training.display import finish, show
 
-STEPS_PER_ROUND = 50  # of the search
 STEPS = 200  # on all observations, at most
 
 
@@ -27,16 +26,6 @@ class Budget:
     @property
     def over(self) -> bool:
         return self.stopped or time.monotonic() - self.began >= self.seconds
-
-    @property
-    def rounds(self) -> int:
-        """Of steps on all observations."""
-        return -(-self.steps // STEPS_PER_ROUND)
-
-    def steps_of(self, rounds_done: int) -> int:
-        """The steps of a round. The first step only evaluates where it starts."""
-        left = self.steps - STEPS_PER_ROUND * rounds_done
-        return 1 if self.over else min(STEPS_PER_ROUND, left) + 1
 
     @contextlib.contextmanager
     def until_stopped(self) -> Iterator[None]:

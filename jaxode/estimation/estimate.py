@@ -17,15 +17,14 @@ from jaxode._checks.arguments import check_not_traced, floating
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_finite
 from jaxode.estimation.bounds import one_parameter
-from jaxode.estimation.budget import STEPS_PER_ROUND, Budget
+from jaxode.estimation.budget import STEPS, Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.observations import Given, posed
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import Box, minimize
+from jaxode.estimation.search import STARTS_AT_ONCE, Box, minimize
 from jaxode.estimation.slopes import match_slopes
 from jaxode.estimation.starts import (
-    STARTS_AT_ONCE,
     Ends,
     Runs,
     ends_of_starts,
@@ -34,6 +33,8 @@ from jaxode.estimation.starts import (
 )
 from jaxode.estimation.uncertainty import (
     NULL_SINGULAR_VALUE,
+    SAME_NATS,
+    SAME_SQUARE,
     chi_square,
     cure,
     has_known_variance,
@@ -41,6 +42,7 @@ from jaxode.estimation.uncertainty import (
     is_unlikely,
     nll_of,
     uncertainty,
+    warn_of_modes,
     warn_of_parameters,
 )
 from jaxode.ode.field import VectorField
@@ -74,9 +76,9 @@ class Estimate(eqx.Module):
     """The noise: as given, at these parameters, or what the residuals say. None for Poisson's
     likelihood, one of your own, and `residual`."""
     starts: PyTree[Array]
-    """The end of each start, `[starts, ...]`; NaN where a better one replaced it."""
+    """The end of each start, `[starts, ...]`; NaN where it could not be solved."""
     costs: Float[Array, " starts"]
-    """`cost` where each start ended; infinite where it was given up."""
+    """`cost` where each start ended; infinite where it could not be solved."""
     converged: Bool[Array, ""]
     """Whether the search ended at its tolerance."""
     _problem: ObservedODE
@@ -154,10 +156,9 @@ class Estimate(eqx.Module):
         for part in np.split(order, range(size, len(order), size)):
             rows = np.resize(part, size)
             near = [min(done, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
-            starts = jnp.where(chosen, values[rows][:, None], jnp.asarray(np.stack(near)))
-            held = [jnp.where(chosen, starts, bound) for bound in self._box]
-            free = jnp.zeros(size, flat.dtype)
-            found = minimize(objective, starts, Box(*held), STEPS_PER_ROUND, free)
+            starts = np.where(chosen, np.asarray(values)[rows][:, None], np.stack(near))
+            held = [np.where(chosen, starts, bound) for bound in self._box]
+            found = minimize(objective, starts, Box(*held), STEPS, size=size)
             ends[rows], costs[rows] = found.flats, found.costs
             done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
         unit = self._problem.unit
@@ -195,8 +196,9 @@ def estimate(
     From each start, slopes of smoothed observations are matched by the field, which needs no solve
     and rarely gets stuck; starts that fit the first observations go on, too. Then
     Levenberg-Marquardt, with derivatives in forward mode, fits a sixteenth of the observations, an
-    eighth, and so on to all of them, eight starts at a time, as rows of one solve; those that are
-    far worse than others are given up. Likelihoods other than the normal one take the place of
+    eighth, and so on to all of them, eight starts at a time, as rows of one solve: a start that
+    ends is replaced by the next. Without slopes, each start is fitted to all observations at once,
+    too. Each ends at its better way. Likelihoods other than the normal one take the place of
     squares by their Fisher information (Fisher scoring). Ctrl-C ends the search with the best so
     far. Let positive parameters be logarithms, or give bounds.
 
@@ -247,8 +249,8 @@ def estimate(
 
     Warns:
         UserWarning: of parameters that the observations do not determine; of those that ended at a
-            bound; of residuals that are larger than a known noise says; and if the search has not
-            converged.
+            bound; of starts that end at different parameters with the same cost; of residuals that
+            are larger than a known noise says; and if the search has not converged.
     """
     check_not_traced("chooses among starts", starts, ts, ys)
     budget = Budget(seconds, steps, progress)
@@ -276,11 +278,11 @@ def estimate(
         )
     if matched is None:
         runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])
-        size = min(STARTS_AT_ONCE, len(flats))
+        size, direct = min(STARTS_AT_ONCE, len(flats)), np.asarray(flats)
     else:
         runs = with_matched(problem, np.asarray(flats), *matched)
-        size = min(STARTS_AT_ONCE, 2 * len(flats))
-    ends = improved(problem, runs, box, size, budget)
+        size, direct = min(STARTS_AT_ONCE, 2 * len(flats)), None
+    ends = improved(problem, runs, box, size, budget, direct)
     return _described(problem, ends, box, size, budget)
 
 
@@ -313,13 +315,15 @@ def _described(
         ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
     )
     warn_of_parameters(problem, flat, errors, stopped)
+    starts, costs = ends_of_starts(ends)
+    alike = costs - cost <= SAME_NATS * scale + SAME_SQUARE * used
+    warn_of_modes(problem, flat, errors, starts[alike])
     if not converged:
         warnings.warn(
             f"estimate: the search {budget.describe()}. The standard errors may be wrong. Start "
             "nearer, give more time, or lower rtol and atol.",
             stacklevel=4,
         )
-    starts, costs = ends_of_starts(ends)
     unit = float(problem.unit) ** 2
     return Estimate(
         params=params,

@@ -25,6 +25,14 @@ class Local(NamedTuple):
 class Objective(eqx.Module):
     """Half a sum of squares, or what can be stepped on as if it were one."""
 
+    least_mean = 0.0
+    """The least mean of half squared residuals, where it stands for their size."""
+
+    @property
+    def count(self) -> int:
+        """The number of quantities."""
+        raise NotImplementedError
+
     def quantities(self, flat: Float[Array, " n"], start: Float[Array, " n"]) -> Array:
         """What depends on the parameters `flat` through a solve. The search linearizes it."""
         raise NotImplementedError
@@ -47,6 +55,17 @@ class OfObservations(Objective):
     problem: ObservedODE
     end: Float[Array, ""]
 
+    @property
+    def least_mean(self) -> float:
+        # The squares of a density may vanish, as if residuals were one.
+        return 0.5 if self.problem.is_density else 0.0
+
+    @property
+    def count(self) -> int:
+        problem = self.problem
+        prior = jax.eval_shape(problem.prior_residuals, problem.template)
+        return problem.ys.size + prior.size
+
     def noise_params(self, flat: Array, start: Array) -> Any:
         """The parameters of the noise: those at the start until all observations are fitted, since
         a few of them can be fitted exactly."""
@@ -67,6 +86,10 @@ class OfResidual(OfObservations):
 
 class OfLikelihood(OfObservations):
     """A likelihood that is known by name: steps by its Fisher information (Fisher scoring)."""
+
+    @property
+    def count(self) -> int:
+        return super().count + (self.problem.ys.size if callable(self.problem.noise) else 0)
 
     def quantities(self, flat, start):
         params, problem = self.problem.unravel(flat), self.problem

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxode._checks.arguments import check_derivative
 from jaxode.estimation.objectives import Objective
 from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import Box, minimize
+from jaxode.estimation.search import STARTS_AT_ONCE, Box, minimize
 from jaxode.ode.field import call_field
 
 FEWEST_FOR_A_SPLINE = 5  # observations of a series
@@ -47,6 +47,10 @@ class OfSlopes(Objective):
     slopes: Float[Array, "..."]
     scale: Float[Array, "..."]
 
+    @property
+    def count(self) -> int:
+        return self.slopes.size
+
     def quantities(self, flat, start):
         problem = self.problem
         params = problem.given(problem.unravel(flat))
@@ -79,7 +83,7 @@ def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"], box: Bo
     values, slopes, scale = (
         jnp.asarray(np.moveaxis(x, -1, axis), starts.dtype) for x in (*found, scale)
     )
-    free = jnp.zeros(len(starts), starts.dtype)
-    ends = minimize(OfSlopes(problem, values, slopes, scale), starts, box, MATCHING_STEPS, free)
-    costs = np.asarray(ends.costs)
-    return (np.asarray(ends.flats), costs) if np.isfinite(costs).any() else None
+    objective = OfSlopes(problem, values, slopes, scale)
+    size = min(STARTS_AT_ONCE, len(starts))
+    ends = minimize(objective, np.asarray(starts), box, MATCHING_STEPS, size=size)
+    return (ends.flats, ends.costs) if np.isfinite(ends.costs).any() else None

@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -14,16 +13,16 @@ from jaxode._checks.errors import SolveError
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import Box, costs_at, minimize
+from jaxode.estimation.search import STARTS_AT_ONCE, Box, costs_at, minimize
 
-STARTS_AT_ONCE = 8  # the rows of one solve
-# Drop runs above this many times the least cost, except the best eight; or above it by so many
-# nats an observation where the cost is a density, which has no least value.
+# Drop the worse run of a start above this many times the least cost, except the best eight; or
+# above it by so many nats an observation where the cost is a density, which has no least value.
 GIVE_UP_FACTOR, GIVE_UP_NATS = 10.0, 10.0
 # Fit the observations up to these parts of their times, one part after the other.
 PARTS_OF_TIMES = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0
 # Until all observations are fitted, weigh the distance from a start by this much of its residuals.
 HOLD_WEIGHT = 0.1
+STEPS_OF_PART = 50
 SAME_END = 1e-3  # merge ends whose parameters and costs differ by less than this part
 
 
@@ -33,6 +32,12 @@ class Runs(NamedTuple):
     flats: Float[np.ndarray, "runs n"]
     of_start: Int[np.ndarray, "starts ways"]
     """The runs of each start, or -1."""
+
+    def with_ways(self, flats: Float[np.ndarray, "starts n"]) -> "Runs":
+        """With a further run of each start."""
+        more = len(self.flats) + np.arange(len(flats))
+        of_start = np.concatenate([self.of_start, more[:, None]], axis=1)
+        return Runs(np.concatenate([self.flats, flats]), of_start)
 
 
 class Ends(NamedTuple):
@@ -56,7 +61,7 @@ def with_matched(
     # Repeat them, so that the size of the program does not depend on the data.
     together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
     objective = of_observations(problem, _end(problem, 0))
-    of_all = np.asarray(costs_at(objective, jnp.asarray(together))[0])
+    of_all = np.asarray(costs_at(objective, jnp.asarray(together)))
     near = np.flatnonzero(of_all[count:] <= _limit(of_all.min(), _slack(problem)))
     place = np.full(count, -1)
     place[near] = least + np.arange(len(near))
@@ -75,65 +80,51 @@ def _end(problem: ObservedODE, number: int) -> Array:
     return jnp.asarray(times[min(max(last, first), len(times) - 1)], ts.dtype)
 
 
-def improved(problem: ObservedODE, runs: Runs, box: Box, size: int, budget: Budget) -> Ends:
-    """The ends of runs of the search, `size` at a time, on more and more observations."""
-    first_whole, number = len(PARTS_OF_TIMES) - 1, 0
-    while True:
-        if budget.over:  # evaluate what there is on all observations
-            number = max(number, first_whole)
-        end, whole = _end(problem, number), number >= first_whole
-        ends = _fitted(problem, end, runs, box, size, budget, max(number - first_whole, 0))
-        if not np.isfinite(ends.costs).any():
+def improved(
+    problem: ObservedODE,
+    runs: Runs,
+    box: Box,
+    size: int,
+    budget: Budget,
+    direct: np.ndarray | None = None,
+) -> Ends:
+    """The ends of runs of the search, `size` at a time, on more and more observations; and of
+    `direct` starts on all of them."""
+    for number in range(len(PARTS_OF_TIMES)):
+        end, whole = _end(problem, number), number == len(PARTS_OF_TIMES) - 1
+        if budget.over and not whole:
+            continue
+        fits = minimize(
+            of_observations(problem, end), runs.flats, box,
+            budget.steps if whole else min(budget.steps, STEPS_OF_PART), size=size,
+            hold=HOLD_WEIGHT if end < jnp.max(problem.ts) else 0.0, budget=budget,
+            part=f"estimate: observations up to {float(end):.4g}",
+        )  # fmt: skip
+        if not np.isfinite(fits.costs).any():
             raise SolveError(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
                 f"them, {_cause(problem, end, runs.flats[0])}"
             )
-        settled = ends.converged[np.argmin(ends.costs)] or number - first_whole >= budget.rounds - 1
-        if whole and (settled or budget.over):
-            break
-        runs = _distinct(ends.runs, ends.costs, _slack(problem))
-        number += 1
+        runs = runs._replace(flats=fits.flats)
+        if not whole:
+            runs = _distinct(runs, fits.costs, _slack(problem))
+        if number == len(PARTS_OF_TIMES) - 2 and direct is not None:
+            runs = runs.with_ways(direct)
     budget.finish()
-    return ends
-
-
-def _fitted(
-    problem: ObservedODE, end: Array, runs: Runs, box: Box, size: int, budget: Budget, rounds: int
-) -> Ends:
-    """Fit the observations up to `end`, from `size` starts at a time, after so many rounds."""
-    objective, found, count = of_observations(problem, end), [], len(runs.flats)
-    last = jnp.max(problem.ts)
-    hold, part = bool(end < last), f"estimate: observations up to {float(end):.4g}"
-    for i in range(0, count, size):
-        starts = jnp.asarray(runs.flats[np.resize(np.arange(i, min(i + size, count)), size)])
-        weights = jnp.zeros(size, starts.dtype)
-        if hold:  # what few observations do not determine would run away
-            mean = costs_at(objective, starts)[1] / problem.ys.size
-            if problem.is_density:  # whose squares may vanish, as if residuals were one
-                mean = jnp.maximum(mean, 0.5)
-            weights = jnp.where(jnp.isfinite(mean), HOLD_WEIGHT * jnp.sqrt(mean), weights)
-        fits = None
-        with budget.until_stopped():
-            fits = jax.block_until_ready(
-                minimize(objective, starts, box, budget.steps_of(rounds), weights)
-            )
-        if fits is None:
-            fits = minimize(objective, starts, box, 1, weights)
-        found.append([np.asarray(leaf)[: count - i] for leaf in fits])
-        best = min(float(of.min()) for _, of, *_ in found)
-        budget.show(part, min(i + size, count), count, best)
-    flats, *others = map(np.concatenate, zip(*found, strict=True))
-    return Ends(runs._replace(flats=flats), *others)
+    return Ends(runs, *fits[1:])
 
 
 def ends_of_starts(ends: Ends) -> tuple[np.ndarray, np.ndarray]:
     """Where each start ended on the better of its ways, and the costs there."""
     flats, of_start = ends.runs
-    costs = np.append(ends.costs, np.inf)[of_start]
-    way = np.argmin(costs, axis=1)[:, None]
-    run = np.take_along_axis(of_start, way, axis=1)[:, 0]
+    run = of_start[np.arange(len(of_start)), _ways(ends.runs, ends.costs)]
     given_up = np.full((1, flats.shape[1]), np.nan)
-    return np.concatenate([flats, given_up])[run], costs.min(axis=1)
+    return np.concatenate([flats, given_up])[run], np.append(ends.costs, np.inf)[run]
+
+
+def _ways(runs: Runs, costs: np.ndarray) -> Int[np.ndarray, " starts"]:
+    """The better way of each start."""
+    return np.argmin(np.append(costs, np.inf)[runs.of_start], axis=1)
 
 
 def _cause(problem: ObservedODE, end: Array, start: np.ndarray) -> str:
@@ -175,8 +166,10 @@ def _limit(least: float, slack: float) -> float:
 
 
 def _distinct(runs: Runs, costs: np.ndarray, slack: float) -> Runs:
-    """Runs that differ, without those that are far worse than the best."""
+    """Runs that differ: the better of each start, and others that are not far worse than the
+    best."""
     flats, kept, to = runs.flats, [], np.full(len(costs) + 1, -1)  # the last for those given up
+    better = set(runs.of_start[np.arange(len(runs.of_start)), _ways(runs, costs)])
     order = np.argsort(costs, kind="stable")
     for i in order[np.isfinite(costs[order])]:
         same = [
@@ -186,7 +179,11 @@ def _distinct(runs: Runs, costs: np.ndarray, slack: float) -> Runs:
         ]  # fmt: skip
         if same:
             to[i] = same[0]
-        elif len(kept) < STARTS_AT_ONCE or costs[i] <= _limit(float(costs[kept[0]]), slack):
+        elif (
+            i in better
+            or len(kept) < STARTS_AT_ONCE
+            or costs[i] <= _limit(float(costs[kept[0]]), slack)
+        ):
             to[i] = len(kept)
             kept.append(i)
     return Runs(flats[kept], to[runs.of_start])

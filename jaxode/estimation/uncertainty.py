@@ -15,6 +15,9 @@ from jaxode.estimation.problem import ObservedODE
 NULL_SINGULAR_VALUE = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}
 NULL_COMPONENT = 1e-3  # the largest component of a null vector in a parameter that is determined
 VAGUE_ERROR = 10.0  # warn of standard errors above this, in units of 1 + |parameter|
+# Ends are as likely if they differ by so many nats and such a part of the squared spread of each
+# observation; parameters are the same if they differ by less than that part.
+SAME_NATS, SAME_SQUARE, SAME_PARAMETER = 0.01, 1e-10, 1e-3
 # Warn of residuals beyond the given noise if their chi-square is this many standard deviations
 # above its mean, and this many times the mean: a smaller factor hardly changes standard errors.
 UNLIKELY_DEVIATIONS, UNLIKELY_FACTOR = 4.5, 1.2
@@ -105,5 +108,27 @@ def warn_of_parameters(
             f"estimate: the observations do not determine {', '.join(called[vague])}: their "
             "standard errors are of no use. They run away, or others make up for them. Fix "
             "them, give a prior or bounds, or look at Estimate.profile.",
+            stacklevel=5,
+        )
+
+
+def warn_of_modes(
+    problem: ObservedODE, flat: np.ndarray, errors: np.ndarray, others: np.ndarray
+) -> None:
+    """Warn of ends that are as likely, but whose parameters differ by more than chance. Those that
+    the observations do not determine may differ."""
+    clear = errors <= VAGUE_ERROR * (1 + np.abs(flat))
+    least = np.maximum(errors, SAME_PARAMETER * np.abs(flat) + SAME_PARAMETER**2)
+    differ = clear & (np.abs(others - flat) > least)
+    if differ.any():
+        other = others[np.argmax(differ.any(axis=1))]
+        called = names(problem.template)
+        pairs = [
+            f"{called[i]} {flat[i]:.3g} or {other[i]:.3g}"
+            for i in np.flatnonzero(np.abs(other - flat) > least)
+        ]
+        warnings.warn(
+            f"estimate: starts end at different parameters that are as likely: {', '.join(pairs)}. "
+            "Choose by bounds or a prior. Estimate.starts has all ends.",
             stacklevel=5,
         )

@@ -8,8 +8,7 @@ import pytest
 from scipy.optimize import curve_fit
 
 import jaxode
-from jaxode.estimation import starts as rounds
-from jaxode.estimation.search import minimize
+from jaxode.estimation import search
 from jaxode.estimation.slopes import smoothed
 from jaxode.estimation.uncertainty import is_unlikely
 
@@ -476,6 +475,59 @@ def test_a_profile_needs_one_parameter(fitted):
         fitted.profile(lambda params: params["k"], jnp.ones(1))
 
 
+def absorbed(t, y, p):
+    ka, ke = jnp.exp(p["ka"]), jnp.exp(p["ke"])
+    return jnp.stack([-ka * y[0], ka * y[0] - ke * y[1]])
+
+
+def concentration(t, y, p):
+    return y[1] / jnp.exp(p["v"])
+
+
+def test_modes_that_are_as_likely_are_told():
+    # Absorption and elimination may flip, with another volume.
+    ka, ke, v, ts = 1.5, 0.3, 0.5, np.linspace(0.5, 12.0, 12)
+    ys = ka / v / (ka - ke) * (np.exp(-ke * ts) - np.exp(-ka * ts))
+    ys += 0.02 * RNG.normal(size=ts.shape)
+    logs = lambda *values: jnp.log(jnp.array(values))
+    starts = {"ka": logs(1.2, 0.25), "ke": logs(0.25, 1.2), "v": logs(0.6, 0.1)}
+    fit = lambda **options: jaxode.estimate(
+        absorbed, jnp.array([1.0, 0.0]), ts, ys, starts, observe=concentration, **options
+    )
+    with pytest.warns(UserWarning, match=r"\['ka'\] .* or .*, \['ke'\] .* or .*, \['v'\] "):
+        found = fit()
+    np.testing.assert_allclose(found.costs, found.cost, rtol=1e-3)  # of solves at 1e-6
+    np.testing.assert_allclose(found.starts["ka"], found.starts["ke"][::-1], atol=1e-3)
+    high = {"ka": 3.0, "ke": -0.3, "v": 3.0}
+    starts = jax.tree.map(lambda x: x[:1], starts)
+    assert fit(bounds=(-5.0, high)).params["ke"] < -1.0  # and no warning
+
+
+def test_every_start_goes_to_its_end():
+    # Of a frequency, all but the nearest have an optimum of their own, far above the least.
+    ts = np.linspace(0.1, 6.0, 30)
+    ys = np.cos(3.0 * ts) + NOISE * RNG.normal(size=30)
+    starts = {"speed": jnp.linspace(1.0, 13.0, 13)}
+    found = jaxode.estimate(
+        circling,
+        jnp.array([0.0, 1.0]),
+        ts,
+        ys,
+        starts,
+        observe=lambda t, y, p: y[1],
+        noise=NOISE,
+        bounds=(0.1, 20.0),
+    )
+    assert np.isfinite(found.costs).all()
+    ends = np.asarray(found.starts["speed"])
+    cost = lambda speed: 0.5 * np.sum((np.cos(speed * ts) - ys) ** 2) / NOISE**2
+    slopes = [(cost(end + 1e-4) - cost(end - 1e-4)) / 2e-4 for end in ends]
+    curves = [(cost(end + 1e-4) - 2 * cost(end) + cost(end - 1e-4)) / 1e-8 for end in ends]
+    np.testing.assert_allclose(found.costs, [*map(cost, ends)], rtol=1e-2, atol=0.1)
+    assert np.abs(np.array(slopes) / np.array(curves)).max() < 1e-2
+    assert found.costs.max() > 10 * found.cost
+
+
 def test_it_ends_after_few_steps_or_seconds_with_what_it_has(capfd):
     with pytest.warns(UserWarning, match="did not converge in 1 steps"):
         few = estimated(noise=NOISE, match=False, steps=1)
@@ -497,12 +549,13 @@ def test_an_interrupt_keeps_the_best_so_far(monkeypatch):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return minimize(*args)
+        return advanced(*args)
 
-    monkeypatch.setattr(rounds, "minimize", interrupted)
+    advanced = search._advanced
+    monkeypatch.setattr(search, "_advanced", interrupted)
     with pytest.warns(UserWarning, match="ended by Ctrl-C before it converged"):
         found = estimated(noise=NOISE, match=False)
-    assert len(calls) == 5  # two parts, the third twice, and all observations
+    assert len(calls) < 7  # the starts at what they had, there and of all observations
     assert np.isfinite(found.cost)
 
 
