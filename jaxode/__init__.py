@@ -19,6 +19,7 @@ from jaxode.auditing.report import Report, audit
 from jaxode.density.density import Density, bind
 from jaxode.density.importance import Importance, importance
 from jaxode.estimation.estimate import Estimate, estimate
+from jaxode.estimation.population import PopulationEstimate, estimate_population
 from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal, torus
 from jaxode.flows.cnf import CNF
 from jaxode.flows.construct import cnf
@@ -48,6 +49,7 @@ __all__ = [
     "Importance",
     "Jumps",
     "Point",
+    "PopulationEstimate",
     "Report",
     "Result",
     "Rodas5P",
@@ -67,6 +69,7 @@ __all__ = [
     "diagonal_normal",
     "divergence",
     "estimate",
+    "estimate_population",
     "fit",
     "flow",
     "images",

@@ -1,13 +1,12 @@
-"""Which parameters: their bounds, their names, and the one that a profile moves."""
+"""Parameters as one vector: their bounds and their names."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import floating, numbers
 from jaxode._checks.caller import arg
@@ -60,23 +59,3 @@ def names(template: PyTree) -> list[str]:
         name = jax.tree_util.keystr(path) or "params"
         found += [name + "".join(f"[{i}]" for i in at) for at in np.ndindex(leaf.shape)]
     return found
-
-
-def one_parameter(
-    where: Callable[[PyTree], Array], flat: Float[Array, " n"], unravel: Callable[[Array], PyTree]
-) -> Bool[Array, " n"]:
-    """Mark the parameter that `where` chooses, in the vector of all."""
-    try:
-        value, slope = jax.value_and_grad(lambda flat: jnp.reshape(where(unravel(flat)), ()))(flat)
-    except (TypeError, KeyError, IndexError) as error:
-        raise TypeError(
-            f"{arg('where')} must choose one number, as lambda params: params['k'][0]; got "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    chosen = slope != 0
-    if int(chosen.sum()) != 1 or slope[chosen][0] != 1 or value != flat[chosen][0]:
-        raise ValueError(
-            f"{arg('where')} must choose one parameter itself, and no function of some. Pass "
-            "values of it."
-        )
-    return chosen

@@ -13,16 +13,14 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode._checks.arguments import check_not_traced, floating
+from jaxode._checks.arguments import check_not_traced
 from jaxode._checks.caller import arg, public
-from jaxode._checks.samples import check_finite
-from jaxode.estimation.bounds import one_parameter
-from jaxode.estimation.budget import STEPS, Budget
-from jaxode.estimation.objectives import of_observations
+from jaxode.estimation.budget import Budget
 from jaxode.estimation.observations import Given, posed
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import STARTS_AT_ONCE, Box, minimize
+from jaxode.estimation.profiles import Profile
+from jaxode.estimation.search import STARTS_AT_ONCE, Box
 from jaxode.estimation.slopes import match_slopes
 from jaxode.estimation.starts import (
     Ends,
@@ -121,7 +119,7 @@ class Estimate(eqx.Module):
     def profile(
         self, where: Callable[[PyTree], Array], values: Float[Array, " values"]
     ) -> tuple[Float[Array, " values"], PyTree[Array]]:
-        """Fix one parameter at each of `values`, and estimate the others again.
+        """Hold a parameter, or a function of some, at each of `values`, and estimate again.
 
         Where the first result is below 3.84, the value is in the confidence interval of 95%
         (Raue et al. 2009, doi:10.1093/bioinformatics/btp358). A profile that stays flat is a
@@ -129,41 +127,24 @@ class Estimate(eqx.Module):
         zero, the value has led to better parameters than the estimate.
 
         Args:
-            where: which parameter, as `lambda params: params["k"][0]`.
-            values: of this parameter, `[values]`.
+            where: which parameter, as `lambda params: params["k"][0]`, or a smooth function, as
+                `lambda params: params["beta"] / params["gamma"]`. A function is held to a
+                hundred-thousandth of its standard error.
+            values: of it, `[values]`.
 
         Returns:
-            Twice the log-likelihood ratio of each value against the estimate, and the other
-            parameters there, `[values, ...]`.
+            Twice the log-likelihood ratio of each value against the estimate, infinite where it was
+            not reached, and the parameters there, `[values, ...]`.
 
         Raises:
-            TypeError, ValueError: if `where` is not one number of the parameters.
+            TypeError, ValueError: if `where` is not one number with a slope at the estimate.
         """
         flat, unravel = ravel_pytree(self.params)
-        chosen = one_parameter(where, flat, unravel)
-        value = flat[chosen][0]
-        values = floating(values).astype(flat.dtype)
-        if values.ndim != 1:
-            raise ValueError(f"{arg('values')} must be [values]; got shape {values.shape}.")
-        check_finite({"values": values})
-        # In order of distance from the estimate. Each starts where the nearest one that is done
-        # has ended.
-        order = np.argsort(np.abs(np.asarray(values - value)), kind="stable")
-        ends, costs = np.zeros((len(values), len(flat))), np.zeros(len(values))
-        done = [(float(value), np.asarray(flat))]
-        objective = of_observations(self._problem, jnp.max(self._problem.ts))
-        size = self._together  # for which there is a program
-        for part in np.split(order, range(size, len(order), size)):
-            rows = np.resize(part, size)
-            near = [min(done, key=lambda pair: abs(pair[0] - float(values[i])))[1] for i in rows]
-            starts = np.where(chosen, np.asarray(values)[rows][:, None], np.stack(near))
-            held = [np.where(chosen, starts, bound) for bound in self._box]
-            found = minimize(objective, starts, Box(*held), STEPS, size=size)
-            ends[rows], costs[rows] = found.flats, found.costs
-            done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
         unit = self._problem.unit
         known = not self._problem.estimated
         scale = 1.0 if self.noise is None or known else (unit / self.noise) ** 2
+        of = Profile(self._problem, self._box, self._together, flat, scale * self.covariance, where)
+        ends, costs = of.at(values)
         ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost / unit**2)
         return ratio, jax.vmap(unravel)(jnp.asarray(ends, flat.dtype))
 

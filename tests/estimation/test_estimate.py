@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import curve_fit
+from scipy.optimize import curve_fit, minimize_scalar
 
 import jaxode
 from jaxode.estimation import search
@@ -463,16 +463,31 @@ def test_inputs_of_experiments_must_cover_their_observations():
         )  # fmt: skip
 
 
-def test_a_profile_needs_one_parameter(fitted):
-    for where in (
-        lambda params: params["rate"] + params["size"],
-        lambda params: 2 * params["rate"],
-        lambda params: jnp.exp(params["rate"]),
-    ):
-        with pytest.raises(ValueError, match="must choose one parameter itself"):
+def test_a_profile_holds_a_function_of_parameters(fitted):
+    # The size at a later time, which is held by its logarithm in closed form.
+    later = lambda params: params["size"] * jnp.exp(-2.0 * jnp.exp(params["rate"]))
+    rate, size = (float(value) for value in fitted.params.values())
+    value = closed(2.0, rate, size)
+    values = value * jnp.array([0.8, 1.0, 1.1])
+    ratio, ends = fitted.profile(later, values)
+    np.testing.assert_allclose(jax.vmap(later)(ends), values, rtol=1e-5)
+    least = np.sum((YS - closed(np.asarray(TS), rate, size)) ** 2)
+    for i, held in enumerate(np.asarray(values)):
+        cost = lambda rate, held=held: np.sum(
+            (YS - held * np.exp(np.exp(rate) * (2.0 - np.asarray(TS)))) ** 2
+        )
+        best = minimize_scalar(cost, (rate - 0.2, rate + 0.2), tol=1e-10)
+        np.testing.assert_allclose(ends["rate"][i], best.x, atol=1e-4)
+        expected = (best.fun - least) / float(fitted.noise) ** 2
+        np.testing.assert_allclose(ratio[i], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_profile_needs_a_number_that_moves(fitted):
+    with pytest.raises(ValueError, match="finite slope at the estimate that is not zero"):
+        fitted.profile(lambda params: 0.0 * params["rate"], jnp.ones(1))
+    for where in (lambda params: params["k"], lambda params: jnp.ones(2) * params["rate"]):
+        with pytest.raises(TypeError, match="must return one number"):
             fitted.profile(where, jnp.ones(1))
-    with pytest.raises(TypeError, match="must choose one number"):
-        fitted.profile(lambda params: params["k"], jnp.ones(1))
 
 
 def absorbed(t, y, p):

@@ -230,7 +230,13 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # An interpolation may end before the solve.
     ("ode/interpolations.py", "(low < first - near) | (high > last + near)", "low < first - near"),
     # What a profile holds moves.
-    ("estimation/estimate.py", "jnp.where(chosen, starts, bound)", "bound + 0 * starts"),
+    ("estimation/profiles.py", "np.where(self.chosen, starts, bound)", "bound + 0 * starts"),
+    # The distance to a value is not made up for.
+    ("estimation/profiles.py", "aims = aims - np.nan_to_num(apart)", "aims = aims"),
+    # The gradient is as if the effects of a subject stayed.
+    ("estimation/marginal.py", "by[:count] + by[count:] @ moves", "by[:count]"),
+    # A start that was replaced counts where it was.
+    ("estimation/search.py", "of_all[of_row[ended]] = of_rows[ended]", "of_all[ended] = of_rows[ended]"),
     # Errors of others are as if a parameter at its bound were free.
     ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),

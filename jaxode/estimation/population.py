@@ -1,0 +1,345 @@
+"""Parameters of an ODE of which each subject has its own: nonlinear mixed effects."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from jaxode._checks.arguments import (
+    check_args,
+    check_bool,
+    check_number,
+    check_state,
+    floating,
+    non_negative,
+    numbers,
+    takes,
+)
+from jaxode._checks.caller import arg, public
+from jaxode._checks.errors import SolveError
+from jaxode._checks.rules import TIME
+from jaxode._checks.samples import check_finite, check_rows
+from jaxode.estimation.marginal import Population, Subject, evaluated
+from jaxode.estimation.observations import check_times
+from jaxode.ode.field import VectorField, check_field
+from jaxode.ode.pieces import check_jumps
+from jaxode.ode.solve import solve
+
+TAKEN = "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw"  # of `solve`
+TOLERANCE = 1e-3  # of the search, in standard errors; its last step is Newton's
+DIFFERENCE = 1e-2  # of the Hessian, in standard errors
+FAILED = 1e10  # nats, where a subject cannot be solved
+
+
+class PopulationEstimate(eqx.Module):
+    """What a population shares, and each of its subjects."""
+
+    params: PyTree[Array]
+    """The typical parameters: those of the population, and the median of those that vary."""
+    errors: PyTree[Array]
+    """Their standard errors."""
+    deviations: dict[str, Array]
+    """The standard deviation between subjects of each parameter that varies."""
+    deviation_errors: dict[str, Array]
+    """Their standard errors; rough where a deviation is near zero."""
+    correlation: Float[Array, "q q"]
+    """Between parameters that vary, in the order of `jax.tree.leaves(deviations)`."""
+    noise: Float[Array, ""] | None
+    """The standard deviation of an observation; None if `noise` is a function."""
+    subjects: PyTree[Array]
+    """The likeliest parameters of each subject, `[subjects, ...]`."""
+    shrinkage: dict[str, Array]
+    """One minus the standard deviation of the subjects' effects by that of the population. Near
+    one, the observations of a subject say little about its own parameter."""
+    nll: Float[Array, ""]
+    """Minus the log-likelihood by Laplace's method, with all constants."""
+    covariance: Float[Array, "p p"]
+    """Of the typical parameters as one vector, then of the deviations (with `correlated`, of the
+    lower triangle of the root of the covariance), then of the logarithm of the noise."""
+    converged: Bool[Array, ""]
+    """Whether the search ended at its tolerance."""
+    _observed: int = eqx.field(static=True)
+
+    @property
+    def aic(self) -> Float[Array, ""]:
+        """Akaike's criterion: `2 * nll` and two for each parameter of the population."""
+        return 2 * self.nll + 2 * len(self.covariance)
+
+    @property
+    def bic(self) -> Float[Array, ""]:
+        """The Bayesian criterion, by the number of observations."""
+        return 2 * self.nll + len(self.covariance) * math.log(self._observed)
+
+
+@public("estimate_population")
+def estimate_population(
+    f: VectorField,
+    y0: PyTree[Float[Array, "subjects ..."]] | Callable[..., PyTree],
+    ts: Float[Array, " times"] | Float[Array, "subjects times"],
+    ys: Float[Array, "subjects times ..."],
+    start: dict[str, Float[Array, "..."]],
+    vary: dict[str, float | Float[Array, "..."]],
+    *,
+    t0: float | Float[Array, ""] = 0.0,
+    observe: Callable[[Array, PyTree, PyTree], Array] | None = None,
+    noise: Callable[[Array, PyTree], Array] | None = None,
+    row_args: PyTree = None,
+    correlated: bool = False,
+    steps: int = 200,
+    **options: Any,
+) -> PopulationEstimate:
+    """Estimate typical parameters and their spread between subjects by maximum likelihood.
+
+    Subject `i` has the parameters `params + effects[i]`, and the effects are normal: let positive
+    parameters be logarithms, whose effects are factors. The likelihood of each subject is
+    integrated over its effects by Laplace's method with the expected Hessian, which is first-order
+    conditional estimation with interaction (FOCEI). It is exact for models that are linear in the
+    effects and have constant noise. Gradients are exact, and the search is BFGS.
+
+    Args:
+        f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
+        y0: states at `t0`, `[subjects, ...]`, or a function `y0(params)` or, with `row_args`,
+            `y0(params, row)` of one subject.
+        ts: times of the observations, `[subjects, times]`, in order, or `[times]` for all.
+        ys: observations, `[subjects, times, ...]`. NaN where one is missing.
+        start: first guess of the typical parameters, a dictionary of arrays.
+        vary: the parameters that vary between subjects, by name, with a first guess of their
+            standard deviation.
+        t0: the time of `y0`.
+        observe: what is observed, `observe(t, y, params)`; with `row_args`, of `(params, row)`. By
+            default the state.
+        noise: the standard deviation of an observation, `noise(predicted, params)`, such as
+            `jnp.exp(params["part"]) * predicted`. By default one number, which is estimated.
+        row_args: arguments of each subject, `[subjects, ...]`, such as its dose.
+        correlated: whether to estimate correlations between the parameters that vary.
+        steps: of the search.
+        options: of `jaxode.solve`, such as `solver`, `max_steps`, and `jumps`, doses with times
+            `[jumps]` or `[subjects, jumps]`.
+
+    Returns:
+        A `PopulationEstimate`.
+
+    Raises:
+        TypeError, ValueError: for an invalid argument.
+        SolveError: if a subject cannot be solved at the start.
+
+    Warns:
+        UserWarning: if the search has not converged, or the observations do not determine a
+            parameter.
+
+    References:
+        Lindstrom and Bates 1990, doi:10.2307/2532087; Wang 2007, doi:10.1007/s10928-007-9060-6.
+    """
+    population, theta = _posed(
+        f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated, options
+    )
+    search = _Search(population)
+    values, scores = search.at(theta)
+    if not np.isfinite(values).all():
+        i = int(np.argmin(np.isfinite(values)))
+        raise SolveError(
+            f"{arg('start')} must be such that each subject can be solved; subject {i} has no "
+            "finite likelihood. Start nearer, or raise max_steps."
+        )
+    theta, converged = search.minimized(theta, scores, steps)
+    theta, covariance, converged = search.polished(theta, converged)
+    return _described(population, theta, covariance, search, converged)
+
+
+class _Search:
+    """The likelihood of a population as SciPy takes it. The effects begin where they ended."""
+
+    def __init__(self, population: Population):
+        count = len(population.subjects.ts)
+        self.population = population
+        self.effects = jnp.zeros((count, len(population.places)), population.t0.dtype)
+
+    def at(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Minus the log-likelihood of each subject, and their gradients."""
+        values, scores, effects = evaluated(self.population, jnp.asarray(theta), self.effects)
+        if bool(jnp.isfinite(values).all()):
+            self.effects = effects
+        return np.asarray(values), np.asarray(scores)
+
+    def minimized(self, theta: np.ndarray, scores: np.ndarray, steps: int):
+        """BFGS, in units of what the scores say of the standard errors."""
+        from scipy.optimize import minimize
+
+        about = scores.T @ scores
+        about += 1e-3 * np.diag(np.maximum(np.diag(about), 1e-6))
+        unit = np.linalg.inv(np.linalg.cholesky(about)).T
+
+        def total(x):
+            values, scores = self.at(theta + unit @ x)
+            value, down = values.sum(), unit.T @ scores.sum(axis=0)
+            if np.isfinite(value) and np.isfinite(down).all():
+                return float(value), down
+            return FAILED, np.zeros_like(x)
+
+        settings = {"gtol": TOLERANCE, "maxiter": steps}
+        found = minimize(total, np.zeros(len(theta)), jac=True, method="BFGS", options=settings)
+        theta, signs = self.population.with_positive_root(theta + unit @ found.x)
+        self.effects = self.effects * signs[None, :]
+        return theta, bool(np.abs(found.jac).max() < 100 * TOLERANCE)
+
+    def polished(self, theta: np.ndarray, converged: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+        """A step of Newton's method, and the covariance: by differences of exact gradients."""
+        values, scores = self.at(theta)
+        about = (scores**2).sum(axis=0)  # which is zero where a deviation is
+        wide = np.maximum(np.abs(theta), 1.0)
+        steps = DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide)
+        down = lambda step: self.at(theta + step)[1].sum(axis=0)
+        rows = [(down(step) - down(-step)) / (2 * step.max()) for step in np.diag(steps)]
+        hessian = np.stack(rows)
+        curves, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+        if not np.isfinite(hessian).all() or curves.min() <= 0:
+            return theta, np.full_like(hessian, np.nan), False
+        covariance = (vectors / curves) @ vectors.T
+        better = theta - covariance @ scores.sum(axis=0)
+        if self.at(better)[0].sum() <= values.sum():
+            theta = better
+        self.at(theta)
+        return theta, covariance, converged
+
+
+def _described(
+    population: Population, theta: np.ndarray, covariance: np.ndarray, search: _Search,
+    converged: bool,
+) -> PopulationEstimate:  # fmt: skip
+    values, _ = search.at(theta)
+    flat, root, log_noise = population.split(jnp.asarray(theta))
+    unravel = population.unravel
+    n = population.shared
+    between = root @ root.T
+    deviations = jnp.sqrt(jnp.diag(between))
+    # The delta method, of the rows of the root.
+    rooted = lambda theta: jnp.sqrt(jnp.sum(population.split(theta)[1] ** 2, axis=1) + 1e-30)
+    slopes = np.asarray(jax.jacfwd(rooted)(jnp.asarray(theta)))
+    of_deviations = np.sqrt(np.diag(slopes @ covariance @ slopes.T))
+    errors = np.sqrt(np.diag(covariance)[:n])
+    effects = search.effects @ root.T
+    shrunk = 1 - jnp.std(effects, axis=0) / jnp.maximum(deviations, 1e-12)
+    if not converged or not np.isfinite(covariance).all():
+        warnings.warn(
+            "estimate_population: the search did not converge, or the observations do not "
+            "determine a parameter. Start nearer, let fewer parameters vary, or raise steps.",
+            stacklevel=4,
+        )
+    params_of = lambda z: unravel(population.params_of(jnp.asarray(theta), z))
+    named = lambda values: _at_places(population, values)
+    return PopulationEstimate(
+        params=unravel(flat),
+        errors=unravel(jnp.asarray(errors)),
+        deviations=named(deviations),
+        deviation_errors=named(jnp.asarray(of_deviations)),
+        correlation=between / jnp.maximum(deviations[:, None] * deviations[None], 1e-30),
+        noise=jnp.exp(log_noise[0]) if len(log_noise) else None,
+        subjects=jax.vmap(params_of)(search.effects),
+        shrinkage=named(shrunk),
+        nll=jnp.asarray(values.sum()),
+        covariance=jnp.asarray(covariance),
+        converged=jnp.asarray(converged),
+        _observed=int((~np.isnan(np.asarray(population.subjects.ys))).sum()),
+    )
+
+
+def _at_places(population: Population, values: Float[Array, " q"]) -> dict[str, Array]:
+    """Values of the parameters that vary, by name."""
+    flat = jnp.full(population.shared, jnp.nan, values.dtype).at[population.places].set(values)
+    tree = population.unravel(flat)
+    return {name: leaf for name, leaf in tree.items() if not bool(jnp.isnan(leaf).any())}
+
+
+def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated, options):
+    """The checked population, and the first guess of all that is estimated."""
+    check_field("f", f, "f(t, y, params)")
+    check_bool("correlated", correlated)
+    _check_functions(observe, noise, options)
+    template, places, deviations = _varying(start, vary)
+    check_number("t0", t0, TIME, kind="time")
+    dtype = jnp.result_type(float)
+    exact = numbers("ts", ts)
+    times, seen, t0 = (floating(x).astype(dtype) for x in (exact, numbers("ys", ys), t0))
+    if times.ndim == 1 and seen.ndim >= 2:
+        times = jnp.broadcast_to(times[None], (len(seen), len(times)))
+    if times.ndim != 2 or seen.shape[:2] != times.shape or not times.size:
+        raise ValueError(
+            f"{arg('ys')} must be [subjects, times, ...] for ts [times] or [subjects, times]; got "
+            f"shapes {seen.shape} and {jnp.shape(ts)}."
+        )
+    check_times(exact, times, t0)
+    rows = None if row_args is None else check_rows("row_args", row_args, len(times))
+    states = None if callable(y0) else check_rows("y0", check_state("y0", y0), len(times))
+    jumps, doses = options.pop("jumps", None), None
+    if jumps is not None:
+        doses = floating(jumps.times).astype(dtype)
+        doses = jnp.broadcast_to(doses, (len(times), doses.shape[-1]))
+        doses = jnp.where(doses > times[:, -1:], jnp.inf, doses)
+    options = {"rtol": 1e-6 if dtype == jnp.float64 else 1e-5, "atol": 1e-6, **options}
+    subjects = Subject(times, seen, states, rows, doses)
+    population = Population(
+        f=f, y0=y0 if callable(y0) else None, t0=t0, observe=observe, noise=noise,
+        change=None if jumps is None else jumps.change, places=places, correlated=correlated,
+        template=template, subjects=subjects, options=options,
+    )  # fmt: skip
+    root = jnp.diag(deviations)[jnp.tril_indices(len(places))] if correlated else deviations
+    flat = ravel_pytree(template)[0]
+    theta = [flat, root] if noise is not None else [flat, root, jnp.zeros(1, dtype)]
+    theta = np.asarray(jnp.concatenate(theta))
+    return population, _with_noise(population, theta) if noise is None else theta
+
+
+def _check_functions(observe, noise, options) -> None:
+    """Raise for functions that cannot be called as they will be, and for other options."""
+    for name, function, call in (
+        ("observe", observe, ("t", "y", "params")),
+        ("noise", noise, ("predicted", "params")),
+    ):
+        if function is not None and not (callable(function) and takes(function, *call)):
+            got = inspect.signature(function) if callable(function) else repr(function)
+            raise TypeError(f"{arg(name)} must be a function ({', '.join(call)}); got {got}.")
+    known = inspect.signature(solve).parameters
+    if wrong := [name for name in options if name in TAKEN or name not in known]:
+        raise TypeError(f"{arg(wrong[0])} is not an option of estimate_population. Leave it out.")
+    check_jumps(options.get("jumps"))
+
+
+def _varying(start: Any, vary: Any) -> tuple[PyTree, Array, Array]:
+    """The typical parameters, and of those that vary the places and the deviations."""
+    start = check_args("start", start)
+    if not isinstance(start, dict) or not start:
+        raise TypeError(f"{arg('start')} must be a dictionary of parameters; got {start!r}.")
+    if not isinstance(vary, dict) or not vary or not vary.keys() <= start.keys():
+        raise ValueError(
+            f"{arg('vary')} must be a dictionary of deviations, by names of start, "
+            f"{list(start)}; got {vary!r}."
+        )
+    dtype = jnp.result_type(float)
+    template = jax.tree.map(lambda leaf: floating(leaf).astype(dtype), start)
+    check_finite({"start": template})
+    marks = {}
+    for name, tree in template.items():
+        size = non_negative("vary", vary[name]) if name in vary else 0.0
+        if name in vary and not size > 0:
+            raise ValueError(f"{arg('vary')} must be positive deviations; got {size} for {name!r}.")
+        marks[name] = jax.tree.map(lambda leaf, size=size: jnp.full(leaf.shape, size), tree)
+    flat = ravel_pytree(marks)[0].astype(dtype)
+    places = jnp.asarray(np.flatnonzero(np.asarray(flat)))
+    return template, places, flat[places]
+
+
+def _with_noise(population: Population, theta: np.ndarray) -> np.ndarray:
+    """With the noise that the start leaves, for which no effects are needed."""
+    none = jnp.zeros(len(population.places), population.t0.dtype)
+    mean = jax.vmap(lambda subject: population.moments(jnp.asarray(theta), none, subject)[0])
+    apart = np.asarray(population.subjects.ys - mean(population.subjects))
+    known = apart[np.isfinite(apart)]
+    return np.append(theta[:-1], 0.5 * math.log(np.mean(known**2) + 1e-30) if known.size else 0.0)

@@ -1,0 +1,188 @@
+"""Populations: against closed forms of linear mixed models, quadrature and simulated subjects."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+import jaxode
+from jaxode.estimation.marginal import evaluated
+from jaxode.estimation.population import _posed
+
+RNG = np.random.default_rng(0)
+TS = np.linspace(0.5, 3.0, 6)
+BASIS = np.stack([np.ones(6), TS], 1)
+ROOT = np.array([[0.5, 0.0], [-0.2, 0.3]])
+LINES = (np.array([2.0, -1.0]) + RNG.normal(size=(10, 2)) @ ROOT.T) @ BASIS.T
+LINES += 0.2 * RNG.normal(size=LINES.shape)
+LINES[2, 3] = np.nan
+
+
+def line(t, y, params):
+    return params["slope"][None]
+
+
+def begin(params):
+    return params["level"][None]
+
+
+GUESS = {"level": 1.0, "slope": 0.0}
+SPREAD = {"level": 1.0, "slope": 1.0}
+
+
+def nll_of_lines(x):
+    root = np.zeros((2, 2))
+    root[np.tril_indices(2)] = x[2:5]
+    covariance = BASIS @ root @ root.T @ BASIS.T + np.exp(2 * x[5]) * np.eye(6)
+    total = 0.0
+    for y in LINES:
+        seen = ~np.isnan(y)
+        part = covariance[np.ix_(seen, seen)]
+        total -= stats.multivariate_normal.logpdf(y[seen], (BASIS @ x[:2])[seen], part)
+    return total
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return jaxode.estimate_population(
+        line, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True
+    )
+
+
+def test_it_is_exact_for_a_linear_mixed_model(lines):
+    x0 = [2.0, -1.0, 0.5, -0.2, 0.3, -1.5]
+    best = optimize.minimize(nll_of_lines, x0, method="BFGS", options={"gtol": 1e-6})
+    np.testing.assert_allclose(lines.nll, best.fun, atol=1e-7)
+    np.testing.assert_allclose([*lines.params.values()], best.x[:2], atol=1e-4)
+    root = np.array([[best.x[2], 0.0], best.x[3:5]])
+    deviations = np.sqrt(np.diag(root @ root.T))
+    np.testing.assert_allclose([*lines.deviations.values()], deviations, rtol=1e-3)
+    expected = (root @ root.T)[0, 1] / deviations.prod()
+    np.testing.assert_allclose(lines.correlation[0, 1], expected, atol=1e-3)
+    np.testing.assert_allclose(lines.noise, np.exp(best.x[5]), rtol=1e-3)
+    np.testing.assert_allclose(lines.aic, 2 * best.fun + 12, rtol=1e-6)
+    np.testing.assert_allclose(lines.bic, 2 * best.fun + 6 * np.log(59), rtol=1e-6)
+    step = 1e-3
+    shifted = lambda i, j, a, b: nll_of_lines(best.x + step * (a * np.eye(6)[i] + b * np.eye(6)[j]))
+    hessian = np.array([
+        [sum(a * b * shifted(i, j, a, b) for a in (-1, 1) for b in (-1, 1)) for i in range(6)]
+        for j in range(6)
+    ]) / (4 * step**2)  # fmt: skip
+    covariance = np.linalg.inv(hessian)
+    np.testing.assert_allclose(lines.covariance, covariance, rtol=0.02, atol=1e-4)
+    np.testing.assert_allclose([*lines.errors.values()], np.diag(covariance)[:2] ** 0.5, rtol=1e-2)
+    assert lines.converged
+
+
+def test_a_subject_is_drawn_to_the_others(lines):
+    noise, typical = lines.noise**2, np.array([*lines.params.values()])
+    scale = np.array([*lines.deviations.values()])
+    prior = np.linalg.inv(np.asarray(lines.correlation) * scale * scale[:, None])
+    alone = BASIS.T @ LINES[0] / noise
+    expected = np.linalg.solve(prior + BASIS.T @ BASIS / noise, alone + prior @ typical)
+    found = np.stack([*lines.subjects.values()], 1)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+    shrunk = 1 - (found - typical).std(0) / scale
+    np.testing.assert_allclose([*lines.shrinkage.values()], shrunk, atol=1e-5)
+
+
+def decay(t, y, args):
+    params, _ = args
+    return -jnp.exp(params["rate"]) * y
+
+
+def given_again(t, y, args, i):
+    return y + args[1]
+
+
+RATES = np.log(0.5) + 0.4 * RNG.normal(size=8)
+DOSES = np.stack([np.full(8, 0.25), np.linspace(1.2, 2.2, 8)], 1)
+SIZES = np.linspace(1.0, 3.0, 8)
+
+
+def after_doses(rates):
+    apart = np.maximum(TS[None] - DOSES[..., None], 0.0)  # [subjects, doses, times]
+    left = (TS[None] > DOSES[..., None]) * np.exp(-np.exp(rates)[:, None, None] * apart)
+    return SIZES[:, None] * left.sum(1)
+
+
+MEAN = after_doses(RATES)
+SEEN = MEAN * (1 + 0.05 * RNG.normal(size=MEAN.shape)) + 0.02 * RNG.normal(size=MEAN.shape)
+
+
+def both(predicted, params):
+    return jnp.exp(params["add"]) + jnp.exp(params["part"]) * predicted
+
+
+def dosed():
+    start = {"rate": -1.0, "add": -3.5, "part": -2.5}
+    given = {
+        "t0": 0.0, "observe": None, "noise": both, "row_args": SIZES, "correlated": False,
+    }  # fmt: skip
+    jumps = jaxode.Jumps(jnp.asarray(DOSES), given_again)
+    return _posed(
+        decay, jnp.zeros((8, 1)), TS, SEEN[..., None], start, {"rate": 0.3}, *given.values(),
+        {"jumps": jumps},
+    )  # fmt: skip
+
+
+def test_gradients_and_the_likelihood_of_doses_are_exact():
+    population, theta = dosed()
+    values, scores, effects = evaluated(population, jnp.asarray(theta), jnp.zeros((8, 1)))
+    steps = 1e-4 * np.eye(4)
+    total = lambda theta: evaluated(population, jnp.asarray(theta), effects)[0]
+    differences = [(total(theta + step) - total(theta - step)) / 2e-4 for step in steps]
+    np.testing.assert_allclose(scores.T, differences, rtol=1e-4, atol=1e-4)
+    # Against Gauss and Hermite's quadrature about the likeliest effect.
+    nodes, weights = np.polynomial.hermite_e.hermegauss(30)
+    names = [*population.template]
+    guess = dict(zip(names, theta[:3], strict=True))
+    for i in range(8):
+        spread = 0.3
+        z = float(effects[i, 0]) + spread * nodes
+        rates = guess["rate"] + theta[3] * z
+        mean = np.stack([after_doses(np.full(8, rate))[i] for rate in rates])
+        noise = np.exp(guess["add"]) + np.exp(guess["part"]) * mean
+        logs = stats.norm.logpdf(SEEN[i], mean, noise).sum(1) + stats.norm.logpdf(z)
+        exact = -np.log(np.sum(weights * spread * np.exp(logs + nodes**2 / 2)))
+        # The largest error of Laplace's method with the expected Hessian is 0.05.
+        np.testing.assert_allclose(values[i], exact, atol=0.1)
+
+
+def test_no_difference_between_subjects_is_a_deviation_of_zero():
+    # Lines that are nearer to each other than noise makes them.
+    ys = 2.0 - TS + 0.2 * RNG.normal(size=(10, 6))
+    ys -= 0.9 * (ys - ys.mean(axis=0)) @ BASIS @ np.linalg.pinv(BASIS)
+    found = jaxode.estimate_population(
+        line, begin, TS, ys[..., None], GUESS, SPREAD, correlated=True
+    )
+    assert max(found.deviations.values()) < 0.02
+    np.testing.assert_allclose(found.subjects["level"], found.params["level"], atol=0.02)
+
+
+WRONG = {
+    "a name that is not given": ({"vary": {"k": 1.0}}, r"vary=.*by names of start, \['level'"),
+    "no deviation": ({"vary": {"level": 0.0}}, r"vary=.*positive deviations; got 0.0 for 'level'"),
+    "no dictionary": ({"start": jnp.ones(2)}, r"start=.*must be a dictionary"),
+    "one subject": ({"ys": LINES[0]}, r"ys=.*\[subjects, times, ...\]"),
+    "noise of one": ({"noise": lambda p: p["level"]}, r"function \(predicted, params\); got \(p\)"),
+    "an unknown option": ({"batch": "joint"}, "is not an option of estimate_population"),
+    "times out of order": ({"ts": TS[::-1]}, "must be in order"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_it_refuses(case):
+    options, words = WRONG[case]
+    given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, **options}
+    with pytest.raises((TypeError, ValueError), match=words) as raised:
+        jaxode.estimate_population(line, begin, **given)
+    assert str(raised.value).startswith("estimate_population(")
+
+
+def test_it_names_a_subject_that_cannot_be_solved():
+    explode = lambda t, y, p: y**2 + jnp.exp(p["level"])
+    with pytest.raises(jaxode.SolveError, match=r"subject 0 has no finite likelihood"):
+        jaxode.estimate_population(
+            explode, jnp.full((10, 1), 1e3), TS, LINES[..., None], GUESS, SPREAD, max_steps=16
+        )
