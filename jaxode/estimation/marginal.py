@@ -18,7 +18,9 @@ from jaxode.ode.field import call_field
 from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
-EFFECT_STEPS, EFFECT_TOLERANCE = 100, 1e-8  # in standard deviations of the population
+EFFECT_STEPS, EFFECT_TOLERANCE = 50, 1e-6  # in standard deviations of the population
+ROUNDING = 1e-9  # of a likelihood, by which a step may make it worse
+DAMPING = 0.01  # at first
 LONGER, SHORTER = 0.2, 5.0  # factors of the damping
 
 
@@ -137,7 +139,7 @@ class Population(eqx.Module):
             move = -jnp.linalg.solve(damped, gradient)
             trial = z + move
             found = self.nll(theta, trial, subject)
-            good = found[0] <= value
+            good = found[0] <= value + ROUNDING * (1 + jnp.abs(value))
             kept = [jnp.where(good, *pair) for pair in zip((trial, *found), state[:4], strict=True)]
             done = jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE
             damping = damping * jnp.where(good, LONGER, SHORTER)
@@ -145,7 +147,7 @@ class Population(eqx.Module):
 
         more = lambda state: ~state[-1] & (state[-2] < EFFECT_STEPS)
         first = self.nll(theta, begin, subject)
-        state = begin, *first, jnp.ones((), begin.dtype), jnp.asarray(0), jnp.asarray(False)
+        state = begin, *first, jnp.asarray(DAMPING, begin.dtype), jnp.asarray(0), jnp.asarray(False)
         return jax.lax.while_loop(more, step, state)[0]
 
     def marginal(self, theta: Array, z: Array, subject: Subject) -> tuple[Array, Array]:

@@ -236,7 +236,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The gradient is as if the effects of a subject stayed.
     ("estimation/marginal.py", "by[:count] + by[count:] @ moves", "by[:count]"),
     # A start that was replaced counts where it was.
-    ("estimation/search.py", "of_all[of_row[ended]] = of_rows[ended]", "of_all[ended] = of_rows[ended]"),
+    ("estimation/search.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
     # Errors of others are as if a parameter at its bound were free.
     ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),
