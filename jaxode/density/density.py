@@ -306,7 +306,7 @@ class Density(eqx.Module):
             return z
         context = self.contexts.rows(context, shape)
         # A network may know what to make of gaps.
-        check_finite({"x": rows} if self.embed else {"x": rows, "context": context})
+        check_finite({"x": rows} | ({} if self.embed is not None else {"context": context}))
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
     @public("from_flow")
