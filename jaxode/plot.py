@@ -246,6 +246,7 @@ def coverage(
     ax.plot([0, 1], [0, 1], color="0.6", lw=1)
     ax.plot(levels, np.asarray(coverage), **{"marker": ".", **style})
     ax.set(xlabel="level", ylabel="coverage")
+    return ax
 
 
 @public("waterfall")
