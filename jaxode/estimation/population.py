@@ -27,16 +27,13 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
-from jaxode.estimation.marginal import Population, Subject, evaluated
+from jaxode.estimation.marginal import Population, Search, Subject
 from jaxode.estimation.observations import check_times
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
 from jaxode.ode.solve import solve
 
 TAKEN = "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw"  # of `solve`
-TOLERANCE = 1e-3  # of the search, in standard errors; its last step is Newton's
-DIFFERENCE = 1e-2  # of the Hessian, in standard errors
-FAILED = 1e10  # nats, where a subject cannot be solved
 
 
 class PopulationEstimate(eqx.Module):
@@ -141,7 +138,7 @@ def estimate_population(
     population, theta = _posed(
         f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated, options
     )
-    search = _Search(population)
+    search = Search(population)
     values, scores = search.at(theta)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
@@ -154,64 +151,8 @@ def estimate_population(
     return _described(population, theta, covariance, search, converged)
 
 
-class _Search:
-    """The likelihood of a population as SciPy takes it. The effects begin where they ended."""
-
-    def __init__(self, population: Population):
-        count = len(population.subjects.ts)
-        self.population = population
-        self.effects = jnp.zeros((count, len(population.places)), population.t0.dtype)
-
-    def at(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Minus the log-likelihood of each subject, and their gradients."""
-        values, scores, effects = evaluated(self.population, jnp.asarray(theta), self.effects)
-        if bool(jnp.isfinite(values).all()):
-            self.effects = effects
-        return np.asarray(values), np.asarray(scores)
-
-    def minimized(self, theta: np.ndarray, scores: np.ndarray, steps: int):
-        """BFGS, in units of what the scores say of the standard errors."""
-        from scipy.optimize import minimize
-
-        about = scores.T @ scores
-        about += 1e-3 * np.diag(np.maximum(np.diag(about), 1e-6))
-        unit = np.linalg.inv(np.linalg.cholesky(about)).T
-
-        def total(x):
-            values, scores = self.at(theta + unit @ x)
-            value, down = values.sum(), unit.T @ scores.sum(axis=0)
-            if np.isfinite(value) and np.isfinite(down).all():
-                return float(value), down
-            return FAILED, np.zeros_like(x)
-
-        settings = {"gtol": TOLERANCE, "maxiter": steps}
-        found = minimize(total, np.zeros(len(theta)), jac=True, method="BFGS", options=settings)
-        theta, signs = self.population.with_positive_root(theta + unit @ found.x)
-        self.effects = self.effects * signs[None, :]
-        return theta, bool(np.abs(found.jac).max() < 100 * TOLERANCE)
-
-    def polished(self, theta: np.ndarray, converged: bool) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A step of Newton's method, and the covariance: by differences of exact gradients."""
-        values, scores = self.at(theta)
-        about = (scores**2).sum(axis=0)  # which is zero where a deviation is
-        wide = np.maximum(np.abs(theta), 1.0)
-        steps = DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide)
-        down = lambda step: self.at(theta + step)[1].sum(axis=0)
-        rows = [(down(step) - down(-step)) / (2 * step.max()) for step in np.diag(steps)]
-        hessian = np.stack(rows)
-        curves, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
-        if not np.isfinite(hessian).all() or curves.min() <= 0:
-            return theta, np.full_like(hessian, np.nan), False
-        covariance = (vectors / curves) @ vectors.T
-        better = theta - covariance @ scores.sum(axis=0)
-        if self.at(better)[0].sum() <= values.sum():
-            theta = better
-        self.at(theta)
-        return theta, covariance, converged
-
-
 def _described(
-    population: Population, theta: np.ndarray, covariance: np.ndarray, search: _Search,
+    population: Population, theta: np.ndarray, covariance: np.ndarray, search: Search,
     converged: bool,
 ) -> PopulationEstimate:  # fmt: skip
     values, _ = search.at(theta)
