@@ -63,27 +63,20 @@ class Mixture(NamedTuple):
     ) -> Float[Array, ""]:
         """Nats of the values that are there.
 
-        Channel after channel, each given those before, by a Kalman filter of the common factors.
+        The squares are least over the common factors, `sum (e - L f)^2 / sd^2 + f^2`, which is
+        Woodbury's identity without a difference of large numbers.
         """
-
-        def step(carry, each):
-            found, m, p = carry  # the factors: mean [k, rank] and covariance [k, rank, rank]
-            y, there, mean, sd, loading = each
-            shared = p @ loading
-            variance = sd**2 + shared @ loading
-            error = y - mean - m @ loading
-            nats = -0.5 * (jnp.log(2 * math.pi * variance) + error**2 / variance)
-            gain = jnp.where(there, 1.0, 0.0) * shared / variance[:, None]
-            m = m + gain * error[:, None]
-            p = p - gain[:, :, None] * shared[:, None, :]
-            return (found + jnp.where(there, nats, 0.0), m, p), None
-
-        k, r = len(self.log_weight), self.loading.shape[1]
-        eye = jnp.broadcast_to(jnp.eye(r, dtype=y.dtype), (k, r, r))
-        start = jnp.zeros_like(self.log_weight), jnp.zeros((k, r), y.dtype), eye
-        each = y, there, self.mean.T, self.sd.T, self.loading
-        (found, _, _), _ = jax.lax.scan(step, start, each)
-        return jax.nn.logsumexp(self.log_weight + found)
+        weight = jnp.where(there[None], self.sd**-2, 0.0)
+        error = y[None] - self.mean
+        columns = self.loading.T[:, None]  # [rank, 1, channels]
+        pairs = [[jnp.sum(weight * a * b, axis=1) for b in columns] for a in columns]
+        pivots, factors = _solve(pairs, [jnp.sum(weight * error * a, axis=1) for a in columns])
+        for factor, column in zip(factors, columns, strict=True):
+            error = error - factor[:, None] * column
+        squares = jnp.sum(weight * error**2, axis=1) + sum(factor**2 for factor in factors)
+        log_sd = jnp.where(there[None], jnp.log(self.sd) + 0.5 * math.log(2 * math.pi), 0.0)
+        log_det = jnp.sum(log_sd, axis=1) + 0.5 * sum(jnp.log(pivot) for pivot in pivots)
+        return jax.nn.logsumexp(self.log_weight - 0.5 * squares - log_det)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, " channels"]:
         """Draw all channels."""
@@ -106,3 +99,24 @@ class Mixture(NamedTuple):
 
         low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (least.min(0), least.max(0)))
         return 0.5 * (low + high)
+
+
+def _solve(a: list[list[Array]], b: list[Array]) -> tuple[list[Array], list[Array]]:
+    """The pivots of `I + a`, symmetric, and the solution of `(I + a) x = b`, each an array.
+
+    Written out, since XLA factorizes many small matrices one after the other.
+    """
+    count, pivots, x = len(b), [], list(b)
+    rows = [list(row) for row in a]
+    for i in range(count):
+        pivots.append(1.0 + rows[i][i])
+        for j in range(i + 1, count):
+            ratio = rows[j][i] / pivots[i]
+            x[j] = x[j] - ratio * x[i]
+            for k in range(i + 1, j + 1):
+                rows[j][k] = rows[j][k] - ratio * rows[k][i]
+    for i in reversed(range(count)):
+        for k in range(i + 1, count):
+            x[i] = x[i] - rows[k][i] * x[k]
+        x[i] = x[i] / pivots[i]
+    return pivots, x

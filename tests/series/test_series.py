@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
+from scipy.special import logsumexp
 
 import jaxode
 from jaxode.series import training
+from jaxode.series.mixture import Mixture
 
 NAN = np.nan
 AT = np.array([3.5, 4.0, 9.0])
@@ -69,6 +72,26 @@ def test_the_density_of_one_value_integrates_to_one(model):
     low, high = model.quantile(levels, TS[:1], YS[:1], [3.5])[:, 0, 0, 1]
     below = np.interp([low, high], x, np.cumsum(density) - 0.5 * density)
     np.testing.assert_allclose(below, levels, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7])
+def test_a_mixture_has_the_density_of_its_normals(channels):
+    """Those of SciPy, of the channels that are there."""
+    rng = np.random.default_rng(channels)
+    numbers = jnp.asarray(rng.normal(size=Mixture.size(channels)))
+    mixture = Mixture.of(numbers, channels)
+    y, there = rng.normal(size=(5, channels)), rng.random((5, channels)) < 0.6
+    there[0], there[1] = True, False
+    found = jax.vmap(mixture.log_prob)(jnp.asarray(y), jnp.asarray(there))
+    shared = mixture.loading @ mixture.loading.T
+    for y, there, nats in zip(y, there, found, strict=True):
+        parts = [
+            stats.multivariate_normal(mean[there], (shared + np.diag(sd**2))[np.ix_(there, there)])
+            for mean, sd in zip(mixture.mean, mixture.sd, strict=True)
+        ] if there.any() else []  # fmt: skip
+        of_parts = [part.logpdf(y[there]) for part in parts] or np.zeros(len(mixture.sd))
+        expected = logsumexp(of_parts, b=np.exp(mixture.log_weight))
+        np.testing.assert_allclose(nats, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_gap_is_integrated_out(model):
