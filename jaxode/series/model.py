@@ -1,7 +1,6 @@
 """What `series.fit` returns: densities, forecasts and states of irregular series."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
 from jaxode.series.mixture import Mixture
-from jaxode.series.network import STEPS, Seen, SeriesNetwork
+from jaxode.series.network import Seen, SeriesNetwork
 from jaxode.series.units import Units, as_float, check_at, check_series
 
 
@@ -24,8 +23,9 @@ class Series:
 
     Methods take series as `fit` does: times `ts` `[rows, times]` and values `ys`
     `[rows, times, channels]`, NaN where nothing was observed; and the `context` of training, if
-    there was one. Later times `at` are `[times]`, or `[rows, times]`. They increase, and none lies
-    before the last observation of its row. Wrong series and times raise TypeError or ValueError.
+    there was one. Later times `at` are `[times]`, or `[rows, times]`. They increase, none lies
+    before the last observation of its row, and a shorter row repeats its last one. Wrong series and
+    times raise TypeError or ValueError.
     """
 
     params: SeriesNetwork
@@ -58,9 +58,9 @@ class Series:
         """Draw `n` futures of each row by the key, `[n, rows, times, channels]`: the values at each
         of the later times, given the past and the drawn ones before."""
         key, n = check_key(key), integer("n", n)
-        seen, given, dt, steps = self._read_to(ts, ys, at, context)
+        seen, given, dt, parts = self._read_to(ts, ys, at, context)
         keys = jax.random.split(key, (len(dt), n))
-        drawn = np.asarray(_forecast(self.params, seen, given, dt, keys, steps), float)
+        drawn = np.asarray(_forecast(self.params, seen, given, dt, parts, keys), float)
         return self._in_units(drawn.swapaxes(0, 1))
 
     @public("Series.mean")
@@ -104,16 +104,15 @@ class Series:
             )
         return ts, self.units.seen(ts, ys), self.units.known(context, len(ts))
 
-    def _read_to(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Seen, Any, Any, int]:
-        """The series, the context, the times between forecasts, and the steps in each."""
+    def _read_to(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Seen, Any, Any, Any]:
+        """The series, the context, the times between forecasts, and in how many parts each goes."""
         ts, seen, given = self._read(ts, ys, context)
         at, last = check_at(at, ts, seen.there)
         dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
-        # No step is longer than the longest one of training.
-        parts = max(float(dt.max()) / self.units.longest, 1.0)
-        steps = STEPS * 2 ** math.ceil(math.log2(parts) - 1e-6)
+        # No part is longer than the longest one of training.
+        parts = np.maximum(np.ceil(dt / self.units.longest - 1e-6), 1.0).astype(np.int32)
         past = self.units.with_times(seen, np.minimum(ts, last[:, None]))
-        return past, given, as_float(dt), steps
+        return past, given, as_float(dt), parts
 
     def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
         """States and densities at later times."""
@@ -129,38 +128,43 @@ def _log_prob(network: SeriesNetwork, seen: Seen, context: Any):
 
 
 @compiled
-def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, steps: int):
+def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any):
     """States and densities at later times, without jumps."""
 
-    def of(seen, context, dt):
-        def step(h, dt):
-            h = network.flow(h, dt, steps)
+    def of(seen, context, *each):
+        def step(h, each):
+            h = _flow(network, h, *each)
             return h, (h, network.predict(h))
 
-        return jax.lax.scan(step, network.read(seen, context)[0], dt)[1]
+        return jax.lax.scan(step, network.read(seen, context)[0], each)[1]
 
-    return jax.vmap(of)(seen, context, dt)
+    return jax.vmap(of)(seen, context, dt, parts)
+
+
+def _flow(network: SeriesNetwork, h: Any, dt: Any, parts: Any):
+    """The state `dt` later, in so many parts."""
+    return jax.lax.fori_loop(0, parts, lambda _, h: network.flow(h, dt / parts.astype(dt.dtype)), h)
 
 
 @compiled
-def _forecast(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, keys: Any, steps: int):
+def _forecast(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any, keys: Any):
     """Draws `[rows, n, times, channels]`, which the state jumps at."""
 
-    def draw(h, dt, key):
+    def draw(h, dt, parts, key):
         def step(h, each):
-            dt, key = each
-            h = network.flow(h, dt, steps)
+            dt, parts, key = each
+            h = _flow(network, h, dt, parts)
             mixture = network.predict(h)
             y = mixture.sample(key)
             return network.jumped(h, mixture, dt, y, jnp.ones(y.shape, bool)), y
 
-        return jax.lax.scan(step, h, (dt, jax.random.split(key, len(dt))))[1]
+        return jax.lax.scan(step, h, (dt, parts, jax.random.split(key, len(dt))))[1]
 
-    def of(seen, context, dt, keys):
+    def of(seen, context, dt, parts, keys):
         h, _ = network.read(seen, context)
-        return jax.vmap(draw, (None, None, 0))(h, dt, keys)
+        return jax.vmap(draw, (None, None, None, 0))(h, dt, parts, keys)
 
-    return jax.vmap(of)(seen, context, dt, keys)
+    return jax.vmap(of)(seen, context, dt, parts, keys)
 
 
 @compiled

@@ -60,7 +60,10 @@ def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np
     cure = "Cut the series there, by NaN in ys, or pass later times."
     check("at", ~(at >= last[:, None]), must, got, cure)
     got = lambda i, j: f"{at[i, j]:g} and then {at[i, j + 1]:g} in row {i}"
-    check("at", ~(np.diff(at, axis=1) > 0), "increase", got, "Sort the times.")
+    step = np.diff(at, axis=1)
+    wrong = ~((step > 0) | ((step == 0) & (at[:, 1:] == at[:, -1:])))
+    cure = "Sort the times. Pad a row by repeating its last time."
+    check("at", wrong, "increase", got, cure)
     return at, last
 
 

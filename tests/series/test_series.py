@@ -80,18 +80,20 @@ def test_a_mixture_has_the_density_of_its_normals(channels):
     rng = np.random.default_rng(channels)
     numbers = jnp.asarray(rng.normal(size=Mixture.size(channels)))
     mixture = Mixture.of(numbers, channels)
-    y, there = rng.normal(size=(5, channels)), rng.random((5, channels)) < 0.6
-    there[0], there[1] = True, False
-    found = jax.vmap(mixture.log_prob)(jnp.asarray(y), jnp.asarray(there))
+    ys, seen = rng.normal(size=(5, channels)), rng.random((5, channels)) < 0.6
+    seen[:, 0], seen[0], seen[1] = True, True, False
+    found = jax.vmap(mixture.log_prob)(jnp.asarray(ys), jnp.asarray(seen))
+    assert found[1] == pytest.approx(0.0, abs=1e-12)
     shared = mixture.loading @ mixture.loading.T
-    for y, there, nats in zip(y, there, found, strict=True):
-        parts = [
-            stats.multivariate_normal(mean[there], (shared + np.diag(sd**2))[np.ix_(there, there)])
-            for mean, sd in zip(mixture.mean, mixture.sd, strict=True)
-        ] if there.any() else []  # fmt: skip
-        of_parts = [part.logpdf(y[there]) for part in parts] or np.zeros(len(mixture.sd))
+    for i in (0, 2, 3, 4):
+        some = seen[i]
+        normal = lambda mean, sd, some=some: stats.multivariate_normal(
+            mean[some], (shared + np.diag(sd**2))[np.ix_(some, some)]
+        )
+        parts = [normal(*part) for part in zip(mixture.mean, mixture.sd, strict=True)]
+        of_parts = [part.logpdf(ys[i, some]) for part in parts]
         expected = logsumexp(of_parts, b=np.exp(mixture.log_weight))
-        np.testing.assert_allclose(nats, expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-10)
 
 
 def test_a_gap_is_integrated_out(model):
@@ -158,6 +160,13 @@ def test_forecasts_start_at_the_last_observation_of_each_row(model):
     assert model.state(TS[:3], YS[:3], AT).shape == (3, 3, 4)
     at_once = model.state(TS[:3], YS[:3], each)
     assert (at_once[0, 0] != at_once[1, 0]).any()
+
+
+def test_rows_of_later_times_may_be_padded_by_their_last_time(model):
+    """And the forecast of a row is a function of that row alone."""
+    at = np.array([[3.5, 4.0, 9.0], [3.5, 3.5, 3.5]])
+    padded, alone = model.mean(TS[:2], YS[:2], at), model.mean(TS[1:2], YS[1:2], [3.5])
+    np.testing.assert_allclose(padded[1], np.repeat(alone[0], 3, axis=0), rtol=1e-12)
 
 
 def test_between_observations_the_state_follows_an_ode(model):
@@ -276,6 +285,7 @@ AHEAD = {
         "must not lie before the last observation of a row; got 0.001 in row 0, whose",
     ),
     "order": ([5.0, 4.0], "must increase; got 5 and then 4 in row 0"),
+    "repeated": ([4.0, 4.0, 5.0], "must increase; got 4 and then 4 in row 0. Sort the times"),
     "shape": (np.ones((7, 2)), r"must be \[times\], or \[rows, times\] with 24 rows as in ts"),
 }
 
