@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 from common.arguments import InputError, status
 from common.descent import BLOCK, minimize
@@ -84,9 +85,11 @@ RUNS = [
      and abs(weighted - chain) < 5 * (error + chain_error)),
     ("spiral", "--steps 2 --width 4", "^  (at|from) ",
      lambda seen, new, later: 0 < seen < new < 3),
-    # Nothing is learned in two steps; the data have a size of about 0.8.
-    ("latent_ode", "--steps 2 --batch 4", "^(latent ODE|GRU)  ",
-     lambda *errors: len(errors) == 4 and min(errors) > 0.5 and max(errors) < 1.5),
+    # Little is learned in two steps. The data have a standard deviation of about 0.7.
+    ("series", "--steps 2", "^(prey|predators) ",
+     lambda *row: len(row) == 6 and max(row[0], row[3]) < 1.2 < 30 < min(row[2], row[5])),
+    ("series", "--data readings.csv --row patient --time hour --steps 2", "^pulse ",
+     lambda error, last, inside: 0 < error < 20 and 0 < last < 20 and 30 < inside <= 100),
     # The error of the mean is the size of the data, 0.64.
     ("segments", "--steps 300", "  trained by (one solve|40 segments)",
      lambda one, many: many < 0.8 * one < 0.8),
@@ -105,7 +108,7 @@ RUNS = [
 SMALLER = {
     "mnist": {"PATCH": lambda _: 14, "CHUNK": lambda _: 16},
     "conditional": {"HELD_OUT": lambda _: 10},
-    "latent_ode": {"TRAIN": lambda _: 64},  # as many as are held out
+    "series": {"PONDS": lambda _: 30},
     # Before its step size is known, NUTS takes up to 1023 steps at a time.
     "patients": {"NUTS": lambda nuts: functools.partial(nuts, max_tree_depth=3)},
 }
@@ -127,6 +130,11 @@ def test_an_example_does_what_it_promises(
     points = np.random.default_rng(0).normal(size=(3000, 2)) * [20.0, 0.1] + [100.0, -3.0]
     np.savetxt("points.csv", points, delimiter=",", header="x,y", comments="")
     load_once("tabular").tables.flats(300, 0).to_csv("flats.csv", index=False)
+    if name == "series":
+        noise = np.random.default_rng(0).normal(size=(2, 100))
+        columns = {"patient": np.repeat(np.arange(20), 5), "hour": np.tile(np.arange(5.0), 20)}
+        readings = pd.DataFrame(columns | {"pulse": 70 + 5 * noise[0], "ph": 7.4 + noise[1]})
+        readings.to_csv("readings.csv", index=False)
     if name == "mnist":
         for kind, count in (("train", 160), ("t10k", 16)):
             levels = np.random.default_rng(0).integers(0, 4, (count, 28, 28)) // 3 * 255
