@@ -9,7 +9,9 @@ BENCHMARKS = (
     "images", "angles", "overhead", "divergence", "regularizers", "energy", "compile_time",
     "memory", "cores",
 )  # fmt: skip
-ON_ITS_OWN = ("time_to_nll", "posterior", "tables", "regression", "mixed", "estimate")
+ON_ITS_OWN = (
+    "time_to_nll", "posterior", "tables", "regression", "mixed", "estimate", "series",
+)  # fmt: skip
 
 
 def load(name: str) -> Benchmark:
