@@ -39,11 +39,11 @@ class Mixture(NamedTuple):
         parts = jnp.split(numbers, np.cumsum([k, c, c, k * c, k * c]))
         weight, mean, scale, offset, spread, loading = parts
         last = jnp.arange(k) == k - 1
-        scale = SMALLEST + jax.nn.softplus(scale + math.log(math.e - 1))[None]
+        scale = jax.nn.softplus(scale + math.log(math.e - 1))[None]
         return cls(
             jax.nn.log_softmax(weight + jnp.where(last, LOG_TAIL_WEIGHT, 0.0)),
             mean[None] + scale * offset.reshape(k, c),
-            scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL, 1.0)[:, None],
+            SMALLEST + scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL, 1.0)[:, None],
             scale.T * loading.reshape(c, rank(c)),
         )
 
@@ -63,20 +63,24 @@ class Mixture(NamedTuple):
     ) -> Float[Array, ""]:
         """Nats of the values that are there.
 
-        The squares are least over the common factors, `sum (e - L f)^2 / sd^2 + f^2`, which is
-        Woodbury's identity without a difference of large numbers.
+        With `A = [L / sd; I]` and `b = [(y - mean) / sd; 0]` of channels and factors, the squares
+        are those of `b` less its projection on `A`, and the determinant is that of `A^T A`. Both
+        come from orthogonal columns, which keep their digits where a covariance would lose them.
         """
-        weight = jnp.where(there[None], self.sd**-2, 0.0)
-        error = y[None] - self.mean
-        columns = self.loading.T[:, None]  # [rank, 1, channels]
-        pairs = [[jnp.sum(weight * a * b, axis=1) for b in columns] for a in columns]
-        pivots, factors = _solve(pairs, [jnp.sum(weight * error * a, axis=1) for a in columns])
-        for factor, column in zip(factors, columns, strict=True):
-            error = error - factor[:, None] * column
-        squares = jnp.sum(weight * error**2, axis=1) + sum(factor**2 for factor in factors)
-        log_sd = jnp.where(there[None], jnp.log(self.sd) + 0.5 * math.log(2 * math.pi), 0.0)
-        log_det = jnp.sum(log_sd, axis=1) + 0.5 * sum(jnp.log(pivot) for pivot in pivots)
-        return jax.nn.logsumexp(self.log_weight - 0.5 * squares - log_det)
+        k, r = len(self.log_weight), self.loading.shape[1]
+        scale = jnp.where(there[None], 1 / self.sd, 0.0)
+        ones = jnp.broadcast_to(jnp.eye(r, dtype=y.dtype)[:, None], (r, k, r))
+        columns = [*jnp.concatenate([scale[None] * self.loading.T[:, None], ones], axis=2)]
+        rest = jnp.pad(scale * (y[None] - self.mean), ((0, 0), (0, r)))
+        log_sd = jnp.log(self.sd) + 0.5 * math.log(2 * math.pi)
+        log_det = jnp.sum(jnp.where(there[None], log_sd, 0.0), axis=1)
+        while columns:
+            first, *others = columns
+            square = jnp.sum(first**2, axis=1)
+            columns = [_orthogonal(x, first, square) for x in others]
+            rest = _orthogonal(rest, first, square)
+            log_det = log_det + 0.5 * jnp.log(square)
+        return jax.nn.logsumexp(self.log_weight - 0.5 * jnp.sum(rest**2, axis=1) - log_det)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, " channels"]:
         """Draw all channels."""
@@ -101,22 +105,6 @@ class Mixture(NamedTuple):
         return 0.5 * (low + high)
 
 
-def _solve(a: list[list[Array]], b: list[Array]) -> tuple[list[Array], list[Array]]:
-    """The pivots of `I + a`, symmetric, and the solution of `(I + a) x = b`, each an array.
-
-    Written out, since XLA factorizes many small matrices one after the other.
-    """
-    count, pivots, x = len(b), [], list(b)
-    rows = [list(row) for row in a]
-    for i in range(count):
-        pivots.append(1.0 + rows[i][i])
-        for j in range(i + 1, count):
-            ratio = rows[j][i] / pivots[i]
-            x[j] = x[j] - ratio * x[i]
-            for k in range(i + 1, j + 1):
-                rows[j][k] = rows[j][k] - ratio * rows[k][i]
-    for i in reversed(range(count)):
-        for k in range(i + 1, count):
-            x[i] = x[i] - rows[k][i] * x[k]
-        x[i] = x[i] / pivots[i]
-    return pivots, x
+def _orthogonal(x: Array, to: Array, square: Array) -> Array:
+    """The part of `x` that is orthogonal to another column, of each component."""
+    return x - (jnp.sum(to * x, axis=1) / square)[:, None] * to

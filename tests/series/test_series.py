@@ -96,6 +96,21 @@ def test_a_mixture_has_the_density_of_its_normals(channels):
         np.testing.assert_allclose(found[i], expected, rtol=1e-10)
 
 
+def test_narrow_normals_keep_their_digits_in_float32():
+    """Of channels that share almost all of their variance, as repeated values have."""
+    rng = np.random.default_rng(0)
+    mixture = Mixture(
+        np.log([0.2, 0.3, 0.5]), rng.normal(size=(3, 7)), np.full((3, 7), 2e-3),
+        10.0 * rng.normal(size=(7, 1)) + 1e-3 * rng.normal(size=(7, 4)),
+    )  # fmt: skip
+    y = mixture.mean[0] + mixture.loading @ rng.normal(size=4)
+    y, there = y + 2e-3 * rng.normal(size=7), np.ones(7, bool)
+    of = lambda dtype: jax.tree.map(lambda x: jnp.asarray(x, dtype), (mixture, y))
+    found, exact = (found.log_prob(y, there) for found, y in map(of, (jnp.float32, jnp.float64)))
+    # The values have 1e-6 of their digits left, which are 1e-2 of the standard deviation.
+    assert float(found) == pytest.approx(float(exact), abs=0.1)
+
+
 def test_a_gap_is_integrated_out(model):
     """The density of the second channel is that of both, integrated over the first."""
     x = np.linspace(-30.0, 40.0, 2001)
