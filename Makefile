@@ -11,7 +11,7 @@ BIN := .venv/bin
 PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-benchmarks test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
-	bench bench-accelerators time-to-nll posterior tables regression mixed estimate clean
+	bench bench-accelerators time-to-nll posterior tables regression mixed estimate series clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
 	$(BIN)/python examples/digits.py
@@ -76,6 +76,9 @@ tables: .venv-bench/ready  ## Densities of tables after 20, 60 and 300 seconds o
 regression: .venv-bench/ready  ## Regression tables of UCI: likelihood, CRPS and coverage; takes a night, DATA=folder for a clone of them
 	$(if $(DATA),.venv-bench/bin/python -m benchmarks.harness.regression_data --data $(DATA))
 	.venv-bench/bin/python -m benchmarks regression $(if $(FRESH),--fresh)
+
+series: .venv-bench/ready  ## Forecasts of irregular series; takes hours, PHYSIONET_2012=folder for its patients
+	.venv-bench/bin/python -m benchmarks series $(if $(FRESH),--fresh)
 
 mixed: .venv-bench/ready  ## Tables with categories and missing values: likelihood and samples; takes an hour
 	.venv-bench/bin/python -m benchmarks mixed $(if $(FRESH),--fresh)

@@ -171,7 +171,7 @@ def _context(static: Array) -> Array:
     """Age, sex, height, the type of the unit, and what is missing."""
     known, unit = static[:, :3], static[:, 3]
     missing = known < 0
-    center = np.array([known[~gap, c].mean() for c, gap in enumerate(missing.T)])
+    center = (known * ~missing).sum(axis=0) / np.maximum((~missing).sum(axis=0), 1)
     of_unit = unit[:, None] == np.arange(1, 5)
     return np.concatenate([np.where(missing, center, known), missing[:, 1:], of_unit], axis=1)
 

@@ -6,6 +6,7 @@ Contenders whose library is installed for benchmarks only are left out, as the r
 import json
 import re
 import sys
+import tempfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,30 @@ from benchmarks.cases import (
     regression,
     regularizers,
     rows,
+    series,
     stiff,
     tables,
     tolerance,
 )
 from benchmarks.cases import time_to_nll as to_level
-from benchmarks.harness import benchmark, estimate_problems, fairness, problems, runner, show
-from benchmarks.peers import estimators, flows, odes, parameter_fits, regressors, tabular
+from benchmarks.harness import (
+    benchmark,
+    estimate_problems,
+    fairness,
+    problems,
+    runner,
+    series_data,
+    show,
+)  # fmt: skip
+from benchmarks.peers import (
+    estimators,
+    flows,
+    odes,
+    parameter_fits,
+    regressors,
+    series_models,
+    tabular,
+)  # fmt: skip
 
 pytestmark = pytest.mark.benchmarks
 # The same for all, so that the steps are compiled once.
@@ -254,6 +272,34 @@ def of_regression(patch, of):
     yield regression.Case("wine", of, 0).name, 0.0
 
 
+def of_series(patch, of):
+    """Few series; of the last value, also patients whose files are written here."""
+    patch.setattr(series, "own_core", lambda: None)
+    patch.setattr(series_models, "HIDDEN", 4)
+    patch.setattr(series_models, "LATENT", 2)
+    patch.setattr(series_models, "LOOK", 1)
+    few = series.parted(series_data.linear(12, 0), series_data.linear(8, 1), 0, 3.0)
+    small = {"linear": series.Table(lambda seed: few, series.of_linear, 0.01)}
+    patch.setattr(series, "TABLES", series.TABLES | small)
+    yield series.Case("linear", of, 0).name, 0.0
+    if of == "last value":
+        folder = Path(tempfile.mkdtemp())
+        patch.setenv(series_data.FOLDER, str(folder))
+        for part in "ab":
+            (folder / f"set-{part}").mkdir()
+            outcomes = ["RecordID,SAPS-I,In-hospital_death"]
+            for number in range(10):
+                lines = ["Time,Parameter,Value", "00:00,Age,60", "00:00,Height,-1"]
+                lines += [f"{hour}:07,HR,{70 + hour + number}" for hour in range(10, 48, 6)]
+                lines += [f"{hour}:10,HR,{71 + hour + number}" for hour in range(10, 48, 6)]
+                (folder / f"set-{part}" / f"{number}{part}.txt").write_text("\n".join(lines))
+                outcomes.append(f"{number}{part},5,{number % 2}")
+            (folder / f"Outcomes-{part}.txt").write_text("\n".join(outcomes))
+        series_data._lines.cache_clear()
+        yield series.Case("PhysioNet", of, 0).name, 0.0
+        series_data._lines.cache_clear()
+
+
 def of_mixed(patch, of):
     """A small table of its own, with all that a column may hold."""
     pandas = pytest.importorskip("pandas")
@@ -302,6 +348,7 @@ RUNS += [("time_to_nll", of_training, contender) for contender in TRAININGS]
 RUNS += [("posterior", of_posterior, contender) for contender in posterior.CONTENDERS]
 RUNS += [("tables", of_table, contender) for contender in OF_TABLES]
 RUNS += [("regression", of_regression, contender) for contender in regressors.CONTENDERS]
+RUNS += [("series", of_series, contender) for contender in series_models.CONTENDERS]
 RUNS += [("mixed", of_mixed, contender) for contender in tabular.CONTENDERS]
 RUNS += [("estimate", of_estimate, contender) for contender in parameter_fits.CONTENDERS]
 
@@ -354,6 +401,9 @@ def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
     if name == "regression":
         assert result["crps"] < 1.5
         assert set(result["covered"]) == {"50", "90"}
+    if name == "series":
+        # The last value of HR is 6 beats an hour behind: 12 at a mean lag of two times.
+        assert (result["rows"], len(result["scores"])) in ((9, 1), (9, 2), (13, 2))
     if name == "mixed":
         assert (result["rows"], result["columns"]) == (160, 4)
         assert 0.3 < result["auc"] <= 1
