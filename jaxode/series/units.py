@@ -19,9 +19,18 @@ def check(name: str, wrong: np.ndarray, must: str, got: Callable[..., str], cure
         raise ValueError(f"{arg(name)} must {must}; got {got(*np.argwhere(wrong)[0])}. {cure}")
 
 
+def _times(name: str, times: Any) -> np.ndarray:
+    if getattr(times, "dtype", np.dtype(float)).kind in "mM":
+        raise TypeError(
+            f"{arg(name)} must be numbers; got dates. Pass hours or days since a start, such as "
+            f"({name} - start) / np.timedelta64(1, 'h')."
+        )
+    return np.asarray(numbers(name, times), float)
+
+
 def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     """Times `[rows, times]` and values `[rows, times, channels]`, as arrays of NumPy."""
-    ts, ys = (np.asarray(numbers(name, x), float) for name, x in (("ts", ts), ("ys", ys)))
+    ts, ys = _times("ts", ts), np.asarray(numbers("ys", ys), float)
     if ts.ndim != 2 or ys.ndim != 3 or ys.shape[:2] != ts.shape or not ys.size:
         raise ValueError(
             f"{arg('ys')} must be [rows, times, channels] for ts [rows, times]; got ts of shape "
@@ -48,7 +57,7 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Times to forecast `[rows, times]`, and the time of the last observation of each row."""
-    at, last = np.asarray(numbers("at", at), float), np.where(there.any(axis=2), ts, -np.inf).max(1)
+    at, last = _times("at", at), np.where(there.any(axis=2), ts, -np.inf).max(1)
     at = np.tile(at, (len(ts), 1)) if at.ndim == 1 else at
     if at.ndim != 2 or len(at) != len(ts) or not at.size:
         raise ValueError(

@@ -276,6 +276,7 @@ WRONG = {
     "order": (changed(TS, (2, 1), -1.0), YS, {}, r"\(ts=...\): must increase within .* row 2"),
     "repeated": (changed(TS, (2, 1), TS[2, 0]), YS, {}, "got .* and then .* in row 2. Sort the"),
     "time": (changed(TS, (3, 1), NAN), YS, {}, "finite; got nan in row 3, at place 1. Pad"),
+    "dates": (TS.astype("M8[h]"), YS, {}, r"\(ts=...\): must be numbers; got dates. Pass hours"),
     "empty": (TS, changed(YS, 4, NAN), {}, "observation in each row; got none in row 4"),
     "unseen": (TS, changed(YS, (..., 1), NAN), {}, "different values .*; got none in channel 1"),
     "constant": (TS, YS * [1.0, 0.0], {}, "got only 0 in channel 1"),
@@ -290,7 +291,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("ts", "ys", "options", "match"), WRONG.values(), ids=WRONG)
 def test_wrong_series(ts, ys, options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         jaxode.series.fit(ts, ys, key=jax.random.key(0), steps=1, progress=False, **options)
 
 
