@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -47,8 +48,9 @@ def ponds(seed: int) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     counts, start = rng.integers(20, 41, PONDS), rng.uniform(0.25, 2.75, (PONDS, 2))
     times = np.sort(rng.uniform(0.0, SPAN, (PONDS, counts.max())), axis=1)
+    at = jnp.asarray(times)
     slope = lambda t, y, args: y * np.array([1.0, -1.0]) * (1.0 - y[::-1])
-    exact = jaxode.solve(slope, start, 0.0, times[:, -1], batch="per_sample", ts=times).ys
+    exact = jaxode.solve(slope, start, 0.0, at[:, -1], batch="per_sample", ts=at).ys
     values = np.asarray(exact) + NOISE * rng.normal(size=exact.shape)
     values[rng.random(values.shape) < 0.3] = np.nan
     read = np.arange(times.shape[1]) < counts[:, None]

@@ -136,11 +136,11 @@ def squared_errors(model: Forecaster, part: Cut) -> Any:
 def nats_after(model: Forecaster, split: Split, cut: float, end: float) -> float:
     """Of a value, in standard deviations of the training values, by the chain rule."""
     assert model.nats is not None
-    data = split.test
+    log_density, data = model.nats, split.test
     until = lambda t: np.where((data.ts > t)[..., None], np.nan, data.ys)
     past, more = until(cut), until(end)
     rows = ~np.isnan(past).all(axis=(1, 2))
-    of = lambda ys: model.nats(data._replace(ys=ys).rows(rows)).sum()
+    of = lambda ys: log_density(data._replace(ys=ys).rows(rows)).sum()
     after = (~np.isnan(more) & np.isnan(past))[rows]
     units = (after * np.log(np.nanstd(split.train.ys, axis=(0, 1)))).sum()
     return -float((of(more) - of(past) + units) / after.sum())
@@ -153,8 +153,10 @@ def auc(model: Forecaster, split: Split) -> float:
     from sklearn.preprocessing import StandardScaler
 
     assert model.state is not None
-    known = lambda part: np.hstack([model.state(part, HOURS + 1), part.context])
-    classes = LogisticRegressionCV(Cs=np.logspace(-4, 1, 6), scoring="neg_log_loss", max_iter=500)
+    state = model.state
+    known = lambda part: np.hstack([state(part, HOURS + 1), part.context])
+    strengths: Any = np.logspace(-4, 1, 6)
+    classes = LogisticRegressionCV(Cs=strengths, scoring="neg_log_loss", max_iter=500)
     fitted = make_pipeline(StandardScaler(), classes).fit(known(split.train), split.train.died)
     return float(roc_auc_score(split.test.died, fitted.predict_proba(known(split.test))[:, 1]))
 

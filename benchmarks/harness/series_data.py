@@ -107,15 +107,16 @@ def predators(rows: int, seed: int) -> Series:
         count = rng.integers(20, most + 1)
         times = np.sort(rng.uniform(0, 16, count))
         slope = lambda t, y: [y[0] * (1 - y[1]), y[1] * (y[0] - 1)]
-        start, options = rng.uniform(0.25, 2.75, 2), {"rtol": 1e-8, "atol": 1e-8}
-        exact[i, :count] = solve_ivp(slope, (0, 16), start, t_eval=times, **options).y.T
+        start = rng.uniform(0.25, 2.75, 2)
+        found = solve_ivp(slope, (0, 16), start, t_eval=times, rtol=1e-8, atol=1e-8)
+        exact[i, :count] = found.y.T
         ts[i], ts[i, :count] = times[-1], times
         ys[i, :count] = exact[i, :count] + 0.1 * rng.standard_normal((count, 2))
     return Series(ts, ys, exact=exact)
 
 
 @functools.cache
-def _lines() -> tuple[Array, Array, Array, Array]:
+def _lines() -> tuple[Array, Array, Array]:
     """Of all patients: their static values and deaths; the patient, minute, channel and value of
     each line. -1 is missing."""
     if FOLDER not in os.environ:

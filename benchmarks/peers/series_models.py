@@ -56,7 +56,7 @@ def by_jaxode(train: Series, aside: Series, cut, scale, seed: int, seconds: floa
     )
 
 
-def join(a: Array | None, b: Array | None) -> Array | None:
+def join(a: Array, b: Array) -> Array:
     return None if a is None else np.concatenate([a, b])
 
 
