@@ -13,7 +13,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
 from jaxode.series.mixture import Mixture
-from jaxode.series.network import Seen, SeriesNetwork
+from jaxode.series.network import Seen, SeriesNetwork, State
 from jaxode.series.units import Units, as_float, check_at, check_series
 
 
@@ -132,37 +132,38 @@ def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any
     """States and densities at later times, without jumps."""
 
     def of(seen, context, *each):
-        def step(h, each):
-            h = _flow(network, h, *each)
-            return h, (h, network.predict(h))
+        def step(state, each):
+            state = _later(network, state, *each)
+            return state, (state.h, network.predict(state))
 
         return jax.lax.scan(step, network.read(seen, context)[0], each)[1]
 
     return jax.vmap(of)(seen, context, dt, parts)
 
 
-def _flow(network: SeriesNetwork, h: Any, dt: Any, parts: Any):
+def _later(network: SeriesNetwork, state: State, dt: Any, parts: Any) -> State:
     """The state `dt` later, in so many parts."""
-    return jax.lax.fori_loop(0, parts, lambda _, h: network.flow(h, dt / parts.astype(dt.dtype)), h)
+    part = dt / parts.astype(dt.dtype)
+    return jax.lax.fori_loop(0, parts, lambda _, state: network.later(state, part), state)
 
 
 @compiled
 def _forecast(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any, keys: Any):
     """Draws `[rows, n, times, channels]`, which the state jumps at."""
 
-    def draw(h, dt, parts, key):
-        def step(h, each):
+    def draw(state, dt, parts, key):
+        def step(state, each):
             dt, parts, key = each
-            h = _flow(network, h, dt, parts)
-            mixture = network.predict(h)
+            state = _later(network, state, dt, parts)
+            mixture = network.predict(state)
             y = mixture.sample(key)
-            return network.jumped(h, mixture, dt, y, jnp.ones(y.shape, bool)), y
+            return network.jumped(state, mixture, dt, y, jnp.ones(y.shape, bool)), y
 
-        return jax.lax.scan(step, h, (dt, parts, jax.random.split(key, len(dt))))[1]
+        return jax.lax.scan(step, state, (dt, parts, jax.random.split(key, len(dt))))[1]
 
     def of(seen, context, dt, parts, keys):
-        h, _ = network.read(seen, context)
-        return jax.vmap(draw, (None, None, None, 0))(h, dt, parts, keys)
+        state, _ = network.read(seen, context)
+        return jax.vmap(draw, (None, None, None, 0))(state, dt, parts, keys)
 
     return jax.vmap(of)(seen, context, dt, parts, keys)
 

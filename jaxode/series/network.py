@@ -34,6 +34,17 @@ class Seen(NamedTuple):
     """`[times, channels]`: which values there are."""
 
 
+class State(NamedTuple):
+    """All that the past leaves behind."""
+
+    h: Float[Array, " size"]
+    """The hidden state, which follows the ODE."""
+    last: Float[Array, " channels"]
+    """The last value of each channel, zero before the first."""
+    since: Float[Array, " channels"]
+    """The time since then."""
+
+
 class SeriesNetwork(eqx.Module):
     """The field, the jumps and the conditional density."""
 
@@ -47,6 +58,10 @@ class SeriesNetwork(eqx.Module):
     """A hidden layer, gates, and what surprises add."""
     density: tuple[Dense, Dense, Dense]
     """A hidden layer, what comes from it, and what comes from the state itself."""
+    recall: Float[Array, " channels"]
+    """The part of the last value of each channel in the mean, which decays."""
+    forget: Float[Array, " channels"]
+    """Logarithms of these rates."""
     log_gap: Float[Array, ""]
     """The logarithm of a typical gap between times."""
     channels: int = eqx.field(static=True)
@@ -75,20 +90,27 @@ class SeriesNetwork(eqx.Module):
             field=(layer[0], layer[1]),
             jump=(layer[2], layer[3], layer[4]),
             density=(layer[5], layer[6], layer[7]),
+            recall=jnp.zeros(channels),
+            forget=jnp.zeros(channels),
             log_gap=jnp.asarray(math.log(gap), float),
             channels=channels,
             dropout=dropout,
         )
 
-    def initial(self, context: Any) -> Float[Array, " size"]:
+    def initial(self, context: Any) -> State:
         """The state before the first observation."""
-        if self.of_context is None:
-            return self.start
-        first, last = self.of_context
-        return self.start + last(jax.nn.silu(first(context)))
+        h, nothing = self.start, jnp.zeros_like(self.recall)
+        if self.of_context is not None:
+            first, last = self.of_context
+            h = h + last(jax.nn.silu(first(context)))
+        return State(h, nothing, nothing)
+
+    def later(self, state: State, dt: Float[Array, ""]) -> State:
+        """The state `dt` later, if nothing is observed."""
+        return State(self.flow(state.h, dt), state.last, state.since + dt)
 
     def flow(self, h: Float[Array, " size"], dt: Float[Array, ""], steps: int = STEPS):
-        """The state `dt` later."""
+        """The hidden state `dt` later."""
         step = dt / steps
         size = jnp.exp(-jnp.exp(self.decay) * (0.5 * step))
         angle = jnp.exp(self.frequency) * (0.5 * step)
@@ -109,11 +131,13 @@ class SeriesNetwork(eqx.Module):
         rate = jnp.exp(-self.log_gap) * 0.3
         return rate * last(jnp.tanh(first(h)))
 
-    def predict(self, h: Float[Array, " size"], key: PRNGKeyArray | None = None) -> Mixture:
+    def predict(self, state: State, key: PRNGKeyArray | None = None) -> Mixture:
         """The density of the values, given the state. A key drops units."""
         first, last, direct = self.density
-        hidden = self._dropped(jax.nn.silu(first(h)), key)
-        return Mixture.of(last(hidden) + LINEAR * direct(h), self.channels)
+        hidden = self._dropped(jax.nn.silu(first(state.h)), key)
+        mixture = Mixture.of(last(hidden) + LINEAR * direct(state.h), self.channels)
+        known = self.recall * jnp.exp(-jnp.exp(self.forget) * state.since) * state.last
+        return mixture._replace(mean=mixture.mean + known[None])
 
     def _dropped(self, x, key):
         if key is None or not self.dropout:
@@ -121,9 +145,9 @@ class SeriesNetwork(eqx.Module):
         kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(kept, x / (1 - self.dropout), 0.0)
 
-    def jumped(self, h, mixture: Mixture, dt, y, there, key=None) -> Float[Array, " size"]:
+    def jumped(self, state: State, mixture: Mixture, dt, y, there, key=None) -> State:
         """The state after an observation, which stays as it is if there is none."""
-        first, gates, gain = self.jump
+        h, (first, gates, gain) = state.h, self.jump
         mean, variance = mixture.moments()
         surprise = (y - mean) * jax.lax.rsqrt(variance)
         surprise = surprise / jnp.sqrt(1 + (surprise / LARGEST_SURPRISE) ** 2)
@@ -137,20 +161,21 @@ class SeriesNetwork(eqx.Module):
         added = LINEAR * gain(jnp.concatenate([surprise, surprise * size]))
         moved = h + 2 * jax.nn.sigmoid(scale) * added
         moved = moved + jax.nn.sigmoid(forget - 2.0) * (jnp.tanh(new) - h)
-        return jnp.where(there.any(), moved, h)
+        last, since = jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)
+        return State(jnp.where(there.any(), moved, h), last, since)
 
     def read(
         self, seen: Seen, context=None, fed: Bool[Array, "times channels"] | None = None, key=None
-    ) -> tuple[Float[Array, " size"], Mixture]:
+    ) -> tuple[State, Mixture]:
         """The last state, and the density before each time, given the values that were `fed`."""
         fed = seen.there if fed is None else fed
 
-        def step(h, each):
+        def step(state, each):
             dt, y, there, key = each
-            h = self.flow(h, dt)
-            mixture = self.predict(h, key)
+            state = self.later(state, dt)
+            mixture = self.predict(state, key)
             drop = None if key is None else jax.random.fold_in(key, 0)
-            return self.jumped(h, mixture, dt, y, there, drop), mixture
+            return self.jumped(state, mixture, dt, y, there, drop), mixture
 
         keys = None if key is None else jax.random.split(key, len(seen.dt))
         return jax.lax.scan(step, self.initial(context), (seen.dt, seen.y, fed, keys))

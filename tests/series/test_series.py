@@ -209,6 +209,21 @@ def test_training_reads_observed_values_alone_and_often_fewer():
     assert fewer.mean() > 0.5
 
 
+def test_a_channel_that_stays_as_it_is_is_recalled():
+    """Of a level of each series that 4 numbers of a state cannot hold for 6 channels."""
+    rng = np.random.default_rng(0)
+    ts = np.sort(rng.uniform(0.0, 3.0, (200, 6)), axis=1)
+    ys = rng.normal(size=(200, 1, 6)) + 0.05 * rng.normal(size=(200, 6, 6))
+    with jax.numpy_dtype_promotion("standard"):
+        key, options = jax.random.key(0), {"steps": 300, "size": 4, "progress": False}
+        model, _ = jaxode.series.fit(ts[:150], ys[:150], key=key, **options)
+    past = ys[150:].copy()
+    past[:, 5] = NAN
+    at = ts[150:, 5:]
+    error = model.mean(ts[150:], past, at) - ys[150:, 5:]
+    assert np.sqrt(np.mean(error**2)) < 0.5  # 0.05 at best; the values have 1
+
+
 def test_it_survives_pickle(model):
     again = pickle.loads(pickle.dumps(model))
     np.testing.assert_array_equal(again.log_prob(TS, YS), model.log_prob(TS, YS))
