@@ -169,9 +169,9 @@ def rival(kind: type, train: Series, aside: Series, cut, scale, seed: int, secon
     )
 
     def loss(network, part):
-        squares = (predict(network, part) - part[4]) ** 2
         there = ~jnp.isnan(part[4])
-        return jnp.sum(jnp.where(there, squares, 0.0) * weight) / jnp.sum(there)
+        apart = jnp.where(there, predict(network, part) - jnp.where(there, part[4], 0.0), 0.0)
+        return jnp.sum(apart**2 * weight) / jnp.sum(there)
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
@@ -192,15 +192,20 @@ def rival(kind: type, train: Series, aside: Series, cut, scale, seed: int, secon
 
     look = eqx.filter_jit(lambda network: loss(network, held_out))
     state = optimizer.init(eqx.filter(network, eqx.is_inexact_array))
-    jax.block_until_ready(steps(network, state, key, 0.0))  # compiles
-    best, least, count, begin = network, float(look(network)), 0, time.process_time()
+    jax.block_until_ready(steps(network, state, key, jnp.zeros(())))  # compiles
+    best, before, count, begin = network, float(look(network)), 0, time.process_time()
+    least = now = before
     while (left := 1 - (time.process_time() - begin) / seconds) > 0:
         rate = jnp.asarray(RATE * np.sin(0.5 * np.pi * left) ** 2, float)
         network, state = steps(network, state, jax.random.fold_in(key, count), rate)
         count += 1
         if (now := float(look(network))) < least:
             best, least = network, now
-    print(f"{kind.__name__}: {count * LOOK} steps, validation {least:.4f}", flush=True)
+    print(
+        f"{kind.__name__}: {count * LOOK} steps, validation {before:.4f}, {least:.4f}", flush=True
+    )
+    if not np.isfinite(now):
+        raise FloatingPointError(f"{kind.__name__}: the loss is not finite")
     forecast = eqx.filter_jit(predict)
 
     def mean(part: Cut) -> Array:
