@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases.ffjord_step import in_torch
-from benchmarks.cases.posterior import slcp
 from benchmarks.harness import show
 from benchmarks.harness.benchmark import Contest, Result, Results, WorkPrecision
 from benchmarks.harness.fairness import Bench, alternate, attempt, nats_error, summary
+from benchmarks.harness.posterior_tasks import slcp
 from benchmarks.harness.problems import OWN, Conditional, Posterior, conditional
 from benchmarks.peers import densities
 

@@ -211,13 +211,17 @@ def of_training(patch, name):
 
 def of_posterior(patch, name):
     fit = {"steps": 2, "batch_size": 4, "time_power": 2.0}
-    size = posterior.Size(200, 20, {"width": 4, "blocks": 1}, fit)
-    patch.setattr(posterior.BENCHMARK, "size", size)
+    patch.setattr(posterior.BENCHMARK, "size", posterior.Size(20, {"width": 4, "blocks": 1}, fit))
     patch.setattr(posterior, "OBSERVATIONS", 1)
-    samples = np.random.default_rng(0).uniform(-1, 1, (20, 2)).astype(np.float32)
-    patch.setattr(posterior, "reference", lambda task, number: (samples[number], samples))
+    patch.setattr(posterior, "MEMBERS", 2)
+    task, dim, data = ("slcp", 5, 8) if "DeepSet" in name else ("two moons", 2, 2)
+    samples = np.random.default_rng(0).uniform(-1, 1, (20, dim)).astype(np.float32)
+    patch.setattr(posterior, "reference", lambda task, number: (np.ones(data, "f"), samples))
+    patch.setattr(posterior, "WITH_WEIGHTS", 200)
+    cases = {"tiny": posterior.Case(task, name, 100 if "five" in name else 200)}
+    patch.setattr(posterior.BENCHMARK, "cases", cases)
     with joblib.parallel_config("sequential"):
-        yield f"two moons: {name}", float("inf")
+        yield "tiny", float("inf")
 
 
 class Ticks:
