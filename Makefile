@@ -67,7 +67,7 @@ bench: .venv-bench/ready  ## Compare with other libraries: ONLY=name for one, FR
 time-to-nll: .venv-bench/ready  ## Wall-clock to a held-out likelihood; takes hours
 	.venv-bench/bin/python -m benchmarks time_to_nll $(if $(FRESH),--fresh)
 
-posterior: .venv-bench/ready  ## Posteriors from simulations on the tasks of sbibm; takes half an hour
+posterior: .venv-bench/ready  ## Posteriors from simulations on the ten tasks of sbibm; takes a night
 	.venv-bench/bin/python -m benchmarks posterior $(if $(FRESH),--fresh)
 
 tables: .venv-bench/ready  ## Densities of tables after 20, 60 and 300 seconds of training; takes days

@@ -1,6 +1,6 @@
 """Posteriors from simulations, against reference posteriors: C2ST on the ten tasks of sbibm.
 
-    make posterior      hours; interrupt and continue as you like
+    make posterior      a night; interrupt and continue as you like
 
 Each task has 10,000 simulations from its prior, and five of them 30,000, too. A conditional flow
 q(theta | x) is a `jaxode.nn.Residual` of its default size, trained by 20,000 steps of `jaxode.fit`,
