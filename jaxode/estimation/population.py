@@ -144,7 +144,7 @@ def estimate_population(
         i = int(np.argmin(np.isfinite(values)))
         raise SolveError(
             f"{arg('start')} must be such that each subject can be solved; subject {i} has no "
-            "finite likelihood. Start nearer, or raise max_steps."
+            f"finite likelihood. {_cause(population, theta, i)}"
         )
     theta, converged = search.minimized(theta, scores, steps)
     theta, covariance, converged = search.polished(theta, converged)
@@ -221,9 +221,7 @@ def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated,
     states = None if callable(y0) else check_rows("y0", check_state("y0", y0), len(times))
     jumps, doses = options.pop("jumps", None), None
     if jumps is not None:
-        doses = floating(jumps.times).astype(dtype)
-        doses = jnp.broadcast_to(doses, (len(times), doses.shape[-1]))
-        doses = jnp.where(doses > times[:, -1:], jnp.inf, doses)
+        doses = _doses(floating(jumps.times).astype(dtype), times, t0)
     options = {"rtol": 1e-6 if dtype == jnp.float64 else 1e-5, "atol": 1e-6, **options}
     subjects = Subject(times, seen, states, rows, doses)
     population = Population(
@@ -236,6 +234,42 @@ def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated,
     theta = [flat, root] if noise is not None else [flat, root, jnp.zeros(1, dtype)]
     theta = np.asarray(jnp.concatenate(theta))
     return population, _with_noise(population, theta) if noise is None else theta
+
+
+def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jumps"]:
+    """The times of jumps, with infinity for those after the last observation of a subject."""
+    if doses.ndim not in (1, 2) or doses.shape[:-1] not in ((), (len(times),)):
+        raise ValueError(
+            f"{arg('jumps')} times must be [jumps], or [subjects, jumps] of the {len(times)} "
+            f"subjects; got shape {doses.shape}."
+        )
+    doses = jnp.broadcast_to(doses, (len(times), doses.shape[-1]))
+    from_start = jnp.concatenate([jnp.broadcast_to(t0, (len(times), 1)), doses], axis=1)
+    wrong = np.asarray(~(from_start[:, 1:] >= from_start[:, :-1]).all(axis=1))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            f"{arg('jumps')} times must be in order from t0, {t0:g}; got "
+            f"{np.asarray(doses[i]).tolist()} for subject {i}. Sort them, and pad with infinity."
+        )
+    return jnp.where(doses > times[:, -1:], jnp.inf, doses)
+
+
+def _cause(population: Population, theta: np.ndarray, i: int) -> str:
+    """Why a subject has no finite likelihood, and what to do."""
+    none = jnp.zeros(len(population.places), population.t0.dtype)
+    subject = jax.tree.map(lambda leaf: leaf[i], population.subjects)
+    mean, log_noise = np.asarray(population.moments(jnp.asarray(theta), none, subject))
+    lost = ~np.isnan(subject.ys) & np.isfinite(mean) & ~np.isfinite(log_noise)
+    if population.noise is None or not lost.any():
+        return "Start nearer, or raise max_steps."
+    typical = population.unravel(population.params_of(jnp.asarray(theta), none))
+    noise = np.broadcast_to(population.noise(jnp.asarray(mean), typical), mean.shape)
+    at = tuple(map(int, np.argwhere(lost)[0]))
+    return (
+        f"noise is {noise[at]:.4g} for ys{[i, *at]} = {subject.ys[at]:.4g}, where "
+        f"{mean[at]:.4g} is predicted. Let it be positive, as with a constant that is added."
+    )
 
 
 def _check_functions(observe, noise, options) -> None:

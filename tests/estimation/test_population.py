@@ -160,6 +160,10 @@ def test_no_difference_between_subjects_is_a_deviation_of_zero():
     np.testing.assert_allclose(found.subjects["level"], found.params["level"], atol=0.02)
 
 
+def halve(t, y, params, i):
+    return 0.5 * y
+
+
 WRONG = {
     "a name that is not given": ({"vary": {"k": 1.0}}, r"vary=.*by names of start, \['level'"),
     "no deviation": ({"vary": {"level": 0.0}}, r"vary=.*positive deviations; got 0.0 for 'level'"),
@@ -168,6 +172,22 @@ WRONG = {
     "noise of one": ({"noise": lambda p: p["level"]}, r"function \(predicted, params\); got \(p\)"),
     "an unknown option": ({"batch": "joint"}, "is not an option of estimate_population"),
     "times out of order": ({"ts": TS[::-1]}, "must be in order"),
+    "doses of other subjects": (
+        {"jumps": jaxode.Jumps(jnp.ones((2, 10)), halve)},
+        r"jumps=.*\[subjects, jumps\] of the 10 subjects; got shape \(2, 10\)",
+    ),
+    "doses out of order": (
+        {"jumps": jaxode.Jumps(jnp.array([2.0, 1.0]), halve)},
+        r"jumps=.*in order from t0, 0; got \[2.0, 1.0\] for subject 0. Sort them",
+    ),
+    "a dose before the start": (
+        {"jumps": jaxode.Jumps(jnp.ones((10, 1)).at[3].set(-1.0), halve)},
+        r"jumps=.*in order from t0, 0; got \[-1.0\] for subject 3",
+    ),
+    "a dose at no time": (
+        {"jumps": jaxode.Jumps(jnp.array([1.0, jnp.nan]), halve)},
+        r"jumps=.*in order from t0, 0; got \[1.0, nan\] for subject 0",
+    ),
 }
 
 
@@ -178,6 +198,14 @@ def test_it_refuses(case):
     with pytest.raises((TypeError, ValueError), match=words) as raised:
         jaxode.estimate_population(line, begin, **given)
     assert str(raised.value).startswith("estimate_population(")
+
+
+def test_it_names_an_observation_without_noise():
+    y0 = jnp.ones((10, 1)).at[4].set(0.0)
+    noise = lambda predicted, params: 0.1 * predicted
+    words = r"subject 4 has .* noise is 0 for ys\[4, 0, 0\] = .*, where 0 is predicted. Let it be"
+    with pytest.raises(jaxode.SolveError, match=words):
+        jaxode.estimate_population(line, y0, TS, LINES[..., None], GUESS, SPREAD, noise=noise)
 
 
 def test_it_names_a_subject_that_cannot_be_solved():
