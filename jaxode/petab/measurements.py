@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.caller import arg
 from jaxode.petab.experiments import Experiments
 from jaxode.petab.observables import Observable, observables_of, placeholders_of
 from jaxode.petab.parameters import Entries
-from jaxode.petab.tables import Tables
+from jaxode.petab.tables import Table, Tables, number
 
 SETTLED = 1e8  # a time at which a state is steady: that of pre-equilibrations, and of "inf"
 
@@ -40,8 +40,13 @@ class Measurements:
                     f"{arg('path')} measurements must be of observables in their table; got "
                     f"{line['observableId']!r}. Add it."
                 )
-        at = np.minimum([float(line["time"]) for line in lines], SETTLED)
-        measured = np.array([float(line["measurement"]) for line in lines])
+        at = np.minimum([number(line, "time", "measurement") for line in lines], SETTLED)
+        measured = np.array([number(line, "measurement", "measurement") for line in lines])
+        logarithmic = np.array([observables[line["observableId"]].scale != "lin" for line in lines])
+        _check(at >= 0, "time must not be negative, nor empty", "time", lines)
+        _check(~np.isnan(measured), "measurement must not be empty", "measurement", lines)
+        words = "measurement must be positive for a logarithmic observable"
+        _check((measured > 0) | ~logarithmic, words, "measurement", lines)
         times = [np.unique(at[row_of == row]) for row in range(max(row_of) + 1)]
         place = np.array(
             [np.searchsorted(times[row], t) for row, t in zip(row_of, at, strict=True)]
@@ -75,3 +80,13 @@ class Measurements:
             of_each = observable.log_density(predicted, noise, jnp.asarray(measured))
             total = total - jnp.sum(of_each)
         return total
+
+
+def _check(holds: Bool[np.ndarray, " m"], rule: str, column: str, lines: Table) -> None:
+    """Raise for the first line for which a rule does not hold."""
+    if not holds.all():
+        line = lines[int(np.argmin(holds))]
+        raise ValueError(
+            f"{arg('path')} {rule}; got {line[column]!r} for {line['observableId']!r}. Mend the "
+            "table of measurements."
+        )

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxode._checks.caller import arg, caller
-from jaxode.petab.tables import Table
+from jaxode.petab.tables import Table, number
 
 SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
 NORMAL, UNIFORM = ("parameterScaleNormal", "normal"), ("parameterScaleUniform", "uniform", "")
@@ -37,7 +37,7 @@ class Parameters:
     def __init__(self, table: Table) -> None:
         self.ids = [line["parameterId"] for line in table]
         self.place = {name: i for i, name in enumerate(self.ids)}
-        self.estimated = np.array([float(line["estimate"]) == 1 for line in table], bool)
+        self.estimated = np.array([_number(line, "estimate") == 1 for line in table], bool)
         self.names = [
             name for name, is_free in zip(self.ids, self.estimated, strict=True) if is_free
         ]
@@ -48,6 +48,12 @@ class Parameters:
             self.scaled(np.array([_number(line, key) for line in table]))
             for key in ("lowerBound", "upperBound")
         )
+        for i in np.flatnonzero(self.estimated & ~(low <= high)):
+            raise ValueError(
+                f"{arg('path')} lowerBound and upperBound must be in order, and positive for "
+                f"logarithms; got {table[i]['lowerBound']!r} and {table[i]['upperBound']!r} for "
+                f"{self.ids[i]!r}. Mend the table of parameters."
+            )
         self.bounds = self.by_name(low), self.by_name(high)
 
     def _rate(self, line: dict[str, str]) -> float:
@@ -149,4 +155,4 @@ class Parameters:
 
 
 def _number(line: dict[str, str], column: str) -> float:
-    return float(line[column] or "nan")
+    return number(line, column, "parameter")

@@ -37,6 +37,8 @@ def read_tables(path: Any) -> Tables:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{arg('path')} must be a file; got {str(path)!r}. Look for it.") from None
+    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError):
+        content = None
     if not isinstance(content, dict) or not isinstance(content.get("problems"), list):
         raise ValueError(
             f"{arg('path')} must be the YAML file of a PEtab problem; got {path.name!r}, which has "
@@ -58,7 +60,31 @@ def read_tables(path: Any) -> Tables:
         )
     for kind, columns in COLUMNS.items():
         tables[kind] = [line for file in files(kind) for line in _lines(file, columns)]
+        if kind != "measurement":
+            _check_unique([line[columns[0]] for line in tables[kind]], columns[0], kind)
+    if not tables["measurement"]:
+        raise ValueError(f"{arg('path')} must have measurements; got an empty table. Add them.")
     return Tables(sbml, **tables)
+
+
+def number(line: dict[str, str], column: str, kind: str) -> float:
+    """The number in a cell of the table of that kind. NaN where it is empty."""
+    try:
+        return float(line[column] or "nan")
+    except ValueError:
+        raise ValueError(
+            f"{arg('path')} {column} must be numbers; got {line[column]!r} for "
+            f"{line[COLUMNS[kind][0]]!r}. Mend the table of {kind}s."
+        ) from None
+
+
+def _check_unique(names: list[str], column: str, kind: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{arg('path')} {column} must be unique; got {name!r} {names.count(name)} times. "
+                f"Mend the table of {kind}s."
+            )
 
 
 def _files(path: Path, given: dict[str, Any], key: str) -> list[Path]:

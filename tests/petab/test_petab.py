@@ -224,6 +224,16 @@ BAD = {
     "a scale": ("parameters.tsv", "log10", "log2", "one of lin, log, log10; got 'log2'"),
     "a distribution": ("observables.tsv", "laplace", "cauchy", "got 'cauchy' for 'total'"),
     "an event": ("model.xml", "</model>", EVENT, r"without events \(pulse\), which"),
+    "no YAML": ("problem.yaml", "problems:", "problems", "must be the YAML file of a PEtab"),
+    "a parameter twice": ("parameters.tsv", "slow", "k", "parameterId must be unique; got 'k' 2"),
+    "a condition twice": ("conditions.tsv", "before", "low", "Id must be unique; got 'low' 2"),
+    "a word for yes": ("parameters.tsv", "0.8\t1", "0.8\tyes", "estimate must be .*'yes' for 'k'"),
+    "a decimal comma": ("measurements.tsv", "7.5", "7,5", "numbers; got '7,5' for 'total'. Mend"),
+    "no number": ("measurements.tsv", "7.5", "", "must not be empty; got '' for 'total'"),
+    "a logarithm of zero": ("measurements.tsv", "7.0", "0.0", "positive .*got '0.0' for 'amount'"),
+    "a time before": ("measurements.tsv", "4\t7.5", "-4\t7.5", "negative.*got '-4' for 'total'"),
+    "crossed bounds": ("parameters.tsv", "0.001\t", "11\t", "order, .*'11' and '10' for 'noise'"),
+    "a bound of a logarithm": ("parameters.tsv", "0.01\t", "-1\t", "logarithms; got '-1' and"),
     "an estimated switch": ("conditions.tsv", "1e9", "k", "known times; got switches at times th"),
 }  # fmt: skip
 
@@ -238,6 +248,12 @@ def test_what_cannot_be_read_is_named(case, tmp_path):
 def test_other_wrong_arguments(problem, tmp_path):
     with pytest.raises(ValueError, match="must be a file; got"):
         jaxode.petab.load(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="must be the YAML file of a PEtab problem"):
+        jaxode.petab.load(tmp_path)
+    header = FILES["measurements.tsv"].strip().splitlines()[0]
+    (written(tmp_path).parent / "measurements.tsv").write_text("\t".join(header.split()))
+    with pytest.raises(ValueError, match="must have measurements; got an empty table"):
+        jaxode.petab.load(tmp_path / "problem.yaml")
     with pytest.raises(TypeError, match=r"load\(jumps=...\): is not an option"):
         jaxode.petab.load(tmp_path / "none.yaml", jumps=None)
     with pytest.raises(ValueError, match="Laplace's noise must be that of all"):
