@@ -18,11 +18,13 @@ from jaxode.ode.field import call_field
 from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
-EFFECT_STEPS, EFFECT_TOLERANCE = 50, 1e-6  # in standard deviations of the population
+EFFECT_STEPS, EFFECT_TOLERANCE = 50, 1e-5  # in standard deviations of the population
 ROUNDING = 1e-9  # of a likelihood, by which a step may make it worse
 DAMPING = 0.01  # at first
-TOLERANCE = 1e-3  # of the search, in standard errors; its last step is Newton's
-DIFFERENCE = 1e-2  # of the Hessian, in standard errors
+TOLERANCE = 0.03  # of the search before Newton's steps, in standard errors
+NEWTON_STEPS, CONVERGED = 5, 1e-3  # in standard errors
+DIFFERENCE = 0.01  # of the Hessian, in standard errors
+TOGETHER = 50  # subjects, at most
 FAILED = 1e10  # nats, where a subject cannot be solved
 LONGER, SHORTER = 0.2, 5.0  # factors of the damping
 
@@ -38,6 +40,19 @@ class Subject(NamedTuple):
     row: PyTree
     """Of `row_args`, or None."""
     doses: Float[Array, " jumps"] | None
+
+
+class NLL(NamedTuple):
+    """Minus the logarithm of the density of a subject's observations and effects."""
+
+    value: Float[Array, ""]
+    gradient: Float[Array, " q"]
+    """By the effects."""
+    hessian: Float[Array, "q q"]
+    """Expected."""
+
+
+Moments = Callable[[Float[Array, " n"]], Float[Array, "2 times ..."]]
 
 
 class Population(eqx.Module):
@@ -90,9 +105,10 @@ class Population(eqx.Module):
         flat, root, _ = self.split(theta)
         return flat.at[self.places].add(root @ z)
 
-    def moments(self, theta: Array, z: Array, subject: Subject) -> Float[Array, "2 times ..."]:
-        """The mean of a subject's observations, and the logarithm of their standard deviation."""
-        params, row = self.unravel(self.params_of(theta, z)), subject.row
+    def moments(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "2 times ..."]:
+        """The mean of a subject's observations by its parameters, and the logarithm of their
+        standard deviation, or zero if one number is the noise of all."""
+        params, row = self.unravel(flat), subject.row
         given = params if row is None else (params, row)
         by_row = row is not None and callable(self.y0) and takes(self.y0, "params", "row")
         start = subject.y0
@@ -106,24 +122,22 @@ class Population(eqx.Module):
         if self.observe is not None:
             see = lambda t, y: call_field(self.observe, t, y, given, "observe", "what is observed")
             found = jax.vmap(see)(subject.ts, found)
-        if self.noise is None:
-            log_noise = self.split(theta)[2][0]
-        else:
-            log_noise = jnp.log(self.noise(found, params))
+        log_noise = 0.0 if self.noise is None else jnp.log(self.noise(found, params))
         return jnp.stack([found, jnp.broadcast_to(log_noise, found.shape)])
 
-    def nll(self, theta: Array, z: Array, subject: Subject) -> tuple[Array, Array, Array]:
-        """Minus the logarithm of the density of a subject's observations and effects, its gradient
-        by the effects, and its expected Hessian."""
+    def nll(self, moments: Moments, theta: Array, z: Array, ys: Array) -> NLL:
+        """By the moments of the subject, a function of its parameters."""
 
         def twice(z):
-            found = self.moments(theta, z, subject)
+            found = moments(self.params_of(theta, z))
             return found, found
 
         slopes, (mean, log_noise) = jax.jacfwd(twice, has_aux=True)(z)
+        if self.noise is None:
+            log_noise += self.split(theta)[2][0]
         slopes = slopes.reshape(2, -1, len(z))
-        seen = ~jnp.isnan(subject.ys)
-        apart = jnp.where(seen, (subject.ys - mean) / jnp.exp(log_noise), 0.0)
+        seen = ~jnp.isnan(ys)
+        apart = jnp.where(seen, (ys - mean) / jnp.exp(log_noise), 0.0)
         each = 0.5 * apart**2 + log_noise + LOG_ROOT_2_PI
         value = jnp.sum(jnp.where(seen, each, 0.0)) + 0.5 * jnp.sum(z**2)
         down = jnp.where(seen, jnp.stack([-apart / jnp.exp(log_noise), 1 - apart**2]), 0.0)
@@ -131,83 +145,158 @@ class Population(eqx.Module):
         about = jnp.stack([jnp.exp(-2 * log_noise), jnp.full_like(mean, 2.0)])
         about = jnp.where(seen, about, 0.0).reshape(2, -1)
         hessian = jnp.einsum("cm,cmq,cmr->qr", about, slopes, slopes) + jnp.eye(len(z))
-        return value, gradient, hessian
+        return NLL(value, gradient, hessian)
 
     def effects(self, theta: Array, begin: Array, subject: Subject) -> Float[Array, " q"]:
         """The likeliest effects of a subject, by damped Fisher scoring."""
+        moments = lambda flat: self.moments(flat, subject)
 
         def step(state):
-            z, value, gradient, hessian, damping, count, _ = state
-            damped = hessian + damping * jnp.diag(jnp.diag(hessian))
-            move = -jnp.linalg.solve(damped, gradient)
-            trial = z + move
-            found = self.nll(theta, trial, subject)
-            good = found[0] <= value + ROUNDING * (1 + jnp.abs(value))
-            kept = [jnp.where(good, *pair) for pair in zip((trial, *found), state[:4], strict=True)]
-            done = jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE
+            trial, z, best, damping, count, _ = state
+            found = self.nll(moments, theta, trial, subject.ys)
+            good = found.value <= best.value + ROUNDING * (1 + jnp.abs(best.value))
+            choose = lambda new, old: jnp.where(good, new, old)
+            z, best = jax.tree.map(choose, (trial, found), (z, best))
             damping = damping * jnp.where(good, LONGER, SHORTER)
-            return *kept, damping, count + 1, done
+            damped = best.hessian + damping * jnp.diag(jnp.diag(best.hessian))
+            move = -jnp.linalg.solve(damped, best.gradient)
+            done = jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE
+            return z + move, z, best, damping, count + 1, done
 
         more = lambda state: ~state[-1] & (state[-2] < EFFECT_STEPS)
-        first = self.nll(theta, begin, subject)
-        state = begin, *first, jnp.asarray(DAMPING, begin.dtype), jnp.asarray(0), jnp.asarray(False)
+        worst = NLL(jnp.asarray(jnp.inf, begin.dtype), 0 * begin, jnp.eye(len(begin)))
+        damping = jnp.asarray(DAMPING, begin.dtype)
+        state = begin, begin, worst, damping, jnp.asarray(0), jnp.asarray(False)
         return jax.lax.while_loop(more, step, state)[0]
 
-    def marginal(self, theta: Array, z: Array, subject: Subject) -> tuple[Array, Array]:
-        """Minus the log-likelihood of a subject by Laplace's method about its likeliest effects
-        `z`, with the expected Hessian (FOCE with interaction); and the exact gradient by `theta`.
-        """
+    def expanded(self, flat: Float[Array, " n"], subject: Subject) -> Moments:
+        """The moments near the parameters to second order, without derivatives by pairs of which
+        neither varies. First derivatives of the likelihood and of its Hessian need no more, so
+        that few directions are solved for."""
+
+        def at(flat):
+            found = self.moments(flat, subject)
+            return found, found
+
+        def slopes(flat):
+            near = lambda vary: at(flat.at[self.places].set(vary))
+            along, found = jax.jacfwd(near, has_aux=True)(flat[self.places])
+            return (found, along), (found, along)
+
+        (slopes, curves), (value, _) = jax.jacfwd(slopes, has_aux=True)(flat)
+        # [2, times, ..., q, n] to all pairs.
+        pairs = jnp.zeros((*slopes.shape, len(flat)), flat.dtype)
+        pairs = pairs.at[..., self.places, :].set(curves)
+        pairs = pairs.at[..., self.places].set(jnp.swapaxes(curves, -1, -2))
+
+        def near(moved):
+            apart = moved - flat
+            return value + slopes @ apart + 0.5 * (pairs @ apart) @ apart
+
+        return near
+
+    def marginal(self, theta: Array, z: Array, subject: Subject) -> "Evaluated":
+        """By Laplace's method about the likeliest effects, from effects `z` near them, with the
+        expected Hessian (FOCE with interaction). The gradient is exact."""
         count = len(theta)
+        moments = self.expanded(self.params_of(theta, z), subject)
 
         def both(together):
-            value, down, hessian = self.nll(together[:count], together[count:], subject)
-            found = value + 0.5 * jnp.linalg.slogdet(hessian)[1]
-            return (found, down), found
+            found = self.nll(moments, together[:count], together[count:], subject.ys)
+            value = found.value + 0.5 * jnp.linalg.slogdet(found.hessian)[1]
+            return (value, found.gradient), (value, found.gradient)
 
-        (by, of_down), value = jax.jacfwd(both, has_aux=True)(jnp.concatenate([theta, z]))
-        # The likeliest effects change with theta so that their gradient stays zero.
-        moves = -jnp.linalg.solve(of_down[:, count:], of_down[:, :count])
-        return value, by[:count] + by[count:] @ moves
+        together = jnp.concatenate([theta, z])
+        (by, of_down), (value, gradient) = jax.jacfwd(both, has_aux=True)(together)
+        # A last step of Newton's, and how the likeliest effects change with theta, so that their
+        # gradient stays zero.
+        known = jnp.concatenate([gradient[:, None], of_down[:, :count]], axis=1)
+        solved = -jnp.linalg.solve(of_down[:, count:], known)
+        last, moves = solved[:, 0], solved[:, 1:]
+        down = by[count:]
+        return Evaluated(value + down @ last, by[:count] + down @ moves, z + last, moves)
+
+
+class Evaluated(NamedTuple):
+    """Of each subject, with the likeliest effects at `theta`."""
+
+    values: Float[Array, " subjects"]
+    """Minus the log-likelihoods."""
+    scores: Float[Array, "subjects p"]
+    """Their gradients."""
+    effects: Float[Array, "subjects q"]
+    moves: Float[Array, "subjects q p"]
+    """The derivatives of the effects."""
 
 
 @compiled
 def evaluated(
     population: Population, theta: Float[Array, " p"], begin: Float[Array, "subjects q"]
-) -> tuple[Array, Array, Array]:
-    """Minus the log-likelihoods of the subjects, `[subjects]`, their gradients, and effects."""
+) -> Evaluated:
+    """The likelihood of each subject, whose effects are searched from `begin`."""
 
-    def one(begin, subject):
+    def one(each):
+        begin, subject = each
         z = population.effects(theta, begin, subject)
-        return *population.marginal(theta, z, subject), z
+        return population.marginal(theta, z, subject)
 
-    return jax.vmap(one)(begin, population.subjects)
+    return jax.vmap(one)((begin, population.subjects))
 
 
 class Search:
-    """The likelihood of a population as SciPy takes it. The effects begin where they ended."""
+    """The likelihood of a population, part by part: one program serves all parts, subjects that
+    take long delay few others, and the first part is a small population that starts the search.
 
-    def __init__(self, population: Population):
-        count = len(population.subjects.ts)
+    The effects begin where their derivatives at the last parameters say.
+    """
+
+    def __init__(self, population: Population, theta: np.ndarray):
+        count, q = len(population.subjects.ts), len(population.places)
+        parts = -(-count // TOGETHER)
+        size = -(-count // parts)
         self.population = population
-        self.effects = jnp.zeros((count, len(population.places)), population.t0.dtype)
+        self.members = [np.arange(part, count, parts) for part in range(parts)]
+        self.parts = []
+        for members in self.members:
+            padded = np.resize(members, size)
+            own = jax.tree.map(lambda x, rows=padded: x[rows], population.subjects)
+            self.parts.append(eqx.tree_at(lambda p: p.subjects, population, own))
+        dtype = population.t0.dtype
+        none = jnp.zeros((size, q), dtype), jnp.zeros((size, q, len(theta)), dtype)
+        self.last = [(theta, *none)] * parts  # where the effects and their derivatives were found
 
-    def at(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Minus the log-likelihood of each subject, and their gradients."""
-        values, scores, effects = evaluated(self.population, jnp.asarray(theta), self.effects)
-        if bool(jnp.isfinite(values).all()):
-            self.effects = effects
-        return np.asarray(values), np.asarray(scores)
+    @property
+    def effects(self) -> Float[Array, "subjects q"]:
+        """The likeliest effects at the last parameters."""
+        each = zip(self.last, self.members, strict=True)
+        found = np.concatenate([effects[: len(members)] for (_, effects, _), members in each])
+        return jnp.asarray(found[np.argsort(np.concatenate(self.members))])
 
-    def minimized(self, theta: np.ndarray, scores: np.ndarray, steps: int):
+    def at(self, theta: np.ndarray, parts: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Minus the log-likelihood of each subject of the first `parts`, and their gradients."""
+        values, scores = [], []
+        for i, members in enumerate(self.members[:parts]):
+            last, effects, moves = self.last[i]
+            begin = effects + jnp.clip(moves @ jnp.asarray(theta - last), -1.0, 1.0)
+            found = evaluated(self.parts[i], jnp.asarray(theta), begin)
+            if bool(jnp.isfinite(found.values).all()):
+                self.last[i] = theta, found.effects, found.moves
+            values.append(np.asarray(found.values)[: len(members)])
+            scores.append(np.asarray(found.scores)[: len(members)])
+        order = np.argsort(np.concatenate(self.members[:parts]))
+        return np.concatenate(values)[order], np.concatenate(scores)[order]
+
+    def minimized(self, theta: np.ndarray, steps: int, parts: int | None = None) -> np.ndarray:
         """BFGS, in units of what the scores say of the standard errors."""
         from scipy.optimize import minimize
 
+        _, scores = self.at(theta, parts)
         about = scores.T @ scores
         about += 1e-3 * np.diag(np.maximum(np.diag(about), 1e-6))
         unit = np.linalg.inv(np.linalg.cholesky(about)).T
 
         def total(x):
-            values, scores = self.at(theta + unit @ x)
+            values, scores = self.at(theta + unit @ x, parts)
             value, down = values.sum(), unit.T @ scores.sum(axis=0)
             if np.isfinite(value) and np.isfinite(down).all():
                 return float(value), down
@@ -216,24 +305,33 @@ class Search:
         settings = {"gtol": TOLERANCE, "maxiter": steps}
         found = minimize(total, np.zeros(len(theta)), jac=True, method="BFGS", options=settings)
         theta, signs = self.population.with_positive_root(theta + unit @ found.x)
-        self.effects = self.effects * signs[None, :]
-        return theta, bool(np.abs(found.jac).max() < 100 * TOLERANCE)
+        if bool((signs < 0).any()):
+            for i, (last, effects, moves) in enumerate(self.last[:parts]):
+                self.last[i] = last, effects * signs[None], 0 * moves
+        return theta
 
-    def polished(self, theta: np.ndarray, converged: bool) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A step of Newton's method, and the covariance: by differences of exact gradients."""
+    def polished(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Newton's method, with one Hessian by differences of exact gradients: the end, the
+        covariance, and whether it has converged."""
         values, scores = self.at(theta)
+        value, down = values.sum(), scores.sum(axis=0)
         about = (scores**2).sum(axis=0)  # which is zero where a deviation is
         wide = np.maximum(np.abs(theta), 1.0)
-        steps = DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide)
-        down = lambda step: self.at(theta + step)[1].sum(axis=0)
-        rows = [(down(step) - down(-step)) / (2 * step.max()) for step in np.diag(steps)]
+        steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide))
+        rows = [(self.at(theta + step)[1].sum(axis=0) - down) / step.max() for step in steps]
         hessian = np.stack(rows)
         curves, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
         if not np.isfinite(hessian).all() or curves.min() <= 0:
+            self.at(theta)
             return theta, np.full_like(hessian, np.nan), False
         covariance = (vectors / curves) @ vectors.T
-        better = theta - covariance @ scores.sum(axis=0)
-        if self.at(better)[0].sum() <= values.sum():
-            theta = better
+        for _ in range(NEWTON_STEPS):
+            better = theta - covariance @ down
+            values, scores = self.at(better)
+            if not values.sum() <= value:
+                break
+            theta, value, down = better, values.sum(), scores.sum(axis=0)
+            if down @ covariance @ down < CONVERGED**2:
+                break
         self.at(theta)
-        return theta, covariance, converged
+        return theta, covariance, bool(down @ covariance @ down < CONVERGED**2)

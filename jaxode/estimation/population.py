@@ -138,16 +138,18 @@ def estimate_population(
     population, theta = _posed(
         f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated, options
     )
-    search = Search(population)
-    values, scores = search.at(theta)
+    search = Search(population, theta)
+    values, _ = search.at(theta)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
         raise SolveError(
             f"{arg('start')} must be such that each subject can be solved; subject {i} has no "
             f"finite likelihood. {_cause(population, theta, i)}"
         )
-    theta, converged = search.minimized(theta, scores, steps)
-    theta, covariance, converged = search.polished(theta, converged)
+    if len(search.parts) > 1:
+        theta = search.minimized(theta, steps, parts=1)
+    theta = search.minimized(theta, steps)
+    theta, covariance, converged = search.polished(theta)
     return _described(population, theta, covariance, search, converged)
 
 
@@ -314,7 +316,11 @@ def _varying(start: Any, vary: Any) -> tuple[PyTree, Array, Array]:
 def _with_noise(population: Population, theta: np.ndarray) -> np.ndarray:
     """With the noise that the start leaves, for which no effects are needed."""
     none = jnp.zeros(len(population.places), population.t0.dtype)
-    mean = jax.vmap(lambda subject: population.moments(jnp.asarray(theta), none, subject)[0])
+    mean = jax.vmap(
+        lambda subject: population.moments(population.params_of(jnp.asarray(theta), none), subject)[
+            0
+        ]
+    )
     apart = np.asarray(population.subjects.ys - mean(population.subjects))
     known = apart[np.isfinite(apart)]
     return np.append(theta[:-1], 0.5 * math.log(np.mean(known**2) + 1e-30) if known.size else 0.0)

@@ -128,25 +128,43 @@ def dosed():
 
 def test_gradients_and_the_likelihood_of_doses_are_exact():
     population, theta = dosed()
-    values, scores, effects = evaluated(population, jnp.asarray(theta), jnp.zeros((8, 1)))
+    found = evaluated(population, jnp.asarray(theta), jnp.zeros((8, 1)))
+    at = lambda theta: evaluated(population, jnp.asarray(theta), found.effects)
     steps = 1e-4 * np.eye(4)
-    total = lambda theta: evaluated(population, jnp.asarray(theta), effects)[0]
-    differences = [(total(theta + step) - total(theta - step)) / 2e-4 for step in steps]
-    np.testing.assert_allclose(scores.T, differences, rtol=1e-4, atol=1e-4)
-    # Against Gauss and Hermite's quadrature about the likeliest effect.
+    apart = [(at(theta + step), at(theta - step)) for step in steps]
+    differences = [(above.values - below.values) / 2e-4 for above, below in apart]
+    # Values are exact to about 1e-8, by the last step of the effects: differences to 1e-4.
+    np.testing.assert_allclose(found.scores.T, differences, rtol=1e-4, atol=1e-4)
+    moves = [(above.effects - below.effects) / 2e-4 for above, below in apart]
+    np.testing.assert_allclose(found.moves[:, 0].T, np.stack(moves)[..., 0], rtol=0.01, atol=0.01)
+    rate, add, part = (
+        theta[[*population.template].index(name)] for name in ("rate", "add", "part")
+    )
     nodes, weights = np.polynomial.hermite_e.hermegauss(30)
-    names = [*population.template]
-    guess = dict(zip(names, theta[:3], strict=True))
     for i in range(8):
-        spread = 0.3
-        z = float(effects[i, 0]) + spread * nodes
-        rates = guess["rate"] + theta[3] * z
-        mean = np.stack([after_doses(np.full(8, rate))[i] for rate in rates])
-        noise = np.exp(guess["add"]) + np.exp(guess["part"]) * mean
-        logs = stats.norm.logpdf(SEEN[i], mean, noise).sum(1) + stats.norm.logpdf(z)
-        exact = -np.log(np.sum(weights * spread * np.exp(logs + nodes**2 / 2)))
-        # The largest error of Laplace's method with the expected Hessian is 0.05.
-        np.testing.assert_allclose(values[i], exact, atol=0.1)
+
+        def curves(z, i=i):
+            mean = np.stack([after_doses(np.full(8, rate + theta[3] * each))[i] for each in z])
+            return mean, np.exp(add) + np.exp(part) * mean
+
+        def joint(z, i=i):
+            mean, noise = curves(z)
+            return -stats.norm.logpdf(SEEN[i], mean, noise).sum(1) + z**2 / 2
+
+        best = optimize.minimize_scalar(lambda z: joint(np.array([z]))[0], (-1, 1), tol=1e-8).x
+        np.testing.assert_allclose(found.effects[i, 0], best, atol=1e-4)
+        (mean, noise), near = curves(best + 1e-4 * np.arange(-1, 2)), best + 1e-2 * np.arange(-1, 2)
+        slopes = [(of[2] - of[0]) / 2e-4 / noise[1] for of in (mean, noise)]
+        expected = 1 + np.sum(slopes[0] ** 2 + 2 * slopes[1] ** 2)
+        observed = joint(near) @ [1, -2, 1] / 1e-4
+        laplace = joint(np.array([best]))[0] + 0.5 * np.log(expected)
+        np.testing.assert_allclose(found.values[i], laplace, atol=1e-4)
+        # By Gauss and Hermite's quadrature about the likeliest effect.
+        spread = observed**-0.5
+        parts = weights * np.exp(laplace - joint(best + spread * nodes) + nodes**2 / 2)
+        exact = laplace - np.log(spread * parts.sum() / np.sqrt(2 * np.pi))
+        # The Hessians differ by at most 0.044. The next term of the expansion is below 0.0096 here.
+        np.testing.assert_allclose(laplace - 0.5 * np.log(expected / observed), exact, atol=0.02)
 
 
 def test_no_difference_between_subjects_is_a_deviation_of_zero():
