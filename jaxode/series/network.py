@@ -7,6 +7,7 @@ References: De Brouwer et al. (2019), arXiv:1905.12374; Herrera et al. (2021), a
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from jaxode._jax.sharding import vary_alike
 from jaxode.nn.network import Dense, draws
 from jaxode.series.mixture import Mixture
 
 LARGEST_SURPRISE = 3.0  # standard deviations, which no surprise exceeds
 LINEAR = 3.0  # times as fast, and as little decayed, learn the linear parts
 STEPS = 2  # of the field between two observations
+PUSH = 0.3  # in a typical gap, of the field beside its linear part
 FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
 
 
@@ -45,6 +48,55 @@ class State(NamedTuple):
     """The time since then."""
 
 
+class Observed(NamedTuple):
+    """What a jump sees of an observation, in standardized units."""
+
+    surprise: Float[Array, " channels"]
+    """`(value - mean) / sd` by the density before, within three, and zero in a gap."""
+    sd: Float[Array, " channels"]
+    """By the density before, and zero in a gap."""
+    there: Float[Array, " channels"]
+    """One for a value, and zero for a gap."""
+    y: Float[Array, " channels"]
+    """The values, and zero in a gap."""
+    gap: Float[Array, "1"]
+    """The logarithm of the time since the last one, in typical gaps."""
+
+
+class Push(eqx.Module):
+    """The field beside its linear part."""
+
+    layers: tuple[Dense, Dense]
+    log_rate: Float[Array, ""]
+
+    def __call__(self, h: Float[Array, " size"]) -> Float[Array, " size"]:
+        first, last = self.layers
+        return jnp.exp(self.log_rate) * last(jnp.tanh(first(h)))
+
+
+class GatedJump(eqx.Module):
+    """Adds what surprises tell to a part of the state, and renews a part."""
+
+    layers: tuple[Dense, Dense, Dense]
+    """A hidden layer, gates, and what surprises add."""
+    dropout: float = eqx.field(static=True)
+
+    def __call__(self, h: Float[Array, " size"], seen: Observed, key: PRNGKeyArray | None):
+        first, gates, gain = self.layers
+        known = jnp.concatenate([h, seen.surprise, seen.there, seen.y, seen.gap])
+        out = gates(_dropped(jax.nn.silu(first(known)), self.dropout, key))
+        scale, forget, new = jnp.split(out, 3)
+        added = LINEAR * gain(jnp.concatenate([seen.surprise, seen.surprise * seen.sd]))
+        moved = h + 2 * jax.nn.sigmoid(scale) * added
+        return moved + jax.nn.sigmoid(forget - 2.0) * (jnp.tanh(new) - h)
+
+
+def _dropped(x: Array, part: float, key: PRNGKeyArray | None) -> Array:
+    if key is None or not part:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - part, x.shape), x / (1 - part), 0.0)
+
+
 class SeriesNetwork(eqx.Module):
     """The field, the jumps and the conditional density."""
 
@@ -53,9 +105,9 @@ class SeriesNetwork(eqx.Module):
     decay: Float[Array, " pairs"]
     """Logarithms of the rates of the linear part."""
     frequency: Float[Array, " pairs"]
-    field: tuple[Dense, Dense]
-    jump: tuple[Dense, Dense, Dense]
-    """A hidden layer, gates, and what surprises add."""
+    push: Callable[[Array], Array]
+    """The field beside its linear part, a function of the state."""
+    jump: Callable[[Array, Observed, PRNGKeyArray | None], Array]
     density: tuple[Dense, Dense, Dense]
     """A hidden layer, what comes from it, and what comes from the state itself."""
     recall: Float[Array, " channels"]
@@ -69,9 +121,11 @@ class SeriesNetwork(eqx.Module):
 
     @classmethod
     def make(
-        cls, key: PRNGKeyArray, channels: int, context: int, size: int, gap: float, dropout: float
+        cls, key: PRNGKeyArray, context: int, size: int, gap: float, recalled: Any, dropout: float
     ) -> "SeriesNetwork":
-        """A network for times whose typical gap is `gap` of the span."""
+        """A network for times whose typical gap is `gap` of the span, and for channels with this
+        recall and forget at first."""
+        channels, log_gap = len(recalled[0]), jnp.asarray(math.log(gap), float)
         width, pairs, out = 2 * size, size // 2, Mixture.size(channels)
         shapes = (
             (width, size), (size, width),
@@ -87,12 +141,12 @@ class SeriesNetwork(eqx.Module):
             of_context=(layer[8], layer[9]) if context else None,
             decay=jnp.roll(rates, pairs // 2) - 1.0,
             frequency=rates,
-            field=(layer[0], layer[1]),
-            jump=(layer[2], layer[3], layer[4]),
+            push=Push((layer[0], layer[1]), jnp.asarray(math.log(PUSH)) - log_gap),
+            jump=GatedJump((layer[2], layer[3], layer[4]), dropout),
             density=(layer[5], layer[6], layer[7]),
-            recall=jnp.zeros(channels),
-            forget=jnp.zeros(channels),
-            log_gap=jnp.asarray(math.log(gap), float),
+            recall=jnp.asarray(recalled[0]),
+            forget=jnp.asarray(recalled[1]),
+            log_gap=log_gap,
             channels=channels,
             dropout=dropout,
         )
@@ -125,44 +179,25 @@ class SeriesNetwork(eqx.Module):
             h = half(half(h) + step * self.push(middle))
         return h
 
-    def push(self, h: Float[Array, " size"]) -> Float[Array, " size"]:
-        """The field beside its linear part."""
-        first, last = self.field
-        rate = jnp.exp(-self.log_gap) * 0.3
-        return rate * last(jnp.tanh(first(h)))
-
     def predict(self, state: State, key: PRNGKeyArray | None = None) -> Mixture:
         """The density of the values, given the state. A key drops units."""
         first, last, direct = self.density
-        hidden = self._dropped(jax.nn.silu(first(state.h)), key)
+        hidden = _dropped(jax.nn.silu(first(state.h)), self.dropout, key)
         mixture = Mixture.of(last(hidden) + LINEAR * direct(state.h), self.channels)
         known = self.recall * jnp.exp(-jnp.exp(self.forget) * state.since) * state.last
         return mixture._replace(mean=mixture.mean + known[None])
 
-    def _dropped(self, x, key):
-        if key is None or not self.dropout:
-            return x
-        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1 - self.dropout), 0.0)
-
     def jumped(self, state: State, mixture: Mixture, dt, y, there, key=None) -> State:
         """The state after an observation, which stays as it is if there is none."""
-        h, (first, gates, gain) = state.h, self.jump
         mean, variance = mixture.moments()
         surprise = (y - mean) * jax.lax.rsqrt(variance)
         surprise = surprise / jnp.sqrt(1 + (surprise / LARGEST_SURPRISE) ** 2)
-        surprise = jnp.where(there, surprise, 0.0)
-        mask = there.astype(h.dtype)
-        size = jnp.sqrt(variance) * mask
         gap = jnp.log(dt + 0.01 * jnp.exp(self.log_gap)) - self.log_gap
-        known = jnp.concatenate([h, surprise, mask, jnp.where(there, y, 0.0), gap[None]])
-        out = gates(self._dropped(jax.nn.silu(first(known)), key))
-        scale, forget, new = jnp.split(out, 3)
-        added = LINEAR * gain(jnp.concatenate([surprise, surprise * size]))
-        moved = h + 2 * jax.nn.sigmoid(scale) * added
-        moved = moved + jax.nn.sigmoid(forget - 2.0) * (jnp.tanh(new) - h)
+        known = surprise, jnp.sqrt(variance), jnp.ones_like(y), y
+        seen = Observed(*(jnp.where(there, x, 0.0) for x in known), gap[None])
+        moved = self.jump(state.h, seen, key)
         last, since = jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)
-        return State(jnp.where(there.any(), moved, h), last, since)
+        return State(jnp.where(there.any(), moved, state.h), last, since)
 
     def read(
         self, seen: Seen, context=None, fed: Bool[Array, "times channels"] | None = None, key=None
@@ -178,7 +213,9 @@ class SeriesNetwork(eqx.Module):
             return self.jumped(state, mixture, dt, y, there, drop), mixture
 
         keys = None if key is None else jax.random.split(key, len(seen.dt))
-        return jax.lax.scan(step, self.initial(context), (seen.dt, seen.y, fed, keys))
+        each = seen.dt, seen.y, fed, keys
+        start, each = vary_alike((self.initial(context), each))
+        return jax.lax.scan(step, start, each)
 
     def log_prob(self, seen: Seen, context=None, fed=None, key=None) -> Float[Array, ""]:
         """Nats of all values that are there, by the chain rule."""

@@ -1,11 +1,15 @@
 """`series.fit`: train by the likelihood of series, and keep what is best on series set aside."""
 
+import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
@@ -13,9 +17,11 @@ from jaxode._checks.arguments import check_bool, check_not_traced, integer, is_n
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
+from jaxode._jax.sharding import axes_of, mean_over, row_numbers
 from jaxode.series.model import Series
-from jaxode.series.network import Seen, SeriesNetwork
-from jaxode.series.units import Units, check_context, check_series
+from jaxode.series.network import Observed, Seen, SeriesNetwork
+from jaxode.series.units import Units, check_context, check_series, recalled
+from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.fit import adam
 from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
@@ -40,6 +46,9 @@ def fit(
     context: Float[np.ndarray, "rows columns"] | None = None,
     validation: float = 0.1,
     size: int = 32,
+    field: Callable[[Array], Array] | None = None,
+    jump: Callable[[Array, Observed, PRNGKeyArray | None], Array] | None = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Series, list[Point]]:
     """Train a model of irregular series with gaps, and keep what is best on series set aside.
@@ -62,7 +71,14 @@ def fit(
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         context: what is known of each series, such as age and sex, `[rows, columns]` without gaps.
         validation: the part of the series to set aside, above 0 and below 1. At most 1000 are used.
-        size: numbers in the hidden state, in pairs.
+        size: numbers in the hidden state `h`, in pairs.
+        field: a network of your own, `field(h)`: what it adds to `dh/dt` beside a learned linear
+            part, per median span of a series. A module such as `eqx.nn.MLP`, whose arrays are
+            trained.
+        jump: likewise, `jump(h, seen, key)`: the state after an observation. `seen` has `surprise`,
+            `sd`, `there`, `y` `[channels]`, in standardized units, and `gap` `[1]`, see
+            `jaxode.series.network.Observed`. `key` is for dropout, and None outside of training.
+        mesh: devices of one process to train on, as for `jaxode.fit`.
         progress: show steps, the loss on the series set aside and the time left on stderr.
 
     Returns:
@@ -83,12 +99,16 @@ def fit(
     part, aside = _split(len(ts), validation, split_key)
     units = Units.of(ts, ys, context)
     columns = 0 if context is None else context.shape[1]
-    network = SeriesNetwork.make(network_key, ys.shape[2], columns, size, units.gap, DROPOUT)
-    model, batch_size = Series(network, units), min(BATCH_SIZE, len(part))
+    recall = recalled(units.seen(ts[part], ys[part]))
+    network = SeriesNetwork.make(network_key, columns, size, units.gap, recall, DROPOUT)
+    model = Series(_with_own(network, field, jump), units)
+    batch_size = min(BATCH_SIZE, len(part))
     source, held_out = (InMemory(_rows(units, ts, ys, context, rows)) for rows in (part, aside))
     there, held_out = held_out.rows.context[1], jax.tree.map(jnp.asarray, held_out.rows)
     offset = float(np.sum(there * np.log(units.sd)) / np.sum(there))
-    plan = Plan(limits, batch_size, progress=progress)
+    plan = Plan(limits, batch_size, progress=progress, devices=Devices.of(mesh, batch_size))
+    if plan.devices.several_processes:
+        raise ValueError(f"{arg('mesh')} must have devices of one process; got several.")
     take = lambda key: source.take(key, STEPS_PER_BLOCK * batch_size)
     evaluate = lambda network: float(_nats(network, held_out)) + offset
     run = Training(model, source, take, evaluate, plan, clock)
@@ -106,7 +126,25 @@ def fit(
             "series.fit: the log-density of the series set aside is never finite. Check the data "
             "for outliers."
         )
-    return run.best, run.points
+    return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
+
+
+def _with_own(network: SeriesNetwork, field: Any, jump: Any) -> SeriesNetwork:
+    """The network with the user's in place of its own."""
+    h, values = network.start, jnp.zeros(network.channels)
+    seen = Observed(values, values, values, values, jnp.zeros(1))
+    own = {"push": ("field", field, (h,)), "jump": ("jump", jump, (h, seen, None))}
+    for place, (name, f, args) in own.items():
+        if f is None:
+            continue
+        out = eqx.filter_eval_shape(f, *args)
+        if getattr(out, "shape", None) != h.shape or out.dtype != h.dtype:
+            raise ValueError(
+                f"{arg(name)} must return an array {h.dtype}{list(h.shape)}, as the state h; got "
+                f"{out}. Pass size= for another state."
+            )
+        network = dataclasses.replace(network, **{place: f})
+    return network
 
 
 def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,8 +174,11 @@ def _loss(network: SeriesNetwork, x: Any, context: Any, key: PRNGKeyArray) -> Fl
         feed_key, drop_key = jax.random.split(key)
         return network.log_prob(seen, given, fed(feed_key, seen.there), drop_key)
 
-    nats = jax.vmap(of)(Seen(dt, x, there), given, jax.random.split(key, len(dt)))
-    return -jnp.sum(nats) / jnp.sum(there, dtype=x.dtype)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_numbers(x, key, None))
+    nats = jax.vmap(of)(Seen(dt, x, there), given, keys)
+    # Devices have their mean by the values of all.
+    count = mean_over(jnp.sum(there, dtype=x.dtype), tuple(axes_of(there)))
+    return -jnp.sum(nats) / count
 
 
 def fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, "times channels"]:

@@ -12,6 +12,10 @@ from jaxode._checks.arguments import numbers
 from jaxode._checks.caller import arg
 from jaxode.series.network import Seen
 
+LAGS = 1, 2, 4, 8, 16  # in values of a channel, of the pairs that its recall starts from
+LOG_RATES = np.linspace(-4.0, 4.0, 17)  # of its decay, in median spans
+RIDGE = 1.0  # values that speak against recall
+
 
 def check(name: str, wrong: np.ndarray, must: str, got: Callable[..., str], cure: str) -> None:
     """Raise if something is wrong. `got` describes the first place where it is."""
@@ -93,6 +97,24 @@ def check_context(context: Any, rows: int) -> np.ndarray | None:
 def as_float(x: np.ndarray) -> np.ndarray:
     """An array of JAX's default precision."""
     return np.asarray(x, jax.dtypes.canonicalize_dtype(float))
+
+
+def recalled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """The part of the last value of each channel that best forecasts a later one, by least squares,
+    and the logarithm of the rate at which it decays."""
+    times, channels = np.cumsum(seen.dt, axis=1, dtype=float), seen.y.shape[2]
+    part, chosen = np.zeros((2, channels))
+    for c in range(channels):
+        there = seen.there[:, :, c]
+        row, t, y = np.nonzero(there)[0], times[there], seen.y[:, :, c][there].astype(float)
+        pairs = [(row[lag:] == row[:-lag], lag) for lag in LAGS]
+        of = lambda x: [(x[:-lag][same], x[lag:][same]) for same, lag in pairs]  # noqa: B023
+        (t0, t1), (y0, y1) = (map(np.concatenate, zip(*of(x), strict=True)) for x in (t, y))
+        known = np.exp(-np.exp(LOG_RATES)[:, None] * (t1 - t0)) * y0
+        product, square = known @ y1, np.sum(known**2, axis=1) + RIDGE
+        best = np.argmax(np.maximum(product, 0.0) ** 2 / square)
+        part[c], chosen[c] = np.clip(product[best] / square[best], 0.0, 1.0), LOG_RATES[best]
+    return as_float(part), as_float(chosen)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import pickle
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.special import logsumexp
 import jaxode
 from jaxode.series import training
 from jaxode.series.mixture import Mixture
+from jaxode.series.units import Units, recalled
 
 NAN = np.nan
 AT = np.array([3.5, 4.0, 9.0])
@@ -229,6 +231,48 @@ def test_it_survives_pickle(model):
     np.testing.assert_array_equal(again.log_prob(TS, YS), model.log_prob(TS, YS))
 
 
+class OwnJump(eqx.Module):
+    """Adds a product of the surprises."""
+
+    weight: jax.Array
+
+    def __call__(self, h, seen, key):
+        return h + self.weight @ seen.surprise
+
+
+def test_networks_of_ones_own_are_trained_and_pickled():
+    own = {"field": eqx.nn.Linear(4, 4, key=jax.random.key(0)), "jump": OwnJump(jnp.ones((4, 2)))}
+    model = trained(**own)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.log_prob(TS, YS), model.log_prob(TS, YS))
+    for found, before in ((again.params.push, own["field"]), (again.params.jump, own["jump"])):
+        assert type(found) is type(before)
+        assert np.all(found.weight != before.weight)
+
+
+def test_several_devices_train_the_model_of_one(model):
+    """Compiles a training for two devices, which no other test shares."""
+    found = trained(mesh=jax.sharding.Mesh(np.array(jax.devices()[:2]), "rows"))
+    # Sums in parts, in 30 steps of double precision.
+    np.testing.assert_allclose(found.log_prob(TS, YS), model.log_prob(TS, YS), rtol=1e-7)
+
+
+def test_recall_starts_where_it_forecasts_best():
+    """Of a level that stays, of one that decays at a rate of 2 per span, and of noise."""
+    rng = np.random.default_rng(0)
+    ts = np.tile(np.linspace(0.0, 1.0, 11), (2000, 1))
+    ys = rng.normal(size=(2000, 11, 3))
+    ys[:, :, 0] = ys[:, :1, 0] + 0.5 * rng.normal(size=(2000, 11))
+    keep = np.exp(-0.2)
+    for i in range(1, 11):
+        ys[:, i, 1] = keep * ys[:, i - 1, 1] + np.sqrt(1 - keep**2) * ys[:, i, 1]
+    part, log_rate = recalled(Units.of(ts, ys, None).seen(ts, ys))
+    # The part of the variance that stays. Rates of a grid lie half a unit of the logarithm apart.
+    np.testing.assert_allclose(part, [0.8, 1.0, 0.0], atol=0.1)
+    assert log_rate[0] < -2
+    assert log_rate[1] == pytest.approx(np.log(2), abs=0.3)
+
+
 def test_context_moves_the_start():
     """A context that decides the level of a series is worth nats; without it, it is refused."""
     rng = np.random.default_rng(1)
@@ -301,6 +345,9 @@ WRONG = {
     "one time": (TS[:, :1], YS[:, :1], {}, "two observed times in"),
     "validation": (TS, YS, {"validation": 1.0}, "must be a number above 0 and below 1"),
     "context": (TS, YS, {"context": np.ones(24)}, r"\(context=...\): must be finite"),
+    "field": (TS, YS, {"field": jnp.sum}, r"\(field=...\): must return an array float64\[32\], as"),
+    "jump": (TS, YS, {"jump": lambda h, *_: h[1:]}, r"\(jump=...\): must return an array float"),
+    "mesh": (TS, YS, {"mesh": 2}, r"\(mesh=...\): must be a mesh of JAX, or None"),
 }  # fmt: skip
 
 
