@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from jaxode._checks.arguments import check_bool
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import IN_REACH, INSIDE, PERIODIC, is_eager, is_known
 from jaxode._checks.samples import check_batches, check_count, check_finite
@@ -27,6 +28,7 @@ from jaxode.density.levels import (
     check_levels,
     check_one_number,
     levels_at,
+    levels_of_each,
     of_each_level,
     placed,
 )
@@ -231,6 +233,7 @@ class Density(eqx.Module):
         q: Float[Array, "..."],
         *,
         context: PyTree = None,
+        paired: bool = False,
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Float[Array, "..."]:
@@ -242,22 +245,29 @@ class Density(eqx.Module):
             q: levels between 0 and 1, a number or an array.
             context: one, or rows of it `[..., *row]`, if `bind` knows the shape of a row. `fit`
                 finds it out.
+            paired: whether each row of the context has levels of its own, `q` `[..., *levels]`.
 
         Returns:
             Numbers `[..., *levels]`, where `levels` is the shape of `q`: rows of the context by
-            levels. They lack the axis of an event of shape `(1,)`, which `cdf` takes.
+            levels; the shape of `q`, if `paired`. They lack the axis of an event of shape `(1,)`,
+            which `cdf` takes.
 
         Raises:
-            ValueError: as for `cdf`, and for levels outside (0, 1). If that is known only at run
-                time, a number is NaN, or it raises with `cnf(throw=True)`.
+            ValueError: as for `cdf`, for paired levels without the axes of the context, and for
+                levels outside (0, 1). If that is known only at run time, a number is NaN, or it
+                raises with `cnf(throw=True)`.
         """
         flow = self._row_by_row(None, (q, self.maps, context), batch_size, progress)
         check_one_number(flow.base)
         levels, of_levels = check_levels(q)
         shape = self.contexts.leading_axes(context)
+        check_bool("paired", paired)
+        if paired:
+            of_levels = levels_of_each(of_levels, shape)
+        else:
+            levels = jnp.tile(levels, math.prod(shape))
         params, context = self.contexts.embedded(self.params, context, shape)
-        context = of_each_level(context, len(levels))
-        levels = jnp.tile(levels, math.prod(shape))
+        context = of_each_level(context, math.prod(of_levels))
         z, wrong = base_quantiles(self.maps, flow.base, levels), LEVELS.fault(levels)
         z = flow._end_state(compiled.transport, "z", z, params, None, context, wrong)
         return to_data(self.maps, z)[0].reshape(*shape, *of_levels)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import floating, floating_dtype, numbers
-from jaxode._checks.caller import caller
+from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import Rule, is_known
 from jaxode._jax.closure import compiled
 from jaxode.density.maps.chain import Chain, from_data
@@ -46,6 +46,16 @@ def check_levels(q: Any) -> tuple[Float[Array, " levels"], tuple[int, ...]]:
         LEVELS.check(np.asarray(q, floating_dtype(q.dtype)))
     levels = floating(q)
     return levels.reshape(-1), levels.shape
+
+
+def levels_of_each(q: tuple[int, ...], rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of the levels of each row, from the shape of all. Raises if rows lack some."""
+    if q[: len(rows)] != rows:
+        raise ValueError(
+            f"{arg('q')} must begin with the axes of the context, {rows}, if paired=True; got the "
+            f"shape {q}. Leave paired= out for the same levels in each row."
+        )
+    return q[len(rows) :]
 
 
 def of_each_level(context: PyTree, levels: int) -> PyTree:

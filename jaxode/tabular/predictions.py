@@ -186,11 +186,9 @@ class Predictive:
         """Scaled numbers `[rows, levels]`."""
         density, rows = self.density, len(grid.share)
         assert density is not None
-        if levels.ndim > 1:
-            return self._solved(lambda c: _of_rows(density, jnp.asarray(levels), c), grid)
-        q = jnp.asarray(levels)
-        x = self._solved(lambda c: density.quantile(q, context=c), grid)
-        return np.broadcast_to(x, (rows, len(levels)))
+        q, paired = jnp.asarray(levels), levels.ndim > 1
+        x = self._solved(lambda c: density.quantile(q, context=c, paired=paired), grid)
+        return np.broadcast_to(x, (rows, levels.shape[-1]))
 
     def _levels(self, grid: Grid, x: np.ndarray) -> np.ndarray:
         """The levels of scaled numbers `[rows, numbers]` in the density of a grid."""
@@ -304,11 +302,5 @@ def _target(encoder: Encoder) -> Column:
 _log_shares: Callable[..., Any] = jax.jit(
     lambda network, given: jax.vmap(lambda row: network.logits(jnp.zeros(network.bias.shape), row))(
         given
-    )
-)
-# The quantiles of each row of the context, at levels of its own.
-_of_rows: Callable[..., Any] = jax.jit(
-    lambda density, levels, context: jax.vmap(lambda q, row: density.quantile(q, context=row))(
-        levels, context
     )
 )

@@ -94,6 +94,11 @@ def test_a_context_moves_quantiles():
     context = np.array([[1.0, 2.0], [3.0, 1.0]])
     means = np.array([[0.0], [2.0]])
     np.testing.assert_allclose(density.quantile(Q, context=context), stats.norm.ppf(Q, means))
+    own = np.linspace(0.1, 0.9, len(means) * 2).reshape(len(means), 2)  # levels of each row
+    found = density.quantile(own, context=context, paired=True)
+    np.testing.assert_allclose(found, stats.norm.ppf(own, means))
+    with pytest.raises(ValueError, match=r"^quantile\(q=...\): must begin with the axes of the"):
+        density.quantile(own[1:], context=context, paired=True)
     x = np.stack([X, X], 1)
     found = density.cdf(x[..., None], context=Frame(context))
     np.testing.assert_allclose(found, stats.norm.cdf(x, means[:, 0]), atol=1e-7)

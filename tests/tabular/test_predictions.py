@@ -143,7 +143,7 @@ class Exact:
     def cdf(self, x, context=None):
         return self.law.cdf(np.asarray(x, float)[..., 0])
 
-    def quantile(self, q, context=None):
+    def quantile(self, q, context=None, paired=False):
         return self.law.ppf(np.asarray(q, float))
 
 
