@@ -78,6 +78,12 @@ def test_what_has_no_steady_state_is_named(field, y0, result, words):
         jaxode.steady_state(field, jnp.array(y0), **options)
 
 
+@pytest.mark.parametrize("missing", [float("nan"), jnp.nan * jnp.ones(())])
+def test_a_parameter_that_is_nan_is_no_steady_state(missing):
+    with pytest.raises(jaxode.SolveError, match=r"^steady_state: .* not finite at t=0"):
+        jaxode.steady_state(lambda t, y, a: a["k"] - y, jnp.ones(1), {"k": missing})
+
+
 def test_rates_of_any_size_are_not_singular():
     field = lambda t, y, a: jnp.stack([-1e6 * (y[0] - 1.0), -(y[1] - 2.0)])
     state = jaxode.steady_state(field, jnp.zeros(2, jnp.float32))
