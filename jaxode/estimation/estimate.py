@@ -134,7 +134,7 @@ class Estimate(eqx.Module):
 
         Returns:
             Twice the log-likelihood ratio of each value against the estimate, infinite where it was
-            not reached, and the parameters there, `[values, ...]`.
+            not reached or is beyond `bounds`, and the parameters there, `[values, ...]`.
 
         Raises:
             TypeError, ValueError: if `where` is not one number with a slope at the estimate.

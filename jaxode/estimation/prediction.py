@@ -34,7 +34,7 @@ def predicted_band(
     times = floating(exact).astype(dtype)
     if problem.ts.ndim == 2 and times.ndim == 1:
         times = jnp.broadcast_to(times[None], (len(problem.ts), len(times)))
-    if not times.size or times.shape[:-1] != problem.ts.shape[:-1]:
+    if not times.size or times.ndim not in (1, 2) or times.shape[:-1] != problem.ts.shape[:-1]:
         raise ValueError(
             f"{arg('ts')} must be [times], or [rows, times] of the experiments; got shape "
             f"{jnp.shape(ts)}."

@@ -109,7 +109,9 @@ class Profile:
         starts = np.where(self.chosen, values[:, None], starts)
         held = Box(*(np.where(self.chosen, starts, bound) for bound in self.box))
         found = minimize(self.objective, starts, held, STEPS, size=self.size)
-        return found.flats, found.costs
+        low, high = (np.broadcast_to(bound, self.flat.shape)[self.chosen] for bound in self.box)
+        inside = (low <= values) & (values <= high)
+        return found.flats, np.where(inside, found.costs, np.inf)
 
     def _of_function(self, starts: np.ndarray, values: np.ndarray):
         objective = Held(self.objective, self.where, jnp.asarray(STIFFNESS / self.error))

@@ -541,6 +541,8 @@ def test_every_start_goes_to_its_end():
     np.testing.assert_allclose(found.costs, [*map(cost, ends)], rtol=1e-2, atol=0.1)
     assert np.abs(np.array(slopes) / np.array(curves)).max() < 1e-2
     assert found.costs.max() > 10 * found.cost
+    ratio, _ = found.profile(lambda params: params["speed"], jnp.array([0.0, 3.0, 20.5]))
+    np.testing.assert_array_equal(np.isfinite(ratio), [False, True, False])  # within the bounds
 
 
 def test_it_ends_after_few_steps_or_seconds_with_what_it_has(capfd):
@@ -584,6 +586,6 @@ def test_a_prediction_has_the_band_of_the_delta_method(fitted):
     np.testing.assert_allclose(band.mean[:, 0], mean, rtol=1e-4)
     np.testing.assert_allclose(band.high[:, 0] - mean, apart, rtol=1e-2)
     np.testing.assert_allclose(mean - band.low[:, 0], apart, rtol=1e-2)
-    for wrong in (ts[::-1], ts[None], ts - 1.0):
+    for wrong in (ts[::-1], ts[None], ts - 1.0, 0.5):
         with pytest.raises(ValueError, match=r"predict\(ts=\.\.\.\): must"):
             fitted.predict(wrong)
