@@ -44,7 +44,8 @@ class Simulations:
                 "what jaxode.fit returns."
             )
         event = density.event_shape
-        rule = f"must have shape (simulations, *{event}), with at least {MIN_SIMULATIONS}"
+        axes = ", ".join(map(str, ("simulations", *event)))
+        rule = f"must have shape [{axes}], with at least {MIN_SIMULATIONS}"
         theta = jnp.asarray(check_data("theta", theta, event, MIN_SIMULATIONS, rule))
         x = check_rows("x", context_numbers("x", x), len(theta))
         shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(x))

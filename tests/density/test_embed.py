@@ -184,6 +184,8 @@ REFUSED = {
                    ValueError, r"log_prob\(context=...\): must be given"),
     "another number of rows": (lambda: DENSITY.log_prob(X, context=SETS[:2]),
                                ValueError, r"log_prob\(context=...\): must be one of shape"),
+    "a shorter set": (lambda: DENSITY.log_prob(X, context=SETS[:, :3]),
+                      ValueError, r"got shape \(3, 3, 1\). Pad sets to 4 points, by NaN for jax"),
     "one part": (lambda: DENSITY.with_params(RATE), TypeError, "with_params.*must be a pair"),
     "an energy": (lambda: DENSITY.reverse_kl_loss(lambda x: -x[0], 3, key=KEY, context=SETS),
                   ValueError, "come without embed="),
