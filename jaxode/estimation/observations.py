@@ -199,12 +199,17 @@ def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
             f"[rows, times]; got shapes {ys.shape} and {ts.shape}."
         )
     check_times(exact, ts, t0)
+    check_observed(ys)
+    return ts, ys, t0
+
+
+def check_observed(ys: Array) -> None:
+    """Raise unless observations are finite, or NaN where one is missing."""
     found = np.asarray(ys)  # which compiles nothing
     if np.isinf(found).any():
         raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
     if np.isnan(found).all():
         raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
-    return ts, ys, t0
 
 
 def check_times(exact: Any, ts: Array, t0: Array) -> None:

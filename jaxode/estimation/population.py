@@ -28,7 +28,7 @@ from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.estimation.marginal import Population, Search, Subject
-from jaxode.estimation.observations import check_times
+from jaxode.estimation.observations import check_observed, check_times
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
 from jaxode.ode.solve import solve
@@ -219,6 +219,7 @@ def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated,
             f"shapes {seen.shape} and {jnp.shape(ts)}."
         )
     check_times(exact, times, t0)
+    check_observed(seen)
     rows = None if row_args is None else check_rows("row_args", row_args, len(times))
     states = None if callable(y0) else check_rows("y0", check_state("y0", y0), len(times))
     jumps, doses = options.pop("jumps", None), None

@@ -129,7 +129,7 @@ REFUSED = {
     "no density": (lambda: jaxode.calibration.sbc(None, FEW, ROWS, key=KEY),
                    TypeError, r"calibration.sbc\(density=...\): must be made by jaxode.bind"),
     "few": (lambda: jaxode.calibration.sbc(DENSITY, FEW[:9], ROWS[:9], key=KEY),
-            ValueError, r"calibration.sbc\(theta=...\): .* \[simulations, 2\], .* least 50; got \(9, 2\)"),
+            ValueError, r"sbc\(theta=...\): .* \[simulations, 2\], .* least 50; got \(9, 2\)"),
     "other rows": (lambda: jaxode.calibration.tarp(DENSITY, FEW, ROWS[:9], key=KEY),
                    ValueError, r"calibration.tarp\(x=...\): .*leading axis of 60"),
     "no draws": (lambda: jaxode.calibration.sbc(DENSITY, FEW, ROWS, key=KEY, draws=0),

@@ -190,6 +190,11 @@ WRONG = {
     "noise of one": ({"noise": lambda p: p["level"]}, r"function \(predicted, params\); got \(p\)"),
     "an unknown option": ({"batch": "joint"}, "is not an option of estimate_population"),
     "times out of order": ({"ts": TS[::-1]}, "must be in order"),
+    "an infinite observation": (
+        {"ys": np.where(LINES > 1.0, np.inf, LINES)[..., None]},
+        r"ys=.*must be finite, or NaN where missing; got infinity",
+    ),
+    "no observation": ({"ys": np.nan * LINES[..., None]}, r"ys=.*observation; got NaN alone"),
     "doses of other subjects": (
         {"jumps": jaxode.Jumps(jnp.ones((2, 10)), halve)},
         r"jumps=.*\[subjects, jumps\] of the 10 subjects; got shape \(2, 10\)",
