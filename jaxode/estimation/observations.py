@@ -74,7 +74,7 @@ def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
     spread = _spread(np.asarray(ys, float), ts.ndim - 1)
     noise = _noise(given, likelihood, ys, flats.shape[1])
     box = boxed(given.bounds, template, flats)
-    args = _args(given.args, (t0, jnp.max(ts)))
+    args = as_data(given.args, (t0, jnp.max(ts)))
     y0, row_args = _experiments(given, template, args, ts, ys, t0)
     problem = ObservedODE(
         f=given.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=given.observe,
@@ -101,7 +101,7 @@ def _check_functions(given: Given) -> None:
     check_jumps(given.options.get("jumps"))
 
 
-def _args(args: Any, span: tuple[Array, Array]) -> PyTree:
+def as_data(args: Any, span: tuple[Array, Array]) -> PyTree:
     """The data, with numbers as arrays, so that other ones are no new program."""
     check_knots("args", args, span)
     as_array = lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf

@@ -27,8 +27,9 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
-from jaxode.estimation.marginal import Population, Search, Subject
-from jaxode.estimation.observations import check_observed, check_times
+from jaxode.estimation.marginal import Population, Subject
+from jaxode.estimation.maximum import Search
+from jaxode.estimation.observations import as_data, check_observed, check_times
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
 from jaxode.ode.solve import solve
@@ -88,6 +89,7 @@ def estimate_population(
     t0: float | Float[Array, ""] = 0.0,
     observe: Callable[[Array, PyTree, PyTree], Array] | None = None,
     noise: Callable[[Array, PyTree], Array] | None = None,
+    args: PyTree = None,
     row_args: PyTree = None,
     correlated: bool = False,
     steps: int = 200,
@@ -99,7 +101,9 @@ def estimate_population(
     parameters be logarithms, whose effects are factors. The likelihood of each subject is
     integrated over its effects by Laplace's method with the expected Hessian, which is first-order
     conditional estimation with interaction (FOCEI). It is exact for models that are linear in the
-    effects and have constant noise. Gradients are exact, and the search is BFGS.
+    effects and have constant noise. Gradients are exact. The search is BFGS, of populations of more
+    than 50 by some of the subjects first; it ends by steps of Newton's method. Standard errors are
+    of that Hessian, by differences of gradients.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -115,6 +119,8 @@ def estimate_population(
             default the state.
         noise: the standard deviation of an observation, `noise(predicted, params)`, such as
             `jnp.exp(params["part"]) * predicted`. By default one number, which is estimated.
+        args: data that change from call to call, a pytree: with it, all functions get the pair
+            `(params, args)` in place of `params`. Others of the same shapes compile nothing anew.
         row_args: arguments of each subject, `[subjects, ...]`, such as its dose.
         correlated: whether to estimate correlations between the parameters that vary.
         steps: of the search.
@@ -136,7 +142,7 @@ def estimate_population(
         Lindstrom and Bates 1990, doi:10.2307/2532087; Wang 2007, doi:10.1007/s10928-007-9060-6.
     """
     population, theta = _posed(
-        f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated, options
+        f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options
     )
     search = Search(population, theta)
     values, _ = search.at(theta)
@@ -201,7 +207,7 @@ def _at_places(population: Population, values: Float[Array, " q"]) -> dict[str, 
     return {name: leaf for name, leaf in tree.items() if not bool(jnp.isnan(leaf).any())}
 
 
-def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated, options):
+def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options):
     """The checked population, and the first guess of all that is estimated."""
     check_field("f", f, "f(t, y, params)")
     check_bool("correlated", correlated)
@@ -230,7 +236,8 @@ def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, row_args, correlated,
     population = Population(
         f=f, y0=y0 if callable(y0) else None, t0=t0, observe=observe, noise=noise,
         change=None if jumps is None else jumps.change, places=places, correlated=correlated,
-        template=template, subjects=subjects, options=options,
+        template=template, args=as_data(args, (t0, times.max())), subjects=subjects,
+        options=options,
     )  # fmt: skip
     root = jnp.diag(deviations)[jnp.tril_indices(len(places))] if correlated else deviations
     flat = ravel_pytree(template)[0]

@@ -86,9 +86,9 @@ def test_a_subject_is_drawn_to_the_others(lines):
     np.testing.assert_allclose([*lines.shrinkage.values()], shrunk, atol=1e-5)
 
 
-def decay(t, y, args):
-    params, _ = args
-    return -jnp.exp(params["rate"]) * y
+def decay(t, y, given):
+    (params, one), _ = given
+    return -one * jnp.exp(params["rate"]) * y
 
 
 def given_again(t, y, args, i):
@@ -110,14 +110,16 @@ MEAN = after_doses(RATES)
 SEEN = MEAN * (1 + 0.05 * RNG.normal(size=MEAN.shape)) + 0.02 * RNG.normal(size=MEAN.shape)
 
 
-def both(predicted, params):
+def both(predicted, given):
+    params, _ = given
     return jnp.exp(params["add"]) + jnp.exp(params["part"]) * predicted
 
 
 def dosed():
     start = {"rate": -1.0, "add": -3.5, "part": -2.5}
     given = {
-        "t0": 0.0, "observe": None, "noise": both, "row_args": SIZES, "correlated": False,
+        "t0": 0.0, "observe": None, "noise": both, "args": jnp.ones(()), "row_args": SIZES,
+        "correlated": False,
     }  # fmt: skip
     jumps = jaxode.Jumps(jnp.asarray(DOSES), given_again)
     return _posed(

@@ -234,7 +234,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The distance to a value is not made up for.
     ("estimation/profiles.py", "aims = aims - np.nan_to_num(apart)", "aims = aims"),
     # The gradient is as if the effects of a subject stayed.
-    ("estimation/marginal.py", "by[:count] + by[count:] @ moves", "by[:count]"),
+    ("estimation/marginal.py", "by[:count] + down @ moves", "by[:count]"),
     # A start that was replaced counts where it was.
     ("estimation/search.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
     # Errors of others are as if a parameter at its bound were free.
