@@ -19,6 +19,7 @@ from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
 EFFECT_STEPS, EFFECT_TOLERANCE = 50, 1e-5  # in standard deviations of the population
+LAST = 1e-3  # standard deviations, the longest last step
 ROUNDING = 1e-9  # of a likelihood, by which a step may make it worse
 DAMPING = 0.01  # at first
 LONGER, SHORTER = 0.2, 5.0  # factors of the damping
@@ -212,6 +213,8 @@ class Population(eqx.Module):
         known = jnp.concatenate([gradient[:, None], of_down[:, :count]], axis=1)
         solved = -jnp.linalg.solve(of_down[:, count:], known)
         last, moves = solved[:, 0], solved[:, 1:]
+        # It is good near the likeliest effects alone: far from them, the Hessian may be singular.
+        last = jnp.where(jnp.max(jnp.abs(last)) < LAST, last, 0.0)
         down = by[count:]
         return Evaluated(value + down @ last, by[:count] + down @ moves, z + last, moves)
 

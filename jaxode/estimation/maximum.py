@@ -91,12 +91,11 @@ class Search:
         wide = np.maximum(np.abs(theta), 1.0)
         steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide))
         rows = [(self.at(theta + step)[1].sum(axis=0) - down) / step.max() for step in steps]
-        hessian = np.stack(rows)
-        curves, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
-        if not np.isfinite(hessian).all() or curves.min() <= 0:
+        hessian = (np.stack(rows) + np.stack(rows).T) / 2
+        if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
             self.at(theta)
             return theta, np.full_like(hessian, np.nan), False
-        covariance = (vectors / curves) @ vectors.T
+        covariance = np.linalg.inv(hessian)
         for _ in range(NEWTON_STEPS):
             better = theta - covariance @ down
             values, scores = self.at(better)
