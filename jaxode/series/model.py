@@ -89,8 +89,13 @@ class Series:
     @public("Series.state")
     def state(
         self, ts: Any, ys: Any, at: Any, *, context: Any = None
-    ) -> Float[np.ndarray, "rows times size"]:
-        """The hidden state at each of the later times, `[rows, times, size]`."""
+    ) -> Float[np.ndarray, "rows times numbers"]:
+        """The state at each of the later times, `[rows, times, size + 2 * channels]`.
+
+        It joins the hidden state, the last value of each channel in standardized units, and
+        `exp(-age)` of that value in median spans of a series. Both are zero for a channel that was
+        never seen.
+        """
         return np.asarray(self._ahead(ts, ys, at, context)[0])
 
     def _read(self, ts: Any, ys: Any, context: Any) -> tuple[np.ndarray, Seen, Any]:
@@ -132,9 +137,13 @@ def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any
     """States and densities at later times, without jumps."""
 
     def of(seen, context, *each):
+        ever = jnp.any(seen.there, axis=0)
+
         def step(state, each):
             state = _later(network, state, *each)
-            return state, (state.h, network.predict(state))
+            recency = jnp.where(ever, jnp.exp(-state.since), 0.0)
+            known = jnp.concatenate([state.h, state.last, recency])
+            return state, (known, network.predict(state))
 
         return jax.lax.scan(step, network.read(seen, context)[0], each)[1]
 

@@ -116,7 +116,6 @@ class SeriesNetwork(eqx.Module):
     """Logarithms of these rates."""
     log_gap: Float[Array, ""]
     """The logarithm of a typical gap between times."""
-    channels: int = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
 
     @classmethod
@@ -147,7 +146,6 @@ class SeriesNetwork(eqx.Module):
             recall=jnp.asarray(recalled[0]),
             forget=jnp.asarray(recalled[1]),
             log_gap=log_gap,
-            channels=channels,
             dropout=dropout,
         )
 
@@ -183,7 +181,7 @@ class SeriesNetwork(eqx.Module):
         """The density of the values, given the state. A key drops units."""
         first, last, direct = self.density
         hidden = _dropped(jax.nn.silu(first(state.h)), self.dropout, key)
-        mixture = Mixture.of(last(hidden) + LINEAR * direct(state.h), self.channels)
+        mixture = Mixture.of(last(hidden) + LINEAR * direct(state.h), len(self.recall))
         known = self.recall * jnp.exp(-jnp.exp(self.forget) * state.since) * state.last
         return mixture._replace(mean=mixture.mean + known[None])
 
@@ -193,8 +191,9 @@ class SeriesNetwork(eqx.Module):
         surprise = (y - mean) * jax.lax.rsqrt(variance)
         surprise = surprise / jnp.sqrt(1 + (surprise / LARGEST_SURPRISE) ** 2)
         gap = jnp.log(dt + 0.01 * jnp.exp(self.log_gap)) - self.log_gap
-        known = surprise, jnp.sqrt(variance), jnp.ones_like(y), y
-        seen = Observed(*(jnp.where(there, x, 0.0) for x in known), gap[None])
+        here = lambda x: jnp.where(there, x, 0.0)
+        sd, ones = jnp.sqrt(variance), jnp.ones_like(y)
+        seen = Observed(here(surprise), here(sd), here(ones), here(y), gap[None])
         moved = self.jump(state.h, seen, key)
         last, since = jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)
         return State(jnp.where(there.any(), moved, state.h), last, since)

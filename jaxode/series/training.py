@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import check_bool, check_not_traced, integer, is_number
+from jaxode._checks.arguments import check_bool, check_not_traced, integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
@@ -21,6 +21,7 @@ from jaxode._jax.sharding import axes_of, mean_over, row_numbers
 from jaxode.series.model import Series
 from jaxode.series.network import Observed, Seen, SeriesNetwork
 from jaxode.series.units import Units, check_context, check_series, recalled
+from jaxode.training.dataset import split_rows
 from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.fit import adam
@@ -32,7 +33,6 @@ DROPOUT = 0.35  # of hidden units
 # The part of the series in a step that are read without some of their values, and the part of those
 # that are read up to some time alone. All values count in the loss.
 THINNED, CUT = 0.95, 0.5
-MAX_VALIDATION_ROWS = 1000
 
 
 @public("series.fit")
@@ -131,7 +131,7 @@ def fit(
 
 def _with_own(network: SeriesNetwork, field: Any, jump: Any) -> SeriesNetwork:
     """The network with the user's in place of its own."""
-    h, values = network.start, jnp.zeros(network.channels)
+    h, values = network.start, jnp.zeros_like(network.recall)
     seen = Observed(values, values, values, values, jnp.zeros(1))
     own = {"push": ("field", field, (h,)), "jump": ("jump", jump, (h, seen, None))}
     for place, (name, f, args) in own.items():
@@ -149,14 +149,14 @@ def _with_own(network: SeriesNetwork, field: Any, jump: Any) -> SeriesNetwork:
 
 def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
     """The rows to train on, and those set aside."""
-    if not is_number(validation) or not 0 < validation < 1 or rows < 2:
+    if rows < 3:
         raise ValueError(
-            f"{arg('validation')} must be a number above 0 and below 1, the part to set aside "
-            f"of at least two series; got {validation!r} of {rows}. Cut a long series into several."
+            f"{arg('ts')} must have at least three series, since some are set aside; got {rows}. "
+            "Cut a long series into several."
         )
-    order = np.asarray(jax.random.permutation(key, rows))
-    count = min(max(round(validation * rows), 1), rows - 1)
-    return np.sort(order[count:]), np.sort(order[: min(count, MAX_VALIDATION_ROWS)])
+    (parts,) = split_rows(validation, np.asarray(jax.random.permutation(key, rows)), 1)
+    own, aside = map(np.sort, parts)
+    return own, aside
 
 
 def _rows(units: Units, ts: Any, ys: Any, context: Any, rows: np.ndarray) -> Rows:

@@ -174,7 +174,7 @@ def test_forecasts_start_at_the_last_observation_of_each_row(model):
     means = model.mean(TS[:3], YS[:3], each)
     for i, at in enumerate(each):
         np.testing.assert_allclose(model.mean(TS[i : i + 1], YS[i : i + 1], at)[0], means[i])
-    assert model.state(TS[:3], YS[:3], AT).shape == (3, 3, 4)
+    assert model.state(TS[:3], YS[:3], AT).shape == (3, 3, 8)
     at_once = model.state(TS[:3], YS[:3], each)
     assert (at_once[0, 0] != at_once[1, 0]).any()
 
@@ -200,6 +200,21 @@ def test_between_observations_the_state_follows_an_ode(model):
     errors = [float(jnp.abs(error).max()) for error in found]
     assert errors[1] < 1e-3
     assert errors[0] / errors[1] == pytest.approx(64, rel=0.2)  # of second order
+
+
+def test_a_state_holds_the_last_values_and_how_recent_they_are(model):
+    ys = YS.copy()
+    ys[1, :, 1] = NAN  # never seen
+    ys[1, 0, 0] = 5.0
+    found = model.state(TS, ys, AT)
+    assert found.shape == (len(TS), 3, 4 + 2 * 2)
+    last, recency = np.split(found[:, :, 4:], 2, axis=2)
+    place = lambda i, c: np.flatnonzero(~np.isnan(ys[i, :, c]))[-1]
+    mean, sd, span = model.units.mean, model.units.sd, model.units.time
+    for i, c in ((0, 0), (0, 1), (1, 0)):
+        np.testing.assert_allclose(last[i, :, c], (ys[i, place(i, c), c] - mean[c]) / sd[c])
+        np.testing.assert_allclose(recency[i, :, c], np.exp(-(AT - TS[i, place(i, c)]) / span))
+    assert not found[1, :, [5, 7]].any()
 
 
 def test_training_reads_observed_values_alone_and_often_fewer():
@@ -341,9 +356,9 @@ WRONG = {
     "constant": (TS, YS * [1.0, 0.0], {}, "got only 0 in channel 1"),
     "infinite": (TS, changed(YS, (1, 2, 0), np.inf), {}, "got inf in row 1, channel 0. Leave"),
     "shape": (TS, YS[:, :, 0], {}, r"must be \[rows, times, channels\] .* shape \(24, 6\)"),
-    "one row": (TS[:1], YS[:1], {}, r"\(validation=...\): .* of at least two series; got 0.1 of 1"),
+    "one row": (TS[:1], YS[:1], {}, "at least three series, .* got 1"),
     "one time": (TS[:, :1], YS[:, :1], {}, "two observed times in"),
-    "validation": (TS, YS, {"validation": 1.0}, "must be a number above 0 and below 1"),
+    "validation": (TS, YS, {"validation": 1.0}, r"\(validation=...\): must be between 0 and 1"),
     "context": (TS, YS, {"context": np.ones(24)}, r"\(context=...\): must be finite"),
     "field": (TS, YS, {"field": jnp.sum}, r"\(field=...\): must return an array float64\[32\], as"),
     "jump": (TS, YS, {"jump": lambda h, *_: h[1:]}, r"\(jump=...\): must return an array float"),
