@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import check_not_traced, integer, numbers
 from jaxode._checks.caller import arg, public
@@ -48,7 +48,7 @@ class Series:
         a marginal of the joint density, in closed form.
         """
         _, seen, given = self._read(ts, ys, context)
-        nats = np.asarray(_log_prob(self.params, seen, given), float)
+        nats = np.asarray(log_probs(self.params, seen, given), float)
         return nats - (seen.there * np.log(self.units.sd)).sum(axis=(1, 2))
 
     @public("Series.forecast")
@@ -128,7 +128,8 @@ class Series:
 
 
 @compiled
-def _log_prob(network: SeriesNetwork, seen: Seen, context: Any):
+def log_probs(network: SeriesNetwork, seen: Seen, context: Any) -> Float[Array, " rows"]:
+    """Nats of each row, in standardized units."""
     return jax.vmap(network.log_prob)(seen, context)
 
 

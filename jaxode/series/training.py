@@ -16,9 +16,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from jaxode._checks.arguments import check_bool, check_not_traced, integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
-from jaxode._jax.closure import compiled
 from jaxode._jax.sharding import axes_of, mean_over, row_numbers
-from jaxode.series.model import Series
+from jaxode.series.model import Series, log_probs
 from jaxode.series.network import Observed, Seen, SeriesNetwork
 from jaxode.series.units import Units, check_context, check_series, recalled
 from jaxode.training.dataset import split_rows
@@ -99,18 +98,22 @@ def fit(
     part, aside = _split(len(ts), validation, split_key)
     units = Units.of(ts, ys, context)
     columns = 0 if context is None else context.shape[1]
-    recall = recalled(units.seen(ts[part], ys[part]))
+    known = lambda rows: None if context is None else context[rows]
+    of = lambda rows: (units.seen(ts[rows], ys[rows]), units.known(known(rows), len(rows)))
+    seen, given = of(part)
+    recall = recalled(seen)
     network = SeriesNetwork.make(network_key, columns, size, units.gap, recall, DROPOUT)
     model = Series(_with_own(network, field, jump), units)
     batch_size = min(BATCH_SIZE, len(part))
-    source, held_out = (InMemory(_rows(units, ts, ys, context, rows)) for rows in (part, aside))
-    there, held_out = held_out.rows.context[1], jax.tree.map(jnp.asarray, held_out.rows)
-    offset = float(np.sum(there * np.log(units.sd)) / np.sum(there))
+    source = InMemory(Rows(seen.y, (seen.dt, seen.there, given)))
+    held_out, there = jax.tree.map(jnp.asarray, of(aside)), ~np.isnan(ys[aside])
+    shift = np.sum(there * np.log(units.sd))
     plan = Plan(limits, batch_size, progress=progress, devices=Devices.of(mesh, batch_size))
     if plan.devices.several_processes:
         raise ValueError(f"{arg('mesh')} must have devices of one process; got several.")
     take = lambda key: source.take(key, STEPS_PER_BLOCK * batch_size)
-    evaluate = lambda network: float(_nats(network, held_out)) + offset
+    nats = lambda network: np.asarray(log_probs(network, *held_out), float).sum() - shift
+    evaluate = lambda network: float(-nats(network) / there.sum())
     run = Training(model, source, take, evaluate, plan, clock)
     phase = Phase("series", Partial(_loss), adam(RATE, WEIGHT_DECAY), key, WARM_UP_STEPS)
     try:
@@ -159,13 +162,6 @@ def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, n
     return own, aside
 
 
-def _rows(units: Units, ts: Any, ys: Any, context: Any, rows: np.ndarray) -> Rows:
-    """Some of the series as the network sees them."""
-    seen = units.seen(ts[rows], ys[rows])
-    given = units.known(None if context is None else context[rows], len(rows))
-    return Rows(seen.y, (seen.dt, seen.there, given))
-
-
 def _loss(network: SeriesNetwork, x: Any, context: Any, key: PRNGKeyArray) -> Float[Array, ""]:
     """Nats of a value in a batch, given some of the values before."""
     dt, there, given = context
@@ -189,11 +185,3 @@ def fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, 
     before = jnp.arange(len(there)) < jax.random.randint(keys[3], (), 0, len(there))
     some = there & jnp.where(kind < THINNED * CUT, before[:, None], kept)
     return jnp.where(kind < THINNED, some, there)
-
-
-@compiled
-def _nats(network: SeriesNetwork, rows: Rows) -> Float[Array, ""]:
-    """Of a value, in standardized units."""
-    dt, there, given = rows.context
-    nats = jax.vmap(network.log_prob)(Seen(dt, rows.x, there), given)
-    return -jnp.sum(nats) / jnp.sum(there, dtype=nats.dtype)

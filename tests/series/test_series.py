@@ -39,7 +39,8 @@ TS, YS = simulated()
 
 
 def trained(ys: np.ndarray = YS, **options) -> jaxode.series.Series:
-    options = {"key": jax.random.key(0), "steps": 30, "size": 4, "progress": False} | options
+    own = {"steps": 30, "size": 4, "validation": 0.15}  # 20 series in a batch
+    options = own | {"key": jax.random.key(0), "progress": False} | options
     with jax.numpy_dtype_promotion("standard"):  # Adam has no strict one
         model, history = jaxode.series.fit(TS, ys, **options)
     assert history[-1].step == options["steps"]
