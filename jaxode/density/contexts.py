@@ -169,9 +169,9 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Ar
         leaf = leaf if of_leaf is None else floating(leaf)
         rows = jnp.broadcast_to(leaf, (*samples, *shape)).reshape(math.prod(samples), *shape)
     except ValueError:
-        own = jnp.shape(leaf)[-len(shape) :] if len(shape) > 1 else shape
-        shorter = own[1:] == shape[1:] and own[:1] < shape[:1]
-        remedy = f" Pad sets to {shape[0]} points, by NaN for jaxode.nn.DeepSet." if shorter else ""
+        own, remedy = jnp.shape(leaf)[max(cut, 0) :], ""
+        if len(own) == len(shape) > 1 and own[1:] == shape[1:] and own < shape:
+            remedy = f" Pad sets to {shape[0]} points, by NaN for jaxode.nn.DeepSet."
         raise ValueError(
             f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
             f"{samples}; got shape {jnp.shape(leaf)}.{remedy}"

@@ -269,12 +269,14 @@ def _cause(population: Population, theta: np.ndarray, i: int) -> str:
     """Why a subject has no finite likelihood, and what to do."""
     none = jnp.zeros(len(population.places), population.t0.dtype)
     subject = jax.tree.map(lambda leaf: leaf[i], population.subjects)
-    mean, log_noise = np.asarray(population.moments(jnp.asarray(theta), none, subject))
+    flat = population.params_of(jnp.asarray(theta), none)
+    mean, log_noise = np.asarray(population.moments(flat, subject))
     lost = ~np.isnan(subject.ys) & np.isfinite(mean) & ~np.isfinite(log_noise)
     if population.noise is None or not lost.any():
         return "Start nearer, or raise max_steps."
-    typical = population.unravel(population.params_of(jnp.asarray(theta), none))
-    noise = np.broadcast_to(population.noise(jnp.asarray(mean), typical), mean.shape)
+    params = population.unravel(flat)
+    given = params if population.args is None else (params, population.args)
+    noise = np.broadcast_to(population.noise(jnp.asarray(mean), given), mean.shape)
     at = tuple(map(int, np.argwhere(lost)[0]))
     return (
         f"noise is {noise[at]:.4g} for ys{[i, *at]} = {subject.ys[at]:.4g}, where "
