@@ -1,6 +1,5 @@
 """The files of a problem: its YAML file and tables."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +100,8 @@ def _files(path: Path, given: dict[str, Any], key: str) -> list[Path]:
 
 
 def _lines(file: Path, columns: Sequence[str]) -> Table:
+    import csv  # `import jaxode` does not load it
+
     with file.open(newline="", encoding="utf-8-sig") as opened:
         reader = csv.DictReader(opened, delimiter="\t")
         lines = [
