@@ -293,15 +293,23 @@ def checked_rows(
         x = check_data(name, x, event, least, rule)
     context = check_rows("context", context_numbers("context", context), len(x))
     jax.eval_shape(lambda context: density.contexts.rows(context, (len(x),)), context)  # raises
-    seen = context
-    if density.embed is not None:  # which may know what to make of gaps
-        some = jax.tree.map(lambda leaf: leaf[:MAX_ROWS_COPIED], context)
-        _, seen = density.contexts.embedded(density.params, some, x.shape[:1])
-    check_finite({"context": seen})
+    _check_finite_contexts(density, context, len(x))
     x = x if large else np.asarray(floating(x))
     if density.support is not None:
         check_in_parts(lambda part: _check_inside(density.support, part, dequantize), x)
     return Rows(x, context)
+
+
+def _check_finite_contexts(density: Density, context: PyTree, count: int) -> None:
+    """Raise unless contexts are finite as the field sees them: a network may know gaps."""
+    if density.embed is None:
+        return check_finite({"context": context})
+
+    def check(rows):
+        part = jax.tree.map(lambda leaf: leaf[rows], context)
+        check_finite({"context": density.contexts.embedded(density.params, part, rows.shape)[1]})
+
+    check_in_parts(check, np.arange(count))
 
 
 def _check_inside(support: Any, x: Any, dequantize: bool) -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 
 import jaxode
 from jaxode.flows import embedding
+from jaxode.training import dataset, files
 
 KEY = jax.random.key(0)
 RANDOM = np.random.default_rng(0)
@@ -161,6 +162,17 @@ def test_fit_learns_the_mean_of_sets_of_unequal_size(default_settings):
     nats = exact.logpdf(draws) - density.log_prob(draws[:, None], context=sets)
     # The divergence from the exact posterior: with one deviation for all it is above 0.04.
     assert np.mean(nats) < 0.03
+
+
+def test_rows_of_large_data_are_checked_part_by_part(monkeypatch):
+    for module in (dataset, files):
+        monkeypatch.setattr(module, "MAX_ROWS_COPIED", 2)
+    found = dataset.checked_rows("x", DENSITY, X, SETS, dequantize=False, least=1)
+    np.testing.assert_array_equal(found.context, SETS)
+    nowhere = SETS.copy()
+    nowhere[2] = np.nan
+    with pytest.raises(ValueError, match=r"context=.*finite; got NaN .*first in row 2"):
+        dataset.checked_rows("x", DENSITY, X, nowhere, dequantize=False, least=1)
 
 
 def test_pickle_writes_both():
