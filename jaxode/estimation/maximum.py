@@ -93,7 +93,6 @@ class Search:
         rows = [(self.at(theta + step)[1].sum(axis=0) - down) / step.max() for step in steps]
         hessian = (np.stack(rows) + np.stack(rows).T) / 2
         if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
-            self.at(theta)
             return theta, np.full_like(hessian, np.nan), False
         covariance = np.linalg.inv(hessian)
         for _ in range(NEWTON_STEPS):
@@ -104,5 +103,4 @@ class Search:
             theta, value, down = better, values.sum(), scores.sum(axis=0)
             if down @ covariance @ down < CONVERGED**2:
                 break
-        self.at(theta)
         return theta, covariance, bool(down @ covariance @ down < CONVERGED**2)

@@ -326,11 +326,8 @@ def _varying(start: Any, vary: Any) -> tuple[PyTree, Array, Array]:
 def _with_noise(population: Population, theta: np.ndarray) -> np.ndarray:
     """With the noise that the start leaves, for which no effects are needed."""
     none = jnp.zeros(len(population.places), population.t0.dtype)
-    mean = jax.vmap(
-        lambda subject: population.moments(population.params_of(jnp.asarray(theta), none), subject)[
-            0
-        ]
-    )
-    apart = np.asarray(population.subjects.ys - mean(population.subjects))
+    flat = population.params_of(jnp.asarray(theta), none)
+    mean, _ = jax.vmap(population.moments, (None, 0), 1)(flat, population.subjects)
+    apart = np.asarray(population.subjects.ys - mean)
     known = apart[np.isfinite(apart)]
     return np.append(theta[:-1], 0.5 * math.log(np.mean(known**2) + 1e-30) if known.size else 0.0)

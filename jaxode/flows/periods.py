@@ -26,8 +26,8 @@ MOST_TURNS = 4  # at each of these times
 # In periods, the places at these times where wrapped angles jump: `x % period` at 0,
 # `arctan2(sin(x), cos(x))` at 1/2.
 CUTS = 0.0, 0.5, 0.0
-# How far from a cut the field is compared with itself on its other side. Smooth fields differ less
-# than the tolerance there, unless angles move 1e4 times faster within a thousandth of a period.
+# How far from a cut the field is compared with itself on its other side. In single precision, a
+# smooth field differs less than the tolerance if its slope is below 80 over the span.
 ROUNDINGS_FROM_CUT = 8
 
 
