@@ -10,9 +10,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxode._checks.arguments import takes
 from jaxode._jax.closure import compiled
 from jaxode.estimation.likelihoods import LOG_ROOT_2_PI
+from jaxode.estimation.problem import needs_row
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.field import call_field
 from jaxode.ode.pieces import Jumps
@@ -110,9 +110,9 @@ class Population(eqx.Module):
         if self.args is not None:
             params = params, self.args
         given = params if row is None else (params, row)
-        by_row = row is not None and callable(self.y0) and takes(self.y0, "params", "row")
         start = subject.y0
         if callable(self.y0):
+            by_row = row is not None and needs_row(self.y0)
             start = self.y0(params, row) if by_row else self.y0(params)
         jumps = None if subject.doses is None else Jumps(subject.doses, self.change)
         found = solve(

@@ -26,7 +26,7 @@ from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import check_observed_times
 from jaxode.estimation.bounds import boxed
 from jaxode.estimation.likelihoods import LIKELIHOODS, Likelihood, LogNormal
-from jaxode.estimation.problem import ObservedODE, of_rows
+from jaxode.estimation.problem import ObservedODE, needs_row, of_rows
 from jaxode.estimation.search import PARAMETER_TOLERANCE, Box
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
@@ -297,7 +297,7 @@ def _check_noise_shape(problem: ObservedODE) -> None:
     """Raise unless a function of the noise returns what broadcasts with an observation."""
     noise: Any = problem.noise
     rows = problem.row_args
-    by_row = rows is not None and takes(noise, "params", "row")
+    by_row = rows is not None and needs_row(noise)
     row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
     found = jax.eval_shape(noise, problem.given(problem.template), *row)
     one = problem.ys.shape[problem.ts.ndim :]

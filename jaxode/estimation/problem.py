@@ -97,7 +97,7 @@ class ObservedODE(eqx.Module):
         if not callable(noise):
             return jnp.broadcast_to(noise, self.ys.shape)
         params = self.given(params)
-        if self.row_args is None or not takes(noise, "params", "row"):
+        if self.row_args is None or not needs_row(noise):
             return jnp.broadcast_to(jnp.asarray(noise(params)), self.ys.shape)
         each = lambda row: jnp.broadcast_to(jnp.asarray(noise(params, row)), self.ys.shape[1:])
         return jax.vmap(each)(self.row_args)
@@ -114,8 +114,7 @@ class ObservedODE(eqx.Module):
 
     def residuals(self, predicted: Array, observed: Array, params: PyTree) -> Array:
         """The user's residuals."""
-        knows = takes(self.residual, "predicted", "observed", "params")
-        more = (self.given(params),) if knows else ()
+        more = () if takes(self.residual, "predicted", "observed") else (self.given(params),)
         return self.residual(predicted, observed, *more)
 
     def seen(self, end: Float[Array, ""]) -> Bool[Array, "..."]:
@@ -132,7 +131,12 @@ class ObservedODE(eqx.Module):
 
 
 def of_rows(function: Callable[..., PyTree], given: PyTree, rows: PyTree) -> PyTree:
-    """`function(params)`, or `function(params, row)` of each row if it takes two."""
-    if rows is None or not takes(function, "params", "row"):
+    """`function(params)`, or `function(params, row)` of each row if it needs that."""
+    if rows is None or not needs_row(function):
         return function(given)
     return jax.vmap(lambda row: function(given, row))(rows)
+
+
+def needs_row(function: Callable[..., Any]) -> bool:
+    """Whether a function of `(params, row)` cannot do without the row. A default of it stays."""
+    return not takes(function, "params")

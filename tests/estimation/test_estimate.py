@@ -84,7 +84,7 @@ def test_with_known_noise_and_a_prior_it_is_the_mode():
 def test_logarithms_are_observed_or_compared():
     logs = np.log(closed(np.asarray(TS), *KNOWN.values())) + NOISE * RNG.normal(size=TS.shape)
     observed = estimated(logs, observe=lambda t, y, params: jnp.log(y), noise=NOISE)
-    apart = lambda predicted, observed: jnp.log(predicted / observed) / NOISE
+    apart = lambda predicted, observed, noise=NOISE: jnp.log(predicted / observed) / noise
     compared = estimated(np.exp(logs), residual=apart, match=False)
     np.testing.assert_allclose([*observed.params.values()], [*compared.params.values()], rtol=1e-5)
     np.testing.assert_allclose(observed.covariance, compared.covariance, rtol=1e-3)
