@@ -153,11 +153,13 @@ def run(
         results: `machine`, and `benchmarks`, the results by benchmark and case.
         fresh: measure these cases again.
         seconds: in place of those of the benchmarks.
-        match: a part of the names of the cases to measure.
+        match: the name of the case to measure, or a part of those of several.
     """
     machine, found = results["machine"], results["benchmarks"]
     cases = [Job(name, load(name), case) for name in names for case in load(name).cases]
-    jobs = [job for job in cases if match in job.case]
+    jobs = [job for job in cases if match == job.case] or [
+        job for job in cases if match in job.case
+    ]
     if not jobs:
         sys.exit(f"no case contains {match!r}. There are {', '.join(job.case for job in cases)}.")
     for job in jobs if fresh else ():
@@ -227,7 +229,7 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("only", nargs="*", help="names of benchmarks")
-    parser.add_argument("--match", default="", help="a part of the names of the cases to measure")
+    parser.add_argument("--match", default="", help="a case, or a part of the names of several")
     parser.add_argument("--seconds", type=float, help="of timing, for one case")
     parser.add_argument("--show", action="store_true", help="measure nothing, print all tables")
     given, known = parser.parse_args(), (*BENCHMARKS, *ON_ITS_OWN)
