@@ -4,6 +4,7 @@ The logits of a column are an affine function of the columns before it, plus a m
 two layers (MADE; Germain et al. 2015, arXiv:1502.03509), plus a network of the given columns.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -29,8 +30,50 @@ STEPS_PER_VALIDATION, PATIENCE_VALIDATIONS, MAX_STEPS = 50, 12, 6000
 PART_OF_SECONDS = 0.25  # which the categories take of a training, if there are numbers
 
 
-class Categories(eqx.Module):
+class Autoregressive(eqx.Module):
     """`log P(modes | given)`, column after column."""
+
+    sizes: eqx.AbstractVar[tuple[int, ...]]
+
+    @abc.abstractmethod
+    def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
+        """Log-probabilities of all modes of each column, given the columns before it. A key drops
+        units."""
+
+    def log_prob(self, modes, given, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
+        """`log P(modes | given)`."""
+        at = _starts(self.sizes) + modes
+        one_hot = jnp.zeros(sum(self.sizes)).at[at].set(1.0)
+        return jnp.sum(self.logits(one_hot, given, key)[at])
+
+    def sample(
+        self,
+        key: PRNGKeyArray,
+        given: Float[Array, " given"],
+        known: Int[Array, " columns"],
+        allowed: Bool[Array, " logits"],
+    ) -> tuple[Int[Array, " columns"], Float[Array, ""]]:
+        """Draw the modes that are not known (-1), among those allowed, and
+        `log P(known modes | those before them)`."""
+        column, starts = jnp.asarray(_layout(self.sizes)[0]), jnp.asarray(_starts(self.sizes))
+
+        def step(i, carry):
+            at, weight, one_hot = carry
+            logits, may_be = self.logits(one_hot, given), allowed & (column == i)
+            drawn = jax.random.categorical(
+                jax.random.fold_in(key, i), jnp.where(may_be, logits, -jnp.inf)
+            )
+            chosen = jnp.where(known[i] < 0, drawn, starts[i] + known[i])
+            weight = weight + jnp.where(known[i] < 0, 0.0, logits[chosen])
+            return at.at[i].set(chosen), weight, one_hot.at[chosen].set(1.0)
+
+        start = starts, jnp.zeros(()), jnp.zeros(sum(self.sizes))
+        at, weight, _ = jax.lax.fori_loop(0, len(self.sizes), step, start)
+        return at - starts, weight
+
+
+class Categories(Autoregressive):
+    """One network."""
 
     direct: Float[Array, "logits logits"]
     inner: Float[Array, "width logits"]
@@ -60,8 +103,6 @@ class Categories(eqx.Module):
         )
 
     def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
-        """Log-probabilities of all modes of each column, given the columns before it. A key drops
-        units."""
         column, unit, table, place = _layout(self.sizes)
         before = lambda mask, weight: jnp.where(jnp.asarray(mask), weight, 0.0)
         h = before(unit[:, None] > column[None], self.inner) @ one_hot
@@ -74,36 +115,16 @@ class Categories(eqx.Module):
         by_column = jnp.append(out, -jnp.inf)[table]
         return jax.nn.log_softmax(by_column, axis=1).reshape(-1)[place]
 
-    def log_prob(self, modes, given, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
-        """`log P(modes | given)`."""
-        at = _starts(self.sizes) + modes
-        one_hot = jnp.zeros(len(self.bias)).at[at].set(1.0)
-        return jnp.sum(self.logits(one_hot, given, key)[at])
 
-    def sample(
-        self,
-        key: PRNGKeyArray,
-        given: Float[Array, " given"],
-        known: Int[Array, " columns"],
-        allowed: Bool[Array, " logits"],
-    ) -> tuple[Int[Array, " columns"], Float[Array, ""]]:
-        """Draw the modes that are not known (-1), among those allowed, and
-        `log P(known modes | those before them)`."""
-        column, starts = jnp.asarray(_layout(self.sizes)[0]), jnp.asarray(_starts(self.sizes))
+class Average(Autoregressive):
+    """The mean of the probabilities of several networks, column after column."""
 
-        def step(i, carry):
-            at, weight, one_hot = carry
-            logits, may_be = self.logits(one_hot, given), allowed & (column == i)
-            drawn = jax.random.categorical(
-                jax.random.fold_in(key, i), jnp.where(may_be, logits, -jnp.inf)
-            )
-            chosen = jnp.where(known[i] < 0, drawn, starts[i] + known[i])
-            weight = weight + jnp.where(known[i] < 0, 0.0, logits[chosen])
-            return at.at[i].set(chosen), weight, one_hot.at[chosen].set(1.0)
+    sizes: tuple[int, ...] = eqx.field(static=True)
+    members: tuple[Categories, ...]
 
-        start = starts, jnp.zeros(()), jnp.zeros(len(self.bias))
-        at, weight, _ = jax.lax.fori_loop(0, len(self.sizes), step, start)
-        return at - starts, weight
+    def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
+        each = jnp.stack([network.logits(one_hot, given, key) for network in self.members])
+        return jax.nn.logsumexp(each, axis=0) - math.log(len(self.members))
 
 
 def _starts(sizes: tuple[int, ...]) -> np.ndarray:
@@ -123,14 +144,14 @@ def _layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 
 @compiled
-def log_probs(network: Categories, modes, given) -> Float[Array, " rows"]:
+def log_probs(network: Autoregressive, modes, given) -> Float[Array, " rows"]:
     """`log P(modes | given)` of each row."""
     return jax.vmap(network.log_prob)(modes, given)
 
 
 @compiled
-def sampled_modes(network: Categories, keys, given, known, allowed):
-    """`Categories.sample` of each row, with the same modes allowed in all."""
+def sampled_modes(network: Autoregressive, keys, given, known, allowed):
+    """`Autoregressive.sample` of each row, with the same modes allowed in all."""
     return jax.vmap(network.sample, (0, 0, 0, None))(keys, given, known, allowed)
 
 
@@ -185,11 +206,11 @@ def train(
     validation: tuple[np.ndarray, np.ndarray],
     weights: Sequence[np.ndarray | None],
     limits: Limits,
-    progress: bool,
+    progress: str,
     begin: float,
 ) -> tuple[Categories, list[Point]]:
     """Train on `(modes, given)`, and keep what is best on the validation rows. Both may have
-    weights."""
+    weights. `progress` is what to call the training on stderr, or empty."""
     init_key, key = jax.random.split(key)
     of_rows, of_aside = weights
     source, weighted = InMemory(Rows(*rows), weights=of_rows), of_rows is not None
@@ -208,7 +229,7 @@ def train(
         part = max(step / total, clock.spent / limits.seconds if limits.seconds else 1.0)
         ended = part >= 1 or seen.worse >= PATIENCE_VALIDATIONS
         if progress:
-            text = described("categories", f"{step}", nats, seen.best_nll)
+            text = described(progress, f"{step}", nats, seen.best_nll)
             show(text, look=ended or step >= due)
         if step >= due:
             due = VALIDATION_STEP_RATIO * step

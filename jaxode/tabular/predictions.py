@@ -19,7 +19,7 @@ from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
 from jaxode.density.density import Density
 from jaxode.tabular import frames
-from jaxode.tabular.categorical import Categories
+from jaxode.tabular.categorical import Autoregressive
 from jaxode.tabular.columns import Column
 from jaxode.tabular.curves import FURTHEST, MORE_POINTS, points_between, refined
 from jaxode.tabular.encoding import Encoder, read
@@ -53,7 +53,11 @@ class Predictive:
     """The distributions of a column in the rows of a frame."""
 
     def __init__(
-        self, encoder: Encoder, categories: Categories | None, density: Density | None, frame: Any
+        self,
+        encoder: Encoder,
+        categories: Autoregressive | None,
+        density: Density | None,
+        frame: Any,
     ):
         self.column, self.encoder, self.density = _target(encoder), encoder, density
         self.frame = frames.as_frame("frame", frame)
@@ -300,7 +304,7 @@ def _target(encoder: Encoder) -> Column:
 
 
 _log_shares: Callable[..., Any] = jax.jit(
-    lambda network, given: jax.vmap(lambda row: network.logits(jnp.zeros(network.bias.shape), row))(
+    lambda network, given: jax.vmap(lambda row: network.logits(jnp.zeros(sum(network.sizes)), row))(
         given
     )
 )

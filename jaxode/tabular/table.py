@@ -15,7 +15,7 @@ from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
 from jaxode.density.density import Density
 from jaxode.tabular import categorical, curves, frames
-from jaxode.tabular.categorical import Categories
+from jaxode.tabular.categorical import Autoregressive
 from jaxode.tabular.encoding import Encoded, Encoder, with_noise
 from jaxode.tabular.impute import impute
 from jaxode.tabular.predictions import Predictive
@@ -33,7 +33,7 @@ class Table:
     """
 
     encoder: Encoder
-    categories: Categories | None
+    categories: Autoregressive | None
     """The probabilities of categories, of missing values, and of numbers that are repeated."""
     density: Density | None
     """The density of standardized numbers with noise in their cells, given `context`."""

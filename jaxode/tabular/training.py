@@ -91,8 +91,9 @@ def fit(
             of `key`.
         validation: the part of the rows to set aside, another one for each network, or a frame of
             others. At most 1000 are used.
-        members: networks of the numbers, whose fields are averaged (`jaxode.nn.Ensemble`). Each
-            gets an equal part of the seconds. Five by default up to 5000 rows, and one beyond.
+        members: networks, each with an equal part of the seconds: of the numbers, whose fields are
+            averaged (`jaxode.nn.Ensemble`), and of the categories, whose probabilities are. Five
+            by default up to 5000 rows, and one beyond.
         calibrate: whether to change the levels of a number, given other columns, so that they hold
             on the rows aside, each judged by a network that did not train on it. The mean of
             several networks is often sharper than they are, and its intervals then cover too much.
@@ -128,18 +129,14 @@ def fit(
     calibrate = _calibrates(encoder, calibrate)
     members = _members(members, len(frame))
     parts = _split(encoder, frame, validation, keys[0], members, weights)
-    rows, aside, *of_rows = parts[0]
-    _warn_of_dependence(encoder, rows)
+    _warn_of_dependence(encoder, parts[0].rows)
 
     network, density, moments, points = None, None, None, []
-    if discrete := encoder.discrete:
+    if encoder.discrete:
         if encoder.numbers:
             limits, of_rest = _split_seconds(limits, categorical.PART_OF_SECONDS)
             plan = plan._replace(limits=of_rest)
-        pair = lambda rows: (rows.modes[:, discrete], rows.given)
-        network, points = categorical.train(
-            keys[1], encoder.sizes, pair(rows), pair(aside), of_rows, limits, progress, begin
-        )
+        network, points = _train_categories(encoder, parts, keys[1], limits, progress, begin)
     if encoder.numbers:
         density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
         if calibrate:
@@ -207,6 +204,29 @@ def _split(
         Part(take(rows, own), take(rows, aside), of(own), of(aside))
         for own, aside in split_rows(validation, draw.permutation(len(frame)), members)
     ]
+
+
+def _train_categories(
+    encoder: Encoder,
+    parts: list[Part],
+    key: PRNGKeyArray,
+    limits: Limits,
+    progress: bool,
+    begin: float,
+) -> tuple[categorical.Autoregressive, list[Point]]:
+    """Train a network on each part, one after the other, of which each has as many seconds."""
+    limits = limits._replace(seconds=limits.seconds / len(parts))
+    pair = lambda rows: (rows.modes[:, encoder.discrete], rows.given)
+    networks, points, keys = [], [], jax.random.split(key, len(parts))
+    for i, (rows, aside, *weights) in enumerate(parts):
+        name = "categories" if len(parts) == 1 else f"categories {i + 1} of {len(parts)}"
+        network, more = categorical.train(
+            keys[i], encoder.sizes, pair(rows), pair(aside), weights, limits, progress * name, begin
+        )
+        networks, points = [*networks, network], points + more
+    if len(networks) == 1:
+        return networks[0], points
+    return categorical.Average(encoder.sizes, tuple(networks)), points
 
 
 def _train_numbers(

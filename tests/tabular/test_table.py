@@ -59,11 +59,34 @@ def test_categories_alone_sum_to_one_and_are_learned():
 
 
 def test_steps_of_categories_end_where_they_should_and_progress_is_a_line_for_each_look(capsys):
-    _, history = tabular.fit(FRAMES["categories"], key=KEY, steps=60)
+    _, history = tabular.fit(FRAMES["categories"], key=KEY, steps=60, members=1)
     assert [point.step for point in history] == [0, 50, 60]
     words = [f"categories: step {p.step}, validation loss {p.nats:.3f} nats, " for p in history]
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * 3
+
+
+def test_categories_have_the_mean_of_the_probabilities_of_several_networks():
+    """Column after column: so the joint probability is the product of two means."""
+    fitted, history = tabular.fit(
+        FRAMES["categories"], key=KEY, steps=60, members=2, progress=False
+    )
+    assert [point.step for point in history] == 2 * [0, 50, 60]
+    frame = FRAMES["categories"][:5]
+    rows = fitted.encoder.encode(frames.as_frame("frame", frame))
+    sizes, starts = fitted.encoder.sizes, np.cumsum([0, *fitted.encoder.sizes[:-1]])
+    expected = np.zeros(5)
+    for i, modes in enumerate(rows.modes):
+        one_hot = np.zeros(sum(sizes), np.float32)
+        one_hot[starts + modes] = 1
+        each = [network.logits(one_hot, rows.given[i]) for network in fitted.categories.members]
+        expected[i] = np.log(np.mean(np.exp(each), axis=0))[starts + modes].sum()
+    np.testing.assert_allclose(fitted.log_prob(frame), expected, rtol=1e-5)
+    drawn = fitted.sample(jax.random.key(1), 2000)
+    for name in frame.columns:
+        values, counts = np.unique(drawn[name].astype(str), return_counts=True)
+        shares = FRAMES["categories"][name].astype(str).value_counts(normalize=True)
+        np.testing.assert_allclose(counts / 2000, shares[values], atol=0.06)
 
 
 def test_one_positive_number_has_a_density():
@@ -285,7 +308,7 @@ def test_the_same_key_trains_the_same_table_which_pickles():
 
 def test_validation_rows_of_your_own():
     frame = FRAMES["categories"]
-    options = {"key": KEY, "progress": False, "steps": 100}
+    options = {"key": KEY, "progress": False, "steps": 100, "members": 1}
     fitted, points = tabular.fit(frame[:200], validation=frame[200:], **options)
     nats = -fitted.log_prob(frame[200:]).mean()
     assert abs(min(point.nats for point in points) - nats) < 1e-4
