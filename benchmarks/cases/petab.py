@@ -85,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--match", default="", help="a part of the names of problems")
     given = parser.parse_args(arguments)
     with double_precision():
-        print(show.markdown(HEADER, [row_of(path) for path in problems(given.data, given.match)]))
+        print(show.markdown(HEADER, []), flush=True)
+        for path in problems(given.data, given.match):
+            print("| " + " | ".join(row_of(path)) + " |", flush=True)
 
 
 if __name__ == "__main__":

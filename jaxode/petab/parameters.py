@@ -44,6 +44,11 @@ class Parameters:
         self.lines = {line["parameterId"]: line for line in table}
         self.rates = np.array([self._rate(line) for line in table])
         self.nominal = np.array([_number(line, "nominalValue") for line in table])
+        for i in np.flatnonzero(~self.estimated & np.isnan(self.nominal)):
+            raise ValueError(
+                f"{arg('path')} nominalValue must be a number for a parameter that is not "
+                f"estimated; got none for {self.ids[i]!r}. Mend the table of parameters."
+            )
         low, high = (
             self.scaled(np.array([_number(line, key) for line in table]))
             for key in ("lowerBound", "upperBound")
@@ -76,14 +81,23 @@ class Parameters:
                 self.rates > 0, np.log(values) / np.where(self.rates, self.rates, 1), values
             )
 
-    def vector(self, params: dict[str, Array]) -> Float[Array, " parameters"]:
-        """All parameters on a linear scale, from the estimated ones on their scales."""
+    def check(self, params: Any) -> None:
+        """Raise if they are not a dictionary of the estimated parameters."""
+        if not isinstance(params, dict):
+            raise TypeError(
+                f"{arg('params')} must be a dictionary of the parameters in problem.names; got "
+                f"{type(params).__name__}. Take problem.nominal as a pattern."
+            )
         if set(params) != set(self.names):
             odd = sorted(set(params) ^ set(self.names))
             raise ValueError(
                 f"{arg('params')} must have the names of problem.names; got {odd} too many or too "
                 "few. Take problem.nominal as a pattern."
             )
+
+    def vector(self, params: dict[str, Array]) -> Float[Array, " parameters"]:
+        """All parameters on a linear scale, from the estimated ones on their scales."""
+        self.check(params)
         flat = jnp.stack([jnp.asarray(params[name], float) for name in self.names])
         rates = jnp.asarray(self.rates[self.estimated])
         free = jnp.where(rates > 0, jnp.exp(rates * flat), flat)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key
 from jaxode.estimation.estimate import Estimate, estimate
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.solve import solve
@@ -25,7 +27,7 @@ from jaxode.petab.parameters import Entries, Parameters
 from jaxode.petab.tables import read_tables
 
 Params = dict[str, Float[Array, ""]]
-OPTIONS = {"solver": Rodas5P(), "rtol": 1e-8, "atol": 1e-10, "max_steps": 4096}
+OPTIONS = {"solver": Rodas5P(), "rtol": 1e-8, "atol": 1e-10, "max_steps": 16384}
 
 SET = (  # options of `solve` that it sets, or has no use for
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
@@ -51,7 +53,7 @@ class Problem:
         self, experiments: Experiments, measurements: Measurements, options: dict[str, Any]
     ) -> None:
         self._experiments, self._measurements = experiments, measurements
-        self._options = OPTIONS | options
+        self._given, self._options = options, OPTIONS | options
         parameters = self._parameters = experiments.parameters
         self.names, self.bounds = parameters.names, parameters.bounds
         self.nominal = parameters.by_name(parameters.scaled(parameters.nominal))
@@ -81,16 +83,18 @@ class Problem:
 
     @public("Problem.nll")
     def nll(self, params: Params) -> Float[Array, ""]:
-        """Minus the log-likelihood, with all constants, without priors; NaN where a solve fails.
+        """Minus the log-likelihood, with all constants, without priors; NaN where a solve fails, or
+        noise is not above zero.
 
         Differentiation: in reverse mode.
         """
+        self._parameters.check(params)
         return self._value(params)
 
     @public("Problem.starts")
     def starts(self, key: PRNGKeyArray, n: int) -> dict[str, Float[Array, " n"]]:
         """Draw `n` first guesses between the bounds, or by the table's priors of initialization."""
-        return self._parameters.starts(key, n)
+        return self._parameters.starts(check_key(key), integer("n", n))
 
     def prior(self, params: Params) -> Params:
         """The residuals of the normal objective priors of the table."""
@@ -122,7 +126,9 @@ class Problem:
         else:
             how = {"observe": channels.observe_with_noise, "likelihood": channels.log_density}
             ys = jnp.stack([ys, jnp.full(ys.shape, jnp.nan)], axis=-1)
-        given = {"solver": self._options["solver"], "max_steps": self._options["max_steps"]}
+        given = {"solver": self._options["solver"]}
+        # Far from the best parameters, solves that fail should do so soon.
+        given |= {name: self._given[name] for name in ("max_steps",) if name in self._given}
         if self._breaks is not None:
             given["breakpoints"] = self._breaks
         given |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}
@@ -182,7 +188,7 @@ def load(path: str | Path, **options: Any) -> Problem:
     Args:
         path: the YAML file.
         options: of `jaxode.solve`, such as `solver`, `rtol`, `atol` and `max_steps`. By default
-            `jaxode.Rodas5P()`, 1e-8, 1e-10 and 4096.
+            `jaxode.Rodas5P()`, 1e-8, 1e-10 and 16384.
 
     Returns:
         A `Problem`.

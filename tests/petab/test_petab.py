@@ -234,6 +234,7 @@ BAD = {
     "a time before": ("measurements.tsv", "4\t7.5", "-4\t7.5", "negative.*got '-4' for 'total'"),
     "crossed bounds": ("parameters.tsv", "0.001\t", "11\t", "order, .*'11' and '10' for 'noise'"),
     "a bound of a logarithm": ("parameters.tsv", "0.01\t", "-1\t", "logarithms; got '-1' and"),
+    "no value": ("parameters.tsv", "2.0\t0", "\t0", "not estimated; got none for 'high'"),
     "an estimated switch": ("conditions.tsv", "1e9", "k", "known times; got switches at times th"),
 }  # fmt: skip
 
@@ -260,6 +261,12 @@ def test_other_wrong_arguments(problem, tmp_path):
         problem.estimate(problem.starts(jax.random.key(0), 1))
     with pytest.raises(ValueError, match=r"nll\(params=...\): must have the names .* \['k'\]"):
         problem.nll({name: problem.nominal[name] for name in problem.names[1:]})
+    with pytest.raises(TypeError, match=r"nll\(params=...\): must be a dictionary .* got ndarray"):
+        problem.nll(np.zeros(len(problem.names)))
+    with pytest.raises(TypeError, match=r"Problem.starts\(key=...\)"):
+        problem.starts(0, 3)
+    with pytest.raises(ValueError, match=r"Problem.starts\(n=...\)"):
+        problem.starts(jax.random.key(0), 0)
 
 
 def test_the_parts_of_an_estimate_have_the_same_likelihood(problem):
