@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_not_traced
 from jaxode._checks.caller import arg, public
 from jaxode.estimation.budget import Budget
+from jaxode.estimation.display import as_text
 from jaxode.estimation.observations import Given, posed
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.problem import ObservedODE
@@ -84,6 +85,11 @@ class Estimate(eqx.Module):
     _together: int = eqx.field(static=True)
     _counts: tuple[int, int] = eqx.field(static=True)
     """Of parameters, with the noise that the residuals say, and of observations."""
+
+    def __repr__(self) -> str:
+        measures = {"cost": self.cost, "nll": self.nll}
+        table = [("estimate", self.params), ("error", self.errors)]
+        return as_text("Estimate", self.converged, measures, [table]) or super().__repr__()
 
     @property
     def aic(self) -> Float[Array, ""]:

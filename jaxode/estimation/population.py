@@ -27,6 +27,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
+from jaxode.estimation.display import as_text
 from jaxode.estimation.marginal import Population, Subject
 from jaxode.estimation.maximum import Search
 from jaxode.estimation.observations import as_data, check_observed, check_times
@@ -65,6 +66,18 @@ class PopulationEstimate(eqx.Module):
     converged: Bool[Array, ""]
     """Whether the search ended at its tolerance."""
     _observed: int = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        tables = [
+            [("estimate", self.params), ("error", self.errors)],
+            [
+                ("deviation", self.deviations),
+                ("error", self.deviation_errors),
+                ("shrinkage", self.shrinkage),
+            ],
+        ]
+        text = as_text("PopulationEstimate", self.converged, {"nll": self.nll}, tables)
+        return text or super().__repr__()
 
     @property
     def aic(self) -> Float[Array, ""]:

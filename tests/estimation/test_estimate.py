@@ -1,6 +1,7 @@
 """Parameters from observations: against least squares of closed forms, and what is refused."""
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,19 @@ def test_every_start_ends_there(fitted):
     np.testing.assert_allclose(fitted.costs, fitted.cost, rtol=1e-6)
     np.testing.assert_allclose(fitted.starts["rate"], fitted.params["rate"], atol=1e-4)
     assert fitted.converged
+
+
+def test_it_is_printed_as_numbers(fitted):
+    title, header, *lines = str(fitted).splitlines()
+    assert title.startswith("Estimate: converged, cost ")
+    assert title.endswith(f"nll {fitted.nll:.5g}")
+    assert header.split() == ["estimate", "error"]
+    told = {name: numbers for name, *numbers in map(str.split, lines)}
+    for name in ("rate", "size"):
+        expected = [f"{fitted.params[name]:.5g}", f"{fitted.errors[name]:.5g}"]
+        assert told[f"['{name}']"] == expected
+    without = eqx.tree_at(lambda found: found.nll, fitted, None)
+    assert "cost=f64[]" in str(without)  # it is not numbers
 
 
 def test_a_missing_observation_is_one_less():

@@ -72,6 +72,13 @@ def test_it_is_exact_for_a_linear_mixed_model(lines):
     np.testing.assert_allclose(lines.covariance, covariance, rtol=0.02, atol=1e-4)
     np.testing.assert_allclose([*lines.errors.values()], np.diag(covariance)[:2] ** 0.5, rtol=1e-2)
     assert lines.converged
+    _, header, level, _, also, *_ = str(lines).splitlines()
+    assert header.split() + also.split() == ["estimate", "error", "deviation", "error", "shrinkage"]
+    assert level.split() == [
+        "['level']",
+        f"{lines.params['level']:.5g}",
+        f"{lines.errors['level']:.5g}",
+    ]
 
 
 def test_a_subject_is_drawn_to_the_others(lines):
