@@ -25,6 +25,7 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
+from jaxode.tabular.training import WIDTH_OF_MEMBER
 from jaxode.training.dataset import MAX_VALIDATION_ROWS
 from jaxode.training.loop import MAX_EXACT_DIMENSIONS, VALIDATION_STEP_RATIO, Clock
 
@@ -61,15 +62,18 @@ class WallClock(Clock):
 
 
 def by_jaxode(
-    table: Table, seed: int, seconds: float, period: float | None = None, **size: Any
-) -> Iterator[Candidate]:
-    """With a `period`, on a torus."""
+    table: Table, seed: int, seconds: float, period: float | None = None, members: int = 1,
+    **size: Any,
+) -> Iterator[Candidate]:  # fmt: skip
+    """With a `period`, on a torus. Several members are as wide as those of `tabular.fit`."""
     start_key, key = jax.random.split(jax.random.key(seed))
     dim = table.train.shape[1]
 
     def train():
         begin = time.perf_counter()
-        params = jaxode.nn.Residual(dim, key=start_key, period=period, **size)
+        make = lambda key: jaxode.nn.Residual(dim, key=key, period=period, **size)
+        several = lambda: jaxode.nn.Ensemble(make, members, key=start_key)
+        params = make(start_key) if members == 1 else several()
         base = jaxode.standard_normal(dim) if period is None else jaxode.torus(dim, period)
         # Matching takes no tolerance, and `log_prob` has the exact trace.
         flow = jaxode.cnf(jaxode.nn.field, base, rtol=1e-6, atol=1e-6)
@@ -297,6 +301,7 @@ OF_ZUKO = {
 OF_FLOWJAX = {"": {}, "width 128": {"nn_width": 128}, "rate 2e-3": {"rate": 2e-3}}
 CONTENDERS = {
     "jaxode": Contender(by_jaxode, WIDTHS),
+    "jaxode, five networks": Contender(by_jaxode, {"": {"members": 5, "width": WIDTH_OF_MEMBER}}),
     "torchcfm": Contender(by_torchcfm, WIDTHS),
     "zuko NSF": Contender(by_zuko("NSF"), OF_ZUKO),
     "zuko MAF": Contender(by_zuko("MAF"), OF_ZUKO),
@@ -306,4 +311,7 @@ CONTENDERS = {
     "kernel density": Contender(kernels),
     "Gaussian": Contender(gaussian),
 }
-AT_ONCE = ("jaxode",)  # what they do depends on how long they have: one training for each time
+AT_ONCE = (
+    "jaxode",
+    "jaxode, five networks",
+)  # what they do depends on how long they have: one training for each time

@@ -241,10 +241,10 @@ def of_table(patch, of):
     patch.setattr(tables, "TIMES", () if setting else (1.5,))
     patch.setattr(estimators, "OF_FIELD", (2, 1.15))
     patch.setattr(estimators, "OF_MAP", (2, 1.05))
-    if name.split()[0] in ("jaxode", "torchcfm"):  # of one block in place of three
-        one = {width: size | {"blocks": 1} for width, size in estimators.WIDTHS.items()}
-        contender = estimators.CONTENDERS[name]._replace(settings=one)
-        patch.setitem(estimators.CONTENDERS, name, contender)
+    if name.startswith(("jaxode", "torchcfm")):  # of one block in place of three
+        contender = estimators.CONTENDERS[name]
+        one = {label: size | {"blocks": 1} for label, size in contender.settings.items()}
+        patch.setitem(estimators.CONTENDERS, name, contender._replace(settings=one))
     x = np.random.default_rng(0).standard_normal((120, 3))
     patch.setattr(tables, "TABLES", {"banana": lambda: x})
     yield tables.Case("banana", name, setting, 0).name, 2.5
