@@ -64,12 +64,14 @@ def page(machines: list[dict[str, Any]]) -> list[str]:
     first = machines[0]["machine"]["device"]
     shown: dict[str, list[str]] = {}
     elsewhere: dict[str, list[str]] = {}
+    measured: list[str] = []
     for results in machines:
         device = results["machine"]["device"]
         for name, benchmark, done, _ in finished(results):
             told = benchmark.brief(done)
             if told and name not in shown:
                 shown[name] = [f"## {benchmark.title}", told]
+                measured.append(f"{benchmark.title} {', '.join(commits(done))}")
                 if device != first:
                     elsewhere.setdefault(device, []).append(benchmark.title)
     others = "".join(f"; on {device}: {', '.join(told)}" for device, told in elsewhere.items())
@@ -82,6 +84,7 @@ def page(machines: list[dict[str, Any]]) -> list[str]:
         "at equal error: below 1 jaxode is faster, above it, in bold, the other. Of two, the first "
         "is with a network as users write it, the second with one of `jaxode.nn`.",
         *(part for parts in shown.values() for part in parts),
+        f"Commits: {'; '.join(measured)}.",
     ]
 
 
