@@ -3,7 +3,7 @@
 It is a mixture of atoms, which are numbers that are repeated, and of a density for each grid. A
 density of one number has exact levels and quantiles, one solve each. So the quantile of atoms and
 one grid takes the levels at the atoms, and then one quantile of the density; that of several grids
-is searched for among their numbers. Means and scores are sums over points of the curve of level and
+is searched for (`mixture.py`). Means and scores are sums over points of the curve of level and
 value, which are dense where it is steep, and where it is flat.
 """
 
@@ -18,12 +18,12 @@ from jaxode._checks.arguments import floating_dtype
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
 from jaxode.density.density import Density
-from jaxode.tabular import frames
+from jaxode.tabular import frames, mixture
 from jaxode.tabular.categorical import Autoregressive
 from jaxode.tabular.columns import Column
 from jaxode.tabular.curves import FURTHEST, MORE_POINTS, points_between, refined
 from jaxode.tabular.encoding import Encoder, read
-from jaxode.tabular.rounding import tidy
+from jaxode.tabular.mixture import Mixture
 
 NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
 LEAST = 1e-6  # probability of a grid that counts
@@ -134,13 +134,12 @@ class Predictive:
 
     def _cdf(self, part: slice, y: np.ndarray) -> np.ndarray:
         """The probability of at most `y`, `[rows, numbers]`."""
-        atoms = self.shares[part, : len(self.atoms)]
-        total = np.sum(atoms[:, None] * (self.atoms <= y[..., None]), axis=2)
-        for grid in self._grids(part):
-            on_grid = self.column.grids[grid.index]
-            end = sum(self.column.cell(y, grid.index)) if on_grid else y
-            total += grid.share[:, None] * self._levels(grid, self.column.scaled(end))
-        return np.clip(total, 0.0, 1.0)
+        grids = self._grids(part)
+        rows = self._mixture(part, grids)
+        rows = rows._replace(atoms=rows.atoms[:, None], shares=rows.shares[..., None])
+        each = zip(grids, rows.ends(y), strict=True)
+        levels = np.array([self._levels(grid, end) for grid, end in each]).reshape(-1, *y.shape)
+        return np.clip(rows.level(y, levels), 0.0, 1.0)
 
     def _quantiles(self, part: slice, levels: np.ndarray) -> np.ndarray:
         grids = self._grids(part)
@@ -165,24 +164,38 @@ class Predictive:
         return np.where(is_atom, high, np.clip(y, low, high))
 
     def _searched(self, part: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
-        """Bisect the multiples of the finest grid, from the least quantile of a part to the
-        largest."""
+        """Search from the least quantile of a part to the largest."""
         unit = self.column.grids[-1]
-        parts = [self._numbers(grid, levels) for grid in grids]
-        parts += [np.full_like(parts[0], atom) for atom in self.atoms]
-        low = np.round(np.min(parts, axis=0) / unit) - 1
-        high = np.round(np.max(parts, axis=0) / unit)
-        middle = np.floor((low + high) / 2)
-        while ((low < middle) & (middle < high)).any():  # beyond 2^53, neighbours are further apart
-            reached = self._cdf(part, tidy(middle * unit, unit)) >= levels
-            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
-            middle = np.floor((low + high) / 2)
-        return tidy(high * unit, unit)
+        solved = mixture.with_others(levels)
+        x = np.stack([self._solved_quantiles(grid, _told_apart(solved)) for grid in grids])
+        rows, count = x.shape[1], len(levels)
+        parts = [self._rounded(grid, x[i, :, :count]) for i, grid in enumerate(grids)]
+        parts += [np.full((rows, count), atom) for atom in self.atoms]
+        ends = np.min(parts, axis=0).reshape(-1) - unit, np.max(parts, axis=0).reshape(-1)
+        lines = mixture.Lines.of_quantiles(x, solved)
+        lines = mixture.Lines(*(leaf[..., :count].reshape(len(grids), -1) for leaf in lines))
+        row = np.repeat(np.arange(rows), count)
+
+        def levels_at(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+            each = zip([grid.of(row[numbers]) for grid in grids], x, strict=True)
+            return np.stack([self._levels(grid, at[:, None])[:, 0] for grid, at in each])
+
+        of_rows = self._mixture(part, grids).of(row)
+        y = mixture.quantiles(of_rows, np.tile(levels, rows), lines, ends, levels_at)
+        return y.reshape(rows, count)
+
+    def _mixture(self, part: slice, grids: list[Grid]) -> Mixture:
+        """The probabilities in each row."""
+        shares, first, on = self.shares[part], len(self.atoms), [grid.index for grid in grids]
+        return Mixture(self.column, shares[:, :first], shares[:, first:].T[on], on)
 
     def _numbers(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
         """The numbers on a grid at levels, of all rows or `[rows, levels]` of each."""
+        return self._rounded(grid, self._solved_quantiles(grid, _told_apart(levels)))
+
+    def _rounded(self, grid: Grid, x: np.ndarray) -> np.ndarray:
+        """The numbers in whose cells these scaled ones lie."""
         column = self.column
-        x = self._solved_quantiles(grid, np.clip(levels, LOWEST, 1 - _eps() / 2))
         y = column.round_down(x * column.scale + column.center, grid.index)
         return np.clip(y, column.low, column.high)
 
@@ -231,13 +244,12 @@ class Predictive:
 
     def _points(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """Sorted values and weights that stand for the distribution of each row."""
-        column, shares = self.column, self.shares[part]
+        shares = self.shares[part]
         values = [np.broadcast_to(self.atoms, (len(shares), len(self.atoms)))]
         weights = [shares[:, : len(self.atoms)]]
         for grid in self._grids(part):
             x, weight = points_between(*self._curve(grid))
-            y = column.round_down(x * column.scale + column.center, grid.index)
-            values.append(np.clip(y, column.low, column.high))
+            values.append(self._rounded(grid, x))
             weights.append(grid.share[:, None] * weight)
         values, weights = np.concatenate(values, 1), np.concatenate(weights, 1)
         order = np.argsort(values, axis=1)
@@ -280,6 +292,11 @@ def _check_tails(name: str, levels: np.ndarray) -> None:
 
 def _eps() -> float:
     return float(jnp.finfo(floating_dtype(float)).eps)
+
+
+def _told_apart(levels: np.ndarray) -> np.ndarray:
+    """Levels that the density tells apart from 0 and 1."""
+    return np.clip(levels, LOWEST, 1 - _eps() / 2)
 
 
 def _stored(x: np.ndarray) -> np.ndarray:

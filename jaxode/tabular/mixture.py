@@ -1,0 +1,165 @@
+"""Quantiles of a mixture of atoms and several grids, in few solves.
+
+The level of a number is that of the atoms, and a sum over the grids, each of whose levels takes a
+solve. As normal deviates, these are nearly straight lines. So a step takes the quantile of the
+lines, solves for the levels there, and turns the lines to meet them: a secant method for each grid.
+A number that falls short of the level, and one that reaches it, enclose the quantile all the time.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from jaxode.tabular.columns import Column
+from jaxode.tabular.rounding import tidy
+
+# A number is near its level if it misses by this part of the tail beyond, or of so much if the tail
+# is longer. From there, lines miss by a part of that: as much as a solve does, or less.
+NEAR, CENTRAL = 0.03, 0.05
+TURN = 2e-3  # deviates between two points of a line: many times the error of a solve
+LARGEST, LEAST_SLOPE = 38.0, 1e-9
+EVERY = 3  # so many steps, one halves what encloses the quantile
+UNIT, GROWTH = 64, 4  # numbers that are solved for at once: few sizes, so that few are compiled
+
+
+class Lines(NamedTuple):
+    """Normal deviates of the levels of each grid, `[grids, *numbers]`."""
+
+    x: np.ndarray
+    """Scaled numbers at which the deviates are known."""
+    z: np.ndarray
+    slope: np.ndarray
+
+    @classmethod
+    def of_quantiles(cls, x: np.ndarray, levels: np.ndarray) -> "Lines":
+        """Lines through quantiles `[grids, rows, levels]`, as steep as between the furthest two."""
+        z = np.broadcast_to(deviates(levels), x.shape)
+        slope = np.ptp(z, axis=2) / np.maximum(np.ptp(x, axis=2), LEAST_SLOPE)
+        return cls(x, z, np.broadcast_to(slope[..., None], x.shape))
+
+    def levels(self, x: np.ndarray) -> np.ndarray:
+        return ndtr(self.z + self.slope * (x - self.x))
+
+    def through(self, x: np.ndarray, levels: np.ndarray) -> "Lines":
+        """Lines through these points; and through the last ones, if they are apart."""
+        z = deviates(levels)
+        apart = (np.abs(z - self.z) > TURN) & (x != self.x)
+        slope = (z - self.z) / np.where(apart, x - self.x, 1.0)
+        return Lines(x, z, np.where(apart, np.maximum(slope, LEAST_SLOPE), self.slope))
+
+    def of(self, numbers: np.ndarray) -> "Lines":
+        """Those of some of the numbers."""
+        return Lines(*(leaf[:, numbers] for leaf in self))
+
+
+class Mixture(NamedTuple):
+    """The probabilities of atoms and grids, for each of some numbers."""
+
+    column: Column
+    atoms: np.ndarray
+    """`[*numbers, atoms]`."""
+    shares: np.ndarray
+    """`[grids, *numbers]`."""
+    grids: list[int]
+
+    def ends(self, y: np.ndarray) -> np.ndarray:
+        """`[grids, *numbers]`: below which scaled numbers are at most `y` on each grid."""
+        column = self.column
+        ends = [sum(column.cell(y, i)) if column.grids[i] else y for i in self.grids]
+        return column.scaled(np.array(ends).reshape(len(ends), *y.shape))
+
+    def level(self, y: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """The probability of at most `y`, from the levels of each grid at its end."""
+        below = np.array(self.column.values, float) <= y[..., None]
+        return np.sum(self.atoms * below, axis=-1) + np.sum(self.shares * levels, axis=0)
+
+    def of(self, numbers: np.ndarray) -> "Mixture":
+        """For some of the numbers."""
+        return self._replace(atoms=self.atoms[numbers], shares=self.shares[:, numbers])
+
+
+def deviates(levels: np.ndarray) -> np.ndarray:
+    """Finite normal deviates."""
+    return np.clip(ndtri(levels), -LARGEST, LARGEST)
+
+
+def with_others(levels: np.ndarray) -> np.ndarray:
+    """The levels, and another one at the end if they are too close for the slope of a line."""
+    z = deviates(levels)
+    return levels if np.ptp(z) > 1 else np.append(levels, ndtr(z[0] - np.copysign(1, z[0])))
+
+
+def quantiles(
+    mixture: Mixture,
+    levels: np.ndarray,
+    lines: Lines,
+    ends: tuple[np.ndarray, np.ndarray],
+    solved: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The least numbers that reach `levels`.
+
+    Args:
+        lines: through points that are near.
+        ends: numbers that fall short of the levels, and those that reach them.
+        solved: `(numbers, x)` to the levels of the grids at scaled numbers `[grids, numbers]`.
+    """
+    unit = mixture.column.grids[-1]
+    low, high = (np.round(end / unit) for end in ends)  # multiples of the finest grid
+    x, z, slope = map(np.array, lines)
+    accuracy = NEAR * np.minimum(np.minimum(levels, 1 - levels), CENTRAL)
+
+    def of_lines(some: np.ndarray) -> np.ndarray:
+        """The quantiles if all levels were on the lines."""
+        part, own = mixture.of(some), Lines(x, z, slope).of(some)
+
+        def reached(multiple: np.ndarray) -> np.ndarray:
+            y = tidy(multiple * unit, unit)
+            return part.level(y, own.levels(part.ends(y))) >= levels[some]
+
+        return _bisected(reached, low[some], high[some])
+
+    left, step = np.flatnonzero(_some_between(low, high)), 0
+    while len(left):
+        step += 1
+        middle = np.floor((low[left] + high[left]) / 2)
+        guess = np.minimum(of_lines(left), high[left] - 1)
+        inside = (low[left] < guess) & (guess < high[left])
+        guess = np.where(inside & (step % EVERY > 0), guess, middle)
+        part, y = mixture.of(left), tidy(guess * unit, unit)
+        at = part.ends(y)
+        new = solved(*_filled_up(left, at, len(levels)))[:, : len(left)]
+        turned = Lines(x, z, slope).of(left).through(at, new)
+        x[:, left], z[:, left], slope[:, left] = turned
+        missed = part.level(y, new) - levels[left]
+        low[left] = np.where(missed < 0, guess, low[left])
+        high[left] = np.where(missed < 0, high[left], guess)
+        left = left[(np.abs(missed) > accuracy[left]) & _some_between(low[left], high[left])]
+    return tidy(of_lines(np.arange(len(levels))) * unit, unit)
+
+
+def _some_between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Whether there are integers in between. Beyond 2^53, neighbours are further apart."""
+    middle = np.floor((low + high) / 2)
+    return (low < middle) & (middle < high)
+
+
+def _bisected(
+    reached: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """The least integers, up to the upper ends, that reach a level."""
+    while _some_between(low, high).any():
+        middle = np.floor((low + high) / 2)
+        enough = reached(middle)
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return high
+
+
+def _filled_up(left: np.ndarray, x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """With some of them again."""
+    size = UNIT
+    while size < len(left):
+        size *= GROWTH
+    again = np.resize(np.arange(len(left)), min(size, most))
+    return left[again], x[:, again]
