@@ -15,13 +15,13 @@ from scipy.special import ndtr, ndtri
 from jaxode.tabular.columns import Column
 from jaxode.tabular.rounding import tidy
 
-# A number is near its level if it misses by this part of the tail beyond, or of so much if the tail
-# is longer. From there, lines miss by a part of that: as much as a solve does, or less.
-NEAR, CENTRAL = 0.03, 0.05
-TURN = 2e-3  # deviates between two points of a line: many times the error of a solve
+# Accept a step that misses its level by this part of the tail, of a tail of at most so much. From
+# there, the lines miss by less: as much as a solve does, also between narrow peaks.
+NEAR, CENTRAL = 0.01, 0.05
+TURN = 2e-3  # deviates between the points of a line, at least: many times the error of a solve
 LARGEST, LEAST_SLOPE = 38.0, 1e-9
-EVERY = 3  # so many steps, one halves what encloses the quantile
-UNIT, GROWTH = 64, 4  # numbers that are solved for at once: few sizes, so that few are compiled
+EVERY = 3  # one of so many steps halves what encloses the quantile
+UNIT = 128  # of which a multiple is solved for at once: few sizes, so that few are compiled
 
 
 class Lines(NamedTuple):
@@ -120,8 +120,8 @@ def quantiles(
 
         return _bisected(reached, low[some], high[some])
 
-    left, step = np.flatnonzero(_some_between(low, high)), 0
-    while len(left):
+    left, step = np.arange(len(levels)), 0
+    while len(left := left[_some_between(low[left], high[left])]):
         step += 1
         middle = np.floor((low[left] + high[left]) / 2)
         guess = np.minimum(of_lines(left), high[left] - 1)
@@ -129,13 +129,12 @@ def quantiles(
         guess = np.where(inside & (step % EVERY > 0), guess, middle)
         part, y = mixture.of(left), tidy(guess * unit, unit)
         at = part.ends(y)
-        new = solved(*_filled_up(left, at, len(levels)))[:, : len(left)]
-        turned = Lines(x, z, slope).of(left).through(at, new)
-        x[:, left], z[:, left], slope[:, left] = turned
-        missed = part.level(y, new) - levels[left]
+        found = solved(*_filled_up(left, at, len(levels)))[:, : len(left)]
+        x[:, left], z[:, left], slope[:, left] = Lines(x, z, slope).of(left).through(at, found)
+        missed = part.level(y, found) - levels[left]
         low[left] = np.where(missed < 0, guess, low[left])
         high[left] = np.where(missed < 0, high[left], guess)
-        left = left[(np.abs(missed) > accuracy[left]) & _some_between(low[left], high[left])]
+        left = left[np.abs(missed) > accuracy[left]]
     return tidy(of_lines(np.arange(len(levels))) * unit, unit)
 
 
@@ -149,17 +148,15 @@ def _bisected(
     reached: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
     """The least integers, up to the upper ends, that reach a level."""
-    while _some_between(low, high).any():
+    while (between := _some_between(low, high)).any():
         middle = np.floor((low + high) / 2)
         enough = reached(middle)
-        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+        low = np.where(between & ~enough, middle, low)
+        high = np.where(between & enough, middle, high)
     return high
 
 
 def _filled_up(left: np.ndarray, x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """With some of them again."""
-    size = UNIT
-    while size < len(left):
-        size *= GROWTH
-    again = np.resize(np.arange(len(left)), min(size, most))
+    again = np.resize(np.arange(len(left)), min(-(-len(left) // UNIT) * UNIT, most))
     return left[again], x[:, again]

@@ -160,13 +160,13 @@ LAWS = {
 }
 
 
-def made(column, density, modes=None):
+def made(column, density, modes=None, *given):
     """A table of one column with this density; and with modes as often as in these rows."""
     like = frames.as_frame("frame", pd.DataFrame({"y": [0.0]})).head(0)
     categories = None
     if modes is not None:
-        categories = Categories.make(KEY, np.asarray(modes)[:, None], (column.modes,), 0)
-    return Table(Encoder(like, (column,), ()), categories, density, None)
+        categories = Categories.make(KEY, np.asarray(modes)[:, None], (column.modes,), len(given))
+    return Table(Encoder(like, (column,), given), categories, density, None)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -232,6 +232,74 @@ def test_quantiles_of_atoms_and_grids(name):
         low, high = mixed.interval(0.5, one)
         assert low == np.round(low)
         assert high == np.round(high)
+
+
+class OfModes:
+    """A law for each grid, moved by the given number; counts the levels that are solved for."""
+
+    def __init__(self, *laws):
+        self.laws, self.solved = laws, 0
+
+    def cdf(self, x, context):
+        x = np.asarray(x, float)[..., 0] - context[..., -1]
+        self.solved += x.size
+        return self._of_grid(lambda law: law.cdf(x), context)
+
+    def quantile(self, q, context, paired=False):
+        levels = np.asarray(q, float)
+        x = self._of_grid(lambda law: law.ppf(levels), context[:, None])
+        return x + context[:, -1:]
+
+    def _of_grid(self, f, context):
+        modes = context[..., -1 - len(self.laws) : -1]  # after those of the atoms
+        return sum(f(law) * modes[..., i] for i, law in enumerate(self.laws))
+
+
+NORMALS = OfModes(scipy.stats.norm(), scipy.stats.norm(0.2, 0.9))
+FINE = {"grids": (0.5, 0.01), "resolution": 0.01}
+# Columns, and densities of their grids.
+SEVERAL = {
+    "near": ({**FINE}, NORMALS),
+    "atoms": ({**FINE, "values": (-1.0, 0.25, 9.0)}, NORMALS),
+    "coarse": ({"grids": (5.0, 1.0), "scale": 6.0, "values": (2.0,)}, NORMALS),
+    "three": ({**FINE, "grids": (1.0, 0.1, 0.01)}, OfModes(*NORMALS.laws, scipy.stats.norm(0.1))),
+    "apart": (FINE, OfModes(scipy.stats.norm(-4, 0.3), scipy.stats.norm(3, 0.1))),
+    "peaks": (FINE, OfModes(Peaks(0.5, 0.03), Peaks(0.6, 0.03))),
+    "peaks and atoms": (
+        {**FINE, "values": (0.0, 1.5)},
+        OfModes(Peaks(0.1, 0.02), Peaks(0.1, 0.02)),
+    ),
+    "skewed": (FINE, OfModes(scipy.stats.gamma(2), scipy.stats.expon())),
+    "tails": (FINE, OfModes(scipy.stats.t(3), scipy.stats.norm())),
+}
+
+
+@pytest.mark.parametrize("levels", [[0.3], [0.001, 0.05, 0.5, 0.95, 0.999], [0.95, 0.95 + 1e-6]])
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_quantiles_of_several_grids(name, rows, levels):
+    """Those of a search through all numbers, or one that misses the level by less than a solve."""
+    options, density = SEVERAL[name]
+    column = Column("y", "continuous", missing=False, **{"values": (), **options})
+    modes = np.repeat(np.arange(column.modes), np.arange(column.modes) + 1)
+    given = Column("s", "continuous", (), (0.0,), False)
+    mixed = made(column, density, modes, given)
+    frame = pd.DataFrame({"y": 0.0, "s": np.linspace(0, 1, rows)})
+    density.solved = 0
+    found = mixed.quantile(levels, frame)
+    if density is NORMALS:  # bisection takes 10 steps
+        assert density.solved <= 3 * len(column.grids) * found.size
+    unit = column.grids[-1]
+    count = round(12 * column.scale / unit)
+    for row in {0, rows // 3, rows - 1}:
+        y = np.sort(np.append(np.arange(-count, count + 1) * unit, column.values))
+        reached = mixed.cdf(pd.DataFrame({"y": y, "s": frame.s[row]}))
+        for q, number in zip(levels, found[row], strict=True):
+            if number == pytest.approx(y[np.argmax(reached >= q)], abs=1e-9):
+                continue
+            at = np.argmin(np.abs(y - number))
+            assert reached[at] > q - min(0.01 * min(q, 1 - q), LEVEL)
+            assert reached[at - 1] < q + min(0.01 * min(q, 1 - q), LEVEL)
 
 
 @pytest.mark.parametrize("y", [1e16, -1e16, 3e200])
