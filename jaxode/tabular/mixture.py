@@ -16,7 +16,7 @@ from jaxode.tabular.columns import Column
 from jaxode.tabular.rounding import tidy
 
 # Accept a step that misses its level by this part of the tail, of a tail of at most so much. From
-# there, the lines miss by less: as much as a solve does, also between narrow peaks.
+# there, the lines miss by less than a solve does; beside narrow peaks, by that part at most.
 NEAR, CENTRAL = 0.01, 0.05
 TURN = 2e-3  # deviates between the points of a line, at least: many times the error of a solve
 LARGEST, LEAST_SLOPE = 38.0, 1e-9

@@ -266,7 +266,7 @@ SEVERAL = {
     "apart": (FINE, OfModes(scipy.stats.norm(-4, 0.3), scipy.stats.norm(3, 0.1))),
     "peaks": (FINE, OfModes(Peaks(0.5, 0.03), Peaks(0.6, 0.03))),
     "peaks and atoms": (
-        {**FINE, "values": (0.0, 1.5)},
+        {**FINE, "grids": (0.1, 0.01), "values": (0.0, 1.5)},
         OfModes(Peaks(0.1, 0.02), Peaks(0.1, 0.02)),
     ),
     "skewed": (FINE, OfModes(scipy.stats.gamma(2), scipy.stats.expon())),
@@ -278,7 +278,7 @@ SEVERAL = {
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_quantiles_of_several_grids(name, rows, levels):
-    """Those of a search through all numbers, or one that misses the level by less than a solve."""
+    """The least numbers that reach a level; if not, by as much as is accepted."""
     options, density = SEVERAL[name]
     column = Column("y", "continuous", missing=False, **{"values": (), **options})
     modes = np.repeat(np.arange(column.modes), np.arange(column.modes) + 1)
@@ -289,17 +289,12 @@ def test_quantiles_of_several_grids(name, rows, levels):
     found = mixed.quantile(levels, frame)
     if density is NORMALS:  # bisection takes 10 steps
         assert density.solved <= 3 * len(column.grids) * found.size
-    unit = column.grids[-1]
-    count = round(12 * column.scale / unit)
-    for row in {0, rows // 3, rows - 1}:
-        y = np.sort(np.append(np.arange(-count, count + 1) * unit, column.values))
-        reached = mixed.cdf(pd.DataFrame({"y": y, "s": frame.s[row]}))
-        for q, number in zip(levels, found[row], strict=True):
-            if number == pytest.approx(y[np.argmax(reached >= q)], abs=1e-9):
-                continue
-            at = np.argmin(np.abs(y - number))
-            assert reached[at] > q - min(0.01 * min(q, 1 - q), LEVEL)
-            assert reached[at - 1] < q + min(0.01 * min(q, 1 - q), LEVEL)
+    q, unit = np.tile(levels, rows), column.grids[-1]
+    every = pd.DataFrame({"y": found.reshape(-1), "s": np.repeat(frame.s, len(levels)).to_numpy()})
+    # From which a search takes a last step. Away from narrow peaks it is exact.
+    error = 0.01 * np.minimum(np.minimum(q, 1 - q), 0.05) if "peaks" in name else 1e-5
+    assert (mixed.cdf(every) >= q - error).all()
+    assert (mixed.cdf(every.assign(y=every.y - unit)) < q + error).all()
 
 
 @pytest.mark.parametrize("y", [1e16, -1e16, 3e200])
