@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 
 from jaxode.tabular.columns import Column
 from jaxode.tabular.rounding import tidy
@@ -40,7 +39,7 @@ class Lines(NamedTuple):
         return cls(x, z, np.broadcast_to(slope[..., None], x.shape))
 
     def levels(self, x: np.ndarray) -> np.ndarray:
-        return ndtr(self.z + self.slope * (x - self.x))
+        return _ndtr(self.z + self.slope * (x - self.x))
 
     def through(self, x: np.ndarray, levels: np.ndarray) -> "Lines":
         """Lines through these points; and through the last ones, if they are apart."""
@@ -82,13 +81,21 @@ class Mixture(NamedTuple):
 
 def deviates(levels: np.ndarray) -> np.ndarray:
     """Finite normal deviates."""
+    from scipy.special import ndtri  # as JAX does
+
     return np.clip(ndtri(levels), -LARGEST, LARGEST)
+
+
+def _ndtr(z: np.ndarray) -> np.ndarray:
+    from scipy.special import ndtr
+
+    return ndtr(z)
 
 
 def with_others(levels: np.ndarray) -> np.ndarray:
     """The levels, and another one at the end if they are too close for the slope of a line."""
     z = deviates(levels)
-    return levels if np.ptp(z) > 1 else np.append(levels, ndtr(z[0] - np.copysign(1, z[0])))
+    return levels if np.ptp(z) > 1 else np.append(levels, _ndtr(z[0] - np.copysign(1, z[0])))
 
 
 def quantiles(
