@@ -188,7 +188,7 @@ def _described(
     of_deviations = np.sqrt(np.diag(slopes @ covariance @ slopes.T))
     errors = np.sqrt(np.diag(covariance)[:n])
     effects = search.effects @ root.T
-    shrunk = 1 - jnp.std(effects, axis=0) / jnp.maximum(deviations, 1e-12)
+    shrunk = 1 - jnp.std(effects, axis=0, ddof=1) / jnp.maximum(deviations, 1e-12)
     if not converged or not np.isfinite(covariance).all():
         warnings.warn(
             "estimate_population: the search did not converge, or the observations do not "

@@ -89,7 +89,7 @@ def test_a_subject_is_drawn_to_the_others(lines):
     expected = np.linalg.solve(prior + BASIS.T @ BASIS / noise, alone + prior @ typical)
     found = np.stack([*lines.subjects.values()], 1)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
-    shrunk = 1 - (found - typical).std(0) / scale
+    shrunk = 1 - (found - typical).std(0, ddof=1) / scale
     np.testing.assert_allclose([*lines.shrinkage.values()], shrunk, atol=1e-5)
 
 
