@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree, Real
 
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.rules import NOT_NAN, Rule, is_eager, is_known
-from jaxode._jax.sharding import AxisName, axes_of
+from jaxode._jax.sharding import AxisName, axes_of, unmapped
 
 Time = float | Real[Array, ""]
 
@@ -261,6 +261,16 @@ def check_batch(name: str, z: PyTree) -> PyTree[Array]:
             "Use solve without batch for a single system."
         )
     return z
+
+
+def check_axis(axis_name: AxisName | None) -> None:
+    """Raise unless the call is mapped over `axis_name`."""
+    if missing := unmapped(axis_name):
+        raise ValueError(
+            f"{arg('axis_name', axis_name)} must name axes that jax.shard_map or jax.vmap maps "
+            f"around this call; got {missing}, which none does here. Use the name in the mesh, or, "
+            "outside, leave axis_name out: the parameters stay the same."
+        )
 
 
 def check_same_times(times: PyTree, axis_name: AxisName | None) -> None:

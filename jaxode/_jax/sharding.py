@@ -36,6 +36,20 @@ def _varying(x) -> frozenset[Any]:
     return type_of_x.vma  # JAX before 0.10
 
 
+def unmapped(axis_name: AxisName | None) -> list[str]:
+    """The names that neither `jax.shard_map` nor `jax.vmap` maps around this call."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return [name for name in names if name is not None and not _is_mapped(name)]
+
+
+def _is_mapped(name: str) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
 def vary(tree: T, axes: frozenset[Any]) -> T:
     """The same arrays, varying over at least these `axes`."""
 

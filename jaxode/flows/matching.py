@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxode._checks.arguments import check_args, check_derivative, check_number, state_dtype, takes
+from jaxode._checks.arguments import (
+    check_args,
+    check_axis,
+    check_derivative,
+    check_number,
+    state_dtype,
+    takes,
+)
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import Result, report_loss
 from jaxode._checks.rules import (
@@ -61,6 +68,7 @@ def matching_loss(
 ) -> Float[Array, ""]:
     """`flow.matching_loss`, which explains the arguments."""
     base, axis_name = flow.base, flow.solve_options.axis_name
+    check_axis(axis_name)
     x = check_samples("x", x, tuple(base.event_shape))
     x = x.astype(state_dtype(x))
     check_not_empty(x)

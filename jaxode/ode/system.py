@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import (
     Time,
+    check_axis,
     check_derivative,
     check_jacobian,
     check_same_times,
@@ -107,6 +108,7 @@ def make_system(
     on_the_way: OnTheWay = OnTheWay(),
 ) -> System:
     """Check the times, and turn everything that varies into arrays to avoid recompilation."""
+    check_axis(options.axis_name)
     dtype = state_dtype(y0)
     count = jax.tree.leaves(y0)[0].shape[0] if batch == "per_sample" else None
     t0, t1, ts, ts_lost = check_times(*span, on_the_way.ts, dtype, count)

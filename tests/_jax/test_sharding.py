@@ -233,6 +233,19 @@ def test_step_sizes_must_be_those_of_all_devices(option):
         jax.shard_map(run, mesh=mesh, in_specs=P("i"), out_specs=P("i"))(jnp.ones((2, 1)))
 
 
+@pytest.mark.parametrize("loss", ["nll", "matching_loss"])
+@pytest.mark.parametrize("axes", [None, "b"])
+def test_an_axis_that_is_not_mapped_is_named(loss, axes):
+    flow = jaxode.cnf(lambda t, z, a: -a * z, jaxode.standard_normal(DIM), axis_name=("i", "b"))
+    run = lambda x: getattr(flow, loss)(1.0, x, key=KEY)
+    if axes:
+        mesh = Mesh(np.array(jax.devices()[:2]), axes)
+        run = jax.shard_map(run, mesh=mesh, in_specs=P(axes), out_specs=P())
+    missing = r"\['i'\]" if axes else r"\['i', 'b'\]"
+    with pytest.raises(ValueError, match=rf"^{loss}\(axis_name=.*got {missing}, which none"):
+        run(X)
+
+
 def test_steps_over_two_axes_need_the_same_times_on_all():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(4, 2), ("x", "a"))
     ends = lambda z, t: jaxode.flow(lambda t, y, a: -y, z, 0.0, t[0], axis_name=("x", "a"))
