@@ -300,10 +300,16 @@ def check_derivative(
     """
     must = f"{arg(name)} {call} must"
     if jax.tree.structure(dy) != jax.tree.structure(y):
-        raise ValueError(
-            f"{must} return the structure of y, {jax.tree.structure(y)}; got "
-            f"{jax.tree.structure(dy)}."
-        )
+        structure, got, cure = jax.tree.structure(y), jax.tree.structure(dy), ""
+        if jax.tree_util.treedef_is_leaf(structure):
+            structure, got, cure = (
+                "an array",
+                type(dy).__name__,
+                " Return one array: join numbers by jnp.stack.",
+            )
+        if dy is None:
+            got, cure = "None", " End it with return."
+        raise ValueError(f"{must} return the structure of y, {structure}; got {got}.{cure}")
     for expected, actual in zip(jax.tree.leaves(y), jax.tree.leaves(dy), strict=True):
         if not isinstance(actual, jax.Array | np.ndarray | np.generic | float | int | complex):
             raise TypeError(f"{must} return arrays; got {type(actual).__name__}.")

@@ -83,10 +83,12 @@ class Interpolant(eqx.Module):
             return jnp.broadcast_to(t, (1, rows)), False
         if self.per_sample and t.ndim == 2 and t.shape[0] == rows:
             return t.T, True
-        shapes = "a scalar or a vector"
+        shapes, cure = "a scalar or a vector", ""
         if self.per_sample:
             shapes = f"a scalar, [batch] or [batch, times], with a batch of {rows}"
-        raise ValueError(f"{arg('t')} must be {shapes}; got shape {t.shape}.")
+        if self.per_sample and t.ndim == 1:
+            cure = f" To give all rows these times, pass jnp.tile(t, ({rows}, 1))."
+        raise ValueError(f"{arg('t')} must be {shapes}; got shape {t.shape}.{cure}")
 
     def _path(self, t: Float[Array, " rows"]) -> Float[Array, "samples n"]:
         """The state at a time for each row. At the time of a change, it is the state before."""

@@ -50,6 +50,9 @@ OWN = {
         **given
     ).pair(KEY, X, X, context),
     "evaluate": lambda s: jaxode.solve(decay, ONE, 0.0, 1.0, s).evaluate(1.0),
+    "evaluate rows": lambda t: jaxode.solve(
+        decay, X, 0.0, 1.0, 1.0, batch="per_sample", dense=True, max_steps=16
+    ).evaluate(t),
     "with_flow": lambda flow: jaxode.bind(
         jaxode.cnf(decay, jaxode.standard_normal((3, 2))), None, support=(0.0, 3.0)
     ).with_flow(flow),
@@ -87,6 +90,7 @@ USUAL = {
     "Particles": {"n": 2, "dim": 1, "key": KEY}, "Lattice": {"shape": 2, "key": KEY},
     "Event": {"condition": lambda t, y, args: y[0]}, "centered_normal": {"n": 2, "dim": 2},
     "Jumps": {"times": (0.5,), "change": lambda t, y, args, i: y}, "evaluate": {"s": S},
+    "evaluate rows": {"t": S},
     "dequantize": {"x": np.zeros((1, 2)), "levels": 256, "key": KEY}, "quantize": {"u": X},
     "logit": {"u": X}, "inverse_logit": {"y": X}, "bits_per_dimension": {"log_prob": X},
     "audit": {"flow": FLOW, "params": 0.3, "x": X, "key": KEY},

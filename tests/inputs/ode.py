@@ -130,6 +130,9 @@ ROWS = {
         (jumps(jnp.ones((4, 2))), "must be a vector of at least one time; got shape (4, 2)."),
         ({**jumps(jnp.ones((4, 2))), **EACH}, "must be a vector~ each of 3 rows; got shape (4, 2)"),
         (change(lambda y: (y, y)), "change~ must return the structure of y"),
+        ({"f": lambda t, y, args: [y[0], y[1]]},
+         "f(t, y, args) must return the structure of y, an array; got list. Return one array: joi"),
+        ({"f": lambda t, y, args: None}, "~ the structure of y, an array; got None. End it with r"),
         (change(lambda y: y[0]), "change~ the shapes of y; got () ~ change sees one sample"),
     ],
     ("solve outside", ValueError): [
@@ -167,13 +170,21 @@ ROWS = {
     ],
     ("Event", TypeError): [({"change": 2, "most": 2}, "must be a function change")],
     ("evaluate", ValueError): [({}, "^evaluate: needs a solve with dense=True")],
+    ("evaluate rows", ValueError): [
+        ({"t": jnp.ones(4)}, "must be a scalar, [batch] or [batch, times], with a batch of 3; got "
+         "shape (4,). To give all rows these times, pass jnp.tile(t, (3, 1))."),
+    ],
 }  # fmt: skip
 # A solver that does not fit, and a field: what it returns, or raises for its arguments.
 EXPLICIT = "must be an explicit Runge-Kutta solver of diffrax, without a step of its own, or ~"
 SOLVERS = diffrax.Kvaerno5(), diffrax.SemiImplicitEuler(), OnCircle()
 RETURNED = [
     (ValueError, lambda t, y, args: y[0], "the shapes of y; got () where y has (2,). f sees one"),
-    (ValueError, lambda t, y, args: {"a": y}, "the structure of y, PyTreeDef(*); got PyTreeDef({"),
+    (
+        ValueError,
+        lambda t, y, args: {"a": y},
+        "the structure of y, an array; got dict. Return one ar",
+    ),
     (TypeError, lambda t, y, args: jnp.ones(2, int), "floating arrays; got int64."),
 ]
 MISFITS = [
