@@ -38,9 +38,10 @@ class Devices:
                 'jax.sharding.Mesh(jax.devices(), "batch").'
             )
         if batch_size % mesh.size:
+            near = max(batch_size // mesh.size, 1) * mesh.size
             raise ValueError(
                 f"{arg('mesh')} must have a number of devices that divides the {batch_size} rows "
-                f"of a batch; got {mesh.size}."
+                f"of a batch; got {mesh.size}. Pass batch_size={near}."
             )
         return cls(Mesh(mesh.devices, mesh.axis_names))  # without types of its axes
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -409,6 +410,13 @@ def _trainable(density: Density) -> Density:
             "fit(density=...): its parameters must hold floating arrays, to train them; got none. "
             "Pass the network itself as params of bind."
         )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if eqx.is_inexact_array(leaf) and not np.isfinite(leaf).all():
+            raise ValueError(
+                "fit(density=...): its parameters must be finite; got NaN or inf in "
+                f"params{jax.tree_util.keystr(path)}. Start from the parameters before those, or "
+                "from new ones."
+            )
     return density.with_params(params)
 
 

@@ -161,7 +161,10 @@ ROWS = {
          "must be a part, rows of x, or a pair (x, context); got 3 parts."),
         ({"time_power": -1.0}, "must be positive and finite; got -1.0."),
         ({"mesh": Mesh(np.array(jax.devices()[:3]), "a"), "batch_size": 64},
-         "^fit(mesh=...): must have a number of devices that divides the 64 rows of a batch; g"),
+         "^fit(mesh=...): must have a number of devices that divides the 64 rows of a batch; ~"
+         "got 3. Pass batch_size=63."),
+        ({"params": {"a": jnp.ones(2), "b": jnp.array([1.0, np.nan])}},
+         "^fit(density=...): its parameters must be finite; got NaN or inf in params['b']. Start"),
         ({"context": CONTEXTS[:3]}, "leaves must have a leading axis of 40~; got shape (3, 3)."),
         ({"context": TABLE[:, :1], "context_shape": (2,)},
          "must be one of shape (2,), or one for each of the samples (40,); got shape (40, 1)."),
