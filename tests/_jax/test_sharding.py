@@ -49,7 +49,7 @@ def of_one_device(**options):
     return jax.jit(jax.value_and_grad(loss_of(None, **options), (0, 1)))
 
 
-def sharded(loss, axes=AXIS, check_vma=True):
+def sharded(loss, axes=AXIS):
     """Value and gradient of the mean over the devices, which are in two rows for two axes."""
     two = isinstance(axes, tuple)
     devices = np.array(jax.devices()[:DEVICES]).reshape((4, 2) if two else -1)
@@ -58,14 +58,14 @@ def sharded(loss, axes=AXIS, check_vma=True):
     return jax.jit(
         jax.shard_map(
             jax.value_and_grad(mean, (0, 1)), mesh=mesh, in_specs=(EVERYWHERE, split, split, split),
-            out_specs=(EVERYWHERE, (EVERYWHERE, split)), check_vma=check_vma,
+            out_specs=(EVERYWHERE, (EVERYWHERE, split)),
         )
     )  # fmt: skip
 
 
 @functools.cache
-def of_all_devices(axis_name=AXIS, axes=AXIS, check_vma=True, **options):
-    return sharded(loss_of(axis_name, **options), axes, check_vma)
+def of_all_devices(axis_name=AXIS, axes=AXIS, **options):
+    return sharded(loss_of(axis_name, **options), axes)
 
 
 def assert_same(actual, expected, rtol=1e-12):
@@ -157,10 +157,17 @@ def test_the_parameter_gradient_crosses_once_and_joint_steps_cost_one_number_eac
 
 
 def test_without_the_types_of_shard_map():
-    """With `check_vma=False` the name of the axis says which rows are whose."""
-    inputs = (PARAMS, X, CONTEXT, WEIGHTS)
-    expected, _ = of_one_device()(*inputs)
-    assert_same(of_all_devices(check_vma=False)(*inputs)[0], expected)
+    """With `check_vma=False` the name says which rows are whose, and gradients need a mean."""
+    loss, mesh = loss_of(AXIS), Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
+
+    def step(*inputs):
+        mean = lambda *inputs: jax.lax.pmean(loss(*inputs), AXIS)
+        return jax.lax.pmean(jax.value_and_grad(mean)(*inputs), AXIS)
+
+    specs, inputs = (EVERYWHERE, SPLIT, SPLIT, SPLIT), (PARAMS, X, CONTEXT, WEIGHTS)
+    run = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=EVERYWHERE, check_vma=False)
+    value, (by_params, _) = of_one_device()(*inputs)
+    assert_same(jax.jit(run)(*inputs), (value, by_params))
 
 
 def test_flow_and_its_gradient_over_devices():
