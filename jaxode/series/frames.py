@@ -32,6 +32,11 @@ def from_frame(
             twice in a series.
     """
     frame = frames.as_frame("frame", frame)
+    if row == time:
+        raise ValueError(
+            f"{arg('time')} must be another column than row; got {time!r} for both. Pass as "
+            "row= the column that tells series from one another."
+        )
     of_row, times = frames.read("frame", frame, row), _numbers(frame, time)
     for column, missing in ((row, of_row.missing), (time, np.isnan(times))):
         got = lambda line: f"none in line {line}"
@@ -71,5 +76,5 @@ def _numbers(frame: Any, column: str) -> np.ndarray:
         )
     found = frames.read("frame", frame, column)
     if found.text:
-        raise TypeError(f"{start}; got text. Encode it as numbers, or leave it out.")
+        raise TypeError(f"{start}; got text or booleans. Encode it as numbers, or leave it out.")
     return np.where(found.missing, np.nan, found.values)

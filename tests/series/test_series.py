@@ -325,7 +325,8 @@ FRAMES = {
         {"hour": [2.0, NAN, 1.0, 0.0, 3.0]},
         "must have a value of 'hour' in each line; got none in line 1",
     ),
-    "text": ({"ph": list("vwxyz")}, "column 'ph' must hold numbers; got text. Encode"),
+    "text": ({"ph": list("vwxyz")}, "column 'ph' must hold numbers; got text or booleans. Encode"),
+    "booleans": ({"ph": [True] * 5}, "column 'ph' must hold numbers; got text or booleans. Encode"),
     "dates": (
         {"hour": pd.date_range("2020-01-01", periods=5, freq="h")},
         "column 'hour' must hold numbers; got dates. Pass the hours",
@@ -339,6 +340,12 @@ def test_wrong_frames(change, match):
     frame = pytest.importorskip("pandas").DataFrame(LINES | change)
     with pytest.raises((TypeError, ValueError), match=match):
         jaxode.series.from_frame(frame, row="patient", time="hour")
+
+
+def test_the_column_of_times_does_not_tell_series_apart():
+    frame = pd.DataFrame(LINES).drop(columns="patient")
+    with pytest.raises(ValueError, match=r"from_frame\(time=...\): must be another .* got 'hour'"):
+        jaxode.series.from_frame(frame, row="hour", time="hour")
 
 
 def changed(x: np.ndarray, where, value) -> np.ndarray:
