@@ -12,6 +12,7 @@ COMPONENTS, MAX_RANK = 3, 4
 SMALLEST = 1e-3  # standard deviation, in units of that of a channel
 TAIL, LOG_TAIL_WEIGHT = 3.0, -4.0  # standard deviation and weight of the last component at first
 BISECTIONS = 50
+TRIES = 8  # to draw between limits
 
 
 def rank(channels: int) -> int:
@@ -89,6 +90,14 @@ class Mixture(NamedTuple):
         factors = jax.random.normal(of_factors, self.loading.shape[1:], self.mean.dtype)
         noise = jax.random.normal(of_noise, self.mean.shape[1:], self.mean.dtype)
         return self.mean[k] + self.sd[k] * noise + self.loading @ factors
+
+    def sample_within(
+        self, key: PRNGKeyArray, low: Float[Array, " channels"], high: Float[Array, " channels"]
+    ) -> Float[Array, " channels"]:
+        """Draw all channels, again if one is beyond its limits, and move there what still is."""
+        ys = jax.vmap(self.sample)(jax.random.split(key, TRIES))
+        inside = jnp.all((ys >= low[None]) & (ys <= high[None]), axis=1)
+        return jnp.clip(ys[jnp.argmax(inside)], low, high)
 
     def quantile(self, q: Float[Array, ""]) -> Float[Array, " channels"]:
         """Of each channel alone, by bisection."""

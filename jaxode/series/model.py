@@ -56,11 +56,16 @@ class Series:
         self, key: PRNGKeyArray, ts: Any, ys: Any, at: Any, n: int = 100, *, context: Any = None
     ) -> Float[np.ndarray, "n rows times channels"]:
         """Draw `n` futures of each row by the key, `[n, rows, times, channels]`: the values at each
-        of the later times, given the past and the drawn ones before."""
+        of the later times, given the past and the drawn ones before.
+
+        Draws beyond the range of training by more than half of it are drawn again, and moved there
+        after eight tries: the network never read such values. `mean` and `quantile` have no limits.
+        """
         key, n = check_key(key), integer("n", n)
         seen, given, dt, parts = self._read_to(ts, ys, at, context)
         keys = jax.random.split(key, (len(dt), n))
-        drawn = np.asarray(_forecast(self.params, seen, given, dt, parts, keys), float)
+        limits = self.units.limits
+        drawn = np.asarray(_forecast(self.params, seen, given, dt, parts, keys, limits), float)
         return self._in_units(drawn.swapaxes(0, 1))
 
     @public("Series.mean")
@@ -114,10 +119,8 @@ class Series:
         ts, seen, given = self._read(ts, ys, context)
         at, last = check_at(at, ts, seen.there)
         dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
-        # No part is longer than the longest one of training.
-        parts = np.maximum(np.ceil(dt / self.units.longest - 1e-6), 1.0).astype(np.int32)
         past = self.units.with_times(seen, np.minimum(ts, last[:, None]))
-        return past, given, as_float(dt), parts
+        return past, given, as_float(dt), self.units.parts(dt)
 
     def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
         """States and densities at later times."""
@@ -158,7 +161,9 @@ def _later(network: SeriesNetwork, state: State, dt: Any, parts: Any) -> State:
 
 
 @compiled
-def _forecast(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any, keys: Any):
+def _forecast(
+    network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any, keys: Any, limits: Any
+):
     """Draws `[rows, n, times, channels]`, which the state jumps at."""
 
     def draw(state, dt, parts, key):
@@ -166,7 +171,7 @@ def _forecast(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: 
             dt, parts, key = each
             state = _later(network, state, dt, parts)
             mixture = network.predict(state)
-            y = mixture.sample(key)
+            y = mixture.sample_within(key, *limits)
             return network.jumped(state, mixture, dt, y, jnp.ones(y.shape, bool)), y
 
         return jax.lax.scan(step, state, (dt, parts, jax.random.split(key, len(dt))))[1]

@@ -15,6 +15,8 @@ from jaxode.series.network import Seen
 LAGS = 1, 2, 4, 8, 16  # in values of a channel, of the pairs that its recall starts from
 LOG_RATES = np.linspace(-4.0, 4.0, 17)  # of its decay, in median spans
 RIDGE = 1.0  # values that speak against recall
+BEYOND = 0.5  # of the range of training, on either side, that draws may reach
+MOST_PARTS = 10_000  # of the longest gap of training, between two forecasts
 
 
 def check(name: str, wrong: np.ndarray, must: str, got: Callable[..., str], cure: str) -> None:
@@ -68,6 +70,8 @@ def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np
             f"{arg('at')} must be [times], or [rows, times] with {len(ts)} rows as in ts; got "
             f"shape {at.shape}."
         )
+    got = lambda i, j: f"{at[i, j]} in row {i}"
+    check("at", ~np.isfinite(at), "be finite", got, "Pad a row by repeating its last time.")
     must = "not lie before the last observation of a row"
     got = lambda i, j: f"{at[i, j]:g} in row {i}, whose last observation is at {last[i]:g}"
     cure = "Cut the series there, by NaN in ys, or pass later times."
@@ -129,6 +133,8 @@ class Units:
     """The longest one."""
     mean: Float[np.ndarray, " channels"]
     sd: Float[np.ndarray, " channels"]
+    limits: tuple[Float[np.ndarray, " channels"], Float[np.ndarray, " channels"]]
+    """The least and the largest draw, in standard units."""
     context: tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " columns"]] | None
     """Mean and standard deviation."""
 
@@ -154,7 +160,11 @@ class Units:
             known = context.mean(axis=0), np.where(spread > 0, spread, 1.0)
         gap, longest = float(np.median(gaps)) / span, float(gaps.max()) / span
         axes = (0, 1)
-        return cls(span, gap, longest, np.nanmean(ys, axes), np.nanstd(ys, axes), known)
+        mean, sd = np.nanmean(ys, axes), np.nanstd(ys, axes)
+        low, high = ((end(ys, axes) - mean) / sd for end in (np.nanmin, np.nanmax))
+        more = BEYOND * (high - low)
+        limits = as_float(low - more), as_float(high + more)
+        return cls(span, gap, longest, mean, sd, limits, known)
 
     def seen(self, ts: np.ndarray, ys: np.ndarray) -> Seen:
         """The series as the network sees them. Differences of times are exact to float64."""
@@ -164,6 +174,18 @@ class Units:
     def with_times(self, seen: Seen, ts: np.ndarray) -> Seen:
         """The series at other times."""
         return seen._replace(dt=as_float(np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time))
+
+    def parts(self, dt: np.ndarray) -> np.ndarray:
+        """In how many parts to go so far, none longer than the longest gap of training."""
+        parts = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
+        most = MOST_PARTS * self.longest * self.time
+        got = lambda i, j: f"{dt[i, j] * self.time:g} in row {i}"
+        must = (
+            f"go on by at most {most:g} at a time, {MOST_PARTS} times the longest gap of training"
+        )
+        cure = "Pass times in the unit of training."
+        check("at", parts > MOST_PARTS, must, got, cure)
+        return parts.astype(np.int32)
 
     def known(self, context: Any, rows: int) -> np.ndarray | None:
         """The context as the network sees it."""

@@ -169,6 +169,18 @@ def test_draws_are_a_function_of_the_key_and_have_the_moments_of_the_density(mod
     np.testing.assert_allclose(inside, 0.5, atol=5 * 0.5 / 4000**0.5)
 
 
+def test_draws_stay_near_the_range_of_training(model):
+    """Of a network whose last normal is as probable as the others and a thousand times as wide."""
+    bias = model.params.density[1].bias.at[2].add(4.0).at[17:19].add(7.0)
+    wide = model.with_params(eqx.tree_at(lambda net: net.density[1].bias, model.params, bias))
+    ends = np.array([np.nanmin(YS, (0, 1)), np.nanmax(YS, (0, 1))])
+    most = np.ptp(ends, axis=0) / 2
+    draws = wide.forecast(jax.random.key(1), TS, YS, AT)
+    assert ((draws >= ends[0] - 1.001 * most) & (draws <= ends[1] + 1.001 * most)).all()
+    at_an_end = np.isclose(draws, ends[0] - most) | np.isclose(draws, ends[1] + most)
+    assert at_an_end.any(axis=3).mean() < 0.05  # about 1 in 3 without other tries
+
+
 def test_forecasts_start_at_the_last_observation_of_each_row(model):
     """Rows may have times of their own."""
     each = np.stack([AT + i for i in range(3)])
@@ -387,6 +399,8 @@ AHEAD = {
     ),
     "order": ([5.0, 4.0], "must increase; got 5 and then 4 in row 0"),
     "repeated": ([4.0, 4.0, 5.0], "must increase; got 4 and then 4 in row 0. Sort the times"),
+    "infinite": ([5.0, np.inf], "must be finite; got inf in row 0. Pad a row"),
+    "unit": ([1e9], "must go on by at most .* times the longest gap .* got 1e\\+09 in row 0. Pass"),
     "shape": (np.ones((7, 2)), r"must be \[times\], or \[rows, times\] with 24 rows as in ts"),
 }
 
