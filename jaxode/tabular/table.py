@@ -125,6 +125,7 @@ class Table:
         Returns:
             `n` rows, or `n` for each row of `given`, one row after the other, with those columns.
         """
+        check_key(key)
         n = integer("n", n, 0)
         names = [column.name for column in self.encoder.given]
         if (given is None) == bool(names):
@@ -132,7 +133,6 @@ class Table:
                 f"{arg('given')} must be a frame with the given columns {names}, and is left out "
                 f"where there are none; got {type(given).__name__}."
             )
-        check_key(key)
         features = np.zeros((1, 0))
         if given is not None:
             given = frames.as_frame("given", given)
@@ -234,7 +234,9 @@ class Table:
         Dates are `datetime64` of NumPy, in wall-clock time.
         """
         if not 0 < non_negative("level", level) < 1:
-            raise ValueError(f"{arg('level')} must be between 0 and 1; got {level}.")
+            raise ValueError(
+                f"{arg('level')} must be between 0 and 1; got {level}. For 90%, pass 0.9."
+            )
         ends = np.array([(1 - level) / 2, (1 + level) / 2])
         predictive = self._predictive(frame)
         low, high = predictive.in_units_of_data(predictive.quantile(ends, "level")).T

@@ -111,6 +111,7 @@ OF_TABLE = [
      "whole numbers, as in training; got 2.5 in row 1. Train with kinds={'count': 'continuous'}"),
     ("mixed", "log_prob", {"draws": 0, "frame": MIXED}, "must be a positive integer; got 0."),
     ("mixed", "sample", {"key": 1}, "must be a key of jax.random; got int."),
+    ("mixed", "sample", {"key": 10, "n": KEY}, "must be a key of jax.random; got int."),
     ("mixed", "sample", {"n": -1, "key": KEY}, "must be an integer of at least 0; got -1."),
     ("mixed", "sample", {"given": MIXED, "key": KEY}, "must be a frame with the given columns [],"),
     ("atom", "sample", {"given": None, "key": KEY}, "must be a frame with the given columns ['group"
