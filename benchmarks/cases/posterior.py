@@ -5,7 +5,8 @@
 Each task has 10,000 simulations from its prior, and five of them 30,000, too. A conditional flow
 q(theta | x) is a `jaxode.nn.Residual` of its default size, trained by 20,000 steps of `jaxode.fit`,
 which sets up to 1000 simulations aside; more gain nothing (NOTES.md). "Five networks" is the mean
-of five, with a fifth of the steps each. The prior's bounds are the `support` of `jaxode.bind`, and
+of five, each as narrow and with batches as small as those of `tabular.fit`, with a fifth of the
+steps. The prior's bounds are the `support` of `jaxode.bind`, and
 parameters and simulations are standardized. The settings are the same for all tasks. "DeepSet"
 knows that SLCP has four points in any order. Then 10,000 samples of each of the ten posteriors
 stand against 10,000 of the reference: C2ST is the accuracy, over five folds, of a classifier that
@@ -35,6 +36,7 @@ from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
 from benchmarks.harness.posterior_tasks import TASKS, Task, reference
+from jaxode.tabular.training import BATCH_OF_MEMBER, WIDTH_OF_MEMBER
 
 HELD_OUT, OBSERVATIONS = 1000, 10
 PROPOSALS = 5  # for each weighted sample
@@ -86,9 +88,11 @@ def residual(theta, numbers: int, size: Size, key):
 
 def by_five(task: Task, theta, x, size: Size, key):
     key, fit_key = jax.random.split(key)
-    make = lambda key: residual(theta, x.shape[1], size, key)
+    narrow = size._replace(network={"width": WIDTH_OF_MEMBER} | size.network)
+    make = lambda key: residual(theta, x.shape[1], narrow, key)
     network, steps = jaxode.nn.Ensemble(make, MEMBERS, key=key), -(-size.fit["steps"] // MEMBERS)
-    return trained(task, theta, x, size, fit_key, network, {"steps": steps})
+    fit = {"steps": steps, "batch_size": BATCH_OF_MEMBER}
+    return trained(task, theta, x, size, fit_key, network, fit)
 
 
 class Points(eqx.Module):
