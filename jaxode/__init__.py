@@ -36,7 +36,7 @@ from jaxode.ode.steady import SteadyState, steady_state
 from jaxode.training.fit import fit
 from jaxode.training.loop import Point
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "CNF",
