@@ -143,7 +143,8 @@ class Units:
         """Units of training series. Raises for a channel without two different values."""
         there: Any = ~np.isnan(ys)
         values = [ys[:, :, c][there[:, :, c]] for c in range(ys.shape[2])]
-        got = lambda c: f"{f'only {values[c][0]:g}' if len(values[c]) else 'none'} in channel {c}"
+        told = lambda v: f"only {v[0] + 0.0:g}" if len(v) else "none"
+        got = lambda c: f"{told(values[c])} in channel {c}"
         wrong = np.array([not len(v) or v.min() == v.max() for v in values])
         check("ys", wrong, "have different values in each channel", got, "Leave the channel out.")
         times = [t[seen] for t, seen in zip(ts, there.any(axis=2), strict=True)]

@@ -87,7 +87,7 @@ def test_coverage_is_that_of_regions_of_a_wrong_width():
 
 
 def test_tarp_finds_a_shift_of_all_parameters():
-    density = posterior().with_params((jnp.full(2, 0.3), jnp.ones(2)))
+    density = posterior().with_params((jnp.full(2, 0.6), jnp.ones(2)))
     assert jaxode.calibration.tarp(density, THETA, X, key=KEY).p_value < 1e-3
 
 

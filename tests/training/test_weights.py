@@ -32,8 +32,8 @@ def test_sources_give_rows_by_their_weights():
         (InFile(large, weights=np.delete(WEIGHTS, 1)), [2, 4]),
     ):
         assert source.whole() is None
-        for drawn in (source.take(KEY, 300), source.sample(300)):
-            assert sorted(set(drawn.x[:, 0])) == left
+        assert sorted(set(source.take(KEY, 300).x[:, 0])) == left
+        assert set(source.sample(300).x[:, 0]) <= set(left)  # of six rows in memory, six
 
 
 def test_parts_keep_their_weights():
