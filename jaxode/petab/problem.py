@@ -127,8 +127,9 @@ class Problem:
             how = {"observe": channels.observe_with_noise, "likelihood": channels.log_density}
             ys = jnp.stack([ys, jnp.full(ys.shape, jnp.nan)], axis=-1)
         given = {"solver": self._options["solver"]}
-        # Far from the best parameters, solves that fail should do so soon.
-        given |= {name: self._given[name] for name in ("max_steps",) if name in self._given}
+        # By default few: far from the best parameters, solves that fail should do so soon.
+        if "max_steps" in self._given:
+            given["max_steps"] = self._given["max_steps"]
         if self._breaks is not None:
             given["breakpoints"] = self._breaks
         given |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}

@@ -62,7 +62,7 @@ FIRST = {
     "plot": ("tests/test_plot.py",),
     "tabular": ("tests/tabular",),
     "tabular/columns": ("tests/tabular/test_columns.py",),
-    "tabular/mixture": ("tests/tabular/test_predictions.py",),
+    "tabular/grid_quantiles": ("tests/tabular/test_predictions.py",),
     "tabular/predictions": ("tests/tabular/test_predictions.py",),
     "flows/regularizers": ("tests/flows/test_flow_features.py",),
     "training/files": ("tests/training/test_files.py",),
@@ -295,11 +295,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Log-densities are those of standardized numbers.
     ("tabular/encoding.py", "log_scale -= np.log(column.scale)", "log_scale -= 0"),
     # An atom counts above its value, not at it.
-    ("tabular/mixture.py", "float) <= y[..., None]", "float) < y[..., None]"),
+    ("tabular/grid_quantiles.py", "float) <= y[..., None]", "float) < y[..., None]"),
     # A number that falls short of a level is never its quantile.
-    ("tabular/mixture.py", "between & enough, middle", "enough, middle"),
+    ("tabular/grid_quantiles.py", "between & enough, middle", "enough, middle"),
     # The secant method turns its lines.
-    ("tabular/mixture.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
+    ("tabular/grid_quantiles.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
     # Categories are imputed by what comes before them alone.
     ("tabular/impute.py", "np.asarray(log_known, float)", "np.zeros(len(log_known))"),
     # A density is drawn with its axes exchanged.

@@ -53,7 +53,7 @@ class Lines(NamedTuple):
         return Lines(*(leaf[:, numbers] for leaf in self))
 
 
-class Mixture(NamedTuple):
+class GridMixture(NamedTuple):
     """The probabilities of atoms and grids, for each of some numbers."""
 
     column: Column
@@ -74,7 +74,7 @@ class Mixture(NamedTuple):
         below = np.array(self.column.values, float) <= y[..., None]
         return np.sum(self.atoms * below, axis=-1) + np.sum(self.shares * levels, axis=0)
 
-    def of(self, numbers: np.ndarray) -> "Mixture":
+    def of(self, numbers: np.ndarray) -> "GridMixture":
         """For some of the numbers."""
         return self._replace(atoms=self.atoms[numbers], shares=self.shares[:, numbers])
 
@@ -99,7 +99,7 @@ def with_others(levels: np.ndarray) -> np.ndarray:
 
 
 def quantiles(
-    mixture: Mixture,
+    mixture: GridMixture,
     levels: np.ndarray,
     lines: Lines,
     ends: tuple[np.ndarray, np.ndarray],
