@@ -63,7 +63,10 @@ def dequantize(
     integer("levels", levels, 2)
     noise = as_noise("noise", noise, (0, levels - 1))
     x = numbers("x", x)
-    is_level = lambda x: (x >= 0) & (x < levels) & (x == np.floor(x))
+
+    def is_level(x):
+        return (x >= 0) & (x < levels) & (x == np.floor(x))
+
     rule = f"must be integers from 0 to {levels - 1}"
     _check_values("x", x, is_level, rule, "Pass the levels themselves, not scaled.")
     x = floating(x)
@@ -103,7 +106,10 @@ def logit(
     """
     _check_margin(margin)
     u = numbers("u", u)
-    in_range = lambda u: (u >= 0) & (u <= 1)
+
+    def in_range(u):
+        return (u >= 0) & (u <= 1)
+
     _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
     u = floating(u)
     v, rest = (margin + (1 - 2 * margin) * part for part in (u, 1 - u))  # their sum is one

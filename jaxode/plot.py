@@ -318,7 +318,10 @@ def _axes(ax: Axes | None) -> Axes:
 
 def _styled(defaults: dict[str, Any], style: dict[str, Any]) -> dict[str, Any]:
     """The user's style, and the defaults that it does not replace, also as `lw` for `linewidth`."""
-    given = lambda name: not style.keys().isdisjoint((name, *ALIASES.get(name, ())))
+
+    def given(name):
+        return not style.keys().isdisjoint((name, *ALIASES.get(name, ())))
+
     return {name: value for name, value in defaults.items() if not given(name)} | style
 
 

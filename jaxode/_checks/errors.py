@@ -154,7 +154,10 @@ def nan_or_raise(
     where, faults = where or caller(), faults or {}
     # While a solve is differentiated, its time can be traced although its result is not.
     result, t_reached = jax.lax.stop_gradient((result, t_reached))
-    find = lambda: {sentence: rows() for sentence, rows in faults.items()}
+
+    def find():
+        return {sentence: rows() for sentence, rows in faults.items()}
+
     # Not the faults themselves, whose arrays would be kept with the callback.
     remedies, sentences = remedies or {}, tuple(faults)
     if is_known(result):

@@ -43,7 +43,10 @@ class Rule(NamedTuple):
 
     def fault(self, *values: Any, where: str = "", **name: str) -> Faults:
         """The faults that may explain a failure."""
-        find = lambda: ~self.holds(*jax.lax.stop_gradient(values))
+
+        def find():
+            return ~self.holds(*jax.lax.stop_gradient(values))
+
         return {self.sentence(where=where, **name): find}
 
     def check(self, *values: Any, **name: str) -> Faults:

@@ -185,14 +185,22 @@ class _Constant(eqx.Module):
 
 def wrap_constants(tree: PyTree, numbers: bool = False) -> PyTree:
     """The tree with every leaf but arrays, and numbers if `numbers`, made constant."""
-    keep = lambda leaf: eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
+
+    def keep(leaf):
+        return eqx.is_array(leaf) or (numbers and isinstance(leaf, int | float))
+
     return jax.tree.map(lambda leaf: leaf if keep(leaf) else _Constant(leaf), tree)
 
 
 def unwrap_constants(tree: PyTree) -> PyTree:
     """The inverse of `wrap_constants`."""
-    is_constant = lambda leaf: isinstance(leaf, _Constant)
-    unwrap = lambda leaf: leaf.value if is_constant(leaf) else leaf
+
+    def is_constant(leaf):
+        return isinstance(leaf, _Constant)
+
+    def unwrap(leaf):
+        return leaf.value if is_constant(leaf) else leaf
+
     return jax.tree.map(unwrap, tree, is_leaf=is_constant)
 
 
@@ -255,7 +263,10 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """All equations, including inner ones."""
     for equation in jaxpr.eqns:
         yield equation
-        inner = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+
+        def inner(x):
+            return isinstance(x, Jaxpr | ClosedJaxpr)
+
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
             if inner(value):
                 yield from equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)

@@ -1,7 +1,6 @@
 """Is a function of a vector elementwise? Read off the program of its tangent."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, Literal, Var
@@ -21,14 +20,20 @@ def is_elementwise(f: Callable[[Array], Array], like: Array) -> bool:
     Traces it, and computes nothing.
     """
     shape = jax.ShapeDtypeStruct(like.shape, like.dtype)
-    tangent = lambda u, v: jax.jvp(f, (u,), (v,))[1]
+
+    def tangent(u, v):
+        return jax.jvp(f, (u,), (v,))[1]
+
     program = jax.make_jaxpr(tangent)(shape, shape).jaxpr
     return _moved(program, {program.invars[1]}) is not None
 
 
 def _moved(program: Jaxpr, moved: set[Var]) -> list[bool] | None:
     """Which results depend on the variables `moved`. None if numbers change their place."""
-    shape: Any = lambda var: var.aval.shape
+
+    def shape(var):
+        return var.aval.shape
+
     shapes = set(map(shape, moved))
     for equation in program.eqns:
         flags = [not isinstance(x, Literal) and x in moved for x in equation.invars]

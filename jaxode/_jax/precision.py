@@ -71,7 +71,9 @@ def _of_value(value: Any, precision: str) -> Any:
 
 
 def _of_equation(equation: Any, precision: str) -> Any:
-    convert = lambda name, value: _CUSTOM.get(name, _of_value)(value, precision)
+    def convert(name, value):
+        return _CUSTOM.get(name, _of_value)(value, precision)
+
     params = {name: convert(name, value) for name, value in equation.params.items()}
     changed = any(params[name] is not value for name, value in equation.params.items())
     return equation.replace(params=params) if changed else equation

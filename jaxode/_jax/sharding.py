@@ -87,7 +87,10 @@ def over_devices(f: Callable[..., T], mesh: Mesh | None, split: tuple[int, ...] 
 
     def call(*args):
         specs = tuple(P(names) if i in split else P() for i in range(len(args)))
-        of_device = lambda *args: f(names, *args)
+
+        def of_device(*args):
+            return f(names, *args)
+
         return jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=P())(*args)
 
     return call
@@ -100,17 +103,21 @@ def on_all(tree: T, mesh: Mesh | None) -> T:
     everywhere = NamedSharding(mesh, P())
     if everywhere.is_fully_addressable:
         return jax.device_put(tree, everywhere)
+
     # `device_put` would compare those of all processes.
-    put = lambda leaf: jax.make_array_from_callback(
-        leaf.shape, everywhere, np.asarray(leaf).__getitem__
-    )
+    def put(leaf):
+        return jax.make_array_from_callback(leaf.shape, everywhere, np.asarray(leaf).__getitem__)
+
     return jax.tree.map(put, tree)
 
 
 def split_over(tree: T, mesh: Mesh) -> T:
     """The rows of this process, split over its devices of the mesh."""
     rows = NamedSharding(mesh, P(mesh.axis_names))
-    put = lambda leaf: jax.make_array_from_process_local_data(rows, np.asarray(leaf))
+
+    def put(leaf):
+        return jax.make_array_from_process_local_data(rows, np.asarray(leaf))
+
     return jax.tree.map(put, tree)
 
 

@@ -77,9 +77,10 @@ def _transposed(bar, x, ok):
 
 def _batched_or_nan(values, axes):
     size = next(x.shape[i] for x, i in zip(values, axes, strict=True) if i is not None)
-    front = lambda x, i: (
-        jnp.broadcast_to(x, (size, *x.shape)) if i is None else jnp.moveaxis(x, i, 0)
-    )
+
+    def front(x, i):
+        return jnp.broadcast_to(x, (size, *x.shape)) if i is None else jnp.moveaxis(x, i, 0)
+
     return _nan_unless.bind(*map(front, values, axes)), 0
 
 
@@ -124,19 +125,30 @@ def _values(*leaves, rule, count):
 
 
 def _jvp(primals, tangents, *, rule, count):
-    is_none = lambda dot: isinstance(dot, ad.Zero) or dot.dtype == jax.dtypes.float0
+    def is_none(dot):
+        return isinstance(dot, ad.Zero) or dot.dtype == jax.dtypes.float0
+
     out = _moved.bind(*primals, rule=rule, count=count)
     dots = rule(list(primals), [None if is_none(dot) else dot for dot in tangents])
-    zero = lambda x, dot: ad.Zero(jax.typeof(x).to_tangent_aval()) if dot is None else dot
+
+    def zero(x, dot):
+        return ad.Zero(jax.typeof(x).to_tangent_aval()) if dot is None else dot
+
     return out, list(map(zero, out, dots))
 
 
 def _batched(leaves, axes, *, rule, count):
     size = next(x.shape[i] for x, i in zip(leaves, axes, strict=True) if i is not None)
-    to_front = lambda x, axis: x if axis is None else jnp.moveaxis(x, axis, 0)
+
+    def to_front(x, axis):
+        return x if axis is None else jnp.moveaxis(x, axis, 0)
+
     leaves = list(map(to_front, leaves, axes))
     axes = [None if axis is None else 0 for axis in axes]
-    spread = lambda x, axis: jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
+
+    def spread(x, axis):
+        return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
+
     leaves[:count] = map(spread, leaves[:count], axes[:count])
     axes[:count] = [0] * count
 

@@ -28,7 +28,10 @@ def with_vmap_rule(f: Callable[..., T], rule: Rule, *args: PyTree) -> T:
     mapped rows, has no rule.
     """
     leaves, structure = jax.tree.flatten(args)
-    flat = lambda *leaves: f(*structure.unflatten(leaves))
+
+    def flat(*leaves):
+        return f(*structure.unflatten(leaves))
+
     program, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     if program.effects:
         return f(*args)
@@ -68,16 +71,25 @@ def _jvp(primals, tangents, *, program, rule):
     del rule
     dots = [None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents]
     moved, still = eqx.partition(list(primals), [dot is not None for dot in dots])
-    of_moved = lambda moved: jaxpr_as_fun(program)(*eqx.combine(moved, still))
+
+    def of_moved(moved):
+        return jaxpr_as_fun(program)(*eqx.combine(moved, still))
+
     out, dots = jax.jvp(of_moved, (moved,), (dots,))
-    zero = lambda dot: ad.Zero(jax.typeof(dot)) if dot.dtype == jax.dtypes.float0 else dot
+
+    def zero(dot):
+        return ad.Zero(jax.typeof(dot)) if dot.dtype == jax.dtypes.float0 else dot
+
     return out, list(map(zero, dots))
 
 
 def _batched(leaves, axes, *, program, rule):
     mapped = [axis is not None for axis in axes]
     (size,) = {x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None}
-    to_front = lambda x, axis: x if axis is None else jax.numpy.moveaxis(x, axis, 0)
+
+    def to_front(x, axis):
+        return x if axis is None else jax.numpy.moveaxis(x, axis, 0)
+
     out = rule(size, mapped, list(map(to_front, leaves, axes)))
     same = (x.shape == aval.shape for x, aval in zip(out, program.out_avals, strict=True))
     return out, [None if is_same else 0 for is_same in same]

@@ -130,6 +130,11 @@ class AuditedFlow:
 
 def _cast(tree: PyTree, dtype: Any) -> PyTree:
     """The tree with its floating arrays in this dtype, and complex ones in one of its width."""
-    kind = lambda leaf: np.result_type(dtype, np.complex64) if jnp.iscomplexobj(leaf) else dtype
-    convert = lambda leaf: leaf.astype(kind(leaf)) if eqx.is_inexact_array(leaf) else leaf
+
+    def kind(leaf):
+        return np.result_type(dtype, np.complex64) if jnp.iscomplexobj(leaf) else dtype
+
+    def convert(leaf):
+        return leaf.astype(kind(leaf)) if eqx.is_inexact_array(leaf) else leaf
+
     return jax.tree.map(convert, tree)

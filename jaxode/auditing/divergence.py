@@ -34,7 +34,10 @@ def divergence(s: AuditedFlow) -> Row:
     if s.noisy:  # its mean, beyond five standard errors
         noise = math.sqrt(np.mean(np.var(error, axis=-1)) / error.size)
         size = max(float(abs(np.mean(error))) - 5 * noise, 0.0)
-    relative = lambda error, size: error / size if size else (math.inf if error else 0.0)
+
+    def relative(error, size):
+        return error / size if size else (math.inf if error else 0.0)
+
     of_trace = relative(size, _rms(trace) + 0.1 * _rms(norm))
     of_field = relative(_rms(own_field - field), _rms(field))
     what = "is not the trace of the Jacobian of the vector field"
@@ -62,7 +65,10 @@ def _traces(integrands, params, times, points, context, keys):
     def at(t, z, context, keys):
         g = integrands.at(t, params, context)
         dz, trace, square = exact.with_norm(g, z, None)
-        own = lambda key: chosen.apply(g, z, chosen.init(key, z))
+
+        def own(key):
+            return chosen.apply(g, z, chosen.init(key, z))
+
         own_dz, estimates = jax.lax.map(own, keys)
         return dz, own_dz[0], trace, jnp.sqrt(square), estimates
 

@@ -111,8 +111,13 @@ def audit(
     context = check_rows("context", context, x.shape[0])
     check_not_empty(x)
     check_finite({"x": x})
-    as_array = lambda leaf: leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
-    floats = lambda leaf: as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
+
+    def as_array(leaf):
+        return leaf if eqx.is_array(leaf) else jnp.asarray(leaf, x.dtype)
+
+    def floats(leaf):
+        return as_array(leaf) if eqx.is_inexact_array_like(leaf) else leaf
+
     params, context = jax.tree.map(floats, embedded(params, context))
     options = dataclasses.replace(flow.solve_options, axis_name=None)
     flow = dataclasses.replace(flow, throw=False, solve_options=options)

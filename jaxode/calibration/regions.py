@@ -119,7 +119,10 @@ def tarp(
         center_key, key = jax.random.split(key)
         center = jax.random.uniform(center_key, theta.shape, theta.dtype)
         samples = density.sample(key, (draws, len(theta)), context=x)
-        nearer = lambda some: distance(some, center) < distance(theta, center)
+
+        def nearer(some):
+            return distance(some, center) < distance(theta, center)
+
         return jnp.sum(jax.vmap(nearer)(samples), axis=0)
 
     return _coverage(simulations, rank, key, levels)

@@ -96,7 +96,10 @@ class Contexts(eqx.Module):
 
     def given(self, row: PyTree) -> PyTree:
         """Undo the map of one context."""
-        back = lambda part, leaf: leaf if part is None else part.forward(leaf)[0]
+
+        def back(part, leaf):
+            return leaf if part is None else part.forward(leaf)[0]
+
         return jax.tree.map(back, self.maps, row, is_leaf=_is_map)
 
     def leading_axes(self, context: PyTree) -> Shape:
@@ -137,8 +140,13 @@ def context_numbers(name: str, context: PyTree) -> PyTree:
             f"{arg(name)} must be an array or a pytree of arrays; got a list of numbers. Pass "
             "np.asarray of it."
         )
-    is_scalar = lambda leaf: isinstance(leaf, PYTHON_NUMBERS)
-    convert = lambda leaf: leaf if is_scalar(leaf) else numbers(name, leaf, real=False)
+
+    def is_scalar(leaf):
+        return isinstance(leaf, PYTHON_NUMBERS)
+
+    def convert(leaf):
+        return leaf if is_scalar(leaf) else numbers(name, leaf, real=False)
+
     return jax.tree.map(convert, context)
 
 
@@ -218,8 +226,13 @@ def _shapes_of(given: Any, data: Any) -> tuple[Shape, ...] | None:
     elif data is not None:
         of_data = tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
     if given is not None:
-        is_size = lambda x: isinstance(x, int | np.integer) and x >= 0
-        is_shape = lambda x: isinstance(x, tuple) and all(map(is_size, x))
+
+        def is_size(x):
+            return isinstance(x, int | np.integer) and x >= 0
+
+        def is_shape(x):
+            return isinstance(x, tuple) and all(map(is_size, x))
+
         shapes = jax.tree.leaves(given, is_leaf=is_shape)
         if not all(map(is_shape, shapes)):
             raise TypeError(
@@ -227,7 +240,10 @@ def _shapes_of(given: Any, data: Any) -> tuple[Shape, ...] | None:
                 f"pytree of shapes; got {given!r}."
             )
         shapes = tuple(tuple(map(int, shape)) for shape in shapes)
-        ends = lambda shape, own: shape[len(shape) - len(own) :] == own
+
+        def ends(shape, own):
+            return shape[len(shape) - len(own) :] == own
+
         if of_data and not (len(shapes) == len(of_data) and all(map(ends, shapes, of_data))):
             raise ValueError(
                 "bind(context_shape=...): must end in that of the rows of standardize_context, "

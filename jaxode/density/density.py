@@ -38,7 +38,7 @@ from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.flows import compiled
 from jaxode.flows.bases import Torus, fixed_columns, in_one_period
 from jaxode.flows.chunks import Chunks
-from jaxode.flows.cnf import CNF
+from jaxode.flows.cnf import CNF, end_state
 from jaxode.flows.embedding import Embedded
 from jaxode.flows.periods import off_period_of
 from jaxode.flows.reverse_kl import Target
@@ -223,7 +223,7 @@ class Density(eqx.Module):
         rows, shape = check_batches("x", x, self.event_shape)
         z, seen, large = placed(self.maps, rows)
         params, context = self.contexts.embedded(self.params, context, shape)
-        z = flow._end_state(compiled.transport, "x", z, params, None, context)
+        z = end_state(flow, compiled.transport, "x", z, params, None, context)
         levels = levels_at(self.maps, flow.base, z)
         return jnp.where(seen, levels, jnp.where(large, 1.0, 0.0)).reshape(shape)
 
@@ -269,7 +269,7 @@ class Density(eqx.Module):
         params, context = self.contexts.embedded(self.params, context, shape)
         context = of_each_level(context, math.prod(of_levels))
         z, wrong = base_quantiles(self.maps, flow.base, levels), LEVELS.fault(levels)
-        z = flow._end_state(compiled.transport, "z", z, params, None, context, wrong)
+        z = end_state(flow, compiled.transport, "z", z, params, None, context, wrong)
         return to_data(self.maps, z)[0].reshape(*shape, *of_levels)
 
     @public("reverse_kl_loss")

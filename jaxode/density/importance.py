@@ -132,7 +132,10 @@ def _pareto_k(log_w: Float[Array, " n"]) -> Float[Array, ""]:
     places = jnp.sqrt(count / (jnp.arange(count, dtype=x.dtype) + 0.5))
     quartile = x[math.floor(tail / 4 + 0.5) - 1]
     b = 1 / x[-1] + (1 - places) / (3 * quartile)
-    k_of = lambda b: jnp.mean(jnp.log1p(-b * x))
+
+    def k_of(b):
+        return jnp.mean(jnp.log1p(-b * x))
+
     k = jax.vmap(k_of)(b)
     weights = jax.nn.softmax(tail * (jnp.log(-b / k) - k - 1))
     k = (tail * k_of(jnp.sum(weights * b)) + 10 * 0.5) / (tail + 10)

@@ -39,7 +39,10 @@ def boxed(bounds: Any, template: PyTree, flats: Float[Array, "starts n"]) -> Box
 
 def _bound(bound: Any, template: PyTree) -> Float[Array, " n"]:
     """One bound of each parameter: a number for all, or for all of a leaf."""
-    wide = lambda of, leaf: jnp.broadcast_to(floating(numbers("bounds", of)), leaf.shape)
+
+    def wide(of, leaf):
+        return jnp.broadcast_to(floating(numbers("bounds", of)), leaf.shape)
+
     try:
         if jax.tree.structure(bound) == jax.tree.structure(0.0) and not jnp.ndim(bound):
             tree = jax.tree.map(lambda leaf: wide(bound, leaf), template)

@@ -34,7 +34,10 @@ def _lines(columns: Sequence[Column]) -> list[str]:
     named = zip(names(trees[0]), *numbers, strict=True)
     rows = [["", *headers], *([name, *map(_told, row)] for name, *row in named)]
     first, *widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    aligned = lambda cells: map(str.rjust, cells, widths)
+
+    def aligned(cells):
+        return map(str.rjust, cells, widths)
+
     return ["  ".join(["", name.ljust(first), *aligned(cells)]) for name, *cells in rows]
 
 

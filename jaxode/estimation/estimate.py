@@ -250,19 +250,9 @@ def estimate(
             args, row_args, options,
         )
     )  # fmt: skip
-    solver = options.get("solver")
-    stiff = isinstance(solver, Rodas5P | Rosenbrock23)
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
-    if match and cannot:
-        raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
-    matched = None
-    if match or (match is None and not (stiff or cannot)):
-        matched = match_slopes(problem, flats, box)
-    if match and matched is None:
-        raise ValueError(
-            f"{arg('match')} needs five observations of each series, at times that are not too "
-            "uneven, and a start at which f is finite. Leave it out."
-        )
+    stiff = isinstance(options.get("solver"), Rodas5P | Rosenbrock23)
+    matched = _matched(match, cannot, stiff, problem, flats, box)
     if matched is None:
         runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])
         size, direct = min(STARTS_AT_ONCE, len(flats)), np.asarray(flats)
@@ -271,6 +261,21 @@ def estimate(
         size, direct = min(STARTS_AT_ONCE, 2 * len(flats)), None
     ends = improved(problem, runs, box, size, budget, direct)
     return _described(problem, ends, box, size, budget)
+
+
+def _matched(match: bool | None, cannot: str | None, stiff: bool, problem, flats, box):
+    """Starts improved by slopes, or None if they are not to be matched."""
+    if match and cannot:
+        raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
+    if not match and (match is not None or stiff or cannot):
+        return None
+    matched = match_slopes(problem, flats, box)
+    if match and matched is None:
+        raise ValueError(
+            f"{arg('match')} needs five observations of each series, at times that are not too "
+            "uneven, and a start at which f is finite. Leave it out."
+        )
+    return matched
 
 
 def _described(
@@ -290,13 +295,8 @@ def _described(
     elif has_noise(problem):
         noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
     converged = bool(ends.converged[best])
-    if converged and has_known_variance(problem) and is_unlikely(square, free):
-        warnings.warn(
-            f"estimate: residuals are {math.sqrt(square / free):.3g} times the noise: half their "
-            f"squares sum to {square / 2:.3g} for {free} degrees of freedom. The model does not "
-            f"fit, or the noise is larger{cure(problem)}. The standard errors are too small.",
-            stacklevel=4,
-        )
+    if converged:
+        _warn_of_misfit(problem, square, free)
     stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
     covariance, errors = uncertainty(
         ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
@@ -327,3 +327,14 @@ def _described(
         _together=together,
         _counts=(count, used),
     )
+
+
+def _warn_of_misfit(problem: ObservedODE, square: float, free: int) -> None:
+    """Warn if squares are too large for their number."""
+    if has_known_variance(problem) and is_unlikely(square, free):
+        warnings.warn(
+            f"estimate: residuals are {math.sqrt(square / free):.3g} times the noise: half their "
+            f"squares sum to {square / 2:.3g} for {free} degrees of freedom. The model does not "
+            f"fit, or the noise is larger{cure(problem)}. The standard errors are too small.",
+            stacklevel=5,
+        )

@@ -120,7 +120,10 @@ class Population(eqx.Module):
             adjoint=ForwardMode(), throw=False, **self.options,
         ).ys  # fmt: skip
         if self.observe is not None:
-            see = lambda t, y: call_field(self.observe, t, y, given, "observe", "what is observed")
+
+            def see(t, y):
+                return call_field(self.observe, t, y, given, "observe", "what is observed")
+
             found = jax.vmap(see)(subject.ts, found)
         log_noise = 0.0 if self.noise is None else jnp.log(self.noise(found, params))
         return jnp.stack([found, jnp.broadcast_to(log_noise, found.shape)])
@@ -149,13 +152,18 @@ class Population(eqx.Module):
 
     def effects(self, theta: Array, begin: Array, subject: Subject) -> Float[Array, " q"]:
         """The likeliest effects of a subject, by damped Fisher scoring."""
-        moments = lambda flat: self.moments(flat, subject)
+
+        def moments(flat):
+            return self.moments(flat, subject)
 
         def step(state):
             trial, z, best, damping, count, _ = state
             found = self.nll(moments, theta, trial, subject.ys)
             good = found.value <= best.value + ROUNDING * (1 + jnp.abs(best.value))
-            choose = lambda new, old: jnp.where(good, new, old)
+
+            def choose(new, old):
+                return jnp.where(good, new, old)
+
             z, best = jax.tree.map(choose, (trial, found), (z, best))
             damping = damping * jnp.where(good, LONGER, SHORTER)
             damped = best.hessian + damping * jnp.diag(jnp.diag(best.hessian))
@@ -163,7 +171,9 @@ class Population(eqx.Module):
             done = jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE
             return z + move, z, best, damping, count + 1, done
 
-        more = lambda state: ~state[-1] & (state[-2] < EFFECT_STEPS)
+        def more(state):
+            return ~state[-1] & (state[-2] < EFFECT_STEPS)
+
         worst = NLL(jnp.asarray(jnp.inf, begin.dtype), 0 * begin, jnp.eye(len(begin)))
         damping = jnp.asarray(DAMPING, begin.dtype)
         state = begin, begin, worst, damping, jnp.asarray(0), jnp.asarray(False)
@@ -179,7 +189,9 @@ class Population(eqx.Module):
             return found, found
 
         def slopes(flat):
-            near = lambda vary: at(flat.at[self.places].set(vary))
+            def near(vary):
+                return at(flat.at[self.places].set(vary))
+
             along, found = jax.jacfwd(near, has_aux=True)(flat[self.places])
             return (found, along), (found, along)
 

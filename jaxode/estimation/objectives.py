@@ -104,7 +104,10 @@ class OfLikelihood(OfObservations):
 
     def information(self, flat, start, quantities, jacobian):
         of = self.problem.likelihood
-        fisher = lambda predicted, _, noise: of.information(predicted, noise)[0]
+
+        def fisher(predicted, _, noise):
+            return of.information(predicted, noise)[0]
+
         return self._weighed(quantities, jacobian, fisher).jacobian
 
     def _weighed(self, quantities: Array, jacobian: Array, curvature: Any) -> Local:
@@ -154,7 +157,9 @@ class OfDensity(OfObservations):
         return self._curved(flat, start, quantities, jacobian, jnp.abs)
 
     def information(self, flat, start, quantities, jacobian):
-        positive = lambda values: jnp.maximum(values, 0.0)
+        def positive(values):
+            return jnp.maximum(values, 0.0)
+
         return self._curved(flat, start, quantities, jacobian, positive).jacobian
 
     def _curved(self, flat, start, quantities, jacobian, make_positive) -> Local:

@@ -104,7 +104,10 @@ def _check_functions(given: Given) -> None:
 def as_data(args: Any, span: tuple[Array, Array]) -> PyTree:
     """The data, with numbers as arrays, so that other ones are no new program."""
     check_knots("args", args, span)
-    as_array = lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf
+
+    def as_array(leaf):
+        return jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf
+
     return jax.tree.map(as_array, check_args("args", args))
 
 
@@ -165,11 +168,16 @@ def _check_shapes(problem: ObservedODE) -> None:
         _check_noise_shape(problem)
     if isinstance(problem.likelihood, Likelihood):
         return
-    name, returns, of = "residual", "residuals", problem.residuals
+    name, returns = "residual", "residuals"
     if problem.likelihood is not None:
         name, returns = "likelihood", "log-densities"
-        of = lambda *pair, params: problem.likelihood(*pair, problem.given(params))
-    found = jax.eval_shape(of, problem.ys, problem.ys, params=problem.template)
+
+    def of(predicted, observed, params):
+        if problem.likelihood is not None:
+            return problem.likelihood(predicted, observed, problem.given(params))
+        return problem.residuals(predicted, observed, params=params)
+
+    found = jax.eval_shape(of, problem.ys, problem.ys, problem.template)
     if getattr(found, "shape", None) != shape:
         raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {found}.")
 
@@ -311,7 +319,10 @@ def _spread(ys: np.ndarray, axis: int) -> float:
     """The standard deviation of series along the axis of times, of which some may be missing."""
     seen, count = ~np.isnan(ys), (~np.isnan(ys)).sum(axis, keepdims=True)
     mean = np.nansum(ys, axis, keepdims=True) / np.maximum(count, 1)
-    root = lambda x: float(np.sqrt(np.mean(x[seen] ** 2)))
+
+    def root(x):
+        return float(np.sqrt(np.mean(x[seen] ** 2)))
+
     return max(root(ys - mean), 1e-3 * root(ys)) or 1.0  # series may be constant
 
 

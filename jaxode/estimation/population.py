@@ -182,8 +182,11 @@ def _described(
     n = population.shared
     between = root @ root.T
     deviations = jnp.sqrt(jnp.diag(between))
+
     # The delta method, of the rows of the root.
-    rooted = lambda theta: jnp.sqrt(jnp.sum(population.split(theta)[1] ** 2, axis=1) + 1e-30)
+    def rooted(theta):
+        return jnp.sqrt(jnp.sum(population.split(theta)[1] ** 2, axis=1) + 1e-30)
+
     slopes = np.asarray(jax.jacfwd(rooted)(jnp.asarray(theta)))
     of_deviations = np.sqrt(np.diag(slopes @ covariance @ slopes.T))
     errors = np.sqrt(np.diag(covariance)[:n])
@@ -195,8 +198,13 @@ def _described(
             "determine a parameter. Start nearer, let fewer parameters vary, or raise steps.",
             stacklevel=4,
         )
-    params_of = lambda z: unravel(population.params_of(jnp.asarray(theta), z))
-    named = lambda values: _at_places(population, values)
+
+    def params_of(z):
+        return unravel(population.params_of(jnp.asarray(theta), z))
+
+    def named(values):
+        return _at_places(population, values)
+
     return PopulationEstimate(
         params=unravel(flat),
         errors=unravel(jnp.asarray(errors)),

@@ -99,7 +99,10 @@ class ObservedODE(eqx.Module):
         params = self.given(params)
         if self.row_args is None or not needs_row(noise):
             return jnp.broadcast_to(jnp.asarray(noise(params)), self.ys.shape)
-        each = lambda row: jnp.broadcast_to(jnp.asarray(noise(params, row)), self.ys.shape[1:])
+
+        def each(row):
+            return jnp.broadcast_to(jnp.asarray(noise(params, row)), self.ys.shape[1:])
+
         return jax.vmap(each)(self.row_args)
 
     def misfit(self, predicted: Array, params: PyTree) -> Array:

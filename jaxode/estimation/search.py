@@ -164,7 +164,10 @@ def _advanced(
 ) -> tuple[_Row, tuple[Array, ...]]:
     """Step until so many more rows end, and no more than `STEPS_AT_ONCE`. The limits are those of
     steps in all and of rows."""
-    active = lambda rows: ~rows.done & (rows.count < limits[0])
+
+    def active(rows):
+        return ~rows.done & (rows.count < limits[0])
+
     ended = jnp.sum(~active(rows))
 
     def more(state):
@@ -176,7 +179,10 @@ def _advanced(
     def step(state):
         taken, rows = state
         moved, left = jax.vmap(lambda row: _moved(objective, hold, row))(rows), active(rows)
-        pick = lambda new, old: jnp.where(left.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        def pick(new, old):
+            return jnp.where(left.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
         return taken + 1, jax.tree.map(pick, moved, rows)
 
     _, rows = jax.lax.while_loop(more, step, (jnp.asarray(0), rows))

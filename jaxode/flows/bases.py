@@ -188,7 +188,10 @@ class DiagonalNormal(eqx.Module):
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log-density in nats."""
         _check_events(z, self.event_shape)
-        spread = lambda leaf: leaf.reshape((1,) * (z.ndim - leaf.ndim) + leaf.shape)
+
+        def spread(leaf):
+            return leaf.reshape((1,) * (z.ndim - leaf.ndim) + leaf.shape)
+
         standard = (z - spread(self.mean)) * jnp.exp(-spread(self.log_scale))
         log_scale = jnp.broadcast_to(self.log_scale, self.event_shape)
         return StandardNormal(self.event_shape).log_prob(standard) - jnp.sum(log_scale)
@@ -196,7 +199,10 @@ class DiagonalNormal(eqx.Module):
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
         """Independent draws in the dtype of the mean."""
         shape = (*sample_shape, *self.event_shape)
-        spread = lambda leaf: jnp.broadcast_to(leaf, shape)
+
+        def spread(leaf):
+            return jnp.broadcast_to(leaf, shape)
+
         noise = jax.random.normal(key, shape, self.mean.dtype)
         return spread(self.mean) + spread(jnp.exp(self.log_scale)) * noise
 
@@ -403,7 +409,10 @@ def has_edge(base: BaseDensity, dtype: Any) -> bool:
         return False
     with jax.ensure_compile_time_eval():
         far = jnp.full((1, *base.event_shape), 1e4, dtype)
-        positive = lambda z: base.log_prob(z) > -jnp.inf
+
+        def positive(z):
+            return base.log_prob(z) > -jnp.inf
+
         if isinstance(base, _Adapted) and _has_support(base.density):
             positive = base.inside
         values = [positive(far), positive(-far)]

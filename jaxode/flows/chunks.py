@@ -66,7 +66,10 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
         solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
     else:
         solution = _looped(program, whole, parts, rows)
-    join = lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:count]
+
+    def join(leaf):
+        return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:count]
+
     return jax.tree.map(join, solution)
 
 

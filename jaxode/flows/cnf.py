@@ -11,6 +11,7 @@ loss is in `jaxode/flows/likelihood/objective.py`.
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -52,7 +53,7 @@ from jaxode.flows.regularizers import Regularizer
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import Completed, VectorField, check_field
 from jaxode.ode.options import SolveOptions
-from jaxode.ode.solution import report
+from jaxode.ode.solution import Solution, report
 from jaxode.ode.system import System, argument_faults, make_system
 
 # What is carried to the other end: data, base samples from the user, or samples of the base.
@@ -106,7 +107,7 @@ class CNF(eqx.Module):
 
         With a stochastic divergence, it is an unbiased estimate.
         """
-        return self._end_state(compiled.log_prob, "x", x, params, key, context)
+        return end_state(self, compiled.log_prob, "x", x, params, key, context)
 
     @public("log_prob_and_error")
     def log_prob_and_error(
@@ -125,7 +126,7 @@ class CNF(eqx.Module):
         Raises:
             ValueError: also if the divergence has only one probe, or no `standard_error`.
         """
-        return self._end_state(compiled.log_prob_and_error, "x", x, params, key, context)
+        return end_state(self, compiled.log_prob_and_error, "x", x, params, key, context)
 
     def nll(
         self,
@@ -238,14 +239,14 @@ class CNF(eqx.Module):
         self, params: PyTree, x: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry data to the base density: `z(t0)` for `z(t1) = x`."""
-        return self._end_state(compiled.transport, "x", x, params, None, context)
+        return end_state(self, compiled.transport, "x", x, params, None, context)
 
     @public("from_base")
     def from_base(
         self, params: PyTree, z: Float[Array, "batch *event"], *, context: PyTree = None
     ) -> Float[Array, "batch *event"]:
         """Carry base samples to data: `z(t1)` for `z(t0) = z`. The inverse of `to_base`."""
-        return self._end_state(compiled.transport, "z", z, params, None, context)
+        return end_state(self, compiled.transport, "z", z, params, None, context)
 
     @public("sample")
     def sample(
@@ -253,7 +254,7 @@ class CNF(eqx.Module):
     ) -> Float[Array, "n *event"]:
         """Draw `n` samples. The leaves of a `context` are `[n, ...]`."""
         z, _ = self._drawn(key, n)
-        return self._end_state(compiled.transport, "base", z, params, None, context)
+        return end_state(self, compiled.transport, "base", z, params, None, context)
 
     @public("sample_and_log_prob")
     def sample_and_log_prob(
@@ -264,7 +265,7 @@ class CNF(eqx.Module):
         With a stochastic divergence the log-densities are unbiased estimates.
         """
         z, probe_key = self._drawn(key, n)
-        return self._end_state(compiled.sample, "base", z, params, probe_key, context)
+        return end_state(self, compiled.sample, "base", z, params, probe_key, context)
 
     @public("reverse_kl_loss")
     def reverse_kl_loss(
@@ -366,18 +367,26 @@ class CNF(eqx.Module):
         faults |= Completed(self.f).span_faults(self.t0)
         return period_faults(system, self._parts) | faults | argument_faults(system)
 
-    def _end_state(
-        self, program, name: Samples, samples, params, key, context, faults: Faults | None = None
-    ) -> Any:
-        """The end state of the compiled `program(system, parts, key)`.
 
-        If it fails, `faults` may be the reason, too.
-        """
-        throw = self.throw is None or self.throw
-        system = self._system(name, samples, params, context).raising(throw)
-        key = None if key is None else check_key(key)
-        solution = in_chunks(program, self.chunks, system, self._parts, key)
-        if throw:
-            faults = (faults or {}) | self._faults(name, system)
-            solution = report(solution, faults, self.solve_options.remedies)
-        return solution.y1
+def end_state(
+    flow: CNF,
+    program: Callable[..., Solution],
+    name: Samples,
+    samples: Any,
+    params: PyTree,
+    key: PRNGKeyArray | None,
+    context: PyTree,
+    faults: Faults | None = None,
+) -> Any:
+    """The end state of the compiled `program(system, parts, key)`.
+
+    If it fails, `faults` may be the reason, too.
+    """
+    throw = flow.throw is None or flow.throw
+    system = flow._system(name, samples, params, context).raising(throw)
+    key = None if key is None else check_key(key)
+    solution = in_chunks(program, flow.chunks, system, flow._parts, key)
+    if throw:
+        faults = (faults or {}) | flow._faults(name, system)
+        solution = report(solution, faults, flow.solve_options.remedies)
+    return solution.y1

@@ -103,8 +103,11 @@ class _OptimalTransport:
         starts = np.arange(groups + 1) * batch // groups
         own = starts[:-1, None] + np.arange(-(-batch // groups))
         real = own < starts[1:, None]
+
         # A group that is one row short borrows the first row of the next group, at zero cost.
-        grouped = lambda leaf: jnp.reshape(leaf, (batch, -1))[np.minimum(own, batch - 1)]
+        def grouped(leaf):
+            return jnp.reshape(leaf, (batch, -1))[np.minimum(own, batch - 1)]
+
         cost = _squared_distances(grouped(x), grouped(z), real)
         # Infinity times zero would be NaN.
         weight = min(self.condition_weight or 0.0, float(jnp.finfo(jnp.float32).max))

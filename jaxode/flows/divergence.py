@@ -102,7 +102,10 @@ class Divergence:
     def without_noise(self, event: tuple[int, ...]) -> "Divergence":
         """This divergence if it draws nothing without a key, else `noiseless()`."""
         like: Any = jax.ShapeDtypeStruct(event, jnp.float32)
-        drawn = lambda key: jax.eval_shape(lambda z: self.init(key, z), like)
+
+        def drawn(key):
+            return jax.eval_shape(lambda z: self.init(key, z), like)
+
         try:
             probe = drawn(None)
         except Exception:  # whatever it says about a key that is missing

@@ -70,7 +70,10 @@ class Integrands(eqx.Module):
     def volume_of_each_probe(self, t, state, params, row):
         """Derivative of `(z, integral of each estimate of div f)`, on one linearization."""
         probe, context = row
-        one = lambda v: self.volume(t, state, params, (v[None], context))
+
+        def one(v):
+            return self.volume(t, state, params, (v[None], context))
+
         return jax.vmap(one, out_axes=(None, 0))(probe)
 
     def field_and_costs(self, t, state, params, row):
@@ -102,7 +105,10 @@ class Integrands(eqx.Module):
     ) -> Divergence:
         """The divergence that `auto()` stands for, also for the running costs. So a closed form
         needs no key."""
-        like_row = lambda leaf: jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+
+        def like_row(leaf):
+            return jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+
         t = jnp.zeros((), x.dtype)
         g = self.at(t, params, jax.tree.map(like_row, context))
         return self.divergence.chosen(g, like_row(x), needs_norm=of_costs and self._needs_norm)

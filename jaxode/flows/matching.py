@@ -159,7 +159,10 @@ def _unless_others_fail(of_context: Faults, errors: Float[Array, " batch"]) -> F
     A field may accept NaN in the context: then it is not why rows fail.
     """
     failed = ~jnp.isfinite(jax.lax.stop_gradient(errors))
-    alone = lambda find: lambda: find() & ~jnp.any(failed & ~find())
+
+    def alone(find):
+        return lambda: find() & ~jnp.any(failed & ~find())
+
     return {sentence: alone(find) for sentence, find in of_context.items()}
 
 
@@ -200,7 +203,10 @@ def _with_stand_ins(weights: Float[Array, " batch"], data: PyTree) -> PyTree:
     source = jnp.argmax(jnp.where(weighted, weights, finite.astype(weights.dtype)))
     rows = jnp.where(weights == 0, source, jnp.arange(len(weights)))
     there = weighted | finite.any()
-    stand_in = lambda leaf: jnp.where(there, leaf[rows], jnp.zeros_like(leaf))
+
+    def stand_in(leaf):
+        return jnp.where(there, leaf[rows], jnp.zeros_like(leaf))
+
     return jax.tree.map(stand_in, data)
 
 
@@ -234,7 +240,10 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
 def _with_turns(turns: Turns, paths: Paths) -> Paths:
     """The paths, and one more for each turn, which rests there."""
     u, z0, x, context = paths
-    spread = lambda leaf: jnp.broadcast_to(leaf[:1], (len(turns.u), *leaf.shape[1:]))
+
+    def spread(leaf):
+        return jnp.broadcast_to(leaf[:1], (len(turns.u), *leaf.shape[1:]))
+
     context = jax.tree.map(lambda leaf: jnp.concatenate([leaf, spread(leaf)]), context)
     z0, x = (jnp.concatenate([rows, turns.z]) for rows in (z0, x))
     return Paths(jnp.concatenate([u, turns.u.astype(u.dtype)]), z0, x, context)

@@ -122,7 +122,10 @@ class Lattice(Symmetric):
     def _convolved(self, kernels, features) -> Float[Array, " size"]:
         """The sum over features of the circular convolutions, flattened."""
         axes = tuple(range(1, features.ndim))
-        transform = lambda x: jnp.fft.rfftn(x.astype(state_dtype(x)), axes=axes)
+
+        def transform(x):
+            return jnp.fft.rfftn(x.astype(state_dtype(x)), axes=axes)
+
         product = jnp.sum(transform(kernels) * transform(features), axis=0)
         out = jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
         return out.reshape(-1)

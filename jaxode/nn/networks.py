@@ -162,7 +162,10 @@ class _Network(Network):
         for a, b in itertools.pairwise(sizes):
             shapes += [(b, a), (2 + context_size, b), (1 + context_size, b)]
         last, *drawn = draws(check_key(key), tuple(shapes))
-        timed = lambda i: i == 0 or self.time_in_every_layer
+
+        def timed(i):
+            return i == 0 or self.time_in_every_layer
+
         self.hidden = tuple(
             _Layer(weight, gate if self.gated else None, shift if timed(i) else None)
             for i, (weight, gate, shift) in enumerate(

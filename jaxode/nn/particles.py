@@ -32,7 +32,10 @@ class _Places(NamedTuple):
 def _places(n: int) -> _Places:
     pairs = list(itertools.combinations(range(n), 2))
     number = {pair: i for i, pair in enumerate(pairs)}
-    side = lambda i, k: number[min(i, k), max(i, k)]
+
+    def side(i, k):
+        return number[min(i, k), max(i, k)]
+
     sides = [
         [[side(pair[end], k) for k in range(n) if k not in pair] for pair in pairs]
         for end in range(2)

@@ -61,7 +61,10 @@ class Interpolant(eqx.Module):
         start = jnp.where(jnp.isnan(self.t0), 0, self.t0)[None]
         path = self._path
         if derivative:  # each row depends only on its own time
-            path = lambda t: jax.jvp(self._path, (t,), (jnp.ones_like(t),))[1]
+
+            def path(t):
+                return jax.jvp(self._path, (t,), (jnp.ones_like(t),))[1]
+
         values = jax.vmap(path)(jnp.where(inside, t, start))
         values = jnp.where(inside[..., None], values, jnp.nan)
         values = jnp.where(self.ok[None, :, None], values, self.y1[None])

@@ -59,7 +59,10 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
     def at(t, y, row):
         flat, unravel = ravel_pytree(y)
         sums = jnp.asarray(left, flat.dtype)
-        residual = lambda v: sums @ ravel_pytree(call_field(f, t, unravel(v), args, row=row))[0]
+
+        def residual(v):
+            return sums @ ravel_pytree(call_field(f, t, unravel(v), args, row=row))[0]
+
         return residual(flat), jax.jacfwd(residual)(flat), flat
 
     times = jnp.asarray(t0, jnp.result_type(float))

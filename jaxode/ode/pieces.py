@@ -169,7 +169,10 @@ class Pieces(NamedTuple):
         # After a change, the step size says nothing, nor does that of an empty piece.
         h = jax.lax.stop_gradient(out.h)
         h = jnp.where(cut.counted & (h != 0), h, carry.h)
-        add = lambda all, more: jnp.where(solved & cut.counted, all + more, all)
+
+        def add(all, more):
+            return jnp.where(solved & cut.counted, all + more, all)
+
         kept = _Carry(
             t=jnp.where(rests, carry.t, part.t1),
             y=jnp.where(rests[:, None], carry.y, y),

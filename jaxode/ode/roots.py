@@ -72,7 +72,10 @@ class Equilibrated(NamedTuple):
 
     def inverse(self) -> Float[Array, "n n"]:
         factors, unit = factorize(self.matrix[..., None]), jnp.eye(len(self.rows))
-        column = lambda b: solve_factorized(factors, b[None])[0]
+
+        def column(b):
+            return solve_factorized(factors, b[None])[0]
+
         columns = jax.vmap(column)(unit.astype(self.matrix.dtype))
         return columns.T / self.columns.T / self.rows.T
 
@@ -180,7 +183,9 @@ def is_stable(jacobian: Float[Array, "n n"]) -> Bool[Array, ""]:
     a few steps for rates that are many powers of ten apart, where the determinant would need all.
     """
     n, unit = len(jacobian), jnp.eye(len(jacobian), dtype=jacobian.dtype)
-    norms = lambda x: jnp.sum(jnp.abs(x), axis=0).max() * jnp.sum(jnp.abs(x), axis=1).max()
+
+    def norms(x):
+        return jnp.sum(jnp.abs(x), axis=0).max() * jnp.sum(jnp.abs(x), axis=1).max()
 
     def step(_, x):
         inverse = Equilibrated.of(x).inverse()

@@ -217,7 +217,10 @@ def _improved_row(field: _Row, limits, args, start, found, size, row):
 
     # A number that is no array stays out of the inputs, which are compared: NaN is not itself.
     arrays, others = eqx.partition(args, eqx.is_array)
-    of = lambda y, arrays, row: field(time, y, eqx.combine(arrays, others), row)
+
+    def of(y, arrays, row):
+        return field(time, y, eqx.combine(arrays, others), row)
+
     inputs = eqx.filter_closure_convert(of, near, arrays, row), arrays, row
     fixed = _fixed(inputs)
     root = find_root(lambda y: rates(y, fixed), near, size, rtol, atol)

@@ -94,7 +94,10 @@ class Experiments:
         if not self.model.switches or not len(entries.number):
             return None
         nominal = jnp.asarray(self.parameters.nominal)
-        of = lambda vector: self._switch_times(vector, entries)
+
+        def of(vector):
+            return self._switch_times(vector, entries)
+
         times, bent = jax.jit(of)(nominal)
         moves, _ = jax.jit(jax.jacfwd(of))(nominal)
         moving = np.any(np.asarray(moves)[..., self.parameters.estimated] != 0)
@@ -106,7 +109,10 @@ class Experiments:
             )
         each = [np.unique(row[np.isfinite(row) & (row > 0)]) for row in np.asarray(times)]
         size = max(map(len, each))
-        pad = lambda row: np.pad(row, (0, size - len(row)), constant_values=np.inf)
+
+        def pad(row):
+            return np.pad(row, (0, size - len(row)), constant_values=np.inf)
+
         return np.stack([pad(row) for row in each]) if size else None
 
     def _switch_times(self, vector: Array, entries: Entries) -> tuple[Array, Array]:

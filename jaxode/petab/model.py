@@ -88,7 +88,10 @@ def _moved(model: Any) -> list[Any]:
     changed = {
         each.getSpecies() for reaction in model.getListOfReactions() for each in _sides(reaction)
     }
-    fixed = lambda species: species.getBoundaryCondition() or species.getConstant()
+
+    def fixed(species):
+        return species.getBoundaryCondition() or species.getConstant()
+
     return [
         each
         for each in model.getListOfSpecies()

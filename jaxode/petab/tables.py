@@ -50,7 +50,10 @@ def read_tables(path: Any) -> Tables:
             "file for each."
         )
     given = {**content["problems"][0], "parameter_files": content.get("parameter_file")}
-    files = lambda kind: _files(path, given, f"{kind}_files")
+
+    def files(kind):
+        return _files(path, given, f"{kind}_files")
+
     (sbml, *others), tables = files("sbml"), {}
     if others:
         raise ValueError(

@@ -39,9 +39,8 @@ def from_frame(
         )
     of_row, times = frames.read("frame", frame, row), _numbers(frame, time)
     for column, missing in ((row, of_row.missing), (time, np.isnan(times))):
-        got = lambda line: f"none in line {line}"
         must = f"have a value of {column!r} in each line"
-        check("frame", missing, must, got, "Leave such lines out.")
+        check("frame", missing, must, lambda i: f"none in line {i}", "Leave such lines out.")
     channels = [column for column in frame.columns if column not in (row, time)]
     if not channels or not len(times):
         raise ValueError(
@@ -55,7 +54,10 @@ def from_frame(
     order = np.lexsort((times, place))
     place, times, values = place[order], times[order], values[order]
     wrong = (np.diff(place) == 0) & (np.diff(times) == 0)
-    got = lambda i: f"{times[i]:g} twice in {row} {names[place[i]]}"
+
+    def got(i):
+        return f"{times[i]:g} twice in {row} {names[place[i]]}"
+
     check("frame", wrong, "have each time of a series once", got, "Merge such lines.")
     counts = np.bincount(place)
     ends = np.cumsum(counts)

@@ -190,5 +190,7 @@ def _mean(ahead: Mixture):
 
 @compiled
 def _quantile(ahead: Mixture, levels: Any):
-    of_rows = lambda q: jax.vmap(jax.vmap(lambda mixture: mixture.quantile(q)))(ahead)
+    def of_rows(q):
+        return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(q)))(ahead)
+
     return jax.lax.map(of_rows, levels)

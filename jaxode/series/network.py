@@ -191,7 +191,10 @@ class SeriesNetwork(eqx.Module):
         surprise = (y - mean) * jax.lax.rsqrt(variance)
         surprise = surprise / jnp.sqrt(1 + (surprise / LARGEST_SURPRISE) ** 2)
         gap = jnp.log(dt + 0.01 * jnp.exp(self.log_gap)) - self.log_gap
-        here = lambda x: jnp.where(there, x, 0.0)
+
+        def here(x):
+            return jnp.where(there, x, 0.0)
+
         sd, ones = jnp.sqrt(variance), jnp.ones_like(y)
         seen = Observed(here(surprise), here(sd), here(ones), here(y), gap[None])
         moved = self.jump(state.h, seen, key)

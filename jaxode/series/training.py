@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -96,40 +96,67 @@ def fit(
     size = 2 * integer("size", integer("size", size, 2) // 2)  # pairs
     split_key, network_key, key = jax.random.split(check_key(key), 3)
     part, aside = _split(len(ts), validation, split_key)
-    units = Units.of(ts, ys, context)
+    data = _Data(Units.of(ts, ys, context), ts, ys, context)
+    seen, given = data.of(part)
     columns = 0 if context is None else context.shape[1]
-    known = lambda rows: None if context is None else context[rows]
-    of = lambda rows: (units.seen(ts[rows], ys[rows]), units.known(known(rows), len(rows)))
-    seen, given = of(part)
-    recall = recalled(seen)
-    network = SeriesNetwork.make(network_key, columns, size, units.gap, recall, DROPOUT)
-    model = Series(_with_own(network, field, jump), units)
+    gap, recall = data.units.gap, recalled(seen)
+    network = SeriesNetwork.make(network_key, columns, size, gap, recall, DROPOUT)
+    model = Series(_with_own(network, field, jump), data.units)
     batch_size = min(BATCH_SIZE, len(part))
     source = InMemory(Rows(seen.y, (seen.dt, seen.there, given)))
-    held_out, there = jax.tree.map(jnp.asarray, of(aside)), ~np.isnan(ys[aside])
-    shift = np.sum(there * np.log(units.sd))
     plan = Plan(limits, batch_size, progress=progress, devices=Devices.of(mesh, batch_size))
     if plan.devices.several_processes:
         raise ValueError(f"{arg('mesh')} must have devices of one process; got several.")
-    take = lambda key: source.take(key, STEPS_PER_BLOCK * batch_size)
-    nats = lambda network: np.asarray(log_probs(network, *held_out), float).sum() - shift
-    evaluate = lambda network: float(-nats(network) / there.sum())
-    run = Training(model, source, take, evaluate, plan, clock)
+
+    def take(key):
+        return source.take(key, STEPS_PER_BLOCK * batch_size)
+
+    run = Training(model, source, take, data.loss_on(aside), plan, clock)
     phase = Phase("series", Partial(_loss), adam(RATE, WEIGHT_DECAY), key, WARM_UP_STEPS)
+    _train(run, phase, plan)
+    return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
+
+
+def _train(run: Training, phase: Phase, plan: Plan) -> None:
+    """Train until a limit or an interrupt, and raise if no validation was finite."""
     try:
-        run.train(phase, limits)
+        run.train(phase, plan.limits)
     except KeyboardInterrupt:
         if not run.points:
             raise
     run.validate_again()
-    if progress:
+    if plan.progress:
         finish()
     if run.best_nll == np.inf:
         raise FloatingPointError(
             "series.fit: the log-density of the series set aside is never finite. Check the data "
             "for outliers."
         )
-    return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
+
+
+class _Data(NamedTuple):
+    """The series in their own units, and the units of the network."""
+
+    units: Units
+    ts: Float[np.ndarray, "rows times"]
+    ys: Float[np.ndarray, "rows times channels"]
+    context: Float[np.ndarray, "rows columns"] | None
+
+    def of(self, rows: np.ndarray) -> tuple[Seen, Any]:
+        """Some series, and what is known of each, as the network sees them."""
+        known = None if self.context is None else self.context[rows]
+        return self.units.seen(self.ts[rows], self.ys[rows]), self.units.known(known, len(rows))
+
+    def loss_on(self, rows: np.ndarray) -> Callable[[SeriesNetwork], float]:
+        """The negative log-likelihood of a value of some series, in their own units."""
+        held_out, there = jax.tree.map(jnp.asarray, self.of(rows)), ~np.isnan(self.ys[rows])
+        shift = np.sum(there * np.log(self.units.sd))
+
+        def loss(network):
+            nats = np.asarray(log_probs(network, *held_out), float).sum() - shift
+            return float(-nats / there.sum())
+
+        return loss
 
 
 def _with_own(network: SeriesNetwork, field: Any, jump: Any) -> SeriesNetwork:

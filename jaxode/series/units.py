@@ -42,22 +42,42 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{arg('ys')} must be [rows, times, channels] for ts [rows, times]; got ts of shape "
             f"{ts.shape} and ys of shape {ys.shape}. For a single channel, pass ys[:, :, None]."
         )
-    got = lambda i, j: f"{ts[i, j]} in row {i}, at place {j}"
     cure = "Pad a row by repeating its last time, with NaN in ys."
-    check("ts", ~np.isfinite(ts), "be finite", got, cure)
-    got = lambda i, j, c: f"{ys[i, j, c]} in row {i}, channel {c}"
-    check("ys", np.isinf(ys), "be finite, or NaN for a gap", got, "Leave it out as NaN.")
+    check(
+        "ts",
+        ~np.isfinite(ts),
+        "be finite",
+        lambda i, j: f"{ts[i, j]} in row {i}, at place {j}",
+        cure,
+    )
+    check(
+        "ys",
+        np.isinf(ys),
+        "be finite, or NaN for a gap",
+        lambda i, j, c: f"{ys[i, j, c]} in row {i}, channel {c}",
+        "Leave it out as NaN.",
+    )
     there = ~np.isnan(ys).all(axis=2)
-    got = lambda i: f"none in row {i}"
     wrong = ~there.any(axis=1)
-    check("ys", wrong, "have an observation in each row", got, "Leave such rows out.")
+    check(
+        "ys",
+        wrong,
+        "have an observation in each row",
+        lambda i: f"none in row {i}",
+        "Leave such rows out.",
+    )
     # After its last observation, a row may repeat its time.
     before_last = np.logical_or.accumulate(there[:, ::-1], axis=1)[:, -2::-1]
     step = np.diff(ts, axis=1)
     must = "increase within a row up to its last observation"
-    got = lambda i, j: f"{ts[i, j]:g} and then {ts[i, j + 1]:g} in row {i}"
     cure = "Sort the times, and merge what was observed at the same time."
-    check("ts", (step < 0) | ((step == 0) & before_last), must, got, cure)
+    check(
+        "ts",
+        (step < 0) | ((step == 0) & before_last),
+        must,
+        lambda i, j: f"{ts[i, j]:g} and then {ts[i, j + 1]:g} in row {i}",
+        cure,
+    )
     return ts, ys
 
 
@@ -70,17 +90,32 @@ def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np
             f"{arg('at')} must be [times], or [rows, times] with {len(ts)} rows as in ts; got "
             f"shape {at.shape}."
         )
-    got = lambda i, j: f"{at[i, j]} in row {i}"
-    check("at", ~np.isfinite(at), "be finite", got, "Pad a row by repeating its last time.")
+    check(
+        "at",
+        ~np.isfinite(at),
+        "be finite",
+        lambda i, j: f"{at[i, j]} in row {i}",
+        "Pad a row by repeating its last time.",
+    )
     must = "not lie before the last observation of a row"
-    got = lambda i, j: f"{at[i, j]:g} in row {i}, whose last observation is at {last[i]:g}"
     cure = "Cut the series there, by NaN in ys, or pass later times."
-    check("at", ~(at >= last[:, None]), must, got, cure)
-    got = lambda i, j: f"{at[i, j]:g} and then {at[i, j + 1]:g} in row {i}"
+    check(
+        "at",
+        ~(at >= last[:, None]),
+        must,
+        lambda i, j: f"{at[i, j]:g} in row {i}, whose last observation is at {last[i]:g}",
+        cure,
+    )
     step = np.diff(at, axis=1)
     wrong = ~((step > 0) | ((step == 0) & (at[:, 1:] == at[:, -1:])))
     cure = "Sort the times. Pad a row by repeating its last time."
-    check("at", wrong, "increase", got, cure)
+    check(
+        "at",
+        wrong,
+        "increase",
+        lambda i, j: f"{at[i, j]:g} and then {at[i, j + 1]:g} in row {i}",
+        cure,
+    )
     return at, last
 
 
@@ -112,7 +147,10 @@ def recalled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
         there = seen.there[:, :, c]
         row, t, y = np.nonzero(there)[0], times[there], seen.y[:, :, c][there].astype(float)
         pairs = [(row[lag:] == row[:-lag], lag) for lag in LAGS]
-        of = lambda x: [(x[:-lag][same], x[lag:][same]) for same, lag in pairs]  # noqa: B023
+
+        def of(x):
+            return [(x[:-lag][same], x[lag:][same]) for same, lag in pairs]  # noqa: B023
+
         (t0, t1), (y0, y1) = (map(np.concatenate, zip(*of(x), strict=True)) for x in (t, y))
         known = np.exp(-np.exp(LOG_RATES)[:, None] * (t1 - t0)) * y0
         product, square = known @ y1, np.sum(known**2, axis=1) + RIDGE
@@ -143,8 +181,13 @@ class Units:
         """Units of training series. Raises for a channel without two different values."""
         there: Any = ~np.isnan(ys)
         values = [ys[:, :, c][there[:, :, c]] for c in range(ys.shape[2])]
-        told = lambda v: f"only {v[0] + 0.0:g}" if len(v) else "none"
-        got = lambda c: f"{told(values[c])} in channel {c}"
+
+        def told(v):
+            return f"only {v[0] + 0.0:g}" if len(v) else "none"
+
+        def got(c):
+            return f"{told(values[c])} in channel {c}"
+
         wrong = np.array([not len(v) or v.min() == v.max() for v in values])
         check("ys", wrong, "have different values in each channel", got, "Leave the channel out.")
         times = [t[seen] for t, seen in zip(ts, there.any(axis=2), strict=True)]
@@ -180,7 +223,10 @@ class Units:
         """In how many parts to go so far, none longer than the longest gap of training."""
         parts = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
         most = MOST_PARTS * self.longest * self.time
-        got = lambda i, j: f"{dt[i, j] * self.time:g} in row {i}"
+
+        def got(i, j):
+            return f"{dt[i, j] * self.time:g} in row {i}"
+
         must = (
             f"go on by at most {most:g} at a time, {MOST_PARTS} times the longest gap of training"
         )

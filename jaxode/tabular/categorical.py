@@ -90,7 +90,10 @@ class Categories(Autoregressive):
         total, keys = sum(sizes), jax.random.split(key, 4)
         counts = [np.bincount(modes[:, i], minlength=size) for i, size in enumerate(sizes)]
         bias = np.concatenate([np.log((count + 0.5) / len(modes)) for count in counts])
-        draw = lambda key, n, m: jax.random.normal(key, (n, m)) / math.sqrt(max(m, 1))
+
+        def draw(key, n, m):
+            return jax.random.normal(key, (n, m)) / math.sqrt(max(m, 1))
+
         return cls(
             direct=jnp.zeros((total, total)),
             inner=draw(keys[0], WIDTH, total) * math.sqrt(max(total / len(sizes), 1)),
@@ -104,7 +107,10 @@ class Categories(Autoregressive):
 
     def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
         column, unit, table, place = _layout(self.sizes)
-        before = lambda mask, weight: jnp.where(jnp.asarray(mask), weight, 0.0)
+
+        def before(mask, weight):
+            return jnp.where(jnp.asarray(mask), weight, 0.0)
+
         h = before(unit[:, None] > column[None], self.inner) @ one_hot
         h = jax.nn.silu(h + self.shared @ given + self.offset)
         h = h + jax.nn.silu(before(unit[:, None] >= unit[None], self.middle) @ h)
@@ -159,7 +165,9 @@ def sampled_modes(network: Autoregressive, keys, given, known, allowed):
 def _optimizer() -> Any:
     import optax
 
-    matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    def matrices(tree):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
     return optax.chain(
         optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY, mask=matrices)
     )
@@ -174,7 +182,10 @@ def _advance(network, average, state, modes, given, key, rate, smoothing, steps)
         row_key, drop_key = jax.random.split(jax.random.fold_in(key, i))
         rows = jax.random.randint(row_key, (BATCH_SIZE,), 0, len(modes))
         keys = jax.random.split(drop_key, BATCH_SIZE)
-        loss = lambda network: -jnp.mean(jax.vmap(network.log_prob)(modes[rows], given[rows], keys))
+
+        def loss(network):
+            return -jnp.mean(jax.vmap(network.log_prob)(modes[rows], given[rows], keys))
+
         updates, state = _optimizer().update(jax.grad(loss)(network), state, network)
         network = jax.tree.map(lambda a, u: a - rate * u, network, updates)
         average = jax.tree.map(lambda a, b: a + smoothing * (b - a), average, network)

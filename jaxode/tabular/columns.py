@@ -153,7 +153,10 @@ class Column:
             here = mode == len(self.values) + i
             if grid and here.any():
                 low[here], width[here] = self.cell(x[here], i)
-        inside = lambda end: INSIDE * max(1.0, abs(end)) if np.isfinite(end) else 0.0
+
+        def inside(end):
+            return INSIDE * max(1.0, abs(end)) if np.isfinite(end) else 0.0
+
         # In single precision, too, the upper end of a cell is inside.
         low = np.clip(self.scaled(low), first + inside(first), last - 2 * inside(last))
         width = np.minimum(width / self.scale, last - inside(last) - low)
@@ -276,59 +279,70 @@ def numeric(
     missing: np.ndarray,
     low: float = -np.inf,
     high: float = np.inf,
-    circle: Circle | None = None,
     dates: Dates | None = None,
 ) -> Column:
     """A column of numbers, with the values that are repeated and the grids that they lie on."""
-    x = values[~missing].astype(float)
+    x, some = values[~missing].astype(float), bool(missing.any())
     levels, counts = np.unique(x, return_counts=True)
     is_count = kind in ("integer", "date")
-    whole = is_count or (circle is not None and on_grid(levels, 1.0).all())
-    finest = 1.0 if whole else _resolution(levels, len(x))
-    if circle is not None:
-        x = circle.wrapped(x, finest)
-        levels, counts = np.unique(x, return_counts=True)
-    some, resolution = bool(missing.any()), 0.0 if is_count else finest
-    if len(levels) <= FEW_VALUES and len(x) > 5 * len(levels):
-        atoms = tuple(map(float, levels))
-        if len(atoms) == 1:
-            resolution = 0.0  # a constant has no density, but a probability of one
-        return Column(
-            name,
-            kind,
-            atoms,
-            (),
-            some,
-            low,
-            high,
-            resolution=resolution,
-            circle=circle,
-            dates=dates,
-        )
-    often = counts >= max(OFTEN * len(x), 3)
-    if circle is not None and finest and not circle.is_divided_by(finest):
-        # A grid with a short last cell, which no value interrupts.
-        circle, scale = circle.from_grid(finest), circle.period / TURN
-        return Column(
-            name, kind, (), (finest,), some, scale=scale, resolution=finest, circle=circle
-        )
-    ratios = RATIOS if dates is None else dates.ratios
-    atoms, grids = _repeated(levels, counts, often, finest, ratios), (finest,)
-    rest = ~np.isin(levels, atoms)
-    if finest:
-        period = 0.0 if circle is None else circle.period
-        grids = _grids(levels[rest], counts[rest], finest, period, ratios)
-    if circle is not None:
-        scale = circle.period / TURN
-        return Column(
-            name, kind, atoms, grids, some, scale=scale, resolution=resolution, circle=circle
-        )
-    seen = float(levels[0]), float(levels[-1])
+    finest = 1.0 if is_count else _resolution(levels, len(x))
+    resolution = 0.0 if is_count else finest
+    if (few := _few(levels, len(x))) is not None:
+        resolution = _without_density(few, resolution)
+        return Column(name, kind, few, (), some, low, high, resolution=resolution, dates=dates)
+    atoms, rest, grids = _modes(levels, counts, finest, RATIOS if dates is None else dates.ratios)
     inner = np.repeat(levels[rest], counts[rest]) if rest.any() else x
     center, scale = float(np.median(inner)), spread(name, inner, dates)
+    seen = float(levels[0]), float(levels[-1])
     return Column(
         name, kind, atoms, grids, some, low, high, seen, center, scale, resolution, dates=dates
     )
+
+
+def angular(name: str, values: np.ndarray, missing: np.ndarray, circle: Circle) -> Column:
+    """A periodic column, whose numbers differ by a part of the period."""
+    x, some = values[~missing].astype(float), bool(missing.any())
+    levels = np.unique(x)
+    finest = 1.0 if on_grid(levels, 1.0).all() else _resolution(levels, len(x))
+    levels, counts = np.unique(circle.wrapped(x, finest), return_counts=True)
+    if (few := _few(levels, len(x))) is not None:
+        resolution = _without_density(few, finest)
+        return Column(name, "periodic", few, (), some, resolution=resolution, circle=circle)
+    if finest and not circle.is_divided_by(finest):
+        # A grid with a short last cell, which no value interrupts.
+        circle, atoms, grids = circle.from_grid(finest), (), (finest,)
+    else:
+        atoms, _, grids = _modes(levels, counts, finest, RATIOS, circle.period)
+    scale = circle.period / TURN
+    return Column(
+        name, "periodic", atoms, grids, some, scale=scale, resolution=finest, circle=circle
+    )
+
+
+def _few(levels: np.ndarray, count: int) -> tuple[float, ...] | None:
+    """All numbers, if there are few that repeat."""
+    few = len(levels) <= FEW_VALUES and count > 5 * len(levels)
+    return tuple(map(float, levels)) if few else None
+
+
+def _without_density(atoms: tuple[float, ...], resolution: float) -> float:
+    """No resolution for a constant, which has no density, but a probability of one."""
+    return 0.0 if len(atoms) == 1 else resolution
+
+
+def _modes(
+    levels: np.ndarray,
+    counts: np.ndarray,
+    finest: float,
+    ratios: tuple[int, ...],
+    period: float = 0.0,
+) -> tuple[tuple[float, ...], np.ndarray, tuple[float, ...]]:
+    """The numbers that are modes, which of the levels are not, and the grids of those."""
+    often = counts >= max(OFTEN * counts.sum(), 3)
+    atoms = _repeated(levels, counts, often, finest, ratios)
+    rest = ~np.isin(levels, atoms)
+    grids = _grids(levels[rest], counts[rest], finest, period, ratios) if finest else (finest,)
+    return atoms, rest, grids
 
 
 def spread(name: str, x: np.ndarray, dates: Dates | None = None) -> float:

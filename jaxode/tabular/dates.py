@@ -216,7 +216,10 @@ def is_date(series: Any) -> bool:
     if kind != "Object":
         return kind in ("Date", "Datetime") or _zone_of(series) is not None
     values = series.drop_nulls().to_list()
-    naive = lambda v: isinstance(v, datetime.date) and getattr(v, "tzinfo", None) is None
+
+    def naive(v):
+        return isinstance(v, datetime.date) and getattr(v, "tzinfo", None) is None
+
     return bool(values) and all(map(naive, values))
 
 
@@ -239,7 +242,10 @@ def _zone(name: str) -> datetime.tzinfo:
 
 def _turns(moments: np.ndarray, unit: str) -> tuple[str, ...]:
     """The turns of which sorted moments show more than one place."""
-    several = lambda places: len(np.unique(places)) > 1
+
+    def several(places):
+        return len(np.unique(places)) > 1
+
     days, fine = moments.astype("M8[D]"), UNITS.index(unit)
     months = moments.astype("M8[M]").astype(int) % 12
     shown = {

@@ -121,11 +121,19 @@ def make(
         return fallback if same and len(like) and like[name].is_null().all() else like
 
     schema = {name: of(name).schema[name] for name in data}
-    fraction = lambda v: isinstance(v, float) and v % 1 > 0
-    loses = lambda name: schema[name].is_integer() and any(map(fraction, data[name]))
+
+    def fraction(v):
+        return isinstance(v, float) and v % 1 > 0
+
+    def loses(name):
+        return schema[name].is_integer() and any(map(fraction, data[name]))
+
     floats = [name for name in data if schema[name] == nw.Decimal or loses(name)]
     schema |= dict.fromkeys(floats, nw.Float64())
-    whole = lambda v: round(v) if isinstance(v, float) and v == v else v
+
+    def whole(v):
+        return round(v) if isinstance(v, float) and v == v else v
+
     columns = {
         name: [*map(whole, values)] if schema[name].is_integer() else _dated(schema[name], values)
         for name, values in data.items()

@@ -9,7 +9,7 @@ import numpy as np
 from jaxode._checks.arguments import check_number, is_number
 from jaxode._checks.caller import arg
 from jaxode.tabular import frames
-from jaxode.tabular.columns import Column, numeric, spread
+from jaxode.tabular.columns import Column, angular, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.dates import Dates, is_date
 from jaxode.tabular.encoding import Encoder
@@ -92,7 +92,7 @@ def _column(
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")
         circle = Circle.of(name, numbers, more)
         if not is_given:
-            return numeric(name, kind, values, missing, circle=circle)
+            return angular(name, values, missing, circle)
         some, scale = bool(missing.any()), circle.period / TURN
         return Column(name, kind, (), (0.0,), some, scale=scale, circle=circle)
     kind = _number_kind(name, kind, numbers, dates)

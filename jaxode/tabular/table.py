@@ -44,7 +44,10 @@ class Table:
         """ "categorical", "integer", "continuous", "date" or ("periodic", period), by column; those
         of given columns, too. Numbers of few values, modelled as such, are "categorical".
         """
-        is_own = lambda column: column.grids or column.dates
+
+        def is_own(column):
+            return column.grids or column.dates
+
         kinds = {c.name: c.kind if is_own(c) else "categorical" for c in self.encoder.columns}
         kinds |= {c.name: c.kind for c in self.encoder.given}
         columns = (*self.encoder.columns, *self.encoder.given)

@@ -188,7 +188,10 @@ def _split(
     """The part of each member, with other rows aside, if they are rows of the frame."""
     rows = encoder.encode(frame)
     draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    take = lambda rows, chosen: jax.tree.map(lambda leaf: leaf[chosen], rows)
+
+    def take(rows, chosen):
+        return jax.tree.map(lambda leaf: leaf[chosen], rows)
+
     if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
         known = np.flatnonzero((aside.modes >= 0).all(axis=1))  # the others have a density of zero
@@ -199,7 +202,10 @@ def _split(
             )
         aside = take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
         return [Part(rows, aside, weights)] * members
-    of = lambda chosen: None if weights is None else weights[chosen]
+
+    def of(chosen):
+        return None if weights is None else weights[chosen]
+
     return [
         Part(take(rows, own), take(rows, aside), of(own), of(aside))
         for own, aside in split_rows(validation, draw.permutation(len(frame)), members)
@@ -216,7 +222,10 @@ def _train_categories(
 ) -> tuple[categorical.Autoregressive, list[Point]]:
     """Train a network on each part, one after the other, of which each has as many seconds."""
     limits = limits._replace(seconds=limits.seconds / len(parts))
-    pair = lambda rows: (rows.modes[:, encoder.discrete], rows.given)
+
+    def pair(rows):
+        return (rows.modes[:, encoder.discrete], rows.given)
+
     networks, points, keys = [], [], jax.random.split(key, len(parts))
     for i, (rows, aside, *weights) in enumerate(parts):
         name = "categories" if len(parts) == 1 else f"categories {i + 1} of {len(parts)}"
@@ -258,7 +267,10 @@ def _train_numbers(
     if len(parts) == 1:
         params = Residual(size, key=network_key, **known)
     else:
-        make = lambda key: Residual(size, WIDTH_OF_MEMBER, key=key, **known)
+
+        def make(key):
+            return Residual(size, WIDTH_OF_MEMBER, key=key, **known)
+
         params = Ensemble(make, len(parts), key=network_key)
         plan, decay = plan._replace(batch_size=BATCH_OF_MEMBER), DECAY_OF_MEMBER
     flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))

@@ -91,7 +91,8 @@ class Dataset:
         others = np.flatnonzero(~integers.reshape(-1))
         warn_of_columns(some.reshape(len(some), -1), others, independent)
 
-        gathered = lambda weights: None if weights is None else devices.gathered(weights)
+        def gathered(weights):
+            return None if weights is None else devices.gathered(weights)
 
         def of_part(own: Source, aside: Rows, weights: np.ndarray | None) -> Dataset:
             own = own if stream is None else FromIterable(stream, own)
@@ -129,12 +130,18 @@ class Dataset:
             together = jax.tree.map(_joined, self.noise.add(whole, key), validation)
             first = len(whole.x)
         mapped, log_det = to_flow(density, together), density.log_det(together.x)
+
         # Cut in NumPy, whose programs need not be compiled.
-        part = lambda cut: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
+        def part(cut):
+            return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[cut]), mapped)
+
         rows, validation_in_flow = part(slice(first)), part(slice(first, None))
-        take = lambda key: to_flow(density, self.take(key, count))
-        if whole is not None and not self.noise.exists:
-            take = lambda key: rows
+
+        fixed = whole is not None and not self.noise.exists
+
+        def take(key):
+            return rows if fixed else to_flow(density, self.take(key, count))
+
         mean = float(np.average(np.asarray(log_det, np.float64)[first:], weights=self.weights))
         log_noise = self.noise.log_density(self.validation, validation)
         return take, validation_in_flow, mean - log_noise
@@ -165,7 +172,10 @@ def _stream_of(
             "fit(validation=...): must be rows of their own where x is an iterable, which may give "
             f"the same rows again; got {validation}."
         )
-    check = lambda x, context: checked_rows("x", density, x, context, dequantize, least=1)
+
+    def check(x, context):
+        return checked_rows("x", density, x, context, dequantize, least=1)
+
     return Stream(x, check, devices.any)
 
 
@@ -205,7 +215,10 @@ def set_aside(
     can.
     """
     total, draw = len(rows.x), _generator(key)
-    of = lambda chosen: None if weights is None else weights[chosen]
+
+    def of(chosen):
+        return None if weights is None else weights[chosen]
+
     if total > MAX_ROWS_COPIED:  # a permutation would take as long as reading all
         count = _count_aside(part, total)
         each = [np.sort(draw.choice(total, count, replace=False)) for _ in range(members)]

@@ -79,7 +79,9 @@ class Devices:
             return rows
         from jax.experimental import multihost_utils
 
-        gather = lambda rows: multihost_utils.process_allgather(rows, tiled=True)
+        def gather(rows):
+            return multihost_utils.process_allgather(rows, tiled=True)
+
         few = int(gather(np.array([len(jax.tree.leaves(rows)[0])])).min())
         return jax.tree.map(lambda leaf: np.asarray(gather(np.asarray(leaf)[:few])), rows)
 
@@ -119,5 +121,8 @@ class Devices:
         """Parameters that every device has, as arrays that any program can use."""
         if self.mesh is None:
             return params
-        on_host = lambda leaf: jnp.asarray(np.asarray(leaf)) if eqx.is_array(leaf) else leaf
+
+        def on_host(leaf):
+            return jnp.asarray(np.asarray(leaf)) if eqx.is_array(leaf) else leaf
+
         return jax.tree.map(on_host, params)

@@ -398,7 +398,10 @@ def _knowing_contexts(density: Density, context: PyTree) -> Density:
 
 def _trainable(density: Density) -> Density:
     """The density with Python's numbers among its parameters as arrays."""
-    as_array = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
+
+    def as_array(leaf):
+        return jnp.asarray(leaf) if isinstance(leaf, float) else leaf
+
     params = jax.tree.map(as_array, density.params)
     if isinstance(params, Embedded) and isinstance(params.params, Ensemble):
         raise ValueError(

@@ -177,6 +177,18 @@ def advance(program: Program, state: State, rates, rows: Rows, key, steps):
     return over_devices(take, program.devices.mesh, split)(state, rates, rows, key, steps)
 
 
+def _rows_of_step(program: Program, axes, rows: Rows, i, key):
+    """The numbers of the rows of a device in a step."""
+    if program.in_order:
+        # Less than a batch, if the device has rows of its own.
+        count = len(rows.x) // STEPS_PER_BLOCK
+        drawn = i * count + jnp.arange(count)
+    else:
+        count = program.batch_size
+        drawn = jax.random.randint(key, (count,), 0, len(rows.x))
+    return of_device(drawn, axes) if count == program.batch_size else drawn
+
+
 def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, steps):
     """The steps of a device: of its part of each batch, and of all parameters."""
     import optax  # `import jaxode` does not load it
@@ -186,25 +198,25 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
 
     def step(i, state):
         row_key, step_key = jax.random.split(jax.random.fold_in(key, i))
-        if program.in_order:
-            count = (
-                len(rows.x) // STEPS_PER_BLOCK
-            )  # less than a batch, if the device has rows of its own
-            drawn = i * count + jnp.arange(count)
-        else:
-            count = program.batch_size
-            drawn = jax.random.randint(row_key, (count,), 0, len(rows.x))
-        part = of_device(drawn, axes) if count == program.batch_size else drawn
+        part = _rows_of_step(program, axes, rows, i, row_key)
         x, context = jax.tree.map(lambda leaf: leaf[part], rows)
-        params = lambda arrays: eqx.combine(arrays, program.static)
-        of_part = lambda arrays: program.loss(params(arrays), x, context, step_key)
+
+        def params(arrays):
+            return eqx.combine(arrays, program.static)
+
+        def of_part(arrays):
+            return program.loss(params(arrays), x, context, step_key)
+
         # Made to vary, so that devices exchange their gradients at the end, and once.
         arrays = vary(program.unravel(state.arrays), frozenset(axes))
         value, gradient = jax.value_and_grad(of_part)(arrays)
         if program.unravel is not _same:
             gradient, _ = ravel_pytree(gradient)
         value, gradient = mean_over((value, gradient), axes)
-        of_arrays = lambda arrays: mean_over(of_part(arrays), axes)
+
+        def of_arrays(arrays):
+            return mean_over(of_part(arrays), axes)
+
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
         ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
         updates, inner = update(ascent, state.optimizer, state.arrays, **of_loss)
@@ -212,7 +224,10 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
         arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
         # The mean of the last tenth of the steps, at most of the last 500.
         weight = jnp.maximum(MIN_AVERAGE_WEIGHT, 10 / (10 + state.count))
-        mean = lambda a, b: a + (b.astype(a.dtype) - a) * weight.astype(a.dtype)
+
+        def mean(a, b):
+            return a + (b.astype(a.dtype) - a) * weight.astype(a.dtype)
+
         average = jax.tree.map(mean, state.average, arrays)
         return State(arrays, average, inner, state.count + 1)
 
@@ -245,7 +260,10 @@ def evaluation(
     if devices.mesh is not None and (weighted or len(rows.x) % devices.mesh.size):
         devices = Devices()  # each device evaluates all
     flow = density.flow
-    loose = lambda value: jnp.asarray(np.maximum(value, VALIDATION_TOLERANCE), float)
+
+    def loose(value):
+        return jnp.asarray(np.maximum(value, VALIDATION_TOLERANCE), float)
+
     options = flow.solve_options
     options = dataclasses.replace(options, rtol=loose(options.rtol), atol=loose(options.atol))
     flow = dataclasses.replace(
@@ -418,7 +436,10 @@ class Training:
 
     def validate(self) -> None:
         """Evaluate the average on the validation rows. Keep the best; go back if it exploded."""
-        as_given = lambda mean, leaf: mean.astype(leaf.dtype)
+
+        def as_given(mean, leaf):
+            return mean.astype(leaf.dtype)
+
         average = jax.tree.map(as_given, self.state.average, self.state.arrays)
         params = eqx.combine(self.program.unravel(average), self.program.static)
         before = self.clock.spent

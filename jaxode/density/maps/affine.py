@@ -22,7 +22,9 @@ class Affine(Map):
         return mean + scale * z, -jnp.sum(jnp.log(scale))
 
     def _spread(self, like: Array):
-        spread = lambda part: jnp.broadcast_to(part, like.shape)
+        def spread(part):
+            return jnp.broadcast_to(part, like.shape)
+
         return map(spread, constants_like((self.mean, self.scale), like))
 
 

@@ -55,7 +55,10 @@ def as_map(
         units, free = _affine(name, given, event), _others(fixed, event)
         if not fixed:
             return units
-        of_free = lambda part: columns_of(part, event, free) if part.ndim else part
+
+        def of_free(part):
+            return columns_of(part, event, free) if part.ndim else part
+
         return Some(jax.tree.map(of_free, units), free)
     if callable(given) or not np.ndim(given):
         raise TypeError(

@@ -51,7 +51,10 @@ class Box(Support):
 
     def spares(self, columns):
         ends = self.low, self.high
-        free = lambda end: np.isinf(np.asarray(end).reshape(-1)[np.array(columns, int)]).all()
+
+        def free(end):
+            return np.isinf(np.asarray(end).reshape(-1)[np.array(columns, int)]).all()
+
         return is_known(ends) and all(map(free, ends))
 
     def _bounds(self, like: Array):

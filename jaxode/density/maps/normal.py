@@ -64,7 +64,10 @@ class Monotone(Map):
         # A repeated last knot is no interval.
         ends = jnp.sum(inner < constants_like(knots[..., -1:], value), axis=-1, keepdims=True)
         left = jnp.minimum(left, ends)
-        at = lambda leaf, i: jnp.take_along_axis(leaf, i, axis=-1)[..., 0]
+
+        def at(leaf, i):
+            return jnp.take_along_axis(leaf, i, axis=-1)[..., 0]
+
         leaves = constants_like((self.x, self.z, self.slope), value)
         return tuple((at(leaf, left), at(leaf, left + 1)) for leaf in leaves)
 

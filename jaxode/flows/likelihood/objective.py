@@ -173,9 +173,14 @@ def _fused(objective: Objective):
     shared = (system.shared, (objective.probes, system.row_args))
     precision = stepper.precision
     costs, (_, (probes, _)) = close_field(precision, costs_of_samples, t0, y0, shared)
+
     # The samples, and so their density, may have lower precision than the solve.
-    log_prob_at = lambda z: log_prob_of(objective.base, z, precision)
-    log_prob = lambda t, y, args: log_prob_at(samples(y)).astype(ravel.dtype)
+    def log_prob_at(z):
+        return log_prob_of(objective.base, z, precision)
+
+    def log_prob(t, y, args):
+        return log_prob_at(samples(y)).astype(ravel.dtype)
+
     base, _ = close_field(precision, log_prob, t0, y0, ())
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
@@ -228,7 +233,9 @@ def _loss(inputs: Inputs, settings: Settings):
 
 @_loss.def_fwd
 def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
-    run = lambda inputs, settings: _loss_and_bars(perturbed, inputs, settings)
+    def run(inputs, settings):
+        return _loss_and_bars(perturbed, inputs, settings)
+
     return one_after_the_other(run, inputs, settings)
 
 
@@ -251,7 +258,10 @@ def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
         closed.check_closed_over(by, problem.y0)
     solved, quadrature = _solve(perturbed, inputs, settings)
     base_params, rest = eqx.partition(inputs.base, perturbed.base)
-    log_prob = lambda params, z: eqx.combine(params, rest)(problem.t1, z, ())
+
+    def log_prob(params, z):
+        return eqx.combine(params, rest)(problem.t1, z, ())
+
     log_base, pull = jax.vjp(log_prob, base_params, solved.integration.y1)
     base_bar, z_bar = pull(-inputs.weights)
     zero = jnp.zeros_like(problem.t0)

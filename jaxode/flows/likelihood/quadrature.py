@@ -122,7 +122,10 @@ class Quadrature(NamedTuple):
 
         def visit(step: Step, number, carry):
             integrals, after = carry
-            add = lambda i, total: total + self.evaluate(step, after, i)
+
+            def add(i, total):
+                return total + self.evaluate(step, after, i)
+
             return fori_loop(*self.numbers(number), add, integrals), step.h
 
         carry = jnp.zeros_like(self.bars), jnp.zeros_like(self.solved.problem.t0)
@@ -140,7 +143,10 @@ class Quadrature(NamedTuple):
             own = self.solved.step_tangents(step.t, step.h, number)
             others = self.solved.step_tangents(step.t + step.h, after, number + 1)
             speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
-        add = lambda index, carry: self._add(step, after, index, speeds, carry)
+
+        def add(index, carry):
+            return self._add(step, after, index, speeds, carry)
+
         carry = (bar, params_bar, integrals, by_times)
         first, last = self.numbers(number)
         if self.together:
@@ -196,6 +202,9 @@ class Quadrature(NamedTuple):
         new = each(contribution)(index, theta, scale, values, slope, beta, dtime, dstate)
         if index.ndim:
             new = jax.tree.map(lambda x: x.sum(0), new)
-        add = lambda x, dx: x if dx is None else x + dx
+
+        def add(x, dx):
+            return x if dx is None else x + dx
+
         bar, integrals, by_times = jax.tree.map(add, (bar, integrals, by_times), new)
         return bar, jax.tree.map(jnp.add, params_bar, dparams), integrals, by_times

@@ -265,12 +265,18 @@ def _stages(field: AdjointField, stepper: Stepper, state: Progress, before, h):
 
     def quadrature_where(accept):
         if alone:
-            keep = lambda new, old: jnp.where(accept[0], new, old)
+
+            def keep(new, old):
+                return jnp.where(accept[0], new, old)
+
             return jax.tree.map(keep, quadrature, before)
         # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
         # integrand is no way out, as it may not be finite.
         taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
-        again = lambda i, q: add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
+
+        def again(i, q):
+            return add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
+
         return fori_loop(0, method.stages, again, before)
 
     return state.y + h[:, None] * weighted_sum(b, k), k, quadrature_where

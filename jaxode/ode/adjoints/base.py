@@ -190,7 +190,9 @@ class ReverseAdjoint(Adjoint):
     """The number of states to replay from, for a method that inherits `record`."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
-        run = lambda problem, stepper: solve_reverse(problem, stepper, self)
+        def run(problem, stepper):
+            return solve_reverse(problem, stepper, self)
+
         return vmappable(run, in_reverse(problem, type(self).__name__), stepper)
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Trajectory | None]:

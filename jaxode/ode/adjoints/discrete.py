@@ -76,7 +76,10 @@ def _moved(solved: Solved, times, steps_bar: Trajectory | None, t0_bar, t1_bar):
         return t0_bar, t1_bar
     tangents = jax.vmap(lambda t: solved.step_tangents(t, jnp.zeros_like(t), jnp.int32(1)))
     by_t0, by_t1 = tangents(times)
-    total = lambda by_end: jnp.sum(steps_bar.times * by_end.t, axis=0)
+
+    def total(by_end):
+        return jnp.sum(steps_bar.times * by_end.t, axis=0)
+
     return t0_bar + total(by_t0), t1_bar + total(by_t1)
 
 
@@ -122,7 +125,10 @@ def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
             return curve_bar, left - due.astype(jnp.int32), ts_bar
 
         carry = jax.tree.map(jnp.zeros_like, curve), *carry
-        proceed = lambda carry: outputs.due(carry[1], step, number).any()
+
+        def proceed(carry):
+            return outputs.due(carry[1], step, number).any()
+
         curve_bar, *carry = while_loop(proceed, pull, carry)
         (by_step,) = pull_curve(eqx.combine(curve_bar, jax.tree.map(jnp.zeros_like, whole)))
         return jax.tree.map(jnp.add, bar, by_step), params_bar, tuple(carry)

@@ -28,6 +28,8 @@ class ForwardMode(Adjoint):
     forward_only: ClassVar[bool] = True
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
-        run = lambda problem, stepper: integrate(problem, stepper)[0]
+        def run(problem, stepper):
+            return integrate(problem, stepper)[0]
+
         integration = vmappable(run, problem, stepper)
         return nondifferentiable_backward(integration, msg=FORWARD_ONLY)

@@ -101,13 +101,18 @@ class Reverse(NamedTuple):
 
     def backward(self, recorded: Any, bar: Integration, problem: Problem, stepper: Stepper):
         """`pull(wanted, recorded, bar, problem, stepper)`."""
-        pull = lambda *args: self.pull(self.wanted, *args)
+
+        def pull(*args):
+            return self.pull(self.wanted, *args)
 
         def pull_of_any(recorded, bar, problem, stepper):
             if recorded[1] is not None:
                 # A `cond` may have mixed real tapes and none, and so may any loop.
                 missing = unvmap_any(recorded[1].count < 0)
-                again = lambda: self._again(problem, stepper, _steps_of(recorded))
+
+                def again():
+                    return self._again(problem, stepper, _steps_of(recorded))
+
                 recorded = jax.lax.cond(missing, again, lambda: recorded)
             return pull(recorded, bar, problem, stepper)
 
@@ -122,12 +127,19 @@ class Reverse(NamedTuple):
 
     def _of_several(self, pull, rule: Rule, mapped: Any, *args: Any):
         """Several cotangents of one solution, as in `jax.jacrev`. Other axes may be mapped, too."""
-        several = lambda *args: plain(pull, mapped, *args)
+
+        def several(*args):
+            return plain(pull, mapped, *args)
 
         def outer(size: int, by_outer: Any, recorded, bars, problem, stepper):
-            axis = lambda inner, outer: int(outer) if inner else None
+            def axis(inner, outer):
+                return int(outer) if inner else None
+
             axes = jax.tree.map(axis, mapped[1], by_outer[1])
-            one = lambda bar: rule(size, by_outer, recorded, bar, problem, stepper)
+
+            def one(bar):
+                return rule(size, by_outer, recorded, bar, problem, stepper)
+
             return jax.vmap(one, (axes,), 1)(bars)
 
         return _with_rule(several, outer, *args)

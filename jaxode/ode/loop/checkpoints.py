@@ -42,7 +42,10 @@ class Checkpoints(NamedTuple):
         """
         slots = self.step.shape[0]
         slot = jnp.where(keep, _first(free, slots), slots)
-        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+
+        def write(buffer, value):
+            return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+
         number = jnp.where(jnp.arange(slots, dtype=jnp.int32) == slot, step, self.step)
         buffer = self.k
         if buffer is not None:
@@ -74,7 +77,10 @@ class Checkpoints(NamedTuple):
         earlier = jnp.where(self.step < stop, self.step, -1)
         start = jnp.max(earlier)
         slot = _first(earlier == start, self.step.shape[0])
-        get = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
+
+        def get(buffer):
+            return jax.lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
+
         if self.k is None:
             return start, get(self.y), None, start < 0
         return start, get(self.y), get(self.k), slot < len(self.k) - 1

@@ -99,7 +99,10 @@ def watch(
     target = jnp.where(found, t + theta * h, target)
     search = Search(target, search.landings + landed.astype(jnp.int32), search.stopped | stops)
     left_out = found | again | lost
-    keep = lambda new, old: jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+
+    def keep(new, old):
+        return jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+
     done = jnp.where(landing, now.done | stops, then.done)
     kept = jax.tree.map(keep, then._replace(done=done), now)
     kept = kept._replace(

@@ -97,7 +97,10 @@ def accept_or_reject(stepper: Stepper, state: Progress, t_next, last, y_next, k)
 def _verdict(stepper: Stepper, state: Progress, t_next, last, y_next, k):
     """Which rows accept, their next step sizes, results and `nonfinite_ahead`."""
     controller, method, running = stepper.controller, stepper.method, state.active
-    not_finite = lambda: method.failure(k, lambda flags: reduce_rows(jnp.all, flags, running))
+
+    def not_finite():
+        return method.failure(k, lambda flags: reduce_rows(jnp.all, flags, running))
+
     if stepper.steps is not None:
         lost = running & controller.is_lost(y_next, running)
         result = jnp.where(lost, not_finite(), state.result)

@@ -54,6 +54,9 @@ def step_tangents(
     rounding = 4 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(t), jnp.abs(end))
     first, moves = t == start, (h != 0) | (span == 0) & (number == 1)
     last = jnp.abs(end - t - h) <= rounding
-    one = lambda flag: flag.astype(t.dtype)
+
+    def one(flag):
+        return flag.astype(t.dtype)
+
     by_start = StepTangents(one(first), -one(first & moves))
     return by_start, StepTangents(one((t == end) & (span != 0)), one(last & moves))

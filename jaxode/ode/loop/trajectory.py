@@ -51,7 +51,10 @@ class Trajectory(NamedTuple):
 
     def append(self, step: Step, t, accept: Bool[Array, " rows"]) -> "Trajectory":
         """Append a step to the times `t`. If no row accepted it, it is overwritten later."""
-        put = lambda into, x, at: jax.lax.dynamic_update_index_in_dim(into, x, at, 0)
+
+        def put(into, x, at):
+            return jax.lax.dynamic_update_index_in_dim(into, x, at, 0)
+
         # A waiting row has a step of size zero with all stages at its start, and not the stages of
         # the failed attempt, which may be NaN.
         k = step.k if one_row(t) else jnp.where(accept[None, :, None], step.k, step.k[:1])

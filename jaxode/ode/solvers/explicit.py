@@ -106,7 +106,10 @@ class RungeKutta(Method):
             i = pulled - 1 - j
             increment, stage_bar = weighted_sum(A[i], k), k_bar_of(i, z_bars, k_bar)
             z, time = y + h[:, None] * increment, t + c[i] * h
-            apply = lambda params, t, z: solved.apply(solved.params if per_step else params, t, z)
+
+            def apply(params, t, z):
+                return solved.apply(solved.params if per_step else params, t, z)
+
             _, dparams, dtime, z_bar = pulled_back(apply, varied, time, z, stage_bar, timed)
             if dtime is not None:
                 t_bar = t_bar + dtime

@@ -76,7 +76,10 @@ def _substitute(lu, order, b: Float[Array, "n samples"], transposed: bool):
     n = len(b)
     # A product with this mask is faster than a gather.
     permutation = order[:, None] == jnp.arange(n, dtype=order.dtype)[None, :, None]
-    permuted = lambda b, axis: jnp.sum(jnp.where(permutation, b, 0), axis=axis)
+
+    def permuted(b, axis):
+        return jnp.sum(jnp.where(permutation, b, 0), axis=axis)
+
     x = list(b if transposed else permuted(b[None], 1))
     for backwards in (False, True):
         has_ones = backwards == transposed  # on the diagonal of the factor, which is `L` or `L^T`
@@ -95,12 +98,20 @@ def _substitute_each(lu, order, b: Float[Array, "samples n"], transposed: bool):
     triangular = partial(
         jax.lax.linalg.triangular_solve, lu, left_side=True, transpose_a=transposed
     )
-    lower = lambda x: triangular(x, lower=True, unit_diagonal=True)
-    upper = lambda x: triangular(x, lower=False)
+
+    def lower(x):
+        return triangular(x, lower=True, unit_diagonal=True)
+
+    def upper(x):
+        return triangular(x, lower=False)
+
     # With the samples last, or XLA for a TPU pads the states of all recorded steps.
     if transposed:
         x = lower(upper(b[..., None]))[..., 0].T
-        place = lambda x, order: jnp.zeros_like(x).at[order].set(x, unique_indices=True)
+
+        def place(x, order):
+            return jnp.zeros_like(x).at[order].set(x, unique_indices=True)
+
         return jax.vmap(place, 1, 1)(x, order.T).T
     b = jnp.take_along_axis(b.T, order.T, axis=0).T
     return upper(lower(b[..., None]))[..., 0]

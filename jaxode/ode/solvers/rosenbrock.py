@@ -180,7 +180,10 @@ class RosenbrockMethod(RungeKutta):
             """The vector field, and `J k_i + d_i f_t` for each stage."""
             field = solved.slope(params)
             if field.jacobian is None:
-                push = lambda dt, dy: jax.jvp(lambda t, y: field(t, y), (t, y), (dt, dy))
+
+                def push(dt, dy):
+                    return jax.jvp(lambda t, y: field(t, y), (t, y), (dt, dy))
+
                 slopes, moved = jax.vmap(push)(times, k[1:])
                 return slopes[0], moved
             moved = jnp.einsum("sij,ksj->ksi", field.jacobian(t, y), k[1:], precision="highest")
@@ -269,7 +272,10 @@ def _rosenbrock23() -> RosenbrockMethod:
     """With `k_1 = K_1 / gamma`, `k_2 = (K_1 + K_2) / gamma` and so on for Shampine's `k`, where
     `K` are the stages here."""
     gamma, e32 = 1 / (2 + 2**0.5), 6 + 2**0.5
-    by_gamma = lambda rows: np.array(rows) / gamma
+
+    def by_gamma(rows):
+        return np.array(rows) / gamma
+
     return _rosenbrock(
         "Rosenbrock23",
         2,
