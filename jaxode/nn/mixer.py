@@ -137,8 +137,9 @@ class Mixer(Network):
         context_size = self.encoder[0].weight.shape[1] if self.encoder else 0
         return math.prod(self.event_shape), context_size
 
-    def _fits(self, shape):
-        return shape in (self.event_shape, (math.prod(self.event_shape),))
+    @property
+    def _shape(self):
+        return self.event_shape
 
     def _field(self, t, x, context):
         e = encoded(t, context, self.encoder, self.activation, x.dtype)

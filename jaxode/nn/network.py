@@ -146,15 +146,23 @@ class Network(eqx.Module):
             )
         if not self._fits(y.shape):
             raise MisfitError(
-                f"{name}({self.sized_by}=...): the network was made for samples of {size} numbers; "
-                f"got a sample of shape {y.shape}. Make it with {self.sized_by}={y.shape}, or fix "
-                "the samples."
+                f"{name}({self.sized_by}=...): the network was made for samples of "
+                f"{f'shape {self._shape}' if self._shape else f'{size} numbers'}; got a sample of "
+                f"shape {y.shape}. Make it with {self.sized_by}={y.shape}, or fix the samples."
             )
         return y.reshape(-1)
 
+    @property
+    def _shape(self) -> tuple[int, ...] | None:
+        """The shape of a sample, if others of its size would exchange or shift numbers."""
+        return None
+
     def _fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a sample may have this shape: any, of the right size."""
-        return math.prod(shape) == self._sizes[0]
+        """Whether a sample may have this shape."""
+        size = self._sizes[0]
+        if self._shape:
+            return shape in (self._shape, (size,))
+        return math.prod(shape) == size
 
     def __getstate__(self):
         return vars(self) | {"activation": _name_of(self.activation)}
@@ -178,9 +186,9 @@ class Symmetric(Network):
     def _sizes(self):
         return math.prod(self.event_shape), self.context_size
 
-    def _fits(self, shape):
-        # In another shape, other numbers would be exchanged or shifted.
-        return shape in (self.event_shape, (math.prod(self.event_shape),))
+    @property
+    def _shape(self):
+        return self.event_shape
 
     def _known(self, t, context) -> Float[Array, " known"]:
         """Waves of the time, and the context."""

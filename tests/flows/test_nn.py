@@ -202,6 +202,14 @@ def test_fields_depend_on_the_time_and_the_context(make, widths):
         m(T, Y, jnp.ones(3))
 
 
+def test_a_network_of_configurations_refuses_another_shape_of_as_many_numbers():
+    m = nn.Particles(3, 2, 5, key=jax.random.key(0))
+    y = jnp.arange(6.0)
+    np.testing.assert_array_equal(m(T, y), m(T, y.reshape(3, 2)).reshape(-1))
+    with pytest.raises(TypeError, match=r"of shape \(3, 2\); got a sample of shape \(2, 3\)"):
+        m(T, y.reshape(2, 3))
+
+
 @pytest.mark.parametrize("make", [residual, mixer])
 def test_networks_of_matching_grow_no_faster_than_samples(make):
     m = network(make, (8, 8))

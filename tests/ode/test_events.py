@@ -222,3 +222,11 @@ def test_outputs_after_an_event_at_the_start_repeat_its_state():
         event=counted, breakpoints=[1.5],
     )  # fmt: skip
     np.testing.assert_array_equal(s.ys[-1], s.y1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["forward", "backward"])
+def test_outputs_before_an_event_are_kept_and_later_ones_repeat_its_state(sign):
+    event = Event(lambda t, y, args: sign * t - 0.6)
+    ts = sign * jnp.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    s = jaxode.solve(lambda t, y, args: jnp.ones_like(y), 0.0, 0.0, sign, ts=ts, event=event)
+    np.testing.assert_allclose(sign * s.ys, [0.0, 0.25, 0.5, 0.6, 0.6], atol=1e-6)

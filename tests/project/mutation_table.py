@@ -207,8 +207,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "np.minimum(places, sizes - 1 - places)"),
     ("nn/particles.py", "return apart + own + ", "return apart - own + "),
     # Transposed samples pass.
-    ("nn/network.py", "return shape in (self.event_shape, (math.prod(self.event_shape),))",
-     "return math.prod(shape) == math.prod(self.event_shape)"),
+    ("nn/network.py", "return shape in (self._shape, (size,))", "return math.prod(shape) == size"),
     # Samples far from the data overflow.
     ("nn/residual.py", "LARGEST_ACTIVATION * jnp.tanh(h / LARGEST_ACTIVATION)", "h"),
     # Wrong backwards in time, and so is the next one.
