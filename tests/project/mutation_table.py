@@ -28,6 +28,7 @@ FIRST = {
     "density/contexts": ("tests/density/test_context.py", "tests/density/test_embed.py"),
     "density/density": ("tests/density/test_density.py", "tests/density/test_support.py"),
     "density/maps": ("tests/density/test_standardize.py",),
+    "density/maps/columns": ("tests/flows/test_torus.py", "tests/tabular/test_periodic.py"),
     "density/maps/box": ("tests/density/test_support.py",),
     "density/maps/chain": ("tests/density/test_support.py",),
     "density/maps/of_": ("tests/interop/test_interop.py",),
