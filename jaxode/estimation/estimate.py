@@ -184,10 +184,10 @@ def estimate(
     and rarely gets stuck; starts that fit the first observations go on, too. Then
     Levenberg-Marquardt, with derivatives in forward mode, fits a sixteenth of the observations, an
     eighth, and so on to all of them, eight starts at a time, as rows of one solve: a start that
-    ends is replaced by the next. Without slopes, each start is fitted to all observations at once,
-    too. Each ends at its better way. Likelihoods other than the normal one take the place of
-    squares by their Fisher information (Fisher scoring). Ctrl-C ends the search with the best so
-    far. Let positive parameters be logarithms, or give bounds.
+    ends is replaced by the next. Without slopes, or where these led astray, a start is fitted to
+    all observations at once, too. Each ends at its better way. Likelihoods other than the normal
+    one take the place of squares by their Fisher information (Fisher scoring). Ctrl-C ends the
+    search with the best so far. Let positive parameters be logarithms, or give bounds.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -253,13 +253,13 @@ def estimate(
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
     stiff = isinstance(options.get("solver"), Rodas5P | Rosenbrock23)
     matched = _matched(match, cannot, stiff, problem, flats, box)
+    count, whole = len(flats), np.asarray(flats)
     if matched is None:
-        runs = Runs(np.asarray(flats), np.arange(len(flats))[:, None])
-        size, direct = min(STARTS_AT_ONCE, len(flats)), np.asarray(flats)
+        runs, size = Runs(whole, np.arange(count)[:, None]), min(STARTS_AT_ONCE, count)
     else:
-        runs = with_matched(problem, np.asarray(flats), *matched)
-        size, direct = min(STARTS_AT_ONCE, 2 * len(flats)), None
-    ends = improved(problem, runs, box, size, budget, direct)
+        runs = with_matched(problem, whole, *matched)
+        size = min(STARTS_AT_ONCE, 2 * count)
+    ends = improved(problem, runs, box, size, budget, whole, matched is not None)
     return _described(problem, ends, box, size, budget)
 
 

@@ -1,7 +1,7 @@
 """The search from many starts, on more and more of the observations."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,11 +33,17 @@ class Runs(NamedTuple):
     of_start: Int[np.ndarray, "starts ways"]
     """The runs of each start, or -1."""
 
-    def with_ways(self, flats: Float[np.ndarray, "starts n"]) -> "Runs":
-        """With a further run of each start."""
-        more = len(self.flats) + np.arange(len(flats))
+    def with_ways(
+        self, flats: Float[np.ndarray, "starts n"], of: Bool[np.ndarray, " starts"]
+    ) -> "Runs":
+        """With a further run of some starts."""
+        more = np.where(of, len(self.flats) + np.cumsum(of) - 1, -1)
         of_start = np.concatenate([self.of_start, more[:, None]], axis=1)
-        return Runs(np.concatenate([self.flats, flats]), of_start)
+        return Runs(np.concatenate([self.flats, flats[of]]), of_start)
+
+    def best(self, costs: Float[np.ndarray, " runs"]) -> Float[np.ndarray, " starts"]:
+        """The least cost of the runs of each start."""
+        return np.min(np.append(costs, np.inf)[self.of_start], axis=1)
 
 
 class Ends(NamedTuple):
@@ -86,10 +92,11 @@ def improved(
     box: Box,
     size: int,
     budget: Budget,
-    direct: np.ndarray | None = None,
+    starts: Float[np.ndarray, "starts n"],
+    matched: bool,
 ) -> Ends:
-    """The ends of runs of the search, `size` at a time, on more and more observations; and of
-    `direct` starts on all of them."""
+    """The ends of runs of the search, `size` at a time, on more and more observations; and on all
+    of them, of each start itself, or of those that went astray if slopes were `matched`."""
     for number in range(len(PARTS_OF_TIMES)):
         end, whole = _end(problem, number), number == len(PARTS_OF_TIMES) - 1
         if budget.over and not whole:
@@ -105,13 +112,24 @@ def improved(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
                 f"them, {_cause(problem, end, runs.flats[0])}"
             )
-        runs = runs._replace(flats=fits.flats)
+        runs, of = runs._replace(flats=fits.flats), np.full(len(starts), not matched)
+        if number == len(PARTS_OF_TIMES) - 2 and matched:
+            of = _astray(problem, end, runs.best(fits.costs), starts)
         if not whole:
             runs = _distinct(runs, fits.costs, _slack(problem))
-        if number == len(PARTS_OF_TIMES) - 2 and direct is not None:
-            runs = runs.with_ways(direct)
+        if number == len(PARTS_OF_TIMES) - 2:
+            runs = runs.with_ways(starts, of)
     budget.finish()
     return Ends(runs, *fits[1:])
+
+
+def _astray(
+    problem: ObservedODE, end: Array, costs: Float[np.ndarray, " starts"], starts: np.ndarray
+) -> Bool[np.ndarray, " starts"]:
+    """Which starts had runs that ended far above the best, or above where they started."""
+    of_starts = costs_at(of_observations(problem, end), jnp.asarray(np.tile(starts, (2, 1))))
+    least = np.minimum(costs.min(), np.asarray(of_starts)[: len(starts)])
+    return costs > _limit(least, _slack(problem))
 
 
 def ends_of_starts(ends: Ends) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +179,7 @@ def _slack(problem: ObservedODE) -> float:
     return GIVE_UP_NATS * problem.ys.size if problem.is_density else 0.0
 
 
-def _limit(least: float, slack: float) -> float:
+def _limit(least: Any, slack: float) -> Any:
     return least + slack if slack else GIVE_UP_FACTOR * least
 
 

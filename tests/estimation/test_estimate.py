@@ -262,11 +262,14 @@ def test_starts_that_single_shooting_loses_find_twenty_periods(observe):
         np.testing.assert_allclose(found.costs, found.cost, rtol=1e-6)
 
 
-def test_starts_count_where_samples_are_too_sparse_for_slopes():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_starts_count_where_samples_are_too_sparse_for_slopes(seed):
+    """With the noise of seed 1, slopes lead the second start to a frequency of zero."""
+    noise = 0.01 * np.random.default_rng(seed).normal(size=(30, 2))
     field = lambda t, y, p: jnp.stack([y[1], -p["w2"] * y[0] - p["c"] * y[1]])
     y0, ts = jnp.array([1.0, 0.0]), 1.3 * jnp.arange(1.0, 31.0)
     true = {"w2": jnp.asarray(9.0), "c": jnp.asarray(0.05)}
-    ys = jaxode.solve(field, y0, 0.0, ts[-1], true, ts=ts).ys + NOISE * RNG.normal(size=(30, 2))
+    ys = jaxode.solve(field, y0, 0.0, ts[-1], true, ts=ts).ys + noise
     starts = {"w2": jnp.array([9.05, 8.9]), "c": jnp.array([0.05, 0.06])}
     found = jaxode.estimate(field, y0, ts, ys, starts)
     assert abs(found.params["w2"] - 9.0) < 4 * found.errors["w2"] < 0.01

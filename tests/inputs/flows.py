@@ -171,7 +171,7 @@ ROWS = {
         ({"y": CONTEXTS[0], "context": CONTEXTS[0]}, "^Residual(event_shape=...): ~; got a sample"),
     ],
     ("Particles of a sample", TypeError): [
-        ({"y": jnp.ones(4)}, "^Particles(n, dim=...): ~6 numbers"),
+        ({"y": jnp.ones(4)}, "^Particles(n, dim=...): ~shape (3, 2)"),
         ({"y": jnp.ones((2, 3))}, "^Particles(n, dim=...): ~(2, 3)"),
     ],
     ("Lattice of a sample", TypeError): [({"y": jnp.ones((2, 3))}, "^Lattice(shape=...): ~(2, 3)")],

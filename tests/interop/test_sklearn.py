@@ -19,7 +19,7 @@ from jaxode import tabular
 from jaxode.sklearn import FlowDensity, FlowRegressor
 
 pytestmark = pytest.mark.usefixtures("default_settings")
-FEW = {"steps": 20, "random_state": 0}
+FEW = {"steps": 20, "members": 1, "random_state": 0}
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 2))
 Y = X[:, 0] + 0.3 * RNG.normal(size=40)
@@ -71,7 +71,8 @@ def test_a_regressor_is_a_table():
     rows = TEXT.assign(a=TEXT["a"].where(TEXT["a"] < 1))
     model = FlowRegressor(**FEW, bounds={"target": (-9, None)}).fit(rows, Y)
     table, _ = tabular.fit(
-        rows.assign(target=Y), key=key(0), given=["a", "group"], steps=20, progress=False,
+        rows.assign(target=Y), key=key(0), given=["a", "group"], steps=20, members=1,
+        progress=False,
         bounds={"target": (-9, None)},
     )  # fmt: skip
     few, y = rows[:3], Y[:3]
@@ -92,7 +93,7 @@ def test_a_density_is_a_table():
     """Of an array, whose samples are an array."""
     model = FlowDensity(**FEW, kinds={"x1": "continuous"}).fit(X)
     frame = pd.DataFrame(X, columns=["x0", "x1"])
-    table, _ = tabular.fit(frame, key=key(0), steps=20, progress=False)
+    table, _ = tabular.fit(frame, key=key(0), steps=20, members=1, progress=False)
     np.testing.assert_array_equal(model.score_samples(X), table.log_prob(frame))
     assert model.score(X) == model.score_samples(X).mean()
     np.testing.assert_allclose(model.score_samples(X[:7]), model.score_samples(X)[:7], rtol=1e-5)

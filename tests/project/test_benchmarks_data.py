@@ -74,8 +74,10 @@ def test_scores_are_those_of_the_best_on_the_validation_rows_in_time(monkeypatch
 @pytest.mark.parametrize("name", posterior_tasks.TASKS)
 def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
     """Whose ratio has mean one, for any other parameters."""
-    # The states of an ODE tell its parameters most exactly.
+    # The states of an ODE tell its parameters most exactly. A moon that moves loses what is beyond
+    # its ends, three times the part by which the parameters grow.
     scale, n = (1.0003, 4000) if name in ("sir", "lotka volterra") else (1.003, 20_000)
+    scale = 1.001 if name == "two moons" else scale
     task = posterior_tasks.TASKS[name]
     theta, x = task.simulate(jax.random.key(0), n)
     if name.startswith("slcp"):  # where its Gaussian is not nearly flat

@@ -65,8 +65,8 @@ def test_rows_aside_are_judged_by_networks_that_did_not_see_them(monkeypatch):
     monkeypatch.setattr(
         training, "calibrated", lambda density, levels: seen.append(levels) or density
     )
-    options = OPTIONS["continuous"] | {"key": KEY, "steps": 1, "progress": False}
-    table, _ = tabular.fit(FRAMES["continuous"], calibrate=True, members=3, **options)
+    options = OPTIONS["continuous"] | {"key": KEY, "steps": 1, "members": 3, "progress": False}
+    table, _ = tabular.fit(FRAMES["continuous"], calibrate=True, **options)
     (levels,) = seen
     assert len(levels) == 3 * 30
     networks = table.density.params.members
@@ -80,7 +80,7 @@ def test_rows_aside_are_judged_by_networks_that_did_not_see_them(monkeypatch):
 
 
 def test_a_table_uses_them():
-    options = OPTIONS["continuous"] | {"key": KEY, "steps": 50, "progress": False}
+    options = OPTIONS["continuous"] | {"key": KEY, "steps": 50, "members": 1, "progress": False}
     frame = FRAMES["continuous"]
     table, _ = tabular.fit(frame, calibrate=True, **options)
     plain, _ = tabular.fit(frame, **options)

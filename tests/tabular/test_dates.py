@@ -242,4 +242,4 @@ def test_dates_that_are_not_as_in_training(name, frame, words):
 def test_a_date_far_away_is_named():
     frame = pd.DataFrame({"day": [*DAYS, pd.Timestamp("0001-01-01")], "n": 1})
     with pytest.warns(UserWarning, match="far from all others, such as 0001-01-01, beside"):
-        tabular.fit(frame, key=KEY, steps=1, progress=False)
+        tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)

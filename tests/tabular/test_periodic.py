@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from jaxode import tabular
-from jaxode.tabular.columns import numeric
+from jaxode.tabular.columns import angular
 from jaxode.tabular.periodic import Circle
 
 pytestmark = pytest.mark.usefixtures("default_settings")
@@ -34,7 +34,7 @@ NUMBERS = {
 def column_of(name):
     x, period = NUMBERS[name]
     circle = Circle.of("x", x, period)
-    return numeric("x", "periodic", x, np.zeros(len(x), bool), circle=circle), x
+    return angular("x", x, np.zeros(len(x), bool), circle), x
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -121,7 +121,7 @@ OPTIONS = {
 
 @functools.cache
 def table(name):
-    options = {"key": KEY, "steps": 50, "progress": False} | OPTIONS[name]
+    options = {"key": KEY, "steps": 50, "members": 1, "progress": False} | OPTIONS[name]
     return tabular.fit(FRAMES[name], **options)[0]
 
 
@@ -146,7 +146,13 @@ def test_rounded_winds_sum_to_one():
 @pytest.mark.parametrize(("period", "digits"), [(24.0, 1), (2 * math.pi, 2)])
 def test_log_prob_of_rounded_numbers_is_a_density(period, digits):
     x = np.round(RNG.uniform(0, period, 2000), digits)
-    options = {"kinds": {"x": ("periodic", period)}, "steps": 1, "key": KEY, "progress": False}
+    options = {
+        "kinds": {"x": ("periodic", period)},
+        "steps": 1,
+        "members": 1,
+        "key": KEY,
+        "progress": False,
+    }
     fitted, _ = tabular.fit(pd.DataFrame({"x": x}), **options)
     found = fitted.log_prob(pd.DataFrame({"x": x[:200]})).mean()
     assert abs(found + np.log(period)) < 0.5
@@ -200,7 +206,9 @@ def test_given_angles_are_seen_as_points_on_a_circle():
 @pytest.mark.parametrize("method", ["cdf", "mean", "crps"])
 def test_a_circle_has_no_order(method):
     frame = pd.DataFrame({"wind": np.arange(N) % 8 * 45.0})
-    fitted, _ = tabular.fit(frame, key=KEY, steps=1, kinds={"wind": "periodic"}, progress=False)
+    fitted, _ = tabular.fit(
+        frame, key=KEY, steps=1, members=1, kinds={"wind": "periodic"}, progress=False
+    )
     with pytest.raises(ValueError, match="need an ordered column; "):
         getattr(fitted, method)(frame)
     with pytest.raises(ValueError, match="need an ordered column"):

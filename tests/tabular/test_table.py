@@ -111,7 +111,7 @@ def test_units():
     scale = encoder.columns[2].scale
     np.testing.assert_allclose(rows.log_scale, np.where(present, -np.log(scale), 0.0))
     rounded = pd.DataFrame({"x": np.round(np.random.default_rng(0).normal(size=300), 1)})
-    fitted, _ = tabular.fit(rounded, key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(rounded, key=KEY, steps=1, members=1, progress=False)
     x = np.arange(-80, 81) / 10
     total = np.exp(fitted.log_prob(pd.DataFrame({"x": x}))).sum() * 0.1
     assert abs(total - 1) < 0.005
@@ -120,7 +120,7 @@ def test_units():
 def test_pooled_categories_sum_to_one():
     rows = ["a"] * 60 + ["b"] * 30 + ["q", "r", "r"]
     frame = pd.DataFrame({"x": rows})
-    fitted, _ = tabular.fit(frame, key=KEY, other=5, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, key=KEY, other=5, steps=1, members=1, progress=False)
     p = np.exp(fitted.log_prob(pd.DataFrame({"x": ["a", "b", "q", "r", "new"]})))
     assert abs(p.sum() - 1) < 1e-5
     assert abs(p[3] / p[2] - 2) < 1e-5
@@ -165,7 +165,7 @@ def test_samples_of_given_rows():
 
 def test_given_fractions_stay_as_they_are():
     frame = pd.DataFrame({"area": np.arange(40), "old": [True, False, None, True] * 10})
-    fitted, _ = tabular.fit(frame, given="area", key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, given="area", key=KEY, steps=1, members=1, progress=False)
     samples = fitted.sample(KEY, 1, pd.DataFrame({"area": [20.5, 21.0]}))
     assert [*samples.area] == [20.5, 21.0]
     whole = fitted.sample(KEY, 1, pd.DataFrame({"area": [20.0, 21.0]}))
@@ -177,7 +177,7 @@ def test_given_fractions_stay_as_they_are():
 def test_missing_values_of_a_category_that_is_given_stay_missing():
     frame = FRAMES["categories"].assign(group=pd.Categorical(FRAMES["categories"].group))
     frame.loc[:20, "group"] = pd.NA
-    fitted, _ = tabular.fit(frame, given="group", key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, given="group", key=KEY, steps=1, members=1, progress=False)
     rows = pd.DataFrame({"group": pd.array(["a", None], dtype="string")})
     samples = fitted.sample(KEY, 1, rows)
     assert [*samples.group.isna()] == [False, True]
@@ -186,7 +186,7 @@ def test_missing_values_of_a_category_that_is_given_stay_missing():
 
 def test_categories_that_a_frame_lacks_are_drawn_and_kept():
     frame = FRAMES["categories"].assign(group=pd.Categorical(FRAMES["categories"].group))
-    options = {"key": KEY, "steps": 1, "progress": False, "other": 5}
+    options = {"key": KEY, "steps": 1, "members": 1, "progress": False, "other": 5}
     frame.loc[:1, "group"] = pd.NA
     rows = pd.DataFrame({"group": pd.Categorical(["a", None, None]), "old": True})
     fitted, _ = tabular.fit(frame, **options)
@@ -205,7 +205,7 @@ def test_decimals_are_numbers():
     made, number = optional("polars"), decimal.Decimal
     frame = made.DataFrame({"x": [number(i % 7) / 4 for i in range(40)], "b": [True, False] * 20})
     assert isinstance(frame.schema["x"], made.Decimal)
-    fitted, _ = tabular.fit(frame, key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
     assert set(fitted.sample(KEY, 20)["x"]) <= {i / 4 for i in range(7)}
     assert fitted.impute(KEY, frame.with_columns(b=None))["b"].null_count() == 0
 
@@ -220,7 +220,7 @@ def test_a_column_may_be_missing_altogether(library):
         made = optional("polars")
         columns = FRAMES["mixed"].items()
         frame = made.DataFrame({name: [*map(gaps, column)] for name, column in columns})
-        fitted, _ = tabular.fit(frame, key=KEY, steps=1, progress=False)
+        fitted, _ = tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
         rows = made.DataFrame({"group": ["a"], "count": [3], "age": [None]})
     filled = fitted.impute(KEY, rows)
     assert float(filled["age"][0]) > 0
@@ -248,7 +248,7 @@ def test_rows_are_the_same_in_parts(monkeypatch):
 def test_given_integers_may_be_missing():
     age = pd.array([30, None, 50, 41] * 10, "Int64")
     frame = pd.DataFrame({"age": age, "old": [False, True, True, None] * 10})
-    fitted, _ = tabular.fit(frame, given="age", key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, given="age", key=KEY, steps=1, members=1, progress=False)
     samples = fitted.sample(KEY, 2, frame[:3])
     assert samples.dtypes.equals(frame.dtypes)
     assert [*samples.age.fillna(-1)] == [30, 30, -1, -1, 50, 50]
@@ -328,7 +328,7 @@ def test_frames_of_other_libraries(library):
     frame = made.table(data) if library == "pyarrow" else made.DataFrame(data)
     if library == "polars":
         frame = frame.with_columns(made.col("group").cast(made.Categorical))
-    fitted, _ = tabular.fit(frame, key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
     samples = fitted.sample(KEY, 5)
     assert type(samples) is type(frame)
     assert samples.schema == frame.schema
@@ -350,7 +350,9 @@ def test_double_precision_changes_nothing():
         "impute": lambda: table("mixed").impute(KEY, rows["mixed"]),
         "cdf": lambda: table("atom").cdf(rows["atom"]),
         "quantile": lambda: table("atom").quantile([0.1, 0.5], rows["atom"]),
-        "fit": lambda: tabular.fit(FRAMES["categories"], key=KEY, steps=1, progress=False)[0],
+        "fit": lambda: tabular.fit(
+            FRAMES["categories"], key=KEY, steps=1, members=1, progress=False
+        )[0],
     }
     single = {name: call() for name, call in calls.items()}
     jax.config.update("jax_enable_x64", True)
@@ -367,7 +369,7 @@ def test_double_precision_changes_nothing():
 def test_several_devices_train_the_table_of_one():
     """Compiles a training for two devices, which no other test shares."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "batch")
-    options = {"key": KEY, "steps": 50, "mesh": mesh, "progress": False} | OPTIONS["one"]
-    fitted, _ = tabular.fit(FRAMES["one"], **options)
+    options = {"steps": 50, "members": 1, "mesh": mesh, "progress": False} | OPTIONS["one"]
+    fitted, _ = tabular.fit(FRAMES["one"], key=KEY, **options)
     found, expected = (t.log_prob(FRAMES["one"][:9]) for t in (fitted, table("one")))
     np.testing.assert_allclose(found, expected, atol=2e-3)  # sums of single precision, in parts

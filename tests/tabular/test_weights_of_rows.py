@@ -27,7 +27,8 @@ def test_samples_have_the_weighted_shares(kind):
     The share of 4,000 samples strays by 0.006; that of the network, by its smoothing and training,
     by about 0.01. Without weights it would be 0.5.
     """
-    table, _ = tabular.fit(kind(DATA), key=KEY, steps=200, weights=WEIGHTS, progress=False)
+    options = {"steps": 200, "members": 1, "progress": False}
+    table, _ = tabular.fit(kind(DATA), key=KEY, weights=WEIGHTS, **options)
     drawn = np.array(table.sample(KEY, COUNT)["class"].to_list()) == "b"
     share = np.average(CLASS, weights=WEIGHTS)
     assert abs(drawn.mean() - share) < 0.04

@@ -142,7 +142,7 @@ def said(start, words):
 @pytest.mark.parametrize(("given", "words"), OF_FIT, ids=[words[:50] for _, words in OF_FIT])
 def test_what_is_wrong_with_a_training(given, words):
     name = next(iter(given))
-    options = {"frame": GOOD, "key": KEY, "steps": 1, "progress": False} | given
+    options = {"frame": GOOD, "key": KEY, "steps": 1, "members": 1, "progress": False} | given
     with pytest.raises((TypeError, ValueError), match=said(f"tabular.fit({name}=...): ", words)):
         tabular.fit(**options)
 
@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_call(name, method, given, words):
 
 def test_a_category_is_no_number_to_predict():
     frame = FRAMES["categories"]
-    fitted, _ = tabular.fit(frame, given="old", key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, given="old", key=KEY, steps=1, members=1, progress=False)
     with pytest.raises(ValueError, match="predictions need one modelled column, of numbers"):
         fitted.mean(frame)
 
@@ -177,32 +177,32 @@ def test_a_target_that_is_given_warns():
     with pytest.warns(
         UserWarning, match=r"columns \['z', 'x', 'y'\] depend on each other linearly"
     ):
-        tabular.fit(frame, given=["x", "y", "k", "c"], key=KEY, steps=1, progress=False)
+        tabular.fit(frame, given=["x", "y", "k", "c"], key=KEY, steps=1, members=1, progress=False)
 
 
 def test_given_columns_that_depend_on_each_other_do_not_matter():
     frame = pd.DataFrame({"n": np.arange(N) % 2, "x": GOOD.x, "y": 2 * GOOD.x})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tabular.fit(frame, given=["x", "y"], key=KEY, steps=1, progress=False)
+        tabular.fit(frame, given=["x", "y"], key=KEY, steps=1, members=1, progress=False)
 
 
 def test_too_many_categories_warn():
     frame = pd.DataFrame({"c": (np.arange(300) % 31).astype(str)})
     words = r"'c' must repeat its categories; got 31 of them in 300 rows. Drop the .* by other=10\."
     with pytest.warns(UserWarning, match=words) as caught:
-        tabular.fit(frame, key=KEY, steps=1, progress=False)
+        tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
     assert caught[0].filename == __file__
 
 
 def test_a_constant_column_has_nothing_to_learn():
     frame = pd.DataFrame({"one": 1, "pi": np.pi, "n": np.arange(N) % 2, "given": 3.5})
     frame["half"] = 0.5
-    fitted, _ = tabular.fit(frame, given="given", key=KEY, steps=1, progress=False)
-    alone, _ = tabular.fit(frame[["n"]], key=KEY, steps=1, progress=False)
+    fitted, _ = tabular.fit(frame, given="given", key=KEY, steps=1, members=1, progress=False)
+    alone, _ = tabular.fit(frame[["n"]], key=KEY, steps=1, members=1, progress=False)
     assert abs(np.exp(fitted.log_prob(frame[:2])).sum() - 1) < 1e-5
     assert abs(np.exp(alone.log_prob(frame[:2])).sum() - 1) < 1e-5
-    constant, points = tabular.fit(frame[["pi"]], key=KEY, steps=1, progress=False)
+    constant, points = tabular.fit(frame[["pi"]], key=KEY, steps=1, members=1, progress=False)
     assert points == []
     assert (constant.log_prob(frame) == 0).all()
     assert (constant.sample(KEY, 3).pi == np.pi).all()
