@@ -4,7 +4,8 @@
 
 Run it before and after you rewrite tests: the new ones must find at least as many. A fault that no
 test finds is a hole. It works on a copy of the tracked files and takes about half an hour, longer
-where no near test finds a fault. With `--results` it goes on where it was interrupted. The table is in `mutation_table.py`.
+where no near test finds a fault. With `--results` it goes on where it was interrupted. The table is
+in `mutation_table.py`.
 """
 
 import argparse
