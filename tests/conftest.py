@@ -72,7 +72,7 @@ def compiled():
     """The names of what is compiled."""
     names = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, duration, **_: names.append(name) if "backend_compile" in name else None
+        lambda name, _, **of: names.append(of) if "backend_compile" in name else None
     )
     yield names
     jax.monitoring.clear_event_listeners()

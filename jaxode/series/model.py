@@ -13,7 +13,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
 from jaxode.series.mixture import Mixture
-from jaxode.series.network import Seen, SeriesNetwork, State
+from jaxode.series.network import Seen, SeriesNetwork
 from jaxode.series.units import Units, as_float, check_at, check_series
 
 
@@ -120,7 +120,7 @@ class Series:
         at, last = check_at(at, ts, seen.there)
         dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
         past = self.units.with_times(seen, np.minimum(ts, last[:, None]))
-        return past, given, as_float(dt), self.units.parts(dt)
+        return past, given, as_float(dt), self.units.parts("at", dt)
 
     def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
         """States and densities at later times."""
@@ -144,7 +144,7 @@ def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any
         ever = jnp.any(seen.there, axis=0)
 
         def step(state, each):
-            state = _later(network, state, *each)
+            state = network.later(state, *each)
             recency = jnp.where(ever, jnp.exp(-state.since), 0.0)
             known = jnp.concatenate([state.h, state.last, recency])
             return state, (known, network.predict(state))
@@ -152,12 +152,6 @@ def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any
         return jax.lax.scan(step, network.read(seen, context)[0], each)[1]
 
     return jax.vmap(of)(seen, context, dt, parts)
-
-
-def _later(network: SeriesNetwork, state: State, dt: Any, parts: Any) -> State:
-    """The state `dt` later, in so many parts."""
-    part = dt / parts.astype(dt.dtype)
-    return jax.lax.fori_loop(0, parts, lambda _, state: network.later(state, part), state)
 
 
 @compiled
@@ -169,7 +163,7 @@ def _forecast(
     def draw(state, dt, parts, key):
         def step(state, each):
             dt, parts, key = each
-            state = _later(network, state, dt, parts)
+            state = network.later(state, dt, parts)
             mixture = network.predict(state)
             y = mixture.sample_within(key, *limits)
             return network.jumped(state, mixture, dt, y, jnp.ones(y.shape, bool)), y

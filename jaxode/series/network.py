@@ -35,6 +35,8 @@ class Seen(NamedTuple):
     """`[times, channels]`, zero where there is no value."""
     there: Any
     """`[times, channels]`: which values there are."""
+    parts: Any = None
+    """`[times]`: in how many parts to go to each time; one, as in training, if None."""
 
 
 class State(NamedTuple):
@@ -157,9 +159,14 @@ class SeriesNetwork(eqx.Module):
             h = h + last(jax.nn.silu(first(context)))
         return State(h, nothing, nothing)
 
-    def later(self, state: State, dt: Float[Array, ""]) -> State:
-        """The state `dt` later, if nothing is observed."""
-        return State(self.flow(state.h, dt), state.last, state.since + dt)
+    def later(self, state: State, dt: Float[Array, ""], parts: Any = None) -> State:
+        """The state `dt` later, in so many parts, if nothing is observed."""
+        if parts is None:
+            h = self.flow(state.h, dt)
+        else:
+            part = dt / parts.astype(dt.dtype)
+            h = jax.lax.fori_loop(0, parts, lambda _, h: self.flow(h, part), state.h)
+        return State(h, state.last, state.since + dt)
 
     def flow(self, h: Float[Array, " size"], dt: Float[Array, ""], steps: int = STEPS):
         """The hidden state `dt` later."""
@@ -208,14 +215,14 @@ class SeriesNetwork(eqx.Module):
         fed = seen.there if fed is None else fed
 
         def step(state, each):
-            dt, y, there, key = each
-            state = self.later(state, dt)
+            dt, y, there, parts, key = each
+            state = self.later(state, dt, parts)
             mixture = self.predict(state, key)
             drop = None if key is None else jax.random.fold_in(key, 0)
             return self.jumped(state, mixture, dt, y, there, drop), mixture
 
         keys = None if key is None else jax.random.split(key, len(seen.dt))
-        each = seen.dt, seen.y, fed, keys
+        each = seen.dt, seen.y, fed, seen.parts, keys
         start, each = vary_alike((self.initial(context), each))
         return jax.lax.scan(step, start, each)
 

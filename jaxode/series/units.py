@@ -217,9 +217,10 @@ class Units:
 
     def with_times(self, seen: Seen, ts: np.ndarray) -> Seen:
         """The series at other times."""
-        return seen._replace(dt=as_float(np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time))
+        dt = np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time
+        return seen._replace(dt=as_float(dt), parts=self.parts("ts", dt))
 
-    def parts(self, dt: np.ndarray) -> np.ndarray:
+    def parts(self, name: str, dt: np.ndarray) -> np.ndarray:
         """In how many parts to go so far, none longer than the longest gap of training."""
         parts = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
         most = MOST_PARTS * self.longest * self.time
@@ -231,7 +232,7 @@ class Units:
             f"go on by at most {most:g} at a time, {MOST_PARTS} times the longest gap of training"
         )
         cure = "Pass times in the unit of training."
-        check("at", parts > MOST_PARTS, must, got, cure)
+        check(name, parts > MOST_PARTS, must, got, cure)
         return parts.astype(np.int32)
 
     def known(self, context: Any, rows: int) -> np.ndarray | None:

@@ -214,7 +214,7 @@ def test_an_interrupt_returns_the_best_so_far(standardize, step, monkeypatch):
 # What is interrupted, in which of its calls, options, and the steps of the looks then.
 INTERRUPTED = {
     "between two looks": ("advance", 10, {"steps": 1000}, [0, 200, 300, 350]),
-    "as likelihood begins": ("ravel_pytree", 1, {"steps": 50, "likelihood": 5}, [0, 50]),
+    "as likelihood begins": ("ravel_pytree", 1, {"steps": 200, "likelihood": 5}, [0, 200]),
 }
 
 
