@@ -13,9 +13,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
+from jaxode._checks.atol import for_each_number
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import in_rows, is_eager, is_known
-from jaxode._checks.tolerances import for_each_number
 from jaxode.ode.field import call_field
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import as_array, check_breakpoints, check_number, integer, one_of
+from jaxode._checks.atol import check_atol, for_each_number
 from jaxode._checks.caller import arg, caller
 from jaxode._checks.errors import IMPLICIT, JACOBIAN_GIVEN, Remedies
 from jaxode._checks.rules import is_known, rules_of
-from jaxode._checks.tolerances import check_atol, for_each_number
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
 from jaxode.ode.loop.problem import Stepper

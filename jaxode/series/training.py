@@ -25,7 +25,7 @@ from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.fit import adam
 from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
-from jaxode.training.rows import InMemory, Rows
+from jaxode.training.sources import InMemory, Rows
 
 RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 8e-3, 2.0, 64, 50
 DROPOUT = 0.35  # of hidden units

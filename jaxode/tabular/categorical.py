@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxode._jax.closure import compiled
 from jaxode.training.display import described, show
 from jaxode.training.loop import VALIDATION_STEP_RATIO, Clock, Limits, Point
-from jaxode.training.rows import InMemory, Rows
+from jaxode.training.sources import InMemory, Rows
 
 WIDTH, DROPOUT = 128, 0.5  # of hidden layers
 RATE, WEIGHT_DECAY, BATCH_SIZE = 1e-3, 0.05, 256

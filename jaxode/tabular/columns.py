@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 from jaxode.tabular.dates import Dates
+from jaxode.tabular.multiples import EPS, LARGEST, on_grid, tidy
 from jaxode.tabular.periodic import TURN, Circle
-from jaxode.tabular.rounding import EPS, LARGEST, on_grid, tidy
 
 # A repeated number is a mode if this part of the rows have it, and so many times as many as its
 # neighbours, the next numbers that are as round; and if there are few, all are.

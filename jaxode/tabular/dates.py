@@ -10,7 +10,7 @@ import numpy as np
 from jaxode._checks.caller import arg
 from jaxode.tabular.formats import format_of, parse, texts_of
 from jaxode.tabular.frames import Values, column_of
-from jaxode.tabular.rounding import LARGEST
+from jaxode.tabular.multiples import LARGEST
 
 UNITS = ("Y", "M", "D", "h", "m", "s", "ms", "us")  # of NumPy, from coarse to fine
 NAMES = ("years", "months", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")

@@ -16,7 +16,7 @@ from jaxode.density.noise import in_unit
 from jaxode.tabular import frames
 from jaxode.tabular.columns import Column
 from jaxode.tabular.periodic import TURN
-from jaxode.training.rows import Rows
+from jaxode.training.sources import Rows
 
 
 class Encoded(NamedTuple):

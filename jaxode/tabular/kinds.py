@@ -14,8 +14,8 @@ from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.dates import Dates, is_date
 from jaxode.tabular.encoding import Encoder
 from jaxode.tabular.formats import cure_of_dates
+from jaxode.tabular.multiples import LARGEST
 from jaxode.tabular.periodic import TURN, Circle
-from jaxode.tabular.rounding import LARGEST
 
 KINDS = ("categorical", "integer", "continuous", "periodic", "date")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxode._checks.caller import arg
-from jaxode.tabular.rounding import on_grid, tidy
+from jaxode.tabular.multiples import on_grid, tidy
 
 PERIODS = 1.0, 2 * math.pi, 7.0, 12.0, 24.0, 60.0, 360.0
 TURN = 2 * math.pi  # the period of scaled numbers

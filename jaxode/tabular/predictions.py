@@ -3,7 +3,7 @@
 It is a mixture of atoms, which are numbers that are repeated, and of a density for each grid. A
 density of one number has exact levels and quantiles, one solve each. So the quantile of atoms and
 one grid takes the levels at the atoms, and then one quantile of the density; that of several grids
-is searched for (`grid_quantiles.py`). Means and scores are sums over points of the curve of level
+is searched for (`several_grids.py`). Means and scores are sums over points of the curve of level
 and value, which are dense where it is steep, and where it is flat.
 """
 
@@ -18,12 +18,12 @@ from jaxode._checks.arguments import floating_dtype
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
 from jaxode.density.density import Density
-from jaxode.tabular import frames, grid_quantiles
+from jaxode.tabular import frames, several_grids
 from jaxode.tabular.categorical import Autoregressive
 from jaxode.tabular.columns import Column
 from jaxode.tabular.curves import FURTHEST, MORE_POINTS, points_between, refined
 from jaxode.tabular.encoding import Encoder, read
-from jaxode.tabular.grid_quantiles import GridMixture
+from jaxode.tabular.several_grids import GridMixture
 
 NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
 LEAST = 1e-6  # probability of a grid that counts
@@ -166,14 +166,14 @@ class Predictive:
     def _searched(self, part: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
         """Search from the least quantile of a part to the largest."""
         unit = self.column.grids[-1]
-        solved = grid_quantiles.with_others(levels)
+        solved = several_grids.with_others(levels)
         x = np.stack([self._solved_quantiles(grid, _told_apart(solved)) for grid in grids])
         rows, count = x.shape[1], len(levels)
         parts = [self._rounded(grid, x[i, :, :count]) for i, grid in enumerate(grids)]
         parts += [np.full((rows, count), atom) for atom in self.atoms]
         ends = np.min(parts, axis=0).reshape(-1) - unit, np.max(parts, axis=0).reshape(-1)
-        lines = grid_quantiles.Lines.of_quantiles(x, solved)
-        lines = grid_quantiles.Lines(*(leaf[..., :count].reshape(len(grids), -1) for leaf in lines))
+        lines = several_grids.Lines.of_quantiles(x, solved)
+        lines = several_grids.Lines(*(leaf[..., :count].reshape(len(grids), -1) for leaf in lines))
         row = np.repeat(np.arange(rows), count)
 
         def levels_at(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -181,7 +181,7 @@ class Predictive:
             return np.stack([self._levels(grid, at[:, None])[:, 0] for grid, at in each])
 
         of_rows = self._mixture(part, grids).of(row)
-        y = grid_quantiles.quantiles(of_rows, np.tile(levels, rows), lines, ends, levels_at)
+        y = several_grids.quantiles(of_rows, np.tile(levels, rows), lines, ends, levels_at)
         return y.reshape(rows, count)
 
     def _mixture(self, part: slice, grids: list[Grid]) -> GridMixture:

@@ -30,8 +30,8 @@ from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.fit import MATCHING_RATE, Keys, adam, members_of, train
 from jaxode.training.loop import Clock, Limits, Plan, Point
-from jaxode.training.rows import InMemory
-from jaxode.training.schedule import powers_to_try
+from jaxode.training.sources import InMemory
+from jaxode.training.trials import powers_to_try
 
 MEMBERS, MAX_ROWS_OF_SEVERAL = 5, 5000  # networks, up to so many rows
 WIDTH_OF_MEMBER, BATCH_OF_MEMBER = 64, 256

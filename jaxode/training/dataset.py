@@ -30,7 +30,7 @@ from jaxode.training.dequantization import (
 from jaxode.training.devices import Devices
 from jaxode.training.files import MAX_ROWS_COPIED, Without, check_in_parts
 from jaxode.training.iterators import Stream, is_stream
-from jaxode.training.rows import FromIterable, InFile, InMemory, Rows, Share, Source
+from jaxode.training.sources import FromIterable, InFile, InMemory, Rows, Share, Source
 
 MAX_VALIDATION_ROWS, MIN_ROWS = 1000, 10
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, PRNGKeyArray
 from jaxode.density.maps.whiten import column_list
 from jaxode.density.noise import NOISES, Noise, as_noise, in_cells, log_density
 from jaxode.training.files import consecutive_parts
-from jaxode.training.rows import Rows
+from jaxode.training.sources import Rows
 
 MAX_INTEGER_SPACING = 1 / 8  # of dequantized integers in their dtype
 

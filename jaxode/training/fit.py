@@ -50,7 +50,7 @@ from jaxode.training.loop import (
     Training,
     evaluation,
 )
-from jaxode.training.schedule import Candidates, powers_to_try, take_turns
+from jaxode.training.trials import Candidates, powers_to_try, take_turns
 
 MATCHING_RATE, LIKELIHOOD_RATE = 8e-3, 5e-4  # of Adam
 MAX_GRADIENT_NORM = 1.0  # of all parameters, to which gradients are clipped

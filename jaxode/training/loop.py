@@ -28,7 +28,7 @@ from jaxode.flows.coupling import Coupling, independent
 from jaxode.flows.divergence import Divergence
 from jaxode.training.devices import Devices
 from jaxode.training.display import described, show
-from jaxode.training.rows import Rows, Source
+from jaxode.training.sources import Rows, Source
 
 MIN_AVERAGE_WEIGHT = 0.002  # of a step in the moving average of the parameters
 # Steps at one rate, between two checks of the limits, and seconds of a part of them: a program.

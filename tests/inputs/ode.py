@@ -26,6 +26,13 @@ class OnCircle(diffrax.Tsit5):
         return y1 / jnp.linalg.norm(y1), *rest
 
 
+class WithoutOrder(diffrax.Heun):
+    """A solver that forgets its order."""
+
+    def order(self, terms):
+        return None
+
+
 def change(apply):
     return {"jumps": jaxode.Jumps([0.5], lambda t, y, args, i: apply(y))}
 
@@ -209,4 +216,9 @@ for call in ("solve", "flow", "cnf"):
     ROWS.setdefault((call, ValueError), [])
     ROWS[call, ValueError] += [
         ({"solver": s}, f"{EXPLICIT}solver of jaxode; got {type(s).__name__}. Use") for s in SOLVERS
+    ] + [
+        (
+            {"solver": WithoutOrder()},
+            "must know its order, by which steps are chosen; got WithoutOrder",
+        ),
     ]

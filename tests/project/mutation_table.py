@@ -32,13 +32,13 @@ FIRST = {
     "density/maps/box": ("tests/density/test_support.py",),
     "density/maps/chain": ("tests/density/test_support.py",),
     "density/maps/of_": ("tests/interop/test_interop.py",),
-    "training/schedule": (
-        "tests/training/test_schedule.py",
+    "training/trials": (
+        "tests/training/test_trials.py",
         "tests/training/test_ensembles.py",
     ),
-    "training/fit": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
+    "training/fit": ("tests/training/test_fit.py", "tests/training/test_trials.py"),
     "training/dataset": ("tests/training/test_dataset.py",),
-    "training/loop": ("tests/training/test_fit.py", "tests/training/test_schedule.py"),
+    "training/loop": ("tests/training/test_fit.py", "tests/training/test_trials.py"),
     "flows/diffusion": ("tests/flows/test_probability_flow.py",),
     "flows/bases": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
     "flows/divergence": ("tests/flows/test_divergence.py",),
@@ -91,7 +91,7 @@ FIRST = {
     "tabular/encoding": ("tests/tabular/test_columns.py", "tests/tabular/test_table.py"),
     "tabular/impute": ("tests/tabular/test_table.py",),
     "tabular/columns": ("tests/tabular/test_columns.py",),
-    "tabular/grid_quantiles": ("tests/tabular/test_predictions.py",),
+    "tabular/several_grids": ("tests/tabular/test_predictions.py",),
     "tabular/predictions": ("tests/tabular/test_predictions.py",),
     "flows/regularizers": ("tests/flows/test_flow_features.py",),
     "training/files": ("tests/training/test_files.py",),
@@ -163,7 +163,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("training/dataset.py", "_source_of(_chosen(rows, own), devices",
      "_source_of(_chosen(rows, shuffled), devices"),
     # All members of an ensemble take the same batches.
-    ("training/schedule.py", "phase._replace(key=key)", "phase"),
+    ("training/trials.py", "phase._replace(key=key)", "phase"),
     # All steps of a block see the same rows.
     ("training/loop.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
     # Two neighbouring rows share their noise.
@@ -323,11 +323,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Log-densities are those of standardized numbers.
     ("tabular/encoding.py", "log_scale -= np.log(column.scale)", "log_scale -= 0"),
     # An atom counts above its value, not at it.
-    ("tabular/grid_quantiles.py", "float) <= y[..., None]", "float) < y[..., None]"),
+    ("tabular/several_grids.py", "float) <= y[..., None]", "float) < y[..., None]"),
     # A number that falls short of a level is never its quantile.
-    ("tabular/grid_quantiles.py", "between & enough, middle", "enough, middle"),
+    ("tabular/several_grids.py", "between & enough, middle", "enough, middle"),
     # The secant method turns its lines.
-    ("tabular/grid_quantiles.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
+    ("tabular/several_grids.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
     # Categories are imputed by what comes before them alone.
     ("tabular/impute.py", "np.asarray(log_known, float)", "np.zeros(len(log_known))"),
     # A density is drawn with its axes exchanged.

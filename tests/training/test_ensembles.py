@@ -11,7 +11,7 @@ from fitting import BENT, CONTEXT, OTHERS, STEPS, bound, equal, fit, fitted, par
 import jaxode
 from jaxode.training import fit as fit_module
 from jaxode.training.dataset import MAX_VALIDATION_ROWS, set_aside
-from jaxode.training.rows import Rows
+from jaxode.training.sources import Rows
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 MEMBERS = 3

@@ -14,7 +14,7 @@ from jaxode.training.dataset import Dataset
 from jaxode.training.dequantization import Dequantization
 from jaxode.training.iterators import HEAD_ROWS, NoRowsLeftError, Stream, is_stream
 from jaxode.training.loop import STEPS_PER_BLOCK
-from jaxode.training.rows import FromIterable, InMemory, Rows
+from jaxode.training.sources import FromIterable, InMemory, Rows
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import jaxode
 from jaxode.training import loop
 from jaxode.training.devices import Devices
-from jaxode.training.rows import Rows
+from jaxode.training.sources import Rows
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)

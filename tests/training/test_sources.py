@@ -7,7 +7,7 @@ import pytest
 from jaxode.training.devices import Devices
 from jaxode.training.files import Without
 from jaxode.training.iterators import Stream
-from jaxode.training.rows import FromIterable, InFile, InMemory, Rows, Share
+from jaxode.training.sources import FromIterable, InFile, InMemory, Rows, Share
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY, COUNT = jax.random.key(0), 60

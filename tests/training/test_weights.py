@@ -7,7 +7,7 @@ from fitting import BENT, OTHERS, bound, cheap, equal, fit
 
 from jaxode.training.dataset import Dataset, set_aside
 from jaxode.training.files import Without
-from jaxode.training.rows import InFile, InMemory, Rows, drawn_by
+from jaxode.training.sources import InFile, InMemory, Rows, drawn_by
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)

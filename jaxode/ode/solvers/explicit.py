@@ -207,10 +207,15 @@ def method_of(solver: diffrax.AbstractSolver | Solver) -> Method:
             f"its own, or a stiff solver of jaxode; got {cls.__name__}. Use solver=jaxode.Rodas5P()"
             " for a stiff problem, or call diffrax.diffeqsolve."
         )
-    order = int(solver.order(diffrax.ODETerm(lambda t, y, args: y)) or 1)
+    order = solver.order(diffrax.ODETerm(lambda t, y, args: y))
+    if order is None:
+        raise ValueError(
+            f"{arg('solver')} must know its order, by which steps are chosen; got "
+            f"{cls.__name__}, whose order(terms) is None. Give it a method order."
+        )
     rows = (*table.a_lower, table.b_sol, table.b_error, table.c)
     numbers = tuple(tuple(map(float, row)) for row in rows)
-    return _method(cls.__name__, order, numbers, table.fsal, solver.interpolation_cls)
+    return _method(cls.__name__, int(order), numbers, table.fsal, solver.interpolation_cls)
 
 
 _EULER = RungeKutta(

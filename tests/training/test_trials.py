@@ -98,7 +98,7 @@ def test_powers_of_the_time_are_tried(monkeypatch, lead, power):
         "MIN_REMAINING_STEPS": STEPS,
         "ROUND_PART": 1 / 12,
     }.items():
-        monkeypatch.setattr(f"jaxode.training.schedule.{name}", value)
+        monkeypatch.setattr(f"jaxode.training.trials.{name}", value)
     density, history = fit(time_power=None, validation=OTHERS)
     assert [point.step for point in history] == [0, 100, STEPS]
     monkeypatch.undo()

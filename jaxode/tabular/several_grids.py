@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxode.tabular.columns import Column
-from jaxode.tabular.rounding import tidy
+from jaxode.tabular.multiples import tidy
 
 # Accept a step that misses its level by this part of the tail, of a tail of at most so much. From
 # there, the lines miss by less than a solve does; beside narrow peaks, by that part at most.
