@@ -119,8 +119,7 @@ class Series:
         ts, seen, given = self._read(ts, ys, context)
         at, last = check_at(at, ts, seen.there)
         dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
-        past = self.units.with_times(seen, np.minimum(ts, last[:, None]))
-        return past, given, as_float(dt), self.units.parts("at", dt)
+        return seen, given, as_float(dt), self.units.parts("at", dt)
 
     def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
         """States and densities at later times."""

@@ -21,7 +21,7 @@ from jaxode.series.mixture import Mixture
 
 LARGEST_SURPRISE = 3.0  # standard deviations, which no surprise exceeds
 LINEAR = 3.0  # times as fast, and as little decayed, learn the linear parts
-STEPS = 2  # of the field between two observations
+STEPS = 2  # of the field in each part of the time to the next observation
 PUSH = 0.3  # in a typical gap, of the field beside its linear part
 FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
 
@@ -36,7 +36,8 @@ class Seen(NamedTuple):
     there: Any
     """`[times, channels]`: which values there are."""
     parts: Any = None
-    """`[times]`: in how many parts to go to each time; one, as in training, if None."""
+    """`[times]`: in how many parts to go to each time. None stands for one: a training step goes
+    no further at once than the longest gap."""
 
 
 class State(NamedTuple):
@@ -160,7 +161,7 @@ class SeriesNetwork(eqx.Module):
         return State(h, nothing, nothing)
 
     def later(self, state: State, dt: Float[Array, ""], parts: Any = None) -> State:
-        """The state `dt` later, in so many parts, if nothing is observed."""
+        """The state `dt` later if nothing is observed, reached in `parts` equal parts."""
         if parts is None:
             h = self.flow(state.h, dt)
         else:

@@ -16,7 +16,7 @@ LAGS = 1, 2, 4, 8, 16  # in values of a channel, of the pairs that its recall st
 LOG_RATES = np.linspace(-4.0, 4.0, 17)  # of its decay, in median spans
 RIDGE = 1.0  # values that speak against recall
 BEYOND = 0.5  # of the range of training, on either side, that draws may reach
-MOST_PARTS = 10_000  # of the longest gap of training, between two forecasts
+MOST_PARTS = 10_000  # times the longest gap of training, from one time to the next
 
 
 def check(name: str, wrong: np.ndarray, must: str, got: Callable[..., str], cure: str) -> None:
@@ -81,9 +81,14 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     return ts, ys
 
 
+def last_observed(ts: np.ndarray, there: np.ndarray) -> Float[np.ndarray, " rows"]:
+    """The time of the last observation of each row."""
+    return np.where(there.any(axis=2), ts, -np.inf).max(1)
+
+
 def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Times to forecast `[rows, times]`, and the time of the last observation of each row."""
-    at, last = _times("at", at), np.where(there.any(axis=2), ts, -np.inf).max(1)
+    at, last = _times("at", at), last_observed(ts, there)
     at = np.tile(at, (len(ts), 1)) if at.ndim == 1 else at
     if at.ndim != 2 or len(at) != len(ts) or not at.size:
         raise ValueError(
@@ -211,14 +216,15 @@ class Units:
         return cls(span, gap, longest, mean, sd, limits, known)
 
     def seen(self, ts: np.ndarray, ys: np.ndarray) -> Seen:
-        """The series as the network sees them. Differences of times are exact to float64."""
-        y = (np.where(np.isnan(ys), self.mean, ys) - self.mean) / self.sd
-        return self.with_times(Seen(ts, as_float(y), ~np.isnan(ys)), ts)
+        """The series as the network sees them, each at rest after its last observation.
 
-    def with_times(self, seen: Seen, ts: np.ndarray) -> Seen:
-        """The series at other times."""
+        Differences of times are exact to float64.
+        """
+        there = ~np.isnan(ys)
+        ts = np.minimum(ts, last_observed(ts, there)[:, None])
         dt = np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time
-        return seen._replace(dt=as_float(dt), parts=self.parts("ts", dt))
+        y = (np.where(there, ys, self.mean) - self.mean) / self.sd
+        return Seen(as_float(dt), as_float(y), there, self.parts("ts", dt))
 
     def parts(self, name: str, dt: np.ndarray) -> np.ndarray:
         """In how many parts to go so far, none longer than the longest gap of training."""

@@ -144,6 +144,14 @@ def test_padding_changes_nothing(model):
     np.testing.assert_array_equal(model.mean(*padded, AT), model.mean(TS, YS, AT))
 
 
+def test_later_times_without_values_change_nothing(model):
+    """However far away they are."""
+    ts = np.concatenate([TS, np.full((len(TS), 1), 1e6)], axis=1)
+    ys = np.pad(YS, ((0, 0), (0, 1), (0, 0)), constant_values=NAN)
+    np.testing.assert_allclose(model.log_prob(ts, ys), model.log_prob(TS, YS), rtol=1e-12)
+    np.testing.assert_array_equal(model.mean(ts, ys, AT), model.mean(TS, YS, AT))
+
+
 def test_units_shift_the_density(model):
     """Training on scaled and shifted data gives the same model, up to rounding."""
     scale, shift = np.array([10.0, 0.01]), np.array([3.0, -4.0])
