@@ -69,7 +69,7 @@ def forget_programs():
 
 @pytest.fixture
 def compiled():
-    """The names of what is compiled."""
+    """What JAX says of each program that it compiles, in order."""
     names = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **of: names.append(of) if "backend_compile" in name else None

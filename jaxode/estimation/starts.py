@@ -34,12 +34,12 @@ class Runs(NamedTuple):
     """The runs of each start, or -1."""
 
     def with_ways(
-        self, flats: Float[np.ndarray, "starts n"], of: Bool[np.ndarray, " starts"]
+        self, flats: Float[np.ndarray, "starts n"], some: Bool[np.ndarray, " starts"]
     ) -> "Runs":
         """With a further run of some starts."""
-        more = np.where(of, len(self.flats) + np.cumsum(of) - 1, -1)
+        more = np.where(some, len(self.flats) + np.cumsum(some) - 1, -1)
         of_start = np.concatenate([self.of_start, more[:, None]], axis=1)
-        return Runs(np.concatenate([self.flats, flats[of]]), of_start)
+        return Runs(np.concatenate([self.flats, flats[some]]), of_start)
 
     def best(self, costs: Float[np.ndarray, " runs"]) -> Float[np.ndarray, " starts"]:
         """The least cost of the runs of each start."""
@@ -95,8 +95,11 @@ def improved(
     starts: Float[np.ndarray, "starts n"],
     matched: bool,
 ) -> Ends:
-    """The ends of runs of the search, `size` at a time, on more and more observations; and on all
-    of them, of each start itself, or of those that went astray if slopes were `matched`."""
+    """Improve runs, `size` at a time, on more and more observations.
+
+    On all of them, each start gets a further run from where it began; if slopes were `matched`,
+    only those that went astray.
+    """
     for number in range(len(PARTS_OF_TIMES)):
         end, whole = _end(problem, number), number == len(PARTS_OF_TIMES) - 1
         if budget.over and not whole:
@@ -112,13 +115,13 @@ def improved(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
                 f"them, {_cause(problem, end, runs.flats[0])}"
             )
-        runs, of = runs._replace(flats=fits.flats), np.full(len(starts), not matched)
-        if number == len(PARTS_OF_TIMES) - 2 and matched:
-            of = _astray(problem, end, runs.best(fits.costs), starts)
+        runs, best = runs._replace(flats=fits.flats), runs.best(fits.costs)
         if not whole:
             runs = _distinct(runs, fits.costs, _slack(problem))
         if number == len(PARTS_OF_TIMES) - 2:
-            runs = runs.with_ways(starts, of)
+            every = np.full(len(starts), True)
+            some = _astray(problem, end, best, starts) if matched else every
+            runs = runs.with_ways(starts, some)
     budget.finish()
     return Ends(runs, *fits[1:])
 
@@ -126,7 +129,8 @@ def improved(
 def _astray(
     problem: ObservedODE, end: Array, costs: Float[np.ndarray, " starts"], starts: np.ndarray
 ) -> Bool[np.ndarray, " starts"]:
-    """Which starts had runs that ended far above the best, or above where they started."""
+    """Whether the best run of each start costs far more than that of another, or than the start."""
+    # Twice, so that it is the program of `with_matched`.
     of_starts = costs_at(of_observations(problem, end), jnp.asarray(np.tile(starts, (2, 1))))
     least = np.minimum(costs.min(), np.asarray(of_starts)[: len(starts)])
     return costs > _limit(least, _slack(problem))
