@@ -15,7 +15,7 @@ TOGETHER = 50  # subjects, at most
 FAILED = 1e10  # nats, where a subject cannot be solved
 
 
-class Search:
+class PopulationLikelihood:
     """The likelihood of a population, part by part: one program serves all parts, subjects that
     take long delay few others, and the first part is a small population that starts the search.
 

@@ -29,7 +29,7 @@ from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode.estimation.display import as_text
 from jaxode.estimation.marginal import Population, Subject
-from jaxode.estimation.maximum import Search
+from jaxode.estimation.maximum import PopulationLikelihood
 from jaxode.estimation.observations import as_data, check_observed, check_times
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
@@ -157,26 +157,29 @@ def estimate_population(
     population, theta = _posed(
         f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options
     )
-    search = Search(population, theta)
-    values, _ = search.at(theta)
+    likelihood = PopulationLikelihood(population, theta)
+    values, _ = likelihood.at(theta)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
         raise SolveError(
             f"{arg('start')} must be such that each subject can be solved; subject {i} has no "
             f"finite likelihood. {_cause(population, theta, i)}"
         )
-    if len(search.parts) > 1:
-        theta = search.minimized(theta, steps, parts=1)
-    theta = search.minimized(theta, steps)
-    theta, covariance, converged = search.polished(theta)
-    return _described(population, theta, covariance, search, converged)
+    if len(likelihood.parts) > 1:
+        theta = likelihood.minimized(theta, steps, parts=1)
+    theta = likelihood.minimized(theta, steps)
+    theta, covariance, converged = likelihood.polished(theta)
+    return _described(population, theta, covariance, likelihood, converged)
 
 
 def _described(
-    population: Population, theta: np.ndarray, covariance: np.ndarray, search: Search,
+    population: Population,
+    theta: np.ndarray,
+    covariance: np.ndarray,
+    likelihood: PopulationLikelihood,
     converged: bool,
-) -> PopulationEstimate:  # fmt: skip
-    values, _ = search.at(theta)
+) -> PopulationEstimate:
+    values, _ = likelihood.at(theta)
     flat, root, log_noise = population.split(jnp.asarray(theta))
     unravel = population.unravel
     n = population.shared
@@ -190,7 +193,7 @@ def _described(
     slopes = np.asarray(jax.jacfwd(rooted)(jnp.asarray(theta)))
     of_deviations = np.sqrt(np.diag(slopes @ covariance @ slopes.T))
     errors = np.sqrt(np.diag(covariance)[:n])
-    effects = search.effects @ root.T
+    effects = likelihood.effects @ root.T
     shrunk = 1 - jnp.std(effects, axis=0, ddof=1) / jnp.maximum(deviations, 1e-12)
     if not converged or not np.isfinite(covariance).all():
         warnings.warn(
@@ -212,7 +215,7 @@ def _described(
         deviation_errors=named(jnp.asarray(of_deviations)),
         correlation=between / jnp.maximum(deviations[:, None] * deviations[None], 1e-30),
         noise=jnp.exp(log_noise[0]) if len(log_noise) else None,
-        subjects=jax.vmap(params_of)(search.effects),
+        subjects=jax.vmap(params_of)(likelihood.effects),
         shrinkage=named(shrunk),
         nll=jnp.asarray(values.sum()),
         covariance=jnp.asarray(covariance),

@@ -41,7 +41,7 @@ class Crossing(eqx.Module):
         return {1: rises, -1: falls, 0: rises | falls}[self.direction]
 
 
-class Search(NamedTuple):
+class CrossingSearch(NamedTuple):
     """The state of the search in each row."""
 
     target: Float[Array, " rows"]
@@ -51,7 +51,7 @@ class Search(NamedTuple):
     stopped: Bool[Array, " rows"]
 
     @classmethod
-    def start(cls, t0: Float[Array, " rows"]) -> "Search":
+    def start(cls, t0: Float[Array, " rows"]) -> "CrossingSearch":
         none = jnp.zeros(t0.shape, jnp.int32)
         return cls(jnp.full_like(t0, jnp.nan), none, none > 0)
 
@@ -61,8 +61,13 @@ class Search(NamedTuple):
 
 
 def watch(
-    problem: Problem, stepper: Stepper, search: Search, now: Progress, step: Step, then: Progress
-) -> tuple[Progress, Search]:
+    problem: Problem,
+    stepper: Stepper,
+    search: CrossingSearch,
+    now: Progress,
+    step: Step,
+    then: Progress,
+) -> tuple[Progress, CrossingSearch]:
     """The progress and the search after a step, given the progress `then` of error control.
 
     A step with a crossing inside, or one that misses its target, does not count. The last one ends
@@ -97,7 +102,9 @@ def watch(
     low, high = jnp.minimum(t, end), jnp.maximum(t, end)
     target = jnp.where(again, jnp.clip(then_.t + move, low, high), jnp.nan)
     target = jnp.where(found, t + theta * h, target)
-    search = Search(target, search.landings + landed.astype(jnp.int32), search.stopped | stops)
+    search = CrossingSearch(
+        target, search.landings + landed.astype(jnp.int32), search.stopped | stops
+    )
     left_out = found | again | lost
 
     def keep(new, old):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import while_loop
-from jaxode.ode.loop.crossing import Search, watch
+from jaxode.ode.loop.crossing import CrossingSearch, watch
 from jaxode.ode.loop.outputs import beyond, save
 from jaxode.ode.loop.problem import Problem, Stepper, weighted_sum
 from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
@@ -46,7 +46,7 @@ class _State(NamedTuple):
     saved: Int[Array, " rows"]
     ys: Float[Array, "times samples n"] | None
     trajectory: Trajectory | None
-    search: Search | None
+    search: CrossingSearch | None
 
 
 def integrate(
@@ -126,7 +126,7 @@ def _initial(
     holds = all_hold(problem, stepper.controller)
     result = jnp.where(holds, Result.SUCCESS, Result.INVALID_ARGUMENT)
     progress = Progress.start(start, h, y0, result)
-    search = None if stepper.stop is None else Search.start(start)
+    search = None if stepper.stop is None else CrossingSearch.start(start)
     return _State(progress, slope, progress.accepted, ys, trajectory, search), evals
 
 
