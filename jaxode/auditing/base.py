@@ -17,8 +17,8 @@ from jaxode.flows.divergence import EXACT_UP_TO
 DISTANCE = 10.0
 IMBALANCE = 6.0
 PROBABILITY = 1e-2
-# Sizes of a step, in quartile ranges: some that suit narrow modes and correlated coordinates.
-STEPS = 2.0 / 4.0 ** np.arange(4)
+# In quartile ranges: some suit narrow modes and correlated coordinates.
+STEP_SIZES = 2.0 / 4.0 ** np.arange(4)
 FAR = 100.0  # apart at most, of log-densities: one sample on a bound weighs little
 CENTERS = 256  # of kernels
 TAIL = 0.1  # the part of the samples where the density is too low to divide by
@@ -86,7 +86,7 @@ def imbalance(rng: Any, samples: Float[np.ndarray, "count *event"], log_density:
     x = np.asarray(samples, float).reshape(len(samples), -1)
     low, median, high = np.quantile(x, (0.25, 0.5, 0.75), axis=0)
     spread = np.where(high > low, high - low, 1.0)
-    step = rng.choice(STEPS, size=(len(x), 1)) / math.sqrt(x.shape[1])
+    step = rng.choice(STEP_SIZES, size=(len(x), 1)) / math.sqrt(x.shape[1])
     u = (x - median) / spread
     moved = u + step * rng.standard_normal(u.shape)
     before, after = (

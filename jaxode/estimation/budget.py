@@ -9,7 +9,7 @@ from typing import Any
 from jaxode._checks.arguments import check_bool, integer, non_negative
 from jaxode.training.display import finish, show
 
-STEPS = 200  # on all observations, at most
+MOST_STEPS = 200  # on all observations, at most
 
 
 class Budget:
@@ -18,7 +18,7 @@ class Budget:
     def __init__(self, seconds: Any, steps: Any, progress: Any):
         check_bool("progress", progress)
         self.seconds = math.inf if seconds is None else non_negative("seconds", seconds)
-        self.steps = STEPS if steps is None else integer("steps", steps)
+        self.steps = MOST_STEPS if steps is None else integer("steps", steps)
         self.progress = progress
         self.began = time.monotonic()
         self.stopped = False

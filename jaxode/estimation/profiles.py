@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import floating
 from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite
-from jaxode.estimation.budget import STEPS
+from jaxode.estimation.budget import MOST_STEPS
 from jaxode.estimation.objectives import Local, Objective, of_observations
 from jaxode.estimation.problem import ObservedODE
 from jaxode.estimation.search import Box, minimize
@@ -108,7 +108,7 @@ class Profile:
     def _of_parameter(self, starts: np.ndarray, values: np.ndarray):
         starts = np.where(self.chosen, values[:, None], starts)
         held = Box(*(np.where(self.chosen, starts, bound) for bound in self.box))
-        found = minimize(self.objective, starts, held, STEPS, size=self.size)
+        found = minimize(self.objective, starts, held, MOST_STEPS, size=self.size)
         low, high = (np.broadcast_to(bound, self.flat.shape)[self.chosen] for bound in self.box)
         inside = (low <= values) & (values <= high)
         return found.flats, np.where(inside, found.costs, np.inf)
@@ -121,7 +121,7 @@ class Profile:
         for _ in range(ROUNDS):
             ends = np.column_stack([starts, aims])
             held = Box(*(np.column_stack([bound, aims]) for bound in wide))
-            found = minimize(objective, ends, held, STEPS, size=self.size)
+            found = minimize(objective, ends, held, MOST_STEPS, size=self.size)
             starts = found.flats[:, :-1]
             apart = np.asarray(jax.vmap(self.where)(jnp.asarray(starts))) - values
             if not (np.abs(apart) > HELD * self.error).any():

@@ -21,7 +21,7 @@ from jaxode.series.mixture import Mixture
 
 LARGEST_SURPRISE = 3.0  # standard deviations, which no surprise exceeds
 LINEAR = 3.0  # times as fast, and as little decayed, learn the linear parts
-STEPS = 2  # of the field in each part of the time to the next observation
+FIELD_STEPS = 2  # in each part of the time to the next observation
 PUSH = 0.3  # in a typical gap, of the field beside its linear part
 FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
 
@@ -169,7 +169,7 @@ class SeriesNetwork(eqx.Module):
             h = jax.lax.fori_loop(0, parts, lambda _, h: self.flow(h, part), state.h)
         return State(h, state.last, state.since + dt)
 
-    def flow(self, h: Float[Array, " size"], dt: Float[Array, ""], steps: int = STEPS):
+    def flow(self, h: Float[Array, " size"], dt: Float[Array, ""], steps: int = FIELD_STEPS):
         """The hidden state `dt` later."""
         step = dt / steps
         size = jnp.exp(-jnp.exp(self.decay) * (0.5 * step))

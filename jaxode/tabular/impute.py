@@ -16,7 +16,7 @@ from jaxode.tabular import categorical
 from jaxode.tabular.encoding import Cells, Encoded, into_domain, out_of_domain, with_noise
 
 PROPOSALS, WIDER = 32, 1.3  # of a row, at least, and the factor of their standard deviations
-ROWS = 256  # at a time
+ROWS_OF_IMPUTATION = 256  # at a time
 
 
 def impute(
@@ -25,8 +25,8 @@ def impute(
     """Modes and numbers of `n` copies of each row, with what is missing drawn by a `Table`, and a
     seed."""
     parts = [(np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1])))]
-    for start in range(0, len(rows.modes), ROWS):
-        part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
+    for start in range(0, len(rows.modes), ROWS_OF_IMPUTATION):
+        part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_IMPUTATION], rows)
         parts.append(_impute(table, jax.random.fold_in(key, start), part, n))
     modes, x = (np.concatenate(part) for part in zip(*parts, strict=True))
     return modes, x, int(jax.random.bits(key))

@@ -30,7 +30,8 @@ LEAST = 1e-6  # probability of a grid that counts
 LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
 TAIL = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
 FAR = 1e30  # scaled numbers beyond are infinite
-ROWS, UNIT = 1000, 64  # at a time, and of which some are a multiple
+ROWS_OF_PREDICTION = 1000  # at a time
+UNIT = 64  # few sizes are compiled: some numbers of rows are padded to a multiple of it
 
 
 class Grid(NamedTuple):
@@ -117,8 +118,8 @@ class Predictive:
 
     def _each(self, f: Callable[[slice], np.ndarray]) -> np.ndarray:
         """A function of some rows at a time."""
-        starts = range(0, max(len(self.given), 1), ROWS)
-        return np.concatenate([f(slice(start, start + ROWS)) for start in starts])
+        starts = range(0, max(len(self.given), 1), ROWS_OF_PREDICTION)
+        return np.concatenate([f(slice(start, start + ROWS_OF_PREDICTION)) for start in starts])
 
     def _grids(self, part: slice) -> list[Grid]:
         """The grids that count."""

@@ -21,7 +21,7 @@ from jaxode.tabular.impute import impute
 from jaxode.tabular.predictions import Predictive
 
 DRAWS = 8  # of the noise, in the log-probability of a row
-ROWS = 10_000  # whose log-probability is computed at once
+ROWS_OF_LOG_PROB = 10_000  # at a time
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Table:
         draws = integer("draws", draws)
         noise_key = jax.random.key(0) if key is None else check_key(key)
         parts = [np.zeros(0)]
-        for start in range(0, len(rows.modes), ROWS):
-            part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS], rows)
+        for start in range(0, len(rows.modes), ROWS_OF_LOG_PROB):
+            part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_LOG_PROB], rows)
             parts.append(self._log_prob(part, draws, noise_key))
         return np.concatenate(parts)
 

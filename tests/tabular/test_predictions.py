@@ -105,7 +105,7 @@ def test_one_bounded_number_without_others():
 
 
 def test_rows_are_predicted_in_parts(monkeypatch):
-    monkeypatch.setattr("jaxode.tabular.predictions.ROWS", 4)
+    monkeypatch.setattr("jaxode.tabular.predictions.ROWS_OF_PREDICTION", 4)
     whole, parts = (table("few").crps(rows("few", n)) for n in (4, 10))
     np.testing.assert_allclose(parts[:4], whole, rtol=1e-5)
     assert len(parts) == 10

@@ -239,7 +239,7 @@ def test_rows_are_the_same_in_parts(monkeypatch):
     for name in ("categories", "one"):
         frame = FRAMES[name]
         together = table(name).log_prob(frame)
-        monkeypatch.setattr(tabular.table, "ROWS", 128)
+        monkeypatch.setattr(tabular.table, "ROWS_OF_LOG_PROB", 128)
         np.testing.assert_allclose(table(name).log_prob(frame), together, atol=1e-4)
         assert table(name).log_prob(frame[:0]).shape == (0,)
         monkeypatch.undo()
