@@ -23,7 +23,7 @@ from jaxode._checks.samples import check_batches, check_count, check_finite
 from jaxode._jax.closure import hash_of, unwrap_constants, wrap_constants
 from jaxode.density.contexts import Contexts, InFlow
 from jaxode.density.levels import (
-    LEVELS,
+    LEVEL_RULE,
     base_quantiles,
     check_levels,
     check_one_number,
@@ -268,7 +268,7 @@ class Density(eqx.Module):
             levels = jnp.tile(levels, math.prod(shape))
         params, context = self.contexts.embedded(self.params, context, shape)
         context = of_each_level(context, math.prod(of_levels))
-        z, wrong = base_quantiles(self.maps, flow.base, levels), LEVELS.fault(levels)
+        z, wrong = base_quantiles(self.maps, flow.base, levels), LEVEL_RULE.fault(levels)
         z = end_state(flow, compiled.transport, "z", z, params, None, context, wrong)
         return to_data(self.maps, z)[0].reshape(*shape, *of_levels)
 

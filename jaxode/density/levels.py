@@ -21,7 +21,7 @@ from jaxode._jax.closure import compiled
 from jaxode.density.maps.chain import Chain, from_data
 from jaxode.flows.bases import BaseDensity, Torus, level_functions
 
-LEVELS = Rule(
+LEVEL_RULE = Rule(
     "q=...", lambda q: (q > 0) & (q < 1), "levels must lie strictly between 0 and 1",
     "Leave out 0 and 1, which are the ends of the support.",
 )  # fmt: skip
@@ -43,7 +43,7 @@ def check_levels(q: Any) -> tuple[Float[Array, " levels"], tuple[int, ...]]:
     """The levels as a vector, and their shape."""
     q = numbers("q", q)
     if is_known(q):
-        LEVELS.check(np.asarray(q, floating_dtype(q.dtype)))
+        LEVEL_RULE.check(np.asarray(q, floating_dtype(q.dtype)))
     levels = floating(q)
     return levels.reshape(-1), levels.shape
 
@@ -97,7 +97,7 @@ def base_quantiles(
     maps: Chain, base: BaseDensity, q: Float[Array, " rows"]
 ) -> Float[Array, "rows *event"]:
     """The base samples at these levels; NaN for levels that are none."""
-    events = jnp.where(LEVELS.holds(q), q, jnp.nan).reshape(len(q), *base.event_shape)
+    events = jnp.where(LEVEL_RULE.holds(q), q, jnp.nan).reshape(len(q), *base.event_shape)
     return _called(base, 1, jnp.where(_rising(maps, events), events, 1 - events))
 
 

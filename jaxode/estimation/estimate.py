@@ -296,7 +296,7 @@ def _described(
         noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
     converged = bool(ends.converged[best])
     if converged:
-        _warn_of_misfit(problem, square, free)
+        _warn_of_large_residuals(problem, square, free)
     stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
     covariance, errors = uncertainty(
         ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
@@ -329,7 +329,7 @@ def _described(
     )
 
 
-def _warn_of_misfit(problem: ObservedODE, square: float, free: int) -> None:
+def _warn_of_large_residuals(problem: ObservedODE, square: float, free: int) -> None:
     """Warn if squares are too large for their number."""
     if has_known_variance(problem) and is_unlikely(square, free):
         warnings.warn(

@@ -123,14 +123,14 @@ class OfLikelihood(OfObservations):
                 return jnp.exp(log_noise).reshape(shape)
             return jnp.broadcast_to(problem.noise, shape)
 
-        def misfit(predicted, log_noise):
+        def nll(predicted, log_noise):
             noise = noise_of(log_noise)
             each = of.half_deviance(predicted, ys, noise)
             if count:
                 each = each + of.saturated(ys, noise)
             return jnp.sum(jnp.where(seen, each, 0.0))
 
-        cost, (down, down_noise) = jax.value_and_grad(misfit, (0, 1))(predicted, log_noise)
+        cost, (down, down_noise) = jax.value_and_grad(nll, (0, 1))(predicted, log_noise)
         noise = noise_of(log_noise)
         root = jnp.sqrt(curvature(predicted, ys, noise))
         residuals = [jnp.where(seen, down / root, 0.0).ravel(), prior]
@@ -167,7 +167,7 @@ class OfDensity(OfObservations):
         size, shape = problem.ys.size, problem.ys.shape
         prior, unit = quantities[size:], jnp.maximum(jnp.abs(start), 1.0)
 
-        def misfit(step):
+        def nll(step):
             predicted = (quantities[:size] + jacobian[:size] @ (unit * step)).reshape(shape)
             params = self.noise_params(flat + unit * step, start)
             ys = jnp.where(seen, problem.ys, jax.lax.stop_gradient(predicted))
@@ -176,8 +176,8 @@ class OfDensity(OfObservations):
             )
 
         here = jnp.zeros_like(flat)
-        cost, down = jax.value_and_grad(misfit)(here)
-        hessian = jnp.nan_to_num(jax.hessian(misfit)(here))
+        cost, down = jax.value_and_grad(nll)(here)
+        hessian = jnp.nan_to_num(jax.hessian(nll)(here))
         values, vectors = jnp.linalg.eigh(hessian)
         values = make_positive(values)
         largest = jnp.maximum(jnp.max(values), LEAST_CURVATURE)

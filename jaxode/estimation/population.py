@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -155,7 +155,7 @@ def estimate_population(
         Lindstrom and Bates 1990, doi:10.2307/2532087; Wang 2007, doi:10.1007/s10928-007-9060-6.
     """
     population, theta = _posed(
-        f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options
+        _Given(f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options)
     )
     likelihood = PopulationLikelihood(population, theta)
     values, _ = likelihood.at(theta)
@@ -231,8 +231,28 @@ def _at_places(population: Population, values: Float[Array, " q"]) -> dict[str, 
     return {name: leaf for name, leaf in tree.items() if not bool(jnp.isnan(leaf).any())}
 
 
-def _posed(f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options):
+class _Given(NamedTuple):
+    """The arguments of `estimate_population`, as the user passed them."""
+
+    f: Any
+    y0: Any
+    ts: Any
+    ys: Any
+    start: Any
+    vary: Any
+    t0: Any
+    observe: Any
+    noise: Any
+    args: Any
+    row_args: Any
+    correlated: Any
+    options: dict[str, Any]
+    """Options of `solve`."""
+
+
+def _posed(given: _Given) -> tuple[Population, np.ndarray]:
     """The checked population, and the first guess of all that is estimated."""
+    f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options = given
     check_field("f", f, "f(t, y, params)")
     check_bool("correlated", correlated)
     _check_functions(observe, noise, options)

@@ -105,7 +105,7 @@ class ObservedODE(eqx.Module):
 
         return jax.vmap(each)(self.row_args)
 
-    def misfit(self, predicted: Array, params: PyTree) -> Array:
+    def nll_of_each(self, predicted: Array, params: PyTree) -> Array:
         """Minus the log-density of each observation; with `residual`, up to a constant."""
         if self.likelihood is None:
             return 0.5 * self.residuals(predicted, self.ys, params) ** 2

@@ -160,7 +160,7 @@ def _cause(problem: ObservedODE, end: Array, start: np.ndarray) -> str:
     noise = problem.noise_at(params)
     if not bool(jnp.all((noise > 0) & jnp.isfinite(noise))):
         return f"noise is {float(jnp.min(noise)):.4g}. Let it be positive, such as an exponential."
-    seen, of_each = ~jnp.isnan(problem.ys), problem.misfit(predicted, params)
+    seen, of_each = ~jnp.isnan(problem.ys), problem.nll_of_each(predicted, params)
     of = "residual" if problem.likelihood is None else "likelihood"
     for name, found in (("observe", predicted), (of, of_each)):
         lost = np.asarray(seen & ~jnp.isfinite(found))

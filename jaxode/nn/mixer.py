@@ -12,7 +12,7 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode.flows.bases import as_event_shape
-from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
+from jaxode.nn.network import WAVES, Dense, Network, draws, encoded_context, parts
 from jaxode.nn.residual import saturated
 
 
@@ -142,7 +142,7 @@ class Mixer(Network):
         return self.event_shape
 
     def _field(self, t, x, context):
-        e = encoded(t, context, self.encoder, self.activation, x.dtype)
+        e = encoded_context(t, context, self.encoder, self.activation, x.dtype)
         down, size, across, *_ = self._tiled
         y = jnp.swapaxes(x.reshape(self._tiled), 1, 2).reshape(down * across, -1)
         slope, shift = (part[None, :, None] for part in parts(self.feature, e, 2))

@@ -36,7 +36,9 @@ def waves(t: Float[Array, ""], dtype: Any) -> list[Array]:
     return [jnp.sin(angles), jnp.cos(angles)]
 
 
-def encoded(t, context, encoder: Any, activation: Callable[[Array], Array], dtype: Any) -> Array:
+def encoded_context(
+    t, context, encoder: Any, activation: Callable[[Array], Array], dtype: Any
+) -> Array:
     """The time and, by two layers, the context."""
     known = waves(t, dtype)
     if encoder is not None:

@@ -14,7 +14,7 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
 from jaxode.flows.bases import as_event_shape, as_period, radius_of
-from jaxode.nn.network import WAVES, Dense, Network, draws, encoded, parts
+from jaxode.nn.network import WAVES, Dense, Network, draws, encoded_context, parts
 
 # Activations before the output stay below this. Near the data they are below 10.
 LARGEST_ACTIVATION = 20.0
@@ -97,7 +97,7 @@ class Residual(Network):
         return self.last.weight.shape[0], context_size
 
     def _field(self, t, x, context):
-        e = encoded(t, context, self.encoder, self.activation, x.dtype)
+        e = encoded_context(t, context, self.encoder, self.activation, x.dtype)
         h, scale = self.first(self._seen(x)), self.scale(e)
         if self.period is not None:
             scale = jnp.where(jnp.isfinite(jnp.asarray(self.period)), 0.0, scale)

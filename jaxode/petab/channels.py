@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode.petab.formulas import names_in
-from jaxode.petab.measurements import Measurements, Series
+from jaxode.petab.measurements import MeasuredSeries, Measurements
 from jaxode.petab.observables import log_density
 from jaxode.petab.parameters import Entries
 
@@ -83,7 +83,7 @@ class Channels:
         return jnp.stack([of_each, jnp.zeros_like(of_each)], axis=-1)
 
 
-def _spread(series: Series, shape: tuple[int, int]) -> tuple[np.ndarray, Entries]:
+def _spread(series: MeasuredSeries, shape: tuple[int, int]) -> tuple[np.ndarray, Entries]:
     """Measurements `[rows, times, channels]` with NaN where there is none, and the placeholders of
     the channels of each row. A channel has one set of them, and one measurement at a time."""
     keys = [

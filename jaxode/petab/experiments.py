@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._checks.caller import arg
-from jaxode.petab.field import Field
+from jaxode.petab.field import ModelField
 from jaxode.petab.formulas import Names, evaluate
 from jaxode.petab.model import Model
 from jaxode.petab.parameters import Entries, Parameters
@@ -52,7 +52,7 @@ class Experiments:
         empty = np.any(np.concatenate([self.rows.empty, self.before.empty]), axis=0).tolist()
         self._partial = [name for name, some in zip(self.columns, empty, strict=True) if some]
         fixed = dict.fromkeys([*model.initial, *parameters.ids])
-        self.field = Field(model, [name for name in fixed if name not in model.states])
+        self.field = ModelField(model, [name for name in fixed if name not in model.states])
 
     def start(self, vector: Float[Array, " parameters"], entries: Entries) -> tuple[Array, Array]:
         """The constants `[..., k]` and states `[..., n]` of conditions at the start."""

@@ -20,7 +20,7 @@ class Form(NamedTuple):
     """Where each of these is among all numbers."""
 
 
-class Field:
+class ModelField:
     """The vector field of a model with constants `[k]`, by name."""
 
     def __init__(self, model: Model, constants: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from jaxode.petab.tables import Table, Tables, number
 SETTLED = 1e8  # a time at which a state is steady: that of pre-equilibrations, and of "inf"
 
 
-class Series(NamedTuple):
+class MeasuredSeries(NamedTuple):
     """The measurements of one observable."""
 
     observable: Observable
@@ -64,7 +64,7 @@ class Measurements:
             width = len(observable.placeholders)
             entries = parameters.entries(cells, width, "measurement", model.initial)
             self.series.append(
-                Series(observable, row_of[which], place[which], measured[which], entries)
+                MeasuredSeries(observable, row_of[which], place[which], measured[which], entries)
             )
 
     def nll(

@@ -37,7 +37,7 @@ def from_frame(
             f"{arg('time')} must be another column than row; got {time!r} for both. Pass as "
             "row= the column that tells series from one another."
         )
-    of_row, times = frames.read("frame", frame, row), _numbers(frame, time)
+    of_row, times = frames.read("frame", frame, row), _numeric_column(frame, time)
     for column, missing in ((row, of_row.missing), (time, np.isnan(times))):
         must = f"have a value of {column!r} in each line"
         check("frame", missing, must, lambda i: f"none in line {i}", "Leave such lines out.")
@@ -47,7 +47,7 @@ def from_frame(
             f"{arg('frame')} must have lines, and columns beside {row!r} and {time!r}; got "
             f"{len(times)} lines and the columns {frame.columns}."
         )
-    values = np.stack([_numbers(frame, column) for column in channels], axis=1)
+    values = np.stack([_numeric_column(frame, column) for column in channels], axis=1)
     names = list(dict.fromkeys(of_row.values))  # in the order of their first lines
     number = {name: i for i, name in enumerate(names)}
     place = np.array([number[name] for name in of_row.values])
@@ -68,7 +68,7 @@ def from_frame(
     return ts, ys
 
 
-def _numbers(frame: Any, column: str) -> np.ndarray:
+def _numeric_column(frame: Any, column: str) -> np.ndarray:
     """A column, NaN where it has no value."""
     start = f"{arg('frame')} column {column!r} must hold numbers"
     if is_date(frames.column_of("frame", frame, column)):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 COMPONENTS, MAX_RANK = 3, 4
 SMALLEST = 1e-3  # standard deviation, in units of that of a channel
-TAIL, LOG_TAIL_WEIGHT = 3.0, -4.0  # standard deviation and weight of the last component at first
+TAIL_SD, LOG_TAIL_WEIGHT = 3.0, -4.0  # standard deviation and weight of the last component at first
 BISECTIONS = 50
 TRIES = 8  # to draw between limits
 
@@ -44,7 +44,8 @@ class Mixture(NamedTuple):
         return cls(
             jax.nn.log_softmax(weight + jnp.where(last, LOG_TAIL_WEIGHT, 0.0)),
             mean[None] + scale * offset.reshape(k, c),
-            SMALLEST + scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL, 1.0)[:, None],
+            SMALLEST
+            + scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL_SD, 1.0)[:, None],
             scale.T * loading.reshape(c, rank(c)),
         )
 

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
     no further at once than the longest gap."""
 
 
-class State(NamedTuple):
+class SeriesState(NamedTuple):
     """All that the past leaves behind."""
 
     h: Float[Array, " size"]
@@ -152,22 +152,22 @@ class SeriesNetwork(eqx.Module):
             dropout=dropout,
         )
 
-    def initial(self, context: Any) -> State:
+    def initial(self, context: Any) -> SeriesState:
         """The state before the first observation."""
         h, nothing = self.start, jnp.zeros_like(self.recall)
         if self.of_context is not None:
             first, last = self.of_context
             h = h + last(jax.nn.silu(first(context)))
-        return State(h, nothing, nothing)
+        return SeriesState(h, nothing, nothing)
 
-    def later(self, state: State, dt: Float[Array, ""], parts: Any = None) -> State:
+    def later(self, state: SeriesState, dt: Float[Array, ""], parts: Any = None) -> SeriesState:
         """The state `dt` later if nothing is observed, reached in `parts` equal parts."""
         if parts is None:
             h = self.flow(state.h, dt)
         else:
             part = dt / parts.astype(dt.dtype)
             h = jax.lax.fori_loop(0, parts, lambda _, h: self.flow(h, part), state.h)
-        return State(h, state.last, state.since + dt)
+        return SeriesState(h, state.last, state.since + dt)
 
     def flow(self, h: Float[Array, " size"], dt: Float[Array, ""], steps: int = FIELD_STEPS):
         """The hidden state `dt` later."""
@@ -185,7 +185,7 @@ class SeriesNetwork(eqx.Module):
             h = half(half(h) + step * self.push(middle))
         return h
 
-    def predict(self, state: State, key: PRNGKeyArray | None = None) -> Mixture:
+    def predict(self, state: SeriesState, key: PRNGKeyArray | None = None) -> Mixture:
         """The density of the values, given the state. A key drops units."""
         first, last, direct = self.density
         hidden = _dropped(jax.nn.silu(first(state.h)), self.dropout, key)
@@ -193,7 +193,7 @@ class SeriesNetwork(eqx.Module):
         known = self.recall * jnp.exp(-jnp.exp(self.forget) * state.since) * state.last
         return mixture._replace(mean=mixture.mean + known[None])
 
-    def jumped(self, state: State, mixture: Mixture, dt, y, there, key=None) -> State:
+    def jumped(self, state: SeriesState, mixture: Mixture, dt, y, there, key=None) -> SeriesState:
         """The state after an observation, which stays as it is if there is none."""
         mean, variance = mixture.moments()
         surprise = (y - mean) * jax.lax.rsqrt(variance)
@@ -207,11 +207,11 @@ class SeriesNetwork(eqx.Module):
         seen = Observed(here(surprise), here(sd), here(ones), here(y), gap[None])
         moved = self.jump(state.h, seen, key)
         last, since = jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)
-        return State(jnp.where(there.any(), moved, state.h), last, since)
+        return SeriesState(jnp.where(there.any(), moved, state.h), last, since)
 
     def read(
         self, seen: Seen, context=None, fed: Bool[Array, "times channels"] | None = None, key=None
-    ) -> tuple[State, Mixture]:
+    ) -> tuple[SeriesState, Mixture]:
         """The last state, and the density before each time, given the values that were `fed`."""
         fed = seen.there if fed is None else fed
 

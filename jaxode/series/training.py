@@ -135,7 +135,7 @@ def _train(run: Training, phase: Phase, plan: Plan) -> None:
 
 
 class _Data(NamedTuple):
-    """The series in their own units, and the units of the network."""
+    """The series in the units of the user, and those that scale them for the network."""
 
     units: Units
     ts: Float[np.ndarray, "rows times"]

@@ -33,7 +33,9 @@ DECIMALS = 6
 MANY, SHARE, TOO_LARGE_SHARE, POOLED = 500, 0.1, 0.5, 10
 # A given column of more modes enters as so many numbers, which are random and fixed for each mode.
 DIRECTIONS = 64
-FAR = 1000.0  # standard deviations of the middle half, up to which the others have a say
+OUTLIER_DEVIATIONS = (
+    1000.0  # standard deviations of the middle half, up to which the others have a say
+)
 OTHER = None  # the mode of rare categories
 INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
 
@@ -350,7 +352,7 @@ def spread(name: str, x: np.ndarray, dates: Dates | None = None) -> float:
     std = float(x.std())
     low, high = np.quantile(x, [0.25, 0.75])
     middle = float(high - low) / 1.349
-    if middle and std > FAR * middle:
+    if middle and std > OUTLIER_DEVIATIONS * middle:
         worst = float(x[np.argmax(np.abs(x - np.median(x)))])
         worst = f"{worst:g}" if dates is None else dates.show(worst)
         warnings.warn(

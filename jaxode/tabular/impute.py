@@ -49,7 +49,7 @@ def _impute(table: Any, key: PRNGKeyArray, rows: Encoded, n: int) -> tuple[np.nd
         modes[:, encoder.discrete], weights = drawn, np.asarray(log_known, float)
     x = np.zeros((len(modes), 0))
     if table.density is not None:
-        x, log_ratio = _numbers(table, keys[1:3], rows, modes, missing[:, encoder.numbers])
+        x, log_ratio = _drawn_numbers(table, keys[1:3], rows, modes, missing[:, encoder.numbers])
         weights = weights + log_ratio
     # The largest of weights with Gumbel noise is a draw by the weights.
     noise = np.asarray(jax.random.gumbel(keys[3], (count, n, proposals)), float)
@@ -58,7 +58,7 @@ def _impute(table: Any, key: PRNGKeyArray, rows: Encoded, n: int) -> tuple[np.nd
     return modes[best.reshape(-1)], x[best.reshape(-1)]
 
 
-def _numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
+def _drawn_numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
     """Numbers, with proposals for missing ones, and their log-density over the proposal's."""
     encoder, density = table.encoder, table.density
     in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]

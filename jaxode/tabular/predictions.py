@@ -28,10 +28,10 @@ from jaxode.tabular.several_grids import GridMixture
 NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
 LEAST = 1e-6  # probability of a grid that counts
 LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
-TAIL = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
-FAR = 1e30  # scaled numbers beyond are infinite
+TAIL_ROUNDING = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
+INFINITE_FROM = 1e30  # scaled numbers beyond are infinite
 ROWS_OF_PREDICTION = 1000  # at a time
-UNIT = 64  # few sizes are compiled: some numbers of rows are padded to a multiple of it
+ROWS_MULTIPLE = 64  # few sizes are compiled: some numbers of rows are padded to a multiple of it
 
 
 class Grid(NamedTuple):
@@ -210,7 +210,7 @@ class Predictive:
 
     def _levels(self, grid: Grid, x: np.ndarray) -> np.ndarray:
         """The levels of scaled numbers `[rows, numbers]` in the density of a grid."""
-        x = np.where(np.abs(x) < FAR, x, np.copysign(np.inf, x))
+        x = np.where(np.abs(x) < INFINITE_FROM, x, np.copysign(np.inf, x))
         density, numbers = self.density, jnp.asarray(x)[..., None]
         assert density is not None
         context = None if grid.context is None else grid.context[:, None]
@@ -270,7 +270,7 @@ class Predictive:
             if not len(rows):
                 break
             # Filled up with some of them, so that few programs are compiled.
-            rows = np.resize(rows, min(len(x), -(-len(rows) // UNIT) * UNIT))
+            rows = np.resize(rows, min(len(x), -(-len(rows) // ROWS_MULTIPLE) * ROWS_MULTIPLE))
             # The other rows repeat their last points, which have no weight.
             new_x, new_q = (np.repeat(leaf[:, -1:], MORE_POINTS, axis=1) for leaf in (x, q))
             new_x[rows] = _stored(more[rows])
@@ -283,7 +283,7 @@ class Predictive:
 
 
 def _check_tails(name: str, levels: np.ndarray) -> None:
-    wrong = np.abs(_stored(levels) - levels) > TAIL * np.minimum(levels, 1 - levels)
+    wrong = np.abs(_stored(levels) - levels) > TAIL_ROUNDING * np.minimum(levels, 1 - levels)
     for level in levels[wrong]:
         raise ValueError(
             f"{arg(name)} must be of levels that {floating_dtype(float)} tells apart from 1; got "

@@ -17,7 +17,9 @@ from jaxode.tabular.multiples import tidy
 # Accept a step that misses its level by this part of the tail, of a tail of at most so much. From
 # there, the lines miss by less than a solve does; beside narrow peaks, by that part at most.
 NEAR, CENTRAL = 0.01, 0.05
-TURN = 2e-3  # deviates between the points of a line, at least: many times the error of a solve
+LINE_SPACING = (
+    2e-3  # deviates between the points of a line, at least: many times the error of a solve
+)
 LARGEST, LEAST_SLOPE = 38.0, 1e-9
 EVERY = 3  # one of so many steps halves what encloses the quantile
 UNIT = 128  # of which a multiple is solved for at once: few sizes, so that few are compiled
@@ -44,7 +46,7 @@ class Lines(NamedTuple):
     def through(self, x: np.ndarray, levels: np.ndarray) -> "Lines":
         """Lines through these points; and through the last ones, if they are apart."""
         z = deviates(levels)
-        apart = (np.abs(z - self.z) > TURN) & (x != self.x)
+        apart = (np.abs(z - self.z) > LINE_SPACING) & (x != self.x)
         slope = (z - self.z) / np.where(apart, x - self.x, 1.0)
         return Lines(x, z, np.where(apart, np.maximum(slope, LEAST_SLOPE), self.slope))
 

@@ -139,7 +139,7 @@ class Clock:
         return max(limits.seconds - self.spent, 0.0) / self.step
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """The state of the optimization."""
 
     arrays: PyTree
@@ -169,7 +169,7 @@ class Program(NamedTuple):
 
 
 @compiled
-def advance(program: Program, state: State, rates, rows: Rows, key, steps):
+def advance(program: Program, state: TrainingState, rates, rows: Rows, key, steps):
     """The state after steps from one number to another, each with a key of its own."""
     take = functools.partial(_take_steps, program)
     # Each of several processes has rows of its own.
@@ -178,7 +178,7 @@ def advance(program: Program, state: State, rates, rows: Rows, key, steps):
 
 
 def _rows_of_step(program: Program, axes, rows: Rows, i, key):
-    """The numbers of the rows of a device in a step."""
+    """The places of the rows that this device takes in step `i`."""
     if program.in_order:
         # Less than a batch, if the device has rows of its own.
         count = len(rows.x) // STEPS_PER_BLOCK
@@ -189,7 +189,7 @@ def _rows_of_step(program: Program, axes, rows: Rows, i, key):
     return of_device(drawn, axes) if count == program.batch_size else drawn
 
 
-def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, steps):
+def _take_steps(program: Program, axes, state: TrainingState, rates, rows: Rows, key, steps):
     """The steps of a device: of its part of each batch, and of all parameters."""
     import optax  # `import jaxode` does not load it
 
@@ -229,7 +229,7 @@ def _take_steps(program: Program, axes, state: State, rates, rows: Rows, key, st
             return a + (b.astype(a.dtype) - a) * weight.astype(a.dtype)
 
         average = jax.tree.map(mean, state.average, arrays)
-        return State(arrays, average, inner, state.count + 1)
+        return TrainingState(arrays, average, inner, state.count + 1)
 
     first, last = steps
     return jax.lax.fori_loop(first, last, step, state)
@@ -324,7 +324,7 @@ class Training:
         # In half precision, the average would not move by so small steps.
         average = jax.tree.map(lambda leaf: leaf.astype(state_dtype(leaf)), arrays)
         count = jnp.zeros((), jnp.int32)
-        state = State(arrays, average, phase.optimizer.init(arrays), count)
+        state = TrainingState(arrays, average, phase.optimizer.init(arrays), count)
         state = self.devices.put_state(state)
         program = Program(
             phase.loss, phase.optimizer, self.plan.batch_size, static, unravel, self.devices,

@@ -264,7 +264,7 @@ def test_starts_that_single_shooting_loses_find_twenty_periods(observe):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_starts_count_where_samples_are_too_sparse_for_slopes(seed):
-    """With the noise of seed 1, slopes lead the second start to a frequency of zero."""
+    """With the noise of seed 1, not shifted, slopes lead the second start to no oscillation."""
     noise = 0.01 * np.random.default_rng(seed).normal(size=(30, 2))
     field = lambda t, y, p: jnp.stack([y[1], -p["w2"] * y[0] - p["c"] * y[1]])
     y0, ts = jnp.array([1.0, 0.0]), 1.3 * jnp.arange(1.0, 31.0)

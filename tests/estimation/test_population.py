@@ -7,7 +7,7 @@ from scipy import optimize, stats
 
 import jaxode
 from jaxode.estimation.marginal import evaluated
-from jaxode.estimation.population import _posed
+from jaxode.estimation.population import _Given, _posed
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)
@@ -124,15 +124,13 @@ def both(predicted, given):
 
 def dosed():
     start = {"rate": -1.0, "add": -3.5, "part": -2.5}
-    given = {
-        "t0": 0.0, "observe": None, "noise": both, "args": jnp.ones(()), "row_args": SIZES,
-        "correlated": False,
-    }  # fmt: skip
     jumps = jaxode.Jumps(jnp.asarray(DOSES), given_again)
-    return _posed(
-        decay, jnp.zeros((8, 1)), TS, SEEN[..., None], start, {"rate": 0.3}, *given.values(),
-        {"jumps": jumps},
+    given = _Given(
+        decay, jnp.zeros((8, 1)), TS, SEEN[..., None], start, vary={"rate": 0.3}, t0=0.0,
+        observe=None, noise=both, args=jnp.ones(()), row_args=SIZES, correlated=False,
+        options={"jumps": jumps},
     )  # fmt: skip
+    return _posed(given)
 
 
 def test_gradients_and_the_likelihood_of_doses_are_exact():

@@ -79,7 +79,7 @@ def test_contexts_likelihood_and_maps():
     assert np.isfinite(density.log_prob(BENT[:2], context=CONTEXT[:2])).all()
 
 
-def test_an_interrupt_keeps_all_members(monkeypatch):
+def test_an_interrupt_keeps_what_members_learned(monkeypatch):
     turns = []
     train = fit_module.Training.train
 

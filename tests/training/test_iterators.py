@@ -131,7 +131,7 @@ def test_steps_use_each_row_once():
     loss = lambda params, x, context, key: jnp.sum(params * x)
     start, optimizer = jnp.zeros(2), optax.sgd(1.0)
     program = loop.Program(loss, optimizer, 8, None, loop._same, in_order=True)
-    state = loop.State(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
+    state = loop.TrainingState(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
     rates = jnp.ones(()), jnp.ones((), jnp.int32)
     state = loop.advance(program, state, rates, rows, KEY, jnp.array([0, STEPS_PER_BLOCK]))
     np.testing.assert_allclose(-state.arrays, numbers.sum(axis=0), rtol=1e-4)

@@ -67,7 +67,7 @@ def test_devices_exchange_their_gradients_once_a_step():
     loss = lambda params, x, context, key: flow.matching_loss(params, x, key=key)
     optimizer, mesh = optax.adam(1e-3), mesh_of(4)
     program = loop.Program(loss, optimizer, 64, static, loop._same, Devices(mesh))
-    state = loop.State(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
+    state = loop.TrainingState(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
     take = partial(loop._take_steps, program)
     split = loop.over_devices(take, mesh)
     compiled = jax.jit(
