@@ -77,7 +77,7 @@ def test_data_of_any_precision_are_mapped_in_single(dtype, default_settings):
 
 def test_integers_are_numbers_and_do_not_wrap(default_settings):
     """Also those that int32 does not hold, such as time stamps."""
-    x = np.random.default_rng(1).integers(2_000_000_000, 4_000_000_000, (40, 2))
+    x = np.random.default_rng(1).integers(2_200_000_000, 4_000_000_000, (40, 2))
     field = lambda t, z, args: args[0] * args[1].sum().astype(z.dtype) * z
     flow = jaxode.cnf(field, FLOW.base)
     density = jaxode.bind(flow, 0.1, standardize=x, standardize_context=1.0 * x)
