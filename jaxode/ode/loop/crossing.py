@@ -61,13 +61,9 @@ class CrossingSearch(NamedTuple):
 
 
 def watch(
-    problem: Problem,
-    stepper: Stepper,
-    search: CrossingSearch,
-    now: Progress,
-    step: Step,
+    problem: Problem, stepper: Stepper, search: CrossingSearch, now: Progress, step: Step,
     then: Progress,
-) -> tuple[Progress, CrossingSearch]:
+) -> tuple[Progress, CrossingSearch]:  # fmt: skip
     """The progress and the search after a step, given the progress `then` of error control.
 
     A step with a crossing inside, or one that misses its target, does not count. The last one ends
