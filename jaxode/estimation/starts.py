@@ -115,13 +115,15 @@ def improved(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
                 f"them, {_cause(problem, end, runs.flats[0])}"
             )
-        runs, best = runs._replace(flats=fits.flats), runs.best(fits.costs)
-        if not whole:
-            runs = _distinct(runs, fits.costs, _slack(problem))
+        runs = runs._replace(flats=fits.flats)
+        if whole:
+            break
+        kept = _distinct(runs, fits.costs, _slack(problem))
         if number == len(PARTS_OF_TIMES) - 2:
             every = np.full(len(starts), True)
-            some = _astray(problem, end, best, starts) if matched else every
-            runs = runs.with_ways(starts, some)
+            some = _astray(problem, end, runs.best(fits.costs), starts) if matched else every
+            kept = kept.with_ways(starts, some)
+        runs = kept
     budget.finish()
     return Ends(runs, *fits[1:])
 

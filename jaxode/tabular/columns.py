@@ -33,9 +33,8 @@ DECIMALS = 6
 MANY, SHARE, TOO_LARGE_SHARE, POOLED = 500, 0.1, 0.5, 10
 # A given column of more modes enters as so many numbers, which are random and fixed for each mode.
 DIRECTIONS = 64
-OUTLIER_DEVIATIONS = (
-    1000.0  # standard deviations of the middle half, up to which the others have a say
-)
+# Standard deviations of the middle half, up to which the others have a say.
+OUTLIER_DEVIATIONS = 1000.0
 OTHER = None  # the mode of rare categories
 INSIDE = 1e-6  # how far a number stays from a bound, in standard deviations
 

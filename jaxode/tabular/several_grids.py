@@ -17,9 +17,8 @@ from jaxode.tabular.multiples import tidy
 # Accept a step that misses its level by this part of the tail, of a tail of at most so much. From
 # there, the lines miss by less than a solve does; beside narrow peaks, by that part at most.
 NEAR, CENTRAL = 0.01, 0.05
-LINE_SPACING = (
-    2e-3  # deviates between the points of a line, at least: many times the error of a solve
-)
+# Deviates between the points of a line, at least: many times the error of a solve.
+LINE_SPACING = 2e-3
 LARGEST, LEAST_SLOPE = 38.0, 1e-9
 EVERY = 3  # one of so many steps halves what encloses the quantile
 UNIT = 128  # of which a multiple is solved for at once: few sizes, so that few are compiled

@@ -175,13 +175,16 @@ ENDS += [(particles, 6), (odd_lattice, 6)]
 
 @pytest.mark.parametrize(("make", "event"), ENDS)
 def test_a_fresh_flow_is_close_to_the_identity(make, event):
-    m = make(event, (64,) * (1 if make in SYMMETRIC else 2), key=jax.random.key(0))
-    flow = jaxode.cnf(nn.field, jaxode.standard_normal(getattr(m, "event_shape", event)))
-    x = flow.base.sample(jax.random.key(1), (20,))
-    z = flow.to_base(m, x)
-    assert z.shape == x.shape
-    moved = jnp.sqrt(jnp.mean((z - x) ** 2))
-    assert 1e-4 < moved < 0.3  # deviations; between 0.06 and 0.2 by the network and the seed
+    """In the mean of four networks: one of particles that are close may move them by more."""
+    widths, squares = (64,) * (1 if make in SYMMETRIC else 2), []
+    for seed in range(4):
+        m = make(event, widths, key=jax.random.key(seed))
+        flow = jaxode.cnf(nn.field, jaxode.standard_normal(getattr(m, "event_shape", event)))
+        x = flow.base.sample(jax.random.key(10 + seed), (20,))
+        z = flow.to_base(m, x)
+        assert z.shape == x.shape
+        squares.append(jnp.mean((z - x) ** 2))
+    assert 1e-4 < jnp.sqrt(jnp.mean(jnp.stack(squares))) < 0.15
 
 
 @pytest.mark.parametrize(
