@@ -57,6 +57,8 @@ class _Row(NamedTuple):
     box: Box
     best: _Point
     trial: Float[Array, " n"]
+    cut: Bool[Array, ""]
+    """Whether a bound shortened the step to it."""
     expected: Float[Array, ""]
     """How the model expects the cost to change."""
     radius: Float[Array, ""]
@@ -146,7 +148,7 @@ def _blank(objective: Objective, starts: np.ndarray, box: Box, size: int) -> Any
     ends = Box(*(np.resize(bound, (size, n)) for bound in box))
     start: Any = np.resize(starts, (size, n))
     count: Any = np.zeros(size, int)
-    found = _Row(start, ends, point, start, zero, zero + 1, zero, count, ~no, no)
+    found = _Row(start, ends, point, start, no, zero, zero + 1, zero, count, ~no, no)
     return jax.tree.map(np.array, found)
 
 
@@ -217,11 +219,11 @@ def _moved(objective: Objective, hold: Float[Array, ""], row: _Row) -> _Row:
     radius = row.radius * scale
     plain = objective.local(best.flat, start, best.quantities, best.jacobian)
     near = _with_hold(plain, weight / unit, best.flat - start)
-    trial = _trial(near, best.flat, row.box, unit, radius)
+    trial, cut = _trial(near, best.flat, row.box, unit, radius)
     expected = _expected(near, trial - best.flat)
     done = ~first & end | ~jnp.isfinite(best.cost)
     return _Row(
-        start, row.box, best, trial, expected, radius, weight, row.count + 1, done,
+        start, row.box, best, trial, cut, expected, radius, weight, row.count + 1, done,
         converged & ~first,
     )  # fmt: skip
 
@@ -247,7 +249,7 @@ def _ends(row: _Row, cost: Array, accept: Array) -> tuple[Bool[Array, ""], Bool[
     gain."""
     tolerance = PARAMETER_TOLERANCE[row.trial.dtype]
     floor, old = math.sqrt(tolerance) * tolerance, row.best
-    near = jnp.abs(row.trial - old.flat) <= tolerance * jnp.abs(row.trial) + floor
+    near = ~row.cut & (jnp.abs(row.trial - old.flat) <= tolerance * jnp.abs(row.trial) + floor)
     gain = jnp.where(accept, old.cost - cost, -row.expected)
     little = gain <= tolerance * jnp.abs(old.cost) + floor
     small = jnp.all(near)
@@ -256,8 +258,9 @@ def _ends(row: _Row, cost: Array, accept: Array) -> tuple[Bool[Array, ""], Bool[
 
 def _trial(
     near: Local, flat: Float[Array, " n"], box: Box, unit: Float[Array, " n"], radius: Array
-) -> Float[Array, " n"]:
-    """Take a damped step in variables that shrink near a bound, up to the first bound.
+) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+    """Take a damped step in variables that shrink near a bound, up to the first bound, and say
+    whether one was met.
 
     Bounds on the way downhill count from afar, so that none is met early (Coleman and Li 1996,
     doi:10.1137/0806023). Parameters at a bound that the step would leave by it are held.
@@ -291,7 +294,7 @@ def _trial(
     trial, close = flat + step, unit * PARAMETER_TOLERANCE[flat.dtype]
     trial = jnp.where((trial - box.low <= close) & (step < 0), box.low, trial)
     trial = jnp.where((box.high - trial <= close) & (step > 0), box.high, trial)
-    return jnp.clip(trial, box.low, box.high)
+    return jnp.clip(trial, box.low, box.high), part <= 1
 
 
 def _expected(near: Local, step: Float[Array, " n"]) -> Float[Array, ""]:

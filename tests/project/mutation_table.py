@@ -85,6 +85,7 @@ FIRST = {
     "estimation": ("tests/estimation",),
     "estimation/marginal": ("tests/estimation/test_population.py",),
     "estimation/objectives": ("tests/estimation/test_likelihoods.py",),
+    "estimation/search": ("tests/estimation/test_search.py", "tests/estimation/test_estimate.py"),
     "ode/system": ("tests/ode/test_rows.py",),
     "plot": ("tests/test_plot.py",),
     "tabular": ("tests/tabular",),
@@ -266,6 +267,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/marginal.py", "by[:count] + down @ moves", "by[:count]"),
     # A start that was replaced counts where it was.
     ("estimation/search.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
+    ("estimation/search.py", "near = ~row.cut & (", "near = ("),
     # Errors of others are as if a parameter at its bound were free.
     ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),
