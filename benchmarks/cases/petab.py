@@ -4,13 +4,15 @@
     python -m benchmarks.cases.petab --data Benchmark-Models-PEtab
     python -m benchmarks.cases.petab --data Benchmark-Models-PEtab --match Boehm
     python -m benchmarks.cases.petab --data Benchmark-Models-PEtab --match Boehm --starts 20
+    python -m benchmarks.cases.petab --data Benchmark-Models-PEtab --match Boehm --starts 20 --scipy
 
 Published are those of AMICI's tests of the collection (`tests/benchmark_models` in
 AMICI-dev/AMICI); the best known of Bertozzi, Crauste and Rahman. Seconds are those of one core's
 work, by the clock of the process: to load a problem, to compile and compute its likelihood, and to
 compute it again. With `--starts`, a row says from how many starts, uniform within the bounds, the
 search ends within two units of the published likelihood, which nearly all problems have at the best
-known parameters; the seconds of a start share those of compilation.
+known parameters; the seconds of a start share those of compilation. With `--scipy`, SciPy searches
+from the same starts, a minute at most from each (`peers/petab_fits.py`).
 """
 
 import argparse
@@ -25,6 +27,7 @@ import numpy as np
 import jaxode
 from benchmarks.harness import show
 from benchmarks.harness.fairness import double_precision
+from benchmarks.peers.petab_fits import by_scipy
 
 PUBLISHED = {
     "Bachmann_MSB2011": -418.4057,
@@ -60,17 +63,21 @@ HEADER = [
 OF_STARTS = ["problem", "starts", "within 2", "best -log-likelihood", "published", "s a start"]
 
 
-def row_of_starts(path: Path, count: int, seconds: float) -> list[str]:
+def row_of_starts(path: Path, count: int, seconds: float, scipy: bool) -> list[str]:
     """How a search from some starts ended on a problem."""
     name, begun = path.parent.name, time.process_time()
     problem = jaxode.petab.load(path)
     starts = problem.starts(jax.random.key(0), count)
-    found = problem.estimate(starts, seconds=seconds)
-    took = (time.process_time() - begun) / count
-    nlls = np.asarray(found.costs - found.cost + found.nll)
+    if scipy:
+        nlls, took = by_scipy(problem, starts)
+    else:
+        found = problem.estimate(starts, seconds=seconds)
+        nlls = np.asarray(found.costs - found.cost + found.nll)
+        took = (time.process_time() - begun) / count
     near = np.count_nonzero(nlls < PUBLISHED[name] + 2)
-    ends = [f"{near}", f"{float(found.nll):.4f}", f"{PUBLISHED[name]:.4f}", f"{took:.1f}"]
-    return [name, f"{count}", *ends]
+    return [
+        name, f"{count}", f"{near}", f"{nlls.min():.4f}", f"{PUBLISHED[name]:.4f}", f"{took:.1f}",
+    ]  # fmt: skip
 
 
 def row_of(path: Path) -> list[str]:
@@ -104,13 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--match", default="", help="a part of the names of problems")
     parser.add_argument("--starts", type=int, default=0, help="estimate from so many starts")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the search on a problem")
+    parser.add_argument("--scipy", action="store_true", help="search by SciPy, with --starts")
     given = parser.parse_args(arguments)
     with double_precision():
         print(show.markdown(OF_STARTS if given.starts else HEADER, []), flush=True)
         for path in problems(given.data, given.match):
             if given.starts and path.parent.name not in PUBLISHED:
                 continue
-            row = row_of_starts(path, given.starts, given.seconds) if given.starts else row_of(path)
+            search = given.starts, given.seconds, given.scipy
+            row = row_of_starts(path, *search) if given.starts else row_of(path)
             print("| " + " | ".join(row) + " |", flush=True)
 
 
