@@ -157,7 +157,11 @@ def weighted(task: Task, density, seen, samples: int, key):
 
 
 AT_THIRTY = ("two moons", "gaussian linear", "gaussian mixture", "slcp", "bernoulli glm")
-CASES = {f"{task}: jaxode.fit": Case(task, "jaxode.fit") for task in AT_THIRTY}
+CASES = {
+    f"{task}: {name}": Case(task, name)
+    for name in ("jaxode.fit", "jaxode.fit, five networks")
+    for task in AT_THIRTY
+}
 CASES |= {
     f"{task}: {name}, 10,000": Case(task, name, 10_000)
     for name in ("jaxode.fit", "jaxode.fit, five networks")
