@@ -257,8 +257,8 @@ def estimate(
     if matched is None:
         runs, size = Runs(whole, np.arange(count)[:, None]), min(STARTS_AT_ONCE, count)
     else:
-        runs = with_matched(problem, whole, *matched)
         size = min(STARTS_AT_ONCE, 2 * count)
+        runs = with_matched(problem, whole, box, size, *matched)
     ends = improved(problem, runs, box, size, budget, whole, matched is not None)
     return _described(problem, ends, box, size, budget)
 

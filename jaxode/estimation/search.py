@@ -70,19 +70,6 @@ class _Row(NamedTuple):
     converged: Bool[Array, ""]
 
 
-@compiled
-def costs_at(objective: Objective, flats: Float[Array, "starts n"]) -> Float[Array, " starts"]:
-    """The cost at each start, infinite where it cannot be solved."""
-
-    def one(flat):
-        quantities = objective.quantities(flat, flat)
-        nothing = jnp.zeros((len(quantities), len(flat)), flat.dtype)
-        return objective.local(flat, flat, quantities, nothing).cost
-
-    costs = jax.vmap(one)(flats)
-    return jnp.where(jnp.isfinite(costs), costs, jnp.inf)
-
-
 def minimize(
     objective: Objective,
     flats: Float[np.ndarray, "starts n"],

@@ -13,7 +13,7 @@ from jaxode._checks.errors import SolveError
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import STARTS_AT_ONCE, Box, costs_at, minimize
+from jaxode.estimation.search import STARTS_AT_ONCE, Box, minimize
 
 # Drop the worse run of a start above this many times the least cost, except the best eight; or
 # above it by so many nats an observation where the cost is a density, which has no least value.
@@ -58,21 +58,31 @@ class Ends(NamedTuple):
 
 
 def with_matched(
-    problem: ObservedODE, starts: np.ndarray, ends: np.ndarray, costs: np.ndarray
+    problem: ObservedODE,
+    starts: np.ndarray,
+    box: Box,
+    size: int,
+    ends: np.ndarray,
+    costs: np.ndarray,
 ) -> Runs:
-    """Collect the ends of gradient matching and of fits to the first observations."""
+    """Collect the ends of gradient matching, and the starts that cost little at first."""
     count = len(starts)
     matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs, 0.0)
-    least = len(matched.flats)  # at least one
-    # Repeat them, so that the size of the program does not depend on the data.
-    together = np.concatenate([np.resize(matched.flats, (count, starts.shape[1])), starts])
-    objective = of_observations(problem, _end(problem, 0))
-    of_all = np.asarray(costs_at(objective, jnp.asarray(together)))
-    near = np.flatnonzero(of_all[count:] <= _limit(of_all.min(), _slack(problem)))
+    matches = len(matched.flats)  # at least one
+    together = np.concatenate([matched.flats, starts])
+    of_all = _costs_at(problem, _end(problem, 0), together, box, size)
+    near = np.flatnonzero(of_all[matches:] <= _limit(of_all.min(), _slack(problem)))
     place = np.full(count, -1)
-    place[near] = least + np.arange(len(near))
+    place[near] = matches + np.arange(len(near))
     flats = np.concatenate([matched.flats, starts[near]])
     return Runs(flats, np.concatenate([matched.of_start, place[:, None]], axis=1))
+
+
+def _costs_at(
+    problem: ObservedODE, end: Array, flats: Float[np.ndarray, "runs n"], box: Box, size: int
+) -> Float[np.ndarray, " runs"]:
+    """The costs of the observations up to a time, by the program of the search."""
+    return minimize(of_observations(problem, end), flats, box, 0, size=size).costs
 
 
 def _end(problem: ObservedODE, number: int) -> Array:
@@ -121,7 +131,10 @@ def improved(
         kept = _distinct(runs, fits.costs, _slack(problem))
         if number == len(PARTS_OF_TIMES) - 2:
             every = np.full(len(starts), True)
-            some = _astray(problem, end, runs.best(fits.costs), starts) if matched else every
+            some = every
+            if matched:
+                of_starts = _costs_at(problem, end, starts, box, size)
+                some = _astray(problem, runs.best(fits.costs), of_starts)
             kept = kept.with_ways(starts, some)
         runs = kept
     budget.finish()
@@ -129,13 +142,10 @@ def improved(
 
 
 def _astray(
-    problem: ObservedODE, end: Array, costs: Float[np.ndarray, " starts"], starts: np.ndarray
+    problem: ObservedODE, costs: Float[np.ndarray, " starts"], of_starts: np.ndarray
 ) -> Bool[np.ndarray, " starts"]:
     """Whether the best run of each start costs far more than that of another, or than the start."""
-    # Twice, so that it is the program of `with_matched`.
-    of_starts = costs_at(of_observations(problem, end), jnp.asarray(np.tile(starts, (2, 1))))
-    least = np.minimum(costs.min(), np.asarray(of_starts)[: len(starts)])
-    return costs > _limit(least, _slack(problem))
+    return costs > _limit(np.minimum(costs.min(), of_starts), _slack(problem))
 
 
 def ends_of_starts(ends: Ends) -> tuple[np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pandas as pd
-import polars as pl
 import pytest
+from helpers import optional
 
 from jaxode import tabular
 
@@ -20,15 +20,16 @@ DATA = {
 WEIGHTS = np.where(CLASS == 1, 4.0, 1.0) * (np.arange(N) >= 10)
 
 
-@pytest.mark.parametrize("kind", [pd.DataFrame, pl.DataFrame])
-def test_samples_have_the_weighted_shares(kind):
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_samples_have_the_weighted_shares(library):
     """Those of categories and of numbers, whose proposals see the weights, too.
 
     The share of 4,000 samples strays by 0.006; that of the network, by its smoothing and training,
     by about 0.01. Without weights it would be 0.5.
     """
+    frame = optional(library).DataFrame(DATA)
     options = {"steps": 200, "members": 1, "progress": False}
-    table, _ = tabular.fit(kind(DATA), key=KEY, weights=WEIGHTS, **options)
+    table, _ = tabular.fit(frame, key=KEY, weights=WEIGHTS, **options)
     drawn = np.array(table.sample(KEY, COUNT)["class"].to_list()) == "b"
     share = np.average(CLASS, weights=WEIGHTS)
     assert abs(drawn.mean() - share) < 0.04
