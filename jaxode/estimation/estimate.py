@@ -252,24 +252,24 @@ def estimate(
     )  # fmt: skip
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
     stiff = isinstance(options.get("solver"), Rodas5P | Rosenbrock23)
-    matched = _matched(match, cannot, stiff, problem, flats, box)
+    matched = _matched(match, cannot, stiff, problem, flats, box, budget)
     count, whole = len(flats), np.asarray(flats)
     if matched is None:
         runs, size = Runs(whole, np.arange(count)[:, None]), min(STARTS_AT_ONCE, count)
     else:
         size = min(STARTS_AT_ONCE, 2 * count)
-        runs = with_matched(problem, whole, box, size, *matched)
+        runs = with_matched(problem, whole, box, size, budget, *matched)
     ends = improved(problem, runs, box, size, budget, whole, matched is not None)
     return _described(problem, ends, box, size, budget)
 
 
-def _matched(match: bool | None, cannot: str | None, stiff: bool, problem, flats, box):
+def _matched(match: bool | None, cannot: str | None, stiff: bool, problem, flats, box, budget):
     """Starts improved by slopes, or None if they are not to be matched."""
     if match and cannot:
         raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
     if not match and (match is not None or stiff or cannot):
         return None
-    matched = match_slopes(problem, flats, box)
+    matched = match_slopes(problem, flats, box, budget)
     if match and matched is None:
         raise ValueError(
             f"{arg('match')} needs five observations of each series, at times that are not too "

@@ -1,5 +1,6 @@
 """Levenberg-Marquardt within bounds, from several starts."""
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -91,9 +92,10 @@ def minimize(
         size: how many starts at a time.
         hold: weighs the distance from the start, in units of its size or one and of the mean
             residual there, as further residuals, which the result does not count.
-        budget: ends the search. What has not begun is only evaluated.
-        part: names the search where the budget shows it.
+        budget: ends the search. What has not begun is only evaluated. Without one, Ctrl-C raises.
+        part: names the search where the budget shows it, if that is to be.
     """
+    guard = contextlib.nullcontext if budget is None else budget.until_stopped
     budget = budget or Budget(None, None, False)
     starts, bounds = np.asarray(flats), [np.broadcast_to(bound, flats.shape) for bound in box]
     rows, of_row, begun = _blank(objective, starts, Box(*bounds), size), np.full(size, -1), 0
@@ -105,7 +107,7 @@ def minimize(
             _begin(rows, i, starts[of_row[i]], [bound[of_row[i]] for bound in bounds])
         limit = 1 if budget.over else steps + 1  # the first step only evaluates
         enough = 1 if begun < len(starts) else size
-        with budget.until_stopped():
+        with guard():
             after = _advanced(objective, jnp.asarray([limit, enough]), jnp.asarray(hold), rows)
             rows, fits = jax.tree.map(np.array, after)
             fits = Fits(*fits)
@@ -119,7 +121,8 @@ def minimize(
             of_all[of_row[ended]] = of_rows[ended]
         of_row[ended] = -1
         best = min(found.costs.min(), fits.costs[of_row >= 0].min(initial=np.inf))
-        budget.show(part, begun - int((of_row >= 0).sum()), len(starts), float(best))
+        if part:
+            budget.show(part, begun - int((of_row >= 0).sum()), len(starts), float(best))
     return found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._checks.arguments import check_derivative
+from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import Objective
 from jaxode.estimation.problem import ObservedODE
 from jaxode.estimation.search import STARTS_AT_ONCE, Box, minimize
@@ -68,7 +69,7 @@ class OfSlopes(Objective):
         return ((found - self.slopes) / self.scale).ravel()
 
 
-def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"], box: Box):
+def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"], box: Box, budget: Budget):
     """The end of least squares of slopes from each start, and the half sums; None where there
     are too few observations, or `f` is finite at none."""
     ts, ys = np.asarray(problem.ts, float), np.asarray(problem.ys, float)
@@ -85,5 +86,5 @@ def match_slopes(problem: ObservedODE, starts: Float[Array, "starts n"], box: Bo
     )
     objective = OfSlopes(problem, values, slopes, scale)
     size = min(STARTS_AT_ONCE, len(starts))
-    ends = minimize(objective, np.asarray(starts), box, MATCHING_STEPS, size=size)
+    ends = minimize(objective, np.asarray(starts), box, MATCHING_STEPS, size=size, budget=budget)
     return (ends.flats, ends.costs) if np.isfinite(ends.costs).any() else None

@@ -62,6 +62,7 @@ def with_matched(
     starts: np.ndarray,
     box: Box,
     size: int,
+    budget: Budget,
     ends: np.ndarray,
     costs: np.ndarray,
 ) -> Runs:
@@ -70,7 +71,7 @@ def with_matched(
     matched = _distinct(Runs(ends, np.arange(count)[:, None]), costs, 0.0)
     matches = len(matched.flats)  # at least one
     together = np.concatenate([matched.flats, starts])
-    of_all = _costs_at(problem, _end(problem, 0), together, box, size)
+    of_all = _costs_at(problem, _end(problem, 0), together, box, size, budget)
     near = np.flatnonzero(of_all[matches:] <= _limit(of_all.min(), _slack(problem)))
     place = np.full(count, -1)
     place[near] = matches + np.arange(len(near))
@@ -79,10 +80,15 @@ def with_matched(
 
 
 def _costs_at(
-    problem: ObservedODE, end: Array, flats: Float[np.ndarray, "runs n"], box: Box, size: int
+    problem: ObservedODE,
+    end: Array,
+    flats: Float[np.ndarray, "runs n"],
+    box: Box,
+    size: int,
+    budget: Budget,
 ) -> Float[np.ndarray, " runs"]:
     """The costs of the observations up to a time, by the program of the search."""
-    return minimize(of_observations(problem, end), flats, box, 0, size=size).costs
+    return minimize(of_observations(problem, end), flats, box, 0, size=size, budget=budget).costs
 
 
 def _end(problem: ObservedODE, number: int) -> Array:
@@ -133,7 +139,7 @@ def improved(
             every = np.full(len(starts), True)
             some = every
             if matched:
-                of_starts = _costs_at(problem, end, starts, box, size)
+                of_starts = _costs_at(problem, end, starts, box, size, budget)
                 some = _astray(problem, runs.best(fits.costs), of_starts)
             kept = kept.with_ways(starts, some)
         runs = kept

@@ -576,21 +576,34 @@ def test_it_ends_after_few_steps_or_seconds_with_what_it_has(capfd):
     assert "up to 3: 3 of 3 starts, best cost" in capfd.readouterr().err
 
 
-def test_an_interrupt_keeps_the_best_so_far(monkeypatch):
+@pytest.mark.parametrize(("match", "call"), [(False, 3), (True, 1)])
+def test_an_interrupt_keeps_the_best_so_far(match, call, monkeypatch):
     calls = []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return advanced(*args)
 
     advanced = search._advanced
     monkeypatch.setattr(search, "_advanced", interrupted)
     with pytest.warns(UserWarning, match="ended by Ctrl-C before it converged"):
-        found = estimated(noise=NOISE, match=False)
+        found = estimated(noise=NOISE, match=match)
     assert len(calls) < 7  # the starts at what they had, there and of all observations
     assert np.isfinite(found.cost)
+
+
+def test_an_interrupt_ends_a_profile(fitted, monkeypatch):
+    advanced = search._advanced
+
+    def interrupted_once(*args):
+        monkeypatch.setattr(search, "_advanced", advanced)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "_advanced", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        fitted.profile(lambda params: params["rate"], jnp.ones(1))
 
 
 def test_a_prediction_has_the_band_of_the_delta_method(fitted):
