@@ -12,7 +12,7 @@ work, by the clock of the process: to load a problem, to compile and compute its
 compute it again. With `--starts`, a row says from how many starts, uniform within the bounds, the
 search ends within two units of the published likelihood, which nearly all problems have at the best
 known parameters; the seconds of a start share those of compilation. With `--scipy`, SciPy searches
-from the same starts, a minute at most from each (`peers/petab_fits.py`).
+from the same starts, a CPU minute at most from each (`peers/petab_fits.py`).
 """
 
 import argparse
@@ -69,11 +69,11 @@ def row_of_starts(path: Path, count: int, seconds: float, scipy: bool) -> list[s
     problem = jaxode.petab.load(path)
     starts = problem.starts(jax.random.key(0), count)
     if scipy:
-        nlls, took = by_scipy(problem, starts)
+        nlls = by_scipy(problem, starts)
     else:
         found = problem.estimate(starts, seconds=seconds)
         nlls = np.asarray(found.costs - found.cost + found.nll)
-        took = (time.process_time() - begun) / count
+    took = (time.process_time() - begun) / count
     near = np.count_nonzero(nlls < PUBLISHED[name] + 2)
     return [
         name, f"{count}", f"{near}", f"{nlls.min():.4f}", f"{PUBLISHED[name]:.4f}", f"{took:.1f}",

@@ -144,6 +144,7 @@ class Estimate(eqx.Module):
 
         Raises:
             TypeError, ValueError: if `where` is not one number with a slope at the estimate.
+            KeyboardInterrupt: by Ctrl-C.
         """
         flat, unravel = ravel_pytree(self.params)
         unit = self._problem.unit
@@ -220,7 +221,8 @@ def estimate(
         args: data that change from call to call, a pytree: with it, all functions get the pair
             `(params, args)` in place of `params`. Others of the same shapes compile nothing anew.
         row_args: arguments of each experiment, `[rows, ...]`.
-        seconds: end after this time, with compilation, late by 50 steps of eight starts.
+        seconds: end after this time, with compilation, late by ten steps of eight starts and an
+            evaluation of each.
         steps: of the search on all observations, 200 by default.
         progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`

@@ -13,7 +13,7 @@ from jaxode._jax.closure import compiled
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import Local, Objective
 
-# The search ends when a step changes the parameters by less than this part.
+# The search ends when a step changes the parameters by less than this part, unless a bound cut it.
 PARAMETER_TOLERANCE = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-3}
 # Gould et al. (2005, doi:10.1007/s10288-005-0065-y): take steps that reach this part of what the
 # model expects, and lengthen those that reach almost all of it.
@@ -59,7 +59,7 @@ class _Row(NamedTuple):
     best: _Point
     trial: Float[Array, " n"]
     cut: Bool[Array, ""]
-    """Whether a bound shortened the step to it."""
+    """Whether a bound cut the step to it short."""
     expected: Float[Array, ""]
     """How the model expects the cost to change."""
     radius: Float[Array, ""]
@@ -93,7 +93,7 @@ def minimize(
         hold: weighs the distance from the start, in units of its size or one and of the mean
             residual there, as further residuals, which the result does not count.
         budget: ends the search. What has not begun is only evaluated. Without one, Ctrl-C raises.
-        part: names the search where the budget shows it, if that is to be.
+        part: the name of the search in lines of progress, of which an empty one has none.
     """
     guard = contextlib.nullcontext if budget is None else budget.until_stopped
     budget = budget or Budget(None, None, False)
@@ -109,8 +109,8 @@ def minimize(
         enough = 1 if begun < len(starts) else size
         with guard():
             after = _advanced(objective, jnp.asarray([limit, enough]), jnp.asarray(hold), rows)
-            rows, fits = jax.tree.map(np.array, after)
-            fits = Fits(*fits)
+            after = jax.tree.map(np.array, after)
+            rows, fits = after[0], Fits(*after[1])
         if fits is None:
             continue
         if found is None:
@@ -235,8 +235,8 @@ def _fit(objective: Objective, row: _Row) -> tuple[Array, ...]:
 
 
 def _ends(row: _Row, cost: Array, accept: Array) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether the steps are below the tolerance, and whether they are so since nothing is left to
-    gain."""
+    """Whether the search ends, and whether it has converged. A step below the tolerance ends it,
+    unless a bound cut it short; it has converged if nothing is left to gain, too."""
     tolerance = PARAMETER_TOLERANCE[row.trial.dtype]
     floor, old = math.sqrt(tolerance) * tolerance, row.best
     near = ~row.cut & (jnp.abs(row.trial - old.flat) <= tolerance * jnp.abs(row.trial) + floor)
@@ -249,8 +249,8 @@ def _ends(row: _Row, cost: Array, accept: Array) -> tuple[Bool[Array, ""], Bool[
 def _trial(
     near: Local, flat: Float[Array, " n"], box: Box, unit: Float[Array, " n"], radius: Array
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
-    """Take a damped step in variables that shrink near a bound, up to the first bound, and say
-    whether one was met.
+    """Take a damped step in variables that shrink near a bound, up to the first bound. Return the
+    trial, and whether a bound cut the step short.
 
     Bounds on the way downhill count from afar, so that none is met early (Coleman and Li 1996,
     doi:10.1137/0806023). Parameters at a bound that the step would leave by it are held.

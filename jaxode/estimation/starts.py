@@ -113,13 +113,17 @@ def improved(
 ) -> Ends:
     """Improve runs, `size` at a time, on more and more observations.
 
-    On all of them, each start gets a further run from where it began; if slopes were `matched`,
-    only those that went astray.
+    On all of them, each start gets a further run from where it began; if slopes were `matched` and
+    the budget lasts, only those that went astray.
     """
+    with_starts = False
     for number in range(len(PARTS_OF_TIMES)):
         end, whole = _end(problem, number), number == len(PARTS_OF_TIMES) - 1
         if budget.over and not whole:
             continue
+        if whole and not with_starts:
+            moved = np.any(runs.flats[runs.of_start[:, 0]] != starts, axis=1)
+            runs = runs.with_ways(starts, moved)
         fits = minimize(
             of_observations(problem, end), runs.flats, box,
             budget.steps if whole else min(budget.steps, STEPS_OF_PART), size=size,
@@ -136,8 +140,7 @@ def improved(
             break
         kept = _distinct(runs, fits.costs, _slack(problem))
         if number == len(PARTS_OF_TIMES) - 2:
-            every = np.full(len(starts), True)
-            some = every
+            some, with_starts = np.full(len(starts), True), True
             if matched:
                 of_starts = _costs_at(problem, end, starts, box, size, budget)
                 some = _astray(problem, runs.best(fits.costs), of_starts)

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from scipy.optimize import curve_fit, minimize_scalar
 
 import jaxode
 from jaxode.estimation import search
+from jaxode.estimation.budget import Budget
 from jaxode.estimation.slopes import smoothed
+from jaxode.estimation.starts import Runs, ends_of_starts, improved
 from jaxode.estimation.uncertainty import is_unlikely
 
 TS = jnp.linspace(0.1, 3.0, 30)
@@ -576,7 +579,7 @@ def test_it_ends_after_few_steps_or_seconds_with_what_it_has(capfd):
     assert "up to 3: 3 of 3 starts, best cost" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("match", "call"), [(False, 3), (True, 1)])
+@pytest.mark.parametrize(("match", "call"), [(False, 3), (True, 1), (True, 2)])
 def test_an_interrupt_keeps_the_best_so_far(match, call, monkeypatch):
     calls = []
 
@@ -586,12 +589,22 @@ def test_an_interrupt_keeps_the_best_so_far(match, call, monkeypatch):
             raise KeyboardInterrupt
         return advanced(*args)
 
+    with pytest.warns(UserWarning, match="ended by seconds=0 before it converged"):
+        begun = estimated(noise=NOISE, match=False, seconds=0)
     advanced = search._advanced
     monkeypatch.setattr(search, "_advanced", interrupted)
     with pytest.warns(UserWarning, match="ended by Ctrl-C before it converged"):
         found = estimated(noise=NOISE, match=match)
-    assert len(calls) < 7  # the starts at what they had, there and of all observations
-    assert np.isfinite(found.cost)
+    assert len(calls) < 7  # each stage only evaluates from there on
+    assert found.cost <= begun.cost * (1 + 1e-6)  # of solves at 1e-6
+
+
+def test_a_search_that_is_cut_short_looks_at_the_starts_again(fitted):
+    """Slopes that were not matched to their end may have led to worse parameters."""
+    start = np.asarray(ravel_pytree(fitted.params)[0])[None]
+    worse, over = Runs(start + 1.0, np.zeros((1, 1), int)), Budget(0, None, False)
+    ends = improved(fitted._problem, worse, fitted._box, fitted._together, over, start, True)
+    np.testing.assert_array_equal(ends_of_starts(ends)[0], start)
 
 
 def test_an_interrupt_ends_a_profile(fitted, monkeypatch):

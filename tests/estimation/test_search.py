@@ -24,7 +24,7 @@ class Line(Objective):
 
 
 def test_a_step_that_a_bound_cuts_short_is_no_end():
-    # Newton's step goes far beyond a bound that is near, so only a little of it is taken.
+    # Newton's step goes far beyond a bound. It is within the tolerance from the first start.
     objective = Line(jnp.array([[1.0, 1.0], [0.01, -0.01]]), jnp.array([2000.0, -200.0]))
     starts = np.array([[100.0 + apart, 1000.0] for apart in (5e-5, 5e-3, 1.0, 50.0)])
     box = Box(np.array([100.0, -np.inf]), np.full(2, np.inf))

@@ -268,6 +268,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A start that was replaced counts where it was.
     ("estimation/search.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
     ("estimation/search.py", "near = ~row.cut & (", "near = ("),
+    ("estimation/starts.py", "if whole and not with_starts:", "if False:"),
     # Errors of others are as if a parameter at its bound were free.
     ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),
