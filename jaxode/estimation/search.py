@@ -96,7 +96,6 @@ def minimize(
         part: the name of the search in lines of progress, of which an empty one has none.
     """
     guard = contextlib.nullcontext if budget is None else budget.until_stopped
-    budget = budget or Budget(None, None, False)
     starts, bounds = np.asarray(flats), [np.broadcast_to(bound, flats.shape) for bound in box]
     rows, of_row, begun = _blank(objective, starts, Box(*bounds), size), np.full(size, -1), 0
     fits: Any = None
@@ -105,7 +104,8 @@ def minimize(
         for i in np.flatnonzero(of_row < 0)[: len(starts) - begun]:
             of_row[i], begun = begun, begun + 1
             _begin(rows, i, starts[of_row[i]], [bound[of_row[i]] for bound in bounds])
-        limit = 1 if budget.over else steps + 1  # the first step only evaluates
+        over = budget is not None and budget.over
+        limit = 1 if over else steps + 1  # the first step only evaluates
         enough = 1 if begun < len(starts) else size
         with guard():
             after = _advanced(objective, jnp.asarray([limit, enough]), jnp.asarray(hold), rows)
@@ -121,7 +121,7 @@ def minimize(
             of_all[of_row[ended]] = of_rows[ended]
         of_row[ended] = -1
         best = min(found.costs.min(), fits.costs[of_row >= 0].min(initial=np.inf))
-        if part:
+        if budget is not None and part:
             budget.show(part, begun - int((of_row >= 0).sum()), len(starts), float(best))
     return found
 
