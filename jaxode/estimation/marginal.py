@@ -19,7 +19,7 @@ from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
 EFFECT_STEPS, EFFECT_TOLERANCE = 50, 1e-5  # in standard deviations of the population
-LAST = 1e-3  # standard deviations, the longest last step
+LONGEST, LAST = 3.0, 1e-3  # standard deviations, of a step and of the last one
 ROUNDING = 1e-9  # of a likelihood, by which a step may make it worse
 DAMPING = 0.01  # at first
 LONGER, SHORTER = 0.2, 5.0  # factors of the damping
@@ -151,33 +151,47 @@ class Population(eqx.Module):
         return NLL(value, gradient, hessian)
 
     def effects(self, theta: Array, begin: Array, subject: Subject) -> Float[Array, " q"]:
-        """The likeliest effects of a subject, by damped Fisher scoring."""
+        """The likeliest effects of a subject, from the given ones or from none, whichever are
+        likelier: those that were found at far parameters may lead nowhere.
+
+        Damped Fisher scoring, with a correction of the expected Hessian by the gradients (Dennis,
+        Gay and Welsch 1981, doi:10.1145/355958.355965): alone, it creeps where residuals are large.
+        """
 
         def moments(flat):
             return self.moments(flat, subject)
 
         def step(state):
-            trial, z, best, damping, count, _ = state
+            trial, z, best, more, damping, count, _ = state
             found = self.nll(moments, theta, trial, subject.ys)
             good = found.value <= best.value + ROUNDING * (1 + jnp.abs(best.value))
+            apart, change = trial - z, found.gradient - best.gradient
+            corrected = secant(found.hessian + more, apart, change) - found.hessian
 
             def choose(new, old):
                 return jnp.where(good, new, old)
 
+            more = choose(jnp.where(count > 1, corrected, 0.0), more)
             z, best = jax.tree.map(choose, (trial, found), (z, best))
             damping = damping * jnp.where(good, LONGER, SHORTER)
             damped = best.hessian + damping * jnp.diag(jnp.diag(best.hessian))
-            move = -jnp.linalg.solve(damped, best.gradient)
-            done = jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE
-            return z + move, z, best, damping, count + 1, done
+            move = -jnp.linalg.solve(damped + more, best.gradient)
+            plain = -jnp.linalg.solve(damped, best.gradient)
+            move = jnp.where(best.gradient @ move < 0, move, plain)
+            move *= jnp.minimum(1.0, LONGEST / jnp.max(jnp.abs(move)))
+            first = count == 0
+            done = ~first & (jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE)
+            trial = jnp.where(first, begin, z + move)
+            return trial, z, best, more, damping, count + 1, done
 
-        def more(state):
+        def unfinished(state):
             return ~state[-1] & (state[-2] < EFFECT_STEPS)
 
         worst = NLL(jnp.asarray(jnp.inf, begin.dtype), 0 * begin, jnp.eye(len(begin)))
         damping = jnp.asarray(DAMPING, begin.dtype)
-        state = begin, begin, worst, damping, jnp.asarray(0), jnp.asarray(False)
-        return jax.lax.while_loop(more, step, state)[0]
+        none, zero = 0 * begin, 0 * worst.hessian
+        state = none, none, worst, zero, damping, jnp.asarray(0), jnp.asarray(False)
+        return jax.lax.while_loop(unfinished, step, state)[1]
 
     def expanded(self, flat: Float[Array, " n"], subject: Subject) -> Moments:
         """The moments near the parameters to second order, without derivatives by pairs of which
@@ -228,7 +242,55 @@ class Population(eqx.Module):
         # It is good near the likeliest effects alone: far from them, the Hessian may be singular.
         last = jnp.where(jnp.max(jnp.abs(last)) < LAST, last, 0.0)
         down = by[count:]
-        return Evaluated(value + down @ last, by[:count] + down @ moves, z + last, moves)
+        value += down @ last - 0.5 * gradient @ last
+        information = self.information(moments, theta, z, subject.ys)
+        return Evaluated(value, by[:count] + down @ moves, information, z + last, moves)
+
+    def information(
+        self, moments: Moments, theta: Array, z: Array, ys: Array
+    ) -> Float[Array, "p p"]:
+        """The expected Hessian of `theta`, of observations that are linear in the effects.
+
+        That of a deviation is added the part which is zero in the mean, about twice too much at
+        most: near a deviation of zero, it is all there is.
+        """
+        flat = self.params_of(theta, z)
+        seen = ~jnp.isnan(ys).reshape(-1)
+        slopes = jax.jacfwd(moments)(flat).reshape(2, -1, len(flat))
+        slopes = jnp.where(seen[:, None], slopes, 0.0)
+        log_noise = jnp.where(seen, moments(flat)[1].reshape(-1), 0.0)
+
+        def law(near):
+            shared, root, of_noise = self.split(near)
+            along = slopes[0][:, self.places] @ root
+            each = log_noise + slopes[1] @ (shared - self.split(theta)[0])
+            each += jnp.where(seen, of_noise.sum(), 0.0)
+            columns = jnp.concatenate([slopes[0] @ shared[:, None], along], axis=1)
+            return columns, along @ along.T + jnp.diag(jnp.exp(2 * each))
+
+        of_columns, of_spread = jax.jacfwd(law)(theta)
+        lower = jnp.linalg.cholesky(law(theta)[1])
+
+        def white(matrix):
+            return jax.scipy.linalg.solve_triangular(lower, matrix, lower=True)
+
+        of_columns = jax.vmap(white, -1)(of_columns).reshape(len(theta), -1)
+        of_spread = jax.vmap(lambda each: white(white(each).T), -1)(of_spread)
+        of_spread = of_spread.reshape(len(theta), -1)
+        return of_columns @ of_columns.T + 0.5 * of_spread @ of_spread.T
+
+
+def secant(
+    hessian: Float[Array, "n n"], apart: Float[Array, " n"], change: Float[Array, " n"]
+) -> Float[Array, "n n"]:
+    """The update of Broyden, Fletcher, Goldfarb and Shanno, so that `hessian @ apart` is the
+    `change` of the gradient; the same matrix where it would not be positive."""
+    along = hessian @ apart
+    curved, known = apart @ along, apart @ change
+    positive = (curved > 0) & (known > 0)
+    old = jnp.outer(along, along) / jnp.where(positive, curved, 1.0)
+    new = jnp.outer(change, change) / jnp.where(positive, known, 1.0)
+    return jnp.where(positive, hessian - old + new, hessian)
 
 
 class Evaluated(NamedTuple):
@@ -238,6 +300,8 @@ class Evaluated(NamedTuple):
     """Minus the log-likelihoods."""
     scores: Float[Array, "subjects p"]
     """Their gradients."""
+    information: Float[Array, "subjects p p"]
+    """Their expected Hessians, about: of `Population.information`."""
     effects: Float[Array, "subjects q"]
     moves: Float[Array, "subjects q p"]
     """The derivatives of the effects."""

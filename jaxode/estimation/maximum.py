@@ -1,18 +1,51 @@
 """The largest likelihood of a population, and the covariance there."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxode.estimation.marginal import Population, evaluated
+from jaxode.estimation.marginal import (
+    DAMPING,
+    LONGER,
+    SHORTER,
+    Population,
+    evaluated,
+    secant,
+)
 
-TOLERANCE = 0.03  # of the search before Newton's steps, in standard errors
+TOLERANCE, SHORTEST = 0.03, 1e-4  # of the search before Newton's steps, in standard errors
 NEWTON_STEPS, CONVERGED = 5, 1e-3  # in standard errors
 DIFFERENCE = 0.01  # of the Hessian, in standard errors
 TOGETHER = 50  # subjects, at most
-FAILED = 1e10  # nats, where a subject cannot be solved
+LEAST = 1e-6  # information of a parameter that the search takes for its scale
+
+
+class Total(NamedTuple):
+    """Of some of the subjects."""
+
+    values: np.ndarray
+    """Minus the log-likelihood of each."""
+    scores: np.ndarray
+    """The gradient of their sum."""
+    information: np.ndarray
+    """The expected Hessian of their sum, about."""
+
+    @property
+    def value(self) -> float:
+        return float(self.values.sum())
+
+    @property
+    def decrement(self) -> float:
+        """How far the best parameters are, in standard errors."""
+        return float(np.sqrt(self.scores @ np.linalg.solve(self.damped(1e-9), self.scores)))
+
+    def damped(self, damping: float) -> np.ndarray:
+        scale = np.maximum(np.diag(self.information), LEAST)
+        return self.information + damping * np.diag(scale)
 
 
 class PopulationLikelihood:
@@ -44,9 +77,9 @@ class PopulationLikelihood:
         found = np.concatenate([effects[: len(members)] for (_, effects, _), members in each])
         return jnp.asarray(found[np.argsort(np.concatenate(self.members))])
 
-    def at(self, theta: np.ndarray, parts: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Minus the log-likelihood of each subject of the first `parts`, and their gradients."""
-        values, scores = [], []
+    def at(self, theta: np.ndarray, parts: int | None = None) -> Total:
+        """The likelihood of the subjects of the first `parts`."""
+        values, scores, information = [], 0.0, 0.0
         for i, members in enumerate(self.members[:parts]):
             last, effects, moves = self.last[i]
             begin = effects + jnp.clip(moves @ jnp.asarray(theta - last), -1.0, 1.0)
@@ -54,29 +87,34 @@ class PopulationLikelihood:
             if bool(jnp.isfinite(found.values).all()):
                 self.last[i] = theta, found.effects, found.moves
             values.append(np.asarray(found.values)[: len(members)])
-            scores.append(np.asarray(found.scores)[: len(members)])
+            scores += np.asarray(found.scores)[: len(members)].sum(axis=0)
+            information += np.asarray(found.information)[: len(members)].sum(axis=0)
         order = np.argsort(np.concatenate(self.members[:parts]))
-        return np.concatenate(values)[order], np.concatenate(scores)[order]
+        return Total(np.concatenate(values)[order], np.asarray(scores), np.asarray(information))
 
     def minimized(self, theta: np.ndarray, steps: int, parts: int | None = None) -> np.ndarray:
-        """BFGS, in units of what the scores say of the standard errors."""
-        from scipy.optimize import minimize
-
-        _, scores = self.at(theta, parts)
-        about = scores.T @ scores
-        about += 1e-3 * np.diag(np.maximum(np.diag(about), 1e-6))
-        unit = np.linalg.inv(np.linalg.cholesky(about)).T
-
-        def total(x):
-            values, scores = self.at(theta + unit @ x, parts)
-            value, down = values.sum(), unit.T @ scores.sum(axis=0)
-            if np.isfinite(value) and np.isfinite(down).all():
-                return float(value), down
-            return FAILED, np.zeros_like(x)
-
-        settings = {"gtol": TOLERANCE, "maxiter": steps}
-        found = minimize(total, np.zeros(len(theta)), jac=True, method="BFGS", options=settings)
-        theta, signs = self.population.with_positive_root(theta + unit @ found.x)
+        """Damped Fisher scoring, corrected by the gradients as the search of effects is. A step
+        changes no parameter by more than itself, or by one."""
+        best, more, damping = self.at(theta, parts), np.zeros(2 * theta.shape), DAMPING
+        for _ in range(steps):
+            if not best.decrement > TOLERANCE:
+                break
+            expected = best.damped(damping)
+            move = -np.linalg.solve(expected + more, best.scores)
+            if not best.scores @ move < 0:
+                move = -np.linalg.solve(expected, best.scores)
+            move = move / max(1.0, np.max(np.abs(move) / np.maximum(np.abs(theta), 1.0)))
+            found = self.at(theta + move, parts)
+            if np.isfinite(found.scores).all() and found.value <= best.value:
+                change = found.scores - best.scores
+                known = (jnp.asarray(x) for x in (found.information + more, move, change))
+                more = np.asarray(secant(*known)) - found.information
+                theta, best, damping = theta + move, found, damping * LONGER
+            elif move @ best.information @ move < SHORTEST**2:
+                break
+            else:
+                damping *= SHORTER
+        theta, signs = self.population.with_positive_root(theta)
         if bool((signs < 0).any()):
             for i, (last, effects, moves) in enumerate(self.last[:parts]):
                 self.last[i] = last, effects * signs[None], 0 * moves
@@ -85,22 +123,21 @@ class PopulationLikelihood:
     def polished(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Newton's method, with one Hessian by differences of exact gradients: the end, the
         covariance, and whether it has converged."""
-        values, scores = self.at(theta)
-        value, down = values.sum(), scores.sum(axis=0)
-        about = (scores**2).sum(axis=0)  # which is zero where a deviation is
+        best = self.at(theta)
         wide = np.maximum(np.abs(theta), 1.0)
+        about = np.diag(best.information)  # which is zero where a deviation is
         steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide))
-        rows = [(self.at(theta + step)[1].sum(axis=0) - down) / step.max() for step in steps]
+        rows = [(self.at(theta + step).scores - best.scores) / step.max() for step in steps]
         hessian = (np.stack(rows) + np.stack(rows).T) / 2
         if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
             return theta, np.full_like(hessian, np.nan), False
         covariance = np.linalg.inv(hessian)
         for _ in range(NEWTON_STEPS):
-            better = theta - covariance @ down
-            values, scores = self.at(better)
-            if not values.sum() <= value:
+            better = theta - covariance @ best.scores
+            found = self.at(better)
+            if not found.value <= best.value:
                 break
-            theta, value, down = better, values.sum(), scores.sum(axis=0)
-            if down @ covariance @ down < CONVERGED**2:
+            theta, best = better, found
+            if best.scores @ covariance @ best.scores < CONVERGED**2:
                 break
-        return theta, covariance, bool(down @ covariance @ down < CONVERGED**2)
+        return theta, covariance, bool(best.scores @ covariance @ best.scores < CONVERGED**2)

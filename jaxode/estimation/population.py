@@ -114,9 +114,9 @@ def estimate_population(
     parameters be logarithms, whose effects are factors. The likelihood of each subject is
     integrated over its effects by Laplace's method with the expected Hessian, which is first-order
     conditional estimation with interaction (FOCEI). It is exact for models that are linear in the
-    effects and have constant noise. Gradients are exact. The search is BFGS, of populations of more
-    than 50 by some of the subjects first; it ends by steps of Newton's method. Standard errors are
-    of that Hessian, by differences of gradients.
+    effects and have constant noise. Gradients are exact. The search is damped Fisher scoring, of
+    populations of more than 50 by some of the subjects first; it ends by steps of Newton's method.
+    Standard errors are of that Hessian, by differences of gradients.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -158,7 +158,7 @@ def estimate_population(
         _Given(f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options)
     )
     likelihood = PopulationLikelihood(population, theta)
-    values, _ = likelihood.at(theta)
+    values = likelihood.at(theta).values
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
         raise SolveError(
@@ -179,7 +179,7 @@ def _described(
     likelihood: PopulationLikelihood,
     converged: bool,
 ) -> PopulationEstimate:
-    values, _ = likelihood.at(theta)
+    nll = likelihood.at(theta).value
     flat, root, log_noise = population.split(jnp.asarray(theta))
     unravel = population.unravel
     n = population.shared
@@ -217,7 +217,7 @@ def _described(
         noise=jnp.exp(log_noise[0]) if len(log_noise) else None,
         subjects=jax.vmap(params_of)(likelihood.effects),
         shrinkage=named(shrunk),
-        nll=jnp.asarray(values.sum()),
+        nll=jnp.asarray(nll),
         covariance=jnp.asarray(covariance),
         converged=jnp.asarray(converged),
         _observed=int((~np.isnan(np.asarray(population.subjects.ys))).sum()),
@@ -226,9 +226,10 @@ def _described(
 
 def _at_places(population: Population, values: Float[Array, " q"]) -> dict[str, Array]:
     """Values of the parameters that vary, by name."""
-    flat = jnp.full(population.shared, jnp.nan, values.dtype).at[population.places].set(values)
-    tree = population.unravel(flat)
-    return {name: leaf for name, leaf in tree.items() if not bool(jnp.isnan(leaf).any())}
+    none = jnp.zeros(population.shared, values.dtype)
+    varies = population.unravel(none.at[population.places].set(1.0))
+    tree = population.unravel(none.at[population.places].set(values))
+    return {name: leaf for name, leaf in tree.items() if bool(varies[name].all())}
 
 
 class _Given(NamedTuple):

@@ -244,3 +244,54 @@ def test_it_names_a_subject_that_cannot_be_solved():
         jaxode.estimate_population(
             explode, jnp.full((10, 1), 1e3), TS, LINES[..., None], GUESS, SPREAD, max_steps=16
         )
+
+
+def absorbed(t, y, params):
+    taken = jnp.exp(params["ka"]) * y[0]
+    return jnp.stack([-taken, taken - jnp.exp(params["ke"]) * y[1]])
+
+
+@pytest.mark.parametrize("log_noise", [-1.2, -3.0])
+def test_a_search_from_noise_that_is_far_too_small_ends_where_others_do(log_noise):
+    rng, hours = np.random.default_rng(0), np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+    effects = rng.normal(size=(3, 12, 1)) * np.array([0.6, 0.15, 0.2])[:, None, None]
+    ka, ke, volume = np.exp(np.array([0.4, -2.5, -0.7])[:, None, None] + effects)
+    mean = 10 * ka / volume / (ka - ke) * (np.exp(-ke * hours) - np.exp(-ka * hours))
+    found = jaxode.estimate_population(
+        absorbed,
+        lambda params: jnp.array([10.0, 0.0]),
+        hours,
+        mean + 0.3 * rng.normal(size=mean.shape),
+        {"ka": 0.0, "ke": -2.0, "volume": 0.0, "log_noise": log_noise},
+        {"ka": 1.0, "ke": 1.0, "volume": 1.0},
+        observe=lambda t, y, params: y[1] * jnp.exp(-params["volume"]),
+        noise=lambda predicted, params: jnp.exp(params["log_noise"]) + 0 * predicted,
+    )
+    assert found.converged
+    np.testing.assert_allclose(found.nll, 95.3757, atol=1e-3)
+    apart = np.array([found.params[name] for name in ("ka", "ke", "volume")]) - [0.4, -2.5, -0.7]
+    errors = np.array([found.errors[name] for name in ("ka", "ke", "volume")])
+    assert (abs(apart) < 3 * errors).all()
+
+
+def test_the_information_is_that_of_a_linear_mixed_model():
+    none = dict.fromkeys(("observe", "noise", "args", "row_args"))
+    given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, "t0": 0.0}
+    population, theta = _posed(_Given(line, begin, correlated=True, options={}, **given, **none))
+    found = evaluated(population, jnp.asarray(theta), jnp.zeros((10, 2))).information
+    root, noise = np.zeros((2, 2)), np.exp(theta[5])
+    root[np.tril_indices(2)] = theta[2:5]
+    for subject in (0, 2):
+        basis = BASIS[~np.isnan(LINES[subject])]
+        inverse = np.linalg.inv(basis @ root @ root.T @ basis.T + noise**2 * np.eye(len(basis)))
+        moved = [basis @ np.outer(*np.eye(2)[[i, j]]) for i, j in ((0, 0), (1, 0), (1, 1))]
+        of_spread = [move @ root.T @ basis.T + basis @ root @ move.T for move in moved]
+        of_spread.append(2 * noise**2 * np.eye(len(basis)))
+        expected = np.zeros((6, 6))
+        expected[:2, :2] = basis.T @ inverse @ basis
+        for a, b in np.ndindex(4, 4):
+            traced = np.trace(inverse @ of_spread[a] @ inverse @ of_spread[b])
+            expected[a + 2, b + 2] = 0.5 * traced
+        for a, b in np.ndindex(3, 3):  # the part that is zero in the mean
+            expected[a + 2, b + 2] += np.trace(moved[a].T @ inverse @ moved[b])
+        np.testing.assert_allclose(found[subject], expected, rtol=1e-6, atol=1e-6)
