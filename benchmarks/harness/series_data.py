@@ -1,4 +1,5 @@
-"""Irregular series for the benchmark: a linear system, predators and prey, and PhysioNet 2012.
+"""Irregular series for the benchmark: a linear system, predators and prey, MuJoCo's hopper, and
+PhysioNet 2012.
 
 The files of PhysioNet 2012 (Silva et al. 2012) are read from the folder that the environment
 variable `PHYSIONET_2012` names: `set-a` and `set-b` with a text file for each patient, and
@@ -113,6 +114,31 @@ def predators(rows: int, seed: int) -> Series:
         ts[i], ts[i, :count] = times[-1], times
         ys[i, :count] = exact[i, :count] + 0.1 * rng.standard_normal((count, 2))
     return Series(ts, ys, exact=exact)
+
+
+def hopper(rows: int, seed: int) -> Series:
+    """MuJoCo's hopper thrown and left alone, as Rubanova et al. (2019) simulate it: 200 steps of 7
+    positions and 7 velocities; of the first half, half of the times are seen. Channels are scaled
+    to [0, 1]. It needs `pip install dm-control 'mujoco<4'`."""
+    from dm_control import suite
+
+    physics, rng, steps = suite.load("hopper", "stand").physics, np.random.default_rng(seed), 200
+    ys = np.zeros((rows, steps, 14))
+    for i in range(rows):
+        with physics.reset_context():
+            physics.data.qpos[:2] = rng.uniform(0, 0.5, 2)
+            physics.data.qpos[2:] = rng.uniform(-2, 2, 5)
+            physics.data.qvel[:] = rng.uniform(-5, 5, 7)
+        for j in range(steps):
+            ys[i, j] = np.concatenate([physics.data.qpos, physics.data.qvel])
+            physics.step()
+    low, high = ys.min((0, 1)), ys.max((0, 1))
+    ys = (ys - low) / (high - low)
+    half = steps // 2
+    order = np.argsort(rng.random((rows, half)), axis=1)[:, : half // 2]
+    first = np.sort(order, axis=1)
+    seen = np.concatenate([first, np.broadcast_to(np.arange(half, steps), (rows, half))], axis=1)
+    return Series(seen / steps, np.take_along_axis(ys, seen[..., None], axis=1))
 
 
 @functools.cache
