@@ -1,4 +1,5 @@
-"""Maps from the units of the data to numbers that a network likes, for `standardize=` of `bind`.
+"""Maps from the units of the data to numbers that a network likes, for `standardize=` and
+`standardize_context=` of `bind`.
 
 Data alone stand for their affine map. These functions ask for another one:
 

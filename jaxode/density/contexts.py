@@ -31,7 +31,7 @@ class Contexts(eqx.Module):
     """Shapes and maps of the context, leaf by leaf."""
 
     maps: PyTree
-    """`Affine` for each standardized leaf, None for the others; or None for all."""
+    """A map for each standardized leaf, None for the others; or None for all."""
     shapes: tuple[Shape, ...] | None = eqx.field(static=True)
     """The shapes of one context. None if they are not known."""
 
@@ -184,7 +184,7 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Ar
             f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
             f"{samples}; got shape {jnp.shape(leaf)}.{remedy}"
         ) from None
-    return rows if of_leaf is None else of_leaf.inverse(rows)[0]
+    return rows if of_leaf is None else jax.vmap(lambda row: of_leaf.inverse(row)[0])(rows)
 
 
 def _maps_of(given: Any, columns: bool = False) -> PyTree:
@@ -201,11 +201,8 @@ def _maps_of(given: Any, columns: bool = False) -> PyTree:
         return as_map("standardize_context", given, max(np.shape(part) for part in given))
 
     def one(leaf):
-        if isinstance(leaf, Partial):
-            raise TypeError(
-                "bind(standardize_context=...): a context has affine maps only; got one of "
-                "jaxode.standardize. Pass the data themselves."
-            )
+        if isinstance(leaf, Partial):  # of `jaxode.standardize`
+            return as_map("standardize_context", leaf, jnp.shape(leaf.args[0])[1:])
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             if columns and jnp.ndim(leaf) > 1:
                 axes, size = tuple(range(jnp.ndim(leaf) - 1)), jnp.shape(leaf)[-1]

@@ -389,6 +389,7 @@ def bind(
             maps. Angles of `jaxode.torus` stay as they are.
         standardize_context: affine map of the context: data `[n, *row]`, a dictionary or named
             tuple of such arrays, or `(mean, scale)`. Integers, such as labels, stay as they are.
+            For numbers over several orders of magnitude, pass `jaxode.standardize.normal(data)`.
         support: where the density is not zero: `(low, high)`, numbers or arrays of an event's
             shape, possibly infinite; a numpyro constraint; or a distrax bijector. Data must lie
             strictly inside. `(mean, scale)` then refer to the data after the bijection. Beside
@@ -396,7 +397,7 @@ def bind(
         context_shape: shape of one context, or of each of its arrays, so that its leading axes are
             known. Not needed if `standardize_context` is data, or a mean and scale that are arrays.
         embed: a network `embed(row)`, such as `jaxode.nn.DeepSet`, from the context of one sample,
-            after its affine map, to the vector that the vector field gets. It is evaluated once for
+            after that map, to the vector that the vector field gets. It is evaluated once for
             each context, before the solve, and trained by `jaxode.fit`: `density.params` is then a
             pair `(params, embed)`, which the losses of `density.flow` also take. Contexts may hold
             NaN, if it knows what to make of them. `standardize_context` then takes means and

@@ -10,10 +10,13 @@ from helpers import Frame
 from scipy import stats
 
 import jaxode
+from jaxode.density.maps import normal
 
 KEY = jax.random.key(0)
 SEEN = np.random.default_rng(1).normal(10.0, 4.0, (40, 3))
 WHITE = (SEEN - SEEN.mean(0)) / SEEN.std(0)
+WIDE = np.exp(SEEN)  # over ten orders of magnitude
+NORMAL = jax.vmap(lambda row: normal.fit(WIDE).inverse(row)[0])(WIDE)
 
 
 def growing(t, z, args):
@@ -52,6 +55,10 @@ CONTEXTS = {
     "a number of Python for all": ({"context_shape": ()}, 2.0, (2,), 2),
     "leading axes": ({"context_shape": (3,)}, SEEN[:2], (5, 2), SEEN[:2].sum(1)),
     "in units": ({"standardize_context": SEEN}, SEEN[:4], (4,), WHITE[:4].sum(1)),
+    "mapped to normals": (
+        {"standardize_context": jaxode.standardize.normal(WIDE)},
+        WIDE[:4], (4,), NORMAL[:4].sum(1),
+    ),
     "in given units": ({"standardize_context": (2.5, 1.5)}, np.array([3, 4]), (3,), 4 / 3),
     "labels stay as they are": (
         {"standardize_context": {"label": LABELS, "size": SEEN}},

@@ -75,7 +75,7 @@ ROWS = {
         ({"params": nn.MLP}, "must be a pytree of parameters; got the class MLP. Call it"),
         ({"standardize_context": {"a": np.full(40, "a")}}, "must be an array of numbers; got an a"),
         ({"standardize_context": {"a": 3.0}}, "must be the data, or (mean, scale); got 3.0. Pass"),
-        ({"standardize_context": {"a": normal(TABLE)}}, "a context has affine maps only; ~ Pass t"),
+        ({"standardize_context": {"a": normal(3.0)}}, "must be the data, or (mean, scale); got 3"),
         ({"support": "positive"}, "must be bounds (low, high)~; got 'positive'"),
         ({"support": (0j, 1.0)}, "bounds must be real numbers; got 0j"),
         *(({"context_shape": x}, f"must be a shape, ~; got {x!r}.") for x in (3, [3], "a", (-1,))),
