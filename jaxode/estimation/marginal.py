@@ -103,12 +103,14 @@ class Population(eqx.Module):
         flat, root, _ = self.split(theta)
         return flat.at[self.places].add(root @ z)
 
-    def moments(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "2 times ..."]:
-        """The mean of a subject's observations by its parameters, and the logarithm of their
-        standard deviation, or zero if one number is the noise of all."""
-        params, row = self.unravel(flat), subject.row
-        if self.args is not None:
-            params = params, self.args
+    def given(self, flat: Float[Array, " n"]) -> PyTree:
+        """What all functions get: the parameters, with `args` if there are any."""
+        params = self.unravel(flat)
+        return params if self.args is None else (params, self.args)
+
+    def predicted(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "times ..."]:
+        """The mean of a subject's observations by its parameters."""
+        params, row = self.given(flat), subject.row
         given = params if row is None else (params, row)
         start = subject.y0
         if callable(self.y0):
@@ -119,13 +121,22 @@ class Population(eqx.Module):
             self.f, start, self.t0, subject.ts[-1], given, ts=subject.ts, jumps=jumps,
             adjoint=ForwardMode(), throw=False, **self.options,
         ).ys  # fmt: skip
-        if self.observe is not None:
+        if self.observe is None:
+            return found
 
-            def see(t, y):
-                return call_field(self.observe, t, y, given, "observe", "what is observed")
+        def see(t, y):
+            return call_field(self.observe, t, y, given, "observe", "what is observed")
 
-            found = jax.vmap(see)(subject.ts, found)
-        log_noise = 0.0 if self.noise is None else jnp.log(self.noise(found, params))
+        return jax.vmap(see)(subject.ts, found)
+
+    def moments(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "2 times ..."]:
+        """The mean of a subject's observations by its parameters, and the logarithm of their
+        standard deviation, or zero if one number is the noise of all."""
+        found, log_noise = self.predicted(flat, subject), jnp.zeros(())
+        if self.noise is not None:
+            # Where an observation is missing, it may be zero.
+            missing = jnp.isnan(subject.ys)
+            log_noise = jnp.log(jnp.where(missing, 1.0, self.noise(found, self.given(flat))))
         return jnp.stack([found, jnp.broadcast_to(log_noise, found.shape)])
 
     def nll(self, moments: Moments, theta: Array, z: Array, ys: Array) -> NLL:

@@ -21,6 +21,7 @@ TOLERANCE, SHORTEST = 0.03, 1e-4  # of the search before Newton's steps, in stan
 NEWTON_STEPS, CONVERGED = 5, 1e-3  # in standard errors
 DIFFERENCE = 0.01  # of the Hessian, in standard errors
 TOGETHER = 50  # subjects, at most
+LEAST_DAMPING = 1e-6  # so that some steps that fail suffice to raise it
 LEAST = 1e-6  # information of a parameter that the search takes for its scale
 
 
@@ -33,6 +34,11 @@ class Total(NamedTuple):
     """The gradient of their sum."""
     information: np.ndarray
     """The expected Hessian of their sum, about."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether a search can go on from here."""
+        return bool(np.isfinite(self.scores).all() and np.isfinite(self.information).all())
 
     @property
     def value(self) -> float:
@@ -94,8 +100,9 @@ class PopulationLikelihood:
 
     def minimized(self, theta: np.ndarray, steps: int, parts: int | None = None) -> np.ndarray:
         """Damped Fisher scoring, corrected by the gradients as the search of effects is. A step
-        changes no parameter by more than itself, or by one."""
+        changes no parameter by more than itself, or by one, and after one that fails, by less."""
         best, more, damping = self.at(theta, parts), np.zeros(2 * theta.shape), DAMPING
+        longest = 1.0
         for _ in range(steps):
             if not best.decrement > TOLERANCE:
                 break
@@ -103,17 +110,19 @@ class PopulationLikelihood:
             move = -np.linalg.solve(expected + more, best.scores)
             if not best.scores @ move < 0:
                 move = -np.linalg.solve(expected, best.scores)
-            move = move / max(1.0, np.max(np.abs(move) / np.maximum(np.abs(theta), 1.0)))
+            length = np.max(np.abs(move) / np.maximum(np.abs(theta), 1.0))
+            move, length = move * min(1.0, longest / length), min(length, longest)
             found = self.at(theta + move, parts)
-            if np.isfinite(found.scores).all() and found.value <= best.value:
+            if found.usable and found.value <= best.value:
                 change = found.scores - best.scores
                 known = (jnp.asarray(x) for x in (found.information + more, move, change))
                 more = np.asarray(secant(*known)) - found.information
-                theta, best, damping = theta + move, found, damping * LONGER
+                theta, best, damping = theta + move, found, max(damping * LONGER, LEAST_DAMPING)
+                longest = min(2 * longest, 1.0)
             elif move @ best.information @ move < SHORTEST**2:
                 break
             else:
-                damping *= SHORTER
+                damping, longest = damping * SHORTER, length / SHORTER
         theta, signs = self.population.with_positive_root(theta)
         if bool((signs < 0).any()):
             for i, (last, effects, moves) in enumerate(self.last[:parts]):

@@ -294,7 +294,7 @@ def _noise_numbers(noise: Any, ys: Array) -> Array:
     found = floating(numbers("noise", noise)).astype(ys.dtype)
     if not bool(((found > 0) & jnp.isfinite(found)).all()):
         raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
-    if not _broadcasts(found.shape, ys.shape):
+    if not broadcasts(found.shape, ys.shape):
         raise ValueError(
             f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {found.shape}."
         )
@@ -309,7 +309,7 @@ def _check_noise_shape(problem: ObservedODE) -> None:
     row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
     found = jax.eval_shape(noise, problem.given(problem.template), *row)
     one = problem.ys.shape[problem.ts.ndim :]
-    if not _broadcasts(getattr(found, "shape", (-1,)), one):
+    if not broadcasts(getattr(found, "shape", (-1,)), one):
         raise ValueError(
             f"{arg('noise')} must return what broadcasts with an observation, {one}; got {found}."
         )
@@ -337,7 +337,7 @@ def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
         )
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     try:
         return jnp.broadcast_shapes(shape, to) == to
     except (ValueError, TypeError):

@@ -19,6 +19,7 @@ from jaxode._checks.arguments import (
     check_number,
     check_state,
     floating,
+    integer,
     non_negative,
     numbers,
     takes,
@@ -30,7 +31,7 @@ from jaxode._checks.samples import check_finite, check_rows
 from jaxode.estimation.display import as_text
 from jaxode.estimation.marginal import Population, Subject
 from jaxode.estimation.maximum import PopulationLikelihood
-from jaxode.estimation.observations import as_data, check_observed, check_times
+from jaxode.estimation.observations import as_data, broadcasts, check_observed, check_times
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
 from jaxode.ode.solve import solve
@@ -97,7 +98,7 @@ def estimate_population(
     ts: Float[Array, " times"] | Float[Array, "subjects times"],
     ys: Float[Array, "subjects times ..."],
     start: dict[str, Float[Array, "..."]],
-    vary: dict[str, float | Float[Array, "..."]],
+    vary: dict[str, float],
     *,
     t0: float | Float[Array, ""] = 0.0,
     observe: Callable[[Array, PyTree, PyTree], Array] | None = None,
@@ -157,6 +158,7 @@ def estimate_population(
     population, theta = _posed(
         _Given(f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options)
     )
+    steps = integer("steps", steps, least=0)
     likelihood = PopulationLikelihood(population, theta)
     values = likelihood.at(theta).values
     if not np.isfinite(values).all():
@@ -284,11 +286,39 @@ def _posed(given: _Given) -> tuple[Population, np.ndarray]:
         template=template, args=as_data(args, (t0, times.max())), subjects=subjects,
         options=options,
     )  # fmt: skip
+    _check_shapes(population)
     root = jnp.diag(deviations)[jnp.tril_indices(len(places))] if correlated else deviations
     flat = ravel_pytree(template)[0]
     theta = [flat, root] if noise is not None else [flat, root, jnp.zeros(1, dtype)]
     theta = np.asarray(jnp.concatenate(theta))
     return population, _with_noise(population, theta) if noise is None else theta
+
+
+def _check_shapes(population: Population) -> None:
+    """Raise unless predictions and their noise are like observations: others would broadcast."""
+    subject = jax.tree.map(lambda leaf: leaf[0], population.subjects)
+    flat, shape = ravel_pytree(population.template)[0], subject.ys.shape
+    found = jax.eval_shape(population.predicted, flat, subject)
+    got = getattr(found, "shape", found)
+    if got != shape and population.observe is not None:
+        raise ValueError(
+            f"{arg('observe')} must return one observation, so that those of a subject are like "
+            f"its ys, {shape}; got {got}."
+        )
+    if got != shape:
+        raise ValueError(
+            f"{arg('ys')} of a subject must be like its states, {got}; got {shape}. Let ys and y0 "
+            "have the same axes after times and subjects, or pass observe."
+        )
+    if population.noise is None:
+        return
+    noise = jax.eval_shape(population.noise, found, population.given(flat))
+    got = getattr(noise, "shape", noise)
+    if not (isinstance(got, tuple) and broadcasts(got, shape)):
+        raise ValueError(
+            f"{arg('noise')} must return what broadcasts with the predictions of a subject, "
+            f"{shape}; got {got}."
+        )
 
 
 def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jumps"]:
@@ -315,13 +345,14 @@ def _cause(population: Population, theta: np.ndarray, i: int) -> str:
     none = jnp.zeros(len(population.places), population.t0.dtype)
     subject = jax.tree.map(lambda leaf: leaf[i], population.subjects)
     flat = population.params_of(jnp.asarray(theta), none)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(subject.row)):
+        return "Its row_args are not finite: leave it out, or fix their source."
     mean, log_noise = np.asarray(population.moments(flat, subject))
     lost = ~np.isnan(subject.ys) & np.isfinite(mean) & ~np.isfinite(log_noise)
     if population.noise is None or not lost.any():
         return "Start nearer, or raise max_steps."
-    params = population.unravel(flat)
-    given = params if population.args is None else (params, population.args)
-    noise = np.broadcast_to(population.noise(jnp.asarray(mean), given), mean.shape)
+    noise = population.noise(jnp.asarray(mean), population.given(flat))
+    noise = np.broadcast_to(noise, mean.shape)
     at = tuple(map(int, np.argwhere(lost)[0]))
     return (
         f"noise is {noise[at]:.4g} for ys{[i, *at]} = {subject.ys[at]:.4g}, where "

@@ -1,5 +1,7 @@
 """Populations: against closed forms of linear mixed models, quadrature and simulated subjects."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from scipy import optimize, stats
 
 import jaxode
 from jaxode.estimation.marginal import evaluated
+from jaxode.estimation.maximum import PopulationLikelihood, Total
 from jaxode.estimation.population import _Given, _posed
 
 RNG = np.random.default_rng(0)
@@ -196,6 +199,16 @@ WRONG = {
     "one subject": ({"ys": LINES[0]}, r"ys=.*\[subjects, times, ...\]"),
     "noise of one": ({"noise": lambda p: p["level"]}, r"function \(predicted, params\); got \(p\)"),
     "an unknown option": ({"batch": "joint"}, "is not an option of estimate_population"),
+    "states with one axis more": ({"ys": LINES}, r"ys=.*like its states, \(6, 1\); got \(6,\)"),
+    "a prediction with one axis less": (
+        {"observe": lambda t, y, params: y[0]},
+        r"observe=.*must return one observation.* its ys, \(6, 1\); got \(6,\)",
+    ),
+    "noise of other times": (
+        {"noise": lambda predicted, params: jnp.ones(3)},
+        r"noise=.*must return what broadcasts.*, \(6, 1\); got \(3,\)",
+    ),
+    "half a step": ({"steps": 2.5}, r"steps=.*must be an integer of at least 0; got 2.5"),
     "times out of order": ({"ts": TS[::-1]}, "must be in order"),
     "an infinite observation": (
         {"ys": np.where(LINES > 1.0, np.inf, LINES)[..., None]},
@@ -236,6 +249,54 @@ def test_it_names_an_observation_without_noise():
     words = r"subject 4 has .* noise is 0 for ys\[4, 0, 0\] = .*, where 0 is predicted. Let it be"
     with pytest.raises(jaxode.SolveError, match=words):
         jaxode.estimate_population(line, y0, TS, LINES[..., None], GUESS, SPREAD, noise=noise)
+
+
+def test_it_names_a_subject_whose_row_is_not_finite():
+    sizes = jnp.ones(10).at[4].set(jnp.nan)
+    grown = lambda params, size: (size * params["level"])[None]
+    of_row = lambda t, y, given: line(t, y, given[0])
+    with pytest.raises(jaxode.SolveError, match=r"subject 4 has .* Its row_args are not finite"):
+        jaxode.estimate_population(
+            of_row, grown, TS, LINES[..., None], GUESS, SPREAD, row_args=sizes
+        )
+
+
+def test_noise_may_be_zero_where_an_observation_is_missing():
+    none = dict.fromkeys(("observe", "args", "row_args"))
+    given = {"start": GUESS, "vary": SPREAD, "t0": 0.0, "correlated": False, "options": {}, **none}
+    noise = lambda predicted, params: jnp.sqrt(predicted - params["level"])  # zero at the start
+    zero = np.append(0.0, TS), np.concatenate([np.full((10, 1), np.nan), LINES], 1)[..., None]
+    given["start"] = {"level": 1.0, "slope": 0.5}
+    found = []
+    for ts, ys in (zero, (TS, LINES[..., None])):
+        population, theta = _posed(_Given(line, begin, ts, ys, noise=noise, **given))
+        found.append(evaluated(population, jnp.asarray(theta), jnp.zeros((10, 2))))
+    assert jnp.isfinite(found[1].values).all()
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+class Cliff(PopulationLikelihood):
+    """Half the square of the way to 1e6 as a likelihood, which cannot be known above 3000."""
+
+    def __init__(self, lost):
+        self.population = SimpleNamespace(with_positive_root=lambda theta: (theta, np.ones(0)))
+        self.lost, self.tried = lost, []
+
+    def at(self, theta, parts=None):
+        self.tried.append(float(theta[0]))
+        found = Total(0.5 * (theta - 1e6) ** 2, theta - 1e6, np.eye(1))
+        if theta[0] <= 3000:
+            return found
+        return found._replace(**{name: np.nan * getattr(found, name) for name in self.lost})
+
+
+@pytest.mark.parametrize("lost", [("values", "scores", "information"), ("information",)])
+def test_a_search_goes_on_from_where_the_likelihood_is_known(lost):
+    cliff = Cliff(lost)
+    end = cliff.minimized(np.ones(1), 40)
+    assert 2900 < end[0] <= 3000
+    assert len(set(cliff.tried)) == len(cliff.tried)
 
 
 def test_it_names_a_subject_that_cannot_be_solved():
