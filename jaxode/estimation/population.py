@@ -200,7 +200,8 @@ def _described(
     if not converged or not np.isfinite(covariance).all():
         warnings.warn(
             "estimate_population: the search did not converge, or the observations do not "
-            "determine a parameter. Start nearer, let fewer parameters vary, or raise steps.",
+            "determine a parameter. Start nearer, such as where jaxode.estimate of all subjects "
+            "as one ends, let fewer parameters vary, or raise steps.",
             stacklevel=4,
         )
 

@@ -243,6 +243,14 @@ def test_it_refuses(case):
     assert str(raised.value).startswith("estimate_population(")
 
 
+def test_a_search_that_is_cut_short_says_where_to_start():
+    with pytest.warns(UserWarning, match="did not converge.*where jaxode.estimate of all subjects"):
+        found = jaxode.estimate_population(
+            line, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True, steps=0
+        )
+    assert not found.converged
+
+
 def test_it_names_an_observation_without_noise():
     y0 = jnp.ones((10, 1)).at[4].set(0.0)
     noise = lambda predicted, params: 0.1 * predicted
