@@ -144,7 +144,8 @@ class PopulationLikelihood:
         for _ in range(NEWTON_STEPS):
             better = theta - covariance @ best.scores
             found = self.at(better)
-            if not found.value <= best.value:
+            # Values are known to about 1e-5, by the last step of effects; gradients say the rest.
+            if not found.value <= best.value + TOLERANCE**2:
                 break
             theta, best = better, found
             if best.scores @ covariance @ best.scores < CONVERGED**2:

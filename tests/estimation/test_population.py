@@ -307,6 +307,20 @@ def test_a_search_goes_on_from_where_the_likelihood_is_known(lost):
     assert len(set(cliff.tried)) == len(cliff.tried)
 
 
+class Rounded(Cliff):
+    """With a likelihood that looks worse by 2e-5 near its maximum."""
+
+    def at(self, theta, parts=None):
+        worse = 2e-5 * (abs(theta) < 1e-3)
+        return Total(0.5 * theta**2 + worse, theta, np.eye(1))
+
+
+def test_newtons_steps_end_by_gradients_where_values_are_rounded():
+    end, _, converged = Rounded(()).polished(np.full(1, 0.003))
+    assert converged
+    assert abs(end[0]) < 1e-3
+
+
 def test_it_names_a_subject_that_cannot_be_solved():
     explode = lambda t, y, p: y**2 + jnp.exp(p["level"])
     with pytest.raises(jaxode.SolveError, match=r"subject 0 has no finite likelihood"):
