@@ -176,6 +176,7 @@ class Population(eqx.Module):
             trial, z, best, more, damping, count, _ = state
             found = self.nll(moments, theta, trial, subject.ys)
             good = found.value <= best.value + ROUNDING * (1 + jnp.abs(best.value))
+            good &= jnp.isfinite(found.gradient).all() & jnp.isfinite(found.hessian).all()
             apart, change = trial - z, found.gradient - best.gradient
             corrected = secant(found.hessian + more, apart, change) - found.hessian
 

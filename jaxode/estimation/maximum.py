@@ -90,7 +90,7 @@ class PopulationLikelihood:
             last, effects, moves = self.last[i]
             begin = effects + jnp.clip(moves @ jnp.asarray(theta - last), -1.0, 1.0)
             found = evaluated(self.parts[i], jnp.asarray(theta), begin)
-            if bool(jnp.isfinite(found.values).all()):
+            if all(bool(jnp.isfinite(leaf).all()) for leaf in found):
                 self.last[i] = theta, found.effects, found.moves
             values.append(np.asarray(found.values)[: len(members)])
             scores += np.asarray(found.scores)[: len(members)].sum(axis=0)
@@ -112,17 +112,18 @@ class PopulationLikelihood:
                 move = -np.linalg.solve(expected, best.scores)
             length = np.max(np.abs(move) / np.maximum(np.abs(theta), 1.0))
             move, length = move * min(1.0, longest / length), min(length, longest)
-            found = self.at(theta + move, parts)
+            kept, found = list(self.last), self.at(theta + move, parts)
             if found.usable and found.value <= best.value:
                 change = found.scores - best.scores
                 known = (jnp.asarray(x) for x in (found.information + more, move, change))
                 more = np.asarray(secant(*known)) - found.information
                 theta, best, damping = theta + move, found, max(damping * LONGER, LEAST_DAMPING)
                 longest = min(2 * longest, 1.0)
-            elif move @ best.information @ move < SHORTEST**2:
+                continue
+            self.last = kept
+            if move @ best.information @ move < SHORTEST**2:
                 break
-            else:
-                damping, longest = damping * SHORTER, length / SHORTER
+            damping, longest = damping * SHORTER, length / SHORTER
         theta, signs = self.population.with_positive_root(theta)
         if bool((signs < 0).any()):
             for i, (last, effects, moves) in enumerate(self.last[:parts]):
@@ -136,16 +137,20 @@ class PopulationLikelihood:
         wide = np.maximum(np.abs(theta), 1.0)
         about = np.diag(best.information)  # which is zero where a deviation is
         steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide))
-        rows = [(self.at(theta + step).scores - best.scores) / step.max() for step in steps]
+        kept, rows = list(self.last), []
+        for step in steps:
+            rows.append((self.at(theta + step).scores - best.scores) / step.max())
+            self.last = list(kept)
         hessian = (np.stack(rows) + np.stack(rows).T) / 2
         if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
             return theta, np.full_like(hessian, np.nan), False
         covariance = np.linalg.inv(hessian)
         for _ in range(NEWTON_STEPS):
             better = theta - covariance @ best.scores
-            found = self.at(better)
+            kept, found = list(self.last), self.at(better)
             # Values are known to about 1e-5, by the last step of effects; gradients say the rest.
             if not found.value <= best.value + TOLERANCE**2:
+                self.last = kept
                 break
             theta, best = better, found
             if best.scores @ covariance @ best.scores < CONVERGED**2:

@@ -289,7 +289,7 @@ class Cliff(PopulationLikelihood):
 
     def __init__(self, lost):
         self.population = SimpleNamespace(with_positive_root=lambda theta: (theta, np.ones(0)))
-        self.lost, self.tried = lost, []
+        self.lost, self.tried, self.last = lost, [], []
 
     def at(self, theta, parts=None):
         self.tried.append(float(theta[0]))
