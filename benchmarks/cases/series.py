@@ -227,7 +227,25 @@ class Forecasts(Benchmark):
             parts.append(show.markdown([told, *scores], rows))
         return "\n\n".join([*parts, BELOW])
 
-    brief = table
+    def brief(self, results: Results) -> str:
+        """The tables with several scores, without the mean of a channel; the others in words."""
+        alone = [name for name in TABLES if name != "PhysioNet"]
+        words = []
+        for name in alone:
+            by = {}
+            for case, result in results.items():
+                if self.cases[case].table == name and "error" in result["scores"]:
+                    by.setdefault(self.cases[case].contender, []).append(result["scores"])
+            if by:
+                each = (f"{contender} {cell(of, 'error')}" for contender, of in by.items())
+                words.append(f"Errors on {name}: {', '.join(each)}.")
+        kept = {
+            case: result
+            for case, result in results.items()
+            if self.cases[case].table not in alone
+            and self.cases[case].contender != "mean of channel"
+        }
+        return " ".join([self.table(kept), *words])
 
 
 def cell(of: list[dict[str, float]], score: str) -> str:
