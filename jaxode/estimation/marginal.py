@@ -165,8 +165,9 @@ class Population(eqx.Module):
         """The likeliest effects of a subject, from the given ones or from none, whichever are
         likelier: those that were found at far parameters may lead nowhere.
 
-        Damped Fisher scoring, with a correction of the expected Hessian by the gradients (Dennis,
-        Gay and Welsch 1981, doi:10.1145/355958.355965): alone, it creeps where residuals are large.
+        Damped Fisher scoring with a correction of the expected Hessian by the gradients, as in
+        Dennis, Gay and Welsch (1981), doi:10.1145/355958.355965: alone, it creeps where residuals
+        are large.
         """
 
         def moments(flat):
@@ -201,7 +202,7 @@ class Population(eqx.Module):
 
         worst = NLL(jnp.asarray(jnp.inf, begin.dtype), 0 * begin, jnp.eye(len(begin)))
         damping = jnp.asarray(DAMPING, begin.dtype)
-        none, zero = 0 * begin, 0 * worst.hessian
+        none, zero = jnp.zeros_like(begin), 0 * worst.hessian
         state = none, none, worst, zero, damping, jnp.asarray(0), jnp.asarray(False)
         return jax.lax.while_loop(unfinished, step, state)[1]
 
