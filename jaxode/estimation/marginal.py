@@ -264,8 +264,8 @@ class Population(eqx.Module):
     ) -> Float[Array, "p p"]:
         """The expected Hessian of `theta`, of observations that are linear in the effects.
 
-        That of a deviation is added the part which is zero in the mean, about twice too much at
-        most: near a deviation of zero, it is all there is.
+        Deviations also have the part whose mean is zero. It makes too much of them by a factor of
+        1.5 or so, but near a deviation of zero, the rest vanishes.
         """
         flat = self.params_of(theta, z)
         seen = ~jnp.isnan(ys).reshape(-1)

@@ -338,6 +338,7 @@ def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of a shape broadcasts to another one."""
     try:
         return jnp.broadcast_shapes(shape, to) == to
     except (ValueError, TypeError):

@@ -347,7 +347,7 @@ def _cause(population: Population, theta: np.ndarray, i: int) -> str:
     subject = jax.tree.map(lambda leaf: leaf[i], population.subjects)
     flat = population.params_of(jnp.asarray(theta), none)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(subject.row)):
-        return "Its row_args are not finite: leave it out, or fix their source."
+        return "Its row_args are not finite: leave the subject out, or fix their source."
     mean, log_noise = np.asarray(population.moments(flat, subject))
     lost = ~np.isnan(subject.ys) & np.isfinite(mean) & ~np.isfinite(log_noise)
     if population.noise is None or not lost.any():
