@@ -22,6 +22,9 @@ NEWTON_STEPS, CONVERGED = 5, 1e-3  # in standard errors
 DIFFERENCE = 0.01  # of the Hessian, in standard errors
 TOGETHER = 50  # subjects, at most
 LEAST_DAMPING = 1e-6  # so that some steps that fail suffice to raise it
+GOOD, POOR = 0.75, 0.25  # of the gain that a step promised
+FLAT = 1e-4  # of the likelihood, by the change of a parameter by itself, or by one
+PART = 0.1  # of a flat direction, from which on a parameter has its part in it
 LEAST = 1e-6  # information of a parameter that the search takes for its scale
 
 
@@ -52,6 +55,16 @@ class Total(NamedTuple):
     def damped(self, damping: float) -> np.ndarray:
         scale = np.maximum(np.diag(self.information), LEAST)
         return self.information + damping * np.diag(scale)
+
+
+class Maximum(NamedTuple):
+    theta: np.ndarray
+    nll: float
+    covariance: np.ndarray
+    """NaN for what is free."""
+    converged: bool
+    free: np.ndarray
+    """Which parameters the observations do not determine."""
 
 
 class PopulationLikelihood:
@@ -99,25 +112,33 @@ class PopulationLikelihood:
         return Total(np.concatenate(values)[order], np.asarray(scores), np.asarray(information))
 
     def minimized(self, theta: np.ndarray, steps: int, parts: int | None = None) -> np.ndarray:
-        """Damped Fisher scoring, corrected by the gradients as the search of effects is. A step
-        changes no parameter by more than itself, or by one, and after one that fails, by less."""
+        """Damped Fisher scoring, corrected by the gradients as the search of effects is. The
+        damping follows how much of the gain that a step promised was there. A step changes no
+        parameter by more than itself, or by one, and after one that fails, by less."""
         best, more, damping = self.at(theta, parts), np.zeros(2 * theta.shape), DAMPING
         longest = 1.0
         for _ in range(steps):
             if not best.decrement > TOLERANCE:
                 break
-            expected = best.damped(damping)
+            curved, expected = best.information + more, best.damped(damping)
             move = -np.linalg.solve(expected + more, best.scores)
             if not best.scores @ move < 0:
+                curved = best.information
                 move = -np.linalg.solve(expected, best.scores)
             length = np.max(np.abs(move) / np.maximum(np.abs(theta), 1.0))
             move, length = move * min(1.0, longest / length), min(length, longest)
             kept, found = list(self.last), self.at(theta + move, parts)
             if found.usable and found.value <= best.value:
+                promised = -(best.scores @ move + 0.5 * move @ curved @ move)
+                gain = (best.value - found.value) / promised
                 change = found.scores - best.scores
                 known = (jnp.asarray(x) for x in (found.information + more, move, change))
                 more = np.asarray(secant(*known)) - found.information
-                theta, best, damping = theta + move, found, max(damping * LONGER, LEAST_DAMPING)
+                theta, best = theta + move, found
+                if gain > GOOD:
+                    damping = max(damping * LONGER, LEAST_DAMPING)
+                elif gain < POOR:
+                    damping *= SHORTER
                 longest = min(2 * longest, 1.0)
                 continue
             self.last = kept
@@ -130,9 +151,8 @@ class PopulationLikelihood:
                 self.last[i] = last, effects * signs[None], 0 * moves
         return theta
 
-    def polished(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Newton's method, with one Hessian by differences of exact gradients: the end, the
-        covariance, and whether it has converged."""
+    def polished(self, theta: np.ndarray) -> Maximum:
+        """Newton's method, with one Hessian by differences of exact gradients."""
         best = self.at(theta)
         wide = np.maximum(np.abs(theta), 1.0)
         about = np.diag(best.information)  # which is zero where a deviation is
@@ -142,9 +162,16 @@ class PopulationLikelihood:
             rows.append((self.at(theta + step).scores - best.scores) / step.max())
             self.last = list(kept)
         hessian = (np.stack(rows) + np.stack(rows).T) / 2
-        if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
-            return theta, np.full_like(hessian, np.nan), False
-        covariance = np.linalg.inv(hessian)
+        unknown, none = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
+        if not np.isfinite(hessian).all():
+            return Maximum(theta, best.value, unknown, False, none)
+        curvatures, along = np.linalg.eigh(hessian * np.outer(wide, wide))
+        flat = curvatures < FLAT
+        free = (np.abs(along[:, flat]) > PART).any(axis=1)
+        if curvatures.min() < -FLAT:
+            return Maximum(theta, best.value, unknown, False, none)
+        along = along[:, ~flat] * wide[:, None]
+        covariance = along / curvatures[~flat] @ along.T
         for _ in range(NEWTON_STEPS):
             better = theta - covariance @ best.scores
             kept, found = list(self.last), self.at(better)
@@ -155,4 +182,6 @@ class PopulationLikelihood:
             theta, best = better, found
             if best.scores @ covariance @ best.scores < CONVERGED**2:
                 break
-        return theta, covariance, bool(best.scores @ covariance @ best.scores < CONVERGED**2)
+        converged = best.scores @ covariance @ best.scores < CONVERGED**2 and not free.any()
+        covariance[free] = covariance[:, free] = np.nan
+        return Maximum(theta, best.value, covariance, bool(converged), free)

@@ -28,9 +28,10 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
+from jaxode.estimation.bounds import names
 from jaxode.estimation.display import as_text
 from jaxode.estimation.marginal import Population, Subject
-from jaxode.estimation.maximum import PopulationLikelihood
+from jaxode.estimation.maximum import Maximum, PopulationLikelihood
 from jaxode.estimation.observations import as_data, broadcasts, check_observed, check_times
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
@@ -45,7 +46,8 @@ class PopulationEstimate(eqx.Module):
     params: PyTree[Array]
     """The typical parameters: those of the population, and the median of those that vary."""
     errors: PyTree[Array]
-    """Their standard errors."""
+    """Their standard errors; NaN for what the observations do not determine, which is named in a
+    warning."""
     deviations: dict[str, Array]
     """The standard deviation between subjects of each parameter that varies."""
     deviation_errors: dict[str, Array]
@@ -149,8 +151,8 @@ def estimate_population(
         SolveError: if a subject cannot be solved at the start.
 
     Warns:
-        UserWarning: if the search has not converged, or the observations do not determine a
-            parameter.
+        UserWarning: if the search has not converged, or the observations do not determine
+            parameters, by their names.
 
     References:
         Lindstrom and Bates 1990, doi:10.2307/2532087; Wang 2007, doi:10.1007/s10928-007-9060-6.
@@ -170,18 +172,13 @@ def estimate_population(
     if len(likelihood.parts) > 1:
         theta = likelihood.minimized(theta, steps, parts=1)
     theta = likelihood.minimized(theta, steps)
-    theta, covariance, converged = likelihood.polished(theta)
-    return _described(population, theta, covariance, likelihood, converged)
+    return _described(population, likelihood.polished(theta), likelihood)
 
 
 def _described(
-    population: Population,
-    theta: np.ndarray,
-    covariance: np.ndarray,
-    likelihood: PopulationLikelihood,
-    converged: bool,
+    population: Population, found: Maximum, likelihood: PopulationLikelihood
 ) -> PopulationEstimate:
-    nll = likelihood.at(theta).value
+    theta, nll, covariance, converged, free = found
     flat, root, log_noise = population.split(jnp.asarray(theta))
     unravel = population.unravel
     n = population.shared
@@ -193,15 +190,25 @@ def _described(
         return jnp.sqrt(jnp.sum(population.split(theta)[1] ** 2, axis=1) + 1e-30)
 
     slopes = np.asarray(jax.jacfwd(rooted)(jnp.asarray(theta)))
-    of_deviations = np.sqrt(np.diag(slopes @ covariance @ slopes.T))
+    unknown = np.isnan(np.diag(covariance))
+    variances = np.diag(slopes @ np.where(np.isnan(covariance), 0.0, covariance) @ slopes.T)
+    of_deviations = np.sqrt(np.where((slopes[:, unknown] != 0).any(axis=1), np.nan, variances))
     errors = np.sqrt(np.diag(covariance)[:n])
     effects = likelihood.effects @ root.T
     shrunk = 1 - jnp.std(effects, axis=0, ddof=1) / jnp.maximum(deviations, 1e-12)
-    if not converged or not np.isfinite(covariance).all():
+    if free.any():
+        names_of_free = ", ".join(np.array(_names(population))[free])
         warnings.warn(
-            "estimate_population: the search did not converge, or the observations do not "
-            "determine a parameter. Start nearer, such as where jaxode.estimate of all subjects "
-            "as one ends, let fewer parameters vary, or raise steps.",
+            f"estimate_population: the observations do not determine {names_of_free}: the "
+            "likelihood hardly changes with them, and they have no errors. Leave them out, or let "
+            "fewer parameters vary.",
+            stacklevel=4,
+        )
+    elif not converged:
+        warnings.warn(
+            "estimate_population: the search did not converge. Start nearer, such as where "
+            "jaxode.estimate of all subjects as one ends, let fewer parameters vary, or raise "
+            "steps.",
             stacklevel=4,
         )
 
@@ -225,6 +232,20 @@ def _described(
         converged=jnp.asarray(converged),
         _observed=int((~np.isnan(np.asarray(population.subjects.ys))).sum()),
     )
+
+
+def _names(population: Population) -> list[str]:
+    """Of all that is estimated, in the order of `theta`."""
+    typical = names(population.template)
+    varying = [typical[i] for i in population.places.tolist()]
+    pairs = [(name, name) for name in varying]
+    if population.correlated:
+        pairs = [(varying[i], varying[j]) for i in range(len(varying)) for j in range(i + 1)]
+    spread = [
+        f"deviation of {one}" if one == other else f"correlation of {one} and {other}"
+        for one, other in pairs
+    ]
+    return typical + spread + ["noise"] * (population.noise is None)
 
 
 def _at_places(population: Population, values: Float[Array, " q"]) -> dict[str, Array]:

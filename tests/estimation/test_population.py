@@ -251,6 +251,29 @@ def test_a_search_that_is_cut_short_says_where_to_start():
     assert not found.converged
 
 
+def test_it_names_what_observations_do_not_determine():
+    """The rest has the errors that it has without."""
+    given = TS, LINES[..., None]
+    lone = jaxode.estimate_population(line, begin, *given, GUESS, SPREAD)
+    start, vary = GUESS | {"also": 0.3}, SPREAD | {"also": 0.5}
+    with pytest.warns(UserWarning, match=r"not determine \['also'\], deviation of \['also'\]:"):
+        found = jaxode.estimate_population(line, begin, *given, start, vary)
+    assert not found.converged
+    assert jnp.isnan(found.errors["also"])
+    assert jnp.isnan(found.deviation_errors["also"])
+    for name in GUESS:
+        np.testing.assert_allclose(found.params[name], lone.params[name], rtol=1e-4)
+        np.testing.assert_allclose(found.errors[name], lone.errors[name], rtol=0.01)
+        known = lone.deviation_errors[name]
+        np.testing.assert_allclose(found.deviation_errors[name], known, rtol=0.01)
+
+    def double(t, y, params):
+        return line(t, y, {"slope": params["slope"] + params["also"]})
+
+    with pytest.warns(UserWarning, match=r"not determine \['also'\], \['slope'\]:"):
+        jaxode.estimate_population(double, begin, *given, start, SPREAD)
+
+
 def test_it_names_an_observation_without_noise():
     y0 = jnp.ones((10, 1)).at[4].set(0.0)
     noise = lambda predicted, params: 0.1 * predicted
@@ -316,9 +339,9 @@ class Rounded(Cliff):
 
 
 def test_newtons_steps_end_by_gradients_where_values_are_rounded():
-    end, _, converged = Rounded(()).polished(np.full(1, 0.003))
-    assert converged
-    assert abs(end[0]) < 1e-3
+    found = Rounded(()).polished(np.full(1, 0.003))
+    assert found.converged
+    assert abs(found.theta[0]) < 1e-3
 
 
 def test_it_names_a_subject_that_cannot_be_solved():
