@@ -167,7 +167,7 @@ class PopulationLikelihood:
             return Maximum(theta, best.value, unknown, False, none)
         curvatures, along = np.linalg.eigh(hessian * np.outer(wide, wide))
         flat = curvatures < FLAT
-        free = (np.abs(along[:, flat]) > PART).any(axis=1)
+        free = np.asarray((np.abs(along[:, flat]) > PART).any(axis=1))
         if curvatures.min() < -FLAT:
             return Maximum(theta, best.value, unknown, False, none)
         along = along[:, ~flat] * wide[:, None]
