@@ -120,8 +120,10 @@ def hopper(rows: int, seed: int) -> Series:
     """MuJoCo's hopper thrown and left alone, as Rubanova et al. (2019) simulate it: 200 steps of 7
     positions and 7 velocities; of the first half, half of the times are seen. Channels are scaled
     to [0, 1]. It needs `pip install dm-control 'mujoco<4'`."""
-    from dm_control import suite
-
+    try:
+        from dm_control import suite
+    except ImportError:
+        sys.exit("Simulate the hopper with `pip install dm-control 'mujoco<4'`.")
     physics, rng, steps = suite.load("hopper", "stand").physics, np.random.default_rng(seed), 200
     ys = np.zeros((rows, steps, 14))
     for i in range(rows):

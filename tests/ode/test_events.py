@@ -20,6 +20,12 @@ from jaxode import Event, Result
 TIGHT = {"rtol": 1e-11, "atol": 1e-11, "throw": False}
 
 
+# A second derivative of a while loop in a scan, whose names JAX has lost.
+WITH_PIECES = pytest.mark.xfail(
+    jax.__version_info__ < (0, 10), raises=TypeError, strict=True, reason="JAX before 0.10"
+)
+
+
 def decay(t, y, rate):
     return -rate * y
 
@@ -200,6 +206,7 @@ def sine_of_the_time(a, method, **options):
     return jnp.sin(jaxode.solve(f, jnp.zeros(()), 0.0, 2.0, a, event=level, **options).t1)
 
 
+@WITH_PIECES
 def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint():
     """In a scan over pieces."""
     found = jax.jacfwd(jax.grad(sine_of_the_time))(1.3, "discrete", breakpoints=[0.5])
@@ -207,7 +214,13 @@ def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakp
     np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"breakpoints": [0.5]}], ids=["one", "pieces"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="one"),
+        pytest.param({"breakpoints": [0.5]}, id="pieces", marks=WITH_PIECES),
+    ],
+)
 @pytest.mark.parametrize("twice", [jax.grad, jax.jacfwd])
 def test_a_second_derivative_by_the_adjoint_ode_names_the_method_that_has_it(twice, options):
     time = lambda a: sine_of_the_time(a, "backsolve", **options)
