@@ -125,10 +125,10 @@ class ByRounds:
         self.posterior = by_five(task, self.theta, self.x, size, key)
 
     def sample(self, key, shape, context):
-        posterior, theta, x = self.posterior, self.theta, self.x
+        posterior, theta, x, varies = self.posterior, self.theta, self.x, slice(None)
         for number in range(1, ROUNDS):
             region_key, new_key, fit_key = jax.random.split(jax.random.fold_in(key, number), 3)
-            inside = Region(posterior, context, region_key)
+            inside = Region(posterior, context[varies], region_key)
             kept = inside(theta)
             theta, x = theta[kept], x[kept]
             count = len(theta) + self.each
@@ -138,8 +138,9 @@ class ByRounds:
                 kept = inside(new)
                 theta = np.concatenate([theta, new[kept]])[:count]
                 x = np.concatenate([x, new_x[kept]])[:count]
-            posterior = by_five(self.task, theta, x, self.size, fit_key)
-        return posterior.sample(key, shape, context=context)
+            varies = np.flatnonzero(np.ptp(x, axis=0) > 0)  # near the observation
+            posterior = by_five(self.task, theta, x[:, varies], self.size, fit_key)
+        return posterior.sample(key, shape, context=context[varies])
 
 
 class Region:
