@@ -202,6 +202,12 @@ def _maps_of(given: Any, columns: bool = False) -> PyTree:
 
     def one(leaf):
         if isinstance(leaf, Partial):  # of `jaxode.standardize`
+            if columns and jnp.ndim(leaf.args[0]) > 2:
+                raise ValueError(
+                    "bind(standardize_context=...): of contexts with several axes, as sets have, "
+                    "a map of jaxode.standardize would map each place by itself. Pass the data, "
+                    "for mean and deviation, or map all points alike beforehand."
+                )
             return as_map("standardize_context", leaf, jnp.shape(leaf.args[0])[1:])
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             if columns and jnp.ndim(leaf) > 1:

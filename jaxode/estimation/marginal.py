@@ -188,8 +188,9 @@ class Population(eqx.Module):
             z, best = jax.tree.map(choose, (trial, found), (z, best))
             damping = damping * jnp.where(good, LONGER, SHORTER)
             damped = best.hessian + damping * jnp.diag(jnp.diag(best.hessian))
-            move = -jnp.linalg.solve(damped + more, best.gradient)
-            plain = -jnp.linalg.solve(damped, best.gradient)
+            both = jnp.stack([damped + more, damped])  # as one: see `marginal`
+            down = jnp.broadcast_to(best.gradient[None, :, None], (2, len(z), 1))
+            move, plain = -jnp.linalg.solve(both, down)[..., 0]
             move = jnp.where(best.gradient @ move < 0, move, plain)
             move *= jnp.minimum(1.0, LONGEST / jnp.max(jnp.abs(move)))
             first = count == 0
@@ -236,13 +237,18 @@ class Population(eqx.Module):
 
     def marginal(self, theta: Array, z: Array, subject: Subject) -> "Evaluated":
         """By Laplace's method about the likeliest effects, from effects `z` near them, with the
-        expected Hessian (FOCE with interaction). The gradient is exact."""
+        expected Hessian (FOCE with interaction). The gradient is exact.
+
+        Of many subjects, each solve of linear systems is a call that waits for threads of XLA. Two
+        at once can wait for each other forever (jaxlib 0.10), so each depends on the one before.
+        """
         count = len(theta)
         moments = self.expanded(self.params_of(theta, z), subject)
 
         def both(together):
             found = self.nll(moments, together[:count], together[count:], subject.ys)
-            value = found.value + 0.5 * jnp.linalg.slogdet(found.hessian)[1]
+            root = jnp.linalg.cholesky(found.hessian)
+            value = found.value + jnp.sum(jnp.log(jnp.diag(root)))
             return (value, found.gradient), (value, found.gradient)
 
         together = jnp.concatenate([theta, z])
@@ -250,13 +256,13 @@ class Population(eqx.Module):
         # A last step of Newton's, and how the likeliest effects change with theta, so that their
         # gradient stays zero.
         known = jnp.concatenate([gradient[:, None], of_down[:, :count]], axis=1)
-        solved = -jnp.linalg.solve(of_down[:, count:], known)
+        solved = -jnp.linalg.solve(of_down[:, count:] + 0 * by.sum(), known)
         last, moves = solved[:, 0], solved[:, 1:]
         # It is good near the likeliest effects alone: far from them, the Hessian may be singular.
         last = jnp.where(jnp.max(jnp.abs(last)) < LAST, last, 0.0)
         down = by[count:]
         value += down @ last - 0.5 * gradient @ last
-        information = self.information(moments, theta, z, subject.ys)
+        information = self.information(moments, theta, z + 0 * solved.sum(), subject.ys)
         return Evaluated(value, by[:count] + down @ moves, information, z + last, moves)
 
     def information(
@@ -287,10 +293,14 @@ class Population(eqx.Module):
         def white(matrix):
             return jax.scipy.linalg.solve_triangular(lower, matrix, lower=True)
 
-        of_columns = jax.vmap(white, -1)(of_columns).reshape(len(theta), -1)
-        of_spread = jax.vmap(lambda each: white(white(each).T), -1)(of_spread)
-        of_spread = of_spread.reshape(len(theta), -1)
-        return of_columns @ of_columns.T + 0.5 * of_spread @ of_spread.T
+        # One factor of the columns, and one from each side of the spread.
+        n, k = of_columns.shape[:2]
+        together = jnp.concatenate([of_columns, of_spread], axis=1)
+        together = white(together.reshape(n, -1)).reshape(n, k + n, -1)
+        of_columns, half = together[:, :k], jnp.swapaxes(together[:, k:], 0, 1)
+        of_spread = white(half.reshape(n, -1)).reshape(n * n, -1)
+        of_columns = of_columns.reshape(n * k, -1)
+        return of_columns.T @ of_columns + 0.5 * of_spread.T @ of_spread
 
 
 def secant(

@@ -23,8 +23,9 @@ DIFFERENCE = 0.01  # of the Hessian, in standard errors
 TOGETHER = 50  # subjects, at most
 LEAST_DAMPING = 1e-6  # so that some steps that fail suffice to raise it
 GOOD, POOR = 0.75, 0.25  # of the gain that a step promised
-FLAT = 1e-4  # of the likelihood, by the change of a parameter by itself, or by one
-PART = 0.1  # of a flat direction, from which on a parameter has its part in it
+FLAT = 1e-6  # curvature by a parameter in units of itself, or of one
+WIDEST = 100.0  # of these units, in standard errors where the others are known
+PART = 0.1  # of a variance that is known, from which on what is hidden spoils it
 LEAST = 1e-6  # information of a parameter that the search takes for its scale
 
 
@@ -152,10 +153,17 @@ class PopulationLikelihood:
         return theta
 
     def polished(self, theta: np.ndarray) -> Maximum:
+        """Newton's method with one Hessian, or with another where that of the start is too far."""
+        found = self.by_newton(theta)
+        if found.converged or np.isnan(found.covariance).any():
+            return found
+        return self.by_newton(found.theta)
+
+    def by_newton(self, theta: np.ndarray) -> Maximum:
         """Newton's method, with one Hessian by differences of exact gradients."""
         best = self.at(theta)
         wide = np.maximum(np.abs(theta), 1.0)
-        about = np.diag(best.information)  # which is zero where a deviation is
+        about = np.diag(best.information)  # which is zero for what has no effect
         steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide))
         kept, rows = list(self.last), []
         for step in steps:
@@ -165,11 +173,17 @@ class PopulationLikelihood:
         unknown, none = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
         if not np.isfinite(hessian).all():
             return Maximum(theta, best.value, unknown, False, none)
+        # Units that leave curvatures alike: eigenvalues are known to rounding of the largest.
+        wide = np.minimum(wide, WIDEST / np.sqrt(np.maximum(np.diag(hessian), LEAST)))
         curvatures, along = np.linalg.eigh(hessian * np.outer(wide, wide))
-        flat = curvatures < FLAT
-        free = np.asarray((np.abs(along[:, flat]) > PART).any(axis=1))
-        if curvatures.min() < -FLAT:
+        rounding = 100 * np.finfo(best.scores.dtype).eps * curvatures.max()
+        least = max(FLAT, rounding)
+        if curvatures.min() < -least:
             return Maximum(theta, best.value, unknown, False, none)
+        flat = curvatures < least
+        # The variance that a flat direction hides is the larger one, or at least a part of it.
+        hidden = (along[:, flat] ** 2).sum(axis=1) / least
+        free = hidden > PART * (along[:, ~flat] ** 2 / curvatures[~flat]).sum(axis=1)
         along = along[:, ~flat] * wide[:, None]
         covariance = along / curvatures[~flat] @ along.T
         for _ in range(NEWTON_STEPS):
@@ -182,6 +196,6 @@ class PopulationLikelihood:
             theta, best = better, found
             if best.scores @ covariance @ best.scores < CONVERGED**2:
                 break
-        converged = best.scores @ covariance @ best.scores < CONVERGED**2 and not free.any()
+        converged = best.scores @ covariance @ best.scores < CONVERGED**2
         covariance[free] = covariance[:, free] = np.nan
         return Maximum(theta, best.value, covariance, bool(converged), free)

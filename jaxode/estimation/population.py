@@ -201,7 +201,7 @@ def _described(
         warnings.warn(
             f"estimate_population: the observations do not determine {names_of_free}: the "
             "likelihood hardly changes with them, and they have no errors. Leave them out, or let "
-            "fewer parameters vary.",
+            f"fewer parameters vary.{'' if converged else ' Nor did the search converge.'}",
             stacklevel=4,
         )
     elif not converged:
@@ -229,7 +229,7 @@ def _described(
         shrinkage=named(shrunk),
         nll=jnp.asarray(nll),
         covariance=jnp.asarray(covariance),
-        converged=jnp.asarray(converged),
+        converged=jnp.asarray(converged and not free.any()),
         _observed=int((~np.isnan(np.asarray(population.subjects.ys))).sum()),
     )
 
@@ -238,13 +238,10 @@ def _names(population: Population) -> list[str]:
     """Of all that is estimated, in the order of `theta`."""
     typical = names(population.template)
     varying = [typical[i] for i in population.places.tolist()]
-    pairs = [(name, name) for name in varying]
+    spread = [f"deviation of {name}" for name in varying]
     if population.correlated:
-        pairs = [(varying[i], varying[j]) for i in range(len(varying)) for j in range(i + 1)]
-    spread = [
-        f"deviation of {one}" if one == other else f"correlation of {one} and {other}"
-        for one, other in pairs
-    ]
+        rows, columns = np.tril_indices(len(varying))
+        spread = [f"root[{i}, {j}] of the covariance" for i, j in zip(rows, columns, strict=True)]
     return typical + spread + ["noise"] * (population.noise is None)
 
 

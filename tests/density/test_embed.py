@@ -66,6 +66,13 @@ def test_it_is_the_density_of_the_vectors(call):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+def test_maps_of_standardize_are_refused_for_sets():
+    """They are of one place each, and a set has none."""
+    given = jaxode.standardize.normal(SETS)
+    with pytest.raises(ValueError, match=r"standardize_context=.*several axes.*Pass the data"):
+        jaxode.bind(FLOW, RATE, context_shape=(4, 1), embed=Mean(FACTOR), standardize_context=given)
+
+
 def test_each_context_is_seen_once():
     """Whatever the number of samples and of steps."""
     seen = []

@@ -268,10 +268,12 @@ def test_it_names_what_observations_do_not_determine():
         np.testing.assert_allclose(found.deviation_errors[name], known, rtol=0.01)
 
     def double(t, y, params):
-        return line(t, y, {"slope": params["slope"] + params["also"]})
+        return line(t, y, {"slope": params["slope"] + 0.03 * params["also"]})
 
     with pytest.warns(UserWarning, match=r"not determine \['also'\], \['slope'\]:"):
-        jaxode.estimate_population(double, begin, *given, start, SPREAD)
+        found = jaxode.estimate_population(double, begin, *given, start, SPREAD)
+    assert jnp.isnan(found.errors["slope"])
+    np.testing.assert_allclose(found.errors["level"], lone.errors["level"], rtol=0.01)
 
 
 def test_it_names_an_observation_without_noise():
@@ -342,6 +344,41 @@ def test_newtons_steps_end_by_gradients_where_values_are_rounded():
     found = Rounded(()).polished(np.full(1, 0.003))
     assert found.converged
     assert abs(found.theta[0]) < 1e-3
+
+
+class Bowl(Cliff):
+    """A quadratic likelihood."""
+
+    def __init__(self, hessian):
+        super().__init__(())
+        self.hessian = np.asarray(hessian)
+
+    def at(self, theta, parts=None):
+        values = 0.5 * theta @ self.hessian @ theta
+        return Total(np.array([values]), self.hessian @ theta, self.hessian)
+
+
+# Of the last of two parameters, its scale, and whether the likelihood depends on their sum alone.
+BOWLS = {
+    "parameters": (1.0, False),
+    "a small unit": (1e-9, False),
+    "a large unit": (1e4, False),
+    "a sum": (1.0, True),
+    "a sum in a small unit": (1e-6, True),
+}
+
+
+@pytest.mark.parametrize("bowl", BOWLS)
+def test_errors_know_no_units(bowl):
+    scale, of_sum = BOWLS[bowl]
+    root = np.array([[2.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0 if of_sum else 2.0]])
+    sizes = np.array([1.0, 1.0, scale])
+    found = Bowl(root.T @ root / np.outer(sizes, sizes)).polished(0.1 * sizes)
+    assert found.converged
+    if not of_sum:
+        covariance = found.covariance / np.outer(sizes, sizes)
+        np.testing.assert_allclose(covariance, np.linalg.inv(root.T @ root), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found.free, [of_sum] * 3)
 
 
 def test_it_names_a_subject_that_cannot_be_solved():
