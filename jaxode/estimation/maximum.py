@@ -59,6 +59,8 @@ class Total(NamedTuple):
 
 
 class Maximum(NamedTuple):
+    """Where the search of a population ends."""
+
     theta: np.ndarray
     nll: float
     covariance: np.ndarray
@@ -181,7 +183,7 @@ class PopulationLikelihood:
         if curvatures.min() < -least:
             return Maximum(theta, best.value, unknown, False, none)
         flat = curvatures < least
-        # The variance that a flat direction hides is the larger one, or at least a part of it.
+        # Of each parameter, the least variance that flat directions hide, beside the known one.
         hidden = (along[:, flat] ** 2).sum(axis=1) / least
         free = hidden > PART * (along[:, ~flat] ** 2 / curvatures[~flat]).sum(axis=1)
         along = along[:, ~flat] * wide[:, None]

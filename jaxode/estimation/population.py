@@ -51,7 +51,7 @@ class PopulationEstimate(eqx.Module):
     deviations: dict[str, Array]
     """The standard deviation between subjects of each parameter that varies."""
     deviation_errors: dict[str, Array]
-    """Their standard errors; rough where a deviation is near zero."""
+    """Their standard errors, with NaN as in `errors`; rough where a deviation is near zero."""
     correlation: Float[Array, "q q"]
     """Between parameters that vary, in the order of `jax.tree.leaves(deviations)`."""
     noise: Float[Array, ""] | None
@@ -67,7 +67,7 @@ class PopulationEstimate(eqx.Module):
     """Of the typical parameters as one vector, then of the deviations (with `correlated`, of the
     lower triangle of the root of the covariance), then of the logarithm of the noise."""
     converged: Bool[Array, ""]
-    """Whether the search ended at its tolerance."""
+    """Whether the search ended at its tolerance, and the observations determine all parameters."""
     _observed: int = eqx.field(static=True)
 
     def __repr__(self) -> str:

@@ -358,27 +358,27 @@ class Bowl(Cliff):
         return Total(np.array([values]), self.hessian @ theta, self.hessian)
 
 
-# Of the last of two parameters, its scale, and whether the likelihood depends on their sum alone.
+# The scale of the last of three parameters, and whether one direction of them all is flat.
 BOWLS = {
     "parameters": (1.0, False),
     "a small unit": (1e-9, False),
     "a large unit": (1e4, False),
-    "a sum": (1.0, True),
-    "a sum in a small unit": (1e-6, True),
+    "a flat direction": (1.0, True),
+    "a flat direction in a small unit": (1e-6, True),
 }
 
 
 @pytest.mark.parametrize("bowl", BOWLS)
 def test_errors_know_no_units(bowl):
-    scale, of_sum = BOWLS[bowl]
-    root = np.array([[2.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0 if of_sum else 2.0]])
+    scale, is_flat = BOWLS[bowl]
+    root = np.array([[2.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0 if is_flat else 2.0]])
     sizes = np.array([1.0, 1.0, scale])
     found = Bowl(root.T @ root / np.outer(sizes, sizes)).polished(0.1 * sizes)
     assert found.converged
-    if not of_sum:
+    if not is_flat:
         covariance = found.covariance / np.outer(sizes, sizes)
         np.testing.assert_allclose(covariance, np.linalg.inv(root.T @ root), rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(found.free, [of_sum] * 3)
+    np.testing.assert_array_equal(found.free, [is_flat] * 3)
 
 
 def test_it_names_a_subject_that_cannot_be_solved():
