@@ -44,6 +44,7 @@ HELD_OUT, OBSERVATIONS = 1000, 10
 PROPOSALS = 5  # for each weighted sample
 MEMBERS = 5
 ROUNDS, INSIDE = 3, 0.999  # of the posterior
+MARGIN = 0.2  # of the box that is searched for a region
 AT_ONCE = 500  # densities
 WITH_WEIGHTS = 30_000  # simulations
 
@@ -120,6 +121,7 @@ class ByRounds:
 
     def __init__(self, task: Task, theta, x, size: Size, key):
         self.task, self.size = task, size
+        self.simulate = jax.jit(task.simulate, static_argnums=1)  # many times for an observation
         self.each = len(theta) // ROUNDS
         self.theta, self.x = theta[: self.each], x[: self.each]
         self.posterior = by_five(task, self.theta, self.x, size, key)
@@ -134,7 +136,7 @@ class ByRounds:
             count = len(theta) + self.each
             while len(theta) < count:
                 new_key, draw_key = jax.random.split(new_key)
-                new, new_x = self.task.simulate(draw_key, self.each)
+                new, new_x = self.simulate(draw_key, self.each)
                 kept = inside(new)
                 theta = np.concatenate([theta, new[kept]])[:count]
                 x = np.concatenate([x, new_x[kept]])[:count]
@@ -151,7 +153,8 @@ class Region:
         drawn, log_q = posterior.sample_and_log_prob(key, (2000,), context=context)
         self.edge = np.quantile(log_q, 1 - INSIDE)
         within = np.asarray(drawn)[np.asarray(log_q) > self.edge]
-        self.low, self.high = within.min(axis=0), within.max(axis=0)
+        low, high = within.min(axis=0), within.max(axis=0)
+        self.low, self.high = low - MARGIN * (high - low), high + MARGIN * (high - low)
 
     def __call__(self, theta):
         """Densities are for those that are in a box about the region, by one program."""
