@@ -226,16 +226,21 @@ LOTKA_VOLTERRA = (-0.125, -3.0, -0.125, -3.0), (0.5, 0.5, 0.5, 0.5)
 HUNT = np.arange(10) * 2.1  # days
 
 
-def log_populations(theta):
-    """Logarithms of the prey on ten days, then of the predators."""
+def logs_of_populations(theta, times):
+    """Prey and predators, `[*batch, times, 2]`."""
 
     def field(y, rates):
         prey, predators = jnp.exp(y)
         return jnp.stack([rates[0] - rates[1] * predators, rates[3] * prey - rates[2]])
 
-    logs = logs_of_states(field, (30.0, 1.0), theta, HUNT)
-    logs = jnp.swapaxes(logs, -1, -2).reshape(*theta.shape[:-1], 20)
+    logs = logs_of_states(field, (30.0, 1.0), theta, times)
     return jnp.clip(logs, math.log(1e-10), math.log(1e4))
+
+
+def log_populations(theta):
+    """Logarithms of the prey on ten days, then of the predators."""
+    logs = jnp.swapaxes(logs_of_populations(theta, HUNT), -1, -2)
+    return logs.reshape(*theta.shape[:-1], 20)
 
 
 def lotka_volterra(key, n):

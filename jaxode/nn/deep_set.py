@@ -14,14 +14,17 @@ from jaxode.nn.mixer import rows
 from jaxode.nn.network import Dense, draws
 from jaxode.nn.residual import saturated
 
+SMALLEST = 1e-4  # deviation of points, in standardized units
+
 
 class DeepSet(eqx.Module):
     """A vector for a set of points, whatever their order and number, for `jaxode.bind(embed=...)`.
 
-    With `h = f(x)` of each point and means over points, it is `g(mean(k(h, mean(h))), n)`, of
-    layers with `silu`. So each point is seen beside the mean of all. Points with a NaN are missing:
-    fill up sets of unequal number with NaN. A series with gaps is a set of points
-    `(time, *values)`.
+    With mean `m` and deviation `s` of the numbers of its points, `h = f(x, (x - m) / s)` of each
+    point, and means over points, it is `g(mean(k(h, mean(h))), m, log(s), n)`, of layers with
+    `silu`. So each point is seen beside all, and sets of any spread are told apart; that of a
+    single point, or below 1e-4, counts as 1e-4. Points with a NaN are missing: fill up sets of
+    unequal number with NaN. A series with gaps is a set of points `(time, *values)`.
 
     `embed(points)` maps one set `[points, size]` to `[features]`.
 
@@ -39,7 +42,7 @@ class DeepSet(eqx.Module):
 
     point: tuple[Dense, Dense]
     others: tuple[Dense, Dense]
-    count: Dense
+    moments: Dense
     whole: tuple[Dense, Dense]
 
     @public("")
@@ -47,12 +50,12 @@ class DeepSet(eqx.Module):
         size, features = integer("size", size), integer("features", features)
         width = integer("width", width)
         square = width, width
-        shapes = (width, size), *[square] * 4, (features, width), (width, 2)
-        *layers, self.count = map(Dense, draws(check_key(key), shapes))
+        shapes = (width, 2 * size), *[square] * 4, (features, width), (width, 2 * size + 2)
+        *layers, self.moments = map(Dense, draws(check_key(key), shapes))
         self.point, self.others, self.whole = zip(layers[::2], layers[1::2], strict=True)
 
     def __call__(self, points: Float[Array, "points size"]) -> Float[Array, " features"]:
-        size = self.point[0].weight.shape[1]
+        size = self.point[0].weight.shape[1] // 2
         if jnp.ndim(points) != 2 or jnp.shape(points)[1] != size:
             raise ValueError(
                 f"DeepSet(size={size}): a set must have shape (points, {size}); got "
@@ -68,8 +71,13 @@ class DeepSet(eqx.Module):
         act: Any = jax.nn.silu
         # Replaced before any product, or the gradient would be NaN.
         x = jnp.where(there[:, None], points, 0.0)
-        h = saturated(rows(self.point[1], act(rows(self.point[0], x))))
+        center = mean(x)
+        away = x - center[None]
+        variance = mean(jnp.square(away)) + SMALLEST**2
+        both = jnp.concatenate([x, away * jax.lax.rsqrt(variance)[None]], axis=1)
+        h = saturated(rows(self.point[1], act(rows(self.point[0], both))))
         beside = self.others[0](mean(act(h)))[None]
         h = h + rows(self.others[1], act(h + beside))
-        of_count = self.count(jnp.stack([jnp.log1p(count), jax.lax.rsqrt(1 + count)]))
-        return self.whole[1](act(self.whole[0](mean(act(h))) + of_count))
+        of_count = jnp.stack([jnp.log1p(count), jax.lax.rsqrt(1 + count)])
+        moments = jnp.concatenate([center, jnp.log(variance) / 2, of_count])
+        return self.whole[1](act(self.whole[0](mean(act(h))) + saturated(self.moments(moments))))

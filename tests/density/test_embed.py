@@ -141,6 +141,12 @@ def test_a_deep_set_sees_neither_the_order_of_points_nor_those_that_are_missing(
     assert np.isfinite(embed(1e6 * POINTS)).all()
 
 
+def test_a_deep_set_tells_small_sets_apart_by_their_spread():
+    """Not by their points alone, whose difference is about 1e-4 in the vector."""
+    near = lambda spread: network()(1.0 + spread * POINTS)
+    assert np.abs(near(0.02) - near(0.01)).max() > 0.1
+
+
 def test_gradients_of_a_deep_set_are_finite_with_gaps():
     sets = np.stack([POINTS, np.full((5, 2), np.nan)])
     loss = lambda embed, sets: jnp.sum(jax.vmap(embed)(sets))

@@ -42,6 +42,7 @@ from benchmarks.cases import (
     rows,
     series,
     stiff,
+    summaries,
     tables,
     tolerance,
 )
@@ -487,3 +488,20 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
     # What the page on gradients says: they agree as the tolerance is tightened, and not before.
     assert gap(loose) > 1 > 1e-4 > gap(tight)
     assert {path.name for path in tmp_path.iterdir()} == {"tolerance.png", "adjoints.png"}
+
+
+@pytest.mark.parametrize("name", summaries.SIMULATORS)
+def test_observations_have_statistics_made_by_hand(name):
+    simulator = summaries.SIMULATORS[name]
+    theta, points = simulator.simulate(jax.random.key(0), 50)
+    made = simulator.by_hand(points)
+    assert len(theta) == len(points) == len(made)
+    assert np.isfinite(made).all()
+
+
+def test_the_state_of_a_series_model_is_a_context_for_its_posterior(monkeypatch, capsys):
+    monkeypatch.setattr(summaries, "WAYS", ("state",))
+    tiny = ("--match", "Lotka", "--seeds", "1", "--simulations", "60", "--steps", "3")
+    monkeypatch.setattr(sys, "argv", ["summaries", *tiny])
+    summaries.main()
+    assert re.search(r"Lotka-Volterra, 20 times \| [-\d.]+ ± 0.00", capsys.readouterr().out)

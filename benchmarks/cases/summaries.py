@@ -1,0 +1,186 @@
+"""Posteriors of sets and series, by a network that summarizes and by statistics made by hand.
+
+    python -m benchmarks.cases.summaries      # an hour of one core
+
+Three simulators, each with 10,000 simulations from its prior: the four points of sbibm's SLCP; 10
+to 1,000 draws of a g-and-k distribution, by hand the statistics of their octiles by Drovandi and
+Pettitt (2011); its Lotka-Volterra with 20 times in place of 10, by hand the nine statistics of
+Wilkinson (means and variances, correlations with one and two times before, and of both). Each
+posterior is a `jaxode.nn.Residual` of its default size after 3,000 steps of 256. "State" is that of
+`jaxode.series` after 1,000 steps, trained on the simulated series alone. Nats are of 2,000
+new simulations, lower is better: means of seeds and half of their range.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxode
+from benchmarks.harness import posterior_tasks, show
+
+Array = Any
+HELD_OUT, BATCH = 2000, 256
+FEWEST, MOST = 10, 1000  # draws of a distribution
+TIMES = 1.05 * np.arange(20)  # days
+
+
+class Simulator(NamedTuple):
+    simulate: Callable[..., tuple[Array, Array]]
+    """`(key, n)` to parameters, and points `[n, points, size]`, NaN where there is none."""
+    by_hand: Callable[[Array], Array]
+    """Points to `[n, numbers]`."""
+    bounds: Any
+    width: int
+    """Of the network for sets."""
+
+
+def points_of_slcp(key, n):
+    theta, x = posterior_tasks.slcp(key, n)
+    return theta, x.reshape(n, -1, 2)
+
+
+def mean_and_covariance(points):
+    mean, scale = points.mean(1), points.std(1)
+    joint = jnp.prod(points - mean[:, None], axis=2).mean(1) / scale.prod(1)
+    rho = jnp.arctanh(0.999 * joint)
+    return jnp.concatenate([mean, jnp.log(scale), rho[:, None]], 1)
+
+
+def g_and_k(key, n):
+    """Location, scale, skewness and tails of a distribution that has no density in closed form."""
+    prior, count, noise = jax.random.split(key, 3)
+    theta = jax.random.uniform(prior, (n, 4)) * jnp.asarray(G_AND_K)
+    a, b, g, k = jnp.moveaxis(theta[..., None], 1, 0)
+    z = jax.random.normal(noise, (n, MOST))
+    x = a + b * (1 + 0.8 * jnp.tanh(g * z / 2)) * (1 + z**2) ** k * z
+    logs = jax.random.uniform(count, (n, 1), minval=math.log(FEWEST), maxval=math.log(MOST + 1))
+    there = jnp.arange(MOST) < jnp.floor(jnp.exp(logs))
+    return theta, jnp.where(there, x, jnp.nan)[..., None]
+
+
+G_AND_K = 10.0, 10.0, 10.0, 1.0
+
+
+def octiles(points):
+    e = jnp.nanquantile(points[..., 0], jnp.arange(1, 8) / 8, axis=1)
+    scale = e[5] - e[1]
+    skewness, tails = (e[5] + e[1] - 2 * e[3]) / scale, (e[6] - e[4] + e[2] - e[0]) / scale
+    count = jnp.log(jnp.sum(~jnp.isnan(points[..., 0]), axis=1))
+    return jnp.stack([e[3], jnp.log(scale), skewness, jnp.log(tails), count], 1)
+
+
+def animals(key, n):
+    """Points `(time, log prey, log predators)`."""
+    prior, noise = jax.random.split(key)
+    theta = posterior_tasks.log_normal_prior(prior, n, *posterior_tasks.LOTKA_VOLTERRA)
+    logs = posterior_tasks.logs_of_populations(theta, TIMES)
+    logs += 0.1 * jax.random.normal(noise, logs.shape)
+    times = jnp.broadcast_to(jnp.asarray(TIMES, logs.dtype)[:, None], (n, len(TIMES), 1))
+    return theta, jnp.concatenate([times, logs], 2)
+
+
+def of_both(points):
+    y = points[..., 1:]
+    mean, variance = y.mean(1), y.var(1)
+    y = (y - mean[:, None]) / jnp.sqrt(variance)[:, None]
+    before = [jnp.mean(y[:, lag:] * y[:, :-lag], axis=1) for lag in (1, 2)]
+    both = jnp.mean(y[..., 0] * y[..., 1], axis=1)
+    return jnp.concatenate([mean, jnp.log(variance), *before, both[:, None]], 1)
+
+
+SIMULATORS = {
+    "SLCP, four points": Simulator(points_of_slcp, mean_and_covariance, (-3.0, 3.0), 128),
+    "g-and-k, 10 to 1,000 draws": Simulator(
+        g_and_k, octiles, (jnp.zeros(4), jnp.array(G_AND_K)), 32
+    ),
+    "Lotka-Volterra, 20 times": Simulator(animals, of_both, (0.0, math.inf), 128),
+}
+
+
+def numbers(points):
+    return points.reshape(len(points), -1)
+
+
+def states(points, steps, key):
+    """Of a model of the series, just after the last time: a function of points."""
+    read = lambda points: (np.asarray(points[..., 0]), np.asarray(points[..., 1:]))
+    model, _ = jaxode.series.fit(*read(points), key=key, steps=steps, progress=False)
+    return lambda points: jnp.asarray(model.state(*read(points), at=[TIMES[-1] + 1e-3])[:, 0])
+
+
+def varying(take, points):
+    """Without the numbers that are the same for all, as times and ages are."""
+    varies = np.flatnonzero(np.ptp(take(points), axis=0) > 1e-6)
+    return lambda points: take(points)[:, varies]
+
+
+def score(way: str, simulator: Simulator, simulations: int, steps: int, key) -> float:
+    key, new_key, network_key, embed_key, fit_key = jax.random.split(key, 5)
+    theta, points = simulator.simulate(key, simulations)
+    new, new_points = simulator.simulate(new_key, HELD_OUT)
+    take: Callable[[Array], Array] = {
+        "by hand": simulator.by_hand, "all numbers": numbers,
+    }.get(way, lambda points: points)  # fmt: skip
+    embed = None
+    if way == "state":
+        take = states(points, steps // 3, embed_key)
+    if way == "DeepSet":
+        embed = jaxode.nn.DeepSet(points.shape[2], 16, simulator.width, key=embed_key)
+    else:
+        take = varying(take, points)
+    x, dim = take(points), theta.shape[1]
+    network = jaxode.nn.Residual(dim, key=network_key, context_size=16 if embed else x.shape[1])
+    posterior = jaxode.bind(
+        jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim)), network,
+        support=simulator.bounds, standardize=theta, standardize_context=x, embed=embed,
+    )  # fmt: skip
+    posterior, _ = jaxode.fit(
+        posterior, theta, context=x, key=fit_key, steps=steps, batch_size=BATCH, progress=False
+    )
+    return float(-posterior.log_prob(new, context=take(new_points)).mean())
+
+
+WAYS = "by hand", "all numbers", "DeepSet", "state"
+
+
+def fits(way: str, name: str) -> bool:
+    """Draws of unequal number are no vector, and only a series has a state."""
+    return (way != "all numbers" or "draws" not in name) and (way != "state" or "times" in name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--match", default="", help="a part of the names of simulators")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--simulations", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=3000)
+    given = parser.parse_args()
+    rows = []
+    for name, simulator in SIMULATORS.items():
+        if given.match not in name:
+            continue
+        cells = []
+        for way in WAYS:
+            if not fits(way, name):
+                cells.append("")
+                continue
+            begin = time.process_time()
+            found = [
+                score(way, simulator, given.simulations, given.steps, jax.random.key(seed))
+                for seed in range(given.seeds)
+            ]
+            seconds = (time.process_time() - begin) / given.seeds
+            cells.append(f"{np.mean(found):.2f} ± {np.ptp(found) / 2:.2f}, {seconds:.0f} s")
+            print(name, way, found, f"{seconds:.0f} CPU s", flush=True)
+        rows.append([name, *cells])
+    print(show.markdown(["nats, CPU s", *WAYS], rows))
+
+
+if __name__ == "__main__":
+    main()
