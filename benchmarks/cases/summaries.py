@@ -1,6 +1,6 @@
 """Posteriors of sets and series, by a network that summarizes and by statistics made by hand.
 
-    python -m benchmarks.cases.summaries      # an hour of one core
+    python -m benchmarks.cases.summaries      # two hours of one core
 
 Three simulators, each with 10,000 simulations from its prior: the four points of sbibm's SLCP; 10
 to 1,000 draws of a g-and-k distribution, by hand the statistics of their octiles by Drovandi and
