@@ -10,12 +10,12 @@ steps. The prior's bounds are the `support` of `jaxode.bind`, and parameters and
 standardized. The settings are the same for all tasks. "DeepSet" knows that SLCP has four points in
 any order. "Three rounds" are for one observation, each with a third of the simulations: the first,
 by five networks, serves all observations, and seconds of training are of that one alone; the others
-take 200 to 460 of the CPU for each observation. Then 10,000 samples of each of the ten posteriors stand
-against 10,000 of the reference: C2ST is the accuracy, over five folds, of a classifier that tells
-them apart, 0.5 at best. The classifier is the one of sbibm. `--seconds` ends the comparison early,
-after fewer observations. On one task sbi's NPE stands beside it, with its defaults, on the same
-simulations. Published scores are those of sbibm, and of GenSBI for conditional matching. Seconds
-are given where nothing else ran on the machine; those of the CPU always.
+take 200 to 460 of the CPU for each observation. Then 10,000 samples of each of the ten posteriors
+stand against 10,000 of the reference: C2ST is the accuracy, over five folds, of a classifier that
+tells them apart, 0.5 at best. The classifier is the one of sbibm. `--seconds` ends the comparison
+early, after fewer observations. On one task sbi's NPE stands beside it, with its defaults, on the
+same simulations. Published scores are those of sbibm, and of GenSBI for conditional matching.
+Seconds are given where nothing else ran on the machine; those of the CPU always.
 
 All ten likelihoods are known, so the density can weigh its own samples: where it has 30,000
 simulations, it keeps 10,000 of 50,000 by their weights p(x | theta) p(theta) / q(theta | x), and is

@@ -55,12 +55,12 @@ def mean_and_covariance(points):
 def g_and_k(key, n):
     """Location, scale, skewness and tails of a distribution that has no density in closed form."""
     prior, count, noise = jax.random.split(key, 3)
-    theta = jax.random.uniform(prior, (n, 4)) * jnp.asarray(G_AND_K)
+    theta = jax.random.uniform(prior, (n, 4)) * jnp.asarray(G_AND_K)[None]
     a, b, g, k = jnp.moveaxis(theta[..., None], 1, 0)
     z = jax.random.normal(noise, (n, MOST))
     x = a + b * (1 + 0.8 * jnp.tanh(g * z / 2)) * (1 + z**2) ** k * z
     logs = jax.random.uniform(count, (n, 1), minval=math.log(FEWEST), maxval=math.log(MOST + 1))
-    there = jnp.arange(MOST) < jnp.floor(jnp.exp(logs))
+    there = jnp.arange(MOST)[None] < jnp.floor(jnp.exp(logs))
     return theta, jnp.where(there, x, jnp.nan)[..., None]
 
 
@@ -81,7 +81,7 @@ def animals(key, n):
     theta = posterior_tasks.log_normal_prior(prior, n, *posterior_tasks.LOTKA_VOLTERRA)
     logs = posterior_tasks.logs_of_populations(theta, TIMES)
     logs += 0.1 * jax.random.normal(noise, logs.shape)
-    times = jnp.broadcast_to(jnp.asarray(TIMES, logs.dtype)[:, None], (n, len(TIMES), 1))
+    times = jnp.broadcast_to(jnp.asarray(TIMES, logs.dtype)[None, :, None], (n, len(TIMES), 1))
     return theta, jnp.concatenate([times, logs], 2)
 
 

@@ -173,7 +173,7 @@ def of_glm():
 
 def log_normal_prior(key, n, location, scale):
     drawn = jax.random.normal(key, (n, len(location)))
-    return jnp.exp(jnp.asarray(location) + jnp.asarray(scale) * drawn)
+    return jnp.exp(jnp.asarray(location)[None] + jnp.asarray(scale)[None] * drawn)
 
 
 def log_log_normal_prior(theta, location, scale):
