@@ -491,7 +491,7 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
 
 
 @pytest.mark.parametrize("name", summaries.SIMULATORS)
-def test_observations_have_statistics_made_by_hand(name):
+def test_observations_have_statistics_made_by_hand(name, default_settings):
     simulator = summaries.SIMULATORS[name]
     theta, points = simulator.simulate(jax.random.key(0), 50)
     made = simulator.by_hand(points)
@@ -499,7 +499,9 @@ def test_observations_have_statistics_made_by_hand(name):
     assert np.isfinite(made).all()
 
 
-def test_the_state_of_a_series_model_is_a_context_for_its_posterior(monkeypatch, capsys):
+def test_the_state_of_a_series_model_is_a_context_for_its_posterior(
+    monkeypatch, capsys, default_settings
+):
     monkeypatch.setattr(summaries, "WAYS", ("state",))
     tiny = ("--match", "Lotka", "--seeds", "1", "--simulations", "60", "--steps", "3")
     monkeypatch.setattr(sys, "argv", ["summaries", *tiny])
