@@ -121,7 +121,6 @@ class ByRounds:
 
     def __init__(self, task: Task, theta, x, size: Size, key):
         self.task, self.size = task, size
-        self.simulate = jax.jit(task.simulate, static_argnums=1)  # many times for an observation
         self.each = len(theta) // ROUNDS
         self.theta, self.x = theta[: self.each], x[: self.each]
         self.posterior = by_five(task, self.theta, self.x, size, key)
@@ -136,7 +135,7 @@ class ByRounds:
             count = len(theta) + self.each
             while len(theta) < count:
                 new_key, draw_key = jax.random.split(new_key)
-                new, new_x = self.simulate(draw_key, self.each)
+                new, new_x = self.task.simulate(draw_key, self.each)
                 kept = inside(new)
                 theta = np.concatenate([theta, new[kept]])[:count]
                 x = np.concatenate([x, new_x[kept]])[:count]

@@ -173,7 +173,7 @@ def of_glm():
 
 def log_normal_prior(key, n, location, scale):
     drawn = jax.random.normal(key, (n, len(location)))
-    return jnp.exp(jnp.asarray(location)[None] + jnp.asarray(scale)[None] * drawn)
+    return jnp.exp(jnp.asarray(location) + jnp.asarray(scale) * drawn)
 
 
 def log_log_normal_prior(theta, location, scale):
@@ -182,12 +182,14 @@ def log_log_normal_prior(theta, location, scale):
 
 
 def logs_of_states(field, start, theta, times):
-    """Of an ODE for logarithms, `[*batch, times, size]`, for parameters `[*batch, dim]`."""
+    """Of an ODE for logarithms, `[*batch, times, size]`, for parameters `[*batch, dim]`.
+
+    A `field` of a module, which is one function in all calls, is compiled once.
+    """
     rows = theta.reshape(-1, theta.shape[-1])
     y0 = jnp.broadcast_to(jnp.log(jnp.asarray(start)), (len(rows), len(start)))
-    by_row = lambda t, y, args: field(y, args[1])
     found = jaxode.solve(
-        by_row, y0, 0.0, times[-1], ts=times,
+        field, y0, 0.0, times[-1], ts=times,
         batch="per_sample", row_args=rows, rtol=1e-5, atol=1e-5,
     )  # fmt: skip
     return jnp.moveaxis(found.ys, 0, -2).reshape(*theta.shape[:-1], len(times), len(start))
@@ -197,15 +199,16 @@ SIR = (math.log(0.4), math.log(0.125)), (0.5, 0.2)
 EPIDEMIC = np.arange(10) * 17.0  # days
 
 
+def epidemic(t, y, args):
+    _, rates = args
+    susceptible, infected = jnp.exp(y)
+    return jnp.stack([-rates[0] * infected, rates[0] * susceptible - rates[1]])
+
+
 def log_infected(theta):
     """The logarithm of the infected part of the population on ten days."""
-
-    def field(y, rates):
-        susceptible, infected = jnp.exp(y)
-        return jnp.stack([-rates[0] * infected, rates[0] * susceptible - rates[1]])
-
     start = 1 - 1 / POPULATION, 1 / POPULATION
-    return logs_of_states(field, start, theta, EPIDEMIC)[..., 1]
+    return logs_of_states(epidemic, start, theta, EPIDEMIC)[..., 1]
 
 
 def sir(key, n):
@@ -226,14 +229,15 @@ LOTKA_VOLTERRA = (-0.125, -3.0, -0.125, -3.0), (0.5, 0.5, 0.5, 0.5)
 HUNT = np.arange(10) * 2.1  # days
 
 
+def hunt(t, y, args):
+    _, rates = args
+    prey, predators = jnp.exp(y)
+    return jnp.stack([rates[0] - rates[1] * predators, rates[3] * prey - rates[2]])
+
+
 def logs_of_populations(theta, times):
     """Prey and predators, `[*batch, times, 2]`."""
-
-    def field(y, rates):
-        prey, predators = jnp.exp(y)
-        return jnp.stack([rates[0] - rates[1] * predators, rates[3] * prey - rates[2]])
-
-    logs = logs_of_states(field, (30.0, 1.0), theta, times)
+    logs = logs_of_states(hunt, (30.0, 1.0), theta, times)
     return jnp.clip(logs, math.log(1e-10), math.log(1e4))
 
 
