@@ -15,16 +15,17 @@ from jaxode.nn.network import Dense, draws
 from jaxode.nn.residual import saturated
 
 SMALLEST = 1e-4  # deviation of points, in standardized units
+FARTHEST = 1e16  # whose square is finite in float32, also in sums
 
 
 class DeepSet(eqx.Module):
     """A vector for a set of points, whatever their order and number, for `jaxode.bind(embed=...)`.
 
-    With mean `m` and deviation `s` of the numbers of its points, `h = f(x, (x - m) / s)` of each
-    point, and means over points, it is `g(mean(k(h, mean(h))), m, log(s), n)`, of layers with
-    `silu`. So each point is seen beside all, and sets of any spread are told apart; that of a
-    single point, or below 1e-4, counts as 1e-4. Points with a NaN are missing: fill up sets of
-    unequal number with NaN. A series with gaps is a set of points `(time, *values)`.
+    With the mean `m` of its points, and `s^2` their variance plus 1e-8, `h = f(x, (x - m) / s)` of
+    each point, and means over points, it is `g(mean(k(h, mean(h))), m, log(s), n)`, of layers with
+    `silu`. So each point is seen beside all, and sets are told apart by their spread, in units of
+    `standardize_context` down to 1e-4. Points with a NaN are missing: fill up sets of unequal
+    number with NaN. A series with gaps is a set of points `(time, *values)`.
 
     `embed(points)` maps one set `[points, size]` to `[features]`.
 
@@ -70,7 +71,7 @@ class DeepSet(eqx.Module):
 
         act: Any = jax.nn.silu
         # Replaced before any product, or the gradient would be NaN.
-        x = jnp.where(there[:, None], points, 0.0)
+        x = jnp.clip(jnp.where(there[:, None], points, 0.0), -FARTHEST, FARTHEST)
         center = mean(x)
         away = x - center[None]
         variance = mean(jnp.square(away)) + SMALLEST**2
