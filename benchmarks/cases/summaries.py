@@ -36,7 +36,8 @@ class Simulator(NamedTuple):
     by_hand: Callable[[Array], Array]
     """Points to `[n, numbers]`."""
     bounds: Any
-    width: int
+    ways: tuple[str, ...]
+    width: int = 128
     """Of the network for sets."""
 
 
@@ -55,12 +56,12 @@ def mean_and_covariance(points):
 def g_and_k(key, n):
     """Location, scale, skewness and tails of a distribution that has no density in closed form."""
     prior, count, noise = jax.random.split(key, 3)
-    theta = jax.random.uniform(prior, (n, 4)) * jnp.asarray(G_AND_K)[None]
+    theta = jax.random.uniform(prior, (n, 4)) * jnp.asarray(G_AND_K)
     a, b, g, k = jnp.moveaxis(theta[..., None], 1, 0)
     z = jax.random.normal(noise, (n, MOST))
     x = a + b * (1 + 0.8 * jnp.tanh(g * z / 2)) * (1 + z**2) ** k * z
     logs = jax.random.uniform(count, (n, 1), minval=math.log(FEWEST), maxval=math.log(MOST + 1))
-    there = jnp.arange(MOST)[None] < jnp.floor(jnp.exp(logs))
+    there = jnp.arange(MOST) < jnp.floor(jnp.exp(logs))
     return theta, jnp.where(there, x, jnp.nan)[..., None]
 
 
@@ -81,7 +82,7 @@ def animals(key, n):
     theta = posterior_tasks.log_normal_prior(prior, n, *posterior_tasks.LOTKA_VOLTERRA)
     logs = posterior_tasks.logs_of_populations(theta, TIMES)
     logs += 0.1 * jax.random.normal(noise, logs.shape)
-    times = jnp.broadcast_to(jnp.asarray(TIMES, logs.dtype)[None, :, None], (n, len(TIMES), 1))
+    times = jnp.broadcast_to(jnp.asarray(TIMES, logs.dtype)[:, None], (n, len(TIMES), 1))
     return theta, jnp.concatenate([times, logs], 2)
 
 
@@ -94,12 +95,15 @@ def of_both(points):
     return jnp.concatenate([mean, jnp.log(variance), *before, both[:, None]], 1)
 
 
+WAYS = "by hand", "all numbers", "DeepSet", "state"
 SIMULATORS = {
-    "SLCP, four points": Simulator(points_of_slcp, mean_and_covariance, (-3.0, 3.0), 128),
-    "g-and-k, 10 to 1,000 draws": Simulator(
-        g_and_k, octiles, (jnp.zeros(4), jnp.array(G_AND_K)), 32
+    "SLCP, four points": Simulator(
+        points_of_slcp, mean_and_covariance, (-3.0, 3.0), ("by hand", "all numbers", "DeepSet")
     ),
-    "Lotka-Volterra, 20 times": Simulator(animals, of_both, (0.0, math.inf), 128),
+    "g-and-k, 10 to 1,000 draws": Simulator(
+        g_and_k, octiles, (jnp.zeros(4), jnp.array(G_AND_K)), ("by hand", "DeepSet"), 32
+    ),
+    "Lotka-Volterra, 20 times": Simulator(animals, of_both, (0.0, math.inf), WAYS),
 }
 
 
@@ -111,47 +115,32 @@ def states(points, steps, key):
     """Of a model of the series, just after the last time: a function of points."""
     read = lambda points: (np.asarray(points[..., 0]), np.asarray(points[..., 1:]))
     model, _ = jaxode.series.fit(*read(points), key=key, steps=steps, progress=False)
-    return lambda points: jnp.asarray(model.state(*read(points), at=[TIMES[-1] + 1e-3])[:, 0])
-
-
-def varying(take, points):
-    """Without the numbers that are the same for all, as times and ages are."""
-    varies = np.flatnonzero(np.ptp(take(points), axis=0) > 1e-6)
-    return lambda points: take(points)[:, varies]
+    return lambda points: model.state(*read(points), at=[TIMES[-1] + 1e-3])[:, 0]
 
 
 def score(way: str, simulator: Simulator, simulations: int, steps: int, key) -> float:
     key, new_key, network_key, embed_key, fit_key = jax.random.split(key, 5)
-    theta, points = simulator.simulate(key, simulations)
-    new, new_points = simulator.simulate(new_key, HELD_OUT)
-    take: Callable[[Array], Array] = {
-        "by hand": simulator.by_hand, "all numbers": numbers,
-    }.get(way, lambda points: points)  # fmt: skip
-    embed = None
-    if way == "state":
-        take = states(points, steps // 3, embed_key)
+    theta, x = simulator.simulate(key, simulations)
+    new, new_x = simulator.simulate(new_key, HELD_OUT)
+    features, dim = 16, theta.shape[1]
     if way == "DeepSet":
-        embed = jaxode.nn.DeepSet(points.shape[2], 16, simulator.width, key=embed_key)
+        embed = jaxode.nn.DeepSet(x.shape[2], features, simulator.width, key=embed_key)
     else:
-        take = varying(take, points)
-    x, dim = take(points), theta.shape[1]
-    network = jaxode.nn.Residual(dim, key=network_key, context_size=16 if embed else x.shape[1])
+        embed = None
+        own = {"by hand": simulator.by_hand, "all numbers": numbers}
+        take = own.get(way) or states(x, steps // 3, embed_key)
+        x, new_x = np.asarray(take(x)), np.asarray(take(new_x))
+        varies = np.ptp(x, axis=0) > 1e-6  # times and ages do not
+        x, new_x, features = x[:, varies], new_x[:, varies], int(varies.sum())
     posterior = jaxode.bind(
-        jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim)), network,
+        jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(dim)),
+        jaxode.nn.Residual(dim, key=network_key, context_size=features),
         support=simulator.bounds, standardize=theta, standardize_context=x, embed=embed,
     )  # fmt: skip
     posterior, _ = jaxode.fit(
         posterior, theta, context=x, key=fit_key, steps=steps, batch_size=BATCH, progress=False
     )
-    return float(-posterior.log_prob(new, context=take(new_points)).mean())
-
-
-WAYS = "by hand", "all numbers", "DeepSet", "state"
-
-
-def fits(way: str, name: str) -> bool:
-    """Draws of unequal number are no vector, and only a series has a state."""
-    return (way != "all numbers" or "draws" not in name) and (way != "state" or "times" in name)
+    return float(-posterior.log_prob(new, context=new_x).mean())
 
 
 def main() -> None:
@@ -167,7 +156,7 @@ def main() -> None:
             continue
         cells = []
         for way in WAYS:
-            if not fits(way, name):
+            if way not in simulator.ways:
                 cells.append("")
                 continue
             begin = time.process_time()
