@@ -47,7 +47,8 @@ def points_of_slcp(key, n):
 
 
 def mean_and_covariance(points):
-    mean, scale = points.mean(1), points.std(1)
+    mean = points.mean(1)
+    scale = jnp.maximum(points.std(1), 1e-6)  # four equal numbers in float32 have none
     joint = jnp.prod(points - mean[:, None], axis=2).mean(1) / scale.prod(1)
     rho = jnp.arctanh(0.999 * joint)
     return jnp.concatenate([mean, jnp.log(scale), rho[:, None]], 1)

@@ -499,6 +499,10 @@ def test_observations_have_statistics_made_by_hand(name, default_settings):
     assert np.isfinite(made).all()
 
 
+def test_points_that_are_equal_have_statistics_too(default_settings):
+    assert np.isfinite(summaries.mean_and_covariance(np.ones((1, 4, 2), "f"))).all()
+
+
 def test_the_state_of_a_series_model_is_a_context_for_its_posterior(
     monkeypatch, capsys, default_settings
 ):
