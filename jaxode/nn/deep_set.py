@@ -71,7 +71,8 @@ class DeepSet(eqx.Module):
 
         act: Any = jax.nn.silu
         # Replaced before any product, or the gradient would be NaN.
-        x = jnp.clip(jnp.where(there[:, None], points, 0.0), -FARTHEST, FARTHEST)
+        x = jnp.where(there[:, None], points, 0.0)
+        x = jnp.clip(x, -FARTHEST, FARTHEST)
         center = mean(x)
         away = x - center[None]
         variance = mean(jnp.square(away)) + SMALLEST**2
