@@ -10,7 +10,7 @@ steps. The prior's bounds are the `support` of `jaxode.bind`, and parameters and
 standardized. The settings are the same for all tasks. "DeepSet" knows that SLCP has four points in
 any order. "Three rounds" are for one observation, each with a third of the simulations: the first,
 by five networks, serves all observations, and seconds of training are of that one alone; the others
-take 200 to 460 of the CPU for each observation. Then 10,000 samples of each of the ten posteriors
+take minutes for each observation. Then 10,000 samples of each of the ten posteriors
 stand against 10,000 of the reference: C2ST is the accuracy, over five folds, of a classifier that
 tells them apart, 0.5 at best. The classifier is the one of sbibm. `--seconds` ends the comparison
 early, after fewer observations. On one task sbi's NPE stands beside it, with its defaults, on the
@@ -44,7 +44,7 @@ HELD_OUT, OBSERVATIONS = 1000, 10
 PROPOSALS = 5  # for each weighted sample
 MEMBERS = 5
 ROUNDS, INSIDE = 3, 0.999  # of the posterior
-MARGIN = 0.2  # of the box that is searched for a region
+MARGIN = 0.2  # added to each side of the box of a region, in parts of its width
 AT_ONCE = 500  # densities
 WITH_WEIGHTS = 30_000  # simulations
 

@@ -184,7 +184,7 @@ def log_log_normal_prior(theta, location, scale):
 def logs_of_states(field, start, theta, times):
     """Of an ODE for logarithms, `[*batch, times, size]`, for parameters `[*batch, dim]`.
 
-    A `field` of a module, which is one function in all calls, is compiled once.
+    Pass a `field` of a module: a function that each call defines is compiled in each.
     """
     rows = theta.reshape(-1, theta.shape[-1])
     y0 = jnp.broadcast_to(jnp.log(jnp.asarray(start)), (len(rows), len(start)))
@@ -236,7 +236,7 @@ def hunt(t, y, args):
 
 
 def logs_of_populations(theta, times):
-    """Prey and predators, `[*batch, times, 2]`."""
+    """Logarithms of prey and predators, `[*batch, times, 2]`."""
     logs = logs_of_states(hunt, (30.0, 1.0), theta, times)
     return jnp.clip(logs, math.log(1e-10), math.log(1e4))
 

@@ -183,7 +183,8 @@ class PopulationLikelihood:
         if curvatures.min() < -least:
             return Maximum(theta, best.value, unknown, False, none)
         flat = curvatures < least
-        # Of each parameter, the least variance that flat directions hide, beside the known one.
+        # A flat direction hides a variance of at least `1 / least`. A parameter is free if that
+        # exceeds a part of its known variance.
         hidden = (along[:, flat] ** 2).sum(axis=1) / least
         free = hidden > PART * (along[:, ~flat] ** 2 / curvatures[~flat]).sum(axis=1)
         along = along[:, ~flat] * wide[:, None]

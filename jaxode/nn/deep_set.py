@@ -23,9 +23,10 @@ class DeepSet(eqx.Module):
 
     With the mean `m` of its points, and `s^2` their variance plus 1e-8, `h = f(x, (x - m) / s)` of
     each point, and means over points, it is `g(mean(k(h, mean(h))), m, log(s), n)`, of layers with
-    `silu`. So each point is seen beside all, and sets are told apart by their spread, in units of
-    `standardize_context` down to 1e-4. Points with a NaN are missing: fill up sets of unequal
-    number with NaN. A series with gaps is a set of points `(time, *values)`.
+    `silu`. So each point is seen relative to its set. Spreads below 1e-4, in units of
+    `standardize_context`, look alike. Points with a NaN are missing: fill up sets of unequal
+    number with NaN. A series with gaps is a set of points `(time, *values)`. An infinite number
+    makes the vector NaN.
 
     `embed(points)` maps one set `[points, size]` to `[features]`.
 
@@ -72,7 +73,7 @@ class DeepSet(eqx.Module):
         act: Any = jax.nn.silu
         # Replaced before any product, or the gradient would be NaN.
         x = jnp.where(there[:, None], points, 0.0)
-        x = jnp.clip(x, -FARTHEST, FARTHEST)
+        x = jnp.where(jnp.isinf(x), jnp.nan, jnp.clip(x, -FARTHEST, FARTHEST))  # an error
         center = mean(x)
         away = x - center[None]
         variance = mean(jnp.square(away)) + SMALLEST**2

@@ -138,8 +138,14 @@ def test_a_deep_set_sees_neither_the_order_of_points_nor_those_that_are_missing(
     twice = embed(np.concatenate([POINTS, POINTS]))  # as many points count
     assert (np.abs(twice - value) > 1e-6).all()
     assert np.isfinite(embed(np.full((2, 2), np.nan))).all()
-    for far in (1e6, 1e200):
-        assert np.isfinite(embed(far * POINTS)).all()
+
+
+@pytest.mark.parametrize("far", [1e6, 1e30])
+def test_a_vector_of_a_deep_set_is_finite_for_points_at_any_distance(far, default_settings):
+    points = (far * POINTS).astype(np.float32)
+    assert np.isfinite(network()(points)).all()
+    points[2, 0] = -np.inf  # which nobody measured
+    assert np.isnan(network()(points)).all()
 
 
 def test_a_deep_set_tells_small_sets_apart_by_their_spread():

@@ -490,24 +490,52 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
     assert {path.name for path in tmp_path.iterdir()} == {"tolerance.png", "adjoints.png"}
 
 
+def of_plane(points):
+    mean, deviation = points.mean(0), points.std(0)
+    rho = np.corrcoef(points.T)[0, 1]
+    return [*mean, *np.log(deviation), np.arctanh(0.999 * rho)]
+
+
+def of_octiles(points):
+    draws = points[~np.isnan(points)]
+    a, b, c, d, e, f, g = np.quantile(draws, np.arange(1, 8) / 8)
+    scale = f - b
+    return [d, np.log(scale), (f + b - 2 * d) / scale, np.log((g - e + c - a) / scale),
+            np.log(len(draws))]  # fmt: skip
+
+
+def of_populations(points):
+    _, *both = points.T
+    mean, deviation = np.mean(both, axis=1), np.std(both, axis=1)
+    prey, predators = y = (both - mean[:, None]) / deviation[:, None]
+    before = [np.mean(row[lag:] * row[:-lag]) for lag in (1, 2) for row in y]
+    return [*mean, *2 * np.log(deviation), *before, np.mean(prey * predators)]
+
+
+BY_HAND = {"SLCP": of_plane, "g-and-k": of_octiles, "Lotka-Volterra": of_populations}
+
+
 @pytest.mark.parametrize("name", summaries.SIMULATORS)
 def test_observations_have_statistics_made_by_hand(name, default_settings):
     simulator = summaries.SIMULATORS[name]
     theta, points = simulator.simulate(jax.random.key(0), 50)
     made = simulator.by_hand(points)
     assert len(theta) == len(points) == len(made)
-    assert np.isfinite(made).all()
+    expected = BY_HAND[re.split("[, ]", name)[0]]
+    points = np.asarray(points, float)
+    # Correlations of almost one cost digits of float32.
+    np.testing.assert_allclose(made, [expected(row) for row in points], rtol=1e-3, atol=1e-3)
 
 
 def test_points_that_are_equal_have_statistics_too(default_settings):
     assert np.isfinite(summaries.mean_and_covariance(np.ones((1, 4, 2), "f"))).all()
 
 
-def test_the_state_of_a_series_model_is_a_context_for_its_posterior(
+def test_each_summary_of_a_series_is_a_context_for_its_posterior(
     monkeypatch, capsys, default_settings
 ):
-    monkeypatch.setattr(summaries, "WAYS", ("state",))
     tiny = ("--match", "Lotka", "--seeds", "1", "--simulations", "60", "--steps", "3")
     monkeypatch.setattr(sys, "argv", ["summaries", *tiny])
     summaries.main()
-    assert re.search(r"Lotka-Volterra, 20 times \| [-\d.]+ ± 0.00", capsys.readouterr().out)
+    cells = r" \| [-\d.]+ ± 0.00, \d+ s" * 4
+    assert re.search(rf"Lotka-Volterra, 20 times{cells}", capsys.readouterr().out)
