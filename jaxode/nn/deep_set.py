@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import integer
+from jaxode._checks.arguments import floating, integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
 from jaxode.nn.mixer import rows
@@ -63,6 +63,7 @@ class DeepSet(eqx.Module):
                 f"DeepSet(size={size}): a set must have shape (points, {size}); got "
                 f"{jnp.shape(points)}. Pass context_shape=(points, {size}) to bind."
             )
+        points = floating(points)
         there = ~jnp.isnan(points).any(axis=1)
         count = jnp.sum(there).astype(points.dtype)
 

@@ -132,6 +132,8 @@ def test_a_deep_set_sees_neither_the_order_of_points_nor_those_that_are_missing(
     value = embed(POINTS)
     assert value.shape == (3,)
     np.testing.assert_allclose(embed(POINTS[::-1]), value, rtol=1e-12)
+    counts = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(embed(counts), embed(counts.astype(float)))
     padded = np.concatenate([POINTS, [[np.nan, 1.0], [np.nan, np.nan]]])
     np.testing.assert_allclose(embed(padded), value, rtol=1e-12)
     assert (np.abs(embed(POINTS[:4]) - value) > 1e-6).all()
