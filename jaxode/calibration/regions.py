@@ -103,13 +103,20 @@ def tarp(
         A `Coverage`.
 
     Raises:
-        TypeError, ValueError, SolveError: as `coverage`.
+        TypeError, ValueError, SolveError: as `coverage`. ValueError: for a parameter that is the
+            same in all simulations.
 
     References: Lemos et al. (2023), arXiv:2302.03026.
     """
     simulations = Simulations.of(density, theta, x, draws)
     low = simulations.theta.min(axis=0, keepdims=True)
     width = jnp.ptp(simulations.theta, axis=0, keepdims=True)
+    if not np.all(width > 0):
+        constant = np.argwhere(np.asarray(width[0]) == 0).tolist()
+        raise ValueError(
+            f"{arg('theta')} must be draws of the prior; got one value at {constant}, for all"
+            " simulations."
+        )
 
     def distance(at, center):
         apart = ((at - low) / width - center) ** 2
