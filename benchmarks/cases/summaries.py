@@ -148,7 +148,7 @@ def score(way: str, simulator: Simulator, simulations: int, steps: int, key) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--match", default="", help="a part of the names of simulators")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--simulations", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=3000)
     given = parser.parse_args()
