@@ -103,19 +103,19 @@ def tarp(
         A `Coverage`.
 
     Raises:
-        TypeError, ValueError, SolveError: as `coverage`. ValueError: for a parameter that is the
-            same in all simulations.
+        TypeError, SolveError: as `coverage`.
+        ValueError: as `coverage`, and for a parameter that is the same in all simulations.
 
     References: Lemos et al. (2023), arXiv:2302.03026.
     """
     simulations = Simulations.of(density, theta, x, draws)
     low = simulations.theta.min(axis=0, keepdims=True)
     width = jnp.ptp(simulations.theta, axis=0, keepdims=True)
-    if not np.all(width > 0):
-        constant = np.argwhere(np.asarray(width[0]) == 0).tolist()
+    constant = np.argwhere(np.asarray(width[0]) == 0).tolist()
+    if constant:
         raise ValueError(
-            f"{arg('theta')} must be draws of the prior; got one value at {constant}, for all"
-            " simulations."
+            f"{arg('theta')} must be draws of the prior; got parameters that are constant, at "
+            f"{constant} (counting from 0)."
         )
 
     def distance(at, center):

@@ -61,7 +61,8 @@ class DeepSet(eqx.Module):
         if jnp.ndim(points) != 2 or jnp.shape(points)[1] != size:
             raise ValueError(
                 f"DeepSet(size={size}): a set must have shape (points, {size}); got "
-                f"{jnp.shape(points)}. Pass context_shape=(points, {size}) to bind."
+                f"{jnp.shape(points)}. Sets of numbers are x[..., None], with size=1. If this is a "
+                f"row of one set, pass context_shape=(points, {size}) to bind."
             )
         points = floating(points)
         there = ~jnp.isnan(points).any(axis=1)
@@ -74,7 +75,7 @@ class DeepSet(eqx.Module):
         act: Any = jax.nn.silu
         # Replaced before any product, or the gradient would be NaN.
         x = jnp.where(there[:, None], points, 0.0)
-        x = jnp.where(jnp.isinf(x), jnp.nan, jnp.clip(x, -FARTHEST, FARTHEST))  # an error
+        x = jnp.where(jnp.isinf(x), jnp.nan, jnp.clip(x, -FARTHEST, FARTHEST))
         center = mean(x)
         away = x - center[None]
         variance = mean(jnp.square(away)) + SMALLEST**2

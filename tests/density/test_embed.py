@@ -198,18 +198,18 @@ def test_rows_of_large_data_are_checked_part_by_part(monkeypatch):
 
 
 def test_pickle_writes_both():
-    density = jaxode.bind(
-        FIELD, jaxode.nn.Residual(1, 4, 1, key=KEY, context_size=3),
-        context_shape=(5, 2), embed=network(),
-    )  # fmt: skip
-    again = pickle.loads(pickle.dumps(density))
+    again = pickle.loads(pickle.dumps(OF_SETS))
     log_prob = lambda density: density.log_prob(X, context=POINTS)
-    np.testing.assert_array_equal(log_prob(again), log_prob(density))
+    np.testing.assert_array_equal(log_prob(again), log_prob(OF_SETS))
 
 
 ENSEMBLE = jaxode.nn.Ensemble(
     lambda key: jaxode.nn.Residual(1, 4, 1, key=key, context_size=1), 2, key=KEY
 )
+OF_SETS = jaxode.bind(
+    FIELD, jaxode.nn.Residual(1, 4, 1, key=KEY, context_size=3),
+    context_shape=(5, 2), embed=network(),
+)  # fmt: skip
 REFUSED = {
     "no function": (lambda: jaxode.bind(FLOW, RATE, embed=3),
                     TypeError, r"bind\(embed=...\): must be a function .*; got 3"),
@@ -218,6 +218,16 @@ REFUSED = {
                    ValueError, r"log_prob\(context=...\): must be given"),
     "another number of rows": (lambda: DENSITY.log_prob(X, context=SETS[:2]),
                                ValueError, r"log_prob\(context=...\): must be one of shape"),
+    "infinite numbers in a density": (
+        lambda: OF_SETS.log_prob(X, context=jnp.full((5, 2), -jnp.inf)),
+        jaxode.SolveError, r"log_prob.*must be finite"),
+    "infinite numbers in samples": (
+        lambda: OF_SETS.sample(KEY, (3,), context=jnp.full((5, 2), -jnp.inf)),
+        jaxode.SolveError, r"sample.*must be finite"),
+    "infinite numbers in training": (
+        lambda: jaxode.fit(
+            OF_SETS, np.zeros((20, 1)), key=KEY, context=np.full((20, 5, 2), np.inf)),
+        ValueError, r"fit\(context=...\): must be finite"),
     "a shorter set": (lambda: DENSITY.log_prob(X, context=SETS[:, :3]),
                       ValueError, r"got shape \(3, 3, 1\). Pad sets to 4 points, by NaN for jax"),
     "one part": (lambda: DENSITY.with_params(RATE), TypeError, "with_params.*must be a pair"),
